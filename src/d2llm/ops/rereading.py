@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
 
 from d2llm.core.errors import InputError
 
@@ -143,10 +144,10 @@ def reading_gains(
     SIAM Journal on Control and Optimization 47, 2008.
     """
     worth = 1 / np.log2(np.arange(min(top_k, len(log_odds))) + 2)
-    now = _sigmoid(expected_log_odds(log_odds, unread, sigma))
+    now = expit(expected_log_odds(log_odds, unread, sigma))
     places = np.flatnonzero(unread)
     outcomes = np.tile(now, (len(places), len(_NODES), 1))
-    outcomes[np.arange(len(places)), :, places] = _sigmoid(log_odds[places, None] + sigma * _NODES)
+    outcomes[np.arange(len(places)), :, places] = expit(log_odds[places, None] + sigma * _NODES)
     gains = np.zeros(len(log_odds))
     gains[places] = (_best(outcomes, len(worth)) @ worth) @ _WEIGHTS - _best(now, len(worth)) @ worth
     return np.maximum(gains, 0.0)  # negative only through rounding
@@ -159,7 +160,3 @@ _WEIGHTS = _GAUSS / _GAUSS.sum()  # with the nodes: quadrature over a normal dis
 def _best(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
     """The ``count`` highest values along the last axis, in descending order."""
     return -np.sort(-values, axis=-1)[..., :count]
-
-
-def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (1 + np.tanh(values / 2)) / 2

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
 
 from d2llm.core.errors import InputError
 
@@ -77,7 +78,7 @@ def fit_logistic(
 
     parameters = np.zeros(num_members + 1)
     for _ in range(_MAX_STEPS):
-        probabilities = _sigmoid(design @ parameters)
+        probabilities = expit(design @ parameters)
         gradient = design.T @ (probabilities - target_probabilities) / num_pairs + shrinking * parameters
         free = (parameters > lowest) | (gradient < 0)
         if np.abs(gradient[free]).max(initial=0.0) < _SMALL_GRADIENT:
@@ -178,10 +179,6 @@ def _soft_targets(truth: NDArray[np.bool_]) -> Float64[np.ndarray, " pairs"]:
     """Platt's targets: (N+ + 1) / (N+ + 2) for a positive, 1 / (N- + 2) for a negative."""
     positives = int(truth.sum())
     return np.where(truth, (positives + 1) / (positives + 2), 1 / (len(truth) - positives + 2))
-
-
-def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (1 + np.tanh(values / 2)) / 2
 
 
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

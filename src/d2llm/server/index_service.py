@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import Passage, Ranking, Task
-from d2llm.models.attribution import Attribution, attribute
+from d2llm.core.types import DEFAULT_TEACHER_PASSAGES, Passage, Ranking, Task
+from d2llm.models.attribution import Attribution, attribute, why_no_interaction
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError
@@ -58,8 +58,15 @@ _SEARCHES_A_READING = 64  # the teacher's queue is this many times shorter than 
 class Reading:
     """A teacher's budget for a query: number of passages, and the time after which it starts no more."""
 
-    teacher_passages: int
-    teacher_ms: float | None
+    teacher_passages: int = DEFAULT_TEACHER_PASSAGES
+    teacher_ms: float | None = None
+
+
+class ServedStudent(NamedTuple):
+    """The student that answered a request; during a swap it may differ from the one that answers the next."""
+
+    name: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +131,8 @@ class IndexService:
 
     async def search(
         self, query: str, settings: SearchSettings, rescore: Rescore = "iem", reading: Reading | None = None
-    ) -> tuple[Ranking, str]:
-        """The ranking for one query, and the fingerprint of the student that made it.
+    ) -> tuple[Ranking, ServedStudent]:
+        """The ranking for one query, and the student that made it.
 
         ``seconds`` also holds "queue"; ``reading`` is the teacher's budget, if ``rescore`` uses the teacher.
 
@@ -135,13 +142,13 @@ class IndexService:
                 is not refused later, after work has been spent on it.
         """
 
-        async def rank(version: OpenVersion) -> tuple[Ranking, str]:
+        async def rank(version: OpenVersion) -> tuple[Ranking, ServedStudent]:
             if rescore in ("teacher", "cascade"):
                 self._readings.require_room(1)
             encoded = await version.models.encode([query], "query")
             search = PendingSearch(version, query, encoded.vectors[0], settings, rescore != "none")
             if rescore in ("teacher", "cascade"):
-                rereader = self._rereader(version, rescore, settings.task, reading or Reading(10, None))
+                rereader = self._rereader(version, rescore, settings.task, reading or Reading())
                 done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(search, rereader)]))
             else:
                 done = await self._ranks.submit([search], bounded=False)
@@ -149,28 +156,29 @@ class IndexService:
             seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
             seconds["encode"] += encoded.worked
             ranking = replace(ranking, seconds=seconds, truncated=bool(encoded.truncated))
-            return ranking, version.models.fingerprint
+            return ranking, ServedStudent(version.models.name, version.models.fingerprint)
 
         with self._searching:
-            ranking, fingerprint = await self.served.work(rank)
+            ranking, student = await self.served.work(rank)
         for stage in ("candidates", "score", "teacher"):
             if stage in ranking.seconds:
                 self._observe(stage, ranking.seconds[stage])
-        return ranking, fingerprint
+        return ranking, student
 
-    async def explain(self, query: str, passage_id: str, task: Task) -> tuple[Passage, Attribution]:
-        """A passage, and the contribution of each of its words to the query's score.
+    async def explain(self, query: str, passage_id: str, task: Task) -> tuple[Passage, Attribution, str | None]:
+        """A passage, the contribution of each of its words to the query's score, and why the interaction adds nothing.
 
         Raises:
             NotFoundError: there is no such passage.
             InputError: the student's tokenizer does not give the positions of its tokens.
         """
 
-        async def explain(version: OpenVersion) -> tuple[Passage, Attribution]:
+        async def explain(version: OpenVersion) -> tuple[Passage, Attribution, str | None]:
             (passage,) = await self._passages(version, [passage_id])
             student = version.models.student
             with self._explaining:
-                return passage, await version.models.in_lane(lambda: attribute(student, query, passage.full_text, task))
+                words = await version.models.in_lane(lambda: attribute(student, query, passage.full_text, task))
+            return passage, words, why_no_interaction(student, task)
 
         return await self.served.work(explain)
 

@@ -16,7 +16,6 @@ from scipy.special import expit
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Task
-from d2llm.models.attribution import why_no_interaction
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.server.answers import FastJSONResponse, ranking_json
 from d2llm.server.errors import ConflictError, invalid, request_id_of
@@ -55,9 +54,9 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     at_most(body.top_k, limits.max_top_k, "top_k")
     at_most(body.num_candidates, limits.max_num_candidates, "num_candidates")
     short_enough([body.query], limits, "query")
-    ranking, fingerprint = await index.search(body.query, _settings_of(body), body.rescore, _reading_of(body, limits))
+    ranking, student = await index.search(body.query, _settings_of(body), body.rescore, _reading_of(body, limits))
     answer = ranking_json(ranking) | {
-        "index": {"version": ranking.index_version, "student": services.models.name, "fingerprint": fingerprint},
+        "index": {"version": ranking.index_version, "student": student.name, "fingerprint": student.fingerprint},
         "request_id": request_id_of(request),
     }
     return FastJSONResponse(answer)
@@ -68,7 +67,7 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
     """Explain a passage's score for a query, word by word; optionally with the teacher's judgement."""
     short_enough([body.query], services.settings, "query")
     task = body.task or services.task
-    passage, explanation = await index.explain(body.query, body.passage_id, task)
+    passage, explanation, no_interaction = await index.explain(body.query, body.passage_id, task)
     teacher = None
     if body.teacher:
         verdict = await index.judge_pair(body.query, passage, task)
@@ -86,7 +85,7 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
         words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in explanation.words],
         truncated=explanation.truncated,
         query_truncated=explanation.query_truncated,
-        no_interaction=why_no_interaction(services.models.student, task),
+        no_interaction=no_interaction,
         teacher=teacher,
     )
 

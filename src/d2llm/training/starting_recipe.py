@@ -310,7 +310,7 @@ epochs = 0 # the teacher as it is; with a few thousand questions tuning is worth
     if num_train >= _ENOUGH_FOR_A_TEACHER:
         return [
             f"""\
-[teacher] # {num_train:,} questions are enough to train one: a cross-encoder, stacked with the tuned cosine
+[teacher] # {num_train:,} questions are enough for one: a cross-encoder of the backbone, stacked with the tuned cosine
 model = {json.dumps(backbone)}
 kind = "classifier"
 new_head = true
@@ -381,7 +381,7 @@ def _training_section(num_train: int, epochs: int, num_dev: int) -> str:
     rate, head_rate = _TRAINING.learning_rate, _TRAINING.head_learning_rate
     return f"""\
 [training] # the best state on dev is kept, so an epoch too many only costs time
-learning_rate = {rate:g} # if "nothing was learnt": a third of it if dev fell, three times as much if dev did not change
+learning_rate = {rate:g} # if "nothing was learnt": a third of it if dev fell, three times as much if dev hardly moved
 head_learning_rate = {head_rate:g} # ten times as much saturates the interaction within a hundred steps
 warmup_fraction = {_TRAINING.warmup_fraction:g} # of the steps
 epochs = {epochs} # {num_train:,} questions make {per_epoch:,} steps per epoch: {per_epoch * epochs:,} in all
@@ -389,7 +389,7 @@ batch_queries = {_BATCH}
 num_hard = {_TRAINING.num_hard} # negatives of a query in a step, drawn again each epoch from those that were mined
 num_easy = {_TRAINING.num_easy}
 dev_queries = {min(num_dev, _TRAINING.dev_queries)} # of {num_dev:,}
-dev_passages = {_TRAINING.dev_passages} # to rank: relevant ones, BM25's first ten per query, others up to this number"""
+dev_passages = {_TRAINING.dev_passages} # to rank: relevant ones, BM25's first ten per query, others up to this"""
 
 
 def _residual_section() -> str:

@@ -1,1 +1,1 @@
-"""What each part of a recipe is worth: trained without it, over several seeds."""
+"""Measures how much each part of a recipe contributes, by training without it, over several seeds."""

@@ -1,4 +1,4 @@
-"""The verb ``ablate``: how much each part of a recipe is worth, by training without it, over several seeds."""
+"""The verb ``ablate``: measures the contribution of each part of a recipe by training without it, on several seeds."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from d2llm.training.dev import DevSet, make_dev_set
 from d2llm.training.training_run import epochs_of
 
 DEV_QUERIES = 500
-"""Dev queries of each data set, at most, that every run is measured on."""
-# Not a seed that a recipe is likely to have: with one, that seed's runs would be measured on the very queries that
-# chose their best step, and the other seeds' runs would not.
+"""Maximum number of dev queries per data set that every run is measured on."""
+# A seed that a recipe is unlikely to use. Runs of a recipe with this seed would be measured on the same queries that
+# chose their best step, unlike runs with other seeds.
 _MEASURING_SEED = 1_000_003
 _log = logging.getLogger(__name__)
 
@@ -60,41 +60,43 @@ def ablate(
     show_progress: bool | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> AblationReport:
-    """Train a recipe and its variants, each over the same seeds, and measure all on the same dev queries.
+    """Train a recipe and its variants over the same seeds, and measure all of them on the same dev queries.
 
-    Every run is one ``distill`` in ``folder/<settings>/<variant>/seed-<n>``, where ``<settings>`` stands for all that
-    shapes the runs. A finished run is not repeated, an interrupted one goes on from its checkpoint. The first seed of
-    everything comes first, the recipe itself at the head, so that an early end leaves whole columns.
+    Every run is one ``distill`` in ``folder/<settings>/<variant>/seed-<n>``, where ``<settings>`` is a fingerprint of
+    everything that affects the runs. A finished run is not repeated; an interrupted one continues from its checkpoint.
+    All recipes are trained with the first seed before the next one, and the unchanged recipe comes first, so that an
+    early end leaves complete seeds.
 
-    A seed decides about initial weights, batches, draws, and the dev sample by which a run chooses its best step and
-    the weight of its interaction, as in any ``distill``. What is reported is measured afterwards, with the student
-    as it was written, on dev queries that are the same for all runs whatever their seed.
+    As in any ``distill``, the seed decides the initial weights, batches, samples, and the dev sample by which a run
+    chooses its best step and the weight of its interaction. The reported results are measured afterwards, with the
+    student as it was written, on dev queries that are the same for all runs.
 
-    A variant that cannot be trained is reported with the reason; if the recipe itself cannot, that is an error.
+    A variant that cannot be trained is reported with the reason; if the recipe itself cannot be trained, that is an
+    error.
 
     Args:
         sources: data sets with their plans; each needs judged dev queries.
-        folder: where the runs go.
+        folder: where to put the runs.
         recipe: the recipe; its seed is the first.
         labels: the label store that ``label`` wrote; not needed if the recipe has no imitation loss.
-        teacher: whose labels to use.
+        teacher: the teacher whose labels to use.
         variants: names from ``core.variants``; None means all.
-        num_seeds: how many, counting up from the recipe's.
+        num_seeds: number of seeds, counting up from the recipe's.
         max_queries: train on a random sample of this many queries of each plan, the same for all runs; a larger sample
             contains a smaller one.
-        epochs: instead of the recipe's.
-        budget_minutes: no run is begun after so many minutes; 0 only reports what there is. None means no limit.
-        dev_queries: measure on a fixed random sample of so many dev queries of each data set; all where there are not
-            more.
+        epochs: number of epochs, instead of the recipe's.
+        budget_minutes: start no run after this many minutes; 0 only reports finished runs. None means no limit.
+        dev_queries: measure on a fixed random sample of this many dev queries of each data set, or all if there are
+            fewer.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
         show_progress: None shows progress if standard error is a terminal.
-        announce: called with one line when a run begins; by default it is logged.
+        announce: called with one line when a run starts; by default the line is logged.
 
     Raises:
-        RecipeError: an unknown variant (the nearest is named).
-        InputError: a number out of range, no labels, or no dev queries; see also ``distill``.
-        LabelMismatchError: the store holds labels of another teacher or prompt only.
+        RecipeError: a variant is unknown (the message suggests the nearest).
+        InputError: a number is out of range, or there are no labels or no dev queries; see also ``distill``.
+        LabelMismatchError: the store has only labels of another teacher or prompt.
         TrainingDivergedError: the training of the recipe itself diverged.
     """
     started = time.monotonic()
@@ -130,7 +132,7 @@ def ablate(
     seconds: list[float] = []
     for number, (name, seed) in enumerate(waiting):
         begun = time.monotonic()
-        is_trained = (shared.student(name, seed) / MANIFEST).is_file()  # killed before it was measured
+        is_trained = (shared.student(name, seed) / MANIFEST).is_file()  # an earlier call was killed before measuring
         if not is_trained and budget_minutes is not None and begun - started >= 60 * budget_minutes:
             missing.append((name, seed))
             continue
@@ -171,13 +173,13 @@ def _check_numbers(
         "budget_minutes": (budget_minutes, 0),
         "dev_queries": (dev_queries, 1),
     }
-    for name, (value, least) in limits.items():
-        if value is not None and value < least:
-            raise InputError(f"{name} is {value}, but must be at least {least}")
+    for name, (value, minimum) in limits.items():
+        if value is not None and value < minimum:
+            raise InputError(f"{name} is {value}, but must be at least {minimum}")
 
 
 def _shortened(recipe: Recipe, max_queries: int | None, epochs: int | None) -> Recipe:
-    """The recipe as the runs have it: data sets by name, so that moving them makes no other run of it."""
+    """The recipe for the runs, with data sets by name, so that moving them does not change the runs' fingerprint."""
     data = [
         item.model_copy(
             update={
@@ -192,7 +194,7 @@ def _shortened(recipe: Recipe, max_queries: int | None, epochs: int | None) -> R
 
 
 def _distinct(base: Recipe, variants: Iterable[str]) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """The recipes to train by name, and the names of those that are equal to an earlier one."""
+    """The recipes to train, by name, and the variants that are equal to an earlier one, with its name."""
     recipes: dict[str, Recipe] = {BASE: base}
     same: dict[str, str] = {}
     for name in dict.fromkeys(variants):
@@ -208,7 +210,7 @@ def _distinct(base: Recipe, variants: Iterable[str]) -> tuple[dict[str, Recipe],
 def _labelled(sources: Sequence[TrainingSource], labels: Path, teacher: TeacherConfig) -> list[set[str]]:
     """The queries of each plan that have all their labels."""
     if not (labels / MANIFEST).is_file():
-        raise InputError(f"{labels}: there are no labels yet; run the verb label with this recipe first")
+        raise InputError(f"{labels}: there are no labels yet; run `d2llm label` with this recipe first")
     identity = identify_judge(teacher)
     labelled: list[set[str]] = []
     for source in sources:
@@ -219,27 +221,29 @@ def _labelled(sources: Sequence[TrainingSource], labels: Path, teacher: TeacherC
 
 
 def _left_out(recipe: Recipe, sources: Sequence[TrainingSource], labelled: Sequence[set[str]] | None) -> Iterator[str]:
-    """What becomes of queries without labels."""
-    does = "left out of every run" if recipe.training.unlabelled == "leave_out" else "trained on their own judgements"
-    for source, having in zip(sources, labelled or (), strict=labelled is not None):
-        if lacking := len(source.plan.entries) - len(having):
+    """Notes on queries without labels, and whether they are left out."""
+    left_out = recipe.training.unlabelled == "leave_out"
+    treatment = "left out of every run" if left_out else "trained on the data set's own judgements"
+    for source, query_ids in zip(sources, labelled or (), strict=labelled is not None):
+        if num_unlabelled := len(source.plan.entries) - len(query_ids):
             yield (
-                f"{source.dataset.name}: {lacking:,} of {len(source.plan.entries):,} training queries lack the "
-                f"teacher's labels and are {does}"
+                f"{source.dataset.name}: {num_unlabelled:,} of {len(source.plan.entries):,} training queries have no "
+                f"teacher labels and are {treatment}"
             )
 
 
 def _training_queries(
     recipe: Recipe, sources: Sequence[TrainingSource], labelled: Sequence[set[str]] | None, max_queries: int | None
 ) -> list[TrainingSource]:
-    """The sources with the queries that every run is trained on, those without a teacher too.
+    """The sources, restricted to the queries that every run is trained on.
 
-    A run without imitation would else have the unlabelled queries besides, and more steps than the recipe.
+    This includes runs without imitation, which could otherwise use the unlabelled queries too and would then have more
+    steps than the recipe.
     """
     chosen = [{entry.query_id for entry in source.plan.entries} for source in sources]
     if labelled is not None and recipe.training.unlabelled == "leave_out":
         chosen = list(labelled)
-    # Not the hash by which the teacher's share is chosen: else a small sample would be labelled throughout.
+    # A different hash than the one that selects queries for the teacher, so that a small sample is not fully labelled.
     ordered = [sorted(ids, key=lambda i: hashlib.sha256(f"ablate:{i}".encode()).digest()) for ids in chosen]
     return [_restricted(source, set(ids[:max_queries])) for source, ids in zip(sources, ordered, strict=True)]
 
@@ -260,7 +264,7 @@ def _settings(
     device: str | None,
     dtype: str | None,
 ) -> dict[str, Any]:
-    """All that shapes the runs but variant and seed."""
+    """Everything that affects the runs, except variant and seed."""
     identity = identify_judge(teacher) if labelled is not None else None
     plans = [{entry.query_id for entry in source.plan.entries} for source in sources]
     counts = None if labelled is None else [len(a & b) for a, b in zip(plans, labelled, strict=True)]
@@ -286,9 +290,9 @@ def _announcement(name: str, seed: int, number: int, total: int, seconds: Sequen
 
 
 def _notes(base: Recipe, sources: Sequence[TrainingSource], num_seeds: int) -> Iterator[str]:
-    """What a reader of the figures should know."""
+    """Notes that help to interpret the results."""
     if num_seeds == 1:
-        yield "one seed only: there are no intervals, and chance cannot be told from effect"
+        yield "one seed only: there are no intervals, so an effect cannot be distinguished from chance"
     training = base.training
     per_epoch = sum(-(-len(source.plan.entries) // training.batch_queries) for source in sources)
     steps = per_epoch * epochs_of(training, per_epoch)

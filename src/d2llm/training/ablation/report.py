@@ -1,4 +1,4 @@
-"""What ``ablate`` found, as plain frozen values; tables, JSON, Markdown and HTML are made from these alone."""
+"""The results of ``ablate`` as frozen dataclasses, from which tables, JSON, Markdown and HTML are rendered."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from d2llm.ops.significance import Interval
 from d2llm.ops.student_t import mean_interval
 
 REPORT_VERSION = 1
-"""Of ``AblationReport.to_json``: changes when a field is renamed, removed or means something else."""
+"""Version of ``AblationReport.to_json``; changes when a field is renamed or removed, or its meaning changes."""
 BASE = "recipe"
-"""The name under which the recipe itself, unchanged, stands among the variants."""
+"""The name of the unchanged recipe among the variants."""
 MEASURE = "nDCG@10"
-"""Of retrieval sets; sets of labelled pairs have the main measure of their kind (``evaluation.gold``)."""
+"""The measure of retrieval sets; sets of labelled pairs have the main measure of their kind (``evaluation.gold``)."""
 RowGroup = Literal["recipe"] | VariantGroup
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """One training run, measured.
+    """The result of one training run.
 
-    ``by_set`` is the measure of each data set, ``ndcg`` the mean over them: of retrieval sets alone it is nDCG@10, of
-    sets of labelled pairs what ``MeasuredSet.measure`` says. ``residual_weights`` holds the weight r of the interaction
+    ``by_set`` has the measure of each data set (``MeasuredSet.measure``), and ``ndcg`` is the mean over the data sets,
+    which is nDCG@10 only if all of them are retrieval sets. ``residual_weights`` has the weight r of the interaction
     that the run chose for each task; it is empty for a head that is not an anchor with an interaction. ``best_step`` is
-    the step whose state was kept: 0 means that no state after the first was better. ``seconds`` is the time of training
-    with its dev evaluations, over all sessions of an interrupted run, without what was lost between two checkpoints.
+    the step whose state was kept: 0 means that no state after the first was better. ``seconds`` is the training time
+    with dev evaluations, over all sessions of an interrupted run, without steps that were lost after a checkpoint.
     """
 
     variant: str
@@ -54,11 +54,11 @@ class FailedRun:
 
 @dataclass(frozen=True, slots=True)
 class AblationRow:
-    """The recipe or one variant of it over its seeds.
+    """The recipe, or one variant of it, over its seeds.
 
-    ``mean`` is over the runs, ``by_set`` the same for each data set. ``differences`` holds (variant minus recipe) for
-    each seed that both have, ``difference`` is their mean. Intervals are Student's t over seeds, 95 %; None where there
-    are fewer than two. Means are None where nothing was run.
+    ``mean`` is over the runs, ``by_set`` the same for each data set. ``differences`` has variant minus recipe for each
+    seed that both have; ``difference`` is their mean. Intervals are 95 % Student's t intervals over seeds, or None if
+    there are fewer than two seeds. Means are None if there are no runs.
     """
 
     name: str
@@ -74,7 +74,7 @@ class AblationRow:
 
     @property
     def residual_weights(self) -> dict[Task, float]:
-        """The weight of the interaction by task, mean over the runs."""
+        """The mean weight of the interaction over the runs, by task."""
         tasks: list[Task] = sorted({task for run in self.runs for task in run.residual_weights})
         return {task: fmean(run.residual_weights[task] for run in self.runs) for task in tasks}
 
@@ -83,7 +83,7 @@ class AblationRow:
 class MeasuredSet:
     """The dev queries of one data set, or its dev pairs, that every run was measured on.
 
-    ``num_passages`` is the size of the queries' small corpus, or how many different passages the pairs have.
+    ``num_passages`` is the size of the queries' small corpus, or the number of distinct passages of the pairs.
     """
 
     name: str
@@ -98,10 +98,11 @@ class MeasuredSet:
 class AblationReport:
     """The result of ``ablate``.
 
-    ``measure`` names all measures that the data sets have (``named_measures``); a row's mean is over the data sets.
-    ``base`` is the recipe itself, ``rows`` its variants in the order asked for. ``same`` names the variants that were
-    not trained because nothing changes, with what they are equal to. ``missing`` are (variant, seed) that the budget
-    left for the next call, ``failed`` those that could not be trained. ``settings`` says what shaped the runs.
+    ``measure`` names all measures of the data sets (``named_measures``); a row's mean is over the data sets. ``base``
+    is the recipe itself, ``rows`` its variants in the requested order. ``same`` maps each variant that was not trained,
+    because it changes nothing, to the variant that it is equal to. ``missing`` has each (variant, seed) that was left
+    for the next call because of the budget, ``failed`` those that could not be trained. ``settings`` has everything
+    that affects the runs.
     """
 
     recipe: str
@@ -119,9 +120,9 @@ class AblationReport:
 
     @property
     def best(self) -> str | None:
-        """The name of the row with the highest mean over the recipe's seeds; of equal ones the first.
+        """The name of the row with the highest mean over the recipe's seeds; the first of equal ones.
 
-        A variant that lacks one of these seeds, as after a budget, cannot be compared by its mean.
+        A variant without a run for one of these seeds (because of a budget, for example) is not considered.
         """
         seeds = {run.seed for run in self.base.runs}
         means = {
@@ -132,17 +133,17 @@ class AblationReport:
         return max(means, key=means.__getitem__) if means else None
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
+        """The report as JSON-serialisable values."""
         return {"report_version": REPORT_VERSION, **asdict(self)}
 
 
 def named_measures(sets: Sequence[MeasuredSet]) -> str:
-    """The measures of these data sets, each once: "nDCG@10", or "nDCG@10 and AP"."""
-    return " and ".join(dict.fromkeys(one.measure for one in sets))
+    """The distinct measures of these data sets: "nDCG@10", or "nDCG@10 and AP"."""
+    return " and ".join(dict.fromkeys(each.measure for each in sets))
 
 
 def summarise(names: Sequence[str], results: Sequence[RunResult]) -> tuple[AblationRow, tuple[AblationRow, ...]]:
-    """The base row and one row for each of the variants ``names``, from the runs that there are."""
+    """The base row and one row for each of the variants ``names``, from the available runs."""
     by_variant = {name: [run for run in results if run.variant == name] for name in (BASE, *names)}
     base = {run.seed: run for run in by_variant[BASE]}
     rows = [_row(name, runs, base) for name, runs in by_variant.items()]

@@ -1,4 +1,4 @@
-"""One training run of an ablation: trained, measured, and found again by the next call."""
+"""One run of an ablation: training, measuring, and storing the result for later calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RECORD_VERSION = 1
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What all runs have in common: ``place`` is the folder of all, ``measured_on`` stands for the dev sets."""
+    """Settings shared by all runs: ``place`` is their common folder, ``measured_on`` a fingerprint of the dev sets."""
 
     sources: list[TrainingSource]
     dev_sets: list[DevSet]
@@ -41,12 +41,12 @@ class RunSettings:
     show_progress: bool | None
 
     def student(self, variant: str, seed: int) -> Path:
-        """The folder of one run's student; ``<folder>.run`` and ``<folder>.json`` beside it are its log and result."""
+        """The folder of one run's student; ``<folder>.run`` and ``<folder>.json`` beside it have its log and result."""
         return self.place / variant / f"seed-{seed}"
 
 
 def fingerprint_sets(dev_sets: Sequence[DevSet]) -> str:
-    """Of all that a measured value depends on besides the student."""
+    """A fingerprint of everything besides the student that a measured value depends on."""
     return fingerprint_json([_RECORD_VERSION, [_content(dev) for dev in dev_sets]])
 
 
@@ -61,7 +61,7 @@ def _record(student: Path) -> Path:
 
 
 def read_result(shared: RunSettings, name: str, seed: int) -> RunResult | None:
-    """The result of an earlier call; None if there is none, or it was measured on other queries."""
+    """The result of an earlier call; None if there is none, or if it was measured on other queries."""
     student = shared.student(name, seed)
     if not _record(student).is_file() or not (student / MANIFEST).is_file():
         return None
@@ -72,7 +72,7 @@ def read_result(shared: RunSettings, name: str, seed: int) -> RunResult | None:
 
 
 def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int) -> RunResult:
-    """Train one student, unless an earlier call has, and measure it as it was written."""
+    """Train one student, unless an earlier call has done so, and measure the student in its folder."""
     folder = shared.student(name, seed)
     if not (folder / MANIFEST).is_file():
         distill(
@@ -102,7 +102,7 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
     )
     write_json(_record(folder), {"measured_on": shared.measured_on, "result": asdict(result)})
     for checkpoint in _run_folder(folder).glob("*.safetensors"):
-        checkpoint.unlink()  # of no more use, and several times as large as the student
+        checkpoint.unlink()  # no longer needed, and several times as large as the student
     return result
 
 
@@ -116,7 +116,7 @@ def _log_lines(student: Path) -> Iterator[dict[str, Any]]:
 
 
 def _seconds(lines: Iterable[Mapping[str, Any]]) -> float:
-    """The time of training; the log's clock begins anew with every session."""
+    """The training time over all sessions; the log's clock restarts in each session."""
     total = before = 0.0
     for line in lines:
         now = line["seconds"]

@@ -1,1 +1,1 @@
-"""The parts of the verb ``mine``: lists of candidates, how negatives are drawn, what is no negative, the audit."""
+"""The parts of the verb ``mine``: candidate lists, sampling of negatives, filters for false negatives, the audit."""

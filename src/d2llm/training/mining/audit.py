@@ -1,4 +1,4 @@
-"""The audit of a plan: counts, margins and examples, for a person who wants to judge the negatives, and their page."""
+"""The audit of a plan: counts, margins and examples for a person who checks the negatives, and its Markdown page."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from d2llm.core.table import Column, Table, escape_markdown
 from d2llm.core.types import Passage
 from d2llm.training.mining.choose import REASONS, Dropped, NegativeCandidate, Selection
 
-_RANKS = (0, 5, 10, 20, 50, 100)  # first ranks (from 0) of the ranges that are counted
+_RANKS = (0, 5, 10, 20, 50, 100)  # first ranks (from 0) of the counted ranges
 _COSINE_EDGES = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 _LOGIT_EDGES = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 _NUM_FIRST = 5
-_NUM_SHOWN = 3  # positives of an example; negatives are all shown
+_NUM_SHOWN = 3  # positives shown in an example; all negatives are shown
 
 
 @dataclass
 class MarginHistogram:
-    """Margins: the mean score of a query's positives less that of a candidate, counted between ``edges``."""
+    """A histogram of margins: the mean score of a query's positives minus the score of a candidate."""
 
     edges: tuple[float, ...]
     kept: list[int] = field(init=False)
@@ -32,20 +32,20 @@ class MarginHistogram:
         self.kept, self.dropped = [0] * (len(self.edges) + 1), [0] * (len(self.edges) + 1)
 
     def add(self, margin: float, *, kept: bool) -> None:
-        """Count one; what lies on an edge belongs above it."""
+        """Count one margin; a value on an edge belongs to the bin above it."""
         (self.kept if kept else self.dropped)[bisect_right(self.edges, margin)] += 1
 
     def to_json(self) -> dict[str, Any]:
-        """Edges and counts: the first count is below the first edge, the last from the last edge on."""
+        """Edges and counts; the first count is for values below the first edge, the last from the last edge on."""
         return {"edges": list(self.edges), "kept": self.kept, "dropped": self.dropped}
 
 
 class Audit:
-    """Counts what ``mine`` does, query by query; texts are kept of the examples alone.
+    """Counts the results of ``mine``, query by query; texts are kept only for the examples.
 
     Args:
-        passages: by id.
-        sources: the lists' names.
+        passages: the passages by id.
+        sources: the names of the lists.
         examples: ids of the queries to show.
     """
 
@@ -62,11 +62,11 @@ class Audit:
         self.shown: list[dict[str, Any]] = []
 
     def add(self, item: Selection, scores: Mapping[str, Mapping[str, float]]) -> None:
-        """Take in a finished query.
+        """Count a finished query.
 
         Args:
-            item: what was kept and dropped.
-            scores: by who gave them ("cosine", "student", "teacher"), of positives, kept and dropped, as far as known.
+            item: the query, with its kept and dropped candidates.
+            scores: scorer ("cosine", "student", "teacher") -> the known scores of positives and candidates.
         """
         self.num_candidates += len(item.candidates)
         self.num_tried += item.num_tried
@@ -86,7 +86,7 @@ class Audit:
             self.shown.append(self._example(item, scores))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain values."""
+        """The audit as JSON-serialisable values."""
         return {
             "candidates": {"in_range": self.num_candidates, "tried": self.num_tried},
             "kept_by_rank": {source: _by_range(counts) for source, counts in self.from_ranks.items()},
@@ -98,12 +98,12 @@ class Audit:
         }
 
     def _add_margins(self, name: str, values: Mapping[str, float], item: Selection) -> None:
-        of_positives = [values[passage_id] for passage_id in item.positives if passage_id in values]
-        if not of_positives:
+        positive_scores = [values[passage_id] for passage_id in item.positives if passage_id in values]
+        if not positive_scores:
             return
         edges = _COSINE_EDGES if name == "cosine" else _LOGIT_EDGES
         histogram = self.margins.setdefault(name, MarginHistogram(edges))
-        mean = sum(of_positives) / len(of_positives)
+        mean = sum(positive_scores) / len(positive_scores)
         for candidate, kept in [(c, True) for c in item.kept] + [(drop.candidate, False) for drop in item.dropped]:
             if candidate.passage_id in values:
                 histogram.add(mean - values[candidate.passage_id], kept=kept)
@@ -126,12 +126,12 @@ class Audit:
 
 
 def rank_range(rank: int) -> str:
-    """The range of ranks, counted from 1, that a rank counted from 0 lies in."""
+    """The name of the range (with ranks from 1) that contains a rank (from 0)."""
     return range_names()[bisect_right(_RANKS, rank) - 1]
 
 
 def range_names() -> list[str]:
-    """The ranges that ranks are counted in."""
+    """The names of the ranges of ranks, which count from 1."""
     return [f"{first + 1}-{end}" for first, end in pairwise(_RANKS)] + [f"{_RANKS[-1] + 1}-"]
 
 
@@ -153,23 +153,23 @@ _BAR = 20  # characters of the longest bar
 
 _HOW_TO_READ = """## Examples
 
-Read them: a negative that answers its query (or says the same) is a false one. More than a few of those call for a
-stricter filter or for leaving out the first ranks (`range_min`)."""
+Read them: a negative that answers its query (or says the same) is a false negative. If there are more than a few, use a
+stricter filter or skip the first ranks (`range_min`)."""
 
 _REASONS = {
-    "near_duplicate": "text nearly that of a positive (likeness above the limit)",
+    "near_duplicate": "text nearly the same as that of a positive (likeness above the limit)",
     "relative_margin": "the encoder scores it as high as a positive",
-    "teacher_margin": "the teacher finds it as relevant as a positive",
+    "teacher_margin": "the teacher judges it as relevant as a positive",
 }
 
 
 def audit_page(report: dict[str, Any], audit: dict[str, Any]) -> str:
-    """The page of what ``mine`` reported and its audit found."""
+    """A Markdown page with the report of ``mine`` and its audit."""
     parts = [
         f"# Hard negatives of {_inline(report['dataset'])}, split {_inline(report['split'])}",
         _summary(report, audit),
         "## Where the hard negatives come from\n\n"
-        "Rank in each list, positives left out. One that is in two lists counts in both.\n\n" + _ranks(audit),
+        "Rank in each list, without positives. A negative in two lists counts in both.\n\n" + _ranks(audit),
         "## What was dropped as a likely false negative\n\n" + _dropped(audit),
         *_margins(audit),
         _HOW_TO_READ,
@@ -185,12 +185,12 @@ def _summary(report: dict[str, Any], audit: dict[str, Any]) -> str:
         ("positives", report["num_positives"]),
         ("hard negatives", report["num_hard_negatives"]),
         ("easy negatives", report["num_easy_negatives"]),
-        ("queries with fewer hard negatives than wanted", report["queries"]["too_few_hard"]["count"]),
+        ("queries with too few hard negatives", report["queries"]["too_few_hard"]["count"]),
         ("candidates in the range", audit["candidates"]["in_range"]),
         ("candidates tried", audit["candidates"]["tried"]),
         ("passages with the text of a positive, left out", report["num_same_text_as_positive"]),
         ("pairs judged by the teacher", report["teacher"]["judged"]),
-        ("candidates let through without a teacher label", report["teacher"]["without_label"]),
+        ("candidates kept without a teacher label", report["teacher"]["without_label"]),
     ):
         table.add_row(name, count)
     return table.to_markdown()
@@ -223,7 +223,7 @@ def _margins(audit: dict[str, Any]) -> Iterable[str]:
         ):
             table.add_row(margin, kept, dropped, "█" * round(_BAR * kept / most))
         yield (
-            f"## Margins: {name}\n\nMean score of the query's positives less that of the candidate; below 0 the "
+            f"## Margins: {name}\n\nMean score of the query's positives minus that of the candidate; below 0 the "
             f"{name} prefers the candidate.\n\n" + table.to_markdown()
         )
 
@@ -256,7 +256,7 @@ def _plain(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """On one line, cut, and with nothing in it that Markdown would read as its own."""
+    """The text on one line, truncated, with Markdown escaped."""
     text = " ".join(text.split())
     if len(text) > _MAX_CHARACTERS:
         text = text[: _MAX_CHARACTERS - 1] + "…"

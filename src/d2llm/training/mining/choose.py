@@ -1,6 +1,6 @@
-"""From lists to negatives: the order in which candidates are tried, what is dropped as a likely positive, the draws.
+"""Chooses negatives from lists: the order of the candidates, the filters for likely positives, and the sampling.
 
-What ``mine`` and mining anew during training share.
+Used by ``mine`` and by mining again during training (``remine``).
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ Sampling = Literal["uniform", "top", "rank_weighted"]
 
 @dataclass(frozen=True, slots=True)
 class NegativeCandidate:
-    """A passage that may become a hard negative, with its rank (from 0, positives left out) in each list it is in."""
+    """A passage that may become a hard negative, with its rank (from 0, without positives) in each list it is in."""
 
     passage_id: str
     ranks: Mapping[str, int]
 
     @property
     def best_rank(self) -> int:
-        """The better rank where two lists have it."""
+        """Its best rank in any list."""
         return min(self.ranks.values())
 
     @property
     def sources(self) -> str:
-        """The lists it is in, as ``bm25+cosine``."""
+        """The names of the lists it is in, such as ``bm25+cosine``."""
         return "+".join(self.ranks)
 
 
 def key_of(*parts: object) -> bytes:
-    """A hash of the parts, the same in every process."""
+    """A hash of the parts that is the same in every process."""
     return hashlib.sha256(":".join(map(str, parts)).encode()).digest()
 
 
 def random_of(*parts: object) -> random.Random:
-    """Random numbers that depend on the parts alone."""
+    """A random generator that depends only on the parts."""
     return random.Random(key_of(*parts))
 
 
@@ -69,18 +69,18 @@ def order_candidates(
     """All candidates of a query in the order in which they are tried; hard negatives are the first that pass.
 
     Args:
-        ranked: list by its source, best first, cut at the range's end.
-        forbidden: what is no negative: positives and the same texts.
-        first_rank: how many others of each list are left out at its top.
-        sampling: ``uniform``: a random order; ``top``: by the better rank, then by id; ``rank_weighted``: drawn one
-            after the other without putting back, with chances in proportion to 1 / (rank + 1).
-        rng: of the draw; the order of the sources does not matter to it.
+        ranked: source -> its list, best first, cut at the end of the range.
+        forbidden: passages that are not negatives: positives, and passages with the same text.
+        first_rank: source -> number of passages to skip at the top of its list, not counting forbidden ones.
+        sampling: ``uniform``: a random order; ``top``: by the better rank, then by id; ``rank_weighted``: sampled
+            without replacement, with probabilities proportional to 1 / (rank + 1).
+        rng: the random generator; the result does not depend on the order of the sources.
     """
     ranks: dict[str, dict[str, int]] = {}
     skipped: set[str] = set()
     for source, passage_ids in ranked.items():
         allowed = [passage_id for passage_id in passage_ids if passage_id not in forbidden]
-        # What either list puts first, another list's lower place does not make a surer negative.
+        # A passage skipped at the top of one list is skipped altogether, whatever its rank in another list.
         skipped.update(allowed[: first_rank[source]])
         for rank, passage_id in enumerate(allowed):
             ranks.setdefault(passage_id, {})[source] = rank
@@ -95,8 +95,8 @@ def order_candidates(
 
 
 def draw_easy(corpus: Sequence[str], forbidden: Collection[str], num_easy: int, rng: random.Random) -> list[str]:
-    """``num_easy`` of the corpus (ids in order), in random order."""
-    # So many are drawn that enough remain even if every forbidden passage is among them.
+    """``num_easy`` random passages of the corpus (sorted ids), in random order."""
+    # Draw enough that ``num_easy`` remain even if every forbidden passage is among them.
     drawn = rng.sample(range(len(corpus)), min(len(corpus), num_easy + len(forbidden)))
     return [corpus[row] for row in drawn if corpus[row] not in forbidden][:num_easy]
 
@@ -107,7 +107,7 @@ REASONS: tuple[Reason, ...] = ("near_duplicate", "relative_margin", "teacher_mar
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A candidate that is no negative: ``value`` (likeness, score, log-odds) is above ``limit``."""
+    """A candidate dropped as a likely positive: ``value`` (likeness, score or log-odds) is above ``limit``."""
 
     candidate: NegativeCandidate
     reason: Reason
@@ -117,22 +117,22 @@ class Dropped:
 
 @dataclass
 class Selection:
-    """One query's candidates in the order in which they are tried, and what became of them."""
+    """One query's candidates in the order in which they are tried, and those kept and dropped."""
 
     query: Query
     positives: tuple[str, ...]
     candidates: Sequence[NegativeCandidate]
     judged_negative: Collection[str]
-    """What the data set itself says is not relevant: no check drops it."""
+    """Passages that the data set itself judges not relevant; no check drops them."""
     place: int
-    """Of the query among those that are mined."""
+    """Position of the query among those that are mined."""
     num_tried: int = 0
     kept: list[NegativeCandidate] = field(default_factory=list[NegativeCandidate])
     dropped: list[Dropped] = field(default_factory=list[Dropped])
 
 
 Check = Callable[[Selection, NegativeCandidate], Dropped | None]
-"""Says why a candidate is no negative, or None."""
+"""Returns why a candidate is dropped, or None."""
 
 
 def select(
@@ -140,12 +140,12 @@ def select(
 ) -> None:
     """Try the candidates of some queries until each has ``num_hard`` negatives or no candidate is left.
 
-    Each round proposes as many candidates as are still wanted, so that the teacher judges many pairs at once, and few
+    Each round proposes as many candidates as are still missing, so that the teacher judges many pairs at once, and few
     that are not needed.
     """
-    waiting = list(selections)
-    while waiting:
-        proposed = [(item, _propose(item, num_hard - len(item.kept), checks)) for item in waiting]
+    unfinished = list(selections)
+    while unfinished:
+        proposed = [(item, _propose(item, num_hard - len(item.kept), checks)) for item in unfinished]
         if teacher is not None:
             teacher.judge(
                 [
@@ -161,26 +161,28 @@ def select(
                     item.kept.append(candidate)
                 else:
                     item.dropped.append(drop)
-        waiting = [item for item in waiting if len(item.kept) < num_hard and item.num_tried < len(item.candidates)]
+        unfinished = [
+            item for item in unfinished if len(item.kept) < num_hard and item.num_tried < len(item.candidates)
+        ]
 
 
 def near_duplicate_check(passages: Mapping[str, Passage], threshold: float) -> Check:
-    """Texts alike a positive's by more than ``threshold``; see ``likeness``."""
-    of_positives: dict[str, list[frozenset[str]]] = {}
+    """A check that drops candidates whose likeness to a positive's text is above ``threshold`` (see ``likeness``)."""
+    positive_shingles: dict[str, list[frozenset[str]]] = {}
 
     def check(item: Selection, candidate: NegativeCandidate) -> Dropped | None:
-        if item.query.id not in of_positives:
-            of_positives.clear()  # queries come one after the other
-            of_positives[item.query.id] = [shingles(passages[passage_id].text) for passage_id in item.positives]
+        if item.query.id not in positive_shingles:
+            positive_shingles.clear()  # queries are checked one after another
+            positive_shingles[item.query.id] = [shingles(passages[passage_id].text) for passage_id in item.positives]
         own = shingles(passages[candidate.passage_id].text)
-        value = max(likeness(own, other) for other in of_positives[item.query.id])
+        value = max(likeness(own, other) for other in positive_shingles[item.query.id])
         return Dropped(candidate, "near_duplicate", value, threshold) if value > threshold else None
 
     return check
 
 
 def relative_margin_check(ranking: EncoderRanking, margin: float) -> Check:
-    """Scores above mean - margin |mean|, where mean is of the positives' scores."""
+    """A check that drops candidates with a score above mean - margin * |mean|, the mean being over the positives."""
     limits: dict[str, float] = {}
 
     def check(item: Selection, candidate: NegativeCandidate) -> Dropped | None:
@@ -195,9 +197,9 @@ def relative_margin_check(ranking: EncoderRanking, margin: float) -> Check:
     return check
 
 
-def _propose(item: Selection, num_wanted: int, checks: Sequence[Check]) -> list[NegativeCandidate]:
+def _propose(item: Selection, num_missing: int, checks: Sequence[Check]) -> list[NegativeCandidate]:
     proposed: list[NegativeCandidate] = []
-    while len(proposed) < num_wanted and item.num_tried < len(item.candidates):
+    while len(proposed) < num_missing and item.num_tried < len(item.candidates):
         candidate = item.candidates[item.num_tried]
         item.num_tried += 1
         trusted = candidate.passage_id in item.judged_negative
@@ -217,12 +219,12 @@ def _teacher_drop(teacher: TeacherCheck, item: Selection, candidate: NegativeCan
     return Dropped(candidate, "teacher_margin", value, limit)
 
 
-_QUERIES_AT_ONCE = 32  # whose candidates the teacher judges together
+_QUERIES_AT_ONCE = 32  # number of queries whose candidates the teacher judges together
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """Each source's list of each query, how many at its top are left out, and who made the encoder's list."""
+    """The lists of each source, the number of passages skipped at their top, and the encoder of the encoder's list."""
 
     lists: Mapping[str, Lists]
     first_rank: Mapping[str, int]
@@ -237,8 +239,8 @@ class DatasetJudgements:
         self._same_text = same_text
         self._relevant: dict[str, set[str]] = {}
         self._refused: dict[str, set[str]] = {}
-        for of_split in dataset.qrels.values():
-            for query_id, grades in of_split.items():
+        for qrels in dataset.qrels.values():
+            for query_id, grades in qrels.items():
                 for passage_id, grade in grades.items():
                     if passage_id not in dataset.passages:
                         continue
@@ -250,11 +252,11 @@ class DatasetJudgements:
         return self._relevant.get(query_id, set()) | set(positives)
 
     def repeats(self, query_id: str, positives: Sequence[str]) -> set[str]:
-        """Other passages with the text of one of those."""
+        """Other passages with the same text as a relevant one."""
         return self._same_text.as_any_of(self.relevant(query_id, positives))
 
     def negative(self, query_id: str) -> set[str]:
-        """What is judged not relevant."""
+        """Passages that the data set judges not relevant."""
         return self._refused.get(query_id, set()) - self._relevant.get(query_id, set())
 
 
@@ -271,19 +273,19 @@ def choose(
     teacher: TeacherCheck | None,
     audit: Audit,
 ) -> Iterator[Selection]:
-    """The hard negatives of each query, one query after the other, in their order.
+    """Yield the hard negatives of each query, in the order of the queries.
 
     Args:
         dataset: passages and judgements.
-        queries: in the order of the lists.
-        positives: of each query.
-        forbidden: query id -> what is no candidate.
-        judged: what the data set says.
-        ranked: the lists.
-        config: how many to draw, how, and what to drop.
+        queries: the queries, in the order of the lists.
+        positives: query_id -> its positives.
+        forbidden: query_id -> passages that are not candidates.
+        judged: the data set's own judgements.
+        ranked: the candidate lists.
+        config: number of negatives, sampling and filters.
         seeds: the draw of a query depends on these and its id.
-        teacher: for the teacher's margin.
-        audit: told of every query.
+        teacher: judges candidates for the teacher's margin.
+        audit: records every query.
     """
     checks = _checks(dataset, ranked, config)
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -315,12 +317,12 @@ def choose(
 
 @contextmanager
 def work_folder(work: Path | None) -> Generator[Path]:
-    """A folder for the files of a run: the given one, made if missing, or one that is deleted at the end."""
+    """A folder for working files: ``work``, created if missing, or else a temporary folder."""
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
         yield work
         return
-    # On Windows a file that is still mapped cannot be deleted; the system's own cleaning takes it later.
+    # On Windows a file that is still mapped cannot be deleted; it is left to the system's clean-up.
     with tempfile.TemporaryDirectory(prefix="d2llm-mine-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -331,13 +333,13 @@ def _checks(dataset: Dataset, ranked: Ranked, config: MiningConfig) -> list[Chec
         checks.append(near_duplicate_check(dataset.passages, config.near_duplicate))
     if config.relative_margin is not None:
         if ranked.encoder is None:
-            raise InputError("mining has a relative_margin, but no encoder ranks; add 'encoder' to mining.sources")
+            raise InputError("mining.relative_margin needs an encoder's scores; add 'encoder' to mining.sources")
         checks.append(relative_margin_check(ranked.encoder, config.relative_margin))
     return checks
 
 
 def _scores(item: Selection, ranked: Ranked, teacher: TeacherCheck | None) -> dict[str, dict[str, float]]:
-    """Scores by encoder and teacher, of the positives and of what was kept or dropped."""
+    """The scores by encoder and teacher of the positives, and of the kept and dropped candidates."""
     negatives = [c.passage_id for c in item.kept] + [drop.candidate.passage_id for drop in item.dropped]
     ids = [*item.positives, *negatives]
     scores: dict[str, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""The verb ``mine``: which passages each training query learns from (method: negatives)."""
+"""The verb ``mine``: chooses the hard and easy negatives of each training query."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from d2llm.training.mining.teacher import TeacherCheck
 _log = logging.getLogger(__name__)
 _NUM_SHOWN = 5
 _NUM_EXAMPLES = 3
-_NUM_QUERIES_SHOWN = 20  # with their texts, in the audit
+_NUM_QUERIES_SHOWN = 20  # queries shown with their texts in the audit
 
 
 @dataclass(frozen=True)
 class MiningResult:
-    """The plan's entries, in the order of the qrels file, a report of counts and seconds, and the audit's content."""
+    """The plan's entries in the order of the qrels file, a report of counts and seconds, and the audit's content."""
 
     entries: list[PlanEntry]
     report: dict[str, Any]
@@ -40,7 +40,7 @@ class MiningResult:
 
 @dataclass
 class _Tally:
-    """What happened, counted."""
+    """Counts for the report."""
 
     left_out: dict[str, list[str]] = field(
         default_factory=lambda: {"without_positives": [], "shared_positive": [], "not_sampled": []}
@@ -68,36 +68,37 @@ def mine(
 ) -> MiningResult:
     """Choose hard and easy negatives for the queries of a split.
 
-    Candidates of hard negatives are the union of ranges of two lists, BM25's and the encoder's, without the query's
-    positives (of any split) and passages of the same text as one. They are tried in an order that ``config.sampling``
-    says; what looks like a positive is dropped (``config.near_duplicate``, ``relative_margin``, ``teacher_margin``)
-    unless the data set itself judges it not relevant, and the first ``num_hard`` that pass are taken. Easy negatives
-    are drawn from the rest of the corpus. A query's draw depends on the seed, its id and the corpus, not on the order
-    of files or on which other queries are mined.
+    Candidates for hard negatives are the union of ranges of two lists, BM25's and the encoder's, without the query's
+    positives (in any split) and passages with the same text as a positive. They are tried in the order given by
+    ``config.sampling``. Likely positives are dropped (``config.near_duplicate``, ``relative_margin``,
+    ``teacher_margin``), unless the data set itself judges them not relevant, and the first ``num_hard`` that pass are
+    used. Easy negatives are drawn from the rest of the corpus. A query's draw depends on the seed, its id and the
+    corpus, not on the order of files or on which other queries are mined.
 
     Args:
         dataset: passages, queries and judgements.
         split: the split to train on.
         config: numbers of negatives, ranges, sampling and filters.
-        encoder: ranks by its cosine; without it and ``student``, BM25 is alone.
-        student: ranks by its full score in place of ``encoder``.
-        teacher: for ``config.teacher_margin``.
-        task: which branch of the student's interaction.
+        encoder: ranks by its cosine; without it and ``student``, only BM25 is used.
+        student: ranks by its full score, instead of ``encoder``.
+        teacher: judges candidates for ``config.teacher_margin``.
+        task: the task, which decides the branch of the student's interaction.
         seed: seed of the draws and of the sample of queries.
         max_queries: mine a random sample of this many queries (a larger sample contains a smaller one).
-        exclude_passages_of: queries that share a positive with a query of these splits are left out, so that dev and
-            test passages have never been positives in training. The passages stay available as negatives.
-        work: a folder that keeps the passages' vectors, so that a run that was interrupted, or another draw, need not
-            encode again; by default a temporary one.
+        exclude_passages_of: leave out queries that share a positive with a query of these splits, so that dev and test
+            passages have never been positives in training. The passages are still used as negatives.
+        work: a folder that keeps the passages' vectors, so that an interrupted run, or another draw, need not encode
+            them again; by default a temporary one.
         show_progress: None shows progress if standard error is a terminal.
 
     Raises:
-        InputError: no query is left to mine, no list to mine from, or a teacher's margin without a teacher.
-        ModelError: the encoder gave vectors, or the teacher log-odds, that are not finite.
+        InputError: there is no query to mine for or no list to mine from, or a teacher's margin is set without a
+            teacher.
+        ModelError: some of the encoder's vectors or the teacher's log-odds are not finite.
     """
     start = time.perf_counter()
     if config.teacher_margin is not None and teacher is None:
-        raise InputError("mining has a teacher_margin, but no teacher was given; leave the margin out or give one")
+        raise InputError("mining.teacher_margin is set, but no teacher was given; remove the margin or give a teacher")
     tally = _Tally()
     positives = _eligible(dataset, split, exclude_passages_of, tally)
     if max_queries is not None and len(positives) > max_queries:
@@ -127,10 +128,10 @@ def mine(
         judged = DatasetJudgements(dataset, SameText(dataset))
         entries: list[PlanEntry] = []
         forbidden: dict[str, set[str]] = {}
-        for query_id, of_query in positives.items():
-            repeats = judged.repeats(query_id, of_query)
+        for query_id, query_positives in positives.items():
+            repeats = judged.repeats(query_id, query_positives)
             tally.same_text += len(repeats)
-            forbidden[query_id] = judged.relevant(query_id, of_query) | repeats
+            forbidden[query_id] = judged.relevant(query_id, query_positives) | repeats
         selections = choose(
             dataset,
             queries,
@@ -155,7 +156,7 @@ def mine(
                 entries.append(PlanEntry(query_id, item.positives, hard, tuple(easy)))
                 advance(1)
         tally.seconds["choosing"] = time.perf_counter() - begin
-        del ranked, selections  # and with them the map of the vectors, before their folder goes
+        del ranked, selections  # closes the memory map of the vectors before their folder is deleted
     tally.seconds["total"] = time.perf_counter() - start
     return MiningResult(entries, _report(dataset, split, entries, tally, audit, teacher), audit.to_json())
 
@@ -174,11 +175,11 @@ def _rank(
     tally: _Tally,
     show: bool | None,
 ) -> Ranked:
-    """The lists, cut at the end of their ranges."""
+    """Make the lists, cut at the end of their ranges."""
     lists: dict[str, Lists] = {}
     first_rank: dict[str, int] = {}
     encoder: EncoderRanking | None = None
-    # One after the other: BM25's index is gone when the vectors are made.
+    # One after the other, so that BM25's index is freed before the vectors are computed.
     if "bm25" in config.sources:
         begin = time.perf_counter()
         first_rank["bm25"], depth = config.range_min, config.range_max
@@ -194,18 +195,22 @@ def _rank(
         lists[name] = encoder.lists(depth)
         tally.seconds[name] = time.perf_counter() - begin
     if not lists:
-        raise InputError("there is no list to mine from: mining.sources names the encoder alone, and none was given")
+        raise InputError("there is no list to mine from: mining.sources has only the encoder, but none was given")
     return Ranked(lists, first_rank, encoder, name)
 
 
 def _eligible(
     dataset: Dataset, split: str, exclude_passages_of: Sequence[str], tally: _Tally
 ) -> dict[str, tuple[str, ...]]:
-    """Positives of the queries of ``split`` that can be trained on."""
+    """The positives of the queries of ``split`` that can be trained on."""
     others = [other for other in exclude_passages_of if other != split]
     unread = [other for other in others if other not in dataset.qrels]
     if unread:
-        _log.warning("%s: positives of %s are not kept apart: not read", dataset.name, ", ".join(unread))
+        _log.warning(
+            "%s: queries that share positives with %s are not left out, because these splits were not read",
+            dataset.name,
+            ", ".join(unread),
+        )
     reserved = {
         passage_id
         for other in others
@@ -223,7 +228,7 @@ def _eligible(
             eligible[query_id] = positives
     if not eligible:
         raise InputError(
-            f"{dataset.path}: no query of split '{split}' is left to mine: {len(dataset.qrels[split])} in qrels, "
+            f"{dataset.path}: there is no query to mine for in split '{split}': {len(dataset.qrels[split])} in qrels, "
             f"{len(tally.left_out['without_positives'])} without a positive in the corpus, "
             f"{len(tally.left_out['shared_positive'])} sharing a positive with {' or '.join(others) or 'none'} "
             "(allow that with exclude_passages_of=(), in a recipe with exclude_shared_passages = false)"

@@ -1,4 +1,4 @@
-"""The steps of a run from data sets to training plans: mine, and filter with the tuned teacher."""
+"""The steps of a run that make training plans: mine, and filter with the tuned teacher."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _SPLIT = "train"
 def mine_plans(
     run: Run, *, again: bool = False, student: str | None = None, before_tuning: bool = False
 ) -> dict[str, dict[str, Any] | Skipped]:
-    """Make the plan of each data set; its counts by the data set's name.
+    """Make the plan of each data set; returns its counts by the data set's name.
 
     Args:
-        run: recipe and folder.
-        again: make also those that are there; what was filtered of them before is put aside.
-        student: ranks in place of the recipe's.
-        before_tuning: leave the teacher's margin to ``filter_plans`` where the recipe has the teacher tuned first.
+        run: the run, with recipe and folder.
+        again: repeat finished plans too; their filtered versions are put aside.
+        student: folder or name of a student to rank with, instead of the recipe's.
+        before_tuning: if the recipe tunes the teacher first, leave the teacher's margin to ``filter_plans``.
     """
     mining = run.recipe.mining
     if student is not None:
@@ -54,37 +54,37 @@ def mine_plans(
         filters_later = True
         if again or not all(is_finished(run.parts.plan(data)) for data in run.recipe.data):
             _remarks.info(
-                "mine: without the teacher's margin, as its head is new: tune-teacher, and then mine with --again, "
-                "filters"
+                "mine: the teacher's margin is not used, because the teacher's new head is not tuned yet; to use it, "
+                "run tune-teacher, and then mine with --again"
             )
-    now = _without_margin(mining) if filters_later else mining
+    used = _without_margin(mining) if filters_later else mining
     reports: dict[str, dict[str, Any] | Skipped] = {}
     miners: _Miners | None = None
     for data in run.recipe.data:
         folder = run.parts.plan(data)
         if is_finished(folder) and not again:
-            reports[folder.name] = run.skip(f"mine: {folder} is finished; --again makes it anew")
+            reports[folder.name] = run.skip(f"mine: {folder} is finished; --again makes it again")
             _compare_settings(run, data, folder, mining, remedy="mine with --again")
             continue
-        miners = miners or _Miners.load(run, now)
-        reports[folder.name] = _mine_one(run, data, folder, now, miners, keeps_vectors=filters_later)
+        miners = miners or _Miners.load(run, used)
+        reports[folder.name] = _mine_one(run, data, folder, used, miners, keeps_vectors=filters_later)
     return reports
 
 
 def filter_plans(run: Run, closed: Collection[str]) -> dict[str, dict[str, Any] | Skipped] | Skipped:
-    """Mine again with the margin of the tuned teacher, which exists only now; counts by the data set's name.
+    """Mine again with the margin of the teacher, which has been tuned by now; returns counts by the data set's name.
 
-    The plans that the teacher was tuned on stay. What it says goes to the run's labels.
+    The plans that the teacher was tuned on are kept. Its judgements are added to the run's labels.
 
     Args:
-        run: recipe and folder.
-        closed: data sets that the teacher may not teach; what it says of their negatives does not count either.
+        run: the run, with recipe and folder.
+        closed: data sets whose labels from the teacher are not used; their negatives are not filtered either.
     """
     mining = run.recipe.mining
     if mining.teacher_margin is None:
         return run.skip("filter: the recipe has no teacher's margin (mining.teacher_margin)")
     if not run.recipe.filters_with_tuned_teacher:
-        return run.skip("filter: mine has filtered already, as no teacher is tuned or stored labels alone count")
+        return run.skip("filter: mine has filtered already, because no teacher is tuned")
     reports: dict[str, dict[str, Any] | Skipped] = {}
     miners: _Miners | None = None
     teacher = identify_judge(run.teacher).fingerprint
@@ -93,14 +93,14 @@ def filter_plans(run: Run, closed: Collection[str]) -> dict[str, dict[str, Any] 
         name = folder.name
         source = open_source(data.path, splits=["dev"])
         if isinstance(source, PairSource):
-            reports[name] = run.skip(f"filter: {name}: labelled pairs, of which none is mined")
+            reports[name] = run.skip(f"filter: {name}: labelled pairs are not mined")
         elif source.name in closed:
             run.put_aside("filter", folder)
-            reports[name] = run.skip(f"filter: {name}: stays as it was mined, as its gate is closed")
+            reports[name] = run.skip(f"filter: {name}: the mined plan is used, because the gate is closed")
         elif manifest_of(mined).get("teacher") == teacher:
             reports[name] = run.skip(f"filter: {name}: {mined} was mined with this teacher's margin")
         elif is_finished(folder):
-            reports[name] = run.skip(f"filter: {name}: {folder} is finished; run with --again filter makes it anew")
+            reports[name] = run.skip(f"filter: {name}: {folder} is finished; run with --again filter makes it again")
             _compare_settings(run, data, folder, mining, remedy="run with --again filter", teacher=teacher)
         else:
             miners = miners or _Miners.load(run, mining)
@@ -119,7 +119,7 @@ def _without_margin(mining: MiningConfig) -> MiningConfig:
 
 @dataclass(frozen=True)
 class _Miners:
-    """The models that choose negatives: at most one of encoder and student, and the teacher of the margin."""
+    """The models for mining: at most one of encoder and student, and the teacher for the margin."""
 
     encoder: Student | None
     student: Student | None
@@ -188,7 +188,7 @@ def _mine_one(
 
 
 def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, pairs: PairDataset) -> dict[str, Any]:
-    """Labelled pairs need no search: the judged pairs are the plan."""
+    """Make the plan of a set of labelled pairs: the judged pairs, without a search."""
     training_set = read_pair_training_set(pairs)
     entries = plan_of_pairs(
         training_set, _SPLIT, num_easy=mining.num_easy, seed=run.recipe.seed, max_queries=data.max_queries
@@ -203,7 +203,7 @@ def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, 
     }
     content = {"dataset": pairs.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}
     write_plan(folder, entries, content)
-    _remarks.info(f"mine: {report['num_pairs']:,} labelled pairs of {pairs.name}, nothing to search, in {folder}")
+    _remarks.info(f"mine: {report['num_pairs']:,} labelled pairs of {pairs.name}, without a search, in {folder}")
     return report
 
 
@@ -219,7 +219,7 @@ def _teacher_check(
 
 
 def _settings(run: Run, data: DataConfig, mining: MiningConfig) -> dict[str, Any]:
-    """All of a recipe that shapes a plan."""
+    """The settings of a recipe that affect a plan."""
     return {
         "seed": run.recipe.seed,
         "mining": mining.model_dump(mode="json"),
@@ -232,12 +232,12 @@ def _settings(run: Run, data: DataConfig, mining: MiningConfig) -> dict[str, Any
 def _compare_settings(
     run: Run, data: DataConfig, folder: Path, mining: MiningConfig, *, remedy: str, teacher: str | None = None
 ) -> None:
-    """Warn of a plan that the settings, or ``teacher``, would make otherwise now."""
+    """Warn if a plan was made with other settings, or with another teacher than ``teacher``."""
     manifest = read_plan(folder).manifest
     made_with = manifest.get("settings")
     if made_with is None:
         return
-    # A plan of another version may know fewer settings, and some that are gone: what only one of both has says nothing.
+    # A plan written by another version may lack new settings or have removed ones, so compare only the common settings.
     before, now = made_with["mining"], mining.model_dump(mode="json")
     made_with = made_with | {"mining": now | {name: before[name] for name in before.keys() & now.keys()}}
     if teacher is None and before.get("teacher_margin") is None and run.recipe.filters_with_tuned_teacher:
@@ -247,7 +247,7 @@ def _compare_settings(
         changed.append("teacher")
     if changed:
         _log.warning(
-            "%s was made with other settings than the recipe's now (%s) and stays as it is; %s makes it anew",
+            "%s was made with settings that differ from the recipe (%s), and is kept; %s makes it again",
             folder,
             ", ".join(changed),
             remedy,

@@ -1,6 +1,6 @@
-"""The lists that hard negatives come from: BM25, and what an encoder or a student finds nearest.
+"""The lists that hard negatives come from: the top of BM25, and the nearest passages of an encoder or a student.
 
-Vectors of passages lie in a memory-mapped file: memory holds one block of texts, and an interrupted run goes on.
+Passage vectors are kept in a memory-mapped file: memory holds one block of texts, and an interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.store.bm25 import WordIndex, rank_passages
 
-_BLOCK_NUMBERS = 1 << 23  # inner products held at a time: 32 MB of float32
-_RESCORED = 4  # candidates by inner product for each place of a list by the full score
+_BLOCK_NUMBERS = 1 << 23  # inner products in memory at a time: 32 MB of float32
+_RESCORED = 4  # candidates by inner product per entry of a list by the full score
 _MIN_RESCORED = 200
 
 Lists = list[list[str]]
-"""For each query the ids of its passages, best first."""
+"""For each query, the ids of its passages, best first."""
 
 
 def bm25_lists(
@@ -42,9 +42,9 @@ def bm25_lists(
     *,
     title: str = "BM25",
 ) -> Lists:
-    """The best of BM25; passages that share no term with a query are left out. The index is dropped at the end.
+    """The top ``top_k`` passages of BM25 for each query, without passages that share no term with the query.
 
-    ``title`` is that of the progress bar, which counts passages and queries.
+    ``title`` is the title of the progress bar, which counts passages and queries.
     """
     lists: Lists = []
     with progress_bar(title, len(ids) + len(queries), show=show) as advance:
@@ -61,11 +61,11 @@ class EncoderRanking:
 
     Args:
         student: a student, or ``CosineStudent(encoder)`` for the cosine of an encoder.
-        passages: by id.
-        ids: those to rank, in ascending order.
-        queries: those that rank.
-        task: which branch of the student's interaction.
-        folder: where the file of vectors goes.
+        passages: the passages by id.
+        ids: ids of the passages to rank, in ascending order.
+        queries: the queries to rank them for.
+        task: the task, which decides the branch of the student's interaction.
+        folder: folder for the file of vectors.
         resumable: see ``encode_to_file``.
         show_progress: None shows progress if standard error is a terminal.
 
@@ -99,8 +99,8 @@ class EncoderRanking:
     def lists(self, top_k: int) -> Lists:
         """The ``top_k`` passages of each query by the full score, ties by id.
 
-        With an inner-product part (anchor) only the best by that are scored in full, four times ``top_k``, at
-        least 200; without one, of every passage.
+        If the score has an inner-product part (anchor), only the best four times ``top_k`` passages by that part, at
+        least 200, are scored in full; otherwise all passages are.
         """
         num_rescored = max(_RESCORED * top_k, _MIN_RESCORED)
         lists: Lists = []
@@ -112,7 +112,7 @@ class EncoderRanking:
         return lists
 
     def scores(self, query: int, passage_ids: Sequence[str]) -> NDArray[np.float32]:
-        """The full score [n] of passages for the query at this place."""
+        """The full scores [n] of passages for the query at position ``query``."""
         rows = [bisect_left(self._ids, passage_id) for passage_id in passage_ids]
         return self._student.score(self._queries[query], self._vectors[rows], self._task)
 
@@ -124,7 +124,7 @@ class EncoderRanking:
         if not self._student.has_anchor:
             return [np.arange(len(self._ids))] * len(self._queries)
         anchors = self._student.anchor_queries(self._queries, self._task)
-        # In the rows' order the vectors are read from the file in one direction.
+        # Sorted rows, so that the vectors are read from the file sequentially.
         return [np.sort(rows) for rows in nearest_rows(anchors, self._vectors, self._ids, top_k)]
 
 
@@ -136,14 +136,14 @@ def nearest_rows(
     *,
     block_numbers: int = _BLOCK_NUMBERS,
 ) -> list[NDArray[np.int64]]:
-    """Passages with the largest inner products, best first, equal ones by id; exact, in blocks of queries.
+    """The passages with the largest inner products, best first, ties by id; exact, in blocks of queries.
 
     Args:
         queries: [q, d].
         passages: [n, d].
-        ids: of the n passages.
-        top_k: how many per query; all n when there are fewer.
-        block_numbers: inner products held at a time; at least one query's n are.
+        ids: ids of the n passages.
+        top_k: number of passages per query; all n if there are fewer.
+        block_numbers: inner products in memory at a time; always at least the n of one query.
 
     Returns:
         q arrays of min(top_k, n) row numbers.
@@ -152,12 +152,12 @@ def nearest_rows(
     rows: list[NDArray[np.int64]] = []
     for start in range(0, len(queries), num_queries):
         scores = queries[start : start + num_queries] @ passages.T
-        rows += [top_rows(of_query, top_k, partial(ids_at, ids)) for of_query in scores]
+        rows += [top_rows(query_scores, top_k, partial(ids_at, ids)) for query_scores in scores]
     return rows
 
 
 BLOCK_PASSAGES = 2_048
-"""Passages encoded at a time: what an interruption can cost at most."""
+"""Number of passages encoded at a time, and the most that an interruption can lose."""
 
 
 def encode_to_file(
@@ -169,15 +169,15 @@ def encode_to_file(
     resumable: bool = True,
     show_progress: bool | None = None,
 ) -> NDArray[np.float32]:
-    """Encode passages into a file in ``folder``, going on where an earlier run stopped.
+    """Encode passages into a file in ``folder``, continuing where an earlier run stopped.
 
     Args:
-        encoder: gives the vectors.
-        passages: by id.
-        ids: which of them, in the rows' order.
-        folder: an existing one. The file's name holds a fingerprint of encoder and texts, so that vectors of another
-            encoder or corpus are never taken for these.
-        resumable: False spares that fingerprint, for a folder that is deleted anyway.
+        encoder: the encoder.
+        passages: the passages by id.
+        ids: ids of the passages to encode, in the order of the rows.
+        folder: an existing folder. The file's name contains a fingerprint of encoder and texts, so that vectors of
+            another encoder or corpus are never used by mistake.
+        resumable: False skips computing the fingerprint, for a folder that is deleted anyway.
         show_progress: None shows progress if standard error is a terminal.
 
     Returns:
@@ -205,26 +205,27 @@ def encode_to_file(
             if resumable:
                 write_json(state, {"rows": start + len(block)})
     del target
-    # "c" (copy on write) never changes the file and spares torch's warning about arrays it must not write to.
+    # "c" (copy on write) never changes the file, and avoids torch's warning about read-only arrays.
     return np.load(path, mmap_mode="c")
 
 
 def finite(vectors: NDArray[np.float32], kind: str, ids: Sequence[str]) -> NDArray[np.float32]:
-    """The vectors [n, dim] themselves.
+    """Check that the vectors [n, dim] are finite, and return them.
 
     Raises:
-        ModelError: one is not finite; the first is named by its id.
+        ModelError: some are not finite; the message names the id of the first.
     """
-    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(wrong):
+    not_finite = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(not_finite):
+        first = ids[not_finite[0]]
         raise ModelError(
-            f"{len(wrong)} {kind} vectors are not finite, the first is that of '{ids[wrong[0]]}'; check the encoder"
+            f"{len(not_finite)} {kind} vectors are not finite, the first is that of '{first}'; check the encoder"
         )
     return vectors
 
 
 class PassageSequence(Sequence[Passage]):
-    """Passages by place, fetched one by one: for readers that go through them once and must not hold them all."""
+    """Passages by position, fetched one by one: for readers that iterate once and must not hold all in memory."""
 
     def __init__(self, passages: Mapping[str, Passage], ids: Sequence[str]) -> None:
         self._passages = passages

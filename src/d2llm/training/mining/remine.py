@@ -1,4 +1,4 @@
-"""Mining again during training: the student's own ranking says which negatives are hard now."""
+"""Mines again during training, with the student's current ranking as the source of hard negatives."""
 
 from __future__ import annotations
 
@@ -34,37 +34,38 @@ def remine(
     folder: Path | None = None,
     show_progress: bool | None = None,
 ) -> TrainingSource:
-    """Draw the hard negatives of a plan anew, from the student's ranking of the corpus.
+    """Draw new hard negatives for a plan, from the student's ranking of the corpus.
 
-    Queries, positives and their order stay. Hard negatives are drawn from the encoder's range of the student's list
-    with the plan's sampling and filters; a query with too few is filled up with its earlier ones. Easy negatives stay,
-    but for one that is a hard negative now. The draw of a query depends on the seed, the epoch, its id, the corpus and
-    the student alone.
+    Queries, positives and their order do not change. Hard negatives are drawn from the configured range of the
+    student's list with the given sampling and filters; if there are too few for a query, its earlier ones are used too.
+    Easy negatives are kept, except those that are hard negatives now. The draw of a query depends only on the seed, the
+    epoch, its id, the corpus and the student.
 
     Args:
-        source: the data set with its plan; one of labelled pairs is given back as it is, since its pairs are the plan.
-        student: ranks by its full score; training may go on with it afterwards.
-        config: numbers, the encoder's range, sampling and filters.
+        source: the data set with its plan; labelled pairs are returned unchanged, because the pairs are the plan.
+        student: ranks by its full score; its training may continue afterwards.
+        config: number of negatives, ranks, sampling and filters.
         seed: seed of the draws.
-        epoch: of the draws.
-        labels: what the teacher said, for ``teacher_margin`` (stored labels alone) and ``only_labelled``.
-        only_labelled: draw from the query's labelled passages alone, so that every negative has its label and only
-            labelled passages are encoded. Without, new negatives have none until ``label`` makes them.
-        same_text: that of the data set, if there is one already.
-        folder: for the file of the passages' vectors; by default the system's folder for temporary files.
+        epoch: the epoch, which changes the draws.
+        labels: the teacher's labels, for ``teacher_margin`` (only stored labels are used) and ``only_labelled``.
+        only_labelled: draw only from the query's labelled passages, so that every negative has a label and only
+            labelled passages are encoded. Otherwise, new negatives have no labels until ``label`` is run.
+        same_text: the index of equal texts in the data set, if there is one already.
+        folder: folder for the passages' vectors; by default a temporary one.
         show_progress: None shows progress if standard error is a terminal.
 
     Returns:
-        The source with another plan; its manifest names seed, epoch and how many hard negatives are new ("remined").
+        The source with a new plan; its manifest has the seed, the epoch and the number of new hard negatives under
+        "remined".
 
     Raises:
-        InputError: ``only_labelled`` or a teacher's margin without ``labels``.
-        ModelError: the student gave a vector that is not finite.
+        InputError: ``only_labelled`` or a teacher's margin is set, but ``labels`` is not given.
+        ModelError: one of the student's vectors is not finite.
     """
     if source.pairs is not None:
         return source
     if labels is None and (only_labelled or config.teacher_margin is not None):
-        raise InputError("mining anew from labelled passages, or with a teacher's margin, needs the label store")
+        raise InputError("mining again from labelled passages, or with a teacher's margin, needs the label store")
     dataset, entries = source.dataset, source.plan.entries
     queries = [dataset.queries[entry.query_id] for entry in entries]
     labelled = [sorted(labels.log_odds(entry.query_id)) for entry in entries] if labels and only_labelled else None
@@ -104,7 +105,7 @@ def remine(
             audit=Audit(dataset.passages, ["student"], frozenset()),
         )
         renewed = [_renew(entry, item, config.num_hard) for entry, item in zip(entries, selections, strict=True)]
-        del ranking, selections  # and with them the map of the vectors, before their folder goes
+        del ranking, selections  # closes the memory map of the vectors before their folder is deleted
     num_new = sum(
         len(set(new.hard_negatives) - set(old.hard_negatives)) for new, old in zip(renewed, entries, strict=True)
     )
@@ -113,8 +114,8 @@ def remine(
 
 def _renew(entry: PlanEntry, item: Selection, num_hard: int) -> PlanEntry:
     hard = tuple(candidate.passage_id for candidate in item.kept)
-    not_again = {*hard, *(drop.candidate.passage_id for drop in item.dropped)}
-    earlier = [passage_id for passage_id in entry.hard_negatives if passage_id not in not_again]
+    excluded = {*hard, *(drop.candidate.passage_id for drop in item.dropped)}
+    earlier = [passage_id for passage_id in entry.hard_negatives if passage_id not in excluded]
     hard += tuple(earlier[: max(0, num_hard - len(hard))])
     easy = tuple(passage_id for passage_id in entry.easy_negatives if passage_id not in hard)
     return PlanEntry(entry.query_id, entry.positives, hard, easy)
@@ -129,15 +130,15 @@ def _with_plan(source: TrainingSource, entries: Sequence[PlanEntry], remined: di
 
 
 def _union(labelled: Sequence[Sequence[str]], entries: Sequence[PlanEntry]) -> list[str]:
-    """All labelled passages, and the positives, whose scores the filters ask for."""
-    of_queries = (passage_id for of_query in labelled for passage_id in of_query)
-    return sorted({*of_queries, *(passage_id for entry in entries for passage_id in entry.positives)})
+    """All labelled passages, and the positives, whose scores the filters need."""
+    labelled_ids = (passage_id for query_labels in labelled for passage_id in query_labels)
+    return sorted({*labelled_ids, *(passage_id for entry in entries for passage_id in entry.positives)})
 
 
 def _lists_of(ranking: EncoderRanking, labelled: Sequence[Sequence[str]], top_k: int) -> Lists:
-    """Each query's own passages, best first, ties by id."""
+    """Rank each query's labelled passages, best first, ties by id."""
     lists: Lists = []
     for place, ids in enumerate(labelled):
-        order = np.argsort(-ranking.scores(place, ids), kind="stable").tolist() if ids else []  # ids are in order
+        order = np.argsort(-ranking.scores(place, ids), kind="stable").tolist() if ids else []  # ids are sorted
         lists.append([ids[int(row)] for row in order[:top_k]])
     return lists

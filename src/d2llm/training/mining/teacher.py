@@ -1,4 +1,4 @@
-"""The teacher's log-odds of candidates: labels from the store, and new ones that are added to it."""
+"""The teacher's log-odds of candidates, from the label store or judged now and added to it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class TeacherCheck:
     """Log-odds of candidates and positives, for the teacher's margin.
 
     Attributes:
-        labels: the store of this teacher and prompt; what is there is not judged again, what is judged goes there.
-        counts: of the pairs judged now.
+        labels: the store of this teacher and prompt; pairs in it are not judged again, and new labels are added to it.
+        counts: counts of the pairs judged now.
     """
 
     def __init__(
         self, labels: LabelStore, judge: Judge | None, task: Task, margin: float, passages: Mapping[str, Passage]
     ) -> None:
-        """Begin with the labels that there are.
+        """Begin with the stored labels.
 
         Args:
             labels: the store.
-            judge: the teacher; None means the stored labels alone.
-            task: which question to ask.
-            margin: a candidate above (mean log-odds of the positives - margin) is no negative.
-            passages: by id.
+            judge: the teacher; None uses only stored labels.
+            task: the task, which decides the prompt.
+            margin: a candidate with log-odds above (mean of the positives - margin) is not a negative.
+            passages: the passages by id.
         """
         self.labels = labels
         self.counts = JudgingCounts()
@@ -42,7 +42,7 @@ class TeacherCheck:
         self._features: dict[tuple[str, str], Float32[np.ndarray, " dim"]] = {}
 
     def judge(self, candidates: Sequence[tuple[Query, Sequence[str]]]) -> None:
-        """Let the teacher judge those passages of queries that have no label yet, all in one call."""
+        """Let the teacher judge the passages that have no label yet, all in one call."""
         if self._judge is None:
             return
         pairs = [
@@ -62,24 +62,24 @@ class TeacherCheck:
         self.counts.add(judgements)
 
     def log_odds(self, query_id: str, passage_id: str) -> float | None:
-        """The teacher's log-odds; None where there is no label."""
+        """The teacher's log-odds; None if there is no label."""
         new = self._new_log_odds.get(query_id, {}).get(passage_id)
         return new if new is not None else self.labels.log_odds(query_id).get(passage_id)
 
     def limit(self, query_id: str, positives: Sequence[str]) -> float | None:
-        """Above this a candidate is no negative; None where no positive has a label.
+        """The highest log-odds of a negative; None if no positive has a label.
 
-        The mean over the positives: with their minimum one wrong positive would drop every good negative, with their
-        maximum an outstanding one would let through what is as relevant as the others.
+        The limit is relative to the mean over the positives. With the minimum, one wrong positive would drop every good
+        negative; with the maximum, one very relevant positive would let through passages as relevant as the others.
         """
         values = [value for passage_id in positives if (value := self.log_odds(query_id, passage_id)) is not None]
         return float(np.mean(values)) - self._margin if values else None
 
     def keep(self, query_id: str, listed: Sequence[str]) -> None:
-        """Put what was judged of a finished query into the store, with the Gram matrix of ``listed`` if possible.
+        """Add the labels of a finished query to the store, with the Gram matrix of ``listed`` if possible.
 
-        ``listed`` are its positives and hard negatives, as ``label`` would list them: with their matrix here, it has
-        only the easy negatives left to judge.
+        ``listed`` are its positives and hard negatives, in the order of ``label``. If their matrix is stored, ``label``
+        only has to judge the easy negatives.
         """
         new = self._new_log_odds.pop(query_id, {})
         features = {passage_id: self._features.pop((query_id, passage_id), None) for passage_id in new}
@@ -92,5 +92,5 @@ class TeacherCheck:
         self._writer.add([QueryLabels(query_id, ids, values, gram)])
 
     def write(self) -> None:
-        """Write what is not yet in the store; raises what ``LabelWriter.write`` raises."""
+        """Write the labels that are not in the store yet; raises the same errors as ``LabelWriter.write``."""
         self._writer.write()
