@@ -185,6 +185,13 @@ class TestMachine:
     def test_openmp_libraries_of_this_process_are_found(self):
         assert all(family in ("gomp", "iomp5", "omp") and path.startswith("/") for family, path in openmp_runtimes())
 
+    def test_allocator(self, monkeypatch):
+        monkeypatch.setattr(doctor_machine.platform, "libc_ver", lambda: ("glibc", "2.36"))
+        monkeypatch.setattr(doctor_machine, "_loaded_files", lambda: {"/usr/lib/libc.so.6"})
+        assert "LD_PRELOAD" in machine("allocator", "cpu").advice
+        monkeypatch.setattr(doctor_machine, "_loaded_files", lambda: {"/usr/lib/libtcmalloc_minimal.so.4.5.10"})
+        assert (machine("allocator", "cpu").level, machine("allocator", "cpu").found) == ("ok", "tcmalloc")
+
     def test_little_memory(self, monkeypatch):
         monkeypatch.setattr(doctor_machine, "available_memory", lambda: 1 << 29)
         assert machine("memory", "cpu").level == "note"

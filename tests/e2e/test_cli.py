@@ -122,14 +122,14 @@ class TestDistil:
         recipe.write_text((place / "tiny.toml").read_text().replace("range_max = 10", "range_max = 20"))
         result = succeed("mine", recipe, "--out", tmp_path / "run")
         assert "warning: " in result.stderr
-        assert "other settings than the recipe's now (mining)" in result.stderr
+        assert "with settings that differ from the recipe (mining)" in result.stderr
         _, report = succeed_with_report("mine", recipe, "--out", tmp_path / "run", "--again", folder=tmp_path)
         assert report["result"]["everyday"]["num_entries"] == 12
 
     def test_data_can_be_elsewhere(self, place, tmp_path):
         shutil.copytree(place / "everyday", tmp_path / "moved")
         recipe = write_recipe(tmp_path / "r.toml", place, "not/here/everyday")
-        told = ["1 of 1 data sets of the recipe are not here: not/here/everyday", "--data everyday=FOLDER"]
+        told = ["1 of 1 data sets of the recipe were not found: not/here/everyday", "--data everyday=FOLDER"]
         fail("mine", recipe, "--out", tmp_path / "run", containing=told)
         places = ("--data", f"everyday={tmp_path / 'moved'}")
         _, report = succeed_with_report("mine", recipe, "--out", tmp_path / "run", *places, folder=tmp_path)
@@ -142,7 +142,7 @@ class TestDistil:
         run = ("mine", recipe, "--out", tmp_path / "run")
         _, report = succeed_with_report(*run, "--data", tmp_path / "all", folder=tmp_path)
         assert set(report["result"]) == {"everyday"}
-        fail(*run, "--data", place / "decoder", containing=["or give a folder that holds folders"])
+        fail(*run, "--data", place / "decoder", containing=["or give a folder that contains folders"])
 
     def test_quiet_says_nothing(self, place, reports):
         result = succeed("mine", place / "tiny.toml", "--out", place / "run", "--quiet")

@@ -80,7 +80,7 @@ def test_wrong_input(place, reports, tmp_path):
     recipe, run = place / "tiny.toml", ("--out", tmp_path / "run")
     fail("ablate", containing=["RECIPE is missing", "--list needs none"])
     fail("ablate", recipe, "--variants", "cosin", containing=["no variant 'cosin'", "did you mean 'cosine'"])
-    fail("ablate", recipe, *run, containing=["plans/everyday", "run the verb mine"])
+    fail("ablate", recipe, *run, containing=["plans/everyday", "run `d2llm mine`"])
     shutil.copytree(place / "run" / "plans", tmp_path / "run" / "plans")
-    fail("ablate", recipe, *run, containing=["labels", "run the verb label"])
+    fail("ablate", recipe, *run, containing=["labels", "run `d2llm label`"])
     assert json.loads((place / "run" / "labels" / "manifest.json").read_text())["kind"] == "labels"

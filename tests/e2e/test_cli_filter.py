@@ -53,7 +53,7 @@ def warnings_of(result):
 
 
 def stale_of(result):
-    return [line for line in warnings_of(result) if "as it is" in line]
+    return [line for line in warnings_of(result) if "is kept" in line]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ class TestARun:
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".jsonl", ".json")}
         result, report = succeed_with_report("run", *arguments, folder=folder)
         assert warnings_of(result) == []
-        assert "run with --again filter makes it anew" in report["result"]["filter"]["everyday"]["skipped"]
+        assert "run with --again filter rebuilds it" in report["result"]["filter"]["everyday"]["skipped"]
         for step in ("tune-teacher", "gate", "distill"):
             assert "skipped" in report["result"][step]
         assert report["result"]["label"]["pairs"] == 0
@@ -193,8 +193,8 @@ class TestAgain:
         folder, arguments = run
         edit(folder / "tiny.toml", MARGIN, "teacher_margin = 1.0")
         (warning,) = warnings_of(succeed("run", *arguments))
-        assert "everyday was made with other settings than the recipe's now (mining) and stays as it is" in warning
-        assert "run with --again filter makes it anew" in warning
+        assert "everyday was made with settings that differ from the recipe (mining), and is kept" in warning
+        assert "run with --again filter rebuilds it" in warning
         teacher = manifest(folder / "run" / "teacher")
         result, report = succeed_with_report("run", *arguments, "--again", "filter", folder=folder)
         assert "skipped" in report["result"]["mine"]["everyday"]
@@ -243,7 +243,7 @@ class TestTheVerbs:
         folder, arguments = run
         before = filtered(folder / "run").entries
         result = succeed("mine", *arguments, "--again")
-        assert "what was there is now in" in result.stderr
+        assert "the earlier result is now in" in result.stderr
         assert not (folder / "run" / "filtered" / "everyday").exists()
         # The tuned teacher is there, so this plan is the filtered one, and the student is of it.
         assert mined(folder / "run").entries == before
@@ -259,9 +259,9 @@ class TestTheVerbs:
         folder, arguments = run
         edit(folder / "tiny.toml", "num_negatives = 2", "num_negatives = 1")
         (warning,) = warnings_of(succeed("tune-teacher", *arguments, "--again"))
-        assert "everyday was filtered with another teacher and stays as it is; run with --again filter" in warning
+        assert "everyday was filtered with another teacher and is kept; to filter with this one, use run" in warning
         warnings = stale_of(succeed("run", *arguments))
-        assert "other settings than the recipe's now (teacher)" in warnings[0]
+        assert "with settings that differ from the recipe (teacher)" in warnings[0]
         assert "the teacher; distill with --again" in warnings[1]
 
     def test_a_new_head_says_nothing_so_mine_leaves_the_margin_out(self, place, tmp_path):
@@ -272,7 +272,7 @@ class TestTheVerbs:
             ("[teacher_tuning]\nlora = { rank = 2, alpha = 2, dropout = 0 }", '[teacher_tuning]\ntuning = "full"'),
         )
         arguments = (recipe, "--out", tmp_path / "run", "--dtype", "float32")
-        assert "without the teacher's margin, as its head is new" in succeed("mine", *arguments).stderr
+        assert "the teacher's margin is not used, because the teacher's new head is not tuned" in succeed("mine", *arguments).stderr
         assert "teacher" not in mined(tmp_path / "run").manifest
         succeed("tune-teacher", *arguments)
         _, report = succeed_with_report("run", *arguments, folder=tmp_path)
@@ -311,12 +311,12 @@ class TestOtherRecipes:
         arguments = ("run", recipe, "--out", tmp_path / "run", "--dtype", "float32")
         result, report = succeed_with_report(*arguments, folder=tmp_path)
         found = report["result"]["filter"]
-        assert "stays as it was mined, as its gate is closed" in found["everyday"]["skipped"]
-        assert "labelled pairs, of which none is mined" in found["couples"]["skipped"]
+        assert "the mined plan is used, because the gate is closed" in found["everyday"]["skipped"]
+        assert "labelled pairs are not mined" in found["couples"]["skipped"]
         assert not (tmp_path / "run" / "filtered").exists()
         assert sorted(path.name for path in (tmp_path / "run" / "plans").iterdir()) == ["couples", "everyday"]
         assert learnt_from(tmp_path / "run" / "student") == mined(tmp_path / "run").manifest["content_hash"]
-        assert "everyday: stays as it was mined" in result.stdout
+        assert "everyday: the mined plan is used" in result.stdout
 
     def test_a_stack_filters_and_its_own_cosine_is_no_baseline(self, place, tmp_path):
         recipe = recipe_with_margin(

@@ -31,7 +31,7 @@ def test_the_gate_is_tried_on_dev_and_kept(run):
     for text in ("everyday", "closed", f"{found['sets'][0]['teacher']:.4f}", f"{found['sets'][0]['p_value']:.4f}"):
         assert text in result.stdout
     assert "gate: closed for everyday" in result.stderr
-    assert "it teaches all the same" in result.stderr
+    assert "its labels are used all the same" in result.stderr
     teacher = identify_judge(TeacherConfig(model=str(folder / "run" / "teacher")))
     assert read_gate(folder / "run", teacher.fingerprint) == {"everyday": False}
     _, again = succeed_with_report("gate", *arguments, folder=folder)
@@ -52,7 +52,7 @@ def test_a_closed_gate_can_stop(run, place, tmp_path):
     recipe = closed_recipe(tmp_path / "stop.toml", place, "stop")
     fail("gate", recipe, *arguments[1:], containing=["closed for everyday", "when_closed is 'stop'"])
     fail(
-        "distill", recipe, *arguments[1:], "--variant", "concat", containing=["on everyday (gate.json)", "to stop then"]
+        "distill", recipe, *arguments[1:], "--variant", "concat", containing=["on everyday (gate.json)", "to stop in that case"]
     )
 
 
@@ -65,7 +65,7 @@ def test_where_the_gate_is_closed_the_student_learns_from_the_data_set_alone(run
     shutil.copytree(folder / "run" / "teacher", tmp_path / "run" / "teacher")
     shutil.copy(folder / "run" / "gate.json", tmp_path / "run")
     result, report = succeed_with_report("distill", recipe, *options, folder=tmp_path)  # there are no labels at all
-    assert "the gate is closed for everyday: trained on their own judgements" in result.stderr
+    assert "the gate is closed for everyday: using the data sets' own judgements" in result.stderr
     assert report["result"]["unlabelled_queries"] == report["result"]["queries"] == 12
     manifest = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
     assert manifest["closed_gates"] == ["everyday"]
@@ -99,7 +99,7 @@ def test_labelled_pairs_are_tried_too_and_learnt_from_their_own_labels_where_clo
     ]
     assert [(row["name"], row["measure"]) for row in found["tasks"]] == [("asymmetric", "nDCG@10"), ("symmetric", "AP")]
     assert not any(row["is_open"] for row in found["sets"])  # four of each give no p below 0.05
-    assert "the gate is closed for couples, everyday: trained on their own judgements" in result.stderr
+    assert "the gate is closed for couples, everyday: using the data sets' own judgements" in result.stderr
     assert "closed for every data set" in report["result"]["label"]["skipped"]
     assert "closed for everyday, couples" in result.stdout
     manifest = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())

@@ -33,7 +33,7 @@ def warnings_of(result):
 
 
 def stale_of(result):
-    return [line for line in warnings_of(result) if "was made from something else" in line]
+    return [line for line in warnings_of(result) if "was made from other inputs" in line]
 
 
 def fingerprint(folder):
@@ -55,9 +55,9 @@ class TestAnEditedRecipe:
         edit(folder, "hidden_dim = 16", "hidden_dim = 8")
         result = succeed("distill", *arguments)
         (warning,) = warnings_of(result)
-        assert "student was made from something else than it would be now, and stays as it is" in warning
+        assert "student was made from other inputs than the current ones, and is kept: " in warning
         assert "student.interaction.hidden_dim (was 16, is 8), training.learning_rate (was 0.001, is 0.002)" in warning
-        assert "distill with --again makes it anew and keeps this one aside" in warning
+        assert "distill with --again rebuilds it and keeps this one aside" in warning
         assert fingerprint(folder / "run" / "student") == before
 
     def test_tune_teacher_too_and_again_does_it(self, run):
@@ -67,13 +67,13 @@ class TestAnEditedRecipe:
         (warning,) = warnings_of(succeed("tune-teacher", *arguments))
         assert "teacher_tuning.num_negatives (was 2, is 1); tune-teacher with --again" in warning
         result, report = succeed_with_report("tune-teacher", *arguments, "--again", folder=folder)
-        assert f"what was there is now in {folder / 'run' / 'teacher.old-1'}" in result.stderr
+        assert f"the earlier result is now in {folder / 'run' / 'teacher.old-1'}" in result.stderr
         assert report["result"]["pairs"] == 12 * 2
         assert fingerprint(folder / "run" / "teacher.old-1") == before
         assert fingerprint(folder / "run" / "teacher") == report["result"]["fingerprint"] != before
         # The student was made from labels of the other teacher.
         (warning,) = warnings_of(succeed("distill", *arguments))
-        assert "stays as it is: the teacher; distill with --again" in warning
+        assert "is kept: the teacher; distill with --again" in warning
 
     def test_what_shapes_neither_is_no_change(self, run):
         folder, arguments = run
@@ -86,7 +86,7 @@ class TestAnEditedRecipe:
         succeed("mine", *arguments, "--again")
         for verb in ("tune-teacher", "distill"):
             (warning,) = warnings_of(succeed(verb, *arguments))
-            assert "stays as it is: the plan of everyday" in warning
+            assert "is kept: the plan of everyday" in warning
 
     def test_a_stopped_run_of_another_recipe_is_refused_and_again_puts_it_aside(self, run):
         folder, arguments = run
@@ -112,11 +112,11 @@ class TestRunAgain:
         # The same recipe and seed make the same teacher, so its labels are there already.
         assert report["result"]["label"]["pairs"] == 0
         assert report["result"]["label"]["finished_pairs"] == 12 * 6
-        assert "label: all 72 pairs of 12 queries were labelled before" in result.stderr
+        assert "label: all 72 pairs of 12 queries already had labels" in result.stderr
         # Before it is tuned again, the teacher is looked at as it is; no verdict is kept of that.
         (look,) = report["result"]["first-look"]["sets"]
         assert (look["name"], look["num_items"]) == ("everyday", 4)
-        assert "first-look: untuned, the teacher is" in result.stderr
+        assert "first-look: the untuned teacher is" in result.stderr
         for step in ("mine", "first-look", "tune-teacher", "stack", "gate", "label", "distill"):
             assert f"{step} " in result.stdout
         assert stale_of(result) == []
@@ -170,13 +170,13 @@ class TestNothingLearnt:
         assert f"everyday {dev['start']:.4f} -> {dev['last']:.4f}" in warning
         assert f"; dev: everyday {dev['start']:.3f} -> {dev['start']:.3f} (4 questions or pairs)" in result.stderr
         assert "It hardly moved in 3 steps: raise training.learning_rate (1e-12 now) threefold" in warning
-        assert "Few dev questions see no small gain (everyday 4): better 100 or more" in warning
+        assert "So few dev questions cannot show a small gain (everyday 4): use 100 or more" in warning
 
     def test_a_warm_up_as_long_as_the_run_is_said_before_it(self, run):
         folder, arguments = run
         edit(folder, "warmup_steps = 0", "warmup_steps = 1000")
         result = succeed("distill", *arguments, "--again")
-        assert "the warm-up takes 3 of 3 steps, so the run hardly trains: leave warmup_steps out" in result.stderr
+        assert "the warm-up takes 3 of 3 steps, so the run hardly trains: remove warmup_steps" in result.stderr
 
 
 class TestMemory:
@@ -217,7 +217,7 @@ class TestStops:
             process.send(signal.SIGINT)
             assert process.wait() == 130
             said = process.errors
-        assert f"distill: goes on after step {kept} of an earlier run" in said
+        assert f"distill: continues after step {kept} of an earlier run" in said
         steps = [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "loss" in record]
         assert steps == list(range(1, len(steps) + 1))  # none is missing, none was taken twice
 
@@ -238,7 +238,7 @@ class TestInit:
         for value in ("max_query_tokens", "max_passage_tokens", "task", "learning_rate", "epochs", "num_hard"):
             line = next(line for line in text.splitlines() if line.startswith(f"{value} = "))
             assert "# " in line, f"{value} has no reason"
-        assert "12 questions make 1 steps an epoch: 10 in all" in text
+        assert "12 questions make 1 steps per epoch: 10 in all" in text
         assert "dev has 4 judged questions or pairs" in result.stderr
         assert f"then: d2llm run {target}" in result.stderr
         # tiny heads for a tiny model; all else as it was written
@@ -256,7 +256,7 @@ class TestInit:
         shutil.copytree(place / "everyday", tmp_path / "data")
         write_qrels(tmp_path / "data", "dev", [])
         options = ("--out", tmp_path / "r.toml", "--backbone", place / "encoder")
-        message = "qrels/dev.tsv has no queries with a positive, and training needs some"
+        message = "qrels/dev.tsv has no queries with a positive, which training needs"
         fail("init", tmp_path / "data", *options, containing=[message, "about a fifth of the 12 in qrels/train.tsv"])
         write_qrels(tmp_path / "data", "train", [])
         fail("init", tmp_path / "data", *options, containing=["qrels/train.tsv has no queries with a positive"])
@@ -272,7 +272,7 @@ class TestInit:
         assert (recipe.teacher_tuning.epochs, recipe.losses.list_imitation) == (0, 0.5)
         assert recipe.data[0].exclude_shared_passages is False
         assert recipe.data[0].task == "symmetric"
-        assert "only 0 of 12 questions share no right passage" in (tmp_path / "r.toml").read_text()
+        assert "only 0 of 12 questions share no relevant passage" in (tmp_path / "r.toml").read_text()
 
     def test_labelled_pairs(self, place, tmp_path):
         (tmp_path / "pairs").mkdir()

@@ -93,17 +93,17 @@ def test_probabilities_are_fitted_where_there_are_enough_dev_queries(place: Plac
 
 
 STAGES = (  # a run of two stages, in the order of its parts
-    "passages for the dev queries of tiny",
+    "BM25 for the dev queries of tiny",
     "distilling",
     "measuring the start on dev",
     "measuring on dev",
     "measuring 50% of the change on dev",
     "measuring 100% of the change on dev",
-    "reading tiny once",
+    "encoding tiny",
     "neighbours in tiny",
-    "reading dev once",
+    "encoding dev",
     "training the interaction",
-    "passages to calibrate on of tiny",
+    "BM25 for calibrating on tiny",
     "calibrating on tiny",
 )
 
@@ -291,9 +291,9 @@ def test_labels_that_are_no_numbers_stop_the_run_and_it_can_go_on(
     ("step", "value", "message"),
     [
         (5, float("inf"), "the loss became nan at step 5"),
-        (4, float("nan"), "scores of the dev queries of 'tiny' are no numbers"),
-        (8, float("inf"), "scores of the dev queries of 'tiny' are no numbers"),
-        (6, float("nan"), "weights became infinite or no numbers before step 6"),
+        (4, float("nan"), "scores of the dev queries of 'tiny' are not finite"),
+        (8, float("inf"), "scores of the dev queries of 'tiny' are not finite"),
+        (6, float("nan"), "weights became infinite or NaN before step 6"),
     ],
 )
 def test_weights_that_are_no_numbers_are_never_kept(

@@ -45,7 +45,7 @@ def test_labels_of_none_of_the_plan_s_queries_are_refused(place: Place, tmp_path
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "tiny"}
     store = LabelStore(tmp_path / "labels", **key)
     store.write([QueryLabels("another", ("p00",), np.zeros(1, np.float32))])
-    with pytest.raises(InputError, match="no query of the plans has all its labels; run `label` to the end"):
+    with pytest.raises(InputError, match="no query of the plans has all its labels; finish `d2llm label` first"):
         place.run(tmp_path / "student", labels=tmp_path / "labels")
 
 
@@ -79,7 +79,7 @@ def test_labels_without_cosines_are_counted(place: Place, tmp_path: Path, caplog
 
 def test_a_finished_student_is_not_trained_over(place: Place, tmp_path: Path) -> None:
     place.run(tmp_path / "student", epochs=1)
-    with pytest.raises(InputError, match="holds a finished student already"):
+    with pytest.raises(InputError, match="already holds a finished student"):
         place.run(tmp_path / "student", epochs=1)
 
 

@@ -313,7 +313,7 @@ RUNS = {
     "an unknown step": (lambda w: ("run", w.recipe, "--again", "minne"), "'mine', 'tune-teacher'"),
     "a step before its time": (
         lambda w: ("label", w.recipe, "--out", "run"),
-        "no training plan yet; run the verb mine",
+        "no training plan yet; run `d2llm mine`",
     ),
     "an unknown variant": (lambda w: ("distill", w.recipe, "--variant", "cosin", "--out", "run"), "mean 'cosine'?"),
     "an unknown teacher at the gate": (

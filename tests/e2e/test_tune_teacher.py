@@ -146,7 +146,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, llama, sources, monkey
 
 def test_a_finished_teacher_is_not_overwritten_and_can_be_made_anew(tmp_path, llama, sources):
     first = tune(llama, sources, tmp_path / "teacher", max_queries=4)
-    with pytest.raises(InputError, match="holds a finished teacher already"):
+    with pytest.raises(InputError, match="already holds a finished teacher"):
         tune(llama, sources, tmp_path / "teacher", max_queries=4)
     for path in (tmp_path / "teacher").iterdir():
         path.unlink()
@@ -160,7 +160,7 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path, llama, source
     (tmp_path / "mine" / "thesis.txt").write_text("...")
     (tmp_path / "file").write_text("...")
     for name in ("mine", "file"):
-        with pytest.raises(InputError, match=f"{name}: holds files that are no teacher's"):
+        with pytest.raises(InputError, match=f"{name}: holds files that do not belong to a teacher"):
             tune(llama, sources, tmp_path / name)
     with pytest.raises(InputError, match="nothing to tune the teacher on; mine a plan first"):
         tune(llama, [], tmp_path / "teacher")

@@ -128,7 +128,7 @@ class TestFitting:
 
     @pytest.mark.parametrize(
         ("student", "num_queries", "reason"),
-        [(Numbered(), MIN_QUERIES - 1, "29 judged dev queries"), (Numbered(tells=-9.0), 40, "do not tell relevant")],
+        [(Numbered(), MIN_QUERIES - 1, "29 judged dev queries"), (Numbered(tells=-9.0), 40, "do not distinguish")],
     )
     def test_a_task_that_cannot_be_fitted_is_left_out_and_said(self, student, num_queries, reason, caplog):
         with caplog.at_level(logging.INFO, "d2llm.remarks"):

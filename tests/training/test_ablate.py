@@ -403,7 +403,7 @@ class TestData:
 
 class TestWrongInput:
     def test_no_labels(self, place: Place, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="there are no labels yet; run the verb label"):
+        with pytest.raises(InputError, match="there are no labels yet; run `d2llm label`"):
             run(place, tmp_path, labels=tmp_path / "none")
         assert list(tmp_path.iterdir()) == []
 

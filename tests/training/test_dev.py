@@ -117,7 +117,7 @@ def test_scores_that_are_no_numbers_are_divergence(wrong: float, has_anchor: boo
     changes = CHANGES.copy()
     changes[1, 2] = wrong
     student = HandMadeStudent(ANCHORS, changes, has_anchor=has_anchor)
-    with pytest.raises(TrainingDivergedError, match="dev queries of 'set' are no numbers"):
+    with pytest.raises(TrainingDivergedError, match="dev queries of 'set' are not finite"):
         evaluate_dev(student, [dev_set(QRELS)])
 
 

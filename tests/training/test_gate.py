@@ -386,7 +386,7 @@ def test_sets_of_one_measure_are_pooled_and_others_are_not(compare):
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        (couples(YES_NO, split="train"), InputError, "there are no dev pairs, so a teacher cannot be tried"),
+        (couples(YES_NO, split="train"), InputError, "there are no dev pairs, so a teacher cannot be tested"),
         (couples(["1", "1"]), DataFormatError, "no negative pair"),
         (couples(["red", "blue"], kind="classes"), DataFormatError, "natural language inference: entailment, "),
     ],
@@ -461,7 +461,7 @@ class TestFirstLook:
         assert look(Told(fail_after=0)).num_judged == 0
 
     def test_a_teacher_that_is_behind_is_said_to_be(self, look):
-        assert "is behind the cosine by" in look_sentence(look(Told(right=False)))
+        assert "is worse than the cosine by" in look_sentence(look(Told(right=False)))
         assert "is as good as the cosine or better" in look_sentence(look(Told(fingerprint="other")))
 
 

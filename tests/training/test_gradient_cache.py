@@ -248,9 +248,9 @@ class TestRoom:
     ) -> None:
         caplog.set_level("INFO", logger="d2llm.remarks")
         assert self.room(monkeypatch, student, 6 << 30) == 2 << 30
-        assert "6.0 GiB are free; up to 2.0 GiB of it hold intermediate results" in caplog.text
+        assert "6.0 GiB are free; up to 2.0 GiB of it are used for activations" in caplog.text
         assert self.room(monkeypatch, student, None) == 1 << 30
-        assert "cannot be read here" in caplog.text
+        assert "the free memory is unknown" in caplog.text
 
     def test_processes_of_one_machine_share_it(self, student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

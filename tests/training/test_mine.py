@@ -155,7 +155,7 @@ def test_mining_a_split_that_is_named_as_excluded() -> None:
 
 def test_excluded_split_that_was_not_read_is_said(caplog: pytest.LogCaptureFixture) -> None:
     mine(cats({"c2": 1}), "train", MiningConfig(), encoder=None, seed=0)
-    assert "positives of dev, test are not kept apart: not read" in caplog.text
+    assert "queries that share positives with dev, test are not left out" in caplog.text
 
 
 def test_queries_without_positives_are_counted() -> None:
@@ -169,7 +169,7 @@ def test_queries_without_positives_are_counted() -> None:
 
 
 def test_split_without_queries_is_refused() -> None:
-    with pytest.raises(InputError, match="no query of split 'train' is left to mine: 0 in qrels"):
+    with pytest.raises(InputError, match="no query to mine for in split 'train': 0 in qrels"):
         mine(dataset(CATS, {"q1": "cat"}, {"train": {}}), "train", MiningConfig(), encoder=None, seed=0)
 
 

@@ -115,7 +115,7 @@ def test_one_member_is_calibrated_and_its_figures_are_honest(tmp_path, judges):
 
 
 def test_without_a_retrieval_set_there_is_nothing_to_fit_on(tmp_path, judges):
-    with pytest.raises(InputError, match="there is no retrieval set"):
+    with pytest.raises(InputError, match="no retrieval set has any"):
         stack_teachers([], tmp_path / "stack", members=[TeacherConfig(model="llm")], student=FakeStudent())
     assert not (tmp_path / "stack").exists()
 

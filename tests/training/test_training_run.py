@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint(tmp_path):
     run = Run(tmp_path)
     run.keep()
     (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:100])
-    with pytest.raises(InputError, match=r"checkpoint.safetensors: cannot be read .*delete it to start the run anew"):
+    with pytest.raises(InputError, match=r"checkpoint.safetensors: cannot be read .*delete it to restart the run"):
         load_checkpoint(tmp_path, settings=run.settings)
 
 

@@ -216,7 +216,7 @@ def test_a_classifier_learns(tmp_path: Path, tuning: str) -> None:
 
 def test_a_teacher_without_weights_here_is_not_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(verb, "load_judge", lambda *_, **__: Parrot({}))
-    with pytest.raises(InputError, match="has no weights here to tune; leave tune-teacher out"):
+    with pytest.raises(InputError, match="has no local weights to tune; skip tune-teacher"):
         tune(TeacherConfig(model="far-away"), tmp_path / "tuned")
 
 
@@ -251,7 +251,7 @@ def test_an_encoder_gets_a_head_by_tuning(encoder: Path, tmp_path: Path) -> None
     teacher = TeacherConfig(model=str(encoder), kind="classifier", new_head=True, max_tokens=64)
     with pytest.raises(InputError, match="must be tuned before use; run tune-teacher"):
         load_judge(teacher, device="cpu", dtype="float32")
-    with pytest.raises(InputError, match=r"tuned with every weight; set teacher_tuning.tuning = 'full'"):
+    with pytest.raises(InputError, match=r"tuned with all weights; set teacher_tuning.tuning = 'full'"):
         tune(teacher, tmp_path / "refused")
     report = tune(teacher, tmp_path / "tuned", tuning="full", loss="lists", learning_rate=3e-3, epochs=6)
     losses = [line["loss"] for line in log(tmp_path / "tuned")]

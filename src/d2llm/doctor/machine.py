@@ -35,6 +35,7 @@ _FEATURES = {
     "AMX": "_is_amx_tile_supported",
 }
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*$")
+_ALLOCATOR = re.compile(r"lib(jemalloc|tcmalloc|mimalloc)\b[^/]*$")
 
 
 def machine_checks(device: str | None = None) -> list[Check]:
@@ -45,6 +46,7 @@ def machine_checks(device: str | None = None) -> list[Check]:
         Check("device", "memory", _memory),
         Check("device", "threads", _threads),
         Check("device", "OpenMP", _openmp),
+        Check("device", "allocator", _allocator),
         Check("kernels", "product", _product),
         Check("kernels", "scan", _scan),
         Check("kernels", "interaction", _interaction),
@@ -139,12 +141,27 @@ def _openmp() -> Iterator[Finding]:
 
 def openmp_runtimes() -> set[tuple[str, str]]:
     """Family and path of each OpenMP library in this process; empty if the system does not list them."""
+    return {(match[1], path) for path in _loaded_files() if (match := _OPENMP.search(path))}
+
+
+def _allocator() -> Iterator[Finding]:
+    if platform.libc_ver()[0] != "glibc":
+        return
+    names = sorted({match[1] for path in _loaded_files() if (match := _ALLOCATOR.search(path))})
+    if names:
+        yield Finding("device", "allocator", "ok", ", ".join(names))
+    else:
+        advice = "training on a CPU is faster with tcmalloc, started with LD_PRELOAD (docs/training.md, Memory)"
+        yield Finding("device", "allocator", "note", "the C library's own", advice)
+
+
+def _loaded_files() -> set[str]:
+    """Paths of the files mapped into this process; empty if the system does not list them."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return set()
-    paths = {line.split(maxsplit=5)[5] for line in lines if line.count(" ") >= 5 and "/" in line}
-    return {(match[1], path) for path in paths if (match := _OPENMP.search(path))}
+    return {line.split(maxsplit=5)[5] for line in lines if line.count(" ") >= 5 and "/" in line}
 
 
 def _agreement(name: str, error: float, allowed: float, comparison: str) -> Finding:

@@ -269,7 +269,7 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recip
     joined = LabelledSource.join(source, store, keep_unlabelled=keep)
     if joined.num_unlabelled:
         _log.warning(
-            "%s: %d of %d queries of the plan have no teacher labels and are %s",
+            "%s: %d of %d queries of the plan lack the teacher's labels and are %s",
             source.dataset.name,
             joined.num_unlabelled,
             len(source.plan.entries),
@@ -281,8 +281,8 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recip
     )
     if without_cosines and recipe.losses.feature_imitation:
         _log.warning(
-            "%s: %d queries have no cosines of the teacher's features for some of their passages, which are left out "
-            "of feature imitation; run `d2llm label` again to compute them",
+            "%s: %d queries lack cosines of the teacher's features for some of their passages, which are left out of "
+            "feature imitation; run `d2llm label` again to compute them",
             source.dataset.name,
             without_cosines,
         )

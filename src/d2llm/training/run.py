@@ -188,7 +188,7 @@ class Run:
         elif is_finished(folder):
             settings = tuning_settings(recipe.teacher, recipe.teacher_tuning, recipe.seed)
             self._notice_changes("tune-teacher", folder, settings, as_mined=True)
-            return self.skip(f"tune-teacher: {folder} is finished; --again tunes it again, keeping this one aside")
+            return self.skip(f"tune-teacher: {folder} is finished; --again tunes a new one, keeping this one aside")
         self.require_plans()
         _remarks.info("tune-teacher: training '%s' to answer yes or no, on the plans", recipe.teacher.model)
         report = tune_teacher(
@@ -332,7 +332,7 @@ class Run:
         elif is_finished(folder):
             teacher = self._teacher_fingerprint() if recipe.losses.imitates else None
             self._notice_changes("distill", folder, shaping_settings(recipe), teacher, as_mined=for_stack)
-            return self.skip(f"distill: {folder} is finished; --again trains it again, keeping this one aside")
+            return self.skip(f"distill: {folder} is finished; --again trains a new one, keeping this one aside")
         self.require_plans()
         closed = self.closed_gates() if recipe.losses.imitates else []
         if recipe.losses.imitates and len(closed) < len(recipe.data):
@@ -531,8 +531,8 @@ class Run:
             changes.append("the teacher")
         if changes:
             _log.warning(
-                "%s was made from other inputs than the current ones, and is kept: %s; %s with --again makes it again "
-                "and keeps this one aside",
+                "%s was made from other inputs than the current ones, and is kept: %s; %s with --again rebuilds it and "
+                "keeps this one aside",
                 folder,
                 ", ".join(changes),
                 verb,

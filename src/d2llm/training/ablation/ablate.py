@@ -227,8 +227,8 @@ def _left_out(recipe: Recipe, sources: Sequence[TrainingSource], labelled: Seque
     for source, query_ids in zip(sources, labelled or (), strict=labelled is not None):
         if num_unlabelled := len(source.plan.entries) - len(query_ids):
             yield (
-                f"{source.dataset.name}: {num_unlabelled:,} of {len(source.plan.entries):,} training queries have no "
-                f"teacher labels and are {treatment}"
+                f"{source.dataset.name}: {num_unlabelled:,} of {len(source.plan.entries):,} training queries lack the "
+                f"teacher's labels and are {treatment}"
             )
 
 

@@ -63,7 +63,7 @@ def mine_plans(
     for data in run.recipe.data:
         folder = run.parts.plan(data)
         if is_finished(folder) and not again:
-            reports[folder.name] = run.skip(f"mine: {folder} is finished; --again makes it again")
+            reports[folder.name] = run.skip(f"mine: {folder} is finished; --again rebuilds it")
             _compare_settings(run, data, folder, mining, remedy="mine with --again")
             continue
         miners = miners or _Miners.load(run, used)
@@ -100,7 +100,7 @@ def filter_plans(run: Run, closed: Collection[str]) -> dict[str, dict[str, Any] 
         elif manifest_of(mined).get("teacher") == teacher:
             reports[name] = run.skip(f"filter: {name}: {mined} was mined with this teacher's margin")
         elif is_finished(folder):
-            reports[name] = run.skip(f"filter: {name}: {folder} is finished; run with --again filter makes it again")
+            reports[name] = run.skip(f"filter: {name}: {folder} is finished; run with --again filter rebuilds it")
             _compare_settings(run, data, folder, mining, remedy="run with --again filter", teacher=teacher)
         else:
             miners = miners or _Miners.load(run, mining)
@@ -247,7 +247,7 @@ def _compare_settings(
         changed.append("teacher")
     if changed:
         _log.warning(
-            "%s was made with settings that differ from the recipe (%s), and is kept; %s makes it again",
+            "%s was made with settings that differ from the recipe (%s), and is kept; %s rebuilds it",
             folder,
             ", ".join(changed),
             remedy,
