@@ -108,11 +108,11 @@ class TestBadInput:
 
     @pytest.mark.parametrize("verb", ["tune-teacher", "label", "distill"])
     def test_step_before_its_time(self, place, tmp_path, verb):
-        fail(verb, place / "tiny.toml", "--out", tmp_path, containing=["there is no training plan yet", "verb mine"])
+        fail(verb, place / "tiny.toml", "--out", tmp_path, containing=["there is no training plan yet", "d2llm mine"])
 
     def test_distill_before_label(self, place, reports, tmp_path):
         shutil.copytree(place / "run" / "plans", tmp_path / "plans")
-        fail("distill", place / "tiny.toml", "--out", tmp_path, containing=["there are no labels yet", "verb label"])
+        fail("distill", place / "tiny.toml", "--out", tmp_path, containing=["there are no labels yet", "d2llm label"])
 
     def test_model_folder_without_weights(self, place, data, tmp_path):
         shutil.copytree(place / "encoder", tmp_path / "bare")

@@ -109,7 +109,7 @@ def test_a_teacher_beside_the_student_that_did_not_teach_it_is_not_its_own(world
     assert load(world.student(tmp_path / "student")).teacher.fingerprint == world.teacher
     other = load(world.student(tmp_path / "other", teacher="0123"))
     assert other.teacher is None
-    assert "is not here" in other.why_missing["teacher"]
+    assert "was not found" in other.why_missing["teacher"]
     named = load(tmp_path / "other", teacher=tiny_teacher_config(world.decoder))
     assert named.teacher.fingerprint == identify_local_teacher(tiny_teacher_config(world.decoder)).fingerprint
     assert named.why_missing == {

@@ -666,6 +666,6 @@ class TestModel:
         written = starting_recipe(tmp_path, backbone="e5", device="cpu")
         assert 'query_prefix = "query: " #' in written.text
         assert written.recipe.student.backbone.passage_prefix == "passage: "
-        assert not any("reads English" in note for note in written.notes)
+        assert not any("is for English" in note for note in written.notes)
         # With its prefix and its marks at both ends, no question of these is read in fewer tokens.
         assert "half of the queries have up to 1" in written.text

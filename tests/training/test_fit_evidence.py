@@ -157,8 +157,8 @@ class TestStudent:
         monkeypatch.setattr(module, "MIN_QUERIES", 10_000)
         with caplog.at_level("WARNING", "d2llm.remarks"):
             assert fit_evidence(student, [(dataset, "asymmetric")], show_progress=False).tasks == {}
-        assert "it takes 10000" in caplog.text
-        with pytest.raises(InputError, match="no evidence to weigh"):
+        assert "at least 10000 are needed" in caplog.text
+        with pytest.raises(InputError, match="no evidence to fit weights for"):
             fit_evidence(student, [(dataset, "asymmetric")], terms=(), show_progress=False)
 
     def test_weights_are_saved_and_no_index_has_to_be_made_anew(self, student, tmp_path):

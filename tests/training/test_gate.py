@@ -207,7 +207,7 @@ def test_queries_that_fitted_a_stack_are_counted(trial, monkeypatch):
 def test_a_foreign_gate_file_is_not_replaced(trial, tmp_path):
     path = tmp_path / "run" / GATE_FILE
     path.parent.mkdir()
-    for content, message in (("{", "not valid JSON"), ('{"kind": "door"}', "not what"), ("[]", "not what")):
+    for content, message in (("{", "not valid JSON"), ('{"kind": "door"}', "not a gate"), ("[]", "not a gate")):
         path.write_text(content)
         with pytest.raises(DataFormatError, match=message):
             trial(Told())

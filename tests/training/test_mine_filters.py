@@ -209,7 +209,7 @@ class TestRelativeMargin:
         assert "c" in hard(result)
 
     def test_it_needs_an_encoder(self):
-        with pytest.raises(InputError, match="no encoder ranks"):
+        with pytest.raises(InputError, match="needs an encoder's scores"):
             mined(world({"a": 1}), relative_margin=0.05)
 
 
