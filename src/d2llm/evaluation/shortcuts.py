@@ -65,7 +65,7 @@ def _stored_as(work: RetrievalWork, index: Index, vector_format: str) -> System:
     """The student with vectors in another format."""
     name, search = f"{NAME_D2LLM}, {vector_format} vectors", work.search_settings(work.settings.num_candidates)
     return work.store.system(
-        work.key(name, work.identity(index.student), search.num_candidates),
+        work.key(name, work.identity(index.student), search.num_candidates, work.settings.dtype),
         lambda: work.measure(name, "shortcut", index, search, view=index.view.stored_as(vector_format)),
     )
 
