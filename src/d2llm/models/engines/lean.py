@@ -142,10 +142,14 @@ class LeanParts(NamedTuple):
 def open_lean(location: str, tokenizer_folder: Path, *, dtype: torch.dtype) -> LeanParts | None:
     """Load the model at ``location`` (a local folder) and a student's tokenizer; None if they are of another kind.
 
+    A student of a model with a large vocabulary may come without a tokenizer; then the model's own is used.
+
     Raises:
         ModelError: the weights cannot be read.
     """
     folder = Path(location)
+    if not (tokenizer_folder / _TOKENIZER_FILE).is_file():
+        tokenizer_folder = folder
     if not (folder / _MODEL_FILE).is_file() or not (tokenizer_folder / _TOKENIZER_FILE).is_file():
         return None
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
