@@ -61,7 +61,7 @@ def install():
     return [finding for check in install_checks() for finding in check.findings()]
 
 
-NUM_CHECKS = 18  # of an examination with an index
+NUM_CHECKS = 19  # of an examination with an index
 
 
 class TestChecksThatFail:

@@ -281,7 +281,7 @@ class TestModels:
 
     def test_a_hub_that_cannot_be_reached_is_tried_once(self, hub):
         hub.reachable = False
-        with pytest.raises(ModelNotFoundError, match=r"cannot be read \(no route to host\); check the network"):
+        with pytest.raises(ModelNotFoundError, match=r"cannot be reached \(no route to host\); check the network"):
             find_model("somebody/model")
         assert len(hub.log) == 1
         with pytest.raises(ModelNotFoundError, match="no student 'somebody/else'"):

@@ -196,5 +196,5 @@ class TestStudent:
 
     def test_the_card_tells_what_a_probability_is(self, folder):
         card = (folder / "README.md").read_text()
-        assert "where 10% of the passages are" in card
+        assert "if 10% of the passages are" in card
         assert "| asymmetric | 40 | 0.500 | 0.010 |" in card

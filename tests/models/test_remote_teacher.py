@@ -163,7 +163,7 @@ def test_an_answer_that_ends_at_once_is_no_answer():
 
 
 def test_configurations_that_cannot_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    with pytest.raises(InputError, match=r"write \[teacher.remote\] with url"):
+    with pytest.raises(InputError, match=r"add \[teacher.remote\] with url"):
         RemoteTeacher(TeacherConfig(kind="remote", model="served"))
     section = '\ntemplate = "{query} {passage}?"\nyes = " ok"\nno = " ok"\n'
     (tmp_path / "same.toml").write_text(f"[symmetric]{section}[asymmetric]{section}", encoding="utf-8")

@@ -161,7 +161,7 @@ def test_folds_depend_on_names_not_on_the_order_of_pairs():
         ([[1.0], [2.0]], [1], "1 labels"),
         ([1.0, 2.0], [1, 0], "shape"),
         ([[1.0], [float("nan")]], [1, 0], "1 of 2 scores"),
-        ([[1.0], [float("inf")]], [1, 0], "no finite"),
+        ([[1.0], [float("inf")]], [1, 0], "not finite"),
     ],
 )
 def test_wrong_input_is_named(scores, labels, message):

@@ -35,7 +35,7 @@ _FEATURES = {
     "AMX": "_is_amx_tile_supported",
 }
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*$")
-_ALLOCATOR = re.compile(r"lib(jemalloc|tcmalloc|mimalloc)\b[^/]*$")
+_ALLOCATOR = re.compile(r"lib(jemalloc|tcmalloc|mimalloc)[^/]*$")
 
 
 def machine_checks(device: str | None = None) -> list[Check]:
