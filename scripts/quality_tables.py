@@ -67,16 +67,19 @@ def main() -> None:
     parts = [
         "## All sets",
         overview,
-        "### What each part of the score is worth",
-        "\n".join(parts_table(retrieval)),
-        "### Against the teacher, on the queries or pairs that it judged",
-        "Measured before the score counted words and windows, with the same vectors and interaction.",
-        "\n".join(teacher_table(read_results(BEFORE_WORDS))),
     ]
+    if worth := parts_table(retrieval):
+        parts += ["### What each part of the score is worth", "\n".join(worth)]
+    parts.append("### Against the teacher, on the queries or pairs that it judged")
+    if earlier := read_results(BEFORE_WORDS):
+        parts.append("Measured before the score counted words and windows, with the same vectors and interaction.")
+    parts.append("\n".join(teacher_table(earlier or files)))
     for name, title in OTHERS.items():
         if others := read_results(name):
             tables = "\n".join(overview_of(others))
             parts += [f"## {title}", tables]
+            if worth := parts_table(of_kind(others, "retrieval")):
+                parts += ["What each part of the score is worth:", "\n".join(worth)]
             if (STUDENTS / name).is_dir():
                 put(STUDENTS / name / "README.md", tables)
     parts += [
@@ -142,7 +145,8 @@ def overview_table(files: list[dict[str, Any]], fitted: Mapping[str, Report] | N
     """
     found_kinds = {kind for file in files for kind in values_by_kind(file["result"])}
     kinds = {kind: name for kind, name in KINDS.items() if kind in found_kinds}
-    ends = ["D2LLM - tuned", "p", *(["D2LLM - fitted", "p"] if fitted else [])]
+    baseline = files[0]["result"]["baseline"]
+    ends = [f"D2LLM - {baseline.removeprefix('cosine, ')}", "p", *(["D2LLM - fitted", "p"] if fitted else [])]
     lines = [f"| set | {' | '.join([*kinds.values(), *ends])} |", "|---|" + "---|" * (len(kinds) + len(ends))]
     for file in files:
         report = file["result"]
@@ -153,7 +157,7 @@ def overview_table(files: list[dict[str, Any]], fitted: Mapping[str, Report] | N
         name = report["dataset"] + trained(report)
         if measure != "nDCG@10":
             name += f", {SHORT.get(measure, measure)}"
-        differences = difference_cells(comparison(report, "D2LLM", "cosine, tuned", measure))
+        differences = difference_cells(comparison(report, "D2LLM", baseline, measure))
         if fitted:
             differences += difference_cells(against_fitted_sum(fitted, report["dataset"]))
         lines.append("| " + " | ".join([name, *cells, *differences]) + " |")
@@ -178,8 +182,10 @@ def significance(retrieval: list[dict[str, Any]], fitted: Mapping[str, Report]) 
     sums = [against_fitted_sum(fitted, name) for name in names]
     values = [values_by_kind(file["result"]) for file in retrieval]
     below_words = [name for name, of_set in zip(names, values, strict=True) if of_set["d2llm"] < of_set["bm25"]]
-    lines = [f"Of {len(names)} retrieval sets (p < .01, Holm):"]
+    lines = [f"Of {len(names)} retrieval sets (p < .01, Holm):", ""]
     for title, found in (("the tuned cosine", tuned), ("the fitted sum of BM25 and the tuned cosine", sums)):
+        if not any(found):
+            continue
         sure = [(name, c) for name, c in zip(names, found, strict=True) if c is not None and c["adjusted_p"] < 0.01]
         above = [name for name, c in sure if c["difference"]["value"] > 0]
         below = [name for name, c in sure if c["difference"]["value"] < 0]
@@ -194,11 +200,13 @@ def listed(names: list[str]) -> str:
 
 def parts_table(retrieval: list[dict[str, Any]]) -> list[str]:
     """The change from leaving one part of the score out: its row minus the whole score."""
-    reports = [file["result"] for file in retrieval if len(file["result"]["parts"]) > 0]
+    reports = [file["result"] for file in retrieval if file["result"].get("parts")]
     measured = {
         report["dataset"]: {c["row"]: c for c in report["parts"] if c["measure"] == report["main_measure"]}
         for report in reports
     }
+    if not reports:
+        return []
     rows = sorted({row for of_set in measured.values() for row in of_set})
     lines = [f"| set | {' | '.join(rows)} |", "|---|" + "---|" * len(rows)]
     for report in reports:
@@ -284,11 +292,15 @@ def measures_table(report: Report) -> list[str]:
 def legend(report: Report) -> list[str]:
     """The legend of the overview."""
     student = report["provenance"]["student"]
+    if report["baseline"] == "cosine, tuned":
+        learners, baseline = "the student and the tuned cosine were", "the cosine tuned on the same data and steps"
+    else:
+        learners, baseline = "the student was", "the untuned cosine of the same backbone"
     return [
         (
-            "Bold: best of the line. *(trained)*: the student and the tuned cosine were trained on the train split of "
-            "this set, and on no other. The last columns: D2LLM minus the cosine tuned on the same data and steps, p "
-            f"Holm-adjusted over the rows. Student {student['name']} ({student['fingerprint']})."
+            f"Bold: best of the line. *(trained)*: {learners} trained on the train split of this set; on no other was "
+            f"anything trained. The last columns: D2LLM minus {baseline}, p Holm-adjusted over the rows. "
+            f"Student {student['name']} ({student['fingerprint']})."
         )
     ]
 
