@@ -272,7 +272,10 @@ class TestTheVerbs:
             ("[teacher_tuning]\nlora = { rank = 2, alpha = 2, dropout = 0 }", '[teacher_tuning]\ntuning = "full"'),
         )
         arguments = (recipe, "--out", tmp_path / "run", "--dtype", "float32")
-        assert "the teacher's margin is not used, because the teacher's new head is not tuned" in succeed("mine", *arguments).stderr
+        assert (
+            "the teacher's margin is not used, because the teacher's new head is not tuned"
+            in succeed("mine", *arguments).stderr
+        )
         assert "teacher" not in mined(tmp_path / "run").manifest
         succeed("tune-teacher", *arguments)
         _, report = succeed_with_report("run", *arguments, folder=tmp_path)
