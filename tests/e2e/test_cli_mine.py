@@ -112,4 +112,4 @@ def test_a_plan_of_an_earlier_version_is_read(place, reports, tmp_path, same):
     manifest["settings"]["mining"] = {"num_hard": 3, "range_max": 10 if same else 11, "audit_examples": 20}
     path.write_text(json.dumps(manifest))
     result = succeed("mine", place / "tiny.toml", "--out", tmp_path / "run")
-    assert ("other settings" in result.stderr) is not same
+    assert ("settings that differ from the recipe" in result.stderr) is not same

@@ -282,4 +282,4 @@ class TestInit:
         succeed("init", tmp_path / "pairs", "--out", tmp_path / "r.toml", "--backbone", place / "encoder")
         recipe = load_recipe(tmp_path / "r.toml")
         assert recipe.data[0].task == "symmetric"
-        assert "40 pairs to train on, 60 of dev" in (tmp_path / "r.toml").read_text()
+        assert "40 pairs to train on, 60 in dev" in (tmp_path / "r.toml").read_text()

@@ -209,7 +209,7 @@ SEARCH = {
     "no file of queries": (lambda w: ("search", w.index, "--queries", "gone.jsonl"), "gone.jsonl: no such file"),
     "a query twice": (lambda w: ("search", w.index, "--queries", w.file("q.jsonl", LINE * 2)), "q.jsonl:2: id 'a'"),
     "a budget without proof": (lambda w: ("search", w.index, "cat", "--budget-ms", 5), "exact"),
-    "an unknown device": (lambda w: ("search", w.index, "cat", "--device", "gpu0"), "device 'gpu0'", "(cpu"),
+    "an unknown device": (lambda w: ("search", w.index, "cat", "--device", "gpu0"), "device 'gpu0'", "use one of cpu"),
     "a report into no folder": (
         lambda w: ("search", w.index, "cat", "--json", "no/such/r.json"),
         "there is no folder no/such to write it in; make it first, or correct the path",

@@ -258,7 +258,7 @@ def test_a_teacher_that_fails_is_told_and_the_page_stays_usable(visit, address, 
     page = visit(f"{address}/{BESIDE}", expected=["500 (Internal Server Error)"])
     problem = page.locator(".column").nth(2).locator(".problem")
     problem.wait_for()
-    assert "its log has the reason" in problem.inner_text()
+    assert "server's log has the reason" in problem.inner_text()
     assert "Request " in page.locator(".column").nth(2).inner_text()
     assert "memory" not in page.locator("main").inner_text()  # why is the server's own affair
     assert [len(shown(page.locator(".column").nth(place))) for place in (0, 1)] == [10, 10]

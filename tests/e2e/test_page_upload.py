@@ -115,7 +115,7 @@ def test_a_key_is_asked_for_used_and_not_shown_in_the_address(visit, tmp_path):
         assert "API key" in page.locator("#key-message").inner_text()
         page.locator("#key").fill("wrong")
         page.keyboard.press("Enter")
-        until(page, "document.getElementById('key-message').textContent.includes('not one of')")
+        until(page, "document.getElementById('key-message').textContent.includes('not know the API key')")
         page.locator("#key").fill(secret)
         page.keyboard.press("Enter")
         page.wait_for_selector("#facts div")

@@ -284,6 +284,6 @@ def test_passages_that_were_cut_are_warned_of(student, tmp_path, caplog):
     assert caplog.messages == []
     index.upsert([Passage("a", LONG), Passage("b", LONG), Passage("c", "Ships sail.")])
     (warning,) = caplog.messages
-    assert "2 of the 3 passages" in warning
+    assert "2 of the 3 encoded passages" in warning
     assert "(67%)" in warning
     assert "--chunk-tokens" in warning

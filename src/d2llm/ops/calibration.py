@@ -11,6 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from d2llm.core.errors import InputError
 
 
+def sigmoid(log_odds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities from log-odds, without overflow. (SciPy's would take longer to import than a search takes.)"""
+    return (1 + np.tanh(log_odds / 2)) / 2
+
+
 @dataclass(frozen=True, slots=True)
 class ReliabilityBin:
     """Pairs with a probability of yes in [low, high); the last bin includes its upper end."""

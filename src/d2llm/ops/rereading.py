@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
 
 from d2llm.core.errors import InputError
+from d2llm.ops.calibration import sigmoid
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +144,10 @@ def reading_gains(
     SIAM Journal on Control and Optimization 47, 2008.
     """
     worth = 1 / np.log2(np.arange(min(top_k, len(log_odds))) + 2)
-    now = expit(expected_log_odds(log_odds, unread, sigma))
+    now = sigmoid(expected_log_odds(log_odds, unread, sigma))
     places = np.flatnonzero(unread)
     outcomes = np.tile(now, (len(places), len(_NODES), 1))
-    outcomes[np.arange(len(places)), :, places] = expit(log_odds[places, None] + sigma * _NODES)
+    outcomes[np.arange(len(places)), :, places] = sigmoid(log_odds[places, None] + sigma * _NODES)
     gains = np.zeros(len(log_odds))
     gains[places] = (_best(outcomes, len(worth)) @ worth) @ _WEIGHTS - _best(now, len(worth)) @ worth
     return np.maximum(gains, 0.0)  # negative only through rounding

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
 
 from d2llm.core.errors import InputError
+from d2llm.ops.calibration import sigmoid
 
 DEFAULT_L2 = 1e-3
 _MAX_STEPS, _SMALL_GRADIENT = 200, 1e-9
@@ -78,7 +78,7 @@ def fit_logistic(
 
     parameters = np.zeros(num_members + 1)
     for _ in range(_MAX_STEPS):
-        probabilities = expit(design @ parameters)
+        probabilities = sigmoid(design @ parameters)
         gradient = design.T @ (probabilities - target_probabilities) / num_pairs + shrinking * parameters
         free = (parameters > lowest) | (gradient < 0)
         if np.abs(gradient[free]).max(initial=0.0) < _SMALL_GRADIENT:

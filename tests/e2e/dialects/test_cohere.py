@@ -57,7 +57,7 @@ def test_the_first_versions_client_is_answered_by_jinas_route(address, student):
         ({"query": ""}, cohere.BadRequestError, "at least 1 character"),
         ({"top_n": 0}, cohere.BadRequestError, "top_n"),
         ({"documents": ["a"] * 33}, cohere.BadRequestError, "33 texts"),
-        ({"max_tokens_per_doc": 10}, cohere.BadRequestError, "texts are cut to 64 tokens here"),
+        ({"max_tokens_per_doc": 10}, cohere.BadRequestError, "texts are cut to 64 tokens; give no less"),
         ({"relevant_spans": {"enabled": True}}, cohere.UnprocessableEntityError, "relevant_spans"),
     ],
 )
