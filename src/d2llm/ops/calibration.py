@@ -12,7 +12,7 @@ from d2llm.core.errors import InputError
 
 
 def sigmoid(log_odds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Probabilities from log-odds, without overflow. (SciPy's would take longer to import than a search takes.)"""
+    """Probabilities from log-odds, without overflow."""  # SciPy's is slow to import, and a search needs no more of it
     return (1 + np.tanh(log_odds / 2)) / 2
 
 
