@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -35,6 +36,7 @@ def saved(tmp_path_factory):
     randomise(student, scale=0.2)
     student.save(folder / "adapter")
     student.save(folder / "merged", merge=True)
+    shutil.copytree(folder / "adapter", folder / "no tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
     return folder
 
 
@@ -53,7 +55,7 @@ def assert_same(lean, whole):
     np.testing.assert_allclose(read, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize("form", ["adapter", "merged", "no tokenizer"])
 def test_a_student_reads_as_with_transformers(saved, form):
     assert_same(*both(saved / form, dtype="float32"))
 

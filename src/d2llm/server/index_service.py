@@ -166,7 +166,7 @@ class IndexService:
         return ranking, student
 
     async def explain(self, query: str, passage_id: str, task: Task) -> tuple[Passage, Attribution, str | None]:
-        """A passage, the contribution of each of its words to the query's score, and why the interaction adds nothing.
+        """A passage, its words' contributions to the query's score, and why the interaction adds nothing, or None.
 
         Raises:
             NotFoundError: there is no such passage.
