@@ -5,7 +5,8 @@ from d2llm.core.errors import IndexMismatchError, InputError, ModelError
 from d2llm.core.types import Passage, Query
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.search import search
+from d2llm.retrieval.search import Searcher, search
+from d2llm.retrieval.settings import SearchSettings
 from fake_models import FakeStudent
 
 WORDS = "cat dog fish bird horse sleeps runs swims flies eats red green blue small large".split()  # noqa: SIM905
@@ -48,6 +49,14 @@ def test_ranking_equals_brute_force(index, student, exact, task):
         np.testing.assert_allclose([s for _, s in pairs(ranking)], [s for _, s in expected], rtol=1e-5)
         assert [place.rank for place in ranking.passages] == [1, 2, 3, 4, 5, 6, 7]
         assert ranking.num_candidates == (120 if exact else 60)
+
+
+@pytest.mark.parametrize("changes", [{}, {"exact": True}, {"hybrid": 0.5}, {"group": "sum", "top_k": 4}])
+def test_ids_alone_are_the_same_ranking(index, student, changes):
+    searcher = Searcher(index, student, SearchSettings(**{"top_k": 7, **changes}))
+    for whole, of_ids in zip(searcher.rank(QUERIES), searcher.rank_ids(QUERIES), strict=True):
+        assert (of_ids.query, of_ids.truncated) == (whole.query, whole.truncated)
+        assert list(zip(of_ids.ids, of_ids.scores, strict=True)) == pairs(whole)
 
 
 def test_texts_anchor_scores_and_timings(index, student):

@@ -283,6 +283,16 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True)
+class IdRanking:
+    """The result of one query as passage ids and their scores, best first; ``truncated`` as in ``Ranking``."""
+
+    query: Query
+    ids: tuple[str, ...]
+    scores: tuple[float, ...]
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TeacherLabel:
     """One teacher's judgement of one pair with one prompt. ``log_odds`` = logit(yes) - logit(no)."""
 

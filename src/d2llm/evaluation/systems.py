@@ -126,11 +126,9 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
 def student_system(name: str, kind: SystemKind, searcher: Searcher, trial: Trial) -> System:
     """Rank by a student's search."""
     with peak_memory() as peak:
-        answers = searcher.rank(trial.queries, show_progress=trial.show_progress, title=f"ranking by {name}")
-        rankings = {
-            answer.query.id: tuple((place.passage.id, place.score) for place in answer.passages) for answer in answers
-        }
-        num_cut = sum(answer.truncated for answer in answers)
+        ranked = searcher.rank_ids(trial.queries, show_progress=trial.show_progress, title=f"ranking by {name}")
+        rankings = {ranking.query.id: tuple(zip(ranking.ids, ranking.scores, strict=True)) for ranking in ranked}
+        num_cut = sum(ranking.truncated for ranking in ranked)
         probe_answers = [searcher.rank([query])[0] for query in (trial.probes[0], *trial.probes)][1:]
         totals = timed(lambda query: searcher.rank([query]), trial.probes)
         parts = {
@@ -144,7 +142,7 @@ def student_system(name: str, kind: SystemKind, searcher: Searcher, trial: Trial
             {"total": totals, **parts},
             pairs_per_second=sum(ranking.num_candidates for ranking in probe_answers) / max(sum(parts["score"]), 1e-9),
             peak_memory_mib=peak(),
-            notes=(f"{name}: {num_cut:,} of {len(answers):,} queries were truncated",) if num_cut else (),
+            notes=(f"{name}: {num_cut:,} of {len(ranked):,} queries were truncated",) if num_cut else (),
         )
 
 

@@ -64,6 +64,13 @@ class Order:
             return self.best_first
         return np.array([document.places[0] for document in self.documents], np.int64)
 
+    @property
+    def shown_scores(self) -> list[float]:
+        """The scores of what is shown: passages, or documents."""
+        if self.documents is None:
+            return self.scores[self.best_first].tolist()
+        return [document.score for document in self.documents]
+
 
 def group_passages(
     scores: NDArray[np.floating[Any]],
@@ -113,10 +120,8 @@ def show(
 ) -> tuple[RankedPassage, ...]:
     """The results of a ranking, with texts and the parts that the settings request (``SearchSettings``)."""
     places, rows = order.places, order.scored.rows[order.places]
-    scores = order.scores[places].tolist()
     documents: list[RankedDocument | None] = [None] * len(places)
     if order.documents is not None:
-        scores = [document.score for document in order.documents]
         documents = [*_documents(index, order, order.documents, document_passages)]
     anchors: list[float | None] = [None] * len(places)
     if anchor is not None and len(places):
@@ -124,7 +129,7 @@ def show(
     shown = tuple(
         RankedPassage(rank, passage, score, anchor_score, document=document)
         for rank, (passage, score, anchor_score, document) in enumerate(
-            zip(index.passages(rows), scores, anchors, documents, strict=True), start=1
+            zip(index.passages(rows), order.shown_scores, anchors, documents, strict=True), start=1
         )
     )
     if explain:

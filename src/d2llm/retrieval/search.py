@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import Query, Ranking, Task
+from d2llm.core.types import IdRanking, Query, Ranking, Task
 from d2llm.ops.ranking import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.candidates import (
@@ -161,13 +161,38 @@ class Searcher:
 
         If ``vectors`` [n, dim] are given, the queries are not encoded, and no ranking is marked as ``truncated``.
         """
+        prepared = self._prepare(queries, vectors, show_progress, title)
+        return [replace(self._shown(one), truncated=truncated) for one, truncated in prepared]
+
+    def rank_ids(
+        self,
+        queries: Sequence[Query] | Sequence[str],
+        *,
+        show_progress: bool | None = False,
+        title: str = "searching",
+    ) -> list[IdRanking]:
+        """Like ``rank``, without reading the passages' texts: for long rankings that only a measure will see."""
+        rankings: list[IdRanking] = []
+        for prepared, truncated in self._prepare(queries, None, show_progress, title):
+            order = self._order(prepared)
+            ids = self._index.ids(order.scored.rows[order.places])
+            rankings.append(IdRanking(prepared.query, tuple(ids), tuple(order.shown_scores), truncated))
+        return rankings
+
+    def _prepare(
+        self,
+        queries: Sequence[Query] | Sequence[str],
+        vectors: NDArray[np.float32] | None,
+        show_progress: bool | None,
+        title: str,
+    ) -> Iterator[tuple[_PreparedQuery, bool]]:
+        """Every query ready to be ranked, and whether it was truncated; the bar counts the queries that were taken."""
         all_queries = _as_queries(queries)
         if vectors is not None and vectors.shape != (len(all_queries), self._student.vector_dim):
             raise InputError(
                 f"vectors have the shape {vectors.shape}, but the {len(all_queries)} queries need "
                 f"({len(all_queries)}, {self._student.vector_dim})"
             )
-        rankings: list[Ranking] = []
         with progress_bar(title, len(all_queries), show=show_progress) as advance:
             for start in range(0, len(all_queries), _ENCODED_AT_ONCE):
                 block = all_queries[start : start + _ENCODED_AT_ONCE]
@@ -182,12 +207,12 @@ class Searcher:
                 seconds = (time.perf_counter() - begin) / len(block)
                 for at in range(0, len(block), _SCANNED_AT_ONCE):
                     part = slice(at, at + _SCANNED_AT_ONCE)
-                    for place, one in enumerate(self._prepared(block[part], encoded[part], anchors[part], seconds), at):
-                        rankings.append(replace(self._rank_one(one), truncated=place in cut))
+                    together = self._prepare_together(block[part], encoded[part], anchors[part], seconds)
+                    for place, prepared in enumerate(together, at):
+                        yield prepared, place in cut
                         advance(1)
-        return rankings
 
-    def _prepared(
+    def _prepare_together(
         self,
         queries: Sequence[Query],
         vectors: NDArray[np.float32],
@@ -237,30 +262,34 @@ class Searcher:
             return [None] * len(vectors)
         return list(self._student.anchor_queries(vectors, self._task))
 
-    def _rank_one(self, prepared: _PreparedQuery) -> Ranking:
-        query, seconds, depth = prepared.query, prepared.seconds, prepared.depth
+    def _order(self, prepared: _PreparedQuery) -> Order:
+        depth = prepared.depth
         while True:
             scored = self._candidates(prepared, depth)
             documents = None if self.settings.group == "passage" else self._index.documents(scored.rows)
             if documents is None or scored.is_all or len(set(documents)) >= self.settings.top_k:
-                break
+                return self._ranked(prepared.query, scored, documents)
             depth *= _WIDENED
-        ranked = self._ranked(query, scored, documents)
+
+    def _shown(self, prepared: _PreparedQuery) -> Ranking:
+        query, seconds = prepared.query, prepared.seconds
+        order = self._order(prepared)
         begin = time.perf_counter()
         passages = show(
             self._index,
             query,
             prepared.anchor,
             prepared.evidence,
-            ranked,
+            order,
             explain=self.settings.explain,
             document_passages=self.settings.document_passages,
             neighbours=self.settings.neighbours,
         )
         seconds["score"] += time.perf_counter() - begin
         report = None
-        if ranked.reread is not None:
-            report, seconds["teacher"] = cascade_report(ranked), ranked.reread.seconds
+        if order.reread is not None:
+            report, seconds["teacher"] = cascade_report(order), order.reread.seconds
+        scored = order.scored
         return Ranking(query, passages, scored.num_scored, seconds, scored.certificate, self._index.version, report)
 
     def _candidates(self, prepared: _PreparedQuery, depth: int) -> ScoredCandidates:
