@@ -14,6 +14,7 @@ memory: the exact scan of inner products, the certified top ten and the full sco
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ TOP_K = 10
 MARGIN = 1e-3  # of a bound, for rounding in bfloat16 products
 
 
-def measure(student: Student, place: Path, task: str, split: str, num_queries: int) -> list[dict[str, float]]:
+def measure(student: Student, place: Path, task: Task, split: str, num_queries: int) -> list[dict[str, float]]:
     """For each weight r: nDCG@10, mean and 95th percentile of the share rescored, and the bound."""
     head = student.interaction
     assert isinstance(head, Interaction)
@@ -50,17 +51,17 @@ def measure(student: Student, place: Path, task: str, split: str, num_queries: i
     passages = student.encode_passages([passage.full_text for passage in dataset.passages.values()]).vectors
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
     rows: list[dict[str, float]] = []
-    residual = head.interaction_weight(task)
+    anchors = student.anchor_queries(queries, task) @ passages.T
+    with torch.inference_mode():
+        reach_of_passages = head.passage_reach(torch.from_numpy(passages)).numpy()
     for weight in WEIGHTS:
-        residual.fill_(weight)
         with torch.inference_mode():
-            reach_of_passages = head.passage_reach(torch.from_numpy(passages)).numpy()
-            reach_of_queries = head.query_reach(torch.from_numpy(queries), task).numpy()
-        anchors = student.anchor_queries(queries, task) @ passages.T
+            reach_of_queries = head.query_reach(torch.from_numpy(queries), task, interaction_weight=weight).numpy()
+            bound = float(head.bound(task, interaction_weight=weight))
         rankings: dict[str, list[str]] = {}
         shares: list[float] = []
         for number, query_id in enumerate(chosen):
-            final = student.score(queries[number], passages, task)
+            final = student.score(queries[number], passages, task, interaction_weight=weight)
             upper = anchors[number] + reach_of_queries[number] * reach_of_passages + MARGIN
             rankings[query_id] = [passage_id for passage_id, _ in top_k(final, ids, TOP_K)]
             shares.append(num_rescored(upper, np.minimum(final, upper), TOP_K) / len(ids))
@@ -68,7 +69,7 @@ def measure(student: Student, place: Path, task: str, split: str, num_queries: i
         rows.append(
             {
                 "weight": weight,
-                "bound": float(head.bound(task).detach()),
+                "bound": bound,
                 "ndcg": float(np.mean(list(values.values()))),
                 "share_mean": float(np.mean(shares)),
                 "share_p95": float(np.percentile(shares, 95)),
@@ -84,12 +85,18 @@ def milliseconds(work: Callable[[], object]) -> float:
     return (time.process_time() - start) * 1e3
 
 
+def with_interaction_weight(student: Student, task: Task, weight: float) -> Student:
+    """A copy of a student whose interaction has the weight r in a task."""
+    changed = copy.deepcopy(student)
+    assert isinstance(changed.interaction, Interaction)
+    changed.interaction.interaction_weight(task).fill_(weight)
+    return changed
+
+
 def measure_speed(
     student: Student, place: Path, task: Task, split: str, num_queries: int, num_passages: int
 ) -> list[dict[str, float]]:
     """For each weight r: mean milliseconds of the scan, the certified top ten and the full scan; the share scored."""
-    head = student.interaction
-    assert isinstance(head, Interaction)
     dataset = read_beir(place)
     ids = list(dataset.passages)[:num_passages]
     passages = student.encode_passages([dataset.passages[passage_id].full_text for passage_id in ids]).vectors
@@ -97,12 +104,11 @@ def measure_speed(
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
     view = ArrayView(passages)
     reaches = KeptReaches(passage_reaches(view, student))
-    residual = head.interaction_weight(task)
     rows: list[dict[str, float]] = []
     for weight in WEIGHTS:
-        residual.fill_(weight)
+        student = with_interaction_weight(student, task, weight)
         times: dict[str, list[float]] = {"scan_ms": [], "certified_ms": [], "full_ms": [], "share": []}
-        student.score(queries[0], passages, task)  # casts the changed weights, once
+        student.score(queries[0], passages, task)  # casts the weights, once
         for query in queries:
             anchor_query = student.anchor_queries(query[None], task)[0]
             times["scan_ms"].append(milliseconds(lambda: view.scan(anchor_query, TOP_K)))  # noqa: B023 - used at once

