@@ -186,8 +186,8 @@ def test_without_colours_nothing_but_text_is_written():
 
 def test_the_teacher_is_shown_with_scores_and_honesty():
     text = shown(lambda view: view.teacher(OPINION))
-    assert "0.750   ✓ b()" in text
-    assert "0.500   library.module" in text
+    assert "0.750  ✓ b()" in text
+    assert "0.500  library.module" in text
     assert "cosine tau +1.00, the same passage first; D2LLM tau -0.33, another passage first." in " ".join(text.split())
     assert "not tuned" in text
     tuned = TeacherOpinion("smollm2", True, *(getattr(OPINION, name) for name in OPINION.__slots__[2:]))

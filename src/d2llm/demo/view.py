@@ -10,9 +10,10 @@ from rich import box
 from rich.console import Console, Group, OverflowMethod, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
+from d2llm.core.table import Cell, Column, Table
 from d2llm.demo.corpus import MIN_WORDS, Corpus
 from d2llm.demo.messages import TOP_K as MESSAGES_TOP_K
 from d2llm.demo.messages import request_of
@@ -134,13 +135,10 @@ class DemoView:
             f"{report.num_requests} requests, written for this demo before any system had ranked them. Each message is "
             f"a query for the {MESSAGES_TOP_K} others with its request. The untuned cosine is that of {baseline}."
         )
-        table = self._table(None)
-        table.add_column("", no_wrap=True)
-        for heading in (f"same request in the first {MESSAGES_TOP_K}", "in the first"):
-            table.add_column(heading, justify="right")
+        precision, first = Column(f"same request in the first {MESSAGES_TOP_K}", ".0%"), Column("in the first", ".0%")
+        table = Table("", precision, first, framed=False)
         for system in report.systems:
-            table.add_row(system.name, f"{system.precision:.0%}", f"{system.first:.0%}")
-        table.expand = False
+            table.add_row(system.name, system.precision, system.first)
         self._print(table)
         if not report.interaction_weight:
             self._say(f"The interaction of '{student}' has the weight 0 here too, so it changes nothing.")
@@ -165,19 +163,12 @@ class DemoView:
 
     def teacher(self, opinion: TeacherOpinion) -> None:
         """Print P(yes) of each judged passage, and how far the two systems agree with the teacher."""
-        table = self._table(f"Does the passage answer the question?  {opinion.question}")
-        table.add_column("teacher's P(yes)", justify="right", no_wrap=True)
-        table.add_column("passage", ratio=1, no_wrap=True, overflow=self._overflow)
-        table.add_column("cosine", justify="right", no_wrap=True)
-        table.add_column("D2LLM", justify="right", no_wrap=True)
+        judged, scores = Column("teacher's P(yes)", ".3f"), (Column("cosine", ".3f"), Column("D2LLM", ".2f"))
+        heading = self._plain(f"Does the passage answer the question?  {opinion.question}")
+        table = Table(judged, "passage", *scores, title=heading, framed=False)
         for passage in opinion.passages:
-            mark = "✓ " if passage.right else ""
-            table.add_row(
-                f"{passage.probability:.3f}",
-                Text(self._plain(mark + passage.title)),
-                f"{passage.cosine:.3f}",
-                f"{passage.d2llm:.2f}",
-            )
+            title = self._plain(f"✓ {passage.title}" if passage.right else passage.title)
+            table.add_row(passage.probability, title, passage.cosine, passage.d2llm)
         self._print(table)
         self._say(
             f"Agreement with the teacher's order: cosine {_in_words(opinion.agreement_cosine)}; D2LLM "
@@ -188,13 +179,10 @@ class DemoView:
 
     def end(self, report: DemoReport) -> None:
         """Print times, sizes and the next commands."""
-        table = self._table(None)
-        for heading in ("step", "seconds"):
-            table.add_column(heading, justify="right" if heading == "seconds" else "left")
+        table = Table("step", Column("seconds", ".1f"), framed=False)
         for step, seconds in report.seconds.items():
-            table.add_row(step, f"{seconds:.1f}")
-        table.add_row(Text("total", style="bold"), Text(f"{report.total_seconds:.1f}", style="bold"))
-        table.expand = False
+            table.add_row(step, seconds)
+        table.add_row(Cell("total", "bold"), Cell(report.total_seconds, "bold"))
         self._print(table)
         sizes = report.sizes
         self._say(
@@ -206,8 +194,9 @@ class DemoView:
             # Not wrapped, so that a command can be copied in one piece.
             self._print(Text.assemble("  # ", self._plain(purpose), "\n  ", (command, "bold cyan")))
 
-    def _answer_table(self, heading: str, answer: DemoAnswer, systems: tuple[str, str], depth: int) -> Table:
-        table = self._table(heading)
+    def _answer_table(self, heading: str, answer: DemoAnswer, systems: tuple[str, str], depth: int) -> Grid:
+        title = Text(self._plain(heading), style="bold")
+        table = Grid(title=title, title_justify="left", box=box.HORIZONTALS, width=self._width, pad_edge=False)
         for system in systems:
             table.add_column(system, ratio=1)
         words = set(terms(answer.question)) - _FUNCTION_WORDS
@@ -227,21 +216,12 @@ class DemoView:
         snippet = _highlighted(excerpt(place.text, words), words, style="")
         return Group(self._as_encodable(title), Padding(self._as_encodable(snippet), (0, 0, 0, 2)))
 
-    def _table(self, title: str | None) -> Table:
-        return Table(
-            title=None if title is None else Text(self._plain(title), style="bold"),
-            title_justify="left",
-            box=box.SIMPLE_HEAD if title is None else box.HORIZONTALS,
-            width=None if title is None else self._width,
-            show_lines=False,
-            pad_edge=False,
-        )
-
     def _say(self, text: str) -> None:
         self._console.print(Text(self._plain(text)), width=self._width, highlight=False)
 
     def _print(self, renderable: RenderableType) -> None:
-        self._console.print(renderable, highlight=False, soft_wrap=isinstance(renderable, Text))
+        is_text = isinstance(renderable, Text)
+        self._console.print(renderable, highlight=False, soft_wrap=is_text, width=None if is_text else self._width)
 
     def _as_encodable(self, text: Text) -> Text:
         text.plain = self._plain(text.plain)  # same length, so the styles stay where they are

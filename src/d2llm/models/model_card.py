@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.recipe import BackboneConfig, StudentConfig
+from d2llm.core.table import Column, Table
 from d2llm.models.backbone import search_query_tokens
 from d2llm.models.export.sentence_transformers import MODULES_FILE, task_of_plain, why_not_plain
 from d2llm.models.probabilities import read_calibration
@@ -147,12 +148,11 @@ def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         f"{calibration.num_hard} sharing the query's words, {calibration.num_random} drawn at random). For another "
         "mixture they are not the share of relevant passages, but the ranking is unchanged."
     )
-    lines = ["| task | dev queries | expected calibration error before | after |", "|---|---|---|---|"]
-    lines += [
-        f"| {task} | {sum(fitted.num_queries.values())} | {fitted.error_before:.3f} | {fitted.error_after:.3f} |"
-        for task, fitted in calibration.tasks.items()
-    ]
-    return ["## Probabilities", note, "\n".join(lines)]
+    figures = Column("expected calibration error before", ".3f"), Column("after", ".3f")
+    table = Table("task", Column("dev queries"), *figures)
+    for task, fitted in calibration.tasks.items():
+        table.add_row(task, sum(fitted.num_queries.values()), fitted.error_before, fitted.error_after)
+    return ["## Probabilities", note, table.to_markdown()]
 
 
 def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
@@ -192,20 +192,16 @@ def _figures(manifest: Mapping[str, Any]) -> list[str]:
     tasks = {
         _name(str(source["path"])): source.get("task", "asymmetric") for source in _recorded(manifest, "recipe", "data")
     }
-    lines = ["| dev set | before training | as kept |", "|---|---|---|"]
+    table = Table("dev set", Column("before training", ".3f"), Column("as kept", ".3f"))
     for name, measures in measured.items():
         kept = measures.get("by_weight", {}).get(str(float(weights.get(tasks.get(name, ""), -1.0))))
-        lines.append(f"| {name} | {_figure(measures.get('start'))} | {_figure(kept)} |")
+        table.add_row(name, measures.get("start"), kept)
     note = (
         "Dev measures recorded during training (nDCG@10 for retrieval sets; for sets of pairs, the measure used to "
         "choose the step). The step and the weight of the interaction were chosen on these sets, so the figures are "
         "optimistic."
     )
-    return ["## Figures", note, "\n".join(lines)]
-
-
-def _figure(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) else "-"
+    return ["## Figures", note, table.to_markdown()]
 
 
 def _name(path: str) -> str:
