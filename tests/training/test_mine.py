@@ -14,8 +14,8 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import MiningConfig, StudentConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
+from d2llm.ops.selection import nearest_rows
 from d2llm.training.mining.mine import mine
-from d2llm.training.mining.ranking import nearest_rows
 
 
 @dataclass(frozen=True)
@@ -231,5 +231,5 @@ def test_blocks_do_not_change_the_nearest(block_numbers: int) -> None:
         for query in queries
     ]
     for top_k in (1, 5, 20, 50):
-        found = nearest_rows(queries, passages, ids, top_k, block_numbers=block_numbers)
+        found = nearest_rows(queries, passages, top_k, ids, block_numbers=block_numbers)
         assert [[ids[row] for row in rows] for rows in found] == [order[:top_k] for order in expected]

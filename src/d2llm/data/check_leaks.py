@@ -10,11 +10,10 @@ from typing import Any
 from d2llm.core.extras import require
 from d2llm.data.check_report import Leak, LeakKind
 from d2llm.data.check_texts import hash64
-from d2llm.data.same_text import comparable
+from d2llm.data.same_text import comparable, likeness, shingles
 
 _NUM_HASHES = 128
 _MIN_DETECTION_RATE = 0.99
-_SHINGLE = 3
 _NUM_EXAMPLES = 5
 
 Texts = Callable[[], Iterator[tuple[str, str]]]
@@ -97,14 +96,13 @@ class _TextSketches:
 
     def sketch(self, text: str) -> Any:
         sketch = self._empty.copy()
-        sketch.update_batch([shingle.encode() for shingle in _shingles(text)])
+        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
         return sketch
 
     def alike(self, sketch: Any, text: str) -> Iterator[tuple[str, str, str]]:
-        shingles = _shingles(text)
+        own = shingles(text)
         for place in sorted(self._lsh.query(sketch)):
-            other = _shingles(self._texts[place][2])
-            if len(shingles & other) >= self._threshold * len(shingles | other):
+            if likeness(own, shingles(self._texts[place][2])) >= self._threshold:
                 yield self._texts[place]
 
     def add(self, split: str, identifier: str, text: str, sketch: Any) -> None:
@@ -125,7 +123,3 @@ def _bands(threshold: float) -> tuple[int, int]:
 
 def _detection_rate(similarity: float, width: int) -> float:
     return 1 - (1 - similarity**width) ** (_NUM_HASHES // width)
-
-
-def _shingles(text: str) -> set[str]:
-    return {text[start : start + _SHINGLE] for start in range(max(1, len(text) - _SHINGLE + 1))}

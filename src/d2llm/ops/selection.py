@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+_BLOCK_NUMBERS = 1 << 23  # inner products in memory at a time: 32 MB of float32
 
 
 def top_rows(
@@ -43,6 +46,39 @@ def top_rows(
         by_id = heapq.nsmallest(num_fitting, range(len(tied)), key=lambda place: (levels[place], ids[place]))
         rows[tied[:num_fitting]] = rows[tied[by_id]]
     return rows[:top_k]
+
+
+def nearest_rows(
+    queries: NDArray[np.float32],
+    passages: NDArray[np.float32],
+    top_k: int,
+    ids: Sequence[str] | None = None,
+    *,
+    block_numbers: int = _BLOCK_NUMBERS,
+    advance: Callable[[int], object] | None = None,
+) -> list[NDArray[np.int64]]:
+    """The passages with the largest inner products, best first; exact, in blocks of queries.
+
+    Args:
+        queries: [q, d].
+        passages: [n, d].
+        top_k: number of passages per query; all n if there are fewer.
+        ids: ids of the n passages, by which ties are ordered; None leaves them in row order.
+        block_numbers: inner products in memory at a time; always at least the n of one query.
+        advance: called with the number of finished queries.
+
+    Returns:
+        q arrays of min(top_k, n) row numbers.
+    """
+    num_queries = max(1, block_numbers // max(1, len(passages)))
+    ids_of = None if ids is None else partial(ids_at, ids)
+    rows: list[NDArray[np.int64]] = []
+    for start in range(0, len(queries), num_queries):
+        scores = queries[start : start + num_queries] @ passages.T
+        rows += [top_rows(query_scores, top_k, ids_of) for query_scores in scores]
+        if advance is not None:
+            advance(len(scores))
+    return rows
 
 
 def ids_at(ids: Sequence[str], rows: NDArray[np.int64]) -> list[str]:

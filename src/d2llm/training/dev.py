@@ -10,7 +10,6 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from d2llm.models.student import SCORE_BLOCK, Student
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
-from d2llm.ops.selection import ids_at, top_rows
+from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.bm25 import WordIndex, rank_passages
@@ -422,7 +421,7 @@ def _nearest(
     if not (np.isfinite(passages).all() and np.isfinite(anchors).all()):
         raise ModelError(f"vectors of '{dataset.name}' are not finite; check the student that proposes candidates")
     ids = list(dataset.passages)
-    return [ids_at(ids, top_rows(passages @ anchor, depth, partial(ids_at, ids))) for anchor in anchors]
+    return [ids_at(ids, rows) for rows in nearest_rows(anchors, passages, depth, ids)]
 
 
 def _place(identifier: str, seed: int) -> bytes:

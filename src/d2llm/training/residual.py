@@ -23,6 +23,7 @@ from d2llm.data.collation import Draw, LabelledSource, collate_lists
 from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
+from d2llm.ops.selection import nearest_rows
 from d2llm.training.dev import DevResult, DevSet, EncodedDev, encode_dev, measure_by_weight
 from d2llm.training.interpolation import mean_value
 from d2llm.training.objective import batch_losses, weighted_sum
@@ -30,8 +31,6 @@ from d2llm.training.training_run import BestState, adamw, learning_rate_factor, 
 
 AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
 """Lets the teacher judge passages (query_id -> passage ids), and adds its labels to the data set's store."""
-
-_BLOCK_NUMBERS = 1 << 24  # inner products in memory at a time in the search for neighbours: 64 MB
 
 
 @dataclass(frozen=True)
@@ -165,15 +164,8 @@ def _encode(
 def _nearest(
     queries: NDArray[np.float32], passages: NDArray[np.float32], depth: int, title: str, show: bool | None
 ) -> NDArray[np.int64]:
-    depth = min(depth, len(passages))
-    block = max(1, _BLOCK_NUMBERS // len(passages))
-    blocks: list[Tensor] = []
     with progress_bar(title, len(queries), show=show) as advance:
-        for start in range(0, len(queries), block):
-            products = torch.from_numpy(queries[start : start + block] @ passages.T)
-            blocks.append(torch.topk(products, depth, dim=1).indices)
-            advance(len(products))
-    return torch.cat(blocks).numpy()
+        return np.stack(nearest_rows(queries, passages, depth, advance=advance))
 
 
 def _epoch(sets: Sequence[_Vectors], batch_queries: int, seed: str) -> list[tuple[_Vectors, list[int]]]:

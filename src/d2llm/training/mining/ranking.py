@@ -9,7 +9,6 @@ import json
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,11 +20,10 @@ from d2llm.core.files import write_json
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, Task
-from d2llm.ops.selection import ids_at, top_rows
+from d2llm.ops.selection import ids_at, nearest_rows, top_rows
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 from d2llm.store.bm25 import WordIndex, rank_passages
 
-_BLOCK_NUMBERS = 1 << 23  # inner products in memory at a time: 32 MB of float32
 _RESCORED = 4  # candidates by inner product per entry of a list by the full score
 _MIN_RESCORED = 200
 
@@ -125,35 +123,7 @@ class EncoderRanking:
             return [np.arange(len(self._ids))] * len(self._queries)
         anchors = self._student.anchor_queries(self._queries, self._task)
         # Sorted rows, so that the vectors are read from the file sequentially.
-        return [np.sort(rows) for rows in nearest_rows(anchors, self._vectors, self._ids, top_k)]
-
-
-def nearest_rows(
-    queries: NDArray[np.float32],
-    passages: NDArray[np.float32],
-    ids: Sequence[str],
-    top_k: int,
-    *,
-    block_numbers: int = _BLOCK_NUMBERS,
-) -> list[NDArray[np.int64]]:
-    """The passages with the largest inner products, best first, ties by id; exact, in blocks of queries.
-
-    Args:
-        queries: [q, d].
-        passages: [n, d].
-        ids: ids of the n passages.
-        top_k: number of passages per query; all n if there are fewer.
-        block_numbers: inner products in memory at a time; always at least the n of one query.
-
-    Returns:
-        q arrays of min(top_k, n) row numbers.
-    """
-    num_queries = max(1, block_numbers // max(1, len(passages)))
-    rows: list[NDArray[np.int64]] = []
-    for start in range(0, len(queries), num_queries):
-        scores = queries[start : start + num_queries] @ passages.T
-        rows += [top_rows(query_scores, top_k, partial(ids_at, ids)) for query_scores in scores]
-    return rows
+        return [np.sort(rows) for rows in nearest_rows(anchors, self._vectors, top_k, self._ids)]
 
 
 BLOCK_PASSAGES = 2_048
