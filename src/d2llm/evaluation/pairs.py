@@ -36,7 +36,7 @@ from d2llm.evaluation.report import (
     MissingRow,
     ShownPassage,
 )
-from d2llm.evaluation.setting import Contenders, EvaluationSettings, Row
+from d2llm.evaluation.setting import Contender, Contenders, EvaluationSettings
 from d2llm.evaluation.systems import MeasuredStore, milliseconds, peak_memory
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.calibration import score_histogram
@@ -141,14 +141,14 @@ def lexical_scores(work: PairWork) -> ScoredSplits:
     return work.scored(setting.NAME_BM25, "bm25", None, measure)
 
 
-def student_scores(work: PairWork, row: Row) -> ScoredSplits:
+def student_scores(work: PairWork, contender: Contender) -> ScoredSplits:
     """A student's scores of all pairs; each text is encoded once."""
-    model, task = row.model, work.settings.task
+    model, task = contender.model, work.settings.task
 
     def score(pairs: Sequence[LabelledPair], show_progress: bool | None) -> ScoredPairs:
         texts = _texts(pairs)
         num_texts = sum(len(set(side)) for side in zip(*texts, strict=True))
-        with progress_bar(f"encoding for {row.name}", num_texts, show=show_progress) as advance:
+        with progress_bar(f"encoding for {contender.name}", num_texts, show=show_progress) as advance:
             return score_pairs(model, texts, task, advance)
 
     def measure() -> dict[str, Any]:
@@ -171,7 +171,7 @@ def student_scores(work: PairWork, row: Row) -> ScoredSplits:
                 "num_truncated": scored.num_truncated,
             }
 
-    return work.scored(row.name, row.kind, model.fingerprint, measure)
+    return work.scored(contender.name, contender.kind, model.fingerprint, measure)
 
 
 def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> ScoredSplits:

@@ -16,7 +16,7 @@ from d2llm.evaluation import figures, setting
 from d2llm.evaluation.figures import Values, compare_means, mean_row
 from d2llm.evaluation.judging import Pool, interleaved, judge_pool
 from d2llm.evaluation.report import AgreementRow, Calibration, Comparison, Details, EvaluationReport, EvaluationRow
-from d2llm.evaluation.setting import Contenders, EvaluationSettings, Row
+from d2llm.evaluation.setting import Contender, Contenders, EvaluationSettings
 from d2llm.evaluation.shortcuts import Shortcuts, measure_shortcuts
 from d2llm.evaluation.systems import (
     RetrievalWork,
@@ -127,14 +127,14 @@ def _judged_queries(dataset: Dataset, split: str) -> tuple[list[Query], int]:
     return queries, len(dataset.qrels[split]) - len(queries)
 
 
-def _search(work: RetrievalWork, row: Row) -> System:
+def _search(work: RetrievalWork, contender: Contender) -> System:
     def measure() -> System:
-        index, rate = work.index(row.model)
-        settings = work.search_settings(row.num_candidates)
-        return work.measure(row.name, row.kind, index, settings, passages_per_second=rate)
+        index, rate = work.index(contender.model)
+        settings = work.search_settings(contender.num_candidates)
+        return work.measure(contender.name, contender.kind, index, settings, passages_per_second=rate)
 
-    model = row.model
-    key = work.key(row.name, work.identity(model), row.num_candidates, work.settings.dtype)
+    model = contender.model
+    key = work.key(contender.name, work.identity(model), contender.num_candidates, work.settings.dtype)
     return work.store.system(key, measure)
 
 
@@ -175,20 +175,20 @@ def _judge(
     return with_first_stages(system, seconds, (lexical, subject)), judged.scores
 
 
-def _pool_scores(work: RetrievalWork, row: Row, pool: Pool) -> figures.Scores:
+def _pool_scores(work: RetrievalWork, contender: Contender, pool: Pool) -> figures.Scores:
     """A student's scores of the passages that the teacher judged."""
     texts = {query.id: query.text for query in work.sampled}
-    view = work.index(row.model)[0].view
+    view = work.index(contender.model)[0].view
 
     def score() -> dict[str, dict[str, float]]:
-        vectors = row.model.encode_queries([texts[query_id] for query_id in pool]).vectors
+        vectors = contender.model.encode_queries([texts[query_id] for query_id in pool]).vectors
         scores_by_query: dict[str, dict[str, float]] = {}
         for vector, (query_id, ids) in zip(vectors, pool.items(), strict=True):
-            scores = row.model.score(vector, view.vectors(view.rows(ids)), work.settings.task)
+            scores = contender.model.score(vector, view.vectors(view.rows(ids)), work.settings.task)
             scores_by_query[query_id] = dict(zip(ids, scores.tolist(), strict=True))
         return scores_by_query
 
-    key = work.key(row.name, row.model.fingerprint, fingerprint_json(pool), work.settings.dtype, "pool")
+    key = work.key(contender.name, contender.model.fingerprint, fingerprint_json(pool), work.settings.dtype, "pool")
     return work.store.values(key, score)
 
 

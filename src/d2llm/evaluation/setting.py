@@ -26,7 +26,7 @@ _BASELINES: tuple[SystemKind, ...] = ("cosine_tuned", "cosine_untuned", "bm25")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Contender:
     """A system that scores by vectors; ``num_candidates`` passages get its full score."""
 
     name: str
@@ -70,7 +70,7 @@ class Contenders:
                 "by the last column of its file)"
             )
 
-    def students(self, num_candidates: int, top_k: int) -> list[Row]:
+    def students(self, num_candidates: int, top_k: int) -> list[Contender]:
         """The systems that score by vectors, in the report's order.
 
         Only the student scores more candidates than it ranks.
@@ -83,7 +83,7 @@ class Contenders:
             (NAME_D2LLM, "d2llm", self.student, num_candidates),
             *((name, "external", model, top_k) for name, model in self.bi_encoders.items()),
         ]
-        return [Row(name, kind, model, depth) for name, kind, model, depth in rows if model is not None]
+        return [Contender(name, kind, model, depth) for name, kind, model, depth in rows if model is not None]
 
     def judges(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, Judge]]:
         """The systems that encode query and passage together."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import EvidenceTerm, Query
 from d2llm.evaluation.report import MissingRow
-from d2llm.evaluation.setting import NAME_BM25, NAME_D2LLM, Row
+from d2llm.evaluation.setting import NAME_BM25, NAME_D2LLM, Contender
 from d2llm.evaluation.systems import RetrievalWork, System
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.ops.fusion import sum_weights
@@ -35,9 +35,9 @@ _PARTS: dict[str, tuple[EvidenceTerm, ...]] = {
 }
 
 
-def fitted_sum(work: RetrievalWork, row: Row) -> System | MissingRow:
-    """The weighted sum of a row's score and BM25, over candidates from both."""
-    name, model = f"fitted sum: {NAME_BM25} + {row.name}", row.model
+def fitted_sum(work: RetrievalWork, contender: Contender) -> System | MissingRow:
+    """The weighted sum of a system's score and BM25, over candidates from both."""
+    name, model = f"fitted sum: {NAME_BM25} + {contender.name}", contender.model
     held_out = _dev_queries(work)
     if not held_out and len(work.trial.queries) < _MIN_QUERIES:
         return MissingRow(name, "fitted_sum", "there are too few queries to fit its weights on")

@@ -31,7 +31,7 @@ _remarks = logging.getLogger("d2llm.remarks")
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredPairs:
+class CalibrationSample:
     """Pairs drawn in the proportions that the probabilities assume, with a student's scores.
 
     Attributes:
@@ -95,7 +95,7 @@ def score_drawn(
     num_queries: int,
     seed: int,
     show_progress: bool | None = None,
-) -> ScoredPairs:
+) -> CalibrationSample:
     """Draw passages for judged queries of a data set (one relevant, some hard, most at random) and score them.
 
     A query is left out if there are no other passages to draw from.
@@ -114,7 +114,7 @@ def score_drawn(
     num_texts = sum(len(set(side)) for side in zip(*pairs, strict=True))
     with progress_bar(f"calibrating on {dataset.name}", num_texts, show=show_progress) as advance:
         scores = score_pairs(student, pairs, task, advance).scores if pairs else np.empty(0)
-    return ScoredPairs(
+    return CalibrationSample(
         queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
         scores=scores.astype(np.float64),
         relevant=np.array([place == 0 for ids in drawn.values() for place in range(len(ids))], bool),
@@ -154,7 +154,7 @@ def _draw(
     return drawn
 
 
-def _fit(task: Task, parts: Sequence[ScoredPairs], seed: int) -> TaskCalibration | None:
+def _fit(task: Task, parts: Sequence[CalibrationSample], seed: int) -> TaskCalibration | None:
     num_queries = {name: count for part in parts for name, count in part.num_queries.items()}
     total = sum(num_queries.values())
     if total < MIN_QUERIES:
