@@ -1,4 +1,4 @@
-"""A virtual environment with the packages that are installed here, by links, but without d2llm."""
+"""A virtual environment that links to all packages installed here, except d2llm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WITHOUT = "d2llm"
 
 
 def write_bare_environment(folder: Path) -> Path:
-    """Its Python. What makes an editable installation importable (``.pth``) is left out as well."""
+    """Create the environment and return its Python. The ``.pth`` files of editable installations are left out too."""
     venv.EnvBuilder(symlinks=os.name != "nt", with_pip=False).create(folder)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     report = subprocess.run(

@@ -1,4 +1,4 @@
-"""Fixtures and rules that all tests share."""
+"""Fixtures and collection rules shared by all tests."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from hypothesis import settings
 
 from plain_cpu import without_bfloat16
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
+# A shell that runs the tests in the background makes them ignore SIGINT, which some tests send.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A test machine may be busy: a slow example is no failure, pytest-timeout catches what hangs.
+# The machine may be busy: a slow example is not a failure, and pytest-timeout catches hanging tests.
 settings.register_profile("d2llm", deadline=None)
 settings.load_profile("d2llm")
 
 if os.environ.get("D2LLM_TEST_NETWORK") != "1":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing model is told at once, not after retries
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing model fails at once, not after retries
 
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 
 REPOSITORY = Path(__file__).parents[1]
 
 
-# Tests whose results depend on how the CPU multiplies; `make test-avx2` runs them as on one with AVX2 alone.
+# Tests whose results depend on the CPU's instruction set; `make test-avx2` runs them restricted to AVX2.
 NUMERIC_FOLDERS = ("golden", "parity", "property")
 NUMERIC_UNITS = ("ann", "backbone", "calibration", "cosine_head", "device", "doctor", "gradient_cache", "interaction")
 NUMERIC_UNITS += ("late_chunking", "lora", "losses", "pooling", "projections", "ranking", "scan", "scorer", "student")
 NUMERIC_UNITS += ("teacher", "teacher_sharing", "vector_file", "vectors", "view")
 
-# What `make test-fast` leaves out: folders that start programs, servers and browsers, and files that take their time.
+# Left out by `make test-fast`: folders that start programs, servers and browsers, and slow files.
 SLOW_FOLDERS = ("e2e", "dialects", "parity")
 SLOW_UNITS = ("ann", "demo_corpus", "documents", "evaluate", "evaluate_again", "exact_search", "index_search")
 SLOW_UNITS += ("integration_texts", "labels", "mteb", "remote_endpoint", "residual", "serve_running")
@@ -67,7 +67,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data sets in BEIR layout, in ``shared/data`` beside the checkout."""
+    """Real data sets in BEIR layout, in ``shared/data`` next to the checkout."""
     folder = REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"needs the data sets in {folder}, which does not exist")
@@ -76,7 +76,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(params=["this-cpu", "plain-cpu"])
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test runs twice: with all that this CPU can do, and as on one without fast or fused bfloat16 products."""
+    """Runs the test twice: with all features of this CPU, and as if it had no fast or fused bfloat16 products."""
     if request.param == "plain-cpu":
         without_bfloat16(monkeypatch)
     return request.param

@@ -1,4 +1,4 @@
-"""What an index has of its rows beside their vectors, without an index."""
+"""The evidence that an index holds for its rows besides their vectors, without an index."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from d2llm.store.window_vectors import WindowVectors
 
 
 class EvidenceRows:
-    """The words of some texts, and vectors of windows [rows][windows, dim] where there are any.
+    """The words of some texts, and optionally the vectors of their windows, [rows][windows, dim].
 
-    A row without windows is level with its own vector, of ``own`` [rows, dim].
+    A row without windows is scored by its own vector in ``own`` [rows, dim].
     """
 
     def __init__(self, texts, windows=None, own=None):
@@ -29,6 +29,8 @@ class EvidenceRows:
 
     def best_windows(self, query, rows):
         scores = self.windows.best(query, rows)
-        alone = np.isneginf(scores)
-        scores[alone] = np.einsum("ij,j->i", self._own[rows[alone]].astype(np.float64), query.astype(np.float64))
+        without_windows = np.isneginf(scores)
+        scores[without_windows] = np.einsum(
+            "ij,j->i", self._own[rows[without_windows]].astype(np.float64), query.astype(np.float64)
+        )
         return scores

@@ -1,6 +1,6 @@
-"""The Hugging Face Hub as far as models need it, behind huggingface_hub's own HTTP client.
+"""A fake Hugging Face Hub with the endpoints that models need, behind huggingface_hub's own HTTP client.
 
-Only the transport is replaced: what the library asks, retries, resumes and caches is its own.
+Only the transport is replaced: requests, retries, resumed downloads and caching are the library's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OWNER_TOKEN = "hf_owner"
 
 @dataclass
 class Repository:
-    """Commits by number, each path -> content; branches and tags name commits."""
+    """Commits by hash, each a mapping of path -> content; branches and tags point to commits."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Repository:
 
 @dataclass
 class FakeHub:
-    """Answers requests; ``log`` has each as "METHOD path", ``break_after`` cuts the next download of a path short."""
+    """Answers requests; ``log`` records them as "METHOD path", ``break_after`` truncates the next download by path."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class FakeHub:
         if not self.reachable:
             raise httpx2.ConnectError("no route to host", request=request)
         parts = path.strip("/").split("/")
-        if parts[0] == "uploads":  # signed addresses, as of a bucket
+        if parts[0] == "uploads":  # signed URLs, as of a storage bucket
             self._uploaded[parts[1]] = request.read()
             return httpx2.Response(200)
         if request.method == "POST" and request.headers.get("authorization") != f"Bearer {OWNER_TOKEN}":
@@ -87,9 +87,7 @@ class FakeHub:
 
     def _batch(self, asked: dict[str, Any]) -> httpx2.Response:
         place = "https://huggingface.co/uploads"
-        objects = [
-            {**wanted, "actions": {"upload": {"href": f"{place}/{wanted['oid']}"}}} for wanted in asked["objects"]
-        ]
+        objects = [{**item, "actions": {"upload": {"href": f"{place}/{item['oid']}"}}} for item in asked["objects"]]
         return httpx2.Response(200, json={"transfer": "basic", "objects": objects})
 
     def _api(self, name: str, repository: Repository, request: httpx2.Request, rest: list[str]) -> httpx2.Response:
@@ -137,18 +135,18 @@ class FakeHub:
         if request.method == "HEAD":
             return httpx2.Response(200, headers=headers | {"Content-Length": str(len(content))})
         start = 0
-        if asked := request.headers.get("range"):
-            self.ranges.append(f"{path} {asked}")
-            start = int(asked.removeprefix("bytes=").partition("-")[0])
+        if range_header := request.headers.get("range"):
+            self.ranges.append(f"{path} {range_header}")
+            start = int(range_header.removeprefix("bytes=").partition("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         stop = self.break_after.pop(path, None)
         headers["Content-Length"] = str(len(content) - start)
         body = _Body(content[start:], stop, request)
-        return httpx2.Response(206 if asked else 200, headers=headers, stream=body)
+        return httpx2.Response(206 if range_header else 200, headers=headers, stream=body)
 
 
 class _Body(httpx2.SyncByteStream):
-    """The bytes of a file; with ``stop`` the connection breaks after so many of them."""
+    """The bytes of a file; with ``stop`` the connection breaks after that many bytes."""
 
     def __init__(self, content: bytes, stop: int | None, request: httpx2.Request) -> None:
         self._content, self._stop, self._request = content, stop, request

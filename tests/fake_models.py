@@ -29,13 +29,13 @@ def _word_vector(word, dim):
 
 
 class Interruption(Exception):
-    """Raised by a fake model that was told to fail."""
+    """Raised by a fake model when ``fail_after`` is reached."""
 
 
 class FakeStudent:
     """Anchor: 2 <q, p>. Interaction: bounded by 1. Texts over ``max_words`` words are truncated.
 
-    With ``fail_after`` it raises instead of encoding more than so many passages.
+    With ``fail_after`` it raises ``Interruption`` instead of encoding more than that many passages.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class FakeStudent:
 
     def score(self, query_vector, passage_vectors, task):
         sign = 1 if task == "asymmetric" else -1
-        # Not a matrix product: BLAS sums a row in an order that depends on how many rows there are.
+        # Not a matrix product: in BLAS the summation order within a row depends on the number of rows.
         anchor = 2 * np.einsum("ij,j->i", passage_vectors, query_vector)
         return anchor + sign * np.tanh(passage_vectors[:, 0] * query_vector[1])
 
 
 class AnchorStudent(FakeStudent):
-    """The anchor is the whole score, and inner products have no rounding: vectors are in quarters."""
+    """The anchor is the whole score, and inner products are exact: vector values are multiples of 1/4."""
 
     def _encode(self, texts, advance):
         encoded = super()._encode(texts, advance)
@@ -99,7 +99,7 @@ class AnchorStudent(FakeStudent):
 
 
 class PreparedAnchorStudent(AnchorStudent):
-    """The same with what tells a search that the interaction has no weight; it must not be asked for scores."""
+    """As AnchorStudent, and tells a search that the interaction has weight 0; the interaction must not be computed."""
 
     def prepare(self, query_vector, task):
         return FakeScorer(self.anchor_queries(query_vector[None], task)[0])
@@ -122,7 +122,7 @@ class FakeScorer:
 
 
 class FakeTeacher:
-    """Log-odds = shared words; keeps the pairs that it was asked. With ``fail_after`` it raises instead of more."""
+    """Log-odds = number of shared words. Records the judged pairs; with ``fail_after`` it raises beyond that many."""
 
     def __init__(self, *, fingerprint: str = "fake-teacher", fail_after: int | None = None):
         self.fingerprint = fingerprint

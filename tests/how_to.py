@@ -1,7 +1,7 @@
-"""Runs the Python of a documentation page as a reader would: all ``python`` blocks, in order, in an empty folder.
+"""Runs the Python code of a documentation page as a reader would: all ``python`` blocks in order, in an empty folder.
 
-A block with the info string ``output`` right after one is what it prints. A block that needs another package should
-import d2llm's own module for it first, so that a missing one is a ``MissingExtraError``, and the page is skipped.
+An ``output`` block directly after a ``python`` block contains its expected output. A block that needs another package
+should first import d2llm's own module for it: if it is missing, a ``MissingExtraError`` is raised and the page skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 
 @dataclass(frozen=True)
 class Block:
-    """Code of a page; ``line`` is its first one's number, ``output`` what the page says that it prints, if anything."""
+    """A code block; ``line`` is the number of its first line, ``output`` the expected output if the page gives one."""
 
     code: str
     line: int
@@ -27,7 +27,7 @@ class Block:
 def python_blocks(page: Path) -> list[Block]:
     """The ``python`` blocks of a page, in order."""
     blocks: list[Block] = []
-    previous = ""  # the language of the block before, with nothing between
+    previous = ""  # language of the directly preceding block, if any
     for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
         if token.type == "fence":
             language = token.info.strip()
@@ -45,21 +45,21 @@ def python_blocks(page: Path) -> list[Block]:
 
 
 SERVER = "http://127.0.0.1:8000"
-"""Where the pages expect a server."""
+"""The server address used in the pages."""
 
 
 def asks_server(page: Path) -> bool:
-    """Whether the Python of a page asks a running server."""
+    """Whether the Python code of a page needs a running server."""
     return any(SERVER in block.code for block in python_blocks(page))
 
 
 def run_page(page: Path, folder: Path, server: str = "") -> None:
-    """Run the blocks of a page one after another in ``folder``, sharing their names; errors point into the page.
+    """Run the blocks of a page in order in ``folder`` with shared names; tracebacks point into the page.
 
-    ``server`` is the address of the one to ask, where the page asks one.
+    ``server`` replaces the server address used in the page.
 
     Raises:
-        AssertionError: a block prints something other than the page says, or the page has no block.
+        AssertionError: a block's output differs from the page, or the page has no block.
     """
     blocks = python_blocks(page)
     assert blocks, f"{page}: there is no python block"
@@ -73,7 +73,7 @@ def run_page(page: Path, folder: Path, server: str = "") -> None:
             with contextlib.redirect_stdout(printed):
                 exec(code, names)
             if block.output is not None:
-                found = printed.getvalue()
-                assert found.strip() == block.output.strip(), f"{page}:{block.line} prints something else:\n{found}"
+                actual = printed.getvalue()
+                assert actual.strip() == block.output.strip(), f"{page}:{block.line} prints something else:\n{actual}"
     finally:
         os.chdir(before)

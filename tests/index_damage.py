@@ -1,9 +1,9 @@
-"""Damage the files of a small index, one at a time, and see what a search and ``verify`` say of it.
+"""Damages the files of a small index, one at a time, and checks that a search or ``verify`` notices.
 
-    python tests/index_damage.py --cases 2500 --seed 1 --repair     prints a table; ends with 1 where one is silent
+    python tests/index_damage.py --cases 2500 --seed 1 --repair     prints a table; exits with 1 if damage is silent
 
-Each case copies an index by hard links, damages one of its files, opens and searches the copy, and verifies it. All of
-this happens in processes of its own, since a damaged file may end the process that reads it.
+Each case copies an index with hard links, damages one file, then opens, searches and verifies the copy. This runs in
+separate processes, since a damaged file may crash the process that reads it.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ DAMAGES = ("flipped bit", "cut", "swapped blocks", "zeroed block", "removed", "o
 WORDS = ("common", "title own5 own41 changed", "中文 later")
 FILTERS = ("year >= 2010 OR language = 'de'", "id = 'p7' OR document_id = 'd2' AND position > 1")
 _DERIVED = ("ann-", "projections-", "student-errors")
-_ANN = "approximate"  # where it cannot be used, the exact scan answers
+_ANN = "approximate"  # if it is unusable, the exact scan is used instead
 QUERIES = np.random.default_rng(3).standard_normal((2, DIM)).astype(np.float32)
 
 
 class Case(NamedTuple):
-    """A file of the index ``base``, how it is damaged, and what makes the damage the same each time."""
+    """A file of the index ``base``, the kind of damage, and the seed that makes the damage reproducible."""
 
     base: str
     path: str
@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 class Judge:
-    """What the errors of the student are of."""
+    """The judge whose student error is stored in the index."""
 
     fingerprint = "judge"
 
@@ -73,9 +73,9 @@ class Judge:
 
 
 def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
-    """An index with everything: metadata, words, windows, deletions, rows without an index, versions, derived files."""
+    """An index with metadata, words, windows, deletions, unindexed rows, several versions and all derived files."""
     store = new_store(folder, vector_copies=vector_copies, window_format="int8")
-    given = [
+    passages = [
         Passage(
             p.id,
             f"{p.text} 中文",
@@ -86,7 +86,7 @@ def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
         )
         for n, p in enumerate(few_passages(60).values())
     ]
-    put(store, given)
+    put(store, passages)
     store.settle()
     store.delete(["p1", "p3", "p20"])
     put(store, few_passages(5, start=10, word="changed").values())
@@ -121,7 +121,7 @@ def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
 
 
 def make_bases(folder: Path) -> dict[str, Path]:
-    """An index, one with its vectors once, one with a snapshot, and one all of whose files are in use."""
+    """Indexes with two copies of the vectors, with one copy, with a snapshot, and compacted (all files in use)."""
     bases = {name: folder / name for name in ("two copies", "one copy", "snapshot", "compacted")}
     make_index(bases["two copies"])
     make_index(bases["one copy"], vector_copies=1)
@@ -136,14 +136,14 @@ def make_bases(folder: Path) -> dict[str, Path]:
 
 
 def files_of(folder: Path) -> list[str]:
-    """The files of an index, or of its snapshots where it has some."""
+    """The files of an index, or of its snapshots if it has any."""
     inside = "snapshots" if (folder / "snapshots").exists() else "."
     paths = (path for path in (folder / inside).rglob("*") if path.is_file() and path.name != "write.lock")
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def kind_of(path: str) -> str:
-    """What sort of file this is: its name, without what tells it from others of its sort."""
+    """The kind of a file: its name or folder, without the part that varies between files of the same kind."""
     parts = Path(path).parts
     if "passages.lance" not in parts:
         return f"words{Path(path).suffix}" if parts[-1].startswith("words-") else parts[-1]
@@ -151,10 +151,10 @@ def kind_of(path: str) -> str:
 
 
 def cases(bases: dict[str, Path], number: int, seed: int) -> Iterator[Case]:
-    """As many cases as asked for: every kind of file of every index in turn, damaged in every way in turn.
+    """Yield ``number`` cases that cycle through all kinds of files of every index and all kinds of damage.
 
-    What LanceDB reads in a search, and words, come four times as often as the rest. What is derived from vectors is the
-    same in every index, so that of one will do.
+    Files that LanceDB reads in a search, and word files, come four times as often as the rest. Files derived from
+    vectors are the same in every index, so those of one index are enough.
     """
     chance = random.Random(seed)
     kinds: dict[tuple[str, str], list[Case]] = {}
@@ -162,7 +162,7 @@ def cases(bases: dict[str, Path], number: int, seed: int) -> Iterator[Case]:
     for base, folder in bases.items():
         part = folder / "snapshots" / "a" if (folder / "snapshots").exists() else folder
         files = TableFiles(part)
-        read = files.files_of(files.latest() or 0)[:-1]  # the last is the transaction
+        read = files.files_of(files.latest() or 0)[:-1]  # the last one is the transaction
         needed = {(part / path).relative_to(folder).as_posix() for path in read}
         for path in files_of(folder):
             if base != "two copies" and kind_of(path).startswith(_DERIVED):
@@ -182,7 +182,7 @@ def cases(bases: dict[str, Path], number: int, seed: int) -> Iterator[Case]:
 
 
 def copy_linked(source: Path, target: Path) -> None:
-    """A copy by hard links; whoever changes a file must unlink it first."""
+    """Copy a folder with hard links; a file must be unlinked before it is changed."""
     for path in source.rglob("*"):
         if path.is_file():
             place = target / path.relative_to(source)
@@ -191,7 +191,7 @@ def copy_linked(source: Path, target: Path) -> None:
 
 
 def damage(folder: Path, case: Case) -> bool:
-    """Damage a file; False where it is too short for it, or the others of its kind are the same."""
+    """Damage a file; False if it is too short, or if all other files of its kind have the same content."""
     chance, path = random.Random(case.seed), folder / case.path
     content = path.read_bytes()
     changed = bytearray(content)
@@ -200,7 +200,7 @@ def damage(folder: Path, case: Case) -> bool:
         return True
     if case.how == "of another":
         same = [other for other in files_of(folder) if kind_of(other) == kind_of(case.path) and other != case.path]
-        others = [found for found in ((folder / other).read_bytes() for other in same) if found != content]
+        others = [data for data in ((folder / other).read_bytes() for other in same) if data != content]
         if not others:
             return False
         changed = bytearray(chance.choice(others))
@@ -226,15 +226,15 @@ def damage(folder: Path, case: Case) -> bool:
     return True
 
 
-# What is said of it ---------------------------------------------------------------------------------------------------
+# Effects of the damage -----------------------------------------------------------------------------------------------
 
 
 def answers(folder: Path) -> dict[str, Any]:
-    """What every way of searching says."""
+    """The results of every kind of search."""
     view = PassageView(IndexStore.open(folder))
     rows = live_rows(view)
     passages = view.passages(rows)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "version": view.version,
         "task": view.task,
         "passages": sorted([p.id, p.title, p.text, p.document_id, p.position, p.metadata] for p in passages),
@@ -243,55 +243,57 @@ def answers(folder: Path) -> dict[str, Any]:
     for query in QUERIES:
         best = view.scan(query, 5)
         ids = [view.ids(best.rows), best.scores.tolist()]
-        found[f"scan {len(found)}"] = ids
-        found[f"windows {len(found)}"] = sorted(
+        results[f"scan {len(results)}"] = ids
+        results[f"windows {len(results)}"] = sorted(
             [p.id, score] for p, score in zip(passages, view.best_windows(query, rows).tolist(), strict=True)
         )
         near = None if view.ann is None else AnnSearch(view.ann, view.mask(None), view.ids).search(query, 5)
-        found[f"{_ANN} {len(found)}"] = None if near is None else [view.ids(near[0]), near[1].tolist()]
+        results[f"{_ANN} {len(results)}"] = None if near is None else [view.ids(near[0]), near[1].tolist()]
     for word in WORDS:
         best = view.match(word, 99)
-        found[f"match {word}"] = [view.ids(best.rows), best.scores.tolist()]
-    found["match filtered"] = sorted(view.ids(view.match("common", 99, FILTERS[0]).rows))
+        results[f"match {word}"] = [view.ids(best.rows), best.scores.tolist()]
+    results["match filtered"] = sorted(view.ids(view.match("common", 99, FILTERS[0]).rows))
     for condition in FILTERS:
         mask = view.select(condition)
-        found[f"filter {condition}"] = sorted(view.ids(np.flatnonzero(mask)))
-    found["get"] = [passage.text for passage in view.get(["p7", "p1", "p12", "p63", "p59"])]
-    found["rows"] = view.ids(view.rows(["p7", "p12", "p63"]))
-    found["parts"] = sorted(view.store.table(view.version).parts(["d2", "p7"]))
-    found["neighbours"] = [passage.id for passage in view.neighbours(view.get(["p6", "p30"]), 1)]
+        results[f"filter {condition}"] = sorted(view.ids(np.flatnonzero(mask)))
+    results["get"] = [passage.text for passage in view.get(["p7", "p1", "p12", "p63", "p59"])]
+    results["rows"] = view.ids(view.rows(["p7", "p12", "p63"]))
+    results["parts"] = sorted(view.store.table(view.version).parts(["d2", "p7"]))
+    results["neighbours"] = [passage.id for passage in view.neighbours(view.get(["p6", "p30"]), 1)]
     stored = view.projections
     numbers = torch.arange(stored.num_rows * 16).reshape(-1, 16) if stored else None
     if stored is not None and numbers is not None:
         assert torch.equal(stored.read(np.arange(stored.num_rows)), numbers.to(torch.bfloat16)), "other projections"
-    with suppress(D2LLMError):  # missing or refused: it must be measured again
+    with suppress(D2LLMError):  # missing or refused: it has to be measured again
         error = read_error(folder, Judge(), "asymmetric")  # pyright: ignore[reportArgumentType]
         assert error == StudentError(1.5, 0.25, 0.125, 0.5, 400), "another error of the student"
-    return json.loads(json.dumps(found, default=str))
+    return json.loads(json.dumps(results, default=str))
 
 
 def searched(folder: Path, expected: dict[str, Any], *, repaired: bool = False) -> tuple[str, str]:
-    """Whether a search says the same, something wrong, or that the index is damaged.
+    """Whether searches give the same results, wrong ones, or report damage.
 
-    After a repair the version is another.
+    A repair changes the version.
     """
     try:
-        found = answers(folder)
+        results = answers(folder)
     except D2LLMError as error:
         return "refused", str(error)
     except AssertionError as error:
         return "wrong", str(error)
-    except BaseException:  # noqa: BLE001  # panics of LanceDB are no Exception
+    except BaseException:  # noqa: BLE001  # LanceDB's panics are not subclasses of Exception
         return "traceback", traceback.format_exc()
-    found = {name: expected[name] if name.startswith(_ANN) and not said else said for name, said in found.items()}
+    results = {
+        name: expected[name] if name.startswith(_ANN) and not value else value for name, value in results.items()
+    }
     if repaired:
-        found["version"] = expected["version"]
-    wrong = [name for name in expected if found[name] != expected[name]]
-    return ("wrong", ", ".join(wrong)) if wrong else ("same", "")
+        results["version"] = expected["version"]
+    differing = [name for name in expected if results[name] != expected[name]]
+    return ("wrong", ", ".join(differing)) if differing else ("same", "")
 
 
 def verified(folder: Path, *, repair: bool = False) -> tuple[str, str]:
-    """Whether ``verify`` finds something."""
+    """Whether ``verify`` finds problems."""
     try:
         store = IndexStore.open(folder)
         problems = verify(store, repair=repair, go_back=repair, encode=vectors_of, encode_windows=windows_of).problems
@@ -307,40 +309,40 @@ def verified(folder: Path, *, repair: bool = False) -> tuple[str, str]:
 
 
 def look_at(folder: Path, expected: dict[str, Any], *, repair: bool) -> dict[str, tuple[str, str]]:
-    """What a search and ``verify`` say, and where asked for, what they say after a repair."""
-    seen = {"search": searched(folder, expected), "verify": verified(folder)}
+    """The outcomes of a search and of ``verify``, and with ``repair`` also after a repair."""
+    outcomes = {"search": searched(folder, expected), "verify": verified(folder)}
     if repair:
-        seen["repair"] = verified(folder, repair=True)
-        seen["verify again"] = verified(folder)
-        seen["search again"] = searched(folder, expected, repaired=True)
-    return seen
+        outcomes["repair"] = verified(folder, repair=True)
+        outcomes["verify again"] = verified(folder)
+        outcomes["search again"] = searched(folder, expected, repaired=True)
+    return outcomes
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
 def work(repair: bool) -> None:
-    """For each line of the input, a case and the folder of its index, a line that says what was seen."""
+    """For each input line (a case and the folder of its index), print a line with the outcomes."""
     logging.disable(logging.CRITICAL)
     expected: dict[str, dict[str, Any]] = {}
     for line in sys.stdin:
         base, case = Path(json.loads(line)["base"]), Case(*json.loads(line)["case"])
         part = str(Path(*Path(case.path).parts[:2])) if case.path.startswith("snapshots/") else "."
         if case.base not in expected:
-            with tempfile.TemporaryDirectory(dir=base.parent) as place:  # opening may leave a lock
+            with tempfile.TemporaryDirectory(dir=base.parent) as place:  # opening an index may leave a lock file
                 copy_linked(base, Path(place) / "copy")
                 expected[case.base] = answers(Path(place) / "copy" / part)
         with tempfile.TemporaryDirectory(dir=base.parent) as place:
             copy = Path(place) / "copy"
             copy_linked(base, copy)
-            seen = look_at(copy / part, expected[case.base], repair=repair) if damage(copy, case) else {}
-        print(json.dumps(seen), flush=True)
+            outcomes = look_at(copy / part, expected[case.base], repair=repair) if damage(copy, case) else {}
+        print(json.dumps(outcomes), flush=True)
 
 
 def run(bases: dict[str, Path], chosen: list[Case], *, repair: bool = False) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """What is seen of each case; where the process ended by a signal, the search is said to be one."""
-    left = list(chosen)
-    while left:
+    """Yield the outcomes of each case; if a signal killed the process, the outcome is "signal"."""
+    remaining = list(chosen)
+    while remaining:
         command = [sys.executable, str(TESTS / "index_damage.py"), "--work", *(["--repair"] if repair else [])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
         with subprocess.Popen(
@@ -353,34 +355,36 @@ def run(bases: dict[str, Path], chosen: list[Case], *, repair: bool = False) -> 
         ) as process:
             assert process.stdin is not None
             assert process.stdout is not None
-            while left:
+            while remaining:
                 with suppress(BrokenPipeError):
-                    process.stdin.write(json.dumps({"base": str(bases[left[0].base]), "case": left[0]}) + "\n")
+                    process.stdin.write(
+                        json.dumps({"base": str(bases[remaining[0].base]), "case": remaining[0]}) + "\n"
+                    )
                     process.stdin.flush()
-                answer = process.stdout.readline()
-                case = left.pop(0)
-                if not answer:
+                line = process.stdout.readline()
+                case = remaining.pop(0)
+                if not line:
                     yield case, {"search": ("signal", f"exit status {process.wait()}"), "verify": ("signal", "")}
                     break
-                yield case, json.loads(answer)
+                yield case, json.loads(line)
             with suppress(BrokenPipeError):
                 process.stdin.close()
 
 
 def faults(seen: dict[str, Any]) -> list[str]:
-    """What must not be: damage that ``verify`` calls good though answers are wrong or refused, tracebacks, signals."""
-    wrong = [f"{name}: {said}" for name, (said, _) in seen.items() if said in ("traceback", "signal")]
+    """Failures: damage that ``verify`` misses although results are wrong or refused, tracebacks and signals."""
+    failures = [f"{name}: {outcome}" for name, (outcome, _) in seen.items() if outcome in ("traceback", "signal")]
     if seen and seen["verify"][0] == "good" and seen["search"][0] != "same":
-        wrong.append(f"silent: search says {seen['search'][0]}, verify good")
+        failures.append(f"silent: search says {seen['search'][0]}, verify good")
     if "repair" in seen and seen["repair"][0] != "went back":
-        again = seen["search again"][0]
-        if seen["verify again"][0] == "good" and again != "same":
-            wrong.append(f"after a repair, search says {again}, verify good")
-    return wrong
+        outcome_after = seen["search again"][0]
+        if seen["verify again"][0] == "good" and outcome_after != "same":
+            failures.append(f"after a repair, search says {outcome_after}, verify good")
+    return failures
 
 
 def main() -> None:
-    """Run cases, or a process that does."""
+    """Run the cases, or a worker process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", action="store_true")
     parser.add_argument("--cases", type=int, default=2500)
@@ -405,18 +409,18 @@ def main() -> None:
 
 def _report(bases: dict[str, Path], options: argparse.Namespace) -> int:
     table: Counter[tuple[str, ...]] = Counter()
-    bad = 0
-    for case, seen in run(bases, list(cases(bases, options.cases, options.seed)), repair=options.repair):
-        outcome = tuple(f"{name}: {said}" for name, (said, _) in seen.items()) or ("nothing to damage",)
+    num_failed = 0
+    for case, outcomes in run(bases, list(cases(bases, options.cases, options.seed)), repair=options.repair):
+        outcome = tuple(f"{name}: {status}" for name, (status, _) in outcomes.items()) or ("nothing to damage",)
         table[outcome] += 1
-        wrong = faults(seen)
-        bad += bool(wrong)
-        if wrong or options.show or seen.get("search", [""])[0] == "wrong":
-            print(*case, *outcome, *wrong, json.dumps(seen), sep=" | ")
+        failures = faults(outcomes)
+        num_failed += bool(failures)
+        if failures or options.show or outcomes.get("search", [""])[0] == "wrong":
+            print(*case, *outcome, *failures, json.dumps(outcomes), sep=" | ")
     for outcome, number in table.most_common():
         print(f"{number:6,}  {'; '.join(outcome)}")
-    print(f"{bad} of {options.cases} cases must not be")
-    return int(bad > 0)
+    print(f"{num_failed} of {options.cases} cases must not be")
+    return int(num_failed > 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A student as good as trained with an index of its passages, for the tests of adapters to other libraries."""
+"""A student with random weights and an index of passages, for tests of adapters to other libraries."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ QUERIES = ["the cat reads a book", "snow falls on the train", "bread and salt"]
 
 @dataclass(frozen=True)
 class Indexed:
-    """Where a student and its index are, and both of them loaded."""
+    """A student and its index, with the student's folder."""
 
     student_folder: Path
     student: Student
     index: Index
 
     def scores(self, query: str, task: Task = "asymmetric") -> dict[str, float]:
-        """The full score of every passage, by the definition."""
+        """The full score of every passage, computed by the student."""
         vector = self.student.encode_queries([query]).vectors[0]
         vectors = self.student.encode_passages([passage.full_text for passage in PASSAGES]).vectors
         scores = self.student.score(vector, vectors, task)
@@ -46,13 +46,13 @@ class Indexed:
         return (self.student.encode_passages(texts).vectors @ vector).tolist()
 
     def found(self, query: str, **settings: Any) -> list[tuple[str, float]]:
-        """What a search finds."""
+        """Ids and scores of the search results."""
         (ranking,) = self.index.search(query, **settings)
-        return [(place.passage.id, place.score) for place in ranking.passages]
+        return [(result.passage.id, result.score) for result in ranking.passages]
 
 
 def make_indexed(root: Path) -> Indexed:
-    """Write student and index below ``root``."""
+    """Write a student and an index under ``root``."""
     folder = write_trained_student(root, query_prefix="rain ")
     student = Student.load(folder, device="cpu", dtype="float32")
     index = Index.create(root / "index", student, student_source=str(folder), vector_format="float32")

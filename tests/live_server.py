@@ -1,4 +1,4 @@
-"""An ASGI application served on a real socket, in a thread of the test's own process."""
+"""Serves an ASGI application on a real socket, in a thread of the test process."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from d2llm import Student
 from waiting import PATIENCE, until
 
 patient = httpx2.Client(timeout=PATIENCE, limits=httpx2.Limits(max_keepalive_connections=0))
-"""A client that gives a busy machine time; each request has a connection of its own, as servers come and go."""
+"""A client with a long timeout for busy machines; each request uses a new connection, as servers come and go."""
 
 
 @contextmanager
 def serve(app: Any, **settings: Any) -> Generator[str]:
-    """The base address, such as ``http://127.0.0.1:51234``, while the application listens there.
+    """Serve the application and yield its base address, such as ``http://127.0.0.1:51234``.
 
-    ``settings`` are uvicorn's. Its loop is asyncio's own, which is what the application's tests patch and time.
+    ``settings`` are uvicorn's. It uses asyncio's own event loop, which the tests patch and time.
     """
-    quiet = {"log_config": None, "access_log": False}  # the loggers are the whole process's: they stay as they are
+    quiet = {"log_config": None, "access_log": False}  # loggers are global to the process, so leave them unchanged
     config = uvicorn.Config(app, host="127.0.0.1", port=0, loop="asyncio", **quiet, **settings)
     server = uvicorn.Server(config)
     failures: list[BaseException] = []
@@ -54,19 +54,19 @@ def serve(app: Any, **settings: Any) -> Generator[str]:
 
 
 def wait_until_ready(address: str, state: str = "ready") -> dict[str, str]:
-    """What ``/health`` says when it first says this state."""
-    answer: dict[str, str] = {}
+    """Wait until ``/health`` reports this state, and return its response."""
+    health: dict[str, str] = {}
 
     def is_there() -> bool:
-        answer.update(patient.get(f"{address}/health").json())
-        return answer["status"] == state
+        health.update(patient.get(f"{address}/health").json())
+        return health["status"] == state
 
     until(is_there, f"a server that is {state}")
-    return answer
+    return health
 
 
 def wait_until_closed(address: str) -> None:
-    """Return when nobody takes connections there any more: the server has begun to stop."""
+    """Wait until connections are refused: the server has begun to stop."""
     host, port = urlsplit(address).hostname, urlsplit(address).port
     assert host is not None
     assert port is not None
@@ -82,7 +82,7 @@ def wait_until_closed(address: str) -> None:
 
 
 class HeldStudent:
-    """Lets no text through before ``may_end`` is set, by the test; ``began`` is set when the first are there."""
+    """Blocks encoding until the test sets ``may_end``; ``began`` is set when the first texts arrive."""
 
     def __init__(self, student: Student) -> None:
         self.began, self.may_end = threading.Event(), threading.Event()
@@ -96,12 +96,12 @@ class HeldStudent:
         student.encode_tokens = held
 
     def wait(self) -> None:
-        """Return when texts are held."""
+        """Wait until texts are being held."""
         assert self.began.wait(PATIENCE), "no text came"
 
 
 class LeavingClient:
-    """A request whose client goes away without an answer: it is sent, then ``leave`` closes the connection."""
+    """A client that sends a request and disconnects with ``leave`` before the response."""
 
     def __init__(self, address: str, path: str, body: object) -> None:
         content = json.dumps(body).encode()

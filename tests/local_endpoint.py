@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible endpoint on a real socket, whose every answer a test decides."""
+"""A small OpenAI-compatible endpoint on a real socket, whose replies are determined by the test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIRS = [(f"query {n}", f"passage {n}") for n in range(12)]
 
 @dataclass
 class Reply:
-    """What to send back; ``body`` is sent as JSON, a text as it is."""
+    """A reply; ``body`` is sent as JSON, or verbatim if it is a string."""
 
     body: Any = None
     status: int = 200
@@ -32,7 +32,7 @@ class Reply:
 
 @dataclass
 class Request:
-    """What came in, and when (``time.monotonic``)."""
+    """A received request and its time (``time.monotonic``)."""
 
     path: str
     body: dict[str, Any]
@@ -45,7 +45,7 @@ class Request:
 
 
 class LocalEndpoint:
-    """Collects requests, and answers each by ``reply(request, number)``, number from 0."""
+    """Records requests and answers each with ``reply(request, number)``, where number counts from 0."""
 
     def __init__(self, reply: Callable[[Request, int], Reply]) -> None:
         self.reply = reply
@@ -85,11 +85,11 @@ class LocalEndpoint:
 
 @contextmanager
 def local_endpoint(reply: Callable[[Request, int], Reply]) -> Iterator[LocalEndpoint]:
-    """Serve on a free port of this machine until the block ends."""
+    """Serve on a free local port until the block ends."""
     endpoint = LocalEndpoint(reply)
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # keeps connections, as real servers do
+        protocol_version = "HTTP/1.1"  # keeps connections alive, as real servers do
 
         def do_POST(self) -> None:
             try:
@@ -110,14 +110,14 @@ def local_endpoint(reply: Callable[[Request, int], Reply]) -> Iterator[LocalEndp
 
 
 def completion(top: dict[str, float] | None, *, num_prompt_tokens: int | None = None) -> dict[str, Any]:
-    """An answer in the form of OpenAI's completions (vLLM, SGLang, llama-cpp-python)."""
+    """A response in OpenAI's completions format (vLLM, SGLang, llama-cpp-python)."""
     logprobs = None if top is None else {"top_logprobs": [top] if top else []}
-    answer: dict[str, Any] = {"object": "text_completion", "choices": [{"text": "x", "logprobs": logprobs}]}
-    return answer if num_prompt_tokens is None else answer | {"usage": {"prompt_tokens": num_prompt_tokens}}
+    response: dict[str, Any] = {"object": "text_completion", "choices": [{"text": "x", "logprobs": logprobs}]}
+    return response if num_prompt_tokens is None else response | {"usage": {"prompt_tokens": num_prompt_tokens}}
 
 
 def chat_completion(top: dict[str, float]) -> dict[str, Any]:
-    """An answer in the form of OpenAI's chat, which llama.cpp's server gives for completions too."""
+    """A response in OpenAI's chat format, which llama.cpp's server also uses for completions."""
     listed = [{"token": token, "logprob": value} for token, value in top.items()]
     return {"choices": [{"logprobs": {"content": [{**listed[0], "top_logprobs": listed}]}}]}
 
@@ -127,12 +127,12 @@ PLAIN = completion({" yes": -0.5, " no": -1.5, " maybe": -3.0})
 
 
 def always(body: object, **reply: Any) -> Callable[[Request, int], Reply]:
-    """The same answer to every request."""
+    """The same reply to every request."""
     return lambda request, number: Reply(body, **reply)
 
 
 def number_in(request: Request) -> int:
-    """n of "passage n" in the short prompt."""
+    """The n of "passage n" in the short prompt."""
     return int(request.prompt.split("passage ")[1].split("\n")[0])
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the page search: sentences with metadata, documentation of functions, hostile texts; a teacher."""
+"""Data for tests of the page: sentences with metadata, function documentation, hostile texts, and a teacher."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tiny_models import write_tiny_model
 from tiny_server import write_tiny_index
 
 PHONE = 360
-"""Pixels."""
+"""Width in pixels."""
 HOSTILE_QUERY = "hostile zebra"
 HOSTILE = (
     "hostile zebra <script>alert('run')</script><script src='http://evil.example/a.js'></script>",
@@ -37,7 +37,7 @@ SUBJECTS = ("kitchen", "trains", "garden", "sky", "health", "animals", "machines
 
 
 def page_passages() -> list[Passage]:
-    """Sentences with subject, year and a flag; documentation of the standard library; hostile texts."""
+    """Sentences with subject, year and a flag; docstrings of the standard library; hostile texts."""
     sentences = [
         Passage(
             f"s{n}",
@@ -65,31 +65,31 @@ def page_passages() -> list[Passage]:
 
 
 def write_page_index(folder: Path) -> Path:
-    """An index of them by a student that ships."""
+    """An index of ``page_passages`` with a shipped student."""
     index = Index.create(folder / "index", "d2llm-minilm")
     index.upsert(page_passages())
     return folder / "index"
 
 
 def search(page: Any, text: str) -> None:
-    """Type, and wait for the ranking of what was typed."""
-    with page.expect_response(lambda answer: asked(answer.request).get("query") == text):
+    """Type a query and wait for its results."""
+    with page.expect_response(lambda response: asked(response.request).get("query") == text):
         page.locator("#query").fill(text)
     page.wait_for_selector("#results:not([aria-busy]) :is(.card, .message, .quiet)")
 
 
 def asked(request: Any) -> dict[str, Any]:
-    """The body of a search."""
+    """The body of a search request; empty for other requests."""
     return json.loads(request.post_data) if request.url.endswith("/v1/search") else {}
 
 
 def overflow(page: Any) -> int:
-    """Pixels that a page is too wide."""
+    """How many pixels the page is wider than the window."""
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
 def until(page: Any, expression: str, seconds: float = 20.0) -> None:
-    """Wait until JavaScript is true. (Playwright's own ``wait_for_function`` needs eval, which the page forbids.)"""
+    """Wait until a JavaScript expression is true (Playwright's ``wait_for_function`` needs eval, which is blocked)."""
     deadline = time.monotonic() + seconds
     while not page.evaluate(expression):
         assert time.monotonic() < deadline, f"{expression} did not become true"
@@ -97,7 +97,7 @@ def until(page: Any, expression: str, seconds: float = 20.0) -> None:
 
 
 class WatchedTeacher:
-    """A teacher that a test can hold up, slow down and let fail; ``num_calls`` counts how often it was asked."""
+    """A teacher that a test can block, slow down or make fail; ``num_calls`` counts its calls."""
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
@@ -105,7 +105,7 @@ class WatchedTeacher:
         self.reset()
 
     def reset(self) -> None:
-        """Answer at once, from no calls on."""
+        """Answer at once again, and reset the counter."""
         self.error: Exception | None = None
         self.num_calls = 0
         self.seconds = 0.0
@@ -128,8 +128,8 @@ class WatchedTeacher:
 
 
 def write_taught_index(folder: Path) -> dict[str, Any]:
-    """Settings of a server over a tiny index whose student's error against a tiny language model is known."""
+    """Server settings for a tiny index with a tiny language model as teacher and a stored student error."""
     index, teacher = write_tiny_index(folder), str(write_tiny_model(folder / "teacher", "llama"))
     judge = load_judge(TeacherConfig(prompt="short").named(teacher), dtype="float32")
-    write_error(index, judge, "asymmetric", StudentError(0.1, 0.0, 0.5))  # unsure of some, not of all
+    write_error(index, judge, "asymmetric", StudentError(0.1, 0.0, 0.5))  # uncertain about some passages, not about all
     return {"index": index, "teacher": teacher, "prompt": "short", "teacher_ms": 60_000}

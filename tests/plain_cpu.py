@@ -1,4 +1,4 @@
-"""A CPU without bfloat16 products, on whatever CPU the tests run."""
+"""Simulates a CPU without bfloat16 products."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Processes that have the libraries loaded when they start: forked from one that has only imported them.
+"""Processes that start with the libraries loaded: forked from a server that has only imported them.
 
-To import torch, Transformers and LanceDB takes seconds of a CPU. A test that needs a process of its own, because it
-kills it, sends it signals or limits its memory, need not spend them each time. A test of what a start imports or costs
-needs a real start instead: `subprocess`.
+Importing torch, Transformers and LanceDB takes seconds of CPU time. A test that needs its own process, to kill it, send
+it signals or limit its memory, can avoid that cost here. A test of import cost or of the start itself needs a real
+start instead: `subprocess`.
 """
 
 from __future__ import annotations
@@ -44,40 +44,40 @@ _context = multiprocessing.get_context("forkserver")
 
 
 class PreparedProcess:
-    """A process that calls a function, which must be one of a module; what it prints goes to two files.
+    """A process that calls a module-level function; its output and errors go to two files.
 
     Args:
-        function: called with the arguments; what it raises ends the process with a traceback and status 1.
-        environment: variables besides those of this process.
+        function: called with the arguments; an exception ends the process with a traceback and status 1.
+        environment: variables in addition to those of this process.
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None):
         self._folder = TemporaryDirectory()
         self._output, self._errors = (Path(self._folder.name) / name for name in ("output", "errors"))
-        with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):  # libraries read some of it when imported
+        with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):  # libraries read some variables on import
             _context.set_forkserver_preload(list(_LIBRARIES))
             multiprocessing.forkserver.ensure_running()
-        given = {**os.environ, **(environment or {})}
+        variables = {**os.environ, **(environment or {})}
         self._process = _context.Process(
-            target=_call, args=(function, arguments, given, str(Path.cwd()), str(self._output), str(self._errors))
+            target=_call, args=(function, arguments, variables, str(Path.cwd()), str(self._output), str(self._errors))
         )
         self._process.start()
 
     @property
     def output(self) -> str:
-        """What it has printed on standard output so far."""
+        """Its standard output so far."""
         return self._output.read_text(encoding="utf-8") if self._output.exists() else ""
 
     @property
     def errors(self) -> str:
-        """What it has printed on standard error so far."""
+        """Its standard error so far."""
         return self._errors.read_text(encoding="utf-8") if self._errors.exists() else ""
 
     def until(self, condition: Callable[[], Any], what: str) -> None:
-        """Wait for something that the process must do."""
+        """Wait for a condition that the process must bring about."""
 
         def reached() -> bool:
-            running = self._process.is_alive()  # asked first: it may do it and end
+            running = self._process.is_alive()  # checked first: the process may meet the condition and end
             assert condition() or running, f"ended before {what}: {self.errors}"
             return bool(condition())
 
@@ -88,7 +88,7 @@ class PreparedProcess:
         os.kill(self._process.pid, number)
 
     def wait(self) -> int:
-        """Its exit status, as soon as it has ended."""
+        """Wait for the end of the process and return its exit status."""
         self._process.join(PATIENCE)
         assert self._process.exitcode is not None, f"it did not end in {PATIENCE:g} s: {self.errors}"
         return self._process.exitcode
@@ -103,7 +103,7 @@ class PreparedProcess:
 
 
 def program(*arguments: str) -> None:
-    """The command line, as ``python -m d2llm`` with these arguments."""
+    """Runs the command line, like ``python -m d2llm`` with these arguments."""
     from d2llm.cli.main import main
 
     sys.argv = ["d2llm", *arguments]
@@ -111,7 +111,7 @@ def program(*arguments: str) -> None:
 
 
 def script(code: str, *arguments: str) -> None:
-    """A script, as ``python -c`` with these arguments."""
+    """Runs a script, like ``python -c`` with these arguments."""
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
 
@@ -131,5 +131,5 @@ def _call(
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a program that was started by hand
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a program started from a terminal
     function(*arguments)

@@ -1,4 +1,4 @@
-"""Reports as ``evaluate`` makes them, from random numbers: one over queries and one over pairs, with every part."""
+"""Sample reports like those of ``evaluate``, from random numbers: one for queries, one for pairs, with all parts."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ HOSTILE = (
     '{{ 7 * 7 }} {% raw %} ${x} javascript:alert(1) "onmouseover="alert(1)',
     "half an emoji \ud83d and a\x00zero",
 )
-"""Texts that must stay texts."""
+"""Texts that must be escaped."""
 
 _SYSTEMS = (
-    # name, kind, what nDCG@10 is about, ms, bytes of a passage
+    # name, kind, approximate nDCG@10, milliseconds, bytes per passage
     ("BM25", "bm25", 0.41, 0.0988, 98.2),
     ("hybrid: BM25 + D2LLM", "hybrid", 0.79, 11.9, 866.2),
     ("cosine, untuned", "cosine_untuned", 0.64, 6.35, 768),
@@ -49,7 +49,7 @@ TEACHER = "teacher (reranking BM25 ∪ D2LLM, top 20)"
 
 
 def retrieval_report(num_queries: int = 300, seed: int = 0) -> EvaluationReport:
-    """Seven systems and the teacher on a sample, cosine untuned as the baseline."""
+    """Seven systems and the teacher on a sample; the untuned cosine is the baseline."""
     generator = np.random.default_rng(seed)
     difficulty = generator.normal(0, 0.25, num_queries)
     scores = {name: difficulty + quality + generator.normal(0, 0.12, num_queries) for name, _, quality, *_ in _SYSTEMS}
@@ -67,8 +67,8 @@ def retrieval_report(num_queries: int = 300, seed: int = 0) -> EvaluationReport:
         for name, kind, _, milliseconds, size in _SYSTEMS
     ]
     part = slice(0, max(1, num_queries // 3))
-    taught = {measure: np.clip(numbers * 0.85, 0, 1) for measure, numbers in values["D2LLM"].items()}
-    teacher = _row(TEACHER, "teacher", taught, 1013.0, None, part)
+    teacher_values = {measure: np.clip(numbers * 0.85, 0, 1) for measure, numbers in values["D2LLM"].items()}
+    teacher = _row(TEACHER, "teacher", teacher_values, 1013.0, None, part)
     sample = [_row(name, kind, values[name], ms, size, part) for name, kind, _, ms, size in _SYSTEMS]
     truth = generator.random(4000) < 0.15
     log_odds = np.where(truth, generator.normal(1.5, 1.5, 4000), generator.normal(-3, 1.8, 4000))
@@ -113,8 +113,8 @@ def retrieval_report(num_queries: int = 300, seed: int = 0) -> EvaluationReport:
         details=Details(
             item_ids=ids,
             values={
-                name: {measure: tuple(numbers.tolist()) for measure, numbers in found.items()}
-                for name, found in values.items()
+                name: {measure: tuple(numbers.tolist()) for measure, numbers in by_measure.items()}
+                for name, by_measure in values.items()
             },
             wins=_examples(values, ids, best=True),
             losses=_examples(values, ids, best=False),
@@ -123,7 +123,7 @@ def retrieval_report(num_queries: int = 300, seed: int = 0) -> EvaluationReport:
 
 
 def pairs_report(num_pairs: int = 200, seed: int = 1) -> EvaluationReport:
-    """Three systems on pairs of a yes or no each, with accuracy for single pairs."""
+    """Three systems on pairs with binary labels, with accuracy for single pairs."""
     generator = np.random.default_rng(seed)
     truth = generator.random(num_pairs) < 0.4
     names = {
@@ -158,7 +158,7 @@ def pairs_report(num_pairs: int = 200, seed: int = 1) -> EvaluationReport:
         histograms=(Histogram("D2LLM", score_histogram(logits["D2LLM"], truth, 20)),),
         details=Details(
             item_ids=ids,
-            values={name: {"accuracy": tuple(found["accuracy"].tolist())} for name, found in values.items()},
+            values={name: {"accuracy": tuple(by_measure["accuracy"].tolist())} for name, by_measure in values.items()},
             wins=(Example("pair-7", "My PIN is to be another one", 1.0, 0.0, (shown,), (), ()),),
         ),
     )
@@ -186,7 +186,7 @@ def bare_report() -> EvaluationReport:
 
 
 def hostile_report() -> EvaluationReport:
-    """Texts and names from data that try to be more than that, everywhere."""
+    """A report in which all names and texts from data contain markup or code."""
     full = retrieval_report(30)
     names = dict(zip((row.name for row in full.rows), HOSTILE, strict=False))
     passages = tuple(ShownPassage(text, text, place % 2 == 0) for place, text in enumerate(HOSTILE))
@@ -214,7 +214,7 @@ def hostile_report() -> EvaluationReport:
         details=replace(
             full.details,
             item_ids=tuple(f"{HOSTILE[place % len(HOSTILE)]}{place}" for place in range(30)),
-            values={rename[name]: found for name, found in full.details.values.items()},
+            values={rename[name]: by_measure for name, by_measure in full.details.values.items()},
             wins=examples,
             losses=examples,
         ),
@@ -243,7 +243,7 @@ def _estimate(numbers) -> Estimate:
 
 
 def _comparisons(values, baseline) -> tuple[Comparison, ...]:
-    found = []
+    comparisons = []
     for name, by_measure in values.items():
         if name == baseline:
             continue
@@ -251,12 +251,12 @@ def _comparisons(values, baseline) -> tuple[Comparison, ...]:
             difference = _estimate(numbers - values[baseline][measure])
             p_value = 0.0001 if difference.low > 0 or difference.high < 0 else 0.4
             adjusted = min(1.0, 3 * p_value)
-            found.append(
+            comparisons.append(
                 Comparison(
                     measure, name, baseline, difference, p_value, adjusted, len(numbers), "paired randomisation test"
                 )
             )
-    return tuple(found)
+    return tuple(comparisons)
 
 
 def _calibration(name, log_odds, truth) -> Calibration:

@@ -1,4 +1,4 @@
-"""A server as a process of its own, over an application that is all middleware."""
+"""A server in its own process, for an application that consists only of middleware."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ print("ended", flush=True)
 
 
 class Running:
-    """A program with a server, and what it prints."""
+    """A server process and its output."""
 
     def __init__(self, *, state: str = "ready", **settings: float) -> None:
         here = Path(__file__).parent
-        self._errors = TemporaryFile("w+")  # noqa: SIM115 - not a pipe, which would fill up and hold the server
+        self._errors = TemporaryFile("w+")  # noqa: SIM115 - not a pipe, which would fill up and block the server
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM.format(state=state, settings={"shutdown_seconds": 10, **settings})],
@@ -116,9 +116,9 @@ class Running:
     def get(self, path: str) -> str:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
         connection.request("GET", path)
-        answer = connection.getresponse()
-        assert answer.status == 200
-        return answer.read().decode()
+        response = connection.getresponse()
+        assert response.status == 200
+        return response.read().decode()
 
     def get_when_listening(self, path: str) -> str:
         def ask() -> str:
@@ -130,16 +130,16 @@ class Running:
         return until(ask, "a server that listens")
 
     def end(self) -> tuple[int, str, str]:
-        out, _ = self.process.communicate(timeout=PATIENCE)
+        output, _ = self.process.communicate(timeout=PATIENCE)
         self._errors.seek(0)
-        return self.process.returncode, out, self._errors.read()
+        return self.process.returncode, output, self._errors.read()
 
     def later(self, seconds: float) -> None:
-        """Let the clock go on by which it closes connections on which nothing moves; it looks before and after."""
+        """Advance the clock by which the server closes idle connections; it checks them before and after."""
         self.get(f"/later/{seconds}")
 
     def in_flight(self) -> int:
-        """Requests that are being answered, without the one that asks."""
+        """The number of requests in flight, without this one."""
         (line,) = [
             line for line in self.get("/metrics").splitlines() if line.startswith("d2llm_http_requests_in_flight ")
         ]
@@ -150,7 +150,7 @@ class Running:
 
 
 def run(**settings: float) -> Iterator[Running]:
-    """One that is ready; it ends with the test."""
+    """A server that is ready; it is stopped after the test."""
     server = Running(**settings)
     assert server.line() == "ready"
     yield server

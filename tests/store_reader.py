@@ -1,7 +1,7 @@
-"""A process that opens a store and does what each line of its input says; each answer is a line of JSON.
+"""A process that opens a store and runs the command on each input line; each answer is a line of JSON.
 
-Arguments: the folder, and the number of the user to become once all libraries are loaded.
-Lines: ``open`` (the latest version from now on), ``read``, ``search WORD``, ``write``.
+Arguments: the folder, and optionally the id of the user to switch to once all libraries are loaded.
+Commands: ``open`` (switches to the latest version), ``read``, ``search WORD``, ``write``.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tiny_store import DIM, live_rows, put
 
 
 def read(view: PassageView) -> dict[str, Any]:
-    """Texts and vectors by id."""
+    """id -> text and vector of all passages."""
     rows = live_rows(view)
     passages, vectors = view.passages(rows), view.vectors(rows)
     return {passage.id: [passage.text, vector.tolist()] for passage, vector in zip(passages, vectors, strict=True)}
 
 
 def search(view: PassageView, word: str) -> list[list[str]]:
-    """Ids that a scan and the words find."""
+    """Ids found by a vector scan and by word search."""
     query = np.ones(DIM, np.float32)
-    return [view.ids(found.rows) for found in (view.scan(query, 5), view.match(word, 5))]
+    return [view.ids(result.rows) for result in (view.scan(query, 5), view.match(word, 5))]
 
 
 def write(store: IndexStore) -> list[str]:
-    """What each kind of writing says."""
+    """The result or error of each kind of write."""
     calls: list[Callable[[], object]] = [
         lambda: put(store, [Passage("new", "text")]),
         lambda: store.delete(["p1"]),
@@ -48,18 +48,18 @@ def write(store: IndexStore) -> list[str]:
         lambda: store.drop_snapshot("a"),
         store.settle,
     ]
-    answers: list[str] = []
+    results: list[str] = []
     for call in calls:
         try:
             call()
-            answers.append("done")
+            results.append("done")
         except D2LLMError as error:
-            answers.append(f"{type(error).__name__}: {error}")
-    return answers
+            results.append(f"{type(error).__name__}: {error}")
+    return results
 
 
 def answer(store: IndexStore, view: PassageView, what: str, word: str) -> object:
-    """What one line asks for."""
+    """Run the command of one line."""
     if what == "read":
         return read(view)
     if what == "search":
@@ -68,7 +68,7 @@ def answer(store: IndexStore, view: PassageView, what: str, word: str) -> object
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Process commands until the input ends."""
     if len(sys.argv) > 2:
         os.setgroups([])
         os.setgid(int(sys.argv[2]))

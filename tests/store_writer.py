@@ -1,8 +1,8 @@
-"""A process that changes stores until it is killed. For each line of JSON on its input it forks a writer.
+"""A process that forks a writer for each input line of JSON; writers change stores until they are killed.
 
-A writer tells what it is about to do, and then that it is done, in a log that outlives it. Before each step the log has
-``{"now": state, "next": state}``, after it ``{"now": state}``; a state is {"passages": {id: [text, year]}, "snapshots":
-{name: passages}}. With ``kill_at`` it kills itself at that call of one of the functions that write, before or after it.
+A writer records each step in a log that outlives it: before the step ``{"now": state, "next": state}``, after it
+``{"now": state}``; a state is {"passages": {id: [text, year]}, "snapshots": {name: passages}}. With ``kill_at`` it
+kills itself before or after that call of one of the functions that write.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import lancedb  # noqa: F401  # before the fork, with torch below: otherwise a writer is killed while it imports them
+import lancedb  # noqa: F401  # before the fork, as torch below: otherwise a writer might be killed while importing
 import torch  # noqa: F401
 
 import d2llm.store.inspection  # noqa: F401
@@ -77,7 +77,7 @@ def _kill_at(number: int, *, after: bool) -> None:
 
 
 def _next_state(chance: random.Random, state: State) -> tuple[State, str, Any]:
-    """What to do, with what, and what is there afterwards."""
+    """A random action: the state after it, its name and its argument."""
     passages, snapshots = state["passages"], state["snapshots"]
     does = chance.choices(
         ["upsert", "delete", "compact", "dense", "settle", "snapshot", "restore", "drop", "fields"],
@@ -92,16 +92,16 @@ def _next_state(chance: random.Random, state: State) -> tuple[State, str, Any]:
         new |= {key: [text, year + 1] for key, (text, year) in passages.items() if key not in new and key < "p12"}
         return {"passages": passages | new, "snapshots": snapshots}, does, new
     if does == "delete":
-        gone = chance.sample(sorted(passages), min(len(passages), chance.choice([0, 1, 5, 40])))
-        kept = {key: value for key, value in passages.items() if key not in gone}
-        return {"passages": kept, "snapshots": snapshots}, does, gone
+        deleted = chance.sample(sorted(passages), min(len(passages), chance.choice([0, 1, 5, 40])))
+        remaining = {key: value for key, value in passages.items() if key not in deleted}
+        return {"passages": remaining, "snapshots": snapshots}, does, deleted
     if does == "snapshot":
         name = chance.choice([name for name in "abcd" if name not in snapshots] or [""])
         return {"passages": passages, "snapshots": snapshots | ({name: passages} if name else {})}, does, name
     if does in ("restore", "drop") and snapshots:
         name = chance.choice(sorted(snapshots))
-        kept = snapshots if does == "restore" else {key: value for key, value in snapshots.items() if key != name}
-        return {"passages": snapshots[name] if does == "restore" else passages, "snapshots": kept}, does, name
+        remaining = snapshots if does == "restore" else {key: value for key, value in snapshots.items() if key != name}
+        return {"passages": snapshots[name] if does == "restore" else passages, "snapshots": remaining}, does, name
     return state, does, f"extra{chance.randrange(5)}" if does == "fields" else None
 
 
@@ -139,8 +139,8 @@ def _write(task: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Fork a writer for each line; tell its number, tell when it has ended, and, asked again, how."""
-    warnings.simplefilter("ignore", RuntimeWarning)  # LanceDB on forks; here it has done nothing yet
+    """Fork a writer for each line; print its process id, then when it has ended, and after another line its status."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # LanceDB warns about forks, but has not been used yet
     print("ready", flush=True)
     while line := sys.stdin.readline():
         pid = os.fork()
@@ -150,7 +150,7 @@ def main() -> None:
             finally:
                 os._exit(1)
         print(pid, flush=True)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it keeps its number, so that nobody else can be killed
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # keeps the id, so that no other process can be killed
         print("ended", flush=True)
         sys.stdin.readline()
         print(os.waitpid(pid, 0)[1], flush=True)

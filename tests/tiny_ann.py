@@ -1,4 +1,4 @@
-"""A store over given vectors and a student that encodes nothing, to build approximate indices on."""
+"""A store with given vectors and a student without an encoder, for tests of approximate indexes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Vectors:
 
 
 class PlainStudent:
-    """A query is the number of one of its vectors."""
+    """A student whose queries are the numbers of its vectors."""
 
     def __init__(self, vectors=None, *, has_anchor=True):
         self.fingerprint = "student"
@@ -39,7 +39,7 @@ class PlainStudent:
 
 
 def clustered(num, seed=0, dim=DIM, num_clusters=25):
-    """Vectors of norm sqrt(dim) around centres that are always the same."""
+    """Vectors of norm sqrt(dim) around fixed centres."""
     centres = np.random.default_rng(99).standard_normal((num_clusters, dim))
     random = np.random.default_rng(seed)
     vectors = centres[random.integers(0, num_clusters, num)] + 0.7 * random.standard_normal((num, dim))
@@ -63,5 +63,5 @@ def new_ann_store(folder: Path, vectors: np.ndarray, vector_format: str = "bfloa
 
 
 def products(view: PassageView, query: np.ndarray) -> np.ndarray:
-    """Inner products of all rows as they are stored."""
+    """Inner products of a query with all stored vectors."""
     return view.vectors(np.arange(view.capacity)).astype(np.float64) @ query

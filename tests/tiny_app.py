@@ -1,4 +1,4 @@
-"""An application that is all middleware: it answers what it is sent, so that nothing has to be loaded."""
+"""An application that consists only of middleware: its routes need no models."""
 
 from __future__ import annotations
 

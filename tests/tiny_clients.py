@@ -1,4 +1,4 @@
-"""A server over one student alone, as other vendors' clients meet it, and the numbers that they should get."""
+"""A server with only a student, for other vendors' clients, and the numbers they should get."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAME = "tiny"
 MAX_TOKENS = 64
 QUERY = "the cat by the sea"
 LONG = "the cat sat on the mat " * 40
-"""Longer than the tiny student reads."""
+"""Longer than the tiny student's limit."""
 LONG_TOO = "documents were cut to 64 tokens: 1"
-"""What the answer says when the second text is ``LONG``."""
+"""The message in the response when the second text is ``LONG``."""
 
 
 @contextmanager
 def serving(student: Path | str, **settings: Any) -> Generator[str]:
-    """The address of a server that is ready."""
+    """Start a server and yield its address once it is ready."""
     app = make_app(tiny_settings(None, student=str(student), device="cpu", **settings))
     with serve(app) as address:
         wait_until_ready(address)
@@ -39,18 +39,18 @@ def unit(vectors: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Their probabilities."""
+    """Logits as probabilities."""
     return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
 def logits_of(student: Student, query: str, passages: Sequence[str]) -> NDArray[np.float32]:
-    """The student's scores of a query with passages."""
+    """The student's logits of a query with passages."""
     vectors = student.encode_queries([query]).vectors[0], student.encode_passages(passages).vectors
     return student.score(*vectors, "asymmetric")
 
 
 def ranking(student: Student, query: str, passages: Sequence[str]) -> tuple[list[int], NDArray[np.float64]]:
-    """The passages' places, best first, and their probabilities in that order."""
+    """The positions of the passages, best first, and their probabilities in that order."""
     logits = logits_of(student, query, passages)
     order = sorted(range(len(passages)), key=lambda place: (-logits[place], place))
     return order, sigmoid(logits)[order]

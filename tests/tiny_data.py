@@ -1,4 +1,4 @@
-"""Small data sets, plans and teacher labels for tests of labelling and training, made in memory."""
+"""Small in-memory data sets, plans and teacher labels for tests of labelling and training."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ def make_source(
     name: str = "tiny",
     task: Task = "asymmetric",
 ) -> TrainingSource:
-    """A source of texts by id; qrels by split."""
+    """A training source from texts by id; qrels by split."""
     dataset = Dataset(
         name,
         Path(name),
         {key: Passage(key, text) for key, text in passages.items()},
         {key: Query(key, text) for key, text in queries.items()},
-        {split: {query: dict(grades) for query, grades in of.items()} for split, of in (qrels or {}).items()},
+        {
+            split: {query: dict(grades) for query, grades in split_qrels.items()}
+            for split, split_qrels in (qrels or {}).items()
+        },
     )
     return TrainingSource(dataset, make_plan(entries), task)
 
@@ -56,10 +59,10 @@ def topics(
     name: str = "tiny",
     task: Task = "asymmetric",
 ) -> TrainingSource:
-    """Texts of eight topics, each a handful of the words of one of ``TEXTS``.
+    """Texts on eight topics; each consists of a few words of one of ``TEXTS``.
 
-    The passages that belong to a query are those of topic ``t + shift``; with ``shift=1`` what shares words with it is
-    the hard negative. Passage ``p<n>`` and query ``q<n>`` / ``dev<n>`` are of topic ``n % 8``.
+    The relevant passages of a query on topic ``t`` are those on topic ``t + shift``; with ``shift=1`` the passages that
+    share words with it are hard negatives. Passage ``p<n>`` and query ``q<n>`` / ``dev<n>`` are on topic ``n % 8``.
     """
     rng = random.Random(0)
     passages = {f"p{n:02}": _say(rng, n % 8, 5) for n in range(num_passages)}
@@ -68,11 +71,11 @@ def topics(
     of_topic = [[p for p in passages if topic(p) == t] for t in range(8)]
     entries: list[PlanEntry] = []
     for query in [q for q in queries if q.startswith("q")]:
-        belongs = of_topic[(topic(query) + shift) % 8]
-        others = [p for p in passages if p not in belongs and p not in of_topic[topic(query)]]
-        hard = tuple(p for p in of_topic[topic(query)] if p not in belongs) + tuple(rng.sample(others, 1))
+        relevant = of_topic[(topic(query) + shift) % 8]
+        others = [p for p in passages if p not in relevant and p not in of_topic[topic(query)]]
+        hard = tuple(p for p in of_topic[topic(query)] if p not in relevant) + tuple(rng.sample(others, 1))
         easy = tuple(p for p in rng.sample(others, 3) if p not in hard)
-        entries.append(PlanEntry(query, tuple(belongs), hard, easy))
+        entries.append(PlanEntry(query, tuple(relevant), hard, easy))
     dev = {q: dict.fromkeys(of_topic[(topic(q) + shift) % 8], 1) for q in queries if q.startswith("dev")}
     return make_source(passages, queries, entries, qrels={"dev": dev}, name=name, task=task)
 
@@ -89,10 +92,10 @@ def write_rule_labels(
     queries: Sequence[str] | None = None,
     reverse: bool = False,
 ) -> None:
-    """Labels of a teacher that knows which passages belong to a query: log-odds 4, 0 for hard, -4 for easy negatives.
+    """Labels of a perfect teacher: log-odds 4 for positives, 0 for hard and -4 for easy negatives.
 
-    With ``reverse`` it takes the hard negatives for what belongs. Its cosines: 1 among what belongs and among what does
-    not, 0 between the two.
+    With ``reverse`` positives and hard negatives are swapped. The cosines are 1 within the positives and within the
+    hard negatives, and 0 between them.
     """
     identity = identify_local_teacher(teacher)
     for source in sources:
@@ -108,7 +111,7 @@ def write_rule_labels(
 
 
 def tiny_recipe(student: StudentConfig, *, losses: LossWeights | None = None, **training: object) -> Recipe:
-    """A recipe of few steps; a batch of 4 queries, dev on everything."""
+    """A recipe with few steps, batches of 4 queries, and dev evaluation on all data."""
     settings = {
         "learning_rate": 2e-3,
         "warmup_steps": 2,
@@ -144,7 +147,7 @@ LETTERS = "abcdefghijkl"
 
 
 def everyday(name="everyday"):
-    """Twelve dev queries; the words of each point to three passages, one of which is relevant."""
+    """Twelve dev queries; each shares words with three passages, one of which is relevant."""
     passages = {
         f"{letter}{n}": Passage(f"{letter}{n}", f"{letter * 4} thing {n}") for letter in LETTERS for n in range(3)
     }

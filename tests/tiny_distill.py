@@ -1,4 +1,4 @@
-"""Distillation of a tiny student from rule labels, as several tests run it."""
+"""Distillation of a tiny student from rule-based labels, shared by several tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEARNING = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
 
 
 class Place:
-    """Models, labels and how to run on them."""
+    """A folder with models and labels, and a method to run a distillation on them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,11 +48,11 @@ class Place:
         show_progress: bool | None = False,
         **training: object,
     ) -> DistillReport:
-        made = recipe or tiny_recipe(student or tiny_student_config(self.model), **(LEARNING | training))
+        run_recipe = recipe or tiny_recipe(student or tiny_student_config(self.model), **(LEARNING | training))
         return distill(
             [source or self.source],
             folder,
-            recipe=made,
+            recipe=run_recipe,
             labels=labels or self.labels,
             teacher=teacher or self.teacher,
             closed_gates=closed_gates,
@@ -67,7 +67,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def poison(patch: pytest.MonkeyPatch, *, step: int, value: float) -> None:
-    """After ``step`` steps a weight of the backbone's adapter or of the interaction is no number."""
+    """Set the first weight to ``value`` (such as NaN) after ``step`` optimizer steps."""
     original, calls = loop.optimizer_step, 0
 
     def optimizer_step(optimizer: Any, parameters: dict[str, torch.nn.Parameter], **options: Any) -> float:
@@ -83,8 +83,8 @@ def poison(patch: pytest.MonkeyPatch, *, step: int, value: float) -> None:
 
 
 def score_batch(student: Student, batch: DistillationBatch) -> PairScores:
-    """Read the batch's texts in one pass and score all queries against all passages; differentiable.
+    """Encode the batch's texts in one pass and score all queries against all passages; differentiable.
 
-    The plain form of what ``gradient_cache.backpropagate`` does in parts.
+    The reference for ``gradient_cache.backpropagate``, which works in parts.
     """
     return score_vectors(student, student(*student.backbone.pad(batch_tokens(student, batch))), batch)

@@ -1,4 +1,4 @@
-"""Small retrieval sets and everyone who can be measured on them, as fakes."""
+"""Small retrieval sets, and fakes of all systems that can be evaluated on them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_dataset(qrels=QRELS):
 
 
 def make_words(num_passages=130, num_queries=24):
-    """Random texts with graded judgements, more passages than a ranking holds."""
+    """Random texts with graded judgements, and more passages than a ranking contains."""
     rng = np.random.default_rng(5)
     passages = {f"p{n:03}": Passage(f"p{n:03}", " ".join(rng.choice(WORDS, 4 + n % 3))) for n in range(num_passages)}
     queries, qrels = {}, {}
@@ -70,7 +70,7 @@ def everyone(**changes):
 
 
 def run(name, rankings):
-    """A run of somebody else; scores fall by one."""
+    """An external run; scores decrease by one per rank."""
     scores = {query: {p: float(-place) for place, p in enumerate(ids)} for query, ids in rankings.items()}
     return TrecRun(name, {query: tuple(ids) for query, ids in rankings.items()}, scores)
 

@@ -1,7 +1,7 @@
 """Tiny random models of real architectures with a small real tokenizer, written in milliseconds.
 
-``write_tiny_model(folder, "llama")`` makes a folder that `transformers`, `Student.create` and `Teacher.load` read like
-any pretrained one. Weights are far larger than a fresh model's, so that texts differ clearly in what they give.
+``write_tiny_model(folder, "llama")`` writes a folder that `transformers`, `Student.create` and `Teacher.load` can load
+like any pretrained model. Weights are far larger than a fresh model's, so that texts give clearly different outputs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TEXTS = [
     "the train leaves the station at noon",
     "snow covers the high mountains all winter",
 ]
-"""Texts in words that the tokenizer knows."""
+"""Texts whose words are in the tokenizer's training data."""
 
 _BASE = {
     "vocab_size": 400,
@@ -75,7 +75,7 @@ ARCHITECTURES = DECODERS + ENCODERS
 
 
 def write_tiny_model(folder: Path, architecture: str = "llama", *, seed: int = 0, **settings: Any) -> Path:
-    """Write a random model with its tokenizer into ``folder``; decoders with their language-model head."""
+    """Write a random model with its tokenizer to ``folder``; decoders have their language-model head."""
     class_name, own = (_DECODERS | _ENCODERS)[architecture]
     model_class = getattr(transformers, class_name)
     with torch.random.fork_rng():
@@ -92,7 +92,7 @@ def write_tiny_model(folder: Path, architecture: str = "llama", *, seed: int = 0
 def tiny_tokenizer(*, is_decoder: bool = True) -> PreTrainedTokenizerFast:
     """Byte-level BPE of fewer than 400 tokens, `` yes`` and `` no`` among them.
 
-    A decoder's puts ``<s>`` before a text, an encoder's also ``</s>`` after it.
+    A decoder's tokenizer adds ``<s>`` before a text, an encoder's also ``</s>`` after it.
     """
     tokenizer = Tokenizer.from_str(_trained())
     template = "<s> $A" if is_decoder else "<s> $A </s>"
@@ -123,7 +123,7 @@ def _trained() -> str:
 
 
 def tiny_student_config(model: Path | str, **backbone: Any) -> StudentConfig:
-    """The default student (anchored, rich, warm) in small, over the tiny model in ``model``."""
+    """A small version of the default student (anchored, rich, warm) with the tiny model in ``model``."""
     settings = {"model": str(model), "lora": LoraConfig(rank=4, alpha=8.0, dropout=0.0), "max_passage_tokens": 64}
     return StudentConfig(
         backbone=BackboneConfig.model_validate(settings | {"max_query_tokens": 64} | backbone),
@@ -133,7 +133,7 @@ def tiny_student_config(model: Path | str, **backbone: Any) -> StudentConfig:
 
 
 def write_trained_student(root: Path, **backbone: Any) -> Path:
-    """Write a student as good as trained, whose two sides and two branches all differ; its folder."""
+    """Write a student with random weights, so that both sides and both branches differ; return its folder."""
     student = Student.create(
         tiny_student_config(write_tiny_model(root / "backbone"), **backbone), device="cpu", dtype="float32"
     )
@@ -142,19 +142,19 @@ def write_trained_student(root: Path, **backbone: Any) -> Path:
     with torch.no_grad():
         for name, scale in student.interaction.named_parameters():
             if name.endswith("log_scale"):
-                scale.sub_(3)  # so that the interaction changes the order, not only the scores
+                scale.sub_(3)  # so that the interaction changes the ranking, not only the scores
     student.eval()
     student.save(root / "tiny-student")
     return root / "tiny-student"
 
 
 def tiny_teacher_config(model: Path | str, **settings: Any) -> TeacherConfig:
-    """A teacher over the tiny decoder in ``model``, with the short prompt."""
+    """A teacher with the tiny decoder in ``model`` and the short prompt."""
     return TeacherConfig.model_validate({"model": str(model), "prompt": "short", "max_tokens": 128} | settings)
 
 
 def randomise(module: torch.nn.Module, *, seed: int = 0, scale: float = 0.3) -> None:
-    """Give every trainable parameter random values, as training would: a fresh student's gate and adapters are 0."""
+    """Add random values to all trainable parameters, as if trained: a fresh student's gate and adapters are 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

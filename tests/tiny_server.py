@@ -1,4 +1,4 @@
-"""A server over a tiny student and a few passages."""
+"""A server with a tiny student and a few passages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS = [
 
 
 def tiny_passages(number: int = 60) -> list[Passage]:
-    """Texts in words that the tiny tokenizer knows, with years and languages."""
+    """Texts of words known to the tiny tokenizer, with years and languages."""
     return [
         Passage(
             f"p{n}",
@@ -44,7 +44,7 @@ def tiny_passages(number: int = 60) -> list[Passage]:
 
 
 def write_tiny_student(folder: Path, *, seed: int = 0) -> Path:
-    """A student with random heads, saved."""
+    """Save a student with random heads; return its folder."""
     student = Student.create(tiny_student_config(write_tiny_model(folder / "bert", "bert")), dtype="float32")
     randomise(student.pooling, seed=seed)
     randomise(student.interaction, seed=seed)
@@ -53,7 +53,7 @@ def write_tiny_student(folder: Path, *, seed: int = 0) -> Path:
 
 
 def write_tiny_index(folder: Path, number: int = 60, name: str = "index") -> Path:
-    """An index of ``tiny_passages`` with its student beside it."""
+    """Write an index of ``tiny_passages``, with its student in the same folder."""
     student = folder / "student-0"
     index = Index.create(folder / name, student if student.is_dir() else write_tiny_student(folder), dtype="float32")
     index.upsert(tiny_passages(number))
@@ -61,7 +61,7 @@ def write_tiny_index(folder: Path, number: int = 60, name: str = "index") -> Pat
 
 
 def tiny_settings(index: Path | None, **changes: Any) -> Any:
-    """Settings of a server for it."""
+    """Server settings for a tiny index."""
     from d2llm.server.settings import ServeSettings
 
     return ServeSettings(**({"index": index, "port": 0, "dtype": "float32", "reload_seconds": 0.1} | changes))

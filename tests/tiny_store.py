@@ -1,4 +1,4 @@
-"""A store with vectors that follow from the text alone, and what it should hold, in plain words."""
+"""A store whose vectors are derived from the texts, and reference implementations of its contents."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def new_store(
 
 
 def vector_of(passage: Passage) -> NDArray[np.float32]:
-    """What a student might say of this text: normal numbers, the same for the same text."""
+    """A stand-in for a student's vector: normal random numbers, seeded by the text."""
     seed = xxhash.xxh3_64_intdigest(passage.full_text.encode())
     return np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
 
@@ -52,7 +52,7 @@ def vectors_of(passages: Iterable[Passage]) -> NDArray[np.float32]:
 
 
 def windows_of(texts: Iterable[str]) -> ReadWindows:
-    """Of each text none to three windows, by its letters alone."""
+    """Zero to three windows per text, seeded by the text."""
     vectors, counts = [np.zeros((0, DIM), np.float32)], [0][:0]
     for text in texts:
         seed = xxhash.xxh3_64_intdigest(f"windows of {text}".encode())
@@ -62,23 +62,23 @@ def windows_of(texts: Iterable[str]) -> ReadWindows:
 
 
 def stored_vectors(passages: Iterable[Passage], vector_format: str) -> NDArray[np.float32]:
-    """Their vectors as a store of this format gives them back."""
-    made, given = make_format(vector_format, DIM), list(passages)
-    return made.decode(made.encode(vectors_of(given), [passage.id for passage in given]))
+    """The passages' vectors as a store of this format returns them."""
+    codec, passage_list = make_format(vector_format, DIM), list(passages)
+    return codec.decode(codec.encode(vectors_of(passage_list), [passage.id for passage in passage_list]))
 
 
 def exact_products(passages: Iterable[Passage], vector_format: str, query: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Inner products of a query with their vectors as they are stored: float64 sums, then rounded."""
-    made, given = make_format(vector_format, DIM), list(passages)
-    levels = made.levels(made.encode(vectors_of(given), [passage.id for passage in given]))
-    return np.einsum("ij,j->i", levels.astype(np.float64), made.turn(query)).astype(np.float32)
+    """Inner products of a query with the stored vectors: summed in float64, then rounded."""
+    codec, passage_list = make_format(vector_format, DIM), list(passages)
+    levels = codec.levels(codec.encode(vectors_of(passage_list), [passage.id for passage in passage_list]))
+    return np.einsum("ij,j->i", levels.astype(np.float64), codec.turn(query)).astype(np.float32)
 
 
 def put(store: IndexStore, passages: Iterable[Passage]) -> int:
-    """Upsert; returns the version."""
-    given = list(passages)
+    """Upsert passages and return the new version."""
+    passage_list = list(passages)
     with store.writing():
-        changes = store.compare(given)
+        changes = store.compare(passage_list)
         windows = None if store.window_format is None else windows_of(text.full_text for text in changes.texts)
         return store.write(changes, vectors_of(changes.texts), windows=windows)
 
@@ -88,19 +88,19 @@ def live_rows(view: PassageView) -> NDArray[np.int64]:
 
 
 def check_contents(view: PassageView, expected: Mapping[str, Passage]) -> None:
-    """The view holds exactly these passages, each with its own vector, bit by bit."""
+    """Check that the view holds exactly these passages with bit-identical vectors."""
     rows = live_rows(view)
     passages = view.passages(rows)
     assert len(view) == len(expected)
     assert {passage.id: passage for passage in passages} == dict(expected)
     assert view.ids(rows) == [passage.id for passage in passages]
-    wanted = stored_vectors(passages, view.format.name)
-    np.testing.assert_array_equal(view.vectors(rows), wanted)
-    np.testing.assert_array_equal(view.block(0, view.capacity)[rows], wanted)
+    expected_vectors = stored_vectors(passages, view.format.name)
+    np.testing.assert_array_equal(view.vectors(rows), expected_vectors)
+    np.testing.assert_array_equal(view.block(0, view.capacity)[rows], expected_vectors)
 
 
 def few_passages(number: int, start: int = 0, word: str = "word") -> dict[str, Passage]:
-    """Passages p<start>, ...: their texts share two words, and each has one of its own."""
+    """Passages p<start>, ...: their texts share two words, and each has one unique word."""
     return {
         f"p{n}": Passage(f"p{n}", f"common {word} own{n}", f"title {n}", metadata={"year": 2000 + n})
         for n in range(start, start + number)
@@ -108,7 +108,7 @@ def few_passages(number: int, start: int = 0, word: str = "word") -> dict[str, P
 
 
 def forget_checksums(folder: Path) -> None:
-    """Make an index, or a snapshot, what one is that a d2llm without checksums made."""
+    """Turn an index or a snapshot into one written by a d2llm version without checksums."""
     (folder / "checksums.json").unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["checksums"]

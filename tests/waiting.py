@@ -1,4 +1,4 @@
-"""Waiting for what must come, as long as a busy machine needs; nobody guesses how long it takes."""
+"""Waits for conditions with a timeout long enough for a busy machine."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-PATIENCE = 120.0  # seconds; only a test that fails waits so long
+PATIENCE = 120.0  # seconds; only a failing test waits this long
 _Value = TypeVar("_Value")
 
 
 def until(condition: Callable[[], _Value], what: str = "what was waited for") -> _Value:
-    """Ask again and again until the answer is true, and return it."""
+    """Call the condition until it returns a true value, and return that value."""
     deadline = time.monotonic() + PATIENCE
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come, {answer!r} after {PATIENCE:g} s"
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come, {value!r} after {PATIENCE:g} s"
         time.sleep(0.01)
-    return answer
+    return value
 
 
 async def soon(condition: Callable[[], _Value], what: str = "what was waited for") -> _Value:
-    """``until`` in an event loop, which goes on meanwhile."""
+    """``until`` for an event loop, which keeps running."""
     deadline = time.monotonic() + PATIENCE
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come, {answer!r} after {PATIENCE:g} s"
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come, {value!r} after {PATIENCE:g} s"
         await asyncio.sleep(0.001)
-    return answer
+    return value

@@ -1,4 +1,4 @@
-"""Minimal pairs: twins, disjoint words, and what each kind promises."""
+"""Minimal pairs: twin items, disjoint vocabularies, and the property that each kind promises."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def items(split, kind):
 
 
 def twins(split, kind):
-    found = items(split, kind)
-    return list(zip(found[::2], found[1::2], strict=True))
+    kind_items = items(split, kind)
+    return list(zip(kind_items[::2], kind_items[1::2], strict=True))
 
 
 def words(text):
@@ -31,7 +31,7 @@ def words(text):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_twins_exchange_their_passages_so_passages_alone_tell_nothing(split, kind):
+def test_twins_swap_passages_so_passages_alone_reveal_nothing(split, kind):
     assert len(items(split, kind)) == {"train": 400, "dev": 100, "test": 200}[split]
     for first, second in twins(split, kind):
         assert (first.right, first.wrong) == (second.wrong, second.right)
@@ -42,35 +42,35 @@ def test_twins_exchange_their_passages_so_passages_alone_tell_nothing(split, kin
     assert len({item.id for item in items(split, kind)}) == len(items(split, kind))
 
 
-def test_no_text_is_its_own_answer():
+def test_no_query_is_its_own_answer():
     assert all(item.query not in (item.right, item.wrong) for split in SPLITS for item in PAIRS[split])
 
 
-def test_content_words_of_a_split_are_in_no_other():
+def test_splits_share_no_content_words():
     def texts(split):
         return " ".join(text for item in PAIRS[split] for text in (item.query, item.right, item.wrong)).lower()
 
     for split in SPLITS:
-        own = content_words(split)
+        vocabulary = content_words(split)
         used = set(re.findall(r"\w+", texts(split)))
-        assert len(own & used) > 0.9 * len(own)
+        assert len(vocabulary & used) > 0.9 * len(vocabulary)
         for other in SPLITS:
             if other != split:
-                assert not own & content_words(other)
-                assert not own & set(re.findall(r"\w+", texts(other)))
+                assert not vocabulary & content_words(other)
+                assert not vocabulary & set(re.findall(r"\w+", texts(other)))
 
 
-def test_spelled_numbers_of_a_split_are_in_no_other():
-    by_split = {
+def test_splits_share_no_spelled_numbers():
+    words_by_split = {
         split: set(re.findall(r"\b(?:[a-z]+ty|[a-z]+teen|ten|eleven|twelve)\b(?:-[a-z]+)?", _numbers_text(split)))
         for split in SPLITS
     }
     values = {spelled(number): number for number in range(10, 100)}
-    found = {split: {values[word] for word in by_split[split]} for split in SPLITS}
-    assert all(len(numbers) >= 8 for numbers in found.values())
-    assert not found["train"] & found["test"]
-    assert not found["train"] & found["dev"]
-    assert not found["dev"] & found["test"]
+    numbers_by_split = {split: {values[word] for word in words_by_split[split]} for split in SPLITS}
+    assert all(len(numbers) >= 8 for numbers in numbers_by_split.values())
+    assert not numbers_by_split["train"] & numbers_by_split["test"]
+    assert not numbers_by_split["train"] & numbers_by_split["dev"]
+    assert not numbers_by_split["dev"] & numbers_by_split["test"]
 
 
 def _numbers_text(split):
@@ -82,7 +82,7 @@ def test_swapped_roles_are_the_same_words_in_another_order():
         assert words(item.right) == words(item.wrong)
 
 
-def test_who_does_what_to_whom_by_an_independent_reading():
+def test_roles_by_an_independent_parser():
     patterns = [
         (r"The (\w+) was (\w+) by the (\w+)\.", (3, 2, 1)),
         (r"It was the (\w+) who was (\w+) by the (\w+)\.", (3, 2, 1)),
@@ -92,8 +92,8 @@ def test_who_does_what_to_whom_by_an_independent_reading():
 
     def read(text):
         for pattern, order in patterns:
-            if found := re.fullmatch(pattern, text):
-                return tuple(found[group] for group in order)
+            if match := re.fullmatch(pattern, text):
+                return tuple(match[group] for group in order)
         raise AssertionError(text)
 
     for item in items("train", "roles"):
@@ -102,7 +102,7 @@ def test_who_does_what_to_whom_by_an_independent_reading():
         assert read(item.wrong) == (patient, action, agent)
 
 
-def test_negation_by_an_independent_reading():
+def test_negation_by_an_independent_parser():
     negated = re.compile(r"\b(not|no|never|lacks|unknown)\b", re.IGNORECASE)
     for split in SPLITS:
         for item in items(split, "negation"):
@@ -110,12 +110,12 @@ def test_negation_by_an_independent_reading():
             assert polarity[0] == polarity[1] != polarity[2], item
 
 
-def test_numbers_by_an_independent_reading():
+def test_numbers_by_an_independent_parser():
     values = {spelled(number): number for number in range(10, 100)}
 
     def value(text):
-        found = [values.get(word, word) for word in re.findall(r"[\w-]+", text.lower())]
-        (number,) = {int(word) for word in found if str(word).isdigit()}
+        tokens = [values.get(word, word) for word in re.findall(r"[\w-]+", text.lower())]
+        (number,) = {int(word) for word in tokens if str(word).isdigit()}
         return number
 
     for item in items("train", "numbers"):
@@ -153,13 +153,13 @@ def test_spelled_by_hand():
         spelled(9)
 
 
-def test_articles_fit():
+def test_articles_fit_their_nouns():
     for split in SPLITS:
         for item in PAIRS[split]:
             assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", f"{item.query} {item.right} {item.wrong}")
 
 
-def test_the_seed_decides():
+def test_the_seed_determines_the_pairs():
     few = {"test": 10}
     assert make_minimal_pairs(num_items=few, seed=1) == make_minimal_pairs(num_items=few, seed=1)
     assert make_minimal_pairs(num_items=few, seed=1) != make_minimal_pairs(num_items=few, seed=2)
@@ -178,7 +178,7 @@ def test_written_as_a_pair_folder(tmp_path: Path):
         assert len(records) == 2 * len(KINDS) * {"train": 4, "dev": 2, "test": 2}[split]
 
 
-def test_numbers_that_cannot_be():
+def test_impossible_sizes_are_rejected():
     with pytest.raises(InputError, match="num_items of dev is 3"):
         make_minimal_pairs(num_items={"dev": 3})
     with pytest.raises(

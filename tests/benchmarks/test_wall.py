@@ -1,4 +1,4 @@
-"""The wall: every pair of persons is the answer of exactly one query, and nobody else is."""
+"""The wall: a data set in which each query has a pair of persons as its answer, and each pair has one query."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_all_pairs_by_hand():
 
 
 @given(num_persons=st.integers(5, 14), num_distractors=st.integers(0, 5), seed=st.integers(0, 50))
-def test_answers_are_those_who_like_it_and_every_pair_is_one(num_persons, num_distractors, seed):
+def test_answers_are_those_who_like_it_one_query_per_pair(num_persons, num_distractors, seed):
     wall = make_wall(num_persons, num_distractors=num_distractors, seed=seed)
     assert len(wall.passages) == num_persons + num_distractors
     judged = {query_id: set(grades) for split in wall.qrels.values() for query_id, grades in split.items()}
@@ -44,7 +44,7 @@ def test_answers_are_those_who_like_it_and_every_pair_is_one(num_persons, num_di
     assert {len(things) for things in liked.values()} == {num_persons - 1}
 
 
-def test_splits_are_disjoint_and_have_their_shares():
+def test_splits_are_disjoint_and_have_the_right_sizes():
     wall = make_wall(20)  # 190 queries
     splits = [set(wall.qrels[split]) for split in ("train", "dev", "test")]
     assert [len(split) for split in splits] == [114, 19, 57]
@@ -53,12 +53,12 @@ def test_splits_are_disjoint_and_have_their_shares():
     assert len(set(texts.values())) == 190
 
 
-def test_the_seed_decides():
+def test_the_seed_determines_the_wall():
     assert make_wall(8, num_distractors=2, seed=3) == make_wall(8, num_distractors=2, seed=3)
     assert make_wall(8, seed=3) != make_wall(8, seed=4)
 
 
-def test_every_word_stands_for_itself():
+def test_every_word_has_its_own_stem():
     """So BM25 can answer everything: no thing shares a stem with another, or with a name."""
     things, names = module._THINGS, [*module._FIRST_NAMES, *module._LAST_NAMES]
     stems = [tuple(terms(word)) for word in (*things, *names)]
@@ -69,11 +69,11 @@ def test_every_word_stands_for_itself():
 def test_bm25_finds_both_answers():
     wall = make_wall(12, num_distractors=20)
     index = WordIndex.from_texts(passage.full_text for passage in wall.passages)
-    found = rank_passages(index, [p.id for p in wall.passages], [query.text for query in wall.queries], 2)
+    rankings = rank_passages(index, [p.id for p in wall.passages], [query.text for query in wall.queries], 2)
     judged = {query_id: set(grades) for split in wall.qrels.values() for query_id, grades in split.items()}
     assert all(
         {candidate.passage_id for candidate in candidates} == judged[query.id]
-        for query, candidates in zip(wall.queries, found, strict=True)
+        for query, candidates in zip(wall.queries, rankings, strict=True)
     )
 
 
@@ -93,7 +93,7 @@ def test_written_as_a_beir_folder(tmp_path: Path):
         write_wall(tmp_path / "mine")
 
 
-def test_as_large_as_there_are_words():
+def test_the_size_is_limited_by_the_number_of_words():
     for num_distractors in (0, 1):
         most = largest_wall(num_distractors)
         words = len(module._THINGS) - 100 * (num_distractors > 0)
@@ -111,10 +111,10 @@ def test_as_large_as_there_are_words():
 
 
 @pytest.mark.parametrize("number", [3, 4, 17, 60])
-def test_moment_curve_puts_each_pair_on_top_by_the_margin_of_its_formula(number):
+def test_moment_curve_ranks_each_pair_first_by_its_margin(number):
     queries, passages = moment_curve(number)
     assert queries.shape == (number * (number - 1) // 2, 4)
-    assert np.allclose(np.linalg.norm(passages, axis=1), np.sqrt(2))  # one length: it is a cosine as well
+    assert np.allclose(np.linalg.norm(passages, axis=1), np.sqrt(2))  # equal lengths, so it ranks like a cosine
     angles = 2 * np.pi * np.arange(number) / number
     for (first, second), scores in zip(all_pairs(number), queries @ passages.T, strict=True):
         expected = -(1 - np.cos(angles - angles[first])) * (1 - np.cos(angles - angles[second]))

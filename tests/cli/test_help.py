@@ -1,4 +1,4 @@
-"""The help of every verb shows what its source says, square brackets too."""
+"""The help of every verb shows all the help text in its source, including square brackets."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from e2e.command_line import succeed
 
 
 def commands_below(command, path=()):
-    """Every command with its words: the program (), verbs, groups such as ("index",), and their own verbs."""
+    """Yields (path, command) for the program (), its verbs, groups such as ("index",), and their verbs."""
     yield path, command
-    for name, below in getattr(command, "commands", {}).items():
-        yield from commands_below(below, (*path, name))
+    for name, subcommand in getattr(command, "commands", {}).items():
+        yield from commands_below(subcommand, (*path, name))
 
 
 COMMANDS = dict(commands_below(typer.main.get_command(app)))
 
 
 def help_of(path):
-    place = ["PLACE"] if len(path) > 1 and path[0] in ("index", "keys") else []  # a folder or file comes first
-    return succeed(*path[:1], *place, *path[1:], "--help").stdout
+    positional = ["PLACE"] if len(path) > 1 and path[0] in ("index", "keys") else []  # a folder or file comes first
+    return succeed(*path[:1], *positional, *path[1:], "--help").stdout
 
 
 def texts_of(command):
-    """What the source says of a command, its arguments and its options."""
+    """Every help text that the source has for a command, its arguments and its options."""
     yield inspect.getdoc(command.callback) or "" if not hasattr(command, "commands") else command.help
     yield command.epilog or ""
     for parameter in command.params:
         yield parameter.help or ""
         yield parameter.metavar or ""
         yield from getattr(parameter, "opts", ()) if parameter.param_type_name == "option" else ()
-        if isinstance(shown := getattr(parameter, "show_default", None), str):
-            yield shown
+        if isinstance(default := getattr(parameter, "show_default", None), str):
+            yield default
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: " ".join(path) or "d2llm")
-def test_every_word_is_shown(path):
-    shown = help_of(path)
+def test_help_shows_every_word_of_its_source(path):
+    output = help_of(path)
     missing = [
-        word for text in texts_of(COMMANDS[path]) for word in text.replace("\\[", "[").split() if word not in shown
+        word for text in texts_of(COMMANDS[path]) for word in text.replace("\\[", "[").split() if word not in output
     ]
     assert missing == []
 
@@ -59,7 +59,7 @@ def test_words_in_square_brackets_are_not_markup(verb, words):
     assert words in help_of((verb,))
 
 
-def test_groups_of_options_are_options_of_their_verbs():
+def test_option_groups_become_options_of_their_verbs():
     names = {parameter.name for parameter in COMMANDS[("index", "upsert")].params}
     assert {"corpus", "student", "vectors", "field", "chunk_tokens", "engine", "json_path"} <= names
     assert not {"new", "splitting", "writing"} & names

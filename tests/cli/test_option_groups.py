@@ -1,4 +1,4 @@
-"""Options in groups: what Typer sees of a verb, and what the verb gets."""
+"""Option groups: the options that Typer sees, and the groups that the verb receives."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(*arguments: str) -> int:
     return CliRunner().invoke(app, arguments).exit_code
 
 
-def test_the_verb_gets_its_groups() -> None:
+def test_the_verb_receives_its_groups() -> None:
     assert run("Ada", "--street", "Main", "--times", "3", "--number", "7") == 0
     assert calls == [("Ada", Place("Main", 7), 3)]
 

@@ -11,7 +11,7 @@ from d2llm.core import errors
 ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.D2LLMError)]
 
 
-def test_every_error_stands_in_the_documented_tree():
+def test_every_error_is_in_the_documented_tree():
     assert len(ALL) == 17
     for cls in ALL:
         assert cls.__name__ in errors.__doc__.split()
@@ -36,11 +36,11 @@ def test_every_error_stands_in_the_documented_tree():
         (errors.MissingExtraError, ImportError),
     ],
 )
-def test_the_tree(child: type, parent: type):
+def test_the_class_hierarchy(child: type, parent: type):
     assert issubclass(child, parent)
 
 
-def test_a_format_error_says_where():
+def test_a_format_error_names_file_and_line():
     error = errors.DataFormatError("data/corpus.jsonl", "not JSON", line=7)
     assert str(error) == "data/corpus.jsonl:7: not JSON"
     assert error.path == Path("data/corpus.jsonl")
@@ -49,7 +49,7 @@ def test_a_format_error_says_where():
 
 
 @pytest.mark.parametrize("cls", [errors.DataFormatError, errors.DamagedFileError, errors.DuplicateIdError])
-def test_a_format_error_survives_the_way_from_a_worker_process(cls: type[errors.DataFormatError]):
+def test_a_format_error_survives_pickling(cls: type[errors.DataFormatError]):
     error = pickle.loads(pickle.dumps(cls("a/b.jsonl", "broken", line=3)))
     assert type(error) is cls
     assert str(error) == "a/b.jsonl:3: broken"

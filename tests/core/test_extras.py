@@ -9,28 +9,28 @@ from d2llm.core.errors import D2LLMError, MissingExtraError
 from d2llm.core.extras import require
 
 
-def test_an_installed_module_is_given_back():
+def test_an_installed_module_is_returned():
     assert require("json", extra="train", purpose="nothing") is json
     assert require("os.path", extra="train", purpose="nothing").join("a", "b") == "a/b"
 
 
 @pytest.mark.parametrize("module", ["no_such_package_xyz", "no_such_package_xyz.inner", "json.no_such_module"])
-def test_a_missing_module_is_one_line_with_the_command(module: str):
-    with pytest.raises(MissingExtraError) as caught:
+def test_a_missing_module_error_names_the_install_command(module: str):
+    with pytest.raises(MissingExtraError) as error:
         require(module, extra="train", purpose="LoRA tuning")
-    message = str(caught.value)
+    message = str(error.value)
     assert message == f"LoRA tuning needs the package '{module}', which is not installed: pip install 'd2llm[train]'"
     assert "\n" not in message
-    assert isinstance(caught.value, D2LLMError)
-    assert isinstance(caught.value, ImportError)
+    assert isinstance(error.value, D2LLMError)
+    assert isinstance(error.value, ImportError)
 
 
-def test_a_broken_module_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_broken_module_is_not_reported_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "broken_package_xyz.py").write_text("import no_such_package_xyz")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MissingExtraError) as caught:
+    with pytest.raises(MissingExtraError) as error:
         require("broken_package_xyz", extra="ray", purpose="clusters")
-    message = str(caught.value)
+    message = str(error.value)
     assert "installed but cannot be imported" in message
     assert "no_such_package_xyz" in message
     assert "pip install --upgrade 'd2llm[ray]'" in message

@@ -1,4 +1,4 @@
-"""Fast ways that could not be taken are counted, and said once for each reason."""
+"""Fallbacks to slower code paths are counted, and each reason is logged once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2llm.core.fallbacks import count_fallback, fallback_counts, fell_back
 from d2llm.store import scan
 
 
-def test_each_time_is_counted_and_each_reason_said_once(caplog, monkeypatch):
+def test_fallbacks_are_counted_and_each_reason_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(fallbacks, "_counts", type(fallbacks._counts)())
     monkeypatch.setattr(fallbacks, "_logged", set())
     with caplog.at_level(logging.INFO, "d2llm"):
@@ -24,16 +24,16 @@ def test_each_time_is_counted_and_each_reason_said_once(caplog, monkeypatch):
 
 
 def test_a_scan_without_faiss_is_counted(monkeypatch):
-    def missing(name):
+    def fail_to_import(name):
         raise ImportError(f"no {name}")
 
-    monkeypatch.setattr(scan.importlib, "import_module", missing)
+    monkeypatch.setattr(scan.importlib, "import_module", fail_to_import)
     before = fallback_counts().get("scan by FAISS", 0)
     assert scan._import_faiss() is None
     assert fallback_counts()["scan by FAISS"] == before + 1
 
 
-def test_the_metrics_have_them():
+def test_fallbacks_are_in_the_metrics():
     import pytest
 
     pytest.importorskip("prometheus_client", reason="needs the extra 'serve'")

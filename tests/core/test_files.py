@@ -14,7 +14,7 @@ from d2llm.core.files import new_folder, replace_folder, write_bytes, write_json
 
 
 class FullDiskError(OSError):
-    """Stands for what the system says when a write fails."""
+    """Stands for the system's error when a write fails."""
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -36,7 +36,7 @@ def test_bytes_are_written_into_folders_that_do_not_exist_yet(tmp_path: Path):
     assert (tmp_path / "a" / "b" / "file").read_bytes() == b"\x00content"
 
 
-def test_writing_replaces_and_leaves_nothing_beside(tmp_path: Path):
+def test_writing_replaces_the_file_without_leftovers(tmp_path: Path):
     path = tmp_path / "file"
     write_bytes(path, b"long old content")
     write_bytes(path, b"new")
@@ -85,7 +85,7 @@ def test_permissions_follow_the_umask(tmp_path: Path):
     assert modes == {"file": 0o640, "folder": 0o750, "folder/inner": 0o640}
 
 
-def test_json_is_readable_text_with_a_last_newline(tmp_path: Path):
+def test_json_is_indented_text_with_a_final_newline(tmp_path: Path):
     write_json(tmp_path / "x.json", {"b": [1], "a": "é"})
     assert (tmp_path / "x.json").read_text(encoding="utf-8") == '{\n  "b": [\n    1\n  ],\n  "a": "é"\n}\n'
 
@@ -100,7 +100,7 @@ def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path: Path):
 # new_folder
 
 
-def test_a_new_folder_appears_whole_when_the_block_ends(tmp_path: Path):
+def test_a_new_folder_appears_only_when_the_block_ends(tmp_path: Path):
     target = tmp_path / "deep" / "index"
     with new_folder(target) as draft:
         assert draft.parent == target.parent
@@ -129,23 +129,23 @@ def test_an_error_inside_leaves_the_old_folder_untouched(tmp_path: Path, error: 
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
-def test_an_error_inside_leaves_nothing_where_nothing_was(tmp_path: Path):
+def test_an_error_inside_leaves_no_new_folder(tmp_path: Path):
     with pytest.raises(ValueError, match="stop"), new_folder(tmp_path / "index"):
         raise ValueError("stop")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_exchange_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target = artifact(tmp_path / "index")
     before = contents(tmp_path)
     rename = Path.rename
 
-    def fail_for_the_new_one(path: Path, to: Path) -> Path:
+    def fail_for_new_folder(path: Path, to: Path) -> Path:
         if ".new-" in path.name:
             raise FullDiskError
         return rename(path, to)
 
-    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    monkeypatch.setattr(Path, "rename", fail_for_new_folder)
     with pytest.raises(FullDiskError), new_folder(target) as draft:
         (draft / "data").write_text("new")
     assert contents(tmp_path) == before
@@ -172,7 +172,7 @@ with new_folder(Path({str(target)!r})) as draft:
     assert contents(target) == {"data": "new"}
 
 
-def test_a_link_is_followed(tmp_path: Path):
+def test_symbolic_links_are_followed(tmp_path: Path):
     target = artifact(tmp_path / "disk" / "index")
     (tmp_path / "link").symlink_to(target)
     with new_folder(tmp_path / "link") as draft:
@@ -189,7 +189,7 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path):
     assert contents(tmp_path) == {"index/data": "new"}
 
 
-def test_files_of_somebody_else_are_never_replaced(tmp_path: Path):
+def test_foreign_files_are_never_replaced(tmp_path: Path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years")
     with pytest.raises(InputError, match="home: holds files that d2llm did not make"), new_folder(tmp_path / "home"):
@@ -223,7 +223,7 @@ def test_the_same_kind_is_replaced(tmp_path: Path):
 # replace_folder
 
 
-def test_a_finished_folder_takes_the_place_of_another(tmp_path: Path):
+def test_replace_folder_moves_a_finished_folder(tmp_path: Path):
     target = artifact(tmp_path / "target")
     source = artifact(tmp_path / "source", text="new")
     replace_folder(source, target)

@@ -15,12 +15,12 @@ def write(folder: Path, files: dict[str, bytes]) -> list[Path]:
     return [folder / name for name in files]
 
 
-def test_json_is_the_hash_of_the_canonical_text():
+def test_the_json_fingerprint_hashes_the_canonical_text():
     expected = hashlib.sha256(b'{"a":[1,2.5,null],"b":true}').hexdigest()[:16]
     assert fingerprint_json({"b": True, "a": [1, 2.5, None]}) == expected
 
 
-def test_json_key_order_does_not_matter_but_list_order_does():
+def test_key_order_does_not_matter_but_list_order_does():
     assert fingerprint_json({"a": 1, "b": 2}) == fingerprint_json({"b": 2, "a": 1})
     assert fingerprint_json([1, 2]) != fingerprint_json([2, 1])
 
@@ -30,7 +30,7 @@ def test_json_values_of_different_type_differ():
     assert len({fingerprint_json(value) for value in values}) == len(values)
 
 
-def test_files_depend_on_names_and_contents_only(tmp_path: Path):
+def test_file_fingerprints_depend_on_names_and_contents(tmp_path: Path):
     files = {"a.bin": b"one", "b.bin": b"two"}
     first = write(tmp_path / "x", files)
     second = write(tmp_path / "y", files)
@@ -42,27 +42,27 @@ def test_files_depend_on_names_and_contents_only(tmp_path: Path):
     assert fingerprint_files(first[:1]) != fingerprint
 
 
-def test_files_of_one_name_in_two_folders_do_not_depend_on_order(tmp_path: Path):
+def test_the_order_of_files_with_the_same_name_is_ignored(tmp_path: Path):
     paths = write(tmp_path / "x", {"same": b"1"}) + write(tmp_path / "y", {"same": b"2"})
     assert fingerprint_files(paths) == fingerprint_files(reversed(paths))
 
 
 def test_content_cannot_imitate_another_file(tmp_path: Path):
-    """One file whose content holds a second file's name and content is not those two files."""
-    two = write(tmp_path / "two", {"a": b"x", "b": b"y"})
-    one = write(tmp_path / "one", {"a": b"x\0b\0y"})
-    assert fingerprint_files(two) != fingerprint_files(one)
+    """A file that embeds a second file's name and content differs from the two files."""
+    two_files = write(tmp_path / "two", {"a": b"x", "b": b"y"})
+    one_file = write(tmp_path / "one", {"a": b"x\0b\0y"})
+    assert fingerprint_files(two_files) != fingerprint_files(one_file)
 
 
 def test_a_file_larger_than_a_block(tmp_path: Path):
     content = bytes(range(256)) * 8200  # just over 2 MiB
-    one, two = (write(tmp_path / name, {"f": content}) for name in ("x", "y"))
-    assert fingerprint_files(one) == fingerprint_files(two)
-    two[0].write_bytes(content[:-1] + b"\0")
-    assert fingerprint_files(one) != fingerprint_files(two)
+    first, second = (write(tmp_path / name, {"f": content}) for name in ("x", "y"))
+    assert fingerprint_files(first) == fingerprint_files(second)
+    second[0].write_bytes(content[:-1] + b"\0")
+    assert fingerprint_files(first) != fingerprint_files(second)
 
 
-def test_passages_by_every_field_and_the_order():
+def test_passage_fingerprints_cover_all_fields_and_the_order():
     base = [Passage("a", "b", "c"), Passage("d", "e", "f")]
     variants = [
         base,

@@ -9,7 +9,7 @@ from d2llm.core.errors import DataFormatError
 from d2llm.core.manifest import FILE_NAME, package_versions, read_manifest, write_manifest
 
 
-def test_what_is_written_is_read(tmp_path: Path):
+def test_a_manifest_is_read_back(tmp_path: Path):
     write_manifest(tmp_path, "index", 2, {"student": "abc", "count": 3})
     manifest = read_manifest(tmp_path, "index", 2)
     assert manifest == {
@@ -22,14 +22,14 @@ def test_what_is_written_is_read(tmp_path: Path):
     assert list(manifest)[:2] == ["kind", "format_version"]
 
 
-def test_content_cannot_change_what_the_manifest_says_of_itself(tmp_path: Path):
+def test_content_cannot_override_reserved_fields(tmp_path: Path):
     write_manifest(tmp_path, "index", 1, {"kind": "student", "format_version": 9, "packages": {}})
     manifest = read_manifest(tmp_path, "index", 1)
     assert (manifest["kind"], manifest["format_version"]) == ("index", 1)
     assert manifest["packages"] == package_versions()
 
 
-def test_package_versions_are_the_installed_ones():
+def test_package_versions_are_the_installed_versions():
     import numpy
     import torch
 
@@ -57,21 +57,21 @@ def test_an_older_format_is_read(tmp_path: Path):
         ('{"kind": "index", "format_version": 2}', "format version 2, this d2llm reads up to 1; update d2llm"),
     ],
 )
-def test_what_is_not_our_manifest_is_an_error_that_names_the_file(tmp_path: Path, text: str | None, problem: str):
+def test_an_invalid_manifest_is_an_error_naming_the_file(tmp_path: Path, text: str | None, problem: str):
     if text is not None:
         (tmp_path / FILE_NAME).write_text(text)
-    with pytest.raises(DataFormatError, match=problem) as caught:
+    with pytest.raises(DataFormatError, match=problem) as error:
         read_manifest(tmp_path, "index", 1)
-    assert str(caught.value).startswith(str(tmp_path / FILE_NAME))
+    assert str(error.value).startswith(str(tmp_path / FILE_NAME))
 
 
-def test_bytes_that_are_not_text_are_an_error(tmp_path: Path):
+def test_binary_content_is_an_error(tmp_path: Path):
     (tmp_path / FILE_NAME).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataFormatError, match="not valid JSON"):
         read_manifest(tmp_path, "index", 1)
 
 
-def test_it_is_plain_indented_json(tmp_path: Path):
+def test_a_manifest_is_plain_indented_json(tmp_path: Path):
     write_manifest(tmp_path, "index", 1, {"name": "中文"})
     text = (tmp_path / FILE_NAME).read_text(encoding="utf-8")
     assert '\n  "name": "中文"' in text

@@ -1,4 +1,4 @@
-"""What a process could still have, on a machine and in groups made of files."""
+"""Memory still available to a process: of the machine, its control groups (as files) and its limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with 8 GiB free, whose process is in no group."""
+    """A machine with 8 GiB free, whose process is in no control group."""
     for name in ("_MEMINFO", "_STATUS", "_GROUP", "_GROUPS"):
         monkeypatch.setattr(memory, name, tmp_path / name)
     write(tmp_path / "_MEMINFO", f"MemTotal: {9 << 20} kB\nMemAvailable:    {8 << 20} kB\nHugePages_Total:   0\n")
@@ -34,43 +34,43 @@ def group(folder: Path, limit: str, used: int, files: int) -> None:
     write(folder / "memory.stat", f"anon 5\ninactive_file {files}\n")
 
 
-def test_what_the_system_has_free(machine: Path) -> None:
+def test_free_memory_of_the_system(machine: Path) -> None:
     assert available_memory() == 8 * GIB
     (machine / "_MEMINFO").unlink()
     assert available_memory() is None
 
 
-def test_the_tightest_group_counts_and_read_files_do_not(machine: Path) -> None:
+def test_the_tightest_group_counts_without_cached_files(machine: Path) -> None:
     write(machine / "_GROUP", "0::/outer/inner\n")
     group(machine / "_GROUPS" / "outer" / "inner", "max", 0, 0)
     group(machine / "_GROUPS" / "outer", str(4 * GIB), 3 * GIB, 2 * GIB)
     assert available_memory() == 3 * GIB
     group(machine / "_GROUPS" / "outer" / "inner", str(2 * GIB), GIB, 0)
     assert available_memory() == GIB
-    group(machine / "_GROUPS" / "outer" / "inner", str(2 * GIB), 3 * GIB, 0)  # a limit that was lowered since
+    group(machine / "_GROUPS" / "outer" / "inner", str(2 * GIB), 3 * GIB, 0)  # the limit was lowered meanwhile
     assert available_memory() == 0
 
 
-def test_a_container_sees_its_own_group_as_the_outermost(machine: Path) -> None:
+def test_a_container_sees_its_own_group_as_the_root(machine: Path) -> None:
     write(machine / "_GROUP", "0::/docker/0123\n")
     group(machine / "_GROUPS", str(2 * GIB), GIB // 2, 0)
     assert available_memory() == 3 * GIB // 2
 
 
-def test_groups_of_the_first_version(machine: Path) -> None:
+def test_cgroups_version_1(machine: Path) -> None:
     write(machine / "_GROUP", "9:name=systemd:/\n4:memory:/a\n0::/\n")
     folder = machine / "_GROUPS" / "memory" / "a"
     write(folder / "memory.limit_in_bytes", f"{3 * GIB}\n")
     write(folder / "memory.usage_in_bytes", f"{2 * GIB}\n")
     write(folder / "memory.stat", f"inactive_file 0\ntotal_inactive_file {GIB}\n")
-    write(machine / "_GROUPS" / "memory" / "memory.limit_in_bytes", "9223372036854771712\n")  # as no limit is written
+    write(machine / "_GROUPS" / "memory" / "memory.limit_in_bytes", "9223372036854771712\n")  # means no limit
     write(machine / "_GROUPS" / "memory" / "memory.usage_in_bytes", f"{5 * GIB}\n")
     assert available_memory() == 2 * GIB
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what a process has taken")
 @pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
-def test_what_ulimit_leaves(kind: str) -> None:
+def test_memory_left_by_ulimit(kind: str) -> None:
     code = f"""
 import resource
 from d2llm.core.memory import available_memory

@@ -12,20 +12,20 @@ from d2llm.core.recipe import NO_DEFAULT, Recipe, TeacherConfig
 from d2llm.core.recipe_file import changed_settings, load_recipe, parse_recipe, shaping_settings
 
 
-def written(tmp_path: Path, text: str | bytes) -> Path:
+def write_recipe(tmp_path: Path, text: str | bytes) -> Path:
     path = tmp_path / "recipe.toml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
 
 
-def message_of(values: dict[str, Any]) -> str:
-    with pytest.raises(RecipeError) as caught:
+def error_of(values: dict[str, Any]) -> str:
+    with pytest.raises(RecipeError) as error:
         parse_recipe(values, where="r.toml")
-    return str(caught.value)
+    return str(error.value)
 
 
-def test_an_empty_recipe_has_the_published_model_and_losses_and_suits_few_questions():
-    """D2LLM paper: LoRA r 8, alpha 8, dropout 0.05. How it is trained is of ours: the paper had 0.3 million samples."""
+def test_the_default_recipe_has_the_papers_model_and_losses():
+    """D2LLM paper: LoRA r 8, alpha 8, dropout 0.05. Training settings are ours: the paper had 0.3 million samples."""
     recipe = parse_recipe({})
     assert recipe == Recipe()
     lora = recipe.student.backbone.lora
@@ -40,8 +40,8 @@ def test_an_empty_recipe_has_the_published_model_and_losses_and_suits_few_questi
 
 
 @pytest.mark.parametrize("as_type", [Path, str])
-def test_a_file_is_read(tmp_path: Path, as_type: type):
-    path = written(
+def test_a_recipe_file_is_loaded(tmp_path: Path, as_type: type):
+    path = write_recipe(
         tmp_path,
         """
         name = "first"
@@ -66,7 +66,7 @@ def test_a_file_is_read(tmp_path: Path, as_type: type):
     ]
 
 
-def test_saved_as_plain_values_it_is_the_same():
+def test_a_recipe_survives_dumping_and_parsing():
     recipe = parse_recipe({"data": [{"path": "a"}], "training": {"head_learning_rate": 0.01}})
     assert parse_recipe(recipe.model_dump()) == recipe
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
@@ -80,23 +80,23 @@ def changed(**sections: Any) -> Recipe:
     "sections",
     [
         {"name": "other"},
-        {"data": [{"path": "moved/a", "task": "symmetric", "max_queries": 7}]},  # the plan has the sample
+        {"data": [{"path": "moved/a", "task": "symmetric", "max_queries": 7}]},  # the plan holds the sample of queries
         {"training": {"checkpoint_every": 3, "checkpoint_minutes": 1.0, "graph_gib": 2.0, "trackers": []}},
         {"mining": {"num_hard": 3}, "teacher_tuning": {"epochs": 2}, "gate": {"depth": 5}},
     ],
 )
-def test_what_shapes_no_student_may_change(sections: dict[str, Any]):
+def test_settings_that_do_not_shape_the_student_may_change(sections: dict[str, Any]):
     assert shaping_settings(changed(**sections)) == shaping_settings(changed())
 
 
-def test_what_shapes_a_student_is_named_with_both_values():
-    now = changed(
+def test_changed_settings_are_named_with_both_values():
+    edited = changed(
         seed=1,
         training={"learning_rate": 0.5, "interpolation": [0.5]},
         data=[{"path": "far/a", "task": "asymmetric"}],
         losses={"temperature": 2.0},
     )
-    assert changed_settings(shaping_settings(changed()), shaping_settings(now)) == [
+    assert changed_settings(shaping_settings(changed()), shaping_settings(edited)) == [
         "data.a.task (was symmetric, is asymmetric)",
         "losses.temperature (was 1.0, is 2.0)",
         "seed (was 0, is 1)",
@@ -106,10 +106,10 @@ def test_what_shapes_a_student_is_named_with_both_values():
     remined = shaping_settings(changed(training={"remine": True}, mining={"num_hard": 3}))
     other = shaping_settings(changed(training={"remine": True}))
     assert changed_settings(remined, other) == ["mining.num_hard (was 3, is 8)"]
-    assert changed_settings({"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "d": 3}}) == []  # of another version of d2llm
+    assert changed_settings({"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "d": 3}}) == []  # known to one version only
 
 
-def test_a_recipe_cannot_be_changed():
+def test_recipes_are_immutable():
     with pytest.raises(ValidationError):
         Recipe().training.epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -136,8 +136,8 @@ def test_a_recipe_cannot_be_changed():
         ),
     ],
 )
-def test_an_unknown_key_names_the_nearest(values: dict[str, Any], message: str):
-    assert message_of(values) == message
+def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], message: str):
+    assert error_of(values) == message
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_an_unknown_key_names_the_nearest(values: dict[str, Any], message: str):
         ),
     ],
 )
-def test_a_removed_option_says_what_it_was_and_what_to_do(values: dict[str, Any], message: str):
-    assert message_of(values) == message
+def test_a_removed_option_has_a_helpful_error(values: dict[str, Any], message: str):
+    assert error_of(values) == message
 
 
 def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
@@ -176,7 +176,7 @@ def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 def test_the_default_of_a_removed_option_is_ignored():
-    """Manifests and run folders of earlier versions hold every option, most of them at its default."""
+    """Manifests and run folders of earlier versions contain every option, most of them at their defaults."""
     with_defaults = [
         (section, {name: option.default for name, option in removed.items() if option.default is not NO_DEFAULT})
         for section in sections(Recipe)
@@ -202,36 +202,36 @@ def test_the_default_of_a_removed_option_is_ignored():
     ],
 )
 def test_a_bad_value_names_the_field_and_the_value(values: dict[str, Any], message: str):
-    assert message_of(values).startswith(f"r.toml: {message}")
+    assert error_of(values).startswith(f"r.toml: {message}")
 
 
 def test_all_problems_are_named_at_once():
-    message = message_of({"nmae": "x", "training": {"epochs": -1}})
+    message = error_of({"nmae": "x", "training": {"epochs": -1}})
     assert "did you mean 'name'?" in message
     assert "training.epochs" in message
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
     path = tmp_path / "none.toml"
-    with pytest.raises(RecipeError, match="No such file") as caught:
+    with pytest.raises(RecipeError, match="No such file") as error:
         load_recipe(path)
-    assert str(caught.value).startswith(f"{path}: cannot be read")
+    assert str(error.value).startswith(f"{path}: cannot be read")
 
 
 @pytest.mark.parametrize("text", ["name = ", "[training\nepochs = 1", "a = 1\na = 2", b"name = '\xff'"])
-def test_what_is_not_toml_is_named(tmp_path: Path, text: str | bytes):
-    path = written(tmp_path, text)
+def test_invalid_toml_is_an_error_naming_the_file(tmp_path: Path, text: str | bytes):
+    path = write_recipe(tmp_path, text)
     problem = "not valid TOML: .*; correct it there" if isinstance(text, str) else "not valid UTF-8 .byte 8."
-    with pytest.raises(RecipeError, match=problem) as caught:
+    with pytest.raises(RecipeError, match=problem) as error:
         load_recipe(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(error.value).startswith(f"{path}: ")
 
 
 def test_errors_of_a_file_name_the_file(tmp_path: Path):
-    path = written(tmp_path, "epochs = 3")
-    with pytest.raises(RecipeError) as caught:
+    path = write_recipe(tmp_path, "epochs = 3")
+    with pytest.raises(RecipeError) as error:
         load_recipe(path)
-    assert str(caught.value).startswith(f"{path}: unknown key 'epochs'")
+    assert str(error.value).startswith(f"{path}: unknown key 'epochs'")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path):
         ("cosine:", "auto", "cosine:"),
     ],
 )
-def test_a_teacher_is_named_by_its_model_or_with_its_kind(text: str, kind: str, model: str):
+def test_a_teacher_name_may_have_a_kind_prefix(text: str, kind: str, model: str):
     base = TeacherConfig(model="before", kind="remote", prompt="short", max_tokens=64)
     assert base.named(text) == TeacherConfig.model_validate(
         {"model": model, "kind": kind, "prompt": "short", "max_tokens": 64}

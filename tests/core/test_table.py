@@ -1,4 +1,4 @@
-"""The one table in its three forms, each read back: Rich's output as text, Markdown and HTML by their parsers."""
+"""The table as terminal text, Markdown and HTML, each parsed back and compared."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def printed(table: Table, width: int = 200, **options: object) -> str:
 
 
 class TestTerminal:
-    def test_every_text_stands_there_letter_by_letter(self) -> None:
+    def test_all_texts_are_printed_verbatim(self) -> None:
         lines = printed(example()).splitlines()
         assert (lines[0], lines[-1]) == ("A title", "A caption")
         cells = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in lines if line.startswith("│")]
@@ -51,27 +51,27 @@ class TestTerminal:
         bold = [part.partition("\x1b")[0].strip() for part in text.split("\x1b[1m")[1:]]
         assert [part for part in bold if part] == ["A title", "system", "nDCG", "items", "remark", "+0.500*"]
 
-    def test_numbers_stand_on_the_right(self) -> None:
+    def test_numbers_are_right_aligned(self) -> None:
         row = next(line for line in printed(example()).splitlines() if "BM25" in line)
         assert "│  +0.250 │ 1,200 │ <b>" in row
         assert row.startswith("│ [red]BM25[/red] │")
 
     @pytest.mark.parametrize("width", [30, 60])
-    def test_a_narrow_terminal_loses_no_letter(self, width: int) -> None:
+    def test_a_narrow_terminal_truncates_nothing(self, width: int) -> None:
         table = Table("name", "path")
         table.add_row("short", "abcdefghij" * 12)
         shown = printed(table, width)
         assert max(map(len, shown.splitlines())) <= width
         assert "".join(line.split("│")[2].strip() for line in shown.splitlines() if "│" in line) == "abcdefghij" * 12
 
-    def test_without_headings_there_is_no_head(self) -> None:
+    def test_without_headings_no_header_is_printed(self) -> None:
         table = Table("", "", framed=False)
         table.add_row("passages", "12")
         assert printed(table).split() == ["passages", "12"]
 
 
 class TestMarkdown:
-    def test_a_parser_reads_the_cells(self) -> None:
+    def test_cells_are_parsed_back(self) -> None:
         html = MarkdownIt("commonmark").enable("table").render(example().to_markdown())
         root = ElementTree.fromstring(html)
         rows = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
@@ -86,7 +86,7 @@ class TestMarkdown:
         assert [cell.get("style") for cell in root.iter("th")] == [None, *["text-align:right"] * 2, None]
 
     @given(st.lists(st.tuples(PRINTABLE, PRINTABLE), min_size=1, max_size=5))
-    def test_any_text_reads_as_itself(self, rows: list[tuple[str, str]]) -> None:
+    def test_any_text_is_escaped_correctly(self, rows: list[tuple[str, str]]) -> None:
         table = Table("a", "b")
         for row in rows:
             table.add_row(*row)
@@ -98,7 +98,7 @@ class TestMarkdown:
 
 
 class TestHtml:
-    def test_a_parser_reads_the_cells(self) -> None:
+    def test_cells_are_parsed_back(self) -> None:
         root = ElementTree.fromstring(example().to_html())
         assert root.get("aria-label") == "A title"
         rows = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
@@ -113,20 +113,20 @@ class TestHtml:
         assert {head.get("scope") for head in root.iter("th")} == {"col", "rowgroup", "row"}
         assert [strong.text for strong in root.iter("strong")] == ["+0.500"]
 
-    def test_a_template_takes_it_as_it_is(self) -> None:
+    def test_a_template_does_not_escape_the_table(self) -> None:
         from jinja2 import Environment
 
         page = Environment(autoescape=True).from_string("{{ table }}").render(table=example())
         assert page == example().to_html()
 
 
-def test_texts_are_those_of_every_row() -> None:
+def test_texts_returns_the_cells_of_all_rows() -> None:
     assert example().texts() == [
         ["[red]BM25[/red]", "+0.250", "1,200", "<b>|*odd*|</b>"],
         ["ours of the paper", "+0.500*", "–", ""],
     ]
 
 
-def test_a_row_has_a_value_for_each_column() -> None:
+def test_a_row_needs_a_value_for_each_column() -> None:
     with pytest.raises(ValueError, match="1 values for 2 columns"):
         Table("a", "b").add_row("only one")

@@ -1,4 +1,4 @@
-"""Named changes of a recipe: each is valid for the shipped recipes and changes what is built or trained."""
+"""Recipe variants: each is valid for the shipped recipes and changes the model or its training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from d2llm.training.ablation.report import BASE
 from d2llm.training.objective import batch_losses
 from tiny_distill import Place, score_batch
 
-# What is so already in a shipped recipe.
+# Variants that change nothing in a shipped recipe.
 UNCHANGED = {
     "d2llm-llm-teacher": {
         "without-words",
@@ -62,12 +62,12 @@ Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, Evidenc
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]:
-    """What a recipe makes over a tiny backbone: parameters by shape, the backbone's pooling, losses, and rates."""
-    place = Place(tmp_path_factory.mktemp("variants"))
-    identity = identify_local_teacher(place.teacher)
+    """Builds a recipe's student on a tiny backbone and returns its shapes, pooling, losses and training settings."""
+    tiny_run = Place(tmp_path_factory.mktemp("variants"))
+    identity = identify_local_teacher(tiny_run.teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"]}
-    store = LabelStore(place.labels, **key, dataset=place.source.dataset.name)
-    labelled = LabelledSource.join(place.source, store)
+    store = LabelStore(tiny_run.labels, **key, dataset=tiny_run.source.dataset.name)
+    labelled = LabelledSource.join(tiny_run.source, store)
     batches = epoch_batches([labelled], epoch=0, batch_queries=4, num_hard=2, num_easy=1, seed=0)
     batch = collate(*batches[0])
     backbones: dict[BackboneConfig, Backbone] = {}
@@ -76,7 +76,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
     def build(recipe: Recipe) -> Built:
         config = recipe.student.model_copy(
             update={
-                "backbone": recipe.student.backbone.model_copy(update={"model": str(place.model)}),
+                "backbone": recipe.student.backbone.model_copy(update={"model": str(tiny_run.model)}),
                 "pooling": recipe.student.pooling.model_copy(update={"num_heads": 4}),
             }
         )
@@ -97,11 +97,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_variant_changes_what_is_built_or_trained(name: str, build: Callable[[Recipe], Built]) -> None:
+def test_every_variant_changes_the_model_or_its_training(name: str, build: Callable[[Recipe], Built]) -> None:
     recipe = load_recipe(name)
     base = build(recipe)
-    found: dict[str, Built] = {variant: build(VARIANTS[variant].apply(recipe)) for variant in VARIANTS}
-    assert {variant for variant, built in found.items() if built == base} == UNCHANGED[name]
+    built_variants: dict[str, Built] = {variant: build(VARIANTS[variant].apply(recipe)) for variant in VARIANTS}
+    assert {variant for variant, built in built_variants.items() if built == base} == UNCHANGED[name]
     all_losses = base[2]
     removed = {
         "without-ci": {"contrastive_imitation"},
@@ -112,36 +112,38 @@ def test_every_variant_changes_what_is_built_or_trained(name: str, build: Callab
         "no-imitation": {loss for loss in all_losses if "imitation" in loss},
     }
     for variant, losses in removed.items():
-        assert found[variant] == (base[0], base[1], all_losses - losses, *base[3:])
+        assert built_variants[variant] == (base[0], base[1], all_losses - losses, *base[3:])
         assert losses <= all_losses or variant in UNCHANGED[name]
-    assert found["cosine"][:3] == ({"interaction.log_scale": ()}, "mean", {"in_batch_cross_entropy"})
-    assert set(found["cosine-for-iem"][0]) > {"interaction.log_scale", "pooling.pma.seeds"}
+    assert built_variants["cosine"][:3] == ({"interaction.log_scale": ()}, "mean", {"in_batch_cross_entropy"})
+    assert set(built_variants["cosine-for-iem"][0]) > {"interaction.log_scale", "pooling.pma.seeds"}
     for pooling in ("mean", "last"):
-        shapes, of_backbone, *_ = found[f"{pooling}-pooling"]
-        assert of_backbone == pooling
+        shapes, backbone_pooling, *_ = built_variants[f"{pooling}-pooling"]
+        assert backbone_pooling == pooling
         assert {n for n in shapes if n.startswith("pooling")} == set()
         assert {n: s for n, s in base[0].items() if n.startswith("interaction")} == shapes
-    assert {n.split(".")[2] for n in found["one-branch"][0] if n.startswith("interaction.branches")} == {"shared"}
+    assert {n.split(".")[2] for n in built_variants["one-branch"][0] if n.startswith("interaction.branches")} == {
+        "shared"
+    }
     for width in (128, 512, 1024):
-        shapes = found[f"width-{width}"][0]
+        shapes = built_variants[f"width-{width}"][0]
         assert shapes["interaction.first.weight"][0] == width
         assert shapes["interaction.output.weight"] == (1, width)
     for features, parts in (("concat", 2), ("product", 3), ("difference", 3), ("rich", 4)):
-        assert found[features][0]["interaction.first.weight"][1] == parts * 32
-    assert "pooling.gate" in found["warm-start"][0]
-    assert "pooling.gate" not in found["cold-start"][0]
-    assert not any("anchors" in n for n in found["paper-head"][0])
-    assert any("anchors" in n for n in found["anchored-head"][0])
+        assert built_variants[features][0]["interaction.first.weight"][1] == parts * 32
+    assert "pooling.gate" in built_variants["warm-start"][0]
+    assert "pooling.gate" not in built_variants["cold-start"][0]
+    assert not any("anchors" in n for n in built_variants["paper-head"][0])
+    assert any("anchors" in n for n in built_variants["anchored-head"][0])
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_variant_changes_nothing_but_its_settings(name: str) -> None:
+def test_a_variant_changes_only_its_settings(name: str) -> None:
     recipe = load_recipe(name)
     for variant in VARIANTS.values():
         changed = variant.apply(recipe)
         assert changed.name == f"{name}-{variant.name}"
-        before, after, wanted = (leaves(v) for v in (recipe.model_dump(), changed.model_dump(), variant.settings))
-        assert after == before | wanted | {("name",): changed.name}
+        before, after, overrides = (leaves(v) for v in (recipe.model_dump(), changed.model_dump(), variant.settings))
+        assert after == before | overrides | {("name",): changed.name}
 
 
 def leaves(values: object, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
@@ -151,13 +153,13 @@ def leaves(values: object, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
     return {k: v for key, value in values.items() for k, v in leaves(value, (*path, key)).items()}
 
 
-def test_no_variant_asks_for_a_teacher_that_the_recipe_does_not_need() -> None:
-    """``ablate`` asks for labels by the recipe alone."""
+def test_no_variant_needs_a_teacher_if_the_recipe_does_not() -> None:
+    """``ablate`` decides from the recipe alone whether labels are needed."""
     recipe = VARIANTS["no-imitation"].apply(load_recipe("d2llm"))
     assert not any(variant.apply(recipe).losses.imitates for variant in VARIANTS.values())
 
 
-def test_names_are_fit_for_folders_and_the_command_line() -> None:
+def test_names_are_valid_for_folders_and_command_lines() -> None:
     assert BASE not in VARIANTS
     for name, variant in VARIANTS.items():
         assert name == variant.name
@@ -168,7 +170,7 @@ def test_names_are_fit_for_folders_and_the_command_line() -> None:
     assert len({variant.title for variant in VARIANTS.values()}) == len(VARIANTS)
 
 
-def test_an_unknown_name_is_an_error_that_names_the_nearest() -> None:
+def test_an_unknown_variant_suggests_the_nearest() -> None:
     assert find_variant("without-ci") is VARIANTS["without-ci"]
     with pytest.raises(RecipeError, match=r"no variant 'witout-ci'; did you mean 'without-ci'\?"):
         find_variant("witout-ci")
@@ -176,7 +178,7 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest() -> None:
         find_variant("xyzzy")
 
 
-def test_a_change_that_makes_no_valid_recipe_names_the_variant() -> None:
-    wrong = Variant("wrong", "own", "no width", {"student": {"interaction": {"hidden_dim": 0}}})
+def test_an_invalid_variant_error_names_the_variant() -> None:
+    invalid = Variant("wrong", "own", "no width", {"student": {"interaction": {"hidden_dim": 0}}})
     with pytest.raises(RecipeError, match=r"variant 'wrong': student.interaction.hidden_dim"):
-        wrong.apply(load_recipe("d2llm-paper"))
+        invalid.apply(load_recipe("d2llm-paper"))

@@ -1,4 +1,4 @@
-"""Reading BEIR folders: what is read, what is counted, what is refused and where."""
+"""Reading BEIR folders: contents, counted issues, and errors with their file and line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_reads_everything_in_file_order(folder: Path) -> None:
     assert dataset.issues == ()
 
 
-def test_grades_of_zero_and_below_are_no_positives(folder: Path) -> None:
+def test_grades_of_zero_and_below_are_not_positive(folder: Path) -> None:
     dataset = read_beir(folder)
     assert dataset.positives("train") == {"q1": ("p1",), "q2": ()}
     assert dataset.positives("dev") == {}
@@ -56,13 +56,13 @@ def test_grades_of_zero_and_below_are_no_positives(folder: Path) -> None:
         dataset.positives("test")
 
 
-def test_reads_only_the_splits_asked_for(folder: Path) -> None:
+def test_reads_only_the_requested_splits(folder: Path) -> None:
     assert list(read_beir(folder, splits=["dev"]).qrels) == ["dev"]
     with pytest.raises(DataFormatError, match=r"test\.tsv: no such file; .*dev\.tsv, train\.tsv"):
         read_beir(folder, splits=["test"])
 
 
-def test_blank_lines_windows_ends_and_byte_order_mark_are_accepted(folder: Path) -> None:
+def test_blank_lines_crlf_and_byte_order_mark_are_accepted(folder: Path) -> None:
     (folder / "corpus.jsonl").write_bytes(
         b'\xef\xbb\xbf{"_id": "p1", "text": "a"}\r\n\r\n{"_id": "p2", "text": "b"}\r\n'
     )
@@ -72,7 +72,7 @@ def test_blank_lines_windows_ends_and_byte_order_mark_are_accepted(folder: Path)
     assert dataset.qrels["train"] == {"q1": {"p1": 1}}
 
 
-def test_judgements_that_point_nowhere_are_counted_and_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_judgements_of_unknown_ids_are_counted_and_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = [f"q1\tlost{number}\t1" for number in range(7)] + ["nobody\tp1\t1", "q1\tp1\t1"]
     (folder / "qrels" / "train.tsv").write_text(HEADER + "\n".join(lines) + "\n")
     with caplog.at_level(logging.WARNING):
@@ -107,7 +107,7 @@ def test_empty_passage_texts_are_counted(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_malformed_line_is_named(tmp_path: Path, line: str, problem: str, suffix: str) -> None:
+def test_malformed_line_is_reported_with_its_number(tmp_path: Path, line: str, problem: str, suffix: str) -> None:
     path = tmp_path / f"corpus{suffix}"
     content = f'{{"_id": "p1", "text": "fine"}}\n\n{line}\n'.encode()
     path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
@@ -131,7 +131,7 @@ def test_duplicate_id_names_both_lines(folder: Path, name: str) -> None:
     assert caught.value.path == folder / name
 
 
-def test_bytes_that_are_not_utf8_are_named(folder: Path) -> None:
+def test_invalid_utf8_is_reported_with_its_line(folder: Path) -> None:
     with (folder / "corpus.jsonl").open("ab") as file:
         file.write('{"_id": "p9", "text": "café"}\n'.encode("latin-1"))
     with pytest.raises(DataFormatError, match="not valid UTF-8") as caught:
@@ -152,21 +152,21 @@ def test_damaged_gzip_is_refused(folder: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl.gz"])
-def test_missing_file_says_what_was_looked_for(folder: Path, name: str) -> None:
+def test_missing_file_error_names_the_expected_files(folder: Path, name: str) -> None:
     (folder / name).unlink()
     stem = name.removesuffix(".gz")
     with pytest.raises(DataFormatError, match=rf"looked for {stem} or {stem}\.gz and found neither"):
         read_beir(folder)
 
 
-@pytest.mark.parametrize(("name", "what"), [("corpus.jsonl", "passages"), ("queries.jsonl.gz", "queries")])
-def test_file_without_records_is_refused(folder: Path, name: str, what: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("corpus.jsonl", "passages"), ("queries.jsonl.gz", "queries")])
+def test_file_without_records_is_refused(folder: Path, name: str, kind: str) -> None:
     write_jsonl(folder / name, [])
-    with pytest.raises(DataFormatError, match=f"holds no {what}"):
+    with pytest.raises(DataFormatError, match=f"holds no {kind}"):
         read_beir(folder)
 
 
-def test_missing_folder_and_missing_qrels(folder: Path, tmp_path: Path) -> None:
+def test_missing_folder_and_missing_qrels_are_rejected(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="no such folder; looked for corpus"):
         read_beir(tmp_path / "nowhere")
     with pytest.raises(DataFormatError, match="no such file"):
@@ -188,7 +188,9 @@ def test_missing_folder_and_missing_qrels(folder: Path, tmp_path: Path) -> None:
         (HEADER + "q1\tp1\tyes\n", 2, "must be a whole number, found 'yes'"),
     ],
 )
-def test_malformed_qrels_are_named(folder: Path, content: str, line: int | None, problem: str) -> None:
+def test_malformed_qrels_are_reported_with_their_line(
+    folder: Path, content: str, line: int | None, problem: str
+) -> None:
     (folder / "qrels" / "train.tsv").write_text(content)
     with pytest.raises(DataFormatError) as caught:
         read_beir(folder)

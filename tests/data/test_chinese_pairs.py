@@ -1,4 +1,4 @@
-"""Pair files in the layouts in which the Chinese sets are published."""
+"""Reading pair files in the layouts of the published Chinese data sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2llm.data.chinese_pairs import split_of
 from d2llm.data.pairs import read_pairs
 
 
-def said(pairs, split):
+def rows(pairs, split):
     """(query, passage, label or score) of each pair."""
     return [(p.query, p.passage, p.label if p.score is None else p.score) for p in pairs.splits[split]]
 
@@ -31,7 +31,7 @@ def said(pairs, split):
         ("labels.json", None),
     ],
 )
-def test_names_tell_the_split(name, split):
+def test_file_names_determine_the_split(name, split):
     assert split_of(name) == split
 
 
@@ -47,7 +47,7 @@ def test_ocnli(tmp_path):
     (tmp_path / "test.json").write_text(json.dumps(unlabelled) + "\n")
     pairs = read_pairs(tmp_path)
     assert (pairs.kind, pairs.classes) == ("classes", ("contradiction", "entailment", "neutral"))
-    assert said(pairs, "train") == [("他在家", "句1", "neutral"), ("他在家", "句3", "entailment")]
+    assert rows(pairs, "train") == [("他在家", "句1", "neutral"), ("他在家", "句3", "entailment")]
     assert [pair.id for pair in pairs.splits["dev"]] == ["0", "4"]
     assert pairs.issues == (
         "files that were not read: train.3k.json",
@@ -72,7 +72,7 @@ def test_cmnli_and_afqmc(tmp_path):
 def test_lcqmc_and_bq(tmp_path, header, name):
     (tmp_path / name).write_text(header + '他说"好\t他说好\t1\n我手机丢了，我想换个手机\t我想买个新手机\t0\n')
     pairs = read_pairs(tmp_path)
-    assert said(pairs, "train") == [('他说"好', "他说好", "1"), ("我手机丢了，我想换个手机", "我想买个新手机", "0")]
+    assert rows(pairs, "train") == [('他说"好', "他说好", "1"), ("我手机丢了，我想换个手机", "我想买个新手机", "0")]
     assert pairs.kind == "binary"
     assert pairs.splits["train"][0].id == ("train-2" if header else "train-1")
 
@@ -80,18 +80,18 @@ def test_lcqmc_and_bq(tmp_path, header, name):
 def test_bq_with_commas_and_quotes(tmp_path):
     (tmp_path / "train.csv").write_text('sentence1,sentence2,label\n"一天,内还款","第一行\n第二行",1\nx,y,0\n')
     pairs = read_pairs(tmp_path)
-    assert said(pairs, "train") == [("一天,内还款", "第一行\n第二行", "1"), ("x", "y", "0")]
+    assert rows(pairs, "train") == [("一天,内还款", "第一行\n第二行", "1"), ("x", "y", "0")]
     (tmp_path / "train.csv").write_text('sentence1,sentence2,label\nx,"y"z,0\n')
     with pytest.raises(DataFormatError, match="not valid comma-separated text") as caught:
         read_pairs(tmp_path)
     assert caught.value.line == 2
 
 
-def test_atec_has_two_files_whose_line_numbers_begin_anew(tmp_path):
+def test_two_atec_files_are_numbered_as_one_split(tmp_path):
     (tmp_path / "atec_nlp_sim_train.csv").write_bytes("\ufeff1\t怎么更改花呗\t如何改花呗\t1\n2\t甲\t乙\t0\n".encode())
     (tmp_path / "atec_nlp_sim_train_add.csv").write_text("1\t丙\t丁\t0\n")
     pairs = read_pairs(tmp_path)
-    assert said(pairs, "train") == [("怎么更改花呗", "如何改花呗", "1"), ("甲", "乙", "0"), ("丙", "丁", "0")]
+    assert rows(pairs, "train") == [("怎么更改花呗", "如何改花呗", "1"), ("甲", "乙", "0"), ("丙", "丁", "0")]
     assert [pair.id for pair in pairs.splits["train"]] == ["train-1", "train-2", "train-3"]
 
 
@@ -101,7 +101,7 @@ def test_pawsx(tmp_path):
     (tmp_path / "dev_2k.tsv").write_text(header + "1\t甲\t戊\t1\n2\t甲\t己\t\n")
     (tmp_path / "test_2k.tsv").write_text(header + "9\t甲\t庚\t1\n")
     pairs = read_pairs(tmp_path)
-    assert {split: [pair.id for pair in of] for split, of in pairs.splits.items()} == {
+    assert {split: [pair.id for pair in members] for split, members in pairs.splits.items()} == {
         "train": ["1", "2"],
         "dev": ["1"],
         "test": ["9"],
@@ -113,23 +113,23 @@ def test_stsb(tmp_path):
     (tmp_path / "cnsd-sts-train.txt").write_text("main-1||一架飞机||一架正在起飞的飞机||5\nmain-2||甲||乙||3\n")
     pairs = read_pairs(tmp_path)
     assert pairs.kind == "scores"
-    assert said(pairs, "train") == [("一架飞机", "一架正在起飞的飞机", 5.0), ("甲", "乙", 3.0)]
+    assert rows(pairs, "train") == [("一架飞机", "一架正在起飞的飞机", 5.0), ("甲", "乙", 3.0)]
 
 
 @pytest.mark.parametrize("header", ["", "index\tsentence1\tsentence2\tscore\n"])
 def test_stsb_with_tabs(tmp_path, header):
     number = "0\t" if header else ""
     (tmp_path / "STS-B.train.data").write_text(f"{header}{number}甲\t乙\t3\n{number}丙\t丁\t1\n")
-    assert said(read_pairs(tmp_path), "train") == [("甲", "乙", 3.0), ("丙", "丁", 1.0)]
+    assert rows(read_pairs(tmp_path), "train") == [("甲", "乙", 3.0), ("丙", "丁", 1.0)]
 
 
-def test_a_layout_settles_what_zeros_and_ones_are(tmp_path):
+def test_layout_decides_whether_zeros_and_ones_are_scores(tmp_path):
     (tmp_path / "train.tsv").write_text("甲\t乙\t1\n丙\t丁\t0\n")
     assert read_pairs(tmp_path).kind == "binary"
     assert read_pairs(tmp_path, layout="stsb").kind == "scores"
 
 
-def test_two_columns_have_no_labels(tmp_path):
+def test_files_with_two_columns_have_no_labels(tmp_path):
     (tmp_path / "train.tsv").write_text("甲\t乙\t1\n")
     (tmp_path / "test.tsv").write_text("甲\t丙\n丙\t丁\n")
     assert read_pairs(tmp_path).issues == ("test: 2 pairs without an agreed label were left out",)
@@ -145,7 +145,7 @@ def test_two_columns_have_no_labels(tmp_path):
         ("sentence1\tsentence2\tscore\n甲\t乙\tnan\n", 2, "field 'score' must be a finite number, found 'nan'"),
     ],
 )
-def test_malformed_tables_are_refused_with_their_line(tmp_path, content, line, problem):
+def test_malformed_tables_are_reported_with_their_line(tmp_path, content, line, problem):
     path = tmp_path / "train.tsv"
     path.write_text(content)
     with pytest.raises(DataFormatError) as caught:

@@ -15,7 +15,7 @@ from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
 from tiny_data import make_plan, make_source
 
-# qa knows two positives; qb's positive b1 has a twin with the same words, which qc brings.
+# qa has two positives; qb's positive b1 has a twin with the same words, which qc draws.
 PASSAGES = {
     "a1": "apple one",
     "a2": "apple two",
@@ -39,7 +39,7 @@ DRAWS = [
 COLUMNS = ("a1", "h2", "h1", "e1", "b1", "a2", "c1-twin", "c1", "b1-twin")
 LOG_ODDS = {
     "qa": {"a1": 3.0, "a2": 2.0, "h1": -1.0, "h2": 0.5, "e1": -6.0},
-    "qb": {"b1": 4.0, "h3": -2.0, "a2": -3.0, "c1-twin": -5.0, "h1": -2.5},  # h1: of an earlier plan
+    "qb": {"b1": 4.0, "h3": -2.0, "a2": -3.0, "c1-twin": -5.0, "h1": -2.5},  # h1: label from an earlier plan
     "qc": {"c1": 5.0, "b1-twin": -1.5, "h1": -4.0},
 }
 # The order of the stored Gram matrix: positives, then hard negatives of the plan.
@@ -84,26 +84,26 @@ def test_masks_by_hand(tmp_path: Path) -> None:
     assert marked(batch.positive) == [{"a1"}, {"b1"}, {"c1"}]
     assert marked(batch.hard) == [{"h1", "h2"}, {"a2"}, {"b1-twin", "h1"}]
     assert marked(batch.easy) == [
-        {"e1", "b1", "c1", "c1-twin", "b1-twin"},  # without a2, its other positive, which qb brings
-        {"a1", "h1", "h2", "e1", "c1", "c1-twin"},  # without b1-twin, which says what b1 says
-        {"a1", "a2", "h2", "e1", "b1"},  # without c1-twin
+        {"e1", "b1", "c1", "c1-twin", "b1-twin"},  # not a2, its other positive, which qb draws
+        {"a1", "h1", "h2", "e1", "c1", "c1-twin"},  # not b1-twin, which has the same text as b1
+        {"a1", "a2", "h2", "e1", "b1"},  # not c1-twin
     ]
 
 
-def test_no_passage_plays_two_parts(tmp_path: Path) -> None:
+def test_masks_do_not_overlap(tmp_path: Path) -> None:
     batch = batch_of(tmp_path)
     assert (batch.positive.astype(int) + batch.hard + batch.easy).max() == 1
 
 
-def test_labels_are_found_by_id_also_where_another_query_brought_the_passage(tmp_path: Path) -> None:
+def test_labels_apply_to_passages_drawn_by_other_queries_too(tmp_path: Path) -> None:
     odds = dict(zip(COLUMNS, batch_of(tmp_path).teacher_log_odds.T.tolist(), strict=True))
     assert odds == {
         "a1": [3.0, NONE, NONE],
         "h2": [0.5, NONE, NONE],
-        "h1": [-1.0, -2.5, -4.0],  # qb did not bring h1, but has a label for it
+        "h1": [-1.0, -2.5, -4.0],  # qb did not draw h1 but has a label for it
         "e1": [-6.0, NONE, NONE],
         "b1": [NONE, 4.0, NONE],
-        "a2": [2.0, -3.0, NONE],  # qb brought a2, which is a positive of qa
+        "a2": [2.0, -3.0, NONE],  # drawn by qb; a positive of qa
         "c1-twin": [NONE, -5.0, NONE],
         "c1": [NONE, NONE, 5.0],
         "b1-twin": [NONE, NONE, -1.5],
@@ -112,21 +112,21 @@ def test_labels_are_found_by_id_also_where_another_query_brought_the_passage(tmp
 
 def test_gram_follows_the_drawn_order(tmp_path: Path) -> None:
     batch = batch_of(tmp_path)
-    listed = [[COLUMNS[column] if column >= 0 else None for column in row] for row in batch.own]
-    assert listed == [["a1", "h2", "h1"], ["b1", "a2", None], ["c1", "b1-twin", "h1"]]
+    own_ids = [[COLUMNS[column] if column >= 0 else None for column in row] for row in batch.own]
+    assert own_ids == [["a1", "h2", "h1"], ["b1", "a2", None], ["c1", "b1-twin", "h1"]]
     # Stored for qa: a1, a2, h1, h2. Drawn: a1, h2, h1.
     np.testing.assert_array_equal(batch.gram[0], np.array([[1, 0.2, 0.1], [0.2, 1, 0.5], [0.1, 0.5, 1]], np.float32))
     # Stored for qb: b1, h3, a2.
     np.testing.assert_array_equal(batch.gram[1], np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32))
 
 
-def test_without_stored_cosines_no_feature_is_imitated(tmp_path: Path) -> None:
+def test_without_stored_grams_no_feature_is_imitated(tmp_path: Path) -> None:
     batch = batch_of(tmp_path, with_grams=False)
     assert (batch.own == -1).all()
     assert np.isfinite(batch.teacher_log_odds[:, :3]).any()
 
 
-def test_a_gram_of_an_earlier_plan_serves_for_what_it_covers(tmp_path: Path) -> None:
+def test_gram_of_an_earlier_plan_is_used_for_what_it_covers(tmp_path: Path) -> None:
     labels = store(tmp_path)
     labels.write([QueryLabels("qa", ("h1", "a1", "x"), np.zeros(3, np.float32), GRAM_A[:3, :3])])
     batch = collate(LabelledSource.join(source(), labels), DRAWS)
@@ -141,13 +141,13 @@ def test_unlabelled_queries_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_query_that_lacks_one_label_counts_as_unlabelled(tmp_path: Path) -> None:
-    more = dataclasses.replace(QA, easy_negatives=("e1", "h3"))
-    joined = LabelledSource.join(source((more, QB)), store(tmp_path))
+    longer = dataclasses.replace(QA, easy_negatives=("e1", "h3"))
+    joined = LabelledSource.join(source((longer, QB)), store(tmp_path))
     assert [entry.query_id for entry in joined.entries] == ["qb"]
     assert joined.num_unlabelled == 1
 
 
-def test_own_labels_stand_in_for_a_missing_teacher(tmp_path: Path) -> None:
+def test_own_labels_replace_missing_teacher_labels(tmp_path: Path) -> None:
     labelled = LabelledSource.join(source(), store(tmp_path, without=("qb",)), keep_unlabelled=True)
     assert [entry.query_id for entry in labelled.entries] == ["qa", "qb", "qc"]
     assert labelled.num_unlabelled == 1
@@ -161,7 +161,7 @@ def test_own_labels_stand_in_for_a_missing_teacher(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch.teacher_log_odds[0], batch_of(tmp_path / "all").teacher_log_odds[0])
 
 
-def test_a_query_without_hard_negatives(tmp_path: Path) -> None:
+def test_a_query_without_hard_negatives_makes_a_batch(tmp_path: Path) -> None:
     batch = collate(LabelledSource.join(source(), store(tmp_path)), [Draw(QA, ["a1"], [], ["e1"])])
     assert batch.passage_ids == ("a1", "e1")
     assert not batch.hard.any()
@@ -183,10 +183,10 @@ def many(tmp_path: Path) -> LabelledSource:
 
 def labelled_many(folder: Path, entries: tuple[PlanEntry, ...], name: str = "many") -> LabelledSource:
     passages = {passage_id: passage_id for entry in entries for passage_id in entry.passage_ids}
-    made = make_source(passages, {entry.query_id: "text" for entry in entries}, entries, name=name)
+    training_source = make_source(passages, {entry.query_id: "text" for entry in entries}, entries, name=name)
     labels = LabelStore(folder, teacher="T", prompt="P", dataset="D")
     labels.write([QueryLabels(e.query_id, e.passage_ids, np.zeros(len(e.passage_ids), np.float32)) for e in entries])
-    return LabelledSource.join(made, labels)
+    return LabelledSource.join(training_source, labels)
 
 
 def draws_of(*sources: LabelledSource, epoch: int = 0, seed: int = 0) -> list[Draw]:
@@ -198,19 +198,21 @@ def by_query(draws: list[Draw]) -> dict[str, Draw]:
     return {draw.entry.query_id: draw for draw in draws}
 
 
-def test_every_query_comes_once_an_epoch(many: LabelledSource, tmp_path: Path) -> None:
+def test_every_query_is_drawn_once_per_epoch(many: LabelledSource, tmp_path: Path) -> None:
     other = labelled_many(tmp_path / "other", MANY[:5], "other")
     batches = epoch_batches([many, other], epoch=3, batch_queries=8, num_hard=3, num_easy=2, seed=1)
-    # each batch is of one data set, those of a set of like size: 20 = 7 + 7 + 6, and 5
-    assert sorted((made.source.dataset.name, len(draws)) for made, draws in batches) == [
+    # each batch has one data set, and a set's batches have similar sizes: 20 = 7 + 7 + 6, and 5
+    assert sorted((labelled.source.dataset.name, len(draws)) for labelled, draws in batches) == [
         ("many", 6),
         ("many", 7),
         ("many", 7),
         ("other", 5),
     ]
-    seen = Counter((made.source.dataset.name, draw.entry.query_id) for made, draws in batches for draw in draws)
-    assert set(seen.values()) == {1}
-    assert len(seen) == 25
+    counts = Counter(
+        (labelled.source.dataset.name, draw.entry.query_id) for labelled, draws in batches for draw in draws
+    )
+    assert set(counts.values()) == {1}
+    assert len(counts) == 25
 
 
 def test_a_draw_takes_one_positive_and_some_negatives_of_its_own(many: LabelledSource) -> None:
@@ -222,13 +224,13 @@ def test_a_draw_takes_one_positive_and_some_negatives_of_its_own(many: LabelledS
         assert set(draw.easy) <= set(draw.entry.easy_negatives)
 
 
-def test_a_plan_with_fewer_negatives_gives_what_it_has(tmp_path: Path) -> None:
+def test_a_plan_with_too_few_negatives_gives_all_it_has(tmp_path: Path) -> None:
     few = labelled_many(tmp_path, (PlanEntry("q", ("p",), ("h",), ()),))
     [draw] = draws_of(few)
     assert (draw.positives, draw.hard, draw.easy) == (["p"], ["h"], [])
 
 
-def test_a_draw_depends_on_seed_epoch_and_query_alone(many: LabelledSource, tmp_path: Path) -> None:
+def test_a_draw_depends_only_on_seed_epoch_and_query(many: LabelledSource, tmp_path: Path) -> None:
     whole = by_query(draws_of(many, epoch=2, seed=7))
     subset = by_query(draws_of(labelled_many(tmp_path / "half", MANY[::-2]), epoch=2, seed=7))
     assert len(subset) == 10
@@ -239,8 +241,8 @@ def test_a_draw_depends_on_seed_epoch_and_query_alone(many: LabelledSource, tmp_
 
 
 def test_the_order_of_the_plan_does_not_matter(many: LabelledSource, tmp_path: Path) -> None:
-    turned = labelled_many(tmp_path / "turned", MANY[::-1])
-    assert draws_of(turned, epoch=1) == draws_of(many, epoch=1)
+    reordered = labelled_many(tmp_path / "turned", MANY[::-1])
+    assert draws_of(reordered, epoch=1) == draws_of(many, epoch=1)
 
 
 def test_epochs_come_in_different_orders(many: LabelledSource) -> None:
@@ -248,7 +250,7 @@ def test_epochs_come_in_different_orders(many: LabelledSource) -> None:
     assert len(orders) == 4
 
 
-def test_make_plan_tells_plans_apart() -> None:
+def test_make_plan_gives_different_plans_different_manifests() -> None:
     assert make_plan(MANY).manifest != make_plan(MANY[:-1]).manifest
 
 

@@ -28,7 +28,7 @@ def open_store(folder: Path, teacher: str = "T1", prompt: str = "P1", dataset: s
     return LabelStore(folder, teacher=teacher, prompt=prompt, dataset=dataset)
 
 
-def test_written_labels_are_read_back_and_seen_at_once(tmp_path: Path) -> None:
+def test_written_labels_are_seen_at_once_and_after_reopening(tmp_path: Path) -> None:
     store = open_store(tmp_path / "labels")
     store.write([labels("q1", {"p1": 2.5, "p2": -1.0, "p3": 0.125}, GRAM), labels("q2", {"p1": -7.0})])
     for opened in (store, open_store(tmp_path / "labels")):
@@ -38,11 +38,11 @@ def test_written_labels_are_read_back_and_seen_at_once(tmp_path: Path) -> None:
         assert opened.log_odds("q1") == {"p1": 2.5, "p2": -1.0, "p3": 0.125}
         assert opened.log_odds("q2") == {"p1": -7.0}
         assert opened.log_odds("q3") == {}
-        found = opened.gram("q1")
-        assert found is not None
-        assert found[0] == ("p1", "p2")
-        np.testing.assert_array_equal(found[1], GRAM)
-        assert found[1].dtype == np.float32
+        stored = opened.gram("q1")
+        assert stored is not None
+        assert stored[0] == ("p1", "p2")
+        np.testing.assert_array_equal(stored[1], GRAM)
+        assert stored[1].dtype == np.float32
         assert opened.gram("q2") is None
         assert opened.num_duplicates == 0
 
@@ -69,7 +69,7 @@ def test_shards_have_the_documented_columns(tmp_path: Path) -> None:
     assert pq.ParquetFile(label_file).metadata.row_group(0).column(0).compression == "ZSTD"
 
 
-def test_missing_names_only_the_new_pairs(tmp_path: Path) -> None:
+def test_missing_lists_only_the_new_pairs(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     store.write([labels("q1", {"p1": 1.0, "p2": 2.0})])
     assert store.missing("q1", ["p2", "p9", "p1", "p8", "p9"]) == ["p9", "p8"]
@@ -85,32 +85,32 @@ def test_label_written_last_wins_and_is_counted(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     assert store.log_odds("q1") == {"p1": 11.0}
     assert store.num_duplicates == 11
-    found = store.gram("q1")
-    assert found is not None
-    assert found[1].tolist() == [[11.0]]
+    stored = store.gram("q1")
+    assert stored is not None
+    assert stored[1].tolist() == [[11.0]]
 
 
 def test_labels_without_gram_leave_the_gram_alone(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     store.write([labels("q1", {"p1": 1.0, "p2": 2.0}, GRAM)])
     store.write([labels("q1", {"p3": 1.0})])
-    found = open_store(tmp_path).gram("q1")
-    assert found is not None
-    assert found[0] == ("p1", "p2")
+    stored = open_store(tmp_path).gram("q1")
+    assert stored is not None
+    assert stored[0] == ("p1", "p2")
 
 
-def test_teachers_and_prompts_live_side_by_side(tmp_path: Path) -> None:
-    makers = [("T1", "P1", "D"), ("T1", "P2", "D"), ("T2", "P1", "D"), ("T1", "P1", "E")]
-    for value, (teacher, prompt, dataset) in enumerate(makers):
+def test_labels_of_several_teachers_and_prompts_coexist(tmp_path: Path) -> None:
+    keys = [("T1", "P1", "D"), ("T1", "P2", "D"), ("T2", "P1", "D"), ("T1", "P1", "E")]
+    for value, (teacher, prompt, dataset) in enumerate(keys):
         open_store(tmp_path, teacher, prompt, dataset).write(
             [labels("q1", {"p1": float(value)}, np.full((1, 1), value, "f4"))]
         )
-    for value, (teacher, prompt, dataset) in enumerate(makers):
+    for value, (teacher, prompt, dataset) in enumerate(keys):
         store = LabelStore.open_for_reading(tmp_path, teacher=teacher, prompt=prompt, dataset=dataset)
         assert store.log_odds("q1") == {"p1": float(value)}
-        found = store.gram("q1")
-        assert found is not None
-        assert found[1].tolist() == [[float(value)]]
+        stored = store.gram("q1")
+        assert stored is not None
+        assert stored[1].tolist() == [[float(value)]]
         assert store.num_duplicates == 0
 
 
@@ -122,10 +122,10 @@ def test_reading_labels_of_another_teacher_names_both(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "has no labels of teacher T1, prompt P1, data set D" in message
     assert "only of teacher T1, prompt P7, data set D; teacher T2, prompt P1, data set D" in message
-    assert len(open_store(tmp_path)) == 0  # opened for writing it is just empty
+    assert len(open_store(tmp_path)) == 0  # opened for writing, the store is just empty
 
 
-def test_reading_where_nothing_was_labelled(tmp_path: Path) -> None:
+def test_reading_a_folder_without_labels_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="holds no teacher labels; make them first"):
         LabelStore.open_for_reading(tmp_path / "nothing", teacher="T1", prompt="P1", dataset="D")
 
@@ -145,7 +145,7 @@ def test_labels_that_are_not_finite_are_refused(tmp_path: Path, value: float) ->
     ("passage_ids", "num_log_odds", "gram_shape"),
     [(("p1", "p1"), 2, None), (("p1", "p2"), 3, None), (("p1",), 1, (2, 2)), (("p1", "p2"), 2, (1, 2))],
 )
-def test_labels_that_do_not_fit_together_are_refused(
+def test_labels_of_inconsistent_shapes_are_rejected(
     passage_ids: tuple[str, ...], num_log_odds: int, gram_shape: tuple[int, int] | None
 ) -> None:
     gram = None if gram_shape is None else np.zeros(gram_shape, np.float32)
@@ -160,14 +160,14 @@ def test_empty_write_makes_no_shard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["labels", "grams"])
 @pytest.mark.parametrize("damage", ["emptied", "cut", "flipped"])
-def test_damaged_shard_is_named_and_deleting_it_heals(tmp_path: Path, kind: str, damage: str) -> None:
+def test_damaged_shard_is_named_and_deleting_it_repairs(tmp_path: Path, kind: str, damage: str) -> None:
     store = open_store(tmp_path)
     store.write([labels("q1", {"p1": 1.0, "p2": 2.0}, GRAM)])
     store.write([labels("q2", {f"p{number}": float(number) for number in range(300)}, GRAM)])
     path = max((tmp_path / kind).iterdir())
     content = bytearray(path.read_bytes())
     if damage == "flipped":
-        # Somewhere in the pages of the last column, past its page header: found by the checksum or by zstd.
+        # Inside the pages of the last column, past its page header, where the checksum or zstd notices it.
         column = pq.ParquetFile(path).metadata.row_group(0).column(4)
         content[column.data_page_offset + column.total_compressed_size // 2] ^= 0x10
     else:
@@ -182,7 +182,7 @@ def test_damaged_shard_is_named_and_deleting_it_heals(tmp_path: Path, kind: str,
     assert healed.missing("q2", ["p1", "p2"]) == ["p1", "p2"]
 
 
-def test_parquet_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_parquet_file_with_other_columns_is_rejected(tmp_path: Path) -> None:
     open_store(tmp_path).write([labels("q1", {"p1": 1.0}, GRAM[:1, :1])])
     [label_file] = (tmp_path / "labels").iterdir()
     [gram_file] = (tmp_path / "grams").iterdir()
@@ -204,18 +204,18 @@ def test_order_of_the_plan_does_not_change_the_labels(tmp_path: Path) -> None:
     ]
     for name in ("as-given", "shuffled"):
         store = open_store(tmp_path / name)
-        while plan_left := [item for item in plan if store.missing(item.query_id, item.passage_ids)]:
-            store.write(plan_left[: rng.randint(1, 5)])
+        while remaining := [item for item in plan if store.missing(item.query_id, item.passage_ids)]:
+            store.write(remaining[: rng.randint(1, 5)])
         rng.shuffle(plan)
-    one, other = open_store(tmp_path / "as-given"), open_store(tmp_path / "shuffled")
-    assert one.query_ids == other.query_ids == tuple(sorted(item.query_id for item in plan))
-    assert [one.log_odds(query_id) for query_id in one.query_ids] == [
-        other.log_odds(query_id) for query_id in other.query_ids
+    first, second = open_store(tmp_path / "as-given"), open_store(tmp_path / "shuffled")
+    assert first.query_ids == second.query_ids == tuple(sorted(item.query_id for item in plan))
+    assert [first.log_odds(query_id) for query_id in first.query_ids] == [
+        second.log_odds(query_id) for query_id in second.query_ids
     ]
-    assert one.num_duplicates == other.num_duplicates == 0
+    assert first.num_duplicates == second.num_duplicates == 0
 
 
-def test_shard_of_which_one_file_is_missing_counts_as_absent(tmp_path: Path) -> None:
+def test_shard_with_a_missing_file_counts_as_absent(tmp_path: Path) -> None:
     open_store(tmp_path).write([labels("q1", {"p1": 1.0}, GRAM[:1, :1])])
     open_store(tmp_path).write([labels("q2", {"p1": 1.0})])
     first, _ = sorted((tmp_path / "labels").iterdir())
@@ -248,7 +248,7 @@ while True:
 
 
 def test_killed_writer_leaves_whole_queries(tmp_path: Path) -> None:
-    """SIGKILL at random moments; what was reported written is there, and every query that is there is complete."""
+    """After SIGKILL at random moments, all reported labels are there, and every stored query is complete."""
     rng = random.Random(11)
     for attempt in range(60):
         if attempt >= 6 and len(open_store(tmp_path)):
@@ -260,7 +260,7 @@ def test_killed_writer_leaves_whole_queries(tmp_path: Path) -> None:
             env={"PYTHONPATH": ":".join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"},
         )
         assert writer.stdout is not None
-        opened_with = int(writer.stdout.readline())  # it has opened the store and starts to write
+        opened_with = int(writer.stdout.readline())  # the store is open and the writer begins to write
         time.sleep(rng.uniform(0.0, 0.15 * max(1, attempt - 5)))  # longer on a machine too busy to write by then
         writer.send_signal(signal.SIGKILL)
         reported = max((int(line) for line in writer.stdout.read().split()), default=opened_with)
@@ -272,29 +272,31 @@ def test_killed_writer_leaves_whole_queries(tmp_path: Path) -> None:
         assert store.num_duplicates == 0
         for number in range(len(store)):
             assert store.log_odds(f"q{number}") == {f"p{p}": float(p + number) for p in range(40)}
-            found = store.gram(f"q{number}")
-            assert found is not None
-            assert found[0] == tuple(f"p{p}" for p in range(9))
-            assert found[1].shape == (9, 9)
-            assert (found[1] == number).all()
+            stored = store.gram(f"q{number}")
+            assert stored is not None
+            assert stored[0] == tuple(f"p{p}" for p in range(9))
+            assert stored[1].shape == (9, 9)
+            assert (stored[1] == number).all()
     assert len(store) > 0
 
 
 @pytest.mark.parametrize("stop_after", [0, 1])
-def test_stopping_between_the_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
-    """The moment a kill hardly ever hits: nothing of the shard, or only its first file, has been renamed."""
+def test_stopping_between_the_two_files_of_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    """A moment that kills rarely hit: none of the shard's files, or only the first, has been renamed."""
     import d2llm.data.labels as module
 
     store = open_store(tmp_path)
     store.write([labels("q1", {"p1": 1.0}, GRAM[:1, :1])])
     written: list[Path] = []
-    genuine = module.write_bytes
+    original = module.write_bytes
 
     def failing(path: Path, content: bytes) -> None:
         if len(written) >= stop_after:
             raise KeyboardInterrupt
         written.append(path)
-        genuine(path, content)
+        original(path, content)
 
     monkeypatch.setattr(module, "write_bytes", failing)
     with pytest.raises(KeyboardInterrupt):

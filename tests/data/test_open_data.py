@@ -1,4 +1,4 @@
-"""One door to all layouts: BEIR, Parquet, pairs, and what the datasets library loads."""
+"""open_data reads every layout: BEIR, Parquet, pairs, and what the datasets library loads."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def write_table(path, columns):
     return path
 
 
-def write_retrieval(folder, **other):
-    for name, columns in {"corpus": CORPUS, "queries": QUERIES, "qrels/test": JUDGED, **other}.items():
+def write_retrieval(folder, **overrides):
+    for name, columns in {"corpus": CORPUS, "queries": QUERIES, "qrels/test": JUDGED, **overrides}.items():
         write_table(folder / f"{name}.parquet", columns)
     return folder
 
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """The datasets library, with its cache in a folder of the test's own."""
+    """The datasets library, with its cache in the test's own folder."""
     datasets = pytest.importorskip("datasets", reason="needs the package datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return datasets
@@ -59,7 +59,7 @@ class TestFolders:
         assert open_data(tmp_path) == read_pairs(tmp_path)
         assert open_data(tmp_path / "train.jsonl").splits["train"] == open_data(tmp_path).splits["train"]
 
-    def test_nothing_there(self, tmp_path):
+    def test_missing_folder_is_rejected(self, tmp_path):
         with pytest.raises(DataFormatError, match="no such file or folder; give a folder in BEIR layout"):
             open_data(tmp_path / "lost")
 
@@ -79,42 +79,42 @@ class TestParquet:
         write_table(tmp_path / "test.parquet", {"query": ["a"], "passage": ["b"], "score": [2.5]})
         assert open_data(tmp_path / "test.parquet").splits["test"][0].score == 2.5
 
-    def test_more_rows_than_a_batch(self, tmp_path, monkeypatch):
+    def test_more_rows_than_one_batch_are_read(self, tmp_path, monkeypatch):
         monkeypatch.setattr(parquet, "_BATCH_ROWS", 2)
         write_table(tmp_path / "train.parquet", PAIRS)
         assert [pair.passage for pair in open_data(tmp_path).splits["train"]] == ["d", "e", "f"]
 
-    def test_a_bad_row_is_named(self, tmp_path):
+    def test_a_bad_row_is_reported_with_its_number(self, tmp_path):
         path = write_table(tmp_path / "train.parquet", {**PAIRS, "sentence2": ["d", None, "f"]})
         with pytest.raises(DataFormatError, match="field 'sentence2' must be a string, found null") as caught:
             open_data(tmp_path)
         assert (caught.value.path, caught.value.line) == (path, 2)
 
-    def test_no_parquet(self, tmp_path):
+    def test_invalid_parquet_is_rejected(self, tmp_path):
         (tmp_path / "train.parquet").write_bytes(b"PAR1 and nothing else")
         with pytest.raises(DataFormatError, match=r"train\.parquet: cannot be read as Parquet"):
             open_data(tmp_path)
 
     def test_retrieval(self, tmp_path):
-        found = open_data(write_retrieval(tmp_path / "pets"))
-        assert isinstance(found, Dataset)
-        assert found.name == "pets"
-        assert list(found.passages.values()) == [Passage("p1", "Cats sleep.", "Cats"), Passage("p2", "Dogs bark.")]
-        assert found.queries["q2"].text == "Who barks?"
-        assert found.qrels == {"test": {"q1": {"p1": 2}, "q2": {"p2": 0}}}
+        dataset = open_data(write_retrieval(tmp_path / "pets"))
+        assert isinstance(dataset, Dataset)
+        assert dataset.name == "pets"
+        assert list(dataset.passages.values()) == [Passage("p1", "Cats sleep.", "Cats"), Passage("p2", "Dogs bark.")]
+        assert dataset.queries["q2"].text == "Who barks?"
+        assert dataset.qrels == {"test": {"q1": {"p1": 2}, "q2": {"p2": 0}}}
 
     def test_ids_may_be_numbers_and_qrels_a_tsv(self, tmp_path):
         numbered = {"id": [1, 2], "text": ["a", "b"]}
         folder = write_retrieval(tmp_path, corpus=numbered, **{"qrels/train": {**JUDGED, "corpus-id": [1, 2]}})
         (folder / "qrels" / "test.parquet").unlink()
         (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq1\t2\t1\n")
-        found = open_data(folder)
-        assert found.qrels == {"train": {"q1": {"1": 2}, "q2": {"2": 0}}, "dev": {"q1": {"2": 1}}}
-        assert found.positives("train") == {"q1": ("1",), "q2": ()}
+        dataset = open_data(folder)
+        assert dataset.qrels == {"train": {"q1": {"1": 2}, "q2": {"2": 0}}, "dev": {"q1": {"2": 1}}}
+        assert dataset.positives("train") == {"q1": ("1",), "q2": ()}
         assert list(open_data(folder, splits=["dev"]).qrels) == ["dev"]
 
     @pytest.mark.parametrize(
-        ("other", "error", "problem"),
+        ("overrides", "error", "problem"),
         [
             ({"corpus": {**CORPUS, "_id": ["p1", "p1"]}}, DuplicateIdError, "id 'p1' was already used"),
             ({"corpus": {**CORPUS, "text": ["x", None]}}, DataFormatError, "field 'text' must be a string"),
@@ -125,11 +125,11 @@ class TestParquet:
             ({"qrels/test": {k: [v[0]] * 2 for k, v in JUDGED.items()}}, DuplicateIdError, "is judged twice"),
         ],
     )
-    def test_bad_retrieval(self, tmp_path, other, error, problem):
+    def test_bad_retrieval_tables_are_rejected(self, tmp_path, overrides, error, problem):
         with pytest.raises(error, match=problem):
-            open_data(write_retrieval(tmp_path, **other))
+            open_data(write_retrieval(tmp_path, **overrides))
 
-    def test_missing_parts(self, tmp_path):
+    def test_missing_splits_and_files_are_rejected(self, tmp_path):
         folder = write_retrieval(tmp_path)
         with pytest.raises(DataFormatError, match="no split 'dev'; splits found: test"):
             open_data(folder, splits=["dev"])
@@ -181,14 +181,14 @@ class TestDatasetsLibrary:
             )
         ]
         (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
-        found = open_data(f"hf://{folder}")
-        assert list(found.passages) == ["p1", "p2"]
-        assert found.queries["q1"].text == "Who sleeps?"
-        assert found.qrels == {"test": {"q1": {"p1": 2}, "q2": {"p2": 0}}}
-        judged = open_data(f"hf://{folder}", splits=["test"])
-        assert judged.qrels == found.qrels
+        dataset = open_data(f"hf://{folder}")
+        assert list(dataset.passages) == ["p1", "p2"]
+        assert dataset.queries["q1"].text == "Who sleeps?"
+        assert dataset.qrels == {"test": {"q1": {"p1": 2}, "q2": {"p2": 0}}}
+        test_only = open_data(f"hf://{folder}", splits=["test"])
+        assert test_only.qrels == dataset.qrels
 
-    def test_code_of_a_data_set_is_never_run(self, library, tmp_path):
+    def test_code_in_a_data_set_is_never_run(self, library, tmp_path):
         folder = tmp_path / "script"
         folder.mkdir()
         (folder / "script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
@@ -196,7 +196,7 @@ class TestDatasetsLibrary:
             open_data(f"hf://{folder}")
         assert not (tmp_path / "ran").exists()
 
-    def test_no_such_name(self, library, tmp_path):
+    def test_unknown_names_and_broken_copies_are_rejected(self, library, tmp_path):
         with pytest.raises(DataFormatError, match=r"cannot be loaded: .*; check the name, the configuration"):
             open_data(f"hf://{tmp_path}/lost")
         (tmp_path / "broken").mkdir()
@@ -204,7 +204,7 @@ class TestDatasetsLibrary:
         with pytest.raises(DataFormatError, match="cannot be read by the datasets library"):
             open_data(tmp_path / "broken")
 
-    def test_without_the_library(self, monkeypatch):
+    def test_missing_library_gets_an_install_hint(self, monkeypatch):
         import sys
 
         monkeypatch.setitem(sys.modules, "datasets", None)

@@ -1,4 +1,4 @@
-"""Labelled pairs in the form that training reads."""
+"""Preparing labelled pairs for training: ids, targets and plans."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def pair_set(folder: Path, **splits: list[tuple[str, str, str | float]]) -> Pair
     for split, rows in splits.items():
         lines = [json.dumps({"query": query, "document": document, field: value}) for query, document, value in rows]
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
-    found = open_data(folder)
-    assert isinstance(found, PairDataset)
-    return read_pair_training_set(found)
+    pairs = open_data(folder)
+    assert isinstance(pairs, PairDataset)
+    return read_pair_training_set(pairs)
 
 
 NLI = [
@@ -33,51 +33,51 @@ NLI = [
 ]
 
 
-def test_texts_get_one_id_each_and_classes_a_probability(tmp_path: Path) -> None:
-    found = pair_set(tmp_path / "nli", train=NLI, dev=NLI[:1])
-    assert [query.text for query in found.dataset.queries.values()] == ["a man sleeps", "a dog runs", "a man sleeps"]
-    assert found.targets == {
+def test_texts_get_ids_and_classes_become_probabilities(tmp_path: Path) -> None:
+    prepared = pair_set(tmp_path / "nli", train=NLI, dev=NLI[:1])
+    assert [query.text for query in prepared.dataset.queries.values()] == ["a man sleeps", "a dog runs", "a man sleeps"]
+    assert prepared.targets == {
         "train": {
             "train/train-1": {"train/train-1": 1.0, "train/train-2": 0.0},
             "train/train-3": {"train/train-3": 0.5},
         },
         "dev": {"dev/dev-1": {"dev/dev-1": 1.0}},
     }
-    assert found.dataset.passages["train/train-2"].text == "nobody sleeps"
-    assert found.dataset.qrels["train"]["train/train-1"] == {"train/train-1": 1, "train/train-2": 0}
+    assert prepared.dataset.passages["train/train-2"].text == "nobody sleeps"
+    assert prepared.dataset.qrels["train"]["train/train-1"] == {"train/train-1": 1, "train/train-2": 0}
 
 
 def test_scores_are_scaled_by_the_training_split(tmp_path: Path) -> None:
     train: list[tuple[str, str, str | float]] = [("a", "b", 1.0), ("a", "c", 5.0), ("d", "b", 2.0)]
-    found = pair_set(tmp_path / "sts", train=train, dev=[("x", "y", 0.0), ("x", "z", 3.0)])
-    assert list(found.targets["train"]["train/train-1"].values()) == [0.0, 1.0]
-    assert list(found.targets["train"]["train/train-3"].values()) == [0.25]
-    assert list(found.targets["dev"]["dev/dev-1"].values()) == [0.0, 0.5]  # below the range: cut to it
+    prepared = pair_set(tmp_path / "sts", train=train, dev=[("x", "y", 0.0), ("x", "z", 3.0)])
+    assert list(prepared.targets["train"]["train/train-1"].values()) == [0.0, 1.0]
+    assert list(prepared.targets["train"]["train/train-3"].values()) == [0.25]
+    assert list(prepared.targets["dev"]["dev/dev-1"].values()) == [0.0, 0.5]  # below the range: clipped
 
 
-def test_a_pair_that_is_there_twice_counts_by_its_mean(tmp_path: Path) -> None:
-    found = pair_set(tmp_path / "binary", train=[("a", "b", "1"), ("a", "b", "0"), ("a", "c", "0")])
-    assert found.num_repeated == 1
-    assert found.targets["train"]["train/train-1"] == {"train/train-1": 0.5, "train/train-3": 0.0}
-    assert "1 pairs occur more than once" in found.dataset.issues
+def test_a_repeated_pair_gets_its_mean_target(tmp_path: Path) -> None:
+    prepared = pair_set(tmp_path / "binary", train=[("a", "b", "1"), ("a", "b", "0"), ("a", "c", "0")])
+    assert prepared.num_repeated == 1
+    assert prepared.targets["train"]["train/train-1"] == {"train/train-1": 0.5, "train/train-3": 0.0}
+    assert "1 pairs occur more than once" in prepared.dataset.issues
 
 
-def test_the_plan_is_what_was_judged(tmp_path: Path) -> None:
-    found = pair_set(tmp_path / "nli", train=NLI)
-    first, second = plan_of_pairs(found, "train", num_easy=1, seed=0)
+def test_the_plan_contains_the_labelled_pairs(tmp_path: Path) -> None:
+    prepared = pair_set(tmp_path / "nli", train=NLI)
+    first, second = plan_of_pairs(prepared, "train", num_easy=1, seed=0)
     assert first == PlanEntry("train/train-1", ("train/train-1",), ("train/train-2",), ("train/train-3",), (1.0, 0.0))
     assert (second.positives, second.hard_negatives, second.targets) == ((), ("train/train-3",), (0.5,))
-    assert plan_of_pairs(found, "train", num_easy=1, seed=0) == [first, second]
-    assert len(plan_of_pairs(found, "train", num_easy=0, seed=0, max_queries=1)) == 1
+    assert plan_of_pairs(prepared, "train", num_easy=1, seed=0) == [first, second]
+    assert len(plan_of_pairs(prepared, "train", num_easy=0, seed=0, max_queries=1)) == 1
 
 
-def test_a_plan_of_pairs_survives_its_file(tmp_path: Path) -> None:
-    found = pair_set(tmp_path / "nli", train=NLI)
-    entries = plan_of_pairs(found, "train", num_easy=0, seed=0)
+def test_a_plan_of_pairs_can_be_written_and_read(tmp_path: Path) -> None:
+    prepared = pair_set(tmp_path / "nli", train=NLI)
+    entries = plan_of_pairs(prepared, "train", num_easy=0, seed=0)
     write_plan(tmp_path / "plan", entries, {})
     plan = read_plan(tmp_path / "plan")
     assert plan.entries == tuple(entries)
-    source = TrainingSource(found.dataset, plan, "symmetric")
+    source = TrainingSource(prepared.dataset, plan, "symmetric")
     pairs = labelled_pairs([source], num_negatives=4, max_queries=None, seed=0)
     assert sorted((pair.query, pair.passage, pair.target) for pair in pairs) == [
         ("a dog runs", "a cat runs", 0.5),
@@ -87,7 +87,7 @@ def test_a_plan_of_pairs_survives_its_file(tmp_path: Path) -> None:
     assert [pair.is_positive for pair in sorted(pairs, key=lambda pair: pair.target)] == [False, False, True]
 
 
-def test_targets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_invalid_targets_are_rejected(tmp_path: Path) -> None:
     write_plan(tmp_path / "plan", [PlanEntry("q", ("a",), ("b",), (), (1.0, 0.0))], {})
     path = tmp_path / "plan" / "plan.jsonl"
     for targets, message in ([1.0], "a number for each"), ([1.0, 7.0], "numbers from 0 to 1"), ("x", "numbers from 0"):
@@ -97,15 +97,15 @@ def test_targets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             read_plan(tmp_path / "plan")
 
 
-def test_what_cannot_be_learnt_is_refused(tmp_path: Path) -> None:
+def test_labels_that_cannot_be_learnt_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="pair 'train-1' has the class 'sport'"):
         pair_set(tmp_path / "classes", train=[("a", "b", "sport"), ("a", "c", "news"), ("d", "e", "art")])
     with pytest.raises(DataFormatError, match="scores of split 'train' are all equal"):
         pair_set(tmp_path / "flat", train=[("a", "b", 2.0), ("a", "c", 2.0)])
-    found = pair_set(tmp_path / "nli", dev=NLI)
+    prepared = pair_set(tmp_path / "nli", dev=NLI)
     with pytest.raises(InputError, match="split 'train' has no pairs"):
-        plan_of_pairs(found, "train", num_easy=0, seed=0)
+        plan_of_pairs(prepared, "train", num_easy=0, seed=0)
 
 
-def test_a_labelled_pair_is_positive_above_a_half() -> None:
+def test_a_labelled_pair_is_positive_only_above_one_half() -> None:
     assert not TrainingPair("q", "p", "symmetric", 0.5).is_positive

@@ -1,4 +1,4 @@
-"""Reading pairs: what is read, what is counted, what is refused and where."""
+"""Reading labelled pairs: contents, counted issues, and errors with their file and line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(path, *records):
     return path
 
 
-def refused(path, *, line=None, kind=DataFormatError, containing, **options):
+def assert_rejected(path, *, line=None, kind=DataFormatError, containing, **options):
     with pytest.raises(kind) as caught:
         read_pairs(path, **options)
     assert caught.value.line == line
@@ -44,16 +44,16 @@ def test_splits_come_in_order_with_ids_from_split_and_line(tmp_path):
     assert pairs.name == tmp_path.name
 
 
-def test_only_the_splits_asked_for_are_read(tmp_path):
+def test_only_requested_splits_are_read(tmp_path):
     write(tmp_path / "train.jsonl", CATS)
     (tmp_path / "test.jsonl").write_text("not JSON\n")
     assert list(read_pairs(tmp_path, splits=["train"]).splits) == ["train"]
-    refused(tmp_path, splits=["dev"], containing="no split 'dev'; splits found: train, test")
+    assert_rejected(tmp_path, splits=["dev"], containing="no split 'dev'; splits found: train, test")
     with pytest.raises(DataFormatError, match="split 'test' was not read; read: train"):
         read_pairs(tmp_path, splits=["train"]).positives("test")
 
 
-def test_one_file_alone_is_the_split_of_its_name_or_all(tmp_path):
+def test_a_single_file_is_the_split_of_its_name_or_all(tmp_path):
     assert list(read_pairs(write(tmp_path / "my.dev.jsonl", CATS)).splits) == ["dev"]
     pairs = read_pairs(write(tmp_path / "mine.jsonl", CATS))
     assert [pair.id for pair in pairs.splits["all"]] == ["all-1"]
@@ -65,15 +65,15 @@ def test_blank_lines_count_in_ids(tmp_path):
     assert [pair.id for pair in read_pairs(tmp_path).splits["train"]] == ["train-2", "train-4"]
 
 
-def test_own_ids_are_kept_and_unique_within_a_split(tmp_path):
+def test_given_ids_are_kept_and_unique_within_a_split(tmp_path):
     write(tmp_path / "train.jsonl", CATS | {"id": 7}, DOGS | {"id": "b"})
     write(tmp_path / "test.jsonl", CATS | {"id": 7})
     pairs = read_pairs(tmp_path)
     assert [pair.id for split in pairs.splits.values() for pair in split] == ["7", "b", "7"]
     path = write(tmp_path / "train.jsonl", CATS | {"id": 7}, DOGS | {"id": "7"})
-    refused(tmp_path, line=2, kind=DuplicateIdError, containing=f"{path}:2: id '7' is used twice in 'train'")
+    assert_rejected(tmp_path, line=2, kind=DuplicateIdError, containing=f"{path}:2: id '7' is used twice in 'train'")
     write(tmp_path / "train.jsonl", CATS | {"id": 7}, DOGS)
-    refused(tmp_path, line=2, containing="field 'id' must be a text or whole number, found None")
+    assert_rejected(tmp_path, line=2, containing="field 'id' must be a text or whole number, found None")
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,14 @@ def test_scores(tmp_path, field):
     assert [(pair.label, pair.score) for pair in pairs.splits["train"]] == [(None, 4.5), (None, -1.0)]
 
 
-def test_whole_numbers_are_scores_under_that_name_or_layout(tmp_path):
+def test_integers_are_scores_by_field_name_or_layout(tmp_path):
     write(tmp_path / "train.jsonl", {"query": "a", "passage": "b", "score": 5})
     assert read_pairs(tmp_path).splits["train"][0].score == 5.0
     write(tmp_path / "train.jsonl", {"query": "a", "passage": "b", "label": 5})
     assert read_pairs(tmp_path).kind == "classes"
     assert read_pairs(tmp_path, layout="stsb").splits["train"][0].score == 5.0
-    refused_layout = "unknown layout 'sts'; known: ocnli, cmnli"
-    with pytest.raises(InputError, match=refused_layout):
+    message = "unknown layout 'sts'; known: ocnli, cmnli"
+    with pytest.raises(InputError, match=message):
         read_pairs(tmp_path, layout="sts")
 
 
@@ -135,9 +135,9 @@ def test_a_split_without_labels_is_counted_and_left_out(tmp_path):
     pairs = read_pairs(tmp_path)
     assert list(pairs.splits) == ["train"]
     assert pairs.issues == ("test: 2 pairs without an agreed label were left out",)
-    refused(tmp_path, splits=["test"], containing="holds no labelled pairs")
+    assert_rejected(tmp_path, splits=["test"], containing="holds no labelled pairs")
     write(path, {"query": "a", "document": "b"}, CATS)
-    refused(tmp_path, line=2, containing="has a 'label', but lines before it have none")
+    assert_rejected(tmp_path, line=2, containing="has a 'label', but lines before it have none")
 
 
 def test_empty_texts_and_unknown_classes_are_counted(tmp_path):
@@ -161,56 +161,56 @@ def test_empty_texts_and_unknown_classes_are_counted(tmp_path):
         (CATS | {"query": "\ud800"}, "half a character"),
     ],
 )
-def test_a_malformed_line_is_named(tmp_path, record, problem):
+def test_a_malformed_line_is_reported_with_its_number(tmp_path, record, problem):
     path = write(tmp_path / "train.jsonl", CATS, record)
-    refused(tmp_path, line=2, containing=f"{path}:2: ")
-    refused(tmp_path, line=2, containing=problem)
+    assert_rejected(tmp_path, line=2, containing=f"{path}:2: ")
+    assert_rejected(tmp_path, line=2, containing=problem)
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), "high", True, None])
-def test_a_score_that_is_no_number(tmp_path, score):
+def test_scores_that_are_not_finite_numbers_are_rejected(tmp_path, score):
     texts = {"query": "a", "document": "b"}
     write(tmp_path / "train.jsonl", texts | {"score": 1.0}, texts | {"score": score})
     if score is None:
         assert read_pairs(tmp_path).issues == ("train: 1 pairs without an agreed label were left out",)
     else:
-        refused(tmp_path, line=2, containing=f"field 'score' must be a finite number, found {score!r}")
+        assert_rejected(tmp_path, line=2, containing=f"field 'score' must be a finite number, found {score!r}")
 
 
-def test_labels_and_scores_together(tmp_path):
+def test_mixed_labels_and_scores_are_rejected(tmp_path):
     write(tmp_path / "train.jsonl", CATS | {"score": 3.0})
-    refused(tmp_path, line=1, containing="has both 'label' and 'score'")
+    assert_rejected(tmp_path, line=1, containing="has both 'label' and 'score'")
     assert read_pairs(tmp_path, layout="lcqmc").kind == "binary"
     assert read_pairs(tmp_path, layout="stsb").kind == "scores"
     write(tmp_path / "train.jsonl", CATS)
     write(tmp_path / "test.jsonl", {"query": "a", "document": "b", "score": 3.0})
-    refused(tmp_path, containing="split 'test' has scores and others have classes")
+    assert_rejected(tmp_path, containing="split 'test' has scores and others have classes")
     assert read_pairs(tmp_path, splits=["test"]).kind == "scores"
 
 
-def test_texts_taken_for_classes(tmp_path):
+def test_too_many_classes_are_rejected(tmp_path):
     write(tmp_path / "train.jsonl", *(CATS | {"label": f"text {number}"} for number in range(60)))
-    refused(tmp_path, line=51, containing="more than 50 classes")
+    assert_rejected(tmp_path, line=51, containing="more than 50 classes")
 
 
-def test_nothing_to_read(tmp_path):
-    refused(tmp_path / "lost", containing="no such file or folder")
-    refused(tmp_path, containing="looked for files of pairs named train, dev or test")
+def test_missing_and_empty_input_is_rejected(tmp_path):
+    assert_rejected(tmp_path / "lost", containing="no such file or folder")
+    assert_rejected(tmp_path, containing="looked for files of pairs named train, dev or test")
     (tmp_path / "train.jsonl").write_text("\n")
-    refused(tmp_path, containing="holds no labelled pairs")
+    assert_rejected(tmp_path, containing="holds no labelled pairs")
     (tmp_path / "train.jsonl").write_text('{"first": "a", "second": "b", "label": 1}\n')
-    refused(tmp_path, line=1, containing="no two texts: looked for query/document, ")
+    assert_rejected(tmp_path, line=1, containing="no two texts: looked for query/document, ")
     (tmp_path / "notes.md").write_text("x")
-    refused(tmp_path / "notes.md", containing="unknown kind of file")
+    assert_rejected(tmp_path / "notes.md", containing="unknown kind of file")
 
 
-def test_files_that_are_not_a_split_are_named_and_two_formats_refused(tmp_path):
+def test_unused_files_are_listed_and_mixed_formats_rejected(tmp_path):
     write(tmp_path / "train.jsonl", CATS)
     write(tmp_path / "extra.jsonl", DOGS)
     (tmp_path / "README").write_text("x")
     assert read_pairs(tmp_path).issues == ("files that were not read: extra.jsonl",)
     (tmp_path / "train.tsv").write_text("a\tb\t1\n")
-    refused(tmp_path, containing="split 'train' has files of several formats (train.jsonl, train.tsv)")
+    assert_rejected(tmp_path, containing="split 'train' has files of several formats (train.jsonl, train.tsv)")
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_files_that_are_not_a_split_are_named_and_two_formats_refused(tmp_path):
         ("stsb-zh", "scores", (), (4887, 1411, 1351)),
     ],
 )
-def test_real_sets(shared_data, name, kind, classes, counts):
-    """Counts from the table in the data sets' own README."""
+def test_counts_of_real_data_sets(shared_data, name, kind, classes, counts):
+    """Counts are from the table in the data sets' README."""
     pairs = read_pairs(shared_data / name)
     assert (pairs.kind, pairs.classes, pairs.issues) == (kind, classes, ())
     assert tuple(len(split) for split in pairs.splits.values()) == counts

@@ -1,4 +1,4 @@
-"""Passages in a file are the passages that were put there."""
+"""PassageStore: a file-backed mapping returns the passages it was given."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from d2llm.core.types import Passage
 from d2llm.data import passage_store
 from d2llm.data.passage_store import PassageStore
 
-TEXT = st.text(st.characters(), max_size=20)  # half surrogate pairs among them
+TEXT = st.text(st.characters(), max_size=20)  # including lone surrogates
 PASSAGES = st.dictionaries(TEXT, st.tuples(TEXT, TEXT), max_size=12)
 
 
 @given(PASSAGES, st.integers(1, 200))
-def test_it_is_the_mapping_it_was_made_of(contents, read_at_once):
+def test_store_equals_the_mapping_it_was_made_from(contents, read_at_once):
     passages = {key: Passage(key, text, title) for key, (text, title) in contents.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passage_store, "_READ_AT_ONCE", read_at_once)
@@ -26,12 +26,12 @@ def test_it_is_the_mapping_it_was_made_of(contents, read_at_once):
         assert len(store) == len(passages)
         assert list(store) == list(passages)
         assert list(store.values()) == list(passages.values())
-        assert list(store.values()) == list(passages.values())  # a second time too
+        assert list(store.values()) == list(passages.values())  # can be iterated twice
         assert dict(store) == passages
         assert all(store[key] == passage for key, passage in passages.items())
 
 
-def test_what_is_not_there():
+def test_unknown_ids_are_absent():
     store = PassageStore([Passage("a", "text")])
     assert "a" in store
     assert "b" not in store
@@ -40,7 +40,7 @@ def test_what_is_not_there():
         _ = store["b"]
 
 
-def test_ids_of_one_hash_are_told_apart(monkeypatch):
+def test_ids_with_equal_hashes_are_distinguished(monkeypatch):
     monkeypatch.setattr(passage_store, "_key", lambda _: 7)
     store = PassageStore(Passage(name, name.upper()) for name in "abc")
     assert [store[name].text for name in "bca"] == ["B", "C", "A"]
@@ -49,7 +49,7 @@ def test_ids_of_one_hash_are_told_apart(monkeypatch):
     assert PassageStore(Passage(name, name) for name in "abcb").has_repeats
 
 
-def test_repeated_ids_are_noticed():
+def test_repeated_ids_are_detected():
     assert not PassageStore(Passage(name, "same") for name in "abc").has_repeats
     assert not PassageStore([]).has_repeats
     twice = PassageStore(Passage(name, str(n)) for n, name in enumerate("abcb"))
@@ -57,7 +57,7 @@ def test_repeated_ids_are_noticed():
     assert twice["b"].text == "1"
 
 
-def test_threads_read_at_once():
+def test_threads_can_read_concurrently():
     store = PassageStore(Passage(f"p{n}", f"text {n} " * (n % 50)) for n in range(500))
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(lambda n: store[f"p{n % 500}"].text, range(4000)))

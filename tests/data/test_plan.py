@@ -1,4 +1,4 @@
-"""Training plans: what is written is what is read, and a changed or damaged plan is refused."""
+"""Training plans: writing and reading, and rejection of changed or damaged plans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from d2llm.data.plan import PLAN_FILE, PlanEntry, read_plan, write_plan
 
 ENTRIES = [
     PlanEntry("q 2", ("p1",), ("p2", "中文"), ("p9",)),
-    PlanEntry("q\u20281", ("p1", "p3"), (), ()),  # a line separator that is no line end in JSON lines
+    PlanEntry("q\u20281", ("p1", "p3"), (), ()),  # U+2028 does not end a line in JSON Lines
 ]
 
 
@@ -37,7 +37,7 @@ def test_writing_again_replaces_the_plan(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan"]
 
 
-def test_callers_content_cannot_hide_the_hash(tmp_path: Path) -> None:
+def test_callers_content_cannot_override_computed_fields(tmp_path: Path) -> None:
     write_plan(tmp_path / "plan", ENTRIES, {"content_hash": "forged", "num_entries": 99})
     assert read_plan(tmp_path / "plan").manifest["num_entries"] == 2
 
@@ -50,7 +50,7 @@ def test_plan_changed_by_hand_is_refused(tmp_path: Path) -> None:
         read_plan(tmp_path / "plan")
 
 
-def test_missing_plan(tmp_path: Path) -> None:
+def test_missing_plan_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="not a d2llm plan folder"):
         read_plan(tmp_path)
     write_plan(tmp_path / "plan", ENTRIES, {})
@@ -72,7 +72,7 @@ GOOD = {"query_id": "q9", "positives": [], "hard_negatives": [], "easy_negatives
         (json.dumps({"query_id": "q9", "positives": [], "hard_negatives": []}), "'easy_negatives' must be a list"),
     ],
 )
-def test_malformed_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+def test_malformed_line_is_reported_with_its_number(tmp_path: Path, line: str, problem: str) -> None:
     write_plan(tmp_path / "plan", ENTRIES, {})
     with (tmp_path / "plan" / PLAN_FILE).open("a", encoding="utf-8") as file:
         file.write(line + "\n")

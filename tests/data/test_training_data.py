@@ -1,4 +1,4 @@
-"""What training is made from: sources that fit together, and the pairs a teacher is tuned on."""
+"""Training data: consistency checks of the sources, and the pairs that a teacher is tuned on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny_data import make_plan, make_source
 
 
 def source(*, count: int = 12, num_hard: int = 6, num_easy: int = 4, name: str = "set", task: Task = "asymmetric"):
-    """Texts say what they are: 'text of <id>'."""
+    """A source whose texts are 'text of <id>'."""
     entries = [
         PlanEntry(
             f"{name}-q{n:02}",
@@ -38,17 +38,17 @@ def by_query(pairs: list[TrainingPair]) -> dict[str, list[TrainingPair]]:
     return {query: [pair for pair in pairs if pair.query == query] for query in {pair.query for pair in pairs}}
 
 
-def test_pairs_of_each_query() -> None:
+def test_each_query_gets_one_positive_and_its_negatives() -> None:
     pairs = labelled_pairs([source()], num_negatives=4, max_queries=None, seed=0)
     grouped = by_query(pairs)
     assert len(grouped) == 12
-    for query, of_query in grouped.items():
-        assert kinds(of_query) == {"positive": 1, "hard": 3, "easy": 1}  # a quarter of 4 is easy
-        assert len({pair.passage for pair in of_query}) == 5
+    for query, query_pairs in grouped.items():
+        assert kinds(query_pairs) == {"positive": 1, "hard": 3, "easy": 1}  # a quarter of 4 is easy
+        assert len({pair.passage for pair in query_pairs}) == 5
         number = int(query[-2:])
-        assert all(pair.passage.startswith(f"text of {number}-") for pair in of_query)
-        assert all(pair.is_positive == ("positive" in pair.passage) for pair in of_query)
-        assert {pair.task for pair in of_query} == {"asymmetric"}
+        assert all(pair.passage.startswith(f"text of {number}-") for pair in query_pairs)
+        assert all(pair.is_positive == ("positive" in pair.passage) for pair in query_pairs)
+        assert {pair.task for pair in query_pairs} == {"asymmetric"}
 
 
 @pytest.mark.parametrize(
@@ -56,33 +56,35 @@ def test_pairs_of_each_query() -> None:
     [
         (8, 6, 4, {"positive": 1, "hard": 6, "easy": 2}),
         (1, 6, 4, {"positive": 1, "easy": 1}),  # at least one easy
-        (4, 6, 0, {"positive": 1, "hard": 4}),  # no easy ones: hard in their place
-        (4, 1, 4, {"positive": 1, "hard": 1, "easy": 3}),  # few hard ones: easy in their place
-        (9, 2, 1, {"positive": 1, "hard": 2, "easy": 1}),  # fewer than asked for
+        (4, 6, 0, {"positive": 1, "hard": 4}),  # no easy ones: hard ones instead
+        (4, 1, 4, {"positive": 1, "hard": 1, "easy": 3}),  # few hard ones: easy ones instead
+        (9, 2, 1, {"positive": 1, "hard": 2, "easy": 1}),  # fewer than requested
     ],
 )
 def test_shares_of_hard_and_easy(num_negatives: int, num_hard: int, num_easy: int, expected: dict[str, int]) -> None:
-    made = source(count=3, num_hard=num_hard, num_easy=num_easy)
-    for of_query in by_query(labelled_pairs([made], num_negatives=num_negatives, max_queries=None, seed=0)).values():
-        assert kinds(of_query) == expected
+    training_source = source(count=3, num_hard=num_hard, num_easy=num_easy)
+    for query_pairs in by_query(
+        labelled_pairs([training_source], num_negatives=num_negatives, max_queries=None, seed=0)
+    ).values():
+        assert kinds(query_pairs) == expected
 
 
-def test_both_positives_come_over_seeds() -> None:
-    seen = {
+def test_different_seeds_draw_both_positives() -> None:
+    drawn = {
         pair.passage
         for seed in range(8)
         for pair in labelled_pairs([source(count=1)], num_negatives=1, max_queries=None, seed=seed)
         if pair.is_positive
     }
-    assert seen == {"text of 0-positive-0", "text of 0-positive-1"}
+    assert drawn == {"text of 0-positive-0", "text of 0-positive-1"}
 
 
-def test_a_draw_depends_on_query_and_seed_alone() -> None:
-    made = source()
-    whole = by_query(labelled_pairs([made], num_negatives=4, max_queries=None, seed=5))
-    plan = make_plan(made.plan.entries[::-2])
+def test_a_draw_depends_only_on_query_and_seed() -> None:
+    training_source = source()
+    whole = by_query(labelled_pairs([training_source], num_negatives=4, max_queries=None, seed=5))
+    plan = make_plan(training_source.plan.entries[::-2])
     part = by_query(
-        labelled_pairs([dataclasses.replace(made, plan=plan)], num_negatives=4, max_queries=None, seed=5),
+        labelled_pairs([dataclasses.replace(training_source, plan=plan)], num_negatives=4, max_queries=None, seed=5),
     )
     assert len(part) == 6
     assert {query: set(pairs) for query, pairs in part.items()} == {query: set(whole[query]) for query in part}
@@ -94,11 +96,11 @@ def test_order_is_fixed_by_the_seed_and_mixes_sources() -> None:
     assert pairs == labelled_pairs(sources, num_negatives=2, max_queries=None, seed=0)
     assert pairs != labelled_pairs(sources, num_negatives=2, max_queries=None, seed=1)
     assert len({pair.task for pair in pairs[:12]}) == 2
-    turned = [dataclasses.replace(made, plan=make_plan(made.plan.entries[::-1])) for made in sources]
-    assert labelled_pairs(turned, num_negatives=2, max_queries=None, seed=0) == pairs
+    reordered = [dataclasses.replace(each, plan=make_plan(each.plan.entries[::-1])) for each in sources]
+    assert labelled_pairs(reordered, num_negatives=2, max_queries=None, seed=0) == pairs
 
 
-def test_max_queries_is_for_each_source_and_a_larger_sample_holds_a_smaller_one() -> None:
+def test_max_queries_applies_per_source_and_samples_are_nested() -> None:
     sources = [source(name="one"), source(name="two")]
     small, large = (
         {pair.query for pair in labelled_pairs(sources, num_negatives=2, max_queries=count, seed=0)} for count in (3, 5)
@@ -108,7 +110,7 @@ def test_max_queries_is_for_each_source_and_a_larger_sample_holds_a_smaller_one(
     assert small != {f"text of {name}-q{n:02}" for name in ("one", "two") for n in range(3)}  # not just the first
 
 
-# --- sources that do not fit ------------------------------------------------------------------------------------------
+# --- inconsistent sources ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -121,14 +123,14 @@ def test_max_queries_is_for_each_source_and_a_larger_sample_holds_a_smaller_one(
         (PlanEntry("q", ("p",), ("p",), ()), InputError, "a passage is named twice"),
     ],
 )
-def test_a_plan_of_something_else_is_refused(entry: PlanEntry, error: type[Exception], message: str) -> None:
+def test_a_plan_for_other_data_is_rejected(entry: PlanEntry, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"the plan for 'tiny', query '{entry.query_id}': .*{message}"):
         make_source({"p": "text"}, {"q": "text"}, [entry])
 
 
-def test_sources_with_ids_of_their_own_are_fine() -> None:
-    shared: list[TrainingSource] = [source(name="one"), source(name="two")]
-    check_sources(shared)
+def test_sources_with_distinct_ids_are_accepted() -> None:
+    sources: list[TrainingSource] = [source(name="one"), source(name="two")]
+    check_sources(sources)
     check_sources([])
 
 
@@ -142,7 +144,7 @@ def test_two_sources_of_one_name_are_refused() -> None:
         check_sources([source(name="one", task="symmetric"), source(name="one", task="asymmetric")])
 
 
-def test_the_queries_to_label_are_a_sample_that_a_larger_one_contains() -> None:
+def test_samples_of_the_queries_to_label_are_nested() -> None:
     whole = source(count=20)
     chosen = {
         limit: [entry.query_id for entry in dataclasses.replace(whole, max_labelled=limit).entries_to_label]
@@ -150,4 +152,4 @@ def test_the_queries_to_label_are_a_sample_that_a_larger_one_contains() -> None:
     }
     assert [len(ids) for ids in chosen.values()] == [5, 12, 20]
     assert set(chosen[5]) < set(chosen[12])
-    assert chosen[12] == [query_id for query_id in chosen[None] if query_id in chosen[12]]  # the plan's order
+    assert chosen[12] == [query_id for query_id in chosen[None] if query_id in chosen[12]]  # in plan order

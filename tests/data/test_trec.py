@@ -16,7 +16,7 @@ q2 Q0 d1 1 -1e-3 bm25
 """
 
 
-def written(folder, text, name="run.txt"):
+def write_text(folder, text, name="run.txt"):
     path = folder / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     return path
@@ -24,27 +24,27 @@ def written(folder, text, name="run.txt"):
 
 @pytest.mark.parametrize("name", ["run.txt", "run.trec.gz"])
 def test_reads_scores_and_orders_ties_by_id(tmp_path, name):
-    run = read_run(written(tmp_path, RUN, name))
+    run = read_run(write_text(tmp_path, RUN, name))
     assert run.name == "bm25"
     assert run.rankings == {"q1": ("d2", "d10", "d9"), "q2": ("d1",)}
     assert run.scores == {"q1": {"d2": 9.5, "d9": 3.0, "d10": 3.0}, "q2": {"d1": -0.001}}
     assert run.issues == ()
 
 
-def test_scores_win_over_ranks_and_this_is_counted(tmp_path):
-    run = read_run(written(tmp_path, "q1 Q0 a 1 1 x\nq1 Q0 b 2 2 x\nq2 Q0 a 7 2 x\nq2 Q0 b 9 1 x\n"))
+def test_scores_override_ranks_and_conflicts_are_counted(tmp_path):
+    run = read_run(write_text(tmp_path, "q1 Q0 a 1 1 x\nq1 Q0 b 2 2 x\nq2 Q0 a 7 2 x\nq2 Q0 b 9 1 x\n"))
     assert run.rankings["q1"] == ("b", "a")
     assert run.issues == ("the ranks of 1 of 2 queries do not follow the scores; the scores are used (first: q1)",)
 
 
 def test_order_of_lines_does_not_matter(tmp_path):
-    run = read_run(written(tmp_path, "q1 Q0 b 2 1 x\nq1 Q0 a 1 2 x\n"))
+    run = read_run(write_text(tmp_path, "q1 Q0 b 2 1 x\nq1 Q0 a 1 2 x\n"))
     assert run.rankings["q1"] == ("a", "b")
     assert run.issues == ()
 
 
 def test_different_tags_are_counted(tmp_path):
-    run = read_run(written(tmp_path, "q1 Q0 a 1 2 x\nq1 Q0 b 2 1 y\n", "mine.v2.run.gz"))
+    run = read_run(write_text(tmp_path, "q1 Q0 a 1 2 x\nq1 Q0 b 2 1 y\n", "mine.v2.run.gz"))
     assert run.name == "mine.v2"
     assert run.issues == ("2 different tags (x, y); read as one run",)
 
@@ -61,18 +61,18 @@ def test_different_tags_are_counted(tmp_path):
         ("q1 Q0 d2 4 1.0 x", "'d2' is ranked twice for query 'q1'"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, problem):
-    path = written(tmp_path, RUN + line + "\n")
+def test_a_bad_line_is_reported_with_its_number(tmp_path, line, problem):
+    path = write_text(tmp_path, RUN + line + "\n")
     with pytest.raises(DataFormatError, match=rf"run\.txt:6: .*{problem}") as caught:
         read_run(path)
     assert isinstance(caught.value, DuplicateIdError) == ("twice" in problem)
 
 
-def test_files_that_are_no_runs(tmp_path):
+def test_files_that_are_not_runs_are_rejected(tmp_path):
     with pytest.raises(DataFormatError, match="no such file"):
         read_run(tmp_path / "none.txt")
     with pytest.raises(DataFormatError, match="holds no ranking"):
-        read_run(written(tmp_path, "\n\n"))
+        read_run(write_text(tmp_path, "\n\n"))
     (tmp_path / "latin.txt").write_bytes("q1 Q0 caf\u00e9 1 1 x\n".encode("latin-1"))
     with pytest.raises(DataFormatError, match=r"latin\.txt:1: not valid UTF-8"):
         read_run(tmp_path / "latin.txt")
@@ -86,7 +86,7 @@ def test_writes_what_trec_eval_reads(tmp_path):
     assert (tmp_path / "run.txt").read_text() == f"q1 Q0 b 1 0.5 ours\nq1 Q0 a 2 {0.1 + 0.2!r} ours\n"
 
 
-def test_refuses_what_the_format_cannot_hold(tmp_path):
+def test_values_the_format_cannot_hold_are_rejected(tmp_path):
     path = tmp_path / "run.txt"
     for name, query_id, passage_id in (("my run", "q", "p"), ("ours", "q 1", "p"), ("ours", "q", ""), ("", "q", "p")):
         with pytest.raises(InputError, match="contains white space"):
@@ -106,7 +106,7 @@ word = st.text(st.characters(blacklist_categories=("Z", "C")), min_size=1, max_s
     ),
     suffix=st.sampled_from([".txt", ".gz"]),
 )
-def test_what_is_written_is_read_again(tmp_path_factory, scored, suffix):
+def test_written_runs_are_read_back_unchanged(tmp_path_factory, scored, suffix):
     path = tmp_path_factory.mktemp("runs") / f"run{suffix}"
     ordered = {
         query_id: sorted(passages.items(), key=lambda item: (-item[1], item[0]))

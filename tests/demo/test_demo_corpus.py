@@ -112,7 +112,7 @@ def without_c(monkeypatch):
     monkeypatch.setattr("d2llm.demo.corpus._WITH_C_PARTS", ())
 
 
-def test_what_is_read_from_sources(stdlib, without_c):
+def test_passages_are_read_from_sources(stdlib, without_c):
     corpus = build_corpus(stdlib)
     assert [(passage.id, passage.title, passage.text) for passage in corpus.passages] == [
         ("heapq.Heap.pop", "heapq.Heap.pop(heap)", "Turn what is given into a heap."),
@@ -135,14 +135,14 @@ def test_what_is_read_from_sources(stdlib, without_c):
         ("sched.scheduler.queue", "sched.scheduler.queue", "An ordered list of upcoming events."),
         ("sched.wait", "sched.wait(seconds=float('inf'))", "Wait for the next event."),
     ]
-    # heapq.push is heapq.Heap.push under another roof; "Short one." has two words.
+    # heapq.push repeats the name and text of heapq.Heap.push; "Short one." has only two words.
     assert (corpus.num_duplicates, corpus.num_tiny, corpus.num_pieces) == (1, 1, 0)
     assert corpus.num_documented == 15
     assert corpus.num_modules == 4  # json and json.tool, heapq, sched
     assert corpus.python == sys.version.split()[0]
 
 
-def test_long_documentation_becomes_pieces(tmp_path, without_c):
+def test_long_documentation_is_cut_into_pieces(tmp_path, without_c):
     paragraphs = [" ".join(f"{letter}{n}" for n in range(50)) for letter in "abcde"]
     (tmp_path / "abc.py").write_text('"""' + "\n\n".join(paragraphs) + '"""')
     corpus = build_corpus(tmp_path)
@@ -159,7 +159,7 @@ def test_cut_keeps_short_texts_as_they_are():
     assert cut("one two\n\nthree", 3) == ["one two\n\nthree"]
 
 
-def test_cut_goes_between_paragraphs_then_lines_then_words():
+def test_cut_prefers_paragraphs_then_lines_then_words():
     assert cut("a b\n\nc d\n\ne", 3) == ["a b", "c d\n\ne"]
     assert cut("a b\nc d\ne\n\nf", 3) == ["a b", "c d\ne", "f"]
     assert cut("a b c d e f g", 3) == ["a b c", "d e f", "g"]
@@ -173,7 +173,7 @@ def test_cut_loses_and_repeats_nothing(max_words):
     assert max(len(piece.split()) for piece in pieces) <= max_words
 
 
-def test_long_parameters_are_cut_between_two_of_them(tmp_path, without_c):
+def test_long_signatures_are_cut_between_parameters(tmp_path, without_c):
     parameters = [f"parameter_{n}=None" for n in range(30)]
     source = f'def function({", ".join(parameters)}):\n    """It takes far too much."""\n'
     (tmp_path / "abc.py").write_text(source)
@@ -182,7 +182,7 @@ def test_long_parameters_are_cut_between_two_of_them(tmp_path, without_c):
     assert len(passage.title) <= MAX_TITLE < len(f"abc.function({', '.join(parameters[:6])}, ...)")
 
 
-def test_lone_surrogates_become_writable(tmp_path, without_c):
+def test_lone_surrogates_are_replaced(tmp_path, without_c):
     (tmp_path / "abc.py").write_text(r'"""Half a character: \ud800 is one."""')
     (passage,) = build_corpus(tmp_path).passages
     assert passage.text == "Half a character: ? is one."
@@ -199,7 +199,7 @@ def corpus():
     return build_corpus()
 
 
-def test_the_installed_library_gives_enough(corpus):
+def test_the_installed_library_gives_enough_passages(corpus):
     assert len(corpus.passages) >= MIN_PASSAGES
     ids = [passage.id for passage in corpus.passages]
     assert len(set(ids)) == len(ids)
@@ -232,20 +232,20 @@ def test_the_installed_library_gives_enough(corpus):
         ("collections.abc.Set.isdisjoint", "collections.abc.Set.isdisjoint(other)", "null intersection"),
     ],
 )
-def test_known_things_are_there(corpus, passage_id, title, words):
+def test_known_passages_are_in_the_corpus(corpus, passage_id, title, words):
     (passage,) = [passage for passage in corpus.passages if passage.id == passage_id]
     assert words in " ".join(passage.text.split())
     assert title is None or passage.title == title
 
 
-def test_every_question_has_a_right_answer_here(corpus):
+def test_every_question_has_a_right_answer_in_the_corpus(corpus):
     ids = {without_piece(passage.id) for passage in corpus.passages}
     assert [question.text for question in QUESTIONS if not question.right_ids & ids] == []
     assert len({question.text for question in QUESTIONS}) == len(QUESTIONS) == 8
     assert 0 <= JUDGED < len(QUESTIONS)
 
 
-def test_another_process_finds_the_same_and_runs_no_module(corpus):
+def test_the_corpus_is_reproducible_and_imports_nothing(corpus):
     code = """
 import sys
 from d2llm.demo.corpus import build_corpus
@@ -270,7 +270,7 @@ def test_the_group_is_the_outermost_name(passage_id, group):
     assert group_of(passage_id) == group
 
 
-def test_groups_are_whole_and_hold_what_is_needed_and_enough():
+def test_chosen_groups_are_whole_and_include_required_ones():
     passages = [Passage(f"m{n}.f{k}", "text") for n in range(20) for k in range(5)]
     few, more = (choose_groups(passages, number, {"m3", "m7", "gone"}) for number in (12, 31))
     assert {"m3", "m7"} < few < more

@@ -21,22 +21,22 @@ from d2llm.demo.view import MAX_WIDTH, DemoView, excerpt
 LONG = "library.module.Class.method(" + ", ".join(f"parameter_{n}=None" for n in range(6)) + ")"
 
 
-def place(rank, passage_id, other_rank, *, right=False, title=None, text="Turn a crank until the music plays."):
+def demo_place(rank, passage_id, other_rank, *, right=False, title=None, text="Turn a crank until the music plays."):
     return DemoPlace(rank, passage_id, title or f"{passage_id}()", text, 1.0 / rank, right, other_rank)
 
 
 ANSWER = DemoAnswer(
     question="How do I turn the crank?",
     right_ids=("b",),
-    baseline=(place(1, "a", 2), place(2, "b", 1, right=True), place(3, "c", None, title=LONG)),
-    d2llm=(place(1, "b", 2, right=True), place(2, "a", 1), place(3, "d", 17, title=LONG)),
+    baseline=(demo_place(1, "a", 2), demo_place(2, "b", 1, right=True), demo_place(3, "c", None, title=LONG)),
+    d2llm=(demo_place(1, "b", 2, right=True), demo_place(2, "a", 1), demo_place(3, "d", 17, title=LONG)),
 )
 QUESTIONS = QuestionReport((ANSWER,), (True,), num_candidates=12, interaction_weight=0.0)
 MESSAGE = DemoAnswer(
     question="My card is gone.",
     right_ids=("card lost 2",),
-    baseline=(place(1, "a", 2), place(2, "b", 4), place(3, "c", 3)),
-    d2llm=(place(1, "card lost 2", 9, right=True), place(2, "a", 1), place(3, "c", 3)),
+    baseline=(demo_place(1, "a", 2), demo_place(2, "b", 4), demo_place(3, "c", 3)),
+    d2llm=(demo_place(1, "card lost 2", 9, right=True), demo_place(2, "a", 1), demo_place(3, "c", 3)),
 )
 MESSAGES = MessageReport(
     num_messages=96,
@@ -61,7 +61,7 @@ OPINION = TeacherOpinion(
 )
 
 
-def shown(draw, *, encoding="utf-8", width=MAX_WIDTH, colours=False) -> str:
+def rendered(draw, *, encoding="utf-8", width=MAX_WIDTH, colours=False) -> str:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
     draw(DemoView(Console(file=file, width=width, force_terminal=colours, color_system="256" if colours else None)))
@@ -78,12 +78,12 @@ def test_nothing_is_wider_than_the_terminal_or_100_columns(width, encoding):
         view.messages(MESSAGES, "tiny", "minilm")
         view.teacher(OPINION)
 
-    lines = shown(draw, width=width, encoding=encoding).splitlines()
+    lines = rendered(draw, width=width, encoding=encoding).splitlines()
     assert max(map(len, lines)) == min(width, MAX_WIDTH)
 
 
-def test_places_show_where_they_were_and_what_is_right():
-    lines = shown(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100)).splitlines()
+def test_places_show_rank_changes_and_right_answers():
+    lines = rendered(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100)).splitlines()
     titles = [
         [cell.strip() for cell in (line[:50], line[50:])] for line in lines if line.lstrip()[:2] in ("1 ", "2 ", "3 ")
     ]
@@ -96,35 +96,35 @@ def test_places_show_where_they_were_and_what_is_right():
 
 
 @pytest.mark.parametrize(("other_rank", "mark"), [(3, "="), (1, "▼2"), (4, "new (4)"), (None, "new (>100)")])
-def test_marks(other_rank, mark):
-    answer = DemoAnswer("Why?", (), ANSWER.baseline, (*ANSWER.d2llm[:2], place(3, "e", other_rank)))
+def test_marks_of_rank_changes(other_rank, mark):
+    answer = DemoAnswer("Why?", (), ANSWER.baseline, (*ANSWER.d2llm[:2], demo_place(3, "e", other_rank)))
     report = replace(QUESTIONS, answers=(answer,))
-    assert f"3 {mark} e()" in shown(lambda view: view.answers(report, "tiny", "minilm", depth=100))
+    assert f"3 {mark} e()" in rendered(lambda view: view.answers(report, "tiny", "minilm", depth=100))
 
 
 def test_right_answers_are_counted():
-    wrong = DemoAnswer("Why?", (), ANSWER.baseline, tuple(place(n, "x", None) for n in (1, 2, 3)))
+    wrong = DemoAnswer("Why?", (), ANSWER.baseline, tuple(demo_place(n, "x", None) for n in (1, 2, 3)))
     report = QuestionReport((ANSWER, wrong), (False, False), num_candidates=12, interaction_weight=0.0)
-    text = " ".join(shown(lambda view: view.answers(report, "tiny", "minilm", depth=100)).split())
+    text = " ".join(rendered(lambda view: view.answers(report, "tiny", "minilm", depth=100)).split())
     assert "A right answer in the top 3: BM25 2/2, D2LLM 1/2; the cosine of untuned minilm, among the 12" in text
     assert "rank first, 0/2." in text
 
 
 @pytest.mark.parametrize(("weight", "words"), [(0.0, "has the weight 0"), (0.25, "has the weight 0.25")])
-def test_whether_the_interaction_takes_part_in_the_answers_is_said(weight, words):
+def test_the_weight_of_the_interaction_is_shown(weight, words):
     report = replace(QUESTIONS, interaction_weight=weight)
-    text = " ".join(shown(lambda view: view.answers(report, "tiny", "minilm", depth=100)).split())
+    text = " ".join(rendered(lambda view: view.answers(report, "tiny", "minilm", depth=100)).split())
     assert f"interaction of 'tiny' {words}" in text
 
 
-def test_fewer_places_of_bm25_leave_room():
+def test_missing_places_of_bm25_stay_blank():
     report = replace(QUESTIONS, answers=(replace(ANSWER, baseline=ANSWER.baseline[:1]),))
-    lines = shown(lambda view: view.answers(report, "tiny", "minilm", depth=100)).splitlines()
+    lines = rendered(lambda view: view.answers(report, "tiny", "minilm", depth=100)).splitlines()
     assert any((line[:50].strip(), line[50:].strip()) == ("", "2 ▼1 a()") for line in lines)
 
 
-def test_messages_show_what_the_interaction_is_worth_and_an_example():
-    text = shown(lambda view: view.messages(MESSAGES, "tiny", "minilm"))
+def test_messages_show_the_interactions_gain_and_an_example():
+    text = rendered(lambda view: view.messages(MESSAGES, "tiny", "minilm"))
     rows = [line.split() for line in text.splitlines()]
     assert ["cosine,", "untuned", "25%", "50%"] in rows
     assert ["D2LLM", "75%", "88%"] in rows
@@ -141,9 +141,9 @@ def test_messages_show_what_the_interaction_is_worth_and_an_example():
         ({"p_value": None}, "'tiny' scores by its interaction alone"),
     ],
 )
-def test_a_student_without_two_scores_says_why(changes, words):
+def test_a_missing_comparison_is_explained(changes, words):
     report = replace(MESSAGES, examples=(), **changes)
-    assert words in " ".join(shown(lambda view: view.messages(report, "tiny", "minilm")).split())
+    assert words in " ".join(rendered(lambda view: view.messages(report, "tiny", "minilm")).split())
 
 
 SLOW = (
@@ -161,52 +161,52 @@ SLOW = (
         (200, None, "are encoded by the student 'tiny'. An earlier demo chose this part."),
     ],
 )
-def test_how_much_is_encoded_and_why(number, rate, words, tmp_path):
+def test_the_number_of_encoded_passages_is_explained(number, rate, words, tmp_path):
     def draw(view):
         view.announce_index("tiny", number, 500, rate=rate, seconds=10, folder=tmp_path)
 
-    assert words in " ".join(shown(draw).split())
+    assert words in " ".join(rendered(draw).split())
 
 
-def test_an_output_without_the_signs_gets_others():
-    text = shown(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100), encoding="ascii")
+def test_ascii_output_gets_ascii_marks():
+    text = rendered(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100), encoding="ascii")
     assert "1 * ^1 b()" in text
     assert "2 v1 a()" in text
     assert "?" not in text.replace("crank?", "")
 
 
-def test_words_of_the_question_are_highlighted_and_only_they():
-    text = shown(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100), colours=True)
+def test_only_words_of_the_question_are_highlighted():
+    text = rendered(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100), colours=True)
     assert "\x1b[1;33mTurn\x1b[0m a \x1b[1;33mcrank\x1b[0m until the music plays." in text
 
 
-def test_without_colours_nothing_but_text_is_written():
-    assert "\x1b" not in shown(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100))
+def test_without_colours_there_are_no_escape_codes():
+    assert "\x1b" not in rendered(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100))
 
 
-def test_the_teacher_is_shown_with_scores_and_honesty():
-    text = shown(lambda view: view.teacher(OPINION))
+def test_the_teacher_is_shown_with_scores_and_tuning_state():
+    text = rendered(lambda view: view.teacher(OPINION))
     assert "0.750  ✓ b()" in text
     assert "0.500  library.module" in text
     assert "cosine tau +1.00, the same passage first; D2LLM tau -0.33, another passage first." in " ".join(text.split())
     assert "not tuned" in text
     tuned = TeacherOpinion("smollm2", True, *(getattr(OPINION, name) for name in OPINION.__slots__[2:]))
-    assert "not tuned" not in shown(lambda view: view.teacher(tuned))
+    assert "not tuned" not in rendered(lambda view: view.teacher(tuned))
 
 
 WORDS = {"crank", "music", "box"}
 
 
-def test_excerpt_keeps_a_short_text_and_joins_its_lines():
+def test_excerpt_of_a_short_text_joins_its_lines():
     assert excerpt("Turn it.\n\n    Then\nwait.", WORDS) == "Turn it. Then wait."
 
 
-def test_excerpt_begins_at_the_beginning_unless_a_later_part_has_two_more_words():
+def test_excerpt_starts_later_only_for_two_more_words():
     beginning = "This function does something. "
     assert excerpt(beginning + "It has a crank.", WORDS, length=30) == "This function does something. …"
     assert excerpt(beginning + "The crank of a box.", WORDS, length=30) == "… The crank of a box."
     assert excerpt("A box. " + "The crank of a box plays music.", WORDS, length=24) == "A box. The crank of a …"
 
 
-def test_excerpt_of_one_endless_word_is_cut():
+def test_excerpt_of_one_long_word_is_cut():
     assert excerpt("x" * 300, WORDS, length=10) == "x" * 10 + " …"

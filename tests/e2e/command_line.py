@@ -1,4 +1,4 @@
-"""Calling the command line in this process, and a small world of models, texts and a recipe to call it on."""
+"""Runs the command line in this process, and writes the small data set and recipe that it is tested with."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PROGRAM = typer.main.get_command(app)
 
 
 def d2llm(*arguments):
-    # Made once, as a program does; typer's runner would make all verbs anew for each call.
+    # Built once, as in a real run: typer's runner would rebuild every verb for each call.
     with mock.patch("typer.testing._get_command", return_value=_PROGRAM):
-        # A width of its own: some libraries set the variable in a process that they are imported into.
+        # A fixed width, because some libraries set COLUMNS in the process that imports them.
         return CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(argument) for argument in arguments])
 
 
@@ -28,12 +28,12 @@ def succeed(*arguments):
 
 
 def fail(*arguments, containing):
-    """The one paragraph that a wrong input gives."""
+    """Run a command that must exit with status 2, and return its only error line."""
     result = d2llm(*arguments)
     assert result.exit_code == 2, result.output + repr(result.exception)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert result.stderr.rstrip().splitlines()[-1] == errors[0]  # nothing after it
+    assert result.stderr.rstrip().splitlines()[-1] == errors[0]  # nothing follows it
     assert "Traceback" not in result.stderr
     for part in containing:
         assert part in errors[0], f"{part!r} is not in: {errors[0]}"
@@ -52,7 +52,7 @@ def succeed_with_report(*arguments, folder):
 
 
 def write_data(folder):
-    """Queries are the first words of a sentence; splits share no sentence, train and dev have 12 and 4 queries."""
+    """Write a BEIR data set: a query is the start of its sentence, splits are disjoint (12 train, 4 dev, 4 test)."""
     (folder / "qrels").mkdir(parents=True)
     write_lines(folder / "corpus.jsonl", [{"_id": f"s{n}", "text": text} for n, text in enumerate(SENTENCES)])
     queries = [{"_id": f"q{n}", "text": " ".join(SENTENCES[n].split()[:5])} for n in range(20)]

@@ -1,4 +1,4 @@
-"""What the tests share: one run from a folder of texts to an index, made by the command line, and a browser."""
+"""Shared fixtures: one complete command-line run, from a folder of texts to an index, and a headless browser."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_models import write_tiny_model
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """Models, data and recipe; tests that change them copy them first."""
+    """Models, data and a recipe, shared by the session: a test that changes them must work on a copy."""
     folder = tmp_path_factory.mktemp("cli")
     write_tiny_model(folder / "encoder", "bert")
     write_tiny_model(folder / "decoder", "llama")
@@ -24,14 +24,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reports(place):
-    """The four steps, one after the other, and what each reported."""
+    """Runs mine, tune-teacher, label and distill in order; returns the report of each step."""
     arguments = (place / "tiny.toml", "--out", place / "run", "--dtype", "float32")
-    found = {}
+    step_reports = {}
     for verb in ("mine", "tune-teacher", "label", "distill"):
-        result, found[verb] = succeed_with_report(verb, *arguments, folder=place)
-        assert result.stdout == ""  # remarks go to standard error
+        result, step_reports[verb] = succeed_with_report(verb, *arguments, folder=place)
+        assert result.stdout == ""  # progress messages go to standard error
         assert f"{verb}: " in result.stderr
-    return found
+    return step_reports
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +45,13 @@ def index(place, reports):
 
 @pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium that asks nothing of a network by itself.
+    """A headless Chromium that makes no network requests of its own.
 
-    Of a module, as Playwright leaves an event loop in this thread, in which other tests cannot start one.
+    Scoped to the module, because Playwright leaves an event loop in this thread and other tests then cannot start one.
     """
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'd2llm[dev]'")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if executable is None:
         pytest.skip("needs Chromium, and there is no chromium, chromium-browser or google-chrome to be found")
     flags = (
         "--disable-gpu",
@@ -62,15 +62,15 @@ def browser():
         "--disable-sync",
     )
     with playwright.sync_playwright() as driver:
-        # Playwright itself gives the browser an empty profile of its own.
-        chromium = driver.chromium.launch(executable_path=found, args=flags, chromium_sandbox=False)
+        # Playwright starts the browser with a fresh, empty profile.
+        chromium = driver.chromium.launch(executable_path=executable, args=flags, chromium_sandbox=False)
         yield chromium
         chromium.close()
 
 
 @pytest.fixture
 def visit(browser):
-    """Opens pages; afterwards nothing may have been asked of another host, said on the console, or run."""
+    """Opens pages; at teardown, fails if one contacted another host, logged to the console or raised an error."""
     contexts, hosts, complaints, allowed = [], set(), [], []
 
     def open_page(address, width=1280, colours="light", expected=(), ready=True):

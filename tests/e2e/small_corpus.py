@@ -1,4 +1,4 @@
-"""Sixty sentences on twelve subjects and eight questions, written for the tests."""
+"""Sixty sentences on twelve subjects, and eight questions with the number of the sentence that answers each."""
 
 from __future__ import annotations
 

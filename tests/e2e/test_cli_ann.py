@@ -15,7 +15,7 @@ from fake_models import FakeStudent
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An index whose student is a fake one."""
+    """An index of 900 passages that a fake student encoded."""
     student = FakeStudent(dim=32)
     random = np.random.default_rng(0)
     index = Index.create(tmp_path / "i", student)
@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "i"
 
 
-def test_build_and_search(folder, monkeypatch):
+def test_ann_is_built_to_a_recall_and_searched(folder, monkeypatch):
     monkeypatch.setattr(module, "MIN_PASSAGES", 500)
     queries = folder.parent / "queries.jsonl"
     queries.write_text("".join(json.dumps({"_id": f"q{n}", "text": f"w{n} w{n + 1}"}) + "\n" for n in range(39)))
@@ -36,14 +36,14 @@ def test_build_and_search(folder, monkeypatch):
     report = json.loads((folder.parent / "r.json").read_text())["result"]
     assert (report["num_queries"], report["queries"], report["depth"]) == (39, "given", 20)
     assert report["recalls"][-1]["at_least"] >= 0.8
-    found = report["recalls"][-1]
-    assert f"{found['recall']:.4f} (at least {found['at_least']:.4f}) of the first 20" in built.stderr
+    measured = report["recalls"][-1]
+    assert f"{measured['recall']:.4f} (at least {measured['at_least']:.4f}) of the first 20" in built.stderr
     assert f"{report['first_ten']:.4f} of the first ten" in built.stderr
-    assert found["recall"] <= report["first_ten"] <= 1
-    answer = d2llm("search", folder, "w3 w4", "--source", "ann", "--num-candidates", "20", "--explain", "--top-k", "2")
-    assert answer.exit_code == 0, answer.output
-    assert "ann" in answer.stdout
+    assert measured["recall"] <= report["first_ten"] <= 1
+    result = d2llm("search", folder, "w3 w4", "--source", "ann", "--num-candidates", "20", "--explain", "--top-k", "2")
+    assert result.exit_code == 0, result.output
+    assert "ann" in result.stdout
 
 
-def test_too_few_passages_is_one_line(folder):
+def test_too_few_passages_are_rejected(folder):
     fail("index", folder, "ann", containing=["holds 900 passages; below 20,000 the exact scan is faster"])

@@ -1,4 +1,4 @@
-"""``d2llm data check`` as a user calls it."""
+"""``d2llm data check`` as a user runs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory):
     return folder / "bert"
 
 
-def pairs(folder, *, leak):
+def write_pairs(folder, *, leak):
     folder.mkdir()
     for split in ("train", "test"):
         query = SHARED if leak else f"{split} {SHARED}"
@@ -31,7 +31,7 @@ def pairs(folder, *, leak):
     return folder
 
 
-def test_a_retrieval_set(tmp_path, tokenizer):
+def test_a_retrieval_data_set_passes(tmp_path, tokenizer):
     data = write_data(tmp_path / "everyday")
     result = succeed("data", "check", data, "--tokenizer", tokenizer, "--json", tmp_path / "r.json")
     assert "everyday (retrieval): 20 queries, 60 passages" in result.stdout
@@ -48,8 +48,8 @@ def test_a_retrieval_set(tmp_path, tokenizer):
     ]
 
 
-def test_leaks_are_an_error_after_all_tables_and_the_report(tmp_path, tokenizer):
-    data = pairs(tmp_path / "pairs", leak=True)
+def test_leaks_fail_after_the_tables_and_report_are_written(tmp_path, tokenizer):
+    data = write_pairs(tmp_path / "pairs", leak=True)
     arguments = ("data", "check", data, "--tokenizer", tokenizer, "--json", tmp_path / "r.json")
     message = fail(*arguments, containing=[str(data), "1 leaks", "same query: test-1 = train-1", "--allow-leaks"])
     assert "1 of test in train" in message
@@ -62,16 +62,16 @@ def test_leaks_are_an_error_after_all_tables_and_the_report(tmp_path, tokenizer)
     assert allowed.stderr == ""
 
 
-def test_near_leaks_depend_on_the_likeness_asked_for(tmp_path, tokenizer):
-    data = pairs(tmp_path / "pairs", leak=False)
+def test_near_leaks_depend_on_the_similarity_threshold(tmp_path, tokenizer):
+    data = write_pairs(tmp_path / "pairs", leak=False)
     arguments = ("data", "check", data, "--tokenizer", tokenizer)
-    # "train a dog runs ..." and "test a dog runs ...": 37 of 37 + 5 + 2 trigrams in common, 0.841
+    # "train a dog runs ..." and "test a dog runs ..." share 37 of 37 + 5 + 2 trigrams: 0.841
     fail(*arguments, containing=["near query: test-1 = train-1"])
     for near in ("0.85", "1"):
         succeed(*arguments, "--near", near)
 
 
-def test_what_is_odd_is_a_warning(tmp_path, tokenizer):
+def test_judgements_of_unknown_passages_are_a_warning(tmp_path, tokenizer):
     data = write_data(tmp_path / "everyday")
     with (data / "qrels" / "test.tsv").open("a") as file:
         file.write("q16\tnowhere\t1\n")

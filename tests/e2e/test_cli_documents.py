@@ -1,4 +1,4 @@
-"""Long texts and a teacher behind the search, as a user types them, with the shipped student."""
+"""Long documents and searches with a teacher on the command line, with the shipped student."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def facts_of(folder, name="i"):
     return json.loads((folder / "facts.json").read_text())["result"]
 
 
-def test_documents_and_neighbours(place):
+def test_results_are_documents_with_neighbouring_passages(place):
     ranking, _ = ranking_of(place, "--group", "sum", "--neighbours", "1", "--top-k", "3")
-    names = [found["document"]["id"] for found in ranking["passages"]]
-    assert len(set(names)) == 3
-    for found in ranking["passages"]:
-        assert found["passage"]["document_id"] == found["document"]["id"]
-        at = found["passage"]["position"]
-        assert [one["position"] for one in (*found["before"], *found["after"])] in (
-            [at - 1, at + 1],
-            [at - 1],
-            [at + 1],
+    document_ids = [hit["document"]["id"] for hit in ranking["passages"]]
+    assert len(set(document_ids)) == 3
+    for hit in ranking["passages"]:
+        assert hit["passage"]["document_id"] == hit["document"]["id"]
+        position = hit["passage"]["position"]
+        assert [neighbour["position"] for neighbour in (*hit["before"], *hit["after"])] in (
+            [position - 1, position + 1],
+            [position - 1],
+            [position + 1],
         )
 
 
 def test_a_teacher_reads_again(place):
     teacher = ("--teacher", "cosine:minilm")
     fail("search", place / "i", QUESTION, *teacher, containing=["calibrate"])
-    said = succeed("index", place / "i", "calibrate", *teacher, "--queries", place / "queries.jsonl").stderr
-    assert "standard deviation" in said
+    stderr = succeed("index", place / "i", "calibrate", *teacher, "--queries", place / "queries.jsonl").stderr
+    assert "standard deviation" in stderr
     ranking, result = ranking_of(place, *teacher, "--teacher-passages", "4")
     assert len(ranking["cascade"]["read"]) <= 4
     assert (
@@ -70,33 +70,31 @@ def test_a_teacher_reads_again(place):
     fail("search", place / "i", "x", *teacher, "--exact", containing=["leave out exact"])
 
 
-def test_late_chunks(place, tmp_path):
-    """The same passages with other vectors; one word changed reads one document again, and nothing else."""
+def test_late_chunking_rereads_only_changed_documents(place, tmp_path):
+    """Late chunking gives the same passages other vectors; after one changed word only that document is read again."""
     upsert = ("upsert", place / "corpus.jsonl", "--chunk-tokens", "32", "--late")
-    said = succeed("index", tmp_path / "i", *upsert).stderr
-    assert "6 texts in" in said
-    assert "0 truncated; read in 6 windows" in said
-    first, again = ranking_of(place)[0], ranking_of(place, index=tmp_path / "i")[0]
-    assert {found["passage"]["id"] for found in first["passages"]} & {
-        found["passage"]["id"] for found in again["passages"]
-    }
-    assert [found["score"] for found in first["passages"]] != [found["score"] for found in again["passages"]]
+    stderr = succeed("index", tmp_path / "i", *upsert).stderr
+    assert "6 texts in" in stderr
+    assert "0 truncated; read in 6 windows" in stderr
+    plain, late = ranking_of(place)[0], ranking_of(place, index=tmp_path / "i")[0]
+    assert {hit["passage"]["id"] for hit in plain["passages"]} & {hit["passage"]["id"] for hit in late["passages"]}
+    assert [hit["score"] for hit in plain["passages"]] != [hit["score"] for hit in late["passages"]]
     lines = (place / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
-    changed = [json.loads(line) for line in lines]
-    changed[2]["text"] = changed[2]["text"].replace("cold", "flu", 1)
-    write_lines(tmp_path / "changed.jsonl", changed)
-    said = succeed("index", tmp_path / "i", "upsert", tmp_path / "changed.jsonl").stderr  # late, as before
-    assert "read in 1 windows" in said
-    assert " 0 added" in said
-    assert "0 deleted" in said
+    records = [json.loads(line) for line in lines]
+    records[2]["text"] = records[2]["text"].replace("cold", "flu", 1)
+    write_lines(tmp_path / "changed.jsonl", records)
+    stderr = succeed("index", tmp_path / "i", "upsert", tmp_path / "changed.jsonl").stderr  # late, as before
+    assert "read in 1 windows" in stderr
+    assert " 0 added" in stderr
+    assert "0 deleted" in stderr
     assert "0 problems" in succeed("index", tmp_path / "i", "verify").stderr
     fail("index", tmp_path / "i", *upsert, "--late-window", "64", containing=["windows of 512", "windows of 64"])
     fail("index", tmp_path / "i", *upsert, "--late-window", "600", containing=["'minilm' reads up to 512"])
     fail("index", tmp_path / "i", *upsert[:4], "--late-window", "64", containing=["--late-window is for --late"])
 
 
-def test_how_texts_are_split_is_remembered(place, tmp_path):
-    """Given again without the option, or with another, no text is there twice."""
+def test_the_index_remembers_how_texts_are_split(place, tmp_path):
+    """Repeating the upsert without the option, or with another one, never stores a text twice."""
     corpus = ("upsert", place / "corpus.jsonl")
     shutil.copytree(place / "i", tmp_path / "i")
     before = facts_of(tmp_path)
@@ -111,21 +109,21 @@ def test_how_texts_are_split_is_remembered(place, tmp_path):
     assert "split into passages of at most 32 tokens" in succeed("index", tmp_path / "i", "stats").stdout
 
 
-def test_long_texts_are_split_unless_whole_ones_are_asked_for(place, tmp_path):
-    long = [{"_id": "long", "text": " ".join(SENTENCES)}, {"_id": "short", "text": SENTENCES[0]}]
-    write_lines(tmp_path / "corpus.jsonl", long)
-    said = succeed("index", tmp_path / "i", "upsert", tmp_path / "corpus.jsonl").stderr
-    assert "passages of at most 128 tokens" in said
-    assert "0 truncated" in said
-    assert "warning" not in said
-    shown = succeed("index", tmp_path / "i", "get", "short", "long#2").stdout
-    assert SENTENCES[0][:30] in shown
-    assert "document: long [2]" in shown
-    said = succeed("index", tmp_path / "whole", "upsert", tmp_path / "corpus.jsonl", "--whole").stderr
-    assert "warning: 1 of the 2 encoded passages (50%) are longer than the student reads" in said
-    assert "--chunk-tokens" in said
+def test_long_texts_are_split_unless_whole_is_given(place, tmp_path):
+    records = [{"_id": "long", "text": " ".join(SENTENCES)}, {"_id": "short", "text": SENTENCES[0]}]
+    write_lines(tmp_path / "corpus.jsonl", records)
+    stderr = succeed("index", tmp_path / "i", "upsert", tmp_path / "corpus.jsonl").stderr
+    assert "passages of at most 128 tokens" in stderr
+    assert "0 truncated" in stderr
+    assert "warning" not in stderr
+    stdout = succeed("index", tmp_path / "i", "get", "short", "long#2").stdout
+    assert SENTENCES[0][:30] in stdout
+    assert "document: long [2]" in stdout
+    stderr = succeed("index", tmp_path / "whole", "upsert", tmp_path / "corpus.jsonl", "--whole").stderr
+    assert "warning: 1 of the 2 encoded passages (50%) are longer than the student reads" in stderr
+    assert "--chunk-tokens" in stderr
     fail("index", tmp_path / "new", "add", tmp_path, "--whole", "--late", containing=["--whole splits nothing"])
-    encoded = ("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "encoded")
-    assert "2 texts in 9 passages, 0 truncated" in succeed(*encoded).stderr
-    assert "2 texts in 2 passages, 1 truncated" in succeed(*encoded, "--whole", "--overwrite").stderr
+    encode = ("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "encoded")
+    assert "2 texts in 9 passages, 0 truncated" in succeed(*encode).stderr
+    assert "2 texts in 2 passages, 1 truncated" in succeed(*encode, "--whole", "--overwrite").stderr
     assert facts_of(tmp_path, "encoded")["chunking"]["chunk_tokens"] is None

@@ -1,4 +1,4 @@
-"""Every wrong input gives one paragraph that says what, where and what to do, and exit code 2."""
+"""Every invalid input exits with code 2 and one paragraph saying what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class TestBadInput:
         return ("mine", recipe, "--out", tmp_path / "run")
 
     @pytest.mark.parametrize("name", ["corpus", "queries"])
-    def test_missing(self, mine, data, name):
+    def test_missing_file(self, mine, data, name):
         (data / f"{name}.jsonl").unlink()
         fail(*mine, containing=[str(data), f"looked for {name}.jsonl or {name}.jsonl.gz"])
 
-    @pytest.mark.parametrize(("name", "things"), [("corpus", "passages"), ("queries", "queries")])
-    def test_empty(self, mine, data, name, things):
+    @pytest.mark.parametrize(("name", "contents"), [("corpus", "passages"), ("queries", "queries")])
+    def test_empty_file(self, mine, data, name, contents):
         (data / f"{name}.jsonl").write_text("\n")
-        fail(*mine, containing=[f"{data / name}.jsonl: holds no {things}"])
+        fail(*mine, containing=[f"{data / name}.jsonl: holds no {contents}"])
 
     @pytest.mark.parametrize("name", ["corpus", "queries"])
     @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ class TestBadInput:
             ('{"_id": 7.5, "text": "t"}', "field '_id' must be a string"),
         ],
     )
-    def test_malformed_with_file_and_line(self, mine, data, name, line, problem):
+    def test_malformed_line_is_located_by_file_and_line(self, mine, data, name, line, problem):
         path = data / f"{name}.jsonl"
         lines = path.read_text().splitlines()
         path.write_text("\n".join([*lines[:2], line, *lines[2:]]))
@@ -61,27 +61,27 @@ class TestBadInput:
         path.write_text("\n".join([*lines, lines[4]]))
         fail(*mine, containing=[f"{path}:{len(lines) + 1}: ", "was already used in line 5"])
 
-    def test_the_same_for_encode_and_for_queries_of_a_search(self, index, place, data, tmp_path):
+    def test_encode_and_search_report_bad_files_the_same_way(self, index, place, data, tmp_path):
         student = ("--student", place / "run" / "student")
         with gzip.open(tmp_path / "corpus.jsonl.gz", "wt") as file:
             file.write('{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n')
-        where = f"{tmp_path / 'corpus.jsonl.gz'}:2: id 'a' was already used in line 1"
-        fail("encode", tmp_path / "corpus.jsonl.gz", *student, "--out", tmp_path / "index", containing=[where])
+        message = f"{tmp_path / 'corpus.jsonl.gz'}:2: id 'a' was already used in line 1"
+        fail("encode", tmp_path / "corpus.jsonl.gz", *student, "--out", tmp_path / "index", containing=[message])
         fail("encode", tmp_path / "no.jsonl", *student, "--out", tmp_path / "index", containing=["no.jsonl: no such"])
         assert not (tmp_path / "index").exists()
         (tmp_path / "asked.jsonl").write_text('{"_id": "1", "text": "x"}\nx\n')
         fail("search", index, "--queries", tmp_path / "asked.jsonl", containing=["asked.jsonl:2: not valid JSON"])
         fail("search", index, containing=["there is no query"])
 
-    def test_judgements_that_point_nowhere_are_a_warning(self, mine, data):
-        lost = [(f"q{n}", f"gone{n}") for n in range(7)]
-        write_qrels(data, "train", [(f"q{n}", f"s{n}") for n in range(12)] + lost)
+    def test_judgements_of_unknown_passages_are_a_warning(self, mine, data):
+        dangling = [(f"q{n}", f"gone{n}") for n in range(7)]
+        write_qrels(data, "train", [(f"q{n}", f"s{n}") for n in range(12)] + dangling)
         result = succeed(*mine)
         warning = next(line for line in result.stderr.splitlines() if line.startswith("warning: "))
         assert "train: 7 judgements point to unknown passages, first 5: gone0, gone1, gone2, gone3, gone4" in warning
         assert "gone5" not in warning
 
-    def test_nothing_left_because_all_splits_share_passages(self, mine, data):
+    def test_no_queries_left_when_all_splits_share_passages(self, mine, data):
         write_qrels(data, "dev", [(f"q{n}", f"s{n - 12}") for n in range(12, 16)])
         write_qrels(data, "train", [(f"q{n}", f"s{n}") for n in range(4)])
         fail(*mine, containing=["no query to mine for in split 'train'", "exclude_shared_passages = false"])
@@ -90,7 +90,7 @@ class TestBadInput:
         succeed(*mine)
 
     @pytest.mark.parametrize(
-        ("wrong", "message"),
+        ("section", "message"),
         [
             ("[trainig]\nepochs = 1", "unknown key 'trainig'; did you mean 'training'?"),
             ("[losses]\nfeature_imitatoin = 1.0", "'losses.feature_imitatoin'; did you mean 'feature_imitation'?"),
@@ -98,16 +98,16 @@ class TestBadInput:
             ("[losses\n", "not valid TOML"),
         ],
     )
-    def test_recipe(self, place, tmp_path, wrong, message):
-        recipe = write_recipe(tmp_path / "r.toml", place, place / "everyday", extra=wrong)
+    def test_recipe_mistakes(self, place, tmp_path, section, message):
+        recipe = write_recipe(tmp_path / "r.toml", place, place / "everyday", extra=section)
         fail("run", recipe, containing=[f"{recipe}: ", message])
 
-    def test_recipe_that_does_not_exist(self, tmp_path):
+    def test_missing_recipe(self, tmp_path):
         fail("label", tmp_path / "r.toml", containing=[f"{tmp_path / 'r.toml'}: cannot be read"])
         fail("label", "papre", containing=["no recipe 'papre'", "d2llm-pairs, "])
 
     @pytest.mark.parametrize("verb", ["tune-teacher", "label", "distill"])
-    def test_step_before_its_time(self, place, tmp_path, verb):
+    def test_step_run_too_early(self, place, tmp_path, verb):
         fail(verb, place / "tiny.toml", "--out", tmp_path, containing=["there is no training plan yet", "d2llm mine"])
 
     def test_distill_before_label(self, place, reports, tmp_path):
@@ -126,10 +126,10 @@ class TestBadInput:
     def test_index_of_another_student(self, index, tmp_path, place, reports):
         other = Student.create(tiny_student_config(place / "encoder"), seed=1, dtype="float32")
         other.save(tmp_path / "other")
-        both = [str(index), reports["distill"]["result"]["fingerprint"], other.fingerprint]
-        fail("search", index, "x", "--student", tmp_path / "other", "--dtype", "float32", containing=both)
+        expected = [str(index), reports["distill"]["result"]["fingerprint"], other.fingerprint]
+        fail("search", index, "x", "--student", tmp_path / "other", "--dtype", "float32", containing=expected)
 
-    def test_student_that_is_not_there(self, place, index, tmp_path):
+    def test_missing_student(self, place, index, tmp_path):
         fail("evaluate", place / "everyday", "--student", "nobody", containing=["no student at 'nobody'"])
         shutil.copytree(index, tmp_path / "index")
         forget_checksums(tmp_path / "index")
@@ -138,7 +138,7 @@ class TestBadInput:
             (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest | {"student_source": source}))
             fail("search", tmp_path / "index", "x", containing=[message, "--student"])
 
-    def test_not_an_index_and_an_index_in_the_way(self, place, index, tmp_path):
+    def test_missing_index_and_existing_index(self, place, index, tmp_path):
         fail("search", tmp_path, "x", containing=[str(tmp_path), "not a d2llm index folder"])
         arguments = ("encode", place / "everyday", "--student", place / "run" / "student", "--out", index)
         fail(*arguments, containing=["already holds an index", "--overwrite"])
@@ -161,15 +161,15 @@ class TestBadInput:
         with safe_open(tmp_path / "run" / "student.run" / "checkpoint.safetensors", framework="pt") as file:
             assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
 
-    def test_device_that_is_not_there(self, place):
+    def test_unknown_device(self, place):
         fail("judge", "a", "b", "--teacher", place / "decoder", "--device", "gpu", containing=["device 'gpu'", "cpu"])
 
-    def test_usage_is_shown_for_an_unknown_option(self):
+    def test_unknown_option_suggests_the_closest_one(self):
         result = d2llm("search", "index", "x", "--topk", "3")
         assert result.exit_code == 2
-        assert "--top-k" in result.stderr  # the nearest right one
+        assert "--top-k" in result.stderr  # the closest valid option
 
-    def test_as_a_program(self, tmp_path):
+    def test_error_when_run_as_a_program(self, tmp_path):
         command = [sys.executable, "-m", "d2llm", "mine", str(tmp_path / "r.toml")]
         result = subprocess.run(command, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (2, "")
@@ -179,14 +179,14 @@ class TestBadInput:
         )
 
 
-class TestOtherEnds:
-    def test_verbose_shows_where_an_error_comes_from(self, tmp_path):
+class TestOtherExits:
+    def test_verbose_adds_the_traceback(self, tmp_path):
         result = d2llm("mine", tmp_path / "r.toml", "--verbose")
         assert result.exit_code == 2
         assert "Traceback" in result.stderr
         assert result.stderr.splitlines()[-1].startswith("error: ")
 
-    def test_interrupted(self, place, monkeypatch):
+    def test_interrupt_suggests_the_same_command(self, place, monkeypatch):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
@@ -196,15 +196,15 @@ class TestOtherEnds:
         assert "the same command again" in result.stderr
         assert "Traceback" not in result.stderr
 
-    def test_a_fault_of_ours_keeps_its_traceback(self, place, monkeypatch):
-        def break_down(*_, **__):
+    def test_internal_errors_keep_their_traceback(self, place, monkeypatch):
+        def crash(*_, **__):
             raise ZeroDivisionError("ours")
 
-        monkeypatch.setattr("d2llm.training.mining.plans.mine_plans", break_down)
+        monkeypatch.setattr("d2llm.training.mining.plans.mine_plans", crash)
         result = d2llm("mine", place / "tiny.toml")
         assert isinstance(result.exception, ZeroDivisionError)
 
-    def test_logging_is_left_as_it_was(self):
+    def test_logging_is_restored(self):
         logger = logging.getLogger("d2llm")
         before = (logger.level, list(logger.handlers))
         d2llm("--verbose", "mine", "papre")

@@ -1,4 +1,4 @@
-"""``d2llm evaluate`` on real text with tiny models: what it prints and writes, takes over, and refuses."""
+"""``d2llm evaluate`` on real text with tiny models: its outputs, reuse of earlier measurements, and bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK = ("--teacher-queries", 2, "--teacher-depth", 3, "--dtype", "float32")
 
 @pytest.fixture(scope="module")
 def cosine(place, reports, tmp_path_factory):
-    """A tuned cosine, trained by nobody."""
+    """A student in the role of the tuned cosine; it is not trained."""
     from d2llm.core.recipe import InteractionConfig, PoolingConfig
 
     folder = tmp_path_factory.mktemp("cosine") / "cosine"
@@ -31,7 +31,7 @@ def cosine(place, reports, tmp_path_factory):
 
 
 class Evaluated:
-    """One call with every output."""
+    """One run of ``d2llm evaluate`` with every kind of output."""
 
     def __init__(self, place, cosine, folder):
         self.folder = folder
@@ -49,8 +49,8 @@ def evaluated(place, reports, cosine, tmp_path_factory):
 
 
 @pytest.fixture
-def alone(place, reports, tmp_path):
-    """The least that is measured: one student, no teacher."""
+def options(place, reports, tmp_path):
+    """Options of the smallest evaluation: one student and no teacher."""
     student = ("--student", place / "run" / "student", "--no-teacher", "--dtype", "float32")
     return (*student, "--work", tmp_path / "work")
 
@@ -88,14 +88,14 @@ def test_the_rows_are_printed_and_written(evaluated):
     assert "significantly better" in evaluated.printed
 
 
-def test_the_missing_row_says_what_would_bring_it(evaluated):
+def test_a_missing_row_says_how_to_get_it(evaluated):
     (missing,) = evaluated.result["missing"]
     assert missing["name"] == "D2LLM, paper head"
     assert missing["reason"].endswith("train it: d2llm distill RECIPE --variant paper")
     assert "not measured" in evaluated.printed
 
 
-def test_the_page_and_the_markdown_hold_the_figures(evaluated):
+def test_the_html_and_the_markdown_contain_the_figures(evaluated):
     page, markdown = ((evaluated.folder / name).read_text(encoding="utf-8") for name in ("r.html", "r.md"))
     ours = f"{values(evaluated.result, 'D2LLM')['nDCG@10']:.4f}"
     assert page.lstrip().lower().startswith("<!doctype html")
@@ -106,61 +106,61 @@ def test_the_page_and_the_markdown_hold_the_figures(evaluated):
         assert "--variant paper" in text
     assert evaluated.result["provenance"]["student"]["fingerprint"] in page
     ours, theirs = (values(evaluated.result, name)["nDCG@10"] for name in ("D2LLM", "cosine, tuned"))
-    # Texts of wins and losses, where there are any: four queries teach little.
+    # The page quotes wins and losses, but four queries may have none.
     assert any(sentence[:40] in page for sentence in SENTENCES) == (ours != theirs)
 
 
-def test_saved_runs_measured_again_are_the_same(evaluated, place, alone):
+def test_evaluating_saved_runs_gives_the_same_figures(evaluated, place, options):
     runs = sorted((evaluated.folder / "runs").iterdir())
     assert {path.stem for path in runs} >= {"BM25", "D2LLM", "hybrid-BM25-D2LLM", "cosine-tuned"}
     assert len(runs) == 9
-    given = [argument for path in runs for argument in ("--run", path)]
-    _, report = succeed_with_report("evaluate", place / "everyday", *alone, *given, folder=evaluated.folder)
+    run_options = [argument for path in runs for argument in ("--run", path)]
+    _, report = succeed_with_report("evaluate", place / "everyday", *options, *run_options, folder=evaluated.folder)
     names = {path.stem: read_run(path).name for path in runs}
     names |= {name: f"{name} (run)" for name in ("BM25", "D2LLM")}
     for row in evaluated.result["rows"][:-1]:
         stem = row["name"].replace(": ", "-").replace(" + ", "-").replace(", ", "-").replace(" ", "-")
         assert values(report["result"], names[stem]) == pytest.approx(values(evaluated.result, row["name"]))
-    taught = [path.stem for path in runs if path.stem.startswith("teacher")]
-    assert len(read_run(evaluated.folder / "runs" / f"{taught[0]}.run").rankings) == 2
-    assert f"{taught[0]}: 2 queries are not in the run and count as 0" in report["result"]["notes"]
+    teacher_runs = [path.stem for path in runs if path.stem.startswith("teacher")]
+    assert len(read_run(evaluated.folder / "runs" / f"{teacher_runs[0]}.run").rankings) == 2
+    assert f"{teacher_runs[0]}: 2 queries are not in the run and count as 0" in report["result"]["notes"]
 
 
-def test_a_second_call_takes_over_what_was_measured(evaluated, monkeypatch):
+def test_a_second_call_reuses_earlier_measurements(evaluated, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("it was measured already")
 
     monkeypatch.setattr("d2llm.models.teachers.causal.Teacher.judge", refuse)
     monkeypatch.setattr("d2llm.models.student.Student.encode_passages", refuse)
-    _, again = succeed_with_report(*evaluated.arguments, folder=evaluated.folder)
+    _, report = succeed_with_report(*evaluated.arguments, folder=evaluated.folder)
     for part in ("rows", "sample_rows", "comparisons", "agreement", "missing"):
-        assert again["result"][part] == evaluated.result[part]
-    assert again["result"]["notes"][-1].endswith("parts were measured by an earlier run")
+        assert report["result"][part] == evaluated.result[part]
+    assert report["result"]["notes"][-1].endswith("parts were measured by an earlier run")
 
 
-def test_another_baseline(evaluated):
+def test_the_baseline_can_be_chosen(evaluated):
     arguments = (*evaluated.arguments, "--baseline", "bm25", "--seed", 1)
     result, report = succeed_with_report(*arguments, folder=evaluated.folder)
     assert report["result"]["baseline"] == "BM25"
-    assert {found["baseline"] for found in report["result"]["comparisons"]} == {"BM25"}
+    assert {comparison["baseline"] for comparison in report["result"]["comparisons"]} == {"BM25"}
     assert "D2LLM against BM25" in result.stdout
 
 
-def test_labels_spare_the_teacher(evaluated, tmp_path, monkeypatch):
+def test_existing_labels_spare_the_teacher(evaluated, tmp_path, monkeypatch):
     from d2llm.models.teachers.causal import Teacher
 
-    asked, judge = [], Teacher.judge
+    batch_sizes, judge = [], Teacher.judge
     monkeypatch.setattr(
-        Teacher, "judge", lambda self, pairs, task: (asked.append(len(pairs)), judge(self, pairs, task))[1]
+        Teacher, "judge", lambda self, pairs, task: (batch_sizes.append(len(pairs)), judge(self, pairs, task))[1]
     )
     (store,) = (evaluated.folder / "work" / "judgements").iterdir()
     succeed(*evaluated.arguments, "--work", tmp_path / "work", "--labels", store)
-    assert asked == [3, 3, 3]  # for the time alone: two queries, the first one twice
+    assert batch_sizes == [3, 3, 3]  # only to measure its time: two queries, the first of them twice
     assert not (tmp_path / "work" / "judgements").exists()
 
 
 def write_pairs(folder):
-    """Beginnings of sentences, half of them with the ends of others."""
+    """Pair the first words of a sentence with the rest of the same one (label 1) or of another one (label 0)."""
     folder.mkdir()
     for split, start in (("dev", 0), ("test", 30)):
         records = []
@@ -174,19 +174,19 @@ def write_pairs(folder):
     return folder
 
 
-def test_pairs(alone, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.evaluation.pairs.NUM_RESAMPLES", 200)  # 2,000 are nearly all of its time
+def test_pairs(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("d2llm.evaluation.pairs.NUM_RESAMPLES", 200)  # the default, 2,000, takes most of the time
     data = write_pairs(tmp_path / "halves")
     outputs = ("--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
-    result, report = succeed_with_report("evaluate", data, *alone, "--task", "symmetric", *outputs, folder=tmp_path)
-    found = report["result"]
-    assert (found["kind"], found["num_items"], found["main_measure"]) == ("pairs", 30, "AP")
-    assert values(found, "BM25")["AP"] == 1.0  # a sentence shares words with itself
-    assert set(values(found, "D2LLM")) == {"accuracy", "F1", "AP", "AUC"}
+    result, report = succeed_with_report("evaluate", data, *options, "--task", "symmetric", *outputs, folder=tmp_path)
+    evaluation = report["result"]
+    assert (evaluation["kind"], evaluation["num_items"], evaluation["main_measure"]) == ("pairs", 30, "AP")
+    assert values(evaluation, "BM25")["AP"] == 1.0  # a sentence shares words with itself
+    assert set(values(evaluation, "D2LLM")) == {"accuracy", "F1", "AP", "AUC"}
     assert "halves / test, 30 pairs" in " ".join(result.stdout.split())
-    assert "it was left out" in " ".join(row["reason"] for row in found["missing"])
+    assert "it was left out" in " ".join(row["reason"] for row in evaluation["missing"])
     assert "<svg" in (tmp_path / "r.html").read_text(encoding="utf-8")
-    arguments = ("evaluate", data, *alone, "--save-runs", tmp_path / "runs")
+    arguments = ("evaluate", data, *options, "--save-runs", tmp_path / "runs")
     fail(*arguments, containing=["--save-runs", "single pairs, which have no rankings"])
 
 
@@ -195,25 +195,27 @@ class TestBadInput:
     def data(self, tmp_path):
         return write_data(tmp_path / "data")
 
-    def test_data(self, alone, data):
-        fail("evaluate", data / "gone", *alone, containing=[f"{data / 'gone'}: no such file or folder"])
-        fail("evaluate", data, *alone, "--split", "night", containing=["split 'night' was not read; read: dev, test"])
+    def test_missing_data_and_unknown_splits(self, options, data):
+        fail("evaluate", data / "gone", *options, containing=[f"{data / 'gone'}: no such file or folder"])
+        fail("evaluate", data, *options, "--split", "night", containing=["split 'night' was not read; read: dev, test"])
 
     @pytest.mark.parametrize(
-        ("judged", "count"), [([], 0), ([("q16", "gone"), ("q17", "lost")], 2)], ids=["no judgements", "unknown ids"]
+        ("judgements", "count"),
+        [([], 0), ([("q16", "gone"), ("q17", "lost")], 2)],
+        ids=["no judgements", "unknown ids"],
     )
-    def test_judgements_without_a_relevant_passage(self, alone, data, judged, count):
-        write_qrels(data, "test", judged)
+    def test_judgements_without_a_relevant_passage(self, options, data, judgements, count):
+        write_qrels(data, "test", judgements)
         message = f"none of its {count} queries has a relevant passage in the corpus"
-        fail("evaluate", data, *alone, containing=["qrels/test.tsv", message])
+        fail("evaluate", data, *options, containing=["qrels/test.tsv", message])
 
-    def test_judgements_that_are_all_no(self, alone, data):
+    def test_judgements_that_are_all_negative(self, options, data):
         (data / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq16\ts16\t0\nq17\ts17\t0\n")
-        fail("evaluate", data, *alone, containing=["none of its 2 queries has a relevant passage"])
+        fail("evaluate", data, *options, containing=["none of its 2 queries has a relevant passage"])
 
-    def test_unknown_ids_are_a_counted_warning(self, alone, data, tmp_path):
+    def test_unknown_ids_are_a_counted_warning(self, options, data, tmp_path):
         write_qrels(data, "test", [("q16", "s16"), ("q17", "gone"), ("nobody", "s1")])
-        result, report = succeed_with_report("evaluate", data, *alone, folder=tmp_path)
+        result, report = succeed_with_report("evaluate", data, *options, folder=tmp_path)
         warning = "test: 1 judgements point to unknown passages, first 1: gone"
         assert warning in " ".join(result.stderr.split())
         assert warning in report["result"]["notes"]
@@ -228,22 +230,22 @@ class TestBadInput:
             ("\n", "x.run: holds no ranking"),
         ],
     )
-    def test_runs(self, alone, data, tmp_path, text, message):
+    def test_malformed_runs(self, options, data, tmp_path, text, message):
         (tmp_path / "x.run").write_text(text)
-        fail("evaluate", data, *alone, "--run", tmp_path / "x.run", containing=[message])
+        fail("evaluate", data, *options, "--run", tmp_path / "x.run", containing=[message])
 
-    def test_pairs_of_one_label(self, alone, tmp_path):
+    def test_pairs_without_a_positive_one(self, options, tmp_path):
         data = write_pairs(tmp_path / "pairs")
         lines = (data / "test.jsonl").read_text().splitlines()
         (data / "test.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["label"] == 0))
-        fail("evaluate", data, *alone, containing=["split 'test' has no positive pair, so nothing can be measured"])
+        fail("evaluate", data, *options, containing=["split 'test' has no positive pair, so nothing can be measured"])
 
-    def test_classes_that_are_no_inference(self, alone, tmp_path):
+    def test_classes_that_are_not_inference_labels(self, options, tmp_path):
         data = write_pairs(tmp_path / "pairs")
         text = (data / "test.jsonl").read_text()
         (data / "test.jsonl").write_text(text.replace('"label": 0', '"label": "sport"').replace(": 1}", ': "music"}'))
         (data / "dev.jsonl").unlink()
-        fail("evaluate", data, *alone, containing=["the class 'music'; known are yes/no labels", "contradiction"])
+        fail("evaluate", data, *options, containing=["the class 'music'; known are yes/no labels", "contradiction"])
 
     def test_an_index_of_another_student_in_the_work_folder(self, evaluated, place, tmp_path):
         shutil.copytree(evaluated.folder / "work", tmp_path / "work")
@@ -255,17 +257,17 @@ class TestBadInput:
         arguments = (*evaluated.arguments, "--work", tmp_path / "work")
         fail(*arguments, containing=["the index was made by student somebody", "index the corpus again"])
 
-    def test_baselines(self, alone, data):
+    def test_unknown_baselines(self, options, data):
         message = "the baseline 'teacher' is not among the rows of this report: anchor, bm25, cosine_untuned, d2llm"
-        fail("evaluate", data, *alone, "--baseline", "teacher", containing=[message])
-        result = d2llm("evaluate", data, *alone, "--baseline", "best")
+        fail("evaluate", data, *options, "--baseline", "teacher", containing=[message])
+        result = d2llm("evaluate", data, *options, "--baseline", "best")
         assert result.exit_code == 2
-        assert "cosine_tuned" in result.stderr  # the choices
+        assert "cosine_tuned" in result.stderr  # one of the choices that are listed
 
-    def test_models_and_labels(self, alone, data, tmp_path):
+    def test_missing_models_and_labels(self, options, data, tmp_path):
         message = "no student at 'nowhere'"
-        fail("evaluate", data, *alone, "--tuned-cosine", "nowhere", containing=[message])
-        fail("evaluate", data, *alone, "--paper-head", "nowhere", containing=[message])
-        fail("evaluate", data, *alone, "--model", tmp_path / "none", containing=["no such folder"])
+        fail("evaluate", data, *options, "--tuned-cosine", "nowhere", containing=[message])
+        fail("evaluate", data, *options, "--paper-head", "nowhere", containing=[message])
+        fail("evaluate", data, *options, "--model", tmp_path / "none", containing=["no such folder"])
         message = f"{tmp_path / 'none'}: holds no teacher labels; give the folder that d2llm label wrote"
-        fail("evaluate", data, *alone, "--labels", tmp_path / "none", containing=[message])
+        fail("evaluate", data, *options, "--labels", tmp_path / "none", containing=[message])

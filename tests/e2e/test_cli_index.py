@@ -1,4 +1,4 @@
-"""``d2llm index`` and ``d2llm search`` on it, as a user types them, with the shipped student."""
+"""``d2llm index`` and ``d2llm search`` on the command line, with the shipped student."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def record(number, text, **more):
-    return {"_id": f"s{number}", "text": text, "year": 2000 + number, "metadata": {"even": number % 2 == 0}, **more}
+def record(number, text, **fields):
+    return {"_id": f"s{number}", "text": text, "year": 2000 + number, "metadata": {"even": number % 2 == 0}, **fields}
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +36,27 @@ def report_of(place, *arguments):
     return json.loads(path.read_text())["result"]
 
 
-def ids_of(found):
-    return [passage["passage"]["id"] for passage in found["rankings"][0]["passages"]]
+def ids_of(result):
+    return [passage["passage"]["id"] for passage in result["rankings"][0]["passages"]]
 
 
-def test_a_second_time_nothing_is_encoded(place):
+def test_upserting_unchanged_texts_encodes_nothing(place):
     result = succeed("index", place / "i", "upsert", place / "corpus.jsonl")
     assert f"0 added, 0 with changed text, 0 with changed metadata, {len(SENTENCES)} unchanged" in result.stderr
 
 
-def test_search_explains_and_proves(place):
-    found = succeed("search", place / "i", SENTENCES[3], "--explain", "--exact", "--top-k", "2")
-    assert SENTENCES[3][:40] in found.stdout
-    assert "ranks of sources" in found.stdout
-    assert "all of 2 places are proved" in found.stderr
+def test_search_explains_scores_and_proves_exact_rankings(place):
+    result = succeed("search", place / "i", SENTENCES[3], "--explain", "--exact", "--top-k", "2")
+    assert SENTENCES[3][:40] in result.stdout
+    assert "ranks of sources" in result.stdout
+    assert "all of 2 places are proved" in result.stderr
     exact = report_of(place, "search", place / "i", SENTENCES[3], "--exact", "--top-k", "3")
     assert ids_of(exact)[0] == "s3"
     assert exact["rankings"][0]["certificate"]["proved"] == 3
 
 
-def test_a_filter_and_both_sources(place):
-    found = report_of(
+def test_search_with_a_filter_and_several_sources(place):
+    result = report_of(
         place,
         "search",
         place / "i",
@@ -68,12 +68,12 @@ def test_a_filter_and_both_sources(place):
         "--top-k",
         "9",
     )
-    assert sorted(ids_of(found)) == ["s0", "s2", "s4", "s6", "s8"]
+    assert sorted(ids_of(result)) == ["s0", "s2", "s4", "s6", "s8"]
     word = SENTENCES[3].split()[0]
     options = ("--hybrid", "0.5", "--top-k", "60", "--source")
-    (of_bm25,) = report_of(place, "search", place / "i", word, *options, "bm25")["rankings"]
-    (of_both,) = report_of(place, "search", place / "i", word, *options, "vectors")["rankings"]
-    assert of_bm25["num_candidates"] < of_both["num_candidates"] == 60
+    (bm25,) = report_of(place, "search", place / "i", word, *options, "bm25")["rankings"]
+    (both,) = report_of(place, "search", place / "i", word, *options, "vectors")["rankings"]
+    assert bm25["num_candidates"] < both["num_candidates"] == 60
     fail("search", place / "i", "x", "--filter", "yaer < 3", containing=["yaer", "year"])
     fail("search", place / "i", "x", "--teacher-ms", "5", containing=["--teacher-ms", "--teacher"])
     fail("search", place / "i", "x", "--filter", "year < 'x'; DROP TABLE passages", containing=["filter"])
@@ -86,11 +86,11 @@ def test_get_delete_snapshot_restore_verify(place):
     assert "1 of 3 passages deleted" in deleted.stderr
     assert f"not in {place / 'i'}: 'nobody', 'no one'" in deleted.stderr
     assert "s5" not in ids_of(report_of(place, "search", place / "i", SENTENCES[5], "--top-k", "60"))
-    shown = d2llm("index", place / "i", "get", "s4", "s5", "--json", place / "got.json")
-    assert shown.exit_code == 1
-    assert SENTENCES[4][:30] in shown.stdout
-    assert "s4" in shown.stdout.splitlines()
-    assert f"not in {place / 'i'}: 's5'" in shown.stderr
+    got = d2llm("index", place / "i", "get", "s4", "s5", "--json", place / "got.json")
+    assert got.exit_code == 1
+    assert SENTENCES[4][:30] in got.stdout
+    assert "s4" in got.stdout.splitlines()
+    assert f"not in {place / 'i'}: 's5'" in got.stderr
     assert json.loads((place / "got.json").read_text())["result"]["missing"] == ["s5"]
     assert ids_of(report_of(place, "search", place / "i" / "snapshots" / "one", SENTENCES[5]))[0] == "s5"
     fail("index", place / "i", "restore", "two", containing=["no snapshot 'two'", "one"])
@@ -100,7 +100,7 @@ def test_get_delete_snapshot_restore_verify(place):
 
 
 @pytest.mark.parametrize("verb", ["upsert", "encode"])
-def test_texts_without_a_word_are_warned_of(tmp_path, verb):
+def test_blank_texts_give_a_warning(tmp_path, verb):
     lines = [record(0, SENTENCES[0]), record(1, "  "), record(2, SENTENCES[2]), record(3, "\n")]
     write_lines(tmp_path / "corpus.jsonl", lines)
     out = tmp_path / "i"
@@ -113,17 +113,17 @@ def test_texts_without_a_word_are_warned_of(tmp_path, verb):
 
 
 def test_ids_are_listed_a_page_at_a_time(place):
-    in_order = sorted(f"s{number}" for number in range(len(SENTENCES)))
-    said = succeed("index", place / "i", "list", "--limit", "3")
-    assert said.stdout.split() == in_order[:3]
-    assert f"continue with --cursor {in_order[2]}" in said.stderr
-    listed, cursor = [], ""
+    sorted_ids = sorted(f"s{number}" for number in range(len(SENTENCES)))
+    result = succeed("index", place / "i", "list", "--limit", "3")
+    assert result.stdout.split() == sorted_ids[:3]
+    assert f"continue with --cursor {sorted_ids[2]}" in result.stderr
+    ids, cursor = [], ""
     while cursor is not None:
         page = report_of(place, "index", place / "i", "list", "--cursor", cursor, "--limit", "25")
-        listed, cursor = listed + page["ids"], page["next_cursor"]
-    assert listed == in_order
-    documents = report_of(place, "index", place / "i", "list", "--documents", "--cursor", in_order[-2])
-    assert documents == {"documents": [{"id": in_order[-1], "num_passages": 1}], "next_cursor": None}
+        ids, cursor = ids + page["ids"], page["next_cursor"]
+    assert ids == sorted_ids
+    documents = report_of(place, "index", place / "i", "list", "--documents", "--cursor", sorted_ids[-2])
+    assert documents == {"documents": [{"id": sorted_ids[-1], "num_passages": 1}], "next_cursor": None}
 
 
 def test_facts(place):
@@ -134,15 +134,15 @@ def test_facts(place):
     assert "per passage in all" in succeed("index", place / "i", "stats").stdout
 
 
-def test_damage_is_found_and_mended(place):
+def test_verify_finds_and_repairs_damage(place):
     succeed("index", place / "i", "compact", "--dense")
     (vectors,) = sorted((place / "i").glob("vectors-*.bin"))[-1:]
     content = bytearray(vectors.read_bytes())
     content[5_000:5_100] = bytes(100)
     vectors.write_bytes(content)
-    found = d2llm("index", place / "i", "verify")
-    assert found.exit_code == 1
-    assert "problem: " in found.stderr
+    result = d2llm("index", place / "i", "verify")
+    assert result.exit_code == 1
+    assert "problem: " in result.stderr
     succeed("index", place / "i", "verify", "--repair")
     assert "0 problems" in succeed("index", place / "i", "verify").stderr
 
@@ -153,24 +153,24 @@ def test_vectors_kept_once(place, tmp_path):
     facts = report_of(place, "index", folder, "stats")
     assert (facts["vector_copies"], report_of(place, "index", place / "i", "stats")["vector_copies"]) == (1, 2)
     assert "768 bytes each, kept once" in succeed("index", folder, "stats").stdout
-    asked = ("search", folder, SENTENCES[7], "--top-k", "5")
-    before = ids_of(report_of(place, *asked))
+    arguments = ("search", folder, SENTENCES[7], "--top-k", "5")
+    before = ids_of(report_of(place, *arguments))
     vectors = folder / "vectors-0.bin"
     content = bytearray(vectors.read_bytes())
     content[7 * 768 + 1] ^= 64
     vectors.write_bytes(content)
-    fail(*asked, containing=["vectors are lost", f"d2llm index {folder} verify --repair"])
-    found = d2llm("index", folder, "verify")
-    assert found.exit_code == 1
-    assert f"{len(SENTENCES)} of {len(SENTENCES)} passages have lost their vectors" in " ".join(found.stderr.split())
+    fail(*arguments, containing=["vectors are lost", f"d2llm index {folder} verify --repair"])
+    result = d2llm("index", folder, "verify")
+    assert result.exit_code == 1
+    assert f"{len(SENTENCES)} of {len(SENTENCES)} passages have lost their vectors" in " ".join(result.stderr.split())
     assert "it was rewritten" in succeed("index", folder, "verify", "--repair").stderr
     assert "0 problems" in succeed("index", folder, "verify").stderr
-    assert ids_of(report_of(place, *asked)) == before
+    assert ids_of(report_of(place, *arguments)) == before
     assert d2llm("index", tmp_path / "new", "add", place / "corpus.jsonl", "--vector-copies", "3").exit_code == 2
     fail("index", place / "i", "upsert", place, "--vector-copies", "1", containing=["--vector-copies", "new index"])
 
 
-def test_windows_are_stored_where_asked_for(place, tmp_path):
+def test_window_vectors_are_stored_on_request(place, tmp_path):
     folder, corpus = tmp_path / "windows", tmp_path / "corpus.jsonl"
     write_lines(corpus, [{"_id": "long", "text": " ".join(SENTENCES[:4])}, {"_id": "short", "text": SENTENCES[5]}])
     succeed("index", folder, "upsert", corpus, "--window-vectors", "int8")
@@ -182,17 +182,17 @@ def test_windows_are_stored_where_asked_for(place, tmp_path):
     fail("index", tmp_path / "new", "upsert", corpus, "--window-vectors", "int5", containing=["'int5' is unknown"])
     assert not (tmp_path / "new").exists()
     (folder / "window-places-0.bin").unlink()
-    found = d2llm("index", folder, "verify")
-    assert found.exit_code == 1
-    assert "encodes them again" in " ".join(found.stderr.split())
+    result = d2llm("index", folder, "verify")
+    assert result.exit_code == 1
+    assert "encodes them again" in " ".join(result.stderr.split())
     assert "they were encoded again" in " ".join(succeed("index", folder, "verify", "--repair").stderr.split())
     assert "0 problems" in succeed("index", folder, "verify").stderr
-    none = tmp_path / "none"
-    succeed("index", none, "upsert", corpus, "--window-vectors", "none")
-    assert report_of(place, "index", none, "stats")["window_format"] is None
+    without = tmp_path / "none"
+    succeed("index", without, "upsert", corpus, "--window-vectors", "none")
+    assert report_of(place, "index", without, "stats")["window_format"] is None
 
 
-def test_what_is_wrong_is_said(place, tmp_path):
+def test_mistakes_get_a_clear_error(place, tmp_path):
     fail(
         "index",
         place / "i",
@@ -213,7 +213,7 @@ def test_what_is_wrong_is_said(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "options", "words"),
+    ("lines", "options", "message"),
     [
         ([{"_id": "a", "text": "t", "position": "third"}], (), "position"),
         ([{"_id": "a", "text": "t"}], ("--field", "year:century"), "century"),
@@ -222,32 +222,32 @@ def test_what_is_wrong_is_said(place, tmp_path):
         ([{"_id": "a", "text": "t"}], ("--student", "nobody"), "nobody"),
     ],
 )
-def test_a_failed_upsert_leaves_no_index_behind(tmp_path, lines, options, words):
+def test_a_failed_upsert_leaves_no_index_behind(tmp_path, lines, options, message):
     write_lines(tmp_path / "corpus.jsonl", lines)
-    fail("index", tmp_path / "new", "upsert", tmp_path / "corpus.jsonl", *options, containing=[words])
+    fail("index", tmp_path / "new", "upsert", tmp_path / "corpus.jsonl", *options, containing=[message])
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
     fail("encode", tmp_path / "corpus.jsonl", "--out", tmp_path / "made", "--chunk-tokens", "4", containing=["8 to"])
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_an_index_in_the_way_of_encode_names_the_option(place):
+def test_encoding_onto_an_index_suggests_overwrite(place):
     fail("encode", place / "corpus.jsonl", "--out", place / "i", containing=["--overwrite"])
 
 
-def test_an_index_of_nothing_is_told(place, tmp_path):
+def test_an_empty_index_or_ranking_is_explained(place, tmp_path):
     Index.create(tmp_path / "empty", "d2llm-minilm")
     fail("search", tmp_path / "empty", "x", containing=["holds no passages", "upsert CORPUS"])
-    found = succeed("search", place / "i", "bread", "--filter", "year > 9000")
-    assert "warning: no passage was found for 'bread': no passage matches the filter" in found.stderr
+    result = succeed("search", place / "i", "bread", "--filter", "year > 9000")
+    assert "warning: no passage was found for 'bread': no passage matches the filter" in result.stderr
 
 
-def test_no_folder_is_made_for_a_report(place, tmp_path):
+def test_a_report_in_a_missing_folder_is_rejected(place, tmp_path):
     report = tmp_path / "no" / "report.json"
     fail("search", place / "i", "x", "--json", report, containing=[f"no folder {report.parent}", "make it first"])
     assert not report.parent.exists()
 
 
-def test_the_help_reads_well():
+def test_the_help_lists_the_verbs():
     text = succeed("index", "--help").stdout
     for verb in ("add", "upsert", "delete", "get", "stats", "compact", "snapshot", "restore", "verify"):
         assert verb in text

@@ -1,4 +1,4 @@
-"""`d2llm mine` as a user runs it: the audit, a student that ranks, the teacher's margin, an interruption."""
+"""``d2llm mine`` as a user runs it: the audit, ranking by a student, the teacher margin, resuming."""
 
 from __future__ import annotations
 
@@ -14,39 +14,41 @@ from d2llm.models.student import Student
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_recipe
 
 
-def plan(run):
+def read_run_plan(run):
     return read_plan(run / "plans" / "everyday")
 
 
-def mining(place, path, extra):
-    """The recipe of the place with more in its section of mining."""
+def write_mining_recipe(place, path, extra):
+    """The shared recipe with extra lines in its [mining] section."""
     write_recipe(path, place, place / "everyday")
     path.write_text(path.read_text().replace("[mining]", f"[mining]\n{extra}"))
     return path
 
 
-def test_the_audit_lies_in_the_plans_folder(place, reports):
+def test_the_audit_is_written_beside_the_plan(place, reports):
     folder = place / "run" / "plans" / "everyday"
     page = (folder / "audit.md").read_text()
     audit = json.loads((folder / "audit.json").read_text())
     assert len(audit["examples"]) == page.count("\n### ") == 12
     assert str(place) not in page + json.dumps(audit)
     for example in audit["examples"]:
-        assert {shown["passage_id"] for shown in example["hard_negatives"]} == set(
-            next(e.hard_negatives for e in plan(place / "run").entries if e.query_id == example["query_id"])
+        assert {negative["passage_id"] for negative in example["hard_negatives"]} == set(
+            next(e.hard_negatives for e in read_run_plan(place / "run").entries if e.query_id == example["query_id"])
         )
         assert set(example["positives"][0]["scores"]) == {"cosine"}
     assert list(folder.parent.iterdir()) == [folder]  # the work folder is gone
 
 
-def test_a_trained_student_ranks(place, reports, tmp_path):
+def test_a_trained_student_can_rank_the_candidates(place, reports, tmp_path):
     student = place / "run" / "student"
     arguments = (place / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
     _, report = succeed_with_report("mine", *arguments, "--student", student, folder=tmp_path)
     assert set(report["result"]["everyday"]["hard_negatives_from"]) <= {"bm25", "student", "bm25+student"}
-    recipe = mining(place, tmp_path / "r.toml", f'student = "{student}"\nsources = ["encoder"]\nsampling = "top"')
+    recipe = write_mining_recipe(
+        place, tmp_path / "r.toml", f'student = "{student}"\nsources = ["encoder"]\nsampling = "top"'
+    )
     succeed_with_report("mine", recipe, "--out", tmp_path / "other", "--dtype", "float32", folder=tmp_path)
-    entry = plan(tmp_path / "other").entries[0]
+    entry = read_run_plan(tmp_path / "other").entries[0]
     model = Student.load(student, dtype="float32")
     lines = [json.loads(line) for line in (place / "everyday" / "corpus.jsonl").read_text().splitlines()]
     query = " ".join(lines[0]["text"].split()[:5])
@@ -57,17 +59,17 @@ def test_a_trained_student_ranks(place, reports, tmp_path):
     fail("mine", recipe, "--out", tmp_path / "x", "--student", "nobody", containing=["no student at 'nobody'"])
 
 
-def test_the_teachers_margin_stores_what_it_asked(place, reports, tmp_path):
-    recipe = mining(place, tmp_path / "r.toml", "teacher_margin = 0.0")
+def test_the_teacher_margin_saves_its_judgements_as_labels(place, reports, tmp_path):
+    recipe = write_mining_recipe(place, tmp_path / "r.toml", "teacher_margin = 0.0")
     run = tmp_path / "run"
     _, report = succeed_with_report("mine", recipe, "--out", run, "--dtype", "float32", folder=tmp_path)
     mined = report["result"]["everyday"]
     assert mined["teacher"]["judged"] >= 12 + mined["num_hard_negatives"]
     _, report = succeed_with_report("label", recipe, "--out", run, "--dtype", "float32", folder=tmp_path)
-    # Positives and hard negatives are not judged again; only the easy negatives are left.
-    full = [entry for entry in plan(run).entries if len(entry.hard_negatives) == 3]
+    # Positives and hard negatives were judged while mining; only the easy negatives are left to judge.
+    full = [entry for entry in read_run_plan(run).entries if len(entry.hard_negatives) == 3]
     assert report["result"]["pairs"] == mined["num_easy_negatives"]
-    labels = LabelStore(run / "labels", teacher=report["result"]["teacher"], **_key(run))
+    labels = LabelStore(run / "labels", teacher=report["result"]["teacher"], **_label_key(run))
     for entry in full:
         odds = labels.log_odds(entry.query_id)
         assert max(odds[p] for p in entry.hard_negatives) <= odds[entry.positives[0]]
@@ -75,7 +77,7 @@ def test_the_teachers_margin_stores_what_it_asked(place, reports, tmp_path):
     assert report["result"]["everyday"]["teacher"]["judged"] == 0
 
 
-def _key(run):
+def _label_key(run):
     import pyarrow.parquet as pq
 
     row = pq.read_table(next((run / "labels" / "labels").glob("*.parquet"))).slice(0, 1).to_pylist()[0]
@@ -100,12 +102,12 @@ def test_an_interrupted_run_goes_on(place, reports, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Student, "encode_passages", refuse)
         succeed(*arguments)
-    assert plan(tmp_path / "run").entries == plan(place / "run").entries
+    assert read_run_plan(tmp_path / "run").entries == read_run_plan(place / "run").entries
     assert [path.name for path in (tmp_path / "run" / "plans").iterdir()] == ["everyday"]
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_plan_of_an_earlier_version_is_read(place, reports, tmp_path, same):
+def test_a_plan_written_by_an_earlier_version_is_read(place, reports, tmp_path, same):
     shutil.copytree(place / "run", tmp_path / "run")
     path = tmp_path / "run" / "plans" / "everyday" / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""``d2llm index INDEX project``: what it says, what it leaves, and that searches go on as before."""
+"""``d2llm index INDEX project``: its messages, the files it writes, and unchanged search results."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def save_student(folder, features):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with an index of a concat student, and a corpus that has two passages more."""
+def folder(tmp_path_factory):
+    """A folder with an index by a 'concat' student, and a corpus with two more passages than the index."""
     folder = tmp_path_factory.mktemp("project")
     lines = [{"_id": f"p{n}", "text": text} for n, text in enumerate(TEXTS)]
     write_lines(folder / "corpus.jsonl", lines[:6])
@@ -31,25 +31,25 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_store_search_and_go_on(world):
-    index = world / "i"
-    before = succeed_with_report("search", index, "rain in the mountains", "--top-k", "4", folder=world)[1]
-    said = succeed("index", index, "project", "--json", world / "project.json")
-    assert "project: 6 rows added, 0 existed already, 16 numbers and 32 bytes each" in said.stderr
-    assert json.loads((world / "project.json").read_text())["result"]["num_rows"] == 6
+def test_projections_are_stored_and_keep_rankings(folder):
+    index = folder / "i"
+    before = succeed_with_report("search", index, "rain in the mountains", "--top-k", "4", folder=folder)[1]
+    result = succeed("index", index, "project", "--json", folder / "project.json")
+    assert "project: 6 rows added, 0 existed already, 16 numbers and 32 bytes each" in result.stderr
+    assert json.loads((folder / "project.json").read_text())["result"]["num_rows"] == 6
     assert (index / "projections-0.bin").stat().st_size == 6 * 32
     assert "of 6 rows, 32 bytes each" in succeed("index", index, "stats").stdout
-    after = succeed_with_report("search", index, "rain in the mountains", "--top-k", "4", folder=world)[1]
+    after = succeed_with_report("search", index, "rain in the mountains", "--top-k", "4", folder=folder)[1]
     rankings = [
-        [place["passage"]["id"] for place in report["result"]["rankings"][0]["passages"]] for report in (before, after)
+        [hit["passage"]["id"] for hit in report["result"]["rankings"][0]["passages"]] for report in (before, after)
     ]
     assert rankings[0] == rankings[1]
-    succeed("index", index, "upsert", world / "more.jsonl")
+    succeed("index", index, "upsert", folder / "more.jsonl")
     assert "0 rows added, 8 existed already" in succeed("index", index, "project").stderr
     assert "0 problems" in succeed("index", index, "verify").stderr
 
 
-def test_a_head_that_gains_nothing_is_one_line(world):
-    student = save_student(world, "rich")
-    succeed("index", world / "rich-index", "upsert", world / "corpus.jsonl", "--student", student)
-    fail("index", world / "rich-index", "project", containing=["the features 'rich'", "nothing is gained", "'concat'"])
+def test_a_head_that_gains_nothing_is_rejected(folder):
+    student = save_student(folder, "rich")
+    succeed("index", folder / "rich-index", "upsert", folder / "corpus.jsonl", "--student", student)
+    fail("index", folder / "rich-index", "project", containing=["the features 'rich'", "nothing is gained", "'concat'"])

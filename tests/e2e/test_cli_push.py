@@ -1,4 +1,4 @@
-"""``d2llm push`` against a Hub whose transport alone is replaced."""
+"""``d2llm push`` to a fake Hub: only the HTTP transport is replaced."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def hub(tmp_path, monkeypatch):
     set_client_factory(default_client_factory)
 
 
-def test_a_pushed_student_judges_by_its_name(hub, tmp_path):
+def test_a_pushed_student_can_be_loaded_by_name(hub, tmp_path):
     result, report = succeed_with_report("push", STUDENT, "me/mine", "--private", folder=tmp_path)
     assert report["result"]["url"].startswith("https://huggingface.co/me/mine/commit/")
-    num_files = len(hub.repositories["me/mine"].files("main")) - 1  # .gitattributes is the Hub's own
+    num_files = len(hub.repositories["me/mine"].files("main")) - 1  # the Hub adds .gitattributes itself
     assert report["result"]["num_files"] == num_files > 6
     assert f"{num_files} files" in result.stderr
     assert OWNER_TOKEN not in result.output + (tmp_path / "report.json").read_text()
@@ -38,7 +38,7 @@ def test_a_pushed_student_judges_by_its_name(hub, tmp_path):
     assert find_student("me/mine") != find_student(STUDENT)
 
 
-def test_a_student_without_a_licence_is_warned_about(hub, tmp_path):
+def test_a_missing_licence_is_a_warning(hub, tmp_path):
     folder = shutil.copytree(find_student(STUDENT), tmp_path / "student")
     (folder / "README.md").unlink()
     assert "no licence is named" in d2llm("push", folder, "me/mine").stderr

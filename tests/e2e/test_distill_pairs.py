@@ -1,4 +1,4 @@
-"""Distilling from labelled pairs, alone and beside a retrieval set."""
+"""Distilling from labelled pairs, alone and together with a retrieval set."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def write_pairs(folder: Path, *, splits: tuple[str, ...] = ("train", "dev")) -> Path:
-    """A yes where the second text is made of the words of the next topic: nothing that an untrained cosine knows."""
+    """A pair is positive if its second text has the words of the next topic, which an untrained cosine cannot know."""
     rng = random.Random(0)
     words = [text.split() for text in TEXTS]
     folder.mkdir(parents=True)
@@ -47,9 +47,9 @@ def write_pairs(folder: Path, *, splits: tuple[str, ...] = ("train", "dev")) -> 
 
 
 def pair_source(folder: Path, plan: Path) -> TrainingSource:
-    found = open_data(folder)
-    assert isinstance(found, PairDataset)
-    write_plan(plan, plan_of_pairs(read_pair_training_set(found), "train", num_easy=0, seed=0), {})
+    dataset = open_data(folder)
+    assert isinstance(dataset, PairDataset)
+    write_plan(plan, plan_of_pairs(read_pair_training_set(dataset), "train", num_easy=0, seed=0), {})
     return training_source(DataConfig(path=str(folder), task="symmetric"), read_plan(plan))
 
 
@@ -71,7 +71,7 @@ def test_pairs_alone_teach_a_student_without_a_teacher(place: Place, tmp_path: P
     assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
 
 
-def test_pairs_and_retrieval_in_one_run_that_resumes_exactly(place: Place, tmp_path: Path) -> None:
+def test_a_run_on_pairs_and_retrieval_resumes_exactly(place: Place, tmp_path: Path) -> None:
     sources = [topics(name="tiny"), pair_source(write_pairs(tmp_path / "couples"), tmp_path / "plan")]
     write_rule_labels(tmp_path / "labels", sources, place.teacher)
     recipe = tiny_recipe(tiny_student_config(place.model), learning_rate=1e-3, head_learning_rate=1e-2)
@@ -81,7 +81,7 @@ def test_pairs_and_retrieval_in_one_run_that_resumes_exactly(place: Place, tmp_p
             sources, folder, recipe=recipe, labels=tmp_path / "labels", teacher=place.teacher, device="cpu"
         ).fingerprint
 
-    whole = run(tmp_path / "whole")
+    fingerprint = run(tmp_path / "whole")
     steps = [line for line in log_of(tmp_path / "whole") if "loss" in line]
     assert {frozenset(name for name in line if "cross_entropy" in name) for line in steps} == {
         frozenset({"pair_cross_entropy", "anchor_pair_cross_entropy"}),
@@ -90,10 +90,10 @@ def test_pairs_and_retrieval_in_one_run_that_resumes_exactly(place: Place, tmp_p
     (tmp_path / "whole" / "manifest.json").unlink()
     for path in sorted((tmp_path / "whole").rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
-    assert run(tmp_path / "whole") == whole
+    assert run(tmp_path / "whole") == fingerprint
 
 
-def test_as_much_of_the_change_is_taken_back_as_dev_does_not_miss(place: Place, tmp_path: Path) -> None:
+def test_interpolation_keeps_one_of_the_measured_shares(place: Place, tmp_path: Path) -> None:
     report = place.run(tmp_path / "student", interpolation=(0.5, 0.999))
     shares = {line["share"]: line["dev"] for line in log_of(tmp_path / "student") if "share" in line}
     assert set(shares) == {0.5, 0.999, 1.0}
@@ -106,7 +106,7 @@ def test_as_much_of_the_change_is_taken_back_as_dev_does_not_miss(place: Place, 
     assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
 
 
-def test_pairs_without_a_dev_split_are_refused(place: Place, tmp_path: Path) -> None:
+def test_pairs_without_a_dev_split_are_rejected(place: Place, tmp_path: Path) -> None:
     source = pair_source(write_pairs(tmp_path / "couples", splits=("train",)), tmp_path / "plan")
     recipe = tiny_recipe(tiny_student_config(place.model))
     recipe = recipe.model_copy(update={"losses": LossWeights.model_validate(PLAIN)})
@@ -114,7 +114,7 @@ def test_pairs_without_a_dev_split_are_refused(place: Place, tmp_path: Path) -> 
         place.run(tmp_path / "student", source=source, recipe=recipe)
 
 
-def test_in_stages_first_the_vectors_then_the_interaction(place: Place, tmp_path: Path) -> None:
+def test_vectors_are_trained_before_the_interaction(place: Place, tmp_path: Path) -> None:
     sources = [topics(name="tiny"), pair_source(write_pairs(tmp_path / "couples"), tmp_path / "plan")]
     write_rule_labels(tmp_path / "labels", sources, place.teacher)
     stage = {"epochs": 6, "learning_rate": 1e-2, "warmup_steps": 1, "num_near": 5, "num_random": 5, "batch_queries": 8}
@@ -123,16 +123,16 @@ def test_in_stages_first_the_vectors_then_the_interaction(place: Place, tmp_path
         sources, tmp_path / "student", recipe=recipe, labels=tmp_path / "labels", teacher=place.teacher, device="cpu"
     )
     lines = log_of(tmp_path / "student")
-    first = [line for line in lines if "loss" in line]
-    assert first
+    first_stage = [line for line in lines if "loss" in line]
+    assert first_stage
     dev = [line["dev"] for line in lines if "dev" in line and line.get("stage") != "residual"]
-    assert all(len(set(values.values())) == 1 for of_sets in dev for values in of_sets.values())  # no interaction yet
-    second = [line["dev"] for line in lines if line.get("stage") == "residual"]
-    assert len(second) == 6
-    assert any(len(set(values.values())) > 1 for of_sets in second for values in of_sets.values())
-    for name, of_set in report.dev.items():
+    assert all(len(set(values.values())) == 1 for results in dev for values in results.values())  # no interaction yet
+    second_stage = [line["dev"] for line in lines if line.get("stage") == "residual"]
+    assert len(second_stage) == 6
+    assert any(len(set(values.values())) > 1 for results in second_stage for values in results.values())
+    for name, result in report.dev.items():
         weight = report.residual_weights["asymmetric" if name == "tiny" else "symmetric"]
-        assert of_set["by_weight"][str(weight)] >= of_set["by_weight"]["0.0"]
+        assert result["by_weight"][str(weight)] >= result["by_weight"]["0.0"]
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert student.fingerprint == report.fingerprint
     head = student.interaction
@@ -142,7 +142,7 @@ def test_in_stages_first_the_vectors_then_the_interaction(place: Place, tmp_path
     }
 
 
-def test_negatives_mined_anew_survive_an_interruption(
+def test_remined_negatives_survive_an_interruption(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"remine": True, "epochs": 3, "checkpoint_every": 1}

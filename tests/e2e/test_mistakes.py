@@ -1,6 +1,6 @@
-"""Mistakes that people make: each ends with 2 and a message that says what, where and what to do, and costs nothing.
+"""Common user mistakes: each exits with code 2 and a message saying what is wrong, where, and how to fix it.
 
-Nothing that was there is changed, nothing is left behind, and no traceback is printed.
+No existing file is changed, no new file is left behind, and no traceback is printed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LINE = '{"_id": "a", "text": "the cat"}\n'
 
 @dataclass(frozen=True)
 class World:
-    """Things that are right; ``file`` makes those that are wrong."""
+    """Valid inputs, and helpers that make invalid ones from them."""
 
     root: Path
 
@@ -67,7 +67,7 @@ class World:
         return ("index", self.root / "new", "upsert", self.file(name, content), "--student", self.student, *options)
 
     def damaged(self, folder, name, content):
-        """A copy of a folder with one file changed, or without it."""
+        """A copy of a folder in which one file has other content, or is missing if ``content`` is None."""
         copy = self.root / "wrong" / folder.name
         shutil.copytree(folder, copy)
         if content is None:
@@ -385,7 +385,7 @@ SERVER = {
 }
 
 CASES = [
-    pytest.param(arguments, words, id=f"{group}: {name}")
+    pytest.param(arguments, fragments, id=f"{group}: {name}")
     for group, cases in (
         ("corpus", CORPUS),
         ("index", INDEX),
@@ -395,7 +395,7 @@ CASES = [
         ("measures", MEASURES),
         ("server", SERVER),
     )
-    for name, (arguments, *words) in cases.items()
+    for name, (arguments, *fragments) in cases.items()
 ]
 
 
@@ -406,35 +406,35 @@ def _contents(root):
     }
 
 
-def _refused(*arguments, words):
+def _assert_refused(*arguments, fragments):
     result = d2llm(*arguments)
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == 2
     assert "Traceback" not in result.stderr
-    flowing = " ".join(result.stderr.replace("│", " ").split())  # the usage's box has its own lines
-    for part in words:
-        assert part in flowing, f"{part!r} is not in: {flowing}"
+    unwrapped = " ".join(result.stderr.replace("│", " ").split())  # usage errors are wrapped and drawn in a box
+    for part in fragments:
+        assert part in unwrapped, f"{part!r} is not in: {unwrapped}"
 
 
-@pytest.mark.parametrize(("make_arguments", "words"), CASES)
-def test_it_is_told_and_nothing_is_lost_or_left_behind(world, make_arguments, words):
+@pytest.mark.parametrize(("make_arguments", "fragments"), CASES)
+def test_mistakes_get_a_clear_error_and_leave_no_files(world, make_arguments, fragments):
     arguments = make_arguments(world)
     before = _contents(world.root)
-    _refused(*arguments, words=words)
+    _assert_refused(*arguments, fragments=fragments)
     assert _contents(world.root) == before
 
 
-def test_a_port_in_use(world):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        _refused("serve", world.index, "--port", port, words=[f"port {port} of 127.0.0.1 is in use"])
+def test_a_port_in_use_is_reported(world):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        _assert_refused("serve", world.index, "--port", port, fragments=[f"port {port} of 127.0.0.1 is in use"])
 
 
 @pytest.mark.parametrize("name", ["corpus", "recipe"])
-def test_a_file_without_rights(world, monkeypatch, name):
-    """The system's refusal is made here, since it refuses nothing to root."""
+def test_an_unreadable_file_is_reported(world, monkeypatch, name):
+    """The permission error is simulated, because root may read any file."""
     path, open_file = getattr(world, name), Path.open
 
     def refuse(self, *arguments, **options):
@@ -444,38 +444,43 @@ def test_a_file_without_rights(world, monkeypatch, name):
 
     monkeypatch.setattr(Path, "open", refuse)
     arguments = ("index", "new", "upsert", path, "--student", world.student) if name == "corpus" else ("run", path)
-    _refused(*arguments, words=[f"{path}: cannot be read (Permission denied); check"])
+    _assert_refused(*arguments, fragments=[f"{path}: cannot be read (Permission denied); check"])
     assert not (world.root / "new").exists()
 
 
-def test_any_other_file_that_the_system_refuses_is_told_by_its_name(world, monkeypatch):
+def test_any_permission_error_names_the_file(world, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "/secret/file")
 
     monkeypatch.setattr("d2llm.retrieval.search.search", refuse)
-    _refused("search", world.index, "cat", words=["/secret/file: Permission denied; check the path, its permissions"])
+    _assert_refused(
+        "search", world.index, "cat", fragments=["/secret/file: Permission denied; check the path, its permissions"]
+    )
 
 
-def test_a_folder_without_the_right_to_write(world, monkeypatch):
+def test_an_unwritable_report_folder_is_reported(world, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode, **_: False)
-    _refused("search", world.index, "cat", "--json", "r.json", words=["r.json: the folder . cannot be written to"])
+    _assert_refused(
+        "search", world.index, "cat", "--json", "r.json", fragments=["r.json: the folder . cannot be written to"]
+    )
 
 
-@pytest.mark.parametrize("mark", ["corpus", "queries", "recipe"])
-def test_a_mark_of_utf_8_is_no_mistake(world, mark):
-    """Editors of Windows write one."""
-    if mark == "recipe":
+@pytest.mark.parametrize("kind", ["corpus", "queries", "recipe"])
+def test_a_utf8_byte_order_mark_is_accepted(world, kind):
+    """Windows editors write one."""
+    if kind == "recipe":
         recipe = world.file("r.toml", b"\xef\xbb\xbf" + world.recipe.read_bytes())
-        _refused("label", recipe, "--out", "run", words=["there is no training plan yet"])  # so it was read
+        # This message shows that the recipe itself was read.
+        _assert_refused("label", recipe, "--out", "run", fragments=["there is no training plan yet"])
         return
     file = world.file("c.jsonl", b"\xef\xbb\xbf" + LINE.encode())
-    if mark == "queries":
+    if kind == "queries":
         assert "the cat" in succeed("search", world.index, "--queries", file).stdout
     else:
         succeed("index", world.root / "wrong" / "new", "upsert", file, "--student", world.student)
 
 
-def test_ctrl_c_keeps_what_was_committed_and_the_same_command_goes_on(world, monkeypatch):
+def test_ctrl_c_keeps_committed_work_and_a_rerun_continues(world, monkeypatch):
     lines = [json.dumps({"_id": f"p{n}", "text": f"the cat and the number {n}"}) for n in range(60)]
     corpus = world.file("c.jsonl", "\n".join(lines))
     folder = corpus.parent / "new"

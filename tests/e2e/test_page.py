@@ -1,4 +1,4 @@
-"""The page as somebody at a browser sees it: the real server, a real index, headless Chromium."""
+"""The page in a browser: the real server and a real index, in headless Chromium."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def folder(tmp_path_factory):
 def address(folder):
     report = folder / "report.html"
     report.write_text(render_html(retrieval_report(12)), encoding="utf-8")
-    with serve(make_app(tiny_settings(write_page_index(folder), report=report))) as found:
-        wait_until_ready(found)
-        yield found
+    with serve(make_app(tiny_settings(write_page_index(folder), report=report))) as url:
+        wait_until_ready(url)
+        yield url
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A student with random heads, whose IEM moves passages far; the index may not be changed."""
+    """A server of a read-only index, whose student has random heads, so that its IEM moves passages far."""
     index = write_tiny_index(tmp_path_factory.mktemp("tiny"))
-    with serve(make_app(tiny_settings(index, writable=False))) as found:
-        wait_until_ready(found)
-        yield found
+    with serve(make_app(tiny_settings(index, writable=False))) as url:
+        wait_until_ready(url)
+        yield url
 
 
 def state_of(page):
@@ -67,15 +67,15 @@ def test_search_as_you_type(visit, address):
     assert urlsplit(page.url).query == ""
 
 
-def test_a_late_answer_never_shows_over_a_newer_one(visit, address):
+def test_a_late_answer_never_replaces_a_newer_one(visit, address):
     page = visit(address)
 
-    def slow_for_the_first(route):
+    def delay_the_first(route):
         if asked(route.request).get("query") == "trains":
             time.sleep(0.8)
         route.continue_()
 
-    page.route("**/v1/search", slow_for_the_first)
+    page.route("**/v1/search", delay_the_first)
     page.locator("#query").fill("trains")
     page.wait_for_timeout(300)
     page.locator("#query").fill(QUESTION)
@@ -85,7 +85,7 @@ def test_a_late_answer_never_shows_over_a_newer_one(visit, address):
     assert page.locator("#query").input_value() == QUESTION
 
 
-def test_typing_asks_once_for_a_pause(visit, address):
+def test_typing_sends_one_query_after_a_pause(visit, address):
     page = visit(address)
     queries = []
     page.on("request", lambda request: queries.append(asked(request).get("query")))
@@ -103,7 +103,7 @@ def test_a_link_shows_the_same_search(visit, address):
     assert page.title() == "flowers – d2llm"
 
 
-def test_filters_by_controls_by_value_and_by_hand(visit, address):
+def test_filters_are_set_with_controls_and_from_results(visit, address):
     page = visit(f"{address}/?q=water")
     page.wait_for_selector(".card")
     page.locator("#filters > summary").click()
@@ -124,7 +124,7 @@ def test_filters_by_controls_by_value_and_by_hand(visit, address):
     assert page.locator("#filter").input_value() == f"subject = '{subject}'"
 
 
-def test_a_wrong_filter_is_told_beside_its_box(visit, address):
+def test_a_wrong_filter_shows_an_error_beside_its_box(visit, address):
     page = visit(f"{address}/?q=water", expected=["400 (Bad Request)"])
     page.wait_for_selector(".card")
     page.locator("#filters > summary").click()
@@ -137,7 +137,7 @@ def test_a_wrong_filter_is_told_beside_its_box(visit, address):
     assert "No passage matches the filter." in page.locator(".column").inner_text()
 
 
-def test_quotes_and_patterns_of_values_are_escaped(visit, address):
+def test_quotes_and_wildcards_in_values_are_escaped(visit, address):
     page = visit(f"{address}/?q=bread")
     page.wait_for_selector(".card")
     page.locator("#filters > summary").click()
@@ -155,7 +155,7 @@ def test_quotes_and_patterns_of_values_are_escaped(visit, address):
     page.wait_for_selector(".column .quiet")
 
 
-def test_why_has_parts_words_and_sources(visit, address):
+def test_an_explanation_has_parts_words_and_sources(visit, address):
     page = visit(f"{address}/?q={QUESTION}")
     card = page.locator(".card").first
     card.locator(".toggle-why").click()
@@ -167,13 +167,13 @@ def test_why_has_parts_words_and_sources(visit, address):
     strongest = card.locator(".text mark.for.level-5").all_inner_texts()
     assert {"pasta", "sticking"} & {word.lower() for word in strongest}
     assert "inner product: rank 1" in card.locator(".sources").inner_text()
-    assert card.get_by_role("button", name="Ask the teacher").count() == 0  # there is none
+    assert card.get_by_role("button", name="Ask the teacher").count() == 0  # this server has no teacher
     card.locator(".toggle-why").click()
     assert card.locator(".why").count() == 0
     assert card.locator("mark.weight").count() == 0
 
 
-def test_words_are_found_after_signs_of_two_units(visit, address):
+def test_words_are_marked_correctly_after_surrogate_pairs(visit, address):
     page = visit(f"{address}/?q={HOSTILE_QUERY}")
     card = page.locator(".card", has_text="🦓").first
     card.locator(".toggle-why").click()
@@ -183,7 +183,7 @@ def test_words_are_found_after_signs_of_two_units(visit, address):
     assert "zebra" in words
 
 
-def test_two_rankings_side_by_side_with_what_moved(visit, tiny):
+def test_two_rankings_side_by_side_show_what_moved(visit, tiny):
     page = visit(f"{tiny}/?q=the+cat+by+the+sea&beside=1")
     page.wait_for_selector(".columns-2 .card")
     columns = page.locator(".column")
@@ -197,12 +197,12 @@ def test_two_rankings_side_by_side_with_what_moved(visit, tiny):
     assert any(ranks[0][name] != ranks[1][name] for name in both)
     lines = page.locator("svg.lines .line")
     assert {line.get_attribute("data-id") for line in lines.all()} == both
-    for name, now in ranks[1].items():
-        said = columns.nth(1).locator(f'.card[data-id="{name}"] .moved').inner_text()
+    for name, rank in ranks[1].items():
+        move = columns.nth(1).locator(f'.card[data-id="{name}"] .moved').inner_text()
         before = ranks[0].get(name)
-        expected = "new" if before is None else "=" if before == now else f"{before} → {now}"
-        assert expected in said
-    for name in both:  # a line begins and ends at its cards
+        expected = "new" if before is None else "=" if before == rank else f"{before} → {rank}"
+        assert expected in move
+    for name in both:  # a line starts at the height of the higher of its two cards
         path = page.locator(f'.line[data-id="{name}"] path').bounding_box()
         tops = [columns.nth(n).locator(f'.card[data-id="{name}"]').bounding_box()["y"] for n in (0, 1)]
         assert min(tops) <= path["y"] <= min(tops) + 60
@@ -220,22 +220,22 @@ def test_one_ranking_at_a_time(visit, tiny):
     page.get_by_role("radio", name="Inner product").check()
     until(page, f"{order} !== '{by_iem}'")
     assert state_of(page)["rank"] == "none"
-    assert not page.locator("#adding").is_visible()  # this server does not change its index
+    assert not page.locator("#adding").is_visible()  # the index of this server is read-only
 
 
-def test_hybrid_is_a_share(visit, address):
+def test_the_hybrid_slider_sets_the_share_of_bm25(visit, address):
     page = visit(f"{address}/?q=pasta")
     page.wait_for_selector(".card")
-    with page.expect_response(lambda answer: asked(answer.request).get("hybrid") == 0.5):
+    with page.expect_response(lambda response: asked(response.request).get("hybrid") == 0.5):
         page.get_by_label("Hybrid").check()
     page.locator("#hybrid").focus()
-    with page.expect_response(lambda answer: asked(answer.request).get("hybrid") == 0.55):
+    with page.expect_response(lambda response: asked(response.request).get("hybrid") == 0.55):
         page.keyboard.press("ArrowRight")
     assert page.locator("#hybrid-share").inner_text() == "55% BM25"
     assert state_of(page)["hybrid"] == "55"
 
 
-def test_all_of_it_by_keyboard(visit, address):
+def test_the_page_can_be_used_by_keyboard(visit, address):
     page = visit(address)
     page.locator("#theme").focus()
     page.keyboard.press("/")
@@ -266,12 +266,12 @@ def test_every_control_is_reached_by_tab_and_has_a_name(visit, address):
     page = visit(f"{address}/?q=pasta")
     page.wait_for_selector(".card")
     page.locator("#filters > summary").click()
-    named = set()
+    reached = set()
     for _ in range(60):
         page.keyboard.press("Tab")
-        found = page.evaluate("document.activeElement.id || document.activeElement.className")
-        named.add(found)
-    wanted = {
+        identity = page.evaluate("document.activeElement.id || document.activeElement.className")
+        reached.add(identity)
+    expected = {
         "field",
         "operator",
         "value",
@@ -285,7 +285,7 @@ def test_every_control_is_reached_by_tab_and_has_a_name(visit, address):
         "card",
         "theme",
     }
-    assert wanted <= named
+    assert expected <= reached
     roles = (
         "button",
         "textbox",
@@ -299,8 +299,8 @@ def test_every_control_is_reached_by_tab_and_has_a_name(visit, address):
         "article",
     )
     for role in roles:
-        for one in page.get_by_role(role).all():
-            assert f'{role} "' in one.aria_snapshot() or role == "article", one.evaluate("one => one.outerHTML")
+        for element in page.get_by_role(role).all():
+            assert f'{role} "' in element.aria_snapshot() or role == "article", element.evaluate("one => one.outerHTML")
     snapshot = page.locator("body").aria_snapshot()
     for landmark in ("banner", "main", "search", 'complementary "Index"', 'navigation "Pages"', "status"):
         assert f"- {landmark}" in snapshot
@@ -309,7 +309,7 @@ def test_every_control_is_reached_by_tab_and_has_a_name(visit, address):
 
 
 def contrasts(page):
-    """(text, contrast) of each visible text with its background, by the formula of WCAG 2."""
+    """Return (text, contrast with its background) for each visible text, by the formula of WCAG 2."""
     return page.evaluate(
         """() => {
             const parse = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
@@ -341,19 +341,19 @@ def contrasts(page):
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
-def test_texts_can_be_read_in_light_and_dark(visit, address, colours):
+def test_texts_have_enough_contrast_in_light_and_dark(visit, address, colours):
     page = visit(f"{address}/?q={QUESTION}", colours=colours)
     page.locator(".toggle-why").first.click()
     page.wait_for_selector(".text mark.weight")
     page.locator("#filters > summary").click()
     measured = contrasts(page)
     assert len(measured) > 60
-    assert [one for one in measured if one[1] < 4.5] == []
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, paper[4:-1].split(","))) < 150) == (colours == "dark")
+    assert [pair for pair in measured if pair[1] < 4.5] == []
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, background[4:-1].split(","))) < 150) == (colours == "dark")
 
 
-def test_a_chosen_theme_wins_over_the_system_and_stays(visit, address):
+def test_a_chosen_theme_overrides_the_system_and_is_kept(visit, address):
     page = visit(address, colours="dark")
     page.locator("#theme").click()
     assert page.locator("#theme").inner_text() == "Theme: light"
@@ -388,7 +388,7 @@ def test_motion_can_be_turned_off(visit, address):
     assert page.evaluate("getComputedStyle(document.getElementById('results')).transitionProperty") == "none"
 
 
-def test_the_api_pages_describe_every_operation_and_can_try_it(visit, address):
+def test_the_api_page_describes_operations_and_calls_them(visit, address):
     page = visit(f"{address}/docs", ready=False)
     page.wait_for_selector(".operation")
     paths = set(page.locator(".operation > summary .path").all_inner_texts())
@@ -407,11 +407,11 @@ def test_the_api_pages_describe_every_operation_and_can_try_it(visit, address):
     assert overflow(page) == 0
 
 
-def test_the_report_stands_in_a_frame_with_its_styles(visit, address):
+def test_the_report_is_in_a_frame_with_its_own_styles(visit, address):
     page = visit(address)
     page.get_by_role("link", name="Evaluation").click()
     frame = page.frame_locator("iframe.report")
     frame.locator("svg#plot-quality-cost").wait_for()
     assert page.locator("iframe.report").get_attribute("sandbox") == ""
-    assert frame.locator("body").evaluate("body => getComputedStyle(body).maxWidth") == "1088px"  # its own style
+    assert frame.locator("body").evaluate("body => getComputedStyle(body).maxWidth") == "1088px"  # the report's style
     assert overflow(page) == 0

@@ -1,4 +1,4 @@
-"""WCAG 2.1 A and AA on the server's pages, as far as axe-core can tell: each state, in light and in dark."""
+"""WCAG 2.1 A and AA on the server's pages, as far as axe-core can check: each state, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ axe_playwright = pytest.importorskip(
 
 SEARCH = "?q=the+cat+by+the+sea&k=3"
 NARROW = 320
-"""Pixels at which WCAG wants a page without scrolling sideways (1.4.10)."""
+"""Width in pixels at which a page must not scroll horizontally (WCAG 1.4.10)."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, report):
-    """An address, and the teacher behind it."""
+    """The address of a server, and its teacher."""
     app = make_app(tiny_settings(**write_taught_index(tmp_path_factory.mktemp("accessible")), report=report))
     with serve(app) as address:
         wait_until_ready(address)
@@ -46,25 +46,25 @@ def address(served):
 
 
 def check(page, measurable=True):
-    """No rule is broken, and no contrast left unmeasured where it is ``measurable``: wide in light, narrow in dark."""
+    """No violations and, if ``measurable``, no contrast left unmeasured: on a wide light page and a narrow dark one."""
     axe = axe_playwright.Axe()
     for colours, width in (("light", 1280), ("dark", NARROW)):
         page.emulate_media(color_scheme=colours, reduced_motion="reduce")
         page.set_viewport_size({"width": width, "height": 900})
-        # It goes in through the browser's debugger, past the page's policy, which stays as it is.
-        found = axe.run(page, options={"resultTypes": ["violations", "incomplete"]}).response
-        unmeasured = [rule for rule in found["incomplete"] if rule["id"] == "color-contrast" and measurable]
-        told = [
+        # axe is injected through the browser's debugger, past the page's content security policy, which stays in force.
+        results = axe.run(page, options={"resultTypes": ["violations", "incomplete"]}).response
+        unmeasured = [rule for rule in results["incomplete"] if rule["id"] == "color-contrast" and measurable]
+        failures = [
             (colours, width, rule["id"], node["target"], node["failureSummary"])
-            for rule in found["violations"] + unmeasured
+            for rule in results["violations"] + unmeasured
             for node in rule["nodes"]
         ]
-        assert told == []
-        assert len(found["passes"]) > 10
+        assert failures == []
+        assert len(results["passes"]) > 10
         assert overflow(page) == 0
 
 
-def test_start(visit, address):
+def test_start_page(visit, address):
     page = visit(address)
     page.locator(".message h2", has_text="Ask a question").wait_for()
     check(page)
@@ -78,7 +78,7 @@ def test_results_with_filters(visit, address):
     check(page)
 
 
-def test_a_wrong_filter(visit, address):
+def test_an_invalid_filter(visit, address):
     page = visit(f"{address}/{SEARCH}&filter=colour+%3D+1", expected=["400 (Bad Request)"])
     page.wait_for_selector(".message.error")
     check(page)
@@ -90,7 +90,7 @@ def test_rankings_side_by_side(visit, address):
     check(page)
 
 
-def test_a_teacher_that_reads(visit, served):
+def test_waiting_for_the_teacher(visit, served):
     address, teacher = served
     teacher.may_answer.clear()
     try:
@@ -101,7 +101,7 @@ def test_a_teacher_that_reads(visit, served):
         teacher.reset()
 
 
-def test_why_with_the_teachers_verdict(visit, address):
+def test_an_explanation_with_the_teachers_verdict(visit, address):
     page = visit(f"{address}/{SEARCH}")
     page.locator(".toggle-why").first.click()
     page.wait_for_selector(".text mark.weight")
@@ -113,20 +113,20 @@ def test_why_with_the_teachers_verdict(visit, address):
 def test_adding_documents(visit, address):
     pytest.importorskip("semantic_text_splitter", reason="needs the extra documents: pip install 'd2llm[documents]'")
     page = visit(address)
-    named = {"a ship.txt": b"the ship of the winter sea", "picture.png": b"no text"}
+    files = {"a ship.txt": b"the ship of the winter sea", "picture.png": b"no text"}
     page.locator("#files").set_input_files(
-        [{"name": name, "mimeType": "", "buffer": content} for name, content in named.items()]
+        [{"name": name, "mimeType": "", "buffer": content} for name, content in files.items()]
     )
     page.wait_for_selector("#upload-report .skipped")
     check(page)
 
 
-def test_a_key(visit, address):
+def test_the_key_dialog(visit, address):
     page = visit(address)
-    page.evaluate("document.getElementById('key-open').hidden = false")  # as where the server wants one
+    page.evaluate("document.getElementById('key-open').hidden = false")  # as on a server that requires a key
     page.locator("#key-open").click()
     page.wait_for_selector("#key-dialog[open]")
-    check(page, measurable=False)  # axe takes the page under the dialog for a background
+    check(page, measurable=False)  # axe mistakes the page under the dialog for its background
 
 
 def test_the_api_pages(visit, address):
@@ -136,7 +136,7 @@ def test_the_api_pages(visit, address):
     operation.locator("summary").first.click()
     operation.get_by_role("button", name="Send").click()
     operation.locator(".output").wait_for()
-    # The others are alike: a few are enough, and much quicker.
+    # The other operations look alike: a few are enough, and much faster to check.
     page.evaluate("document.querySelectorAll('.operation:not([open])').forEach((one, n) => n > 2 && one.remove())")
     check(page)
 
@@ -145,11 +145,11 @@ def test_the_report_and_its_frame(visit, address, report):
     page = visit(f"{address}/page/evaluation.html", ready=False)
     page.wait_for_selector("iframe.report")
     check(page)
-    # In its frame it may run no script, so axe cannot look at it there; nor can it tell what is behind a plot's text.
+    # No script may run in the frame, so axe checks the report outside it; it cannot tell what is behind a plot's text.
     check(visit(report.as_uri(), ready=False), measurable=False)
 
 
-def test_keys_of_one_letter_can_be_turned_off(visit, address):
+def test_single_letter_shortcuts_can_be_turned_off(visit, address):
     page = visit(f"{address}/{SEARCH}")
     page.wait_for_selector(".card")
     focused = "document.activeElement.id || document.activeElement.dataset.id"
@@ -165,11 +165,11 @@ def test_keys_of_one_letter_can_be_turned_off(visit, address):
     first.focus()
     page.get_by_label("Single-letter shortcuts").uncheck()
     first.focus()
-    page.keyboard.press("Enter")  # other keys go on
+    page.keyboard.press("Enter")  # other keys still work
     page.wait_for_selector(".why")
 
 
-def test_the_focus_stays_among_the_results_when_they_change(visit, address):
+def test_the_focus_stays_in_the_results_when_they_change(visit, address):
     page = visit(f"{address}/{SEARCH}")
     page.wait_for_selector(".card")
     value = page.locator(".metadata .value").first

@@ -1,4 +1,4 @@
-"""The teacher on the page: the cascade beside the student's rankings, verdicts on demand, its time and its failures."""
+"""The teacher on the page: the cascade beside the student's rankings, verdicts on request, slowness and failures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def serving(settings, **changes):
 
 @pytest.fixture(scope="module")
 def taught(settings):
-    """An address, and the teacher behind it."""
+    """The address of a server, and its teacher."""
     with serving(settings) as (address, index):
         index.judge = WatchedTeacher(index.judge)
         yield address, index.judge
@@ -57,7 +57,7 @@ def teacher(taught):
     taught[1].reset()
 
 
-def answer_of(address, rescore, query=QUERY):
+def search_api(address, rescore, query=QUERY):
     answer = httpx2.post(f"{address}/v1/search", json={"query": query, "rescore": rescore, "explain": True}, timeout=60)
     return answer.raise_for_status().json()
 
@@ -67,13 +67,13 @@ def wait_for_columns(page, number=3):
     assert page.locator(".column").count() == number
 
 
-def shown(column):
-    """Ids of the cards, best first."""
+def ids_of(column):
+    """The passage ids of a column, best first."""
     return [card.get_attribute("data-id") for card in column.locator(".card").all()]
 
 
-def joined(page):
-    """(column of the left end, ids of the cards that its ends touch, direction, its own id) of each line."""
+def lines_of(page):
+    """For each line: the column of its left end, the ids of the cards at its ends, its direction and its own id."""
     return page.evaluate(
         """() => {
             const columns = [...document.querySelectorAll(".column")];
@@ -96,7 +96,7 @@ def joined(page):
     )
 
 
-def test_the_cascade_stands_beside_the_students_rankings_as_the_api_orders_it(visit, address):
+def test_the_cascade_column_matches_the_api(visit, address):
     page = visit(f"{address}/{BESIDE}")
     wait_for_columns(page)
     columns = page.locator(".column")
@@ -105,63 +105,65 @@ def test_the_cascade_stands_beside_the_students_rankings_as_the_api_orders_it(vi
         "Ranked by IEM",
         "Ranked by Cascade",
     ]
-    answers = [answer_of(address, rescore) for rescore in RANKINGS]
-    ids = [[place["id"] for place in answer["passages"]] for answer in answers]
-    assert [shown(column) for column in columns.all()] == ids
-    assert ids[2] != ids[1]  # or there would be nothing to see
+    answers = [search_api(address, rescore) for rescore in RANKINGS]
+    ids = [[passage["id"] for passage in answer["passages"]] for answer in answers]
+    assert [ids_of(column) for column in columns.all()] == ids
+    assert ids[2] != ids[1]  # otherwise this shows nothing
     cards = columns.nth(2).locator(".card")
-    for card, place in zip(cards.all(), answers[2]["passages"], strict=True):
-        name = "expected log-odds" if place["log_odds"] is None else "teacher’s log-odds"
-        assert card.locator(".score").inner_text() == f"{name} {place['score']:.3f}"
-        before = ids[1].index(place["id"]) + 1 if place["id"] in ids[1] else None
-        expected = "new" if before is None else "=" if before == place["rank"] else f"{before} → {place['rank']}"
+    for card, passage in zip(cards.all(), answers[2]["passages"], strict=True):
+        name = "expected log-odds" if passage["log_odds"] is None else "teacher’s log-odds"
+        assert card.locator(".score").inner_text() == f"{name} {passage['score']:.3f}"
+        before = ids[1].index(passage["id"]) + 1 if passage["id"] in ids[1] else None
+        expected = "new" if before is None else "=" if before == passage["rank"] else f"{before} → {passage['rank']}"
         assert expected in card.locator(".moved").inner_text()
     num_read = len(answers[2]["cascade"]["read"])
     assert f"The teacher read {num_read} passages that the student was unsure of" in page.locator(".note").inner_text()
     assert "teacher" in columns.nth(2).locator(".latency").inner_text()
 
 
-def test_lines_join_the_places_of_a_passage_and_say_which_way_it_went(visit, address):
+def test_lines_join_equal_passages_and_show_their_direction(visit, address):
     page = visit(f"{address}/{BESIDE}")
     wait_for_columns(page)
-    ids = [[place["id"] for place in answer_of(address, rescore)["passages"]] for rescore in RANKINGS]
+    ids = [[passage["id"] for passage in search_api(address, rescore)["passages"]] for rescore in RANKINGS]
     expected = []
     for column, (left, right) in enumerate(itertools.pairwise(ids)):
-        for now, name in enumerate(right):
+        for after, name in enumerate(right):
             if name in left:
                 before = left.index(name)
-                kind = "up" if now < before else "down" if now > before else "same"
+                kind = "up" if after < before else "down" if after > before else "same"
                 expected.append([column, name, name, kind, name])
-    assert sorted(joined(page)) == sorted(expected)
+    assert sorted(lines_of(page)) == sorted(expected)
     assert {"up", "down"} <= {line[3] for line in expected if line[0] == 1}
-    # A card that opens pushes others down: their lines go along.
+    # Opening a card pushes others down, and their lines follow.
     page.locator(".column").nth(2).locator(".toggle-why").first.click()
     page.wait_for_selector(".why .sources")
-    waiting.until(lambda: sorted(joined(page)) == sorted(expected), "the lines of the cards that moved")
+    waiting.until(lambda: sorted(lines_of(page)) == sorted(expected), "the lines of the cards that moved")
 
 
-def test_the_last_column_can_be_the_teacher(visit, address):
+def test_the_last_column_can_show_the_teacher(visit, address):
     page = visit(f"{address}/{BESIDE}")
     wait_for_columns(page)
-    for name, chosen, disabled in (
+    for name, checked, disabled in (
         ("Inner product", False, True),
         ("IEM", False, True),
         ("Teacher", False, False),
         ("Cascade", True, False),
     ):
         radio = page.get_by_role("radio", name=name)
-        assert (radio.is_checked(), radio.is_disabled()) == (chosen, disabled)
+        assert (radio.is_checked(), radio.is_disabled()) == (checked, disabled)
     page.get_by_role("radio", name="Teacher").check()
     page.get_by_role("heading", name="Ranked by Teacher").wait_for()
     wait_for_columns(page)
-    assert shown(page.locator(".column").nth(2)) == [place["id"] for place in answer_of(address, "teacher")["passages"]]
+    assert ids_of(page.locator(".column").nth(2)) == [
+        passage["id"] for passage in search_api(address, "teacher")["passages"]
+    ]
     page.get_by_label("Side by side").uncheck()
     until(page, "document.querySelectorAll('.column').length === 1")
     assert page.get_by_role("radio", name="Teacher").is_checked()
     assert page.get_by_role("radio", name="IEM").is_enabled()
 
 
-def test_the_verdict_is_what_the_api_says(visit, address):
+def test_the_verdict_matches_the_api(visit, address):
     page = visit(f"{address}/{BESIDE}")
     wait_for_columns(page)
     card = page.locator(".column").nth(2).locator(".card").first
@@ -173,23 +175,23 @@ def test_the_verdict_is_what_the_api_says(visit, address):
     verdict = card.locator(".verdict")
     until(page, "document.querySelector('.verdict').textContent.includes('%')")
     body = {"query": QUERY, "passage_id": card.get_attribute("data-id"), "teacher": True}
-    said = httpx2.post(f"{address}/v1/explain", json=body, timeout=60).json()["teacher"]
-    sign = "−" if said["log_odds"] < 0 else "+"
-    expected = f"{said['probability']:.0%} that it answers the query (log-odds {sign}{abs(said['log_odds']):.2f}, "
+    result = httpx2.post(f"{address}/v1/explain", json=body, timeout=60).json()["teacher"]
+    sign = "−" if result["log_odds"] < 0 else "+"
+    expected = f"{result['probability']:.0%} that it answers the query (log-odds {sign}{abs(result['log_odds']):.2f}, "
     assert verdict.inner_text().startswith(expected)
     assert verdict.get_attribute("role") == "status"
     assert button.evaluate("button => button === document.activeElement")
 
 
-def test_a_slow_teacher_holds_up_its_own_column_alone(visit, address, teacher):
+def test_a_slow_teacher_delays_only_its_own_column(visit, address, teacher):
     teacher.may_answer.clear()
     page = visit(f"{address}/{BESIDE}")
-    waiting = page.locator(".column.waiting")
-    waiting.get_by_text(READING).wait_for()
-    assert waiting.locator("h2").inner_text() == "Ranked by Cascade"
-    ids = [[place["id"] for place in answer_of(address, rescore)["passages"]] for rescore in RANKINGS[:2]]
+    waiting_column = page.locator(".column.waiting")
+    waiting_column.get_by_text(READING).wait_for()
+    assert waiting_column.locator("h2").inner_text() == "Ranked by Cascade"
+    ids = [[passage["id"] for passage in search_api(address, rescore)["passages"]] for rescore in RANKINGS[:2]]
     columns = page.locator(".column")
-    assert [shown(columns.nth(place)) for place in (0, 1)] == ids
+    assert [ids_of(columns.nth(number)) for number in (0, 1)] == ids
     assert READING in page.locator("#status").inner_text()
     card = columns.nth(1).locator(".card").first
     card.focus()
@@ -197,28 +199,28 @@ def test_a_slow_teacher_holds_up_its_own_column_alone(visit, address, teacher):
     page.wait_for_selector(".why .sources")
     teacher.may_answer.set()
     wait_for_columns(page)
-    assert card.locator(".why").is_visible()  # what was opened meanwhile stays, and so does the focus
+    assert card.locator(".why").is_visible()  # the opened explanation and the focus are kept
     assert card.evaluate("card => card === document.activeElement")
-    assert waiting.count() == 0
-    assert {line[0] for line in joined(page)} == {0, 1}
+    assert waiting_column.count() == 0
+    assert {line[0] for line in lines_of(page)} == {0, 1}
 
 
-def test_a_slow_teacher_alone_says_that_it_reads(visit, address, teacher):
+def test_a_slow_teacher_shows_that_it_is_reading(visit, address, teacher):
     page = visit(f"{address}/?q=the+cat+by+the+sea")
     page.wait_for_selector(".card")
     teacher.may_answer.clear()
     page.get_by_role("radio", name="Cascade").check()
     page.locator("#results > .working", has_text=READING).wait_for()
     assert page.locator("#results").get_attribute("aria-busy") == "true"
-    assert page.locator(".card").count() == 10  # of the ranking before
+    assert page.locator(".card").count() == 10  # of the previous ranking
     assert page.locator("#status").inner_text() == READING
     teacher.may_answer.set()
     page.wait_for_selector("#results:not([aria-busy]) .note")
     assert page.locator(".working").count() == 0
-    assert shown(page.locator(".column")) == [place["id"] for place in answer_of(address, "cascade")["passages"]]
+    assert ids_of(page.locator(".column")) == [passage["id"] for passage in search_api(address, "cascade")["passages"]]
 
 
-def test_a_slow_verdict_shows_that_it_is_coming_and_is_asked_for_once(visit, address, teacher):
+def test_a_slow_verdict_shows_progress_and_is_requested_once(visit, address, teacher):
     page = visit(f"{address}/?q=the+cat+by+the+sea")
     page.locator(".toggle-why").first.click()
     page.wait_for_selector(".text mark.weight")
@@ -228,7 +230,7 @@ def test_a_slow_verdict_shows_that_it_is_coming_and_is_asked_for_once(visit, add
     page.locator(".verdict.working", has_text=READING).wait_for()
     assert button.get_attribute("aria-disabled") == "true"
     button.dispatch_event("click")
-    other = page.locator(".card").nth(1)  # the page goes on meanwhile
+    other = page.locator(".card").nth(1)  # the page stays usable meanwhile
     other.locator(".toggle-why").click()
     other.locator(".text mark.weight").first.wait_for()
     teacher.may_answer.set()
@@ -237,31 +239,31 @@ def test_a_slow_verdict_shows_that_it_is_coming_and_is_asked_for_once(visit, add
     assert teacher.num_calls == 1
 
 
-def test_what_a_slow_teacher_says_of_an_old_query_is_never_shown(visit, address, teacher):
+def test_a_late_ranking_of_an_old_query_is_never_shown(visit, address, teacher):
     teacher.may_answer.clear()
     page = visit(f"{address}/{BESIDE}")
     page.locator(".column.waiting").wait_for()
     newer = "rain on the old house"
-    with page.expect_response(lambda answer: asked(answer.request).get("query") == newer):
+    with page.expect_response(lambda response: asked(response.request).get("query") == newer):
         page.locator("#query").fill(newer)
-    ids = [place["id"] for place in answer_of(address, "iem", newer)["passages"]]
+    ids = [passage["id"] for passage in search_api(address, "iem", newer)["passages"]]
     until(page, f"document.querySelectorAll('.column')[1]?.querySelector('.card').dataset.id === '{ids[0]}'")
     assert page.locator(".column.waiting").count() == 1
     teacher.may_answer.set()
     wait_for_columns(page)
-    expected = [place["id"] for place in answer_of(address, "cascade", newer)["passages"]]
-    assert shown(page.locator(".column").nth(2)) == expected
+    expected = [passage["id"] for passage in search_api(address, "cascade", newer)["passages"]]
+    assert ids_of(page.locator(".column").nth(2)) == expected
 
 
-def test_a_teacher_that_fails_is_told_and_the_page_stays_usable(visit, address, teacher):
+def test_a_failing_teacher_is_reported_and_the_page_works_on(visit, address, teacher):
     teacher.error = ModelError("the teacher's memory is full")
     page = visit(f"{address}/{BESIDE}", expected=["500 (Internal Server Error)"])
     problem = page.locator(".column").nth(2).locator(".problem")
     problem.wait_for()
     assert "server's log has the reason" in problem.inner_text()
     assert "Request " in page.locator(".column").nth(2).inner_text()
-    assert "memory" not in page.locator("main").inner_text()  # why is the server's own affair
-    assert [len(shown(page.locator(".column").nth(place))) for place in (0, 1)] == [10, 10]
+    assert "memory" not in page.locator("main").inner_text()  # the cause is only in the server's log
+    assert [len(ids_of(page.locator(".column").nth(number))) for number in (0, 1)] == [10, 10]
     page.locator(".column").nth(1).locator(".toggle-why").first.click()
     button = page.get_by_role("button", name="Ask the teacher")
     button.click()
@@ -276,31 +278,31 @@ def test_a_teacher_that_fails_is_told_and_the_page_stays_usable(visit, address, 
     assert page.locator(".problem:not(:empty)").count() == 0
 
 
-def test_a_teacher_without_time_says_so(visit, settings):
+def test_a_teacher_without_any_time_says_so(visit, settings):
     with serving(settings, teacher_ms=0) as (address, _):
         page = visit(f"{address}/?q=the+cat+by+the+sea&rank=teacher")
         page.wait_for_selector(".card")
-        note, names = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()
+        note, scores = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()
         page.get_by_role("radio", name="Cascade").check()
         page.locator(".note", has_text="The teacher ran out of time before it read anything: ").wait_for()
-    assert note.startswith("The teacher read the first 8 passages, in ")  # it begins one batch whatever the time
+    assert note.startswith("The teacher read the first 8 passages, in ")  # one batch is always read, whatever the limit
     assert note.endswith("Then it ran out of time: the others follow in the student’s order.")
-    assert [name.startswith("teacher’s log-odds") for name in names] == [True] * 8 + [False] * 2
+    assert [score.startswith("teacher’s log-odds") for score in scores] == [True] * 8 + [False] * 2
 
 
-def test_a_teacher_whose_time_ends_says_so(visit, settings):
+def test_a_teacher_that_runs_out_of_time_says_so(visit, settings):
     with serving(settings, teacher_ms=300) as (address, index):
         index.judge = WatchedTeacher(index.judge)
         index.judge.seconds = 0.4
         page = visit(f"{address}/?q=the+cat+by+the+sea&rank=cascade")
         page.wait_for_selector(".card")
-        note, names = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()
+        note, scores = page.locator(".note").inner_text(), page.locator(".card .score").all_inner_texts()
     assert note.startswith("The teacher read 1 passage that the student was unsure of, in ")
     assert note.endswith("Then it ran out of time: the others are ranked by the student’s estimate.")
-    assert {name.rsplit(" ", 1)[0] for name in names} <= {"teacher’s log-odds", "expected log-odds"}
+    assert {score.rsplit(" ", 1)[0] for score in scores} <= {"teacher’s log-odds", "expected log-odds"}
 
 
-def test_without_a_teacher_none_is_offered(visit, settings):
+def test_a_server_without_a_teacher_offers_none(visit, settings):
     with serving(settings, teacher=None) as (address, _):
         page = visit(f"{address}/{BESIDE}&rank=cascade")  # a link from a server that has one
         wait_for_columns(page, 2)
@@ -311,9 +313,9 @@ def test_without_a_teacher_none_is_offered(visit, settings):
         assert page.get_by_role("button", name="teacher").count() == 0
 
 
-def test_a_teacher_that_the_index_is_not_calibrated_for_has_no_cascade(visit, address, settings):
+def test_an_uncalibrated_teacher_has_no_cascade(visit, address, settings):
     errors = settings["index"] / ERRORS_FILE
-    kept = errors.read_bytes()
+    content = errors.read_bytes()
     errors.unlink()
     try:
         page = visit(f"{address}/{BESIDE}")
@@ -323,7 +325,7 @@ def test_a_teacher_that_the_index_is_not_calibrated_for_has_no_cascade(visit, ad
         page.get_by_role("radio", name="Teacher").check()
         wait_for_columns(page)
     finally:
-        errors.write_bytes(kept)
+        errors.write_bytes(content)
 
 
 def facts_of(page):

@@ -1,4 +1,4 @@
-"""Students in plain sentence-transformers: a virtual environment of its own, in which there is no d2llm."""
+"""Students loaded by plain sentence-transformers, in a virtual environment without d2llm."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 pytest.importorskip("sentence_transformers", reason="pip install 'd2llm[sentence-transformers]'")
 
-# Longer than any limit, with spaces around, next to nothing, and words that the tokenizers take apart.
+# Some are longer than any limit, surrounded by spaces, almost empty, or have words that the tokenizers split.
 QUERIES = [*TEXTS[:4], "  spaced   out ", "a", " ".join(TEXTS * 3), "Überzählige Wörter, 123"]
 PASSAGES = [*TEXTS[2:], "a", " ".join(reversed(TEXTS * 4))]
-TOLERANCE = 1e-5  # of the largest number: what the card says
+TOLERANCE = 1e-5  # relative to the largest number, as the model card promises
 PROGRAM = """
 import json, sys
 try:
@@ -56,7 +56,7 @@ assert not any(module.split(".")[0] == "d2llm" for module in sys.modules)
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
-    """A shipped student of which only an adapter is kept, as it comes back from the Hub."""
+    """A shipped student, which is stored as an adapter, after a push to the Hub and a download."""
     fake = FakeHub()
     root = tmp_path_factory.mktemp("hub")
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def pushed(tmp_path_factory):
 
 
 def write_student(folder: Path, architecture: str, head: str, pooling: str, **settings) -> Student:
-    """One whose two sides and two tasks differ, with prefixes, lengths and a chat template; all weights are kept."""
+    """Save a merged student whose sides and tasks differ, with prefixes, length limits and a chat template."""
     config = tiny_student_config(
         write_tiny_model(folder / "base", architecture),
         pooling=pooling,
@@ -98,9 +98,9 @@ def write_student(folder: Path, architecture: str, head: str, pooling: str, **se
 
 @pytest.fixture(scope="module")
 def students(tmp_path_factory, pushed):
-    """By name: the student, its folder, and the task whose inner product the library gets."""
+    """By name: the student, its folder, and the task whose inner product the library computes."""
     root = tmp_path_factory.mktemp("students")
-    made = {
+    written = {
         "decoder": (write_student(root / "decoder", "llama", "anchored", "last"), "asymmetric"),
         "encoder": (write_student(root / "encoder", "bert", "anchored", "mean"), "asymmetric"),
         "first": (write_student(root / "first", "modernbert", "cosine", "first"), "asymmetric"),
@@ -109,20 +109,20 @@ def students(tmp_path_factory, pushed):
             "symmetric",
         ),
     }
-    found = {name: (student, root / name / "student", task) for name, (student, task) in made.items()}
-    return found | {"pushed": (Student.load("d2llm-minilm-cosine", dtype="float32"), pushed, "asymmetric")}
+    saved = {name: (student, root / name / "student", task) for name, (student, task) in written.items()}
+    return saved | {"pushed": (Student.load("d2llm-minilm-cosine", dtype="float32"), pushed, "asymmetric")}
 
 
 @pytest.fixture(scope="module")
-def answers(students, tmp_path_factory):
-    """What the library gives of each, in an environment without d2llm."""
+def outputs(students, tmp_path_factory):
+    """The output of the library for each student, from an environment without d2llm."""
     root = tmp_path_factory.mktemp("without-d2llm")
     python = write_bare_environment(root / "environment")
     folders = {name: str(folder) for name, (_, folder, _) in students.items()}
     job = {"folders": folders, "queries": QUERIES, "passages": PASSAGES, "out": str(root)}
     (root / "job.json").write_text(json.dumps(job))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ran = subprocess.run(
+    process = subprocess.run(
         [python, "-I", "-c", PROGRAM, str(root / "job.json")],
         env=environment | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -130,27 +130,27 @@ def answers(students, tmp_path_factory):
         timeout=280,
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr
+    assert process.returncode == 0, process.stderr
     return {name: dict(np.load(root / f"{name}.npz")) for name in students}
 
 
-def assert_close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["decoder", "encoder", "first", "symmetric", "pushed"])
-def test_the_library_alone_gives_the_students_numbers(students, answers, name):
+def test_the_library_alone_reproduces_the_students_numbers(students, outputs, name):
     student, _, task = students[name]
     passages = student.encode_passages(PASSAGES).vectors
     queries = student.anchor_queries(student.encode_queries(QUERIES).vectors, task)
-    found = answers[name]
-    assert_close(found["queries"], queries)
-    assert_close(found["passages"], passages)
-    assert_close(found["plain"], passages)
-    assert_close(found["similarity"], queries @ passages.T)
-    if name == "pushed":  # which has no interaction: that is all of its score
+    output = outputs[name]
+    assert_close(output["queries"], queries)
+    assert_close(output["passages"], passages)
+    assert_close(output["plain"], passages)
+    assert_close(output["similarity"], queries @ passages.T)
+    if name == "pushed":  # it has no interaction, so this is its whole score
         logits = student.score_many(student.encode_queries(QUERIES).vectors, passages, task)
-        assert_close(found["similarity"], logits)
+        assert_close(output["similarity"], logits)
     if name == "symmetric":
         other = student.anchor_queries(student.encode_queries(QUERIES).vectors, "asymmetric")
         assert np.abs(queries - other).max() > 0.1
@@ -159,7 +159,7 @@ def test_the_library_alone_gives_the_students_numbers(students, answers, name):
 @pytest.mark.parametrize(
     ("head", "method", "reason"), [("anchored", "pma", "PMA"), ("paper", "backbone", "no inner product")]
 )
-def test_what_the_library_has_not_is_told_and_no_other_numbers_are_given(tmp_path, head, method, reason):
+def test_students_beyond_the_library_say_so_and_do_not_load(tmp_path, head, method, reason):
     from sentence_transformers import SentenceTransformer
 
     config = tiny_student_config(write_tiny_model(tmp_path / "base", "bert"))
@@ -175,21 +175,21 @@ def test_what_the_library_has_not_is_told_and_no_other_numbers_are_given(tmp_pat
         SentenceTransformer(str(tmp_path / "student"), local_files_only=True)
 
 
-def test_a_merged_copy_keeps_what_the_folder_had(pushed):
+def test_a_merged_copy_keeps_the_manifest_and_the_card(pushed):
     shipped = find_student("d2llm-minilm-cosine")
     before, after = (json.loads((folder / "manifest.json").read_text()) for folder in (shipped, pushed))
-    own = {"packages", "merged_sha256"}
-    assert {name: value for name, value in after.items() if name not in own} == {
-        name: value for name, value in before.items() if name not in own
+    rewritten = {"packages", "merged_sha256"}
+    assert {name: value for name, value in after.items() if name not in rewritten} == {
+        name: value for name, value in before.items() if name not in rewritten
     }
     cards = [(folder / "README.md").read_text(encoding="utf-8") for folder in (shipped, pushed)]
-    marks = [card.split("<!-- sentence-transformers:begin -->") for card in cards]
-    assert "loads it" in marks[1][1]
-    assert marks[0][0].split("---", 2)[2] == marks[1][0].split("---", 2)[2]
+    card_parts = [card.split("<!-- sentence-transformers:begin -->") for card in cards]
+    assert "loads it" in card_parts[1][1]
+    assert card_parts[0][0].split("---", 2)[2] == card_parts[1][0].split("---", 2)[2]
     assert not (pushed / "adapter.safetensors").exists()
 
 
-def test_an_adapter_alone_is_pushed_on_demand_and_says_what_it_needs(pushed, tmp_path):
+def test_an_adapter_is_pushed_on_request_and_says_its_needs(pushed, tmp_path):
     result, report = succeed_with_report("push", "d2llm-minilm-cosine", "me/small", "--adapter", folder=tmp_path)
     assert "sentence-transformers cannot load it without d2llm: its folder holds only what" in result.stderr
     assert report["result"]["needs_d2llm"]
@@ -200,7 +200,7 @@ def test_an_adapter_alone_is_pushed_on_demand_and_says_what_it_needs(pushed, tmp
     fail("push", pushed, "me/small", "--adapter", containing=["has all weights", "leave out --adapter"])
 
 
-def test_a_merged_student_of_an_earlier_version_gets_the_librarys_files(pushed, tmp_path):
+def test_an_older_merged_student_gets_the_librarys_files(pushed, tmp_path):
     old = shutil.copytree(pushed, tmp_path / "old")
     for path in ("modules.json", "config_sentence_transformers.json", "backbone/sentence_bert_config.json"):
         (old / path).unlink()
@@ -211,7 +211,7 @@ def test_a_merged_student_of_an_earlier_version_gets_the_librarys_files(pushed, 
     assert (find_student("me/again") / "modules.json").is_file()
 
 
-def test_the_interaction_of_a_student_with_pma_is_pushed_as_it_is(pushed, tmp_path):
+def test_a_student_with_pma_is_pushed_as_an_adapter(pushed, tmp_path):
     result, _ = succeed_with_report("push", "d2llm-minilm", "me/full", folder=tmp_path)
     assert "cannot load it without d2llm: its pooling by attention (PMA)" in result.stderr
     assert (find_student("me/full") / "adapter.safetensors").is_file()

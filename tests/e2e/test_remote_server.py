@@ -1,7 +1,7 @@
-"""The remote teacher against a real server, llama-cpp-python with SmolLM2, beside the local teacher of these weights.
+"""The remote teacher on a real llama-cpp-python server with SmolLM2, compared with the local teacher of its weights.
 
-``make test-remote`` installs the server (it compiles llama.cpp for some minutes) and runs this file. Another Python
-that has it may be named instead: ``D2LLM_LLAMA_PYTHON=/path/to/python``.
+``make test-remote`` installs the server (compiling llama.cpp takes some minutes) and runs this file. To use a server
+installed in another Python, set ``D2LLM_LLAMA_PYTHON=/path/to/python``.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from d2llm.models.teachers.remote import RemoteTeacher
 PYTHON = os.environ.get("D2LLM_LLAMA_PYTHON", sys.executable)
 KEY = "a-key-of-this-test"
 NUM_PAIRS = 12
-# The local teacher multiplies the weights of the GGUF file in float32, llama.cpp rounds activations to 8 bits besides.
+# The local teacher computes with the GGUF weights in float32; llama.cpp also rounds the activations to 8 bits.
 MEAN_TOLERANCE, MAX_TOLERANCE = 0.15, 0.4
-# No space before a slot: the local teacher tokenizes prompt and texts apart, a server the whole, and so both get the
-# same tokens.
+# No space before a slot: the local teacher tokenizes prompt and texts separately, a server as one string, and without
+# the space both get the same tokens.
 PROMPT = """
 template = "Query:\\n{query}\\nPassage:\\n{passage}\\nDoes the passage answer the query? Answer yes or no.\\nAnswer:"
 yes = " yes"
@@ -41,8 +41,8 @@ no = " no"
 
 
 def has_server() -> bool:
-    finds_it = "import importlib.util as u; raise SystemExit(not (u.find_spec('llama_cpp') and u.find_spec('uvicorn')))"
-    return subprocess.run([PYTHON, "-c", finds_it], check=False).returncode == 0
+    probe = "import importlib.util as u; raise SystemExit(not (u.find_spec('llama_cpp') and u.find_spec('uvicorn')))"
+    return subprocess.run([PYTHON, "-c", probe], check=False).returncode == 0
 
 
 pytestmark = [
@@ -131,20 +131,20 @@ def config_for(url: str, **settings: object) -> TeacherConfig:
 
 @pytest.fixture(scope="module")
 def pairs(shared_data: Path) -> list[tuple[str, str]]:
-    """Questions with their own passage, and with one of another question."""
+    """Questions, each with its own passage and with another question's passage."""
     dataset = read_beir(shared_data / "squad-sent", splits=["test"])
     own = [(query_id, next(iter(judged))) for query_id, judged in list(dataset.qrels["test"].items())[: NUM_PAIRS // 2]]
-    found: list[tuple[str, str]] = []
+    text_pairs: list[tuple[str, str]] = []
     for number, (query_id, passage_id) in enumerate(own):
         other = own[(number + 5) % len(own)][1]
         query = dataset.queries[query_id].text
-        found += [(query, dataset.passages[each].full_text) for each in (passage_id, other)]
-    return found
+        text_pairs += [(query, dataset.passages[candidate_id].full_text) for candidate_id in (passage_id, other)]
+    return text_pairs
 
 
 @pytest.mark.usefixtures("key")
 def test_log_odds_agree_with_the_local_teachers(url: str, pairs: list[tuple[str, str]], prompt: str) -> None:
-    # The server leaves out the log-probabilities where the model would end its text at once.
+    # The server omits the log-probabilities where the model would end its text at once.
     config = config_for(url, top_logprobs=1000, unanswered="undecided").model_copy(update={"prompt": prompt})
     remote = RemoteTeacher.load(config).judge(pairs, "asymmetric")
     teacher = Teacher.load(TeacherConfig(model="smollm2", prompt=prompt), device="cpu", dtype="float32")
@@ -152,11 +152,11 @@ def test_log_odds_agree_with_the_local_teachers(url: str, pairs: list[tuple[str,
     assert remote.num_truncated == 0
     answered = remote.log_odds != 0
     assert answered.sum() == len(pairs) - remote.num_undecided >= len(pairs) // 2
-    apart = np.abs(remote.log_odds - local.log_odds)[answered]
-    print("apart: mean", apart.mean(), "max", apart.max(), "of", answered.sum())
-    assert apart.mean() < MEAN_TOLERANCE
-    assert apart.max() < MAX_TOLERANCE
-    assert local.log_odds[answered].std() > MEAN_TOLERANCE  # or agreement would say nothing
+    differences = np.abs(remote.log_odds - local.log_odds)[answered]
+    print("apart: mean", differences.mean(), "max", differences.max(), "of", answered.sum())
+    assert differences.mean() < MEAN_TOLERANCE
+    assert differences.max() < MAX_TOLERANCE
+    assert local.log_odds[answered].std() > MEAN_TOLERANCE  # otherwise agreement would prove nothing
 
 
 def test_a_wrong_key_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The HTML report as a reader sees it: opened in headless Chromium."""
+"""The HTML report, opened in headless Chromium."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ WIDE, PHONE = 1200, 360
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a report; afterwards nothing may have been asked of a network or said on the console."""
+def open_report(browser, tmp_path):
+    """Opens a report; at teardown, fails if it made a network request or wrote to the console."""
     contexts, requests, complaints = [], [], []
 
     def open_page(report, width=WIDE, colours="light"):
@@ -38,8 +38,8 @@ def opened(browser, tmp_path):
     assert all(url.endswith("/report.html") for url in requests if url.startswith("file"))
 
 
-def shown_marks(page, identity):
-    """How many marks of a visible plot have an area."""
+def count_marks(page, identity):
+    """Count the marks with an area in a plot, which must be visible."""
     plot = page.locator(f"svg#{identity}")
     assert plot.is_visible()
     box = plot.bounding_box()
@@ -51,8 +51,8 @@ def shown_marks(page, identity):
     )
 
 
-def covering(page, identity):
-    """Pairs of texts of a plot that stand on each other, by more than their fonts' empty edges."""
+def overlapping_texts(page, identity):
+    """Pairs of texts of a plot that overlap by more than the empty margins of their fonts."""
     return page.locator(f"svg#{identity} text").evaluate_all(
         """texts => {
             const boxes = texts.map(text => [text.textContent, text.getBoundingClientRect()]);
@@ -71,62 +71,67 @@ def overflow(page):
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
-def test_all_plots_are_there_with_their_data(opened):
+def test_every_plot_shows_its_data(open_report):
     report = retrieval_report()
-    page = opened(report)
+    page = open_report(report)
     assert page.title() == "banking77 / test – d2llm evaluation"
-    assert shown_marks(page, "plot-quality-cost") == len(report.rows)
+    assert count_marks(page, "plot-quality-cost") == len(report.rows)
     ours, theirs = (report.details.values[name]["nDCG@10"] for name in ("D2LLM", "cosine, untuned"))
     unequal = sum(mine != other for mine, other in zip(ours, theirs, strict=True))
-    assert shown_marks(page, "plot-differences") == unequal
-    assert shown_marks(page, "plot-calibration") == 2 * len(report.calibration[0].bins)
-    assert shown_marks(page, "plot-histogram-1") == shown_marks(page, "plot-histogram-2") == 2
+    assert count_marks(page, "plot-differences") == unequal
+    assert count_marks(page, "plot-calibration") == 2 * len(report.calibration[0].bins)
+    assert count_marks(page, "plot-histogram-1") == count_marks(page, "plot-histogram-2") == 2
     for identity in ("plot-quality-cost", "plot-differences", "plot-histogram-1"):
-        assert covering(page, identity) == []
+        assert overlapping_texts(page, identity) == []
     assert overflow(page) == 0
 
 
-def test_pairs_have_their_plots(opened):
-    page = opened(pairs_report())
-    assert shown_marks(page, "plot-quality-cost") == 3
-    assert shown_marks(page, "plot-differences") > 10
-    assert shown_marks(page, "plot-calibration") > 2
-    assert shown_marks(page, "plot-histogram-1") == 2
+def test_a_report_on_pairs_has_its_plots(open_report):
+    page = open_report(pairs_report())
+    assert count_marks(page, "plot-quality-cost") == 3
+    assert count_marks(page, "plot-differences") > 10
+    assert count_marks(page, "plot-calibration") > 2
+    assert count_marks(page, "plot-histogram-1") == 2
 
 
-def test_a_phone_shows_narrow_plots_and_never_scrolls_sideways(opened):
-    page = opened(retrieval_report(), width=PHONE)
+def test_a_phone_shows_narrow_plots_and_never_scrolls_sideways(open_report):
+    page = open_report(retrieval_report(), width=PHONE)
     assert overflow(page) == 0
     page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
     assert overflow(page) == 0
     assert not page.locator("svg#plot-quality-cost").is_visible()
-    assert shown_marks(page, "plot-quality-cost-narrow") == 8
-    assert shown_marks(page, "plot-differences-narrow") > 50
-    assert covering(page, "plot-quality-cost-narrow") == covering(page, "plot-differences-narrow") == []
+    assert count_marks(page, "plot-quality-cost-narrow") == 8
+    assert count_marks(page, "plot-differences-narrow") > 50
+    assert (
+        overlapping_texts(page, "plot-quality-cost-narrow") == overlapping_texts(page, "plot-differences-narrow") == []
+    )
     sizes = page.locator("svg#plot-quality-cost-narrow text").evaluate_all(
         "texts => texts.map(text => text.getBoundingClientRect().height)"
     )
-    assert min(sizes) > 9  # pixels: small, but to be read
-    assert shown_marks(page, "plot-calibration") > 2
+    assert min(sizes) > 9  # pixels: small, but legible
+    assert count_marks(page, "plot-calibration") > 2
 
 
-def test_dark_is_dark_and_light_is_light(opened):
+def test_the_report_follows_the_colour_scheme(open_report):
     def brightness(colours):
-        page = opened(retrieval_report(12), colours=colours)
-        colour = page.evaluate(
+        page = open_report(retrieval_report(12), colours=colours)
+        styles = page.evaluate(
             "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"
             " getComputedStyle(document.querySelector('#plot-quality-cost .subject .name')).fill]"
         )
-        return [sum(int(part) for part in one.removeprefix("rgb(").removesuffix(")").split(",")) for one in colour]
+        return [sum(int(part) for part in style.removeprefix("rgb(").removesuffix(")").split(",")) for style in styles]
 
-    (light_paper, light_ink, light_ours), (dark_paper, dark_ink, dark_ours) = brightness("light"), brightness("dark")
-    assert light_ink < 150 < 700 < light_paper
-    assert dark_paper < 150 < 600 < dark_ink
+    (light_background, light_text, light_ours), (dark_background, dark_text, dark_ours) = (
+        brightness("light"),
+        brightness("dark"),
+    )
+    assert light_text < 150 < 700 < light_background
+    assert dark_background < 150 < 600 < dark_text
     assert light_ours < dark_ours
 
 
-def test_hostile_texts_make_no_element_and_run_nothing(opened):
-    page = opened(hostile_report(), width=PHONE)
+def test_hostile_texts_make_no_element_and_run_nothing(open_report):
+    page = open_report(hostile_report(), width=PHONE)
     page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
     assert page.locator("script, img, b, iframe, [onerror], [onmouseover]").count() == 0
     assert page.title().startswith("<script>document.title")
@@ -134,9 +139,9 @@ def test_hostile_texts_make_no_element_and_run_nothing(opened):
     assert overflow(page) == 0
 
 
-def test_examples_open_with_texts(opened):
+def test_examples_open_to_show_their_texts(open_report):
     report = retrieval_report()
-    page = opened(report)
+    page = open_report(report)
     example = page.locator("#differences details").first
     passage = example.locator(".passage p").first
     assert not passage.is_visible()
@@ -145,8 +150,8 @@ def test_examples_open_with_texts(opened):
     assert passage.inner_text().strip() == report.details.wins[0].relevant[0].text.strip()
 
 
-def test_paper_shows_what_is_folded_on_the_screen(opened):
-    page = opened(retrieval_report(12), colours="dark")
+def test_print_shows_what_is_folded_on_the_screen(open_report):
+    page = open_report(retrieval_report(12), colours="dark")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("#differences details .passage p").first.is_visible()

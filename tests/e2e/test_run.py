@@ -1,4 +1,4 @@
-"""A run from Python: all of it at once, what is finished skipped, and the student measured in its folder."""
+"""A run from Python: all steps at once, finished steps skipped, and the student evaluated in the run's folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def kinds_of(report):
     return {row.kind for row in report.rows}
 
 
-def test_it_is_finished_step_by_step_and_measured(run, caplog):
+def test_a_run_finishes_every_step_and_is_evaluated(run, caplog):
     with pytest.raises(InputError, match="there is no student yet"):
         run.evaluate()
     order = []
@@ -34,22 +34,22 @@ def test_it_is_finished_step_by_step_and_measured(run, caplog):
     assert (run.parts.student / "manifest.json").is_file()
     assert run.teacher.model == str(run.parts.teacher)
 
-    again = run.finish()
-    assert {step for step, result in again.items() if isinstance(result, Skipped)} >= {"gate", "distill"}
-    assert isinstance(again["mine"]["everyday"], Skipped)
-    assert again["label"].pairs == 0
+    repeated = run.finish()
+    assert {step for step, result in repeated.items() if isinstance(result, Skipped)} >= {"gate", "distill"}
+    assert isinstance(repeated["mine"]["everyday"], Skipped)
+    assert repeated["label"].pairs == 0
 
     settings = EvaluationSettings(split="dev", task="symmetric", teacher_queries=2, teacher_depth=2)
     reports = run.evaluate(settings)
     assert list(reports) == ["everyday"]
-    assert reports["everyday"].task == run.recipe.data[0].task  # its own, not that of the settings
+    assert reports["everyday"].task == run.recipe.data[0].task  # the data set's own task, not that of the settings
     assert "teacher" in kinds_of(reports["everyday"])
     assert {"bm25", "d2llm"} <= kinds_of(reports["everyday"])
     assert (run.parts.path / "evaluation").is_dir()
     assert "teacher" not in kinds_of(run.evaluate(settings, with_teacher=False)["everyday"])
 
 
-def test_a_recipe_can_be_given_as_it_is(place, tmp_path):
+def test_a_run_accepts_a_recipe_object(place, tmp_path):
     run = Run(load_recipe(str(place / "tiny.toml")), tmp_path / "other")
     assert run.parts.path == tmp_path / "other"
     with pytest.raises(InputError, match="there is no training plan yet"):

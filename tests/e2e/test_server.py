@@ -1,4 +1,4 @@
-"""The server as its clients see it: the library's answers, changes, swaps, trouble."""
+"""The server as clients see it: the library's results, writes, new versions, failures and overload."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def index(folder):
 
 @pytest.fixture(scope="module")
 def address(index):
-    with serve(make_app(tiny_settings(index))) as found:
-        wait_until_ready(found)
-        yield found
+    with serve(make_app(tiny_settings(index))) as url:
+        wait_until_ready(url)
+        yield url
 
 
 @pytest.fixture
 def post(address):
-    def ask(path, body, status=200):
-        answer = patient.post(address + path, json=body)
-        assert answer.status_code == status, answer.text
-        return answer.json()
+    def send(path, body, status=200):
+        response = patient.post(address + path, json=body)
+        assert response.status_code == status, response.text
+        return response.json()
 
-    return ask
+    return send
 
 
 @pytest.mark.parametrize(
@@ -73,75 +73,75 @@ def post(address):
     ],
     ids=lambda value: "-".join(value) or "plain",
 )
-def test_a_search_answers_what_the_library_answers(index, post, body, settings):
-    answer = post("/v1/search", {"query": QUERY, "explain": True} | body)
+def test_a_search_returns_what_the_library_returns(index, post, body, settings):
+    response = post("/v1/search", {"query": QUERY, "explain": True} | body)
     ranking = Index.open(index, dtype="float32").search(QUERY, explain=True, **settings)[0]
-    assert [place["id"] for place in answer["passages"]] == [place.passage.id for place in ranking.passages]
+    assert [hit["id"] for hit in response["passages"]] == [hit.passage.id for hit in ranking.passages]
     np.testing.assert_allclose(
-        [place["score"] for place in answer["passages"]], [place.score for place in ranking.passages], atol=1e-4
+        [hit["score"] for hit in response["passages"]], [hit.score for hit in ranking.passages], atol=1e-4
     )
-    assert [place["explanation"]["terms"] for place in answer["passages"]] == [
-        place.explanation.terms for place in ranking.passages
+    assert [hit["explanation"]["terms"] for hit in response["passages"]] == [
+        hit.explanation.terms for hit in ranking.passages
     ]
-    assert [[one["id"] for one in place["after"]] for place in answer["passages"]] == [
-        [one.id for one in place.after] for place in ranking.passages
+    assert [[neighbour["id"] for neighbour in hit["after"]] for hit in response["passages"]] == [
+        [neighbour.id for neighbour in hit.after] for hit in ranking.passages
     ]
-    assert answer["seconds"].keys() >= {"queue", "encode", "candidates", "score"}
-    assert answer["index"]["version"] == ranking.index_version
-    assert (answer["certificate"] is None) == (ranking.certificate is None)
+    assert response["seconds"].keys() >= {"queue", "encode", "candidates", "score"}
+    assert response["index"]["version"] == ranking.index_version
+    assert (response["certificate"] is None) == (ranking.certificate is None)
 
 
-def test_without_the_interaction_the_inner_product_orders(index, post):
-    answer = post("/v1/search", {"query": QUERY, "rescore": "none", "top_k": 60})
-    scores = [place["score"] for place in answer["passages"]]
-    np.testing.assert_allclose(scores, [place["anchor_score"] for place in answer["passages"]], atol=1e-4)
-    with_it = post("/v1/search", {"query": QUERY, "top_k": 60})
-    assert [place["id"] for place in with_it["passages"]] != [place["id"] for place in answer["passages"]]
+def test_without_rescoring_the_inner_product_ranks(index, post):
+    response = post("/v1/search", {"query": QUERY, "rescore": "none", "top_k": 60})
+    scores = [hit["score"] for hit in response["passages"]]
+    np.testing.assert_allclose(scores, [hit["anchor_score"] for hit in response["passages"]], atol=1e-4)
+    rescored = post("/v1/search", {"query": QUERY, "top_k": 60})
+    assert [hit["id"] for hit in rescored["passages"]] != [hit["id"] for hit in response["passages"]]
 
 
-def test_many_clients_at_once_get_each_their_own_answer(index, address):
+def test_concurrent_clients_each_get_their_own_results(index, address):
     library = Index.open(index, dtype="float32")
-    asked = [(f"the {word} number {n}", n % 4 + 1) for n, word in enumerate(["cat", "ship", "snow", "bread"] * 10)]
+    searches = [(f"the {word} number {n}", n % 4 + 1) for n, word in enumerate(["cat", "ship", "snow", "bread"] * 10)]
 
     async def main():
         async with httpx2.AsyncClient(base_url=address, timeout=PATIENCE) as http:
             return await asyncio.gather(
-                *(http.post("/v1/search", json={"query": query, "top_k": top_k}) for query, top_k in asked)
+                *(http.post("/v1/search", json={"query": query, "top_k": top_k}) for query, top_k in searches)
             )
 
-    for (query, top_k), answer in zip(asked, asyncio.run(main()), strict=True):
-        expected = [place.passage.id for place in library.search(query, top_k=top_k)[0].passages]
-        assert [place["id"] for place in answer.json()["passages"]] == expected
+    for (query, top_k), response in zip(searches, asyncio.run(main()), strict=True):
+        expected = [hit.passage.id for hit in library.search(query, top_k=top_k)[0].passages]
+        assert [hit["id"] for hit in response.json()["passages"]] == expected
 
 
-def test_an_explanation_has_the_score_in_parts(index, post):
+def test_an_explanation_splits_the_score_into_parts(index, post):
     ranking = Index.open(index, dtype="float32").search(QUERY, top_k=1, explain=True)[0]
-    place = ranking.passages[0]
-    answer = post("/v1/explain", {"query": QUERY, "passage_id": place.passage.id})
-    assert answer["score"] == pytest.approx(place.score, rel=0.01)  # the index holds bfloat16
-    assert answer["anchor"] + answer["interaction"] == pytest.approx(answer["score"], abs=1e-4)
-    text = f"{answer['title']}\n{answer['text']}" if answer["title"] else answer["text"]
-    assert [text[word["start"] : word["end"]] for word in answer["words"]][:2] == text.split()[:2]
-    assert answer["teacher"] is None
+    hit = ranking.passages[0]
+    response = post("/v1/explain", {"query": QUERY, "passage_id": hit.passage.id})
+    assert response["score"] == pytest.approx(hit.score, rel=0.01)  # the index holds bfloat16
+    assert response["anchor"] + response["interaction"] == pytest.approx(response["score"], abs=1e-4)
+    text = f"{response['title']}\n{response['text']}" if response["title"] else response["text"]
+    assert [text[word["start"] : word["end"]] for word in response["words"]][:2] == text.split()[:2]
+    assert response["teacher"] is None
 
 
 def test_vectors_and_scores_are_the_students(index, post):
     texts = [passage.full_text for passage in tiny_passages(3)]
     student = Index.open(index, dtype="float32").student
     query = post("/v1/encode", {"texts": [QUERY], "kind": "query"})["vectors"][0]
-    answer = post("/v1/encode", {"texts": texts, "kind": "passage"})
+    response = post("/v1/encode", {"texts": texts, "kind": "passage"})
     vectors = student.encode_passages(texts).vectors
-    np.testing.assert_allclose(answer["vectors"], vectors, atol=1e-4)
+    np.testing.assert_allclose(response["vectors"], vectors, atol=1e-4)
     expected = student.score(np.array(query, np.float32), vectors, "asymmetric")
-    for passages in ({"passages": texts}, {"passage_vectors": answer["vectors"]}):
-        for asked in ({"query": QUERY}, {"query_vector": query}):
-            np.testing.assert_allclose(post("/v1/rescore", passages | asked)["scores"], expected, atol=1e-4)
+    for passage_input in ({"passages": texts}, {"passage_vectors": response["vectors"]}):
+        for query_input in ({"query": QUERY}, {"query_vector": query}):
+            np.testing.assert_allclose(post("/v1/rescore", passage_input | query_input)["scores"], expected, atol=1e-4)
     stored = post("/v1/rescore", {"query": QUERY, "passage_ids": ["p0", "p1", "p2"]})["scores"]
     np.testing.assert_allclose(stored, expected, rtol=0.02, atol=0.1)
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "words"),
+    ("path", "body", "status", "fragment"),
     [
         ("/v1/search", {}, 422, "query"),
         ("/v1/search", {"query": "  "}, 422, "text is empty"),
@@ -170,9 +170,9 @@ def test_vectors_and_scores_are_the_students(index, post):
         ("/v1/index/snapshots", {"name": "../up"}, 422, "name"),
     ],
 )
-def test_bad_bodies_are_told_what_is_wrong(post, path, body, status, words):
+def test_invalid_bodies_get_an_explanation(post, path, body, status, fragment):
     error = post(path, body, status)["error"]
-    assert words in error["message"]
+    assert fragment in error["message"]
     assert error["kind"] in {"invalid_request", "not_found"}
     assert error["request_id"]
 
@@ -198,15 +198,15 @@ def test_bad_bodies_are_told_what_is_wrong(post, path, body, status, words):
         ("/v1/index/snapshots", '{"name": "TEXT"}'),
     ],
 )
-def test_half_a_surrogate_pair_is_no_text(address, path, body):
+def test_lone_surrogates_are_rejected(address, path, body):
     content = body.replace("TEXT", "\\ud83d cat").encode()
-    answer = patient.post(address + path, content=content, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 422
-    assert "surrogate" in answer.json()["error"]["message"]
-    assert "ud83d cat" in answer.json()["error"]["message"]
+    response = patient.post(address + path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422
+    assert "surrogate" in response.json()["error"]["message"]
+    assert "ud83d cat" in response.json()["error"]["message"]
 
 
-def test_wrong_methods_paths_types_and_json_are_told_too(address):
+def test_wrong_methods_paths_types_and_json_are_explained(address):
     for send, status in (
         (lambda: patient.get(f"{address}/v1/search"), 405),
         (lambda: patient.get(f"{address}/v1/nothing"), 404),
@@ -221,12 +221,12 @@ def test_wrong_methods_paths_types_and_json_are_told_too(address):
             422,
         ),
     ):
-        answer = send()
-        assert answer.status_code == status
-        assert answer.json()["error"]["message"]
+        response = send()
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
 
 
-def test_what_is_written_is_found_and_what_is_deleted_is_not(tmp_path):
+def test_written_passages_are_found_and_deleted_ones_are_not(tmp_path):
     with serve(make_app(tiny_settings(write_tiny_index(tmp_path)))) as address:
         wait_until_ready(address)
         with httpx2.Client(base_url=address, timeout=PATIENCE) as http:
@@ -235,22 +235,22 @@ def test_what_is_written_is_found_and_what_is_deleted_is_not(tmp_path):
             report = http.post("/v1/passages", json={"passages": [new]}).json()
             assert report["num_added"] == 1
             assert report["version"] > before["version"]
-            found = http.post("/v1/search", json={"query": "stars", "filter": "year = 1999"}).json()
-            assert [place["id"] for place in found["passages"]] == ["new/1"]
+            results = http.post("/v1/search", json={"query": "stars", "filter": "year = 1999"}).json()
+            assert [hit["id"] for hit in results["passages"]] == ["new/1"]
             assert http.get("/v1/passages/new/1").json()["text"] == new["text"]
-            long = {"id": "long", "text": " ".join(passage.text + "." for passage in tiny_passages(10))}
-            made = http.post("/v1/documents", json={"documents": [long], "chunk_tokens": 32}).json()
-            assert made["num_documents"] == 1
-            assert made["num_added"] > 3
+            long_document = {"id": "long", "text": " ".join(passage.text + "." for passage in tiny_passages(10))}
+            ingested = http.post("/v1/documents", json={"documents": [long_document], "chunk_tokens": 32}).json()
+            assert ingested["num_documents"] == 1
+            assert ingested["num_added"] > 3
             assert http.delete("/v1/passages/new/1").json()["num_deleted"] == 1
             assert http.delete("/v1/passages/new/1").status_code == 404
             assert http.get("/v1/passages/new/1").status_code == 404
             assert http.post("/v1/index/snapshots", json={"name": "then"}).json()["snapshots"] == ["then"]
             after = http.get("/v1/index").json()
-            assert after["num_passages"] == before["num_passages"] + made["num_added"]
+            assert after["num_passages"] == before["num_passages"] + ingested["num_added"]
 
 
-def test_a_server_that_is_not_writable_changes_nothing(index):
+def test_a_read_only_server_refuses_changes(index):
     with serve(make_app(tiny_settings(index, writable=False))) as address:
         wait_until_ready(address)
         for method, path, body in (
@@ -263,19 +263,19 @@ def test_a_server_that_is_not_writable_changes_nothing(index):
             ("DELETE", "/v1/documents/d0", None),
             ("POST", "/v1/files", None),
         ):
-            answer = patient.request(method, address + path, json=body)
-            assert answer.status_code == 403
-            assert "writable" in answer.json()["error"]["message"]
+            response = patient.request(method, address + path, json=body)
+            assert response.status_code == 403
+            assert "writable" in response.json()["error"]["message"]
 
 
-def test_new_versions_and_a_new_index_are_read_without_a_failed_request(tmp_path):
+def test_new_versions_and_indexes_load_without_failed_requests(tmp_path):
     folder = write_tiny_index(tmp_path)
-    answers, stop = [], threading.Event()
+    responses, stop = [], threading.Event()
 
     def ask(address):
         with httpx2.Client(base_url=address, timeout=PATIENCE) as http:
             while not stop.is_set():
-                answers.append(http.post("/v1/search", json={"query": QUERY, "top_k": 5}))
+                responses.append(http.post("/v1/search", json={"query": QUERY, "top_k": 5}))
 
     with serve(make_app(tiny_settings(folder))) as address:
         wait_until_ready(address)
@@ -290,26 +290,26 @@ def test_new_versions_and_a_new_index_are_read_without_a_failed_request(tmp_path
             )
 
         try:
-            other = Index.open(folder, dtype="float32")  # as another process would
-            other.upsert([Passage("later", "the cat by the sea")])
+            writer = Index.open(folder, dtype="float32")  # as another process would
+            writer.upsert([Passage("later", "the cat by the sea")])
             wait_for(61)
-            other.delete(["p1", "p2"])
-            other.compact(dense=True)
+            writer.delete(["p1", "p2"])
+            writer.compact(dense=True)
             wait_for(59)
             corpus = tmp_path / "corpus.jsonl"
             corpus.write_text('{"_id": "only", "text": "the cat by the sea"}\n', encoding="utf-8")
-            encode(corpus, other.student, folder, student_source=str(tmp_path / "student-0"), overwrite=True)
+            encode(corpus, writer.student, folder, student_source=str(tmp_path / "student-0"), overwrite=True)
             wait_for(1)
         finally:
             stop.set()
             for thread in threads:
                 thread.join()
-    assert {answer.status_code for answer in answers} == {200}
-    sizes = {len(answer.json()["passages"]) for answer in answers}
+    assert {response.status_code for response in responses} == {200}
+    sizes = {len(response.json()["passages"]) for response in responses}
     assert sizes == {5, 1}
 
 
-def test_an_index_that_breaks_later_goes_on_answering_and_says_so(tmp_path):
+def test_an_index_that_disappears_is_reported_in_health(tmp_path):
     folder = write_tiny_index(tmp_path)
     with serve(make_app(tiny_settings(folder))) as address:
         wait_until_ready(address)
@@ -320,26 +320,26 @@ def test_an_index_that_breaks_later_goes_on_answering_and_says_so(tmp_path):
         until(lambda: patient.get(f"{address}/health").json()["message"] == "", "the end of the trouble")
 
 
-def test_a_server_without_its_index_is_broken_and_says_why(tmp_path):
+def test_a_server_without_its_index_is_broken_and_explains_why(tmp_path):
     with serve(make_app(tiny_settings(tmp_path / "nothing"))) as address:
         health = wait_until_ready(address, "broken")
         assert "nothing" in health["message"]
-        answer = patient.post(f"{address}/v1/search", json={"query": "cat"})
-        assert answer.status_code == 503
-        assert answer.headers["Retry-After"]
-        assert answer.json()["error"]["kind"] == "not_ready"
+        response = patient.post(f"{address}/v1/search", json={"query": "cat"})
+        assert response.status_code == 503
+        assert response.headers["Retry-After"]
+        assert response.json()["error"]["kind"] == "not_ready"
 
 
-def test_a_student_alone_is_served_without_an_index(folder, index):
+def test_a_student_can_be_served_without_an_index(folder, index):
     with serve(make_app(tiny_settings(None, student=str(folder / "student-0")))) as address:
         wait_until_ready(address)
         assert patient.post(f"{address}/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
-        answer = patient.post(f"{address}/v1/search", json={"query": "cat"})
-        assert answer.status_code == 404
-        assert "no index" in answer.json()["error"]["message"]
+        response = patient.post(f"{address}/v1/search", json={"query": "cat"})
+        assert response.status_code == 404
+        assert "no index" in response.json()["error"]["message"]
 
 
-def test_another_student_is_refused_at_the_start(folder, index):
+def test_a_student_that_did_not_make_the_index_is_refused(folder, index):
     settings = tiny_settings(index, student=str(write_tiny_student(folder, seed=1)))
     with serve(make_app(settings)) as address:
         assert "student" in wait_until_ready(address, "broken")["message"]
@@ -357,42 +357,44 @@ def test_a_teacher_reads_again(tmp_path):
             facts = http.get("/v1/index").json()
             assert facts["rescore"] == ["none", "iem", "teacher", "cascade"]
             body = {"query": QUERY, "top_k": 5}
-            read = http.post("/v1/search", json=body | {"rescore": "teacher", "teacher_passages": 12}).json()
-            said = [place["log_odds"] for place in read["passages"]]
-            assert said == sorted(said, reverse=True)
-            pairs = [(QUERY, passages[place["id"]].full_text) for place in read["passages"]]
-            np.testing.assert_allclose(said, judge.judge(pairs, "asymmetric").log_odds, atol=1e-3)
-            assert len(read["cascade"]["read"]) == 12
-            assert "teacher" in read["seconds"]
+            reread = http.post("/v1/search", json=body | {"rescore": "teacher", "teacher_passages": 12}).json()
+            log_odds = [hit["log_odds"] for hit in reread["passages"]]
+            assert log_odds == sorted(log_odds, reverse=True)
+            pairs = [(QUERY, passages[hit["id"]].full_text) for hit in reread["passages"]]
+            np.testing.assert_allclose(log_odds, judge.judge(pairs, "asymmetric").log_odds, atol=1e-3)
+            assert len(reread["cascade"]["read"]) == 12
+            assert "teacher" in reread["seconds"]
             cascade = http.post("/v1/search", json=body | {"rescore": "cascade", "teacher_passages": 3}).json()
             assert len(cascade["cascade"]["read"]) <= 3
-            best = read["passages"][0]
-            why = http.post("/v1/explain", json={"query": QUERY, "passage_id": best["id"], "teacher": True}).json()
-            assert why["teacher"]["log_odds"] == pytest.approx(best["log_odds"], abs=1e-3)
-            assert 0 <= why["teacher"]["probability"] <= 1
+            best = reread["passages"][0]
+            explanation = http.post(
+                "/v1/explain", json={"query": QUERY, "passage_id": best["id"], "teacher": True}
+            ).json()
+            assert explanation["teacher"]["log_odds"] == pytest.approx(best["log_odds"], abs=1e-3)
+            assert 0 <= explanation["teacher"]["probability"] <= 1
 
 
 async def ask_at_once(address, number, path, body, held):
-    """So many answers; no text is encoded before the first of them is there."""
+    """Sends ``number`` requests at once; no text is encoded before the first response is there."""
     async with httpx2.AsyncClient(base_url=address, timeout=PATIENCE) as http:
-        asking = [asyncio.create_task(http.post(path, json=body)) for _ in range(number)]
-        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        requests = [asyncio.create_task(http.post(path, json=body)) for _ in range(number)]
+        await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
         held.may_end.set()
-        return await asyncio.gather(*asking)
+        return await asyncio.gather(*requests)
 
 
-def test_overload_is_refused_while_what_is_admitted_is_answered(index):
+def test_overload_is_refused_but_admitted_requests_succeed(index):
     app = make_app(tiny_settings(index, queue_texts=4))
     with serve(app) as address:
         wait_until_ready(address)
         held = HeldStudent(app.state.serving.now().models.student)
         body = {"texts": [tiny_passages()[0].text] * 200, "kind": "passage"}
-        answers = asyncio.run(ask_at_once(address, 12, "/v1/encode", body, held))
-    assert {answer.status_code for answer in answers} == {200, 429}
-    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status_code == 429)
+        responses = asyncio.run(ask_at_once(address, 12, "/v1/encode", body, held))
+    assert {response.status_code for response in responses} == {200, 429}
+    assert all(int(response.headers["Retry-After"]) >= 1 for response in responses if response.status_code == 429)
 
 
-def test_a_search_is_refused_before_its_query_is_encoded_or_not_at_all(index, monkeypatch):
+def test_refused_searches_never_encode_their_query(index, monkeypatch):
     encoded = []
     encode = ModelService.encode
 
@@ -405,13 +407,13 @@ def test_a_search_is_refused_before_its_query_is_encoded_or_not_at_all(index, mo
     with serve(app) as address:
         wait_until_ready(address)
         held = HeldStudent(app.state.serving.now().models.student)
-        found = asyncio.run(ask_at_once(address, 40, "/v1/search", {"query": QUERY}, held))
-    answers = Counter(answer.status_code for answer in found)
-    assert answers.keys() == {200, 429}
-    assert len(encoded) == answers[200] >= 3
+        responses = asyncio.run(ask_at_once(address, 40, "/v1/search", {"query": QUERY}, held))
+    counts = Counter(response.status_code for response in responses)
+    assert counts.keys() == {200, 429}
+    assert len(encoded) == counts[200] >= 3
 
 
-def test_a_client_that_goes_away_frees_its_place(index):
+def test_a_disconnected_client_frees_its_place_in_the_queue(index):
     app = make_app(tiny_settings(index))
     with serve(app) as address:
         wait_until_ready(address)
@@ -428,14 +430,14 @@ def test_a_client_that_goes_away_frees_its_place(index):
         assert models.num_queued == 0
 
 
-def test_what_was_accepted_is_answered_when_the_server_stops(index):
-    answers = []
+def test_accepted_requests_are_answered_when_the_server_stops(index):
+    responses = []
 
     def ask(address):
         texts = [passage.text for passage in tiny_passages()] * 4
-        answers.append(patient.post(f"{address}/v1/encode", json={"texts": texts, "kind": "passage"}))
+        responses.append(patient.post(f"{address}/v1/encode", json={"texts": texts, "kind": "passage"}))
 
-    def let_through_when_it_stops(address):
+    def release_when_it_stops(address):
         wait_until_closed(address)
         held.may_end.set()
 
@@ -443,51 +445,51 @@ def test_what_was_accepted_is_answered_when_the_server_stops(index):
     with serve(app) as address:
         wait_until_ready(address)
         held = HeldStudent(app.state.serving.now().models.student)
-        threads = [threading.Thread(target=work, args=(address,)) for work in (ask, let_through_when_it_stops)]
+        threads = [threading.Thread(target=target, args=(address,)) for target in (ask, release_when_it_stops)]
         threads[0].start()
         held.wait()
         threads[1].start()
     for thread in threads:
         thread.join()
-    assert [answer.status_code for answer in answers] == [200]
+    assert [response.status_code for response in responses] == [200]
 
 
-def test_clients_are_not_told_where_the_server_keeps_its_files(index, address, folder):
-    answer = patient.post(f"{address}/v1/rescore", json={"query": "cat", "passage_ids": ["nowhere"]})
-    assert answer.status_code == 400
-    assert "nowhere" in answer.json()["error"]["message"]
-    assert str(folder) not in answer.text
+def test_responses_do_not_reveal_where_files_are(index, address, folder):
+    response = patient.post(f"{address}/v1/rescore", json={"query": "cat", "passage_ids": ["nowhere"]})
+    assert response.status_code == 400
+    assert "nowhere" in response.json()["error"]["message"]
+    assert str(folder) not in response.text
     with serve(make_app(tiny_settings(folder / "absent"))) as broken:
         assert str(folder) not in wait_until_ready(broken, "broken")["message"]
 
 
-def test_neither_are_they_where_the_index_was_given_by_its_name_alone(tmp_path, monkeypatch):
+def test_a_relative_index_path_does_not_reveal_its_folder(tmp_path, monkeypatch):
     index = write_tiny_index(tmp_path)
     (index / "write.lock").unlink()
     (index / "write.lock").mkdir()
     monkeypatch.chdir(tmp_path)
     with serve(make_app(tiny_settings(index.relative_to(tmp_path)))) as address:
         wait_until_ready(address)
-        answer = patient.post(f"{address}/v1/passages", json={"passages": [{"id": "new", "text": "a cat"}]})
-        assert answer.status_code == 507
-        assert "write.lock" in answer.text
-        assert str(tmp_path) not in answer.text
+        response = patient.post(f"{address}/v1/passages", json={"passages": [{"id": "new", "text": "a cat"}]})
+        assert response.status_code == 507
+        assert "write.lock" in response.text
+        assert str(tmp_path) not in response.text
 
 
-def test_a_wrong_method_is_told_all_right_ones(address):
+def test_a_wrong_method_gets_all_allowed_ones(address):
     for path in ("/v1/passages/p1", "/v1/passages/with/slash"):
-        answer = patient.request("PATCH", address + path)
-        assert answer.status_code == 405
-        assert answer.headers["Allow"] == "DELETE, GET"
+        response = patient.request("PATCH", address + path)
+        assert response.status_code == 405
+        assert response.headers["Allow"] == "DELETE, GET"
     assert patient.get(f"{address}/v1/search").headers["Allow"] == "POST"
     assert patient.get(f"{address}/v1/index/snapshots/x/restore").headers["Allow"] == "POST"
 
 
-def test_a_cascade_is_offered_when_the_students_error_is_known(tmp_path):
+def test_a_cascade_needs_the_students_calibrated_error(tmp_path):
     folder, teacher = write_tiny_index(tmp_path), write_tiny_model(tmp_path / "teacher", "llama")
     with serve(make_app(tiny_settings(folder, teacher=str(teacher), prompt="short"))) as address:
         wait_until_ready(address)
         assert patient.get(f"{address}/v1/index").json()["rescore"] == ["none", "iem", "teacher"]
-        answer = patient.post(f"{address}/v1/search", json={"query": "cat", "rescore": "cascade"})
-        assert answer.status_code == 400
-        assert "calibrate" in answer.json()["error"]["message"]
+        response = patient.post(f"{address}/v1/search", json={"query": "cat", "rescore": "cascade"})
+        assert response.status_code == 400
+        assert "calibrate" in response.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""What an index holds, over HTTP: listed, read, deleted, sent as files, kept as snapshots and put back."""
+"""The contents of an index over HTTP: listing, reading, deleting, uploading files, and snapshots."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ def ask(tmp_path_factory):
         wait_until_ready(address)
 
         def send(method, path, status=200, **content):
-            answer = patient.request(method, address + path, **content)
-            assert answer.status_code == status, answer.text
-            return answer.json()
+            response = patient.request(method, address + path, **content)
+            assert response.status_code == status, response.text
+            return response.json()
 
         yield send
 
 
-def pages(ask, path, name, **more):
-    found, cursor = [], ""
+def all_pages(ask, path, name, **parameters):
+    items, cursor = [], ""
     while cursor is not None:
-        answer = ask("GET", path, params={"cursor": cursor, "limit": 7, **more})
-        assert len(answer[name]) <= 7
-        found += answer[name]
-        cursor = answer["next_cursor"]
-    return found
+        page = ask("GET", path, params={"cursor": cursor, "limit": 7, **parameters})
+        assert len(page[name]) <= 7
+        items += page[name]
+        cursor = page["next_cursor"]
+    return items
 
 
-def test_ids_come_in_pages_each_once(ask):
-    assert pages(ask, "/v1/passages", "ids") == sorted(f"p{n}" for n in range(30))
-    documents = pages(ask, "/v1/documents", "documents")
-    assert [one["id"] for one in documents] == sorted(f"d{n}" for n in range(8))
-    assert {one["id"]: one["num_passages"] for one in documents}["d7"] == 2
+def test_ids_are_listed_in_pages_without_repeats(ask):
+    assert all_pages(ask, "/v1/passages", "ids") == sorted(f"p{n}" for n in range(30))
+    documents = all_pages(ask, "/v1/documents", "documents")
+    assert [document["id"] for document in documents] == sorted(f"d{n}" for n in range(8))
+    assert {document["id"]: document["num_passages"] for document in documents}["d7"] == 2
     assert ask("GET", "/v1/passages", params={"cursor": "p9"}) == {"ids": [], "next_cursor": None}
     ask("GET", "/v1/passages", 422, params={"limit": 0})
 
 
 def test_a_document_is_read_and_deleted_whole(ask):
     text = "the cat sat on the mat. " * 12
-    made = ask("POST", "/v1/documents", json={"documents": [{"id": "a/b", "text": text}], "chunk_tokens": 16})
-    found = ask("GET", "/v1/documents/a/b")
-    assert [passage["position"] for passage in found["passages"]] == list(range(1, made["num_added"] + 1))
-    assert ask("DELETE", "/v1/documents/a/b")["num_deleted"] == made["num_added"] > 1
+    report = ask("POST", "/v1/documents", json={"documents": [{"id": "a/b", "text": text}], "chunk_tokens": 16})
+    document = ask("GET", "/v1/documents/a/b")
+    assert [passage["position"] for passage in document["passages"]] == list(range(1, report["num_added"] + 1))
+    assert ask("DELETE", "/v1/documents/a/b")["num_deleted"] == report["num_added"] > 1
     ask("GET", "/v1/documents/a/b", 404)
     ask("DELETE", "/v1/documents/a/b", 404)
     assert "a/b#1" not in ask("GET", "/v1/passages", params={"limit": 1000})["ids"]
 
 
-def test_snapshots_are_listed_put_back_and_dropped(ask):
+def test_snapshots_are_listed_restored_and_deleted(ask):
     assert ask("POST", "/v1/index/snapshots", json={"name": "then"})["snapshots"] == ["then"]
     before = ask("GET", "/v1/index")["num_passages"]
     ask("DELETE", "/v1/documents/d3")
@@ -74,7 +74,9 @@ def test_snapshots_are_listed_put_back_and_dropped(ask):
 
 
 def test_files_become_documents(ask):
-    corpus = "\n".join(json.dumps(one) for one in ({"_id": 41, "text": "a cat"}, {"id": "forty two", "text": "a dog"}))
+    corpus = "\n".join(
+        json.dumps(record) for record in ({"_id": 41, "text": "a cat"}, {"id": "forty two", "text": "a dog"})
+    )
     files = [
         ("file", ("corpus.jsonl", corpus.encode())),
         ("file", ("more.jsonl.gz", gzip.compress(b'{"id": "\xc3\xa9", "text": "rain\\r\\nand snow"}\n'))),
@@ -84,7 +86,7 @@ def test_files_become_documents(ask):
     assert report["num_documents"] == 4
     for name, text in (("41", "a cat"), ("forty two", "a dog"), ("é", "rain\r\nand snow")):
         assert ask("GET", f"/v1/documents/{name}")["passages"][0]["text"] == text
-    passages = ask("GET", "/v1/documents/näher.md")["passages"]  # the index cuts after few tokens
+    passages = ask("GET", "/v1/documents/näher.md")["passages"]  # the index splits texts after a few tokens
     assert {passage["title"] for passage in passages} == {"Of ships"}
     assert " ".join(" ".join(passage["text"] for passage in passages).split()) == "# Of ships the sea"
     for name in ("41", "forty two", "é", "näher.md"):
@@ -102,18 +104,18 @@ def test_files_become_documents(ask):
         ([("other", ("a.txt", b"x"))], "no file"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(ask, files, message):
+def test_an_unreadable_file_is_named_in_the_error(ask, files, message):
     assert message in ask("POST", "/v1/files", 400, files=files)["error"]["message"]
 
 
-def test_a_form_that_is_none(ask):
+def test_malformed_forms_are_rejected(ask):
     assert "form" in ask("POST", "/v1/files", 415, json={"file": "x"})["error"]["message"]
     headers = {"Content-Type": "multipart/form-data; boundary=there"}
     assert "boundary" in ask("POST", "/v1/files", 400, content=b"not here", headers=headers)["error"]["message"]
     ask("POST", "/v1/passages", 415, files=[("file", ("a.txt", b"x"))])
 
 
-def test_metadata_that_does_not_fit_is_named_or_left_out(ask):
+def test_metadata_of_wrong_types_is_named_or_left_out(ask):
     passages = [
         {"id": "odd", "text": "a cat", "metadata": {"year": "soon", "language": "en", "tags": ["x"], "id": 3}},
         {"id": "even", "text": "a dog", "metadata": {"year": 1999, "empty": None}},

@@ -1,4 +1,4 @@
-"""An index of another student takes the place of the one that is served: together, without a dropped request."""
+"""Replacing the served index by another student's: index and student change together, and no request is dropped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ IDS = ["p1", "p5", "p9"]
 
 @dataclass(frozen=True)
 class Pair:
-    """An index, the student that made it, and what they answer."""
+    """A student and the index that it makes, with the scores to expect from them."""
 
     student: Student
     source: Path
@@ -52,12 +52,12 @@ class Pair:
 
     def scores(self, query: str, folder: Path) -> dict[str, float]:
         ranking = Index.open(folder, self.student).search(query, top_k=self.number)[0]
-        return {place.passage.id: place.score for place in ranking.passages}
+        return {hit.passage.id: hit.score for hit in ranking.passages}
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, Pair]:
-    """Two with vectors of different widths: what mixes them up fails."""
+    """Two pairs whose vectors differ in width, so that mixing them up fails."""
     root = tmp_path_factory.mktemp("pairs")
     old = write_tiny_student(root)
     wide = write_tiny_model(root / "wide", "bert", hidden_size=48)
@@ -79,7 +79,7 @@ def bodies(query: str) -> dict[str, dict[str, object]]:
 
 
 class Clients:
-    """A thread for each of some paths that asks all the time; answers with the time when they came, and the query."""
+    """One thread per path that sends requests all the time; keeps each response with its arrival time and its query."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -100,43 +100,43 @@ class Clients:
     def _ask(self, path: str) -> None:
         with httpx2.Client(base_url=self._address, timeout=PATIENCE) as http:
             for query in itertools.cycle(QUERIES):
-                if self._stop.wait(0.005):  # or five threads that ask leave the server no time
+                if self._stop.wait(0.005):  # otherwise five busy clients leave the server no time
                     return
-                answer = http.post(path, json=bodies(query)[path])
-                self.answers.append((time.monotonic(), query, answer))
+                response = http.post(path, json=bodies(query)[path])
+                self.answers.append((time.monotonic(), query, response))
 
     def answered(self, since: float = 0.0) -> set[str]:
-        """The paths that have been answered since a time."""
-        return {answer.url.path for told, _, answer in self.answers if told > since}
+        """The paths with a response since the given time."""
+        return {response.url.path for arrived, _, response in self.answers if arrived > since}
 
 
 def check(clients: Clients, expected: dict[str, dict[str, dict[str, float]]], dims: dict[int, str]) -> set[str]:
-    """Every answer is one of a pair's; returns whose fingerprints were seen."""
-    seen: set[str] = set()
+    """Checks that each response comes from a single pair; returns the fingerprints of the pairs seen."""
+    fingerprints: set[str] = set()
     assert {
-        (answer.url.path, answer.status_code) for *_, answer in clients.answers if answer.status_code != 200
+        (response.url.path, response.status_code) for *_, response in clients.answers if response.status_code != 200
     } == set()
-    for _, query, answer in clients.answers:
-        told = answer.json()
-        match answer.url.path:
+    for _, query, response in clients.answers:
+        content = response.json()
+        match response.url.path:
             case "/v1/search":
-                fingerprint = told["index"]["fingerprint"]
-                found = {place["id"]: place["score"] for place in told["passages"]}
-                assert found.keys() == expected[fingerprint][query].keys()
-                assert found == pytest.approx(expected[fingerprint][query], abs=1e-3)
+                fingerprint = content["index"]["fingerprint"]
+                scores = {hit["id"]: hit["score"] for hit in content["passages"]}
+                assert scores.keys() == expected[fingerprint][query].keys()
+                assert scores == pytest.approx(expected[fingerprint][query], abs=1e-3)
             case "/v1/rescore":
-                fingerprint = told["fingerprint"]
-                wanted = [expected[fingerprint][query][passage_id] for passage_id in IDS]
-                np.testing.assert_allclose(told["scores"], wanted, atol=1e-3)
+                fingerprint = content["fingerprint"]
+                expected_scores = [expected[fingerprint][query][passage_id] for passage_id in IDS]
+                np.testing.assert_allclose(content["scores"], expected_scores, atol=1e-3)
             case "/v1/encode":
-                fingerprint = told["fingerprint"]
-                assert dims[len(told["vectors"][0])] == fingerprint
+                fingerprint = content["fingerprint"]
+                assert dims[len(content["vectors"][0])] == fingerprint
             case "/v1/embeddings":
-                fingerprint = dims[len(told["data"][0]["embedding"])]
+                fingerprint = dims[len(content["data"][0]["embedding"])]
             case _:
                 continue
-        seen.add(fingerprint)
-    return seen
+        fingerprints.add(fingerprint)
+    return fingerprints
 
 
 def until_served(address: str, fingerprint: str) -> None:
@@ -145,7 +145,7 @@ def until_served(address: str, fingerprint: str) -> None:
 
 @dataclass
 class Loads:
-    """Students that were loaded: from when until when, each held until ``may_end`` says so of the time it began."""
+    """When students began and ended loading; each is held until ``may_end`` is true of the time when it began."""
 
     may_end: Callable[[float], bool]
     began: threading.Event
@@ -154,7 +154,7 @@ class Loads:
 
 @contextmanager
 def held_loads(monkeypatch: pytest.MonkeyPatch, may_end: Callable[[float], bool]) -> Iterator[Loads]:
-    """Loading a student takes as long as a test wants."""
+    """Makes loading a student take as long as the test needs."""
     loads = Loads(may_end, threading.Event(), [])
     load = Student.load
 
@@ -171,7 +171,7 @@ def held_loads(monkeypatch: pytest.MonkeyPatch, may_end: Callable[[float], bool]
         yield loads
 
 
-def facts(pairs: tuple[Pair, Pair], folders: tuple[Path, Path]) -> tuple[dict, dict]:
+def expected_answers(pairs: tuple[Pair, Pair], folders: tuple[Path, Path]) -> tuple[dict, dict]:
     expected = {
         pair.fingerprint: {query: pair.scores(query, folder) for query in QUERIES}
         for pair, folder in zip(pairs, folders, strict=True)
@@ -180,7 +180,7 @@ def facts(pairs: tuple[Pair, Pair], folders: tuple[Path, Path]) -> tuple[dict, d
 
 
 @pytest.mark.parametrize("way", ["in place", "by a link"])
-def test_clients_are_answered_by_one_pair_or_the_other_through_the_swap(
+def test_each_response_comes_from_one_pair_during_the_swap(
     pairs: tuple[Pair, Pair],
     way: str,
     tmp_path: Path,
@@ -190,7 +190,7 @@ def test_clients_are_answered_by_one_pair_or_the_other_through_the_swap(
     old, new = pairs
     old.write(tmp_path / "old")
     new.write(tmp_path / "new")
-    expected, dims = facts(pairs, (tmp_path / "old", tmp_path / "new"))
+    expected, dims = expected_answers(pairs, (tmp_path / "old", tmp_path / "new"))
     link = tmp_path / "index"
     if way == "by a link":
         link.symlink_to("old")
@@ -202,16 +202,16 @@ def test_clients_are_answered_by_one_pair_or_the_other_through_the_swap(
         served = weakref.ref(app.state.serving.now().models.student)
         assert http.get("/health").json()["fingerprint"] == old.fingerprint
         clients = Clients(address)
-        # The texts of an index that is removed cannot be read any more: who asks for them waits for the new pair.
-        unread = set() if way == "by a link" else {"/v1/search", "/v1/rescore"}
+        # The texts of a removed index cannot be read any more: requests that need them wait for the new pair.
+        waiting_paths = set() if way == "by a link" else {"/v1/search", "/v1/rescore"}
 
         def all_were_answered(since: float) -> bool:
-            return clients.answered(since) >= {*bodies("")} - unread
+            return clients.answered(since) >= {*bodies("")} - waiting_paths
 
         with held_loads(monkeypatch, all_were_answered) as loads, clients:
             until(lambda: clients.answered() == {*bodies("")}, "an answer to all")
             if way == "by a link":
-                point(link, "new")
+                point_link(link, "new")
             else:
                 new.write(link)
             until_served(address, new.fingerprint)
@@ -219,31 +219,31 @@ def test_clients_are_answered_by_one_pair_or_the_other_through_the_swap(
             until(lambda: clients.answered(served_from) == {*bodies("")}, "an answer of the new pair to all")
         assert check(clients, expected, dims) == {old.fingerprint, new.fingerprint}
         ((began, ended),) = loads.times
-        meanwhile = [answer for told, _, answer in clients.answers if began < told < ended]
-        for answer in meanwhile:
-            if answer.url.path == "/v1/encode":
-                assert answer.json()["fingerprint"] == old.fingerprint
+        during_load = [response for arrived, _, response in clients.answers if began < arrived < ended]
+        for response in during_load:
+            if response.url.path == "/v1/encode":
+                assert response.json()["fingerprint"] == old.fingerprint
 
-        told = http.get("/v1/index").json()
-        assert (told["student"]["fingerprint"], told["num_passages"]) == (new.fingerprint, 40)
-        assert (told["student"]["dim"], told["student"]["backbone"]) == (48, "wide")
+        info = http.get("/v1/index").json()
+        assert (info["student"]["fingerprint"], info["num_passages"]) == (new.fingerprint, 40)
+        assert (info["student"]["dim"], info["student"]["backbone"]) == (48, "wide")
         assert http.get("/info").json()["model_sha"] == new.fingerprint
         metrics = http.get("/metrics").text
         assert f'd2llm_student_info{{fingerprint="{new.fingerprint}",name="served"}} 1.0' in metrics
         assert "d2llm_index_passages 40.0" in metrics
-        again = http.post("/v1/index/reload").json()
-        expected = {"version": told["version"], "fingerprint": new.fingerprint, "student": "served", "changed": False}
-        assert again == expected
+        reload = http.post("/v1/index/reload").json()
+        expected = {"version": info["version"], "fingerprint": new.fingerprint, "student": "served", "changed": False}
+        assert reload == expected
         assert http.post("/v1/passages", json={"passages": [{"id": "x", "text": "a cat"}]}).json()["num_added"] == 1
 
-        wait_for_the_end(served, caplog)
+        wait_until_released(served, caplog)
 
 
-def wait_for_the_end(served: weakref.ref[Student], caplog: pytest.LogCaptureFixture) -> None:
-    """Until nothing holds the student; a thread may still be on its way out of its last answer."""
+def wait_until_released(served: weakref.ref[Student], caplog: pytest.LogCaptureFixture) -> None:
+    """Waits until nothing references the student; a thread may still be finishing its last response."""
 
     def is_gone() -> bool:
-        caplog.clear()  # a record with a traceback holds what its frames held
+        caplog.clear()  # a log record with a traceback keeps its frames' objects alive
         gc.collect()
         return served() is None
 
@@ -253,23 +253,27 @@ def wait_for_the_end(served: weakref.ref[Student], caplog: pytest.LogCaptureFixt
         raise AssertionError(f"{error}; it is held by {'; '.join(holders(served()))}") from None
 
 
-def holders(thing: object, most: int = 40) -> list[str]:
-    """Chains of what holds a thing, from the outside in, nearest first: for the message of a test that fails."""
+def holders(obj: object, limit: int = 40) -> list[str]:
+    """Chains of references to an object, outermost referrer first, shortest chain first: for the failure message."""
     chains: list[str] = []
-    known, queue = {id(thing)}, [(thing, type(thing).__name__)]
-    while queue and len(chains) < most:
-        held, chain = queue.pop(0)
-        for one in gc.get_referrers(held):
-            if id(one) in known or one is queue or inspect.isframe(one):
+    visited, queue = {id(obj)}, [(obj, type(obj).__name__)]
+    while queue and len(chains) < limit:
+        current, chain = queue.pop(0)
+        for referrer in gc.get_referrers(current):
+            if id(referrer) in visited or referrer is queue or inspect.isframe(referrer):
                 continue
-            known.add(id(one))
-            name = f"{type(one).__name__} of {', '.join(map(str, list(one)[:4]))}" if type(one) is dict else repr(one)
+            visited.add(id(referrer))
+            name = (
+                f"{type(referrer).__name__} of {', '.join(map(str, list(referrer)[:4]))}"
+                if type(referrer) is dict
+                else repr(referrer)
+            )
             chains.append(f"{name[:80]} > {chain}")
-            queue.append((one, chains[-1]))
-    return chains[:most]
+            queue.append((referrer, chains[-1]))
+    return chains[:limit]
 
 
-def point(link: Path, target: str) -> None:
+def point_link(link: Path, target: str) -> None:
     (link.parent / "next").symlink_to(target)
     (link.parent / "next").replace(link)
 
@@ -286,7 +290,7 @@ def folder(pairs: tuple[Pair, Pair], tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-def test_a_request_in_flight_ends_with_the_student_that_it_began_with(pairs: tuple[Pair, Pair], folder: Path):
+def test_a_request_finishes_with_the_student_it_began_with(pairs: tuple[Pair, Pair], folder: Path):
     old, new = pairs
     new.write(folder.parent / "new")
     texts = [f"{text.text} {n}" for n, text in enumerate(tiny_passages(500))]
@@ -294,29 +298,31 @@ def test_a_request_in_flight_ends_with_the_student_that_it_began_with(pairs: tup
     with serve(app) as address:
         wait_until_ready(address)
         held = HeldStudent(app.state.serving.now().models.student)
-        answers: list[httpx2.Response] = []
+        responses: list[httpx2.Response] = []
 
-        def ask() -> None:
-            answers.append(patient.post(f"{address}/rerank", json={"query": "cat", "texts": texts}))
+        def rerank() -> None:
+            responses.append(patient.post(f"{address}/rerank", json={"query": "cat", "texts": texts}))
 
-        asking = threading.Thread(target=ask)
-        asking.start()
+        client = threading.Thread(target=rerank)
+        client.start()
         held.wait()
-        point(folder, "new")
+        point_link(folder, "new")
         assert patient.post(f"{address}/v1/index/reload").json()["fingerprint"] == new.fingerprint
-        assert not answers  # the swap did not wait for it
+        assert not responses  # the swap did not wait for the request
         held.may_end.set()
-        asking.join()
-        (answer,) = answers
-        assert answer.status_code == 200
+        client.join()
+        (response,) = responses
+        assert response.status_code == 200
         vectors = old.student.encode_passages(texts).vectors
         logits = old.student.score(old.student.encode_queries(["cat"]).vectors[0], vectors, "asymmetric")
         np.testing.assert_allclose(
-            sorted(rank["score"] for rank in answer.json()), sorted(1 / (1 + np.exp(-logits.astype(float)))), atol=1e-3
+            sorted(result["score"] for result in response.json()),
+            sorted(1 / (1 + np.exp(-logits.astype(float)))),
+            atol=1e-3,
         )
 
 
-def test_clients_that_have_left_do_not_keep_a_student(
+def test_disconnected_clients_do_not_keep_a_student_alive(
     pairs: tuple[Pair, Pair], folder: Path, caplog: pytest.LogCaptureFixture
 ):
     pairs[1].write(folder.parent / "new")
@@ -330,15 +336,15 @@ def test_clients_that_have_left_do_not_keep_a_student(
             address, "/rerank", {"query": "cat", "texts": [f"a dog and {n} cats" for n in range(500)]}
         )
         held.wait()
-        point(folder, "new")
+        point_link(folder, "new")
         assert patient.post(f"{address}/v1/index/reload").json()["changed"]
         client.leave()
         until(lambda: requests_in_flight(app) == 0, "that the server sees who has gone")
         held.may_end.set()
-        wait_for_the_end(served, caplog)
+        wait_until_released(served, caplog)
 
 
-def test_another_students_index_without_its_student_is_refused_and_the_old_pair_serves_on(
+def test_an_index_whose_student_is_missing_is_refused(
     pairs: tuple[Pair, Pair], folder: Path, caplog: pytest.LogCaptureFixture
 ):
     old, new = pairs
@@ -346,13 +352,13 @@ def test_another_students_index_without_its_student_is_refused_and_the_old_pair_
     with serve(make_app(tiny_settings(folder))) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
         wait_until_ready(address)
         with caplog.at_level(logging.ERROR):
-            point(folder, "new")
-            answer = http.post("/v1/index/reload")
-        assert answer.status_code == 409
-        told = answer.json()["error"]
-        assert told["kind"] == "conflict"
-        assert "gone" in told["message"]
-        assert str(folder.parent) not in answer.text
+            point_link(folder, "new")
+            response = http.post("/v1/index/reload")
+        assert response.status_code == 409
+        error = response.json()["error"]
+        assert error["kind"] == "conflict"
+        assert "gone" in error["message"]
+        assert str(folder.parent) not in response.text
         assert str(folder.parent / "gone") in caplog.text
         until(lambda: http.get("/health").json()["message"], "a word of the trouble")
         health = http.get("/health")
@@ -360,27 +366,27 @@ def test_another_students_index_without_its_student_is_refused_and_the_old_pair_
         assert "gone" in health.json()["message"]
         assert str(folder.parent) not in health.text
         assert health.json()["fingerprint"] == old.fingerprint
-        found = http.post("/v1/search", json={"query": QUERIES[0], "top_k": 60}).json()
-        assert found["index"]["fingerprint"] == old.fingerprint
-        assert len(found["passages"]) == 60
-        point(folder, "old")
+        results = http.post("/v1/search", json={"query": QUERIES[0], "top_k": 60}).json()
+        assert results["index"]["fingerprint"] == old.fingerprint
+        assert len(results["passages"]) == 60
+        point_link(folder, "old")
         assert http.post("/v1/index/reload").status_code == 200
 
 
-def test_the_student_of_the_settings_is_not_exchanged_for_another(pairs: tuple[Pair, Pair], folder: Path):
+def test_a_student_named_in_the_settings_is_not_replaced(pairs: tuple[Pair, Pair], folder: Path):
     old, new = pairs
     new.write(folder.parent / "new")
     settings = tiny_settings(folder, student=str(old.source), reload_seconds=1_000)
     with serve(make_app(settings)) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
         wait_until_ready(address)
-        point(folder, "new")
-        answer = http.post("/v1/index/reload")
-        assert answer.status_code == 409
-        assert new.fingerprint in answer.json()["error"]["message"]
+        point_link(folder, "new")
+        response = http.post("/v1/index/reload")
+        assert response.status_code == 409
+        assert new.fingerprint in response.json()["error"]["message"]
         assert http.post("/v1/search", json={"query": "cat"}).json()["index"]["fingerprint"] == old.fingerprint
 
 
-def test_an_index_removed_for_one_that_cannot_be_served_is_told_as_that(pairs: tuple[Pair, Pair], tmp_path: Path):
+def test_an_index_replaced_by_an_unusable_one_is_reported(pairs: tuple[Pair, Pair], tmp_path: Path):
     old, new = pairs
     old.write(tmp_path / "index")
     with (
@@ -389,10 +395,10 @@ def test_an_index_removed_for_one_that_cannot_be_served_is_told_as_that(pairs: t
     ):
         wait_until_ready(address)
         Pair(new.student, tmp_path / "gone", 40).write(tmp_path / "index")
-        answer = http.post("/v1/search", json={"query": "cat"})
-        assert answer.status_code == 503
-        assert "gone" in answer.json()["error"]["message"]
-        assert str(tmp_path) not in answer.text
+        response = http.post("/v1/search", json={"query": "cat"})
+        assert response.status_code == 503
+        assert "gone" in response.json()["error"]["message"]
+        assert str(tmp_path) not in response.text
         assert http.get("/v1/index").status_code == 503
         assert http.post("/v1/passages", json={"passages": [{"id": "x", "text": "a cat"}]}).status_code == 503
         assert http.post("/v1/encode", json={"texts": ["cat"], "kind": "query"}).status_code == 200
@@ -401,23 +407,23 @@ def test_an_index_removed_for_one_that_cannot_be_served_is_told_as_that(pairs: t
         assert http.post("/v1/search", json={"query": "cat"}).json()["index"]["fingerprint"] == new.fingerprint
 
 
-def test_what_is_written_after_the_index_was_replaced_is_of_the_new_student(pairs: tuple[Pair, Pair], folder: Path):
+def test_writes_after_a_swap_use_the_new_student(pairs: tuple[Pair, Pair], folder: Path):
     _, new = pairs
     new.write(folder.parent / "new")
     settings = tiny_settings(folder, reload_seconds=1_000)
     with serve(make_app(settings)) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
         wait_until_ready(address)
-        point(folder, "new")
+        point_link(folder, "new")
         passage = {"id": "x", "text": "bread is baked from flour"}
         assert http.post("/v1/passages", json={"passages": [passage]}).status_code == 200
         assert http.get("/health").json()["fingerprint"] == new.fingerprint
     view = Index.open(folder.parent / "new", new.student).view
-    wanted = new.student.encode_passages([passage["text"]]).vectors
-    np.testing.assert_allclose(view.vectors(view.rows(["x"])), wanted, atol=1e-4)
+    expected = new.student.encode_passages([passage["text"]]).vectors
+    np.testing.assert_allclose(view.vectors(view.rows(["x"])), expected, atol=1e-4)
     assert len(Index.open(folder.parent / "old", pairs[0].student)) == 60
 
 
-def test_a_student_is_loaded_once_though_who_asked_has_gone(
+def test_a_student_is_loaded_once_even_if_the_client_leaves(
     pairs: tuple[Pair, Pair], folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     _, new = pairs
@@ -425,19 +431,19 @@ def test_a_student_is_loaded_once_though_who_asked_has_gone(
     app, has_left = make_app(tiny_settings(folder, reload_seconds=1_000)), threading.Event()
     with serve(app) as address:
         wait_until_ready(address)
-        point(folder, "new")
+        point_link(folder, "new")
         with held_loads(monkeypatch, lambda _: has_left.is_set()) as loads:
             client = LeavingClient(address, "/v1/index/reload", {})
             assert loads.began.wait(PATIENCE)
             client.leave()
             until(lambda: requests_in_flight(app) == 0, "that the server sees who has gone")
             has_left.set()
-            answer = patient.post(f"{address}/v1/index/reload").json()
-            assert (answer["fingerprint"], answer["changed"]) == (new.fingerprint, False)
+            response = patient.post(f"{address}/v1/index/reload").json()
+            assert (response["fingerprint"], response["changed"]) == (new.fingerprint, False)
             assert len(loads.times) == 1
 
 
-def test_no_memory_for_another_student_is_an_answer_and_not_the_end_of_looking(
+def test_out_of_memory_is_reported_and_loading_tried_again(
     pairs: tuple[Pair, Pair], folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     old, new = pairs
@@ -453,10 +459,10 @@ def test_no_memory_for_another_student_is_an_answer_and_not_the_end_of_looking(
                 raise MemoryError
 
             patch.setattr(app_module.Student, "load", fail)
-            point(folder, "new")
-            answer = http.post("/v1/index/reload")
-            assert answer.status_code == 409
-            assert "MemoryError" in answer.json()["error"]["message"]
+            point_link(folder, "new")
+            response = http.post("/v1/index/reload")
+            assert response.status_code == 409
+            assert "MemoryError" in response.json()["error"]["message"]
             assert http.post("/v1/search", json={"query": "cat"}).json()["index"]["fingerprint"] == old.fingerprint
             until(lambda: num_tried > 2, "that the server looks again by itself")
         until_served(address, new.fingerprint)

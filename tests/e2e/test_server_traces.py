@@ -1,4 +1,4 @@
-"""Traces as a collector receives them: OTLP over HTTP, from a `d2llm serve` of its own process."""
+"""Traces as a collector receives them: OTLP over HTTP, from a separate `d2llm serve` process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 class Collector:
-    """What was sent to it."""
+    """An OTLP collector that keeps the requests it receives."""
 
     def __init__(self) -> None:
         self.paths: set[str] = set()
@@ -44,12 +44,12 @@ class Collector:
                 assert self.headers["Content-Type"] == "application/x-protobuf"
                 collector.paths.add(self.path)
                 collector.bodies.append(gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body)
-                answer = ExportTraceServiceResponse().SerializeToString()
+                response = ExportTraceServiceResponse().SerializeToString()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/x-protobuf")
-                self.send_header("Content-Length", str(len(answer)))
+                self.send_header("Content-Length", str(len(response)))
                 self.end_headers()
-                self.wfile.write(answer)
+                self.wfile.write(response)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -66,7 +66,7 @@ class Collector:
         self.server.server_close()
 
     def spans(self) -> Iterator[tuple[dict[str, Any], Span]]:
-        """Each with the attributes of what sent it."""
+        """All received spans, each with the attributes of its resource."""
         for body in self.bodies:
             for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                 for scope in resource.scope_spans:
@@ -75,7 +75,9 @@ class Collector:
 
 
 def values(holder: Any) -> dict[str, Any]:
-    return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in holder.attributes}
+    return {
+        attribute.key: getattr(attribute.value, attribute.value.WhichOneof("value")) for attribute in holder.attributes
+    }
 
 
 @contextmanager
@@ -84,7 +86,7 @@ def serving(index: Path, endpoint: str) -> Iterator[tuple[str, PreparedProcess]]
         "D2LLM_SERVE_OTEL": "true",
         "D2LLM_SERVE_LOG_FORMAT": "json",
         "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
-        "OTEL_EXPORTER_OTLP_TIMEOUT": "2",  # seconds for which it tries to send; 10 without this
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "2",  # seconds until an export gives up; the default is 10
         "OTEL_SERVICE_NAME": "search-eu",
     }
     with PreparedProcess(program, "serve", str(index), "--port", "0", environment=environment) as process:
@@ -97,49 +99,49 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_index(tmp_path_factory.mktemp("traces"))
 
 
-def test_a_collector_receives_requests_with_their_stages_and_without_their_texts(index: Path):
+def test_traces_have_the_stages_of_requests_but_no_texts(index: Path):
     with Collector() as collector, serving(index, collector.address) as (address, process):
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         body = {"query": "the sly confidential cat", "top_k": 2}
         assert httpx2.post(f"{address}/v1/search", json=body, headers=headers).status_code == 200
-        new = {"passages": [{"id": f"n{n}", "text": "a covert operation"} for n in range(3)]}
-        assert httpx2.post(f"{address}/v1/passages", json=new).status_code == 200
-        wrong = {"query": "unseen", "filter": "yeer = 1"}
-        assert httpx2.post(f"{address}/v1/search", json=wrong).status_code == 400
+        passages = {"passages": [{"id": f"n{n}", "text": "a covert operation"} for n in range(3)]}
+        assert httpx2.post(f"{address}/v1/passages", json=passages).status_code == 200
+        bad_search = {"query": "unseen", "filter": "yeer = 1"}
+        assert httpx2.post(f"{address}/v1/search", json=bad_search).status_code == 400
         assert httpx2.get(f"{address}/health").status_code == 200
-        process.send(signal.SIGTERM)  # what has not been sent yet is sent then
+        process.send(signal.SIGTERM)  # on exit it sends the remaining spans
         assert process.wait() == 0, process.errors
     assert collector.paths == {"/v1/traces"}
-    found = list(collector.spans())
-    assert {resource["service.name"] for resource, _ in found} == {"search-eu"}
-    of_client = {span.name: span for _, span in found if span.trace_id.hex() == TRACE}
-    assert of_client.keys() == {"POST /v1/search", "queue", "encode", "candidates", "score"}
-    request = of_client["POST /v1/search"]
+    spans = list(collector.spans())
+    assert {resource["service.name"] for resource, _ in spans} == {"search-eu"}
+    client_spans = {span.name: span for _, span in spans if span.trace_id.hex() == TRACE}
+    assert client_spans.keys() == {"POST /v1/search", "queue", "encode", "candidates", "score"}
+    request = client_spans["POST /v1/search"]
     assert request.parent_span_id.hex() == PARENT
     assert request.kind == Span.SPAN_KIND_SERVER
-    told = values(request)
-    assert told["http.route"] == "/v1/search"
-    assert told["http.status_code"] == 200
+    attributes = values(request)
+    assert attributes["http.route"] == "/v1/search"
+    assert attributes["http.status_code"] == 200
     for name in ("queue", "encode", "candidates", "score"):
-        stage = of_client[name]
+        stage = client_spans[name]
         assert stage.parent_span_id == request.span_id
         assert request.start_time_unix_nano <= stage.end_time_unix_nano <= request.end_time_unix_nano
-    (other,) = [span for _, span in found if span.trace_id.hex() != TRACE and span.name == "POST /v1/search"]
+    (other,) = [span for _, span in spans if span.trace_id.hex() != TRACE and span.name == "POST /v1/search"]
     assert not other.parent_span_id
     assert values(other)["http.status_code"] == 400
-    (written,) = [span for _, span in found if span.name == "POST /v1/passages"]
-    below = {span.name for _, span in found if span.parent_span_id == written.span_id}
-    assert below == {"queue", "encode"}
-    assert {span.name for _, span in found if not span.parent_span_id} == {"POST /v1/search", "POST /v1/passages"}
-    assert {span.name for _, span in found} == {*of_client, "POST /v1/passages"}  # none of /health
+    (upsert,) = [span for _, span in spans if span.name == "POST /v1/passages"]
+    child_names = {span.name for _, span in spans if span.parent_span_id == upsert.span_id}
+    assert child_names == {"queue", "encode"}
+    assert {span.name for _, span in spans if not span.parent_span_id} == {"POST /v1/search", "POST /v1/passages"}
+    assert {span.name for _, span in spans} == {*client_spans, "POST /v1/passages"}  # no spans for /health
     for text in (b"sly", b"covert", b"confidential", b"unseen", b"yeer"):
-        assert all(text not in sent for sent in collector.bodies)
+        assert all(text not in received for received in collector.bodies)
 
 
-def test_a_collector_that_is_not_there_holds_nobody_up_and_is_told_in_the_log(index: Path):
+def test_an_unreachable_collector_is_logged_and_delays_nobody(index: Path):
     with Collector() as collector:
-        closed = collector.address
-    with serving(index, closed) as (address, process):
+        closed_address = collector.address
+    with serving(index, closed_address) as (address, process):
         for _ in range(3):
             assert httpx2.post(f"{address}/v1/search", json={"query": "the cat"}, timeout=20).status_code == 200
         process.send(signal.SIGTERM)

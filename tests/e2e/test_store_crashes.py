@@ -1,4 +1,4 @@
-"""A writer killed at any point leaves what it had committed, whole, and the lock free."""
+"""A writer killed at any point leaves everything it had committed intact, and the lock free."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TESTS = Path(__file__).parents[1]
 
 
 class Writers:
-    """Processes that write, one after another, all forked from one that has the libraries loaded."""
+    """Writer processes, one at a time, all forked from a parent that has the libraries loaded."""
 
     def __init__(self) -> None:
         self.mother = subprocess.Popen(
@@ -45,7 +45,7 @@ class Writers:
         return self.mother.stdout.readline().strip()
 
     def run(self, task: dict[str, Any], *, seconds: float | None = None) -> dict[str, Any]:
-        """Let a writer work until it kills itself, or kill it after some seconds; returns the last it said."""
+        """Runs a writer until it kills itself, or kills it after ``seconds``; returns its last complete log entry."""
         assert self.mother.stdin is not None
         self.mother.stdin.write(json.dumps(task) + "\n")
         self.mother.stdin.flush()
@@ -58,16 +58,16 @@ class Writers:
         self.mother.stdin.flush()
         assert os.WTERMSIG(int(self.answer())) == signal.SIGKILL, "the writer failed instead of being killed"
         text = Path(task["log"]).read_text() if Path(task["log"]).exists() else ""
-        lines = text.split("\n")[:-1]  # the last may be half a line; then the one before tells as much
+        lines = text.split("\n")[:-1]  # the last line may be incomplete; the one before says as much
         return json.loads(lines[-1]) if lines else {"now": task["state"]}
 
 
 @pytest.fixture(scope="module")
 def writers() -> Iterator[Writers]:
-    made = Writers()
-    yield made
-    made.mother.kill()
-    made.mother.wait()
+    pool = Writers()
+    yield pool
+    pool.mother.kill()
+    pool.mother.wait()
 
 
 def _as_passages(state: dict[str, list[Any]]) -> dict[str, Passage]:
@@ -75,7 +75,7 @@ def _as_passages(state: dict[str, list[Any]]) -> dict[str, Passage]:
 
 
 def _check_snapshots(store: IndexStore, last: dict[str, Any]) -> dict[str, Any]:
-    """Those of before or after the last step are there with their contents; returns them."""
+    """Checks that the snapshots are those from before or after the last step, with their contents; returns them."""
     after = last.get("next", last["now"])
     names = store.snapshots()
     assert set(names) in (set(last["now"]["snapshots"]), set(after["snapshots"]))
@@ -86,19 +86,19 @@ def _check_snapshots(store: IndexStore, last: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_after(folder: Path, last: dict[str, Any]) -> dict[str, Any]:
-    """The store is whole, holds what was there before or after the last step, and can be searched and written."""
+    """Checks that the store is intact, is as before or after the last step, and can be searched and written to."""
     store = IndexStore.open(folder)
     assert verify(store).problems == []
     view = PassageView(store)
     states = [last["now"]["passages"], last.get("next", last["now"])["passages"]]
-    there = {passage.id: passage for passage in view.passages(live_rows(view))}
-    state = next((some for some in states if _as_passages(some) == there), None)
-    assert state is not None, f"{sorted(there)} is neither {sorted(states[0])} nor {sorted(states[1])}"
+    stored = {passage.id: passage for passage in view.passages(live_rows(view))}
+    state = next((candidate for candidate in states if _as_passages(candidate) == stored), None)
+    assert state is not None, f"{sorted(stored)} is neither {sorted(states[0])} nor {sorted(states[1])}"
     check_contents(view, _as_passages(state))
     if len(view):
         first = _as_passages(state)[min(state)]
-        found = view.scan(vector_of(first), len(view))
-        assert sorted(view.ids(found.rows)) == sorted(state)
+        matches = view.scan(vector_of(first), len(view))
+        assert sorted(view.ids(matches.rows)) == sorted(state)
         assert sorted(view.ids(view.match("word", 100).rows)) == sorted(state)
     snapshots = _check_snapshots(store, last)
     new = {"after": [f"word after {view.version}", 1]}
@@ -117,34 +117,34 @@ def _start(folder: Path, vector_copies: VectorCopies) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("vector_copies", "num_kills"), [(2, 17), (1, 13)])
-def test_killed_at_any_time(tmp_path, writers, vector_copies, num_kills):
+def test_a_writer_killed_at_any_time(tmp_path, writers, vector_copies, num_kills):
     seed = int(os.environ.get("D2LLM_TEST_SEED", "5"))
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     folder, log = tmp_path / "index", tmp_path / "log"
-    state, hit = _start(folder, vector_copies), []
+    state, steps_hit = _start(folder, vector_copies), []
     for number in range(num_kills):
         log.unlink(missing_ok=True)
         task = {"folder": str(folder), "log": str(log), "state": state, "seed": seed * 1000 + number}
-        last = writers.run(task, seconds=chance.uniform(0.02, 0.4))
+        last = writers.run(task, seconds=rng.uniform(0.02, 0.4))
         print("seed", task["seed"], "killed in", last.get("does", "between two steps"))
-        hit.append(last.get("does"))
+        steps_hit.append(last.get("does"))
         state = _check_after(folder, last)
-    assert len(set(hit)) >= 2  # kinds of writing; which, is a matter of time
+    assert len(set(steps_hit)) >= 2  # kinds of write; which ones, depends on the timing
 
 
 @pytest.mark.parametrize(("vector_copies", "num_kills"), [(2, 22), (1, 18)])
-def test_killed_at_each_function_that_writes(tmp_path, writers, vector_copies, num_kills):
+def test_a_writer_killed_before_or_after_a_write_call(tmp_path, writers, vector_copies, num_kills):
     seed = int(os.environ.get("D2LLM_TEST_SEED", "5"))
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     folder, log = tmp_path / "index", tmp_path / "log"
-    state, hit = _start(folder, vector_copies), []
+    state, steps_hit = _start(folder, vector_copies), []
     for number in range(num_kills):
         log.unlink(missing_ok=True)
         task = {"folder": str(folder), "log": str(log), "state": state, "seed": seed * 1000 + number}
-        task |= {"kill_at": chance.randint(1, 40), "after": chance.random() < 0.5}
+        task |= {"kill_at": rng.randint(1, 40), "after": rng.random() < 0.5}
         last = writers.run(task)
         print(task["seed"], "killed", "after" if task["after"] else "before", task["kill_at"], "in", last["does"])
-        hit.append(last["does"])
+        steps_hit.append(last["does"])
         state = _check_after(folder, last)
-    assert len(set(hit)) >= 3
-    assert "upsert" in hit  # the commonest
+    assert len(set(steps_hit)) >= 3
+    assert "upsert" in steps_hit  # the most common step

@@ -1,4 +1,4 @@
-"""Other processes read a store while it is written, and where they may not write."""
+"""Other processes read a store while it is being written, and without permission to write."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOBODY = 65_534
 
 
 class Reader:
-    """A process of its own, that may be another user's."""
+    """A separate reader process, possibly run as another user."""
 
     def __init__(self, folder: Path, user: int | None = None) -> None:
         self.process = subprocess.Popen(
@@ -52,7 +52,7 @@ class Reader:
         self.process.wait()
 
 
-def test_readers_keep_their_version_while_a_writer_goes_on(tmp_path):
+def test_readers_keep_their_version_while_a_writer_continues(tmp_path):
     store, passages = new_store(tmp_path / "index"), few_passages(20)
     put(store, passages.values())
     store.settle()
@@ -65,18 +65,20 @@ def test_readers_keep_their_version_while_a_writer_goes_on(tmp_path):
             store.delete([f"p{3 * step}"])
             store.compact(dense=step % 2 == 0)
             store.snapshot(f"s{step}")
-            now = read(PassageView(store))
+            current = read(PassageView(store))
             for number, reader in enumerate(readers):
                 assert reader.ask("read") == versions[number]
                 assert reader.ask("search common")[1]
             fresh = readers[step % 2]
-            assert fresh.ask("open") == len(now)
-            versions[step % 2] = now
-            assert fresh.ask("read") == now
+            assert fresh.ask("open") == len(current)
+            versions[step % 2] = current
+            assert fresh.ask("read") == current
             assert fresh.ask(f"search own{5 * step + 1}") == search(PassageView(store), f"own{5 * step + 1}")
         with store.writing():
-            assert all("IndexLockedError" in answer for answer in readers[0].ask("write"))
-        readers[0].ask("write")  # the lock is free again
+            refused = readers[0].ask("write")
+        assert refused
+        assert all("IndexLockedError" in answer for answer in refused)
+        assert not any("IndexLockedError" in answer for answer in readers[0].ask("write"))  # the lock has been released
         assert verify(store).problems == []
     finally:
         for reader in readers:
@@ -84,13 +86,13 @@ def test_readers_keep_their_version_while_a_writer_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("vectors", ["whole", "missing", "damaged"])
-def test_who_may_not_write_can_read(vectors):
-    folder = Path(tempfile.mkdtemp(prefix="store-"))  # pytest's own folders are closed to others
+def test_users_without_write_permission_can_read(vectors):
+    folder = Path(tempfile.mkdtemp(prefix="store-"))  # other users cannot enter pytest's own folders
     store, passages = new_store(folder / "index"), few_passages(20)
     put(store, passages.values())
     store.settle()
     store.snapshot("a")
-    expected, found = read(PassageView(store)), search(PassageView(store), "own7")
+    expected, expected_hits = read(PassageView(store)), search(PassageView(store), "own7")
     if vectors == "missing":
         for suffix in (".bin", ".json"):
             vector_file.path_of(store.folder, 0).with_suffix(suffix).unlink()
@@ -107,8 +109,10 @@ def test_who_may_not_write_can_read(vectors):
     try:
         assert reader.answer() == "ready"
         assert reader.ask("read") == expected
-        assert reader.ask("search own7") == found
-        for answer in reader.ask("write"):
+        assert reader.ask("search own7") == expected_hits
+        answers = reader.ask("write")
+        assert answers
+        for answer in answers:
             assert answer.startswith("StorageError: ")
             assert str(store.folder) in answer
             assert "Permission denied" in answer
@@ -123,13 +127,13 @@ def test_who_may_not_write_can_read(vectors):
     shutil.rmtree(folder)
 
 
-def test_the_lock_of_another_process(tmp_path):
+def test_the_lock_of_another_process_blocks_writing(tmp_path):
     store = new_store(tmp_path / "index")
     put(store, few_passages(3).values())
-    held = "import sys; from pathlib import Path; from d2llm.store.index_store import IndexStore\n"
-    held += "with IndexStore.open(Path(sys.argv[1])).writing(): print('held', flush=True); sys.stdin.read()"
+    code = "import sys; from pathlib import Path; from d2llm.store.index_store import IndexStore\n"
+    code += "with IndexStore.open(Path(sys.argv[1])).writing(): print('held', flush=True); sys.stdin.read()"
     writer = subprocess.Popen(
-        [sys.executable, "-c", held, str(store.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(store.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert writer.stdout is not None
     assert writer.stdout.readline() == "held\n"

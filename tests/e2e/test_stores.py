@@ -1,4 +1,4 @@
-"""The recipes of docs/how-to/stores.md: another store with the head in numpy ranks as ``d2llm search`` does."""
+"""The recipes in docs/how-to/stores.md: other stores, with the head in numpy, rank as ``d2llm search`` does."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TASKS = ("asymmetric", "symmetric")
 
 @pytest.fixture(scope="module")
 def page():
-    """The names that the page's blocks make, all run once but the last, which closes a store."""
+    """Names defined by the page's code blocks; the last block, which closes a store, runs after the tests."""
     for package in ("qdrant_client", "pgserver", "psycopg"):
         pytest.importorskip(package)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     before, folder = Path.cwd(), Path(tempfile.mkdtemp())
-    folder.chmod(0o755)  # run by root, PostgreSQL works as another user, who has to get there
+    folder.chmod(0o755)  # when started by root, PostgreSQL runs as another user, who needs access
     names: dict = {}
     os.chdir(folder)
     try:
@@ -44,14 +44,14 @@ def page():
 
 @pytest.fixture(scope="module")
 def expected(page, tmp_path_factory):
-    """What ``d2llm search`` finds by the vectors alone, by question and task: the stores count no words."""
+    """Results of ``d2llm search`` by question and task, from vectors alone, since the stores do no word search."""
     folder = tmp_path_factory.mktemp("index") / "index"
     index = Index.create(folder, page["student"], vector_format="float32")
     index.add([Passage(name, text) for name, text in page["passages"].items()])
     return {
         (question, task): [
-            (place.passage.id, place.score)
-            for place in index.search([question], task=task, top_k=10, num_candidates=100, evidence={})[0].passages
+            (hit.passage.id, hit.score)
+            for hit in index.search([question], task=task, top_k=10, num_candidates=100, evidence={})[0].passages
         ]
         for question in QUESTIONS
         for task in TASKS
@@ -62,24 +62,24 @@ def expected(page, tmp_path_factory):
 @pytest.mark.parametrize("store", STORES)
 def test_a_store_ranks_as_d2llm_does(page, expected, store, task):
     for question in QUESTIONS:
-        found, wanted = page[f"search_{store}"](question, task), expected[question, task]
-        assert [name for name, _ in found] == [name for name, _ in wanted]
-        np.testing.assert_allclose([score for _, score in found], [score for _, score in wanted], atol=1e-4)
+        results, reference = page[f"search_{store}"](question, task), expected[question, task]
+        assert [name for name, _ in results] == [name for name, _ in reference]
+        np.testing.assert_allclose([score for _, score in results], [score for _, score in reference], atol=1e-4)
 
 
-def test_the_candidates_are_fewer_than_the_passages(page):
+def test_there_are_more_passages_than_candidates(page):
     assert len(page["passages"]) > 100
 
 
-def test_rescoring_changes_what_the_store_found(page, expected):
-    """Else the tests above would not notice that it is left out."""
+def test_rescoring_changes_the_scores_of_a_store(page, expected):
+    """Otherwise the tests above would not notice if rescoring were left out."""
     query = page["student"].encode_queries([QUESTIONS[0]]).vectors
     anchors = page["vectors"] @ page["head"].anchor_queries(query, "symmetric")[0]
-    wanted = [score for _, score in expected[QUESTIONS[0], "symmetric"]]
-    assert np.abs(np.sort(anchors)[::-1][:10] - wanted).max() > 0.1
+    rescored = [score for _, score in expected[QUESTIONS[0], "symmetric"]]
+    assert np.abs(np.sort(anchors)[::-1][:10] - rescored).max() > 0.1
 
 
-def test_the_page_says_what_it_prints(page):
-    said = re.findall(r"^```output\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    found = [page[f"search_{store}"](QUESTIONS[0])[0][0] for store in STORES]
-    assert [text.strip() for text in said] == found
+def test_the_output_shown_on_the_page_is_right(page):
+    documented = re.findall(r"^```output\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    actual = [page[f"search_{store}"](QUESTIONS[0])[0][0] for store in STORES]
+    assert [text.strip() for text in documented] == actual

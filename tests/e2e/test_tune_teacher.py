@@ -1,4 +1,4 @@
-"""Teacher tuning on a tiny random model: it learns, resumes exactly, and stops when the loss is no number."""
+"""Teacher tuning on a tiny random model: it learns, resumes exactly, and stops when the loss is not a number."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Interrupted(Exception):
 
 
 def fail_at(monkeypatch, step, error=Interrupted, instead=None):
-    """Break off in the middle of the given step, or give another loss there."""
-    whole = module.accumulate_pairs
+    """Raises ``error`` in the middle of the step or, if set, gives the loss ``instead``; returns the list of calls."""
+    original = module.accumulate_pairs
     calls = []
 
     def accumulate(model, batch, part_tokens):
@@ -61,7 +61,7 @@ def fail_at(monkeypatch, step, error=Interrupted, instead=None):
             if instead is None:
                 raise error
             return instead, 0
-        return whole(model, batch, part_tokens)
+        return original(model, batch, part_tokens)
 
     monkeypatch.setattr(module, "accumulate_pairs", accumulate)
     return calls
@@ -72,11 +72,11 @@ def log_losses(folder):
     return [(record["step"], record["loss"], record["pairs"]) for record in map(json.loads, lines)]
 
 
-def test_it_learns_to_say_yes_and_no(tmp_path, llama, sources):
+def test_tuning_separates_positives_from_negatives(tmp_path, llama, sources):
     report = tune(llama, sources, tmp_path / "teacher", epochs=6)
     pairs = labelled_pairs(sources, num_negatives=4, max_queries=None, seed=0)
     assert report.pairs == 6 * len(pairs)
-    # batches hold one task each
+    # each batch holds a single task
     by_task = [sum(pair.task == task for pair in pairs) for task in ("symmetric", "asymmetric")]
     assert report.steps == 6 * sum(-(-count // 8) for count in by_task)
     losses = [loss for _, loss, _ in log_losses(tmp_path / "teacher")]
@@ -92,10 +92,10 @@ def test_it_learns_to_say_yes_and_no(tmp_path, llama, sources):
     untuned = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
     before = untuned.judge([(pair.query, pair.passage) for pair in asymmetric], "asymmetric").log_odds
 
-    def apart(values):
+    def separation(values):
         return values[is_positive].mean() - values[~is_positive].mean()
 
-    assert apart(log_odds) > max(0.5, 2 * apart(before))
+    assert separation(log_odds) > max(0.5, 2 * separation(before))
     manifest = json.loads((tmp_path / "teacher" / "manifest.json").read_text())
     assert manifest["data"] == ["tiny", "other"]
     assert manifest["report"]["steps"] == report.steps
@@ -112,7 +112,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, llama, sources, monk
     with monkeypatch.context() as patch:
         calls = fail_at(patch, -1)
         resumed = tune(llama, sources, tmp_path / "resumed")
-    assert len(calls) == whole.steps - stop  # nothing is done twice
+    assert len(calls) == whole.steps - stop  # no step is repeated
     assert (resumed.fingerprint, resumed.loss, resumed.pairs) == (whole.fingerprint, whole.loss, whole.pairs)
     assert log_losses(tmp_path / "resumed") == log_losses(tmp_path / "whole")
     first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "resumed"))
@@ -120,18 +120,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, llama, sources, monk
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_loss_that_is_no_number_keeps_the_checkpoint(tmp_path, llama, sources, monkeypatch):
+def test_a_nan_loss_keeps_the_last_good_checkpoint(tmp_path, llama, sources, monkeypatch):
     with monkeypatch.context() as patch:
         fail_at(patch, 3, instead=torch.tensor(torch.nan))
         with pytest.raises(TrainingDivergedError, match="loss became nan at step 3") as error:
             tune(llama, sources, tmp_path / "teacher")
     assert str(tmp_path / "teacher.run") in str(error.value)
     assert not (tmp_path / "teacher").exists()
-    kept = tmp_path / "teacher.run" / "checkpoint.safetensors"
-    tensors = load_file(kept)
+    checkpoint = tmp_path / "teacher.run" / "checkpoint.safetensors"
+    tensors = load_file(checkpoint)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     assert len(log_losses(tmp_path / "teacher")) == 3
-    tune(llama, sources, tmp_path / "teacher")  # and the run can go on from there
+    tune(llama, sources, tmp_path / "teacher")  # the run can be resumed
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, llama, sources, monkeypatch):
@@ -144,17 +144,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, llama, sources, monkey
             tune(llama, sources, tmp_path / "teacher", **change)
 
 
-def test_a_finished_teacher_is_not_overwritten_and_can_be_made_anew(tmp_path, llama, sources):
+def test_a_finished_teacher_must_be_removed_to_tune_again(tmp_path, llama, sources):
     first = tune(llama, sources, tmp_path / "teacher", max_queries=4)
     with pytest.raises(InputError, match="already holds a finished teacher"):
         tune(llama, sources, tmp_path / "teacher", max_queries=4)
     for path in (tmp_path / "teacher").iterdir():
         path.unlink()
-    second = tune(llama, sources, tmp_path / "teacher", max_queries=4, seed=1)  # the old checkpoint is not in the way
+    second = tune(llama, sources, tmp_path / "teacher", max_queries=4, seed=1)  # the old checkpoint does not interfere
     assert second.fingerprint != first.fingerprint
 
 
-def test_what_cannot_be_written_is_found_before_the_work(tmp_path, llama, sources, monkeypatch):
+def test_unusable_folders_and_data_are_refused_before_tuning(tmp_path, llama, sources, monkeypatch):
     calls = fail_at(monkeypatch, 0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("...")
@@ -167,7 +167,7 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path, llama, source
     assert calls == []
 
 
-def test_tuning_a_tuned_teacher_keeps_both(tmp_path, llama, sources):
+def test_tuning_a_tuned_teacher_starts_from_it(tmp_path, llama, sources):
     first = tune(llama, sources[:1], tmp_path / "first")
     second = tune_teacher(
         sources[1:],
@@ -184,7 +184,7 @@ def test_tuning_a_tuned_teacher_keeps_both(tmp_path, llama, sources):
         .log_odds
         for report in (first, second)
     ]
-    np.testing.assert_allclose(judged[1], judged[0], rtol=0, atol=1e-4)  # the second tuning did next to nothing
+    np.testing.assert_allclose(judged[1], judged[0], rtol=0, atol=1e-4)  # the second tuning changed next to nothing
     untuned = (
         Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32").judge(pairs, "asymmetric").log_odds
     )

@@ -1,4 +1,4 @@
-"""What becomes of passages that training itself finds and the teacher has not judged: ``training.unjudged``."""
+"""``training.unjudged``: the treatment of passages that training itself finds and the teacher has not judged."""
 
 from __future__ import annotations
 
@@ -32,47 +32,47 @@ def store_of(place: Place, folder: Path) -> LabelStore:
 
 
 def run(place: Place, folder: Path, patch: pytest.MonkeyPatch, **training: Any) -> tuple[LabelStore, list[Any]]:
-    """The store after a run with labels of its own, and all batches of the second stage."""
+    """Run on a copy of the labels; return their store and all batches of the second stage."""
     labels = folder / "labels"
     shutil.copytree(place.labels, labels)
-    seen: list[Any] = []
+    batches: list[Any] = []
     collate = residual.collate_lists
 
-    def watched(labelled: LabelledSource, draws: Any) -> Any:
+    def recorded(labelled: LabelledSource, draws: Any) -> Any:
         batch = collate(labelled, draws)
-        seen.append((draws, batch))
+        batches.append((draws, batch))
         return batch
 
-    patch.setattr(residual, "collate_lists", watched)
+    patch.setattr(residual, "collate_lists", recorded)
     place.run(folder / "student", labels=labels, residual=STAGE, **training)
-    return store_of(place, labels), seen
+    return store_of(place, labels), batches
 
 
-def near_without_label(seen: list[Any]) -> int:
-    """Candidates of the second stage that are no random ones and that the teacher says nothing of."""
-    return sum(int((batch.easy & (batch.teacher_log_odds == float("-inf"))).sum()) for _, batch in seen)
+def count_unlabelled_neighbours(batches: list[Any]) -> int:
+    """Count the candidates of the second stage that are not random and have no label from the teacher."""
+    return sum(int((batch.easy & (batch.teacher_log_odds == float("-inf"))).sum()) for _, batch in batches)
 
 
-def test_neighbours_count_as_irrelevant_unless_asked(place, tmp_path, monkeypatch):
-    store, seen = run(place, tmp_path, monkeypatch)
+def test_neighbours_count_as_irrelevant_by_default(place, tmp_path, monkeypatch):
+    store, batches = run(place, tmp_path, monkeypatch)
     assert store.num_pairs == store_of(place, place.labels).num_pairs
-    assert near_without_label(seen) > 0
+    assert count_unlabelled_neighbours(batches) > 0
 
 
-def test_the_teacher_judges_the_neighbours_once_and_it_is_kept(place, tmp_path, monkeypatch):
+def test_the_teacher_judges_neighbours_once_and_labels_are_kept(place, tmp_path, monkeypatch):
     before = store_of(place, place.labels)
     monkeypatch.setattr(residual, "_draw", without_random(residual._draw))
-    store, seen = run(place, tmp_path, monkeypatch, unjudged="ask_teacher")
+    store, batches = run(place, tmp_path, monkeypatch, unjudged="ask_teacher")
     assert store.num_pairs > before.num_pairs
-    assert near_without_label(seen) == 0
+    assert count_unlabelled_neighbours(batches) == 0
     new = {query_id: set(store.log_odds(query_id)) - set(before.log_odds(query_id)) for query_id in store.query_ids}
-    drawn = {(draw.entry.query_id, passage_id) for draws, _ in seen for draw in draws for passage_id in draw.easy}
+    drawn = {(draw.entry.query_id, passage_id) for draws, _ in batches for draw in draws for passage_id in draw.easy}
     assert {(query_id, p) for query_id, ids in new.items() for p in ids} <= drawn
-    for entry in place.source.plan.entries:  # what was labelled before is as it was
+    for entry in place.source.plan.entries:  # earlier labels are unchanged
         assert before.log_odds(entry.query_id).items() <= store.log_odds(entry.query_id).items()
 
 
-def test_a_run_that_goes_on_does_not_ask_again(place, tmp_path, monkeypatch):
+def test_a_resumed_run_does_not_ask_the_teacher_again(place, tmp_path, monkeypatch):
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
@@ -80,32 +80,32 @@ def test_a_run_that_goes_on_does_not_ask_again(place, tmp_path, monkeypatch):
         patch.setattr(residual, "_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             run(place, tmp_path, patch, unjudged="ask_teacher")
-    asked = store_of(place, tmp_path / "labels").num_pairs
-    assert asked > store_of(place, place.labels).num_pairs
+    num_labels = store_of(place, tmp_path / "labels").num_pairs
+    assert num_labels > store_of(place, place.labels).num_pairs
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher is loaded although it has nothing to judge")
 
     monkeypatch.setattr("d2llm.training.distill.load_judge", refuse)
     place.run(tmp_path / "student", labels=tmp_path / "labels", residual=STAGE, unjudged="ask_teacher")
-    assert store_of(place, tmp_path / "labels").num_pairs == asked
+    assert store_of(place, tmp_path / "labels").num_pairs == num_labels
 
 
-def test_those_without_a_label_can_be_left_out(place, tmp_path, monkeypatch):
+def test_neighbours_without_a_label_can_be_left_out(place, tmp_path, monkeypatch):
     monkeypatch.setattr(residual, "_draw", without_random(residual._draw))
-    store, seen = run(place, tmp_path, monkeypatch, unjudged="leave_out")
+    store, batches = run(place, tmp_path, monkeypatch, unjudged="leave_out")
     assert store.num_pairs == store_of(place, place.labels).num_pairs
-    assert near_without_label(seen) == 0
+    assert count_unlabelled_neighbours(batches) == 0
 
 
-def test_queries_that_learn_from_judgements_are_not_asked_about(place, tmp_path, monkeypatch):
-    """A closed gate: the data set teaches alone, and takes neighbours for irrelevant."""
-    asked: list[Any] = []
-    monkeypatch.setattr("d2llm.training.distill.label_passages", lambda *args, **_: asked.append(args))
+def test_the_teacher_is_not_asked_behind_a_closed_gate(place, tmp_path, monkeypatch):
+    """A closed gate: the data set teaches without the teacher, and its neighbours count as irrelevant."""
+    calls: list[Any] = []
+    monkeypatch.setattr("d2llm.training.distill.label_passages", lambda *args, **_: calls.append(args))
     monkeypatch.setattr(residual, "_draw", without_random(residual._draw))
-    _, seen = run(place, tmp_path, monkeypatch, unjudged="ask_teacher", closed_gates=[place.source.dataset.name])
-    assert asked == []
-    assert near_without_label(seen) > 0
+    _, batches = run(place, tmp_path, monkeypatch, unjudged="ask_teacher", closed_gates=[place.source.dataset.name])
+    assert calls == []
+    assert count_unlabelled_neighbours(batches) > 0
 
 
 def test_newly_mined_negatives_are_judged_or_left_out(place, tmp_path, monkeypatch):
@@ -113,17 +113,19 @@ def test_newly_mined_negatives_are_judged_or_left_out(place, tmp_path, monkeypat
     for unjudged in ("ask_teacher", "leave_out"):
         labels = tmp_path / unjudged
         shutil.copytree(place.labels, labels)
-        seen: list[LabelledSource] = []
-        without = LabelledSource.without_unjudged_negatives
+        sources: list[LabelledSource] = []
+        original = LabelledSource.without_unjudged_negatives
 
-        def watched(source: LabelledSource, kept: list[LabelledSource] = seen, without: Any = without) -> Any:
-            kept.append(without(source))
-            return kept[-1]
+        def recorded(
+            source: LabelledSource, kept_sources: list[LabelledSource] = sources, original: Any = original
+        ) -> Any:
+            kept_sources.append(original(source))
+            return kept_sources[-1]
 
-        monkeypatch.setattr(LabelledSource, "without_unjudged_negatives", watched)
+        monkeypatch.setattr(LabelledSource, "without_unjudged_negatives", recorded)
         place.run(tmp_path / f"{unjudged}-student", labels=labels, remine=True, unjudged=unjudged, epochs=2)
         monkeypatch.undo()
-        (renewed,) = seen
+        (renewed,) = sources
         store = store_of(place, labels)
         assert all(not store.missing(entry.query_id, entry.hard_negatives) for entry in renewed.entries)
         if unjudged == "ask_teacher":
@@ -133,9 +135,9 @@ def test_newly_mined_negatives_are_judged_or_left_out(place, tmp_path, monkeypat
 
 
 def without_random(draw: Any) -> Any:
-    """Draws without their random passages, which nobody judges, so that what is left is neighbours."""
+    """Wrap ``draw`` to leave out random passages, which are never judged, so that only neighbours are drawn."""
 
-    def drawn(found: Any, position: int, config: ResidualConfig, seed: str, **options: Any) -> Any:
-        return draw(found, position, config.model_copy(update={"num_random": 0}), seed, **options)
+    def drawn(vectors: Any, position: int, config: ResidualConfig, seed: str, **options: Any) -> Any:
+        return draw(vectors, position, config.model_copy(update={"num_random": 0}), seed, **options)
 
     return drawn

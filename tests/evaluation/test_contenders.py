@@ -1,4 +1,4 @@
-"""From names and folders to the systems of an evaluation: what is found where, and what is said of what is not."""
+"""Loading the systems of an evaluation from names and folders, and reporting those that are missing."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COSINE = {"pooling": PoolingConfig(method="backbone"), "interaction": Interactio
 PAPER = {"interaction": InteractionConfig(head="paper", features="concat", hidden_dim=16, feature_dim=8)}
 
 
-class World:
-    """Tiny models; a run with student, companions and teacher."""
+class ModelFolder:
+    """Tiny models, and a run folder with a student, its companions and its teacher."""
 
     def __init__(self, folder):
         self.encoder = write_tiny_model(folder / "encoder", "bert")
@@ -38,16 +38,16 @@ class World:
 
     def student(self, folder, *, seed=0, teacher=None, **changes):
         config = tiny_student_config(self.encoder).model_copy(update=changes)
-        made = Student.create(config, device="cpu", dtype="float32", seed=seed)
-        made.prepare_training()
-        randomise(made, seed=seed, scale=0.05)
-        made.save(folder, content={"teacher": teacher or self.teacher, "recipe": {"name": "tiny"}})
+        model = Student.create(config, device="cpu", dtype="float32", seed=seed)
+        model.prepare_training()
+        randomise(model, seed=seed, scale=0.05)
+        model.save(folder, content={"teacher": teacher or self.teacher, "recipe": {"name": "tiny"}})
         return folder
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("world"))
+    return ModelFolder(tmp_path_factory.mktemp("world"))
 
 
 def load(student, **options):
@@ -58,61 +58,61 @@ def fingerprint(folder):
     return json.loads((folder / "manifest.json").read_text())["fingerprint"]
 
 
-def test_everything_is_found_beside_the_student(world):
-    found = load(world.run / "student")
-    assert found.student.fingerprint == fingerprint(world.run / "student")
-    assert found.tuned_cosine.fingerprint == fingerprint(world.run / "student-cosine")
-    assert found.paper_head.fingerprint == fingerprint(world.run / "student-paper")
-    assert found.teacher.fingerprint == world.teacher
-    assert found.why_missing == {}
-    assert found.missing_rows(50) == []
-    names = [row.name for row in found.students(1000, 100)]
+def test_companions_are_found_beside_the_student(world):
+    contenders = load(world.run / "student")
+    assert contenders.student.fingerprint == fingerprint(world.run / "student")
+    assert contenders.tuned_cosine.fingerprint == fingerprint(world.run / "student-cosine")
+    assert contenders.paper_head.fingerprint == fingerprint(world.run / "student-paper")
+    assert contenders.teacher.fingerprint == world.teacher
+    assert contenders.why_missing == {}
+    assert contenders.missing_rows(50) == []
+    names = [row.name for row in contenders.students(1000, 100)]
     assert names == ["cosine, untuned", "cosine, tuned", "D2LLM, paper head", "cosine, D2LLM vectors", "D2LLM"]
-    assert [row.num_candidates for row in found.students(1000, 100)] == [100] * 4 + [1000]
+    assert [row.num_candidates for row in contenders.students(1000, 100)] == [100] * 4 + [1000]
     fresh = Student.create(tiny_student_config(world.encoder).model_copy(update=COSINE), device="cpu", dtype="float32")
     vectors = fresh.encode_passages(TEXTS).vectors
-    assert found.untuned.encode_passages(TEXTS).vectors == pytest.approx(vectors, abs=1e-5)
+    assert contenders.untuned.encode_passages(TEXTS).vectors == pytest.approx(vectors, abs=1e-5)
 
 
-def test_provenance_names_all_that_made_it(world):
-    found = load(world.run / "student").provenance
-    assert found["student"]["name"] == "student"
-    assert found["student"]["recipe"] == {"name": "tiny"}
-    assert found["student"]["teacher"] == found["teacher"] == world.teacher
-    assert found["student"]["fingerprint"] == fingerprint(world.run / "student")
-    assert found["tuned_cosine"] == fingerprint(world.run / "student-cosine")
-    assert found["paper_head"] == fingerprint(world.run / "student-paper")
-    assert "torch" in found["student"]["packages"]
+def test_provenance_names_all_models(world):
+    provenance = load(world.run / "student").provenance
+    assert provenance["student"]["name"] == "student"
+    assert provenance["student"]["recipe"] == {"name": "tiny"}
+    assert provenance["student"]["teacher"] == provenance["teacher"] == world.teacher
+    assert provenance["student"]["fingerprint"] == fingerprint(world.run / "student")
+    assert provenance["tuned_cosine"] == fingerprint(world.run / "student-cosine")
+    assert provenance["paper_head"] == fingerprint(world.run / "student-paper")
+    assert "torch" in provenance["student"]["packages"]
 
 
-def test_what_is_not_there_is_missing_with_what_would_bring_it(world, tmp_path):
+def test_missing_companions_say_how_to_train_them(world, tmp_path):
     alone = world.student(tmp_path / "alone", teacher="somebody far away")
-    found = load(alone)
-    assert found.tuned_cosine is found.paper_head is found.teacher is None
-    assert {row.kind: row.reason for row in found.missing_rows(50)} == {
+    contenders = load(alone)
+    assert contenders.tuned_cosine is contenders.paper_head is contenders.teacher is None
+    assert {row.kind: row.reason for row in contenders.missing_rows(50)} == {
         "cosine_tuned": "alone-cosine is not beside the student; train it: d2llm distill RECIPE --variant cosine",
         "paper_head": "alone-paper is not beside the student; train it: d2llm distill RECIPE --variant paper",
         "teacher": "the teacher that the student was trained with was not found; name one",
     }
-    assert found.provenance["teacher"] is found.provenance["tuned_cosine"] is None
+    assert contenders.provenance["teacher"] is contenders.provenance["tuned_cosine"] is None
 
 
 def test_the_teacher_can_be_left_out(world):
-    found = load(world.run / "student", with_teacher=False)
-    assert found.teacher is None
-    (missing,) = found.missing_rows(50)
+    contenders = load(world.run / "student", with_teacher=False)
+    assert contenders.teacher is None
+    (missing,) = contenders.missing_rows(50)
     assert (missing.name, missing.reason) == ("teacher (reranking 50 of BM25 and D2LLM)", "it was left out")
 
 
-def test_a_teacher_beside_the_student_that_did_not_teach_it_is_not_its_own(world, tmp_path):
+def test_a_neighbouring_teacher_must_match_the_fingerprint(world, tmp_path):
     shutil.copytree(world.run / "teacher", tmp_path / "teacher")
     assert load(world.student(tmp_path / "student")).teacher.fingerprint == world.teacher
     other = load(world.student(tmp_path / "other", teacher="0123"))
     assert other.teacher is None
     assert "was not found" in other.why_missing["teacher"]
-    named = load(tmp_path / "other", teacher=tiny_teacher_config(world.decoder))
-    assert named.teacher.fingerprint == identify_local_teacher(tiny_teacher_config(world.decoder)).fingerprint
-    assert named.why_missing == {
+    explicit = load(tmp_path / "other", teacher=tiny_teacher_config(world.decoder))
+    assert explicit.teacher.fingerprint == identify_local_teacher(tiny_teacher_config(world.decoder)).fingerprint
+    assert explicit.why_missing == {
         kind: reason for kind, reason in other.why_missing.items() if kind in ("cosine_tuned", "paper_head")
     }
 
@@ -126,34 +126,36 @@ def test_a_shipped_teacher_is_found_by_its_fingerprint(world, tmp_path, monkeypa
     shipped = {"another": stranger, "smart": tmp_path / "smart"}
     for module in ("evaluation.loading", "models.teachers.identity"):
         monkeypatch.setattr(f"d2llm.{module}.shipped_models", lambda _: shipped)
-    asked = []
+    loaded = []
     judge = Teacher.load(tiny_teacher_config(world.decoder), device="cpu", dtype="float32")
-    monkeypatch.setattr("d2llm.evaluation.loading.load_judge", lambda config, **_: asked.append(config.model) or judge)
+    monkeypatch.setattr("d2llm.evaluation.loading.load_judge", lambda config, **_: loaded.append(config.model) or judge)
     load(world.student(tmp_path / "far" / "student"))
-    assert asked == ["smart"]
+    assert loaded == ["smart"]
 
 
-def test_an_encoder_that_is_gone_is_a_missing_row(world, tmp_path):
-    gone = write_tiny_model(tmp_path / "gone", "bert", seed=4)
-    config = tiny_student_config(gone)
+def test_a_deleted_encoder_is_a_missing_row(world, tmp_path):
+    encoder = write_tiny_model(tmp_path / "gone", "bert", seed=4)
+    config = tiny_student_config(encoder)
     Student.create(config, device="cpu", dtype="float32").save(tmp_path / "student", merge=True)
-    shutil.rmtree(gone)
-    found = load(tmp_path / "student", with_teacher=False)
-    assert found.untuned is None
-    assert str(gone) in found.why_missing["cosine_untuned"]
-    assert "cosine, untuned" in [row.name for row in found.missing_rows(None)]
+    shutil.rmtree(encoder)
+    contenders = load(tmp_path / "student", with_teacher=False)
+    assert contenders.untuned is None
+    assert str(encoder) in contenders.why_missing["cosine_untuned"]
+    assert "cosine, untuned" in [row.name for row in contenders.missing_rows(None)]
 
 
-def test_companions_can_be_named(world, tmp_path):
-    mine = world.student(tmp_path / "mine", seed=9, **COSINE)
-    found = load(world.run / "student", tuned_cosine=mine, paper_head=world.run / "student-paper", with_teacher=False)
-    assert found.tuned_cosine.fingerprint == fingerprint(mine)
+def test_companions_can_be_given_explicitly(world, tmp_path):
+    companion = world.student(tmp_path / "mine", seed=9, **COSINE)
+    contenders = load(
+        world.run / "student", tuned_cosine=companion, paper_head=world.run / "student-paper", with_teacher=False
+    )
+    assert contenders.tuned_cosine.fingerprint == fingerprint(companion)
     for option in ("tuned_cosine", "paper_head"):
         with pytest.raises(ModelNotFoundError, match="no student at 'nowhere'"):
             load(world.run / "student", with_teacher=False, **{option: "nowhere"})
 
 
-def test_a_student_that_is_not_there():
+def test_an_unknown_student_is_an_error():
     with pytest.raises(ModelNotFoundError, match="no student at 'nobody'"):
         load("nobody")
 
@@ -182,16 +184,16 @@ def others(tmp_path_factory):
     return folder
 
 
-def test_external_models_are_rows_by_their_folders_name(world, others):
-    found = load(world.run / "student", with_teacher=False, models=[str(others / "bi"), str(others / "cross")])
-    assert list(found.bi_encoders) == ["bi"]
-    assert list(found.cross_encoders) == ["cross"]
-    rows = found.students(1000, 100)
+def test_external_models_are_named_after_their_folders(world, others):
+    contenders = load(world.run / "student", with_teacher=False, models=[str(others / "bi"), str(others / "cross")])
+    assert list(contenders.bi_encoders) == ["bi"]
+    assert list(contenders.cross_encoders) == ["cross"]
+    rows = contenders.students(1000, 100)
     assert (rows[-1].name, rows[-1].kind, rows[-1].num_candidates) == ("bi", "external", 100)
-    assert [(name, kind) for name, kind, _ in found.judges(50)] == [("cross", "external")]
+    assert [(name, kind) for name, kind, _ in contenders.judges(50)] == [("cross", "external")]
 
 
-def test_external_models_that_cannot_be_told_apart_or_used(world, others, tmp_path):
+def test_conflicting_or_unsupported_models_are_rejected(world, others, tmp_path):
     student = world.run / "student"
     shutil.copytree(others / "cross", tmp_path / "bi")
     with pytest.raises(InputError, match="two models are called 'bi', which their rows would share; rename one folder"):
@@ -203,13 +205,13 @@ def test_external_models_that_cannot_be_told_apart_or_used(world, others, tmp_pa
         load(student, with_teacher=False, models=[str(world.decoder)])
 
 
-def test_runs_are_rows_by_their_tag(world, tmp_path):
+def test_runs_are_named_after_their_tag(world, tmp_path):
     write_run(tmp_path / "a.run", "theirs", {"q": (("p", 1.0),)})
     write_run(tmp_path / "b.run", "D2LLM", {"q": (("p", 1.0),)})
     student = world.run / "student"
-    found = load(student, with_teacher=False, runs=[tmp_path / "a.run", tmp_path / "b.run"])
-    assert [run.name for run in found.runs] == ["theirs", "D2LLM (run)"]  # our own row of today has that name
-    assert found.runs[0] == read_run(tmp_path / "a.run")
+    contenders = load(student, with_teacher=False, runs=[tmp_path / "a.run", tmp_path / "b.run"])
+    assert [run.name for run in contenders.runs] == ["theirs", "D2LLM (run)"]  # "D2LLM" is the student's own row
+    assert contenders.runs[0] == read_run(tmp_path / "a.run")
     with pytest.raises(InputError, match="two systems have the same name, which their rows would share: theirs"):
         load(student, with_teacher=False, runs=[tmp_path / "a.run", tmp_path / "a.run"])
 
@@ -222,21 +224,21 @@ def test_runs_are_rows_by_their_tag(world, tmp_path):
         ("q Q0 o 2 much x", DataFormatError, r"x\.run:2: the score must be a number"),
     ],
 )
-def test_runs_that_cannot_be_read(world, tmp_path, line, error, message):
+def test_invalid_runs_are_rejected(world, tmp_path, line, error, message):
     (tmp_path / "x.run").write_text(f"q Q0 p 1 1.0 x\n{line}\n")
     with pytest.raises(error, match=message):
         load(world.run / "student", with_teacher=False, runs=[tmp_path / "x.run"])
 
 
-def test_the_report_will_say_which_gates_closed(world, tmp_path):
+def test_notes_mention_closed_gates(world, tmp_path):
     folder = world.student(tmp_path / "far" / "student")
     manifest = json.loads((folder / "manifest.json").read_text())
-    asked = {"closed_gates": ["squad"], "share_kept": 0.5, "residual_weights": {"symmetric": 0.0, "asymmetric": 1.0}}
-    (folder / "manifest.json").write_text(json.dumps(manifest | asked))
-    found = load(folder, with_teacher=False)
-    assert [note.split(":")[0] for note in found.notes] == [
+    changes = {"closed_gates": ["squad"], "share_kept": 0.5, "residual_weights": {"symmetric": 0.0, "asymmetric": 1.0}}
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    contenders = load(folder, with_teacher=False)
+    assert [note.split(":")[0] for note in contenders.notes] == [
         "the teacher's gate was closed for squad",
         "50% of the change of weights in training was kept",
         "the interaction is switched off for symmetric search",
     ]
-    assert found.provenance["student"]["closed_gates"] == ["squad"]
+    assert contenders.provenance["student"]["closed_gates"] == ["squad"]

@@ -1,4 +1,4 @@
-"""The verb ``evaluate`` on retrieval sets: every figure again by hand, from rankings or from the fake models."""
+"""``d2llm evaluate`` on retrieval sets: every figure recomputed from the rankings or the fake models."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NOT_BY_VECTORS = ("bm25", "hybrid", "fitted_sum", "teacher")
 
 @pytest.fixture(autouse=True)
 def few_permutations(monkeypatch):
-    """Where the p-values themselves are not tested; reports that a module shares are made before this."""
+    """Speeds up tests that do not check p-values; module-scoped reports are made before this applies."""
     monkeypatch.setattr("d2llm.evaluation.figures.NUM_PERMUTATIONS", 100)
 
 
 def values_of(ranking, grades):
-    """Every measure of one query, by its definition."""
+    """All measures of one query, computed from their definitions."""
     relevant = {passage for passage, grade in grades.items() if grade > 0}
     gains = [grades.get(passage, 0) for passage in ranking]
     best = sorted(grades.values(), reverse=True)
@@ -38,7 +38,7 @@ def values_of(ranking, grades):
     return {
         "nDCG@10": dcg / ideal,
         "MRR@10": max((1 / rank for rank in ranks if rank <= 10), default=0),
-        "MAP": sum(found / rank for found, rank in enumerate(ranks, start=1)) / len(relevant),
+        "MAP": sum(num_found / rank for num_found, rank in enumerate(ranks, start=1)) / len(relevant),
         "Recall@10": sum(rank <= 10 for rank in ranks) / len(relevant),
         "Recall@100": sum(rank <= 100 for rank in ranks) / len(relevant),
     }
@@ -98,7 +98,7 @@ def test_student_rows_against_numpy(report):
     def full(query, vectors):
         return 2 * vectors @ query + np.tanh(vectors[:, 0] * query[1])
 
-    def mrr(name):
+    def mrr_of(name):
         return report.row(name).measures["MRR@10"].value
 
     assert [row.name for row in report.rows] == [
@@ -113,14 +113,14 @@ def test_student_rows_against_numpy(report):
         "D2LLM",
         TEACHER,
     ]
-    assert mrr("cosine, untuned") == expected("base", cosine)
-    assert mrr("cosine, tuned") == expected("tuned", cosine)
-    assert mrr("D2LLM, paper head") == expected("paper", full)
-    assert mrr("cosine, D2LLM vectors") == expected("fake-student", lambda q, v: v @ q)
-    assert mrr("D2LLM") == expected("fake-student", full)
+    assert mrr_of("cosine, untuned") == expected("base", cosine)
+    assert mrr_of("cosine, tuned") == expected("tuned", cosine)
+    assert mrr_of("D2LLM, paper head") == expected("paper", full)
+    assert mrr_of("cosine, D2LLM vectors") == expected("fake-student", lambda q, v: v @ q)
+    assert mrr_of("D2LLM") == expected("fake-student", full)
 
 
-def test_what_is_counted(report):
+def test_counts_and_notes_of_a_report(report):
     assert (report.kind, report.num_items, report.num_left_out, report.num_passages) == ("retrieval", 4, 2, 5)
     assert report.missing == report.sample_rows == ()
     odd, weights = report.notes
@@ -145,7 +145,7 @@ def test_every_row_has_its_cost(report):
         cost = report.row(name).cost
         for part in (cost.encode, cost.candidates, cost.score):
             assert 0 <= part.p50 <= part.p95
-        # Two calls of one probe are timed apart, so the parts need not add up; they cannot be far more than the whole.
+        # The parts and the total come from separate calls, so the parts need not add up to the total.
         assert cost.pairs_per_second > 0
         assert cost.bytes_per_passage == 32  # 16 numbers of bfloat16
     assert [name for name in students if report.row(name).cost.passages_per_second is None] == ["D2LLM"]  # shared index
@@ -159,10 +159,10 @@ def test_every_row_has_its_cost(report):
 
 
 def test_report_is_json(report):
-    read = json.loads(json.dumps(report.to_json()))
-    assert read["report_version"] == 2
-    assert "details" not in read
-    row = next(row for row in read["rows"] if row["name"] == "D2LLM")
+    document = json.loads(json.dumps(report.to_json()))
+    assert document["report_version"] == 2
+    assert "details" not in document
+    row = next(row for row in document["rows"] if row["name"] == "D2LLM")
     assert {name: estimate["value"] for name, estimate in row["measures"].items()} == figures(report.row("D2LLM"))
     assert row["cost"]["total"]["p50"] == report.row("D2LLM").cost.total.p50
     with pytest.raises(KeyError):
@@ -179,7 +179,7 @@ def test_truncated_texts_are_noted():
     )
 
 
-# --- random texts: every figure from the rankings ---------------------------------------------------------------------
+# --- random texts: figures recomputed from the rankings ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def full(words):
-    """Every kind of row; the teacher on a sample."""
+    """A report with every kind of row; the teacher judges a sample."""
     other = {query: list(words.passages)[place : place + 9] for place, query in enumerate(words.queries)}
     contenders = everyone(
         bi_encoders={"their encoder": CosineStudent(FakeStudent(fingerprint="theirs"))},
@@ -202,20 +202,23 @@ def full(words):
 SAMPLED = ("teacher (reranking 20 of BM25 and D2LLM)", "their judge")
 
 
-def test_every_measure_is_that_of_the_rankings(full, words):
+def test_measures_are_computed_from_the_rankings(full, words):
     by_hand = values_by_hand(full, words)
     assert list(by_hand) == [row.name for row in full.rows]
     for row in full.rows:
-        asked = by_hand[row.name]
-        assert row.num_items == len(asked) == (9 if row.name in SAMPLED else 24)
+        by_query = by_hand[row.name]
+        assert row.num_items == len(by_query) == (9 if row.name in SAMPLED else 24)
         for name, estimate in row.measures.items():
-            assert estimate.value == pytest.approx(fmean(values[name] for values in asked.values())), (row.name, name)
+            assert estimate.value == pytest.approx(fmean(values[name] for values in by_query.values())), (
+                row.name,
+                name,
+            )
         assert list(row.measures) == ["nDCG@10", "MRR@10", "MAP", "Recall@10", "Recall@100"]
     assert 0 < full.row("D2LLM").measures["Recall@100"].value < 1
     assert max(len(ranking) for ranking in full.details.rankings["D2LLM"].values()) == 100
 
 
-def test_values_of_single_queries_are_kept(full, words):
+def test_values_of_single_queries_are_in_the_details(full, words):
     by_hand = values_by_hand(full, words)
     assert full.details.item_ids == tuple(words.queries)
     assert set(full.details.values) == set(by_hand) - set(SAMPLED)
@@ -224,7 +227,7 @@ def test_values_of_single_queries_are_kept(full, words):
             assert values == pytest.approx([by_hand[row][query][name] for query in words.queries])
 
 
-def test_sample_rows_are_of_the_sample(full, words):
+def test_sample_rows_cover_only_the_sample(full, words):
     by_hand = values_by_hand(full, words)
     sample = list(by_hand[SAMPLED[0]])
     assert sample == list(by_hand[SAMPLED[1]]) == [query for query in words.queries if query in sample]
@@ -253,18 +256,18 @@ def test_comparisons_are_paired_tests_with_holm(full, words, name):
     rows = [row.name for row in full.rows if row.name != base]
     p_values = []
     for row in rows:
-        found = full.comparison(row, name)
-        queries = list(by_hand[row])  # of a sample: just these
+        comparison = full.comparison(row, name)
+        queries = list(by_hand[row])  # for sampled rows, only the sample
         ours, theirs = ([by_hand[system][query][name] for query in queries] for system in (row, base))
         p_values.append(paired_randomisation(ours, theirs, seed=3))
         interval = paired_bootstrap_interval(ours, theirs, seed=3)
-        assert found.baseline == base
-        assert found.num_items == len(queries)
-        assert found.p_value == pytest.approx(p_values[-1])
-        difference = found.difference
+        assert comparison.baseline == base
+        assert comparison.num_items == len(queries)
+        assert comparison.p_value == pytest.approx(p_values[-1])
+        difference = comparison.difference
         assert difference.value == pytest.approx(fmean(ours) - fmean(theirs))
         assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
-        assert found.test == "paired randomisation, 10,000 permutations"
+        assert comparison.test == "paired randomisation, 10,000 permutations"
     adjusted = [full.comparison(row, name).adjusted_p for row in rows]
     assert adjusted == pytest.approx(holm(p_values))
     assert adjusted != pytest.approx(p_values)
@@ -273,7 +276,7 @@ def test_comparisons_are_paired_tests_with_holm(full, words, name):
 
 
 def fused_by_hand(*rankings):
-    """Reciprocal rank fusion with k = 60; equal scores by id."""
+    """Reciprocal rank fusion with k = 60; ties are ordered by id."""
     scores = {}
     for ranking in rankings:
         for rank, (passage, _) in enumerate(ranking, start=1):
@@ -290,63 +293,63 @@ def test_hybrid_is_reciprocal_rank_fusion(full, words, name, second):
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_a_judge_reranks_what_bm25_and_the_student_propose(full, words, name):
+def test_a_judge_reranks_the_pool_of_bm25_and_the_student(full, words, name):
     rankings = full.details.rankings
     for query, ranking in rankings[name].items():
         bm25, student = ([passage for passage, _ in rankings[system][query]] for system in ("BM25", "D2LLM"))
         pool = []
-        for place in range(100):  # one of each in turn, each passage once
+        for place in range(100):  # alternating between the two, without duplicates
             for proposed in (bm25[place : place + 1], student[place : place + 1]):
                 pool += [passage for passage in proposed if passage not in pool and len(pool) < 20]
-        asked = set(words.queries[query].text.split())
-        shared = {passage: len(asked & set(words.passages[passage].text.split())) for passage in pool}
+        query_words = set(words.queries[query].text.split())
+        shared = {passage: len(query_words & set(words.passages[passage].text.split())) for passage in pool}
         judged = sorted(pool, key=lambda passage: (-shared[passage], passage))
         rest = [passage for passage in student if passage not in pool]
         assert [passage for passage, _ in ranking] == (judged + rest)[:100]
         scores = [score for _, score in ranking]
         assert scores[:20] == [shared[passage] for passage in judged]
         assert scores == sorted(scores, reverse=True)
-        assert len(set(scores[20:])) == len(scores[20:])  # a run file of it keeps the order
+        assert len(set(scores[20:])) == len(scores[20:])  # so that a run file keeps the order
 
 
-def test_agreement_is_on_what_the_teacher_judged(full, words):
+def test_agreement_covers_the_pairs_the_teacher_judged(full, words):
     from scipy.stats import kendalltau
 
     rows = {row.name: row for row in full.agreement}
     assert list(rows) == [row.name for row in full.rows if row.kind not in NOT_BY_VECTORS][:6]
-    student, taught = FakeStudent(), full.details.rankings[SAMPLED[0]]
+    student, teacher_rankings = FakeStudent(), full.details.rankings[SAMPLED[0]]
     pearsons, kendalls, overlaps, pairs = [], [], [], 0
-    for query, ranking in taught.items():
+    for query, ranking in teacher_rankings.items():
         judged = dict(ranking[:20])
         vectors = student.encode_passages([words.passages[passage].text for passage in judged]).vectors
         stored = (vectors.view(np.uint32) + 0x7FFF + ((vectors.view(np.uint32) >> 16) & 1)) & 0xFFFF0000  # bfloat16
-        asked = student.encode_queries([words.queries[query].text]).vectors[0]
-        logits = student.score(asked, stored.astype(np.uint32).view(np.float32), "asymmetric")
+        query_vector = student.encode_queries([words.queries[query].text]).vectors[0]
+        logits = student.score(query_vector, stored.astype(np.uint32).view(np.float32), "asymmetric")
         values = list(judged.values())
         pearsons.append(np.corrcoef(values, logits)[0, 1])
         kendalls.append(kendalltau(values, logits).statistic)
         best = [list(judged)[place] for place in np.argsort(-logits)[:10]]
         overlaps.append(len(set(best) & set(list(judged)[:10])) / 10)
         pairs += len(judged)
-    found = rows["D2LLM"]
-    assert found.agreement.num_pairs == pairs
-    assert found.agreement.pearson_within == pytest.approx(np.mean(pearsons), abs=1e-6)
-    assert found.agreement.kendall_within == pytest.approx(np.mean(kendalls), abs=1e-6)
-    assert found.top_10_overlap == pytest.approx(np.mean(overlaps))
+    agreement_row = rows["D2LLM"]
+    assert agreement_row.agreement.num_pairs == pairs
+    assert agreement_row.agreement.pearson_within == pytest.approx(np.mean(pearsons), abs=1e-6)
+    assert agreement_row.agreement.kendall_within == pytest.approx(np.mean(kendalls), abs=1e-6)
+    assert agreement_row.top_10_overlap == pytest.approx(np.mean(overlaps))
 
 
-def test_calibration_and_histograms_count_everything(full, words):
+def test_calibration_and_histograms_cover_all_pairs(full, words):
     judged = [(query, p) for query, ranking in full.details.rankings[SAMPLED[0]].items() for p, _ in ranking[:20]]
     relevant = sum(words.qrels["test"][query].get(passage, 0) > 0 for query, passage in judged)
-    assert [found.name for found in full.calibration] == [SAMPLED[0], "D2LLM"]
-    for found in full.calibration:
-        assert found.num_pairs == len(judged) == sum(one.count for one in found.bins)
-        rate = sum(one.count * one.fraction_positive for one in found.bins)
+    assert [entry.name for entry in full.calibration] == [SAMPLED[0], "D2LLM"]
+    for entry in full.calibration:
+        assert entry.num_pairs == len(judged) == sum(bin_.count for bin_ in entry.bins)
+        rate = sum(bin_.count * bin_.fraction_positive for bin_ in entry.bins)
         assert rate == pytest.approx(relevant)
-    assert {found.name for found in full.histograms} == {"cosine, untuned", "cosine, tuned", "D2LLM", SAMPLED[0]}
-    for found in full.histograms:
-        ranked = full.details.rankings[found.name]
-        assert sum(found.counts.positive) + sum(found.counts.negative) == sum(map(len, ranked.values()))
+    assert {entry.name for entry in full.histograms} == {"cosine, untuned", "cosine, tuned", "D2LLM", SAMPLED[0]}
+    for entry in full.histograms:
+        ranked = full.details.rankings[entry.name]
+        assert sum(entry.counts.positive) + sum(entry.counts.negative) == sum(map(len, ranked.values()))
 
 
 def test_wins_and_losses_are_the_largest_differences(full, words):
@@ -355,28 +358,28 @@ def test_wins_and_losses_are_the_largest_differences(full, words):
     wins, losses = full.details.wins, full.details.losses
     assert 0 < len(wins) <= 10
     assert 0 < len(losses) <= 10
-    assert [gains[one.id] for one in wins] == sorted([g for g in gains.values() if g > 0], reverse=True)[:10]
-    assert [gains[one.id] for one in losses] == sorted(g for g in gains.values() if g < 0)[:10]
-    one = wins[0]
-    assert one.value - one.baseline_value == pytest.approx(gains[one.id])
-    assert one.query == words.queries[one.id].text
-    assert [shown.id for shown in one.top] == [p for p, _ in full.details.rankings["D2LLM"][one.id][:3]]
-    grades = words.qrels["test"][one.id]
-    assert all(shown.is_relevant == (grades.get(shown.id, 0) > 0) for shown in (*one.top, *one.baseline_top))
-    assert {shown.id for shown in one.relevant} == {passage for passage, grade in grades.items() if grade > 0}
+    assert [gains[example.id] for example in wins] == sorted([g for g in gains.values() if g > 0], reverse=True)[:10]
+    assert [gains[example.id] for example in losses] == sorted(g for g in gains.values() if g < 0)[:10]
+    example = wins[0]
+    assert example.value - example.baseline_value == pytest.approx(gains[example.id])
+    assert example.query == words.queries[example.id].text
+    assert [shown.id for shown in example.top] == [p for p, _ in full.details.rankings["D2LLM"][example.id][:3]]
+    grades = words.qrels["test"][example.id]
+    assert all(shown.is_relevant == (grades.get(shown.id, 0) > 0) for shown in (*example.top, *example.baseline_top))
+    assert {shown.id for shown in example.relevant} == {passage for passage, grade in grades.items() if grade > 0}
 
 
-def test_a_judge_as_baseline_is_compared_on_its_sample(words):
+def test_with_a_judge_as_baseline_only_the_sample_is_compared(words):
     report = measure(words, everyone(), teacher_queries=9, teacher_depth=20, baseline="teacher", seed=3)
     by_hand = values_by_hand(report, words)
     sample = list(by_hand[SAMPLED[0]])
     assert report.baseline == SAMPLED[0]
     for row in report.rows[:-1]:
-        found = report.comparison(row.name, "MAP")
+        comparison = report.comparison(row.name, "MAP")
         ours, theirs = ([by_hand[name][query]["MAP"] for query in sample] for name in (row.name, SAMPLED[0]))
-        assert found.num_items == 9
-        assert found.difference.value == pytest.approx(fmean(ours) - fmean(theirs))
-        assert found.p_value == pytest.approx(paired_randomisation(ours, theirs, num_permutations=100, seed=3))
+        assert comparison.num_items == 9
+        assert comparison.difference.value == pytest.approx(fmean(ours) - fmean(theirs))
+        assert comparison.p_value == pytest.approx(paired_randomisation(ours, theirs, num_permutations=100, seed=3))
     assert {one.id for one in (*report.details.wins, *report.details.losses)} <= set(sample)
 
 
@@ -386,19 +389,19 @@ def test_a_judge_as_baseline_is_compared_on_its_sample(words):
 def test_the_baseline_can_be_chosen(baseline, name):
     report = measure(make_dataset(), everyone(), baseline=baseline)
     assert report.baseline == name
-    assert {found.baseline for found in report.comparisons} == {name}
+    assert {comparison.baseline for comparison in report.comparisons} == {name}
     assert report.comparison(name, "MAP") is None
 
 
-def test_the_baseline_is_the_best_of_the_plain_rows_there():
+def test_the_default_baseline_is_the_best_available_row():
     assert measure(make_dataset(), everyone(tuned_cosine=None)).baseline == "cosine, untuned"
     assert measure(make_dataset(), everyone(tuned_cosine=None, untuned=None)).baseline == "BM25"
 
 
-# --- what is not there ------------------------------------------------------------------------------------------------
+# --- missing rows -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_cannot_be_made_say_why():
+def test_missing_rows_have_a_reason():
     report = measure(make_dataset(), Contenders(FakeStudent(head="paper"), why_missing={"teacher": "it is on holiday"}))
     assert [row.name for row in report.rows] == ["BM25", FUSION, "D2LLM"]
     assert {row.name: row.reason for row in report.missing} == {
@@ -411,7 +414,7 @@ def test_rows_that_cannot_be_made_say_why():
     assert report.agreement == report.calibration == ()
 
 
-def test_a_run_counts_what_does_not_belong():
+def test_a_run_reports_unknown_queries_and_passages():
     theirs = run("theirs", {"q1": ["a", "x", "b"], "q4": ["d", "c"], "q9": ["a"]})
     theirs = replace(theirs, issues=("2 different tags",))
     report = measure(make_dataset(), everyone(runs=[theirs]))

@@ -1,4 +1,4 @@
-"""The verb ``evaluate`` on labelled pairs: every figure again from the fake models' scores, by its definition."""
+"""``d2llm evaluate`` on labelled pairs: every figure recomputed from the fake models' scores."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def fewer_resamples():
 
 @pytest.fixture(autouse=True)
 def hardly_any_resamples(monkeypatch):
-    """Where intervals are not tested; the report that the module shares is made before this."""
+    """Speeds up tests that do not check intervals; the module-scoped report is made before this applies."""
     monkeypatch.setattr("d2llm.evaluation.pairs.NUM_RESAMPLES", 4)
 
 
 def make_pairs(kind="binary", sizes=None, labels=None):
-    """Two texts that share none to four of their words; the more the likelier a yes."""
+    """Pairs of texts that share zero to four words; the more they share, the likelier a positive label."""
     rng = np.random.default_rng(8)
     splits = {}
     for split, size in (sizes or {"dev": 40, "test": 60}).items():
@@ -51,7 +51,7 @@ def make_pairs(kind="binary", sizes=None, labels=None):
                 "scores": None,
             }[kind]
             score = round(float(np.clip(quality, 0, 1)) * 5, 1) if kind == "scores" else None
-            # A query comes twice, as it may.
+            # Queries may repeat.
             query = " ".join(words[:4]) if n % 7 else "cat dog wet"
             label = labels[n % len(labels)] if labels else label
             pairs.append(LabelledPair(f"{n}", query, " ".join(words[4 - shared : 8 - shared]), label, score))
@@ -65,7 +65,7 @@ def unit(vectors):
 
 
 def scores_by_hand(pairs):
-    """row -> [n] scores, each pair alone."""
+    """row -> [n] scores, each pair scored on its own."""
 
     def student(fingerprint, score):
         model = FakeStudent(fingerprint=fingerprint)
@@ -99,18 +99,18 @@ def scores_by_hand(pairs):
 
 
 def best_cut(scores, quality):
-    """The highest of the thresholds between neighbouring scores, or outside of all, where ``quality`` is best."""
+    """The highest threshold (between neighbouring scores or outside them all) that maximises ``quality``."""
     distinct = np.unique(scores)
     cuts = [distinct[0], *((distinct[:-1] + distinct[1:]) / 2), np.nextafter(distinct[-1], np.inf)]
     return max(reversed(cuts), key=lambda cut: round(quality(scores >= cut), 12))
 
 
-def f1_of(said, truth):
-    return 2 * (said & truth).sum() / (said.sum() + truth.sum())
+def f1_of(predicted, truth):
+    return 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
 
 
 def ap_of(scores, truth):
-    """Mean precision at each right pair; equal scores come in together."""
+    """Mean precision at each positive pair; tied scores enter together."""
     return np.mean([truth[scores >= score].mean() for score in scores[truth]])
 
 
@@ -124,8 +124,8 @@ def positives(pairs):
 
 
 def binary_by_hand(scores, truth, tuning_scores, tuning_truth):
-    accuracy_cut = best_cut(tuning_scores, lambda said: np.mean(said == tuning_truth))
-    f1_cut = best_cut(tuning_scores, lambda said: f1_of(said, tuning_truth))
+    accuracy_cut = best_cut(tuning_scores, lambda predicted: np.mean(predicted == tuning_truth))
+    f1_cut = best_cut(tuning_scores, lambda predicted: f1_of(predicted, tuning_truth))
     return {
         "accuracy": np.mean((scores >= accuracy_cut) == truth),
         "F1": f1_of(scores >= f1_cut, truth),
@@ -134,7 +134,7 @@ def binary_by_hand(scores, truth, tuning_scores, tuning_truth):
     }
 
 
-# --- yes or no --------------------------------------------------------------------------------------------------------
+# --- binary labels ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_binary_measures_by_definition(report, scores, sayings):
     assert len({figures(row)["AP"] for row in report.rows}) == len(ROWS)
 
 
-def test_what_is_counted(report, sayings):
+def test_counts_and_notes_of_a_report(report, sayings):
     assert (report.kind, report.num_items, report.num_left_out) == ("pairs", 60, 0)
     assert report.num_passages == len({pair.passage for pair in sayings.splits["test"]})
     assert (report.main_measure, report.subject, report.baseline) == ("AP", "D2LLM", "cosine, tuned")
@@ -185,7 +185,7 @@ def test_every_row_has_its_cost(report):
             assert row.cost.peak_memory_mib > 10
 
 
-def test_intervals_and_comparisons_are_of_resampled_pairs(report, scores, sayings):
+def test_intervals_and_comparisons_resample_the_pairs(report, scores, sayings):
     truth = positives(sayings.splits["test"])
 
     def ap(name):
@@ -201,12 +201,12 @@ def test_intervals_and_comparisons_are_of_resampled_pairs(report, scores, saying
         if row.name == "cosine, tuned":
             assert report.comparison(row.name, "AP") is None
             continue
-        found = report.comparison(row.name, "AP")
+        comparison = report.comparison(row.name, "AP")
         p_values.append(paired_bootstrap_test(ap(row.name), ap("cosine, tuned"), 60, num_resamples=RESAMPLES, seed=2))
-        assert found.p_value == pytest.approx(p_values[-1])
+        assert comparison.p_value == pytest.approx(p_values[-1])
         expected = ap(row.name)(np.arange(60)) - ap("cosine, tuned")(np.arange(60))
-        assert found.difference.value == pytest.approx(expected)
-        assert found.num_items == 60
+        assert comparison.difference.value == pytest.approx(expected)
+        assert comparison.num_items == 60
     adjusted = [report.comparison(name, "AP").adjusted_p for name in ROWS if name != "cosine, tuned"]
     assert adjusted == pytest.approx(holm(p_values))
     assert len(report.comparisons) == 4 * 6
@@ -216,46 +216,46 @@ def test_agreement_calibration_and_histograms(report, scores, sayings):
     truth = positives(sayings.splits["test"])
     rows = {row.name: row for row in report.agreement}
     assert list(rows) == ROWS[:-1]
-    taught = scores["test"]["teacher"]
+    teacher_scores = scores["test"]["teacher"]
     for name, row in rows.items():
-        expected = np.corrcoef(taught, scores["test"][name])[0, 1]
+        expected = np.corrcoef(teacher_scores, scores["test"][name])[0, 1]
         assert row.agreement.pearson_over_all == pytest.approx(expected, abs=1e-6)
         assert row.agreement.num_pairs == 60
         assert row.top_10_overlap is None
-    assert [found.name for found in report.calibration] == ["D2LLM", "teacher"]
-    for found in report.calibration:
-        assert sum(one.count * one.fraction_positive for one in found.bins) == pytest.approx(truth.sum())
-    assert [found.name for found in report.histograms] == ["cosine, untuned", "cosine, tuned", "D2LLM", "teacher"]
-    for found in report.histograms:
-        assert (sum(found.counts.positive), sum(found.counts.negative)) == (truth.sum(), (~truth).sum())
+    assert [entry.name for entry in report.calibration] == ["D2LLM", "teacher"]
+    for entry in report.calibration:
+        assert sum(bin_.count * bin_.fraction_positive for bin_ in entry.bins) == pytest.approx(truth.sum())
+    assert [entry.name for entry in report.histograms] == ["cosine, untuned", "cosine, tuned", "D2LLM", "teacher"]
+    for entry in report.histograms:
+        assert (sum(entry.counts.positive), sum(entry.counts.negative)) == (truth.sum(), (~truth).sum())
 
 
-def test_examples_are_pairs_that_one_of_two_gets_right(report, scores, sayings):
+def test_examples_are_pairs_that_only_one_system_gets_right(report, scores, sayings):
     truth = positives(sayings.splits["test"])
-    right = {}
+    correct = {}
     for name in ("D2LLM", "cosine, tuned"):
         dev = positives(sayings.splits["dev"])
-        cut = best_cut(scores["dev"][name], lambda said: np.mean(said == dev))  # noqa: B023 - used at once
-        right[name] = (scores["test"][name] >= cut) == truth
-        assert report.details.values[name]["AP"] == tuple(right[name].astype(float))
-    wins = {str(place) for place in np.flatnonzero(right["D2LLM"] & ~right["cosine, tuned"])}
-    losses = {str(place) for place in np.flatnonzero(~right["D2LLM"] & right["cosine, tuned"])}
-    assert {one.id for one in report.details.wins} == set(sorted(wins, key=int)[:10]) != set()
-    assert {one.id for one in report.details.losses} <= losses
+        cut = best_cut(scores["dev"][name], lambda predicted: np.mean(predicted == dev))  # noqa: B023 - used at once
+        correct[name] = (scores["test"][name] >= cut) == truth
+        assert report.details.values[name]["AP"] == tuple(correct[name].astype(float))
+    wins = {str(place) for place in np.flatnonzero(correct["D2LLM"] & ~correct["cosine, tuned"])}
+    losses = {str(place) for place in np.flatnonzero(~correct["D2LLM"] & correct["cosine, tuned"])}
+    assert {example.id for example in report.details.wins} == set(sorted(wins, key=int)[:10]) != set()
+    assert {example.id for example in report.details.losses} <= losses
     assert len(report.details.losses) == min(10, len(losses)) > 0
-    one, pair = report.details.wins[0], sayings.splits["test"][int(report.details.wins[0].id)]
-    assert (one.query, one.value, one.baseline_value) == (pair.query, 1, 0)
-    assert one.relevant[0].text == pair.passage
-    assert one.relevant[0].is_relevant == (pair.label == "1")
+    example, pair = report.details.wins[0], sayings.splits["test"][int(report.details.wins[0].id)]
+    assert (example.query, example.value, example.baseline_value) == (pair.query, 1, 0)
+    assert example.relevant[0].text == pair.passage
+    assert example.relevant[0].is_relevant == (pair.label == "1")
 
 
 def test_the_teacher_on_a_sample(sayings, scores):
     teacher = FakeTeacher()
     report = measure(sayings, everyone(teacher=teacher), teacher_queries=25, seed=2)
     test, dev = sayings.splits["test"], sayings.splits["dev"]
-    asked = teacher.pairs[:50]  # first the sample of test, then that of dev
-    sample = [n for n, pair in enumerate(test) if (pair.query, pair.passage) in asked[:25]]
-    tuning = [n for n, pair in enumerate(dev) if (pair.query, pair.passage) in asked[25:]]
+    judged = teacher.pairs[:50]  # first the sample of test, then that of dev
+    sample = [n for n, pair in enumerate(test) if (pair.query, pair.passage) in judged[:25]]
+    tuning = [n for n, pair in enumerate(dev) if (pair.query, pair.passage) in judged[25:]]
     assert (len(sample), len(tuning)) == (25, 25)
     expected = binary_by_hand(
         scores["test"]["teacher"][sample],
@@ -269,10 +269,10 @@ def test_the_teacher_on_a_sample(sayings, scores):
     truth = positives(test)[sample]
     for row in report.sample_rows:
         assert figures(row)["AUC"] == pytest.approx(auc_of(scores["test"][row.name][sample], truth))
-    found = report.comparison("teacher", "AP")
-    assert found.num_items == 25
+    comparison = report.comparison("teacher", "AP")
+    assert comparison.num_items == 25
     of_tuned = ap_of(scores["test"]["cosine, tuned"][sample], truth)
-    assert found.difference.value == pytest.approx(expected["AP"] - of_tuned)
+    assert comparison.difference.value == pytest.approx(expected["AP"] - of_tuned)
     assert report.comparison("D2LLM", "AP").num_items == 60
     assert {row.agreement.num_pairs for row in report.agreement} == {25}
 
@@ -280,17 +280,17 @@ def test_the_teacher_on_a_sample(sayings, scores):
 def test_the_sampled_teacher_as_baseline(sayings, scores):
     teacher = FakeTeacher()
     report = measure(sayings, everyone(teacher=teacher), teacher_queries=25, seed=2, baseline="teacher")
-    asked = set(teacher.pairs[:25])
-    sample = [n for n, pair in enumerate(sayings.splits["test"]) if (pair.query, pair.passage) in asked]
+    judged = set(teacher.pairs[:25])
+    sample = [n for n, pair in enumerate(sayings.splits["test"]) if (pair.query, pair.passage) in judged]
     truth = positives(sayings.splits["test"])[sample]
-    found = report.comparison("D2LLM", "AP")
-    assert found.num_items == 25
+    comparison = report.comparison("D2LLM", "AP")
+    assert comparison.num_items == 25
     expected = ap_of(scores["test"]["D2LLM"][sample], truth) - ap_of(scores["test"]["teacher"][sample], truth)
-    assert found.difference.value == pytest.approx(expected)
+    assert comparison.difference.value == pytest.approx(expected)
     assert {int(one.id) for one in (*report.details.wins, *report.details.losses)} <= set(sample)
 
 
-def test_without_dev_the_measures_that_need_a_threshold_are_left_out():
+def test_without_dev_threshold_measures_are_left_out():
     report = measure(make_pairs(sizes={"test": 60}), everyone())
     assert {tuple(row.measures) for row in report.rows} == {("AP", "AUC")}
     note = "there is no dev split to choose thresholds on; the measures that need one are left out"
@@ -300,7 +300,7 @@ def test_without_dev_the_measures_that_need_a_threshold_are_left_out():
     assert np.mean(np.array(values)[truth]) == pytest.approx(figures(report.row("D2LLM"))["AUC"])
 
 
-def test_dev_itself_is_measured_with_thresholds_from_train():
+def test_dev_is_measured_with_thresholds_from_train():
     both = make_pairs(sizes={"train": 40, "dev": 30})
     report = measure(both, Contenders(FakeStudent()), split="dev")
     test, dev = (scores_by_hand(both.splits[split])["D2LLM"] for split in ("dev", "train"))
@@ -330,7 +330,7 @@ def test_graded_measures_by_definition(monkeypatch):
             assert estimate.low <= estimate.value <= estimate.high
     assert report.rows[-1].num_items == 30
     assert report.calibration == report.histograms == ()
-    assert report.notes == ("test: 2 pairs have an empty text",)  # there is no dev split, and no need of one
+    assert report.notes == ("test: 2 pairs have an empty text",)  # there is no dev split, and none is needed
     (win, *_), places = report.details.wins, np.argsort(np.argsort(expected["D2LLM"], kind="stable"))
     truth = np.argsort(np.argsort(grades, kind="stable"))
     assert win.value == pytest.approx(1 - abs(places - truth)[int(win.id)] / 59)
@@ -338,14 +338,14 @@ def test_graded_measures_by_definition(monkeypatch):
 
 
 def nli_by_hand(scores, classes, tuning_scores, tuning_classes):
-    """Entailment against contradiction without the neutral; entailment against all; three classes by two cuts."""
+    """Entailment vs. contradiction without neutral; entailment vs. all others; three classes by two cuts."""
     classes, tuning_classes = np.array(classes), np.array(tuning_classes)
     decided, tuning_decided = classes != "neutral", tuning_classes != "neutral"
     yes, tuning_yes = classes == "entailment", tuning_classes == "entailment"
-    asked, tuning_asked = tuning_scores[tuning_decided], tuning_yes[tuning_decided]
-    cut = best_cut(asked, lambda said: np.mean(said == tuning_asked))
-    f1_cut = best_cut(asked, lambda said: f1_of(said, tuning_asked))
-    other = best_cut(tuning_scores, lambda said: np.mean(said == tuning_yes))
+    decided_scores, decided_truth = tuning_scores[tuning_decided], tuning_yes[tuning_decided]
+    cut = best_cut(decided_scores, lambda predicted: np.mean(predicted == decided_truth))
+    f1_cut = best_cut(decided_scores, lambda predicted: f1_of(predicted, decided_truth))
+    other = best_cut(tuning_scores, lambda predicted: np.mean(predicted == tuning_yes))
     distinct = np.unique(tuning_scores)
     cuts = [distinct[0], *((distinct[:-1] + distinct[1:]) / 2), np.nextafter(distinct[-1], np.inf)]
 
@@ -357,12 +357,12 @@ def nli_by_hand(scores, classes, tuning_scores, tuning_classes):
         for at, lower in enumerate(cuts)
         for upper in cuts[at:]
     )
-    said, truth = scores[decided] >= f1_cut, yes[decided]
+    predicted, truth = scores[decided] >= f1_cut, yes[decided]
     return reached, {
         "accuracy (entailment/contradiction)": np.mean((scores[decided] >= cut) == truth),
         "AP": ap_of(scores[decided], truth),
-        "precision": (said & truth).sum() / said.sum(),
-        "recall": (said & truth).sum() / truth.sum(),
+        "precision": (predicted & truth).sum() / predicted.sum(),
+        "recall": (predicted & truth).sum() / truth.sum(),
         "accuracy (entailment/other)": np.mean((scores >= other) == yes),
     }
 
@@ -375,15 +375,15 @@ def test_nli_measures_by_definition():
     assert report.main_measure == "accuracy (3 classes)"
     for row in report.rows:
         _, expected = nli_by_hand(scores[row.name], classes, tuning_scores[row.name], tuning)
-        found = figures(row)
-        three = found.pop("accuracy (3 classes)")
-        assert found == pytest.approx(expected), row.name
+        actual = figures(row)
+        three = actual.pop("accuracy (3 classes)")
+        assert actual == pytest.approx(expected), row.name
         if row.name != "teacher":
             assert three == np.mean(report.details.values[row.name]["accuracy (3 classes)"])
     assert report.calibration[0].num_pairs == 60
 
 
-def test_three_classes_reach_the_best_that_two_cuts_can():
+def test_three_classes_use_the_best_two_cuts():
     nli = make_pairs("classes")
     doubled = PairDataset(
         nli.name, nli.path, "classes", nli.classes, {"dev": nli.splits["dev"], "test": nli.splits["dev"]}, ()
@@ -396,42 +396,42 @@ def test_three_classes_reach_the_best_that_two_cuts_can():
 
 @pytest.mark.parametrize("names", [("SUPPORTS", "REFUTES", "NOT_ENOUGH_INFO"), ("Entails", "Contradicts", "neutral")])
 def test_other_names_of_the_three_classes(names):
-    found = measure(make_pairs("classes", labels=names), Contenders(FakeStudent()))
+    renamed = measure(make_pairs("classes", labels=names), Contenders(FakeStudent()))
     usual = measure(make_pairs("classes", labels=("entailment", "contradiction", "neutral")), Contenders(FakeStudent()))
-    assert [figures(row) for row in found.rows] == [figures(row) for row in usual.rows]
+    assert [figures(row) for row in renamed.rows] == [figures(row) for row in usual.rows]
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------------
+# --- reused results ---------------------------------------------------------------------------------------------------
 
 
-def test_a_second_evaluation_takes_everything_over(sayings, tmp_path):
-    first, again = everyone(), everyone()
+def test_a_second_evaluation_reuses_all_results(sayings, tmp_path):
+    first, second = everyone(), everyone()
     before = measure(sayings, first, tmp_path, teacher_queries=20)
-    assert len(first.teacher.pairs) == 2 * 20 + 3 + 3  # both samples; three probes alone, and the three together
-    after = measure(sayings, again, tmp_path, teacher_queries=20)
-    assert again.teacher.pairs == []
-    assert again.student.encoded_passages == again.paper_head.encoded_passages == 0
+    assert len(first.teacher.pairs) == 2 * 20 + 3 + 3  # both samples; to time it, three probes singly and together
+    after = measure(sayings, second, tmp_path, teacher_queries=20)
+    assert second.teacher.pairs == []
+    assert second.student.encoded_passages == second.paper_head.encoded_passages == 0
     assert after.rows == before.rows
     assert after.comparisons == before.comparisons
     assert after.details == before.details
     assert after.notes == (*before.notes, "7 parts were measured by an earlier run")
 
 
-def test_interrupted_while_the_teacher_judges_it_goes_on(sayings, tmp_path, monkeypatch):
+def test_interrupted_judging_is_resumed(sayings, tmp_path, monkeypatch):
     monkeypatch.setattr("d2llm.evaluation.judging._SHARD_SECONDS", 0)
     monkeypatch.setattr("d2llm.evaluation.judging._PAIRS_AT_ONCE", 8)
-    stopped, resumed = everyone(teacher=FakeTeacher(fail_after=50)), everyone()
+    interrupted, resumed = everyone(teacher=FakeTeacher(fail_after=50)), everyone()
     with pytest.raises(Interruption):
-        measure(sayings, stopped, tmp_path, teacher_queries=None)
-    done = len(stopped.teacher.pairs)
-    assert 40 < done <= 50
+        measure(sayings, interrupted, tmp_path, teacher_queries=None)
+    num_judged = len(interrupted.teacher.pairs)
+    assert 40 < num_judged <= 50
     report = measure(sayings, resumed, tmp_path, teacher_queries=None)
-    assert len(resumed.teacher.pairs) == 100 - done + 6
+    assert len(resumed.teacher.pairs) == 100 - num_judged + 6
     assert resumed.student.encoded_passages == 0
     assert report.row("teacher").num_items == 60
 
 
-def test_the_task_is_part_of_what_is_kept(sayings, tmp_path):
+def test_stored_results_depend_on_the_task(sayings, tmp_path):
     measure(sayings, Contenders(FakeStudent()), tmp_path)
     student = FakeStudent()
     report = measure(sayings, Contenders(student), tmp_path, task="symmetric")
@@ -442,7 +442,7 @@ def test_the_task_is_part_of_what_is_kept(sayings, tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_bad_pairs():
+def test_unusable_pairs_are_rejected():
     student = FakeStudent()
 
     def refuse(dataset, error, match, **settings):
@@ -463,27 +463,27 @@ def test_bad_pairs():
     refuse(make_pairs(), InputError, "a sample of 1 pairs, and of 1 to .* increase the sample", teacher_queries=1)
 
 
-def test_grades_that_are_all_the_same():
-    same = make_pairs("scores")
-    same = PairDataset(
-        same.name,
-        same.path,
+def test_constant_grades_are_rejected():
+    graded = make_pairs("scores")
+    graded = PairDataset(
+        graded.name,
+        graded.path,
         "scores",
         (),
-        {"test": tuple(LabelledPair(p.id, p.query, p.passage, None, 3.0) for p in same.splits["test"])},
+        {"test": tuple(LabelledPair(p.id, p.query, p.passage, None, 3.0) for p in graded.splits["test"])},
         (),
     )
     with pytest.raises(InputError, match="all 60 judgements are 3: there is nothing to correlate with"):
-        measure(same, Contenders(FakeStudent()))
+        measure(graded, Contenders(FakeStudent()))
 
 
-def test_a_run_cannot_score_pairs_and_is_named_as_missing(sayings):
+def test_a_run_is_a_missing_row_for_pairs(sayings):
     report = measure(sayings, everyone(runs=[run("theirs", {"q": ["a"]})]))
     assert report.missing[-1].name == "theirs"
     assert report.missing[-1].reason == "a run ranks passages, and this data set has single pairs"
 
 
-def test_other_models_score_pairs_too(sayings):
+def test_external_models_can_score_pairs(sayings):
     report = measure(
         sayings,
         everyone(
@@ -497,7 +497,7 @@ def test_other_models_score_pairs_too(sayings):
     assert report.row("their judge").fingerprint == "judge"
 
 
-def test_rows_that_cannot_be_made_say_why(sayings):
+def test_missing_rows_have_a_reason(sayings):
     report = measure(sayings, Contenders(FakeStudent(head="paper"), why_missing={"teacher": "asleep"}))
     assert [row.name for row in report.rows] == ["BM25", "D2LLM"]
     assert {row.name: row.reason for row in report.missing}["teacher"] == "asleep"

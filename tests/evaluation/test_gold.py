@@ -1,4 +1,4 @@
-"""The truth about pairs: kinds, values of single pairs, and what cannot be measured."""
+"""Gold labels of pairs: their kinds, values of single pairs, and unusable labels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dataset(labels, kind="binary"):
     return PairDataset("d", Path("d"), kind, (), {"test": pairs}, ())
 
 
-def test_what_a_split_is_read_as():
+def test_kinds_of_gold_labels():
     binary = read_gold(dataset(["yes", "no", "no", "yes"]), "test")
     assert isinstance(binary, BinaryGold)
     assert binary.positive.tolist() == [True, False, False, True]
@@ -42,7 +42,7 @@ def test_what_a_split_is_read_as():
     assert [gold.main_measure for gold in (binary, nli, graded)] == ["AP", "accuracy (3 classes)", "Spearman"]
 
 
-def test_what_cannot_be_measured():
+def test_unusable_labels_are_rejected():
     with pytest.raises(DataFormatError, match="split 'test' has no positive pair"):
         read_gold(dataset(["0", "0"]), "test")
     with pytest.raises(DataFormatError, match="split 'test' has no negative pair"):
@@ -56,12 +56,12 @@ def test_what_cannot_be_measured():
         measure_all(nli, np.zeros(4), ALL, None)
 
 
-def test_measures_are_of_the_pairs_at_the_positions():
+def test_measures_use_only_the_pairs_at_the_positions():
     gold = BinaryGold(np.array([True, False, True, False]))
     part = np.array([0, 3, 3])
     assert measure_all(gold, np.array([1.0, 2.0, 0.0]), part, None) == {"AP": 1 / 2, "AUC": 1 / 2}
-    found = measure_all(gold, np.array([1.0, 2.0, 0.0]), part, (0.5, 0.5))
-    assert found == pytest.approx({"accuracy": 2 / 3, "F1": 2 / 3, "AP": 1 / 2, "AUC": 1 / 2})
+    measures = measure_all(gold, np.array([1.0, 2.0, 0.0]), part, (0.5, 0.5))
+    assert measures == pytest.approx({"accuracy": 2 / 3, "F1": 2 / 3, "AP": 1 / 2, "AUC": 1 / 2})
     assert gold.fit(np.array([3.0, 1.0]), np.array([0, 1])) == (2.0, 2.0)
     graded = GradedGold(np.array([0.0, 5.0, 1.0, 2.0]))
     assert measure_all(graded, np.array([1.0, 2.0, 3.0]), np.array([2, 3, 1]), None)["Spearman"] == pytest.approx(1)
@@ -72,7 +72,7 @@ def test_values_of_single_pairs_by_hand():
     binary = BinaryGold(np.array([True, False, True, False]))
     scores = np.array([0.9, 0.8, 0.3, 0.1])
     assert binary.item_values(scores, ALL, (0.5, 0.2)).tolist() == [1, 0, 0, 1]
-    # Without a threshold: the first yes is above both noes, the first no above one of two yeses, and so on.
+    # Without a threshold: the first positive is above both negatives, the first negative above one positive, ...
     assert binary.item_values(scores, ALL, None).tolist() == [1, 0.5, 0.5, 1]
     assert binary.item_values(np.array([2.0, 1.0, 1.0]), np.array([1, 0, 3]), None).tolist() == [0, 0.25, 0.5]
     nli = NliGold(("entailment", "neutral", "contradiction", "neutral"))
@@ -87,7 +87,7 @@ def test_values_of_single_pairs_by_hand():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=12))
-def test_shares_on_the_right_side_average_to_the_auc(pairs):
+def test_item_values_average_to_the_auc(pairs):
     scores, truth = np.array([s for s, _ in pairs], np.float64), np.array([label for _, label in pairs])
     if truth.all() or not truth.any():
         return

@@ -1,4 +1,4 @@
-"""Asking a judge about a pool: in which order, what is asked, what is kept, what is taken over."""
+"""Judging a pool of passages: the order of the pairs, what is judged, stored and reused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY = {"teacher": "fake-teacher", "prompt": "fake-prompt-asymmetric", "dataset":
 SCORES = {"q1": {"b": 2, "a": 1}, "q2": {"c": 1}, "q3": {"d": 1, "c": 1, "a": 0}}
 
 
-def ask(judge, folder, *, pool=POOL, known=None, task="asymmetric"):
+def judge_tiny(judge, folder, *, pool=POOL, known=None, task="asymmetric"):
     return judge_pool(
         judge,
         pool,
@@ -46,79 +46,79 @@ def ask(judge, folder, *, pool=POOL, known=None, task="asymmetric"):
         ([[], []], 3, []),
     ],
 )
-def test_interleaved_takes_in_turn_and_each_once(rankings, depth, expected):
+def test_interleaving_alternates_without_duplicates(rankings, depth, expected):
     assert interleaved(rankings, depth) == expected
 
 
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size=3), st.integers(1, 8))
-def test_a_deeper_interleaving_begins_with_the_shallower(rankings, depth):
+def test_a_deeper_interleaving_extends_a_shallower_one(rankings, depth):
     deeper = interleaved(rankings, depth + 1)
     assert interleaved(rankings, depth) == deeper[:depth]
     assert set(interleaved(rankings, 100)) == {item for ranking in rankings for item in ranking}
 
 
-def test_every_pair_is_judged_once_and_kept(tmp_path):
+def test_every_pair_is_judged_once_and_stored(tmp_path):
     judge = FakeTeacher()
-    judged = ask(judge, tmp_path / "store")
+    judged = judge_tiny(judge, tmp_path / "store")
     assert judged.scores == SCORES
-    assert [list(of_query) for of_query in judged.scores.values()] == list(POOL.values())  # in the pool's order
+    assert [list(scores) for scores in judged.scores.values()] == list(POOL.values())  # in the pool's order
     assert judge.pairs == [(QUERIES[query], PASSAGES[passage]) for query, ids in POOL.items() for passage in ids]
     assert (judged.num_new, judged.num_truncated) == (6, 0)
     assert judged.pairs_per_second > 0
-    kept = LabelStore.open_for_reading(tmp_path / "store", **KEY)
-    assert {query: kept.log_odds(query) for query in POOL} == SCORES
-    assert kept.gram("q1") is None
+    stored = LabelStore.open_for_reading(tmp_path / "store", **KEY)
+    assert {query: stored.log_odds(query) for query in POOL} == SCORES
+    assert stored.gram("q1") is None
 
 
 def test_nothing_is_judged_again(tmp_path):
-    ask(FakeTeacher(), tmp_path / "store")
-    again = FakeTeacher()
-    judged = ask(again, tmp_path / "store")
-    assert (judged.scores, judged.num_new, judged.pairs_per_second, again.pairs) == (SCORES, 0, None, [])
-    more = FakeTeacher()
-    judged = ask(more, tmp_path / "store", pool=POOL | {"q2": ["a", "c"]})
-    assert more.pairs == [("fish", "cat")]
+    judge_tiny(FakeTeacher(), tmp_path / "store")
+    second = FakeTeacher()
+    judged = judge_tiny(second, tmp_path / "store")
+    assert (judged.scores, judged.num_new, judged.pairs_per_second, second.pairs) == (SCORES, 0, None, [])
+    third = FakeTeacher()
+    judged = judge_tiny(third, tmp_path / "store", pool=POOL | {"q2": ["a", "c"]})
+    assert third.pairs == [("fish", "cat")]
     assert judged.scores["q2"] == {"a": 0, "c": 1}
 
 
-def test_another_judge_or_question_is_asked_itself(tmp_path):
-    ask(FakeTeacher(), tmp_path / "store")
+def test_another_judge_or_task_is_judged_separately(tmp_path):
+    judge_tiny(FakeTeacher(), tmp_path / "store")
     other, task = FakeTeacher(fingerprint="other"), FakeTeacher()
-    ask(other, tmp_path / "store")
-    ask(task, tmp_path / "store", task="symmetric")
+    judge_tiny(other, tmp_path / "store")
+    judge_tiny(task, tmp_path / "store", task="symmetric")
     assert len(other.pairs) == len(task.pairs) == 6
 
 
-def test_known_labels_are_read_and_not_copied(tmp_path):
-    ask(FakeTeacher(), tmp_path / "known", pool={"q1": ["a", "b"], "q3": ["d"]})
+def test_known_labels_are_used_but_not_copied(tmp_path):
+    judge_tiny(FakeTeacher(), tmp_path / "known", pool={"q1": ["a", "b"], "q3": ["d"]})
     before = sorted(path.read_bytes() for path in (tmp_path / "known").rglob("*.*"))
     judge = FakeTeacher()
-    judged = ask(judge, tmp_path / "store", known=tmp_path / "known")
+    judged = judge_tiny(judge, tmp_path / "store", known=tmp_path / "known")
     assert judge.pairs == [("fish", "red fish"), ("red bird", "red fish"), ("red bird", "cat")]
     assert judged.scores == SCORES
     assert sorted(path.read_bytes() for path in (tmp_path / "known").rglob("*.*")) == before
-    kept = LabelStore(tmp_path / "store", **KEY)
-    assert kept.num_pairs == 3
+    stored = LabelStore(tmp_path / "store", **KEY)
+    assert stored.num_pairs == 3
 
 
-def test_what_is_judged_here_counts_more_than_what_is_known(tmp_path):
+def test_own_judgements_take_precedence_over_known_labels(tmp_path):
     class Contrary(FakeTeacher):
         def judge(self, pairs, task, **options):
             judged = super().judge(pairs, task, **options)
             return replace(judged, log_odds=-judged.log_odds)
 
-    ask(Contrary(), tmp_path / "known")
-    ask(FakeTeacher(), tmp_path / "store")
-    assert ask(FakeTeacher(), tmp_path / "store", known=tmp_path / "known").scores == SCORES
+    judge_tiny(Contrary(), tmp_path / "known")
+    judge_tiny(FakeTeacher(), tmp_path / "store")
+    assert judge_tiny(FakeTeacher(), tmp_path / "store", known=tmp_path / "known").scores == SCORES
 
 
-def test_what_was_written_before_an_interruption_is_not_judged_again(tmp_path, monkeypatch):
+def test_pairs_stored_before_an_interruption_are_reused(tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 3)
     monkeypatch.setattr(judging, "_SHARD_SECONDS", 0)
     with pytest.raises(Interruption):
-        ask(FakeTeacher(fail_after=4), tmp_path / "store")
+        judge_tiny(FakeTeacher(fail_after=4), tmp_path / "store")
     judge = FakeTeacher()
-    assert ask(judge, tmp_path / "store").scores == SCORES
+    assert judge_tiny(judge, tmp_path / "store").scores == SCORES
     assert judge.pairs == [("red bird", PASSAGES[passage]) for passage in "dca"]
 
 
@@ -138,27 +138,27 @@ def test_truncated_pairs_are_counted(tmp_path):
     assert (judged.num_new, judged.num_truncated) == (6, 2)
 
 
-def test_a_score_that_is_no_number_is_refused(tmp_path):
+def test_a_nan_score_is_refused(tmp_path):
     class Broken(FakeTeacher):
         def judge(self, pairs, task, **options):
             judged = super().judge(pairs, task, **options)
             return replace(judged, log_odds=judged.log_odds * float("nan"))
 
     with pytest.raises(ModelError, match="log-odds of query 'q1' and passage 'b' are nan"):
-        ask(Broken(), tmp_path / "store")
+        judge_tiny(Broken(), tmp_path / "store")
 
 
-def test_an_empty_pool_asks_nothing(tmp_path):
-    judged = ask(FakeTeacher(), tmp_path / "store", pool={"q1": []})
+def test_an_empty_pool_judges_nothing(tmp_path):
+    judged = judge_tiny(FakeTeacher(), tmp_path / "store", pool={"q1": []})
     assert (judged.scores, judged.num_new) == ({"q1": {}}, 0)
     assert not (tmp_path / "store").exists()
 
 
-def test_the_bar_says_pairs_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_shows_pairs_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 102.0, 110.0])
     monkeypatch.setattr(judging.time, "monotonic", lambda: next(clock))
-    said: list[tuple[int, str]] = []
-    count = judging.with_rate(lambda number, note="": said.append((number, note)))
+    updates: list[tuple[int, str]] = []
+    count = judging.with_rate(lambda number, note="": updates.append((number, note)))
     count(10)
     count(40)
-    assert said == [(10, "5.0 pairs/s"), (40, "5.0 pairs/s")]
+    assert updates == [(10, "5.0 pairs/s"), (40, "5.0 pairs/s")]

@@ -1,4 +1,4 @@
-"""Rows of a report about words: the fitted sum of cosine and BM25, and the student without a part of its score."""
+"""Lexical rows of a report: the fitted sum of cosine and BM25, and the student without parts of its score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = {"words": 0.5, "window_words_share": 1.5}
 
 
 class WordyStudent(FakeStudent):
-    """A student whose score counts words."""
+    """A student whose score includes word features."""
 
     def evidence_weights(self, task, *, windows=True):
         return EvidenceWeights(terms=WEIGHTS if task == "asymmetric" else {})
@@ -45,38 +45,38 @@ def words():
 
 
 def stored(vectors):
-    """As bfloat16 keeps them."""
+    """Vectors rounded to bfloat16, as the index stores them."""
     bits = vectors.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 def by_hand(dataset, query, score, weights):
-    """All passages by a sum of scores, best first."""
+    """The weighted sum of scores for every passage."""
     index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
-    asked = index.query(query.text)
-    passages, windows = index.score(asked, np.arange(len(index)))
-    limit = asked.limit or 1.0
-    kinds = {
+    query_terms = index.query(query.text)
+    passages, windows = index.score(query_terms, np.arange(len(index)))
+    limit = query_terms.limit or 1.0
+    features = {
         "words": passages,
         "words_share": passages / limit,
         "window_words": windows,
         "window_words_share": windows / limit,
     }
-    total = score + sum(weight * kinds[term] for term, weight in weights.items())
+    total = score + sum(weight * features[term] for term, weight in weights.items())
     return dict(zip(dataset.passages, total.tolist(), strict=True))
 
 
 def check(rankings, dataset, score_of, weights):
-    """Whether the scores are these, and no passage that is not ranked has a higher one."""
+    """Check the scores of all rankings, and that no unranked passage scores higher."""
     for query_id, ranking in rankings.items():
         expected = by_hand(dataset, dataset.queries[query_id], score_of(dataset.queries[query_id].text), weights)
         assert [score for _, score in ranking] == pytest.approx([expected[p] for p, _ in ranking], rel=1e-4, abs=1e-4)
-        left = max((score for p, score in expected.items() if p not in dict(ranking)), default=-np.inf)
-        assert ranking[-1][1] >= left - 1e-4
+        best_unranked = max((score for p, score in expected.items() if p not in dict(ranking)), default=-np.inf)
+        assert ranking[-1][1] >= best_unranked - 1e-4
 
 
 def cosine_of(dataset, student):
-    """The cosines of a query with all passages, as ``CosineStudent`` has them."""
+    """A function that gives the cosines of a query with all passages, as ``CosineStudent`` computes them."""
 
     def unit(vectors):
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -86,7 +86,7 @@ def cosine_of(dataset, student):
     return lambda text: passages @ unit(student.encode_queries([text]).vectors)[0]
 
 
-def test_the_sum_ranks_all_passages_by_what_was_fitted_on_dev(words, monkeypatch):
+def test_the_sum_ranks_by_weights_fitted_on_dev(words, monkeypatch):
     dev = dict(list(words.qrels["test"].items())[:9])
     test = {query_id: grades for query_id, grades in words.qrels["test"].items() if query_id not in dev}
     dataset = replace(words, qrels={"dev": dev, "test": test})
@@ -103,7 +103,7 @@ def test_the_sum_ranks_all_passages_by_what_was_fitted_on_dev(words, monkeypatch
     assert note == (f"{FITTED}: 1 x cosine + 0.25 x BM25 + 2 x BM25 as a share of its limit, fitted on 9 dev queries")
 
 
-def test_without_dev_each_half_is_ranked_with_weights_of_the_other(words, monkeypatch):
+def test_without_dev_the_weights_are_cross_fitted(words, monkeypatch):
     fitted = []
 
     def fit(lists):
@@ -121,7 +121,7 @@ def test_without_dev_each_half_is_ranked_with_weights_of_the_other(words, monkey
         check(half, words, tuned, {"words": weight})
 
 
-def test_it_can_be_the_baseline(words):
+def test_the_fitted_sum_can_be_the_baseline(words):
     report = measure(words, everyone(), baseline="fitted_sum")
     assert report.baseline == FITTED
     assert report.comparison("D2LLM", "nDCG@10").baseline == FITTED
@@ -134,12 +134,12 @@ def test_it_can_be_the_baseline(words):
     assert (missing.name, missing.kind) == (FITTED, "fitted_sum")
 
 
-def test_without_a_tuned_cosine_it_is_of_the_untuned(words):
+def test_without_a_tuned_cosine_the_untuned_one_is_used(words):
     report = measure(words, everyone(tuned_cosine=None))
     assert report.row("fitted sum: BM25 + cosine, untuned").num_items == 24
 
 
-def test_own_score_keeps_weight_one():
+def test_the_own_score_keeps_weight_one():
     rng = np.random.default_rng(0)
     lists = [(rng.standard_normal((10, 2)) + np.eye(10)[0][:, None], np.eye(10)[0]) for _ in range(50)]
     own, other = sum_weights(lists)
@@ -147,7 +147,7 @@ def test_own_score_keeps_weight_one():
     assert other == pytest.approx(1, abs=0.6)
 
 
-def test_what_each_part_is_worth(words):
+def test_ablated_parts_of_the_score_get_rows(words):
     report = measure(words, everyone(student=WordyStudent()), num_candidates=260)
     names = [
         "D2LLM without the words of passages",
@@ -170,21 +170,21 @@ def test_what_each_part_is_worth(words):
     check(rankings[names[0]], words, score, {"window_words_share": 1.5})
     check(rankings[names[1]], words, score, {"words": 0.5})
     check(rankings[names[2]], words, anchor, WEIGHTS)
-    assert {one.row for one in report.parts} == set(names)
-    assert {one.baseline for one in report.parts} == {"D2LLM"}
-    assert not {one.row for one in report.comparisons} & set(names)
-    one = next(one for one in report.parts if (one.row, one.measure) == (names[0], "nDCG@10"))
-    without, whole = (report.row(name).measures["nDCG@10"].value for name in (names[0], "D2LLM"))
-    assert one.difference.value == pytest.approx(without - whole)
+    assert {part.row for part in report.parts} == set(names)
+    assert {part.baseline for part in report.parts} == {"D2LLM"}
+    assert not {part.row for part in report.comparisons} & set(names)
+    part = next(part for part in report.parts if (part.row, part.measure) == (names[0], "nDCG@10"))
+    without, full = (report.row(name).measures["nDCG@10"].value for name in (names[0], "D2LLM"))
+    assert part.difference.value == pytest.approx(without - full)
 
 
-def test_a_student_that_counts_no_words_has_no_parts(words):
+def test_a_student_without_word_features_has_no_parts(words):
     report = measure(words, everyone())
     assert report.parts == ()
     assert not [row for row in report.rows if "without" in row.name]
 
 
-def test_what_the_factor_of_the_querys_words_is_worth(words):
+def test_the_query_word_factor_can_be_ablated(words):
     report = measure(words, everyone(student=ScalingStudent()), num_candidates=260)
     name = "D2LLM without the factor of the query's words"
     assert name in {one.row for one in report.parts}

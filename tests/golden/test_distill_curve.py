@@ -1,7 +1,7 @@
-"""The loss curve and the dev result of a tiny seeded run, against stored numbers.
+"""The loss curve and the dev results of a tiny seeded run, compared with stored numbers.
 
-After a change that is meant to change them: ``python tests/golden/test_distill_curve.py`` (with src and tests on
-PYTHONPATH) writes them anew; the difference then stands in the review.
+After an intended change, ``python tests/golden/test_distill_curve.py`` (with src and tests on PYTHONPATH) rewrites
+them, so that the difference shows up in the review.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
 GOLDEN = Path(__file__).with_name("distill_curve.json")
-TOLERANCE = 0.01  # relative; weights changed by 1e-5 of themselves move this curve by 1e-4 at most
-LOSSES = LossWeights(rank_imitation_hard_easy=0.5, feature_imitation=0.5)  # heavy enough to be seen in the curve
+TOLERANCE = 0.01  # relative; changing the weights by 1e-5 of their size moves this curve by 1e-4 at most
+LOSSES = LossWeights(rank_imitation_hard_easy=0.5, feature_imitation=0.5)  # heavy enough to show in the curve
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """One run of 16 steps on a symmetric and an asymmetric set; what it logged."""
+    """The log of one run of 16 steps on a symmetric and an asymmetric data set."""
     torch.set_num_threads(1)
     model = fixed_weights(write_tiny_model(folder / "student", "modernbert"))
     teacher = tiny_teacher_config(write_tiny_model(folder / "teacher", "llama"))
@@ -56,7 +56,7 @@ def run(folder: Path) -> dict[str, Any]:
 
 
 def fixed_weights(model: Path) -> Path:
-    """Weights from numpy's generator, tensor by tensor: another version of transformers may draw its own otherwise."""
+    """Weights from numpy's generator, tensor by tensor: another transformers version may initialise differently."""
     path = model / "model.safetensors"
     weights = load_file(path)
     for name, tensor in weights.items():
@@ -67,7 +67,7 @@ def fixed_weights(model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     threads = torch.get_num_threads()
     try:
         return run(tmp_path_factory.mktemp("golden"))
@@ -80,24 +80,24 @@ def golden() -> dict[str, Any]:
     return json.loads(GOLDEN.read_text("utf-8"))
 
 
-def test_the_loss_curve(found: dict[str, Any], golden: dict[str, Any]) -> None:
-    assert len(found["steps"]) == len(golden["steps"]) == 16
-    for one, stored in zip(found["steps"], golden["steps"], strict=True):
-        assert one.keys() == stored.keys()
-        assert one["task"] == stored["task"]
-        numbers = [{k: v for k, v in line.items() if k != "task"} for line in (one, stored)]
-        assert numbers[0] == pytest.approx(numbers[1], rel=TOLERANCE, abs=1e-3), f"step {one['step']}"
+def test_the_loss_curve_is_as_stored(logged: dict[str, Any], golden: dict[str, Any]) -> None:
+    assert len(logged["steps"]) == len(golden["steps"]) == 16
+    for actual, stored in zip(logged["steps"], golden["steps"], strict=True):
+        assert actual.keys() == stored.keys()
+        assert actual["task"] == stored["task"]
+        numbers = [{k: v for k, v in line.items() if k != "task"} for line in (actual, stored)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=TOLERANCE, abs=1e-3), f"step {actual['step']}"
 
 
-def test_the_dev_results(found: dict[str, Any], golden: dict[str, Any]) -> None:
-    assert [line["step"] for line in found["dev"]] == [line["step"] for line in golden["dev"]] == [0, 8, 16]
-    for one, stored in zip(found["dev"], golden["dev"], strict=True):
+def test_the_dev_results_are_as_stored(logged: dict[str, Any], golden: dict[str, Any]) -> None:
+    assert [line["step"] for line in logged["dev"]] == [line["step"] for line in golden["dev"]] == [0, 8, 16]
+    for actual, stored in zip(logged["dev"], golden["dev"], strict=True):
         for name in ("one", "two"):
             # Eight queries: one swap of neighbours that score alike moves the mean by about 0.01.
-            assert one[name] == pytest.approx(stored[name], abs=0.02), (one["step"], name)
+            assert actual[name] == pytest.approx(stored[name], abs=0.02), (actual["step"], name)
 
 
-def test_the_curve_is_one_of_learning(golden: dict[str, Any]) -> None:
+def test_the_stored_loss_goes_down(golden: dict[str, Any]) -> None:
     for task in ("symmetric", "asymmetric"):
         curve = [line["loss"] for line in golden["steps"] if line["task"] == task]
         assert np.mean(curve[-3:]) < 0.8 * np.mean(curve[:3])

@@ -9,7 +9,7 @@ from d2llm import Student
 from d2llm.core.shipped import shipped_models
 from e2e.small_corpus import QUESTIONS, SENTENCES
 
-# Questions of tests/golden/test_shipped_student.py and the sentence that answers each.
+# Questions of tests/golden/test_shipped_student.py and the number of the sentence that answers each.
 ANSWERED = QUESTIONS | {
     "How should a password look?": 33,
     "Where do swallows live in the cold season?": 27,
@@ -48,7 +48,7 @@ def student(request):
 
 
 def probabilities(student, pairs, task):
-    """Of (query, passage) pairs of texts."""
+    """The calibrated probabilities of (query, passage) pairs."""
     queries = student.encode_queries([query for query, _ in pairs]).vectors
     passages = student.encode_passages([passage for _, passage in pairs]).vectors
     scores = [student.score(query, passage[None], task)[0] for query, passage in zip(queries, passages, strict=True)]
@@ -63,7 +63,7 @@ def test_both_tasks_are_calibrated(student):
         assert fitted.error_after < 0.03 < fitted.error_before
 
 
-# Sentence n is about subject n // 5, so that one 25 places on is about another.
+# Sentence n is about subject n // 5, so the sentence 25 further on is about another.
 UNRELATED = {
     "asymmetric": [(query, SENTENCES[(n + 25) % 60]) for query, n in ANSWERED.items()]
     + [(query, SENTENCES[(n + 35) % 60]) for query, n in ANSWERED.items()],
@@ -76,10 +76,10 @@ RELATED = {
 
 
 @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
-def test_unrelated_sentences_are_improbable_and_related_ones_probable(student, task):
+def test_unrelated_pairs_are_improbable_and_related_ones_probable(student, task):
     assert len(UNRELATED[task]) >= 30
     unrelated, related = (probabilities(student, pairs[task], task) for pairs in (UNRELATED, RELATED))
     assert np.median(unrelated) < 0.05
     assert np.median(related) > 0.5
-    # Most related pairs are above nearly all unrelated ones, not the median alone.
+    # Not just the medians: most related pairs are above nearly all unrelated ones.
     assert np.quantile(related, 0.25) > np.quantile(unrelated, 0.95)

@@ -1,7 +1,7 @@
-"""What the shipped student answers to twenty fixed questions: the first three sentences of each, and their scores.
+"""The shipped student's answers to twenty fixed questions: the top three sentences for each, and their scores.
 
-After a new student is shipped: ``python tests/golden/test_shipped_student.py`` (with src and tests on PYTHONPATH)
-writes the rankings anew; the difference then stands in the review.
+After a new student is shipped, ``python tests/golden/test_shipped_student.py`` (with src and tests on PYTHONPATH)
+rewrites the rankings, so that the difference shows up in the review.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ MORE_QUESTIONS = (
     "What do bees tell by dancing?",
     "Why do stars twinkle?",
 )
-NEAR = 0.05  # logits closer than this may change places with another processor or version of torch
+NEAR = 0.05  # logits closer than this may swap ranks on another CPU or version of torch
 
 
 def rankings() -> list[dict[str, Any]]:
-    """The first three sentences of each question, by the exact scan in float32."""
+    """The top three sentences for each question, by the exact scan in float32."""
     import tempfile
 
     student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
@@ -46,35 +46,37 @@ def rankings() -> list[dict[str, Any]]:
         target = Path(folder) / "index"
         passages = [Passage(str(n), text) for n, text in enumerate(SENTENCES)]
         encode(passages, student, target, task="asymmetric", vector_format="float32")
-        found = search(Index.open(target).view, student, questions, top_k=3, exact=True)
+        search_results = search(Index.open(target).view, student, questions, top_k=3, exact=True)
     return [
         {
             "question": ranking.query.text,
-            "passages": [int(place.passage.id) for place in ranking.passages],
-            "scores": [round(place.score, 4) for place in ranking.passages],
+            "passages": [int(hit.passage.id) for hit in ranking.passages],
+            "scores": [round(hit.score, 4) for hit in ranking.passages],
         }
-        for ranking in found
+        for ranking in search_results
     ]
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, Any]]:
+def actual_rankings() -> list[dict[str, Any]]:
     return rankings()
 
 
-def test_the_shipped_student_ranks_as_recorded(found: list[dict[str, Any]]) -> None:
+def test_the_shipped_student_ranks_as_recorded(actual_rankings: list[dict[str, Any]]) -> None:
     recorded = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert len(recorded) == 20
-    for now, then in zip(found, recorded, strict=True):
-        assert now["question"] == then["question"]
-        assert now["scores"] == pytest.approx(then["scores"], abs=NEAR)
-        for place, score in enumerate(then["scores"]):
-            tied = [p for p, s in zip(then["passages"], then["scores"], strict=True) if abs(s - score) < 2 * NEAR]
-            assert now["passages"][place] in tied, f"{now['question']}: place {place + 1}"
+    for actual, expected in zip(actual_rankings, recorded, strict=True):
+        assert actual["question"] == expected["question"]
+        assert actual["scores"] == pytest.approx(expected["scores"], abs=NEAR)
+        for position, score in enumerate(expected["scores"]):
+            tied = [
+                p for p, s in zip(expected["passages"], expected["scores"], strict=True) if abs(s - score) < 2 * NEAR
+            ]
+            assert actual["passages"][position] in tied, f"{actual['question']}: place {position + 1}"
 
 
-def test_the_shipped_student_finds_the_right_sentence_of_most_questions(found: list[dict[str, Any]]) -> None:
-    first = {entry["question"]: entry["passages"][0] for entry in found}
+def test_the_shipped_student_answers_most_questions(actual_rankings: list[dict[str, Any]]) -> None:
+    first = {entry["question"]: entry["passages"][0] for entry in actual_rankings}
     assert sum(first[question] == sentence for question, sentence in QUESTIONS.items()) >= 7
 
 

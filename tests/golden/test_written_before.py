@@ -1,7 +1,7 @@
-"""What d2llm wrote before its modules moved still opens and says the same: a shipped student's index, and labels.
+"""Files written before d2llm's modules moved still open and give the same results: an index, and a label store.
 
 ``before_rooms.zip`` was written by d2llm as it stood on 2026-11-22: an index of ``d2llm-minilm`` (float32 vectors,
-windows as int3, a deletion), a label store, and ``rankings.json``, what that index answered.
+windows as int3, a deletion), a label store, and ``rankings.json``, the rankings of that index.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ EVIDENCE = {"vectors": {}, "all": {"window_words": 0.5, "words_share": 2.0, "win
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("before")
+    root = tmp_path_factory.mktemp("before")
     with zipfile.ZipFile(WRITTEN) as archive:
-        archive.extractall(place)
-    return place
+        archive.extractall(root)
+    return root
 
 
 def test_an_index_gives_the_same_rankings(folder):
@@ -34,17 +34,17 @@ def test_an_index_gives_the_same_rankings(folder):
     with Index.open(folder / "index", student) as index:
         rankings = json.loads((folder / "rankings.json").read_text(encoding="utf-8"))
         assert len(rankings) == 12
-        for asked, expected in rankings.items():
-            task, kind, query = asked.split("|")
-            (found,) = index.search(query, task=task, top_k=10, evidence=EVIDENCE[kind])
-            assert [place.passage.id for place in found.passages] == [name for name, _ in expected]
+        for key, expected in rankings.items():
+            task, kind, query = key.split("|")
+            (ranking,) = index.search(query, task=task, top_k=10, evidence=EVIDENCE[kind])
+            assert [hit.passage.id for hit in ranking.passages] == [name for name, _ in expected]
             np.testing.assert_allclose(
-                [place.score for place in found.passages], [score for _, score in expected], atol=5e-3
+                [hit.score for hit in ranking.passages], [score for _, score in expected], atol=5e-3
             )
         assert index.view.passages(index.view.rows(["harvest"]))[0].metadata["number"] == 9
 
 
-def test_labels_are_read(folder):
+def test_the_labels_are_the_same(folder):
     labels = LabelStore(folder / "labels", teacher="0123456789abcdef", prompt="fedcba9876543210", dataset="tea")
     assert labels.query_ids == ("q1", "q2")
     assert labels.log_odds("q1") == {"kettle": 2.5, "tin": -0.75, "coffee": -6.0}

@@ -45,12 +45,12 @@ def retriever(indexed):
     return D2LLMRetriever(str(indexed.index.folder), **FLOAT32)
 
 
-def as_pairs(found):
-    return [(document.id, document.score) for document in found["documents"]]
+def as_pairs(output):
+    return [(document.id, document.score) for document in output["documents"]]
 
 
 class TestEmbedders:
-    def test_their_inner_product_is_the_anchor(self, indexed, folder):
+    def test_the_inner_product_of_embeddings_is_the_anchor(self, indexed, folder):
         embedded = D2LLMDocumentEmbedder(folder, **FLOAT32).run([Document(content=text) for text in TEXTS])["documents"]
         assert [document.content for document in embedded] == TEXTS
         vectors = np.array([document.embedding for document in embedded])
@@ -60,42 +60,42 @@ class TestEmbedders:
             np.testing.assert_allclose(vectors @ vector, indexed.anchors(query, TEXTS), rtol=1e-5, atol=1e-5)
             assert D2LLMTextEmbedder(folder, task="symmetric", **FLOAT32).run(query)["embedding"] != vector
 
-    def test_titles_are_read_and_documents_are_copied(self, indexed, folder):
+    def test_titles_are_embedded_and_documents_are_copied(self, indexed, folder):
         embedded = D2LLMDocumentEmbedder(folder, **FLOAT32).run(DOCUMENTS)["documents"]
         expected = indexed.student.encode_passages([passage.full_text for passage in PASSAGES]).vectors
         np.testing.assert_array_equal([document.embedding for document in embedded], expected)
         assert {document.embedding for document in DOCUMENTS} == {None}
         assert D2LLMDocumentEmbedder(folder).run([]) == {"documents": []}
 
-    def test_with_haystacks_own_retriever(self, indexed, folder):
+    def test_embedders_work_with_haystacks_own_retriever(self, indexed, folder):
         store = InMemoryDocumentStore(embedding_similarity_function="dot_product")
         store.write_documents(D2LLMDocumentEmbedder(folder, **FLOAT32).run(DOCUMENTS)["documents"])
         pipeline = Pipeline()
         pipeline.add_component("embedder", D2LLMTextEmbedder(folder, **FLOAT32))
         pipeline.add_component("retriever", InMemoryEmbeddingRetriever(store, top_k=8, scale_score=False))
         pipeline.connect("embedder.embedding", "retriever.query_embedding")
-        found = pipeline.run({"embedder": {"text": QUERIES[0]}})["retriever"]
+        output = pipeline.run({"embedder": {"text": QUERIES[0]}})["retriever"]
         anchors = indexed.anchors(QUERIES[0], [passage.full_text for passage in PASSAGES])
         expected = sorted(zip([p.id for p in PASSAGES], anchors, strict=True), key=lambda pair: -pair[1])
-        assert [document for document, _ in as_pairs(found)] == [passage for passage, _ in expected]
-        np.testing.assert_allclose([s for _, s in as_pairs(found)], [s for _, s in expected], rtol=1e-4, atol=1e-5)
+        assert [document for document, _ in as_pairs(output)] == [passage for passage, _ in expected]
+        np.testing.assert_allclose([s for _, s in as_pairs(output)], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 
 
 class TestRanker:
     @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
-    def test_documents_have_the_students_scores_best_first(self, indexed, folder, task):
-        found = D2LLMRanker(folder, task=task, **FLOAT32).run(QUERIES[0], DOCUMENTS)
+    def test_documents_are_sorted_by_the_students_scores(self, indexed, folder, task):
+        output = D2LLMRanker(folder, task=task, **FLOAT32).run(QUERIES[0], DOCUMENTS)
         scores = indexed.scores(QUERIES[0], task)
-        assert as_pairs(found) == sorted(scores.items(), key=lambda item: -item[1])
+        assert as_pairs(output) == sorted(scores.items(), key=lambda item: -item[1])
         assert {document.score for document in DOCUMENTS} == {None}
 
-    def test_the_first_ones(self, folder):
+    def test_top_k(self, folder):
         ranker = D2LLMRanker(folder, top_k=2, **FLOAT32)
         assert len(ranker.run(QUERIES[0], DOCUMENTS)["documents"]) == 2
         assert len(ranker.run(QUERIES[0], DOCUMENTS, top_k=5)["documents"]) == 5
         assert ranker.run(QUERIES[0], []) == {"documents": []}
 
-    def test_bad_requests(self, folder, tmp_path):
+    def test_invalid_requests_are_rejected(self, folder, tmp_path):
         with pytest.raises(InputError, match="top_k is 0"):
             D2LLMRanker(folder, top_k=0)
         with pytest.raises(InputError, match="top_k is 0"):
@@ -107,24 +107,24 @@ class TestRanker:
 
 
 class TestRetriever:
-    def test_it_finds_what_the_index_finds(self, indexed, retriever):
+    def test_results_equal_those_of_the_index(self, indexed, retriever):
         for query in QUERIES:
             assert as_pairs(retriever.run(query)) == indexed.found(query)
         (first,) = retriever.run(TEXTS[5], filters={"field": "id", "operator": "==", "value": "p5"})["documents"]
-        known = {"title": "the reads", "document_id": "d1", "position": 1, "year": 2005, "language": "en"}
-        assert (first.id, first.content, first.meta) == ("p5", TEXTS[5], known)
+        metadata = {"title": "the reads", "document_id": "d1", "position": 1, "year": 2005, "language": "en"}
+        assert (first.id, first.content, first.meta) == ("p5", TEXTS[5], metadata)
 
-    def test_settings(self, indexed):
-        given = {"filter": "year >= 2002", "sources": ["vectors", "bm25"], "hybrid": 0.5}
+    def test_a_call_overrides_the_retrievers_settings(self, indexed):
+        settings = {"filter": "year >= 2002", "sources": ["vectors", "bm25"], "hybrid": 0.5}
         filters = {"field": "meta.year", "operator": "<", "value": 2007}
-        made = D2LLMRetriever(str(indexed.index.folder), top_k=3, filters=filters, settings=given, **FLOAT32)
-        wanted = {"filter": "year >= 2002 AND year < 2007", "sources": ("vectors", "bm25"), "hybrid": 0.5}
-        assert as_pairs(made.run(QUERIES[0])) == indexed.found(QUERIES[0], top_k=3, **wanted)
-        found = made.run(QUERIES[0], top_k=4, filters={"field": "year", "operator": "<", "value": 2006})
-        wanted["filter"] = "year >= 2002 AND year < 2006"
-        assert as_pairs(found) == indexed.found(QUERIES[0], top_k=4, **wanted)
+        configured = D2LLMRetriever(str(indexed.index.folder), top_k=3, filters=filters, settings=settings, **FLOAT32)
+        options = {"filter": "year >= 2002 AND year < 2007", "sources": ("vectors", "bm25"), "hybrid": 0.5}
+        assert as_pairs(configured.run(QUERIES[0])) == indexed.found(QUERIES[0], top_k=3, **options)
+        output = configured.run(QUERIES[0], top_k=4, filters={"field": "year", "operator": "<", "value": 2006})
+        options["filter"] = "year >= 2002 AND year < 2006"
+        assert as_pairs(output) == indexed.found(QUERIES[0], top_k=4, **options)
 
-    def test_bad_settings(self, indexed, retriever, tmp_path):
+    def test_invalid_settings_are_rejected(self, indexed, retriever, tmp_path):
         folder = str(indexed.index.folder)
         with pytest.raises(InputError, match="top_k is 0"):
             D2LLMRetriever(folder, top_k=0)
@@ -169,12 +169,12 @@ FILTERS = [
 
 class TestFilters:
     @pytest.mark.parametrize("filters", FILTERS, ids=str)
-    def test_they_mean_what_they_mean_to_haystack(self, retriever, filters):
+    def test_filters_match_the_same_documents_as_in_haystack(self, retriever, filters):
         expected = {document.id for document in DOCUMENTS if document_matches_filter(filters, document)}
         assert 0 < len(expected) < len(DOCUMENTS)
         assert {document for document, _ in as_pairs(retriever.run("rain", filters=filters))} == expected
 
-    def test_quotes(self):
+    def test_quotes_are_escaped(self):
         assert as_condition({"field": "a", "operator": "==", "value": "it's"}) == "(a = 'it''s' AND a IS NOT NULL)"
 
     @pytest.mark.parametrize(
@@ -189,45 +189,45 @@ class TestFilters:
             ({"operator": "AND", "conditions": []}, "AND has no conditions"),
         ],
     )
-    def test_wrong_ones(self, filters, message):
+    def test_invalid_filters_are_rejected(self, filters, message):
         with pytest.raises(FilterError, match=message):
             as_condition(filters)
 
 
 class TestPipelines:
-    def test_search_and_rank_written_down_and_read_again(self, indexed, folder, retriever):
+    def test_a_pipeline_survives_serialization(self, indexed, folder, retriever):
         pipeline = Pipeline()
         pipeline.add_component("retriever", retriever)
         pipeline.add_component("ranker", D2LLMRanker(folder, task="symmetric", top_k=3, **FLOAT32))
         pipeline.connect("retriever.documents", "ranker.documents")
         data = {"retriever": {"query": QUERIES[1]}, "ranker": {"query": QUERIES[1]}}
-        found = as_pairs(pipeline.run(data)["ranker"])
+        output = as_pairs(pipeline.run(data)["ranker"])
         scores = sorted(indexed.scores(QUERIES[1], "symmetric").items(), key=lambda item: -item[1])
-        assert [document for document, _ in found] == [passage for passage, _ in scores[:3]]
-        np.testing.assert_allclose([score for _, score in found], [score for _, score in scores[:3]], rtol=1e-5)
-        again = Pipeline.loads(pipeline.dumps(), allowed_modules=["d2llm.*"])
-        assert as_pairs(again.run(data)["ranker"]) == found
-        assert as_pairs(asyncio.run(again.run_async(data))["ranker"]) == found
+        assert [document for document, _ in output] == [passage for passage, _ in scores[:3]]
+        np.testing.assert_allclose([score for _, score in output], [score for _, score in scores[:3]], rtol=1e-5)
+        restored = Pipeline.loads(pipeline.dumps(), allowed_modules=["d2llm.*"])
+        assert as_pairs(restored.run(data)["ranker"]) == output
+        assert as_pairs(asyncio.run(restored.run_async(data))["ranker"]) == output
 
     @pytest.mark.parametrize(
-        "made",
+        "make_component",
         [
-            lambda place: D2LLMTextEmbedder(place, task="symmetric", **FLOAT32),
-            lambda place: D2LLMDocumentEmbedder(place, **FLOAT32),
-            lambda place: D2LLMRanker(place, top_k=None, task="symmetric", **FLOAT32),
-            lambda place: D2LLMRetriever(
-                place, top_k=3, filters=FILTERS[0], settings={"sources": ["bm25"]}, student="s", **FLOAT32
+            lambda path: D2LLMTextEmbedder(path, task="symmetric", **FLOAT32),
+            lambda path: D2LLMDocumentEmbedder(path, **FLOAT32),
+            lambda path: D2LLMRanker(path, top_k=None, task="symmetric", **FLOAT32),
+            lambda path: D2LLMRetriever(
+                path, top_k=3, filters=FILTERS[0], settings={"sources": ["bm25"]}, student="s", **FLOAT32
             ),
         ],
     )
-    def test_every_component_as_plain_values(self, made):
-        component = made("a/folder")
-        written = component.to_dict()
-        assert written["type"] == f"d2llm.integrations.haystack.{type(component).__name__}"
-        assert type(component).from_dict(written).to_dict() == written
-        assert written["init_parameters"]["device"] == "cpu"
+    def test_every_component_can_be_serialized(self, make_component):
+        component = make_component("a/folder")
+        serialized = component.to_dict()
+        assert serialized["type"] == f"d2llm.integrations.haystack.{type(component).__name__}"
+        assert type(component).from_dict(serialized).to_dict() == serialized
+        assert serialized["init_parameters"]["device"] == "cpu"
 
-    def test_components_share_a_student_for_as_long_as_one_has_it(self, folder):
+    def test_components_share_a_student_while_one_holds_it(self, folder):
         embedder, ranker = D2LLMTextEmbedder(folder, **FLOAT32), D2LLMRanker(folder, **FLOAT32)
         embedder.warm_up()
         ranker.warm_up()

@@ -1,4 +1,4 @@
-"""What the adapters of all libraries share."""
+"""Code shared by the adapters of all libraries."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def student(tmp_path_factory):
     return Student.load(folder, device="cpu")
 
 
-class Counting:
-    """A student that remembers what it was given to read."""
+class RecordingStudent:
+    """A student that records the texts it encodes."""
 
     def __init__(self, student):
         self._student = student
@@ -51,11 +51,11 @@ class Counting:
 
 
 @pytest.mark.parametrize("task", ["symmetric", "asymmetric"])
-def test_pairs_have_the_students_scores_and_each_text_is_read_once(student, task):
+def test_pair_scores_encode_each_text_once(student, task):
     pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[1]), (TEXTS[0], TEXTS[0]), (TEXTS[0], TEXTS[1])]
-    counting = Counting(student)
-    scores = score_pairs(counting, pairs, task)
-    assert sorted(counting.read) == sorted(
+    recorder = RecordingStudent(student)
+    scores = score_pairs(recorder, pairs, task)
+    assert sorted(recorder.read) == sorted(
         [("query", TEXTS[0]), ("query", TEXTS[2]), ("passage", TEXTS[1]), ("passage", TEXTS[0])]
     )
     for score, (query, passage) in zip(scores, pairs, strict=True):
@@ -64,7 +64,7 @@ def test_pairs_have_the_students_scores_and_each_text_is_read_once(student, task
     assert scores[0] == scores[3]
 
 
-def test_a_ranking_is_by_score_with_ties_as_given(student):
+def test_rankings_are_by_score_with_stable_ties(student):
     texts = [*TEXTS[1:5], TEXTS[1]]
     ranked = rank_texts(student, TEXTS[0], texts, "asymmetric")
     query = student.encode_queries([TEXTS[0]]).vectors[0]
@@ -75,13 +75,13 @@ def test_a_ranking_is_by_score_with_ties_as_given(student):
     assert rank_texts(student, TEXTS[0], texts, "asymmetric", 2) == ranked[:2]
 
 
-def test_nothing_gives_nothing(student):
+def test_empty_input_gives_empty_output(student):
     assert score_pairs(student, [], "symmetric").shape == (0,)
     assert rank_texts(student, "a", [], "symmetric") == []
     assert embed_passages(student, []).shape == embed_queries(student, [], "symmetric").shape == (0, 32)
 
 
-def test_titles_are_read_as_an_index_reads_them():
+def test_titles_are_encoded_as_in_an_index():
     passage = Passage("p", "the text", "A Title", document_id="d", position=3, metadata={"year": 2001})
     assert passage_text("the text", passage_metadata(passage)) == passage.full_text == "A Title\nthe text"
     assert passage_metadata(passage) == {"title": "A Title", "document_id": "d", "position": 3, "year": 2001}
@@ -89,7 +89,7 @@ def test_titles_are_read_as_an_index_reads_them():
     assert passage_metadata(Passage("p", "text")) == {}
 
 
-def test_what_cannot_be_read(student, tmp_path):
+def test_invalid_texts_are_rejected(student, tmp_path):
     with pytest.raises(InputError, match="a text is needed, but int was given"):
         score_pairs(student, [("a", 7)], "symmetric")
     with pytest.raises(InputError, match="a text is needed, but NoneType"):
@@ -104,8 +104,8 @@ def test_what_cannot_be_read(student, tmp_path):
         embed_queries(Student.create(paper, device="cpu"), ["a"], "symmetric")
 
 
-def test_scores_that_are_no_numbers(student):
-    class Broken(Counting):
+def test_nan_scores_are_an_error(student):
+    class Broken(RecordingStudent):
         def score(self, query, passages, task):
             return np.full(len(passages), np.nan, np.float32)
 
@@ -113,7 +113,7 @@ def test_scores_that_are_no_numbers(student):
         score_pairs(Broken(student), [("a", "b"), ("a", "c")], "symmetric")
 
 
-def test_long_texts_are_reported(student, caplog):
+def test_truncated_texts_are_reported(student, caplog):
     with caplog.at_level(logging.WARNING):
         rank_texts(student, " ".join(TEXTS), ["rain", " ".join(TEXTS * 3)], "asymmetric")
     assert "1 of 1 queries were too long" in caplog.text
@@ -121,17 +121,17 @@ def test_long_texts_are_reported(student, caplog):
 
 
 def test_threads_share_a_student(student):
-    """Libraries ask from several threads, and truncating is a state of the one tokenizer."""
+    """Libraries call from several threads, and truncation is a setting of the shared tokenizer."""
     batches = [[" ".join(TEXTS * (1 + n % 4)), TEXTS[n % 8]] for n in range(200)]
-    alone = [student.tokenize(batch, "passage").ids for batch in batches]
+    expected = [student.tokenize(batch, "passage").ids for batch in batches]
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # so that threads meet in the middle of everything
+    sys.setswitchinterval(1e-6)  # so that threads are switched as often as possible
     try:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            together = list(pool.map(lambda batch: student.tokenize(batch, "passage").ids, batches))
+            actual = list(pool.map(lambda batch: student.tokenize(batch, "passage").ids, batches))
     finally:
         sys.setswitchinterval(before)
-    assert together == alone
+    assert actual == expected
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_threads_share_a_student(student):
         ("haystack", "haystack", "haystack"),
     ],
 )
-def test_a_missing_library_is_named_with_its_extra(module, package, extra):
+def test_a_missing_library_error_names_the_extra(module, package, extra):
     code = f"""
 import sys
 sys.modules[{package.partition(".")[0]!r}] = None
@@ -153,7 +153,7 @@ try:
 except MissingExtraError as error:
     print(error)
 """
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert f"needs the package '{package}'" in printed
-    assert "pip install" in printed
-    assert f"'d2llm[{extra}]'" in printed
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"needs the package '{package}'" in output
+    assert "pip install" in output
+    assert f"'d2llm[{extra}]'" in output

@@ -35,7 +35,7 @@ def as_pairs(documents):
 
 
 class TestEmbeddings:
-    def test_their_inner_product_is_the_anchor(self, indexed):
+    def test_the_inner_product_of_embeddings_is_the_anchor(self, indexed):
         embeddings = D2LLMEmbeddings(indexed.student)
         vectors = np.array(embeddings.embed_documents(TEXTS))
         assert vectors.shape == (len(TEXTS), DIM)
@@ -46,7 +46,7 @@ class TestEmbeddings:
         assert symmetric.embed_query(QUERIES[0]) != embeddings.embed_query(QUERIES[0])
         assert symmetric.embed_documents(TEXTS) == embeddings.embed_documents(TEXTS)
 
-    def test_plain_values_also_asynchronously(self, indexed):
+    def test_embeddings_are_plain_floats_also_asynchronously(self, indexed):
         embeddings = D2LLMEmbeddings(indexed.student)
         vector = embeddings.embed_query("rain")
         assert {type(number) for number in vector} == {float}
@@ -54,12 +54,12 @@ class TestEmbeddings:
         assert asyncio.run(embeddings.aembed_documents(TEXTS)) == embeddings.embed_documents(TEXTS)
         assert embeddings.embed_documents([]) == []
 
-    def test_in_a_vector_store(self, indexed):
+    def test_embeddings_work_in_a_vector_store(self, indexed):
         store = InMemoryVectorStore(D2LLMEmbeddings(indexed.student))
         store.add_documents(DOCUMENTS)
         assert len(store.similarity_search(QUERIES[0], k=3)) == 3
 
-    def test_what_cannot_be_used(self, indexed, tmp_path):
+    def test_unsupported_texts_and_heads_are_rejected(self, indexed, tmp_path):
         with pytest.raises(InputError, match="a text is needed, but int"):
             D2LLMEmbeddings(indexed.student).embed_documents(["a", 1])
         config = tiny_student_config(write_tiny_model(tmp_path / "backbone"))
@@ -70,23 +70,23 @@ class TestEmbeddings:
 
 class TestReranker:
     @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
-    def test_documents_have_the_students_scores_best_first(self, indexed, task):
+    def test_documents_are_sorted_by_the_students_scores(self, indexed, task):
         reranker = D2LLMReranker(student=indexed.student, task=task)
-        found = reranker.compress_documents(DOCUMENTS, QUERIES[0])
+        results = reranker.compress_documents(DOCUMENTS, QUERIES[0])
         scores = indexed.scores(QUERIES[0], task)
-        assert as_pairs(found) == sorted(scores.items(), key=lambda item: -item[1])
+        assert as_pairs(results) == sorted(scores.items(), key=lambda item: -item[1])
         assert all("relevance_score" not in document.metadata for document in DOCUMENTS)
-        assert found[0].metadata["language"] in ("en", "de")
-        assert found[0].page_content == DOCUMENTS[int(found[0].id[1:])].page_content
+        assert results[0].metadata["language"] in ("en", "de")
+        assert results[0].page_content == DOCUMENTS[int(results[0].id[1:])].page_content
 
-    def test_the_first_ones_also_asynchronously(self, indexed):
+    def test_top_k_also_asynchronously(self, indexed):
         reranker = D2LLMReranker(student=indexed.student, top_k=2)
-        found = reranker.compress_documents(DOCUMENTS, QUERIES[1])
-        assert len(found) == 2
-        assert asyncio.run(reranker.acompress_documents(DOCUMENTS, QUERIES[1])) == found
+        results = reranker.compress_documents(DOCUMENTS, QUERIES[1])
+        assert len(results) == 2
+        assert asyncio.run(reranker.acompress_documents(DOCUMENTS, QUERIES[1])) == results
         assert reranker.compress_documents([], QUERIES[1]) == []
 
-    def test_bad_settings(self, indexed):
+    def test_invalid_settings_are_rejected(self, indexed):
         with pytest.raises(ValidationError, match="instance of Student"):
             D2LLMReranker(student="d2llm-minilm")
         with pytest.raises(ValidationError, match="greater than or equal to 1"):
@@ -98,7 +98,7 @@ class TestReranker:
 
 
 class TestRetriever:
-    def test_it_finds_what_the_index_finds(self, indexed):
+    def test_results_equal_those_of_the_index(self, indexed):
         retriever = D2LLMRetriever(index=indexed.index)
         for query in QUERIES:
             assert as_pairs(retriever.invoke(query)) == indexed.found(query)
@@ -110,32 +110,32 @@ class TestRetriever:
             metadata={"title": "the reads", "document_id": "d1", "position": 1, "year": 2005, "language": "en"},
         )
 
-    def test_settings_of_the_retriever_and_of_a_call(self, indexed):
+    def test_a_call_overrides_the_retrievers_settings(self, indexed):
         settings = SearchSettings(top_k=3, filter="year >= 2003", task="symmetric")
         retriever = D2LLMRetriever(index=indexed.index, settings=settings)
-        wanted = {"top_k": 3, "filter": "year >= 2003", "task": "symmetric"}
-        assert as_pairs(retriever.invoke(QUERIES[0])) == indexed.found(QUERIES[0], **wanted)
-        found = as_pairs(retriever.invoke(QUERIES[0], top_k=5, exact=True))
-        assert found == indexed.found(QUERIES[0], **(wanted | {"top_k": 5, "exact": True}))
-        assert len(found) == 5
+        options = {"top_k": 3, "filter": "year >= 2003", "task": "symmetric"}
+        assert as_pairs(retriever.invoke(QUERIES[0])) == indexed.found(QUERIES[0], **options)
+        results = as_pairs(retriever.invoke(QUERIES[0], top_k=5, exact=True))
+        assert results == indexed.found(QUERIES[0], **(options | {"top_k": 5, "exact": True}))
+        assert len(results) == 5
 
-    def test_asynchronously_and_many_at_once(self, indexed):
+    def test_async_and_batch_calls_give_the_same_results(self, indexed):
         retriever = D2LLMRetriever(index=indexed.index)
         expected = [indexed.found(query) for query in QUERIES * 5]
-        assert [as_pairs(found) for found in retriever.batch(QUERIES * 5)] == expected
+        assert [as_pairs(results) for results in retriever.batch(QUERIES * 5)] == expected
         assert as_pairs(asyncio.run(retriever.ainvoke(QUERIES[0]))) == expected[0]
         assert as_pairs(asyncio.run(retriever.ainvoke(QUERIES[0], top_k=2))) == expected[0][:2]
-        assert [as_pairs(found) for found in asyncio.run(retriever.abatch(QUERIES * 5))] == expected
+        assert [as_pairs(results) for results in asyncio.run(retriever.abatch(QUERIES * 5))] == expected
 
-    def test_in_a_chain_with_the_reranker(self, indexed):
+    def test_retriever_and_reranker_work_in_a_chain(self, indexed):
         retriever = D2LLMRetriever(index=indexed.index)
         reranker = D2LLMReranker(student=indexed.student, top_k=3)
-        chain = retriever | RunnableLambda(lambda found: reranker.compress_documents(found, QUERIES[2]))
-        found, expected = as_pairs(chain.invoke(QUERIES[2])), indexed.found(QUERIES[2], top_k=3)
-        assert [document for document, _ in found] == [passage for passage, _ in expected]
-        np.testing.assert_allclose([score for _, score in found], [score for _, score in expected], rtol=1e-5)
+        chain = retriever | RunnableLambda(lambda results: reranker.compress_documents(results, QUERIES[2]))
+        results, expected = as_pairs(chain.invoke(QUERIES[2])), indexed.found(QUERIES[2], top_k=3)
+        assert [document for document, _ in results] == [passage for passage, _ in expected]
+        np.testing.assert_allclose([score for _, score in results], [score for _, score in expected], rtol=1e-5)
 
-    def test_it_sees_what_is_added(self, indexed):
+    def test_added_passages_are_found(self, indexed):
         retriever = D2LLMRetriever(index=indexed.index)
         text = "a passage that was not there before"
         indexed.index.upsert([Passage("new", text)])
@@ -145,7 +145,7 @@ class TestRetriever:
             indexed.index.delete(["new"])
         assert "new" not in {document.id for document in retriever.invoke(text)}
 
-    def test_bad_requests(self, indexed):
+    def test_invalid_requests_are_rejected(self, indexed):
         retriever = D2LLMRetriever(index=indexed.index)
         with pytest.raises(FilterError, match="colour"):
             retriever.invoke("rain", filter="colour = 'red'")

@@ -36,23 +36,25 @@ def indexed(tmp_path_factory):
 
 
 def as_pairs(nodes):
-    return [(found.node.node_id, found.score) for found in nodes]
+    return [(result.node.node_id, result.score) for result in nodes]
 
 
 class TestEmbedding:
-    def test_their_inner_product_is_the_anchor(self, indexed):
+    def test_the_inner_product_of_embeddings_is_the_anchor(self, indexed):
         embedding = D2LLMEmbedding(student=indexed.student, embed_batch_size=3)
         vectors = embedding.get_text_embedding_batch(TEXTS)
         assert np.shape(vectors) == (len(TEXTS), DIM)
         for query in QUERIES:
             vector = embedding.get_query_embedding(query)
-            found = [embedding.similarity(vector, other, SimilarityMode.DOT_PRODUCT) for other in vectors]
-            np.testing.assert_allclose(found, indexed.anchors(query, TEXTS), rtol=1e-4, atol=1e-5)
+            products = [
+                embedding.similarity(vector, text_vector, SimilarityMode.DOT_PRODUCT) for text_vector in vectors
+            ]
+            np.testing.assert_allclose(products, indexed.anchors(query, TEXTS), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(embedding.get_text_embedding(TEXTS[0]), vectors[0], atol=1e-5)
         symmetric = D2LLMEmbedding(student=indexed.student, task="symmetric")
         assert symmetric.get_query_embedding(QUERIES[0]) != embedding.get_query_embedding(QUERIES[0])
 
-    def test_asynchronously_and_of_nothing(self, indexed):
+    def test_async_calls_and_empty_input(self, indexed):
         embedding = D2LLMEmbedding(student=indexed.student)
         assert asyncio.run(embedding.aget_query_embedding("rain")) == embedding.get_query_embedding("rain")
         assert asyncio.run(embedding.aget_text_embedding("rain")) == embedding.get_text_embedding("rain")
@@ -60,20 +62,20 @@ class TestEmbedding:
         assert together == embedding.get_text_embedding_batch(TEXTS)
         assert embedding.get_text_embedding_batch([]) == []
 
-    def test_in_a_vector_store_index(self, indexed):
+    def test_embeddings_work_in_a_vector_store_index(self, indexed):
         embedding = D2LLMEmbedding(student=indexed.student)
         nodes = [TextNode(id_=str(n), text=text) for n, text in enumerate(TEXTS)]
-        made = VectorStoreIndex(nodes, embed_model=embedding)
-        found = made.as_retriever(similarity_top_k=3).retrieve(QUERIES[0])
-        assert len(found) == 3
+        index = VectorStoreIndex(nodes, embed_model=embedding)
+        results = index.as_retriever(similarity_top_k=3).retrieve(QUERIES[0])
+        assert len(results) == 3
 
-    def test_what_is_written_down(self, indexed):
+    def test_the_student_is_not_serialized(self, indexed):
         embedding = D2LLMEmbedding(student=indexed.student)
         assert embedding.model_name == f"d2llm-{indexed.student.fingerprint}"
         assert "student" not in embedding.to_dict()
         assert embedding.to_dict()["class_name"] == "D2LLMEmbedding"
 
-    def test_what_cannot_be_used(self, indexed, tmp_path):
+    def test_unsupported_settings_and_texts_are_rejected(self, indexed, tmp_path):
         with pytest.raises(InputError, match="embeddings_cache"):
             D2LLMEmbedding(student=indexed.student, embeddings_cache=SimpleKVStore())
         with pytest.raises(ValidationError, match="instance of Student"):
@@ -88,22 +90,22 @@ class TestEmbedding:
 
 class TestRerank:
     @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
-    def test_nodes_have_the_students_scores_best_first(self, indexed, task):
+    def test_nodes_are_sorted_by_the_students_scores(self, indexed, task):
         rerank = D2LLMRerank(student=indexed.student, task=task)
-        found = rerank.postprocess_nodes(NODES, query_str=QUERIES[0])
+        results = rerank.postprocess_nodes(NODES, query_str=QUERIES[0])
         scores = indexed.scores(QUERIES[0], task)
-        assert as_pairs(found) == sorted(scores.items(), key=lambda item: -item[1])
-        assert {given.score for given in NODES} == {None}
-        assert found[0].node is NODES[int(found[0].node.node_id[1:])].node
+        assert as_pairs(results) == sorted(scores.items(), key=lambda item: -item[1])
+        assert {node.score for node in NODES} == {None}
+        assert results[0].node is NODES[int(results[0].node.node_id[1:])].node
 
-    def test_the_first_ones_also_asynchronously(self, indexed):
+    def test_top_n_also_asynchronously(self, indexed):
         rerank = D2LLMRerank(student=indexed.student, top_n=2)
-        found = rerank.postprocess_nodes(NODES, query_str=QUERIES[1])
-        assert len(found) == 2
-        assert as_pairs(asyncio.run(rerank.apostprocess_nodes(NODES, query_str=QUERIES[1]))) == as_pairs(found)
+        results = rerank.postprocess_nodes(NODES, query_str=QUERIES[1])
+        assert len(results) == 2
+        assert as_pairs(asyncio.run(rerank.apostprocess_nodes(NODES, query_str=QUERIES[1]))) == as_pairs(results)
         assert rerank.postprocess_nodes([], query_str=QUERIES[1]) == []
 
-    def test_bad_requests(self, indexed):
+    def test_invalid_requests_are_rejected(self, indexed):
         with pytest.raises(InputError, match="no query"):
             D2LLMRerank(student=indexed.student).postprocess_nodes(NODES)
         with pytest.raises(ValidationError, match="greater than or equal to 1"):
@@ -113,20 +115,20 @@ class TestRerank:
 
 
 class TestRetriever:
-    def test_it_finds_what_the_index_finds(self, indexed):
+    def test_results_equal_those_of_the_index(self, indexed):
         retriever = D2LLMRetriever(indexed.index)
         for query in QUERIES:
             assert as_pairs(retriever.retrieve(query)) == indexed.found(query)
             assert as_pairs(asyncio.run(retriever.aretrieve(query))) == indexed.found(query)
         (first,) = D2LLMRetriever(indexed.index, filter="id = 'p5'").retrieve(TEXTS[5])
-        known = {"title": "the reads", "document_id": "d1", "position": 1, "year": 2005, "language": "en"}
-        assert (first.node.node_id, first.node.text, first.node.metadata) == ("p5", TEXTS[5], known)
+        metadata = {"title": "the reads", "document_id": "d1", "position": 1, "year": 2005, "language": "en"}
+        assert (first.node.node_id, first.node.text, first.node.metadata) == ("p5", TEXTS[5], metadata)
 
-    def test_settings(self, indexed):
+    def test_search_settings_are_used_and_checked(self, indexed):
         settings = SearchSettings(filter="year >= 2003", task="symmetric")
-        found = as_pairs(D2LLMRetriever(indexed.index, settings, top_k=3).retrieve(QUERIES[0]))
-        assert found == indexed.found(QUERIES[0], filter="year >= 2003", task="symmetric", top_k=3)
-        assert len(found) == 3
+        results = as_pairs(D2LLMRetriever(indexed.index, settings, top_k=3).retrieve(QUERIES[0]))
+        assert results == indexed.found(QUERIES[0], filter="year >= 2003", task="symmetric", top_k=3)
+        assert len(results) == 3
         with pytest.raises(InputError, match="top_k is 0"):
             D2LLMRetriever(indexed.index, top_k=0)
         with pytest.raises(TypeError, match="topk"):
@@ -134,13 +136,13 @@ class TestRetriever:
         with pytest.raises(FilterError, match="colour"):
             D2LLMRetriever(indexed.index, filter="colour = 'red'").retrieve("rain")
 
-    def test_in_a_query_engine_with_the_reranker(self, indexed):
+    def test_retriever_and_reranker_work_in_a_query_engine(self, indexed):
         engine = RetrieverQueryEngine(
             D2LLMRetriever(indexed.index),
             response_synthesizer=NoText(llm=MockLLM()),
             node_postprocessors=[D2LLMRerank(student=indexed.student, top_n=3)],
         )
-        found = as_pairs(engine.query(QUERIES[2]).source_nodes)
+        results = as_pairs(engine.query(QUERIES[2]).source_nodes)
         expected = indexed.found(QUERIES[2], top_k=3)
-        assert [node for node, _ in found] == [passage for passage, _ in expected]
-        np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], rtol=1e-5)
+        assert [node for node, _ in results] == [passage for passage, _ in expected]
+        np.testing.assert_allclose([s for _, s in results], [s for _, s in expected], rtol=1e-5)

@@ -43,16 +43,16 @@ WORDS = " ".join(TEXTS).replace(",", "").split()
 _RANDOM = random.Random(7)
 
 
-def say(num_words: int) -> str:
+def random_text(num_words: int) -> str:
     return " ".join(_RANDOM.choices(WORDS, k=num_words))
 
 
-PASSAGES = [Passage(f"p{n:02}", say(8), say(2) if n % 3 else "") for n in range(40)]
-# Each query's judged passages begin with two of one text: their scores are equal, and only the first is relevant.
+PASSAGES = [Passage(f"p{n:02}", random_text(8), random_text(2) if n % 3 else "") for n in range(40)]
+# Two passages per query have the same text: their scores tie, and only the first is relevant.
 PASSAGES += [Passage(f"same{n}{copy}", f"twice {TEXTS[n]}") for n in range(8) for copy in "ab"]
-QUERIES = [Query(f"q{n}", f"twice {TEXTS[n]}" if n < 4 else say(12)) for n in range(8)]
+QUERIES = [Query(f"q{n}", f"twice {TEXTS[n]}" if n < 4 else random_text(12)) for n in range(8)]
 QRELS = {f"q{n}": {f"same{n}a": 2, f"p{n:02}": 1, f"p{n + 9:02}": 1, f"p{n + 20:02}": 3} for n in range(8)}
-PAIRS = [(say(10), say(10)) for _ in range(24)]
+PAIRS = [(random_text(10), random_text(10)) for _ in range(24)]
 RATINGS = [_RANDOM.randint(0, 5) for _ in PAIRS]
 LABELS = [n % 2 for n in range(len(PAIRS))]
 
@@ -142,7 +142,7 @@ def class_task(name="LocalPairs", **settings):
 
 
 def run(model, task, folder):
-    """mteb's own run: what it computed, and the predictions it computed that from."""
+    """Evaluate with mteb; returns its results, its scores and the predictions behind them."""
     cache = ResultCache(folder / "results")
     results = mteb.evaluate(
         model, [task], cache=cache, prediction_folder=folder, show_progress_bar=False, co2_tracker=False
@@ -164,28 +164,28 @@ def our_measure(rankings, qrels, name="nDCG@10"):
 
 
 def our_scores(student, pairs, task):
-    """Logits of pairs by the definition: first text as query, second as passage."""
+    """Logits of pairs, with the first text as query and the second as passage."""
     queries = student.encode_queries([first for first, _ in pairs]).vectors
     passages = student.encode_passages([second for _, second in pairs]).vectors
     return np.concatenate([student.score(q, p[None], task) for q, p in zip(queries, passages, strict=True)])
 
 
-def test_mteb_takes_the_model_for_a_searcher_and_an_encoder(model):
+def test_the_model_is_a_searcher_and_an_encoder_for_mteb(model):
     assert isinstance(model, SearchProtocol)
     assert isinstance(model, EncoderProtocol)
     assert not isinstance(model, CrossEncoderProtocol)
 
 
 @pytest.mark.parametrize(("name", "task"), [("LocalRetrieval", "asymmetric"), ("QuoraLocal", "symmetric")])
-def test_retrieval_is_that_of_search(model, student, tmp_path, name, task):
+def test_retrieval_equals_our_own_search(model, student, tmp_path, name, task):
     _, scores, predictions = run(model, retrieval_task(name), tmp_path)
     expected = our_rankings(student, tmp_path, task=task)
-    assert {query: list(of) for query, of in predictions.items()} == {
+    assert {query: list(predicted) for query, predicted in predictions.items()} == {
         query: [passage for passage, _ in ranking] for query, ranking in expected.items()
     }
     for query, ranking in expected.items():
         np.testing.assert_allclose(list(predictions[query].values()), [s for _, s in ranking], rtol=1e-6)
-    # mteb rounds to five places; the equal scores of the passages "same0a", "same0b" are within these measures
+    # mteb rounds to five places; the measures include ties such as "same0a" and "same0b"
     assert scores["ndcg_at_10"] == pytest.approx(our_measure(expected, QRELS), abs=6e-6)
     assert scores["mrr_at_10"] == pytest.approx(our_measure(expected, QRELS, "MRR@10"), abs=6e-6)
     assert 0 < scores["ndcg_at_10"] < 1
@@ -193,7 +193,7 @@ def test_retrieval_is_that_of_search(model, student, tmp_path, name, task):
     assert places["same0b"] == places["same0a"] + 1
 
 
-def test_without_the_interaction_it_is_another_result_filed_apart(model, folder, tmp_path):
+def test_results_without_the_interaction_are_stored_separately(model, folder, tmp_path):
     bare = load_mteb_model(folder, device="cpu", interaction=False)
     _, with_it, ours = run(model, retrieval_task(), tmp_path)
     _, without, anchors = run(bare, retrieval_task(), tmp_path)
@@ -205,37 +205,37 @@ def test_without_the_interaction_it_is_another_result_filed_apart(model, folder,
         (fingerprint, "LocalRetrieval.json"),
         (fingerprint, "experiments", "interaction_False", "LocalRetrieval.json"),
     ]
-    stated = json.loads((tmp_path.joinpath(*files[0]).parent / "model_meta.json").read_text())
-    assert (stated["name"], stated["revision"]) == ("d2llm/tiny-student", fingerprint)
+    metadata = json.loads((tmp_path.joinpath(*files[0]).parent / "model_meta.json").read_text())
+    assert (metadata["name"], metadata["revision"]) == ("d2llm/tiny-student", fingerprint)
 
 
-def test_few_candidates_are_the_anchor_s(folder, student, tmp_path):
-    few = load_mteb_model(folder, device="cpu", num_candidates=3)
+def test_num_candidates_limits_the_anchor_search(folder, student, tmp_path):
+    shallow = load_mteb_model(folder, device="cpu", num_candidates=3)
     task = retrieval_task()
     task.load_data()
-    few.index(task.dataset["default"]["test"]["corpus"], task_metadata=task.metadata, **PLACE)
-    found = few.search(task.dataset["default"]["test"]["queries"], task_metadata=task.metadata, top_k=3, **PLACE)
+    shallow.index(task.dataset["default"]["test"]["corpus"], task_metadata=task.metadata, **PLACE)
+    results = shallow.search(task.dataset["default"]["test"]["queries"], task_metadata=task.metadata, top_k=3, **PLACE)
     encode(PASSAGES, student, tmp_path / "ours", show_progress=False)
     expected = search(Index.open(tmp_path / "ours").view, student, QUERIES, top_k=3, num_candidates=3)
-    assert {q: list(of) for q, of in found.items()} == {
+    assert {q: list(ranking) for q, ranking in results.items()} == {
         r.query.id: [p.passage.id for p in r.passages] for r in expected
     }
-    assert few.mteb_model_meta.experiment_kwargs == {"num_candidates": 3}
+    assert shallow.mteb_model_meta.experiment_kwargs == {"num_candidates": 3}
 
 
 PLACE = {"hf_split": "test", "hf_subset": "default", "encode_kwargs": {"show_progress_bar": False}}
 
 
 def test_reranking_scores_exactly_the_given_passages(model, student, tmp_path):
-    given = {f"q{n}": [f"same{n}b", f"same{n}a", *(p.id for p in PASSAGES[n : n + 7])] for n in range(7)}
-    task = retrieval_task("LocalReranking", "Reranking", top_ranked=given)
+    pools = {f"q{n}": [f"same{n}b", f"same{n}a", *(p.id for p in PASSAGES[n : n + 7])] for n in range(7)}
+    task = retrieval_task("LocalReranking", "Reranking", top_ranked=pools)
     _, scores, predictions = run(model, task, tmp_path)
     by_id = {passage.id: passage for passage in PASSAGES}
     assert set(predictions) == {query.id for query in QUERIES}
-    assert predictions["q7"] == {}  # nothing was given for it
+    assert predictions["q7"] == {}  # it has no passages to rerank
     for query in QUERIES[:7]:
-        ids = given[query.id]
-        # the index keeps bfloat16
+        ids = pools[query.id]
+        # the index stores bfloat16
         vectors = student.encode_passages([by_id[p].full_text for p in ids]).vectors
         vectors = torch.from_numpy(vectors).to(torch.bfloat16).float().numpy()
         logits = student.score(student.encode_queries([query.text]).vectors[0], vectors, "asymmetric")
@@ -246,7 +246,7 @@ def test_reranking_scores_exactly_the_given_passages(model, student, tmp_path):
     assert 0 < scores["ndcg_at_10"] < 1
 
 
-def test_sts_takes_the_student_s_score(model, student, tmp_path):
+def test_sts_uses_the_students_score(model, student, tmp_path):
     results, scores, predictions = run(model, sts_task(), tmp_path)
     expected = our_scores(student, PAIRS, "symmetric")
     np.testing.assert_allclose(predictions["similarity_scores"], expected, rtol=1e-5, atol=1e-6)
@@ -255,7 +255,7 @@ def test_sts_takes_the_student_s_score(model, student, tmp_path):
     assert scores_with_interaction(results, [sts_task()]) == {"LocalSTS": scores["spearman"]}
 
 
-def test_pair_classification_takes_the_student_s_score(model, student, tmp_path):
+def test_pair_classification_uses_the_students_score(model, student, tmp_path):
     results, scores, predictions = run(model, class_task(), tmp_path)
     expected = our_scores(student, PAIRS, "symmetric")
     np.testing.assert_allclose(predictions["similarity_scores"], expected, rtol=1e-5, atol=1e-6)
@@ -266,7 +266,7 @@ def test_pair_classification_takes_the_student_s_score(model, student, tmp_path)
     assert scores_with_interaction(results, [class_task(), sts_task()]) == {"LocalPairs": pytest.approx(by_hand)}
 
 
-def test_the_interaction_decides_pair_scores(folder, student, tmp_path):
+def test_the_interaction_changes_pair_scores(folder, student, tmp_path):
     bare = load_mteb_model(folder, device="cpu", interaction=False)
     _, _, predictions = run(bare, sts_task(), tmp_path)
     queries = student.encode_queries([first for first, _ in PAIRS]).vectors
@@ -277,25 +277,25 @@ def test_the_interaction_decides_pair_scores(folder, student, tmp_path):
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_declared_sides_and_a_branch_by_name(folder, student, tmp_path, swapped):
-    asked = load_mteb_model(folder, device="cpu", tasks={"LocalPairs": "asymmetric"})
+def test_prompt_types_and_tasks_by_name_are_respected(folder, student, tmp_path, swapped):
+    asymmetric = load_mteb_model(folder, device="cpu", tasks={"LocalPairs": "asymmetric"})
     sides = (PromptType.query, PromptType.document)
     pairs = [pair[::-1] for pair in PAIRS] if swapped else PAIRS
     task = class_task(pairs=pairs, sides=sides[::-1] if swapped else sides)
-    _, _, predictions = run(asked, task, tmp_path)
+    _, _, predictions = run(asymmetric, task, tmp_path)
     expected = our_scores(student, PAIRS, "asymmetric")
     np.testing.assert_allclose(predictions["similarity_scores"], expected, rtol=1e-5, atol=1e-6)
-    assert asked.mteb_model_meta.experiment_kwargs == {"tasks": {"LocalPairs": "asymmetric"}}
+    assert asymmetric.mteb_model_meta.experiment_kwargs == {"tasks": {"LocalPairs": "asymmetric"}}
 
 
-def test_texts_of_other_tasks_are_passages_unless_they_are_queries(model, student):
+def test_texts_are_encoded_as_passages_unless_they_are_queries(model, student):
     batches = [{"text": TEXTS[:5]}, {"text": TEXTS[5:]}]
     metadata = describe("LocalClasses", "Classification", "accuracy")
     place = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "default"}
     vectors = model.encode(batches, **place)
     np.testing.assert_array_equal(vectors, student.encode_passages(TEXTS).vectors)
-    asked = model.encode(batches, **place, prompt_type=PromptType.query)
-    np.testing.assert_array_equal(asked, student.encode_queries(TEXTS).vectors)
+    query_vectors = model.encode(batches, **place, prompt_type=PromptType.query)
+    np.testing.assert_array_equal(query_vectors, student.encode_queries(TEXTS).vectors)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(np.asarray(model.similarity(vectors, vectors)), unit @ unit.T, atol=1e-5)
     with pytest.raises(InputError, match="do not know their texts"):
@@ -303,18 +303,18 @@ def test_texts_of_other_tasks_are_passages_unless_they_are_queries(model, studen
 
 
 def test_every_kind_of_task_in_one_run(model, folder, tmp_path):
-    given = {f"q{n}": [f"same{n}b", f"same{n}a", *(p.id for p in PASSAGES[n : n + 7])] for n in range(8)}
+    pools = {f"q{n}": [f"same{n}b", f"same{n}a", *(p.id for p in PASSAGES[n : n + 7])] for n in range(8)}
     tasks = [
         retrieval_task(),
-        retrieval_task("LocalReranking", "Reranking", top_ranked=given),
+        retrieval_task("LocalReranking", "Reranking", top_ranked=pools),
         sts_task(),
         class_task(),
     ]
     bare = load_mteb_model(folder, device="cpu", interaction=False)
     own = []
-    for one in (model, bare):
+    for variant in (model, bare):
         cache = ResultCache(tmp_path / "results")
-        results = mteb.evaluate(one, tasks, cache=cache, show_progress_bar=False, co2_tracker=False)
+        results = mteb.evaluate(variant, tasks, cache=cache, show_progress_bar=False, co2_tracker=False)
         own.append(scores_with_interaction(results, tasks))
         assert not results.exceptions
     with_it, without = own
@@ -322,7 +322,7 @@ def test_every_kind_of_task_in_one_run(model, folder, tmp_path):
     assert all(with_it[name] != without[name] for name in with_it)
 
 
-def test_what_mteb_writes_down(model, student, folder):
+def test_model_metadata_for_mteb(model, student, folder):
     meta = model.mteb_model_meta
     weights = [*student.backbone.model.parameters(), *student.pooling.parameters(), *student.interaction.parameters()]
     assert meta.revision == student.fingerprint
@@ -331,11 +331,11 @@ def test_what_mteb_writes_down(model, student, folder):
     bytes_in_memory = sum(w.numel() * w.element_size() for w in weights)
     assert meta.memory_usage_mb == pytest.approx(bytes_in_memory / 1024**2, abs=0.05)
     assert (meta.embed_dim, meta.max_tokens, meta.similarity_fn_name) == (32, 64, "custom")
-    assert meta.use_instructions  # it has a prefix
+    assert meta.use_instructions  # the student has a query prefix
     assert (meta.license, meta.open_weights, meta.languages, meta.experiment_kwargs) == (None, None, None, None)
-    stated = {"languages": ["zho-Hans"], "license": "mit", "training_datasets": {"LCQMC"}}
-    said = load_mteb_model(folder, device="cpu", meta=stated).mteb_model_meta
-    assert (said.languages, said.license, said.open_weights, said.training_datasets) == (
+    metadata = {"languages": ["zho-Hans"], "license": "mit", "training_datasets": {"LCQMC"}}
+    described = load_mteb_model(folder, device="cpu", meta=metadata).mteb_model_meta
+    assert (described.languages, described.license, described.open_weights, described.training_datasets) == (
         ["zho-Hans"],
         "mit",
         True,
@@ -344,7 +344,7 @@ def test_what_mteb_writes_down(model, student, folder):
 
 
 @pytest.mark.parametrize("meta", [{"languages": ["English"]}, {"colour": "blue"}])
-def test_a_wrong_description(folder, meta):
+def test_invalid_metadata_is_rejected(folder, meta):
     with pytest.raises(InputError, match=f"not valid for mteb's ModelMeta.*{next(iter(meta))}"):
         load_mteb_model(folder, device="cpu", meta=meta)
 
@@ -363,7 +363,7 @@ def test_branches_of_the_english_and_chinese_benchmarks():
     assert {m.main_score for m in pairs} <= set(OWN_SIMILARITY)
 
 
-def test_unusable_settings(folder, tmp_path):
+def test_invalid_settings_are_rejected(folder, tmp_path):
     with pytest.raises(InputError, match=r"'STS12': 'both' is not a branch"):
         load_mteb_model(folder, tasks={"STS12": "both"})
     with pytest.raises(InputError, match="float8"):
@@ -377,7 +377,7 @@ def test_unusable_settings(folder, tmp_path):
         load_mteb_model(tmp_path / "paper", interaction=False)
 
 
-def test_unusable_requests(folder, student):
+def test_invalid_requests_are_rejected(folder, student):
     fresh = load_mteb_model(folder, device="cpu")
     metadata = describe("LocalRetrieval", "Retrieval", "ndcg_at_10")
     rows = [{"id": "a", "text": "rain"}]
@@ -403,29 +403,31 @@ def test_unusable_requests(folder, student):
         broken.search(rows, task_metadata=metadata, top_k=3, top_ranked={"a": ["a"]}, **PLACE)
 
 
-def test_truncated_texts_are_reported_and_indexes_are_found_again(folder, tmp_path, caplog):
-    kept = load_mteb_model(folder, device="cpu", work_folder=tmp_path)
+def test_truncation_is_reported_and_indexes_are_reused(folder, tmp_path, caplog):
+    searcher = load_mteb_model(folder, device="cpu", work_folder=tmp_path)
     metadata = describe("LocalRetrieval", "Retrieval", "ndcg_at_10")
     rows = [{"id": "short", "text": "rain"}, {"id": "long", "text": " ".join(TEXTS * 3)}]
-    kept.index(rows, task_metadata=metadata, **PLACE)
+    searcher.index(rows, task_metadata=metadata, **PLACE)
     assert "LocalRetrieval: 1 of 2 texts were too long" in caplog.text
-    (made,) = tmp_path.iterdir()
-    written = made.joinpath("manifest.json").stat().st_mtime_ns
-    kept.index(rows, task_metadata=metadata, **PLACE)
-    assert list(tmp_path.iterdir()) == [made]
-    assert made.joinpath("manifest.json").stat().st_mtime_ns == written
+    (index_folder,) = tmp_path.iterdir()
+    modified = index_folder.joinpath("manifest.json").stat().st_mtime_ns
+    searcher.index(rows, task_metadata=metadata, **PLACE)
+    assert list(tmp_path.iterdir()) == [index_folder]
+    assert index_folder.joinpath("manifest.json").stat().st_mtime_ns == modified
     query = {"id": "q", "text": "snow", "instruction": "and rain"}
     as_mteb_joins = [{"id": "q", "text": "snow and rain"}]
-    found = [kept.search(asked, task_metadata=metadata, top_k=2, **PLACE) for asked in ([query], as_mteb_joins)]
-    assert found[0] == found[1]
+    results = [
+        searcher.search(queries, task_metadata=metadata, top_k=2, **PLACE) for queries in ([query], as_mteb_joins)
+    ]
+    assert results[0] == results[1]
 
 
-def test_the_shipped_student_on_real_questions(shared_data, tmp_path):
+def test_the_shipped_student_matches_our_evaluation(shared_data, tmp_path):
     shipped = load_mteb_model(device="cpu")
     dataset = read_beir(shared_data / "pubmedqa", splits=["test"])
-    qrels = {query: dict(of) for query, of in list(dataset.qrels["test"].items())[:25]}
+    qrels = {query: dict(grades) for query, grades in list(dataset.qrels["test"].items())[:25]}
     queries = [dataset.queries[query] for query in qrels]
-    passages = [dataset.passages[passage] for of in qrels.values() for passage in of]
+    passages = [dataset.passages[passage] for grades in qrels.values() for passage in grades]
     _, scores, _ = run(shipped, retrieval_task(passages=passages, queries=queries, qrels=qrels), tmp_path)
     ours = our_rankings(Student.load("d2llm-minilm", device="cpu"), tmp_path, passages=passages, queries=queries)
     assert scores["ndcg_at_10"] == pytest.approx(our_measure(ours, qrels), abs=6e-6)

@@ -27,7 +27,7 @@ def load(folder, **settings) -> Backbone:
 # --- tokens
 
 
-def test_cuts_are_counted_and_keep_the_closing_token(folders):
+def test_truncation_is_counted_and_keeps_the_closing_token(folders):
     backbone = load(folders["bert"], max_query_tokens=8, max_passage_tokens=16)
     queries = backbone.tokenize([LONG, "the cat", LONG], "query")
     assert queries.num_truncated == 2
@@ -40,13 +40,13 @@ def test_cuts_are_counted_and_keep_the_closing_token(folders):
     assert passages.ids[1] == queries.ids[1]
 
 
-def test_a_text_as_long_as_the_limit_is_not_cut(folders):
+def test_a_text_exactly_at_the_limit_is_not_truncated(folders):
     exact = len(tiny_tokenizer()(TEXTS[0])["input_ids"])
     for limit, cut in ((exact, 0), (exact - 1, 1)):
         assert load(folders["llama"], max_query_tokens=limit).tokenize([TEXTS[0]], "query").num_truncated == cut
 
 
-def test_prefixes(folders):
+def test_prefixes_are_prepended(folders):
     backbone = load(folders["llama"], query_prefix="the cat ", passage_prefix="a dog ")
     plain = load(folders["llama"])
     assert backbone.tokenize(["sat"], "query").ids == plain.tokenize(["the cat sat"], "query").ids
@@ -65,19 +65,19 @@ def test_no_texts_and_empty_texts(folders, tmp_path):
     assert reloaded.tokenize(["", "the"], "query").lengths == [1, 1]
 
 
-def test_one_text_is_no_list_of_texts(folders):
+def test_a_single_string_is_rejected(folders):
     with pytest.raises(InputError, match="put it in a list"):
         load(folders["llama"]).tokenize("the cat", "query")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert", "xlm_roberta"])
-def test_limits(folders, architecture):
+def test_limits_beyond_the_models_are_rejected(folders, architecture):
     load(folders[architecture], max_passage_tokens=512)
     with pytest.raises(InputError, match=r"max_passage_tokens is 513, but .* reads at most 512 tokens; set .* 512"):
         load(folders[architecture], max_passage_tokens=513)
 
 
-def test_the_longest_text_goes_through(folders):
+def test_a_text_at_the_models_limit_is_encoded(folders):
     for folder in folders.values():
         backbone = load(folder, max_passage_tokens=512)
         ids = backbone.tokenize([LONG * 10], "passage").ids
@@ -118,7 +118,7 @@ def test_states_are_the_models_own(folders):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_first_layers_alone(tmp_path, architecture):
+def test_layers_keeps_only_the_first_ones(tmp_path, architecture):
     folder = write_tiny_model(tmp_path / architecture, architecture)
     whole, cut = load(folder), load(folder, layers=1)
     total = whole.model.config.num_hidden_layers
@@ -130,14 +130,14 @@ def test_the_first_layers_alone(tmp_path, architecture):
     norms = [part for name, part in whole.model.named_children() if "norm" in name and "embed" not in name]
     with torch.inference_mode():
         whole.model(input_ids=torch.tensor(ids))
-        found, mask = cut(*cut.pad(ids))
+        actual, mask = cut(*cut.pad(ids))
         expected = norms[-1](states[0]) if norms else states[0]
-    torch.testing.assert_close(found[mask], expected.reshape(-1, expected.shape[-1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual[mask], expected.reshape(-1, expected.shape[-1]), rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=f"layers is 9, but .* has {total}"):
         load(folder, layers=9)
 
 
-def test_no_keys_and_values_are_kept(folders):
+def test_no_key_value_cache_is_returned(folders):
     assert load(folders["llama"]).model(input_ids=torch.tensor([[1, 5]])).past_key_values is None
 
 
@@ -172,25 +172,25 @@ def test_pooling_follows_the_models_own_setting(tmp_path, settings, expected):
 # --- training
 
 
-def count_learning(backbone: Backbone) -> dict[str, int]:
+def count_trainable(backbone: Backbone) -> dict[str, int]:
     names = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     return {"adapter": sum("lora_" in name for name in names), "weights": sum("lora_" not in name for name in names)}
 
 
-def test_what_tuning_trains(folders):
+def test_tuning_decides_which_weights_are_trainable(folders):
     for tuning in ("lora", "full", "frozen"):
         backbone = load(folders["llama"], tuning=tuning)
-        assert count_learning(backbone) == {"adapter": 0, "weights": 0}
+        assert count_trainable(backbone) == {"adapter": 0, "weights": 0}
         backbone.prepare_training()
-        learning = count_learning(backbone)
-        assert (learning["adapter"] > 0) == (tuning == "lora")
-        assert (learning["weights"] > 0) == (tuning == "full")
+        trainable = count_trainable(backbone)
+        assert (trainable["adapter"] > 0) == (tuning == "lora")
+        assert (trainable["weights"] > 0) == (tuning == "full")
     assert backbone.tuned_state() == {}
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("merge", [True, False])
-def test_tuned_state_goes_over(folders, tuning, merge):
+def test_tuned_state_can_be_transferred(folders, tuning, merge):
     backbone = load(folders["llama"], tuning=tuning)
     backbone.prepare_training()
     randomise(backbone, scale=0.05)
@@ -200,21 +200,21 @@ def test_tuned_state_goes_over(folders, tuning, merge):
     other.load_tuned_state(backbone.tuned_state(), merge=merge)
     inputs = backbone.pad(backbone.tokenize(TEXTS[:2], "query").ids)
     with torch.inference_mode():
-        expected, found = backbone(*inputs)[0], other(*inputs)[0]
+        expected, actual = backbone(*inputs)[0], other(*inputs)[0]
         assert not torch.allclose(load(folders["llama"])(*inputs)[0], expected, atol=1e-2)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert {k: v.shape for k, v in other.tuned_state().items()} == {
         k: v.shape for k, v in backbone.tuned_state().items()
     }
 
 
-def test_full_weights_of_another_model(folders):
+def test_full_weights_of_another_model_are_rejected(folders):
     state = load(folders["bert"], tuning="full").tuned_state()
     with pytest.raises(ModelError, match="tuned weights do not fit"):
         load(folders["llama"], tuning="full").load_tuned_state(state, merge=True)
 
 
-def test_full_tuning_keeps_float32_beside_bfloat16(folders):
+def test_full_tuning_keeps_float32_weights(folders):
     for tuning, dtype in (("full", torch.float32), ("lora", torch.bfloat16)):
         backbone = Backbone.load(BackboneConfig(model=str(folders["llama"]), tuning=tuning), dtype="bfloat16")
         assert next(backbone.model.parameters()).dtype == dtype
@@ -222,7 +222,7 @@ def test_full_tuning_keeps_float32_beside_bfloat16(folders):
         assert backbone.pool(states, mask).dtype == torch.float32
 
 
-def test_an_encoder_with_a_decoder_is_no_backbone(tmp_path):
+def test_an_encoder_decoder_is_rejected(tmp_path):
     T5Model(T5Config(vocab_size=400, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"an encoder-decoder model \(T5Model\)"):

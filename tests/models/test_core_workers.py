@@ -1,4 +1,4 @@
-"""One batch a core: the same results in the same order, on threads that use one core each."""
+"""One batch per core: the same results in the same order, on threads that use one core each."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def two_cores():
 
 
 def test_results_come_in_order_from_threads_with_one_core_each():
-    seen = {}
+    thread_and_cores = {}
 
     def work(number):
-        seen[number] = (threading.get_ident(), torch.get_num_threads())
+        thread_and_cores[number] = (threading.get_ident(), torch.get_num_threads())
         return number**2
 
     assert list(map_on_cores(work, range(40))) == [number**2 for number in range(40)]
-    assert {cores for _, cores in seen.values()} == {1}
-    assert threading.get_ident() not in {thread for thread, _ in seen.values()}
+    assert {cores for _, cores in thread_and_cores.values()} == {1}
+    assert threading.get_ident() not in {thread for thread, _ in thread_and_cores.values()}
     assert torch.get_num_threads() == 2
-    fresh = []
-    thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
+    cores_of_new_thread = []
+    thread = threading.Thread(target=lambda: cores_of_new_thread.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert fresh == [2]
+    assert cores_of_new_thread == [2]
 
 
 def test_a_single_batch_gets_all_cores_and_stays_in_its_thread():
@@ -45,12 +45,12 @@ def test_a_single_batch_gets_all_cores_and_stays_in_its_thread():
     ]
 
 
-def test_an_error_comes_out():
+def test_errors_are_raised():
     with pytest.raises(ZeroDivisionError):
         list(map_on_cores(lambda number: 1 / number, [1, 0, 2]))
 
 
-def test_vectors_are_those_of_one_core_in_training_mode_too(tmp_path, monkeypatch):
+def test_vectors_match_one_core_even_in_training_mode(tmp_path, monkeypatch):
     monkeypatch.setattr("d2llm.models.student._CPU_BATCH_TOKENS", 48)  # several batches
     student = Student.create(tiny_student_config(write_tiny_model(tmp_path / "model", "bert")), dtype="float32")
     randomise(student.pooling)

@@ -1,4 +1,4 @@
-"""The plain bi-encoder among our students: head ``cosine``, pooling ``backbone``."""
+"""The student that is a plain bi-encoder: head ``cosine``, pooling ``backbone``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def unit(vectors):
 
 
 def mean_pooled(student, texts):
-    """Mean of the last states of each text alone, by the backbone's own model."""
+    """Mean of the last states of each text, encoded alone by the backbone's own model."""
     rows = []
     for ids in student.tokenize(texts, "passage").ids:
         with torch.inference_mode():
@@ -68,12 +68,12 @@ def test_the_head_by_hand():
     passages = torch.tensor([[0.0, 2.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0], [-1.0, 1.0, 1.0, 1.0]])
     cosines = torch.tensor([[0.0, 1.0, -0.5], [0.5, 0.5, 0.5]])
     for task in TASKS:
-        found = head(queries, passages, task)
-        torch.testing.assert_close(found.logits, 20 * cosines)
-        assert found.features is None
-        assert torch.equal(found.anchor, found.logits)
-        searched = QueryScorer(head, None, queries[1], task, 2)(passages)
-        torch.testing.assert_close(torch.from_numpy(searched), 20 * cosines[1])
+        output = head(queries, passages, task)
+        torch.testing.assert_close(output.logits, 20 * cosines)
+        assert output.features is None
+        assert torch.equal(output.anchor, output.logits)
+        search_scores = QueryScorer(head, None, queries[1], task, 2)(passages)
+        torch.testing.assert_close(torch.from_numpy(search_scores), 20 * cosines[1])
         torch.testing.assert_close(head.anchor_queries(queries, task) @ passages.T, 20 * cosines)
     with torch.no_grad():
         head.log_scale.fill_(np.log(7))
@@ -81,7 +81,7 @@ def test_the_head_by_hand():
     assert head.has_anchor
 
 
-def test_an_autocast_around_leaves_the_score_in_float32():
+def test_scores_stay_float32_under_autocast():
     generator = torch.Generator().manual_seed(0)
     queries, passages = (torch.randn(n, DIM, generator=generator) for n in (3, 5))
     expected = CosineHead(DIM)(queries, passages, "symmetric").logits
@@ -95,7 +95,7 @@ def test_the_configuration_chooses_the_head():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_untrained_it_is_twenty_times_the_backbones_cosine(bert, task):
+def test_untrained_scores_are_twenty_times_the_cosine(bert, task):
     student = create(bert)
     pooled = unit(mean_pooled(student, TEXTS))
     np.testing.assert_allclose(scores(student, task), 20 * pooled[:3] @ pooled.T, rtol=0, atol=1e-4)
@@ -104,19 +104,19 @@ def test_untrained_it_is_twenty_times_the_backbones_cosine(bert, task):
     np.testing.assert_allclose(lengths, DIM**0.5, rtol=1e-5)
 
 
-def test_trained_it_is_the_scale_times_the_cosine_of_its_vectors(bert):
+def test_trained_scores_are_the_scale_times_the_cosine(bert):
     student = trained(bert)
     with torch.no_grad():
         student.interaction.log_scale.fill_(np.log(11))
     queries, passages = unit(student.encode_queries(QUERIES).vectors), unit(student.encode_passages(TEXTS).vectors)
     np.testing.assert_allclose(scores(student), 11 * queries @ passages.T, rtol=0, atol=1e-4)
-    assert np.abs(scores(student) - 11 / 20 * scores(create(bert))).max() > 0.1  # the backbone was changed
+    assert np.abs(scores(student) - 11 / 20 * scores(create(bert))).max() > 0.1  # training changed the backbone
     vectors = student.encode_queries(QUERIES).vectors
-    inner = student.anchor_queries(vectors) @ student.encode_passages(TEXTS).vectors.T
-    np.testing.assert_allclose(inner, scores(student), rtol=0, atol=1e-4)
+    inner_products = student.anchor_queries(vectors) @ student.encode_passages(TEXTS).vectors.T
+    np.testing.assert_allclose(inner_products, scores(student), rtol=0, atol=1e-4)
 
 
-def test_a_cosine_over_pma_has_vectors_on_the_sphere_too(bert):
+def test_vectors_pooled_by_pma_are_normalised_too(bert):
     student = create(bert, pooling=PoolingConfig(num_heads=4))
     with torch.no_grad():
         student.pooling.gate.fill_(0.7)
@@ -127,17 +127,17 @@ def test_a_cosine_over_pma_has_vectors_on_the_sphere_too(bert):
     )
 
 
-def test_pooling_of_the_backbone_alone():
+def test_backbone_pooling_only_normalises():
     pooling = TextPooling(PoolingConfig(method="backbone"), 4)
     assert list(pooling.parameters()) == []
-    own = torch.tensor([[3.0, 0.0, 4.0, 0.0], [0.0, -0.5, 0.0, 0.0]])
-    found = pooling(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), own)
-    torch.testing.assert_close(found, torch.tensor([[1.2, 0.0, 1.6, 0.0], [0.0, -2.0, 0.0, 0.0]]))
-    assert pooling(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), own.bfloat16()).dtype == torch.float32
+    pooled = torch.tensor([[3.0, 0.0, 4.0, 0.0], [0.0, -0.5, 0.0, 0.0]])
+    actual = pooling(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), pooled)
+    torch.testing.assert_close(actual, torch.tensor([[1.2, 0.0, 1.6, 0.0], [0.0, -2.0, 0.0, 0.0]]))
+    assert pooling(torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), pooled.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
-def test_padding_and_batch_do_not_matter(tmp_path, architecture, monkeypatch):
+def test_vectors_do_not_depend_on_padding_or_batch(tmp_path, architecture, monkeypatch):
     student = trained(write_tiny_model(tmp_path / "model", architecture))
     texts = [*TEXTS, "a dog", " ".join(TEXTS[:4])]
     together = student.encode_passages(texts).vectors
@@ -174,13 +174,13 @@ def test_the_scale_is_in_the_fingerprint(bert):
     assert before != create(bert, interaction=InteractionConfig(head="paper", hidden_dim=4, feature_dim=4)).fingerprint
 
 
-def test_distill_with_the_variant_trains_backbone_and_scale_alone(tmp_path):
+def test_the_cosine_variant_trains_only_backbone_and_scale(tmp_path):
     place = Place(tmp_path)
     recipe = VARIANTS["cosine"].apply(tiny_recipe(tiny_student_config(place.model), **LEARNING, epochs=1))
-    learning = set()
+    trained_names = set()
 
     def remember(optimizer, parameters, **options):
-        learning.update(name for name, parameter in parameters.items() if parameter.grad is not None)
+        trained_names.update(name for name, parameter in parameters.items() if parameter.grad is not None)
         return original(optimizer, parameters, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -189,8 +189,8 @@ def test_distill_with_the_variant_trains_backbone_and_scale_alone(tmp_path):
         original = verb.optimizer_step
         patch.setattr(verb, "optimizer_step", remember)
         report = place.run(tmp_path / "cosine", recipe=recipe, labels=tmp_path / "no labels are needed")
-    assert "interaction.log_scale" in learning
-    others = learning - {"interaction.log_scale"}
+    assert "interaction.log_scale" in trained_names
+    others = trained_names - {"interaction.log_scale"}
     assert others
     assert all(name.startswith("backbone.") and "lora" in name for name in others)
     student = Student.load(tmp_path / "cosine", device="cpu", dtype="float32")
@@ -210,22 +210,26 @@ def test_distill_with_the_variant_trains_backbone_and_scale_alone(tmp_path):
 def test_the_untuned_baseline_is_the_backbone_before_training(bert):
     config = trained(bert, pooling=PoolingConfig(num_heads=4), interaction=InteractionConfig()).config
     config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"max_query_tokens": 63})})
-    before = untuned_config(config)
-    assert isinstance(before, StudentConfig)
-    assert (before.backbone.tuning, before.pooling.method, before.interaction.head) == ("frozen", "backbone", "cosine")
-    assert before.backbone.max_query_tokens == 63
-    untuned = Student.create(before, device="cpu", dtype="float32")
+    baseline = untuned_config(config)
+    assert isinstance(baseline, StudentConfig)
+    assert (baseline.backbone.tuning, baseline.pooling.method, baseline.interaction.head) == (
+        "frozen",
+        "backbone",
+        "cosine",
+    )
+    assert baseline.backbone.max_query_tokens == 63
+    untuned = Student.create(baseline, device="cpu", dtype="float32")
     pooled = unit(mean_pooled(untuned, TEXTS))
     np.testing.assert_allclose(untuned.encode_passages(TEXTS).vectors, DIM**0.5 * pooled, rtol=0, atol=1e-4)
     wrapped = CosineStudent(untuned)
     vectors = wrapped.encode_passages(TEXTS).vectors
     np.testing.assert_allclose(vectors, pooled, rtol=0, atol=1e-5)
-    asked = wrapped.encode_queries([TEXTS[0]]).vectors[0]
-    np.testing.assert_allclose(wrapped.score(asked, vectors, "symmetric"), pooled[0] @ pooled.T, rtol=0, atol=1e-5)
+    query = wrapped.encode_queries([TEXTS[0]]).vectors[0]
+    np.testing.assert_allclose(wrapped.score(query, vectors, "symmetric"), pooled[0] @ pooled.T, rtol=0, atol=1e-5)
     assert wrapped.fingerprint != untuned.fingerprint
 
 
-def test_a_text_without_direction_has_cosine_zero():
+def test_a_zero_vector_has_cosine_zero():
     wrapped = CosineStudent(FakeStudent())
     vectors = wrapped.encode_passages(["", "cat"]).vectors
     assert np.linalg.norm(vectors, axis=1) == pytest.approx([0, 1])
@@ -233,7 +237,7 @@ def test_a_text_without_direction_has_cosine_zero():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_anchor_alone(task):
+def test_anchor_student_scores_by_the_anchor_alone(task):
     student = FakeStudent()
     anchor = AnchorStudent(student)
     query, passages = student.encode_queries(["cat dog"]).vectors[0], student.encode_passages(TEXTS).vectors

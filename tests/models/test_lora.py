@@ -47,15 +47,15 @@ def test_the_adapters_dropout_follows_the_models_mode(training):
     assert {module.training for module in model.modules()} == {training}
 
 
-def test_only_the_adapter_learns():
+def test_only_the_adapter_is_trainable():
     model = network().bfloat16()
     attach_lora(model, LoraConfig(rank=2))
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(learning) == 4
-    assert all("lora_" in name and p.dtype == torch.float32 for name, p in learning.items())
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 4
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
 
 
-def test_the_state_is_the_change_of_the_weights():
+def test_the_state_holds_the_change_of_the_weights():
     """W' = W + (alpha / rank) B A (Hu et al. 2022)."""
     model = adapted()
     state = adapter_state(model)
@@ -82,34 +82,34 @@ def test_merged_equals_unmerged():
     torch.testing.assert_close(plain(INPUTS), model(INPUTS), rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_without_adapter_is_merged_already():
+def test_merging_without_an_adapter_changes_nothing():
     state = merged_state_dict(network())
     assert all(torch.equal(tensor, state[name]) for name, tensor in network().state_dict().items())
 
 
-def test_state_goes_back_into_an_adapter():
+def test_adapter_state_can_be_loaded():
     model, other = adapted(seed=1), adapted(seed=2)
     assert not torch.allclose(model(INPUTS), other(INPUTS))
     load_adapter_state(other, adapter_state(model))
     torch.testing.assert_close(other(INPUTS), model(INPUTS))
 
 
-def test_the_start_follows_the_seed_and_leaves_the_generator_alone():
+def test_initial_weights_are_seeded_without_the_global_generator():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    starts = []
+    initial_weights = []
     for seed in (1, 1, 2):
         model = network()
         torch.manual_seed(5)
         attach_lora(model, LoraConfig(), seed=seed)
-        starts.append(adapter_state(model)["0.lora_down"])
+        initial_weights.append(adapter_state(model)["0.lora_down"])
     assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(starts[0], starts[1])
-    assert not torch.equal(starts[0], starts[2])
+    assert torch.equal(initial_weights[0], initial_weights[1])
+    assert not torch.equal(initial_weights[0], initial_weights[2])
 
 
-def test_joined_adapters_do_what_both_do():
+def test_joined_adapters_equal_applying_both():
     first = adapter_state(adapted(seed=1, rank=2))
     tuned = network()
     merge_adapter(tuned, first)
@@ -143,7 +143,7 @@ def test_an_adapter_of_another_architecture_is_not_merged():
         merge_adapter(model, wrong)
     with pytest.raises(ModelError, match=r"changes layer '7.dense'"):
         merge_adapter(model, {"7.dense.lora_down": torch.ones(1, 6), "7.dense.lora_up": torch.ones(8, 1)})
-    assert torch.equal(model(INPUTS), before)  # layer 0 would have fitted
+    assert torch.equal(model(INPUTS), before)  # unchanged, although layer 0 would have fitted
 
 
 @pytest.mark.parametrize(
@@ -154,22 +154,22 @@ def test_an_adapter_of_another_architecture_is_not_merged():
         {"0.lora_down": torch.ones(2, 6), "0.lora_up": torch.ones(8, 1)},
     ],
 )
-def test_half_an_adapter(state):
+def test_an_incomplete_adapter_is_rejected(state):
     with pytest.raises(ModelError, match="tensors of layer '0' do not fit each other"):
         merge_adapter(network(), state)
 
 
-def test_one_adapter_at_a_time():
+def test_a_second_adapter_is_rejected():
     with pytest.raises(ModelError, match="already has an adapter"):
         attach_lora(adapted(), LoraConfig())
 
 
-def test_nothing_to_adapt():
+def test_a_model_without_linear_layers_is_rejected():
     with pytest.raises(ModelError, match=r"Sequential has no linear layers.*tuning to 'full'"):
         attach_lora(nn.Sequential(nn.LayerNorm(3)), LoraConfig())
 
 
-def test_without_peft(monkeypatch):
+def test_missing_peft_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"LoRA tuning needs .*pip install 'd2llm\[train\]'"):
         attach_lora(network(), LoraConfig())

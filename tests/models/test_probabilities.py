@@ -1,4 +1,4 @@
-"""From scores to probabilities: what is drawn, what is fitted, what is kept with a student."""
+"""From scores to probabilities: drawing the pairs, fitting, and saving the result with a student."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def numbered(num_queries: int, *, split: str = "dev", name: str = "numbers") -> 
 
 
 def test_a_probability_is_the_logistic_function_of_the_score():
-    found = calibration().probabilities([-3.0, 0.0, 5.0, 9.0], "asymmetric")
-    assert np.allclose(found, [1 / (1 + np.exp(-(SLOPE * x + OFFSET))) for x in (-3.0, 0.0, 5.0, 9.0)])
+    probabilities = calibration().probabilities([-3.0, 0.0, 5.0, 9.0], "asymmetric")
+    assert np.allclose(probabilities, [1 / (1 + np.exp(-(SLOPE * x + OFFSET))) for x in (-3.0, 0.0, 5.0, 9.0)])
     assert calibration().base_rate == pytest.approx(0.1)
     assert calibration().probabilities(np.float32([1e30, -1e30]), "asymmetric").tolist() == [1.0, 0.0]
     with pytest.raises(InputError, match="not calibrated for symmetric search"):
@@ -78,80 +78,80 @@ def test_a_probability_is_the_logistic_function_of_the_score():
 
 
 class TestDrawing:
-    def test_one_of_ten_is_relevant_and_the_others_are_not(self):
-        found = score_drawn(Numbered(), numbered(50), "asymmetric", num_queries=50, seed=0)
-        assert len(found.scores) == 50 * (1 + NUM_HARD + NUM_RANDOM) == len(found.queries)
-        assert found.relevant.reshape(50, -1).sum(axis=1).tolist() == [1] * 50
-        # Scores of relevant pairs lie in 2 + 8 +- 3, the others' in 2 +- 3: a relevant one among them would be seen.
-        assert found.scores[found.relevant].min() > 6.9
-        assert found.scores[~found.relevant].max() < 5.1
-        assert found.num_queries == {"numbers": 50}
+    def test_one_pair_in_ten_is_relevant(self):
+        drawn = score_drawn(Numbered(), numbered(50), "asymmetric", num_queries=50, seed=0)
+        assert len(drawn.scores) == 50 * (1 + NUM_HARD + NUM_RANDOM) == len(drawn.queries)
+        assert drawn.relevant.reshape(50, -1).sum(axis=1).tolist() == [1] * 50
+        # Relevant pairs score 2 + 8 +- 3 and the others 2 +- 3, so a relevant one among the others would show.
+        assert drawn.scores[drawn.relevant].min() > 6.9
+        assert drawn.scores[~drawn.relevant].max() < 5.1
+        assert drawn.num_queries == {"numbers": 50}
 
-    def test_a_text_like_the_relevant_one_is_not_drawn_against_it(self):
+    def test_near_duplicates_of_the_relevant_text_are_not_drawn(self):
         dataset = numbered(40)
         passages = {**dataset.passages, **{f"r{n}": Passage(f"r{n}", f"{n} word{n % 7} THING!") for n in range(40)}}
-        found = score_drawn(Numbered(), replace(dataset, passages=passages), "asymmetric", num_queries=40, seed=0)
-        assert found.scores[~found.relevant].max() < 5.1
+        drawn = score_drawn(Numbered(), replace(dataset, passages=passages), "asymmetric", num_queries=40, seed=0)
+        assert drawn.scores[~drawn.relevant].max() < 5.1
 
     def test_a_query_without_other_passages_is_left_out(self):
         dataset = numbered(3)
         passages = {"p0": dataset.passages["p0"]}
-        found = score_drawn(Numbered(), replace(dataset, passages=passages), "asymmetric", num_queries=3, seed=0)
-        assert (len(found.scores), found.num_queries) == (0, {"numbers": 0})
+        drawn = score_drawn(Numbered(), replace(dataset, passages=passages), "asymmetric", num_queries=3, seed=0)
+        assert (len(drawn.scores), drawn.num_queries) == (0, {"numbers": 0})
 
-    def test_the_number_of_queries_is_kept_to(self):
-        found = score_drawn(Numbered(), numbered(50), "asymmetric", num_queries=7, seed=0)
-        assert found.num_queries == {"numbers": 7}
+    def test_the_number_of_queries_is_limited(self):
+        drawn = score_drawn(Numbered(), numbered(50), "asymmetric", num_queries=7, seed=0)
+        assert drawn.num_queries == {"numbers": 7}
 
 
 class TestFitting:
-    def test_what_is_fitted_is_calibrated_and_keeps_the_order(self):
+    def test_fitted_probabilities_are_calibrated_and_keep_the_order(self):
         dataset = numbered(150)
         student = Numbered(tells=4.0)  # scores that overlap
-        found = fit_probabilities(student, [(dataset, "asymmetric")], show_progress=False)
-        (fitted,) = found.tasks.values()
+        result = fit_probabilities(student, [(dataset, "asymmetric")], show_progress=False)
+        (fitted,) = result.tasks.values()
         assert fitted.slope > 0
-        assert found.student == "numbered"
+        assert result.student == "numbered"
         assert (fitted.num_queries, fitted.num_pairs) == ({"numbers": 150}, 1500)
-        other = score_drawn(student, dataset, "asymmetric", num_queries=150, seed=1)
-        probabilities = found.probabilities(other.scores, "asymmetric")
+        resampled = score_drawn(student, dataset, "asymmetric", num_queries=150, seed=1)
+        probabilities = result.probabilities(resampled.scores, "asymmetric")
         assert probabilities.mean() == pytest.approx(0.1, abs=0.02)
-        bins = reliability_bins(fitted.slope * other.scores + fitted.offset, other.relevant)
+        bins = reliability_bins(fitted.slope * resampled.scores + fitted.offset, resampled.relevant)
         assert expected_calibration_error(bins) < 0.05 < fitted.error_before
-        order = np.argsort(other.scores)
+        order = np.argsort(resampled.scores)
         assert (np.diff(probabilities[order]) >= 0).all()
 
-    def test_scores_that_tell_all_apart_give_a_finite_function(self):
-        found = fit_probabilities(Numbered(tells=1000.0), [(numbered(40), "symmetric")], show_progress=False)
-        assert found.probabilities([2.0], "symmetric")[0] < 0.05
-        assert found.probabilities([1002.0], "symmetric")[0] > 0.95
+    def test_perfectly_separated_scores_give_a_finite_function(self):
+        result = fit_probabilities(Numbered(tells=1000.0), [(numbered(40), "symmetric")], show_progress=False)
+        assert result.probabilities([2.0], "symmetric")[0] < 0.05
+        assert result.probabilities([1002.0], "symmetric")[0] > 0.95
 
     @pytest.mark.parametrize(
         ("student", "num_queries", "reason"),
         [(Numbered(), MIN_QUERIES - 1, "29 judged dev queries"), (Numbered(tells=-9.0), 40, "do not distinguish")],
     )
-    def test_a_task_that_cannot_be_fitted_is_left_out_and_said(self, student, num_queries, reason, caplog):
+    def test_a_task_that_cannot_be_fitted_is_skipped_with_a_reason(self, student, num_queries, reason, caplog):
         with caplog.at_level(logging.INFO, "d2llm.remarks"):
-            found = fit_probabilities(student, [(numbered(num_queries), "asymmetric")], show_progress=False)
-        assert found.tasks == {}
+            result = fit_probabilities(student, [(numbered(num_queries), "asymmetric")], show_progress=False)
+        assert result.tasks == {}
         assert reason in caplog.text
 
-    def test_several_sets_of_a_task_count_together(self):
+    def test_data_sets_of_one_task_are_pooled(self):
         judged = [(numbered(20, name="a"), "asymmetric"), (numbered(15, name="b"), "asymmetric")]
-        found = fit_probabilities(Numbered(), judged, show_progress=False)
-        assert found.tasks["asymmetric"].num_queries == {"a": 20, "b": 15}
+        result = fit_probabilities(Numbered(), judged, show_progress=False)
+        assert result.tasks["asymmetric"].num_queries == {"a": 20, "b": 15}
 
-    def test_a_set_without_a_dev_split_is_left_out(self):
+    def test_a_data_set_without_a_dev_split_is_skipped(self):
         judged = [(numbered(40), "asymmetric"), (numbered(40, split="test", name="b"), "symmetric")]
         assert set(fit_probabilities(Numbered(), judged, show_progress=False).tasks) == {"asymmetric"}
 
 
 class TestFile:
-    def test_what_was_written_is_read(self, tmp_path):
+    def test_a_written_calibration_is_read_back(self, tmp_path):
         write_calibration(tmp_path, calibration())
         assert read_calibration(tmp_path, "known") == calibration()
 
-    def test_no_file_means_uncalibrated_and_nothing_is_written_of_that(self, tmp_path):
+    def test_an_uncalibrated_student_has_no_file(self, tmp_path):
         write_calibration(tmp_path, UNCALIBRATED)
         assert list(tmp_path.iterdir()) == []
         assert read_calibration(tmp_path, "known") == UNCALIBRATED
@@ -166,7 +166,7 @@ class TestFile:
             ({"tasks": {"other": FITTED.model_dump()}}, "tasks.other"),
         ],
     )
-    def test_what_does_not_fit_is_an_error_that_names_the_file(self, tmp_path, change, message):
+    def test_an_invalid_file_is_reported_by_name(self, tmp_path, change, message):
         (tmp_path / FILE_NAME).write_text(json.dumps(calibration().model_dump(mode="json") | change))
         with pytest.raises(DataFormatError, match=message) as error:
             read_calibration(tmp_path, "known")
@@ -183,18 +183,18 @@ class TestStudent:
         return folder / "student"
 
     @pytest.mark.parametrize("merge", [False, True])
-    def test_it_goes_with_the_student_and_its_copies(self, folder, tmp_path, merge):
+    def test_the_calibration_is_saved_with_the_student_and_copies(self, folder, tmp_path, merge):
         student = Student.load(folder)
         assert student.calibration.tasks == {"asymmetric": FITTED}
         student.save(tmp_path / "copy", merge=merge)
         assert Student.load(tmp_path / "copy").calibration == student.calibration
 
-    def test_training_makes_another_student_without_it(self, folder):
+    def test_training_discards_the_calibration(self, folder):
         student = Student.load(folder)
         student.prepare_training()
         assert student.calibration == UNCALIBRATED
 
-    def test_the_card_tells_what_a_probability_is(self, folder):
+    def test_the_card_explains_the_probabilities(self, folder):
         card = (folder / "README.md").read_text()
         assert "if 10% of the passages are" in card
         assert "| asymmetric | 40 | 0.500 | 0.010 |" in card

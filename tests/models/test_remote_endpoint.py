@@ -1,4 +1,4 @@
-"""The endpoint of a remote teacher on a real socket: pace, patience, keys and refusals."""
+"""The remote teacher's endpoint on a real socket: rate limits, retries, keys and refusals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KEY = "sk-not-a-real-key-0123456789"
 
 
 def error_of(reply, *, times: int = 1, **settings: object) -> D2LLMError:
-    """The error of judging one pair, which took this many requests."""
+    """The error raised by judging one pair, after exactly ``times`` requests."""
     with local_endpoint(reply) as endpoint:
         teacher = remote_teacher(endpoint, patience_minutes=0, **settings)
         with pytest.raises(D2LLMError) as caught:
@@ -53,7 +53,7 @@ def answer_by_number(request: Request, number: int) -> Reply:
     return Reply(completion({" yes": -1.0, " no": -1.0 - value}), delay=random.Random(number).uniform(0, 0.03))
 
 
-def test_answers_belong_to_their_pairs_and_requests_under_way_are_bounded():
+def test_answers_match_their_pairs_with_limited_concurrency():
     done: list[int] = []
     with local_endpoint(answer_by_number) as endpoint:
         judged = remote_teacher(endpoint, concurrency=3).judge(PAIRS, "asymmetric", advance=done.append)
@@ -63,7 +63,7 @@ def test_answers_belong_to_their_pairs_and_requests_under_way_are_bounded():
         assert len(remote_teacher(endpoint).judge([], "asymmetric").log_odds) == 0
 
 
-def test_pairs_of_one_query_go_out_one_after_the_other():
+def test_pairs_of_one_query_are_sent_consecutively():
     pairs = [(f"query {n % 3}", f"passage {n}") for n in range(9)]
     with local_endpoint(answer_by_number) as endpoint:
         judged = remote_teacher(endpoint, concurrency=1).judge(pairs, "asymmetric")
@@ -81,7 +81,7 @@ def test_a_rate_limit_holds_across_calls():
     assert len(endpoint.requests) == 7
 
 
-def test_it_works_inside_a_notebooks_event_loop():
+def test_judging_works_inside_a_notebooks_event_loop():
     async def cell(teacher: RemoteTeacher) -> list[float]:
         return teacher.judge(PAIRS[:2], "asymmetric").log_odds.tolist()
 
@@ -91,14 +91,14 @@ def test_it_works_inside_a_notebooks_event_loop():
 
 @pytest.fixture
 def _ctrl_c_interrupts():
-    """Python leaves SIGINT ignored where the shell that started the tests in the background had it so."""
+    """Sets the default SIGINT handler, which Python lacks if a shell started the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("_ctrl_c_interrupts")
-def test_ctrl_c_does_not_wait_for_what_is_under_way():
+def test_ctrl_c_does_not_wait_for_pending_requests():
     with local_endpoint(always(PLAIN, delay=2 * PATIENCE)) as endpoint:
 
         def press() -> None:
@@ -112,40 +112,40 @@ def test_ctrl_c_does_not_wait_for_what_is_under_way():
         assert time.monotonic() - started < PATIENCE
 
 
-# --- an endpoint in trouble
+# --- failing endpoints
 
 
-def wait_of_two_seconds(kind: str) -> str:
-    # A date has whole seconds: up to one is lost.
+def retry_after(kind: str) -> str:
+    # An HTTP date has whole seconds, so up to one second is lost.
     return "1" if kind == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
 
 
 @pytest.mark.parametrize("kind", ["seconds", "date"])
-def test_a_pause_that_the_endpoint_names_holds_for_all_requests(kind: str):
+def test_retry_after_holds_for_all_requests(kind: str):
     def reply(request: Request, number: int) -> Reply:
         if number == 1:
-            return Reply({"error": "slow down"}, status=429, headers={"Retry-After": wait_of_two_seconds(kind)})
-        return Reply(PLAIN, delay=0.2)  # longer than the refusal takes to be heard
+            return Reply({"error": "slow down"}, status=429, headers={"Retry-After": retry_after(kind)})
+        return Reply(PLAIN, delay=0.2)  # longer than the refusal takes to arrive
 
     with local_endpoint(reply) as endpoint:
         teacher = remote_teacher(endpoint, concurrency=2)
         assert teacher.judge(PAIRS[:6], "asymmetric").log_odds.tolist() == [1.0] * 6
     assert len(endpoint.requests) == 7
     assert teacher.endpoint.num_retries == 1
-    after = [request.when - endpoint.requests[1].when for request in endpoint.requests[2:]]
-    assert min(after) > 0.9
+    delays = [request.when - endpoint.requests[1].when for request in endpoint.requests[2:]]
+    assert min(delays) > 0.9
 
 
-@pytest.mark.parametrize("trouble", ["status", "hang_up", "timeout"])
-def test_an_endpoint_that_fails_for_a_while_is_tried_again(trouble: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("failure", ["status", "hang_up", "timeout"])
+def test_temporary_failures_are_retried(failure: str, monkeypatch: pytest.MonkeyPatch):
     limits: list[float] = []
     monkeypatch.setattr(random, "uniform", lambda low, high: limits.append(high) or 0.01)
-    bad = {
+    replies = {
         "status": Reply({"error": "loading"}, status=503),
         "hang_up": Reply(hang_up=True),
         "timeout": Reply(PLAIN, delay=0.6),
     }
-    with local_endpoint(lambda request, number: bad[trouble] if 1 <= number <= 4 else Reply(PLAIN)) as endpoint:
+    with local_endpoint(lambda request, number: replies[failure] if 1 <= number <= 4 else Reply(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint, concurrency=1, timeout_seconds=0.3)
         assert teacher.judge(PAIRS[:3], "asymmetric").log_odds.tolist() == [1.0] * 3
     assert len(endpoint.requests) == 7
@@ -161,7 +161,7 @@ def test_back_off_grows_to_a_minute(monkeypatch: pytest.MonkeyPatch):
     assert limits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
 
 
-def test_patience_ends():
+def test_retries_end_after_patience_minutes():
     busy = Reply({"error": "no room"}, status=503, headers={"Retry-After": "0.1"})
     with local_endpoint(lambda request, number: busy) as endpoint:
         teacher = remote_teacher(endpoint, patience_minutes=0.01)
@@ -171,17 +171,17 @@ def test_patience_ends():
     assert "continues where it stopped" in str(caught.value)
 
 
-def test_an_address_where_nobody_answers_is_an_error_at_once():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound but not listening: refuses
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+def test_an_unreachable_address_is_an_error_at_once():
+    with socket.socket() as unanswered:
+        unanswered.bind(("127.0.0.1", 0))  # bound but not listening, so it refuses connections
+        url = f"http://127.0.0.1:{unanswered.getsockname()[1]}/v1"
         started = time.monotonic()
         with pytest.raises(ModelError, match=rf"^{url}/completions cannot be reached: .*start the server there"):
             RemoteTeacher.load(remote_config(url))
-        assert time.monotonic() - started < 30  # nobody waits for it, as for a server that goes away
+        assert time.monotonic() - started < 30  # no retries, unlike for a server that goes away
 
 
-def test_a_server_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+def test_a_server_that_goes_away_is_retried(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(random, "uniform", lambda low, high: 0.05)
     with local_endpoint(always(PLAIN)) as endpoint:
         teacher = RemoteTeacher.load(remote_config(endpoint.url, patience_minutes=0.01))
@@ -190,7 +190,7 @@ def test_a_server_that_goes_away_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     assert teacher.endpoint.num_retries > 3
 
 
-def test_loading_asks_once():
+def test_loading_sends_one_request():
     with local_endpoint(always(PLAIN)) as endpoint:
         RemoteTeacher.load(remote_config(endpoint.url), device="cuda", dtype="bfloat16")
         assert len(endpoint.requests) == 1
@@ -205,7 +205,7 @@ def test_loading_asks_once():
 # --- keys
 
 
-def test_a_key_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_a_key_is_sent_but_never_shown(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv("SOME_KEY", f" {KEY}\n")
     with caplog.at_level(logging.DEBUG), local_endpoint(always(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint, api_key_env="SOME_KEY")
@@ -214,18 +214,18 @@ def test_a_key_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch, caplog
         endpoint.reply = lambda request, number: Reply(f"no: {request.headers['Authorization']}", status=403)
         with pytest.raises(ModelError) as caught:
             teacher.judge(PAIRS[:1], "asymmetric")
-        assert len(endpoint.requests) == 2  # a refused key is not tried again
+        assert len(endpoint.requests) == 2  # a refused key is not retried
     message = str(caught.value)
     assert "refuses the key (403): 'no: Bearer ***'; check the key in SOME_KEY" in message
-    shown = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(teacher) + repr(teacher.config)
-    assert KEY not in shown
+    output = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(teacher) + repr(teacher.config)
+    assert KEY not in output
     assert KEY not in teacher.config.model_dump_json()
 
 
 @pytest.mark.parametrize(
     ("value", "problem"), [(None, "is not set"), ("  ", "is not set"), ("schlüssel", "characters")]
 )
-def test_no_usable_key(monkeypatch: pytest.MonkeyPatch, value: str | None, problem: str):
+def test_an_unusable_key_is_reported(monkeypatch: pytest.MonkeyPatch, value: str | None, problem: str):
     monkeypatch.delenv("SOME_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("SOME_KEY", value)
@@ -237,7 +237,7 @@ def test_no_usable_key(monkeypatch: pytest.MonkeyPatch, value: str | None, probl
 
 
 @pytest.mark.parametrize(
-    ("reply", "kind", "says"),
+    ("reply", "kind", "message"),
     [
         (Reply({"error": {"message": "The model `served` does not exist."}}, 404), ModelNotFoundError, "teacher.model"),
         (Reply({"error": {"message": "The model `served` does not exist"}}, 400), ModelNotFoundError, "teacher.model"),
@@ -259,11 +259,11 @@ def test_no_usable_key(monkeypatch: pytest.MonkeyPatch, value: str | None, probl
         (Reply({"error": "something else"}, 422), ModelError, '\'{"error": "something else"}\''),
     ],
 )
-def test_refusals_say_what_to_do_and_are_not_tried_again(reply: Reply, kind: type, says: str):
+def test_refusals_say_what_to_do_and_are_not_retried(reply: Reply, kind: type, message: str):
     error = error_of(lambda request, number: reply)
     assert type(error) is kind
-    assert says in str(error)
+    assert message in str(error)
 
 
-def test_long_answers_are_quoted_in_part():
+def test_long_error_bodies_are_shortened():
     assert len(str(error_of(always("x" * 10_000, status=418)))) < 600

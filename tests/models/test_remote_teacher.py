@@ -1,4 +1,4 @@
-"""The remote teacher against an endpoint on a real socket; tests/e2e/test_remote_server.py asks a real model."""
+"""The remote teacher against an endpoint on a real socket; tests/e2e/test_remote_server.py uses a real model."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from tiny_models import TEXTS, tiny_teacher_config, tiny_tokenizer, write_tiny_m
 
 KEY = "sk-not-a-real-key-0123456789"
 
-# --- question and answer
+# --- requests and answers
 
 
-def test_the_question_is_the_prompt_sets_and_one_token_is_asked_for():
+def test_a_request_sends_the_prompt_for_a_single_token():
     with local_endpoint(always(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint, top_logprobs=7)
         assert isinstance(teacher, Judge)
@@ -62,7 +62,7 @@ def test_the_question_is_the_prompt_sets_and_one_token_is_asked_for():
     assert (judged.num_truncated, judged.num_bounded, judged.num_undecided) == (0, 0, 0)
 
 
-def test_chat_asks_the_same_as_a_users_message():
+def test_chat_sends_the_prompt_as_a_user_message():
     with local_endpoint(always(chat_completion({" no": -0.25, " yes": -2.0}))) as endpoint:
         judged = remote_teacher(endpoint, api="chat", top_logprobs=5).judge([("a", "b")], "asymmetric")
     (request,) = endpoint.requests
@@ -79,7 +79,7 @@ def test_chat_asks_the_same_as_a_users_message():
     assert judged.log_odds.tolist() == [-1.75]
 
 
-def test_completions_may_be_answered_in_the_form_of_chat():
+def test_chat_shaped_answers_to_completions_are_read():
     with local_endpoint(always(chat_completion({" yes": -0.25, " no": -2.0}))) as endpoint:
         assert remote_teacher(endpoint).judge([("a", "b")], "symmetric").log_odds.tolist() == [1.75]
 
@@ -91,15 +91,15 @@ PROMPT = Prompt("", "", "", " yes", " no")
     ("top", "expected"),
     [
         ({" yes": -1.0, " no": -3.0}, (2.0, True)),
-        ({"▁yes": -1.0, "Ġno": -3.0}, (2.0, True)),  # as vocabularies write the space
-        ({" Yes": -0.1, " yes": -1.0, " no": -3.0, "no": -0.2}, (2.0, True)),  # other tokens are other answers
+        ({"▁yes": -1.0, "Ġno": -3.0}, (2.0, True)),  # the space as vocabularies write it
+        ({" Yes": -0.1, " yes": -1.0, " no": -3.0, "no": -0.2}, (2.0, True)),  # other spellings do not count
         ({" Yes": -0.1, " no": -2.0, " x": -5.0}, (-3.0, False)),
         ({" yes": -0.5, " x": -4.0}, (3.5, False)),
         ({"yes": -0.5, " Yes": -1.0, " NO": -2.0}, (None, False)),
         ({}, (None, False)),
     ],
 )
-def test_exactly_the_prompts_answer_words_count(top, expected):
+def test_only_the_exact_answer_words_count(top, expected):
     assert read_log_odds(top, PROMPT) == expected
 
 
@@ -108,9 +108,9 @@ def test_exactly_the_prompts_answer_words_count(top, expected):
     st.integers(2, 12),
 )
 def test_a_bound_is_never_on_the_wrong_side(logits, top_n):
-    whole = np.array(logits) - np.log(np.exp(logits).sum())
-    named = dict(zip([" yes", " no", *map(str, range(len(logits) - 2))], whole.tolist(), strict=True))
-    top = dict(sorted(named.items(), key=lambda item: -item[1])[:top_n])
+    log_probabilities = np.array(logits) - np.log(np.exp(logits).sum())
+    by_token = dict(zip([" yes", " no", *map(str, range(len(logits) - 2))], log_probabilities.tolist(), strict=True))
+    top = dict(sorted(by_token.items(), key=lambda item: -item[1])[:top_n])
     truth = logits[0] - logits[1]
     value, is_exact = read_log_odds(top, PROMPT)
     if {" yes", " no"} <= set(top):
@@ -126,28 +126,28 @@ def test_a_bound_is_never_on_the_wrong_side(logits, top_n):
         assert value is None
 
 
-def half_known(request: Request, number: int) -> Reply:
-    """Passages 0, 3, 6 ... lack no, 1, 4, ... lack both, the others have both."""
+def half_answered(request: Request, number: int) -> Reply:
+    """Answers for passages 0, 3, ... lack " no", those for 1, 4, ... lack both words, the others have both."""
     kind = number_in(request) % 3
     return Reply(completion([{" yes": -1.0, "x": -4.0}, {"x": -0.1, "Y": -1.0}, {" yes": -3.0, " no": -1.0}][kind]))
 
 
-def test_what_the_endpoint_leaves_unsaid_is_counted(caplog):
-    with local_endpoint(half_known) as endpoint:
+def test_missing_answer_words_are_counted(caplog):
+    with local_endpoint(half_answered) as endpoint:
         teacher = remote_teacher(endpoint, unanswered="undecided")
         with caplog.at_level(logging.WARNING):
             judged = teacher.judge(PAIRS, "asymmetric")
             teacher.judge(PAIRS, "asymmetric")
     assert judged.log_odds.tolist() == [3.0, 0.0, -2.0] * 4
     assert (judged.num_bounded, judged.num_undecided) == (4, 4)
-    (record,) = caplog.records  # once, not at every call
+    (record,) = caplog.records  # warns once, not at every call
     assert "of 12 pairs" in record.getMessage()
     assert "4 log-odds are bounds" in record.getMessage()
     assert "4 undecided" in record.getMessage()
 
 
 def test_pairs_without_an_answer_are_an_error_by_default():
-    with local_endpoint(half_known) as endpoint, pytest.raises(AnswerTokenError) as caught:
+    with local_endpoint(half_answered) as endpoint, pytest.raises(AnswerTokenError) as caught:
         remote_teacher(endpoint).judge(PAIRS, "asymmetric")
     message = str(caught.value)
     assert "for 4 of 12 pairs neither ' yes' nor ' no' is among the 20 most likely" in message
@@ -156,13 +156,13 @@ def test_pairs_without_an_answer_are_an_error_by_default():
     assert 'unanswered = "undecided"' in message
 
 
-def test_an_answer_that_ends_at_once_is_no_answer():
+def test_an_immediate_end_of_text_is_an_error():
     with local_endpoint(always(completion({}))) as endpoint, pytest.raises(AnswerTokenError) as caught:
         remote_teacher(endpoint).judge(PAIRS[:1], "asymmetric")
     assert "'query 0', where the model ended its text at once" in str(caught.value)
 
 
-def test_configurations_that_cannot_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_unusable_configurations_are_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(InputError, match=r"add \[teacher.remote\] with url"):
         RemoteTeacher(TeacherConfig(kind="remote", model="served"))
     section = '\ntemplate = "{query} {passage}?"\nyes = " ok"\nno = " ok"\n'
@@ -202,7 +202,7 @@ def prompt_slots(text: str, prompt: Prompt) -> str:
     return text.removeprefix(prompt.head).removesuffix(prompt.tail).replace(prompt.middle, " ")
 
 
-def test_with_a_tokenizer_the_same_is_kept_as_by_a_local_teacher(tmp_path: Path):
+def test_a_tokenizer_truncates_like_a_local_teacher(tmp_path: Path):
     folder = write_tiny_model(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")  # no weights beside it
     long = " ".join(TEXTS * 3)
@@ -215,27 +215,27 @@ def test_with_a_tokenizer_the_same_is_kept_as_by_a_local_teacher(tmp_path: Path)
     assert judged.num_truncated == num_truncated == 3
     sent = {text: prompt_slots(text, teacher.prompts["asymmetric"]) for text in endpoint.prompts}
     assert sorted(sent.values()) == sorted(
-        prompt_slots(local.tokenizer.decode(one[1:]), teacher.prompts["asymmetric"]) for one in ids
+        prompt_slots(local.tokenizer.decode(row[1:]), teacher.prompts["asymmetric"]) for row in ids
     )
     assert f"{TEXTS[0]} {TEXTS[1]}" in sent.values()
 
 
-@pytest.mark.parametrize(("less", "expected"), [(0, 0), (-3, 0), (1, 12)])
-def test_what_the_server_cuts_by_itself_is_counted(tmp_path: Path, less: int, expected: int):
+@pytest.mark.parametrize(("num_cut", "expected"), [(0, 0), (-3, 0), (1, 12)])
+def test_truncation_by_the_server_is_counted(tmp_path: Path, num_cut: int, expected: int):
     tiny_tokenizer().save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
 
     def reply(request: Request, number: int) -> Reply:
-        read = len(tokenizer(request.prompt)["input_ids"]) - less
-        return Reply(completion({" yes": -1.0, " no": -1.0}, num_prompt_tokens=read))
+        num_read = len(tokenizer(request.prompt)["input_ids"]) - num_cut
+        return Reply(completion({" yes": -1.0, " no": -1.0}, num_prompt_tokens=num_read))
 
     with local_endpoint(reply) as endpoint:
         judged = remote_teacher(endpoint, tokenizer=str(tmp_path)).judge(PAIRS, "asymmetric")
     assert judged.num_truncated == expected
-    assert judged.num_tokens == sum(len(tokenizer(text)["input_ids"]) - less for text in endpoint.prompts)
+    assert judged.num_tokens == sum(len(tokenizer(text)["input_ids"]) - num_cut for text in endpoint.prompts)
 
 
-def test_a_prompt_that_fills_the_limit():
+def test_a_prompt_that_fills_max_tokens_is_rejected():
     with pytest.raises(InputError, match="prompt 'paper' alone fills"):
         RemoteTeacher(remote_config("http://h/v1", prompt="paper", max_tokens=60)).judge(PAIRS, "asymmetric")
 
@@ -243,23 +243,23 @@ def test_a_prompt_that_fills_the_limit():
 # --- identity
 
 
-def test_the_address_and_the_pace_are_no_part_of_the_identity(monkeypatch: pytest.MonkeyPatch):
+def test_the_identity_ignores_address_key_and_pace(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SOME_KEY", KEY)
-    one = remote_config("http://one/v1")
-    teacher = RemoteTeacher(one)
-    same = [
+    base = remote_config("http://one/v1")
+    teacher = RemoteTeacher(base)
+    equivalent = [
         remote_config("https://two:99/v1", concurrency=3, requests_per_minute=9, unanswered="undecided"),
         remote_config("http://one/v1", api_key_env="SOME_KEY", timeout_seconds=3, patience_minutes=1),
     ]
-    identity = RemoteTeacher.identify(one)
-    assert identity == RemoteTeacher.identify(same[0]) == RemoteTeacher.identify(same[1])
+    identity = RemoteTeacher.identify(base)
+    assert identity == RemoteTeacher.identify(equivalent[0]) == RemoteTeacher.identify(equivalent[1])
     assert identity.fingerprint == teacher.fingerprint
     assert dict(identity.prompts) == {task: teacher.prompt_fingerprint(task) for task in ("symmetric", "asymmetric")}
     assert identity.prompts["symmetric"] != identity.prompts["asymmetric"]
 
-    others = [one.model_copy(update={"model": "other"}), remote_config("http://one/v1", revision="2026-11")]
-    assert len({RemoteTeacher.identify(config).fingerprint for config in [one, *others]}) == 3
-    asked_otherwise = [
+    others = [base.model_copy(update={"model": "other"}), remote_config("http://one/v1", revision="2026-11")]
+    assert len({RemoteTeacher.identify(config).fingerprint for config in [base, *others]}) == 3
+    other_prompts = [
         remote_config("http://one/v1", prompt="paper"),
         remote_config("http://one/v1", max_tokens=300),
         remote_config("http://one/v1", top_logprobs=5),
@@ -267,5 +267,5 @@ def test_the_address_and_the_pace_are_no_part_of_the_identity(monkeypatch: pytes
         remote_config("http://one/v1", characters_per_token=2),
         remote_config("http://one/v1", tokenizer="anything"),
     ]
-    assert len({RemoteTeacher.identify(config).prompts["asymmetric"] for config in [one, *asked_otherwise]}) == 7
-    assert {RemoteTeacher.identify(config).fingerprint for config in asked_otherwise} == {identity.fingerprint}
+    assert len({RemoteTeacher.identify(config).prompts["asymmetric"] for config in [base, *other_prompts]}) == 7
+    assert {RemoteTeacher.identify(config).fingerprint for config in other_prompts} == {identity.fingerprint}

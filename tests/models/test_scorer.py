@@ -1,4 +1,4 @@
-"""The fast scoring of one query against many passages, against the formula written out in numpy float64."""
+"""QueryScorer, the fast scoring of one query against many passages, compared with the formula in numpy float64."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def prepare(module, query, *, task="symmetric", dtype=torch.float32, block=64) -
     return QueryScorer(module, weights, torch.from_numpy(query), task, block)
 
 
-def by_numpy(module: Interaction, a, passages, task):
-    """The published form, pair by pair: nothing split, nothing folded."""
+def scores_in_numpy(module: Interaction, a, passages, task):
+    """The formula as published, pair by pair, with no layer split or folded."""
     weights = {name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
     features = module.config.features
 
@@ -51,12 +51,12 @@ def by_numpy(module: Interaction, a, passages, task):
     scores = []
     a = a.astype(np.float64)
     for b in passages.astype(np.float64):
-        seen = [a, b]
+        inputs = [a, b]
         if features in ("product", "rich"):
-            seen.append(a * b)
+            inputs.append(a * b)
         if features in ("difference", "rich"):
-            seen.append(abs(a - b))
-        hidden = np.maximum(layer("first", np.concatenate(seen)), 0)
+            inputs.append(abs(a - b))
+        hidden = np.maximum(layer("first", np.concatenate(inputs)), 0)
         hidden = np.maximum(layer("shared", hidden), 0)
         hidden = np.maximum(layer(f"branches.{task}.0", hidden), 0)
         g = layer("output", layer(f"branches.{task}.2", hidden))[0]
@@ -76,23 +76,23 @@ def by_numpy(module: Interaction, a, passages, task):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize(("head", "gates"), [("paper", False), ("anchored", False), ("anchored", True)])
-def test_equals_the_formula(head, gates, features, dtype):
+def test_scores_equal_the_formula(head, gates, features, dtype):
     module, (query,), passages = make(head, features, gates=gates), vectors(1, 1), vectors(37, 2)
     for task in TASKS:
-        expected = by_numpy(module, query, passages, task)
-        found = prepare(module, query, task=task, dtype=dtype)(passages)
-        assert found.dtype == np.float32
-        # Of the largest score; in bfloat16 only the interaction is rounded, which changes a score by 4 at most.
+        expected = scores_in_numpy(module, query, passages, task)
+        scores = prepare(module, query, task=task, dtype=dtype)(passages)
+        assert scores.dtype == np.float32
+        # Relative to the largest score. In bfloat16 only the interaction is rounded; it changes a score by at most 4.
         largest = max(1, abs(expected).max()) if head == "paper" or dtype == torch.float32 else 4
         tolerance = TOLERANCE[dtype] * largest
-        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
-        if head == "anchored":  # and the interaction takes part: more than the tolerance
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=tolerance)
+        if head == "anchored":  # the interaction must contribute more than the tolerance
             anchors = passages @ prepare(module, query, task=task).anchor_query
-            assert abs(found - anchors).max() > 5 * tolerance
+            assert abs(scores - anchors).max() > 5 * tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stored_bfloat16_is_scored_as_it_is(dtype):
+def test_bfloat16_passages_score_like_their_float32_values(dtype):
     module, (query,) = make(), vectors(1, 1)
     stored = torch.from_numpy(vectors(50, 2)).bfloat16()
     score = prepare(module, query, dtype=dtype)
@@ -101,25 +101,24 @@ def test_stored_bfloat16_is_scored_as_it_is(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_blocks_and_threads_do_not_matter(dtype, num_threads, monkeypatch):
+def test_scores_do_not_depend_on_blocks_or_threads(dtype, num_threads):
     module, (query,), passages = make(gates=True), vectors(1, 1), vectors(203, 2)
-    module = module.eval()
     before = torch.get_num_threads()
     expected = prepare(module, query, dtype=dtype, block=512)(passages)
     order = np.random.default_rng(3).permutation(203)
     torch.set_num_threads(num_threads)
     try:
-        found = [prepare(module, query, dtype=dtype, block=block)(passages) for block in (1, 7, 32, 100, 512)]
+        scores_by_block = [prepare(module, query, dtype=dtype, block=block)(passages) for block in (1, 7, 32, 100, 512)]
         shuffled = prepare(module, query, dtype=dtype, block=50)(passages[order])
     finally:
         torch.set_num_threads(before)
-    for scores in found:
+    for scores in scores_by_block:
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
         assert (np.argsort(-scores, kind="stable") == np.argsort(-expected, kind="stable")).all()
     np.testing.assert_allclose(shuffled, expected[order], rtol=0, atol=1e-5)
 
 
-def test_the_change_is_what_the_interaction_adds():
+def test_change_is_what_the_interaction_adds():
     module, (query,), passages = make(gates=True, max_bound=3.0), vectors(1, 1), vectors(60, 2)
     module.interaction_weight("asymmetric").fill_(0.5)
     score = prepare(module, query, task="asymmetric")
@@ -133,7 +132,7 @@ def test_the_change_is_what_the_interaction_adds():
     np.testing.assert_allclose(passages @ score.anchor_query + score.reach * reach * change, score(passages), atol=1e-5)
 
 
-def test_another_weight_than_the_heads_own_can_be_asked():
+def test_the_interaction_weight_can_be_overridden():
     module, query, passages = make(gates=True), torch.from_numpy(vectors(1, 1)[0]), vectors(60, 2)
     module.interaction_weight("symmetric").fill_(0.25)
     with torch.inference_mode():
@@ -144,13 +143,13 @@ def test_another_weight_than_the_heads_own_can_be_asked():
         expected[weight] = QueryScorer(module, weights, query, "symmetric", 16)(passages)
     module.interaction_weight("symmetric").fill_(0.25)
     for weight, scores in expected.items():
-        asked = QueryScorer(module, weights, query, "symmetric", 16, interaction_weight=weight)
-        np.testing.assert_array_equal(asked(passages), scores)
+        scorer = QueryScorer(module, weights, query, "symmetric", 16, interaction_weight=weight)
+        np.testing.assert_array_equal(scorer(passages), scores)
     assert float(module.interaction_weight("symmetric")) == 0.25
     assert np.ptp(expected[1.0] - expected[0.0]) > 0.1
 
 
-def test_weight_zero_asks_nothing_of_the_interaction(monkeypatch):
+def test_weight_zero_skips_the_interaction(monkeypatch):
     module, (query,), passages = make(), vectors(1, 1), vectors(9, 2)
     module.interaction_weight("symmetric").fill_(0.0)
     monkeypatch.setattr(QueryScorer, "_interaction", lambda *_: pytest.fail("the interaction was computed"))
@@ -160,7 +159,7 @@ def test_weight_zero_asks_nothing_of_the_interaction(monkeypatch):
     assert (score.change(passages) == 0).all()
 
 
-def test_the_cosine_head_is_its_anchor():
+def test_the_cosine_head_scores_by_its_anchor_alone():
     head, (query,), passages = CosineHead(DIM), vectors(1, 1), vectors(9, 2)
     score = QueryScorer(head, None, torch.from_numpy(query), "symmetric", 4)
     np.testing.assert_allclose(score(passages), 20 * passages @ query / DIM, rtol=0, atol=1e-5)
@@ -168,13 +167,13 @@ def test_the_cosine_head_is_its_anchor():
 
 
 def test_the_paper_heads_scores_are_finer_than_bfloat16():
-    """The last sum is float32: with bfloat16's eight bits a thousand passages would share a few hundred scores."""
+    """The last sum is in float32: with bfloat16's eight bits, a thousand passages would share a few hundred scores."""
     module, (query,), passages = make("paper"), vectors(1, 1), vectors(1000, 2)
     scores = prepare(module, query, dtype=torch.bfloat16)(passages)
     assert len(set(scores.tolist())) > 990
 
 
-def test_nothing_to_score():
+def test_no_passages_give_no_scores():
     module, (query,) = make(), vectors(1, 1)
     assert prepare(module, query)(vectors(0, 2)).shape == (0,)
 
@@ -191,16 +190,16 @@ def student(tmp_path_factory):
     return student.eval()
 
 
-def full(student, queries, passages, task):
-    """By the network as training runs it."""
+def full_network_scores(student, queries, passages, task):
+    """Scores from the full network, as in training."""
     with torch.inference_mode():
         return student.interaction(torch.from_numpy(queries), torch.from_numpy(passages), task).logits.numpy()
 
 
-def test_prepared_once_scored_often(student):
+def test_a_prepared_query_scores_like_the_full_network(student):
     queries, passages = student.encode_queries(TEXTS[:3]).vectors, student.encode_passages(TEXTS).vectors
     for task in TASKS:
-        expected = full(student, queries, passages, task)
+        expected = full_network_scores(student, queries, passages, task)
         prepared = student.prepare(queries[1], task)
         np.testing.assert_allclose(prepared(passages), expected[1], rtol=0, atol=1e-4)
         np.testing.assert_array_equal(prepared(passages), student.score(queries[1], passages, task))
@@ -209,7 +208,7 @@ def test_prepared_once_scored_often(student):
 
 
 @pytest.mark.parametrize("change", ["optimizer", "fill", "load"])
-def test_changed_weights_are_noticed(student, change):
+def test_changed_weights_change_the_scores(student, change):
     queries, passages = student.encode_queries(TEXTS[:1]).vectors, student.encode_passages(TEXTS).vectors
     before = student.score(queries[0], passages, "symmetric")
     head = student.interaction
@@ -224,11 +223,13 @@ def test_changed_weights_are_noticed(student, change):
         head.load_state_dict({name: tensor * 1.1 for name, tensor in head.state_dict().items()})
     after = student.score(queries[0], passages, "symmetric")
     assert abs(after - before).max() > 1e-3
-    np.testing.assert_allclose(after, full(student, queries, passages, "symmetric")[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        after, full_network_scores(student, queries, passages, "symmetric")[0], rtol=0, atol=1e-4
+    )
 
 
-def test_a_student_that_has_scored_can_be_copied(student):
-    student = copy.deepcopy(student)  # one without weights folded for another kind of CPU
+def test_a_student_can_be_copied_after_scoring(student):
+    student = copy.deepcopy(student)  # without cached weights that were folded for another kind of CPU
     queries, passages = student.encode_queries(TEXTS[:1]).vectors, student.encode_passages(TEXTS).vectors
     student.backbone.compute_dtype = torch.bfloat16
     expected = student.score(queries[0], passages, "symmetric")
@@ -240,6 +241,6 @@ def test_a_student_that_has_scored_can_be_copied(student):
     np.testing.assert_array_equal(student.score(queries[0], passages, "symmetric"), expected)
 
 
-def test_the_reach_of_passages(student):
+def test_passage_reach_is_one_without_gates(student):
     passages = student.encode_passages(TEXTS).vectors
-    assert (student.passage_reach(passages) == 1).all()  # no gates
+    assert (student.passage_reach(passages) == 1).all()

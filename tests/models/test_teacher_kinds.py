@@ -1,4 +1,4 @@
-"""Rerankers of other kinds as teachers, against what `transformers` itself says of texts put together by hand."""
+"""Other kinds of rerankers as teachers, compared with `transformers` run on hand-built inputs."""
 
 from __future__ import annotations
 
@@ -48,25 +48,27 @@ def config(folder: Path, **settings: object) -> TeacherConfig:
 
 
 def write_classifier(folder: Path, architecture: str, **settings: Any) -> Path:
-    name, own = CLASSIFIERS[architecture]
+    name, architecture_settings = CLASSIFIERS[architecture]
     model_class = getattr(transformers, name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model_class(model_class.config_class(**(TINY | own | {"num_labels": 1} | settings))).save_pretrained(folder)
+        model_class(
+            model_class.config_class(**(TINY | architecture_settings | {"num_labels": 1} | settings))
+        ).save_pretrained(folder)
     tokenizer = tiny_tokenizer(is_decoder=False)
-    types = architecture == "bert"
+    has_token_types = architecture == "bert"
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
         pair="<s> $A </s> $B:1 </s>:1",
         special_tokens=[("<s>", 1), ("</s>", 2)],
     )
-    tokenizer.model_input_names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
+    tokenizer.model_input_names = ["input_ids", *(["token_type_ids"] if has_token_types else []), "attention_mask"]
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def words_tokenizer() -> Fast:
-    """Words by their spaces, as T5's tokenizer has them; a text is closed with </s>."""
+    """Splits words at spaces and closes a text with </s>, like T5's tokenizer."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -104,7 +106,7 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_tiny_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3")
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    tokenizer.add_tokens(["yes", "no"])  # as one token each where nothing stands before them
+    tokenizer.add_tokens(["yes", "no"])  # one token each when nothing precedes them
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.save_pretrained(folder)
     whole = AutoModelForCausalLM.from_pretrained(folder)
@@ -116,8 +118,8 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- against transformers
 
 
-def test_qwen3_reranker(qwen3: Path) -> None:
-    """The published way: prefix and suffix of the chat put around the whole middle, yes and no at the last place."""
+def test_qwen3_reranker_matches_transformers(qwen3: Path) -> None:
+    """As published: the chat prefix and suffix around the body, and the logits of yes and no at the last position."""
     teacher = load(qwen3, prompt="qwen3-reranker")
     assert isinstance(teacher, Teacher)
     tokenizer = teacher.tokenizer
@@ -131,8 +133,8 @@ def test_qwen3_reranker(qwen3: Path) -> None:
     yes, no = tokenizer.convert_tokens_to_ids("yes"), tokenizer.convert_tokens_to_ids("no")
     expected = []
     for query, passage in PAIRS:
-        middle = f"<Instruct>: {instruct}\n<Query>: {query}\n<Document>: {passage}"
-        ids = [i for part in (before, middle, after) for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+        body = f"<Instruct>: {instruct}\n<Query>: {query}\n<Document>: {passage}"
+        ids = [i for part in (before, body, after) for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
         expected.append(float(logits[yes] - logits[no]))
@@ -143,7 +145,7 @@ def test_qwen3_reranker(qwen3: Path) -> None:
     assert teacher.why_not_shared() == ""
 
 
-def test_monot5(t5: Path) -> None:
+def test_monot5_matches_transformers(t5: Path) -> None:
     teacher = load(t5, prompt="monot5")
     assert isinstance(teacher, Seq2SeqTeacher)
     tokenizer, model = teacher.tokenizer, AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
@@ -166,7 +168,7 @@ def test_monot5(t5: Path) -> None:
 
 @pytest.mark.parametrize("labels", [1, 2, 3])
 @pytest.mark.parametrize("architecture", CLASSIFIERS)
-def test_classifiers(tmp_path: Path, architecture: str, labels: int) -> None:
+def test_classifiers_match_transformers(tmp_path: Path, architecture: str, labels: int) -> None:
     names = (
         {}
         if labels == 1
@@ -192,7 +194,7 @@ def test_classifiers(tmp_path: Path, architecture: str, labels: int) -> None:
 
 
 def test_a_classifier_that_pools_later_has_no_features(tmp_path: Path) -> None:
-    """A decoder scores every token and takes the last one's score."""
+    """A decoder scores every token and takes the score of the last one."""
     model_class = transformers.Qwen3ForSequenceClassification
     settings = model_class.config_class(**TINY, num_labels=1, num_key_value_heads=2, head_dim=8)
     model_class(settings).save_pretrained(tmp_path)
@@ -206,27 +208,27 @@ def test_a_classifier_that_pools_later_has_no_features(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert"])
-def test_long_pairs_are_cut_in_the_passage_and_counted(tmp_path: Path, t5: Path, kind: str) -> None:
+def test_long_pairs_are_truncated_and_counted(tmp_path: Path, t5: Path, kind: str) -> None:
     folder = t5 if kind == "t5" else write_classifier(tmp_path, "bert")
     settings = {"prompt": "monot5"} if kind == "t5" else {}
     teacher: Any = load(folder, max_tokens=40, **settings)
-    whole: Any = load(folder, **settings)
+    unlimited: Any = load(folder, **settings)
     pairs = [("the cat", LONG), (LONG, LONG), (LONG, "dog"), ("the cat", "dog")]
     rows, num_truncated = teacher.tokenize(pairs, "asymmetric")
-    uncut, none = whole.tokenize(pairs, "asymmetric")
-    assert (num_truncated, none) == (3, 0)
-    assert rows[3] == uncut[3]
+    full_rows, num_truncated_unlimited = unlimited.tokenize(pairs, "asymmetric")
+    assert (num_truncated, num_truncated_unlimited) == (3, 0)
+    assert rows[3] == full_rows[3]
     assert all(36 <= len(row) <= 40 for row in rows[:3])
-    same = next(place for place in range(40) if rows[0][place] != uncut[0][place])
-    tail = len(rows[0]) - same
-    assert rows[0][same:] == uncut[0][-tail:]  # what stands behind the passage is whole
+    first_cut = next(position for position in range(40) if rows[0][position] != full_rows[0][position])
+    tail = len(rows[0]) - first_cut
+    assert rows[0][first_cut:] == full_rows[0][-tail:]  # everything after the passage is kept
     assert tail <= 8
     teacher.config = teacher.config.model_copy(update={"max_tokens": 4})
     with pytest.raises(InputError, match=r"prompt and special tokens alone take \d+; raise max_tokens"):
         teacher.tokenize(pairs, "asymmetric")
 
 
-# --- what is told apart, and refused
+# --- kinds and refusals
 
 
 def test_kinds_are_found_and_identified(tmp_path: Path, t5: Path, qwen3: Path) -> None:
@@ -236,9 +238,9 @@ def test_kinds_are_found_and_identified(tmp_path: Path, t5: Path, qwen3: Path) -
         (config(qwen3, prompt="qwen3-reranker"), "causal"),
         (config(bert, positive_label="entailment"), "classifier"),
     ]
-    for asked, kind in cases:
-        assert find_kind(asked) == kind
-        identity, teacher = identify_judge(asked), load_judge(asked, device="cpu", dtype="float32")
+    for teacher_config, kind in cases:
+        assert find_kind(teacher_config) == kind
+        identity, teacher = identify_judge(teacher_config), load_judge(teacher_config, device="cpu", dtype="float32")
         assert identity.fingerprint == teacher.fingerprint
         assert all(identity.prompts[task] == teacher.prompt_fingerprint(task) for task in identity.prompts)
     other = identify_judge(config(bert, positive_label="contradiction"))
@@ -246,7 +248,7 @@ def test_kinds_are_found_and_identified(tmp_path: Path, t5: Path, qwen3: Path) -
     assert other.prompts != identify_judge(cases[2][0]).prompts
 
 
-def test_what_cannot_be_a_teacher(tmp_path: Path, t5: Path) -> None:
+def test_unusable_teachers_are_rejected(tmp_path: Path, t5: Path) -> None:
     bert = write_classifier(tmp_path / "bert", "bert", num_labels=3, **NLI)
     with pytest.raises(ModelError, match=r"classes entailment, neutral, contradiction; set .*positive_label .*None"):
         load(bert)
@@ -268,7 +270,7 @@ def test_what_cannot_be_a_teacher(tmp_path: Path, t5: Path) -> None:
         teacher.prepare_training(LoraConfig())
 
 
-def test_templates_with_spaces(tmp_path: Path) -> None:
+def test_spaced_templates_are_checked(tmp_path: Path) -> None:
     prompt = load_prompt("monot5", "asymmetric")
     assert prompt.fill("q", "p") == "Query: q Document: p Relevant:"
     assert (prompt.yes, prompt.no) == ("true", "false")
@@ -285,7 +287,7 @@ def test_templates_with_spaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert", "decoder"])
-def test_labelling_is_finished_with_or_without_features(tmp_path: Path, t5: Path, kind: str) -> None:
+def test_finished_labels_are_reused_with_or_without_features(tmp_path: Path, t5: Path, kind: str) -> None:
     folder, settings = t5, {"prompt": "monot5"}
     if kind == "bert":
         folder, settings = write_classifier(tmp_path / "model", "bert"), {}
@@ -297,13 +299,13 @@ def test_labelling_is_finished_with_or_without_features(tmp_path: Path, t5: Path
         tiny_tokenizer().save_pretrained(tmp_path / "model")
         folder, settings = tmp_path / "model", {}
     source = topics(num_train=5)
-    asked = config(folder, **settings)
-    options: dict[str, Any] = {"teacher": asked, "device": "cpu", "dtype": "float32", "show_progress": False}
+    teacher_config = config(folder, **settings)
+    options: dict[str, Any] = {"teacher": teacher_config, "device": "cpu", "dtype": "float32", "show_progress": False}
     first = label([source], tmp_path / "store", **options)
     assert first.queries == 5
-    again = label([source], tmp_path / "store", **options)
-    assert (again.queries, again.pairs, again.finished_queries) == (0, 0, 5)
-    identity = identify_judge(asked)
+    second = label([source], tmp_path / "store", **options)
+    assert (second.queries, second.pairs, second.finished_queries) == (0, 0, 5)
+    identity = identify_judge(teacher_config)
     store = LabelStore.open_for_reading(
         tmp_path / "store", teacher=identity.fingerprint, prompt=identity.prompts[source.task], dataset="tiny"
     )

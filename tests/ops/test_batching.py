@@ -7,25 +7,25 @@ import pytest
 from d2llm.ops.batching import even_batches, token_budget_batches
 
 
-def test_longest_first_within_both_limits() -> None:
+def test_batches_are_longest_first_within_both_limits() -> None:
     # Longest 6: 12 // 6 = 2 texts. Then longest 4: 3 texts. Then longest 1: 12 fit, but at most 4 items.
     lengths = [1, 6, 4, 1, 4, 5, 3, 1]
     assert token_budget_batches(lengths, max_tokens=12, max_items=4) == [[1, 5], [2, 4, 6], [0, 3, 7]]
 
 
-def test_a_batch_with_enough_tokens_takes_none_of_a_lower_width() -> None:
-    # Widths, in eights: 24, 24, 16, 16, 8, 8, 8. Of 24, two texts are enough for 40 tokens; of 16, three would be.
+def test_a_batch_with_enough_tokens_takes_no_narrower_texts() -> None:
+    # Widths, rounded up to 8: 24, 24, 16, 16, 8, 8, 8. For 40 tokens, two texts of 24 suffice, or three of 16.
     lengths = [20, 24, 16, 9, 8, 2, 5]
     assert token_budget_batches(lengths, max_tokens=1000, max_items=9, enough_tokens=40) == [[1, 0], [2, 3, 4], [6, 5]]
     assert token_budget_batches(lengths, max_tokens=1000, max_items=9, enough_tokens=1) == [[1, 0], [2, 3], [4, 6, 5]]
     assert token_budget_batches(lengths, max_tokens=24, max_items=9, enough_tokens=40)[:3] == [[1], [0], [2]]
 
 
-def test_limit_of_items() -> None:
+def test_batches_respect_the_item_limit() -> None:
     assert token_budget_batches([1, 1, 1, 1, 1], max_tokens=100, max_items=2) == [[0, 1], [2, 3], [4]]
 
 
-def test_text_over_the_budget_goes_alone() -> None:
+def test_a_text_over_the_budget_gets_its_own_batch() -> None:
     assert token_budget_batches([2, 50, 60, 2], max_tokens=10, max_items=8) == [[2], [1], [0, 3]]
 
 
@@ -40,7 +40,7 @@ def test_limits_below_one_are_refused(max_tokens: int, max_items: int) -> None:
         token_budget_batches([1], max_tokens=max_tokens, max_items=max_items)
 
 
-def test_even_batches_leave_no_query_alone() -> None:
+def test_even_batches_are_balanced() -> None:
     assert [even_batches(count, 32) for count in (97, 96, 64, 33, 32, 1, 0)] == [
         (4, 25),
         (3, 32),
@@ -54,4 +54,4 @@ def test_even_batches_leave_no_query_alone() -> None:
         for most in range(1, 40):
             count, size = even_batches(num_items, most)
             assert size <= most
-            assert (count - 1) * size < num_items <= count * size  # so many batches, none of them empty
+            assert (count - 1) * size < num_items <= count * size  # exactly count batches, none of them empty

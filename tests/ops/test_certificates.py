@@ -11,17 +11,17 @@ from d2llm.core.errors import InputError
 from d2llm.ops.certificates import num_rescored
 
 
-def test_by_hand() -> None:
+def test_number_of_rescored_passages_by_hand() -> None:
     bounds = np.array([9.0, 8.0, 7.0, 6.0, 5.0])
-    assert num_rescored(bounds, bounds, 1) == 1  # tight bounds: the first is proved by itself
+    assert num_rescored(bounds, bounds, 1) == 1  # tight bounds: the first alone is certain
     assert num_rescored(bounds, bounds, 3) == 3
     assert num_rescored(bounds, bounds - 1.5, 1) == 2  # 7.5 is below the bound 8, but above the bound 7
     assert num_rescored(bounds, bounds - 99, 1) == 5
-    assert num_rescored(bounds[::-1], bounds[::-1] - 1.5, 1) == 2  # whatever the order of the passages
+    assert num_rescored(bounds[::-1], bounds[::-1] - 1.5, 1) == 2  # independent of the order of the passages
     assert num_rescored(bounds, bounds, 9) == 5
 
 
-def test_what_cannot_be() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     with pytest.raises(InputError, match="top_k is 0"):
         num_rescored(np.ones(2), np.ones(2), 0)
     with pytest.raises(InputError, match="above its upper bound"):
@@ -32,7 +32,7 @@ def test_what_cannot_be() -> None:
     st.lists(st.tuples(st.floats(-9, 9), st.floats(0, 5)), min_size=1, max_size=40),
     st.integers(1, 12),
 )
-def test_what_was_not_rescored_cannot_be_among_the_first(pairs: list[tuple[float, float]], top_k: int) -> None:
+def test_unrescored_passages_cannot_be_in_the_top_k(pairs: list[tuple[float, float]], top_k: int) -> None:
     final = np.array([score for score, _ in pairs])
     bounds = final + np.array([slack for _, slack in pairs])
     count = num_rescored(bounds, final, top_k)
@@ -40,5 +40,5 @@ def test_what_was_not_rescored_cannot_be_among_the_first(pairs: list[tuple[float
     inside, outside = final[order[:count]], final[order[count:]]
     if len(outside):
         assert np.sort(inside)[::-1][top_k - 1] >= outside.max()
-    if count > top_k:  # and one fewer would not have been enough
+    if count > top_k:  # one fewer would not have been enough
         assert np.sort(final[order[: count - 1]])[::-1][top_k - 1] < bounds[order[count - 1]]

@@ -1,4 +1,4 @@
-"""Weights of a sum of scores: the optimum by another optimiser, what they ignore, and wrong input."""
+"""Fitted weights of a sum of scores: checked against another optimiser, invariances and invalid input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2llm.ops.fusion import fit_scaled_weights, fit_weights
 
 
 def make_lists(num=40, weights=(2.0, 0.5, 0.0), seed=0):
-    """Lists whose relevant passage is drawn by the softmax of a known sum."""
+    """Lists whose relevant passage is drawn from the softmax of a known weighted sum."""
     rng = np.random.default_rng(seed)
     lists = []
     for _ in range(num):
@@ -31,7 +31,7 @@ def loss_of(weights, lists, ridge):
     return torch.stack(losses).mean() + ridge * weights.square().sum(), scale
 
 
-def test_is_the_optimum_that_gradient_descent_finds():
+def test_weights_match_those_of_gradient_descent():
     lists = make_lists(12)
     raw = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=0.05)
@@ -46,12 +46,12 @@ def test_is_the_optimum_that_gradient_descent_finds():
     np.testing.assert_allclose(fit_weights(lists, ridge=1e-3), expected, rtol=2e-2, atol=2e-3)
 
 
-def test_recovers_the_weights_that_drew_the_judgements():
-    found = fit_weights(make_lists(4000))
-    np.testing.assert_allclose(found, [2.0, 0.5, 0.0], atol=0.1)
+def test_fit_recovers_the_true_weights():
+    weights = fit_weights(make_lists(4000))
+    np.testing.assert_allclose(weights, [2.0, 0.5, 0.0], atol=0.1)
 
 
-def test_a_column_that_misleads_gets_nothing():
+def test_a_misleading_column_gets_no_weight():
     lists = [(np.column_stack([x[:, 0], -x[:, 0]]), y) for x, y in make_lists(weights=(3.0, 0, 0))]
     weights = fit_weights(lists)
     assert weights[0] > 1
@@ -59,27 +59,27 @@ def test_a_column_that_misleads_gets_nothing():
 
 
 def make_scaled_lists(num, weights, slopes, seed=0):
-    """Lists whose relevant passage is drawn by a sum of which the second column counts exp(slopes s) times."""
+    """As ``make_lists``, but the weight of the second column is multiplied by exp(slopes @ statistics)."""
     rng = np.random.default_rng(seed)
     lists, statistics = [], rng.standard_normal((num, len(slopes))) * 2 + 1
-    for said in statistics:
+    for query in statistics:
         scores = rng.standard_normal((rng.integers(3, 12), len(weights))) * [1.0, 5.0]
-        odds = np.exp(scores @ (np.array(weights) * [1, np.exp(said @ slopes)]))
+        odds = np.exp(scores @ (np.array(weights) * [1, np.exp(query @ slopes)]))
         grades = np.zeros(len(scores))
         grades[rng.choice(len(scores), p=odds / odds.sum())] = 1
         lists.append((scores, grades))
     return lists, statistics
 
 
-def test_recovers_how_the_query_changes_what_a_column_counts_for():
+def test_scaled_fit_recovers_the_true_slopes():
     lists, statistics = make_scaled_lists(4000, [1.0, 0.2], np.array([0.4, 0.0]))
-    found = fit_scaled_weights(lists, statistics, np.array([False, True]))
-    np.testing.assert_allclose(found.slopes, [0.4, 0.0], atol=0.05)
-    assert found.weights[0] == pytest.approx(1.0, abs=0.1)
-    assert found.weights[1] * np.exp(found.offset) == pytest.approx(0.2, abs=0.03)
+    fit = fit_scaled_weights(lists, statistics, np.array([False, True]))
+    np.testing.assert_allclose(fit.slopes, [0.4, 0.0], atol=0.05)
+    assert fit.weights[0] == pytest.approx(1.0, abs=0.1)
+    assert fit.weights[1] * np.exp(fit.offset) == pytest.approx(0.2, abs=0.03)
 
 
-def test_a_scaled_fit_is_the_optimum_that_gradient_descent_finds():
+def test_a_scaled_fit_matches_gradient_descent():
     lists, statistics = make_scaled_lists(20, [1.0, 0.2], np.array([0.5, -0.3]), seed=1)
     centre, spread = statistics.mean(0), statistics.std(0)
     scaled = torch.tensor((statistics - centre) / spread)
@@ -90,24 +90,24 @@ def test_a_scaled_fit_is_the_optimum_that_gradient_descent_finds():
     for _ in range(500):
         optimizer.zero_grad()
         parts = []
-        for (x, y), said in zip(lists, scaled, strict=True):
-            factors = torch.stack([torch.ones((), dtype=torch.float64), (said @ slopes).exp()])
+        for (x, y), query in zip(lists, scaled, strict=True):
+            factors = torch.stack([torch.ones((), dtype=torch.float64), (query @ slopes).exp()])
             parts.append(-(torch.tensor(y) * torch.log_softmax(torch.tensor(x) / unit @ (weights * factors), 0)).sum())
         loss = torch.stack(parts).mean() + 1e-3 * weights.square().sum() + slopes.square().sum() / len(lists)
         loss.backward()
         optimizer.step()
-    found = fit_scaled_weights(lists, statistics, np.array([False, True]), ridge=1e-3)
-    np.testing.assert_allclose(found.weights * unit.numpy(), weights.detach().numpy(), rtol=1e-2)
-    np.testing.assert_allclose(found.slopes * spread, slopes.detach().numpy(), atol=1e-2)
-    assert found.offset == pytest.approx(-float(found.slopes @ centre))
+    fit = fit_scaled_weights(lists, statistics, np.array([False, True]), ridge=1e-3)
+    np.testing.assert_allclose(fit.weights * unit.numpy(), weights.detach().numpy(), rtol=1e-2)
+    np.testing.assert_allclose(fit.slopes * spread, slopes.detach().numpy(), atol=1e-2)
+    assert fit.offset == pytest.approx(-float(fit.slopes @ centre))
 
 
-def test_a_statistic_that_is_the_same_for_all_queries_changes_nothing():
+def test_a_constant_statistic_changes_nothing():
     lists = make_lists(40)
-    found = fit_scaled_weights(lists, np.ones((40, 2)), np.array([False, True, True]))
-    np.testing.assert_allclose(found.weights, fit_weights(lists), rtol=1e-3, atol=1e-6)
-    assert found.slopes.tolist() == [0, 0]
-    assert found.offset == 0
+    fit = fit_scaled_weights(lists, np.ones((40, 2)), np.array([False, True, True]))
+    np.testing.assert_allclose(fit.weights, fit_weights(lists), rtol=1e-3, atol=1e-6)
+    assert fit.slopes.tolist() == [0, 0]
+    assert fit.offset == 0
     with pytest.raises(InputError, match="statistics of queries are not finite"):
         fit_scaled_weights(lists, np.full((40, 2), np.nan), np.array([False, True, True]))
 
@@ -119,7 +119,7 @@ def test_the_unit_of_a_column_does_not_matter():
     np.testing.assert_allclose(rescaled * [1e3, 1e-3, 1.0], weights, rtol=1e-3, atol=1e-6)
 
 
-def test_grades_count_and_lists_without_any_are_left_out():
+def test_lists_without_relevant_passages_are_left_out():
     lists = make_lists(30)
     graded = [(x, y * 3) for x, y in lists]
     without = [*lists, (np.ones((2, 3)), np.zeros(2)), (np.ones((0, 3)), np.zeros(0))]
@@ -127,19 +127,19 @@ def test_grades_count_and_lists_without_any_are_left_out():
     np.testing.assert_allclose(fit_weights(without), fit_weights(lists))
 
 
-def test_judgements_that_are_met_exactly_keep_weights_finite():
+def test_separable_judgements_keep_weights_finite():
     lists = [(np.array([[1.0], [0.0]]), np.array([1.0, 0.0]))]
     assert np.isfinite(fit_weights(lists)).all()
 
 
 @pytest.mark.parametrize(
-    ("lists", "says"),
+    ("lists", "message"),
     [
         ([], "no list has a relevant passage"),
         ([(np.ones((2, 1)), np.zeros(2))], "no list has a relevant passage"),
         ([(np.array([[np.nan], [1.0]]), np.array([1.0, 0.0]))], "not finite"),
     ],
 )
-def test_what_cannot_be_fitted_is_refused(lists, says):
-    with pytest.raises(InputError, match=says):
+def test_unusable_lists_are_rejected(lists, message):
+    with pytest.raises(InputError, match=message):
         fit_weights(lists)

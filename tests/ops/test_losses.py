@@ -15,7 +15,7 @@ from d2llm.ops import losses
 NONE, POSITIVE, HARD, EASY = range(4)
 TEMPERATURE = 0.7
 
-# What each passage is to each query. The rows are the cases a batch can hold.
+# The role of each passage for each query. The rows are the cases that can occur in a batch.
 ROLES = torch.tensor(
     [
         [POSITIVE, HARD, HARD, EASY, EASY, EASY, NONE],
@@ -61,7 +61,7 @@ def positive_hard(logits: Tensor, teacher: Tensor) -> Tensor:
     return losses.rank_imitation_positive_hard(logits, teacher, LISTS)
 
 
-def of_list(logits: Tensor, teacher: Tensor) -> Tensor:
+def list_loss(logits: Tensor, teacher: Tensor) -> Tensor:
     return losses.list_imitation(logits, teacher, USED, temperature=TEMPERATURE)
 
 
@@ -81,10 +81,10 @@ def feature(student: Tensor, gram: Tensor) -> Tensor:
     return losses.feature_imitation(student, gram, LISTS)
 
 
-# loss, its inputs, the entries it reads
+# the loss, its inputs, and the mask of entries it reads
 CASES = [
     pytest.param(contrastive, scores, USED, id="contrastive_imitation"),
-    pytest.param(of_list, scores, USED, id="list_imitation"),
+    pytest.param(list_loss, scores, USED, id="list_imitation"),
     pytest.param(positive_hard, scores, LISTS, id="rank_imitation_positive_hard"),
     pytest.param(hard_easy, scores, HARDS | EASIES, id="rank_imitation_hard_easy"),
     pytest.param(cross_entropy, scores, USED, id="in_batch_cross_entropy"),
@@ -179,14 +179,14 @@ def reference_feature(y: np.ndarray, gram: np.ndarray) -> float:
     [
         (contrastive, scores, reference_contrastive),
         (cross_entropy, scores, reference_cross_entropy),
-        (of_list, scores, reference_list),
+        (list_loss, scores, reference_list),
         (positive_hard, scores, reference_positive_hard),
         (hard_easy, scores, reference_hard_easy),
         (pairs, scores, reference_pairs),
         (feature, features, reference_feature),
     ],
 )
-def test_equals_the_equation_over_sets(loss: Loss, inputs: Inputs, reference: Reference) -> None:
+def test_losses_equal_their_equations_over_sets(loss: Loss, inputs: Inputs, reference: Reference) -> None:
     student, teacher = inputs()
     assert loss(student, teacher).item() == pytest.approx(reference(student.numpy(), teacher.numpy()), rel=1e-12)
 
@@ -196,7 +196,7 @@ def test_gradients(loss: Loss, inputs: Inputs, used: Tensor) -> None:
     student, teacher = inputs()
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda values: loss(values, teacher), student)
-    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+    with torch.autograd.set_detect_anomaly(True):  # no NaN in intermediate results either
         loss(student, teacher).backward()
     assert gradient(student).abs().sum() > 0
     assert not gradient(student)[~used].any()
@@ -204,7 +204,7 @@ def test_gradients(loss: Loss, inputs: Inputs, used: Tensor) -> None:
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("loss", "inputs", "used"), CASES)
-def test_masked_entries_take_no_part(loss: Loss, inputs: Inputs, used: Tensor, garbage: float) -> None:
+def test_masked_entries_are_ignored(loss: Loss, inputs: Inputs, used: Tensor, garbage: float) -> None:
     student, teacher = inputs()
     clean = student.clone().requires_grad_()
     expected = loss(clean, teacher)
@@ -225,7 +225,7 @@ def test_masked_entries_take_no_part(loss: Loss, inputs: Inputs, used: Tensor, g
 
 @pytest.mark.parametrize("num_queries", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_connected_to_the_graph_when_no_query_counts(num_queries: int, dtype: torch.dtype) -> None:
+def test_a_loss_without_queries_is_a_differentiable_zero(num_queries: int, dtype: torch.dtype) -> None:
     logits = torch.randn(num_queries, 4, dtype=dtype, requires_grad=True)
     teacher = torch.rand(num_queries, 4)
     nothing = torch.zeros(num_queries, 4, dtype=torch.bool)
@@ -281,8 +281,8 @@ def mask(*values: int) -> Tensor:
 
 def test_masked_mean() -> None:
     values = torch.tensor([[1.0, 2.0, math.nan], [math.inf, 4.0, 8.0], [1.0, 1.0, 1.0]])
-    under = torch.tensor([[True, True, False], [False, False, True], [False, False, False]])
-    assert losses.masked_mean(values, under).tolist() == [1.5, 8.0, 0.0]
+    selected = torch.tensor([[True, True, False], [False, False, True], [False, False, False]])
+    assert losses.masked_mean(values, selected).tolist() == [1.5, 8.0, 0.0]
 
 
 def test_contrastive_imitation_by_hand() -> None:
@@ -303,25 +303,25 @@ def test_contrastive_imitation_does_not_push_a_false_negative_away() -> None:
 
 
 def test_list_imitation_by_hand() -> None:
-    # The teacher: 3/4 and 1/4, and nothing for the third. The student: a third each.
+    # Teacher probabilities: 3/4, 1/4 and 0. Student probabilities: 1/3 each.
     loss = losses.list_imitation(row(0, 0, 0), row(math.log(3), 0, -math.inf), mask(1, 1, 1))
     assert loss.item() == pytest.approx(0.75 * math.log(0.75 * 3) + 0.25 * math.log(0.25 * 3), rel=1e-12)
 
 
-def test_list_imitation_does_not_see_the_base_rate() -> None:
+def test_list_imitation_ignores_the_base_rate() -> None:
     logits, teacher = row(2, -1, 0.5), row(1, -2, -math.inf)
     expected = losses.list_imitation(logits, teacher, mask(1, 1, 1)).item()
     assert losses.list_imitation(logits, teacher - 5, mask(1, 1, 1)).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_list_imitation_of_certain_labels_is_the_cross_entropy() -> None:
+def test_list_imitation_of_certain_labels_is_cross_entropy() -> None:
     logits, positive, everything = row(2, -1, 0.5), mask(1, 0, 0), mask(1, 1, 1)
     certain = row(20, -20, -math.inf)
     expected = losses.in_batch_cross_entropy(logits, positive, everything).item()
     assert losses.list_imitation(logits, certain, everything).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_contrastive_imitation_and_cross_entropy_without_negatives_are_zero_and_count() -> None:
+def test_queries_without_negatives_count_as_zero_loss() -> None:
     logits, teacher = row(3, -2), row(0.9, 0.1)
     positive, nothing = mask(1, 0), mask(0, 0)
     assert losses.contrastive_imitation(logits, teacher, positive, nothing, temperature=1.0).item() == 0.0
@@ -344,8 +344,8 @@ def test_stable_for_large_logits() -> None:
         assert slope.tolist() == [[-2.0, 2.0]]
 
 
-def test_in_batch_cross_entropy_leaves_other_positives_out() -> None:
-    # positives 1 and 3 against the negative 0; the 7 is no candidate
+def test_in_batch_cross_entropy_excludes_other_positives() -> None:
+    # positives 1 and 3 against the negative 0; the 7 is not a candidate
     loss = losses.in_batch_cross_entropy(row(1, 3, 0, 7), mask(1, 1, 0, 0), mask(1, 1, 1, 0))
     expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-3))) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-14)
@@ -373,7 +373,7 @@ def test_rank_imitation_positive_hard_by_hand(logits: tuple[float, float, float]
     assert loss.item() == pytest.approx(1 - correlation, abs=1e-12)
 
 
-def test_rank_imitation_positive_hard_of_constant_logits_has_a_finite_gradient_towards_the_teacher() -> None:
+def test_positive_hard_gradient_of_constant_logits_is_finite() -> None:
     logits = torch.full((1, 3), 0.1, requires_grad=True)
     loss = losses.rank_imitation_positive_hard(logits, torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3).bool())
     loss.backward()
@@ -383,8 +383,8 @@ def test_rank_imitation_positive_hard_of_constant_logits_has_a_finite_gradient_t
     assert gradient(logits)[0, 1].item() == pytest.approx(0.0, abs=1e-3)
 
 
-def test_rank_imitation_positive_hard_sees_a_tiny_spread_of_saturated_scores() -> None:
-    # the squares of these float32 scores are all 0; their order is not
+def test_positive_hard_handles_tiny_score_differences() -> None:
+    # the squares of these float32 scores underflow to 0, but their order is still defined
     teacher = torch.tensor([[1e-30, 2e-30, 3e-30]])
     loss = losses.rank_imitation_positive_hard(torch.tensor([[1.0, 2.0, 3.0]]), teacher, torch.ones(1, 3).bool())
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
@@ -395,7 +395,7 @@ def test_rank_imitation_positive_hard_sees_a_tiny_spread_of_saturated_scores() -
     [(row(0.3, 0.3, 0.3), mask(1, 1, 1)), (row(0.3, 0.3, 0.9), mask(1, 1, 0)), (row(0.1, 0.5, 0.9), mask(0, 1, 0))],
     ids=["constant", "constant under the mask", "one entry"],
 )
-def test_rank_imitation_positive_hard_does_not_count_what_has_no_order(teacher: Tensor, used: Tensor) -> None:
+def test_positive_hard_skips_queries_without_an_order(teacher: Tensor, used: Tensor) -> None:
     other_logits, other_teacher, other_mask = row(1, 2, 4), row(1, 2, 3), mask(1, 1, 1)
     alone = losses.rank_imitation_positive_hard(other_logits, other_teacher, other_mask)
     logits = torch.cat([row(5, 1, 2), other_logits]).requires_grad_()
@@ -409,7 +409,7 @@ def test_rank_imitation_positive_hard_does_not_count_what_has_no_order(teacher: 
 
 
 def test_rank_imitation_hard_easy_by_hand() -> None:
-    # weights .9 - .1 = .8 and max(.9 - .95, 0) = 0: the easy negative that the teacher prefers is left alone
+    # weights .9 - .1 = .8 and max(.9 - .95, 0) = 0: the easy negative that the teacher prefers is ignored
     logits = row(1, 0, 2, 5).requires_grad_()
     loss = losses.rank_imitation_hard_easy(logits, row(0.9, 0.1, 0.95, 0), mask(1, 0, 0, 0), mask(0, 1, 1, 0))
     assert loss.item() == pytest.approx(0.8 * math.log(1 + math.exp(-1)) / 2, rel=1e-14)
@@ -426,7 +426,7 @@ def test_feature_imitation_by_hand() -> None:
     assert loss.item() == pytest.approx((0.25 + 0.5 + 0.5) / 3, rel=1e-14)
 
 
-def test_feature_imitation_counts_lists_of_two_and_more() -> None:
+def test_feature_imitation_uses_lists_of_at_least_two() -> None:
     student = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]] * 2, requires_grad=True)
     gram = torch.full((2, 2, 2), 0.5)
     loss = losses.feature_imitation(student, gram, torch.tensor([[True, True], [True, False]]))

@@ -17,7 +17,7 @@ TREC_NAMES = {
 QRELS = {"q1": {"a": 2, "b": 1, "c": 0}, "q2": {"d": 1}, "q3": {"e": 1}, "q4": {"f": 1, "g": 1}}
 
 
-def test_by_hand():
+def test_measures_by_hand():
     rankings = {
         "q1": ["x", "b", "c", "a"],
         "q2": [f"x{n}" for n in range(10)] + ["d"],  # eleventh: beyond 10, within 100
@@ -35,23 +35,23 @@ def test_by_hand():
     assert values["Recall@100"] == pytest.approx({"q1": 1, "q2": 1, "q3": 0, "q4": 0.5})
 
 
-def test_order_of_the_list_counts_and_not_the_ids():
+def test_list_order_matters_not_the_ids():
     # trec_eval alone would put the higher id first among equal scores.
     assert per_query_measures({"q2": ["d", "z"]}, QRELS)["MRR@10"]["q2"] == 1
     assert per_query_measures({"q2": ["z", "d"]}, QRELS)["MRR@10"]["q2"] == 0.5
 
 
-def test_place_101_is_not_recalled():
+def test_rank_101_does_not_count_for_recall_at_100():
     ranking = [f"x{n}" for n in range(100)] + ["d"]
     assert per_query_measures({"q2": ranking}, QRELS)["Recall@100"]["q2"] == 0
 
 
-def test_no_rankings_at_all():
+def test_queries_without_rankings_count_as_zero():
     values = per_query_measures({"q1": []}, QRELS)
     assert values["nDCG@10"] == dict.fromkeys(QRELS, 0.0)
 
 
-def in_plain_python(ranking, grades):
+def reference_measures(ranking, grades):
     """The measures of one query from their definitions."""
     relevant = {passage_id for passage_id, grade in grades.items() if grade > 0}
     hits = [rank for rank, passage_id in enumerate(ranking, start=1) if passage_id in relevant]
@@ -71,15 +71,15 @@ def in_plain_python(ranking, grades):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_as_trec_eval_and_as_the_definitions(seed):
-    draw = random.Random(seed)
+def test_measures_match_trec_eval_and_the_definitions(seed):
+    rng = random.Random(seed)
     passage_ids = [f"p{n:03}" for n in range(150)]
     qrels, rankings = {}, {}
     for query in range(20):
-        judged = draw.sample(passage_ids, draw.randint(3, 40))
-        qrels[f"q{query}"] = {passage_id: draw.choice([0, 1, 1, 2, 3]) for passage_id in judged} | {judged[0]: 1}
-        # Equal scores, put into an order of our own: the order is what must count.
-        scores = {passage_id: draw.randint(0, 9) for passage_id in draw.sample(passage_ids, 120)}
+        judged = rng.sample(passage_ids, rng.randint(3, 40))
+        qrels[f"q{query}"] = {passage_id: rng.choice([0, 1, 1, 2, 3]) for passage_id in judged} | {judged[0]: 1}
+        # Ties in our own order: only the order of the list must count.
+        scores = {passage_id: rng.randint(0, 9) for passage_id in rng.sample(passage_ids, 120)}
         rankings[f"q{query}"] = sorted(scores, key=lambda passage_id: (-scores[passage_id], passage_id))
 
     values = per_query_measures(rankings, qrels)
@@ -97,5 +97,5 @@ def test_as_trec_eval_and_as_the_definitions(seed):
         ours = {name: values[name][query_id] for name in values}
         expected = trec[query_id] | reciprocal[query_id]
         assert ours == pytest.approx({name: expected[theirs] for name, theirs in TREC_NAMES.items()}, abs=1e-12)
-        assert ours == pytest.approx(in_plain_python(ranking, qrels[query_id]), abs=1e-12)
+        assert ours == pytest.approx(reference_measures(ranking, qrels[query_id]), abs=1e-12)
     assert fmean(values["MRR@10"].values()) < 1  # the rankings are not trivially good

@@ -28,20 +28,20 @@ SCORES = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
 LABELS = [True, True, False, True, False, False]
 
 
-def test_threshold_is_the_highest_of_the_best_middles():
+def test_threshold_is_the_highest_of_the_best_midpoints():
     # Accuracy 5/6 between .8 and .7 and between .6 and .5; F1 4/5 at the first, 6/7 at the second.
     assert best_threshold(SCORES, LABELS) == pytest.approx(0.75)
     assert best_threshold(SCORES, LABELS, measure="f1") == pytest.approx(0.55)
 
 
-def test_threshold_never_parts_equal_scores():
-    # Between the two 1s lies the best cut of a sorted list, but no threshold.
+def test_threshold_never_separates_equal_scores():
+    # The best cut of the sorted list is between the two 1s, but no threshold separates them.
     threshold = best_threshold([2.0, 1.0, 1.0, 0.0], [True, True, False, False])
     assert threshold == 1.5
     assert accuracy_at([2.0, 1.0, 1.0, 0.0], [True, True, False, False], threshold) == 0.75
 
 
-def test_threshold_where_one_answer_for_all_is_best():
+def test_threshold_when_one_label_for_all_is_best():
     assert best_threshold([3.0, 2.0, 1.0], [False, True, True]) == 1.0
     lowest = best_threshold([3.0, 2.0, 1.0], [False, False, True])
     assert lowest == np.nextafter(3.0, 4.0)
@@ -55,7 +55,7 @@ def test_threshold_between_neighbouring_floats():
 
 
 def test_measures_at_a_threshold():
-    # Yes to .9, .8, .7, .6: three of three matches, one wrong.
+    # Positive are .9, .8, .7, .6: all three matches, and one false positive.
     assert accuracy_at(SCORES, LABELS, 0.6) == pytest.approx(5 / 6)
     assert precision_at(SCORES, LABELS, 0.6) == pytest.approx(3 / 4)
     assert recall_at(SCORES, LABELS, 0.6) == 1
@@ -79,15 +79,15 @@ def test_binary_measures_by_hand():
     )
 
 
-def test_ties_come_in_together():
-    # One score for all: the precision is the share of matches, and no pair is ordered.
+def test_tied_scores_enter_together():
+    # With constant scores the precision is the share of matches, and no pair is ordered.
     assert average_precision([1.0, 1.0, 1.0, 1.0], [True, False, False, False]) == 0.25
     assert roc_auc([1.0, 1.0, 1.0, 1.0], [True, False, False, False]) == 0.5
     assert average_precision([2.0, 1.0, 1.0], [False, True, False]) == pytest.approx(1 / 3)
     assert roc_auc([2.0, 1.0, 1.0], [False, True, False]) == 0.25
 
 
-def test_as_scikit_learn():
+def test_measures_match_scikit_learn():
     sklearn = pytest.importorskip("sklearn.metrics")
     draw = np.random.default_rng(0)
     for _ in range(30):
@@ -98,7 +98,7 @@ def test_as_scikit_learn():
         assert precision_at(scores, labels, 5.0) == pytest.approx(sklearn.precision_score(labels, scores >= 5))
 
 
-def test_as_scipy():
+def test_correlations_match_scipy():
     stats = pytest.importorskip("scipy.stats")
     draw = np.random.default_rng(1)
     for _ in range(30):
@@ -118,7 +118,7 @@ def test_correlations_by_hand():
 
 @pytest.mark.filterwarnings("error")
 def test_correlation_of_a_constant_is_zero_without_a_warning():
-    # .1 + .2 is no exact number: the deviations from its mean are not exactly 0.
+    # .1 + .2 is not exact in binary: the deviations from the mean are not exactly 0.
     assert pearson([0.1 + 0.2] * 7, [1, 2, 3, 4, 5, 6, 7]) == spearman([1.0] * 3, [1, 2, 3]) == 0
     assert pearson([1e-300, 2e-300, 3e-300], [1e300, 2e300, 3e300]) == pytest.approx(1)
 
@@ -165,14 +165,14 @@ def test_both_labels_are_needed(measure, labels, missing):
         measure([0.1, 0.2], labels)
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("invalid", [float("nan"), float("inf")])
 @pytest.mark.parametrize("measure", [best_threshold, average_precision, roc_auc, pearson, spearman, graded_measures])
-def test_scores_must_be_finite(measure, wrong):
+def test_scores_must_be_finite(measure, invalid):
     with pytest.raises(InputError, match="1 of 3 numbers are NaN or infinite"):
-        measure([0.1, wrong, 0.3], [0, 1, 1])
+        measure([0.1, invalid, 0.3], [0, 1, 1])
 
 
-def test_what_else_is_refused():
+def test_other_invalid_input_is_rejected():
     with pytest.raises(InputError, match="true/false"):
         average_precision([1.0, 2.0], [0, 2])
     with pytest.raises(InputError, match="shapes"):
@@ -192,7 +192,7 @@ def test_what_else_is_refused():
 
 
 class TestResamples:
-    """Of the same pairs again and again: checked and sorted once; each draw is measured as a list of its own."""
+    """Measuring resamples of the same pairs: validated and sorted once, then each draw is measured as its own list."""
 
     SCORES = np.array([0.5, 0.5, 0.25, 1.0, 0.75, 0.5, -0.0, 0.0])
     CLASSES = (
@@ -224,12 +224,12 @@ class TestResamples:
             if len(set(classes)) < 3 or len(set(grades[rows].tolist())) < 2:
                 continue
             num_measured += 1
-            found = binary(rows)
-            assert found == binary_measures(scores, labels[rows], accuracy_threshold=0.6, f1_threshold=0.3)
-            assert found["AP"] == pytest.approx(metrics.average_precision_score(labels[rows], scores))
-            assert found["AUC"] == pytest.approx(metrics.roc_auc_score(labels[rows], scores))
-            assert found["F1"] == pytest.approx(metrics.f1_score(labels[rows], scores >= 0.3))
-            assert found["accuracy"] == pytest.approx(metrics.accuracy_score(labels[rows], scores >= 0.6))
+            measures = binary(rows)
+            assert measures == binary_measures(scores, labels[rows], accuracy_threshold=0.6, f1_threshold=0.3)
+            assert measures["AP"] == pytest.approx(metrics.average_precision_score(labels[rows], scores))
+            assert measures["AUC"] == pytest.approx(metrics.roc_auc_score(labels[rows], scores))
+            assert measures["F1"] == pytest.approx(metrics.f1_score(labels[rows], scores >= 0.3))
+            assert measures["accuracy"] == pytest.approx(metrics.accuracy_score(labels[rows], scores >= 0.6))
             assert nli(rows) == nli_measures(scores, classes, thresholds=self.THRESHOLDS)
             assert graded(rows) == graded_measures(scores, grades[rows])
         assert num_measured > 100
@@ -244,7 +244,7 @@ class TestResamples:
                 np.array([0, 0, 1])
             )
 
-    def test_what_is_wrong_is_told_before_the_first_draw(self):
+    def test_invalid_input_is_rejected_before_the_first_draw(self):
         with pytest.raises(InputError, match="NaN or infinite"):
             binary_measurer([1.0, np.nan], [True, False], thresholds=None)
         with pytest.raises(InputError, match="labels must be"):

@@ -17,7 +17,7 @@ def test_top_k_is_best_first() -> None:
     assert top_k(np.array([0.5, -1.0, 3.0, 0.25, 2.0]), IDS, 3) == [("a", 3.0), ("e", 2.0), ("d", 0.5)]
 
 
-def test_ties_go_by_ascending_id_inside_and_at_the_border() -> None:
+def test_ties_are_ordered_by_id_also_at_the_cutoff() -> None:
     scores = np.array([1.0, 1.0, 0.0, 1.0, 2.0])
     assert top_k(scores, IDS, 3) == [("e", 2.0), ("b", 1.0), ("c", 1.0)]
     assert top_k(scores, IDS, 4) == [("e", 2.0), ("b", 1.0), ("c", 1.0), ("d", 1.0)]
@@ -33,12 +33,12 @@ def test_ids_are_compared_as_text() -> None:
 
 
 @pytest.mark.parametrize("k", [5, 6, 1000])
-def test_all_when_there_are_fewer(k: int) -> None:
+def test_all_are_ranked_if_k_is_larger(k: int) -> None:
     result = top_k(np.array([0.0, 1.0, 2.0, 3.0, 4.0]), IDS, k)
     assert [name for name, _ in result] == ["e", "c", "a", "b", "d"]
 
 
-def test_nothing_asked_or_nothing_there() -> None:
+def test_k_zero_or_no_scores_give_an_empty_ranking() -> None:
     assert top_k(np.array([1.0, 2.0]), ["a", "b"], 0) == []
     assert top_k(np.array([]), [], 3) == []
 
@@ -49,7 +49,7 @@ def test_infinities_are_ranked() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64])
-def test_tensors(dtype: torch.dtype) -> None:
+def test_tensors_are_accepted(dtype: torch.dtype) -> None:
     scores = torch.tensor([0, 3, 3, 1, 2], dtype=dtype)
     if scores.is_floating_point():
         scores.requires_grad_()
@@ -63,13 +63,13 @@ def test_arrays_of_other_types(dtype: type[np.generic]) -> None:
     assert top_k(np.array([0, 1, 1, 0, 1]).astype(dtype), IDS, 2) == [("a", 1.0), ("b", 1.0)]
 
 
-def test_the_scores_are_left_as_they_were() -> None:
+def test_the_scores_are_not_modified() -> None:
     scores = np.array([3.0, 1.0, 2.0])
     top_k(scores, ["a", "b", "c"], 1)
     assert scores.tolist() == [3.0, 1.0, 2.0]
 
 
-def test_nan_is_refused_with_its_ids() -> None:
+def test_nan_scores_are_refused_with_their_ids() -> None:
     scores = np.array([1.0, math.nan, 3.0, math.nan, 0.0])
     with pytest.raises(InputError, match=r"2 of 5 scores are NaN \(first: 'b', 'c'\)"):
         top_k(scores, IDS, 1)
@@ -89,11 +89,11 @@ def test_fusion_by_hand() -> None:
     assert [candidate.score for candidate in fused] == pytest.approx(expected, rel=1e-15)
 
 
-def test_fusion_ties_go_by_ascending_id() -> None:
+def test_fusion_ties_are_ordered_by_id() -> None:
     assert reciprocal_rank_fusion([["b", "a"], ["a", "b"]], k=0) == [Candidate("a", 1.5), Candidate("b", 1.5)]
 
 
-def test_fusion_k_levels_the_first_places() -> None:
+def test_fusion_k_flattens_the_first_places() -> None:
     rankings = [["a", "x", "b"], ["y", "z", "b"]]
     assert reciprocal_rank_fusion(rankings, k=0)[0].passage_id == "a"  # 1 against 1/3 + 1/3
     assert reciprocal_rank_fusion(rankings, k=60)[0].passage_id == "b"  # 1/61 against 2/63
@@ -120,7 +120,7 @@ def test_kendall_tau_by_hand() -> None:
     assert kendall_tau([1.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]) == pytest.approx(5 / math.sqrt(30))
 
 
-def test_kendall_tau_sees_the_order_alone() -> None:
+def test_kendall_tau_depends_only_on_the_order() -> None:
     first, second = [0.1, -2.0, 5.0, 3.0, 0.0], [1.0, 4.0, 3.0, 2.0, -1.0]
     expected = sum(
         np.sign(first[i] - first[j]) * np.sign(second[i] - second[j]) for i in range(5) for j in range(i)
@@ -137,14 +137,14 @@ def test_kendall_tau_without_an_order_is_zero(first: list[float]) -> None:
     assert kendall_tau(first, [float(n) for n in range(len(first))]) == 0.0
 
 
-def test_kendall_tau_refuses_what_cannot_be_compared() -> None:
+def test_kendall_tau_rejects_invalid_input() -> None:
     with pytest.raises(InputError, match="2 numbers cannot be compared with 1"):
         kendall_tau([1.0, 2.0], [1.0])
     with pytest.raises(InputError, match="NaN"):
         kendall_tau([1.0, math.nan], [1.0, 2.0])
 
 
-def test_weights_shift_a_fusion_from_one_ranking_to_the_other() -> None:
+def test_fusion_weights() -> None:
     one, other = ["a", "b"], ["b", "a"]
     assert reciprocal_rank_scores([one, other], k=1, weights=[2.0, 1.0]) == pytest.approx(
         {"a": 1 + 1 / 3, "b": 2 / 3 + 1 / 2}

@@ -1,4 +1,4 @@
-"""What a student's error is, and what reading promises: against hand-made numbers and the definition."""
+"""The student's error model and the expected gain of rereading: by hand and by simulation."""
 
 import numpy as np
 import pytest
@@ -21,14 +21,14 @@ def test_a_fit_by_hand():
     assert error.num_pairs == 6
 
 
-def test_a_fit_finds_what_made_the_numbers():
+def test_a_fit_recovers_the_true_parameters():
     rng = np.random.default_rng(0)
     queries = np.repeat(np.arange(400), 12)
     scores = rng.normal(size=len(queries)) + 3 * rng.normal(size=400)[queries]
     log_odds = 0.7 * scores - 2 + 1.5 * rng.normal(size=400)[queries] + 0.9 * rng.normal(size=len(queries))
     error = calibrate_error(scores, log_odds, [str(query) for query in queries])
-    found = (error.slope, error.intercept, error.sigma, error.query_sigma)
-    np.testing.assert_allclose(found, (0.7, -2, 0.9, 1.5), atol=0.2)
+    fitted = (error.slope, error.intercept, error.sigma, error.query_sigma)
+    np.testing.assert_allclose(fitted, (0.7, -2, 0.9, 1.5), atol=0.2)
     assert abs(error.slope - 0.7) < 0.05
     assert abs(error.sigma - 0.9) < 0.03
 
@@ -43,7 +43,7 @@ def test_a_fit_finds_what_made_the_numbers():
         ([1, 1, 1], [3, 2, 1], "aaa", "do not go up"),
     ],
 )
-def test_what_cannot_be_fitted(scores, log_odds, queries, message):
+def test_unusable_data_is_rejected(scores, log_odds, queries, message):
     with pytest.raises(InputError, match=message):
         calibrate_error(scores, log_odds, list(queries))
 
@@ -51,16 +51,16 @@ def test_what_cannot_be_fitted(scores, log_odds, queries, message):
 @pytest.mark.parametrize(
     "values", [(0.0, 0.0, 1.0, 0.0), (1.0, np.inf, 1.0, 0.0), (1.0, 0.0, -1.0, 0.0), (1.0, 0.0, 1.0, -1.0)]
 )
-def test_an_error_that_cannot_be(values):
+def test_invalid_error_parameters_are_rejected(values):
     with pytest.raises(InputError, match="slope above 0"):
         StudentError(*values)
 
 
-def test_what_was_read_tells_of_the_query():
+def test_read_passages_shift_the_scores_of_the_query():
     error = StudentError(slope=2.0, intercept=1.0, sigma=1.0, query_sigma=1.0)
     scores, nothing = np.array([0.0, 1.0, 2.0]), np.zeros(0)
     np.testing.assert_allclose(on_one_scale(scores, nothing.astype(np.int64), nothing, error), [1, 3, 5])
-    # The passage at 1 was expected to have 3 and has 7: half of the 4 is taken for the query's.
+    # The passage with score 1 was expected at 3 and is at 7: half of the difference is attributed to the query.
     np.testing.assert_allclose(on_one_scale(scores, np.array([1]), np.array([7.0]), error), [3, 7, 7])
     without = StudentError(slope=2.0, intercept=1.0, sigma=0.0, query_sigma=0.0)
     np.testing.assert_allclose(on_one_scale(scores, np.array([1]), np.array([7.0]), without), [1, 7, 5])
@@ -70,37 +70,37 @@ def sigmoid(values):
     return 1 / (1 + np.exp(-values))
 
 
-def test_expected_probability():
+def test_expected_log_odds_by_simulation():
     draws = 1.3 * np.random.default_rng(1).normal(size=400_000)
     means = np.array([-6.0, -1.0, 0.0, 3.0])
-    found = expected_log_odds(means, np.ones(4, bool), 1.3)
-    np.testing.assert_allclose(sigmoid(found), [sigmoid(mean + draws).mean() for mean in means], rtol=0.01)
+    log_odds = expected_log_odds(means, np.ones(4, bool), 1.3)
+    np.testing.assert_allclose(sigmoid(log_odds), [sigmoid(mean + draws).mean() for mean in means], rtol=0.01)
     assert expected_log_odds(means, np.zeros(4, bool), 1.3).tolist() == means.tolist()
     far = expected_log_odds(np.array([-500.0, 500.0, 501.0]), np.ones(3, bool), 1.0)
     assert far[1] < far[2]
     assert np.isfinite(far).all()
 
 
-def test_gain_of_reading_by_drawing():
-    """Two places count, of three passages: the mean of the best DCG that may come, less that of now."""
+def test_reading_gains_by_simulation():
+    """Top 2 of three passages: the simulated mean of the best DCG after reading, minus the current DCG."""
     means, unread, sigma = np.array([0.0, -0.4, -1.0]), np.array([True, False, True]), 1.2
     draws = sigma * np.random.default_rng(2).normal(size=200_000)
     expected = np.array([sigmoid(means[0] + draws).mean(), sigmoid(means[1]), sigmoid(means[2] + draws).mean()])
-    worth = np.array([1, 1 / np.log2(3)])
-    now = np.sort(expected)[::-1][:2] @ worth
-    wanted = np.zeros(3)
+    discounts = np.array([1, 1 / np.log2(3)])
+    current = np.sort(expected)[::-1][:2] @ discounts
+    expected_gains = np.zeros(3)
     for place in (0, 2):
         others = np.delete(expected, place)
         table = np.column_stack([sigmoid(means[place] + draws), np.tile(others, (len(draws), 1))])
-        wanted[place] = (-np.sort(-table, axis=1)[:, :2] @ worth).mean() - now
-    found = reading_gains(means, unread, sigma, 2)
-    np.testing.assert_allclose(found, wanted, atol=0.003)
-    assert found[1] == 0
-    assert found[2] > 0.01
+        expected_gains[place] = (-np.sort(-table, axis=1)[:, :2] @ discounts).mean() - current
+    gains = reading_gains(means, unread, sigma, 2)
+    np.testing.assert_allclose(gains, expected_gains, atol=0.003)
+    assert gains[1] == 0
+    assert gains[2] > 0.01
 
 
-def test_where_reading_pays():
-    # Five sure ones far above, two level around the border of the first six, and many far below.
+def test_reading_pays_around_the_cutoff():
+    # Five certain passages far above, two tied around the cutoff at six, and three far below.
     log_odds = np.array([9, 8, 7, 6, 5, 0.0, 0.0, -9, -10, -11])
     gains = reading_gains(log_odds, np.ones(10, bool), 1.0, 6)
     assert set(np.argsort(-gains)[:2]) == {5, 6}
@@ -116,7 +116,7 @@ def test_where_reading_pays():
     st.floats(0, 3),
     st.randoms(use_true_random=False),
 )
-def test_reading_never_costs_and_goes_with_the_passage(values, top_k, sigma, random):
+def test_gains_are_never_negative_and_follow_the_passage(values, top_k, sigma, random):
     log_odds = np.array(values)
     unread = np.array([random.random() < 0.7 for _ in values])
     gains = reading_gains(log_odds, unread, sigma, top_k)

@@ -10,31 +10,33 @@ def ids_of(rows):
     return IDS[rows].tolist()
 
 
-def test_best_first():
+def test_top_rows_are_best_first():
     scores = np.array([0.1, 0.9, -2.0, 0.5, 0.4], np.float32)
     assert top_rows(scores, 3, ids_of).tolist() == [1, 3, 4]
 
 
-def test_equal_scores_go_by_id_also_at_the_border():
+def test_ties_are_ordered_by_id_also_at_the_cutoff():
     scores = np.array([1.0, 1.0, 2.0, 1.0, 1.0], np.float32)
     assert top_rows(scores, 3, ids_of).tolist() == [2, 4, 3]
     assert top_rows(scores, 9, ids_of).tolist() == [2, 4, 3, 1, 0]
 
 
-def test_ids_are_asked_for_only_where_scores_are_equal():
-    asked = []
+def test_ids_are_requested_only_for_ties():
+    requested = []
     scores = np.array([3, 1, 2, 2, 5, 3, 1], np.float32)
-    assert top_rows(scores, 4, lambda rows: asked.append(rows.tolist()) or [str(9 - row) for row in rows]).tolist() == [
+    assert top_rows(
+        scores, 4, lambda rows: requested.append(rows.tolist()) or [str(9 - row) for row in rows]
+    ).tolist() == [
         4,
         5,
         0,
         3,
     ]
-    assert [sorted(rows) for rows in asked] == [[0, 2, 3, 5]]  # once, and not 1, 4 and 6
+    assert [sorted(rows) for rows in requested] == [[0, 2, 3, 5]]  # one call, without rows 1, 4 and 6
     top_rows(np.array([3, 1, 2], np.float32), 2, lambda rows: pytest.fail("no two scores are equal"))
 
 
-def test_nothing_to_choose_from():
+def test_empty_selections():
     assert top_rows(np.zeros(0, np.float32), 3, ids_of).tolist() == []
     assert top_rows(np.ones(3, np.float32), 0, ids_of).tolist() == []
 
@@ -45,7 +47,7 @@ def test_infinities_are_ranked():
     assert top_rows(scores, 1, ids_of).tolist() == [4]
 
 
-def test_one_score_for_a_whole_corpus():
+def test_a_large_corpus_with_constant_scores():
     ids = [f"{number * 7919 % 20_000:05d}" for number in range(20_000)]
     assert [ids[row] for row in top_rows(np.zeros(20_000, np.float32), 3, lambda rows: [ids[row] for row in rows])] == [
         "00000",

@@ -17,7 +17,7 @@ FIRST = [0.9, 0.4, 0.8, 0.55, 0.3, 1.0, 0.7, 0.2]
 SECOND = [0.5, 0.45, 0.5, 0.35, 0.1, 0.7, 0.75, 0.1]
 
 
-def enumerated(first, second):
+def exact_p_value(first, second):
     """The exact p-value: all 2^n sign vectors."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
     observed = abs(sum(differences))
@@ -28,32 +28,32 @@ def enumerated(first, second):
     return sum(value >= observed - 1e-9 for value in sums) / len(sums)
 
 
-def test_close_to_exact_enumeration():
-    exact = enumerated(FIRST, SECOND)
-    assert 0.005 < exact < 0.2  # a case in which the p-value says something
+def test_p_value_is_close_to_exact_enumeration():
+    exact = exact_p_value(FIRST, SECOND)
+    assert 0.005 < exact < 0.2  # the p-value is neither tiny nor close to 1
     # 50,000 draws: standard error sqrt(p (1 - p) / 50,000) < .0018
     assert paired_randomisation(FIRST, SECOND, num_permutations=50_000) == pytest.approx(exact, abs=0.006)
 
 
-def test_same_systems_differ_by_chance_only():
+def test_identical_systems_have_p_value_one():
     assert paired_randomisation(FIRST, FIRST) == 1.0
 
 
-def test_two_sided():
+def test_the_test_is_two_sided():
     assert paired_randomisation(FIRST, SECOND, seed=3) == pytest.approx(
         paired_randomisation(SECOND, FIRST, seed=3), abs=1e-12
     )
 
 
-def test_smallest_p_value_when_no_permutation_reaches():
+def test_smallest_p_value_if_no_permutation_is_as_extreme():
     first = np.ones(60)
     assert paired_randomisation(first, first * 0, num_permutations=999) == 1 / 1000
 
 
-def test_seeded():
-    one, other = (paired_randomisation(FIRST, SECOND, num_permutations=5_000, seed=seed) for seed in (1, 2))
-    assert one == paired_randomisation(FIRST, SECOND, num_permutations=5_000, seed=1)
-    assert one != other
+def test_p_values_depend_on_the_seed():
+    first, second = (paired_randomisation(FIRST, SECOND, num_permutations=5_000, seed=seed) for seed in (1, 2))
+    assert first == paired_randomisation(FIRST, SECOND, num_permutations=5_000, seed=1)
+    assert first != second
 
 
 @pytest.mark.parametrize(("first", "second"), [([], []), ([1.0], [1.0, 2.0])])
@@ -70,16 +70,16 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), -0.1, 1.1])
-def test_holm_takes_p_values_only(wrong):
+@pytest.mark.parametrize("invalid", [float("nan"), -0.1, 1.1])
+def test_holm_rejects_invalid_p_values(invalid):
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        holm([0.5, wrong])
+        holm([0.5, invalid])
 
 
-def test_interval_is_the_percentiles_of_all_resamples():
-    """Three values have 27 equally likely resamples: their means can be listed."""
+def test_interval_is_given_by_percentiles_of_resamples():
+    """Three values have 27 equally likely resamples, so all means can be enumerated."""
     values = [0.0, 0.3, 0.9]
-    means = sorted(sum(drawn) / 3 for drawn in itertools.product(values, repeat=3))
+    means = sorted(sum(resample) / 3 for resample in itertools.product(values, repeat=3))
     interval = bootstrap_interval(values, confidence=0.8, num_resamples=40_000)
     # 10 % of 27 is the third smallest, 90 % the third largest; neither is a borderline case
     assert interval.low == pytest.approx(means[2])
@@ -93,7 +93,7 @@ def test_interval_of_a_mean_is_close_to_the_normal_one():
     assert [interval.low, interval.high] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.002)
 
 
-def test_interval_does_not_depend_on_the_blocks(monkeypatch):
+def test_interval_does_not_depend_on_the_block_size(monkeypatch):
     values = np.random.default_rng(1).random(50)
     whole = bootstrap_interval(values, seed=4)
     monkeypatch.setattr(significance, "_BLOCK_NUMBERS", 170)  # 3 rows at once
@@ -101,21 +101,21 @@ def test_interval_does_not_depend_on_the_blocks(monkeypatch):
     assert bootstrap_interval(values, seed=5) != whole
 
 
-def test_paired_interval_is_of_the_differences():
+def test_paired_interval_resamples_the_differences():
     differences = np.subtract(FIRST, SECOND)
     assert paired_bootstrap_interval(FIRST, SECOND, seed=3) == bootstrap_interval(differences, seed=3)
     with pytest.raises(ValueError, match="same queries"):
         paired_bootstrap_interval(FIRST, SECOND[1:])
 
 
-def test_any_statistic():
+def test_bootstrap_of_any_statistic():
     values = np.asarray(FIRST)
     interval, resampled = bootstrap_statistic(lambda rows: float(values[rows].mean()), 8, num_resamples=2_000, seed=7)
     assert interval == bootstrap_interval(values, seed=7)  # the same resamples
     assert resampled.shape == (2_000,)
 
 
-def test_resamples_that_cannot_be_measured_are_left_out():
+def test_unmeasurable_resamples_are_left_out():
     with_nan = bootstrap_statistic(lambda rows: float("nan") if 0 in rows else 1.0, 3, num_resamples=50)
     assert (with_nan[0].low, with_nan[0].high) == (1.0, 1.0)
     assert 0 < np.isnan(with_nan[1]).sum() < 50
@@ -133,7 +133,7 @@ def test_p_value_by_counting():
     assert p_value == pytest.approx(2 / 4, abs=0.02)
 
 
-def test_p_value_at_its_ends():
+def test_extreme_p_values():
     values = np.asarray(FIRST)
     mean = lambda rows: float(values[rows].mean())  # noqa: E731
     assert paired_bootstrap_test(mean, mean, 8) == 1.0
@@ -142,11 +142,11 @@ def test_p_value_at_its_ends():
 
 
 @pytest.mark.parametrize("settings", [{"confidence": 0.0}, {"confidence": 1.0}, {"num_resamples": 0}])
-def test_numbers_out_of_range(settings):
+def test_settings_out_of_range_are_rejected(settings):
     with pytest.raises(ValueError, match="must"):
         bootstrap_interval([0.1, 0.2], **settings)
 
 
-def test_nothing_to_resample():
+def test_an_empty_sample_is_rejected():
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_interval([])

@@ -1,4 +1,4 @@
-"""Stacking: the optimum against an independent optimiser and the conditions of optimality, folds against queries."""
+"""Stacking: the optimum checked against SciPy and the optimality conditions; folds are split by query."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sigmoid(values):
 
 
 def sample(num_pairs=4000, *, seed=0):
-    """Two teachers that say something of the truth with errors of their own, and one that knows nothing."""
+    """Two teachers whose scores are noisy versions of the truth, and one with random scores."""
     rng = np.random.default_rng(seed)
     log_odds = rng.normal(-1, 2, num_pairs)
     labels = rng.random(num_pairs) < sigmoid(log_odds)
@@ -35,32 +35,34 @@ def test_one_binary_score_by_hand():
     assert weights[0] == pytest.approx(np.log(3) - np.log(1 / 4), abs=1e-6)
 
 
-def test_a_score_that_goes_down_with_relevance_has_weight_0():
+def test_a_score_that_falls_with_relevance_gets_weight_0():
     weights, bias = fit_logistic([[1.0], [1.0], [0.0], [0.0]], [0, 0, 1, 0])
     assert weights[0] == 0
     assert bias == pytest.approx(np.log(1 / 3), abs=1e-6)
 
 
 @pytest.mark.parametrize("l2", [0.0, 1e-3, 0.3])
-def test_the_optimum_is_another_optimisers(l2):
+def test_the_optimum_matches_scipy(l2):
     optimize = pytest.importorskip("scipy.optimize")
     scores, labels = sample(500)
     scores = (scores - scores.mean(0)) / scores.std(0)
 
-    def loss(at):
-        logits = scores @ at[:3] + at[3]
-        return np.mean(np.logaddexp(0, logits) - labels * logits) + l2 / 2 * np.sum(at[:3] ** 2)
+    def loss(parameters):
+        logits = scores @ parameters[:3] + parameters[3]
+        return np.mean(np.logaddexp(0, logits) - labels * logits) + l2 / 2 * np.sum(parameters[:3] ** 2)
 
-    found = optimize.minimize(loss, np.zeros(4), bounds=[(0, None)] * 3 + [(None, None)], method="L-BFGS-B", tol=1e-14)
+    optimum = optimize.minimize(
+        loss, np.zeros(4), bounds=[(0, None)] * 3 + [(None, None)], method="L-BFGS-B", tol=1e-14
+    )
     weights, bias = fit_logistic(scores, labels, l2=l2)
-    assert [*weights, bias] == pytest.approx(found.x, abs=1e-4)
-    assert loss(np.array([*weights, bias])) <= found.fun + 1e-12
+    assert [*weights, bias] == pytest.approx(optimum.x, abs=1e-4)
+    assert loss(np.array([*weights, bias])) <= optimum.fun + 1e-12
 
 
 @settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([1e-6, 1e-3, 0.1, 3.0]))
-def test_the_conditions_of_optimality_hold(seed, num_members, l2):
-    """Gradient 0 for the bias and positive weights, not negative where the weight is 0; columns may repeat."""
+def test_the_optimality_conditions_hold(seed, num_members, l2):
+    """Zero gradient for the bias and positive weights, non-negative where the weight is 0; columns may repeat."""
     rng = np.random.default_rng(seed)
     base = rng.normal(size=(30, num_members))
     scores = np.column_stack((base, base[:, :1], -base[:, -1:]))
@@ -75,16 +77,16 @@ def test_the_conditions_of_optimality_hold(seed, num_members, l2):
 
 
 def test_a_stack_is_better_than_its_members_and_calibrated():
-    (scores, labels), (others, truth) = sample(seed=1), sample(seed=2)
+    (scores, labels), (test_scores, truth) = sample(seed=1), sample(seed=2)
     stack = fit_stack(scores, labels)
-    alone = [fit_stack(scores[:, [m]], labels) for m in range(3)]
-    together = log_loss(stack.log_odds(others), truth)
-    assert together < min(log_loss(alone[m].log_odds(others[:, [m]]), truth) for m in range(3)) - 0.005
-    assert expected_calibration_error(reliability_bins(stack.log_odds(others), truth)) < 0.02
+    single = [fit_stack(scores[:, [m]], labels) for m in range(3)]
+    stack_loss = log_loss(stack.log_odds(test_scores), truth)
+    assert stack_loss < min(log_loss(single[m].log_odds(test_scores[:, [m]]), truth) for m in range(3)) - 0.005
+    assert expected_calibration_error(reliability_bins(stack.log_odds(test_scores), truth)) < 0.02
     assert stack.weights[2] < 0.05 * min(stack.weights[:2])
 
 
-def test_the_temperature_undoes_the_shrinking():
+def test_the_temperature_undoes_the_regularisation():
     scores, labels = sample()
     strong, weak = fit_stack(scores, labels, l2=1.0), fit_stack(scores, labels, l2=0.0)
     assert strong.temperature < 0.5
@@ -105,16 +107,16 @@ def test_units_of_a_score_do_not_matter(factor, shift):
     assert other.log_odds(moved) == pytest.approx(plain.log_odds(scores), abs=1e-5)
 
 
-def test_scores_that_tell_all_labels_apart_stay_finite():
+def test_separable_scores_give_finite_log_odds():
     stack = fit_stack([[1.0], [2.0], [3.0], [4.0]], [0, 0, 1, 1], l2=0.0)
     log_odds = stack.log_odds([[1.0], [2.0], [3.0], [4.0]])
     assert np.isfinite(log_odds).all()
     assert (np.diff(log_odds) > 0).all()
-    # Platt's targets: 3/4 and 1/4, reached as nearly as one slope can.
+    # Platt's targets are 3/4 and 1/4, approximated as closely as a single slope allows.
     assert 0.5 < sigmoid(log_odds[2]) < sigmoid(log_odds[3]) < 0.9
 
 
-def test_a_member_of_one_value_and_one_that_misleads_are_left_out():
+def test_constant_and_misleading_members_are_left_out():
     scores, labels = sample(300)
     stack = fit_stack(np.column_stack((np.full(300, 7.0), -scores[:, 0], scores[:, 1])), labels)
     assert stack.weights[:2] == (0, 0)
@@ -124,7 +126,7 @@ def test_a_member_of_one_value_and_one_that_misleads_are_left_out():
     assert sigmoid(nothing.bias) == pytest.approx(labels.mean(), abs=0.01)
 
 
-def test_log_odds_by_hand_and_of_some_members():
+def test_log_odds_of_all_and_of_some_members():
     stack = Stack(means=(1.0, 0.0, 5.0), scales=(2.0, 1.0, 1.0), weights=(3.0, 0.0, 0.5), bias=-1.0)
     assert stack.log_odds([[5, 9, 5], [1, 9, 7]]).tolist() == [5, 0]
     assert stack.only([0, 2]) == Stack((1.0, 5.0), (2.0, 1.0), (3.0, 0.5), -1.0)
@@ -132,7 +134,7 @@ def test_log_odds_by_hand_and_of_some_members():
 
 
 def test_a_query_never_fits_its_own_log_odds():
-    """Each query's log-odds are those of a fit on the other folds: its own labels change nothing."""
+    """Each query's log-odds come from a fit on the other folds, so its own labels change nothing."""
     scores, labels = sample(300)
     groups = [f"q{row % 30}" for row in range(300)]
     before = out_of_fold_log_odds(scores, labels, groups, seed=3)
@@ -145,7 +147,7 @@ def test_a_query_never_fits_its_own_log_odds():
     assert left_out[own] == pytest.approx(fit_stack(scores[~own], labels[~own]).log_odds(scores[own]))
 
 
-def test_folds_depend_on_names_not_on_the_order_of_pairs():
+def test_folds_do_not_depend_on_the_order_of_pairs():
     scores, labels = sample(200)
     groups = [f"q{row % 20}" for row in range(200)]
     order = np.random.default_rng(1).permutation(200)
@@ -164,7 +166,7 @@ def test_folds_depend_on_names_not_on_the_order_of_pairs():
         ([[1.0], [float("inf")]], [1, 0], "not finite"),
     ],
 )
-def test_wrong_input_is_named(scores, labels, message):
+def test_invalid_input_is_rejected(scores, labels, message):
     with pytest.raises(InputError, match=message):
         fit_stack(scores, labels)
 

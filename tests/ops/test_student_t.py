@@ -1,4 +1,4 @@
-"""Student's t: quantiles against the printed tables, intervals by hand."""
+"""Student's t distribution: quantiles from published tables, intervals by hand."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("degrees", "confidence", "expected"), TABLE)
-def test_quantiles_are_those_of_the_tables(degrees: int, confidence: float, expected: float) -> None:
+def test_quantiles_match_the_published_tables(degrees: int, confidence: float, expected: float) -> None:
     assert student_t_quantile(degrees, confidence) == pytest.approx(expected, abs=6e-6)
 
 
 @given(st.integers(1, 60), st.floats(0.05, 0.995))
-def test_the_density_between_the_quantiles_has_that_share(degrees: int, confidence: float) -> None:
-    """The density itself, by Simpson's rule over the angle, where it is smooth: t = sqrt(n) tan(angle)."""
+def test_the_density_between_quantiles_integrates_to_confidence(degrees: int, confidence: float) -> None:
+    """Integrates the density by Simpson's rule after substituting t = sqrt(n) tan(angle), where it is smooth."""
     angle = math.atan(student_t_quantile(degrees, confidence) / math.sqrt(degrees))
     angles = np.linspace(0, angle, 2001)
     log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(math.pi) / 2
@@ -61,6 +61,6 @@ def test_one_value_has_no_interval() -> None:
 
 
 @pytest.mark.parametrize(("degrees", "confidence"), [(0, 0.95), (3, 0.0), (3, 1.0)])
-def test_what_has_no_quantile_is_refused(degrees: int, confidence: float) -> None:
+def test_invalid_quantile_arguments_are_rejected(degrees: int, confidence: float) -> None:
     with pytest.raises(ValueError, match=r"degree of freedom|between 0 and 1"):
         student_t_quantile(degrees, confidence)

@@ -1,4 +1,4 @@
-"""Two processes that train together get what one gets, dropout included."""
+"""Training with two processes gives the same result as with one, including dropout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sources() -> list[TrainingSource]:
 
 
 def recipe(models: Path) -> Recipe:
-    """With dropout, and parts so small that each process has several, the first of them kept."""
+    """With dropout, and with parts so small that each process has several and keeps the graph of the first."""
     config = tiny_student_config(models / "student", lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2))
     student = config.model_copy(update={"interaction": config.interaction.model_copy(update={"dropout": 0.1})})
     rates = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
@@ -65,7 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_get_what_one_gets(models: Path) -> None:
+def test_two_processes_match_one_process(models: Path) -> None:
     threads = torch.get_num_threads()
     try:
         expected = run(models, models / "one")
@@ -93,8 +93,8 @@ def test_two_processes_get_what_one_gets(models: Path) -> None:
         one, two = (load_file(models / folder / name) for folder in ("one", "two"))
         assert one.keys() == two.keys()
         for key, tensor in one.items():
-            # AdamW's first steps are of the rate's size whatever the gradient's: where that is all but 0, rounding
-            # alone decides the sign.
+            # AdamW's first steps have the size of the learning rate whatever the gradient: where that is nearly 0,
+            # rounding alone decides the sign.
             torch.testing.assert_close(two[key], tensor, rtol=1e-2, atol=2e-3, msg=lambda m, key=key: f"{key}: {m}")
 
 

@@ -1,4 +1,4 @@
-"""Distillation that is interrupted and resumed equals the uninterrupted run, bit for bit, with dropout on."""
+"""A distillation run that is interrupted and resumed equals the uninterrupted run bit for bit, with dropout."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(models: Path) -> tuple[DistillReport, Path]:
+def uninterrupted(models: Path) -> tuple[DistillReport, Path]:
     """The uninterrupted run."""
     folder = models / "whole"
     return run(models, folder), folder
@@ -80,25 +80,25 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
-def assert_equal_runs(report: DistillReport, folder: Path, whole: tuple[DistillReport, Path]) -> None:
-    expected, whole_folder = whole
+def assert_equal_runs(report: DistillReport, folder: Path, uninterrupted: tuple[DistillReport, Path]) -> None:
+    expected, uninterrupted_folder = uninterrupted
     differing = {"folder", "seconds"}
     assert {k: v for k, v in asdict(report).items() if k not in differing} == {
         k: v for k, v in asdict(expected).items() if k not in differing
     }
-    assert log_of(folder) == log_of(whole_folder)
+    assert log_of(folder) == log_of(uninterrupted_folder)
     for name in STUDENT_FILES:
-        assert (folder / name).read_bytes() == (whole_folder / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (uninterrupted_folder / name).read_bytes(), name
     for name in ("best.safetensors", "checkpoint.safetensors"):  # parameters and AdamW moments
-        one, two = (load_file(path.with_name(path.name + ".run") / name) for path in (folder, whole_folder))
+        one, two = (load_file(path.with_name(path.name + ".run") / name) for path in (folder, uninterrupted_folder))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one), name
 
 
-def test_the_run_compared_with_is_worth_it(whole: tuple[DistillReport, Path]) -> None:
-    report, folder = whole
+def test_the_reference_run_trains_properly(uninterrupted: tuple[DistillReport, Path]) -> None:
+    report, folder = uninterrupted
     assert report.steps == STEPS
-    assert report.best_step > 0  # so a best state is kept and must come back
+    assert report.best_step > 0  # so a best state is stored and must be restored
     losses = [line["loss"] for line in log_of(folder) if "loss" in line]
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
@@ -112,18 +112,22 @@ class Interrupted(Exception):
 
 
 # 2: before the first checkpoint; 5, 10: between checkpoints; 15: at the last step.
-@pytest.mark.parametrize("at", [[2], [5], [10, 15]])
+@pytest.mark.parametrize("interruptions", [[2], [5], [10, 15]])
 def test_resumed_equals_uninterrupted(
-    models: Path, whole: tuple[DistillReport, Path], at: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path,
+    uninterrupted: tuple[DistillReport, Path],
+    interruptions: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "student"
-    for moment in at:
+    for moment in interruptions:
         with monkeypatch.context() as patch:
             interrupt_at_call(patch, moment, folder)
             with pytest.raises(Interrupted):
                 run(models, folder)
         assert not folder.exists()
-    assert_equal_runs(run(models, folder), folder, whole)
+    assert_equal_runs(run(models, folder), folder, uninterrupted)
 
 
 def interrupt_at_call(patch: pytest.MonkeyPatch, step: int, folder: Path) -> None:
@@ -140,10 +144,10 @@ def interrupt_at_call(patch: pytest.MonkeyPatch, step: int, folder: Path) -> Non
     patch.setattr(distill_run, "weighted_sum", weighted_sum)
 
 
-def test_resumed_after_the_last_checkpoint(
-    models: Path, whole: tuple[DistillReport, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_resumed_after_the_last_step(
+    models: Path, uninterrupted: tuple[DistillReport, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted when all steps are done, but the student is not written."""
+    """Interrupted after all steps are done, but before the student is saved."""
 
     def save(*arguments: Any, **options: Any) -> None:
         raise Interrupted
@@ -153,13 +157,13 @@ def test_resumed_after_the_last_checkpoint(
         patch.setattr(verb.Student, "save", save)
         with pytest.raises(Interrupted):
             run(models, folder)
-    assert_equal_runs(run(models, folder), folder, whole)
+    assert_equal_runs(run(models, folder), folder, uninterrupted)
 
 
 def stop_in(patch: pytest.MonkeyPatch, name: str, calls: int, number: signal.Signals) -> None:
-    """Do what a signal does in the given call of a function of the loop.
+    """Call the signal's handler in the given call of a function of the training loop.
 
-    The signal itself would end a worker of the tests wherever its handler was not the loop's;
+    A real signal would kill the pytest worker whenever the loop's handler is not installed;
     ``tests/e2e/test_cli_train.py`` sends it to a process of its own.
     """
     original, count = getattr(distill_run, name), 0
@@ -176,16 +180,16 @@ def stop_in(patch: pytest.MonkeyPatch, name: str, calls: int, number: signal.Sig
     patch.setattr(distill_run, name, stopping)
 
 
-# In the middle of step 7, 6 being whole; while step 6 is being taken, which is finished first; while dev is measured
-# after step 8 (the third time), which is then measured by the resumed run; while a new best state is being chosen.
+# In the middle of step 7, after 6 complete steps; during step 6, which is finished first; during the third dev
+# evaluation (after step 8), which the resumed run repeats; while a new best state is being chosen.
 @pytest.mark.parametrize(
     ("name", "calls", "step"),
     [("weighted_sum", 7, 6), ("optimizer_step", 6, 6), ("evaluate_dev", 3, 8), ("items_at_best_weight", 3, 8)],
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
+def test_stopped_by_a_signal_equals_uninterrupted(
     models: Path,
-    whole: tuple[DistillReport, Path],
+    uninterrupted: tuple[DistillReport, Path],
     name: str,
     calls: int,
     step: int,
@@ -193,7 +197,7 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No checkpoint is due in this run of few steps, but one is kept when it is stopped, and no step is taken twice."""
+    """No checkpoint is due in this short run, but one is written when it is stopped, and no step is repeated."""
     folder, rare = tmp_path / "student", {"checkpoint_every": 1000, "checkpoint_minutes": 1000}
     with monkeypatch.context() as patch:
         stop_in(patch, name, calls, number)
@@ -202,22 +206,22 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
     assert isinstance(raised.value, Terminated) == (number == signal.SIGTERM)
     with safe_open(tmp_path / "student.run" / "checkpoint.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == str(step)
-    taken: list[int] = []
+    steps: list[int] = []
     genuine = distill_run.optimizer_step
-    monkeypatch.setattr(distill_run, "optimizer_step", lambda *a, **o: taken.append(1) or genuine(*a, **o))
+    monkeypatch.setattr(distill_run, "optimizer_step", lambda *a, **o: steps.append(1) or genuine(*a, **o))
     report = run(models, folder, **rare)
-    assert len(taken) == STEPS - step
-    assert_equal_runs(report, folder, whole)
+    assert len(steps) == STEPS - step
+    assert_equal_runs(report, folder, uninterrupted)
 
 
-def test_a_checkpoint_is_due_by_time_as_well(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose steps take a minute must not lose the most of a hundred of them."""
-    kept: list[int] = []
-    monkeypatch.setattr(distill_run, "save_checkpoint", lambda folder, step, *rest, **options: kept.append(step))
-    clock = iter(range(0, 100_000, 50))  # seconds; looked at after each step, and after each checkpoint
+def test_checkpoints_are_also_due_by_time(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose steps take a minute must not lose up to a hundred of them."""
+    saved_steps: list[int] = []
+    monkeypatch.setattr(distill_run, "save_checkpoint", lambda folder, step, *rest, **options: saved_steps.append(step))
+    clock = iter(range(0, 100_000, 50))  # seconds; read after each step and after each checkpoint
     monkeypatch.setattr(distill_run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     run(models, tmp_path / "student", checkpoint_every=1000, checkpoint_minutes=2.4, eval_every=1000)
-    assert kept == [0, 3, 6, 9, 12, 15, 16]
+    assert saved_steps == [0, 3, 6, 9, 12, 15, 16]
 
 
 KILLED = """
@@ -243,37 +247,39 @@ test.run(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
-# In the middle of the eighth step, and when a best state is written but not the checkpoint that knows it.
+# In the middle of the eighth step, and after a best state is written but not the checkpoint that refers to it.
 @pytest.mark.parametrize(("name", "calls"), [("optimizer_step", 8), ("save_checkpoint", 4)])
-def test_killed_and_resumed_equals_uninterrupted(
-    models: Path, whole: tuple[DistillReport, Path], name: str, calls: int, tmp_path: Path
+def test_killed_process_resumes_to_the_uninterrupted_result(
+    models: Path, uninterrupted: tuple[DistillReport, Path], name: str, calls: int, tmp_path: Path
 ) -> None:
     folder, code = tmp_path / "student", KILLED.format(path=str(Path(__file__).parent))
     with PreparedProcess(script, code, str(models), str(folder), name, str(calls)) as process:
         assert process.wait() == -signal.SIGKILL, process.errors
     assert (tmp_path / "student.run" / "checkpoint.safetensors").is_file()
     assert not folder.exists()
-    assert_equal_runs(run(models, folder), folder, whole)
+    assert_equal_runs(run(models, folder), folder, uninterrupted)
 
 
-def test_a_checkpoint_of_other_labels_is_refused(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels that came since would be mixed with the data set's own judgements."""
+def test_a_checkpoint_for_other_labels_is_refused(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels added since the checkpoint would be mixed with the data set's own judgements."""
     base = recipe(models)
     own = base.model_copy(update={"training": base.training.model_copy(update={"unlabelled": "own_labels"})})
     teacher = tiny_teacher_config(models / "teacher")
     write_rule_labels(tmp_path / "labels", sources(), teacher, queries=["q00", "q01", "q02"])
     folder = tmp_path / "student"
 
-    def again() -> DistillReport:
+    def run_with_labels() -> DistillReport:
         options = {"recipe": own, "labels": tmp_path / "labels", "teacher": teacher, "dtype": "float32"}
         return distill(sources(), folder, device="cpu", show_progress=False, **options)
 
     with monkeypatch.context() as patch:
         interrupt_at_call(patch, 5, folder)
         with pytest.raises(Interrupted):
-            again()
+            run_with_labels()
     write_rule_labels(tmp_path / "labels", sources(), teacher)
     with pytest.raises(
         InputError, match=r"belongs to a run with other settings: labels\.one\.unlabelled \(was 13, is 0\)"
     ):
-        again()
+        run_with_labels()

@@ -1,4 +1,4 @@
-"""Engines and exported graphs against torch: vectors and logits of the same texts."""
+"""Vectors and logits of engines and exported graphs, compared with torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytest.importorskip("onnxruntime")
 VECTORS = 2e-5  # largest difference of a number in vectors of norm near 6 (tiny) or 20 (shipped)
 LOGITS = 1e-4
 MIXED = [*TEXTS, "", "cat", " ".join(TEXTS[:4]), " ".join(TEXTS)]
-"""From one token to the limit."""
+"""Texts from one token to the limit."""
 POOLINGS = {
     "warm": PoolingConfig(num_heads=4),
     "cold": PoolingConfig(num_heads=4, warm_start=False),
@@ -66,23 +66,23 @@ def make(folder: Path, architecture="bert", pooling="warm", head="anchored") -> 
     return Student.load(folder / "student", device="cpu", dtype="float32")
 
 
-def by(student: Student, engine, texts=MIXED):
+def encode_with(student: Student, engine, texts=MIXED):
     student.use_engine(engine)
     return student.encode_passages(texts).vectors
 
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
 @pytest.mark.parametrize(("architecture", "pooling"), MODELS)
-def test_vectors_are_torchs(architecture, pooling, engine, tmp_path):
+def test_vectors_match_torch(architecture, pooling, engine, tmp_path):
     if engine == "openvino":
         pytest.importorskip("openvino")
     student = make(tmp_path, architecture, pooling)
-    expected, fingerprint = by(student, "torch"), student.fingerprint
-    found = by(student, engine)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=0, atol=VECTORS)
+    expected, fingerprint = encode_with(student, "torch"), student.fingerprint
+    actual = encode_with(student, engine)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=VECTORS)
     assert student.fingerprint == fingerprint
-    assert abs(expected - expected.mean(0)).max() > 0.1  # texts differ by far more
+    assert abs(expected - expected.mean(0)).max() > 0.1  # vectors of different texts differ by far more
 
 
 @pytest.mark.parametrize("head", ["anchored", "paper", "cosine"])
@@ -106,7 +106,7 @@ def test_logits_of_exported_graphs(head, tmp_path):
         np.testing.assert_allclose(logits, student.score_many(queries, passages, task), rtol=0, atol=LOGITS)
 
 
-def test_openvinos_files_say_the_same(tmp_path):
+def test_exported_openvino_files_match_torch(tmp_path):
     openvino = pytest.importorskip("openvino")
     student = make(tmp_path)
     report = export(student, tmp_path / "out", "openvino")
@@ -125,31 +125,31 @@ def test_openvinos_files_say_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["onnx-int8", "openvino-int8"])
-def test_eight_bits_change_vectors_a_little(engine, tmp_path):
+def test_int8_changes_vectors_slightly(engine, tmp_path):
     pytest.importorskip("openvino")
     student = make(tmp_path)
-    expected, found = by(student, "torch"), by(student, engine)
-    cosines = (expected * found).sum(1) / np.linalg.norm(expected, axis=1) / np.linalg.norm(found, axis=1)
+    expected, quantised = encode_with(student, "torch"), encode_with(student, engine)
+    cosines = (expected * quantised).sum(1) / np.linalg.norm(expected, axis=1) / np.linalg.norm(quantised, axis=1)
     assert 0.97 < cosines.min() < 0.99999
     export(student, tmp_path / "out", engine.removesuffix("-int8"), int8=True)
     assert read_manifest(tmp_path / "out", "export", 1)["precision"] == "int8"
 
 
-def test_writing_eight_bits_shows_only_its_own_line(tmp_path):
+def test_int8_export_prints_a_single_line(tmp_path):
     student = make(tmp_path)
     student.save(tmp_path / "saved")
     for runtime in ("onnx", "openvino"):
         if runtime == "openvino":
             pytest.importorskip("openvino")
         command = ["export", tmp_path / "saved", "--to", runtime, "--int8", "--out", tmp_path / runtime]
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "d2llm", *map(str, command)],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        assert done.returncode == 0, done.stderr
-        (line,) = (done.stdout + done.stderr).splitlines()
+        assert process.returncode == 0, process.stderr
+        (line,) = (process.stdout + process.stderr).splitlines()
         assert line.startswith("export: ")
 
 
@@ -160,8 +160,8 @@ class SignalStack(ctypes.Structure):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the structure is Linux's")
-def test_ctrl_c_is_handled_after_openvino_has_gone(tmp_path):
-    """OpenVINO gives a thread that compiles a signal stack and frees it later; the main thread must keep its own."""
+def test_ctrl_c_still_works_after_using_openvino(tmp_path):
+    """OpenVINO gives the compiling thread a signal stack and frees it later; the main thread must keep its own."""
     pytest.importorskip("openvino")
 
     def signal_stack() -> tuple[int | None, int]:
@@ -182,34 +182,34 @@ def test_ctrl_c_is_handled_after_openvino_has_gone(tmp_path):
 
 
 @pytest.mark.skipif(not cpu_has_fast_bfloat16(), reason="this CPU has no products of bfloat16")
-def test_bfloat16_where_the_cpu_is_fast_with_it(tmp_path):
+def test_bfloat16_is_used_on_cpus_that_support_it(tmp_path):
     pytest.importorskip("openvino")
     exact = make(tmp_path)
     expected = exact.encode_passages(MIXED).vectors
     student = Student.load(tmp_path / "student", device="cpu", engine="openvino")
-    assert student.compute_dtype == torch.bfloat16  # of scoring too
-    found = student.encode_passages(MIXED).vectors
-    difference = abs(found - expected).max()
+    assert student.compute_dtype == torch.bfloat16  # also for scoring
+    vectors = student.encode_passages(MIXED).vectors
+    difference = abs(vectors - expected).max()
     assert VECTORS < difference < 0.1, "bfloat16 has three digits"
     np.testing.assert_allclose(
-        student.score(found[0], found, "asymmetric"), exact.score(expected[0], expected, "asymmetric"), atol=0.1
+        student.score(vectors[0], vectors, "asymmetric"), exact.score(expected[0], expected, "asymmetric"), atol=0.1
     )
     in_float32 = Student.load(tmp_path / "student", device="cpu", engine="openvino", dtype="float32")
     np.testing.assert_allclose(in_float32.encode_passages(MIXED).vectors, expected, rtol=0, atol=VECTORS)
 
 
-def test_a_graph_is_recorded_once(tmp_path, monkeypatch):
+def test_exported_graphs_are_cached(tmp_path, monkeypatch):
     student = make(tmp_path)
-    first = by(student, "onnx")
+    first = encode_with(student, "onnx")
     monkeypatch.setattr(engines, "write_text_graph", lambda *_, **__: pytest.fail("recorded again"))
-    again = Student.load(tmp_path / "student", engine="onnx")
-    np.testing.assert_array_equal(again.encode_passages(MIXED).vectors, first)
-    again.prepare_training()  # its weights will change, so torch encodes again
-    np.testing.assert_allclose(again.eval().encode_passages(MIXED).vectors, first, rtol=0, atol=VECTORS)
+    reloaded = Student.load(tmp_path / "student", engine="onnx")
+    np.testing.assert_array_equal(reloaded.encode_passages(MIXED).vectors, first)
+    reloaded.prepare_training()  # its weights may change, so torch is used for encoding again
+    np.testing.assert_allclose(reloaded.eval().encode_passages(MIXED).vectors, first, rtol=0, atol=VECTORS)
 
 
-def test_threads_may_come_at_once(tmp_path):
-    """In a fresh process: OpenVINO's first tensors, made by two threads at a time, blocked both for ever."""
+def test_concurrent_first_use_does_not_deadlock(tmp_path):
+    """In a fresh process, two threads that created OpenVINO's first tensors at the same time used to deadlock."""
     pytest.importorskip("openvino")
     make(tmp_path)
     code = """
@@ -225,7 +225,7 @@ for thread in threads:
     thread.join()
 print("all came back")
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "student")],
         capture_output=True,
         text=True,
@@ -233,16 +233,16 @@ print("all came back")
         check=True,
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
-    assert done.stdout == "all came back\n"
+    assert process.stdout == "all came back\n"
 
 
-def test_a_copy_encodes_with_torch(tmp_path):
+def test_a_deep_copy_encodes_with_torch(tmp_path):
     student = make(tmp_path)
-    found = by(student, "onnx")
-    np.testing.assert_allclose(copy.deepcopy(student).encode_passages(MIXED).vectors, found, rtol=0, atol=VECTORS)
+    actual = encode_with(student, "onnx")
+    np.testing.assert_allclose(copy.deepcopy(student).encode_passages(MIXED).vectors, actual, rtol=0, atol=VECTORS)
 
 
-def test_what_cannot_be_is_refused(tmp_path):
+def test_unsupported_settings_are_rejected(tmp_path):
     with pytest.raises(InputError, match="unknown engine 'tensorrt'"):
         choose_engine("tensorrt")
     for engine in ("onnx", "onnx-int8"):
@@ -262,17 +262,17 @@ def test_what_cannot_be_is_refused(tmp_path):
     assert open_engine(student, "auto") is None
 
 
-def test_the_shipped_student(tmp_path):
+def test_the_shipped_student_matches_torch(tmp_path):
     pytest.importorskip("openvino")
     student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
     texts = ["where do ships sail to?", *TEXTS, " ".join(TEXTS * 5)]
-    expected = by(student, "torch", texts)
+    expected = encode_with(student, "torch", texts)
     scores = {task: student.score(expected[0], expected[1:], task) for task in TASKS}
     for engine in ("onnx", "openvino"):
-        found = by(student, engine, texts)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=VECTORS)
+        actual = encode_with(student, engine, texts)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=VECTORS)
         for task in TASKS:
-            logits = student.score(found[0], found[1:], task)
+            logits = student.score(actual[0], actual[1:], task)
             np.testing.assert_allclose(logits, scores[task], rtol=0, atol=LOGITS)
 
 
@@ -280,11 +280,11 @@ DATA = Path(__file__).parents[3] / "shared" / "data" / "stackfaq"
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data set in {DATA}")
-def test_rankings_of_real_questions_stay():
+def test_rankings_of_real_questions_match_torch():
     pytest.importorskip("openvino")
     dataset = open_data(DATA, splits=["dev"])
     assert isinstance(dataset, Dataset)
-    positives = {query: found for query, found in dataset.positives("dev").items() if found}
+    positives = {query: relevant for query, relevant in dataset.positives("dev").items() if relevant}
     queries = list(positives)[:12]
     passages = list(dict.fromkeys([*(positives[query][0] for query in queries), *list(dataset.passages)[:12]]))
     qrels = {query: {positives[query][0]: 1} for query in queries}
@@ -292,14 +292,14 @@ def test_rankings_of_real_questions_stay():
     quality = {}
     for engine in ("torch", "openvino", "openvino-int8"):
         try:
-            vectors = by(student, engine, [dataset.passages[name].text for name in passages])
-        except ModelError:  # OpenVINO's eight bits where the CPU has more than it may use (make test-avx2)
+            vectors = encode_with(student, engine, [dataset.passages[name].text for name in passages])
+        except ModelError:  # OpenVINO int8 with the CPU's instruction set restricted (make test-avx2)
             assert (engine, "ONEDNN_MAX_CPU_ISA" in os.environ) == ("openvino-int8", True)
             break
         query_vectors = student.encode_queries([dataset.queries[name].text for name in queries]).vectors
         scores = student.score_many(query_vectors, vectors, "asymmetric")
         rankings = {
-            query: [passages[at] for at in np.argsort(-row)] for query, row in zip(queries, scores, strict=True)
+            query: [passages[place] for place in np.argsort(-row)] for query, row in zip(queries, scores, strict=True)
         }
         quality[engine] = np.mean(list(per_query_measures(rankings, qrels)["nDCG@10"].values()))
     assert quality["torch"] > 0.5

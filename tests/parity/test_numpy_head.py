@@ -1,4 +1,4 @@
-"""The head in numpy, as a program without d2llm runs it, against the student's own float32 scores."""
+"""The exported numpy head, usable without d2llm, compared with the student's float32 scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from d2llm.models.student import Student
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 DIM = 24
-TOLERANCE = 2e-6  # of the largest score: two orders of the same float32 sums
+TOLERANCE = 2e-6  # relative to the largest score: float32 sums in different orders
 FEATURES = ("concat", "product", "difference", "rich")
 
 
@@ -49,38 +49,38 @@ HEADS = {"cosine": {"head": "cosine"}} | {
 }
 
 
-def by_student(head, query, task):
+def student_scorer(head, query, task):
     with torch.inference_mode():
         weights = None if isinstance(head, CosineHead) else HeadWeights(head, task, torch.float32)
     return QueryScorer(head, weights, torch.from_numpy(query), task, 512)
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_scores_as_the_student_does(name):
+def test_scores_match_the_students(name):
     module, (query,), passages = make(**HEADS[name]), vectors(1, 1), vectors(1100, 2)
     if name.startswith("anchored"):
         module.interaction_weight("asymmetric").fill_(0.5)
-    found = NumpyHead(head_arrays(module))
+    numpy_head = NumpyHead(head_arrays(module))
     for task in TASKS:
-        scorer = by_student(module, query, task)
+        scorer = student_scorer(module, query, task)
         expected = scorer(passages)
-        scores = found.score(query, passages, task)
+        scores = numpy_head.score(query, passages, task)
         assert scores.dtype == np.float32
         np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE * max(1, abs(expected).max()))
-        assert found.has_anchor == module.has_anchor
-        assert found.has_interaction == (name != "cosine")
-        if not found.has_anchor:
+        assert numpy_head.has_anchor == module.has_anchor
+        assert numpy_head.has_interaction == (name != "cosine")
+        if not numpy_head.has_anchor:
             continue
-        asked = found.anchor_queries(query[None], task)[0]
-        np.testing.assert_allclose(asked, scorer.anchor_query, rtol=0, atol=TOLERANCE * abs(asked).max())
-        assert found.reach(query[None], task)[0] == pytest.approx(scorer.reach, rel=1e-6)
+        anchor_query = numpy_head.anchor_queries(query[None], task)[0]
+        np.testing.assert_allclose(anchor_query, scorer.anchor_query, rtol=0, atol=TOLERANCE * abs(anchor_query).max())
+        assert numpy_head.reach(query[None], task)[0] == pytest.approx(scorer.reach, rel=1e-6)
         if name != "cosine":
-            assert abs(scores - passages @ asked).max() > 0.05  # the interaction takes part
+            assert abs(scores - passages @ anchor_query).max() > 0.05  # the interaction contributes to the score
             reach = module.passage_reach(torch.from_numpy(passages)).detach()
-            np.testing.assert_allclose(found.passage_reach(passages), reach, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(numpy_head.passage_reach(passages), reach, rtol=0, atol=1e-6)
 
 
-def test_what_both_tasks_share_is_written_once():
+def test_weights_shared_by_both_tasks_are_stored_once():
     weights = head_arrays(make("anchored", gates=True))
     assert weights["passage"].shape == (40, DIM)
     assert weights["symmetric/inner_1_weight"].shape == weights["asymmetric/inner_1_weight"].shape == (40, 40)
@@ -88,25 +88,25 @@ def test_what_both_tasks_share_is_written_once():
     assert "passage_gate_weight" in weights
 
 
-def test_weight_zero_asks_nothing_of_the_interaction(monkeypatch):
+def test_weight_zero_skips_the_interaction(monkeypatch):
     module, (query,), passages = make("anchored"), vectors(1, 1), vectors(9, 2)
     module.interaction_weight("symmetric").fill_(0.0)
-    found = NumpyHead(head_arrays(module))
+    numpy_head = NumpyHead(head_arrays(module))
     monkeypatch.setattr(NumpyHead, "_interaction", lambda *_: pytest.fail("the interaction was computed"))
-    expected = by_student(module, query, "symmetric")(passages)
-    np.testing.assert_allclose(found.score(query, passages, "symmetric"), expected, rtol=0, atol=1e-4)
+    expected = student_scorer(module, query, "symmetric")(passages)
+    np.testing.assert_allclose(numpy_head.score(query, passages, "symmetric"), expected, rtol=0, atol=1e-4)
 
 
-def test_wrong_arguments_are_refused():
+def test_invalid_arguments_are_rejected():
     query, passages = vectors(1, 1)[0], vectors(3, 2)
-    found = NumpyHead(head_arrays(make("paper")))
+    numpy_head = NumpyHead(head_arrays(make("paper")))
     with pytest.raises(ValueError, match="no inner product"):
-        found.anchor_queries(query[None], "symmetric")
+        numpy_head.anchor_queries(query[None], "symmetric")
     with pytest.raises(ValueError, match="no task 'other'"):
-        found.score(query, passages, "other")
+        numpy_head.score(query, passages, "other")
     with pytest.raises(ValueError, match=r"got \[24\] and \[3, 23\]"):
-        found.score(query, passages[:, 1:], "symmetric")
-    assert found.score(query, passages[:0], "symmetric").shape == (0,)
+        numpy_head.score(query, passages[:, 1:], "symmetric")
+    assert numpy_head.score(query, passages[:0], "symmetric").shape == (0,)
 
 
 # --- the exported folder ----------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def student(tmp_path_factory):
     return student.eval()
 
 
-ALONE = """
+SCRIPT = """
 import sys
 for package in ("torch", "d2llm", "scipy"):
     sys.modules[package] = None  # importing it fails
@@ -132,7 +132,7 @@ numpy.save("scores.npy", head.score(vectors[0], vectors[1:], "asymmetric"))
 """
 
 
-def test_the_folder_is_enough(student, tmp_path):
+def test_the_exported_folder_is_self_contained(student, tmp_path):
     folder = tmp_path / "head"
     report = export(student, folder, "numpy")
     assert set(report.files) == {"head.npz", "numpy_head.py"}
@@ -142,12 +142,12 @@ def test_the_folder_is_enough(student, tmp_path):
 
     vectors = student.encode_passages(TEXTS).vectors
     np.save(folder / "vectors.npy", vectors)
-    subprocess.run([sys.executable, "-c", ALONE], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-c", SCRIPT], cwd=folder, check=True)
     expected = student.score(vectors[0], vectors[1:], "asymmetric")
     np.testing.assert_allclose(np.load(folder / "scores.npy"), expected, rtol=0, atol=1e-4)
 
 
-def test_an_export_is_replaced_and_nothing_else(student, tmp_path):
+def test_only_exports_are_replaced(student, tmp_path):
     export(student, tmp_path / "head", "numpy")
     export(student, tmp_path / "head", "numpy")
     assert load(tmp_path / "head").has_anchor
@@ -157,12 +157,12 @@ def test_an_export_is_replaced_and_nothing_else(student, tmp_path):
         export(student, tmp_path / "mine", "numpy")
 
 
-def test_the_head_has_no_eight_bits(student, tmp_path):
+def test_int8_is_not_supported_for_the_head(student, tmp_path):
     with pytest.raises(InputError, match="float32"):
         export(student, tmp_path / "head", "numpy", int8=True)
 
 
-def test_the_shipped_student_scores_alike(tmp_path):
+def test_the_shipped_student_has_the_same_scores(tmp_path):
     student = Student.load("d2llm-minilm", device="cpu", dtype="float32")
     export(student, tmp_path / "head", "numpy")
     head, texts = load(tmp_path / "head"), [*TEXTS, *(f"{a}; {b}" for a in TEXTS for b in TEXTS)]

@@ -1,4 +1,4 @@
-"""The scan in FAISS and the one in numpy give the same rows and the same scores, to the last bit."""
+"""Scans with FAISS and with numpy give the same rows and bit-identical scores."""
 
 import importlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +15,11 @@ from d2llm.store.vector_formats import FORMATS, make_format
 faiss = pytest.importorskip("faiss")
 
 
-def names(rows):
+def row_ids(rows):
     return [str(row) for row in rows.tolist()]
 
 
-def some_codes(name, num, dim):
+def random_codes(name, num, dim):
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((num, dim))
     vectors *= np.sqrt(dim) / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -30,8 +30,8 @@ def some_codes(name, num, dim):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dim", [20, 384])
-def test_the_empty_faiss_index_reads_our_rows(name, dim):
-    kind, codes, rng = some_codes(name, 500, dim)
+def test_the_empty_faiss_index_accepts_our_codes(name, dim):
+    kind, codes, rng = random_codes(name, 500, dim)
     index = kind.empty_faiss_index(faiss)
     assert index.sa_code_size() == kind.code_size
     index.add_sa_codes(codes)
@@ -46,21 +46,21 @@ def test_the_empty_faiss_index_reads_our_rows(name, dim):
 @pytest.mark.parametrize("dim", [20, 384])
 @pytest.mark.parametrize("top_k", [1, 10, 1000])
 def test_faiss_and_numpy_agree(name, dim, top_k):
-    kind, codes, rng = some_codes(name, 5000, dim)
+    kind, codes, rng = random_codes(name, 5000, dim)
     fast, plain = RowScan(codes, kind), RowScan(codes, kind, use_faiss=False)
     assert fast._index is not None
     assert plain._index is None
     for share in (None, 0.01, 0.6):
         query = rng.standard_normal(dim).astype(np.float32)
         mask = None if share is None else rng.random(5000) < share
-        results = [scan.search(query, top_k, mask, ids_of=names) for scan in (fast, plain)]
+        results = [scan.search(query, top_k, mask, ids_of=row_ids) for scan in (fast, plain)]
         np.testing.assert_array_equal(results[0][0], results[1][0])
         np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_error_of_faiss_is_within_the_bound(name):
-    kind, codes, rng = some_codes(name, 5000, 384)
+    kind, codes, rng = random_codes(name, 5000, 384)
     scan = RowScan(codes, kind)
     for scale in (0.01, 1, 100):
         query = (scale * rng.standard_normal(384)).astype(np.float32)
@@ -69,73 +69,73 @@ def test_the_error_of_faiss_is_within_the_bound(name):
         assert np.abs(scores[0] - exact).max() < scan._error(query)
 
 
-def test_searches_at_the_same_time_and_threads_of_faiss_change_nothing():
-    kind, codes, rng = some_codes("bfloat16", 20_000, 64)
+def test_concurrent_searches_and_faiss_threads_change_nothing():
+    kind, codes, rng = random_codes("bfloat16", 20_000, 64)
     scan = RowScan(codes, kind)
     queries = rng.standard_normal((24, 64)).astype(np.float32)
-    expected = [scan.search(query, 300, ids_of=names) for query in queries]
+    expected = [scan.search(query, 300, ids_of=row_ids) for query in queries]
     before = faiss.omp_get_max_threads()
     try:
         faiss.omp_set_num_threads(5)
         with ThreadPoolExecutor(4) as pool:
-            results = list(pool.map(lambda query: scan.search(query, 300, ids_of=names), queries))
-        assert scan.search(queries[0], 300, ids_of=names)[0].tolist() == expected[0][0].tolist()
-        assert faiss.omp_get_max_threads() == 5  # as the caller set it
+            results = list(pool.map(lambda query: scan.search(query, 300, ids_of=row_ids), queries))
+        assert scan.search(queries[0], 300, ids_of=row_ids)[0].tolist() == expected[0][0].tolist()
+        assert faiss.omp_get_max_threads() == 5  # the caller's setting is kept
     finally:
         faiss.omp_set_num_threads(before)
-    for found, right in zip(results, expected, strict=True):
-        np.testing.assert_array_equal(found[0], right[0])
-        np.testing.assert_array_equal(found[1], right[1])
+    for actual, reference in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(actual[0], reference[0])
+        np.testing.assert_array_equal(actual[1], reference[1])
 
 
-def test_without_faiss_or_the_type_in_it_numpy_answers(monkeypatch):
-    kind, codes, rng = some_codes("bfloat16", 1000, 32)
+def test_numpy_is_used_if_faiss_or_its_type_is_missing(monkeypatch):
+    kind, codes, rng = random_codes("bfloat16", 1000, 32)
     query = rng.standard_normal(32).astype(np.float32)
-    expected = RowScan(codes, kind).search(query, 20, ids_of=names)
+    expected = RowScan(codes, kind).search(query, 20, ids_of=row_ids)
     monkeypatch.delattr(faiss.ScalarQuantizer, "QT_bf16")
     without_type = RowScan(codes, kind)
     monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     for scan in (without_type, RowScan(codes, kind)):
         assert scan._index is None
-        rows, scores = scan.search(query, 20, ids_of=names)
+        rows, scores = scan.search(query, 20, ids_of=row_ids)
         np.testing.assert_array_equal(rows, expected[0])
         np.testing.assert_array_equal(scores, expected[1])
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("top_k", [1, 10, 1000])
-def test_queries_together_get_the_answers_that_each_gets_alone(name, top_k, monkeypatch):
+def test_batched_queries_equal_single_queries(name, top_k, monkeypatch):
     monkeypatch.setattr(module, "_TOGETHER", 8)
     monkeypatch.setattr(module, "_FEWEST_TOGETHER", 3)
-    kind, codes, rng = some_codes(name, 5000, 40)
+    kind, codes, rng = random_codes(name, 5000, 40)
     queries = rng.standard_normal((21, 40)).astype(np.float32)  # 8, 8 and 5
     queries[1] = queries[0]
     part = np.zeros(5000, bool)
-    part[1100:1400] = True  # whole blocks of rows have none
+    part[1100:1400] = True  # whole blocks of rows are masked out
     for use_faiss in (True, False):
         scan = RowScan(codes, kind, use_faiss=use_faiss)
         for mask in (None, rng.random(5000) < 0.01, rng.random(5000) < 0.6, part, np.zeros(5000, bool)):
-            expected = [scan.search(query, top_k, mask, ids_of=names) for query in queries]
-            found = scan.search_together(queries, top_k, mask, ids_of=names)
-            for (rows, scores), (right_rows, right_scores) in zip(found, expected, strict=True):
+            expected = [scan.search(query, top_k, mask, ids_of=row_ids) for query in queries]
+            results = scan.search_together(queries, top_k, mask, ids_of=row_ids)
+            for (rows, scores), (right_rows, right_scores) in zip(results, expected, strict=True):
                 np.testing.assert_array_equal(rows, right_rows)
                 np.testing.assert_array_equal(scores, right_scores)
 
 
-def test_queries_together_are_asked_alone_where_many_rows_are_level(monkeypatch):
+def test_batched_queries_fall_back_to_single_ones_on_ties(monkeypatch):
     monkeypatch.setattr(module, "_FEWEST_TOGETHER", 1)
     codes = np.tile(make_format("bfloat16", 8).encode(np.ones((1, 8), np.float32), [""]), (3000, 1))
     scan = RowScan(codes, make_format("bfloat16", 8))
-    alone = mock.Mock(wraps=scan.search)
-    monkeypatch.setattr(scan, "search", alone)
+    single_search = mock.Mock(wraps=scan.search)
+    monkeypatch.setattr(scan, "search", single_search)
     ((rows, _),) = scan.search_together(np.ones((1, 8), np.float32), 5, ids_of=lambda rows: [f"{n:04}" for n in rows])
     assert rows.tolist() == [0, 1, 2, 3, 4]
-    assert alone.call_count == 1
+    assert single_search.call_count == 1
 
 
-def test_wrong_queries_are_refused_together_as_alone():
+def test_invalid_batched_queries_are_rejected():
     scan = RowScan(np.zeros((3, 16), np.uint8), make_format("bfloat16", 8))
     with pytest.raises(InputError, match="top_k is 0"):
-        scan.search_together(np.ones((2, 8), np.float32), 0, ids_of=names)
+        scan.search_together(np.ones((2, 8), np.float32), 0, ids_of=row_ids)
     with pytest.raises(InputError, match="must be 8 finite numbers"):
-        scan.search_together(np.full((2, 8), np.nan, np.float32), 1, ids_of=names)
+        scan.search_together(np.full((2, 8), np.nan, np.float32), 1, ids_of=row_ids)

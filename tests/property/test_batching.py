@@ -1,4 +1,4 @@
-"""Token-budget batches: nothing lost, nothing twice, limits held."""
+"""Token-budget batches: every item exactly once, within the limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LENGTHS = st.lists(st.integers(0, 200), max_size=60)
 
 
 @given(lengths=LENGTHS, max_tokens=st.integers(1, 400), max_items=st.integers(1, 10))
-def test_every_index_once_within_the_limits(lengths: list[int], max_tokens: int, max_items: int) -> None:
+def test_every_index_appears_once_within_the_limits(lengths: list[int], max_tokens: int, max_items: int) -> None:
     batches = token_budget_batches(lengths, max_tokens=max_tokens, max_items=max_items)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
@@ -32,7 +32,9 @@ def test_no_batch_could_have_taken_the_next_text(lengths: list[int], max_tokens:
 
 
 @given(lengths=LENGTHS, max_tokens=st.integers(1, 400), enough_tokens=st.integers(1, 400))
-def test_more_batches_but_no_more_padding(lengths: list[int], max_tokens: int, enough_tokens: int) -> None:
+def test_enough_tokens_cuts_batches_only_to_save_padding(
+    lengths: list[int], max_tokens: int, enough_tokens: int
+) -> None:
     plain = token_budget_batches(lengths, max_tokens=max_tokens, max_items=100)
     cut = token_budget_batches(lengths, max_tokens=max_tokens, max_items=100, enough_tokens=enough_tokens)
     assert [index for batch in cut for index in batch] == [index for batch in plain for index in batch]

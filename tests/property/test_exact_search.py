@@ -1,7 +1,8 @@
-"""The certified top k against scoring everything, with real interactions, ties, filters, dead rows and wild floats."""
+"""Certified top k against brute force, with real interactions, ties, filters, deleted rows and extreme floats."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from unittest import mock
@@ -55,7 +56,7 @@ class TinyStudent:
 
 
 class ArrayView:
-    """Vectors in memory, as an index shows them."""
+    """In-memory vectors with the interface of an index view."""
 
     def __init__(self, vectors, *, live=None, ids=None):
         self._vectors, self.live, self.capacity = vectors, live, len(vectors)
@@ -99,7 +100,7 @@ def random_case(seed):
 
 
 def brute_force(view, student, query, task, top_k, allowed, evidence=None):
-    """Every passage's score in the arithmetic that the module names, sorted."""
+    """Ranks all passages by scores in the arithmetic that the module documents."""
     score, rows = student.prepare(query, task), view.live_rows(allowed)
     if score.anchor_query is None:
         values = score(view.block(0, view.capacity))
@@ -127,10 +128,10 @@ STUDENTS = [
 ]
 
 
-def test_with_evidence_of_words_and_windows_too(monkeypatch):
+def test_ranking_with_evidence_matches_brute_force(monkeypatch):
     monkeypatch.setattr(exact_search, "_FIRST", 8)
     monkeypatch.setattr(exact_search, "_LARGEST", 32)
-    early = 0
+    num_early = 0
     students = [student for student in STUDENTS if student is not PAPER]
     for seed in range(300):
         student = students[seed % len(students)]
@@ -149,26 +150,26 @@ def test_with_evidence_of_words_and_windows_too(monkeypatch):
         factor = (
             WordsFactor(slopes=tuple(rng.standard_normal(4)), offset=0.0, lowest=-3, highest=3) if seed % 3 else None
         )
-        wanted = EvidenceWeights(terms=weights, words_factor=factor)
-        evidence = RowEvidence(EvidenceRows(texts, windows, own), "w1 w2 w3 w10", wanted, anchor)
+        evidence_weights = EvidenceWeights(terms=weights, words_factor=factor)
+        evidence = RowEvidence(EvidenceRows(texts, windows, own), "w1 w2 w3 w10", evidence_weights, anchor)
         expected, values = brute_force(view, student, query, task, top_k, allowed, evidence)
-        found = certified_top_k(view, student, query, task, top_k, allowed=allowed, evidence=evidence)
-        assert found.rows.tolist() == expected, seed
-        np.testing.assert_array_equal(found.scores, values[expected])
-        assert found.certificate.proved == len(expected)
-        early += found.certificate.num_left > 0
-    assert early > 50  # so that the bounds did some work
+        result = certified_top_k(view, student, query, task, top_k, allowed=allowed, evidence=evidence)
+        assert result.rows.tolist() == expected, seed
+        np.testing.assert_array_equal(result.scores, values[expected])
+        assert result.certificate.proved == len(expected)
+        num_early += result.certificate.num_left > 0
+    assert num_early > 50  # the bounds did skip rows
 
 
-def test_equals_scoring_everything_in_1050_random_cases(monkeypatch):
+def test_ranking_matches_brute_force_in_1050_random_cases(monkeypatch):
     monkeypatch.setattr(exact_search, "_FIRST", 8)  # so that small corpora are not scored in one piece
     monkeypatch.setattr(exact_search, "_LARGEST", 32)
     by_scans = mock.Mock(wraps=exact_search._by_scans)
     monkeypatch.setattr(exact_search, "_by_scans", by_scans)
     monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
-    whole = mock.Mock(wraps=exact_search._pass)
-    monkeypatch.setattr(exact_search, "_pass", whole)
-    tied = early = 0
+    full_pass = mock.Mock(wraps=exact_search._pass)
+    monkeypatch.setattr(exact_search, "_pass", full_pass)
+    num_tied = num_early = 0
     for seed in range(1050):
         monkeypatch.setattr(exact_search, "_SCANS", [(), (6, 30), (20,)][seed % 3])
         student = STUDENTS[seed % len(STUDENTS)]
@@ -176,34 +177,34 @@ def test_equals_scoring_everything_in_1050_random_cases(monkeypatch):
         task = TASKS[seed % 2]
         expected, values = brute_force(view, student, query, task, top_k, allowed)
         reaches = KeptReaches(student.passage_reach(view.block(0, view.capacity))) if rng.random() < 0.5 else None
-        found = certified_top_k(view, student, query, task, top_k, allowed=allowed, reaches=reaches)
-        assert found.rows.tolist() == expected, seed
-        assert found.scores.tolist() == values[expected].tolist(), seed
-        certificate, total = found.certificate, len(view.live_rows(allowed))
+        result = certified_top_k(view, student, query, task, top_k, allowed=allowed, reaches=reaches)
+        assert result.rows.tolist() == expected, seed
+        assert result.scores.tolist() == values[expected].tolist(), seed
+        certificate, total = result.certificate, len(view.live_rows(allowed))
         assert certificate.proved == len(expected) == min(top_k, total)
         assert certificate.num_scored + certificate.num_left == total
         assert certificate.kth_score == (values[expected[-1]] if expected else -math.inf)
         left = sorted(set(view.live_rows(allowed).tolist()) - set(expected))
         if certificate.num_left and student not in (PAPER, WEIGHTLESS):
-            early += 1
+            num_early += 1
             assert certificate.highest_bound_left < certificate.kth_score
         assert student is not PAPER or certificate.num_left == 0
         if expected and left:
-            tied += bool((values[left] == certificate.kth_score).any())
-    assert tied > 100  # ties across the border of the ranking did occur,
-    assert early > 100  # and proofs before the end,
-    assert whole.call_count > 100  # with all vectors read
-    assert by_scans.call_count - whole.call_count > 100  # and with scans alone
+            num_tied += bool((values[left] == certificate.kth_score).any())
+    assert num_tied > 100  # ties at the cut-off occurred,
+    assert num_early > 100  # and searches that ended early,
+    assert full_pass.call_count > 100  # some with a pass over all vectors
+    assert by_scans.call_count - full_pass.call_count > 100  # and some with scans alone
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0, 1, 2, 3, 4]))
 def test_no_score_is_above_its_bound(seed, number):
-    """In float64, by the network itself: |score - anchor| <= R_q r_p."""
+    """In float64, computed by the network itself: |score - anchor| <= R_q r_p."""
     student, (view, query, _, _, _) = STUDENTS[number], random_case(seed)
     vectors = view.block(0, view.capacity)
     query = query / max(1, np.abs(query).max())
-    module = TinyStudent(seed=seed).interaction.double()
+    module = copy.deepcopy(student.interaction).double()
     with torch.inference_mode():
         queries, passages = torch.from_numpy(query)[None].double(), torch.from_numpy(vectors).double()
         scores = module(queries, passages, "symmetric")
@@ -218,11 +219,11 @@ def test_no_score_is_above_its_bound(seed, number):
 
 
 @pytest.mark.parametrize("head", ["anchored", "paper"])
-def test_with_a_budget_the_proved_places_are_the_exact_ones(head, monkeypatch):
+def test_ranks_proved_within_a_budget_are_exact(head, monkeypatch):
     monkeypatch.setattr(exact_search, "_FIRST", 4)
     monkeypatch.setattr(exact_search, "_LARGEST", 8)
     monkeypatch.setattr(exact_search, "_FEWEST", 1)
-    student, partly, none = TinyStudent(head, weight=0.05), 0, 0
+    student, num_partly, num_unproved = TinyStudent(head, weight=0.05), 0, 0
     for seed in range(300):
         view, query, allowed, _, rng = random_case(seed)
         top_k = int(rng.integers(1, 8))
@@ -231,39 +232,39 @@ def test_with_a_budget_the_proved_places_are_the_exact_ones(head, monkeypatch):
         monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
         fitting = itertools.chain([5] * (seed % 6), itertools.repeat(0))
         monkeypatch.setattr(exact_search._Clock, "num_fitting", mock.Mock(side_effect=fitting))
-        found = certified_top_k(view, student, query, "symmetric", top_k, allowed=allowed, budget_ms=1)
-        proved = found.certificate.proved
-        assert len(found.rows) == len(expected)
-        assert found.rows[:proved].tolist() == expected[:proved]
-        if found.certificate.num_left and head == "paper":
+        result = certified_top_k(view, student, query, "symmetric", top_k, allowed=allowed, budget_ms=1)
+        proved = result.certificate.proved
+        assert len(result.rows) == len(expected)
+        assert result.rows[:proved].tolist() == expected[:proved]
+        if result.certificate.num_left and head == "paper":
             assert proved == 0
-        partly += 0 < proved < len(expected)
-        none += proved == 0 < len(expected)
-    assert none > 5
-    assert partly > 5 or head == "paper"
+        num_partly += 0 < proved < len(expected)
+        num_unproved += proved == 0 < len(expected)
+    assert num_unproved > 5
+    assert num_partly > 5 or head == "paper"
 
 
 def test_a_budget_is_kept():
     vectors = np.random.default_rng(0).standard_normal((60_000, DIM)).astype(np.float32)
     student, query = TinyStudent(), np.ones(DIM, np.float32)
     view = ArrayView(vectors, ids=[str(row) for row in range(60_000)])
-    found = certified_top_k(view, student, query, "symmetric", 10, budget_ms=0.0)
-    assert found.certificate.num_scored == 128
-    assert len(found.rows) == 10
+    result = certified_top_k(view, student, query, "symmetric", 10, budget_ms=0.0)
+    assert result.certificate.num_scored == 128
+    assert len(result.rows) == 10
     assert certified_top_k(view, student, query, "symmetric", 10, budget_ms=1e9).certificate.proved == 10
 
 
-def test_without_weight_only_the_scan_is_asked(monkeypatch):
+def test_zero_interaction_weight_uses_only_the_scan(monkeypatch):
     student, (view, query, _, _, _) = TinyStudent(weight=0.0), random_case(7)
     monkeypatch.setattr(QueryScorer, "change", lambda *_: pytest.fail("the interaction was asked"))
     monkeypatch.setattr(view, "block", lambda *_: pytest.fail("the vectors were read again"))
-    found = certified_top_k(view, student, query, "symmetric", 5)
-    assert found.certificate.proved == 5
-    assert found.certificate.highest_bound_left <= found.certificate.kth_score
-    assert found.anchors is found.scores
+    result = certified_top_k(view, student, query, "symmetric", 5)
+    assert result.certificate.proved == 5
+    assert result.certificate.highest_bound_left <= result.certificate.kth_score
+    assert result.anchors is result.scores
 
 
-def test_reaches_of_all_rows_are_computed_once_and_only_where_the_scans_do_not_do(monkeypatch):
+def test_reaches_are_computed_once_and_only_if_scans_fall_short(monkeypatch):
     monkeypatch.setattr(exact_search, "_SCANNED_SHARE", 2)
     generator = np.random.default_rng(3)
     view = ArrayView(generator.standard_normal((9_000, DIM)).astype(np.float32))
@@ -284,8 +285,8 @@ def test_without_gates_kept_reaches_take_no_memory(monkeypatch):
     student, (view, query, _, _, _), kept = TinyStudent(gates=False), random_case(11), KeptReaches()
     expected, values = brute_force(view, student, query, "symmetric", 4, None)
     for _ in range(2):
-        found = certified_top_k(view, student, query, "symmetric", 4, reaches=kept)
-        assert (found.rows.tolist(), found.scores.tolist()) == (expected, values[expected].tolist())
+        result = certified_top_k(view, student, query, "symmetric", 4, reaches=kept)
+        assert (result.rows.tolist(), result.scores.tolist()) == (expected, values[expected].tolist())
         assert (kept.values == 1).all()
         assert kept.values.base.nbytes == 4
 
@@ -294,14 +295,14 @@ def test_a_student_without_bounds_is_scanned_in_full():
     student = FakeStudent(dim=DIM)
     vectors = np.random.default_rng(0).standard_normal((50, DIM)).astype(np.float32)
     query = np.random.default_rng(1).standard_normal(DIM).astype(np.float32)
-    found = certified_top_k(ArrayView(vectors), student, query, "asymmetric", 3)
+    result = certified_top_k(ArrayView(vectors), student, query, "asymmetric", 3)
     scores = student.score(query, vectors, "asymmetric")
-    assert found.rows.tolist() == np.argsort(-scores)[:3].tolist()
-    assert found.certificate.num_scored == 50
-    np.testing.assert_allclose(found.anchors, 2 * vectors[found.rows] @ query, rtol=1e-5)
+    assert result.rows.tolist() == np.argsort(-scores)[:3].tolist()
+    assert result.certificate.num_scored == 50
+    np.testing.assert_allclose(result.anchors, 2 * vectors[result.rows] @ query, rtol=1e-5)
 
 
-def test_what_cannot_be_answered():
+def test_invalid_arguments_are_rejected_and_empty_views_are_not():
     student, (view, query, _, _, _) = TinyStudent(), random_case(3)
     with pytest.raises(InputError, match="top_k is 0"):
         certified_top_k(view, student, query, "symmetric", 0)
@@ -312,13 +313,13 @@ def test_what_cannot_be_answered():
         certified_top_k(view, student, query, "symmetric", 1, allowed=np.ones(view.capacity + 1, bool))
     with pytest.raises(ModelError, match="are NaN"):
         certified_top_k(view, student, np.full(DIM, np.nan, np.float32), "symmetric", 1)
-    nothing = certified_top_k(ArrayView(np.zeros((0, DIM), np.float32)), student, query, "symmetric", 4)
-    assert len(nothing.rows) == nothing.certificate.proved == 0
-    assert nothing.certificate.highest_bound_left == -math.inf
+    empty = certified_top_k(ArrayView(np.zeros((0, DIM), np.float32)), student, query, "symmetric", 4)
+    assert len(empty.rows) == empty.certificate.proved == 0
+    assert empty.certificate.highest_bound_left == -math.inf
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.5, -3.0, math.inf, -math.inf]), max_size=70), st.integers(1, 9))
-def test_from_the_highest_bound_to_the_lowest(bounds, first):
+def test_from_the_highest_goes_by_decreasing_bound(bounds, first):
     values = np.array(bounds, np.float32)
     parts = list(from_the_highest(values, first))
     order = np.concatenate([np.zeros(0, np.int64), *parts])

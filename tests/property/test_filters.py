@@ -1,4 +1,4 @@
-"""Filters in a real LanceDB table against an evaluation in Python."""
+"""Filters on a real LanceDB table, compared with their evaluation in Python."""
 
 from __future__ import annotations
 
@@ -107,13 +107,13 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 def make_table(folder: Path, indexed: bool, passages: list[Passage] = PASSAGES) -> Any:
-    own = {
+    base_columns = {
         name: pa.array([getattr(passage, name) for passage in passages], pa.string())
         for name in ("id", "title", "document_id")
     }
-    own["position"] = pa.array([passage.position for passage in passages], pa.int32())
-    fields = [pa.field(name, column.type, nullable=False) for name, column in own.items()]
-    columns = {**own, **SCHEMA.columns(passages)}
+    base_columns["position"] = pa.array([passage.position for passage in passages], pa.int32())
+    fields = [pa.field(name, column.type, nullable=False) for name, column in base_columns.items()]
+    columns = {**base_columns, **SCHEMA.columns(passages)}
     schema = pa.schema([*fields, *SCHEMA.arrow_fields()])
     table = lancedb.connect(folder).create_table("passages", pa.table(list(columns.values()), schema=schema))
     if indexed:
@@ -122,12 +122,12 @@ def make_table(folder: Path, indexed: bool, passages: list[Passage] = PASSAGES) 
     return table
 
 
-def found(table: Any, text: str) -> list[str]:
+def matching_ids(table: Any, text: str) -> list[str]:
     rows = table.search().where(parse_filter(text, SCHEMA).sql).select(["id"]).limit(1_000_000).to_arrow()
     return sorted(rows["id"].to_pylist())
 
 
-# Conditions, their text, and their truth ------------------------------------------------------------------------------
+# Conditions, their text and their value -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ class Comparison:
         if operator in ("IS NULL", "IS NOT NULL"):
             return (value is None) == (operator == "IS NULL")
         if operator.startswith("IS "):
-            wanted = operator.endswith("TRUE")
-            return (value is wanted) != ("NOT" in operator)
+            expected = operator.endswith("TRUE")
+            return (value is expected) != ("NOT" in operator)
         if value is None:
             return None
         return TRUTHS[operator](value, *self.values)
@@ -179,10 +179,10 @@ class Joined:
     explicit: bool
 
     def write(self, level: int) -> str:
-        own = {"OR": 1, "AND": 2, "NOT": 3}[self.word]
-        parts = [part.write(own + (self.word != "NOT")) for part in self.parts]
+        own_level = {"OR": 1, "AND": 2, "NOT": 3}[self.word]
+        parts = [part.write(own_level + (self.word != "NOT")) for part in self.parts]
         text = f"NOT {parts[0]}" if self.word == "NOT" else f" {self.word} ".join(parts)
-        return f"({text})" if self.explicit or own < level else text
+        return f"({text})" if self.explicit or own_level < level else text
 
     def truth(self, row: dict[str, Any]) -> bool | None:
         truths = [part.truth(row) for part in self.parts]
@@ -247,9 +247,9 @@ def comparisons(draw: st.DrawFn) -> Comparison:
     elif operator.endswith("LIKE"):
         values = ["".join(draw(patterns))]
     else:
-        one = st.sampled_from(POSITIONS) | st.integers(-(2**31), 2**31 - 1) if name == "position" else literals[kind]
-        most = COUNTS.get(operator, 1)
-        values = draw(st.lists(one, min_size=1 if operator.endswith("IN") else most, max_size=most))
+        value = st.sampled_from(POSITIONS) | st.integers(-(2**31), 2**31 - 1) if name == "position" else literals[kind]
+        max_values = COUNTS.get(operator, 1)
+        values = draw(st.lists(value, min_size=1 if operator.endswith("IN") else max_values, max_size=max_values))
     return Comparison(
         name, operator, tuple(values), draw(st.booleans()), draw(st.integers(-11, 11)), draw(st.booleans())
     )
@@ -267,28 +267,28 @@ conditions = st.recursive(comparisons(), join, max_leaves=8)
 
 @settings(max_examples=120)
 @given(condition=conditions)
-def test_a_filter_finds_what_python_finds(tables: list[Any], condition: Any) -> None:
+def test_filters_match_their_evaluation_in_python(tables: list[Any], condition: Any) -> None:
     text = condition.write(0)
     expected = sorted(row["id"] for row in ROWS if condition.truth(row) is True)
     for table in tables:
-        assert found(table, text) == expected
+        assert matching_ids(table, text) == expected
 
 
 @settings(max_examples=100)
 @given(condition=comparisons())
-def test_a_single_comparison_finds_what_python_finds(tables: list[Any], condition: Any) -> None:
-    test_a_filter_finds_what_python_finds.hypothesis.inner_test(tables, condition)
+def test_comparisons_match_their_evaluation_in_python(tables: list[Any], condition: Any) -> None:
+    test_filters_match_their_evaluation_in_python.hypothesis.inner_test(tables, condition)
 
 
 @settings(max_examples=10)
 @given(ids=st.lists(any_text.filter(bool), min_size=1, max_size=40, unique=True))
-def test_every_id_finds_itself_alone(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
+def test_every_id_matches_only_itself(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
     table = make_table(tmp_path_factory.mktemp("ids"), False, [Passage(passage_id, "") for passage_id in ids])
     quoted = ["'" + passage_id.replace("'", "''") + "'" for passage_id in ids]
     for passage_id, literal in zip(ids[:5], quoted[:5], strict=True):
-        assert found(table, f"id = {literal}") == [passage_id]
+        assert matching_ids(table, f"id = {literal}") == [passage_id]
     half = len(ids) // 2 + 1
-    assert found(table, f"id IN ({', '.join(quoted[:half])})") == sorted(ids[:half])
+    assert matching_ids(table, f"id IN ({', '.join(quoted[:half])})") == sorted(ids[:half])
 
 
 PIECES = """
@@ -310,7 +310,7 @@ def test_any_text_is_a_filter_or_a_filter_error(text: str) -> None:
         sql = parse_filter(text, SCHEMA).sql
     except FilterError:
         return
-    # Nothing is left outside strings but the fields, numbers, signs and words of the language.
+    # Outside strings, only fields, numbers, operators and keywords of the filter language are left.
     outside = re.sub(r"'(?:[^']|'')*'", "''", sql)
     assert re.fullmatch(
         r"(?:`[A-Za-z_]+`|''|[-\d.e+]+|[(),=<>]| |\b(?:AND|OR|NOT|IN|BETWEEN|LIKE|IS|NULL|TRUE|FALSE|TIMESTAMP)\b)+",
@@ -364,13 +364,13 @@ def test_hostile_text_is_matched_by_value_only(tmp_path: Path) -> None:
     version = table.version
     for text in HOSTILE:
         literal = "'" + text.replace("'", "''") + "'"
-        assert found(table, f"id = {literal}") == [text]
-        assert found(table, f"id <> {literal} AND id IN ({literal}, 'other')") == ["other"]
-        assert found(table, f"language = {literal}") == []
+        assert matching_ids(table, f"id = {literal}") == [text]
+        assert matching_ids(table, f"id <> {literal} AND id IN ({literal}, 'other')") == ["other"]
+        assert matching_ids(table, f"language = {literal}") == []
     assert (table.version, table.count_rows()) == (version, len(passages))
 
 
-WHOLE = [
+HOSTILE_FILTERS = [
     "1=1",
     "TRUE",
     "id = id",
@@ -436,13 +436,13 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize("text", WHOLE)
-def test_hostile_filters_are_refused(text: str) -> None:
+@pytest.mark.parametrize("text", HOSTILE_FILTERS)
+def test_hostile_filters_are_rejected(text: str) -> None:
     with pytest.raises(FilterError):
         parse_filter(text, SCHEMA)
 
 
-def test_the_reference_knows_its_own_examples() -> None:
+def test_the_python_evaluation_on_known_examples() -> None:
     assert is_like("a%b", r"a\%b")
     assert not is_like("axb", r"a\%b")
     assert is_like("a\nb", "a_b")

@@ -26,33 +26,33 @@ def student():
 def index(student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("index") / "i"
     generator = np.random.default_rng(7)
-    # Four words of ten: many passages are equal but for the order of their words, so ties occur.
+    # Two of ten words: many passages differ only in the order of their words, so ties occur.
     encode([Passage(f"{n}", " ".join(generator.choice(WORDS, 2))) for n in range(150)], student, folder)
     return Index.open(folder).view
 
 
-def answer(index, student, text, **arguments):
+def ranked_hits(index, student, text, **arguments):
     (ranking,) = search(index, student, [text], **arguments)
-    return [(place.rank, place.passage.id, place.score) for place in ranking.passages]
+    return [(hit.rank, hit.passage.id, hit.score) for hit in ranking.passages]
 
 
 @settings(max_examples=30, deadline=None)
 @given(text=texts, top_k=st.integers(1, 160), exact=st.booleans())
 def test_top_k_is_a_prefix_of_top_k_plus_one(index, student, text, top_k, exact):
-    shorter = answer(index, student, text, top_k=top_k, exact=exact)
-    longer = answer(index, student, text, top_k=top_k + 1, exact=exact)
+    shorter = ranked_hits(index, student, text, top_k=top_k, exact=exact)
+    longer = ranked_hits(index, student, text, top_k=top_k + 1, exact=exact)
     assert shorter == longer[:top_k]
 
 
 @settings(max_examples=30, deadline=None)
 @given(text=texts, top_k=st.integers(1, 160), num_candidates=st.integers(150, 400))
 def test_enough_candidates_give_the_exact_scan(index, student, text, top_k, num_candidates):
-    proposed = answer(index, student, text, top_k=top_k, num_candidates=num_candidates)
-    assert proposed == answer(index, student, text, top_k=top_k, exact=True)
+    proposed = ranked_hits(index, student, text, top_k=top_k, num_candidates=num_candidates)
+    assert proposed == ranked_hits(index, student, text, top_k=top_k, exact=True)
 
 
 @pytest.fixture(scope="module")
-def living(tmp_path_factory):
+def edited_index(tmp_path_factory):
     index = Index.create(tmp_path_factory.mktemp("living") / "i", AnchorStudent(), vector_format="float32")
     generator = np.random.default_rng(8)
     index.upsert(Passage(f"{n}", " ".join(generator.choice(WORDS, 2)), metadata={"n": n % 3}) for n in range(200))
@@ -62,34 +62,34 @@ def living(tmp_path_factory):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    asked=st.lists(texts, min_size=1, max_size=40),
+    queries=st.lists(texts, min_size=1, max_size=40),
     top_k=st.integers(1, 210),
     num_candidates=st.sampled_from([210, 400]),
     condition=st.sampled_from([None, "n = 1", "n > 5"]),
     explain=st.booleans(),
 )
-def test_where_the_anchor_is_the_score_the_scan_is_the_ranking(
-    living, asked, top_k, num_candidates, condition, explain
+def test_a_student_scored_by_its_anchor_is_ranked_by_the_scan(
+    edited_index, queries, top_k, num_candidates, condition, explain
 ):
     options = {"top_k": top_k, "num_candidates": num_candidates, "filter": condition, "explain": explain}
-    slow = search(living.view, AnchorStudent(), asked, **options)
+    slow = search(edited_index.view, AnchorStudent(), queries, **options)
     with mock.patch.object(FakeScorer, "__call__", side_effect=AssertionError("scored again")):
-        fast = search(living.view, PreparedAnchorStudent(), asked, **options)
-    assert [ranking.query.text for ranking in fast] == asked
-    for one, other in zip(fast, slow, strict=True):
-        assert one.passages == other.passages
-        assert one.num_candidates == len(one.passages)
-        assert {"encode", "candidates", "score"} == set(one.seconds)
+        fast = search(edited_index.view, PreparedAnchorStudent(), queries, **options)
+    assert [ranking.query.text for ranking in fast] == queries
+    for actual, expected in zip(fast, slow, strict=True):
+        assert actual.passages == expected.passages
+        assert actual.num_candidates == len(actual.passages)
+        assert {"encode", "candidates", "score"} == set(actual.seconds)
 
 
 @pytest.mark.parametrize(
     "options", [{"hybrid": 0.5}, {"sources": ("vectors", "bm25")}, {"group": "best"}, {"sources": ("bm25",)}]
 )
-def test_what_needs_more_than_the_first_passages_gets_it(living, options):
-    asked = ["cat sleeps", "dog fish runs"]
+def test_options_that_need_more_candidates_get_them(edited_index, options):
+    queries = ["cat sleeps", "dog fish runs"]
     for fast, slow in zip(
-        search(living.view, PreparedAnchorStudent(), asked, top_k=4, **options),
-        search(living.view, AnchorStudent(), asked, top_k=4, **options),
+        search(edited_index.view, PreparedAnchorStudent(), queries, top_k=4, **options),
+        search(edited_index.view, AnchorStudent(), queries, top_k=4, **options),
         strict=True,
     ):
         assert fast.passages == slow.passages
@@ -97,12 +97,12 @@ def test_what_needs_more_than_the_first_passages_gets_it(living, options):
 
 
 @settings(max_examples=15, deadline=None)
-@given(asked=st.lists(texts, min_size=2, max_size=70), group=st.sampled_from(["passage", "best"]))
-def test_queries_together_are_ranked_as_each_alone(living, asked, group):
+@given(queries=st.lists(texts, min_size=2, max_size=70), group=st.sampled_from(["passage", "best"]))
+def test_batched_queries_are_ranked_as_single_ones(edited_index, queries, group):
     student = FakeStudent()
-    together = search(living.view, student, asked, num_candidates=20, group=group)
-    for ranking, text in zip(together, asked, strict=True):
-        (alone,) = search(living.view, student, [text], num_candidates=20, group=group)
+    together = search(edited_index.view, student, queries, num_candidates=20, group=group)
+    for ranking, text in zip(together, queries, strict=True):
+        (alone,) = search(edited_index.view, student, [text], num_candidates=20, group=group)
         assert ranking.passages == alone.passages
 
 
@@ -133,7 +133,7 @@ texts_of_any_kind = st.text(st.characters(exclude_categories=["Cs"]), max_size=2
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
     data=st.data(),
 )
-def test_what_is_written_is_read(tmp_path_factory, contents, dtype, data):
+def test_written_passages_and_vectors_are_read_back(tmp_path_factory, contents, dtype, data):
     passages = [Passage(name, text, title) for name, text, title in contents]
     # Multiples of 1/8 below 16 are exact in every dtype.
     eighths = st.integers(-127, 127).map(lambda n: n / 8)

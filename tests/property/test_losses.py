@@ -28,7 +28,7 @@ batches = st.builds(
 def make_batch(num_queries: int, num_passages: int, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     shape = (num_queries, num_passages)
-    # At least half a step between any two: where the logits of a list are almost equal, no correlation is defined.
+    # Any two values differ by at least half a step: for almost equal logits the correlation is undefined.
     steps = [
         torch.rand(shape, generator=generator).argsort(dim=1) + torch.rand(shape, generator=generator).double() / 2
         for _ in range(2)
@@ -60,8 +60,8 @@ def loss_of(name: str, batch: Batch) -> float:
     return losses.feature_imitation(batch["features"], batch["gram"], positive | hard).item()
 
 
-def taken(batch: Batch, order: Tensor) -> Batch:
-    """The batch with the passages ``order``; also both passage axes of the Gram matrix."""
+def select_passages(batch: Batch, order: Tensor) -> Batch:
+    """The batch with its passages picked by ``order``, along both axes of the Gram matrix too."""
     moved = {name: values.index_select(1, order) for name, values in batch.items()}
     return moved | {"gram": moved["gram"].index_select(2, order)}
 
@@ -71,7 +71,9 @@ def taken(batch: Batch, order: Tensor) -> Batch:
 @given(batch=batches, data=st.data())
 def test_the_order_of_passages_does_not_matter(name: str, batch: Batch, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(batch["logits"].shape[1])))
-    assert loss_of(name, taken(batch, torch.tensor(order))) == pytest.approx(loss_of(name, batch), rel=1e-9, abs=1e-12)
+    assert loss_of(name, select_passages(batch, torch.tensor(order))) == pytest.approx(
+        loss_of(name, batch), rel=1e-9, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,12 +90,12 @@ def test_the_order_of_queries_does_not_matter(name: str, batch: Batch, data: st.
 @given(batch=batches, data=st.data(), garbage=st.sampled_from([0.0, -7.5, float("nan"), float("inf")]))
 def test_a_masked_passage_changes_nothing(name: str, batch: Batch, data: st.DataObject, garbage: float) -> None:
     num_passages = batch["logits"].shape[1]
-    place = data.draw(st.integers(0, num_passages))
-    longer = taken(batch, torch.tensor([*range(place), num_passages - 1, *range(place, num_passages)]))
-    longer["roles"][:, place] = 0
-    for values in ("logits", "teacher", "features", "gram"):
-        longer[values][:, place] = garbage
-    longer["gram"][:, :, place] = garbage
+    position = data.draw(st.integers(0, num_passages))
+    longer = select_passages(batch, torch.tensor([*range(position), num_passages - 1, *range(position, num_passages)]))
+    longer["roles"][:, position] = 0
+    for key in ("logits", "teacher", "features", "gram"):
+        longer[key][:, position] = garbage
+    longer["gram"][:, :, position] = garbage
     assert loss_of(name, longer) == pytest.approx(loss_of(name, batch), rel=1e-9, abs=1e-12)
 
 
@@ -116,7 +118,7 @@ def test_losses_of_differences_ignore_an_offset_of_the_logits(batch: Batch, offs
 
 @settings(max_examples=50, deadline=None)
 @given(batch=batches)
-def test_ranges(batch: Batch) -> None:
+def test_losses_stay_within_their_ranges(batch: Batch) -> None:
     for name in NAMES:
         assert loss_of(name, batch) >= -1e-12
     assert loss_of("rank_imitation_positive_hard", batch) <= 2 + 1e-12
@@ -125,7 +127,7 @@ def test_ranges(batch: Batch) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(batch=batches)
-def test_a_student_that_equals_the_teacher_has_nothing_to_learn(batch: Batch) -> None:
+def test_a_student_equal_to_its_teacher_has_no_loss(batch: Batch) -> None:
     unit = torch.nn.functional.normalize(batch["features"], dim=2)
     assert loss_of("feature_imitation", batch | {"gram": unit @ unit.mT}) == pytest.approx(0.0, abs=1e-12)
     assert loss_of("rank_imitation_positive_hard", batch | {"logits": batch["teacher"]}) == pytest.approx(0.0, abs=1e-9)

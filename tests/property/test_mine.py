@@ -1,4 +1,4 @@
-"""Mining: the draw of a query depends on the seed, its id and the corpus only."""
+"""Mining: the draw for a query depends only on the seed, its id and the corpus."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def datasets(draw: st.DrawFn) -> Dataset:
     queries = [Query(f"q{number}", text) for number, text in enumerate(draw(st.lists(TEXTS, min_size=1, max_size=6)))]
     grades = st.dictionaries(st.sampled_from([p.id for p in passages]), st.integers(0, 2), max_size=3)
     train = {query.id: draw(grades) for query in queries}
-    train[queries[0].id] = {"p0": 1}  # something to mine
+    train[queries[0].id] = {"p0": 1}  # at least one query to mine for
     return Dataset("d", Path("d"), {p.id: p for p in passages}, {q.id: q for q in queries}, {"train": train})
 
 
@@ -43,11 +43,11 @@ def shuffled(dataset: Dataset, order: random.Random) -> Dataset:
 @given(dataset=datasets(), seed=st.integers(0, 9), order=st.randoms(use_true_random=False))
 def test_shuffling_the_files_changes_no_draw(dataset: Dataset, seed: int, order: random.Random) -> None:
     config = MiningConfig(num_hard=2, num_easy=2, range_max=5, range_min=1)
-    one = mine(dataset, "train", config, encoder=None, seed=seed).entries
-    other = mine(shuffled(dataset, order), "train", config, encoder=None, seed=seed).entries
-    drawn = {entry.query_id: (entry.hard_negatives, entry.easy_negatives) for entry in one}
-    assert drawn == {entry.query_id: (entry.hard_negatives, entry.easy_negatives) for entry in other}
-    assert {e.query_id: set(e.positives) for e in one} == {e.query_id: set(e.positives) for e in other}
+    entries = mine(dataset, "train", config, encoder=None, seed=seed).entries
+    shuffled_entries = mine(shuffled(dataset, order), "train", config, encoder=None, seed=seed).entries
+    drawn = {entry.query_id: (entry.hard_negatives, entry.easy_negatives) for entry in entries}
+    assert drawn == {entry.query_id: (entry.hard_negatives, entry.easy_negatives) for entry in shuffled_entries}
+    assert {e.query_id: set(e.positives) for e in entries} == {e.query_id: set(e.positives) for e in shuffled_entries}
 
 
 @settings(deadline=None, max_examples=60)

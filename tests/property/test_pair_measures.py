@@ -19,7 +19,7 @@ from d2llm.ops.pair_measures import (
     spearman,
 )
 
-# Few different values, so that ties are the rule
+# Few distinct values, so that ties are common
 tied = st.sampled_from([-2.0, -0.0, 0.0, 1.0, 1.0000001, 5e-324, 1e308, -1e308])
 score = tied | st.floats(-1e308, 1e308)
 binary = st.lists(st.tuples(score, st.booleans()), min_size=2, max_size=25)
@@ -27,30 +27,30 @@ ordinal = st.lists(st.tuples(score, st.integers(0, 2)), min_size=3, max_size=9)
 PROPERTY = settings(max_examples=50, deadline=None)
 
 
-def apart(pairs):
+def unzip(pairs):
     scores, labels = zip(*pairs, strict=True)
     return list(scores), list(labels)
 
 
 def every_cut(scores):
-    """A threshold for each way to part the scores: each of them, and one above all."""
+    """A threshold for every way to split the scores: each score, and one above all."""
     return [*sorted(set(scores)), float(np.nextafter(max(scores), np.inf))]
 
 
 @PROPERTY
 @given(pairs=binary)
-def test_no_threshold_is_better(pairs):
-    scores, labels = apart(pairs)
+def test_best_threshold_is_optimal(pairs):
+    scores, labels = unzip(pairs)
     assume(0 < sum(labels) < len(labels))
     for measure, value_at in (("accuracy", accuracy_at), ("f1", f1_at)):
-        found = value_at(scores, labels, best_threshold(scores, labels, measure=measure))
-        assert found == max(value_at(scores, labels, cut) for cut in every_cut(scores))
+        best = value_at(scores, labels, best_threshold(scores, labels, measure=measure))
+        assert best == max(value_at(scores, labels, cut) for cut in every_cut(scores))
 
 
 @PROPERTY
 @given(pairs=ordinal)
-def test_no_two_cuts_are_better(pairs):
-    scores, classes = apart(pairs)
+def test_ordinal_thresholds_are_optimal(pairs):
+    scores, classes = unzip(pairs)
     assume(set(classes) == {0, 1, 2})
     lower, upper = ordinal_thresholds(scores, classes)
     assert lower <= upper
@@ -62,23 +62,25 @@ def test_no_two_cuts_are_better(pairs):
 
 @PROPERTY
 @given(pairs=binary)
-def test_auc_counts_pairs_of_pairs(pairs):
-    scores, labels = apart(pairs)
+def test_auc_counts_pairs_of_positive_and_negative(pairs):
+    scores, labels = unzip(pairs)
     positives = [score for score, label in pairs if label]
     negatives = [score for score, label in pairs if not label]
     assume(positives and negatives)
-    won = sum((one > other) + (one == other) / 2 for one in positives for other in negatives)
-    assert roc_auc(scores, labels) == pytest.approx(won / (len(positives) * len(negatives)))
+    wins = sum((positive > negative) + (positive == negative) / 2 for positive in positives for negative in negatives)
+    assert roc_auc(scores, labels) == pytest.approx(wins / (len(positives) * len(negatives)))
 
 
 @PROPERTY
 @given(pairs=binary)
-def test_average_precision_sums_over_matches(pairs):
-    scores, labels = apart(pairs)
+def test_average_precision_is_a_mean_over_the_positives(pairs):
+    scores, labels = unzip(pairs)
     positives = [score for score, label in pairs if label]
     assume(positives and len(positives) < len(pairs))
     precisions = [
-        sum(other >= mine for other in positives) / sum(other >= mine for other in scores) for mine in positives
+        sum(other_score >= positive for other_score in positives)
+        / sum(other_score >= positive for other_score in scores)
+        for positive in positives
     ]
     assert average_precision(scores, labels) == pytest.approx(sum(precisions) / len(positives))
 
@@ -86,9 +88,9 @@ def test_average_precision_sums_over_matches(pairs):
 @PROPERTY
 @given(pairs=binary, data=st.data())
 def test_order_of_the_pairs_does_not_matter(pairs, data):
-    scores, labels = apart(pairs)
+    scores, labels = unzip(pairs)
     assume(0 < sum(labels) < len(labels))
-    moved_scores, moved_labels = apart(data.draw(st.permutations(pairs)))
+    moved_scores, moved_labels = unzip(data.draw(st.permutations(pairs)))
     assert best_threshold(moved_scores, moved_labels) == best_threshold(scores, labels)
     assert average_precision(moved_scores, moved_labels) == pytest.approx(average_precision(scores, labels))
     assert spearman(moved_scores, moved_labels) == pytest.approx(spearman(scores, labels), abs=1e-9)
@@ -98,7 +100,7 @@ def test_order_of_the_pairs_does_not_matter(pairs, data):
 @PROPERTY
 @given(pairs=st.lists(st.tuples(score, score), min_size=1, max_size=20))
 def test_correlations_are_symmetric_and_bounded(pairs):
-    first, second = apart(pairs)
+    first, second = unzip(pairs)
     for correlation in (pearson, spearman):
         value = correlation(first, second)
         assert -1 <= value <= 1

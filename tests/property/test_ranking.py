@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from d2llm.ops.ranking import reciprocal_rank_fusion, top_k
 
-# Few different values, so that ties are the rule
+# Few distinct values, so that ties are common
 tied_scores = st.sampled_from([-1.5, -0.0, 0.0, 1.0, 1.0000001, float("inf"), float("-inf")])
 items = st.dictionaries(st.text(max_size=3), tied_scores | st.floats(allow_nan=False, width=32), max_size=30)
 rankings = st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size=5)
@@ -16,7 +16,7 @@ rankings = st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size
 
 @settings(max_examples=200, deadline=None)
 @given(items=items, k=st.integers(0, 35))
-def test_equals_the_full_sort(items: dict[str, float], k: int) -> None:
+def test_top_k_equals_the_full_sort(items: dict[str, float], k: int) -> None:
     expected = sorted(items.items(), key=lambda item: (-item[1], item[0]))[:k]
     assert top_k(np.array(list(items.values())), list(items), k) == expected
 
@@ -33,13 +33,13 @@ def test_top_k_is_a_prefix_of_top_k_plus_one(items: dict[str, float], k: int) ->
 @settings(max_examples=100, deadline=None)
 @given(items=items, k=st.integers(0, 35), data=st.data())
 def test_the_order_of_items_does_not_matter(items: dict[str, float], k: int, data: st.DataObject) -> None:
-    moved = dict(data.draw(st.permutations(list(items.items()))))
+    shuffled = dict(data.draw(st.permutations(list(items.items()))))
     expected = top_k(np.array(list(items.values())), list(items), k)
-    assert top_k(np.array(list(moved.values())), list(moved), k) == expected
+    assert top_k(np.array(list(shuffled.values())), list(shuffled), k) == expected
 
 
 def test_a_large_corpus_equals_the_full_sort() -> None:
-    scores = np.random.default_rng(0).integers(0, 500, 20_000).astype(np.float32)  # about 40 items a value
+    scores = np.random.default_rng(0).integers(0, 500, 20_000).astype(np.float32)  # about 40 items per value
     ids = [f"p{number * 7919 % 20_000}" for number in range(20_000)]
     expected = sorted(((ids[i], float(scores[i])) for i in range(20_000)), key=lambda pair: (-pair[1], pair[0]))
     for k in (1, 39, 100, 19_999):
@@ -54,7 +54,7 @@ def test_fusion_does_not_depend_on_the_order_of_rankings(rankings: list[list[str
 
 @settings(max_examples=100, deadline=None)
 @given(rankings=rankings, k=st.integers(0, 100))
-def test_fusion_equals_its_equation(rankings: list[list[str]], k: int) -> None:
+def test_fusion_matches_its_formula(rankings: list[list[str]], k: int) -> None:
     fused = reciprocal_rank_fusion(rankings, k=k)
     assert {candidate.passage_id for candidate in fused} == {name for ranking in rankings for name in ranking}
     for candidate in fused:

@@ -1,4 +1,4 @@
-"""Any sequence of changes leaves a store that says what a plain dictionary says."""
+"""After any sequence of changes, a store holds the same as a plain dictionary."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Model = dict[str, Passage]
 
 
 def _bare(passage: Passage) -> Passage:
-    """As a store gives it back: a field without value is no field."""
+    """The passage as a store returns it: without the metadata fields that are None."""
     return replace(passage, metadata={name: value for name, value in passage.metadata.items() if value is not None})
 
 
@@ -151,34 +151,34 @@ class StoreMachine(RuleBasedStateMachine):
         query = np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
         view = PassageView(self.store)
         allowed = view.select(None if year is None else f"year >= {year}")
-        found = view.scan(query, top_k, allowed)
+        result = view.scan(query, top_k, allowed)
         chosen = self._chosen(year)
         scores = exact_products(chosen, self.vector_format, query)
         best = sorted(range(len(chosen)), key=lambda place: (-scores[place], chosen[place].id))[:top_k]
-        assert view.ids(found.rows) == [chosen[place].id for place in best]  # equal texts: in the order of their ids
-        np.testing.assert_array_equal(found.scores, scores[best])
-        assert view.passages(found.rows) == [self.model[passage_id] for passage_id in view.ids(found.rows)]
+        assert view.ids(result.rows) == [chosen[place].id for place in best]  # equal texts: ordered by id
+        np.testing.assert_array_equal(result.scores, scores[best])
+        assert view.passages(result.rows) == [self.model[passage_id] for passage_id in view.ids(result.rows)]
 
     @rule(word=st.sampled_from(WORDS), top_k=st.integers(1, 6), year=st.none() | st.integers(-3, 3))
     def match(self, word: str, top_k: int, year: int | None) -> None:
         view = PassageView(self.store)
-        found = view.match(word, top_k, None if year is None else f"year >= {year}")
-        having = {p.id for p in self._chosen(year) if not {*terms(word)}.isdisjoint(terms(p.full_text))}
-        ids = view.ids(found.rows)
-        assert set(ids) <= having
-        assert len(ids) == min(top_k, len(having))
-        order = sorted(zip((-found.scores).tolist(), ids, strict=True))
+        result = view.match(word, top_k, None if year is None else f"year >= {year}")
+        matching = {p.id for p in self._chosen(year) if not {*terms(word)}.isdisjoint(terms(p.full_text))}
+        ids = view.ids(result.rows)
+        assert set(ids) <= matching
+        assert len(ids) == min(top_k, len(matching))
+        order = sorted(zip((-result.scores).tolist(), ids, strict=True))
         assert [passage_id for _, passage_id in order] == ids
-        alone = WordIndex.from_texts(passage.full_text for passage in self.model.values())
-        scores = dict(zip(self.model, alone.scores(alone.query(word)), strict=True))
-        np.testing.assert_allclose(found.scores, [scores[passage_id] for passage_id in ids], rtol=1e-5)
+        reference = WordIndex.from_texts(passage.full_text for passage in self.model.values())
+        scores = dict(zip(self.model, reference.scores(reference.query(word)), strict=True))
+        np.testing.assert_allclose(result.scores, [scores[passage_id] for passage_id in ids], rtol=1e-5)
         everything = view.match(word, 1000, None if year is None else f"year >= {year}")
         assert view.ids(everything.rows)[: len(ids)] == ids
 
     @rule(ids=st.lists(IDS, max_size=5))
     def get(self, ids: list[str]) -> None:
-        wanted = [self.model[key] for key in dict.fromkeys(ids) if key in self.model]
-        assert PassageView(self.store).get(ids) == wanted
+        expected = [self.model[key] for key in dict.fromkeys(ids) if key in self.model]
+        assert PassageView(self.store).get(ids) == expected
 
     def _chosen(self, year: int | None) -> list[Passage]:
         return [p for p in self.model.values() if year is None or ("year" in p.metadata and p.metadata["year"] >= year)]
@@ -197,7 +197,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 class OneCopyMachine(StoreMachine):
-    """Lost vectors are no longer read, but encoded again; versions from before then may be without theirs."""
+    """Lost vectors cannot be read but are encoded again; versions from before the repair may stay without theirs."""
 
     vector_copies = 1
     lost_before = 0

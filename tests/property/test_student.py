@@ -1,4 +1,4 @@
-"""A vector and a score depend on their own texts alone, whatever is computed beside them."""
+"""A vector or a score depends only on its own texts, not on what is computed alongside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from d2llm.core.types import TASKS
 from d2llm.models.student import Student
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
-TOLERANCE = 2e-5  # of vectors of norm near sqrt(32), of scores near 20
+TOLERANCE = 2e-5  # for vectors of norm near sqrt(32) and scores near 20
 WORDS = sorted({word for text in TEXTS for word in text.split()})
 texts = st.lists(st.lists(st.sampled_from(WORDS), max_size=30).map(" ".join), min_size=1, max_size=6)
 architectures = pytest.mark.parametrize("architecture", ["llama", "gemma2", "bert", "xlm_roberta", "modernbert"])
@@ -26,15 +26,15 @@ architectures = pytest.mark.parametrize("architecture", ["llama", "gemma2", "ber
 def student(architecture: str) -> Student:
     with TemporaryDirectory() as folder:
         write_tiny_model(Path(folder), architecture)
-        found = Student.create(tiny_student_config(folder), device="cpu", dtype="float32")
-    randomise(found, scale=0.1)
+        created = Student.create(tiny_student_config(folder), device="cpu", dtype="float32")
+    randomise(created, scale=0.1)
     with torch.no_grad():
-        found.pooling.gate.fill_(0.5)
-    return found
+        created.pooling.gate.fill_(0.5)
+    return created
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=10 * TOLERANCE)
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=10 * TOLERANCE)
 
 
 @architectures
@@ -43,10 +43,10 @@ def close(found, expected):
 def test_neither_batch_nor_order_changes_a_vector(architecture, batch, order):
     model = student(architecture)
     together = model.encode_passages(batch).vectors
-    close(np.concatenate([model.encode_passages([text]).vectors for text in batch]), together)
-    places = list(range(len(batch)))
-    order.shuffle(places)
-    close(model.encode_passages([batch[place] for place in places]).vectors, together[places])
+    assert_close(np.concatenate([model.encode_passages([text]).vectors for text in batch]), together)
+    positions = list(range(len(batch)))
+    order.shuffle(positions)
+    assert_close(model.encode_passages([batch[position] for position in positions]).vectors, together[positions])
 
 
 @architectures
@@ -65,7 +65,7 @@ def test_neither_side_nor_width_of_the_padding_changes_a_vector(architecture, ba
         expected = model(*model.backbone.pad(rows))
         for on_the_left in (True, False):
             ids, mask = padded(padding, on_the_left=on_the_left), padded(-1, on_the_left=on_the_left) >= 0
-            close(model(ids, mask).numpy(), expected.numpy())
+            assert_close(model(ids, mask).numpy(), expected.numpy())
 
 
 @settings(max_examples=30)
@@ -77,13 +77,13 @@ def test_neither_side_nor_width_of_the_padding_changes_a_vector(architecture, ba
 )
 def test_adding_a_passage_never_changes_anothers_score(num_passages, num_added, seed, task):
     model = student("llama")
-    numbers = np.random.default_rng(seed)
-    query = numbers.standard_normal(model.vector_dim).astype(np.float32)
-    passages = numbers.standard_normal((num_passages + num_added, model.vector_dim)).astype(np.float32)
+    generator = np.random.default_rng(seed)
+    query = generator.standard_normal(model.vector_dim).astype(np.float32)
+    passages = generator.standard_normal((num_passages + num_added, model.vector_dim)).astype(np.float32)
     fewer, more = (model.score(query, passages[:n], task) for n in (num_passages, num_passages + num_added))
-    close(more[:num_passages], fewer)
-    order = numbers.permutation(len(passages))
-    close(model.score(query, passages[order], task), more[order])
+    assert_close(more[:num_passages], fewer)
+    order = generator.permutation(len(passages))
+    assert_close(model.score(query, passages[order], task), more[order])
 
 
 @settings(max_examples=20)

@@ -1,4 +1,4 @@
-"""An ablation's report as table, Markdown and page, from figures by hand."""
+"""Ablation reports as table, Markdown and HTML page, with figures computed by hand."""
 
 from __future__ import annotations
 
@@ -68,18 +68,18 @@ def report(num_seeds: int = 3) -> AblationReport:
 
 
 def figures(ablation: AblationReport) -> dict[str, list[str]]:
-    """Variant -> its figures, as a wide table shows them."""
+    """Variant -> its figures in the wide table."""
     return {name: cells for name, _, *cells in ablation_table(ablation, wide=True).texts()}
 
 
-def shown(table: object, width: int = 200) -> str:
+def printed(table: object, width: int = 200) -> str:
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class TestCells:
-    def test_by_hand(self) -> None:
+    def test_figures_by_hand(self) -> None:
         rows = figures(report())
         # Recipe: means .6, .65, .55, so s = .05 and the half width 4.30265 * .05 / sqrt(3) = .1242.
         expected = ["0.6000 ±0.1242", "–", "0.5000", "0.7000", "asym 0.50\nsym 0.25", "140 of 200", "61", "3 of 3"]
@@ -96,11 +96,11 @@ class TestCells:
         assert "±" not in remarks(report(1))[0]
         assert "±: 95 % interval over seeds" in remarks(report())[0]
 
-    def test_groups_come_in_their_order(self) -> None:
+    def test_groups_are_in_order(self) -> None:
         names = [[row.name for row in rows] for rows in groups(report())]
         assert names == [["recipe"], ["cosine"], ["without-ci"], ["rich"]]
 
-    def test_what_is_not_there_is_named(self) -> None:
+    def test_skipped_missing_and_failed_runs_are_listed(self) -> None:
         text = "\n".join(remarks(report()))
         assert "paper: not trained, the same as the recipe" in text
         assert "without-fi: not trained, the same as cosine" in text
@@ -121,74 +121,75 @@ def test_the_measures_of_all_sets_are_named() -> None:
     sets = (*report().sets, graded)
     assert named_measures(report().sets) == "nDCG@10"
     assert named_measures([graded]) == "Spearman"
-    found = replace(report(), sets=sets, measure=named_measures(sets))
-    assert ablation_table(found).columns[1].heading == "nDCG@10 and Spearman"
-    assert remarks(found)[0].startswith("nDCG@10 and Spearman: mean over data sets and seeds on dev; ")
+    ablation = replace(report(), sets=sets, measure=named_measures(sets))
+    assert ablation_table(ablation).columns[1].heading == "nDCG@10 and Spearman"
+    assert remarks(ablation)[0].startswith("nDCG@10 and Spearman: mean over data sets and seeds on dev; ")
     assert (
-        "graded (symmetric): trained on 90 queries, Spearman measured on 4,800 dev pairs, the same" in remarks(found)[3]
+        "graded (symmetric): trained on 90 queries, Spearman measured on 4,800 dev pairs, the same"
+        in remarks(ablation)[3]
     )
-    page = render_page(found)
+    page = render_page(ablation)
     assert "<figcaption>nDCG@10 and Spearman of each variant minus" in page
     assert ">nDCG@10 and Spearman, variant minus recipe</text>" in page
 
 
 def test_the_terminal_table_shows_every_row() -> None:
-    text = shown(ablation_table(report()))
+    text = printed(ablation_table(report()))
     for row in ("recipe", "cosine", "without-ci", "rich"):
         assert f"│ {row} " in text
     assert "+0.0750" in text
     assert "±0.3177" in text
     assert "the published head" not in text  # `paper` was not trained
-    assert text.startswith(f"Ablations of {HOSTILE}")  # letter by letter, no markup
-    assert max(map(len, shown(ablation_table(report()), 120).splitlines())) <= 120
-    assert "…" not in shown(ablation_table(report()), 120)
+    assert text.startswith(f"Ablations of {HOSTILE}")  # verbatim, not interpreted as markup
+    assert max(map(len, printed(ablation_table(report()), 120).splitlines())) <= 120
+    assert "…" not in printed(ablation_table(report()), 120)
 
 
 def test_the_best_is_bold() -> None:
     better = result("cosine", 0, 0.9, 0.9), result("cosine", 1, 0.9, 0.9), result("cosine", 2, 0.9, 0.9)
     base, rows = summarise(["cosine"], [*report().base.runs, *better])
-    found = replace(report(), base=base, rows=rows)
+    ablation = replace(report(), base=base, rows=rows)
     console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
-    console.print(ablation_table(found))
+    console.print(ablation_table(ablation))
     bold = re.findall(r"\x1b\[1m([^\x1b]*)\x1b", console.file.getvalue())  # pyright: ignore[reportAttributeAccessIssue]
     assert {"cosine", "0.9000"} <= {part.strip() for part in bold}
     assert not any("recipe" in part for part in bold)
-    rows = [line for line in render_markdown(found).splitlines() if line.startswith("| **cosine** ")]
+    rows = [line for line in render_markdown(ablation).splitlines() if line.startswith("| **cosine** ")]
     assert ["| **0.9000** ±0.0000 |" in row for row in rows] == [True]
 
 
-def test_the_best_has_every_seed_of_the_recipe() -> None:
-    found = report()
-    assert found.rows[1].mean == pytest.approx(0.7)  # above the recipe's .6, but with two of its three seeds
-    assert found.best == "recipe"
-    assert replace(found, base=summarise([], [])[0]).best is None
+def test_the_best_needs_all_seeds_of_the_recipe() -> None:
+    ablation = report()
+    assert ablation.rows[1].mean == pytest.approx(0.7)  # above the recipe's .6, but with two of its three seeds
+    assert ablation.best == "recipe"
+    assert replace(ablation, base=summarise([], [])[0]).best is None
 
 
-def test_markdown_is_a_table_of_even_width() -> None:
+def test_markdown_rows_have_the_same_number_of_cells() -> None:
     lines = [line for line in render_markdown(report()).splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 4 + 4  # a head, a line above each of four groups, and four rows
+    assert len(lines) == 2 + 4 + 4  # two header lines, four group headings and four rows
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {11}
     assert "<script>" not in render_markdown(report()).partition("## Settings")[0].replace(r"\<script\>", "")
 
 
 class TestListing:
-    def test_every_variant_with_its_title(self) -> None:
-        text = shown(variants_table(None))
+    def test_every_variant_is_listed_with_its_title(self) -> None:
+        text = printed(variants_table(None))
         for variant in VARIANTS.values():
             assert f" {variant.name} " in text
             assert f" {variant.title} " in text
         assert "changes nothing" not in text
         assert [section.title for section in variants_table(None).sections] == ["baseline", "published", "own"]
 
-    def test_with_a_recipe_what_is_so_already(self) -> None:
-        table = shown(variants_table(load_recipe("d2llm-paper")))
+    def test_variants_that_change_nothing_are_marked(self) -> None:
+        table = printed(variants_table(load_recipe("d2llm-paper")))
         lines = [line for line in table.splitlines() if "changes nothing" in line]
         assert {"concat", "cold-start"} < {line.split("│")[1].strip() for line in lines}
         assert len(lines) < 10
 
 
 class TestPage:
-    def test_it_loads_nothing_and_runs_nothing(self) -> None:
+    def test_the_page_loads_nothing_and_runs_no_scripts(self) -> None:
         page = render_page(report())
         style = re.search(r"<style>(.*?)</style>", page, re.S)
         assert style
@@ -199,14 +200,14 @@ class TestPage:
         assert not re.findall(r"(?:src|href)=\"(?!data:,)[^#\"]", page)
         assert " style=" not in page
 
-    def test_it_has_every_figure(self) -> None:
+    def test_the_page_contains_every_figure(self) -> None:
         page = render_page(report())
         assert page.count('<svg id="plot-ablation" ') == 1
         for row in (report().base, *report().rows):
             assert f"<bdi>{row.name}</bdi>" in page
-        shown = re.sub("</?(small|strong)>", "", page)
+        printed = re.sub("</?(small|strong)>", "", page)
         for cells in figures(report()).values():
-            assert all(f"<td>{cell}</td>".replace("\n", "<br>") in shown for cell in cells)
+            assert all(f"<td>{cell}</td>".replace("\n", "<br>") in printed for cell in cells)
         assert "one note" in page
 
     def test_the_plot_is_drawn_to_scale(self) -> None:
@@ -231,7 +232,7 @@ class TestPage:
             "published",
         ]
 
-    def test_endless_intervals_end_in_an_arrow(self) -> None:
+    def test_clipped_intervals_end_in_an_arrow(self) -> None:
         results = [result(n, s, v, v) for n, s, v in (("recipe", 0, 0.5), ("recipe", 1, 0.5))]
         results += [result("cosine", 0, 0.5, 0.5), result("cosine", 1, 0.6, 0.6)]  # .05 +- .635
         base, rows = summarise(["cosine"], results)
@@ -252,7 +253,7 @@ class TestPage:
 
 
 def x_scale(root: ElementTree.Element) -> Callable[[float], float]:
-    """From a coordinate to a difference, by the first and last tick."""
+    """A function from coordinates to differences, derived from the first and last tick."""
     ticks = [text for text in root.iter("text") if text.get("class") == "tick"]
     (x1, v1), (x2, v2) = (
         (float(t.get("x", "")), float((t.text or "").replace("−", "-"))) for t in (ticks[0], ticks[-1])

@@ -1,4 +1,4 @@
-"""An evaluation as a terminal shows it: every figure, marks, what is missing, and texts that stay texts."""
+"""Evaluation tables for the terminal: figures, significance marks, missing rows, and no markup from texts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from report_samples import HOSTILE, TEACHER, bare_report, hostile_report, pairs_
 
 def rendered(report, width=400):
     """The lines of a wide terminal, without styles."""
-    return [line.rstrip() for part in evaluation_tables(report) for line in drawn(part, width).splitlines()]
+    return [line.rstrip() for part in evaluation_tables(report) for line in printed(part, width).splitlines()]
 
 
-def drawn(part, width=400, **options):
+def printed(part, width=400, **options):
     console = Console(file=io.StringIO(), width=width, highlight=False, **options)
     console.print(part, markup=False)
     return console.file.getvalue()
 
 
 def cells(lines):
-    """Tables one after the other: name -> cells. A heading may take several lines."""
+    """The tables in order, each as name -> cells. A heading may span several lines."""
     tables, heads = [], []
     for line in lines:
         parts = [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
@@ -93,13 +93,13 @@ def test_every_figure_is_shown():
     assert lines[-1] == "2 odd things"
 
 
-def test_the_best_is_bold_and_only_it():
-    text = drawn(evaluation_tables(make_report())[0], force_terminal=True, color_system="standard")
-    bold = [part.split("\x1b[0m")[0] for part in text.split("\x1b[1m")[1:]]
-    assert [part.strip() for part in bold if part.strip()[:2] == "0."] == ["0.2500", "0.6123*"]
+def test_only_the_best_is_bold():
+    text = printed(evaluation_tables(make_report())[0], force_terminal=True, color_system="standard")
+    bold_parts = [part.split("\x1b[0m")[0] for part in text.split("\x1b[1m")[1:]]
+    assert [part.strip() for part in bold_parts if part.strip()[:2] == "0."] == ["0.2500", "0.6123*"]
 
 
-def test_without_a_test_nothing_is_marked():
+def test_without_comparisons_nothing_is_marked():
     lines = rendered(make_report(marks=False))
     assert cells(lines)[0]["D2LLM"] == ["0.6123", "0.2000", "1,200"]
     assert "Nothing was tested for significance." in " ".join(lines)
@@ -114,13 +114,13 @@ def test_a_full_report_has_a_table_for_each_part():
     assert [name for name in measures if name in names] == names
     for table, rows in ((measures, report.rows), (sample, report.sample_rows)):
         for row in rows:
-            found = [cell.rstrip("*†") for cell in table[row.name]]
-            assert found == [*(f"{e.value:.4f}" for e in row.measures.values()), f"{row.num_items:,}"]
+            actual = [cell.rstrip("*†") for cell in table[row.name]]
+            assert actual == [*(f"{e.value:.4f}" for e in row.measures.values()), f"{row.num_items:,}"]
     assert "The same systems on the 100 queries that the teacher judged" in " ".join(lines)
     assert not any("*" in cell or "†" in cell for row in sample.values() for cell in row)
     (d2llm,) = (row for row in report.agreement if row.name == "D2LLM")
-    found = d2llm.agreement
-    expected = (found.label_loyalty, found.kendall_within, found.pearson_within, found.pearson_over_all)
+    actual = d2llm.agreement
+    expected = (actual.label_loyalty, actual.kendall_within, actual.pearson_within, actual.pearson_over_all)
     assert agreement["D2LLM"] == [
         *(f"{value:.4f}" for value in expected),
         f"{d2llm.top_10_overlap:.4f}",
@@ -141,12 +141,12 @@ def test_pairs_are_counted_as_pairs():
     assert cells(lines)[0]["D2LLM"][-1] == "200"
 
 
-def test_a_bare_report():
+def test_a_report_without_optional_parts():
     lines = rendered(bare_report())
     assert [list(table) for table in cells(lines)] == [["system", "D2LLM"], ["system", "D2LLM"]]
 
 
-def test_names_and_notes_stay_texts():
+def test_markup_in_names_and_notes_is_not_interpreted():
     report = hostile_report()
     report = replace(report, notes=("[bold]a note[/bold]",), missing=(MissingRow("[red]x", "external", "[/]"),))
     text = "\n".join(rendered(report))
@@ -156,7 +156,7 @@ def test_names_and_notes_stay_texts():
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_a_narrow_terminal_loses_no_row(width):
-    text = drawn(evaluation_tables(make_report())[0], width)
+def test_a_narrow_terminal_still_shows_all_rows(width):
+    text = printed(evaluation_tables(make_report())[0], width)
     assert "BM25" in text
     assert "0.5000" in text

@@ -1,4 +1,4 @@
-"""The page as text: read back by HTML and XML parsers, and compared with the report that it was made from."""
+"""The HTML report, parsed back and compared with the report it was rendered from."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """All elements with their attributes and texts; checks that what is opened is closed."""
+    """Collects all elements with their attributes and texts; checks that all tags are closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -55,15 +55,15 @@ class Page(HTMLParser):
 def table_rows(text, place):
     """The rows of the page's n-th table as lists of cell texts."""
     source = re.findall(r"<table>.*?</table>", text, re.DOTALL)[place]
-    found = []
+    rows = []
     for row in re.findall(r"<tr.*?</tr>", source, re.DOTALL):
         cells = [element for element in Page(row).elements if element["tag"] in ("th", "td")]
-        found.append([" ".join(cell["text"].split()) for cell in cells])
-    return found
+        rows.append([" ".join(cell["text"].split()) for cell in cells])
+    return rows
 
 
-def points(text, identity):
-    """The SVG of that id, parsed as XML."""
+def svg_by_id(text, identity):
+    """The SVG with this id, parsed as XML."""
     return ElementTree.fromstring(re.search(rf'<svg id="{identity}".*?</svg>', text, re.DOTALL).group())
 
 
@@ -72,7 +72,7 @@ def marks(chart, tag):
 
 
 @pytest.mark.parametrize("make", [retrieval_report, pairs_report, bare_report, hostile_report])
-def test_nothing_is_loaded_or_run(make):
+def test_the_page_loads_nothing_and_runs_no_scripts(make):
     text = render_html(make())
     page = Page(text)
     assert not page.all("script") + page.all("img") + page.all("iframe") + page.all("object")
@@ -90,7 +90,7 @@ def test_nothing_is_loaded_or_run(make):
     assert len(text) < 300_000
 
 
-def test_hostile_texts_stay_texts_and_are_all_shown():
+def test_hostile_texts_are_escaped_and_shown():
     report = hostile_report()
     text = render_html(report)
     page = Page(text)
@@ -98,12 +98,12 @@ def test_hostile_texts_stay_texts_and_are_all_shown():
     for hostile in HOSTILE:
         expected = hostile.encode("utf-8", "replace").decode()
         assert " ".join(expected.split()) in body
-    calm = Page(render_html(retrieval_report(30)))
-    assert {element["tag"] for element in page.elements} == {element["tag"] for element in calm.elements}
+    harmless = Page(render_html(retrieval_report(30)))
+    assert {element["tag"] for element in page.elements} == {element["tag"] for element in harmless.elements}
     assert page.all("title")[0]["text"].startswith(HOSTILE[0])
 
 
-def test_tables_hold_the_values_of_the_report():
+def test_tables_contain_the_values_of_the_report():
     report = retrieval_report()
     text = render_html(report)
     rows = table_rows(text, 0)
@@ -119,13 +119,13 @@ def test_tables_hold_the_values_of_the_report():
         assert by_name[row.name][-1] == str(row.num_items)
     assert f"<strong>{report.row('D2LLM').measures['nDCG@10'].value:.4f}</strong>" in text
     assert "cosine, untuned baseline" in [cells[0] for cells in rows]
-    compared = table_rows(text, 2)
-    found = report.comparison("BM25", "MRR@10")
-    assert [*compared[2][:3], compared[2][5]] == [
+    comparison_rows = table_rows(text, 2)
+    comparison = report.comparison("BM25", "MRR@10")
+    assert [*comparison_rows[2][:3], comparison_rows[2][5]] == [
         "BM25",
         "MRR@10",
-        f"{found.difference.value:+.4f}",
-        f"{found.adjusted_p:.4f}",
+        f"{comparison.difference.value:+.4f}",
+        f"{comparison.adjusted_p:.4f}",
     ]
     assert table_rows(text, 3)[1] == ["D2LLM", "0.9100", "0.6100", "0.8000", "0.7700", "0.7400", "100", "4,000"]
     assert table_rows(text, 4)[1][:3] == ["BM25", "0.0988", "0.138"]
@@ -140,9 +140,9 @@ def test_headers_have_a_scope_and_ids_are_unique():
     assert {header["attributes"].get("scope") for header in page.all("th")} == {"col", "row"}
     ids = [element["attributes"]["id"] for element in page.elements if "id" in element["attributes"]]
     assert len(ids) == len(set(ids))
-    drawn = {chart["attributes"]["id"] for chart in page.all("svg")}
-    assert {"plot-quality-cost", "plot-differences", "plot-calibration", "plot-calibration-2"} < drawn
-    assert {"plot-histogram-1", "plot-histogram-2"} < drawn
+    chart_ids = {chart["attributes"]["id"] for chart in page.all("svg")}
+    assert {"plot-quality-cost", "plot-differences", "plot-calibration", "plot-calibration-2"} < chart_ids
+    assert {"plot-histogram-1", "plot-histogram-2"} < chart_ids
     for chart in page.all("svg"):
         assert chart["attributes"]["role"] == "img"
         assert set(chart["attributes"]["aria-labelledby"].split()) <= set(ids)
@@ -150,9 +150,9 @@ def test_headers_have_a_scope_and_ids_are_unique():
     assert links <= set(ids)
 
 
-def test_quality_against_cost_shows_every_row_in_its_place():
+def test_the_quality_cost_plot_shows_all_rows_to_scale():
     report = retrieval_report()
-    chart = points(render_html(report), "plot-quality-cost")
+    chart = svg_by_id(render_html(report), "plot-quality-cost")
     titles = [group.find("title").text for group in chart.iter("g")]
     assert sorted(title.split(": nDCG")[0] for title in titles) == sorted(row.name for row in report.rows)
     dots = dict(zip(titles, marks(chart, "circle"), strict=True))
@@ -169,20 +169,20 @@ def test_quality_against_cost_shows_every_row_in_its_place():
     assert sum("sample" in names for names in classes) == 1
 
 
-def test_a_row_without_time_is_named_below_the_plot():
+def test_rows_without_a_time_are_listed_below_the_plot():
     report = retrieval_report()
     untimed = [replace(report.rows[0], cost=Cost(None)), replace(report.rows[1], cost=Cost(Milliseconds(0, 0, 0)))]
     text = render_html(replace(report, rows=(*untimed, *report.rows[2:])))
     assert "nDCG@10 is missing: <bdi>BM25</bdi>, <bdi>hybrid: BM25 + D2LLM</bdi>." in text
-    assert len(marks(points(text, "plot-quality-cost"), "circle")) == len(report.rows) - 2
+    assert len(marks(svg_by_id(text, "plot-quality-cost"), "circle")) == len(report.rows) - 2
 
 
-def test_the_front_joins_what_nothing_cheaper_beats():
+def test_the_pareto_front_joins_undominated_rows():
     def point(name, milliseconds, value, on_sample=False):
         return charts.Point(name, milliseconds, Estimate(value, value, value), "other", on_sample)
 
-    given = [point("a", 1, 0.5), point("beaten", 2, 0.4), point("b", 3, 0.7), point("sample", 4, 0.9, on_sample=True)]
-    chart = ElementTree.fromstring(charts.quality_cost(given, "MAP", "query"))
+    systems = [point("a", 1, 0.5), point("beaten", 2, 0.4), point("b", 3, 0.7), point("sample", 4, 0.9, on_sample=True)]
+    chart = ElementTree.fromstring(charts.quality_cost(systems, "MAP", "query"))
     front = next(path for path in chart.iter("path") if path.get("class") == "front").get("d")
     dots = {group.find("title").text.split(":")[0]: group.find("circle").get("cx") for group in chart.iter("g")}
     stops = [float(place) for place in re.findall(r"[MH]([\d.]+)", front)]
@@ -193,7 +193,7 @@ def test_differences_are_counted_and_drawn_by_size():
     report = retrieval_report()
     ours, theirs = (report.details.values[name]["nDCG@10"] for name in ("D2LLM", "cosine, untuned"))
     changes = [mine - other for mine, other in zip(ours, theirs, strict=True)]
-    chart = points(render_html(report), "plot-differences")
+    chart = svg_by_id(render_html(report), "plot-differences")
     won, lost = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
     texts = [element.text for element in chart.iter("text")]
     assert f"{won} won" in texts
@@ -209,29 +209,29 @@ def test_differences_are_counted_and_drawn_by_size():
     assert heights[0] / heights[-1] == pytest.approx(max(changes) / -min(changes), rel=0.01)
 
 
-def test_many_items_share_bars_and_the_chart_says_so():
-    found = [charts.Difference(f"q{place}", 1.0 if place < 1000 else -0.5) for place in range(4000)]
-    chart = ElementTree.fromstring(charts.differences(found, "MAP", "new", "old"))
+def test_many_items_are_grouped_into_bars():
+    items = [charts.Difference(f"q{place}", 1.0 if place < 1000 else -0.5) for place in range(4000)]
+    chart = ElementTree.fromstring(charts.differences(items, "MAP", "new", "old"))
     assert "up to 6 per bar" in [element.text for element in chart.iter("text")]
     titles = [group.find("title").text for group in chart.iter("g")]
     assert len(titles) == math.ceil(4000 / 6)
     assert titles[0] == "6 from q0 to q5, on average: +1.0000"
-    assert titles[166] == "6 from q996 to q1001, on average: +0.5000"  # 4 wins of 1 and 2 losses of a half
+    assert titles[166] == "6 from q996 to q1001, on average: +0.5000"  # 4 wins by 1 and 2 losses by 0.5
     assert "1,000 won" in [element.text for element in chart.iter("text")]
 
 
-def test_differences_where_all_are_equal_have_no_marks():
+def test_zero_differences_have_no_bars():
     chart = ElementTree.fromstring(charts.differences([charts.Difference("q", 0.0)] * 3, "MAP", "new", "old"))
     assert not marks(chart, "rect")
     assert "3 equal" in [element.text for element in chart.iter("text")]
 
 
-def test_a_main_measure_that_single_pairs_do_not_have_is_replaced_by_one_they_have():
+def test_a_main_measure_without_item_values_is_replaced():
     text = render_html(replace(pairs_report(), main_measure="Spearman"))
     assert "accuracy of <bdi>D2LLM</bdi> minus" in text
 
 
-def test_reliability_puts_each_bin_where_it_was():
+def test_the_reliability_diagram_is_drawn_to_scale():
     bins = (ReliabilityBin(0.0, 0.1, 0.05, 0.0, 900), ReliabilityBin(0.9, 1.0, 0.95, 0.5, 100))
     chart = ElementTree.fromstring(charts.reliability(Calibration("x", bins, 0.09, 1000), "plot-calibration"))
     low, high = marks(chart, "circle")
@@ -254,7 +254,7 @@ def test_histograms_are_shares_of_each_label():
     assert titles == ["0 to 1: yes 1 (25.0%), no 300 (75.0%)", "1 to 2: yes 3 (75.0%), no 100 (25.0%)"]
     paths = {path.get("class").split()[-1]: path.get("d") for path in marks(chart, "path")}
     heights = {side: re.findall(r"V([\d.]+)", path)[:2] for side, path in paths.items()}
-    assert heights["positive"] == heights["negative"][::-1]  # 25 and 75 %, 75 and 25 %
+    assert heights["positive"] == heights["negative"][::-1]  # 25 % and 75 %, 75 % and 25 %
 
 
 def test_a_histogram_with_one_label_only_is_drawn():
@@ -263,7 +263,7 @@ def test_a_histogram_with_one_label_only_is_drawn():
     assert len(marks(chart, "path")) == 2
 
 
-def test_parts_without_data_say_so():
+def test_missing_parts_are_explained():
     text = render_html(bare_report())
     assert not Page(text).all("svg")
     for sentence in (
@@ -279,13 +279,13 @@ def test_parts_without_data_say_so():
         assert sentence in text
 
 
-def test_examples_show_query_relevant_passages_and_both_tops():
+def test_examples_show_query_passages_and_top_results():
     report = retrieval_report()
     text = render_html(report)
     for example in (*report.details.wins, *report.details.losses):
         assert f"<bdi>{example.id}</bdi>" in text
         assert f"({example.baseline_value:.2f} → {example.value:.2f})" in text
-    # The second passage of each example is the relevant one, in "relevant" and in the subject's top.
+    # The second passage of each example is relevant; it is shown under "relevant" and in the subject's top results.
     assert text.count('class="passage is-relevant"') == 2 * len((*report.details.wins, *report.details.losses))
     pairs = render_html(pairs_report())
     assert "Paired with" in pairs
@@ -312,17 +312,17 @@ def test_logarithmic_ticks():
 
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.floats(60, 700), st.floats(20, 380), st.integers(3, 30)), min_size=1, max_size=12))
-def test_labels_stay_within_the_frame_and_apart(given):
+def test_labels_stay_in_the_frame_without_overlap(labels):
     frame = svg.Box(50, 0, 750, 400)
-    anchors = [(x, y) for x, y, _ in given]
-    sizes = [(7.0 * letters, 15.0) for *_, letters in given]
+    anchors = [(x, y) for x, y, _ in labels]
+    sizes = [(7.0 * letters, 15.0) for *_, letters in labels]
     places = svg.place_labels(anchors, sizes, [], frame)
     for place, box in enumerate(places):
         assert frame.holds(box)
         assert all(box.overlap(other) == 0 for other in places[:place])
 
 
-def test_long_names_are_shortened_and_whole_in_the_tooltip():
+def test_long_names_are_shortened():
     assert svg.shortened("teacher", 200, 12) == "teacher"
     cut = svg.shortened(TEACHER, 150, 12.5)
     assert cut.endswith("…")

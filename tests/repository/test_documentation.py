@@ -1,4 +1,4 @@
-"""What the documentation names exists: files in ARCHITECTURE.md, links between pages, verbs and options."""
+"""Files, links, Python names, commands and options mentioned in the documentation exist."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tracked_files(repository: Path) -> list[Path]:
     return [Path(line) for line in listed.stdout.splitlines()]
 
 
-def test_the_tour_names_only_what_exists(repository):
+def test_architecture_mentions_only_existing_files(repository):
     files = tracked_files(repository)
     folders = {parent for file in files for parent in file.parents}
     names = set(FILE.findall((repository / "ARCHITECTURE.md").read_text(encoding="utf-8"))) - WRITTEN_AT_RUN_TIME
@@ -49,18 +49,18 @@ def test_the_tour_names_only_what_exists(repository):
     assert missing == []
 
 
-def living_pages(repository: Path) -> list[Path]:
-    """Pages about what d2llm is now; the log and the changelog name what once was."""
+def current_pages(repository: Path) -> list[Path]:
+    """Pages about the current version; the log and the changelog also mention things that are gone."""
     return [page for page in pages(repository) if page.name not in ("LOG.md", "CHANGELOG.md")]
 
 
 def files_in(text: str) -> set[str]:
-    """Names of source files, and paths that begin with a folder of the checkout."""
+    """Names of source files, and paths that start with a folder of the repository."""
     return set(re.findall(r"`((?:src|tests|docs|benchmarks|scripts|deploy)/[\w./-]+|[\w/-]+\.(?:py|js|sh))`", text))
 
 
 def python_names_in(text: str) -> set[str]:
-    """Dotted names that begin with ``d2llm``, and what examples import from it."""
+    """Dotted names that start with ``d2llm``, and names that examples import from it."""
     names = set(re.findall(r"(?<![\w./\"-])(d2llm(?:\.[A-Za-z_]\w*)+)", text)) - LOGGERS
     for module, imported in re.findall(r"from (d2llm[\w.]*) import \(?([\w, ]+)", text):
         names |= {f"{module}.{name.split(' as ')[0].strip()}" for name in imported.split(",") if name.strip()}
@@ -77,7 +77,7 @@ def python_name_exists(name: str) -> bool:
         if not hasattr(value, part):
             try:
                 importlib.import_module(".".join(parts[:number]))
-            except MissingExtraError:  # the module is there, and another library is not
+            except MissingExtraError:  # the module exists, but a library it needs is missing
                 return True
             except ModuleNotFoundError:
                 return False
@@ -86,7 +86,7 @@ def python_name_exists(name: str) -> bool:
 
 
 def options_in(text: str) -> set[str]:
-    """``section.option`` of a recipe, between backticks."""
+    """Recipe options written as ``section.option`` between backticks."""
     names = re.findall(r"`\[*([a-z_]+(?:\.[a-z_]+)+)[`\] ]", text)
     sections = {*Recipe.model_fields} - {"student"} | {
         f"student.{name}" for name in ("backbone", "pooling", "interaction")
@@ -109,27 +109,29 @@ def option_exists(name: str) -> bool:
     return True
 
 
-def test_pages_name_only_files_that_exist(repository):
+def test_pages_mention_only_existing_files(repository):
     files = tracked_files(repository)
     known = [*files, *{parent for file in files for parent in file.parents}]
-    named = [(page, name) for page in living_pages(repository) for name in files_in(page.read_text(encoding="utf-8"))]
-    assert len(named) > 60
-    missing = [f"{page.name}: {name}" for page, name in named if not any(path.match(name) for path in known)]
+    mentions = [
+        (page, name) for page in current_pages(repository) for name in files_in(page.read_text(encoding="utf-8"))
+    ]
+    assert len(mentions) > 60
+    missing = [f"{page.name}: {name}" for page, name in mentions if not any(path.match(name) for path in known)]
     assert missing == []
 
 
-def test_pages_name_only_what_python_can_import(repository):
-    texts = [(page, page.read_text(encoding="utf-8")) for page in living_pages(repository)]
-    named = [(page, name) for page, text in texts for name in python_names_in(text)]
-    assert len(named) > 30
-    assert [f"{page.name}: {name}" for page, name in named if not python_name_exists(name)] == []
+def test_pages_mention_only_importable_names(repository):
+    texts = [(page, page.read_text(encoding="utf-8")) for page in current_pages(repository)]
+    mentions = [(page, name) for page, text in texts for name in python_names_in(text)]
+    assert len(mentions) > 30
+    assert [f"{page.name}: {name}" for page, name in mentions if not python_name_exists(name)] == []
 
 
-def test_pages_name_only_options_that_a_recipe_has(repository):
-    texts = [(page, page.read_text(encoding="utf-8")) for page in living_pages(repository)]
-    named = [(page, name) for page, text in texts for name in options_in(text)]
-    assert len(named) > 10
-    assert [f"{page.name}: {name}" for page, name in named if not option_exists(name)] == []
+def test_pages_mention_only_existing_recipe_options(repository):
+    texts = [(page, page.read_text(encoding="utf-8")) for page in current_pages(repository)]
+    mentions = [(page, name) for page, text in texts for name in options_in(text)]
+    assert len(mentions) > 10
+    assert [f"{page.name}: {name}" for page, name in mentions if not option_exists(name)] == []
     examples = [
         (page, block)
         for page, text in texts
@@ -149,12 +151,12 @@ def test_pages_name_only_options_that_a_recipe_has(repository):
         (option_exists, "training.residual.epochs"),
     ],
 )
-def test_a_wrong_name_is_noticed(exists, name):
+def test_the_checks_detect_unknown_names(exists, name):
     assert exists(name)
     assert not exists(f"{name}_gone")
 
 
-def test_links_between_pages_lead_somewhere(repository):
+def test_links_between_pages_are_not_broken(repository):
     broken = [
         f"{page.relative_to(repository)}: {target}"
         for page in pages(repository)
@@ -164,37 +166,37 @@ def test_links_between_pages_lead_somewhere(repository):
     assert broken == []
 
 
-def test_every_verb_of_the_page_of_verbs_exists_and_every_verb_is_there(repository):
+def test_the_cli_page_lists_exactly_the_commands(repository):
     verbs = set(typer.main.get_command(app).commands)
-    named = re.findall(
+    mentions = re.findall(
         r"^\| `d2llm ([\w-]+)", (repository / "docs" / "cli.md").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
-    assert set(named) == verbs
+    assert set(mentions) == verbs
 
 
 def _command_lines(page: Path) -> Iterator[tuple[int, str]]:
-    """What a page tells one to type, with its line: in blocks of code, and between backticks."""
-    block, begun, text = False, 0, ""
+    """Commands in a page, with line numbers: from code blocks and between backticks."""
+    block, start, text = False, 0, ""
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         if line.lstrip().startswith("```"):
             block = not block
         elif block:
-            begun, text = (begun, text + line) if text else (number, line)
+            start, text = (start, text + line) if text else (number, line)
             if text.endswith("\\"):
                 text = text[:-1]
                 continue
-            yield begun, text
+            yield start, text
             text = ""
         else:
             yield from ((number, span) for span in re.findall(r"`(d2llm (?!serves )[^`]+)`", line))
 
 
-def _typed(line: str) -> Iterator[list[str]]:
-    """The words behind each ``d2llm`` that is called in a line."""
+def _calls(line: str) -> Iterator[list[str]]:
+    """The arguments of each ``d2llm`` call in a line."""
     for part in re.split(r"&&|\|", line.partition(" #")[0]):
         try:
             words = shlex.split(part)
-        except ValueError:  # prose in a block of output
+        except ValueError:  # prose in a block of program output
             continue
         if words[:1] in (["from"], ["import"]):  # Python
             continue
@@ -202,14 +204,14 @@ def _typed(line: str) -> Iterator[list[str]]:
         if places:
             yield words[
                 places[-1 if words[0] == "docker" else 0] + 1 :
-            ]  # a container's name comes before the program's
+            ]  # with docker, the container's name may come first
 
 
 PROGRAM = typer.main.get_command(app)
 
 
 def _problem(words: list[str]) -> str | None:
-    """Why the program would not understand the words, as far as names of verbs and options tell."""
+    """The unknown command or option in the words, if any."""
     command, rest = PROGRAM, list(words)
     known = {name for parameter in command.params for name in parameter.opts}
     while subcommands := getattr(command, "commands", None):
@@ -225,12 +227,12 @@ def _problem(words: list[str]) -> str | None:
     return f"no options {unknown}" if unknown else None
 
 
-def test_every_command_in_the_documentation_has_verbs_and_options_that_exist(repository: Path):
+def test_documented_commands_and_options_exist(repository: Path):
     pages = [page for page in (repository / "docs").rglob("*.md") if page.name != "LOG.md"]
     num_commands, problems = 0, []
     for page in [repository / "README.md", *pages]:
         for number, line in _command_lines(page):
-            for words in _typed(line):
+            for words in _calls(line):
                 num_commands += 1
                 if (problem := _problem(words)) and not line.lstrip().startswith(("docker", "useradd", "pip")):
                     problems.append(f"{page.name}:{number}: {problem}: {line}")

@@ -35,17 +35,17 @@ def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
 
 
-def test_import_brings_little():
+def test_importing_d2llm_is_cheap():
     code = """
 import sys
 before = set(sys.modules)
 import d2llm
 print(*sorted(set(sys.modules) - before))
 """
-    brought = run_python(code).stdout.split()
-    modules = {name.partition(".")[0] for name in brought}
+    loaded = run_python(code).stdout.split()
+    modules = {name.partition(".")[0] for name in loaded}
     assert "d2llm" in modules
-    assert len(brought) < 60  # what an import costs, whatever else the machine does
+    assert len(loaded) < 60  # a measure of import cost that does not depend on the machine's load
     assert not {"torch", "transformers", "pydantic", "rich", "typer", "numpy", "pyarrow"} & modules
 
 
@@ -57,17 +57,17 @@ def test_every_public_name_can_be_imported(name: str):
         assert value.__module__.startswith("d2llm.")
 
 
-def test_all_is_what_dir_offers_and_what_star_imports():
+def test_all_matches_dir_and_star_import():
     assert len(set(d2llm.__all__)) == len(d2llm.__all__)
     assert set(d2llm.__all__) <= set(dir(d2llm))
     code = "from d2llm import *; import d2llm; print(*sorted(set(d2llm.__all__) - set(globals())))"
     assert run_python(code).stdout.strip() == ""
 
 
-def test_all_is_what_type_checkers_see():
-    """The names imported under TYPE_CHECKING come from the modules that the lazy import takes them from."""
+def test_all_matches_the_names_for_type_checkers():
+    """The names imported under TYPE_CHECKING come from the same modules as in the lazy import."""
     tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
-    typed = {
+    type_checked = {
         alias.name: node.module
         for branch in tree.body
         if isinstance(branch, ast.If)
@@ -75,19 +75,19 @@ def test_all_is_what_type_checkers_see():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert sorted(typed) == PUBLIC
-    assert typed == d2llm._HOME_OF
+    assert sorted(type_checked) == PUBLIC
+    assert type_checked == d2llm._HOME_OF
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_verb_is_the_function_also_after_its_module_was_imported(name: str):
+def test_public_functions_are_not_shadowed_by_their_modules(name: str):
     module = importlib.import_module(d2llm._HOME_OF[name])
     assert getattr(d2llm, name) is getattr(module, name)
     assert callable(getattr(d2llm, name))
 
 
-def test_no_folder_takes_a_public_name():
-    """``d2llm.search`` is a function: a folder of that name would take its place once it was imported."""
+def test_no_subpackage_has_a_public_name():
+    """``d2llm.search`` is a function: importing a subpackage of that name would replace it."""
     folders = {path.name for path in SOURCE.iterdir() if path.is_dir()}
     assert len(folders) > 10
     assert not folders & set(d2llm.__all__)
@@ -99,7 +99,7 @@ def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(d2llm, "torch")
 
 
-def test_version_is_the_installed_one():
+def test_version_is_the_installed_version():
     from importlib.metadata import version
 
     assert version("d2llm") == d2llm.__version__
@@ -116,11 +116,11 @@ def test_every_imported_package_is_a_declared_dependency(repository: Path):
     assert imported - declared - set(sys.stdlib_module_names) - {"d2llm"} == INDIRECT & imported
 
 
-# Packages whose modules have another name.
+# Packages whose module name differs from the distribution name.
 IMPORTED_AS = {"haystack_ai": "haystack", "llama_index_core": "llama_index"}
 
-# Packages that a declared one is built on and that come with it in every version we allow; "opentelemetry" is the
-# namespace of those that are declared one by one.
+# Dependencies of declared packages that come with every version we allow; "opentelemetry" is the namespace of
+# packages that are declared one by one.
 INDIRECT = {"huggingface_hub", "packaging", "tokenizers", "pydantic_core", "typing_extensions", "click", "starlette"}
 INDIRECT |= {"opentelemetry"}
 
@@ -144,7 +144,7 @@ def test_the_licence_is_the_standard_text(repository: Path):
 
 
 @pytest.mark.parametrize("verb", ["mine", "tune-teacher", "label", "distill", "run"])
-def test_a_recipe_that_is_not_there_is_told_before_torch_is_loaded(verb, tmp_path):
+def test_a_missing_recipe_is_an_error_before_torch_is_loaded(verb, tmp_path):
     code = (
         "import sys; from d2llm.cli.main import main; sys.argv = ['d2llm', sys.argv[1], sys.argv[2]]\n"
         "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"

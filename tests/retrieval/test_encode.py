@@ -25,7 +25,7 @@ class Interrupted(Exception):
 
 
 class FailingStudent(FakeStudent):
-    """Stops in its n-th block."""
+    """Raises ``Interrupted`` after encoding ``blocks`` blocks."""
 
     def __init__(self, blocks, **kwargs):
         super().__init__(**kwargs)
@@ -39,7 +39,7 @@ class FailingStudent(FakeStudent):
 
 
 def contents(folder):
-    """The passages with their vectors, and what the index says of itself."""
+    """The manifest of the index, and its passages with their vectors."""
     index = Index.open(folder).view
     rows = index.live_rows()
     vectors = [vector.tolist() for vector in index.vectors(rows)]
@@ -64,7 +64,7 @@ def test_vectors_texts_and_report(tmp_path):
     assert json.loads(json.dumps(report.to_json()))["folder"] == str(tmp_path / "i")
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     encode(PASSAGES, FakeStudent(), tmp_path / "whole")
     with pytest.raises(Interrupted):
         encode(PASSAGES, FailingStudent(3), tmp_path / "cut")
@@ -79,7 +79,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["student", "corpus", "format", "task"])
-def test_blocks_of_another_run_are_not_taken_over(tmp_path, change):
+def test_blocks_of_a_different_run_are_not_reused(tmp_path, change):
     with pytest.raises(Interrupted):
         encode(PASSAGES, FailingStudent(3), tmp_path / "i")
     student = FakeStudent(fingerprint="other") if change == "student" else FakeStudent()
@@ -91,7 +91,7 @@ def test_blocks_of_another_run_are_not_taken_over(tmp_path, change):
     assert student.encoded_passages == 23
 
 
-def test_vectors_kept_once(tmp_path):
+def test_vectors_stored_in_one_copy(tmp_path):
     twice = encode(PASSAGES, FakeStudent(), tmp_path / "twice", vector_format="float32")
     once = encode(PASSAGES, FakeStudent(), tmp_path / "once", vector_format="float32", vector_copies=1)
     assert Index.open(tmp_path / "once").stats().vector_copies == 1
@@ -113,24 +113,24 @@ def test_corpus_file_and_folder(tmp_path, compressed):
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
 
 
-def test_existing_index_is_kept_unless_told(tmp_path):
+def test_an_existing_index_is_kept_without_overwrite(tmp_path):
     encode(PASSAGES, FakeStudent(), tmp_path / "i")
     student = FakeStudent(fingerprint="new")
     with pytest.raises(InputError, match=r"already holds an index.*--overwrite"):
         encode(PASSAGES, student, tmp_path / "i")
-    assert student.encoded_passages == 0  # refused before the work
+    assert student.encoded_passages == 0  # refused before anything is encoded
     encode(PASSAGES, student, tmp_path / "i", overwrite=True)
     assert Index.open(tmp_path / "i").view.student_fingerprint == "new"
 
 
-def test_what_it_made_can_be_changed_filtered_and_found_by_words(tmp_path):
+def test_an_encoded_index_can_be_changed_and_searched(tmp_path):
     student = FakeStudent()
     encode([Passage("a", "cats sleep", metadata={"year": 1}), *PASSAGES], student, tmp_path / "i")
     index = Index.open(tmp_path / "i", student)
     index.upsert([Passage("b", "cats run", metadata={"year": 2})])
     for changes in ({"filter": "year > 1"}, {"sources": ("bm25",), "top_k": 1, "filter": "year = 2"}):
         (ranking,) = index.search("cats", **changes)
-        assert [place.passage.id for place in ranking.passages] == ["b"]
+        assert [hit.passage.id for hit in ranking.passages] == ["b"]
 
 
 def test_an_interrupted_overwrite_leaves_the_old_index(tmp_path):
@@ -141,16 +141,20 @@ def test_an_interrupted_overwrite_leaves_the_old_index(tmp_path):
     assert contents(tmp_path / "i") == before
 
 
-def test_a_writer_of_the_index_before_does_not_write_into_the_new_one(tmp_path):
+def test_a_writer_of_a_replaced_index_is_rejected(tmp_path):
     encode(PASSAGES[:10], FakeStudent(), tmp_path / "i")
-    before = Index.open(tmp_path / "i", FakeStudent())
-    assert len(before) == 10
+    old_index = Index.open(tmp_path / "i", FakeStudent())
+    assert len(old_index) == 10
     encode(PASSAGES, FakeStudent(fingerprint="another"), tmp_path / "i", overwrite=True)
-    after = contents(tmp_path / "i")
-    for write in (lambda: before.upsert([Passage("other", "text")]), lambda: before.delete(["p1"]), before.compact):
+    new_contents = contents(tmp_path / "i")
+    for write in (
+        lambda: old_index.upsert([Passage("other", "text")]),
+        lambda: old_index.delete(["p1"]),
+        old_index.compact,
+    ):
         with pytest.raises(IndexMismatchError, match="taken this one's place"):
             write()
-    assert contents(tmp_path / "i") == after
+    assert contents(tmp_path / "i") == new_contents
 
 
 def test_an_index_is_not_replaced_while_it_is_written(tmp_path):
@@ -160,10 +164,10 @@ def test_an_index_is_not_replaced_while_it_is_written(tmp_path):
         encode(PASSAGES, FakeStudent(fingerprint="another"), tmp_path / "i", overwrite=True)
     assert contents(tmp_path / "i") == before
     report = encode(PASSAGES, FakeStudent(fingerprint="another"), tmp_path / "i", overwrite=True)
-    assert report.num_resumed == 23  # what was encoded is still there
+    assert report.num_resumed == 23  # the encoded blocks were kept
 
 
-def test_bad_input(tmp_path):
+def test_invalid_input_is_rejected(tmp_path):
     student = FakeStudent()
     with pytest.raises(InputError, match="no passages"):
         encode([], student, tmp_path / "i")
@@ -177,12 +181,12 @@ def test_bad_input(tmp_path):
         encode(PASSAGES, student, tmp_path / "i", vector_format="int7")
 
 
-def test_vectors_that_are_not_finite_name_the_passage(tmp_path):
-    class Broken(FakeStudent):
+def test_non_finite_vectors_are_an_error_naming_the_passage(tmp_path):
+    class NanStudent(FakeStudent):
         def encode_passages(self, texts, *, advance=None):
             encoded = super().encode_passages(texts, advance=advance)
             encoded.vectors[[text.startswith("text 12 ") for text in texts]] = np.nan
             return encoded
 
     with pytest.raises(InputError, match=r"1 vectors are not finite.*'p12'"):
-        encode(PASSAGES, Broken(), tmp_path / "i")
+        encode(PASSAGES, NanStudent(), tmp_path / "i")

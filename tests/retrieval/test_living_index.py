@@ -1,4 +1,4 @@
-"""``Index``: passages that change, read by a fake student. The store beneath has tests of its own."""
+"""``Index`` with a fake student: adding, changing, deleting and searching passages. The store has its own tests."""
 
 import json
 
@@ -36,14 +36,14 @@ def student():
 
 @pytest.fixture
 def index(student, tmp_path):
-    made = Index.create(tmp_path / "i", student)
-    made.upsert(passages())
-    return made
+    index = Index.create(tmp_path / "i", student)
+    index.upsert(passages())
+    return index
 
 
-def found(index, text, **settings):
+def search_ids(index, text, **settings):
     (ranking,) = index.search(text, **settings)
-    return [place.passage.id for place in ranking.passages]
+    return [hit.passage.id for hit in ranking.passages]
 
 
 class TestUpsert:
@@ -64,50 +64,51 @@ class TestUpsert:
         report = index.upsert(passages())
         assert (report.version, report.num_unchanged) == (version, 6)
 
-    def test_ids_are_looked_up_in_what_was_there_before_not_in_what_grows(self, index, monkeypatch):
+    def test_ids_are_looked_up_in_the_table_from_before_the_upsert(self, index, monkeypatch):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
-        asked, opened = [], []
+        table_sizes, openings = [], []
         by_ids, open_table = PassageTable.by_ids, IndexStore.table
         monkeypatch.setattr(
-            PassageTable, "by_ids", lambda table, *names: asked.append(len(table)) or by_ids(table, *names)
+            PassageTable, "by_ids", lambda table, *names: table_sizes.append(len(table)) or by_ids(table, *names)
         )
-        monkeypatch.setattr(IndexStore, "table", lambda store, *at: opened.append(at) or open_table(store, *at))
+        monkeypatch.setattr(IndexStore, "table", lambda store, *at: openings.append(at) or open_table(store, *at))
         opened_before_blocks = 0
 
-        def given():
+        def new_passages():
             nonlocal opened_before_blocks
-            opened_before_blocks = len(opened)
+            opened_before_blocks = len(openings)
             yield from [Passage(f"new{n}", f"text {n}", metadata={"year": n}) for n in range(5)]
             yield from [Passage("p1", "the dog sleeps"), Passage("p2", TEXTS[2], metadata={"year": 1})]
             yield Passage("p3", TEXTS[3], metadata={"year": 2003})
 
-        report = index.upsert(given())
+        report = index.upsert(new_passages())
         assert (report.num_added, report.num_updated, report.num_metadata, report.num_unchanged) == (5, 1, 1, 1)
-        assert set(asked) == {6}
-        assert len(opened) - opened_before_blocks == 4 + 2  # once a block; to settle and for the report
+        assert set(table_sizes) == {6}
+        assert len(openings) - opened_before_blocks == 4 + 2  # once per block, once to settle and once for the report
 
-    def test_so_are_those_of_a_new_index(self, student, tmp_path, monkeypatch):
+    def test_ids_of_a_new_index_are_looked_up_in_the_empty_table(self, student, tmp_path, monkeypatch):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
-        asked, by_ids = [], PassageTable.by_ids
+        table_sizes, by_ids = [], PassageTable.by_ids
         monkeypatch.setattr(
-            PassageTable, "by_ids", lambda table, *names: asked.append(len(table)) or by_ids(table, *names)
+            PassageTable, "by_ids", lambda table, *names: table_sizes.append(len(table)) or by_ids(table, *names)
         )
         assert Index.create(tmp_path / "new", student).upsert(passages()).num_added == 6
-        assert set(asked) == {0}
+        assert set(table_sizes) == {0}
 
-    def test_who_gives_the_passages_may_change_the_index_meanwhile(self, index, monkeypatch):
+    def test_the_index_may_change_while_passages_are_generated(self, index, monkeypatch):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
 
-        def given():
+        def deleting_passages():
             yield from passages()[:2]
             index.delete(["p2", "p5"])
             yield from passages()[2:]
 
-        report = index.upsert(given())
+        report = index.upsert(deleting_passages())
         assert (report.num_added, report.num_unchanged) == (2, 4)
         assert {passage.id for passage in index.get([f"p{n}" for n in range(6)])} == {f"p{n}" for n in range(6)}
 
-    def test_what_an_interrupted_writer_left_is_indexed_before_ids_are_looked_up(self, student, tmp_path, monkeypatch):
+    def test_rows_of_an_interrupted_upsert_are_indexed_first(self, student, tmp_path, monkeypatch):
+        """The second upsert builds the missing column indices before it looks up ids."""
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
         index = Index.create(tmp_path / "cut", student)
         student.fail_after = 4
@@ -118,30 +119,30 @@ class TestUpsert:
             index.upsert(passages())
         assert set(index.store.table().indices) == set(INDICES)
 
-    def test_a_new_text_is_found_at_once_and_the_old_one_no_more(self, index):
-        assert found(index, "cat sleeps", top_k=1) == ["p0"]
+    def test_a_changed_text_replaces_the_old_one_immediately(self, index):
+        assert search_ids(index, "cat sleeps", top_k=1) == ["p0"]
         index.upsert([Passage("p0", "something else"), Passage("p3", "cat sleeps")])
-        assert found(index, "cat sleeps", top_k=1) == ["p3"]
+        assert search_ids(index, "cat sleeps", top_k=1) == ["p3"]
 
-    def test_cut_texts_are_counted_and_kept_in_the_facts(self, tmp_path):
+    def test_truncated_texts_are_counted_in_report_and_stats(self, tmp_path):
         index = Index.create(tmp_path / "short", FakeStudent(max_words=2))
         assert index.upsert(passages()).num_truncated == 6
         assert index.stats().num_truncated == 6
         index.upsert([Passage("p0", "two words")])
         assert index.stats().num_truncated == 5
 
-    def test_passages_without_a_word_are_counted_and_told_once(self, tmp_path, monkeypatch, caplog):
+    def test_blank_passages_are_counted_and_logged_once(self, tmp_path, monkeypatch, caplog):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
         index = Index.create(tmp_path / "blank", FakeStudent())
         assert index.upsert(passages()[:2]).num_blank == 0
         assert caplog.records == []
-        given = [passages()[2], Passage("b1", " \n\t"), Passage("t", " ", "a title"), Passage("b2", "\u3000")]
-        report = index.upsert(given)
+        collection = [passages()[2], Passage("b1", " \n\t"), Passage("t", " ", "a title"), Passage("b2", "\u3000")]
+        report = index.upsert(collection)
         assert (report.num_passages, report.num_blank, report.first_blank) == (4, 2, "b1")
         (record,) = caplog.records
         assert "2 of the 4 passages have only white space as text, the first is 'b1'" in record.getMessage()
 
-    def test_an_interrupted_upsert_goes_on_behind_the_last_commit(self, tmp_path, monkeypatch):
+    def test_an_interrupted_upsert_resumes_after_the_last_commit(self, tmp_path, monkeypatch):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
         student = FakeStudent(fail_after=5)
         index = Index.create(tmp_path / "i", student)
@@ -154,65 +155,66 @@ class TestUpsert:
         assert student.encoded_passages == 6
 
     @pytest.mark.parametrize("block", [2, 100])
-    def test_an_id_twice_is_an_error_whatever_the_blocks(self, index, monkeypatch, block):
+    def test_duplicate_ids_are_an_error_for_any_block_size(self, index, monkeypatch, block):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", block)
-        twice = [Passage("a", "one"), Passage("b", "two"), Passage("c", "three"), Passage("a", "four")]
+        duplicates = [Passage("a", "one"), Passage("b", "two"), Passage("c", "three"), Passage("a", "four")]
         with pytest.raises(DuplicateIdError, match="share the id 'a'"):
-            index.upsert(twice)
-        assert len(index) == (8 if block == 2 else 6)  # blocks before are kept
+            index.upsert(duplicates)
+        assert len(index) == (8 if block == 2 else 6)  # earlier blocks are kept
 
-    def test_add_refuses_what_is_there(self, index):
+    def test_add_rejects_existing_ids(self, index):
         with pytest.raises(DuplicateIdError, match=r"1 of the passages already exist, such as 'p3'"):
             index.add([Passage("new", "text"), Passage("p3", "text")])
         assert index.add([Passage("new", "text")]).num_added == 1
 
-    def test_fields_come_with_the_first_values(self, index):
+    def test_fields_are_added_with_their_first_values(self, index):
         index.upsert([Passage("p7", "text", metadata={"language": "en", "score": 0.5})])
         assert index.stats().metadata == {"year": "integer", "language": "string", "score": "number"}
         assert index.get(["p0"])[0].metadata == {"year": 2000}
 
-    def test_a_value_of_another_type_is_an_error_that_names_it(self, index):
+    def test_a_value_of_the_wrong_type_is_an_error_that_names_it(self, index):
         with pytest.raises(InputError, match=r"'p7'.*'year'"):
             index.upsert([Passage("p7", "text", metadata={"year": "long ago"})])
         assert len(index) == 6
 
 
 class TestDelete:
-    def test_gone_from_every_source_at_once(self, index):
+    def test_deleted_passages_are_gone_from_every_source(self, index):
         assert index.delete(["p0", "p5", "nobody"]) == 2
-        assert "p0" not in found(index, "cat sleeps", top_k=10)
-        assert found(index, "cat", top_k=10, sources=("bm25",)) == []
+        assert "p0" not in search_ids(index, "cat sleeps", top_k=10)
+        assert search_ids(index, "cat", top_k=10, sources=("bm25",)) == []
         assert index.get(["p0"]) == []
         assert len(index) == 4
 
-    def test_everything(self, index):
+    def test_deleting_everything(self, index):
         index.delete([f"p{n}" for n in range(6)])
-        assert found(index, "cat", top_k=3) == []
-        assert found(index, "cat", top_k=3, exact=True) == []
+        assert search_ids(index, "cat", top_k=3) == []
+        assert search_ids(index, "cat", top_k=3, exact=True) == []
         index.upsert(passages())
-        assert found(index, "bird flies", top_k=1) == ["p3"]
+        assert search_ids(index, "bird flies", top_k=1) == ["p3"]
 
 
 class TestSearch:
-    def test_a_filter_comes_before_the_choice_in_every_path(self, index):
-        late = {"filter": "year >= 2004", "top_k": 6}
+    def test_filters_apply_before_candidates_are_chosen(self, index):
+        filtered = {"filter": "year >= 2004", "top_k": 6}
         for settings in ({}, {"exact": True}, {"num_candidates": 1}, {"sources": ("vectors", "bm25")}, {"hybrid": 0.5}):
             expected = {"p4", "p5"}
-            assert set(found(index, "cat dog horse", **(late | settings))) == expected, settings
-        assert found(index, "cat", filter="year >= 2004", sources=("bm25",)) == ["p5"]
+            assert set(search_ids(index, "cat dog horse", **(filtered | settings))) == expected, settings
+        assert search_ids(index, "cat", filter="year >= 2004", sources=("bm25",)) == ["p5"]
 
-    def test_all_as_candidates_equals_exact_and_the_proof_says_so(self, index):
-        (proposed,) = index.search("the cat", top_k=6)
+    def test_scoring_every_candidate_equals_an_exact_search(self, index):
+        (ranking,) = index.search("the cat", top_k=6)
         (exact,) = index.search("the cat", top_k=6, exact=True)
-        assert [place.passage.id for place in proposed.passages] == [place.passage.id for place in exact.passages]
+        assert [hit.passage.id for hit in ranking.passages] == [hit.passage.id for hit in exact.passages]
         assert exact.certificate is not None
-        assert (exact.certificate.proved, proposed.certificate) == (6, None)
+        assert (exact.certificate.proved, ranking.certificate) == (6, None)
         assert exact.index_version == index.view.version
 
-    def test_both_sources_are_united(self, index):
-        assert set(found(index, "fish", num_candidates=1, top_k=1, sources=("bm25",))) == {"p2"}
+    def test_candidates_of_both_sources_are_merged(self, index):
+        assert set(search_ids(index, "fish", num_candidates=1, top_k=1, sources=("bm25",))) == {"p2"}
+        nearest = set(search_ids(index, "fish", num_candidates=1, top_k=1, sources=("vectors",)))
         (ranking,) = index.search("fish", num_candidates=1, top_k=1, sources=("vectors", "bm25"))
-        assert ranking.num_candidates in (1, 2)
+        assert ranking.num_candidates == len({"p2"} | nearest)
 
     @pytest.mark.parametrize(
         ("sources", "counts_words", "hybrid", "proposers"),
@@ -226,37 +228,37 @@ class TestSearch:
             (("bm25", "vectors"), False, 0.5, {"vectors", "bm25"}),
         ],
     )
-    def test_bm25_proposes_where_words_count_or_it_is_fused(self, sources, counts_words, hybrid, proposers):
-        found = SearchSettings(sources=sources, hybrid=hybrid).proposers(counts_words=counts_words)
-        assert sorted(found) == sorted(proposers)
+    def test_bm25_proposes_if_words_count_or_rankings_are_fused(self, sources, counts_words, hybrid, proposers):
+        actual = SearchSettings(sources=sources, hybrid=hybrid).proposers(counts_words=counts_words)
+        assert sorted(actual) == sorted(proposers)
 
-    def test_a_fusion_takes_candidates_of_both_unless_bm25_is_named_alone(self, index):
+    def test_fusion_uses_both_sources_unless_only_bm25_is_named(self, index):
         (ranking,) = index.search("fish", hybrid=0.5, top_k=6)
         (named,) = index.search("fish", hybrid=0.5, top_k=6, sources=("vectors", "bm25"))
         assert ranking.passages == named.passages
-        assert {place.passage.id for place in ranking.passages} == {f"p{n}" for n in range(6)}
+        assert {hit.passage.id for hit in ranking.passages} == {f"p{n}" for n in range(6)}
         (alone,) = index.search("fish", hybrid=0.5, top_k=6, sources=("bm25",))
-        assert [place.passage.id for place in alone.passages] == ["p2"]
+        assert [hit.passage.id for hit in alone.passages] == ["p2"]
 
-    def test_fusion_by_hand(self, index):
+    def test_fusion_matches_hand_computed_scores(self, index):
         (ranking,) = index.search("fish", hybrid=0.5, top_k=6)
-        by_score = found(index, "fish", top_k=6)
-        # BM25 finds p2 alone, as its first: 1/61 more than its place in the student's ranking gives.
+        by_score = search_ids(index, "fish", top_k=6)
+        # BM25 finds only p2, at rank 1, which adds 1/61 to its share from the student's ranking.
         fused = {name: 1 / (60 + rank) for rank, name in enumerate(by_score, start=1)}
         fused["p2"] += 1 / 61
         expected = sorted(fused, key=lambda name: (-fused[name], name))
-        assert [place.passage.id for place in ranking.passages] == expected
+        assert [hit.passage.id for hit in ranking.passages] == expected
         assert ranking.passages[0].score == pytest.approx(fused[expected[0]])
 
-    def test_an_explanation_adds_up(self, index):
+    def test_explanations_add_up_to_the_score(self, index):
         (ranking,) = index.search("the cats", sources=("vectors", "bm25"), explain=True, top_k=3)
-        for place in ranking.passages:
-            why = place.explanation
-            assert why is not None
-            assert why.anchor + why.interaction == pytest.approx(place.score, abs=1e-5)
-        by_id = {place.passage.id: place.explanation for place in ranking.passages}
+        for hit in ranking.passages:
+            explanation = hit.explanation
+            assert explanation is not None
+            assert explanation.anchor + explanation.interaction == pytest.approx(hit.score, abs=1e-5)
+        by_id = {hit.passage.id: hit.explanation for hit in ranking.passages}
         cat = by_id.get("p0") or by_id["p5"]
-        assert cat.terms["cat"] == 1  # the stem of what was asked
+        assert cat.terms["cat"] == 1  # the stem of the query word
         assert set(cat.source_ranks) == {"vectors", "bm25"}
 
     @pytest.mark.parametrize(
@@ -268,26 +270,26 @@ class TestSearch:
             ({"sources": ()}, "sources is empty"),
         ],
     )
-    def test_settings_that_do_not_go_together(self, index, settings, message):
+    def test_invalid_settings_are_rejected(self, index, settings, message):
         with pytest.raises(InputError, match=message):
             index.search("cat", **settings)
 
-    def test_a_filter_on_an_unknown_field(self, index):
+    def test_a_filter_on_an_unknown_field_is_rejected(self, index):
         with pytest.raises(FilterError, match="colour"):
             index.search("cat", filter="colour = 'red'")
 
-    def test_an_empty_index(self, student, tmp_path):
+    def test_an_empty_index_returns_no_results(self, student, tmp_path):
         empty = Index.create(tmp_path / "empty", student)
         for settings in ({}, {"exact": True}, {"sources": ("bm25",)}, {"hybrid": 0.5}):
-            assert found(empty, "cat", **settings) == []
+            assert search_ids(empty, "cat", **settings) == []
 
     def test_a_reader_keeps_its_version_until_it_refreshes(self, index, student):
         reader = Index.open(index.folder, student)
         assert len(reader) == 6
         index.upsert([Passage("p3", "cat sleeps"), Passage("p8", "cat sleeps")])
-        assert found(reader, "cat sleeps", top_k=1) == ["p0"]
+        assert search_ids(reader, "cat sleeps", top_k=1) == ["p0"]
         reader.refresh()
-        assert found(reader, "cat sleeps", top_k=2) == ["p3", "p8"]
+        assert search_ids(reader, "cat sleeps", top_k=2) == ["p3", "p8"]
 
     def test_another_student_is_refused(self, index):
         with pytest.raises(IndexMismatchError, match="fake-student"):
@@ -295,34 +297,34 @@ class TestSearch:
 
 
 class TestSnapshots:
-    def test_back_and_as_a_folder_of_its_own(self, index, student):
+    def test_a_snapshot_can_be_opened_and_restored(self, index, student):
         folder = index.snapshot("before")
         index.delete(["p0"])
-        old = Index.open(folder, student)
-        assert (len(old), len(index)) == (6, 5)
-        assert found(old, "cat sleeps", top_k=1) == ["p0"]
+        snapshot = Index.open(folder, student)
+        assert (len(snapshot), len(index)) == (6, 5)
+        assert search_ids(snapshot, "cat sleeps", top_k=1) == ["p0"]
         with pytest.raises(InputError, match="never changes"):
-            old.delete(["p1"])
+            snapshot.delete(["p1"])
         assert index.restore("before") == 6
-        assert found(index, "cat sleeps", top_k=1) == ["p0"]
+        assert search_ids(index, "cat sleeps", top_k=1) == ["p0"]
 
-    def test_compaction_changes_no_answer(self, index):
+    def test_compaction_does_not_change_rankings(self, index):
         index.upsert([Passage(f"p{n}", f"{text} again") for n, text in enumerate(TEXTS[:4])])
-        before = [found(index, text) for text in TEXTS]
+        before = [search_ids(index, text) for text in TEXTS]
         index.compact(dense=True)
-        assert [found(index, text) for text in TEXTS] == before
+        assert [search_ids(index, text) for text in TEXTS] == before
         assert index.stats().num_rows == 6
         assert index.verify().problems == []
 
 
 class TestOpening:
-    def test_without_its_student(self, index, tmp_path):
+    def test_opening_without_a_student(self, index, tmp_path):
         with pytest.raises(InputError, match="does not say where its student is"):
             _ = Index.open(index.folder).student
         with pytest.raises(DataFormatError, match="not found"):
             Index.open(tmp_path / "nowhere")
 
-    def test_something_in_the_way(self, student, tmp_path):
+    def test_create_does_not_touch_files_of_the_user(self, student, tmp_path):
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "mine.txt").write_text("keep me")
         with pytest.raises(InputError, match="holds files that d2llm did not make"):
@@ -336,7 +338,7 @@ class TestCorpusFiles:
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         return file
 
-    def test_metadata_from_both_places(self, tmp_path):
+    def test_metadata_from_top_level_and_metadata_object(self, tmp_path):
         record = {
             "_id": "a",
             "text": "t",
@@ -360,12 +362,12 @@ class TestCorpusFiles:
             ({"_id": "a", "text": "t", "document_id": [3]}, "'document_id' must be a string"),
         ],
     )
-    def test_a_bad_line_is_named(self, tmp_path, record, message):
+    def test_invalid_lines_are_reported_with_their_number(self, tmp_path, record, message):
         file = self.write(tmp_path, {"_id": "ok", "text": "t"}, record)
         with pytest.raises(DataFormatError, match=f"corpus.jsonl:2: .*{message}"):
             list(iter_corpus(file))
 
-    def test_an_empty_file(self, tmp_path):
+    def test_an_empty_file_is_an_error(self, tmp_path):
         (tmp_path / "corpus.jsonl").write_text("\n")
         with pytest.raises(DataFormatError, match="holds no passages"):
             list(iter_corpus(tmp_path))

@@ -1,4 +1,4 @@
-"""What words add to a score: the sum, its bound, and where it counts in a search."""
+"""Evidence of words and windows in a score: the weighted sum, its upper bound, and its use in a search."""
 
 from __future__ import annotations
 
@@ -38,46 +38,47 @@ def words() -> EvidenceRows:
 
 
 @pytest.mark.parametrize("query", ["rare gem", "common common gem", "zebra", "?"])
-def test_the_sum_is_that_of_the_weighted_scores(words, query):
+def test_evidence_is_the_weighted_sum_of_its_scores(words, query):
     evidence = RowEvidence(words, query, WEIGHTS, None)
-    asked = words.words.query(query)
-    passages, windows = words.words.score(asked, np.arange(5))
-    limit = asked.limit or 1.0
+    query_words = words.words.query(query)
+    passages, windows = words.words.score(query_words, np.arange(5))
+    limit = query_words.limit or 1.0
     expected = 0.5 * passages + 3 * passages / limit + 0.25 * windows + 1.5 * windows / limit
     np.testing.assert_allclose(evidence(np.arange(5)), expected, rtol=1e-5)
     np.testing.assert_array_equal(evidence(np.array([4, 0])), evidence(np.arange(5))[[4, 0]])
 
 
-def test_the_query_says_what_its_words_count_for(words):
+def test_words_factor_scales_words_but_not_windows(words):
     rows, factor = np.arange(5), WordsFactor(slopes=(0.3, -0.2, 1.0, -2.0), offset=0.4, lowest=-1.0, highest=2.0)
     terms = {**TERMS, "window_vectors": 0.5}
-    own = np.ones((5, 4), np.float32)
-    windowed = EvidenceRows(TEXTS, [own[:0]] * 5, own)
+    vectors = np.ones((5, 4), np.float32)
+    windowed = EvidenceRows(TEXTS, [vectors[:0]] * 5, vectors)
     for query in ("rare gem", "common gem zebra", "gem"):
         exponent = 0.4 + words.words.query(query).statistics @ np.array([0.3, -0.2, 1.0, -2.0])
         assert -1 < exponent < 2
-        plain = RowEvidence(windowed, query, EvidenceWeights(terms=terms), own[0]).parts(rows)
-        evidence = RowEvidence(windowed, query, EvidenceWeights(terms=terms, words_factor=factor), own[0])
+        plain = RowEvidence(windowed, query, EvidenceWeights(terms=terms), vectors[0]).parts(rows)
+        evidence = RowEvidence(windowed, query, EvidenceWeights(terms=terms, words_factor=factor), vectors[0])
         parts = evidence.parts(rows)
         np.testing.assert_allclose(parts.words, np.exp(exponent) * plain.words, rtol=1e-5)
-        np.testing.assert_array_equal(parts.windows, plain.windows)  # vectors are not words
+        np.testing.assert_array_equal(parts.windows, plain.windows)  # the factor applies to words only
         np.testing.assert_array_equal(evidence(rows), parts.words + parts.windows)
         assert (evidence(rows) <= evidence.bounds(5)).all()
 
 
-def test_a_factor_stays_within_what_its_fit_has_seen():
+def test_words_factor_is_clipped_to_its_fitted_range():
     factor = WordsFactor(slopes=(1.0, 0.0, 0.0, 0.0), offset=0.0, lowest=-0.5, highest=2.0)
-    found = [factor(np.array([value, 9, 9, 9], np.float32)) for value in (-8, 0, 1, 8)]
-    assert found == pytest.approx([np.exp(-0.5), 1, np.e, np.exp(2)])
+    factors = [factor(np.array([value, 9, 9, 9], np.float32)) for value in (-8, 0, 1, 8)]
+    assert factors == pytest.approx([np.exp(-0.5), 1, np.e, np.exp(2)])
 
 
 def test_the_best_window_counts_by_its_inner_product():
-    own = np.eye(4, dtype=np.float32)
-    windows = [2 * own[:2], own[2:], own[:0], -own[:3]]
-    rows = EvidenceRows(TEXTS[:4], windows, own)
+    vectors = np.eye(4, dtype=np.float32)
+    windows = [2 * vectors[:2], vectors[2:], vectors[:0], -vectors[:3]]
+    rows = EvidenceRows(TEXTS[:4], windows, vectors)
     anchor = np.array([0.5, 3.0, 1.0, -2.0], np.float32)
     evidence = RowEvidence(rows, "zebra", EvidenceWeights(terms={"window_vectors": 0.5}), anchor)
-    np.testing.assert_allclose(evidence(np.arange(4)), [3.0, 0.5, 0.5, -0.25])  # the third row has none but its own
+    # The third row has no windows, so its own vector counts.
+    np.testing.assert_allclose(evidence(np.arange(4)), [3.0, 0.5, 0.5, -0.25])
     np.testing.assert_array_equal(evidence(np.array([3, 0])), evidence(np.arange(4))[[3, 0]])
     np.testing.assert_array_equal(evidence.bounds(4), evidence(np.arange(4)))
     parts = evidence.parts(np.arange(4))
@@ -85,7 +86,7 @@ def test_the_best_window_counts_by_its_inner_product():
     np.testing.assert_array_equal(parts.windows, evidence(np.arange(4)))
 
 
-def test_no_row_is_above_its_bound():
+def test_no_row_exceeds_its_bound():
     rng = np.random.default_rng(0)
     vocabulary = [f"w{n}" for n in range(12)]
     for seed in range(200):
@@ -108,39 +109,41 @@ def test_no_row_is_above_its_bound():
 class TestSearch:
     @pytest.fixture(scope="class")
     def index(self, tmp_path_factory) -> Index:
-        made = Index.create(tmp_path_factory.mktemp("wordy") / "index", WordyStudent())
-        made.upsert([Passage(f"p{n}", text or "of no words in the query") for n, text in enumerate(TEXTS)])
-        return made
+        index = Index.create(tmp_path_factory.mktemp("wordy") / "index", WordyStudent())
+        index.upsert([Passage(f"p{n}", text or "of no words in the query") for n, text in enumerate(TEXTS)])
+        return index
 
-    def test_scores_are_those_of_vectors_and_words(self, index):
+    def test_scores_are_vector_scores_plus_evidence(self, index):
         (plain,) = search(index.view, FakeStudent(), ["rare gem"], sources=("vectors", "bm25"))
         (wordy,) = index.search("rare gem")
         evidence = RowEvidence(index.view, "rare gem", WEIGHTS, None)
-        added = {name: float(evidence(index.view.rows([name]))[0]) for name in ("p0", "p1", "p2", "p3", "p4")}
-        own = {place.passage.id: place.score for place in plain.passages}
-        assert {place.passage.id: place.score for place in wordy.passages} == pytest.approx(
-            {name: own[name] + added[name] for name in own}
+        evidence_scores = {name: float(evidence(index.view.rows([name]))[0]) for name in ("p0", "p1", "p2", "p3", "p4")}
+        vector_scores = {hit.passage.id: hit.score for hit in plain.passages}
+        assert {hit.passage.id: hit.score for hit in wordy.passages} == pytest.approx(
+            {name: vector_scores[name] + evidence_scores[name] for name in vector_scores}
         )
 
-    def test_words_propose_too(self, index):
-        (found,) = index.search("rare gem", num_candidates=1, top_k=1, explain=True)
-        why = found.passages[0].explanation
-        assert why.source_ranks["bm25"] == 1
-        assert why.lexical > 0
-        assert why.anchor + why.interaction + why.lexical == pytest.approx(found.passages[0].score)
-        (alone,) = index.search("rare gem", num_candidates=1, top_k=1, sources=("vectors",), explain=True)
-        assert "bm25" not in alone.passages[0].explanation.source_ranks
+    def test_bm25_proposes_candidates_too(self, index):
+        (ranking,) = index.search("rare gem", num_candidates=1, top_k=1, explain=True)
+        explanation = ranking.passages[0].explanation
+        assert explanation.source_ranks["bm25"] == 1
+        assert explanation.lexical > 0
+        assert explanation.anchor + explanation.interaction + explanation.lexical == pytest.approx(
+            ranking.passages[0].score
+        )
+        (vectors_only,) = index.search("rare gem", num_candidates=1, top_k=1, sources=("vectors",), explain=True)
+        assert "bm25" not in vectors_only.passages[0].explanation.source_ranks
 
     def test_the_other_task_counts_no_words(self, index):
-        (found,) = index.search("rare gem", task="symmetric", explain=True)
-        assert all(place.explanation.lexical is None for place in found.passages)
-        assert all("bm25" not in place.explanation.source_ranks for place in found.passages)
+        (ranking,) = index.search("rare gem", task="symmetric", explain=True)
+        assert all(hit.explanation.lexical is None for hit in ranking.passages)
+        assert all("bm25" not in hit.explanation.source_ranks for hit in ranking.passages)
 
     @pytest.mark.parametrize("query", ["rare gem", "common", "zebra", "it is blue gem common"])
-    def test_an_exact_search_proves_the_same(self, index, query):
-        (found,) = index.search(query, top_k=3)
+    def test_an_exact_search_proves_the_same_ranking(self, index, query):
+        (ranking,) = index.search(query, top_k=3)
         (exact,) = index.search(query, top_k=3, exact=True)
-        assert [place.passage.id for place in exact.passages] == [place.passage.id for place in found.passages]
+        assert [hit.passage.id for hit in exact.passages] == [hit.passage.id for hit in ranking.passages]
         assert exact.certificate.proved == 3
         with pytest.raises(InputError, match="leave out hybrid and sources"):
             index.search(query, exact=True, sources=("vectors", "bm25"))

@@ -27,7 +27,7 @@ def index(student, tmp_path_factory):
 
 
 def brute_force(student, text, task="asymmetric"):
-    """Every passage by the definition of the fake's score, in float64; (id, score), best first."""
+    """(id, score) of every passage by the definition of the fake student's score, in float64, best first."""
     query = student.encode_queries([text]).vectors[0].astype(np.float64)
     vectors = student.encode_passages([p.full_text for p in PASSAGES]).vectors.astype(np.float64)
     sign = 1 if task == "asymmetric" else -1
@@ -36,7 +36,7 @@ def brute_force(student, text, task="asymmetric"):
 
 
 def pairs(ranking):
-    return [(place.passage.id, place.score) for place in ranking.passages]
+    return [(hit.passage.id, hit.score) for hit in ranking.passages]
 
 
 @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
@@ -45,35 +45,35 @@ def test_ranking_equals_brute_force(index, student, exact, task):
     rankings = search(index, student, QUERIES, task=task, top_k=7, num_candidates=60, exact=exact)
     for text, ranking in zip(QUERIES, rankings, strict=True):
         expected = brute_force(student, text, task)[:7]
-        assert [place for place, _ in pairs(ranking)] == [place for place, _ in expected]
+        assert [passage_id for passage_id, _ in pairs(ranking)] == [passage_id for passage_id, _ in expected]
         np.testing.assert_allclose([s for _, s in pairs(ranking)], [s for _, s in expected], rtol=1e-5)
-        assert [place.rank for place in ranking.passages] == [1, 2, 3, 4, 5, 6, 7]
+        assert [hit.rank for hit in ranking.passages] == [1, 2, 3, 4, 5, 6, 7]
         assert ranking.num_candidates == (120 if exact else 60)
 
 
 @pytest.mark.parametrize("changes", [{}, {"exact": True}, {"hybrid": 0.5}, {"group": "sum", "top_k": 4}])
-def test_ids_alone_are_the_same_ranking(index, student, changes):
+def test_rank_ids_gives_the_same_ranking_as_rank(index, student, changes):
     searcher = Searcher(index, student, SearchSettings(**{"top_k": 7, **changes}))
-    for whole, of_ids in zip(searcher.rank(QUERIES), searcher.rank_ids(QUERIES), strict=True):
-        assert (of_ids.query, of_ids.truncated) == (whole.query, whole.truncated)
-        assert list(zip(of_ids.ids, of_ids.scores, strict=True)) == pairs(whole)
+    for ranking, id_ranking in zip(searcher.rank(QUERIES), searcher.rank_ids(QUERIES), strict=True):
+        assert (id_ranking.query, id_ranking.truncated) == (ranking.query, ranking.truncated)
+        assert list(zip(id_ranking.ids, id_ranking.scores, strict=True)) == pairs(ranking)
 
 
-def test_texts_anchor_scores_and_timings(index, student):
+def test_rankings_have_texts_anchor_scores_and_timings(index, student):
     (ranking,) = search(index, student, [Query("mine", QUERIES[0])], top_k=3)
     assert ranking.query == Query("mine", QUERIES[0])
     query = student.encode_queries([QUERIES[0]]).vectors[0]
     by_id = {passage.id: passage for passage in PASSAGES}
-    for place in ranking.passages:
-        assert place.passage == by_id[place.passage.id]
-        vector = student.encode_passages([place.passage.full_text]).vectors[0]
-        assert place.anchor_score == pytest.approx(2 * float(vector @ query), rel=1e-5)
-        assert abs(place.score - place.anchor_score) <= 1
+    for hit in ranking.passages:
+        assert hit.passage == by_id[hit.passage.id]
+        vector = student.encode_passages([hit.passage.full_text]).vectors[0]
+        assert hit.anchor_score == pytest.approx(2 * float(vector @ query), rel=1e-5)
+        assert abs(hit.score - hit.anchor_score) <= 1
     assert set(ranking.seconds) == {"encode", "candidates", "score"}
     assert all(value >= 0 for value in ranking.seconds.values())
 
 
-def test_texts_get_numbers_as_ids(index, student):
+def test_plain_text_queries_get_numbers_as_ids(index, student):
     assert [ranking.query.id for ranking in search(index, student, QUERIES)] == ["1", "2"]
     assert search(index, student, []) == []
 
@@ -81,13 +81,15 @@ def test_texts_get_numbers_as_ids(index, student):
 def test_only_the_candidates_are_scored(index, student):
     (ranking,) = search(index, student, QUERIES[:1], top_k=2, num_candidates=2)
     anchors = index.scan(student.anchor_queries(student.encode_queries(QUERIES[:1]).vectors, "asymmetric")[0], 2)
-    assert {place for place, _ in pairs(ranking)} == set(index.ids(anchors.rows))
+    assert {passage_id for passage_id, _ in pairs(ranking)} == set(index.ids(anchors.rows))
 
 
 def test_top_k_beyond_the_corpus_returns_all(index, student):
     for exact in (True, False):
         (ranking,) = search(index, student, QUERIES[:1], top_k=5000, exact=exact)
-        assert [place for place, _ in pairs(ranking)] == [place for place, _ in brute_force(student, QUERIES[0])]
+        assert [passage_id for passage_id, _ in pairs(ranking)] == [
+            passage_id for passage_id, _ in brute_force(student, QUERIES[0])
+        ]
 
 
 def test_top_k_above_num_candidates_scores_top_k(index, student):
@@ -100,11 +102,13 @@ def test_head_without_anchor_scans_everything(tmp_path):
     encode(PASSAGES, student, tmp_path / "i", vector_format="float32")
     (ranking,) = search(Index.open(tmp_path / "i").view, student, QUERIES[:1], top_k=4, num_candidates=4)
     assert ranking.num_candidates == 120
-    assert [place for place, _ in pairs(ranking)] == [place for place, _ in brute_force(student, QUERIES[0])[:4]]
-    assert all(place.anchor_score is None for place in ranking.passages)
+    assert [passage_id for passage_id, _ in pairs(ranking)] == [
+        passage_id for passage_id, _ in brute_force(student, QUERIES[0])[:4]
+    ]
+    assert all(hit.anchor_score is None for hit in ranking.passages)
 
 
-def test_the_task_is_the_index_s_own_by_default(tmp_path, student):
+def test_the_default_task_is_that_of_the_index(tmp_path, student):
     encode(PASSAGES, student, tmp_path / "i", vector_format="float32", task="symmetric")
     index = Index.open(tmp_path / "i").view
     (default,) = search(index, student, QUERIES[:1])
@@ -113,13 +117,13 @@ def test_the_task_is_the_index_s_own_by_default(tmp_path, student):
     assert pairs(default) == pairs(symmetric) != pairs(asymmetric)
 
 
-def test_equal_scores_go_by_id(tmp_path, student):
+def test_equal_scores_are_ordered_by_id(tmp_path, student):
     passages = [Passage(name, "the same") for name in "dbca"]
     encode(passages, student, tmp_path / "i")
     index = Index.open(tmp_path / "i").view
     for exact in (True, False):
         (ranking,) = search(index, student, ["the same"], top_k=3, exact=exact)
-        assert [place for place, _ in pairs(ranking)] == ["a", "b", "c"]
+        assert [passage_id for passage_id, _ in pairs(ranking)] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -132,31 +136,32 @@ def test_equal_scores_go_by_id(tmp_path, student):
         ("cat", {}, "one string"),
     ],
 )
-def test_bad_requests(index, student, queries, arguments, message):
+def test_invalid_requests_are_rejected(index, student, queries, arguments, message):
     with pytest.raises(InputError, match=message):
         search(index, student, queries, **arguments)
 
 
-def test_another_student(index):
+def test_an_index_of_another_student_is_rejected(index):
     with pytest.raises(IndexMismatchError, match=r"fake-student.*stranger"):
         search(index, FakeStudent(fingerprint="stranger"), QUERIES)
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_scores_that_are_not_numbers(index, exact):
-    class Broken(FakeStudent):
+def test_nan_scores_are_an_error(index, exact):
+    class NanStudent(FakeStudent):
         def score(self, query_vector, passage_vectors, task):
             return np.full(len(passage_vectors), np.nan, np.float32)
 
     with pytest.raises(ModelError, match="query '1': 120 of 120 scores are NaN"):
-        search(index, Broken(), ["cat"], exact=exact)
+        search(index, NanStudent(), ["cat"], exact=exact)
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("topk", "top_k"), ("candidates", "num_candidates"), ("fuse", "hybrid"), ("source", "sources")]
+    ("name", "suggestion"),
+    [("topk", "top_k"), ("candidates", "num_candidates"), ("fuse", "hybrid"), ("source", "sources")],
 )
-def test_a_wrong_setting_is_told_with_the_one_that_was_meant(index, student, name, meant):
-    with pytest.raises(InputError, match=f"no search setting '{name}'; did you mean '{meant}'"):
+def test_unknown_settings_suggest_the_intended_one(index, student, name, suggestion):
+    with pytest.raises(InputError, match=f"no search setting '{name}'; did you mean '{suggestion}'"):
         search(index, student, QUERIES, **{name: 3})
     with pytest.raises(InputError, match="no search setting 'zzzz'; there are: task, top_k"):
         search(index, student, QUERIES, zzzz=3)

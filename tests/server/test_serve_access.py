@@ -1,4 +1,4 @@
-"""Keys, scopes and rate limits, as clients see them."""
+"""API keys, scopes and rate limits, tested over HTTP."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ def bearer(secret: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {secret}"}
 
 
-def test_without_keys_everybody_may_ask():
+def test_without_keys_everybody_may_search():
     assert tiny_client().post("/v1/search", json=SEARCH).status_code == 200
 
 
-def test_a_request_without_key_is_told_how_to_send_one(keys_file: Path):
-    answer = tiny_client(keys_file).post("/v1/search", json=SEARCH)
-    assert answer.status_code == 401
-    assert answer.headers["WWW-Authenticate"] == 'Bearer realm="d2llm"'
-    error = answer.json()["error"]
+def test_a_missing_key_error_explains_how_to_send_one(keys_file: Path):
+    response = tiny_client(keys_file).post("/v1/search", json=SEARCH)
+    assert response.status_code == 401
+    assert response.headers["WWW-Authenticate"] == 'Bearer realm="d2llm"'
+    error = response.json()["error"]
     assert error["kind"] == "unauthorized"
     assert "Authorization: Bearer KEY" in error["message"]
-    assert error["request_id"] == answer.headers["X-Request-ID"]
+    assert error["request_id"] == response.headers["X-Request-ID"]
 
 
 @pytest.mark.parametrize("header", ["Bearer wrong", "Basic abc", "Bearer", "Bearer ", ""])
 def test_a_wrong_key_is_refused(keys_file: Path, header: str):
-    answer = tiny_client(keys_file).post("/v1/search", json=SEARCH, headers={"Authorization": header})
-    assert answer.status_code == 401
+    response = tiny_client(keys_file).post("/v1/search", json=SEARCH, headers={"Authorization": header})
+    assert response.status_code == 401
 
 
-def test_a_key_opens_in_either_header(keys_file: Path):
+def test_a_key_is_accepted_in_either_header(keys_file: Path):
     secret = add_key(keys_file, "page")
     client = tiny_client(keys_file)
     for headers in (bearer(secret), {"Authorization": f"bearer  {secret}"}, {"X-API-Key": secret}):
@@ -82,16 +82,16 @@ def test_each_request_needs_its_scope(keys_file: Path, method: str, path: str, n
     scopes = ["read", "write", "admin"]
     for scope in scopes:
         secret = add_key(keys_file, scope, scope)  # pyright: ignore[reportArgumentType]
-        answer = client.request(method, path, json=body, headers=bearer(secret))
+        response = client.request(method, path, json=body, headers=bearer(secret))
         if scopes.index(scope) >= scopes.index(needed):
-            assert answer.status_code == 200
+            assert response.status_code == 200
         else:
-            assert answer.status_code == 403
-            assert answer.json()["error"]["kind"] == "forbidden"
-            assert f'scope="{needed}"' in answer.headers["WWW-Authenticate"]
+            assert response.status_code == 403
+            assert response.json()["error"]["kind"] == "forbidden"
+            assert f'scope="{needed}"' in response.headers["WWW-Authenticate"]
 
 
-def test_what_changes_something_never_needs_read_alone():
+def test_the_scope_that_each_endpoint_needs():
     assert scope_needed("POST", "/v1/documents") == "write"
     assert scope_needed("POST", "/v1/files") == "write"
     assert scope_needed("DELETE", "/v1/documents/d1") == "write"
@@ -105,27 +105,27 @@ def test_what_changes_something_never_needs_read_alone():
     assert scope_needed("GET", "/v1/index") == "read"
 
 
-def test_only_what_tells_nothing_is_open(keys_file: Path):
+def test_only_public_paths_are_open_without_a_key(keys_file: Path):
     client = tiny_client(keys_file)
     for path in ("/health", "/docs", "/openapi.json"):
         assert client.get(path).status_code == 200
     assert client.get("/metrics").status_code == 401
-    assert client.get("/nothing-here").status_code == 401  # which paths there are is told to keys only
+    assert client.get("/nothing-here").status_code == 401  # which paths exist is not revealed without a key
     assert is_open("/")
     assert is_open("/page/search.js")
     assert not is_open("/pages")
 
 
-def test_a_browser_may_ask_whether_it_may_ask(keys_file: Path):
-    """A preflight request has no key; the answer to it is no answer to a search."""
+def test_cors_preflight_needs_no_key(keys_file: Path):
+    """A preflight request carries no key, and its response reveals no results."""
     client = tiny_client(keys_file, cors_origins=("https://app.example",))
     preflight = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
-    answer = client.options("/v1/search", headers={**preflight, "Access-Control-Request-Headers": "authorization"})
-    assert answer.status_code == 200
-    assert answer.headers["Access-Control-Allow-Origin"] == "https://app.example"
+    response = client.options("/v1/search", headers={**preflight, "Access-Control-Request-Headers": "authorization"})
+    assert response.status_code == 200
+    assert response.headers["Access-Control-Allow-Origin"] == "https://app.example"
     refused = client.post("/v1/search", json=SEARCH, headers={"Origin": "https://app.example"})
     assert refused.status_code == 401
-    assert refused.headers["Access-Control-Allow-Origin"] == "https://app.example"  # so that the page can say why
+    assert refused.headers["Access-Control-Allow-Origin"] == "https://app.example"  # so the page can read the error
     other = client.options("/v1/search", headers={**preflight, "Origin": "https://other.example"})
     assert "Access-Control-Allow-Origin" not in other.headers
 
@@ -133,16 +133,16 @@ def test_a_browser_may_ask_whether_it_may_ask(keys_file: Path):
 # Rate limits
 
 
-def test_beyond_its_limit_a_key_is_told_when_to_come_back(keys_file: Path):
+def test_exceeding_a_keys_limit_returns_retry_after(keys_file: Path):
     client = tiny_client(keys_file, requests_per_minute=3)
     slow, fast = add_key(keys_file, "slow"), add_key(keys_file, "fast", requests_per_minute=50)
-    left = []
+    remaining = []
     for _ in range(3):
-        answer = client.post("/v1/search", json=SEARCH, headers=bearer(slow))
-        assert answer.status_code == 200
-        assert answer.headers["RateLimit-Limit"] == "3"
-        left.append(answer.headers["RateLimit-Remaining"])
-    assert left == ["2", "1", "0"]
+        response = client.post("/v1/search", json=SEARCH, headers=bearer(slow))
+        assert response.status_code == 200
+        assert response.headers["RateLimit-Limit"] == "3"
+        remaining.append(response.headers["RateLimit-Remaining"])
+    assert remaining == ["2", "1", "0"]
     refused = client.post("/v1/search", json=SEARCH, headers=bearer(slow))
     assert refused.status_code == 429
     assert refused.json()["error"]["kind"] == "rate_limited"
@@ -152,9 +152,9 @@ def test_beyond_its_limit_a_key_is_told_when_to_come_back(keys_file: Path):
     assert client.get("/health").status_code == 200
 
 
-def test_without_keys_an_address_is_limited_only_where_that_is_set():
-    free = tiny_client()
-    assert "RateLimit-Limit" not in free.post("/v1/search", json=SEARCH).headers
+def test_without_keys_addresses_are_limited_only_if_configured():
+    unlimited = tiny_client()
+    assert "RateLimit-Limit" not in unlimited.post("/v1/search", json=SEARCH).headers
     limited = tiny_client(requests_per_minute=1)
     statuses = [limited.post("/v1/search", json=SEARCH).status_code for _ in range(3)]
     assert statuses == [200, 429, 429]
@@ -166,8 +166,8 @@ def test_requests_are_forgotten_after_a_minute(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(f"{module.__name__}.time.time", lambda: now[0])
     limiter = RateLimiter()
 
-    def take(who: str) -> Allowance:
-        return asyncio.run(limiter.take(who, 2))
+    def take(client_id: str) -> Allowance:
+        return asyncio.run(limiter.take(client_id, 2))
 
     assert [take("a").allowed for _ in range(3)] == [True, True, False]
     assert take("b").allowed

@@ -1,4 +1,4 @@
-"""A body is UTF-8 without half surrogates, whichever way it is written."""
+"""Request bodies must be UTF-8 without lone surrogates, whether these are escaped or raw bytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 from d2llm.server.body_text import problem_of_text
 from tiny_app import tiny_client
 
-HALF = "\ud83d"
-# What strings of JSON are written with, so that halves, pairs, and what only looks like them come side by side.
+LONE_SURROGATE = "\ud83d"
+# Building blocks of JSON strings: lone surrogates, pairs, and text that only looks like them.
 PIECES = [r"\\", r"\ud83d", r"\uDFFF", "ud83d", "udc00", r"\u0041", r"\"", "😀"]
 
 
-def has_half(value: Any) -> bool:
+def has_lone_surrogate(value: Any) -> bool:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -27,39 +27,39 @@ def has_half(value: Any) -> bool:
     return False
 
 
-@example(r"\\ud83d\udc00", False)  # text that looks like the first half, and a second half
+@example(r"\\ud83d\udc00", False)  # text that looks like a high surrogate, then a lone low one
 @example(r"\ud83d\\udc00", True)
 @given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.booleans())
-def test_it_agrees_with_a_full_look_at_what_is_read(written: str, as_name: bool):
-    body = f'{{"a": [1, {{"{written}": null}}]}}' if as_name else f'{{"a": [1, {{"b": "{written}"}}]}}'
-    assert (problem_of_text(body.encode()) is not None) == has_half(json.loads(body))
+def test_the_check_agrees_with_parsing_the_body(content: str, as_name: bool):
+    body = f'{{"a": [1, {{"{content}": null}}]}}' if as_name else f'{{"a": [1, {{"b": "{content}"}}]}}'
+    assert (problem_of_text(body.encode()) is not None) == has_lone_surrogate(json.loads(body))
 
 
 @given(
     st.recursive(
-        st.none() | st.integers() | st.text(st.characters()) | st.just(HALF),
+        st.none() | st.integers() | st.text(st.characters()) | st.just(LONE_SURROGATE),
         lambda part: st.lists(part) | st.dictionaries(st.text(st.characters()), part),
     )
 )
-def test_it_agrees_on_any_value(value: Any):
+def test_the_check_agrees_for_any_value(value: Any):
     problem = problem_of_text(json.dumps(value).encode())
-    assert (problem is not None) == has_half(value)
-    assert problem is None or not has_half(problem.message)
+    assert (problem is not None) == has_lone_surrogate(value)
+    assert problem is None or not has_lone_surrogate(problem.message)
 
 
 @pytest.mark.parametrize(
     ("value", "field"),
     [
-        (HALF, None),
-        ({HALF: 1}, None),
-        ({"query": f"a {HALF}"}, "query"),
-        ({"passages": [{"id": "a"}, {"id": "b", "title": HALF}]}, "passages.1.title"),
-        ({"passages": [{"metadata": {"a": 1, HALF: None}}]}, "passages.0.metadata"),
-        ({"passages": [{"metadata": {"a": HALF}}]}, "passages.0.metadata.a"),
-        ({"texts": ["a", [1, 2, HALF]]}, "texts.1.2"),
+        (LONE_SURROGATE, None),
+        ({LONE_SURROGATE: 1}, None),
+        ({"query": f"a {LONE_SURROGATE}"}, "query"),
+        ({"passages": [{"id": "a"}, {"id": "b", "title": LONE_SURROGATE}]}, "passages.1.title"),
+        ({"passages": [{"metadata": {"a": 1, LONE_SURROGATE: None}}]}, "passages.0.metadata"),
+        ({"passages": [{"metadata": {"a": LONE_SURROGATE}}]}, "passages.0.metadata.a"),
+        ({"texts": ["a", [1, 2, LONE_SURROGATE]]}, "texts.1.2"),
     ],
 )
-def test_it_says_where(value: Any, field: str | None):
+def test_the_error_names_the_field(value: Any, field: str | None):
     problem = problem_of_text(json.dumps(value).encode())
     assert problem is not None
     assert (problem.status, problem.field) == (422, field)
@@ -68,11 +68,11 @@ def test_it_says_where(value: Any, field: str | None):
     assert problem.message.startswith(f"{field}: " if field else "'")
 
 
-def test_what_is_no_json_is_left_to_its_route():
+def test_invalid_json_is_left_to_the_route():
     assert problem_of_text(b'{"a": "\\ud83d"') is None
 
 
-def test_a_body_too_deep_to_be_looked_at_is_refused():
+def test_a_body_nested_too_deeply_is_refused():
     problem = problem_of_text(b'{"a": "\\ud83d", "b": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
     assert problem is not None
     assert problem.status == 400
@@ -81,23 +81,23 @@ def test_a_body_too_deep_to_be_looked_at_is_refused():
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"texts": ["\xed\xa0\xbd"]}',  # a half in bytes
+        b'{"texts": ["\xed\xa0\xbd"]}',  # a lone surrogate as raw bytes
         b'{"texts": ["\xe9"]}',
         '{"texts": ["a"]}'.encode("utf-16"),
         '{"texts": ["a"]}'.encode("utf-16-le"),
-        '{"texts": ["\ud800\x80"]}'.encode("utf-16-le", "surrogatepass"),  # valid as UTF-8, but a half as UTF-16
+        '{"texts": ["\ud800\x80"]}'.encode("utf-16-le", "surrogatepass"),  # valid UTF-8, lone surrogate in UTF-16
         '{"texts": ["a"]}'.encode("utf-32-be"),
     ],
 )
-def test_another_encoding_than_utf_8_is_refused(body: bytes):
-    answer = tiny_client().post("/v1/search", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400
-    assert "UTF-8" in answer.json()["error"]["message"]
+def test_encodings_other_than_utf_8_are_refused(body: bytes):
+    response = tiny_client().post("/v1/search", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert "UTF-8" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("text", ["😀", "𝕏" * 3, "a\x00b", "\ufeff", "\uffff", "\\ud83d", "\x7f\x85\u2028"])
-def test_any_other_text_is_read(text: str):
+def test_any_other_text_is_accepted(text: str):
     for ensure_ascii in (True, False):
         content = json.dumps({"texts": [text]}, ensure_ascii=ensure_ascii).encode()
-        answer = tiny_client().post("/v1/search", content=content, headers={"Content-Type": "application/json"})
-        assert answer.json() == {"num_texts": 1}
+        response = tiny_client().post("/v1/search", content=content, headers={"Content-Type": "application/json"})
+        assert response.json() == {"num_texts": 1}

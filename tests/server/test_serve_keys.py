@@ -28,15 +28,15 @@ def test_a_key_is_random_and_only_its_hash_is_kept(file: Path):
     content = file.read_text()
     assert first not in content
     assert second not in content
-    kept = read_keys(file)
-    assert [(key.name, key.scope, key.requests_per_minute) for key in kept] == [
+    stored = read_keys(file)
+    assert [(key.name, key.scope, key.requests_per_minute) for key in stored] == [
         ("first", "read", None),
         ("second", "admin", 7),
     ]
-    assert kept[0].sha256 == hashlib.sha256(first.encode()).hexdigest()
+    assert stored[0].sha256 == hashlib.sha256(first.encode()).hexdigest()
 
 
-def test_the_file_is_its_owners_alone_whatever_the_umask(file: Path):
+def test_only_the_owner_may_read_the_file_whatever_the_umask(file: Path):
     before = os.umask(0)
     try:
         add_key(file, "first")
@@ -56,7 +56,7 @@ def test_keys_added_at_once_are_all_kept(file: Path):
     assert sorted(key.name for key in read_keys(file)) == [f"key{number}" for number in range(8)]
 
 
-def test_a_name_is_taken_once_and_is_a_word(file: Path):
+def test_key_names_are_unique_single_words(file: Path):
     add_key(file, "first")
     with pytest.raises(InputError, match="a key 'first' exists"):
         add_key(file, "first")
@@ -65,7 +65,7 @@ def test_a_name_is_taken_once_and_is_a_word(file: Path):
             add_key(file, name)
 
 
-def test_a_key_that_is_not_there_cannot_be_removed(file: Path):
+def test_removing_an_unknown_key_is_an_error(file: Path):
     add_key(file, "first")
     with pytest.raises(InputError, match="there is no key 'second'; it has: first"):
         remove_key(file, "second")
@@ -77,7 +77,7 @@ def test_a_key_that_is_not_there_cannot_be_removed(file: Path):
     "content",
     ["", "[]", '{"version": 2}', '{"keys": [{"name": "a"}]}', '{"keys": [{"name": "a", "sha256": "00"}]}'],
 )
-def test_what_is_no_file_of_keys_is_refused(file: Path, content: str):
+def test_an_invalid_key_file_is_refused(file: Path, content: str):
     file.write_text(content)
     with pytest.raises(DataFormatError, match="is not a file of API keys"):
         KeyRing(file)
@@ -91,27 +91,27 @@ def test_a_larger_scope_includes_the_smaller():
     assert allowed == {"read": ["read"], "write": ["read", "write"], "admin": ["read", "write", "admin"]}
 
 
-# What a server sees of it
+# The keys of a running server
 
 
-def test_keys_are_found_by_themselves_alone(file: Path):
+def test_a_key_matches_only_its_exact_secret(file: Path):
     secret = add_key(file, "first")
     ring = KeyRing(file)
-    found = ring.find(secret)
-    assert found is not None
-    assert found.name == "first"
-    for other in ("", secret[:-1], secret + "x", secret.upper(), found.sha256, "\udc80"):
+    key = ring.find(secret)
+    assert key is not None
+    assert key.name == "first"
+    for other in ("", secret[:-1], secret + "x", secret.upper(), key.sha256, "\udc80"):
         assert ring.find(other) is None
 
 
-def test_every_key_is_compared_in_constant_time_also_behind_the_right_one(file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_all_keys_are_compared_even_after_a_match(file: Path, monkeypatch: pytest.MonkeyPatch):
     secrets = [add_key(file, name) for name in ("first", "second", "third")]
     compared: list[str] = []
     really_compare = hmac.compare_digest
 
-    def compare(ours: str, given: str) -> bool:
-        compared.append(ours)
-        return really_compare(ours, given)
+    def compare(stored: str, presented: str) -> bool:
+        compared.append(stored)
+        return really_compare(stored, presented)
 
     ring = KeyRing(file)
     monkeypatch.setattr(keys.hmac, "compare_digest", compare)
@@ -141,7 +141,7 @@ def test_a_half_edited_file_leaves_the_keys_as_they_were(file: Path, caplog: pyt
     assert "keeping the previous API keys" in caplog.text
 
 
-def test_a_file_that_could_not_be_read_is_read_when_its_permissions_change(
+def test_an_unreadable_file_is_reread_when_permissions_change(
     file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     add_key(file, "first")
@@ -150,7 +150,7 @@ def test_a_file_that_could_not_be_read_is_read_when_its_permissions_change(
     file.chmod(0o200)
 
     def refuse(path: Path) -> tuple[ApiKey, ...]:
-        raise InputError(f"{path}: cannot be read")  # whoever runs the tests may be allowed all the same
+        raise InputError(f"{path}: cannot be read")  # chmod alone is not enough: root may read the file anyway
 
     with monkeypatch.context() as patch:
         patch.setattr(keys, "read_keys", refuse)
@@ -160,7 +160,7 @@ def test_a_file_that_could_not_be_read_is_read_when_its_permissions_change(
     assert ring.find(secret) is not None
 
 
-def test_without_its_file_nobody_is_let_in(file: Path, caplog: pytest.LogCaptureFixture):
+def test_without_the_file_no_key_is_accepted(file: Path, caplog: pytest.LogCaptureFixture):
     secret = add_key(file, "first")
     ring = KeyRing(file)
     content = file.read_bytes()
@@ -174,7 +174,7 @@ def test_without_its_file_nobody_is_let_in(file: Path, caplog: pytest.LogCapture
 # The command line
 
 
-def test_the_verb_shows_a_key_once(file: Path):
+def test_the_command_shows_a_key_once(file: Path):
     result = succeed("keys", file, "add", "page", "--scope", "write", "--requests-per-minute", 30)
     secret = result.stdout.strip()
     assert KeyRing(file).find(secret) is not None
@@ -182,7 +182,7 @@ def test_the_verb_shows_a_key_once(file: Path):
     assert secret not in succeed("keys", file, "list").stdout
 
 
-def test_the_verb_lists_and_removes(file: Path, tmp_path: Path):
+def test_the_command_lists_and_removes_keys(file: Path, tmp_path: Path):
     for name in ("page", "batch"):
         succeed("keys", file, "add", name)
     assert "page" in succeed("keys", file, "list").stdout

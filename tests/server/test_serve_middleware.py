@@ -1,4 +1,4 @@
-"""Ids, headers, hosts and bodies, as clients see them."""
+"""Request ids, response headers, host checks and request bodies, tested over HTTP."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from tiny_app import tiny_client
 SEARCH = {"texts": ["q"]}
 
 
-# Ids and headers
+# Request ids and headers
 
 
-@pytest.mark.parametrize("given", ["abc-1.2_3", "x" * 128])
-def test_a_sane_request_id_is_kept(given: str):
-    assert tiny_client().get("/health", headers={"X-Request-ID": given}).headers["X-Request-ID"] == given
+@pytest.mark.parametrize("request_id", ["abc-1.2_3", "x" * 128])
+def test_valid_request_ids_are_kept(request_id: str):
+    assert tiny_client().get("/health", headers={"X-Request-ID": request_id}).headers["X-Request-ID"] == request_id
 
 
-@pytest.mark.parametrize("given", ["", "x" * 129, "two words", "{}", "a\tb", "é"])
-def test_another_one_is_replaced(given: str):
-    headers = {"X-Request-ID": given.encode("latin-1")}
-    found = tiny_client().get("/health", headers=headers).headers["X-Request-ID"]  # pyright: ignore[reportArgumentType]
-    assert len(found) == 32
-    assert int(found, 16)
+@pytest.mark.parametrize("request_id", ["", "x" * 129, "two words", "{}", "a\tb", "é"])
+def test_invalid_request_ids_are_replaced(request_id: str):
+    headers = {"X-Request-ID": request_id.encode("latin-1")}
+    replacement = tiny_client().get("/health", headers=headers).headers["X-Request-ID"]  # pyright: ignore[reportArgumentType]
+    assert len(replacement) == 32
+    assert int(replacement, 16)
 
 
-def test_ids_differ():
+def test_request_ids_are_unique():
     client = tiny_client()
     assert len({client.get("/health").headers["X-Request-ID"] for _ in range(5)}) == 5
 
@@ -43,44 +43,44 @@ def test_ids_differ():
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", "/health"), ("GET", "/none"), ("DELETE", "/health"), ("POST", "/v1/fail")]
 )
-def test_every_answer_has_the_headers_that_all_have(method: str, path: str):
-    answer = tiny_client().request(method, path, json=SEARCH)
-    assert {name: answer.headers[name] for name in SECURITY_HEADERS} == dict(SECURITY_HEADERS)
-    assert answer.headers["Server-Timing"].startswith("total;dur=")
-    assert answer.headers["X-Request-ID"]
+def test_every_response_has_the_common_headers(method: str, path: str):
+    response = tiny_client().request(method, path, json=SEARCH)
+    assert {name: response.headers[name] for name in SECURITY_HEADERS} == dict(SECURITY_HEADERS)
+    assert response.headers["Server-Timing"].startswith("total;dur=")
+    assert response.headers["X-Request-ID"]
 
 
-def test_a_failure_is_an_answer_without_its_reason():
-    answer = tiny_client().post("/v1/fail", json={"texts": ["my secret"]})
-    assert answer.status_code == 500
-    assert answer.json()["error"]["kind"] == "internal"
-    assert "secret" not in answer.text
-    assert answer.json()["error"]["request_id"] == answer.headers["X-Request-ID"]
+def test_internal_errors_do_not_reveal_their_cause():
+    response = tiny_client().post("/v1/fail", json={"texts": ["my secret"]})
+    assert response.status_code == 500
+    assert response.json()["error"]["kind"] == "internal"
+    assert "secret" not in response.text
+    assert response.json()["error"]["request_id"] == response.headers["X-Request-ID"]
 
 
 # Hosts
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8000", "localhost:9", "LOCALHOST", "[::1]:8000", "[::1]"])
-def test_this_machine_is_answered(host: str):
+def test_loopback_hosts_are_allowed(host: str):
     assert tiny_client().post("/v1/search", json=SEARCH, headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "", ":8000"]
 )
-def test_another_host_is_refused(host: str):
-    answer = tiny_client().post("/v1/search", json=SEARCH, headers={"Host": host})
-    assert answer.status_code == 400
-    assert "allowed_hosts" in answer.json()["error"]["message"]
+def test_other_hosts_are_refused(host: str):
+    response = tiny_client().post("/v1/search", json=SEARCH, headers={"Host": host})
+    assert response.status_code == 400
+    assert "allowed_hosts" in response.json()["error"]["message"]
 
 
-def test_two_hosts_are_refused():
+def test_two_host_headers_are_refused():
     headers = [("Host", "localhost"), ("Host", "evil.example")]
     assert tiny_client().get("/v1/passages/a", headers=headers).status_code == 400
 
 
-def test_patterns_of_hosts():
+def test_allowed_hosts_may_be_patterns():
     client = tiny_client(allowed_hosts=("*.example.org",))
     statuses = {
         host: client.get("/v1/passages/a", headers={"Host": host}).status_code
@@ -90,7 +90,7 @@ def test_patterns_of_hosts():
     assert tiny_client(allowed_hosts=("*",)).get("/v1/passages/a", headers={"Host": "any"}).status_code == 200
 
 
-def test_probes_may_ask_for_health_under_an_address():
+def test_health_is_served_for_any_host():
     assert tiny_client().get("/health", headers={"Host": "10.1.2.3:8000"}).status_code == 200
 
 
@@ -103,20 +103,20 @@ def body_of(num_bytes: int) -> bytes:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_may_be_as_large_as_the_limit_and_no_larger(chunked: bool):
+def test_bodies_up_to_the_limit_are_accepted(chunked: bool):
     client = tiny_client(max_body_bytes=1_000)
     for num_bytes, status in ((1_000, 200), (1_001, 413), (100_000, 413)):
         body = body_of(num_bytes)
         assert len(body) == num_bytes
         content = iter([body[at : at + 100] for at in range(0, len(body), 100)]) if chunked else body
-        answer = client.post("/v1/search", content=content, headers={"Content-Type": "application/json"})
-        assert answer.status_code == status
+        response = client.post("/v1/search", content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code == status
         if status == 413:
-            assert answer.json()["error"]["kind"] == "too_large"
-            assert "1,000 bytes" in answer.json()["error"]["message"]
+            assert response.json()["error"]["kind"] == "too_large"
+            assert "1,000 bytes" in response.json()["error"]["message"]
 
 
-def test_a_body_in_pieces_arrives_whole():
+def test_a_chunked_body_arrives_whole():
     client = tiny_client()
     body = json.dumps({"texts": ["a", "b", "c"]}).encode()
 
@@ -124,28 +124,28 @@ def test_a_body_in_pieces_arrives_whole():
         for at in range(len(body)):
             yield body[at : at + 1]
 
-    answer = client.post("/v1/search", content=pieces(), headers={"Content-Type": "application/json"})
-    assert answer.json() == {"num_texts": 3}
+    response = client.post("/v1/search", content=pieces(), headers={"Content-Type": "application/json"})
+    assert response.json() == {"num_texts": 3}
 
 
 @pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "Application/JSON"])
-def test_json_is_read(kind: str):
-    answer = tiny_client().post("/v1/search", content=b'{"texts": []}', headers={"Content-Type": kind})
-    assert answer.status_code == 200
+def test_json_content_types_are_accepted(kind: str):
+    response = tiny_client().post("/v1/search", content=b'{"texts": []}', headers={"Content-Type": kind})
+    assert response.status_code == 200
 
 
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/jsonp", ""]
 )
-def test_what_a_form_can_send_is_refused(kind: str):
+def test_form_content_types_are_refused(kind: str):
     headers = {"Content-Type": kind} if kind else {}
-    answer = tiny_client().post("/v1/search", content=b'{"texts": []}', headers=headers)
-    assert answer.status_code == 415
-    assert answer.json()["error"]["kind"] == "unsupported_media_type"
-    assert "application/json" in answer.json()["error"]["message"]
+    response = tiny_client().post("/v1/search", content=b'{"texts": []}', headers=headers)
+    assert response.status_code == 415
+    assert response.json()["error"]["kind"] == "unsupported_media_type"
+    assert "application/json" in response.json()["error"]["message"]
 
 
-def test_an_empty_form_is_refused_but_nothing_at_all_is_read():
+def test_an_empty_form_is_refused_but_no_body_is_accepted():
     client = tiny_client()
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     assert client.post("/v1/index/reload", headers=form).status_code == 415
@@ -154,14 +154,14 @@ def test_an_empty_form_is_refused_but_nothing_at_all_is_read():
 
 def test_a_compressed_body_is_refused():
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    answer = tiny_client().post("/v1/search", content=b"...", headers=headers)
-    assert answer.status_code == 415
-    assert answer.headers["Accept-Encoding"] == "identity"
+    response = tiny_client().post("/v1/search", content=b"...", headers=headers)
+    assert response.status_code == 415
+    assert response.headers["Accept-Encoding"] == "identity"
 
 
-def test_many_small_pieces_take_little_memory():
+def test_many_small_chunks_take_little_memory():
     number = 100_000
-    told: list[bytes] = []
+    bodies: list[bytes] = []
 
     async def receive() -> Message:
         nonlocal number
@@ -169,7 +169,7 @@ def test_many_small_pieces_take_little_memory():
         return {"type": "http.request", "body": b"x", "more_body": number > 0}
 
     async def app(_scope: Scope, receive: Receive, _send: Send) -> None:
-        told.append((await receive())["body"])
+        bodies.append((await receive())["body"])
 
     async def send(_message: Message) -> None:
         raise AssertionError("it was refused")
@@ -182,4 +182,4 @@ def test_many_small_pieces_take_little_memory():
         assert tracemalloc.get_traced_memory()[1] < 2_000_000
     finally:
         tracemalloc.stop()
-    assert told == [b"x" * 100_000]
+    assert bodies == [b"x" * 100_000]

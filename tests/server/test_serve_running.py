@@ -1,4 +1,4 @@
-"""A server as a process: its port, its signals, its end."""
+"""The server as a process: port, readiness, signals and shutdown."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from waiting import PATIENCE, until
 
 @pytest.fixture
 def running() -> Iterator[Running]:
-    """One that a test may end."""
+    """A server that the test may stop."""
     yield from run()
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Running]:
-    """One that goes on."""
+    """A server shared by the module's tests; do not stop it."""
     yield from run()
 
 
-# The port
+# Port
 
 
-def test_port_0_takes_a_free_port_that_is_told(shared: Running):
+def test_port_0_picks_a_free_port_and_reports_it(shared: Running):
     assert shared.port > 0
     assert shared.get("/health") == '{"status":"ready"}'
 
 
-def test_a_port_in_use_is_an_error_that_says_what_to_do():
-    with listen("127.0.0.1", 0) as taken:
-        taken.listen()
-        port = taken.getsockname()[1]
+def test_a_port_in_use_is_an_error_that_names_the_option():
+    with listen("127.0.0.1", 0) as bound:
+        bound.listen()
+        port = bound.getsockname()[1]
         with pytest.raises(InputError, match=rf"port {port} of 127\.0\.0\.1 is in use; .*--port"):
             listen("127.0.0.1", port)
 
@@ -49,12 +49,12 @@ def test_a_port_in_use_is_an_error_that_says_what_to_do():
     ("host", "message"),
     [("no-such-host.invalid", "is unknown"), ("192.0.2.1", "is not an address of this machine")],
 )
-def test_a_host_that_is_not_here_is_an_error(host: str, message: str):
+def test_unknown_or_foreign_hosts_are_an_error(host: str, message: str):
     with pytest.raises(InputError, match=message):
         listen(host, 0)
 
 
-def test_addresses_are_written_as_urls():
+def test_addresses_are_formatted_as_urls():
     with listen("127.0.0.1", 0) as bound:
         assert url_of(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
     try:
@@ -65,45 +65,45 @@ def test_addresses_are_written_as_urls():
         assert url_of(bound) == f"http://[::1]:{bound.getsockname()[1]}"
 
 
-# Ready, or not
+# Readiness
 
 
-def test_it_says_that_it_is_ready_only_when_it_is():
+def test_ready_is_printed_once_the_server_is_ready():
     server = Running(state="starting")
-    assert server.get_when_listening("/health")  # it listens, but has not said so
+    assert server.get_when_listening("/health")  # it listens, but has not printed "ready"
     server.get("/become/ready")
     assert server.line() == "ready"
     server.process.terminate()
     assert server.end()[0] == 0
 
 
-def test_one_that_never_becomes_ready_ends_with_the_reason():
+def test_a_failed_start_exits_with_the_reason():
     server = Running(state="starting")
     server.get_when_listening("/become/broken")
-    status, out, errors = server.end()
-    assert (status, out) == (1, "")  # never "ready"
+    status, output, errors = server.end()
+    assert (status, output) == (1, "")  # never "ready"
     assert errors.splitlines()[-1] == "the student is not there"
 
 
-# Its end
+# Shutdown
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_when_what_it_accepted_is_answered(running: Running, number: int):
-    answers: list[str] = []
-    asking = threading.Thread(target=lambda: answers.append(running.get("/slow/0.5")))
-    asking.start()
+def test_a_signal_stops_it_after_accepted_requests_finish(running: Running, number: int):
+    responses: list[str] = []
+    thread = threading.Thread(target=lambda: responses.append(running.get("/slow/0.5")))
+    thread.start()
     assert running.line() == "began"
     running.process.send_signal(number)
-    asking.join()
-    status, out, _ = running.end()
-    assert answers == ['"done"']
-    assert (status, out) == (0, "ended\n")
+    thread.join()
+    status, output, _ = running.end()
+    assert responses == ['"done"']
+    assert (status, output) == (0, "ended\n")
     with pytest.raises(ConnectionRefusedError):
         running.get("/health")
 
 
-def test_what_takes_too_long_is_cut_off():
+def test_requests_that_outlast_the_shutdown_time_are_cut_off():
     server = Running(shutdown_seconds=1)
     assert server.line() == "ready"
     connection = http.client.HTTPConnection(server.host, server.port, timeout=PATIENCE)
@@ -113,7 +113,7 @@ def test_what_takes_too_long_is_cut_off():
     assert server.end()[0] == 0
 
 
-def test_sighup_reloads_and_an_error_there_is_only_logged(running: Running):
+def test_sighup_reloads_and_errors_are_only_logged(running: Running):
     for _ in range(2):
         running.process.send_signal(signal.SIGHUP)
         assert running.line() == "reloaded"
@@ -124,7 +124,7 @@ def test_sighup_reloads_and_an_error_there_is_only_logged(running: Running):
     assert errors.count("SIGHUP: the new version is broken") == 2
 
 
-# What only a real connection shows
+# Behaviour that only a real connection shows
 
 
 def exchange(server: Running, request: bytes, *more: bytes) -> bytes:
@@ -133,15 +133,15 @@ def exchange(server: Running, request: bytes, *more: bytes) -> bytes:
         for part in more:
             try:
                 connection.sendall(part)
-            except (BrokenPipeError, ConnectionResetError):  # it has answered and closed
+            except (BrokenPipeError, ConnectionResetError):  # the server has responded and closed the connection
                 break
-        answer = b""
+        response = b""
         try:
             while part := connection.recv(65_536):
-                answer += part
+                response += part
         except ConnectionResetError:
             pass
-        return answer
+        return response
 
 
 HEAD = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -149,28 +149,28 @@ HEAD = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: applicatio
 
 def test_an_endless_body_is_refused_at_the_limit(shared: Running):
     chunk = b"190\r\n" + b"x" * 400 + b"\r\n"
-    answer = exchange(shared, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunk, chunk, chunk)  # and no end
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b'"kind":"too_large"' in answer
+    response = exchange(shared, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunk, chunk, chunk)  # never terminated
+    assert response.startswith(b"HTTP/1.1 413 ")
+    assert b'"kind":"too_large"' in response
 
 
-def test_a_declared_length_is_refused_before_the_body_comes(shared: Running):
-    answer = exchange(shared, HEAD + b"Content-Length: 1000000000000\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b"connection: close" in answer.lower()
+def test_a_large_content_length_is_refused_before_the_body(shared: Running):
+    response = exchange(shared, HEAD + b"Content-Length: 1000000000000\r\n\r\n")
+    assert response.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in response.lower()
 
 
-def test_the_server_does_not_say_what_it_runs_on(shared: Running):
-    answer = exchange(shared, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 200 ")
-    assert b"\r\nserver:" not in answer.lower()
+def test_responses_have_no_server_header(shared: Running):
+    response = exchange(shared, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert response.startswith(b"HTTP/1.1 200 ")
+    assert b"\r\nserver:" not in response.lower()
 
 
-def test_no_host_at_all_is_refused(shared: Running):
+def test_a_missing_host_header_is_refused(shared: Running):
     assert exchange(shared, b"GET /v1/passages/a HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 400 ")
 
 
-def test_a_client_that_leaves_is_logged_as_that(running: Running):
+def test_a_client_disconnect_is_logged_as_499(running: Running):
     with running.connect() as connection:
         connection.sendall(HEAD + b"Content-Length: 900\r\n\r\n{")
         until(running.in_flight, "the request")

@@ -22,7 +22,7 @@ from e2e.command_line import fail, succeed_with_report
 
 
 @pytest.fixture(autouse=True)
-def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+def clean_environment(monkeypatch: pytest.MonkeyPatch):
     import os
 
     for name in [name for name in os.environ if name.upper().startswith("D2LLM_SERVE_")]:
@@ -39,7 +39,7 @@ def source_and_value(loaded: LoadedSettings, name: str) -> tuple[str, Any]:
     return loaded.sources[name], getattr(loaded.settings, name)
 
 
-# Where values come from
+# Sources of values and their precedence
 
 
 def test_flags_win_over_the_environment_which_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -59,31 +59,31 @@ def test_set_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch):
     assert source_and_value(loaded, "max_texts") == ("--set", 13)
 
 
-def test_keywords_alone_take_nothing_from_the_environment(monkeypatch: pytest.MonkeyPatch):
+def test_serve_settings_ignore_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("D2LLM_SERVE_PORT", "1002")
     assert ServeSettings().port == 8000
 
 
-def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch):
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("D2LLM_SERVE_PORT", "")
     assert source_and_value(load_settings(), "port") == ("default", 8000)
 
 
 @pytest.mark.parametrize("text", ["a.example, b.example", "a.example,b.example,"])
-def test_lists_are_written_with_commas(monkeypatch: pytest.MonkeyPatch, text: str):
+def test_lists_are_comma_separated(monkeypatch: pytest.MonkeyPatch, text: str):
     monkeypatch.setenv("D2LLM_SERVE_CORS_ORIGINS", text)
     loaded = load_settings(assignments={"allowed_hosts": text})
     assert loaded.settings.cors_origins == ("a.example", "b.example") == loaded.settings.allowed_hosts
 
 
-def test_lists_of_a_file_are_lists(tmp_path: Path):
+def test_a_file_may_contain_lists(tmp_path: Path):
     file = toml(tmp_path, 'allowed_hosts = ["a.example"]\nkeys_file = "keys.json"\n')
     settings = load_settings(file=file).settings
     assert settings.allowed_hosts == ("a.example",)
     assert settings.keys_file == Path("keys.json")
 
 
-# What is wrong with them
+# Invalid settings
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_lists_of_a_file_are_lists(tmp_path: Path):
 )
 def test_a_bad_file_is_an_error_that_names_key_and_file(tmp_path: Path, text: str, message: str):
     file = toml(tmp_path, text)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         load_settings(file=file)
-    assert message.format(file=file) in str(caught.value)
+    assert message.format(file=file) in str(error.value)
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path):
@@ -126,51 +126,51 @@ def test_bad_variables_are_named(monkeypatch: pytest.MonkeyPatch):
         load_settings()
 
 
-def test_every_bad_value_is_told_at_once(tmp_path: Path):
-    with pytest.raises(InputError) as caught:
+def test_all_bad_values_are_reported_at_once(tmp_path: Path):
+    with pytest.raises(InputError) as error:
         load_settings({"port": -1}, file=toml(tmp_path, "max_texts = 0"))
-    assert "--port: port: " in str(caught.value)
-    assert "serve.toml: max_texts: " in str(caught.value)
+    assert "--port: port: " in str(error.value)
+    assert "serve.toml: max_texts: " in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("assignments", "message"),
     [
         (["max_texts"], "write --set NAME=VALUE"),
         (["port=1", "port=2"], "port: given twice"),
     ],
 )
-def test_assignments_are_checked(words: list[str], message: str):
+def test_assignments_are_checked(assignments: list[str], message: str):
     with pytest.raises(InputError, match=message):
-        parse_assignments(words)
+        parse_assignments(assignments)
 
 
-def test_an_option_and_an_assignment_of_one_setting_are_an_error():
+def test_an_option_and_set_for_one_setting_are_an_error():
     with pytest.raises(InputError, match="port: given twice, as an option and by --set"):
         load_settings({"port": 1}, assignments={"port": "2"})
 
 
-# Who can reach it
+# Reachable addresses
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
-def test_loopback_is_this_machine_alone(host: str):
+def test_loopback_hosts(host: str):
     assert is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "example.org"])
-def test_other_addresses_may_be_reached_from_outside(host: str):
+def test_hosts_reachable_from_outside(host: str):
     assert not is_loopback(host)
 
 
-def test_others_may_reach_it_only_with_keys_or_on_purpose(tmp_path: Path):
+def test_public_hosts_need_keys_or_explicit_consent(tmp_path: Path):
     with pytest.raises(InputError, match=r"host '0\.0\.0\.0' can be reached from other machines.*d2llm keys"):
         load_settings({"host": "0.0.0.0"})
     assert load_settings({"host": "0.0.0.0", "keys_file": tmp_path / "keys.json"}).settings.host == "0.0.0.0"
     assert load_settings({"host": "0.0.0.0"}, assignments={"allow_unauthenticated": "yes"}).settings.host == "0.0.0.0"
 
 
-def test_the_address_that_it_listens_on_is_one_of_its_names():
+def test_the_listening_address_is_an_allowed_host():
     assert ServeSettings(host="10.0.0.1", allow_unauthenticated=True).host_names == (*LOOPBACK_NAMES, "10.0.0.1")
     assert ServeSettings(host="0.0.0.0", allow_unauthenticated=True).host_names == LOOPBACK_NAMES
 
@@ -205,13 +205,13 @@ def test_serve_refuses_a_bad_setting():
     fail("serve", "x.index", "--set", "max_txts=1", containing=["--set: unknown setting 'max_txts'", "'max_texts'"])
 
 
-def test_the_table_of_settings_in_the_docs_is_the_schema(repository: Path):
+def test_the_documented_settings_match_the_schema(repository: Path):
     text = (repository / "docs" / "how-to" / "operate.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
     documented = {row[0].strip("`"): row[1:] for row in rows if len(row) == 3}
-    shown = {
+    displayed = {
         name: value
         for name, value, _ in LoadedSettings(ServeSettings(), dict.fromkeys(ServeSettings.model_fields, "")).lines()
     }
-    expected = {name: [f"`{shown[name]}`", field.description] for name, field in ServeSettings.model_fields.items()}
+    expected = {name: [f"`{displayed[name]}`", field.description] for name, field in ServeSettings.model_fields.items()}
     assert documented == expected

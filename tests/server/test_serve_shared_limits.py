@@ -1,4 +1,4 @@
-"""Requests that several servers count together, in a Redis that runs, hangs or is away."""
+"""Rate limits shared by several servers through Redis, which may be running, hanging or down."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tiny_app import tiny_client
 from waiting import until
 
 
-def test_an_address_that_is_none_is_refused_without_repeating_it():
+def test_an_invalid_address_is_refused_without_repeating_it():
     pytest.importorskip("redis", reason="needs the extra 'redis'")
-    with pytest.raises(InputError, match="redis://localhost:6379") as caught:
+    with pytest.raises(InputError, match="redis://localhost:6379") as error:
         RateLimiter("http://user:secret@host")
-    assert "secret" not in str(caught.value)
+    assert "secret" not in str(error.value)
 
 
 def test_the_password_in_an_address_is_not_shown():
@@ -38,31 +38,31 @@ def test_the_password_in_an_address_is_not_shown():
 
 @pytest.fixture
 def listening() -> Iterator[socket.socket]:
-    """Takes connections and says nothing."""
+    """A socket that accepts connections but never responds."""
     with listen("127.0.0.1", 0) as bound:
         bound.listen()
         yield bound
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["hangs", "away"])
-def test_without_an_answer_a_server_counts_alone(
-    listening: socket.socket, there: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "away"])
+def test_without_redis_a_server_counts_locally(
+    listening: socket.socket, hangs: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     pytest.importorskip("redis", reason="needs the extra 'redis'")
     monkeypatch.setattr(limits, "_PATIENCE", 0.3)
     address = f"redis://127.0.0.1:{listening.getsockname()[1]}"
-    if not there:
+    if not hangs:
         listening.close()
     client = tiny_client(requests_per_minute=3, rate_limit_storage=address)
     monkeypatch.setattr(limits, "_PAUSE", 1_000.0)
     with caplog.at_level(logging.ERROR):
         statuses = [client.post("/v1/search", json={"texts": ["q"]}).status_code for _ in range(5)]
     assert statuses == [200, 200, 200, 429, 429]
-    assert caplog.text.count("counting locally") == 1  # asked once, not five times
+    assert caplog.text.count("counting locally") == 1  # tried once, not five times
 
 
 class Redis:
-    """A real one, on a port of its own."""
+    """A real Redis server on its own port."""
 
     def __init__(self, folder: Path) -> None:
         with listen("127.0.0.1", 0) as bound:
@@ -98,31 +98,31 @@ def redis(tmp_path: Path) -> Iterator[Redis]:
     server.stop()
 
 
-def test_two_servers_count_together(redis: Redis):
+def test_two_servers_share_their_counts(redis: Redis):
     async def main() -> list[bool]:
         limiters = [RateLimiter(redis.address), RateLimiter(redis.address)]
-        taken = [await limiters[n % 2].take("key one", 5) for n in range(7)]
+        allowances = [await limiters[n % 2].take("key one", 5) for n in range(7)]
         other = await limiters[0].take("key two", 5)
         assert (other.remaining, other.limit) == (4, 5)
-        assert taken[4].remaining == 0
-        assert 50 < taken[6].reset <= 60
-        return [one.allowed for one in taken]
+        assert allowances[4].remaining == 0
+        assert 50 < allowances[6].reset <= 60
+        return [allowance.allowed for allowance in allowances]
 
     assert asyncio.run(main()) == [True] * 5 + [False] * 2
 
 
-def test_a_storage_that_comes_back_is_asked_again(redis: Redis, monkeypatch: pytest.MonkeyPatch):
+def test_a_storage_that_comes_back_is_used_again(redis: Redis, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(limits, "_PAUSE", 0.2)
 
     async def main() -> None:
         limiter, other = RateLimiter(redis.address), RateLimiter(redis.address)
         assert (await limiter.take("key", 5)).remaining == 4
         redis.stop()
-        assert (await limiter.take("key", 5)).remaining == 4  # alone
+        assert (await limiter.take("key", 5)).remaining == 4  # counted locally
         redis.start()
         await asyncio.sleep(0.3)  # more than the pause
-        taken = [(await other.take("key", 5)).remaining for _ in range(3)]
-        assert taken == [4, 3, 2]
-        assert (await limiter.take("key", 5)).remaining == 1  # alone it would be 3
+        allowances = [(await other.take("key", 5)).remaining for _ in range(3)]
+        assert allowances == [4, 3, 2]
+        assert (await limiter.take("key", 5)).remaining == 1  # counted locally it would be 3
 
     asyncio.run(main())

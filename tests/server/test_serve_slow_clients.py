@@ -1,4 +1,4 @@
-"""Clients that hold a connection without ever coming to an end."""
+"""Clients that keep a connection open without ever finishing their request."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tiny_app import tiny_app
 from tiny_server import tiny_settings
 from waiting import PATIENCE
 
-SECONDS = 1_000.0  # by a clock that the tests set
-BODY_SECONDS = 0.3  # by the true one
+SECONDS = 1_000.0  # on a clock that the tests advance
+BODY_SECONDS = 0.3  # real time
 HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
 
 
@@ -34,8 +34,8 @@ def server() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with serve(tiny_app(ServeSettings(max_body_bytes=1_000, request_seconds=BODY_SECONDS))) as found:
-        yield found
+    with serve(tiny_app(ServeSettings(max_body_bytes=1_000, request_seconds=BODY_SECONDS))) as url:
+        yield url
 
 
 def connect(address: str) -> socket.socket:
@@ -44,7 +44,7 @@ def connect(address: str) -> socket.socket:
 
 
 def drip(connection: socket.socket, data: bytes) -> None:
-    """Send byte by byte, until the other side has had enough."""
+    """Send byte by byte until the other side closes the connection."""
     for at in range(len(data)):
         try:
             connection.sendall(data[at : at + 1])
@@ -53,15 +53,15 @@ def drip(connection: socket.socket, data: bytes) -> None:
         time.sleep(0.1)
 
 
-def hear(connection: socket.socket) -> bytes:
-    """All that comes until the connection is closed."""
-    heard = b""
+def receive_all(connection: socket.socket) -> bytes:
+    """Receive until the connection is closed."""
+    received = b""
     try:
         while part := connection.recv(65_536):
-            heard += part
+            received += part
     except ConnectionResetError:
         pass
-    return heard
+    return received
 
 
 def is_open(connection: socket.socket) -> bool:
@@ -77,7 +77,7 @@ def is_open(connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_does_not_end_is_answered_and_its_connection_closed(address: str, chunked: bool):
+def test_an_unfinished_body_times_out_and_is_disconnected(address: str, chunked: bool):
     head = HEAD % b"/v1/search"
     if chunked:
         head = head.replace(b"Content-Length: 500", b"Transfer-Encoding: chunked") + b"1f4\r\n"
@@ -85,50 +85,50 @@ def test_a_body_that_does_not_end_is_answered_and_its_connection_closed(address:
         began = time.monotonic()
         connection.sendall(head)
         threading.Thread(target=drip, args=(connection, b'{"texts": ["' + b"x" * 400), daemon=True).start()
-        heard = hear(connection)
+        received = receive_all(connection)
         assert time.monotonic() - began >= BODY_SECONDS
-    assert heard.startswith(b"HTTP/1.1 408 ")
-    assert b"connection: close" in heard.lower()
-    assert b'"kind":"timeout"' in heard
-    assert b"request_seconds" in heard
-    counted = patient.get(f"{address}/metrics").text
-    assert 'd2llm_http_requests_total{method="POST",route="/v1/search",status="408"}' in counted
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in received.lower()
+    assert b'"kind":"timeout"' in received
+    assert b"request_seconds" in received
+    metrics = patient.get(f"{address}/metrics").text
+    assert 'd2llm_http_requests_total{method="POST",route="/v1/search",status="408"}' in metrics
 
 
-def test_one_that_ends_in_time_is_read(server: Running):
+def test_a_slow_body_that_finishes_in_time_is_accepted(server: Running):
     body = b'{"texts":["x"]}'
     with server.connect() as connection:
         connection.sendall((HEAD % b"/v1/search").replace(b"500", str(len(body)).encode() + b"\r\nConnection: close"))
         drip(connection, body)
-        assert hear(connection).startswith(b"HTTP/1.1 200 ")
+        assert receive_all(connection).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize(
-    ("sent", "dripped"),
+    ("first_bytes", "slow_bytes"),
     [(b"", b""), (b"GET /health HTTP/1.1\r\n", b""), (b"", b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 400)],
     ids=["nothing", "half", "drop by drop"],
 )
-def test_headers_that_do_not_end_close_the_connection(server: Running, sent: bytes, dripped: bytes):
+def test_unfinished_headers_close_the_connection(server: Running, first_bytes: bytes, slow_bytes: bytes):
     with server.connect() as connection:
-        connection.sendall(sent)
-        threading.Thread(target=drip, args=(connection, dripped), daemon=True).start()
+        connection.sendall(first_bytes)
+        threading.Thread(target=drip, args=(connection, slow_bytes), daemon=True).start()
         server.later(0.9 * SECONDS)
         assert is_open(connection)
         server.later(0.2 * SECONDS)
-        assert hear(connection) == b""
+        assert receive_all(connection) == b""
 
 
-def test_a_body_that_nobody_reads_closes_the_connection(server: Running):
-    head = (HEAD % b"/v1/search").replace(b"application/json", b"text/plain")  # refused by its headers
+def test_an_unread_body_closes_the_connection(server: Running):
+    head = (HEAD % b"/v1/search").replace(b"application/json", b"text/plain")  # refused because of its content type
     with server.connect() as connection:
         connection.sendall(head)
         threading.Thread(target=drip, args=(connection, b"x" * 400), daemon=True).start()
-        heard = connection.recv(65_536)
+        received = connection.recv(65_536)
         server.later(0.9 * SECONDS)
         assert is_open(connection)
         server.later(0.2 * SECONDS)
-        heard += hear(connection)
-    assert heard.startswith(b"HTTP/1.1 415 ")
+        received += receive_all(connection)
+    assert received.startswith(b"HTTP/1.1 415 ")
 
 
 def test_a_connection_in_use_stays_open(server: Running):
@@ -144,24 +144,24 @@ def test_a_connection_in_use_stays_open(server: Running):
     connection.close()
 
 
-def test_an_answer_may_take_as_long_as_it_takes(server: Running):
-    answers: list[str] = []
-    asking = threading.Thread(target=lambda: answers.append(server.get("/held")))
-    asking.start()
+def test_a_response_has_no_time_limit(server: Running):
+    responses: list[str] = []
+    thread = threading.Thread(target=lambda: responses.append(server.get("/held")))
+    thread.start()
     assert server.line() == "began"
     server.later(3 * SECONDS)
-    assert not answers
+    assert not responses
     server.get("/let-go")
-    asking.join()
-    assert answers == ['"done"']
+    thread.join()
+    assert responses == ['"done"']
 
 
-def test_an_answer_that_is_not_taken_closes_the_connection(server: Running):
+def test_a_response_that_is_not_read_closes_the_connection(server: Running):
     with server.connect() as connection:
         connection.sendall(b"GET /large/30000000 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for _ in range(3):
             server.later(0.6 * SECONDS)
-        assert len(hear(connection)) < 30_000_000
+        assert len(receive_all(connection)) < 30_000_000
     assert server.in_flight() == 0
 
 
@@ -176,7 +176,7 @@ def test_an_answer_that_is_not_taken_closes_the_connection(server: Running):
         ("/v1/score", {"error"}),
     ],
 )
-def test_each_interface_says_it_in_its_own_words(tmp_path: Path, path: str, shape: set[str]):
+def test_each_api_reports_the_timeout_in_its_own_format(tmp_path: Path, path: str, shape: set[str]):
     with serve(make_app(tiny_settings(tmp_path / "nothing", request_seconds=0.2))) as address:
         wait_until_ready(address, "broken")
 
@@ -185,7 +185,7 @@ def test_each_interface_says_it_in_its_own_words(tmp_path: Path, path: str, shap
                 yield b" "
                 time.sleep(0.05)
 
-        answer = patient.post(address + path, content=pieces(), headers={"Content-Type": "application/json"})
-        assert answer.status_code == 408
-        assert answer.json().keys() == shape
-        assert "0.2 s" in answer.text
+        response = patient.post(address + path, content=pieces(), headers={"Content-Type": "application/json"})
+        assert response.status_code == 408
+        assert response.json().keys() == shape
+        assert "0.2 s" in response.text

@@ -1,4 +1,4 @@
-"""The end of a server while something is being written."""
+"""Stopping a server during a write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from d2llm.server.served_version import ServedVersion
 from tiny_server import write_tiny_index
 
 
-def test_a_long_write_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_long_write_does_not_delay_the_shutdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = write_tiny_index(tmp_path, 5)
     student = Student.load(tmp_path / "student-0", dtype="float32")
     encode, calls = student.encode_tokens, 0
@@ -50,5 +50,5 @@ def test_a_long_write_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pyte
 
     began = time.monotonic()
     asyncio.run(main())
-    assert time.monotonic() - began < 45  # 500 texts one by one are 50 s
+    assert time.monotonic() - began < 45  # encoding 500 texts one by one takes 50 s
     assert calls < 200

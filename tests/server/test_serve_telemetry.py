@@ -1,4 +1,4 @@
-"""What a server counts and logs, and what it must not."""
+"""Metrics and logs of the server, and the private data they must not contain."""
 
 from __future__ import annotations
 
@@ -58,26 +58,26 @@ def json_logs() -> Iterator[Logs]:
 # Metrics
 
 
-def test_requests_are_counted_by_template_method_and_status():
+def test_requests_are_counted_by_route_method_and_status():
     client = tiny_client()
     for passage in ("p1", "p2", SECRET):
         client.get(f"/v1/passages/{passage}")
     client.post("/v1/search", json={"texts": [SECRET]})
     client.post("/v1/search", json={"texts": 3})
     client.get("/v1/search")
-    found = samples(telemetry_of(client))
-    counts = {labels: value for (name, labels), value in found.items() if name == "d2llm_http_requests_total"}
+    metrics = samples(telemetry_of(client))
+    counts = {labels: value for (name, labels), value in metrics.items() if name == "d2llm_http_requests_total"}
     assert {tuple(dict(labels)[key] for key in ("method", "route", "status")): n for labels, n in counts.items()} == {
         ("GET", "/v1/passages/{passage_id}", "200"): 3,
         ("POST", "/v1/search", "200"): 1,
         ("POST", "/v1/search", "422"): 1,
         ("GET", "/v1/search", "405"): 1,
     }
-    assert found["d2llm_http_request_seconds_count", (("route", "/v1/search"),)] == 3
-    assert found["d2llm_http_requests_in_flight", ()] == 0
+    assert metrics["d2llm_http_request_seconds_count", (("route", "/v1/search"),)] == 3
+    assert metrics["d2llm_http_requests_in_flight", ()] == 0
 
 
-def test_no_label_is_what_a_client_wrote():
+def test_labels_never_contain_client_input():
     client = tiny_client(allowed_hosts=("*",))
     client.get(f"/{SECRET}")
     client.get("/v1/passages/a/b/c/" + SECRET)
@@ -90,65 +90,65 @@ def test_no_label_is_what_a_client_wrote():
     assert 'method="OTHER"' in text
 
 
-def test_prometheus_reads_it_over_http():
+def test_prometheus_can_parse_the_metrics_endpoint():
     client = tiny_client()
     client.get("/health")
-    answer = client.get("/metrics")
-    assert answer.headers["Content-Type"].startswith("text/plain; version=")
-    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    response = client.get("/metrics")
+    assert response.headers["Content-Type"].startswith("text/plain; version=")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
     (sample,) = [sample for sample in families["d2llm_http_requests"].samples if sample.name.endswith("_total")]
     assert (sample.labels["route"], sample.value) == ("/health", 1)
-    assert families["d2llm_http_requests_in_flight"].samples[0].value == 1  # this one
+    assert families["d2llm_http_requests_in_flight"].samples[0].value == 1  # this request
 
 
-def test_a_refused_request_counts_for_its_route():
+def test_a_refused_request_is_counted_for_its_route():
     client = tiny_client(max_body_bytes=10)
     client.post("/v1/search", json={"texts": [SECRET]})
     labels = (("method", "POST"), ("route", "/v1/search"), ("status", "413"))
     assert samples(telemetry_of(client))["d2llm_http_requests_total", labels] == 1
 
 
-def test_a_failure_counts_as_500():
+def test_a_failure_is_counted_as_500():
     client = tiny_client()
     client.post("/v1/fail", json={"texts": [SECRET]})
     labels = (("method", "POST"), ("route", "/v1/fail"), ("status", "500"))
     assert samples(telemetry_of(client))["d2llm_http_requests_total", labels] == 1
 
 
-def test_stages_are_shown_from_the_start_and_timed():
+def test_stages_are_exported_from_the_start_and_timed():
     telemetry = Telemetry()
-    found = samples(telemetry)
-    assert [found["d2llm_stage_seconds_count", (("stage", stage),)] for stage in STAGES] == [0] * 5
+    metrics = samples(telemetry)
+    assert [metrics["d2llm_stage_seconds_count", (("stage", stage),)] for stage in STAGES] == [0] * 5
     telemetry.observe("score", 0.003)
     telemetry.observe("score", 0.3)
-    found = samples(telemetry)
-    assert found["d2llm_stage_seconds_count", (("stage", "score"),)] == 2
-    assert found["d2llm_stage_seconds_sum", (("stage", "score"),)] == pytest.approx(0.303)
-    assert found["d2llm_stage_seconds_bucket", (("le", "0.005"), ("stage", "score"))] == 1
+    metrics = samples(telemetry)
+    assert metrics["d2llm_stage_seconds_count", (("stage", "score"),)] == 2
+    assert metrics["d2llm_stage_seconds_sum", (("stage", "score"),)] == pytest.approx(0.303)
+    assert metrics["d2llm_stage_seconds_bucket", (("le", "0.005"), ("stage", "score"))] == 1
 
 
-def test_an_unknown_stage_is_a_mistake_of_the_program():
+def test_an_unknown_stage_is_a_value_error():
     with pytest.raises(ValueError, match="'scoring' is not a stage"):
         Telemetry().observe("scoring", 1.0)
 
 
-def test_queue_batches_and_index():
+def test_queue_batch_and_index_metrics():
     telemetry = Telemetry()
-    waiting = [3]
-    telemetry.watch_queue(lambda: waiting[0])
+    num_waiting = [3]
+    telemetry.watch_queue(lambda: num_waiting[0])
     telemetry.observe_batch(32, 0.5)
     telemetry.observe_batch(2, 0.25)
     telemetry.watch_index(lambda: 12, lambda: 6_883)
-    found = samples(telemetry)
-    assert found["d2llm_queue_texts", ()] == 3
-    assert found["d2llm_batch_texts_sum", ()] == 34
-    assert found["d2llm_batch_texts_bucket", (("le", "2.0"),)] == 1
-    assert found["d2llm_batch_seconds_total", ()] == 0.75
-    assert found["d2llm_index_version", ()] == 12
-    assert found["d2llm_index_passages", ()] == 6_883
+    metrics = samples(telemetry)
+    assert metrics["d2llm_queue_texts", ()] == 3
+    assert metrics["d2llm_batch_texts_sum", ()] == 34
+    assert metrics["d2llm_batch_texts_bucket", (("le", "2.0"),)] == 1
+    assert metrics["d2llm_batch_seconds_total", ()] == 0.75
+    assert metrics["d2llm_index_version", ()] == 12
+    assert metrics["d2llm_index_passages", ()] == 6_883
 
 
-def test_servers_of_one_process_count_apart():
+def test_servers_in_one_process_have_separate_metrics():
     first, second = Telemetry(), Telemetry()
     first.observe("encode", 1.0)
     assert samples(second)["d2llm_stage_seconds_count", (("stage", "encode"),)] == 0
@@ -157,7 +157,7 @@ def test_servers_of_one_process_count_apart():
 # Logs
 
 
-def test_a_request_is_one_line(json_logs: Logs):
+def test_a_request_is_one_log_line(json_logs: Logs):
     json_logs.client.post("/v1/search", json={"texts": [SECRET, "b"]}, headers={"X-Request-ID": "r1"})
     (record,) = json_logs.records
     assert record.pop("timestamp").endswith("Z")
@@ -174,14 +174,14 @@ def test_a_request_is_one_line(json_logs: Logs):
     }
 
 
-def test_a_health_check_that_found_all_well_is_no_line(json_logs: Logs):
+def test_a_successful_health_check_is_not_logged(json_logs: Logs):
     assert json_logs.client.get("/health").status_code == 200
     assert json_logs.client.post("/health").status_code == 405
     (record,) = json_logs.records
     assert (record["route"], record["status"]) == ("/health", 405)
 
 
-def test_logs_hold_no_text_path_query_or_key(json_logs: Logs):
+def test_logs_contain_no_text_path_query_or_key(json_logs: Logs):
     client = json_logs.client
     client.post("/v1/search", json={"texts": [SECRET]})
     client.post("/v1/search", json={"texts": {"sister": SECRET}})
@@ -190,22 +190,22 @@ def test_logs_hold_no_text_path_query_or_key(json_logs: Logs):
     client.get(f"/{SECRET}")
     client.request("SISTER-METHOD", "/health")
     client.post("/v1/search", content=SECRET.encode(), headers={"Authorization": f"Bearer {SECRET}"})
-    assert len(json_logs.records) == 8  # one of them is the failure's
+    assert len(json_logs.records) == 8  # seven requests and one failure
     assert "sister" not in json_logs.text.lower()
 
 
-def test_a_failure_is_logged_with_the_lines_that_it_came_through(json_logs: Logs):
+def test_a_failure_is_logged_with_its_traceback(json_logs: Logs):
     json_logs.client.post("/v1/fail", json={"texts": [SECRET]}, headers={"X-Request-ID": "r1"})
     failure, request = json_logs.records
     assert (failure["level"], failure["request_id"]) == ("error", "r1")
     assert request["status"] == 500
-    last = failure["exception"].splitlines()
-    assert last[-1] == "ValueError"
-    assert "KeyError" in last  # the exception before it
-    assert any("tiny_app.py" in line for line in last)
+    lines = failure["exception"].splitlines()
+    assert lines[-1] == "ValueError"
+    assert "KeyError" in lines  # the exception that caused it
+    assert any("tiny_app.py" in line for line in lines)
 
 
-def test_texts_are_logged_where_that_is_wanted():
+def test_texts_are_logged_when_enabled():
     logs = Logs(log_format="json", log_texts=True)
     logs.client.post("/v1/search", json={"texts": [SECRET]})
     logs.client.post("/v1/fail", json={"texts": [SECRET]})
@@ -215,7 +215,7 @@ def test_texts_are_logged_where_that_is_wanted():
     assert failure["exception"].splitlines()[-1] == f"ValueError: cannot read ['{SECRET}']"
 
 
-def test_the_systems_own_words_are_kept(json_logs: Logs):
+def test_operating_system_errors_keep_their_message(json_logs: Logs):
     try:
         open("/nonexistent/" + SECRET)  # noqa: PTH123, SIM115
     except OSError:
@@ -225,7 +225,7 @@ def test_the_systems_own_words_are_kept(json_logs: Logs):
     assert record["event"] == "cannot read"
 
 
-def test_text_lines(capsys: pytest.CaptureFixture[str]):
+def test_text_log_format(capsys: pytest.CaptureFixture[str]):
     stop = start_logs(ServeSettings())
     tiny_client().get("/v1/passages/p1")
     logging.getLogger("uvicorn.error").info("Started")
@@ -236,18 +236,18 @@ def test_text_lines(capsys: pytest.CaptureFixture[str]):
     assert "Started" in second
 
 
-def test_afterwards_loggers_are_as_before():
+def test_stopping_restores_the_loggers():
     logger = logging.getLogger("d2llm")
     before = (logger.handlers[:], logger.level, logger.propagate)
     start_logs(ServeSettings(), io.StringIO())()
     assert (logger.handlers, logger.level, logger.propagate) == before
 
 
-def test_the_student_is_told_as_it_is_now():
+def test_the_student_metric_shows_the_current_student():
     telemetry, students = Telemetry(), [{"name": "first", "fingerprint": "f1"}]
     assert not any(name.startswith("d2llm_student") for name, _ in samples(telemetry))
-    for _ in range(2):  # an application that starts twice
+    for _ in range(2):  # the application may start twice
         telemetry.watch_student(lambda: students[-1])
     students.append({"name": "second", "fingerprint": "f2"})
-    found = {labels for name, labels in samples(telemetry) if name == "d2llm_student_info"}
-    assert found == {(("fingerprint", "f2"), ("name", "second"))}
+    metrics = {labels for name, labels in samples(telemetry) if name == "d2llm_student_info"}
+    assert metrics == {(("fingerprint", "f2"), ("name", "second"))}

@@ -1,4 +1,4 @@
-"""An approximate index as a part of a store: its facts, its checks, and what snapshots take along."""
+"""An approximate index as part of a store: statistics, verification and snapshots."""
 
 import shutil
 
@@ -20,9 +20,9 @@ NUM = 2_000
 def built(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MIN_PASSAGES", 500)
-        made = new_ann_store(tmp_path_factory.mktemp("ann") / "i", clustered(NUM))
-        build_ann(made, PlainStudent(), recall=0.8, depth=20)
-    return made.folder
+        store = new_ann_store(tmp_path_factory.mktemp("ann") / "i", clustered(NUM))
+        build_ann(store, PlainStudent(), recall=0.8, depth=20)
+    return store.folder
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def store(built, tmp_path):
     return IndexStore.open(shutil.copytree(built, tmp_path / "i"))
 
 
-def test_stats_say_what_it_covers(store, tmp_path):
+def test_stats_report_the_indexed_passages(store, tmp_path):
     assert (stats(store).ann_passages, stats(store).ann_recall) == (NUM, 0.8)
     put_vectors(store, NUM, clustered(3, seed=8))
     assert (stats(store).num_passages, stats(store).ann_passages) == (NUM + 3, NUM)
@@ -38,7 +38,7 @@ def test_stats_say_what_it_covers(store, tmp_path):
     assert (stats(without).ann_passages, stats(without).ann_recall) == (0, None)
 
 
-def test_a_snapshot_takes_it_along(store):
+def test_a_snapshot_includes_the_ann_index(store):
     (store.folder / ERRORS_FILE).write_text("{}")
     before = PassageView(store)
     folder = store.snapshot("then")
@@ -46,29 +46,29 @@ def test_a_snapshot_takes_it_along(store):
     snapshot = IndexStore.open(folder)
     assert (folder / ERRORS_FILE).read_text() == "{}"
     assert stats(snapshot).ann_passages == NUM
-    found, was = PassageView(snapshot).ann, before.ann
-    assert found.record == was.record
-    assert found.faiss_index.ntotal == NUM
-    np.testing.assert_array_equal(found.list_of, was.list_of)
+    copy, original = PassageView(snapshot).ann, before.ann
+    assert copy.record == original.record
+    assert copy.faiss_index.ntotal == NUM
+    np.testing.assert_array_equal(copy.list_of, original.list_of)
     assert verify(store).problems == []
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "problem"),
+    ("name", "content", "expected"),
     [
         ("ann-0.faiss", b"x", "not what was written"),
         ("ann-0.json", b"{}", "has other fields"),
         ("ann-0.json", None, "No such file"),
     ],
 )
-def test_damage_is_found_and_removed(store, name, content, problem):
+def test_damaged_files_are_reported_and_removed(store, name, content, expected):
     file = store.folder / name
     file.write_bytes(content) if content is not None else file.unlink()
-    (found,) = verify(store).problems
-    assert found.startswith("ann-0.faiss: ")
-    assert problem in found
-    (mended,) = verify(store, repair=True).problems
-    assert mended == f"{found}; it was removed"
+    (problem,) = verify(store).problems
+    assert problem.startswith("ann-0.faiss: ")
+    assert expected in problem
+    (repaired,) = verify(store, repair=True).problems
+    assert repaired == f"{problem}; it was removed"
     assert verify(store).problems == []
     assert list(store.folder.glob("ann-*")) == []
     assert PassageView(store).ann is None

@@ -1,4 +1,4 @@
-"""What the filter language reads, what SQL is written of it, and what it says of what it does not read."""
+"""The filter language: the SQL it is translated to, its error messages, and its limits."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SCHEMA = MetadataSchema(
         ("draft", "`draft` = TRUE"),
         ("draft <> TRUE", "`draft` <> TRUE"),
         ("draft IN (FALSE)", "`draft` IN (FALSE)"),
-        # Negations go down to the comparisons.
+        # Negations are pushed down to the comparisons.
         ("NOT draft", "`draft` = FALSE"),
         ("NOT NOT draft", "`draft` = TRUE"),
         ("NOT Year = 1", "`Year` <> 1"),
@@ -74,7 +74,7 @@ SCHEMA = MetadataSchema(
         ("NOT Year NOT IN (1)", "`Year` IN (1)"),
         ("NOT Year NOT BETWEEN 1 AND 2", "`Year` BETWEEN 1 AND 2"),
         ("NOT (Year = 1 OR draft AND id = 'a')", "(`Year` <> 1 AND (`draft` = FALSE OR `id` <> 'a'))"),
-        # AND binds closer than OR, NOT closer than both.
+        # AND binds tighter than OR, and NOT tighter than both.
         ("Year = 1 OR Year = 2 AND Year = 3", "(`Year` = 1 OR (`Year` = 2 AND `Year` = 3))"),
         ("(Year = 1 OR Year = 2) AND Year = 3", "((`Year` = 1 OR `Year` = 2) AND `Year` = 3)"),
         ("NOT Year = 1 AND Year = 2", "(`Year` <> 1 AND `Year` = 2)"),
@@ -99,27 +99,27 @@ SCHEMA = MetadataSchema(
         ("price = 2", "`price` = 2.0"),
         ("price < -1.5e-3", "`price` < -0.0015"),
         ("price = 5.", "`price` = 5.0"),
-        ("price = 9007199254740993", "`price` = 9007199254740992.0"),  # the nearest that 64 bits hold
+        ("price = 9007199254740993", "`price` = 9007199254740992.0"),  # the nearest 64-bit float
         ("seen >= '2024-05-31'", "`seen` >= TIMESTAMP '2024-05-31T00:00:00.000000Z'"),
         ("seen = '2024-05-31 01:30:00.5+02:00'", "`seen` = TIMESTAMP '2024-05-30T23:30:00.500000Z'"),
         ("seen IN ('0001-01-01')", "`seen` IN (TIMESTAMP '0001-01-01T00:00:00.000000Z')"),
         ("\n Year\t=\u00a01 ", "`Year` = 1"),
     ],
 )
-def test_sql(text: str, sql: str) -> None:
+def test_filters_are_translated_to_sql(text: str, sql: str) -> None:
     result = parse_filter(text, SCHEMA)
     assert result.sql == sql
     assert result.text == text
 
 
-def test_fields_that_a_filter_looks_at() -> None:
+def test_fields_used_by_a_filter() -> None:
     assert parse_filter("Year = 1 AND (NOT draft OR Year = 2) AND id = 'seen'", SCHEMA).fields == {
         "Year",
         "draft",
         "id",
     }
-    own = "id = 'a' OR title = 'a' OR document_id = 'a' OR position = 1"
-    assert parse_filter(own, MetadataSchema()).fields == {"id", "title", "document_id", "position"}
+    text = "id = 'a' OR title = 'a' OR document_id = 'a' OR position = 1"
+    assert parse_filter(text, MetadataSchema()).fields == {"id", "title", "document_id", "position"}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_errors_say_what_where_and_what_to_do(text: str, problem: str) -> None:
     str(error.value).encode()
 
 
-def test_an_error_counts_characters_from_one_and_shows_the_piece() -> None:
+def test_errors_give_the_character_number_and_the_faulty_part() -> None:
     with pytest.raises(FilterError) as error:
         parse_filter("id = '😀' AND  (Year = 'x' OR draft)", SCHEMA)
     assert str(error.value).startswith("filter, character 16, \"Year = 'x'\": field 'Year' is integer")
@@ -226,8 +226,8 @@ def test_an_error_counts_characters_from_one_and_shows_the_piece() -> None:
     ],
     ids=range(11),
 )
-def test_limits(text: str, problem: str) -> None:
-    start = time.process_time()  # of this process: other work on the machine does not count
+def test_filters_beyond_the_limits_are_rejected_quickly(text: str, problem: str) -> None:
+    start = time.process_time()  # CPU time, so other load on the machine does not matter
     with pytest.raises(FilterError) as error:
         parse_filter(text, SCHEMA)
     assert problem in str(error.value)
@@ -236,7 +236,7 @@ def test_limits(text: str, problem: str) -> None:
 
 
 def nested(depth: int, width: int) -> str:
-    """AND and OR in turns, ``depth`` pairs of parentheses within each other, each with ``width`` comparisons."""
+    """Alternating AND and OR: ``depth`` nested pairs of parentheses, each with ``width`` operands."""
     text = "draft"
     for level in range(depth):
         word = (" AND ", " OR ")[level % 2]
@@ -244,18 +244,18 @@ def nested(depth: int, width: int) -> str:
     return text
 
 
-def test_a_tree_that_would_be_too_deep_for_lancedb() -> None:
+def test_filters_too_deep_for_lancedb_are_rejected() -> None:
     with pytest.raises(FilterError, match="nested too deeply; use fewer parentheses"):
         parse_filter(nested(MAX_DEPTH, 32), SCHEMA)
 
 
-def test_negations_within_the_limit_leave_no_depth() -> None:
+def test_negations_add_no_depth_to_the_sql() -> None:
     assert parse_filter("NOT (" * MAX_DEPTH + "draft" + ")" * MAX_DEPTH, SCHEMA).sql == "`draft` = TRUE"
     assert parse_filter(("NOT " * 3 + "(") * 5 + "draft" + ")" * 5, SCHEMA).sql == "`draft` = FALSE"
 
 
-@pytest.mark.parametrize("left", range(20, 200, 20))
-def test_a_nearly_full_stack_is_a_filter_error_at_worst(left: int) -> None:
+@pytest.mark.parametrize("frames_left", range(20, 200, 20))
+def test_a_nearly_full_stack_causes_at_most_a_filter_error(frames_left: int) -> None:
     depth = 0
     frame: Any = sys._getframe()
     while frame:
@@ -269,8 +269,8 @@ def test_a_nearly_full_stack_is_a_filter_error_at_worst(left: int) -> None:
         except FilterError as error:
             return str(error)
 
-    answer = descend(sys.getrecursionlimit() - depth - left)
-    assert "nested too deeply" in answer or answer == parse_filter(nested(4, 2), SCHEMA).sql
+    result = descend(sys.getrecursionlimit() - depth - frames_left)
+    assert "nested too deeply" in result or result == parse_filter(nested(4, 2), SCHEMA).sql
 
 
 # In LanceDB -----------------------------------------------------------------------------------------------------------
@@ -278,10 +278,10 @@ def test_a_nearly_full_stack_is_a_filter_error_at_worst(left: int) -> None:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    seen = datetime(2024, 5, 31, 12, tzinfo=timezone.utc)
+    timestamp = datetime(2024, 5, 31, 12, tzinfo=timezone.utc)
     passages = [
         Passage(
-            "a", "", metadata={"language": "de", "Year": 2020, "price": 2, "draft": True, "seen": seen, "order": 1}
+            "a", "", metadata={"language": "de", "Year": 2020, "price": 2, "draft": True, "seen": timestamp, "order": 1}
         ),
         Passage("b", "", metadata={"language": "50%", "Year": -(2**63), "price": 0.1, "draft": False}),
         Passage("c", "", metadata={}),
@@ -292,7 +292,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lancedb.connect(tmp_path_factory.mktemp("lance")).create_table("passages", pa.table(columns))
 
 
-def found(table: Any, text: str) -> list[str]:
+def matching_ids(table: Any, text: str) -> list[str]:
     rows = table.search().where(parse_filter(text, SCHEMA).sql).select(["id"]).limit(1_000).to_arrow()
     return rows["id"].to_pylist()
 
@@ -322,25 +322,25 @@ def found(table: Any, text: str) -> list[str]:
         ("id = 'a'", ["a"]),
     ],
 )
-def test_rows_found(table: Any, text: str, ids: list[str]) -> None:
-    assert found(table, text) == ids
+def test_filters_select_the_right_rows(table: Any, text: str, ids: list[str]) -> None:
+    assert matching_ids(table, text) == ids
 
 
-def test_the_largest_filters_are_answered(table: Any) -> None:
+def test_the_largest_filters_work_in_lancedb(table: Any) -> None:
     numbers = range(2_000, 2_000 + MAX_COMPARISONS)
-    assert found(table, " AND ".join(f"Year <> {number}" for number in numbers)) == ["b", "O'Brien"]
-    assert found(table, " OR ".join(f"Year = {number}" for number in numbers)) == ["a"]
-    assert found(table, f"order IN ({','.join(['1'] * MAX_VALUES)})") == ["a"]
-    assert found(table, f"language LIKE '{'%' * MAX_PATTERN}'") == ["a", "b"]
-    assert found(table, f"language LIKE '{'%é' * (MAX_PATTERN // 2)}'") == []
+    assert matching_ids(table, " AND ".join(f"Year <> {number}" for number in numbers)) == ["b", "O'Brien"]
+    assert matching_ids(table, " OR ".join(f"Year = {number}" for number in numbers)) == ["a"]
+    assert matching_ids(table, f"order IN ({','.join(['1'] * MAX_VALUES)})") == ["a"]
+    assert matching_ids(table, f"language LIKE '{'%' * MAX_PATTERN}'") == ["a", "b"]
+    assert matching_ids(table, f"language LIKE '{'%é' * (MAX_PATTERN // 2)}'") == []
     deep = nested(MAX_DEPTH, 4)  # each joined as a balanced tree of two levels
     assert max_depth(parse_filter(deep, SCHEMA).sql) == 2 * MAX_DEPTH
-    assert found(table, deep) == ["a"]
+    assert matching_ids(table, deep) == ["a"]
 
 
 def max_depth(sql: str) -> int:
     depth = deepest = 0
-    for sign in sql:
-        depth += (sign == "(") - (sign == ")")
+    for character in sql:
+        depth += (character == "(") - (character == ")")
         deepest = max(deepest, depth)
     return deepest

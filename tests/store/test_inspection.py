@@ -1,4 +1,4 @@
-"""Facts are counted right, and verify finds each kind of damage."""
+"""Statistics are correct, and verify finds each kind of damage."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PASSAGES = few_passages(20)
 
 @pytest.fixture
 def store(tmp_path):
-    made = new_store(tmp_path / "index")
-    put(made, PASSAGES.values())
-    return made
+    store = new_store(tmp_path / "index")
+    put(store, PASSAGES.values())
+    return store
 
 
 def test_stats(store):
@@ -31,32 +31,32 @@ def test_stats(store):
         store.write(changes, vectors_of(changes.texts), truncated=[0])
     store.delete(["p2", "p3"])
     store.snapshot("a")
-    facts = stats(store)
-    assert facts.num_passages == 19
-    assert facts.num_rows == 22
-    assert facts.num_truncated == 1
-    assert facts.snapshots == ["a"]
-    assert (facts.dim, facts.vector_format, facts.vector_bytes) == (8, "bfloat16", 16)
-    assert facts.metadata == {"year": "integer", "language": "string"}
+    summary = stats(store)
+    assert summary.num_passages == 19
+    assert summary.num_rows == 22
+    assert summary.num_truncated == 1
+    assert summary.snapshots == ["a"]
+    assert (summary.dim, summary.vector_format, summary.vector_bytes) == (8, "bfloat16", 16)
+    assert summary.metadata == {"year": "integer", "language": "string"}
     files = [path for path in store.folder.rglob("*") if path.is_file()]
     sizes = {path.stat().st_ino: path.stat().st_size for path in files}
-    assert facts.bytes_per_passage == round(sum(sizes.values()) / 19, 1)
-    in_table = [path for path in (store.folder / "passages.lance").rglob("*") if path.is_file()]
-    assert facts.table_bytes == sum(path.stat().st_size for path in in_table)
-    assert facts.vector_file_bytes == 22 * 16 + (store.folder / "vectors-0.json").stat().st_size
-    assert facts.unindexed == {}
-    assert json.loads(json.dumps(facts.to_json()))["version"] == store.table().version
+    assert summary.bytes_per_passage == round(sum(sizes.values()) / 19, 1)
+    table_files = [path for path in (store.folder / "passages.lance").rglob("*") if path.is_file()]
+    assert summary.table_bytes == sum(path.stat().st_size for path in table_files)
+    assert summary.vector_file_bytes == 22 * 16 + (store.folder / "vectors-0.json").stat().st_size
+    assert summary.unindexed == {}
+    assert json.loads(json.dumps(summary.to_json()))["version"] == store.table().version
     store.settle()
     put(store, few_passages(3, start=90).values())
     assert stats(store).unindexed == {"id_idx": 3, "d2_row_idx": 3, "document_id_idx": 3}
 
 
-def test_stats_of_nothing(tmp_path):
-    facts = stats(new_store(tmp_path / "index"))
-    assert (facts.num_passages, facts.num_rows, facts.num_truncated, facts.snapshots) == (0, 0, 0, [])
+def test_stats_of_an_empty_index(tmp_path):
+    summary = stats(new_store(tmp_path / "index"))
+    assert (summary.num_passages, summary.num_rows, summary.num_truncated, summary.snapshots) == (0, 0, 0, [])
 
 
-def test_all_is_well(store):
+def test_an_intact_index_has_no_problems(store):
     store.settle()
     store.snapshot("a")
     report = verify(store)
@@ -69,7 +69,7 @@ def _damage_vectors(folder):
     path = vector_file.path_of(folder, 0)
     content = bytearray(path.read_bytes())
     content[50] ^= 1
-    path.unlink()  # a snapshot shares it
+    path.unlink()  # a snapshot may share the file
     path.write_bytes(content)
 
 
@@ -82,8 +82,8 @@ def test_damaged_vectors_are_found_and_repaired(store):
     check_contents(PassageView(store), PASSAGES)
 
 
-def test_vectors_of_others_are_found(store):
-    """Whole, with the right checksums, but not those of the table."""
+def test_vectors_that_differ_from_the_table_are_found(store):
+    """The file is intact and its checksums are right, but its vectors are not those of the table."""
     file = vector_file.VectorFile.create(store.folder, 0, 16)
     file.append(np.zeros((20, 16), np.uint8))
     assert verify(store).problems == ["vectors-0.bin: 20 vectors are not those of the table"]
@@ -93,7 +93,7 @@ def test_vectors_of_others_are_found(store):
 
 @pytest.mark.parametrize("column", ["title", "text", "year", "document_id", "position", "language", "id"])
 def test_changed_columns_are_found(store, column):
-    """As if bytes of the table had flipped: every column that the user gave is under the hash."""
+    """The hash covers every column that the user supplies, so flipped bytes in any of them are found."""
     table = store.table()
     rows = table.columns(table.schema.names).to_pylist()
     rows[3][column] = {"year": 7, "position": 9}.get(column, "other")
@@ -102,7 +102,7 @@ def test_changed_columns_are_found(store, column):
     assert verify(store).problems == [f"1 passages in the table are not what was written, the first is {name!r}"]
 
 
-def test_ids_and_rows_that_occur_twice_are_found(store):
+def test_duplicate_ids_and_rows_are_found(store):
     table = store.table()
     rows = table.columns(table.schema.names).to_pylist()
     table.replace_all(table.schema, iter(pa.Table.from_pylist([*rows, rows[0]], schema=table.schema).to_batches()))
@@ -118,21 +118,21 @@ def test_a_damaged_table_is_found(store):
     (problem,) = verify(store).problems
     assert problem.startswith(f"passages.lance/data/{path.name}: has 100 bytes where ")
     forget_checksums(store.folder)
-    lacking, problem = verify(IndexStore.open(store.folder)).problems
-    assert "have no checksums" in lacking
+    no_checksums, problem = verify(IndexStore.open(store.folder)).problems
+    assert "have no checksums" in no_checksums
     assert f"{store.folder}: version 2 of its table cannot be read" in problem
 
 
-def test_damaged_indices_are_found_and_made_anew(store):
+def test_damaged_indices_are_found_and_rebuilt(store):
     store.settle()
     for path in (store.folder / "passages.lance" / "_indices").rglob("*.lance"):
         path.write_bytes(b"")
     problems = verify(store).problems
     assert len(problems) == 6
     assert all("/_indices/" in problem and "verify --repair` rebuilds it" in problem for problem in problems)
-    *_, done, earlier = verify(store, repair=True).problems
-    assert done == "6 of the table's files were damaged indices, which were rebuilt"
-    assert earlier == "earlier versions of the table were damaged and were removed: versions 3, 4, 5, 6, 7"
+    *_, rebuilt, removed = verify(store, repair=True).problems
+    assert rebuilt == "6 of the table's files were damaged indices, which were rebuilt"
+    assert removed == "earlier versions of the table were damaged and were removed: versions 3, 4, 5, 6, 7"
     assert verify(store).problems == []
     view = PassageView(store)
     check_contents(view, PASSAGES)

@@ -1,4 +1,4 @@
-"""LanceDB without its service client: what is put off is there as soon as somebody asks for it."""
+"""LanceDB is imported without its service client, which is imported on first access."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import pytest
 from d2llm.store.lancedb_import import put_off
 
 
-def printed(code):
+def printed_words(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
-def test_lancedb_is_imported_without_the_client_s_calls():
+def test_importing_lancedb_does_not_import_the_client_api():
     code = """
 import sys
 from d2llm.store.lancedb_import import import_lancedb
 import_lancedb()
 print(*(name for name in sys.modules if name.startswith("lance_namespace_urllib3_client.api")))
 """
-    assert printed(code) == []
+    assert printed_words(code) == []
 
 
-def test_the_client_is_whole_once_it_is_asked_for():
+def test_the_client_is_complete_on_first_access():
     code = """
 from d2llm.store.lancedb_import import import_lancedb
 import_lancedb()
@@ -35,7 +35,7 @@ print(ApiClient.__module__, BranchApi.__module__, client.__version__ != "", hasa
 print(client.DescribeTableRequest is lance_namespace.DescribeTableRequest)
 """
     package = "lance_namespace_urllib3_client"
-    assert printed(code) == [f"{package}.api_client", f"{package}.api.branch_api", "True", "False", "True"]
+    assert printed_words(code) == [f"{package}.api_client", f"{package}.api.branch_api", "True", "False", "True"]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def package(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_a_part_is_imported_before_the_whole(package):
+def test_a_submodule_is_imported_before_its_package(package):
     put_off(package)
     from put_off_example.part import value
 
@@ -61,7 +61,7 @@ def test_a_part_is_imported_before_the_whole(package):
         _ = sys.modules[package].nothing
 
 
-def test_what_is_imported_or_missing_stays_as_it_is(package):
+def test_imported_and_missing_packages_are_left_alone(package):
     import put_off_example as whole
 
     put_off(package)

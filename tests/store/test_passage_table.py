@@ -1,4 +1,4 @@
-"""The table of an index: what goes in comes out, by version, id, row and word."""
+"""The table of an index: passages are read back by version, id and row."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def _block(passages, first_row=0):
 
 @pytest.fixture
 def table(tmp_path):
-    made = PassageTable.create(tmp_path, table_schema(FIELDS.arrow_fields(), CODE_SIZE))
-    made.put(_block([Passage(f"p{n}", f"word own{n}", metadata={"year": n}) for n in range(5)]), replaces=False)
-    return made
+    table = PassageTable.create(tmp_path, table_schema(FIELDS.arrow_fields(), CODE_SIZE))
+    table.put(_block([Passage(f"p{n}", f"word own{n}", metadata={"year": n}) for n in range(5)]), replaces=False)
+    return table
 
 
 def test_rows_by_id_and_row(table):
     assert len(table) == 5
-    found = table.by_ids(["p3", "nobody", "p0"], ["id", "year"])
-    assert sorted(found.to_pylist(), key=str) == [{"id": "p0", "year": 0}, {"id": "p3", "year": 3}]
+    matches = table.by_ids(["p3", "nobody", "p0"], ["id", "year"])
+    assert sorted(matches.to_pylist(), key=str) == [{"id": "p0", "year": 0}, {"id": "p3", "year": 3}]
     assert table.by_rows([4, 1, 4], ["id"])["id"].to_pylist() == ["p4", "p1", "p4"]
     assert table.by_rows([], ["id", "year"]).to_pydict() == {"id": [], "year": []}
     assert table.by_ids([], ["id"]).to_pydict() == {"id": []}
@@ -51,7 +51,7 @@ def test_rows_by_id_and_row(table):
     assert table.codes().tolist() == [[n] * CODE_SIZE for n in range(5)]
 
 
-def test_more_ids_than_one_question_takes(table, monkeypatch):
+def test_more_ids_than_fit_in_one_query(table, monkeypatch):
     monkeypatch.setattr("d2llm.store.passage_table._ASKED_AT_ONCE", 2)
     monkeypatch.setattr("d2llm.store.passage_table._DELETED_AT_ONCE", 2)
     ids = [f"p{n}" for n in range(5)]
@@ -61,13 +61,13 @@ def test_more_ids_than_one_question_takes(table, monkeypatch):
     assert table.any_row() is None
 
 
-def test_a_version_stays_what_it_was(table, tmp_path):
-    old, version = PassageTable.open(tmp_path), table.version
+def test_an_open_version_does_not_change(table, tmp_path):
+    old_table, version = PassageTable.open(tmp_path), table.version
     table.put(_block([Passage("p0", "changed"), Passage("new", "more")], first_row=5), replaces=True)
     table.delete(["p1"])
     assert table.version == version + 2
-    assert old.version == version
-    assert sorted(old.columns(["id"])["id"].to_pylist()) == [f"p{n}" for n in range(5)]
+    assert old_table.version == version
+    assert sorted(old_table.columns(["id"])["id"].to_pylist()) == [f"p{n}" for n in range(5)]
     assert sorted(PassageTable.open(tmp_path, version + 1).columns(["id"])["id"].to_pylist()) == [
         "new",
         *(f"p{n}" for n in range(5)),
@@ -75,17 +75,17 @@ def test_a_version_stays_what_it_was(table, tmp_path):
     assert PassageTable.open(tmp_path).by_ids(["p0"], ["text"]).to_pylist() == [{"text": "changed"}]
 
 
-def test_a_version_that_is_gone(table, tmp_path):
-    old = PassageTable.open(tmp_path)
+def test_a_removed_version_is_an_error(table, tmp_path):
+    old_table = PassageTable.open(tmp_path)
     table.put(_block([Passage("new", "more")], first_row=5), replaces=False)
     table.replace_all(table.schema, iter(_block([Passage("other", "text")]).to_batches()))
     table.optimize(timedelta(0))
-    with pytest.raises(DataFormatError, match=f"version {old.version} of its table cannot be opened"):
-        PassageTable.open(tmp_path, old.version)
+    with pytest.raises(DataFormatError, match=f"version {old_table.version} of its table cannot be opened"):
+        PassageTable.open(tmp_path, old_table.version)
     with pytest.raises(DataFormatError, match=r"cannot be read.*open it again"):
-        old.columns(["id"])
+        old_table.columns(["id"])
     with pytest.raises(DataFormatError, match="cannot be read"):
-        list(old.batches(["id", "text"]))
+        list(old_table.batches(["id", "text"]))
 
 
 def test_texts_by_row(table):
@@ -96,25 +96,25 @@ def test_texts_by_row(table):
     assert table.indices == dict.fromkeys(["id_idx", "d2_row_idx", "document_id_idx"], 0)
 
 
-def test_an_error_in_the_rows_of_a_replacement_comes_back(table, tmp_path):
-    def rows():
+def test_errors_in_replacement_rows_are_raised_and_change_nothing(table, tmp_path):
+    def damaged_rows():
         yield from _block([Passage("x", "y")]).to_batches()
         raise DataFormatError(tmp_path, "this part is damaged")
 
     with pytest.raises(DataFormatError, match="this part is damaged"):
-        table.replace_all(table.schema, rows())
+        table.replace_all(table.schema, damaged_rows())
 
-    def full():
+    def unwritable_rows():
         yield from _block([Passage("x", "y")]).to_batches()
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match=r"No space left.*committed before is kept"):
-        table.replace_all(table.schema, full())
+        table.replace_all(table.schema, unwritable_rows())
     assert len(PassageTable.open(tmp_path)) == 5
 
 
 IDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
-HARD = [
+UNUSUAL_IDS = [
     "'",
     "''",
     '"',
@@ -135,8 +135,8 @@ HARD = [
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(ids=st.lists(IDS | st.sampled_from(HARD), min_size=1, max_size=8, unique=True))
-def test_any_id(tmp_path, ids):
+@given(ids=st.lists(IDS | st.sampled_from(UNUSUAL_IDS), min_size=1, max_size=8, unique=True))
+def test_arbitrary_ids(tmp_path, ids):
     shutil.rmtree(tmp_path / "t", ignore_errors=True)
     table = PassageTable.create(tmp_path / "t", table_schema(FIELDS.arrow_fields(), CODE_SIZE))
     table.put(_block([Passage(name, "t", name) for name in ids]), replaces=False)
@@ -148,21 +148,21 @@ def test_any_id(tmp_path, ids):
     assert sorted(table.columns(["id"])["id"].to_pylist()) == sorted(ids[1:])
 
 
-def test_hard_ids_one_by_one(table):
-    for number, name in enumerate(HARD):
+def test_unusual_ids_one_by_one(table):
+    for number, name in enumerate(UNUSUAL_IDS):
         table.put(_block([Passage(name, "t")], first_row=10 + number), replaces=True)
-    assert len(table) == 5 + len(HARD)
-    for name in HARD:
+    assert len(table) == 5 + len(UNUSUAL_IDS)
+    for name in UNUSUAL_IDS:
         assert table.by_ids([name], ["id"])["id"].to_pylist() == [name]
         assert table.delete([name]) == 1
     assert len(table) == 5
 
 
-def test_quoted():
+def test_quotes_are_doubled():
     assert quoted("it's 'so'") == "'it''s ''so'''"
 
 
-def test_a_linked_copy_lives_on(table, tmp_path):
+def test_a_linked_copy_survives_removal_of_the_table(table, tmp_path):
     (tmp_path / "copy").mkdir()
     TableFiles(tmp_path).link(table.version, tmp_path / "copy")
     table.replace_all(table.schema, iter(_block([Passage("other", "text")]).to_batches()))
@@ -174,10 +174,10 @@ def test_a_linked_copy_lives_on(table, tmp_path):
 
 
 def test_files_are_copied_where_links_are_impossible(tmp_path, monkeypatch):
-    def refuse(*_):
+    def fail(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("pathlib.Path.hardlink_to", refuse)
+    monkeypatch.setattr("pathlib.Path.hardlink_to", fail)
     (tmp_path / "a").write_text("content")
     link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "content"
@@ -203,13 +203,13 @@ def test_a_damaged_table_cannot_be_opened(table, tmp_path, damage):
     manifest = lance / "_versions" / "18446744073709551613.manifest"
     with pytest.raises(DamagedFileError, match=rf"^{manifest}: (is missing|has \d+ bytes).*verify --repair"):
         PassageTable.open(tmp_path)
-    (tmp_path / "checksums.json").unlink()  # LanceDB's word, where there are none
+    (tmp_path / "checksums.json").unlink()  # without checksums, LanceDB reports the error
     with pytest.raises(DataFormatError, match=f"{tmp_path}: its table cannot be opened"):
         PassageTable.open(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["gone", "half", "garbage"])
-def test_a_half_written_table_says_so(table, tmp_path, damage):
+def test_damaged_data_files_are_reported(table, tmp_path, damage):
     for path in (tmp_path / "passages.lance" / "data").glob("*"):
         content = path.read_bytes()
         if damage == "gone":

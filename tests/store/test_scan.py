@@ -12,28 +12,28 @@ def no_ids(rows):
     raise AssertionError(f"ids of {rows} were asked for, but no two products are equal")
 
 
-def ids_against_rows(rows):
-    """An order by these ids is the reverse of an order by rows."""
+def ids_in_reverse_row_order(rows):
+    """Ids whose order is the reverse of the order of the rows."""
     return [f"{100_000 - row:06d}" for row in rows.tolist()]
 
 
-def scan_of(vectors, name="float32", **options):
+def make_scan(vectors, name="float32", **options):
     vectors = np.asarray(vectors, np.float32)
-    kind = make_format(name, vectors.shape[1])
-    return RowScan(kind.encode(vectors, [""] * len(vectors)), kind, **options)
+    vector_format = make_format(name, vectors.shape[1])
+    return RowScan(vector_format.encode(vectors, [""] * len(vectors)), vector_format, **options)
 
 
-def normal(num, dim, seed=0):
+def random_vectors(num, dim, seed=0):
     vectors = np.random.default_rng(seed).standard_normal((num, dim))
     return (vectors * np.sqrt(dim) / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-both = pytest.mark.parametrize("use_faiss", [True, False])
+with_and_without_faiss = pytest.mark.parametrize("use_faiss", [True, False])
 
 
-@both
-def test_products_by_hand(use_faiss):
-    scan = scan_of([[1, 0], [0, 3], [3, 1], [-1, -1]], use_faiss=use_faiss)
+@with_and_without_faiss
+def test_products_match_hand_computed_values(use_faiss):
+    scan = make_scan([[1, 0], [0, 3], [3, 1], [-1, -1]], use_faiss=use_faiss)
     rows, scores = scan.search(np.array([2, 1], np.float32), 3, ids_of=no_ids)
     assert (rows.tolist(), scores.tolist()) == ([2, 1, 0], [7, 3, 2])
     assert (rows.dtype, scores.dtype) == (np.int64, np.float32)
@@ -43,70 +43,70 @@ def test_products_by_hand(use_faiss):
     assert len(scan.search(np.array([2, 1], np.float32), 9, np.zeros(4, bool), ids_of=no_ids)[0]) == 0
 
 
-@both
+@with_and_without_faiss
 @pytest.mark.parametrize("num_equal", [40, 3000])
-def test_all_rows_level_with_the_border_compete_by_id(use_faiss, num_equal):
-    """FAISS takes any of them; the smallest ids are in the last rows, so a first guess by rows is wrong."""
-    vectors = np.tile(normal(1, 16), (num_equal, 1))
+def test_rows_tied_at_the_cutoff_are_chosen_by_id(use_faiss, num_equal):
+    """FAISS may return any of the tied rows, but the last rows have the smallest ids and must win."""
+    vectors = np.tile(random_vectors(1, 16), (num_equal, 1))
     vectors[5] *= 2
-    rows, scores = scan_of(vectors, use_faiss=use_faiss).search(vectors[0], 4, ids_of=ids_against_rows)
+    rows, scores = make_scan(vectors, use_faiss=use_faiss).search(vectors[0], 4, ids_of=ids_in_reverse_row_order)
     assert rows.tolist() == [5, num_equal - 1, num_equal - 2, num_equal - 3]
     assert len(set(scores[1:].tolist())) == 1
 
 
-@both
-def test_products_that_float32_cannot_tell_apart_are_told_apart(use_faiss):
-    """2^24 + 1 - 2^24 is 0, 1 or 2 in float32, as the order of summation is; the right order is by the small parts."""
+@with_and_without_faiss
+def test_products_equal_in_float32_are_still_ordered_correctly(use_faiss):
+    """2^24 + 1 - 2^24 is 0, 1 or 2 in float32, depending on summation order; the small parts decide the true order."""
     big = 2.0**24
     small = np.arange(200, dtype=np.float32)
     vectors = np.stack([np.full(200, big), small / 1024, np.full(200, -big)], axis=1)
-    rows, scores = scan_of(vectors, use_faiss=use_faiss).search(np.ones(3, np.float32), 3, ids_of=no_ids)
+    rows, scores = make_scan(vectors, use_faiss=use_faiss).search(np.ones(3, np.float32), 3, ids_of=no_ids)
     assert rows.tolist() == [199, 198, 197]
     assert scores.tolist() == [199 / 1024, 198 / 1024, 197 / 1024]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("share", [None, 0.0003, 0.02, 0.5, 0.98])
-def test_best_rows_of_every_format_against_all_products(name, share):
-    vectors, query = normal(9000, 48), normal(1, 48, seed=7)[0]
-    scan = scan_of(vectors, name)
-    kind = make_format(name, 48)
-    products = kind.decode(kind.encode(vectors, [""] * 9000)).astype(np.float64) @ query
+def test_best_rows_match_brute_force_in_every_format(name, share):
+    vectors, query = random_vectors(9000, 48), random_vectors(1, 48, seed=7)[0]
+    scan = make_scan(vectors, name)
+    vector_format = make_format(name, 48)
+    products = vector_format.decode(vector_format.encode(vectors, [""] * 9000)).astype(np.float64) @ query
     mask = None if share is None else np.random.default_rng(3).random(9000) < share
     allowed = np.flatnonzero(mask) if mask is not None else np.arange(9000)
-    rows, scores = scan.search(query, 50, mask, ids_of=ids_against_rows)
+    rows, scores = scan.search(query, 50, mask, ids_of=ids_in_reverse_row_order)
     assert len(rows) == min(50, len(allowed))
     np.testing.assert_allclose(scores, np.sort(products[allowed])[::-1][:50], atol=2e-5)
     np.testing.assert_allclose(products[rows], scores, atol=2e-5)
     assert np.isin(rows, allowed).all()
 
 
-def test_rows_are_read_where_they_lie(tmp_path):
-    """A mapped file is neither copied nor changed, and a row that is written later into it is found."""
-    vectors = normal(300, 32)
-    kind = make_format("bfloat16", 32)
+def test_mapped_rows_are_searched_in_place(tmp_path):
+    """A mapped file is neither copied nor changed, so a row written to it later is found."""
+    vectors = random_vectors(300, 32)
+    vector_format = make_format("bfloat16", 32)
     path = tmp_path / "vectors.bin"
-    path.write_bytes(b"\0" * 4096 + kind.encode(vectors, [""] * 300).tobytes())
+    path.write_bytes(b"\0" * 4096 + vector_format.encode(vectors, [""] * 300).tobytes())
     before = path.read_bytes()
-    scan = RowScan(np.memmap(path, np.uint8, "r", offset=4096, shape=(300, 64)), kind)
+    scan = RowScan(np.memmap(path, np.uint8, "r", offset=4096, shape=(300, 64)), vector_format)
     assert scan.search(vectors[17], 1, ids_of=no_ids)[0].tolist() == [17]
     assert path.read_bytes() == before
     with path.open("r+b") as stream:
         stream.seek(4096 + 64 * 200)
-        stream.write(kind.encode(vectors[17:18] * 1.2, [""]).tobytes())
+        stream.write(vector_format.encode(vectors[17:18] * 1.2, [""]).tobytes())
     assert scan.search(vectors[17], 2, ids_of=no_ids)[0].tolist() == [200, 17]
 
 
-@both
-def test_no_rows(use_faiss):
-    kind = make_format("int3", 16)
-    scan = RowScan(np.zeros((0, kind.code_size), np.uint8), kind, use_faiss=use_faiss)
+@with_and_without_faiss
+def test_a_scan_without_rows_finds_nothing(use_faiss):
+    vector_format = make_format("int3", 16)
+    scan = RowScan(np.zeros((0, vector_format.code_size), np.uint8), vector_format, use_faiss=use_faiss)
     rows, scores = scan.search(np.ones(16, np.float32), 3, ids_of=no_ids)
     assert (rows.shape, scores.shape) == ((0,), (0,))
 
 
-def test_bad_queries():
-    scan = scan_of([[1, 0], [0, 3]])
+def test_invalid_queries_are_rejected():
+    scan = make_scan([[1, 0], [0, 3]])
     for query in ([1, 2, 3], [np.nan, 1], [np.inf, 1]):
         with pytest.raises(InputError, match="must be 2 finite numbers"):
             scan.search(np.array(query, np.float32), 1, ids_of=no_ids)
@@ -122,14 +122,14 @@ def test_bad_queries():
     st.sampled_from([None, 0.1, 0.5, 0.9]),
     st.booleans(),
 )
-def test_a_shorter_answer_is_a_prefix_with_the_same_scores(name, num, top_k, seed, share, use_faiss):
+def test_smaller_top_k_returns_a_prefix_with_equal_scores(name, num, top_k, seed, share, use_faiss):
     rng = np.random.default_rng(seed)
-    # Drawn with repeats, so that products tie inside and at the border.
-    scan = scan_of(normal(20, 32, seed)[rng.integers(0, 20, num)], name, use_faiss=use_faiss)
+    # Rows are drawn with repeats, so products tie both above and at the cutoff.
+    scan = make_scan(random_vectors(20, 32, seed)[rng.integers(0, 20, num)], name, use_faiss=use_faiss)
     mask = None if share is None else rng.random(num) < share
-    query = normal(1, 32, seed + 1)[0]
-    rows, scores = scan.search(query, top_k, mask, ids_of=ids_against_rows)
-    all_rows, all_scores = scan.search(query, num, mask, ids_of=ids_against_rows)
+    query = random_vectors(1, 32, seed + 1)[0]
+    rows, scores = scan.search(query, top_k, mask, ids_of=ids_in_reverse_row_order)
+    all_rows, all_scores = scan.search(query, num, mask, ids_of=ids_in_reverse_row_order)
     assert rows.tolist() == all_rows[:top_k].tolist()
     assert scores.tolist() == all_scores[:top_k].tolist()
     expected = sorted(all_rows.tolist(), key=lambda row: (-scan.products(query, np.array([row]))[0], -row))

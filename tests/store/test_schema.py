@@ -21,7 +21,7 @@ def passages(*metadata: dict[str, Any]) -> list[Passage]:
     return [Passage(f"p{number}", "text", metadata=fields) for number, fields in enumerate(metadata)]
 
 
-def test_types_are_found_in_the_values() -> None:
+def test_types_are_inferred_from_values() -> None:
     schema = MetadataSchema.infer(
         passages(
             {"year": 2020, "price": 3, "draft": False, "day": "2024-05-31", "seen": NOON, "late": None},
@@ -30,9 +30,9 @@ def test_types_are_found_in_the_values() -> None:
     )
     assert schema.to_json() == {
         "year": "integer",
-        "price": "number",  # integers and numbers together
+        "price": "number",  # integers and floats mixed
         "draft": "boolean",
-        "day": "string",  # whatever it looks like
+        "day": "string",  # even if it looks like a date
         "seen": "timestamp",
         "late": "integer",
         "language": "string",
@@ -49,7 +49,7 @@ def test_types_are_found_in_the_values() -> None:
         (NOON, "2024-05-31", ("timestamp", "string")),
     ],
 )
-def test_types_that_conflict_are_named_with_both_passages(
+def test_conflicting_types_are_reported_with_both_passages(
     first: object, second: object, kinds: tuple[str, str]
 ) -> None:
     with pytest.raises(InputError) as error:
@@ -57,12 +57,12 @@ def test_types_that_conflict_are_named_with_both_passages(
     assert f"'x' is {kinds[0]} in passage 'p1' but {kinds[1]} in passage 'p3'" in str(error.value)
 
 
-def test_a_conflict_names_the_passage_that_made_it_a_number() -> None:
+def test_a_conflict_names_the_passage_that_set_the_type() -> None:
     with pytest.raises(InputError, match=r"number in passage 'p1' but string in passage 'p2'"):
         MetadataSchema.infer(passages({"x": 1}, {"x": 1.5}, {"x": "1"}))
 
 
-def test_a_field_without_values_has_to_be_declared() -> None:
+def test_a_field_without_values_must_be_declared() -> None:
     empty = passages({"year": 1}, {"note": None}, {"note": None})
     with pytest.raises(InputError, match=r"'note' has no value in any passage \(the first is 'p1'\).*'note:string'"):
         MetadataSchema.infer(empty)
@@ -70,7 +70,7 @@ def test_a_field_without_values_has_to_be_declared() -> None:
     assert schema.to_json() == {"note": "timestamp", "year": "integer"}
 
 
-def test_known_fields_keep_their_type_and_new_ones_come_after() -> None:
+def test_known_fields_keep_their_type_and_new_ones_follow() -> None:
     known = MetadataSchema({"when": "timestamp", "price": "number"})
     schema = MetadataSchema.infer(passages({"new": "a", "price": 2, "when": "2024-05-31"}), known)
     assert list(schema.fields.items()) == [("when", "timestamp"), ("price", "number"), ("new", "string")]
@@ -78,7 +78,7 @@ def test_known_fields_keep_their_type_and_new_ones_come_after() -> None:
         MetadataSchema.infer(passages({"price": "two"}), known)
 
 
-def test_declarations() -> None:
+def test_parsing_declarations() -> None:
     schema = MetadataSchema.parse(["year:integer", "seen : timestamp", "price:number"])
     assert schema.fields == {"year": "integer", "seen": "timestamp", "price": "number"}
     assert schema.to_json() == {"year": "integer", "seen": "timestamp", "price": "number"}
@@ -108,7 +108,7 @@ def test_a_schema_does_not_change_with_the_mapping_it_was_made_from() -> None:
         ("1st:string", "begins with a letter"),
         ("a-b:string", "begins with a letter"),
         ("a`b:string", "begins with a letter"),
-        ("year\n:string", None),  # blanks around a name are no part of it
+        ("year\n:string", None),  # white space around a name is stripped
         ("a" * 65 + ":string", "at most 64"),
         ("a" * 64 + ":string", None),
         ("id:string", "columns of every passage"),
@@ -131,7 +131,7 @@ def test_names_and_types_of_declarations(declaration: str, problem: str | None) 
             MetadataSchema.parse([declaration])
 
 
-def test_names_that_cannot_both_be() -> None:
+def test_conflicting_names_are_rejected() -> None:
     with pytest.raises(InputError, match="'year' is declared twice"):
         MetadataSchema.parse(["year:integer", "year:integer"])
     with pytest.raises(InputError, match="'year' and 'Year' differ only in case"):
@@ -140,10 +140,10 @@ def test_names_that_cannot_both_be() -> None:
         MetadataSchema.infer(passages({"id": "x"}))
 
 
-def test_new_fields_come_to_an_index_and_types_stay() -> None:
+def test_fields_can_be_added_but_types_cannot_change() -> None:
     schema = MetadataSchema({"year": "integer", "price": "number"})
-    wider = schema.extend(MetadataSchema({"price": "integer", "language": "string", "year": "integer"}))
-    assert list(wider.fields.items()) == [("year", "integer"), ("price", "number"), ("language", "string")]
+    extended = schema.extend(MetadataSchema({"price": "integer", "language": "string", "year": "integer"}))
+    assert list(extended.fields.items()) == [("year", "integer"), ("price", "number"), ("language", "string")]
     assert schema.extend(MetadataSchema()) == schema == MetadataSchema().extend(schema)
     with pytest.raises(InputError, match="'year' is integer in this index and cannot become number"):
         schema.extend(MetadataSchema({"year": "number"}))
@@ -213,23 +213,23 @@ def test_columns() -> None:
         ("colour", "red", r"no such field \(it has: language, year, price, draft, seen\)"),
     ],
 )
-def test_what_does_not_fit_is_named(name: str, value: object, problem: str) -> None:
-    [wrong] = passages({name: value})
+def test_invalid_values_are_reported_with_passage_and_field(name: str, value: object, problem: str) -> None:
+    [passage] = passages({name: value})
     with pytest.raises(InputError, match=problem) as error:
-        SCHEMA.check(wrong)
+        SCHEMA.check(passage)
     assert str(error.value).startswith(f"passage 'p0', metadata field '{name}'")
     with pytest.raises(InputError, match=problem):
-        SCHEMA.columns([wrong])
+        SCHEMA.columns([passage])
 
 
 @pytest.mark.parametrize("value", [["a"], {"a": 1}, ("a",), b"a", date(2024, 5, 31), 1j])
-def test_values_of_no_type(value: object) -> None:
+def test_values_of_unsupported_types_are_rejected(value: object) -> None:
     with pytest.raises(InputError, match=f"p0.*'x': a value of type {type(value).__name__} cannot be stored"):
         MetadataSchema.infer(passages({"x": value}))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**63, "\ud800"])
-def test_values_that_no_column_holds_are_found_when_types_are(value: object) -> None:
+def test_unstorable_values_are_rejected_during_inference(value: object) -> None:
     with pytest.raises(InputError, match="passage 'p0', metadata field 'x'"):
         MetadataSchema.infer(passages({"x": value}))
 
@@ -248,7 +248,7 @@ def test_values_that_no_column_holds_are_found_when_types_are(value: object) -> 
         ("9999-12-31T23:59:59.999999Z", datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)),
     ],
 )
-def test_timestamps(text: str, expected: datetime) -> None:
+def test_parsing_timestamps(text: str, expected: datetime) -> None:
     assert parse_timestamp(text) == expected
     assert parse_timestamp(text).utcoffset() == timedelta(0)
 
@@ -262,16 +262,16 @@ def test_timestamps(text: str, expected: datetime) -> None:
         *("2024-05-31T12:30+99:99", "0000-01-01"),
     ],
 )
-def test_text_that_is_no_timestamp(text: str) -> None:
+def test_invalid_timestamps_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r"time|day|month|hour|year"):
         parse_timestamp(text)
 
 
 @given(st.datetimes(timezones=st.sampled_from([None, UTC, timezone(timedelta(hours=-11, minutes=-30))])))
-def test_every_isoformat_is_read(moment: datetime) -> None:
+def test_every_isoformat_string_is_parsed(moment: datetime) -> None:
     if not 2 <= moment.year <= 9998:
         return
     expected = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
     assert parse_timestamp(moment.isoformat()) == expected
-    [kept] = SCHEMA.columns(passages({"seen": moment}))["seen"].to_pylist()
-    assert kept == expected
+    [stored] = SCHEMA.columns(passages({"seen": moment}))["seen"].to_pylist()
+    assert stored == expected

@@ -1,4 +1,4 @@
-"""A store keeps what it was given, refuses what it cannot keep, and loses nothing when it cannot write."""
+"""A store keeps what is written, rejects invalid input, and loses nothing when a write fails."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ BOTH_FORMS = pytest.mark.parametrize("store", [2, 1], indirect=True, ids=["two c
 
 @pytest.fixture
 def store(tmp_path, request):
-    made = new_store(tmp_path / "index", vector_copies=getattr(request, "param", 2))
-    put(made, PASSAGES.values())
-    return made
+    store = new_store(tmp_path / "index", vector_copies=getattr(request, "param", 2))
+    put(store, PASSAGES.values())
+    return store
 
 
-def _check(store, expected):
+def _check_reopened(store, expected):
     check_contents(PassageView(IndexStore.open(store.folder)), expected)
     assert verify(store).problems == []
 
 
 @contextmanager
-def _largest_file(num_bytes):
-    """As on a full disk: no file can grow beyond this size."""
+def _file_size_limit(num_bytes):
+    """Simulate a full disk: no file can grow beyond this size."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -57,11 +57,11 @@ def _largest_file(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# What is written
+# Writing
 
 
 @BOTH_FORMS
-def test_changes_are_told_apart(store):
+def test_changes_are_classified(store):
     changed = [
         PASSAGES["p0"],
         Passage("p1", "another text", "title 1", metadata={"year": 2001}),
@@ -77,12 +77,12 @@ def test_changes_are_told_apart(store):
     assert [passage.id for passage, _, _ in changes.others] == ["p3", "p4", "p5", "p6"]
     assert (changes.num_new, changes.num_unchanged) == (1, 1)
     put(store, changed)
-    gone = Passage("p4", PASSAGES["p4"].text, "title 4")
-    _check(store, PASSAGES | {passage.id: passage for passage in changed} | {"p4": gone})
+    without_year = Passage("p4", PASSAGES["p4"].text, "title 4")
+    _check_reopened(store, PASSAGES | {passage.id: passage for passage in changed} | {"p4": without_year})
 
 
 @BOTH_FORMS
-def test_what_is_as_it_was_writes_nothing(store):
+def test_unchanged_passages_write_nothing(store):
     version, files = store.table().version, sorted(store.folder.rglob("*"))
     assert put(store, PASSAGES.values()) == version
     assert put(store, []) == version
@@ -90,7 +90,7 @@ def test_what_is_as_it_was_writes_nothing(store):
 
 
 @BOTH_FORMS
-def test_other_metadata_keep_row_vector_and_flag(store):
+def test_metadata_changes_keep_row_vector_and_truncation_flag(store):
     with store.writing():
         changes = store.compare([Passage("long", "very long")])
         store.write(changes, vectors_of(changes.texts), truncated=[0])
@@ -102,7 +102,7 @@ def test_other_metadata_keep_row_vector_and_flag(store):
 
 
 def test_a_damaged_vector_file_never_reaches_the_table(store):
-    """The vectors that a change of metadata keeps are those of the table."""
+    """A metadata change keeps the vectors of the table, not those of the vector file."""
     path = vector_file.path_of(store.folder, 0)
     path.write_bytes(b"\x3f" * path.stat().st_size)
     changed = {key: Passage(key, p.text, p.title, metadata={"year": 1}) for key, p in PASSAGES.items()}
@@ -113,8 +113,8 @@ def test_a_damaged_vector_file_never_reaches_the_table(store):
 
 
 @pytest.mark.parametrize("damage", ["an older copy", "missing", "no rows", "of a later version"])
-def test_rows_are_never_given_twice(store, damage):
-    """A vector file that lacks rows of the table is not extended: new rows would get the numbers of others."""
+def test_row_numbers_are_never_reused(store, damage):
+    """A vector file that lacks rows of the table is not extended: new rows would get numbers already in use."""
     parts = [vector_file.path_of(store.folder, 0).with_suffix(suffix) for suffix in (".bin", ".json")]
     older = [part.read_bytes() for part in parts]
     put(store, few_passages(5, start=20).values())
@@ -130,11 +130,11 @@ def test_rows_are_never_given_twice(store, damage):
             np.zeros((50, store.format.code_size), np.uint8)
         )
     put(store, few_passages(5, start=40).values())
-    _check(store, PASSAGES | few_passages(5, start=20) | few_passages(5, start=40))
+    _check_reopened(store, PASSAGES | few_passages(5, start=20) | few_passages(5, start=40))
 
 
-def test_a_new_generation_serves_no_earlier_version(store):
-    """Even when the files are lost and the number is given again."""
+def test_a_new_generation_is_not_used_for_earlier_versions(store):
+    """Not even when the files are lost and the generation number is reused."""
     old = store.table().version
     vector_file.remove(store.folder, 0)
     store.delete(list(PASSAGES))
@@ -142,33 +142,33 @@ def test_a_new_generation_serves_no_earlier_version(store):
     store.compact(dense=True)
     compacted = store.table().version
     check_contents(PassageView(store, old), PASSAGES)
-    put(store, few_passages(1, start=50, word="changed").values())  # goes behind the others
+    put(store, few_passages(1, start=50, word="changed").values())  # appended after the others
     vector_file.remove(store.folder, 1)
     store.compact(dense=True)
     check_contents(PassageView(store, compacted), few_passages(3, start=50))
     check_contents(PassageView(store, old), PASSAGES)
-    _check(store, few_passages(3, start=50) | few_passages(1, start=50, word="changed"))
+    _check_reopened(store, few_passages(3, start=50) | few_passages(1, start=50, word="changed"))
 
 
 @BOTH_FORMS
-def test_a_rewrite_that_fails_is_not_taken_for_the_table(store, monkeypatch):
-    def refuse(*_):
+def test_a_failed_rewrite_is_not_used(store, monkeypatch):
+    def fail(*_):
         raise StorageError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("d2llm.store.passage_table.PassageTable.replace_all", refuse)
+        patch.setattr("d2llm.store.passage_table.PassageTable.replace_all", fail)
         with pytest.raises(StorageError):
             store.compact(dense=True)
-    _check(store, PASSAGES)
-    store.delete(list(PASSAGES))  # with no rows the newest file would be gone on with
+    _check_reopened(store, PASSAGES)
+    store.delete(list(PASSAGES))  # if no rows are left, the newest file would be extended
     put(store, PASSAGES.values())
-    _check(store, PASSAGES)
+    _check_reopened(store, PASSAGES)
     store.compact(timedelta(0))
     assert len(list(vector_file.generations(store.folder))) == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_vectors_that_are_not_finite(store, value):
+def test_non_finite_vectors_are_rejected(store, value):
     version, files = store.table().version, sorted(store.folder.rglob("*"))
     changes = store.compare([Passage("good", "a"), Passage("bad", "b")])
     vectors = np.ones((2, DIM), np.float32)
@@ -179,18 +179,18 @@ def test_vectors_that_are_not_finite(store, value):
 
 
 @pytest.mark.parametrize("shape", [(1, DIM), (2, DIM - 1), (2,), (3, DIM), (0, DIM)])
-def test_vectors_of_another_shape(store, shape):
+def test_vectors_of_the_wrong_shape_are_rejected(store, shape):
     changes = store.compare([Passage("good", "a"), Passage("bad", "b")])
     with pytest.raises(InputError, match="vectors of shape"):
         store.write(changes, np.ones(shape, np.float32))
 
 
-def test_texts_of_no_length_and_of_a_megabyte(store):
+def test_empty_and_megabyte_texts(store):
     passages = {"empty": Passage("empty", ""), "long": Passage("long", "Wort 中文 " * 90_000)}
     assert len(passages["long"].text.encode()) > 1_000_000
     put(store, passages.values())
     store.settle()
-    _check(store, PASSAGES | passages)
+    _check_reopened(store, PASSAGES | passages)
     view = PassageView(store)
     assert view.ids(view.match("Wort", 3).rows) == ["long"]
     assert put(store, passages.values()) == view.version
@@ -212,13 +212,13 @@ def test_texts_of_no_length_and_of_a_megabyte(store):
         (Passage("a", "text", metadata={"language": "\ud800"}), "surrogate"),
     ],
 )
-def test_passages_that_cannot_be_kept(store, passage, message):
+def test_invalid_passages_are_rejected(store, passage, message):
     with pytest.raises(InputError, match=message):
         store.compare([Passage("good", "text"), passage])
-    _check(store, PASSAGES)
+    _check_reopened(store, PASSAGES)
 
 
-def test_one_id_twice(store):
+def test_duplicate_ids_are_rejected(store):
     with pytest.raises(DuplicateIdError, match="'a'"):
         store.compare([Passage("a", "1"), Passage("b", "2"), Passage("a", "3")])
 
@@ -229,7 +229,7 @@ def test_deleting(store):
     assert store.delete([]) == 0
     with pytest.raises(InputError, match="valid Unicode"):
         store.delete(["p0", "\ud800"])
-    _check(store, {key: value for key, value in PASSAGES.items() if key not in ("p1", "p4")})
+    _check_reopened(store, {key: value for key, value in PASSAGES.items() if key not in ("p1", "p4")})
 
 
 @BOTH_FORMS
@@ -238,10 +238,10 @@ def test_fields_can_be_added(store):
     assert dict(store.metadata.fields) == {"year": "integer", "language": "string", "score": "number"}
     assert put(store, PASSAGES.values()) == store.table().version
     put(store, [Passage("p0", "text", metadata={"score": 0.5})])
-    _check(store, PASSAGES | {"p0": Passage("p0", "text", metadata={"score": 0.5})})
-    for wrong in ({"year": "string"}, {"Year": "integer"}):
+    _check_reopened(store, PASSAGES | {"p0": Passage("p0", "text", metadata={"score": 0.5})})
+    for conflicting in ({"year": "string"}, {"Year": "integer"}):
         with pytest.raises(InputError):
-            store.add_fields(MetadataSchema(wrong))
+            store.add_fields(MetadataSchema(conflicting))
 
 
 # Snapshots
@@ -252,26 +252,26 @@ def test_snapshots(store):
     folder = store.snapshot("first")
     put(store, few_passages(5, start=8, word="changed").values())
     store.delete(["p0"])
-    now = PASSAGES | few_passages(5, start=8, word="changed")
-    del now["p0"]
+    current = PASSAGES | few_passages(5, start=8, word="changed")
+    del current["p0"]
     store.snapshot("second.1")
     assert store.snapshots() == ["first", "second.1"]
     old = IndexStore.open(folder)
     check_contents(PassageView(old), PASSAGES)
     assert store.restore("first") == len(PASSAGES)
-    _check(store, PASSAGES)
-    assert store.restore("second.1") == len(now)
-    _check(store, now)
+    _check_reopened(store, PASSAGES)
+    assert store.restore("second.1") == len(current)
+    _check_reopened(store, current)
     store.compact(timedelta(0))
     check_contents(PassageView(IndexStore.open(folder)), PASSAGES)
     store.drop_snapshot("first")
     assert store.snapshots() == ["second.1"]
     assert not folder.exists()
     store.snapshot("first")
-    check_contents(PassageView(IndexStore.open(folder)), now)
+    check_contents(PassageView(IndexStore.open(folder)), current)
 
 
-def test_a_snapshot_never_changes(store):
+def test_snapshots_are_read_only(store):
     snapshot = IndexStore.open(store.snapshot("a"))
     for change in (
         lambda: snapshot.delete(["p1"]),
@@ -286,13 +286,13 @@ def test_a_snapshot_never_changes(store):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", ".hidden", "a\nb", "a b", "a\0", "x" * 101, "\ud800"])
-def test_names_that_no_snapshot_can_have(store, name):
+def test_invalid_snapshot_names_are_rejected(store, name):
     for call in (store.snapshot, store.restore, store.drop_snapshot):
         with pytest.raises(InputError, match="cannot name a snapshot"):
             call(name)
 
 
-def test_a_snapshot_that_is_not_there(store):
+def test_an_unknown_snapshot_is_reported(store):
     with pytest.raises(InputError, match=r"no snapshot 'a'; there are: none"):
         store.restore("a")
     store.snapshot("b")
@@ -304,13 +304,13 @@ def test_a_damaged_snapshot_is_not_restored(store):
     folder = store.snapshot("a")
     put(store, [Passage("new", "text")])
     for path in (folder / "passages.lance" / "data").iterdir():
-        path.unlink()  # its own names of the files
+        path.unlink()  # its own hard links to the files
     with pytest.raises(DamagedFileError, match=r"snapshots/a/passages.lance/data/.*is missing"):
         store.restore("a")
     check_contents(PassageView(store), PASSAGES | {"new": Passage("new", "text")})
 
 
-def test_what_interrupted_writers_left_is_swept(store):
+def test_leftovers_of_interrupted_writers_are_removed(store):
     store.snapshot("kept")
     (store.folder / ".vectors-0.new").mkdir()
     (store.folder / ".vectors-0.json.new-0123").touch()
@@ -327,7 +327,7 @@ def test_what_interrupted_writers_left_is_swept(store):
 # One writer
 
 
-def test_a_second_writer_is_told_at_once(store):
+def test_a_second_writer_fails_immediately(store):
     other = IndexStore.open(store.folder)
     with store.writing(), store.writing():
         for call in (lambda: put(other, [Passage("a", "b")]), lambda: other.delete(["p1"]), other.compact):
@@ -337,7 +337,7 @@ def test_a_second_writer_is_told_at_once(store):
     put(other, [Passage("a", "b")])
 
 
-def test_a_second_thread_is_told_at_once(store):
+def test_a_second_writing_thread_fails_immediately(store):
     errors = []
 
     def write():
@@ -358,7 +358,7 @@ def test_a_second_thread_is_told_at_once(store):
     assert len(PassageView(store)) == len(PASSAGES) - 1
 
 
-# No room
+# Full disks
 
 
 def _append(store):
@@ -371,7 +371,7 @@ def _commit(store):
 
 @BOTH_FORMS
 @pytest.mark.parametrize(
-    ("change", "room"),
+    ("change", "limit"),
     [
         (_append, 100 * 16),  # the vectors do not fit
         (_commit, 16_000),  # the vectors fit, the text does not
@@ -381,41 +381,41 @@ def _commit(store):
         (lambda store: store.settle(), 100),
     ],
 )
-def test_no_room(store, change, room):
+def test_a_full_disk_loses_nothing(store, change, limit):
     with (
-        _largest_file(room),
+        _file_size_limit(limit),
         pytest.raises(StorageError, match=r"cannot be written.*What was committed before is kept"),
     ):
         change(store)
-    _check(store, PASSAGES)
+    _check_reopened(store, PASSAGES)
     assert store.snapshots() == []
     change(store)
     assert verify(store).problems == []
 
 
 @BOTH_FORMS
-def test_no_room_for_a_restore(store):
+def test_a_restore_that_fails_on_a_full_disk_loses_nothing(store):
     store.snapshot("a")
     put(store, [Passage("new", "text")])
-    with _largest_file(300), pytest.raises(StorageError, match="File too large"):
+    with _file_size_limit(300), pytest.raises(StorageError, match="File too large"):
         store.restore("a")
-    _check(store, PASSAGES | {"new": Passage("new", "text")})
+    _check_reopened(store, PASSAGES | {"new": Passage("new", "text")})
     store.restore("a")
-    _check(store, PASSAGES)
+    _check_reopened(store, PASSAGES)
 
 
-def test_no_room_for_lost_vectors(store, caplog):
+def test_lost_vectors_are_held_in_memory_on_a_full_disk(store, caplog):
     vector_file.remove(store.folder, 0)
-    with _largest_file(50):
+    with _file_size_limit(50):
         check_contents(PassageView(store), PASSAGES)
     assert "held in memory" in caplog.text
     assert list(vector_file.generations(store.folder)) == []
 
 
-# What is wrong with a folder
+# Invalid folders
 
 
-def test_create_needs_an_empty_place(store, tmp_path):
+def test_create_requires_an_empty_folder(store, tmp_path):
     with pytest.raises(InputError, match="already exists"):
         new_store(store.folder)
     (tmp_path / "file").touch()
@@ -443,7 +443,7 @@ def test_create_needs_an_empty_place(store, tmp_path):
         ({"vector_format": "int8"}, "other columns than its manifest"),
     ],
 )
-def test_a_manifest_that_does_not_fit(store, changes, message):
+def test_a_wrong_manifest_is_rejected(store, changes, message):
     forget_checksums(store.folder)
     path = store.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -452,7 +452,7 @@ def test_a_manifest_that_does_not_fit(store, changes, message):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff", b"{}"])
-def test_a_manifest_that_is_none(store, content):
+def test_an_unreadable_manifest_is_rejected(store, content):
     path = store.folder / "manifest.json"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(DataFormatError, match=str(store.folder)):

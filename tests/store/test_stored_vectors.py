@@ -1,4 +1,4 @@
-"""Vectors kept once: nothing wrong is ever read from a damaged file, and the student makes good what is lost."""
+"""Vectors stored in one copy: damaged vectors are never returned, and the student encodes lost ones again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CODE_SIZE = 2 * DIM
 
 
 class Encoder:
-    """What a student would say, and of which passages it was asked."""
+    """Stands in for a student and records in ``asked`` the ids of the passages it encodes."""
 
     def __init__(self, fail_after: int | None = None):
         self.asked: list[str] = []
@@ -47,8 +47,8 @@ class Encoder:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """30 passages in three extents of ten rows, two of them deleted, one the last."""
+def built_folder(tmp_path_factory):
+    """30 passages in three extents of ten rows; two of them are deleted, including the last one."""
     folder = tmp_path_factory.mktemp("made") / "index"
     store = new_store(folder, vector_copies=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -60,44 +60,44 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def store(made, tmp_path):
-    return IndexStore.open(shutil.copytree(made, tmp_path / "index"))
+def store(built_folder, tmp_path):
+    return IndexStore.open(shutil.copytree(built_folder, tmp_path / "index"))
 
 
-def _damage(folder: Path, how: str) -> list[str]:
-    """Do it; returns the ids of the live passages whose vectors are lost."""
+def _damage(folder: Path, damage: str) -> list[str]:
+    """Damage the vector file; return the ids of the live passages whose vectors are lost."""
     path = vector_file.path_of(folder, 0)
     content = bytearray(path.read_bytes())
     lost = range(30)
-    path.unlink()  # readers that have it mapped and snapshots keep theirs
-    if how == "flipped":
+    path.unlink()  # snapshots, and readers that have it mapped, keep the old file
+    if damage == "flipped":
         content[12 * CODE_SIZE] ^= 1
         lost = range(10, 20)
-    elif how == "flipped twice":
+    elif damage == "flipped twice":
         content[9 * CODE_SIZE] ^= 128
         content[30 * CODE_SIZE - 1] ^= 1
         lost = [*range(10), *range(20, 30)]
-    elif how == "dead row flipped":
+    elif damage == "dead row flipped":
         content[4 * CODE_SIZE] ^= 1
         lost = range(10)
-    elif how == "cut":
+    elif damage == "cut":
         del content[-1:]
         lost = range(20, 30)
-    elif how == "cut in the middle":
+    elif damage == "cut in the middle":
         del content[15 * CODE_SIZE + 1 :]
         lost = range(10, 30)
-    elif how == "empty":
+    elif damage == "empty":
         content.clear()
-    if how != "missing":
+    if damage != "missing":
         path.write_bytes(content)
     record = path.with_suffix(".json")
-    if how == "no list":
+    if damage == "no list":
         record.unlink()
-    elif how == "garbage list":
+    elif damage == "garbage list":
         record.write_text('{"extents": [["a", "b", "c"]], "since": "x"}')
-    elif how == "of a later version":
+    elif damage == "of a later version":
         write_checked(record, read_checked(record) | {"since": 99})
-    elif how == "an older copy":
+    elif damage == "an older copy":
         content = read_checked(record)
         write_checked(record, content | {"extents": content["extents"][:2]})
         lost = range(20, 30)
@@ -105,7 +105,7 @@ def _damage(folder: Path, how: str) -> list[str]:
 
 
 DAMAGES = pytest.mark.parametrize(
-    "how",
+    "damage",
     [
         "flipped",
         "flipped twice",
@@ -126,32 +126,32 @@ def test_the_table_has_no_vectors(store):
     assert "d2_vector" not in store.table().schema.names
     check_contents(PassageView(store), ALIVE)
     assert verify(store).problems == []
-    facts = stats(store)
-    assert (facts.vector_copies, facts.vector_bytes, facts.num_rows) == (1, CODE_SIZE, 30)
-    assert facts.vector_file_bytes == 30 * CODE_SIZE + (store.folder / "vectors-0.json").stat().st_size
+    index_stats = stats(store)
+    assert (index_stats.vector_copies, index_stats.vector_bytes, index_stats.num_rows) == (1, CODE_SIZE, 30)
+    assert index_stats.vector_file_bytes == 30 * CODE_SIZE + (store.folder / "vectors-0.json").stat().st_size
 
 
-def test_it_takes_less_space(tmp_path):
+def test_one_copy_takes_less_space(tmp_path):
     sizes = []
     for copies in (1, 2):
-        made = IndexStore.create(tmp_path / str(copies), student_fingerprint="s", dim=384, vector_copies=copies)
+        store = IndexStore.create(tmp_path / str(copies), student_fingerprint="s", dim=384, vector_copies=copies)
         passages = list(few_passages(2000).values())
-        changes = made.compare([Passage(p.id, p.text) for p in passages])
-        made.write(changes, np.random.default_rng(0).standard_normal((2000, 384)).astype(np.float32))
-        sizes.append(stats(made).bytes_per_passage)
+        changes = store.compare([Passage(p.id, p.text) for p in passages])
+        store.write(changes, np.random.default_rng(0).standard_normal((2000, 384)).astype(np.float32))
+        sizes.append(stats(store).bytes_per_passage)
     assert 0.95 * 768 < sizes[1] - sizes[0] < 1.1 * 768
 
 
-def test_a_d2llm_that_does_not_know_it_refuses_it(store, tmp_path):
+def test_older_d2llm_versions_refuse_the_index(store, tmp_path):
     with pytest.raises(DataFormatError, match="has format version 3, this d2llm reads up to 2; update d2llm"):
         read_manifest(store.folder, KIND, 2)
     with pytest.raises(DataFormatError, match="format version 3"):
         read_manifest(store.snapshot("a"), KIND, 2)
-    two = new_store(tmp_path / "two")
-    assert read_manifest(two.folder, KIND, 2)["format_version"] == 2
+    two_copies = new_store(tmp_path / "two")
+    assert read_manifest(two_copies.folder, KIND, 2)["format_version"] == 2
 
 
-def test_an_index_from_before_there_was_a_choice(tmp_path):
+def test_an_index_without_vector_copies_in_its_manifest(tmp_path):
     put(new_store(tmp_path / "index"), PASSAGES.values())
     forget_checksums(tmp_path / "index")
     path = tmp_path / "index" / "manifest.json"
@@ -164,7 +164,7 @@ def test_an_index_from_before_there_was_a_choice(tmp_path):
     check_contents(PassageView(store), PASSAGES)
 
 
-def test_a_number_of_copies_that_there_is_not(tmp_path):
+def test_invalid_numbers_of_copies_are_rejected(tmp_path):
     for copies in (0, 3):
         with pytest.raises(InputError, match="give 1 or 2"):
             new_store(tmp_path / "index", vector_copies=copies)  # pyright: ignore[reportArgumentType]
@@ -172,9 +172,9 @@ def test_a_number_of_copies_that_there_is_not(tmp_path):
 
 
 @DAMAGES
-def test_damage_is_an_error_until_what_is_lost_is_encoded_again(store, how):
+def test_damage_is_an_error_until_lost_vectors_are_encoded_again(store, damage):
     opened_before = PassageView(store)
-    lost, encode = _damage(store.folder, how), Encoder()
+    lost, encode = _damage(store.folder, damage), Encoder()
     for read in (
         lambda: PassageView(store).scan(QUERY, 3),
         lambda: PassageView(store).vectors(np.array([0])),
@@ -191,14 +191,14 @@ def test_damage_is_an_error_until_what_is_lost_is_encoded_again(store, how):
     assert encode.asked == lost
     assert verify(store).problems == []
     check_contents(PassageView(store), ALIVE)
-    put(store, few_passages(5, start=50).values())  # goes on behind
+    put(store, few_passages(5, start=50).values())  # appended to the repaired file
     check_contents(PassageView(store), ALIVE | few_passages(5, start=50))
     assert list(store.folder.glob(".vectors*")) == []
 
 
-@pytest.mark.parametrize("how", ["missing", "cut", "an older copy", "of a later version"])
-def test_nothing_is_written_behind_a_file_that_lacks_rows(store, how):
-    _damage(store.folder, how)
+@pytest.mark.parametrize("damage", ["missing", "cut", "an older copy", "of a later version"])
+def test_a_vector_file_that_lacks_rows_is_not_extended(store, damage):
+    _damage(store.folder, damage)
     version = store.table().version
     for change in (
         lambda: put(store, [Passage("new", "text")]),
@@ -211,8 +211,8 @@ def test_nothing_is_written_behind_a_file_that_lacks_rows(store, how):
     assert (store.table().version, store.snapshots()) == (version, [])
 
 
-def test_rows_appended_do_not_hide_damage(store):
-    """A file whose rows are all there can be written on; the damage stays an error, and is repaired."""
+def test_appended_rows_do_not_hide_damage(store):
+    """A file that has all of its rows can be extended; the damage is still an error, and is repaired."""
     lost = _damage(store.folder, "flipped")
     put(store, few_passages(3, start=40).values())
     with pytest.raises(DataFormatError, match="is damaged"):
@@ -223,9 +223,9 @@ def test_rows_appended_do_not_hide_damage(store):
     check_contents(PassageView(store), ALIVE | few_passages(3, start=40))
 
 
-@pytest.mark.parametrize("how", ["missing", "of a later version", "no list"])
-def test_an_index_without_passages_has_nothing_to_lose(store, how):
-    _damage(store.folder, how)
+@pytest.mark.parametrize("damage", ["missing", "of a later version", "no list"])
+def test_an_index_without_passages_has_nothing_to_lose(store, damage):
+    _damage(store.folder, damage)
     store.delete(list(PASSAGES))
     assert len(PassageView(store).scan(QUERY, 3).rows) == 0
     put(store, few_passages(3).values())
@@ -233,8 +233,8 @@ def test_an_index_without_passages_has_nothing_to_lose(store, how):
     assert verify(store).problems == []
 
 
-def test_a_later_file_beside_an_empty_version_is_no_damage(store):
-    """A writer that rewrites an empty index and is killed before its commit leaves the file of a later version."""
+def test_a_newer_file_of_an_empty_index_is_not_damage(store):
+    """A writer killed before it commits the rewrite of an empty index leaves the file of a later version."""
     store.delete(list(PASSAGES))
     version = store.table().version
     VectorFile.replace(store.folder, 7, np.zeros((0, CODE_SIZE), np.uint8), since=version + 1)
@@ -251,7 +251,7 @@ def test_a_repair_needs_an_encoder(store):
     assert len(verify(store).problems) == 1
 
 
-def test_a_repair_goes_on_where_it_was_interrupted(store, monkeypatch):
+def test_an_interrupted_repair_is_resumed(store, monkeypatch):
     monkeypatch.setattr(stored_vectors, "_REPAIRED_ROWS", 7)
     lost, first = _damage(store.folder, "missing"), Encoder(fail_after=13)
     with pytest.raises(Interruption):
@@ -267,7 +267,7 @@ def test_a_repair_goes_on_where_it_was_interrupted(store, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["a text", "damage"])
-def test_what_an_interrupted_repair_left_is_not_trusted(store, monkeypatch, change):
+def test_leftovers_of_an_interrupted_repair_are_checked(store, monkeypatch, change):
     monkeypatch.setattr(stored_vectors, "_REPAIRED_ROWS", 7)
     lost = _damage(store.folder, "cut in the middle")
     with pytest.raises(Interruption):
@@ -287,39 +287,39 @@ def test_what_an_interrupted_repair_left_is_not_trusted(store, monkeypatch, chan
 
 
 @pytest.mark.parametrize("renames", [0, 1])
-def test_a_repair_killed_when_it_takes_its_place(store, monkeypatch, renames):
-    """Before its first and between its two renames."""
+def test_a_repair_killed_while_it_replaces_the_files(store, monkeypatch, renames):
+    """Killed before its first rename, and between its two renames."""
     _damage(store.folder, "flipped twice")
-    replace, done = Path.replace, []
+    replace, renamed = Path.replace, []
 
-    def stop(self, target):
+    def kill(self, target):
         if self.parent.name.startswith(".vectors"):
-            if len(done) == renames:
+            if len(renamed) == renames:
                 raise KeyboardInterrupt
-            done.append(self)
+            renamed.append(self)
         return replace(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", stop)
+        patch.setattr(Path, "replace", kill)
         with pytest.raises(KeyboardInterrupt):
             verify(store, repair=True, encode=lambda passages: vectors_of(passages) * 2)
     with pytest.raises(DataFormatError, match="verify --repair"):
         PassageView(store).scan(QUERY, 1)
     for path in store.folder.glob(".vectors-*"):
-        shutil.rmtree(path)  # its vectors were others, to be told from those of the second
+        shutil.rmtree(path)  # discard the first draft, which has doubled vectors
     verify(store, repair=True, encode=Encoder())
     check_contents(PassageView(store), ALIVE)
 
 
-def test_a_repair_without_room_keeps_what_was_there(store, monkeypatch):
+def test_a_repair_on_a_full_disk_keeps_the_old_file(store, monkeypatch):
     lost = _damage(store.folder, "flipped")
     content = vector_file.path_of(store.folder, 0).read_bytes()
 
-    def full(*_):
+    def fail(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(VectorFile, "append", full)
+        patch.setattr(VectorFile, "append", fail)
         with pytest.raises(StorageError, match="No space left"):
             verify(store, repair=True, encode=Encoder())
     assert vector_file.path_of(store.folder, 0).read_bytes() == content
@@ -331,7 +331,7 @@ def test_a_repair_without_room_keeps_what_was_there(store, monkeypatch):
 # Versions and snapshots
 
 
-def test_versions_from_before_a_repair_say_so(store):
+def test_versions_from_before_a_repair_have_no_vectors(store):
     version = store.table().version
     check_contents(PassageView(store, version - 1), PASSAGES)
     put(store, few_passages(2, start=60).values())
@@ -353,10 +353,10 @@ def test_a_reader_keeps_its_version(store):
     assert verify(store).problems == []
 
 
-@pytest.mark.parametrize("how", ["flipped twice", "cut", "missing"])
-def test_a_damaged_snapshot_is_not_restored_but_repaired(store, how):
+@pytest.mark.parametrize("damage", ["flipped twice", "cut", "missing"])
+def test_a_damaged_snapshot_is_restored_only_after_a_repair(store, damage):
     folder = store.snapshot("a")
-    lost = _damage(folder, how)
+    lost = _damage(folder, damage)
     put(store, [Passage("new", "text")])
     with pytest.raises(DataFormatError, match=re.escape(f"`d2llm index {folder} verify --repair`")):
         store.restore("a")
@@ -377,29 +377,29 @@ def test_a_snapshot_can_be_repaired_by_itself(store):
     check_contents(PassageView(snapshot), ALIVE)
 
 
-def test_damage_that_a_snapshot_shares_is_repaired_in_both(store):
+def test_damage_shared_with_a_snapshot_is_repaired_in_both(store):
     snapshot = IndexStore.open(store.snapshot("a"))
     path = vector_file.path_of(store.folder, 0)
     content = bytearray(path.read_bytes())
     content[3] ^= 1
-    path.write_bytes(content)  # in place: one file of two names
+    path.write_bytes(content)  # in place: the snapshot has a hard link to the same file
     assert len(verify(store).problems) == 2
     verify(store, repair=True, encode=Encoder())
     assert verify(store).problems == []
-    for kept in (store, snapshot):
-        check_contents(PassageView(kept), ALIVE)
+    for repaired in (store, snapshot):
+        check_contents(PassageView(repaired), ALIVE)
 
 
-def test_compaction_leaves_no_vectors_that_nobody_needs(store):
+def test_compaction_removes_unneeded_vectors(store):
     store.compact(timedelta(0), dense=True)
     assert list(vector_file.generations(store.folder)) == [1]
     check_contents(PassageView(store), ALIVE)
 
 
-# With its student
+# With a student
 
 
-def test_the_student_repairs(tmp_path):
+def test_the_student_repairs_an_index(tmp_path):
     student = FakeStudent()
     index = Index.create(tmp_path / "i", student, vector_copies=1)
     passages = [Passage(f"p{n}", f"text {n}", "title") for n in range(20)]
@@ -410,14 +410,15 @@ def test_the_student_repairs(tmp_path):
         Index.open(index.folder, student).search("text 7")
     with pytest.raises(IndexMismatchError, match="another"):
         Index.open(index.folder, FakeStudent(fingerprint="another")).verify(repair=True)
-    again = Index.open(index.folder, student)
-    lost, words = again.verify(repair=True).problems  # their words are gone with their file
-    assert lost.endswith("it was rewritten")
-    assert words == "the words of 20 passages are in no file; they were read again"
+    reopened = Index.open(index.folder, student)
+    # The words were removed along with the vectors.
+    vectors_problem, words_problem = reopened.verify(repair=True).problems
+    assert vectors_problem.endswith("it was rewritten")
+    assert words_problem == "the words of 20 passages are in no file; they were read again"
     assert student.encoded_passages == 40
-    assert again.verify(repair=True).problems == []
+    assert reopened.verify(repair=True).problems == []
     assert student.encoded_passages == 40
-    assert again.search("title text 7", top_k=5)[0].passages == before.passages
+    assert reopened.search("title text 7", top_k=5)[0].passages == before.passages
 
 
 def test_two_copies_are_repaired_without_the_student(tmp_path):
@@ -426,8 +427,8 @@ def test_two_copies_are_repaired_without_the_student(tmp_path):
     index.snapshot("a")
     for folder in (index.folder, index.folder / "snapshots" / "a"):
         vector_file.remove(folder, 0)
-    without = Index.open(index.folder, tmp_path / "nowhere")
-    problems = without.verify(repair=True).problems  # of the vectors and of the words of each
+    index_without_student = Index.open(index.folder, tmp_path / "nowhere")
+    problems = index_without_student.verify(repair=True).problems  # one for vectors and one for words, in each folder
     assert len(problems) == 4
     assert sum(problem.endswith("it was rewritten") for problem in problems) == 2
-    assert without.verify().problems == []
+    assert index_without_student.verify().problems == []

@@ -1,4 +1,4 @@
-"""Checksums of a table's files: what they find and when, how they are committed, and what a repair does."""
+"""Checksums of a table's files: detection of damage, commits, and repairs."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ QUERY = np.ones(DIM, np.float32)
 
 @pytest.fixture
 def store(tmp_path):
-    made = new_store(tmp_path / "index")
-    put(made, PASSAGES.values())
-    made.settle()
-    return made
+    store = new_store(tmp_path / "index")
+    put(store, PASSAGES.values())
+    store.settle()
+    return store
 
 
-def _opened(store):
+def _reopen(store):
     return PassageView(IndexStore.open(store.folder))
 
 
@@ -46,31 +46,31 @@ def _files(store, pattern):
     return sorted((store.folder / "passages.lance").glob(pattern))
 
 
-def _flip(path: Path, place: int = -1) -> None:
-    """In another file of the same name: a snapshot may share the old one."""
+def _flip(path: Path, position: int = -1) -> None:
+    """Flip a bit in a new file of the same name, because a snapshot may share the old one."""
     content = bytearray(path.read_bytes())
-    content[place] ^= 4
+    content[position] ^= 4
     path.unlink()
     path.write_bytes(content)
 
 
-def _newest(store):
+def _newest_manifest(store):
     return store.folder / "passages.lance" / next(iter(manifests(store.folder / "passages.lance").values()))
 
 
 @contextmanager
 def _small_blocks(monkeypatch, sampled):
-    """As if the files were large: a block is 64 bytes, and so many are compared at opening besides the last."""
+    """Make files look large: blocks of 64 bytes, of which ``sampled`` and the last are checked at opening."""
     with monkeypatch.context() as patch:
         patch.setattr(checksums, "BLOCK_BYTES", 64)
         patch.setattr(checksums, "_SAMPLED_BLOCKS", sampled)
         yield
 
 
-# Sums
+# Checksums of a file
 
 
-def test_sums_of_a_file(tmp_path, monkeypatch):
+def test_checksums_of_a_file(tmp_path, monkeypatch):
     content = np.random.default_rng(0).bytes(64 * 3 + 10)
     (tmp_path / "file").write_bytes(content)
     with _small_blocks(monkeypatch, 0):
@@ -90,20 +90,19 @@ def test_sums_of_a_file(tmp_path, monkeypatch):
         assert take_sums(tmp_path / "empty") == FileSums(0, xxhash.xxh3_64_hexdigest(b""))
 
 
-def test_what_is_sampled(monkeypatch):
+def test_sampled_blocks(monkeypatch):
     files = {"a": FileSums(0, "x" * 16 * 50), "b": FileSums(0, "x" * 16)}
     with _small_blocks(monkeypatch, 10):
-        chosen = [sample_blocks(files) for _ in range(30)]
-    assert all(some["b"] == [0] and some["a"][0] == 49 and len(set(some["a"])) == 11 for some in chosen)
-    assert len({place for some in chosen for place in some["a"]}) > 30  # others each time
-    assert sorted(sample_blocks(files)["a"])[:3] == [0, 1, 2] or len(sample_blocks(files)["a"]) == 33
+        samples = [sample_blocks(files) for _ in range(30)]
+    assert all(sample["b"] == [0] and sample["a"][0] == 49 and len(set(sample["a"])) == 11 for sample in samples)
+    assert len({block for sample in samples for block in sample["a"]}) > 30  # different blocks each time
 
 
-def test_the_record_lists_all_that_a_search_reads(store):
+def test_the_record_lists_every_file_a_search_reads(store):
     record = read_checked(store.folder / "checksums.json", required=True)
     paths = [path for path in store.folder.rglob("*") if path.is_file()]
-    others = ("_transactions", "latest_version_hint.json", "checksums.json", "vectors-0", "words-0", "write.lock")
-    paths = [path for path in paths if not any(name in str(path) for name in others)]
+    excluded = ("_transactions", "latest_version_hint.json", "checksums.json", "vectors-0", "words-0", "write.lock")
+    paths = [path for path in paths if not any(name in str(path) for name in excluded)]
     listed = {path.relative_to(store.folder).as_posix() for path in paths}
     assert record["files"].keys() == listed
     assert "manifest.json" in listed
@@ -113,37 +112,37 @@ def test_the_record_lists_all_that_a_search_reads(store):
         assert (num_bytes, sums) == (len(content), xxhash.xxh3_64_hexdigest(content))
 
 
-# What is found, and when
+# Detection
 
 
 @pytest.mark.parametrize("pattern", ["data/*", "_versions/*.manifest", "_indices/*/page_data.lance"])
-@pytest.mark.parametrize("how", ["flipped", "cut", "removed", "empty"])
-def test_damage_is_an_error_that_names_the_file(store, pattern, how):
+@pytest.mark.parametrize("damage", ["flipped", "cut", "removed", "empty"])
+def test_damage_is_an_error_that_names_the_file(store, pattern, damage):
     store.table().optimize(timedelta(0))
-    path = _newest(store) if "versions" in pattern else _files(store, pattern)[0]
+    path = _newest_manifest(store) if "versions" in pattern else _files(store, pattern)[0]
     content = path.read_bytes()
-    if how == "flipped":
+    if damage == "flipped":
         _flip(path, len(content) // 2)
     else:
         path.unlink()
-        if how != "removed":
-            path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+        if damage != "removed":
+            path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     with pytest.raises(DamagedFileError) as caught:
-        _opened(store)
+        _reopen(store)
     assert caught.value.path == path
     assert "verify --repair" in str(caught.value)
     (problem,) = verify(IndexStore.open(store.folder)).problems
     assert problem.startswith(path.relative_to(store.folder).as_posix())
 
 
-def test_the_manifest_of_the_index_is_compared_too(store):
+def test_the_index_manifest_is_checked_too(store):
     path = store.folder / "manifest.json"
     path.write_text(path.read_text().replace("asymmetric", "symmetric"))
     with pytest.raises(DamagedFileError, match=r"manifest.json: has .* put it back from a copy"):
-        _opened(store)
+        _reopen(store)
 
 
-def test_large_files_are_sampled_at_opening_and_compared_wholly_before_they_matter(tmp_path, monkeypatch):
+def test_large_files_are_sampled_first_and_checked_before_use(tmp_path, monkeypatch):
     with _small_blocks(monkeypatch, 0):
         store = new_store(tmp_path / "index")
         put(store, few_passages(200).values())
@@ -151,43 +150,42 @@ def test_large_files_are_sampled_at_opening_and_compared_wholly_before_they_matt
         data, pages = _files(store, "data/*")[0], _files(store, "_indices/*/page_data.lance")[0]
         content = pages.read_bytes()
         _flip(pages, 70)
-        view = _opened(store)  # its last block is whole
+        view = _reopen(store)  # its last block is intact
         with pytest.raises(DamagedFileError, match=pages.name):
             view.rows(["p3"])
         pages.write_bytes(content)
-        _opened(store).rows(["p3"])
+        _reopen(store).rows(["p3"])
         _flip(data, 70)
-        view = _opened(store)
+        view = _reopen(store)
         for change in (lambda: store.compact(dense=True), lambda: store.snapshot("a"), store.compact):
             with pytest.raises(DamagedFileError, match=data.name):
-                change()  # copies would get checksums that fit
+                change()  # copies would get valid checksums
         assert store.snapshots() == []
         assert len(verify(IndexStore.open(store.folder)).problems) == 1
         assert len(view) == 200
 
 
-def test_samples_are_others_each_time(tmp_path, monkeypatch):
+def test_each_opening_samples_different_blocks(tmp_path, monkeypatch):
     with _small_blocks(monkeypatch, 20):
         store = new_store(tmp_path / "index")
         put(store, few_passages(200).values())
         (data,) = _files(store, "data/*")
         num_blocks = data.stat().st_size // 64
         assert num_blocks > 60
-        monkeypatch.setattr(
-            checksums, "_SAMPLED_BLOCKS", num_blocks // 4
-        )  # not found in sixty: once in 30 million times
+        # All 60 openings miss the damage once in 30 million runs.
+        monkeypatch.setattr(checksums, "_SAMPLED_BLOCKS", num_blocks // 4)
         _flip(data, 70)
-        found = 0
+        num_detected = 0
         for _ in range(60):
             try:
-                _opened(store)
+                _reopen(store)
             except DamagedFileError:
-                found += 1
-        assert 0 < found < 60
+                num_detected += 1
+        assert 0 < num_detected < 60
 
 
-def test_a_passage_is_compared_with_its_hash(store):
-    """Where samples do not find it: as if damage kept the checksum."""
+def test_passages_are_checked_against_their_hashes(store):
+    """Even if the checksums of the files do not show the damage."""
     table = store.table()
     rows = table.columns(table.schema.names).to_pylist()
     rows[3]["text"] = "another"
@@ -200,7 +198,7 @@ def test_a_passage_is_compared_with_its_hash(store):
     assert [passage.id for passage in view.get([rows[4]["id"]])] == [rows[4]["id"]]
 
 
-def test_rows_given_twice(store):
+def test_duplicate_row_numbers_are_an_error(store):
     table = store.table()
     rows = table.columns(table.schema.names).to_pylist()
     rows[3]["d2_row"] = rows[4]["d2_row"]
@@ -209,11 +207,11 @@ def test_rows_given_twice(store):
         PassageView(store)
 
 
-# The commit
+# Commits
 
 
-def _commit_of_lance_alone(store, passages):
-    """What a writer leaves that is killed between the two commits."""
+def _commit_lance_only(store, passages):
+    """Leave the state of a writer that is killed between the two commits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TableFiles, "commit", lambda *_, **__: None)
         patch.setattr(TableFiles, "end", lambda _: None)
@@ -238,73 +236,73 @@ def test_readers_do_not_see_a_version_between_the_two_commits(store):
     assert not (store.folder / "write.unfinished").exists()
 
 
-def test_what_a_killed_writer_had_committed_is_taken_over(store):
+def test_the_commit_of_a_killed_writer_is_completed(store):
     before = store.version
-    _commit_of_lance_alone(store, LATER.values())
+    _commit_lance_only(store, LATER.values())
     assert (store.folder / "write.unfinished").exists()
-    check_contents(_opened(store), PASSAGES | LATER)
+    check_contents(_reopen(store), PASSAGES | LATER)
     assert not (store.folder / "write.unfinished").exists()
     assert read_checked(store.folder / "checksums.json")["version"] == before + 1
     assert verify(store).problems == []
 
 
-def test_after_a_crash_everything_is_compared_once(tmp_path, monkeypatch):
+def test_after_a_crash_every_block_is_checked_once(tmp_path, monkeypatch):
     with _small_blocks(monkeypatch, 0):
         store = new_store(tmp_path / "index")
         put(store, few_passages(200).values())
         (data,) = _files(store, "data/*")
         content = data.read_bytes()
         _flip(data, 70)
-        _opened(store)  # the samples do not find it
+        _reopen(store)  # the samples miss the damage
         (store.folder / "write.unfinished").touch()
         for _ in range(2):
             with pytest.raises(DamagedFileError, match=data.name):
-                _opened(store)
+                _reopen(store)
         with pytest.raises(DamagedFileError, match=data.name):
             put(IndexStore.open(store.folder), LATER.values())
         assert (store.folder / "write.unfinished").exists()
         data.write_bytes(content)
-        _opened(store)
+        _reopen(store)
         assert not (store.folder / "write.unfinished").exists()
 
 
-def test_after_a_crash_without_the_right_to_write(store, monkeypatch):
+def test_opening_after_a_crash_without_write_permission(store, monkeypatch):
     data = _files(store, "data/*")[0]
     (store.folder / "write.unfinished").touch()
 
-    def refuse(*_):
+    def deny(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
-    check_contents(_opened(store), PASSAGES)
+    monkeypatch.setattr("filelock.FileLock.acquire", deny)
+    check_contents(_reopen(store), PASSAGES)
     _flip(data)
     with pytest.raises(DamagedFileError, match=data.name):
-        _opened(store)
+        _reopen(store)
     assert (store.folder / "write.unfinished").exists()
 
 
-def test_checksums_that_cannot_be_written(store, monkeypatch):
-    """The change is undone: nothing of it is in the index, as the error says."""
-    version, there = store.version, manifests(store.folder / "passages.lance")
+def test_a_change_is_undone_if_its_checksums_cannot_be_written(store, monkeypatch):
+    """No part of the change remains in the index, as the error says."""
+    version, manifests_before = store.version, manifests(store.folder / "passages.lance")
 
-    def full(*_):
+    def fail(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checksums, "write_checked", full)
+        patch.setattr(checksums, "write_checked", fail)
         for change in (lambda: put(store, LATER.values()), lambda: store.delete(["p1"])):
             with pytest.raises(StorageError, match="No space left"):
                 change()
-    assert manifests(store.folder / "passages.lance") == there
+    assert manifests(store.folder / "passages.lance") == manifests_before
     assert not (store.folder / "write.unfinished").exists()
     assert store.version == version
-    check_contents(_opened(store), PASSAGES)
+    check_contents(_reopen(store), PASSAGES)
     put(store, LATER.values())
-    check_contents(_opened(store), PASSAGES | LATER)
+    check_contents(_reopen(store), PASSAGES | LATER)
     assert verify(store).problems == []
 
 
-def test_a_checksum_is_never_taken_anew(store):
+def test_checksums_of_existing_files_are_never_recomputed(store):
     path = _files(store, "data/*")[0]
     other = IndexStore.open(store.folder)
     with other.writing():
@@ -316,7 +314,7 @@ def test_a_checksum_is_never_taken_anew(store):
     assert [problem.split(":")[0] for problem in verify(other).problems] == [path.relative_to(store.folder).as_posix()]
 
 
-def test_a_file_that_went_missing_stays_damage(store):
+def test_a_missing_file_is_still_an_error_after_a_write(store):
     other = IndexStore.open(store.folder)
     with other.writing():
         table = other.table()
@@ -324,11 +322,11 @@ def test_a_file_that_went_missing_stays_damage(store):
         path.unlink()
         table.add_columns([table.schema.field("year").with_name("month")])
     with pytest.raises(DamagedFileError, match=f"{path.name}: is missing"):
-        _opened(store)
+        _reopen(store)
 
 
 def test_a_reader_waits_for_a_writer_that_removes_versions(store, monkeypatch):
-    """Between the removal of the version that readers open and the commit of another."""
+    """It opens the index between the removal of the version in the record and the commit of the next."""
     monkeypatch.setattr(table_files, "_LOOK_S", 0.0)
     other, files = IndexStore.open(store.folder), store.files
     with store.writing():
@@ -338,103 +336,103 @@ def test_a_reader_waits_for_a_writer_that_removes_versions(store, monkeypatch):
         for version, path in manifests(files.table).items():
             if version <= other.files.record().version:
                 (files.table / path).unlink()
-        looks = []
+        waits = []
 
-        def look(_):
-            looks.append(1)
-            if len(looks) == 5:
+        def wait(_):
+            waits.append(1)
+            if len(waits) == 5:
                 files.commit()
 
-        monkeypatch.setattr(table_files.time, "sleep", look)
+        monkeypatch.setattr(table_files.time, "sleep", wait)
         assert len(PassageView(other)) == len(PASSAGES) - 1
-        assert len(looks) == 5
+        assert len(waits) == 5
 
 
-# Of an earlier d2llm
+# Indexes of earlier d2llm versions
 
 
 @pytest.fixture
-def old(store):
-    """An index with a snapshot that a d2llm without checksums made."""
+def old_store(store):
+    """An index with a snapshot, both written by a d2llm without checksums."""
     store.snapshot("a")
     forget_checksums(store.folder)
     forget_checksums(store.folder / "snapshots" / "a")
     return IndexStore.open(store.folder)
 
 
-def test_an_index_without_checksums_is_searched_and_says_so(old):
-    check_contents(PassageView(old), PASSAGES)
-    assert not stats(old).checksums
-    problems = verify(old).problems
+def test_an_index_without_checksums_is_usable_but_reported(old_store):
+    check_contents(PassageView(old_store), PASSAGES)
+    assert not stats(old_store).checksums
+    problems = verify(old_store).problems
     assert len(problems) == 2
     assert all("have no checksums" in problem and "the next write" in problem for problem in problems)
     assert problems[1].startswith("snapshot 'a': ")
-    assert not (old.folder / "checksums.json").exists()
+    assert not (old_store.folder / "checksums.json").exists()
 
 
-def test_the_next_write_takes_them(old):
-    put(old, LATER.values())
-    assert stats(old).checksums
-    assert len(verify(old).problems) == 1  # the snapshot's
-    check_contents(_opened(old), PASSAGES | LATER)
-    _flip(_files(old, "data/*")[0])
+def test_the_next_write_adds_checksums(old_store):
+    put(old_store, LATER.values())
+    assert stats(old_store).checksums
+    assert len(verify(old_store).problems) == 1  # the snapshot's
+    check_contents(_reopen(old_store), PASSAGES | LATER)
+    _flip(_files(old_store, "data/*")[0])
     with pytest.raises(DamagedFileError):
-        _opened(old)
+        _reopen(old_store)
 
 
-def test_a_repair_takes_them(old):
-    assert len(verify(old, repair=True).problems) == 2
-    assert verify(old).problems == []
-    assert stats(old).checksums
-    assert (old.folder / "snapshots" / "a" / "checksums.json").exists()
+def test_a_repair_adds_checksums(old_store):
+    assert len(verify(old_store, repair=True).problems) == 2
+    assert verify(old_store).problems == []
+    assert stats(old_store).checksums
+    assert (old_store.folder / "snapshots" / "a" / "checksums.json").exists()
 
 
-def test_an_earlier_d2llm_writes_to_an_index_that_has_some(store, caplog):
-    lancedb.connect(store.folder).open_table("passages").delete("id = 'p1'")  # without our lock and our commit
-    left = {key: value for key, value in PASSAGES.items() if key != "p1"}
-    check_contents(_opened(store), left)
+def test_an_earlier_d2llm_writes_to_an_index_with_checksums(store, caplog):
+    lancedb.connect(store.folder).open_table("passages").delete("id = 'p1'")  # bypasses our lock and our commit
+    remaining = {key: value for key, value in PASSAGES.items() if key != "p1"}
+    check_contents(_reopen(store), remaining)
     assert "has no checksums; it was written by an earlier d2llm" in caplog.text
     (problem,) = verify(store).problems
     assert f"version {store.version} was written by an earlier d2llm and has no checksums" in problem
     put(store, LATER.values())
-    check_contents(_opened(store), left | LATER)
+    check_contents(_reopen(store), remaining | LATER)
     assert verify(store).problems == []
 
 
-def test_an_earlier_d2llm_compacts_an_index_that_has_some(store):
+def test_an_earlier_d2llm_compacts_an_index_with_checksums(store):
     put(store, LATER.values())
     for _ in range(3):
         with pytest.warns(UserWarning, match="removes every version"):
             lancedb.connect(store.folder).open_table("passages").optimize(cleanup_older_than=timedelta(0))
-    check_contents(_opened(store), PASSAGES | LATER)
+    check_contents(_reopen(store), PASSAGES | LATER)
     put(store, [Passage("new", "text")])
     assert verify(store).problems == []
 
 
-@pytest.mark.parametrize("how", ["lost", "flipped", "garbage"])
-def test_checksums_that_are_lost(store, how):
+@pytest.mark.parametrize("damage", ["lost", "flipped", "garbage"])
+def test_lost_checksums_are_rebuilt_by_a_repair(store, damage):
     path = store.folder / "checksums.json"
-    if how == "lost":
+    if damage == "lost":
         path.unlink()
-    elif how == "flipped":
+    elif damage == "flipped":
         _flip(path, 40)
     else:
         path.write_text("{")
     with pytest.raises(DamagedFileError, match=r"checksums.json: (is missing|cannot be used).*verify --repair"):
-        _opened(store)
+        _reopen(store)
     with pytest.raises(DamagedFileError):
         put(IndexStore.open(store.folder), LATER.values())
-    problem, done = verify(IndexStore.open(store.folder), repair=True).problems
+    problem, outcome = verify(IndexStore.open(store.folder), repair=True).problems
     assert "checksums.json" in problem
-    assert done == "the checksums and the table's indices were rebuilt after all of its rows were compared"
+    assert outcome == "the checksums and the table's indices were rebuilt after all of its rows were compared"
     assert verify(IndexStore.open(store.folder)).problems == []
-    view = _opened(store)
+    view = _reopen(store)
     check_contents(view, PASSAGES)
     assert view.ids(view.match("own3", 3).rows) == ["p3"]
 
 
-def test_lost_checksums_are_not_made_of_damaged_texts(store):
-    """The hashes of the rows tell."""
+def test_lost_checksums_are_not_rebuilt_from_damaged_texts(store):
+    """The hashes of the rows show the damage."""
     table = store.table()
     rows = table.columns(table.schema.names).to_pylist()
     rows[3]["text"] = "another"
@@ -443,115 +441,115 @@ def test_lost_checksums_are_not_made_of_damaged_texts(store):
     problems = verify(IndexStore.open(store.folder), repair=True).problems
     assert any("1 passages in the table are not what was written" in problem for problem in problems)
     with pytest.raises(DamagedFileError, match=r"checksums.json: is missing"):
-        _opened(store)
+        _reopen(store)
 
 
 # Repair and restore
 
 
-def test_a_damaged_file_is_taken_from_a_snapshot(store):
+def test_a_damaged_file_is_replaced_from_a_snapshot(store):
     store.snapshot("a")
     put(store, LATER.values())
     (path,) = [path for path in _files(store, "data/*") if path.stat().st_nlink == 2]
     for damage in (lambda: path.unlink(), lambda: _flip(path)):
         damage()
-        *_, done = verify(IndexStore.open(store.folder), repair=True).problems
-        assert done == f"{path.relative_to(store.folder).as_posix()} was taken from 'a'"
+        *_, outcome = verify(IndexStore.open(store.folder), repair=True).problems
+        assert outcome == f"{path.relative_to(store.folder).as_posix()} was taken from 'a'"
         assert verify(IndexStore.open(store.folder)).problems == []
-        check_contents(_opened(store), PASSAGES | LATER)
+        check_contents(_reopen(store), PASSAGES | LATER)
     (store.folder / "snapshots" / "a" / path.relative_to(store.folder)).unlink()  # and the other way round
-    *_, done = verify(IndexStore.open(store.folder), repair=True).problems
-    assert done.endswith("was taken from 'index'")
+    *_, outcome = verify(IndexStore.open(store.folder), repair=True).problems
+    assert outcome.endswith("was taken from 'index'")
     check_contents(PassageView(IndexStore.open(store.folder / "snapshots" / "a")), PASSAGES)
 
 
-def test_going_back(store):
+def test_going_back_to_the_last_intact_version(store):
     version = store.version
     put(store, LATER.values())
     store.delete(["p3"])
     damaged = _files(store, "_deletions/*")[-1]
     _flip(damaged)
-    *_, said, left = verify(IndexStore.open(store.folder), repair=True).problems
-    assert f"version {version + 1} is the last intact one; `d2llm index ... verify --repair --go-back`" in said
-    assert damaged.name in left
+    *_, suggestion, remaining = verify(IndexStore.open(store.folder), repair=True).problems
+    assert f"version {version + 1} is the last intact one; `d2llm index ... verify --repair --go-back`" in suggestion
+    assert damaged.name in remaining
     with pytest.raises(DamagedFileError):
-        _opened(store)
+        _reopen(store)
     with pytest.raises(InputError, match="add --repair"):
         verify(store, go_back=True)
-    problem, done = verify(IndexStore.open(store.folder), repair=True, go_back=True).problems
+    problem, outcome = verify(IndexStore.open(store.folder), repair=True, go_back=True).problems
     assert damaged.name in problem
-    assert done == (
+    assert outcome == (
         f"the table is back at version {version + 1}, the last intact one; the changes of version "
         f"{version + 2} are lost: apply them again"
     )
-    check_contents(_opened(store), PASSAGES | LATER)
+    check_contents(_reopen(store), PASSAGES | LATER)
     assert verify(store).problems == []
-    store.delete(["p4"])  # under the number of the version that is lost
-    left = {key: value for key, value in (PASSAGES | LATER).items() if key != "p4"}
-    check_contents(_opened(store), left)
+    store.delete(["p4"])  # reuses the number of the lost version
+    remaining = {key: value for key, value in (PASSAGES | LATER).items() if key != "p4"}
+    check_contents(_reopen(store), remaining)
     assert verify(store).problems == []
 
 
-def test_the_newest_version_is_lost(store):
-    """Its file is gone, as after power failure: that is said, not passed over."""
+def test_a_lost_newest_version_is_an_error(store):
+    """Its file is gone, as after a power failure: this is an error, not a silent step back."""
     put(store, LATER.values())
-    _newest(store).unlink()
+    _newest_manifest(store).unlink()
     with pytest.raises(DamagedFileError, match=r"manifest: is missing"):
-        _opened(store)
+        _reopen(store)
     verify(IndexStore.open(store.folder), repair=True, go_back=True)
-    check_contents(_opened(store), PASSAGES)
+    check_contents(_reopen(store), PASSAGES)
     put(store, LATER.values())
-    check_contents(_opened(store), PASSAGES | LATER)
+    check_contents(_reopen(store), PASSAGES | LATER)
     assert verify(store).problems == []
 
 
-def test_an_earlier_version_that_is_damaged(store):
+def test_damaged_earlier_versions_are_removed_by_a_repair(store):
     store.delete(["p1"])
-    old = store.version
+    old_version = store.version
     pinned = PassageView(IndexStore.open(store.folder))
     store.delete(["p2"])
     damaged = _files(store, "_deletions/*")
-    (path,) = [path for path in damaged if path.name.startswith(f"0-{old - 1}-")]
+    (path,) = [path for path in damaged if path.name.startswith(f"0-{old_version - 1}-")]
     _flip(path)
-    left = {key: value for key, value in PASSAGES.items() if key not in ("p1", "p2")}
-    check_contents(_opened(store), left)  # nobody needs it
+    remaining = {key: value for key, value in PASSAGES.items() if key not in ("p1", "p2")}
+    check_contents(_reopen(store), remaining)  # does not need the damaged file
     with pytest.raises(DamagedFileError, match=path.name):
-        PassageView(IndexStore.open(store.folder), old)
+        PassageView(IndexStore.open(store.folder), old_version)
     (problem,) = verify(IndexStore.open(store.folder)).problems
-    assert f"only earlier versions need it: {old}" in problem
-    *_, done = verify(IndexStore.open(store.folder), repair=True).problems
-    assert done == f"earlier versions of the table were damaged and were removed: version {old}"
+    assert f"only earlier versions need it: {old_version}" in problem
+    *_, outcome = verify(IndexStore.open(store.folder), repair=True).problems
+    assert outcome == f"earlier versions of the table were damaged and were removed: version {old_version}"
     assert verify(store).problems == []
-    check_contents(_opened(store), left)
-    assert pinned.version == old
+    check_contents(_reopen(store), remaining)
+    assert pinned.version == old_version
 
 
-@pytest.mark.parametrize("how", ["data", "manifest", "table", "checksums", "index"])
-def test_a_snapshot_is_restored_over_damage(store, how):
+@pytest.mark.parametrize("damage", ["data", "manifest", "table", "checksums", "index"])
+def test_a_snapshot_is_restored_over_damage(store, damage):
     store.snapshot("a")
     put(store, LATER.values())
-    if how == "table":
+    if damage == "table":
         shutil.rmtree(store.folder / "passages.lance")
-    elif how == "checksums":
+    elif damage == "checksums":
         (store.folder / "checksums.json").unlink()
     else:
         damaged = {"data": _files(store, "data/*")[0], "index": _files(store, "_indices/*/*")[0]}
-        _flip(damaged.get(how, _newest(store)))
+        _flip(damaged.get(damage, _newest_manifest(store)))
     damaged = IndexStore.open(store.folder)
     with pytest.raises(DamagedFileError):
         PassageView(damaged)
     assert damaged.restore("a") == len(PASSAGES)
-    view = _opened(store)
+    view = _reopen(store)
     check_contents(view, PASSAGES)
     assert view.ids(view.match("own3", 3).rows) == ["p3"]
     assert verify(store).problems == []
     put(store, LATER.values())
-    check_contents(_opened(store), PASSAGES | LATER)
+    check_contents(_reopen(store), PASSAGES | LATER)
     assert list(store.folder.glob(".passages*")) == []
     assert not (store.folder / "write.unfinished").exists()
 
 
-def test_a_snapshot_has_the_files_of_its_version_and_no_others(store):
+def test_a_snapshot_has_only_the_files_of_its_version(store):
     put(store, LATER.values())
     store.delete(["p1"])
     folder = store.snapshot("a")

@@ -1,4 +1,4 @@
-"""Rows appended to a file are there afterwards, and what is wrong with the file is noticed."""
+"""Appended rows can be read back, and damage to the file is detected."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def _codes(number, seed=0):
 
 @pytest.fixture
 def file(tmp_path):
-    made = VectorFile.create(tmp_path, 3, SIZE)
-    assert made.append(_codes(5)) == 0
-    assert made.append(_codes(2, seed=1)) == 5
-    return made
+    file = VectorFile.create(tmp_path, 3, SIZE)
+    assert file.append(_codes(5)) == 0
+    assert file.append(_codes(2, seed=1)) == 5
+    return file
 
 
-def _change(file, **changes):
+def _change_record(file, **changes):
     path = file.path.with_suffix(".json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -39,11 +39,11 @@ def test_layout(file, tmp_path):
     assert len(record.pop("own_checksum")) == 16
     checksum = xxhash.xxh3_64_hexdigest(rows.tobytes())
     assert record == {"code_size": SIZE, "since": 0, "extents": [[0, 7, checksum]]}
-    again = VectorFile.open(tmp_path, 3, SIZE)
-    assert again.capacity == 7
-    np.testing.assert_array_equal(again.codes(), rows)
-    assert again.damaged(again.codes()) == []
-    assert not again.codes().flags.writeable
+    reopened = VectorFile.open(tmp_path, 3, SIZE)
+    assert reopened.capacity == 7
+    np.testing.assert_array_equal(reopened.codes(), rows)
+    assert reopened.damaged(reopened.codes()) == []
+    assert not reopened.codes().flags.writeable
 
 
 def test_a_new_extent_begins_when_one_is_full(tmp_path, monkeypatch):
@@ -55,26 +55,26 @@ def test_a_new_extent_begins_when_one_is_full(tmp_path, monkeypatch):
     assert file.damaged(file.codes()) == []
 
 
-def test_what_a_crash_left_behind_the_last_row_is_overwritten(file, tmp_path):
+def test_a_partial_row_left_by_a_crash_is_overwritten(file, tmp_path):
     with file.path.open("ab") as stream:
         stream.write(b"half of a row")
-    again = VectorFile.open(tmp_path, 3, SIZE)
-    assert again.append(_codes(1, seed=2)) == 7
-    np.testing.assert_array_equal(again.codes()[7], _codes(1, seed=2)[0])
-    assert again.damaged(again.codes()) == []
+    reopened = VectorFile.open(tmp_path, 3, SIZE)
+    assert reopened.append(_codes(1, seed=2)) == 7
+    np.testing.assert_array_equal(reopened.codes()[7], _codes(1, seed=2)[0])
+    assert reopened.damaged(reopened.codes()) == []
 
 
-@pytest.mark.parametrize("place", [0, 3 * SIZE, 7 * SIZE - 1])
-def test_a_flipped_byte_is_noticed_and_later_rows_do_not_hide_it(file, place):
+@pytest.mark.parametrize("offset", [0, 3 * SIZE, 7 * SIZE - 1])
+def test_a_flipped_byte_is_detected_even_after_appending(file, offset):
     content = bytearray(file.path.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     file.path.write_bytes(content)
     damaged = file.damaged(file.codes())
     assert [(extent.start, extent.count) for extent in damaged] == [(0, 7)]
-    again = VectorFile.open(file.path.parent, 3, SIZE)
-    again.append(_codes(4, seed=5))
-    assert [(extent.start, extent.count) for extent in again.extents] == [(0, 7), (7, 4)]
-    assert again.damaged(again.codes()) == damaged
+    reopened = VectorFile.open(file.path.parent, 3, SIZE)
+    reopened.append(_codes(4, seed=5))
+    assert [(extent.start, extent.count) for extent in reopened.extents] == [(0, 7), (7, 4)]
+    assert reopened.damaged(reopened.codes()) == damaged
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_flipped_byte_is_noticed_and_later_rows_do_not_hide_it(file, place):
         {"code_size": SIZE + 1},
         {"since": "0"},
         {"since": None},
-        {"extents": [[0, 8, "00"]]},  # more than there is
+        {"extents": [[0, 8, "00"]]},  # more rows than the file has
         {"extents": [[1, 4, "00"]]},
         {"extents": [[0, 2, "00"], [3, 2, "00"]]},
         {"extents": [[0, 4, "00"], [3, 2, "00"]]},
@@ -98,33 +98,33 @@ def test_a_flipped_byte_is_noticed_and_later_rows_do_not_hide_it(file, place):
         {"extents": 7},
     ],
 )
-def test_a_list_of_extents_that_does_not_fit_is_refused(file, changes):
-    _change(file, **changes)
+def test_an_invalid_list_of_extents_is_rejected(file, changes):
+    _change_record(file, **changes)
     with pytest.raises(DataFormatError, match=r"vectors-3\.bin: its vectors cannot be used .*rebuilds them"):
         VectorFile.open(file.path.parent, 3, SIZE)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b'"text"', b"\xff\xfe", b"{}"])
-def test_garbage_in_the_list_of_extents(file, content):
+def test_a_garbage_list_of_extents_is_rejected(file, content):
     file.path.with_suffix(".json").write_bytes(content)
     with pytest.raises(DataFormatError, match="rebuilds them"):
         VectorFile.open(file.path.parent, 3, SIZE)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".json"])
-def test_a_missing_part(file, suffix):
+def test_a_missing_file_is_an_error(file, suffix):
     file.path.with_suffix(suffix).unlink()
     with pytest.raises(DataFormatError, match="No such file"):
         VectorFile.open(file.path.parent, 3, SIZE)
 
 
-def test_a_truncated_file(file):
+def test_a_truncated_file_is_an_error(file):
     file.path.write_bytes(file.path.read_bytes()[:-1])
     with pytest.raises(DataFormatError, match="shorter than its list of extents says"):
         VectorFile.open(file.path.parent, 3, SIZE)
 
 
-def test_a_file_in_the_place_of_another_leaves_other_names_of_it_alone(file, tmp_path):
+def test_replacing_a_file_leaves_its_hard_links_alone(file, tmp_path):
     (tmp_path / "linked").hardlink_to(file.path)
     mapped, before = file.codes(), file.path.read_bytes()
     new = VectorFile.replace(tmp_path, 3, _codes(2, seed=9), since=4)
@@ -136,17 +136,17 @@ def test_a_file_in_the_place_of_another_leaves_other_names_of_it_alone(file, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["linked", "vectors-3.bin", "vectors-3.json"]
 
 
-def test_half_of_a_replacement_is_noticed(file, tmp_path):
-    """Killed between its two renames: the new rows under the old list."""
+def test_an_incomplete_replacement_is_detected(file, tmp_path):
+    """Killed between its two renames: the new rows have the old list of extents."""
     (tmp_path / "new").mkdir()
     other = VectorFile.create(tmp_path / "new", 3, SIZE)
     other.append(_codes(7, seed=8))
     other.path.replace(file.path)
-    again = VectorFile.open(tmp_path, 3, SIZE)
-    assert len(again.damaged(again.codes())) == 1
+    reopened = VectorFile.open(tmp_path, 3, SIZE)
+    assert len(reopened.damaged(reopened.codes())) == 1
 
 
-def test_generations(tmp_path):
+def test_listing_and_removing_generations(tmp_path):
     for number in (0, 12):
         VectorFile.create(tmp_path, number, SIZE)
     (tmp_path / "vectors-x.bin").touch()
@@ -159,11 +159,11 @@ def test_generations(tmp_path):
     assert empty.damaged(empty.codes()) == []
 
 
-def test_a_generation_counts_only_when_both_parts_are_there(tmp_path, monkeypatch):
-    def refuse(_):
+def test_a_generation_counts_only_if_both_files_exist(tmp_path, monkeypatch):
+    def fail(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(VectorFile, "_write_extents", refuse)
+    monkeypatch.setattr(VectorFile, "_write_extents", fail)
     with pytest.raises(OSError, match="No space left"):
         VectorFile.create(tmp_path, 1, SIZE)
     assert list(vector_file.generations(tmp_path)) == []

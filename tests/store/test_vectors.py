@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from d2llm.core.errors import InputError
 from d2llm.store.vector_formats import FORMATS, make_format
 
-# What a student's vectors look like: on the sphere of radius sqrt(dim).
+# Bytes of a row of 384 dimensions.
 QUANTISED = {"int8": 384, "int3": 144, "binary": 48}
 
 
 def sphere(num, dim, seed=0):
+    """Vectors like those of a student, on the sphere of radius sqrt(dim)."""
     vectors = np.random.default_rng(seed).standard_normal((num, dim))
     return (vectors * np.sqrt(dim) / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
@@ -21,12 +22,12 @@ def names(num):
     return [f"p{i}" for i in range(num)]
 
 
-def relative_error(kind, vectors):
-    decoded = kind.decode(kind.encode(vectors, names(len(vectors))))
+def relative_error(vector_format, vectors):
+    decoded = vector_format.decode(vector_format.encode(vectors, names(len(vectors))))
     return np.linalg.norm(decoded - vectors, axis=1) / np.linalg.norm(vectors, axis=1)
 
 
-def test_float_rows_by_hand():
+def test_float_formats_match_hand_computed_bytes():
     vectors = np.array([[1.0, -2.5], [0.1, 3.140625]], np.float32)
     rows = {name: make_format(name, 2).encode(vectors, names(2)) for name in ("float32", "float16", "bfloat16")}
     assert rows["float32"].tobytes() == struct.pack("<4f", *vectors.ravel())
@@ -37,14 +38,14 @@ def test_float_rows_by_hand():
 
 
 @pytest.mark.parametrize(("name", "code_size"), [("float32", 1536), ("float16", 768), *QUANTISED.items()])
-def test_bytes_of_a_row(name, code_size):
+def test_row_sizes(name, code_size):
     rows = make_format(name, 384).encode(sphere(3, 384), names(3))
     assert make_format(name, 384).code_size == code_size
     assert rows.shape == (3, code_size)
     assert rows.dtype == np.uint8
 
 
-def test_a_dimension_that_is_no_multiple_of_8_is_padded():
+def test_dimensions_are_padded_to_a_multiple_of_8():
     assert make_format("int3", 13).code_size == 3 * 2
     vectors = sphere(50, 13)
     assert np.median(relative_error(make_format("int3", 13), vectors)) < 0.3
@@ -54,58 +55,58 @@ def test_a_dimension_that_is_no_multiple_of_8_is_padded():
 @pytest.mark.parametrize(
     ("name", "low", "high"), [("int8", 0.015, 0.022), ("int3", 0.17, 0.22), ("binary", 0.58, 0.68)]
 )
-def test_the_error_is_what_theory_says(name, low, high):
+def test_quantisation_error_matches_theory(name, low, high):
     """8 bits: step / sqrt(12). 3 bits: near sqrt(.037) (Max 1960, uniform). Signs: sqrt(2 - 2 sqrt(2 / pi))."""
     errors = relative_error(make_format(name, 384), sphere(500, 384))
     assert low < errors.mean() < high
 
 
 @pytest.mark.parametrize("name", QUANTISED)
-def test_a_vector_with_one_large_dimension_is_kept_as_well_as_any_other(name):
+def test_one_large_dimension_is_stored_as_accurately_as_any_vector(name):
     vectors = np.zeros((1, 384), np.float32)
     vectors[0, 7] = np.sqrt(384)
-    usual = relative_error(make_format(name, 384), sphere(100, 384)).mean()
-    assert relative_error(make_format(name, 384), vectors)[0] < 1.5 * usual
+    mean_error = relative_error(make_format(name, 384), sphere(100, 384)).mean()
+    assert relative_error(make_format(name, 384), vectors)[0] < 1.5 * mean_error
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_levels_and_turned_query_give_the_product_with_the_decoded_vector(name):
-    kind = make_format(name, 40)
-    rows = kind.encode(sphere(20, 40), names(20))
+def test_levels_times_turned_query_give_the_decoded_product(name):
+    vector_format = make_format(name, 40)
+    rows = vector_format.encode(sphere(20, 40), names(20))
     query = np.random.default_rng(1).standard_normal(40).astype(np.float32)
-    expected = kind.decode(rows).astype(np.float64) @ query
-    np.testing.assert_allclose(kind.levels(rows) @ kind.turn(query), expected, atol=1e-4)
-    assert np.linalg.norm(kind.levels(rows), axis=1).max() <= kind.largest_norm(rows)
+    expected = vector_format.decode(rows).astype(np.float64) @ query
+    np.testing.assert_allclose(vector_format.levels(rows) @ vector_format.turn(query), expected, atol=1e-4)
+    assert np.linalg.norm(vector_format.levels(rows), axis=1).max() <= vector_format.largest_norm(rows)
 
 
-def test_the_planes_of_int3_by_hand():
-    """Eight levels, (number - 3.5) steps; the first byte has the highest bits, the first dimension in bit 0."""
-    kind, step = make_format("int3", 2), 0.5975
+def test_int3_bit_planes_match_hand_computed_values():
+    """Eight levels of (number - 3.5) steps; the first byte has the highest bits, bit 0 is the first dimension."""
+    vector_format, step = make_format("int3", 2), 0.5975
     rows = np.array([[0b01, 0b11, 0b10]], np.uint8)  # numbers 0b110 = 6 and 0b011 = 3
-    np.testing.assert_allclose(kind.levels(rows), [[2.5 * step, -0.5 * step]], rtol=1e-6)
-    assert kind.encode(kind.decode(rows), ["p"]).tolist() == rows.tolist()
+    np.testing.assert_allclose(vector_format.levels(rows), [[2.5 * step, -0.5 * step]], rtol=1e-6)
+    assert vector_format.encode(vector_format.decode(rows), ["p"]).tolist() == rows.tolist()
 
 
 def test_the_rotation_never_changes():
-    """An index that was written must be read alike for ever: signs by SHAKE-256 of a word, then DCT-II, orthonormal."""
+    """Existing indexes depend on it: signs from SHAKE-256 of a word, then an orthonormal DCT-II."""
     turned = make_format("int8", 16).turn(np.ones(16, np.float32))
     signs = np.array([-1, -1, 1, -1, 1, -1, 1, -1, 1, -1, -1, -1, 1, 1, -1, 1])
-    place = np.arange(16) + 0.5
-    expected = [np.sqrt(2 / 16) * np.sum(signs * np.cos(np.pi / 16 * place * k)) for k in range(16)]
+    positions = np.arange(16) + 0.5
+    expected = [np.sqrt(2 / 16) * np.sum(signs * np.cos(np.pi / 16 * positions * k)) for k in range(16)]
     expected[0] /= np.sqrt(2)
     np.testing.assert_allclose(turned, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_named(name, value):
+def test_non_finite_vectors_are_named(name, value):
     vectors = sphere(4, 24)
     vectors[2, 5] = value
     with pytest.raises(InputError, match=r"1 vectors are not finite.*'p2'"):
         make_format(name, 24).encode(vectors, names(4))
 
 
-def test_what_overflows_is_named():
+def test_out_of_range_vectors_are_named():
     with pytest.raises(InputError, match="'p1'"):
         make_format("float16", 2).encode(np.array([[1, 2], [70000, 1]], np.float32), names(2))
     vectors = sphere(3, 64)
@@ -117,28 +118,28 @@ def test_what_overflows_is_named():
         make_format("int3", 64).encode(sphere(1, 64) / 20, ["p0"])
 
 
-def test_unknown_format():
+def test_unknown_formats_are_rejected():
     with pytest.raises(InputError, match=r"'int4' is unknown; use one of bfloat16, .*binary"):
         make_format("int4", 8)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_vectors(name):
-    kind = make_format(name, 16)
-    rows = kind.encode(np.zeros((0, 16), np.float32), [])
-    assert rows.shape == (0, kind.code_size)
-    assert kind.decode(rows).shape == (0, 16)
+def test_empty_input_gives_empty_rows(name):
+    vector_format = make_format(name, 16)
+    rows = vector_format.encode(np.zeros((0, 16), np.float32), [])
+    assert rows.shape == (0, vector_format.code_size)
+    assert vector_format.decode(rows).shape == (0, 16)
 
 
 @given(st.sampled_from(FORMATS), st.integers(2, 70), st.integers(0, 2**32 - 1))
 def test_rows_do_not_depend_on_their_neighbours(name, dim, seed):
     # A vector of few dimensions may lie so near one axis of the rotation that 3 bits cannot hold it.
-    kind, vectors = make_format(name, dim), sphere(6, dim, seed).clip(-2, 2)
+    vector_format, vectors = make_format(name, dim), sphere(6, dim, seed).clip(-2, 2)
     try:
-        rows = kind.encode(vectors, names(6))
+        rows = vector_format.encode(vectors, names(6))
     except InputError:
         assert name == "int3"
         assert dim < 8
         return
-    np.testing.assert_array_equal(rows[3:4], kind.encode(vectors[3:4], names(1)))
-    np.testing.assert_array_equal(kind.decode(rows)[2:5], kind.decode(rows[2:5]))
+    np.testing.assert_array_equal(rows[3:4], vector_format.encode(vectors[3:4], names(1)))
+    np.testing.assert_array_equal(vector_format.decode(rows)[2:5], vector_format.decode(rows[2:5]))

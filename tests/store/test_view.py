@@ -1,4 +1,4 @@
-"""A view says what one version of a store holds, whatever happens to the store meanwhile."""
+"""A view shows one version of a store, whatever happens to the store in the meantime."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ QUERY = np.random.default_rng(7).standard_normal(DIM).astype(np.float32)
 
 @pytest.fixture(params=["bfloat16", "int8"])
 def store(tmp_path, request):
-    made = new_store(tmp_path / "index", request.param)
-    put(made, PASSAGES.values())
-    made.settle()
-    return made
+    store = new_store(tmp_path / "index", request.param)
+    put(store, PASSAGES.values())
+    store.settle()
+    return store
 
 
-def _best(passages, vector_format):
-    given = list(passages)
-    scores = exact_products(given, vector_format, QUERY)
-    return [given[place].id for place in sorted(range(len(given)), key=lambda n: (-scores[n], given[n].id))]
+def _ranked_ids(passages, vector_format):
+    items = list(passages)
+    scores = exact_products(items, vector_format, QUERY)
+    return [items[position].id for position in sorted(range(len(items)), key=lambda n: (-scores[n], items[n].id))]
 
 
-def test_what_a_view_says_of_itself(store):
+def test_view_properties(store):
     view = PassageView(store)
     assert (len(view), view.capacity, view.dim, view.task) == (30, 30, DIM, "asymmetric")
     assert view.live is None
@@ -54,29 +54,29 @@ def test_the_scan_is_exact(store):
     alive = {key: p for key, p in PASSAGES.items() if key not in ("p3", "p7")}
     view = PassageView(store)
     for top_k in (1, 5, 28, 1000):
-        assert view.ids(view.scan(QUERY, top_k).rows) == _best(alive.values(), store.format.name)[:top_k]
+        assert view.ids(view.scan(QUERY, top_k).rows) == _ranked_ids(alive.values(), store.format.name)[:top_k]
     years = view.select("year BETWEEN 2003 AND 2010")
     chosen = [p for p in alive.values() if 2003 <= p.metadata["year"] <= 2010]
-    assert view.ids(view.scan(QUERY, 100, years).rows) == _best(chosen, store.format.name)
+    assert view.ids(view.scan(QUERY, 100, years).rows) == _ranked_ids(chosen, store.format.name)
     assert view.ids(view.scan(QUERY, 3, np.ones(30, np.bool_)).rows) == view.ids(view.scan(QUERY, 3).rows)
 
 
-def test_equal_texts_come_in_the_order_of_their_ids(store):
+def test_equal_texts_are_ordered_by_id(store):
     put(store, [Passage(name, "the same") for name in ("z", "a", "m")])
-    found = PassageView(store).scan(vector_of(Passage("", "the same")), 3)
-    assert PassageView(store).ids(found.rows) == ["a", "m", "z"]
-    assert len(set(found.scores.tolist())) == 1
+    matches = PassageView(store).scan(vector_of(Passage("", "the same")), 3)
+    assert PassageView(store).ids(matches.rows) == ["a", "m", "z"]
+    assert len(set(matches.scores.tolist())) == 1
 
 
-def test_words_that_tie_for_the_last_place(store):
-    """Of passages that BM25 finds equally good, those with the first ids are taken."""
+def test_bm25_ties_at_the_cutoff_are_broken_by_id(store):
+    """Passages with equal BM25 scores are returned in order of their ids."""
     put(store, [Passage(f"t{n:03}", "unusual words here") for n in range(99, -1, -1)])
     view = PassageView(store)
     for top_k in (1, 7, 60, 100, 1000):
         assert view.ids(view.match("unusual", top_k).rows) == [f"t{n:03}" for n in range(min(top_k, 100))]
 
 
-def test_words_with_a_filter(store):
+def test_word_search_with_a_filter(store):
     view = PassageView(store)
     assert view.ids(view.match("own4", 9).rows) == ["p4"]
     assert sorted(view.ids(view.match("common", 99, "year < 2003").rows)) == ["p0", "p1", "p2"]
@@ -90,11 +90,11 @@ def test_words_with_a_filter(store):
 @pytest.mark.parametrize(
     "text", ["+", "a AND b", '"', "'", "a*", "(", "\\", "\0", "text:own4", "😀", "a" * 5000, "-- ; DROP"]
 )
-def test_any_text_can_be_asked(store, text):
+def test_any_text_is_a_valid_word_query(store, text):
     PassageView(store).match(text, 3)
 
 
-def test_what_cannot_be_asked(store):
+def test_invalid_requests_are_rejected(store):
     view = PassageView(store)
     for top_k in (0, -1):
         with pytest.raises(InputError, match="top_k"):
@@ -125,15 +125,15 @@ def test_an_empty_store(tmp_path):
         assert view.vectors(np.zeros(0, np.int64)).shape == (0, DIM)
         assert not view.select("year > 1").any()
         put(store, PASSAGES.values())
-        store.compact(timedelta(0), dense=True)  # and once more when everything has been deleted
+        store.compact(timedelta(0), dense=True)  # and again after everything has been deleted
         store.delete(list(PASSAGES))
         store.compact(timedelta(0), dense=True)
         assert verify(store).problems == []
 
 
-def test_rows_are_taken_in_the_order_asked_for(store):
+def test_rows_are_returned_in_the_requested_order(store):
     store.delete(["p5"])
-    put(store, few_passages(3, start=40, word="later").values())  # another file of the table
+    put(store, few_passages(3, start=40, word="later").values())  # in another data file
     view = PassageView(store)
     stored = view._table.columns(["id", "d2_row"])
     id_of = dict(zip((np.asarray(stored["d2_row"]) & ROW_MASK).tolist(), stored["id"].to_pylist(), strict=True))
@@ -141,13 +141,13 @@ def test_rows_are_taken_in_the_order_asked_for(store):
     assert view.ids(rows) == [id_of[row] for row in rows.tolist()]
     assert [passage.id for passage in view.passages(rows)] == [id_of[row] for row in rows.tolist()]
     assert view.ids(np.zeros(0, np.int64)) == []
-    dead = next(row for row in range(view.capacity) if row not in id_of)
-    for wrong in (dead, -1, view.capacity):
+    dead_row = next(row for row in range(view.capacity) if row not in id_of)
+    for bad_row in (dead_row, -1, view.capacity):
         with pytest.raises(DataFormatError, match="lacks 1 of 3 requested rows"):
-            view.ids(np.array([1, 2, wrong]))
+            view.ids(np.array([1, 2, bad_row]))
 
 
-def test_a_version_is_pinned(store):
+def test_a_view_keeps_its_version(store):
     view, before = PassageView(store), dict(PASSAGES)
     put(store, few_passages(20, start=20, word="changed").values())
     store.delete(["p1", "p2"])
@@ -156,13 +156,13 @@ def test_a_version_is_pinned(store):
     after = PASSAGES | few_passages(20, start=20, word="changed")
     del after["p1"], after["p2"]
     check_contents(view, before)
-    assert view.ids(view.scan(QUERY, 5).rows) == _best(before.values(), store.format.name)[:5]
+    assert view.ids(view.scan(QUERY, 5).rows) == _ranked_ids(before.values(), store.format.name)[:5]
     assert view.ids(view.match("own1", 3).rows) == ["p1"]
     check_contents(PassageView(store), after)
     check_contents(PassageView(store, view.version), before)
 
 
-def test_a_version_that_is_forgotten_says_so(store):
+def test_a_removed_version_is_reported(store):
     view = PassageView(store)
     view.scan(QUERY, 1)
     put(store, few_passages(5, start=50).values())
@@ -174,7 +174,7 @@ def test_a_version_that_is_forgotten_says_so(store):
 
 
 @pytest.mark.parametrize("damage", ["missing", "no list", "garbage list", "truncated", "flipped", "another size"])
-def test_vectors_that_are_damaged_are_read_from_the_table(store, damage):
+def test_damaged_vectors_are_read_from_the_table(store, damage):
     path = vector_file.path_of(store.folder, 0)
     opened_before = PassageView(store)
     if damage == "missing":
@@ -184,7 +184,7 @@ def test_vectors_that_are_damaged_are_read_from_the_table(store, damage):
     elif damage == "garbage list":
         path.with_suffix(".json").write_text('{"extents": [["a", "b", "c"]], "since": "x"}')
     elif damage == "truncated":
-        path.rename(path.with_suffix(".old"))  # not in place: what others have mapped would be gone
+        path.rename(path.with_suffix(".old"))  # not in place: other readers have the file mapped
         path.write_bytes(path.with_suffix(".old").read_bytes()[:-1])
         path.with_suffix(".old").unlink()
     elif damage == "flipped":
@@ -196,14 +196,14 @@ def test_vectors_that_are_damaged_are_read_from_the_table(store, damage):
     check_contents(PassageView(store), PASSAGES)
     assert (
         PassageView(store).ids(PassageView(store).scan(QUERY, 4).rows)
-        == _best(PASSAGES.values(), store.format.name)[:4]
+        == _ranked_ids(PASSAGES.values(), store.format.name)[:4]
     )
     assert verify(store).problems == []
     check_contents(opened_before, PASSAGES)
 
 
-def test_damaged_vectors_behind_which_rows_were_deleted(store):
-    """The file that is written anew ends with the last live row, so it is shorter than the one that was opened."""
+def test_damaged_vectors_followed_by_deleted_rows(store):
+    """The rewritten file ends at the last live row, so it is shorter than the file that was opened."""
     store.delete(["p28", "p29"])
     path = vector_file.path_of(store.folder, 0)
     content = bytearray(path.read_bytes())
@@ -211,14 +211,14 @@ def test_damaged_vectors_behind_which_rows_were_deleted(store):
     path.write_bytes(content)
     view = PassageView(store)
     alive = {key: p for key, p in PASSAGES.items() if key not in ("p28", "p29")}
-    assert view.ids(view.scan(QUERY, 40).rows) == _best(alive.values(), store.format.name)
-    assert view.ids(view.scan(QUERY, 40, view.select("year > 2020")).rows) == _best(
+    assert view.ids(view.scan(QUERY, 40).rows) == _ranked_ids(alive.values(), store.format.name)
+    assert view.ids(view.scan(QUERY, 40, view.select("year > 2020")).rows) == _ranked_ids(
         [p for p in alive.values() if p.metadata["year"] > 2020], store.format.name
     )
     check_contents(view, alive)
 
 
-def test_an_old_version_whose_rows_a_new_file_lacks(store):
+def test_an_old_version_has_rows_that_the_new_file_lacks(store):
     version = PassageView(store).version
     store.delete(["p29", "p4"])
     vector_file.remove(store.folder, 0)
@@ -229,24 +229,24 @@ def test_an_old_version_whose_rows_a_new_file_lacks(store):
     check_contents(PassageView(store), alive | few_passages(3, start=70))
 
 
-def test_a_rebuild_while_the_store_goes_on_is_in_memory(store, monkeypatch):
-    """Between the look at the latest version and the lock, a writer may delete rows."""
+def test_a_rebuild_during_a_concurrent_write_stays_in_memory(store, monkeypatch):
+    """A writer may delete rows after the latest version was read and before the lock is taken."""
     table = store.table()
-    writing = IndexStore.writing
+    original_writing = IndexStore.writing
 
-    def late(self):
-        monkeypatch.setattr(IndexStore, "writing", writing)
+    def delete_then_lock(self):
+        monkeypatch.setattr(IndexStore, "writing", original_writing)
         store.delete(["p0"])
-        return writing(self)
+        return original_writing(self)
 
-    monkeypatch.setattr(IndexStore, "writing", late)
+    monkeypatch.setattr(IndexStore, "writing", delete_then_lock)
     rebuilt = store.vectors.recover(table, "lost")
     assert rebuilt.file is None
     np.testing.assert_array_equal(rebuilt.codes, table.codes())
     assert rebuilt.codes[0].any()
 
 
-def test_another_writer_at_work_does_not_stop_a_reader(store):
+def test_readers_are_not_blocked_by_a_writer(store):
     vector_file.remove(store.folder, 0)
     other = IndexStore.open(store.folder)
     with other.writing():
@@ -261,10 +261,10 @@ def test_a_view_in_another_format(store):
     alive = [p for key, p in PASSAGES.items() if key not in ("p3", "p7")]
     view = PassageView(store)
     words = view.words
-    assert view.ann_base is not None  # of the vectors as the index stores them, not as the other view does
+    assert view.ann_base is not None  # built over the vectors as the index stores them, not as the other view does
     other = view.stored_as("int3")
     assert (other.format.name, view.format.name) == ("int3", store.format.name)
-    assert other.ids(other.scan(QUERY, 100).rows) == _best_of_stored(view, alive)
+    assert other.ids(other.scan(QUERY, 100).rows) == _ranked_ids_by_int3(view, alive)
     np.testing.assert_array_equal(other.block(0, 30)[view.live], other.vectors(view.live_rows()))
     assert other.words is words
     assert other.ann_base is other.projections is other.vector_file is None
@@ -274,10 +274,10 @@ def test_a_view_in_another_format(store):
         view.stored_as("int5")
 
 
-def _best_of_stored(view, passages):
-    """The order by int3 codes of what the view holds, in float64."""
+def _ranked_ids_by_int3(view, passages):
+    """Ids ranked by the int3 codes of the stored vectors, in float64."""
     ids = [p.id for p in passages]
-    made = make_format("int3", DIM)
-    vectors = made.decode(made.encode(view.vectors(view.rows(ids)), ids)).astype(np.float64)
+    int3_format = make_format("int3", DIM)
+    vectors = int3_format.decode(int3_format.encode(view.vectors(view.rows(ids)), ids)).astype(np.float64)
     scores = (vectors @ QUERY.astype(np.float64)).astype(np.float32)
-    return [ids[place] for place in sorted(range(len(ids)), key=lambda n: (-scores[n], ids[n]))]
+    return [ids[position] for position in sorted(range(len(ids)), key=lambda n: (-scores[n], ids[n]))]

@@ -1,4 +1,4 @@
-"""The words of an index on disk: whole or read again, joined, kept by snapshots."""
+"""Word files of an index: damage, rebuilding from the texts, joining of segments, and snapshots."""
 
 from __future__ import annotations
 
@@ -45,41 +45,41 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("words-*.bin"))
 
 
-def test_segments_in_files_are_what_they_were(tmp_path):
+def test_segments_survive_a_round_trip(tmp_path):
     write(tmp_path, 0, 20, 33, 40)
-    found = open_words(tmp_path, 0, 40, unreadable, whole=True)
-    assert found.problems == []
-    assert scores(found.words) == EXPECTED
+    opened = open_words(tmp_path, 0, 40, unreadable, whole=True)
+    assert opened.problems == []
+    assert scores(opened.words) == EXPECTED
 
 
 @pytest.mark.parametrize("bounds", [(0,), (0, 20), (20, 40), (0, 5, 9)])
-def test_what_is_in_no_file_is_read_again_and_counted(tmp_path, bounds):
+def test_missing_rows_are_read_again_and_counted(tmp_path, bounds):
     write(tmp_path, *bounds)
-    found = open_words(tmp_path, 0, 40, texts_of)
+    opened = open_words(tmp_path, 0, 40, texts_of)
     missing = 40 - (bounds[-1] - bounds[0])
-    assert found.problems == [f"the words of {missing} passages are in no file"]
-    assert scores(found.words) == EXPECTED
+    assert opened.problems == [f"the words of {missing} passages are in no file"]
+    assert scores(opened.words) == EXPECTED
     settle_words(tmp_path, 0, 40, texts_of)
-    found = open_words(tmp_path, 0, 40, unreadable)
-    assert (found.problems, scores(found.words)) == ([], EXPECTED)
+    opened = open_words(tmp_path, 0, 40, unreadable)
+    assert (opened.problems, scores(opened.words)) == ([], EXPECTED)
 
 
-def test_rows_that_are_no_passages_are_not_missed(tmp_path):
+def test_rows_without_a_passage_do_not_count_as_missing(tmp_path):
     write(tmp_path, 0, 38)
     texts = [*TEXTS[:38], "", ""]
-    found = open_words(tmp_path, 0, 40, lambda first, end: texts[first:end])
-    assert found.problems == []
-    assert len(found.words) == 40
+    opened = open_words(tmp_path, 0, 40, lambda first, end: texts[first:end])
+    assert opened.problems == []
+    assert len(opened.words) == 40
 
 
-def test_another_generation_has_its_own(tmp_path):
+def test_generations_have_separate_files(tmp_path):
     write(tmp_path, 0, 40)
     assert "40 passages" in open_words(tmp_path, 1, 40, texts_of).problems[0]
 
 
 @pytest.mark.parametrize("name", ["bin", "json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "empty"])
-def test_damage_is_told_and_the_words_are_read_again(tmp_path, name, damage):
+def test_damage_is_reported_and_the_words_are_read_again(tmp_path, name, damage):
     write(tmp_path, 0, 20, 40)
     path = tmp_path / f"words-0-20-40.{name}"
     content = bytearray(path.read_bytes())
@@ -87,24 +87,25 @@ def test_damage_is_told_and_the_words_are_read_again(tmp_path, name, damage):
         content[len(content) // 2] ^= 4
     changed = {"flip": content, "cut": content[:-3], "empty": b""}.get(damage)
     path.unlink() if changed is None else path.write_bytes(changed)
-    found = open_words(tmp_path, 0, 40, texts_of)
-    assert "20 passages are in no file" in found.problems[-1]
-    assert scores(found.words) == EXPECTED
+    opened = open_words(tmp_path, 0, 40, texts_of)
+    assert "20 passages are in no file" in opened.problems[-1]
+    assert scores(opened.words) == EXPECTED
     word_files.remove_damaged(tmp_path, 0)
     settle_words(tmp_path, 0, 40, texts_of)
-    found = open_words(tmp_path, 0, 40, unreadable, whole=True)
-    assert (found.problems, scores(found.words)) == ([], EXPECTED)
+    opened = open_words(tmp_path, 0, 40, unreadable, whole=True)
+    assert (opened.problems, scores(opened.words)) == ([], EXPECTED)
 
 
-def test_small_neighbours_are_joined_and_a_row_is_rewritten_as_often_as_their_number_doubles(tmp_path, monkeypatch):
+def test_small_neighbouring_segments_are_joined(tmp_path, monkeypatch):
+    """A row is rewritten only as often as the number of rows doubles."""
     written = []
     write_file = word_files._write
     monkeypatch.setattr(word_files, "_write", lambda *args: (written.append(len(args[3])), write_file(*args)))
     for row in range(40):
         write(tmp_path, row, row + 1)
         settle_words(tmp_path, 0, row + 1, unreadable)
-    found = open_words(tmp_path, 0, 40, unreadable)
-    assert (found.problems, scores(found.words)) == ([], EXPECTED)
+    opened = open_words(tmp_path, 0, 40, unreadable)
+    assert (opened.problems, scores(opened.words)) == ([], EXPECTED)
     assert len(files(tmp_path)) <= 6
     assert sum(written) <= 40 * 8
 
@@ -118,49 +119,49 @@ def test_no_segment_gets_too_large(tmp_path, monkeypatch):
     assert files(tmp_path)[3:] == ["words-1-0-16.bin", "words-1-16-32.bin", "words-1-32-40.bin"]
 
 
-def test_words_of_rows_that_are_given_again_are_forgotten(tmp_path):
+def test_words_of_reused_row_numbers_are_dropped(tmp_path):
     write(tmp_path, 0, 20)
-    write_segment(tmp_path, 0, 20, WordSegment.from_texts(["other"] * 20))  # of a writer that did not commit
+    write_segment(tmp_path, 0, 20, WordSegment.from_texts(["other"] * 20))  # left by a writer that did not commit
     write(tmp_path, 20, 40)
     assert scores(open_words(tmp_path, 0, 40, unreadable).words) == EXPECTED
 
 
-def test_rows_of_later_versions_do_not_count(tmp_path):
+def test_rows_of_later_versions_are_ignored(tmp_path):
     write(tmp_path, 0, 40)
-    found = open_words(tmp_path, 0, 12, unreadable)
-    only = found.words.only(np.ones(12, np.bool_))
-    assert scores(only)[:12] == scores(WordIndex.from_texts(TEXTS[:12]))
-    rows, _ = only.best(only.query("sentence"), 100)
+    opened = open_words(tmp_path, 0, 12, unreadable)
+    restricted = opened.words.only(np.ones(12, np.bool_))
+    assert scores(restricted)[:12] == scores(WordIndex.from_texts(TEXTS[:12]))
+    rows, _ = restricted.best(restricted.query("sentence"), 100)
     assert sorted(rows) == list(range(12))
 
 
 class TestStore:
     @pytest.fixture
     def store(self, tmp_path) -> IndexStore:
-        made = new_store(tmp_path / "index")
-        put(made, few_passages(20).values())
-        put(made, [Passage("p3", "changed own3 own3"), Passage("later", "common words")])
-        made.delete(["p7", "p8"])
-        return made
+        store = new_store(tmp_path / "index")
+        put(store, few_passages(20).values())
+        put(store, [Passage("p3", "changed own3 own3"), Passage("later", "common words")])
+        store.delete(["p7", "p8"])
+        return store
 
     def matches(self, store: IndexStore, text: str = "common own3 word") -> dict[str, float]:
         view = PassageView(store)
-        found = view.match(text, 99)
-        return dict(zip(view.ids(found.rows), found.scores.tolist(), strict=True))
+        ranking = view.match(text, 99)
+        return dict(zip(view.ids(ranking.rows), ranking.scores.tolist(), strict=True))
 
     def expected(self, store: IndexStore, text: str = "common own3 word") -> dict[str, float]:
         view = PassageView(store)
         passages = view.passages(view.live_rows())
         words = WordIndex.from_texts(passage.full_text for passage in passages)
-        found = zip(passages, words.scores(words.query(text)).tolist(), strict=True)
-        return {passage.id: score for passage, score in found if score}
+        scored = zip(passages, words.scores(words.query(text)).tolist(), strict=True)
+        return {passage.id: score for passage, score in scored if score}
 
-    def test_scores_are_as_if_the_index_had_been_built_of_what_is_there(self, store):
+    def test_scores_equal_those_of_a_freshly_built_index(self, store):
         assert self.matches(store) == pytest.approx(self.expected(store))
         assert {"later", "p3"} <= self.matches(store).keys()
         assert not {"p7", "p8"} & self.matches(store).keys()
 
-    def test_compaction_and_restoring_take_them_along(self, store, caplog):
+    def test_words_survive_compaction_and_restore(self, store, caplog):
         before = self.matches(store)
         store.snapshot("kept")
         store.compact(dense=True)
@@ -172,13 +173,13 @@ class TestStore:
         assert self.matches(store) == pytest.approx(before)
         assert caplog.records == []  # nothing was read again
 
-    def test_an_old_view_goes_on(self, store):
+    def test_an_old_view_still_matches_its_passages(self, store):
         view = PassageView(store)
         put(store, few_passages(30, 50).values())
         store.compact(dense=True)
         assert len(view.match("common", 99).rows) == 18
 
-    def test_stats_and_verify_know_them(self, store):
+    def test_stats_and_verify_cover_word_files(self, store):
         assert stats(store).word_bytes == sum(path.stat().st_size for path in store.folder.glob("words-*"))
         assert verify(store).problems == []
         expected = self.expected(store)
@@ -190,7 +191,7 @@ class TestStore:
         assert verify(store).problems == []
         assert self.matches(store) == pytest.approx(expected)
 
-    def test_what_reads_them_again_says_so(self, store, caplog):
+    def test_reading_words_again_is_logged(self, store, caplog):
         for path in store.folder.glob("words-*"):
             path.unlink()
         assert self.matches(store)

@@ -1,4 +1,4 @@
-"""BM25 of passages and windows against the formula in float64, and what is made of the words of several languages."""
+"""BM25 of passages and windows against the formula in float64; terms and sentences in several languages."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ queries = st.lists(st.sampled_from([*VOCABULARY, "unknown"]), max_size=8).map(" 
 def by_formula(query: str, collection: list[str], parts: list[str]) -> list[float]:
     """Lucene's BM25 of each part, term by term: idf of the collection, mean length of the parts."""
     words = [terms(text) for text in collection]
-    of_parts = [terms(part) for part in parts]
-    mean = sum(map(len, of_parts)) / max(len(of_parts), 1)
+    part_terms = [terms(part) for part in parts]
+    mean = sum(map(len, part_terms)) / max(len(part_terms), 1)
     scores: list[float] = []
-    for part in of_parts:
+    for part in part_terms:
         score = 0.0
         for term in terms(query):
-            containing = sum(term in found for found in words)
+            containing = sum(term in text_terms for text_terms in words)
             count = part.count(term)
             if count:
                 idf = math.log(1 + (len(words) - containing + 0.5) / (containing + 0.5))
@@ -48,19 +48,20 @@ def by_formula(query: str, collection: list[str], parts: list[str]) -> list[floa
 
 
 def by_windows(query: str, collection: list[str]) -> list[float]:
-    """The best window of each text by the formula."""
+    """The score of the best window of each text, by the formula."""
     parts = [[text[start:end] for start, end in windows(text)] for text in collection]
-    # Only windows with a sentence count: an empty text has none.
-    flat = [part for own, text in zip(parts, collection, strict=True) if sentences(text) for part in own]
+    # Only windows that contain a sentence count; an empty text has none.
+    flat = [part for text_parts, text in zip(parts, collection, strict=True) if sentences(text) for part in text_parts]
     scores = iter(by_formula(query, collection, flat))
     return [
-        max(next(scores) for _ in own) if sentences(text) else 0.0 for own, text in zip(parts, collection, strict=True)
+        max(next(scores) for _ in text_parts) if sentences(text) else 0.0
+        for text_parts, text in zip(parts, collection, strict=True)
     ]
 
 
 def ranked(passages: dict[str, str], query: str, top_k: int = 10) -> list[tuple[str, float]]:
-    [found] = rank_passages(WordIndex.from_texts(passages.values()), list(passages), [query], top_k)
-    return [(candidate.passage_id, candidate.score) for candidate in found]
+    [ranking] = rank_passages(WordIndex.from_texts(passages.values()), list(passages), [query], top_k)
+    return [(candidate.passage_id, candidate.score) for candidate in ranking]
 
 
 class TestScores:
@@ -74,21 +75,21 @@ class TestScores:
         ],
     )
     def test_order_and_values(self, query, order):
-        found = ranked(TEXTS, query)
-        assert [name for name, _ in found] == order
+        ranking = ranked(TEXTS, query)
+        assert [name for name, _ in ranking] == order
         expected = dict(zip(TEXTS, by_formula(query, list(TEXTS.values()), list(TEXTS.values())), strict=True))
-        for name, score in found:
+        for name, score in ranking:
             assert score == pytest.approx(expected[name], rel=1e-5)
 
-    def test_ties_go_by_id_and_the_first_k_are_a_prefix(self):
-        everything = ranked(TEXTS, "the dog and the cat", 100)
-        assert [name for name, _ in everything[:2]] == ["a", "b"]
-        assert everything[0][1] == everything[1][1]
+    def test_ties_are_ordered_by_id_and_top_k_is_a_prefix(self):
+        full_ranking = ranked(TEXTS, "the dog and the cat", 100)
+        assert [name for name, _ in full_ranking[:2]] == ["a", "b"]
+        assert full_ranking[0][1] == full_ranking[1][1]
         for top_k in (1, 2, 3):
-            assert ranked(TEXTS, "the dog and the cat", top_k) == everything[:top_k]
+            assert ranked(TEXTS, "the dog and the cat", top_k) == full_ranking[:top_k]
 
     @given(texts, queries)
-    def test_every_score_is_the_formulas(self, collection, query):
+    def test_scores_match_the_formula(self, collection, query):
         index = WordIndex.from_texts(collection)
         words = index.query(query)
         np.testing.assert_allclose(index.scores(words), by_formula(query, collection, collection), rtol=1e-5, atol=1e-6)
@@ -99,36 +100,36 @@ class TestScores:
         assert best_windows.max(initial=0) <= words.limit
 
     @given(texts, queries, st.data())
-    def test_segments_order_and_deletions_change_nothing(self, collection, query, data):
+    def test_scores_do_not_depend_on_segments_or_deletions(self, collection, query, data):
         cuts = sorted(data.draw(st.lists(st.integers(0, len(collection)), max_size=3)))
         live = np.array(data.draw(st.lists(st.booleans(), min_size=len(collection), max_size=len(collection))))
         bounds = [0, *cuts, len(collection)]
         segments = [WordSegment.from_texts(collection[a:b]) for a, b in pairwise(bounds)]
         index = WordIndex(segments, live=live)
-        left = [text for text, alive in zip(collection, live, strict=True) if alive]
-        rebuilt = WordIndex.from_texts(left)
-        words, other = index.query(query), rebuilt.query(query)
-        np.testing.assert_array_equal(words.statistics, other.statistics)
-        np.testing.assert_array_equal(index.scores(words)[live], rebuilt.scores(other))
+        remaining = [text for text, alive in zip(collection, live, strict=True) if alive]
+        rebuilt = WordIndex.from_texts(remaining)
+        words, rebuilt_words = index.query(query), rebuilt.query(query)
+        np.testing.assert_array_equal(words.statistics, rebuilt_words.statistics)
+        np.testing.assert_array_equal(index.scores(words)[live], rebuilt.scores(rebuilt_words))
         rows = np.flatnonzero(live)[::-1]
-        for found, expected in zip(
-            index.score(words, rows), rebuilt.score(other, np.arange(len(left))[::-1]), strict=True
+        for actual, expected in zip(
+            index.score(words, rows), rebuilt.score(rebuilt_words, np.arange(len(remaining))[::-1]), strict=True
         ):
-            np.testing.assert_array_equal(found, expected)
+            np.testing.assert_array_equal(actual, expected)
         joined = WordIndex([WordSegment.join(segments)], live=live)
         np.testing.assert_array_equal(joined.scores(joined.query(query)), index.scores(words))
 
     @given(texts, queries, st.integers(1, 6), st.data())
-    def test_the_best_are_those_of_all_scores(self, collection, query, num, data):
+    def test_best_rows_are_those_of_all_scores(self, collection, query, num, data):
         allowed = np.array(data.draw(st.lists(st.booleans(), min_size=len(collection), max_size=len(collection))))
         half = len(collection) // 2
         index = WordIndex([WordSegment.from_texts(collection[:half]), WordSegment.from_texts(collection[half:])])
         words = index.query(query)
         scores = np.where(allowed, index.scores(words), 0)
-        rows, found = index.best(words, num, allowed=allowed)
+        rows, best_scores = index.best(words, num, allowed=allowed)
         floor = np.sort(scores)[::-1][:num].min(initial=np.inf)
         np.testing.assert_array_equal(np.sort(rows), np.flatnonzero((scores >= floor) & (scores > 0)))
-        np.testing.assert_array_equal(found, scores[rows])
+        np.testing.assert_array_equal(best_scores, scores[rows])
 
     @pytest.mark.parametrize("query", ["", "  ", "?!", "zebra"])
     def test_a_query_that_matches_nothing(self, query):
@@ -149,7 +150,7 @@ class TestScores:
         ] * 2
         assert WordIndex([]).scores(WordIndex([]).query("cat")).tolist() == []
 
-    def test_no_rows_at_all(self):
+    def test_scoring_no_rows(self):
         index = WordIndex.from_texts(TEXTS.values())
         assert [len(part) for part in index.score(index.query("cat"), np.zeros(0, np.int64))] == [0, 0]
 
@@ -160,7 +161,7 @@ class TestScores:
             [math.log(5), math.log(1 + cat + mat), mat / (cat + mat), 0.25]
         )
 
-    def test_a_segment_of_some_rows_is_that_of_their_texts(self):
+    def test_taking_rows_equals_indexing_their_texts(self):
         texts = [*TEXTS.values()]
         rows = np.array([3, 0, 4])
         taken = WordIndex([WordSegment.from_texts(texts[:2]), WordSegment.from_texts(texts[2:])]).take(rows)
@@ -180,7 +181,7 @@ class TestTerms:
             ("сколько стоит билет", "ru"),
         ],
     )
-    def test_queries_in_other_scripts_find(self, query, best):
+    def test_queries_in_other_scripts(self, query, best):
         passages = {
             "zh-cat": "小猫喜欢睡觉。",
             "zh-beijing": "今天北京天气晴朗。",
@@ -190,7 +191,7 @@ class TestTerms:
         }
         assert ranked(passages, query)[0][0] == best
 
-    def test_one_character_finds_longer_words(self):
+    def test_a_single_character_matches_longer_words(self):
         assert [name for name, _ in ranked({"a": "今天天气晴朗。", "b": "小猫喜欢睡觉。"}, "猫")] == ["b"]
 
     @pytest.mark.parametrize(
@@ -225,15 +226,15 @@ class TestSentences:
     def test_sentences(self, text, expected):
         assert [text[start:end] for start, end in sentences(text)] == expected
 
-    def test_windows_are_neighbouring_sentences(self):
+    def test_windows_are_pairs_of_neighbouring_sentences(self):
         text = "One here. Two here. Three here. Four here."
-        found = [text[start:end] for start, end in windows(text)]
-        assert found == ["One here. Two here.", "Two here. Three here.", "Three here. Four here."]
+        window_texts = [text[start:end] for start, end in windows(text)]
+        assert window_texts == ["One here. Two here.", "Two here. Three here.", "Three here. Four here."]
         assert windows("One here. Two here.") == [(0, 19)]
         assert windows("") == [(0, 0)]
 
     @given(st.text(alphabet="ab .\n。!", max_size=300))
-    def test_sentences_hold_everything_but_white_space(self, text):
+    def test_sentences_cover_everything_but_white_space(self, text):
         spans = sentences(text)
         assert all(start < end for start, end in spans)
         assert all(end <= following for (_, end), (following, _) in pairwise(spans))
@@ -241,7 +242,7 @@ class TestSentences:
             "".join(text[start:end].split()) for start, end in spans
         ) == "".join(text.split())
 
-    def test_what_has_no_end_is_cut(self):
+    def test_overlong_sentences_are_cut(self):
         word = "x" * 10_000
         assert max(end - start for start, end in sentences(word)) == 400
         assert "".join(word[start:end] for start, end in sentences(word)) == word

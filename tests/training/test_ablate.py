@@ -1,4 +1,4 @@
-"""Ablations: what is trained in which order on what, what is skipped and resumed, and figures by hand."""
+"""Ablations: order and data of the runs, skipping and resuming, and report figures checked by hand."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small_recipe(place: Place, **training: object) -> Recipe:
 
 
 def run(place: Place, folder: Path, **options: Any) -> AblationReport:
-    given = {
+    defaults = {
         "recipe": small_recipe(place),
         "labels": place.labels,
         "teacher": place.teacher,
@@ -50,11 +50,11 @@ def run(place: Place, folder: Path, **options: Any) -> AblationReport:
         "dtype": "float32",
         "show_progress": False,
     }
-    return ablate(options.pop("sources", [place.source]), folder, **(given | options))
+    return ablate(options.pop("sources", [place.source]), folder, **(defaults | options))
 
 
-class Trained:
-    """In the place of training: notes what was asked for, gives values by variant and seed."""
+class FakeTraining:
+    """Stands in for training: records its calls and returns preset values by variant and seed."""
 
     def __init__(self, values: Mapping[str, tuple[float, ...]] | None = None) -> None:
         self.values = values or {}
@@ -78,9 +78,9 @@ class Trained:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
-    def replace(values: Mapping[str, tuple[float, ...]] | None = None) -> Trained:
-        fake = Trained(values)
+def fake_training(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeTraining]:
+    def replace(values: Mapping[str, tuple[float, ...]] | None = None) -> FakeTraining:
+        fake = FakeTraining(values)
         monkeypatch.setattr(verb, "train_and_measure", fake)
         return fake
 
@@ -110,7 +110,7 @@ def refuse(*arguments: Any, **options: Any) -> None:
 
 @pytest.fixture(scope="module")
 def history(place: Place, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """One ablation from its first call, which may do nothing, over a killed run to its end."""
+    """One ablation: a first call without any time budget, then a killed run, then a resumed one that finishes."""
     folder = tmp_path_factory.mktemp("history") / "ablation"
     empty = run(place, folder, budget_minutes=0)
     with pytest.MonkeyPatch.context() as patch:
@@ -118,20 +118,20 @@ def history(place: Place, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
         with pytest.raises(Interrupted):
             run(place, folder)
     checkpoint = next(folder.glob("*/recipe/seed-0.run/checkpoint.safetensors")).is_file()
-    said: list[str] = []
-    whole = run(place, folder, announce=said.append)
-    return SimpleNamespace(folder=folder, empty=empty, checkpoint=checkpoint, whole=whole, said=said)
+    messages: list[str] = []
+    whole = run(place, folder, announce=messages.append)
+    return SimpleNamespace(folder=folder, empty=empty, checkpoint=checkpoint, whole=whole, said=messages)
 
 
 class TestRealRuns:
-    def test_without_time_nothing_is_begun(self, history: SimpleNamespace) -> None:
+    def test_zero_budget_starts_no_run(self, history: SimpleNamespace) -> None:
         empty = history.empty
         expected = (("recipe", 0), ("no-imitation", 0), ("recipe", 1), ("no-imitation", 1))
         assert (empty.base.mean, empty.base.runs, empty.best) == (None, (), None)
         assert empty.missing == expected
         assert history.whole.missing == ()
 
-    def test_an_interrupted_run_goes_on_and_is_what_distill_makes(
+    def test_interrupted_run_resumes_to_the_same_result_as_distill(
         self, place: Place, history: SimpleNamespace, tmp_path: Path
     ) -> None:
         assert history.checkpoint
@@ -140,31 +140,31 @@ class TestRealRuns:
         assert resumed.fingerprint == direct.fingerprint
         assert (resumed.steps, resumed.best_step) == (direct.steps, direct.best_step) == (4, direct.best_step)
         assert dict(resumed.residual_weights) == direct.residual_weights
-        # Here both samples are all eight dev queries, so the measured value is the one that training saw.
+        # Both samples hold all eight dev queries here, so the measured value is the one seen during training.
         weight = str(direct.residual_weights["asymmetric"])
         assert resumed.by_set == {"tiny": pytest.approx(direct.dev["tiny"]["by_weight"][weight], abs=1e-6)}
 
-    def test_a_recipe_of_two_stages_is_measured_with_its_interaction(self, place: Place, tmp_path: Path) -> None:
+    def test_two_stage_recipe_is_measured_with_its_interaction(self, place: Place, tmp_path: Path) -> None:
         recipe = small_recipe(place, residual=ResidualConfig(epochs=1, warmup_steps=1, batch_queries=4))
         report = run(place, tmp_path, recipe=recipe, variants=["one-stage"], num_seeds=1)
         staged, joint = report.base.runs[0], report.rows[0].runs[0]
-        assert staged.steps == joint.steps == 4  # of the vectors; the interaction's own steps come on top
+        assert staged.steps == joint.steps == 4  # of the vector stage; the interaction stage's steps are not counted
         assert staged.best_step <= 4
         assert staged.fingerprint != joint.fingerprint
 
-    def test_what_is_left_behind(self, history: SimpleNamespace) -> None:
+    def test_finished_runs_leave_students_logs_and_settings(self, history: SimpleNamespace) -> None:
         student = Path(history.whole.folder) / "recipe" / "seed-0"
         assert (student / "manifest.json").is_file()
         assert (student.with_name("seed-0.run") / "log.jsonl").is_file()
-        assert list(Path(history.whole.folder).rglob("*.run/*.safetensors")) == []  # checkpoints of finished runs
+        assert list(Path(history.whole.folder).rglob("*.run/*.safetensors")) == []  # finished runs keep no checkpoints
         settings = json.loads((Path(history.whole.folder) / "settings.json").read_text())
         assert settings == history.whole.settings
 
-    def test_it_says_which_run_begins_and_what_is_left(self, history: SimpleNamespace) -> None:
+    def test_progress_names_the_run_and_the_time_left(self, history: SimpleNamespace) -> None:
         assert history.said[0] == "ablate: run 1 of 4: recipe, seed 0"
         assert history.said[3] == "ablate: run 4 of 4: no-imitation, seed 1, about 1 min left"
 
-    def test_what_is_finished_is_not_done_again(
+    def test_finished_runs_are_not_repeated(
         self, place: Place, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(ablation_run, "distill", refuse)
@@ -173,12 +173,12 @@ class TestRealRuns:
         moved = small_recipe(place).model_copy(update={"data": (DataConfig(path="/elsewhere/tiny"),)})
         named = small_recipe(place).model_copy(update={"data": (DataConfig(path="here/tiny"),)})
         keys = {Path(run(place, history.folder, recipe=r, budget_minutes=0).folder).name for r in (moved, named)}
-        assert len(keys) == 1  # wherever the data lie
+        assert len(keys) == 1  # the run folder does not depend on the data's location
 
     def test_every_run_is_measured_on_the_same_queries(
         self, place: Place, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """With a sample of three, which training's own dev sample by the seed would not repeat."""
+        """With samples of three queries, because those that training draws itself differ by seed."""
         original, measured = ablation_run.evaluate_dev, []
 
         def evaluate_dev(student: Any, dev_sets: Any, **options: Any) -> Any:
@@ -190,16 +190,16 @@ class TestRealRuns:
         report = run(place, history.folder, dev_queries=3)
         assert len(measured) == 4
         assert all(dev_sets == measured[0] for dev_sets in measured)
-        assert [(one.num_queries, one.num_training_queries) for one in report.sets] == [(3, 16)]
+        assert [(entry.num_queries, entry.num_training_queries) for entry in report.sets] == [(3, 16)]
         monkeypatch.undo()
         assert run(place, history.folder).base.mean == history.whole.base.mean  # measured on all eight again
-        of_training = {
+        training_samples = {
             tuple(distill_verb.make_dev_set(place.source, num_queries=3, num_passages=9, seed=s).queries)
             for s in (0, 1)
         }
-        assert len(of_training) == 2
+        assert len(training_samples) == 2
 
-    def test_a_killed_measurement_needs_no_training(
+    def test_lost_measurement_is_redone_without_training(
         self, place: Place, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         record = Path(history.whole.folder) / "no-imitation" / "seed-1.json"
@@ -208,16 +208,16 @@ class TestRealRuns:
         assert run(place, history.folder, budget_minutes=0) == history.whole
         assert record.is_file()
 
-    def test_time_over_sessions(self) -> None:
+    def test_seconds_add_up_over_sessions(self) -> None:
         lines = [{"seconds": s} for s in (1.0, 4.0, 0.5, 2.5)]  # 4 s, then a second session of 2.5 s
         assert ablation_run._seconds(lines) == 6.5
 
 
 class TestOrder:
-    def test_the_first_seed_of_everything_comes_first(
-        self, place: Place, trained: Callable[..., Trained], tmp_path: Path
+    def test_all_variants_run_with_one_seed_before_the_next(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
-        fake = trained()
+        fake = fake_training()
         recipe = small_recipe(place).model_copy(update={"seed": 5})
         report = run(place, tmp_path, recipe=recipe, variants=["cosine", "without-ci"], num_seeds=2)
         names = ["recipe", "cosine", "without-ci"]
@@ -225,43 +225,45 @@ class TestOrder:
         assert report.seeds == (5, 6)
         assert fake.recipes["without-ci"].losses.contrastive_imitation == 0
 
-    def test_all_variants_by_default_but_those_that_change_nothing(
-        self, place: Place, trained: Callable[..., Trained], tmp_path: Path
+    def test_default_is_every_variant_that_changes_the_recipe(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
-        fake = trained()
+        fake = fake_training()
         report = run(place, tmp_path, variants=None, num_seeds=1)
-        so_already = (
+        unchanged = (
             *("anchored-head", "rich", "warm-start", "one-stage"),
             *("no-gates", "without-li", "not-quiet", "without-words"),
         )
-        assert report.same == dict.fromkeys(so_already, "recipe")
+        assert report.same == dict.fromkeys(unchanged, "recipe")
         assert {name for name, _ in fake.runs} == {"recipe", *verb.VARIANTS} - set(report.same)
         assert [row.name for row in report.rows] == [name for name, _ in fake.runs[1:]]
 
-    def test_two_variants_that_are_one(self, place: Place, trained: Callable[..., Trained], tmp_path: Path) -> None:
-        fake = trained()
+    def test_identical_variants_run_once(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+    ) -> None:
+        fake = fake_training()
         losses = LossWeights(rank_imitation_positive_hard=0, rank_imitation_hard_easy=0, feature_imitation=0)
         recipe = small_recipe(place).model_copy(update={"losses": losses})
         report = run(place, tmp_path, recipe=recipe, variants=["without-ci", "without-fi", "no-imitation"], num_seeds=1)
         assert report.same == {"without-fi": "recipe", "no-imitation": "without-ci"}
         assert fake.runs == [("recipe", 0), ("without-ci", 0)]
 
-    def test_no_run_begins_after_the_budget(
-        self, place: Place, trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_no_run_starts_after_the_budget(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         clock = iter(range(0, 10_000, 40))  # seconds: at the start, then before and after each run
         monkeypatch.setattr(verb, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-        fake = trained()
-        # Begun at 40 and 120 seconds; at 200 three minutes are over.
+        fake = fake_training()
+        # Runs start at 40 and 120 seconds; at 200 seconds the three minutes are over.
         report = run(place, tmp_path, variants=["cosine", "paper"], num_seeds=1, budget_minutes=3)
         assert fake.runs == [("recipe", 0), ("cosine", 0)]
         assert report.missing == (("paper", 0),)
         assert report.rows[1].mean is None
 
-    def test_a_variant_that_fails_is_reported_and_the_others_go_on(
-        self, place: Place, trained: Callable[..., Trained], tmp_path: Path
+    def test_failed_variant_is_reported_and_the_others_continue(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
-        fake = trained({"recipe": (0.5, 0.5), "cosine": (0.4, 0.2)})
+        fake = fake_training({"recipe": (0.5, 0.5), "cosine": (0.4, 0.2)})
         fake.errors["cosine", 1] = TrainingDivergedError("no number")
         report = run(place, tmp_path, variants=["cosine"])
         assert [(f.variant, f.seed, f.reason) for f in report.failed] == [("cosine", 1, "no number")]
@@ -272,10 +274,12 @@ class TestOrder:
 
 
 class TestFigures:
-    def test_by_hand(self, place: Place, trained: Callable[..., Trained], tmp_path: Path) -> None:
-        trained({"recipe": (0.50, 0.52, 0.54), "cosine": (0.49, 0.50, 0.54), "paper": (0.60, 0.50, 0.40)})
+    def test_figures_match_hand_calculation(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+    ) -> None:
+        fake_training({"recipe": (0.50, 0.52, 0.54), "cosine": (0.49, 0.50, 0.54), "paper": (0.60, 0.50, 0.40)})
         report = run(place, tmp_path, variants=["cosine", "paper"], num_seeds=3)
-        # t(2) = 4.30265; the recipe: s = .02. Minus it, cosine: -.01, -.02, 0, s = .01; paper: .1, -.02, -.14, s = .12.
+        # t(2) = 4.30265; recipe: s = .02. Less recipe: cosine -.01, -.02, 0, s = .01; paper .1, -.02, -.14, s = .12.
         cosine, paper = report.rows
         assert_interval(report.base.interval, 0.52, 4.30265 * 0.02 / math.sqrt(3))
         assert report.base.difference is None
@@ -290,28 +294,30 @@ class TestFigures:
         assert cosine.by_set == {"tiny": pytest.approx(0.51)}
         assert report.notes == ()
 
-    def test_one_seed_has_no_interval_and_says_so(
-        self, place: Place, trained: Callable[..., Trained], tmp_path: Path
+    def test_one_seed_gives_a_note_instead_of_an_interval(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
-        trained({"recipe": (0.5,), "cosine": (0.75,)})
+        fake_training({"recipe": (0.5,), "cosine": (0.75,)})
         report = run(place, tmp_path, variants=["cosine"], num_seeds=1)
         row = report.rows[0]
         assert (row.interval, row.difference, row.difference_interval) == (None, 0.25, None)
         assert report.best == "cosine"
         assert report.notes[0].startswith("one seed only")
 
-    def test_a_warm_up_longer_than_the_runs_is_noted(
-        self, place: Place, trained: Callable[..., Trained], tmp_path: Path
+    def test_warm_up_as_long_as_the_runs_is_noted(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
-        fake = trained()
+        fake = fake_training()
         report = run(place, tmp_path, recipe=small_recipe(place, warmup_steps=8), epochs=2)  # 2 x 16 / 4
         assert len(report.notes) == 1
         assert "the warm-up of 8 steps is as long as the runs of at most 8 steps" in report.notes[0]
         assert fake.recipes["no-imitation"].training.epochs == 2
         assert run(place, tmp_path, recipe=small_recipe(place, warmup_steps=8), epochs=3).notes == ()
 
-    def test_json(self, place: Place, trained: Callable[..., Trained], tmp_path: Path) -> None:
-        trained()
+    def test_report_converts_to_json(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+    ) -> None:
+        fake_training()
         values = run(place, tmp_path).to_json()
         assert values["report_version"] == 1
         assert values["base"]["runs"][0]["ndcg"] == 0.5
@@ -319,48 +325,54 @@ class TestFigures:
 
 
 class TestData:
-    def test_a_sample_is_by_identity_and_the_same_for_all(
-        self, place: Place, trained: Callable[..., Trained], tmp_path: Path
+    def test_query_sample_depends_on_ids_and_is_shared_by_all_runs(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
     ) -> None:
         samples: list[set[str]] = []
-        keys: set[str] = set()
         for size in (4, 9, 16, 99):
-            fake = trained()
+            fake = fake_training()
             run(place, tmp_path, max_queries=size)
             assert fake.queries("recipe") == fake.queries("no-imitation")
             samples += fake.queries()
-            keys |= fake.places
             content = fake.sources["recipe"][0].plan.manifest["content_hash"]
             assert (content == place.source.plan.manifest["content_hash"]) == (size >= 16)
         assert [len(sample) for sample in samples] == [4, 9, 16, 16]
         assert samples[0] < samples[1] < samples[2]
-        fake = trained()
+        fake = fake_training()
         backwards = place.source.plan.entries[::-1]
         plan = type(place.source.plan)(backwards, place.source.plan.manifest)
         run(place, tmp_path, sources=[type(place.source)(place.source.dataset, plan, "asymmetric")], max_queries=9)
-        assert fake.queries() == [samples[1]]  # not by position
+        assert fake.queries() == [samples[1]]  # chosen by id, not by position
         labelled = [
             entry.query_id for entry in type(place.source)(place.source.dataset, plan, "asymmetric", 4).entries_to_label
         ]
-        assert set(labelled) != samples[0]  # the teacher's share is another sample
+        assert set(labelled) != samples[0]  # the queries for the teacher to label are another sample
 
     @pytest.mark.parametrize(
-        ("unlabelled", "queries", "does"), [("leave_out", 3, "left out"), ("own_labels", 16, "own")]
+        ("unlabelled", "queries", "treatment"), [("leave_out", 3, "left out"), ("own_labels", 16, "own")]
     )
-    def test_runs_without_a_teacher_have_the_recipe_s_queries(
-        self, place: Place, trained: Callable[..., Trained], tmp_path: Path, unlabelled: str, queries: int, does: str
+    def test_runs_without_a_teacher_use_the_recipes_queries(
+        self,
+        place: Place,
+        fake_training: Callable[..., FakeTraining],
+        tmp_path: Path,
+        unlabelled: str,
+        queries: int,
+        treatment: str,
     ) -> None:
         write_rule_labels(tmp_path / "labels", [place.source], place.teacher, queries=["q00", "q01", "q02"])
-        fake = trained()
+        fake = fake_training()
         recipe = small_recipe(place, unlabelled=unlabelled)
         report = run(place, tmp_path, recipe=recipe, labels=tmp_path / "labels")
         assert [len(ids) for ids in fake.queries("no-imitation")] == [queries]
         assert report.settings["labelled_queries"] == [3]
         assert report.notes[0].startswith("tiny: 13 of 16 training queries lack the teacher's labels and are ")
-        assert does in report.notes[0]
+        assert treatment in report.notes[0]
 
-    def test_other_settings_are_other_runs(self, place: Place, trained: Callable[..., Trained], tmp_path: Path) -> None:
-        fake = trained()
+    def test_different_settings_get_separate_runs(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+    ) -> None:
+        fake = fake_training()
         more = topics(name="more", task="symmetric")
         write_rule_labels(tmp_path / "labels", [place.source, more], place.teacher)
         run(place, tmp_path)
@@ -373,8 +385,10 @@ class TestData:
         run(place, tmp_path, sources=[place.source, more], labels=tmp_path / "labels")
         assert len(fake.places) == 6
 
-    def test_no_teacher_no_labels(self, place: Place, trained: Callable[..., Trained], tmp_path: Path) -> None:
-        fake = trained()
+    def test_recipe_without_imitation_needs_no_labels(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+    ) -> None:
+        fake = fake_training()
         plain = LossWeights(
             contrastive_imitation=0, rank_imitation_positive_hard=0, rank_imitation_hard_easy=0, feature_imitation=0
         )
@@ -383,8 +397,10 @@ class TestData:
         assert report.settings["teacher"] is None
         assert fake.queries() == [{entry.query_id for entry in place.source.plan.entries}]
 
-    def test_every_set_has_its_measure(self, place: Place, trained: Callable[..., Trained], tmp_path: Path) -> None:
-        trained()
+    def test_each_set_has_its_own_measure(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+    ) -> None:
+        fake_training()
         rows = [LabelledPair(str(n), f"query {n}", f"passage {n}", None, float(n)) for n in range(6)]
         pairs = PairDataset("graded", Path("graded"), "scores", (), {"train": tuple(rows), "dev": tuple(rows)}, ())
         prepared = read_pair_training_set(pairs)
@@ -394,7 +410,7 @@ class TestData:
         options: dict[str, Any] = {"recipe": recipe, "variants": [], "num_seeds": 1}
         report = run(place, tmp_path, sources=[place.source, source], **options)
         assert report.measure == "nDCG@10 and Spearman"
-        assert [(one.name, one.measure, one.num_queries) for one in report.sets] == [
+        assert [(entry.name, entry.measure, entry.num_queries) for entry in report.sets] == [
             ("tiny", "nDCG@10", 8),
             ("graded", "Spearman", 6),
         ]
@@ -402,17 +418,17 @@ class TestData:
 
 
 class TestWrongInput:
-    def test_no_labels(self, place: Place, tmp_path: Path) -> None:
+    def test_missing_labels_are_rejected(self, place: Place, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="there are no labels yet; run `d2llm label`"):
             run(place, tmp_path, labels=tmp_path / "none")
         assert list(tmp_path.iterdir()) == []
 
-    def test_an_unknown_variant(self, place: Place, tmp_path: Path) -> None:
+    def test_unknown_variant_gets_a_suggestion(self, place: Place, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="did you mean 'without-ci'"):
             run(place, tmp_path, variants=["without-c1"])
 
     @pytest.mark.parametrize("option", ["num_seeds", "max_queries", "epochs", "dev_queries", "budget_minutes"])
-    def test_numbers_out_of_range(self, place: Place, tmp_path: Path, option: str) -> None:
+    def test_out_of_range_numbers_are_rejected(self, place: Place, tmp_path: Path, option: str) -> None:
         value = -1 if option == "budget_minutes" else 0
         with pytest.raises(InputError, match=f"{option} is {value}, but must be at least {value + 1}"):
             run(place, tmp_path, **{option: value})

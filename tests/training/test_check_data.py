@@ -1,4 +1,4 @@
-"""What a check of a data set counts, finds and keeps in memory."""
+"""Data set checks: counts, leaks, repeated texts, text statistics and memory use."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def write_pairs(folder, **splits):
     return folder
 
 
-def repeats(found):
-    return {of.what: (of.count, of.examples) for of in found.repeats}
+def repeats(report):
+    return {repeat.what: (repeat.count, repeat.examples) for repeat in report.repeats}
 
 
 class TestRetrieval:
@@ -73,31 +73,31 @@ class TestRetrieval:
         )
 
     @pytest.fixture
-    def found(self, folder):
+    def report(self, folder):
         return read_through(beir_source(folder), sample_size=10)
 
-    def test_counts(self, found):
-        assert (found.kind, found.num_queries, found.num_passages) == ("retrieval", 6, 6)
-        assert found.splits == (
+    def test_counts(self, report):
+        assert (report.kind, report.num_queries, report.num_passages) == ("retrieval", 6, 6)
+        assert report.splits == (
             SplitCounts("train", 4, 2, 4, {"1": 3, "2": 1}),
             SplitCounts("dev", 1, 1, 1, {"1": 1}),
             SplitCounts("test", 2, 3, 3, {"0": 2, "1": 1}),
         )
 
-    def test_leaks_are_the_same_letters_and_digits(self, found):
-        # q1 is judged in both; q6 asks what q3 asks
-        assert found.leaks == (Leak("same query", "train", "test", 2, (("q1", "q1"), ("q6", "q3"))),)
+    def test_leaks_compare_only_letters_and_digits(self, report):
+        # q1 is judged in both splits; q6 repeats the question of q3
+        assert report.leaks == (Leak("same query", "train", "test", 2, (("q1", "q1"), ("q6", "q3"))),)
 
-    def test_repeats_and_shared_positives(self, found):
-        # texts without letters and digits repeat no other
-        assert repeats(found) == {
+    def test_repeats_and_shared_positives(self, report):
+        # texts without letters and digits never count as repeats
+        assert repeats(report) == {
             "passages with the same text as another": (1, ("p2",)),
             "train: queries with the same text as another": (1, ("q2",)),
         }
-        assert found.shared_positives == (SharedPositives("train", "test", 1, 1),)  # p2 says what p1 says
+        assert report.shared_positives == (SharedPositives("train", "test", 1, 1),)  # p2 repeats p1
 
-    def test_issues(self, found):
-        assert found.issues == (
+    def test_issues(self, report):
+        assert report.issues == (
             "train: 1 judgements point to unknown queries, first 1: lost",
             "dev: 1 judgements point to unknown passages, first 1: p9",
             "1 passages have an empty text, first 1: p4",
@@ -106,7 +106,7 @@ class TestRetrieval:
             "test: 1 queries have no relevant passage, first 1: q1",
         )
 
-    def test_ids_used_twice_are_refused(self, folder):
+    def test_duplicate_ids_are_rejected(self, folder):
         for name in ("queries", "corpus"):
             lines = (folder / f"{name}.jsonl").read_text().splitlines()
             (folder / f"{name}.jsonl").write_text("\n".join([*lines, lines[0]]))
@@ -120,14 +120,14 @@ class TestRetrieval:
             folder = write_beir(tmp_path / str(num_passages), passages, {"q": "who"}, {"test": [("q", "p0", 1)]})
             del passages
             tracemalloc.start()
-            found = read_through(beir_source(folder), sample_size=20)
+            report = read_through(beir_source(folder), sample_size=20)
             size = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            assert found.num_passages == num_passages
+            assert report.num_passages == num_passages
             return size
 
         per_passage = (peak(4000) - peak(1000)) / 3000
-        assert per_passage < 400  # an id, its line and a hash; a text is 2,000
+        assert per_passage < 400  # bytes for an id, its line and a hash; a text takes 2,000
 
 
 class TestPairs:
@@ -141,20 +141,20 @@ class TestPairs:
             ("d", "e", 1),
             ("f", "", 0),
         ]
-        found = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10)
-        assert found.splits == (SplitCounts("train", 4, 4, 7, {"0": 2, "1": 5}),)  # passages: c, a b, e, none
-        assert repeats(found) == {
+        report = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10)
+        assert report.splits == (SplitCounts("train", 4, 4, 7, {"0": 2, "1": 5}),)  # passages: c, a b, e, an empty one
+        assert repeats(report) == {
             "train: repeated pairs": (3, ("train-2", "train-4", "train-6")),
             "train: repeated pairs in reverse order": (1, ("train-3",)),
             "pairs that another line labels differently": (1, ("train/train-6",)),
         }
-        assert found.issues == ("train: 1 pairs have an empty text",)
-        assert found.leaks == ()
+        assert report.issues == ("train: 1 pairs have an empty text",)
+        assert report.leaks == ()
 
-    def test_the_other_way_round_may_be_labelled_differently(self, tmp_path):
+    def test_reversed_pair_with_another_label_is_no_conflict(self, tmp_path):
         rows = [("a dog", "an animal", "entailment"), ("an animal", "a dog", "neutral")]
-        found = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10)
-        assert list(repeats(found)) == ["train: repeated pairs in reverse order"]
+        report = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10)
+        assert list(repeats(report)) == ["train: repeated pairs in reverse order"]
 
     def test_leaks_of_queries_and_of_pairs_in_either_order(self, tmp_path):
         folder = write_pairs(
@@ -163,45 +163,46 @@ class TestPairs:
             dev=[("b", "a", 1)],
             test=[("C.", "x", 1), ("e", "f", 0), ("e", "y", 0)],
         )
-        found = read_through(open_source(folder), sample_size=10)
-        assert found.leaks == (
+        report = read_through(open_source(folder), sample_size=10)
+        assert report.leaks == (
             Leak("same query", "train", "test", 2, (("test-1", "train-2"), ("test-2", "train-3"))),
             Leak("same pair", "train", "dev", 1, (("dev-1", "train-1"),)),
             Leak("same pair", "train", "test", 1, (("test-2", "train-3"),)),
         )
-        assert repeats(found) == {"pairs that another line labels differently": (1, ("test/test-2",))}
+        assert repeats(report) == {"pairs that another line labels differently": (1, ("test/test-2",))}
 
-    def test_scores(self, tmp_path):
+    def test_score_statistics(self, tmp_path):
         records = [{"query": f"q{n}", "document": "d", "score": score} for n, score in enumerate((1.0, 4.5, 2.0))]
         write_lines(tmp_path / "test.jsonl", records)
-        found = read_through(open_source(tmp_path), sample_size=10)
-        assert found.kind == "scores"
-        assert found.splits == (SplitCounts("test", 3, 1, 3, {}, (1.0, 2.5, 4.5)),)
+        report = read_through(open_source(tmp_path), sample_size=10)
+        assert report.kind == "scores"
+        assert report.splits == (SplitCounts("test", 3, 1, 3, {}, (1.0, 2.5, 4.5)),)
 
 
 def jaccard(first, second):
-    """Of the sets of character trigrams, as an array of all trigrams of both."""
+    """Jaccard similarity of the sets of character trigrams of both texts."""
     sets = [{text[i : i + 3] for i in range(len(text) - 2)} for text in (first, second)]
     everything = sorted(sets[0] | sets[1])
-    rows = np.array([[trigram in of for trigram in everything] for of in sets])
+    rows = np.array([[trigram in trigrams for trigram in everything] for trigrams in sets])
     return rows.all(axis=0).sum() / rows.any(axis=0).sum()
 
 
 class TestNearQueries:
-    def near(self, texts_of, threshold=0.8):
+    def near(self, texts_by_split, threshold=0.8):
         pytest.importorskip("datasketch", reason="needs the package datasketch")
-        ids_of = {
-            split: {hash64(comparable(text)): key for key, text in texts.items()} for split, texts in texts_of.items()
+        ids_by_split = {
+            split: {hash64(comparable(text)): key for key, text in texts.items()}
+            for split, texts in texts_by_split.items()
         }
-        streams = {split: (lambda texts=texts: iter(texts.items())) for split, texts in texts_of.items()}
+        streams = {split: (lambda texts=texts: iter(texts.items())) for split, texts in texts_by_split.items()}
         finished = []
-        leaks = near_queries(streams, ids_of, threshold, finished.append)
-        assert len(splits := [s for s in ids_of if ids_of[s]]) < 2 or sum(finished) == sum(
-            len(texts_of[split]) for split in splits
+        leaks = near_queries(streams, ids_by_split, threshold, finished.append)
+        assert len(splits := [s for s in ids_by_split if ids_by_split[s]]) < 2 or sum(finished) == sum(
+            len(texts_by_split[split]) for split in splits
         )
         return leaks
 
-    def test_found_whichever_split_is_the_largest(self):
+    def test_near_queries_are_found_whichever_split_is_larger(self):
         first = {"a": "how do i keep my old cat warm in a cold winter"}
         second = {"b": "How do I keep my old cat warm in the cold winter?"}
         fill = {f"f{n}": f"{n} something else altogether {n * n}" for n in range(3)}
@@ -211,18 +212,18 @@ class TestNearQueries:
         assert self.near({"train": first, "test": second | fill}) == expected
         assert self.near({"train": first, "test": second}, threshold=0.95) == []
 
-    def test_what_is_the_same_is_not_also_near(self):
+    def test_identical_queries_do_not_count_as_near(self):
         train = {
             "a": "how do i keep my old cat warm in a cold winter",
             "b": "how do i keep my old cat warm in the cold winter",
         }
         assert self.near({"train": train, "test": {"c": train["a"].upper()}}) == []
 
-    def test_splits_without_queries_and_texts_without_letters(self):
+    def test_empty_splits_and_texts_without_letters_have_no_leaks(self):
         assert self.near({"train": {}, "test": {"a": "x"}}) == []
         assert self.near({"train": {"b": "?"}, "test": {"a": "!"}}) == []
 
-    def test_against_every_pair(self):
+    def test_near_queries_match_a_comparison_of_every_pair(self):
         rng = random.Random(0)
         words = ["river", "stone", "cloud", "garden", "window", "letter", "music", "winter", "bread", "horse"]
         texts = [" ".join(rng.choice(words) for _ in range(9)) for _ in range(60)]
@@ -231,8 +232,8 @@ class TestNearQueries:
             splits["train"][f"t{n}"] = text
             for split in ("dev", "test"):  # one or two words replaced
                 changed = text.split()
-                for place in rng.sample(range(9), rng.choice([1, 2])):
-                    changed[place] = rng.choice(words)
+                for position in rng.sample(range(9), rng.choice([1, 2])):
+                    changed[position] = rng.choice(words)
                 splits[split][f"{split}{n}"] = " ".join(changed)
         everything = {text for texts in splits.values() for text in texts.values()}
         assert len(everything) > 150
@@ -244,10 +245,10 @@ class TestNearQueries:
                 for text in set(splits[second].values()) - known
             )
         assert sum(expected.values()) > 50
-        found = {(leak.first, leak.second): leak.count for leak in self.near(splits, threshold=0.7)}
-        # nothing is made up, hardly anything missed
-        assert all(found[pair] <= expected[pair] for pair in expected)
-        assert sum(found.values()) >= 0.98 * sum(expected.values())
+        counts = {(leak.first, leak.second): leak.count for leak in self.near(splits, threshold=0.7)}
+        # no false leaks, and at most 2 % of the true ones are missed
+        assert all(counts[pair] <= expected[pair] for pair in expected)
+        assert sum(counts.values()) >= 0.98 * sum(expected.values())
 
 
 class TestTexts:
@@ -264,7 +265,7 @@ class TestTexts:
     def test_comparable(self, text, expected):
         assert comparable(text) == expected
 
-    def test_a_sample_is_even_over_the_stream(self):
+    def test_sampling_is_uniform_over_the_stream(self):
         drawn = np.zeros(40)
         for seed in range(2000):
             sample = Sample(4, seed=seed)
@@ -272,7 +273,7 @@ class TestTexts:
                 sample.add(str(n))
             assert (sample.num_seen, len(set(sample.texts))) == (40, 4)
             drawn[[int(text) for text in sample.texts]] += 1
-        # binomial: 2000 draws with 1/10; 5 standard deviations are 67
+        # binomial with n = 2000, p = 1/10: 5 standard deviations are 67
         assert np.abs(drawn - 200).max() < 67
 
     def test_lengths(self):
@@ -301,8 +302,8 @@ class TestTexts:
         assert guess_languages("queries", []) is None
 
 
-class TestVerb:
-    def test_everything_together(self, tmp_path, tokenizer):
+class TestCheckData:
+    def test_report_of_a_small_data_set(self, tmp_path, tokenizer):
         folder = write_pairs(
             tmp_path / "p",
             train=[("the cat sat on the mat and slept in the sun", "a dog runs fast", 1)],
@@ -311,17 +312,17 @@ class TestVerb:
         report = check_data(folder, tokenizer=tokenizer)
         assert report.leaks == (Leak("near query", "train", "test", 1, (("test-1", "train-1"),)),)
         assert report.num_leaks == 1
-        assert [(of.what, of.num_texts, of.limit) for of in report.lengths] == [
+        assert [(row.what, row.num_texts, row.limit) for row in report.lengths] == [
             ("queries", 2, 128),
             ("passages", 2, 250),
         ]
-        # every word of these texts is one token of the tiny tokenizer, with one special token at each end
+        # the tiny tokenizer makes one token of each word, and adds a special token at each end
         assert report.lengths[0].percentiles[100] >= 13
-        assert [of.num_texts for of in report.languages] == [2, 2]
+        assert [row.num_texts for row in report.languages] == [2, 2]
         assert check_data(folder, tokenizer=tokenizer, near=1).leaks == ()
         json.dumps(report.settings)
 
-    def test_a_sample_is_named_as_one(self, tmp_path, tokenizer):
+    def test_report_gives_sample_and_total_sizes(self, tmp_path, tokenizer):
         folder = write_pairs(tmp_path / "p", train=[(f"query {n}", "b", 1) for n in range(30)])
         lengths = check_data(folder, tokenizer=tokenizer, sample_size=10).lengths[0]
         assert (lengths.num_texts, lengths.num_all) == (10, 30)
@@ -329,10 +330,10 @@ class TestVerb:
     def test_limits_of_the_shipped_student(self, tmp_path):
         folder = write_pairs(tmp_path / "p", train=[("a", "b", 1)])
         report = check_data(folder)
-        assert [of.limit for of in report.lengths] == [64, 256]
+        assert [row.limit for row in report.lengths] == [64, 256]
         assert report.lengths[0].percentiles[50] == 3  # [CLS] a [SEP]
 
-    def test_bad_arguments(self, tmp_path, tokenizer):
+    def test_bad_arguments_are_rejected(self, tmp_path, tokenizer):
         with pytest.raises(InputError, match=r"near is 1\.5"):
             check_data(tmp_path, tokenizer=tokenizer, near=1.5)
         with pytest.raises(InputError, match="sample_size is 0"):
@@ -348,10 +349,10 @@ class TestVerb:
         ("pawsx-zh", "binary", None, {"train": 1473, "dev": 353, "test": 1989}),
     ],
 )
-def test_real_sets(shared_data, name, kind, num_passages, splits):
-    """Counts from the table in the data sets' own README; it also promises that no query is in two splits."""
-    found = read_through(open_source(shared_data / name), sample_size=100)
-    counts = {s.name: s.num_queries if kind == "retrieval" else s.num_items for s in found.splits}
-    assert (found.kind, counts) == (kind, splits)
-    assert num_passages in (None, found.num_passages)
-    assert [leak for leak in found.leaks if leak.kind == "same query"] == []
+def test_counts_of_real_data_sets(shared_data, name, kind, num_passages, splits):
+    """Counts are from the data sets' README, which also states that no query is in two splits."""
+    report = read_through(open_source(shared_data / name), sample_size=100)
+    counts = {split.name: split.num_queries if kind == "retrieval" else split.num_items for split in report.splits}
+    assert (report.kind, counts) == (kind, splits)
+    assert num_passages in (None, report.num_passages)
+    assert [leak for leak in report.leaks if leak.kind == "same query"] == []

@@ -1,4 +1,4 @@
-"""The dev measure: nDCG@10 by weight of the interaction against scores made by hand."""
+"""Dev measure: nDCG@10 at each interaction weight, checked against hand-made scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IDS = ("pa", "pb", "pc", "pd")
 
 
 class HandMadeStudent:
-    """Anchor scores and changes as given, [queries, passages]; what is encoded is the row or column itself."""
+    """Preset anchor scores and changes, [queries, passages]; encodes queries as unit vectors, passages as columns."""
 
     def __init__(self, anchors: np.ndarray, changes: np.ndarray, *, has_anchor: bool = True) -> None:
         self.anchors, self.changes = anchors.astype(np.float32), changes.astype(np.float32)
@@ -63,11 +63,11 @@ def discount(rank: int) -> float:
     return 1 / math.log2(1 + rank)
 
 
-# Query 0: pb is right. Anchor order pa 4, pb 3, pc 2, pd 1; the interaction moves pb by +2 and pa by -1:
+# Query 0: pb is relevant. Anchor order pa 4, pb 3, pc 2, pd 1; the interaction moves pb by +2 and pa by -1:
 #   r = 0: pb second; r = 0.25: pa 3.75, pb 3.5: second; r = 0.5: pa 3.5, pb 4: first; and so on.
-# Query 1: pa (grade 2) and pd (grade 1) are right. Anchor order pd, pa, pc, pb = 4, 3.5, 2, 1; pa changes by -1.75,
-# pc by +0.25:
-#   pd, pa, pc up to r = 0.5 (pa 2.625, pc 2.125); r = 0.75: pa 2.1875, pc 2.1875: a tie, and pa is before pc by id;
+# Query 1: pa (grade 2) and pd (grade 1) are relevant. Anchor order pd, pa, pc, pb = 4, 3.5, 2, 1; pa changes by
+# -1.75, pc by +0.25:
+#   pd, pa, pc up to r = 0.5 (pa 2.625, pc 2.125); r = 0.75: pa 2.1875, pc 2.1875: a tie, broken by id;
 #   r = 1: pa 1.75, pc 2.25: pd, pc, pa.
 ANCHORS = np.array([[4, 3, 2, 1], [3.5, 1, 2, 4]])
 CHANGES = np.array([[-1, 2, 0, 0], [-1.75, 0, 0.25, 0]])
@@ -83,20 +83,20 @@ BY_HAND = {
 }
 
 
-def test_ndcg_by_weight_of_hand_made_scores() -> None:
+def test_ndcg_at_each_weight_matches_hand_calculation() -> None:
     student = HandMadeStudent(ANCHORS, CHANGES)
     result = evaluate_dev(student, [dev_set(QRELS)])["set"]
     assert result.task == "asymmetric"
     assert result.values == pytest.approx(BY_HAND, abs=1e-6)
 
 
-def test_without_an_anchor_there_is_one_weight() -> None:
+def test_student_without_anchor_is_measured_at_one_weight() -> None:
     student = HandMadeStudent(ANCHORS, CHANGES, has_anchor=False)
     result = evaluate_dev(student, [dev_set(QRELS)])["set"]
     assert result.values == pytest.approx({1.0: BY_HAND[1.0]}, abs=1e-6)
 
 
-def test_a_log_follows_the_texts_that_are_read_and_the_queries_that_are_ranked(
+def test_progress_counts_encoded_texts_and_ranked_queries(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
@@ -105,17 +105,17 @@ def test_a_log_follows_the_texts_that_are_read_and_the_queries_that_are_ranked(
     lines = [record.getMessage() for record in caplog.records]
     counts = [(line.split(" (")[0], line.rsplit(", ", 1)[1]) for line in lines]
     assert counts == [
-        (f"looking: {finished} of 16", name)  # two queries and four passages are read, then two queries are ranked
-        for name, at in (("set", (0, 2, 6, 7, 8)), ("other", (8, 10, 14, 15, 16)))
-        for finished in at
+        (f"looking: {finished} of 16", name)  # encodes two queries and four passages, then ranks two queries
+        for name, totals in (("set", (0, 2, 6, 7, 8)), ("other", (8, 10, 14, 15, 16)))
+        for finished in totals
     ]
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("has_anchor", [True, False])
-def test_scores_that_are_no_numbers_are_divergence(wrong: float, has_anchor: bool) -> None:
+def test_non_finite_scores_raise_a_divergence_error(bad: float, has_anchor: bool) -> None:
     changes = CHANGES.copy()
-    changes[1, 2] = wrong
+    changes[1, 2] = bad
     student = HandMadeStudent(ANCHORS, changes, has_anchor=has_anchor)
     with pytest.raises(TrainingDivergedError, match="dev queries of 'set' are not finite"):
         evaluate_dev(student, [dev_set(QRELS)])
@@ -143,13 +143,13 @@ def ndcg_of(student: Student, dev: DevSet) -> float:
     for query_id, vector in zip(dev.queries, queries, strict=True):
         scores = student.score(vector, passages, dev.task)
         order = sorted(range(len(scores)), key=lambda row: (-scores[row], passage_ids[row]))[:10]
-        right = dev.qrels[query_id]
-        gain = sum(discount(rank) for rank, row in enumerate(order, 1) if passage_ids[row] in right)
-        values.append(gain / sum(discount(rank) for rank in range(1, 1 + min(10, len(right)))))
+        relevant = dev.qrels[query_id]
+        gain = sum(discount(rank) for rank, row in enumerate(order, 1) if passage_ids[row] in relevant)
+        values.append(gain / sum(discount(rank) for rank in range(1, 1 + min(10, len(relevant)))))
     return float(np.mean(values))
 
 
-def test_every_weight_gives_what_a_student_of_that_weight_scores(student: Student, real_dev: DevSet) -> None:
+def test_each_weight_matches_a_student_with_that_weight(student: Student, real_dev: DevSet) -> None:
     student.prepare_training()
     randomise(student, seed=3)
     residual = student.interaction.interaction_weight("asymmetric")
@@ -164,8 +164,8 @@ def test_every_weight_gives_what_a_student_of_that_weight_scores(student: Studen
     assert len({round(value, 4) for value in result.values.values()}) > 1  # the weight matters in this test
 
 
-def test_an_untrained_student_is_the_same_at_every_weight_ties_included(student: Student) -> None:
-    """Passages of one text tie exactly, so that rounding in the change of 0 would show."""
+def test_untrained_student_scores_the_same_at_every_weight(student: Student) -> None:
+    """Passages with the same text tie exactly, so any rounding of a zero change would show."""
     texts = {f"p{n}": "the cat sat on the mat" for n in range(30)}
     dev = make_dev_set(
         make_source(texts, {"q": "the cat"}, [], qrels={"dev": {"q": {"p3": 1, "p4": 1}}}),
@@ -178,7 +178,7 @@ def test_an_untrained_student_is_the_same_at_every_weight_ties_included(student:
     assert choose_interaction_weights({"tiny": DevResult("asymmetric", values)}) == {"asymmetric": 0.0}
 
 
-def test_a_paper_head_is_measured_as_it_is(tmp_path: Path, real_dev: DevSet) -> None:
+def test_paper_head_is_measured_at_one_weight(tmp_path: Path, real_dev: DevSet) -> None:
     config = tiny_student_config(write_tiny_model(tmp_path / "model"))
     paper = config.model_copy(update={"interaction": InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)})
     student = Student.create(paper, device="cpu", dtype="float32")
@@ -186,14 +186,14 @@ def test_a_paper_head_is_measured_as_it_is(tmp_path: Path, real_dev: DevSet) -> 
     assert values == pytest.approx({1.0: ndcg_of(student, real_dev)}, abs=1e-6)
 
 
-# --- the choice -------------------------------------------------------------------------------------------------------
+# --- choosing the weight ----------------------------------------------------------------------------------------------
 
 
 def result(task: Task, *values: float) -> DevResult:
     return DevResult(task, dict(zip(INTERACTION_WEIGHTS, values, strict=True)))
 
 
-def test_the_weight_with_the_best_mean_of_a_task_is_chosen() -> None:
+def test_weight_with_the_best_mean_per_task_is_chosen() -> None:
     results = {
         "a": result("asymmetric", 0.5, 0.6, 0.7, 0.5, 0.2),
         "b": result("asymmetric", 0.5, 0.9, 0.7, 0.5, 0.2),
@@ -204,17 +204,17 @@ def test_the_weight_with_the_best_mean_of_a_task_is_chosen() -> None:
     assert value_by_set(results, weights) == {"a": 0.6, "b": 0.9, "c": 0.2}
 
 
-def test_of_equal_weights_the_smallest_is_chosen() -> None:
+def test_ties_choose_the_smallest_weight() -> None:
     assert choose_interaction_weights({"a": result("asymmetric", 0.5, 0.5, 0.5, 0.5, 0.5)}) == {"asymmetric": 0.0}
     assert choose_interaction_weights({"a": result("asymmetric", 0.4, 0.5, 0.3, 0.5, 0.5)}) == {"asymmetric": 0.25}
-    turned = DevResult("asymmetric", {1.0: 0.5, 0.5: 0.5, 0.0: 0.4})
-    assert choose_interaction_weights({"a": turned}) == {"asymmetric": 0.5}
+    descending = DevResult("asymmetric", {1.0: 0.5, 0.5: 0.5, 0.0: 0.4})
+    assert choose_interaction_weights({"a": descending}) == {"asymmetric": 0.5}
 
 
 # --- the dev set ------------------------------------------------------------------------------------------------------
 
 
-def test_a_dev_set_holds_positives_lexical_neighbours_and_random_passages() -> None:
+def test_dev_set_has_positives_neighbours_and_random_passages() -> None:
     passages = {f"p{n:03}": f"filler number{n}" for n in range(100)}
     passages |= {"answer": "nothing in common", "near": "the cat sat", "graded0": "unlike anything"}
     queries = {"q": "where the cat sat", "unjudged": "x", "hopeless": "y"}
@@ -230,12 +230,12 @@ def test_a_dev_set_holds_positives_lexical_neighbours_and_random_passages() -> N
     assert dev.qrels == {"q": {"answer": 2, "graded0": 0}}
     assert make_dev_set(source, num_queries=10, num_passages=20, seed=0) == dev
     assert make_dev_set(source, num_queries=10, num_passages=20, seed=1).passages != dev.passages
-    # never fewer than are needed, never more than there are
+    # never fewer than the required passages, never more than exist
     assert set(make_dev_set(source, num_queries=1, num_passages=1, seed=0).passages) >= {"answer", "near"}
     assert len(make_dev_set(source, num_queries=1, num_passages=999, seed=0).passages) == len(passages)
 
 
-def test_dev_queries_are_a_sample() -> None:
+def test_dev_queries_are_a_seeded_sample() -> None:
     source = topics(num_dev=20)
     dev = make_dev_set(source, num_queries=6, num_passages=100, seed=0)
     assert len(dev.queries) == 6
@@ -254,7 +254,7 @@ def test_dev_queries_are_a_sample() -> None:
         {"dev": {"q": {"p": 0}}},
     ],
 )
-def test_a_data_set_without_dev_queries_is_an_error(qrels: dict[str, dict[str, dict[str, int]]]) -> None:
+def test_data_set_without_dev_queries_is_rejected(qrels: dict[str, dict[str, dict[str, int]]]) -> None:
     source = make_source({"p": "text"}, {"q": "text"}, [], qrels=qrels)
     with pytest.raises(InputError, match=r"qrels/dev.tsv has no query with a positive"):
         make_dev_set(source, num_queries=1, num_passages=1, seed=0)

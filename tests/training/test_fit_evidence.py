@@ -1,4 +1,4 @@
-"""Weights of evidence: fitted where it is worth something, and measured on queries that the fit did not see."""
+"""Evidence weights: fitted only where they help, and measured on queries held out of the fit."""
 
 from __future__ import annotations
 
@@ -27,80 +27,82 @@ TERMS = ("words", "words_share", "window_words", "window_words_share")
 
 
 def lists(num, *, informative, seed=0):
-    """Lists of ten passages, one relevant; of which some columns say a little."""
+    """Lists of ten passages, the first relevant; the ``informative`` columns score it a little higher."""
     rng = np.random.default_rng(seed)
-    made = []
+    examples = []
     for _ in range(num):
         scores = rng.standard_normal((10, 5)).astype(np.float32)
         scores[0, informative] += 1.5
-        made.append((scores, np.eye(10)[0]))
-    return made
+        examples.append((scores, np.eye(10)[0]))
+    return examples
 
 
-def of_set(name, made, statistics=None) -> EvidenceLists:
-    return EvidenceLists(name, made, np.zeros((len(made), 1), np.float32) if statistics is None else statistics)
+def make_lists(name, examples, statistics=None) -> EvidenceLists:
+    return EvidenceLists(name, examples, np.zeros((len(examples), 1), np.float32) if statistics is None else statistics)
 
 
-def test_evidence_that_tells_more_gets_weight():
-    found = weigh([of_set("a", lists(200, informative=[0, 1]))], TERMS)
-    own, fused = found.dev["a"]
+def test_informative_evidence_gets_weight():
+    fitted = weigh([make_lists("a", lists(200, informative=[0, 1]))], TERMS)
+    own, fused = fitted.dev["a"]
     assert fused > own + 0.1
-    assert found.weights["words"] == pytest.approx(1.0, abs=0.35)  # as good as the student's own score
-    assert max(found.weights[term] for term in TERMS[1:]) < 0.35
-    assert found.num_queries == {"a": 200}
+    assert fitted.weights["words"] == pytest.approx(1.0, abs=0.35)  # as good as the student's own score
+    assert max(fitted.weights[term] for term in TERMS[1:]) < 0.35
+    assert fitted.num_queries == {"a": 200}
 
 
-def test_evidence_that_tells_nothing_gets_none():
-    made = [of_set(name, lists(30, informative=[0], seed=n)) for n, name in enumerate("ab")]
-    found = weigh(made, TERMS)
-    gained = np.mean([fused - own for own, fused in found.dev.values()])
-    assert (gained > 0) == any(found.weights.values())
-    assert found.num_queries == {"a": 30, "b": 30}
+def test_uninformative_evidence_is_kept_only_with_a_gain():
+    sets = [make_lists(name, lists(30, informative=[0], seed=n)) for n, name in enumerate("ab")]
+    fitted = weigh(sets, TERMS)
+    gain = np.mean([fused - own for own, fused in fitted.dev.values()])
+    assert (gain > 0) == any(fitted.weights.values())
+    assert fitted.num_queries == {"a": 30, "b": 30}
 
 
-@pytest.mark.parametrize(("worth", "is_kept"), [(1.5, True), (0.0, False)])
-def test_windows_get_weight_where_they_are_worth_reading(worth, is_kept):
+@pytest.mark.parametrize(("benefit", "is_kept"), [(1.5, True), (0.0, False)])
+def test_windows_get_weight_where_they_are_worth_reading(benefit, is_kept):
     terms = ("words", "window_vectors")
-    made = [(scores[:, :3].copy(), grades) for scores, grades in lists(200, informative=[0, 1])]
-    for scores, _ in made:
-        scores[0, 2] += worth
-    found = weigh([of_set("a", made)], terms)
-    alone = weigh([of_set("a", [(scores[:, :2], grades) for scores, grades in made])], ("words",))
+    examples = [(scores[:, :3].copy(), grades) for scores, grades in lists(200, informative=[0, 1])]
+    for scores, _ in examples:
+        scores[0, 2] += benefit
+    fitted = weigh([make_lists("a", examples)], terms)
+    without_windows = weigh([make_lists("a", [(scores[:, :2], grades) for scores, grades in examples])], ("words",))
     if is_kept:
-        assert found.weights["window_vectors"] == pytest.approx(1.0, abs=0.35)
-        assert found.without_windows.weights == pytest.approx(alone.weights, rel=1e-3)
-        assert found.dev["a"][1] >= alone.dev["a"][1] + module.WORTH_READING
+        assert fitted.weights["window_vectors"] == pytest.approx(1.0, abs=0.35)
+        assert fitted.without_windows.weights == pytest.approx(without_windows.weights, rel=1e-3)
+        assert fitted.dev["a"][1] >= without_windows.dev["a"][1] + module.WORTH_READING
     else:
-        assert found.weights == pytest.approx(alone.weights, rel=1e-3)
-        assert found.without_windows is None
-    evidence = Evidence(student="x", tasks={"asymmetric": found})
-    assert evidence.weights("asymmetric", windows=False).terms == pytest.approx(alone.weights, rel=1e-3)
+        assert fitted.weights == pytest.approx(without_windows.weights, rel=1e-3)
+        assert fitted.without_windows is None
+    evidence = Evidence(student="x", tasks={"asymmetric": fitted})
+    assert evidence.weights("asymmetric", windows=False).terms == pytest.approx(without_windows.weights, rel=1e-3)
     assert evidence.weights("asymmetric").counts_windows == is_kept
 
 
-def test_words_count_for_what_the_query_says():
+def test_word_weight_depends_on_query_statistics():
     rng = np.random.default_rng(3)
-    made, statistics = lists(400, informative=[0]), rng.standard_normal((400, 2)).astype(np.float32)
-    for (scores, _), (tells, _) in zip(made, statistics, strict=True):
+    examples, statistics = lists(400, informative=[0]), rng.standard_normal((400, 2)).astype(np.float32)
+    for (scores, _), (statistic, _) in zip(examples, statistics, strict=True):
         scores[:, 1] *= 3
-        scores[0, 1] += 12.0 * (
-            tells > 0
-        )  # words find the passage where the first statistic is high, else they mislead
-    found = weigh([of_set("a", made[:200], statistics[:200]), of_set("b", made[200:], statistics[200:])], TERMS)
-    constant = weigh([of_set("a", made[:200]), of_set("b", made[200:])], TERMS)
-    assert constant.words_factor is None  # what is the same for all queries tells nothing
-    assert found.words_factor.slopes[0] > 0.5
-    assert abs(found.words_factor.slopes[1]) < 0.3
-    assert found.words_factor.lowest < -0.5 < 0.5 < found.words_factor.highest
-    assert module._mean_after(found) > module._mean_after(constant) + 0.005
+        scores[0, 1] += 12.0 * (statistic > 0)  # words help where the first statistic is high, else they mislead
+    fitted = weigh(
+        [make_lists("a", examples[:200], statistics[:200]), make_lists("b", examples[200:], statistics[200:])], TERMS
+    )
+    constant = weigh([make_lists("a", examples[:200]), make_lists("b", examples[200:])], TERMS)
+    assert constant.words_factor is None  # a constant statistic carries no information
+    assert fitted.words_factor.slopes[0] > 0.5
+    assert abs(fitted.words_factor.slopes[1]) < 0.3
+    assert fitted.words_factor.lowest < -0.5 < 0.5 < fitted.words_factor.highest
+    assert module._mean_after(fitted) > module._mean_after(constant) + 0.005
 
 
-def test_statistics_that_say_nothing_do_not_count():
+def test_uninformative_statistics_have_little_effect():
     rng = np.random.default_rng(0)
-    made = lists(300, informative=[0, 1])
-    kept = [weigh([of_set("a", made, rng.standard_normal((300, 4)).astype(np.float32))], TERMS) for _ in range(5)]
-    for found in kept:
-        assert found.words_factor is None or np.abs(found.words_factor.slopes).max() < 0.3
+    examples = lists(300, informative=[0, 1])
+    fits = [
+        weigh([make_lists("a", examples, rng.standard_normal((300, 4)).astype(np.float32))], TERMS) for _ in range(5)
+    ]
+    for fitted in fits:
+        assert fitted.words_factor is None or np.abs(fitted.words_factor.slopes).max() < 0.3
 
 
 class TestStudent:
@@ -113,22 +115,22 @@ class TestStudent:
     def student(self, config) -> Student:
         return Student.create(config, device="cpu", dtype="float32")
 
-    def test_lists_hold_positives_and_the_nearest_by_words_and_vectors(self, student):
+    def test_lists_hold_positives_and_nearest_by_words_and_vectors(self, student):
         source = topics()
-        made = make_evidence_lists(
+        result = make_evidence_lists(
             student, source.dataset, "asymmetric", terms=TERMS[:2], depth=2, num_passages=1, show_progress=False
         )
         positives = source.dataset.positives("dev")
-        assert len(made.lists) == len(positives)
-        assert {scores.shape[1] for scores, _ in made.lists} == {3}
-        assert sorted(int((grades > 0).sum()) for _, grades in made.lists) == sorted(map(len, positives.values()))
+        assert len(result.lists) == len(positives)
+        assert {scores.shape[1] for scores, _ in result.lists} == {3}
+        assert sorted(int((grades > 0).sum()) for _, grades in result.lists) == sorted(map(len, positives.values()))
 
-    def test_lists_have_the_best_windows(self, student):
+    def test_window_column_is_the_best_window_score(self, student):
         dataset = topics().dataset
         texts = {name: f"{passage.text} Also this. And that." for name, passage in dataset.passages.items()}
         longer = replace(dataset, passages={name: Passage(name, text) for name, text in texts.items()})
         names = list(texts)
-        made = make_evidence_lists(
+        result = make_evidence_lists(
             student,
             longer,
             "asymmetric",
@@ -142,18 +144,18 @@ class TestStudent:
             student.encode_queries([query.text for query in queries]).vectors, "asymmetric"
         )
         windowed = [[text[start:end] for start, end in windows(text)] for text in texts.values()]
-        for (scores, _), anchor in zip(made.lists, anchors, strict=True):
-            assert len(scores) == len(names)  # every passage is in the list, in the corpus' order
+        for (scores, _), anchor in zip(result.lists, anchors, strict=True):
+            assert len(scores) == len(names)  # every passage is in the list, in corpus order
             best = [float((student.encode_passages(parts).vectors @ anchor).max()) for parts in windowed]
             np.testing.assert_allclose(scores[:, 2], best, rtol=1e-3, atol=1e-3)
 
     def test_each_task_is_fitted_on_its_own_data(self, student, monkeypatch, caplog):
         monkeypatch.setattr(module, "MIN_QUERIES", 1)
         dataset = topics().dataset
-        found = fit_evidence(student, [(dataset, "asymmetric")], terms=TERMS[:2], show_progress=False)
-        assert found.student == student.fingerprint
-        assert found.tasks.keys() == {"asymmetric"}
-        assert found.tasks["asymmetric"].weights.keys() == set(TERMS[:2])
+        evidence = fit_evidence(student, [(dataset, "asymmetric")], terms=TERMS[:2], show_progress=False)
+        assert evidence.student == student.fingerprint
+        assert evidence.tasks.keys() == {"asymmetric"}
+        assert evidence.tasks["asymmetric"].weights.keys() == set(TERMS[:2])
         monkeypatch.setattr(module, "MIN_QUERIES", 10_000)
         with caplog.at_level("WARNING", "d2llm.remarks"):
             assert fit_evidence(student, [(dataset, "asymmetric")], show_progress=False).tasks == {}
@@ -161,7 +163,7 @@ class TestStudent:
         with pytest.raises(InputError, match="no evidence to fit weights for"):
             fit_evidence(student, [(dataset, "asymmetric")], terms=(), show_progress=False)
 
-    def test_weights_are_saved_and_no_index_has_to_be_made_anew(self, student, tmp_path):
+    def test_saving_weights_keeps_the_students_fingerprint(self, student, tmp_path):
         before = student.fingerprint
         weights = {"words": 0.5, "window_words": 0.0}
         factor = WordsFactor(slopes=(0.1, 0.2, 0.3, 0.4), offset=1.5, lowest=-2, highest=2)
@@ -193,7 +195,7 @@ class TestStudent:
             ),
         ],
     )
-    def test_a_file_that_does_not_fit_is_refused(self, tmp_path, content, problem):
+    def test_invalid_evidence_files_are_rejected(self, tmp_path, content, problem):
         text = content if isinstance(content, str) else json.dumps(content)
         (tmp_path / "evidence.json").write_text(text)
         with pytest.raises(DataFormatError, match=re.escape(problem)) as error:
@@ -211,12 +213,12 @@ def test_scores_are_fitted_for_one_task_and_kept_for_the_other(tmp_path, monkeyp
     report = fit_scores(student, [topics().dataset], "asymmetric", show_progress=False)
     assert student.evidence.tasks["symmetric"] == kept
     assert report.evidence == student.evidence.tasks["asymmetric"].model_dump()
-    calibration = student.calibration.tasks.get("asymmetric")  # none where the scores tell nothing apart
+    calibration = student.calibration.tasks.get("asymmetric")  # None where the scores separate nothing
     assert report.probabilities == (calibration and calibration.model_dump())
     before = student.evidence
     assert fit_scores(student, [topics().dataset], "asymmetric", words=False, show_progress=False).evidence is None
     assert student.evidence == before
 
 
-def test_scores_that_tell_nothing_leave_the_own_score_alone():
+def test_uninformative_scores_get_no_weight():
     assert sum_weights([(np.zeros((4, 3)), np.eye(4)[0])] * 3).tolist() == [1, 0, 0]

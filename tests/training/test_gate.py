@@ -1,4 +1,4 @@
-"""Trying a teacher on dev lists: which queries and candidates, what is kept, when a gate opens."""
+"""Testing a teacher on dev lists: choice of queries and candidates, stored judgements, and when a gate opens."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from tiny_models import tiny_student_config, write_tiny_model
 TEACHER = TeacherConfig(model="told")
 
 
-class Told:
-    """A judge that knows the answers, or takes them for the wrong ones; with ``fail_after`` it stops there."""
+class OracleJudge:
+    """Knows the answers or, without ``right``, picks wrong ones; is interrupted after ``fail_after`` pairs."""
 
     def __init__(self, *, right=True, fingerprint="told", fail_after=None):
         self.fingerprint, self.right, self.fail_after = fingerprint, right, fail_after
@@ -63,12 +63,12 @@ def student(tmp_path_factory):
 
 @pytest.fixture
 def trial(student, tmp_path, monkeypatch):
-    """Runs a gate with a teacher that is told what to say."""
+    """Runs a gate with the given judge as the teacher."""
 
-    def run(judge, *, judged=None, **settings):
+    def run(judge, *, datasets=None, **settings):
         monkeypatch.setattr(verb, "load_judge", lambda *_, **__: judge)
         return gate(
-            judged or [(everyday(), "asymmetric")],
+            datasets or [(everyday(), "asymmetric")],
             tmp_path / "run",
             teacher=TEACHER,
             student=student,
@@ -79,7 +79,7 @@ def trial(student, tmp_path, monkeypatch):
     return run
 
 
-def test_the_sample_is_random_and_nested_and_has_two_ends():
+def test_query_samples_are_random_nested_and_have_two_ends():
     dataset = everyday()
     small, large = ([q.id for q in dev_queries(dataset, num_queries=n, seed=0)] for n in (4, 8))
     assert large[:4] == small
@@ -93,51 +93,51 @@ def test_the_sample_is_random_and_nested_and_has_two_ends():
 
 
 @pytest.mark.parametrize("qrels", [{}, {"dev": {"qa": {"a0": 0}}}])
-def test_no_dev_query_is_an_error(qrels):
+def test_data_without_dev_queries_is_rejected(qrels):
     with pytest.raises(InputError, match=r"dev\.tsv has no query with a positive"):
         dev_queries(dataclasses.replace(everyday(), qrels=qrels), num_queries=3, seed=0)
 
 
-def test_lists_are_the_union_of_words_and_vectors():
+def test_lists_join_candidates_by_words_and_by_vectors():
     dataset, student = everyday(), FakeStudent()
     queries = dev_queries(dataset, num_queries=3, seed=0)
-    found = make_dev_lists(dataset, "asymmetric", queries, student=student, depth=2, with_positives=False)
+    lists = make_dev_lists(dataset, "asymmetric", queries, student=student, depth=2, with_positives=False)
     vectors = student.encode_passages([passage.full_text for passage in dataset.passages.values()]).vectors
     for query in queries:
         scores = vectors @ student.encode_queries([query.text]).vectors[0]
         nearest = [list(dataset.passages)[row] for row in np.argsort(-scores)[:2]]
         letter = query.id[1]
-        assert found.candidates[query.id][:2] == [f"{letter}0", f"{letter}1"]  # equal words: by id
-        assert set(found.candidates[query.id]) == {f"{letter}0", f"{letter}1", *nearest}
-    assert found.qrels == {query.id: dataset.qrels["dev"][query.id] for query in queries}
+        assert lists.candidates[query.id][:2] == [f"{letter}0", f"{letter}1"]  # equal BM25 scores: ordered by id
+        assert set(lists.candidates[query.id]) == {f"{letter}0", f"{letter}1", *nearest}
+    assert lists.qrels == {query.id: dataset.qrels["dev"][query.id] for query in queries}
 
 
-def test_lists_with_positives_leave_out_repeats_of_them():
+def test_lists_with_positives_leave_out_their_repeats():
     dataset = everyday()
     dataset.passages["a0"] = Passage("a0", dataset.passages["a2"].text.upper())
-    found = make_dev_lists(
+    lists = make_dev_lists(
         dataset, "asymmetric", [dataset.queries["qa"]], student=FakeStudent(), depth=3, with_positives=True
     )
-    assert found.candidates["qa"][0] == "a2"
-    assert "a0" not in found.candidates["qa"]
-    assert "a1" in found.candidates["qa"]
+    assert lists.candidates["qa"][0] == "a2"
+    assert "a0" not in lists.candidates["qa"]
+    assert "a1" in lists.candidates["qa"]
 
 
 def test_a_head_without_an_anchor_proposes_by_cosine():
     dataset = everyday()
     queries = dev_queries(dataset, num_queries=2, seed=0)
-    found = make_dev_lists(
+    lists = make_dev_lists(
         dataset, "asymmetric", queries, student=FakeStudent(head="paper"), depth=2, with_positives=False
     )
-    assert all(len(ids) >= 2 for ids in found.candidates.values())
+    assert all(len(ids) >= 2 for ids in lists.candidates.values())
 
 
-def test_a_teacher_that_knows_opens_and_one_that_misleads_closes(trial, student, tmp_path):
-    report = trial(Told())
+def test_good_teacher_opens_and_bad_teacher_closes_the_gate(trial, student, tmp_path):
+    report = trial(OracleJudge())
     (row,) = report.sets
     assert (row.name, row.task, row.num_items, row.teacher, row.is_open) == ("everyday", "asymmetric", 12, 1.0, True)
     assert report.closed == ()
-    # The cosine's figure is that of the student's scores on the same lists.
+    # The cosine's value is the nDCG of the student's own scores on the same lists.
     dataset = everyday()
     lists = make_dev_lists(
         dataset,
@@ -159,7 +159,7 @@ def test_a_teacher_that_knows_opens_and_one_that_misleads_closes(trial, student,
     assert report.num_judged == sum(len(ids) for ids in lists.candidates.values())
     assert report.cosine == student.fingerprint
 
-    wrong = trial(Told(right=False, fingerprint="wrong"))
+    wrong = trial(OracleJudge(right=False, fingerprint="wrong"))
     assert wrong.sets[0].difference < 0
     assert not wrong.sets[0].is_open
     assert wrong.closed == ("everyday",)
@@ -169,39 +169,39 @@ def test_a_teacher_that_knows_opens_and_one_that_misleads_closes(trial, student,
     assert read_gate(tmp_path / "elsewhere", "told") is None
 
 
-def test_a_teacher_no_better_than_the_cosine_is_closed(trial, student):
+def test_teacher_equal_to_the_cosine_keeps_the_gate_closed(trial, student):
     report = trial(CosineTeacher(student))
     assert (report.sets[0].difference, report.sets[0].p_value, report.sets[0].is_open) == (0, 1, False)
 
 
-def test_a_task_has_all_queries_of_its_sets(trial):
-    judged = [(everyday(), "asymmetric"), (everyday("second"), "asymmetric"), (everyday("third"), "symmetric")]
-    report = trial(Told(), judged=judged, queries=6)
+def test_a_task_pools_the_queries_of_its_sets(trial):
+    datasets = [(everyday(), "asymmetric"), (everyday("second"), "asymmetric"), (everyday("third"), "symmetric")]
+    report = trial(OracleJudge(), datasets=datasets, queries=6)
     assert [(row.name, row.num_items) for row in report.sets] == [("everyday", 6), ("second", 6), ("third", 6)]
     assert [(row.name, row.num_items) for row in report.tasks] == [("asymmetric", 12), ("symmetric", 6)]
     assert report.tasks[0].cosine == pytest.approx((report.sets[0].cosine + report.sets[1].cosine) / 2)
     assert report.tasks[0].p_value < report.sets[0].p_value
 
 
-def test_judgements_are_kept_when_it_is_stopped(trial, monkeypatch, tmp_path):
+def test_judgements_survive_an_interruption(trial, monkeypatch, tmp_path):
     from d2llm.evaluation import judging
 
     monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 10)
     monkeypatch.setattr(judging, "_SHARD_SECONDS", 0)
     with pytest.raises(Interruption):
-        trial(Told(fail_after=20))
+        trial(OracleJudge(fail_after=20))
     assert not (tmp_path / "run" / GATE_FILE).exists()
-    rest, whole = Told(), Told(fingerprint="whole")
-    assert trial(rest).sets[0].is_open
+    resumed, whole = OracleJudge(), OracleJudge(fingerprint="whole")
+    assert trial(resumed).sets[0].is_open
     trial(whole)
-    assert 0 < rest.asked <= whole.asked - 20
-    again = Told()
-    assert trial(again).num_judged == again.asked == 0
+    assert 0 < resumed.asked <= whole.asked - 20
+    repeated = OracleJudge()
+    assert trial(repeated).num_judged == repeated.asked == 0
 
 
-def test_queries_that_fitted_a_stack_are_counted(trial, monkeypatch):
+def test_queries_used_to_fit_a_stack_are_counted(trial, monkeypatch):
     monkeypatch.setattr(verb, "stacked_queries", lambda config: {"everyday": frozenset({"qa", "qb", "other"})})
-    assert trial(Told()).num_seen == 2
+    assert trial(OracleJudge()).num_seen == 2
 
 
 def test_a_foreign_gate_file_is_not_replaced(trial, tmp_path):
@@ -210,24 +210,24 @@ def test_a_foreign_gate_file_is_not_replaced(trial, tmp_path):
     for content, message in (("{", "not valid JSON"), ('{"kind": "door"}', "not a gate"), ("[]", "not a gate")):
         path.write_text(content)
         with pytest.raises(DataFormatError, match=message):
-            trial(Told())
+            trial(OracleJudge())
         assert path.read_text() == content
 
 
-def test_the_file_says_what_made_it(trial, tmp_path):
-    trial(Told(), alpha=0.01)
-    found = json.loads((tmp_path / "run" / GATE_FILE).read_text())
-    assert (found["kind"], found["format_version"]) == ("gate", 1)
-    assert "d2llm" in found["packages"]
-    assert found["gates"]["told"]["settings"]["alpha"] == 0.01
-    assert found["gates"]["told"]["sets"][0]["p_value"] < 0.01
+def test_gate_file_records_settings_and_packages(trial, tmp_path):
+    trial(OracleJudge(), alpha=0.01)
+    content = json.loads((tmp_path / "run" / GATE_FILE).read_text())
+    assert (content["kind"], content["format_version"]) == ("gate", 1)
+    assert "d2llm" in content["packages"]
+    assert content["gates"]["told"]["settings"]["alpha"] == 0.01
+    assert content["gates"]["told"]["sets"][0]["p_value"] < 0.01
 
 
 # --- labelled pairs ---------------------------------------------------------------------------------------------------
 
 
-def couples(truth, *, kind="binary", name="couples", split="dev"):
-    """Pairs of which ``truth`` is told; the score of a pair can be looked up by its passage, "<name> <number>"."""
+def pair_set(truth, *, kind="binary", name="couples", split="dev"):
+    """Pairs with the labels or scores ``truth``; the n-th passage is "<name> <n>", by which judges find its score."""
     pairs = tuple(
         LabelledPair(
             f"{split}-{n}",
@@ -241,8 +241,8 @@ def couples(truth, *, kind="binary", name="couples", split="dev"):
     return PairDataset(name, Path(name), kind, (), {split: pairs}, ())
 
 
-class Says(Told):
-    """A judge that gives the passage "<name> <n>" the n-th of the scores of that data set."""
+class ScoredJudge(OracleJudge):
+    """Gives the passage "<name> <n>" the n-th score of that data set."""
 
     def __init__(self, fingerprint="says", **scores):
         super().__init__(fingerprint=fingerprint)
@@ -258,11 +258,11 @@ class Says(Told):
 
 @pytest.fixture
 def compare(trial, monkeypatch):
-    """Runs a gate on pair sets with these two judges."""
+    """Runs a gate on pair sets with the given judges as teacher and cosine."""
 
     def run(teacher, cosine, *sets, **settings):
         monkeypatch.setattr(verb, "CosineTeacher", lambda student: cosine)
-        return trial(teacher, judged=sets, **settings)
+        return trial(teacher, datasets=sets, **settings)
 
     return run
 
@@ -270,48 +270,52 @@ def compare(trial, monkeypatch):
 YES_NO = ["1", "0"] * 10
 
 
-def test_pairs_are_tried_by_average_precision(compare, tmp_path):
+def test_binary_pairs_are_measured_by_average_precision(compare, tmp_path):
     right, wrong = [int(label) + n / 100 for n, label in enumerate(YES_NO)], [-int(label) for label in YES_NO]
-    report = compare(Says(couples=right), Says("cosine", couples=wrong), (couples(YES_NO), "symmetric"))
+    report = compare(ScoredJudge(couples=right), ScoredJudge("cosine", couples=wrong), (pair_set(YES_NO), "symmetric"))
     (row,) = report.sets
     assert (row.name, row.task, row.measure, row.num_items) == ("couples", "symmetric", "AP", 20)
-    # All yeses come after the ten noes, with one score: they come in together, at a precision of 10 / 20.
+    # All positives tie below the ten negatives, so they are retrieved together at a precision of 10 / 20.
     assert (row.teacher, row.cosine, row.difference) == pytest.approx((1, 0.5, 0.5))
-    # Every pair goes from the wrong side of all others to the right one: 2 of 2^20 signs are as extreme.
+    # Every pair moves from the wrong side of all others to the right one: 2 of 2^20 sign patterns are as extreme.
     assert row.p_value < 0.001
     assert row.is_open
     assert report.closed == ()
     assert report.num_judged == 20
     assert [dataclasses.replace(row, name="couples") for row in report.tasks] == [row]
-    turned = compare(Says("turned", couples=wrong), Says("other", couples=right), (couples(YES_NO), "symmetric"))
-    assert turned.sets[0].difference == pytest.approx(-0.5)
-    assert turned.closed == ("couples",)
+    swapped = compare(
+        ScoredJudge("turned", couples=wrong), ScoredJudge("other", couples=right), (pair_set(YES_NO), "symmetric")
+    )
+    assert swapped.sets[0].difference == pytest.approx(-0.5)
+    assert swapped.closed == ("couples",)
     assert read_gate(tmp_path / "run", "says") == {"couples": True}
     assert read_gate(tmp_path / "run", "turned") == {"couples": False}
-    # The value is that of the store when it is tried again, and nobody is asked.
-    again = Says(couples=wrong)
-    assert compare(again, Says("cosine"), (couples(YES_NO), "symmetric")).sets == report.sets
-    assert again.asked == 0
+    # A second run takes the values from the store and calls no judge.
+    repeated = ScoredJudge(couples=wrong)
+    assert compare(repeated, ScoredJudge("cosine"), (pair_set(YES_NO), "symmetric")).sets == report.sets
+    assert repeated.asked == 0
 
 
-def test_a_few_pairs_open_no_gate(compare):
+def test_too_few_pairs_keep_the_gate_closed(compare):
     report = compare(
-        Says(couples=[1, 0, 1, 0]), Says("cosine", couples=[0, 1, 0, 1]), (couples(YES_NO[:4]), "symmetric")
+        ScoredJudge(couples=[1, 0, 1, 0]),
+        ScoredJudge("cosine", couples=[0, 1, 0, 1]),
+        (pair_set(YES_NO[:4]), "symmetric"),
     )
     assert report.sets[0].teacher == 1
     assert report.sets[0].p_value == pytest.approx(2 / 16, abs=0.02)
     assert not report.sets[0].is_open
 
 
-def test_graded_pairs_are_tried_by_spearman(compare):
+def test_graded_pairs_are_measured_by_spearman(compare):
     grades = list(range(16))
-    sets = [(couples(grades, kind="scores"), "symmetric")]
-    report = compare(Says(couples=grades), Says("cosine", couples=grades[::-1]), *sets)
+    sets = [(pair_set(grades, kind="scores"), "symmetric")]
+    report = compare(ScoredJudge(couples=grades), ScoredJudge("cosine", couples=grades[::-1]), *sets)
     assert (report.sets[0].measure, report.sets[0].teacher, report.sets[0].cosine) == ("Spearman", 1, -1)
     assert report.sets[0].is_open
-    # By score two neighbours have changed places, all others are right.
+    # Two neighbours have swapped places, all others are in order.
     nearly = [1, 0, *grades[2:]]
-    report = compare(Says("nearly", couples=nearly), Says("right", couples=grades), *sets)
+    report = compare(ScoredJudge("nearly", couples=nearly), ScoredJudge("right", couples=grades), *sets)
     assert report.sets[0].teacher == pytest.approx(1 - 6 * 2 / (16 * (16**2 - 1)))
     assert not report.sets[0].is_open
 
@@ -319,87 +323,87 @@ def test_graded_pairs_are_tried_by_spearman(compare):
 CLASSES = ["contradiction", "neutral", "entailment"] * 12
 
 
-def test_classes_are_tried_at_thresholds_of_the_other_half(compare):
-    dataset = couples(CLASSES, kind="classes")
+def test_classes_use_thresholds_fitted_on_the_other_half(compare):
+    dataset = pair_set(CLASSES, kind="classes")
     number = {"contradiction": 0, "neutral": 1, "entailment": 2}
-    # The halves of each class, in the sample's order; the second half's scores lie above all of the first's.
-    seen, shifted = dict.fromkeys(number, 0), [0.0] * len(CLASSES)
+    # Each class alternates between the halves in sample order; the second half's scores are above all of the first's.
+    counts, shifted = dict.fromkeys(number, 0), [0.0] * len(CLASSES)
     for pair in make_dev_pairs(dataset, "symmetric", num_pairs=36, seed=0).pairs:
-        shifted[int(pair.passage.split()[1])] = number[pair.label] + 10 * (seen[pair.label] % 2)
-        seen[pair.label] += 1
+        shifted[int(pair.passage.split()[1])] = number[pair.label] + 10 * (counts[pair.label] % 2)
+        counts[pair.label] += 1
     right = [number[label] for label in CLASSES]
-    report = compare(Says(couples=right), Says("cosine", couples=shifted), (dataset, "symmetric"))
+    report = compare(ScoredJudge(couples=right), ScoredJudge("cosine", couples=shifted), (dataset, "symmetric"))
     (row,) = report.sets
     assert (row.measure, row.teacher) == ("accuracy (3 classes)", 1)
-    # One half's cuts call the other all entailment, or all contradiction: a third is right.
+    # One half's thresholds make the other all entailment or all contradiction: a third is right.
     assert row.cosine == pytest.approx(1 / 3)
     assert row.is_open
 
 
-def test_a_class_that_is_too_rare_for_thresholds_is_said(compare):
-    dataset = couples(CLASSES[:6], kind="classes")
-    compare(Says(couples=range(6)), Says("cosine", couples=range(6)), (dataset, "symmetric"))
-    rare = couples(["contradiction", "neutral", "entailment", "contradiction", "neutral"], kind="classes")
+def test_a_class_too_rare_for_thresholds_is_rejected(compare):
+    dataset = pair_set(CLASSES[:6], kind="classes")
+    compare(ScoredJudge(couples=range(6)), ScoredJudge("cosine", couples=range(6)), (dataset, "symmetric"))
+    rare = pair_set(["contradiction", "neutral", "entailment", "contradiction", "neutral"], kind="classes")
     with pytest.raises(InputError, match="no pair of the dev split is 'entailment'"):
-        compare(Says("b", couples=range(5)), Says("c", couples=range(5)), (rare, "symmetric"))
+        compare(ScoredJudge("b", couples=range(5)), ScoredJudge("c", couples=range(5)), (rare, "symmetric"))
 
 
-def test_ten_pairs_stand_for_a_query_and_a_pair_that_repeats_is_judged_once(compare):
-    dataset = couples(YES_NO * 3)
+def test_a_query_counts_as_ten_pairs_and_repeats_are_judged_once(compare):
+    dataset = pair_set(YES_NO * 3)
     twin = dataclasses.replace(dataset.splits["dev"][0], id="twin")
     dataset = dataclasses.replace(dataset, splits={"dev": (*dataset.splits["dev"], twin)})
     scores = {"couples": [int(label) for label in YES_NO * 3]}
-    small = compare(Says(**scores), Says("cosine", **scores), (dataset, "symmetric"), queries=2)
+    small = compare(ScoredJudge(**scores), ScoredJudge("cosine", **scores), (dataset, "symmetric"), queries=2)
     assert (small.sets[0].num_items, small.num_judged) == (20, 20)
-    whole = compare(Says(**scores), Says("cosine", **scores), (dataset, "symmetric"), queries=7)
+    whole = compare(ScoredJudge(**scores), ScoredJudge("cosine", **scores), (dataset, "symmetric"), queries=7)
     assert (whole.sets[0].num_items, whole.num_judged) == (61, 40)  # the larger sample contains the smaller
 
 
-def test_other_texts_under_the_same_ids_are_judged_anew(compare):
+def test_changed_texts_under_the_same_ids_are_judged_again(compare):
     scores = {"couples": [1, 0] * 10, "others": [0, 1] * 10}
-    before = compare(Says(**scores), Says("cosine", **scores), (couples(YES_NO), "symmetric"))
-    changed = dataclasses.replace(couples(YES_NO, name="others"), name="couples")
-    after = compare(Says(**scores), Says("cosine", **scores), (changed, "symmetric"))
+    before = compare(ScoredJudge(**scores), ScoredJudge("cosine", **scores), (pair_set(YES_NO), "symmetric"))
+    changed = dataclasses.replace(pair_set(YES_NO, name="others"), name="couples")
+    after = compare(ScoredJudge(**scores), ScoredJudge("cosine", **scores), (changed, "symmetric"))
     assert (before.sets[0].teacher, after.sets[0].teacher) == (1, 0.5)
     assert after.num_judged == 20
 
 
-def test_sets_of_one_measure_are_pooled_and_others_are_not(compare):
+def test_only_sets_with_the_same_measure_are_pooled(compare):
     names = {"couples": YES_NO, "doubles": YES_NO[:10], "grades": list(range(12))}
     sets = [
-        (couples(truth, kind="scores" if name == "grades" else "binary", name=name), "symmetric")
+        (pair_set(truth, kind="scores" if name == "grades" else "binary", name=name), "symmetric")
         for name, truth in names.items()
     ]
     right = {name: [float(value) for value in truth] for name, truth in names.items()}
     wrong = {name: [-value for value in values] for name, values in right.items()}
-    report = compare(Says(**right), Says("cosine", **wrong | {"couples": right["couples"]}), *sets)
+    report = compare(ScoredJudge(**right), ScoredJudge("cosine", **wrong | {"couples": right["couples"]}), *sets)
     rows = [(row.name, row.measure, row.num_items, row.is_open) for row in report.tasks]
     assert rows == [("symmetric", "AP", 30, True), ("symmetric", "Spearman", 12, True)]
     assert report.tasks[0].cosine == pytest.approx((20 * 1 + 10 * 0.5) / 30)
     assert report.closed == ("couples",)  # equal scores
-    shown = [(cells[1], cells[2], cells[-1]) for cells in gate_table(report).texts()]
-    assert shown[:3] == [("AP", "20", "closed"), ("AP", "10", "open"), ("Spearman", "12", "open")]
-    assert shown[3:] == [("AP", "30", "open"), ("Spearman", "12", "open")]
+    cells_shown = [(cells[1], cells[2], cells[-1]) for cells in gate_table(report).texts()]
+    assert cells_shown[:3] == [("AP", "20", "closed"), ("AP", "10", "open"), ("Spearman", "12", "open")]
+    assert cells_shown[3:] == [("AP", "30", "open"), ("Spearman", "12", "open")]
     assert gate_advice(report).startswith("gate: closed for couples: ")
 
 
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        (couples(YES_NO, split="train"), InputError, "there are no dev pairs, so a teacher cannot be tested"),
-        (couples(["1", "1"]), DataFormatError, "no negative pair"),
-        (couples(["red", "blue"], kind="classes"), DataFormatError, "natural language inference: entailment, "),
+        (pair_set(YES_NO, split="train"), InputError, "there are no dev pairs, so a teacher cannot be tested"),
+        (pair_set(["1", "1"]), DataFormatError, "no negative pair"),
+        (pair_set(["red", "blue"], kind="classes"), DataFormatError, "natural language inference: entailment, "),
     ],
 )
-def test_pairs_that_cannot_be_measured_are_an_error(dataset, error, message):
+def test_unmeasurable_pairs_are_rejected(dataset, error, message):
     with pytest.raises(error, match=message):
         make_dev_pairs(dataset, "symmetric", num_pairs=10, seed=0)
 
 
 @pytest.mark.parametrize("kind", ["binary", "classes", "scores"])
-def test_a_closed_pair_set_is_trained_on_its_own_targets_whatever_the_teacher_said(kind, tmp_path):
+def test_closed_pair_set_ignores_the_teachers_labels(kind, tmp_path):
     truth = {"binary": YES_NO, "classes": CLASSES, "scores": list(range(12))}[kind]
-    pairs = couples(truth, kind=kind, split="train")
+    pairs = pair_set(truth, kind=kind, split="train")
     prepared = read_pair_training_set(pairs)
     plan = make_plan(plan_of_pairs(prepared, "train", num_easy=0, seed=0))
     source = TrainingSource(prepared.dataset, plan, "symmetric", pairs=pairs)
@@ -408,23 +412,23 @@ def test_a_closed_pair_set_is_trained_on_its_own_targets_whatever_the_teacher_sa
     all_yes.write(
         [QueryLabels(e.query_id, e.passage_ids, np.full(len(e.targets), 5, np.float32)) for e in plan.entries]
     )
-    closed = LabelledSource.join(source, LabelStore(tmp_path / "labels", teacher="none", **key), keep_unlabelled=True)
-    assert len(closed.entries) == len(plan.entries)
+    untaught = LabelledSource.join(source, LabelStore(tmp_path / "labels", teacher="none", **key), keep_unlabelled=True)
+    assert len(untaught.entries) == len(plan.entries)
     taught = LabelledSource.join(source, LabelStore(tmp_path / "labels", teacher="told", **key))
-    assert closed.num_unlabelled == len(plan.entries)
+    assert untaught.num_unlabelled == len(plan.entries)
     assert taught.num_unlabelled == 0
 
     def losses(joined, share):
-        ((of, draws),) = epoch_batches([joined], epoch=0, batch_queries=64, num_hard=1, num_easy=0, seed=0)
-        batch = collate(of, draws)
+        ((labelled, draws),) = epoch_batches([joined], epoch=0, batch_queries=64, num_hard=1, num_easy=0, seed=0)
+        batch = collate(labelled, draws)
         logits = torch.linspace(0.5, 3, batch.positive.size).reshape(batch.positive.shape)
-        found = batch_losses(PairScores(logits, logits / 2, None), batch, LossWeights(teacher_share=share))
-        return {name: value.item() for name, value in found.items()}
+        terms = batch_losses(PairScores(logits, logits / 2, None), batch, LossWeights(teacher_share=share))
+        return {name: value.item() for name, value in terms.items()}
 
-    own = losses(closed, 0.0)
+    own = losses(untaught, 0.0)
     assert set(own) == {"pair_cross_entropy", "anchor_pair_cross_entropy"}
     for share in (0.5, 1.0):
-        assert losses(closed, share) == pytest.approx(own, rel=1e-5)
+        assert losses(untaught, share) == pytest.approx(own, rel=1e-5)
         assert losses(taught, share) != pytest.approx(own, rel=1e-2)
 
 
@@ -444,25 +448,25 @@ class TestFirstLook:
 
         return run
 
-    def test_it_tries_few_queries_on_bm25s_candidates_and_keeps_no_verdict(self, look, tmp_path):
-        found = look(Told())
-        (row,) = found.sets
+    def test_look_uses_bm25_candidates_and_stores_no_verdict(self, look, tmp_path):
+        report = look(OracleJudge())
+        (row,) = report.sets
         assert (row.name, row.num_items, row.teacher) == (
             "everyday",
             12,
             1.0,
-        )  # all twelve are fewer than those of a look
+        )  # all twelve queries are fewer than a look takes
         assert LOOK_QUERIES >= 12
-        assert found.num_judged == 12 * 3  # three passages have the words of each query; no vector proposes others
+        assert report.num_judged == 12 * 3  # three passages match the words of each query; vectors propose no others
         assert read_gate(tmp_path / "run", "told") is None
 
-    def test_what_was_judged_is_not_judged_again(self, look):
-        look(Told())
-        assert look(Told(fail_after=0)).num_judged == 0
+    def test_stored_judgements_are_reused(self, look):
+        look(OracleJudge())
+        assert look(OracleJudge(fail_after=0)).num_judged == 0
 
-    def test_a_teacher_that_is_behind_is_said_to_be(self, look):
-        assert "is worse than the cosine by" in look_sentence(look(Told(right=False)))
-        assert "is as good as the cosine or better" in look_sentence(look(Told(fingerprint="other")))
+    def test_sentence_says_whether_the_teacher_beats_the_cosine(self, look):
+        assert "is worse than the cosine by" in look_sentence(look(OracleJudge(right=False)))
+        assert "is as good as the cosine or better" in look_sentence(look(OracleJudge(fingerprint="other")))
 
 
 def test_a_verdict_in_words():

@@ -1,4 +1,4 @@
-"""The gradient of a batch in parts, against one backward pass through all of it, written out here."""
+"""The gradient of a batch computed in parts, against a single backward pass through the whole batch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def student(model: Path) -> Student:
 
 @pytest.fixture(scope="module")
 def batch() -> DistillationBatch:
-    """Texts of 1 to 8 words in no order; the first passage of a query is its positive, two others are hard."""
+    """Texts of 1 to 8 random words; the first of a query's three passages is positive, the others hard negatives."""
     rng = random.Random(0)
     words = " ".join(TEXTS).split()
     passages = {f"p{n:02}": " ".join(rng.sample(words, rng.randint(1, 8))) for n in range(NUM_PASSAGES)}
@@ -68,87 +68,87 @@ def batch() -> DistillationBatch:
 
 
 @dataclass
-class Found:
+class LossAndGradients:
     loss: float
     gradients: dict[str, Tensor]
 
 
-def taken(student: Student, loss: Tensor) -> Found:
+def collect(student: Student, loss: Tensor) -> LossAndGradients:
     gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad(set_to_none=True)
-    return Found(float(loss.detach()), gradients)
+    return LossAndGradients(float(loss.detach()), gradients)
 
 
-def in_one(student: Student, batch: DistillationBatch) -> Found:
-    """Every text in one forward pass, one backward pass."""
+def in_one_pass(student: Student, batch: DistillationBatch) -> LossAndGradients:
+    """One forward pass over every text and one backward pass."""
     loss = weighted_sum(batch_losses(score_batch(student, batch), batch, WEIGHTS), WEIGHTS)
     loss.backward()
-    return taken(student, loss)
+    return collect(student, loss)
 
 
-def loss_of(student: Student, batch: DistillationBatch) -> Callable[[Tensor], Tensor]:
+def loss_function(student: Student, batch: DistillationBatch) -> Callable[[Tensor], Tensor]:
     return lambda vectors: weighted_sum(batch_losses(score_vectors(student, vectors, batch), batch, WEIGHTS), WEIGHTS)
 
 
 def in_parts(
     student: Student, batch: DistillationBatch, *, seed: int = 3, room: int = 1 << 20, **training: Any
-) -> Found:
+) -> LossAndGradients:
     loss = backpropagate(
         student,
         batch_tokens(student, batch),
-        loss_of(student, batch),
+        loss_function(student, batch),
         training=TrainingConfig.model_validate(training),
         room=room,
         seed=seed,
     )
-    return taken(student, loss)
+    return collect(student, loss)
 
 
-def assert_same(found: Found, expected: Found, tolerance: float = 1e-5) -> None:
-    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
-    assert found.gradients.keys() == expected.gradients.keys()
+def assert_same(actual: LossAndGradients, expected: LossAndGradients, tolerance: float = 1e-5) -> None:
+    assert actual.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert actual.gradients.keys() == expected.gradients.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
     for name, gradient in expected.gradients.items():
-        difference = float((found.gradients[name] - gradient).abs().max())
+        difference = float((actual.gradients[name] - gradient).abs().max())
         assert difference <= tolerance * largest, (name, difference, largest)
 
 
 @pytest.mark.parametrize("caching", ["on", "off", "auto"])
 @pytest.mark.parametrize("part_tokens", [1, 40])
-def test_it_is_the_gradient_of_one_pass(
+def test_gradient_equals_that_of_one_pass(
     student: Student, batch: DistillationBatch, caching: str, part_tokens: int
 ) -> None:
-    expected = in_one(student, batch)
+    expected = in_one_pass(student, batch)
     assert max(float(gradient.abs().max()) for gradient in expected.gradients.values()) > 0.01
     assert_same(in_parts(student, batch, gradient_caching=caching, part_tokens=part_tokens), expected)
 
 
 @settings(max_examples=6, deadline=None)
 @given(part_tokens=st.integers(1, 300), room=st.integers(0, 1 << 22))
-def test_whatever_the_parts_and_the_room(
+def test_gradient_does_not_depend_on_part_size_or_room(
     student: Student, batch: DistillationBatch, part_tokens: int, room: int
 ) -> None:
-    assert_same(in_parts(student, batch, part_tokens=part_tokens, room=room), in_one(student, batch))
+    assert_same(in_parts(student, batch, part_tokens=part_tokens, room=room), in_one_pass(student, batch))
 
 
 @pytest.mark.parametrize("tuning", ["full", "frozen"])
-def test_whatever_is_trained(model: Path, batch: DistillationBatch, tuning: str) -> None:
+def test_gradient_is_right_for_full_and_frozen_tuning(model: Path, batch: DistillationBatch, tuning: str) -> None:
     student = make_student(model, tuning=tuning)
-    assert_same(in_parts(student, batch, gradient_caching="on", part_tokens=40), in_one(student, batch))
+    assert_same(in_parts(student, batch, gradient_caching="on", part_tokens=40), in_one_pass(student, batch))
 
 
-def test_a_head_on_an_encoder_that_stands_still(model: Path, batch: DistillationBatch) -> None:
+def test_gradient_is_right_for_a_head_on_a_frozen_encoder(model: Path, batch: DistillationBatch) -> None:
     student = make_student(model)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name.startswith("interaction."))
-    expected = in_one(student, batch)
+    expected = in_one_pass(student, batch)
     assert set(expected.gradients) <= {name for name, _ in student.named_parameters() if name.startswith("interaction")}
     assert_same(in_parts(student, batch, gradient_caching="on", part_tokens=40), expected)
     assert_same(in_parts(student, batch, gradient_caching="off", part_tokens=40), expected)
 
 
-def test_with_dropout_the_second_reading_is_the_first_one_again(model: Path, batch: DistillationBatch) -> None:
-    """So the memory that is free changes nothing of a run, not even of one that is resumed elsewhere."""
+def test_recomputed_parts_repeat_their_dropout(model: Path, batch: DistillationBatch) -> None:
+    """So the amount of free memory never changes a run, not even one resumed on another machine."""
     student = make_student(model, dropout=0.3)
     kept = in_parts(student, batch, gradient_caching="off", part_tokens=40)
     others = [in_parts(student, batch, gradient_caching="on", part_tokens=40)]
@@ -164,10 +164,10 @@ def test_with_dropout_the_second_reading_is_the_first_one_again(model: Path, bat
 
 
 def peak_of_saved(student: Student, ids: list[list[int]], caching: str) -> int:
-    """The most numbers of token states that the backward pass had to keep at a time."""
+    """Peak number of token-state values kept for the backward pass."""
     alive = peak = 0
 
-    class Kept:
+    class SavedTensor:
         def __init__(self, tensor: Tensor) -> None:
             nonlocal alive, peak
             self.tensor, self.size = tensor, tensor.numel() if tensor.ndim >= 3 else 0
@@ -179,13 +179,13 @@ def peak_of_saved(student: Student, ids: list[list[int]], caching: str) -> int:
             alive -= self.size
 
     training = TrainingConfig.model_validate({"gradient_caching": caching, "part_tokens": 64})
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(SavedTensor, lambda kept: kept.tensor):
         backpropagate(student, ids, lambda v: (v @ v.T).logsumexp(1).sum(), training=training, room=0, seed=0)
     student.zero_grad(set_to_none=True)
     return peak
 
 
-def test_memory_is_that_of_some_parts_however_many_texts(student: Student) -> None:
+def test_memory_with_caching_does_not_grow_with_the_batch(student: Student) -> None:
     ids = [[5] * 8] * 32
     few, many = (
         {caching: peak_of_saved(student, ids * times, caching) for caching in ("on", "off")} for times in (1, 4)
@@ -197,23 +197,23 @@ def test_memory_is_that_of_some_parts_however_many_texts(student: Student) -> No
 def read_with_graph(
     student: Student, ids: list[list[int]], monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> list[bool]:
-    """Whether each reading of a part, in their order, kept what its backward pass needs."""
-    readings: list[bool] = []
-    whole = type(student).forward
+    """For each forward pass over a part, in order: whether it kept its graph for a backward pass."""
+    kept_graph: list[bool] = []
+    original = type(student).forward
 
     def forward(self: Student, *inputs: Tensor) -> Tensor:
-        readings.append(torch.is_grad_enabled())
-        return whole(self, *inputs)
+        kept_graph.append(torch.is_grad_enabled())
+        return original(self, *inputs)
 
     monkeypatch.setattr(type(student), "forward", forward)
     training = TrainingConfig(part_tokens=64)
     backpropagate(student, ids, lambda v: (v @ v.T).logsumexp(1).sum(), training=training, seed=0, **options)
     student.zero_grad(set_to_none=True)
-    return readings
+    return kept_graph
 
 
 def bytes_of_a_part(student: Student, ids: list[list[int]]) -> int:
-    """What the graph of one reading holds besides the weights, counted here by the tensors' places in memory."""
+    """Bytes that the graph of one forward pass holds besides the weights, counted by storage address."""
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def bytes_of_a_part(student: Student, ids: list[list[int]]) -> int:
 
 
 @pytest.mark.parametrize(("parts", "kept"), [(0.5, 1), (1.5, 1), (2.5, 2), (3.9, 3), (9.0, 4)])
-def test_as_many_parts_are_kept_as_there_is_room_for(
+def test_as_many_graphs_are_kept_as_fit_in_the_room(
     student: Student, monkeypatch: pytest.MonkeyPatch, parts: float, kept: int
 ) -> None:
     ids = [[5] * 8] * 32  # four parts of 8 texts
@@ -243,7 +243,7 @@ class TestRoom:
         monkeypatch.setattr(gradient_cache, "free_memory", lambda device: free)
         return graph_room(student, TrainingConfig.model_validate(training))
 
-    def test_it_is_a_third_of_what_is_free_and_that_is_said(
+    def test_room_is_a_third_of_free_memory_and_is_logged(
         self, student: Student, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level("INFO", logger="d2llm.remarks")
@@ -252,11 +252,11 @@ class TestRoom:
         assert self.room(monkeypatch, student, None) == 1 << 30
         assert "the free memory is unknown" in caplog.text
 
-    def test_processes_of_one_machine_share_it(self, student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_processes_on_one_machine_share_the_room(self, student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         assert self.room(monkeypatch, student, 6 << 30) == 1 << 30
 
-    def test_the_recipe_may_say_another_number(
+    def test_recipe_can_override_the_room(
         self, student: Student, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level("INFO", logger="d2llm.remarks")

@@ -1,4 +1,4 @@
-"""How much of a training is kept."""
+"""Interpolation between the weights before and after training: which share of the training is kept."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NUM = 40
 
 
 def result(*values: float, task: Task = "asymmetric") -> DevResult:
-    """A dev set whose 40 queries all have the value of a weight: any other mean is significantly different."""
+    """A dev result whose 40 queries all have the same value per weight, so that other means differ significantly."""
     weights = (0.0, 1.0)[: len(values)]
     by_item = {weight: np.full(NUM, value) for weight, value in zip(weights, values, strict=True)}
     return DevResult(task, dict(zip(weights, values, strict=True)), by_item)
 
 
-def test_between_start_and_end_an_adapter_s_product_is_the_share() -> None:
+def test_interpolation_scales_the_adapters_product_by_the_share() -> None:
     generator = torch.Generator().manual_seed(0)
     start = {
         "x.lora_A.default.weight": torch.randn(2, 5, generator=generator),
@@ -43,14 +43,14 @@ def test_between_start_and_end_an_adapter_s_product_is_the_share() -> None:
 @pytest.mark.parametrize(
     ("by_share", "kept"),
     [
-        ({0.5: (0.6, 0.6), 1.0: (0.6, 0.6)}, 0.5),  # half the way is as good
-        ({0.5: (0.6, 0.6), 1.0: (0.7, 0.7)}, 1.0),  # it is not
-        ({0.5: (0.6, 0.6), 1.0: (0.9, 0.4)}, 0.5),  # the whole way lost on a set, half of it did not
-        ({0.5: (0.6, 0.4), 1.0: (0.9, 0.4)}, 0.0),  # every share lost
-        ({0.25: (0.6, 0.6), 0.5: (0.7, 0.6), 1.0: (0.5, 0.5)}, 0.5),  # better on the way than at its end
+        ({0.5: (0.6, 0.6), 1.0: (0.6, 0.6)}, 0.5),  # half the change is as good as all
+        ({0.5: (0.6, 0.6), 1.0: (0.7, 0.7)}, 1.0),  # half the change is worse
+        ({0.5: (0.6, 0.6), 1.0: (0.9, 0.4)}, 0.5),  # the whole change loses on one set, half of it does not
+        ({0.5: (0.6, 0.4), 1.0: (0.9, 0.4)}, 0.0),  # every share loses on one set
+        ({0.25: (0.6, 0.6), 0.5: (0.7, 0.6), 1.0: (0.5, 0.5)}, 0.5),  # half the change is better than all
     ],
 )
-def test_the_share_that_is_kept(by_share: dict[float, tuple[float, float]], kept: float) -> None:
+def test_smallest_sufficient_share_is_kept(by_share: dict[float, tuple[float, float]], kept: float) -> None:
     start = items_at_best_weight({"a": result(0.5), "b": result(0.5)})
 
     def measure(share: float) -> dict[str, DevResult]:
@@ -62,11 +62,11 @@ def test_the_share_that_is_kept(by_share: dict[float, tuple[float, float]], kept
     assert set(results) == set(by_share) | ({0.0} if kept == 0 else set())
 
 
-def test_no_more_is_kept_than_the_largest_share() -> None:
+def test_kept_share_never_exceeds_the_largest() -> None:
     start = items_at_best_weight({"a": result(0.5)})
 
     def measure(share: float) -> dict[str, DevResult]:
-        return {"a": result(0.5 + 0.4 * share)}  # ever better
+        return {"a": result(0.5 + 0.4 * share)}  # keeps getting better
 
     share, results = sufficient_share([0.25, 0.5, 0.75], measure, start, seed=0, largest=0.6)
     assert share == 0.6
@@ -74,11 +74,11 @@ def test_no_more_is_kept_than_the_largest_share() -> None:
     assert sufficient_share([], measure, start, seed=0, largest=0.5)[0] == 0.5
 
 
-def test_a_weight_that_costs_one_set_is_not_taken_for_another_s_gain() -> None:
+def test_weight_that_harms_any_set_is_not_chosen() -> None:
     start = items_at_best_weight({"a": result(0.5), "b": result(0.5), "c": result(0.5, task="symmetric")})
     results = {"a": result(0.5, 0.9), "b": result(0.5, 0.4), "c": result(0.4, 0.6, task="symmetric")}
     assert choose_interaction_weights(results, start, seed=0) == {"asymmetric": 0.0, "symmetric": 1.0}
-    # Better than the start, but worse than the vectors alone have become.
+    # Better than the start, but worse than the trained vectors alone.
     lost = {"a": result(0.7, 0.9), "b": result(0.7, 0.6), "c": results["c"]}
     assert choose_interaction_weights(lost, start, seed=0) == {"asymmetric": 0.0, "symmetric": 1.0}
     assert choose_interaction_weights({"c": result(0.3, 0.4, task="symmetric")}, {"c": start["c"]}, seed=0) == {

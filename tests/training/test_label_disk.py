@@ -1,4 +1,4 @@
-"""Labelling when the disk is full, and when nothing fits in memory."""
+"""Labelling on a full disk, and within bounded memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_QUERIES = 40
 
 
 class LengthTeacher:
-    """Says how much longer the passage is than the query; notes how many pairs it was asked at a time."""
+    """Scores a pair by how much longer the passage is than the query; records the number of pairs of each call."""
 
     fingerprint = "length"
 
@@ -56,7 +56,7 @@ class LengthTeacher:
 def teacher(monkeypatch: pytest.MonkeyPatch) -> LengthTeacher:
     teacher = LengthTeacher()
     monkeypatch.setattr(verb, "load_judge", lambda *_, **__: teacher)
-    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 36)  # of four queries
+    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 36)  # the pairs of four queries
     monkeypatch.setattr(judging, "_SHARD_SECONDS", 0.0)
     return teacher
 
@@ -69,18 +69,18 @@ def stored(folder: Path) -> LabelStore:
     return LabelStore(folder, teacher="length", prompt="length-asymmetric", dataset="tiny")
 
 
-def test_a_full_disk_loses_nothing_that_was_written(
+def test_full_disk_loses_no_written_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: LengthTeacher
 ) -> None:
-    """The file system refuses while a shard's second file is flushed, as one does that is full."""
+    """The disk fills up while a shard's second file is being flushed."""
     whole = run(tmp_path / "whole")
-    genuine, left = os.fsync, [14]
+    original, remaining = os.fsync, [14]
 
     def fsync(descriptor: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        genuine(descriptor)
+        original(descriptor)
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", fsync)
@@ -90,11 +90,11 @@ def test_a_full_disk_loses_nothing_that_was_written(
             run(tmp_path / "store")
     before = stored(tmp_path / "store")
     assert 0 < len(before) < NUM_QUERIES
-    assert not list((tmp_path / "store").rglob(".*"))  # no half of a file is left behind
-    asked = sum(teacher.asked)
+    assert not list((tmp_path / "store").rglob(".*"))  # no partial file is left behind
+    judged_before = sum(teacher.asked)
     report = run(tmp_path / "store")
     assert report.finished_queries == len(before)
-    assert sum(teacher.asked) - asked == report.pairs == whole.pairs - before.num_pairs
+    assert sum(teacher.asked) - judged_before == report.pairs == whole.pairs - before.num_pairs
     after, undisturbed = stored(tmp_path / "store"), stored(tmp_path / "whole")
     assert after.num_duplicates == 0
     assert {q: after.log_odds(q) for q in after.query_ids} == {
@@ -105,27 +105,27 @@ def test_a_full_disk_loses_nothing_that_was_written(
 def test_memory_holds_one_chunk_of_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: LengthTeacher
 ) -> None:
-    """However many pairs there are: the teacher gets a few queries at a time, and the store keeps none of them."""
+    """With any number of pairs, the teacher gets a few queries at a time and the store holds no labels in memory."""
     opened: list[LabelStore] = []
-    genuine = LabelStore.__init__
+    original = LabelStore.__init__
 
-    def noting(self: LabelStore, folder: Path, **key: str) -> None:
-        genuine(self, folder, **key)
+    def recording_init(self: LabelStore, folder: Path, **key: str) -> None:
+        original(self, folder, **key)
         opened.append(self)
 
-    monkeypatch.setattr(LabelStore, "__init__", noting)
+    monkeypatch.setattr(LabelStore, "__init__", recording_init)
     report = run(tmp_path)
-    most = max(len(entry.passage_ids) for entry in topics(num_train=NUM_QUERIES).plan.entries)
-    assert max(teacher.asked) <= 4 * most < report.pairs
+    max_passages = max(len(entry.passage_ids) for entry in topics(num_train=NUM_QUERIES).plan.entries)
+    assert max(teacher.asked) <= 4 * max_passages < report.pairs
     assert len(opened) == 1
     assert opened[0].num_pairs == 0
     assert stored(tmp_path).num_pairs == report.pairs
 
 
-def test_without_features_only_what_is_new_is_judged(tmp_path: Path, teacher: LengthTeacher) -> None:
+def test_without_features_only_new_pairs_are_judged(tmp_path: Path, teacher: LengthTeacher) -> None:
     teacher.has_features = False
     first = run(tmp_path)
     assert (first.num_bounded, first.num_undecided) == (len(teacher.asked), 2 * len(teacher.asked))
     assert stored(tmp_path).gram(stored(tmp_path).query_ids[0]) is None
-    again = run(tmp_path)
-    assert (again.pairs, again.finished_queries) == (0, NUM_QUERIES)
+    second = run(tmp_path)
+    assert (second.pairs, second.finished_queries) == (0, NUM_QUERIES)

@@ -1,4 +1,4 @@
-"""Mining on corpora small enough to know every list by hand."""
+"""Mining on corpora small enough to work out every list by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Encoded:
 
 
 class Encoder:
-    """Vectors given by text; lengths differ, so that only normalising gives the cosine's order."""
+    """Looks vectors up by text; their norms differ, so only normalised vectors give the cosine's order."""
 
     fingerprint = "by-hand"
     config = StudentConfig()
@@ -54,8 +54,8 @@ def dataset(passages: dict[str, str], queries: dict[str, str], qrels: dict[str, 
     )
 
 
-# BM25 of "cat" over these: shorter passages first, so c1 < c2 < ... in rank; the others share no term with it. Their
-# other words differ, so that none is nearly another's text.
+# BM25 for "cat" ranks shorter passages first: c1, c2, ...; the others share no term with the query. All other words
+# differ, so that no two passages are near duplicates.
 CATS = {
     f"c{n}": " ".join(["cat", *(f"{letter * 3}{word}" for word in range(n))]) for n, letter in enumerate("abcdef", 1)
 }
@@ -66,7 +66,7 @@ def cats(train: dict[str, int], **splits: dict[str, dict[str, int]]) -> Dataset:
     return dataset(CATS | OTHERS, {"q1": "cat", "q2": "cat"}, {"train": {"q1": train}, **splits})
 
 
-def test_hard_negatives_come_from_the_first_depth_and_easy_ones_from_the_rest() -> None:
+def test_hard_negatives_are_top_ranked_and_easy_ones_the_rest() -> None:
     result = mine(cats({"c2": 1}), "train", MiningConfig(num_hard=8, num_easy=3, range_max=4), encoder=None, seed=0)
     [entry] = result.entries
     assert entry.query_id == "q1"
@@ -78,13 +78,13 @@ def test_hard_negatives_come_from_the_first_depth_and_easy_ones_from_the_rest() 
     assert result.report["queries"]["too_few_easy"] == {"count": 0, "first": []}
 
 
-def test_range_min_leaves_out_the_first_that_are_no_positives() -> None:
+def test_range_min_skips_the_first_non_positives() -> None:
     config = MiningConfig(num_hard=8, num_easy=0, range_max=5, range_min=2)
     [entry] = mine(cats({"c2": 1}), "train", config, encoder=None, seed=0).entries
     assert set(entry.hard_negatives) == {"c4", "c5"}  # without the positive c2, the first two are c1 and c3
 
 
-def test_union_with_the_encoders_cosine() -> None:
+def test_bm25_and_cosine_candidates_are_joined() -> None:
     # By inner product x1 would be nearest; by cosine x3, then c1, then x2.
     vectors = {"cat": (1, 0), "word1": (50, 60), "word2": (2, 1), "word3": (0.1, 0), CATS["c1"]: (3, 1)}
     encoder = Encoder(lambda text: vectors.get(text, (-1, 0)))
@@ -93,17 +93,17 @@ def test_union_with_the_encoders_cosine() -> None:
     assert set(result.entries[0].hard_negatives) == {"c1", "c3", "x2", "x3"}
     assert result.report["hard_negatives_from"] == {"bm25": 1, "bm25+cosine": 1, "cosine": 2}
     assert set(result.report["seconds"]) == {"bm25", "encoding", "cosine", "choosing", "total"}
-    # range_min counts in both lists: c1 (BM25) and x3 (cosine) go, c1 also from the cosine list.
+    # range_min applies to both lists: c1 (BM25) and x3 (cosine) are skipped, c1 in the cosine list too.
     result = mine(cats({"c2": 1}), "train", config.model_copy(update={"range_min": 1}), encoder=encoder, seed=0)
     assert set(result.entries[0].hard_negatives) == {"c3", "x2"}
 
 
-def test_positives_of_any_split_and_their_repeats_are_never_negatives() -> None:
-    given = cats({"c1": 1, "c2": 0}, extra={"q1": {"c3": 2}})
-    given.passages["c4"] = Passage("c4", given.passages["c1"].text.upper().replace(" ", " ,"), title="Other title")
-    given.passages["x1"] = Passage("x1", given.passages["c3"].text + "!")
+def test_positives_and_their_repeats_are_never_negatives() -> None:
+    data = cats({"c1": 1, "c2": 0}, extra={"q1": {"c3": 2}})
+    data.passages["c4"] = Passage("c4", data.passages["c1"].text.upper().replace(" ", " ,"), title="Other title")
+    data.passages["x1"] = Passage("x1", data.passages["c3"].text + "!")
     for seed in range(5):
-        result = mine(given, "train", MiningConfig(num_hard=9, num_easy=9, range_max=9), encoder=None, seed=seed)
+        result = mine(data, "train", MiningConfig(num_hard=9, num_easy=9, range_max=9), encoder=None, seed=seed)
         [entry] = result.entries
         assert entry.positives == ("c1",)
         assert set(entry.hard_negatives) == {"c2", "c5", "c6"}
@@ -114,31 +114,31 @@ def test_positives_of_any_split_and_their_repeats_are_never_negatives() -> None:
 
 def test_texts_without_letters_do_not_count_as_repeats() -> None:
     passages = {"p1": "?!", "p2": "...", "p3": "", "p4": "cat"}
-    given = dataset(passages, {"q1": "cat"}, {"train": {"q1": {"p1": 1}}})
-    [entry] = mine(given, "train", MiningConfig(num_hard=4, num_easy=4), encoder=None, seed=0).entries
+    data = dataset(passages, {"q1": "cat"}, {"train": {"q1": {"p1": 1}}})
+    [entry] = mine(data, "train", MiningConfig(num_hard=4, num_easy=4), encoder=None, seed=0).entries
     assert entry.hard_negatives == ("p4",)
     assert set(entry.easy_negatives) == {"p2", "p3"}
 
 
-def test_queries_that_share_a_positive_with_dev_or_test_are_left_out() -> None:
+def test_queries_sharing_a_positive_with_dev_or_test_are_left_out() -> None:
     qrels = {
         "train": {"q1": {"c1": 1, "c2": 1}, "q2": {"c3": 1}, "q3": {"c4": 1}},
         "dev": {"q4": {"c2": 1, "c3": 0}},
         "test": {"q5": {"c4": 3}},
     }
-    given = dataset(CATS, {f"q{number}": "cat" for number in range(1, 6)}, qrels)
+    data = dataset(CATS, {f"q{number}": "cat" for number in range(1, 6)}, qrels)
     config = MiningConfig(num_hard=9, num_easy=0)
-    result = mine(given, "train", config, encoder=None, seed=0)
+    result = mine(data, "train", config, encoder=None, seed=0)
     assert [entry.query_id for entry in result.entries] == ["q2"]
-    assert {"c2", "c4"} <= set(result.entries[0].hard_negatives)  # kept apart as positives, not as negatives
+    assert {"c2", "c4"} <= set(result.entries[0].hard_negatives)  # left out as positives, still allowed as negatives
     assert result.report["queries"]["shared_positive"] == {"count": 2, "first": ["q1", "q3"]}
-    result = mine(given, "train", config, encoder=None, seed=0, exclude_passages_of=["dev"])
+    result = mine(data, "train", config, encoder=None, seed=0, exclude_passages_of=["dev"])
     assert [entry.query_id for entry in result.entries] == ["q2", "q3"]
-    result = mine(given, "train", config, encoder=None, seed=0, exclude_passages_of=())
+    result = mine(data, "train", config, encoder=None, seed=0, exclude_passages_of=())
     assert [entry.query_id for entry in result.entries] == ["q1", "q2", "q3"]
     with pytest.raises(InputError, match=r"3 in qrels.* 3 sharing a positive with other \(allow that"):
         mine(
-            replace(given, qrels={**qrels, "other": {"q4": {"c1": 1, "c3": 1, "c4": 1}}}),
+            replace(data, qrels={**qrels, "other": {"q4": {"c1": 1, "c3": 1, "c4": 1}}}),
             "train",
             config,
             encoder=None,
@@ -147,21 +147,21 @@ def test_queries_that_share_a_positive_with_dev_or_test_are_left_out() -> None:
         )
 
 
-def test_mining_a_split_that_is_named_as_excluded() -> None:
-    given = cats({"c2": 1}, dev={"q2": {"c1": 1}})
-    result = mine(given, "dev", MiningConfig(num_hard=2, num_easy=0), encoder=None, seed=0)
+def test_an_excluded_split_can_itself_be_mined() -> None:
+    data = cats({"c2": 1}, dev={"q2": {"c1": 1}})
+    result = mine(data, "dev", MiningConfig(num_hard=2, num_easy=0), encoder=None, seed=0)
     assert [entry.query_id for entry in result.entries] == ["q2"]
 
 
-def test_excluded_split_that_was_not_read_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_excluded_splits_that_were_not_read_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     mine(cats({"c2": 1}), "train", MiningConfig(), encoder=None, seed=0)
     assert "queries that share positives with dev, test are not left out" in caplog.text
 
 
 def test_queries_without_positives_are_counted() -> None:
     qrels = {"train": {"q1": {"c1": 1}, "q2": {"gone": 1}, "q3": {"c1": 0}, "unknown": {"c1": 1}}}
-    given = dataset(CATS, {f"q{number}": "cat" for number in range(1, 4)}, qrels)
-    result = mine(given, "train", MiningConfig(), encoder=None, seed=0)
+    data = dataset(CATS, {f"q{number}": "cat" for number in range(1, 4)}, qrels)
+    result = mine(data, "train", MiningConfig(), encoder=None, seed=0)
     assert [entry.query_id for entry in result.entries] == ["q1"]
     report = result.report
     assert report["queries"]["without_positives"] == {"count": 2, "first": ["q2", "q3"]}
@@ -175,38 +175,38 @@ def test_split_without_queries_is_refused() -> None:
 
 def test_sample_of_queries_keeps_order_and_draws() -> None:
     queries = {f"q{number:02}": "cat" for number in range(30)}
-    given = dataset(CATS | OTHERS, queries, {"train": {query_id: {"c1": 1} for query_id in queries}})
+    data = dataset(CATS | OTHERS, queries, {"train": {query_id: {"c1": 1} for query_id in queries}})
     config = MiningConfig(num_hard=2, num_easy=2)
-    everything = mine(given, "train", config, encoder=None, seed=4).entries
+    everything = mine(data, "train", config, encoder=None, seed=4).entries
     smaller: list[str] = []
     for max_queries in (5, 12):
-        result = mine(given, "train", config, encoder=None, seed=4, max_queries=max_queries)
+        result = mine(data, "train", config, encoder=None, seed=4, max_queries=max_queries)
         kept = [entry.query_id for entry in result.entries]
         assert len(kept) == max_queries
         assert result.entries == [entry for entry in everything if entry.query_id in kept]
         assert result.report["queries"]["not_sampled"]["count"] == 30 - max_queries
         assert set(smaller) <= set(kept)
         smaller = kept
-    other = mine(given, "train", config, encoder=None, seed=5, max_queries=12)
+    other = mine(data, "train", config, encoder=None, seed=5, max_queries=12)
     assert [entry.query_id for entry in other.entries] != smaller
 
 
 def test_draws_are_spread_over_the_pool_and_follow_the_seed() -> None:
     queries = {f"q{number:03}": "cat" for number in range(300)}
-    given = dataset(CATS | OTHERS, queries, {"train": {query_id: {"c1": 1} for query_id in queries}})
+    data = dataset(CATS | OTHERS, queries, {"train": {query_id: {"c1": 1} for query_id in queries}})
     config = MiningConfig(num_hard=1, num_easy=1, range_max=6)
-    entries = mine(given, "train", config, encoder=None, seed=0).entries
+    entries = mine(data, "train", config, encoder=None, seed=0).entries
     hard = [entry.hard_negatives[0] for entry in entries]
-    # 300 draws of 5: 60 each, standard deviation 6.9; easy 300 of 10 (6 others, 4 cats): 30, deviation 5.2.
+    # Hard: 300 draws from 5, 60 each, standard deviation 6.9. Easy: 300 from 10 (6 others, 4 cats), 30 each, 5.2.
     assert {
         passage_id: 30 < hard.count(passage_id) < 90 for passage_id in ("c2", "c3", "c4", "c5", "c6")
     } == dict.fromkeys(("c2", "c3", "c4", "c5", "c6"), True)
     easy = [entry.easy_negatives[0] for entry in entries]
     assert all(8 < easy.count(passage_id) < 60 for passage_id in OTHERS)
-    assert mine(given, "train", config, encoder=None, seed=1).entries != entries
+    assert mine(data, "train", config, encoder=None, seed=1).entries != entries
 
 
-def test_vectors_that_are_not_finite_are_named() -> None:
+def test_non_finite_vectors_are_reported_by_passage() -> None:
     encoder = Encoder(lambda text: (float("nan"), 0) if text == "word3" else (1, 0))
     with pytest.raises(ModelError, match="1 passage vectors are not finite, the first is that of 'x3'"):
         mine(cats({"c2": 1}), "train", MiningConfig(), encoder=encoder, seed=0)
@@ -221,15 +221,15 @@ def test_report_shows_examples() -> None:
 
 
 @pytest.mark.parametrize("block_numbers", [1, 7, 20, 1000])
-def test_blocks_do_not_change_the_nearest(block_numbers: int) -> None:
+def test_block_size_does_not_change_the_nearest(block_numbers: int) -> None:
     rng = np.random.default_rng(0)
     queries = rng.integers(-3, 4, (9, 4)).astype(np.float32)
-    passages = rng.integers(-3, 4, (20, 4)).astype(np.float32)  # small whole numbers: exact products, many ties
+    passages = rng.integers(-3, 4, (20, 4)).astype(np.float32)  # small integers: exact products, many ties
     ids = [f"p{number}" for number in rng.permutation(20)]
     expected = [
         sorted(ids, key=lambda passage_id: (-int(passages[ids.index(passage_id)] @ query), passage_id))
         for query in queries
     ]
     for top_k in (1, 5, 20, 50):
-        found = nearest_rows(queries, passages, top_k, ids, block_numbers=block_numbers)
-        assert [[ids[row] for row in rows] for rows in found] == [order[:top_k] for order in expected]
+        nearest = nearest_rows(queries, passages, top_k, ids, block_numbers=block_numbers)
+        assert [[ids[row] for row in rows] for rows in nearest] == [order[:top_k] for order in expected]

@@ -1,4 +1,4 @@
-"""What mining drops as likely positives, in what order it tries candidates, and what the audit says of it."""
+"""Mining filters: dropping likely positives, the order of candidates, and the audit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from d2llm.training.mining.ranking import encode_to_file
 from d2llm.training.mining.teacher import TeacherCheck
 from fake_models import FakeStudent, Interruption
 
-# BM25 of "cat": shorter passages first, so a, b, c ... in rank.
+# BM25 for "cat" ranks shorter passages first: a, b, c, ...
 TEXTS = {name: " ".join(["cat", *(f"{name * 3}{word}" for word in range(n))]) for n, name in enumerate("abcdefgh", 1)}
 
 
@@ -48,7 +48,7 @@ def hard(result: MiningResult) -> tuple[str, ...]:
 
 @dataclass
 class Teacher:
-    """Log-odds by the first word that is not "cat"; the features are two numbers of it."""
+    """Looks log-odds up by the first letter after "cat"; the features are 1 and the log-odds."""
 
     log_odds: dict[str, float]
     fingerprint: str = "t"
@@ -78,25 +78,25 @@ POSITIVE = "cat the quick brown fox jumps over the lazy dog near the river bank 
 
 class TestOrder:
     def test_top_takes_the_better_rank_then_the_id(self):
-        found = order_candidates(LISTS, {"a"}, {"bm25": 0, "cosine": 0}, "top", random.Random(0))
-        # Without the positive: bm25 b0 c1 d2 e3, cosine e0 d1 x2 y3 z4.
-        assert [c.passage_id for c in found] == ["b", "e", "c", "d", "x", "y", "z"]
-        assert found[1].ranks == {"bm25": 3, "cosine": 0}
-        assert (found[1].best_rank, found[1].sources) == (0, "bm25+cosine")
+        candidates = order_candidates(LISTS, {"a"}, {"bm25": 0, "cosine": 0}, "top", random.Random(0))
+        # Ranks without the positive: bm25 b0 c1 d2 e3, cosine e0 d1 x2 y3 z4.
+        assert [c.passage_id for c in candidates] == ["b", "e", "c", "d", "x", "y", "z"]
+        assert candidates[1].ranks == {"bm25": 3, "cosine": 0}
+        assert (candidates[1].best_rank, candidates[1].sources) == (0, "bm25+cosine")
 
-    def test_each_list_has_its_own_first_rank(self):
-        found = order_candidates(LISTS, {"a"}, {"bm25": 2, "cosine": 1}, "top", random.Random(0))
-        assert [c.passage_id for c in found] == ["d", "x", "y", "z"]  # b, c of bm25 and e of cosine are left out
+    def test_each_list_has_its_own_minimum_rank(self):
+        candidates = order_candidates(LISTS, {"a"}, {"bm25": 2, "cosine": 1}, "top", random.Random(0))
+        assert [c.passage_id for c in candidates] == ["d", "x", "y", "z"]  # skips b and c of bm25, and e of cosine
 
     @pytest.mark.parametrize("sampling", ["uniform", "rank_weighted"])
-    def test_draws_follow_the_seed_and_hold_all(self, sampling):
+    def test_draws_follow_the_seed_and_include_every_candidate(self, sampling):
         first, again, other = (
             order_candidates(LISTS, (), {"bm25": 0, "cosine": 0}, sampling, random_of(seed)) for seed in (1, 1, 2)
         )
         assert first == again != other
         assert sorted(c.passage_id for c in first) == list("abcdexyz")
 
-    def test_rank_weighted_draws_with_a_chance_of_one_over_rank(self):
+    def test_rank_weighted_draws_in_proportion_to_one_over_rank(self):
         lists = {"bm25": ["a", "b", "c"]}
         firsts = Counter(
             order_candidates(lists, (), {"bm25": 0}, "rank_weighted", random_of(seed))[0].passage_id
@@ -106,18 +106,18 @@ class TestOrder:
         for name, share in (("a", 6 / 11), ("b", 3 / 11), ("c", 2 / 11)):
             assert firsts[name] / 4000 == pytest.approx(share, abs=0.03)
 
-    def test_more_wanted_keeps_the_first(self):
-        some, more = (hard(mined(world({"a": 1}), sampling="uniform", num_hard=n)) for n in (2, 5))
-        assert more[:2] == some
+    def test_a_larger_num_hard_keeps_the_first_choices(self):
+        fewer, more = (hard(mined(world({"a": 1}), sampling="uniform", num_hard=n)) for n in (2, 5))
+        assert more[:2] == fewer
 
 
 class TestRanges:
-    def test_ranks_before_the_first_are_left_out(self):
+    def test_ranks_before_range_min_are_skipped(self):
         mining = mined(world({"a": 1}), range_min=2, range_max=5)
-        assert hard(mining) == ("d", "e")  # of a-e, without a, b and c are skipped
+        assert hard(mining) == ("d", "e")  # of a to e: a is the positive, b and c are skipped
 
     @pytest.mark.parametrize(
-        ("values", "said"),
+        ("values", "message"),
         [
             ({"depth": 3}, "mining.depth was removed .*set range_max"),
             ({"range_min": 50}, "range_min is 50, but must be below range_max, which is 50"),
@@ -126,23 +126,23 @@ class TestRanges:
             ({"sampling": "best"}, "mining.sampling"),
         ],
     )
-    def test_wrong_ones_are_refused(self, values, said):
-        with pytest.raises(Exception, match=said):
+    def test_invalid_settings_are_rejected(self, values, message):
+        with pytest.raises(Exception, match=message):
             parse_recipe({"mining": values})
 
-    def test_no_list_to_mine_from(self):
+    def test_mining_without_any_list_is_rejected(self):
         with pytest.raises(InputError, match="there is no list to mine from"):
             mined(world({"a": 1}), sources=["encoder"])
 
 
 class TestNearDuplicates:
-    def test_likeness_is_that_of_trigrams(self):
-        # "abcd": abc bcd; "abce": abc bce: 1 of 3. Case and punctuation are not compared.
+    def test_likeness_compares_trigrams(self):
+        # "abcd" has abc and bcd, "abce" has abc and bce: 1 of 3 shared. Case and punctuation are ignored.
         assert likeness(shingles("abcd"), shingles("ABCE!")) == pytest.approx(1 / 3)
         assert likeness(shingles("ab"), shingles("ab")) == 1
         assert likeness(shingles(""), shingles("...")) == 0
 
-    def test_a_text_nearly_a_positives_is_dropped_and_counted(self):
+    def test_near_duplicates_of_positives_are_dropped_and_counted(self):
         texts = TEXTS | {"p": POSITIVE, "n": POSITIVE + "s"}
         result = mined(world({"p": 1}, texts), num_hard=9)
         assert set(hard(result)) == set(TEXTS)
@@ -153,17 +153,17 @@ class TestNearDuplicates:
         assert drop["value"] == pytest.approx(expected, abs=1e-4)
         assert "n" in hard(mined(world({"p": 1}, texts), num_hard=9, near_duplicate=1))
 
-    def test_what_the_data_set_judges_not_relevant_stays(self):
+    def test_passages_judged_not_relevant_are_kept(self):
         texts = TEXTS | {"p": POSITIVE, "n": POSITIVE + "s"}
         assert "n" in hard(mined(world({"p": 1, "n": 0}, texts), num_hard=9))
-        # ... but not what another split judges relevant
+        # ... but not those that another split judges relevant
         assert "n" not in hard(mined(world({"p": 1, "n": 0}, texts, more={"q": {"n": 1}}), num_hard=9))
 
 
 class TestRelativeMargin:
     @dataclass
     class Student:
-        """Scores by the passage's first own letter, through an inner product with (1, 0)."""
+        """Scores a passage by its first letter after "cat", as an inner product with (1, 0)."""
 
         scores: dict[str, float]
         fingerprint: str = "s"
@@ -194,10 +194,10 @@ class TestRelativeMargin:
     def test_scores_near_the_positives_are_dropped(self):
         student = self.Student({"a": 0.8, "b": 0.6, "c": 0.69, "d": 0.66, "e": 0.67, "f": 0.1, "g": 0.9, "h": 0.0})
         result = mined(world({"a": 1, "b": 1}), student=student, relative_margin=0.05)
-        # The positives' mean is 0.7; above 0.665 is dropped: c, e, g.
+        # The positives' mean is 0.7; scores above 0.665 are dropped: c, e, g.
         assert set(hard(result)) == {"d", "f", "h"}
         assert result.report["num_dropped"]["relative_margin"] == 3
-        # Margins -0.2, 0.01 and 0.03 of what was dropped, 0.04, 0.6 and 0.7 of what was kept; edges -8 -4 -2 -1 0 1 ...
+        # Margins: dropped -0.2, 0.01 and 0.03, kept 0.04, 0.6 and 0.7; edges -8 -4 -2 -1 0 1 ...
         histogram = result.audit["margins"]["student"]
         assert histogram["dropped"] == [0, 0, 0, 0, 1, 2, 0, 0, 0, 0]
         assert histogram["kept"] == [0, 0, 0, 0, 0, 3, 0, 0, 0, 0]
@@ -208,18 +208,18 @@ class TestRelativeMargin:
         assert "b" not in hard(result)  # -1.02 > -1.1
         assert "c" in hard(result)
 
-    def test_it_needs_an_encoder(self):
+    def test_relative_margin_needs_an_encoder(self):
         with pytest.raises(InputError, match="needs an encoder's scores"):
             mined(world({"a": 1}), relative_margin=0.05)
 
 
 class TestTeacherMargin:
     def test_candidates_as_relevant_as_the_positives_are_dropped(self, tmp_path):
-        given = world({"a": 1})
+        dataset = world({"a": 1})
         teacher = Teacher(ODDS)
-        result = mined(given, check(tmp_path, given, teacher, 2.0), num_hard=2)
+        result = mined(dataset, check(tmp_path, dataset, teacher, 2.0), num_hard=2)
         assert hard(result) == ("c", "d")  # b 2.5 > 3 - 2; d 1.0 is not above 1
-        assert teacher.asked == [["a", "b", "c"], ["d"]]  # as few as needed, the positive once
+        assert teacher.asked == [["a", "b", "c"], ["d"]]  # no more than needed, the positive once
         assert result.report["num_dropped"]["teacher_margin"] == 1
         assert result.report["teacher"] == {"judged": 4, "truncated": 0, "without_label": 0}
         histogram = result.audit["margins"]["teacher"]
@@ -228,13 +228,13 @@ class TestTeacherMargin:
         assert histogram["dropped"] == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
 
     def test_the_mean_of_several_positives_counts(self, tmp_path):
-        given = world({"a": 1, "c": 1})  # mean (3 - 4) / 2 = -0.5
-        result = mined(given, check(tmp_path, given, Teacher(ODDS), 1.0))
-        assert set(hard(result)) == {"g", "h"}  # below or at -1.5; f -1 is above
+        dataset = world({"a": 1, "c": 1})  # mean (3 - 4) / 2 = -0.5
+        result = mined(dataset, check(tmp_path, dataset, Teacher(ODDS), 1.0))
+        assert set(hard(result)) == {"g", "h"}  # at or below -1.5; f at -1 is above
 
-    def test_what_was_judged_is_stored_with_its_gram_and_not_judged_again(self, tmp_path):
-        given, teacher = world({"a": 1}), Teacher(ODDS)
-        first = mined(given, check(tmp_path, given, teacher, 2.0), num_hard=2)
+    def test_judgements_are_stored_with_their_gram_and_reused(self, tmp_path):
+        dataset, teacher = world({"a": 1}), Teacher(ODDS)
+        first = mined(dataset, check(tmp_path, dataset, teacher, 2.0), num_hard=2)
         store = LabelStore(tmp_path, teacher="t", prompt="p", dataset="tiny")
         assert store.log_odds("q") == {"a": 3.0, "b": 2.5, "c": -4.0, "d": 1.0}
         ids, gram = store.gram("q")
@@ -242,30 +242,30 @@ class TestTeacherMargin:
         # cosine of (1, 3) and (1, -4)
         assert gram[0, 1] == pytest.approx((1 - 12) / np.sqrt(10 * 17), abs=1e-6)
         assert store.missing_cosines("q", first.entries[0].positives + hard(first)) == []
-        asked = len(teacher.asked)
-        again = mined(given, check(tmp_path, given, teacher, 2.0), num_hard=2)
-        assert again.entries == first.entries
-        assert len(teacher.asked) == asked
+        num_calls = len(teacher.asked)
+        second = mined(dataset, check(tmp_path, dataset, teacher, 2.0), num_hard=2)
+        assert second.entries == first.entries
+        assert len(teacher.asked) == num_calls
 
-    def test_stored_labels_alone(self, tmp_path):
-        given = world({"a": 1})
+    def test_stored_labels_are_enough_without_a_judge(self, tmp_path):
+        dataset = world({"a": 1})
         store = LabelStore(tmp_path, teacher="t", prompt="p", dataset="tiny")
         store.write([QueryLabels("q", ("a", "b", "c"), np.array([3, 2.5, -4], np.float32))])
-        result = mined(given, check(tmp_path, given, None, 2.0), num_hard=3)
+        result = mined(dataset, check(tmp_path, dataset, None, 2.0), num_hard=3)
         assert hard(result) == ("c", "d", "e")
         assert result.report["teacher"] == {"judged": 0, "truncated": 0, "without_label": 2}
 
     def test_a_human_no_outweighs_the_teachers_yes(self, tmp_path):
-        given = world({"a": 1, "b": 0})
-        assert hard(mined(given, check(tmp_path, given, Teacher(ODDS), 2.0), num_hard=1)) == ("b",)
+        dataset = world({"a": 1, "b": 0})
+        assert hard(mined(dataset, check(tmp_path, dataset, Teacher(ODDS), 2.0), num_hard=1)) == ("b",)
 
-    def test_a_margin_without_a_teacher_is_refused(self):
+    def test_a_margin_without_a_teacher_is_rejected(self):
         with pytest.raises(InputError, match="no teacher was given"):
             mined(world({"a": 1}), teacher_margin=1.0)
 
 
 class TestStudentRanking:
-    def test_the_full_score_ranks(self):
+    def test_candidates_are_ranked_by_the_full_score(self):
         student = FakeStudent()
         result = mined(world({"a": 1}), student=student, sources=["encoder"], num_hard=7)
         names = [name for name in TEXTS if name != "a"]
@@ -278,7 +278,7 @@ class TestStudentRanking:
         student = FakeStudent(head="paper")
         assert len(hard(mined(world({"a": 1}), student=student, sources=["encoder"]))) == 7
 
-    def test_an_interrupted_run_goes_on(self, tmp_path, monkeypatch):
+    def test_interrupted_encoding_resumes(self, tmp_path, monkeypatch):
         monkeypatch.setattr("d2llm.training.mining.ranking.BLOCK_PASSAGES", 3)
         passages = world({}).passages
         ids = sorted(passages)
@@ -289,7 +289,7 @@ class TestStudentRanking:
         assert student.encoded_passages == 2
         whole = FakeStudent()
         np.testing.assert_array_equal(vectors, whole.encode_passages([TEXTS[name] for name in ids]).vectors)
-        # finished: nothing is encoded again; another student or text has a file of its own
+        # once finished, nothing is encoded again; another student or text gets its own file
         encode_to_file(FakeStudent(fail_after=0), passages, ids, tmp_path)
         for other, texts in (
             (FakeStudent(fingerprint="other"), passages),
@@ -322,18 +322,18 @@ class TestAudit:
         }
         assert result.audit["candidates"] == {"in_range": 7, "tried": 7}
 
-    def test_an_edge_belongs_above_it(self):
+    def test_a_margin_on_an_edge_counts_above_it(self):
         histogram = MarginHistogram((0.0, 1.0))
         for margin in (-0.5, 0.0, 0.99, 1.0, 7.0):
             histogram.add(margin, kept=True)
         assert histogram.to_json() == {"edges": [0.0, 1.0], "kept": [1, 2, 2], "dropped": [0, 0, 0]}
 
-    def test_the_page_reads_and_names_no_place(self, tmp_path):
+    def test_the_page_renders_and_reveals_no_path(self, tmp_path):
         from markdown_it import MarkdownIt
 
         texts = TEXTS | {"p": POSITIVE, "n": POSITIVE + "s", "w": "cat | <b>*odd*</b> `x`\n# text " + "long " * 200}
-        given = world({"p": 1}, texts)
-        result = mined(given, num_hard=9)
+        dataset = world({"p": 1}, texts)
+        result = mined(dataset, num_hard=9)
         page = audit_page(result.report, result.audit)
         assert "somewhere" not in page + json.dumps(result.audit)
         html = MarkdownIt().enable("table").render(page)
@@ -345,11 +345,11 @@ class TestAudit:
         assert f"<strong>positive</strong> <code>p</code>: {POSITIVE}" in html
         assert len(max(page.splitlines(), key=len)) < 500
 
-    def test_examples_are_a_sample_by_the_seed(self):
-        given = world({"a": 1})
+    def test_examples_are_a_seeded_sample(self):
+        dataset = world({"a": 1})
         queries = {f"q{n}": Query(f"q{n}", "cat") for n in range(30)}
-        given = Dataset("tiny", given.path, given.passages, queries, {"train": {q: {"a": 1} for q in queries}})
-        shown = [e["query_id"] for e in mined(given).audit["examples"]]
-        assert len(shown) == 20
-        assert shown == [e["query_id"] for e in mined(given).audit["examples"]]
-        assert set(shown) != set(list(queries)[:20])
+        dataset = Dataset("tiny", dataset.path, dataset.passages, queries, {"train": {q: {"a": 1} for q in queries}})
+        query_ids = [e["query_id"] for e in mined(dataset).audit["examples"]]
+        assert len(query_ids) == 20
+        assert query_ids == [e["query_id"] for e in mined(dataset).audit["examples"]]
+        assert set(query_ids) != set(list(queries)[:20])

@@ -1,4 +1,4 @@
-"""The training objective: the losses of ops on the batch's own masks, and vectors that know their texts."""
+"""Training objective: the losses of ops applied to the masks of a batch, and scores assigned to the right texts."""
 
 from __future__ import annotations
 
@@ -70,38 +70,40 @@ def scores() -> PairScores:
 def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
     positive, hard, easy = (torch.tensor(mask, dtype=torch.bool) for mask in (POSITIVE, HARD, EASY))
     log_odds = torch.tensor(LOG_ODDS)
-    believed = 1 / (1 + torch.exp(-log_odds))  # 0 without a label
+    probabilities = 1 / (1 + torch.exp(-log_odds))  # 0 without a label
     features = torch.zeros(2, 3, 3)
     features[0] = scores.features[0, [0, 2, 1]]
     features[1, :2] = scores.features[1, [3, 2]]
     listed = torch.tensor([[True, True, True], [True, True, False]])
     assert scores.anchor is not None
-    change = scores.logits - scores.anchor  # of the interaction; what is common to a query's passages takes no part
-    taking_part = positive | hard | easy
-    logits = scores.logits - (change * taking_part).sum(1, keepdim=True) / taking_part.sum(1, keepdim=True)
+    change = scores.logits - scores.anchor  # by the interaction; the mean over a query's passages is removed
+    included = positive | hard | easy
+    logits = scores.logits - (change * included).sum(1, keepdim=True) / included.sum(1, keepdim=True)
     return {
-        "contrastive_imitation": losses.contrastive_imitation(logits, believed, positive, hard | easy, temperature=0.7),
+        "contrastive_imitation": losses.contrastive_imitation(
+            logits, probabilities, positive, hard | easy, temperature=0.7
+        ),
         "list_imitation": losses.list_imitation(logits, log_odds, positive | hard | easy),
         "rank_imitation_positive_hard": losses.rank_imitation_positive_hard(logits, log_odds, positive | hard),
-        "rank_imitation_hard_easy": losses.rank_imitation_hard_easy(logits, believed, hard, easy),
+        "rank_imitation_hard_easy": losses.rank_imitation_hard_easy(logits, probabilities, hard, easy),
         "feature_imitation": losses.feature_imitation(features, torch.tensor(GRAM), listed),
         "in_batch_cross_entropy": losses.in_batch_cross_entropy(logits, positive, positive | hard | easy),
         "anchor_cross_entropy": losses.in_batch_cross_entropy(scores.anchor, positive, positive | hard | easy),
     }
 
 
-def test_each_loss_is_that_of_ops_on_the_masks_of_the_batch(scores: PairScores, batch: DistillationBatch) -> None:
-    found, expected = batch_losses(scores, batch, ALL_WEIGHTS), by_hand(scores)
-    assert list(found) == list(expected)
+def test_each_loss_is_that_of_ops_on_the_batch_masks(scores: PairScores, batch: DistillationBatch) -> None:
+    actual, expected = batch_losses(scores, batch, ALL_WEIGHTS), by_hand(scores)
+    assert list(actual) == list(expected)
     for name, value in expected.items():
         assert value.item() != 0.0
-        torch.testing.assert_close(found[name], value, msg=name)
+        torch.testing.assert_close(actual[name], value, msg=name)
 
 
 def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBatch) -> None:
-    found = batch_losses(scores, batch, ALL_WEIGHTS)
-    parts = {name: value.item() for name, value in found.items()}
-    total = weighted_sum(found, ALL_WEIGHTS).item()
+    terms = batch_losses(scores, batch, ALL_WEIGHTS)
+    parts = {name: value.item() for name, value in terms.items()}
+    total = weighted_sum(terms, ALL_WEIGHTS).item()
     assert total == pytest.approx(
         0.5 * parts["contrastive_imitation"]
         + 13 * parts["list_imitation"]
@@ -120,31 +122,29 @@ LOSS_NAMES = [n for n in LossWeights.model_fields if n not in PAIR_LOSSES | {"te
 
 @pytest.mark.parametrize("name", LOSS_NAMES)
 def test_a_weight_of_0_leaves_the_loss_out(scores: PairScores, batch: DistillationBatch, name: str) -> None:
-    found = batch_losses(scores, batch, ALL_WEIGHTS.model_copy(update={name: 0.0}))
-    assert set(found) == set(LOSS_NAMES) - {name}
+    terms = batch_losses(scores, batch, ALL_WEIGHTS.model_copy(update={name: 0.0}))
+    assert set(terms) == set(LOSS_NAMES) - {name}
 
 
 @pytest.mark.parametrize("name", LOSS_NAMES)
 def test_every_loss_has_a_gradient_of_its_own(scores: PairScores, batch: DistillationBatch, name: str) -> None:
     alone = LossWeights.model_validate(dict.fromkeys(LOSS_NAMES, 0.0) | {name: 1.0})
-    found = batch_losses(scores, batch, alone)
-    assert set(found) == {name}
-    weighted_sum(found, alone).backward()
+    terms = batch_losses(scores, batch, alone)
+    assert set(terms) == {name}
+    weighted_sum(terms, alone).backward()
     reached = {part: getattr(scores, part).grad is not None for part in ("logits", "anchor", "features")}
-    # Losses of the logits reach the anchor too: what the interaction adds is the logit less the anchor.
+    # Losses on the logits reach the anchor too: the change by the interaction is the logit less the anchor.
     expected = {"feature_imitation": {"features"}, "anchor_cross_entropy": {"anchor"}}.get(name, {"logits", "anchor"})
     assert reached == {part: part in expected for part in reached}
-    # A passage that takes no part gets no push: p1 is nothing to q1.
+    # A passage outside all masks gets no gradient: p1 has no role for q1.
     for part in expected - {"features"}:
         assert float(getattr(scores, part).grad[1, 1]) == 0.0
 
 
-def test_what_the_interaction_adds_to_all_passages_alike_changes_no_loss(
-    scores: PairScores, batch: DistillationBatch
-) -> None:
+def test_a_constant_added_by_the_interaction_changes_no_loss(scores: PairScores, batch: DistillationBatch) -> None:
     shift = torch.tensor([[3.0], [-5.0]], requires_grad=True)
     shifted = PairScores(scores.logits + shift, scores.anchor, scores.features)
-    before, after = (batch_losses(found, batch, ALL_WEIGHTS) for found in (scores, shifted))
+    before, after = (batch_losses(pair_scores, batch, ALL_WEIGHTS) for pair_scores in (scores, shifted))
     for name, value in before.items():
         assert after[name].item() == pytest.approx(value.item(), abs=1e-5), name
     weighted_sum(after, ALL_WEIGHTS).backward()
@@ -157,11 +157,11 @@ def test_a_head_without_anchor_has_no_anchor_loss(scores: PairScores, batch: Dis
     assert set(batch_losses(paper, batch, ALL_WEIGHTS)) == set(LOSS_NAMES) - {"anchor_cross_entropy"}
 
 
-def test_no_loss_at_all_is_an_error_that_says_so(scores: PairScores, batch: DistillationBatch) -> None:
+def test_weights_that_leave_no_loss_are_rejected(scores: PairScores, batch: DistillationBatch) -> None:
     weights = LossWeights.model_validate(dict.fromkeys(LOSS_NAMES, 0.0) | {"anchor_cross_entropy": 1.0})
-    found = batch_losses(PairScores(scores.logits, None, scores.features), batch, weights)
+    terms = batch_losses(PairScores(scores.logits, None, scores.features), batch, weights)
     with pytest.raises(InputError, match="no loss has a weight above 0"):
-        weighted_sum(found, weights)
+        weighted_sum(terms, weights)
 
 
 # --- labelled pairs ---------------------------------------------------------------------------------------------------
@@ -185,16 +185,16 @@ def cross_entropy_by_hand(logits: torch.Tensor, offset: float, share: float) -> 
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_labelled_pairs_are_judged_one_by_one(scores: PairScores, batch: DistillationBatch, share: float) -> None:
+def test_labelled_pairs_use_pointwise_cross_entropy(scores: PairScores, batch: DistillationBatch, share: float) -> None:
     weights = ALL_WEIGHTS.model_copy(update={"teacher_share": share})
-    found = batch_losses(scores, pair_batch(batch), weights, offset=torch.tensor(0.5))
-    assert set(found) == PAIR_LOSSES
+    terms = batch_losses(scores, pair_batch(batch), weights, offset=torch.tensor(0.5))
+    assert set(terms) == PAIR_LOSSES
     assert scores.anchor is not None
     for name, logits in ("pair_cross_entropy", scores.logits), ("anchor_pair_cross_entropy", scores.anchor):
-        assert found[name].item() == pytest.approx(cross_entropy_by_hand(logits, 0.5, share), rel=1e-5)
+        assert terms[name].item() == pytest.approx(cross_entropy_by_hand(logits, 0.5, share), rel=1e-5)
 
 
-def test_what_was_not_judged_is_not_pushed(scores: PairScores, batch: DistillationBatch) -> None:
+def test_unlabelled_pairs_get_no_gradient(scores: PairScores, batch: DistillationBatch) -> None:
     offset = torch.tensor(0.5, requires_grad=True)
     weights = ALL_WEIGHTS.model_copy(update={"anchor_pair_cross_entropy": 0.0})
     weighted_sum(batch_losses(scores, pair_batch(batch), weights, offset=offset), weights).backward()
@@ -205,9 +205,9 @@ def test_what_was_not_judged_is_not_pushed(scores: PairScores, batch: Distillati
     assert offset.grad.item() == pytest.approx(-gradient.sum().item(), rel=1e-5)
 
 
-def test_pairs_and_a_head_without_anchor(scores: PairScores, batch: DistillationBatch) -> None:
-    found = batch_losses(PairScores(scores.logits, None, None), pair_batch(batch), ALL_WEIGHTS)
-    assert set(found) == {"pair_cross_entropy"}
+def test_pairs_without_an_anchor_have_no_anchor_loss(scores: PairScores, batch: DistillationBatch) -> None:
+    terms = batch_losses(PairScores(scores.logits, None, None), pair_batch(batch), ALL_WEIGHTS)
+    assert set(terms) == {"pair_cross_entropy"}
 
 
 # --- scores of a batch ------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def student(model: Path) -> Student:
 
 @pytest.fixture
 def long_batch() -> DistillationBatch:
-    """Texts of 1 to 8 words in no order, so that batches by length must be put back."""
+    """Texts of 1 to 8 words in random order, so that batching by length has to be undone."""
     rng = random.Random(0)
     words = " ".join(TEXTS).split()
     passages = {f"p{n:02}": " ".join(rng.sample(words, rng.randint(1, 8))) for n in range(17)}
@@ -246,7 +246,7 @@ def long_batch() -> DistillationBatch:
     )
 
 
-def test_scores_are_those_of_texts_encoded_one_by_one(student: Student, long_batch: DistillationBatch) -> None:
+def test_scores_match_texts_encoded_one_by_one(student: Student, long_batch: DistillationBatch) -> None:
     scores = score_batch(student, long_batch)
     texts = [long_batch.source.passage_text(passage_id) for passage_id in long_batch.passage_ids]
     passages = np.concatenate([student.encode_passages([text]).vectors for text in texts])
@@ -263,10 +263,10 @@ def test_scores_are_those_of_texts_encoded_one_by_one(student: Student, long_bat
 
 def test_gradients_reach_adapters_pooling_and_interaction(student: Student, long_batch: DistillationBatch) -> None:
     score_batch(student, long_batch).logits.sum().backward()
-    without = {name for name, p in student.named_parameters() if p.requires_grad and p.grad is None}
-    # the branch of the other task alone
-    assert without
-    assert all("asymmetric" in name for name in without)
+    without_gradient = {name for name, p in student.named_parameters() if p.requires_grad and p.grad is None}
+    # only the branch of the other task
+    assert without_gradient
+    assert all("asymmetric" in name for name in without_gradient)
 
 
 def test_a_paper_head_scores_a_batch_too(model: Path, long_batch: DistillationBatch) -> None:

@@ -1,4 +1,4 @@
-"""Hard negatives drawn anew during training, from the student's own ranking."""
+"""Re-mining: hard negatives drawn again during training from the student's own ranking."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOP = MiningConfig(num_hard=3, num_easy=0, range_max=24, sampling="top", near_du
 
 
 def by_hand(source: TrainingSource, student: FakeStudent, entry: PlanEntry) -> list[str]:
-    """All passages but the positives, by the student's score."""
+    """All passages but the positives, ordered by the student's score."""
     ids = sorted(set(source.dataset.passages) - set(entry.positives))
     vectors = student.encode_passages([source.passage_text(passage_id) for passage_id in ids]).vectors
     [query] = student.encode_queries([source.query_text(entry.query_id)]).vectors
@@ -31,40 +31,42 @@ def by_hand(source: TrainingSource, student: FakeStudent, entry: PlanEntry) -> l
     return [ids[row] for row in np.argsort(-scores, kind="stable")]
 
 
-def store(tmp_path, source, of_query):
+def store(tmp_path, source, odds_by_query):
     labels = LabelStore(tmp_path, teacher="t", prompt="p", dataset=source.dataset.name)
-    labels.write([QueryLabels(q, tuple(odds), np.array([*odds.values()], np.float32)) for q, odds in of_query.items()])
+    labels.write(
+        [QueryLabels(q, tuple(odds), np.array([*odds.values()], np.float32)) for q, odds in odds_by_query.items()]
+    )
     return labels
 
 
-def test_the_hardest_by_the_student_are_drawn():
+def test_the_students_hardest_passages_become_negatives():
     source, student = topics(), FakeStudent()
-    found = remine(source, student, TOP, seed=0, epoch=1)
+    remined = remine(source, student, TOP, seed=0, epoch=1)
     num_new = 0
-    for old, new in zip(source.plan.entries, found.plan.entries, strict=True):
+    for old, new in zip(source.plan.entries, remined.plan.entries, strict=True):
         assert (new.query_id, new.positives) == (old.query_id, old.positives)
         assert list(new.hard_negatives) == by_hand(source, student, old)[:3]
         assert new.easy_negatives == tuple(p for p in old.easy_negatives if p not in new.hard_negatives)
         num_new += len(set(new.hard_negatives) - set(old.hard_negatives))
-    assert found.plan.manifest["remined"] == {"seed": 0, "epoch": 1, "num_new": num_new}
+    assert remined.plan.manifest["remined"] == {"seed": 0, "epoch": 1, "num_new": num_new}
     assert num_new > 0
-    assert found.plan.manifest["content_hash"] != source.plan.manifest["content_hash"]
-    assert (found.task, found.dataset) == (source.task, source.dataset)
+    assert remined.plan.manifest["content_hash"] != source.plan.manifest["content_hash"]
+    assert (remined.task, remined.dataset) == (source.task, source.dataset)
 
 
-def test_the_draw_follows_seed_and_epoch_alone():
+def test_the_draw_depends_only_on_seed_and_epoch():
     source, student = topics(), FakeStudent()
     config = TOP.model_copy(update={"sampling": "uniform"})
-    one = remine(source, student, config, seed=0, epoch=1).plan.entries
-    assert one == remine(source, student, config, seed=0, epoch=1).plan.entries
-    assert one != remine(source, student, config, seed=0, epoch=2).plan.entries
-    assert one != remine(source, student, config, seed=1, epoch=1).plan.entries
-    # ... not on which other queries the plan has, nor on what was drawn before
+    entries = remine(source, student, config, seed=0, epoch=1).plan.entries
+    assert entries == remine(source, student, config, seed=0, epoch=1).plan.entries
+    assert entries != remine(source, student, config, seed=0, epoch=2).plan.entries
+    assert entries != remine(source, student, config, seed=1, epoch=1).plan.entries
+    # ... and not on the plan's other queries or on earlier draws
     fewer = TrainingSource(source.dataset, make_plan(reversed(source.plan.entries[:5])), source.task)
-    assert remine(fewer, student, config, seed=0, epoch=1).plan.entries == one[:5][::-1]
+    assert remine(fewer, student, config, seed=0, epoch=1).plan.entries == entries[:5][::-1]
 
 
-def test_only_labelled_passages(tmp_path):
+def test_only_labelled_limits_negatives_to_labelled_passages(tmp_path):
     source, student = topics(), FakeStudent()
     first, second, *_ = source.plan.entries
     others = [p for p in sorted(source.dataset.passages) if p not in first.positives]
@@ -73,15 +75,15 @@ def test_only_labelled_passages(tmp_path):
         source,
         {first.query_id: dict.fromkeys((*first.positives, *others[:5]), 1.0), second.query_id: {"p00": 0.0}},
     )
-    found = remine(source, student, TOP, seed=0, epoch=0, labels=labels, only_labelled=True).plan.entries
+    entries = remine(source, student, TOP, seed=0, epoch=0, labels=labels, only_labelled=True).plan.entries
     expected = [p for p in by_hand(source, student, first) if p in others[:5]][:3]
-    assert list(found[0].hard_negatives) == expected
-    assert labels.missing(first.query_id, found[0].positives + found[0].hard_negatives) == []
-    # With too few, the earlier ones fill up: here one labelled passage, then those of the plan.
+    assert list(entries[0].hard_negatives) == expected
+    assert labels.missing(first.query_id, entries[0].positives + entries[0].hard_negatives) == []
+    # If too few are labelled, the plan's earlier negatives fill up: here they follow one labelled passage.
     own = [] if "p00" in second.positives else ["p00"]
     earlier = [p for p in second.hard_negatives if p not in own]
-    assert list(found[1].hard_negatives) == (own + earlier)[:3]
-    unlabelled = found[2]
+    assert list(entries[1].hard_negatives) == (own + earlier)[:3]
+    unlabelled = entries[2]
     assert unlabelled.hard_negatives == source.plan.entries[2].hard_negatives[:3]
 
 
@@ -93,20 +95,20 @@ def test_the_teachers_margin_uses_stored_labels(tmp_path):
         tmp_path, source, {entry.query_id: {**dict.fromkeys(entry.positives, 2.0), hardest[0]: 1.5, hardest[1]: 0.5}}
     )
     config = TOP.model_copy(update={"teacher_margin": 1.0})
-    found = remine(source, student, config, seed=0, epoch=0, labels=labels).plan.entries[0]
-    assert list(found.hard_negatives) == hardest[1:4]  # 1.5 > 2 - 1, 0.5 is not
-    # A passage that is dropped now does not come back as one of the earlier.
+    remined = remine(source, student, config, seed=0, epoch=0, labels=labels).plan.entries[0]
+    assert list(remined.hard_negatives) == hardest[1:4]  # 1.5 > 2 - 1, 0.5 is not
+    # A passage dropped now does not come back as one of the earlier negatives.
     plan = make_plan([replace(entry, hard_negatives=(hardest[0],), easy_negatives=())])
     config = config.model_copy(update={"num_hard": 24})
     narrow = TrainingSource(source.dataset, plan, source.task)
-    found = remine(narrow, student, config, seed=0, epoch=0, labels=labels).plan.entries[0]
-    assert hardest[0] not in found.hard_negatives
+    remined = remine(narrow, student, config, seed=0, epoch=0, labels=labels).plan.entries[0]
+    assert hardest[0] not in remined.hard_negatives
     for options in ({"only_labelled": True}, {}):
         with pytest.raises(InputError, match="needs the label store"):
             remine(source, student, config, seed=0, epoch=0, **options)
 
 
-def test_a_real_student_in_the_middle_of_training(tmp_path):
+def test_remining_leaves_a_student_in_training_unchanged(tmp_path):
     model = write_tiny_model(tmp_path / "m", "modernbert", initializer_range=0.1)
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
     student.prepare_training()
@@ -114,9 +116,9 @@ def test_a_real_student_in_the_middle_of_training(tmp_path):
     randomise(student)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     source = topics()
-    found = remine(source, student, TOP, seed=0, epoch=0)
-    assert student.training  # as it was
+    remined = remine(source, student, TOP, seed=0, epoch=0)
+    assert student.training  # the mode is unchanged
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
-    entry = found.plan.entries[0]
+    entry = remined.plan.entries[0]
     assert len(entry.hard_negatives) == 3
     assert list(entry.hard_negatives) == by_hand(source, student, entry)[:3]

@@ -1,4 +1,4 @@
-"""The second stage's price on what an interaction does to texts that it was not taught."""
+"""Second stage: the penalty on what an interaction changes for texts it was not trained on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tiny_data import tiny_recipe, topics
 from tiny_models import tiny_student_config, write_tiny_model
 
 
-def trained(folder: Path, tasks: dict[str, Task], quiet_price: float) -> dict[str, DevResult]:
-    """Dev results after the second stage alone, on the data sets' own judgements: what belongs is the next topic."""
+def train_second_stage(folder: Path, tasks: dict[str, Task], quiet_price: float) -> dict[str, DevResult]:
+    """Dev results after the second stage alone, on the data sets' own labels: relevant is the next topic."""
     stage = ResidualConfig(
         epochs=20,
         learning_rate=1e-2,
@@ -49,14 +49,16 @@ def gain(result: DevResult) -> float:
     return result.values[1.0] - result.values[0.0]
 
 
-def test_what_one_task_learned_does_not_move_the_other_tasks_texts(tmp_path: Path) -> None:
+def test_quiet_price_keeps_one_task_from_moving_the_other(tmp_path: Path) -> None:
     tasks: dict[str, Task] = {"one": "symmetric", "two": "asymmetric"}
-    # The texts of both tasks are alike, so that an interaction that may not move the ones cannot move the others.
-    assert gain(trained(tmp_path / "free", tasks, 0.0)["one"]) > 0.2
-    assert gain(trained(tmp_path / "priced", tasks, 1e4)["one"]) == pytest.approx(0.0, abs=0.1)
+    # Both tasks have the same kind of texts, so an interaction that may not move those of one cannot move the others.
+    assert gain(train_second_stage(tmp_path / "free", tasks, 0.0)["one"]) > 0.2
+    assert gain(train_second_stage(tmp_path / "priced", tasks, 1e4)["one"]) == pytest.approx(0.0, abs=0.1)
 
 
-def test_a_single_task_has_nothing_to_be_quiet_about(tmp_path: Path) -> None:
-    free, priced = (trained(tmp_path / str(price), {"one": "symmetric"}, price)["one"] for price in (0.0, 1e4))
+def test_quiet_price_has_no_effect_on_a_single_task(tmp_path: Path) -> None:
+    free, priced = (
+        train_second_stage(tmp_path / str(price), {"one": "symmetric"}, price)["one"] for price in (0.0, 1e4)
+    )
     assert free.values == priced.values
     assert gain(free) > 0.2

@@ -1,4 +1,4 @@
-"""Stacking on dev lists: what is measured, what is written, and the page that shows it."""
+"""Stacking teachers on dev lists: the measurements, the files written, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tiny_data import everyday
 
 
 class Noisy:
-    """Says 1 for the answer and 0 for others, plus an error of its own for every pair, times ``factor``."""
+    """Scores the answer ``sense`` and others 0, plus a fixed random error per pair, all times ``factor``."""
 
     def __init__(self, name, *, noise, factor=1.0, sense=1.0):
         self.fingerprint = name
@@ -44,7 +44,7 @@ class Noisy:
 
 @pytest.fixture
 def judges(monkeypatch):
-    found = {
+    by_name = {
         judge.fingerprint: judge
         for judge in (
             Noisy("llm", noise=0.4, factor=20),
@@ -53,13 +53,13 @@ def judges(monkeypatch):
             Noisy("contrary", noise=0.4, sense=-1),
         )
     }
-    monkeypatch.setattr(verb, "load_judge", lambda config, **_: found[config.model])
-    return found
+    monkeypatch.setattr(verb, "load_judge", lambda config, **_: by_name[config.model])
+    return by_name
 
 
-def stacked(folder, *names, judged=None, **settings):
+def stacked(folder, *names, datasets=None, **settings):
     return stack_teachers(
-        judged or [(everyday(), "asymmetric")],
+        datasets or [(everyday(), "asymmetric")],
         folder,
         members=[TeacherConfig(model=name) for name in names],
         student=FakeStudent(),
@@ -67,20 +67,20 @@ def stacked(folder, *names, judged=None, **settings):
     )
 
 
-def test_what_helps_is_weighted_and_what_does_not_is_left_out(tmp_path, judges):
+def test_helpful_members_get_weights_and_others_are_left_out(tmp_path, judges):
     report = stacked(tmp_path / "stack", "llm", "cosine", "contrary")
-    found = report.tasks["asymmetric"]
-    rows = {row.name: row for row in found.rows}
+    task_report = report.tasks["asymmetric"]
+    rows = {row.name: row for row in task_report.rows}
     assert list(rows) == ["llm", "cosine", "contrary", "stack"]
     assert min(rows["llm"].weight, rows["cosine"].weight) > 0.5
     assert rows["contrary"].weight == 0
     assert rows["stack"].after.log_loss < min(rows["llm"].after.log_loss, rows["cosine"].after.log_loss)
-    # A score of the size of 20 is far too sure as log-odds, one of 0.01 says nothing; calibration mends both.
+    # Scores of about 20 are overconfident as log-odds, those of about 0.01 uninformative; calibration corrects both.
     assert rows["llm"].before.expected_error > 3 * rows["llm"].after.expected_error
     assert rows["cosine"].before.log_loss == pytest.approx(np.log(2), abs=0.02)
     assert rows["cosine"].after.log_loss < 0.9 * np.log(2)
     assert rows["stack"].before is None
-    assert (found.num_queries, found.num_positives) == ({"everyday": 12}, 12)
+    assert (task_report.num_queries, task_report.num_positives) == ({"everyday": 12}, 12)
 
     manifest = json.loads((tmp_path / "stack" / "manifest.json").read_text())
     assert manifest["fingerprint"] == report.fingerprint
@@ -89,7 +89,7 @@ def test_what_helps_is_weighted_and_what_does_not_is_left_out(tmp_path, judges):
     assert sorted(manifest["fitted_on"]["everyday"]["dev_queries"]) == sorted(f"q{letter}" for letter in "abcdefghijkl")
 
 
-def test_one_member_is_calibrated_and_its_figures_are_honest(tmp_path, judges):
+def test_one_member_is_calibrated_and_measured_out_of_fold(tmp_path, judges):
     report = stacked(tmp_path / "stack", "llm", l2=0.1, num_folds=4, seed=5)
     alone, together = report.tasks["asymmetric"].rows
     assert together.after == alone.after
@@ -114,16 +114,16 @@ def test_one_member_is_calibrated_and_its_figures_are_honest(tmp_path, judges):
     assert report.num_judged == len(pairs)
 
 
-def test_without_a_retrieval_set_there_is_nothing_to_fit_on(tmp_path, judges):
+def test_stacking_without_a_retrieval_set_is_rejected(tmp_path, judges):
     with pytest.raises(InputError, match="no retrieval set has any"):
         stack_teachers([], tmp_path / "stack", members=[TeacherConfig(model="llm")], student=FakeStudent())
     assert not (tmp_path / "stack").exists()
 
 
-def test_weights_are_of_each_task(tmp_path, judges):
-    judged = [(everyday(), "asymmetric"), (everyday("second"), "asymmetric"), (everyday("third"), "symmetric")]
-    report = stacked(tmp_path / "stack", "llm", "cosine", judged=judged, num_queries=6)
-    assert {task: found.num_queries for task, found in report.tasks.items()} == {
+def test_weights_are_fitted_per_task(tmp_path, judges):
+    datasets = [(everyday(), "asymmetric"), (everyday("second"), "asymmetric"), (everyday("third"), "symmetric")]
+    report = stacked(tmp_path / "stack", "llm", "cosine", datasets=datasets, num_queries=6)
+    assert {task: task_report.num_queries for task, task_report in report.tasks.items()} == {
         "asymmetric": {"everyday": 6, "second": 6},
         "symmetric": {"third": 6},
     }
@@ -132,22 +132,22 @@ def test_weights_are_of_each_task(tmp_path, judges):
     assert Stack(**{k: tuple(v) if isinstance(v, list) else v for k, v in tasks["symmetric"].items()}).bias < 0
 
 
-def test_it_goes_on_and_replaces_only_a_stack(tmp_path, judges):
-    before = stacked(tmp_path / "stack", "llm")
-    asked = judges["llm"].asked
-    again = stacked(tmp_path / "stack", "llm", "cosine")
-    assert judges["llm"].asked == asked
-    assert before.num_judged == again.num_judged == asked  # now of the other member
-    assert again.fingerprint != before.fingerprint
-    assert stacked(tmp_path / "stack", "llm", "cosine").fingerprint == again.fingerprint
+def test_judgements_are_reused_and_only_a_stack_is_replaced(tmp_path, judges):
+    first = stacked(tmp_path / "stack", "llm")
+    num_asked = judges["llm"].asked
+    second = stacked(tmp_path / "stack", "llm", "cosine")
+    assert judges["llm"].asked == num_asked
+    assert first.num_judged == second.num_judged == num_asked  # the second time by the other member
+    assert second.fingerprint != first.fingerprint
+    assert stacked(tmp_path / "stack", "llm", "cosine").fingerprint == second.fingerprint
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text('{"kind": "student", "format_version": 1}')
     with pytest.raises(InputError, match="'student', which a 'stack' would replace"):
         stacked(tmp_path / "other", "llm")
-    assert judges["llm"].asked == asked
+    assert judges["llm"].asked == num_asked
 
 
-def test_wrong_members_are_refused(tmp_path, judges):
+def test_invalid_members_are_rejected(tmp_path, judges):
     with pytest.raises(InputError, match="at least one member"):
         stacked(tmp_path / "stack")
     with pytest.raises(InputError, match="is the same teacher as another"):

@@ -1,4 +1,4 @@
-"""Trackers: what the real packages have kept after a run, read back with their own readers."""
+"""Trackers: what the real packages recorded of a run, read back with their own readers."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def log_three_steps(folder: Path, name: str, *, resume_step: int = 0) -> None:
     log.finish()
 
 
-def test_numbers_by_hand() -> None:
+def test_numbers_are_flattened_and_texts_dropped() -> None:
     values = {"loss": 2, "task": "symmetric", "dev": {"a b": {"0.0": 0.25, "note": "x"}}, "bad": math.inf, "list": [1]}
     assert numbers(values) == {"loss": 2.0, "dev/a b/0.0": 0.25, "bad": math.inf}
 
 
-def test_auto_is_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_is_tensorboard_if_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     assert open_trackers(Recipe(), tmp_path, run_key="k", resume_step=0) == []
     opened: list[str] = []
@@ -46,37 +46,39 @@ def test_auto_is_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_a_named_tracker_that_is_not_installed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tracker_package_gets_an_install_hint(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (name, "mlflow.tracking"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"the tracker '{name}' needs .*pip install .*'d2llm\[track\]'"):
         open_trackers(recipe(name), tmp_path, run_key="k", resume_step=0)
 
 
-def test_an_unknown_tracker() -> None:
+def test_unknown_trackers_are_rejected() -> None:
     with pytest.raises(RecipeError, match=r"trackers.*'tensorboard', 'wandb' or 'mlflow'"):
         parse_recipe({"training": {"trackers": ["tensorbord"]}})
 
 
-def test_tensorboard_reads_its_files_back(tmp_path: Path) -> None:
+def test_tensorboard_log_continues_after_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log_three_steps(tmp_path, "tensorboard")
-    log_three_steps(tmp_path, "tensorboard", resume_step=2)  # killed after step 3, whose checkpoint was step 2
-    found = EventAccumulator(str(tmp_path / "tensorboard"))
-    found.Reload()
-    assert set(found.Tags()["scalars"]) == {"loss", "dev/set/0.5"}
-    loss = [(event.step, event.value) for event in found.Scalars("loss")]
+    log_three_steps(tmp_path, "tensorboard", resume_step=2)  # killed after step 3; the last checkpoint was step 2
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert set(accumulator.Tags()["scalars"]) == {"loss", "dev/set/0.5"}
+    loss = [(event.step, event.value) for event in accumulator.Scalars("loss")]
     assert loss == [(step, pytest.approx(1 / step)) for step in (1, 2, 3, 4, 5)]
     lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(step, 1 / step) for step in (1, 2, 3, 4, 5)]
 
 
-def test_mlflow_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_resumes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow: Any = pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/runs")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the only store of the light package without a server
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the light package's only store without a server
     log_three_steps(tmp_path, "mlflow")
     log_three_steps(tmp_path, "mlflow", resume_step=3)
     client = mlflow.tracking.MlflowClient()
@@ -97,14 +99,14 @@ def test_wandb_offline_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [file] = tmp_path.glob("wandb/offline-run-*/run-abc123.wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
-    # LevelDB's log format behind a header of 7 bytes: check sum, length and kind (1: whole), then the record.
-    content, place, losses = file.read_bytes(), 7, list[float]()
-    while place < len(content):
-        length, kind = struct.unpack_from("<HB", content, place + 4)
+    # LevelDB's log format after a header of 7 bytes. Each record: checksum, length and kind (1: whole), content.
+    content, offset, losses = file.read_bytes(), 7, list[float]()
+    while offset < len(content):
+        length, kind = struct.unpack_from("<HB", content, offset + 4)
         assert kind == 1
         record = Record()
-        record.ParseFromString(content[place + 7 : place + 7 + length])
+        record.ParseFromString(content[offset + 7 : offset + 7 + length])
         items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
         losses += [float(items["loss"])] if "loss" in items else []
-        place += 7 + length
+        offset += 7 + length
     assert losses == [pytest.approx(1 / step) for step in (1, 2, 3)]

@@ -31,7 +31,7 @@ DATA = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
 
 
 class Run:
-    """A small training loop with dropout, as the verbs have it."""
+    """A small training loop with dropout, like those of the commands."""
 
     def __init__(self, folder, settings=None):
         torch.manual_seed(0)
@@ -80,8 +80,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
             assert torch.equal(parameter, whole.parameters[name])
 
 
-def test_the_moments_matter(tmp_path):
-    """A resume without AdamW's state would go another way: so the test above can see it."""
+def test_losing_the_optimizer_state_changes_the_run(tmp_path):
+    """So the test above would notice a resume that lacks AdamW's moments."""
     whole, forgetful = Run(tmp_path), Run(tmp_path)
     whole.train(until=10)
     forgetful.train(until=4)
@@ -90,22 +90,22 @@ def test_the_moments_matter(tmp_path):
     assert forgetful.losses != whole.losses
 
 
-def test_no_checkpoint_yet(tmp_path):
+def test_missing_checkpoint_is_none(tmp_path):
     assert load_checkpoint(tmp_path, settings={}) is None
 
 
-def test_a_checkpoint_of_another_run_says_what_differs(tmp_path):
+def test_checkpoint_of_another_run_names_the_differences(tmp_path):
     run = Run(tmp_path, {"recipe": {"training": {"learning_rate": 0.1, "epochs": 2}, "names": ["a"]}, "seed": 0})
     run.keep()
-    now = {"recipe": {"training": {"learning_rate": 0.2, "epochs": 2}, "names": ("a",)}, "seed": 1}
+    settings = {"recipe": {"training": {"learning_rate": 0.2, "epochs": 2}, "names": ("a",)}, "seed": 1}
     changes = r"recipe.training.learning_rate \(was 0.1, is 0.2\), seed \(was 0, is 1\); finish that run"
     with pytest.raises(InputError, match=rf"checkpoint.safetensors belongs to a run with other settings: {changes}"):
-        load_checkpoint(tmp_path, settings=now)
+        load_checkpoint(tmp_path, settings=settings)
     with pytest.raises(InputError, match="written by another version"):
         load_checkpoint(tmp_path, settings=run.settings | {"new": 1})
 
 
-def test_a_damaged_checkpoint(tmp_path):
+def test_damaged_checkpoint_is_rejected(tmp_path):
     run = Run(tmp_path)
     run.keep()
     (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:100])
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint(tmp_path):
         load_checkpoint(tmp_path, settings=run.settings)
 
 
-def test_learning_rate_by_hand():
+def test_learning_rate_matches_hand_calculation():
     factors = [learning_rate_factor(step, warmup_steps=4, total_steps=10) for step in range(11)]
     expected = [1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
     assert factors == pytest.approx(expected)
@@ -123,27 +123,27 @@ def test_learning_rate_by_hand():
     assert learning_rate_factor(2, warmup_steps=1000, total_steps=3) == pytest.approx(3 / 1000)
 
 
-def test_the_warm_up_is_a_share_of_the_steps_unless_the_recipe_counts_them(caplog):
+def test_warm_up_is_a_share_of_the_steps_unless_given_in_steps(caplog):
     assert [warmup_steps(TrainingConfig(), total) for total in (20, 24, 1000)] == [2, 2, 100]
     assert warmup_steps(TrainingConfig(warmup_steps=50, warmup_fraction=0.5), 100) == 50
     assert caplog.text == ""
-    # The published number of steps in a run of 20: the rate would end at a fiftieth of its value.
+    # The published number of steps in a run of 20: the rate would only reach a fiftieth of its value.
     assert warmup_steps(TrainingConfig(warmup_steps=1000), 20) == 1000
     assert "the warm-up takes 20 of 20 steps, so the run hardly trains" in caplog.text
 
 
 class TestStopSignals:
     @pytest.fixture(autouse=True)
-    def usual_handlers(self):
-        """As in a program that was just started, whatever tests before have left: an untaken signal would end it."""
-        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    def default_handlers(self):
+        """The handlers of a fresh process, whatever earlier tests left; an uncaught signal would end the process."""
+        defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
         yield
         for number, handler in before.items():
             signal.signal(number, handler)
 
     @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-    def test_a_stop_waits_for_what_is_held(self, number, error):
+    def test_a_signal_waits_for_the_held_block(self, number, error):
         before, done, signals = signal.getsignal(number), [], StopSignals()
 
         def work():
@@ -160,7 +160,7 @@ class TestStopSignals:
         assert signals.is_consistent
         assert signal.getsignal(number) is before
 
-    def test_elsewhere_it_comes_at_once(self):
+    def test_a_signal_outside_held_blocks_acts_at_once(self):
         done = []
 
         def work():
@@ -172,12 +172,12 @@ class TestStopSignals:
             work()
         assert done == []
 
-    def test_an_error_in_a_change_leaves_no_state_to_keep(self):
+    def test_an_error_in_a_held_block_leaves_it_inconsistent(self):
         with pytest.raises(ZeroDivisionError), StopSignals() as signals, signals.held():
             _ = 1 / 0
         assert not signals.is_consistent
 
-    def test_a_handler_of_someone_else_is_left_alone(self):
+    def test_handlers_of_other_code_are_left_alone(self):
         calls = []
         before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
         try:
@@ -187,20 +187,20 @@ class TestStopSignals:
             signal.signal(signal.SIGTERM, before)
         assert calls == [signal.SIGTERM]
 
-    def test_other_threads_have_none(self):
-        found = []
+    def test_other_threads_install_no_handlers(self):
+        handlers = []
 
         def work():
             with StopSignals() as signals, signals.held():
-                found.append(signal.getsignal(signal.SIGTERM))
+                handlers.append(signal.getsignal(signal.SIGTERM))
 
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-        assert found == [signal.getsignal(signal.SIGTERM)]
+        assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_one_step_by_hand():
+def test_optimizer_step_matches_hand_calculation():
     parameter = nn.Parameter(torch.tensor([1.0, 1.0]))
     optimizer = torch.optim.SGD([parameter], lr=123.0)
     optimizer.param_groups[0]["initial_lr"] = 0.5
@@ -213,7 +213,7 @@ def test_one_step_by_hand():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_no_number_changes_nothing(bad):
+def test_non_finite_gradient_changes_no_parameter(bad):
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     parameter.grad = torch.tensor([1.0, bad])
@@ -223,7 +223,7 @@ def test_a_gradient_that_is_no_number_changes_nothing(bad):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_no_number(tmp_path, bad):
+def test_non_finite_loss_stops_training(tmp_path, bad):
     require_finite(torch.tensor(1e30), 7, tmp_path)
     with pytest.raises(TrainingDivergedError, match="at step 7; training stopped") as raised:
         require_finite(torch.tensor(bad), 7, tmp_path)
@@ -234,14 +234,14 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
-def test_the_log_goes_on_after_the_checkpoint(tmp_path):
+def test_resumed_log_continues_after_the_checkpoint(tmp_path):
     log = RunLog(tmp_path, resume_step=-1)
     for step in (0, 1, 2, 3, 4):
         log.write(step, loss=step / 10)
     with (tmp_path / LOG).open("a") as file:
         file.write('{"step": 5, "sec')  # killed while writing
-    again = RunLog(tmp_path, resume_step=2)
-    again.write(3, loss=7.0)
+    resumed = RunLog(tmp_path, resume_step=2)
+    resumed.write(3, loss=7.0)
     assert [(record["step"], record["loss"]) for record in read_log(tmp_path)] == [
         (0, 0.0),
         (1, 0.1),
@@ -260,12 +260,12 @@ def test_the_log_goes_on_after_the_checkpoint(tmp_path):
     ("lower_is_better", "values", "best", "looks_since"),
     [(False, [0.5, 0.7, 0.7, 0.6], 0.7, 2), (True, [0.5, 0.7, 0.4, 0.4], 0.4, 1)],
 )
-def test_the_best_state_is_kept_and_put_back(tmp_path, in_memory, lower_is_better, values, best, looks_since):
+def test_best_state_is_kept_and_restored(tmp_path, in_memory, lower_is_better, values, best, looks_since):
     parameters = {"weight": nn.Parameter(torch.zeros(2))}
     path = None if in_memory else tmp_path / "best.safetensors"
     state = BestState(parameters, path, lower_is_better=lower_is_better)
     state.put_back()
-    assert parameters["weight"].tolist() == [0, 0]  # no look yet
+    assert parameters["weight"].tolist() == [0, 0]  # no evaluation yet
     for step, value in enumerate(values):
         with torch.no_grad():
             parameters["weight"].fill_(step + 1)

@@ -1,4 +1,4 @@
-"""Tuning a teacher: held-out queries and the best state, every weight instead of adapters, kinds, and dropout."""
+"""Tuning a teacher: held-out queries, early stopping, full tuning, classifiers, dropout, and list losses."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def say(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
-    """The looks at held-out pairs find these cross-entropies, one after the other."""
-    left = iter(values)
-    monkeypatch.setattr(verb, "score_dev", lambda *_: DevScore(next(left), 0.5))
+def set_dev_losses(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Makes successive evaluations on the held-out pairs return these cross-entropies."""
+    remaining = iter(values)
+    monkeypatch.setattr(verb, "score_dev", lambda *_: DevScore(next(remaining), 0.5))
 
 
 # --- held-out queries
@@ -57,17 +57,17 @@ def test_held_out_queries_and_their_positives_stay_out_of_training() -> None:
     source = topics(num_train=40, num_passages=64)
     tuning = TeacherTuningConfig(eval_every=1, dev_queries=3)
     (kept,), pairs = hold_out([source], tuning, seed=1)
-    held = {pair.query for pair in pairs}
-    assert len(held) == 3
-    rest = {source.query_text(entry.query_id) for entry in kept.plan.entries}
-    assert held.isdisjoint(rest)
+    held_out = {pair.query for pair in pairs}
+    assert len(held_out) == 3
+    remaining = {source.query_text(entry.query_id) for entry in kept.plan.entries}
+    assert held_out.isdisjoint(remaining)
     positives = {pair.passage for pair in pairs if pair.is_positive}
     trained = {source.passage_text(p) for entry in kept.plan.entries for p in entry.positives}
     assert positives
     assert positives.isdisjoint(trained)
     assert hold_out([source], tuning, seed=1)[1] == pairs
-    assert {pair.query for pair in hold_out([source], tuning, seed=2)[1]} != held
-    # for lists, all of the plan's negatives; for cross-entropy as many as in training
+    assert {pair.query for pair in hold_out([source], tuning, seed=2)[1]} != held_out
+    # MRR takes all of the plan's negatives, cross-entropy as many as training does
     lists = hold_out([source], tuning.model_copy(update={"dev_measure": "mrr"}), seed=1)[1]
     assert len(lists) > len(pairs)
     with pytest.raises(InputError, match="too small to hold queries out"):
@@ -75,12 +75,12 @@ def test_held_out_queries_and_their_positives_stay_out_of_training() -> None:
 
 
 class Parrot:
-    """Says log-odds by the passage."""
+    """Looks log-odds up by passage."""
 
     fingerprint = "parrot"
 
-    def __init__(self, said: dict[str, float]) -> None:
-        self._said = said
+    def __init__(self, log_odds: dict[str, float]) -> None:
+        self._said = log_odds
 
     def prompt_fingerprint(self, task: Task) -> str:
         return task
@@ -90,16 +90,16 @@ class Parrot:
         return Judgements(np.array([self._said[p] for _, p in pairs], dtype=np.float32), None, 0, 0)
 
 
-def test_scores_by_hand() -> None:
-    said = {"a": 2.0, "b": 1.0, "c": 2.0, "d": -1.0}
+def test_dev_scores_match_hand_calculation() -> None:
+    log_odds = {"a": 2.0, "b": 1.0, "c": 2.0, "d": -1.0}
     pairs = [
-        TrainingPair("q1", "a", "asymmetric", 1.0),  # first
+        TrainingPair("q1", "a", "asymmetric", 1.0),  # rank 1
         TrainingPair("q2", "a", "symmetric", 0.0),
         TrainingPair("q1", "b", "asymmetric", 0.0),
-        TrainingPair("q2", "c", "symmetric", 1.0),  # ties with a: behind it
+        TrainingPair("q2", "c", "symmetric", 1.0),  # ties with a, counts as behind it
         TrainingPair("q3", "d", "symmetric", 0.0),  # a list without a positive
     ]
-    score = score_dev(Parrot(said), pairs)
+    score = score_dev(Parrot(log_odds), pairs)
     losses = [
         np.log1p(np.exp(-2)),
         np.log1p(np.exp(2)),
@@ -111,28 +111,28 @@ def test_scores_by_hand() -> None:
     assert score.mrr == pytest.approx((1 + 1 / 2) / 2)
 
 
-def test_it_stops_and_keeps_the_best_state(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stopping_keeps_the_best_state(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher_config(llama)
-    say(monkeypatch, [0.9, 0.5, 0.6, 0.5, 0.1])
+    set_dev_losses(monkeypatch, [0.9, 0.5, 0.6, 0.5, 0.1])
     report = tune(teacher, tmp_path / "stopped", eval_every=1, patience=2, epochs=3)
     assert (report.steps, report.best_step, report.dev) == (4, 2, 0.5)
     assert [line["dev_cross_entropy"] for line in log(tmp_path / "stopped")] == [0.9, 0.5, 0.6, 0.5]
-    # The same run broken off after its second step has that state.
-    say(monkeypatch, [0.9, 0.5, 0.6, 0.5, 0.1])
+    # The saved state is the one after the second step of the same run.
+    set_dev_losses(monkeypatch, [0.9, 0.5, 0.6, 0.5, 0.1])
     states: list[dict[str, torch.Tensor]] = []
-    genuine = verb.save_checkpoint
+    original = verb.save_checkpoint
 
-    def noting(folder: Path, step: int, parameters: Any, *rest: Any, **options: Any) -> None:
+    def record_state(folder: Path, step: int, parameters: Any, *rest: Any, **options: Any) -> None:
         states.append({name: parameter.detach().clone() for name, parameter in parameters.items()})
-        genuine(folder, step, parameters, *rest, **options)
+        original(folder, step, parameters, *rest, **options)
 
-    monkeypatch.setattr(verb, "save_checkpoint", noting)
+    monkeypatch.setattr(verb, "save_checkpoint", record_state)
     tune(teacher, tmp_path / "again", eval_every=1, patience=2, epochs=3)
-    found = load_file(tmp_path / "again" / "adapter.safetensors")
+    saved = load_file(tmp_path / "again" / "adapter.safetensors")
     down = {name: tensor for name, tensor in states[1].items() if "lora_A" in name}
     for name, tensor in down.items():
         key = name.removeprefix("model.").replace(".lora_A.default.weight", ".lora_down")
-        assert torch.equal(found[key], tensor)
+        assert torch.equal(saved[key], tensor)
         assert not torch.equal(tensor, states[3][name])
     assert not (tmp_path / "again.run" / "best.safetensors").exists()
 
@@ -143,14 +143,14 @@ def test_a_resumed_run_stops_at_the_same_state(
 ) -> None:
     settings = {"eval_every": 2, "patience": 1, "epochs": 2, "dev_measure": "mrr", "dev_queries": 3}
     whole = tune(tiny_teacher_config(llama), tmp_path / "whole", **settings)
-    genuine = verb.accumulate_pairs
+    original = verb.accumulate_pairs
     calls: list[int] = []
 
     def interrupted(*inputs: Any) -> Any:
         calls.append(1)
         if len(calls) > stop:
             raise KeyboardInterrupt
-        return genuine(*inputs)
+        return original(*inputs)
 
     with monkeypatch.context() as patch:
         patch.setattr(verb, "accumulate_pairs", interrupted)
@@ -164,20 +164,20 @@ def test_a_resumed_run_stops_at_the_same_state(
     ]
 
 
-# --- every weight, and classifiers
+# --- full tuning, and classifiers
 
 
-def test_every_weight_can_be_tuned_and_the_model_is_whole(tmp_path: Path, llama: Path) -> None:
+def test_full_tuning_saves_a_complete_model(tmp_path: Path, llama: Path) -> None:
     teacher = tiny_teacher_config(llama)
     report = tune(teacher, tmp_path / "full", tuning="full", learning_rate=1e-3)
-    asked = TeacherConfig(model=str(tmp_path / "full"))
-    tuned = load_judge(asked, device="cpu", dtype="float32")
-    assert tuned.fingerprint == report.fingerprint == identify_judge(asked).fingerprint
-    assert identify_judge(asked).prompts["symmetric"] == tuned.prompt_fingerprint("symmetric")
+    config = TeacherConfig(model=str(tmp_path / "full"))
+    tuned = load_judge(config, device="cpu", dtype="float32")
+    assert tuned.fingerprint == report.fingerprint == identify_judge(config).fingerprint
+    assert identify_judge(config).prompts["symmetric"] == tuned.prompt_fingerprint("symmetric")
     before = load_judge(teacher, device="cpu", dtype="float32").judge(PAIRS, "asymmetric").log_odds
     after = tuned.judge(PAIRS, "asymmetric").log_odds
     assert np.abs(after - before).max() > 0.01
-    # anybody's transformers can read it
+    # plain transformers can load it
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     assert isinstance(tuned, Teacher)
     ids = tuned.tokenize(PAIRS[:1], "asymmetric")[0][0]
@@ -185,11 +185,11 @@ def test_every_weight_can_be_tuned_and_the_model_is_whole(tmp_path: Path, llama:
     with torch.inference_mode():
         logits = plain(input_ids=torch.tensor([ids])).logits[0, -1]
     assert float(logits[yes] - logits[no]) == pytest.approx(float(after[0]), abs=1e-4)
-    # and an adapter can be put on it
+    # and an adapter can be added to it
     (tmp_path / "adapter").mkdir()
-    again = Teacher.load(asked, device="cpu", dtype="float32")
-    again.prepare_training(LORA)
-    again.save(tmp_path / "adapter", {})
+    adapted = Teacher.load(config, device="cpu", dtype="float32")
+    adapted.prepare_training(LORA)
+    adapted.save(tmp_path / "adapter", {})
     reloaded = load_judge(TeacherConfig(model=str(tmp_path / "adapter")), device="cpu", dtype="float32")
     np.testing.assert_allclose(reloaded.judge(PAIRS, "asymmetric").log_odds, after, rtol=0, atol=1e-4)
 
@@ -204,24 +204,26 @@ def test_a_classifier_learns(tmp_path: Path, tuning: str) -> None:
         )
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer(is_decoder=False).save_pretrained(tmp_path / "model")
-    asked = TeacherConfig(model=str(tmp_path / "model"), max_tokens=128)
-    report = tune(asked, tmp_path / "tuned", tuning=tuning, epochs=6, learning_rate=1e-2 if tuning == "lora" else 5e-3)
+    teacher = TeacherConfig(model=str(tmp_path / "model"), max_tokens=128)
+    report = tune(
+        teacher, tmp_path / "tuned", tuning=tuning, epochs=6, learning_rate=1e-2 if tuning == "lora" else 5e-3
+    )
     losses = [line["loss"] for line in log(tmp_path / "tuned")]
     assert report.loss < 0.9 * np.mean(losses[:3])
     tuned = load_judge(TeacherConfig(model=str(tmp_path / "tuned")), device="cpu", dtype="float32")
     assert tuned.fingerprint == report.fingerprint
-    before = load_judge(asked, device="cpu", dtype="float32").judge(PAIRS, "asymmetric").log_odds
+    before = load_judge(teacher, device="cpu", dtype="float32").judge(PAIRS, "asymmetric").log_odds
     assert np.abs(tuned.judge(PAIRS, "asymmetric").log_odds - before).max() > 0.05
 
 
-def test_a_teacher_without_weights_here_is_not_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_teacher_without_local_weights_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(verb, "load_judge", lambda *_, **__: Parrot({}))
     with pytest.raises(InputError, match="has no local weights to tune; skip tune-teacher"):
         tune(TeacherConfig(model="far-away"), tmp_path / "tuned")
 
 
-def test_frozen_layers_read_without_dropout(tmp_path: Path) -> None:
-    """They are read so when the teacher labels; only the adapters' own dropout is on while it learns."""
+def test_frozen_layers_run_without_dropout(tmp_path: Path) -> None:
+    """As when the teacher labels; only the adapters' own dropout is active in training."""
     folder = write_tiny_model(tmp_path, "phi", attention_dropout=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
     teacher = Teacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
     teacher.prepare_training(LoraConfig(rank=2, dropout=0.0))
@@ -262,10 +264,10 @@ def test_an_encoder_gets_a_head_by_tuning(encoder: Path, tmp_path: Path) -> None
     own = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
     assert own.config.num_labels == 1
     again = tune(teacher, tmp_path / "again", tuning="full", loss="lists", learning_rate=3e-3, epochs=6)
-    assert again.fingerprint == report.fingerprint  # the new head is drawn the same
+    assert again.fingerprint == report.fingerprint  # the new head is initialised the same way
 
 
-def test_the_list_loss_is_a_softmax_and_some_of_the_yes_no_loss(llama: Path) -> None:
+def test_list_loss_is_softmax_plus_a_share_of_the_yes_no_loss(llama: Path) -> None:
     model = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
     model.prepare_training(LORA)
     model.eval()
@@ -285,17 +287,17 @@ def test_the_list_loss_is_a_softmax_and_some_of_the_yes_no_loss(llama: Path) -> 
     whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert whole
     model.zero_grad()
-    # Whatever their order, one list at a time, and lists that are longer than what may be read at a time.
+    # In any order, one list at a time, and with lists longer than a part may be.
     for order, part_tokens in ((-1, 512), (1, 64), (1, 1)):
         model.zero_grad()
-        found, _ = verb.accumulate_lists(model, pairs[::order], part_tokens)
-        assert float(found) == pytest.approx(expected, rel=1e-4)
+        part_loss, _ = verb.accumulate_lists(model, pairs[::order], part_tokens)
+        assert float(part_loss) == pytest.approx(expected, rel=1e-4)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-6)
 
 
-def test_both_readings_of_a_long_list_have_the_same_dropout(llama: Path) -> None:
+def test_both_passes_over_a_long_list_share_their_dropout(llama: Path) -> None:
     model = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
     model.prepare_training(LORA.model_copy(update={"dropout": 0.4}))
     model.train()
@@ -304,20 +306,22 @@ def test_both_readings_of_a_long_list_have_the_same_dropout(llama: Path) -> None
             if "lora_B" in name:
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     inputs, _ = model.tokenize([("the cat", text) for text in TEXTS[:3]], "symmetric")
-    read: list[torch.Tensor] = []
-    whole = type(model).forward
+    outputs: list[torch.Tensor] = []
+    original = type(model).forward
 
-    def forward(self: Teacher, *given: Any) -> Any:
-        log_odds, features = whole(self, *given)
-        read.append(log_odds.detach())
+    def forward(self: Teacher, *arguments: Any) -> Any:
+        log_odds, features = original(self, *arguments)
+        outputs.append(log_odds.detach())
         return log_odds, features
 
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "forward", forward)
         verb._backpropagate(model, inputs, "symmetric", lambda odds: odds.square().sum(), 1)
-    assert len(read) == 6
-    assert [float(odds) for odds in read[:3]] == [float(odds) for odds in read[3:]]
+    assert len(outputs) == 6
+    assert [float(odds) for odds in outputs[:3]] == [float(odds) for odds in outputs[3:]]
     model.eval()
     with torch.no_grad():
-        assert abs(float(model(*model.pad(inputs[:1]), "symmetric")[0]) - float(read[0])) > 1e-4  # there was dropout
+        assert (
+            abs(float(model(*model.pad(inputs[:1]), "symmetric")[0]) - float(outputs[0])) > 1e-4
+        )  # dropout was active

@@ -1,4 +1,4 @@
-"""What the tests of all dialects share: a server over one tiny student."""
+"""Shared fixtures for the API dialects: a server with one tiny student."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def address(folder, student):
     pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
     from tiny_clients import NAME, serving
 
-    with serving(folder / "student-0", model_name=NAME, max_texts=32, max_text_chars=2_000) as found:
-        yield found
+    with serving(folder / "student-0", model_name=NAME, max_texts=32, max_text_chars=2_000) as url:
+        yield url
 
 
 @pytest.fixture
 def ask(address):
-    """Sends a body, or else asks for a path, and gives the answer, whose status has to be the one given."""
+    """POSTs a body, or GETs the path if there is none, checks the status and returns the response."""
 
     def send(path, body=None, status=200):
         method = "GET" if body is None else "POST"
-        answer = httpx2.request(method, address + path, json=body, timeout=60)
-        assert answer.status_code == status, answer.text
-        return answer
+        response = httpx2.request(method, address + path, json=body, timeout=60)
+        assert response.status_code == status, response.text
+        return response
 
     return send
 
@@ -48,7 +48,7 @@ def post(ask):
 
 @pytest.fixture
 def overloaded(address, monkeypatch):
-    """The queue is full."""
+    """Makes the server refuse requests as if its queue were full."""
     from d2llm.server.errors import OverloadedError
     from d2llm.server.model_service import ModelService
 
@@ -60,7 +60,7 @@ def overloaded(address, monkeypatch):
 
 @pytest.fixture
 def online(monkeypatch):
-    """Lets Hugging Face's client ask this machine; the tests' environment keeps it from the internet."""
+    """Takes Hugging Face's client out of the tests' offline mode, so that it can reach this machine."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -20,32 +20,34 @@ def client(address):
 
 def test_rerank(client, student):
     order, scores = ranking(student, QUERY, TEXTS)
-    answer = client.rerank(model=NAME, query=QUERY, documents=TEXTS)
-    assert [result.index for result in answer.results] == order
-    assert np.allclose([result.relevance_score for result in answer.results], scores, atol=1e-6)
-    read = [*student.encode_passages(TEXTS).lengths, *student.encode_queries([QUERY]).lengths]
-    assert answer.meta.tokens.input_tokens == sum(read)
-    assert answer.meta.warnings is None
+    response = client.rerank(model=NAME, query=QUERY, documents=TEXTS)
+    assert [result.index for result in response.results] == order
+    assert np.allclose([result.relevance_score for result in response.results], scores, atol=1e-6)
+    token_counts = [*student.encode_passages(TEXTS).lengths, *student.encode_queries([QUERY]).lengths]
+    assert response.meta.tokens.input_tokens == sum(token_counts)
+    assert response.meta.warnings is None
     best = client.rerank(model=NAME, query=QUERY, documents=TEXTS, top_n=2, max_tokens_per_doc=4096, priority=1)
-    assert best.results == answer.results[:2]
+    assert best.results == response.results[:2]
 
 
 def test_equal_documents_stay_in_order(client):
-    answer = client.rerank(model=NAME, query=QUERY, documents=[TEXTS[0]] * 4)
-    assert [result.index for result in answer.results] == [0, 1, 2, 3]
+    response = client.rerank(model=NAME, query=QUERY, documents=[TEXTS[0]] * 4)
+    assert [result.index for result in response.results] == [0, 1, 2, 3]
 
 
-def test_the_answer_tells_what_was_cut(client):
-    answer = client.rerank(model=NAME, query=LONG, documents=["a cat", LONG])
-    assert answer.meta.warnings == ["the query was cut to 64 tokens", LONG_TOO]
+def test_the_response_warns_of_truncated_texts(client):
+    response = client.rerank(model=NAME, query=LONG, documents=["a cat", LONG])
+    assert response.meta.warnings == ["the query was cut to 64 tokens", LONG_TOO]
 
 
-def test_the_first_versions_client_is_answered_by_jinas_route(address, student):
+def test_the_v1_client_is_served_by_jinas_route(address, student):
     order, scores = ranking(student, QUERY, TEXTS)
     client = cohere.Client(api_key="none", base_url=address)
-    answer = client.rerank(model=NAME, query=QUERY, documents=[{"text": text} for text in TEXTS], return_documents=True)
-    assert [result.document.text for result in answer.results] == [TEXTS[place] for place in order]
-    assert np.allclose([result.relevance_score for result in answer.results], scores, atol=1e-6)
+    response = client.rerank(
+        model=NAME, query=QUERY, documents=[{"text": text} for text in TEXTS], return_documents=True
+    )
+    assert [result.document.text for result in response.results] == [TEXTS[index] for index in order]
+    assert np.allclose([result.relevance_score for result in response.results], scores, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +64,12 @@ def test_the_first_versions_client_is_answered_by_jinas_route(address, student):
     ],
 )
 def test_errors(client, settings, error, message):
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(error, match=message) as excinfo:
         client.rerank(**({"model": NAME, "query": QUERY, "documents": TEXTS} | settings))
-    assert set(caught.value.body) == {"id", "message"}
+    assert set(excinfo.value.body) == {"id", "message"}
 
 
 def test_overload(client, overloaded):
-    with pytest.raises(cohere.TooManyRequestsError) as caught:
+    with pytest.raises(cohere.TooManyRequestsError) as excinfo:
         client.rerank(model=NAME, query=QUERY, documents=TEXTS, request_options={"max_retries": 0})
-    assert caught.value.headers["retry-after"] == "3"
+    assert excinfo.value.headers["retry-after"] == "3"

@@ -1,4 +1,4 @@
-"""What holds for all dialects: descriptions, keys, bodies that cannot be read, the versions that the guide names."""
+"""What all dialects share: API descriptions, keys, unreadable bodies, and the client versions in the guide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TAGS = {"OpenAI", "Cohere", "Jina", "Text Embeddings Inference", "vLLM"}
 ROUTES = {"/v1/embeddings", "/v1/models", "/v1/models/{model}", "/v2/rerank", "/v1/rerank"} | {
     *("/embed", "/rerank", "/similarity", "/info", "/score", "/v1/score")
 }
-KEYS_OF_ERRORS = {
+ERROR_FIELDS = {
     "/v1/embeddings": {"error"},
     "/v2/rerank": {"id", "message"},
     "/v1/rerank": {"detail"},
@@ -33,8 +33,8 @@ def test_every_route_describes_its_answers_and_errors(post):
                 continue
             described.add(path)
             assert set(operation["responses"]) == {"200", "4XX", "5XX"}, path
-            for answer in operation["responses"].values():
-                assert answer["content"]["application/json"]["schema"], path
+            for response in operation["responses"].values():
+                assert response["content"]["application/json"]["schema"], path
     assert described == ROUTES
 
 
@@ -42,10 +42,10 @@ def test_every_route_describes_its_answers_and_errors(post):
     ("path", "status"),
     [("/v1/embeddings", 400), ("/v2/rerank", 400), ("/v1/rerank", 422), ("/rerank", 400), ("/score", 400)],
 )
-def test_a_body_that_is_no_json(address, path, status):
-    answer = httpx2.post(address + path, content=b"{", headers={"content-type": "application/json"})
-    assert answer.status_code == status
-    assert "not valid JSON" in answer.text
+def test_invalid_json_is_rejected(address, path, status):
+    response = httpx2.post(address + path, content=b"{", headers={"content-type": "application/json"})
+    assert response.status_code == status
+    assert "not valid JSON" in response.text
 
 
 @pytest.mark.parametrize(
@@ -53,27 +53,27 @@ def test_a_body_that_is_no_json(address, path, status):
     [("/v1/embeddings", 400), ("/v2/rerank", 400), ("/v1/rerank", 422), ("/embed", 422), ("/score", 400)],
 )
 @pytest.mark.parametrize("body", ['{"\\udc00": 1}', '{"unread": {"a": ["\\ud83d"]}}'], ids=["name", "value"])
-def test_half_a_surrogate_pair_is_no_text_in_any_field(address, path, status, body):
-    answer = httpx2.post(address + path, content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == status
-    assert "surrogate" in answer.text
-    assert KEYS_OF_ERRORS.get(path, {"error", "error_type"}) <= answer.json().keys()
+def test_lone_surrogates_are_rejected_in_any_field(address, path, status, body):
+    response = httpx2.post(address + path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == status
+    assert "surrogate" in response.text
+    assert ERROR_FIELDS.get(path, {"error", "error_type"}) <= response.json().keys()
 
 
 @pytest.fixture(scope="module")
 def guarded(folder, student):
-    """The address of a server that wants a key, and the key."""
+    """The address of a server that requires an API key, and the key."""
     secret = add_key(folder / "keys.json", "client")
     with serving(folder / "student-0", model_name=NAME, keys_file=folder / "keys.json") as address:
         yield address, secret
 
 
-@pytest.mark.parametrize("path", KEYS_OF_ERRORS)
-def test_an_error_without_a_key(guarded, path):
-    answer = httpx2.post(guarded[0] + path, json={})
-    assert answer.status_code == 401
-    assert set(answer.json()) == KEYS_OF_ERRORS[path]
-    assert isinstance(answer.json().get("detail", ""), str)
+@pytest.mark.parametrize("path", ERROR_FIELDS)
+def test_a_missing_key_gets_an_error_in_the_dialects_format(guarded, path):
+    response = httpx2.post(guarded[0] + path, json={})
+    assert response.status_code == 401
+    assert set(response.json()) == ERROR_FIELDS[path]
+    assert isinstance(response.json().get("detail", ""), str)
 
 
 def test_openais_client_sends_the_key(guarded):
@@ -81,9 +81,9 @@ def test_openais_client_sends_the_key(guarded):
     address, secret = guarded
     with openai.OpenAI(base_url=f"{address}/v1", api_key=secret) as client:
         assert len(client.embeddings.create(model=NAME, input="text").data) == 1
-        with pytest.raises(openai.AuthenticationError) as caught:
+        with pytest.raises(openai.AuthenticationError) as excinfo:
             client.with_options(api_key="wrong").embeddings.create(model=NAME, input="text")
-    assert (caught.value.code, caught.value.type) == ("invalid_api_key", "invalid_request_error")
+    assert (excinfo.value.code, excinfo.value.type) == ("invalid_api_key", "invalid_request_error")
 
 
 def test_coheres_client_sends_the_key(guarded):
@@ -97,10 +97,10 @@ def test_coheres_client_sends_the_key(guarded):
 
 def test_the_guide_names_the_versions_that_are_tested(repository):
     guide = (repository / "docs" / "how-to" / "clients.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\| `([a-z0-9_-]+)` ([0-9.]+) \|", guide, re.MULTILINE)
+    documented = re.findall(r"^\| `([a-z0-9_-]+)` ([0-9.]+) \|", guide, re.MULTILINE)
     pins = (repository / "constraints.txt").read_text(encoding="utf-8")
     pinned = {
         name.lower().replace("_", "-"): version for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", pins, re.M)
     }
-    assert len(named) >= 10
-    assert {name: pinned[name] for name, _ in named} == dict(named)
+    assert len(documented) >= 10
+    assert {name: pinned[name] for name, _ in documented} == dict(documented)

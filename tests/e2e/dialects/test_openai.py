@@ -1,4 +1,4 @@
-"""OpenAI's own client and LangChain's against the server: they get the library's numbers, and their own errors."""
+"""OpenAI's and LangChain's clients against the server: they get the library's numbers and raise their own errors."""
 
 from __future__ import annotations
 
@@ -23,39 +23,41 @@ from tiny_clients import LONG, MAX_TOKENS, NAME, QUERY, serving, unit  # noqa: E
 
 @pytest.fixture
 def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as found:
-        yield found
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as openai_client:
+        yield openai_client
 
 
 @pytest.mark.parametrize("settings", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}])
-def test_embeddings_are_the_students_of_length_one(client, student, settings):
-    answer = client.embeddings.create(model=NAME, input=TEXTS, **settings)
-    found = [one.embedding for one in answer.data]
-    if settings.get("encoding_format") == "base64":  # asked for by name, the client leaves it as it is
-        found = [np.frombuffer(base64.b64decode(one), "<f4") for one in found]
+def test_embeddings_are_the_students_unit_vectors(client, student, settings):
+    response = client.embeddings.create(model=NAME, input=TEXTS, **settings)
+    embeddings = [item.embedding for item in response.data]
+    if settings.get("encoding_format") == "base64":  # requested explicitly, so the client does not decode it
+        embeddings = [np.frombuffer(base64.b64decode(item), "<f4") for item in embeddings]
     encoded = student.encode_passages(TEXTS)
-    assert np.allclose(found, unit(encoded.vectors), atol=1e-6)
-    assert [one.index for one in answer.data] == list(range(len(TEXTS)))
-    assert answer.model == NAME
-    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(encoded.lengths)
+    assert np.allclose(embeddings, unit(encoded.vectors), atol=1e-6)
+    assert [item.index for item in response.data] == list(range(len(TEXTS)))
+    assert response.model == NAME
+    assert response.usage.prompt_tokens == response.usage.total_tokens == sum(encoded.lengths)
 
 
-def test_the_full_width_may_be_asked_for(client, student):
-    answer = client.embeddings.create(model=NAME, input=TEXTS[0], dimensions=student.vector_dim)
-    assert np.allclose(answer.data[0].embedding, unit(student.encode_passages(TEXTS[:1]).vectors)[0], atol=1e-6)
+def test_the_full_number_of_dimensions_may_be_requested(client, student):
+    response = client.embeddings.create(model=NAME, input=TEXTS[0], dimensions=student.vector_dim)
+    assert np.allclose(response.data[0].embedding, unit(student.encode_passages(TEXTS[:1]).vectors)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "how", [{"model": f"{NAME}:query"}, {"model": NAME, "extra_body": {"input_type": "query"}}], ids=["name", "field"]
+    "options",
+    [{"model": f"{NAME}:query"}, {"model": NAME, "extra_body": {"input_type": "query"}}],
+    ids=["name", "field"],
 )
-def test_query_vectors_rank_passages_by_the_anchor(client, student, how):
-    query = np.array(client.embeddings.create(input=QUERY, **how).data[0].embedding)
+def test_query_vectors_rank_passages_by_the_anchor(client, student, options):
+    query = np.array(client.embeddings.create(input=QUERY, **options).data[0].embedding)
     anchor = student.anchor_queries(student.encode_queries([QUERY]).vectors)
     assert np.allclose(query, unit(anchor)[0], atol=1e-6)
     assert not np.allclose(query, unit(student.encode_queries([QUERY]).vectors)[0], atol=1e-2)
 
 
-def test_passage_is_the_default_side(client):
+def test_passage_is_the_default_input_type(client):
     models = (NAME, f"{NAME}:passage")
     plain, passage = (client.embeddings.create(model=model, input=QUERY).data[0].embedding for model in models)
     assert plain == passage
@@ -68,32 +70,32 @@ def test_a_student_without_an_anchor_gives_plain_query_vectors(folder):
     randomise(student.interaction)
     student.save(folder / "paper")
     with serving(folder / "paper") as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-        found = client.embeddings.create(model="paper:query", input=QUERY).data[0].embedding
-    assert np.allclose(found, unit(student.encode_queries([QUERY]).vectors)[0], atol=1e-6)
+        embedding = client.embeddings.create(model="paper:query", input=QUERY).data[0].embedding
+    assert np.allclose(embedding, unit(student.encode_queries([QUERY]).vectors)[0], atol=1e-6)
 
 
-def test_the_async_client_with_many_at_once(address, student):
-    async def ask():
+def test_the_async_client_with_concurrent_requests(address, student):
+    async def embed_all():
         async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
             return await asyncio.gather(*(client.embeddings.create(model=NAME, input=text) for text in TEXTS))
 
-    found = [answer.data[0].embedding for answer in asyncio.run(ask())]
-    assert np.allclose(found, unit(student.encode_passages(TEXTS).vectors), atol=1e-5)
+    embeddings = [response.data[0].embedding for response in asyncio.run(embed_all())]
+    assert np.allclose(embeddings, unit(student.encode_passages(TEXTS).vectors), atol=1e-5)
 
 
 def test_models(client):
     names = [model.id for model in client.models.list()]
     assert names == [NAME, f"{NAME}:query", f"{NAME}:passage"]
     assert client.models.retrieve(f"{NAME}:query").id == f"{NAME}:query"
-    with pytest.raises(openai.NotFoundError, match="there is tiny") as caught:
+    with pytest.raises(openai.NotFoundError, match="there is tiny") as excinfo:
         client.models.retrieve("gpt-4")
-    assert caught.value.code == "model_not_found"
+    assert excinfo.value.code == "model_not_found"
 
 
 def test_an_unknown_model_is_not_found(client):
-    with pytest.raises(openai.NotFoundError, match="there is tiny, tiny:query, tiny:passage") as caught:
+    with pytest.raises(openai.NotFoundError, match="there is tiny, tiny:query, tiny:passage") as excinfo:
         client.embeddings.create(model="text-embedding-3-small", input="text")
-    assert (caught.value.code, caught.value.param, caught.value.type) == (
+    assert (excinfo.value.code, excinfo.value.param, excinfo.value.type) == (
         "model_not_found",
         "model",
         "invalid_request_error",
@@ -125,22 +127,22 @@ def test_an_unknown_model_is_not_found(client):
         ),
     ],
 )
-def test_wrong_requests(client, settings, message, param):
-    with pytest.raises(openai.BadRequestError, match=message) as caught:
+def test_invalid_requests_are_bad_request_errors(client, settings, message, param):
+    with pytest.raises(openai.BadRequestError, match=message) as excinfo:
         client.embeddings.create(**({"model": NAME} | settings))
-    assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
+    assert (excinfo.value.param, excinfo.value.type) == (param, "invalid_request_error")
 
 
-@pytest.mark.parametrize("how", [{"truncate": "END"}, {"truncate_prompt_tokens": -1}], ids=str)
-def test_a_long_text_is_cut_on_demand(client, student, how):
-    answer = client.embeddings.create(model=NAME, input=[LONG], user="someone", extra_body=how)
-    assert np.allclose(answer.data[0].embedding, unit(student.encode_passages([LONG]).vectors)[0], atol=1e-6)
-    assert answer.usage.prompt_tokens == MAX_TOKENS
+@pytest.mark.parametrize("options", [{"truncate": "END"}, {"truncate_prompt_tokens": -1}], ids=str)
+def test_a_long_text_is_truncated_on_request(client, student, options):
+    response = client.embeddings.create(model=NAME, input=[LONG], user="someone", extra_body=options)
+    assert np.allclose(response.data[0].embedding, unit(student.encode_passages([LONG]).vectors)[0], atol=1e-6)
+    assert response.usage.prompt_tokens == MAX_TOKENS
 
 
 @pytest.fixture
 def overloaded_once(monkeypatch):
-    """The first request finds the queue full."""
+    """The first request is refused as if the queue were full."""
     calls: list[float] = []
     encode = ModelService.encode
 
@@ -155,27 +157,27 @@ def overloaded_once(monkeypatch):
 
 
 def test_overload_is_a_rate_limit_error(client, overloaded_once):
-    with pytest.raises(openai.RateLimitError, match="at its limit") as caught:
+    with pytest.raises(openai.RateLimitError, match="at its limit") as excinfo:
         client.embeddings.create(model=NAME, input="text")
-    assert caught.value.response.headers["retry-after"] == "2"
-    assert caught.value.code == "rate_limit_exceeded"
+    assert excinfo.value.response.headers["retry-after"] == "2"
+    assert excinfo.value.code == "rate_limit_exceeded"
 
 
-def test_the_client_waits_as_long_as_it_is_told_and_tries_again(client, overloaded_once):
-    answer = client.with_options(max_retries=1).embeddings.create(model=NAME, input="text")
-    assert len(answer.data[0].embedding) == 32
+def test_the_client_retries_after_the_requested_delay(client, overloaded_once):
+    response = client.with_options(max_retries=1).embeddings.create(model=NAME, input="text")
+    assert len(response.data[0].embedding) == 32
     first, second = overloaded_once
     assert second - first >= 1.9
 
 
-def test_a_wrong_content_type_and_method_have_openais_shape(address):
-    for answer in (
+def test_protocol_errors_have_openais_format(address):
+    for response in (
         httpx2.post(f"{address}/v1/embeddings", content=b"text", headers={"content-type": "text/plain"}),
         httpx2.get(f"{address}/v1/embeddings"),
         httpx2.post(f"{address}/v1/embeddings", content=b"{", headers={"content-type": "application/json"}),
     ):
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-        assert answer.status_code in (400, 405, 415)
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        assert response.status_code in (400, 405, 415)
 
 
 def test_langchain_embeddings(address, student):

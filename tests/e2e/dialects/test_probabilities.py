@@ -1,4 +1,4 @@
-"""What the dialects answer in [0, 1] of a student whose scores are calibrated, and of one whose are not."""
+"""The scores in [0, 1] that the dialects return, from a student with calibrated scores and from one without."""
 
 from __future__ import annotations
 
@@ -33,41 +33,43 @@ def calibrated(folder, student):
     fitted = TaskCalibration(
         slope=SLOPE, offset=OFFSET, num_queries={"a": 40}, num_pairs=400, error_before=0.5, error_after=0.01
     )
-    found = ProbabilityCalibration(student=student.fingerprint, num_hard=1, num_random=8, tasks={"asymmetric": fitted})
-    write_calibration(folder / "calibrated", found)
+    calibration = ProbabilityCalibration(
+        student=student.fingerprint, num_hard=1, num_random=8, tasks={"asymmetric": fitted}
+    )
+    write_calibration(folder / "calibrated", calibration)
     with serving(folder / "calibrated", model_name=NAME) as address:
         yield address
 
 
-def asked(address, path, body):
-    answer = httpx2.post(address + path, json=body, timeout=60)
-    assert answer.status_code == 200, answer.text
-    return answer, answer.json()
+def post_json(address, path, body):
+    response = httpx2.post(address + path, json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    return response, response.json()
 
 
 def scores_of(content, name):
-    """By the document's place."""
+    """The scores in the order of the documents."""
     results = content if isinstance(content, list) else content.get("results", content.get("data"))
     return [result[name] for result in sorted(results, key=lambda result: result["index"])]
 
 
 @pytest.mark.parametrize(("path", "body", "name"), ROUTES)
-def test_calibrated_scores_are_probabilities_and_the_answer_says_so(calibrated, student, path, body, name):
-    answer, content = asked(calibrated, path, body)
+def test_calibrated_scores_are_probabilities_and_marked_so(calibrated, student, path, body, name):
+    response, content = post_json(calibrated, path, body)
     expected = sigmoid(SLOPE * logits_of(student, QUERY, TEXTS).astype(np.float64) + OFFSET)
     assert np.allclose(scores_of(content, name), expected, atol=1e-6)
-    assert answer.headers["X-Relevance-Score"] == "calibrated; task=asymmetric; base-rate=0.1"
+    assert response.headers["X-Relevance-Score"] == "calibrated; task=asymmetric; base-rate=0.1"
 
 
 @pytest.mark.parametrize(("path", "body", "name"), ROUTES)
-def test_other_scores_are_as_before_and_the_answer_says_so(address, student, path, body, name):
-    answer, content = asked(address, path, body)
+def test_uncalibrated_scores_are_sigmoids_and_marked_so(address, student, path, body, name):
+    response, content = post_json(address, path, body)
     assert np.allclose(scores_of(content, name), sigmoid(logits_of(student, QUERY, TEXTS)), atol=1e-6)
-    assert answer.headers["X-Relevance-Score"].startswith("uncalibrated; task=asymmetric")
+    assert response.headers["X-Relevance-Score"].startswith("uncalibrated; task=asymmetric")
 
 
 @pytest.mark.parametrize(("path", "body"), RAW)
 def test_raw_scores_stay_raw(calibrated, student, path, body):
-    answer, content = asked(calibrated, path, body)
+    response, content = post_json(calibrated, path, body)
     assert np.allclose(scores_of(content, "score"), logits_of(student, QUERY, TEXTS), atol=1e-5)
-    assert "X-Relevance-Score" not in answer.headers
+    assert "X-Relevance-Score" not in response.headers

@@ -1,4 +1,4 @@
-"""Hugging Face's client, and what Haystack and LlamaIndex have for Text Embeddings Inference, against the server."""
+"""Hugging Face's client, and Haystack's and LlamaIndex's for Text Embeddings Inference, against the server."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_feature_extraction(client, address, student):
     plain = student.encode_passages(TEXTS).vectors
     assert np.allclose(client.feature_extraction(TEXTS, model=url), unit(plain), atol=1e-6)
     assert np.allclose(client.feature_extraction(TEXTS, model=url, normalize=False), plain, atol=1e-5)
-    found = client.feature_extraction(TEXTS, model=url, normalize=False, dimensions=student.vector_dim)
-    assert np.allclose(found, plain, atol=1e-5)
+    full_width = client.feature_extraction(TEXTS, model=url, normalize=False, dimensions=student.vector_dim)
+    assert np.allclose(full_width, plain, atol=1e-5)
     with pytest.raises(HfHubHTTPError, match="not trained to be cut to 4"):
         client.feature_extraction(TEXTS, model=url, dimensions=4)
 
@@ -40,12 +40,12 @@ def test_inner_products_of_raw_vectors_are_the_anchors(client, address, student)
 
 def test_feature_extraction_of_long_texts(client, address, student):
     url = f"{address}/embed"
-    cut = client.feature_extraction(["a cat", LONG], model=url)
-    assert np.allclose(cut, unit(student.encode_passages(["a cat", LONG]).vectors), atol=1e-6)
-    with pytest.raises(HfHubHTTPError) as caught:
+    truncated = client.feature_extraction(["a cat", LONG], model=url)
+    assert np.allclose(truncated, unit(student.encode_passages(["a cat", LONG]).vectors), atol=1e-6)
+    with pytest.raises(HfHubHTTPError) as excinfo:
         client.feature_extraction(["a cat", LONG], model=url, truncate=False)
-    assert caught.value.response.status_code == 422
-    assert caught.value.response.json()["error_type"] == "Validation"
+    assert excinfo.value.response.status_code == 422
+    assert excinfo.value.response.json()["error_type"] == "Validation"
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ def test_feature_extraction_of_long_texts(client, address, student):
         ("/rerank", {"query": QUERY, "texts": ["a"]}, None),
     ],
 )
-def test_a_header_tells_what_was_cut(ask, path, body, warning):
+def test_a_header_warns_of_truncated_texts(ask, path, body, warning):
     assert ask(path, body).headers.get("x-warning") == warning
 
 
 def test_sentence_similarity(client, address, student):
     vectors = unit(student.encode_passages(TEXTS).vectors)
-    found = client.sentence_similarity(TEXTS[0], other_sentences=TEXTS[1:], model=f"{address}/similarity")
-    assert np.allclose(found, vectors[1:] @ vectors[0], atol=1e-6)
+    similarities = client.sentence_similarity(TEXTS[0], other_sentences=TEXTS[1:], model=f"{address}/similarity")
+    assert np.allclose(similarities, vectors[1:] @ vectors[0], atol=1e-6)
 
 
 def test_haystack(address, student, online):
@@ -79,9 +79,9 @@ def test_haystack(address, student, online):
 
     ranker = rankers.HuggingFaceTEIRanker(url=address, top_k=3, token=None, max_retries=1)
     order, scores = ranking(student, QUERY, TEXTS)
-    found = ranker.run(query=QUERY, documents=[Document(content=text) for text in TEXTS])["documents"]
-    assert [document.content for document in found] == [TEXTS[place] for place in order[:3]]
-    assert np.allclose([document.score for document in found], scores[:3], atol=1e-6)
+    ranked = ranker.run(query=QUERY, documents=[Document(content=text) for text in TEXTS])["documents"]
+    assert [document.content for document in ranked] == [TEXTS[index] for index in order[:3]]
+    assert np.allclose([document.score for document in ranked], scores[:3], atol=1e-6)
     with pytest.raises(RuntimeError, match="33 texts; a request may have 32"):
         ranker.run(query=QUERY, documents=[Document(content=f"text {number}") for number in range(33)])
     embedder = HuggingFaceAPITextEmbedder(
@@ -99,21 +99,21 @@ def test_llama_index(address, student):
 
     passages = [*TEXTS, LONG]
     nodes = [NodeWithScore(node=TextNode(text=text)) for text in passages]
-    found = rankers.TextEmbeddingInference(base_url=address, top_n=3).postprocess_nodes(nodes, query_str=QUERY)
-    assert np.allclose([node.score for node in found], ranking(student, QUERY, passages)[1][:3], atol=1e-6)
+    ranked = rankers.TextEmbeddingInference(base_url=address, top_n=3).postprocess_nodes(nodes, query_str=QUERY)
+    assert np.allclose([node.score for node in ranked], ranking(student, QUERY, passages)[1][:3], atol=1e-6)
     probabilities = dict(zip(passages, sigmoid(logits_of(student, QUERY, passages)), strict=True))
-    assert np.allclose([node.score for node in found], [probabilities[node.text] for node in found], atol=1e-6)
+    assert np.allclose([node.score for node in ranked], [probabilities[node.text] for node in ranked], atol=1e-6)
     embedder = embedders.TextEmbeddingsInference(model_name=NAME, base_url=address)
     vectors = unit(student.encode_passages(passages).vectors)
     assert np.allclose(embedder.get_text_embedding_batch(passages), vectors, atol=1e-5)
 
 
-def test_rerank_gives_scores_and_texts_on_demand(post, student):
+def test_rerank_returns_raw_scores_and_texts_on_request(post, student):
     order, _ = ranking(student, QUERY, TEXTS)
-    answer = post("/rerank", {"query": QUERY, "texts": TEXTS, "raw_scores": True, "return_text": True})
-    assert [rank["index"] for rank in answer] == order
-    assert np.allclose([rank["score"] for rank in answer], logits_of(student, QUERY, TEXTS)[order], atol=1e-3)
-    assert [rank["text"] for rank in answer] == [TEXTS[place] for place in order]
+    response = post("/rerank", {"query": QUERY, "texts": TEXTS, "raw_scores": True, "return_text": True})
+    assert [result["index"] for result in response] == order
+    assert np.allclose([result["score"] for result in response], logits_of(student, QUERY, TEXTS)[order], atol=1e-3)
+    assert [result["text"] for result in response] == [TEXTS[index] for index in order]
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_rerank_gives_scores_and_texts_on_demand(post, student):
     ],
 )
 def test_errors(post, path, body, status, kind):
-    answer = post(path, body, status)
-    assert set(answer) == {"error", "error_type"}
-    assert answer["error_type"] == kind
+    response = post(path, body, status)
+    assert set(response) == {"error", "error_type"}
+    assert response["error_type"] == kind
 
 
-def test_errors_of_rerank_name_the_fields_of_one_interface(post):
+def test_rerank_errors_name_the_fields_of_one_interface(post):
     assert post("/rerank", {"query": "a"}, 422)["error"] == "texts: Field required"
     assert post("/rerank", {"documents": ["a"]}, 422)["error"] == "query: Field required"
 
@@ -153,7 +153,11 @@ def test_overload(post, overloaded):
 
 
 def test_info(ask, student):
-    answer = ask("/info").json()
-    assert (answer["model_id"], answer["model_sha"], answer["model_dtype"]) == (NAME, student.fingerprint, "float32")
-    assert (answer["max_client_batch_size"], answer["max_input_length"]) == (32, 64)
-    assert answer["auto_truncate"]
+    response = ask("/info").json()
+    assert (response["model_id"], response["model_sha"], response["model_dtype"]) == (
+        NAME,
+        student.fingerprint,
+        "float32",
+    )
+    assert (response["max_client_batch_size"], response["max_input_length"]) == (32, 64)
+    assert response["auto_truncate"]

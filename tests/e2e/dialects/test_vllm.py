@@ -1,4 +1,4 @@
-"""Haystack's components for vLLM and OpenAI's client, which vLLM's routes are asked with, against the server."""
+"""Haystack's components for vLLM, and OpenAI's client calling vLLM's routes, against the server."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_haystacks_ranker(address, student, documents, base):
     ranker = VLLMRanker(
         model=NAME, api_base_url=address + base, top_k=3, extra_parameters={"truncate_prompt_tokens": -1}
     )
-    found = ranker.run(query=QUERY, documents=documents)
-    assert [document.content for document in found["documents"]] == [TEXTS[place] for place in order[:3]]
-    assert np.allclose([document.score for document in found["documents"]], scores[:3], atol=1e-6)
-    assert found["meta"]["usage"]["prompt_tokens"] == found["meta"]["usage"]["total_tokens"] > 0
+    results = ranker.run(query=QUERY, documents=documents)
+    assert [document.content for document in results["documents"]] == [TEXTS[index] for index in order[:3]]
+    assert np.allclose([document.score for document in results["documents"]], scores[:3], atol=1e-6)
+    assert results["meta"]["usage"]["prompt_tokens"] == results["meta"]["usage"]["total_tokens"] > 0
     with pytest.raises(RuntimeError, match="there is tiny"):
         VLLMRanker(model="bge-reranker", api_base_url=address + base).run(query=QUERY, documents=documents)
 
@@ -44,14 +44,14 @@ def test_haystacks_embedders(address, student, documents):
     anchor = student.anchor_queries(student.encode_queries([QUERY]).vectors)
     assert np.allclose(query, unit(anchor)[0], atol=1e-6)
     passages = [replace(documents[0], content=LONG), *documents[1:]]
-    found = VLLMDocumentEmbedder(model=NAME, **settings).run(passages)["documents"]
+    embedded = VLLMDocumentEmbedder(model=NAME, **settings).run(passages)["documents"]
     vectors = student.encode_passages([LONG, *TEXTS[1:]]).vectors
-    assert np.allclose([document.embedding for document in found], unit(vectors), atol=1e-6)
+    assert np.allclose([document.embedding for document in embedded], unit(vectors), atol=1e-6)
 
 
 @pytest.fixture
 def score(address):
-    """Asks with OpenAI's client, as vLLM's users do for routes that it has no method for."""
+    """Posts with OpenAI's client, as vLLM's users do to routes for which it has no method."""
     openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
     with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
         yield lambda body, path="/score": client.post(path, body=body, cast_to=object)
@@ -61,20 +61,20 @@ def score(address):
     "names", [("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2")]
 )
 @pytest.mark.parametrize("path", ["/score", "/v1/score"])
-def test_scores_of_one_with_each(score, student, path, names):
-    answer = score({names[0]: QUERY, names[1]: TEXTS}, path)
-    scores = [one["score"] for one in answer["data"]]
+def test_scores_of_one_text_with_each_of_several(score, student, path, names):
+    response = score({names[0]: QUERY, names[1]: TEXTS}, path)
+    scores = [item["score"] for item in response["data"]]
     assert np.allclose(scores, sigmoid(logits_of(student, QUERY, TEXTS)), atol=1e-6)
     tokens = sum(student.encode_queries([QUERY]).lengths) + sum(student.encode_passages(TEXTS).lengths)
-    assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
-    assert answer["id"].startswith("score-")
+    assert response["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
+    assert response["id"].startswith("score-")
 
 
 def test_scores_of_pairs(score, student):
     queries = [QUERY, TEXTS[3], QUERY]
-    answer = score({"model": NAME, "text_1": queries, "text_2": TEXTS[:3], "use_activation": False})
+    response = score({"model": NAME, "text_1": queries, "text_2": TEXTS[:3], "use_activation": False})
     logits = [logits_of(student, query, [text])[0] for query, text in zip(queries, TEXTS[:3], strict=True)]
-    assert np.allclose([one["score"] for one in answer["data"]], logits, atol=1e-3)
+    assert np.allclose([item["score"] for item in response["data"]], logits, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -93,21 +93,21 @@ def test_scores_of_pairs(score, student):
 def test_errors(score, settings, status, kind, param):
     import openai
 
-    with pytest.raises(openai.APIStatusError) as caught:
+    with pytest.raises(openai.APIStatusError) as excinfo:
         score({"text_1": QUERY, "text_2": TEXTS} | settings)
-    assert (caught.value.status_code, caught.value.code) == (status, str(status))
-    assert (caught.value.type, caught.value.param) == (kind, param)
+    assert (excinfo.value.status_code, excinfo.value.code) == (status, str(status))
+    assert (excinfo.value.type, excinfo.value.param) == (kind, param)
 
 
-@pytest.mark.parametrize("how", [{"truncate_prompt_tokens": -1}, {"max_tokens_per_doc": 64}], ids=str)
-def test_texts_are_cut_on_demand(score, student, how):
-    answer = score({"text_1": QUERY, "text_2": LONG, "use_activation": False} | how)
-    assert np.isclose(answer["data"][0]["score"], logits_of(student, QUERY, [LONG])[0], atol=1e-3)
+@pytest.mark.parametrize("options", [{"truncate_prompt_tokens": -1}, {"max_tokens_per_doc": 64}], ids=str)
+def test_texts_are_truncated_on_request(score, student, options):
+    response = score({"text_1": QUERY, "text_2": LONG, "use_activation": False} | options)
+    assert np.isclose(response["data"][0]["score"], logits_of(student, QUERY, [LONG])[0], atol=1e-3)
 
 
 def test_overload(score, overloaded):
     import openai
 
-    with pytest.raises(openai.RateLimitError) as caught:
+    with pytest.raises(openai.RateLimitError) as excinfo:
         score({"text_1": QUERY, "text_2": TEXTS})
-    assert caught.value.type == "Too Many Requests"
+    assert excinfo.value.type == "Too Many Requests"
