@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from d2llm.evaluation.figures import merge_notes
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 STUDENTS = ROOT / "src" / "d2llm" / "shipped" / "students"
@@ -245,7 +247,8 @@ def section(file: dict[str, Any]) -> str:
                 f"[{gap['low']:+.4f}, {gap['high']:+.4f}], adjusted {p_text(found)} ({found['test']})."
             ),
         ]
-    lines += [f"\n- {note}" for note in report["notes"] if "earlier run" not in note]
+    notes = [note for note in report["notes"] if "earlier run" not in note]
+    lines += [f"\n- {note}" for note in merge_notes(notes, [row["name"] for row in report["rows"]])]
     return "\n".join([*lines, "", f"`{command(file['arguments'])}`"])
 
 

@@ -41,7 +41,12 @@ SLOW_UNITS += ("serve_slow_clients", "shortcuts", "store_state", "teacher_sharin
 SLOW_UNITS += ("word_rows",)
 
 
+# The longest tests start first, so that at the end no process waits for one of them.
+LONGEST_FILES = ("training_memory", "index_damage", "store_crashes", "distill_processes", "plain_sentence_transformers")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST_FILES)
     for item in items:
         if item.path.parent.name in NUMERIC_FOLDERS or item.path.stem.removeprefix("test_") in NUMERIC_UNITS:
             item.add_marker(pytest.mark.numeric)

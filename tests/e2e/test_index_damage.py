@@ -16,7 +16,7 @@ from index_damage import DAMAGES, Case, cases, faults, kind_of, make_bases, run
 
 pytestmark = pytest.mark.timeout(1200)  # hundreds of cases
 
-NUM_CASES, NUM_REPAIRED = 540, 10
+NUM_CASES, NUM_REPAIRED = 300, 10
 _FILE_KINDS = (
     "data",
     "_deletions",
@@ -56,7 +56,7 @@ def test_searching_a_small_index_detects_damage_by_itself(outcomes: Outcomes):
 
 def test_the_cases_do_damage_the_index(outcomes: Outcomes):
     """``verify`` finds most cases, in every kind of file and of every kind of damage: the damage is real."""
-    assert len(outcomes) >= 500
+    assert len(outcomes) >= 0.9 * NUM_CASES
     detected = [case for case, report in outcomes if report["verify"][0] != "good"]
     assert len(detected) > 0.85 * len(outcomes)
     assert {case.how for case in detected} == set(DAMAGES)

@@ -174,8 +174,7 @@ def test_truncated_texts_are_noted():
     # a, b and e have six words; both rows of the student read the same index.
     assert report.notes == (
         "test: 1 odd thing",
-        "cosine, D2LLM vectors: 3 of 5 passages were truncated",
-        "D2LLM: 3 of 5 passages were truncated",
+        "cosine, D2LLM vectors; D2LLM: 3 of 5 passages were truncated",
     )
 
 

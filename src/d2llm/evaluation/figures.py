@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -65,6 +65,16 @@ def compare_means(
             of_measure.append(Comparison(measure, name, baseline, difference, p_value, p_value, len(query_ids), _TEST))
         comparisons += adjusted(of_measure)
     return comparisons
+
+
+def merge_notes(notes: Iterable[str], systems: Sequence[str]) -> list[str]:
+    """Notes ("system: message") in their order; those with the same message become one ("system; system: message")."""
+    longest_first = sorted(systems, key=len, reverse=True)
+    names_by_message: dict[str, list[str]] = {}
+    for note in notes:
+        name = next((name for name in longest_first if note.startswith(f"{name}: ")), "")
+        names_by_message.setdefault(note.removeprefix(f"{name}: "), []).append(name)
+    return [f"{'; '.join(names)}: {message}" if all(names) else message for message, names in names_by_message.items()]
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:

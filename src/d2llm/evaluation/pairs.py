@@ -316,7 +316,8 @@ class _Figures:
         subject = next(system for system in self.systems if system.kind == "d2llm")
         reference = next(system for system in self.systems if system.name == baseline)
         wins, losses = self._examples(subject, reference)
-        notes = [*self.contenders.notes, *work.dataset.issues, *work.notes]
+        of_systems = figures.merge_notes(work.notes, [system.name for system in self.systems])
+        notes = [*self.contenders.notes, *work.dataset.issues, *of_systems]
         if self.tuning_gold is None and gold.positive is not None:
             notes.append("there is no dev split to choose thresholds on; the measures that need one are left out")
         if work.store.num_found:

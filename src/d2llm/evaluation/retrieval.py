@@ -295,15 +295,18 @@ class _Figures:
     def _notes(self) -> tuple[str, ...]:
         work = self.work
         num_reused = work.store.num_found
-        return (
-            *self.contenders.notes,
-            *work.dataset.issues,
+        of_systems = [
             *(note for system in self.systems for note in system.notes),
             *(
                 f"{system.name}: {system.num_truncated:,} of {len(work.passages):,} passages were truncated"
                 for system in self.systems
                 if system.num_truncated
             ),
+        ]
+        return (
+            *self.contenders.notes,
+            *work.dataset.issues,
+            *figures.merge_notes(of_systems, [system.name for system in self.systems]),
             *work.notes,
             *([f"{num_reused} parts were measured by an earlier run"] if num_reused else []),
         )
