@@ -36,8 +36,9 @@ NUMERIC_UNITS += ("teacher", "teacher_sharing", "vector_file", "vectors", "view"
 # Left out by `make test-fast`: folders that start programs, servers and browsers, and slow files.
 SLOW_FOLDERS = ("e2e", "dialects", "parity")
 SLOW_UNITS = ("ann", "demo_corpus", "documents", "evaluate", "evaluate_again", "exact_search", "index_search")
-SLOW_UNITS += ("integration_texts", "labels", "mteb", "remote_endpoint", "residual", "serve_running")
-SLOW_UNITS += ("serve_slow_clients", "shortcuts", "store_state", "teacher_sharing", "tune_stopping", "window_vectors")
+SLOW_UNITS += ("integration_texts", "labels", "mteb", "packaged_e5", "remote_endpoint", "residual", "serve_running")
+SLOW_UNITS += ("serve_slow_clients", "shortcuts", "store_state", "teacher", "teacher_sharing", "tune_stopping")
+SLOW_UNITS += ("window_vectors",)
 SLOW_UNITS += ("word_rows",)
 
 
