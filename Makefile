@@ -32,7 +32,7 @@ test: setup ## set up and run all tests
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfEs --durations=5 --durations-min=5 $(ARGS)
 
-test-fast: setup ## set up and run the quick tests, which start no programs: less than three minutes
+test-fast: setup ## set up and run the quick tests, which start no programs: about three minutes
 	@echo "==> running the quick tests in $(WORKERS) processes"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -rfE -m "not slow" $(ARGS)
