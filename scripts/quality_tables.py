@@ -52,13 +52,15 @@ def main() -> None:
     put(STUDENTS / SHIPPED / "README.md", overview)
     of_training = [file for file in retrieval if trained(file["result"])]
     put(ROOT / "README.md", "\n".join([*overview_of(of_training, fitted), "", summary]))
-    parts = ["## All sets", overview]
-    if worth := parts_table(retrieval):
-        parts += ["### What each part of the score is worth", "\n".join(worth)]
-    parts.append("### Against the teacher, on the queries or pairs that it judged")
-    if earlier := read_results(BEFORE_WORDS):
-        parts.append("Measured before the score counted words and windows, with the same vectors and interaction.")
-    parts.append("\n".join(teacher_table(earlier or files)))
+    parts = [
+        "## All sets",
+        overview,
+        "### What each part of the score is worth",
+        "\n".join(parts_table(retrieval)),
+        "### Against the teacher, on the queries or pairs that it judged",
+        "Measured before the score counted words and windows, with the same vectors and interaction.",
+        "\n".join(teacher_table(read_results(BEFORE_WORDS))),
+    ]
     for name, title in OTHERS.items():
         if others := read_results(name):
             tables = "\n".join(overview_of(others))
@@ -169,8 +171,6 @@ def significance(retrieval: list[dict[str, Any]], fitted: Mapping[str, Report]) 
     below_words = [name for name, of_set in zip(names, values, strict=True) if of_set["d2llm"] < of_set["bm25"]]
     lines = [f"Of {len(names)} retrieval sets (p < .01, Holm):", ""]
     for title, found in (("the tuned cosine", tuned), ("the fitted sum of BM25 and the tuned cosine", sums)):
-        if not any(found):
-            continue
         sure = [(name, c) for name, c in zip(names, found, strict=True) if c is not None and c["adjusted_p"] < 0.01]
         above = [name for name, c in sure if c["difference"]["value"] > 0]
         below = [name for name, c in sure if c["difference"]["value"] < 0]

@@ -56,7 +56,7 @@ def test_searching_a_small_index_detects_damage_by_itself(outcomes: Outcomes):
 
 def test_the_cases_do_damage_the_index(outcomes: Outcomes):
     """``verify`` finds most cases, in every kind of file and of every kind of damage: the damage is real."""
-    assert len(outcomes) >= 0.9 * NUM_CASES
+    assert len(outcomes) >= 0.925 * NUM_CASES
     detected = [case for case, report in outcomes if report["verify"][0] != "good"]
     assert len(detected) > 0.85 * len(outcomes)
     assert {case.how for case in detected} == set(DAMAGES)

@@ -56,7 +56,7 @@ def test_rank_ids_gives_the_same_ranking_as_rank(index, student, changes):
     searcher = Searcher(index, student, SearchSettings(**{"top_k": 7, **changes}))
     for ranking, id_ranking in zip(searcher.rank(QUERIES), searcher.rank_ids(QUERIES), strict=True):
         assert (id_ranking.query, id_ranking.truncated) == (ranking.query, ranking.truncated)
-        assert list(zip(id_ranking.ids, id_ranking.scores, strict=True)) == pairs(ranking)
+        assert list(id_ranking.passages) == pairs(ranking)
 
 
 def test_rankings_have_texts_anchor_scores_and_timings(index, student):

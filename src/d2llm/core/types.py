@@ -284,11 +284,10 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class IdRanking:
-    """The result of one query as passage ids and their scores, best first; ``truncated`` as in ``Ranking``."""
+    """The result of one query as (passage id, score), best first; ``truncated`` as in ``Ranking``."""
 
     query: Query
-    ids: tuple[str, ...]
-    scores: tuple[float, ...]
+    passages: tuple[tuple[str, float], ...]
     truncated: bool
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from d2llm.core.extras import require
 from d2llm.data.check_report import Leak, LeakKind
 from d2llm.data.check_texts import hash64
-from d2llm.data.same_text import comparable, likeness, shingles
+from d2llm.data.same_text import comparable, comparable_shingles, likeness
 
 _NUM_HASHES = 128
 _MIN_DETECTION_RATE = 0.99
@@ -66,8 +66,9 @@ def near_queries(
                 advance(1)
                 continue
             keys.add(key)
-            sketch = index.sketch(text)
-            for other, other_id, other_text in index.alike(sketch, text):
+            shingles = comparable_shingles(text)
+            sketch = index.sketch(shingles)
+            for other, other_id, other_text in index.alike(sketch, shingles):
                 if other == split or key in ids_of[other] or hash64(other_text) in ids_of[split]:
                     continue
                 pair, ids = ((other, split), (identifier, other_id))
@@ -94,15 +95,14 @@ class _TextSketches:
         self._lsh: Any = library.MinHashLSH(num_perm=_NUM_HASHES, params=_bands(threshold))
         self._texts: list[tuple[str, str, str]] = []
 
-    def sketch(self, text: str) -> Any:
+    def sketch(self, shingles: frozenset[str]) -> Any:
         sketch = self._empty.copy()
-        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
+        sketch.update_batch([shingle.encode() for shingle in shingles])
         return sketch
 
-    def alike(self, sketch: Any, text: str) -> Iterator[tuple[str, str, str]]:
-        own = shingles(text)
+    def alike(self, sketch: Any, shingles: frozenset[str]) -> Iterator[tuple[str, str, str]]:
         for place in sorted(self._lsh.query(sketch)):
-            if likeness(own, shingles(self._texts[place][2])) >= self._threshold:
+            if likeness(shingles, comparable_shingles(self._texts[place][2])) >= self._threshold:
                 yield self._texts[place]
 
     def add(self, split: str, identifier: str, text: str, sketch: Any) -> None:

@@ -22,8 +22,12 @@ def comparable(text: str) -> str:
 
 
 def shingles(text: str) -> frozenset[str]:
-    """The character trigrams of the comparable text; a shorter text is one shingle, an empty one has none."""
-    text = comparable(text)
+    """The character trigrams of a text's comparable form (``comparable_shingles``)."""
+    return comparable_shingles(comparable(text))
+
+
+def comparable_shingles(text: str) -> frozenset[str]:
+    """The character trigrams of a text in comparable form; a shorter text is one shingle, an empty one has none."""
     return frozenset(text[start : start + _SHINGLE] for start in range(max(1, len(text) - _SHINGLE + 1))) - {""}
 
 

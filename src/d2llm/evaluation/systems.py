@@ -127,7 +127,7 @@ def student_system(name: str, kind: SystemKind, searcher: Searcher, trial: Trial
     """Rank by a student's search."""
     with peak_memory() as peak:
         ranked = searcher.rank_ids(trial.queries, show_progress=trial.show_progress, title=f"ranking by {name}")
-        rankings = {ranking.query.id: tuple(zip(ranking.ids, ranking.scores, strict=True)) for ranking in ranked}
+        rankings = {ranking.query.id: ranking.passages for ranking in ranked}
         num_cut = sum(ranking.truncated for ranking in ranked)
         probe_answers = [searcher.rank([query])[0] for query in (trial.probes[0], *trial.probes)][1:]
         totals = timed(lambda query: searcher.rank([query]), trial.probes)

@@ -170,7 +170,7 @@ class D2LLMModel:
         searcher = Searcher(self._index.view, self._student, SearchSettings(task, top_k, self._num_candidates))
         show_progress = None if encode_kwargs.get("show_progress_bar", True) else False
         return {
-            ranking.query.id: _falling(list(zip(ranking.ids, ranking.scores, strict=True)))
+            ranking.query.id: _falling(ranking.passages)
             for ranking in searcher.rank_ids(mteb_queries, show_progress=show_progress)
         }
 

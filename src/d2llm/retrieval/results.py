@@ -65,6 +65,11 @@ class Order:
         return np.array([document.places[0] for document in self.documents], np.int64)
 
     @property
+    def rows(self) -> NDArray[np.int64]:
+        """The rows of the passages to show."""
+        return self.scored.rows[self.places]
+
+    @property
     def shown_scores(self) -> list[float]:
         """The scores of what is shown: passages, or documents."""
         if self.documents is None:
@@ -119,12 +124,12 @@ def show(
     neighbours: int,
 ) -> tuple[RankedPassage, ...]:
     """The results of a ranking, with texts and the parts that the settings request (``SearchSettings``)."""
-    places, rows = order.places, order.scored.rows[order.places]
-    documents: list[RankedDocument | None] = [None] * len(places)
+    rows = order.rows
+    documents: list[RankedDocument | None] = [None] * len(rows)
     if order.documents is not None:
         documents = [*_documents(index, order, order.documents, document_passages)]
-    anchors: list[float | None] = [None] * len(places)
-    if anchor is not None and len(places):
+    anchors: list[float | None] = [None] * len(rows)
+    if anchor is not None and len(rows):
         anchors = (index.vectors(rows) @ anchor).tolist()
     shown = tuple(
         RankedPassage(rank, passage, score, anchor_score, document=document)

@@ -175,8 +175,8 @@ class Searcher:
         rankings: list[IdRanking] = []
         for prepared, truncated in self._prepare(queries, None, show_progress, title):
             order = self._order(prepared)
-            ids = self._index.ids(order.scored.rows[order.places])
-            rankings.append(IdRanking(prepared.query, tuple(ids), tuple(order.shown_scores), truncated))
+            passages = tuple(zip(self._index.ids(order.rows), order.shown_scores, strict=True))
+            rankings.append(IdRanking(prepared.query, passages, truncated))
         return rankings
 
     def _prepare(
