@@ -94,7 +94,7 @@ def overview_of(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None
     for kind, title in (("retrieval", "Retrieval, nDCG@10 on test splits:"), ("pairs", "Pairs, on test splits:")):
         if found := of_kind(files, kind):
             lines += [title, "", *overview_table(found, fitted if kind == "retrieval" else None), ""]
-    return [*lines, *legend(files[0]["result"])]
+    return [*lines, *legend(files[0]["result"], with_fitted_sum=bool(fitted))]
 
 
 def unseen(retrieval: list[dict[str, Any]]) -> list[str]:
@@ -275,17 +275,18 @@ def measures_table(report: Report) -> list[str]:
     return lines
 
 
-def legend(report: Report) -> list[str]:
+def legend(report: Report, *, with_fitted_sum: bool) -> list[str]:
     """The legend of the overview."""
     student = report["provenance"]["student"]
     if report["baseline"] == "cosine, tuned":
         learners, baseline = "the student and the tuned cosine were", "the cosine tuned on the same data and steps"
     else:
         learners, baseline = "the student was", "the untuned cosine of the same backbone"
+    differences = f"D2LLM minus {baseline}" + (", and minus the fitted sum" if with_fitted_sum else "")
     return [
         (
             f"Bold: best of the line. *(trained)*: {learners} trained on the train split of this set; on no other was "
-            f"anything trained. The last columns: D2LLM minus {baseline}, p Holm-adjusted over the rows. "
+            f"anything trained. The last columns: {differences}, p Holm-adjusted over the rows. "
             f"Student {student['name']} ({student['fingerprint']})."
         )
     ]
