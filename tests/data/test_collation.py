@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from d2llm.data.collation import DistillationBatch, Draw, LabelledSource, batches_per_epoch, collate, epoch_batches
+from d2llm.data.collation import (
+    DistillationBatch,
+    Draw,
+    LabelledSource,
+    batches_per_epoch,
+    collate,
+    collate_lists,
+    epoch_batches,
+)
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
@@ -70,6 +79,23 @@ def batch_of(folder: Path, **options: object) -> DistillationBatch:
 
 def marked(mask: np.ndarray) -> list[set[str]]:
     return [{COLUMNS[column] for column in np.flatnonzero(row)} for row in mask]
+
+
+def test_word_scores_stand_where_their_passages_do(tmp_path: Path) -> None:
+    def score_words(query: str, passage_ids: Sequence[str]) -> np.ndarray:
+        return np.array([len(query) + COLUMNS.index(passage_id) / 10 for passage_id in passage_ids], np.float32)
+
+    labelled = LabelledSource.join(source(), store(tmp_path), keep_unlabelled=True)
+    labelled = dataclasses.replace(labelled, score_words=score_words)
+    batch = collate(labelled, DRAWS)
+    lengths = np.array([[len("apples")], [len("bananas")], [len("cherries")]])
+    np.testing.assert_allclose(batch.word_scores, lengths + np.arange(9)[None] / 10, rtol=1e-6)
+    lists = collate_lists(labelled, DRAWS)
+    assert lists.word_scores is not None
+    for row, draw in enumerate(DRAWS):
+        expected = [lengths[row, 0] + COLUMNS.index(passage_id) / 10 for passage_id in draw.passage_ids]
+        np.testing.assert_allclose(lists.word_scores[row, : len(expected)], expected, rtol=1e-6)
+        assert not lists.word_scores[row, len(expected) :].any()
 
 
 def test_a_batch_holds_each_drawn_passage_once_in_the_order_drawn(tmp_path: Path) -> None:

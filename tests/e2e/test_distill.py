@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,23 +17,29 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from d2llm.core import progress
-from d2llm.core.errors import TrainingDivergedError
-from d2llm.core.recipe import InteractionConfig, ResidualConfig
+from d2llm.core.errors import InputError, TrainingDivergedError
+from d2llm.core.recipe import EvidenceConfig, InteractionConfig, ResidualConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import DistillationBatch
+from d2llm.models.evidence import read_evidence
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
-from d2llm.training import distill_run as verb
+from d2llm.training import distill as verb
+from d2llm.training import distill_run as loop
 from d2llm.training.dev import DevResult, evaluate_dev, make_dev_set
-from d2llm.training.distill import distill
+from d2llm.training.distill import DistillReport, distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
-from tiny_distill import Place, log_of, poison
+from tiny_distill import LEARNING, Place, log_of, poison
 from tiny_models import TEXTS, tiny_student_config
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("place"))
+
+
+def untrained(place: Place) -> Student:
+    return Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
 
 
 def scores(student: Student) -> np.ndarray:
@@ -92,6 +99,38 @@ def test_probabilities_are_fitted_given_enough_dev_queries(place: Place, tmp_pat
     assert fitted["error_after"] < fitted["error_before"]
 
 
+def test_words_count_in_training_with_weights_fitted_once(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = topics(num_dev=40, shift=0)  # a query has words of its relevant passages
+    write_rule_labels(tmp_path / "labels", [source], place.teacher)
+    fitted: list[bool] = []
+    fit = verb.fit_evidence
+    monkeypatch.setattr(verb, "fit_evidence", lambda *args, **options: fitted.append(True) or fit(*args, **options))
+
+    def run(name: str, *, in_training: bool) -> DistillReport:
+        recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING).model_copy(
+            update={"evidence": EvidenceConfig(words=True, window_words=True, in_training=in_training)}
+        )
+        return place.run(tmp_path / name, source=source, labels=tmp_path / "labels", recipe=recipe)
+
+    without, with_words = run("without", in_training=False), run("with", in_training=True)
+    assert len(fitted) == 3  # at the end of both runs, and before the first step of one
+    assert with_words.dev["tiny"]["start"] > without.dev["tiny"]["start"] + 0.1
+    first_losses = [
+        next(line["loss"] for line in log_of(tmp_path / name) if "loss" in line) for name in ("without", "with")
+    ]
+    assert first_losses[1] < first_losses[0]  # words already tell the relevant passages
+    assert read_evidence(tmp_path / "with.run", untrained(place).fingerprint).weights("asymmetric").counts_words
+    shutil.rmtree(tmp_path / "with")
+    again = run("with", in_training=True)
+    assert len(fitted) == 4  # the weights in training are read again
+    assert again.fingerprint == with_words.fingerprint
+    shutil.rmtree(tmp_path / "with")
+    with pytest.raises(InputError, match="checkpoint"):
+        run("with", in_training=False)
+
+
 STAGES = (  # the parts of a two-stage run, in order
     "BM25 for the dev queries of tiny",
     "distilling",
@@ -128,8 +167,7 @@ def test_the_saved_student_scores_like_the_trained_one(place: Place, trained: Tr
     reloaded = Student.load(trained.folder, device="cpu", dtype="float32")
     assert reloaded.fingerprint == trained.report.fingerprint == trained.student.fingerprint
     np.testing.assert_allclose(scores(reloaded), scores(trained.student), rtol=1e-4, atol=1e-4)
-    untrained = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
-    assert np.abs(scores(reloaded) - scores(untrained)).max() > 0.1
+    assert np.abs(scores(reloaded) - scores(untrained(place))).max() > 0.1
     weight = reloaded.interaction.interaction_weight("asymmetric")
     assert float(weight) == trained.report.residual_weights["asymmetric"]
     assert float(reloaded.interaction.interaction_weight("symmetric")) == 1.0  # not trained, so left as it was
@@ -220,7 +258,7 @@ def test_a_gain_on_one_set_does_not_offset_a_loss_on_another(
         values = next(results)
         return {dev.name: dev_result(value, task=dev.task) for dev, value in zip(dev_sets, values, strict=True)}
 
-    monkeypatch.setattr(verb, "evaluate_dev", evaluate)
+    monkeypatch.setattr(loop, "evaluate_dev", evaluate)
     sources = [topics(num_train=8, name="one"), topics(num_train=8, name="two", task="symmetric")]
     write_rule_labels(tmp_path / "labels", sources, place.teacher)
     report = distill(
@@ -237,7 +275,7 @@ def test_a_gain_on_one_set_does_not_offset_a_loss_on_another(
 
 def test_patience_stops_a_run_without_gains(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.5, 0.6, 0.6, 0.4, 0.9])  # an equal value is not a gain
-    monkeypatch.setattr(verb, "evaluate_dev", lambda *args, **options: {"tiny": dev_result(next(values))})
+    monkeypatch.setattr(loop, "evaluate_dev", lambda *args, **options: {"tiny": dev_result(next(values))})
     report = place.run(tmp_path / "student", eval_every=1, patience=2, checkpoint_every=100)
     assert report.stopped_early
     assert (report.best_step, report.steps) == (1, 3)
@@ -266,7 +304,7 @@ def checkpoint_step(folder: Path) -> int:
 def test_nan_labels_stop_the_run_and_it_can_resume(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = verb.collate, 0
+    original, calls = loop.collate, 0
 
     def collate(*arguments: Any) -> DistillationBatch:
         nonlocal calls
@@ -314,9 +352,9 @@ def test_learning_rate_and_weight_decay_of_each_parameter(place: Place) -> None:
     """Matrices decay, including those of LoRA, vectors and scalars do not; heads have their own learning rate."""
     student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
     student.prepare_training()
-    parameters = verb.trainable(student)
+    parameters = loop.trainable(student)
     recipe = tiny_recipe(student.config, learning_rate=1e-3, head_learning_rate=1e-2, weight_decay=0.1)
-    optimizer = verb._optimizer(parameters, recipe.training)
+    optimizer = loop._optimizer(parameters, recipe.training)
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert len(settings) == len(parameters)
     for name, parameter in parameters.items():

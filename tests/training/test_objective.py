@@ -152,6 +152,21 @@ def test_a_constant_added_by_the_interaction_changes_no_loss(scores: PairScores,
     assert shift.grad.abs().max().item() < 1e-5  # so nothing drives the interaction to its bound
 
 
+def test_words_are_part_of_every_score_and_not_of_the_interaction(scores: PairScores, batch: DistillationBatch) -> None:
+    words = np.array([[0.5, 2.0, 0.0, 1.0], [3.0, 0.0, 0.25, 0.0]], np.float32)
+    assert scores.anchor is not None
+    with_words = PairScores(
+        scores.logits + torch.from_numpy(words), scores.anchor + torch.from_numpy(words), scores.features
+    )
+    expected = by_hand(with_words)
+    for name, value in batch_losses(scores, replace(batch, word_scores=words), ALL_WEIGHTS).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    paper = batch_losses(PairScores(scores.logits, None, None), replace(batch, word_scores=words), ALL_WEIGHTS)
+    masks = [torch.tensor(mask, dtype=torch.bool) for mask in (POSITIVE, HARD, EASY)]
+    in_batch = losses.in_batch_cross_entropy(with_words.logits, masks[0], masks[0] | masks[1] | masks[2])
+    torch.testing.assert_close(paper["in_batch_cross_entropy"], in_batch)
+
+
 def test_a_head_without_anchor_has_no_anchor_loss(scores: PairScores, batch: DistillationBatch) -> None:
     paper = PairScores(scores.logits, None, scores.features)
     assert set(batch_losses(paper, batch, ALL_WEIGHTS)) == set(LOSS_NAMES) - {"anchor_cross_entropy"}

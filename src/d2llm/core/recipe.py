@@ -499,6 +499,10 @@ class EvidenceConfig(_Section):
     window_vectors: bool = False
     """The highest inner product with a window, each encoded on its own; indexing then encodes long passages two more
     times."""
+    in_training: bool = False
+    """Count words in the losses and dev results of training, with weights that are fitted on dev before the first step:
+    the vectors and the interaction then learn what words leave over. Source: Gao et al., "Complement Lexical Retrieval
+    Model with Semantic Residual Embeddings", ECIR 2021."""
 
     @property
     def terms(self) -> tuple[EvidenceTerm, ...]:
@@ -511,6 +515,12 @@ class EvidenceConfig(_Section):
             "window_vectors": self.window_vectors,
         }
         return tuple(term for term, is_chosen in chosen.items() if is_chosen)
+
+    @model_validator(mode="after")
+    def _check_words(self) -> EvidenceConfig:
+        if self.in_training and not (self.words or self.window_words):
+            raise ValueError("in_training counts words in training, but neither words nor window_words is true")
+        return self
 
 
 class Recipe(_Section):

@@ -88,9 +88,12 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         exclude={"training": {"trackers", "checkpoint_every", "checkpoint_minutes", "gradient_caching", "graph_gib"}},
     )
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
-    return (
-        values | {"data": data} | ({"mining": recipe.mining.model_dump(mode="json")} if recipe.training.remine else {})
-    )
+    values["data"] = data
+    if recipe.training.remine:
+        values["mining"] = recipe.mining.model_dump(mode="json")
+    if recipe.evidence.in_training:
+        values["evidence"] = recipe.evidence.model_dump(mode="json")
+    return values
 
 
 def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: int) -> dict[str, Any]:

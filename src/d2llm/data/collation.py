@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,9 @@ from d2llm.data.training import TrainingSource
 from d2llm.ops.batching import even_batches
 
 _CERTAIN_LOG_ODDS = 20.0  # log-odds of a data set's own judgement
+
+ScoreWords = Callable[[str, Sequence[str]], NDArray[np.float32]]
+"""What words add to the scores of passages (query text, passage ids -> [n])."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class LabelledSource:
     """Number of queries of the plan with missing labels."""
     unlabelled: frozenset[str]
     """Those of them that are trained on nevertheless."""
+    score_words: ScoreWords | None = None
+    """Adds the words' part of the score to every pair of a batch; None if only the vectors count in training."""
 
     @classmethod
     def join(cls, source: TrainingSource, labels: LabelStore, *, keep_unlabelled: bool = False) -> LabelledSource:
@@ -75,6 +80,7 @@ class DistillationBatch:
     ``targets``, for labelled pairs only, is the data set's own probability of a yes, NaN for pairs that were not
     judged. ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding and where
     the store has no cosines; ``gram`` [Q, n, n] holds the cosines of the teacher's features over these passages.
+    ``word_scores`` is what words add to the scores; None if only the vectors count.
     """
 
     source: TrainingSource
@@ -87,6 +93,7 @@ class DistillationBatch:
     own: NDArray[np.int64]
     gram: NDArray[np.float32]
     targets: NDArray[np.float32] | None = None
+    word_scores: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +233,7 @@ def _collate(
     targets = np.full(shape, np.nan, np.float32)
     own = np.full((len(draws), width), -1, np.int64)
     gram = np.zeros((len(draws), width, width), np.float32)
+    word_scores = None if labelled.score_words is None else np.zeros(shape, np.float32)
     for row, (draw, column) in enumerate(zip(draws, columns, strict=True)):
         easy[row, : len(column)] = True
         positive[row, [column[passage_id] for passage_id in draw.positives]] = True
@@ -233,6 +241,9 @@ def _collate(
         judged = [column[passage_id] for passage_id in draw.positives + draw.hard]
         if draw.entry.targets:
             targets[row, judged] = draw.entry.targets
+        if labelled.score_words is not None and word_scores is not None:
+            query = labelled.source.query_text(draw.entry.query_id)
+            word_scores[row, list(column.values())] = labelled.score_words(query, list(column))
         known = set(draw.entry.positives)
         for passage_id in (known | labelled.same_text.as_any_of(known)) & column.keys():
             easy[row, column[passage_id]] = False
@@ -257,6 +268,7 @@ def _collate(
         own=own,
         gram=gram,
         targets=targets if any(draw.entry.targets for draw in draws) else None,
+        word_scores=word_scores,
     )
 
 

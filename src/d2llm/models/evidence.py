@@ -71,6 +71,19 @@ class EvidenceWeights(FittedPart):
         """Whether the window vectors have a weight."""
         return bool(self.terms.get("window_vectors"))
 
+    def word_weights(self, limit: float, statistics: NDArray[np.floating[Any]]) -> tuple[np.float32, np.float32]:
+        """The weights of BM25 of the passage and of its best window for one query.
+
+        Args:
+            limit: the query's upper limit, which no passage's BM25 reaches.
+            statistics: [n] statistics of the query's words.
+        """
+        divisor = limit or 1.0  # without a known word all scores are 0
+        scale = 1.0 if self.words_factor is None else self.words_factor(statistics)
+        passage = self.terms.get("words", 0.0) + self.terms.get("words_share", 0.0) / divisor
+        window = self.terms.get("window_words", 0.0) + self.terms.get("window_words_share", 0.0) / divisor
+        return np.float32(scale * passage), np.float32(scale * window)
+
     def without(self, terms: Collection[EvidenceTerm]) -> EvidenceWeights:
         """The same weights without some terms."""
         return self.model_copy(update={"terms": {term: w for term, w in self.terms.items() if term not in terms}})

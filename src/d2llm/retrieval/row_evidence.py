@@ -37,16 +37,8 @@ class RowEvidence:
         """Args: ``weights`` of the student for the task; ``anchor`` [dim], the query's vector for inner products."""
         self._index, self._words = index, index.words
         self._query = self._words.query(text)
-        limit = self._query.limit or 1.0  # without a known word all scores are 0, so any divisor works
-        terms, factor = weights.terms, weights.words_factor
-        scale = 1.0 if factor is None else factor(self._query.statistics)
-        passage_weight = terms.get("words", 0.0) + terms.get("words_share", 0.0) / limit
-        window_weight = terms.get("window_words", 0.0) + terms.get("window_words_share", 0.0) / limit
-        self._passage_weight, self._window_weight = (
-            np.float32(scale * passage_weight),
-            np.float32(scale * window_weight),
-        )
-        self._anchor, self._vector_weight = anchor, np.float32(terms.get("window_vectors", 0.0))
+        self._passage_weight, self._window_weight = weights.word_weights(self._query.limit, self._query.statistics)
+        self._anchor, self._vector_weight = anchor, np.float32(weights.terms.get("window_vectors", 0.0))
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The evidence of some rows [n]."""

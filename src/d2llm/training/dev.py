@@ -22,6 +22,7 @@ from d2llm.core.errors import InputError, ModelError, TrainingDivergedError
 from d2llm.core.progress import ignore, progress_bar
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
+from d2llm.data.collation import ScoreWords
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
@@ -73,6 +74,7 @@ class DevSet:
         qrels: query_id -> passage_id -> grade; empty for pairs.
         pairs: the labelled pairs; empty if there are qrels.
         gold: the true labels of the pairs.
+        word_scores: query_id -> what words add to the scores of its candidates; empty if only the vectors count.
     """
 
     name: str
@@ -83,6 +85,12 @@ class DevSet:
     qrels: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
     pairs: tuple[LabelledPair, ...] = ()
     gold: Gold | None = None
+    word_scores: Mapping[str, NDArray[np.float32]] = field(default_factory=dict[str, NDArray[np.float32]])
+
+    def with_words(self, score_words: ScoreWords) -> DevSet:
+        """The same set, whose scores count words."""
+        scores = {query_id: score_words(self.queries[query_id], ids) for query_id, ids in self.candidates.items()}
+        return replace(self, word_scores=scores)
 
     @property
     def item_ids(self) -> tuple[str, ...]:
@@ -264,6 +272,12 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
         scores = {
             weight: [anchor + weight * (whole - anchor) for anchor, whole in zip(anchors, scores[1.0], strict=True)]
             for weight in INTERACTION_WEIGHTS
+        }
+    if dev.word_scores:
+        words = [dev.word_scores[query_id] for query_id in dev.queries]
+        scores = {
+            weight: [own + added for own, added in zip(weight_scores, words, strict=True)]
+            for weight, weight_scores in scores.items()
         }
     results = {weight: dev.measure(weight_scores) for weight, weight_scores in scores.items()}
     return DevResult(

@@ -14,23 +14,24 @@ from d2llm.core.files import check_replaceable
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.recipe_file import shaping_settings
-from d2llm.core.types import Task
+from d2llm.core.types import EvidenceTerm, Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource, check_sources
-from d2llm.models.evidence import NO_EVIDENCE, Evidence
+from d2llm.models.evidence import NO_EVIDENCE, Evidence, read_evidence, write_evidence
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
-from d2llm.training.dev import make_dev_set
+from d2llm.training.dev import DevSet, make_dev_set
 from d2llm.training.distill_run import DistillRun
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.label import label_passages
 from d2llm.training.objective import OFFSET
-from d2llm.training.processes import joined_processes, own_device
+from d2llm.training.processes import Processes, joined_processes, own_device
 from d2llm.training.residual import AskTeacher
+from d2llm.training.word_scores import WordScores
 
 _log = logging.getLogger(__name__)
 _NO_TEACHER = TeacherIdentity("none", {"symmetric": "none", "asymmetric": "none"})
@@ -129,9 +130,13 @@ def distill(
         )
         for source in sources
     ]
+    run_folder = folder.with_name(folder.name + ".run")
     student = Student.create(recipe.student, device=own_device(device), dtype=dtype, seed=recipe.seed)
-    student.prepare_training(seed=recipe.seed)
     with joined_processes() as processes:
+        if recipe.evidence.in_training:
+            evidence = _evidence_at_start(student, sources, recipe, run_folder, processes, show_progress)
+            labelled, dev_sets = _with_words(labelled, dev_sets, evidence)
+        student.prepare_training(seed=recipe.seed)
         settings = _run_settings(recipe, labelled, identity)
         run = DistillRun(
             student,
@@ -139,7 +144,7 @@ def distill(
             labelled,
             dev_sets,
             settings,
-            folder.with_name(folder.name + ".run"),
+            run_folder,
             processes,
             _teacher_when_needed(teacher, device=device, dtype=dtype, show_progress=show_progress),
             show_progress,
@@ -167,7 +172,7 @@ def _fit_and_write(
 ) -> DistillReport:
     """Fit the trained student's evidence and probabilities on dev, write the student, and complete the report."""
     student, recipe = run.student.eval(), run.recipe
-    student.evidence = _fit_evidence(student, sources, recipe, run.show_progress)
+    student.evidence = _fit_evidence(student, sources, recipe, recipe.evidence.terms, run.show_progress)
     student.calibration = fit_probabilities(
         student,
         [(source.dataset, source.task) for source in sources],
@@ -244,16 +249,54 @@ def _teacher_when_needed(
     return ask
 
 
+def _evidence_at_start(
+    student: Student,
+    sources: Sequence[TrainingSource],
+    recipe: Recipe,
+    run_folder: Path,
+    processes: Processes,
+    show_progress: bool | None,
+) -> Evidence:
+    """The weights of words beside the untrained student, kept in the run's folder for a run that is resumed."""
+    evidence = NO_EVIDENCE
+    if processes.is_first:
+        evidence = read_evidence(run_folder, student.fingerprint)
+        if evidence is NO_EVIDENCE:
+            words = [term for term in recipe.evidence.terms if term != "window_vectors"]
+            evidence = _fit_evidence(student, sources, recipe, words, show_progress)
+            run_folder.mkdir(parents=True, exist_ok=True)
+            write_evidence(run_folder, evidence)
+    return processes.from_first(evidence)
+
+
+def _with_words(
+    labelled: Sequence[LabelledSource], dev_sets: Sequence[DevSet], evidence: Evidence
+) -> tuple[list[LabelledSource], list[DevSet]]:
+    """The same data sets, whose scores count words where they have a weight; never for labelled pairs."""
+    sources, dev = list(labelled), list(dev_sets)
+    for place, each in enumerate(labelled):
+        weights = evidence.weights(each.source.task, windows=False)
+        if each.source.pairs is None and weights.counts_words:
+            score_words = WordScores(each.source.dataset, weights)
+            sources[place] = replace(each, score_words=score_words)
+            dev[place] = dev[place].with_words(score_words)
+    return sources, dev
+
+
 def _fit_evidence(
-    student: Student, sources: Sequence[TrainingSource], recipe: Recipe, show_progress: bool | None
+    student: Student,
+    sources: Sequence[TrainingSource],
+    recipe: Recipe,
+    terms: Sequence[EvidenceTerm],
+    show_progress: bool | None,
 ) -> Evidence:
     """Fit the evidence on the dev queries of the retrieval sets; labelled pairs have no corpus to count words in."""
-    if not recipe.evidence.terms or not student.has_anchor:
+    if not terms or not student.has_anchor:
         return NO_EVIDENCE
     return fit_evidence(
         student,
         [(source.dataset, source.task) for source in sources if source.pairs is None],
-        terms=recipe.evidence.terms,
+        terms=terms,
         num_queries=recipe.training.dev_queries,
         seed=recipe.seed,
         show_progress=show_progress,

@@ -6,6 +6,7 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 import numpy as np
@@ -67,6 +68,7 @@ def batch_losses(
     device = scores.logits.device
     positive, hard, easy = (torch.from_numpy(mask).to(device) for mask in (batch.positive, batch.hard, batch.easy))
     candidates = positive | hard | easy
+    scores = _with_words(scores, batch)
     logits = _without_common_change(scores, candidates)
     log_odds = torch.from_numpy(batch.teacher_log_odds).to(device)
     probabilities = torch.sigmoid(log_odds)
@@ -114,6 +116,18 @@ def _losses_of_pairs(
         anchor = scores.anchor.float() - middle
         values["anchor_pair_cross_entropy"] = losses.pair_cross_entropy(anchor, targets, judged)
     return values
+
+
+def _with_words(scores: PairScores, batch: DistillationBatch) -> PairScores:
+    """The scores with what words add to them, so that the gradient is that of what words leave over."""
+    if batch.word_scores is None:
+        return scores
+    words = torch.from_numpy(batch.word_scores).to(scores.logits.device)
+    return replace(
+        scores,
+        logits=scores.logits.float() + words,
+        anchor=None if scores.anchor is None else scores.anchor.float() + words,
+    )
 
 
 def _without_common_change(scores: PairScores, candidates: Tensor) -> Tensor:
