@@ -48,7 +48,6 @@ index_app = typer.Typer(
 IndexStudentOption = Annotated[
     str | None,
     typer.Option(
-        "--student",
         metavar="NAME_OR_FOLDER",
         callback=known_student,
         help="The student that makes its vectors.",
@@ -76,18 +75,10 @@ class WritingOptions:
 class IdOptions:
     """The passages or documents that a verb works on."""
 
-    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of passages.", show_default=False)] = None
-    ids_file: Annotated[
-        Path | None, typer.Option("--ids", metavar="FILE", help="A file with one id per line.", show_default=False)
-    ] = None
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of passages.")] = None
+    ids_file: Annotated[Path | None, typer.Option("--ids", metavar="FILE", help="A file with one id per line.")] = None
     document: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--document",
-            metavar="ID",
-            help="All passages of a document; may be given several times.",
-            show_default=False,
-        ),
+        list[str] | None, typer.Option(metavar="ID", help="All passages of a document; may be given several times.")
     ] = None
     json_path: JsonOption = None
 
@@ -126,7 +117,7 @@ class OpeningOptions:
 @index_app.callback()
 def choose(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")],
 ) -> None:
     """Remember the index for the verb that follows."""
     context.meta[_FOLDER] = folder
@@ -221,9 +212,9 @@ def list_ids(
         bool, typer.Option("--documents", help="List documents, with their numbers of passages.")
     ] = False,
     cursor: Annotated[
-        str, typer.Option("--cursor", metavar="ID", help="Start after this id.", show_default="from the beginning")
+        str, typer.Option(metavar="ID", help="Start after this id.", show_default="from the beginning")
     ] = "",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of ids per page.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Number of ids per page.")] = 100,
     json_path: JsonOption = None,
 ) -> None:
     """List ids in order, one per line and a page at a time, because an index may hold millions."""
@@ -257,8 +248,7 @@ def stats(context: typer.Context, json_path: JsonOption = None) -> None:
 def compact(
     context: typer.Context,
     keep_minutes: Annotated[
-        float,
-        typer.Option("--keep-minutes", min=0, help="Keep versions younger than this for readers that have them open."),
+        float, typer.Option(min=0, help="Keep versions younger than this for readers that have them open.")
     ] = 60.0,
     dense: Annotated[
         bool | None,
@@ -286,13 +276,12 @@ def ann(
     context: typer.Context,
     opening: OpeningOptions,
     recall: Annotated[
-        float, typer.Option("--recall", min=0, max=1, help="Share of the exact candidates that it should find.")
+        float, typer.Option(min=0, max=1, help="Share of the exact candidates that it should find.")
     ] = 0.95,
-    depth: Annotated[int, typer.Option("--depth", min=1, help="Number of candidates of a search.")] = 1000,
+    depth: Annotated[int, typer.Option(min=1, help="Number of candidates of a search.")] = 1000,
     queries: Annotated[
         Path | None,
         typer.Option(
-            "--queries",
             metavar="FILE",
             help="queries.jsonl or queries.jsonl.gz to measure recall with.",
             show_default="passages of the index as queries",
@@ -319,7 +308,7 @@ def ann(
 @index_app.command("snapshot")
 def snapshot(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.")],
     drop: Annotated[bool, typer.Option("--drop", help="Delete the snapshot of this name.")] = False,
 ) -> None:
     """Save the current contents under a name; `stats` lists the snapshots.
@@ -339,7 +328,7 @@ def snapshot(
 @index_app.command("restore")
 def restore(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.")],
 ) -> None:
     """Replace the passages of the index with those of a snapshot."""
     from d2llm.retrieval.index import Index
@@ -386,27 +375,16 @@ def calibrate(
     context: typer.Context,
     opening: OpeningOptions,
     teacher: Annotated[
-        str,
-        typer.Option(
-            "--teacher",
-            metavar="MODEL",
-            callback=known_teacher,
-            help="A teacher: a folder, a name, or KIND:MODEL.",
-            show_default=False,
-        ),
+        str, typer.Option(metavar="MODEL", callback=known_teacher, help="A teacher: a folder, a name, or KIND:MODEL.")
     ],
     queries: Annotated[
         Path,
         typer.Option(
-            "--queries",
             metavar="FILE",
             help="queries.jsonl or queries.jsonl.gz, with queries like those of later searches; no judgements needed.",
-            show_default=False,
         ),
     ],
-    num_queries: Annotated[
-        int, typer.Option("--num-queries", min=1, help="Size of a random sample of them (always the same).")
-    ] = 40,
+    num_queries: Annotated[int, typer.Option(min=1, help="Size of a random sample of them (always the same).")] = 40,
     prompt: PromptOption = None,
     task: IndexTaskOption = None,
 ) -> None:

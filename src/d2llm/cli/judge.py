@@ -21,15 +21,12 @@ from d2llm.core.errors import InputError
 
 def judge(
     context: typer.Context,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.", show_default=False)],
-    passages: Annotated[list[str], typer.Argument(metavar="PASSAGE", help="Texts to judge.", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],
+    passages: Annotated[list[str], typer.Argument(metavar="PASSAGE", help="Texts to judge.")],
     teacher: Annotated[
         str,
         typer.Option(
-            "--teacher",
-            metavar="NAME_OR_FOLDER",
-            callback=known_teacher,
-            help="A model, or a folder that tune-teacher wrote.",
+            metavar="NAME_OR_FOLDER", callback=known_teacher, help="A model, or a folder that tune-teacher wrote."
         ),
     ] = "smollm2",
     task: TaskOption = "asymmetric",

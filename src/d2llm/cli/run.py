@@ -30,10 +30,8 @@ def run(
     again: Annotated[
         RunStep | None,
         typer.Option(
-            "--again",
             metavar="STEP",
             help=f"Repeat this step and those after it, and move old results aside: {', '.join(get_args(RunStep))}.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -70,7 +68,6 @@ def mine(
     student: Annotated[
         str | None,
         typer.Option(
-            "--student",
             metavar="NAME_OR_FOLDER",
             callback=known_student,
             help="A trained student that ranks the passages, by its full score.",
@@ -111,18 +108,14 @@ def stack(
             "--member", metavar="MODEL", help=f"A teacher: {_MODEL}. Repeat for each; a single one is only calibrated."
         ),
     ],
-    queries: Annotated[int, typer.Option("--queries", min=2, help="Dev queries of each data set.")] = 200,
+    queries: Annotated[int, typer.Option(min=2, help="Dev queries of each data set.")] = 200,
     depth: Annotated[
-        int, typer.Option("--depth", min=1, help="Candidates of each query: this many each from BM25 and the cosine.")
+        int, typer.Option(min=1, help="Candidates of each query: this many each from BM25 and the cosine.")
     ] = 20,
     html_path: Annotated[
         Path | None,
         typer.Option(
-            "--html",
-            metavar="PATH",
-            dir_okay=False,
-            help="Also write one HTML page with reliability diagrams.",
-            show_default=False,
+            "--html", metavar="PATH", dir_okay=False, help="Also write one HTML page with reliability diagrams."
         ),
     ] = None,
 ) -> None:
@@ -153,7 +146,6 @@ def gate(
     student: Annotated[
         str | None,
         typer.Option(
-            "--student",
             metavar="NAME_OR_FOLDER",
             callback=known_student,
             help="The student whose score the teacher must beat.",
@@ -163,7 +155,6 @@ def gate(
     teacher: Annotated[
         str | None,
         typer.Option(
-            "--teacher",
             metavar="MODEL",
             callback=known_teacher,
             help=f"Another teacher: {_MODEL}.",
@@ -211,11 +202,9 @@ def distill(
     variant: Annotated[
         str | None,
         typer.Option(
-            "--variant",
             metavar="NAME",
             help="Train a variant of the student on the same plans, beside it: cosine and paper are the baselines that "
             "evaluate compares with; d2llm ablate --list shows all.",
-            show_default=False,
         ),
     ] = None,
     again: AgainOption = False,

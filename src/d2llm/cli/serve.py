@@ -28,64 +28,44 @@ class SettingOptions:
     """Settings of the server that have their own option; None leaves a setting to environment and file."""
 
     index: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="INDEX", help="Folder of an index; without it, only a student is served.", show_default=False
-        ),
+        Path | None, typer.Argument(metavar="INDEX", help="Folder of an index; without it, only a student is served.")
     ] = None
     student: Annotated[
         str | None,
         typer.Option(
-            "--student",
             metavar="NAME_OR_FOLDER",
             help="A student's folder, or the name of a shipped one.",
             show_default="the index's",
         ),
     ] = None
-    teacher: Annotated[
-        str | None,
-        typer.Option("--teacher", metavar="MODEL", help="A teacher that searches may use.", show_default=False),
-    ] = None
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="A teacher that searches may use.")] = None
     prompt: PromptOption = None
-    host: Annotated[
-        str | None, typer.Option("--host", metavar="ADDRESS", help="Where to listen.", show_default="127.0.0.1")
-    ] = None
+    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Where to listen.", show_default="127.0.0.1")] = (
+        None
+    )
     port: Annotated[
-        int | None,
-        typer.Option("--port", min=0, max=65_535, help="Port to listen on; 0 picks a free one.", show_default="8000"),
+        int | None, typer.Option(min=0, max=65_535, help="Port to listen on; 0 picks a free one.", show_default="8000")
     ] = None
-    keys_file: Annotated[
-        Path | None,
-        typer.Option("--keys-file", metavar="FILE", help="API keys, made with: d2llm keys.", show_default=False),
-    ] = None
+    keys_file: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, made with: d2llm keys.")] = None
     writable: Annotated[
         bool | None,
         typer.Option("--writable/--read-only", help="Whether passages can be changed.", show_default="writable"),
     ] = None
-    report: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="FILE", help="A page of `d2llm evaluate --html` to show.", show_default=False),
-    ] = None
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="A page of `d2llm evaluate --html` to show.")] = (
+        None
+    )
     device: DeviceOption = None
     dtype: DtypeOption = None
-    engine: Annotated[
-        EngineName | None,
-        typer.Option("--engine", help="Engine that encodes texts.", show_default="auto"),
-    ] = None
+    engine: Annotated[EngineName | None, typer.Option(help="Engine that encodes texts.", show_default="auto")] = None
 
 
 @with_option_groups
 def serve(
     context: typer.Context,
     options: SettingOptions,
-    config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML.", show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings as TOML.")] = None,
     assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="Any setting; may be given several times.", show_default=False
-        ),
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting; may be given several times.")
     ] = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Show all settings, and where each comes from, and stop.")
