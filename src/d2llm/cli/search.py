@@ -25,8 +25,6 @@ from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TEACHER_PASSAGES, G
 
 if TYPE_CHECKING:
     from d2llm.core.types import CascadeReport, Certificate, Query, Ranking
-    from d2llm.retrieval.cascade import Cascade
-    from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
     from d2llm.retrieval.settings import SearchSettings
 
@@ -145,7 +143,14 @@ def search(
     index_task = task or opened.view.task
     cascade = None
     if teacher is not None:
-        cascade = _load_cascade(opened, index_task, teacher, prompt, teacher_passages, teacher_ms, device, dtype)
+        from d2llm.models.teachers.judge import load_judge
+        from d2llm.retrieval.calibrate import read_error
+        from d2llm.retrieval.cascade import Cascade
+        from d2llm.retrieval.row_evidence import weights_for
+
+        judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
+        error = read_error(opened.folder, judge, index_task, weights_for(opened.view, opened.student, index_task))
+        cascade = Cascade(judge, error, teacher_passages, teacher_ms)
     show_progress = session.show_progress if len(all_queries) > _QUICK_QUERIES else False
     rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, show_progress=show_progress)
     for ranking in rankings:
@@ -173,27 +178,6 @@ def _show(session: Session, ranking: Ranking, settings: SearchSettings, student:
         session.say(_cascade_line(ranking.cascade))
     if ranking.certificate is not None:
         session.say(_proof(ranking.certificate, len(ranking.passages)))
-
-
-def _load_cascade(
-    index: Index,
-    task: Task,
-    teacher: str,
-    prompt: str | None,
-    teacher_passages: int | None,
-    teacher_ms: float | None,
-    device: str | None,
-    dtype: str | None,
-) -> Cascade:
-    """The cascade for the options of a search; the student's error is the one stored beside the index."""
-    from d2llm.models.teachers.judge import load_judge
-    from d2llm.retrieval.calibrate import read_error
-    from d2llm.retrieval.cascade import Cascade
-    from d2llm.retrieval.row_evidence import weights_for
-
-    judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
-    error = read_error(index.folder, judge, task, weights_for(index.view, index.student, task))
-    return Cascade(judge, error, teacher_passages, teacher_ms)
 
 
 def _cascade_line(report: CascadeReport) -> str:
