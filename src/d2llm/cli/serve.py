@@ -79,7 +79,7 @@ def serve(
     """
     from d2llm.core.extras import require
 
-    for module in ("pydantic_settings", "fastapi", "uvicorn", "prometheus_client", "structlog", "limits"):
+    for module in ("fastapi", "uvicorn", "prometheus_client", "structlog", "limits"):
         require(module, extra="serve", purpose="a server")
     from d2llm.core.errors import InputError
     from d2llm.server.settings import load_settings, parse_assignments

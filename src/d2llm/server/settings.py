@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from d2llm.core.errors import InputError
 from d2llm.core.names import nearest
@@ -33,19 +32,16 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Count = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class ServeSettings(BaseSettings):
-    """The settings of a server; each field has a description.
+class ServeSettings(BaseModel):
+    """The settings of a server; each field has a description. ``load_settings`` reads them from their sources."""
 
-    The constructor uses keyword arguments only, not the environment: ``load_settings`` merges the sources.
-    """
-
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     index: Path | None = Field(default=None, description="Folder of the index; without it, only a student is served.")
     student: str | None = Field(
@@ -106,19 +102,6 @@ class ServeSettings(BaseSettings):
     report: Path | None = Field(default=None, description="HTML report of `d2llm evaluate` to serve.")
     otel: bool = Field(default=False, description="Send OpenTelemetry traces (extra otel).")
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Keyword arguments only; ``load_settings`` tracks the source of each value, which pydantic does not."""
-        del settings_cls, env_settings, dotenv_settings, file_secret_settings
-        return (init_settings,)
-
     @model_validator(mode="after")
     def _check_exposure(self) -> ServeSettings:
         if self.keys_file is None and not self.allow_unauthenticated and not is_loopback(self.host):
@@ -178,7 +161,11 @@ def load_settings(
     if file is not None:
         values = _read_file(file)
         layers.append((values, dict.fromkeys(values, f"file {file}")))
-    values = _read_environment()
+    values = {
+        variable[len(PREFIX) :].lower(): value
+        for variable, value in os.environ.items()
+        if variable.upper().startswith(PREFIX) and value  # an empty variable counts as unset
+    }
     layers.append((values, {name: f"environment {PREFIX}{name.upper()}" for name in values}))
     options = {name: value for name, value in (flags or {}).items() if value is not None}
     assigned = dict(assignments or {})
@@ -227,15 +214,6 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML: {error}; correct the file") from error
-
-
-def _read_environment() -> dict[str, Any]:
-    """Fields by name; empty variables count as unset. Unknown names are kept, so that they are reported as errors."""
-    values = EnvSettingsSource(ServeSettings)()
-    for variable, value in os.environ.items():
-        if variable.upper().startswith(PREFIX) and value:
-            values.setdefault(variable[len(PREFIX) :].lower(), value)
-    return values
 
 
 def _flag_of(name: str) -> str:
