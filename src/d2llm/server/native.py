@@ -11,7 +11,6 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError
@@ -35,7 +34,6 @@ from d2llm.server.schemas import (
     SearchAnswer,
     SearchRequest,
     StudentAnswer,
-    TeacherAnswer,
     WordAnswer,
 )
 from d2llm.server.served_version import OpenVersion
@@ -68,13 +66,7 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
     short_enough([body.query], services.settings, "query")
     task = body.task or services.task
     passage, explanation, no_interaction = await index.explain(body.query, body.passage_id, task)
-    teacher = None
-    if body.teacher:
-        verdict = await index.judge_pair(body.query, passage, task)
-        probability = float(expit(verdict.log_odds))
-        teacher = TeacherAnswer(
-            log_odds=verdict.log_odds, probability=probability, seconds=verdict.seconds, truncated=verdict.truncated
-        )
+    teacher = await index.judge_pair(body.query, passage, task) if body.teacher else None
     return ExplainAnswer(
         id=passage.id,
         title=passage.title,

@@ -18,9 +18,11 @@ from typing_extensions import Self
 
 from d2llm.core.names import did_you_mean
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Grouping, SourceName, Task
-from d2llm.server.index_service import Rescore
-from d2llm.server.model_service import TextKind
+from d2llm.models.backbone import TextKind
 from d2llm.store.side_files import Chunking
+
+Rescore = Literal["none", "iem", "teacher", "cascade"]
+"""How candidates are ranked: by inner product, IEM, teacher, or the teacher where the IEM is unsure."""
 
 
 def _with_text(text: str) -> str:
