@@ -34,7 +34,6 @@ from d2llm.server.schemas import (
     SearchAnswer,
     SearchRequest,
     StudentAnswer,
-    WordAnswer,
 )
 from d2llm.server.served_version import OpenVersion
 from d2llm.server.services import ERRORS, Services, Serving, TheIndex, TheServices, at_most, index_of, short_enough
@@ -74,7 +73,7 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
         score=explanation.score,
         anchor=explanation.anchor,
         interaction=explanation.interaction,
-        words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in explanation.words],
+        words=explanation.words,
         truncated=explanation.truncated,
         query_truncated=explanation.query_truncated,
         no_interaction=no_interaction,
