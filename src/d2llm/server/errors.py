@@ -112,25 +112,11 @@ class NotReadyError(ServingError):
         super().__init__(Problem(503, "not_ready", message, retry_after=retry_after))
 
 
-class ConflictError(ServingError):
-    """The request conflicts with the current state."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(Problem(409, "conflict", message))
-
-
 class NotFoundError(ServingError):
     """The requested resource does not exist."""
 
     def __init__(self, message: str) -> None:
         super().__init__(Problem(404, "not_found", message))
-
-
-class ForbiddenError(ServingError):
-    """The server or the key does not allow the request."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(Problem(403, "forbidden", message))
 
 
 def invalid(message: str, field: str | None = None) -> ServingError:

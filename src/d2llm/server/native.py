@@ -17,10 +17,10 @@ from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Task
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.server.answers import FastJSONResponse, ranking_json
-from d2llm.server.errors import ConflictError, invalid, request_id_of
+from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
 from d2llm.server.index_service import Reading
-from d2llm.server.lifecycle import Lifecycle
 from d2llm.server.model_service import ModelService
+from d2llm.server.running import Lifecycle
 from d2llm.server.schemas import (
     EncodeAnswer,
     EncodeRequest,
@@ -129,7 +129,7 @@ async def reload_index(index: TheIndex) -> ReloadAnswer:
         changed = await index.served.reload()
     except D2LLMError as error:
         _log.error("the index was not reloaded: %s", error)
-        raise ConflictError(f"the previous version is still served: {error}") from error
+        raise ServingError(Problem(409, "conflict", f"the previous version is still served: {error}")) from error
     version = index.current
     return ReloadAnswer(
         version=version.view.version,
