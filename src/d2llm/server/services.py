@@ -20,7 +20,8 @@ from d2llm.server.settings import ServeSettings
 class Services:
     """The services that a request uses from start to end, even if another index is loaded meanwhile.
 
-    ``index`` is None if only a student is served; ``task`` is the task of the index.
+    ``index`` is None if only a student is served. ``task`` is the index's, or else asymmetric: whether a passage
+    answers the query.
     """
 
     settings: ServeSettings

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import base64
 import time
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -40,7 +40,7 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.schemas import Answer
-from d2llm.server.services import Services, services_of
+from d2llm.server.services import TheServices
 
 PATHS = ("/v1/embeddings", "/v1/models")
 _LOADED = int(time.time())
@@ -115,7 +115,6 @@ class OpenAIError(Answer):
 
 
 router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIError))
-TheServices = Annotated[Services, Depends(services_of)]
 
 
 @router.post("/v1/embeddings", response_model=EmbeddingsAnswer)
