@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from d2llm.core.errors import InputError
-from d2llm.core.names import nearest
+from d2llm.core.names import suggestion
+from d2llm.core.toml import read_toml
 from d2llm.core.types import EngineName, NumberFormat
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PREFIX = "D2LLM_SERVE_"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -159,7 +154,7 @@ def load_settings(
     """
     layers: list[tuple[dict[str, Any], dict[str, str]]] = []
     if file is not None:
-        values = _read_file(file)
+        values = read_toml(file)
         layers.append((values, dict.fromkeys(values, f"file {file}")))
     values = {
         variable[len(PREFIX) :].lower(): value
@@ -174,11 +169,13 @@ def load_settings(
     layers.append((assigned, dict.fromkeys(assigned, "--set")))
     layers.append((options, {name: _flag_of(name) for name in options}))
     merged: dict[str, Any] = {}
+    known = sorted(ServeSettings.model_fields)
     sources = dict.fromkeys(ServeSettings.model_fields, "default")
     for values, origins in layers:
         for name in values:
             if name not in sources:
-                raise InputError(f"{origins[name]}: unknown setting '{name}'; {_suggestion(name)}")
+                hint = suggestion(name, known, "known settings")
+                raise InputError(f"{origins[name]}: unknown setting '{name}'; {hint}")
         merged.update(values)
         sources.update(origins)
     try:
@@ -205,25 +202,8 @@ def parse_assignments(words: list[str]) -> dict[str, str]:
     return values
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}; correct the file") from error
-
-
 def _flag_of(name: str) -> str:
     return "INDEX" if name == "index" else "--" + name.replace("_", "-")
-
-
-def _suggestion(name: str) -> str:
-    known = sorted(ServeSettings.model_fields)
-    suggestion = nearest(name, known)
-    return f"known settings: {', '.join(known)}" if suggestion is None else f"did you mean '{suggestion}'?"
 
 
 def _explain(problem: Any, sources: Mapping[str, str]) -> str:
