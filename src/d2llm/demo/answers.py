@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from d2llm.core.types import Passage
 from d2llm.demo.questions import QUESTIONS, DemoQuestion, without_piece
-from d2llm.demo.report import DemoAnswer, DemoPlace, QuestionReport
+from d2llm.demo.report import DemoAnswer, QuestionReport, top_places
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent
 
@@ -30,10 +31,10 @@ class Candidates:
         ]
         self._bm25 = [_match(index, text) for text in texts]
         proposed = {passage.id: passage for number in range(len(texts)) for passage in self.top(number, _PROPOSED)}
-        self.num_candidates = len(proposed)
         vectors = cosine.encode_passages([passage.full_text for passage in proposed.values()]).vectors
         scores = cosine.encode_queries(texts).vectors @ vectors.T
         self._cosine = [dict(zip(proposed, row.tolist(), strict=True)) for row in scores]
+        self._proposed = proposed
 
     def top(self, number: int, top_k: int) -> list[Passage]:
         """The first passages of D2LLM and of BM25 for a question, without duplicates."""
@@ -53,49 +54,28 @@ class Candidates:
     def answer(self, interaction_weight: float) -> QuestionReport:
         """The top of BM25 and D2LLM, and whether the untuned cosine has a right answer in its top."""
         ids = set(self._index.view.ids(self._index.view.live_rows()))
-        answers = tuple(
-            DemoAnswer(
-                question=question.text,
-                right_ids=tuple(sorted(question.right_ids & ids)),
-                baseline=_places(question, by_bm25, other=by_d2llm),
-                d2llm=_places(question, by_d2llm, other=by_bm25),
-            )
-            for question, by_bm25, by_d2llm in zip(QUESTIONS, self._bm25, self._d2llm, strict=True)
-        )
+        answers: list[DemoAnswer] = []
+        for question, by_bm25, by_d2llm in zip(QUESTIONS, self._bm25, self._d2llm, strict=True):
+            is_answer = partial(is_right, question)
+            baseline = top_places(by_bm25, by_d2llm, is_answer, TOP_K)
+            d2llm = top_places(by_d2llm, by_bm25, is_answer, TOP_K)
+            answers.append(DemoAnswer(question.text, tuple(sorted(question.right_ids & ids)), baseline, d2llm))
         right_cosine = tuple(
-            any(is_right(question, passage_id) for passage_id in self._cosine_top(number))
+            any(is_right(question, passage) for passage in self._cosine_top(number))
             for number, question in enumerate(QUESTIONS)
         )
-        return QuestionReport(answers, right_cosine, self.num_candidates, interaction_weight)
+        return QuestionReport(tuple(answers), right_cosine, len(self._proposed), interaction_weight)
 
-    def _cosine_top(self, number: int) -> list[str]:
+    def _cosine_top(self, number: int) -> list[Passage]:
         ranked = sorted((-score, passage_id) for passage_id, score in self._cosine[number].items())
-        return [passage_id for _, passage_id in ranked[:TOP_K]]
+        return [self._proposed[passage_id] for _, passage_id in ranked[:TOP_K]]
 
 
-def is_right(question: DemoQuestion, passage_id: str) -> bool:
+def is_right(question: DemoQuestion, passage: Passage) -> bool:
     """Whether a passage, or the passage that it continues, was named as an answer."""
-    return without_piece(passage_id) in question.right_ids
+    return without_piece(passage.id) in question.right_ids
 
 
 def _match(index: Index, text: str) -> list[tuple[Passage, float]]:
     matches = index.view.match(text, DEPTH)
     return list(zip(index.view.passages(matches.rows), np.asarray(matches.scores).tolist(), strict=True))
-
-
-def _places(
-    question: DemoQuestion, ranking: Sequence[tuple[Passage, float]], *, other: Sequence[tuple[Passage, float]]
-) -> tuple[DemoPlace, ...]:
-    other_ranks = {passage.id: rank for rank, (passage, _) in enumerate(other, start=1)}
-    return tuple(
-        DemoPlace(
-            rank=rank,
-            passage_id=passage.id,
-            title=passage.title,
-            text=passage.text,
-            score=score,
-            right=is_right(question, passage.id),
-            other_rank=other_ranks.get(passage.id),
-        )
-        for rank, (passage, score) in enumerate(ranking[:TOP_K], start=1)
-    )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import Passage, Task
-from d2llm.demo.report import DemoAnswer, DemoPlace, MessageReport, MessageSystem
+from d2llm.demo.report import DemoAnswer, MessageReport, MessageSystem, top_places
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.ops.significance import paired_randomisation
@@ -252,21 +252,16 @@ def _example(
     passages: Sequence[Passage], place: int, without: NDArray[np.float32], whole: NDArray[np.float32]
 ) -> DemoAnswer:
     message = passages[place]
+    by_without, by_whole = (
+        [(passages[at], float(scores[at])) for at in _order(scores).tolist()] for scores in (without, whole)
+    )
 
-    def places(scores: NDArray[np.float32], others: NDArray[np.float32]) -> tuple[DemoPlace, ...]:
-        other_ranks = {at: rank for rank, at in enumerate(_order(others).tolist(), start=1)}
-        return tuple(
-            DemoPlace(
-                rank=rank,
-                passage_id=passages[at].id,
-                title=passages[at].title,
-                text=passages[at].text,
-                score=float(scores[at]),
-                right=passages[at].title == message.title,
-                other_rank=other_ranks[at],
-            )
-            for rank, at in enumerate(_order(scores)[:TOP_K].tolist(), start=1)
-        )
+    def is_same(other: Passage) -> bool:
+        return other.title == message.title
 
-    same = tuple(other.id for other in passages if other.title == message.title and other.id != message.id)
-    return DemoAnswer(message.text, same, places(without, whole), places(whole, without))
+    return DemoAnswer(
+        question=message.text,
+        right_ids=tuple(other.id for other in passages if is_same(other) and other.id != message.id),
+        baseline=top_places(by_without, by_whole, is_same, TOP_K),
+        d2llm=top_places(by_whole, by_without, is_same, TOP_K),
+    )

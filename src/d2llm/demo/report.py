@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from d2llm.core.types import Passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,28 @@ class DemoPlace:
     score: float
     right: bool
     other_rank: int | None
+
+
+def top_places(
+    ranking: Sequence[tuple[Passage, float]],
+    other: Sequence[tuple[Passage, float]],
+    is_right: Callable[[Passage], bool],
+    top_k: int,
+) -> tuple[DemoPlace, ...]:
+    """The first entries of a ranking of (passage, score), compared with the ranking of the ``other`` system."""
+    other_ranks = {passage.id: rank for rank, (passage, _) in enumerate(other, start=1)}
+    return tuple(
+        DemoPlace(
+            rank=rank,
+            passage_id=passage.id,
+            title=passage.title,
+            text=passage.text,
+            score=score,
+            right=is_right(passage),
+            other_rank=other_ranks.get(passage.id),
+        )
+        for rank, (passage, score) in enumerate(ranking[:top_k], start=1)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +191,3 @@ class DemoReport:
     total_seconds: float
     next_commands: tuple[tuple[str, str], ...]
     """(purpose, command)."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self) | {"folder": str(self.folder)}
