@@ -16,8 +16,8 @@ from d2llm.cli.options import (
     StudentOption,
     TaskOption,
     in_existing_folder,
-    known_teacher,
     teacher_config,
+    teacher_option,
 )
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
@@ -50,12 +50,7 @@ def evaluate(
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME_OR_FOLDER",
-            callback=known_teacher,
-            help="The teacher to measure.",
-            show_default="the student's own",
-        ),
+        teacher_option(metavar="NAME_OR_FOLDER", help="The teacher to measure.", show_default="the student's own"),
     ] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Leave out the teacher's row, the slowest.")] = False,
     teacher_depth: Annotated[

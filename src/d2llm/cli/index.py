@@ -20,9 +20,9 @@ from d2llm.cli.options import (
     IndexTaskOption,
     JsonOption,
     PromptOption,
-    known_student,
-    known_teacher,
+    student_option,
     teacher_config,
+    teacher_option,
     with_option_groups,
 )
 from d2llm.cli.session import session_of
@@ -47,11 +47,8 @@ index_app = typer.Typer(
 
 IndexStudentOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME_OR_FOLDER",
-        callback=known_student,
-        help="The student that makes its vectors.",
-        show_default=f"the index's own; {DEFAULT_STUDENT} for a new one",
+    student_option(
+        help="The student that makes its vectors.", show_default=f"the index's own; {DEFAULT_STUDENT} for a new one"
     ),
 ]
 
@@ -374,9 +371,7 @@ def verify(
 def calibrate(
     context: typer.Context,
     opening: OpeningOptions,
-    teacher: Annotated[
-        str, typer.Option(metavar="MODEL", callback=known_teacher, help="A teacher: a folder, a name, or KIND:MODEL.")
-    ],
+    teacher: Annotated[str, teacher_option(help="A teacher: a folder, a name, or KIND:MODEL.")],
     queries: Annotated[
         Path,
         typer.Option(

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
@@ -78,12 +79,9 @@ def in_existing_folder_or_run(run: Path, paths: Iterable[Path | None]) -> None:
             in_existing_folder(path)
 
 
-StudentOption = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME_OR_FOLDER", callback=known_student, help="A student's folder, or the name of a shipped one."
-    ),
-]
+student_option = partial(typer.Option, metavar="NAME_OR_FOLDER", callback=known_student)
+teacher_option = partial(typer.Option, metavar="MODEL", callback=known_teacher)
+StudentOption = Annotated[str, student_option(help="A student's folder, or the name of a shipped one.")]
 StudentArgument = Annotated[
     str, typer.Argument(metavar="STUDENT", help="A student's folder, or the name of a shipped one.")
 ]

@@ -11,8 +11,8 @@ from d2llm.cli.options import (
     AgainOption,
     RecipeArgument,
     RunOptions,
-    known_student,
-    known_teacher,
+    student_option,
+    teacher_option,
     with_option_groups,
 )
 from d2llm.cli.session import session_of
@@ -67,9 +67,7 @@ def mine(
     options: RunOptions,
     student: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME_OR_FOLDER",
-            callback=known_student,
+        student_option(
             help="A trained student that ranks the passages, by its full score.",
             show_default="mining.student, else the recipe's backbone before training",
         ),
@@ -145,21 +143,12 @@ def gate(
     options: RunOptions,
     student: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME_OR_FOLDER",
-            callback=known_student,
-            help="The student whose score the teacher must beat.",
-            show_default="the recipe's backbone before training",
+        student_option(
+            help="The student whose score the teacher must beat.", show_default="the recipe's backbone before training"
         ),
     ] = None,
     teacher: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            callback=known_teacher,
-            help=f"Another teacher: {_MODEL}.",
-            show_default="the run's, or the recipe's",
-        ),
+        str | None, teacher_option(help=f"Another teacher: {_MODEL}.", show_default="the run's, or the recipe's")
     ] = None,
 ) -> None:
     """Test on the dev split whether the teacher beats the cosine.

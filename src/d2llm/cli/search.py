@@ -15,9 +15,9 @@ from d2llm.cli.options import (
     IndexTaskOption,
     JsonOption,
     PromptOption,
-    known_student,
-    known_teacher,
+    student_option,
     teacher_config,
+    teacher_option,
 )
 from d2llm.cli.session import Session, session_of
 from d2llm.core.errors import InputError
@@ -50,12 +50,7 @@ def search(
         typer.Option(metavar="FILE", help="Also search for each query of queries.jsonl or queries.jsonl.gz."),
     ] = None,
     student: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME_OR_FOLDER",
-            callback=known_student,
-            help="The student that made the index, if it has moved since.",
-        ),
+        str | None, student_option(help="The student that made the index, if it has moved since.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many passages to show.")] = 10,
     filter: Annotated[  # noqa: A002 - the word of the field
@@ -97,10 +92,8 @@ def search(
     ] = 0,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL",
-            callback=known_teacher,
-            help="Teacher that rereads passages the student is unsure of; run `d2llm index INDEX calibrate` first.",
+        teacher_option(
+            help="Teacher that rereads passages the student is unsure of; run `d2llm index INDEX calibrate` first."
         ),
     ] = None,
     teacher_passages: Annotated[
