@@ -7,23 +7,16 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import RunOptions, in_existing_folder, with_option_groups
+from d2llm.cli.options import RunOptions, in_existing_folder, recipe_argument, with_option_groups
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
-from d2llm.core.shipped import shipped_recipes
 
 
 @with_option_groups
 def ablate(
     context: typer.Context,
     options: RunOptions,
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RECIPE",
-            help=f"A TOML file, or the name of a recipe that comes with d2llm: {', '.join(shipped_recipes())}.",
-        ),
-    ] = None,
+    recipe: Annotated[str | None, recipe_argument] = None,
     variants: Annotated[
         str | None, typer.Option(metavar="A,B,C", help="Variants to train beside the recipe.", show_default="all")
     ] = None,

@@ -120,13 +120,11 @@ PromptOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Prompt of an untuned teacher: a name or a TOML file.", show_default="paper"),
 ]
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help=f"A TOML file, or the name of a recipe that comes with d2llm: {', '.join(shipped_recipes())}.",
-    ),
-]
+recipe_argument = typer.Argument(
+    metavar="RECIPE",
+    help=f"A TOML file, or the name of a recipe that comes with d2llm: {', '.join(shipped_recipes())}.",
+)
+RecipeArgument = Annotated[str, recipe_argument]
 AgainOption = Annotated[bool, typer.Option("--again", help="Repeat the step even if it is finished.")]
 
 

@@ -19,7 +19,6 @@ from d2llm.cli.session import session_of
 from d2llm.core.types import EngineName
 
 if TYPE_CHECKING:
-    from d2llm.core.table import Table
     from d2llm.server.settings import LoadedSettings
 
 
@@ -82,12 +81,16 @@ def serve(
     for module in ("fastapi", "uvicorn", "prometheus_client", "structlog", "limits"):
         require(module, extra="serve", purpose="a server")
     from d2llm.core.errors import InputError
+    from d2llm.core.table import Table
     from d2llm.server.settings import load_settings, parse_assignments
 
     session = session_of(context)
     loaded = load_settings(vars(options), file=config, assignments=parse_assignments(assignments or []))
     if show_config:
-        session.show(_settings_table(loaded))
+        table = Table("setting", "value", "from")
+        for row in loaded.lines():
+            table.add_row(*row)
+        session.show(table)
         values = {"url": None, "settings": loaded.settings.model_dump(), "sources": loaded.sources}
         session.write_report(context, json_path, values)
     elif loaded.settings.index is None and loaded.settings.student is None:
@@ -132,12 +135,3 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
                 await serving.index.served.reload()
 
         run_app(app, settings, bound, app.state.lifecycle, on_ready=say_ready, on_hangup=reload)
-
-
-def _settings_table(loaded: LoadedSettings) -> Table:
-    from d2llm.core.table import Table
-
-    table = Table("setting", "value", "from")
-    for row in loaded.lines():
-        table.add_row(*row)
-    return table

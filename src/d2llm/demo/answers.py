@@ -29,7 +29,11 @@ class Candidates:
         self._d2llm = [
             [(place.passage, place.score) for place in ranking.passages] for ranking in index.search(texts, top_k=DEPTH)
         ]
-        self._bm25 = [_match(index, text) for text in texts]
+        self._bm25: list[list[tuple[Passage, float]]] = []
+        for text in texts:
+            matches = index.view.match(text, DEPTH)
+            passages = index.view.passages(matches.rows)
+            self._bm25.append(list(zip(passages, np.asarray(matches.scores).tolist(), strict=True)))
         proposed = {passage.id: passage for number in range(len(texts)) for passage in self.top(number, _PROPOSED)}
         vectors = cosine.encode_passages([passage.full_text for passage in proposed.values()]).vectors
         scores = cosine.encode_queries(texts).vectors @ vectors.T
@@ -74,8 +78,3 @@ class Candidates:
 def is_right(question: DemoQuestion, passage: Passage) -> bool:
     """Whether a passage, or the passage that it continues, was named as an answer."""
     return without_piece(passage.id) in question.right_ids
-
-
-def _match(index: Index, text: str) -> list[tuple[Passage, float]]:
-    matches = index.view.match(text, DEPTH)
-    return list(zip(index.view.passages(matches.rows), np.asarray(matches.scores).tolist(), strict=True))

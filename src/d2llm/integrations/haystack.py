@@ -239,8 +239,10 @@ class D2LLMRetriever(_Component):
         return self._index
 
     def _search_settings(self, top_k: int, filters: Mapping[str, Any] | None) -> SearchSettings:
+        # Serialisation turns tuples into lists.
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in self.settings.items()}
         try:
-            settings = SearchSettings(**_tuples(self.settings))
+            settings = SearchSettings(**fields)
         except TypeError as error:
             raise InputError(f"settings are fields of SearchSettings: {error}") from None
         conditions = [part for part in (settings.filter, as_condition(filters) if filters else None) if part]
@@ -253,11 +255,6 @@ def _load(student: str, device: str | None, dtype: str | None) -> Student:
     if loaded is None:
         loaded = _loaded[key] = Student.load(student, device=device, dtype=dtype)
     return loaded
-
-
-def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn lists back into tuples, which serialisation turned into lists."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _text(document: Document) -> str:
