@@ -26,7 +26,7 @@ from d2llm.core.errors import (
     MissingExtraError,
     StorageError,
 )
-from d2llm.server.facts import current_facts
+from d2llm.server.logs import current_facts
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +145,8 @@ def plain_shape(problem: Problem) -> tuple[int, dict[str, Any]]:
 
 def problem_response(path: str, problem: Problem) -> Response:
     """The response to a request for ``path``, in the shape of its interface."""
-    status, body = _shape_of(path)(problem)
+    matching = [prefix for prefix in _shapes if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
+    status, body = (_shapes[max(matching, key=len)] if matching else plain_shape)(problem)
     headers = dict(problem.headers or {})
     if problem.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after)))
@@ -220,11 +221,6 @@ def _methods(app: FastAPI, path: str) -> list[str]:
     # Parameters may contain slashes, so ".../{name}" also matches ".../x/restore"; prefer the more specific template.
     matching.sort(key=lambda template: len(re.sub(r"\{[^}]*\}", "", template)))
     return sorted(method.upper() for method in paths[matching[-1]]) if matching else []
-
-
-def _shape_of(path: str) -> Shape:
-    matching = [prefix for prefix in _shapes if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
-    return _shapes[max(matching, key=len)] if matching else plain_shape
 
 
 def _problem_of_validation(error: RequestValidationError) -> Problem:

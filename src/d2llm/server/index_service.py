@@ -36,7 +36,7 @@ from d2llm.retrieval.search import SearchSettings
 from d2llm.retrieval.upserting import UpsertReport
 from d2llm.server.batching import Batcher, Done, Places
 from d2llm.server.errors import NotFoundError
-from d2llm.server.facts import note_items
+from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
 from d2llm.server.schemas import Rescore, TeacherAnswer
 from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersion, rank_again, rank_together

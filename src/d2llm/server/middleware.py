@@ -25,10 +25,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from d2llm.server.access import AccessMiddleware, is_open
 from d2llm.server.body_text import problem_of_text
 from d2llm.server.errors import NotReadyError, Problem, answer_problem, problem_of
-from d2llm.server.facts import begin_facts
 from d2llm.server.keys import KeyRing
 from d2llm.server.limits import RateLimiter
-from d2llm.server.logs import log_request
+from d2llm.server.logs import begin_facts, log_request
 from d2llm.server.running import Lifecycle
 from d2llm.server.settings import ServeSettings
 from d2llm.server.telemetry import Telemetry
@@ -268,7 +267,7 @@ class ReadyGate:
         self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 503."""
+        """Answer one request."""
         state = self._lifecycle.state  # a stopping server still answers accepted requests
         is_ready = scope["type"] != "http" or state in ("ready", "stopping")
         if is_ready or is_open(scope["path"]) or scope["path"] == "/metrics":

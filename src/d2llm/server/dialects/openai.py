@@ -14,9 +14,7 @@ import base64
 import time
 from typing import Any, Literal
 
-import numpy as np
 from fastapi import APIRouter
-from numpy.typing import NDArray
 from pydantic import Field
 
 from d2llm.models.backbone import TextKind
@@ -130,7 +128,9 @@ async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSON
     if body.truncate == "NONE" and body.truncate_prompt_tokens is None:
         refuse_cut(body.input, encoded.truncated, "input", limit, 'shorten it, or send truncate: "END"')
     vectors = unit_length(encoded.vectors)
-    values = _base64(vectors) if body.encoding_format == "base64" else list(vectors)
+    values: list[Any] = list(vectors)
+    if body.encoding_format == "base64":
+        values = [base64.b64encode(vector).decode("ascii") for vector in vectors.astype("<f4")]
     num_tokens = sum(encoded.num_tokens)
     answer = {
         "object": "list",
@@ -173,7 +173,3 @@ def _kind_of(suffix: TextKind | None, input_type: TextKind | None) -> TextKind:
     if suffix is not None and input_type not in (None, suffix):
         raise invalid(f"input_type: {input_type!r} contradicts the model's name; leave one of them out", "input_type")
     return suffix or input_type or "passage"
-
-
-def _base64(vectors: NDArray[np.float32]) -> list[str]:
-    return [base64.b64encode(vector).decode("ascii") for vector in vectors.astype("<f4")]
