@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -70,12 +71,7 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
         id=passage.id,
         title=passage.title,
         text=passage.text,
-        score=explanation.score,
-        anchor=explanation.anchor,
-        interaction=explanation.interaction,
-        words=explanation.words,
-        truncated=explanation.truncated,
-        query_truncated=explanation.query_truncated,
+        **asdict(explanation),
         no_interaction=no_interaction,
         teacher=teacher,
     )
