@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,15 +75,10 @@ class NewIndexOptions(VectorOptions):
         Raises:
             InputError: an option differs from its default.
         """
-        is_set = {
-            "--field": bool(self.field),
-            "--vectors": self.vectors != "bfloat16",
-            "--vector-copies": self.vector_copies != 2,
-            "--window-vectors": self.window_vectors != "auto",
-            "--task": self.task != "asymmetric",
-        }
-        for option in (name for name, value in is_set.items() if value):
-            raise InputError(f"{folder}: exists already, and {option} is for a new index; leave it out")
+        for option in fields(self):
+            if (getattr(self, option.name) or None) != option.default:
+                name = "--" + option.name.replace("_", "-")
+                raise InputError(f"{folder}: exists already, and {name} is for a new index; leave it out")
 
 
 @dataclass(frozen=True)
