@@ -42,7 +42,6 @@ index_app = typer.Typer(
     help="Maintain the index of a changing corpus.",
     no_args_is_help=True,
     epilog="Example: d2llm index docs.index upsert corpus.jsonl. Then: d2llm search docs.index 'a question'",
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 IndexStudentOption = Annotated[

@@ -17,7 +17,6 @@ keys_app = typer.Typer(
     help="Make and revoke the API keys of a server.",
     no_args_is_help=True,
     epilog="Example: d2llm keys keys.json add search-page. Then: d2llm serve docs.index --keys-file keys.json",
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the key, as logs show it.")]
