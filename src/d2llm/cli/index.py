@@ -120,8 +120,14 @@ def choose(
 
 
 def folder_of(context: typer.Context) -> Path:
-    """The index that the verb works on."""
+    """The folder of the index that the verb works on."""
     return cast(Path, context.meta[_FOLDER])
+
+
+def _index_of(context: typer.Context) -> Index:
+    from d2llm.retrieval.index import Index
+
+    return Index.open(folder_of(context))
 
 
 @index_app.command("add")
@@ -161,9 +167,7 @@ def upsert(
 @with_option_groups
 def delete(context: typer.Context, selection: IdOptions) -> None:
     """Delete passages by id, or whole documents."""
-    from d2llm.retrieval.index import Index
-
-    (ids, documents), index = selection.read(), Index.open(folder_of(context))
+    (ids, documents), index = selection.read(), _index_of(context)
     missing, missing_documents = index.missing(ids), [name for name in documents if not index.get_document(name)]
     num_deleted = (index.delete(ids) if ids else 0) + (index.delete_documents(documents) if documents else 0)
     num_found = len(documents) - len(missing_documents)
@@ -185,9 +189,8 @@ def delete(context: typer.Context, selection: IdOptions) -> None:
 def get(context: typer.Context, selection: IdOptions) -> None:
     """Show passages by id, or all passages of a document in order."""
     from d2llm.reports.search_tables import passage_lines
-    from d2llm.retrieval.index import Index
 
-    (ids, documents), index = selection.read(), Index.open(folder_of(context))
+    (ids, documents), index = selection.read(), _index_of(context)
     passages, missing = index.get(ids), index.missing(ids)
     missing_documents: list[str] = []
     for name in documents:
@@ -214,9 +217,7 @@ def list_ids(
     json_path: JsonOption = None,
 ) -> None:
     """List ids in order, one per line and a page at a time, because an index may hold millions."""
-    from d2llm.retrieval.index import Index
-
-    session, index = session_of(context), Index.open(folder_of(context))
+    session, index = session_of(context), _index_of(context)
     entries = index.list_documents(cursor, limit + 1) if documents else index.list_passages(cursor, limit + 1)
     page = entries[:limit]
     for entry in page:
@@ -233,9 +234,8 @@ def list_ids(
 def stats(context: typer.Context, json_path: JsonOption = None) -> None:
     """Show what the index holds, and how many bytes it takes."""
     from d2llm.reports.search_tables import stats_table
-    from d2llm.retrieval.index import Index
 
-    report = Index.open(folder_of(context)).stats()
+    report = _index_of(context).stats()
     session_of(context).show(stats_table(report))
     session_of(context).write_report(context, json_path, report)
 
@@ -257,9 +257,7 @@ def compact(
     """Free the space of deleted and changed passages."""
     from datetime import timedelta
 
-    from d2llm.retrieval.index import Index
-
-    before, after = Index.open(folder_of(context)).compact(timedelta(minutes=keep_minutes), dense=dense)
+    before, after = _index_of(context).compact(timedelta(minutes=keep_minutes), dense=dense)
     session_of(context).say(
         f"index: {before:,} bytes before, {after:,} after; versions of the last {keep_minutes:g} minutes are kept"
     )
@@ -311,9 +309,7 @@ def snapshot(
 
     A snapshot is a folder in snapshots/ of the index, and can be searched like an index.
     """
-    from d2llm.retrieval.index import Index
-
-    index = Index.open(folder_of(context))
+    index = _index_of(context)
     if drop:
         index.store.drop_snapshot(name)
         session_of(context).say(f"index: the snapshot {name!r} is deleted")
@@ -327,9 +323,7 @@ def restore(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.")],
 ) -> None:
     """Replace the passages of the index with those of a snapshot."""
-    from d2llm.retrieval.index import Index
-
-    num_passages = Index.open(folder_of(context)).restore(name)
+    num_passages = _index_of(context).restore(name)
     session_of(context).say(f"index: it holds the {num_passages:,} passages of the snapshot {name!r} again")
 
 
