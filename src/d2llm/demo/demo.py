@@ -20,10 +20,9 @@ from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import Passage
-from d2llm.demo.answers import DEPTH, TOP_K, Candidates, is_right
+from d2llm.demo.answers import DEPTH, JUDGED, QUESTIONS, TOP_K, Candidates, is_right
 from d2llm.demo.corpus import Corpus, build_corpus, choose_groups, group_of
 from d2llm.demo.messages import interaction_weight, rank_messages
-from d2llm.demo.questions import JUDGED, QUESTIONS
 from d2llm.demo.report import DemoReport, DemoSizes, JudgedPassage, TeacherAgreement, TeacherOpinion
 from d2llm.demo.view import DemoView
 from d2llm.models.student import Student, find_student
