@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from d2llm.core.types import Passage
 
@@ -191,3 +192,7 @@ class DemoReport:
     total_seconds: float
     next_commands: tuple[tuple[str, str], ...]
     """(purpose, command)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self) | {"folder": str(self.folder)}

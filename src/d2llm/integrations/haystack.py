@@ -240,7 +240,9 @@ class D2LLMRetriever(_Component):
 
     def _search_settings(self, top_k: int, filters: Mapping[str, Any] | None) -> SearchSettings:
         # Serialisation turns tuples into lists.
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in self.settings.items()}
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self.settings.items()
+        }
         try:
             settings = SearchSettings(**fields)
         except TypeError as error:
