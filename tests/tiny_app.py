@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, FastAPI, Request
 from starlette.testclient import TestClient
 
 from d2llm.server.errors import install_error_handlers
-from d2llm.server.facts import note_items
+from d2llm.server.logs import note_items
 from d2llm.server.middleware import install_middleware
 from d2llm.server.settings import ServeSettings
 from d2llm.server.telemetry import Telemetry, metrics_router

@@ -9,6 +9,7 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Passage
+from d2llm.demo.answers import JUDGED, QUESTIONS, without_piece
 from d2llm.demo.corpus import (
     MAX_TITLE,
     MAX_WORDS,
@@ -19,7 +20,6 @@ from d2llm.demo.corpus import (
     cut,
     group_of,
 )
-from d2llm.demo.questions import JUDGED, QUESTIONS, without_piece
 
 SCHED = '''
 """A scheduler of events."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pydantic_settings", reason="needs the extra 'serve'")
+pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from d2llm.cli.serve import SettingOptions
 from d2llm.core.errors import InputError

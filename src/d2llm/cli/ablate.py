@@ -7,55 +7,39 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import RunOptions, in_existing_folder, with_option_groups
+from d2llm.cli.options import RunOptions, in_existing_folder, recipe_argument, with_option_groups
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
-from d2llm.core.shipped import shipped_recipes
 
 
 @with_option_groups
 def ablate(
     context: typer.Context,
     options: RunOptions,
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RECIPE",
-            help=f"A TOML file, or the name of a recipe that comes with d2llm: {', '.join(shipped_recipes())}.",
-            show_default=False,
-        ),
-    ] = None,
+    recipe: Annotated[str | None, recipe_argument] = None,
     variants: Annotated[
-        str | None,
-        typer.Option("--variants", metavar="A,B,C", help="Variants to train beside the recipe.", show_default="all"),
+        str | None, typer.Option(metavar="A,B,C", help="Variants to train beside the recipe.", show_default="all")
     ] = None,
     list_variants: Annotated[bool, typer.Option("--list", help="List the variants and exit.")] = False,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, for intervals.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, for intervals.")] = 3,
     max_queries: Annotated[
-        int | None,
-        typer.Option("--max-queries", min=1, help="Train on a random sample of each plan.", show_default="all"),
+        int | None, typer.Option(min=1, help="Train on a random sample of each plan.", show_default="all")
     ] = None,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", min=1, help="Epochs of each run.", show_default="the recipe's")
-    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each run.", show_default="the recipe's")] = None,
     budget_minutes: Annotated[
         float | None,
         typer.Option(
-            "--budget-minutes",
             min=0,
             help="Start no run after this many minutes; the same command continues later. 0 shows the results so far.",
             show_default="no limit",
         ),
     ] = None,
     markdown_path: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="PATH", dir_okay=False, help="Also write Markdown.", show_default=False),
+        Path | None, typer.Option("--markdown", metavar="PATH", dir_okay=False, help="Also write Markdown.")
     ] = None,
     html_path: Annotated[
         Path | None,
-        typer.Option(
-            "--html", metavar="PATH", dir_okay=False, help="Also write one HTML page with a plot.", show_default=False
-        ),
+        typer.Option("--html", metavar="PATH", dir_okay=False, help="Also write one HTML page with a plot."),
     ] = None,
 ) -> None:
     """Train a recipe with parts left out or exchanged, and compare.

@@ -24,26 +24,20 @@ def check(
     data: Annotated[
         str,
         typer.Argument(
-            metavar="PATH",
-            help="A folder in BEIR layout, a folder or file of pairs, or hf://owner/name[:config].",
-            show_default=False,
+            metavar="PATH", help="A folder in BEIR layout, a folder or file of pairs, or hf://owner/name[:config]."
         ),
     ],
     allow_leaks: Annotated[
         bool, typer.Option("--allow-leaks", help="Do not fail if queries or pairs are in two splits.")
     ] = False,
     tokenizer: Annotated[
-        str,
-        typer.Option(
-            "--tokenizer", metavar="NAME_OR_FOLDER", help="Student or model whose tokenizer and limits to use."
-        ),
+        str, typer.Option(metavar="NAME_OR_FOLDER", help="Student or model whose tokenizer and limits to use.")
     ] = DEFAULT_STUDENT,
     near: Annotated[
-        float,
-        typer.Option("--near", min=0.1, max=1.0, help="Minimum similarity of near queries (shared trigrams); 1: none."),
+        float, typer.Option(min=0.1, max=1.0, help="Minimum similarity of near queries (shared trigrams); 1: none.")
     ] = 0.8,
     sample: Annotated[
-        int, typer.Option("--sample", min=1, help="Number of queries and passages whose length to measure.")
+        int, typer.Option(min=1, help="Number of queries and passages whose length to measure.")
     ] = 50_000,
     json_path: JsonOption = None,
 ) -> None:

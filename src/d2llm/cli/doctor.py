@@ -17,13 +17,9 @@ EXIT_PROBLEM = 1
 def doctor(
     context: typer.Context,
     student: Annotated[
-        str,
-        typer.Option("--student", metavar="NAME_OR_FOLDER", help="A student's folder, or the name of a shipped one."),
+        str, typer.Option(metavar="NAME_OR_FOLDER", help="A student's folder, or the name of a shipped one.")
     ] = DEFAULT_STUDENT,  # not StudentOption: a missing student is one of the findings
-    index: Annotated[
-        Path | None,
-        typer.Option("--index", metavar="INDEX", help="Also check an index, with its student.", show_default=False),
-    ] = None,
+    index: Annotated[Path | None, typer.Option(metavar="INDEX", help="Also check an index, with its student.")] = None,
     device: DeviceOption = None,
     json_path: JsonOption = None,
 ) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def encode(
     context: typer.Context,
     corpus: CorpusArgument,
-    out: Annotated[Path, typer.Option("--out", metavar="INDEX", help="Where the index goes.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="INDEX", help="Where the index goes.")],
     vectors: VectorOptions,
     splitting: ChunkingOptions,
     student: StudentOption = DEFAULT_STUDENT,

@@ -16,8 +16,8 @@ from d2llm.cli.options import (
     StudentOption,
     TaskOption,
     in_existing_folder,
-    known_teacher,
     teacher_config,
+    teacher_option,
 )
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
@@ -35,46 +35,29 @@ def evaluate(
         typer.Argument(
             metavar="DATA",
             help="Queries with a corpus (BEIR layout, Parquet) or labelled pairs: a folder, a file, or hf://OWNER/NAME.",
-            show_default=False,
         ),
     ],
     student: StudentOption = DEFAULT_STUDENT,
-    split: Annotated[str, typer.Option("--split", help="The split to measure on.")] = "test",
+    split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
     task: TaskOption = "asymmetric",
     tuned_cosine: Annotated[
         str | None,
-        typer.Option(
-            "--tuned-cosine", metavar="FOLDER", help="Student for the row of that name.", show_default="STUDENT-cosine"
-        ),
+        typer.Option(metavar="FOLDER", help="Student for the row of that name.", show_default="STUDENT-cosine"),
     ] = None,
     paper_head: Annotated[
         str | None,
-        typer.Option(
-            "--paper-head", metavar="FOLDER", help="Student for the row of that name.", show_default="STUDENT-paper"
-        ),
+        typer.Option(metavar="FOLDER", help="Student for the row of that name.", show_default="STUDENT-paper"),
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            "--teacher",
-            metavar="NAME_OR_FOLDER",
-            callback=known_teacher,
-            help="The teacher to measure.",
-            show_default="the student's own",
-        ),
+        teacher_option(metavar="NAME_OR_FOLDER", help="The teacher to measure.", show_default="the student's own"),
     ] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Leave out the teacher's row, the slowest.")] = False,
     teacher_depth: Annotated[
-        int,
-        typer.Option(
-            "--teacher-depth", min=1, help="Passages that the teacher reranks, alternately from BM25 and the student."
-        ),
+        int, typer.Option(min=1, help="Passages that the teacher reranks, alternately from BM25 and the student.")
     ] = 50,
     teacher_queries: Annotated[
-        int,
-        typer.Option(
-            "--teacher-queries", min=0, help="Size of the random sample of queries or pairs for the teacher; 0: all."
-        ),
+        int, typer.Option(min=0, help="Size of the random sample of queries or pairs for the teacher; 0: all.")
     ] = 100,
     prompt: PromptOption = None,
     models: Annotated[
@@ -83,29 +66,22 @@ def evaluate(
             "--model",
             metavar="NAME_OR_FOLDER",
             help="Also measure this model, a bi-encoder or CrossEncoder for sentence-transformers. May be repeated.",
-            show_default=False,
         ),
     ] = None,
     runs: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--run", metavar="FILE", help="Also measure a TREC run file. May be repeated.", show_default=False
-        ),
+        list[Path] | None, typer.Option("--run", metavar="FILE", help="Also measure a TREC run file. May be repeated.")
     ] = None,
     baseline: Annotated[
         SystemKind | None,
-        typer.Option("--baseline", help="Row to compare with.", show_default="tuned cosine, else untuned, else BM25"),
+        typer.Option(help="Row to compare with.", show_default="tuned cosine, else untuned, else BM25"),
     ] = None,
     num_candidates: Annotated[
-        int, typer.Option("--num-candidates", min=1, help="Passages that get the student's full score.")
+        int, typer.Option(min=1, help="Passages that get the student's full score.")
     ] = DEFAULT_NUM_CANDIDATES,
     stored_as: Annotated[
         list[str] | None,
         typer.Option(
-            "--stored-as",
-            metavar="FORMAT",
-            help="Add a row with vectors in fewer bits (int8, int3, binary, ...). May be repeated.",
-            show_default=False,
+            metavar="FORMAT", help="Add a row with vectors in fewer bits (int8, int3, binary, ...). May be repeated."
         ),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Add a row with exact search and its certificate.")] = False,
@@ -115,7 +91,6 @@ def evaluate(
             "--ann",
             metavar="RECALL",
             help="Add a row with an approximate index that finds this share of the candidates, for example 0.95.",
-            show_default=False,
         ),
     ] = None,
     cascade_passages: Annotated[
@@ -125,64 +100,38 @@ def evaluate(
             metavar="N",
             min=1,
             help="Add a row with a teacher that reads at most N passages per query, those the student is unsure of.",
-            show_default=False,
         ),
     ] = None,
     filter: Annotated[  # noqa: A002 - the word of the field
         str | None,
         typer.Option(
-            "--filter",
             metavar="CONDITION",
             help="Add a row with a search for passages whose metadata match, as in "
             "\"year >= 2020 AND language = 'en'\".",
-            show_default=False,
         ),
     ] = None,
     labels: Annotated[
-        Path | None,
-        typer.Option(
-            "--labels",
-            metavar="FOLDER",
-            help="A label store with the teacher's judgements.",
-            show_default=False,
-        ),
+        Path | None, typer.Option(metavar="FOLDER", help="A label store with the teacher's judgements.")
     ] = None,
     work: Annotated[
         Path | None,
         typer.Option(
-            "--work",
             metavar="FOLDER",
             help="Keep indexes and measured rows here: an interrupted evaluation continues, a repeated one is quick.",
             show_default="the user's cache folder",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of samples and of significance tests.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of samples and of significance tests.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     html: Annotated[
         Path | None,
-        typer.Option(
-            "--html",
-            metavar="PATH",
-            callback=in_existing_folder,
-            help="Write an HTML page with plots and texts.",
-            show_default=False,
-        ),
+        typer.Option(metavar="PATH", callback=in_existing_folder, help="Write an HTML page with plots and texts."),
     ] = None,
     markdown: Annotated[
-        Path | None,
-        typer.Option(
-            "--markdown",
-            metavar="PATH",
-            callback=in_existing_folder,
-            help="Write the tables as Markdown.",
-            show_default=False,
-        ),
+        Path | None, typer.Option(metavar="PATH", callback=in_existing_folder, help="Write the tables as Markdown.")
     ] = None,
-    save_runs: Annotated[
-        Path | None,
-        typer.Option("--save-runs", metavar="FOLDER", help="Write every ranking as a TREC run.", show_default=False),
-    ] = None,
+    save_runs: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write every ranking as a TREC run.")] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Compare a student with BM25, cosines, a teacher and others.

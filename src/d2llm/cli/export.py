@@ -17,13 +17,11 @@ def export(
     to: Annotated[
         Literal["onnx", "openvino", "numpy"],
         typer.Option(
-            "--to",
             help="onnx, openvino: graphs from tokens to a vector and from vectors to scores; numpy: the head alone, as "
-            "arrays and one Python file.",
-            show_default=False,
+            "arrays and one Python file."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the files go.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.")],
     int8: Annotated[
         bool, typer.Option("--int8", help="Eight-bit products in the encoder: smaller, faster, less exact.")
     ] = False,

@@ -21,26 +21,14 @@ from d2llm.cli.session import session_of
 def fit_scores(
     context: typer.Context,
     student: Annotated[
-        str,
-        typer.Argument(
-            metavar="STUDENT", help="A student's folder, or its name.", callback=known_student, show_default=False
-        ),
+        str, typer.Argument(metavar="STUDENT", help="A student's folder, or its name.", callback=known_student)
     ],
     data: Annotated[
         list[str],
-        typer.Argument(
-            metavar="DATA...", help="Data sets with a corpus and judged queries in their dev split.", show_default=False
-        ),
+        typer.Argument(metavar="DATA...", help="Data sets with a corpus and judged queries in their dev split."),
     ],
     out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="FOLDER",
-            callback=in_existing_folder,
-            help="Where the fitted student goes.",
-            show_default=False,
-        ),
+        Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the fitted student goes.")
     ],
     task: TaskOption = "asymmetric",
     num_queries: Annotated[int, typer.Option("--queries", min=1, help="Dev queries of each data set, at most.")] = 200,
@@ -54,7 +42,7 @@ def fit_scores(
             help="With --words: also fit the weight of vectors of each two sentences; indexing then takes longer.",
         ),
     ] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of queries and passages.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of queries and passages.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,

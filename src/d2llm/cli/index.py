@@ -20,9 +20,9 @@ from d2llm.cli.options import (
     IndexTaskOption,
     JsonOption,
     PromptOption,
-    known_student,
-    known_teacher,
+    student_option,
     teacher_config,
+    teacher_option,
     with_option_groups,
 )
 from d2llm.cli.session import session_of
@@ -42,17 +42,12 @@ index_app = typer.Typer(
     help="Maintain the index of a changing corpus.",
     no_args_is_help=True,
     epilog="Example: d2llm index docs.index upsert corpus.jsonl. Then: d2llm search docs.index 'a question'",
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 IndexStudentOption = Annotated[
     str | None,
-    typer.Option(
-        "--student",
-        metavar="NAME_OR_FOLDER",
-        callback=known_student,
-        help="The student that makes its vectors.",
-        show_default=f"the index's own; {DEFAULT_STUDENT} for a new one",
+    student_option(
+        help="The student that makes its vectors.", show_default=f"the index's own; {DEFAULT_STUDENT} for a new one"
     ),
 ]
 
@@ -76,18 +71,10 @@ class WritingOptions:
 class IdOptions:
     """The passages or documents that a verb works on."""
 
-    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of passages.", show_default=False)] = None
-    ids_file: Annotated[
-        Path | None, typer.Option("--ids", metavar="FILE", help="A file with one id per line.", show_default=False)
-    ] = None
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of passages.")] = None
+    ids_file: Annotated[Path | None, typer.Option("--ids", metavar="FILE", help="A file with one id per line.")] = None
     document: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--document",
-            metavar="ID",
-            help="All passages of a document; may be given several times.",
-            show_default=False,
-        ),
+        list[str] | None, typer.Option(metavar="ID", help="All passages of a document; may be given several times.")
     ] = None
     json_path: JsonOption = None
 
@@ -126,15 +113,21 @@ class OpeningOptions:
 @index_app.callback()
 def choose(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")],
 ) -> None:
     """Remember the index for the verb that follows."""
     context.meta[_FOLDER] = folder
 
 
 def folder_of(context: typer.Context) -> Path:
-    """The index that the verb works on."""
+    """The folder of the index that the verb works on."""
     return cast(Path, context.meta[_FOLDER])
+
+
+def _index_of(context: typer.Context) -> Index:
+    from d2llm.retrieval.index import Index
+
+    return Index.open(folder_of(context))
 
 
 @index_app.command("add")
@@ -174,9 +167,7 @@ def upsert(
 @with_option_groups
 def delete(context: typer.Context, selection: IdOptions) -> None:
     """Delete passages by id, or whole documents."""
-    from d2llm.retrieval.index import Index
-
-    (ids, documents), index = selection.read(), Index.open(folder_of(context))
+    (ids, documents), index = selection.read(), _index_of(context)
     missing, missing_documents = index.missing(ids), [name for name in documents if not index.get_document(name)]
     num_deleted = (index.delete(ids) if ids else 0) + (index.delete_documents(documents) if documents else 0)
     num_found = len(documents) - len(missing_documents)
@@ -198,9 +189,8 @@ def delete(context: typer.Context, selection: IdOptions) -> None:
 def get(context: typer.Context, selection: IdOptions) -> None:
     """Show passages by id, or all passages of a document in order."""
     from d2llm.reports.search_tables import passage_lines
-    from d2llm.retrieval.index import Index
 
-    (ids, documents), index = selection.read(), Index.open(folder_of(context))
+    (ids, documents), index = selection.read(), _index_of(context)
     passages, missing = index.get(ids), index.missing(ids)
     missing_documents: list[str] = []
     for name in documents:
@@ -221,15 +211,13 @@ def list_ids(
         bool, typer.Option("--documents", help="List documents, with their numbers of passages.")
     ] = False,
     cursor: Annotated[
-        str, typer.Option("--cursor", metavar="ID", help="Start after this id.", show_default="from the beginning")
+        str, typer.Option(metavar="ID", help="Start after this id.", show_default="from the beginning")
     ] = "",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Number of ids per page.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Number of ids per page.")] = 100,
     json_path: JsonOption = None,
 ) -> None:
     """List ids in order, one per line and a page at a time, because an index may hold millions."""
-    from d2llm.retrieval.index import Index
-
-    session, index = session_of(context), Index.open(folder_of(context))
+    session, index = session_of(context), _index_of(context)
     entries = index.list_documents(cursor, limit + 1) if documents else index.list_passages(cursor, limit + 1)
     page = entries[:limit]
     for entry in page:
@@ -246,9 +234,8 @@ def list_ids(
 def stats(context: typer.Context, json_path: JsonOption = None) -> None:
     """Show what the index holds, and how many bytes it takes."""
     from d2llm.reports.search_tables import stats_table
-    from d2llm.retrieval.index import Index
 
-    report = Index.open(folder_of(context)).stats()
+    report = _index_of(context).stats()
     session_of(context).show(stats_table(report))
     session_of(context).write_report(context, json_path, report)
 
@@ -257,8 +244,7 @@ def stats(context: typer.Context, json_path: JsonOption = None) -> None:
 def compact(
     context: typer.Context,
     keep_minutes: Annotated[
-        float,
-        typer.Option("--keep-minutes", min=0, help="Keep versions younger than this for readers that have them open."),
+        float, typer.Option(min=0, help="Keep versions younger than this for readers that have them open.")
     ] = 60.0,
     dense: Annotated[
         bool | None,
@@ -271,9 +257,7 @@ def compact(
     """Free the space of deleted and changed passages."""
     from datetime import timedelta
 
-    from d2llm.retrieval.index import Index
-
-    before, after = Index.open(folder_of(context)).compact(timedelta(minutes=keep_minutes), dense=dense)
+    before, after = _index_of(context).compact(timedelta(minutes=keep_minutes), dense=dense)
     session_of(context).say(
         f"index: {before:,} bytes before, {after:,} after; versions of the last {keep_minutes:g} minutes are kept"
     )
@@ -286,13 +270,12 @@ def ann(
     context: typer.Context,
     opening: OpeningOptions,
     recall: Annotated[
-        float, typer.Option("--recall", min=0, max=1, help="Share of the exact candidates that it should find.")
+        float, typer.Option(min=0, max=1, help="Share of the exact candidates that it should find.")
     ] = 0.95,
-    depth: Annotated[int, typer.Option("--depth", min=1, help="Number of candidates of a search.")] = 1000,
+    depth: Annotated[int, typer.Option(min=1, help="Number of candidates of a search.")] = 1000,
     queries: Annotated[
         Path | None,
         typer.Option(
-            "--queries",
             metavar="FILE",
             help="queries.jsonl or queries.jsonl.gz to measure recall with.",
             show_default="passages of the index as queries",
@@ -319,16 +302,14 @@ def ann(
 @index_app.command("snapshot")
 def snapshot(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.")],
     drop: Annotated[bool, typer.Option("--drop", help="Delete the snapshot of this name.")] = False,
 ) -> None:
     """Save the current contents under a name; `stats` lists the snapshots.
 
     A snapshot is a folder in snapshots/ of the index, and can be searched like an index.
     """
-    from d2llm.retrieval.index import Index
-
-    index = Index.open(folder_of(context))
+    index = _index_of(context)
     if drop:
         index.store.drop_snapshot(name)
         session_of(context).say(f"index: the snapshot {name!r} is deleted")
@@ -339,12 +320,10 @@ def snapshot(
 @index_app.command("restore")
 def restore(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.")],
 ) -> None:
     """Replace the passages of the index with those of a snapshot."""
-    from d2llm.retrieval.index import Index
-
-    num_passages = Index.open(folder_of(context)).restore(name)
+    num_passages = _index_of(context).restore(name)
     session_of(context).say(f"index: it holds the {num_passages:,} passages of the snapshot {name!r} again")
 
 
@@ -385,28 +364,15 @@ def verify(
 def calibrate(
     context: typer.Context,
     opening: OpeningOptions,
-    teacher: Annotated[
-        str,
-        typer.Option(
-            "--teacher",
-            metavar="MODEL",
-            callback=known_teacher,
-            help="A teacher: a folder, a name, or KIND:MODEL.",
-            show_default=False,
-        ),
-    ],
+    teacher: Annotated[str, teacher_option(help="A teacher: a folder, a name, or KIND:MODEL.")],
     queries: Annotated[
         Path,
         typer.Option(
-            "--queries",
             metavar="FILE",
             help="queries.jsonl or queries.jsonl.gz, with queries like those of later searches; no judgements needed.",
-            show_default=False,
         ),
     ],
-    num_queries: Annotated[
-        int, typer.Option("--num-queries", min=1, help="Size of a random sample of them (always the same).")
-    ] = 40,
+    num_queries: Annotated[int, typer.Option(min=1, help="Size of a random sample of them (always the same).")] = 40,
     prompt: PromptOption = None,
     task: IndexTaskOption = None,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from d2llm.store.side_files import Chunking
 
 CorpusArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CORPUS", help="corpus.jsonl or corpus.jsonl.gz, or a folder that holds one.", show_default=False
-    ),
+    Path, typer.Argument(metavar="CORPUS", help="corpus.jsonl or corpus.jsonl.gz, or a folder that holds one.")
 ]
 
 
@@ -30,23 +27,18 @@ class VectorOptions:
     task: Annotated[
         Task,
         typer.Option(
-            "--task",
-            help="For a new index: search for passages that answer the query (asymmetric) or mean the same "
-            "(symmetric).",
+            help="For a new index: search for passages that answer the query (asymmetric) or mean the same (symmetric)."
         ),
     ] = "asymmetric"
     vectors: Annotated[
         str,
         typer.Option(
-            "--vectors",
-            metavar="FORMAT",
-            help="For a new index: float32, bfloat16, float16, int8, int3 or binary vectors.",
+            metavar="FORMAT", help="For a new index: float32, bfloat16, float16, int8, int3 or binary vectors."
         ),
     ] = "bfloat16"
     vector_copies: Annotated[
         int,
         typer.Option(
-            "--vector-copies",
             metavar="N",
             min=1,
             max=2,
@@ -56,7 +48,6 @@ class VectorOptions:
     window_vectors: Annotated[
         str,
         typer.Option(
-            "--window-vectors",
             metavar="FORMAT",
             help="For a new index: also store a vector of each two neighbouring sentences, for example as int3; or "
             "none.",
@@ -72,7 +63,6 @@ class NewIndexOptions(VectorOptions):
     field: Annotated[
         list[str] | None,
         typer.Option(
-            "--field",
             metavar="NAME:TYPE",
             help="For a new index: a metadata field (string, integer, number, boolean, timestamp); repeat for more.",
             show_default="inferred from the first values",
@@ -85,15 +75,10 @@ class NewIndexOptions(VectorOptions):
         Raises:
             InputError: an option differs from its default.
         """
-        is_set = {
-            "--field": bool(self.field),
-            "--vectors": self.vectors != "bfloat16",
-            "--vector-copies": self.vector_copies != 2,
-            "--window-vectors": self.window_vectors != "auto",
-            "--task": self.task != "asymmetric",
-        }
-        for option in (name for name, value in is_set.items() if value):
-            raise InputError(f"{folder}: exists already, and {option} is for a new index; leave it out")
+        for option in fields(self):
+            if (getattr(self, option.name) or None) != option.default:
+                name = "--" + option.name.replace("_", "-")
+                raise InputError(f"{folder}: exists already, and {name} is for a new index; leave it out")
 
 
 @dataclass(frozen=True)
@@ -107,7 +92,6 @@ class ChunkingOptions:
     chunk_tokens: Annotated[
         int | None,
         typer.Option(
-            "--chunk-tokens",
             metavar="N",
             min=1,
             help="Split texts into passages of at most N tokens, title included; search --group ranks whole texts.",
@@ -117,7 +101,6 @@ class ChunkingOptions:
     chunk_overlap: Annotated[
         int | None,
         typer.Option(
-            "--chunk-overlap",
             metavar="N",
             min=0,
             help="Tokens that a passage repeats from the previous one.",
@@ -130,7 +113,6 @@ class ChunkingOptions:
     late_window: Annotated[
         int | None,
         typer.Option(
-            "--late-window",
             metavar="N",
             min=1,
             help="Tokens encoded at once with --late.",

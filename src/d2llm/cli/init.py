@@ -20,13 +20,11 @@ def init(
         typer.Argument(
             metavar="DATA",
             help="A data set with judged questions in train and dev: a folder in BEIR layout, or of pairs.",
-            show_default=False,
         ),
     ],
     out: Annotated[
         Path,
         typer.Option(
-            "--out",
             metavar="FILE",
             dir_okay=False,
             callback=in_existing_folder,
@@ -34,13 +32,11 @@ def init(
         ),
     ] = Path("recipe.toml"),
     backbone: Annotated[
-        str,
-        typer.Option("--backbone", metavar="MODEL", help="Model that encodes texts: a folder or a Hub name."),
+        str, typer.Option(metavar="MODEL", help="Model that encodes texts: a folder or a Hub name.")
     ] = "minilm",
     teacher: Annotated[
         str | None,
         typer.Option(
-            "--teacher",
             metavar="MODEL",
             help="Untuned model that judges pairs: a folder, a Hub name, or KIND:MODEL.",
             show_default="made from the backbone if there are at least 1,000 questions, else none",
@@ -49,7 +45,6 @@ def init(
     task: Annotated[
         Task | None,
         typer.Option(
-            "--task",
             help="Whether a passage answers a query (asymmetric) or means the same (symmetric).",
             show_default="chosen by the lengths of the texts",
         ),

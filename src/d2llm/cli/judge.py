@@ -12,8 +12,8 @@ from d2llm.cli.options import (
     JsonOption,
     PromptOption,
     TaskOption,
-    known_teacher,
     teacher_config,
+    teacher_option,
 )
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
@@ -21,16 +21,10 @@ from d2llm.core.errors import InputError
 
 def judge(
     context: typer.Context,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.", show_default=False)],
-    passages: Annotated[list[str], typer.Argument(metavar="PASSAGE", help="Texts to judge.", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],
+    passages: Annotated[list[str], typer.Argument(metavar="PASSAGE", help="Texts to judge.")],
     teacher: Annotated[
-        str,
-        typer.Option(
-            "--teacher",
-            metavar="NAME_OR_FOLDER",
-            callback=known_teacher,
-            help="A model, or a folder that tune-teacher wrote.",
-        ),
+        str, teacher_option(metavar="NAME_OR_FOLDER", help="A model, or a folder that tune-teacher wrote.")
     ] = "smollm2",
     task: TaskOption = "asymmetric",
     prompt: PromptOption = None,

@@ -17,18 +17,15 @@ keys_app = typer.Typer(
     help="Make and revoke the API keys of a server.",
     no_args_is_help=True,
     epilog="Example: d2llm keys keys.json add search-page. Then: d2llm serve docs.index --keys-file keys.json",
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of the key, as logs show it.", show_default=False)
-]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the key, as logs show it.")]
 
 
 @keys_app.callback()
 def choose(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file with the keys.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file with the keys.")],
 ) -> None:
     """Remember the file for the verb that follows."""
     context.meta[_FILE] = file
@@ -40,19 +37,10 @@ def add(
     name: NameArgument,
     scope: Annotated[
         Literal["read", "write", "admin"],
-        typer.Option(
-            "--scope", help="read: search, encode; write: also change passages; admin: also snapshots, reload."
-        ),
+        typer.Option(help="read: search, encode; write: also change passages; admin: also snapshots, reload."),
     ] = "read",
     requests_per_minute: Annotated[
-        int | None,
-        typer.Option(
-            "--requests-per-minute",
-            metavar="N",
-            min=1,
-            help="Limit of requests per minute.",
-            show_default="the server's",
-        ),
+        int | None, typer.Option(metavar="N", min=1, help="Limit of requests per minute.", show_default="the server's")
     ] = None,
 ) -> None:
     """Create a key and show it once; the file stores only its hash."""

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
@@ -78,76 +79,52 @@ def in_existing_folder_or_run(run: Path, paths: Iterable[Path | None]) -> None:
             in_existing_folder(path)
 
 
-StudentOption = Annotated[
-    str,
-    typer.Option(
-        "--student",
-        metavar="NAME_OR_FOLDER",
-        callback=known_student,
-        help="A student's folder, or the name of a shipped one.",
-    ),
-]
+student_option = partial(typer.Option, metavar="NAME_OR_FOLDER", callback=known_student)
+teacher_option = partial(typer.Option, metavar="MODEL", callback=known_teacher)
+StudentOption = Annotated[str, student_option(help="A student's folder, or the name of a shipped one.")]
 StudentArgument = Annotated[
-    str,
-    typer.Argument(metavar="STUDENT", help="A student's folder, or the name of a shipped one.", show_default=False),
+    str, typer.Argument(metavar="STUDENT", help="A student's folder, or the name of a shipped one.")
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(
-        "--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.", show_default="the best available"
-    ),
+    typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps.", show_default="the best available"),
 ]
 DtypeOption = Annotated[
     NumberFormat | None,
-    typer.Option("--dtype", help="Number format of the models.", show_default="one that is fast on the device"),
+    typer.Option(help="Number format of the models.", show_default="one that is fast on the device"),
 ]
 EngineOption = Annotated[
     EngineName,
     typer.Option(
-        "--engine",
         help="Engine that encodes texts: auto picks the fastest available one that gives the same vectors; int8 ones "
-        "are faster but change vectors slightly.",
+        "are faster but change vectors slightly."
     ),
 ]
 JsonOption = Annotated[
     Path | None,
     typer.Option(
-        "--json",
-        metavar="PATH",
-        dir_okay=False,
-        callback=in_existing_folder,
-        help="Also write the result as JSON.",
-        show_default=False,
+        "--json", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write the result as JSON."
     ),
 ]
 TaskOption = Annotated[
-    Task, typer.Option("--task", help="Whether a passage answers a query (asymmetric) or means the same (symmetric).")
+    Task, typer.Option(help="Whether a passage answers a query (asymmetric) or means the same (symmetric).")
 ]
 IndexTaskOption = Annotated[
     Task | None,
     typer.Option(
-        "--task",
         help="Whether a passage should answer the query (asymmetric) or mean the same (symmetric).",
         show_default="the index's",
     ),
 ]
 PromptOption = Annotated[
     str | None,
-    typer.Option(
-        "--prompt",
-        metavar="NAME",
-        help="Prompt of an untuned teacher: a name or a TOML file.",
-        show_default="paper",
-    ),
+    typer.Option(metavar="NAME", help="Prompt of an untuned teacher: a name or a TOML file.", show_default="paper"),
 ]
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help=f"A TOML file, or the name of a recipe that comes with d2llm: {', '.join(shipped_recipes())}.",
-        show_default=False,
-    ),
-]
+recipe_argument = typer.Argument(
+    metavar="RECIPE",
+    help=f"A TOML file, or the name of a recipe that comes with d2llm: {', '.join(shipped_recipes())}.",
+)
+RecipeArgument = Annotated[str, recipe_argument]
 AgainOption = Annotated[bool, typer.Option("--again", help="Repeat the step even if it is finished.")]
 
 
@@ -161,7 +138,6 @@ class RunOptions:
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out",
             metavar="RUN_FOLDER",
             file_okay=False,
             help="Where plans, teacher, labels and student go.",
@@ -171,20 +147,15 @@ class RunOptions:
     data: Annotated[
         list[str] | None,
         typer.Option(
-            "--data",
             metavar="[NAME=]FOLDER",
             help="Where a data set of the recipe is on this machine, or the folder that holds all of them by name; may "
             "be given several times.",
-            show_default=False,
         ),
     ] = None
     device: DeviceOption = None
     dtype: DtypeOption = None
     json_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", metavar="PATH", dir_okay=False, help="Also write the result as JSON.", show_default=False
-        ),
+        Path | None, typer.Option("--json", metavar="PATH", dir_okay=False, help="Also write the result as JSON.")
     ] = None
 
     def open(self, session: Session, recipe: str, *, files: Sequence[Path | None] = ()) -> Run:

@@ -16,13 +16,13 @@ from d2llm.core.errors import InputError
 def push(
     context: typer.Context,
     student: StudentArgument,
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Name on the Hub: owner/name.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Name on the Hub: owner/name.")],
     private: Annotated[
         bool | None,
         typer.Option("--private/--public", help="Who may read a new repository.", show_default="the account's default"),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="BRANCH", help="The branch to commit to.", show_default="main")
+        str | None, typer.Option(metavar="BRANCH", help="The branch to commit to.", show_default="main")
     ] = None,
     licence: Annotated[
         str | None,

@@ -11,8 +11,8 @@ from d2llm.cli.options import (
     AgainOption,
     RecipeArgument,
     RunOptions,
-    known_student,
-    known_teacher,
+    student_option,
+    teacher_option,
     with_option_groups,
 )
 from d2llm.cli.session import session_of
@@ -30,10 +30,8 @@ def run(
     again: Annotated[
         RunStep | None,
         typer.Option(
-            "--again",
             metavar="STEP",
             help=f"Repeat this step and those after it, and move old results aside: {', '.join(get_args(RunStep))}.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -69,10 +67,7 @@ def mine(
     options: RunOptions,
     student: Annotated[
         str | None,
-        typer.Option(
-            "--student",
-            metavar="NAME_OR_FOLDER",
-            callback=known_student,
+        student_option(
             help="A trained student that ranks the passages, by its full score.",
             show_default="mining.student, else the recipe's backbone before training",
         ),
@@ -111,18 +106,14 @@ def stack(
             "--member", metavar="MODEL", help=f"A teacher: {_MODEL}. Repeat for each; a single one is only calibrated."
         ),
     ],
-    queries: Annotated[int, typer.Option("--queries", min=2, help="Dev queries of each data set.")] = 200,
+    queries: Annotated[int, typer.Option(min=2, help="Dev queries of each data set.")] = 200,
     depth: Annotated[
-        int, typer.Option("--depth", min=1, help="Candidates of each query: this many each from BM25 and the cosine.")
+        int, typer.Option(min=1, help="Candidates of each query: this many each from BM25 and the cosine.")
     ] = 20,
     html_path: Annotated[
         Path | None,
         typer.Option(
-            "--html",
-            metavar="PATH",
-            dir_okay=False,
-            help="Also write one HTML page with reliability diagrams.",
-            show_default=False,
+            "--html", metavar="PATH", dir_okay=False, help="Also write one HTML page with reliability diagrams."
         ),
     ] = None,
 ) -> None:
@@ -152,23 +143,12 @@ def gate(
     options: RunOptions,
     student: Annotated[
         str | None,
-        typer.Option(
-            "--student",
-            metavar="NAME_OR_FOLDER",
-            callback=known_student,
-            help="The student whose score the teacher must beat.",
-            show_default="the recipe's backbone before training",
+        student_option(
+            help="The student whose score the teacher must beat.", show_default="the recipe's backbone before training"
         ),
     ] = None,
     teacher: Annotated[
-        str | None,
-        typer.Option(
-            "--teacher",
-            metavar="MODEL",
-            callback=known_teacher,
-            help=f"Another teacher: {_MODEL}.",
-            show_default="the run's, or the recipe's",
-        ),
+        str | None, teacher_option(help=f"Another teacher: {_MODEL}.", show_default="the run's, or the recipe's")
     ] = None,
 ) -> None:
     """Test on the dev split whether the teacher beats the cosine.
@@ -211,11 +191,9 @@ def distill(
     variant: Annotated[
         str | None,
         typer.Option(
-            "--variant",
             metavar="NAME",
             help="Train a variant of the student on the same plans, beside it: cosine and paper are the baselines that "
             "evaluate compares with; d2llm ablate --list shows all.",
-            show_default=False,
         ),
     ] = None,
     again: AgainOption = False,

@@ -15,9 +15,9 @@ from d2llm.cli.options import (
     IndexTaskOption,
     JsonOption,
     PromptOption,
-    known_student,
-    known_teacher,
+    student_option,
     teacher_config,
+    teacher_option,
 )
 from d2llm.cli.session import Session, session_of
 from d2llm.core.errors import InputError
@@ -25,8 +25,6 @@ from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TEACHER_PASSAGES, G
 
 if TYPE_CHECKING:
     from d2llm.core.types import CascadeReport, Certificate, Query, Ranking
-    from d2llm.retrieval.cascade import Cascade
-    from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
     from d2llm.retrieval.settings import SearchSettings
 
@@ -45,49 +43,28 @@ _QUICK_QUERIES = 32  # so few are answered too quickly for a progress bar
 
 def search(
     context: typer.Context,
-    index: Annotated[
-        Path,
-        typer.Argument(metavar="INDEX", help="A folder that index or encode made, or a snapshot.", show_default=False),
-    ],
-    texts: Annotated[
-        list[str] | None, typer.Argument(metavar="QUERY", help="What to search for.", show_default=False)
-    ] = None,
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="A folder that index or encode made, or a snapshot.")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="QUERY", help="What to search for.")] = None,
     queries: Annotated[
         Path | None,
-        typer.Option(
-            "--queries", metavar="FILE", help="Also search for each query of queries.jsonl or queries.jsonl.gz."
-        ),
+        typer.Option(metavar="FILE", help="Also search for each query of queries.jsonl or queries.jsonl.gz."),
     ] = None,
     student: Annotated[
-        str | None,
-        typer.Option(
-            "--student",
-            metavar="NAME_OR_FOLDER",
-            callback=known_student,
-            help="The student that made the index, if it has moved since.",
-            show_default=False,
-        ),
+        str | None, student_option(help="The student that made the index, if it has moved since.")
     ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many passages to show.")] = 10,
+    top_k: Annotated[int, typer.Option(min=1, help="How many passages to show.")] = 10,
     filter: Annotated[  # noqa: A002 - the word of the field
         str | None,
         typer.Option(
-            "--filter",
-            metavar="CONDITION",
-            help="Only passages whose metadata match, as in \"year >= 2020 AND language = 'en'\".",
-            show_default=False,
+            metavar="CONDITION", help="Only passages whose metadata match, as in \"year >= 2020 AND language = 'en'\"."
         ),
     ] = None,
     num_candidates: Annotated[
-        int,
-        typer.Option(
-            "--num-candidates", min=1, help="Passages that get the full score; more is slower and more exact."
-        ),
+        int, typer.Option(min=1, help="Passages that get the full score; more is slower and more exact.")
     ] = DEFAULT_NUM_CANDIDATES,
     source: Annotated[
         list[SourceChoice] | None,
         typer.Option(
-            "--source",
             help="Source of candidates for the full score; may be repeated. ann is faster, see d2llm index.",
             show_default="vectors, and bm25 if the student's score uses words",
         ),
@@ -95,53 +72,34 @@ def search(
     hybrid: Annotated[
         float | None,
         typer.Option(
-            "--hybrid",
             metavar="SHARE",
             min=0,
             max=1,
             help="Fuse the student's ranking with BM25's, which then also proposes candidates; SHARE is the weight of "
             "BM25, for example 0.5.",
-            show_default=False,
         ),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Rank all passages exactly, with a proof.")] = False,
     budget_ms: Annotated[
-        float | None,
-        typer.Option(
-            "--budget-ms",
-            min=0,
-            help="With --exact: stop after this time and report how much is proved.",
-            show_default=False,
-        ),
+        float | None, typer.Option(min=0, help="With --exact: stop after this time and report how much is proved.")
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Explain the rank of each passage.")] = False,
     group: Annotated[
-        Grouping,
-        typer.Option("--group", help="Rank documents by their best passage, or by the sum of their three best."),
+        Grouping, typer.Option(help="Rank documents by their best passage, or by the sum of their three best.")
     ] = "passage",
     neighbours: Annotated[
-        int,
-        typer.Option(
-            "--neighbours", min=0, help="Also show this many passages before and after, from the same document."
-        ),
+        int, typer.Option(min=0, help="Also show this many passages before and after, from the same document.")
     ] = 0,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            "--teacher",
-            metavar="MODEL",
-            callback=known_teacher,
-            help="Teacher that rereads passages the student is unsure of; run `d2llm index INDEX calibrate` first.",
-            show_default=False,
+        teacher_option(
+            help="Teacher that rereads passages the student is unsure of; run `d2llm index INDEX calibrate` first."
         ),
     ] = None,
     teacher_passages: Annotated[
-        int, typer.Option("--teacher-passages", min=0, help="Maximum number of passages it reads per query.")
+        int, typer.Option(min=0, help="Maximum number of passages it reads per query.")
     ] = DEFAULT_TEACHER_PASSAGES,
-    teacher_ms: Annotated[
-        float | None,
-        typer.Option("--teacher-ms", min=0, help="Maximum time it reads per query.", show_default=False),
-    ] = None,
+    teacher_ms: Annotated[float | None, typer.Option(min=0, help="Maximum time it reads per query.")] = None,
     prompt: PromptOption = None,
     task: IndexTaskOption = None,
     device: DeviceOption = None,
@@ -178,7 +136,14 @@ def search(
     index_task = task or opened.view.task
     cascade = None
     if teacher is not None:
-        cascade = _load_cascade(opened, index_task, teacher, prompt, teacher_passages, teacher_ms, device, dtype)
+        from d2llm.models.teachers.judge import load_judge
+        from d2llm.retrieval.calibrate import read_error
+        from d2llm.retrieval.cascade import Cascade
+        from d2llm.retrieval.row_evidence import weights_for
+
+        judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
+        error = read_error(opened.folder, judge, index_task, weights_for(opened.view, opened.student, index_task))
+        cascade = Cascade(judge, error, teacher_passages, teacher_ms)
     show_progress = session.show_progress if len(all_queries) > _QUICK_QUERIES else False
     rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, show_progress=show_progress)
     for ranking in rankings:
@@ -206,27 +171,6 @@ def _show(session: Session, ranking: Ranking, settings: SearchSettings, student:
         session.say(_cascade_line(ranking.cascade))
     if ranking.certificate is not None:
         session.say(_proof(ranking.certificate, len(ranking.passages)))
-
-
-def _load_cascade(
-    index: Index,
-    task: Task,
-    teacher: str,
-    prompt: str | None,
-    teacher_passages: int | None,
-    teacher_ms: float | None,
-    device: str | None,
-    dtype: str | None,
-) -> Cascade:
-    """The cascade for the options of a search; the student's error is the one stored beside the index."""
-    from d2llm.models.teachers.judge import load_judge
-    from d2llm.retrieval.calibrate import read_error
-    from d2llm.retrieval.cascade import Cascade
-    from d2llm.retrieval.row_evidence import weights_for
-
-    judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
-    error = read_error(index.folder, judge, task, weights_for(index.view, index.student, task))
-    return Cascade(judge, error, teacher_passages, teacher_ms)
 
 
 def _cascade_line(report: CascadeReport) -> str:

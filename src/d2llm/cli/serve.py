@@ -19,7 +19,6 @@ from d2llm.cli.session import session_of
 from d2llm.core.types import EngineName
 
 if TYPE_CHECKING:
-    from d2llm.core.table import Table
     from d2llm.server.settings import LoadedSettings
 
 
@@ -28,64 +27,44 @@ class SettingOptions:
     """Settings of the server that have their own option; None leaves a setting to environment and file."""
 
     index: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="INDEX", help="Folder of an index; without it, only a student is served.", show_default=False
-        ),
+        Path | None, typer.Argument(metavar="INDEX", help="Folder of an index; without it, only a student is served.")
     ] = None
     student: Annotated[
         str | None,
         typer.Option(
-            "--student",
             metavar="NAME_OR_FOLDER",
             help="A student's folder, or the name of a shipped one.",
             show_default="the index's",
         ),
     ] = None
-    teacher: Annotated[
-        str | None,
-        typer.Option("--teacher", metavar="MODEL", help="A teacher that searches may use.", show_default=False),
-    ] = None
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="A teacher that searches may use.")] = None
     prompt: PromptOption = None
-    host: Annotated[
-        str | None, typer.Option("--host", metavar="ADDRESS", help="Where to listen.", show_default="127.0.0.1")
-    ] = None
+    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Where to listen.", show_default="127.0.0.1")] = (
+        None
+    )
     port: Annotated[
-        int | None,
-        typer.Option("--port", min=0, max=65_535, help="Port to listen on; 0 picks a free one.", show_default="8000"),
+        int | None, typer.Option(min=0, max=65_535, help="Port to listen on; 0 picks a free one.", show_default="8000")
     ] = None
-    keys_file: Annotated[
-        Path | None,
-        typer.Option("--keys-file", metavar="FILE", help="API keys, made with: d2llm keys.", show_default=False),
-    ] = None
+    keys_file: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, made with: d2llm keys.")] = None
     writable: Annotated[
         bool | None,
         typer.Option("--writable/--read-only", help="Whether passages can be changed.", show_default="writable"),
     ] = None
-    report: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="FILE", help="A page of `d2llm evaluate --html` to show.", show_default=False),
-    ] = None
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="A page of `d2llm evaluate --html` to show.")] = (
+        None
+    )
     device: DeviceOption = None
     dtype: DtypeOption = None
-    engine: Annotated[
-        EngineName | None,
-        typer.Option("--engine", help="Engine that encodes texts.", show_default="auto"),
-    ] = None
+    engine: Annotated[EngineName | None, typer.Option(help="Engine that encodes texts.", show_default="auto")] = None
 
 
 @with_option_groups
 def serve(
     context: typer.Context,
     options: SettingOptions,
-    config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML.", show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings as TOML.")] = None,
     assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="Any setting; may be given several times.", show_default=False
-        ),
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting; may be given several times.")
     ] = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Show all settings, and where each comes from, and stop.")
@@ -99,15 +78,19 @@ def serve(
     """
     from d2llm.core.extras import require
 
-    for module in ("pydantic_settings", "fastapi", "uvicorn", "prometheus_client", "structlog", "limits"):
+    for module in ("fastapi", "uvicorn", "prometheus_client", "structlog", "limits"):
         require(module, extra="serve", purpose="a server")
     from d2llm.core.errors import InputError
+    from d2llm.core.table import Table
     from d2llm.server.settings import load_settings, parse_assignments
 
     session = session_of(context)
     loaded = load_settings(vars(options), file=config, assignments=parse_assignments(assignments or []))
     if show_config:
-        session.show(_settings_table(loaded))
+        table = Table("setting", "value", "from")
+        for row in loaded.lines():
+            table.add_row(*row)
+        session.show(table)
         values = {"url": None, "settings": loaded.settings.model_dump(), "sources": loaded.sources}
         session.write_report(context, json_path, values)
     elif loaded.settings.index is None and loaded.settings.student is None:
@@ -152,12 +135,3 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
                 await serving.index.served.reload()
 
         run_app(app, settings, bound, app.state.lifecycle, on_ready=say_ready, on_hangup=reload)
-
-
-def _settings_table(loaded: LoadedSettings) -> Table:
-    from d2llm.core.table import Table
-
-    table = Table("setting", "value", "from")
-    for row in loaded.lines():
-        table.add_row(*row)
-    return table

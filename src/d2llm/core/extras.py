@@ -23,16 +23,9 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        if not _is_missing(module, error):
-            raise MissingExtraError(
-                f"{purpose} needs the package '{module}', which is installed but cannot be imported ({error}): "
-                f"pip install --upgrade 'd2llm[{extra}]'"
-            ) from error
-        raise MissingExtraError(
-            f"{purpose} needs the package '{module}', which is not installed: pip install 'd2llm[{extra}]'"
-        ) from error
-
-
-def _is_missing(module: str, error: ImportError) -> bool:
-    """Whether ``module`` itself or one of its parent packages was not found, rather than something that it imports."""
-    return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        # Missing is the module itself or one of its parent packages; anything else is something that it imports.
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            problem = f"which is not installed: pip install 'd2llm[{extra}]'"
+        else:
+            problem = f"which is installed but cannot be imported ({error}): pip install --upgrade 'd2llm[{extra}]'"
+        raise MissingExtraError(f"{purpose} needs the package '{module}', {problem}") from error

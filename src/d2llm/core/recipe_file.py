@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
@@ -10,14 +9,10 @@ from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.names import nearest
+from d2llm.core.names import suggestion
 from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig
 from d2llm.core.shipped import shipped_recipes
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from d2llm.core.toml import parse_toml, read_toml
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -33,13 +28,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
             value.
     """
     path = _find_recipe(path_or_name)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark first
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    return load_recipe_text(text, where=str(path))
+    return parse_recipe(read_toml(path, RecipeError), where=str(path))
 
 
 def load_recipe_text(text: str, *, where: str) -> Recipe:
@@ -48,10 +37,7 @@ def load_recipe_text(text: str, *, where: str) -> Recipe:
     Raises:
         RecipeError: as ``load_recipe``.
     """
-    try:
-        return parse_recipe(tomllib.loads(text), where=where)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where}: not valid TOML: {error}; correct it there") from error
+    return parse_recipe(parse_toml(text, where=where, error=RecipeError), where=where)
 
 
 def _find_recipe(path_or_name: str | Path) -> Path:
@@ -127,7 +113,8 @@ def _explain(problem: ErrorDetails) -> str:
     key = ".".join(str(part) for part in location)
     match problem["type"]:
         case "extra_forbidden":
-            return _explain_unknown_key(key, location)
+            known = sorted(_section_at(location[:-1]).model_fields)
+            return f"unknown key '{key}'; {suggestion(str(location[-1]), known, 'known keys here')}"
         case "missing":
             return f"{key} is missing; set it"
         case "model_type":
@@ -138,13 +125,6 @@ def _explain(problem: ErrorDetails) -> str:
             return f"{key}.{problem['msg']}"
         case _:
             return f"{key}: {problem['msg']} (got {problem['input']!r})"
-
-
-def _explain_unknown_key(key: str, location: tuple[int | str, ...]) -> str:
-    known = sorted(_section_at(location[:-1]).model_fields)
-    suggestion = nearest(str(location[-1]), known)
-    hint = f"known keys here: {', '.join(known)}" if suggestion is None else f"did you mean '{suggestion}'?"
-    return f"unknown key '{key}'; {hint}"
 
 
 def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:

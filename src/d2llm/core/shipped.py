@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
-from d2llm.core.manifest import FILE_NAME
+from d2llm.core.manifest import FILE_NAME, read_any_manifest
 
 DEFAULT_STUDENT = "d2llm-minilm"
 
@@ -27,17 +26,12 @@ def name_student(fingerprint: str, source: object = None) -> str:
 
     The name is taken from ``source``, or else from the shipped student with this fingerprint.
     """
-    name = Path(source).name if isinstance(source, str) and source else None
-    if name is None:
-        name = next(
-            (name for name, folder in shipped_models("students").items() if _hash_of(folder) == fingerprint), None
-        )
-    return fingerprint if name is None else f"{name} ({fingerprint})"
-
-
-def _hash_of(folder: Path) -> str | None:
-    manifest: dict[str, object] = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-    return cast("str | None", manifest.get("fingerprint"))
+    if isinstance(source, str) and source:
+        return f"{Path(source).name} ({fingerprint})"
+    for name, folder in shipped_models("students").items():
+        if read_any_manifest(folder).get("fingerprint") == fingerprint:
+            return f"{name} ({fingerprint})"
+    return fingerprint
 
 
 def _package() -> Path:

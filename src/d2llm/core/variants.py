@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.names import nearest
+from d2llm.core.names import suggestion
 from d2llm.core.recipe import Recipe
 from d2llm.core.recipe_file import parse_recipe
 
 VariantGroup = Literal["baseline", "published", "own"]
+_Group = Mapping[str, tuple[str, Mapping[str, Any]]]  # name -> title and settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,7 @@ def find_variant(name: str) -> Variant:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    suggestion = nearest(name, VARIANTS)
-    hint = f"there are: {', '.join(VARIANTS)}" if suggestion is None else f"did you mean '{suggestion}'?"
-    raise RecipeError(f"no variant '{name}'; {hint}")
+    raise RecipeError(f"no variant '{name}'; {suggestion(name, VARIANTS, 'there are')}")
 
 
 def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,82 +79,56 @@ def _without(*losses: str) -> dict[str, Any]:
     return {"losses": dict.fromkeys(losses, 0.0)}
 
 
-_ALL = (
-    Variant(
-        "cosine",
-        "baseline",
+_BASELINES: _Group = {
+    "cosine": (
         "tuned cosine: the plain bi-encoder",
         _student(**_COSINE, **_NO_PMA) | {"losses": _PLAIN_LOSSES, "evidence": _NO_EVIDENCE},
     ),
-    Variant(
-        "paper",
-        "baseline",
+    "paper": (
         "the published head: concatenated vectors, no inner product",
         # Five times the rate of the anchored head: that one starts as a cosine, this one from random weights.
         _student(interaction={"head": "paper", "features": "concat"})
         | {"training": {"head_learning_rate": 1e-3}, "evidence": _NO_EVIDENCE},
     ),
-    Variant("without-ci", "published", "without contrastive imitation", _without("contrastive_imitation")),
-    Variant(
-        "without-ph",
-        "published",
-        "without rank imitation, positives and hard",
-        _without("rank_imitation_positive_hard"),
-    ),
-    Variant("without-hi", "published", "without rank imitation, hard over easy", _without("rank_imitation_hard_easy")),
-    Variant("without-fi", "published", "without feature imitation", _without("feature_imitation")),
-    Variant(
-        "mean-pooling",
-        "published",
-        "mean of the tokens instead of PMA",
-        _student(backbone={"pooling": "mean"}, **_NO_PMA),
-    ),
-    Variant(
-        "last-pooling", "published", "last token instead of PMA", _student(backbone={"pooling": "last"}, **_NO_PMA)
-    ),
-    Variant("cosine-for-iem", "published", "cosine instead of the IEM, same losses", _student(**_COSINE)),
-    Variant(
-        "one-branch", "published", "one branch of the IEM for both tasks", _student(interaction={"branches": "shared"})
-    ),
-    Variant("without-words", "own", "without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
-    Variant("without-li", "own", "without list imitation: cross-entropy alone", _without("list_imitation")),
-    Variant(
-        "paper-head",
-        "own",
-        "head `paper` instead of `anchored`, same features",
-        _student(interaction={"head": "paper"}),
-    ),
-    Variant(
-        "anchored-head",
-        "own",
-        "head `anchored` instead of `paper`, same features",
-        _student(interaction={"head": "anchored"}),
-    ),
-    Variant("concat", "own", "features: the vectors alone", _student(interaction={"features": "concat"})),
-    Variant("product", "own", "features: the vectors and their product", _student(interaction={"features": "product"})),
-    Variant(
-        "difference",
-        "own",
-        "features: the vectors and their difference",
-        _student(interaction={"features": "difference"}),
-    ),
-    Variant("rich", "own", "features: the vectors, product and difference", _student(interaction={"features": "rich"})),
-    Variant("width-128", "own", "IEM of width 128", _student(interaction={"hidden_dim": 128, "feature_dim": 128})),
-    Variant("width-512", "own", "IEM of width 512", _student(interaction={"hidden_dim": 512, "feature_dim": 512})),
-    Variant("width-1024", "own", "IEM of width 1,024", _student(interaction={"hidden_dim": 1024, "feature_dim": 1024})),
-    Variant("cold-start", "own", "PMA alone, no warm start", _student(pooling={"warm_start": False})),
-    Variant("warm-start", "own", "PMA beside the backbone's pooling", _student(pooling={"warm_start": True})),
-    Variant("one-stage", "own", "vectors and interaction trained together", {"training": {"residual": {"epochs": 0}}}),
-    Variant("not-quiet", "own", "no penalty on changes elsewhere", {"training": {"residual": {"quiet_price": 0.0}}}),
-    Variant("two-stages", "own", "first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),
-    Variant("gates", "own", "gates of query and passage on the bound", _student(interaction={"gates": True})),
-    Variant("no-gates", "own", "one bound for every pair", _student(interaction={"gates": False})),
-    Variant(
-        "no-imitation",
-        "own",
+}
+_PUBLISHED: _Group = {
+    "without-ci": ("without contrastive imitation", _without("contrastive_imitation")),
+    "without-ph": ("without rank imitation, positives and hard", _without("rank_imitation_positive_hard")),
+    "without-hi": ("without rank imitation, hard over easy", _without("rank_imitation_hard_easy")),
+    "without-fi": ("without feature imitation", _without("feature_imitation")),
+    "mean-pooling": ("mean of the tokens instead of PMA", _student(backbone={"pooling": "mean"}, **_NO_PMA)),
+    "last-pooling": ("last token instead of PMA", _student(backbone={"pooling": "last"}, **_NO_PMA)),
+    "cosine-for-iem": ("cosine instead of the IEM, same losses", _student(**_COSINE)),
+    "one-branch": ("one branch of the IEM for both tasks", _student(interaction={"branches": "shared"})),
+}
+_OWN: _Group = {
+    "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
+    "without-li": ("without list imitation: cross-entropy alone", _without("list_imitation")),
+    "paper-head": ("head `paper` instead of `anchored`, same features", _student(interaction={"head": "paper"})),
+    "anchored-head": ("head `anchored` instead of `paper`, same features", _student(interaction={"head": "anchored"})),
+    "concat": ("features: the vectors alone", _student(interaction={"features": "concat"})),
+    "product": ("features: the vectors and their product", _student(interaction={"features": "product"})),
+    "difference": ("features: the vectors and their difference", _student(interaction={"features": "difference"})),
+    "rich": ("features: the vectors, product and difference", _student(interaction={"features": "rich"})),
+    "width-128": ("IEM of width 128", _student(interaction={"hidden_dim": 128, "feature_dim": 128})),
+    "width-512": ("IEM of width 512", _student(interaction={"hidden_dim": 512, "feature_dim": 512})),
+    "width-1024": ("IEM of width 1,024", _student(interaction={"hidden_dim": 1024, "feature_dim": 1024})),
+    "cold-start": ("PMA alone, no warm start", _student(pooling={"warm_start": False})),
+    "warm-start": ("PMA beside the backbone's pooling", _student(pooling={"warm_start": True})),
+    "one-stage": ("vectors and interaction trained together", {"training": {"residual": {"epochs": 0}}}),
+    "not-quiet": ("no penalty on changes elsewhere", {"training": {"residual": {"quiet_price": 0.0}}}),
+    "two-stages": ("first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),
+    "gates": ("gates of query and passage on the bound", _student(interaction={"gates": True})),
+    "no-gates": ("one bound for every pair", _student(interaction={"gates": False})),
+    "no-imitation": (
         "data sets' judgements only, no teacher",
-        _without(*(n for n in _PLAIN_LOSSES if "imitation" in n)),
+        _without(*(name for name in _PLAIN_LOSSES if "imitation" in name)),
     ),
-)
-VARIANTS: Mapping[str, Variant] = {variant.name: variant for variant in _ALL}
+}
+_GROUPS: dict[VariantGroup, _Group] = {"baseline": _BASELINES, "published": _PUBLISHED, "own": _OWN}
+VARIANTS: Mapping[str, Variant] = {
+    name: Variant(name, group, title, settings)
+    for group, variants in _GROUPS.items()
+    for name, (title, settings) in variants.items()
+}
 """All variants by name, baselines first."""

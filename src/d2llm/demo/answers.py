@@ -1,14 +1,19 @@
-"""Answers to the demo's questions by BM25, the untuned cosine and D2LLM, on one index."""
+"""The demo's questions, the documentation that answers them, and the rankings of BM25, the untuned cosine and D2LLM.
+
+The questions and the right ids were written down from knowledge of the standard library before any system had ranked
+them, and are not adapted to the results.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from d2llm.core.types import Passage
-from d2llm.demo.questions import QUESTIONS, DemoQuestion, without_piece
-from d2llm.demo.report import DemoAnswer, DemoPlace, QuestionReport
+from d2llm.demo.report import DemoAnswer, QuestionReport, top_places
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent
 
@@ -17,6 +22,60 @@ DEPTH = 100
 """Number of ranks that are compared; passages further down count as missing."""
 _PROPOSED = 10
 """Passages per question that BM25 and D2LLM each pass to the untuned cosine, which has no index."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoQuestion:
+    """A question and the ids of the passages that answer it; not every Python version has all of them."""
+
+    text: str
+    right_ids: frozenset[str]
+
+
+QUESTIONS = (
+    DemoQuestion(
+        "How do I run a function every few seconds in the background?",
+        frozenset(
+            {"threading.Timer", "sched", "sched.scheduler.enter", "asyncio.base_events.BaseEventLoop.call_later"}
+        ),
+    ),
+    DemoQuestion(
+        "How can I find all files matching a pattern in a folder and in all folders below it?",
+        frozenset({"pathlib.Path.rglob", "pathlib.Path.glob", "glob.glob", "glob.iglob"}),
+    ),
+    DemoQuestion(
+        "How do I merge two dictionaries so that the second one wins?",
+        frozenset({"dict.update", "collections.abc.MutableMapping.update"}),
+    ),
+    DemoQuestion(
+        "Somebody made a typo: which of my known words did they mean?",
+        frozenset({"difflib.get_close_matches"}),
+    ),
+    DemoQuestion(
+        "How can I remember the results of a slow function so that they are not computed twice?",
+        frozenset({"functools.lru_cache", "functools.cache"}),
+    ),
+    DemoQuestion(
+        "How do I copy a nested list so that changes to the copy leave the original alone?",
+        frozenset({"copy", "copy.deepcopy"}),
+    ),
+    DemoQuestion(
+        "How do I get a folder that is deleted by itself when I am done with it?",
+        frozenset({"tempfile.TemporaryDirectory"}),
+    ),
+    DemoQuestion(
+        "How do I ask for a password without showing it on the screen?",
+        frozenset({"getpass", "getpass.getpass", "getpass.unix_getpass", "getpass.win_getpass"}),
+    ),
+)
+
+JUDGED = 1
+"""Position of the question that the teacher judges."""
+
+
+def without_piece(passage_id: str) -> str:
+    """The id of the first piece of a long docstring: "copy" for "copy#2"."""
+    return passage_id.partition("#")[0]
 
 
 class Candidates:
@@ -28,12 +87,16 @@ class Candidates:
         self._d2llm = [
             [(place.passage, place.score) for place in ranking.passages] for ranking in index.search(texts, top_k=DEPTH)
         ]
-        self._bm25 = [_match(index, text) for text in texts]
+        self._bm25: list[list[tuple[Passage, float]]] = []
+        for text in texts:
+            matches = index.view.match(text, DEPTH)
+            passages = index.view.passages(matches.rows)
+            self._bm25.append(list(zip(passages, np.asarray(matches.scores).tolist(), strict=True)))
         proposed = {passage.id: passage for number in range(len(texts)) for passage in self.top(number, _PROPOSED)}
-        self.num_candidates = len(proposed)
         vectors = cosine.encode_passages([passage.full_text for passage in proposed.values()]).vectors
         scores = cosine.encode_queries(texts).vectors @ vectors.T
         self._cosine = [dict(zip(proposed, row.tolist(), strict=True)) for row in scores]
+        self._proposed = proposed
 
     def top(self, number: int, top_k: int) -> list[Passage]:
         """The first passages of D2LLM and of BM25 for a question, without duplicates."""
@@ -53,49 +116,23 @@ class Candidates:
     def answer(self, interaction_weight: float) -> QuestionReport:
         """The top of BM25 and D2LLM, and whether the untuned cosine has a right answer in its top."""
         ids = set(self._index.view.ids(self._index.view.live_rows()))
-        answers = tuple(
-            DemoAnswer(
-                question=question.text,
-                right_ids=tuple(sorted(question.right_ids & ids)),
-                baseline=_places(question, by_bm25, other=by_d2llm),
-                d2llm=_places(question, by_d2llm, other=by_bm25),
-            )
-            for question, by_bm25, by_d2llm in zip(QUESTIONS, self._bm25, self._d2llm, strict=True)
-        )
+        answers: list[DemoAnswer] = []
+        for question, by_bm25, by_d2llm in zip(QUESTIONS, self._bm25, self._d2llm, strict=True):
+            is_answer = partial(is_right, question)
+            baseline = top_places(by_bm25, by_d2llm, is_answer, TOP_K)
+            d2llm = top_places(by_d2llm, by_bm25, is_answer, TOP_K)
+            answers.append(DemoAnswer(question.text, tuple(sorted(question.right_ids & ids)), baseline, d2llm))
         right_cosine = tuple(
-            any(is_right(question, passage_id) for passage_id in self._cosine_top(number))
+            any(is_right(question, passage) for passage in self._cosine_top(number))
             for number, question in enumerate(QUESTIONS)
         )
-        return QuestionReport(answers, right_cosine, self.num_candidates, interaction_weight)
+        return QuestionReport(tuple(answers), right_cosine, len(self._proposed), interaction_weight)
 
-    def _cosine_top(self, number: int) -> list[str]:
+    def _cosine_top(self, number: int) -> list[Passage]:
         ranked = sorted((-score, passage_id) for passage_id, score in self._cosine[number].items())
-        return [passage_id for _, passage_id in ranked[:TOP_K]]
+        return [self._proposed[passage_id] for _, passage_id in ranked[:TOP_K]]
 
 
-def is_right(question: DemoQuestion, passage_id: str) -> bool:
+def is_right(question: DemoQuestion, passage: Passage) -> bool:
     """Whether a passage, or the passage that it continues, was named as an answer."""
-    return without_piece(passage_id) in question.right_ids
-
-
-def _match(index: Index, text: str) -> list[tuple[Passage, float]]:
-    matches = index.view.match(text, DEPTH)
-    return list(zip(index.view.passages(matches.rows), np.asarray(matches.scores).tolist(), strict=True))
-
-
-def _places(
-    question: DemoQuestion, ranking: Sequence[tuple[Passage, float]], *, other: Sequence[tuple[Passage, float]]
-) -> tuple[DemoPlace, ...]:
-    other_ranks = {passage.id: rank for rank, (passage, _) in enumerate(other, start=1)}
-    return tuple(
-        DemoPlace(
-            rank=rank,
-            passage_id=passage.id,
-            title=passage.title,
-            text=passage.text,
-            score=score,
-            right=is_right(question, passage.id),
-            other_rank=other_ranks.get(passage.id),
-        )
-        for rank, (passage, score) in enumerate(ranking[:TOP_K], start=1)
-    )
+    return without_piece(passage.id) in question.right_ids

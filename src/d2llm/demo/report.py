@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from d2llm.core.types import Passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,28 @@ class DemoPlace:
     score: float
     right: bool
     other_rank: int | None
+
+
+def top_places(
+    ranking: Sequence[tuple[Passage, float]],
+    other: Sequence[tuple[Passage, float]],
+    is_right: Callable[[Passage], bool],
+    top_k: int,
+) -> tuple[DemoPlace, ...]:
+    """The first entries of a ranking of (passage, score), compared with the ranking of the ``other`` system."""
+    other_ranks = {passage.id: rank for rank, (passage, _) in enumerate(other, start=1)}
+    return tuple(
+        DemoPlace(
+            rank=rank,
+            passage_id=passage.id,
+            title=passage.title,
+            text=passage.text,
+            score=score,
+            right=is_right(passage),
+            other_rank=other_ranks.get(passage.id),
+        )
+        for rank, (passage, score) in enumerate(ranking[:top_k], start=1)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,8 @@ def _imports() -> Iterator[Finding]:
         try:
             importlib.import_module(module)
         except Exception as error:  # noqa: BLE001 - a broken library may raise anything
-            advice = f"pip install --force-reinstall {_package_of(module)}"
+            package = "faiss-cpu" if module == "faiss" else module
+            advice = f"pip install --force-reinstall {package}"
             yield Finding("install", "import", "problem", f"{module} cannot be imported ({error})", advice)
 
 
@@ -69,19 +70,13 @@ def _packages() -> Iterator[Finding]:
         advice = "run pip install . in the checkout, so that versions can be checked"
         yield Finding("install", "packages", "note", "d2llm runs from a folder and is not installed", advice)
     required = [r for r in requirements if not _extra_of(r) and (r.marker is None or r.marker.evaluate())]
-    wrong = [finding for finding in map(_package, required) if finding is not None]
-    yield from wrong
+    wrong = {requirement: problem for requirement in required if (problem := _mismatch(requirement))}
+    for requirement, problem in wrong.items():
+        advice = f"pip install '{requirement.name}{requirement.specifier}'"
+        yield Finding("install", requirement.name, "problem", problem, advice)
     if required and not wrong:
         torch = metadata.version("torch")
         yield Finding("install", "packages", "ok", f"{len(required)} in the required versions, including torch {torch}")
-
-
-def _package(requirement: Requirement) -> Finding | None:
-    problem = _mismatch(requirement)
-    if problem is None:
-        return None
-    advice = f"pip install '{requirement.name}{requirement.specifier}'"
-    return Finding("install", requirement.name, "problem", problem, advice)
 
 
 def _mismatch(requirement: Requirement) -> str | None:
@@ -117,7 +112,3 @@ def _extras() -> Iterator[Finding]:
 def _extra_of(requirement: Requirement) -> str:
     match = _EXTRA.search(str(requirement.marker or ""))
     return match[1] if match else ""
-
-
-def _package_of(module: str) -> str:
-    return {"faiss": "faiss-cpu"}.get(module, module)

@@ -85,7 +85,13 @@ def _product() -> Finding:
 
 
 def _scan() -> Finding:
-    return _agreement("scan", _scan_error(*_example()), 1e-3, "between the inner products of faiss and numpy")
+    faiss = importlib.import_module("faiss")
+    queries, passages, reference = _example()
+    scores, rows = faiss.knn(queries, passages, 10, metric=faiss.METRIC_INNER_PRODUCT)
+    best = -np.sort(-reference, axis=1)[:, :10]
+    of_rows = np.take_along_axis(reference, rows, axis=1)
+    error = float(max(np.abs(scores - best).max(), np.abs(scores - of_rows).max()))
+    return _agreement("scan", error, 1e-3, "between the inner products of faiss and numpy")
 
 
 def _interaction() -> Finding:
@@ -170,14 +176,6 @@ def _agreement(name: str, error: float, allowed: float, comparison: str) -> Find
         return Finding("kernels", name, "ok", result)
     advice = "scores cannot be trusted here: use --dtype float32, and another version of torch or faiss-cpu"
     return Finding("kernels", name, "problem", result, advice)
-
-
-def _scan_error(queries: np.ndarray, passages: np.ndarray, reference: np.ndarray) -> float:
-    faiss = importlib.import_module("faiss")
-    scores, rows = faiss.knn(queries, passages, 10, metric=faiss.METRIC_INNER_PRODUCT)
-    best = -np.sort(-reference, axis=1)[:, :10]
-    of_rows = np.take_along_axis(reference, rows, axis=1)
-    return float(max(np.abs(scores - best).max(), np.abs(scores - of_rows).max()))
 
 
 def _interaction_error(query: np.ndarray, passages: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -37,7 +38,12 @@ _loaded: WeakValueDictionary[tuple[str, str | None, str | None], Student] = Weak
 
 
 class _Component:
-    """Base class of all components."""
+    """Base class of all components, each of which keeps its arguments as attributes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The component as plain values."""
+        arguments = list(signature(type(self).__init__).parameters)[1:]
+        return default_to_dict(self, **{name: getattr(self, name) for name in arguments})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Any:
@@ -95,10 +101,6 @@ class D2LLMTextEmbedder(_StudentComponent):
         """
         return {"embedding": embed_queries(self._ready(), [text], self.task)[0].tolist()}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The component as plain values."""
-        return default_to_dict(self, student=self.student, task=self.task, device=self.device, dtype=self.dtype)
-
 
 @component
 class D2LLMDocumentEmbedder(_StudentComponent):
@@ -125,10 +127,6 @@ class D2LLMDocumentEmbedder(_StudentComponent):
         vectors = embed_passages(self._ready(), [_text(document) for document in documents])
         both = zip(documents, vectors, strict=True)
         return {"documents": [replace(document, embedding=vector.tolist()) for document, vector in both]}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The component as plain values."""
-        return default_to_dict(self, student=self.student, device=self.device, dtype=self.dtype)
 
 
 @component
@@ -172,12 +170,6 @@ class D2LLMRanker(_StudentComponent):
         texts = [_text(document) for document in documents]
         ranked = rank_texts(self._ready(), query, texts, self.task, self.top_k if top_k is None else top_k)
         return {"documents": [replace(documents[place], score=score) for place, score in ranked]}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The component as plain values."""
-        return default_to_dict(
-            self, student=self.student, top_k=self.top_k, task=self.task, device=self.device, dtype=self.dtype
-        )
 
 
 @component
@@ -238,19 +230,6 @@ class D2LLMRetriever(_Component):
         (ranking,) = self._ready().search([query], settings)
         return {"documents": [_document(place) for place in ranking.passages]}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The component as plain values."""
-        return default_to_dict(
-            self,
-            index=self.index,
-            top_k=self.top_k,
-            filters=self.filters,
-            settings=self.settings,
-            student=self.student,
-            device=self.device,
-            dtype=self.dtype,
-        )
-
     def _ready(self) -> Index:
         if self._index is None:
             student = None if self.student is None else _load(self.student, self.device, self.dtype)
@@ -260,8 +239,12 @@ class D2LLMRetriever(_Component):
         return self._index
 
     def _search_settings(self, top_k: int, filters: Mapping[str, Any] | None) -> SearchSettings:
+        # Serialisation turns tuples into lists.
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self.settings.items()
+        }
         try:
-            settings = SearchSettings(**_tuples(self.settings))
+            settings = SearchSettings(**fields)
         except TypeError as error:
             raise InputError(f"settings are fields of SearchSettings: {error}") from None
         conditions = [part for part in (settings.filter, as_condition(filters) if filters else None) if part]
@@ -274,11 +257,6 @@ def _load(student: str, device: str | None, dtype: str | None) -> Student:
     if loaded is None:
         loaded = _loaded[key] = Student.load(student, device=device, dtype=dtype)
     return loaded
-
-
-def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn lists back into tuples, which serialisation turned into lists."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _text(document: Document) -> str:

@@ -128,7 +128,11 @@ class D2LLMModel:
         passages = [Passage(row["id"], row["text"], row.get("title") or "") for row in corpus]
         content = fingerprint_passages(passages)
         name = f"{self._student.fingerprint}-{content}-{self._vector_format}-{FORMAT_VERSION}"
-        target = self._index_parent() / name
+        parent = self._work_folder
+        if parent is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="d2llm-mteb-")  # this deletes the previous one
+            parent = Path(self._temporary.name)
+        target = parent / name
         if not target.exists():
             # mteb shows progress by default; None shows it in a terminal
             show_progress = None if encode_kwargs.get("show_progress_bar", True) else False
@@ -233,12 +237,6 @@ class D2LLMModel:
         scores = np.array([self._student.score(query, passage[None], task)[0] for query, passage in both], np.float32)
         _refuse_nan(scores, "pairs")
         return scores
-
-    def _index_parent(self) -> Path:
-        if self._work_folder is not None:
-            return self._work_folder
-        self._temporary = tempfile.TemporaryDirectory(prefix="d2llm-mteb-")  # this deletes the previous one
-        return Path(self._temporary.name)
 
     def _rerank(
         self, queries: Sequence[Query], top_ranked: Mapping[str, Sequence[str]], task: Task, top_k: int

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.types import Task
-from d2llm.integrations.texts import rank_texts, require_anchor, score_pairs
+from d2llm.integrations.texts import rank_texts, require_anchor, require_texts, score_pairs
 from d2llm.models.student import Student
 
 require("sentence_transformers", extra="sentence-transformers", purpose="a student in sentence-transformers")
@@ -75,9 +75,7 @@ class StudentModule(InputModule):
         Raises:
             InputError: something is not a text.
         """
-        for text in inputs:
-            if not isinstance(text, str):
-                raise InputError(f"a text is needed, but {type(text).__name__} was given ({text!r:.60})")
+        require_texts(inputs)
         kind = "query" if task == "query" else "passage"
         limit = self.student.max_query_tokens if kind == "query" else None
         tokenized = self.student.backbone.tokenize(inputs, kind, prefix=prompt, limit=limit)
@@ -196,19 +194,9 @@ class StudentCrossEncoder:
     ) -> NDArray[np.float32] | Tensor | list[Tensor] | np.float32:
         """Scores [n] of (query, passage) pairs, or one number for a single pair.
 
-        Args:
-            inputs: a list (or array) of pairs, or one pair.
-            prompt_name: must be None.
-            prompt: must be None.
-            batch_size: ignored.
-            show_progress_bar: ignored.
-            activation_fn: used instead of the model's own.
-            apply_softmax: ignored.
-            convert_to_numpy: return an array rather than a list of tensors.
-            convert_to_tensor: return one tensor.
-            device: must be None.
-            pool: must be None.
-            chunk_size: must be None.
+        ``inputs`` is a list (or array) of pairs, or one pair. The result is an array; with ``convert_to_tensor`` one
+        tensor; without ``convert_to_numpy`` a list of tensors. ``activation_fn`` replaces the model's own. Batch size,
+        progress bar and softmax are ignored; prompt, device, pool and chunk size must be None.
 
         Raises:
             InputError: an input is not a pair of texts, or an argument that must be None is given.
@@ -244,19 +232,8 @@ class StudentCrossEncoder:
     ) -> list[dict[str, Any]]:
         """Documents by their score for a query, best first: ``corpus_id`` (input position), ``score`` and ``text``.
 
-        Args:
-            query: a text.
-            documents: texts.
-            top_k: how many documents to return; None means all.
-            return_documents: whether to include the ``text``.
-            prompt_name: must be None.
-            prompt: must be None.
-            batch_size: ignored.
-            show_progress_bar: ignored.
-            activation_fn: applied to the scores; the order is that of the logits.
-            device: must be None.
-            pool: must be None.
-            chunk_size: must be None.
+        The best ``top_k`` documents (None: all), with their ``text`` if ``return_documents``. ``activation_fn`` is
+        applied to the scores; the order is that of the logits. Other arguments are as in ``predict``.
 
         Raises:
             InputError: something is not a text, ``top_k`` is below 1, or an argument that must be None is given.

@@ -39,7 +39,7 @@ def embed_passages(student: SearchStudent, texts: Sequence[str]) -> NDArray[np.f
     Raises:
         InputError: something is not a text.
     """
-    _require_texts(texts)
+    require_texts(texts)
     return _read(student.encode_passages(texts), "passages")
 
 
@@ -50,7 +50,7 @@ def embed_queries(student: SearchStudent, texts: Sequence[str], task: Task) -> N
         InputError: something is not a text, or the student's head has no inner product.
     """
     require_anchor(student)
-    _require_texts(texts)
+    require_texts(texts)
     return student.anchor_queries(_read(student.encode_queries(texts), "queries"), task)
 
 
@@ -73,7 +73,7 @@ def score_pairs(student: SearchStudent, pairs: Sequence[tuple[str, str]], task: 
         InputError: something is not a text.
         ModelError: a score is not a number.
     """
-    _require_texts([text for pair in pairs for text in pair])
+    require_texts([text for pair in pairs for text in pair])
     scored = reading.score_pairs(student, pairs, task)
     _read(scored.queries, "queries")
     _read(scored.passages, "passages")
@@ -94,8 +94,8 @@ def rank_texts(
         ModelError: a score is not a number.
     """
     check_top_k(top_k)
-    _require_texts([query])
-    _require_texts(texts)
+    require_texts([query])
+    require_texts(texts)
     scores = score_pairs(student, [(query, text) for text in texts], task)
     order = np.argsort(-scores, kind="stable")[:top_k]
     return [(int(place), float(scores[place])) for place in order]
@@ -119,7 +119,12 @@ def _read(encoded: EncodedTexts, noun: str) -> NDArray[np.float32]:
     return encoded.vectors
 
 
-def _require_texts(texts: Sequence[str]) -> None:
+def require_texts(texts: Sequence[str]) -> None:
+    """Make sure that these are several texts.
+
+    Raises:
+        InputError: it is a single text, or something is not a text.
+    """
     if isinstance(texts, str):
         raise InputError("a single text was given where a list of texts is needed; put it in a list: [text]")
     for text in texts:

@@ -7,9 +7,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2llm.server import keys
 from d2llm.server.errors import Problem, answer_problem
-from d2llm.server.facts import current_facts
 from d2llm.server.keys import ApiKey, KeyRing
 from d2llm.server.limits import Allowance, RateLimiter
+from d2llm.server.logs import current_facts
 from d2llm.server.uploads import FILES_PATH
 
 OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/page")
@@ -64,7 +64,11 @@ class AccessMiddleware:
         elif allowance.allowed:
             await self._app(scope, receive, _with_headers(send, allowance))
         else:
-            await answer_problem(scope, receive, send, _too_many(allowance))
+            wait = max(1, round(allowance.reset))
+            message = f"more than {allowance.limit} requests in a minute; try again in {wait} s"
+            headers = allowance.headers()
+            problem = Problem(429, "rate_limited", message, retry_after=allowance.reset, headers=headers)
+            await answer_problem(scope, receive, send, problem)
 
     def _identify(self, ring: KeyRing, scope: Scope) -> tuple[ApiKey | None, Problem | None]:
         secret = _secret_of(Headers(scope=scope))
@@ -106,11 +110,6 @@ def _secret_of(headers: Headers) -> str | None:
 
 def _unauthorized(message: str, detail: str) -> Problem:
     return Problem(401, "unauthorized", message, headers={"WWW-Authenticate": f'Bearer realm="d2llm"{detail}'})
-
-
-def _too_many(allowance: Allowance) -> Problem:
-    message = f"more than {allowance.limit} requests in a minute; try again in {max(1, round(allowance.reset))} s"
-    return Problem(429, "rate_limited", message, retry_after=allowance.reset, headers=allowance.headers())
 
 
 def _with_headers(send: Send, allowance: Allowance) -> Send:

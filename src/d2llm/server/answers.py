@@ -10,7 +10,6 @@ from pydantic_core import to_json
 from starlette.responses import JSONResponse
 
 from d2llm.core.types import Passage, RankedPassage, Ranking
-from d2llm.server.schemas import CascadeAnswer
 
 
 class FastJSONResponse(JSONResponse):
@@ -41,7 +40,7 @@ def ranking_json(ranking: Ranking) -> dict[str, Any]:
             "highest_bound_left": _finite(certificate.highest_bound_left),
             "kth_score": _finite(certificate.kth_score),
         },
-        "cascade": None if cascade is None else CascadeAnswer(**asdict(cascade)).model_dump(),
+        "cascade": None if cascade is None else asdict(cascade),
     }
 
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from fastapi import Depends, FastAPI
@@ -24,9 +25,9 @@ from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
 from d2llm.server.errors import install_error_handlers, register_error_shape, without_places
 from d2llm.server.index_service import IndexService
-from d2llm.server.lifecycle import Lifecycle, ReadyGate
-from d2llm.server.middleware import CancelWhenGone, install_middleware
+from d2llm.server.middleware import CancelWhenGone, ReadyGate, install_middleware
 from d2llm.server.model_service import ModelService
+from d2llm.server.running import Lifecycle
 from d2llm.server.served_version import ServedVersion
 from d2llm.server.services import Serving
 from d2llm.server.settings import ServeSettings
@@ -47,16 +48,11 @@ def make_app(settings: ServeSettings) -> FastAPI:
         page_routes.check_report(settings.report)
     lifecycle, telemetry, private = Lifecycle(), Telemetry(), _private_paths(settings)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        async with running(app, settings, lifecycle, telemetry, private):
-            yield
-
     app = FastAPI(
         title="d2llm",
         version=__version__,
         summary="Semantic search with a distilled interaction head",
-        lifespan=lifespan,
+        lifespan=partial(running, settings=settings, lifecycle=lifecycle, telemetry=telemetry, private=private),
         docs_url=None,  # FastAPI's own page loads scripts from other hosts
         redoc_url=None,
         dependencies=[Depends(HTTPBearer(auto_error=False, description=_KEYS))] if settings.keys_file else [],
@@ -93,7 +89,8 @@ async def running(
             serving.now().models.start()
             if serving.index is not None:
                 serving.index.start()
-                watch_index(telemetry, serving.index)
+                served = serving.index.served
+                telemetry.watch_index(lambda: served.version.view.version, lambda: len(served.version.view))
             telemetry.watch_queue(lambda: serving.now().models.num_queued)
             telemetry.watch_student(lambda: _named(serving.now().models))
             app.state.serving = serving
@@ -123,11 +120,6 @@ async def running(
             await serving.now().models.stop(settings.shutdown_seconds)
 
 
-def watch_index(telemetry: Telemetry, index: IndexService) -> None:
-    """Report the served version in the metrics."""
-    telemetry.watch_index(lambda: index.current.view.version, lambda: len(index.current.view))
-
-
 def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> Serving:
     """Load student, teacher and index; folders that clients must not see are added to ``private``.
 
@@ -135,10 +127,7 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
         InputError: there is neither a student nor an index.
         D2LLMError: one of them cannot be loaded, or they do not match.
     """
-
-    def load_student(store: IndexStore | None) -> ModelService:
-        return load_models(settings, telemetry, private, store)
-
+    load_student = partial(load_models, settings, telemetry, private)
     if settings.index is None:
         return Serving(settings, None, load_student(None))
     models = load_student(IndexStore.open(settings.index))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
 from d2llm.core.types import Passage
-from d2llm.retrieval.chunking import DocumentsReport
-from d2llm.retrieval.upserting import UpsertReport
 from d2llm.server.answers import passage_json
 from d2llm.server.errors import NotFoundError
 from d2llm.server.schemas import (
@@ -55,7 +53,8 @@ async def upsert_passages(body: PassagesRequest, services: TheServices, index: T
     at_most(len(body.passages), services.settings.max_texts, "passages")
     short_enough([passage.text for passage in body.passages], services.settings, "passages")
     passages = [Passage(**passage.model_dump()) for passage in body.passages]
-    return PassagesAnswer(**_upserted(await index.upsert(passages, lenient_metadata=body.lenient_metadata)))
+    report = await index.upsert(passages, lenient_metadata=body.lenient_metadata)
+    return PassagesAnswer.model_validate(report, from_attributes=True)
 
 
 @router.get("/v1/passages/{passage_id:path}")
@@ -97,7 +96,7 @@ async def upsert_documents(body: DocumentsRequest, services: TheServices, index:
     report = await index.upsert_documents(
         documents, body.chunk_tokens, body.chunk_overlap, lenient_metadata=body.lenient_metadata
     )
-    return _documents_upserted(report)
+    return DocumentsAnswer.model_validate(report, from_attributes=True)
 
 
 @router.get("/v1/documents/{document_id:path}")
@@ -138,7 +137,7 @@ async def upload_files(
     body, kind = await request.body(), request.headers.get("content-type", "")
     documents = await asyncio.to_thread(documents_of, body, kind, services.settings)
     report = await index.upsert_documents(documents, chunk_tokens, chunk_overlap, lenient_metadata=lenient_metadata)
-    return _documents_upserted(report)
+    return DocumentsAnswer.model_validate(report, from_attributes=True)
 
 
 @router.get("/v1/index/snapshots")
@@ -169,11 +168,3 @@ async def restore_snapshot(name: SnapshotName, services: TheServices, index: The
     writable(services)
     num_passages = await index.restore(name)
     return RestoredAnswer(num_passages=num_passages, version=index.current.view.version)
-
-
-def _upserted(report: UpsertReport) -> dict[str, Any]:
-    return {name: getattr(report, name) for name in PassagesAnswer.model_fields}
-
-
-def _documents_upserted(report: DocumentsReport) -> DocumentsAnswer:
-    return DocumentsAnswer(**_upserted(report), num_documents=report.num_documents, num_deleted=report.num_deleted)

@@ -26,7 +26,7 @@ from d2llm.core.errors import (
     MissingExtraError,
     StorageError,
 )
-from d2llm.server.facts import current_facts
+from d2llm.server.logs import current_facts
 
 _log = logging.getLogger(__name__)
 
@@ -112,25 +112,11 @@ class NotReadyError(ServingError):
         super().__init__(Problem(503, "not_ready", message, retry_after=retry_after))
 
 
-class ConflictError(ServingError):
-    """The request conflicts with the current state."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(Problem(409, "conflict", message))
-
-
 class NotFoundError(ServingError):
     """The requested resource does not exist."""
 
     def __init__(self, message: str) -> None:
         super().__init__(Problem(404, "not_found", message))
-
-
-class ForbiddenError(ServingError):
-    """The server or the key does not allow the request."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(Problem(403, "forbidden", message))
 
 
 def invalid(message: str, field: str | None = None) -> ServingError:
@@ -159,7 +145,8 @@ def plain_shape(problem: Problem) -> tuple[int, dict[str, Any]]:
 
 def problem_response(path: str, problem: Problem) -> Response:
     """The response to a request for ``path``, in the shape of its interface."""
-    status, body = _shape_of(path)(problem)
+    matching = [prefix for prefix in _shapes if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
+    status, body = (_shapes[max(matching, key=len)] if matching else plain_shape)(problem)
     headers = dict(problem.headers or {})
     if problem.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after)))
@@ -234,11 +221,6 @@ def _methods(app: FastAPI, path: str) -> list[str]:
     # Parameters may contain slashes, so ".../{name}" also matches ".../x/restore"; prefer the more specific template.
     matching.sort(key=lambda template: len(re.sub(r"\{[^}]*\}", "", template)))
     return sorted(method.upper() for method in paths[matching[-1]]) if matching else []
-
-
-def _shape_of(path: str) -> Shape:
-    matching = [prefix for prefix in _shapes if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
-    return _shapes[max(matching, key=len)] if matching else plain_shape
 
 
 def _problem_of_validation(error: RequestValidationError) -> Problem:

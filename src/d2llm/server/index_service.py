@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import DEFAULT_TEACHER_PASSAGES, Passage, Ranking, Task
@@ -35,8 +36,9 @@ from d2llm.retrieval.search import SearchSettings
 from d2llm.retrieval.upserting import UpsertReport
 from d2llm.server.batching import Batcher, Done, Places
 from d2llm.server.errors import NotFoundError
-from d2llm.server.facts import note_items
-from d2llm.server.model_service import Observe, StudentLane
+from d2llm.server.logs import note_items
+from d2llm.server.model_service import ModelService, Observe, StudentLane
+from d2llm.server.schemas import Rescore, TeacherAnswer
 from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersion, rank_again, rank_together
 from d2llm.store import inspection
 from d2llm.store.index_store import IndexStore
@@ -45,9 +47,6 @@ from d2llm.store.side_files import Chunking
 from d2llm.store.view import PassageView
 
 _Value = TypeVar("_Value")
-
-Rescore = Literal["none", "iem", "teacher", "cascade"]
-"""How candidates are ranked: by inner product, IEM, teacher, or the teacher where the IEM is unsure."""
 
 _SCANNED_AT_ONCE = 32
 _WAITING = 32  # maximum number of pending explanations, and of pending writes; each holds a request's texts
@@ -60,22 +59,6 @@ class Reading:
 
     teacher_passages: int = DEFAULT_TEACHER_PASSAGES
     teacher_ms: float | None = None
-
-
-class ServedStudent(NamedTuple):
-    """The student that answered a request; during a swap it may differ from the one that answers the next."""
-
-    name: str
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class PairVerdict:
-    """The teacher's log-odds of a pair, whether the passage was truncated, and the seconds it took."""
-
-    log_odds: float
-    truncated: bool
-    seconds: float
 
 
 class IndexService:
@@ -131,8 +114,8 @@ class IndexService:
 
     async def search(
         self, query: str, settings: SearchSettings, rescore: Rescore = "iem", reading: Reading | None = None
-    ) -> tuple[Ranking, ServedStudent]:
-        """The ranking for one query, and the student that made it.
+    ) -> tuple[Ranking, ModelService]:
+        """The ranking for one query, and the student that made it, which a swap may have replaced by now.
 
         ``seconds`` also holds "queue"; ``reading`` is the teacher's budget, if ``rescore`` uses the teacher.
 
@@ -142,7 +125,7 @@ class IndexService:
                 is not refused later, after work has been spent on it.
         """
 
-        async def rank(version: OpenVersion) -> tuple[Ranking, ServedStudent]:
+        async def rank(version: OpenVersion) -> tuple[Ranking, ModelService]:
             if rescore in ("teacher", "cascade"):
                 self._readings.require_room(1)
             encoded = await version.models.encode([query], "query")
@@ -155,8 +138,7 @@ class IndexService:
             (ranking,) = done.results
             seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
             seconds["encode"] += encoded.worked
-            ranking = replace(ranking, seconds=seconds, truncated=bool(encoded.truncated))
-            return ranking, ServedStudent(version.models.name, version.models.fingerprint)
+            return replace(ranking, seconds=seconds, truncated=bool(encoded.truncated)), version.models
 
         with self._searching:
             ranking, student = await self.served.work(rank)
@@ -182,8 +164,8 @@ class IndexService:
 
         return await self.served.work(explain)
 
-    async def judge_pair(self, query: str, passage: Passage, task: Task) -> PairVerdict:
-        """The teacher's verdict on a pair.
+    async def judge_pair(self, query: str, passage: Passage, task: Task) -> TeacherAnswer:
+        """The teacher's judgement of a pair.
 
         Raises:
             InputError: there is no teacher.
@@ -192,13 +174,19 @@ class IndexService:
         """
         judge = self._teacher()
 
-        def work() -> PairVerdict:
+        def work() -> TeacherAnswer:
             begin = time.perf_counter()
-            log_odds, num_truncated = judge_passages(judge, query, [passage.full_text], task)
-            return PairVerdict(float(log_odds[0]), num_truncated > 0, time.perf_counter() - begin)
+            judged, num_truncated = judge_passages(judge, query, [passage.full_text], task)
+            log_odds = float(judged[0])
+            return TeacherAnswer(
+                log_odds=log_odds,
+                probability=float(expit(log_odds)),
+                seconds=time.perf_counter() - begin,
+                truncated=num_truncated > 0,
+            )
 
         done = await self._readings.submit([work])
-        verdict = cast("PairVerdict", done.results[0])
+        verdict = cast("TeacherAnswer", done.results[0])
         self._observe("teacher", verdict.seconds)
         return verdict
 
@@ -260,9 +248,7 @@ class IndexService:
             IndexLockedError: another process is writing.
         """
         note_items([passage.text for passage in passages])
-        report = await self._write(lambda index, _student: index.upsert(passages, lenient_metadata=lenient_metadata))
-        await self.served.reload()
-        return report
+        return await self._write(lambda index, _student: index.upsert(passages, lenient_metadata=lenient_metadata))
 
     async def upsert_documents(
         self,
@@ -287,21 +273,15 @@ class IndexService:
             chunker = Chunker(student, choose_chunking(index.folder, student, chunking))
             return upsert_documents(index, documents, chunker, lenient_metadata=lenient_metadata)
 
-        report = await self._write(work)
-        await self.served.reload()
-        return report
+        return await self._write(work)
 
     async def delete(self, ids: Sequence[str]) -> int:
         """Delete passages; returns the number deleted."""
-        num_deleted = await self._write(lambda index, _student: index.delete(ids))
-        await self.served.reload()
-        return num_deleted
+        return await self._write(lambda index, _student: index.delete(ids))
 
     async def delete_documents(self, ids: Sequence[str]) -> int:
         """Delete all passages of documents; returns the number of passages deleted."""
-        num_deleted = await self._write(lambda index, _student: index.delete_documents(ids))
-        await self.served.reload()
-        return num_deleted
+        return await self._write(lambda index, _student: index.delete_documents(ids))
 
     async def drop_snapshot(self, name: str) -> None:
         """Delete a snapshot.
@@ -319,9 +299,7 @@ class IndexService:
             NotFoundError: there is no snapshot of this name.
         """
         await self._with_snapshot(name)
-        num_passages = await self._write(lambda index, _student: index.restore(name))
-        await self.served.reload()
-        return num_passages
+        return await self._write(lambda index, _student: index.restore(name))
 
     async def _with_snapshot(self, name: str) -> None:
         if name not in await self.snapshots():
@@ -367,14 +345,19 @@ class IndexService:
         return Cascade(judge, error, reading.teacher_passages, reading.teacher_ms)
 
     async def _write(self, work: Callable[[Index, Student], _Value]) -> _Value:
-        """Run a write on the index's folder; the student's work for it shares batches with clients' requests."""
+        """Run a write on the index's folder, and serve the version that it leaves.
+
+        The student's work for it shares batches with clients' requests.
+        """
         loop = asyncio.get_running_loop()
 
         def write(version: OpenVersion) -> _Value:
             return work(Index.open(self.folder.resolve(), StudentLane(version.models, loop)), version.models.student)
 
         with self._writing:
-            return await self.served.work(lambda version: self._in(self._writes, lambda: write(version)))
+            result = await self.served.work(lambda version: self._in(self._writes, lambda: write(version)))
+        await self.served.reload()
+        return result
 
     async def _in(self, thread: ThreadPoolExecutor, work: Callable[[], _Value]) -> _Value:
         # Run in the request's context, so that the student's work for a write is part of its trace.

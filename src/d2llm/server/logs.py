@@ -1,11 +1,16 @@
-"""Server logs: one line per request, as text or JSON, without queries and passages unless enabled."""
+"""Server logs: one line per request, as text or JSON, without queries and passages unless enabled.
+
+The outermost middleware creates the facts of a request, and they are filled in on the way.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, TextIO, cast
 
@@ -13,7 +18,6 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.types import EventDict, Processor
 
-from d2llm.server.facts import RequestFacts
 from d2llm.server.settings import ServeSettings
 
 _LOGGERS = ("d2llm", "uvicorn", "opentelemetry")
@@ -25,6 +29,45 @@ _access = cast(
         processors=[structlog.stdlib.filter_by_level, ProcessorFormatter.wrap_for_formatter],
     ),
 )
+
+
+@dataclass(slots=True)
+class RequestFacts:
+    """Contents of a request's log line.
+
+    Attributes:
+        request_id: the client's id, or a generated one.
+        key_name: name of the API key that was sent.
+        num_items: number of texts and passages in the request.
+        texts: these texts; logged only with ``log_texts``.
+    """
+
+    request_id: str
+    key_name: str | None = None
+    num_items: int | None = None
+    texts: list[str] = field(default_factory=list[str])
+
+
+_current: ContextVar[RequestFacts | None] = ContextVar("request_facts", default=None)
+
+
+def begin_facts(request_id: str) -> RequestFacts:
+    """Create the facts of a request in this context; tasks that it starts share them."""
+    facts = RequestFacts(request_id)
+    _current.set(facts)
+    return facts
+
+
+def current_facts() -> RequestFacts:
+    """The facts of the request in this context; outside of a request, a placeholder."""
+    return _current.get() or RequestFacts("")
+
+
+def note_items(texts: Sequence[str]) -> None:
+    """Add ``texts`` to the facts of the request in this context."""
+    facts = current_facts()
+    facts.num_items = (facts.num_items or 0) + len(texts)
+    facts.texts.extend(texts)
 
 
 def log_request(facts: RequestFacts, route: str, method: str, status: int, seconds: float, *, texts: bool) -> None:

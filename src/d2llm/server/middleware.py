@@ -12,23 +12,23 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from re import Pattern
 
 import structlog
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Mount, Route, compile_path
+from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from d2llm.server.access import AccessMiddleware
+from d2llm.server.access import AccessMiddleware, is_open
 from d2llm.server.body_text import problem_of_text
-from d2llm.server.errors import Problem, answer_problem, problem_of
-from d2llm.server.facts import begin_facts
+from d2llm.server.errors import NotReadyError, Problem, answer_problem, problem_of
 from d2llm.server.keys import KeyRing
 from d2llm.server.limits import RateLimiter
-from d2llm.server.logs import log_request
+from d2llm.server.logs import begin_facts, log_request
+from d2llm.server.running import Lifecycle
 from d2llm.server.settings import ServeSettings
 from d2llm.server.telemetry import Telemetry
 from d2llm.server.uploads import FILES_PATH, FORM_TYPE
@@ -259,6 +259,24 @@ def _host_name(host: str) -> str:
     return host.rpartition(":")[0] or host
 
 
+class ReadyGate:
+    """Answers 503 until the server is ready, except to requests that need no model."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
+        self.app = app
+        self._lifecycle = lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        state = self._lifecycle.state  # a stopping server still answers accepted requests
+        is_ready = scope["type"] != "http" or state in ("ready", "stopping")
+        if is_ready or is_open(scope["path"]) or scope["path"] == "/metrics":
+            await self.app(scope, receive, send)
+        else:
+            error = NotReadyError(f"the server is {state}: {self._lifecycle.message}")
+            await answer_problem(scope, receive, send, error.problem)
+
+
 class CancelWhenGone:
     """Cancels a request's work if its connection is closed before the response is complete.
 
@@ -326,7 +344,9 @@ class RouteTable:
 
     def prepare(self) -> None:
         """Collect the templates. This takes a while, because FastAPI builds its schema, which it then caches."""
-        self._table = [(template, compile_path(template)[0]) for template in _templates(self._app)]
+        paths = {*self._app.openapi()["paths"], *(route.path for route in self._app.routes if isinstance(route, Route))}
+        templates = sorted(paths, key=lambda path: path.count("{"))  # "/v1/passages/all" is not the passage "all"
+        self._table = [(template, compile_path(template)[0]) for template in templates]
 
     def find(self, scope: Scope) -> str:
         """The template of a request's route."""
@@ -337,16 +357,3 @@ class RouteTable:
                 return template
         route = scope.get("route")  # not in the schema, or with slashes in a parameter
         return route.path_format if isinstance(route, Route) else UNMATCHED
-
-
-def _templates(app: FastAPI) -> list[str]:
-    """Templates without parameters first: "/v1/passages/all" is not the passage "all"."""
-    return sorted({*app.openapi()["paths"], *_plain_paths(app)}, key=lambda template: template.count("{"))
-
-
-def _plain_paths(app: FastAPI) -> Iterator[str]:
-    for route in app.routes:
-        if isinstance(route, Mount):
-            yield route.path + "/{path:path}"
-        elif isinstance(route, Route):
-            yield route.path

@@ -22,7 +22,7 @@ from d2llm.models.engines.core_workers import core_pool
 from d2llm.models.student import Student
 from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.server.batching import Batcher
-from d2llm.server.facts import note_items
+from d2llm.server.logs import note_items
 
 Observe = Callable[[str, float], None]
 _FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, since switching threads costs more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -11,17 +12,16 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Task
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.server.answers import FastJSONResponse, ranking_json
-from d2llm.server.errors import ConflictError, invalid, request_id_of
+from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
 from d2llm.server.index_service import Reading
-from d2llm.server.lifecycle import Lifecycle
 from d2llm.server.model_service import ModelService
+from d2llm.server.running import Lifecycle
 from d2llm.server.schemas import (
     EncodeAnswer,
     EncodeRequest,
@@ -35,8 +35,6 @@ from d2llm.server.schemas import (
     SearchAnswer,
     SearchRequest,
     StudentAnswer,
-    TeacherAnswer,
-    WordAnswer,
 )
 from d2llm.server.served_version import OpenVersion
 from d2llm.server.services import ERRORS, Services, Serving, TheIndex, TheServices, at_most, index_of, short_enough
@@ -68,23 +66,12 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
     short_enough([body.query], services.settings, "query")
     task = body.task or services.task
     passage, explanation, no_interaction = await index.explain(body.query, body.passage_id, task)
-    teacher = None
-    if body.teacher:
-        verdict = await index.judge_pair(body.query, passage, task)
-        probability = float(expit(verdict.log_odds))
-        teacher = TeacherAnswer(
-            log_odds=verdict.log_odds, probability=probability, seconds=verdict.seconds, truncated=verdict.truncated
-        )
+    teacher = await index.judge_pair(body.query, passage, task) if body.teacher else None
     return ExplainAnswer(
         id=passage.id,
         title=passage.title,
         text=passage.text,
-        score=explanation.score,
-        anchor=explanation.anchor,
-        interaction=explanation.interaction,
-        words=[WordAnswer(start=word.start, end=word.end, weight=word.weight) for word in explanation.words],
-        truncated=explanation.truncated,
-        query_truncated=explanation.query_truncated,
+        **asdict(explanation),
         no_interaction=no_interaction,
         teacher=teacher,
     )
@@ -138,7 +125,7 @@ async def reload_index(index: TheIndex) -> ReloadAnswer:
         changed = await index.served.reload()
     except D2LLMError as error:
         _log.error("the index was not reloaded: %s", error)
-        raise ConflictError(f"the previous version is still served: {error}") from error
+        raise ServingError(Problem(409, "conflict", f"the previous version is still served: {error}")) from error
     version = index.current
     return ReloadAnswer(
         version=version.view.version,

@@ -1,4 +1,4 @@
-"""Running an application until it is stopped: socket, signals, and readiness."""
+"""Running an application until it is stopped: its state, socket and signals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,15 +25,23 @@ from d2llm.server.settings import ServeSettings
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
 _TICKS_A_LOOK = 5
-_Value = TypeVar("_Value")
 _Handler = Callable[[int, FrameType | None], object]
+State = Literal["starting", "ready", "broken", "stopping"]
 
 
-class State(Protocol):
-    """The interface of ``lifecycle.Lifecycle``."""
+class Lifecycle:
+    """The state of a server, with a sentence that explains it; each change is logged."""
 
-    state: str
-    message: str
+    def __init__(self) -> None:
+        self.state: State = "starting"
+        self.message = "the student and the index are being loaded"
+
+    def become(self, state: State, message: str = "") -> None:
+        """Change the state."""
+        if (state, message) != (self.state, self.message):
+            level = logging.ERROR if state == "broken" else logging.INFO
+            _log.log(level, "%s%s", state, f": {message}" if message else "")
+        self.state, self.message = state, message
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -80,7 +88,7 @@ def run_app(
     app: FastAPI,
     settings: ServeSettings,
     bound: socket.socket,
-    state: State,
+    lifecycle: Lifecycle,
     *,
     on_ready: Callable[[], None],
     on_hangup: Callable[[], Awaitable[object]],
@@ -91,12 +99,12 @@ def run_app(
         app: the application.
         settings: settings of the server.
         bound: socket from ``listen``; closed at the end.
-        state: state of the application; changes from "starting" to "ready" or "broken".
+        lifecycle: state of the application; changes from "starting" to "ready" or "broken".
         on_ready: called once, when the server is ready.
         on_hangup: called at each SIGHUP.
 
     Raises:
-        D2LLMError: the application never became ready; the message is that of ``state``.
+        D2LLMError: the application never became ready; the message is that of ``lifecycle``.
     """
     config = uvicorn.Config(
         app,
@@ -109,35 +117,30 @@ def run_app(
         forwarded_allow_ips=list(settings.trusted_proxies),
         timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
     )
+    server = _Server(config, settings.request_seconds, on_hangup)
+
+    async def serve() -> None:
+        watching = asyncio.create_task(_watch(server, lifecycle, on_ready))
+        try:
+            await server.serve(sockets=[bound])
+        finally:
+            watching.cancel()
+
     with bound:
-        failure = _in_loop(_run(_Server(config, settings.request_seconds, on_hangup), bound, state, on_ready), config)
-    if failure is not None:
-        raise D2LLMError(failure)
+        if sys.version_info < (3, 11):
+            asyncio.run(serve())
+        else:  # the event loop that uvicorn would use: uvloop if it is installed
+            with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+                runner.run(serve())
+    if server.failure is not None:
+        raise D2LLMError(server.failure)
 
 
-def _in_loop(work: Coroutine[Any, Any, _Value], config: uvicorn.Config) -> _Value:
-    """Run in the event loop that uvicorn would use: uvloop if it is installed."""
-    if sys.version_info < (3, 11):
-        return asyncio.run(work)
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(work)
-
-
-async def _run(server: _Server, bound: socket.socket, state: State, on_ready: Callable[[], None]) -> str | None:
-    """Serve; returns why the application never became ready, or None."""
-    watching = asyncio.create_task(_watch(server, state, on_ready))
-    try:
-        await server.serve(sockets=[bound])
-    finally:
-        watching.cancel()
-    return server.failure
-
-
-async def _watch(server: _Server, state: State, on_ready: Callable[[], None]) -> None:
-    while not (server.started and state.state in ("ready", "broken")):
+async def _watch(server: _Server, lifecycle: Lifecycle, on_ready: Callable[[], None]) -> None:
+    while not (server.started and lifecycle.state in ("ready", "broken")):
         await asyncio.sleep(_POLL_SECONDS)
-    if state.state == "broken":
-        server.failure = state.message
+    if lifecycle.state == "broken":
+        server.failure = lifecycle.message
         server.should_exit = True
     else:
         on_ready()

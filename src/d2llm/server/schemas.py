@@ -17,10 +17,22 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from d2llm.core.names import did_you_mean
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Grouping, SourceName, Task
-from d2llm.server.index_service import Rescore
-from d2llm.server.model_service import TextKind
+from d2llm.core.types import (
+    DEFAULT_NUM_CANDIDATES,
+    DEFAULT_TEACHER_PASSAGES,
+    DEFAULT_TOP_K,
+    CascadeReport,
+    Explanation,
+    Grouping,
+    SourceName,
+    Task,
+)
+from d2llm.models.attribution import WordWeight
+from d2llm.models.backbone import TextKind
 from d2llm.store.side_files import Chunking
+
+Rescore = Literal["none", "iem", "teacher", "cascade"]
+"""How candidates are ranked: by inner product, IEM, teacher, or the teacher where the IEM is unsure."""
 
 
 def _with_text(text: str) -> str:
@@ -165,18 +177,6 @@ class ShortPassage(Answer):
     score: float | None = None
 
 
-class ExplanationAnswer(Answer):
-    """The parts of a passage's score, which is ``anchor`` + ``interaction`` + ``lexical`` + ``windows``."""
-
-    anchor: float | None
-    interaction: float | None
-    lexical: float | None
-    windows: float | None
-    source_ranks: dict[str, int]
-    source_scores: dict[str, float]
-    terms: dict[str, int]
-
-
 class DocumentAnswer(Answer):
     """The document of a ranked passage, with its next best passages."""
 
@@ -205,7 +205,7 @@ class RankedAnswer(PassageAnswer):
     anchor_score: float | None
     log_odds: float | None
     student_rank: int | None
-    explanation: ExplanationAnswer | None
+    explanation: Explanation | None
     document: DocumentAnswer | None
     before: list[ShortPassage]
     after: list[ShortPassage]
@@ -219,17 +219,6 @@ class CertificateAnswer(Answer):
     highest_bound_left: float | None
     kth_score: float | None
     proved: int
-
-
-class CascadeAnswer(Answer):
-    """What the teacher read and moved, given by the student's ranks; ``out_of_time``: it hit its time limit."""
-
-    read: list[int]
-    unsure: list[int]
-    moved: list[tuple[int, int]]
-    num_truncated: int
-    seconds: float
-    out_of_time: bool
 
 
 class IndexVersion(Answer):
@@ -249,17 +238,9 @@ class SearchAnswer(Answer):
     num_candidates: int
     seconds: dict[str, float]
     certificate: CertificateAnswer | None
-    cascade: CascadeAnswer | None
+    cascade: CascadeReport | None
     index: IndexVersion
     request_id: str
-
-
-class WordAnswer(Answer):
-    """A word, as characters of the passage's full text, and what it adds to the score."""
-
-    start: int
-    end: int
-    weight: float
 
 
 class TeacherAnswer(Answer):
@@ -284,7 +265,7 @@ class ExplainAnswer(Answer):
     score: float
     anchor: float | None
     interaction: float | None
-    words: list[WordAnswer]
+    words: tuple[WordWeight, ...]
     truncated: bool
     query_truncated: bool
     no_interaction: str | None

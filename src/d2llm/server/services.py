@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 from fastapi import Depends, Request
 
 from d2llm.core.types import Task
-from d2llm.server.errors import ForbiddenError, NotFoundError, invalid
+from d2llm.server.errors import NotFoundError, Problem, ServingError, invalid
 from d2llm.server.index_service import IndexService
 from d2llm.server.model_service import ModelService
 from d2llm.server.schemas import ErrorAnswer
@@ -20,7 +20,8 @@ from d2llm.server.settings import ServeSettings
 class Services:
     """The services that a request uses from start to end, even if another index is loaded meanwhile.
 
-    ``index`` is None if only a student is served; ``task`` is the task of the index.
+    ``index`` is None if only a student is served. ``task`` is the index's, or else asymmetric: whether a passage
+    answers the query.
     """
 
     settings: ServeSettings
@@ -97,10 +98,10 @@ def writable(services: Services) -> None:
     """Refuse writes if the server is read-only.
 
     Raises:
-        ForbiddenError: the server is read-only.
+        ServingError: 403, the server is read-only.
     """
     if not services.settings.writable:
-        raise ForbiddenError("this server does not change its index (writable = false)")
+        raise ServingError(Problem(403, "forbidden", "this server does not change its index (writable = false)"))
 
 
 def at_most(number: int, limit: int, name: str) -> None:

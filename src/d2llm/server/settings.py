@@ -5,23 +5,17 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from d2llm.core.errors import InputError
-from d2llm.core.names import nearest
+from d2llm.core.names import suggestion
+from d2llm.core.toml import read_toml
 from d2llm.core.types import EngineName, NumberFormat
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PREFIX = "D2LLM_SERVE_"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -33,19 +27,16 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Count = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class ServeSettings(BaseSettings):
-    """The settings of a server; each field has a description.
+class ServeSettings(BaseModel):
+    """The settings of a server; each field has a description. ``load_settings`` reads them from their sources."""
 
-    The constructor uses keyword arguments only, not the environment: ``load_settings`` merges the sources.
-    """
-
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     index: Path | None = Field(default=None, description="Folder of the index; without it, only a student is served.")
     student: str | None = Field(
@@ -106,19 +97,6 @@ class ServeSettings(BaseSettings):
     report: Path | None = Field(default=None, description="HTML report of `d2llm evaluate` to serve.")
     otel: bool = Field(default=False, description="Send OpenTelemetry traces (extra otel).")
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Keyword arguments only; ``load_settings`` tracks the source of each value, which pydantic does not."""
-        del settings_cls, env_settings, dotenv_settings, file_secret_settings
-        return (init_settings,)
-
     @model_validator(mode="after")
     def _check_exposure(self) -> ServeSettings:
         if self.keys_file is None and not self.allow_unauthenticated and not is_loopback(self.host):
@@ -176,9 +154,13 @@ def load_settings(
     """
     layers: list[tuple[dict[str, Any], dict[str, str]]] = []
     if file is not None:
-        values = _read_file(file)
+        values = read_toml(file)
         layers.append((values, dict.fromkeys(values, f"file {file}")))
-    values = _read_environment()
+    values = {
+        variable[len(PREFIX) :].lower(): value
+        for variable, value in os.environ.items()
+        if variable.upper().startswith(PREFIX) and value  # an empty variable counts as unset
+    }
     layers.append((values, {name: f"environment {PREFIX}{name.upper()}" for name in values}))
     options = {name: value for name, value in (flags or {}).items() if value is not None}
     assigned = dict(assignments or {})
@@ -187,11 +169,13 @@ def load_settings(
     layers.append((assigned, dict.fromkeys(assigned, "--set")))
     layers.append((options, {name: _flag_of(name) for name in options}))
     merged: dict[str, Any] = {}
+    known = sorted(ServeSettings.model_fields)
     sources = dict.fromkeys(ServeSettings.model_fields, "default")
     for values, origins in layers:
         for name in values:
             if name not in sources:
-                raise InputError(f"{origins[name]}: unknown setting '{name}'; {_suggestion(name)}")
+                hint = suggestion(name, known, "known settings")
+                raise InputError(f"{origins[name]}: unknown setting '{name}'; {hint}")
         merged.update(values)
         sources.update(origins)
     try:
@@ -218,34 +202,8 @@ def parse_assignments(words: list[str]) -> dict[str, str]:
     return values
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}; correct the file") from error
-
-
-def _read_environment() -> dict[str, Any]:
-    """Fields by name; empty variables count as unset. Unknown names are kept, so that they are reported as errors."""
-    values = EnvSettingsSource(ServeSettings)()
-    for variable, value in os.environ.items():
-        if variable.upper().startswith(PREFIX) and value:
-            values.setdefault(variable[len(PREFIX) :].lower(), value)
-    return values
-
-
 def _flag_of(name: str) -> str:
     return "INDEX" if name == "index" else "--" + name.replace("_", "-")
-
-
-def _suggestion(name: str) -> str:
-    known = sorted(ServeSettings.model_fields)
-    suggestion = nearest(name, known)
-    return f"known settings: {', '.join(known)}" if suggestion is None else f"did you mean '{suggestion}'?"
 
 
 def _explain(problem: Any, sources: Mapping[str, str]) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import uuid
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import Field
 
 from d2llm.server.answers import FastJSONResponse
@@ -27,11 +27,10 @@ from d2llm.server.dialects.shared import (
     rerank_results,
     score_header,
     status_of,
-    task_of,
 )
 from d2llm.server.errors import Problem
 from d2llm.server.schemas import Answer
-from d2llm.server.services import Services, services_of
+from d2llm.server.services import TheServices
 
 PATHS = ("/v2/rerank",)
 _DOCUMENTS_A_UNIT = 100  # as Cohere counts its search units
@@ -97,14 +96,14 @@ router = APIRouter(tags=["Cohere"], responses=errors(CohereError))
 
 
 @router.post("/v2/rerank", response_model=CohereRerankAnswer)
-async def rerank(body: CohereRerankRequest, services: Annotated[Services, Depends(services_of)]) -> FastJSONResponse:
+async def rerank(body: CohereRerankRequest, services: TheServices) -> FastJSONResponse:
     """Rank documents by how well they answer a query."""
     models = services.models
     find_model(models, body.model)
     check_size(services, body.query, "query")
     check_size(services, body.documents, "documents")
     check_limit(body.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")
-    scored = await models.score(body.query, body.documents, task_of(services))
+    scored = await models.score(body.query, body.documents, services.task)
     meta: dict[str, Any] = {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": math.ceil(len(body.documents) / _DOCUMENTS_A_UNIT)},

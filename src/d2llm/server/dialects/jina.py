@@ -12,7 +12,7 @@ from __future__ import annotations
 import uuid
 from typing import Annotated, Any, Literal, cast
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import AliasChoices, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
@@ -30,11 +30,10 @@ from d2llm.server.dialects.shared import (
     rerank_results,
     score_header,
     status_of,
-    task_of,
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.schemas import Answer
-from d2llm.server.services import Services, services_of
+from d2llm.server.services import TheServices
 
 PATHS = ("/v1/rerank",)
 _CUT = "shorten it, or leave truncate out"
@@ -122,7 +121,7 @@ router = APIRouter(tags=["Jina"], responses=errors(JinaError))
 
 
 @router.post("/v1/rerank", response_model=JinaRerankAnswer)
-async def rerank(body: JinaRerankRequest, services: Annotated[Services, Depends(services_of)]) -> FastJSONResponse:
+async def rerank(body: JinaRerankRequest, services: TheServices) -> FastJSONResponse:
     """Rank documents by how well they answer a query."""
     models = services.models
     find_model(models, body.model)
@@ -133,7 +132,7 @@ async def rerank(body: JinaRerankRequest, services: Annotated[Services, Depends(
     documents = [document if isinstance(document, str) else document.text for document in items]
     check_size(services, body.query, "query")
     check_size(services, documents, "documents")
-    scored = await models.score(body.query, documents, task_of(services))
+    scored = await models.score(body.query, documents, services.task)
     if not body.truncate:
         refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, _CUT)
         refuse_cut(documents, scored.truncated, "documents", models.max_passage_tokens, _CUT)

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import base64
 import time
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
-from fastapi import APIRouter, Depends
-from numpy.typing import NDArray
+from fastapi import APIRouter
 from pydantic import Field
 
 from d2llm.models.backbone import TextKind
@@ -40,7 +38,7 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.schemas import Answer
-from d2llm.server.services import Services, services_of
+from d2llm.server.services import TheServices
 
 PATHS = ("/v1/embeddings", "/v1/models")
 _LOADED = int(time.time())
@@ -115,7 +113,6 @@ class OpenAIError(Answer):
 
 
 router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIError))
-TheServices = Annotated[Services, Depends(services_of)]
 
 
 @router.post("/v1/embeddings", response_model=EmbeddingsAnswer)
@@ -131,7 +128,9 @@ async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSON
     if body.truncate == "NONE" and body.truncate_prompt_tokens is None:
         refuse_cut(body.input, encoded.truncated, "input", limit, 'shorten it, or send truncate: "END"')
     vectors = unit_length(encoded.vectors)
-    values = _base64(vectors) if body.encoding_format == "base64" else list(vectors)
+    values: list[Any] = list(vectors)
+    if body.encoding_format == "base64":
+        values = [base64.b64encode(vector).decode("ascii") for vector in vectors.astype("<f4")]
     num_tokens = sum(encoded.num_tokens)
     answer = {
         "object": "list",
@@ -174,7 +173,3 @@ def _kind_of(suffix: TextKind | None, input_type: TextKind | None) -> TextKind:
     if suffix is not None and input_type not in (None, suffix):
         raise invalid(f"input_type: {input_type!r} contradicts the model's name; leave one of them out", "input_type")
     return suffix or input_type or "passage"
-
-
-def _base64(vectors: NDArray[np.float32]) -> list[str]:
-    return [base64.b64encode(vector).decode("ascii") for vector in vectors.astype("<f4")]

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from d2llm.core.types import Task
 from d2llm.models.backbone import TextKind
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService
@@ -205,7 +204,7 @@ async def embed(services: Services, texts: Sequence[str], kind: TextKind) -> Enc
     encoded = await models.encode(texts, kind)
     if kind == "passage" or not models.student.has_anchor:
         return encoded
-    vectors = await models.anchor_queries(encoded.vectors, task_of(services))
+    vectors = await models.anchor_queries(encoded.vectors, services.task)
     return Encoded(vectors, encoded.num_tokens, encoded.truncated)
 
 
@@ -217,7 +216,7 @@ def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def score_header(services: Services) -> dict[str, str]:
     """The header that says how scores become numbers in [0, 1]: calibrated on dev queries, or not."""
-    return {"X-Relevance-Score": services.models.probability_kind(task_of(services))}
+    return {"X-Relevance-Score": services.models.probability_kind(services.task)}
 
 
 def best_first(logits: NDArray[np.float32], top: int | None = None) -> list[int]:
@@ -241,16 +240,11 @@ def warning_header(warnings: Sequence[str]) -> dict[str, str]:
     return {"X-Warning": "; ".join(warnings)} if warnings else {}
 
 
-def task_of(services: Services) -> Task:
-    """The task of the index; without an index, asymmetric (whether the passage answers the query)."""
-    return services.task
-
-
 def rerank_results(
     services: Services, logits: NDArray[np.float32], documents: Sequence[str], top: int | None, *, with_texts: bool
 ) -> list[dict[str, Any]]:
     """The ``RerankResult`` of each of the ``top`` documents (None: of all), best first."""
-    scores = services.models.probabilities(logits, task_of(services)).tolist()
+    scores = services.models.probabilities(logits, services.task).tolist()
     results: list[dict[str, Any]] = []
     for place in best_first(logits, top):
         result: dict[str, Any] = {"index": place, "relevance_score": scores[place]}

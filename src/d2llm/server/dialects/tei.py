@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from numpy.typing import NDArray
 from pydantic import Field, RootModel, WrapValidator
 
@@ -37,14 +37,13 @@ from d2llm.server.dialects.shared import (
     refuse_cut,
     score_header,
     status_of,
-    task_of,
     texts_cut,
     unit_length,
     warning_header,
 )
 from d2llm.server.errors import Problem
 from d2llm.server.schemas import Answer
-from d2llm.server.services import Services, services_of
+from d2llm.server.services import Services, TheServices
 
 PATHS = ("/embed", "/rerank", "/similarity", "/info")
 _CUT = "shorten it, or leave truncate out"
@@ -167,7 +166,6 @@ class TEIError(Answer):
 
 
 router = APIRouter(tags=["Text Embeddings Inference"], responses=errors(TEIError))
-TheServices = Annotated[Services, Depends(services_of)]
 
 
 @router.post("/embed", response_model=EmbedAnswer)
@@ -186,11 +184,11 @@ async def rerank(body: EitherRerankRequest, services: TheServices) -> FastJSONRe
     models = services.models
     check_size(services, body.query, "query")
     check_size(services, body.texts, "texts")
-    scored = await models.score(body.query, body.texts, task_of(services))
+    scored = await models.score(body.query, body.texts, services.task)
     if body.truncate is False:
         refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, _CUT)
         refuse_cut(body.texts, scored.truncated, "texts", models.max_passage_tokens, _CUT)
-    scores = scored.logits if body.raw_scores else models.probabilities(scored.logits, task_of(services))
+    scores = scored.logits if body.raw_scores else models.probabilities(scored.logits, services.task)
     values = scores.tolist()
     ranks: list[dict[str, Any]] = []
     for place in best_first(scored.logits):

@@ -11,10 +11,10 @@ from __future__ import annotations
 import time
 import uuid
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from numpy.typing import NDArray
 from pydantic import AliasChoices, Field
 
@@ -29,13 +29,12 @@ from d2llm.server.dialects.shared import (
     refuse_cut,
     score_header,
     status_of,
-    task_of,
     texts_cut,
     warning_header,
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.schemas import Answer
-from d2llm.server.services import Services, services_of
+from d2llm.server.services import TheServices
 
 PATHS = ("/score", "/v1/score")
 _CUT = "shorten it, or send truncate_prompt_tokens: -1"
@@ -106,7 +105,7 @@ router = APIRouter(tags=["vLLM"], responses=errors(VLLMError))
 
 @router.post("/v1/score", response_model=ScoreAnswer)
 @router.post("/score", response_model=ScoreAnswer)
-async def score(body: ScoreRequest, services: Annotated[Services, Depends(services_of)]) -> FastJSONResponse:
+async def score(body: ScoreRequest, services: TheServices) -> FastJSONResponse:
     """Score how well passages answer queries, pair by pair."""
     models = services.models
     find_model(models, body.model)
@@ -131,9 +130,9 @@ async def score(body: ScoreRequest, services: Annotated[Services, Depends(servic
     logits: NDArray[np.float32] = np.empty(len(passages), np.float32)
     for places in places_of.values():
         query = read.vectors[places[0] % len(queries)]
-        logits[places] = await models.score_vectors(query, passages_read.vectors[places], task_of(services))
+        logits[places] = await models.score_vectors(query, passages_read.vectors[places], services.task)
     is_raw = body.use_activation is False
-    scores = logits if is_raw else models.probabilities(logits, task_of(services))
+    scores = logits if is_raw else models.probabilities(logits, services.task)
     num_tokens = sum(read.num_tokens) + sum(passages_read.num_tokens)
     return FastJSONResponse(
         {

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.toml import read_toml
 from d2llm.core.types import Task
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _KEYS = {"template", "yes", "no"}
 _SWITCH = "spaced"
@@ -56,7 +50,7 @@ def load_prompt(name: str, task: Task) -> Prompt:
     if name.endswith(".toml"):
         section, where = _read_file(Path(name), task), f"{name}: [{task}]"
     else:
-        sets = tomllib.loads((files("d2llm.models.teachers.prompts") / f"{task}.toml").read_text(encoding="utf-8"))
+        sets = read_toml(Path(__file__).with_name(f"{task}.toml"))
         if name not in sets:
             raise InputError(f"no prompt set '{name}'; use one of {', '.join(sets)}, or the path of a TOML file")
         section, where = sets[name], f"prompt set '{name}' ({task})"
@@ -64,14 +58,7 @@ def load_prompt(name: str, task: Task) -> Prompt:
 
 
 def _read_file(path: Path, task: Task) -> dict[str, Any]:
-    try:
-        sections = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path of the prompt file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}; correct it there") from error
+    sections = read_toml(path)
     if task not in sections:
         raise InputError(f"{path}: no section [{task}]; add one with the keys template, yes, no")
     if not isinstance(sections[task], dict):

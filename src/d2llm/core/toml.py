@@ -1,0 +1,33 @@
+"""Reading TOML, with errors that say which file is wrong and what to do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from d2llm.core.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_toml(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """The contents of a TOML file; what is wrong with it is raised as an ``error``."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark first
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror}); check the path") from cause
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: not valid UTF-8 (byte {cause.start}); save the file as UTF-8") from cause
+    return parse_toml(text, where=str(path), error=error)
+
+
+def parse_toml(text: str, *, where: str, error: type[InputError] = InputError) -> dict[str, Any]:
+    """The contents of a text in TOML; ``where`` names its origin in an ``error``."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as cause:
+        raise error(f"{where}: not valid TOML: {cause}; correct it there") from cause
