@@ -44,12 +44,8 @@ def compare_means(
 ) -> list[Comparison]:
     """Compare every system with the baseline in every measure, Holm-corrected over the systems in one measure.
 
-    Args:
-        values: system -> measure -> query_id -> value.
-        baseline: the system to compare with.
-        query_ids_of: system -> the queries that it answered. A system is compared on the queries that the baseline
-            answered too; one of the two lists must contain the other.
-        seed: seed of the permutations and resamples.
+    ``values`` is system -> measure -> query_id -> value, ``query_ids_of`` the queries that each system answered: it is
+    compared on those that the baseline answered too; one of the two lists must contain the other.
     """
     comparisons: list[Comparison] = []
     for measure in values[baseline]:
@@ -67,14 +63,12 @@ def compare_means(
     return comparisons
 
 
-def merge_notes(notes: Iterable[str], systems: Sequence[str]) -> list[str]:
-    """Notes ("system: message") in their order; those with the same message become one ("system; system: message")."""
-    longest_first = sorted(systems, key=len, reverse=True)
+def joined_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes of systems (name, message) as lines, in their order; systems with the same message share a line."""
     names_by_message: dict[str, list[str]] = {}
-    for note in notes:
-        name = next((name for name in longest_first if note.startswith(f"{name}: ")), "")
-        names_by_message.setdefault(note.removeprefix(f"{name}: "), []).append(name)
-    return [f"{'; '.join(names)}: {message}" if all(names) else message for message, names in names_by_message.items()]
+    for name, message in notes:
+        names_by_message.setdefault(message, []).append(name)
+    return [f"{'; '.join(names)}: {message}" for message, names in names_by_message.items()]
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
