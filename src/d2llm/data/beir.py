@@ -159,16 +159,6 @@ def beir_source(folder: Path, *, splits: Sequence[str] | None = None) -> Retriev
     )
 
 
-def read_corpus(path: Path) -> dict[str, Passage]:
-    """Read the passages of a ``corpus.jsonl[.gz]`` file by id, in the file's order. An empty text is allowed.
-
-    Raises:
-        DataFormatError: the file is missing, has no passages, or a line is malformed.
-        DuplicateIdError: an id occurs twice.
-    """
-    return _by_id(path, iter_passages(path, read_records(path)))
-
-
 def read_queries(path: Path) -> dict[str, Query]:
     """Read the queries of a ``queries.jsonl[.gz]`` file by id, in the file's order.
 

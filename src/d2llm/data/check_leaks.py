@@ -40,13 +40,8 @@ def near_queries(
 
     MinHash LSH proposes candidates and the exact similarity decides, so every reported leak is real, but a few may be
     missed (fewer than one in a hundred at the threshold itself). The largest split is only looked up, never indexed, so
-    memory grows only with the other splits.
-
-    Args:
-        texts_of: split -> its queries, read again on each call; in the order in which leaks name splits.
-        ids_of: split -> ``hash64`` of the comparable text -> its id; a key in both splits is not a near leak.
-        threshold: minimum similarity, between 0 and 1.
-        advance: called with the number of finished queries.
+    memory grows only with the other splits. ``texts_of`` is in the order in which leaks name splits; a text whose
+    ``hash64`` is in ``ids_of`` of both splits is not a near leak. ``threshold`` is the minimum similarity, from 0 to 1.
 
     Raises:
         MissingExtraError: datasketch is not installed.

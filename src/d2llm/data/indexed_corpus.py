@@ -35,11 +35,7 @@ def corpus_file(path: Path) -> Path:
 
 
 def iter_corpus(path: Path, *, with_metadata: bool = True) -> Iterator[Passage]:
-    """The passages of a corpus file (or of a folder that holds one), in order.
-
-    Args:
-        path: ``corpus.jsonl[.gz]`` or its folder.
-        with_metadata: if false, only id, title and text are read.
+    """The passages of a corpus file (or of a folder that holds one), in order; without metadata: id, title and text.
 
     Raises:
         DataFormatError: the file is missing or empty, or a line is malformed (the message names the line).
@@ -50,12 +46,8 @@ def iter_corpus(path: Path, *, with_metadata: bool = True) -> Iterator[Passage]:
 def check_corpus(path: Path, *, with_metadata: bool = True) -> int:
     """Read a corpus once, to detect errors before hours of encoding; returns the number of passages.
 
-    Args:
-        path: ``corpus.jsonl[.gz]`` or its folder.
-        with_metadata: if false, only id, title and text are checked.
-
     Raises:
-        DataFormatError: the file is missing or empty, or a line is malformed (the message names the line).
+        DataFormatError: as for ``iter_corpus``.
         DuplicateIdError: two lines have the same id (the message names both).
     """
     file, first_lines = corpus_file(path), dict[str, int]()

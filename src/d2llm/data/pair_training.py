@@ -84,14 +84,10 @@ def read_pair_training_set(pairs: PairDataset) -> PairTrainingSet:
 def plan_of_pairs(
     pairs: PairTrainingSet, split: str, *, num_easy: int, seed: int, max_queries: int | None = None
 ) -> list[PlanEntry]:
-    """The plan of a pair set: the judged pairs, without mining, and random texts as easy negatives.
+    """The plan of a pair set: the judged pairs of a split, without mining.
 
-    Args:
-        pairs: the set.
-        split: the split to train on.
-        num_easy: random passages of the split per query, excluding those judged for the query.
-        seed: seed of the draws, which depend only on the seed and the query's id.
-        max_queries: if given, a random sample of this many queries is used.
+    The easy negatives are random passages of the split that are not judged for the query; their draw depends only on
+    the seed and the query's id. With ``max_queries``, a random sample of this many queries is used.
 
     Raises:
         InputError: the split has no pairs.

@@ -337,7 +337,7 @@ def _reader(path: Path, target: Target | None) -> Callable[[], Rows]:
         return lambda: read_records(path)
     if kind in _TABLES:
         return lambda: table_records(path, target=target)
-    from d2llm.data.parquet import parquet_rows  # pyarrow is slow to import
+    from d2llm.data.tables import parquet_rows  # pyarrow is slow to import
 
     return lambda: parquet_rows([path])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,21 @@ from d2llm.data.plan import TrainingPlan, read_plan
 from d2llm.data.training import TrainingSource
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The layout of one run: where ``mine``, ``tune_teacher``, ``label`` and ``distill`` find each other's results."""
+    """The layout of one run: where ``mine``, ``tune_teacher``, ``label`` and ``distill`` find each other's results.
 
-    path: Path
+    Attributes:
+        path: the folder itself.
+        teacher: the tuned teacher.
+        stack: the stack, which is several teachers combined into one.
+        labels: the label store.
+        student: the distilled student.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.teacher, self.stack = path / "teacher", path / "stack"
+        self.labels, self.student = path / "labels", path / "student"
 
     def plan(self, data: DataConfig) -> Path:
         """The training plan of one data set as written by ``mine``; a teacher is tuned on it."""
@@ -39,26 +48,6 @@ class RunFolder:
     def mining_work(self, data: DataConfig) -> Path:
         """Intermediate results: of an interrupted mining for its restart, and of the first mining for the second."""
         return self.path / "plans" / f".{Path(data.path).name}.mining"
-
-    @property
-    def teacher(self) -> Path:
-        """The tuned teacher."""
-        return self.path / "teacher"
-
-    @property
-    def stack(self) -> Path:
-        """The stack: several teachers combined into one."""
-        return self.path / "stack"
-
-    @property
-    def labels(self) -> Path:
-        """The label store."""
-        return self.path / "labels"
-
-    @property
-    def student(self) -> Path:
-        """The distilled student."""
-        return self.path / "student"
 
     def variant(self, name: str) -> Path:
         """A student of a changed recipe (see ``core.variants``), trained on the same plans and labels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -66,11 +67,12 @@ def check_data(
     tokens = load_tokenizer(location)  # before the data is read, so that a wrong name fails at once
     source = open_source(data)
     contents = read_through(source, sample_size=sample_size, seed=seed)
-    for issue in contents.issues:
+    report = contents.report
+    for issue in report.issues:
         _log.warning("%s: %s", data, issue)
-    leaks = list(contents.leaks)
+    leaks = list(report.leaks)
     if near < 1:
-        rows = [split.num_queries if contents.kind == "retrieval" else split.num_items for split in contents.splits]
+        rows = [split.num_queries if report.kind == "retrieval" else split.num_items for split in report.splits]
         with progress_bar("near queries", sum(rows), show=show_progress) as bar:
             leaks += near_queries(contents.texts_of, contents.ids_of, near, bar)
     samples = (
@@ -83,20 +85,13 @@ def check_data(
             for side, sample, prefix, limit in samples
         ]
     languages = [guess_languages(side, _draw(sample, seed)) for side, sample, _, _ in samples]
-    return DataReport(
-        source.name,
-        str(data),
-        contents.kind,
-        contents.num_queries,
-        contents.num_passages,
-        contents.splits,
-        contents.repeats,
-        tuple(leaks),
-        contents.shared_positives,
-        tuple(length for length in lengths if length),
-        tuple(language for language in languages if language),
-        contents.issues,
-        {"tokenizer": tokenizer, "near": near, "sample_size": sample_size, "seed": seed},
+    return replace(
+        report,
+        path=str(data),
+        leaks=tuple(leaks),
+        lengths=tuple(length for length in lengths if length),
+        languages=tuple(language for language in languages if language),
+        settings={"tokenizer": tokenizer, "near": near, "sample_size": sample_size, "seed": seed},
     )
 
 
