@@ -126,28 +126,15 @@ def mine(
         audit = Audit(dataset.passages, list(ranked.lists), frozenset(shown))
         begin = time.perf_counter()
         judged = DatasetJudgements(dataset, SameText(dataset))
+        tally.same_text = sum(len(judged.relevant(query_id, ids)[1]) for query_id, ids in positives.items())
         entries: list[PlanEntry] = []
-        forbidden: dict[str, set[str]] = {}
-        for query_id, query_positives in positives.items():
-            repeats = judged.repeats(query_id, query_positives)
-            tally.same_text += len(repeats)
-            forbidden[query_id] = judged.relevant(query_id, query_positives) | repeats
         selections = choose(
-            dataset,
-            queries,
-            positives,
-            forbidden.__getitem__,
-            judged,
-            ranked,
-            config,
-            seeds=(seed,),
-            teacher=teacher,
-            audit=audit,
+            dataset, queries, positives, judged, ranked, config, seeds=(seed,), teacher=teacher, audit=audit
         )
         with progress_bar("choosing", len(queries), show=show_progress) as advance:
             for item in selections:
                 query_id, hard = item.query.id, tuple(candidate.passage_id for candidate in item.kept)
-                no_easy = forbidden[query_id] | set(hard) | {drop.candidate.passage_id for drop in item.dropped}
+                no_easy = {*item.forbidden, *hard, *(drop.candidate.passage_id for drop in item.dropped)}
                 easy = draw_easy(corpus, no_easy, config.num_easy, random_of(seed, "easy", query_id))
                 if len(hard) < config.num_hard:
                     tally.too_few_hard.append(query_id)
@@ -177,13 +164,11 @@ def _rank(
 ) -> Ranked:
     """Make the lists, cut at the end of their ranges."""
     lists: dict[str, Lists] = {}
-    first_rank: dict[str, int] = {}
     encoder: EncoderRanking | None = None
     # One after the other, so that BM25's index is freed before the vectors are computed.
     if "bm25" in config.sources:
         begin = time.perf_counter()
-        first_rank["bm25"], depth = config.range_min, config.range_max
-        lists["bm25"] = bm25_lists(dataset.passages, corpus, queries, depth, show)
+        lists["bm25"] = bm25_lists(dataset.passages, corpus, queries, config.range_max, show)
         tally.seconds["bm25"] = time.perf_counter() - begin
     if "encoder" in config.sources and ranker is not None:
         encoder = EncoderRanking(
@@ -191,12 +176,11 @@ def _rank(
         )
         tally.seconds["encoding"] = encoder.encoding_seconds
         begin = time.perf_counter()
-        first_rank[name], depth = config.range_min, config.range_max
-        lists[name] = encoder.lists(depth)
+        lists[name] = encoder.lists(config.range_max)
         tally.seconds[name] = time.perf_counter() - begin
     if not lists:
         raise InputError("there is no list to mine from: mining.sources has only the encoder, but none was given")
-    return Ranked(lists, first_rank, encoder, name)
+    return Ranked(lists, encoder, name)
 
 
 def _eligible(

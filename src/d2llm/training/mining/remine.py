@@ -41,22 +41,14 @@ def remine(
     Easy negatives are kept, except those that are hard negatives now. The draw of a query depends only on the seed, the
     epoch, its id, the corpus and the student.
 
-    Args:
-        source: the data set with its plan; labelled pairs are returned unchanged, because the pairs are the plan.
-        student: ranks by its full score; its training may continue afterwards.
-        config: number of negatives, ranks, sampling and filters.
-        seed: seed of the draws.
-        epoch: the epoch, which changes the draws.
-        labels: the teacher's labels, for ``teacher_margin`` (only stored labels are used) and ``only_labelled``.
-        only_labelled: draw only from the query's labelled passages, so that every negative has a label and only
-            labelled passages are encoded. Otherwise, new negatives have no labels until ``label`` is run.
-        same_text: the index of equal texts in the data set, if there is one already.
-        folder: folder for the passages' vectors; by default a temporary one.
-        show_progress: None shows progress if standard error is a terminal.
+    ``labels`` are the teacher's, for ``teacher_margin`` (only stored labels are used) and for ``only_labelled``, which
+    draws only from the query's labelled passages: every negative then has a label, and only labelled passages are
+    encoded. Otherwise, new negatives have no labels until ``label`` is run. ``same_text`` is the data set's index of
+    equal texts, if there is one already; ``folder`` is for the passages' vectors, by default a temporary one.
 
     Returns:
-        The source with a new plan; its manifest has the seed, the epoch and the number of new hard negatives under
-        "remined".
+        The source with a new plan, whose manifest has the seed, the epoch and the number of new hard negatives under
+        "remined"; labelled pairs are returned unchanged, because the pairs are the plan.
 
     Raises:
         InputError: ``only_labelled`` or a teacher's margin is set, but ``labels`` is not given.
@@ -72,11 +64,6 @@ def remine(
     corpus = sorted(dataset.passages) if labelled is None else _union(labelled, entries)
     judged = DatasetJudgements(dataset, same_text or SameText(dataset))
     positives = {entry.query_id: entry.positives for entry in entries}
-
-    def forbidden(query_id: str) -> set[str]:
-        return judged.relevant(query_id, positives[query_id]) | judged.repeats(query_id, positives[query_id])
-
-    first_rank, depth = config.range_min, config.range_max
     with work_folder(folder) as work:
         ranking = EncoderRanking(
             student,
@@ -88,6 +75,7 @@ def remine(
             resumable=False,
             show_progress=show_progress,
         )
+        depth = config.range_max
         lists = ranking.lists(depth) if labelled is None else _lists_of(ranking, labelled, depth)
         teacher = None
         if labels is not None and config.teacher_margin is not None:
@@ -96,9 +84,8 @@ def remine(
             dataset,
             queries,
             positives,
-            forbidden,
             judged,
-            Ranked({"student": lists}, {"student": first_rank}, ranking, "student"),
+            Ranked({"student": lists}, ranking, "student"),
             config,
             seeds=(seed, epoch),
             teacher=teacher,
