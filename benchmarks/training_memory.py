@@ -104,7 +104,7 @@ def measure_teacher(part_tokens: int) -> dict[str, float]:
 
         def step(seed: int) -> None:
             torch.manual_seed(seed)
-            tune_teacher.accumulate_pairs(teacher, pairs, part_tokens)
+            tune_teacher.accumulate(teacher, pairs, part_tokens, "pairs")
             teacher.zero_grad(set_to_none=True)
 
         return timed(step, sum(map(len, inputs))) | {"peak_gib": round((peak() or 0) / 1024, 2)}
