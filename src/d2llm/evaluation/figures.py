@@ -109,14 +109,8 @@ def calibration(name: str, log_odds: Sequence[float], labels: Sequence[bool]) ->
 
 def ranking_histogram(system: System, relevant: Relevant) -> Histogram | None:
     """Histogram of the scores of relevant and other passages in a system's rankings; None if it ranked nothing."""
-    scored = [
-        (score, passage_id in relevant[query_id])
-        for query_id, ranking in system.rankings.items()
-        for passage_id, score in ranking
-    ]
-    if not scored:
-        return None
-    return Histogram(system.name, score_histogram([score for score, _ in scored], [label for _, label in scored]))
+    scores, labels = pool_labels({query_id: dict(ranking) for query_id, ranking in system.rankings.items()}, relevant)
+    return Histogram(system.name, score_histogram(scores, labels)) if scores else None
 
 
 def pool_labels(scores: Scores, relevant: Relevant) -> tuple[list[float], list[bool]]:
