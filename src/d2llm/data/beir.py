@@ -71,8 +71,7 @@ class Dataset:
 class RetrievalSource:
     """Where the rows of a retrieval set come from. Each call reads them again and keeps nothing.
 
-    ``corpus`` and ``queries`` return numbered rows, ``qrels`` the judgements of each split; ``corpus_path`` and
-    ``queries_path`` are the paths named in errors.
+    ``qrels`` returns the judgements of each split; ``corpus_path`` and ``queries_path`` are the paths named in errors.
     """
 
     name: str
@@ -109,7 +108,9 @@ class RetrievalSource:
         passages = self._passages()
         queries = _by_id(self.queries_path, self.iter_queries())
         qrels = self.qrels()
-        issues = (*_empty_passages(passages), *strays(qrels, queries, passages))
+        issues = strays(qrels, queries, passages)
+        if empty := [passage.id for passage in passages.values() if not passage.text.strip()]:
+            issues = (f"{len(empty)} passages have an empty text, {first_few(empty)}", *issues)
         for issue in issues:
             _log.warning("%s: %s", self.path, issue)
         return Dataset(self.name, self.path, passages, queries, qrels, issues)
@@ -126,8 +127,7 @@ class RetrievalSource:
 def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:
     """Read a BEIR-layout folder; ``splits=None`` reads every ``qrels/*.tsv``.
 
-    Judgements of unknown queries or passages, and empty passages, are counted in ``issues`` and logged; they are not
-    errors.
+    Judgements of unknown queries or passages, and empty passages, are no errors: ``issues`` counts them.
 
     Raises:
         DataFormatError: a file is missing, empty or malformed (the message names file and line).
@@ -296,11 +296,6 @@ def _identifier(path: Path, line: int, record: Record) -> str:
     if not identifier:
         raise DataFormatError(path, f"field '{field}' is empty; every line needs its own id", line=line)
     return identifier
-
-
-def _empty_passages(passages: Mapping[str, Passage]) -> tuple[str, ...]:
-    empty = [passage.id for passage in passages.values() if not passage.text.strip()]
-    return (f"{len(empty)} passages have an empty text, {first_few(empty)}",) if empty else ()
 
 
 def strays(qrels: Mapping[str, Qrels], queries: Collection[str], passages: Collection[str]) -> tuple[str, ...]:

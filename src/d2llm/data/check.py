@@ -121,7 +121,11 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
         _shared_positives(qrels, place_of, hashes),
         issues=tuple(issues),
     )
-    texts_of = {split: partial(_queries_of, source, judged) for split, judged in qrels.items()}
+
+    def queries_of(split: str) -> Iterator[tuple[str, str]]:
+        return ((query.id, query.text) for _, query in source.iter_queries() if query.id in qrels[split])
+
+    texts_of = {split: partial(queries_of, split) for split in qrels}
     return Findings(report, ids_of, texts_of, queries, passages)
 
 
@@ -172,10 +176,6 @@ def _shared_positives(
         for first, second in combinations(texts, 2)
         if texts[first] & texts[second]
     )
-
-
-def _queries_of(source: RetrievalSource, judged: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    return ((query.id, query.text) for _, query in source.iter_queries() if query.id in judged)
 
 
 class _PairSplit:
@@ -266,9 +266,8 @@ def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findin
         (),
         issues=(*issues, *unseen_classes(classes_of)),
     )
-    texts_of = {name: partial(_queries_of_pairs, source, name) for name in splits}
-    return Findings(report, ids_of, texts_of, queries, passages)
 
+    def queries_of(split: str) -> Iterator[tuple[str, str]]:
+        return ((pair.id, pair.query) for pair in source.iter_pairs(split, Counter()))
 
-def _queries_of_pairs(source: PairSource, split: str) -> Iterator[tuple[str, str]]:
-    return ((pair.id, pair.query) for pair in source.iter_pairs(split, Counter()))
+    return Findings(report, ids_of, {name: partial(queries_of, name) for name in splits}, queries, passages)

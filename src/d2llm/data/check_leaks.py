@@ -111,10 +111,8 @@ def _bands(threshold: float) -> tuple[int, int]:
     Two texts of similarity s share a band of r hashes with probability s^r (Leskovec, Rajaraman and Ullman, Mining of
     Massive Datasets, 3.4.2). The library's own choice penalises false positives, which here cost only a comparison.
     """
-    candidates = range(_NUM_HASHES // 2, 1, -1)
-    width = next((width for width in candidates if _detection_rate(threshold, width) >= _MIN_DETECTION_RATE), 1)
-    return _NUM_HASHES // width, width
-
-
-def _detection_rate(similarity: float, width: int) -> float:
-    return 1 - (1 - similarity**width) ** (_NUM_HASHES // width)
+    for width in range(_NUM_HASHES // 2, 1, -1):
+        num_bands = _NUM_HASHES // width
+        if 1 - (1 - threshold**width) ** num_bands >= _MIN_DETECTION_RATE:
+            return num_bands, width
+    return _NUM_HASHES, 1

@@ -40,7 +40,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, text.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        if _is_gzip(path):
+        with path.open("rb") as file:
+            is_gzip = path.suffix != ".gz" and file.read(2) == b"\x1f\x8b"
+        if is_gzip:
             raise DataFormatError(path, "is compressed with gzip; name it .gz, or unpack it") from error
         raise DataFormatError(
             path,
@@ -53,11 +55,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from error
     except OSError as error:
         raise DataFormatError(path, f"cannot be read ({error.strerror}); check its rights and the disk") from error
-
-
-def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return path.suffix != ".gz" and file.read(2) == b"\x1f\x8b"
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:

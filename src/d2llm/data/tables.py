@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,7 +64,10 @@ def parquet_source(folder: Path, *, splits: Sequence[str] | None = None) -> Retr
         tables["queries"][0],
         lambda: _with_text_ids(parquet_rows(tables["corpus"])),
         lambda: _with_text_ids(parquet_rows(tables["queries"])),
-        lambda: {split: _parquet_qrels(path) for split, path in chosen.items()},
+        lambda: {
+            split: read_qrels(path) if path.suffix == ".tsv" else _qrels(path, parquet_rows([path]))
+            for split, path in chosen.items()
+        },
     )
 
 
@@ -94,10 +98,9 @@ def hub_source(name: str, *, splits: Sequence[str] | None = None) -> PairSource 
         DataFormatError: the data set cannot be found or read.
         MissingExtraError: the `datasets` library is not installed.
     """
-    require("datasets", extra="datasets", purpose=_PURPOSE)
+    library = require("datasets", extra="datasets", purpose=_PURPOSE)
     repository, _, config = name.removeprefix(HUB_PREFIX).partition(":")
     if not config:
-        library = require("datasets", extra="datasets", purpose=_PURPOSE)
         configs = cast("list[str]", _call_library(name, lambda: library.get_dataset_config_names(repository)))
         if {"corpus", "queries"} <= set(configs):
             return _hub_retrieval(name, repository, configs, splits)
@@ -119,12 +122,9 @@ def _hub_retrieval(name: str, repository: str, configs: Sequence[str], splits: S
         path,
         path / "corpus",
         path / "queries",
-        lambda: _with_text_ids(_number(row for table in corpus.values() for row in table)),
-        lambda: _with_text_ids(_number(row for table in queries.values() for row in table)),
-        lambda: {
-            split: collect_judgements(path / split, _judgements(path / split, _number(table)))
-            for split, table in qrels.items()
-        },
+        lambda: _with_text_ids(enumerate(chain.from_iterable(corpus.values()), start=1)),
+        lambda: _with_text_ids(enumerate(chain.from_iterable(queries.values()), start=1)),
+        lambda: {split: _qrels(path / split, enumerate(table, start=1)) for split, table in qrels.items()},
     )
 
 
@@ -151,12 +151,12 @@ def _call_library(name: str, call: Callable[[], Any]) -> Any:
 
 def _pairs_of(name: str, path: Path, tables: dict[str, Any], splits: Sequence[str] | None) -> PairSource:
     named = _split_names(tables)
-    sources = {split: ((path / split, _table_reader(named[split])),) for split in in_order(named)}
+
+    def reader(split: str) -> Callable[[], Rows]:
+        return lambda: enumerate(_with_class_names(named[split]), start=1)
+
+    sources = {split: ((path / split, reader(split)),) for split in in_order(named)}
     return PairSource(name, path, choose_splits(path, sources, splits))
-
-
-def _table_reader(table: Any) -> Callable[[], Rows]:
-    return lambda: _number(_with_class_names(table))
 
 
 def _split_names(tables: dict[str, Any]) -> dict[str, Any]:
@@ -174,10 +174,6 @@ def _with_class_names(table: Any) -> Iterator[Record]:
         yield row
 
 
-def _number(rows: Iterable[Record]) -> Iterator[tuple[int, Record]]:
-    return enumerate(rows, start=1)
-
-
 def _with_text_ids(rows: Rows) -> Iterator[tuple[int, Record]]:
     for number, row in rows:
         identifier = row.get("_id", row.get("id"))
@@ -188,10 +184,8 @@ def _text_id(identifier: object) -> object:
     return str(identifier) if isinstance(identifier, int) and not isinstance(identifier, bool) else identifier
 
 
-def _parquet_qrels(path: Path) -> dict[str, dict[str, int]]:
-    if path.suffix == ".tsv":
-        return read_qrels(path)
-    return collect_judgements(path, _judgements(path, parquet_rows([path])))
+def _qrels(path: Path, rows: Rows) -> dict[str, dict[str, int]]:
+    return collect_judgements(path, _judgements(path, rows))
 
 
 def _judgements(path: Path, rows: Rows) -> Iterator[tuple[int, tuple[str, str, int]]]:
