@@ -127,14 +127,7 @@ def label_passages(
     *,
     show_progress: bool | None = None,
 ) -> int:
-    """Judge the passages that have no label yet; returns the number of pairs judged.
-
-    Args:
-        judge: the teacher.
-        source: the data set.
-        labels: its label store, to which the new labels are added.
-        passages: query_id -> passage ids.
-        show_progress: None shows progress if standard error is a terminal.
+    """Judge those of ``passages`` (by query_id) that have no label in the data set's store; returns how many.
 
     Raises:
         InputError: a shard cannot be written.
