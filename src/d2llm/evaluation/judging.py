@@ -144,7 +144,6 @@ class PoolScores:
     scores: dict[str, dict[str, float]]
     num_new: int
     num_truncated: int
-    pairs_per_second: float | None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -197,7 +196,7 @@ def judge_pool(
         for query_id, passage_ids in pool.items()
     }
     queries = [QueryPairs(query_id, passage_ids) for query_id, passage_ids in missing.items() if passage_ids]
-    counts, begin = JudgingCounts(), time.perf_counter()
+    counts = JudgingCounts()
     num_pairs = sum(len(query.passage_ids) for query in queries)
     with progress_bar(title, num_pairs, show=show_progress) as advance:
         judge_pairs(
@@ -210,11 +209,10 @@ def judge_pool(
             advance=advance,
             counts=counts,
         )
-    rate = num_pairs / (time.perf_counter() - begin) if num_pairs else None
     for query_id, passage_ids in pool.items():
         values = scores[query_id] | labels.log_odds(query_id)
         scores[query_id] = {passage_id: values[passage_id] for passage_id in passage_ids}
-    return PoolScores(scores, num_pairs, counts.truncated, rate)
+    return PoolScores(scores, num_pairs, counts.truncated)
 
 
 def _chunks(queries: Iterable[QueryPairs]) -> Iterator[list[QueryPairs]]:

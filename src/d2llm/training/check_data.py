@@ -17,8 +17,8 @@ from d2llm.core.recipe import BackboneConfig, StudentConfig
 from d2llm.core.shipped import shipped_models
 from d2llm.data.check import read_through
 from d2llm.data.check_leaks import near_queries
-from d2llm.data.check_report import DataReport
-from d2llm.data.check_texts import CountTokens, Sample, guess_languages, measure_lengths
+from d2llm.data.check_report import DataReport, Languages
+from d2llm.data.check_texts import CountTokens, guess_languages, measure_lengths
 from d2llm.data.open_data import open_source
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student_files import FORMAT_VERSION, KIND
@@ -84,7 +84,10 @@ def check_data(
             measure_lengths(side, sample, _counter(tokens, prefix), limit, bar)
             for side, sample, prefix, limit in samples
         ]
-    languages = [guess_languages(side, _draw(sample, seed)) for side, sample, _, _ in samples]
+    languages: list[Languages | None] = []
+    for side, sample, _, _ in samples:  # drawn, because a sample's first texts tend to be the first of the file
+        texts = random.Random(seed).sample(sample.texts, min(_NUM_LANGUAGE_TEXTS, len(sample.texts)))
+        languages.append(guess_languages(side, texts))
     return replace(
         report,
         path=str(data),
@@ -112,8 +115,3 @@ def _counter(tokenizer: PreTrainedTokenizerBase, prefix: str) -> CountTokens:
         return [len(ids) for ids in cast("list[list[int]]", encoded["input_ids"])]
 
     return count
-
-
-def _draw(sample: Sample, seed: int) -> list[str]:
-    """Draw some texts of a sample at random, because its first texts tend to be the first of the file."""
-    return random.Random(seed).sample(sample.texts, min(_NUM_LANGUAGE_TEXTS, len(sample.texts)))
