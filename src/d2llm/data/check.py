@@ -41,11 +41,7 @@ def read_through(source: RetrievalSource | PairSource, *, sample_size: int, seed
     """Read a data set once and count its contents; near-duplicate leaks are not checked here.
 
     Memory: for a retrieval set, an id and a hash per passage and query, and the judgements; for pairs, a few hashes
-    per pair. Up to ``sample_size`` texts of each kind are kept.
-
-    Raises:
-        DataFormatError: a row is malformed (the message names file and line).
-        DuplicateIdError: an id, or a judged pair, occurs twice.
+    per pair. Up to ``sample_size`` texts of each kind are kept. Errors as for ``open_data``.
     """
     queries, passages = Sample(sample_size, seed=seed), Sample(sample_size, seed=seed)
     if isinstance(source, RetrievalSource):

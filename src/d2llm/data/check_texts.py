@@ -79,8 +79,7 @@ def _bars(values: np.ndarray, limit: int) -> tuple[tuple[int | None, float], ...
 def guess_languages(what: str, texts: Sequence[str]) -> Languages | None:
     """Guessed languages of ``texts``; None if there are no texts. Guesses for short texts are often wrong.
 
-    Raises:
-        MissingExtraError: py3langid is not installed.
+    Without py3langid there is a ``MissingExtraError``.
     """
     if not texts:
         return None

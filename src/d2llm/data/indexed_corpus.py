@@ -21,11 +21,7 @@ _KNOWN = ("_id", "id", "text", "title", "document_id", "position", "metadata")
 
 
 def corpus_file(path: Path) -> Path:
-    """The corpus file for a path: the path itself, or the corpus file in that folder.
-
-    Raises:
-        DataFormatError: the folder has no corpus file.
-    """
+    """The path itself, or the corpus file in that folder; ``DataFormatError`` if it has none."""
     if not path.is_dir():
         return path
     for name in _FILES:
@@ -46,9 +42,7 @@ def iter_corpus(path: Path, *, with_metadata: bool = True) -> Iterator[Passage]:
 def check_corpus(path: Path, *, with_metadata: bool = True) -> int:
     """Read a corpus once, to detect errors before hours of encoding; returns the number of passages.
 
-    Raises:
-        DataFormatError: as for ``iter_corpus``.
-        DuplicateIdError: two lines have the same id (the message names both).
+    Errors as for ``iter_corpus``, and ``DuplicateIdError`` if two lines have the same id.
     """
     file, first_lines = corpus_file(path), dict[str, int]()
     for line, passage in _numbered(file, with_metadata=with_metadata):

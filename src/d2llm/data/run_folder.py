@@ -64,9 +64,7 @@ class RunFolder:
     def sources(self, recipe: Recipe, *, as_mined: bool = False) -> list[TrainingSource]:
         """The data sets of a recipe with their final plans, or, if ``as_mined``, with those written by ``mine``.
 
-        Raises:
-            RecipeError: there are no data sets, or two have the same folder name.
-            DataFormatError: a data set or a plan cannot be read.
+        Errors are those of ``require_distinct_data``, ``read_plan`` and ``training_source``.
         """
         require_distinct_data(recipe)
         plans = [self.plan(data) if as_mined else self.final_plan(recipe, data) for data in recipe.data]
@@ -84,12 +82,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:
-    """A data set of a recipe, in any layout, with its plan.
-
-    Raises:
-        DataFormatError: the data set cannot be read.
-        MismatchError: the plan belongs to another data set.
-    """
+    """A data set of a recipe, in any layout, with its plan; ``MismatchError`` if the plan is that of another one."""
     dataset = open_data(data.path)
     if isinstance(dataset, Dataset):
         return TrainingSource(dataset, plan, data.task, data.max_labelled)
@@ -102,11 +95,7 @@ def companion(student: Path, variant: str) -> Path:
 
 
 def require_distinct_data(recipe: Recipe, *, where: str = "recipe") -> None:
-    """Check that the data sets of a recipe have distinct folder names; ``where`` names the recipe in errors.
-
-    Raises:
-        RecipeError: there are no data sets, or two have the same folder name.
-    """
+    """Raise a ``RecipeError`` if a recipe has no data sets, or two with the same folder name; ``where`` names it."""
     names = [Path(data.path).name for data in recipe.data]
     if not names:
         raise RecipeError(f"{where}: names no data sets; add a [[data]] section with path and task")

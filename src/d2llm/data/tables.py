@@ -24,11 +24,7 @@ _PURPOSE = "reading a data set of the Hugging Face Hub"
 
 
 def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Record]]:
-    """Numbered rows of Parquet files, counted from 1 across all files and read in batches.
-
-    Raises:
-        DataFormatError: a file is not Parquet, or is damaged.
-    """
+    """Numbered rows of Parquet files, counted from 1 across all files; ``DataFormatError`` for a damaged file."""
     number = 0
     for path in paths:
         try:
@@ -44,10 +40,8 @@ def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Record]]:
 def parquet_source(folder: Path, *, splits: Sequence[str] | None = None) -> RetrievalSource:
     """A retrieval set in Parquet: ``corpus*.parquet``, ``queries*.parquet`` and ``qrels/<split>.parquet`` or ``.tsv``.
 
-    Columns as in the BEIR layout; an ``id`` column may replace ``_id``, and ids may be whole numbers.
-
-    Raises:
-        DataFormatError: a file is missing.
+    Columns as in the BEIR layout; an ``id`` column may replace ``_id``, and ids may be whole numbers. If a file is
+    missing, there is a ``DataFormatError``.
     """
     tables = {name: sorted(folder.glob(f"{name}*.parquet")) for name in ("corpus", "queries")}
     for name, files in tables.items():
@@ -74,9 +68,7 @@ def parquet_source(folder: Path, *, splits: Sequence[str] | None = None) -> Retr
 def saved_source(folder: Path, *, splits: Sequence[str] | None = None) -> PairSource:
     """Pairs in a folder written by ``save_to_disk`` of the `datasets` library; memory-mapped.
 
-    Raises:
-        DataFormatError: the folder cannot be read.
-        MissingExtraError: the `datasets` library is not installed.
+    Errors as for ``hub_source``.
     """
     library = require("datasets", extra="datasets", purpose="reading a folder of the datasets library")
     try:

@@ -70,11 +70,7 @@ class TrainingPair:
 
 
 def check_sources(sources: Sequence[TrainingSource]) -> None:
-    """Check that the sources of a run, and so their labels, have distinct names.
-
-    Raises:
-        InputError: two data sets have the same name.
-    """
+    """Raise an ``InputError`` if two sources of a run, and so their labels, have the same name."""
     names = [source.dataset.name for source in sources]
     if len(set(names)) < len(names):
         raise InputError(f"two data sets have the same name: {', '.join(sorted(names))}; rename the folder of one")

@@ -180,10 +180,7 @@ def judge_pool(
 
     ``query_texts`` and ``passage_texts`` map ids to texts. New labels are written to the label store in the folder
     ``store``; ``known`` is the folder of another store of the same data set (labels made for training), only read.
-
-    Raises:
-        InputError: a shard cannot be written.
-        ModelError: some of the judge's log-odds are not numbers.
+    Errors are those of ``judge_pairs``.
     """
     key = {"teacher": judge.fingerprint, "prompt": judge.prompt_fingerprint(task), "dataset": dataset}
     labels = LabelStore(store, **key)

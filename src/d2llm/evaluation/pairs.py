@@ -243,12 +243,8 @@ def evaluate_pairs(
 ) -> EvaluationReport:
     """See ``evaluation.evaluate.evaluate``; ``folder`` stores measured scores and judgements.
 
-    Thresholds are fitted on the split "dev", or on "train" if dev itself is measured.
-
-    Raises:
-        DataFormatError: the data set was read without the split, or a label cannot be measured.
-        InputError: the baseline is not among the rows, classes have no split to fit thresholds on, or the teacher's
-            sample is too small to measure.
+    Thresholds are fitted on the split "dev", or on "train" if dev itself is measured. There is an ``InputError`` if
+    classes have no such split, or the teacher's sample is too small to measure.
     """
     setting.check_baseline(contenders, settings.baseline, ["bm25"])
     tuning = "train" if settings.split == "dev" else "dev"

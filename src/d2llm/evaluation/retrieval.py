@@ -45,11 +45,7 @@ def evaluate_retrieval(
     labels: Path | None,
     show_progress: bool | None,
 ) -> EvaluationReport:
-    """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements.
-
-    Raises:
-        DataFormatError: the data set was read without the split, or none of its queries has a relevant passage.
-    """
+    """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements."""
     setting.check_baseline(
         contenders, settings.baseline, ["bm25", "hybrid", "fitted_sum", *(["external"] if contenders.runs else [])]
     )

@@ -129,9 +129,7 @@ def label_passages(
 ) -> int:
     """Judge those of ``passages`` (by query_id) that have no label in the data set's store; returns how many.
 
-    Raises:
-        InputError: a shard cannot be written.
-        ModelError: some of the teacher's log-odds are not numbers.
+    Errors are those of ``judge_pairs``.
     """
     missing = {query_id: tuple(labels.missing(query_id, ids)) for query_id, ids in passages.items()}
     queries = [QueryPairs(query_id, ids) for query_id, ids in missing.items() if ids]

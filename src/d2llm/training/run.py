@@ -428,11 +428,7 @@ class Run:
         return [(open_data(data.path, splits=["dev"]), data.task) for data in self.recipe.data]
 
     def require_plans(self) -> None:
-        """Check that every data set of the recipe has a plan.
-
-        Raises:
-            InputError: a plan is missing.
-        """
+        """Raise an ``InputError`` if a data set of the recipe has no plan."""
         for data in self.recipe.data:
             if not is_finished(self.parts.plan(data)):
                 raise InputError(
@@ -442,8 +438,7 @@ class Run:
     def closed_gates(self) -> list[str]:
         """Data sets whose teacher labels are not to be used, according to ``gate.json`` and the recipe.
 
-        Raises:
-            InputError: a gate is closed and ``gate.when_closed`` is "stop".
+        If ``gate.when_closed`` is "stop", a closed gate is an ``InputError``.
         """
         from d2llm.models.teachers.judge import identify_judge
         from d2llm.training.gate import read_gate
@@ -531,11 +526,7 @@ class Run:
 
 
 def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
-    """The recipe with other folders for its data sets (see ``Run``).
-
-    Raises:
-        InputError: there is no data set of that name, or a folder contains none of them.
-    """
+    """The recipe with other folders for its data sets (see ``Run``); ``InputError`` for a place without any."""
     data = {Path(item.path).name: item for item in recipe.data}
     for place in places:
         name, equals, folder = place.partition("=")
@@ -554,11 +545,7 @@ def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
 
 
 def require_data(recipe: Recipe) -> None:
-    """Check that every data set of a recipe is on this machine, or is a data set of the Hub.
-
-    Raises:
-        InputError: some are not; the message lists them all, with the recipe's descriptions.
-    """
+    """Raise an ``InputError`` that lists the data sets of a recipe that are neither on this machine nor of the Hub."""
     missing = [item for item in recipe.data if not item.path.startswith("hf:/") and not Path(item.path).exists()]
     if missing:
         lines = [f"{item.path} ({item.about})" if item.about else item.path for item in missing]

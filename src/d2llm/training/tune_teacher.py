@@ -185,8 +185,7 @@ class _TuningRun:
     def train(self, show_progress: bool | None) -> None:
         """Train to the end, or until held-out pairs stop it early; the last state is saved as a checkpoint.
 
-        Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
+        After Ctrl-C or SIGTERM (``KeyboardInterrupt``) that is the state of the last complete step.
         """
         self.model.train()
         saved_at = time.monotonic()

@@ -57,10 +57,7 @@ def bm25_lists(
 class EncoderRanking:
     """A student's scores of the passages ``ids`` (in ascending order), from vectors in a memory-mapped file.
 
-    ``folder`` and ``resumable`` are those of ``encode_to_file``.
-
-    Raises:
-        ModelError: a vector is not finite.
+    See ``encode_to_file`` for ``folder``, ``resumable`` and errors.
     """
 
     def __init__(
@@ -160,11 +157,7 @@ def encode_to_file(
 
 
 def finite(vectors: NDArray[np.float32], kind: str, ids: Sequence[str]) -> NDArray[np.float32]:
-    """Check that the vectors [n, dim] are finite, and return them.
-
-    Raises:
-        ModelError: some are not finite; the message names the id of the first.
-    """
+    """The vectors [n, dim]; ``ModelError`` with the id of the first that is not finite."""
     not_finite = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(not_finite):
         first = ids[not_finite[0]]
