@@ -206,9 +206,10 @@ class TestRealRuns:
         assert run(place, history.folder, budget_minutes=0) == history.whole
         assert record.is_file()
 
-    def test_seconds_add_up_over_sessions(self) -> None:
-        lines = [{"seconds": s} for s in (1.0, 4.0, 0.5, 2.5)]  # 4 s, then a second session of 2.5 s
-        assert verb._seconds(lines) == 6.5
+    def test_seconds_add_up_over_sessions(self, tmp_path: Path) -> None:
+        lines = [json.dumps({"seconds": s}) for s in (1.0, 4.0, 0.5, 2.5)]  # 4 s, then a second session of 2.5 s
+        (tmp_path / "log.jsonl").write_text("\n".join(lines))
+        assert verb._seconds(tmp_path / "log.jsonl") == 6.5
 
 
 class TestOrder:

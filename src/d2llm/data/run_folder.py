@@ -19,12 +19,7 @@ from d2llm.data.training import TrainingSource
 class RunFolder:
     """The layout of one run: where ``mine``, ``tune_teacher``, ``label`` and ``distill`` find each other's results.
 
-    Attributes:
-        path: the folder itself.
-        teacher: the tuned teacher.
-        stack: the stack, which is several teachers combined into one.
-        labels: the label store.
-        student: the distilled student.
+    ``teacher`` is the tuned teacher, ``stack`` several teachers combined into one, ``labels`` the label store.
     """
 
     def __init__(self, path: Path) -> None:

@@ -95,9 +95,8 @@ class Run:
     ) -> dict[str, Any]:
         """Run every step that is not finished, in order; returns the result of each step by its name.
 
-        Args:
-            again: repeat this step and those after it. Labels are stored by teacher and pair, and are never repeated.
-            after: called with the name and the result of each step.
+        ``again`` repeats this step and those after it, but labels, which are stored by teacher and pair, are never repeated.
+        ``after`` is called with the name and the result of each step.
         """
         order: tuple[str, ...] = get_args(RunStep)
         repeated: tuple[str, ...] = order[order.index(again) :] if again else ()
@@ -207,9 +206,7 @@ class Run:
     def stack_with_cosine(self, *, again: bool = False, cosine_again: bool = False) -> StackReport | Skipped:
         """If the recipe says so, train the tuned cosine and stack the run's teacher with it.
 
-        Args:
-            again: repeat it if it is finished.
-            cosine_again: also train the cosine again.
+        ``again`` repeats it if it is finished; ``cosine_again`` also trains the cosine again.
         """
         if not self.recipe.teacher.stack_with_cosine:
             return self.skip("stack: the recipe's teacher is not stacked with the cosine")

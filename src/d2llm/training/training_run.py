@@ -110,10 +110,7 @@ def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimiz
 class BestState:
     """The best state of a training by its dev value: its step, its value, and the number of dev evaluations since.
 
-    Args:
-        parameters: the parameters to keep and restore, by name.
-        path: safetensors file to keep them in; None keeps them in memory.
-        lower_is_better: whether the lower of two values is better.
+    The parameters are kept in the safetensors file ``path``, or in memory.
     """
 
     def __init__(
