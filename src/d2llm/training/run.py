@@ -95,7 +95,7 @@ class Run:
     ) -> dict[str, Any]:
         """Run every step that is not finished, in order; returns the result of each step by its name.
 
-        ``again`` repeats this step and those after it, but labels, which are stored by teacher and pair, are never repeated.
+        ``again`` repeats this step and those after it, except labels, which are stored by teacher and pair.
         ``after`` is called with the name and the result of each step.
         """
         order: tuple[str, ...] = get_args(RunStep)
