@@ -56,8 +56,8 @@ def parquet_source(folder: Path, *, splits: Sequence[str] | None = None) -> Retr
         folder,
         tables["corpus"][0],
         tables["queries"][0],
-        lambda: _with_text_ids(parquet_rows(tables["corpus"])),
-        lambda: _with_text_ids(parquet_rows(tables["queries"])),
+        lambda: parquet_rows(tables["corpus"]),
+        lambda: parquet_rows(tables["queries"]),
         lambda: {
             split: read_qrels(path) if path.suffix == ".tsv" else _qrels(path, parquet_rows([path]))
             for split, path in chosen.items()
@@ -114,8 +114,8 @@ def _hub_retrieval(name: str, repository: str, configs: Sequence[str], splits: S
         path,
         path / "corpus",
         path / "queries",
-        lambda: _with_text_ids(enumerate(chain.from_iterable(corpus.values()), start=1)),
-        lambda: _with_text_ids(enumerate(chain.from_iterable(queries.values()), start=1)),
+        lambda: enumerate(chain.from_iterable(corpus.values()), start=1),
+        lambda: enumerate(chain.from_iterable(queries.values()), start=1),
         lambda: {split: _qrels(path / split, enumerate(table, start=1)) for split, table in qrels.items()},
     )
 
@@ -164,12 +164,6 @@ def _with_class_names(table: Any) -> Iterator[Record]:
             if isinstance(row[field], int) and row[field] >= 0:
                 row[field] = class_names[row[field]]
         yield row
-
-
-def _with_text_ids(rows: Rows) -> Iterator[tuple[int, Record]]:
-    for number, row in rows:
-        identifier = row.get("_id", row.get("id"))
-        yield number, {**row, "_id": _text_id(identifier)}
 
 
 def _text_id(identifier: object) -> object:

@@ -275,17 +275,14 @@ class MeasuredStore:
 
     def system(self, key: object, make: Callable[[], System]) -> System:
         """The system stored under ``key``; if there is none, calls ``make`` and stores what it returns."""
-        return _system(self.values(key, lambda: asdict(make())))
-
-
-def _system(values: Mapping[str, Any]) -> System:
-    rankings = {
-        query_id: tuple((passage_id, score) for passage_id, score in ranking)
-        for query_id, ranking in values["rankings"].items()
-    }
-    seconds = {name: tuple(times) for name, times in values["probe_seconds"].items()}
-    restored: dict[str, Any] = {"rankings": rankings, "probe_seconds": seconds, "notes": tuple(values["notes"])}
-    return System(**(dict(values) | restored))
+        values = self.values(key, lambda: asdict(make()))
+        rankings = {
+            query_id: tuple((passage_id, score) for passage_id, score in ranking)
+            for query_id, ranking in values["rankings"].items()
+        }
+        seconds = {name: tuple(times) for name, times in values["probe_seconds"].items()}
+        restored: dict[str, Any] = {"rankings": rankings, "probe_seconds": seconds, "notes": tuple(values["notes"])}
+        return System(**(dict(values) | restored))
 
 
 @dataclass

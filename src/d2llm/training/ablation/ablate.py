@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -225,29 +226,19 @@ def ablate(
     seeds = range(recipe.seed, recipe.seed + num_seeds)
     runs = [(name, seed) for seed in seeds for name in recipes]
     results = {run: result for run in runs if (result := read_result(shared, *run)) is not None}
-    missing: list[tuple[str, int]] = []
-    failed: list[FailedRun] = []
     waiting = [run for run in runs if run not in results]
     if waiting:
         write_json(place / "settings.json", settings)
-    seconds: list[float] = []
-    for number, (name, seed) in enumerate(waiting):
-        begun = time.monotonic()
-        is_trained = (shared.student(name, seed) / MANIFEST).is_file()  # an earlier call was killed before measuring
-        if not is_trained and budget_minutes is not None and begun - started >= 60 * budget_minutes:
-            missing.append((name, seed))
-            continue
-        (announce or _log.info)(_announcement(name, seed, number, len(waiting), seconds))
-        try:
-            results[name, seed] = train_and_measure(shared, recipes[name], name, seed)
-        except D2LLMError as error:
-            if name == BASE:
-                raise
-            failed.append(FailedRun(name, seed, str(error)))
-            _log.warning("%s, seed %d could not be trained: %s", name, seed, error)
-        seconds.append(time.monotonic() - begun)
+    deadline = math.inf if budget_minutes is None else started + 60 * budget_minutes
+    new, missing, failed = _train_waiting(shared, recipes, waiting, deadline, announce or _log.info)
+    results |= new
     base, rows = summarise([name for name in recipes if name != BASE], [results[run] for run in runs if run in results])
-    sets = tuple(_measured_set(dev, source) for dev, source in zip(dev_sets, sources, strict=True))
+    sets = tuple(
+        MeasuredSet(
+            dev.name, dev.task, len(dev.item_ids), len(dev.passages), len(source.plan.entries), dev.measure_name
+        )
+        for dev, source in zip(dev_sets, sources, strict=True)
+    )
     return AblationReport(
         recipe=recipe.name,
         measure=named_measures(sets),
@@ -385,9 +376,36 @@ def _measured_set(dev: DevSet, source: TrainingSource) -> MeasuredSet:
     return MeasuredSet(dev.name, dev.task, num_queries, num_passages, len(source.plan.entries), dev.measure_name)
 
 
-def _announcement(name: str, seed: int, number: int, total: int, seconds: Sequence[float]) -> str:
-    left = f", about {max(1.0, fmean(seconds) * (total - number) / 60):,.0f} min left" if seconds else ""
-    return f"ablate: run {number + 1:,} of {total:,}: {name}, seed {seed}{left}"
+def _train_waiting(
+    shared: RunSettings,
+    recipes: Mapping[str, Recipe],
+    waiting: Sequence[tuple[str, int]],
+    deadline: float,
+    announce: Callable[[str], None],
+) -> tuple[dict[tuple[str, int], RunResult], list[tuple[str, int]], list[FailedRun]]:
+    """Train and measure the waiting runs (variant, seed); returns the results, those left for later, and failures."""
+    results: dict[tuple[str, int], RunResult] = {}
+    missing: list[tuple[str, int]] = []
+    failed: list[FailedRun] = []
+    seconds: list[float] = []
+    for number, (name, seed) in enumerate(waiting):
+        begun = time.monotonic()
+        is_trained = (shared.student(name, seed) / MANIFEST).is_file()  # an earlier call was killed before measuring
+        if not is_trained and begun >= deadline:
+            missing.append((name, seed))
+            continue
+        minutes_left = fmean(seconds) * (len(waiting) - number) / 60 if seconds else None
+        left = "" if minutes_left is None else f", about {max(1.0, minutes_left):,.0f} min left"
+        announce(f"ablate: run {number + 1:,} of {len(waiting):,}: {name}, seed {seed}{left}")
+        try:
+            results[name, seed] = train_and_measure(shared, recipes[name], name, seed)
+        except D2LLMError as error:
+            if name == BASE:
+                raise
+            failed.append(FailedRun(name, seed, str(error)))
+            _log.warning("%s, seed %d could not be trained: %s", name, seed, error)
+        seconds.append(time.monotonic() - begun)
+    return results, missing, failed
 
 
 def _notes(base: Recipe, sources: Sequence[TrainingSource], num_seeds: int) -> Iterator[str]:
