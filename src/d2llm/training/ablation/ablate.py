@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -233,12 +233,7 @@ def ablate(
     new, missing, failed = _train_waiting(shared, recipes, waiting, deadline, announce or _log.info)
     results |= new
     base, rows = summarise([name for name in recipes if name != BASE], [results[run] for run in runs if run in results])
-    sets = tuple(
-        MeasuredSet(
-            dev.name, dev.task, len(dev.item_ids), len(dev.passages), len(source.plan.entries), dev.measure_name
-        )
-        for dev, source in zip(dev_sets, sources, strict=True)
-    )
+    sets = tuple(_measured_set(dev, source) for dev, source in zip(dev_sets, sources, strict=True))
     return AblationReport(
         recipe=recipe.name,
         measure=named_measures(sets),
