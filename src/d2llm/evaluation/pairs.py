@@ -122,7 +122,10 @@ def lexical_scores(work: PairWork) -> ScoredSplits:
         row_of = {text: row for row, text in enumerate(passages)}
         index = WordIndex.from_texts(passages)
         scores = np.zeros(len(pairs))
-        for query, positions in _by_query(_texts(pairs)).items():
+        positions_of: defaultdict[str, list[int]] = defaultdict(list)
+        for position, pair in enumerate(pairs):
+            positions_of[pair.query].append(position)
+        for query, positions in positions_of.items():
             query_scores = index.scores(index.query(query))
             scores[positions] = query_scores[[row_of[pairs[position].passage] for position in positions]]
         return scores.tolist()
@@ -214,14 +217,6 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> S
 
 def _texts(pairs: Sequence[LabelledPair]) -> list[tuple[str, str]]:
     return [(pair.query, pair.passage) for pair in pairs]
-
-
-def _by_query(pairs: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
-    """Positions of the pairs of each query text."""
-    positions: defaultdict[str, list[int]] = defaultdict(list)
-    for position, (query, _) in enumerate(pairs):
-        positions[query].append(position)
-    return positions
 
 
 NUM_RESAMPLES = 2_000  # enough for p to be below .01 after the correction over all rows

@@ -114,7 +114,11 @@ def tune_teacher(
     model = _load(teacher, tuning, device=device, dtype=dtype)
     model.prepare_training(tuning.lora, tuning=tuning.tuning, seed=seed)
     run_folder = folder.with_name(folder.name + ".run")
-    settings = _run_settings(sources, teacher, model.fingerprint, tuning, seed)
+    settings = {  # everything that affects a run; a checkpoint or tuned teacher with other settings is from another run
+        "recipe": tuning_settings(teacher, tuning, seed),
+        "model": model.fingerprint,
+        "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
+    }
     batches = _epoch_batches(pairs, tuning, seed)
     run = _TuningRun(model, batches, dev_pairs, tuning, run_folder, settings=settings, seed=seed)
     run.train(show_progress)
@@ -336,17 +340,6 @@ def _load(
         )
     model.compute_dtype = choose_dtype(model.device, dtype)
     return model
-
-
-def _run_settings(
-    sources: list[TrainingSource], teacher: TeacherConfig, fingerprint: str, tuning: TeacherTuningConfig, seed: int
-) -> dict[str, Any]:
-    """Everything that affects a run; a checkpoint or tuned teacher with other settings is from another run."""
-    return {
-        "recipe": tuning_settings(teacher, tuning, seed),
-        "model": fingerprint,
-        "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
-    }
 
 
 def _epoch_batches(pairs: list[TrainingPair], tuning: TeacherTuningConfig, seed: int) -> list[list[TrainingPair]]:

@@ -272,7 +272,13 @@ def choose(
     The draw of a query depends on ``seeds`` and its id. The teacher judges candidates for its margin; ``audit`` records
     every query.
     """
-    checks = _checks(dataset, ranked, config)
+    checks: list[Check] = []
+    if config.near_duplicate < 1:
+        checks.append(near_duplicate_check(dataset.passages, config.near_duplicate))
+    if config.relative_margin is not None:
+        if ranked.encoder is None:
+            raise InputError("mining.relative_margin needs an encoder's scores; add 'encoder' to mining.sources")
+        checks.append(relative_margin_check(ranked.encoder, config.relative_margin))
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         block: list[Selection] = []
         for place, query in enumerate(queries[start : start + _QUERIES_AT_ONCE], start=start):
@@ -306,17 +312,6 @@ def work_folder(work: Path | None) -> Generator[Path]:
     # On Windows a file that is still mapped cannot be deleted; it is left to the system's clean-up.
     with tempfile.TemporaryDirectory(prefix="d2llm-mine-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-
-
-def _checks(dataset: Dataset, ranked: Ranked, config: MiningConfig) -> list[Check]:
-    checks: list[Check] = []
-    if config.near_duplicate < 1:
-        checks.append(near_duplicate_check(dataset.passages, config.near_duplicate))
-    if config.relative_margin is not None:
-        if ranked.encoder is None:
-            raise InputError("mining.relative_margin needs an encoder's scores; add 'encoder' to mining.sources")
-        checks.append(relative_margin_check(ranked.encoder, config.relative_margin))
-    return checks
 
 
 def _scores(item: Selection, ranked: Ranked, teacher: TeacherCheck | None) -> dict[str, dict[str, float]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +63,9 @@ def remine(
     dataset, entries = source.dataset, source.plan.entries
     queries = [dataset.queries[entry.query_id] for entry in entries]
     labelled = [sorted(labels.log_odds(entry.query_id)) for entry in entries] if labels and only_labelled else None
-    corpus = sorted(dataset.passages) if labelled is None else _union(labelled, entries)
+    corpus = sorted(dataset.passages)
+    if labelled is not None:  # and the positives, whose scores the filters need
+        corpus = sorted({*chain(*labelled), *chain.from_iterable(entry.positives for entry in entries)})
     judged = DatasetJudgements(dataset, same_text or SameText(dataset))
     positives = {entry.query_id: entry.positives for entry in entries}
     with work_folder(folder) as work:
@@ -96,7 +100,10 @@ def remine(
     num_new = sum(
         len(set(new.hard_negatives) - set(old.hard_negatives)) for new, old in zip(renewed, entries, strict=True)
     )
-    return _with_plan(source, renewed, {"seed": seed, "epoch": epoch, "num_new": num_new})
+    content = [[e.query_id, e.positives, e.hard_negatives, e.easy_negatives] for e in renewed]
+    remined = {"seed": seed, "epoch": epoch, "num_new": num_new}
+    manifest = source.plan.manifest | {"content_hash": fingerprint_json(content), "remined": remined}
+    return replace(source, plan=TrainingPlan(tuple(renewed), manifest))
 
 
 def _renew(entry: PlanEntry, item: Selection, num_hard: int) -> PlanEntry:
@@ -106,20 +113,6 @@ def _renew(entry: PlanEntry, item: Selection, num_hard: int) -> PlanEntry:
     hard += tuple(earlier[: max(0, num_hard - len(hard))])
     easy = tuple(passage_id for passage_id in entry.easy_negatives if passage_id not in hard)
     return PlanEntry(entry.query_id, entry.positives, hard, easy)
-
-
-def _with_plan(source: TrainingSource, entries: Sequence[PlanEntry], remined: dict[str, int]) -> TrainingSource:
-    content = [[e.query_id, e.positives, e.hard_negatives, e.easy_negatives] for e in entries]
-    manifest = source.plan.manifest | {"content_hash": fingerprint_json(content), "remined": remined}
-    return TrainingSource(
-        source.dataset, TrainingPlan(tuple(entries), manifest), source.task, source.max_labelled, source.pairs
-    )
-
-
-def _union(labelled: Sequence[Sequence[str]], entries: Sequence[PlanEntry]) -> list[str]:
-    """All labelled passages, and the positives, whose scores the filters need."""
-    labelled_ids = (passage_id for query_labels in labelled for passage_id in query_labels)
-    return sorted({*labelled_ids, *(passage_id for entry in entries for passage_id in entry.positives)})
 
 
 def _lists_of(ranking: EncoderRanking, labelled: Sequence[Sequence[str]], top_k: int) -> Lists:
