@@ -64,11 +64,18 @@ def compare_means(
 
 
 def joined_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """Notes of systems (name, message) as lines, in their order; systems with the same message share a line."""
+    """Notes (system or "", message) as lines, in their order; systems with the same message share a line."""
     names_by_message: dict[str, list[str]] = {}
     for name, message in notes:
         names_by_message.setdefault(message, []).append(name)
-    return [f"{'; '.join(names)}: {message}" for message, names in names_by_message.items()]
+    return [f"{'; '.join(names)}: {message}" if all(names) else message for message, names in names_by_message.items()]
+
+
+def merge_notes(notes: Sequence[str], systems: Sequence[str]) -> list[str]:
+    """The notes of a written report ("system: message"); systems with the same message share a line."""
+    longest_first = sorted(systems, key=len, reverse=True)
+    names = [next((name for name in longest_first if note.startswith(f"{name}: ")), "") for note in notes]
+    return joined_notes((name, note.removeprefix(f"{name}: ")) for name, note in zip(names, notes, strict=True))
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
