@@ -245,10 +245,13 @@ class DatasetJudgements:
                     kind = self._relevant if grade > 0 else self._refused
                     kind.setdefault(query_id, set()).add(passage_id)
 
-    def relevant(self, query_id: str, positives: Sequence[str]) -> tuple[set[str], set[str]]:
-        """The plan's ``positives`` and what the data set judges relevant, in any split; and others of the same text."""
-        relevant = self._relevant.get(query_id, set()) | set(positives)
-        return relevant, self._same_text.as_any_of(relevant)
+    def relevant(self, query_id: str, positives: Sequence[str]) -> set[str]:
+        """Passages that the data set judges relevant, in any split; ``positives`` are the plan's."""
+        return self._relevant.get(query_id, set()) | set(positives)
+
+    def repeats(self, query_id: str, positives: Sequence[str]) -> set[str]:
+        """Other passages with the same text as a relevant one."""
+        return self._same_text.as_any_of(self.relevant(query_id, positives))
 
     def negative(self, query_id: str) -> set[str]:
         """Passages that the data set judges not relevant."""
@@ -282,7 +285,8 @@ def choose(
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         block: list[Selection] = []
         for place, query in enumerate(queries[start : start + _QUERIES_AT_ONCE], start=start):
-            forbidden = set[str]().union(*judged.relevant(query.id, positives[query.id]))
+            own = positives[query.id]
+            forbidden = judged.relevant(query.id, own) | judged.repeats(query.id, own)
             candidates = order_candidates(
                 {source: lists[place] for source, lists in ranked.lists.items()},
                 forbidden,
@@ -290,8 +294,7 @@ def choose(
                 config.sampling,
                 random_of(*seeds, query.id),
             )
-            negative = judged.negative(query.id)
-            block.append(Selection(query, positives[query.id], candidates, negative, place, forbidden))
+            block.append(Selection(query, own, candidates, judged.negative(query.id), place, forbidden))
         select(block, config.num_hard, checks, teacher)
         for item in block:
             audit.add(item, _scores(item, ranked, teacher))

@@ -123,7 +123,7 @@ def mine(
         audit = Audit(dataset.passages, list(ranked.lists), frozenset(shown))
         begin = time.perf_counter()
         judged = DatasetJudgements(dataset, SameText(dataset))
-        tally.same_text = sum(len(judged.relevant(query_id, ids)[1]) for query_id, ids in positives.items())
+        tally.same_text = sum(len(judged.repeats(query_id, ids)) for query_id, ids in positives.items())
         entries: list[PlanEntry] = []
         selections = choose(
             dataset, queries, positives, judged, ranked, config, seeds=(seed,), teacher=teacher, audit=audit
