@@ -24,13 +24,16 @@ class Gold(Protocol):
     @property
     def main_measure(self) -> str:
         """The measure that examples and plots show."""
+        ...
 
     @property
     def positive(self) -> NDArray[np.bool_] | None:
         """[n] whether a pair is a yes; None for graded pairs."""
+        ...
 
     def fit(self, scores: Floats, positions: Positions) -> Any:
         """Thresholds fitted to the scores of these pairs, to be used on another split."""
+        ...
 
     def measurer(self, scores: Floats, positions: Positions, thresholds: Any) -> pair_measures.Measurer:
         """A function that computes the measures of a resample of the pairs at ``positions``, which have ``scores``.
@@ -38,9 +41,11 @@ class Gold(Protocol):
         A resample is an array of indices into ``positions``. Without thresholds, only the measures that need none are
         computed.
         """
+        ...
 
     def item_values(self, scores: Floats, positions: Positions, thresholds: Any) -> Floats:
         """One value in [0, 1] for each of the pairs at ``positions``: how well it was scored."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,15 +108,13 @@ class _Miners:
 
     @classmethod
     def load(cls, run: Run, mining: MiningConfig) -> _Miners:
-        place = {"device": run.device, "dtype": run.dtype}
-        student = None if mining.student is None else Student.load(mining.student, **place)
+        student = None if mining.student is None else Student.load(mining.student, device=run.device, dtype=run.dtype)
         ranks = "encoder" in mining.sources
+        filters = mining.teacher_margin is not None
         return cls(
             encoder=run.new_student() if ranks and student is None else None,
             student=student if ranks else None,
-            judge=None
-            if mining.teacher_margin is None
-            else load_judge(run.teacher, device=run.device, dtype=run.dtype),
+            judge=load_judge(run.teacher, device=run.device, dtype=run.dtype) if filters else None,
         )
 
 
