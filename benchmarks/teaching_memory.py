@@ -39,7 +39,6 @@ from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.store.bm25 import WordIndex
 from d2llm.training.label import label
 from d2llm.training.mining.mine import mine
-from d2llm.training.mining.ranking import PassageSequence
 
 RESULT = Path(__file__).parent / "results" / "teaching-memory.json"
 SIZES, SMALL_SIZES = (100_000, 400_000), (10_000, 40_000)
@@ -148,7 +147,7 @@ def measure(size: int, texts: str, part: str) -> dict[str, float]:
         dataset = make_dataset(passages)
         if part == "bm25":
             passage_ids = sorted(dataset.passages)
-            WordIndex.from_texts(passage.full_text for passage in PassageSequence(dataset.passages, passage_ids))
+            WordIndex.from_texts(dataset.passages[passage_id].full_text for passage_id in passage_ids)
         elif part == "mine":
             mine(dataset, "train", MiningConfig(), encoder=FakeEncoder(), seed=0, show_progress=False)
         elif part == "label":

@@ -24,7 +24,7 @@ import torch
 
 from d2llm.core.files import write_json
 from d2llm.core.recipe import LoraConfig, Recipe, TeacherConfig, TrainingConfig
-from d2llm.data.training import LabelledPair
+from d2llm.data.training import TrainingPair
 from d2llm.evaluation.systems import peak_memory
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import Teacher
@@ -95,7 +95,7 @@ def measure_teacher(part_tokens: int) -> dict[str, float]:
     """Gradients for a batch of pairs that reach the teacher's token limit."""
     rng = random.Random(0)
     passage = " ".join(rng.choices(["the", "of", "and", "river", "house", "music", "study", "virus"], k=400))
-    pairs = [LabelledPair(f"what is it {n}", passage, "asymmetric", float(n == 0)) for n in range(8)]
+    pairs = [TrainingPair(f"what is it {n}", passage, "asymmetric", float(n == 0)) for n in range(8)]
     with peak_memory() as peak:
         teacher = Teacher.load(TeacherConfig(model="smollm2", prompt="short"), device="cpu", dtype="float32")
         teacher.prepare_training(LoraConfig(rank=16, alpha=32))
@@ -104,7 +104,7 @@ def measure_teacher(part_tokens: int) -> dict[str, float]:
 
         def step(seed: int) -> None:
             torch.manual_seed(seed)
-            tune_teacher.accumulate_pairs(teacher, pairs, part_tokens)
+            tune_teacher.accumulate(teacher, pairs, part_tokens, "pairs")
             teacher.zero_grad(set_to_none=True)
 
         return timed(step, sum(map(len, inputs))) | {"peak_gib": round((peak() or 0) / 1024, 2)}

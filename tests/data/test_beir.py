@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError
-from d2llm.data.beir import read_beir, read_corpus
+from d2llm.data.beir import read_beir
+from d2llm.data.indexed_corpus import check_corpus
 
 CORPUS = [
     {"_id": "p2", "title": "Cats", "text": "Cats sleep."},
@@ -112,7 +113,7 @@ def test_malformed_line_is_reported_with_its_number(tmp_path: Path, line: str, p
     content = f'{{"_id": "p1", "text": "fine"}}\n\n{line}\n'.encode()
     path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     with pytest.raises(DataFormatError) as caught:
-        read_corpus(path)
+        check_corpus(path)
     assert caught.value.line == 3
     assert str(caught.value).startswith(f"{path}:3: ")
     assert problem in str(caught.value)
@@ -170,7 +171,7 @@ def test_missing_folder_and_missing_qrels_are_rejected(folder: Path, tmp_path: P
     with pytest.raises(DataFormatError, match="no such folder; looked for corpus"):
         read_beir(tmp_path / "nowhere")
     with pytest.raises(DataFormatError, match="no such file"):
-        read_corpus(tmp_path / "corpus.jsonl")
+        check_corpus(tmp_path / "corpus.jsonl")
     for path in (folder / "qrels").iterdir():
         path.unlink()
     with pytest.raises(DataFormatError, match=r"looked for qrels/\*\.tsv"):

@@ -52,18 +52,18 @@ class Interrupted(Exception):
 
 def fail_at(monkeypatch, step, error=Interrupted, instead=None):
     """Raises ``error`` in the middle of the step or, if set, gives the loss ``instead``; returns the list of calls."""
-    original = module.accumulate_pairs
+    original = module.accumulate
     calls = []
 
-    def accumulate(model, batch, part_tokens):
+    def accumulate(model, batch, part_tokens, loss):
         calls.append(batch)
         if len(calls) - 1 == step:
             if instead is None:
                 raise error
             return instead, 0
-        return original(model, batch, part_tokens)
+        return original(model, batch, part_tokens, loss)
 
-    monkeypatch.setattr(module, "accumulate_pairs", accumulate)
+    monkeypatch.setattr(module, "accumulate", accumulate)
     return calls
 
 

@@ -17,7 +17,6 @@ SYSTEM = System(
     passages_per_second=12.5,
     bytes_per_passage=32,
     fingerprint="abc",
-    num_truncated=2,
     notes=("one", "two"),
 )
 

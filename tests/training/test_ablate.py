@@ -21,10 +21,8 @@ from d2llm.ops.significance import Interval
 from d2llm.training import distill as distill_verb
 from d2llm.training import distill_run
 from d2llm.training.ablation import ablate as verb
-from d2llm.training.ablation import run as ablation_run
-from d2llm.training.ablation.ablate import ablate
+from d2llm.training.ablation.ablate import RunSettings, ablate
 from d2llm.training.ablation.report import AblationReport, RunResult
-from d2llm.training.ablation.run import RunSettings
 from tiny_data import make_plan, tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Place
 from tiny_models import tiny_student_config
@@ -167,8 +165,8 @@ class TestRealRuns:
     def test_finished_runs_are_not_repeated(
         self, place: Place, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ablation_run, "distill", refuse)
-        monkeypatch.setattr(ablation_run, "evaluate_dev", refuse)
+        monkeypatch.setattr(verb, "distill", refuse)
+        monkeypatch.setattr(verb, "evaluate_dev", refuse)
         assert run(place, history.folder, budget_minutes=0) == history.whole
         moved = small_recipe(place).model_copy(update={"data": (DataConfig(path="/elsewhere/tiny"),)})
         named = small_recipe(place).model_copy(update={"data": (DataConfig(path="here/tiny"),)})
@@ -179,14 +177,14 @@ class TestRealRuns:
         self, place: Place, history: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With samples of three queries, because those that training draws itself differ by seed."""
-        original, measured = ablation_run.evaluate_dev, []
+        original, measured = verb.evaluate_dev, []
 
         def evaluate_dev(student: Any, dev_sets: Any, **options: Any) -> Any:
             measured.append(list(dev_sets))
             return original(student, dev_sets, **options)
 
-        monkeypatch.setattr(ablation_run, "distill", refuse)
-        monkeypatch.setattr(ablation_run, "evaluate_dev", evaluate_dev)
+        monkeypatch.setattr(verb, "distill", refuse)
+        monkeypatch.setattr(verb, "evaluate_dev", evaluate_dev)
         report = run(place, history.folder, dev_queries=3)
         assert len(measured) == 4
         assert all(dev_sets == measured[0] for dev_sets in measured)
@@ -204,13 +202,14 @@ class TestRealRuns:
     ) -> None:
         record = Path(history.whole.folder) / "no-imitation" / "seed-1.json"
         record.unlink()
-        monkeypatch.setattr(ablation_run, "distill", refuse)
+        monkeypatch.setattr(verb, "distill", refuse)
         assert run(place, history.folder, budget_minutes=0) == history.whole
         assert record.is_file()
 
-    def test_seconds_add_up_over_sessions(self) -> None:
-        lines = [{"seconds": s} for s in (1.0, 4.0, 0.5, 2.5)]  # 4 s, then a second session of 2.5 s
-        assert ablation_run._seconds(lines) == 6.5
+    def test_seconds_add_up_over_sessions(self, tmp_path: Path) -> None:
+        lines = [json.dumps({"seconds": s}) for s in (1.0, 4.0, 0.5, 2.5)]  # 4 s, then a second session of 2.5 s
+        (tmp_path / "log.jsonl").write_text("\n".join(lines))
+        assert verb._seconds(tmp_path / "log.jsonl") == 6.5
 
 
 class TestOrder:

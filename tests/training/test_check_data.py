@@ -74,7 +74,7 @@ class TestRetrieval:
 
     @pytest.fixture
     def report(self, folder):
-        return read_through(beir_source(folder), sample_size=10)
+        return read_through(beir_source(folder), sample_size=10).report
 
     def test_counts(self, report):
         assert (report.kind, report.num_queries, report.num_passages) == ("retrieval", 6, 6)
@@ -120,7 +120,7 @@ class TestRetrieval:
             folder = write_beir(tmp_path / str(num_passages), passages, {"q": "who"}, {"test": [("q", "p0", 1)]})
             del passages
             tracemalloc.start()
-            report = read_through(beir_source(folder), sample_size=20)
+            report = read_through(beir_source(folder), sample_size=20).report
             size = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             assert report.num_passages == num_passages
@@ -141,7 +141,7 @@ class TestPairs:
             ("d", "e", 1),
             ("f", "", 0),
         ]
-        report = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10)
+        report = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10).report
         assert report.splits == (SplitCounts("train", 4, 4, 7, {"0": 2, "1": 5}),)  # passages: c, a b, e, an empty one
         assert repeats(report) == {
             "train: repeated pairs": (3, ("train-2", "train-4", "train-6")),
@@ -153,7 +153,7 @@ class TestPairs:
 
     def test_reversed_pair_with_another_label_is_no_conflict(self, tmp_path):
         rows = [("a dog", "an animal", "entailment"), ("an animal", "a dog", "neutral")]
-        report = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10)
+        report = read_through(open_source(write_pairs(tmp_path / "p", train=rows)), sample_size=10).report
         assert list(repeats(report)) == ["train: repeated pairs in reverse order"]
 
     def test_leaks_of_queries_and_of_pairs_in_either_order(self, tmp_path):
@@ -163,7 +163,7 @@ class TestPairs:
             dev=[("b", "a", 1)],
             test=[("C.", "x", 1), ("e", "f", 0), ("e", "y", 0)],
         )
-        report = read_through(open_source(folder), sample_size=10)
+        report = read_through(open_source(folder), sample_size=10).report
         assert report.leaks == (
             Leak("same query", "train", "test", 2, (("test-1", "train-2"), ("test-2", "train-3"))),
             Leak("same pair", "train", "dev", 1, (("dev-1", "train-1"),)),
@@ -174,7 +174,7 @@ class TestPairs:
     def test_score_statistics(self, tmp_path):
         records = [{"query": f"q{n}", "document": "d", "score": score} for n, score in enumerate((1.0, 4.5, 2.0))]
         write_lines(tmp_path / "test.jsonl", records)
-        report = read_through(open_source(tmp_path), sample_size=10)
+        report = read_through(open_source(tmp_path), sample_size=10).report
         assert report.kind == "scores"
         assert report.splits == (SplitCounts("test", 3, 1, 3, {}, (1.0, 2.5, 4.5)),)
 
@@ -351,7 +351,7 @@ class TestCheckData:
 )
 def test_counts_of_real_data_sets(shared_data, name, kind, num_passages, splits):
     """Counts are from the data sets' README, which also states that no query is in two splits."""
-    report = read_through(open_source(shared_data / name), sample_size=100)
+    report = read_through(open_source(shared_data / name), sample_size=100).report
     counts = {split.name: split.num_queries if kind == "retrieval" else split.num_items for split in report.splits}
     assert (report.kind, counts) == (kind, splits)
     assert num_passages in (None, report.num_passages)

@@ -78,29 +78,26 @@ POSITIVE = "cat the quick brown fox jumps over the lazy dog near the river bank 
 
 class TestOrder:
     def test_top_takes_the_better_rank_then_the_id(self):
-        candidates = order_candidates(LISTS, {"a"}, {"bm25": 0, "cosine": 0}, "top", random.Random(0))
+        candidates = order_candidates(LISTS, {"a"}, 0, "top", random.Random(0))
         # Ranks without the positive: bm25 b0 c1 d2 e3, cosine e0 d1 x2 y3 z4.
         assert [c.passage_id for c in candidates] == ["b", "e", "c", "d", "x", "y", "z"]
         assert candidates[1].ranks == {"bm25": 3, "cosine": 0}
         assert (candidates[1].best_rank, candidates[1].sources) == (0, "bm25+cosine")
 
-    def test_each_list_has_its_own_minimum_rank(self):
-        candidates = order_candidates(LISTS, {"a"}, {"bm25": 2, "cosine": 1}, "top", random.Random(0))
-        assert [c.passage_id for c in candidates] == ["d", "x", "y", "z"]  # skips b and c of bm25, and e of cosine
+    def test_the_top_of_each_list_is_skipped_in_both(self):
+        candidates = order_candidates(LISTS, {"a"}, 1, "top", random.Random(0))
+        assert [c.passage_id for c in candidates] == ["c", "d", "x", "y", "z"]  # skips b of bm25, and e of cosine
 
     @pytest.mark.parametrize("sampling", ["uniform", "rank_weighted"])
     def test_draws_follow_the_seed_and_include_every_candidate(self, sampling):
-        first, again, other = (
-            order_candidates(LISTS, (), {"bm25": 0, "cosine": 0}, sampling, random_of(seed)) for seed in (1, 1, 2)
-        )
+        first, again, other = (order_candidates(LISTS, (), 0, sampling, random_of(seed)) for seed in (1, 1, 2))
         assert first == again != other
         assert sorted(c.passage_id for c in first) == list("abcdexyz")
 
     def test_rank_weighted_draws_in_proportion_to_one_over_rank(self):
         lists = {"bm25": ["a", "b", "c"]}
         firsts = Counter(
-            order_candidates(lists, (), {"bm25": 0}, "rank_weighted", random_of(seed))[0].passage_id
-            for seed in range(4000)
+            order_candidates(lists, (), 0, "rank_weighted", random_of(seed))[0].passage_id for seed in range(4000)
         )
         # weights 1, 1/2, 1/3: shares 6/11, 3/11, 2/11; the standard deviation of a share is below 0.008
         for name, share in (("a", 6 / 11), ("b", 3 / 11), ("c", 2 / 11)):

@@ -143,7 +143,7 @@ def test_a_resumed_run_stops_at_the_same_state(
 ) -> None:
     settings = {"eval_every": 2, "patience": 1, "epochs": 2, "dev_measure": "mrr", "dev_queries": 3}
     whole = tune(tiny_teacher_config(llama), tmp_path / "whole", **settings)
-    original = verb.accumulate_pairs
+    original = verb.accumulate
     calls: list[int] = []
 
     def interrupted(*inputs: Any) -> Any:
@@ -153,7 +153,7 @@ def test_a_resumed_run_stops_at_the_same_state(
         return original(*inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "accumulate_pairs", interrupted)
+        patch.setattr(verb, "accumulate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tune(tiny_teacher_config(llama), tmp_path / "resumed", **settings)
     resumed = tune(tiny_teacher_config(llama), tmp_path / "resumed", **settings)
@@ -278,7 +278,7 @@ def test_list_loss_is_softmax_plus_a_share_of_the_yes_no_loss(llama: Path) -> No
         TrainingPair("a dog runs", TEXTS[3], "symmetric", 0.0),
         TrainingPair("a dog runs", TEXTS[4], "symmetric", 1.0),
     ]
-    loss, _ = verb.accumulate_lists(model, pairs, 512)
+    loss, _ = verb.accumulate(model, pairs, 512, "lists")
     odds = model.judge([(pair.query, pair.passage) for pair in pairs], "symmetric").log_odds.astype(float)
     softmax = [odds[0] - np.logaddexp.reduce(odds[:3]), odds[4] - np.logaddexp.reduce(odds[3:])]
     signs = np.array([1, -1, -1, -1, 1])
@@ -290,7 +290,7 @@ def test_list_loss_is_softmax_plus_a_share_of_the_yes_no_loss(llama: Path) -> No
     # In any order, one list at a time, and with lists longer than a part may be.
     for order, part_tokens in ((-1, 512), (1, 64), (1, 1)):
         model.zero_grad()
-        part_loss, _ = verb.accumulate_lists(model, pairs[::order], part_tokens)
+        part_loss, _ = verb.accumulate(model, pairs[::order], part_tokens, "lists")
         assert float(part_loss) == pytest.approx(expected, rel=1e-4)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:

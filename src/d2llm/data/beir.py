@@ -71,8 +71,7 @@ class Dataset:
 class RetrievalSource:
     """Where the rows of a retrieval set come from. Each call reads them again and keeps nothing.
 
-    ``corpus`` and ``queries`` return numbered rows, ``qrels`` the judgements of each split; ``corpus_path`` and
-    ``queries_path`` are the paths named in errors.
+    ``qrels`` returns the judgements of each split; ``corpus_path`` and ``queries_path`` are the paths named in errors.
     """
 
     name: str
@@ -84,32 +83,24 @@ class RetrievalSource:
     qrels: Callable[[], dict[str, dict[str, dict[str, int]]]]
 
     def iter_passages(self) -> Iterator[tuple[int, Passage]]:
-        """Numbered passages. An empty text is allowed; the caller must check that ids are unique.
-
-        Raises:
-            DataFormatError: there are none, or a row is malformed.
-        """
+        """Numbered passages. An empty text is allowed; the caller must check that ids are unique."""
         return iter_passages(self.corpus_path, self.corpus())
 
     def iter_queries(self) -> Iterator[tuple[int, Query]]:
-        """Numbered queries; the caller must check that ids are unique.
-
-        Raises:
-            DataFormatError: there are none, or a row is malformed.
-        """
+        """Numbered queries; the caller must check that ids are unique."""
         return iter_queries(self.queries_path, self.queries())
 
     def load(self) -> Dataset:
         """The whole data set, large corpora in a temporary file; irregularities are counted in ``issues`` and logged.
 
-        Raises:
-            DataFormatError: a file is missing, empty or malformed (the message names file and line).
-            DuplicateIdError: an id, or a judged pair, occurs twice.
+        Errors as for ``read_beir``.
         """
         passages = self._passages()
         queries = _by_id(self.queries_path, self.iter_queries())
         qrels = self.qrels()
-        issues = (*_empty_passages(passages), *strays(qrels, queries, passages))
+        issues = strays(qrels, queries, passages)
+        if empty := [passage.id for passage in passages.values() if not passage.text.strip()]:
+            issues = (f"{len(empty)} passages have an empty text, {first_few(empty)}", *issues)
         for issue in issues:
             _log.warning("%s: %s", self.path, issue)
         return Dataset(self.name, self.path, passages, queries, qrels, issues)
@@ -126,8 +117,7 @@ class RetrievalSource:
 def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:
     """Read a BEIR-layout folder; ``splits=None`` reads every ``qrels/*.tsv``.
 
-    Judgements of unknown queries or passages, and empty passages, are counted in ``issues`` and logged; they are not
-    errors.
+    Judgements of unknown queries or passages, and empty passages, are no errors: ``issues`` counts them.
 
     Raises:
         DataFormatError: a file is missing, empty or malformed (the message names file and line).
@@ -137,10 +127,9 @@ def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:
 
 
 def beir_source(folder: Path, *, splits: Sequence[str] | None = None) -> RetrievalSource:
-    """The rows of a BEIR-layout folder, read one by one; ``splits=None`` means every ``qrels/*.tsv``.
+    """The rows of a BEIR-layout folder, read one by one; ``DataFormatError`` if a file is missing.
 
-    Raises:
-        DataFormatError: a file is missing.
+    ``splits=None`` means every ``qrels/*.tsv``.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -159,32 +148,13 @@ def beir_source(folder: Path, *, splits: Sequence[str] | None = None) -> Retriev
     )
 
 
-def read_corpus(path: Path) -> dict[str, Passage]:
-    """Read the passages of a ``corpus.jsonl[.gz]`` file by id, in the file's order. An empty text is allowed.
-
-    Raises:
-        DataFormatError: the file is missing, has no passages, or a line is malformed.
-        DuplicateIdError: an id occurs twice.
-    """
-    return _by_id(path, iter_passages(path, read_records(path)))
-
-
 def read_queries(path: Path) -> dict[str, Query]:
-    """Read the queries of a ``queries.jsonl[.gz]`` file by id, in the file's order.
-
-    Raises:
-        DataFormatError: the file is missing, has no queries, or a line is malformed.
-        DuplicateIdError: an id occurs twice.
-    """
+    """The queries of a ``queries.jsonl[.gz]`` file by id, in the file's order; errors as for ``read_beir``."""
     return _by_id(path, iter_queries(path, read_records(path)))
 
 
 def iter_passages(path: Path, rows: Rows) -> Iterator[tuple[int, Passage]]:
-    """Numbered passages from numbered rows with ``_id``, ``text`` and optionally ``title``; errors name ``path``.
-
-    Raises:
-        DataFormatError: there are none, or a row is malformed.
-    """
+    """Numbered passages from rows with ``_id``, ``text`` and optionally ``title``; errors name ``path``."""
     line = 0
     for line, record in rows:
         title = record.get("title")
@@ -196,11 +166,7 @@ def iter_passages(path: Path, rows: Rows) -> Iterator[tuple[int, Passage]]:
 
 
 def iter_queries(path: Path, rows: Rows) -> Iterator[tuple[int, Query]]:
-    """Numbered queries from numbered rows with ``_id`` and ``text``; errors name ``path``.
-
-    Raises:
-        DataFormatError: there are none, or a row is malformed.
-    """
+    """Numbered queries from rows with ``_id`` and ``text``; errors name ``path``."""
     line = 0
     for line, record in rows:
         yield line, Query(_identifier(path, line, record), string_field(path, line, record, "text"))
@@ -209,21 +175,12 @@ def iter_queries(path: Path, rows: Rows) -> Iterator[tuple[int, Query]]:
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Read a ``qrels/<split>.tsv`` file: query_id -> passage_id -> grade.
-
-    Raises:
-        DataFormatError: the file is missing or empty, or a line is malformed.
-        DuplicateIdError: a pair is judged twice.
-    """
+    """Read a ``qrels/<split>.tsv`` file: query_id -> passage_id -> grade; errors as for ``read_beir``."""
     return collect_judgements(path, _qrels_lines(path))
 
 
 def collect_judgements(path: Path, rows: Iterable[tuple[int, tuple[str, str, int]]]) -> dict[str, dict[str, int]]:
-    """Numbered judgements (query_id, passage_id, grade) as query_id -> passage_id -> grade; errors name ``path``.
-
-    Raises:
-        DuplicateIdError: a pair is judged twice.
-    """
+    """Judgements by query and passage; a pair judged twice is a ``DuplicateIdError`` that names ``path`` and line."""
     qrels: dict[str, dict[str, int]] = {}
     for line, (query_id, passage_id, grade) in rows:
         if passage_id in qrels.setdefault(query_id, {}):
@@ -306,11 +263,6 @@ def _identifier(path: Path, line: int, record: Record) -> str:
     if not identifier:
         raise DataFormatError(path, f"field '{field}' is empty; every line needs its own id", line=line)
     return identifier
-
-
-def _empty_passages(passages: Mapping[str, Passage]) -> tuple[str, ...]:
-    empty = [passage.id for passage in passages.values() if not passage.text.strip()]
-    return (f"{len(empty)} passages have an empty text, {first_few(empty)}",) if empty else ()
 
 
 def strays(qrels: Mapping[str, Qrels], queries: Collection[str], passages: Collection[str]) -> tuple[str, ...]:

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
-from typing import Literal
 
 import numpy as np
 
 from d2llm.data.beir import RetrievalSource, strays
 from d2llm.data.check_leaks import Texts, same_keys
-from d2llm.data.check_report import Leak, Repeats, SharedPositives, SplitCounts
+from d2llm.data.check_report import DataReport, Repeats, SharedPositives, SplitCounts
 from d2llm.data.check_texts import Sample, hash64
 from d2llm.data.lines import first_few, refuse_duplicate
 from d2llm.data.pairs import LabelledPair, PairSource, in_order, kind_of, unseen_classes
@@ -25,19 +24,13 @@ _NUM_EXAMPLES = 5
 
 @dataclass
 class Findings:
-    """Results of one pass. ``ids_of``: split -> hash of a query's comparable text -> the first id with that hash.
+    """Results of one pass, with what the rest of the check needs.
 
-    ``texts_of`` reads the queries of a split again.
+    ``ids_of``: split -> hash of a query's comparable text -> the first id with that hash. ``texts_of`` reads the
+    queries of a split again. ``queries`` and ``passages`` are samples of the texts.
     """
 
-    kind: Literal["retrieval", "binary", "classes", "scores"]
-    num_queries: int
-    num_passages: int
-    splits: tuple[SplitCounts, ...]
-    repeats: tuple[Repeats, ...]
-    leaks: tuple[Leak, ...]
-    shared_positives: tuple[SharedPositives, ...]
-    issues: tuple[str, ...]
+    report: DataReport
     ids_of: dict[str, dict[int, str]]
     texts_of: dict[str, Texts]
     queries: Sample
@@ -48,11 +41,7 @@ def read_through(source: RetrievalSource | PairSource, *, sample_size: int, seed
     """Read a data set once and count its contents; near-duplicate leaks are not checked here.
 
     Memory: for a retrieval set, an id and a hash per passage and query, and the judgements; for pairs, a few hashes
-    per pair. Up to ``sample_size`` texts of each kind are kept.
-
-    Raises:
-        DataFormatError: a row is malformed (the message names file and line).
-        DuplicateIdError: an id, or a judged pair, occurs twice.
+    per pair. Up to ``sample_size`` texts of each kind are kept. Errors as for ``open_data``.
     """
     queries, passages = Sample(sample_size, seed=seed), Sample(sample_size, seed=seed)
     if isinstance(source, RetrievalSource):
@@ -113,27 +102,27 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
                 barren.add(query_id)
         issues += [f"{split}: {issue}" for issue in barren.as_issue("queries have no relevant passage")]
     place_of = dict(zip(lines, range(len(lines)), strict=True))
-    return Findings(
+    repeated = _repeated_passages(list(lines), hashes)
+    for split, occurrences in repeats.items():
+        repeated += occurrences.as_repeats(f"{split}: queries with the same text as another")
+    report = DataReport(
+        source.name,
+        str(source.path),
         "retrieval",
         len(query_lines),
         len(lines),
         tuple(_count_judgements(split, judged) for split, judged in qrels.items()),
-        (
-            *_repeated_passages(list(lines), hashes),
-            *(
-                repeat
-                for split in qrels
-                for repeat in repeats[split].as_repeats(f"{split}: queries with the same text as another")
-            ),
-        ),
+        tuple(repeated),
         tuple(same_keys("same query", ids_of)),
         _shared_positives(qrels, place_of, hashes),
-        tuple(issues),
-        ids_of,
-        {split: partial(_queries_of, source, judged) for split, judged in qrels.items()},
-        queries,
-        passages,
+        issues=tuple(issues),
     )
+
+    def queries_of(split: str) -> Iterator[tuple[str, str]]:
+        return ((query.id, query.text) for _, query in source.iter_queries() if query.id in qrels[split])
+
+    texts_of = {split: partial(queries_of, split) for split in qrels}
+    return Findings(report, ids_of, texts_of, queries, passages)
 
 
 def _read_passages(source: RetrievalSource, sample: Sample) -> tuple[dict[str, int], array[int], _Occurrences]:
@@ -183,10 +172,6 @@ def _shared_positives(
         for first, second in combinations(texts, 2)
         if texts[first] & texts[second]
     )
-
-
-def _queries_of(source: RetrievalSource, judged: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    return ((query.id, query.text) for _, query in source.iter_queries() if query.id in judged)
 
 
 class _PairSplit:
@@ -259,7 +244,9 @@ def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findin
     classes_of: dict[str, set[str | None]] = {name: set(split.classes) or {None} for name, split in splits.items()}
     kind, _ = kind_of(source.path, classes_of)
     ids_of = {name: split.query_ids for name, split in splits.items()}
-    return Findings(
+    report = DataReport(
+        source.name,
+        str(source.path),
         kind,
         len(set().union(*(split.query_ids for split in splits.values()))),
         len(set().union(*(split.passage_keys for split in splits.values()))),
@@ -273,13 +260,10 @@ def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findin
             *same_keys("same pair", {name: split.pair_ids for name, split in splits.items()}),
         ),
         (),
-        (*issues, *unseen_classes(classes_of)),
-        ids_of,
-        {name: partial(_queries_of_pairs, source, name) for name in splits},
-        queries,
-        passages,
+        issues=(*issues, *unseen_classes(classes_of)),
     )
 
+    def queries_of(split: str) -> Iterator[tuple[str, str]]:
+        return ((pair.id, pair.query) for pair in source.iter_pairs(split, Counter()))
 
-def _queries_of_pairs(source: PairSource, split: str) -> Iterator[tuple[str, str]]:
-    return ((pair.id, pair.query) for pair in source.iter_pairs(split, Counter()))
+    return Findings(report, ids_of, {name: partial(queries_of, name) for name in splits}, queries, passages)

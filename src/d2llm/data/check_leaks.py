@@ -40,13 +40,8 @@ def near_queries(
 
     MinHash LSH proposes candidates and the exact similarity decides, so every reported leak is real, but a few may be
     missed (fewer than one in a hundred at the threshold itself). The largest split is only looked up, never indexed, so
-    memory grows only with the other splits.
-
-    Args:
-        texts_of: split -> its queries, read again on each call; in the order in which leaks name splits.
-        ids_of: split -> ``hash64`` of the comparable text -> its id; a key in both splits is not a near leak.
-        threshold: minimum similarity, between 0 and 1.
-        advance: called with the number of finished queries.
+    memory grows only with the other splits. ``texts_of`` is in the order in which leaks name splits; a text whose
+    ``hash64`` is in ``ids_of`` of both splits is not a near leak. ``threshold`` is the minimum similarity, from 0 to 1.
 
     Raises:
         MissingExtraError: datasketch is not installed.
@@ -116,10 +111,8 @@ def _bands(threshold: float) -> tuple[int, int]:
     Two texts of similarity s share a band of r hashes with probability s^r (Leskovec, Rajaraman and Ullman, Mining of
     Massive Datasets, 3.4.2). The library's own choice penalises false positives, which here cost only a comparison.
     """
-    candidates = range(_NUM_HASHES // 2, 1, -1)
-    width = next((width for width in candidates if _detection_rate(threshold, width) >= _MIN_DETECTION_RATE), 1)
-    return _NUM_HASHES // width, width
-
-
-def _detection_rate(similarity: float, width: int) -> float:
-    return 1 - (1 - similarity**width) ** (_NUM_HASHES // width)
+    for width in range(_NUM_HASHES // 2, 1, -1):
+        num_bands = _NUM_HASHES // width
+        if 1 - (1 - threshold**width) ** num_bands >= _MIN_DETECTION_RATE:
+            return num_bands, width
+    return _NUM_HASHES, 1

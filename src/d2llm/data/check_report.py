@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 LeakKind = Literal["same query", "near query", "same pair"]
@@ -85,7 +85,8 @@ class DataReport:
     """The result of ``check_data``.
 
     ``leaks`` are errors unless they are allowed; everything else is for the reader to judge. ``num_passages`` and
-    ``num_queries`` count everything in the files, whether or not a split uses it.
+    ``num_queries`` count everything in the files, whether or not a split uses it. ``data.check.read_through`` leaves
+    lengths, languages and settings to ``check_data``.
     """
 
     name: str
@@ -97,10 +98,10 @@ class DataReport:
     repeats: tuple[Repeats, ...]
     leaks: tuple[Leak, ...]
     shared_positives: tuple[SharedPositives, ...]
-    lengths: tuple[Lengths, ...]
-    languages: tuple[Languages, ...]
-    issues: tuple[str, ...]
-    settings: Mapping[str, object]
+    lengths: tuple[Lengths, ...] = ()
+    languages: tuple[Languages, ...] = ()
+    issues: tuple[str, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict[str, object])
 
     @property
     def num_leaks(self) -> int:

@@ -57,30 +57,19 @@ def measure_lengths(
     values = np.array(lengths)
     # method: the length of an actual text, not an interpolated value
     percentiles = {p: int(np.percentile(values, p, method="inverted_cdf")) for p in _PERCENTILES}
-    return Lengths(
-        what,
-        len(lengths),
-        sample.num_seen,
-        percentiles,
-        limit,
-        float((values > limit).mean()),
-        _bars(values, limit),
-    )
-
-
-def _bars(values: np.ndarray, limit: int) -> tuple[tuple[int | None, float], ...]:
-    """Bars of equal width up to ``limit``, and one for longer texts."""
+    # Bars of equal width up to the limit, and one for longer texts.
     bounds = sorted({-(-limit * place // _NUM_BARS) for place in range(1, _NUM_BARS + 1)})
     places = np.searchsorted(bounds, values)  # the first bar whose upper bound is not below the value
     shares = np.bincount(places, minlength=len(bounds) + 1) / len(values)
-    return tuple(zip([*bounds, None], shares.tolist(), strict=True))
+    bars = tuple(zip([*bounds, None], shares.tolist(), strict=True))
+    share_over = float((values > limit).mean())
+    return Lengths(what, len(lengths), sample.num_seen, percentiles, limit, share_over, bars)
 
 
 def guess_languages(what: str, texts: Sequence[str]) -> Languages | None:
     """Guessed languages of ``texts``; None if there are no texts. Guesses for short texts are often wrong.
 
-    Raises:
-        MissingExtraError: py3langid is not installed.
+    Without py3langid there is a ``MissingExtraError``.
     """
     if not texts:
         return None

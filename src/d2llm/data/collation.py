@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,11 +42,8 @@ class LabelledSource:
     def join(cls, source: TrainingSource, labels: LabelStore, *, keep_unlabelled: bool = False) -> LabelledSource:
         """Join a source and its labels.
 
-        Args:
-            source: the data set with its plan.
-            labels: the teacher's labels.
-            keep_unlabelled: train queries with missing labels on the data set's own judgements; otherwise they are left
-                out.
+        ``keep_unlabelled``: train queries with missing labels on the data set's own judgements; otherwise they are left
+        out.
         """
         plan = sorted(source.plan.entries, key=lambda entry: entry.query_id)
         labelled = [entry for entry in plan if not labels.missing(entry.query_id, entry.passage_ids)]
@@ -129,18 +127,12 @@ def epoch_batches(
     """All batches of an epoch, each from one data set, in an order fixed by seed and epoch.
 
     Each query contributes one of its positives and some of its negatives, drawn again each time the query is used; the
-    draw depends only on the seed, the query, and how often the query has been used.
+    draw depends only on the seed, the query, and how often the query has been used. Each data set is passed through
+    repeatedly, in a new order each time; an epoch continues where the previous one stopped.
 
-    Args:
-        sources: data sets with their labels.
-        epoch: number of the epoch, from 0. Each data set is passed through repeatedly, in a new order each time; an
-            epoch continues where the previous one stopped.
-        batch_queries: maximum number of queries per batch; the batches of one data set have equal sizes.
-        num_hard: hard negatives per query.
-        num_easy: easy negatives per query.
-        seed: seed of the order and the draws.
-        temperature: T; a data set of m batches gets a share proportional to m^(1/T) of the batches of an epoch, whose
-            total T does not change. With T = 1 every query is used once per epoch.
+    A batch has at most ``batch_queries``; the batches of one data set have equal sizes. A data set of m batches gets a
+    share proportional to m^(1/T) of the batches of an epoch, whose total the temperature T does not change. With T = 1
+    every query is used once per epoch.
     """
     per_pass = _batches_per_pass(sources, batch_queries)
     batches: list[tuple[LabelledSource, list[Draw]]] = []
@@ -155,11 +147,10 @@ def epoch_batches(
 
 def queries_by_set(batches: Sequence[tuple[LabelledSource, list[Draw]]]) -> dict[str, int]:
     """How many queries of each data set the batches hold, counting repeated queries each time."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for source, draws in batches:
-        name = source.source.dataset.name
-        counts[name] = counts.get(name, 0) + len(draws)
-    return counts
+        counts[source.source.dataset.name] += len(draws)
+    return dict(counts)
 
 
 def _batches_per_pass(sources: Sequence[LabelledSource], batch_queries: int) -> list[int]:

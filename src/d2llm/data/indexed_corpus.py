@@ -21,11 +21,7 @@ _KNOWN = ("_id", "id", "text", "title", "document_id", "position", "metadata")
 
 
 def corpus_file(path: Path) -> Path:
-    """The corpus file for a path: the path itself, or the corpus file in that folder.
-
-    Raises:
-        DataFormatError: the folder has no corpus file.
-    """
+    """The path itself, or the corpus file in that folder; ``DataFormatError`` if it has none."""
     if not path.is_dir():
         return path
     for name in _FILES:
@@ -35,11 +31,7 @@ def corpus_file(path: Path) -> Path:
 
 
 def iter_corpus(path: Path, *, with_metadata: bool = True) -> Iterator[Passage]:
-    """The passages of a corpus file (or of a folder that holds one), in order.
-
-    Args:
-        path: ``corpus.jsonl[.gz]`` or its folder.
-        with_metadata: if false, only id, title and text are read.
+    """The passages of a corpus file (or of a folder that holds one), in order; without metadata: id, title and text.
 
     Raises:
         DataFormatError: the file is missing or empty, or a line is malformed (the message names the line).
@@ -50,13 +42,7 @@ def iter_corpus(path: Path, *, with_metadata: bool = True) -> Iterator[Passage]:
 def check_corpus(path: Path, *, with_metadata: bool = True) -> int:
     """Read a corpus once, to detect errors before hours of encoding; returns the number of passages.
 
-    Args:
-        path: ``corpus.jsonl[.gz]`` or its folder.
-        with_metadata: if false, only id, title and text are checked.
-
-    Raises:
-        DataFormatError: the file is missing or empty, or a line is malformed (the message names the line).
-        DuplicateIdError: two lines have the same id (the message names both).
+    Errors as for ``iter_corpus``, and ``DuplicateIdError`` if two lines have the same id.
     """
     file, first_lines = corpus_file(path), dict[str, int]()
     for line, passage in _numbered(file, with_metadata=with_metadata):

@@ -66,13 +66,9 @@ class QueryLabels:
 
 
 class LabelStore:
-    """The labels of one data set by one teacher with one prompt, in a folder. Opening reads them all.
+    """The labels of one data set by one teacher with one prompt (both by fingerprint). Opening reads them all.
 
-    Args:
-        folder: folder of the store; ``write`` creates it if needed.
-        teacher: fingerprint of the teacher.
-        prompt: fingerprint of the prompt.
-        dataset: name of the data set that the ids belong to.
+    ``write`` creates the folder if needed.
 
     Raises:
         DataFormatError: a shard is damaged; the message says which files to delete.

@@ -40,7 +40,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, text.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        if _is_gzip(path):
+        with path.open("rb") as file:
+            is_gzip = path.suffix != ".gz" and file.read(2) == b"\x1f\x8b"
+        if is_gzip:
             raise DataFormatError(path, "is compressed with gzip; name it .gz, or unpack it") from error
         raise DataFormatError(
             path,
@@ -53,11 +55,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from error
     except OSError as error:
         raise DataFormatError(path, f"cannot be read ({error.strerror}); check its rights and the disk") from error
-
-
-def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return path.suffix != ".gz" and file.read(2) == b"\x1f\x8b"
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:
@@ -83,11 +80,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
 
 
 def string_field(path: Path, line: int, record: Record, field: str) -> str:
-    """The text of one field.
-
-    Raises:
-        DataFormatError: the field is missing, is not a string, or contains an unpaired surrogate.
-    """
+    """The text of a field; ``DataFormatError`` if it is missing, no string, or has an unpaired surrogate."""
     if field not in record:
         keys = ", ".join(f"'{key}'" for key in list(record)[:8]) or "none"
         raise DataFormatError(path, f"field '{field}' is missing; fields found: {keys}", line=line)
@@ -114,11 +107,7 @@ def type_name(value: object) -> str:
 
 
 def refuse_duplicate(path: Path, line: int, identifier: str, first_lines: dict[str, int]) -> None:
-    """Record the line where an id was first used in ``first_lines``.
-
-    Raises:
-        DuplicateIdError: the id was already used in another line.
-    """
+    """Record the line of an id in ``first_lines``; ``DuplicateIdError`` if an earlier line has it."""
     first = first_lines.setdefault(identifier, line)
     if first != line:
         raise DuplicateIdError(

@@ -27,12 +27,7 @@ def open_data(path_or_name: str | Path, *, splits: Sequence[str] | None = None) 
 
 
 def open_source(path_or_name: str | Path, *, splits: Sequence[str] | None = None) -> RetrievalSource | PairSource:
-    """The rows of a data set of any layout, read one by one. Arguments as for ``open_data``; nothing is kept in memory.
-
-    Raises:
-        DataFormatError: no such data, or a file is missing.
-        MissingExtraError: the `datasets` library is needed and not installed.
-    """
+    """The rows of a data set, read one by one and not kept; arguments and errors as for ``open_data``."""
     if str(path_or_name).startswith("hf:/"):
         from d2llm.data.tables import HUB_PREFIX, hub_source
 

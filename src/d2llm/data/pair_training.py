@@ -45,10 +45,9 @@ class PairTrainingSet:
 
 
 def read_pair_training_set(pairs: PairDataset) -> PairTrainingSet:
-    """Convert a pair set into the form that training reads.
+    """A pair set in the form that training reads.
 
-    Raises:
-        DataFormatError: the classes are neither yes/no nor natural language inference, or the scores are all equal.
+    There is a ``DataFormatError`` if the classes are neither yes/no nor those of inference, or all scores are equal.
     """
     queries: dict[str, Query] = {}
     passages: dict[str, Passage] = {}
@@ -84,17 +83,10 @@ def read_pair_training_set(pairs: PairDataset) -> PairTrainingSet:
 def plan_of_pairs(
     pairs: PairTrainingSet, split: str, *, num_easy: int, seed: int, max_queries: int | None = None
 ) -> list[PlanEntry]:
-    """The plan of a pair set: the judged pairs, without mining, and random texts as easy negatives.
+    """The plan of a pair set: the judged pairs of a split, without mining; ``InputError`` if it has none.
 
-    Args:
-        pairs: the set.
-        split: the split to train on.
-        num_easy: random passages of the split per query, excluding those judged for the query.
-        seed: seed of the draws, which depend only on the seed and the query's id.
-        max_queries: if given, a random sample of this many queries is used.
-
-    Raises:
-        InputError: the split has no pairs.
+    The easy negatives are random passages of the split that are not judged for the query; their draw depends only on
+    the seed and the query's id. With ``max_queries``, a random sample of this many queries is used.
     """
     judged = pairs.targets.get(split, {})
     if not judged:
@@ -134,11 +126,7 @@ def _target(pairs: PairDataset, pair: LabelledPair, lowest: float, highest: floa
 
 
 def nli_class(pairs: PairDataset, pair: LabelledPair) -> str:
-    """Entailment, neutral or contradiction.
-
-    Raises:
-        DataFormatError: the pair's class is not one of natural language inference.
-    """
+    """Entailment, neutral or contradiction; ``DataFormatError`` for any other class."""
     name = (pair.label or "").lower()
     if name not in NLI_CLASSES:
         raise DataFormatError(

@@ -76,11 +76,7 @@ class PairDataset:
         return (pair.label or "").lower() in _POSITIVE
 
     def pairs(self, split: str) -> tuple[LabelledPair, ...]:
-        """The pairs of one split.
-
-        Raises:
-            DataFormatError: the set was read without it.
-        """
+        """The pairs of one split; ``DataFormatError`` if the set was read without it."""
         if split not in self.splits:
             raise DataFormatError(self.path, f"split '{split}' was not read; read: {', '.join(self.splits) or 'none'}")
         return self.splits[split]
@@ -103,9 +99,7 @@ class PairSource:
     def iter_pairs(self, split: str, counts: Counter[str]) -> Iterator[LabelledPair]:
         """The pairs of one split; only ids are kept in memory. Irregularities are counted in ``counts`` by kind.
 
-        Raises:
-            DataFormatError: a row is malformed, or classes and scores are mixed.
-            DuplicateIdError: an id occurs twice.
+        Errors as for ``read_pairs``.
         """
         ids: set[str] = set()
         classes: set[str] = set()
@@ -142,9 +136,7 @@ class PairSource:
     def load(self) -> PairDataset:
         """The whole data set in memory; irregularities are counted in ``issues`` and logged.
 
-        Raises:
-            DataFormatError: a row is malformed, classes and scores are mixed, or there are no labelled pairs.
-            DuplicateIdError: an id occurs twice in a split.
+        Errors as for ``read_pairs``.
         """
         splits: dict[str, tuple[LabelledPair, ...]] = {}
         issues = list(self.issues)
@@ -184,12 +176,7 @@ def read_pairs(path: str | Path, *, splits: Sequence[str] | None = None, layout:
 
 
 def pair_source(path: str | Path, *, splits: Sequence[str] | None = None, layout: str | None = None) -> PairSource:
-    """The rows of pair files, read one by one; arguments as for ``read_pairs``.
-
-    Raises:
-        DataFormatError: there is nothing to read, or one split has files of several formats.
-        InputError: an unknown layout.
-    """
+    """The rows of pair files, read one by one; arguments and errors as for ``read_pairs``."""
     path = Path(path)
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"unknown layout '{layout}'; known: {', '.join(LAYOUTS)}")
@@ -207,11 +194,7 @@ def in_order(splits: Iterable[str]) -> list[str]:
 
 
 def choose_splits(path: Path, found: dict[str, _Value], wanted: Sequence[str] | None) -> dict[str, _Value]:
-    """The requested splits; all of them if ``wanted`` is None.
-
-    Raises:
-        DataFormatError: a requested split does not exist.
-    """
+    """The requested splits, or all for None; ``DataFormatError`` if one does not exist."""
     for split in wanted or ():
         if split not in found:
             raise DataFormatError(path, f"no split '{split}'; splits found: {', '.join(found) or 'none'}")
@@ -221,8 +204,7 @@ def choose_splits(path: Path, found: dict[str, _Value], wanted: Sequence[str] | 
 def kind_of(path: Path, classes_of: dict[str, set[str | None]]) -> tuple[PairKind, tuple[str, ...]]:
     """The kind of a set and its sorted classes, from the classes of each split (``{None}`` for scores).
 
-    Raises:
-        DataFormatError: there are no labelled pairs, or one split has classes and another has scores.
+    Without labelled pairs, or with both classes and scores, there is a ``DataFormatError``.
     """
     if not classes_of:
         raise DataFormatError(path, "holds no labelled pairs; each line needs two texts and a label or score")
@@ -337,7 +319,7 @@ def _reader(path: Path, target: Target | None) -> Callable[[], Rows]:
         return lambda: read_records(path)
     if kind in _TABLES:
         return lambda: table_records(path, target=target)
-    from d2llm.data.parquet import parquet_rows  # pyarrow is slow to import
+    from d2llm.data.tables import parquet_rows  # pyarrow is slow to import
 
     return lambda: parquet_rows([path])
 

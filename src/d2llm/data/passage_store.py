@@ -24,10 +24,7 @@ class PassageStore(Mapping[str, Passage]):
 
     The file is read, not memory-mapped: its pages are in the system's cache and do not count as memory of this process.
     It has no name and is deleted with the store. A store may be read from several threads and from forked processes.
-
-    Args:
-        passages: the passages; their ids must be distinct, which ``has_repeats`` checks.
-        folder: folder of the file; by default the system's folder for temporary files.
+    The ids must be distinct, which ``has_repeats`` checks. ``folder`` replaces the system's folder for temporary files.
     """
 
     def __init__(self, passages: Iterable[Passage], *, folder: Path | None = None) -> None:
@@ -50,11 +47,8 @@ class PassageStore(Mapping[str, Passage]):
         """Whether an id occurs twice (a lookup finds only the first passage with an id)."""
         alike = np.flatnonzero(self._keys[1:] == self._keys[:-1])
         groups = {int(self._keys[place]) for place in alike.tolist()}
-        return any(self._has_repeat(np.uint64(key)) for key in groups)
-
-    def _has_repeat(self, key: np.uint64) -> bool:
-        ids = [self._read(row).id for row in self._rows_of(key)]
-        return len(set(ids)) < len(ids)
+        ids_of_groups = ([self._read(row).id for row in self._rows_of(np.uint64(key))] for key in groups)
+        return any(len(set(ids)) < len(ids) for ids in ids_of_groups)
 
     def __len__(self) -> int:
         return len(self._keys)

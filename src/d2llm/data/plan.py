@@ -104,26 +104,19 @@ def _parse(path: Path, number: int, raw: bytes) -> PlanEntry:
     query_id = record.get("query_id")
     if not isinstance(query_id, str):
         raise DataFormatError(path, f"'query_id' must be a string; {_REMEDY}", line=number)
-    lists = (_ids(path, number, record, name) for name in ("positives", "hard_negatives", "easy_negatives"))
-    entry = PlanEntry(query_id, *lists, targets=_targets(path, number, record))
+    lists: list[tuple[str, ...]] = []
+    for name in ("positives", "hard_negatives", "easy_negatives"):
+        ids = record.get(name)
+        if not isinstance(ids, list) or not all(isinstance(item, str) for item in cast("list[object]", ids)):
+            raise DataFormatError(path, f"'{name}' must be a list of passage ids; {_REMEDY}", line=number)
+        lists.append(tuple(cast("list[str]", ids)))
+    targets = record.get("targets", [])
+    items = cast("list[object]", targets) if isinstance(targets, list) else [None]
+    if not all(isinstance(item, (int, float)) and 0 <= item <= 1 for item in items):
+        raise DataFormatError(path, f"'targets' must be a list of numbers from 0 to 1; {_REMEDY}", line=number)
+    entry = PlanEntry(query_id, *lists, targets=tuple(float(cast("float", item)) for item in items))
     if entry.targets and len(entry.targets) != len(entry.positives) + len(entry.hard_negatives):
         raise DataFormatError(
             path, f"'targets' must have a number for each positive and hard negative; {_REMEDY}", line=number
         )
     return entry
-
-
-def _targets(path: Path, number: int, record: Mapping[str, object]) -> tuple[float, ...]:
-    value = record.get("targets", [])
-    items = cast("list[object]", value) if isinstance(value, list) else [None]
-    if not all(isinstance(item, (int, float)) and 0 <= item <= 1 for item in items):
-        raise DataFormatError(path, f"'targets' must be a list of numbers from 0 to 1; {_REMEDY}", line=number)
-    return tuple(float(cast("float", item)) for item in items)
-
-
-def _ids(path: Path, number: int, record: Mapping[str, object], name: str) -> tuple[str, ...]:
-    value = record.get(name)
-    items = cast("list[object]", value) if isinstance(value, list) else [None]
-    if not all(isinstance(item, str) for item in items):
-        raise DataFormatError(path, f"'{name}' must be a list of passage ids; {_REMEDY}", line=number)
-    return tuple(cast("list[str]", items))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,16 @@ from d2llm.data.plan import TrainingPlan, read_plan
 from d2llm.data.training import TrainingSource
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The layout of one run: where ``mine``, ``tune_teacher``, ``label`` and ``distill`` find each other's results."""
+    """The layout of one run: where ``mine``, ``tune_teacher``, ``label`` and ``distill`` find each other's results.
 
-    path: Path
+    ``teacher`` is the tuned teacher, ``stack`` several teachers combined into one, ``labels`` the label store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.teacher, self.stack = path / "teacher", path / "stack"
+        self.labels, self.student = path / "labels", path / "student"
 
     def plan(self, data: DataConfig) -> Path:
         """The training plan of one data set as written by ``mine``; a teacher is tuned on it."""
@@ -40,26 +44,6 @@ class RunFolder:
         """Intermediate results: of an interrupted mining for its restart, and of the first mining for the second."""
         return self.path / "plans" / f".{Path(data.path).name}.mining"
 
-    @property
-    def teacher(self) -> Path:
-        """The tuned teacher."""
-        return self.path / "teacher"
-
-    @property
-    def stack(self) -> Path:
-        """The stack: several teachers combined into one."""
-        return self.path / "stack"
-
-    @property
-    def labels(self) -> Path:
-        """The label store."""
-        return self.path / "labels"
-
-    @property
-    def student(self) -> Path:
-        """The distilled student."""
-        return self.path / "student"
-
     def variant(self, name: str) -> Path:
         """A student of a changed recipe (see ``core.variants``), trained on the same plans and labels."""
         return companion(self.student, name)
@@ -75,9 +59,7 @@ class RunFolder:
     def sources(self, recipe: Recipe, *, as_mined: bool = False) -> list[TrainingSource]:
         """The data sets of a recipe with their final plans, or, if ``as_mined``, with those written by ``mine``.
 
-        Raises:
-            RecipeError: there are no data sets, or two have the same folder name.
-            DataFormatError: a data set or a plan cannot be read.
+        Errors are those of ``require_distinct_data``, ``read_plan`` and ``training_source``.
         """
         require_distinct_data(recipe)
         plans = [self.plan(data) if as_mined else self.final_plan(recipe, data) for data in recipe.data]
@@ -95,12 +77,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:
-    """A data set of a recipe, in any layout, with its plan.
-
-    Raises:
-        DataFormatError: the data set cannot be read.
-        MismatchError: the plan belongs to another data set.
-    """
+    """A data set of a recipe, in any layout, with its plan; ``MismatchError`` if the plan is that of another one."""
     dataset = open_data(data.path)
     if isinstance(dataset, Dataset):
         return TrainingSource(dataset, plan, data.task, data.max_labelled)
@@ -113,11 +90,7 @@ def companion(student: Path, variant: str) -> Path:
 
 
 def require_distinct_data(recipe: Recipe, *, where: str = "recipe") -> None:
-    """Check that the data sets of a recipe have distinct folder names; ``where`` names the recipe in errors.
-
-    Raises:
-        RecipeError: there are no data sets, or two have the same folder name.
-    """
+    """Raise a ``RecipeError`` if a recipe has no data sets, or two with the same folder name; ``where`` names it."""
     names = [Path(data.path).name for data in recipe.data]
     if not names:
         raise RecipeError(f"{where}: names no data sets; add a [[data]] section with path and task")

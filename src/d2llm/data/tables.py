@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.extras import require
 from d2llm.data.beir import RetrievalSource, Rows, collect_judgements, read_qrels
 from d2llm.data.lines import Record
 from d2llm.data.pairs import PairSource, choose_splits, in_order
-from d2llm.data.parquet import parquet_rows
 
 HUB_PREFIX = "hf://"
+_BATCH_ROWS = 1024
 _QRELS_COLUMNS = ("query-id", "corpus-id", "score")
 _QRELS_CONFIGS = ("qrels", "default")
 _PURPOSE = "reading a data set of the Hugging Face Hub"
 
 
+def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Record]]:
+    """Numbered rows of Parquet files, counted from 1 across all files; ``DataFormatError`` for a damaged file."""
+    number = 0
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, cast("Record", row)
+        except (pa.ArrowException, OSError) as error:
+            raise DataFormatError(path, f"cannot be read as Parquet ({error}); write the file again") from error
+
+
 def parquet_source(folder: Path, *, splits: Sequence[str] | None = None) -> RetrievalSource:
     """A retrieval set in Parquet: ``corpus*.parquet``, ``queries*.parquet`` and ``qrels/<split>.parquet`` or ``.tsv``.
 
-    Columns as in the BEIR layout; an ``id`` column may replace ``_id``, and ids may be whole numbers.
-
-    Raises:
-        DataFormatError: a file is missing.
+    Columns as in the BEIR layout; an ``id`` column may replace ``_id``, and ids may be whole numbers. If a file is
+    missing, there is a ``DataFormatError``.
     """
     tables = {name: sorted(folder.glob(f"{name}*.parquet")) for name in ("corpus", "queries")}
     for name, files in tables.items():
@@ -40,18 +56,19 @@ def parquet_source(folder: Path, *, splits: Sequence[str] | None = None) -> Retr
         folder,
         tables["corpus"][0],
         tables["queries"][0],
-        lambda: _with_text_ids(parquet_rows(tables["corpus"])),
-        lambda: _with_text_ids(parquet_rows(tables["queries"])),
-        lambda: {split: _parquet_qrels(path) for split, path in chosen.items()},
+        lambda: parquet_rows(tables["corpus"]),
+        lambda: parquet_rows(tables["queries"]),
+        lambda: {
+            split: read_qrels(path) if path.suffix == ".tsv" else _qrels(path, parquet_rows([path]))
+            for split, path in chosen.items()
+        },
     )
 
 
 def saved_source(folder: Path, *, splits: Sequence[str] | None = None) -> PairSource:
     """Pairs in a folder written by ``save_to_disk`` of the `datasets` library; memory-mapped.
 
-    Raises:
-        DataFormatError: the folder cannot be read.
-        MissingExtraError: the `datasets` library is not installed.
+    Errors as for ``hub_source``.
     """
     library = require("datasets", extra="datasets", purpose="reading a folder of the datasets library")
     try:
@@ -73,10 +90,9 @@ def hub_source(name: str, *, splits: Sequence[str] | None = None) -> PairSource 
         DataFormatError: the data set cannot be found or read.
         MissingExtraError: the `datasets` library is not installed.
     """
-    require("datasets", extra="datasets", purpose=_PURPOSE)
+    library = require("datasets", extra="datasets", purpose=_PURPOSE)
     repository, _, config = name.removeprefix(HUB_PREFIX).partition(":")
     if not config:
-        library = require("datasets", extra="datasets", purpose=_PURPOSE)
         configs = cast("list[str]", _call_library(name, lambda: library.get_dataset_config_names(repository)))
         if {"corpus", "queries"} <= set(configs):
             return _hub_retrieval(name, repository, configs, splits)
@@ -98,12 +114,9 @@ def _hub_retrieval(name: str, repository: str, configs: Sequence[str], splits: S
         path,
         path / "corpus",
         path / "queries",
-        lambda: _with_text_ids(_number(row for table in corpus.values() for row in table)),
-        lambda: _with_text_ids(_number(row for table in queries.values() for row in table)),
-        lambda: {
-            split: collect_judgements(path / split, _judgements(path / split, _number(table)))
-            for split, table in qrels.items()
-        },
+        lambda: enumerate(chain.from_iterable(corpus.values()), start=1),
+        lambda: enumerate(chain.from_iterable(queries.values()), start=1),
+        lambda: {split: _qrels(path / split, enumerate(table, start=1)) for split, table in qrels.items()},
     )
 
 
@@ -130,12 +143,12 @@ def _call_library(name: str, call: Callable[[], Any]) -> Any:
 
 def _pairs_of(name: str, path: Path, tables: dict[str, Any], splits: Sequence[str] | None) -> PairSource:
     named = _split_names(tables)
-    sources = {split: ((path / split, _table_reader(named[split])),) for split in in_order(named)}
+
+    def reader(split: str) -> Callable[[], Rows]:
+        return lambda: enumerate(_with_class_names(named[split]), start=1)
+
+    sources = {split: ((path / split, reader(split)),) for split in in_order(named)}
     return PairSource(name, path, choose_splits(path, sources, splits))
-
-
-def _table_reader(table: Any) -> Callable[[], Rows]:
-    return lambda: _number(_with_class_names(table))
 
 
 def _split_names(tables: dict[str, Any]) -> dict[str, Any]:
@@ -153,24 +166,12 @@ def _with_class_names(table: Any) -> Iterator[Record]:
         yield row
 
 
-def _number(rows: Iterable[Record]) -> Iterator[tuple[int, Record]]:
-    return enumerate(rows, start=1)
-
-
-def _with_text_ids(rows: Rows) -> Iterator[tuple[int, Record]]:
-    for number, row in rows:
-        identifier = row.get("_id", row.get("id"))
-        yield number, {**row, "_id": _text_id(identifier)}
-
-
 def _text_id(identifier: object) -> object:
     return str(identifier) if isinstance(identifier, int) and not isinstance(identifier, bool) else identifier
 
 
-def _parquet_qrels(path: Path) -> dict[str, dict[str, int]]:
-    if path.suffix == ".tsv":
-        return read_qrels(path)
-    return collect_judgements(path, _judgements(path, parquet_rows([path])))
+def _qrels(path: Path, rows: Rows) -> dict[str, dict[str, int]]:
+    return collect_judgements(path, _judgements(path, rows))
 
 
 def _judgements(path: Path, rows: Rows) -> Iterator[tuple[int, tuple[str, str, int]]]:

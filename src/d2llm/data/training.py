@@ -70,11 +70,7 @@ class TrainingPair:
 
 
 def check_sources(sources: Sequence[TrainingSource]) -> None:
-    """Check that the sources of a run, and so their labels, have distinct names.
-
-    Raises:
-        InputError: two data sets have the same name.
-    """
+    """Raise an ``InputError`` if two sources of a run, and so their labels, have the same name."""
     names = [source.dataset.name for source in sources]
     if len(set(names)) < len(names):
         raise InputError(f"two data sets have the same name: {', '.join(sorted(names))}; rename the folder of one")
@@ -87,13 +83,8 @@ def labelled_pairs(
 
     A quarter of the negatives (at least one) are easy ones, so that a teacher tuned on them also learns to recognise
     clearly irrelevant passages; the rest are hard. The draw of a query depends only on the query and the seed. For a
-    set of labelled pairs, exactly the judged pairs of a query are taken.
-
-    Args:
-        sources: data sets with their plans.
-        num_negatives: negatives of each query; fewer if the plan has fewer.
-        max_queries: if given, a random sample of this many queries of each source is used.
-        seed: seed of the samples and the order.
+    set of labelled pairs, exactly the judged pairs of a query are taken. With ``max_queries``, a random sample of this
+    many queries of each source is used.
     """
     pairs: list[TrainingPair] = []
     for source in sources:

@@ -80,13 +80,10 @@ def read_run(path: Path) -> TrecRun:
 
 
 def write_run(path: Path, name: str, scored: Mapping[str, Sequence[tuple[str, float]]]) -> None:
-    """Write rankings as a run file, atomically; gzipped if ``path`` ends in ``.gz``.
+    """Write rankings (query_id -> passages with scores, best first) as a run file, atomically; ``name`` is the tag.
 
-    Args:
-        path: the file.
-        name: the tag of every line.
-        scored: query_id -> (passage_id, score), best first. ``read_run`` returns the same order if the scores are
-            descending and equal scores are in the order of their ids.
+    It is gzipped if ``path`` ends in ``.gz``. ``read_run`` returns the same order if the scores are descending and
+    equal scores are in the order of their ids.
 
     Raises:
         InputError: a name or id is empty or contains white space, which the format does not allow, or a score is not

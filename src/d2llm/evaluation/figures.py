@@ -44,12 +44,8 @@ def compare_means(
 ) -> list[Comparison]:
     """Compare every system with the baseline in every measure, Holm-corrected over the systems in one measure.
 
-    Args:
-        values: system -> measure -> query_id -> value.
-        baseline: the system to compare with.
-        query_ids_of: system -> the queries that it answered. A system is compared on the queries that the baseline
-            answered too; one of the two lists must contain the other.
-        seed: seed of the permutations and resamples.
+    ``values`` is system -> measure -> query_id -> value, ``query_ids_of`` the queries that each system answered: it is
+    compared on those that the baseline answered too; one of the two lists must contain the other.
     """
     comparisons: list[Comparison] = []
     for measure in values[baseline]:
@@ -67,14 +63,19 @@ def compare_means(
     return comparisons
 
 
-def merge_notes(notes: Iterable[str], systems: Sequence[str]) -> list[str]:
-    """Notes ("system: message") in their order; those with the same message become one ("system; system: message")."""
-    longest_first = sorted(systems, key=len, reverse=True)
+def joined_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes (system or "", message) as lines, in their order; systems with the same message share a line."""
     names_by_message: dict[str, list[str]] = {}
-    for note in notes:
-        name = next((name for name in longest_first if note.startswith(f"{name}: ")), "")
-        names_by_message.setdefault(note.removeprefix(f"{name}: "), []).append(name)
+    for name, message in notes:
+        names_by_message.setdefault(message, []).append(name)
     return [f"{'; '.join(names)}: {message}" if all(names) else message for message, names in names_by_message.items()]
+
+
+def merge_notes(notes: Sequence[str], systems: Sequence[str]) -> list[str]:
+    """The notes of a written report ("system: message"); systems with the same message share a line."""
+    longest_first = sorted(systems, key=len, reverse=True)
+    names = [next((name for name in longest_first if note.startswith(f"{name}: ")), "") for note in notes]
+    return joined_notes((name, note.removeprefix(f"{name}: ")) for name, note in zip(names, notes, strict=True))
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -115,14 +116,8 @@ def calibration(name: str, log_odds: Sequence[float], labels: Sequence[bool]) ->
 
 def ranking_histogram(system: System, relevant: Relevant) -> Histogram | None:
     """Histogram of the scores of relevant and other passages in a system's rankings; None if it ranked nothing."""
-    scored = [
-        (score, passage_id in relevant[query_id])
-        for query_id, ranking in system.rankings.items()
-        for passage_id, score in ranking
-    ]
-    if not scored:
-        return None
-    return Histogram(system.name, score_histogram([score for score, _ in scored], [label for _, label in scored]))
+    scores, labels = pool_labels({query_id: dict(ranking) for query_id, ranking in system.rankings.items()}, relevant)
+    return Histogram(system.name, score_histogram(scores, labels)) if scores else None
 
 
 def pool_labels(scores: Scores, relevant: Relevant) -> tuple[list[float], list[bool]]:

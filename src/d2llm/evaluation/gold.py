@@ -164,11 +164,7 @@ def measure_all(gold: Gold, scores: Floats, positions: Positions, thresholds: An
 
 
 def read_gold(dataset: PairDataset, split: str) -> BinaryGold | NliGold | GradedGold:
-    """The true labels of a split.
-
-    Raises:
-        DataFormatError: the classes are not those of natural language inference, or the split has only one label.
-    """
+    """The true labels of a split; ``DataFormatError`` for unknown classes, or if a binary split has only one label."""
     pairs = dataset.pairs(split)
     if dataset.kind == "scores":
         return GradedGold(np.array([pair.score for pair in pairs], np.float64))

@@ -55,9 +55,7 @@ class JudgingCounts:
 class LabelWriter:
     """Collects labels and writes them as a shard every half minute, so that at most half a minute's work can be lost.
 
-    Args:
-        labels: the store.
-        remember: keep them in the store's memory too, not only on disk (``LabelStore.write``).
+    ``remember``: keep them in the store's memory too, not only on disk (``LabelStore.write``).
     """
 
     def __init__(self, labels: LabelStore, *, remember: bool = True) -> None:
@@ -102,17 +100,10 @@ def judge_pairs(
     advance: Callable[[int], None],
     counts: JudgingCounts,
 ) -> None:
-    """Judge pairs, a few hundred at a time, and write the labels.
+    """Judge pairs that have no label yet, a few hundred at a time, write the labels, and update ``counts``.
 
-    Args:
-        judge: the teacher or cross-encoder.
-        queries: queries with the passages that have no label yet; consumed lazily.
-        writer: writes to the judge's label store.
-        task: the task, which decides the prompt.
-        query_text: returns the text of a query_id.
-        passage_text: returns the full text of a passage_id.
-        advance: called with the number of pairs finished.
-        counts: updated with the counts of these pairs.
+    ``queries`` are consumed lazily; ``query_text`` and ``passage_text`` return the text of an id; ``advance`` is called
+    with the number of pairs finished.
 
     Raises:
         InputError: a shard cannot be written.
@@ -153,7 +144,13 @@ class PoolScores:
     scores: dict[str, dict[str, float]]
     num_new: int
     num_truncated: int
-    pairs_per_second: float | None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The note for a report on truncated pairs, if there are any."""
+        if not self.num_truncated:
+            return ()
+        return (f"{self.num_truncated:,} of {self.num_new:,} pairs judged now were truncated",)
 
 
 Pool = Mapping[str, Sequence[str]]
@@ -181,21 +178,9 @@ def judge_pool(
 ) -> PoolScores:
     """Score every pair of the pool; pairs with a label in ``store`` or ``known`` are not judged again.
 
-    Args:
-        judge: the teacher or cross-encoder.
-        pool: the pairs to score.
-        query_texts: query_id -> text.
-        passage_texts: passage_id -> full text.
-        task: the task, which decides the prompt.
-        dataset: name of the data set.
-        store: folder of a label store that this call writes to.
-        known: folder of another label store of the same data set, opened read-only (labels made for training).
-        title: title of the progress bar.
-        show_progress: None shows progress if standard error is a terminal.
-
-    Raises:
-        InputError: a shard cannot be written.
-        ModelError: some of the judge's log-odds are not numbers.
+    ``query_texts`` and ``passage_texts`` map ids to texts. New labels are written to the label store in the folder
+    ``store``; ``known`` is the folder of another store of the same data set (labels made for training), only read.
+    Errors are those of ``judge_pairs``.
     """
     key = {"teacher": judge.fingerprint, "prompt": judge.prompt_fingerprint(task), "dataset": dataset}
     labels = LabelStore(store, **key)
@@ -208,7 +193,7 @@ def judge_pool(
         for query_id, passage_ids in pool.items()
     }
     queries = [QueryPairs(query_id, passage_ids) for query_id, passage_ids in missing.items() if passage_ids]
-    counts, begin = JudgingCounts(), time.perf_counter()
+    counts = JudgingCounts()
     num_pairs = sum(len(query.passage_ids) for query in queries)
     with progress_bar(title, num_pairs, show=show_progress) as advance:
         judge_pairs(
@@ -221,11 +206,10 @@ def judge_pool(
             advance=advance,
             counts=counts,
         )
-    rate = num_pairs / (time.perf_counter() - begin) if num_pairs else None
     for query_id, passage_ids in pool.items():
         values = scores[query_id] | labels.log_odds(query_id)
         scores[query_id] = {passage_id: values[passage_id] for passage_id in passage_ids}
-    return PoolScores(scores, num_pairs, counts.truncated, rate)
+    return PoolScores(scores, num_pairs, counts.truncated)
 
 
 def _chunks(queries: Iterable[QueryPairs]) -> Iterator[list[QueryPairs]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def load_contenders(
         InputError: two systems have the same name, or a run file cannot be read.
     """
     folder = find_student(student)
+    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     model = Student.load(folder, device=device, dtype=dtype)
     why: dict[SystemKind, str] = {}
     untuned: TextEncoder | None = None
@@ -75,7 +76,7 @@ def load_contenders(
             why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
     judge: Judge | None = None
     if with_teacher:
-        config = teacher or _own_teacher(folder)
+        config = teacher or _own_teacher(folder, manifest.get("teacher"))
         if config is None:
             why["teacher"] = "the teacher that the student was trained with was not found; name one"
         else:
@@ -94,18 +95,17 @@ def load_contenders(
         runs=[_named(read_run(path)) for path in runs],
         why_missing=why,
         provenance={
-            "student": _provenance(folder),
+            "student": _provenance(folder.name, manifest),
             "tuned_cosine": None if (cosine := companions[TUNED_COSINE]) is None else cosine.fingerprint,
             "paper_head": None if (paper := companions[PAPER_HEAD]) is None else paper.fingerprint,
             "teacher": None if judge is None else judge.fingerprint,
         },
-        notes=_gate_notes(folder),
+        notes=_gate_notes(manifest),
     )
 
 
-def _own_teacher(student: Path) -> TeacherConfig | None:
-    """The teacher whose labels a student was trained on: that of its run, or a shipped one."""
-    fingerprint = read_manifest(student, KIND, FORMAT_VERSION).get("teacher")
+def _own_teacher(student: Path, fingerprint: str | None) -> TeacherConfig | None:
+    """The teacher with this fingerprint: that of the student's run, or a shipped one."""
     run = RunFolder(student.parent)
     beside = [str(place) for place in (run.teacher, run.stack) if (place / MANIFEST).is_file()]
     configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
@@ -132,17 +132,15 @@ def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, Sea
     return bi_encoders, cross_encoders
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
+def _provenance(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """How the student was made, from its manifest."""
-    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     names = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
     optional = ("closed_gates", "share_kept")
-    return {"name": folder.name, **{key: manifest[key] for key in (*names, *optional) if key in manifest}}
+    return {"name": name, **{key: manifest[key] for key in (*names, *optional) if key in manifest}}
 
 
-def _gate_notes(folder: Path) -> tuple[str, ...]:
+def _gate_notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     """Remarks on how the student was trained: closed gates, the share kept, interactions with weight 0."""
-    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     notes: list[str] = []
     if closed := manifest.get("closed_gates"):
         notes.append(

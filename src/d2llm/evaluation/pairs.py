@@ -37,7 +37,7 @@ from d2llm.evaluation.report import (
     ShownPassage,
 )
 from d2llm.evaluation.setting import Contender, Contenders, EvaluationSettings
-from d2llm.evaluation.systems import MeasuredStore, milliseconds, peak_memory
+from d2llm.evaluation.systems import MeasuredStore, milliseconds, peak_memory, sample
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.calibration import score_histogram
 from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
@@ -80,21 +80,18 @@ class PairWork:
         self.store = MeasuredStore(self.folder / "measured")
         texts = [[(pair.id, pair.query, pair.passage) for pair in split] for split in (self.pairs, self.tuning_pairs)]
         self.content = fingerprint_json(texts)
-        self.notes: list[str] = []
+        self.notes: list[tuple[str, str]] = []
+        """(system, message)."""
 
     def sample(self, size: int) -> Positions:
         """Sorted positions of a random sample of ``teacher_queries`` of ``size`` pairs; all if there are fewer."""
-        num_pairs = self.settings.teacher_queries
-        if num_pairs is None or num_pairs >= size:
-            return np.arange(size)
-        return np.sort(np.random.default_rng(self.settings.seed).choice(size, num_pairs, replace=False))
+        return sample(size, self.settings.teacher_queries, self.settings.seed)
 
     @property
     def probes(self) -> list[LabelledPair]:
         """The pairs that are timed."""
-        count = min(self.settings.latency_queries, len(self.pairs))
-        chosen = np.random.default_rng(self.settings.seed).choice(len(self.pairs), count, replace=False)
-        return [self.pairs[position] for position in chosen.tolist()]
+        places = sample(len(self.pairs), self.settings.latency_queries, self.settings.seed)
+        return [self.pairs[place] for place in places]
 
     def scored(
         self, name: str, kind: SystemKind, fingerprint: str | None, measure: Callable[[], dict[str, Any]]
@@ -109,7 +106,7 @@ class PairWork:
             peak_memory_mib=measured["peak_memory_mib"],
         )
         if measured.get("num_truncated"):
-            self.notes.append(f"{name}: {measured['num_truncated']:,} texts were truncated")
+            self.notes.append((name, f"{measured['num_truncated']:,} texts were truncated"))
         positions, tuning_positions = np.arange(len(self.pairs)), np.arange(len(self.tuning_pairs))
         scores, tuning_scores = (np.array(measured[part], np.float64) for part in ("scores", "tuning_scores"))
         return ScoredSplits(name, kind, positions, scores, tuning_positions, tuning_scores, cost, fingerprint)
@@ -125,7 +122,10 @@ def lexical_scores(work: PairWork) -> ScoredSplits:
         row_of = {text: row for row, text in enumerate(passages)}
         index = WordIndex.from_texts(passages)
         scores = np.zeros(len(pairs))
-        for query, positions in _by_query(_texts(pairs)).items():
+        positions_of: defaultdict[str, list[int]] = defaultdict(list)
+        for position, pair in enumerate(pairs):
+            positions_of[pair.query].append(position)
+        for query, positions in positions_of.items():
             query_scores = index.scores(index.query(query))
             scores[positions] = query_scores[[row_of[pairs[position].passage] for position in positions]]
         return scores.tolist()
@@ -195,8 +195,7 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> S
         title=f"judging pairs with {name}",
         show_progress=work.show_progress,
     )
-    if judged.num_truncated:
-        work.notes.append(f"{name}: {judged.num_truncated:,} of {judged.num_new:,} pairs judged now were truncated")
+    work.notes += [(name, note) for note in judged.notes]
 
     def measure_time() -> dict[str, Any]:
         probes = _texts(work.probes[:_TIMED_JUDGEMENTS])
@@ -220,14 +219,6 @@ def _texts(pairs: Sequence[LabelledPair]) -> list[tuple[str, str]]:
     return [(pair.query, pair.passage) for pair in pairs]
 
 
-def _by_query(pairs: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
-    """Positions of the pairs of each query text."""
-    positions: defaultdict[str, list[int]] = defaultdict(list)
-    for position, (query, _) in enumerate(pairs):
-        positions[query].append(position)
-    return positions
-
-
 NUM_RESAMPLES = 2_000  # enough for p to be below .01 after the correction over all rows
 _TEST = f"paired bootstrap, {NUM_RESAMPLES:,} resamples"
 _NO_FUSION = MissingRow(
@@ -247,12 +238,8 @@ def evaluate_pairs(
 ) -> EvaluationReport:
     """See ``evaluation.evaluate.evaluate``; ``folder`` stores measured scores and judgements.
 
-    Thresholds are fitted on the split "dev", or on "train" if dev itself is measured.
-
-    Raises:
-        DataFormatError: the data set was read without the split, or a label cannot be measured.
-        InputError: the baseline is not among the rows, classes have no split to fit thresholds on, or the teacher's
-            sample is too small to measure.
+    Thresholds are fitted on the split "dev", or on "train" if dev itself is measured. There is an ``InputError`` if
+    classes have no such split, or the teacher's sample is too small to measure.
     """
     setting.check_baseline(contenders, settings.baseline, ["bm25"])
     tuning = "train" if settings.split == "dev" else "dev"
@@ -316,8 +303,7 @@ class _Figures:
         subject = next(system for system in self.systems if system.kind == "d2llm")
         reference = next(system for system in self.systems if system.name == baseline)
         wins, losses = self._examples(subject, reference)
-        of_systems = figures.merge_notes(work.notes, [system.name for system in self.systems])
-        notes = [*self.contenders.notes, *work.dataset.issues, *of_systems]
+        notes = [*self.contenders.notes, *work.dataset.issues, *figures.joined_notes(work.notes)]
         if self.tuning_gold is None and gold.positive is not None:
             notes.append("there is no dev split to choose thresholds on; the measures that need one are left out")
         if work.store.num_found:

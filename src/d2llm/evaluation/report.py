@@ -205,15 +205,8 @@ class EvaluationReport:
     details: Details = field(default_factory=Details)
 
     def row(self, name: str) -> EvaluationRow:
-        """The row of the system with this name.
-
-        Raises:
-            KeyError: there is no such row.
-        """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        """The row of the system with this name; ``KeyError`` if there is none."""
+        return {row.name: row for row in self.rows}[name]
 
     def comparison(self, row: str, measure: str) -> Comparison | None:
         """The comparison of a row with the baseline in one measure; None for the baseline itself."""

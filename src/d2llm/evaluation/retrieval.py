@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query, SystemKind
@@ -26,6 +24,7 @@ from d2llm.evaluation.systems import (
     lexical_system,
     reranked,
     run_system,
+    sample,
     timed,
     with_first_stages,
 )
@@ -46,18 +45,16 @@ def evaluate_retrieval(
     labels: Path | None,
     show_progress: bool | None,
 ) -> EvaluationReport:
-    """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements.
-
-    Raises:
-        DataFormatError: the data set was read without the split, or none of its queries has a relevant passage.
-    """
+    """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements."""
     setting.check_baseline(
         contenders, settings.baseline, ["bm25", "hybrid", "fitted_sum", *(["external"] if contenders.runs else [])]
     )
     queries, num_left_out = _judged_queries(dataset, settings.split)
-    probes = sample(queries, settings.latency_queries, settings.seed)
+    probes, sampled = (
+        [queries[place] for place in sample(len(queries), size, settings.seed)]
+        for size in (settings.latency_queries, settings.teacher_queries)
+    )
     trial = Trial(queries, probes, settings.task, settings.top_k, show_progress)
-    sampled = sample(queries, settings.teacher_queries, settings.seed)
     work = RetrievalWork(dataset, settings, trial, sampled, folder, labels)
     work.store_windows_for(contenders.student)
     students = contenders.students(settings.num_candidates, settings.top_k)
@@ -107,14 +104,6 @@ def evaluate_retrieval(
     ).report(num_left_out)
 
 
-def sample(queries: Sequence[Query], size: int | None, seed: int) -> list[Query]:
-    """A random sample of ``size`` queries in their original order; all if there are no more, or ``size`` is None."""
-    if size is None or size >= len(queries):
-        return list(queries)
-    chosen = np.random.default_rng(seed).choice(len(queries), size, replace=False)
-    return [queries[position] for position in sorted(chosen.tolist())]
-
-
 def _judged_queries(dataset: Dataset, split: str) -> tuple[list[Query], int]:
     """The queries that have a relevant passage in the corpus, and the number of queries in the split that do not."""
     positives = dataset.positives(split)
@@ -156,8 +145,6 @@ def _judge(
         title=f"judging pairs with {name}",
         show_progress=work.trial.show_progress,
     )
-    if judged.num_truncated:
-        work.notes.append(f"{name}: {judged.num_truncated:,} of {judged.num_new:,} pairs judged now were truncated")
 
     def measure_time() -> list[float]:
         return list(
@@ -171,7 +158,8 @@ def _judge(
     sampled = replace(work.trial, queries=work.sampled)
     system = reranked(subject, judged.scores, sampled, name=name, kind=kind)
     num_timed = sum(len(pool[query.id]) for query in work.sampled[:_TIMED_JUDGEMENTS])
-    system = replace(system, fingerprint=judge.fingerprint, pairs_per_second=num_timed / max(sum(seconds), 1e-9))
+    rate = num_timed / max(sum(seconds), 1e-9)
+    system = replace(system, fingerprint=judge.fingerprint, pairs_per_second=rate, notes=judged.notes)
     return with_first_stages(system, seconds, (lexical, subject)), judged.scores
 
 
@@ -295,18 +283,11 @@ class _Figures:
     def _notes(self) -> tuple[str, ...]:
         work = self.work
         num_reused = work.store.num_found
-        of_systems = [
-            *(note for system in self.systems for note in system.notes),
-            *(
-                f"{system.name}: {system.num_truncated:,} of {len(work.passages):,} passages were truncated"
-                for system in self.systems
-                if system.num_truncated
-            ),
-        ]
+        of_systems = [(system.name, note) for system in self.systems for note in system.notes]
         return (
             *self.contenders.notes,
             *work.dataset.issues,
-            *figures.merge_notes(of_systems, [system.name for system in self.systems]),
+            *figures.joined_notes(of_systems),
             *work.notes,
             *([f"{num_reused} parts were measured by an earlier run"] if num_reused else []),
         )

@@ -184,10 +184,9 @@ def teacher_name(depth: int | None) -> str:
 
 
 def check_baseline(contenders: Contenders, baseline: SystemKind | None, besides: Sequence[SystemKind]) -> None:
-    """Check, before anything is measured, that the baseline will be a row; ``besides`` are rows that need no model.
+    """Raise an ``InputError``, before anything is measured, if no row will be of the baseline's kind.
 
-    Raises:
-        InputError: there will be no row of that kind.
+    ``besides`` are the kinds of rows that need no model.
     """
     kinds = {*besides, *(row.kind for row in contenders.students(1, 1)), *(kind for _, kind, _ in contenders.judges(1))}
     if baseline is not None and baseline not in kinds:

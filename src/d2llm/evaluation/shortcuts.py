@@ -29,11 +29,8 @@ _TIMED_CASCADES = 10  # queries that are timed one at a time
 class Shortcuts:
     """Rows of cheaper or extended searches.
 
-    Attributes:
-        systems: the measured systems.
-        query_ids: row -> the queries that it answered, if it did not answer all.
-        qrels: row -> query_id -> passage_id -> grade, if a filter excludes passages.
-        missing: rows that could not be measured, with the reason.
+    ``query_ids``: row -> the queries that it answered, if it did not answer all. ``qrels``: row -> query_id ->
+    passage_id -> grade, if a filter excludes passages.
     """
 
     systems: list[System] = field(default_factory=list[System])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
@@ -45,7 +46,7 @@ class System:
     """One measured system.
 
     ``rankings``: query_id -> passages with scores, best first. ``probe_seconds``: "total" and, if known, its parts
-    "encode", "candidates" and "score" -> the time of each probe. ``num_truncated``: number of truncated texts or pairs.
+    "encode", "candidates" and "score" -> the time of each probe. ``notes``: remarks for the report.
     """
 
     name: str
@@ -57,7 +58,6 @@ class System:
     bytes_per_passage: float | None = None
     peak_memory_mib: float | None = None
     fingerprint: str | None = None
-    num_truncated: int = 0
     notes: tuple[str, ...] = ()
 
     def ids(self, query_id: str) -> list[str]:
@@ -89,6 +89,13 @@ class Trial:
     task: Task
     top_k: int
     show_progress: bool | None
+
+
+def sample(total: int, size: int | None, seed: int) -> NDArray[np.intp]:
+    """Sorted places of a random sample of ``size`` of ``total`` items; all if there are no more, or for None."""
+    if size is None or size >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).choice(total, size, replace=False))
 
 
 def milliseconds(seconds: Sequence[float]) -> Milliseconds | None:
@@ -142,7 +149,7 @@ def student_system(name: str, kind: SystemKind, searcher: Searcher, trial: Trial
             {"total": totals, **parts},
             pairs_per_second=sum(ranking.num_candidates for ranking in probe_answers) / max(sum(parts["score"]), 1e-9),
             peak_memory_mib=peak(),
-            notes=(f"{name}: {num_cut:,} of {len(ranked):,} queries were truncated",) if num_cut else (),
+            notes=(f"{num_cut:,} of {len(ranked):,} queries were truncated",) if num_cut else (),
         )
 
 
@@ -178,9 +185,9 @@ def run_system(run: TrecRun, trial: Trial, passages: Mapping[str, Passage]) -> S
         "queries are not in the run and count as 0": len(query_ids - rankings.keys()),
         "ranked passages are not in the corpus and were left out": num_unknown,
     }
-    notes = tuple(f"{run.name}: {count:,} {message}" for message, count in counts.items() if count)
+    notes = tuple(f"{count:,} {message}" for message, count in counts.items() if count)
     truncated = {query_id: ranking[: trial.top_k] for query_id, ranking in rankings.items()}
-    return System(run.name, "external", truncated, notes=(*(f"{run.name}: {issue}" for issue in run.issues), *notes))
+    return System(run.name, "external", truncated, notes=(*run.issues, *notes))
 
 
 def reranked(
@@ -245,7 +252,7 @@ def _peak() -> float | None:
     return largest / _MIB if sys.platform == "darwin" else largest / 1024
 
 
-_VERSION = 2  # version of the stored values; incremented when the meaning of a system's rankings or times changes
+_VERSION = 3  # version of the stored values; incremented when the meaning of a system's rankings or times changes
 
 
 class MeasuredStore:
@@ -268,17 +275,14 @@ class MeasuredStore:
 
     def system(self, key: object, make: Callable[[], System]) -> System:
         """The system stored under ``key``; if there is none, calls ``make`` and stores what it returns."""
-        return _system(self.values(key, lambda: asdict(make())))
-
-
-def _system(values: Mapping[str, Any]) -> System:
-    rankings = {
-        query_id: tuple((passage_id, score) for passage_id, score in ranking)
-        for query_id, ranking in values["rankings"].items()
-    }
-    seconds = {name: tuple(times) for name, times in values["probe_seconds"].items()}
-    restored: dict[str, Any] = {"rankings": rankings, "probe_seconds": seconds, "notes": tuple(values["notes"])}
-    return System(**(dict(values) | restored))
+        values = self.values(key, lambda: asdict(make()))
+        rankings = {
+            query_id: tuple((passage_id, score) for passage_id, score in ranking)
+            for query_id, ranking in values["rankings"].items()
+        }
+        seconds = {name: tuple(times) for name, times in values["probe_seconds"].items()}
+        restored: dict[str, Any] = {"rankings": rankings, "probe_seconds": seconds, "notes": tuple(values["notes"])}
+        return System(**(dict(values) | restored))
 
 
 @dataclass
@@ -357,12 +361,14 @@ class RetrievalWork:
         evidence_bytes = searched.words.num_bytes if searcher.counts_words else 0
         if searcher.counts_windows and searched.windows is not None:
             evidence_bytes += searched.windows.num_bytes
+        num_cut = index.stats().num_truncated
+        notes = (f"{num_cut:,} of {len(self.passages):,} passages were truncated",) if num_cut else ()
         return replace(
             system,
             passages_per_second=passages_per_second,
             bytes_per_passage=searched.format.code_size + evidence_bytes / max(len(searched), 1),
             fingerprint=index.student.fingerprint,
-            num_truncated=index.stats().num_truncated,
+            notes=(*system.notes, *notes),
         )
 
     def search_settings(self, num_candidates: int) -> SearchSettings:

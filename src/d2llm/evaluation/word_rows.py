@@ -47,14 +47,14 @@ def fitted_sum(work: RetrievalWork, contender: Contender) -> System | MissingRow
         if held_out:
             weights = _fit(work, index, held_out, work.dataset.qrels["dev"])
             system = _ranked(work, index, name, weights, work.trial.queries)
-            note = f"{name}: {_formula(weights)}, fitted on {len(held_out):,} dev queries"
+            note = f"{_formula(weights)}, fitted on {len(held_out):,} dev queries"
             return replace(system, notes=(*system.notes, note))
         halves = work.trial.queries[::2], work.trial.queries[1::2]
         first_weights, second_weights = (_fit(work, index, half[:_FIT_QUERIES], work.qrels) for half in halves)
         system = _ranked(work, index, name, second_weights, halves[0])
         second = _ranked(work, index, name, first_weights, halves[1])
         formulas = f"{_formula(first_weights)} and {_formula(second_weights)}"
-        note = f"{name}: {formulas}, each fitted on the half of the queries it does not rank"
+        note = f"{formulas}, each fitted on the half of the queries it does not rank"
         both = {**system.rankings, **second.rankings}
         in_order = {query.id: both[query.id] for query in work.trial.queries}
         return replace(system, rankings=in_order, notes=(*system.notes, note))

@@ -42,15 +42,10 @@ def measure_table(
     intervals: Literal["none", "column", "cells"] = "none",
     tagged: bool = False,
 ) -> Table:
-    """The measures of every system; the best of each column is bold.
+    """The measures of the ``rows`` (all, or those of the teacher's sample); the best of each column is bold.
 
-    Args:
-        report: the report that the rows belong to.
-        rows: all rows, or those of the teacher's sample.
-        title: the title of the table.
-        marks: whether to mark significant differences from the baseline with ``*`` and ``†``.
-        intervals: "column" adds a column with the interval of the main measure, "cells" adds the interval to each cell.
-        tagged: whether to tag the baseline with the word "baseline".
+    ``marks`` are ``*`` and ``†`` for significant differences from the baseline; ``tagged`` adds the word "baseline" to
+    it. ``intervals`` of "column" adds a column for the main measure, of "cells" the interval to each cell.
     """
     measures = words.measure_names(rows)
     best = {measure: words.best_rows(rows, measure) for measure in measures}

@@ -23,6 +23,8 @@ def render_markdown(report: EvaluationReport) -> str:
 
     Text that comes from data and file names (data sets, systems, reasons) is escaped, so that it is shown verbatim.
     """
+    # As JSON in a fence, which no line can end, because each starts with a quote, bracket or digit.
+    settings = {"settings": report.settings, "provenance": report.provenance}
     parts = [
         f"# {escape(report.dataset)} / {escape(report.split)}",
         "\n".join(f"- {label}: {escape(value)}" for label, value in words.facts(report)),
@@ -46,22 +48,17 @@ def render_markdown(report: EvaluationReport) -> str:
             if (text := words.meaning(measure))
         ),
         "## Settings",
-        _fenced({"settings": report.settings, "provenance": report.provenance}),
+        "```json\n" + json.dumps(settings, indent=2, ensure_ascii=False, default=str) + "\n```",
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    return text.encode("utf-8", "replace").decode(
-        "utf-8"
-    )  # replaces lone surrogates, which truncated JSON texts may contain
+    # Truncated JSON texts may contain lone surrogates, which are replaced.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def escape(text: str) -> str:
     """Text on one line, escaped so that Markdown treats it as plain text even at the start of a line."""
-    return re.sub(r"^([-+=]|\d+(?=[.)]))", lambda match: _harmless(match.group()), escape_markdown(text))
-
-
-def _harmless(start: str) -> str:
-    """The first characters of a line, escaped so that they do not start a list or a heading."""
-    return f"&#{ord(start[0])};{start[1:]}"
+    # What starts a list or a heading gets its first character escaped.
+    return re.sub(r"^([-+=]|\d+(?=[.)]))", lambda start: f"&#{ord(start[0][0])};{start[0][1:]}", escape_markdown(text))
 
 
 def _missing(report: EvaluationReport) -> str:
@@ -85,8 +82,3 @@ def _comparisons(report: EvaluationReport, comparisons: Sequence[Comparison], ti
     if not main:
         return []
     return [f"## {escape(title)}", comparison_table(report, main, title=title, detailed=False).to_markdown()]
-
-
-def _fenced(values: object) -> str:
-    """Plain values as a JSON block; no line can end the fence, because each starts with a quote, bracket or digit."""
-    return "```json\n" + json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n```"

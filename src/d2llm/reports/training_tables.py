@@ -18,7 +18,7 @@ from d2llm.training.gate import FirstLook, GateReport
 from d2llm.training.label import LabelReport
 from d2llm.training.run import Skipped
 from d2llm.training.sentences import label_words, look_sentence, student_words, verdict_words
-from d2llm.training.stack_teachers import CalibrationFigures, StackReport, TaskReport
+from d2llm.training.stack_teachers import StackReport, TaskReport
 from d2llm.training.tune_teacher import TeacherTuningReport
 
 _STACK_STYLE = """
@@ -141,11 +141,8 @@ def _diagrams(task: str, report: TaskReport) -> list[list[tuple[str, Markup]]]:
             if figures is not None:
                 name = f"{row.name}, {when} calibration"
                 caption = f"{name}: ECE {figures.expected_error:.4f}, log-loss {figures.log_loss:.4f}"
-                pair.append((caption, _diagram(name, figures, f"plot-{task}-{number}-{when}")))
+                num_pairs = sum(part.count for part in figures.bins)
+                calibration = Calibration(name, figures.bins, figures.expected_error, num_pairs)
+                pair.append((caption, charts.reliability(calibration, f"plot-{task}-{number}-{when}")))
         rows.append(pair)
     return rows
-
-
-def _diagram(name: str, figures: CalibrationFigures, identity: str) -> Markup:
-    num_pairs = sum(part.count for part in figures.bins)
-    return charts.reliability(Calibration(name, figures.bins, figures.expected_error, num_pairs), identity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,8 +17,8 @@ from d2llm.core.recipe import BackboneConfig, StudentConfig
 from d2llm.core.shipped import shipped_models
 from d2llm.data.check import read_through
 from d2llm.data.check_leaks import near_queries
-from d2llm.data.check_report import DataReport
-from d2llm.data.check_texts import CountTokens, Sample, guess_languages, measure_lengths
+from d2llm.data.check_report import DataReport, Languages
+from d2llm.data.check_texts import CountTokens, guess_languages, measure_lengths
 from d2llm.data.open_data import open_source
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student_files import FORMAT_VERSION, KIND
@@ -66,11 +67,12 @@ def check_data(
     tokens = load_tokenizer(location)  # before the data is read, so that a wrong name fails at once
     source = open_source(data)
     contents = read_through(source, sample_size=sample_size, seed=seed)
-    for issue in contents.issues:
+    report = contents.report
+    for issue in report.issues:
         _log.warning("%s: %s", data, issue)
-    leaks = list(contents.leaks)
+    leaks = list(report.leaks)
     if near < 1:
-        rows = [split.num_queries if contents.kind == "retrieval" else split.num_items for split in contents.splits]
+        rows = [split.num_queries if report.kind == "retrieval" else split.num_items for split in report.splits]
         with progress_bar("near queries", sum(rows), show=show_progress) as bar:
             leaks += near_queries(contents.texts_of, contents.ids_of, near, bar)
     samples = (
@@ -82,21 +84,17 @@ def check_data(
             measure_lengths(side, sample, _counter(tokens, prefix), limit, bar)
             for side, sample, prefix, limit in samples
         ]
-    languages = [guess_languages(side, _draw(sample, seed)) for side, sample, _, _ in samples]
-    return DataReport(
-        source.name,
-        str(data),
-        contents.kind,
-        contents.num_queries,
-        contents.num_passages,
-        contents.splits,
-        contents.repeats,
-        tuple(leaks),
-        contents.shared_positives,
-        tuple(length for length in lengths if length),
-        tuple(language for language in languages if language),
-        contents.issues,
-        {"tokenizer": tokenizer, "near": near, "sample_size": sample_size, "seed": seed},
+    languages: list[Languages | None] = []
+    for side, sample, _, _ in samples:  # drawn, because a sample's first texts tend to be the first of the file
+        texts = random.Random(seed).sample(sample.texts, min(_NUM_LANGUAGE_TEXTS, len(sample.texts)))
+        languages.append(guess_languages(side, texts))
+    return replace(
+        report,
+        path=str(data),
+        leaks=tuple(leaks),
+        lengths=tuple(length for length in lengths if length),
+        languages=tuple(language for language in languages if language),
+        settings={"tokenizer": tokenizer, "near": near, "sample_size": sample_size, "seed": seed},
     )
 
 
@@ -117,8 +115,3 @@ def _counter(tokenizer: PreTrainedTokenizerBase, prefix: str) -> CountTokens:
         return [len(ids) for ids in cast("list[list[int]]", encoded["input_ids"])]
 
     return count
-
-
-def _draw(sample: Sample, seed: int) -> list[str]:
-    """Draw some texts of a sample at random, because its first texts tend to be the first of the file."""
-    return random.Random(seed).sample(sample.texts, min(_NUM_LANGUAGE_TEXTS, len(sample.texts)))

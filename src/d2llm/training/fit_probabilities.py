@@ -32,13 +32,9 @@ _remarks = logging.getLogger("d2llm.remarks")
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSample:
-    """Pairs drawn in the proportions that the probabilities assume, with a student's scores.
+    """Pairs drawn in the proportions that the probabilities assume, with a student's scores: all [n].
 
-    Attributes:
-        queries: [n] "data set:query id".
-        scores: [n] the student's scores.
-        relevant: [n] bool.
-        num_queries: number of queries by data set.
+    ``queries`` are "data set:query id"; ``num_queries`` is the number of queries by data set.
     """
 
     queries: list[str]
@@ -91,21 +87,20 @@ def score_drawn(
     dataset: Dataset,
     task: Task,
     *,
-    split: str = "dev",
     num_queries: int,
     seed: int,
     show_progress: bool | None = None,
 ) -> CalibrationSample:
-    """Draw passages for judged queries of a data set (one relevant, some hard, most at random) and score them.
+    """Draw passages for judged dev queries of a data set (one relevant, some hard, most at random) and score them.
 
     A query is left out if there are no other passages to draw from.
     """
-    judged = dataset.positives(split) if split in dataset.qrels else {}
+    judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
     rng = random.Random(f"{seed}:{dataset.name}:probabilities")
     known = sorted(query_id for query_id, positives in judged.items() if positives)
     chosen = sorted(rng.sample(known, min(num_queries, len(known))))
     positives = {query_id: judged[query_id] for query_id in chosen}
-    drawn = _draw(dataset, positives, dataset.qrels.get(split, {}), rng, show_progress)
+    drawn = _draw(dataset, positives, dataset.qrels.get("dev", {}), rng, show_progress)
     pairs = [
         (dataset.queries[query_id].text, dataset.passages[passage_id].full_text)
         for query_id, ids in drawn.items()

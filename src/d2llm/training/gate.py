@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -168,7 +168,8 @@ def gate(
         num_truncated=sum(judged_dev.num_truncated for judged_dev in by_teacher),
         seconds=time.monotonic() - started,
     )
-    _write(folder / GATE_FILE, earlier, report)
+    head = {"kind": _KIND, "format_version": _FORMAT_VERSION, "packages": package_versions()}
+    write_json(folder / GATE_FILE, head | {"gates": {**earlier, report.teacher: report.to_json()}})
     return report
 
 
@@ -293,8 +294,3 @@ def _read_gates(path: Path) -> dict[str, Any]:
     if record.get("kind") != _KIND or record.get("format_version") != _FORMAT_VERSION:
         raise DataFormatError(path, "is not a gate file of this version of d2llm; delete it and run the gate again")
     return record["gates"]
-
-
-def _write(path: Path, earlier: Mapping[str, Any], report: GateReport) -> None:
-    head = {"kind": _KIND, "format_version": _FORMAT_VERSION, "packages": package_versions()}
-    write_json(path, head | {"gates": {**earlier, report.teacher: report.to_json()}})

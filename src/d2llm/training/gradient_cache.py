@@ -67,17 +67,12 @@ def backpropagate(
 ) -> Tensor:
     """Add the gradient of a batch's loss to the student's parameters; returns the loss.
 
-    Up to rounding, the gradient does not depend on the size of the parts or the number of processes. It is
-    bit-identical whichever parts are recomputed, because dropout depends only on the seed and the part.
+    Up to rounding, the gradient does not depend on the size of the parts or the number of processes: each encodes its
+    share of the texts and computes the whole loss, and all end with the same gradient. It is bit-identical whichever
+    parts are recomputed, because dropout depends only on the seed and the part.
 
-    Args:
-        student: encoder and head; in training mode to apply dropout.
-        ids: token ids of each text of the batch.
-        loss_of: computes the scalar loss of the vectors [texts, dim] in the order of ``ids``; it may use the head.
-        training: ``part_tokens`` and ``gradient_caching``.
-        room: bytes of activations that ``auto`` keeps; those of one part are always kept.
-        seed: seed of the dropout in this step.
-        processes: each encodes its share of the texts and computes the whole loss; all end with the same gradient.
+    ``loss_of`` computes the scalar loss of the vectors [texts, dim] in the order of the token ``ids``, and may use the
+    head. ``room`` is the bytes of activations that gradient caching of "auto" keeps, at least those of one part.
     """
     lengths = [len(row) for row in ids]
     part_tokens = training.part_tokens or tokens_at_a_time(student.backbone.device)

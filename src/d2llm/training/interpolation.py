@@ -48,17 +48,11 @@ def sufficient_share(
 
     First, the shares that are significantly worse than the start on some data set are dropped. Of the others, the
     smallest share is chosen that is not significantly worse on any data set than the one with the best mean. If no
-    share is left, the result is 0: the start itself.
+    share is left, the result is 0: the start itself. The tests are paired randomisation tests, one-sided at .05
+    (``ops.gating.never_worse``), against the items ``start`` (``items_at_best_weight``).
 
-    Args:
-        shares: shares to try, each in (0, 1]; ``largest`` is always tried, larger ones never.
-        measure: returns the dev results of a share.
-        start: the value of each query or pair of each dev set at the start (``items_at_best_weight``).
-        seed: seed of the paired randomisation tests, one-sided at .05 (``ops.gating.never_worse``).
-        largest: the largest share that may be kept.
-
-    Returns:
-        The share, and the dev results of all shares that were tried.
+    ``measure`` returns the dev results of a share in (0, 1]; ``largest`` is always tried, larger ones never. Returns
+    the share, and the dev results of all shares that were tried.
     """
     results = {share: measure(share) for share in sorted({s for s in shares if s < largest} | {largest})}
     items: dict[float, Items] = {share: items_at_best_weight(result) for share, result in results.items()}
@@ -84,11 +78,6 @@ def choose_interaction_weights(
     If ``start`` is given, only weights are considered that are on no data set significantly worse than the start or
     than the vectors alone (r = 0): a gain on one data set does not make up for a loss on another. If there is no such
     weight (because the vectors alone are worse than the start), the smallest is chosen.
-
-    Args:
-        results: the dev results by data set.
-        start: the value of each query or pair of each dev set at the start (``items_at_best_weight``).
-        seed: seed of the paired tests.
     """
     chosen: dict[Task, float] = {}
     tasks: list[Task] = sorted({result.task for result in results.values()})

@@ -127,18 +127,9 @@ def label_passages(
     *,
     show_progress: bool | None = None,
 ) -> int:
-    """Judge the passages that have no label yet; returns the number of pairs judged.
+    """Judge those of ``passages`` (by query_id) that have no label in the data set's store; returns how many.
 
-    Args:
-        judge: the teacher.
-        source: the data set.
-        labels: its label store, to which the new labels are added.
-        passages: query_id -> passage ids.
-        show_progress: None shows progress if standard error is a terminal.
-
-    Raises:
-        InputError: a shard cannot be written.
-        ModelError: some of the teacher's log-odds are not numbers.
+    Errors are those of ``judge_pairs``.
     """
     missing = {query_id: tuple(labels.missing(query_id, ids)) for query_id, ids in passages.items()}
     queries = [QueryPairs(query_id, ids) for query_id, ids in missing.items() if ids]

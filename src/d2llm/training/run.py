@@ -3,10 +3,9 @@
     run = Run("d2llm-small", "runs/first", data=["../data"])
     run.finish()
 
-runs every step that is not finished. Each step can also be run alone: ``mine``, ``look_at_the_teacher``,
-``tune_teacher``, ``stack_with_cosine``, ``gate``, ``filter``, ``label``, ``distill``; and ``evaluate``, which
-``finish`` does not run. Finished steps are skipped, so the same call continues after an interruption; ``again`` repeats
-a step and keeps the earlier result aside. Results made with other settings than the recipe's are kept, with a warning.
+runs every step that is not finished, so the same call continues after an interruption. Each step can also be run alone,
+and ``evaluate``, which ``finish`` does not run. ``again`` repeats a step and keeps the earlier result aside. Results
+made with other settings than the recipe's are kept, with a warning.
 """
 
 from __future__ import annotations
@@ -52,12 +51,7 @@ class Skipped:
 class Run:
     """A recipe, its run folder, and where to compute. Progress messages go to the logger ``d2llm.remarks``.
 
-    Attributes:
-        recipe: the recipe, with the paths of the data sets on this machine.
-        parts: the layout of the run folder.
-        device: where to compute; None means the best device available.
-        dtype: number format; None means the fastest on that device.
-        show_progress: None shows progress if standard error is a terminal.
+    ``recipe`` has the paths of the data sets on this machine, ``parts`` is the layout of the run folder.
     """
 
     def __init__(
@@ -77,9 +71,9 @@ class Run:
             folder: by default ``runs/<name of the recipe>``.
             data: where the data sets are: "name=folder", where the name is the last part of a path in the recipe; or
                 folders that contain data sets by these names.
-            device: where to compute.
-            dtype: number format of the models.
-            show_progress: whether to show progress bars.
+            device: where to compute; by default the best device available.
+            dtype: number format of the models; by default the fastest on that device.
+            show_progress: None shows progress if standard error is a terminal.
 
         Raises:
             RecipeError: there is no such recipe, or two of its data sets have the same name.
@@ -101,9 +95,8 @@ class Run:
     ) -> dict[str, Any]:
         """Run every step that is not finished, in order; returns the result of each step by its name.
 
-        Args:
-            again: repeat this step and those after it. Labels are stored by teacher and pair, and are never repeated.
-            after: called with the name and the result of each step.
+        ``again`` repeats this step and those after it, except labels, which are stored by teacher and pair.
+        ``after`` is called with the name and the result of each step.
         """
         order: tuple[str, ...] = get_args(RunStep)
         repeated: tuple[str, ...] = order[order.index(again) :] if again else ()
@@ -213,9 +206,7 @@ class Run:
     def stack_with_cosine(self, *, again: bool = False, cosine_again: bool = False) -> StackReport | Skipped:
         """If the recipe says so, train the tuned cosine and stack the run's teacher with it.
 
-        Args:
-            again: repeat it if it is finished.
-            cosine_again: also train the cosine again.
+        ``again`` repeats it if it is finished; ``cosine_again`` also trains the cosine again.
         """
         if not self.recipe.teacher.stack_with_cosine:
             return self.skip("stack: the recipe's teacher is not stacked with the cosine")
@@ -292,7 +283,8 @@ class Run:
     def filter(self, closed: Sequence[str] | None = None) -> dict[str, dict[str, Any] | Skipped] | Skipped:
         """If the recipe says so, mine again with the tuned teacher's margin; returns counts by the data set's name.
 
-        ``closed`` are data sets whose labels from the teacher are not used; by default those whose gate is closed.
+        ``closed`` are data sets whose labels from the teacher are not used, and whose negatives are not filtered
+        either; by default those whose gate is closed.
         """
         from d2llm.training.mining.plans import filter_plans
 
@@ -433,11 +425,7 @@ class Run:
         return [(open_data(data.path, splits=["dev"]), data.task) for data in self.recipe.data]
 
     def require_plans(self) -> None:
-        """Check that every data set of the recipe has a plan.
-
-        Raises:
-            InputError: a plan is missing.
-        """
+        """Raise an ``InputError`` if a data set of the recipe has no plan."""
         for data in self.recipe.data:
             if not is_finished(self.parts.plan(data)):
                 raise InputError(
@@ -447,8 +435,7 @@ class Run:
     def closed_gates(self) -> list[str]:
         """Data sets whose teacher labels are not to be used, according to ``gate.json`` and the recipe.
 
-        Raises:
-            InputError: a gate is closed and ``gate.when_closed`` is "stop".
+        If ``gate.when_closed`` is "stop", a closed gate is an ``InputError``.
         """
         from d2llm.models.teachers.judge import identify_judge
         from d2llm.training.gate import read_gate
@@ -509,13 +496,9 @@ class Run:
     ) -> None:
         """Warn if the finished result in ``folder`` was made from other settings or inputs than the current ones.
 
-        Args:
-            verb: the verb that makes it.
-            folder: folder of the result; its manifest records its inputs, unless an earlier version wrote it.
-            recipe: the settings of the recipe that affect it.
-            teacher: fingerprint of the teacher that would be used now; None if the teacher does not matter.
-            as_mined: whether it is made from the plans before a tuned teacher filters them. A plan that the run's
-                teacher has filtered is not compared, because it is not one of those.
+        Its manifest records its inputs. ``recipe`` are the settings that affect it, ``teacher`` is the fingerprint of
+        the teacher that would be used now, if that matters. ``as_mined``: it is made from the plans before a tuned
+        teacher filters them; a plan that the run's teacher has filtered is then not compared.
         """
         made_from = manifest_of(folder).get("settings", {})
         changes = changed_settings(made_from.get("recipe", {}), recipe)
@@ -540,14 +523,7 @@ class Run:
 
 
 def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
-    """The recipe with other folders for its data sets.
-
-    ``places`` are "name=folder", where the name is the last part of a path in the recipe; or folders that contain data
-    sets by these names.
-
-    Raises:
-        InputError: there is no data set of that name, or a folder contains none of them.
-    """
+    """The recipe with other folders for its data sets (see ``Run``); ``InputError`` for a place without any."""
     data = {Path(item.path).name: item for item in recipe.data}
     for place in places:
         name, equals, folder = place.partition("=")
@@ -566,11 +542,7 @@ def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
 
 
 def require_data(recipe: Recipe) -> None:
-    """Check that every data set of a recipe is on this machine, or is a data set of the Hub.
-
-    Raises:
-        InputError: some are not; the message lists them all, with the recipe's descriptions.
-    """
+    """Raise an ``InputError`` that lists the data sets of a recipe that are neither on this machine nor of the Hub."""
     missing = [item for item in recipe.data if not item.path.startswith("hf:/") and not Path(item.path).exists()]
     if missing:
         lines = [f"{item.path} ({item.about})" if item.about else item.path for item in missing]

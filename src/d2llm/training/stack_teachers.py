@@ -19,7 +19,7 @@ from d2llm.models.teachers.stacked import STACK_KIND, StackMember, write_stack
 from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.stacking import DEFAULT_L2, Stack, fit_stack, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.training.dev import DevSet, Scores, dev_queries, judge_dev, make_dev_lists
+from d2llm.training.dev import DevSet, JudgedDev, dev_queries, judge_dev, make_dev_lists
 
 _MEASURES = ("nDCG@10", "MRR@10")
 STACK_NAME = "stack"
@@ -141,14 +141,22 @@ def stack_teachers(
         for dataset, task in judged
     ]
     names = _names(members)
-    judging = _Judging(folder.with_name(folder.name + ".run"), lists, show_progress)
-    for name, config in zip(names, members, strict=True):
-        judging.add(name, config, device, dtype)
+    parts: list[StackMember] = []
+    judged_by: list[dict[str, JudgedDev]] = []
+    for name, config in zip(names, members, strict=True):  # one after another, so that only one is in memory
+        judge = load_judge(config, device=device, dtype=dtype)
+        if judge.fingerprint in (part.fingerprint for part in parts):
+            raise InputError(f"member '{name}' is the same teacher as another member; name each once")
+        parts.append(StackMember(config, judge.fingerprint))
+        store = folder.with_name(folder.name + ".run")
+        judged_by.append(
+            {dev.name: judge_dev(judge, dev, name=name, store=store, show_progress=show_progress) for dev in lists}
+        )
     tasks: dict[Task, TaskReport] = {}
     stacks: dict[Task, Stack] = {}
     different: list[Task] = list(dict.fromkeys(task for _, task in judged))
     for task in different:
-        pairs = judging.pairs(task)
+        pairs = _pairs_of(tuple(dev for dev in lists if dev.task == task), judged_by)
         stacks[task] = fit_stack(pairs.scores, pairs.labels, l2=l2)
         tasks[task] = _report(pairs, names, stacks[task], l2=l2, num_folds=num_folds, seed=seed)
     content = {
@@ -156,43 +164,21 @@ def stack_teachers(
         "settings": {"depth": depth, "l2": l2, "num_folds": num_folds, "seed": seed, "student": student.fingerprint},
         "report": {task: asdict(report) for task, report in tasks.items()},
     }
-    fingerprint = write_stack(folder, judging.members, stacks, content)
-    return StackReport(str(folder), fingerprint, tasks, judging.num_judged, judging.num_truncated)
+    fingerprint = write_stack(folder, parts, stacks, content)
+    judgements = [each for by_set in judged_by for each in by_set.values()]
+    num_judged, num_truncated = sum(each.num_new for each in judgements), sum(each.num_truncated for each in judgements)
+    return StackReport(str(folder), fingerprint, tasks, num_judged, num_truncated)
 
 
-class _Judging:
-    """Collects the members' scores of the lists. Members judge one after another, so that only one is in memory."""
-
-    def __init__(self, store: Path, lists: Sequence[DevSet], show_progress: bool | None) -> None:
-        self._store, self._lists, self._show = store, lists, show_progress
-        self.members: list[StackMember] = []
-        self._scores: list[dict[str, Scores]] = []
-        self.num_judged = self.num_truncated = 0
-
-    def add(self, name: str, config: TeacherConfig, device: str | None, dtype: str | None) -> None:
-        """Let another member judge the lists."""
-        judge = load_judge(config, device=device, dtype=dtype)
-        if judge.fingerprint in (member.fingerprint for member in self.members):
-            raise InputError(f"member '{name}' is the same teacher as another member; name each once")
-        self.members.append(StackMember(config, judge.fingerprint))
-        scores: dict[str, Scores] = {}
-        for dev in self._lists:
-            judged = judge_dev(judge, dev, name=name, store=self._store, show_progress=self._show)
-            scores[dev.name] = judged.scores
-            self.num_judged += judged.num_new
-            self.num_truncated += judged.num_truncated
-        self._scores.append(scores)
-
-    def pairs(self, task: Task) -> _Pairs:
-        """All pairs of one task."""
-        lists = tuple(dev for dev in self._lists if dev.task == task)
-        rows = [(dev, query, passage) for dev in lists for query, ids in dev.candidates.items() for passage in ids]
-        member_scores = [
-            np.concatenate([values for dev in lists for values in by_set[dev.name]]) for by_set in self._scores
-        ]
-        labels = [dev.qrels[query].get(passage, 0) > 0 for dev, query, passage in rows]
-        groups = tuple(f"{dev.name}:{query}" for dev, query, _ in rows)
-        return _Pairs(lists, np.stack(member_scores, axis=1).astype(np.float64), np.array(labels), groups)
+def _pairs_of(lists: tuple[DevSet, ...], judged_by: Sequence[Mapping[str, JudgedDev]]) -> _Pairs:
+    """The pairs of some lists; ``judged_by`` has each member's scores by data set."""
+    rows = [(dev, query, passage) for dev in lists for query, ids in dev.candidates.items() for passage in ids]
+    member_scores = [
+        np.concatenate([values for dev in lists for values in by_set[dev.name].scores]) for by_set in judged_by
+    ]
+    labels = [dev.qrels[query].get(passage, 0) > 0 for dev, query, passage in rows]
+    groups = tuple(f"{dev.name}:{query}" for dev, query, _ in rows)
+    return _Pairs(lists, np.stack(member_scores, axis=1).astype(np.float64), np.array(labels), groups)
 
 
 def _report(pairs: _Pairs, names: Sequence[str], stack: Stack, *, l2: float, num_folds: int, seed: int) -> TaskReport:

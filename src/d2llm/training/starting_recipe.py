@@ -139,8 +139,8 @@ def starting_recipe(
             *_teacher_sections(teacher, backbone, used),
             _data_section(data, chosen, alike, task is not None, shared, num_train, num_left),
             _training_section(used, epochs, num_dev),
-            _residual_section(),
-            _evidence_section(),
+            _RESIDUAL,
+            _EVIDENCE,
         ]
     )
     result = StartingRecipe(
@@ -392,14 +392,11 @@ dev_queries = {min(num_dev, _TRAINING.dev_queries)} # of {num_dev:,}
 dev_passages = {_TRAINING.dev_passages} # to rank: relevant ones, BM25's first ten per query, others up to this"""
 
 
-def _residual_section() -> str:
-    return """\
+_RESIDUAL = """\
 [training.residual] # then the interaction alone, on fixed vectors; its weight is chosen on dev and may be 0
 epochs = 3"""
 
-
-def _evidence_section() -> str:
-    return """\
+_EVIDENCE = """\
 [evidence] # BM25 as part of the score in an index: its weights are fitted on dev at the end, and 0 if it does not help
 words = true
 window_words = true # BM25 of each two neighbouring sentences, which helps if passages are long

@@ -22,21 +22,16 @@ class Tracker(Protocol):
 
     def log(self, step: int, values: Mapping[str, float], /) -> None:
         """Log the ``values`` of ``step`` by name."""
-        ...
 
     def finish(self) -> None:
         """End the run."""
-        ...
 
 
 def open_trackers(recipe: Recipe, folder: Path, *, run_key: str, resume_step: int) -> list[Tracker]:
-    """The trackers that the recipe names, for the run in ``folder``.
+    """The trackers that the recipe names; TensorBoard's files go to ``<folder>/tensorboard``.
 
-    Args:
-        recipe: the recipe, with ``training.trackers`` and the run's name and settings.
-        folder: the run folder; TensorBoard's files go to ``<folder>/tensorboard``.
-        run_key: key that stays the same when a run is resumed; W&B and MLflow continue the run with this key.
-        resume_step: step to resume from; values logged for later steps are superseded.
+    W&B and MLflow continue the run with ``run_key``, which stays the same when a run is resumed. Values logged for
+    steps after ``resume_step`` are superseded.
 
     Raises:
         MissingExtraError: a named tracker's package is not installed.

@@ -71,11 +71,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, *, settings: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint in ``folder``, or None if there is none yet.
-
-    Raises:
-        InputError: it belongs to a run with another recipe, data or seed, or cannot be read.
-    """
+    """The checkpoint in ``folder``; None if there is none yet, ``InputError`` if it is damaged or another run's."""
     path = folder / CHECKPOINT
     if not path.is_file():
         return None
@@ -114,10 +110,7 @@ def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimiz
 class BestState:
     """The best state of a training by its dev value: its step, its value, and the number of dev evaluations since.
 
-    Args:
-        parameters: the parameters to keep and restore, by name.
-        path: safetensors file to keep them in; None keeps them in memory.
-        lower_is_better: whether the lower of two values is better.
+    The parameters are kept in the safetensors file ``path``, or in memory.
     """
 
     def __init__(
@@ -247,8 +240,7 @@ def optimizer_step(
 ) -> float:
     """Clip the gradient, scale each group's learning rate by ``factor``, step, and clear; returns the gradient norm.
 
-    Raises:
-        TrainingDivergedError: the norm is not finite; the parameters are unchanged.
+    If the norm is not finite, the parameters stay unchanged, and ``TrainingDivergedError`` is raised.
     """
     norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), max_gradient_norm))
     if not math.isfinite(norm):
@@ -264,11 +256,7 @@ def optimizer_step(
 
 
 def require_finite(loss: Tensor, step: int, folder: Path) -> None:
-    """Stop a run if its loss is not finite.
-
-    Raises:
-        TrainingDivergedError: the loss is not finite; the message names the step and the folder of the checkpoint.
-    """
+    """Stop a run with ``TrainingDivergedError`` if its loss is not finite."""
     if not torch.isfinite(loss):
         raise TrainingDivergedError(
             f"the loss became {float(loss)} at step {step}; training stopped. The last good checkpoint is kept in "

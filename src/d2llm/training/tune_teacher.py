@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -114,7 +114,11 @@ def tune_teacher(
     model = _load(teacher, tuning, device=device, dtype=dtype)
     model.prepare_training(tuning.lora, tuning=tuning.tuning, seed=seed)
     run_folder = folder.with_name(folder.name + ".run")
-    settings = _run_settings(sources, teacher, model.fingerprint, tuning, seed)
+    settings = {  # everything that affects a run; a checkpoint or tuned teacher with other settings is from another run
+        "recipe": tuning_settings(teacher, tuning, seed),
+        "model": model.fingerprint,
+        "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
+    }
     batches = _epoch_batches(pairs, tuning, seed)
     run = _TuningRun(model, batches, dev_pairs, tuning, run_folder, settings=settings, seed=seed)
     run.train(show_progress)
@@ -185,8 +189,7 @@ class _TuningRun:
     def train(self, show_progress: bool | None) -> None:
         """Train to the end, or until held-out pairs stop it early; the last state is saved as a checkpoint.
 
-        Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
+        After Ctrl-C or SIGTERM (``KeyboardInterrupt``) that is the state of the last complete step.
         """
         self.model.train()
         saved_at = time.monotonic()
@@ -211,9 +214,8 @@ class _TuningRun:
     def _step(self) -> None:
         step, total = len(self.losses), len(self.batches)
         torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
-        accumulate = accumulate_lists if self.tuning.loss == "lists" else accumulate_pairs
         part_tokens = self.tuning.part_tokens or tokens_at_a_time(self.model.device)
-        loss, num_truncated = accumulate(self.model, self.batches[step], part_tokens)
+        loss, num_truncated = accumulate(self.model, self.batches[step], part_tokens, self.tuning.loss)
         require_finite(loss, step, self.folder)
         warmup_steps = int(self.tuning.warmup_fraction * total)
         factor = learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=total)
@@ -266,12 +268,8 @@ def hold_out(
     """Split the plans: sources without the held-out queries, and the held-out pairs.
 
     Queries that share a positive with a held-out query are removed from training too, because a passage that was a
-    positive in training is easy to recognise.
-
-    Args:
-        sources: data sets with their plans.
-        tuning: the number of queries. The pairs are drawn as for training, or all pairs of the plan for ``mrr``.
-        seed: seed of the sample.
+    positive in training is easy to recognise. The held-out pairs are drawn as for training; ``mrr`` is measured on all
+    pairs of their plans.
 
     Raises:
         InputError: the plans are too small to hold anything out.
@@ -344,17 +342,6 @@ def _load(
     return model
 
 
-def _run_settings(
-    sources: list[TrainingSource], teacher: TeacherConfig, fingerprint: str, tuning: TeacherTuningConfig, seed: int
-) -> dict[str, Any]:
-    """Everything that affects a run; a checkpoint or tuned teacher with other settings is from another run."""
-    return {
-        "recipe": tuning_settings(teacher, tuning, seed),
-        "model": fingerprint,
-        "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
-    }
-
-
 def _epoch_batches(pairs: list[TrainingPair], tuning: TeacherTuningConfig, seed: int) -> list[list[TrainingPair]]:
     """The batches of all epochs: each has one task and pairs (or lists) of similar length; their order is random."""
     batches: list[list[TrainingPair]] = []
@@ -385,13 +372,21 @@ def _lists(pairs: list[TrainingPair]) -> list[list[TrainingPair]]:
     return list(lists.values())
 
 
-def accumulate_lists(model: LocalTeacher, batch: list[TrainingPair], part_tokens: int) -> tuple[Tensor, int]:
-    """Like ``accumulate_pairs``, for lists: a softmax over each query's passages, plus a share of the yes/no loss."""
-    inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], batch[0].task)
-    places: dict[str, list[int]] = {}
+def accumulate(
+    model: LocalTeacher, batch: list[TrainingPair], part_tokens: int, loss: Literal["pairs", "lists"]
+) -> tuple[Tensor, int]:
+    """Add the gradient of a batch's loss, in parts of about ``part_tokens`` to limit memory.
+
+    The loss of pairs is the mean yes/no cross-entropy; that of lists is a softmax over each query's passages, plus a
+    share of the yes/no cross-entropy. Returns the loss and the number of truncated pairs.
+    """
+    task = batch[0].task
+    inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
+    places: dict[str | int, list[int]] = {}
     for place, pair in enumerate(batch):
-        places.setdefault(pair.query, []).append(place)
+        places.setdefault(pair.query if loss == "lists" else place, []).append(place)
     lists = list(places.values())
+    pair_share = _PAIR_SHARE if loss == "lists" else 1.0
     lengths = [max(len(inputs[place]) for place in list_places) * len(list_places) for list_places in lists]
     total = torch.zeros((), device=model.device)
     for part in token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lists)):
@@ -401,13 +396,13 @@ def accumulate_lists(model: LocalTeacher, batch: list[TrainingPair], part_tokens
 
         def loss_of(log_odds: Tensor, targets: Tensor = targets, by_list: Sequence[Tensor] = by_list) -> Tensor:
             yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
-            loss = _PAIR_SHARE * yes_or_no / len(batch)
+            part_loss = pair_share * yes_or_no / len(batch)
             for scores, labels in zip(log_odds.split([len(w) for w in by_list]), by_list, strict=True):
-                if float(labels.sum()) > 0:
-                    loss = loss + functional.cross_entropy(scores, labels / labels.sum()) / len(lists)
-            return loss
+                if loss == "lists" and float(labels.sum()) > 0:
+                    part_loss = part_loss + functional.cross_entropy(scores, labels / labels.sum()) / len(lists)
+            return part_loss
 
-        total += _backpropagate(model, [inputs[place] for place in chosen], batch[0].task, loss_of, part_tokens)
+        total += _backpropagate(model, [inputs[place] for place in chosen], task, loss_of, part_tokens)
     return total, num_truncated
 
 
@@ -441,20 +436,3 @@ def _backpropagate(
     for number, part in enumerate(parts):
         compute_log_odds(number).backward(log_odds.grad[part])
     return loss.detach()
-
-
-def accumulate_pairs(model: LocalTeacher, batch: list[TrainingPair], part_tokens: int) -> tuple[Tensor, int]:
-    """Add the gradient of a batch's mean yes/no cross-entropy, in parts of at most ``part_tokens`` to limit memory.
-
-    Returns the loss and the number of truncated pairs.
-    """
-    task = batch[0].task
-    inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
-    total = torch.zeros((), device=model.device)
-    for part in token_budget_batches([len(ids) for ids in inputs], max_tokens=part_tokens, max_items=len(inputs)):
-        log_odds, _ = model(*model.pad([inputs[index] for index in part]), task)
-        labels = torch.tensor([batch[index].target for index in part], device=model.device)
-        loss = functional.binary_cross_entropy_with_logits(log_odds, labels, reduction="sum") / len(batch)
-        loss.backward()
-        total += loss.detach()
-    return total, num_truncated

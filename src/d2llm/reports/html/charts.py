@@ -59,7 +59,7 @@ def quality_cost(points: Sequence[Point], measure: str, item: str, *, narrow: bo
 
     names = ", ".join(point.name for point in points)
     root = svg.chart(
-        _identity("plot-quality-cost", narrow),
+        "plot-quality-cost-narrow" if narrow else "plot-quality-cost",
         width,
         height,
         title=f"{measure} against milliseconds per {item}",
@@ -100,7 +100,7 @@ def differences(
     y = svg.linear(low, high, frame.bottom, frame.top)
 
     root = svg.chart(
-        _identity("plot-differences", narrow),
+        "plot-differences-narrow" if narrow else "plot-differences",
         width,
         height,
         title=f"{measure} of {subject} minus {baseline}, item by item",
@@ -203,10 +203,6 @@ def histogram(counts: ScoreHistogram, identity: str, *, name: str, labels: tuple
         wide, high = x(right) - x(left), frame.bottom - frame.top
         svg.add(bin_, "rect", class_="hit", x=x(left), y=frame.top, width=wide, height=high)
     return svg.markup(root)
-
-
-def _identity(name: str, narrow: bool) -> str:
-    return f"{name}-narrow" if narrow else name
 
 
 def _shares(counts: Sequence[int]) -> list[float]:

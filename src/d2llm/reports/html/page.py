@@ -13,18 +13,10 @@ from markupsafe import Markup
 def render(template: str, style: str = "", **values: object) -> str:
     """Render a template, with ``style`` at the end of the style sheet; every value is escaped."""
     sheet = _environment().get_template("style.css").render() + style
-    page = (
-        _environment()
-        .get_template(template)
-        .render(
-            style=Markup(sheet),
-            style_hash=base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode(),
-            **values,
-        )
-    )
-    return page.encode("utf-8", "replace").decode(
-        "utf-8"
-    )  # replaces lone surrogates, which truncated JSON texts may contain
+    style_hash = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
+    page = _environment().get_template(template).render(style=Markup(sheet), style_hash=style_hash, **values)
+    # Truncated JSON texts may contain lone surrogates, which are replaced.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from markupsafe import Markup
 
+_GAP = 9  # between a point and a label beside it
+
 Scale = Callable[[float], float]
 """Maps a value to a coordinate."""
 
@@ -34,12 +36,8 @@ class Box:
 
     def holds(self, other: Box) -> bool:
         """Whether ``other`` lies completely within."""
-        return (
-            self.left <= other.left
-            and self.top <= other.top
-            and self.right >= other.right
-            and self.bottom >= other.bottom
-        )
+        inside_x = self.left <= other.left and other.right <= self.right
+        return inside_x and self.top <= other.top and other.bottom <= self.bottom
 
 
 def chart(identity: str, width: float, height: float, *, title: str, description: str) -> Element:
@@ -139,8 +137,6 @@ def place_labels(
     sizes: Sequence[tuple[float, float]],
     obstacles: Sequence[Box],
     within: Box,
-    *,
-    gap: float = 9,
 ) -> list[Box]:
     """Place labels (width, height) beside their points (x, y), with little overlap of each other and the obstacles.
 
@@ -153,7 +149,7 @@ def place_labels(
             (distance, Box(left, middle - height / 2, left + width, middle + height / 2))
             for distance in range(0, 200, 4)
             for middle in ((y,) if not distance else (y - distance, y + distance))
-            for left in (x + gap, x - gap - width, x - width / 2)
+            for left in (x + _GAP, x - _GAP - width, x - width / 2)
         ]
         inside = [candidate for candidate in candidates if within.holds(candidate[1])]
         # Overlap weighs far more than distance; a label too wide for the chart takes the first candidate.

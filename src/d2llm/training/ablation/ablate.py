@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,31 +17,131 @@ from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.files import write_json
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.variants import VARIANTS, find_variant
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.device import choose_device, choose_dtype
+from d2llm.models.student import Student
+from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.judge import identify_judge
 from d2llm.training.ablation.report import (
     BASE,
     AblationReport,
     FailedRun,
     MeasuredSet,
+    RunResult,
     named_measures,
     summarise,
 )
-from d2llm.training.ablation.run import RunSettings, fingerprint_sets, read_result, train_and_measure
-from d2llm.training.dev import DevSet, make_dev_set
-from d2llm.training.training_run import epochs_of
+from d2llm.training.dev import DevSet, evaluate_dev, has_interaction_weight, make_dev_set
+from d2llm.training.distill import distill
+from d2llm.training.interpolation import value_by_set
+from d2llm.training.training_run import LOG, epochs_of
 
 DEV_QUERIES = 500
 """Maximum number of dev queries per data set that every run is measured on."""
 # A seed that a recipe is unlikely to use. Runs of a recipe with this seed would be measured on the same queries that
 # chose their best step, unlike runs with other seeds.
 _MEASURING_SEED = 1_000_003
+_RECORD_VERSION = 1
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings shared by all runs: ``place`` is their common folder, ``measured_on`` a fingerprint of the dev sets."""
+
+    sources: list[TrainingSource]
+    dev_sets: list[DevSet]
+    measured_on: str
+    place: Path
+    labels: Path
+    teacher: TeacherConfig
+    device: str | None
+    dtype: str | None
+    show_progress: bool | None
+
+    def student(self, variant: str, seed: int) -> Path:
+        """The folder of one run's student; ``<folder>.run`` and ``<folder>.json`` beside it have its log and result."""
+        return self.place / variant / f"seed-{seed}"
+
+
+def fingerprint_sets(dev_sets: Sequence[DevSet]) -> str:
+    """A fingerprint of everything besides the student that a measured value depends on."""
+    return fingerprint_json([_RECORD_VERSION, [_content(dev) for dev in dev_sets]])
+
+
+def _content(dev: DevSet) -> list[Any]:
+    if dev.pairs:
+        return [dev.name, dev.task, [(pair.query, pair.passage, pair.label, pair.score) for pair in dev.pairs]]
+    return [dev.name, dev.task, [*dev.queries.items()], [*dev.passages], [*dev.passages.values()], dev.qrels]
+
+
+def _record(student: Path) -> Path:
+    return student.with_name(student.name + ".json")
+
+
+def read_result(shared: RunSettings, name: str, seed: int) -> RunResult | None:
+    """The result of an earlier call; None if there is none, or if it was measured on other queries."""
+    student = shared.student(name, seed)
+    if not _record(student).is_file() or not (student / MANIFEST).is_file():
+        return None
+    record = json.loads(_record(student).read_text(encoding="utf-8"))
+    result = RunResult(**record["result"]) if record.get("measured_on") == shared.measured_on else None
+    fingerprint = read_manifest(student, KIND, FORMAT_VERSION)["fingerprint"]
+    return result if result is not None and result.fingerprint == fingerprint else None
+
+
+def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int) -> RunResult:
+    """Train one student, unless an earlier call has done so, and measure the student in its folder."""
+    folder = shared.student(name, seed)
+    if not (folder / MANIFEST).is_file():
+        distill(
+            shared.sources,
+            folder,
+            recipe=recipe.model_copy(update={"seed": seed}),
+            labels=shared.labels,
+            teacher=shared.teacher,
+            device=shared.device,
+            dtype=shared.dtype,
+            show_progress=shared.show_progress,
+        )
+    manifest = read_manifest(folder, KIND, FORMAT_VERSION)
+    student = Student.load(folder, device=shared.device, dtype=shared.dtype)
+    weights = manifest["residual_weights"]
+    by_set = value_by_set(evaluate_dev(student, shared.dev_sets, show_progress=shared.show_progress), weights)
+    result = RunResult(
+        variant=name,
+        seed=seed,
+        ndcg=fmean(by_set.values()),
+        by_set=by_set,
+        residual_weights=weights if has_interaction_weight(student) else {},
+        steps=manifest["steps"],
+        best_step=manifest["best_step"],
+        seconds=_seconds(_run_folder(folder) / LOG),
+        fingerprint=student.fingerprint,
+    )
+    write_json(_record(folder), {"measured_on": shared.measured_on, "result": asdict(result)})
+    for checkpoint in _run_folder(folder).glob("*.safetensors"):
+        checkpoint.unlink()  # no longer needed, and several times as large as the student
+    return result
+
+
+def _run_folder(student: Path) -> Path:
+    return student.with_name(student.name + ".run")
+
+
+def _seconds(log: Path) -> float:
+    """The training time over all sessions; the log's clock restarts in each session."""
+    total = before = 0.0
+    for line in log.read_text(encoding="utf-8").splitlines():
+        now = json.loads(line)["seconds"]
+        total += now - before if now >= before else now
+        before = now
+    return total
 
 
 def ablate(
@@ -124,27 +226,12 @@ def ablate(
     seeds = range(recipe.seed, recipe.seed + num_seeds)
     runs = [(name, seed) for seed in seeds for name in recipes]
     results = {run: result for run in runs if (result := read_result(shared, *run)) is not None}
-    missing: list[tuple[str, int]] = []
-    failed: list[FailedRun] = []
     waiting = [run for run in runs if run not in results]
     if waiting:
         write_json(place / "settings.json", settings)
-    seconds: list[float] = []
-    for number, (name, seed) in enumerate(waiting):
-        begun = time.monotonic()
-        is_trained = (shared.student(name, seed) / MANIFEST).is_file()  # an earlier call was killed before measuring
-        if not is_trained and budget_minutes is not None and begun - started >= 60 * budget_minutes:
-            missing.append((name, seed))
-            continue
-        (announce or _log.info)(_announcement(name, seed, number, len(waiting), seconds))
-        try:
-            results[name, seed] = train_and_measure(shared, recipes[name], name, seed)
-        except D2LLMError as error:
-            if name == BASE:
-                raise
-            failed.append(FailedRun(name, seed, str(error)))
-            _log.warning("%s, seed %d could not be trained: %s", name, seed, error)
-        seconds.append(time.monotonic() - begun)
+    deadline = math.inf if budget_minutes is None else started + 60 * budget_minutes
+    new, missing, failed = _train_waiting(shared, recipes, waiting, deadline, announce or _log.info)
+    results |= new
     base, rows = summarise([name for name in recipes if name != BASE], [results[run] for run in runs if run in results])
     sets = tuple(_measured_set(dev, source) for dev, source in zip(dev_sets, sources, strict=True))
     return AblationReport(
@@ -284,9 +371,36 @@ def _measured_set(dev: DevSet, source: TrainingSource) -> MeasuredSet:
     return MeasuredSet(dev.name, dev.task, num_queries, num_passages, len(source.plan.entries), dev.measure_name)
 
 
-def _announcement(name: str, seed: int, number: int, total: int, seconds: Sequence[float]) -> str:
-    left = f", about {max(1.0, fmean(seconds) * (total - number) / 60):,.0f} min left" if seconds else ""
-    return f"ablate: run {number + 1:,} of {total:,}: {name}, seed {seed}{left}"
+def _train_waiting(
+    shared: RunSettings,
+    recipes: Mapping[str, Recipe],
+    waiting: Sequence[tuple[str, int]],
+    deadline: float,
+    announce: Callable[[str], None],
+) -> tuple[dict[tuple[str, int], RunResult], list[tuple[str, int]], list[FailedRun]]:
+    """Train and measure the waiting runs (variant, seed); returns the results, those left for later, and failures."""
+    results: dict[tuple[str, int], RunResult] = {}
+    missing: list[tuple[str, int]] = []
+    failed: list[FailedRun] = []
+    seconds: list[float] = []
+    for number, (name, seed) in enumerate(waiting):
+        begun = time.monotonic()
+        is_trained = (shared.student(name, seed) / MANIFEST).is_file()  # an earlier call was killed before measuring
+        if not is_trained and begun >= deadline:
+            missing.append((name, seed))
+            continue
+        minutes_left = fmean(seconds) * (len(waiting) - number) / 60 if seconds else None
+        left = "" if minutes_left is None else f", about {max(1.0, minutes_left):,.0f} min left"
+        announce(f"ablate: run {number + 1:,} of {len(waiting):,}: {name}, seed {seed}{left}")
+        try:
+            results[name, seed] = train_and_measure(shared, recipes[name], name, seed)
+        except D2LLMError as error:
+            if name == BASE:
+                raise
+            failed.append(FailedRun(name, seed, str(error)))
+            _log.warning("%s, seed %d could not be trained: %s", name, seed, error)
+        seconds.append(time.monotonic() - begun)
+    return results, missing, failed
 
 
 def _notes(base: Recipe, sources: Sequence[TrainingSource], num_seeds: int) -> Iterator[str]:

@@ -41,13 +41,7 @@ class MarginHistogram:
 
 
 class Audit:
-    """Counts the results of ``mine``, query by query; texts are kept only for the examples.
-
-    Args:
-        passages: the passages by id.
-        sources: the names of the lists.
-        examples: ids of the queries to show.
-    """
+    """Counts the results of ``mine``, query by query; texts are kept only for the queries in ``examples``."""
 
     def __init__(self, passages: Mapping[str, Passage], sources: Sequence[str], examples: frozenset[str]) -> None:
         self._passages = passages
@@ -62,12 +56,7 @@ class Audit:
         self.shown: list[dict[str, Any]] = []
 
     def add(self, item: Selection, scores: Mapping[str, Mapping[str, float]]) -> None:
-        """Count a finished query.
-
-        Args:
-            item: the query, with its kept and dropped candidates.
-            scores: scorer ("cosine", "student", "teacher") -> the known scores of positives and candidates.
-        """
+        """Count a finished query; ``scores``: scorer ("cosine", "teacher", ...) -> known scores by passage id."""
         self.num_candidates += len(item.candidates)
         self.num_tried += item.num_tried
         for candidate in item.kept:
@@ -89,7 +78,9 @@ class Audit:
         """The audit as JSON-serialisable values."""
         return {
             "candidates": {"in_range": self.num_candidates, "tried": self.num_tried},
-            "kept_by_rank": {source: _by_range(counts) for source, counts in self.from_ranks.items()},
+            "kept_by_rank": {
+                source: {name: counts[name] for name in range_names()} for source, counts in self.from_ranks.items()
+            },
             "dropped": {
                 reason: {"count": self.num_dropped[reason], "first": self.first_dropped[reason]} for reason in REASONS
             },
@@ -133,10 +124,6 @@ def rank_range(rank: int) -> str:
 def range_names() -> list[str]:
     """The names of the ranges of ranks, which count from 1."""
     return [f"{first + 1}-{end}" for first, end in pairwise(_RANKS)] + [f"{_RANKS[-1] + 1}-"]
-
-
-def _by_range(counts: Counter[str]) -> dict[str, int]:
-    return {name: counts[name] for name in range_names()}
 
 
 def _ranks_json(candidate: NegativeCandidate) -> dict[str, Any]:

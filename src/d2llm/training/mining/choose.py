@@ -62,26 +62,23 @@ def random_of(*parts: object) -> random.Random:
 def order_candidates(
     ranked: Mapping[str, Sequence[str]],
     forbidden: Collection[str],
-    first_rank: Mapping[str, int],
+    num_skipped: int,
     sampling: Sampling,
     rng: random.Random,
 ) -> list[NegativeCandidate]:
     """All candidates of a query in the order in which they are tried; hard negatives are the first that pass.
 
-    Args:
-        ranked: source -> its list, best first, cut at the end of the range.
-        forbidden: passages that are not negatives: positives, and passages with the same text.
-        first_rank: source -> number of passages to skip at the top of its list, not counting forbidden ones.
-        sampling: ``uniform``: a random order; ``top``: by the better rank, then by id; ``rank_weighted``: sampled
-            without replacement, with probabilities proportional to 1 / (rank + 1).
-        rng: the random generator; the result does not depend on the order of the sources.
+    ``ranked`` has each source's list, best first, cut at the end of the range; the ``num_skipped`` passages at the top
+    of each, not counting ``forbidden`` ones, are no candidates. Sampling ``uniform`` is a random order, ``top`` is by
+    the better rank, then by id, and ``rank_weighted`` is sampled without replacement, with probabilities proportional
+    to 1 / (rank + 1). The result does not depend on the order of the sources.
     """
     ranks: dict[str, dict[str, int]] = {}
     skipped: set[str] = set()
     for source, passage_ids in ranked.items():
         allowed = [passage_id for passage_id in passage_ids if passage_id not in forbidden]
         # A passage skipped at the top of one list is skipped altogether, whatever its rank in another list.
-        skipped.update(allowed[: first_rank[source]])
+        skipped.update(allowed[:num_skipped])
         for rank, passage_id in enumerate(allowed):
             ranks.setdefault(passage_id, {})[source] = rank
     pool = [NegativeCandidate(passage_id, ranks[passage_id]) for passage_id in sorted(ranks.keys() - skipped)]
@@ -126,6 +123,8 @@ class Selection:
     """Passages that the data set itself judges not relevant; no check drops them."""
     place: int
     """Position of the query among those that are mined."""
+    forbidden: Collection[str]
+    """Passages that are no candidates: the relevant ones, and those with the same text as one."""
     num_tried: int = 0
     kept: list[NegativeCandidate] = field(default_factory=list[NegativeCandidate])
     dropped: list[Dropped] = field(default_factory=list[Dropped])
@@ -224,10 +223,9 @@ _QUERIES_AT_ONCE = 32  # number of queries whose candidates the teacher judges t
 
 @dataclass(frozen=True)
 class Ranked:
-    """The lists of each source, the number of passages skipped at their top, and the encoder of the encoder's list."""
+    """The lists of each source, and the encoder of the encoder's list."""
 
     lists: Mapping[str, Lists]
-    first_rank: Mapping[str, int]
     encoder: EncoderRanking | None = None
     encoder_name: str = "cosine"
 
@@ -264,7 +262,6 @@ def choose(
     dataset: Dataset,
     queries: Sequence[Query],
     positives: Mapping[str, tuple[str, ...]],
-    forbidden: Callable[[str], set[str]],
     judged: DatasetJudgements,
     ranked: Ranked,
     config: MiningConfig,
@@ -273,38 +270,31 @@ def choose(
     teacher: TeacherCheck | None,
     audit: Audit,
 ) -> Iterator[Selection]:
-    """Yield the hard negatives of each query, in the order of the queries.
+    """Yield the hard negatives of each query, in the order of the queries, which is also that of the lists.
 
-    Args:
-        dataset: passages and judgements.
-        queries: the queries, in the order of the lists.
-        positives: query_id -> its positives.
-        forbidden: query_id -> passages that are not candidates.
-        judged: the data set's own judgements.
-        ranked: the candidate lists.
-        config: number of negatives, sampling and filters.
-        seeds: the draw of a query depends on these and its id.
-        teacher: judges candidates for the teacher's margin.
-        audit: records every query.
+    The draw of a query depends on ``seeds`` and its id. The teacher judges candidates for its margin; ``audit`` records
+    every query.
     """
-    checks = _checks(dataset, ranked, config)
+    checks: list[Check] = []
+    if config.near_duplicate < 1:
+        checks.append(near_duplicate_check(dataset.passages, config.near_duplicate))
+    if config.relative_margin is not None:
+        if ranked.encoder is None:
+            raise InputError("mining.relative_margin needs an encoder's scores; add 'encoder' to mining.sources")
+        checks.append(relative_margin_check(ranked.encoder, config.relative_margin))
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
-        block = [
-            Selection(
-                query,
-                positives[query.id],
-                order_candidates(
-                    {source: lists[place] for source, lists in ranked.lists.items()},
-                    forbidden(query.id),
-                    ranked.first_rank,
-                    config.sampling,
-                    random_of(*seeds, query.id),
-                ),
-                judged.negative(query.id),
-                place,
+        block: list[Selection] = []
+        for place, query in enumerate(queries[start : start + _QUERIES_AT_ONCE], start=start):
+            own = positives[query.id]
+            forbidden = judged.relevant(query.id, own) | judged.repeats(query.id, own)
+            candidates = order_candidates(
+                {source: lists[place] for source, lists in ranked.lists.items()},
+                forbidden,
+                config.range_min,
+                config.sampling,
+                random_of(*seeds, query.id),
             )
-            for place, query in enumerate(queries[start : start + _QUERIES_AT_ONCE], start=start)
-        ]
+            block.append(Selection(query, own, candidates, judged.negative(query.id), place, forbidden))
         select(block, config.num_hard, checks, teacher)
         for item in block:
             audit.add(item, _scores(item, ranked, teacher))
@@ -325,17 +315,6 @@ def work_folder(work: Path | None) -> Generator[Path]:
     # On Windows a file that is still mapped cannot be deleted; it is left to the system's clean-up.
     with tempfile.TemporaryDirectory(prefix="d2llm-mine-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-
-
-def _checks(dataset: Dataset, ranked: Ranked, config: MiningConfig) -> list[Check]:
-    checks: list[Check] = []
-    if config.near_duplicate < 1:
-        checks.append(near_duplicate_check(dataset.passages, config.near_duplicate))
-    if config.relative_margin is not None:
-        if ranked.encoder is None:
-            raise InputError("mining.relative_margin needs an encoder's scores; add 'encoder' to mining.sources")
-        checks.append(relative_margin_check(ranked.encoder, config.relative_margin))
-    return checks
 
 
 def _scores(item: Selection, ranked: Ranked, teacher: TeacherCheck | None) -> dict[str, dict[str, float]]:

@@ -26,6 +26,7 @@ from d2llm.training.mining.teacher import TeacherCheck
 _log = logging.getLogger(__name__)
 _NUM_SHOWN = 5
 _NUM_EXAMPLES = 3
+_LISTED = ("without_positives", "shared_positive", "not_sampled", "too_few_hard", "too_few_easy")
 _NUM_QUERIES_SHOWN = 20  # queries shown with their texts in the audit
 
 
@@ -42,12 +43,8 @@ class MiningResult:
 class _Tally:
     """Counts for the report."""
 
-    left_out: dict[str, list[str]] = field(
-        default_factory=lambda: {"without_positives": [], "shared_positive": [], "not_sampled": []}
-    )
+    queries: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in _LISTED})
     same_text: int = 0
-    too_few_hard: list[str] = field(default_factory=list[str])
-    too_few_easy: list[str] = field(default_factory=list[str])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
 
@@ -103,7 +100,7 @@ def mine(
     positives = _eligible(dataset, split, exclude_passages_of, tally)
     if max_queries is not None and len(positives) > max_queries:
         chosen = set(sorted(positives, key=lambda query_id: key_of(seed, query_id))[:max_queries])
-        tally.left_out["not_sampled"] = [query_id for query_id in positives if query_id not in chosen]
+        tally.queries["not_sampled"] = [query_id for query_id in positives if query_id not in chosen]
         positives = {query_id: ids for query_id, ids in positives.items() if query_id in chosen}
     queries = [dataset.queries[query_id] for query_id in positives]
     corpus = sorted(dataset.passages)
@@ -126,33 +123,20 @@ def mine(
         audit = Audit(dataset.passages, list(ranked.lists), frozenset(shown))
         begin = time.perf_counter()
         judged = DatasetJudgements(dataset, SameText(dataset))
+        tally.same_text = sum(len(judged.repeats(query_id, ids)) for query_id, ids in positives.items())
         entries: list[PlanEntry] = []
-        forbidden: dict[str, set[str]] = {}
-        for query_id, query_positives in positives.items():
-            repeats = judged.repeats(query_id, query_positives)
-            tally.same_text += len(repeats)
-            forbidden[query_id] = judged.relevant(query_id, query_positives) | repeats
         selections = choose(
-            dataset,
-            queries,
-            positives,
-            forbidden.__getitem__,
-            judged,
-            ranked,
-            config,
-            seeds=(seed,),
-            teacher=teacher,
-            audit=audit,
+            dataset, queries, positives, judged, ranked, config, seeds=(seed,), teacher=teacher, audit=audit
         )
         with progress_bar("choosing", len(queries), show=show_progress) as advance:
             for item in selections:
                 query_id, hard = item.query.id, tuple(candidate.passage_id for candidate in item.kept)
-                no_easy = forbidden[query_id] | set(hard) | {drop.candidate.passage_id for drop in item.dropped}
+                no_easy = {*item.forbidden, *hard, *(drop.candidate.passage_id for drop in item.dropped)}
                 easy = draw_easy(corpus, no_easy, config.num_easy, random_of(seed, "easy", query_id))
                 if len(hard) < config.num_hard:
-                    tally.too_few_hard.append(query_id)
+                    tally.queries["too_few_hard"].append(query_id)
                 if len(easy) < config.num_easy:
-                    tally.too_few_easy.append(query_id)
+                    tally.queries["too_few_easy"].append(query_id)
                 entries.append(PlanEntry(query_id, item.positives, hard, tuple(easy)))
                 advance(1)
         tally.seconds["choosing"] = time.perf_counter() - begin
@@ -177,13 +161,11 @@ def _rank(
 ) -> Ranked:
     """Make the lists, cut at the end of their ranges."""
     lists: dict[str, Lists] = {}
-    first_rank: dict[str, int] = {}
     encoder: EncoderRanking | None = None
     # One after the other, so that BM25's index is freed before the vectors are computed.
     if "bm25" in config.sources:
         begin = time.perf_counter()
-        first_rank["bm25"], depth = config.range_min, config.range_max
-        lists["bm25"] = bm25_lists(dataset.passages, corpus, queries, depth, show)
+        lists["bm25"] = bm25_lists(dataset.passages, corpus, queries, config.range_max, show)
         tally.seconds["bm25"] = time.perf_counter() - begin
     if "encoder" in config.sources and ranker is not None:
         encoder = EncoderRanking(
@@ -191,12 +173,11 @@ def _rank(
         )
         tally.seconds["encoding"] = encoder.encoding_seconds
         begin = time.perf_counter()
-        first_rank[name], depth = config.range_min, config.range_max
-        lists[name] = encoder.lists(depth)
+        lists[name] = encoder.lists(config.range_max)
         tally.seconds[name] = time.perf_counter() - begin
     if not lists:
         raise InputError("there is no list to mine from: mining.sources has only the encoder, but none was given")
-    return Ranked(lists, first_rank, encoder, name)
+    return Ranked(lists, encoder, name)
 
 
 def _eligible(
@@ -221,16 +202,16 @@ def _eligible(
     eligible: dict[str, tuple[str, ...]] = {}
     for query_id, positives in dataset.positives(split).items():
         if not positives:
-            tally.left_out["without_positives"].append(query_id)
+            tally.queries["without_positives"].append(query_id)
         elif not reserved.isdisjoint(positives):
-            tally.left_out["shared_positive"].append(query_id)
+            tally.queries["shared_positive"].append(query_id)
         else:
             eligible[query_id] = positives
     if not eligible:
         raise InputError(
             f"{dataset.path}: there is no query to mine for in split '{split}': {len(dataset.qrels[split])} in qrels, "
-            f"{len(tally.left_out['without_positives'])} without a positive in the corpus, "
-            f"{len(tally.left_out['shared_positive'])} sharing a positive with {' or '.join(others) or 'none'} "
+            f"{len(tally.queries['without_positives'])} without a positive in the corpus, "
+            f"{len(tally.queries['shared_positive'])} sharing a positive with {' or '.join(others) or 'none'} "
             "(allow that with exclude_passages_of=(), in a recipe with exclude_shared_passages = false)"
         )
     return eligible
@@ -244,7 +225,6 @@ def _report(
     audit: Audit,
     teacher: TeacherCheck | None,
 ) -> dict[str, Any]:
-    lists = {**tally.left_out, "too_few_hard": tally.too_few_hard, "too_few_easy": tally.too_few_easy}
     return {
         "dataset": dataset.name,
         "split": split,
@@ -262,7 +242,7 @@ def _report(
             "truncated": teacher.counts.truncated if teacher else 0,
             "without_label": audit.num_without_label if teacher else 0,
         },
-        "queries": {name: {"count": len(ids), "first": ids[:_NUM_SHOWN]} for name, ids in lists.items()},
+        "queries": {name: {"count": len(ids), "first": ids[:_NUM_SHOWN]} for name, ids in tally.queries.items()},
         "examples": [_example(dataset, entry) for entry in entries[:_NUM_EXAMPLES]],
         "issues": list(dataset.issues),
         "seconds": {name: round(seconds, 3) for name, seconds in tally.seconds.items()},

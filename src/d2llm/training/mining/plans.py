@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2llm.core.recipe import DataConfig, MiningConfig, TeacherConfig
-from d2llm.data.beir import Dataset
+from d2llm.core.recipe import DataConfig, MiningConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.open_data import open_data, open_source
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
@@ -36,27 +35,20 @@ _SPLIT = "train"
 def mine_plans(
     run: Run, *, again: bool = False, student: str | None = None, before_tuning: bool = False
 ) -> dict[str, dict[str, Any] | Skipped]:
-    """Make the plan of each data set; returns its counts by the data set's name.
-
-    Args:
-        run: the run, with recipe and folder.
-        again: repeat finished plans too; their filtered versions are put aside.
-        student: folder or name of a student to rank with, instead of the recipe's.
-        before_tuning: if the recipe tunes the teacher first, leave the teacher's margin to ``filter_plans``.
-    """
+    """See ``Run.mine``."""
     mining = run.recipe.mining
     if student is not None:
         mining = mining.model_copy(update={"student": student})
     if again:
         run.put_filtered_aside("mine")
-    filters_later = before_tuning and run.recipe.filters_with_tuned_teacher
-    if not before_tuning and run.recipe.filters_with_tuned_teacher and _has_untuned_head(run.teacher):
-        filters_later = True
-        if again or not all(is_finished(run.parts.plan(data)) for data in run.recipe.data):
-            _remarks.info(
-                "mine: the teacher's margin is not used, because the teacher's new head is not tuned yet; to use it, "
-                "run tune-teacher, and then mine with --again"
-            )
+    has_untuned_head = run.teacher.new_head and find_tuned_teacher(run.teacher.model) is None
+    filters_later = run.recipe.filters_with_tuned_teacher and (before_tuning or has_untuned_head)
+    all_finished = all(is_finished(run.parts.plan(data)) for data in run.recipe.data)
+    if filters_later and not before_tuning and (again or not all_finished):
+        _remarks.info(
+            "mine: the teacher's margin is not used, because the teacher's new head is not tuned yet; to use it, "
+            "run tune-teacher, and then mine with --again"
+        )
     used = _without_margin(mining) if filters_later else mining
     reports: dict[str, dict[str, Any] | Skipped] = {}
     miners: _Miners | None = None
@@ -72,14 +64,7 @@ def mine_plans(
 
 
 def filter_plans(run: Run, closed: Collection[str]) -> dict[str, dict[str, Any] | Skipped] | Skipped:
-    """Mine again with the margin of the teacher, which has been tuned by now; returns counts by the data set's name.
-
-    The plans that the teacher was tuned on are kept. Its judgements are added to the run's labels.
-
-    Args:
-        run: the run, with recipe and folder.
-        closed: data sets whose labels from the teacher are not used; their negatives are not filtered either.
-    """
+    """See ``Run.filter``. The plans that the teacher was tuned on are kept; its judgements are added to the labels."""
     mining = run.recipe.mining
     if mining.teacher_margin is None:
         return run.skip("filter: the recipe has no teacher's margin (mining.teacher_margin)")
@@ -109,10 +94,6 @@ def filter_plans(run: Run, closed: Collection[str]) -> dict[str, dict[str, Any] 
     return reports
 
 
-def _has_untuned_head(teacher: TeacherConfig) -> bool:
-    return teacher.new_head and find_tuned_teacher(teacher.model) is None
-
-
 def _without_margin(mining: MiningConfig) -> MiningConfig:
     return mining.model_copy(update={"teacher_margin": None})
 
@@ -127,13 +108,13 @@ class _Miners:
 
     @classmethod
     def load(cls, run: Run, mining: MiningConfig) -> _Miners:
-        place = {"device": run.device, "dtype": run.dtype}
         student = None if mining.student is None else Student.load(mining.student, device=run.device, dtype=run.dtype)
         ranks = "encoder" in mining.sources
+        filters = mining.teacher_margin is not None
         return cls(
             encoder=run.new_student() if ranks and student is None else None,
             student=student if ranks else None,
-            judge=None if mining.teacher_margin is None else load_judge(run.teacher, **place),
+            judge=load_judge(run.teacher, device=run.device, dtype=run.dtype) if filters else None,
         )
 
 
@@ -151,7 +132,12 @@ def _mine_one(
     if isinstance(dataset, PairDataset):
         return _plan_pairs(run, data, folder, mining, dataset)
     held_out = [split for split in ("dev", "test") if split in dataset.qrels]
-    teacher = _teacher_check(run, data, mining, dataset, miners.judge)
+    teacher = None
+    if mining.teacher_margin is not None:
+        identity = identify_judge(run.teacher)
+        prompt = identity.prompts[data.task]
+        labels = LabelStore(run.parts.labels, teacher=identity.fingerprint, prompt=prompt, dataset=dataset.name)
+        teacher = TeacherCheck(labels, miners.judge, data.task, mining.teacher_margin, dataset.passages)
     work = run.parts.mining_work(data)
     result = mine(
         dataset,
@@ -205,17 +191,6 @@ def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, 
     write_plan(folder, entries, content)
     _remarks.info(f"mine: {report['num_pairs']:,} labelled pairs of {pairs.name}, without a search, in {folder}")
     return report
-
-
-def _teacher_check(
-    run: Run, data: DataConfig, mining: MiningConfig, dataset: Dataset, judge: Judge | None
-) -> TeacherCheck | None:
-    if mining.teacher_margin is None:
-        return None
-    identity = identify_judge(run.teacher)
-    prompt = identity.prompts[data.task]
-    labels = LabelStore(run.parts.labels, teacher=identity.fingerprint, prompt=prompt, dataset=dataset.name)
-    return TeacherCheck(labels, judge, data.task, mining.teacher_margin, dataset.passages)
 
 
 def _settings(run: Run, data: DataConfig, mining: MiningConfig) -> dict[str, Any]:

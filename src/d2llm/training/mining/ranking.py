@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ def bm25_lists(
     """
     lists: Lists = []
     with progress_bar(title, len(ids) + len(queries), show=show) as advance:
-        texts = (passage.full_text for passage in PassageSequence(passages, ids))
+        texts = (passages[passage_id].full_text for passage_id in ids)
         index = WordIndex.from_texts(texts, advance=advance)
         for candidates in rank_passages(index, ids, (query.text for query in queries), top_k):
             lists.append([candidate.passage_id for candidate in candidates])
@@ -55,20 +55,9 @@ def bm25_lists(
 
 
 class EncoderRanking:
-    """A student's scores of a corpus, from vectors in a memory-mapped file.
+    """A student's scores of the passages ``ids`` (in ascending order), from vectors in a memory-mapped file.
 
-    Args:
-        student: a student, or ``CosineStudent(encoder)`` for the cosine of an encoder.
-        passages: the passages by id.
-        ids: ids of the passages to rank, in ascending order.
-        queries: the queries to rank them for.
-        task: the task, which decides the branch of the student's interaction.
-        folder: folder for the file of vectors.
-        resumable: see ``encode_to_file``.
-        show_progress: None shows progress if standard error is a terminal.
-
-    Raises:
-        ModelError: a vector is not finite.
+    See ``encode_to_file`` for ``folder``, ``resumable`` and errors.
     """
 
     def __init__(
@@ -105,7 +94,8 @@ class EncoderRanking:
         with progress_bar("ranking", len(self._queries), show=self._show) as advance:
             for query, rows in zip(self._queries, self._candidates(num_rescored), strict=True):
                 scores = self._student.score(query, self._vectors[rows], self._task)
-                lists.append(self._best_ids(rows, scores, top_k))
+                best = top_rows(scores, top_k, lambda places, rows=rows: ids_at(self._ids, rows[places]))
+                lists.append([self._ids[int(rows[place])] for place in best])
                 advance(1)
         return lists
 
@@ -113,10 +103,6 @@ class EncoderRanking:
         """The full scores [n] of passages for the query at position ``query``."""
         rows = [bisect_left(self._ids, passage_id) for passage_id in passage_ids]
         return self._student.score(self._queries[query], self._vectors[rows], self._task)
-
-    def _best_ids(self, rows: NDArray[np.int64], scores: NDArray[np.float32], top_k: int) -> list[str]:
-        places = top_rows(scores, top_k, lambda places: ids_at(self._ids, rows[places]))
-        return [self._ids[int(rows[place])] for place in places]
 
     def _candidates(self, top_k: int) -> list[NDArray[np.int64]]:
         if not self._student.has_anchor:
@@ -139,19 +125,10 @@ def encode_to_file(
     resumable: bool = True,
     show_progress: bool | None = None,
 ) -> NDArray[np.float32]:
-    """Encode passages into a file in ``folder``, continuing where an earlier run stopped.
+    """Encode passages into a file in ``folder``, continuing where an earlier run stopped: [len(ids), dim], mapped.
 
-    Args:
-        encoder: the encoder.
-        passages: the passages by id.
-        ids: ids of the passages to encode, in the order of the rows.
-        folder: an existing folder. The file's name contains a fingerprint of encoder and texts, so that vectors of
-            another encoder or corpus are never used by mistake.
-        resumable: False skips computing the fingerprint, for a folder that is deleted anyway.
-        show_progress: None shows progress if standard error is a terminal.
-
-    Returns:
-        [len(ids), dim], mapped from the file.
+    The file's name contains a fingerprint of encoder and texts, so that vectors of another encoder or corpus are never
+    used by mistake. ``resumable=False`` skips computing it, for a folder that is deleted anyway.
 
     Raises:
         ModelError: a vector is not finite.
@@ -180,11 +157,7 @@ def encode_to_file(
 
 
 def finite(vectors: NDArray[np.float32], kind: str, ids: Sequence[str]) -> NDArray[np.float32]:
-    """Check that the vectors [n, dim] are finite, and return them.
-
-    Raises:
-        ModelError: some are not finite; the message names the id of the first.
-    """
+    """The vectors [n, dim]; ``ModelError`` with the id of the first that is not finite."""
     not_finite = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(not_finite):
         first = ids[not_finite[0]]
@@ -192,26 +165,3 @@ def finite(vectors: NDArray[np.float32], kind: str, ids: Sequence[str]) -> NDArr
             f"{len(not_finite)} {kind} vectors are not finite, the first is that of '{first}'; check the encoder"
         )
     return vectors
-
-
-class PassageSequence(Sequence[Passage]):
-    """Passages by position, fetched one by one: for readers that iterate once and must not hold all in memory."""
-
-    def __init__(self, passages: Mapping[str, Passage], ids: Sequence[str]) -> None:
-        self._passages = passages
-        self._ids = ids
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    @overload
-    def __getitem__(self, place: int) -> Passage: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Passage]: ...
-    def __getitem__(self, place: int | slice) -> Passage | Sequence[Passage]:
-        if isinstance(place, slice):
-            return PassageSequence(self._passages, self._ids[place])
-        return self._passages[self._ids[place]]
-
-    def __iter__(self) -> Iterator[Passage]:
-        return (self._passages[passage_id] for passage_id in self._ids)

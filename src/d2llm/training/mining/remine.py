@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +43,14 @@ def remine(
     Easy negatives are kept, except those that are hard negatives now. The draw of a query depends only on the seed, the
     epoch, its id, the corpus and the student.
 
-    Args:
-        source: the data set with its plan; labelled pairs are returned unchanged, because the pairs are the plan.
-        student: ranks by its full score; its training may continue afterwards.
-        config: number of negatives, ranks, sampling and filters.
-        seed: seed of the draws.
-        epoch: the epoch, which changes the draws.
-        labels: the teacher's labels, for ``teacher_margin`` (only stored labels are used) and ``only_labelled``.
-        only_labelled: draw only from the query's labelled passages, so that every negative has a label and only
-            labelled passages are encoded. Otherwise, new negatives have no labels until ``label`` is run.
-        same_text: the index of equal texts in the data set, if there is one already.
-        folder: folder for the passages' vectors; by default a temporary one.
-        show_progress: None shows progress if standard error is a terminal.
+    ``labels`` are the teacher's, for ``teacher_margin`` (only stored labels are used) and for ``only_labelled``, which
+    draws only from the query's labelled passages: every negative then has a label, and only labelled passages are
+    encoded. Otherwise, new negatives have no labels until ``label`` is run. ``same_text`` is the data set's index of
+    equal texts, if there is one already; ``folder`` is for the passages' vectors, by default a temporary one.
 
     Returns:
-        The source with a new plan; its manifest has the seed, the epoch and the number of new hard negatives under
-        "remined".
+        The source with a new plan, whose manifest has the seed, the epoch and the number of new hard negatives under
+        "remined"; labelled pairs are returned unchanged, because the pairs are the plan.
 
     Raises:
         InputError: ``only_labelled`` or a teacher's margin is set, but ``labels`` is not given.
@@ -69,14 +63,11 @@ def remine(
     dataset, entries = source.dataset, source.plan.entries
     queries = [dataset.queries[entry.query_id] for entry in entries]
     labelled = [sorted(labels.log_odds(entry.query_id)) for entry in entries] if labels and only_labelled else None
-    corpus = sorted(dataset.passages) if labelled is None else _union(labelled, entries)
+    corpus = sorted(dataset.passages)
+    if labelled is not None:  # and the positives, whose scores the filters need
+        corpus = sorted({*chain(*labelled), *chain.from_iterable(entry.positives for entry in entries)})
     judged = DatasetJudgements(dataset, same_text or SameText(dataset))
     positives = {entry.query_id: entry.positives for entry in entries}
-
-    def forbidden(query_id: str) -> set[str]:
-        return judged.relevant(query_id, positives[query_id]) | judged.repeats(query_id, positives[query_id])
-
-    first_rank, depth = config.range_min, config.range_max
     with work_folder(folder) as work:
         ranking = EncoderRanking(
             student,
@@ -88,6 +79,7 @@ def remine(
             resumable=False,
             show_progress=show_progress,
         )
+        depth = config.range_max
         lists = ranking.lists(depth) if labelled is None else _lists_of(ranking, labelled, depth)
         teacher = None
         if labels is not None and config.teacher_margin is not None:
@@ -96,9 +88,8 @@ def remine(
             dataset,
             queries,
             positives,
-            forbidden,
             judged,
-            Ranked({"student": lists}, {"student": first_rank}, ranking, "student"),
+            Ranked({"student": lists}, ranking, "student"),
             config,
             seeds=(seed, epoch),
             teacher=teacher,
@@ -109,7 +100,10 @@ def remine(
     num_new = sum(
         len(set(new.hard_negatives) - set(old.hard_negatives)) for new, old in zip(renewed, entries, strict=True)
     )
-    return _with_plan(source, renewed, {"seed": seed, "epoch": epoch, "num_new": num_new})
+    content = [[e.query_id, e.positives, e.hard_negatives, e.easy_negatives] for e in renewed]
+    remined = {"seed": seed, "epoch": epoch, "num_new": num_new}
+    manifest = source.plan.manifest | {"content_hash": fingerprint_json(content), "remined": remined}
+    return replace(source, plan=TrainingPlan(tuple(renewed), manifest))
 
 
 def _renew(entry: PlanEntry, item: Selection, num_hard: int) -> PlanEntry:
@@ -119,20 +113,6 @@ def _renew(entry: PlanEntry, item: Selection, num_hard: int) -> PlanEntry:
     hard += tuple(earlier[: max(0, num_hard - len(hard))])
     easy = tuple(passage_id for passage_id in entry.easy_negatives if passage_id not in hard)
     return PlanEntry(entry.query_id, entry.positives, hard, easy)
-
-
-def _with_plan(source: TrainingSource, entries: Sequence[PlanEntry], remined: dict[str, int]) -> TrainingSource:
-    content = [[e.query_id, e.positives, e.hard_negatives, e.easy_negatives] for e in entries]
-    manifest = source.plan.manifest | {"content_hash": fingerprint_json(content), "remined": remined}
-    return TrainingSource(
-        source.dataset, TrainingPlan(tuple(entries), manifest), source.task, source.max_labelled, source.pairs
-    )
-
-
-def _union(labelled: Sequence[Sequence[str]], entries: Sequence[PlanEntry]) -> list[str]:
-    """All labelled passages, and the positives, whose scores the filters need."""
-    labelled_ids = (passage_id for query_labels in labelled for passage_id in query_labels)
-    return sorted({*labelled_ids, *(passage_id for entry in entries for passage_id in entry.positives)})
 
 
 def _lists_of(ranking: EncoderRanking, labelled: Sequence[Sequence[str]], top_k: int) -> Lists:

@@ -16,23 +16,14 @@ from d2llm.models.teachers.judge import Judge
 class TeacherCheck:
     """Log-odds of candidates and positives, for the teacher's margin.
 
-    Attributes:
-        labels: the store of this teacher and prompt; pairs in it are not judged again, and new labels are added to it.
-        counts: counts of the pairs judged now.
+    Pairs in the store ``labels`` of this teacher and prompt are not judged again, and new labels are added to it;
+    ``counts`` are those of the pairs judged now. If ``judge`` is None, only stored labels are used. A candidate with
+    log-odds above the mean of the positives minus ``margin`` is not a negative.
     """
 
     def __init__(
         self, labels: LabelStore, judge: Judge | None, task: Task, margin: float, passages: Mapping[str, Passage]
     ) -> None:
-        """Begin with the stored labels.
-
-        Args:
-            labels: the store.
-            judge: the teacher; None uses only stored labels.
-            task: the task, which decides the prompt.
-            margin: a candidate with log-odds above (mean of the positives - margin) is not a negative.
-            passages: the passages by id.
-        """
         self.labels = labels
         self.counts = JudgingCounts()
         self._judge, self._margin, self._passages = judge, margin, passages
