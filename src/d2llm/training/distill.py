@@ -262,7 +262,7 @@ def _evidence_at_start(
     if processes.is_first:
         evidence = read_evidence(run_folder, student.fingerprint)
         if evidence is NO_EVIDENCE:
-            words = [term for term in recipe.evidence.terms if term != "window_vectors"]
+            words: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term != "window_vectors"]
             evidence = _fit_evidence(student, sources, recipe, words, show_progress)
             run_folder.mkdir(parents=True, exist_ok=True)
             write_evidence(run_folder, evidence)
