@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from d2llm.evaluation.figures import merge_notes
+from d2llm.evaluation.figures import joined_notes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
@@ -250,6 +250,13 @@ def section(file: dict[str, Any]) -> str:
     notes = [note for note in report["notes"] if "earlier run" not in note]
     lines += [f"\n- {note}" for note in merge_notes(notes, [row["name"] for row in report["rows"]])]
     return "\n".join([*lines, "", f"`{command(file['arguments'])}`"])
+
+
+def merge_notes(notes: list[str], systems: list[str]) -> list[str]:
+    """The notes of a written report ("system: message"); systems with the same message share a line."""
+    longest_first = sorted(systems, key=len, reverse=True)
+    names = [next((name for name in longest_first if note.startswith(f"{name}: ")), "") for note in notes]
+    return joined_notes((name, note.removeprefix(f"{name}: ")) for name, note in zip(names, notes, strict=True))
 
 
 def measures_table(report: Report) -> list[str]:

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import NO_DEFAULT, Recipe, TeacherConfig
+from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.recipe_file import changed_settings, load_recipe, parse_recipe, shaping_settings
 
 
@@ -138,54 +137,6 @@ def test_recipes_are_immutable():
 )
 def test_an_unknown_key_suggests_the_nearest(values: dict[str, Any], message: str):
     assert error_of(values) == message
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (
-            {"training": {"group_by_length": True}},
-            (
-                "r.toml: training.group_by_length was removed in d2llm 0.1.0 (batches of queries whose texts are of "
-                "similar length); leave it out: a batch is encoded in parts of similar length anyway (part_tokens)"
-            ),
-        ),
-        (
-            {"training": {"residual": {"bound_price": 0.1}}},
-            (
-                "r.toml: training.residual.bound_price was removed in d2llm 0.1.0 (a penalty on the bound B in the "
-                "loss); leave it out, and set student.interaction.max_bound for a smaller bound"
-            ),
-        ),
-        (
-            {"mining": {"skip_top": 0}},
-            "r.toml: mining.skip_top was removed in d2llm 0.1.0 (the former name of range_min); set range_min",
-        ),
-    ],
-)
-def test_a_removed_option_has_a_helpful_error(values: dict[str, Any], message: str):
-    assert error_of(values) == message
-
-
-def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    yield model
-    for field in model.model_fields.values():
-        for annotation in (field.annotation, *get_args(field.annotation)):
-            if isinstance(annotation, type) and not get_origin(annotation) and issubclass(annotation, BaseModel):
-                yield from sections(annotation)
-
-
-def test_the_default_of_a_removed_option_is_ignored():
-    """Manifests and run folders of earlier versions contain every option, most of them at their defaults."""
-    with_defaults = [
-        (section, {name: option.default for name, option in removed.items() if option.default is not NO_DEFAULT})
-        for section in sections(Recipe)
-        if (removed := getattr(section, "removed", {}))
-    ]
-    assert len(with_defaults) >= 4
-    for section, values in with_defaults:
-        assert section.model_validate(values) == section()
-        assert not set(section.model_fields) & set(getattr(section, "removed", {}))
 
 
 @pytest.mark.parametrize(

@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from d2llm.core.types import EvidenceTerm, Task
 
 
-@dataclass(frozen=True, slots=True)
-class RemovedOption:
-    """An option that was removed from recipes. Files of earlier versions contain its default, which is ignored."""
-
-    version: str
-    """The first version without it."""
-    default: Any
-    """Its former default; with ``NO_DEFAULT``, every value is rejected."""
-    meaning: str
-    """What it did."""
-    advice: str
-    """What to do instead."""
-
-
-NO_DEFAULT = object()
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-    removed: ClassVar[Mapping[str, RemovedOption]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_removed_options(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        settings = cast("dict[str, Any]", values)
-        for name in cls.removed.keys() & settings.keys():
-            option = cls.removed[name]
-            if option.default is NO_DEFAULT or settings[name] != option.default:
-                raise PydanticCustomError(
-                    "removed_option",
-                    "{name} was removed in d2llm {version} ({meaning}); {advice}",
-                    {"name": name, "version": option.version, "meaning": option.meaning, "advice": option.advice},
-                )
-        return {name: value for name, value in settings.items() if name not in cls.removed}
 
 
 class LoraConfig(_Section):
@@ -262,29 +225,6 @@ class MiningConfig(_Section):
     ``mine_hard_negatives``.
     """
 
-    removed = {
-        "skip_top": RemovedOption("0.1.0", NO_DEFAULT, "the former name of range_min", "set range_min"),
-        "depth": RemovedOption("0.1.0", NO_DEFAULT, "the former name of range_max", "set range_max"),
-        "bm25_range": RemovedOption(
-            "0.1.0", None, "the range of ranks of BM25 alone", "set range_min and range_max, which apply to both lists"
-        ),
-        "encoder_range": RemovedOption(
-            "0.1.0",
-            None,
-            "the range of ranks of the encoder alone",
-            "set range_min and range_max, which apply to both lists",
-        ),
-        "teacher_labels": RemovedOption(
-            "0.1.0",
-            "judge",
-            "whether the teacher judges candidates that have no label yet",
-            "leave it out: with a teacher_margin the teacher judges them",
-        ),
-        "audit_examples": RemovedOption(
-            "0.1.0", 20, "the number of queries that the audit shows", "leave it out: the audit shows 20"
-        ),
-    }
-
     num_hard: int = Field(default=8, ge=0)
     num_easy: int = Field(default=4, ge=0)
     sources: tuple[Literal["bm25", "encoder"], ...] = ("bm25", "encoder")
@@ -335,12 +275,6 @@ class WarmUpConfig(_Section):
 class LossWeights(_Section):
     """Weights of the loss terms (published: 1 / 1 / 0.01 / 0.001 with a separate in-batch cross-entropy)."""
 
-    removed = {
-        "list_temperature": RemovedOption(
-            "0.1.0", 1.0, "a divisor of the teacher's log-odds in the list imitation", "leave it out: it is 1"
-        )
-    }
-
     contrastive_imitation: float = Field(default=1.0, ge=0)
     list_imitation: float = Field(default=0.0, ge=0)
     """Not among the published losses: imitates the teacher's distribution over all candidates of the batch."""
@@ -369,15 +303,6 @@ class LossWeights(_Section):
 class ResidualConfig(WarmUpConfig):
     """The second stage: trains the interaction alone, on vectors that are encoded once (anchored head)."""
 
-    removed = {
-        "bound_price": RemovedOption(
-            "0.1.0",
-            0.0,
-            "a penalty on the bound B in the loss",
-            "leave it out, and set student.interaction.max_bound for a smaller bound",
-        )
-    }
-
     epochs: int = Field(default=0, ge=0)
     """0: one stage, interaction and vectors together. Otherwise the first stage trains the vectors alone."""
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -395,18 +320,6 @@ class ResidualConfig(WarmUpConfig):
 
 class TrainingConfig(WarmUpConfig):
     """Optimisation settings of ``distill``."""
-
-    removed = {
-        "group_by_length": RemovedOption(
-            "0.1.0",
-            False,
-            "batches of queries whose texts are of similar length",
-            "leave it out: a batch is encoded in parts of similar length anyway (part_tokens)",
-        ),
-        "graph_tokens": RemovedOption(
-            "0.1.0", NO_DEFAULT, "memory for intermediate results, in tokens", "set graph_gib, in GiB"
-        ),
-    }
 
     learning_rate: float = Field(default=1e-3, gt=0)
     """For adapters on a small model; use a third of it for large models, and a thirtieth to train all weights

@@ -121,8 +121,6 @@ def _explain(problem: ErrorDetails) -> str:
             return f"{key} should be a table: write [{key}]"
         case "tuple_type":
             return f"{key} should be a list of tables: write [[{key}]]"
-        case "removed_option":
-            return f"{key}.{problem['msg']}"
         case _:
             return f"{key}: {problem['msg']} (got {problem['input']!r})"
 

@@ -71,13 +71,6 @@ def joined_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{'; '.join(names)}: {message}" if all(names) else message for message, names in names_by_message.items()]
 
 
-def merge_notes(notes: Sequence[str], systems: Sequence[str]) -> list[str]:
-    """The notes of a written report ("system: message"); systems with the same message share a line."""
-    longest_first = sorted(systems, key=len, reverse=True)
-    names = [next((name for name in longest_first if note.startswith(f"{name}: ")), "") for note in notes]
-    return joined_notes((name, note.removeprefix(f"{name}: ")) for name, note in zip(names, notes, strict=True))
-
-
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The comparisons, all in one measure, with Holm-corrected p-values."""
     values = holm([comparison.p_value for comparison in comparisons])
