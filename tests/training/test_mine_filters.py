@@ -116,7 +116,6 @@ class TestRanges:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"depth": 3}, "mining.depth was removed .*set range_max"),
             ({"range_min": 50}, "range_min is 50, but must be below range_max, which is 50"),
             ({"range_min": -1}, "mining.range_min: .*greater than or equal to 0"),
             ({"sources": []}, "sources is empty"),
