@@ -46,12 +46,22 @@ SLOW_UNITS += ("word_rows",)
 LONGEST_FILES = ("training_memory", "index_damage", "store_crashes", "distill_processes", "plain_sentence_transformers")
 
 
+def _is_among(path: Path, folders: tuple[str, ...], units: tuple[str, ...]) -> bool:
+    return path.parent.name in folders or path.stem.removeprefix("test_") in units
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m "not slow"``, do not import the files that it leaves out: their libraries take long to load."""
+    leaves_out = config.getoption("markexpr") == "not slow" and _is_among(collection_path, SLOW_FOLDERS, SLOW_UNITS)
+    return True if leaves_out else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST_FILES)
     for item in items:
-        if item.path.parent.name in NUMERIC_FOLDERS or item.path.stem.removeprefix("test_") in NUMERIC_UNITS:
+        if _is_among(item.path, NUMERIC_FOLDERS, NUMERIC_UNITS):
             item.add_marker(pytest.mark.numeric)
-        if item.path.parent.name in SLOW_FOLDERS or item.path.stem.removeprefix("test_") in SLOW_UNITS:
+        if _is_among(item.path, SLOW_FOLDERS, SLOW_UNITS):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("network") and os.environ.get("D2LLM_TEST_NETWORK") != "1":
             item.add_marker(pytest.mark.skip(reason="needs the network: set D2LLM_TEST_NETWORK=1"))

@@ -52,12 +52,13 @@ QUERIES = np.random.default_rng(3).standard_normal((2, DIM)).astype(np.float32)
 
 
 class Case(NamedTuple):
-    """A file of the index ``base``, the kind of damage, and the seed that makes the damage reproducible."""
+    """A file of the index ``base``, how it is damaged, the seed of the damage, and whether the index is repaired."""
 
     base: str
     path: str
     how: str
     seed: int
+    repair: bool = False
 
 
 class Judge:
@@ -150,7 +151,7 @@ def kind_of(path: str) -> str:
     return parts[-1] if "_indices" in parts or parts[-1].endswith(".json") else parts[-2]
 
 
-def cases(bases: dict[str, Path], number: int, seed: int) -> Iterator[Case]:
+def cases(bases: dict[str, Path], number: int, seed: int, *, repair: bool = False) -> Iterator[Case]:
     """Yield ``number`` cases that cycle through all kinds of files of every index and all kinds of damage.
 
     Files that LanceDB reads in a search, and word files, come four times as often as the rest. Files derived from
@@ -175,7 +176,7 @@ def cases(bases: dict[str, Path], number: int, seed: int) -> Iterator[Case]:
         if place % len(turns) == 0:
             chance.shuffle(turns)
         kind, how = turns[place % len(turns)]
-        yield chance.choice(kinds[kind])._replace(how=how, seed=seed * 1_000_000 + place)
+        yield chance.choice(kinds[kind])._replace(how=how, seed=seed * 1_000_000 + place, repair=repair)
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def look_at(folder: Path, expected: dict[str, Any], *, repair: bool) -> dict[str
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
-def work(repair: bool) -> None:
+def work() -> None:
     """For each input line (a case and the folder of its index), print a line with the outcomes."""
     logging.disable(logging.CRITICAL)
     expected: dict[str, dict[str, Any]] = {}
@@ -335,15 +336,15 @@ def work(repair: bool) -> None:
         with tempfile.TemporaryDirectory(dir=base.parent) as place:
             copy = Path(place) / "copy"
             copy_linked(base, copy)
-            outcomes = look_at(copy / part, expected[case.base], repair=repair) if damage(copy, case) else {}
+            outcomes = look_at(copy / part, expected[case.base], repair=case.repair) if damage(copy, case) else {}
         print(json.dumps(outcomes), flush=True)
 
 
-def run(bases: dict[str, Path], chosen: list[Case], *, repair: bool = False) -> Iterator[tuple[Case, dict[str, Any]]]:
+def run(bases: dict[str, Path], chosen: list[Case]) -> Iterator[tuple[Case, dict[str, Any]]]:
     """Yield the outcomes of each case; if a signal killed the process, the outcome is "signal"."""
     remaining = list(chosen)
     while remaining:
-        command = [sys.executable, str(TESTS / "index_damage.py"), "--work", *(["--repair"] if repair else [])]
+        command = [sys.executable, str(TESTS / "index_damage.py"), "--work"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
         with subprocess.Popen(
             command,
@@ -394,7 +395,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print every case")
     options = parser.parse_args()
     if options.work:
-        work(options.repair)
+        work()
         return
     folder = Path(tempfile.mkdtemp(prefix="damage-"))
     try:
@@ -410,7 +411,8 @@ def main() -> None:
 def _report(bases: dict[str, Path], options: argparse.Namespace) -> int:
     table: Counter[tuple[str, ...]] = Counter()
     num_failed = 0
-    for case, outcomes in run(bases, list(cases(bases, options.cases, options.seed)), repair=options.repair):
+    chosen = list(cases(bases, options.cases, options.seed, repair=options.repair))
+    for case, outcomes in run(bases, chosen):
         outcome = tuple(f"{name}: {status}" for name, (status, _) in outcomes.items()) or ("nothing to damage",)
         table[outcome] += 1
         failures = faults(outcomes)

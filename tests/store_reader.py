@@ -1,7 +1,7 @@
 """A process that opens a store and runs the command on each input line; each answer is a line of JSON.
 
-Arguments: the folder, and optionally the id of the user to switch to once all libraries are loaded.
-Commands: ``open`` (switches to the latest version), ``read``, ``search WORD``, ``write``.
+Argument: optionally the id of the user to switch to once all libraries are loaded.
+Commands: ``open FOLDER``, ``open`` (switches to the latest version), ``read``, ``search WORD``, ``write``.
 """
 
 from __future__ import annotations
@@ -69,17 +69,21 @@ def answer(store: IndexStore, view: PassageView, what: str, word: str) -> object
 
 def main() -> None:
     """Process commands until the input ends."""
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 1:
         os.setgroups([])
-        os.setgid(int(sys.argv[2]))
-        os.setuid(int(sys.argv[2]))
-    store = IndexStore.open(Path(sys.argv[1]))
-    view = PassageView(store)
+        os.setgid(int(sys.argv[1]))
+        os.setuid(int(sys.argv[1]))
+    store: IndexStore | None = None
+    view: PassageView | None = None
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         what, _, word = line.strip().partition(" ")
         if what == "open":
+            store = IndexStore.open(Path(word)) if word else store
+            assert store is not None
             view = PassageView(store)
+        assert store is not None
+        assert view is not None
         print(json.dumps(answer(store, view, what, word)), flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,13 @@ def run(name, rankings):
 def measure(dataset, contenders, work=None, *, labels=None, **settings):
     chosen = EvaluationSettings(**({"latency_queries": 3} | settings))
     return evaluate(dataset, contenders, chosen, work_folder=work, labels=labels, show_progress=False)
+
+
+def with_indexes_of(work, folder):
+    """Turn ``folder`` into a work folder with the indexes of another one, but without its results."""
+    if (work / "indexes").exists():
+        shutil.copytree(work / "indexes", folder / "indexes")
+    return folder
 
 
 def figures(row):

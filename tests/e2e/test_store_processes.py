@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ NOBODY = 65_534
 class Reader:
     """A separate reader process, possibly run as another user."""
 
-    def __init__(self, folder: Path, user: int | None = None) -> None:
+    def __init__(self, user: int | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "store_reader.py"), str(folder), *([str(user)] if user else [])],
+            [sys.executable, str(TESTS / "store_reader.py"), *([str(user)] if user else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])},
         )
+        assert self.answer() == "ready"
 
     def answer(self) -> Any:
         assert self.process.stdout is not None
@@ -56,9 +58,9 @@ def test_readers_keep_their_version_while_a_writer_continues(tmp_path):
     store, passages = new_store(tmp_path / "index"), few_passages(20)
     put(store, passages.values())
     store.settle()
-    readers = [Reader(store.folder) for _ in range(2)]
+    readers = [Reader() for _ in range(2)]
     try:
-        assert [reader.answer() for reader in readers] == ["ready"] * 2
+        assert [reader.ask(f"open {store.folder}") for reader in readers] == [20] * 2
         versions = [read(PassageView(store))] * 2
         for step in range(4):
             put(store, few_passages(6, start=5 * step, word=f"step{step}").values())
@@ -85,8 +87,16 @@ def test_readers_keep_their_version_while_a_writer_continues(tmp_path):
             reader.end()
 
 
+@pytest.fixture(scope="module")
+def stranger() -> Iterator[Reader]:
+    """A reader that runs as a user who owns nothing, if these tests may switch users."""
+    reader = Reader(NOBODY if os.geteuid() == 0 else None)
+    yield reader
+    reader.end()
+
+
 @pytest.mark.parametrize("vectors", ["whole", "missing", "damaged"])
-def test_users_without_write_permission_can_read(vectors):
+def test_users_without_write_permission_can_read(stranger, vectors):
     folder = Path(tempfile.mkdtemp(prefix="store-"))  # other users cannot enter pytest's own folders
     store, passages = new_store(folder / "index"), few_passages(20)
     put(store, passages.values())
@@ -105,12 +115,11 @@ def test_users_without_write_permission_can_read(vectors):
     as_root = os.geteuid() == 0
     for path in [folder, *files]:
         path.chmod((0o755 if path.is_dir() else 0o644) & (0o777 if as_root else 0o555))
-    reader = Reader(store.folder, NOBODY if as_root else None)
     try:
-        assert reader.answer() == "ready"
-        assert reader.ask("read") == expected
-        assert reader.ask("search own7") == expected_hits
-        answers = reader.ask("write")
+        assert stranger.ask(f"open {store.folder}") == 20
+        assert stranger.ask("read") == expected
+        assert stranger.ask("search own7") == expected_hits
+        answers = stranger.ask("write")
         assert answers
         for answer in answers:
             assert answer.startswith("StorageError: ")
@@ -119,7 +128,6 @@ def test_users_without_write_permission_can_read(vectors):
             assert "What was committed before is kept" in answer
         assert sorted(folder.rglob("*")) == files
     finally:
-        reader.end()
         for path in [folder, *files]:
             path.chmod(0o755)
     check_contents(PassageView(store), passages)

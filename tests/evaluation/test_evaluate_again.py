@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
@@ -11,12 +13,12 @@ from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.encode import encode
 from e2e.command_line import write_data, write_qrels
 from fake_models import FakeStudent, FakeTeacher, Interruption
-from tiny_evaluations import everyone, figures, make_dataset, make_words, measure, run
+from tiny_evaluations import everyone, figures, make_dataset, make_words, measure, run, with_indexes_of
 
 
 @pytest.fixture(autouse=True)
 def few_permutations(monkeypatch):
-    """Speeds up tests that do not check p-values; module-scoped reports are made before this applies."""
+    """Speeds up tests that do not check p-values; module-scoped fixtures are made before this applies."""
     monkeypatch.setattr("d2llm.evaluation.figures.NUM_PERMUTATIONS", 100)
 
 
@@ -28,6 +30,24 @@ def dataset():
     return make_words(num_passages=40, num_queries=12)
 
 
+SAMPLE = {"teacher_queries": 4, "teacher_depth": 10}
+
+
+@pytest.fixture(scope="module")
+def measured(dataset, tmp_path_factory):
+    """A first evaluation: its work folder, its contenders and its report."""
+    folder, contenders = tmp_path_factory.mktemp("measured"), everyone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("d2llm.evaluation.figures.NUM_PERMUTATIONS", 100)
+        return folder, contenders, measure(dataset, contenders, folder, **SAMPLE)
+
+
+@pytest.fixture
+def work(measured, tmp_path):
+    """A copy of the first evaluation's work folder."""
+    return shutil.copytree(measured[0], tmp_path / "work")
+
+
 def count_work(contenders):
     """Number of passages encoded by each student, and number of pairs judged."""
     inner = contenders.tuned_cosine._encoder
@@ -35,14 +55,13 @@ def count_work(contenders):
     return [student.encoded_passages for student in students], len(contenders.teacher.pairs)
 
 
-def test_a_second_evaluation_reuses_all_results(dataset, tmp_path):
-    first = everyone()
-    before = measure(dataset, first, tmp_path, teacher_queries=4, teacher_depth=10)
+def test_a_second_evaluation_reuses_all_results(dataset, measured, work):
+    _, first, before = measured
     assert count_work(first)[0] == [40] * 4
     # 4 pools of 10; to measure the time, the first pool is judged again, then each pool on its own.
     assert count_work(first)[1] == 4 * 10 + 10 + 4 * 10
     second = everyone()
-    after = measure(dataset, second, tmp_path, teacher_queries=4, teacher_depth=10)
+    after = measure(dataset, second, work, **SAMPLE)
     assert count_work(second) == ([0] * 4, 0)
     assert after.rows == before.rows
     assert after.comparisons == before.comparisons
@@ -51,78 +70,78 @@ def test_a_second_evaluation_reuses_all_results(dataset, tmp_path):
     assert after.notes == (*before.notes, "13 parts were measured by an earlier run")
 
 
-def test_a_deeper_pool_judges_only_its_new_pairs(dataset, tmp_path):
-    measure(dataset, everyone(), tmp_path, teacher_queries=4, teacher_depth=10)
+def test_a_deeper_pool_judges_only_its_new_pairs(dataset, work):
     deeper = everyone()
-    measure(dataset, deeper, tmp_path, teacher_queries=4, teacher_depth=15)
+    measure(dataset, deeper, work, teacher_queries=4, teacher_depth=15)
     assert len(deeper.teacher.pairs) == 4 * 5 + 15 + 4 * 15  # the new pairs, and timing the deeper pool
 
 
-def test_a_changed_student_is_measured_anew(dataset, tmp_path):
-    measure(dataset, everyone(), tmp_path)
+def test_a_changed_student_is_measured_anew(dataset, work):
     other = everyone(student=FakeStudent(fingerprint="other"))
-    report = measure(dataset, other, tmp_path)
+    report = measure(dataset, other, work, **SAMPLE)
     assert count_work(other)[0] == [40, 0, 0, 0]
-    assert figures(report.row("D2LLM")) == figures(measure(dataset, other).row("D2LLM"))
+    alone = measure(dataset, Contenders(FakeStudent(fingerprint="other")))
+    assert figures(report.row("D2LLM")) == figures(alone.row("D2LLM"))
 
 
-def test_a_label_store_is_reused_but_not_modified(dataset, tmp_path):
-    measure(dataset, everyone(), tmp_path / "one", teacher_queries=4, teacher_depth=10)
-    (store,) = (tmp_path / "one" / "judgements").iterdir()
+def test_a_label_store_is_reused_but_not_modified(dataset, measured, work, tmp_path):
+    (store,) = (work / "judgements").iterdir()
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     fully_labelled = everyone()
-    report = measure(dataset, fully_labelled, tmp_path / "two", labels=store, teacher_queries=4, teacher_depth=10)
+    two, three = (with_indexes_of(work, tmp_path / name) for name in ("two", "three"))
+    report = measure(dataset, fully_labelled, two, labels=store, **SAMPLE)
     assert len(fully_labelled.teacher.pairs) == 10 + 4 * 10  # only to measure the time
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
-    assert not (tmp_path / "two" / "judgements").exists()
-    without_store = measure(dataset, everyone(), teacher_queries=4, teacher_depth=10)
+    assert not (two / "judgements").exists()
+    without_store = measured[2]
     assert figures(report.rows[-1]) == figures(without_store.rows[-1])
     partly_labelled = everyone()
-    measure(dataset, partly_labelled, tmp_path / "three", labels=store, teacher_queries=4, teacher_depth=12)
+    measure(dataset, partly_labelled, three, labels=store, teacher_queries=4, teacher_depth=12)
     assert len(partly_labelled.teacher.pairs) == 4 * 2 + 12 + 4 * 12
 
 
-def test_labels_of_another_teacher_are_ignored(dataset, tmp_path):
-    measure(dataset, everyone(), tmp_path / "one", teacher_queries=4, teacher_depth=10)
-    (store,) = (tmp_path / "one" / "judgements").iterdir()
+def test_labels_of_another_teacher_are_ignored(dataset, work, tmp_path):
+    (store,) = (work / "judgements").iterdir()
     other = everyone(teacher=FakeTeacher(fingerprint="other"))
-    measure(dataset, other, tmp_path / "two", labels=store, teacher_queries=4, teacher_depth=10)
+    measure(dataset, other, with_indexes_of(work, tmp_path / "two"), labels=store, **SAMPLE)
     assert len(other.teacher.pairs) == 90
 
 
-def test_interrupted_judging_is_resumed(dataset, tmp_path, monkeypatch):
+def test_interrupted_judging_is_resumed(dataset, work, tmp_path, monkeypatch):
     monkeypatch.setattr("d2llm.evaluation.judging._SHARD_SECONDS", 0)
     monkeypatch.setattr("d2llm.evaluation.judging._PAIRS_AT_ONCE", 80)
     interrupted = everyone(teacher=FakeTeacher(fail_after=100))
+    folder = tmp_path / "interrupted"
     with pytest.raises(Interruption):
-        measure(dataset, interrupted, tmp_path, teacher_depth=10, teacher_queries=None)
+        measure(dataset, interrupted, folder, teacher_depth=10, teacher_queries=None)
     assert count_work(interrupted) == ([40] * 4, 80)  # the pairs of the first eight queries
     resumed = everyone()
-    report = measure(dataset, resumed, tmp_path, teacher_depth=10, teacher_queries=None)
+    report = measure(dataset, resumed, folder, teacher_depth=10, teacher_queries=None)
     assert count_work(resumed) == ([0] * 4, 120 - 80 + 10 + 5 * 10)
     assert not set(interrupted.teacher.pairs) & set(resumed.teacher.pairs[:40])
-    uninterrupted = measure(dataset, everyone(), teacher_depth=10, teacher_queries=None)
+    apart = with_indexes_of(work, tmp_path / "uninterrupted")
+    uninterrupted = measure(dataset, everyone(), apart, teacher_depth=10, teacher_queries=None)
     assert [figures(row) for row in report.rows] == [figures(row) for row in uninterrupted.rows]
     assert report.sample_rows == ()  # the teacher judged all queries
 
 
-def test_interrupted_encoding_is_resumed(dataset, tmp_path, monkeypatch):
+def test_interrupted_encoding_is_resumed(dataset, measured, tmp_path, monkeypatch):
     monkeypatch.setattr("d2llm.retrieval.upserting.BLOCK_PASSAGES", 15)
     interrupted = everyone(paper_head=FakeStudent(fingerprint="paper", head="paper", fail_after=30))
     with pytest.raises(Interruption):
-        measure(dataset, interrupted, tmp_path)
+        measure(dataset, interrupted, tmp_path, **SAMPLE)
     assert count_work(interrupted) == ([0, 40, 40, 30], 0)
     resumed = everyone()
-    report = measure(dataset, resumed, tmp_path)
+    report = measure(dataset, resumed, tmp_path, **SAMPLE)
     assert count_work(resumed)[0] == [40, 0, 0, 10]
-    uninterrupted = measure(dataset, everyone())
+    uninterrupted = measured[2]
     assert [figures(row) for row in report.rows] == [figures(row) for row in uninterrupted.rows]
 
 
 def test_the_seed_determines_the_sample():
     def judged_queries(seed):
         teacher = FakeTeacher()
-        report = measure(make_dataset(), everyone(teacher=teacher), teacher_queries=2, seed=seed)
+        report = measure(make_dataset(), Contenders(FakeStudent(), teacher=teacher), teacher_queries=2, seed=seed)
         assert {row.num_items for row in report.sample_rows} == {2}
         return frozenset(text for text, _ in teacher.pairs)
 
@@ -194,7 +213,7 @@ def test_duplicate_row_names_are_rejected():
 
 
 def test_vectors_in_fewer_bits_get_their_own_rows(dataset):
-    report = measure(dataset, everyone(), stored_as=("float32", "float16"))
+    report = measure(dataset, Contenders(FakeStudent()), stored_as=("float32", "float16"))
     by_name = {row.name: row for row in report.rows}
     plain, coded = by_name["D2LLM"], by_name["D2LLM, float32 vectors"]
     assert (coded.kind, plain.kind) == ("shortcut", "d2llm")

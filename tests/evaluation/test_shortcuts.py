@@ -13,7 +13,7 @@ from d2llm.data.pairs import PairDataset
 from d2llm.ops.measures import per_query_measures
 from d2llm.retrieval import build_ann as building
 from fake_models import FakeStudent, FakeTeacher
-from tiny_evaluations import everyone, figures, make_words, measure
+from tiny_evaluations import everyone, figures, make_words, measure, with_indexes_of
 
 NO_SHORTCUTS = {"teacher_depth": 5, "teacher_queries": 6}
 
@@ -28,10 +28,22 @@ def words():
     return replace(dataset, queries=dataset.queries | dev, qrels=dataset.qrels | qrels)
 
 
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A work folder in which these tests reuse each other's results."""
+    return tmp_path_factory.mktemp("work")
+
+
 @pytest.fixture
-def on_disk(words, tmp_path):
+def without_results(work, tmp_path):
+    """A work folder that holds indexes only."""
+    return with_indexes_of(work, tmp_path / "work")
+
+
+@pytest.fixture(scope="module")
+def on_disk(words, tmp_path_factory):
     """The same data set on disk, with metadata: the year is the passage's number."""
-    folder = tmp_path / "words"
+    folder = tmp_path_factory.mktemp("data") / "words"
     (folder / "qrels").mkdir(parents=True)
     corpus = [{"_id": p.id, "text": p.text, "year": int(p.id[1:])} for p in words.passages.values()]
     queries = [{"_id": query.id, "text": query.text} for query in words.queries.values()]
@@ -47,31 +59,32 @@ def rows_of(report):
     return {row.name: row for row in report.rows}
 
 
-def test_no_shortcuts_are_measured_by_default(words):
-    report = measure(words, everyone(), **NO_SHORTCUTS)
+def test_no_shortcuts_are_measured_by_default(words, work):
+    report = measure(words, everyone(), work, **NO_SHORTCUTS)
     assert [row.name for row in report.rows if row.kind == "shortcut"] == []
 
 
-def test_exact_search_equals_search_with_enough_candidates(words):
-    report = measure(words, everyone(), exact=True, num_candidates=130, **NO_SHORTCUTS)
+def test_exact_search_equals_search_with_enough_candidates(words, work):
+    report = measure(words, everyone(), work, exact=True, num_candidates=130, **NO_SHORTCUTS)
     rows = rows_of(report)
     assert figures(rows["D2LLM, exact"]) == pytest.approx(figures(rows["D2LLM"]))
     assert report.details.rankings["D2LLM, exact"].keys() == report.details.rankings["D2LLM"].keys()
 
 
-def test_a_head_without_an_inner_product_has_no_exact_row(words):
-    report = measure(words, everyone(student=FakeStudent(head="paper")), exact=True, **NO_SHORTCUTS)
+def test_a_head_without_an_inner_product_has_no_exact_row(words, work):
+    paper = FakeStudent(fingerprint="own paper", head="paper")
+    report = measure(words, everyone(student=paper), work, exact=True, **NO_SHORTCUTS)
     assert "D2LLM, exact" not in rows_of(report)
     assert "always exact" in next(row.reason for row in report.missing if row.name == "D2LLM, exact")
 
 
-def test_approximate_search_is_refused_for_small_corpora(words):
-    report = measure(words, everyone(), ann_recall=0.9, **NO_SHORTCUTS)
+def test_approximate_search_is_refused_for_small_corpora(words, work):
+    report = measure(words, everyone(), work, ann_recall=0.9, **NO_SHORTCUTS)
     (missing,) = [row for row in report.missing if row.name == "D2LLM, approximate (0.9)"]
     assert "below 20,000 the exact scan is faster" in missing.reason
 
 
-def test_approximate_search_is_tuned_on_dev_queries(words, monkeypatch):
+def test_approximate_search_is_tuned_on_dev_queries(words, work, monkeypatch):
     tuning_queries = []
 
     def record_queries(store, student, *, queries, **options):
@@ -79,24 +92,24 @@ def test_approximate_search_is_tuned_on_dev_queries(words, monkeypatch):
         raise InputError("stop here")
 
     monkeypatch.setattr("d2llm.evaluation.shortcuts.build_ann", record_queries)
-    measure(words, everyone(), ann_recall=0.9, num_candidates=20, **NO_SHORTCUTS)
+    measure(words, everyone(), work, ann_recall=0.9, num_candidates=20, **NO_SHORTCUTS)
     assert sorted(tuning_queries) == sorted(words.queries[name].text for name in words.qrels["dev"])
 
 
-def test_approximate_search_gets_a_row(words, monkeypatch):
+def test_approximate_search_gets_a_row(words, without_results, monkeypatch):
     monkeypatch.setattr(building, "MIN_PASSAGES", 1)
     monkeypatch.setattr("d2llm.store.ann.AnnSearch.num_probes", lambda self, anchor, top_k: 5)
     settings = {"ann_recall": 0.5, "num_candidates": 20} | NO_SHORTCUTS
-    report = measure(words, everyone(), **settings)
+    report = measure(words, everyone(), without_results, **settings)
     row = rows_of(report)["D2LLM, approximate (0.5)"]
     assert row.kind == "shortcut"
     assert row.num_items == rows_of(report)["D2LLM"].num_items
     assert 0 < figures(row)["nDCG@10"] <= 1
 
 
-def test_a_cascade_is_fitted_on_dev_and_run_on_the_sample(words):
+def test_a_cascade_is_fitted_on_dev_and_run_on_the_sample(words, without_results):
     teacher = FakeTeacher()
-    report = measure(words, everyone(teacher=teacher), cascade_passages=4, **NO_SHORTCUTS)
+    report = measure(words, everyone(teacher=teacher), without_results, cascade_passages=4, **NO_SHORTCUTS)
     rows = rows_of(report)
     row = rows["D2LLM, teacher reads 4 again"]
     assert row.num_items == rows["teacher (reranking 5 of BM25 and D2LLM)"].num_items == 6
@@ -107,19 +120,19 @@ def test_a_cascade_is_fitted_on_dev_and_run_on_the_sample(words):
     assert row.name not in report.details.values
 
 
-def test_a_cascade_needs_a_teacher_and_another_split(words):
-    without = measure(words, everyone(teacher=None), cascade_passages=4, **NO_SHORTCUTS)
+def test_a_cascade_needs_a_teacher_and_another_split(words, work):
+    without = measure(words, everyone(teacher=None), work, cascade_passages=4, **NO_SHORTCUTS)
     only_test = measure(
-        replace(words, qrels={"test": words.qrels["test"]}), everyone(), cascade_passages=4, **NO_SHORTCUTS
+        replace(words, qrels={"test": words.qrels["test"]}), everyone(), work, cascade_passages=4, **NO_SHORTCUTS
     )
     for report, reason in ((without, "no teacher was given"), (only_test, "no other split")):
         (missing,) = [row for row in report.missing if row.name == "D2LLM, teacher reads 4 again"]
         assert reason in missing.reason
 
 
-def test_filtering_before_and_after_the_search(on_disk):
+def test_filtering_before_and_after_the_search(on_disk, work):
     condition = "year < 40"
-    report = measure(on_disk, everyone(), filter=condition, num_candidates=10, **NO_SHORTCUTS)
+    report = measure(on_disk, everyone(), work, filter=condition, num_candidates=10, **NO_SHORTCUTS)
     rows = rows_of(report)
     before, afterwards = rows[f"D2LLM WHERE {condition}"], rows[f"D2LLM, WHERE {condition} afterwards"]
     qrels = {
@@ -146,16 +159,16 @@ def test_filtering_before_and_after_the_search(on_disk):
     ("condition", "error", "message"),
     [("yeer < 40", FilterError, "yeer"), ("year > 1000", InputError, "no relevant passage .* 0 of 130 passages")],
 )
-def test_unusable_filters_are_rejected(on_disk, condition, error, message):
+def test_unusable_filters_are_rejected(on_disk, work, condition, error, message):
     with pytest.raises(error, match=message):
-        measure(on_disk, everyone(), filter=condition, **NO_SHORTCUTS)
+        measure(on_disk, everyone(), work, filter=condition, **NO_SHORTCUTS)
 
 
-def test_measured_shortcuts_are_reused(on_disk, tmp_path):
+def test_measured_shortcuts_are_reused(on_disk, without_results):
     settings = {"exact": True, "cascade_passages": 4, "filter": "year < 40"} | NO_SHORTCUTS
-    first = measure(on_disk, everyone(), tmp_path / "work", **settings)
+    first = measure(on_disk, everyone(), without_results, **settings)
     failing = everyone(student=FakeStudent(fail_after=0), teacher=FakeTeacher(fail_after=0))
-    second = measure(on_disk, failing, tmp_path / "work", **settings)
+    second = measure(on_disk, failing, without_results, **settings)
     assert [figures(row) for row in second.rows] == [figures(row) for row in first.rows]
     assert [row.name for row in second.rows] == [row.name for row in first.rows]
 

@@ -13,7 +13,7 @@ from d2llm.models.evidence import EvidenceWeights, WordsFactor
 from d2llm.ops.fusion import sum_weights
 from d2llm.store.bm25 import WordIndex
 from fake_models import FakeStudent
-from tiny_evaluations import everyone, make_words, measure
+from tiny_evaluations import everyone, make_words, measure, with_indexes_of
 
 FITTED = "fitted sum: BM25 + cosine, tuned"
 WEIGHTS = {"words": 0.5, "window_words_share": 1.5}
@@ -42,6 +42,18 @@ def few_permutations(monkeypatch):
 @pytest.fixture(scope="module")
 def words():
     return make_words()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A work folder in which these tests reuse each other's results."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def without_results(work, tmp_path):
+    """A work folder for a test that fits other weights: it holds indexes only."""
+    return with_indexes_of(work, tmp_path)
 
 
 def stored(vectors):
@@ -86,13 +98,13 @@ def cosine_of(dataset, student):
     return lambda text: passages @ unit(student.encode_queries([text]).vectors)[0]
 
 
-def test_the_sum_ranks_by_weights_fitted_on_dev(words, monkeypatch):
+def test_the_sum_ranks_by_weights_fitted_on_dev(words, without_results, monkeypatch):
     dev = dict(list(words.qrels["test"].items())[:9])
     test = {query_id: grades for query_id, grades in words.qrels["test"].items() if query_id not in dev}
     dataset = replace(words, qrels={"dev": dev, "test": test})
     fitted_on = []
     monkeypatch.setattr(word_rows, "sum_weights", lambda lists: fitted_on.append(lists) or np.array([1.0, 0.25, 2.0]))
-    report = measure(dataset, everyone(), top_k=100)
+    report = measure(dataset, everyone(), without_results, top_k=100)
     assert report.row(FITTED).cost.bytes_per_passage > report.row("cosine, tuned").cost.bytes_per_passage == 32
     (lists,) = fitted_on
     assert len(lists) == 9
@@ -103,7 +115,7 @@ def test_the_sum_ranks_by_weights_fitted_on_dev(words, monkeypatch):
     assert note == (f"{FITTED}: 1 x cosine + 0.25 x BM25 + 2 x BM25 as a share of its limit, fitted on 9 dev queries")
 
 
-def test_without_dev_the_weights_are_cross_fitted(words, monkeypatch):
+def test_without_dev_the_weights_are_cross_fitted(words, without_results, monkeypatch):
     fitted = []
 
     def fit(lists):
@@ -111,7 +123,7 @@ def test_without_dev_the_weights_are_cross_fitted(words, monkeypatch):
         return np.array([1.0, float(len(fitted)), 0.0])
 
     monkeypatch.setattr(word_rows, "sum_weights", fit)
-    report = measure(words, everyone())
+    report = measure(words, everyone(), without_results)
     assert fitted == [12, 12]
     rankings = report.details.rankings[FITTED]
     assert list(rankings) == list(words.queries)
@@ -121,21 +133,21 @@ def test_without_dev_the_weights_are_cross_fitted(words, monkeypatch):
         check(half, words, tuned, {"words": weight})
 
 
-def test_the_fitted_sum_can_be_the_baseline(words):
-    report = measure(words, everyone(), baseline="fitted_sum")
+def test_the_fitted_sum_can_be_the_baseline(words, work):
+    report = measure(words, everyone(), work, baseline="fitted_sum")
     assert report.baseline == FITTED
     assert report.comparison("D2LLM", "nDCG@10").baseline == FITTED
     few = replace(words, qrels={"test": dict(list(words.qrels["test"].items())[:3])})
     with pytest.raises(InputError, match="too few queries to fit"):
-        measure(few, everyone(), baseline="fitted_sum")
+        measure(few, everyone(), work, baseline="fitted_sum")
     with pytest.raises(InputError, match="no cosine to add"):
-        measure(words, everyone(untuned=None, tuned_cosine=None), baseline="fitted_sum")
-    (missing,) = measure(few, everyone()).missing
+        measure(words, everyone(untuned=None, tuned_cosine=None), work, baseline="fitted_sum")
+    (missing,) = measure(few, everyone(), work).missing
     assert (missing.name, missing.kind) == (FITTED, "fitted_sum")
 
 
-def test_without_a_tuned_cosine_the_untuned_one_is_used(words):
-    report = measure(words, everyone(tuned_cosine=None))
+def test_without_a_tuned_cosine_the_untuned_one_is_used(words, work):
+    report = measure(words, everyone(tuned_cosine=None), work)
     assert report.row("fitted sum: BM25 + cosine, untuned").num_items == 24
 
 
@@ -147,8 +159,8 @@ def test_the_own_score_keeps_weight_one():
     assert other == pytest.approx(1, abs=0.6)
 
 
-def test_ablated_parts_of_the_score_get_rows(words):
-    report = measure(words, everyone(student=WordyStudent()), num_candidates=260)
+def test_ablated_parts_of_the_score_get_rows(words, work):
+    report = measure(words, everyone(student=WordyStudent()), work, num_candidates=260)
     names = [
         "D2LLM without the words of passages",
         "D2LLM without the words of windows",
@@ -178,14 +190,14 @@ def test_ablated_parts_of_the_score_get_rows(words):
     assert part.difference.value == pytest.approx(without - full)
 
 
-def test_a_student_without_word_features_has_no_parts(words):
-    report = measure(words, everyone())
+def test_a_student_without_word_features_has_no_parts(words, work):
+    report = measure(words, everyone(), work)
     assert report.parts == ()
     assert not [row for row in report.rows if "without" in row.name]
 
 
-def test_the_query_word_factor_can_be_ablated(words):
-    report = measure(words, everyone(student=ScalingStudent()), num_candidates=260)
+def test_the_query_word_factor_can_be_ablated(words, work):
+    report = measure(words, everyone(student=ScalingStudent()), work, num_candidates=260)
     name = "D2LLM without the factor of the query's words"
     assert name in {one.row for one in report.parts}
     student = FakeStudent()

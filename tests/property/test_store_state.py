@@ -1,7 +1,11 @@
-"""After any sequence of changes, a store holds the same as a plain dictionary."""
+"""After any sequence of changes, a store holds the same as a plain dictionary.
+
+``D2LLM_TEST_TIMES=10`` tries ten times as many sequences.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -233,12 +237,13 @@ class BinaryMachine(StoreMachine):
     vector_format = "binary"
 
 
-_BUDGET = settings(max_examples=8, stateful_step_count=20, suppress_health_check=list(HealthCheck), derandomize=True)
+_TIMES = int(os.environ.get("D2LLM_TEST_TIMES", "1"))
+_BUDGET = settings(stateful_step_count=20, suppress_health_check=list(HealthCheck), derandomize=True)
 TestBfloat16 = StoreMachine.TestCase
-TestBfloat16.settings = _BUDGET
+TestBfloat16.settings = settings(_BUDGET, max_examples=5 * _TIMES)
 TestOneCopy = OneCopyMachine.TestCase
-TestOneCopy.settings = settings(_BUDGET, max_examples=6)
+TestOneCopy.settings = settings(_BUDGET, max_examples=4 * _TIMES)
 TestInt8 = Int8Machine.TestCase
-TestInt8.settings = settings(_BUDGET, max_examples=4)
+TestInt8.settings = settings(_BUDGET, max_examples=2 * _TIMES)
 TestBinary = BinaryMachine.TestCase
-TestBinary.settings = settings(_BUDGET, max_examples=4)
+TestBinary.settings = settings(_BUDGET, max_examples=2 * _TIMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 from datetime import timedelta
 
 import numpy as np
@@ -62,11 +63,18 @@ def student(students, request):
     return students[request.param]
 
 
+@pytest.fixture(scope="module")
+def folders(students, tmp_path_factory):
+    """The folder of an index of 60 passages, by the fingerprint of its student."""
+    root = tmp_path_factory.mktemp("indexes")
+    for head, student in students.items():
+        Index.create(root / head, student).upsert(passages(60))
+    return {student.fingerprint: root / head for head, student in students.items()}
+
+
 @pytest.fixture
-def index(student, tmp_path):
-    index = Index.create(tmp_path / "i", student)
-    index.upsert(passages(60))
-    return index
+def index(student, folders, tmp_path):
+    return Index.open(shutil.copytree(folders[student.fingerprint], tmp_path / "i"), student)
 
 
 def check_scores(index, student, **settings):

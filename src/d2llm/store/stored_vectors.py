@@ -82,14 +82,15 @@ class StoredVectors(ABC):
         return int(rows.max()) + 1 if len(rows) else 0
 
     def read(self, table: PassageTable, rows: NDArray[np.int64]) -> VectorRows:
-        """The vectors of a version with these live rows (d2_row); checksums are not compared.
+        """The vectors of a version with these rows (d2_row), all that it has; checksums are not compared.
 
         Raises:
             DataFormatError: the file is missing or damaged or lacks rows, and there is no other copy.
         """
         needed = int(rows.max() & ROW_MASK) + 1 if len(rows) else 0
         try:
-            file = VectorFile.open(self.folder, self.generation(table), self.code_size)
+            generation = int(rows[0]) >> GENERATION_SHIFT if len(rows) else self.generation(table)
+            file = VectorFile.open(self.folder, generation, self.code_size)
             if file.capacity >= needed and file.since <= table.version:
                 return VectorRows(file.codes(), file)
             problem = f"{file.path.name} does not have the vectors of version {table.version}"
