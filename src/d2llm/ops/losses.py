@@ -23,17 +23,6 @@ from torch.nn import functional
 
 from d2llm.core.errors import InputError
 
-__all__ = [
-    "contrastive_imitation",
-    "feature_imitation",
-    "in_batch_cross_entropy",
-    "list_imitation",
-    "masked_mean",
-    "pair_cross_entropy",
-    "rank_imitation_hard_easy",
-    "rank_imitation_positive_hard",
-]
-
 _SMALLEST_NORM = 1e-4
 """Vectors shorter than this are not stretched to length 1: their direction is rounding noise, its gradient huge."""
 

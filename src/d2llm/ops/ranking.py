@@ -20,8 +20,6 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Candidate
 from d2llm.ops.selection import ids_at, top_rows
 
-__all__ = ["kendall_tau", "reciprocal_rank_fusion", "reciprocal_rank_scores", "top_k"]
-
 _Item = TypeVar("_Item", bound=Hashable)
 
 
