@@ -10,7 +10,7 @@ Calibration of Modern Neural Networks", ICML 2017.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,6 @@ from d2llm.core.errors import InputError
 from d2llm.ops.calibration import sigmoid
 
 DEFAULT_L2 = 1e-3
-_MAX_STEPS, _SMALL_GRADIENT = 200, 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,36 +60,24 @@ def fit_logistic(
 
     Returns:
         Weights [members] and bias.
-
-    Source: projected Newton, Bertsekas, "Projected Newton methods for optimization problems with simple constraints",
-    SIAM Journal on Control and Optimization 20, 1982.
     """
+    from scipy.optimize import minimize  # slow to import
+
     columns = np.asarray(scores, np.float64)
     target_probabilities = np.asarray(targets, np.float64)
     num_pairs, num_members = columns.shape
     design = np.column_stack((columns, np.ones(num_pairs)))  # the bias is the last parameter
     shrinking = np.array([l2] * num_members + [0.0])
-    lowest = np.array([0.0] * num_members + [-np.inf])
 
-    def loss(at: NDArray[np.float64]) -> float:
+    def loss(at: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         logits = design @ at
-        return float(np.mean(np.logaddexp(0, logits) - target_probabilities * logits) + shrinking @ at**2 / 2)
+        value = float(np.mean(np.logaddexp(0, logits) - target_probabilities * logits) + shrinking @ at**2 / 2)
+        return value, design.T @ (sigmoid(logits) - target_probabilities) / num_pairs + shrinking * at
 
-    parameters = np.zeros(num_members + 1)
-    for _ in range(_MAX_STEPS):
-        probabilities = sigmoid(design @ parameters)
-        gradient = design.T @ (probabilities - target_probabilities) / num_pairs + shrinking * parameters
-        free = (parameters > lowest) | (gradient < 0)
-        if np.abs(gradient[free]).max(initial=0.0) < _SMALL_GRADIENT:
-            break
-        curvature = (design.T * (probabilities * (1 - probabilities))) @ design / num_pairs + np.diag(shrinking)
-        # Duplicate or constant columns make it singular: any of the best points will do.
-        step = np.zeros_like(parameters)
-        step[free] = -np.linalg.solve(curvature[np.ix_(free, free)] + 1e-10 * np.eye(int(free.sum())), gradient[free])
-        reached = _search(loss, parameters, gradient, step, lowest)
-        if reached is None:  # as low as rounding allows
-            break
-        parameters = reached
+    bounds: list[tuple[float | None, None]] = [(0, None)] * num_members + [(None, None)]
+    exactly = {"ftol": 0, "gtol": 1e-9, "maxiter": 10_000, "maxcor": 30}
+    solution = minimize(loss, np.zeros(num_members + 1), jac=True, method="L-BFGS-B", bounds=bounds, options=exactly)
+    parameters = np.asarray(solution.x, np.float64)
     return parameters[:-1], float(parameters[-1])
 
 
@@ -156,23 +143,6 @@ def out_of_fold_log_odds(
         left_out = folds == fold
         log_odds[left_out] = fit_stack(values[~left_out], truth[~left_out], l2=l2).log_odds(values[left_out])
     return log_odds
-
-
-def _search(
-    loss: Callable[[NDArray[np.float64]], float],
-    start: NDArray[np.float64],
-    gradient: NDArray[np.float64],
-    step: NDArray[np.float64],
-    lowest: NDArray[np.float64],
-) -> NDArray[np.float64] | None:
-    """Backtracking line search: the first point along the projected step that lowers the loss enough, or None."""
-    before, factor = loss(start), 1.0
-    while factor > 1e-12:
-        reached = np.maximum(start + factor * step, lowest)
-        if loss(reached) < before + 1e-4 * float(gradient @ (reached - start)):
-            return reached
-        factor /= 2
-    return None
 
 
 def _soft_targets(truth: NDArray[np.bool_]) -> Float64[np.ndarray, " pairs"]:
