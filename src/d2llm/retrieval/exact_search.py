@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Certificate, Task
-from d2llm.ops.certificates import from_the_highest
-from d2llm.ops.selection import top_rows
+from d2llm.ops.selection import from_the_highest, top_rows
 from d2llm.retrieval.protocols import BoundedStudent, PairScorer, SearchStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
