@@ -18,10 +18,9 @@ from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import EngineName, Passage, Query, Ranking, Task
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
-from d2llm.store import listing
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
-from d2llm.store.listing import ListedDocument
+from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.side_files import Chunking, read_chunking
 from d2llm.store.stored_vectors import VectorCopies
@@ -337,7 +336,7 @@ class Index:
             IndexLockedError: another process is writing.
         """
         with self.store.writing():
-            ids_by_document = listing.passages_of(self.store.table(), list(ids))
+            ids_by_document = self.store.table().pieces_of(list(ids))
             passage_ids = [passage_id for pieces in ids_by_document.values() for passage_id in pieces]
             return self.delete(passage_ids) if passage_ids else 0
 
@@ -371,7 +370,7 @@ class Index:
         """
         return self.view.document(document_id)
 
-    def list_passages(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
+    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
         """One page of passage ids, in order: the first ``limit`` ids after ``cursor``.
 
         Raises:
@@ -379,7 +378,7 @@ class Index:
         """
         return self.view.list_passages(cursor, limit)
 
-    def list_documents(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
+    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
         """Like ``list_passages``, for documents with passage counts; a passage without a document counts as one."""
         return self.view.list_documents(cursor, limit)
 

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
 from d2llm.core.types import Passage, Task, Ties, is_text
 from d2llm.ops.selection import top_rows
-from d2llm.store import listing
 from d2llm.store.ann import AnnBase, AnnIndex
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_as_written
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_store import IndexStore
-from d2llm.store.listing import ListedDocument
+from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.projections import StoredProjections, projections_of
 from d2llm.store.scan import RowScan
 from d2llm.store.schema import MetadataSchema
@@ -156,16 +155,15 @@ class PassageView:
 
     def document(self, document_id: str) -> list[Passage]:
         """The passages of a document, by position; empty if the document is missing."""
-        ids = listing.passages_of(self._table, [document_id]).get(document_id, [])
-        return self.get(ids)
+        return self.get(self._table.pieces_of([document_id]).get(document_id, []))
 
-    def list_passages(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
-        """The first ``limit`` passage ids after ``cursor``, in order (``listing.passage_ids``)."""
-        return listing.passage_ids(self._table, cursor, limit)
+    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
+        """The first ``limit`` passage ids after ``cursor``, in order."""
+        return self._table.ids_after(cursor, limit)
 
-    def list_documents(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
+    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
         """Like ``list_passages``, for documents; a passage without a document counts as its own document."""
-        return listing.documents(self._table, cursor, limit)
+        return self._table.documents_after(cursor, limit)
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
         """The document of each passage at some rows: its document_id, or its own id if it has none."""
