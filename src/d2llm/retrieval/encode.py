@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
@@ -44,10 +43,6 @@ class EncodeReport:
     vector_bytes_per_passage: int
     bytes_per_passage: float
     num_blank: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self) | {"folder": str(self.folder)}
 
 
 def encode(

@@ -87,10 +87,6 @@ class AnnRecord:
     num_bytes: int = 0
     checksum: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class AnnBase:
@@ -265,7 +261,7 @@ def write_ann(ann: AnnIndex) -> AnnRecord:
         os.fsync(file.fileno())
     record = replace(ann.record, num_bytes=draft.stat().st_size, checksum=_checksum(draft))
     draft.replace(path)
-    write_checked(path.with_suffix(".json"), record.to_json())
+    write_checked(path.with_suffix(".json"), asdict(record))
     remove_other_anns(path.parent, ann.base.generation)
     return record
 

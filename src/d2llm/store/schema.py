@@ -150,10 +150,6 @@ class MetadataSchema:
             field_types[column.name] = kinds[column.type]
         return cls(field_types)
 
-    def to_json(self) -> dict[str, str]:
-        """Name and type of every field, for a manifest."""
-        return dict(self.fields)
-
     def extend(self, other: MetadataSchema) -> MetadataSchema:
         """The fields of this schema, then the new ones of ``other``.
 
