@@ -16,17 +16,12 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import IdRanking, Query, Ranking, Task
 from d2llm.ops.ranking import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
-from d2llm.retrieval.candidates import (
-    AnnSource,
-    CandidateSource,
-    LexicalSource,
-    VectorSource,
-)
+from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
 from d2llm.retrieval.cascade import Rereader
 from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
-from d2llm.retrieval.row_evidence import RowEvidence, row_evidence, weights_for
+from d2llm.retrieval.row_evidence import RowEvidence, weights_for
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.settings import SearchSettings, changed
 from d2llm.store.view import CandidateRows, PassageView
@@ -222,7 +217,7 @@ class Searcher:
         """Queries ready to be ranked, after one shared scan for all of them if the exact scan is a source."""
         begin = time.perf_counter()
         evidence = [
-            row_evidence(self._index, query.text, self._weights, anchor)
+            RowEvidence(self._index, query.text, self._weights, anchor) if self._weights else None
             for query, anchor in zip(queries, anchors, strict=True)
         ]
         scorers: Sequence[RowScorer | None] = [None] * len(queries)
