@@ -28,7 +28,7 @@ from d2llm.models.student_files import (
 )
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,8 @@ def push_student(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         kept = {addition.path_in_repo for addition in additions}
-        stale = [name for name in _names_in(api, repo_id, revision) if _is_ours(name) and name not in kept]
+        present = api.list_repo_files(repo_id, revision=revision)
+        stale = [name for name in present if _is_ours(name) and name not in kept]
         commit = api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
@@ -187,10 +188,6 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
         *(CommitOperationAdd(name, text.encode()) for name, text in written.items()),
         *(CommitOperationAdd(name, path) for path, name in names.items() if name not in written),
     ]
-
-
-def _names_in(api: HfApi, repo_id: str, revision: str | None) -> list[str]:
-    return [str(name) for name in api.list_repo_files(repo_id, revision=revision)]
 
 
 def _is_ours(name: str) -> bool:

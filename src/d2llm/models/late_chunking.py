@@ -36,11 +36,6 @@ class EncodedChunks:
     num_tokens: int
     num_windows: int
 
-    @property
-    def num_truncated(self) -> int:
-        """How many chunks were cut."""
-        return len(self.truncated)
-
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:

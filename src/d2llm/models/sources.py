@@ -133,7 +133,7 @@ def fingerprint_model(location: str) -> str:
     """
     folder = Path(location)
     if not folder.is_dir():
-        folder = _hub_snapshot(location)
+        folder = hub_snapshot(location, ["*.safetensors", "*.json"])
     for origin in (folder / _GGUF_ORIGIN, folder / _E5_ORIGIN):
         if origin.is_file():
             return origin.read_text(encoding="utf-8").strip()
@@ -158,7 +158,7 @@ def load_pretrained(
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelNotFoundError(
-            f"model '{location}' cannot be loaded: {_first_sentence(error)}. Give a local folder with config.json and "
+            f"model '{location}' cannot be loaded: {first_sentence(error)}. Give a local folder with config.json and "
             "safetensors weights, or check the Hub name and the network"
         ) from error
     missing = sorted(
@@ -226,7 +226,7 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"the tokenizer of '{location}' cannot be loaded: {_first_sentence(error)}. Put the tokenizer's files "
+            f"the tokenizer of '{location}' cannot be loaded: {first_sentence(error)}. Put the tokenizer's files "
             "(tokenizer.json, tokenizer_config.json) next to the weights"
         ) from error
     if tokenizer.pad_token is None:
@@ -264,14 +264,19 @@ def _require_weights(folder: Path) -> None:
         raise ModelNotFoundError(f"{folder}: no safetensors weights in this model folder.{hint}")
 
 
-def _hub_snapshot(name: str) -> Path:
+def hub_snapshot(name: str, patterns: Sequence[str]) -> Path:
+    """The files of a model on the Hub that match, as a local folder.
+
+    Raises:
+        ModelNotFoundError: the Hub does not know the name, or cannot be reached.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(name, allow_patterns=[*patterns]))
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"model '{name}' is neither a local folder nor found on the Hub: {_first_sentence(error)}. Check the name "
+            f"model '{name}' is neither a local folder nor found on the Hub: {first_sentence(error)}. Check the name "
             "and the network"
         ) from error
 
@@ -296,7 +301,7 @@ def _require_on_hub(name: str) -> None:
     except errors.RepositoryNotFoundError as error:
         raise ModelNotFoundError(f"{nowhere}, and the Hub has none that you may read; {advice}") from error
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        problem = f"the Hub cannot be reached ({_first_sentence(error)})"
+        problem = f"the Hub cannot be reached ({first_sentence(error)})"
         raise ModelNotFoundError(f"{nowhere}, and {problem}; check the network, or {advice}") from error
 
 
@@ -308,7 +313,7 @@ def _converted_gguf(path: Path, cache: Path) -> Path:
                 _convert_gguf(path, folder)
         except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
             raise ModelError(
-                f"{path}: cannot be read as a GGUF model ({_first_sentence(error)}); use another file, or the model's "
+                f"{path}: cannot be read as a GGUF model ({first_sentence(error)}); use another file, or the model's "
                 "folder of safetensors"
             ) from error
 
@@ -345,7 +350,7 @@ def _converted(path: Path, target: Path, convert: Callable[[Path], None], origin
                 (folder / origin_file).write_text(origin + "\n", encoding="utf-8")
     except OSError as error:
         raise ModelError(
-            f"{path}: cannot be converted to {target} ({_first_sentence(error)}); check free space and write "
+            f"{path}: cannot be converted to {target} ({first_sentence(error)}); check free space and write "
             "permission there, or set another cache folder in the environment variable XDG_CACHE_HOME"
         ) from error
     return target
@@ -392,5 +397,6 @@ def quiet_transformers() -> Generator[None]:
             settings.enable_progress_bar()
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
+    """The first line of an error's message, to be continued."""
     return str(error).strip().split("\n")[0].rstrip(".")

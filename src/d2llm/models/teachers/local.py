@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError, MismatchError
+from d2llm.core.errors import AnswerTokenError, InputError, MismatchError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import LoraConfig, TeacherConfig
@@ -42,8 +42,9 @@ from d2llm.models.teachers.identity import (
     read_tuned_teacher,
 )
 from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.prompts import Prompt
 from d2llm.ops.batching import pad_right, token_budget_batches
-from d2llm.ops.truncation import fit_pair
+from d2llm.ops.truncation import cut_pair
 
 _log = logging.getLogger(__name__)
 
@@ -176,14 +177,7 @@ class LocalTeacher(nn.Module):
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Judgements:
-        """Judge pairs, in batches of similar length; the result is in the order of ``pairs``.
-
-        Args:
-            pairs: query text and full passage text.
-            task: which question to ask.
-            with_features: also return the features, [pairs, dim], if the model has any.
-            advance: called with the number of pairs finished.
-        """
+        """Judge pairs, in batches of similar length; arguments and result as for ``Judge.judge``."""
         inputs, num_truncated = self.tokenize(pairs, task)
         answers = Answers(len(pairs), self.dim if with_features else None)
         self._judge_whole(inputs, range(len(inputs)), task, answers, advance)
@@ -300,6 +294,24 @@ class LocalTeacher(nn.Module):
                 f"set max_tokens to {readable} or less"
             )
 
+    def _find_answers(self, prompt: Prompt, after: str, advice: str) -> tuple[int, int]:
+        """The tokens of the answer words yes and no that follow a text; ``advice`` completes the error."""
+        tail, with_yes, with_no = self._ids([after, after + prompt.yes, after + prompt.no])
+        for word, ids in ((prompt.yes, with_yes), (prompt.no, with_no)):
+            if ids[: len(tail)] != tail or len(ids) != len(tail) + 1:
+                tokens = self.tokenizer.convert_ids_to_tokens(self._ids([word])[0])
+                place = "after the prompt for" if after else "for"
+                raise AnswerTokenError(
+                    f"the answer word {word!r} of prompt '{self.config.prompt}' is not one token {place} the tokenizer "
+                    f"of '{self.config.model}': alone it gives {tokens}; {advice}"
+                )
+        if with_yes == with_no:
+            raise AnswerTokenError(
+                f"the answer words {prompt.yes!r} and {prompt.no!r} are the same token for the tokenizer of "
+                f"'{self.config.model}'; use a prompt file with two distinct words"
+            )
+        return with_yes[-1], with_no[-1]
+
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
@@ -339,28 +351,12 @@ def fit_pairs(
     rows = encode(pairs)
     too_long = [place for place, row in enumerate(rows) if len(row) > max_tokens]
     for place in too_long:
-        query, passage = pairs[place]
         room = max_tokens - around
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        offsets = [tokenizer(text, **options)["offset_mapping"] for text in pairs[place]]
+        query_ends, passage_ends = ([end for _, end in spans] for spans in offsets)
         # Tokens may merge or split where the parts meet, so the result can be a token too long.
-        while len(row := encode([_cut(query, passage, tokenizer, room)])[0]) > max_tokens:
+        while len(row := encode([cut_pair(pairs[place], (query_ends, passage_ends), room)])[0]) > max_tokens:
             room -= len(row) - max_tokens
         rows[place] = row
     return rows, len(too_long)
-
-
-def _cut(query: str, passage: str, tokenizer: Any, room: int) -> TextPair:
-    ends = [
-        [
-            end
-            for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-                "offset_mapping"
-            ]
-        ]
-        for text in (query, passage)
-    ]
-    for_query, for_passage = fit_pair(len(ends[0]), len(ends[1]), room)
-    return _up_to(query, ends[0], for_query), _up_to(passage, ends[1], for_passage)
-
-
-def _up_to(text: str, ends: Sequence[int], num_tokens: int) -> str:
-    return text if num_tokens >= len(ends) else text[: ends[num_tokens - 1] if num_tokens > 0 else 0]
