@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -431,22 +431,21 @@ class Index:
         with ExitStack() as stack:
             from d2llm.retrieval.reading import read_windows
 
-            advances: list[Advance] = []  # at most one, made when there is something to encode
-            windows: list[Advance] = []
+            @cache
+            def bar(title: str) -> Advance:  # made when there is something to encode
+                return stack.enter_context(progress_bar(title, None, show=show_progress))
 
             def encode(passages: Sequence[Passage]) -> NDArray[np.float32]:
-                if not advances:
-                    advances.append(stack.enter_context(progress_bar("encoding again", None, show=show_progress)))
+                advance = bar("encoding again")
                 encoded = self.student.encode_passages([passage.full_text for passage in passages])
-                advances[0](len(passages))
+                advance(len(passages))
                 return encoded.vectors
 
             def encode_windows(texts: Sequence[str]) -> ReadWindows:
-                if not windows:
-                    windows.append(stack.enter_context(progress_bar("reading windows again", None, show=show_progress)))
-                windows_read = read_windows(self.student, texts)
-                windows[0](len(texts))
-                return windows_read
+                advance = bar("reading windows again")
+                windows = read_windows(self.student, texts)
+                advance(len(texts))
+                return windows
 
             report = verify(self.store, repair=repair, go_back=go_back, encode=encode, encode_windows=encode_windows)
         self.refresh()

@@ -129,15 +129,18 @@ class IndexStore:
             VectorFile.create(draft, 0, code_size)
             if windows is not None:
                 create_windows(draft, 0, windows)
-            student = {"student": student_fingerprint, "student_config": dict(student_config or {})}
-            vectors = {
+            content = {
+                "student": student_fingerprint,
+                "student_config": dict(student_config or {}),
+                "student_source": student_source,
+                "task": task,
                 "dim": dim,
                 "vector_format": vector_format,
                 "vector_copies": vector_copies,
                 "window_format": window_format,
+                "snapshot": None,
             }
-            content = {"student_source": student_source, "task": task, **vectors, "snapshot": None}
-            write_index_manifest(draft, vector_copies, student | content)
+            write_index_manifest(draft, vector_copies, content)
             TableFiles(draft).commit()
         return cls.open(folder)
 

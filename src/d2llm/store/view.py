@@ -46,15 +46,21 @@ class PassageView:
     """One version of a store. A row is a passage's position in the vector file; ``live`` marks rows that are passages.
 
     ``capacity`` counts the rows, ``len`` the passages. ``live`` is a mask [capacity], or None if every row is live.
+    ``version`` is that of the table; another ``generation`` of the vectors numbers the rows differently. ``dim`` is the
+    width of a vector, ``task`` the default task of a search, ``student_fingerprint`` that of the student that made the
+    vectors.
     """
 
     def __init__(self, store: IndexStore, version: int | None = None) -> None:
         self.store = store
         self.format = store.format
         self._table = store.table(version)
-        self._version = self._table.version
+        self.version = self._table.version
+        self.dim: int = store.manifest["dim"]
+        self.task: Task = store.manifest["task"]
+        self.student_fingerprint: str = store.manifest["student"]
         stored_rows, row_ids = self._table.rows()
-        self._generation = int(stored_rows[0]) >> GENERATION_SHIFT if len(stored_rows) else 0
+        self.generation = int(stored_rows[0]) >> GENERATION_SHIFT if len(stored_rows) else 0
         self._len = len(stored_rows)
         self._vectors = store.vectors.read(self._table, stored_rows)
         self.capacity = len(self._vectors.codes)
@@ -89,26 +95,6 @@ class PassageView:
         view._vectors = VectorRows(codes, None)
         view._scan = RowScan(codes, view.format)
         return view
-
-    @property
-    def version(self) -> int:
-        """The version of the table."""
-        return self._version
-
-    @property
-    def dim(self) -> int:
-        """Width of a vector."""
-        return cast(int, self.store.manifest["dim"])
-
-    @property
-    def task(self) -> Task:
-        """The default task of a search."""
-        return cast(Task, self.store.manifest["task"])
-
-    @property
-    def student_fingerprint(self) -> str:
-        """Fingerprint of the student that made the vectors."""
-        return cast(str, self.store.manifest["student"])
 
     @cached_property
     def metadata(self) -> MetadataSchema:
@@ -224,7 +210,7 @@ class PassageView:
         return AnnBase(
             self.store.folder,
             self.student_fingerprint,
-            self._generation,
+            self.generation,
             self.version,
             file.since,
             self.format,
@@ -238,11 +224,6 @@ class PassageView:
         return None if self.ann_base is None else AnnIndex.open(self.ann_base)
 
     @property
-    def generation(self) -> int:
-        """Generation of the vectors; other generations number the rows differently."""
-        return self._generation
-
-    @property
     def vector_file(self) -> VectorFile | None:
         """The file of the vectors; None if they are only in memory."""
         self._check()
@@ -254,7 +235,7 @@ class PassageView:
         if self.vector_file is None:
             return None
         made_of = projections_of(self.student_fingerprint, self.format.name)
-        return StoredProjections.open(self.vector_file, self._generation, made_of)
+        return StoredProjections.open(self.vector_file, self.generation, made_of)
 
     def match(
         self,
