@@ -76,17 +76,10 @@ def nearest_rows(
     *,
     advance: Callable[[int], object] | None = None,
 ) -> list[NDArray[np.int64]]:
-    """The passages with the largest inner products, best first; exact, in blocks of queries.
+    """The rows of the passages [n, d] with the largest inner products with each query [q, d], best first; exact.
 
-    Args:
-        queries: [q, d].
-        passages: [n, d].
-        top_k: number of passages per query; all n if there are fewer.
-        ids: ids of the n passages, by which ties are ordered; None leaves them in row order.
-        advance: called with the number of finished queries.
-
-    Returns:
-        q arrays of min(top_k, n) row numbers.
+    Ties are ordered by ``ids``; None leaves them in row order. ``advance`` is called with the number of finished
+    queries.
     """
     num_queries = max(1, _BLOCK_NUMBERS // max(1, len(passages)))
     ids_of = None if ids is None else partial(ids_at, ids)

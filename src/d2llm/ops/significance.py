@@ -1,6 +1,9 @@
 """Significance tests and confidence intervals: is a difference more than chance, and how precise is a value?
 
-Every function creates its own random generator: the same seed gives the same resamples.
+Every function creates its own random generator: the same ``seed`` gives the same resamples. ``num_resamples`` is how
+often as many items as there are, are drawn with replacement. Values are one per query, and those of two systems are of
+the same queries in the same order. All functions raise a ``ValueError`` for numbers out of range, or nothing to
+resample.
 """
 
 from __future__ import annotations
@@ -38,15 +41,6 @@ def paired_randomisation(
     flips the sign of their difference. p = (1 + #{permutations with |mean| >= |observed mean|}) /
     (1 + num_permutations).
 
-    Args:
-        first: [n] values of one system, one per query.
-        second: [n] values of the other, same queries in the same order.
-        num_permutations: random sign vectors drawn; the smallest possible p is 1 / (1 + num_permutations).
-        seed: seed of the random generator.
-
-    Raises:
-        ValueError: the lengths differ or are zero.
-
     Source: Smucker, Allan, Carterette, "A comparison of statistical significance tests for information retrieval
     evaluation", CIKM 2007, section 3.1; the added one: Phipson and Smyth 2010.
     """
@@ -71,14 +65,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The i-th smallest of m becomes the largest of (m - j + 1) * p_j over j <= i, at most 1.
 
-    Args:
-        p_values: one per test, in [0, 1].
-
-    Returns:
-        The adjusted p-values in the same order.
-
-    Raises:
-        ValueError: a value lies outside [0, 1] or is NaN.
+    Returns the adjusted p-values in the order of ``p_values``.
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6, 1979.
     """
@@ -95,16 +82,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def bootstrap_interval(
     values: ArrayLike, *, confidence: float = 0.95, num_resamples: int = 2_000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap interval of the mean over queries.
+    """Percentile bootstrap interval of the mean over queries; for a paired comparison, pass the differences.
 
-    Args:
-        values: [n] one per query; for a paired comparison, the differences.
-        confidence: share of the resampled means inside the interval, in (0, 1).
-        num_resamples: how often n queries are drawn with replacement.
-        seed: seed of the random generator.
-
-    Raises:
-        ValueError: no values, or a number out of range.
+    ``confidence`` is the share of the resampled means inside the interval, in (0, 1).
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
     """
@@ -118,18 +98,9 @@ def bootstrap_statistic(
 ) -> tuple[Interval, NDArray[np.float64]]:
     """95 % percentile bootstrap of a measure that is not a mean over items: average precision, F1, a correlation.
 
-    Args:
-        statistic: measures the items at the given positions. It returns NaN if a resample cannot be measured (no
-            positive drawn); such resamples are left out.
-        size: number of items.
-        num_resamples: how often ``size`` items are drawn with replacement.
-        seed: seed of the random generator.
-
-    Returns:
-        The interval, and the [num_resamples] values it was computed from (including NaN).
-
-    Raises:
-        ValueError: no items, a number out of range, or every resample is NaN.
+    ``statistic`` measures the items at the given positions, of which there are ``size``. It returns NaN if a resample
+    cannot be measured (no positive drawn); such resamples are left out, and if all are, a ``ValueError`` is raised.
+    Returns the interval, and the [num_resamples] values it was computed from (including NaN).
     """
     values = np.array([statistic(row) for rows in _resamples(size, num_resamples, seed) for row in rows])
     measured = values[~np.isnan(values)]
@@ -167,10 +138,7 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     """Student's t interval (95 %) of the mean over few repetitions, such as the seeds of a training.
 
     mean +- t(n - 1) s / sqrt(n); None for fewer than two values. It assumes independent, roughly normal values. For a
-    paired comparison, pass the differences.
-
-    Args:
-        values: one per repetition; s is their standard deviation with n - 1 in the denominator.
+    paired comparison, pass the differences. s is the standard deviation with n - 1 in the denominator.
     """
     from scipy.special import stdtrit  # slow to import
 

@@ -53,13 +53,8 @@ def fit_logistic(
 ) -> tuple[Float64[np.ndarray, " members"], float]:
     """Weights w >= 0 and bias b that minimise  mean_i [log(1 + exp(f_i)) - t_i f_i] + l2 / 2 |w|^2,  f = scores w + b.
 
-    Args:
-        scores: [pairs, members], with columns of similar scale.
-        targets: [pairs] in [0, 1].
-        l2: at least 0; the bias is not regularised.
-
-    Returns:
-        Weights [members] and bias.
+    ``scores`` are [pairs, members], with columns of similar scale, ``targets`` [pairs] in [0, 1]. The bias is not
+    regularised.
     """
     from scipy.optimize import minimize  # slow to import
 
@@ -120,16 +115,11 @@ def out_of_fold_log_odds(
 ) -> Float64[np.ndarray, " pairs"]:
     """The log-odds of every pair from a stack that was fitted without the pair's group: an unbiased estimate.
 
-    Args:
-        scores: [pairs, members].
-        labels: [pairs] bool.
-        groups: [pairs] pairs of one group (the query's id) stay in one fold.
-        l2: see ``fit_stack``.
-        num_folds: number of folds of whole groups; fewer if there are fewer groups.
-        seed: seed of the random assignment of groups to folds.
+    Pairs of one group (the query's id) stay in one of ``num_folds`` folds, to which ``seed`` assigns the groups at
+    random. There are fewer folds if there are fewer groups. Other arguments and errors: ``fit_stack``.
 
     Raises:
-        InputError: only one group, or as for ``fit_stack``.
+        InputError: there is only one group.
     """
     values, truth = _checked(scores, labels)
     names = sorted(set(groups))
