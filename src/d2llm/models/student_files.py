@@ -90,12 +90,9 @@ def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone
 
 
 def fingerprint_student(config: Mapping[str, Any], base_fingerprint: str, tensors: Mapping[str, Tensor]) -> str:
-    """Content hash of a student.
+    """Content hash of a student: its configuration, the head's tensors, and those that tuning changed, on the CPU.
 
-    Args:
-        config: its configuration as JSON values.
-        base_fingerprint: fingerprint of the pretrained backbone, which replaces the backbone's name.
-        tensors: the head's tensors and those that tuning changed, by name, on the CPU.
+    ``base_fingerprint``, that of the pretrained backbone, replaces the backbone's name in the configuration.
     """
     import torch
 

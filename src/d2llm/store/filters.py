@@ -104,9 +104,7 @@ class Filter:
 def parse_filter(text: str, schema: MetadataSchema) -> Filter:
     """Check a filter and translate it into SQL for LanceDB.
 
-    Args:
-        text: the filter, in the language of this module.
-        schema: the metadata fields of the index; ``id``, ``title``, ``document_id`` and ``position`` always exist.
+    It may name the metadata fields of ``schema``, and ``id``, ``title``, ``document_id`` and ``position``.
 
     Raises:
         FilterError: the filter cannot be parsed, is too long or nested too deeply, names an unknown field, or compares

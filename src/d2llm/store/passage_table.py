@@ -81,11 +81,8 @@ class PassageTable:
     ) -> PassageTable:
         """The table at a version, the latest by default. It stays at that version, even if new ones are written.
 
-        Args:
-            folder: folder of the index.
-            version: version number; None means the latest.
-            files: files of the table; files that it has already compared are not compared again.
-            whole: compare the version's files completely with their checksums, not only samples.
+        Files that ``files`` has already compared with their checksums are not compared again. ``whole``: compare them
+        completely, not only samples.
 
         Raises:
             DamagedFileError: a file of the version is damaged.

@@ -330,13 +330,8 @@ def fit_pairs(
     """Inputs of at most ``max_tokens`` tokens, and how many pairs lost text.
 
     Excess tokens are cut from the end of the passage; a query that would leave the passage less than half of the room
-    is itself cut to half.
-
-    Args:
-        pairs: query text and full passage text.
-        tokenizer: a fast tokenizer, which gives the character offsets of each token.
-        encode: makes the complete inputs of pairs.
-        max_tokens: limit of a complete input.
+    is itself cut to half. ``encode`` makes the complete inputs of pairs. The tokenizer must be a fast one, which gives
+    the character offsets of each token.
 
     Raises:
         InputError: the tokens around the texts alone fill ``max_tokens``.

@@ -37,9 +37,6 @@ _SPACES = str.maketrans("▁Ġ", "  ")  # how vocabularies write a leading space
 class RemoteTeacher:
     """A teacher at a remote endpoint; ``fingerprint`` depends on its model name and declared revision, not its address.
 
-    Args:
-        config: ``model`` is the model's name at the endpoint, ``remote`` describes the endpoint.
-
     Raises:
         InputError: there is no section ``remote``, no such prompt set, or the key's variable is not set.
         AnswerTokenError: yes and no are the same word.

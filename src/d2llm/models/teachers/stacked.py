@@ -136,13 +136,8 @@ def write_stack(
     """Write a stack that ``StackedTeacher.load`` reads, atomically; returns its fingerprint.
 
     Members with weight 0 in all tasks are left out. A member inside the parent folder of ``folder`` is recorded by its
-    relative path, so that both can be moved together.
-
-    Args:
-        folder: where to write; an existing stack is replaced.
-        members: members, in the order of the weights.
-        stacks: weights by task.
-        content: additional fields for the manifest (data, figures).
+    relative path, so that both can be moved together. ``members`` are in the order of the weights; ``content`` are
+    additional fields for the manifest (data, figures). An existing stack is replaced.
 
     Raises:
         InputError: no member has any weight, or ``folder`` holds something else.
