@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
-from d2llm.core.errors import ModelError, ModelNotFoundError
+from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
@@ -198,6 +198,20 @@ def readable_tokens(config: Any) -> int | None:
         return None
     # These models number positions starting after the padding id.
     return readable - int(config.pad_token_id) - 1 if config.model_type in _POSITIONS_AFTER_PADDING else readable
+
+
+def check_limits(config: Any, model: str, limits: Mapping[str, int]) -> None:
+    """Check that a model with this ``transformers`` configuration can read so many tokens (setting -> limit).
+
+    Raises:
+        InputError: it cannot.
+    """
+    readable = readable_tokens(config)
+    for name, limit in limits.items():
+        if readable is not None and limit > readable:
+            raise InputError(
+                f"{name} is {limit}, but '{model}' reads at most {readable} tokens; set {name} to {readable} or less"
+            )
 
 
 def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:

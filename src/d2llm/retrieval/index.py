@@ -282,21 +282,11 @@ class Index:
     ) -> DocumentsReport:
         """Add or update texts of any length; long ones are split into passages.
 
-        The index stores its chunking and refuses documents with a different one.
-
-        Args:
-            documents: consumed as a stream.
-            chunking: how to split; None uses the index's chunking, or the default for its first documents.
-            only_new: refuse documents that already exist.
-            lenient_metadata: drop metadata values that do not fit, and count them.
-            num_documents: number of documents, for the progress bar.
-            show_progress: None shows progress if standard error is a terminal.
+        The index stores its chunking and refuses documents with a different one; ``chunking`` None uses the index's, or
+        the default for its first documents. Other arguments and errors are those of ``upsert``, for documents.
 
         Raises:
-            DuplicateIdError: two documents share an id, or one already exists (``only_new``).
             InputError: the index has a different chunking, or as for ``upsert`` or ``Chunker``.
-            IndexLockedError: another process is writing.
-            StorageError: the index cannot be written; blocks already written are kept.
         """
         from d2llm.retrieval.chunking import Chunker, choose_chunking, upsert_documents
 

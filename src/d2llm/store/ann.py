@@ -27,7 +27,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.ops.selection import top_rows
 from d2llm.store.checksums import read_checked, write_checked
@@ -195,8 +194,7 @@ class AnnSearch:
             InputError: the query has another width or is not finite.
         """
         ann, query = self._ann, np.ascontiguousarray(query, np.float32)
-        if query.shape != (ann.base.format.dim,) or not np.isfinite(query).all():
-            raise InputError(f"the query vector must be {ann.base.format.dim} finite numbers, not {query.shape}")
+        ann.base.scan.check(query, top_k)
         num_probes = self.num_probes(query, top_k)
         if num_probes is None:
             return None

@@ -184,15 +184,9 @@ class PassageView:
         """The live rows with the highest inner products with ``query`` [dim], ties by id. Exact for the stored vectors.
 
         Raises:
-            InputError: the query has another width than the index, or ``top_k`` < 1.
+            InputError: as for ``RowScan.search``.
         """
-        if query.shape != (self.dim,):
-            raise InputError(f"the query vector has shape {query.shape}, but the index holds [{self.dim}]")
-        if top_k < 1:
-            raise InputError(f"top_k is {top_k}, but must be at least 1")
-        scan = self._check()
-        rows, scores = scan.search(query, top_k, self.mask(allowed), ids_of=self.ids)
-        return CandidateRows(rows, scores)
+        return CandidateRows(*self._check().search(query, top_k, self.mask(allowed), ids_of=self.ids))
 
     def scan_together(
         self, queries: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None

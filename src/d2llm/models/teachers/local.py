@@ -25,13 +25,13 @@ from d2llm.core.types import Task
 from d2llm.models.device import choose_device, choose_dtype, inference, use_plain_attention_on_cpu
 from d2llm.models.lora import adapter_state, attach_lora, join_adapters, merge_adapter, train_adapters_only
 from d2llm.models.sources import (
+    check_limits,
     find_model,
     fingerprint_model,
     load_pretrained,
     load_tensors,
     load_tokenizer,
     quiet_transformers,
-    readable_tokens,
 )
 from d2llm.models.teachers.identity import (
     TEACHER_FORMAT_VERSION,
@@ -123,7 +123,7 @@ class LocalTeacher(nn.Module):
             else {}
         )
         merge_adapter(self.model, self._merged_adapter)
-        self._check_length(whole.config)
+        check_limits(whole.config, self.config.model, {"max_tokens": self.config.max_tokens})
         self._lora: LoraConfig | None = None
         self._is_tuned_whole = False
 
@@ -214,11 +214,9 @@ class LocalTeacher(nn.Module):
         return self
 
     def save(self, folder: Path, content: dict[str, Any]) -> str:
-        """Write what tuning changed (an adapter, or the whole model) and a manifest; returns the tuned fingerprint.
+        """Write what tuning changed (an adapter, or the whole model) into a folder; returns the tuned fingerprint.
 
-        Args:
-            folder: an existing folder to write to; ``TeacherConfig(model=str(folder))`` loads the teacher again.
-            content: additional fields for the manifest (data, figures).
+        ``TeacherConfig(model=str(folder))`` loads it again. The manifest also gets ``content`` (data, figures).
         """
         if self._is_tuned_whole:
             with quiet_transformers():
@@ -285,14 +283,6 @@ class LocalTeacher(nn.Module):
         """Autocast, enabled only if trained float32 weights are mixed with weights in a smaller format."""
         mixed = self.compute_dtype != torch.float32 and (self._lora is not None or self._is_tuned_whole)
         return torch.autocast(self.device.type, self.compute_dtype, enabled=mixed)
-
-    def _check_length(self, model_config: Any) -> None:
-        readable = readable_tokens(model_config)
-        if readable is not None and self.config.max_tokens > readable:
-            raise InputError(
-                f"max_tokens is {self.config.max_tokens}, but '{self.config.model}' reads at most {readable} tokens; "
-                f"set max_tokens to {readable} or less"
-            )
 
     def _find_answers(self, prompt: Prompt, after: str, advice: str) -> tuple[int, int]:
         """The tokens of the answer words yes and no that follow a text; ``advice`` completes the error."""
