@@ -201,11 +201,7 @@ def readable_tokens(config: Any) -> int | None:
 
 
 def check_limits(config: Any, model: str, limits: Mapping[str, int]) -> None:
-    """Check that a model with this ``transformers`` configuration can read so many tokens (setting -> limit).
-
-    Raises:
-        InputError: it cannot.
-    """
+    """Raise an ``InputError`` if a model with this configuration cannot read so many tokens (setting -> limit)."""
     readable = readable_tokens(config)
     for name, limit in limits.items():
         if readable is not None and limit > readable:
@@ -215,11 +211,7 @@ def check_limits(config: Any, model: str, limits: Mapping[str, int]) -> None:
 
 
 def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
-    """Load a safetensors file that d2llm wrote; ``remedy`` tells the user what to do if it cannot be read.
-
-    Raises:
-        ModelError: the file is missing or damaged.
-    """
+    """Load a safetensors file that d2llm wrote; a ``ModelError`` with this ``remedy`` if it cannot be read."""
     from safetensors.torch import load_file
 
     try:
@@ -229,11 +221,7 @@ def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer next to the weights and make sure that it has a padding token.
-
-    Raises:
-        ModelNotFoundError: there is no tokenizer.
-    """
+    """Load the tokenizer next to the weights (else ``ModelNotFoundError``); it always has a padding token."""
     from transformers import AutoTokenizer
 
     try:
@@ -279,11 +267,7 @@ def _require_weights(folder: Path) -> None:
 
 
 def hub_snapshot(name: str, patterns: Sequence[str]) -> Path:
-    """The files of a model on the Hub that match, as a local folder.
-
-    Raises:
-        ModelNotFoundError: the Hub does not know the name, or cannot be reached.
-    """
+    """The matching files of a model on the Hub in a local folder; ``ModelNotFoundError`` if it cannot be reached."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -75,11 +75,7 @@ def load_head(folder: Path, parts: Mapping[str, nn.Module]) -> None:
 
 
 def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:
-    """Check that the loaded backbone is the one that the student was trained on.
-
-    Raises:
-        MismatchError: the backbone has other weights.
-    """
+    """Raise a ``MismatchError`` unless the loaded backbone has the weights that the student was trained on."""
     fingerprint = backbone.fingerprint_base()
     if fingerprint != manifest["base_fingerprint"]:
         raise MismatchError(

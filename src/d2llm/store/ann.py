@@ -272,11 +272,7 @@ def remove_other_anns(folder: Path, generation: int) -> None:
 
 
 def _read_record(base: AnnBase) -> AnnRecord:
-    """The record, after checking that it and the file fit these vectors.
-
-    Raises:
-        ValueError: they do not fit; the message says why.
-    """
+    """The record, after checking that it and the file fit these vectors; if not, a ``ValueError`` says why."""
     record = read_record(base.path)
     if (record.student, record.vector_format, record.since) != (base.student, base.format.name, base.since):
         raise ValueError("it was built over other vectors; build it again")
@@ -287,11 +283,7 @@ def _read_record(base: AnnBase) -> AnnRecord:
 
 
 def read_record(path: Path) -> AnnRecord:
-    """The record beside the file of an approximate index.
-
-    Raises:
-        OSError, ValueError: the record cannot be read.
-    """
+    """The record beside the file of an approximate index; ``OSError`` or ``ValueError`` if it cannot be read."""
     values = read_checked(path.with_suffix(".json"))
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(AnnRecord)}:
         raise ValueError("its record has other fields than this version of d2llm writes; build it again")
@@ -299,11 +291,7 @@ def read_record(path: Path) -> AnnRecord:
 
 
 def check_file(path: Path, record: AnnRecord) -> None:
-    """Compare the file with its checksum.
-
-    Raises:
-        OSError, ValueError: the file is missing or damaged.
-    """
+    """Raise an ``OSError`` or ``ValueError`` if the file is missing or damaged."""
     if path.stat().st_size != record.num_bytes or _checksum(path) != record.checksum:
         raise ValueError("the file is not what was written; build it again")
 

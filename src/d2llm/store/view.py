@@ -102,11 +102,7 @@ class PassageView:
         return MetadataSchema.from_arrow(self._table.metadata_fields)
 
     def check_student(self, fingerprint: str) -> None:
-        """Check that the vectors were made by the student with this fingerprint.
-
-        Raises:
-            IndexMismatchError: another student made them.
-        """
+        """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
         self.store.check_student(fingerprint)
 
     def ids(self, rows: NDArray[np.int64]) -> list[str]:
@@ -244,8 +240,7 @@ class PassageView:
         ``ties`` says how equal scores are ordered. All passages may be tied, and looking up their ids takes time.
 
         Raises:
-            InputError: ``top_k`` < 1, or the text is not valid Unicode.
-            FilterError: the filter cannot be parsed, or does not fit the metadata.
+            InputError: ``top_k`` < 1, or the text is not valid Unicode; or as for ``select``.
         """
         if top_k < 1:
             raise InputError(f"top_k is {top_k}, but must be at least 1")
@@ -278,11 +273,7 @@ class PassageView:
 
     @cached_property
     def windows(self) -> WindowVectors | None:
-        """The window vectors of this version's passages, by row; None if the index stores none.
-
-        Raises:
-            DataFormatError: they are missing or damaged.
-        """
+        """The window vectors of this version's passages, by row; None if the index stores none (``open_windows``)."""
         return None if self.store.window_format is None else self.store.windows(self._table, self.capacity)
 
     def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -303,9 +294,11 @@ class PassageView:
         Raises:
             FilterError: the filter cannot be parsed, or does not fit the metadata.
         """
-        condition = self._condition(filter)
-        if condition is None:
+        if filter is None:
             return None
+        from d2llm.store.filters import parse_filter  # imports sqlglot, which most searches do not need
+
+        condition = parse_filter(filter, self.metadata).sql
         allowed = np.zeros(self.capacity, np.bool_)
         allowed[np.asarray(self._table.columns(["d2_row"], condition)["d2_row"]) & ROW_MASK] = True
         return allowed
@@ -320,13 +313,6 @@ class PassageView:
         if allowed is None or self.live is None:
             return self.live if allowed is None else allowed
         return allowed & self.live
-
-    def _condition(self, filter: str | None) -> str | None:  # noqa: A002
-        if filter is None:
-            return None
-        from d2llm.store.filters import parse_filter  # imports sqlglot, which most searches do not need
-
-        return parse_filter(filter, self.metadata).sql
 
     def _take(self, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
         requested = np.asarray(rows, np.int64)

@@ -78,11 +78,7 @@ class StackedTeacher:
         return self._fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the questions to all members.
-
-        Raises:
-            InputError: the stack was not fitted for ``task``.
-        """
+        """Identity of the questions to all members of a stack that was fitted for ``task`` (else ``InputError``)."""
         self._stack(task)
         return fingerprint_json([member.prompt_fingerprint(task) for member in self.members])
 
