@@ -396,5 +396,5 @@ def quiet_transformers() -> Generator[None]:
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first line of an error's message, to be continued."""
-    return str(error).strip().split("\n")[0].rstrip(".")
+    """The first line of an error's message, to be continued, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
