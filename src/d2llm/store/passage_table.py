@@ -220,7 +220,7 @@ class PassageTable:
             InputError: a document id is not valid text.
         """
         for name in documents:
-            _check_page(name, 1)
+            _check_id(name)
         requested, places = set(documents), dict[str, list[tuple[int, str]]]()
         for passage_id, document_id, position in self.parts(list(dict.fromkeys(documents))):
             if (document := document_id or passage_id) in requested:
@@ -383,9 +383,13 @@ class PassageTable:
         return pa.concat_tables(parts) if parts else self.schema.empty_table().select(list(names))
 
 
+def _check_id(name: str) -> None:
+    if not is_text(name):
+        raise InputError(f"{name!r} cannot be an id; give a string of valid Unicode")
+
+
 def _check_page(cursor: str, limit: int) -> None:
-    if not is_text(cursor):
-        raise InputError(f"{cursor!r} cannot be an id; give a string of valid Unicode")
+    _check_id(cursor)
     if limit < 1:
         raise InputError(f"limit is {limit}, but must be at least 1")
 
