@@ -29,9 +29,8 @@ from d2llm.demo.report import DemoReport, DemoSizes, JudgedPassage, TeacherAgree
 from d2llm.demo.view import DemoView
 from d2llm.models import student_files
 from d2llm.models.student import Student, find_student
-from d2llm.models.teachers import causal as teacher_files
 from d2llm.models.teachers.causal import Teacher
-from d2llm.models.teachers.identity import find_tuned_teacher
+from d2llm.models.teachers.identity import TEACHER_FORMAT_VERSION, TEACHER_KIND, find_tuned_teacher
 from d2llm.ops.ranking import kendall_tau
 from d2llm.retrieval.cosine import CosineStudent, untuned_config
 from d2llm.retrieval.encode import encode
@@ -169,9 +168,8 @@ def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
     """Fail at the start, not after a minute, if weights are missing."""
     needed = {teacher.model}
     if Path(teacher.model).is_dir():
-        needed = {
-            str(read_manifest(Path(teacher.model), teacher_files.KIND, teacher_files.FORMAT_VERSION)["config"]["model"])
-        }
+        manifest = read_manifest(Path(teacher.model), TEACHER_KIND, TEACHER_FORMAT_VERSION)
+        needed = {str(manifest["config"]["model"])}
     manifest = read_manifest(student_folder, student_files.KIND, student_files.FORMAT_VERSION)
     needed.add(StudentConfig.model_validate(manifest["config"]).backbone.model)
     packages = [_PACKAGES[name] for name in sorted(needed & set(_PACKAGES))]
