@@ -135,7 +135,8 @@ class RowScan:
     def check(self, query: NDArray[np.float32], top_k: int) -> None:
         """Refuse a query of another width or with infinite numbers, and ``top_k`` < 1 (``InputError``)."""
         if query.shape != (self._format.dim,) or not np.isfinite(query).all():
-            raise InputError(f"the query vector must be {self._format.dim} finite numbers, but has the shape {query.shape}")
+            expected = f"{self._format.dim} finite numbers"
+            raise InputError(f"the query vector must be {expected}, but has the shape {query.shape}")
         if top_k < 1:
             raise InputError(f"top_k is {top_k}, but must be at least 1")
 
