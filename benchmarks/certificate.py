@@ -1,7 +1,7 @@
 """Cost of a proved ranking: nDCG@10 of a student against the share of the corpus that a certificate rescores.
 
 The interaction of an anchored student changes a score by at most B r_q r_p, so passages can be rescored from the
-highest upper bound down until no other can be among the first ten (``ops.certificates``). A smaller weight r of the
+highest upper bound down until no other can be among the first ten. A smaller weight r of the
 interaction gives a narrower bound, and another ranking; this script compares the two on dev queries.
 
     python benchmarks/certificate.py                                  the shipped student on banking77
@@ -15,22 +15,25 @@ from __future__ import annotations
 
 import argparse
 import copy
+import heapq
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scaling.array_view import ArrayView, passage_reaches
 from scaling.data_sets import DATA, require
 
+from d2llm.core.errors import InputError
 from d2llm.core.files import write_bytes
 from d2llm.core.types import Task
 from d2llm.data.beir import read_beir
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
-from d2llm.ops.certificates import num_rescored
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
@@ -38,6 +41,33 @@ from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 TOP_K = 10
 MARGIN = 1e-3  # of a bound, for rounding in bfloat16 products
+
+
+def num_rescored(upper_bounds: NDArray[np.floating[Any]], final_scores: NDArray[np.floating[Any]], top_k: int) -> int:
+    """How many passages are rescored, from the highest bound down, before the first ``top_k`` are certain.
+
+    Args:
+        upper_bounds: upper bound of each passage's final score.
+        final_scores: final score of each passage, at most its bound.
+        top_k: length of the ranking, at least 1.
+
+    Raises:
+        InputError: ``top_k`` is below 1, or a final score is above its bound.
+    """
+    if top_k < 1:
+        raise InputError(f"top_k is {top_k}, but a ranking has at least one place")
+    if (final_scores > upper_bounds).any():
+        raise InputError("a final score is above its upper bound, so nothing can be concluded from the bounds")
+    best: list[float] = []  # a heap of the top_k best final scores so far
+    order = np.argsort(-upper_bounds, kind="stable")
+    for place, row in enumerate(order.tolist()):
+        if len(best) == top_k and best[0] >= upper_bounds[row]:
+            return place
+        if len(best) < top_k:
+            heapq.heappush(best, float(final_scores[row]))
+        else:
+            heapq.heappushpop(best, float(final_scores[row]))
+    return len(order)
 
 
 def measure(student: Student, place: Path, task: Task, split: str, num_queries: int) -> list[dict[str, float]]:

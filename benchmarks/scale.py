@@ -17,6 +17,7 @@ import argparse
 import os
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Run:
             return
         begin = time.process_time()
         report = build_ann(store, self.student)
-        self.result["ann"] = report.to_json() | {"folder": "", "cpu_seconds": time.process_time() - begin}
+        self.result["ann"] = asdict(report) | {"folder": "", "cpu_seconds": time.process_time() - begin}
 
     def measure_searches(self, folder: Path) -> None:
         """Searches with d2llm and FAISS, for each task's queries."""

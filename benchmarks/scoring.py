@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from unsplit_interaction import multilayer_perceptron, pair_features
 
 from d2llm import Student
 from d2llm.core.recipe import InteractionConfig
@@ -30,7 +31,7 @@ from d2llm.models.device import choose_dtype
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.student import SCORE_BLOCK
-from d2llm.ops.scoring import Linear, multilayer_perceptron, pair_features
+from d2llm.ops.scoring import Linear
 from d2llm.store.projections import StoredProjections, as_codes, create_file
 from d2llm.store.vector_file import VectorFile
 from d2llm.store.vector_formats import make_format

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.evaluation.gold import BinaryGold, GradedGold, NliGold, measure_all, read_gold
-from d2llm.ops.pair_measures import roc_auc
+from d2llm.ops.pair_measures import binary_measurer
 
 ALL = np.arange(4)
 
@@ -91,6 +91,8 @@ def test_item_values_average_to_the_auc(pairs):
     scores, truth = np.array([s for s, _ in pairs], np.float64), np.array([label for _, label in pairs])
     if truth.all() or not truth.any():
         return
-    values = BinaryGold(truth).item_values(scores, np.arange(len(pairs)), None)
+    everything = np.arange(len(pairs))
+    values = BinaryGold(truth).item_values(scores, everything, None)
     for label in (True, False):
-        assert values[truth == label].mean() == pytest.approx(roc_auc(scores, truth))
+        expected = binary_measurer(scores, truth, thresholds=None)(everything)["AUC"]
+        assert values[truth == label].mean() == pytest.approx(expected)

@@ -1,17 +1,18 @@
-"""The IEM's split forms against the unsplit reference of ops/scoring.py, in float64."""
+"""The IEM's split forms against the unsplit reference (benchmarks/unsplit_interaction.py), in float64."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from unsplit_interaction import anchor_logit, multilayer_perceptron, pair_features
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import TASKS
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
-from d2llm.ops.scoring import Linear, anchor_logit, anchored_logit, multilayer_perceptron, pair_features
+from d2llm.ops.scoring import Linear, anchored_logit
 from tiny_models import randomise
 
 DIM = 10

@@ -5,27 +5,54 @@ from d2llm.core.errors import InputError
 from d2llm.ops.pair_measures import (
     NliThresholds,
     accuracy_at,
-    average_precision,
     best_threshold,
     binary_measurer,
-    binary_measures,
-    f1_at,
     fit_nli,
     graded_measurer,
-    graded_measures,
     nli_measurer,
-    nli_measures,
-    ordinal_accuracy,
+    ordinal_answers,
     ordinal_thresholds,
     pearson,
-    precision_at,
-    recall_at,
-    roc_auc,
-    spearman,
 )
 
 SCORES = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
 LABELS = [True, True, False, True, False, False]
+
+
+def binary_measures(scores, labels, thresholds=None):
+    return binary_measurer(scores, labels, thresholds=thresholds)(np.arange(len(scores)))
+
+
+def average_precision(scores, labels):
+    return binary_measures(scores, labels)["AP"]
+
+
+def roc_auc(scores, labels):
+    return binary_measures(scores, labels)["AUC"]
+
+
+def f1_at(scores, labels, threshold):
+    return binary_measures(scores, labels, (0.0, threshold))["F1"]
+
+
+def nli_measures(scores, classes, thresholds):
+    return nli_measurer(scores, classes, thresholds=thresholds)(np.arange(len(scores)))
+
+
+def precision_and_recall_at(scores, labels, threshold):
+    """NLI reports these two, at the threshold of the best F1, for entailment against contradiction."""
+    classes = ["entailment" if label else "contradiction" for label in labels]
+    thresholds = NliThresholds(contradiction=0.0, f1=threshold, other=0.0, ordinal=(0.0, 0.0))
+    measures = nli_measures(scores, classes, thresholds)
+    return measures["precision"], measures["recall"]
+
+
+def graded_measures(scores, gold):
+    return graded_measurer(scores, gold)(np.arange(len(scores)))
+
+
+def spearman(first, second):
+    return graded_measures(first, second)["Spearman"]
 
 
 def test_threshold_is_the_highest_of_the_best_midpoints():
@@ -45,7 +72,7 @@ def test_threshold_when_one_label_for_all_is_best():
     assert best_threshold([3.0, 2.0, 1.0], [False, True, True]) == 1.0
     lowest = best_threshold([3.0, 2.0, 1.0], [False, False, True])
     assert lowest == np.nextafter(3.0, 4.0)
-    assert recall_at([3.0, 2.0, 1.0], [False, False, True], lowest) == 0
+    assert f1_at([3.0, 2.0, 1.0], [False, False, True], lowest) == 0
 
 
 def test_threshold_between_neighbouring_floats():
@@ -57,18 +84,17 @@ def test_threshold_between_neighbouring_floats():
 def test_measures_at_a_threshold():
     # Positive are .9, .8, .7, .6: all three matches, and one false positive.
     assert accuracy_at(SCORES, LABELS, 0.6) == pytest.approx(5 / 6)
-    assert precision_at(SCORES, LABELS, 0.6) == pytest.approx(3 / 4)
-    assert recall_at(SCORES, LABELS, 0.6) == 1
+    assert precision_and_recall_at(SCORES, LABELS, 0.6) == pytest.approx((3 / 4, 1))
     assert f1_at(SCORES, LABELS, 0.6) == pytest.approx(6 / 7)
 
 
 def test_measures_at_a_threshold_without_matches():
-    assert precision_at(SCORES, LABELS, 2.0) == recall_at(SCORES, LABELS, 2.0) == f1_at(SCORES, LABELS, 2.0) == 0
-    assert recall_at([1.0], [False], 0.0) == 0
+    assert precision_and_recall_at(SCORES, LABELS, 2.0) == (0, 0)
+    assert f1_at(SCORES, LABELS, 2.0) == 0
 
 
 def test_binary_measures_by_hand():
-    values = binary_measures(SCORES, LABELS, accuracy_threshold=0.75, f1_threshold=0.55)
+    values = binary_measures(SCORES, LABELS, (0.75, 0.55))
     assert values == pytest.approx(
         {
             "accuracy": 5 / 6,
@@ -95,7 +121,8 @@ def test_measures_match_scikit_learn():
         assert average_precision(scores, labels) == pytest.approx(sklearn.average_precision_score(labels, scores))
         assert roc_auc(scores, labels) == pytest.approx(sklearn.roc_auc_score(labels, scores))
         assert f1_at(scores, labels, 5.0) == pytest.approx(sklearn.f1_score(labels, scores >= 5))
-        assert precision_at(scores, labels, 5.0) == pytest.approx(sklearn.precision_score(labels, scores >= 5))
+        expected = sklearn.precision_score(labels, scores >= 5), sklearn.recall_score(labels, scores >= 5)
+        assert precision_and_recall_at(scores, labels, 5.0) == pytest.approx(expected)
 
 
 def test_correlations_match_scipy():
@@ -127,7 +154,8 @@ def test_three_classes_by_hand():
     scores = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     classes = [2, 2, 1, 2, 0, 0]
     assert ordinal_thresholds(scores, classes) == (3.5, 4.5)  # (2.5, 4.5) is as good
-    assert ordinal_accuracy(scores, classes, (3.5, 4.5)) == pytest.approx(5 / 6)
+    answers = ordinal_answers(np.array(scores), (3.5, 4.5))
+    assert (answers == classes).mean() == pytest.approx(5 / 6)
 
 
 def test_three_classes_where_the_middle_one_is_best_left_out():
@@ -146,7 +174,7 @@ def test_nli_thresholds_by_hand():
 
 def test_nli_measures_by_hand():
     thresholds = NliThresholds(contradiction=0.5, f1=4.0, other=2.5, ordinal=(0.5, 3.5))
-    assert nli_measures(NLI_SCORES, NLI, thresholds=thresholds) == pytest.approx(
+    assert nli_measures(NLI_SCORES, NLI, thresholds) == pytest.approx(
         {
             "accuracy (entailment/contradiction)": 3 / 4,  # the contradiction at 1 is called entailment
             "AP": 1.0,  # the neutral pair at 4 is left out
@@ -188,7 +216,7 @@ def test_other_invalid_input_is_rejected():
     with pytest.raises(InputError, match="'neutral'"):
         fit_nli([1.0, 2.0], ["entailment", "contradiction"])
     with pytest.raises(InputError, match="none of the 1 pairs is negative"):
-        nli_measures([1.0, 2.0], ["entailment", "neutral"], thresholds=NliThresholds(0.0, 0.0, 0.0, (0.0, 0.0)))
+        nli_measures([1.0, 2.0], ["entailment", "neutral"], NliThresholds(0.0, 0.0, 0.0, (0.0, 0.0)))
 
 
 class TestResamples:
@@ -225,12 +253,12 @@ class TestResamples:
                 continue
             num_measured += 1
             measures = binary(rows)
-            assert measures == binary_measures(scores, labels[rows], accuracy_threshold=0.6, f1_threshold=0.3)
+            assert measures == binary_measures(scores, labels[rows], (0.6, 0.3))
             assert measures["AP"] == pytest.approx(metrics.average_precision_score(labels[rows], scores))
             assert measures["AUC"] == pytest.approx(metrics.roc_auc_score(labels[rows], scores))
             assert measures["F1"] == pytest.approx(metrics.f1_score(labels[rows], scores >= 0.3))
             assert measures["accuracy"] == pytest.approx(metrics.accuracy_score(labels[rows], scores >= 0.6))
-            assert nli(rows) == nli_measures(scores, classes, thresholds=self.THRESHOLDS)
+            assert nli(rows) == nli_measures(scores, classes, self.THRESHOLDS)
             assert graded(rows) == graded_measures(scores, grades[rows])
         assert num_measured > 100
 

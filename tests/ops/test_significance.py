@@ -8,9 +8,9 @@ from d2llm.ops.significance import (
     bootstrap_interval,
     bootstrap_statistic,
     holm,
-    paired_bootstrap_interval,
-    paired_bootstrap_test,
+    mean_interval,
     paired_randomisation,
+    resampled_p_value,
 )
 
 FIRST = [0.9, 0.4, 0.8, 0.55, 0.3, 1.0, 0.7, 0.2]
@@ -101,13 +101,6 @@ def test_interval_does_not_depend_on_the_block_size(monkeypatch):
     assert bootstrap_interval(values, seed=5) != whole
 
 
-def test_paired_interval_resamples_the_differences():
-    differences = np.subtract(FIRST, SECOND)
-    assert paired_bootstrap_interval(FIRST, SECOND, seed=3) == bootstrap_interval(differences, seed=3)
-    with pytest.raises(ValueError, match="same queries"):
-        paired_bootstrap_interval(FIRST, SECOND[1:])
-
-
 def test_bootstrap_of_any_statistic():
     values = np.asarray(FIRST)
     interval, resampled = bootstrap_statistic(lambda rows: float(values[rows].mean()), 8, num_resamples=2_000, seed=7)
@@ -116,12 +109,18 @@ def test_bootstrap_of_any_statistic():
 
 
 def test_unmeasurable_resamples_are_left_out():
-    with_nan = bootstrap_statistic(lambda rows: float("nan") if 0 in rows else 1.0, 3, num_resamples=50)
+    with_nan = bootstrap_statistic(lambda rows: float("nan") if 0 in rows else 1.0, 3, num_resamples=50, seed=0)
     assert (with_nan[0].low, with_nan[0].high) == (1.0, 1.0)
     assert 0 < np.isnan(with_nan[1]).sum() < 50
-    for call in (bootstrap_statistic, lambda *rest: paired_bootstrap_test(rest[0], *rest)):
-        with pytest.raises(ValueError, match="could be measured"):
-            call(lambda _: float("nan"), 3)
+    with pytest.raises(ValueError, match="could be measured"):
+        bootstrap_statistic(lambda _: float("nan"), 3, num_resamples=50, seed=0)
+    with pytest.raises(ValueError, match="could be measured"):
+        resampled_p_value([float("nan")] * 3)
+
+
+def paired_bootstrap_test(first, second, size, *, num_resamples=1_000):
+    ours, theirs = (bootstrap_statistic(each, size, num_resamples=num_resamples, seed=0)[1] for each in (first, second))
+    return resampled_p_value(ours - theirs)
 
 
 def test_p_value_by_counting():
@@ -150,3 +149,39 @@ def test_settings_out_of_range_are_rejected(settings):
 def test_an_empty_sample_is_rejected():
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_interval([])
+
+
+# Fisher and Yates, "Statistical Tables", table III; to five decimals as in NIST's e-Handbook, 1.3.6.7.2.
+T_TABLE = [
+    (1, 12.70620),
+    (2, 4.30265),
+    (3, 3.18245),
+    (4, 2.77645),
+    (5, 2.57058),
+    (9, 2.26216),
+    (10, 2.22814),
+    (30, 2.04227),
+    (120, 1.97993),
+    (1000, 1.96234),
+]
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), T_TABLE)
+def test_intervals_of_few_values_have_the_published_quantiles(degrees, quantile):
+    values = np.random.default_rng(0).normal(size=degrees + 1)
+    values = (values - values.mean()) / values.std(ddof=1) * np.sqrt(degrees + 1) + 7
+    interval = mean_interval(values.tolist())
+    assert (interval.low, interval.high) == pytest.approx((7 - quantile, 7 + quantile), abs=6e-6)
+
+
+def test_an_interval_of_few_values_by_hand():
+    # 1, 2, 6: mean 3, s^2 = (4 + 1 + 9) / 2 = 7, so the half width is 4.30265 * sqrt(7 / 3).
+    interval = mean_interval([1.0, 2.0, 6.0])
+    half = 4.30265 * np.sqrt(7 / 3)
+    assert (interval.low, interval.high) == pytest.approx((3 - half, 3 + half), abs=1e-4)
+    assert mean_interval([2.0, 2.0, 2.0]) == type(interval)(2.0, 2.0)
+
+
+def test_one_value_has_no_interval():
+    assert mean_interval([0.5]) is None
+    assert mean_interval([]) is None

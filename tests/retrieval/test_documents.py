@@ -245,7 +245,7 @@ class TestChunkingOfAnIndex:
         assert reopened.chunking == Chunking(64)
         report = reopened.upsert_documents([Passage("d", LONG)])
         assert (report.num_unchanged, report.num_passages, report.num_deleted) == (len(index) - 1, len(index) - 1, 0)
-        assert index.stats().to_json()["chunking"]["chunk_tokens"] == 64
+        assert index.stats().chunking.chunk_tokens == 64
 
     @pytest.mark.parametrize(
         "chunking", [Chunking(32), Chunking(64, 8), Chunking(64, late=True), Chunking(None)], ids=str

@@ -13,8 +13,7 @@ import pytest
 
 from d2llm.core.errors import FilterError, InputError
 from d2llm.core.types import Passage
-from d2llm.store.filter_tokens import MAX_DEPTH, MAX_LENGTH
-from d2llm.store.filters import MAX_COMPARISONS, MAX_PATTERN, MAX_VALUES, parse_filter
+from d2llm.store.filters import MAX_COMPARISONS, MAX_DEPTH, MAX_LENGTH, MAX_PATTERN, MAX_VALUES, parse_filter
 from d2llm.store.schema import MetadataSchema
 
 SCHEMA = MetadataSchema(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +46,7 @@ def test_stats(store):
     assert summary.table_bytes == sum(path.stat().st_size for path in table_files)
     assert summary.vector_file_bytes == 22 * 16 + (store.folder / "vectors-0.json").stat().st_size
     assert summary.unindexed == {}
-    assert json.loads(json.dumps(summary.to_json()))["version"] == store.table().version
+    assert json.loads(json.dumps(asdict(summary)))["version"] == store.table().version
     store.settle()
     put(store, few_passages(3, start=90).values())
     assert stats(store).unindexed == {"id_idx": 3, "d2_row_idx": 3, "document_id_idx": 3}
@@ -62,7 +63,7 @@ def test_an_intact_index_has_no_problems(store):
     report = verify(store)
     assert report.problems == []
     assert (report.num_passages, report.num_vectors, report.num_snapshots) == (20, 20, 1)
-    assert json.loads(json.dumps(report.to_json()))["problems"] == []
+    assert json.loads(json.dumps(asdict(report)))["problems"] == []
 
 
 def _damage_vectors(folder):

@@ -28,7 +28,7 @@ def test_types_are_inferred_from_values() -> None:
             {"year": None, "price": 2.5, "language": "de", "late": 1},
         )
     )
-    assert schema.to_json() == {
+    assert schema.fields == {
         "year": "integer",
         "price": "number",  # integers and floats mixed
         "draft": "boolean",
@@ -67,7 +67,7 @@ def test_a_field_without_values_must_be_declared() -> None:
     with pytest.raises(InputError, match=r"'note' has no value in any passage \(the first is 'p1'\).*'note:string'"):
         MetadataSchema.infer(empty)
     schema = MetadataSchema.infer(empty, known=MetadataSchema({"note": "timestamp"}))
-    assert schema.to_json() == {"note": "timestamp", "year": "integer"}
+    assert schema.fields == {"note": "timestamp", "year": "integer"}
 
 
 def test_known_fields_keep_their_type_and_new_ones_follow() -> None:
@@ -81,7 +81,7 @@ def test_known_fields_keep_their_type_and_new_ones_follow() -> None:
 def test_parsing_declarations() -> None:
     schema = MetadataSchema.parse(["year:integer", "seen : timestamp", "price:number"])
     assert schema.fields == {"year": "integer", "seen": "timestamp", "price": "number"}
-    assert schema.to_json() == {"year": "integer", "seen": "timestamp", "price": "number"}
+    assert schema.fields == {"year": "integer", "seen": "timestamp", "price": "number"}
     assert MetadataSchema.from_arrow(schema.arrow_fields()) == schema
     with pytest.raises(InputError, match="timestamp\\[ns\\]"):
         MetadataSchema.from_arrow([pa.field("t", pa.timestamp("ns"))])
@@ -93,7 +93,7 @@ def test_a_schema_does_not_change_with_the_mapping_it_was_made_from() -> None:
     fields = {"year": "integer"}
     schema = MetadataSchema(fields)  # type: ignore[arg-type]
     fields["more"] = "string"
-    assert schema.to_json() == {"year": "integer"}
+    assert schema.fields == {"year": "integer"}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import MiningConfig, StudentConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
+from d2llm.ops import selection
 from d2llm.ops.selection import nearest_rows
 from d2llm.training.mining.mine import mine
 
@@ -221,7 +222,8 @@ def test_report_shows_examples() -> None:
 
 
 @pytest.mark.parametrize("block_numbers", [1, 7, 20, 1000])
-def test_block_size_does_not_change_the_nearest(block_numbers: int) -> None:
+def test_block_size_does_not_change_the_nearest(block_numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_BLOCK_NUMBERS", block_numbers)
     rng = np.random.default_rng(0)
     queries = rng.integers(-3, 4, (9, 4)).astype(np.float32)
     passages = rng.integers(-3, 4, (20, 4)).astype(np.float32)  # small integers: exact products, many ties
@@ -231,5 +233,5 @@ def test_block_size_does_not_change_the_nearest(block_numbers: int) -> None:
         for query in queries
     ]
     for top_k in (1, 5, 20, 50):
-        nearest = nearest_rows(queries, passages, top_k, ids, block_numbers=block_numbers)
+        nearest = nearest_rows(queries, passages, top_k, ids)
         assert [[ids[row] for row in rows] for rows in nearest] == [order[:top_k] for order in expected]

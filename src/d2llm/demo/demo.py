@@ -27,9 +27,8 @@ from d2llm.demo.report import DemoReport, DemoSizes, JudgedPassage, TeacherAgree
 from d2llm.demo.view import DemoView
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import read_student_manifest
-from d2llm.models.teachers import causal as teacher_files
 from d2llm.models.teachers.causal import Teacher
-from d2llm.models.teachers.identity import find_tuned_teacher
+from d2llm.models.teachers.identity import TEACHER_FORMAT_VERSION, TEACHER_KIND, find_tuned_teacher
 from d2llm.ops.ranking import kendall_tau
 from d2llm.retrieval.cosine import CosineStudent, untuned_config
 from d2llm.retrieval.encode import encode
@@ -180,7 +179,7 @@ def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
     """Fail at the start, not after a minute, if weights are missing."""
     needed = {teacher.model, read_student_manifest(student_folder)[1].backbone.model}
     if Path(teacher.model).is_dir():
-        manifest = read_manifest(Path(teacher.model), teacher_files.KIND, teacher_files.FORMAT_VERSION)
+        manifest = read_manifest(Path(teacher.model), TEACHER_KIND, TEACHER_FORMAT_VERSION)
         needed.add(str(manifest["config"]["model"]))
     packages = [_PACKAGES[name] for name in sorted(needed & set(_PACKAGES))]
     missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]

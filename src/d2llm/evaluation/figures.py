@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
+import numpy as np
+
 from d2llm.core.types import Passage, Query, SystemKind
 from d2llm.evaluation.report import (
     AgreementRow,
@@ -20,7 +22,7 @@ from d2llm.evaluation.report import (
 from d2llm.evaluation.systems import System
 from d2llm.ops.agreement import agreement, top_k_overlap
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins, score_histogram
-from d2llm.ops.significance import bootstrap_interval, holm, paired_bootstrap_interval, paired_randomisation
+from d2llm.ops.significance import bootstrap_interval, holm, paired_randomisation
 
 NUM_PERMUTATIONS = 10_000
 _TEST = f"paired randomisation, {NUM_PERMUTATIONS:,} permutations"
@@ -56,7 +58,7 @@ def compare_means(
             query_ids = min(query_ids_of[name], query_ids_of[baseline], key=len)
             ours, theirs = ([values[row][measure][query_id] for query_id in query_ids] for row in (name, baseline))
             p_value = paired_randomisation(ours, theirs, num_permutations=NUM_PERMUTATIONS, seed=seed)
-            interval = paired_bootstrap_interval(ours, theirs, seed=seed)
+            interval = bootstrap_interval(np.subtract(ours, theirs), seed=seed)
             difference = Estimate(fmean(ours) - fmean(theirs), interval.low, interval.high)
             of_measure.append(Comparison(measure, name, baseline, difference, p_value, p_value, len(query_ids), _TEST))
         comparisons += adjusted(of_measure)

@@ -101,7 +101,7 @@ class NliGold:
     def measurer(
         self, scores: Floats, positions: Positions, thresholds: pair_measures.NliThresholds | None
     ) -> pair_measures.Measurer:
-        """See ``ops.pair_measures.nli_measures``."""
+        """See ``ops.pair_measures.nli_measurer``."""
         if thresholds is None:
             raise InputError("the classes need thresholds fitted on another split; add a dev split")
         return pair_measures.nli_measurer(scores, self._at(positions), thresholds=thresholds)

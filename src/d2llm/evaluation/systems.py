@@ -358,8 +358,8 @@ class RetrievalWork:
         searched = view or index.view
         searcher = Searcher(searched, index.student, settings, cascade=cascade)
         system = student_system(name, kind, searcher, trial or self.trial)
-        evidence_bytes = searched.words.num_bytes if searcher.counts_words else 0
-        if searcher.counts_windows and searched.windows is not None:
+        evidence_bytes = searched.words.num_bytes if searcher.weights.counts_words else 0
+        if searcher.weights.counts_windows and searched.windows is not None:
             evidence_bytes += searched.windows.num_bytes
         num_cut = index.stats().num_truncated
         notes = (f"{num_cut:,} of {len(self.passages):,} passages were truncated",) if num_cut else ()

@@ -71,13 +71,7 @@ def why_no_interaction(student: Student, task: Task) -> str | None:
 
 
 def attribute(student: Student, query: str, passage: str, task: Task) -> Attribution:
-    """What each word of a passage adds to its score with a query.
-
-    Args:
-        student: the student that scores the pair.
-        query: the query's text.
-        passage: the passage's full text (title and text as one string).
-        task: which branch of the IEM to use.
+    """What each word of a passage (its full text) adds to its score with a query.
 
     Raises:
         InputError: the student's tokenizer gives no character offsets.

@@ -30,12 +30,12 @@ from d2llm.models.lora import (
     train_adapters_only,
 )
 from d2llm.models.sources import (
+    check_limits,
     find_model,
     find_model_file,
     fingerprint_model,
     load_pretrained,
     load_tokenizer,
-    readable_tokens,
 )
 from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import PoolingName, pool, to_right_padding
@@ -134,7 +134,8 @@ class Backbone(nn.Module):
             self.model.config.use_cache = False  # each text is read once, so no key-value cache is needed
         self._merged_adapter: dict[str, Tensor] = {}
         self.pooling: PoolingName = _own_pooling(config, self.location, self.model.config)
-        self._check_lengths()
+        limits = {"max_query_tokens": config.max_query_tokens, "max_passage_tokens": config.max_passage_tokens}
+        check_limits(self.model.config, config.model, limits)
 
     @classmethod
     def load(
@@ -280,17 +281,6 @@ class Backbone(nn.Module):
     ) -> Float[Tensor, "batch dim"]:
         """The backbone's own pooling, in float32."""
         return pool(states.float(), mask, self.pooling)
-
-    def _check_lengths(self) -> None:
-        readable = readable_tokens(self.model.config)
-        if readable is None:
-            return
-        for key in ("max_query_tokens", "max_passage_tokens"):
-            if getattr(self.config, key) > readable:
-                raise InputError(
-                    f"{key} is {getattr(self.config, key)}, but '{self.config.model}' reads at most {readable} tokens; "
-                    f"set {key} to {readable} or less"
-                )
 
 
 def search_query_tokens(config: BackboneConfig) -> int:

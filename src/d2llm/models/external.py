@@ -22,7 +22,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.models.backbone import EncodedTexts
 from d2llm.models.device import choose_device, choose_dtype
-from d2llm.models.sources import find_model, fingerprint_model, quiet_transformers
+from d2llm.models.sources import find_model, fingerprint_model, first_sentence, hub_snapshot, quiet_transformers
 from d2llm.models.teachers.judge import Judgements
 
 _BLOCK = 256  # texts between progress reports
@@ -222,9 +222,8 @@ def load_external(
                 model_kwargs={"use_safetensors": True, "dtype": choose_dtype(chosen, dtype)},
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ModelError(
-            f"model '{name}' cannot be loaded: {reason}. Custom code is never run; use a model that "
+            f"model '{name}' cannot be loaded: {first_sentence(error)}. Custom code is never run; use a model that "
             "sentence-transformers loads without it"
         ) from error
     model.eval()
@@ -240,15 +239,7 @@ def _folder(name: str) -> Path:
     located = find_model(name)
     if Path(located).is_dir():
         return Path(located)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(located, allow_patterns=_PATTERNS))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise ModelNotFoundError(
-            f"model '{name}' is neither a local folder nor found on the Hub: {reason}. Check the name and the network"
-        ) from error
+    return hub_snapshot(located, _PATTERNS)
 
 
 def _kind(folder: Path) -> str:

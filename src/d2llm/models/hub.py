@@ -18,6 +18,7 @@ from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.shipped import shipped_models
 from d2llm.models.model_card import HUB_ID, model_card, why_not_loadable
+from d2llm.models.sources import first_sentence
 from d2llm.models.student_files import (
     BACKBONE_FOLDER,
     CARD_FILE,
@@ -28,7 +29,7 @@ from d2llm.models.student_files import (
 )
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,8 @@ def push_student(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         kept = {addition.path_in_repo for addition in additions}
-        stale = [name for name in _names_in(api, repo_id, revision) if _is_ours(name) and name not in kept]
+        present = api.list_repo_files(repo_id, revision=revision)
+        stale = [name for name in present if _is_ours(name) and name not in kept]
         commit = api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
@@ -187,10 +189,6 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
         *(CommitOperationAdd(name, text.encode()) for name, text in written.items()),
         *(CommitOperationAdd(name, path) for path, name in names.items() if name not in written),
     ]
-
-
-def _names_in(api: HfApi, repo_id: str, revision: str | None) -> list[str]:
-    return [str(name) for name in api.list_repo_files(repo_id, revision=revision)]
 
 
 def _is_ours(name: str) -> bool:
@@ -235,7 +233,7 @@ def _read_errors(repo_id: str, revision: str | None) -> Generator[None]:
             "HF_HUB_OFFLINE is set, so the Hub was not contacted, and there is no cached copy; unset it, or download "
             "the student where there is a network"
             if is_offline_mode()
-            else f"the Hub cannot be reached ({_first_line(error)}); check the network and try again: finished "
+            else f"the Hub cannot be reached ({first_sentence(error)}); check the network and try again: finished "
             "downloads are kept"
         )
         raise ModelNotFoundError(f"{nowhere} {problem}") from error
@@ -255,9 +253,4 @@ def _write_errors(repo_id: str) -> Generator[None]:
             if is_offline_mode()
             else "log in with an account that may write there (hf auth login, or HF_TOKEN), and check the network"
         )
-        raise InputError(f"'{repo_id}' on the Hub cannot be written ({_first_line(error)}); {advice}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+        raise InputError(f"'{repo_id}' on the Hub cannot be written ({first_sentence(error)}); {advice}") from error

@@ -36,11 +36,6 @@ class EncodedChunks:
     num_tokens: int
     num_windows: int
 
-    @property
-    def num_truncated(self) -> int:
-        """How many chunks were cut."""
-        return len(self.truncated)
-
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
@@ -82,12 +77,7 @@ class ChunkReader:
     """
 
     def __init__(self, backbone: Backbone, pooling: TextPooling, pool: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Check that chunks can be pooled.
-
-        Args:
-            backbone: encodes the text.
-            pooling: the student's pooling; says whether the backbone's own pooling is used.
-            pool: maps states [batch, tokens, dim] and their mask to vectors [batch, dim].
+        """Check that chunks can be pooled by ``pool``: states [batch, tokens, dim] and mask to vectors [batch, dim].
 
         Raises:
             InputError: the pooling takes the state of a single token, or the tokenizer gives no character offsets.
@@ -126,15 +116,12 @@ class ChunkReader:
         return requested
 
     def encode(self, texts: Iterable[tuple[WholeText, Sequence[Span]]]) -> EncodedChunks:
-        """Vectors of the chunks of each text, in order.
+        """Vectors of the chunks of each text, in order; their spans are in characters of ``WholeText.text``.
 
         A text longer than its window is read in windows that overlap by half, each preceded by the title. A chunk is
         pooled from the window that maximises its smaller context (before or after). A chunk longer than a window is cut
         at the end of the window and counted as truncated, as are all chunks of a text whose title alone takes more than
         half of the window.
-
-        Args:
-            texts: each text with the spans of its chunks, in characters of ``text``.
 
         Raises:
             InputError: a span lies outside its text, or a window is too small or too large.

@@ -69,11 +69,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load tensors made by ``adapter_state`` into the adapters attached to ``model``.
-
-    Raises:
-        ModelError: the tensors belong to another architecture or another rank.
-    """
+    """Load tensors made by ``adapter_state`` into the adapters attached to ``model``, of the same layers and rank."""
     layers = dict(_adapted_layers(model))
     shapes = {name: tensor.shape for name, tensor in adapter_state(model).items()}
     if shapes != {name: tensor.shape for name, tensor in state.items()}:

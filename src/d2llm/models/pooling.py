@@ -99,13 +99,7 @@ class TextPooling(nn.Module):
         mask: Bool[Tensor, "batch tokens"],
         own: Float[Tensor, "batch dim"],
     ) -> Float[Tensor, "batch dim"]:
-        """The text's vector, float32.
-
-        Args:
-            states: token states.
-            mask: true for real tokens.
-            own: the backbone's own pooling of the same states.
-        """
+        """The text's vector, float32; ``own`` is the backbone's own pooling of the same states."""
         if self.pma is None:
             return to_sphere(own.float())
         pooled = self.pma(states.float(), mask)

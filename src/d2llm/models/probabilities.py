@@ -60,11 +60,7 @@ class ProbabilityCalibration(FittedFile):
         return 1 / (1 + self.num_hard + self.num_random)
 
     def probabilities(self, scores: ArrayLike, task: Task) -> NDArray[np.float64]:
-        """Probabilities [n] in [0, 1] that passages with these scores [n] are relevant.
-
-        Raises:
-            InputError: nothing was fitted for this task.
-        """
+        """Probabilities [n] that passages with these scores [n] are relevant; ``InputError`` if none were fitted."""
         fitted = self.tasks.get(task)
         if fitted is None:
             raise InputError(

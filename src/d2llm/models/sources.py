@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
-from d2llm.core.errors import ModelError, ModelNotFoundError
+from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
@@ -133,7 +133,7 @@ def fingerprint_model(location: str) -> str:
     """
     folder = Path(location)
     if not folder.is_dir():
-        folder = _hub_snapshot(location)
+        folder = hub_snapshot(location, ["*.safetensors", "*.json"])
     for origin in (folder / _GGUF_ORIGIN, folder / _E5_ORIGIN):
         if origin.is_file():
             return origin.read_text(encoding="utf-8").strip()
@@ -158,7 +158,7 @@ def load_pretrained(
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelNotFoundError(
-            f"model '{location}' cannot be loaded: {_first_sentence(error)}. Give a local folder with config.json and "
+            f"model '{location}' cannot be loaded: {first_sentence(error)}. Give a local folder with config.json and "
             "safetensors weights, or check the Hub name and the network"
         ) from error
     missing = sorted(
@@ -200,12 +200,18 @@ def readable_tokens(config: Any) -> int | None:
     return readable - int(config.pad_token_id) - 1 if config.model_type in _POSITIONS_AFTER_PADDING else readable
 
 
-def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
-    """Load a safetensors file that d2llm wrote; ``remedy`` tells the user what to do if it cannot be read.
+def check_limits(config: Any, model: str, limits: Mapping[str, int]) -> None:
+    """Raise an ``InputError`` if a model with this configuration cannot read so many tokens (setting -> limit)."""
+    readable = readable_tokens(config)
+    for name, limit in limits.items():
+        if readable is not None and limit > readable:
+            raise InputError(
+                f"{name} is {limit}, but '{model}' reads at most {readable} tokens; set {name} to {readable} or less"
+            )
 
-    Raises:
-        ModelError: the file is missing or damaged.
-    """
+
+def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
+    """Load a safetensors file that d2llm wrote; a ``ModelError`` with this ``remedy`` if it cannot be read."""
     from safetensors.torch import load_file
 
     try:
@@ -215,18 +221,14 @@ def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer next to the weights and make sure that it has a padding token.
-
-    Raises:
-        ModelNotFoundError: there is no tokenizer.
-    """
+    """Load the tokenizer next to the weights (else ``ModelNotFoundError``); it always has a padding token."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"the tokenizer of '{location}' cannot be loaded: {_first_sentence(error)}. Put the tokenizer's files "
+            f"the tokenizer of '{location}' cannot be loaded: {first_sentence(error)}. Put the tokenizer's files "
             "(tokenizer.json, tokenizer_config.json) next to the weights"
         ) from error
     if tokenizer.pad_token is None:
@@ -264,14 +266,15 @@ def _require_weights(folder: Path) -> None:
         raise ModelNotFoundError(f"{folder}: no safetensors weights in this model folder.{hint}")
 
 
-def _hub_snapshot(name: str) -> Path:
+def hub_snapshot(name: str, patterns: Sequence[str]) -> Path:
+    """The matching files of a model on the Hub in a local folder; ``ModelNotFoundError`` if it cannot be reached."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(name, allow_patterns=[*patterns]))
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"model '{name}' is neither a local folder nor found on the Hub: {_first_sentence(error)}. Check the name "
+            f"model '{name}' is neither a local folder nor found on the Hub: {first_sentence(error)}. Check the name "
             "and the network"
         ) from error
 
@@ -296,7 +299,7 @@ def _require_on_hub(name: str) -> None:
     except errors.RepositoryNotFoundError as error:
         raise ModelNotFoundError(f"{nowhere}, and the Hub has none that you may read; {advice}") from error
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        problem = f"the Hub cannot be reached ({_first_sentence(error)})"
+        problem = f"the Hub cannot be reached ({first_sentence(error)})"
         raise ModelNotFoundError(f"{nowhere}, and {problem}; check the network, or {advice}") from error
 
 
@@ -308,7 +311,7 @@ def _converted_gguf(path: Path, cache: Path) -> Path:
                 _convert_gguf(path, folder)
         except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
             raise ModelError(
-                f"{path}: cannot be read as a GGUF model ({_first_sentence(error)}); use another file, or the model's "
+                f"{path}: cannot be read as a GGUF model ({first_sentence(error)}); use another file, or the model's "
                 "folder of safetensors"
             ) from error
 
@@ -345,7 +348,7 @@ def _converted(path: Path, target: Path, convert: Callable[[Path], None], origin
                 (folder / origin_file).write_text(origin + "\n", encoding="utf-8")
     except OSError as error:
         raise ModelError(
-            f"{path}: cannot be converted to {target} ({_first_sentence(error)}); check free space and write "
+            f"{path}: cannot be converted to {target} ({first_sentence(error)}); check free space and write "
             "permission there, or set another cache folder in the environment variable XDG_CACHE_HOME"
         ) from error
     return target
@@ -392,5 +395,6 @@ def quiet_transformers() -> Generator[None]:
             settings.enable_progress_bar()
 
 
-def _first_sentence(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+def first_sentence(error: BaseException) -> str:
+    """The first line of an error's message, to be continued, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")

@@ -75,11 +75,7 @@ def load_head(folder: Path, parts: Mapping[str, nn.Module]) -> None:
 
 
 def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:
-    """Check that the loaded backbone is the one that the student was trained on.
-
-    Raises:
-        MismatchError: the backbone has other weights.
-    """
+    """Raise a ``MismatchError`` unless the loaded backbone has the weights that the student was trained on."""
     fingerprint = backbone.fingerprint_base()
     if fingerprint != manifest["base_fingerprint"]:
         raise MismatchError(
@@ -90,12 +86,9 @@ def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone
 
 
 def fingerprint_student(config: Mapping[str, Any], base_fingerprint: str, tensors: Mapping[str, Tensor]) -> str:
-    """Content hash of a student.
+    """Content hash of a student: its configuration, the head's tensors, and those that tuning changed, on the CPU.
 
-    Args:
-        config: its configuration as JSON values.
-        base_fingerprint: fingerprint of the pretrained backbone, which replaces the backbone's name.
-        tensors: the head's tensors and those that tuning changed, by name, on the CPU.
+    ``base_fingerprint``, that of the pretrained backbone, replaces the backbone's name in the configuration.
     """
     import torch
 

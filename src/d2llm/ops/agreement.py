@@ -36,9 +36,6 @@ def label_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike, *, stu
 
     The teacher says yes at log-odds of at least 0, the student at logits of at least ``student_threshold``.
 
-    Raises:
-        InputError: a number is not finite, the lengths differ, or there are no pairs.
-
     Source: Xu et al., "Beyond Preserved Accuracy: Evaluating Loyalty and Robustness of BERT Compression", EMNLP 2021.
     """
     return accuracy_at(student_logits, np.asarray(teacher_log_odds, np.float64) >= 0, student_threshold)
@@ -65,10 +62,8 @@ def agreement(by_query: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Agreement:
     The student's logits have their own scale and origin, so the student's threshold is the one that agrees best with
     the teacher on these same pairs: the label loyalty is the best that a single threshold can reach.
     If teacher or student scores all pairs of a query equally, the query counts as 0 in the means, because there is no
-    order to compare.
-
-    Args:
-        by_query: query_id -> (teacher log-odds [n], student logits [n]) of its passages.
+    order to compare. ``by_query`` maps a query's id to the teacher's log-odds [n] and the student's logits [n] of its
+    passages.
 
     Raises:
         InputError: no pairs, a number is not finite, or the lengths of a query differ (the message names the query).

@@ -1,4 +1,8 @@
-"""Calibration of scores (is 80 % right four times out of five?) and how well scores separate the two labels."""
+"""Calibration of scores (is 80 % right four times out of five?) and how well scores separate the two labels.
+
+Scores or log-odds [n] come with labels [n], true for a yes. An ``InputError`` is raised for NaN, no pairs, lengths that
+differ, or no bins.
+"""
 
 from __future__ import annotations
 
@@ -39,22 +43,12 @@ class ScoreHistogram:
 def reliability_bins(log_odds: ArrayLike, labels: ArrayLike, *, num_bins: int = 10) -> list[ReliabilityBin]:
     """Predicted against observed frequency of yes, in bins of equal width of p(yes) = 1 / (1 + exp(-log_odds)).
 
-    Args:
-        log_odds: [n]; infinite values mean certainty.
-        labels: [n] bool.
-        num_bins: number of bins in [0, 1].
-
-    Returns:
-        The non-empty bins, in order.
-
-    Raises:
-        InputError: NaN, no pairs, lengths that differ, or num_bins below 1.
+    Returns the non-empty bins, in order. Infinite log-odds mean certainty.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2.
     """
     values, truth = _checked(log_odds, labels, num_bins)
-    # tanh does not overflow for any log-odds.
-    probabilities = (1 + np.tanh(values / 2)) / 2
+    probabilities = sigmoid(values)
     edges = np.linspace(0, 1, num_bins + 1)
     places = np.clip(np.searchsorted(edges, probabilities, side="right") - 1, 0, num_bins - 1)
     return [
@@ -74,9 +68,6 @@ def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
 
     ECE = sum over bins of count / n * |fraction_positive - mean_probability|.
 
-    Raises:
-        InputError: there are no bins.
-
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
     """
     if not bins:
@@ -89,25 +80,15 @@ def log_loss(log_odds: ArrayLike, labels: ArrayLike) -> float:
     """Mean of -log p(true label), in nats: 0 is perfect, log 2 is the loss of always predicting one half.
 
     log_loss = mean over pairs of log(1 + exp(-s * log_odds)), s = 1 for a yes and -1 for a no.
-
-    Args:
-        log_odds: [n].
-        labels: [n] bool.
-
-    Raises:
-        InputError: NaN, no pairs, or lengths that differ.
     """
     values, truth = _checked(log_odds, labels, 1)
     return float(np.logaddexp(0, np.where(truth, -values, values)).mean())
 
 
 def score_histogram(scores: ArrayLike, labels: ArrayLike, num_bins: int = 30) -> ScoreHistogram:
-    """Count scores [n] in bins of equal width between the lowest and the highest, per label [n] (bool).
+    """Count scores in bins of equal width between the lowest and the highest, per label.
 
     The bins span the finite scores; infinite scores count in the outermost bins.
-
-    Raises:
-        InputError: NaN, no pairs, lengths that differ, or num_bins below 1.
     """
     values, truth = _checked(scores, labels, num_bins)
     finite = values[np.isfinite(values)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,17 +35,8 @@ def better(first: Mapping[str, float], second: Mapping[str, float], *, alpha: fl
     Raises:
         InputError: the queries differ, or there are none.
     """
-    before, after = _paired(first, second)
-    p_value = paired_randomisation(before, after, seed=seed)
-    difference = _difference(before, after)
-    return GateTest(
-        float(np.mean(before)),
-        float(np.mean(after)),
-        difference,
-        p_value,
-        len(before),
-        passed=difference > 0 and p_value < alpha,
-    )
+    test = _compared(first, second, seed)
+    return replace(test, passed=test.difference > 0 and test.p_value < alpha)
 
 
 def never_worse(
@@ -56,32 +47,21 @@ def never_worse(
     p is one-sided: the probability, if both were alike, of a mean difference as low as the observed one. The
     distribution under sign flips is symmetric, so p is half the two-sided p if ``end`` is lower, else 1 minus that.
 
-    Args:
-        start: query_id -> value before, higher is better.
-        end: values of the same queries, after.
-        alpha: level of the paired randomisation test.
-        seed: seed of its permutations.
-
-    Raises:
-        InputError: the queries differ, or there are none.
+    Arguments and errors are those of ``better``.
     """
-    before, after = _paired(start, end)
-    difference = _difference(before, after)
-    half = paired_randomisation(before, after, seed=seed) / 2
-    p_value = half if difference < 0 else 1 - half
-    return GateTest(
-        float(np.mean(before)), float(np.mean(after)), difference, p_value, len(before), passed=p_value >= alpha
-    )
+    test = _compared(start, end, seed)
+    p_value = test.p_value / 2 if test.difference < 0 else 1 - test.p_value / 2
+    return replace(test, p_value=p_value, passed=p_value >= alpha)
 
 
-def _paired(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[list[float], list[float]]:
+def _compared(first: Mapping[str, float], second: Mapping[str, float], seed: int) -> GateTest:
+    """The two-sided test, without an outcome."""
     if first.keys() != second.keys() or not first:
         raise InputError(
             f"values of {len(first)} and {len(second)} queries, {len(first.keys() & second.keys())} of them in both: a "
             "paired test needs the same queries, at least one, on both sides"
         )
-    return list(first.values()), [second[query_id] for query_id in first]
-
-
-def _difference(before: list[float], after: list[float]) -> float:
-    return float(np.mean(np.array(after) - np.array(before)))
+    before, after = np.array([*first.values()]), np.array([second[query_id] for query_id in first])
+    p_value = paired_randomisation(before, after, seed=seed)
+    difference = float(np.mean(after - before))
+    return GateTest(float(before.mean()), float(after.mean()), difference, p_value, len(before), passed=False)

@@ -11,7 +11,9 @@ query. What they share:
 - The result is a scalar in the student's dtype. Half precisions are computed in float32 and only the result is
   rounded, so pass float32 logits if the digits of the loss matter.
 
-Notation: z_ij student logit, s_ij teacher score, D+ positives, D- negatives, split into D_H hard and D_I easy ones.
+Notation and arguments: z_ij student logit (``logits``); s_ij teacher score (``teacher_probabilities``: P(yes), in
+[0, 1]); t temperature, above 0, or an ``InputError`` is raised; D+ positives, D- negatives, split into D_H hard and D_I
+easy ones, each a mask [queries, passages]; D+ and D- are disjoint.
 """
 
 from __future__ import annotations
@@ -22,17 +24,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2llm.core.errors import InputError
-
-__all__ = [
-    "contrastive_imitation",
-    "feature_imitation",
-    "in_batch_cross_entropy",
-    "list_imitation",
-    "masked_mean",
-    "pair_cross_entropy",
-    "rank_imitation_hard_easy",
-    "rank_imitation_positive_hard",
-]
 
 _SMALLEST_NORM = 1e-4
 """Vectors shorter than this are not stretched to length 1: their direction is rounding noise, its gradient huge."""
@@ -61,16 +52,6 @@ def contrastive_imitation(
     A negative that the teacher considers relevant (s = 1, a false negative) contributes the constant exp(0) and is not
     pushed away. Counted: queries with a positive (one without negatives contributes its value, 0). Liao et al. 2024,
     section 3.3, contrastive imitation.
-
-    Args:
-        logits: student logits z.
-        teacher_probabilities: teacher's P(yes), s in [0, 1].
-        positive_mask: D+ of each query.
-        negative_mask: D- of each query, disjoint from D+.
-        temperature: t > 0.
-
-    Raises:
-        InputError: ``temperature`` is not above 0.
     """
     student, teacher = _under(positive_mask | negative_mask, logits, teacher_probabilities)
     scale = 1.0 / _checked_temperature(temperature)
@@ -92,17 +73,9 @@ def in_batch_cross_entropy(
     L_i = -1/|D+| sum_{j in D+} log( exp(z_ij / t) / ( exp(z_ij / t) + sum_{k in C - D+} exp(z_ik / t) ) )
 
     The other positives of a query are left out of the denominator, so that they are not pushed away. Counted: queries
-    with a positive (one without negatives contributes its value, 0). InfoNCE: van den Oord et al. 2018
+    with a positive (one without negatives contributes its value, 0). Leave passages that may be unlabelled positives
+    out of the candidates C; the positives count whether or not they are in C. InfoNCE: van den Oord et al. 2018
     (arXiv 1807.03748), equation 4.
-
-    Args:
-        logits: student logits z.
-        positive_mask: D+ of each query; its entries count whether or not they are in ``candidate_mask``.
-        candidate_mask: C of each query; leave out passages that may be unlabelled positives.
-        temperature: t > 0.
-
-    Raises:
-        InputError: ``temperature`` is not above 0.
     """
     negative_mask = candidate_mask & ~positive_mask
     (student,) = _under(positive_mask | negative_mask, logits)
@@ -119,12 +92,8 @@ def pair_cross_entropy(
 
     L = mean_{ij in M} -( p_ij log sigmoid(z_ij) + (1 - p_ij) log sigmoid(-z_ij) )
 
-    Every pair in the mask counts equally, whichever query it belongs to.
-
-    Args:
-        logits: z; 0 means that yes and no are equally likely.
-        targets: p, the probability of a yes, in [0, 1].
-        mask: M, the judged pairs.
+    Every judged pair (mask M) counts equally, whichever query it belongs to. ``targets`` p are probabilities of a yes;
+    a logit of 0 means that yes and no are equally likely.
     """
     student, target = _under(mask, logits, targets)
     losses = functional.binary_cross_entropy_with_logits(student, target, reduction="none")
@@ -148,14 +117,8 @@ def list_imitation(
     divergence of list-wise distributions: Cao et al., "Learning to Rank", ICML 2007 (ListNet); for the distillation of
     cross-encoders: Ren et al., "RocketQAv2", EMNLP 2021, section 3.2.
 
-    Args:
-        logits: student logits z.
-        teacher_log_odds: l; -inf for a passage that is certainly not relevant.
-        candidate_mask: C of each query.
-        temperature: t > 0; above 1, the teacher is treated as less certain than its log-odds say.
-
-    Raises:
-        InputError: ``temperature`` is not above 0.
+    Log-odds of -inf mean that a passage is certainly not relevant. With a temperature above 1, the teacher is treated
+    as less certain than its log-odds say.
     """
     (student,) = _under(candidate_mask, logits)
     possible = candidate_mask & (teacher_log_odds > -torch.inf)
@@ -179,12 +142,7 @@ def rank_imitation_positive_hard(
 
     Counted: queries with at least 2 entries and teacher scores that are not all equal. Constant student logits have
     correlation 0 and a finite gradient: centred logits with a norm below 1e-4 are not scaled up. Liao et al. 2024,
-    section 3.3, rank imitation.
-
-    Args:
-        logits: student logits z.
-        teacher_scores: teacher's log-odds or probabilities s; scale and offset do not matter.
-        mask: D+ and D_H of each query.
+    section 3.3, rank imitation. ``teacher_scores`` are log-odds or probabilities; scale and offset do not matter.
     """
     student, teacher = _under(mask, logits, teacher_scores)
     highest = teacher.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
@@ -207,12 +165,6 @@ def rank_imitation_hard_easy(
 
     Counted: queries with a hard and an easy negative. Memory: one row of N per hard negative of the batch, never
     Q x N x N. Liao et al. 2024, section 3.3, rank imitation.
-
-    Args:
-        logits: student logits z.
-        teacher_probabilities: teacher's P(yes), s in [0, 1].
-        hard_mask: D_H of each query.
-        easy_mask: D_I of each query.
     """
     student, teacher = _under(hard_mask | easy_mask, logits, teacher_probabilities)
     counted = hard_mask.any(dim=1) & easy_mask.any(dim=1)
@@ -239,7 +191,7 @@ def feature_imitation(
     2024, section 3.3, feature imitation.
 
     Args:
-        student_features: y^S, the interaction feature of each query with each passage of its own list.
+        student_features: y^S of each query with each passage of its own list.
         teacher_gram: cosines of the teacher's features over the same lists.
         mask: which entries of the padded lists are real.
     """

@@ -10,6 +10,10 @@ pairs, 8,315 pairs of CMNLI. It reports accuracy, AP, precision and recall, the 
 F1. Two things differ here. mteb chooses its thresholds on the pairs that it then reports, so its accuracy
 ("max_accuracy") is at least ours on the same scores; AP needs no threshold and is the same. And mteb may cut between
 pairs of equal score, which no threshold can do.
+
+A *measurer* checks and sorts its pairs once and then measures any number of resamples of them. Every function raises an
+``InputError`` if a score is not finite, the lengths differ, or there are no pairs; other errors are named where they
+occur.
 """
 
 from __future__ import annotations
@@ -25,7 +29,11 @@ from d2llm.core.errors import InputError
 
 Floats = NDArray[np.float64]
 Measurer = Callable[[NDArray[np.intp]], dict[str, float]]
-"""Measures the pairs at the given positions, which may repeat: pairs are checked and sorted once for all resamples."""
+"""Measures the pairs at the given positions, which may repeat.
+
+Raises:
+    InputError: there is no pair of one of the labels, or (graded) all judgements are the same.
+"""
 NLI_CLASSES = ("contradiction", "neutral", "entailment")
 """By ascending score: the higher the score, the more the first text entails the second."""
 
@@ -56,9 +64,10 @@ def best_threshold(scores: ArrayLike, labels: ArrayLike, *, measure: Literal["ac
         measure: what to maximise.
 
     Raises:
-        InputError: a score is not finite, the lengths differ, or there is no pair of one of the labels.
+        InputError: there is no pair of one of the labels.
     """
-    values, truth = _both_labels(scores, labels)
+    values, truth = _checked(scores, labels)
+    _require_both(int(truth.sum()), len(truth))
     order, taken, thresholds = _cuts(values)
     hits = np.concatenate([[0], np.cumsum(truth[order])])[taken]
     # Right answers are hits + (negatives - (taken - hits)); terms that are constant over the cuts are left out.
@@ -72,89 +81,21 @@ def accuracy_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float
     return float(np.mean((values >= threshold) == truth))
 
 
-def precision_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
-    """Share of matches among the pairs with score >= threshold; 0 if there are no such pairs."""
-    values, truth = _checked(scores, labels)
-    return _precision(values >= threshold, truth)
-
-
-def recall_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
-    """Share of the matches that have score >= threshold; 0 if there are no matches."""
-    values, truth = _checked(scores, labels)
-    return _recall(values >= threshold, truth)
-
-
-def f1_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
-    """Harmonic mean of precision and recall at the threshold; 0 if no match reaches it."""
-    values, truth = _checked(scores, labels)
-    return _f1(values >= threshold, truth)
-
-
-def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Mean over the matches of the precision at their score; pairs of equal score are counted together.
-
-    AP = sum_n (R_n - R_(n-1)) P_n over the distinct scores from the highest down, without interpolation.
-
-    Raises:
-        InputError: a score is not finite, the lengths differ, or there is no pair of one of the labels.
-    """
-    values, truth = _checked(scores, labels)
-    return _Sorted.of(values, truth).cuts(np.arange(len(values))).average_precision()
-
-
-def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Probability that a match scores higher than a non-match; equal scores count one half.
-
-    Raises:
-        InputError: a score is not finite, the lengths differ, or there is no pair of one of the labels.
-    """
-    values, truth = _checked(scores, labels)
-    return _Sorted.of(values, truth).cuts(np.arange(len(values))).roc_auc()
-
-
 def pearson(first: ArrayLike, second: ArrayLike) -> float:
-    """Linear correlation of two scorings [n] of the same items; 0 if one of them is constant.
-
-    Raises:
-        InputError: a number is not finite, the lengths differ, or there are no items.
-    """
+    """Linear correlation of two scorings [n] of the same items; 0 if one of them is constant."""
     return _pearson(*_paired(first, second))
 
 
-def spearman(first: ArrayLike, second: ArrayLike) -> float:
-    """Correlation of the ranks of two scorings [n], ties sharing their mean rank; 0 if one of them is constant.
+def binary_measurer(scores: ArrayLike, labels: ArrayLike, *, thresholds: tuple[float, float] | None) -> Measurer:
+    """The measures "accuracy", "F1", "AP" and "AUC" of pairs with a yes/no label.
 
-    Raises:
-        InputError: a number is not finite, the lengths differ, or there are no items.
-    """
-    left, right = _paired(first, second)
-    return _pearson(_ranks(left), _ranks(right))
-
-
-def binary_measures(
-    scores: ArrayLike, labels: ArrayLike, *, accuracy_threshold: float, f1_threshold: float
-) -> dict[str, float]:
-    """Measures "accuracy", "F1", "AP" and "AUC" of pairs with a yes/no label.
+    AP = sum_n (R_n - R_(n-1)) P_n over the distinct scores from the highest down, without interpolation. AUC is the
+    probability that a match scores higher than a non-match; equal scores count one half.
 
     Args:
         scores: [n].
         labels: [n] bool, true for a match.
-        accuracy_threshold: ``best_threshold`` of the dev split.
-        f1_threshold: ``best_threshold(..., measure="f1")`` of the dev split.
-
-    Raises:
-        InputError: a score is not finite, the lengths differ, or there is no pair of one of the labels.
-    """
-    measure = binary_measurer(scores, labels, thresholds=(accuracy_threshold, f1_threshold))
-    return measure(np.arange(len(np.asarray(scores))))
-
-
-def binary_measurer(scores: ArrayLike, labels: ArrayLike, *, thresholds: tuple[float, float] | None) -> Measurer:
-    """``binary_measures`` for resamples; if ``thresholds`` (for accuracy and F1) is None, only "AP" and "AUC".
-
-    Raises:
-        InputError: a score is not finite, the lengths differ, or there are no pairs; the measurer raises it if there
-            is no pair of one of the labels.
+        thresholds: ``best_threshold`` of the dev split for accuracy and for F1; None leaves these two out.
     """
     values, truth = _checked(scores, labels)
     pairs = _Sorted.of(values, truth)
@@ -169,22 +110,8 @@ def binary_measurer(scores: ArrayLike, labels: ArrayLike, *, thresholds: tuple[f
     return measure
 
 
-def graded_measures(scores: ArrayLike, gold: ArrayLike) -> dict[str, float]:
-    """Measures "Pearson" and "Spearman" of scores [n] with graded judgements [n].
-
-    Raises:
-        InputError: a number is not finite, the lengths differ, there are no pairs, or all judgements are the same.
-    """
-    return graded_measurer(scores, gold)(np.arange(len(np.asarray(scores))))
-
-
 def graded_measurer(scores: ArrayLike, gold: ArrayLike) -> Measurer:
-    """``graded_measures`` for resamples.
-
-    Raises:
-        InputError: a number is not finite, the lengths differ, or there are no pairs; the measurer raises it if all
-            judgements are the same.
-    """
+    """The measures "Pearson" and "Spearman" of scores [n] with graded judgements [n]; ties share their mean rank."""
     values, grades = _paired(scores, gold)
 
     def measure(rows: NDArray[np.intp]) -> dict[str, float]:
@@ -212,7 +139,7 @@ def ordinal_thresholds(scores: ArrayLike, classes: ArrayLike) -> tuple[float, fl
         (lower cut, upper cut).
 
     Raises:
-        InputError: a score is not finite, the lengths differ, or a class does not occur.
+        InputError: a class does not occur.
     """
     values, truth = _paired(scores, classes)
     for number in range(3):
@@ -227,12 +154,6 @@ def ordinal_thresholds(scores: ArrayLike, classes: ArrayLike) -> tuple[float, fl
     return float(thresholds[lower]), float(thresholds[upper])
 
 
-def ordinal_accuracy(scores: ArrayLike, classes: ArrayLike, thresholds: tuple[float, float]) -> float:
-    """Share of the pairs [n] that the two cuts of ``ordinal_thresholds`` assign to their true class 0, 1 or 2."""
-    values, truth = _paired(scores, classes)
-    return float(np.mean(ordinal_answers(values, thresholds) == truth))
-
-
 def ordinal_answers(values: Floats, thresholds: tuple[float, float]) -> NDArray[np.int_]:
     """The class 0, 1 or 2 that the two cuts assign to each score [n]."""
     lower, upper = thresholds
@@ -240,14 +161,14 @@ def ordinal_answers(values: Floats, thresholds: tuple[float, float]) -> NDArray[
 
 
 def fit_nli(scores: ArrayLike, classes: Sequence[str]) -> NliThresholds:
-    """Choose the thresholds of ``nli_measures`` on a dev split.
+    """Choose the thresholds of ``nli_measurer`` on a dev split.
 
     Args:
         scores: [n].
         classes: [n] of ``NLI_CLASSES``.
 
     Raises:
-        InputError: a score is not finite, the lengths differ, or a class is unknown or does not occur.
+        InputError: a class is unknown or does not occur.
     """
     values, numbers = _paired(scores, _nli_numbers(classes))
     for number, name in enumerate(NLI_CLASSES):
@@ -262,31 +183,19 @@ def fit_nli(scores: ArrayLike, classes: Sequence[str]) -> NliThresholds:
     )
 
 
-def nli_measures(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliThresholds) -> dict[str, float]:
+def nli_measurer(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliThresholds) -> Measurer:
     """Natural language inference from a single score; the module docstring describes the protocol.
+
+    "accuracy (entailment/contradiction)", "AP", "precision" and "recall" are without the neutral pairs, "accuracy
+    (entailment/other)" and "accuracy (3 classes)" over all pairs.
 
     Args:
         scores: [n].
         classes: [n] of ``NLI_CLASSES``.
         thresholds: ``fit_nli`` of the dev split.
 
-    Returns:
-        "accuracy (entailment/contradiction)", "AP", "precision" and "recall" without the neutral pairs; "accuracy
-        (entailment/other)" and "accuracy (3 classes)" over all pairs.
-
     Raises:
-        InputError: a score is not finite, the lengths differ, a class is unknown, or there is no entailment or no
-            contradiction.
-    """
-    return nli_measurer(scores, classes, thresholds=thresholds)(np.arange(len(classes)))
-
-
-def nli_measurer(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliThresholds) -> Measurer:
-    """``nli_measures`` for resamples.
-
-    Raises:
-        InputError: a score is not finite, the lengths differ, or a class is unknown; the measurer raises it if there
-            is no entailment or no contradiction.
+        InputError: a class is unknown.
     """
     values, numbers = _paired(scores, _nli_numbers(classes))
     decided, truth = numbers != 1, numbers == 2
@@ -299,11 +208,12 @@ def nli_measurer(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliTh
     def measure(rows: NDArray[np.intp]) -> dict[str, float]:
         decided_rows = rows[decided[rows]]
         average = pairs.cuts(decided_rows).average_precision()
+        hits = int((answers & truth)[decided_rows].sum())
         return {
             "accuracy (entailment/contradiction)": float(np.mean(right_of_two[decided_rows])),
             "AP": average,
-            "precision": _precision(answers[decided_rows], truth[decided_rows]),
-            "recall": _recall(answers[decided_rows], truth[decided_rows]),
+            "precision": hits / max(int(answers[decided_rows].sum()), 1),
+            "recall": hits / int(truth[decided_rows].sum()),
             "accuracy (entailment/other)": float(np.mean(right_of_other[rows])),
             "accuracy (3 classes)": float(np.mean(right_of_three[rows])),
         }
@@ -341,26 +251,10 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.b
     return values, numbers == 1
 
 
-def _both_labels(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
-    values, truth = _checked(scores, labels)
-    _require_both(int(truth.sum()), len(truth))
-    return values, truth
-
-
 def _require_both(num_positive: int, num_pairs: int) -> None:
     if num_positive in (0, num_pairs):
         kind = "positive" if num_positive == 0 else "negative"
         raise InputError(f"none of the {num_pairs} pairs is {kind}; a split with both labels is needed")
-
-
-def _precision(answers: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    num_answers = int(answers.sum())
-    return int((answers & truth).sum()) / num_answers if num_answers else 0.0
-
-
-def _recall(answers: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    positives = int(truth.sum())
-    return int((answers & truth).sum()) / positives if positives else 0.0
 
 
 def _f1(answers: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:

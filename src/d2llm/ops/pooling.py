@@ -31,13 +31,7 @@ def last_positions(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
 def pool(
     states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"], name: PoolingName
 ) -> Float[Tensor, "batch dim"]:
-    """The pooling that a pretrained model was trained with: mean of the tokens, the last token, or the first.
-
-    Args:
-        states: token states, right-padded.
-        mask: true for real tokens.
-        name: which pooling.
-    """
+    """The pooling of right-padded states that a model was trained with: mean of the tokens, the last, or the first."""
     if name == "first":
         return states[:, 0]
     if name == "last":

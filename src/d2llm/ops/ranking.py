@@ -20,8 +20,6 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Candidate
 from d2llm.ops.selection import ids_at, top_rows
 
-__all__ = ["kendall_tau", "reciprocal_rank_fusion", "reciprocal_rank_scores", "top_k"]
-
 _Item = TypeVar("_Item", bound=Hashable)
 
 
@@ -30,12 +28,7 @@ def top_k(
 ) -> list[tuple[str, float]]:
     """The ``k`` best (id, score), best first, equal scores by ascending id; all of them if there are fewer.
 
-    Like ``top_rows``, but returns ids and scores, accepts tensors, and checks its arguments.
-
-    Args:
-        scores: one number per item; infinities are allowed.
-        ids: the id of each item, in the order of ``scores``.
-        k: how many, at least 0.
+    Like ``top_rows``, but returns ids and scores, accepts tensors, and checks its arguments; infinities are allowed.
 
     Raises:
         InputError: k is negative, scores is not one-dimensional, the lengths differ, or a score is NaN.
@@ -100,14 +93,9 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
 
     tau_b = (concordant - discordant pairs) / sqrt(pairs untied in first * pairs untied in second).
 
-    Kendall, "The treatment of ties in ranking problems", Biometrika 33, 1945. Cost O(n^2), for short lists.
+    0 if a scoring ties every pair, because it then has no order to compare. Cost O(n^2), for short lists.
 
-    Args:
-        first: one number per item.
-        second: numbers of the same items, in the same order.
-
-    Returns:
-        tau_b; 0 if a scoring ties every pair, because it then has no order to compare.
+    Kendall, "The treatment of ties in ranking problems", Biometrika 33, 1945.
 
     Raises:
         InputError: the lengths differ or a number is NaN.

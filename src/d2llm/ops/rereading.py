@@ -54,10 +54,7 @@ class StudentError:
 def calibrate_error(scores: ArrayLike, log_odds: ArrayLike, queries: Sequence[str]) -> StudentError:
     """Fit the student's error: least squares within queries, and the residual variance within and between them.
 
-    Args:
-        scores: [pairs] the student's scores.
-        log_odds: [pairs] the teacher's log-odds of the same pairs.
-        queries: [pairs] the query of each pair.
+    The student's scores, the teacher's log-odds and the query of each pair are [pairs].
 
     Raises:
         InputError: lengths that differ, values that are not finite, fewer than two more pairs than queries, or scores
@@ -96,14 +93,8 @@ def on_one_scale(
 ) -> NDArray[np.float64]:
     """The teacher's log-odds [n] of all passages of a query: its own where it has read them, else the expected ones.
 
-    The read passages also give an estimate of the query's offset: their mean residual, shrunk by
-    n query_sigma^2 / (n query_sigma^2 + sigma^2).
-
-    Args:
-        scores: [n] the student's scores.
-        read: [m] positions of the passages that the teacher has read.
-        log_odds: [m] the teacher's log-odds of them.
-        error: the student's error.
+    The passages that the teacher has read, at the positions ``read`` [m], with ``log_odds`` [m], also give an estimate
+    of the query's offset: their mean residual, shrunk by n query_sigma^2 / (n query_sigma^2 + sigma^2).
     """
     expected = error.log_odds(scores)
     if len(read):
@@ -132,13 +123,8 @@ def reading_gains(
     A passage's gain in the DCG is its probability, and the ranking is by expected probability. Reading a passage
     replaces its expected probability by the teacher's and moves the passage to the matching place; the result is the
     mean DCG over the teacher's possible answers, minus the DCG before. It is larger the more likely the passage is to
-    swap places with its neighbours and the more those places count. 0 for passages already read.
-
-    Args:
-        log_odds: [n] as returned by ``on_one_scale``.
-        unread: [n] true for passages that the teacher has not read.
-        sigma: standard deviation of an unread passage's error.
-        top_k: how many places count, with weight 1 / log2(1 + rank).
+    swap places with its neighbours and the more those places count (1 / log2(1 + rank)). 0 for passages already read.
+    ``log_odds`` [n] are those of ``on_one_scale``, ``sigma`` is the standard deviation of an unread passage's error.
 
     Source: the knowledge gradient, Frazier et al., "A knowledge-gradient policy for sequential information collection",
     SIAM Journal on Control and Optimization 47, 2008.

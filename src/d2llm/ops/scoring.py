@@ -1,19 +1,12 @@
-"""Reference implementation of the interaction emulation module (IEM) in plain float operations.
-
-Every faster path (split first layer, bfloat16, blocks) is tested against these functions.
-Source: Liao et al., "D2LLM", ACL 2024, section 3.2; the anchored head and the rich features are additions of d2llm.
-"""
+"""The parts of the interaction (IEM) that every way of computing it shares."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-FeatureName = Literal["rich", "concat", "product", "difference"]
 
 
 class Linear(NamedTuple):
@@ -21,39 +14,6 @@ class Linear(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-
-
-def pair_features(
-    query: Float[Tensor, "*pairs dim"], passage: Float[Tensor, "*pairs dim"], name: FeatureName
-) -> Float[Tensor, "*pairs features"]:
-    """Input of the first layer for a pair: [a; b] (as in the paper), plus a * b, |a - b|, or both (rich)."""
-    parts = [query, passage]
-    if name in ("product", "rich"):
-        parts.append(query * passage)
-    if name in ("difference", "rich"):
-        parts.append((query - passage).abs())
-    return torch.cat(parts, dim=-1)
-
-
-def multilayer_perceptron(x: Float[Tensor, "*pairs in"], layers: Sequence[Linear]) -> Float[Tensor, "*pairs out"]:
-    """Linear layers with ReLU between them (none after the last)."""
-    for position, layer in enumerate(layers):
-        if position:
-            x = torch.relu(x)
-        x = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    return x
-
-
-def anchor_logit(
-    query: Float[Tensor, "*pairs dim"],
-    passage: Float[Tensor, "*pairs dim"],
-    query_map: Float[Tensor, "dim dim"],
-    passage_map: Float[Tensor, "dim dim"],
-    scale: float | Tensor,
-) -> Float[Tensor, "*pairs"]:
-    """The anchor t <U a, V b> / dim; for U = V = I and vectors of norm sqrt(dim) it is t times their cosine."""
-    inner = ((query @ query_map.T) * (passage @ passage_map.T)).sum(dim=-1)
-    return scale * inner / query.shape[-1]
 
 
 def anchored_logit(

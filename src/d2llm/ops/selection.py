@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK_NUMBERS = 1 << 23  # inner products in memory at a time: 32 MB of float32
+_BLOCK_NUMBERS = 1 << 23  # inner products in memory at a time: 32 MB of float32; at least those of one query
 
 
 def top_rows(
@@ -48,29 +48,40 @@ def top_rows(
     return rows[:top_k]
 
 
+def from_the_highest(bounds: NDArray[np.float32], first: int) -> Iterator[NDArray[np.int64]]:
+    """All rows from the highest bound to the lowest, in sorted parts: ``first`` rows, then twice as many each time.
+
+    A caller that stops early pays for a selection in O(n) and for sorting the rows it took, not for sorting all.
+
+    Args:
+        bounds: [n], no NaN; infinities are allowed.
+        first: rows of the first part, at least 1.
+    """
+    left = np.arange(len(bounds), dtype=np.int64)
+    size = first
+    while len(left):
+        size = min(size, len(left))
+        places = np.argpartition(-bounds[left], size - 1)
+        part = left[places[:size]]
+        yield part[np.argsort(-bounds[part], kind="stable")]
+        left = left[places[size:]]
+        size *= 2
+
+
 def nearest_rows(
     queries: NDArray[np.float32],
     passages: NDArray[np.float32],
     top_k: int,
     ids: Sequence[str] | None = None,
     *,
-    block_numbers: int = _BLOCK_NUMBERS,
     advance: Callable[[int], object] | None = None,
 ) -> list[NDArray[np.int64]]:
-    """The passages with the largest inner products, best first; exact, in blocks of queries.
+    """The rows of the passages [n, d] with the largest inner products with each query [q, d], best first; exact.
 
-    Args:
-        queries: [q, d].
-        passages: [n, d].
-        top_k: number of passages per query; all n if there are fewer.
-        ids: ids of the n passages, by which ties are ordered; None leaves them in row order.
-        block_numbers: inner products in memory at a time; always at least the n of one query.
-        advance: called with the number of finished queries.
-
-    Returns:
-        q arrays of min(top_k, n) row numbers.
+    Ties are ordered by ``ids``; None leaves them in row order. ``advance`` is called with the number of finished
+    queries.
     """
-    num_queries = max(1, block_numbers // max(1, len(passages)))
+    num_queries = max(1, _BLOCK_NUMBERS // max(1, len(passages)))
     ids_of = None if ids is None else partial(ids_at, ids)
     rows: list[NDArray[np.int64]] = []
     for start in range(0, len(queries), num_queries):

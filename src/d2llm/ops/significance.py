@@ -1,12 +1,17 @@
 """Significance tests and confidence intervals: is a difference more than chance, and how precise is a value?
 
-Every function creates its own random generator: the same seed gives the same resamples.
+Every function creates its own random generator: the same ``seed`` gives the same resamples. ``num_resamples`` is how
+often as many items as there are, are drawn with replacement. Values are one per query, and those of two systems are of
+the same queries in the same order. All functions raise a ``ValueError`` for numbers out of range, or nothing to
+resample.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,15 +41,6 @@ def paired_randomisation(
     flips the sign of their difference. p = (1 + #{permutations with |mean| >= |observed mean|}) /
     (1 + num_permutations).
 
-    Args:
-        first: [n] values of one system, one per query.
-        second: [n] values of the other, same queries in the same order.
-        num_permutations: random sign vectors drawn; the smallest possible p is 1 / (1 + num_permutations).
-        seed: seed of the random generator.
-
-    Raises:
-        ValueError: the lengths differ or are zero.
-
     Source: Smucker, Allan, Carterette, "A comparison of statistical significance tests for information retrieval
     evaluation", CIKM 2007, section 3.1; the added one: Phipson and Smyth 2010.
     """
@@ -69,14 +65,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The i-th smallest of m becomes the largest of (m - j + 1) * p_j over j <= i, at most 1.
 
-    Args:
-        p_values: one per test, in [0, 1].
-
-    Returns:
-        The adjusted p-values in the same order.
-
-    Raises:
-        ValueError: a value lies outside [0, 1] or is NaN.
+    Returns the adjusted p-values in the order of ``p_values``.
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6, 1979.
     """
@@ -93,16 +82,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def bootstrap_interval(
     values: ArrayLike, *, confidence: float = 0.95, num_resamples: int = 2_000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap interval of the mean over queries.
+    """Percentile bootstrap interval of the mean over queries; for a paired comparison, pass the differences.
 
-    Args:
-        values: [n] one per query.
-        confidence: share of the resampled means inside the interval, in (0, 1).
-        num_resamples: how often n queries are drawn with replacement.
-        seed: seed of the random generator.
-
-    Raises:
-        ValueError: no values, or a number out of range.
+    ``confidence`` is the share of the resampled means inside the interval, in (0, 1).
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
     """
@@ -111,83 +93,36 @@ def bootstrap_interval(
     return _percentiles(np.concatenate(blocks), confidence)
 
 
-def paired_bootstrap_interval(
-    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, num_resamples: int = 2_000, seed: int = 0
-) -> Interval:
-    """Percentile bootstrap interval of the mean of ``first - second``; both values of a query are drawn together.
-
-    Args:
-        first: [n] values of one system, one per query.
-        second: [n] values of the other, same queries in the same order.
-        confidence: as for ``bootstrap_interval``.
-        num_resamples: as for ``bootstrap_interval``.
-        seed: as for ``bootstrap_interval``.
-
-    Raises:
-        ValueError: the lengths differ or are zero, or a number is out of range.
-    """
-    left, right = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if left.shape != right.shape:
-        raise ValueError(f"{len(left)} values cannot be compared with {len(right)}: give the same queries for both")
-    return bootstrap_interval(left - right, confidence=confidence, num_resamples=num_resamples, seed=seed)
-
-
 def bootstrap_statistic(
-    statistic: Statistic, size: int, *, confidence: float = 0.95, num_resamples: int = 1_000, seed: int = 0
+    statistic: Statistic, size: int, *, num_resamples: int, seed: int
 ) -> tuple[Interval, NDArray[np.float64]]:
-    """Percentile bootstrap of a measure that is not a mean over items: average precision, F1, a correlation.
+    """95 % percentile bootstrap of a measure that is not a mean over items: average precision, F1, a correlation.
 
-    Args:
-        statistic: measures the items at the given positions. It returns NaN if a resample cannot be measured (no
-            positive drawn); such resamples are left out.
-        size: number of items.
-        confidence: share of the resampled values inside the interval, in (0, 1).
-        num_resamples: how often ``size`` items are drawn with replacement.
-        seed: seed of the random generator.
-
-    Returns:
-        The interval, and the [num_resamples] values it was computed from (including NaN).
-
-    Raises:
-        ValueError: no items, a number out of range, or every resample is NaN.
+    ``statistic`` measures the items at the given positions, of which there are ``size``. It returns NaN if a resample
+    cannot be measured (no positive drawn); such resamples are left out, and if all are, a ``ValueError`` is raised.
+    Returns the interval, and the [num_resamples] values it was computed from (including NaN).
     """
     values = np.array([statistic(row) for rows in _resamples(size, num_resamples, seed) for row in rows])
     measured = values[~np.isnan(values)]
     if not len(measured):
         raise ValueError(f"not one of {num_resamples} resamples of {size} items could be measured")
-    return _percentiles(measured, confidence), values
-
-
-def paired_bootstrap_test(
-    first: Statistic, second: Statistic, size: int, *, num_resamples: int = 1_000, seed: int = 0
-) -> float:
-    """Two-sided p-value for the difference of two measures that are not means, on the same resampled items.
-
-    p = 2 * (1 + #{resamples whose difference is 0 or has the rarer sign}) / (1 + num_resamples), at most 1. Resamples
-    that cannot be measured (NaN) are left out of both counts.
-
-    Args:
-        first: measures one system on the items at the given positions.
-        second: the other system on the same items.
-        size: number of items.
-        num_resamples: how often ``size`` items are drawn with replacement; the smallest p is 2 / (1 + num_resamples).
-        seed: seed of the random generator.
-
-    Raises:
-        ValueError: no items, num_resamples below 1, or every resample is NaN.
-
-    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 15.4 (the achieved significance
-    level from a percentile interval); the added one: Phipson and Smyth 2010.
-    """
-    drawn = (row for rows in _resamples(size, num_resamples, seed) for row in rows)
-    return resampled_p_value([first(row) - second(row) for row in drawn])
+    return _percentiles(measured, 0.95), values
 
 
 def resampled_p_value(differences: ArrayLike) -> float:
-    """``paired_bootstrap_test`` from differences [num_resamples] that were already computed on the same resamples.
+    """Two-sided p-value for the difference of two measures that are not means, from its values on the same resamples.
+
+    p = 2 * (1 + #{resamples whose difference is 0 or has the rarer sign}) / (1 + number of resamples), at most 1.
+    Resamples that cannot be measured (NaN) are left out of both counts.
+
+    Args:
+        differences: [num_resamples] values of two ``bootstrap_statistic`` with the same seed, one minus the other.
 
     Raises:
         ValueError: every difference is NaN.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 15.4 (the achieved significance
+    level from a percentile interval); the added one: Phipson and Smyth 2010.
     """
     differences = np.asarray(differences, np.float64)
     differences = differences[~np.isnan(differences)]
@@ -197,6 +132,20 @@ def resampled_p_value(differences: ArrayLike) -> float:
     above, below = int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
     other_side = len(differences) - max(above, below)
     return min(1.0, 2 * (1 + other_side) / (1 + len(differences)))
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Student's t interval (95 %) of the mean over few repetitions, such as the seeds of a training.
+
+    mean +- t(n - 1) s / sqrt(n); None for fewer than two values. It assumes independent, roughly normal values. For a
+    paired comparison, pass the differences. s is the standard deviation with n - 1 in the denominator.
+    """
+    from scipy.special import stdtrit  # slow to import
+
+    if len(values) < 2:
+        return None
+    half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
+    return Interval(fmean(values) - half, fmean(values) + half)
 
 
 def _resamples(size: int, num_resamples: int, seed: int) -> Iterator[Indices]:

@@ -10,7 +10,7 @@ Calibration of Modern Neural Networks", ICML 2017.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,6 @@ from d2llm.core.errors import InputError
 from d2llm.ops.calibration import sigmoid
 
 DEFAULT_L2 = 1e-3
-_MAX_STEPS, _SMALL_GRADIENT = 200, 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,43 +53,26 @@ def fit_logistic(
 ) -> tuple[Float64[np.ndarray, " members"], float]:
     """Weights w >= 0 and bias b that minimise  mean_i [log(1 + exp(f_i)) - t_i f_i] + l2 / 2 |w|^2,  f = scores w + b.
 
-    Args:
-        scores: [pairs, members], with columns of similar scale.
-        targets: [pairs] in [0, 1].
-        l2: at least 0; the bias is not regularised.
-
-    Returns:
-        Weights [members] and bias.
-
-    Source: projected Newton, Bertsekas, "Projected Newton methods for optimization problems with simple constraints",
-    SIAM Journal on Control and Optimization 20, 1982.
+    ``scores`` are [pairs, members], with columns of similar scale, ``targets`` [pairs] in [0, 1]. The bias is not
+    regularised.
     """
+    from scipy.optimize import minimize  # slow to import
+
     columns = np.asarray(scores, np.float64)
     target_probabilities = np.asarray(targets, np.float64)
     num_pairs, num_members = columns.shape
     design = np.column_stack((columns, np.ones(num_pairs)))  # the bias is the last parameter
     shrinking = np.array([l2] * num_members + [0.0])
-    lowest = np.array([0.0] * num_members + [-np.inf])
 
-    def loss(at: NDArray[np.float64]) -> float:
+    def loss(at: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         logits = design @ at
-        return float(np.mean(np.logaddexp(0, logits) - target_probabilities * logits) + shrinking @ at**2 / 2)
+        value = float(np.mean(np.logaddexp(0, logits) - target_probabilities * logits) + shrinking @ at**2 / 2)
+        return value, design.T @ (sigmoid(logits) - target_probabilities) / num_pairs + shrinking * at
 
-    parameters = np.zeros(num_members + 1)
-    for _ in range(_MAX_STEPS):
-        probabilities = sigmoid(design @ parameters)
-        gradient = design.T @ (probabilities - target_probabilities) / num_pairs + shrinking * parameters
-        free = (parameters > lowest) | (gradient < 0)
-        if np.abs(gradient[free]).max(initial=0.0) < _SMALL_GRADIENT:
-            break
-        curvature = (design.T * (probabilities * (1 - probabilities))) @ design / num_pairs + np.diag(shrinking)
-        # Duplicate or constant columns make it singular: any of the best points will do.
-        step = np.zeros_like(parameters)
-        step[free] = -np.linalg.solve(curvature[np.ix_(free, free)] + 1e-10 * np.eye(int(free.sum())), gradient[free])
-        reached = _search(loss, parameters, gradient, step, lowest)
-        if reached is None:  # as low as rounding allows
-            break
-        parameters = reached
+    bounds: list[tuple[float | None, None]] = [(0, None)] * num_members + [(None, None)]
+    exactly = {"ftol": 0, "gtol": 1e-9, "maxiter": 10_000, "maxcor": 30}
+    solution = minimize(loss, np.zeros(num_members + 1), jac=True, method="L-BFGS-B", bounds=bounds, options=exactly)
+    parameters = np.asarray(solution.x, np.float64)
     return parameters[:-1], float(parameters[-1])
 
 
@@ -133,16 +115,11 @@ def out_of_fold_log_odds(
 ) -> Float64[np.ndarray, " pairs"]:
     """The log-odds of every pair from a stack that was fitted without the pair's group: an unbiased estimate.
 
-    Args:
-        scores: [pairs, members].
-        labels: [pairs] bool.
-        groups: [pairs] pairs of one group (the query's id) stay in one fold.
-        l2: see ``fit_stack``.
-        num_folds: number of folds of whole groups; fewer if there are fewer groups.
-        seed: seed of the random assignment of groups to folds.
+    Pairs of one group (the query's id) stay in one of ``num_folds`` folds, to which ``seed`` assigns the groups at
+    random. There are fewer folds if there are fewer groups. Other arguments and errors: ``fit_stack``.
 
     Raises:
-        InputError: only one group, or as for ``fit_stack``.
+        InputError: there is only one group.
     """
     values, truth = _checked(scores, labels)
     names = sorted(set(groups))
@@ -156,23 +133,6 @@ def out_of_fold_log_odds(
         left_out = folds == fold
         log_odds[left_out] = fit_stack(values[~left_out], truth[~left_out], l2=l2).log_odds(values[left_out])
     return log_odds
-
-
-def _search(
-    loss: Callable[[NDArray[np.float64]], float],
-    start: NDArray[np.float64],
-    gradient: NDArray[np.float64],
-    step: NDArray[np.float64],
-    lowest: NDArray[np.float64],
-) -> NDArray[np.float64] | None:
-    """Backtracking line search: the first point along the projected step that lowers the loss enough, or None."""
-    before, factor = loss(start), 1.0
-    while factor > 1e-12:
-        reached = np.maximum(start + factor * step, lowest)
-        if loss(reached) < before + 1e-4 * float(gradient @ (reached - start)):
-            return reached
-        factor /= 2
-    return None
 
 
 def _soft_targets(truth: NDArray[np.bool_]) -> Float64[np.ndarray, " pairs"]:

@@ -68,10 +68,6 @@ class AnnReport:
     bytes_per_passage: float
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class _TuningQueries:

@@ -1,11 +1,14 @@
-"""Candidate sources: they propose passages of an index for scoring."""
+"""Candidate sources: they propose passages of an index for scoring.
+
+``propose`` returns at most ``top_k`` rows, best first; ``anchor`` [dim] is the query's vector for inner products. The
+``name`` of a source appears in explanations. To add one, write a class like those below and create it in ``Searcher``.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +19,6 @@ from d2llm.store.ann import AnnSearch
 from d2llm.store.view import CandidateRows, PassageView
 
 _log = logging.getLogger(__name__)
-
-
-class CandidateSource(Protocol):
-    """Proposes passages for a query. To add a source, write a class like those below and create it in ``Searcher``."""
-
-    @property
-    def name(self) -> str:
-        """The source's name in explanations."""
-        ...
-
-    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
-        """At most ``top_k`` rows, best first. ``anchor`` [dim] is the query's vector for inner products."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +77,6 @@ class LexicalSource:
         """The rows that BM25 finds."""
         del anchor
         return self.index.match(query.text, top_k, self.filter, ties=self.ties)
+
+
+CandidateSource = VectorSource | AnnSource | LexicalSource

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,21 +39,6 @@ class Reread:
     seconds: float
     num_truncated: int
     out_of_time: bool
-
-
-class Rereader(Protocol):
-    """Reorders the student's ranking by a teacher's scores of some of the passages."""
-
-    def rerank(
-        self,
-        query: str,
-        scores: NDArray[np.float32],
-        texts: Callable[[NDArray[np.int64]], Sequence[str]],
-        task: Task,
-        top_k: int = DEFAULT_TOP_K,
-    ) -> Reread:
-        """Reread some of the passages that the student scored [n]; ``texts`` returns full texts by place."""
-        ...
 
 
 class Cascade:
@@ -242,6 +226,10 @@ class TeacherReading:
             now[unread] -= max(0.0, float(now[unread[0]] - teacher_log_odds.min()))
         unsure, out_of_time = np.zeros(0, np.int64), len(read) < len(to_read)
         return Reread(now, read, teacher_log_odds, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
+
+
+Rereader = Cascade | TeacherReading
+"""Reorders the student's ranking by a teacher's scores of some of the passages."""
 
 
 def judge_passages(judge: Judge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
@@ -44,10 +43,6 @@ class EncodeReport:
     vector_bytes_per_passage: int
     bytes_per_passage: float
     num_blank: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self) | {"folder": str(self.folder)}
 
 
 def encode(
@@ -88,7 +83,12 @@ def encode(
         IndexLockedError: after encoding, another process is writing to the index at ``folder``.
     """
     folder = Path(folder)
-    _check_target(folder, overwrite=overwrite)
+    check_replaceable(folder, KIND)
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise InputError(
+            f"{folder}: already holds an index; give another folder, or replace it (--overwrite; in Python, "
+            "overwrite=True)"
+        )
     make_format(vector_format, student.vector_dim)
     windows = window_format(student, task, window_vectors)
     if isinstance(corpus, str | Path):
@@ -152,14 +152,3 @@ def _no_other_writer(folder: Path) -> AbstractContextManager[None]:
         return IndexStore.open(folder).locked()
     except InputError:  # there is no index, or none that can be written
         return nullcontext()
-
-
-def _check_target(folder: Path, *, overwrite: bool) -> None:
-    check_replaceable(folder, KIND)
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(
-            f"{folder}: already holds an index; give another folder, or replace it (--overwrite; in Python, "
-            "overwrite=True)"
-        )

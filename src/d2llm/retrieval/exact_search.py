@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Certificate, Task
-from d2llm.ops.certificates import from_the_highest
-from d2llm.ops.selection import top_rows
+from d2llm.ops.selection import from_the_highest, top_rows
 from d2llm.retrieval.protocols import BoundedStudent, PairScorer, SearchStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
@@ -84,18 +83,12 @@ def certified_top_k(
     If the student's score has no bound (head ``paper``, or a student without ``prepare``), every passage is scored.
     If the interaction has no weight, the index's exact scan is the answer. Memory: a few float32 numbers per row.
 
-    Args:
-        view: the index at one version.
-        student: the student that made the index.
-        query_vector: [dim].
-        task: which branch of the IEM to use.
-        top_k: at least 1; if it exceeds the corpus, every passage is ranked.
-        allowed: [capacity], the rows that pass a filter; None allows all.
-        budget_ms: time limit of the search; ``certificate.proved`` tells how many places are certain by then. One scan
-            of the vectors and the first ``top_k`` scores are always computed, so the ranking always has
-            min(k, matching) places.
-        reaches: a cache of values for all rows of this view, read and filled by this search.
-        evidence: the query's evidence (``row_evidence``), if the student's score has any.
+    If ``top_k`` exceeds the corpus, every passage is ranked. ``allowed`` [capacity] marks the rows that pass a filter;
+    None allows all. ``reaches`` caches values for all rows of this view: this search reads and fills it. ``evidence``
+    is the query's, if the student's score has any.
+
+    ``budget_ms`` limits the time; ``certificate.proved`` tells how many places are certain by then. One scan of the
+    vectors and the first ``top_k`` scores are always computed, so the ranking always has min(k, matching) places.
 
     Raises:
         InputError: ``top_k`` is below 1, or the budget is negative or NaN.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -18,10 +18,9 @@ from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import EngineName, Passage, Query, Ranking, Task
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
-from d2llm.store import listing
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
-from d2llm.store.listing import ListedDocument
+from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.side_files import Chunking, read_chunking
 from d2llm.store.stored_vectors import VectorCopies
@@ -283,21 +282,11 @@ class Index:
     ) -> DocumentsReport:
         """Add or update texts of any length; long ones are split into passages.
 
-        The index stores its chunking and refuses documents with a different one.
-
-        Args:
-            documents: consumed as a stream.
-            chunking: how to split; None uses the index's chunking, or the default for its first documents.
-            only_new: refuse documents that already exist.
-            lenient_metadata: drop metadata values that do not fit, and count them.
-            num_documents: number of documents, for the progress bar.
-            show_progress: None shows progress if standard error is a terminal.
+        The index stores its chunking and refuses documents with a different one; ``chunking`` None uses the index's, or
+        the default for its first documents. Other arguments and errors are those of ``upsert``, for documents.
 
         Raises:
-            DuplicateIdError: two documents share an id, or one already exists (``only_new``).
             InputError: the index has a different chunking, or as for ``upsert`` or ``Chunker``.
-            IndexLockedError: another process is writing.
-            StorageError: the index cannot be written; blocks already written are kept.
         """
         from d2llm.retrieval.chunking import Chunker, choose_chunking, upsert_documents
 
@@ -337,7 +326,7 @@ class Index:
             IndexLockedError: another process is writing.
         """
         with self.store.writing():
-            ids_by_document = listing.passages_of(self.store.table(), list(ids))
+            ids_by_document = self.store.table().pieces_of(list(ids))
             passage_ids = [passage_id for pieces in ids_by_document.values() for passage_id in pieces]
             return self.delete(passage_ids) if passage_ids else 0
 
@@ -371,7 +360,7 @@ class Index:
         """
         return self.view.document(document_id)
 
-    def list_passages(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
+    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
         """One page of passage ids, in order: the first ``limit`` ids after ``cursor``.
 
         Raises:
@@ -379,7 +368,7 @@ class Index:
         """
         return self.view.list_passages(cursor, limit)
 
-    def list_documents(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
+    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
         """Like ``list_passages``, for documents with passage counts; a passage without a document counts as one."""
         return self.view.list_documents(cursor, limit)
 
@@ -432,22 +421,21 @@ class Index:
         with ExitStack() as stack:
             from d2llm.retrieval.reading import read_windows
 
-            advances: list[Advance] = []  # at most one, made when there is something to encode
-            windows: list[Advance] = []
+            @cache
+            def bar(title: str) -> Advance:  # made when there is something to encode
+                return stack.enter_context(progress_bar(title, None, show=show_progress))
 
             def encode(passages: Sequence[Passage]) -> NDArray[np.float32]:
-                if not advances:
-                    advances.append(stack.enter_context(progress_bar("encoding again", None, show=show_progress)))
+                advance = bar("encoding again")
                 encoded = self.student.encode_passages([passage.full_text for passage in passages])
-                advances[0](len(passages))
+                advance(len(passages))
                 return encoded.vectors
 
             def encode_windows(texts: Sequence[str]) -> ReadWindows:
-                if not windows:
-                    windows.append(stack.enter_context(progress_bar("reading windows again", None, show=show_progress)))
-                windows_read = read_windows(self.student, texts)
-                windows[0](len(texts))
-                return windows_read
+                advance = bar("reading windows again")
+                windows = read_windows(self.student, texts)
+                advance(len(texts))
+                return windows
 
             report = verify(self.store, repair=repair, go_back=go_back, encode=encode, encode_windows=encode_windows)
         self.refresh()

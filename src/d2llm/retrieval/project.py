@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,10 +34,6 @@ class ProjectReport:
     bytes_per_row: int
     num_bytes: int
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self)
 
 
 def project(store: IndexStore, student: SearchStudent, *, show_progress: bool | None = False) -> ProjectReport:

@@ -140,11 +140,6 @@ class ProjectingStudent(Protocol):
     """A ``SearchStudent`` for which part of the score depends on the passage alone (``Student`` is one)."""
 
     @property
-    def fingerprint(self) -> str:
-        """Hash that identifies the student."""
-        ...
-
-    @property
     def can_project(self) -> bool:
         """Whether this student's head has such a part."""
         ...

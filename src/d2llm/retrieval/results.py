@@ -90,12 +90,7 @@ def group_passages(
     probabilities, reported as a logarithm: log sum exp(score). Odds are used because probabilities near 1 hide which
     passage is better, and the logarithm so that a document of one passage has that passage's score, as with ``best``.
 
-    Args:
-        scores: [n] of passages, log-odds or logits.
-        best_first: [n] places of the passages, best first.
-        documents: [n] document id of each passage.
-        how: ``best`` or ``sum``.
-        num_parts: maximum number of passages summed per document.
+    The passages [n] have the ``scores`` (log-odds or logits), belong to ``documents``, and are in order ``best_first``.
 
     Source: Dai and Callan, "Deeper Text Understanding for IR with Contextual Neural Language Modeling", SIGIR 2019,
     section 3.

@@ -115,15 +115,6 @@ def weights_for(
     return evidence_weights(student, task, windows=False)
 
 
-def row_evidence(
-    index: PassageView, text: str, weights: EvidenceWeights, anchor: NDArray[np.float32] | None
-) -> RowEvidence | None:
-    """The index's evidence for a query, or None; ``anchor`` [dim] is the query's vector for inner products."""
-    if not weights:
-        return None
-    return RowEvidence(index, text, weights, anchor)
-
-
 def scored_list(
     own: NDArray[np.float32],
     words: WordIndex,

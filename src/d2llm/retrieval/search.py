@@ -16,17 +16,12 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import IdRanking, Query, Ranking, Task
 from d2llm.ops.ranking import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
-from d2llm.retrieval.candidates import (
-    AnnSource,
-    CandidateSource,
-    LexicalSource,
-    VectorSource,
-)
+from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
 from d2llm.retrieval.cascade import Rereader
 from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
-from d2llm.retrieval.row_evidence import RowEvidence, row_evidence, weights_for
+from d2llm.retrieval.row_evidence import RowEvidence, weights_for
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.settings import SearchSettings, changed
 from d2llm.store.view import CandidateRows, PassageView
@@ -99,7 +94,10 @@ class _PreparedQuery:
 
 
 class Searcher:
-    """``search`` for many calls: work that does not depend on the queries is done once. Arguments: see ``search``."""
+    """``search`` for many calls: work that does not depend on the queries is done once. Arguments: see ``search``.
+
+    ``weights`` are those of the evidence in the scores.
+    """
 
     def __init__(
         self,
@@ -122,8 +120,8 @@ class Searcher:
         self._student = student
         self._task: Task = self.settings.task or index.task
         self._allowed = index.select(self.settings.filter)
-        self._weights = weights_for(index, student, self._task, self.settings.evidence)
-        names = self.settings.proposers(counts_words=self.counts_words)
+        self.weights = weights_for(index, student, self._task, self.settings.evidence)
+        names = self.settings.proposers(counts_words=self.weights.counts_words)
         by_vectors = not {"vectors", "ann"}.isdisjoint(names)
         self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
         self._reaches = reaches or KeptReaches()
@@ -139,29 +137,18 @@ class Searcher:
         in_order = cascade is None and self.settings.hybrid is None
         self._in_students_order = in_order and self.settings.group == "passage"
 
-    @property
-    def counts_words(self) -> bool:
-        """Whether the scores include word evidence."""
-        return self._weights.counts_words
-
-    @property
-    def counts_windows(self) -> bool:
-        """Whether the scores include the vectors of windows."""
-        return self._weights.counts_windows
-
     def rank(
         self,
         queries: Sequence[Query] | Sequence[str],
         *,
         vectors: NDArray[np.float32] | None = None,
         show_progress: bool | None = False,
-        title: str = "searching",
     ) -> list[Ranking]:
-        """Rank the passages for each query; ``title`` labels the progress bar.
+        """Rank the passages for each query.
 
         If ``vectors`` [n, dim] are given, the queries are not encoded, and no ranking is marked as ``truncated``.
         """
-        prepared = self._prepare(queries, vectors, show_progress, title)
+        prepared = self._prepare(queries, vectors, show_progress, "searching")
         return [replace(self._shown(one), truncated=truncated) for one, truncated in prepared]
 
     def rank_ids(
@@ -171,7 +158,10 @@ class Searcher:
         show_progress: bool | None = False,
         title: str = "searching",
     ) -> list[IdRanking]:
-        """Like ``rank``, without reading the passages' texts: for long rankings that only a measure will see."""
+        """Like ``rank``, without reading the passages' texts: for long rankings that only a measure will see.
+
+        ``title`` labels the progress bar.
+        """
         rankings: list[IdRanking] = []
         for prepared, truncated in self._prepare(queries, None, show_progress, title):
             order = self._order(prepared)
@@ -222,7 +212,7 @@ class Searcher:
         """Queries ready to be ranked, after one shared scan for all of them if the exact scan is a source."""
         begin = time.perf_counter()
         evidence = [
-            row_evidence(self._index, query.text, self._weights, anchor)
+            RowEvidence(self._index, query.text, self.weights, anchor) if self.weights else None
             for query, anchor in zip(queries, anchors, strict=True)
         ]
         scorers: Sequence[RowScorer | None] = [None] * len(queries)

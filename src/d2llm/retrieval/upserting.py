@@ -6,10 +6,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -63,10 +62,6 @@ class UpsertReport:
     def num_encoded(self) -> int:
         """Number of passages that the student encoded."""
         return self.num_added + self.num_updated
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self) | {"folder": str(self.folder), "left_out": dict(self.left_out)}
 
 
 def upsert_passages(

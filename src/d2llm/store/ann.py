@@ -27,7 +27,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.ops.selection import top_rows
 from d2llm.store.checksums import read_checked, write_checked
@@ -86,10 +85,6 @@ class AnnRecord:
     recalls: list[dict[str, float]]
     num_bytes: int = 0
     checksum: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +194,7 @@ class AnnSearch:
             InputError: the query has another width or is not finite.
         """
         ann, query = self._ann, np.ascontiguousarray(query, np.float32)
-        if query.shape != (ann.base.format.dim,) or not np.isfinite(query).all():
-            raise InputError(f"the query vector must be {ann.base.format.dim} finite numbers, not {query.shape}")
+        ann.base.scan.check(query, top_k)
         num_probes = self.num_probes(query, top_k)
         if num_probes is None:
             return None
@@ -265,7 +259,7 @@ def write_ann(ann: AnnIndex) -> AnnRecord:
         os.fsync(file.fileno())
     record = replace(ann.record, num_bytes=draft.stat().st_size, checksum=_checksum(draft))
     draft.replace(path)
-    write_checked(path.with_suffix(".json"), record.to_json())
+    write_checked(path.with_suffix(".json"), asdict(record))
     remove_other_anns(path.parent, ann.base.generation)
     return record
 
@@ -278,11 +272,7 @@ def remove_other_anns(folder: Path, generation: int) -> None:
 
 
 def _read_record(base: AnnBase) -> AnnRecord:
-    """The record, after checking that it and the file fit these vectors.
-
-    Raises:
-        ValueError: they do not fit; the message says why.
-    """
+    """The record, after checking that it and the file fit these vectors; if not, a ``ValueError`` says why."""
     record = read_record(base.path)
     if (record.student, record.vector_format, record.since) != (base.student, base.format.name, base.since):
         raise ValueError("it was built over other vectors; build it again")
@@ -293,11 +283,7 @@ def _read_record(base: AnnBase) -> AnnRecord:
 
 
 def read_record(path: Path) -> AnnRecord:
-    """The record beside the file of an approximate index.
-
-    Raises:
-        OSError, ValueError: the record cannot be read.
-    """
+    """The record beside the file of an approximate index; ``OSError`` or ``ValueError`` if it cannot be read."""
     values = read_checked(path.with_suffix(".json"))
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(AnnRecord)}:
         raise ValueError("its record has other fields than this version of d2llm writes; build it again")
@@ -305,11 +291,7 @@ def read_record(path: Path) -> AnnRecord:
 
 
 def check_file(path: Path, record: AnnRecord) -> None:
-    """Compare the file with its checksum.
-
-    Raises:
-        OSError, ValueError: the file is missing or damaged.
-    """
+    """Raise an ``OSError`` or ``ValueError`` if the file is missing or damaged."""
     if path.stat().st_size != record.num_bytes or _checksum(path) != record.checksum:
         raise ValueError("the file is not what was written; build it again")
 

@@ -316,13 +316,8 @@ class WordIndex:
     def best(self, query: QueryWords, num: int, *, allowed: NDArray[np.bool_] | None = None) -> tuple[_Rows, _Scores]:
         """The live rows with the ``num`` highest scores above 0, plus those tied with the last, in no order.
 
-        Args:
-            query: from ``query``.
-            num: how many, at least 1.
-            allowed: [rows], true for rows that may be returned; by default all.
-
-        Returns:
-            Rows and their scores, bit-identical to those of ``scores``.
+        ``allowed`` [rows] is true for rows that may be returned; by default all are. The scores are bit-identical to
+        those of ``scores``.
         """
         best_rows = [np.zeros(0, np.int64)]
         values = [np.zeros(0, np.float32)]
@@ -378,13 +373,10 @@ class WordIndex:
     def _score_codes(
         self, query: QueryWords, sizes: _Rows, codes: NDArray[np.int16], norms: _Scores
     ) -> tuple[_Scores, _Scores]:
-        """Scores of rows and of their best windows.
+        """Scores of rows [n] and of their best windows [n], for a query with at most 32,767 distinct terms.
 
-        Args:
-            query: with at most 32,767 distinct terms.
-            sizes: [n] number of tokens of each row.
-            codes: the tokens of all rows: index of the query term, ``_OTHER``, or ``_SENTENCE_END``.
-            norms: [n].
+        ``sizes`` [n] are the rows' numbers of tokens; ``codes`` are the tokens of all rows: index of the query term,
+        ``_OTHER``, or ``_SENTENCE_END``.
         """
         ends = np.flatnonzero(codes == _SENTENCE_END)
         lengths = np.diff(ends, prepend=-1) - 1
@@ -409,11 +401,7 @@ class WordIndex:
 def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], top_k: int) -> Iterator[list[Candidate]]:
     """For each query, the best passages of an index in memory, best first, ties by id, without those that score 0.
 
-    Args:
-        index: the index of the passages.
-        ids: passage ids, in row order.
-        texts: queries.
-        top_k: maximum number of passages per query, at least 1.
+    ``ids`` are those of the passages, in row order; ``top_k`` is at least 1.
     """
     for text in texts:
         rows, scores = index.best(index.query(text), top_k)

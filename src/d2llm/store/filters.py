@@ -24,11 +24,19 @@ from decimal import Decimal
 from difflib import get_close_matches
 from typing import cast
 
-from sqlglot import Expr, ParseError, Parser, Token, exp
+from sqlglot import Expr, ParseError, Parser, Token, TokenError, Tokenizer, TokenType, exp
 
 from d2llm.core.errors import FilterError
-from d2llm.store.filter_tokens import MAX_DEPTH, located, read_tokens, short
-from d2llm.store.schema import FieldType, MetadataSchema, parse_timestamp
+from d2llm.store.schema import FILTER_WORDS, FieldType, MetadataSchema, parse_timestamp
+
+MAX_LENGTH = 50_000
+"""Maximum characters of a filter: enough for a thousand long ids, and parsed within a second."""
+
+MAX_DEPTH = 16
+"""Maximum nesting of parentheses, plus the consecutive NOTs before the innermost.
+
+sqlglot parses them recursively; LanceDB accepted 40 and refused 60.
+"""
 
 MAX_COMPARISONS = 1_000
 MAX_VALUES = 10_000
@@ -44,6 +52,23 @@ _PASSAGE_FIELDS: dict[str, FieldType] = {
     "position": "integer",
 }
 
+_SIGNS = {
+    TokenType.EQ,
+    TokenType.NEQ,
+    TokenType.LT,
+    TokenType.LTE,
+    TokenType.GT,
+    TokenType.GTE,
+    TokenType.L_PAREN,
+    TokenType.R_PAREN,
+    TokenType.COMMA,
+    TokenType.DASH,
+    TokenType.NUMBER,
+    TokenType.STRING,
+    TokenType.IDENTIFIER,
+}
+
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _PATTERN = re.compile(r"(?:[^\\]|\\[\\%_])*", re.DOTALL)
 
@@ -79,9 +104,7 @@ class Filter:
 def parse_filter(text: str, schema: MetadataSchema) -> Filter:
     """Check a filter and translate it into SQL for LanceDB.
 
-    Args:
-        text: the filter, in the language of this module.
-        schema: the metadata fields of the index; ``id``, ``title``, ``document_id`` and ``position`` always exist.
+    It may name the metadata fields of ``schema``, and ``id``, ``title``, ``document_id`` and ``position``.
 
     Raises:
         FilterError: the filter cannot be parsed, is too long or nested too deeply, names an unknown field, or compares
@@ -89,14 +112,62 @@ def parse_filter(text: str, schema: MetadataSchema) -> Filter:
     """
     writer = _Writer(text, {**_PASSAGE_FIELDS, **schema.fields})
     try:
-        tree = _parse(text, read_tokens(text))
+        tree = _parse(text, _read_tokens(text))
         sql, depth = writer.condition(tree, negated=False)
     except RecursionError:  # the caller may have used up most of the stack
         depth = math.inf
         sql = ""
     if depth > 2 * MAX_DEPTH:
-        raise FilterError(f"filter {short(text)}: it is nested too deeply; use fewer parentheses")
+        raise FilterError(f"filter {_short(text)}: it is nested too deeply; use fewer parentheses")
     return Filter(text, sql, frozenset(writer.used))
+
+
+def _read_tokens(text: str) -> list[Token]:
+    """The tokens of a filter, all of allowed kinds; words that are not keywords become quoted identifiers."""
+    if len(text) > MAX_LENGTH:
+        raise FilterError(f"a filter has at most {MAX_LENGTH} characters, this one has {len(text)}; split it")
+    try:
+        text.encode()
+        tokens = Tokenizer().tokenize(text)
+    except UnicodeEncodeError as error:
+        raise _located(text, error.start, error.end, "half of a surrogate pair is not valid text; remove it") from None
+    except TokenError:
+        raise FilterError(f"filter {_short(text)}: a quote is opened but not closed") from None
+    if not tokens:
+        raise FilterError("the filter is empty; leave it out to find everything")
+    checked = [
+        _check_token(text, token, following) for token, following in zip(tokens, [*tokens[1:], None], strict=True)
+    ]
+    _check_depth(text, checked)
+    return checked
+
+
+def _check_token(text: str, token: Token, following: Token | None) -> Token:
+    kind, start, end = token.token_type, token.start, token.end + 1
+    if token.comments:
+        raise FilterError(f"filter {_short(text)}: a filter has no comments; leave out -- and /* */")
+    if kind in _SIGNS:
+        if kind is TokenType.DASH and (following is None or following.token_type is not TokenType.NUMBER):
+            raise _located(text, start, end, "a minus sign is allowed only before a number")
+        if kind is not TokenType.IDENTIFIER:
+            return token
+    elif token.text.upper() in FILTER_WORDS:
+        return token
+    elif not _WORD.fullmatch(token.text):
+        raise _located(text, start, end, "this character is not allowed in a filter; put text in single quotes")
+    if following is not None and following.token_type is TokenType.L_PAREN:
+        raise _located(text, start, end, "a filter has no functions; compare a field with a value")
+    return Token(TokenType.IDENTIFIER, token.text, token.line, token.col, token.start, token.end)
+
+
+def _check_depth(text: str, tokens: Sequence[Token]) -> None:
+    parentheses = nots = 0
+    for token in tokens:
+        parentheses += (token.token_type is TokenType.L_PAREN) - (token.token_type is TokenType.R_PAREN)
+        nots = nots + 1 if token.token_type is TokenType.NOT else 0
+        if parentheses + nots > MAX_DEPTH:
+            problem = f"more than {MAX_DEPTH} nested parentheses and NOTs; use fewer"
+            raise _located(text, token.start, token.end + 1, problem)
 
 
 def _parse(text: str, tokens: list[Token]) -> Expr:
@@ -106,11 +177,11 @@ def _parse(text: str, tokens: list[Token]) -> Expr:
         where = error.errors[0] if error.errors else {}
         near = where.get("highlight") or text
         raise FilterError(
-            f"filter, at {short(near)}: this cannot be read; write conditions such as year >= 2020, "
+            f"filter, at {_short(near)}: this cannot be read; write conditions such as year >= 2020, "
             "joined by AND and OR, with text in single quotes"
         ) from None
     if len(trees) != 1 or trees[0] is None:
-        raise FilterError(f"filter {short(text)}: it must be a single condition")
+        raise FilterError(f"filter {_short(text)}: it must be a single condition")
     return trees[0]
 
 
@@ -230,7 +301,7 @@ class _Writer:
         if name not in self.columns:
             raise self.error(
                 column,
-                f"there is no field {short(name)};{self.nearest(name)} the fields are "
+                f"there is no field {_short(name)};{self.nearest(name)} the fields are "
                 f"{', '.join(sorted(self.columns))}; put text in single quotes",
             )
         if expected is not None and self.columns[name] != expected:
@@ -267,10 +338,10 @@ class _Writer:
 
     def piece(self, node: object) -> str:
         start, end = self.span(node)
-        return short(self.text[start:end])
+        return _short(self.text[start:end])
 
     def error(self, node: Expr, problem: str) -> FilterError:
-        return located(self.text, *self.span(node), problem)
+        return _located(self.text, *self.span(node), problem)
 
 
 def _write(kind: FieldType, value: object, bits: int) -> str | None:
@@ -329,3 +400,14 @@ def _join(parts: Sequence[tuple[str, int]], word: str) -> tuple[str, int]:
     half = len(parts) // 2
     (left, left_depth), (right, right_depth) = _join(parts[:half], word), _join(parts[half:], word)
     return f"({left} {word} {right})", max(left_depth, right_depth) + 1
+
+
+def _short(text: str) -> str:
+    """A piece of a filter for a message: quoted, with invisible characters escaped, and shortened."""
+    text = repr(text)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _located(text: str, start: int, end: int, problem: str) -> FilterError:
+    """An error about the piece ``text[start:end]``."""
+    return FilterError(f"filter, character {start + 1}, {_short(text[start:end])}: {problem}")

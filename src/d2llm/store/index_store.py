@@ -129,15 +129,18 @@ class IndexStore:
             VectorFile.create(draft, 0, code_size)
             if windows is not None:
                 create_windows(draft, 0, windows)
-            student = {"student": student_fingerprint, "student_config": dict(student_config or {})}
-            vectors = {
+            content = {
+                "student": student_fingerprint,
+                "student_config": dict(student_config or {}),
+                "student_source": student_source,
+                "task": task,
                 "dim": dim,
                 "vector_format": vector_format,
                 "vector_copies": vector_copies,
                 "window_format": window_format,
+                "snapshot": None,
             }
-            content = {"student_source": student_source, "task": task, **vectors, "snapshot": None}
-            write_index_manifest(draft, vector_copies, student | content)
+            write_index_manifest(draft, vector_copies, content)
             TableFiles(draft).commit()
         return cls.open(folder)
 
@@ -182,11 +185,7 @@ class IndexStore:
         return MetadataSchema.from_arrow(self.table().metadata_fields)
 
     def check_student(self, fingerprint: str) -> None:
-        """Check that the vectors were made by the student with this fingerprint.
-
-        Raises:
-            IndexMismatchError: another student made them.
-        """
+        """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
         if fingerprint != self.manifest["student"]:
             maker = name_student(self.manifest["student"], self.manifest.get("student_source"))
             raise IndexMismatchError(
@@ -347,11 +346,7 @@ class IndexStore:
         return word_files.open_words(self.folder, generation, num_rows, self._texts_of(table), whole=whole)
 
     def windows(self, table: PassageTable, capacity: int | None = None) -> WindowVectors:
-        """The window vectors of the first ``capacity`` rows (default: those of the version), if the index has them.
-
-        Raises:
-            DataFormatError: they are missing or damaged.
-        """
+        """The window vectors of the first ``capacity`` rows (default: those of the version), if the index has them."""
         assert self.window_format is not None
         generation, num_rows = self.vectors.generation(table), self.vectors.num_rows(table)
         return open_windows(
@@ -366,8 +361,7 @@ class IndexStore:
     def read_windows_again(self, table: PassageTable, read: EncodeWindows) -> None:
         """Encode all windows of the latest version again and rewrite them; requires the write lock.
 
-        Raises:
-            StorageError: they cannot be written; the existing files are kept.
+        If they cannot be written, the existing files are kept.
         """
         assert self.window_format is not None
         vector_format, generation = self.window_format, self.vectors.generation(table)
@@ -390,11 +384,7 @@ class IndexStore:
     # Snapshots and maintenance -------------------------------------------------------------------------------------
 
     def snapshot_folder(self, name: str) -> Path:
-        """The index folder of the snapshot of this name.
-
-        Raises:
-            InputError: the name is not a valid folder name.
-        """
+        """The index folder of the snapshot of this name, which must be a valid folder name (else ``InputError``)."""
         if not _SNAPSHOT_NAME.fullmatch(name):
             raise InputError(f"{name!r} cannot name a snapshot; use letters, digits, '-', '_' and '.', at most 100")
         return self.folder / _SNAPSHOTS / name
@@ -405,11 +395,7 @@ class IndexStore:
         return sorted(path.parent.name for path in folder.glob(f"[!.]*/{MANIFEST_NAME}"))
 
     def snapshot(self, name: str) -> Path:
-        """Keep the latest version under a name. It shares its files with the index, so it takes hardly any space.
-
-        Raises:
-            InputError: there is already a snapshot of this name.
-        """
+        """Keep the latest version under a new name. It shares files with the index, so it takes hardly any space."""
         target = self.snapshot_folder(name)
         with self.writing():
             if target.exists():
@@ -426,11 +412,7 @@ class IndexStore:
         return target
 
     def drop_snapshot(self, name: str) -> None:
-        """Remove a snapshot.
-
-        Raises:
-            InputError: there is no snapshot of this name.
-        """
+        """Remove an existing snapshot."""
         with self.writing():
             folder = self._existing_snapshot(name)
             with storage_errors(folder):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,10 +69,6 @@ class IndexStats:
     chunking: Chunking | None = None
     student_name: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The statistics as plain values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
@@ -84,10 +80,6 @@ class VerifyReport:
     num_vectors: int
     num_snapshots: int
     problems: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self)
 
 
 def stats(store: IndexStore) -> IndexStats:
@@ -111,7 +103,7 @@ def stats(store: IndexStore) -> IndexStats:
         vector_format=store.manifest["vector_format"],
         vector_bytes=store.format.code_size,
         vector_copies=store.vector_copies,
-        metadata=MetadataSchema.from_arrow(table.metadata_fields).to_json(),
+        metadata=dict(MetadataSchema.from_arrow(table.metadata_fields).fields),
         table_bytes=table_bytes,
         vector_file_bytes=sum(path.stat().st_size for path in store.folder.glob("vectors-*")),
         num_projections=0 if projections is None else projections.capacity,

@@ -14,9 +14,12 @@ vectors once).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +27,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DataFormatError
-from d2llm.core.types import Passage
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.types import Passage, is_text
 from d2llm.store.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
 from d2llm.store.lance_manifest import manifests
 from d2llm.store.lancedb_import import import_lancedb
@@ -33,6 +36,8 @@ from d2llm.store.storage import first_line, is_panic, storage_errors
 from d2llm.store.table_files import TableFiles
 
 NAME = "passages"
+PAGE_SIZE = 100
+"""Default number of ids per page of a list."""
 _KEYS = ("id", "d2_row", "document_id")  # the columns that rows are looked up by
 _ALL = (1 << 32) - 1  # LanceDB's default limit is 10
 _ASKED_AT_ONCE = 4_096  # ids or rows in one IN list
@@ -40,6 +45,14 @@ _SPANS_AT_ONCE = 64  # spans in one condition
 _DELETED_AT_ONCE = 10_000
 _SCANNED_AT_ONCE = 16_384
 _FOREVER = timedelta(days=36_500)
+
+
+@dataclass(frozen=True, slots=True)
+class ListedDocument:
+    """A document of an index and its number of passages."""
+
+    id: str
+    num_passages: int
 
 
 def quoted(value: str) -> str:
@@ -68,11 +81,8 @@ class PassageTable:
     ) -> PassageTable:
         """The table at a version, the latest by default. It stays at that version, even if new ones are written.
 
-        Args:
-            folder: folder of the index.
-            version: version number; None means the latest.
-            files: files of the table; files that it has already compared are not compared again.
-            whole: compare the version's files completely with their checksums, not only samples.
+        Files that ``files`` has already compared with their checksums are not compared again. ``whole``: compare them
+        completely, not only samples.
 
         Raises:
             DamagedFileError: a file of the version is damaged.
@@ -202,6 +212,43 @@ class PassageTable:
             table = self.columns(names, f"document_id IN ({listed}) OR id IN ({listed})")
             passages += zip(*(table[name].to_pylist() for name in names), strict=True)
         return passages
+
+    def pieces_of(self, documents: Sequence[str]) -> dict[str, list[str]]:
+        """Document id -> ids of its passages, ordered by position; missing documents are left out.
+
+        Raises:
+            InputError: a document id is not valid text.
+        """
+        for name in documents:
+            _check_id(name)
+        requested, places = set(documents), dict[str, list[tuple[int, str]]]()
+        for passage_id, document_id, position in self.parts(list(dict.fromkeys(documents))):
+            if (document := document_id or passage_id) in requested:
+                places.setdefault(document, []).append((position, passage_id))
+        return {name: [passage_id for _, passage_id in sorted(places[name])] for name in documents if name in places}
+
+    def ids_after(self, cursor: str, limit: int) -> list[str]:
+        """The first ``limit`` passage ids after ``cursor``, in code point order.
+
+        Raises:
+            InputError: ``cursor`` is not valid text, or ``limit`` is below 1.
+        """
+        _check_page(cursor, limit)
+        if not len(self):
+            return []
+        rows = self.columns(["id"], f"id > {quoted(cursor)}" if cursor else None)
+        return nsmallest(limit, cast("list[str]", rows["id"].to_pylist()))
+
+    def documents_after(self, cursor: str, limit: int) -> list[ListedDocument]:
+        """Like ``ids_after``, for documents; a passage without a document counts as its own document."""
+        _check_page(cursor, limit)
+        if not len(self):
+            return []
+        where = f"document_id > {quoted(cursor)} OR (document_id = '' AND id > {quoted(cursor)})" if cursor else None
+        columns = self.columns(["id", "document_id"], where)
+        ids, names = (cast("list[str]", columns[name].to_pylist()) for name in ("id", "document_id"))
+        counts = Counter(name or own for own, name in zip(ids, names, strict=True))
+        return [ListedDocument(name, counts[name]) for name in nsmallest(limit, counts)]
 
     def texts(self, first: int, end: int) -> Iterator[str]:
         """The full texts of the rows (d2_row) from ``first`` to ``end``; "" for rows without a passage."""
@@ -334,6 +381,17 @@ class PassageTable:
     def _join(self, tables: Iterator[pa.Table], names: Sequence[str]) -> pa.Table:
         parts = list(tables)
         return pa.concat_tables(parts) if parts else self.schema.empty_table().select(list(names))
+
+
+def _check_id(name: str) -> None:
+    if not is_text(name):
+        raise InputError(f"{name!r} cannot be an id; give a string of valid Unicode")
+
+
+def _check_page(cursor: str, limit: int) -> None:
+    _check_id(cursor)
+    if limit < 1:
+        raise InputError(f"limit is {limit}, but must be at least 1")
 
 
 def _connect(folder: Path) -> Any:

@@ -51,11 +51,7 @@ class StoredProjections:
 
     @classmethod
     def load(cls, vectors: VectorFile, generation: int, made_of: str) -> StoredProjections:
-        """The projections of these vectors, after comparing all of them with their checksums.
-
-        Raises:
-            DataFormatError: they are missing, damaged, or belong to something else.
-        """
+        """The projections of these vectors (``open_file``), after comparing all of them with their checksums."""
         stored = cls(open_file(vectors, generation, made_of))
         if damaged := stored.file.damaged(stored._codes):
             problem = f"{len(damaged)} of {len(stored.file.extents)} parts are not what was written"

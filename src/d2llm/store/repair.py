@@ -27,10 +27,8 @@ _NEW, _OLD, _TAKEN = ".passages.new", ".passages.old", ".passages.file"
 def repair_files(files: TableFiles, others: Iterable[Path], *, go_back: bool = False) -> list[str]:
     """Repair a table that has checksums as far as possible; returns messages about what was done.
 
-    Args:
-        files: files of the table.
-        others: folders of indices that share files with it, such as its snapshots.
-        go_back: if passages are damaged, return to the last intact version.
+    ``others`` are folders of indices that share files with it, such as its snapshots. ``go_back``: if passages are
+    damaged, return to the last intact version.
 
     Raises:
         StorageError: a file cannot be written.

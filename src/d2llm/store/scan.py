@@ -72,7 +72,7 @@ class RowScan:
         Raises:
             InputError: ``top_k`` < 1, or the query has another width or is not finite.
         """
-        self._check(query, top_k)
+        self.check(query, top_k)
         query = np.ascontiguousarray(query, np.float32)
         num_allowed = len(self._codes) if mask is None else int(np.count_nonzero(mask))
         if num_allowed == 0:
@@ -104,7 +104,7 @@ class RowScan:
             InputError: as for ``search``.
         """
         for query in queries:
-            self._check(query, top_k)
+            self.check(query, top_k)
         num_allowed = len(self._codes) if mask is None else int(np.count_nonzero(mask))
         results: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
         take = min(top_k + max(_SPARE_ROWS, top_k // 8), num_allowed)
@@ -132,9 +132,11 @@ class RowScan:
             scores[start : start + len(levels)] = np.einsum("ij,j->i", levels.astype(np.float64), turned)
         return scores
 
-    def _check(self, query: NDArray[np.float32], top_k: int) -> None:
+    def check(self, query: NDArray[np.float32], top_k: int) -> None:
+        """Refuse a query of another width or with infinite numbers, and ``top_k`` < 1 (``InputError``)."""
         if query.shape != (self._format.dim,) or not np.isfinite(query).all():
-            raise InputError(f"the query vector must be {self._format.dim} finite numbers, not {query.shape}")
+            expected = f"{self._format.dim} finite numbers"
+            raise InputError(f"the query vector must be {expected}, but has the shape {query.shape}")
         if top_k < 1:
             raise InputError(f"top_k is {top_k}, but must be at least 1")
 

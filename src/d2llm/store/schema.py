@@ -137,11 +137,7 @@ class MetadataSchema:
 
     @classmethod
     def from_arrow(cls, fields: Iterable[pa.Field]) -> MetadataSchema:  # pyright: ignore[reportUnknownParameterType]
-        """The schema with these ``arrow_fields``.
-
-        Raises:
-            InputError: a column has a type that no metadata field has.
-        """
+        """The schema with these ``arrow_fields``; ``InputError`` if one has a type that no metadata field has."""
         kinds: dict[pa.DataType, FieldType] = {arrow: kind for kind, arrow in _ARROW_TYPES.items()}
         field_types: dict[str, FieldType] = {}
         for column in fields:
@@ -149,10 +145,6 @@ class MetadataSchema:
                 raise InputError(f"metadata field '{column.name}': no metadata field has the Arrow type {column.type}")
             field_types[column.name] = kinds[column.type]
         return cls(field_types)
-
-    def to_json(self) -> dict[str, str]:
-        """Name and type of every field, for a manifest."""
-        return dict(self.fields)
 
     def extend(self, other: MetadataSchema) -> MetadataSchema:
         """The fields of this schema, then the new ones of ``other``.
@@ -179,11 +171,7 @@ class MetadataSchema:
         return [pa.field(name, _ARROW_TYPES[kind]) for name, kind in self.fields.items()]
 
     def check(self, passage: Passage) -> None:
-        """Check that the passage's metadata fits.
-
-        Raises:
-            InputError: a field is unknown, or a value does not have the field's type.
-        """
+        """Raise an ``InputError`` if a field of the passage is unknown, or a value does not have the field's type."""
         for name, value in passage.metadata.items():
             where = f"passage '{passage.id}', metadata field '{name}'"
             if name not in self.fields:
@@ -192,11 +180,7 @@ class MetadataSchema:
             _convert(value, self.fields[name], where)
 
     def columns(self, passages: Sequence[Passage]) -> dict[str, pa.Array]:  # pyright: ignore[reportUnknownParameterType]
-        """One Arrow array per field, with one row per passage; missing values are null.
-
-        Raises:
-            InputError: as for ``check``.
-        """
+        """One Arrow array per field, with one row per passage that ``check`` accepts; missing values are null."""
         for passage in passages:
             self.check(passage)
         return {

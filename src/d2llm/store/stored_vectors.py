@@ -16,9 +16,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +31,9 @@ from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, codes_o
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.storage import storage_errors
 from d2llm.store.vector_file import Salvage, VectorFile, VectorRows
-from d2llm.store.vector_formats import VectorFormat
+
+if TYPE_CHECKING:
+    from d2llm.store.index_store import IndexStore
 
 _log = logging.getLogger(__name__)
 _REPAIRED_ROWS = 2_048  # rows per step of a repair: the most that an interruption can lose
@@ -43,30 +43,10 @@ Encode = Callable[[Sequence[Passage]], NDArray[np.float32]]
 """Returns the student's vectors [n, dim] of some passages; only their id, title and text are reliable."""
 
 
-class VectorOwner(Protocol):
-    """The store that owns the vectors (``store.index_store.IndexStore``)."""
-
-    folder: Path
-    format: VectorFormat
-
-    @property
-    def is_snapshot(self) -> bool:
-        """Whether the store is a snapshot, which never changes."""
-        ...
-
-    def table(self, version: int | None = None) -> PassageTable:
-        """The table at a version, the latest by default."""
-        ...
-
-    def writing(self) -> AbstractContextManager[None]:
-        """Hold the write lock."""
-        ...
-
-
 class StoredVectors(ABC):
     """The vectors in a store's folder. Methods that change files require the write lock."""
 
-    def __init__(self, store: VectorOwner) -> None:
+    def __init__(self, store: IndexStore) -> None:
         self.store = store
         self.folder = store.folder
         self.code_size = store.format.code_size
@@ -316,7 +296,7 @@ class SoleVectors(StoredVectors):
         raise DataFormatError(self.folder, message)
 
 
-def stored_vectors(store: VectorOwner, copies: VectorCopies) -> StoredVectors:
+def stored_vectors(store: IndexStore, copies: VectorCopies) -> StoredVectors:
     """The vectors of a store that keeps this number of copies."""
     return SoleVectors(store) if copies == 1 else CopiedVectors(store)
 

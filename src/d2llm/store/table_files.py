@@ -53,7 +53,10 @@ _log = logging.getLogger(__name__)
 
 
 class TableFiles:
-    """The files of the table in an index's folder. ``begin``, ``commit`` and ``end`` require the write lock."""
+    """The files of the table in an index's folder. ``begin``, ``commit`` and ``end`` require the write lock.
+
+    Methods that read raise a ``DamagedFileError`` for a file that is missing or not what was written.
+    """
 
     def __init__(self, folder: Path, *, expected: bool = False) -> None:
         """Args: ``expected``, whether the index must have checksums; one made by an earlier d2llm need not."""
@@ -71,11 +74,7 @@ class TableFiles:
     # Reading -------------------------------------------------------------------------------------------------------
 
     def record(self) -> Record | None:
-        """The current checksums; None if the index has none.
-
-        Raises:
-            DamagedFileError: they cannot be read, or are missing although the index must have some.
-        """
+        """The current checksums; None if the index has none and need not have any."""
         path = self.folder / RECORD_NAME
         if self._trusting:
             return None
@@ -106,11 +105,7 @@ class TableFiles:
         return self._unfinished.exists()
 
     def latest(self) -> int | None:
-        """The version that readers open; None if there are no versions.
-
-        Raises:
-            DamagedFileError: the checksums cannot be read.
-        """
+        """The version that readers open; None if there are no versions."""
         end = time.monotonic() + _WAIT_S
         while True:
             unfinished, versions, record = self.is_unfinished(), manifests(self.table), self.record()
@@ -129,12 +124,7 @@ class TableFiles:
     def ready(self, version: int | None = None, *, whole: bool = False) -> int | None:
         """The version to open, the latest by default, after comparing its files with their checksums.
 
-        Args:
-            version: version number; None means the latest.
-            whole: compare every byte, not only samples.
-
-        Raises:
-            DamagedFileError: a file is damaged.
+        ``whole``: compare every byte, not only samples.
         """
         while True:
             number, record = self.latest() if version is None else version, self.record()
@@ -148,25 +138,21 @@ class TableFiles:
                     raise  # otherwise a writer has committed in the meantime and removed old files
 
     def check(self, version: int, *, whole: bool = False) -> None:
-        """Compare the files of a version with their checksums, if they have any. Raises as ``ready`` does."""
+        """Compare the files of a version with their checksums, if they have any."""
         record, named = self.record(), self.named(version)
         if record is not None and named is not None:
             paths = [MANIFEST_NAME, *self._paths(record.files, named.needed)]
             self._compare(record, version, paths, whole=whole or self.after_crash)
 
     def check_indices(self, version: int, names: Collection[str]) -> None:
-        """Compare the indices of these names completely, before they are used. Raises as ``ready`` does."""
+        """Compare the indices of these names completely, before they are used."""
         record, named = self.record(), self.named(version)
         if record is not None and named is not None:
             needed = [path for name, paths in named.indices.items() if name in names for path in paths]
             self._compare(record, version, self._paths(record.files, needed), whole=True)
 
     def indices_of(self, version: int, paths: Collection[str] | None = None) -> list[str]:
-        """The names of the indices of a version; if ``paths`` are given, only of indices that these files belong to.
-
-        Raises:
-            DamagedFileError: the version's manifest cannot be read.
-        """
+        """The names of the indices of a version; if ``paths`` are given, only of indices that these files belong to."""
         indices = self.parsed(f"{TABLE_FOLDER}/{manifests(self.table)[version]}").indices
         return [name for name, needed in indices.items() if paths is None or self._paths(paths, needed)]
 
@@ -179,11 +165,7 @@ class TableFiles:
                 return damages
 
     def files_of(self, version: int) -> list[str]:
-        """The files that a version needs, as paths in the index's folder.
-
-        Raises:
-            DamagedFileError: the version's manifest cannot be read.
-        """
+        """The files that a version needs, as paths in the index's folder."""
         manifest = manifests(self.table).get(version)
         if manifest is None:
             raise self._damaged(TABLE_FOLDER, f"has no version {version}")
@@ -195,9 +177,6 @@ class TableFiles:
         """Copy a version and its checksums into another folder by hard links, which take no space.
 
         The files of a table never change, so neither does the copy. If links are impossible, files are copied.
-
-        Raises:
-            DamagedFileError: one of its files is damaged.
         """
         self.check(version, whole=True)
         paths, record = self.files_of(version), self.record()
@@ -237,12 +216,7 @@ class TableFiles:
     def commit(self, *, undo: bool = True) -> None:
         """Compute the checksums of new files, and make the table's newest version the one that readers open.
 
-        Args:
-            undo: if that fails, remove the versions since the last commit.
-
-        Raises:
-            DamagedFileError: the newest version cannot be read.
-            OSError: the checksums cannot be written.
+        ``undo``: if they cannot be written (``OSError``), remove the versions since the last commit.
         """
         before, versions = self.record(), manifests(self.table)
         if not versions:
@@ -272,10 +246,6 @@ class TableFiles:
 
         LanceDB could do this in the call that joins files, but then the version that readers open would be gone before
         its successor is committed. So it is done here, afterwards.
-
-        Raises:
-            DamagedFileError: a manifest is damaged, so the files that it needs are unknown.
-            OSError: a file cannot be removed.
         """
         versions = manifests(self.table)
         named = {
@@ -317,11 +287,7 @@ class TableFiles:
                 yield Damage(path, problem, versions)
 
     def named(self, version: int) -> VersionFiles | None:
-        """The files that a version needs, from its verified manifest; None if it has no checksums or was removed.
-
-        Raises:
-            DamagedFileError: the manifest is damaged.
-        """
+        """The files that a version needs, from its verified manifest; None if it has no checksums or was removed."""
         record = self.record()
         manifest = None if record is None else record.manifest_of(version)
         if record is None or manifest is None:
@@ -332,7 +298,7 @@ class TableFiles:
         return self.parsed(manifest)
 
     def parsed(self, path: str) -> VersionFiles:
-        """The files that a manifest names, whether it has a checksum or not. Raises as ``named`` does."""
+        """The files that a manifest names, whether it has a checksum or not."""
         try:
             return files_named((self.folder / path).read_bytes())
         except (OSError, ValueError, LookupError) as error:
@@ -346,11 +312,7 @@ class TableFiles:
         return [path for path in (*paths, *inside) if path in known]
 
     def _compare(self, record: Record, version: int, paths: Iterable[str], *, whole: bool) -> None:
-        """Compare files of a version with their checksums; files that this object has already compared are skipped.
-
-        Raises:
-            DamagedFileError: a file is damaged.
-        """
+        """Compare files of a version with their checksums; files that this object has already compared are skipped."""
         left: dict[str, FileSums] = {}
         states: dict[str, FileState] = {}
         for path in paths:

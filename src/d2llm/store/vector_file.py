@@ -114,15 +114,10 @@ class VectorFile:
     def begin(
         cls, folder: Path, generation: int, code_size: int, *, since: int, purpose: str = "", name: str = NAME
     ) -> VectorFile:
-        """A draft file that replaces another (``take_place``) once its rows have been appended.
+        """A draft file, in a hidden folder, that replaces another (``take_place``) once its rows have been appended.
 
-        Args:
-            folder: folder of the index; the draft is in a hidden folder there.
-            generation: generation of the file.
-            code_size: bytes of a row.
-            since: the first version that it serves.
-            purpose: if given, a draft that an interrupted replacement left for the same purpose is continued.
-            name: name of the file.
+        ``since`` is the first version that it serves. A draft that an interrupted replacement left for the same
+        ``purpose`` is continued, if one is given.
         """
         draft = _draft_of(folder, generation, purpose, name)
         if purpose:

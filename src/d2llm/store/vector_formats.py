@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,66 +37,6 @@ FORMATS = (*STORED_AS, *_BITS)
 """Names of all formats."""
 
 
-class VectorFormat(Protocol):
-    """Float32 vectors [n, dim] as rows of bytes [n, code_size], and the operations that a scan of such rows needs."""
-
-    @property
-    def name(self) -> str:
-        """Name of the format, as for ``make_format``."""
-        ...
-
-    @property
-    def dim(self) -> int:
-        """Width of a vector."""
-        ...
-
-    @property
-    def code_size(self) -> int:
-        """Bytes of one row."""
-        ...
-
-    @property
-    def selects(self) -> bool:
-        """Whether its FAISS index can exclude rows from a search."""
-        ...
-
-    def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
-        """Rows [n, code_size] of vectors [n, dim]; ``ids`` name them in an error.
-
-        Raises:
-            InputError: a vector is not finite, or the format cannot hold it.
-        """
-        ...
-
-    def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The vectors [n, dim] stored in rows [n, code_size]."""
-        ...
-
-    def levels(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Like ``decode``, but in the format's own basis, which is cheaper: ``levels @ turn(query)`` is the product."""
-        ...
-
-    def turn(self, query: NDArray[np.float32]) -> NDArray[np.float64]:
-        """A query [dim] in the basis of ``levels``."""
-        ...
-
-    def largest_norm(self, codes: NDArray[np.uint8]) -> float:
-        """An upper bound on the norms of ``levels(codes)``."""
-        ...
-
-    def empty_faiss_index(self, faiss: Any) -> Any:
-        """An empty inner-product FAISS index whose codes have the format of these rows.
-
-        Raises:
-            AttributeError: this version of FAISS has no such index.
-        """
-        ...
-
-    def faiss_query(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A query [dim] in the form that this index expects, [1, width]; its scores are then the inner products."""
-        ...
-
-
 def make_format(name: str, dim: int) -> VectorFormat:
     """The format called ``name`` for vectors of width ``dim``.
 
@@ -111,7 +51,11 @@ def make_format(name: str, dim: int) -> VectorFormat:
 
 
 class FloatFormat:
-    """Each number as a float of 32 or 16 bits."""
+    """Each number as a float of 32 or 16 bits.
+
+    A format converts vectors [n, dim] to rows [n, code_size] and back, and has the operations that a scan of such rows
+    needs. ``selects``: whether its FAISS index can exclude rows from a search.
+    """
 
     selects = True
 
@@ -121,7 +65,11 @@ class FloatFormat:
         self.code_size = dim * STORED_AS[name].itemsize
 
     def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
-        """Rows [n, code_size], rounded to the nearest."""
+        """Rows [n, code_size], rounded to the nearest; ``ids`` name the vectors in an error.
+
+        Raises:
+            InputError: a vector is not finite, or the format cannot hold it.
+        """
         if self.name == "bfloat16":
             import torch  # not needed to read an index
 
@@ -140,20 +88,21 @@ class FloatFormat:
         return codes
 
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Vectors [n, dim]; exact."""
+        """The vectors [n, dim] of rows; exact."""
         stored = np.ascontiguousarray(codes).view(STORED_AS[self.name])
         if self.name == "bfloat16":
             return np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
         return stored.astype(np.float32)
 
     levels = decode
+    """Like ``decode``, but in the format's own basis, which is cheaper: ``levels @ turn(query)`` is the product."""
 
     def turn(self, query: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The query itself."""
+        """A query [dim] in the basis of ``levels``: the query itself."""
         return query.astype(np.float64)
 
     def largest_norm(self, codes: NDArray[np.uint8]) -> float:
-        """The largest norm of the rows; reads all of them."""
+        """An upper bound on the norms of ``levels(codes)``; reads all of them."""
         largest = 0.0
         for start in range(0, len(codes), 1_024):
             block = self.decode(codes[start : start + 1_024])
@@ -161,14 +110,20 @@ class FloatFormat:
         return float(np.sqrt(largest)) * 1.001  # the float32 sum may be a little low
 
     def empty_faiss_index(self, faiss: Any) -> Any:
-        """``IndexFlatIP`` for float32, else ``IndexScalarQuantizer`` with 16-bit floats."""
+        """An empty inner-product FAISS index whose codes are these rows.
+
+        ``IndexFlatIP`` for float32, else ``IndexScalarQuantizer`` with 16-bit floats.
+
+        Raises:
+            AttributeError: this version of FAISS has no such index.
+        """
         if self.name == "float32":
             return faiss.IndexFlatIP(self.dim)
         kind = getattr(faiss.ScalarQuantizer, _FAISS_FLOATS[self.name])
         return faiss.IndexScalarQuantizer(self.dim, kind, faiss.METRIC_INNER_PRODUCT)
 
     def faiss_query(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The query itself, [1, dim]."""
+        """A query [dim] as this index expects it, [1, dim]; its scores are then the inner products."""
         return query[None]
 
 
@@ -191,7 +146,7 @@ class RotatedFormat:
         self._step = _STEP[self.bits]
 
     def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
-        """Rows [n, code_size] of the levels nearest to the rotated vectors [n, dim]."""
+        """Rows [n, code_size] of the levels nearest to the rotated vectors [n, dim]; as for ``FloatFormat``."""
         vectors = np.asarray(vectors, np.float32)
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
@@ -271,6 +226,9 @@ class RotatedFormat:
                 f"its norm is {norms[first]:.3g}, and the format is made for norms near sqrt(dim) = "
                 f"{self.dim**0.5:.3g}; use bfloat16"
             )
+
+
+VectorFormat = FloatFormat | RotatedFormat
 
 
 def _rotate(vectors: NDArray[Any]) -> NDArray[Any]:

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
 from d2llm.core.types import Passage, Task, Ties, is_text
 from d2llm.ops.selection import top_rows
-from d2llm.store import listing
 from d2llm.store.ann import AnnBase, AnnIndex
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_as_written
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_store import IndexStore
-from d2llm.store.listing import ListedDocument
+from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.projections import StoredProjections, projections_of
 from d2llm.store.scan import RowScan
 from d2llm.store.schema import MetadataSchema
@@ -47,15 +46,21 @@ class PassageView:
     """One version of a store. A row is a passage's position in the vector file; ``live`` marks rows that are passages.
 
     ``capacity`` counts the rows, ``len`` the passages. ``live`` is a mask [capacity], or None if every row is live.
+    ``version`` is that of the table; another ``generation`` of the vectors numbers the rows differently. ``dim`` is the
+    width of a vector, ``task`` the default task of a search, ``student_fingerprint`` that of the student that made the
+    vectors.
     """
 
     def __init__(self, store: IndexStore, version: int | None = None) -> None:
         self.store = store
         self.format = store.format
         self._table = store.table(version)
-        self._version = self._table.version
+        self.version = self._table.version
+        self.dim: int = store.manifest["dim"]
+        self.task: Task = store.manifest["task"]
+        self.student_fingerprint: str = store.manifest["student"]
         stored_rows, row_ids = self._table.rows()
-        self._generation = int(stored_rows[0]) >> GENERATION_SHIFT if len(stored_rows) else 0
+        self.generation = int(stored_rows[0]) >> GENERATION_SHIFT if len(stored_rows) else 0
         self._len = len(stored_rows)
         self._vectors = store.vectors.read(self._table, stored_rows)
         self.capacity = len(self._vectors.codes)
@@ -91,37 +96,13 @@ class PassageView:
         view._scan = RowScan(codes, view.format)
         return view
 
-    @property
-    def version(self) -> int:
-        """The version of the table."""
-        return self._version
-
-    @property
-    def dim(self) -> int:
-        """Width of a vector."""
-        return cast(int, self.store.manifest["dim"])
-
-    @property
-    def task(self) -> Task:
-        """The default task of a search."""
-        return cast(Task, self.store.manifest["task"])
-
-    @property
-    def student_fingerprint(self) -> str:
-        """Fingerprint of the student that made the vectors."""
-        return cast(str, self.store.manifest["student"])
-
     @cached_property
     def metadata(self) -> MetadataSchema:
         """The metadata fields that a filter may name."""
         return MetadataSchema.from_arrow(self._table.metadata_fields)
 
     def check_student(self, fingerprint: str) -> None:
-        """Check that the vectors were made by the student with this fingerprint.
-
-        Raises:
-            IndexMismatchError: another student made them.
-        """
+        """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
         self.store.check_student(fingerprint)
 
     def ids(self, rows: NDArray[np.int64]) -> list[str]:
@@ -156,16 +137,15 @@ class PassageView:
 
     def document(self, document_id: str) -> list[Passage]:
         """The passages of a document, by position; empty if the document is missing."""
-        ids = listing.passages_of(self._table, [document_id]).get(document_id, [])
-        return self.get(ids)
+        return self.get(self._table.pieces_of([document_id]).get(document_id, []))
 
-    def list_passages(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[str]:
-        """The first ``limit`` passage ids after ``cursor``, in order (``listing.passage_ids``)."""
-        return listing.passage_ids(self._table, cursor, limit)
+    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
+        """The first ``limit`` passage ids after ``cursor``, in order."""
+        return self._table.ids_after(cursor, limit)
 
-    def list_documents(self, cursor: str = "", limit: int = listing.PAGE_SIZE) -> list[ListedDocument]:
+    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
         """Like ``list_passages``, for documents; a passage without a document counts as its own document."""
-        return listing.documents(self._table, cursor, limit)
+        return self._table.documents_after(cursor, limit)
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
         """The document of each passage at some rows: its document_id, or its own id if it has none."""
@@ -200,15 +180,9 @@ class PassageView:
         """The live rows with the highest inner products with ``query`` [dim], ties by id. Exact for the stored vectors.
 
         Raises:
-            InputError: the query has another width than the index, or ``top_k`` < 1.
+            InputError: as for ``RowScan.search``.
         """
-        if query.shape != (self.dim,):
-            raise InputError(f"the query vector has shape {query.shape}, but the index holds [{self.dim}]")
-        if top_k < 1:
-            raise InputError(f"top_k is {top_k}, but must be at least 1")
-        scan = self._check()
-        rows, scores = scan.search(query, top_k, self.mask(allowed), ids_of=self.ids)
-        return CandidateRows(rows, scores)
+        return CandidateRows(*self._check().search(query, top_k, self.mask(allowed), ids_of=self.ids))
 
     def scan_together(
         self, queries: NDArray[np.float32], top_k: int, allowed: NDArray[np.bool_] | None = None
@@ -226,7 +200,7 @@ class PassageView:
         return AnnBase(
             self.store.folder,
             self.student_fingerprint,
-            self._generation,
+            self.generation,
             self.version,
             file.since,
             self.format,
@@ -240,11 +214,6 @@ class PassageView:
         return None if self.ann_base is None else AnnIndex.open(self.ann_base)
 
     @property
-    def generation(self) -> int:
-        """Generation of the vectors; other generations number the rows differently."""
-        return self._generation
-
-    @property
     def vector_file(self) -> VectorFile | None:
         """The file of the vectors; None if they are only in memory."""
         self._check()
@@ -256,7 +225,7 @@ class PassageView:
         if self.vector_file is None:
             return None
         made_of = projections_of(self.student_fingerprint, self.format.name)
-        return StoredProjections.open(self.vector_file, self._generation, made_of)
+        return StoredProjections.open(self.vector_file, self.generation, made_of)
 
     def match(
         self,
@@ -271,8 +240,7 @@ class PassageView:
         ``ties`` says how equal scores are ordered. All passages may be tied, and looking up their ids takes time.
 
         Raises:
-            InputError: ``top_k`` < 1, or the text is not valid Unicode.
-            FilterError: the filter cannot be parsed, or does not fit the metadata.
+            InputError: ``top_k`` < 1, or the text is not valid Unicode; or as for ``select``.
         """
         if top_k < 1:
             raise InputError(f"top_k is {top_k}, but must be at least 1")
@@ -305,11 +273,7 @@ class PassageView:
 
     @cached_property
     def windows(self) -> WindowVectors | None:
-        """The window vectors of this version's passages, by row; None if the index stores none.
-
-        Raises:
-            DataFormatError: they are missing or damaged.
-        """
+        """The window vectors of this version's passages, by row; None if the index stores none (``open_windows``)."""
         return None if self.store.window_format is None else self.store.windows(self._table, self.capacity)
 
     def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -330,9 +294,11 @@ class PassageView:
         Raises:
             FilterError: the filter cannot be parsed, or does not fit the metadata.
         """
-        condition = self._condition(filter)
-        if condition is None:
+        if filter is None:
             return None
+        from d2llm.store.filters import parse_filter  # imports sqlglot, which most searches do not need
+
+        condition = parse_filter(filter, self.metadata).sql
         allowed = np.zeros(self.capacity, np.bool_)
         allowed[np.asarray(self._table.columns(["d2_row"], condition)["d2_row"]) & ROW_MASK] = True
         return allowed
@@ -347,13 +313,6 @@ class PassageView:
         if allowed is None or self.live is None:
             return self.live if allowed is None else allowed
         return allowed & self.live
-
-    def _condition(self, filter: str | None) -> str | None:  # noqa: A002
-        if filter is None:
-            return None
-        from d2llm.store.filters import parse_filter  # imports sqlglot, which most searches do not need
-
-        return parse_filter(filter, self.metadata).sql
 
     def _take(self, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
         requested = np.asarray(rows, np.int64)

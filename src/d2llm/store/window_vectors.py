@@ -121,15 +121,10 @@ def append_windows(
 def open_windows(
     folder: Path, generation: int, vector_format: VectorFormat, *, num_rows: int, capacity: int, version: int
 ) -> WindowVectors:
-    """The windows of a version, after comparing all their checksums.
+    """The windows of a version of the table, after comparing all their checksums.
 
-    Args:
-        folder: folder of the index.
-        generation: generation of its vectors.
-        vector_format: format of the window vectors.
-        num_rows: rows up to the last that the version names; their windows must exist.
-        capacity: rows that may be read; rows from ``num_rows`` on, left by a crash, may have no windows.
-        version: version of the table.
+    The windows of the first ``num_rows`` rows, up to the last that the version names, must exist. Of the ``capacity``
+    rows that may be read, the others, left by a crash, may have none.
 
     Raises:
         DataFormatError: they are missing or damaged.

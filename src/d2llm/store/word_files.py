@@ -96,12 +96,8 @@ def write_segment(folder: Path, generation: int, first: int, segment: WordSegmen
 def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, *, whole: bool = False) -> Coverage:
     """The words of the first ``num_rows`` rows, and possibly of later ones.
 
-    Args:
-        folder: folder of the index.
-        generation: generation of its vectors.
-        num_rows: number of rows of the version that is read.
-        texts_of: returns the texts of rows whose words are missing or damaged.
-        whole: compare all bytes with their checksums, not only samples.
+    ``texts_of`` returns the texts of rows whose words are missing or damaged. ``whole``: compare all bytes with their
+    checksums, not only samples.
     """
     opened_parts: dict[_Part, WordSegment | str] = {}
     for _ in range(_OPENINGS):

@@ -27,12 +27,7 @@ class WriteLock:
 
     @contextmanager
     def held(self) -> Generator[None]:
-        """Hold the lock; may be nested.
-
-        Raises:
-            IndexLockedError: another process or thread holds it.
-            StorageError: the folder cannot be written.
-        """
+        """Hold the lock; may be nested. Errors: ``IndexStore.writing``."""
         with storage_errors(self._folder):
             try:
                 self._lock.acquire()

@@ -74,16 +74,13 @@ def choose_products(engine: EngineName, device: torch.device, dtype: str | torch
     return torch.float32 if engine.startswith("onnx") else choose_dtype(device, dtype)
 
 
-def open_engine(
-    student: Student, name: EngineName, *, dtype: torch.dtype = torch.float32, cache: Path | None = None
-) -> Engine | None:
-    """The compiled engine of a student, its graph taken from the cache or exported now; None for torch.
+def open_engine(student: Student, name: EngineName, *, dtype: torch.dtype = torch.float32) -> Engine | None:
+    """The compiled engine of a student, its graph taken from the user's cache folder or exported now; None for torch.
 
     Args:
         student: a student with weights in float32 on the CPU, as the export requires.
         name: name of the engine.
         dtype: number format of its products (``choose_products``).
-        cache: folder for graphs, by default the user's cache folder.
 
     Raises:
         InputError: the student's weights are not float32 on the CPU.
@@ -94,7 +91,7 @@ def open_engine(
     name = choose_engine(name, device=student.backbone.device, dtype=dtype)
     if name == "torch":
         return None
-    run = _RUNTIMES[name](_graph(student, _INT8.get(name), cache or user_cache_path("d2llm")), dtype)
+    run = _RUNTIMES[name](_graph(student, _INT8.get(name)), dtype)
 
     def encode(ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
         token_ids, mask = student.backbone.pad(ids)
@@ -108,7 +105,7 @@ def _can_multiply(name: str, dtype: str | torch.dtype | None) -> bool:
     return dtype in ((*formats, "bfloat16", torch.bfloat16) if name.startswith("openvino") else formats)
 
 
-def _graph(student: Student, int8_for: Runtime | None, cache: Path) -> Path:
+def _graph(student: Student, int8_for: Runtime | None) -> Path:
     """The file with the student's graph, exported if it is not in the cache."""
     require("onnx", extra="export", purpose="an engine other than torch")
     versions = [version(package) for package in ("d2llm", "torch", "transformers", "onnx")]
@@ -116,7 +113,7 @@ def _graph(student: Student, int8_for: Runtime | None, cache: Path) -> Path:
         require("onnxruntime", extra="export", purpose="8-bit weights")
         versions.append(version("onnxruntime"))
     key = fingerprint_json([student.fingerprint, int8_for, OPSET, _FORMAT_VERSION, versions])
-    folder = cache / "engines" / key
+    folder = user_cache_path("d2llm") / "engines" / key
     if not (folder / FILE_NAME).is_file():
         with new_folder(folder, kind=_KIND) as temporary:
             write_text_graph(

@@ -73,12 +73,8 @@ def write_text_graph(
 ) -> None:
     """Write the graph that encodes texts, for any number of texts and tokens.
 
-    Args:
-        backbone: the student's backbone, with float32 weights on the CPU.
-        pooling: the student's pooling.
-        head: the student's head; the cosine head puts its vectors on a sphere.
-        file: where to write.
-        int8_for: the runtime whose 8-bit form is written; by default the products are float32.
+    ``head`` matters because the cosine head puts its vectors on a sphere. ``int8_for`` is the runtime whose 8-bit form
+    is written; by default the products are float32.
 
     Raises:
         InputError: the student is not in float32 on the CPU.

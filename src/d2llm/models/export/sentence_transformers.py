@@ -58,12 +58,8 @@ def write_plain_form(
 ) -> None:
     """Add the library's files to a folder that has the backbone's weights and tokenizer in ``BACKBONE_FOLDER``.
 
-    Args:
-        folder: the student's folder.
-        config: the student's configuration, for which ``why_not_plain`` returns None.
-        pooling: the backbone's own pooling.
-        head: the head with the inner product.
-        task: the task whose inner product is written.
+    ``why_not_plain`` must return None for ``config``. ``pooling`` is the backbone's own; the inner product of ``head``
+    is written as it is for ``task``.
     """
     backbone = config.backbone
     unit = torch.eye(head.dim) * head.dim**0.5  # scales a vector of length 1 to the student's length

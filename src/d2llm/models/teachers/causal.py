@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from d2llm.core.errors import AnswerTokenError, InputError, ModelError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.recipe import TeacherConfig
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.models.device import inference
-from d2llm.models.teachers.identity import TEACHER_FORMAT_VERSION, TEACHER_KIND
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.local import Answers, LocalTeacher
 from d2llm.models.teachers.prompts import Prompt, load_prompt
@@ -30,8 +29,6 @@ from d2llm.ops.truncation import fit_pair
 
 _log = logging.getLogger(__name__)
 
-KIND = TEACHER_KIND
-FORMAT_VERSION = TEACHER_FORMAT_VERSION
 _PREFIX_TOKENS = 2048  # total length of the prefixes whose keys and values are held at a time
 
 _Split = tuple[tuple[int, ...], list[int]]
@@ -56,11 +53,9 @@ class Teacher(LocalTeacher):
         super().__init__(config, device=device, compute_dtype=compute_dtype)
         self._head = AnswerHead(self._whole[0])
         self._special_ids = self._leading_special_ids()
-        self.prompts: dict[Task, Prompt] = {
-            "symmetric": load_prompt(self.config.prompt, "symmetric"),
-            "asymmetric": load_prompt(self.config.prompt, "asymmetric"),
-        }
-        self._answer_ids = {task: self._find_answers(prompt) for task, prompt in self.prompts.items()}
+        self.prompts: dict[Task, Prompt] = {task: load_prompt(self.config.prompt, task) for task in TASKS}
+        advice = "use a prompt file with answer words that are one token each (mind the space before the word)"
+        self._answer_ids = {task: self._find_answers(p, p.tail, advice) for task, p in self.prompts.items()}
         self._require_causal()
         self._no_sharing: str | None = None
 
@@ -102,15 +97,9 @@ class Teacher(LocalTeacher):
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Judgements:
-        """Judge pairs, in batches of similar length; the result is in the order of ``pairs``.
+        """Judge pairs, in batches of similar length; arguments and result as for ``Judge.judge``.
 
         Pairs of the same query share the work of reading it, so pass them in one call.
-
-        Args:
-            pairs: query text and full passage text.
-            task: which question to ask.
-            with_features: also return the features, [pairs, dim].
-            advance: called with the number of pairs finished.
         """
         inputs, num_truncated = self._tokenize_in_two(pairs, task)
         answers = Answers(len(pairs), self.dim if with_features else None)
@@ -217,25 +206,6 @@ class Teacher(LocalTeacher):
         encoded = self.tokenizer("a", return_special_tokens_mask=True)
         marks = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
         return [token_id for token_id, _ in takewhile(lambda item: item[1], marks)]
-
-    def _find_answers(self, prompt: Prompt) -> tuple[int, int]:
-        tail, with_yes, with_no = self._ids([prompt.tail, prompt.tail + prompt.yes, prompt.tail + prompt.no])
-        answer_ids: list[int] = []
-        for word, ids in ((prompt.yes, with_yes), (prompt.no, with_no)):
-            if ids[: len(tail)] != tail or len(ids) != len(tail) + 1:
-                tokens = self.tokenizer.convert_ids_to_tokens(self._ids([word])[0])
-                raise AnswerTokenError(
-                    f"the answer word {word!r} of prompt '{self.config.prompt}' is not one token after the prompt for "
-                    f"the tokenizer of '{self.config.model}': alone it gives {tokens}; use a prompt file with answer "
-                    "words that are one token each (mind the space before the word)"
-                )
-            answer_ids.append(ids[-1])
-        if answer_ids[0] == answer_ids[1]:
-            raise AnswerTokenError(
-                f"the answer words {prompt.yes!r} and {prompt.no!r} are the same token for the tokenizer of "
-                f"'{self.config.model}'; use a prompt file with two distinct words"
-            )
-        return answer_ids[0], answer_ids[1]
 
 
 def _groups(prefixes: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

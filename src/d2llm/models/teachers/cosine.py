@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +35,7 @@ class CosineTeacher:
         """Wrap a student; ``fingerprint`` defaults to the student's."""
         self.student = student
         self._fingerprint = fingerprint or student.fingerprint
-        self._cache: dict[TextKind, _VectorCache] = {
-            "query": _VectorCache(_CACHED_NUMBERS // student.vector_dim),
-            "passage": _VectorCache(_CACHED_NUMBERS // student.vector_dim),
-        }
+        self._cache: dict[TextKind, dict[str, _Encoded]] = {"query": {}, "passage": {}}  # the oldest use first
 
     @classmethod
     def load(cls, config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> CosineTeacher:
@@ -105,21 +101,20 @@ class CosineTeacher:
 
     def _encode(self, texts: Sequence[str], kind: TextKind) -> tuple[dict[str, _Encoded], int]:
         """Each distinct text with its vector, and how many tokens were read for those that were not cached."""
-        cache = self._cache[kind]
-        vectors_by_text = {text: cache.get(text) for text in dict.fromkeys(texts)}
-        new = [text for text, encoded in vectors_by_text.items() if encoded is None]
-        num_tokens = 0
-        if new:
+        cache, num_tokens = self._cache[kind], 0
+        if new := [text for text in dict.fromkeys(texts) if text not in cache]:
             encoded = (self.student.encode_queries if kind == "query" else self.student.encode_passages)(new)
             num_tokens = encoded.num_tokens
             # Copies, because a cached row would keep the whole array alive.
             vectors = (vector.copy() for vector in encoded.vectors)
             cut = set(encoded.truncated)
             pairs = zip(new, vectors, strict=True)
-            vectors_by_text |= {text: _Encoded(vector, index in cut) for index, (text, vector) in enumerate(pairs)}
-        known = {text: encoded for text, encoded in vectors_by_text.items() if encoded is not None}
-        cache.put(known)
-        return known, num_tokens
+            cache |= {text: _Encoded(vector, index in cut) for index, (text, vector) in enumerate(pairs)}
+        used = {text: cache.pop(text) for text in dict.fromkeys(texts)}
+        cache |= used
+        for text in list(cache)[: -(_CACHED_NUMBERS // self.student.vector_dim)]:
+            del cache[text]
+        return used, num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,24 +123,6 @@ class _Encoded:
 
     vector: NDArray[np.float32]
     is_cut: bool
-
-
-class _VectorCache:
-    """The vectors of the ``size`` most recently used texts."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._encoded: OrderedDict[str, _Encoded] = OrderedDict()
-
-    def get(self, text: str) -> _Encoded | None:
-        return self._encoded.get(text)
-
-    def put(self, used: dict[str, _Encoded]) -> None:
-        for text, encoded in used.items():
-            self._encoded[text] = encoded
-            self._encoded.move_to_end(text)
-        while len(self._encoded) > self._size:
-            self._encoded.popitem(last=False)
 
 
 def _is_student(model: str) -> bool:

@@ -15,7 +15,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_any_manifest, read_manifest
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.shipped import shipped_models
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import find_model, find_model_file, fingerprint_model
 from d2llm.models.teachers.prompts import load_prompt
 
@@ -125,13 +125,7 @@ def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
     tuned = read_tuned_teacher(config)
     fingerprint = tuned.fingerprint if tuned else fingerprint_model(find_model(config.model))
     own = tuned.config if tuned else config
-    return TeacherIdentity(
-        fingerprint,
-        {
-            "symmetric": fingerprint_prompt(own, "symmetric", kind=kind),
-            "asymmetric": fingerprint_prompt(own, "asymmetric", kind=kind),
-        },
-    )
+    return TeacherIdentity(fingerprint, {task: fingerprint_prompt(own, task, kind=kind) for task in TASKS})
 
 
 def fingerprint_prompt(config: TeacherConfig, task: Task, *, kind: str = "causal") -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError, MismatchError
+from d2llm.core.errors import AnswerTokenError, InputError, MismatchError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import LoraConfig, TeacherConfig
@@ -25,13 +25,13 @@ from d2llm.core.types import Task
 from d2llm.models.device import choose_device, choose_dtype, inference, use_plain_attention_on_cpu
 from d2llm.models.lora import adapter_state, attach_lora, join_adapters, merge_adapter, train_adapters_only
 from d2llm.models.sources import (
+    check_limits,
     find_model,
     fingerprint_model,
     load_pretrained,
     load_tensors,
     load_tokenizer,
     quiet_transformers,
-    readable_tokens,
 )
 from d2llm.models.teachers.identity import (
     TEACHER_FORMAT_VERSION,
@@ -42,8 +42,9 @@ from d2llm.models.teachers.identity import (
     read_tuned_teacher,
 )
 from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.prompts import Prompt
 from d2llm.ops.batching import pad_right, token_budget_batches
-from d2llm.ops.truncation import fit_pair
+from d2llm.ops.truncation import cut_pair
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class LocalTeacher(nn.Module):
             else {}
         )
         merge_adapter(self.model, self._merged_adapter)
-        self._check_length(whole.config)
+        check_limits(whole.config, self.config.model, {"max_tokens": self.config.max_tokens})
         self._lora: LoraConfig | None = None
         self._is_tuned_whole = False
 
@@ -176,14 +177,7 @@ class LocalTeacher(nn.Module):
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Judgements:
-        """Judge pairs, in batches of similar length; the result is in the order of ``pairs``.
-
-        Args:
-            pairs: query text and full passage text.
-            task: which question to ask.
-            with_features: also return the features, [pairs, dim], if the model has any.
-            advance: called with the number of pairs finished.
-        """
+        """Judge pairs, in batches of similar length; arguments and result as for ``Judge.judge``."""
         inputs, num_truncated = self.tokenize(pairs, task)
         answers = Answers(len(pairs), self.dim if with_features else None)
         self._judge_whole(inputs, range(len(inputs)), task, answers, advance)
@@ -220,11 +214,9 @@ class LocalTeacher(nn.Module):
         return self
 
     def save(self, folder: Path, content: dict[str, Any]) -> str:
-        """Write what tuning changed (an adapter, or the whole model) and a manifest; returns the tuned fingerprint.
+        """Write what tuning changed (an adapter, or the whole model) into a folder; returns the tuned fingerprint.
 
-        Args:
-            folder: an existing folder to write to; ``TeacherConfig(model=str(folder))`` loads the teacher again.
-            content: additional fields for the manifest (data, figures).
+        ``TeacherConfig(model=str(folder))`` loads it again. The manifest also gets ``content`` (data, figures).
         """
         if self._is_tuned_whole:
             with quiet_transformers():
@@ -292,13 +284,23 @@ class LocalTeacher(nn.Module):
         mixed = self.compute_dtype != torch.float32 and (self._lora is not None or self._is_tuned_whole)
         return torch.autocast(self.device.type, self.compute_dtype, enabled=mixed)
 
-    def _check_length(self, model_config: Any) -> None:
-        readable = readable_tokens(model_config)
-        if readable is not None and self.config.max_tokens > readable:
-            raise InputError(
-                f"max_tokens is {self.config.max_tokens}, but '{self.config.model}' reads at most {readable} tokens; "
-                f"set max_tokens to {readable} or less"
+    def _find_answers(self, prompt: Prompt, after: str, advice: str) -> tuple[int, int]:
+        """The tokens of the answer words yes and no that follow a text; ``advice`` completes the error."""
+        tail, with_yes, with_no = self._ids([after, after + prompt.yes, after + prompt.no])
+        for word, ids in ((prompt.yes, with_yes), (prompt.no, with_no)):
+            if ids[: len(tail)] != tail or len(ids) != len(tail) + 1:
+                tokens = self.tokenizer.convert_ids_to_tokens(self._ids([word])[0])
+                place = "after the prompt for" if after else "for"
+                raise AnswerTokenError(
+                    f"the answer word {word!r} of prompt '{self.config.prompt}' is not one token {place} the tokenizer "
+                    f"of '{self.config.model}': alone it gives {tokens}; {advice}"
+                )
+        if with_yes == with_no:
+            raise AnswerTokenError(
+                f"the answer words {prompt.yes!r} and {prompt.no!r} are the same token for the tokenizer of "
+                f"'{self.config.model}'; use a prompt file with two distinct words"
             )
+        return with_yes[-1], with_no[-1]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -318,13 +320,8 @@ def fit_pairs(
     """Inputs of at most ``max_tokens`` tokens, and how many pairs lost text.
 
     Excess tokens are cut from the end of the passage; a query that would leave the passage less than half of the room
-    is itself cut to half.
-
-    Args:
-        pairs: query text and full passage text.
-        tokenizer: a fast tokenizer, which gives the character offsets of each token.
-        encode: makes the complete inputs of pairs.
-        max_tokens: limit of a complete input.
+    is itself cut to half. ``encode`` makes the complete inputs of pairs. The tokenizer must be a fast one, which gives
+    the character offsets of each token.
 
     Raises:
         InputError: the tokens around the texts alone fill ``max_tokens``.
@@ -339,28 +336,12 @@ def fit_pairs(
     rows = encode(pairs)
     too_long = [place for place, row in enumerate(rows) if len(row) > max_tokens]
     for place in too_long:
-        query, passage = pairs[place]
         room = max_tokens - around
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        offsets = [tokenizer(text, **options)["offset_mapping"] for text in pairs[place]]
+        query_ends, passage_ends = ([end for _, end in spans] for spans in offsets)
         # Tokens may merge or split where the parts meet, so the result can be a token too long.
-        while len(row := encode([_cut(query, passage, tokenizer, room)])[0]) > max_tokens:
+        while len(row := encode([cut_pair(pairs[place], (query_ends, passage_ends), room)])[0]) > max_tokens:
             room -= len(row) - max_tokens
         rows[place] = row
     return rows, len(too_long)
-
-
-def _cut(query: str, passage: str, tokenizer: Any, room: int) -> TextPair:
-    ends = [
-        [
-            end
-            for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-                "offset_mapping"
-            ]
-        ]
-        for text in (query, passage)
-    ]
-    for_query, for_passage = fit_pair(len(ends[0]), len(ends[1]), room)
-    return _up_to(query, ends[0], for_query), _up_to(passage, ends[1], for_passage)
-
-
-def _up_to(text: str, ends: Sequence[int], num_tokens: int) -> str:
-    return text if num_tokens >= len(ends) else text[: ends[num_tokens - 1] if num_tokens > 0 else 0]

@@ -26,7 +26,7 @@ from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.models.teachers.remote_endpoint import Endpoint, NextToken
-from d2llm.ops.truncation import fit_pair
+from d2llm.ops.truncation import cut_pair
 
 _log = logging.getLogger(__name__)
 
@@ -36,9 +36,6 @@ _SPACES = str.maketrans("▁Ġ", "  ")  # how vocabularies write a leading space
 
 class RemoteTeacher:
     """A teacher at a remote endpoint; ``fingerprint`` depends on its model name and declared revision, not its address.
-
-    Args:
-        config: ``model`` is the model's name at the endpoint, ``remote`` describes the endpoint.
 
     Raises:
         InputError: there is no section ``remote``, no such prompt set, or the key's variable is not set.
@@ -101,16 +98,10 @@ class RemoteTeacher:
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> Judgements:
-        """Judge pairs; the result is in their order. ``features`` is None, because an endpoint returns no states.
+        """Judge pairs (``Judge.judge``). ``features`` is None, because an endpoint returns no states.
 
         The pairs of one query are sent one after the other, so that a server with prefix caching reads the query only
-        once.
-
-        Args:
-            pairs: query text and full passage text.
-            task: which question to ask.
-            with_features: ignored.
-            advance: called with the number of pairs finished, from another thread.
+        once. ``advance`` is called from another thread.
 
         Raises:
             AnswerTokenError: neither answer word was returned for some pair, and ``remote.unanswered`` is ``error``.
@@ -161,11 +152,9 @@ class RemoteTeacher:
         texts: list[str] = []
         cut: list[bool] = []
         for query, passage in pairs:
-            num_query, num_passage = fit_pair(len(ends[query]), len(ends[passage]), room)
-            kept_query = _keep(query, ends[query], num_query)
-            kept_passage = _keep(passage, ends[passage], num_passage)
-            texts.append(_join(prompt, kept_query, kept_passage))
-            cut.append((kept_query, kept_passage) != (query, passage))
+            kept = cut_pair((query, passage), (ends[query], ends[passage]), room)
+            texts.append(_join(prompt, *kept))
+            cut.append(kept != (query, passage))
         return texts, cut
 
     def _room(self, prompt: Prompt) -> int:
@@ -257,10 +246,3 @@ def _load_tokenizer(name: str | None) -> Any:
 
 def _join(prompt: Prompt, query: str, passage: str) -> str:
     return f"{prompt.head}{query}{prompt.middle}{passage}{prompt.tail}"
-
-
-def _keep(text: str, ends: Sequence[int], count: int) -> str:
-    """The first ``count`` units of ``text``; the whole text, including trailing space, if it has no more."""
-    if count >= len(ends):
-        return text
-    return text[: ends[count - 1]] if count else ""

@@ -77,10 +77,6 @@ class Endpoint:
     overloaded (429, 408, 5xx, timeout), requests are retried with exponential backoff and jitter for up to
     ``patience_minutes``. A delay that the endpoint requests itself (Retry-After) applies to all requests.
 
-    Args:
-        model: the model's name there.
-        config: address, limits and the name of the variable that holds the key.
-
     Raises:
         MissingExtraError: the packages of the extra ``remote`` are not installed.
         InputError: the key's variable is not set, or holds no key.
@@ -101,9 +97,7 @@ class Endpoint:
     def ask(self, prompts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> list[NextToken]:
         """The most likely next tokens after each prompt; requests start in the order of ``prompts``.
 
-        Args:
-            prompts: complete texts.
-            advance: called with 1 for each answer, from another thread.
+        ``advance`` is called with 1 for each answer, from another thread.
 
         Raises:
             ModelNotFoundError: the endpoint has no such model, or the address does not exist.

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from d2llm.core.errors import AnswerTokenError
 from d2llm.core.recipe import TeacherConfig
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.local import LocalTeacher, fit_pairs
 from d2llm.models.teachers.prompts import Prompt, load_prompt
@@ -30,11 +29,9 @@ class Seq2SeqTeacher(LocalTeacher):
     def __init__(self, config: TeacherConfig, *, device: torch.device, compute_dtype: torch.dtype) -> None:
         """Load the model; see ``LocalTeacher``."""
         super().__init__(config, device=device, compute_dtype=compute_dtype)
-        self.prompts: dict[Task, Prompt] = {
-            "symmetric": load_prompt(self.config.prompt, "symmetric"),
-            "asymmetric": load_prompt(self.config.prompt, "asymmetric"),
-        }
-        self._answer_ids = {task: self._find_answers(prompt) for task, prompt in self.prompts.items()}
+        self.prompts: dict[Task, Prompt] = {task: load_prompt(self.config.prompt, task) for task in TASKS}
+        advice = "use prompt 'monot5' or a prompt file with answer words that are one token each"
+        self._answer_ids = {task: self._find_answers(prompt, "", advice) for task, prompt in self.prompts.items()}
 
     @property
     def dim(self) -> int:
@@ -73,19 +70,3 @@ class Seq2SeqTeacher(LocalTeacher):
         yes, no = self._answer_ids[task]
         logits = output.logits[:, 0].float()
         return logits[:, yes] - logits[:, no], output.decoder_hidden_states[-1][:, 0].float()
-
-    def _find_answers(self, prompt: Prompt) -> tuple[int, int]:
-        yes_ids, no_ids = self._ids([prompt.yes, prompt.no])
-        for word, ids in ((prompt.yes, yes_ids), (prompt.no, no_ids)):
-            if len(ids) != 1:
-                raise AnswerTokenError(
-                    f"the answer word {word!r} of prompt '{self.config.prompt}' is not one token for the tokenizer of "
-                    f"'{self.config.model}': it gives {self.tokenizer.convert_ids_to_tokens(ids)}; use prompt 'monot5' "
-                    "or a prompt file with answer words that are one token each"
-                )
-        if yes_ids == no_ids:
-            raise AnswerTokenError(
-                f"the answer words {prompt.yes!r} and {prompt.no!r} are the same token for the tokenizer of "
-                f"'{self.config.model}'; use a prompt file with two distinct words"
-            )
-        return yes_ids[0], no_ids[0]

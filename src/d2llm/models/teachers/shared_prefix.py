@@ -46,14 +46,7 @@ class SharedPrefixes:
     """
 
     def __init__(self, model: Any, prefixes: Sequence[Sequence[int]], *, padding: int, device: torch.device) -> None:
-        """Read the prefixes.
-
-        Args:
-            model: a causal model of ``transformers`` without its head.
-            prefixes: token ids of each prefix, at least one.
-            padding: id of the padding token.
-            device: the model's device.
-        """
+        """Read the token ids of at least one prefix with a causal model of ``transformers`` without its head."""
         self._model, self._padding, self._device = model, padding, device
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         width = max(map(len, prefixes))
@@ -93,14 +86,7 @@ class SharedPrefixes:
 
 
 def why_not_shared(model: Any, tokens: Sequence[int], *, padding: int, device: torch.device) -> str:
-    """Why ``model`` cannot continue from a shared prefix, determined by a trial; empty if it can.
-
-    Args:
-        model: a causal model of ``transformers`` without its head.
-        tokens: at least 20 token ids for the trial.
-        padding: id of the padding token.
-        device: the model's device.
-    """
+    """Why ``model`` cannot continue from a shared prefix, determined by a trial with 20 tokens; empty if it can."""
     prefixes, suffixes = [tokens[:3], tokens[3:11]], [tokens[11:15], tokens[11:20], tokens[8:13]]
     rows = [0, 1, 1]
     try:

@@ -33,14 +33,6 @@ class StackMember:
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Recorded:
-    """The content of a stack's manifest."""
-
-    members: tuple[StackMember, ...]
-    stacks: Mapping[Task, Stack]
-
-
 class StackedTeacher:
     """A judge made of several; for each task, log-odds = bias + sum of weights times standardised scores."""
 
@@ -61,24 +53,24 @@ class StackedTeacher:
             MismatchError: a member is not the one that the stack was fitted with.
         """
         folder = Path(config.model)
-        recorded = _read(folder)
-        members = [load_judge(member.config, device=device, dtype=dtype) for member in recorded.members]
-        for member, judge in zip(recorded.members, members, strict=True):
+        members, stacks = _read(folder)
+        judges = [load_judge(member.config, device=device, dtype=dtype) for member in members]
+        for member, judge in zip(members, judges, strict=True):
             _require_same(folder, member, judge.fingerprint)
-        return cls(members, recorded.stacks, name=str(folder))
+        return cls(judges, stacks, name=str(folder))
 
     @staticmethod
     def identify(config: TeacherConfig) -> TeacherIdentity:
         """The identity of ``load(config)``, computed without loading a model. Raises the same errors as ``load``."""
         folder = Path(config.model)
-        recorded = _read(folder)
-        identities = [identify_judge(member.config) for member in recorded.members]
-        for member, identity in zip(recorded.members, identities, strict=True):
+        members, stacks = _read(folder)
+        identities = [identify_judge(member.config) for member in members]
+        for member, identity in zip(members, identities, strict=True):
             _require_same(folder, member, identity.fingerprint)
         prompts: dict[Task, str] = {
-            task: _join_prompts([identity.prompts[task] for identity in identities]) for task in recorded.stacks
+            task: fingerprint_json([identity.prompts[task] for identity in identities]) for task in stacks
         }
-        return TeacherIdentity(_fingerprint([m.fingerprint for m in recorded.members], recorded.stacks), prompts)
+        return TeacherIdentity(_fingerprint([member.fingerprint for member in members], stacks), prompts)
 
     @property
     def fingerprint(self) -> str:
@@ -86,13 +78,9 @@ class StackedTeacher:
         return self._fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
-        """Identity of the questions to all members.
-
-        Raises:
-            InputError: the stack was not fitted for ``task``.
-        """
+        """Identity of the questions to all members of a stack that was fitted for ``task`` (else ``InputError``)."""
         self._stack(task)
-        return _join_prompts([member.prompt_fingerprint(task) for member in self.members])
+        return fingerprint_json([member.prompt_fingerprint(task) for member in self.members])
 
     def judge(
         self,
@@ -144,13 +132,8 @@ def write_stack(
     """Write a stack that ``StackedTeacher.load`` reads, atomically; returns its fingerprint.
 
     Members with weight 0 in all tasks are left out. A member inside the parent folder of ``folder`` is recorded by its
-    relative path, so that both can be moved together.
-
-    Args:
-        folder: where to write; an existing stack is replaced.
-        members: members, in the order of the weights.
-        stacks: weights by task.
-        content: additional fields for the manifest (data, figures).
+    relative path, so that both can be moved together. ``members`` are in the order of the weights; ``content`` are
+    additional fields for the manifest (data, figures). An existing stack is replaced.
 
     Raises:
         InputError: no member has any weight, or ``folder`` holds something else.
@@ -198,7 +181,7 @@ def _member_entry(folder: Path, member: StackMember) -> dict[str, Any]:
     return {"config": changed, "relative": relative, "fingerprint": member.fingerprint}
 
 
-def _read(folder: Path) -> _Recorded:
+def _read(folder: Path) -> tuple[tuple[StackMember, ...], dict[Task, Stack]]:
     manifest = read_manifest(folder, STACK_KIND, STACK_FORMAT_VERSION)
     try:
         members = tuple(_read_member(folder, entry) for entry in manifest["members"])
@@ -209,7 +192,7 @@ def _read(folder: Path) -> _Recorded:
         ) from error
     if any(len(stack.weights) != len(members) for stack in stacks.values()):
         raise DataFormatError(folder / FILE_NAME, "has more or fewer members than weights; stack the teachers again")
-    return _Recorded(members, stacks)
+    return members, stacks
 
 
 def _read_member(folder: Path, entry: Mapping[str, Any]) -> StackMember:
@@ -229,10 +212,6 @@ def _require_same(folder: Path, member: StackMember, fingerprint: str) -> None:
 
 def _fingerprint(members: Sequence[str], stacks: Mapping[Task, Stack]) -> str:
     return fingerprint_json([STACK_KIND, list(members), {task: asdict(stack) for task, stack in stacks.items()}])
-
-
-def _join_prompts(prompts: Sequence[str]) -> str:
-    return fingerprint_json(list(prompts))
 
 
 def _shared_steps(advance: Callable[[int], None], num_members: int) -> Callable[[int], None]:

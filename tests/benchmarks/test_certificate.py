@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from certificate import num_rescored
 from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError
-from d2llm.ops.certificates import num_rescored
 
 
 def test_number_of_rescored_passages_by_hand() -> None:
