@@ -296,7 +296,7 @@ def test_nan_labels_stop_the_run_and_it_can_resume(
         return batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "collate", collate)
+        patch.setattr(loop, "collate", collate)
         with pytest.raises(TrainingDivergedError, match=r"the loss became nan at step 5.*last good checkpoint is kept"):
             place.run(tmp_path / "student", checkpoint_every=1)
     assert finite_checkpoint_step(tmp_path / "student") == 5
