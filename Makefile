@@ -13,6 +13,7 @@ EXTRAS ?= train,gguf,dev
 WORKERS ?= 3
 BIN := .venv/bin
 export PYTHON TORCH TORCH_PINNED EXTRAS
+export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: the tests start Python hundreds of times
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-avx2 test-remote check fuzz bench clean
