@@ -10,7 +10,7 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, MissingExtraError
 from d2llm.core.types import Passage
-from d2llm.data import tables
+from d2llm.data import lines
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.data.open_data import open_data
 from d2llm.data.pairs import PairDataset, read_pairs
@@ -80,7 +80,7 @@ class TestParquet:
         assert open_data(tmp_path / "test.parquet").splits["test"][0].score == 2.5
 
     def test_more_rows_than_one_batch_are_read(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(tables, "_BATCH_ROWS", 2)
+        monkeypatch.setattr(lines, "_BATCH_ROWS", 2)
         write_table(tmp_path / "train.parquet", PAIRS)
         assert [pair.passage for pair in open_data(tmp_path).splits["train"]] == ["d", "e", "f"]
 

@@ -1,4 +1,4 @@
-"""Reads numbered lines and JSON objects of text files; every error names the file and the line."""
+"""Reads numbered lines and JSON objects of text files, and rows of Parquet files; every error names the file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, cast
 from d2llm.core.errors import DataFormatError, DuplicateIdError
 
 _NUM_SHOWN = 5
+_BATCH_ROWS = 1024
 _TYPE_NAMES: dict[type, str] = {
     dict: "an object",
     list: "a list",
@@ -119,3 +120,20 @@ def first_few(identifiers: Sequence[str]) -> str:
     """The first distinct ids, for messages."""
     distinct = list(dict.fromkeys(identifiers))
     return f"first {min(len(distinct), _NUM_SHOWN)}: {', '.join(distinct[:_NUM_SHOWN])}"
+
+
+def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Record]]:
+    """Numbered rows of Parquet files, counted from 1 across all files; ``DataFormatError`` for a damaged file."""
+    import pyarrow as pa  # slow to import
+    import pyarrow.parquet as pq
+
+    number = 0
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, cast("Record", row)
+        except (pa.ArrowException, OSError) as error:
+            raise DataFormatError(path, f"cannot be read as Parquet ({error}); write the file again") from error

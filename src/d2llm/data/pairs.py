@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
 from d2llm.data.beir import Rows
 from d2llm.data.chinese_pairs import LAYOUTS, TEXT_FIELDS, Target, sample_size, split_of, table_records
-from d2llm.data.lines import Record, read_records, string_field, type_name
+from d2llm.data.lines import Record, parquet_rows, read_records, string_field, type_name
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -319,8 +319,6 @@ def _reader(path: Path, target: Target | None) -> Callable[[], Rows]:
         return lambda: read_records(path)
     if kind in _TABLES:
         return lambda: table_records(path, target=target)
-    from d2llm.data.tables import parquet_rows  # pyarrow is slow to import
-
     return lambda: parquet_rows([path])
 
 

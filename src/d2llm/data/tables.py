@@ -7,34 +7,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from d2llm.core.errors import DataFormatError
 from d2llm.core.extras import require
 from d2llm.data.beir import RetrievalSource, Rows, collect_judgements, read_qrels
-from d2llm.data.lines import Record
+from d2llm.data.lines import Record, parquet_rows
 from d2llm.data.pairs import PairSource, choose_splits, in_order
 
 HUB_PREFIX = "hf://"
-_BATCH_ROWS = 1024
 _QRELS_COLUMNS = ("query-id", "corpus-id", "score")
 _QRELS_CONFIGS = ("qrels", "default")
 _PURPOSE = "reading a data set of the Hugging Face Hub"
-
-
-def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Record]]:
-    """Numbered rows of Parquet files, counted from 1 across all files; ``DataFormatError`` for a damaged file."""
-    number = 0
-    for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield number, cast("Record", row)
-        except (pa.ArrowException, OSError) as error:
-            raise DataFormatError(path, f"cannot be read as Parquet ({error}); write the file again") from error
 
 
 def parquet_source(folder: Path, *, splits: Sequence[str] | None = None) -> RetrievalSource:
