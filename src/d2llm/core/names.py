@@ -35,7 +35,7 @@ def suggestion(name: str, known: Iterable[str], all_of_them: str) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'top_k'?`` for an unknown name; empty if no known name is similar enough."""
     names = list(known)
-    suggestion = RENAMED.get(name.lower())
-    if suggestion not in names:
-        suggestion = nearest(name.lower(), names)
-    return "" if suggestion is None else f"; did you mean '{suggestion}'?"
+    similar = RENAMED.get(name.lower())
+    if similar not in names:
+        similar = nearest(name.lower(), names)
+    return "" if similar is None else f"; did you mean '{similar}'?"

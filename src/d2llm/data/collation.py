@@ -224,7 +224,7 @@ def _collate(
     targets = np.full(shape, np.nan, np.float32)
     own = np.full((len(draws), width), -1, np.int64)
     gram = np.zeros((len(draws), width, width), np.float32)
-    word_scores = None if labelled.score_words is None else np.zeros(shape, np.float32)
+    score_words, word_scores = labelled.score_words, np.zeros(shape, np.float32)
     for row, (draw, column) in enumerate(zip(draws, columns, strict=True)):
         easy[row, : len(column)] = True
         positive[row, [column[passage_id] for passage_id in draw.positives]] = True
@@ -232,9 +232,9 @@ def _collate(
         judged = [column[passage_id] for passage_id in draw.positives + draw.hard]
         if draw.entry.targets:
             targets[row, judged] = draw.entry.targets
-        if labelled.score_words is not None and word_scores is not None:
+        if score_words is not None:
             query = labelled.source.query_text(draw.entry.query_id)
-            word_scores[row, list(column.values())] = labelled.score_words(query, list(column))
+            word_scores[row, list(column.values())] = score_words(query, list(column))
         known = set(draw.entry.positives)
         for passage_id in (known | labelled.same_text.as_any_of(known)) & column.keys():
             easy[row, column[passage_id]] = False
@@ -259,7 +259,7 @@ def _collate(
         own=own,
         gram=gram,
         targets=targets if any(draw.entry.targets for draw in draws) else None,
-        word_scores=word_scores,
+        word_scores=None if score_words is None else word_scores,
     )
 
 
