@@ -84,6 +84,11 @@ def training_source(data: DataConfig, plan: TrainingPlan) -> TrainingSource:
     return TrainingSource(read_pair_training_set(dataset).dataset, plan, data.task, data.max_labelled, pairs=dataset)
 
 
+def working_folder(result: Path) -> Path:
+    """The folder beside a result that has its checkpoint, log and stored judgements: ``<result>.run``."""
+    return result.with_name(result.name + ".run")
+
+
 def companion(student: Path, variant: str) -> Path:
     """The folder of a variant of a student: beside the student, as ``<name>-<variant>``."""
     return student.with_name(f"{student.name}-{variant}")

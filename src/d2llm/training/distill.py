@@ -17,6 +17,7 @@ from d2llm.core.recipe_file import shaping_settings
 from d2llm.core.types import EvidenceTerm, Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
+from d2llm.data.run_folder import working_folder
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.evidence import NO_EVIDENCE, Evidence, read_evidence, write_evidence
 from d2llm.models.student import Student
@@ -130,7 +131,7 @@ def distill(
         )
         for source in sources
     ]
-    run_folder = folder.with_name(folder.name + ".run")
+    run_folder = working_folder(folder)
     student = Student.create(recipe.student, device=own_device(device), dtype=dtype, seed=recipe.seed)
     with joined_processes() as processes:
         if recipe.evidence.in_training:

@@ -24,7 +24,7 @@ from d2llm.core.variants import find_variant
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data, open_source
 from d2llm.data.pairs import PairDataset
-from d2llm.data.run_folder import RunFolder, is_finished, manifest_of, require_distinct_data
+from d2llm.data.run_folder import RunFolder, is_finished, manifest_of, require_distinct_data, working_folder
 from d2llm.models.teachers.identity import find_kind, find_tuned_teacher
 
 if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe are reported before torch is loaded
@@ -150,7 +150,7 @@ class Run:
             return self.skip("first-look: the teacher is not tuned, so the gate tests it as it is")
         if recipe.teacher.new_head and find_tuned_teacher(recipe.teacher.model) is None:
             return self.skip("first-look: the teacher has a new head, which must be tuned before it can be tested")
-        if not again and (is_finished(folder) or folder.with_name(folder.name + ".run").exists()):
+        if not again and (is_finished(folder) or working_folder(folder).exists()):
             return self.skip("first-look: the teacher's tuning has begun or is finished; the gate tests its result")
         _remarks.info(
             "first-look: comparing the untuned teacher with the cosine on %d dev queries of each of %d data sets",
@@ -457,7 +457,7 @@ class Run:
 
     def put_aside(self, verb: str, folder: Path) -> None:
         """Rename a step's results and its checkpoints, so that nothing that took hours is lost."""
-        places = (folder, folder.with_name(folder.name + ".run"))
+        places = (folder, working_folder(folder))
         existing = [path for path in places if path.exists()]
         number = 1
         while any(_aside(path, folder, number).exists() for path in places):

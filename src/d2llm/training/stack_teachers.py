@@ -14,6 +14,7 @@ from d2llm.core.files import check_replaceable
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
+from d2llm.data.run_folder import working_folder
 from d2llm.models.teachers.judge import load_judge
 from d2llm.models.teachers.stacked import STACK_KIND, StackMember, write_stack
 from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
@@ -148,7 +149,7 @@ def stack_teachers(
         if judge.fingerprint in (part.fingerprint for part in parts):
             raise InputError(f"member '{name}' is the same teacher as another member; name each once")
         parts.append(StackMember(config, judge.fingerprint))
-        store = folder.with_name(folder.name + ".run")
+        store = working_folder(folder)
         judged_by.append(
             {dev.name: judge_dev(judge, dev, name=name, store=store, show_progress=show_progress) for dev in lists}
         )

@@ -24,6 +24,7 @@ from d2llm.core.recipe import TeacherConfig, TeacherTuningConfig
 from d2llm.core.recipe_file import tuning_settings
 from d2llm.core.types import Task
 from d2llm.data.plan import TrainingPlan
+from d2llm.data.run_folder import working_folder
 from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
 from d2llm.models.device import choose_dtype, tokens_at_a_time
 from d2llm.models.interaction import TASKS
@@ -113,7 +114,7 @@ def tune_teacher(
         raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
     model = _load(teacher, tuning, device=device, dtype=dtype)
     model.prepare_training(tuning.lora, tuning=tuning.tuning, seed=seed)
-    run_folder = folder.with_name(folder.name + ".run")
+    run_folder = working_folder(folder)
     settings = {  # everything that affects a run; a checkpoint or tuned teacher with other settings is from another run
         "recipe": tuning_settings(teacher, tuning, seed),
         "model": model.fingerprint,

@@ -22,6 +22,7 @@ from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.variants import VARIANTS, find_variant
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan
+from d2llm.data.run_folder import working_folder
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.student import Student
@@ -121,17 +122,13 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
         residual_weights=weights if has_interaction_weight(student) else {},
         steps=manifest["steps"],
         best_step=manifest["best_step"],
-        seconds=_seconds(_run_folder(folder) / LOG),
+        seconds=_seconds(working_folder(folder) / LOG),
         fingerprint=student.fingerprint,
     )
     write_json(_record(folder), {"measured_on": shared.measured_on, "result": asdict(result)})
-    for checkpoint in _run_folder(folder).glob("*.safetensors"):
+    for checkpoint in working_folder(folder).glob("*.safetensors"):
         checkpoint.unlink()  # no longer needed, and several times as large as the student
     return result
-
-
-def _run_folder(student: Path) -> Path:
-    return student.with_name(student.name + ".run")
 
 
 def _seconds(log: Path) -> float:
