@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError
@@ -59,8 +59,9 @@ def test_the_optimum_matches_scipy(l2):
     assert loss(np.array([*weights, bias])) <= optimum.fun + 1e-12
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([1e-6, 1e-3, 0.1, 3.0]))
+@settings(max_examples=100)
+@example(190, 4, 1e-6)  # L-BFGS-B stopped at a gradient of 1e-5 here
+@given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 3.0]))
 def test_the_optimality_conditions_hold(seed, num_members, l2):
     """Zero gradient for the bias and positive weights, non-negative where the weight is 0; columns may repeat."""
     rng = np.random.default_rng(seed)
@@ -71,9 +72,9 @@ def test_the_optimality_conditions_hold(seed, num_members, l2):
     slope = sigmoid(scores @ weights + bias) - targets
     gradient = scores.T @ slope / 30 + l2 * weights
     assert (weights >= 0).all()
-    assert abs(slope.mean()) < 1e-6
-    assert np.abs(gradient[weights > 0]).max(initial=0) < 1e-6
-    assert (gradient[weights == 0] > -1e-6).all()
+    assert abs(slope.mean()) < 1e-9
+    assert np.abs(gradient[weights > 0]).max(initial=0) < 1e-9
+    assert (gradient[weights == 0] > -1e-9).all()
 
 
 def test_a_stack_is_better_than_its_members_and_calibrated():

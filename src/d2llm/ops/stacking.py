@@ -21,6 +21,7 @@ from d2llm.core.errors import InputError
 from d2llm.ops.calibration import sigmoid
 
 DEFAULT_L2 = 1e-3
+_NEWTON_STEPS = 100  # a handful suffice
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +55,37 @@ def fit_logistic(
     """Weights w >= 0 and bias b that minimise  mean_i [log(1 + exp(f_i)) - t_i f_i] + l2 / 2 |w|^2,  f = scores w + b.
 
     ``scores`` are [pairs, members], with columns of similar scale, ``targets`` [pairs] in [0, 1]. The bias is not
-    regularised.
+    regularised. Newton's method: the minimum of each quadratic approximation is a non-negative least-squares problem
+    (its bias is the difference of two columns), and a step is halved until it lowers the loss.
     """
-    from scipy.optimize import minimize  # slow to import
+    from scipy.optimize import nnls  # slow to import
 
     columns = np.asarray(scores, np.float64)
     target_probabilities = np.asarray(targets, np.float64)
     num_pairs, num_members = columns.shape
-    design = np.column_stack((columns, np.ones(num_pairs)))  # the bias is the last parameter
-    shrinking = np.array([l2] * num_members + [0.0])
+    design = np.column_stack((columns, np.ones(num_pairs), -np.ones(num_pairs)))
+    shrinking = np.array([l2] * num_members + [0.0, 0.0])
 
-    def loss(at: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def loss(at: NDArray[np.float64]) -> float:
         logits = design @ at
-        value = float(np.mean(np.logaddexp(0, logits) - target_probabilities * logits) + shrinking @ at**2 / 2)
-        return value, design.T @ (sigmoid(logits) - target_probabilities) / num_pairs + shrinking * at
+        return float(np.mean(np.logaddexp(0, logits) - target_probabilities * logits) + shrinking @ at**2 / 2)
 
-    bounds: list[tuple[float | None, None]] = [(0, None)] * num_members + [(None, None)]
-    exactly = {"ftol": 0, "gtol": 1e-9, "maxiter": 10_000, "maxcor": 30}
-    solution = minimize(loss, np.zeros(num_members + 1), jac=True, method="L-BFGS-B", bounds=bounds, options=exactly)
-    parameters = np.asarray(solution.x, np.float64)
-    return parameters[:-1], float(parameters[-1])
+    parameters = np.zeros(num_members + 2)
+    for _ in range(_NEWTON_STEPS):
+        logits = design @ parameters
+        probabilities = sigmoid(logits)
+        roots = np.maximum(np.sqrt(probabilities * (1 - probabilities) / num_pairs), 1e-9)
+        responses = roots * logits + (target_probabilities - probabilities) / num_pairs / roots
+        quadratic = np.vstack((roots[:, None] * design, np.diag(np.sqrt(shrinking))))
+        minimum, _ = nnls(quadratic, np.concatenate((responses, np.zeros(num_members + 2))), maxiter=1000)
+        step = minimum - parameters
+        if np.abs(step).max() < 1e-10:
+            break
+        before, size = loss(parameters), 1.0
+        while size > 1e-6 and loss(parameters + size * step) > before + 1e-15:
+            size /= 2
+        parameters = parameters + size * step
+    return parameters[:num_members], float(parameters[-2] - parameters[-1])
 
 
 def fit_stack(scores: ArrayLike, labels: ArrayLike, *, l2: float = DEFAULT_L2) -> Stack:
