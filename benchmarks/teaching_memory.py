@@ -149,7 +149,7 @@ def measure(size: int, texts: str, part: str) -> dict[str, float]:
             passage_ids = sorted(dataset.passages)
             WordIndex.from_texts(dataset.passages[passage_id].full_text for passage_id in passage_ids)
         elif part == "mine":
-            mine(dataset, "train", MiningConfig(), encoder=FakeEncoder(), seed=0, show_progress=False)
+            mine(dataset, "train", MiningConfig(), encoder=FakeEncoder(), seed=0)
         elif part == "label":
             label_plan(dataset, size)
         return {"peak_mib": round(peak() or 0, 1), "seconds": round(time.perf_counter() - begin, 1)}
@@ -165,7 +165,7 @@ def label_plan(dataset: Dataset, size: int) -> None:
         entries.append(PlanEntry(query_id, tuple(positives), drawn[:8], drawn[8:]))
     source = TrainingSource(dataset, TrainingPlan(tuple(entries), {}), "asymmetric")
     with TemporaryDirectory() as folder, patch("d2llm.training.label.load_judge", lambda *_, **__: FakeTeacher()):
-        label([source], Path(folder) / "labels", teacher=TeacherConfig(), show_progress=False)
+        label([source], Path(folder) / "labels", teacher=TeacherConfig())
 
 
 def make_passages(size: int) -> Iterator[Passage]:

@@ -38,7 +38,7 @@ def main() -> None:
         judged = [
             (read_dev(arguments.data / Path(item["path"]).name), cast(Task, item["task"])) for item in recipe["data"]
         ]
-        calibration = fit_probabilities(student, judged, num_queries=arguments.queries, show_progress=True)
+        calibration = fit_probabilities(student, judged, num_queries=arguments.queries)
         (folder / FILE_NAME).unlink(missing_ok=True)
         write_calibration(folder, calibration)
         for task, fitted in calibration.tasks.items():

@@ -45,7 +45,6 @@ class Place:
         teacher: TeacherConfig | None = None,
         recipe: Recipe | None = None,
         closed_gates: Collection[str] = (),
-        show_progress: bool | None = False,
         **training: object,
     ) -> DistillReport:
         run_recipe = recipe or tiny_recipe(student or tiny_student_config(self.model), **(LEARNING | training))
@@ -58,7 +57,6 @@ class Place:
             closed_gates=closed_gates,
             device="cpu",
             dtype="float32",
-            show_progress=show_progress,
         )
 
 

@@ -78,7 +78,7 @@ def run(name, rankings):
 
 def measure(dataset, contenders, work=None, *, labels=None, **settings):
     chosen = EvaluationSettings(**({"latency_queries": 3} | settings))
-    return evaluate(dataset, contenders, chosen, work_folder=work, labels=labels, show_progress=False)
+    return evaluate(dataset, contenders, chosen, work_folder=work, labels=labels)
 
 
 def with_indexes_of(work, folder):

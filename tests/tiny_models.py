@@ -116,7 +116,6 @@ def _trained() -> str:
         vocab_size=400,
         special_tokens=["<pad>", "<s>", "</s>", "<unk>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
     )
     tokenizer.train_from_iterator([*TEXTS, " yes no" * 50], trainer)
     return tokenizer.to_str()

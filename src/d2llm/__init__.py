@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from d2llm.core.errors import D2LLMError
+    from d2llm.core.progress import showing_progress
     from d2llm.core.recipe import Recipe
     from d2llm.core.recipe_file import load_recipe
     from d2llm.core.types import (
@@ -107,6 +108,7 @@ __all__ = [
     "read_gate",
     "read_pairs",
     "search",
+    "showing_progress",
     "stack_teachers",
     "starting_recipe",
     "tune_teacher",
@@ -115,6 +117,7 @@ __all__ = [
 
 _HOMES = {
     "d2llm.core.errors": ("D2LLMError",),
+    "d2llm.core.progress": ("showing_progress",),
     "d2llm.core.recipe": ("Recipe",),
     "d2llm.core.recipe_file": ("load_recipe",),
     "d2llm.core.types": (

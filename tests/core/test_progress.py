@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 
 from d2llm.core import progress
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import progress_bar, showing_progress
 
 
-def logged_lines(caplog, monkeypatch, seconds, total=200, **settings):
+def logged_lines(caplog, monkeypatch, seconds, total=200):
     """The log lines of a task whose parts of 50 items end at these seconds."""
     clock = iter([0.0, *seconds])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    with caplog.at_level(logging.INFO, "d2llm.remarks"), progress_bar("judging", total, **settings) as advance:
+    with caplog.at_level(logging.INFO, "d2llm.remarks"), progress_bar("judging", total) as advance:
         for _ in seconds:
             advance(50, "3.1 pairs/s")
     return [record.getMessage() for record in caplog.records]
@@ -34,20 +34,30 @@ def test_progress_without_a_known_total(caplog, monkeypatch):
 
 
 def test_show_false_disables_bars_and_lines(caplog, monkeypatch, capsys):
-    assert logged_lines(caplog, monkeypatch, [100.0, 200.0], show=False) == []
+    with showing_progress(False):
+        assert logged_lines(caplog, monkeypatch, [100.0, 200.0]) == []
+        with showing_progress(None):  # as outside
+            assert logged_lines(caplog, monkeypatch, [100.0, 200.0]) == []
     assert capsys.readouterr().err == ""
 
 
-def test_a_nested_task_has_its_own_bar_while_it_runs(capsys):
-    with progress_bar("distilling", 20, show=True) as advance:
-        display = progress._shown.get()
+def test_a_nested_task_has_its_own_bar_while_it_runs(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "BAR_SECONDS", 0.0)
+    with showing_progress(True), progress_bar("distilling", 20) as advance:
+        display = progress._display.get()
         advance(3)
-        with progress_bar("measuring on dev", 500, show=True) as inner:
+        with progress_bar("measuring on dev", 500) as inner:
             inner(200, "banking77")
             assert [(bar.description, bar.completed, bar.total) for bar in display.tasks] == [
                 ("distilling", 3, 20),
                 ("measuring on dev", 200, 500),
             ]
         assert [bar.description for bar in display.tasks] == ["distilling"]
-    assert progress._shown.get() is None
+    assert progress._display.get() is None
     assert "distilling" in capsys.readouterr().err
+
+
+def test_quick_work_shows_no_bar(capsys):
+    with showing_progress(True), progress_bar("indexing", 3) as advance:
+        advance(3)
+    assert capsys.readouterr().err == ""

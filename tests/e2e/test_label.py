@@ -37,7 +37,7 @@ def source() -> TrainingSource:
 
 
 def run(source: TrainingSource, store: Path, teacher: TeacherConfig, **options: object) -> LabelReport:
-    return label([source], store, teacher=teacher, device="cpu", dtype="float32", show_progress=False, **options)
+    return label([source], store, teacher=teacher, device="cpu", dtype="float32", **options)
 
 
 def open_labels(source: TrainingSource, store: Path, teacher: TeacherConfig) -> LabelStore:
@@ -195,7 +195,7 @@ def test_sources_with_the_same_name_are_rejected_up_front(model: Path, tmp_path:
 def test_query_ids_that_two_data_sets_share_are_kept_apart(model: Path, tmp_path: Path) -> None:
     sources = [topics(num_train=2, name="one"), topics(num_train=3, name="two")]
     config = tiny_teacher_config(model)
-    report = label(sources, tmp_path, teacher=config, device="cpu", dtype="float32", show_progress=False)
+    report = label(sources, tmp_path, teacher=config, device="cpu", dtype="float32")
     assert report.queries == 5
     assert [len(open_labels(data, tmp_path, config)) for data in sources] == [2, 3]
 
@@ -203,7 +203,7 @@ def test_query_ids_that_two_data_sets_share_are_kept_apart(model: Path, tmp_path
 def test_several_sources_in_one_store(model: Path, tmp_path: Path) -> None:
     sources = [topics(num_train=3, name="one"), topics(num_train=5, shift=2, name="two", task="symmetric")]
     config = tiny_teacher_config(model)
-    report = label(sources, tmp_path, teacher=config, device="cpu", dtype="float32", show_progress=False)
+    report = label(sources, tmp_path, teacher=config, device="cpu", dtype="float32")
     assert report.queries == 8
     assert [len(open_labels(data, tmp_path, config)) for data in sources] == [3, 5]
 

@@ -46,7 +46,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(source: TrainingSource, store: Path, endpoint: LocalEndpoint) -> verb.LabelReport:
     teacher = remote_config(endpoint.url, concurrency=4, patience_minutes=0)
-    return verb.label([source], store, teacher=teacher, show_progress=False)
+    return verb.label([source], store, teacher=teacher)
 
 
 def open_labels(source: TrainingSource, store: Path) -> LabelStore:

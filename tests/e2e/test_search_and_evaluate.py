@@ -95,7 +95,7 @@ def test_the_teacher_is_measured_on_a_sample(folder, student):
 
 
 def measure(folder, contenders, **settings):
-    return evaluate(read_beir(folder), contenders, EvaluationSettings(**settings), show_progress=False)
+    return evaluate(read_beir(folder), contenders, EvaluationSettings(**settings))
 
 
 def value(report, name, metric="MRR@10"):

@@ -68,7 +68,7 @@ def work(out, options):
     training = TrainingConfig(epochs=1, dev_passages=1, trackers=(), **options)
     recipe = Recipe(training=training)
     distill([source(6, 20, 250)], out / "student", recipe=recipe, labels=out / "labels", teacher=TeacherConfig(),
-            closed_gates=["tiny"], device="cpu", dtype="float32", show_progress=False)
+            closed_gates=["tiny"], device="cpu", dtype="float32")
 """
 TUNE = """
 from d2llm.training.tune_teacher import tune_teacher
@@ -76,7 +76,7 @@ from d2llm.training.tune_teacher import tune_teacher
 def work(out, options):
     teacher = TeacherConfig(model="smollm2", prompt="short")
     tune_teacher([source(1, 20, 400)], out / "teacher", teacher=teacher, tuning=TeacherTuningConfig(**options),
-                 device="cpu", dtype="float32", show_progress=False)
+                 device="cpu", dtype="float32")
 """
 
 

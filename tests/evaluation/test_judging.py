@@ -32,7 +32,6 @@ def judge_tiny(judge, folder, *, pool=POOL, known=None, task="asymmetric"):
         store=folder,
         known=known,
         title="asking",
-        show_progress=False,
     )
 
 
@@ -132,7 +131,6 @@ def test_truncated_pairs_are_counted(tmp_path):
         dataset="tiny",
         store=tmp_path / "store",
         title="asking",
-        show_progress=False,
     )
     assert (judged.num_new, judged.num_truncated) == (6, 2)
 

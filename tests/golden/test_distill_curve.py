@@ -46,7 +46,6 @@ def run(folder: Path) -> dict[str, Any]:
         teacher=teacher,
         device="cpu",
         dtype="float32",
-        show_progress=False,
     )
     lines = [json.loads(line) for line in (folder / "run.run" / "log.jsonl").read_text("utf-8").splitlines()]
     return {

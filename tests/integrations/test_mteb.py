@@ -154,7 +154,7 @@ def run(model, task, folder):
 
 
 def our_rankings(student, folder, *, passages=PASSAGES, queries=QUERIES, task="asymmetric"):
-    encode(passages, student, folder / "ours", show_progress=False)
+    encode(passages, student, folder / "ours")
     rankings = search(Index.open(folder / "ours").view, student, queries, task=task, top_k=1000)
     return {r.query.id: [(place.passage.id, place.score) for place in r.passages] for r in rankings}
 
@@ -215,7 +215,7 @@ def test_num_candidates_limits_the_anchor_search(folder, student, tmp_path):
     task.load_data()
     shallow.index(task.dataset["default"]["test"]["corpus"], task_metadata=task.metadata, **PLACE)
     results = shallow.search(task.dataset["default"]["test"]["queries"], task_metadata=task.metadata, top_k=3, **PLACE)
-    encode(PASSAGES, student, tmp_path / "ours", show_progress=False)
+    encode(PASSAGES, student, tmp_path / "ours")
     expected = search(Index.open(tmp_path / "ours").view, student, QUERIES, top_k=3, num_candidates=3)
     assert {q: list(ranking) for q, ranking in results.items()} == {
         r.query.id: [p.passage.id for p in r.passages] for r in expected

@@ -108,7 +108,7 @@ class TestFitting:
     def test_fitted_probabilities_are_calibrated_and_keep_the_order(self):
         dataset = numbered(150)
         student = Numbered(tells=4.0)  # scores that overlap
-        result = fit_probabilities(student, [(dataset, "asymmetric")], show_progress=False)
+        result = fit_probabilities(student, [(dataset, "asymmetric")])
         (fitted,) = result.tasks.values()
         assert fitted.slope > 0
         assert result.student == "numbered"
@@ -122,7 +122,7 @@ class TestFitting:
         assert (np.diff(probabilities[order]) >= 0).all()
 
     def test_perfectly_separated_scores_give_a_finite_function(self):
-        result = fit_probabilities(Numbered(tells=1000.0), [(numbered(40), "symmetric")], show_progress=False)
+        result = fit_probabilities(Numbered(tells=1000.0), [(numbered(40), "symmetric")])
         assert result.probabilities([2.0], "symmetric")[0] < 0.05
         assert result.probabilities([1002.0], "symmetric")[0] > 0.95
 
@@ -132,18 +132,18 @@ class TestFitting:
     )
     def test_a_task_that_cannot_be_fitted_is_skipped_with_a_reason(self, student, num_queries, reason, caplog):
         with caplog.at_level(logging.INFO, "d2llm.remarks"):
-            result = fit_probabilities(student, [(numbered(num_queries), "asymmetric")], show_progress=False)
+            result = fit_probabilities(student, [(numbered(num_queries), "asymmetric")])
         assert result.tasks == {}
         assert reason in caplog.text
 
     def test_data_sets_of_one_task_are_pooled(self):
         judged = [(numbered(20, name="a"), "asymmetric"), (numbered(15, name="b"), "asymmetric")]
-        result = fit_probabilities(Numbered(), judged, show_progress=False)
+        result = fit_probabilities(Numbered(), judged)
         assert result.tasks["asymmetric"].num_queries == {"a": 20, "b": 15}
 
     def test_a_data_set_without_a_dev_split_is_skipped(self):
         judged = [(numbered(40), "asymmetric"), (numbered(40, split="test", name="b"), "symmetric")]
-        assert set(fit_probabilities(Numbered(), judged, show_progress=False).tasks) == {"asymmetric"}
+        assert set(fit_probabilities(Numbered(), judged).tasks) == {"asymmetric"}
 
 
 class TestFile:

@@ -300,7 +300,7 @@ def test_finished_labels_are_reused_with_or_without_features(tmp_path: Path, t5:
         folder, settings = tmp_path / "model", {}
     source = topics(num_train=5)
     teacher_config = config(folder, **settings)
-    options: dict[str, Any] = {"teacher": teacher_config, "device": "cpu", "dtype": "float32", "show_progress": False}
+    options: dict[str, Any] = {"teacher": teacher_config, "device": "cpu", "dtype": "float32"}
     first = label([source], tmp_path / "store", **options)
     assert first.queries == 5
     second = label([source], tmp_path / "store", **options)

@@ -43,7 +43,6 @@ def run(models: Path, folder: Path) -> DistillReport:
         teacher=tiny_teacher_config(models / "teacher"),
         device="cpu",
         dtype="float32",
-        show_progress=False,
     )
 
 

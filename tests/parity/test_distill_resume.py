@@ -53,7 +53,6 @@ def run(models: Path, folder: Path, **training: object) -> DistillReport:
             teacher=tiny_teacher_config(models / "teacher"),
             device="cpu",
             dtype="float32",
-            show_progress=False,
         )
     finally:
         torch.set_num_threads(threads)
@@ -277,7 +276,7 @@ def test_a_checkpoint_for_other_labels_is_refused(
 
     def run_with_labels() -> DistillReport:
         options = {"recipe": own, "labels": tmp_path / "labels", "teacher": teacher, "dtype": "float32"}
-        return distill(sources(), folder, device="cpu", show_progress=False, **options)
+        return distill(sources(), folder, device="cpu", **options)
 
     with monkeypatch.context() as patch:
         interrupt_at_call(patch, 5, folder)

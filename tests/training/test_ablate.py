@@ -46,7 +46,6 @@ def run(place: Place, folder: Path, **options: Any) -> AblationReport:
         "num_seeds": 2,
         "device": "cpu",
         "dtype": "float32",
-        "show_progress": False,
     }
     return ablate(options.pop("sources", [place.source]), folder, **(defaults | options))
 

@@ -117,9 +117,7 @@ class TestStudent:
 
     def test_lists_hold_positives_and_nearest_by_words_and_vectors(self, student):
         source = topics()
-        result = make_evidence_lists(
-            student, source.dataset, "asymmetric", terms=TERMS[:2], depth=2, num_passages=1, show_progress=False
-        )
+        result = make_evidence_lists(student, source.dataset, "asymmetric", terms=TERMS[:2], depth=2, num_passages=1)
         positives = source.dataset.positives("dev")
         assert len(result.lists) == len(positives)
         assert {scores.shape[1] for scores, _ in result.lists} == {3}
@@ -137,7 +135,6 @@ class TestStudent:
             terms=("words", "window_vectors"),
             num_passages=len(names),
             depth=len(names),
-            show_progress=False,
         )
         queries = dev_queries(longer, num_queries=200, seed=0)
         anchors = student.anchor_queries(
@@ -152,16 +149,16 @@ class TestStudent:
     def test_each_task_is_fitted_on_its_own_data(self, student, monkeypatch, caplog):
         monkeypatch.setattr(module, "MIN_QUERIES", 1)
         dataset = topics().dataset
-        evidence = fit_evidence(student, [(dataset, "asymmetric")], terms=TERMS[:2], show_progress=False)
+        evidence = fit_evidence(student, [(dataset, "asymmetric")], terms=TERMS[:2])
         assert evidence.student == student.fingerprint
         assert evidence.tasks.keys() == {"asymmetric"}
         assert evidence.tasks["asymmetric"].weights.keys() == set(TERMS[:2])
         monkeypatch.setattr(module, "MIN_QUERIES", 10_000)
         with caplog.at_level("WARNING", "d2llm.remarks"):
-            assert fit_evidence(student, [(dataset, "asymmetric")], show_progress=False).tasks == {}
+            assert fit_evidence(student, [(dataset, "asymmetric")]).tasks == {}
         assert "at least 10000 are needed" in caplog.text
         with pytest.raises(InputError, match="no evidence to fit weights for"):
-            fit_evidence(student, [(dataset, "asymmetric")], terms=(), show_progress=False)
+            fit_evidence(student, [(dataset, "asymmetric")], terms=())
 
     def test_saving_weights_keeps_the_students_fingerprint(self, student, tmp_path):
         before = student.fingerprint
@@ -210,13 +207,13 @@ def test_scores_are_fitted_for_one_task_and_kept_for_the_other(tmp_path, monkeyp
     student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
     kept = TaskEvidence(weights={"words": 2.0}, dev={}, num_queries={})
     student.evidence = Evidence(student=student.fingerprint, tasks={"symmetric": kept})
-    report = fit_scores(student, [topics().dataset], "asymmetric", show_progress=False)
+    report = fit_scores(student, [topics().dataset], "asymmetric")
     assert student.evidence.tasks["symmetric"] == kept
     assert report.evidence == student.evidence.tasks["asymmetric"].model_dump()
     calibration = student.calibration.tasks.get("asymmetric")  # None where the scores separate nothing
     assert report.probabilities == (calibration and calibration.model_dump())
     before = student.evidence
-    assert fit_scores(student, [topics().dataset], "asymmetric", words=False, show_progress=False).evidence is None
+    assert fit_scores(student, [topics().dataset], "asymmetric", words=False).evidence is None
     assert student.evidence == before
 
 

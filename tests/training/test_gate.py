@@ -73,7 +73,6 @@ def trial(student, tmp_path, monkeypatch):
             teacher=TEACHER,
             student=student,
             settings=GateConfig(**{"queries": 12, "depth": 3} | settings),
-            show_progress=False,
         )
 
     return run
@@ -443,7 +442,6 @@ class TestFirstLook:
                 teacher=TEACHER,
                 student=student,
                 settings=GateConfig(queries=2, depth=3),
-                show_progress=False,
             )
 
         return run

@@ -62,7 +62,7 @@ def teacher(monkeypatch: pytest.MonkeyPatch) -> LengthTeacher:
 
 
 def run(store: Path) -> verb.LabelReport:
-    return verb.label([topics(num_train=NUM_QUERIES)], store, teacher=TeacherConfig(), show_progress=False)
+    return verb.label([topics(num_train=NUM_QUERIES)], store, teacher=TeacherConfig())
 
 
 def stored(folder: Path) -> LabelStore:

@@ -42,7 +42,7 @@ def train_second_stage(folder: Path, tasks: dict[str, Task], quiet_price: float)
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
-    return train_residual(student, labelled, dev, recipe, nothing, nothing, ask_teacher=nothing, show_progress=False)
+    return train_residual(student, labelled, dev, recipe, nothing, nothing, ask_teacher=nothing)
 
 
 def gain(result: DevResult) -> float:

@@ -63,7 +63,7 @@ def stacked(folder, *names, datasets=None, **settings):
         folder,
         members=[TeacherConfig(model=name) for name in names],
         student=FakeStudent(),
-        **{"num_queries": 12, "depth": 8, "show_progress": False} | settings,
+        **{"num_queries": 12, "depth": 8} | settings,
     )
 
 

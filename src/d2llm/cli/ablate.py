@@ -64,7 +64,7 @@ def ablate(
     names = None if variants is None else [name.strip() for name in variants.split(",")]
     for name in names or ():
         find_variant(name)  # fails before data and labels are read
-    run = options.open(session, recipe, files=[markdown_path, html_path])
+    run = options.open(recipe, files=[markdown_path, html_path])
     run.require_plans()
     report = ablate(
         run.parts.sources(run.recipe),
@@ -79,7 +79,6 @@ def ablate(
         budget_minutes=budget_minutes,
         device=options.device,
         dtype=options.dtype,
-        show_progress=session.show_progress,
         announce=session.say,
     )
     session.show(ablation_table(report))

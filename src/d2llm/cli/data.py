@@ -46,7 +46,7 @@ def check(
     from d2llm.training.check_data import check_data
 
     session = session_of(context)
-    report = check_data(data, tokenizer=tokenizer, near=near, sample_size=sample, show_progress=session.show_progress)
+    report = check_data(data, tokenizer=tokenizer, near=near, sample_size=sample)
     for table in data_tables(report):
         session.show(table)
     session.write_report(context, json_path, report)

@@ -28,5 +28,5 @@ def demo(
     from d2llm.demo.demo import run_demo
 
     session = session_of(context)
-    report = run_demo(folder, student=student, show_progress=session.show_progress)
+    report = run_demo(folder, student=student)
     session.write_report(context, json_path, report)

@@ -53,7 +53,6 @@ def encode(
         chunking=splitting.chunking(model) or default_chunking(model),
         student_source=source_of(student),
         overwrite=overwrite,
-        show_progress=session.show_progress,
     )
     session.say(
         f"encode: {report.num_documents:,} texts in {report.num_passages:,} passages, {report.num_truncated:,} "

@@ -184,7 +184,6 @@ def evaluate(
         settings,
         work_folder=work or user_cache_path("d2llm") / "evaluate",
         labels=labels,
-        show_progress=session.show_progress,
     )
     for table in evaluation_tables(report):
         session.show(table)

@@ -69,7 +69,6 @@ def fit_scores(
         window_vectors=window_vectors,
         num_queries=num_queries,
         seed=seed,
-        show_progress=session.show_progress,
     )
     model.save(out)
     evidence = evidence_words({task: report.evidence}) if report.evidence else "words were not fitted"

@@ -292,9 +292,7 @@ def ann(
 
     session, index = session_of(context), opening.open(context)
     texts = None if queries is None else [query.text for query in read_queries(queries).values()]
-    report = build_ann(
-        index.store, index.student, recall=recall, depth=depth, queries=texts, show_progress=session.show_progress
-    )
+    report = build_ann(index.store, index.student, recall=recall, depth=depth, queries=texts)
     session.say(ann_remark(report))
     session.write_report(context, opening.json_path, report)
 
@@ -345,7 +343,7 @@ def verify(
 ) -> None:
     """Read the whole index and report what has changed since it was written."""
     session, index = session_of(context), opening.open(context)
-    report = index.verify(repair=repair, go_back=go_back, show_progress=session.show_progress)
+    report = index.verify(repair=repair, go_back=go_back)
     for problem in report.problems:
         session.complain("problem", problem)
     left = index.verify().problems if repair and report.problems else report.problems
@@ -415,7 +413,7 @@ def project(context: typer.Context, opening: OpeningOptions) -> None:
     from d2llm.retrieval.project import project as store_projections
 
     session, index = session_of(context), opening.open(context)
-    report = store_projections(index.store, index.student, show_progress=session.show_progress)
+    report = store_projections(index.store, index.student)
     before = report.num_rows - report.num_added
     session.say(
         f"project: {report.num_added:,} rows added, {before:,} existed already, {report.width} numbers and "
@@ -445,7 +443,6 @@ def _write_corpus(
             only_new=only_new,
             lenient_metadata=writing.lenient_metadata,
             num_documents=num_documents,
-            show_progress=session.show_progress,
         )
     session.say(
         f"index: {report.num_documents:,} texts in {report.num_passages:,} passages ({index.chunking}): "

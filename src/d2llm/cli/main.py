@@ -31,6 +31,7 @@ from d2llm.cli.search import search
 from d2llm.cli.serve import serve
 from d2llm.cli.session import Session, start_logging
 from d2llm.core.errors import D2LLMError, Terminated
+from d2llm.core.progress import showing_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -134,6 +135,7 @@ def prepare(
     """Options of the whole program."""
     context.obj = Session(verbose=verbose, quiet=quiet)
     context.call_on_close(start_logging(context.obj))
+    context.with_resource(showing_progress(False if quiet else None))
 
 
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {

@@ -18,7 +18,6 @@ from d2llm.core.shipped import shipped_recipes
 from d2llm.core.types import EngineName, NumberFormat, Task
 
 if TYPE_CHECKING:
-    from d2llm.cli.session import Session
     from d2llm.core.recipe import TeacherConfig
     from d2llm.training.run import Run
 
@@ -158,7 +157,7 @@ class RunOptions:
         Path | None, typer.Option("--json", metavar="PATH", dir_okay=False, help="Also write the result as JSON.")
     ] = None
 
-    def open(self, session: Session, recipe: str, *, files: Sequence[Path | None] = ()) -> Run:
+    def open(self, recipe: str, *, files: Sequence[Path | None] = ()) -> Run:
         """Open the run of a recipe; ``files`` are those that the verb will write besides ``--json``.
 
         Raises:
@@ -167,14 +166,7 @@ class RunOptions:
         """
         from d2llm.training.run import Run
 
-        run = Run(
-            recipe,
-            self.out,
-            data=self.data or (),
-            device=self.device,
-            dtype=self.dtype,
-            show_progress=session.show_progress,
-        )
+        run = Run(recipe, self.out, data=self.data or (), device=self.device, dtype=self.dtype)
         in_existing_folder_or_run(run.parts.path, [self.json_path, *files])
         return run
 

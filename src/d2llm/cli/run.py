@@ -45,7 +45,7 @@ def run(
     after it.
     """
     session = session_of(context)
-    opened = options.open(session, recipe)  # finds mistakes before torch is loaded
+    opened = options.open(recipe)  # finds mistakes before torch is loaded
     from d2llm.reports.training_tables import gate_table, run_table
     from d2llm.training.gate import GateReport
     from d2llm.training.sentences import gate_advice
@@ -78,7 +78,7 @@ def mine(
 
     Review audit.md in the plan's folder. If interrupted, the same command continues with what was encoded and judged.
     """
-    opened = options.open(session_of(context), recipe)
+    opened = options.open(recipe)
     session_of(context).write_report(context, options.json_path, opened.mine(again=again, student=student))
 
 
@@ -91,7 +91,7 @@ def tune_teacher(
     Run it after mine. Optional: without it, label and distill use the recipe's teacher as it is. If interrupted, the
     same command continues from the last checkpoint.
     """
-    opened = options.open(session_of(context), recipe)
+    opened = options.open(recipe)
     session_of(context).write_report(context, options.json_path, opened.tune_teacher(again=again))
 
 
@@ -126,7 +126,7 @@ def stack(
     from d2llm.reports.training_tables import render_stack_page, stack_tables
 
     session = session_of(context)
-    opened = options.open(session, recipe, files=[html_path])
+    opened = options.open(recipe, files=[html_path])
     teachers = [opened.recipe.teacher.named(member) for member in members]
     report = opened.stack(teachers, num_queries=queries, depth=depth)
     for part in stack_tables(report):
@@ -161,7 +161,7 @@ def gate(
     from d2llm.training.sentences import gate_advice
 
     session = session_of(context)
-    opened = options.open(session, recipe)
+    opened = options.open(recipe)
     config = opened.recipe.teacher.named(teacher) if teacher is not None else None
     report = opened.gate(teacher=config, student=student)
     session.write_report(context, options.json_path, report)
@@ -179,7 +179,7 @@ def label(context: typer.Context, recipe: RecipeArgument, options: RunOptions) -
 
     If interrupted, the same command continues where it stopped.
     """
-    opened = options.open(session_of(context), recipe)
+    opened = options.open(recipe)
     session_of(context).write_report(context, options.json_path, opened.label())
 
 
@@ -202,5 +202,5 @@ def distill(
 
     Run it after label. If interrupted, the same command continues from the last checkpoint.
     """
-    opened = options.open(session_of(context), recipe)
+    opened = options.open(recipe)
     session_of(context).write_report(context, options.json_path, opened.distill(variant=variant, again=again))

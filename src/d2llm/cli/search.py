@@ -38,7 +38,6 @@ class SourceChoice(str, Enum):
 
 
 _NAMED = 5  # number of truncated queries to list
-_QUICK_QUERIES = 32  # so few are answered too quickly for a progress bar
 
 
 def search(
@@ -144,8 +143,7 @@ def search(
         judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
         error = read_error(opened.folder, judge, index_task, weights_for(opened.view, opened.student, index_task))
         cascade = Cascade(judge, error, teacher_passages, teacher_ms)
-    show_progress = session.show_progress if len(all_queries) > _QUICK_QUERIES else False
-    rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, show_progress=show_progress)
+    rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade)
     for ranking in rankings:
         _show(session, ranking, settings, opened.student, index_task)
     if (remark := _truncated_queries(rankings, opened.student)) is not None:

@@ -28,11 +28,6 @@ class Session:
     verbose: bool = False
     quiet: bool = False
 
-    @property
-    def show_progress(self) -> bool | None:
-        """Value of the ``show_progress`` arguments of library functions."""
-        return False if self.quiet else None
-
     @cached_property
     def _out(self) -> Console:
         from rich.console import Console

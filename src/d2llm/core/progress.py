@@ -1,4 +1,7 @@
-"""Progress of work that takes more than two seconds: a bar in a terminal, or an occasional line in a log."""
+"""Progress of work that takes more than two seconds: a bar in a terminal, or an occasional line in a log.
+
+``showing_progress`` says once, for everything that is called inside it, whether there is any.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,30 @@ class Advance(Protocol):
 
 LINE_SECONDS = 30.0
 """Minimum time between two log lines."""
+BAR_SECONDS = 2.0
+"""Work that takes less time shows no bar."""
 _remarks = logging.getLogger("d2llm.remarks")
-_shown: ContextVar[Progress | None] = ContextVar("shown progress", default=None)
+_setting: ContextVar[bool | None] = ContextVar("whether to show progress", default=None)
+_display: ContextVar[Progress | None] = ContextVar("the display of the outermost bar", default=None)
 
 
 @contextmanager
-def progress_bar(description: str, total: int | None, *, show: bool | None = None) -> Generator[Advance]:
+def showing_progress(show: bool | None) -> Generator[None]:
+    """Set whether progress is shown by what runs inside this block.
+
+    Args:
+        show: True: bars, even without a terminal. False: neither bars nor log lines. None: as outside the block, where
+            a terminal shows bars by default, and the log has lines otherwise.
+    """
+    token = _setting.set(_setting.get() if show is None else show)
+    try:
+        yield
+    finally:
+        _setting.reset(token)
+
+
+@contextmanager
+def progress_bar(description: str, total: int | None) -> Generator[Advance]:
     """Show a bar with rate and remaining time on standard error or, without a terminal, log a line twice a minute.
 
     If work that already shows a bar starts other work, the bar of the latter appears below while it lasts.
@@ -37,15 +58,15 @@ def progress_bar(description: str, total: int | None, *, show: bool | None = Non
     Args:
         description: what is being done.
         total: number of items; None: unknown, so only the number of finished items is shown.
-        show: True: a bar, even without a terminal. False: neither a bar nor log lines.
     """
+    show = _setting.get()
     if show is False:
         yield ignore
         return
     if not (sys.stderr.isatty() or show):
         yield _lines(description, total)
         return
-    outer = _shown.get()
+    outer = _display.get()
     if outer is not None:  # a terminal has room for only one display
         task = outer.add_task(description, total=total, note="")
         try:
@@ -72,16 +93,22 @@ def progress_bar(description: str, total: int | None, *, show: bool | None = Non
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        token = _shown.set(progress)
-        try:
-            yield _advance_of(progress, progress.add_task(description, total=total, note=""))
-        finally:
-            _shown.reset(token)
+    progress = Progress(*columns, console=Console(stderr=True))
+    token = _display.set(progress)
+    try:
+        yield _advance_of(progress, progress.add_task(description, total=total, note=""))
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+        _display.reset(token)
 
 
 def _advance_of(progress: Progress, task: TaskID) -> Advance:
+    started = time.monotonic()
+
     def advance(count: int, note: str = "", /) -> None:
+        if not progress.live.is_started and time.monotonic() - started >= BAR_SECONDS:
+            progress.start()
         progress.advance(task, count)
         if note:
             progress.update(task, note=note)

@@ -58,7 +58,6 @@ def run_demo(
     *,
     student: str = DEFAULT_STUDENT,
     reading_seconds: float = READING_SECONDS,
-    show_progress: bool | None = None,
     console: Console | None = None,
 ) -> DemoReport:
     """Index the standard library's documentation, answer questions, group messages, and let the teacher judge passages.
@@ -67,7 +66,6 @@ def run_demo(
         folder: where the index is stored for the next demo; by default in the user's cache folder.
         student: a shipped student's name, or a student's folder.
         reading_seconds: if encoding the whole documentation would take longer, only a part of it is used.
-        show_progress: whether to show progress bars; None: if standard error is a terminal.
         console: where to show the steps; by default standard output.
 
     Raises:
@@ -92,7 +90,7 @@ def run_demo(
     with _measured(seconds, "models"):
         model = Student.load(student)
         cosine = CosineStudent(Student.create(untuned_config(model.config)))
-    index = _index_corpus(whole, model, student, folder, reading_seconds, view, seconds, show_progress)
+    index = _index_corpus(whole, model, student, folder, reading_seconds, view, seconds)
 
     view.step(f"The answers: {len(QUESTIONS)} questions, keyword search (BM25) beside D2LLM")
     with _measured(seconds, "questions"):
@@ -145,7 +143,6 @@ def _index_corpus(
     reading_seconds: float,
     view: DemoView,
     seconds: dict[str, float],
-    show_progress: bool | None,
 ) -> Index:
     """The index of the corpus, or of the part that this machine encodes in time; an earlier demo's is updated."""
     target = folder / _INDEX
@@ -153,7 +150,7 @@ def _index_corpus(
     with _measured(seconds, "speed"):
         passages, rate = _choose_passages(whole, model, earlier, reading_seconds)
     view.announce_index(student, len(passages), len(whole.passages), rate=rate, seconds=reading_seconds, folder=folder)
-    index, needed = _make_index(passages, model, target, earlier, show_progress, student_source=source_of(student))
+    index, needed = _make_index(passages, model, target, earlier, student_source=source_of(student))
     view.index(index, needed)
     if needed is not None:
         seconds["index"] = needed
@@ -224,7 +221,6 @@ def _make_index(
     student: SearchStudent,
     target: Path,
     earlier: Index | None,
-    show_progress: bool | None,
     *,
     student_source: str | None = None,
 ) -> tuple[Index, float | None]:
@@ -238,10 +234,9 @@ def _make_index(
             window_vectors=None,
             student_source=student_source,
             overwrite=True,
-            show_progress=show_progress,
         )
         return Index.open(target, student), time.perf_counter() - begin
-    report = earlier.upsert(passages, show_progress=show_progress)
+    report = earlier.upsert(passages)
     removed = set(earlier.view.ids(earlier.view.live_rows())) - {passage.id for passage in passages}
     num_deleted = earlier.delete(removed) if removed else 0
     is_same = report.num_unchanged == len(passages) and not num_deleted

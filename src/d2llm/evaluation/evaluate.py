@@ -25,7 +25,6 @@ def evaluate(
     *,
     work_folder: Path | None = None,
     labels: Path | None = None,
-    show_progress: bool | None = None,
 ) -> EvaluationReport:
     """Compare a student with BM25, fusions, cosines, the paper's head and the teacher, on one split of a data set.
 
@@ -43,7 +42,6 @@ def evaluate(
         work_folder: where indexes, measured systems and judgements are kept, so that an interrupted evaluation can
             continue and a repeated one can reuse them. None means a temporary folder.
         labels: a label store, opened read-only; pairs that have a label in it are not judged again.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         DataFormatError: the data set was read without the split, nothing in it can be measured, or ``labels`` is not a
@@ -61,11 +59,7 @@ def evaluate(
     with nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         if isinstance(dataset, Dataset):
-            report = evaluate_retrieval(
-                dataset, contenders, chosen, folder=place, labels=labels, show_progress=show_progress
-            )
+            report = evaluate_retrieval(dataset, contenders, chosen, folder=place, labels=labels)
         else:
-            report = evaluate_pairs(
-                dataset, contenders, chosen, folder=place, labels=labels, show_progress=show_progress
-            )
+            report = evaluate_pairs(dataset, contenders, chosen, folder=place, labels=labels)
     return replace(report, seconds=time.perf_counter() - begin)

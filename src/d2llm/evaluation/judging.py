@@ -174,7 +174,6 @@ def judge_pool(
     store: Path,
     known: Path | None = None,
     title: str,
-    show_progress: bool | None,
 ) -> PoolScores:
     """Score every pair of the pool; pairs with a label in ``store`` or ``known`` are not judged again.
 
@@ -195,7 +194,7 @@ def judge_pool(
     queries = [QueryPairs(query_id, passage_ids) for query_id, passage_ids in missing.items() if passage_ids]
     counts = JudgingCounts()
     num_pairs = sum(len(query.passage_ids) for query in queries)
-    with progress_bar(title, num_pairs, show=show_progress) as advance:
+    with progress_bar(title, num_pairs) as advance:
         judge_pairs(
             judge,
             queries,

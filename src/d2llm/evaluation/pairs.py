@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.progress import progress_bar
+from d2llm.core.progress import progress_bar, showing_progress
 from d2llm.core.types import SystemKind
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.evaluation import figures, setting
@@ -74,7 +74,6 @@ class PairWork:
     tuning_pairs: Sequence[LabelledPair]
     folder: Path
     labels: Path | None
-    show_progress: bool | None
 
     def __post_init__(self) -> None:
         self.store = MeasuredStore(self.folder / "measured")
@@ -145,23 +144,24 @@ def student_scores(work: PairWork, contender: Contender) -> ScoredSplits:
     """A student's scores of all pairs; each text is encoded once."""
     model, task = contender.model, work.settings.task
 
-    def score(pairs: Sequence[LabelledPair], show_progress: bool | None) -> ScoredPairs:
+    def score(pairs: Sequence[LabelledPair]) -> ScoredPairs:
         texts = _texts(pairs)
         num_texts = sum(len(set(side)) for side in zip(*texts, strict=True))
-        with progress_bar(f"encoding for {contender.name}", num_texts, show=show_progress) as advance:
+        with progress_bar(f"encoding for {contender.name}", num_texts) as advance:
             return score_pairs(model, texts, task, advance)
 
     def measure() -> dict[str, Any]:
         with peak_memory() as peak:
             begin = perf_counter()
-            scored = score(work.pairs, work.show_progress)
+            scored = score(work.pairs)
             seconds = perf_counter() - begin
-            tuning = score(work.tuning_pairs, work.show_progress) if work.tuning_pairs else None
+            tuning = score(work.tuning_pairs) if work.tuning_pairs else None
             times: list[float] = []
-            for pair in work.probes:
-                begin = perf_counter()
-                score([pair], False)
-                times.append(perf_counter() - begin)
+            with showing_progress(False):
+                for pair in work.probes:
+                    begin = perf_counter()
+                    score([pair])
+                    times.append(perf_counter() - begin)
             return {
                 "scores": scored.scores.tolist(),
                 "tuning_scores": [] if tuning is None else tuning.scores.tolist(),
@@ -193,7 +193,6 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> S
         store=work.folder / "judgements" / work.content,
         known=work.labels,
         title=f"judging pairs with {name}",
-        show_progress=work.show_progress,
     )
     work.notes += [(name, note) for note in judged.notes]
 
@@ -234,7 +233,6 @@ def evaluate_pairs(
     *,
     folder: Path,
     labels: Path | None,
-    show_progress: bool | None,
 ) -> EvaluationReport:
     """See ``evaluation.evaluate.evaluate``; ``folder`` stores measured scores and judgements.
 
@@ -246,7 +244,7 @@ def evaluate_pairs(
     pairs, tuning_pairs = dataset.pairs(settings.split), dataset.splits.get(tuning, ())
     gold = read_gold(dataset, settings.split)
     tuning_gold = read_gold(dataset, tuning) if tuning_pairs else None
-    work = PairWork(dataset, settings, pairs, tuning_pairs, folder, labels, show_progress)
+    work = PairWork(dataset, settings, pairs, tuning_pairs, folder, labels)
     judges = contenders.judges(None)
     _check_measurable(work, gold, tuning_gold, sampled=bool(judges))
     systems = [

@@ -43,7 +43,6 @@ def evaluate_retrieval(
     *,
     folder: Path,
     labels: Path | None,
-    show_progress: bool | None,
 ) -> EvaluationReport:
     """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements."""
     setting.check_baseline(
@@ -54,7 +53,7 @@ def evaluate_retrieval(
         [queries[place] for place in sample(len(queries), size, settings.seed)]
         for size in (settings.latency_queries, settings.teacher_queries)
     )
-    trial = Trial(queries, probes, settings.task, settings.top_k, show_progress)
+    trial = Trial(queries, probes, settings.task, settings.top_k)
     work = RetrievalWork(dataset, settings, trial, sampled, folder, labels)
     work.store_windows_for(contenders.student)
     students = contenders.students(settings.num_candidates, settings.top_k)
@@ -143,7 +142,6 @@ def _judge(
         store=work.folder / "judgements" / work.corpus,
         known=work.labels,
         title=f"judging pairs with {name}",
-        show_progress=work.trial.show_progress,
     )
 
     def measure_time() -> list[float]:

@@ -93,7 +93,6 @@ def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) 
             depth=depth,
             queries=texts or None,
             seed=work.settings.seed,
-            show_progress=work.trial.show_progress,
         )
         index.refresh()
         return work.measure(name, "shortcut", index, search)

@@ -88,7 +88,6 @@ class Trial:
     probes: Sequence[Query]
     task: Task
     top_k: int
-    show_progress: bool | None
 
 
 def sample(total: int, size: int | None, seed: int) -> NDArray[np.intp]:
@@ -113,7 +112,7 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
         index, ids = WordIndex.from_texts(passage.full_text for passage in passages), [p.id for p in passages]
         rate = len(passages) / (time.perf_counter() - begin)
         rankings: dict[str, RankedIds] = {}
-        with progress_bar(f"ranking by {name}", len(trial.queries), show=trial.show_progress) as advance:
+        with progress_bar(f"ranking by {name}", len(trial.queries)) as advance:
             lists = rank_passages(index, ids, (query.text for query in trial.queries), trial.top_k)
             for query, candidates in zip(trial.queries, lists, strict=True):
                 rankings[query.id] = tuple((candidate.passage_id, candidate.score) for candidate in candidates)
@@ -133,7 +132,7 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
 def student_system(name: str, kind: SystemKind, searcher: Searcher, trial: Trial) -> System:
     """Rank by a student's search."""
     with peak_memory() as peak:
-        ranked = searcher.rank_ids(trial.queries, show_progress=trial.show_progress, title=f"ranking by {name}")
+        ranked = searcher.rank_ids(trial.queries, title=f"ranking by {name}")
         rankings = {ranking.query.id: ranking.passages for ranking in ranked}
         num_cut = sum(ranking.truncated for ranking in ranked)
         probe_answers = [searcher.rank([query])[0] for query in (trial.probes[0], *trial.probes)][1:]
@@ -333,7 +332,6 @@ class RetrievalWork:
                 target,
                 vector_format=dtype,
                 window_vectors=windows,
-                show_progress=self.trial.show_progress,
             )
             rate = report.passages_per_second
         return Index.open(target, model), rate

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_passages
+from d2llm.core.progress import showing_progress
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, TASKS, Passage, Query, Task
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
@@ -134,9 +136,8 @@ class D2LLMModel:
             parent = Path(self._temporary.name)
         target = parent / name
         if not target.exists():
-            # mteb shows progress by default; None shows it in a terminal
-            show_progress = None if encode_kwargs.get("show_progress_bar", True) else False
-            encode(passages, self._student, target, vector_format=self._vector_format, show_progress=show_progress)
+            with _progress_of(encode_kwargs):
+                encode(passages, self._student, target, vector_format=self._vector_format)
         self._index = Index.open(target, self._student)
         _report_truncated(self._index.stats().num_truncated, len(passages), task_metadata)
 
@@ -172,11 +173,8 @@ class D2LLMModel:
         if top_ranked is not None:
             return self._rerank(mteb_queries, top_ranked, task, top_k)
         searcher = Searcher(self._index.view, self._student, SearchSettings(task, top_k, self._num_candidates))
-        show_progress = None if encode_kwargs.get("show_progress_bar", True) else False
-        return {
-            ranking.query.id: _falling(ranking.passages)
-            for ranking in searcher.rank_ids(mteb_queries, show_progress=show_progress)
-        }
+        with _progress_of(encode_kwargs):
+            return {ranking.query.id: _falling(ranking.passages) for ranking in searcher.rank_ids(mteb_queries)}
 
     def encode(
         self,
@@ -350,6 +348,10 @@ def _source(vectors: NDArray[np.float32]) -> _Source:
             "CachedEmbeddingWrapper) in between"
         )
     return source
+
+
+def _progress_of(encode_kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    return showing_progress(None if encode_kwargs.get("show_progress_bar", True) else False)  # mteb shows it by default
 
 
 def _refuse_precision(encode_kwargs: Mapping[str, Any]) -> None:

@@ -86,7 +86,6 @@ def build_ann(
     queries: Sequence[str] | None = None,
     num_lists: int | None = None,
     seed: int = 0,
-    show_progress: bool | None = False,
 ) -> AnnReport:
     """Build an approximate index of the latest version and choose how many lists a search probes.
 
@@ -103,7 +102,6 @@ def build_ann(
             as queries, each to find other passages; real queries are distributed differently and may find less.
         num_lists: number of lists; by default 4 sqrt(passages).
         seed: seed of the sample.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: there are too few passages, the head has no inner product, or the target cannot be reached.
@@ -118,7 +116,7 @@ def build_ann(
     live = view.live_rows()
     tuning = _tuning_queries(view, student, queries, live, random)
     num_lists = num_lists or round(_LISTS * len(live) ** 0.5)
-    with progress_bar("building", len(live) + len(tuning.anchors), show=show_progress) as advance:
+    with progress_bar("building", len(live) + len(tuning.anchors)) as advance:
         index = _trained(view, live, num_lists, random)
         for start in range(0, len(live), _BLOCK_ROWS):
             rows = live[start : start + _BLOCK_ROWS]

@@ -131,7 +131,6 @@ def upsert_documents(
     only_new: bool = False,
     lenient_metadata: bool = False,
     num_documents: int | None = None,
-    show_progress: bool | None = False,
 ) -> DocumentsReport:
     """Split documents and add or update their passages; delete passages that a document no longer has.
 
@@ -155,7 +154,7 @@ def upsert_documents(
                 unfinished.append(len(parts))
                 yield from parts
 
-    with store.writing(), progress_bar("indexing", num_documents, show=show_progress) as advance:
+    with store.writing(), progress_bar("indexing", num_documents) as advance:
 
         def finish(count: int, note: str = "", /) -> None:
             while unfinished and count >= unfinished[0]:

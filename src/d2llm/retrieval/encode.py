@@ -57,7 +57,6 @@ def encode(
     chunking: Chunking | None = None,
     student_source: str | None = None,
     overwrite: bool = False,
-    show_progress: bool | None = None,
 ) -> EncodeReport:
     """Make the index of a corpus; it appears at ``folder`` when it is complete, and can be changed from then on.
 
@@ -74,7 +73,6 @@ def encode(
         chunking: how long texts are split into passages; None makes each text a passage.
         student_source: the folder or name that the student was loaded from, stored so that a search can load it again.
         overwrite: replace an index at ``folder``, including its snapshots.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: there are no passages, ``folder`` exists, a format is unknown, or a vector is not finite.
@@ -118,11 +116,9 @@ def encode(
         )
     try:
         if chunking is None:
-            report = index.upsert(passages, num_passages=num_documents, show_progress=show_progress)
+            report = index.upsert(passages, num_passages=num_documents)
         else:
-            report = index.upsert_documents(
-                passages, chunking, num_documents=num_documents, show_progress=show_progress
-            )
+            report = index.upsert_documents(passages, chunking, num_documents=num_documents)
     except BaseException:
         if not len(index.store.table()):  # nothing that another call could resume
             shutil.rmtree(draft, ignore_errors=True)

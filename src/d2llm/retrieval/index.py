@@ -232,7 +232,6 @@ class Index:
         only_new: bool = False,
         lenient_metadata: bool = False,
         num_passages: int | None = None,
-        show_progress: bool | None = False,
     ) -> UpsertReport:
         """Add passages, or update those whose id exists. Unchanged texts are not encoded again.
 
@@ -244,7 +243,6 @@ class Index:
             only_new: refuse passages whose id exists.
             lenient_metadata: drop metadata values that do not fit, and count them.
             num_passages: number of passages, for the progress bar.
-            show_progress: None shows progress if standard error is a terminal.
 
         Raises:
             DuplicateIdError: two passages share an id.
@@ -257,7 +255,7 @@ class Index:
 
         student = self.student
         try:
-            with progress_bar("indexing", num_passages or 0, show=show_progress) as advance:
+            with progress_bar("indexing", num_passages or 0) as advance:
                 report = upsert_passages(
                     self.store, student, passages, only_new=only_new, lenient_metadata=lenient_metadata, advance=advance
                 )
@@ -278,7 +276,6 @@ class Index:
         only_new: bool = False,
         lenient_metadata: bool = False,
         num_documents: int | None = None,
-        show_progress: bool | None = False,
     ) -> DocumentsReport:
         """Add or update texts of any length; long ones are split into passages.
 
@@ -299,7 +296,6 @@ class Index:
             only_new=only_new,
             lenient_metadata=lenient_metadata,
             num_documents=num_documents,
-            show_progress=show_progress,
         )
 
     @property
@@ -405,14 +401,11 @@ class Index:
         """Contents of the latest version, and its size in bytes."""
         return stats(self.store)
 
-    def verify(
-        self, *, repair: bool = False, go_back: bool = False, show_progress: bool | None = False
-    ) -> VerifyReport:
+    def verify(self, *, repair: bool = False, go_back: bool = False) -> VerifyReport:
         """Check the integrity of the index; ``repair`` and ``go_back`` fix damage as in ``store.inspection.verify``.
 
         If only one copy of the vectors is stored, the student encodes lost ones again; after an interruption, repeat
         the call to continue. Only one copy of window vectors is stored: if some are damaged, all are encoded again.
-        ``show_progress`` None shows progress if standard error is a terminal.
 
         Raises:
             IndexLockedError: something has to be repaired, but another process is writing.
@@ -423,7 +416,7 @@ class Index:
 
             @cache
             def bar(title: str) -> Advance:  # made when there is something to encode
-                return stack.enter_context(progress_bar(title, None, show=show_progress))
+                return stack.enter_context(progress_bar(title, None))
 
             def encode(passages: Sequence[Passage]) -> NDArray[np.float32]:
                 advance = bar("encoding again")

@@ -36,7 +36,7 @@ class ProjectReport:
     seconds: float
 
 
-def project(store: IndexStore, student: SearchStudent, *, show_progress: bool | None = False) -> ProjectReport:
+def project(store: IndexStore, student: SearchStudent) -> ProjectReport:
     """Store W_p b of all passages of the latest version; those that are already stored are not computed again.
 
     An interrupted run resumes where it stopped. Searches use the stored projections immediately and compute those of
@@ -45,7 +45,6 @@ def project(store: IndexStore, student: SearchStudent, *, show_progress: bool | 
     Args:
         store: the index. Its write lock is held during the call.
         student: the student that made its vectors; its head must have the features ``concat``.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: the head's first product also depends on the query, or there are no passages.
@@ -69,7 +68,7 @@ def project(store: IndexStore, student: SearchStudent, *, show_progress: bool | 
             )
         with storage_errors(store.folder):
             file = _file_to_extend(view, vectors, width)
-            num_added = _append(view, student, file, show_progress=show_progress)
+            num_added = _append(view, student, file)
     return ProjectReport(
         folder=str(store.folder),
         version=view.version,
@@ -99,14 +98,14 @@ def _file_to_extend(view: PassageView, vectors: VectorFile, width: int) -> Vecto
     return create_file(vectors, view.generation, source, width)
 
 
-def _append(view: PassageView, student: ProjectingStudent, file: VectorFile, *, show_progress: bool | None) -> int:
+def _append(view: PassageView, student: ProjectingStudent, file: VectorFile) -> int:
     """Add the missing rows, up to the last that holds a passage; returns their number.
 
     Rows beyond that one were left by an interrupted writer; their numbers are reused if the vectors are rebuilt.
     """
     first = file.capacity
     end = view.capacity if view.live is None else int(np.flatnonzero(view.live)[-1]) + 1
-    with progress_bar("projecting", max(end - first, 0), show=show_progress) as advance:
+    with progress_bar("projecting", max(end - first, 0)) as advance:
         for start in range(first, end, _BLOCK_ROWS):
             block = view.block(start, min(start + _BLOCK_ROWS, end))
             file.append(as_codes(student.project_passages(block)))

@@ -38,7 +38,6 @@ def search(
     settings: SearchSettings | None = None,
     *,
     cascade: Rereader | None = None,
-    show_progress: bool | None = False,
     **changes: Any,
 ) -> list[Ranking]:
     """Rank the passages of an index for each query: find candidates, then apply the student's full score (IEM).
@@ -50,7 +49,6 @@ def search(
         settings: how to search.
         cascade: a teacher that rereads passages the student is unsure of (``Cascade``), or the top of its ranking
             (``TeacherReading``).
-        show_progress: None shows progress if standard error is a terminal.
         changes: override single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
 
     Returns:
@@ -65,7 +63,7 @@ def search(
         ModelError: the student returned a score that is NaN.
     """
     searcher = Searcher(index, student, changed(settings, changes), cascade=cascade)
-    return searcher.rank(queries, show_progress=show_progress)
+    return searcher.rank(queries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,20 +140,18 @@ class Searcher:
         queries: Sequence[Query] | Sequence[str],
         *,
         vectors: NDArray[np.float32] | None = None,
-        show_progress: bool | None = False,
     ) -> list[Ranking]:
         """Rank the passages for each query.
 
         If ``vectors`` [n, dim] are given, the queries are not encoded, and no ranking is marked as ``truncated``.
         """
-        prepared = self._prepare(queries, vectors, show_progress, "searching")
+        prepared = self._prepare(queries, vectors, "searching")
         return [replace(self._shown(one), truncated=truncated) for one, truncated in prepared]
 
     def rank_ids(
         self,
         queries: Sequence[Query] | Sequence[str],
         *,
-        show_progress: bool | None = False,
         title: str = "searching",
     ) -> list[IdRanking]:
         """Like ``rank``, without reading the passages' texts: for long rankings that only a measure will see.
@@ -163,7 +159,7 @@ class Searcher:
         ``title`` labels the progress bar.
         """
         rankings: list[IdRanking] = []
-        for prepared, truncated in self._prepare(queries, None, show_progress, title):
+        for prepared, truncated in self._prepare(queries, None, title):
             order = self._order(prepared)
             passages = tuple(zip(self._index.ids(order.rows), order.shown_scores, strict=True))
             rankings.append(IdRanking(prepared.query, passages, truncated))
@@ -173,7 +169,6 @@ class Searcher:
         self,
         queries: Sequence[Query] | Sequence[str],
         vectors: NDArray[np.float32] | None,
-        show_progress: bool | None,
         title: str,
     ) -> Iterator[tuple[_PreparedQuery, bool]]:
         """Every query ready to be ranked, and whether it was truncated; the bar counts the queries that were taken."""
@@ -183,7 +178,7 @@ class Searcher:
                 f"vectors have the shape {vectors.shape}, but the {len(all_queries)} queries need "
                 f"({len(all_queries)}, {self._student.vector_dim})"
             )
-        with progress_bar(title, len(all_queries), show=show_progress) as advance:
+        with progress_bar(title, len(all_queries)) as advance:
             for start in range(0, len(all_queries), _ENCODED_AT_ONCE):
                 block = all_queries[start : start + _ENCODED_AT_ONCE]
                 begin = time.perf_counter()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from d2llm.core.errors import InputError
+from d2llm.core.progress import showing_progress
 from d2llm.core.types import DEFAULT_TEACHER_PASSAGES, Passage, Ranking, Task
 from d2llm.models.attribution import Attribution, attribute, why_no_interaction
 from d2llm.models.student import Student
@@ -361,4 +362,6 @@ class IndexService:
 
     async def _in(self, thread: ThreadPoolExecutor, work: Callable[[], _Value]) -> _Value:
         # Run in the request's context, so that the student's work for a write is part of its trace.
-        return await asyncio.get_running_loop().run_in_executor(thread, contextvars.copy_context().run, work)
+        with showing_progress(False):
+            context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(thread, context.run, work)

@@ -37,7 +37,6 @@ def check_data(
     near: float = 0.8,
     sample_size: int = 50_000,
     seed: int = 0,
-    show_progress: bool | None = None,
 ) -> DataReport:
     """Count the contents of a data set, and look for leaks between splits, repeated or long texts, and languages.
 
@@ -50,7 +49,6 @@ def check_data(
         near: minimum Jaccard similarity of the character trigrams of near queries, in (0, 1]; 1 disables the search.
         sample_size: number of queries and passages whose length is measured; for 1,000 of them the language is guessed.
         seed: seed of the samples.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         DataFormatError: the data does not exist or is malformed (the message names file and line).
@@ -73,13 +71,13 @@ def check_data(
     leaks = list(report.leaks)
     if near < 1:
         rows = [split.num_queries if report.kind == "retrieval" else split.num_items for split in report.splits]
-        with progress_bar("near queries", sum(rows), show=show_progress) as bar:
+        with progress_bar("near queries", sum(rows)) as bar:
             leaks += near_queries(contents.texts_of, contents.ids_of, near, bar)
     samples = (
         ("queries", contents.queries, backbone.query_prefix, backbone.max_query_tokens),
         ("passages", contents.passages, backbone.passage_prefix, backbone.max_passage_tokens),
     )
-    with progress_bar("lengths", sum(len(sample.texts) for _, sample, _, _ in samples), show=show_progress) as bar:
+    with progress_bar("lengths", sum(len(sample.texts) for _, sample, _, _ in samples)) as bar:
         lengths = [
             measure_lengths(side, sample, _counter(tokens, prefix), limit, bar)
             for side, sample, prefix, limit in samples

@@ -149,9 +149,7 @@ def _cross_fitted(gold: NliGold, scores: NDArray[np.float64]) -> NDArray[np.floa
 # Dev sets for training -----------------------------------------------------------------------------------------------
 
 
-def make_dev_set(
-    source: TrainingSource, *, num_queries: int, num_passages: int, seed: int, show_progress: bool | None = None
-) -> DevSet:
+def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int, seed: int) -> DevSet:
     """Sample dev queries; their corpus is their positives, BM25's first ten for each query, and random passages.
 
     From a set of labelled pairs, ten times as many pairs are sampled.
@@ -161,7 +159,6 @@ def make_dev_set(
         num_queries: number of queries to measure on; all if there are fewer.
         num_passages: size of the corpus to rank; larger if the positives and BM25's passages are more.
         seed: seed of the samples.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: the data set has no dev queries with a positive, or no dev pairs.
@@ -180,7 +177,7 @@ def make_dev_set(
     queries = [dataset.queries[query_id] for query_id in chosen]
     needed = {passage_id for query_id in chosen for passage_id in positives[query_id]}
     title = f"BM25 for the dev queries of {dataset.name}"
-    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, show_progress, title=title)
+    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, title=title)
     needed.update(passage_id for ids in lists for passage_id in ids)
     others = sorted(dataset.passages.keys() - needed)
     filled = rng.sample(others, max(0, min(len(others), num_passages - len(needed))))
@@ -193,7 +190,6 @@ def evaluate_dev(
     dev_sets: Sequence[DevSet],
     *,
     title: str = "measuring on dev",
-    show_progress: bool | None = None,
 ) -> dict[str, DevResult]:
     """Measure a student on every dev set for each weight r of the interaction, whatever the student's own weight.
 
@@ -201,14 +197,13 @@ def evaluate_dev(
         student: the student to measure.
         dev_sets: the dev sets to measure on.
         title: title of the progress bar, which counts texts encoded and queries ranked.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         TrainingDivergedError: scores are not finite.
     """
     results: dict[str, DevResult] = {}
     total = sum(2 * len(dev.queries) + len(dev.passages) for dev in dev_sets)
-    with progress_bar(title, total, show=show_progress) as advance:
+    with progress_bar(title, total) as advance:
         for dev in dev_sets:
             advance(0, dev.name)
             results[dev.name] = measure_by_weight(student, encode_dev(student, dev, advance=advance), advance=advance)
@@ -353,7 +348,6 @@ def make_dev_lists(
     student: SearchStudent | None,
     depth: int,
     with_positives: bool,
-    show_progress: bool | None = None,
 ) -> DevSet:
     """Dev queries with the first ``depth`` passages of BM25 and of the student's inner products, from the whole corpus.
 
@@ -366,7 +360,6 @@ def make_dev_lists(
         depth: number of passages from each list.
         with_positives: put all positives first, and leave out other passages with the same text as a positive, for uses
             that rely on every label. Otherwise the lists are exactly what a search would find.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         ModelError: the student's vectors are not finite.
@@ -375,7 +368,7 @@ def make_dev_lists(
     lexical = rank_passages(index, list(dataset.passages), (query.text for query in queries), depth)
     nearest: list[list[str]] = [[] for _ in queries]
     if student is not None:
-        nearest = _nearest(dataset, task, queries, student, depth, show_progress)
+        nearest = _nearest(dataset, task, queries, student, depth)
     same_text = SameText(dataset) if with_positives else None
     positives = dataset.positives("dev")
     candidates: dict[str, list[str]] = {}
@@ -397,7 +390,7 @@ class JudgedDev:
     num_truncated: int
 
 
-def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, show_progress: bool | None) -> JudgedDev:
+def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path) -> JudgedDev:
     """Let a judge score the candidates of each query.
 
     Args:
@@ -405,7 +398,6 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, show_progres
         dev: the queries and their candidates.
         name: the judge's name in the progress bar.
         store: folder of a label store; pairs with a label in it are not judged again.
-        show_progress: None shows progress if standard error is a terminal.
     """
     pool = judge_pool(
         judge,
@@ -416,7 +408,6 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, show_progres
         dataset=dev.name,
         store=store,
         title=f"{name} on {dev.name}",
-        show_progress=show_progress,
     )
     scores = [
         np.array([pool.scores[query_id][passage_id] for passage_id in ids]) for query_id, ids in dev.candidates.items()
@@ -425,11 +416,11 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, show_progres
 
 
 def _nearest(
-    dataset: Dataset, task: Task, queries: Sequence[Query], student: SearchStudent, depth: int, show: bool | None
+    dataset: Dataset, task: Task, queries: Sequence[Query], student: SearchStudent, depth: int
 ) -> list[list[str]]:
     searcher = student if student.has_anchor else CosineStudent(student)
     texts = [passage.full_text for passage in dataset.passages.values()]
-    with progress_bar(f"encoding {dataset.name}", len(texts), show=show) as advance:
+    with progress_bar(f"encoding {dataset.name}", len(texts)) as advance:
         passages = searcher.encode_passages(texts, advance=advance).vectors
     anchors = searcher.anchor_queries(searcher.encode_queries([query.text for query in queries]).vectors, task)
     if not (np.isfinite(passages).all() and np.isfinite(anchors).all()):

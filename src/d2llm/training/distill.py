@@ -12,6 +12,7 @@ from typing import Any
 from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable
 from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.recipe_file import shaping_settings
 from d2llm.core.types import EvidenceTerm, Task
@@ -75,7 +76,6 @@ def distill(
     closed_gates: Collection[str] = (),
     device: str | None = None,
     dtype: str | None = None,
-    show_progress: bool | None = None,
 ) -> DistillReport:
     """Train a student on a teacher's labels and write it to ``folder``; an interrupted run continues where it stopped.
 
@@ -100,7 +100,6 @@ def distill(
             on their own judgements.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: ``folder`` holds a finished student or foreign files, two data sets cannot be distinguished (see
@@ -127,15 +126,14 @@ def distill(
             num_queries=training.dev_queries,
             num_passages=training.dev_passages,
             seed=recipe.seed,
-            show_progress=show_progress,
         )
         for source in sources
     ]
     run_folder = working_folder(folder)
     student = Student.create(recipe.student, device=own_device(device), dtype=dtype, seed=recipe.seed)
-    with joined_processes() as processes:
+    with joined_processes() as processes, showing_progress(None if processes.is_first else False):
         if recipe.evidence.in_training:
-            evidence = _evidence_at_start(student, sources, recipe, run_folder, processes, show_progress)
+            evidence = _evidence_at_start(student, sources, recipe, run_folder, processes)
             labelled, dev_sets = _with_words(labelled, dev_sets, evidence)
         student.prepare_training(seed=recipe.seed)
         settings = _run_settings(recipe, labelled, identity)
@@ -147,8 +145,7 @@ def distill(
             settings,
             run_folder,
             processes,
-            _teacher_when_needed(teacher, device=device, dtype=dtype, show_progress=show_progress),
-            show_progress,
+            _teacher_when_needed(teacher, device=device, dtype=dtype),
         )
         stopped_early = run.train()
         run.take_best()
@@ -173,13 +170,12 @@ def _fit_and_write(
 ) -> DistillReport:
     """Fit the trained student's evidence and probabilities on dev, write the student, and complete the report."""
     student, recipe = run.student.eval(), run.recipe
-    student.evidence = _fit_evidence(student, sources, recipe, recipe.evidence.terms, run.show_progress)
+    student.evidence = _fit_evidence(student, sources, recipe, recipe.evidence.terms)
     student.calibration = fit_probabilities(
         student,
         [(source.dataset, source.task) for source in sources],
         num_queries=recipe.training.dev_queries,
         seed=recipe.seed,
-        show_progress=run.show_progress,
     )
     content = {
         "recipe": recipe.model_dump(),
@@ -234,9 +230,7 @@ def _report(
     )
 
 
-def _teacher_when_needed(
-    teacher: TeacherConfig, *, device: str | None, dtype: str | None, show_progress: bool | None
-) -> AskTeacher:
+def _teacher_when_needed(teacher: TeacherConfig, *, device: str | None, dtype: str | None) -> AskTeacher:
     """A function that lets the teacher judge passages mined in training; the teacher is loaded when first needed."""
     judge: Judge | None = None
 
@@ -245,7 +239,7 @@ def _teacher_when_needed(
         if not any(labelled.labels.missing(query_id, ids) for query_id, ids in passages.items()):
             return
         judge = judge or load_judge(teacher, device=device, dtype=dtype)
-        label_passages(judge, labelled.source, labelled.labels, passages, show_progress=show_progress)
+        label_passages(judge, labelled.source, labelled.labels, passages)
 
     return ask
 
@@ -256,7 +250,6 @@ def _evidence_at_start(
     recipe: Recipe,
     run_folder: Path,
     processes: Processes,
-    show_progress: bool | None,
 ) -> Evidence:
     """The weights of words beside the untrained student, kept in the run's folder for a run that is resumed."""
     evidence = NO_EVIDENCE
@@ -264,7 +257,7 @@ def _evidence_at_start(
         evidence = read_evidence(run_folder, student.fingerprint)
         if evidence is NO_EVIDENCE:
             words: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term != "window_vectors"]
-            evidence = _fit_evidence(student, sources, recipe, words, show_progress)
+            evidence = _fit_evidence(student, sources, recipe, words)
             run_folder.mkdir(parents=True, exist_ok=True)
             write_evidence(run_folder, evidence)
     return processes.from_first(evidence)
@@ -289,7 +282,6 @@ def _fit_evidence(
     sources: Sequence[TrainingSource],
     recipe: Recipe,
     terms: Sequence[EvidenceTerm],
-    show_progress: bool | None,
 ) -> Evidence:
     """Fit the evidence on the dev queries of the retrieval sets; labelled pairs have no corpus to count words in."""
     if not terms or not student.has_anchor:
@@ -300,7 +292,6 @@ def _fit_evidence(
         terms=terms,
         num_queries=recipe.training.dev_queries,
         seed=recipe.seed,
-        show_progress=show_progress,
     )
 
 

@@ -96,14 +96,12 @@ class DistillRun:
         folder: Path,
         processes: Processes,
         ask_teacher: AskTeacher,
-        show_progress: bool | None = None,
     ) -> None:
         """Begin a run, or resume the one whose checkpoint is in ``folder``.
 
         ``settings`` is JSON with everything that affects the run; a checkpoint with other settings is from another run.
         ``ask_teacher`` is called if ``training.unjudged`` is "ask_teacher".
         """
-        self.show_progress = show_progress if processes.is_first else False
         self.student, self.recipe, self.sources, self.dev_sets = student, recipe, sources, dev_sets
         self.settings, self.folder, self.processes = settings, folder, processes
         self.ask_teacher = ask_teacher
@@ -144,7 +142,7 @@ class DistillRun:
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
         """
-        with self.signals, progress_bar("distilling", self.total_steps, show=self.show_progress) as advance:
+        with self.signals, progress_bar("distilling", self.total_steps) as advance:
             advance(self.progress.step)
             try:
                 return self._train(advance)
@@ -227,7 +225,6 @@ class DistillRun:
                 lambda source: self.offsets.get(offset_name(source.source)),
                 self._write_after,
                 ask_teacher=self.ask_teacher,
-                show_progress=self.show_progress,
             )
             self._adopt(results)
             start = self.progress.start_items
@@ -258,7 +255,6 @@ class DistillRun:
                     epoch=epoch,
                     labels=labelled.labels,
                     same_text=labelled.same_text,
-                    show_progress=self.show_progress,
                 )
                 write_plan(folder, remined.plan.entries, {"remined": remined.plan.manifest.get("remined")})
             self.processes.from_first(None)  # wait until the plan is written
@@ -337,7 +333,7 @@ class DistillRun:
         self.best.take_up(best)
 
     def _dev_results(self, title: str) -> dict[str, DevResult]:
-        return evaluate_dev(self.student, self.dev_sets, title=title, show_progress=self.show_progress)
+        return evaluate_dev(self.student, self.dev_sets, title=title)
 
     def _record(self, results: dict[str, DevResult]) -> None:
         """Record the dev results of this step, and keep the state if it is the best so far."""

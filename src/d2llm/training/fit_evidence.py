@@ -70,7 +70,6 @@ def fit_evidence(
     terms: Sequence[EvidenceTerm] = get_args(EvidenceTerm),
     num_queries: int = 200,
     seed: int = 0,
-    show_progress: bool | None = None,
 ) -> Evidence:
     """Fit, for each task, the weights of the evidence in a student's score, to be set as the student's ``evidence``.
 
@@ -82,7 +81,6 @@ def fit_evidence(
         terms: the kinds of evidence that may be used.
         num_queries: maximum number of queries per data set.
         seed: seed of the choice of queries and passages.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: a data set has no judged dev queries, or there are no terms.
@@ -93,9 +91,7 @@ def fit_evidence(
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
         lists = [
-            make_evidence_lists(
-                student, dataset, task, terms=terms, num_queries=num_queries, seed=seed, show_progress=show_progress
-            )
+            make_evidence_lists(student, dataset, task, terms=terms, num_queries=num_queries, seed=seed)
             for dataset, set_task in judged
             if set_task == task
         ]
@@ -122,7 +118,6 @@ def make_evidence_lists(
     depth: int = LISTED_DEPTH,
     num_passages: int = LISTED_PASSAGES,
     seed: int = 0,
-    show_progress: bool | None = None,
 ) -> EvidenceLists:
     """Score the positives and nearest passages of dev queries.
 
@@ -137,7 +132,6 @@ def make_evidence_lists(
         depth: how many of the best passages by words, and by vectors, are in a query's list.
         num_passages: minimum number of passages to encode: all positives, the best by words, and others at random.
         seed: seed of the sample.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: there are no judged dev queries.
@@ -154,7 +148,7 @@ def make_evidence_lists(
     extra = random.Random(seed).sample(others, min(len(others), max(0, num_passages - len(needed))))
     pool = np.union1d(needed, np.array(extra, np.int64))
     texts = [dataset.passages[ids[row]].full_text for row in pool]
-    with progress_bar(f"encoding {dataset.name} for its evidence", len(texts), show=show_progress) as advance:
+    with progress_bar(f"encoding {dataset.name} for its evidence", len(texts)) as advance:
         passages = student.encode_passages(texts, advance=advance).vectors
     vectors = student.encode_queries([query.text for query in queries]).vectors
     listed: list[NDArray[np.int64]] = []
@@ -166,7 +160,7 @@ def make_evidence_lists(
         scores.append(own[np.searchsorted(pool, rows)])
     best_windows: list[NDArray[np.float32] | None] = [None] * len(queries)
     if "window_vectors" in terms:
-        windows = _read_windows(student, dataset, ids, np.unique(np.concatenate(listed)), pool, passages, show_progress)
+        windows = _read_windows(student, dataset, ids, np.unique(np.concatenate(listed)), pool, passages)
         anchors = student.anchor_queries(vectors, task)
         best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors, listed, strict=True)]
     return EvidenceLists(
@@ -188,11 +182,10 @@ def _read_windows(
     rows: NDArray[np.int64],
     pool: NDArray[np.int64],
     passages: NDArray[np.float32],
-    show_progress: bool | None,
 ) -> WindowVectors:
     """The windows of the passages at ``rows``. A passage without windows has its own vector, from those of ``pool``."""
     texts = [dataset.passages[ids[int(row)]].full_text for row in rows]
-    with progress_bar(f"encoding the windows of {dataset.name}", None, show=show_progress) as advance:
+    with progress_bar(f"encoding the windows of {dataset.name}", None) as advance:
         read = read_windows(student, texts, advance)
     counts = np.maximum(read.counts, 1)
     firsts = np.cumsum(counts) - counts

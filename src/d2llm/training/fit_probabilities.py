@@ -49,7 +49,6 @@ def fit_probabilities(
     *,
     num_queries: int = 150,
     seed: int = 0,
-    show_progress: bool | None = None,
 ) -> ProbabilityCalibration:
     """Fit, for each task, the logistic function that turns a student's scores into probabilities.
 
@@ -63,7 +62,6 @@ def fit_probabilities(
         judged: data sets with a dev split, each with its task.
         num_queries: number of queries per data set; all if there are fewer.
         seed: seed of the draws.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: a score is not finite.
@@ -72,7 +70,7 @@ def fit_probabilities(
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
         parts = [
-            score_drawn(student, dataset, task, num_queries=num_queries, seed=seed, show_progress=show_progress)
+            score_drawn(student, dataset, task, num_queries=num_queries, seed=seed)
             for dataset, set_task in judged
             if set_task == task
         ]
@@ -89,7 +87,6 @@ def score_drawn(
     *,
     num_queries: int,
     seed: int,
-    show_progress: bool | None = None,
 ) -> CalibrationSample:
     """Draw passages for judged dev queries of a data set (one relevant, some hard, most at random) and score them.
 
@@ -100,14 +97,14 @@ def score_drawn(
     known = sorted(query_id for query_id, positives in judged.items() if positives)
     chosen = sorted(rng.sample(known, min(num_queries, len(known))))
     positives = {query_id: judged[query_id] for query_id in chosen}
-    drawn = _draw(dataset, positives, dataset.qrels.get("dev", {}), rng, show_progress)
+    drawn = _draw(dataset, positives, dataset.qrels.get("dev", {}), rng)
     pairs = [
         (dataset.queries[query_id].text, dataset.passages[passage_id].full_text)
         for query_id, ids in drawn.items()
         for passage_id in ids
     ]
     num_texts = sum(len(set(side)) for side in zip(*pairs, strict=True))
-    with progress_bar(f"calibrating on {dataset.name}", num_texts, show=show_progress) as advance:
+    with progress_bar(f"calibrating on {dataset.name}", num_texts) as advance:
         scores = score_pairs(student, pairs, task, advance).scores if pairs else np.empty(0)
     return CalibrationSample(
         queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
@@ -122,14 +119,13 @@ def _draw(
     positives: dict[str, tuple[str, ...]],
     judged: dict[str, dict[str, int]],
     rng: random.Random,
-    show: bool | None,
 ) -> dict[str, list[str]]:
     """For each query, the passages to score; the first is relevant."""
     if not positives:
         return {}
     title = f"BM25 for calibrating on {dataset.name}"
     queries = [dataset.queries[query_id] for query_id in positives]
-    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, show, title=title)
+    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, title=title)
     same_text = SameText(dataset)
     pool = rng.sample(sorted(dataset.passages), min(_POOL, len(dataset.passages)))
     drawn: dict[str, list[str]] = {}

@@ -34,7 +34,6 @@ def fit_scores(
     window_vectors: bool = True,
     num_queries: int = 200,
     seed: int = 0,
-    show_progress: bool | None = None,
 ) -> FitScoresReport:
     """Fit a student's ``evidence`` and ``calibration`` for one task; those of the other task are kept.
 
@@ -47,7 +46,6 @@ def fit_scores(
             otherwise only words.
         num_queries: maximum number of queries per data set.
         seed: seed of the choice of queries and passages.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: a data set has labelled pairs, and so no corpus; it has no judged dev queries; or ``words`` is set
@@ -63,12 +61,10 @@ def fit_scores(
     evidence = None
     if words:
         terms = EvidenceConfig(words=True, window_words=True, window_vectors=window_vectors).terms
-        new_evidence = fit_evidence(
-            student, judged, terms=terms, num_queries=num_queries, seed=seed, show_progress=show_progress
-        )
+        new_evidence = fit_evidence(student, judged, terms=terms, num_queries=num_queries, seed=seed)
         student.evidence = new_evidence.model_copy(update={"tasks": {**student.evidence.tasks, **new_evidence.tasks}})
         evidence = new_evidence.tasks.get(task)
-    fitted = fit_probabilities(student, judged, num_queries=num_queries, seed=seed, show_progress=show_progress)
+    fitted = fit_probabilities(student, judged, num_queries=num_queries, seed=seed)
     student.calibration = fitted.model_copy(update={"tasks": {**student.calibration.tasks, **fitted.tasks}})
     calibration = fitted.tasks.get(task)
     return FitScoresReport(

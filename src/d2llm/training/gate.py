@@ -113,7 +113,6 @@ def gate(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
-    show_progress: bool | None = None,
 ) -> GateReport:
     """Let teacher and cosine score the same dev queries or pairs, and test the difference with a paired test.
 
@@ -138,7 +137,6 @@ def gate(
         seed: seed of the sample and the test.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: a data set has no dev queries or pairs, or too few pairs of a class to fit thresholds.
@@ -148,10 +146,10 @@ def gate(
     settings = settings or GateConfig()
     started = time.monotonic()
     earlier = _read_gates(folder / GATE_FILE)
-    sets = [_sample(dataset, task, student, settings, seed, show_progress) for dataset, task in judged]
-    by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder, show_progress)
+    sets = [_sample(dataset, task, student, settings, seed) for dataset, task in judged]
+    by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder)
     model = load_judge(teacher, device=device, dtype=dtype)
-    by_teacher = _judge(model, sets, "teacher", folder, show_progress)
+    by_teacher = _judge(model, sets, "teacher", folder)
     trials = _trials(sets, by_cosine, by_teacher)
     pooled: dict[tuple[Task, str], list[_Trial]] = {}
     for trial in trials:
@@ -183,7 +181,6 @@ def first_look(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
-    show_progress: bool | None = None,
 ) -> FirstLook:
     """Compare teacher and cosine on ``LOOK_QUERIES`` dev queries per data set, before hours are spent on tuning.
 
@@ -192,10 +189,10 @@ def first_look(
     """
     started = time.monotonic()
     few = (settings or GateConfig()).model_copy(update={"queries": LOOK_QUERIES})
-    sets = [_sample(dataset, task, None, few, seed, show_progress) for dataset, task in judged]
-    by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder, show_progress)
+    sets = [_sample(dataset, task, None, few, seed) for dataset, task in judged]
+    by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder)
     model = load_judge(teacher, device=device, dtype=dtype)
-    by_teacher = _judge(model, sets, "untuned teacher", folder, show_progress)
+    by_teacher = _judge(model, sets, "untuned teacher", folder)
     return FirstLook(
         sets=tuple(
             _row(trial.dev.name, [trial], alpha=few.alpha, seed=seed) for trial in _trials(sets, by_cosine, by_teacher)
@@ -228,9 +225,9 @@ class _Trial:
     teacher: Measured
 
 
-def _judge(judge: Judge, sets: Sequence[DevSet], name: str, folder: Path, show: bool | None) -> list[JudgedDev]:
+def _judge(judge: Judge, sets: Sequence[DevSet], name: str, folder: Path) -> list[JudgedDev]:
     store = folder / "gate-judgements"
-    return [judge_dev(judge, dev, name=name, store=store, show_progress=show) for dev in sets]
+    return [judge_dev(judge, dev, name=name, store=store) for dev in sets]
 
 
 def _trials(sets: Sequence[DevSet], by_cosine: Sequence[JudgedDev], by_teacher: Sequence[JudgedDev]) -> list[_Trial]:
@@ -246,14 +243,11 @@ def _sample(
     student: Student | None,
     settings: GateConfig,
     seed: int,
-    show: bool | None,
 ) -> DevSet:
     if isinstance(dataset, PairDataset):
         return make_dev_pairs(dataset, task, num_pairs=PAIRS_PER_QUERY * settings.queries, seed=seed)
     queries = dev_queries(dataset, num_queries=settings.queries, seed=seed)
-    return make_dev_lists(
-        dataset, task, queries, student=student, depth=settings.depth, with_positives=False, show_progress=show
-    )
+    return make_dev_lists(dataset, task, queries, student=student, depth=settings.depth, with_positives=False)
 
 
 def _row(name: str, trials: Sequence[_Trial], *, alpha: float, seed: int) -> GateRow:

@@ -46,7 +46,6 @@ def label(
     teacher: TeacherConfig,
     device: str | None = None,
     dtype: str | None = None,
-    show_progress: bool | None = None,
 ) -> LabelReport:
     """Label the positives, hard and easy negatives of every query in the plans, and store the features' Gram matrices.
 
@@ -62,7 +61,6 @@ def label(
         teacher: the LLM, tuned or not, and its prompt.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: two data sets cannot be distinguished (see ``check_sources``), or a shard cannot be written (disk
@@ -89,7 +87,7 @@ def label(
             finished_queries += unfinished == 0
             finished_pairs += len(entry.passage_ids) - unfinished
     counts = JudgingCounts()
-    with progress_bar("labelling pairs", num_pairs, show=show_progress) as advance:
+    with progress_bar("labelling pairs", num_pairs) as advance:
         for source, labels in work:
             queries = (_unfinished(labels, entry) for entry in source.entries_to_label)
             judge_pairs(
@@ -124,8 +122,6 @@ def label_passages(
     source: TrainingSource,
     labels: LabelStore,
     passages: Mapping[str, Sequence[str]],
-    *,
-    show_progress: bool | None = None,
 ) -> int:
     """Judge those of ``passages`` (by query_id) that have no label in the data set's store; returns how many.
 
@@ -134,7 +130,7 @@ def label_passages(
     missing = {query_id: tuple(labels.missing(query_id, ids)) for query_id, ids in passages.items()}
     queries = [QueryPairs(query_id, ids) for query_id, ids in missing.items() if ids]
     num_pairs = sum(len(query.passage_ids) for query in queries)
-    with progress_bar(f"labelling pairs of {source.dataset.name}", num_pairs, show=show_progress) as advance:
+    with progress_bar(f"labelling pairs of {source.dataset.name}", num_pairs) as advance:
         judge_pairs(
             judge,
             queries,

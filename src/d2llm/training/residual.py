@@ -57,7 +57,6 @@ def train_residual(
     write: Callable[..., None],
     *,
     ask_teacher: AskTeacher,
-    show_progress: bool | None,
 ) -> dict[str, DevResult]:
     """Train the interaction of an anchored student on its own vectors, and keep the epoch with the best dev result.
 
@@ -73,7 +72,6 @@ def train_residual(
         offsets: returns the logit of a pair set at which yes and no are equally likely.
         write: writes ``step`` and named values to the log.
         ask_teacher: labels passages of queries, if ``training.unjudged`` is "ask_teacher".
-        show_progress: None shows progress if standard error is a terminal.
 
     Returns:
         The dev results of the state that is kept.
@@ -84,13 +82,13 @@ def train_residual(
     student.eval()
     # Only the symmetric interaction is penalised for changing the ranking of queries of asymmetric sets.
     needs_queries = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
-    sets = [_encode(student, s, config, show_progress, with_near_queries=needs_queries) for s in sources if s.entries]
+    sets = [_encode(student, s, config, with_near_queries=needs_queries) for s in sources if s.entries]
     if recipe.training.unjudged == "ask_teacher":
         for vectors in sets:
             ask_teacher(vectors.labelled, _drawn_neighbours(vectors, config, recipe.seed))
     only_judged = recipe.training.unjudged != "negatives"
     num_texts = sum(len(dev_set.queries) + len(dev_set.passages) for dev_set in dev_sets)
-    with progress_bar("encoding dev", num_texts, show=show_progress) as advance:
+    with progress_bar("encoding dev", num_texts) as advance:
         dev = [encode_dev(student, dev_set, advance=advance) for dev_set in dev_sets]
     parameters = head.residual_parameters()
     for parameter in parameters.values():
@@ -102,12 +100,12 @@ def train_residual(
     weights = recipe.losses.model_copy(update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0})
     max_norm = recipe.training.max_gradient_norm
     per_epoch = sum(-(-len(vectors.labelled.entries) // config.batch_queries) for vectors in sets)
-    best = _measure(student, dev, show_progress)
+    best = _measure(student, dev)
     step, total = 0, config.epochs * per_epoch
     best_state = BestState(parameters)
     best_state.offer(mean_value(best), step)
     warmup = warmup_steps(config, total)
-    with progress_bar("training the interaction", total, show=show_progress) as advance:
+    with progress_bar("training the interaction", total) as advance:
         for epoch in range(config.epochs):
             for vectors, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
                 torch.manual_seed(recipe.seed * 1_000_003 + step)  # for the dropout
@@ -124,7 +122,7 @@ def train_residual(
                 optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
                 step += 1
                 advance(1, f"loss {float(loss.detach()):.3f}  dev {best_state.value:.4f}")
-            results = _measure(student, dev, show_progress)
+            results = _measure(student, dev)
             write(step, stage="residual", dev={name: result.values for name, result in results.items()})
             if best_state.offer(mean_value(results), step):
                 best = results
@@ -133,19 +131,17 @@ def train_residual(
     return best
 
 
-def _measure(student: Student, dev: Sequence[EncodedDev], show: bool | None) -> dict[str, DevResult]:
+def _measure(student: Student, dev: Sequence[EncodedDev]) -> dict[str, DevResult]:
     student.eval()
-    with progress_bar("measuring on dev", sum(len(encoded.queries) for encoded in dev), show=show) as advance:
+    with progress_bar("measuring on dev", sum(len(encoded.queries) for encoded in dev)) as advance:
         return {encoded.dev.name: measure_by_weight(student, encoded, advance=advance) for encoded in dev}
 
 
-def _encode(
-    student: Student, source: LabelledSource, config: ResidualConfig, show: bool | None, *, with_near_queries: bool
-) -> _Vectors:
+def _encode(student: Student, source: LabelledSource, config: ResidualConfig, *, with_near_queries: bool) -> _Vectors:
     ids = list(dict.fromkeys(passage_id for entry in source.entries for passage_id in entry.passage_ids))
     texts = [source.source.query_text(entry.query_id) for entry in source.entries]
     name = source.source.dataset.name
-    with progress_bar(f"encoding {name}", len(ids) + len(texts), show=show) as advance:
+    with progress_bar(f"encoding {name}", len(ids) + len(texts)) as advance:
         queries = student.encode_queries(texts, advance=advance).vectors
         passages = student.encode_passages([source.source.passage_text(p) for p in ids], advance=advance).vectors
     is_pairs = any(entry.targets for entry in source.entries)
@@ -153,18 +149,16 @@ def _encode(
     near_queries: NDArray[np.int64] | None = None
     if not is_pairs:
         anchors = student.anchor_queries(queries, source.source.task)
-        near = _nearest(anchors, passages, config.depth, f"neighbours in {name}", show)
+        near = _nearest(anchors, passages, config.depth, f"neighbours in {name}")
     if with_near_queries and source.source.task == "asymmetric":
         anchors = student.anchor_queries(queries, "symmetric")
-        near_queries = _nearest(anchors, queries, config.num_near, f"similar queries in {name}", show)
+        near_queries = _nearest(anchors, queries, config.num_near, f"similar queries in {name}")
     rows = {passage_id: row for row, passage_id in enumerate(ids)}
     return _Vectors(source, torch.from_numpy(queries), torch.from_numpy(passages), ids, rows, near, near_queries)
 
 
-def _nearest(
-    queries: NDArray[np.float32], passages: NDArray[np.float32], depth: int, title: str, show: bool | None
-) -> NDArray[np.int64]:
-    with progress_bar(title, len(queries), show=show) as advance:
+def _nearest(queries: NDArray[np.float32], passages: NDArray[np.float32], depth: int, title: str) -> NDArray[np.int64]:
+    with progress_bar(title, len(queries)) as advance:
         return np.stack(nearest_rows(queries, passages, depth, advance=advance))
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.recipe_file import changed_settings, load_recipe, shaping_settings, tuning_settings
 from d2llm.core.types import RunStep, Task
@@ -39,6 +41,21 @@ if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe
 
 _remarks = logging.getLogger("d2llm.remarks")
 _log = logging.getLogger(__name__)
+
+
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
+
+
+def _shows_progress(step: Callable[Concatenate[Run, _P], _Result]) -> Callable[Concatenate[Run, _P], _Result]:
+    """Show the progress of a step if the run says so."""
+
+    @wraps(step)
+    def shown(run: Run, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
+        with showing_progress(run.show_progress):
+            return step(run, *args, **kwargs)
+
+    return shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +90,7 @@ class Run:
                 folders that contain data sets by these names.
             device: where to compute; by default the best device available.
             dtype: number format of the models; by default the fastest on that device.
-            show_progress: None shows progress if standard error is a terminal.
+            show_progress: whether its steps show progress (``core.progress.showing_progress``).
 
         Raises:
             RecipeError: there is no such recipe, or two of its data sets have the same name.
@@ -126,6 +143,7 @@ class Run:
         keep("distill", self.distill(again="distill" in repeated))
         return results
 
+    @_shows_progress
     def mine(
         self, *, again: bool = False, student: str | None = None, before_tuning: bool = False
     ) -> dict[str, dict[str, Any] | Skipped]:
@@ -140,6 +158,7 @@ class Run:
 
         return mine_plans(self, again=again, student=student, before_tuning=before_tuning)
 
+    @_shows_progress
     def look_at_the_teacher(self, *, again: bool = False) -> FirstLook | Skipped:
         """Compare the untuned teacher with the cosine on a few dev queries; warns if the teacher is worse."""
         from d2llm.training.gate import LOOK_QUERIES, first_look
@@ -169,6 +188,7 @@ class Run:
         (_log.warning if look.difference < 0 else _remarks.info)("%s", look_sentence(look))
         return look
 
+    @_shows_progress
     def tune_teacher(self, *, again: bool = False) -> TeacherTuningReport | Skipped:
         """Tune the recipe's teacher on the plans."""
         from d2llm.training.tune_teacher import tune_teacher
@@ -218,6 +238,7 @@ class Run:
         cosine = TeacherConfig(model=str(self.parts.cosine_of_stack(self.recipe)), kind="cosine")
         return self.stack([self.teacher, cosine])
 
+    @_shows_progress
     def stack(
         self, members: Sequence[TeacherConfig], *, num_queries: int | None = None, depth: int | None = None
     ) -> StackReport:
@@ -244,6 +265,7 @@ class Run:
         _remarks.info("stack: the teacher is in %s", report.folder)
         return report
 
+    @_shows_progress
     def gate(
         self, *, again: bool = True, teacher: TeacherConfig | None = None, student: str | None = None
     ) -> GateReport | Skipped:
@@ -280,6 +302,7 @@ class Run:
             **self._computing,
         )
 
+    @_shows_progress
     def filter(self, closed: Sequence[str] | None = None) -> dict[str, dict[str, Any] | Skipped] | Skipped:
         """If the recipe says so, mine again with the tuned teacher's margin; returns counts by the data set's name.
 
@@ -290,6 +313,7 @@ class Run:
 
         return filter_plans(self, self.closed_gates() if closed is None else closed)
 
+    @_shows_progress
     def label(self) -> LabelReport:
         """Let the teacher judge every pair of the plans that has no label yet."""
         from d2llm.training.label import label
@@ -301,6 +325,7 @@ class Run:
         _remarks.info("label: %s, in %s", label_words(report), self.parts.labels)
         return report
 
+    @_shows_progress
     def distill(
         self, *, variant: str | None = None, again: bool = False, for_stack: bool = False
     ) -> DistillReport | Skipped:
@@ -347,6 +372,7 @@ class Run:
             _log.warning("%s", untrained_advice(report, recipe.training))
         return report
 
+    @_shows_progress
     def evaluate(
         self, settings: EvaluationSettings | None = None, *, with_teacher: bool = True
     ) -> dict[str, EvaluationReport]:
@@ -385,7 +411,6 @@ class Run:
                 replace(chosen, task=data.task),
                 work_folder=self.parts.path / "evaluation",
                 labels=labels,
-                show_progress=self.show_progress,
             )
         return reports
 
@@ -393,7 +418,7 @@ class Run:
 
     @property
     def _computing(self) -> dict[str, Any]:
-        return {"device": self.device, "dtype": self.dtype, "show_progress": self.show_progress}
+        return {"device": self.device, "dtype": self.dtype}
 
     @property
     def teacher(self) -> TeacherConfig:

@@ -97,7 +97,6 @@ def stack_teachers(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
-    show_progress: bool | None = None,
 ) -> StackReport:
     """Fit a stack to relevance on dev lists and write it to ``folder`` as a teacher of kind ``stack``.
 
@@ -117,7 +116,6 @@ def stack_teachers(
         seed: seed of the sample and the folds.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: there are no members, no data sets or no dev queries, a member is given twice, ``folder`` holds
@@ -137,7 +135,6 @@ def stack_teachers(
             student=student,
             depth=depth,
             with_positives=True,
-            show_progress=show_progress,
         )
         for dataset, task in judged
     ]
@@ -150,9 +147,7 @@ def stack_teachers(
             raise InputError(f"member '{name}' is the same teacher as another member; name each once")
         parts.append(StackMember(config, judge.fingerprint))
         store = working_folder(folder)
-        judged_by.append(
-            {dev.name: judge_dev(judge, dev, name=name, store=store, show_progress=show_progress) for dev in lists}
-        )
+        judged_by.append({dev.name: judge_dev(judge, dev, name=name, store=store) for dev in lists})
     tasks: dict[Task, TaskReport] = {}
     stacks: dict[Task, Stack] = {}
     different: list[Task] = list(dict.fromkeys(task for _, task in judged))

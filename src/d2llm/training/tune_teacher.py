@@ -83,7 +83,6 @@ def tune_teacher(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
-    show_progress: bool | None = None,
 ) -> TeacherTuningReport:
     """Tune a teacher and write it to ``folder``; an interrupted run continues from its last checkpoint.
 
@@ -95,7 +94,6 @@ def tune_teacher(
         seed: seed of the sample of pairs, their order, and the adapter's initial weights.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
@@ -122,7 +120,7 @@ def tune_teacher(
     }
     batches = _epoch_batches(pairs, tuning, seed)
     run = _TuningRun(model, batches, dev_pairs, tuning, run_folder, settings=settings, seed=seed)
-    run.train(show_progress)
+    run.train()
     run.best.put_back()
     losses = run.losses
     tail = losses[-max(1, len(losses) // 10) :]
@@ -187,14 +185,14 @@ class _TuningRun:
         self.log = RunLog(folder, resume_step=-1 if checkpoint is None else self.num_finished)
         self.signals = StopSignals()
 
-    def train(self, show_progress: bool | None) -> None:
+    def train(self) -> None:
         """Train to the end, or until held-out pairs stop it early; the last state is saved as a checkpoint.
 
         After Ctrl-C or SIGTERM (``KeyboardInterrupt``) that is the state of the last complete step.
         """
         self.model.train()
         saved_at = time.monotonic()
-        with self.signals, progress_bar("tuning the teacher", len(self.batches), show=show_progress) as advance:
+        with self.signals, progress_bar("tuning the teacher", len(self.batches)) as advance:
             advance(self.num_finished)
             try:
                 while self.best.looks_since < self.tuning.patience and self.num_finished < len(self.batches):

@@ -63,7 +63,6 @@ class RunSettings:
     teacher: TeacherConfig
     device: str | None
     dtype: str | None
-    show_progress: bool | None
 
     def student(self, variant: str, seed: int) -> Path:
         """The folder of one run's student; ``<folder>.run`` and ``<folder>.json`` beside it have its log and result."""
@@ -108,12 +107,11 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
             teacher=shared.teacher,
             device=shared.device,
             dtype=shared.dtype,
-            show_progress=shared.show_progress,
         )
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     student = Student.load(folder, device=shared.device, dtype=shared.dtype)
     weights = manifest["residual_weights"]
-    by_set = value_by_set(evaluate_dev(student, shared.dev_sets, show_progress=shared.show_progress), weights)
+    by_set = value_by_set(evaluate_dev(student, shared.dev_sets), weights)
     result = RunResult(
         variant=name,
         seed=seed,
@@ -156,7 +154,6 @@ def ablate(
     dev_queries: int = DEV_QUERIES,
     device: str | None = None,
     dtype: str | None = None,
-    show_progress: bool | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> AblationReport:
     """Train a recipe and its variants over the same seeds, and measure all of them on the same dev queries.
@@ -189,7 +186,6 @@ def ablate(
             fewer.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
-        show_progress: None shows progress if standard error is a terminal.
         announce: called with one line when a run starts; by default the line is logged.
 
     Raises:
@@ -211,15 +207,12 @@ def ablate(
             num_queries=dev_queries,
             num_passages=recipe.training.dev_passages,
             seed=_MEASURING_SEED,
-            show_progress=show_progress,
         )
         for source in sources
     ]
     settings = _settings(recipes[BASE], sources, labelled, teacher, device, dtype)
     place = folder / fingerprint_json(settings)
-    shared = RunSettings(
-        sources, dev_sets, fingerprint_sets(dev_sets), place, labels, teacher, device, dtype, show_progress
-    )
+    shared = RunSettings(sources, dev_sets, fingerprint_sets(dev_sets), place, labels, teacher, device, dtype)
     seeds = range(recipe.seed, recipe.seed + num_seeds)
     runs = [(name, seed) for seed in seeds for name in recipes]
     results = {run: result for run in runs if (result := read_result(shared, *run)) is not None}

@@ -61,7 +61,6 @@ def mine(
     max_queries: int | None = None,
     exclude_passages_of: Sequence[str] = ("dev", "test"),
     work: Path | None = None,
-    show_progress: bool | None = None,
 ) -> MiningResult:
     """Choose hard and easy negatives for the queries of a split.
 
@@ -86,7 +85,6 @@ def mine(
             passages have never been positives in training. The passages are still used as negatives.
         work: a folder that keeps the passages' vectors, so that an interrupted run, or another draw, need not encode
             them again; by default a temporary one.
-        show_progress: None shows progress if standard error is a terminal.
 
     Raises:
         InputError: there is no query to mine for or no list to mine from, or a teacher's margin is set without a
@@ -118,7 +116,6 @@ def mine(
             name="cosine" if student is None else "student",
             resumable=work is not None,
             tally=tally,
-            show=show_progress,
         )
         audit = Audit(dataset.passages, list(ranked.lists), frozenset(shown))
         begin = time.perf_counter()
@@ -128,7 +125,7 @@ def mine(
         selections = choose(
             dataset, queries, positives, judged, ranked, config, seeds=(seed,), teacher=teacher, audit=audit
         )
-        with progress_bar("choosing", len(queries), show=show_progress) as advance:
+        with progress_bar("choosing", len(queries)) as advance:
             for item in selections:
                 query_id, hard = item.query.id, tuple(candidate.passage_id for candidate in item.kept)
                 no_easy = {*item.forbidden, *hard, *(drop.candidate.passage_id for drop in item.dropped)}
@@ -157,7 +154,6 @@ def _rank(
     name: str,
     resumable: bool,
     tally: _Tally,
-    show: bool | None,
 ) -> Ranked:
     """Make the lists, cut at the end of their ranges."""
     lists: dict[str, Lists] = {}
@@ -165,11 +161,11 @@ def _rank(
     # One after the other, so that BM25's index is freed before the vectors are computed.
     if "bm25" in config.sources:
         begin = time.perf_counter()
-        lists["bm25"] = bm25_lists(dataset.passages, corpus, queries, config.range_max, show)
+        lists["bm25"] = bm25_lists(dataset.passages, corpus, queries, config.range_max)
         tally.seconds["bm25"] = time.perf_counter() - begin
     if "encoder" in config.sources and ranker is not None:
         encoder = EncoderRanking(
-            ranker, dataset.passages, corpus, queries, task=task, folder=folder, resumable=resumable, show_progress=show
+            ranker, dataset.passages, corpus, queries, task=task, folder=folder, resumable=resumable
         )
         tally.seconds["encoding"] = encoder.encoding_seconds
         begin = time.perf_counter()

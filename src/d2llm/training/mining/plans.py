@@ -151,7 +151,6 @@ def _mine_one(
         max_queries=data.max_queries,
         exclude_passages_of=held_out if data.exclude_shared_passages else (),
         work=work,
-        show_progress=run.show_progress,
     )
     report = result.report
     content = {"dataset": dataset.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}

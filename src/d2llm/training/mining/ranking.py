@@ -36,7 +36,6 @@ def bm25_lists(
     ids: Sequence[str],
     queries: Sequence[Query],
     top_k: int,
-    show: bool | None,
     *,
     title: str = "BM25",
 ) -> Lists:
@@ -45,7 +44,7 @@ def bm25_lists(
     ``title`` is the title of the progress bar, which counts passages and queries.
     """
     lists: Lists = []
-    with progress_bar(title, len(ids) + len(queries), show=show) as advance:
+    with progress_bar(title, len(ids) + len(queries)) as advance:
         texts = (passages[passage_id].full_text for passage_id in ids)
         index = WordIndex.from_texts(texts, advance=advance)
         for candidates in rank_passages(index, ids, (query.text for query in queries), top_k):
@@ -70,15 +69,13 @@ class EncoderRanking:
         task: Task,
         folder: Path,
         resumable: bool,
-        show_progress: bool | None,
     ) -> None:
         begin = time.perf_counter()
         self._student = student
         self._ids = ids
         self._task: Task = task
-        self._show = show_progress
-        self._vectors = encode_to_file(student, passages, ids, folder, resumable=resumable, show_progress=show_progress)
-        with progress_bar("encoding queries", len(queries), show=show_progress) as advance:
+        self._vectors = encode_to_file(student, passages, ids, folder, resumable=resumable)
+        with progress_bar("encoding queries", len(queries)) as advance:
             encoded = student.encode_queries([query.text for query in queries], advance=advance)
         self._queries = finite(encoded.vectors, "query", [query.id for query in queries])
         self.encoding_seconds = time.perf_counter() - begin
@@ -91,7 +88,7 @@ class EncoderRanking:
         """
         num_rescored = max(_RESCORED * top_k, _MIN_RESCORED)
         lists: Lists = []
-        with progress_bar("ranking", len(self._queries), show=self._show) as advance:
+        with progress_bar("ranking", len(self._queries)) as advance:
             for query, rows in zip(self._queries, self._candidates(num_rescored), strict=True):
                 scores = self._student.score(query, self._vectors[rows], self._task)
                 best = top_rows(scores, top_k, lambda places, rows=rows: ids_at(self._ids, rows[places]))
@@ -123,7 +120,6 @@ def encode_to_file(
     folder: Path,
     *,
     resumable: bool = True,
-    show_progress: bool | None = None,
 ) -> NDArray[np.float32]:
     """Encode passages into a file in ``folder``, continuing where an earlier run stopped: [len(ids), dim], mapped.
 
@@ -138,7 +134,7 @@ def encode_to_file(
     path, state = folder / f"vectors-{key}.npy", folder / f"vectors-{key}.json"
     finished = int(json.loads(state.read_text(encoding="utf-8"))["rows"]) if state.is_file() else 0
     target: Any = np.load(path, mmap_mode="r+") if finished else None
-    with progress_bar("encoding passages", len(ids), show=show_progress) as advance:
+    with progress_bar("encoding passages", len(ids)) as advance:
         advance(finished)
         for start in range(finished, len(ids), BLOCK_PASSAGES):
             block = ids[start : start + BLOCK_PASSAGES]

@@ -34,7 +34,6 @@ def remine(
     only_labelled: bool = False,
     same_text: SameText | None = None,
     folder: Path | None = None,
-    show_progress: bool | None = None,
 ) -> TrainingSource:
     """Draw new hard negatives for a plan, from the student's ranking of the corpus.
 
@@ -77,7 +76,6 @@ def remine(
             task=source.task,
             folder=work,
             resumable=False,
-            show_progress=show_progress,
         )
         depth = config.range_max
         lists = ranking.lists(depth) if labelled is None else _lists_of(ranking, labelled, depth)
