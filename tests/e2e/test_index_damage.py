@@ -16,7 +16,7 @@ from index_damage import DAMAGES, Case, cases, faults, kind_of, make_bases, run
 
 pytestmark = pytest.mark.timeout(1200)  # many cases
 
-NUM_CASES, NUM_REPAIRED = 150, 10
+NUM_CASES, NUM_REPAIRED = 100, 10
 _FILE_KINDS = (
     "data",
     "_deletions",
