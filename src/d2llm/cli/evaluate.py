@@ -179,11 +179,7 @@ def evaluate(
         dtype=dtype,
     )
     report = evaluate(
-        dataset,
-        contenders,
-        settings,
-        work_folder=work or user_cache_path("d2llm") / "evaluate",
-        labels=labels,
+        dataset, contenders, settings, work_folder=work or user_cache_path("d2llm") / "evaluate", labels=labels
     )
     for table in evaluation_tables(report):
         session.show(table)

@@ -62,13 +62,7 @@ def fit_scores(
     datasets = [open_data(path, splits=["dev"]) for path in data]
     model = Student.load(student, device=device, dtype=dtype)
     report = fit_scores(
-        model,
-        datasets,
-        task,
-        words=words,
-        window_vectors=window_vectors,
-        num_queries=num_queries,
-        seed=seed,
+        model, datasets, task, words=words, window_vectors=window_vectors, num_queries=num_queries, seed=seed
     )
     model.save(out)
     evidence = evidence_words({task: report.evidence}) if report.evidence else "words were not fitted"

@@ -227,14 +227,7 @@ def _make_index(
     """The updated index of an earlier demo, or a new one, and the time taken (None if nothing was new)."""
     begin = time.perf_counter()
     if earlier is None:
-        encode(
-            passages,
-            student,
-            target,
-            window_vectors=None,
-            student_source=student_source,
-            overwrite=True,
-        )
+        encode(passages, student, target, window_vectors=None, student_source=student_source, overwrite=True)
         return Index.open(target, student), time.perf_counter() - begin
     report = earlier.upsert(passages)
     removed = set(earlier.view.ids(earlier.view.live_rows())) - {passage.id for passage in passages}

@@ -227,12 +227,7 @@ _NO_RANKING = "a run ranks passages, and this data set has single pairs"
 
 
 def evaluate_pairs(
-    dataset: PairDataset,
-    contenders: Contenders,
-    settings: EvaluationSettings,
-    *,
-    folder: Path,
-    labels: Path | None,
+    dataset: PairDataset, contenders: Contenders, settings: EvaluationSettings, *, folder: Path, labels: Path | None
 ) -> EvaluationReport:
     """See ``evaluation.evaluate.evaluate``; ``folder`` stores measured scores and judgements.
 

@@ -37,12 +37,7 @@ _TIMED_JUDGEMENTS = 5  # number of queries whose pool is judged again, one query
 
 
 def evaluate_retrieval(
-    dataset: Dataset,
-    contenders: Contenders,
-    settings: EvaluationSettings,
-    *,
-    folder: Path,
-    labels: Path | None,
+    dataset: Dataset, contenders: Contenders, settings: EvaluationSettings, *, folder: Path, labels: Path | None
 ) -> EvaluationReport:
     """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements."""
     setting.check_baseline(

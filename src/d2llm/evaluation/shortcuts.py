@@ -87,12 +87,7 @@ def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) 
     def measure() -> System:
         texts = [query.text for query in _held_out(work)]
         build_ann(
-            index.store,
-            index.student,
-            recall=recall,
-            depth=depth,
-            queries=texts or None,
-            seed=work.settings.seed,
+            index.store, index.student, recall=recall, depth=depth, queries=texts or None, seed=work.settings.seed
         )
         index.refresh()
         return work.measure(name, "shortcut", index, search)

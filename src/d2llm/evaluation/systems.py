@@ -326,13 +326,7 @@ class RetrievalWork:
         name = f"{model.fingerprint}-{self.corpus}-{dtype}-{FORMAT_VERSION}{f'-{windows}' if windows else ''}"
         target = self.folder / "indexes" / name
         if not target.exists():
-            report = encode(
-                self.passages,
-                model,
-                target,
-                vector_format=dtype,
-                window_vectors=windows,
-            )
+            report = encode(self.passages, model, target, vector_format=dtype, window_vectors=windows)
             rate = report.passages_per_second
         return Index.open(target, model), rate
 

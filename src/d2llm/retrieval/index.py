@@ -290,12 +290,7 @@ class Index:
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         chunker = Chunker(student, choose_chunking(self.folder, student, chunking))
         return upsert_documents(
-            self,
-            documents,
-            chunker,
-            only_new=only_new,
-            lenient_metadata=lenient_metadata,
-            num_documents=num_documents,
+            self, documents, chunker, only_new=only_new, lenient_metadata=lenient_metadata, num_documents=num_documents
         )
 
     @property

@@ -136,10 +136,7 @@ class Searcher:
         self._in_students_order = in_order and self.settings.group == "passage"
 
     def rank(
-        self,
-        queries: Sequence[Query] | Sequence[str],
-        *,
-        vectors: NDArray[np.float32] | None = None,
+        self, queries: Sequence[Query] | Sequence[str], *, vectors: NDArray[np.float32] | None = None
     ) -> list[Ranking]:
         """Rank the passages for each query.
 
@@ -148,12 +145,7 @@ class Searcher:
         prepared = self._prepare(queries, vectors, "searching")
         return [replace(self._shown(one), truncated=truncated) for one, truncated in prepared]
 
-    def rank_ids(
-        self,
-        queries: Sequence[Query] | Sequence[str],
-        *,
-        title: str = "searching",
-    ) -> list[IdRanking]:
+    def rank_ids(self, queries: Sequence[Query] | Sequence[str], *, title: str = "searching") -> list[IdRanking]:
         """Like ``rank``, without reading the passages' texts: for long rankings that only a measure will see.
 
         ``title`` labels the progress bar.
@@ -166,10 +158,7 @@ class Searcher:
         return rankings
 
     def _prepare(
-        self,
-        queries: Sequence[Query] | Sequence[str],
-        vectors: NDArray[np.float32] | None,
-        title: str,
+        self, queries: Sequence[Query] | Sequence[str], vectors: NDArray[np.float32] | None, title: str
     ) -> Iterator[tuple[_PreparedQuery, bool]]:
         """Every query ready to be ranked, and whether it was truncated; the bar counts the queries that were taken."""
         all_queries = _as_queries(queries)

@@ -31,12 +31,7 @@ _NUM_LANGUAGE_TEXTS = 1000
 
 
 def check_data(
-    data: str | Path,
-    *,
-    tokenizer: str = "d2llm-minilm",
-    near: float = 0.8,
-    sample_size: int = 50_000,
-    seed: int = 0,
+    data: str | Path, *, tokenizer: str = "d2llm-minilm", near: float = 0.8, sample_size: int = 50_000, seed: int = 0
 ) -> DataReport:
     """Count the contents of a data set, and look for leaks between splits, repeated or long texts, and languages.
 

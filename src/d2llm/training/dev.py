@@ -186,10 +186,7 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
 
 
 def evaluate_dev(
-    student: Student,
-    dev_sets: Sequence[DevSet],
-    *,
-    title: str = "measuring on dev",
+    student: Student, dev_sets: Sequence[DevSet], *, title: str = "measuring on dev"
 ) -> dict[str, DevResult]:
     """Measure a student on every dev set for each weight r of the interaction, whatever the student's own weight.
 

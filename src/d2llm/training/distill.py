@@ -121,12 +121,7 @@ def distill(
         raise InputError(f"{labels}: no query of the plans has all its labels; finish `d2llm label` first")
     training = recipe.training
     dev_sets = [
-        make_dev_set(
-            source,
-            num_queries=training.dev_queries,
-            num_passages=training.dev_passages,
-            seed=recipe.seed,
-        )
+        make_dev_set(source, num_queries=training.dev_queries, num_passages=training.dev_passages, seed=recipe.seed)
         for source in sources
     ]
     run_folder = working_folder(folder)
@@ -245,11 +240,7 @@ def _teacher_when_needed(teacher: TeacherConfig, *, device: str | None, dtype: s
 
 
 def _evidence_at_start(
-    student: Student,
-    sources: Sequence[TrainingSource],
-    recipe: Recipe,
-    run_folder: Path,
-    processes: Processes,
+    student: Student, sources: Sequence[TrainingSource], recipe: Recipe, run_folder: Path, processes: Processes
 ) -> Evidence:
     """The weights of words beside the untrained student, kept in the run's folder for a run that is resumed."""
     evidence = NO_EVIDENCE
@@ -278,10 +269,7 @@ def _with_words(
 
 
 def _fit_evidence(
-    student: Student,
-    sources: Sequence[TrainingSource],
-    recipe: Recipe,
-    terms: Sequence[EvidenceTerm],
+    student: Student, sources: Sequence[TrainingSource], recipe: Recipe, terms: Sequence[EvidenceTerm]
 ) -> Evidence:
     """Fit the evidence on the dev queries of the retrieval sets; labelled pairs have no corpus to count words in."""
     if not terms or not student.has_anchor:

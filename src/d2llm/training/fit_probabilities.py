@@ -44,11 +44,7 @@ class CalibrationSample:
 
 
 def fit_probabilities(
-    student: SearchStudent,
-    judged: Sequence[tuple[Dataset, Task]],
-    *,
-    num_queries: int = 150,
-    seed: int = 0,
+    student: SearchStudent, judged: Sequence[tuple[Dataset, Task]], *, num_queries: int = 150, seed: int = 0
 ) -> ProbabilityCalibration:
     """Fit, for each task, the logistic function that turns a student's scores into probabilities.
 
@@ -81,12 +77,7 @@ def fit_probabilities(
 
 
 def score_drawn(
-    student: SearchStudent,
-    dataset: Dataset,
-    task: Task,
-    *,
-    num_queries: int,
-    seed: int,
+    student: SearchStudent, dataset: Dataset, task: Task, *, num_queries: int, seed: int
 ) -> CalibrationSample:
     """Draw passages for judged dev queries of a data set (one relevant, some hard, most at random) and score them.
 
@@ -115,10 +106,7 @@ def score_drawn(
 
 
 def _draw(
-    dataset: Dataset,
-    positives: dict[str, tuple[str, ...]],
-    judged: dict[str, dict[str, int]],
-    rng: random.Random,
+    dataset: Dataset, positives: dict[str, tuple[str, ...]], judged: dict[str, dict[str, int]], rng: random.Random
 ) -> dict[str, list[str]]:
     """For each query, the passages to score; the first is relevant."""
     if not positives:

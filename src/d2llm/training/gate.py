@@ -238,11 +238,7 @@ def _trials(sets: Sequence[DevSet], by_cosine: Sequence[JudgedDev], by_teacher: 
 
 
 def _sample(
-    dataset: Dataset | PairDataset,
-    task: Task,
-    student: Student | None,
-    settings: GateConfig,
-    seed: int,
+    dataset: Dataset | PairDataset, task: Task, student: Student | None, settings: GateConfig, seed: int
 ) -> DevSet:
     if isinstance(dataset, PairDataset):
         return make_dev_pairs(dataset, task, num_pairs=PAIRS_PER_QUERY * settings.queries, seed=seed)

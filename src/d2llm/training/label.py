@@ -118,10 +118,7 @@ def label(
 
 
 def label_passages(
-    judge: Judge,
-    source: TrainingSource,
-    labels: LabelStore,
-    passages: Mapping[str, Sequence[str]],
+    judge: Judge, source: TrainingSource, labels: LabelStore, passages: Mapping[str, Sequence[str]]
 ) -> int:
     """Judge those of ``passages`` (by query_id) that have no label in the data set's store; returns how many.
 

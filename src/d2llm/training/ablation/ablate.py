@@ -202,12 +202,7 @@ def ablate(
     notes = list(_left_out(recipe, sources, labelled))
     sources = _training_queries(recipe, sources, labelled, max_queries)
     dev_sets = [
-        make_dev_set(
-            source,
-            num_queries=dev_queries,
-            num_passages=recipe.training.dev_passages,
-            seed=_MEASURING_SEED,
-        )
+        make_dev_set(source, num_queries=dev_queries, num_passages=recipe.training.dev_passages, seed=_MEASURING_SEED)
         for source in sources
     ]
     settings = _settings(recipes[BASE], sources, labelled, teacher, device, dtype)

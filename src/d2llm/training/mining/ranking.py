@@ -32,12 +32,7 @@ Lists = list[list[str]]
 
 
 def bm25_lists(
-    passages: Mapping[str, Passage],
-    ids: Sequence[str],
-    queries: Sequence[Query],
-    top_k: int,
-    *,
-    title: str = "BM25",
+    passages: Mapping[str, Passage], ids: Sequence[str], queries: Sequence[Query], top_k: int, *, title: str = "BM25"
 ) -> Lists:
     """The top ``top_k`` passages of BM25 for each query, without passages that share no term with the query.
 
@@ -114,12 +109,7 @@ BLOCK_PASSAGES = 2_048
 
 
 def encode_to_file(
-    encoder: TextEncoder,
-    passages: Mapping[str, Passage],
-    ids: Sequence[str],
-    folder: Path,
-    *,
-    resumable: bool = True,
+    encoder: TextEncoder, passages: Mapping[str, Passage], ids: Sequence[str], folder: Path, *, resumable: bool = True
 ) -> NDArray[np.float32]:
     """Encode passages into a file in ``folder``, continuing where an earlier run stopped: [len(ids), dim], mapped.
 

@@ -69,13 +69,7 @@ def remine(
     positives = {entry.query_id: entry.positives for entry in entries}
     with work_folder(folder) as work:
         ranking = EncoderRanking(
-            student,
-            dataset.passages,
-            corpus,
-            queries,
-            task=source.task,
-            folder=work,
-            resumable=False,
+            student, dataset.passages, corpus, queries, task=source.task, folder=work, resumable=False
         )
         depth = config.range_max
         lists = ranking.lists(depth) if labelled is None else _lists_of(ranking, labelled, depth)
