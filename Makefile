@@ -10,7 +10,7 @@ PYTHON ?= python3
 TORCH_PINNED := $(shell grep '^torch==' constraints.txt)
 TORCH ?= $(TORCH_PINNED)
 EXTRAS ?= train,gguf,dev
-WORKERS ?= 4
+WORKERS ?= 3
 BIN := .venv/bin
 export PYTHON TORCH TORCH_PINNED EXTRAS
 export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: the tests start Python hundreds of times

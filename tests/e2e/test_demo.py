@@ -196,7 +196,7 @@ def test_a_second_run_reuses_the_index(first, demo_folder, student, corpus):
 def test_another_corpus_or_student_gets_a_new_index(tmp_path, student, corpus):
     def size_and_time(passages, model):
         target = tmp_path / "index"
-        index, seconds = demo._make_index(passages, model, target, demo._earlier(target, model), False)
+        index, seconds = demo._make_index(passages, model, target, demo._earlier(target, model))
         return len(index), seconds is not None
 
     first, second = Student.load(student), Student.create(StudentConfig(), seed=1)
