@@ -153,6 +153,22 @@ class LateChunk(Passage):
 
 
 @dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a document: its text, the headings that it is under, outermost first, and its page, from 1."""
+
+    text: str
+    headings: tuple[str, ...] = ()
+    page: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SectionedPassage(Passage):
+    """A document that was read from a file; no piece of it reaches over the end of a section."""
+
+    sections: tuple[Section, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A passage proposed for a query, with the score that proposed it."""
 

@@ -14,7 +14,7 @@ import semantic_text_splitter
 
 from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import LateChunk, Passage, WholeText
+from d2llm.core.types import LateChunk, Passage, SectionedPassage, WholeText
 from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
 from d2llm.retrieval.upserting import UpsertReport, piece_id, upsert_passages, warn_of_truncation
@@ -25,6 +25,8 @@ from d2llm.store.side_files import CHUNK_TOKENS, Chunking, forget_chunking, read
 if TYPE_CHECKING:
     from d2llm.retrieval.index import Index
 
+HEADING_SEPARATOR = " > "
+"""What stands between the headings in the title of a piece."""
 _LEAST_TOKENS = 8
 _DOCUMENTS_AT_ONCE = 1_024
 
@@ -65,11 +67,14 @@ class Chunker:
         """A document as passages ``<id>#1``, ``<id>#2``, ... at positions 1, 2, ..., with its title and metadata.
 
         A short document is returned unchanged, under its own id; so is a passage that already belongs to a document.
-        Every piece has the title. If the title leaves less than half of the tokens for the text, passages become longer
+        Every piece has the title. A document with sections is split section by section: a piece's title also has the
+        section's headings, and its metadata have them as ``heading``, and the ``page`` if there is one. If the title leaves less than half of the tokens for the text, passages become longer
         than the student reads; the truncated ones are counted when they are encoded.
         """
         if self.chunking.chunk_tokens is None or document.document_id not in ("", document.id):
             return [document]
+        if isinstance(document, SectionedPassage):
+            return self._split_sections(document)
         splitter = self._splitter(document.title, self.chunking.chunk_tokens)
         pieces: list[tuple[int, str]] = splitter.chunk_indices(document.text)
         if len(pieces) < 2:
@@ -84,6 +89,23 @@ class Chunker:
         return [
             LateChunk(p.id, p.text, p.title, p.document_id, p.position, p.metadata, whole, start, start + len(p.text))
             for p, (start, _) in zip(passages, pieces, strict=True)
+        ]
+
+    def _split_sections(self, document: SectionedPassage) -> list[Passage]:
+        """The pieces of each section; those of late chunking share an encoding of their section."""
+        pieces: list[Passage] = []
+        for section in document.sections:
+            headings = [name for name in section.headings if name != document.title]
+            metadata = dict(document.metadata)
+            if headings:
+                metadata["heading"] = HEADING_SEPARATOR.join(headings)
+            if section.page is not None:
+                metadata["page"] = section.page
+            title = HEADING_SEPARATOR.join([name for name in (document.title, *headings) if name])
+            pieces += self.split(Passage(document.id, section.text, title, metadata=metadata))
+        return [
+            replace(piece, id=piece_id(document.id, n), document_id=document.id, position=n)
+            for n, piece in enumerate(pieces, start=1)
         ]
 
     def _splitter(self, title: str, chunk_tokens: int) -> Any:
