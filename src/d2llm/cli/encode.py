@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from d2llm.cli.index_options import ChunkingOptions, CorpusArgument, VectorOptions
+from d2llm.cli.index_options import (
+    ChunkingOptions,
+    CorpusArgument,
+    ExcludeOption,
+    VectorOptions,
+    warn_of_skipped,
+)
 from d2llm.cli.options import DeviceOption, DtypeOption, EngineOption, JsonOption, StudentOption, with_option_groups
 from d2llm.cli.session import session_of
 from d2llm.core.shipped import DEFAULT_STUDENT
@@ -24,6 +30,7 @@ def encode(
     vectors: VectorOptions,
     splitting: ChunkingOptions,
     student: StudentOption = DEFAULT_STUDENT,
+    exclude: ExcludeOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -35,15 +42,17 @@ def encode(
     The index appears when it is complete; d2llm index can change it later. If interrupted, run the same command again
     to continue.
     """
+    from d2llm.data.indexed_corpus import open_corpus
     from d2llm.models.student import Student
     from d2llm.retrieval.chunking import default_chunking
     from d2llm.retrieval.encode import encode
     from d2llm.retrieval.index import source_of
 
     session = session_of(context)
+    texts = open_corpus(corpus, exclude=exclude or ())
     model = Student.load(student, device=device, dtype=dtype, engine=engine)
     report = encode(
-        corpus,
+        texts,
         model,
         out,
         task=vectors.task,
@@ -59,4 +68,5 @@ def encode(
         f"truncated; {report.seconds:,.1f} s, {report.bytes_per_passage:,.0f} bytes each "
         f"({report.vector_bytes_per_passage:,} of vector), in {out}"
     )
+    warn_of_skipped(session, report.skipped)
     session.write_report(context, json_path, report)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from d2llm.cli.index_options import ChunkingOptions, CorpusArgument, NewIndexOptions
+from d2llm.cli.index_options import (
+    ChunkingOptions,
+    CorpusArgument,
+    ExcludeOption,
+    NewIndexOptions,
+    warn_of_skipped,
+)
 from d2llm.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -30,7 +36,9 @@ from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
 
 if TYPE_CHECKING:
+    from d2llm.data.documents import SkippedFile
     from d2llm.models.student import Student
+    from d2llm.retrieval.chunking import DocumentsReport
     from d2llm.retrieval.index import Index
     from d2llm.store.stored_vectors import VectorCopies
 
@@ -58,6 +66,7 @@ class WritingOptions:
 
     student: IndexStudentOption = None
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Read only id, title and text.")] = False
+    exclude: ExcludeOption = None
     lenient_metadata: Annotated[
         bool, typer.Option("--lenient-metadata", help="Leave out metadata values that do not fit, and count them.")
     ] = False
@@ -161,6 +170,42 @@ def upsert(
     the same command continues where it stopped.
     """
     _write_corpus(context, corpus, new, splitting, writing, only_new=False)
+
+
+@index_app.command("sync")
+@with_option_groups
+def sync(
+    context: typer.Context,
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Documents and folders of documents, as for upsert.")
+    ],
+    new: NewIndexOptions,
+    splitting: ChunkingOptions,
+    writing: WritingOptions,
+) -> None:
+    """Make the index hold the documents of some folders as they are now; creates it if there is none.
+
+    Only new and changed files are read, and documents whose files are gone are deleted. Passages that came from no file
+    stay. If interrupted, the same command continues where it stopped.
+    """
+    from d2llm.data.documents import find_documents
+    from d2llm.retrieval.sync import sync_documents
+
+    if writing.no_metadata:
+        raise InputError("sync tells by their metadata which files have changed; leave out --no-metadata")
+    exclude = writing.exclude or ()
+    find_documents(folders, exclude=exclude)  # before an index is created for them
+    with _opened(folder_of(context), new, writing) as index:
+        report = sync_documents(
+            index, folders, exclude=exclude, chunking=splitting.chunking(cast("Student", index.student))
+        )
+    _say_what_was_written(context, index, report.written)
+    session_of(context).say(
+        f"index: {report.num_files:,} files, {report.num_unchanged:,} of them unchanged and not read; "
+        f"{len(report.gone):,} documents are gone; {report.num_other:,} files of other kinds"
+    )
+    warn_of_skipped(session_of(context), report.skipped)
+    session_of(context).write_report(context, writing.json_path, report)
 
 
 @index_app.command("delete")
@@ -424,7 +469,7 @@ def project(context: typer.Context, opening: OpeningOptions) -> None:
 
 def _write_corpus(
     context: typer.Context,
-    corpus: Path,
+    corpus: list[Path],
     new: NewIndexOptions,
     splitting: ChunkingOptions,
     writing: WritingOptions,
@@ -432,19 +477,29 @@ def _write_corpus(
     only_new: bool,
 ) -> None:
     """Upsert the texts of a corpus, or add them, and report the counts."""
-    from d2llm.data.indexed_corpus import check_corpus, iter_corpus
+    from d2llm.data.indexed_corpus import open_corpus
 
-    session, with_metadata = session_of(context), not writing.no_metadata
-    num_documents = check_corpus(corpus, with_metadata=with_metadata)  # before an index is created for it
+    # The corpus is checked before an index is created for it.
+    texts = open_corpus(corpus, with_metadata=not writing.no_metadata, exclude=writing.exclude or ())
     with _opened(folder_of(context), new, writing) as index:
         report = index.upsert_documents(
-            iter_corpus(corpus, with_metadata=with_metadata),
+            texts.passages,
             splitting.chunking(cast("Student", index.student)),
             only_new=only_new,
             lenient_metadata=writing.lenient_metadata,
-            num_documents=num_documents,
+            num_documents=texts.num_documents,
         )
-    session.say(
+    _say_what_was_written(context, index, report)
+    warn_of_skipped(session_of(context), texts.skipped)
+    session_of(context).write_report(context, writing.json_path, _with_skipped(report, texts.skipped))
+
+
+def _with_skipped(report: DocumentsReport, skipped: Sequence[SkippedFile]) -> dict[str, Any]:
+    return {**asdict(report), "skipped": list(skipped)}
+
+
+def _say_what_was_written(context: typer.Context, index: Index, report: DocumentsReport) -> None:
+    session_of(context).say(
         f"index: {report.num_documents:,} texts in {report.num_passages:,} passages ({index.chunking}): "
         f"{report.num_added:,} added, {report.num_updated:,} with changed text, {report.num_metadata:,} with changed "
         f"metadata, {report.num_unchanged:,} unchanged, {report.num_deleted:,} deleted; {report.num_truncated:,} "
@@ -452,7 +507,6 @@ def _write_corpus(
         + (f"read in {report.num_windows:,} windows; " if report.num_windows else "")
         + f"{report.seconds:,.1f} s, in {folder_of(context)}"
     )
-    session.write_report(context, writing.json_path, report)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,11 +13,27 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 
 if TYPE_CHECKING:
+    from d2llm.cli.session import Session
+    from d2llm.data.documents import SkippedFile
     from d2llm.models.student import Student
     from d2llm.store.side_files import Chunking
 
+_NAMED = 5  # number of skipped files to list
+
 CorpusArgument = Annotated[
-    Path, typer.Argument(metavar="CORPUS", help="corpus.jsonl or corpus.jsonl.gz, or a folder that holds one.")
+    list[Path],
+    typer.Argument(
+        metavar="CORPUS...",
+        help="corpus.jsonl or corpus.jsonl.gz, or a folder that holds one; or documents and folders of documents (PDF, "
+        "HTML, Markdown, Word, PowerPoint, Excel, EPUB, text, tables, source code).",
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Leave these out of folders of documents, as in a .gitignore; may be given several times.",
+    ),
 ]
 
 
@@ -147,3 +164,11 @@ class ChunkingOptions:
             return None
         tokens = self.chunk_tokens or default_chunking(student).chunk_tokens
         return Chunker(student, Chunking(tokens, self.chunk_overlap or 0, self.late, self.late_window)).chunking
+
+
+def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:
+    """Warn of files that could not be read, by name if they are few."""
+    if skipped:
+        named = "; ".join(map(str, skipped[:_NAMED]))
+        rest = f"; and {len(skipped) - _NAMED:,} more, which --json lists" if len(skipped) > _NAMED else ""
+        session.complain("warning", f"{len(skipped):,} files could not be read: {named}{rest}")

@@ -13,7 +13,7 @@ import ast
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -85,10 +85,17 @@ class DocumentFile:
 
 @dataclass(frozen=True, slots=True)
 class SkippedFile:
-    """A file or folder that could not be read, and why."""
+    """A file or folder that could not be read, and why.
+
+    ``id`` is the document's id, or what the ids of the documents in the folder begin with.
+    """
 
     path: str
     reason: str
+    id: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 @dataclass
@@ -108,7 +115,7 @@ class DocumentFiles:
             try:
                 yield read_document(file)
             except UnreadableFileError as error:
-                self.skipped.append(SkippedFile(str(file.path), str(error)))
+                self.skipped.append(SkippedFile(str(file.path), str(error), file.id))
 
 
 def find_documents(
@@ -139,9 +146,9 @@ def find_documents(
             _add(found, root, root.name, max_bytes)
             continue
         prefix = f"{root.resolve().name}/" if several else ""
-        for path in _walk(root, _matcher(root, exclude), found, seen):
+        for path, name in _walk(root, prefix, _matcher(root, exclude), found, seen):
             if path.suffix.lower() in SUFFIXES:
-                _add(found, path, prefix + _plain_name(path.relative_to(root).as_posix()), max_bytes)
+                _add(found, path, name, max_bytes)
             else:
                 found.num_other += 1
     if not found.files:
@@ -184,7 +191,10 @@ def read_document(file: DocumentFile) -> SectionedPassage:
                 sections = [Section(text)]
     sections = [section for section in sections if section.text.strip()]
     if not sections:
-        raise UnreadableFileError("it has no text; scanned pages must be recognised (OCR) first")
+        scanned = suffix in _CONVERTED and file.num_bytes > 0
+        raise UnreadableFileError(
+            "it has no text; if it is scanned, recognise its pages (OCR)" if scanned else "it is empty"
+        )
     metadata: dict[str, MetadataValue] = {
         "path": file.id,
         "modified": file.modified,
@@ -193,7 +203,7 @@ def read_document(file: DocumentFile) -> SectionedPassage:
     return SectionedPassage(
         id=file.id,
         text="\n\n".join(section.text for section in sections),
-        title=title or _first_heading(sections) or file.path.stem,
+        title=title or ("" if suffix in _CODE else _common_heading(sections)) or file.path.name,
         metadata=metadata,
         sections=tuple(sections),
     )
@@ -277,9 +287,17 @@ def python_sections(text: str) -> Iterator[Section]:
     yield from until(len(rows), ())
 
 
-def _walk(root: Path, is_excluded: Any, found: DocumentFiles, seen: set[tuple[int, int]]) -> Iterator[Path]:
+def _walk(
+    root: Path, prefix: str, is_excluded: Callable[[str], bool], found: DocumentFiles, seen: set[tuple[int, int]]
+) -> Iterator[tuple[Path, str]]:
+    """The files below a folder that are not excluded, each with its id."""
+
+    def name_of(path: Path) -> str:
+        return prefix + _plain_name(path.relative_to(root).as_posix())
+
     def refused(error: OSError) -> None:
-        found.skipped.append(SkippedFile(str(error.filename), error.strerror or str(error)))
+        folder = Path(error.filename)
+        found.skipped.append(SkippedFile(str(folder), error.strerror or str(error), name_of(folder)))
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refused):
         status = Path(folder).stat()
@@ -290,11 +308,12 @@ def _walk(root: Path, is_excluded: Any, found: DocumentFiles, seen: set[tuple[in
         folders[:] = sorted(name for name in folders if not is_excluded(os.path.join(folder, name)))  # noqa: PTH118
         for name in sorted(names):
             if not is_excluded(os.path.join(folder, name)):  # noqa: PTH118
-                yield Path(folder) / name
+                path = Path(folder) / name
+                yield path, name_of(path)
 
 
-def _matcher(root: Path, exclude: Sequence[str]) -> Any:
-    parser = require("gitignore_parser", extra="documents", purpose="reading a folder of documents")
+def _matcher(root: Path, exclude: Sequence[str]) -> Callable[[str], bool]:
+    parser: Any = require("gitignore_parser", extra="documents", purpose="reading a folder of documents")
     return parser.parse_gitignore_str("\n".join([*EXCLUDED, *exclude]), base_dir=str(root.absolute()))
 
 
@@ -302,14 +321,14 @@ def _add(found: DocumentFiles, path: Path, name: str, max_bytes: int) -> None:
     try:
         status = path.stat()
     except OSError as error:
-        found.skipped.append(SkippedFile(str(path), error.strerror or str(error)))
+        found.skipped.append(SkippedFile(str(path), error.strerror or str(error), name))
         return
     if not path.is_file():
-        found.skipped.append(SkippedFile(str(path), "it is not a regular file"))
+        found.skipped.append(SkippedFile(str(path), "it is not a regular file", name))
     elif path.suffix.lower() not in SUFFIXES:
-        found.skipped.append(SkippedFile(str(path), f"files with the suffix '{path.suffix}' cannot be read"))
+        found.skipped.append(SkippedFile(str(path), f"files with the suffix '{path.suffix}' cannot be read", name))
     elif status.st_size > max_bytes:
-        found.skipped.append(SkippedFile(str(path), f"it has {status.st_size:,} bytes, more than {max_bytes:,}"))
+        found.skipped.append(SkippedFile(str(path), f"it has {status.st_size:,} bytes, more than {max_bytes:,}", name))
     else:
         modified = datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, timezone.utc)
         found.files.append(DocumentFile(path, name, status.st_size, modified))
@@ -409,8 +428,10 @@ def _plain_name(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _first_heading(sections: Sequence[Section]) -> str:
-    return next((section.headings[0] for section in sections if section.headings), "")
+def _common_heading(sections: Sequence[Section]) -> str:
+    """The outermost heading, if all sections that have headings are under the same one."""
+    outermost = {section.headings[0] for section in sections if section.headings}
+    return outermost.pop() if len(outermost) == 1 else ""
 
 
 def _is_adornment(line: str) -> bool:

@@ -1,4 +1,4 @@
-"""Reads a corpus for an index as a stream of passages with their documents and metadata.
+"""Reads a corpus for an index as a stream of passages with their documents and metadata: corpus.jsonl, or documents.
 
 A line of ``corpus.jsonl[.gz]``: ``{"_id": ..., "text": ..., "title": ..., "document_id": ..., "position": ...,
 "metadata": {...}}``; only ``_id`` (or ``id``) and ``text`` are required. Fields with other names are metadata too.
@@ -6,18 +6,64 @@ A line of ``corpus.jsonl[.gz]``: ``{"_id": ..., "text": ..., "title": ..., "docu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
 from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError
+from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.types import MetadataValue, Passage
 from d2llm.data.beir import iter_passages
+from d2llm.data.documents import SUFFIXES, SkippedFile, find_documents
 from d2llm.data.lines import Record, read_records, refuse_duplicate, type_name, wrong_type
 
 _FILES = ("corpus.jsonl", "corpus.jsonl.gz")
 _KNOWN = ("_id", "id", "text", "title", "document_id", "position", "metadata")
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """The texts of a corpus, read while ``passages`` is iterated, once.
+
+    ``fingerprint`` changes with the content. ``skipped`` are files that could not be read; it is complete after the
+    iteration.
+    """
+
+    passages: Iterable[Passage]
+    num_documents: int
+    fingerprint: str
+    skipped: Sequence[SkippedFile] = ()
+
+
+def open_corpus(paths: Sequence[Path], *, with_metadata: bool = True, exclude: Sequence[str] = ()) -> Corpus:
+    """Open a corpus file (or a folder that holds one), or files and folders of documents (``data.documents``).
+
+    Args:
+        paths: one corpus, or any number of documents and folders.
+        with_metadata: without: id, title and text only.
+        exclude: what to leave out of folders of documents, as in a ``.gitignore``.
+
+    Raises:
+        InputError: a path does not exist, or there are no documents.
+        DataFormatError: the corpus file is missing, empty or malformed.
+        DuplicateIdError: two lines of it have the same id.
+    """
+    if len(paths) == 1 and not _holds_documents(paths[0]):
+        file = corpus_file(paths[0])
+        passages = iter_corpus(file, with_metadata=with_metadata)
+        return Corpus(passages, check_corpus(file, with_metadata=with_metadata), fingerprint_files([file]))
+    documents = find_documents(paths, exclude=exclude)
+    state = [[file.id, file.num_bytes, file.modified.isoformat()] for file in documents.files]
+    passages = documents if with_metadata else (replace(document, metadata={}) for document in documents)
+    return Corpus(passages, len(documents.files), fingerprint_json(state), documents.skipped)
+
+
+def _holds_documents(path: Path) -> bool:
+    if path.is_dir():
+        return not any((path / name).is_file() for name in _FILES)
+    return path.suffix.lower() in SUFFIXES - {".jsonl"}
 
 
 def corpus_file(path: Path) -> Path:

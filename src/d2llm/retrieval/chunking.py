@@ -67,9 +67,11 @@ class Chunker:
         """A document as passages ``<id>#1``, ``<id>#2``, ... at positions 1, 2, ..., with its title and metadata.
 
         A short document is returned unchanged, under its own id; so is a passage that already belongs to a document.
-        Every piece has the title. A document with sections is split section by section: a piece's title also has the
-        section's headings, and its metadata have them as ``heading``, and the ``page`` if there is one. If the title leaves less than half of the tokens for the text, passages become longer
+        Every piece has the title. If the title leaves less than half of the tokens for the text, passages become longer
         than the student reads; the truncated ones are counted when they are encoded.
+
+        A document with sections is split section by section. The title of a piece then also has the section's headings,
+        and its metadata have them as ``heading``, and the ``page`` if there is one.
         """
         if self.chunking.chunk_tokens is None or document.document_id not in ("", document.id):
             return [document]
@@ -103,6 +105,8 @@ class Chunker:
                 metadata["page"] = section.page
             title = HEADING_SEPARATOR.join([name for name in (document.title, *headings) if name])
             pieces += self.split(Passage(document.id, section.text, title, metadata=metadata))
+        if len(pieces) == 1:
+            return pieces
         return [
             replace(piece, id=piece_id(document.id, n), document_id=document.id, position=n)
             for n, piece in enumerate(pieces, start=1)

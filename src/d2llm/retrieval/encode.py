@@ -11,9 +11,10 @@ from pathlib import Path
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
-from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
+from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.types import Passage, Task
-from d2llm.data.indexed_corpus import check_corpus, corpus_file, iter_corpus
+from d2llm.data.documents import SkippedFile
+from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.retrieval.index import Index, window_format
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND
@@ -30,6 +31,7 @@ class EncodeReport:
     ``num_resumed`` passages were taken over from an interrupted run; tokens (without padding), ``seconds`` (including
     writing) and ``passages_per_second`` count this run alone. ``vector_bytes_per_passage`` is the size of one stored
     vector, ``bytes_per_passage`` the size of the whole index per passage. ``num_blank`` passages have only white space.
+    ``skipped`` are files of a folder of documents that could not be read.
     """
 
     folder: Path
@@ -43,10 +45,11 @@ class EncodeReport:
     vector_bytes_per_passage: int
     bytes_per_passage: float
     num_blank: int = 0
+    skipped: tuple[SkippedFile, ...] = ()
 
 
 def encode(
-    corpus: Path | Iterable[Passage],
+    corpus: Path | Corpus | Iterable[Passage],
     student: SearchStudent,
     folder: Path,
     *,
@@ -63,7 +66,8 @@ def encode(
     An interrupted run resumes when it is called again. A corpus file is read as a stream, never held in memory whole.
 
     Args:
-        corpus: a ``corpus.jsonl[.gz]`` file, a folder that contains one, or the passages themselves.
+        corpus: a ``corpus.jsonl[.gz]`` file, a folder that contains one, a folder of documents, or the passages
+            themselves.
         student: makes the vectors.
         folder: the index's folder. Until the index is complete, it is in a hidden folder next to it.
         task: the default task of searches on this index.
@@ -90,16 +94,16 @@ def encode(
     make_format(vector_format, student.vector_dim)
     windows = window_format(student, task, window_vectors)
     if isinstance(corpus, str | Path):
-        file = corpus_file(Path(corpus))
-        passages, num_documents, content = iter_corpus(file), check_corpus(file), fingerprint_files([file])
-    else:
+        corpus = open_corpus([Path(corpus)])
+    elif not isinstance(corpus, Corpus):
         passages = list(corpus)
-        num_documents, content = len(passages), fingerprint_passages(passages)
+        corpus = Corpus(passages, len(passages), fingerprint_passages(passages))
+    num_documents = corpus.num_documents
     if not num_documents:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
     # A different student, corpus or storage format gets a different folder, so runs never mix.
     options = [task, vector_format, vector_copies, windows, None if chunking is None else asdict(chunking)]
-    key = fingerprint_json([FORMAT_VERSION, student.fingerprint, content, *options])
+    key = fingerprint_json([FORMAT_VERSION, student.fingerprint, corpus.fingerprint, *options])
     draft = folder.parent / f".{folder.name}.work-{key}"
     begin = time.perf_counter()
     if (draft / MANIFEST_NAME).is_file():
@@ -116,9 +120,11 @@ def encode(
         )
     try:
         if chunking is None:
-            report = index.upsert(passages, num_passages=num_documents)
+            report = index.upsert(corpus.passages, num_passages=num_documents)
         else:
-            report = index.upsert_documents(passages, chunking, num_documents=num_documents)
+            report = index.upsert_documents(corpus.passages, chunking, num_documents=num_documents)
+        if not len(index.store.table()):
+            raise InputError(f"{folder}: no document could be read; the first: {corpus.skipped[0]}")
     except BaseException:
         if not len(index.store.table()):  # nothing that another call could resume
             shutil.rmtree(draft, ignore_errors=True)
@@ -129,7 +135,7 @@ def encode(
     seconds = time.perf_counter() - begin
     return EncodeReport(
         folder=folder,
-        num_documents=num_documents,
+        num_documents=num_documents - len(corpus.skipped),
         num_passages=report.num_passages,
         num_resumed=report.num_unchanged,
         num_truncated=facts.num_truncated,
@@ -139,6 +145,7 @@ def encode(
         vector_bytes_per_passage=facts.vector_bytes,
         bytes_per_passage=facts.bytes_per_passage,
         num_blank=report.num_blank,
+        skipped=tuple(corpus.skipped),
     )
 
 

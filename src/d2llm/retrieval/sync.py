@@ -1,0 +1,79 @@
+"""Keeping an index in step with folders of documents: read what is new or has changed, forget what is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from d2llm.data.documents import MAX_BYTES, SkippedFile, find_documents
+from d2llm.retrieval.chunking import DocumentsReport
+from d2llm.retrieval.index import Index
+from d2llm.store.side_files import Chunking
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What ``sync_documents`` did.
+
+    ``num_files`` were found, of which ``num_unchanged`` were not read; ``written`` says what became of the others.
+    ``gone`` are documents that were deleted because their files are gone. Of a file in ``skipped``, which could not be
+    read, the index keeps what it had. ``num_other`` files have suffixes that cannot be read.
+    """
+
+    num_files: int
+    num_unchanged: int
+    num_other: int
+    gone: tuple[str, ...]
+    skipped: tuple[SkippedFile, ...]
+    written: DocumentsReport
+
+
+def sync_documents(
+    index: Index,
+    paths: Iterable[str | Path],
+    *,
+    exclude: Sequence[str] = (),
+    max_bytes: int = MAX_BYTES,
+    chunking: Chunking | None = None,
+) -> SyncReport:
+    """Make an index hold the documents below some paths as they are now.
+
+    A file whose size and time of modification are those of its document in the index is not read. Documents of other
+    files, which were indexed earlier, are deleted; passages that came from no file stay. After an interruption, repeat
+    the call. Arguments: ``data.documents.find_documents`` and ``Index.upsert_documents``.
+
+    Raises:
+        InputError: a path does not exist, there are no documents, or a document has the id of a passage that came from
+            no file.
+    """
+    found = find_documents(paths, exclude=exclude, max_bytes=max_bytes)
+    known = _known_files(index)
+    unchanged = [file for file in found.files if known.get(file.id) == (file.modified, file.num_bytes)]
+    changed = replace(found, files=sorted(set(found.files) - set(unchanged), key=lambda file: file.id))
+    written = index.upsert_documents(changed, chunking, num_documents=len(changed.files))
+    names = {file.id for file in found.files}
+    unread = tuple(skipped.id for skipped in found.skipped)
+    gone = tuple(
+        sorted(
+            name
+            for name in known.keys() - names
+            if not any(name == each or name.startswith(f"{each}/") for each in unread)
+        )
+    )
+    if gone:
+        index.delete_documents(gone)
+    return SyncReport(len(found.files), len(unchanged), found.num_other, gone, tuple(changed.skipped), written)
+
+
+def _known_files(index: Index) -> dict[str, tuple[datetime, int]]:
+    """The documents of an index that came from files: id -> time of modification (UTC) and size."""
+    table = index.store.table()
+    names = ["path", "modified", "file_bytes"]
+    if not len(table) or not set(names) <= {item.name for item in table.metadata_fields}:
+        return {}
+    columns = table.columns(names, "path IS NOT NULL").to_pydict()
+    rows: Any = zip(*(columns[name] for name in names), strict=True)
+    return {path: (modified.replace(tzinfo=timezone.utc), size) for path, modified, size in rows}
