@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TeacherLabel,
     )
     from d2llm.data.beir import Dataset, read_beir
+    from d2llm.data.documents import find_documents
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset, read_pairs
     from d2llm.evaluation.evaluate import evaluate
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from d2llm.retrieval.encode import encode
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.search import SearchSettings, search
+    from d2llm.retrieval.sync import sync_documents
     from d2llm.store.side_files import Chunking
     from d2llm.training.ablation.ablate import ablate
     from d2llm.training.check_data import check_data
@@ -93,6 +95,7 @@ __all__ = [
     "encode",
     "evaluate",
     "export",
+    "find_documents",
     "fit_evidence",
     "fit_probabilities",
     "fit_scores",
@@ -111,6 +114,7 @@ __all__ = [
     "showing_progress",
     "stack_teachers",
     "starting_recipe",
+    "sync_documents",
     "tune_teacher",
     "upsert_documents",
 ]
@@ -132,6 +136,8 @@ _HOMES = {
         "TeacherLabel",
     ),
     "d2llm.data.beir": ("Dataset", "read_beir"),
+    "d2llm.data.documents": ("find_documents",),
+    "d2llm.retrieval.sync": ("sync_documents",),
     "d2llm.data.open_data": ("open_data",),
     "d2llm.data.pairs": ("PairDataset", "read_pairs"),
     "d2llm.store.side_files": ("Chunking",),

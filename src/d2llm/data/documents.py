@@ -10,6 +10,7 @@ listed with the reason; they never end the work.
 from __future__ import annotations
 
 import ast
+import html
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
+
+import gitignore_parser
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
@@ -313,8 +316,7 @@ def _walk(
 
 
 def _matcher(root: Path, exclude: Sequence[str]) -> Callable[[str], bool]:
-    parser: Any = require("gitignore_parser", extra="documents", purpose="reading a folder of documents")
-    return parser.parse_gitignore_str("\n".join([*EXCLUDED, *exclude]), base_dir=str(root.absolute()))
+    return gitignore_parser.parse_gitignore_str("\n".join([*EXCLUDED, *exclude]), base_dir=str(root.absolute()))
 
 
 def _add(found: DocumentFiles, path: Path, name: str, max_bytes: int) -> None:
@@ -351,9 +353,9 @@ def _convert(path: Path) -> tuple[str, list[Section]]:
     except BaseException as error:  # a panic of its native code is not an Exception
         raise UnreadableFileError(_reason(error)) from error
     metadata: dict[str, Any] = result.metadata or {}
-    title = str(metadata.get("title") or "").strip()
-    pages: list[Any] = list(result.pages or [])
-    if not pages:
+    title = html.unescape(str(metadata.get("title") or "")).strip()
+    pages: list[Any] = list(result.pages or []) if path.suffix.lower() == ".pdf" else []
+    if not pages:  # formats without fixed pages
         return title, list(markdown_sections(_plain_markdown(result.content)))
     sections: list[Section] = []
     above: tuple[str, ...] = ()

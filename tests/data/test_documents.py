@@ -1,0 +1,246 @@
+"""Files as documents. ``files`` holds small ones that office programs' libraries wrote."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Section
+from d2llm.data.documents import find_documents, markdown_sections, python_sections, read_document, rst_sections
+from d2llm.data.indexed_corpus import open_corpus
+
+pytest.importorskip("kreuzberg", reason="pip install 'd2llm[documents]'")
+
+FILES = Path(__file__).parent / "files"
+
+
+def read(path: Path):
+    (file,) = find_documents([path]).files
+    return read_document(file)
+
+
+def write(folder: Path, name: str, content: str | bytes = "Some words.") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def ids(*paths: Path, **options) -> list[str]:
+    return [file.id for file in find_documents(paths, **options).files]
+
+
+class TestFormats:
+    def test_word(self):
+        document = read(FILES / "bees.docx")
+        assert document.title == "Care of bees"
+        feeding, winter = document.sections
+        assert feeding == Section("Bees drink sugar water in late autumn.", ("Feeding",))
+        assert winter.headings == ("Feeding", "Winter")
+        assert "fifteen kilograms" in winter.text
+        assert "| October | Syrup |" in winter.text
+
+    def test_pdf_has_pages(self):
+        document = read(FILES / "clocks.pdf")
+        assert document.title == "A history of clocks"
+        assert [section.page for section in document.sections] == [1, 2]
+        assert "Huygens built the first pendulum clock" in document.sections[1].text
+
+    @pytest.mark.parametrize(
+        ("name", "title", "words"),
+        [
+            ("tides.pptx", "tides.pptx", "The moon pulls the sea twice a day."),
+            ("trees.xlsx", "Trees", "Willow"),
+            ("birds.epub", "Songs of birds", "The wren sings loudly for its size."),
+        ],
+    )
+    def test_office_files_and_books(self, name, title, words):
+        document = read(FILES / name)
+        assert document.title == title
+        assert words in document.text
+
+    def test_html(self, tmp_path):
+        head = "<html><head><title>Stars &amp; moons</title><script>var hidden</script></head>"
+        page = f"{head}<body><h1>Mars</h1><p>Two moons.</p>"
+        document = read(write(tmp_path, "page.html", page))
+        assert document.title == "Stars & moons"
+        assert document.sections[-1] == Section("Two moons.", ("Mars",))
+        assert "hidden" not in document.text
+
+    def test_tables_are_rows_of_names_and_values(self, tmp_path):
+        csv = read(write(tmp_path, "a.csv", 'name,note\nOak,"tall, old"\nElm,\n'))
+        assert csv.text == "name: Oak\nnote: tall, old\n\nname: Elm"
+        assert read(write(tmp_path, "a.tsv", "name\tage\nOak\t300\n")).text == "name: Oak\nage: 300"
+        lines = read(write(tmp_path, "b.jsonl", '{"text": "first"}\n\n{"text": "second"}\n'))
+        assert lines.text == "text: first\n\ntext: second"
+
+    def test_parquet(self, tmp_path):
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table({"name": ["Oak", None], "age": [3, 4]}), tmp_path / "t.parquet")
+        assert read(tmp_path / "t.parquet").text == "name: Oak\nage: 3\n\nage: 4"
+
+    @pytest.mark.parametrize(
+        ("data", "text"),
+        [
+            ("Käse".encode(), "Käse"),
+            (b"\xef\xbb\xbfK\xc3\xa4se", "Käse"),
+            ("Käse".encode("utf-16"), "Käse"),
+            ("Käse".encode("cp1252"), "Käse"),
+        ],
+    )
+    def test_encodings_of_text(self, tmp_path, data, text):
+        document = read(write(tmp_path, "a.txt", data))
+        assert document.text == text
+        assert document.title == "a.txt"
+
+    def test_metadata_name_the_file(self, tmp_path):
+        path = write(tmp_path, "a.txt", "abc")
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        metadata = read(path).metadata
+        assert (metadata["path"], metadata["file_bytes"]) == ("a.txt", 3)
+        assert str(metadata["modified"]) == "2023-11-14 22:13:20+00:00"
+
+
+class TestSections:
+    def test_markdown(self):
+        text = "---\nlayout: page\n---\nintro\n# One\na\n```\n# no heading\n```\n### Deep `code`\nb\n## Two\n\nc\n"
+        assert [section for section in markdown_sections(text) if section.text] == [
+            Section("intro"),
+            Section("a\n```\n# no heading\n```", ("One",)),
+            Section("b", ("One", "Deep code")),
+            Section("c", ("One", "Two")),
+        ]
+
+    def test_a_title_is_the_heading_over_all_sections(self, tmp_path):
+        assert read(write(tmp_path, "a.md", "# Manual\nx\n## Part\ny")).title == "Manual"
+        assert read(write(tmp_path, "b.md", "# One\nx\n# Two\ny")).title == "b.md"
+
+    def test_restructured_text(self):
+        text = "=====\nTitle\n=====\nintro\n\nPart\n----\na\n\nSub\n~~~\nb\n\nOther\n-----\n::\n\n  ----\n"
+        assert [section for section in rst_sections(text) if section.text] == [
+            Section("intro", ("Title",)),
+            Section("a", ("Title", "Part")),
+            Section("b", ("Title", "Part", "Sub")),
+            Section("::\n\n  ----", ("Title", "Other")),
+        ]
+
+    def test_python_by_function(self):
+        function, method = "@cache\ndef f():\n    return 1", "    def g(self):\n        pass"
+        text = f'"""Doc."""\nimport os\n\n{function}\n\nclass A:\n    x = 1\n\n{method}\n'
+        parts = {section.headings: section.text for section in python_sections(text) if section.text}
+        assert parts[()] == '"""Doc."""\nimport os'
+        assert parts[("A",)] == "class A:\n    x = 1"
+        assert parts[("A", "g")] == method
+        assert parts[("f",)] == function
+        assert [section.text for section in python_sections("def broken(:")] == ["def broken(:"]
+
+    @pytest.mark.parametrize("sections", [markdown_sections, rst_sections, python_sections])
+    @pytest.mark.parametrize("text", ["", "\n\n", "=", "#", "===\n\n===", "def", "```"])
+    def test_no_text_is_lost_or_invented(self, sections, text):
+        assert "".join(section.text for section in sections(text)).split() in ([], text.split())
+
+
+class TestSkipped:
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [("locked.pdf", "it is encrypted"), ("scanned.pdf", "it has no text; if it is scanned")],
+    )
+    def test_encrypted_and_scanned(self, name, reason):
+        found = find_documents([FILES / name])
+        assert list(found) == []
+        assert found.skipped[0].reason.startswith(reason)
+        assert str(FILES / name) in str(found.skipped[0])
+
+    @pytest.mark.parametrize("name", ["a.pdf", "a.docx", "a.xlsx", "a.pptx", "a.epub", "a.csv", "a.jsonl", "a.parquet"])
+    def test_damaged_files_do_not_end_the_work(self, tmp_path, name):
+        source = FILES / {".docx": "bees.docx", ".pdf": "clocks.pdf", ".xlsx": "trees.xlsx"}.get(name[1:], "tides.pptx")
+        write(tmp_path, name, source.read_bytes()[:700] + b"\x00\xff\x80" * 50)
+        write(tmp_path, "b.txt", "fine")
+        found = find_documents([tmp_path])
+        assert "b.txt" in [document.id for document in found]
+        assert all(skipped.id == name for skipped in found.skipped)
+
+    def test_empty_binary_and_large_files(self, tmp_path):
+        write(tmp_path, "empty.md", "")
+        write(tmp_path, "binary.txt", b"a\0b")
+        write(tmp_path, "large.txt", "x" * 2000)
+        found = find_documents([tmp_path], max_bytes=1000)
+        assert list(found) == []
+        reasons = {skipped.id: skipped.reason for skipped in found.skipped}
+        assert reasons == {
+            "large.txt": "it has 2,000 bytes, more than 1,000",
+            "empty.md": "it is empty",
+            "binary.txt": "it is not text",
+        }
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+    def test_no_rights(self, tmp_path):
+        write(tmp_path, "a.txt")
+        write(tmp_path, "private/b.txt").parent.chmod(0)
+        found = find_documents([tmp_path])
+        assert [document.id for document in found] == ["a.txt"]
+        assert [skipped.id for skipped in found.skipped] == ["private"]
+
+
+class TestFolders:
+    def test_ids_are_paths_in_the_folder(self, tmp_path):
+        write(tmp_path, "docs/b/c.md")
+        write(tmp_path, "docs/a.txt")
+        write(tmp_path, "more/a.txt")
+        assert ids(tmp_path / "docs") == ["a.txt", "b/c.md"]
+        assert ids(tmp_path / "docs", tmp_path / "more") == ["docs/a.txt", "docs/b/c.md", "more/a.txt"]
+        assert ids(tmp_path / "docs" / "a.txt") == ["a.txt"]
+
+    def test_excluded(self, tmp_path):
+        for name in (
+            "a.txt",
+            ".git/x.txt",
+            "node_modules/y.js",
+            "build/z.txt",
+            "deep/build/z.txt",
+            "draft-1.md",
+            "keep.md",
+        ):
+            write(tmp_path, name)
+        assert ids(tmp_path) == ["a.txt", "build/z.txt", "deep/build/z.txt", "draft-1.md", "keep.md"]
+        assert ids(tmp_path, exclude=["/build/", "draft-*"]) == ["a.txt", "deep/build/z.txt", "keep.md"]
+
+    def test_links_in_circles(self, tmp_path):
+        write(tmp_path, "a/x.txt")
+        (tmp_path / "a" / "again").symlink_to(tmp_path)
+        (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+        found = find_documents([tmp_path])
+        assert [file.id for file in found.files] == ["a/x.txt"]
+        assert [(skipped.id, skipped.reason) for skipped in found.skipped] == [
+            ("gone.txt", "No such file or directory")
+        ]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+    def test_names_that_are_no_utf8(self, tmp_path):
+        write(tmp_path, os.fsdecode(b"caf\xe9.txt"))
+        assert ids(tmp_path) == ["caf\\xe9.txt"]
+
+    @pytest.mark.parametrize("names", [(), ("photo.jpg", "film.mp4")])
+    def test_nothing_to_read(self, tmp_path, names):
+        for name in names:
+            write(tmp_path, name)
+        with pytest.raises(InputError, match=f"there are no documents; {len(names)} files have other suffixes than"):
+            find_documents([tmp_path])
+        with pytest.raises(InputError, match="there is no such file or folder"):
+            find_documents([tmp_path / "nothing"])
+
+    def test_a_corpus_file_is_no_document(self, tmp_path):
+        write(tmp_path, "corpus.jsonl", '{"_id": "a", "text": "one"}\n')
+        assert [passage.id for passage in open_corpus([tmp_path]).passages] == ["a"]
+        write(tmp_path, "other/note.md", "# T\nx")
+        corpus = open_corpus([tmp_path / "other"], with_metadata=False)
+        assert [(passage.id, passage.metadata) for passage in corpus.passages] == [("note.md", {})]
+        before = corpus.fingerprint
+        write(tmp_path, "other/note.md", "# T\nxy")
+        assert open_corpus([tmp_path / "other"]).fingerprint != before

@@ -1,0 +1,112 @@
+"""An index in step with folders of documents: what is read, kept, replaced and forgotten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Passage, Section, SectionedPassage
+from d2llm.data import documents
+from d2llm.models.student import Student
+from d2llm.retrieval.chunking import Chunker, Chunking
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.sync import sync_documents
+from tiny_models import tiny_student_config, write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Student:
+    model = write_tiny_model(tmp_path_factory.mktemp("model"), "bert")
+    return Student.create(tiny_student_config(model), device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def index(student, tmp_path) -> Index:
+    return Index.create(tmp_path / "index", student)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name, text in {"a.md": "# A\nthe cat\n## B\nthe dog", "b.txt": "the house", "c.txt": "the river"}.items():
+        write(tmp_path / "docs" / name, text)
+    return tmp_path / "docs"
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+def contents(index: Index) -> dict[str, str]:
+    return {passage.id: passage.text for passage in index.get(index.list_passages())}
+
+
+def test_pieces_have_the_headings_they_are_under(student):
+    sections = (Section("the cat", ("Animals",), 1), Section("the river", ("Nature", "Water"), 2))
+    document = SectionedPassage("d", "", "Animals", metadata={"path": "d"}, sections=sections)
+    first, second = Chunker(student, Chunking(24)).split(document)
+    assert (first.id, first.title, first.metadata) == ("d#1", "Animals", {"path": "d", "page": 1})
+    assert (second.id, second.title, second.position) == ("d#2", "Animals > Nature > Water", 2)
+    assert second.metadata == {"path": "d", "page": 2, "heading": "Nature > Water"}
+
+
+def test_only_changes_are_read(index, folder, monkeypatch):
+    first = sync_documents(index, [folder])
+    assert (first.num_files, first.num_unchanged, first.gone) == (3, 0, ())
+    assert contents(index) == {"a.md#1": "the cat", "a.md#2": "the dog", "b.txt": "the house", "c.txt": "the river"}
+    read: list[str] = []
+    original = documents.read_document
+    monkeypatch.setattr(documents, "read_document", lambda file: (read.append(file.id), original(file))[1])
+    assert sync_documents(index, [folder]).num_unchanged == 3
+    assert read == []
+    write(folder / "a.md", "# A\nthe cat")
+    (folder / "b.txt").unlink()
+    write(folder / "d.txt", "the music")
+    report = sync_documents(index, [folder])
+    assert read == ["a.md", "d.txt"]
+    assert (report.num_files, report.num_unchanged, report.gone) == (3, 1, ("b.txt",))
+    assert contents(index) == {"a.md": "the cat", "c.txt": "the river", "d.txt": "the music"}
+
+
+def test_other_passages_stay(index, folder):
+    index.upsert([Passage("mine", "the light")])
+    sync_documents(index, [folder])
+    (folder / "b.txt").unlink()
+    sync_documents(index, [folder])
+    assert contents(index).keys() == {"mine", "a.md#1", "a.md#2", "c.txt"}
+
+
+def test_a_file_that_can_no_longer_be_read_keeps_its_document(index, folder):
+    sync_documents(index, [folder])
+    (folder / "b.txt").write_bytes(b"a\0b")
+    (folder / "c.txt").write_text("x" * 5000)
+    report = sync_documents(index, [folder], max_bytes=1000)
+    assert {skipped.id for skipped in report.skipped} == {"b.txt", "c.txt"}
+    assert contents(index)["b.txt"] == "the house"
+    assert contents(index)["c.txt"] == "the river"
+
+
+def test_an_interrupted_sync_continues(index, folder, monkeypatch):
+    original = documents.read_document
+
+    def interrupted(file):
+        if file.id == "c.txt":
+            raise KeyboardInterrupt
+        return original(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "read_document", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sync_documents(index, [folder])
+    sync_documents(index, [folder])
+    assert contents(index).keys() == {"a.md#1", "a.md#2", "b.txt", "c.txt"}
+
+
+def test_a_folder_without_documents_deletes_nothing(index, folder, tmp_path):
+    sync_documents(index, [folder])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="there are no documents"):
+        sync_documents(index, [tmp_path / "empty"])
+    assert len(contents(index)) == 4
