@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from e2e.command_line import fail, succeed, write_lines
+from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 from e2e.small_corpus import QUESTIONS, SENTENCES
 
 QUESTION = next(iter(QUESTIONS))
@@ -127,3 +128,50 @@ def test_long_texts_are_split_unless_whole_is_given(place, tmp_path):
     assert "2 texts in 9 passages, 0 truncated" in succeed(*encode).stderr
     assert "2 texts in 2 passages, 1 truncated" in succeed(*encode, "--whole", "--overwrite").stderr
     assert facts_of(tmp_path, "encoded")["chunking"]["chunk_tokens"] is None
+
+
+def index_with_report(folder, *arguments):
+    """Run a verb of ``index``; returns its result, and what it reports."""
+    result = succeed("index", *arguments, "--json", folder / "report.json")
+    return result, json.loads((folder / "report.json").read_text())["result"]
+
+
+class TestFolders:
+    """Folders of documents in place of a corpus."""
+
+    def test_sync_and_search(self, tmp_path):
+        pytest.importorskip("kreuzberg", reason="pip install 'd2llm[documents]'")
+        folder = tmp_path / "docs"
+        shutil.copytree(Path(__file__).parents[1] / "data" / "files", folder)
+        index = tmp_path / "docs.index"
+        result, report = index_with_report(tmp_path, index, "sync", folder)
+        assert (report["num_files"], report["num_unchanged"]) == (7, 0)
+        assert [Path(skipped["path"]).name for skipped in report["skipped"]] == ["locked.pdf", "scanned.pdf"]
+        assert "warning: 2 files could not be read: " in result.stderr
+        found = succeed("search", index, "Who built the first pendulum clock?", "--top-k", 1, "--filter", "page = 2")
+        assert "clocks.pdf#2" in found.stdout
+        (folder / "clocks.pdf").unlink()
+        _, report = index_with_report(tmp_path, index, "sync", folder, "--exclude", "*.docx")
+        assert report["gone"] == ["bees.docx", "clocks.pdf"]
+        assert report["num_unchanged"] == 3
+
+    def test_add_and_encode_take_documents(self, tmp_path):
+        for name in ("a.md", "b.txt"):
+            (tmp_path / name).write_text(f"# {name}\nthe cat sat down")
+        paths = (tmp_path / "a.md", tmp_path / "b.txt")
+        _, report = index_with_report(tmp_path, tmp_path / "one.index", "add", *paths)
+        assert report["num_documents"] == 2
+        (tmp_path / "more").mkdir()
+        (tmp_path / "more" / "c.rst").write_text("Title\n=====\nthe dog ran")
+        (tmp_path / "more" / "empty.txt").write_text("")
+        result, report = succeed_with_report(
+            "encode", tmp_path / "more", "--out", tmp_path / "two.index", folder=tmp_path
+        )
+        assert report["result"]["num_documents"] == 1
+        assert "empty.txt: it is empty" in result.stderr
+
+    def test_bad_input(self, tmp_path):
+        (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
+        fail("index", tmp_path / "i", "sync", tmp_path, containing=["there are no documents", "1 files have other"])
+        fail("index", tmp_path / "i", "sync", tmp_path / "gone", containing=["there is no such file or folder"])
+        assert not (tmp_path / "i").exists()

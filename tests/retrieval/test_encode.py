@@ -173,7 +173,7 @@ def test_invalid_input_is_rejected(tmp_path):
         encode([], student, tmp_path / "i")
     with pytest.raises(DuplicateIdError, match="share the id 'p0', the second is number 24"):
         encode([*PASSAGES, PASSAGES[0]], student, tmp_path / "i")
-    with pytest.raises(DataFormatError, match=r"no corpus\.jsonl"):
+    with pytest.raises(InputError, match="there are no documents"):
         encode(tmp_path, student, tmp_path / "i")
     with pytest.raises(DataFormatError, match=r"missing\.jsonl"):
         encode(tmp_path / "missing.jsonl", student, tmp_path / "i")

@@ -49,17 +49,17 @@ def encode(
     from d2llm.retrieval.index import source_of
 
     session = session_of(context)
-    texts = open_corpus(corpus, exclude=exclude or ())
     model = Student.load(student, device=device, dtype=dtype, engine=engine)
+    chunking = splitting.chunking(model) or default_chunking(model)
     report = encode(
-        texts,
+        open_corpus(corpus, exclude=exclude or ()),
         model,
         out,
         task=vectors.task,
         vector_format=vectors.vectors,
         vector_copies=cast("VectorCopies", vectors.vector_copies),
         window_vectors=vectors.window_vectors,
-        chunking=splitting.chunking(model) or default_chunking(model),
+        chunking=chunking,
         student_source=source_of(student),
         overwrite=overwrite,
     )
