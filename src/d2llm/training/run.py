@@ -525,17 +525,19 @@ class Run:
         the teacher that would be used now, if that matters. ``as_mined``: it is made from the plans before a tuned
         teacher filters them; a plan that the run's teacher has filtered is then not compared.
         """
-        made_from = manifest_of(folder).get("settings", {})
-        changes = changed_settings(made_from.get("recipe", {}), recipe)
+        made_from = manifest_of(folder).get("settings")
+        if made_from is None:  # made elsewhere and copied here, such as a shipped student
+            return
+        changes = changed_settings(made_from["recipe"], recipe)
         for data in self.recipe.data:
             place = self.parts.plan(data) if as_mined else self.parts.final_plan(self.recipe, data)
             plan = manifest_of(place) if is_finished(place) else {}
             if as_mined and "teacher" in plan and plan["teacher"] == self._teacher_fingerprint():
                 continue
             name, content = plan.get("dataset"), plan.get("content_hash")
-            if made_from.get("plans", {}).get(name, content) != content:
+            if made_from["plans"].get(name) != content:
                 changes.append(f"the plan of {name}")
-        if teacher is not None and made_from.get("teacher", teacher) != teacher:
+        if teacher is not None and made_from["teacher"] != teacher:
             changes.append("the teacher")
         if changes:
             _log.warning(
