@@ -130,7 +130,7 @@ def test_a_second_call_reuses_earlier_measurements(evaluated, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("it was measured already")
 
-    monkeypatch.setattr("d2llm.models.teachers.causal.Teacher.judge", refuse)
+    monkeypatch.setattr("d2llm.models.teachers.causal.CausalTeacher.judge", refuse)
     monkeypatch.setattr("d2llm.models.student.Student.encode_passages", refuse)
     _, report = succeed_with_report(*evaluated.arguments, folder=evaluated.folder)
     for part in ("rows", "sample_rows", "comparisons", "agreement", "missing"):
@@ -147,11 +147,11 @@ def test_the_baseline_can_be_chosen(evaluated):
 
 
 def test_existing_labels_spare_the_teacher(evaluated, tmp_path, monkeypatch):
-    from d2llm.models.teachers.causal import Teacher
+    from d2llm.models.teachers.causal import CausalTeacher
 
-    batch_sizes, judge = [], Teacher.judge
+    batch_sizes, judge = [], CausalTeacher.judge
     monkeypatch.setattr(
-        Teacher, "judge", lambda self, pairs, task: (batch_sizes.append(len(pairs)), judge(self, pairs, task))[1]
+        CausalTeacher, "judge", lambda self, pairs, task: (batch_sizes.append(len(pairs)), judge(self, pairs, task))[1]
     )
     (store,) = (evaluated.folder / "work" / "judgements").iterdir()
     succeed(*evaluated.arguments, "--work", tmp_path / "work", "--labels", store)
