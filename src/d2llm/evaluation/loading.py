@@ -10,7 +10,7 @@ from typing import Any
 from d2llm.core.errors import InputError, ModelNotFoundError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe import TeacherConfig, untuned_config
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import SystemKind
 from d2llm.data.run_folder import RunFolder, companion
@@ -20,7 +20,6 @@ from d2llm.models.external import ExternalBiEncoder, load_external
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
-from d2llm.retrieval.cosine import untuned_config
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 
 TUNED_COSINE, PAPER_HEAD = "cosine", "paper"
