@@ -116,7 +116,6 @@ def run_demo(
         num_modules=whole.num_modules,
         num_documented=whole.num_documented,
         num_passages=len(index),
-        num_passages_whole=len(whole.passages),
         student=student,
         student_fingerprint=model.fingerprint,
         baseline=baseline_name,
