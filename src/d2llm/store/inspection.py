@@ -273,7 +273,7 @@ def _projections(store: IndexStore, table: PassageTable, vectors: VectorFile) ->
 def _ann_record(store: IndexStore, table: PassageTable) -> ann.AnnRecord | None:
     """The record of the approximate index of the latest vectors, if there is one."""
     try:
-        return ann.read_record(ann_path_of(store.folder, store.vectors.generation(table)))
+        return ann.read_ann_record(ann_path_of(store.folder, store.vectors.generation(table)))
     except (OSError, ValueError):
         return None
 
@@ -355,7 +355,7 @@ def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> It
     if not path.is_file():
         return
     try:
-        record = ann.read_record(path)
+        record = ann.read_ann_record(path)
         if (record.student, record.vector_format) != (store.manifest["student"], store.format.name):
             raise ValueError("it was built over other vectors; build it again")
         ann.check_file(path, record)
