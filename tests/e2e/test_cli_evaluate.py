@@ -12,7 +12,7 @@ from d2llm.models.student import Student
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_data, write_lines, write_qrels
 from e2e.small_corpus import SENTENCES
 from tiny_models import tiny_student_config
-from tiny_store import forget_checksums
+from tiny_store import edit_manifest
 
 TEACHER = "teacher (reranking 3 of BM25 and D2LLM)"
 QUICK = ("--teacher-queries", 2, "--teacher-depth", 3, "--dtype", "float32")
@@ -251,9 +251,7 @@ class TestBadInput:
         shutil.copytree(evaluated.folder / "work", tmp_path / "work")
         shutil.rmtree(tmp_path / "work" / "measured")
         for manifest in (tmp_path / "work" / "indexes").glob("*/manifest.json"):
-            forget_checksums(manifest.parent)
-            content = json.loads(manifest.read_text())
-            manifest.write_text(json.dumps(content | {"student": "somebody"}))
+            edit_manifest(manifest.parent, student="somebody")
         arguments = (*evaluated.arguments, "--work", tmp_path / "work")
         fail(*arguments, containing=["the index was made by student somebody", "index the corpus again"])
 
