@@ -42,7 +42,10 @@ from d2llm.training.mining.ranking import bm25_lists
 INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIRS_PER_QUERY = 10
 """A dev set of labelled pairs has this many pairs for each query that a dev set of queries would have."""
-_LEXICAL_DEPTH = 10
+LEXICAL_DEPTH = 10
+"""How many of BM25's best passages are among those that a dev query is measured or fitted on."""
+MIN_QUERIES = 30
+"""Minimum number of judged dev queries of a task; with fewer, nothing is fitted on them."""
 _MEASURE, _DEPTH = "nDCG@10", 10
 
 Scores = Sequence[NDArray[np.floating[Any]]]
@@ -177,7 +180,7 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     queries = [dataset.queries[query_id] for query_id in chosen]
     needed = {passage_id for query_id in chosen for passage_id in positives[query_id]}
     title = f"BM25 for the dev queries of {dataset.name}"
-    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, title=title)
+    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, LEXICAL_DEPTH, title=title)
     needed.update(passage_id for ids in lists for passage_id in ids)
     others = sorted(dataset.passages.keys() - needed)
     filled = rng.sample(others, max(0, min(len(others), num_passages - len(needed))))

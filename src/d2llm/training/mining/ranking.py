@@ -22,6 +22,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, Task
 from d2llm.ops.selection import ids_at, nearest_rows, top_rows
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
+from d2llm.retrieval.upserting import BLOCK_PASSAGES
 from d2llm.store.bm25 import WordIndex, rank_passages
 
 _RESCORED = 4  # candidates by inner product per entry of a list by the full score
@@ -102,10 +103,6 @@ class EncoderRanking:
         anchors = self._student.anchor_queries(self._queries, self._task)
         # Sorted rows, so that the vectors are read from the file sequentially.
         return [np.sort(rows) for rows in nearest_rows(anchors, self._vectors, top_k, self._ids)]
-
-
-BLOCK_PASSAGES = 2_048
-"""Number of passages encoded at a time, and the most that an interruption can lose."""
 
 
 def encode_to_file(
