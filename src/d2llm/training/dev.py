@@ -36,10 +36,9 @@ from d2llm.ops.ranking import top_k
 from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.store.bm25 import WordIndex, rank_passages
-from d2llm.training.mining.ranking import bm25_lists
+from d2llm.store.bm25 import bm25_lists
+from d2llm.training.interpolation import INTERACTION_WEIGHTS
 
-INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIRS_PER_QUERY = 10
 """A dev set of labelled pairs has this many pairs for each query that a dev set of queries would have."""
 LEXICAL_DEPTH = 10
@@ -364,8 +363,8 @@ def make_dev_lists(
     Raises:
         ModelError: the student's vectors are not finite.
     """
-    index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
-    lexical = rank_passages(index, list(dataset.passages), (query.text for query in queries), depth)
+    title = f"BM25 for the dev queries of {dataset.name}"
+    lexical = bm25_lists(dataset.passages, list(dataset.passages), queries, depth, title=title)
     nearest: list[list[str]] = [[] for _ in queries]
     if student is not None:
         nearest = _nearest(dataset, task, queries, student, depth)
@@ -375,7 +374,7 @@ def make_dev_lists(
     for query, by_words, by_vectors in zip(queries, lexical, nearest, strict=True):
         first = positives[query.id] if same_text is not None else ()
         repeats = same_text.as_any_of(first) if same_text is not None else set[str]()
-        proposed = dict.fromkeys([*first, *(candidate.passage_id for candidate in by_words), *by_vectors])
+        proposed = dict.fromkeys([*first, *by_words, *by_vectors])
         candidates[query.id] = [p for p in proposed if p in first or p not in repeats]
     passage_ids = dict.fromkeys(passage_id for ids in candidates.values() for passage_id in ids)
     return _dev_set(dataset, task, queries, candidates, passage_ids)
