@@ -23,7 +23,9 @@ PairKind = Literal["binary", "classes", "scores"]
 
 _BINARY = (("0", "1"), ("no", "yes"), ("false", "true"), ("not_entailment", "entailment"))
 _POSITIVE = frozenset(positive for _, positive in _BINARY)
-_LABEL_FIELDS, _SCORE_FIELDS, _ID_FIELDS = ("label", "gold_label"), ("score", "similarity_score"), ("id", "_id")
+_LABEL_FIELDS = ("label", "gold_label")
+_SCORE_FIELDS = ("score", "similarity_score")
+_ID_FIELDS = ("id", "_id")
 _NO_LABEL = frozenset({"", "-", "-1"})
 _MAX_CLASSES = 50  # more than this means that texts or numbers were read as classes
 _SPLIT_ORDER = ("train", "dev", "test")
