@@ -30,7 +30,7 @@ from scaling.data_sets import DATA, require
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import write_bytes
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import read_beir
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", nargs="?", default="d2llm-minilm")
     parser.add_argument("data", type=Path, nargs="?", default=DATA / "banking77")
-    parser.add_argument("--task", choices=["symmetric", "asymmetric"], default="symmetric")
+    parser.add_argument("--task", choices=TASKS, default="symmetric")
     parser.add_argument("--split", default="dev")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--speed", type=int, metavar="N")

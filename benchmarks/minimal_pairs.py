@@ -25,6 +25,7 @@ from wall_text import load_system
 from d2llm import Student
 from d2llm.core.recipe import BackboneConfig, LoraConfig, StudentConfig
 from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.retrieval.reading import score_pairs
 from d2llm.store.bm25 import WordIndex
 
 QUICK_ITEMS: dict[Split, int] = {"train": 200, "dev": 60, "test": 100}
@@ -90,11 +91,8 @@ def system_scores(name: str, items: Items) -> Tensor:
         return bm25_scores(items)
     student = load_system(name)
     task = "asymmetric" if "asymmetric" in name else "symmetric"
-    queries = student.encode_queries([item.query for item in items]).vectors
-    passages = student.encode_passages([text for item in items for text in (item.right, item.wrong)]).vectors
-    return torch.from_numpy(
-        np.stack([student.score(query, passages[2 * row : 2 * row + 2], task) for row, query in enumerate(queries)])
-    )
+    pairs = [(item.query, text) for item in items for text in (item.right, item.wrong)]
+    return torch.from_numpy(score_pairs(student, pairs, task).scores.reshape(-1, 2))
 
 
 @cache

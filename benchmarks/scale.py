@@ -34,7 +34,7 @@ from scaling.searches import faiss_searches, format_searches, measure, our_searc
 from scaling.stores import build, chroma_search, lance_searches
 
 from d2llm import Student
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.retrieval.build_ann import MIN_PASSAGES, build_ann
 from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
@@ -44,7 +44,6 @@ PART = 100_000  # passages in comparisons that need no more
 OTHERS_PART = 100_000  # passages in comparisons with other stores
 FORMATS = ("bfloat16", "int8", "int3")
 OUR_SCANS = ("d2llm, scan 1000 + IEM", "d2llm, scan 200 + IEM", "d2llm, certified")
-TASKS: tuple[Task, ...] = ("asymmetric", "symmetric")
 
 
 class Run:

@@ -1,7 +1,7 @@
 """Speed of the teacher's judgements compared with the plain procedure, on the same pairs in one run.
 
 The plain procedure pads every pair to 250 tokens, eight at a time, and computes logits of the whole vocabulary at every
-position. `Teacher.judge` avoids unnecessary padding, computes two logits per pair, reads a query once for all its
+position. `CausalTeacher.judge` avoids unnecessary padding, computes two logits per pair, reads a query once for all its
 candidates, and holds the weights in bfloat16 if that is fast on this machine. SmolLM2-135M; questions with their
 passages as in a plan (the positive and those that BM25 finds). Both prompts are measured: two thirds of `paper` stand
 behind the passage and cannot be shared, hardly anything of `short` does.
@@ -22,7 +22,7 @@ import torch
 
 from d2llm.core.recipe import TeacherConfig
 from d2llm.data.beir import read_beir
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import TextPair
 from d2llm.store.bm25 import WordIndex, rank_passages
 
@@ -59,7 +59,7 @@ def real_pairs(num_queries: int) -> tuple[str, list[TextPair]]:
     return DATA.name, pairs
 
 
-def plain(teacher: Teacher, pairs: list[TextPair]) -> np.ndarray:
+def plain(teacher: CausalTeacher, pairs: list[TextPair]) -> np.ndarray:
     """The plain procedure's log-odds."""
     inputs, _ = teacher.tokenize(pairs, TASK)
     padding = int(teacher.tokenizer.pad_token_id or 0)
@@ -79,7 +79,7 @@ def plain(teacher: Teacher, pairs: list[TextPair]) -> np.ndarray:
 
 def measure(prompt: str, dtype: str, pairs: list[TextPair], num_plain: int) -> dict[str, float]:
     """Pairs per second of both procedures, and the largest difference between their log-odds."""
-    teacher = Teacher.load(TeacherConfig(prompt=prompt), device="cpu", dtype=dtype)
+    teacher = CausalTeacher.load(TeacherConfig(prompt=prompt), device="cpu", dtype=dtype)
     plain_log_odds: list[np.ndarray] = []
     teacher.judge(pairs[:PLAIN_PAIRS], TASK)  # warm-up: tests the cache, loads the weights
     plain_seconds = seconds(lambda: plain_log_odds.append(plain(teacher, pairs[:num_plain])))

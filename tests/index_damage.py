@@ -40,7 +40,7 @@ from d2llm.store.projections import as_codes, create_file, projections_of
 from d2llm.store.stored_vectors import VectorCopies
 from d2llm.store.table_files import TableFiles
 from d2llm.store.view import PassageView
-from tiny_store import DIM, few_passages, forget_checksums, live_rows, new_store, put, vectors_of, windows_of
+from tiny_store import DIM, few_passages, live_rows, new_store, put, vectors_of, windows_of
 
 TESTS = Path(__file__).parent
 DAMAGES = ("flipped bit", "cut", "swapped blocks", "zeroed block", "removed", "of another")
@@ -298,9 +298,6 @@ def verified(folder: Path, *, repair: bool = False) -> tuple[str, str]:
     try:
         store = IndexStore.open(folder)
         problems = verify(store, repair=repair, go_back=repair, encode=vectors_of, encode_windows=windows_of).problems
-        problems = [
-            problem for problem in problems if "have no checksums" not in problem or "checksums" in store.manifest
-        ]
     except D2LLMError as error:
         return "refused", str(error)
     except BaseException:  # noqa: BLE001
@@ -391,7 +388,6 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--repair", action="store_true")
-    parser.add_argument("--without-checksums", action="store_true", help="as an index of an earlier d2llm is")
     parser.add_argument("--show", action="store_true", help="print every case")
     options = parser.parse_args()
     if options.work:
@@ -400,9 +396,6 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="damage-"))
     try:
         bases = make_bases(folder)
-        for base in bases.values() if options.without_checksums else ():
-            for record in base.rglob("checksums.json"):
-                forget_checksums(record.parent)
         sys.exit(_report(bases, options))
     finally:
         shutil.rmtree(folder)

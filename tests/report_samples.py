@@ -17,7 +17,7 @@ from d2llm.evaluation.report import (
     EvaluationRow,
     Example,
     Histogram,
-    Milliseconds,
+    Latency,
     MissingRow,
     ShownPassage,
 )
@@ -224,9 +224,9 @@ def hostile_report() -> EvaluationReport:
 def _row(name, kind, values, milliseconds, size, part) -> EvaluationRow:
     count = len(values[next(iter(values))][part])
     cost = Cost(
-        total=Milliseconds(milliseconds, milliseconds * 1.4, milliseconds * 1.1),
-        encode=None if name == "BM25" else Milliseconds(milliseconds * 0.6, milliseconds, milliseconds * 0.7),
-        score=Milliseconds(milliseconds * 0.3, milliseconds * 0.4, milliseconds * 0.3),
+        total=Latency(milliseconds, milliseconds * 1.4, milliseconds * 1.1),
+        encode=None if name == "BM25" else Latency(milliseconds * 0.6, milliseconds, milliseconds * 0.7),
+        score=Latency(milliseconds * 0.3, milliseconds * 0.4, milliseconds * 0.3),
         passages_per_second=None if size is None else 512.3,
         pairs_per_second=1e6 / milliseconds,
         bytes_per_passage=size,

@@ -1,7 +1,8 @@
 """Tiny random models of real architectures with a small real tokenizer, written in milliseconds.
 
-``write_tiny_model(folder, "llama")`` writes a folder that `transformers`, `Student.create` and `Teacher.load` can load
-like any pretrained model. Weights are far larger than a fresh model's, so that texts give clearly different outputs.
+``write_tiny_model(folder, "llama")`` writes a folder that `transformers`, `Student.create` and `CausalTeacher.load` can
+load like any pretrained model. Weights are far larger than a fresh model's, so that texts give clearly different
+outputs.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import Passage
+from d2llm.store.checksums import Record, read_record, take_sums, write_record
 from d2llm.store.index_store import IndexStore
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.stored_vectors import VectorCopies
@@ -107,9 +109,8 @@ def few_passages(number: int, start: int = 0, word: str = "word") -> dict[str, P
     }
 
 
-def forget_checksums(folder: Path) -> None:
-    """Turn an index or a snapshot into one written by a d2llm version without checksums."""
-    (folder / "checksums.json").unlink()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["checksums"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def edit_manifest(folder: Path, **changes: object) -> None:
+    """Change the manifest of an index, and its checksum with it."""
+    path, record = folder / MANIFEST_NAME, read_record(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_record(folder, Record(record.version, {**record.files, MANIFEST_NAME: take_sums(path)}))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from d2llm.core.errors import D2LLMError
     from d2llm.core.progress import showing_progress
-    from d2llm.core.recipe import Recipe
+    from d2llm.core.recipe import Recipe, TeacherConfig
     from d2llm.core.recipe_file import load_recipe
     from d2llm.core.types import (
         Candidate,
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         RankedPassage,
         Ranking,
         Task,
-        TeacherLabel,
     )
     from d2llm.data.beir import Dataset, read_beir
     from d2llm.data.documents import find_documents
@@ -35,30 +34,22 @@ if TYPE_CHECKING:
     from d2llm.models.backbone import Backbone
     from d2llm.models.export.export import export
     from d2llm.models.student import Student
-    from d2llm.models.teachers.causal import Teacher
+    from d2llm.models.teachers.judge import load_judge
     from d2llm.ops.gating import never_worse
-    from d2llm.retrieval.build_ann import build_ann
-    from d2llm.retrieval.calibrate import measure_error
     from d2llm.retrieval.cascade import Cascade
     from d2llm.retrieval.chunking import Chunker, upsert_documents
     from d2llm.retrieval.encode import encode
     from d2llm.retrieval.index import Index
-    from d2llm.retrieval.search import SearchSettings, search
+    from d2llm.retrieval.settings import SearchSettings
     from d2llm.retrieval.sync import sync_documents
     from d2llm.store.side_files import Chunking
-    from d2llm.training.ablation.ablate import ablate
     from d2llm.training.check_data import check_data
-    from d2llm.training.distill import distill
     from d2llm.training.fit_evidence import fit_evidence
     from d2llm.training.fit_probabilities import fit_probabilities
     from d2llm.training.fit_scores import fit_scores
-    from d2llm.training.gate import gate, read_gate
-    from d2llm.training.label import label
-    from d2llm.training.mining.mine import mine
+    from d2llm.training.gate import read_gate
     from d2llm.training.run import Run
-    from d2llm.training.stack_teachers import stack_teachers
     from d2llm.training.starting_recipe import starting_recipe
-    from d2llm.training.tune_teacher import tune_teacher
 
 __version__ = "0.1.0"
 
@@ -85,13 +76,9 @@ __all__ = [
     "SearchSettings",
     "Student",
     "Task",
-    "Teacher",
-    "TeacherLabel",
+    "TeacherConfig",
     "__version__",
-    "ablate",
-    "build_ann",
     "check_data",
-    "distill",
     "encode",
     "evaluate",
     "export",
@@ -99,30 +86,24 @@ __all__ = [
     "fit_evidence",
     "fit_probabilities",
     "fit_scores",
-    "gate",
-    "label",
     "load_contenders",
+    "load_judge",
     "load_recipe",
-    "measure_error",
-    "mine",
     "never_worse",
     "open_data",
     "read_beir",
     "read_gate",
     "read_pairs",
-    "search",
     "showing_progress",
-    "stack_teachers",
     "starting_recipe",
     "sync_documents",
-    "tune_teacher",
     "upsert_documents",
 ]
 
 _HOMES = {
     "d2llm.core.errors": ("D2LLMError",),
     "d2llm.core.progress": ("showing_progress",),
-    "d2llm.core.recipe": ("Recipe",),
+    "d2llm.core.recipe": ("Recipe", "TeacherConfig"),
     "d2llm.core.recipe_file": ("load_recipe",),
     "d2llm.core.types": (
         "Candidate",
@@ -133,7 +114,6 @@ _HOMES = {
         "RankedPassage",
         "Ranking",
         "Task",
-        "TeacherLabel",
     ),
     "d2llm.data.beir": ("Dataset", "read_beir"),
     "d2llm.data.documents": ("find_documents",),
@@ -143,32 +123,24 @@ _HOMES = {
     "d2llm.store.side_files": ("Chunking",),
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.student": ("Student",),
-    "d2llm.models.teachers.causal": ("Teacher",),
+    "d2llm.models.teachers.judge": ("load_judge",),
     "d2llm.ops.gating": ("never_worse",),
-    "d2llm.training.ablation.ablate": ("ablate",),
-    "d2llm.retrieval.build_ann": ("build_ann",),
-    "d2llm.retrieval.calibrate": ("measure_error",),
     "d2llm.retrieval.cascade": ("Cascade",),
     "d2llm.training.check_data": ("check_data",),
     "d2llm.retrieval.chunking": ("Chunker", "upsert_documents"),
-    "d2llm.training.distill": ("distill",),
     "d2llm.retrieval.encode": ("encode",),
     "d2llm.evaluation.evaluate": ("evaluate",),
     "d2llm.evaluation.loading": ("load_contenders",),
     "d2llm.evaluation.setting": ("Contenders", "EvaluationSettings"),
     "d2llm.models.export.export": ("export",),
-    "d2llm.training.gate": ("gate", "read_gate"),
+    "d2llm.training.gate": ("read_gate",),
     "d2llm.retrieval.index": ("Index",),
-    "d2llm.training.label": ("label",),
-    "d2llm.training.mining.mine": ("mine",),
     "d2llm.training.run": ("Run",),
     "d2llm.training.fit_evidence": ("fit_evidence",),
     "d2llm.training.fit_scores": ("fit_scores",),
     "d2llm.training.fit_probabilities": ("fit_probabilities",),
-    "d2llm.retrieval.search": ("SearchSettings", "search"),
-    "d2llm.training.stack_teachers": ("stack_teachers",),
+    "d2llm.retrieval.settings": ("SearchSettings",),
     "d2llm.training.starting_recipe": ("starting_recipe",),
-    "d2llm.training.tune_teacher": ("tune_teacher",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -105,7 +105,23 @@ def test_changed_settings_are_named_with_both_values():
     remined = shaping_settings(changed(training={"remine": True}, mining={"num_hard": 3}))
     other = shaping_settings(changed(training={"remine": True}))
     assert changed_settings(remined, other) == ["mining.num_hard (was 3, is 8)"]
-    assert changed_settings({"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "d": 3}}) == []  # known to one version only
+
+
+def test_settings_that_only_one_side_has_are_named():
+    before, after = {"a": {"b": 1}, "c": 2, "e": {"f": 1}}, {"a": {"b": 1, "d": None}}
+    changes = ["a.d (was not set, is None)", "c (was 2, is not set)", "e (was set, is not set)"]
+    assert changed_settings(before, after) == changes
+    edited = changed(
+        data=[{"path": "a", "task": "symmetric"}, {"path": "far/b", "task": "symmetric"}],
+        evidence={"words": True, "in_training": True},
+        training={"remine": True},
+    )
+    assert changed_settings(shaping_settings(changed()), shaping_settings(edited)) == [
+        "data.b (was not set, is set)",
+        "evidence (was not set, is set)",
+        "mining (was not set, is set)",
+        "training.remine (was False, is True)",
+    ]
 
 
 def test_recipes_are_immutable():

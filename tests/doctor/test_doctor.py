@@ -26,7 +26,7 @@ from e2e.command_line import d2llm, succeed_with_report
 from fake_hub import FakeHub
 from plain_cpu import without_bfloat16
 from tiny_models import TEXTS
-from tiny_store import forget_checksums
+from tiny_store import edit_manifest
 
 STUDENT = "d2llm-minilm-cosine"
 
@@ -293,10 +293,7 @@ class TestStudentAndIndex:
 
     def test_an_index_of_another_student_is_a_problem(self, index, sandbox):
         folder = shutil.copytree(index, sandbox / "index")
-        forget_checksums(folder)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["student"] = "0123456789abcdef"
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        edit_manifest(folder, student="0123456789abcdef")
         [problem] = [f for f in examine(student=STUDENT, index=folder) if f.level == "problem"]
         assert "the index was made by student d2llm-minilm-cosine (0123456789abcdef)" in problem.found
         assert problem.advice.startswith("search with the student that made it")

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.models.student import Student
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from tiny_models import ARCHITECTURES, DECODERS, DIM, TEXTS, tiny_student_config, tiny_teacher_config, write_tiny_model
 
 QUERIES, PASSAGES = [" ".join(text.split()[:4]) for text in TEXTS[:4]], TEXTS[:4]
@@ -74,7 +74,7 @@ def test_a_student_trains_saves_and_reloads(architecture, tmp_path):
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_a_teacher_trains_saves_and_reloads(architecture, tmp_path):
     folder = write_tiny_model(tmp_path / "model", architecture, **without_dropout(architecture))
-    teacher = Teacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
+    teacher = CausalTeacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
     untrained = teacher.judge(PAIRS, "asymmetric", with_features=True)
     assert np.isfinite(untrained.log_odds).all()
     assert untrained.features.shape == (8, DIM)
@@ -93,7 +93,7 @@ def test_a_teacher_trains_saves_and_reloads(architecture, tmp_path):
     expected = teacher.judge(PAIRS, "asymmetric").log_odds
     (tmp_path / "teacher").mkdir()
     fingerprint = teacher.save(tmp_path / "teacher", {})
-    loaded = Teacher.load(TeacherConfig(model=str(tmp_path / "teacher")), device="cpu", dtype="float32")
+    loaded = CausalTeacher.load(TeacherConfig(model=str(tmp_path / "teacher")), device="cpu", dtype="float32")
     assert loaded.fingerprint == fingerprint
     np.testing.assert_allclose(loaded.judge(PAIRS, "asymmetric").log_odds, expected, rtol=0, atol=1e-4)
 

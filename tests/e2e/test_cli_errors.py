@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from d2llm.models.student import Student
 from e2e.command_line import d2llm, fail, succeed, write_data, write_qrels, write_recipe
 from tiny_models import tiny_student_config
-from tiny_store import forget_checksums
+from tiny_store import edit_manifest
 
 
 class TestBadInput:
@@ -132,10 +131,8 @@ class TestBadInput:
     def test_missing_student(self, place, index, tmp_path):
         fail("evaluate", place / "everyday", "--student", "nobody", containing=["no student at 'nobody'"])
         shutil.copytree(index, tmp_path / "index")
-        forget_checksums(tmp_path / "index")
-        manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
         for source, message in ((str(tmp_path / "gone"), "which does not exist"), (None, "does not say where")):
-            (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest | {"student_source": source}))
+            edit_manifest(tmp_path / "index", student_source=source)
             fail("search", tmp_path / "index", "x", containing=[message, "--student"])
 
     def test_missing_index_and_existing_index(self, place, index, tmp_path):

@@ -12,7 +12,7 @@ from d2llm.models.student import Student
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_data, write_lines, write_qrels
 from e2e.small_corpus import SENTENCES
 from tiny_models import tiny_student_config
-from tiny_store import forget_checksums
+from tiny_store import edit_manifest
 
 TEACHER = "teacher (reranking 3 of BM25 and D2LLM)"
 QUICK = ("--teacher-queries", 2, "--teacher-depth", 3, "--dtype", "float32")
@@ -130,7 +130,7 @@ def test_a_second_call_reuses_earlier_measurements(evaluated, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("it was measured already")
 
-    monkeypatch.setattr("d2llm.models.teachers.causal.Teacher.judge", refuse)
+    monkeypatch.setattr("d2llm.models.teachers.causal.CausalTeacher.judge", refuse)
     monkeypatch.setattr("d2llm.models.student.Student.encode_passages", refuse)
     _, report = succeed_with_report(*evaluated.arguments, folder=evaluated.folder)
     for part in ("rows", "sample_rows", "comparisons", "agreement", "missing"):
@@ -147,11 +147,11 @@ def test_the_baseline_can_be_chosen(evaluated):
 
 
 def test_existing_labels_spare_the_teacher(evaluated, tmp_path, monkeypatch):
-    from d2llm.models.teachers.causal import Teacher
+    from d2llm.models.teachers.causal import CausalTeacher
 
-    batch_sizes, judge = [], Teacher.judge
+    batch_sizes, judge = [], CausalTeacher.judge
     monkeypatch.setattr(
-        Teacher, "judge", lambda self, pairs, task: (batch_sizes.append(len(pairs)), judge(self, pairs, task))[1]
+        CausalTeacher, "judge", lambda self, pairs, task: (batch_sizes.append(len(pairs)), judge(self, pairs, task))[1]
     )
     (store,) = (evaluated.folder / "work" / "judgements").iterdir()
     succeed(*evaluated.arguments, "--work", tmp_path / "work", "--labels", store)
@@ -251,9 +251,7 @@ class TestBadInput:
         shutil.copytree(evaluated.folder / "work", tmp_path / "work")
         shutil.rmtree(tmp_path / "work" / "measured")
         for manifest in (tmp_path / "work" / "indexes").glob("*/manifest.json"):
-            forget_checksums(manifest.parent)
-            content = json.loads(manifest.read_text())
-            manifest.write_text(json.dumps(content | {"student": "somebody"}))
+            edit_manifest(manifest.parent, student="somebody")
         arguments = (*evaluated.arguments, "--work", tmp_path / "work")
         fail(*arguments, containing=["the index was made by student somebody", "index the corpus again"])
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
-import pytest
 
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
@@ -104,14 +102,3 @@ def test_an_interrupted_run_goes_on(place, reports, tmp_path, monkeypatch):
         succeed(*arguments)
     assert read_run_plan(tmp_path / "run").entries == read_run_plan(place / "run").entries
     assert [path.name for path in (tmp_path / "run" / "plans").iterdir()] == ["everyday"]
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_a_plan_written_by_an_earlier_version_is_read(place, reports, tmp_path, same):
-    shutil.copytree(place / "run", tmp_path / "run")
-    path = tmp_path / "run" / "plans" / "everyday" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["settings"]["mining"] = {"num_hard": 3, "range_max": 10 if same else 11, "audit_examples": 20}
-    path.write_text(json.dumps(manifest))
-    result = succeed("mine", place / "tiny.toml", "--out", tmp_path / "run")
-    assert ("settings that differ from the recipe" in result.stderr) is not same

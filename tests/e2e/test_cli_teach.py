@@ -74,6 +74,10 @@ def test_behind_a_closed_gate_the_student_learns_from_data_alone(run, place, tmp
     assert report["result"]["unlabelled_queries"] == report["result"]["queries"] == 12
     manifest = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
     assert manifest["closed_gates"] == ["everyday"]
+    ablating = ("ablate", recipe, *options, "--seeds", 1, "--variants", "no-imitation")
+    compared = succeed_with_report(*ablating, folder=tmp_path)[1]["result"]
+    assert compared["settings"]["closed_gates"] == ["everyday"]
+    assert compared["base"]["runs"][0]["fingerprint"] == report["result"]["fingerprint"]  # trained like the run's own
     result, report = succeed_with_report("run", recipe, *options, folder=tmp_path)
     assert "closed for every data set" in report["result"]["label"]["skipped"]
     assert "tuning has begun or is finished" in report["result"]["first-look"]["skipped"]

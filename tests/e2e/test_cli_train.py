@@ -10,7 +10,16 @@ import pytest
 
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe_file import load_recipe
-from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_lines, write_qrels, write_recipe
+from e2e.command_line import (
+    d2llm,
+    fail,
+    succeed,
+    succeed_with_report,
+    write_data,
+    write_lines,
+    write_qrels,
+    write_recipe,
+)
 from prepared_process import PreparedProcess, program
 
 
@@ -59,6 +68,21 @@ class TestEditedRecipe:
         assert "student.interaction.hidden_dim (was 16, is 8), training.learning_rate (was 0.001, is 0.002)" in warning
         assert "distill with --again rebuilds it and keeps this one aside" in warning
         assert fingerprint(folder / "run" / "student") == before
+
+    def test_a_new_section_and_a_new_data_set_are_changes(self, run):
+        folder, arguments = run
+        more = write_data(folder / "more")
+        recipe = folder / "tiny.toml"
+        added = f'[[data]]\npath = "{more}"\ntask = "symmetric"\n[evidence]\nwords = true\nin_training = true\n'
+        recipe.write_text(f"{recipe.read_text()}\n{added}")
+        (warning,) = warnings_of(succeed("distill", *arguments))
+        assert "kept: data.more (was not set, is set), evidence (was not set, is set); distill with" in warning
+        (folder / "run" / "plans" / "more").mkdir()
+        plan = json.loads((folder / "run" / "plans" / "everyday" / MANIFEST).read_text())
+        (folder / "run" / "plans" / "more" / MANIFEST).write_text(json.dumps(plan | {"dataset": "more"}))
+        for verb in ("tune-teacher", "distill"):
+            (warning,) = warnings_of(succeed(verb, *arguments))
+            assert "the plan of more; " in warning
 
     def test_tune_teacher_warns_too_and_again_retunes(self, run):
         folder, arguments = run

@@ -59,7 +59,7 @@ def student(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def cache_slow_steps():
     """Runs the slowest steps that all demos here repeat only once: loading the teacher and ranking the messages."""
-    load, rank = functools.cache(demo.Teacher.load), demo.rank_messages
+    load, rank = functools.cache(demo.CausalTeacher.load), demo.rank_messages
     ranked = {}
 
     def rank_once(model, cosine):
@@ -68,7 +68,7 @@ def cache_slow_steps():
         return ranked[model.fingerprint]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo.Teacher, "load", load)
+        patch.setattr(demo.CausalTeacher, "load", load)
         patch.setattr(demo, "rank_messages", rank_once)
         patch.setattr(demo, "JUDGED_TOP_K", 2)
         yield

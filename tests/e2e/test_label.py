@@ -16,7 +16,7 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.training.label import LabelReport, label
 from prepared_process import PreparedProcess, script
@@ -66,7 +66,7 @@ def test_labels_are_the_teachers_log_odds_and_feature_cosines(model: Path, tmp_p
     assert labels.num_pairs == num_pairs(data)
     assert labels.num_duplicates == 0
 
-    teacher = Teacher.load(config, device="cpu", dtype="float32")
+    teacher = CausalTeacher.load(config, device="cpu", dtype="float32")
     assert report.teacher == teacher.fingerprint
     for entry in data.plan.entries[::7]:
         pairs = [(data.query_text(entry.query_id), data.passage_text(p)) for p in entry.passage_ids]
@@ -89,7 +89,7 @@ def test_truncated_texts_are_counted(model: Path, source: TrainingSource, tmp_pa
     pairs = [
         (subset.query_text(e.query_id), subset.passage_text(p)) for e in subset.plan.entries for p in e.passage_ids
     ]
-    token_ids = Teacher.load(tiny_teacher_config(model), device="cpu").tokenize(pairs, "asymmetric")[0]
+    token_ids = CausalTeacher.load(tiny_teacher_config(model), device="cpu").tokenize(pairs, "asymmetric")[0]
     limit = sorted(map(len, token_ids))[len(token_ids) // 2]
     report = run(subset, tmp_path, tiny_teacher_config(model, max_tokens=limit))
     assert report.num_truncated == sum(len(ids) > limit for ids in token_ids) > 0
@@ -215,12 +215,12 @@ import sys, time
 from pathlib import Path
 import d2llm.training.label as verb
 from d2llm.evaluation import judging
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from tiny_data import topics
 from tiny_models import tiny_teacher_config
 
 judging._PAIRS_AT_ONCE, judging._SHARD_SECONDS = 36, 0.0  # of four queries
-judge = Teacher.judge
+judge = CausalTeacher.judge
 
 def slowly(self, pairs, task, **options):
     time.sleep(0.05)  # so that the kill comes between shards as well as in the middle of one
@@ -228,7 +228,7 @@ def slowly(self, pairs, task, **options):
         file.write(f"{{len(pairs)}}\\n")
     return judge(self, pairs, task, **options)
 
-Teacher.judge = slowly
+CausalTeacher.judge = slowly
 teacher = tiny_teacher_config(Path(sys.argv[1]))
 verb.label([topics(num_train={num})], Path(sys.argv[2]), teacher=teacher, device="cpu", dtype="float32")
 """

@@ -88,7 +88,7 @@ def test_the_shipped_student_has_one_limit_for_all_texts():
     assert student.max_query_tokens == student.config.backbone.max_passage_tokens == 256
 
 
-@pytest.mark.parametrize(("name", "suggestion"), [("k", "top_k"), ("candidates", "num_candidates"), ("fuse", "hybrid")])
+@pytest.mark.parametrize(("name", "suggestion"), [("k", "top_k"), ("candidates", "num_candidates"), ("n", "top_k")])
 def test_an_unknown_field_gets_a_suggestion(ask, name, suggestion):
     error = ask("/v1/search", {"query": SHORT, name: 3}, 422).json()["error"]
     assert error["field"] == name

@@ -23,7 +23,7 @@ import pytest
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.data.beir import read_beir
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.remote import RemoteTeacher
 
 PYTHON = os.environ.get("D2LLM_LLAMA_PYTHON", sys.executable)
@@ -147,7 +147,7 @@ def test_log_odds_agree_with_the_local_teachers(url: str, pairs: list[tuple[str,
     # The server omits the log-probabilities where the model would end its text at once.
     config = config_for(url, top_logprobs=1000, unanswered="undecided").model_copy(update={"prompt": prompt})
     remote = RemoteTeacher.load(config).judge(pairs, "asymmetric")
-    teacher = Teacher.load(TeacherConfig(model="smollm2", prompt=prompt), device="cpu", dtype="float32")
+    teacher = CausalTeacher.load(TeacherConfig(model="smollm2", prompt=prompt), device="cpu", dtype="float32")
     local = teacher.judge(pairs, "asymmetric")
     assert remote.num_truncated == 0
     answered = remote.log_odds != 0

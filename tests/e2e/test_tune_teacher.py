@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
 from d2llm.data.training import labelled_pairs
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.training import tune_teacher as module
 from d2llm.training.tune_teacher import tune_teacher
 from tiny_data import topics
@@ -84,12 +84,12 @@ def test_tuning_separates_positives_from_negatives(tmp_path, llama, sources):
     assert report.loss == pytest.approx(np.mean(losses[-(report.steps // 10) :]))
     assert report.loss < 0.75 * np.mean(losses[:3])
 
-    tuned = Teacher.load(TeacherConfig(model=str(tmp_path / "teacher")), device="cpu", dtype="float32")
+    tuned = CausalTeacher.load(TeacherConfig(model=str(tmp_path / "teacher")), device="cpu", dtype="float32")
     assert tuned.fingerprint == report.fingerprint
     asymmetric = [pair for pair in pairs if pair.task == "asymmetric"]
     log_odds = tuned.judge([(pair.query, pair.passage) for pair in asymmetric], "asymmetric").log_odds
     is_positive = np.array([pair.is_positive for pair in asymmetric])
-    untuned = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
+    untuned = CausalTeacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
     before = untuned.judge([(pair.query, pair.passage) for pair in asymmetric], "asymmetric").log_odds
 
     def separation(values):
@@ -179,13 +179,15 @@ def test_tuning_a_tuned_teacher_starts_from_it(tmp_path, llama, sources):
     )
     pairs = [("the cat", "a dog"), ("rain falls", "the old house")]
     judged = [
-        Teacher.load(TeacherConfig(model=report.folder), device="cpu", dtype="float32")
+        CausalTeacher.load(TeacherConfig(model=report.folder), device="cpu", dtype="float32")
         .judge(pairs, "asymmetric")
         .log_odds
         for report in (first, second)
     ]
     np.testing.assert_allclose(judged[1], judged[0], rtol=0, atol=1e-4)  # the second tuning changed next to nothing
     untuned = (
-        Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32").judge(pairs, "asymmetric").log_odds
+        CausalTeacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
+        .judge(pairs, "asymmetric")
+        .log_odds
     )
     assert np.abs(untuned - judged[0]).max() > 0.05

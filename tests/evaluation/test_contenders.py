@@ -12,7 +12,7 @@ from d2llm.core.recipe import InteractionConfig, LoraConfig, PoolingConfig
 from d2llm.data.trec import read_run, write_run
 from d2llm.evaluation.loading import load_contenders
 from d2llm.models.student import Student
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
 from tiny_models import TEXTS, randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
 
@@ -27,7 +27,7 @@ class ModelFolder:
         self.encoder = write_tiny_model(folder / "encoder", "bert")
         self.decoder = write_tiny_model(folder / "decoder", "llama")
         self.run = folder / "run"
-        teacher = Teacher.load(tiny_teacher_config(self.decoder), device="cpu", dtype="float32")
+        teacher = CausalTeacher.load(tiny_teacher_config(self.decoder), device="cpu", dtype="float32")
         teacher.prepare_training(LoraConfig(rank=2, alpha=2))
         randomise(teacher, scale=0.05)
         (self.run / "teacher").mkdir(parents=True)
@@ -127,7 +127,7 @@ def test_a_shipped_teacher_is_found_by_its_fingerprint(world, tmp_path, monkeypa
     for module in ("evaluation.loading", "models.teachers.identity"):
         monkeypatch.setattr(f"d2llm.{module}.shipped_models", lambda _: shipped)
     loaded = []
-    judge = Teacher.load(tiny_teacher_config(world.decoder), device="cpu", dtype="float32")
+    judge = CausalTeacher.load(tiny_teacher_config(world.decoder), device="cpu", dtype="float32")
     monkeypatch.setattr("d2llm.evaluation.loading.load_judge", lambda config, **_: loaded.append(config.model) or judge)
     load(world.student(tmp_path / "far" / "student"))
     assert loaded == ["smart"]

@@ -14,12 +14,12 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Passage
 from d2llm.integrations.texts import (
+    checked_pair_scores,
     embed_passages,
     embed_queries,
     passage_metadata,
     passage_text,
     rank_texts,
-    score_pairs,
 )
 from d2llm.models.student import Student
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model, write_trained_student
@@ -54,7 +54,7 @@ class RecordingStudent:
 def test_pair_scores_encode_each_text_once(student, task):
     pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[1]), (TEXTS[0], TEXTS[0]), (TEXTS[0], TEXTS[1])]
     recorder = RecordingStudent(student)
-    scores = score_pairs(recorder, pairs, task)
+    scores = checked_pair_scores(recorder, pairs, task)
     assert sorted(recorder.read) == sorted(
         [("query", TEXTS[0]), ("query", TEXTS[2]), ("passage", TEXTS[1]), ("passage", TEXTS[0])]
     )
@@ -76,7 +76,7 @@ def test_rankings_are_by_score_with_stable_ties(student):
 
 
 def test_empty_input_gives_empty_output(student):
-    assert score_pairs(student, [], "symmetric").shape == (0,)
+    assert checked_pair_scores(student, [], "symmetric").shape == (0,)
     assert rank_texts(student, "a", [], "symmetric") == []
     assert embed_passages(student, []).shape == embed_queries(student, [], "symmetric").shape == (0, 32)
 
@@ -91,7 +91,7 @@ def test_titles_are_encoded_as_in_an_index():
 
 def test_invalid_texts_are_rejected(student, tmp_path):
     with pytest.raises(InputError, match="a text is needed, but int was given"):
-        score_pairs(student, [("a", 7)], "symmetric")
+        checked_pair_scores(student, [("a", 7)], "symmetric")
     with pytest.raises(InputError, match="a text is needed, but NoneType"):
         rank_texts(student, None, ["a"], "symmetric")
     with pytest.raises(InputError, match="put it in a list"):
@@ -110,7 +110,7 @@ def test_nan_scores_are_an_error(student):
             return np.full(len(passages), np.nan, np.float32)
 
     with pytest.raises(ModelError, match="2 of 2 scores are NaN"):
-        score_pairs(Broken(student), [("a", "b"), ("a", "c")], "symmetric")
+        checked_pair_scores(Broken(student), [("a", "b"), ("a", "c")], "symmetric")
 
 
 def test_truncated_texts_are_reported(student, caplog):

@@ -17,7 +17,7 @@ from d2llm.core.errors import (
     MissingExtraError,
 )
 from d2llm.core.recipe import TeacherConfig
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import Judge
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 from d2llm.models.teachers.remote import RemoteTeacher, read_log_odds
@@ -207,7 +207,7 @@ def test_a_tokenizer_truncates_like_a_local_teacher(tmp_path: Path):
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")  # no weights beside it
     long = " ".join(TEXTS * 3)
     pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[0], long), (long, TEXTS[1]), (long, long)]
-    local = Teacher.load(tiny_teacher_config(folder, max_tokens=100), device="cpu", dtype="float32")
+    local = CausalTeacher.load(tiny_teacher_config(folder, max_tokens=100), device="cpu", dtype="float32")
     ids, num_truncated = local.tokenize(pairs, "asymmetric")
     with local_endpoint(always(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint, tokenizer=str(tmp_path / "tokenizer"), max_tokens=100, concurrency=1)

@@ -133,7 +133,7 @@ def load(folder):
 def test_a_saved_stack_loads_unchanged(run_folder):
     teacher = load(run_folder / "stack")
     assert isinstance(teacher, StackedTeacher)
-    assert [type(member).__name__ for member in teacher.members] == ["Teacher", "CosineTeacher"]
+    assert [type(member).__name__ for member in teacher.members] == ["CausalTeacher", "CosineTeacher"]
     pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])]
     llm, cosine = (member.judge(pairs, TASK).log_odds.astype(np.float64) for member in teacher.members)
     judged = teacher.judge(pairs, TASK, with_features=True)

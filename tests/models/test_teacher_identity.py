@@ -8,7 +8,7 @@ import pytest
 
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.recipe import LoraConfig, TeacherConfig
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import TeacherIdentity, identify_local_teacher
 from tiny_models import randomise, tiny_teacher_config, write_tiny_model
 
@@ -20,7 +20,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(base: Path) -> Path:
-    teacher = Teacher.load(tiny_teacher_config(base, max_tokens=96), device="cpu", dtype="float32")
+    teacher = CausalTeacher.load(tiny_teacher_config(base, max_tokens=96), device="cpu", dtype="float32")
     teacher.prepare_training(LoraConfig(rank=2))
     randomise(teacher, seed=1)
     folder = base.with_name("tuned")
@@ -30,7 +30,7 @@ def tuned(base: Path) -> Path:
 
 
 def identity_of_loaded(config: TeacherConfig) -> TeacherIdentity:
-    teacher = Teacher.load(config, device="cpu", dtype="float32")
+    teacher = CausalTeacher.load(config, device="cpu", dtype="float32")
     prompts = {task: teacher.prompt_fingerprint(task) for task in ("symmetric", "asymmetric")}
     return TeacherIdentity(teacher.fingerprint, prompts)
 

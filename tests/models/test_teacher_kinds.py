@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast as Fast
 from d2llm.core.errors import AnswerTokenError, InputError, ModelError, ModelNotFoundError
 from d2llm.core.recipe import LoraConfig, TeacherConfig
 from d2llm.data.labels import LabelStore
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.classifier import ClassifierTeacher
 from d2llm.models.teachers.identity import find_kind
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
@@ -121,7 +121,7 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_qwen3_reranker_matches_transformers(qwen3: Path) -> None:
     """As published: the chat prefix and suffix around the body, and the logits of yes and no at the last position."""
     teacher = load(qwen3, prompt="qwen3-reranker")
-    assert isinstance(teacher, Teacher)
+    assert isinstance(teacher, CausalTeacher)
     tokenizer = teacher.tokenizer
     before = (
         "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "

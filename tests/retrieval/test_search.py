@@ -158,7 +158,7 @@ def test_nan_scores_are_an_error(index, exact):
 
 @pytest.mark.parametrize(
     ("name", "suggestion"),
-    [("topk", "top_k"), ("candidates", "num_candidates"), ("fuse", "hybrid"), ("source", "sources")],
+    [("topk", "top_k"), ("candidates", "num_candidates"), ("limit", "top_k"), ("source", "sources")],
 )
 def test_unknown_settings_suggest_the_intended_one(index, student, name, suggestion):
     with pytest.raises(InputError, match=f"no search setting '{name}'; did you mean '{suggestion}'"):

@@ -342,9 +342,8 @@ class TestSearch:
         index.upsert(
             [Passage(f"{n}", f"{' '.join(rng.choice(words, 3))} {n}", metadata={"year": n % 50}) for n in range(900)]
         )
-        report = build_ann(index.store, student, recall=0.9, depth=20)
+        report = index.build_ann(recall=0.9, depth=20)
         assert report.bytes_per_passage < 2 * (DIM + 8)  # with few passages the centroids take a notable share
-        index.refresh()
         options = {"num_candidates": 20, "top_k": 5}
         (approximate,) = index.search("cat runs", sources=("ann",), explain=True, **options)
         (exact,) = index.search("cat runs", **options)
@@ -361,8 +360,7 @@ class TestSearch:
         rng = np.random.default_rng(1)
         index = Index.create(tmp_path / "i", student, vector_format="float32")
         index.upsert([Passage(f"{n}", " ".join(rng.choice(words, 3))) for n in range(600)])
-        build_ann(index.store, student, recall=0.9, depth=20)
-        index.refresh()
+        index.build_ann(recall=0.9, depth=20)
         for query_text in ("cat runs", "horse eats fish"):
             options = {"num_candidates": 20, "top_k": 5, "sources": ("ann",)}
             (slow,) = search(index.view, AnchorStudent(dim=DIM), [query_text], **options)

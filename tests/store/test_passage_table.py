@@ -203,9 +203,9 @@ def test_a_damaged_table_cannot_be_opened(table, tmp_path, damage):
     manifest = lance / "_versions" / "18446744073709551613.manifest"
     with pytest.raises(DamagedFileError, match=rf"^{manifest}: (is missing|has \d+ bytes).*verify --repair"):
         PassageTable.open(tmp_path)
-    (tmp_path / "checksums.json").unlink()  # without checksums, LanceDB reports the error
-    with pytest.raises(DataFormatError, match=f"{tmp_path}: its table cannot be opened"):
-        PassageTable.open(tmp_path)
+    files = TableFiles(tmp_path)  # if checksums are ignored, LanceDB reports the error
+    with files.unchecked(), pytest.raises(DataFormatError, match=f"{tmp_path}: its table cannot be opened"):
+        PassageTable.open(tmp_path, files=files)
 
 
 @pytest.mark.parametrize("damage", ["gone", "half", "garbage"])
@@ -218,6 +218,9 @@ def test_damaged_data_files_are_reported(table, tmp_path, damage):
             path.write_bytes(content[: len(content) // 2] if damage == "half" else b"x" * len(content))
     with pytest.raises(DamagedFileError, match=rf"^{tmp_path}/passages.lance/data/.*restore a snapshot"):
         PassageTable.open(tmp_path)
-    (tmp_path / "checksums.json").unlink()
-    with pytest.raises(DataFormatError, match=rf"^{tmp_path}: version 2 of its table cannot be read"):
-        PassageTable.open(tmp_path).columns(["id"])
+    files = TableFiles(tmp_path)
+    with (
+        files.unchecked(),
+        pytest.raises(DataFormatError, match=rf"^{tmp_path}: version 2 of its table cannot be read"),
+    ):
+        PassageTable.open(tmp_path, files=files).columns(["id"])

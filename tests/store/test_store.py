@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import threading
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from d2llm.store.inspection import verify
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.vector_file import VectorFile
 from d2llm.store.view import PassageView
-from tiny_store import DIM, check_contents, few_passages, forget_checksums, new_store, put, vectors_of
+from tiny_store import DIM, check_contents, edit_manifest, few_passages, new_store, put, vectors_of
 
 PASSAGES = few_passages(12)
 
@@ -438,15 +437,14 @@ def test_create_requires_an_empty_folder(store, tmp_path):
         ({"vector_format": "int7"}, "int7"),
         ({"vector_copies": 3}, "no valid vector_copies"),
         ({"vector_copies": []}, "no valid vector_copies"),
+        ({"vector_copies": None}, "no valid vector_copies"),
         ({"vector_copies": 1}, "other columns than its manifest"),
         ({"dim": 16}, "other columns than its manifest"),
         ({"vector_format": "int8"}, "other columns than its manifest"),
     ],
 )
 def test_a_wrong_manifest_is_rejected(store, changes, message):
-    forget_checksums(store.folder)
-    path = store.folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_manifest(store.folder, **changes)
     with pytest.raises(DataFormatError, match=message):
         PassageView(IndexStore.open(store.folder))
 

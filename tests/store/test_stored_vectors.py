@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from datetime import timedelta
@@ -12,18 +11,16 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, StorageError
-from d2llm.core.manifest import read_manifest
 from d2llm.core.types import Passage
 from d2llm.retrieval.index import Index
 from d2llm.store import stored_vectors, vector_file
 from d2llm.store.checksums import read_checked, write_checked
-from d2llm.store.index_manifest import KIND
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
 from d2llm.store.vector_file import VectorFile
 from d2llm.store.view import PassageView
 from fake_models import FakeStudent, Interruption
-from tiny_store import DIM, check_contents, few_passages, forget_checksums, new_store, put, vectors_of
+from tiny_store import DIM, check_contents, few_passages, new_store, put, vectors_of
 
 PASSAGES = few_passages(30)
 DELETED = ("p4", "p29")
@@ -140,28 +137,6 @@ def test_one_copy_takes_less_space(tmp_path):
         store.write(changes, np.random.default_rng(0).standard_normal((2000, 384)).astype(np.float32))
         sizes.append(stats(store).bytes_per_passage)
     assert 0.95 * 768 < sizes[1] - sizes[0] < 1.1 * 768
-
-
-def test_older_d2llm_versions_refuse_the_index(store, tmp_path):
-    with pytest.raises(DataFormatError, match="has format version 3, this d2llm reads up to 2; update d2llm"):
-        read_manifest(store.folder, KIND, 2)
-    with pytest.raises(DataFormatError, match="format version 3"):
-        read_manifest(store.snapshot("a"), KIND, 2)
-    two_copies = new_store(tmp_path / "two")
-    assert read_manifest(two_copies.folder, KIND, 2)["format_version"] == 2
-
-
-def test_an_index_without_vector_copies_in_its_manifest(tmp_path):
-    put(new_store(tmp_path / "index"), PASSAGES.values())
-    forget_checksums(tmp_path / "index")
-    path = tmp_path / "index" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["vector_copies"]
-    path.write_text(json.dumps(manifest))
-    store = IndexStore.open(tmp_path / "index")
-    assert store.vector_copies == 2
-    vector_file.remove(store.folder, 0)
-    check_contents(PassageView(store), PASSAGES)
 
 
 def test_invalid_numbers_of_copies_are_rejected(tmp_path):

@@ -19,11 +19,11 @@ from d2llm.core.types import Passage
 from d2llm.store import checksums, table_files
 from d2llm.store.checksums import FileSums, problem_of, read_checked, sample_blocks, take_sums
 from d2llm.store.index_store import IndexStore
-from d2llm.store.inspection import stats, verify
+from d2llm.store.inspection import verify
 from d2llm.store.lance_manifest import manifests
 from d2llm.store.table_files import TableFiles
 from d2llm.store.view import PassageView
-from tiny_store import DIM, check_contents, few_passages, forget_checksums, new_store, put, vectors_of
+from tiny_store import DIM, check_contents, few_passages, new_store, put, vectors_of
 
 PASSAGES = few_passages(20)
 LATER = few_passages(4, start=30, word="later")
@@ -348,58 +348,22 @@ def test_a_reader_waits_for_a_writer_that_removes_versions(store, monkeypatch):
         assert len(waits) == 5
 
 
-# Indexes of earlier d2llm versions
+# Writes that bypass the checksums, and lost checksums
 
 
-@pytest.fixture
-def old_store(store):
-    """An index with a snapshot, both written by a d2llm without checksums."""
-    store.snapshot("a")
-    forget_checksums(store.folder)
-    forget_checksums(store.folder / "snapshots" / "a")
-    return IndexStore.open(store.folder)
-
-
-def test_an_index_without_checksums_is_usable_but_reported(old_store):
-    check_contents(PassageView(old_store), PASSAGES)
-    assert not stats(old_store).checksums
-    problems = verify(old_store).problems
-    assert len(problems) == 2
-    assert all("have no checksums" in problem and "the next write" in problem for problem in problems)
-    assert problems[1].startswith("snapshot 'a': ")
-    assert not (old_store.folder / "checksums.json").exists()
-
-
-def test_the_next_write_adds_checksums(old_store):
-    put(old_store, LATER.values())
-    assert stats(old_store).checksums
-    assert len(verify(old_store).problems) == 1  # the snapshot's
-    check_contents(_reopen(old_store), PASSAGES | LATER)
-    _flip(_files(old_store, "data/*")[0])
-    with pytest.raises(DamagedFileError):
-        _reopen(old_store)
-
-
-def test_a_repair_adds_checksums(old_store):
-    assert len(verify(old_store, repair=True).problems) == 2
-    assert verify(old_store).problems == []
-    assert stats(old_store).checksums
-    assert (old_store.folder / "snapshots" / "a" / "checksums.json").exists()
-
-
-def test_an_earlier_d2llm_writes_to_an_index_with_checksums(store, caplog):
+def test_lancedb_writes_to_an_index(store, caplog):
     lancedb.connect(store.folder).open_table("passages").delete("id = 'p1'")  # bypasses our lock and our commit
     remaining = {key: value for key, value in PASSAGES.items() if key != "p1"}
     check_contents(_reopen(store), remaining)
-    assert "has no checksums; it was written by an earlier d2llm" in caplog.text
+    assert "has no checksums; it was written by LanceDB directly" in caplog.text
     (problem,) = verify(store).problems
-    assert f"version {store.version} was written by an earlier d2llm and has no checksums" in problem
+    assert f"version {store.version} was written by LanceDB directly and has no checksums" in problem
     put(store, LATER.values())
     check_contents(_reopen(store), remaining | LATER)
     assert verify(store).problems == []
 
 
-def test_an_earlier_d2llm_compacts_an_index_with_checksums(store):
+def test_lancedb_compacts_an_index(store):
     put(store, LATER.values())
     for _ in range(3):
         with pytest.warns(UserWarning, match="removes every version"):

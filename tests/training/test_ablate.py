@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -116,7 +117,15 @@ def history(place: Place, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
             run(place, folder)
     checkpoint = next(folder.glob("*/recipe/seed-0.run/checkpoint.safetensors")).is_file()
     messages: list[str] = []
-    whole = run(place, folder, announce=messages.append)
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    remarks = logging.getLogger("d2llm.remarks")
+    remarks.setLevel(logging.INFO)
+    remarks.addHandler(handler)
+    whole = run(place, folder)
+    remarks.removeHandler(handler)
+    remarks.setLevel(logging.NOTSET)
+    messages = [message for message in messages if message.startswith("ablate")]
     return SimpleNamespace(folder=folder, empty=empty, checkpoint=checkpoint, whole=whole, said=messages)
 
 
@@ -393,6 +402,17 @@ class TestData:
         recipe = small_recipe(place).model_copy(update={"losses": plain})
         report = run(place, tmp_path, recipe=recipe, labels=tmp_path / "none", variants=["cosine"])
         assert report.settings["teacher"] is None
+        assert fake.queries() == [{entry.query_id for entry in place.source.plan.entries}]
+
+    def test_a_closed_gate_needs_no_labels_and_gets_separate_runs(
+        self, place: Place, fake_training: Callable[..., FakeTraining], tmp_path: Path
+    ) -> None:
+        fake = fake_training()
+        assert "closed_gates" not in run(place, tmp_path).settings
+        report = run(place, tmp_path, labels=tmp_path / "none", closed_gates=["tiny", "another set"])
+        assert (report.settings["closed_gates"], report.settings["labelled_queries"]) == (["tiny"], [16])
+        assert report.notes == ()
+        assert len(fake.places) == 2
         assert fake.queries() == [{entry.query_id for entry in place.source.plan.entries}]
 
     def test_each_set_has_its_own_measure(

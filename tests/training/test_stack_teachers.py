@@ -59,7 +59,7 @@ def judges(monkeypatch):
 
 def stacked(folder, *names, datasets=None, **settings):
     return stack_teachers(
-        datasets or [(everyday(), "asymmetric")],
+        [(everyday(), "asymmetric")] if datasets is None else datasets,
         folder,
         members=[TeacherConfig(model=name) for name in names],
         student=FakeStudent(),
@@ -116,7 +116,7 @@ def test_one_member_is_calibrated_and_measured_out_of_fold(tmp_path, judges):
 
 def test_stacking_without_a_retrieval_set_is_rejected(tmp_path, judges):
     with pytest.raises(InputError, match="no retrieval set has any"):
-        stack_teachers([], tmp_path / "stack", members=[TeacherConfig(model="llm")], student=FakeStudent())
+        stacked(tmp_path / "stack", "llm", datasets=[])
     assert not (tmp_path / "stack").exists()
 
 

@@ -101,7 +101,7 @@ def test_checkpoint_of_another_run_names_the_differences(tmp_path):
     changes = r"recipe.training.learning_rate \(was 0.1, is 0.2\), seed \(was 0, is 1\); finish that run"
     with pytest.raises(InputError, match=rf"checkpoint.safetensors belongs to a run with other settings: {changes}"):
         load_checkpoint(tmp_path, settings=settings)
-    with pytest.raises(InputError, match="written by another version"):
+    with pytest.raises(InputError, match=r"other settings: new \(was not set, is 1\); finish"):
         load_checkpoint(tmp_path, settings=run.settings | {"new": 1})
 
 

@@ -16,7 +16,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.recipe import LoraConfig, TeacherConfig, TeacherTuningConfig
 from d2llm.core.types import Task
 from d2llm.data.training import TrainingPair
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import Judgements, identify_judge, load_judge
 from d2llm.training import tune_teacher as verb
 from d2llm.training.tune_teacher import DevScore, hold_out, score_dev
@@ -179,7 +179,7 @@ def test_full_tuning_saves_a_complete_model(tmp_path: Path, llama: Path) -> None
     assert np.abs(after - before).max() > 0.01
     # plain transformers can load it
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full")
-    assert isinstance(tuned, Teacher)
+    assert isinstance(tuned, CausalTeacher)
     ids = tuned.tokenize(PAIRS[:1], "asymmetric")[0][0]
     yes, no = tuned._answer_ids["asymmetric"]
     with torch.inference_mode():
@@ -187,7 +187,7 @@ def test_full_tuning_saves_a_complete_model(tmp_path: Path, llama: Path) -> None
     assert float(logits[yes] - logits[no]) == pytest.approx(float(after[0]), abs=1e-4)
     # and an adapter can be added to it
     (tmp_path / "adapter").mkdir()
-    adapted = Teacher.load(config, device="cpu", dtype="float32")
+    adapted = CausalTeacher.load(config, device="cpu", dtype="float32")
     adapted.prepare_training(LORA)
     adapted.save(tmp_path / "adapter", {})
     reloaded = load_judge(TeacherConfig(model=str(tmp_path / "adapter")), device="cpu", dtype="float32")
@@ -225,7 +225,7 @@ def test_a_teacher_without_local_weights_is_rejected(monkeypatch: pytest.MonkeyP
 def test_frozen_layers_run_without_dropout(tmp_path: Path) -> None:
     """As when the teacher labels; only the adapters' own dropout is active in training."""
     folder = write_tiny_model(tmp_path, "phi", attention_dropout=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
-    teacher = Teacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
+    teacher = CausalTeacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
     teacher.prepare_training(LoraConfig(rank=2, dropout=0.0))
     inputs = teacher.pad(teacher.tokenize(PAIRS, "asymmetric")[0])
     teacher.train()
@@ -233,7 +233,7 @@ def test_frozen_layers_run_without_dropout(tmp_path: Path) -> None:
     with torch.no_grad():
         first, second = (teacher(*inputs, "asymmetric")[0] for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    whole = Teacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
+    whole = CausalTeacher.load(tiny_teacher_config(folder), device="cpu", dtype="float32")
     whole.prepare_training(LORA, tuning="full")
     whole.train()
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_an_encoder_gets_a_head_by_tuning(encoder: Path, tmp_path: Path) -> None
 
 
 def test_list_loss_is_softmax_plus_a_share_of_the_yes_no_loss(llama: Path) -> None:
-    model = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
+    model = CausalTeacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
     model.prepare_training(LORA)
     model.eval()
     pairs = [
@@ -298,7 +298,7 @@ def test_list_loss_is_softmax_plus_a_share_of_the_yes_no_loss(llama: Path) -> No
 
 
 def test_both_passes_over_a_long_list_share_their_dropout(llama: Path) -> None:
-    model = Teacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
+    model = CausalTeacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
     model.prepare_training(LORA.model_copy(update={"dropout": 0.4}))
     model.train()
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_both_passes_over_a_long_list_share_their_dropout(llama: Path) -> None:
     outputs: list[torch.Tensor] = []
     original = type(model).forward
 
-    def forward(self: Teacher, *arguments: Any) -> Any:
+    def forward(self: CausalTeacher, *arguments: Any) -> Any:
         log_odds, features = original(self, *arguments)
         outputs.append(log_odds.detach())
         return log_odds, features

@@ -58,29 +58,9 @@ def ablate(
         return
     if recipe is None:
         raise InputError("RECIPE is missing: give a TOML file or the name of a recipe; --list needs none")
-    from d2llm.core.variants import find_variant
-    from d2llm.training.ablation.ablate import ablate
-
     names = None if variants is None else [name.strip() for name in variants.split(",")]
-    for name in names or ():
-        find_variant(name)  # fails before data and labels are read
     run = options.open(recipe, files=[markdown_path, html_path])
-    run.require_plans()
-    report = ablate(
-        run.parts.sources(run.recipe),
-        run.parts.path / "ablation",
-        recipe=run.recipe,
-        labels=run.parts.labels,
-        teacher=run.teacher,
-        variants=names,
-        num_seeds=seeds,
-        max_queries=max_queries,
-        epochs=epochs,
-        budget_minutes=budget_minutes,
-        device=options.device,
-        dtype=options.dtype,
-        announce=session.say,
-    )
+    report = run.ablate(names, num_seeds=seeds, max_queries=max_queries, epochs=epochs, budget_minutes=budget_minutes)
     session.show(ablation_table(report))
     session.write_report(context, options.json_path, report)
     if markdown_path is not None:

@@ -34,6 +34,7 @@ from d2llm.cli.options import (
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES
 
 if TYPE_CHECKING:
     from d2llm.data.documents import SkippedFile
@@ -317,7 +318,7 @@ def ann(
     recall: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the exact candidates that it should find.")
     ] = 0.95,
-    depth: Annotated[int, typer.Option(min=1, help="Number of candidates of a search.")] = 1000,
+    depth: Annotated[int, typer.Option(min=1, help="Number of candidates of a search.")] = DEFAULT_NUM_CANDIDATES,
     queries: Annotated[
         Path | None,
         typer.Option(

@@ -106,10 +106,17 @@ def stack(
             "--member", metavar="MODEL", help=f"A teacher: {_MODEL}. Repeat for each; a single one is only calibrated."
         ),
     ],
-    queries: Annotated[int, typer.Option(min=2, help="Dev queries of each data set.")] = 200,
+    queries: Annotated[
+        int | None, typer.Option(min=2, help="Dev queries of each data set.", show_default="queries of [gate]")
+    ] = None,
     depth: Annotated[
-        int, typer.Option(min=1, help="Candidates of each query: this many each from BM25 and the cosine.")
-    ] = 20,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Candidates of each query: this many each from BM25 and the cosine.",
+            show_default="depth of [gate]",
+        ),
+    ] = None,
     html_path: Annotated[
         Path | None,
         typer.Option(

@@ -21,7 +21,7 @@ from d2llm.cli.options import (
 )
 from d2llm.cli.session import Session, session_of
 from d2llm.core.errors import InputError
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TEACHER_PASSAGES, Grouping, Task
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Grouping, Task
 
 if TYPE_CHECKING:
     from d2llm.core.types import CascadeReport, Certificate, Query, Ranking
@@ -51,7 +51,7 @@ def search(
     student: Annotated[
         str | None, student_option(help="The student that made the index, if it has moved since.")
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="How many passages to show.")] = 10,
+    top_k: Annotated[int, typer.Option(min=1, help="How many passages to show.")] = DEFAULT_TOP_K,
     filter: Annotated[  # noqa: A002 - the word of the field
         str | None,
         typer.Option(

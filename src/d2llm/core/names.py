@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
-RENAMED: Mapping[str, str] = {
-    "candidates": "num_candidates",
-    "fuse": "hybrid",
+NAMES_ELSEWHERE: Mapping[str, str] = {
     "k": "top_k",
-    "lexical_weight": "hybrid",
     "limit": "top_k",
     "n": "top_k",
     "q": "query",
-    "source": "sources",
     "text": "query",
     "top_n": "top_k",
 }
-"""Former names of search settings, and names that other libraries use for them."""
+"""Names that other libraries use for search settings."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -35,7 +31,7 @@ def suggestion(name: str, known: Iterable[str], all_of_them: str) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'top_k'?`` for an unknown name; empty if no known name is similar enough."""
     names = list(known)
-    similar = RENAMED.get(name.lower())
+    similar = NAMES_ELSEWHERE.get(name.lower())
     if similar not in names:
         similar = nearest(name.lower(), names)
     return "" if similar is None else f"; did you mean '{similar}'?"

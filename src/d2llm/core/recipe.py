@@ -106,6 +106,15 @@ class StudentConfig(_Section):
     interaction: InteractionConfig = InteractionConfig()
 
 
+def untuned_config(config: StudentConfig) -> StudentConfig:
+    """A baseline: a student's backbone before training, with the pooling it was pretrained with."""
+    return StudentConfig(
+        backbone=config.backbone.model_copy(update={"tuning": "frozen"}),
+        pooling=PoolingConfig(method="backbone"),
+        interaction=InteractionConfig(head="cosine"),
+    )
+
+
 class RemoteConfig(_Section):
     """An OpenAI-compatible endpoint that gives log-probabilities (docs/remote-teacher.md)."""
 

@@ -17,6 +17,8 @@ from d2llm.core.toml import parse_toml, read_toml
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+_NOT_SET = "not set"
+
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
     """Read a TOML recipe from a file, or one shipped with d2llm by its name.
@@ -92,19 +94,19 @@ def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: i
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The differences between two mappings of settings, each as "section.key (was 1, is 2)".
+    """The differences between two mappings of settings, both plain JSON, each as "section.key (was 1, is 2)".
 
-    A key that only one of them has is ignored, because it comes from a version of d2llm with other options.
+    A key that only one of them has is reported as "section.key (was not set, is 2)"; a whole section, as "is set".
     """
     changes: list[str] = []
-    for key in before.keys() & after.keys():
-        old, new = before[key], after[key]
+    for key in before.keys() | after.keys():
+        old, new = before.get(key, _NOT_SET), after.get(key, _NOT_SET)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changes += changed_settings(
-                cast("Mapping[str, Any]", old), cast("Mapping[str, Any]", new), f"{prefix}{key}."
-            )
-        elif old != (list(cast("tuple[Any, ...]", new)) if isinstance(new, tuple) else new):
-            changes.append(f"{prefix}{key} (was {old}, is {new})")
+            sections = cast("Mapping[str, Any]", old), cast("Mapping[str, Any]", new)
+            changes += changed_settings(*sections, f"{prefix}{key}.")
+        elif old != new:
+            was, now = ("set" if isinstance(value, Mapping) else value for value in (old, new))
+            changes.append(f"{prefix}{key} (was {was}, is {now})")
     return sorted(changes)
 
 

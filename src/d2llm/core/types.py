@@ -305,14 +305,3 @@ class IdRanking:
     query: Query
     passages: tuple[tuple[str, float], ...]
     truncated: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherLabel:
-    """One teacher's judgement of one pair with one prompt. ``log_odds`` = logit(yes) - logit(no)."""
-
-    teacher: str
-    prompt: str
-    query_id: str
-    passage_id: str
-    log_odds: float

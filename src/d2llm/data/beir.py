@@ -12,7 +12,7 @@ from typing import TypeVar
 from d2llm.core.errors import DataFormatError, DuplicateIdError
 from d2llm.core.types import Passage, Qrels, Query
 from d2llm.data.lines import (
-    Record,
+    Fields,
     first_few,
     read_lines,
     read_records,
@@ -27,7 +27,7 @@ _LARGE_CORPUS_BYTES = 1 << 26  # 64 MiB: some 100,000 short passages; in memory 
 _QRELS_HEADER = ("query-id", "corpus-id", "score")
 _Item = TypeVar("_Item", Passage, Query)
 
-Rows = Iterable[tuple[int, Record]]
+Rows = Iterable[tuple[int, Fields]]
 """Numbered rows (from 1) with named fields."""
 
 
@@ -253,7 +253,7 @@ def _qrels_files(folder: Path, splits: Sequence[str] | None) -> list[Path]:
     return files
 
 
-def _identifier(path: Path, line: int, record: Record) -> str:
+def _identifier(path: Path, line: int, record: Fields) -> str:
     """``_id``, or ``id`` if there is no ``_id``; whole numbers are converted to text."""
     field = "_id" if "_id" in record or "id" not in record else "id"
     value = record.get(field)

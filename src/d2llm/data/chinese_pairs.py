@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from d2llm.core.errors import DataFormatError
-from d2llm.data.lines import Record, read_lines
+from d2llm.data.lines import Fields, read_lines
 
 Target = Literal["label", "score"]
 """The meaning of the last column of a table without a header."""
@@ -81,7 +81,7 @@ def sample_size(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def table_records(path: Path, *, target: Target | None = None) -> Iterator[tuple[int, Record]]:
+def table_records(path: Path, *, target: Target | None = None) -> Iterator[tuple[int, Fields]]:
     """Numbered rows of a table separated by tabs, ``||`` or commas, as in its first line; blank lines are skipped.
 
     Without a header, two columns are texts, a third is the ``target``, and with four columns the first is a number or

@@ -17,7 +17,7 @@ from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.types import MetadataValue, Passage
 from d2llm.data.beir import iter_passages
 from d2llm.data.documents import SUFFIXES, SkippedFile, find_documents
-from d2llm.data.lines import Record, read_records, refuse_duplicate, type_name, wrong_type
+from d2llm.data.lines import Fields, read_records, refuse_duplicate, type_name, wrong_type
 
 _FILES = ("corpus.jsonl", "corpus.jsonl.gz")
 _KNOWN = ("_id", "id", "text", "title", "document_id", "position", "metadata")
@@ -102,7 +102,7 @@ def _numbered(file: Path, *, with_metadata: bool) -> Iterator[tuple[int, Passage
         yield line, _with_metadata(file, line, record, passage) if with_metadata else passage
 
 
-def _with_metadata(file: Path, line: int, record: Record, passage: Passage) -> Passage:
+def _with_metadata(file: Path, line: int, record: Fields, passage: Passage) -> Passage:
     if "_id" in record and str(record.get("id", passage.id)) != passage.id:
         problem = f"has '_id' {record['_id']!r} and 'id' {record['id']!r}; keep one of them"
         raise DataFormatError(file, problem, line=line)

@@ -22,7 +22,7 @@ _TYPE_NAMES: dict[type, str] = {
     bool: "a boolean",
 }
 
-Record = Mapping[str, Any]
+Fields = Mapping[str, Any]
 """The named fields of one line or row."""
 
 
@@ -58,7 +58,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataFormatError(path, f"cannot be read ({error.strerror}); check its rights and the disk") from error
 
 
-def read_records(path: Path) -> Iterator[tuple[int, Record]]:
+def read_records(path: Path) -> Iterator[tuple[int, Fields]]:
     """Numbered JSON objects of a jsonl file; blank lines are skipped.
 
     Raises:
@@ -77,10 +77,10 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
             ) from error
         if not isinstance(record, dict):
             raise DataFormatError(path, f"must be a JSON object, found {type_name(record)}", line=line)
-        yield line, cast("Record", record)
+        yield line, cast("Fields", record)
 
 
-def string_field(path: Path, line: int, record: Record, field: str) -> str:
+def string_field(path: Path, line: int, record: Fields, field: str) -> str:
     """The text of a field; ``DataFormatError`` if it is missing, no string, or has an unpaired surrogate."""
     if field not in record:
         keys = ", ".join(f"'{key}'" for key in list(record)[:8]) or "none"
@@ -122,7 +122,7 @@ def first_few(identifiers: Sequence[str]) -> str:
     return f"first {min(len(distinct), _NUM_SHOWN)}: {', '.join(distinct[:_NUM_SHOWN])}"
 
 
-def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Record]]:
+def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Fields]]:
     """Numbered rows of Parquet files, counted from 1 across all files; ``DataFormatError`` for a damaged file."""
     import pyarrow as pa  # slow to import
     import pyarrow.parquet as pq
@@ -134,6 +134,6 @@ def parquet_rows(paths: Sequence[Path]) -> Iterator[tuple[int, Record]]:
                 for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                     for row in batch.to_pylist():
                         number += 1
-                        yield number, cast("Record", row)
+                        yield number, cast("Fields", row)
         except (pa.ArrowException, OSError) as error:
             raise DataFormatError(path, f"cannot be read as Parquet ({error}); write the file again") from error

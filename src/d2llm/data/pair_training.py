@@ -12,7 +12,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.plan import PlanEntry
 
-NLI_CLASSES = {
+NLI_SYNONYMS = {
     "entailment": "entailment",
     "entails": "entailment",
     "supports": "entailment",
@@ -128,10 +128,10 @@ def _target(pairs: PairDataset, pair: LabelledPair, lowest: float, highest: floa
 def nli_class(pairs: PairDataset, pair: LabelledPair) -> str:
     """Entailment, neutral or contradiction; ``DataFormatError`` for any other class."""
     name = (pair.label or "").lower()
-    if name not in NLI_CLASSES:
+    if name not in NLI_SYNONYMS:
         raise DataFormatError(
             pairs.path,
             f"pair '{pair.id}' has the class '{pair.label}'; known are yes/no labels and the classes of natural "
-            f"language inference: {', '.join(NLI_CLASSES)}",
+            f"language inference: {', '.join(NLI_SYNONYMS)}",
         )
-    return NLI_CLASSES[name]
+    return NLI_SYNONYMS[name]

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
 from d2llm.data.beir import Rows
 from d2llm.data.chinese_pairs import LAYOUTS, TEXT_FIELDS, Target, sample_size, split_of, table_records
-from d2llm.data.lines import Record, parquet_rows, read_records, string_field, type_name
+from d2llm.data.lines import Fields, parquet_rows, read_records, string_field, type_name
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -23,7 +23,9 @@ PairKind = Literal["binary", "classes", "scores"]
 
 _BINARY = (("0", "1"), ("no", "yes"), ("false", "true"), ("not_entailment", "entailment"))
 _POSITIVE = frozenset(positive for _, positive in _BINARY)
-_LABEL_FIELDS, _SCORE_FIELDS, _ID_FIELDS = ("label", "gold_label"), ("score", "similarity_score"), ("id", "_id")
+_LABEL_FIELDS = ("label", "gold_label")
+_SCORE_FIELDS = ("score", "similarity_score")
+_ID_FIELDS = ("id", "_id")
 _NO_LABEL = frozenset({"", "-", "-1"})
 _MAX_CLASSES = 50  # more than this means that texts or numbers were read as classes
 _SPLIT_ORDER = ("train", "dev", "test")
@@ -241,7 +243,7 @@ class _Columns:
     is_score: bool
 
 
-def _columns_of(path: Path, line: int, record: Record, target: Target | None) -> _Columns:
+def _columns_of(path: Path, line: int, record: Fields, target: Target | None) -> _Columns:
     """The roles of the fields, from the first record of a file."""
     texts = next(((first, second) for first, second in TEXT_FIELDS if first in record and second in record), None)
     if texts is None:
@@ -259,7 +261,7 @@ def _columns_of(path: Path, line: int, record: Record, target: Target | None) ->
     return _Columns(next((field for field in _ID_FIELDS if field in record), None), *texts, chosen, is_score)
 
 
-def _pair_of(path: Path, line: int, record: Record, columns: _Columns, fallback: str) -> LabelledPair:
+def _pair_of(path: Path, line: int, record: Fields, columns: _Columns, fallback: str) -> LabelledPair:
     query, passage = (string_field(path, line, record, field) for field in (columns.query, columns.passage))
     identifier = fallback
     if columns.identifier is not None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from d2llm.core.errors import DataFormatError
 from d2llm.core.extras import require
 from d2llm.data.beir import RetrievalSource, Rows, collect_judgements, read_qrels
-from d2llm.data.lines import Record, parquet_rows
+from d2llm.data.lines import Fields, parquet_rows
 from d2llm.data.pairs import PairSource, choose_splits, in_order
 
 HUB_PREFIX = "hf://"
@@ -138,7 +138,7 @@ def _split_names(tables: dict[str, Any]) -> dict[str, Any]:
     return {"dev" if split in {"validation", "valid"} else split: table for split, table in tables.items()}
 
 
-def _with_class_names(table: Any) -> Iterator[Record]:
+def _with_class_names(table: Any) -> Iterator[Fields]:
     """Rows with class names in place of class indices; -1, which has no name, is kept."""
     names = {field: feature.names for field, feature in table.features.items() if hasattr(feature, "names")}
     for row in cast("Iterable[dict[str, Any]]", table):

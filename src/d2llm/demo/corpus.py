@@ -53,14 +53,13 @@ class Corpus:
     """The passages and their counts.
 
     ``num_documented``: modules, classes, functions and properties whose docstrings are in the passages.
-    ``num_pieces``: passages that continue another one. ``num_tiny`` and ``num_duplicates``: docstrings left out.
+    ``num_tiny`` and ``num_duplicates``: docstrings left out.
     """
 
     passages: tuple[Passage, ...]
     python: str
     num_modules: int
     num_documented: int
-    num_pieces: int
     num_tiny: int
     num_duplicates: int
 
@@ -128,7 +127,6 @@ def _to_passages(entries: Iterable[_Entry], *, num_modules: int) -> Corpus:
         python=platform.python_version(),
         num_modules=num_modules,
         num_documented=num_documented,
-        num_pieces=len(passages) - num_documented,
         num_tiny=num_tiny,
         num_duplicates=num_duplicates,
     )

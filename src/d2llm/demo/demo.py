@@ -17,7 +17,7 @@ from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, M
 from d2llm.core.files import check_replaceable, folder_bytes
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe import TeacherConfig, untuned_config
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import Passage
 from d2llm.demo.answers import DEPTH, JUDGED, QUESTIONS, TOP_K, Candidates, is_right
@@ -27,10 +27,10 @@ from d2llm.demo.report import DemoReport, DemoSizes, JudgedPassage, TeacherAgree
 from d2llm.demo.view import DemoView
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import read_student_manifest
-from d2llm.models.teachers.causal import Teacher
+from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import TEACHER_FORMAT_VERSION, TEACHER_KIND, find_tuned_teacher
 from d2llm.ops.ranking import kendall_tau
-from d2llm.retrieval.cosine import CosineStudent, untuned_config
+from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, source_of
 from d2llm.retrieval.protocols import SearchStudent
@@ -116,7 +116,6 @@ def run_demo(
         num_modules=whole.num_modules,
         num_documented=whole.num_documented,
         num_passages=len(index),
-        num_passages_whole=len(whole.passages),
         student=student,
         student_fingerprint=model.fingerprint,
         baseline=baseline_name,
@@ -251,7 +250,7 @@ def _ask_teacher(candidates: Candidates, config: TeacherConfig, is_tuned: bool) 
     """Let the teacher judge the first passages of both rankings, and score the same passages with both systems."""
     question = QUESTIONS[JUDGED]
     judged = candidates.top(JUDGED, JUDGED_TOP_K)
-    teacher = Teacher.load(config)
+    teacher = CausalTeacher.load(config)
     log_odds = teacher.judge([(question.text, passage.full_text) for passage in judged], "asymmetric").log_odds
     scores = candidates.scores(JUDGED, judged)
     passages = [

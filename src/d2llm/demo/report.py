@@ -168,17 +168,13 @@ class DemoSizes:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """The result of the demo. ``seconds``: step -> time; a step that had nothing to do has no entry.
-
-    ``num_passages_whole``: passages of the whole corpus, of which a slow machine indexes only a part.
-    """
+    """The result of the demo. ``seconds``: step -> time; a step that had nothing to do has no entry."""
 
     folder: Path
     python: str
     num_modules: int
     num_documented: int
     num_passages: int
-    num_passages_whole: int
     student: str
     student_fingerprint: str
     baseline: str

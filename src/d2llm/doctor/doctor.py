@@ -12,7 +12,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from d2llm.core.errors import D2LLMError
-from d2llm.doctor.findings import Check, Finding, problem_of
+from d2llm.doctor.findings import Check, Finding, finding_of
 from d2llm.doctor.installation import install_checks
 
 _GIB = 1 << 30
@@ -123,7 +123,7 @@ def _check_student(name: str, device: str | None) -> Iterator[Finding]:
         scores = [float(score) for score in student.score(query, passages, "asymmetric")]
         seconds = time.perf_counter() - started
     except D2LLMError as error:
-        yield problem_of("student", name, error, otherwise="restore the student's folder, or name another student")
+        yield finding_of("student", name, error, otherwise="restore the student's folder, or name another student")
         return
     if not all(map(math.isfinite, scores)):
         advice = "try --dtype float32; if that does not help, restore the student's folder"
@@ -161,4 +161,4 @@ def _check_index(folder: Path, device: str | None) -> Iterator[Finding]:
         advice = f"d2llm index {folder} verify"
         yield Finding("index", "every byte", "note", "not read, because that takes longer", advice)
     except D2LLMError as error:
-        yield problem_of("index", str(folder), error, otherwise="restore it from a copy, or index the corpus again")
+        yield finding_of("index", str(folder), error, otherwise="restore it from a copy, or index the corpus again")

@@ -43,7 +43,7 @@ class Check:
             result = self.look()
             yield from [result] if isinstance(result, Finding) else result
         except D2LLMError as error:
-            yield problem_of(self.area, self.what, error, otherwise=_REPORT)
+            yield finding_of(self.area, self.what, error, otherwise=_REPORT)
         except Exception as error:  # noqa: BLE001 - a broken installation may raise anything
             reason = " ".join(str(error).split()) or "without a message"
             yield Finding(
@@ -51,7 +51,7 @@ class Check:
             )
 
 
-def problem_of(area: str, what: str, error: D2LLMError, *, otherwise: str) -> Finding:
+def finding_of(area: str, what: str, error: D2LLMError, *, otherwise: str) -> Finding:
     """Turn an error of d2llm into a finding; the advice is the end of its message, or ``otherwise`` if it has none."""
     message, _, advice = str(error).rpartition("; ")
     if not message:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
+from d2llm.data.run_folder import is_finished
 from d2llm.evaluation.pairs import evaluate_pairs
 from d2llm.evaluation.report import EvaluationReport
 from d2llm.evaluation.retrieval import evaluate_retrieval
@@ -48,7 +48,7 @@ def evaluate(
             label store.
         InputError: the baseline is not among the rows, or search settings are given for a data set of pairs.
     """
-    if labels is not None and not (labels / MANIFEST).is_file():
+    if labels is not None and not is_finished(labels):
         raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
     begin = time.perf_counter()
     chosen = settings or EvaluationSettings()

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import InputError, ModelNotFoundError
-from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe import TeacherConfig, untuned_config
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import SystemKind
-from d2llm.data.run_folder import RunFolder, companion
+from d2llm.data.run_folder import RunFolder, companion, is_finished
 from d2llm.data.trec import TrecRun, read_run
 from d2llm.evaluation.setting import OWN_NAMES, Contenders
 from d2llm.models.external import ExternalBiEncoder, load_external
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
-from d2llm.retrieval.cosine import untuned_config
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
 
 TUNED_COSINE, PAPER_HEAD = "cosine", "paper"
@@ -69,7 +67,7 @@ def load_contenders(
     companions: dict[str, Student | None] = {}
     for variant, named in ((TUNED_COSINE, tuned_cosine), (PAPER_HEAD, paper_head)):
         place = companion(folder, variant) if named is None else find_student(named)
-        exists = (place / MANIFEST).is_file()
+        exists = is_finished(place)
         companions[variant] = Student.load(place, device=device, dtype=dtype) if exists else None
         if not exists:
             kind: SystemKind = "cosine_tuned" if variant == TUNED_COSINE else "paper_head"
@@ -107,7 +105,7 @@ def load_contenders(
 def _own_teacher(student: Path, fingerprint: str | None) -> TeacherConfig | None:
     """The teacher with this fingerprint: that of the student's run, or a shipped one."""
     run = RunFolder(student.parent)
-    beside = [str(place) for place in (run.teacher, run.stack) if (place / MANIFEST).is_file()]
+    beside = [str(place) for place in (run.teacher, run.stack) if is_finished(place)]
     configs = [TeacherConfig(model=model) for model in (*beside, *shipped_models("teachers"))]
     return next((config for config in configs if identify_judge(config).fingerprint == fingerprint), None)
 

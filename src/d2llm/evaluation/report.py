@@ -25,8 +25,8 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Milliseconds:
-    """Latency of single queries (or pairs), over the queries that were timed."""
+class Latency:
+    """Milliseconds of single queries (or pairs), over the queries that were timed."""
 
     p50: float
     p95: float
@@ -43,10 +43,10 @@ class Cost:
     the process while the system was measured, including everything else that is loaded.
     """
 
-    total: Milliseconds | None
-    encode: Milliseconds | None = None
-    candidates: Milliseconds | None = None
-    score: Milliseconds | None = None
+    total: Latency | None
+    encode: Latency | None = None
+    candidates: Latency | None = None
+    score: Latency | None = None
     passages_per_second: float | None = None
     pairs_per_second: float | None = None
     bytes_per_passage: float | None = None

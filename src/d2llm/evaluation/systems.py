@@ -24,7 +24,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, SystemKind, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.trec import TrecRun
-from d2llm.evaluation.report import Cost, Milliseconds
+from d2llm.evaluation.report import Cost, Latency
 from d2llm.evaluation.setting import EvaluationSettings
 from d2llm.ops.ranking import reciprocal_rank_fusion
 from d2llm.retrieval.cascade import Cascade
@@ -97,12 +97,12 @@ def sample(total: int, size: int | None, seed: int) -> NDArray[np.intp]:
     return np.sort(np.random.default_rng(seed).choice(total, size, replace=False))
 
 
-def milliseconds(seconds: Sequence[float]) -> Milliseconds | None:
+def milliseconds(seconds: Sequence[float]) -> Latency | None:
     """Median, 95th percentile and mean of some times; None if there are none."""
     if not seconds:
         return None
     p50, p95 = np.percentile(seconds, [50, 95]).tolist()
-    return Milliseconds(1000 * p50, 1000 * p95, 1000 * float(np.mean(seconds)))
+    return Latency(1000 * p50, 1000 * p95, 1000 * float(np.mean(seconds)))
 
 
 def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> System:

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
+from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_TOP_K, RankedPassage, Task
 from d2llm.integrations.haystack_filters import as_condition
 from d2llm.integrations.texts import (
@@ -81,7 +82,7 @@ class D2LLMTextEmbedder(_StudentComponent):
 
     def __init__(
         self,
-        student: str = "d2llm-minilm",
+        student: str = DEFAULT_STUDENT,
         *,
         task: Task = "asymmetric",
         device: str | None = None,
@@ -112,7 +113,7 @@ class D2LLMDocumentEmbedder(_StudentComponent):
         dtype: its number format; None: chosen automatically.
     """
 
-    def __init__(self, student: str = "d2llm-minilm", *, device: str | None = None, dtype: str | None = None) -> None:
+    def __init__(self, student: str = DEFAULT_STUDENT, *, device: str | None = None, dtype: str | None = None) -> None:
         self.student = str(student)
         self.device = device
         self.dtype = dtype
@@ -146,7 +147,7 @@ class D2LLMRanker(_StudentComponent):
 
     def __init__(
         self,
-        student: str = "d2llm-minilm",
+        student: str = DEFAULT_STUDENT,
         *,
         top_k: int | None = DEFAULT_TOP_K,
         task: Task = "asymmetric",

@@ -24,7 +24,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_passages
 from d2llm.core.progress import showing_progress
-from d2llm.core.shipped import shipped_models
+from d2llm.core.shipped import DEFAULT_STUDENT, shipped_models
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, TASKS, Passage, Query, Task
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
 from d2llm.models.backbone import EncodedTexts
@@ -271,7 +271,7 @@ class D2LLMModel:
 
 
 def load_mteb_model(
-    folder_or_name: str | Path = "d2llm-minilm",
+    folder_or_name: str | Path = DEFAULT_STUDENT,
     *,
     device: str | None = None,
     num_candidates: int = DEFAULT_NUM_CANDIDATES,

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.types import Task
-from d2llm.integrations.texts import rank_texts, require_anchor, require_texts, score_pairs
+from d2llm.integrations.texts import checked_pair_scores, rank_texts, require_anchor, require_texts
 from d2llm.models.student import Student
 
 require("sentence_transformers", extra="sentence-transformers", purpose="a student in sentence-transformers")
@@ -207,7 +207,7 @@ class StudentCrossEncoder:
         is_single = bool(items) and isinstance(items[0], str)
         pairs = [_pair(pair) for pair in ([items] if is_single else items)]
         with torch.inference_mode():
-            logits = torch.from_numpy(score_pairs(self.student, pairs, self.task))
+            logits = torch.from_numpy(checked_pair_scores(self.student, pairs, self.task))
             scores = (activation_fn or self.activation_fn)(logits)
         if convert_to_tensor:
             return scores[0] if is_single else scores

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Passage, Task
-from d2llm.retrieval import reading
 from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.reading import score_pairs
 
 if TYPE_CHECKING:
     from d2llm.models.backbone import EncodedTexts
@@ -66,7 +66,7 @@ def require_anchor(student: SearchStudent) -> None:
         )
 
 
-def score_pairs(student: SearchStudent, pairs: Sequence[tuple[str, str]], task: Task) -> NDArray[np.float32]:
+def checked_pair_scores(student: SearchStudent, pairs: Sequence[tuple[str, str]], task: Task) -> NDArray[np.float32]:
     """The student's logits [n] of (query, passage) pairs of texts; each distinct query or passage is encoded once.
 
     Raises:
@@ -74,7 +74,7 @@ def score_pairs(student: SearchStudent, pairs: Sequence[tuple[str, str]], task: 
         ModelError: a score is not a number.
     """
     require_texts([text for pair in pairs for text in pair])
-    scored = reading.score_pairs(student, pairs, task)
+    scored = score_pairs(student, pairs, task)
     _read(scored.queries, "queries")
     _read(scored.passages, "passages")
     scores = scored.scores
@@ -96,7 +96,7 @@ def rank_texts(
     check_top_k(top_k)
     require_texts([query])
     require_texts(texts)
-    scores = score_pairs(student, [(query, text) for text in texts], task)
+    scores = checked_pair_scores(student, [(query, text) for text in texts], task)
     order = np.argsort(-scores, kind="stable")[:top_k]
     return [(int(place), float(scores[place])) for place in order]
 

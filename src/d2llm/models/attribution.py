@@ -21,10 +21,10 @@ from d2llm.core.types import Task
 from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import Student
+from d2llm.ops.words import UNSPACED
 
 # In scripts without spaces each character is a word; elsewhere a word is a run of letters and digits.
-_UNSPACED = "\u2e80-\u9fff\uf900-\ufaff\uac00-\ud7af\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 @dataclass(frozen=True, slots=True)

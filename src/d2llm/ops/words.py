@@ -11,12 +11,13 @@ from d2llm.core.types import Span
 
 _snowball: Any = importlib.import_module("Stemmer")  # ships no types
 
-# Scripts written without spaces between words (Han, Kana) or with many word endings (Hangul).
-_UNSPACED = (
+# Scripts written without spaces between words (Han, Kana) or with many word endings (Hangul), as ranges of characters
+# for a regular expression.
+UNSPACED = (
     "\u1100-\u11ff\u3005-\u3007\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003fffd"
 )
-_TOKEN = re.compile(rf"([{_UNSPACED}]+)|([^\W_{_UNSPACED}]+)")
+_TOKEN = re.compile(rf"([{UNSPACED}]+)|([^\W_{UNSPACED}]+)")
 # A sentence ends at a line end, after a full stop of an unspaced script, or after a Latin one followed by white space
 # and anything but a lower-case letter ("e.g. this" does not end it).
 # Closing quotes and brackets belong to the sentence.

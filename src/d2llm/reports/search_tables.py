@@ -121,8 +121,6 @@ def stats_table(stats: IndexStats) -> Table:
     }
     if stats.window_format is not None:
         facts["windows"] = f"vectors of windows as {stats.window_format}, {stats.window_bytes:,} bytes in all"
-    if not stats.checksums:
-        facts["checksums"] = "none; the next write, or verify --repair, computes them"
     if stats.num_projections:
         facts["projections"] = f"of {stats.num_projections:,} rows, {stats.projection_bytes:,} bytes each"
     if stats.ann_passages:

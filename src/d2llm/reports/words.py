@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from d2llm.core.table import ABSENT
-from d2llm.evaluation.report import EvaluationReport, EvaluationRow, Milliseconds
+from d2llm.evaluation.report import EvaluationReport, EvaluationRow, Latency
 
 BETTER, WORSE = "*", "†"
 
@@ -155,5 +155,5 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def _p50(time: Milliseconds | None) -> float | None:
+def _p50(time: Latency | None) -> float | None:
     return None if time is None else time.p50

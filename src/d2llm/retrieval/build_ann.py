@@ -48,7 +48,7 @@ class AnnReport:
     mean over ``num_queries`` queries and its lower bound at 95 % confidence. ``first_ten`` is the share of the exact
     top ten among the candidates of a search at the report's ``depth``, which is what a final ranking needs.
     ``queries`` is "given" or "passages". ``ms`` and ``exact_ms`` are the times of a search at ``depth`` and of the
-    exact scan; ``share_probed`` is the share of lists that a search probes.
+    exact scan.
     """
 
     folder: str
@@ -59,7 +59,6 @@ class AnnReport:
     depth: int
     recalls: list[Recall]
     first_ten: float
-    share_probed: float
     queries: str
     num_queries: int
     ms: float
@@ -158,7 +157,6 @@ def build_ann(
         depth=depth,
         recalls=[Recall(**values) for values in record.recalls],  # pyright: ignore[reportArgumentType]
         first_ten=_first_ten(view, ann, tuning, exact, depth),
-        share_probed=float(ann.probes_for(np.array([depth], np.float64))[0]) / num_lists,
         queries=record.queries,
         num_queries=record.num_queries,
         ms=ms,

@@ -121,15 +121,15 @@ class Cascade:
         deep = np.argsort(-scores, kind="stable")[: self.depth]
         unread = np.zeros(len(scores), np.bool_)
         unread[deep] = True
-        read, teacher_log_odds, num_truncated = np.zeros(0, np.int64), np.zeros(0), 0
+        read = np.zeros(0, np.int64)
+        teacher_log_odds = np.zeros(0)
+        num_truncated = 0
         unsure = order = self._unsure(scores, read, teacher_log_odds, deep, unread, top_k)
         while len(batch := order[: self._room(len(read), time.perf_counter() - begin)]):
             values, num_cut = self._read(query, texts(batch), task)
-            read, teacher_log_odds, num_truncated = (
-                np.append(read, batch),
-                np.append(teacher_log_odds, values),
-                num_truncated + num_cut,
-            )
+            read = np.append(read, batch)
+            teacher_log_odds = np.append(teacher_log_odds, values)
+            num_truncated += num_cut
             unread[batch] = False
             order = self._unsure(scores, read, teacher_log_odds, deep, unread, top_k)
         out_of_time = len(order) > 0 and (self.teacher_passages is None or len(read) < self.teacher_passages)

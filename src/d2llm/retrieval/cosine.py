@@ -7,23 +7,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.recipe import InteractionConfig, PoolingConfig, StudentConfig
+from d2llm.core.recipe import untuned_config as untuned_config
 from d2llm.core.types import Task
 from d2llm.models.backbone import EncodedTexts
 from d2llm.retrieval.protocols import Describable, SearchStudent, TextEncoder
 
 
-def untuned_config(config: StudentConfig) -> StudentConfig:
-    """A baseline: a student's backbone before training, with the pooling it was pretrained with."""
-    return StudentConfig(
-        backbone=config.backbone.model_copy(update={"tuning": "frozen"}),
-        pooling=PoolingConfig(method="backbone"),
-        interaction=InteractionConfig(head="cosine"),
-    )
-
-
-class ForwardingStudent:
-    """An encoder searched by inner products alone. Subclasses override parts of it."""
+class ForwardingEncoder:
+    """An encoder that passes everything on to another. Subclasses override parts of it."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
@@ -43,11 +34,6 @@ class ForwardingStudent:
         """Width of the encoder's vectors."""
         return self._encoder.vector_dim
 
-    @property
-    def has_anchor(self) -> bool:
-        """True: the inner product is the score."""
-        return True
-
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """The encoder's query vectors."""
         return self._encoder.encode_queries(texts, advance=advance)
@@ -56,23 +42,37 @@ class ForwardingStudent:
         """The encoder's passage vectors."""
         return self._encoder.encode_passages(texts, advance=advance)
 
-    def anchor_queries(
-        self,
-        query_vectors: NDArray[np.float32],
-        task: Task,  # noqa: ARG002 - part of the protocol
-    ) -> NDArray[np.float32]:
-        """The vectors themselves."""
-        return query_vectors
+
+class ForwardingStudent(ForwardingEncoder):
+    """A student that passes everything on to another. Subclasses override parts of it."""
+
+    def __init__(self, student: SearchStudent) -> None:
+        super().__init__(student)
+        self._student = student
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the student's score has an inner-product part."""
+        return self._student.has_anchor
+
+    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+        """The student's anchor vectors."""
+        return self._student.anchor_queries(query_vectors, task)
 
     def score(
         self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
     ) -> NDArray[np.float32]:
-        """[dim], [n, dim] -> inner products [n] with the anchor query."""
-        return passage_vectors @ self.anchor_queries(query_vector[None], task)[0]
+        """The student's scores."""
+        return self._student.score(query_vector, passage_vectors, task)
 
 
-class CosineStudent(ForwardingStudent):
+class CosineStudent(ForwardingEncoder):
     """An encoder whose score is the cosine of its vectors."""
+
+    @property
+    def has_anchor(self) -> bool:
+        """True: the inner product is the score."""
+        return True
 
     @property
     def fingerprint(self) -> str:
@@ -87,17 +87,37 @@ class CosineStudent(ForwardingStudent):
         """Passage vectors of length one."""
         return _unit(super().encode_passages(texts, advance=advance))
 
+    def anchor_queries(
+        self,
+        query_vectors: NDArray[np.float32],
+        task: Task,  # noqa: ARG002 - part of the protocol
+    ) -> NDArray[np.float32]:
+        """The vectors themselves."""
+        return query_vectors
+
+    def score(
+        self,
+        query_vector: NDArray[np.float32],
+        passage_vectors: NDArray[np.float32],
+        task: Task,  # noqa: ARG002 - part of the protocol
+    ) -> NDArray[np.float32]:
+        """[dim], [n, dim] -> inner products [n]."""
+        return passage_vectors @ query_vector
+
 
 class AnchorStudent(ForwardingStudent):
     """A D2LLM student that scores by the inner-product part alone."""
 
-    def __init__(self, student: SearchStudent) -> None:
-        super().__init__(student)
-        self._student = student
+    @property
+    def has_anchor(self) -> bool:
+        """True: the inner product is the score."""
+        return True
 
-    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """The student's anchor vectors."""
-        return self._student.anchor_queries(query_vectors, task)
+    def score(
+        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
+    ) -> NDArray[np.float32]:
+        """[dim], [n, dim] -> inner products [n] with the anchor query."""
+        return passage_vectors @ self.anchor_queries(query_vector[None], task)[0]
 
 
 def _unit(encoded: EncodedTexts) -> EncodedTexts:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import Advance, progress_bar
-from d2llm.core.types import EngineName, Passage, Query, Ranking, Task
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, EngineName, Passage, Query, Ranking, Task
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
@@ -30,6 +30,9 @@ from d2llm.store.window_vectors import ReadWindows
 # Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
 if TYPE_CHECKING:
     from d2llm.models.student import Student
+    from d2llm.models.teachers.judge import Judge
+    from d2llm.ops.rereading import StudentError
+    from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.cascade import Rereader
     from d2llm.retrieval.chunking import DocumentsReport
     from d2llm.retrieval.exact_search import KeptReaches
@@ -391,6 +394,35 @@ class Index:
         return Searcher(
             self.view, self.student, changed(settings, changes), reaches=self._reaches, cascade=cascade
         ).rank(query_list)
+
+    def build_ann(
+        self,
+        *,
+        recall: float = 0.95,
+        depth: int = DEFAULT_NUM_CANDIDATES,
+        queries: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> AnnReport:
+        """Build an approximate index for searches with ``sources=("ann",)``; see ``retrieval.build_ann.build_ann``."""
+        from d2llm.retrieval.build_ann import build_ann
+
+        report = build_ann(self.store, self.student, recall=recall, depth=depth, queries=queries, seed=seed)
+        self.refresh()
+        return report
+
+    def measure_error(
+        self,
+        judge: Judge,
+        queries: Sequence[Query] | Sequence[str],
+        *,
+        task: Task | None = None,
+        depth: int = 50,
+        num_passages: int = 10,
+    ) -> StudentError:
+        """The student's error against a teacher, for a ``Cascade``; see ``retrieval.calibrate.measure_error``."""
+        from d2llm.retrieval.calibrate import measure_error
+
+        return measure_error(self.view, self.student, judge, queries, task=task, depth=depth, num_passages=num_passages)
 
     def stats(self) -> IndexStats:
         """Contents of the latest version, and its size in bytes."""

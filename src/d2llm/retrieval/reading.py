@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, Task, WholeText
+from d2llm.models.pair_scores import score_by_query
 from d2llm.ops.words import windows
 from d2llm.retrieval.protocols import ChunkStudent, SearchStudent
 from d2llm.store.window_vectors import ReadWindows
@@ -112,14 +113,11 @@ def score_pairs(
 
     ``advance`` is called with the number of texts finished since the last call.
     """
-    places_of: dict[str, list[int]] = {}
-    for place, (query, _) in enumerate(pairs):
-        places_of.setdefault(query, []).append(place)
-    row_of = {text: row for row, text in enumerate(dict.fromkeys(passage for _, passage in pairs))}
-    queries = student.encode_queries(list(places_of), advance=advance)
-    passages = student.encode_passages(list(row_of), advance=advance)
-    scores = np.empty(len(pairs), np.float32)
-    for query, places in zip(queries.vectors, places_of.values(), strict=True):
-        rows = [row_of[pairs[place][1]] for place in places]
-        scores[places] = student.score(query, passages.vectors[rows], task)
+    query_texts = list(dict.fromkeys(query for query, _ in pairs))
+    passage_texts = list(dict.fromkeys(passage for _, passage in pairs))
+    queries = student.encode_queries(query_texts, advance=advance)
+    passages = student.encode_passages(passage_texts, advance=advance)
+    query_vectors = dict(zip(query_texts, queries.vectors, strict=True))
+    passage_vectors = dict(zip(passage_texts, passages.vectors, strict=True))
+    scores = score_by_query(student, pairs, query_vectors, passage_vectors, task)
     return ScoredPairs(scores, queries, passages)

@@ -25,7 +25,7 @@ from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.window_vectors import ReadWindows
 
 BLOCK_PASSAGES = 2_048
-"""Passages per commit: the most work that an interruption can lose."""
+"""Passages encoded at a time, for a commit or a file: the most work that an interruption can lose."""
 
 _WINDOWS_AT_ONCE = 128  # passages whose windows are encoded together
 

@@ -153,7 +153,7 @@ def problem_response(path: str, problem: Problem) -> Response:
     return JSONResponse(body, status, headers)
 
 
-def problem_of(error: Exception) -> Problem:
+def problem_for_client(error: Exception) -> Problem:
     """The ``Problem`` that a client sees for an exception; messages not meant for clients are left out."""
     if isinstance(error, ServingError):
         return error.problem
@@ -187,7 +187,7 @@ def install_error_handlers(app: FastAPI, private: Sequence[Path] = ()) -> None:
     """
 
     async def answer(request: Request, error: Exception) -> Response:
-        problem = problem_of(error)
+        problem = problem_for_client(error)
         message = without_places(problem.message, private)
         problem = replace(problem, message=message, request_id=request_id_of(request))
         if problem.status == 405:

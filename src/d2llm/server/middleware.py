@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2llm.server.access import AccessMiddleware, is_open
 from d2llm.server.body_text import problem_of_text
-from d2llm.server.errors import NotReadyError, Problem, answer_problem, problem_of
+from d2llm.server.errors import NotReadyError, Problem, answer_problem, problem_for_client
 from d2llm.server.keys import KeyRing
 from d2llm.server.limits import RateLimiter
 from d2llm.server.logs import begin_facts, log_request
@@ -118,7 +118,7 @@ class RequestMiddleware:
             except Exception as error:  # noqa: BLE001 - the last chance to turn it into a response
                 _log.error("request %s failed", facts.request_id, exc_info=error)
                 if status is None:
-                    await answer_problem(scope, receive, send_with_headers, problem_of(error))
+                    await answer_problem(scope, receive, send_with_headers, problem_for_client(error))
             finally:
                 seconds, route = time.perf_counter() - start_time, self._routes.find(scope)
                 self._telemetry.end_request(route, scope["method"], status or CLIENT_CLOSED, seconds)

@@ -241,18 +241,12 @@ class StudentLane(ForwardingStudent):
     def __init__(self, models: ModelService, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(models.student)
         self._models = models
-        self._student = models.student
         self._loop = loop
-
-    @property
-    def has_anchor(self) -> bool:
-        """Whether the student's score has an inner-product part."""
-        return self._student.has_anchor
 
     @property
     def can_project(self) -> bool:
         """Whether the student's head has projections."""
-        return self._student.can_project
+        return self._models.student.can_project
 
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode queries in the shared batches."""
@@ -262,19 +256,9 @@ class StudentLane(ForwardingStudent):
         """Encode passages in the shared batches."""
         return self._encode(texts, "passage", advance)
 
-    def anchor_queries(self, query_vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
-        """The student's anchor vectors."""
-        return self._student.anchor_queries(query_vectors, task)
-
-    def score(
-        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
-    ) -> NDArray[np.float32]:
-        """The student's scores."""
-        return self._student.score(query_vector, passage_vectors, task)
-
     def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
         """The student's projections."""
-        return self._student.project_passages(passage_vectors)
+        return self._models.student.project_passages(passage_vectors)
 
     def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:
         done = asyncio.run_coroutine_threadsafe(self._models.encode(texts, kind, bounded=False), self._loop).result()

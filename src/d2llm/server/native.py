@@ -156,7 +156,10 @@ async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
 @router.post("/v1/rescore")
 async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
     """Score passages, given as texts, ids or vectors, for a query."""
-    ids, texts, values, models = body.passage_ids, body.passages, body.passage_vectors, services.models
+    ids = body.passage_ids
+    texts = body.passages
+    values = body.passage_vectors
+    models = services.models
     if ids is not None:
         index = await index_of(services)
         at_most(len(ids), services.settings.max_num_candidates, "passage_ids")

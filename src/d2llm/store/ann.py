@@ -273,7 +273,7 @@ def remove_other_anns(folder: Path, generation: int) -> None:
 
 def _read_record(base: AnnBase) -> AnnRecord:
     """The record, after checking that it and the file fit these vectors; if not, a ``ValueError`` says why."""
-    record = read_record(base.path)
+    record = read_ann_record(base.path)
     if (record.student, record.vector_format, record.since) != (base.student, base.format.name, base.since):
         raise ValueError("it was built over other vectors; build it again")
     if record.covered > len(base.codes) or record.version > base.version:
@@ -282,7 +282,7 @@ def _read_record(base: AnnBase) -> AnnRecord:
     return record
 
 
-def read_record(path: Path) -> AnnRecord:
+def read_ann_record(path: Path) -> AnnRecord:
     """The record beside the file of an approximate index; ``OSError`` or ``ValueError`` if it cannot be read."""
     values = read_checked(path.with_suffix(".json"))
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(AnnRecord)}:

@@ -21,7 +21,6 @@ from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.types import Passage, is_text
 from d2llm.store.schema import MetadataSchema
 
-TEXT_COLUMNS = ("id", "title", "text", "document_id", "position")
 GENERATION_SHIFT = 40
 """d2_row = generation << 40 | row."""
 ROW_MASK = (1 << GENERATION_SHIFT) - 1

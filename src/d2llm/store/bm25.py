@@ -15,7 +15,7 @@ and deleted, and every score is the same as if the index had been built from the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -23,7 +23,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from d2llm.core.types import Candidate
+from d2llm.core.progress import progress_bar
+from d2llm.core.types import Candidate, Passage, Query
 from d2llm.ops.selection import ids_at, ranges, top_rows
 from d2llm.ops.words import WINDOW_SENTENCES, sentences, terms
 
@@ -408,6 +409,23 @@ def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], to
         names = ids_at(ids, rows)
         best = top_rows(scores, top_k, partial(ids_at, names))
         yield [Candidate(names[int(place)], float(scores[place])) for place in best]
+
+
+def bm25_lists(
+    passages: Mapping[str, Passage], ids: Sequence[str], queries: Sequence[Query], top_k: int, *, title: str = "BM25"
+) -> list[list[str]]:
+    """Ids of the top ``top_k`` passages of BM25 for each query, without passages that share no term with the query.
+
+    ``title`` is the title of the progress bar, which counts passages and queries.
+    """
+    lists: list[list[str]] = []
+    with progress_bar(title, len(ids) + len(queries)) as advance:
+        texts = (passages[passage_id].full_text for passage_id in ids)
+        index = WordIndex.from_texts(texts, advance=advance)
+        for candidates in rank_passages(index, ids, (query.text for query in queries), top_k):
+            lists.append([candidate.passage_id for candidate in candidates])
+            advance(1)
+    return lists
 
 
 def _hash(term: str) -> int:

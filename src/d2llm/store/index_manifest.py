@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.manifest import read_manifest, write_manifest
+from d2llm.store.stored_vectors import VectorCopies
 
 KIND = "index"
 FORMAT_VERSION = 3
-"""The newest format that can be read."""
-FORMATS: dict[int, int] = {2: 2, 1: 3}
-"""Number of vector copies -> format version, so that versions of d2llm before format 3 read what they can."""
 
 
-def write_index_manifest(folder: Path, vector_copies: int, content: Mapping[str, Any]) -> None:
-    """Write the manifest of an index with checksums of its table (``table_files``)."""
-    write_manifest(folder, KIND, FORMATS[vector_copies], {**content, "checksums": 1})
+def write_index_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest of an index."""
+    write_manifest(folder, KIND, FORMAT_VERSION, dict(content))
 
 
 def read_index_manifest(folder: Path) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def read_index_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     kinds = {"student": str, "task": str, "dim": int, "vector_format": str}
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
-    if manifest.get("vector_copies", 2) not in (1, 2):
+    if manifest.get("vector_copies") not in get_args(VectorCopies):
         wrong.append("vector_copies")
     if wrong:
         raise DataFormatError(folder / MANIFEST_NAME, f"has no valid {', '.join(wrong)}; restore it from a copy")

@@ -27,7 +27,7 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +49,7 @@ from d2llm.store.blocks import (
     table_schema,
 )
 from d2llm.store.bm25 import WordSegment
-from d2llm.store.index_manifest import FORMATS, KIND, read_index_manifest, write_index_manifest
+from d2llm.store.index_manifest import KIND, read_index_manifest, write_index_manifest
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.side_files import side_files
@@ -84,11 +84,11 @@ class IndexStore:
         self.folder = folder
         self.manifest = manifest
         self.format: VectorFormat = make_format(manifest["vector_format"], manifest["dim"])
-        self.vector_copies: VectorCopies = manifest.get("vector_copies", 2)
+        self.vector_copies: VectorCopies = manifest["vector_copies"]
         windows = manifest.get("window_format")
         self.window_format: VectorFormat | None = make_format(windows, manifest["dim"]) if windows else None
         self.vectors: StoredVectors = stored_vectors(self, self.vector_copies)
-        self.files = TableFiles(folder, expected="checksums" in manifest)
+        self.files = TableFiles(folder)
         self._lock = WriteLock(folder, self.files, self._check_identity)
 
     @classmethod
@@ -121,7 +121,7 @@ class IndexStore:
             raise InputError(f"{folder}: already exists; open it, or give another folder")
         code_size = make_format(vector_format, dim).code_size
         windows = None if window_format is None else make_format(window_format, dim)
-        if vector_copies not in FORMATS:
+        if vector_copies not in get_args(VectorCopies):
             raise InputError(f"{vector_copies!r} copies of the vectors are not supported; give 1 or 2")
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             fields = (metadata or MetadataSchema()).arrow_fields()
@@ -140,7 +140,7 @@ class IndexStore:
                 "window_format": window_format,
                 "snapshot": None,
             }
-            write_index_manifest(draft, vector_copies, content)
+            write_index_manifest(draft, content)
             TableFiles(draft).commit()
         return cls.open(folder)
 
@@ -407,7 +407,7 @@ class IndexStore:
                 for path in filter(Path.is_file, kept):
                     link_or_copy(path, draft / path.name)
                 content = {key: value for key, value in self.manifest.items() if key not in ("kind", "packages")}
-                write_index_manifest(draft, self.vector_copies, content | {"snapshot": name})
+                write_index_manifest(draft, content | {"snapshot": name})
                 TableFiles(draft).commit()
         return target
 

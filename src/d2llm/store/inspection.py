@@ -34,10 +34,9 @@ class IndexStats:
     ``projection_bytes`` is the size of one stored projection (0 if there are none; ``num_projections`` counts them),
     and ``bytes_per_passage`` covers everything including snapshots. ``ann_passages`` are in an approximate index that
     was tuned for a recall of ``ann_recall``. ``unindexed`` maps indices to the number of passages that they do not
-    cover yet; these are searched too, but more slowly. ``checksums`` is whether the table's files have checksums; for
-    an index made by an earlier d2llm, the next write adds them. ``chunking`` is how documents were chunked, if there
-    were any; ``student_name`` is the name of the student with fingerprint ``student``. ``window_format`` is the format
-    of the window vectors, None if there are none.
+    cover yet; these are searched too, but more slowly. ``chunking`` is how documents were chunked, if there were any;
+    ``student_name`` is the name of the student with fingerprint ``student``. ``window_format`` is the format of the
+    window vectors, None if there are none.
     """
 
     folder: str
@@ -65,7 +64,6 @@ class IndexStats:
     window_format: str | None
     window_bytes: int
     unindexed: dict[str, int]
-    checksums: bool
     chunking: Chunking | None = None
     student_name: str | None = None
 
@@ -77,7 +75,6 @@ class VerifyReport:
     folder: str
     version: int
     num_passages: int
-    num_vectors: int
     num_snapshots: int
     problems: list[str]
 
@@ -115,7 +112,6 @@ def stats(store: IndexStore) -> IndexStats:
         window_format=None if store.window_format is None else store.window_format.name,
         window_bytes=sum(path.stat().st_size for path in store.folder.glob("window-*")),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
-        checksums=store.files.record() is not None,
         chunking=read_chunking(store.folder),
         student_name=name_student(store.manifest["student"], store.manifest.get("student_source")),
     )
@@ -157,12 +153,10 @@ def verify(
     snapshots = store.snapshots()
     for name in snapshots:
         problems += [f"snapshot {name!r}: {problem}" for problem in _snapshot_problems(store, name, options)]
-    num_passages = 0 if table is None else len(table)
     return VerifyReport(
         folder=str(store.folder),
         version=_version_of(store) if table is None else table.version,
-        num_passages=num_passages,
-        num_vectors=num_passages,
+        num_passages=0 if table is None else len(table),
         num_snapshots=len(snapshots),
         problems=problems,
     )
@@ -202,16 +196,14 @@ def _version_of(store: IndexStore) -> int:
 
 
 def _lacking_checksums(store: IndexStore) -> Iterator[str]:
-    """Problems for files without checksums, such as those of an earlier d2llm, which cannot be compared."""
-    remedy = "the next write, or `d2llm index ... verify --repair`, adds them"
+    """A problem if LanceDB wrote the latest version directly: its files cannot be compared."""
     try:
         version, record = store.version, store.files.record()
     except DamagedFileError:
         return
-    if record is None:
-        yield f"the table's files have no checksums: an earlier d2llm made the index, or they are lost; {remedy}"
-    elif version > record.version:
-        yield f"version {version} was written by an earlier d2llm and has no checksums; {remedy}"
+    if record is not None and version > record.version:
+        remedy = "the next write, or `d2llm index ... verify --repair`, adds them"
+        yield f"version {version} was written by LanceDB directly and has no checksums; {remedy}"
 
 
 def _damages(store: IndexStore) -> list[str]:
@@ -233,7 +225,7 @@ def _repair_files(store: IndexStore, go_back: bool) -> list[str]:
     try:
         store.files.record()
     except DamagedFileError:
-        # Read without checksums, as in earlier versions; the rows' own hashes show whether they are intact.
+        # Read without checksums; the rows' own hashes show whether they are intact.
         with store.files.unchecked():
             problems = list(_table_problems(store.table()))
         if problems:
@@ -273,7 +265,7 @@ def _projections(store: IndexStore, table: PassageTable, vectors: VectorFile) ->
 def _ann_record(store: IndexStore, table: PassageTable) -> ann.AnnRecord | None:
     """The record of the approximate index of the latest vectors, if there is one."""
     try:
-        return ann.read_record(ann_path_of(store.folder, store.vectors.generation(table)))
+        return ann.read_ann_record(ann_path_of(store.folder, store.vectors.generation(table)))
     except (OSError, ValueError):
         return None
 
@@ -355,7 +347,7 @@ def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> It
     if not path.is_file():
         return
     try:
-        record = ann.read_record(path)
+        record = ann.read_ann_record(path)
         if (record.student, record.vector_format) != (store.manifest["student"], store.format.name):
             raise ValueError("it was built over other vectors; build it again")
         ann.check_file(path, record)

@@ -98,7 +98,9 @@ def files_named(content: bytes) -> VersionFiles:
     for fragment in map(_grouped, _messages(manifest, _MANIFEST["fragments"])):
         rows += (f"data/{_text(_grouped(file), 1)}" for file in _messages(fragment, _FRAGMENT["files"]))
         for deletion in map(_grouped, _messages(fragment, _FRAGMENT["deletion_file"])):
-            number, read, own = _number(fragment, 1), _number(deletion, 2), _number(deletion, _DELETION["id"])
+            number = _number(fragment, 1)
+            read = _number(deletion, 2)
+            own = _number(deletion, _DELETION["id"])
             ending = "bin" if _number(deletion, _DELETION["file_type"]) else "arrow"
             rows.append(f"_deletions/{number}-{read}-{own}.{ending}")
     indices: dict[str, list[str]] = {}

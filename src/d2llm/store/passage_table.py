@@ -29,9 +29,11 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage, is_text
-from d2llm.store.blocks import INTERNAL_COLUMNS, ROW_MASK, TEXT_COLUMNS, codes_of
+from d2llm.store.blocks import INTERNAL_COLUMNS, ROW_MASK, codes_of
+from d2llm.store.checksums import Record
 from d2llm.store.lance_manifest import manifests
 from d2llm.store.lancedb_import import import_lancedb
+from d2llm.store.schema import TEXT_COLUMNS
 from d2llm.store.storage import first_line, is_panic, storage_errors
 from d2llm.store.table_files import TableFiles
 
@@ -73,7 +75,9 @@ class PassageTable:
     def create(cls, folder: Path, schema: pa.Schema) -> PassageTable:
         """A new table without rows."""
         with storage_errors(folder):
-            return cls(folder, _connect(folder).create_table(NAME, schema=schema), TableFiles(folder))
+            files = TableFiles(folder)
+            files.replace(Record(0, {}))
+            return cls(folder, _connect(folder).create_table(NAME, schema=schema), files)
 
     @classmethod
     def open(

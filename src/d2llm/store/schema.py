@@ -18,8 +18,8 @@ from d2llm.core.types import MetadataValue, Passage
 FieldType = Literal["string", "integer", "number", "boolean", "timestamp"]
 """``integer`` is an int64, ``number`` a float64, ``timestamp`` a point in time in microseconds, stored in UTC."""
 
-RESERVED = ("id", "title", "text", "document_id", "position")
-"""Names that a metadata field may not have: the other columns of a passage."""
+TEXT_COLUMNS = ("id", "title", "text", "document_id", "position")
+"""The columns of a passage that are not metadata; a metadata field may not have these names."""
 
 FILTER_WORDS = ("AND", "OR", "NOT", "IN", "BETWEEN", "LIKE", "IS", "NULL", "TRUE", "FALSE")
 """Names that a metadata field may not have: the words of the filter language."""
@@ -221,8 +221,8 @@ def _check_name(name: object) -> None:
         problem = "a name has letters a-z, digits and _, begins with a letter, and is at most 64 characters long"
     elif name.startswith("_") or name.lower().startswith("d2_"):
         problem = "names that begin with _ or d2_ are reserved for the index itself"
-    elif name.lower() in RESERVED:
-        problem = f"these are columns of every passage: {', '.join(RESERVED)}"
+    elif name.lower() in TEXT_COLUMNS:
+        problem = f"these are columns of every passage: {', '.join(TEXT_COLUMNS)}"
     elif name.upper() in FILTER_WORDS:
         problem = f"these are words of the filter language: {', '.join(FILTER_WORDS)}"
     else:

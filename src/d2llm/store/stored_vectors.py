@@ -27,8 +27,9 @@ from d2llm.core.errors import DataFormatError, InputError, StorageError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Passage
 from d2llm.store import vector_file
-from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, codes_of
+from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, codes_of
 from d2llm.store.passage_table import PassageTable
+from d2llm.store.schema import TEXT_COLUMNS
 from d2llm.store.storage import storage_errors
 from d2llm.store.vector_file import Salvage, VectorFile, VectorRows
 

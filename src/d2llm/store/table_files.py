@@ -58,11 +58,11 @@ class TableFiles:
     Methods that read raise a ``DamagedFileError`` for a file that is missing or not what was written.
     """
 
-    def __init__(self, folder: Path, *, expected: bool = False) -> None:
-        """Args: ``expected``, whether the index must have checksums; one made by an earlier d2llm need not."""
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.table = folder / TABLE_FOLDER
-        self.expected = expected
+        self.expected = True
+        """Whether the table must have checksums; False while ``repair`` replaces lost ones."""
         self.after_crash = False
         self.ignored: frozenset[str] = frozenset()
         """Paths that are not compared because they are about to be replaced (``repair``)."""
@@ -74,7 +74,7 @@ class TableFiles:
     # Reading -------------------------------------------------------------------------------------------------------
 
     def record(self) -> Record | None:
-        """The current checksums; None if the index has none and need not have any."""
+        """The current checksums; None if they are ignored, or lost and about to be replaced."""
         path = self.folder / RECORD_NAME
         if self._trusting:
             return None
@@ -117,8 +117,8 @@ class TableFiles:
             if unfinished and time.monotonic() < end:
                 time.sleep(_LOOK_S)
             elif self.is_unfinished() == unfinished and self.record() is record:
-                writers = "an earlier d2llm, by LanceDB directly, or by a writer that is still running"
-                _log.warning("%s: version %d has no checksums; it was written by %s", self.folder, newest, writers)
+                writers = "by LanceDB directly, or by a writer that is still running"
+                _log.warning("%s: version %d has no checksums; it was written %s", self.folder, newest, writers)
                 return newest
 
     def ready(self, version: int | None = None, *, whole: bool = False) -> int | None:
@@ -138,7 +138,7 @@ class TableFiles:
                     raise  # otherwise a writer has committed in the meantime and removed old files
 
     def check(self, version: int, *, whole: bool = False) -> None:
-        """Compare the files of a version with their checksums, if they have any."""
+        """Compare the files of a version with their checksums; one that LanceDB wrote directly has none."""
         record, named = self.record(), self.named(version)
         if record is not None and named is not None:
             paths = [MANIFEST_NAME, *self._paths(record.files, named.needed)]
@@ -199,7 +199,7 @@ class TableFiles:
             self._unfinished.touch()
         try:
             record, newest = self.record(), next(iter(manifests(self.table)), None)
-            if newest is not None and (record is None or newest > record.version):
+            if newest is not None and record is not None and newest > record.version:
                 self.commit(undo=False)
             if self.after_crash and (record := self.record()) is not None:
                 self.check(record.version, whole=True)

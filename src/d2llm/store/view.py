@@ -19,13 +19,13 @@ from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
 from d2llm.core.types import Passage, Task, Ties, is_text
 from d2llm.ops.selection import top_rows
 from d2llm.store.ann import AnnBase, AnnIndex
-from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, TEXT_COLUMNS, is_as_written
+from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, is_as_written
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.projections import StoredProjections, projections_of
 from d2llm.store.scan import RowScan
-from d2llm.store.schema import MetadataSchema
+from d2llm.store.schema import TEXT_COLUMNS, MetadataSchema
 from d2llm.store.vector_file import VectorFile, VectorRows
 from d2llm.store.vector_formats import make_format
 from d2llm.store.window_vectors import WindowVectors

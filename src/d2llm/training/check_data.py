@@ -14,7 +14,7 @@ from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import BackboneConfig, StudentConfig
-from d2llm.core.shipped import shipped_models
+from d2llm.core.shipped import DEFAULT_STUDENT, shipped_models
 from d2llm.data.check import read_through
 from d2llm.data.check_leaks import near_queries
 from d2llm.data.check_report import DataReport, Languages
@@ -31,7 +31,7 @@ _NUM_LANGUAGE_TEXTS = 1000
 
 
 def check_data(
-    data: str | Path, *, tokenizer: str = "d2llm-minilm", near: float = 0.8, sample_size: int = 50_000, seed: int = 0
+    data: str | Path, *, tokenizer: str = DEFAULT_STUDENT, near: float = 0.8, sample_size: int = 50_000, seed: int = 0
 ) -> DataReport:
     """Count the contents of a data set, and look for leaks between splits, repeated or long texts, and languages.
 

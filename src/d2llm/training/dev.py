@@ -36,13 +36,15 @@ from d2llm.ops.ranking import top_k
 from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.store.bm25 import WordIndex, rank_passages
-from d2llm.training.mining.ranking import bm25_lists
+from d2llm.store.bm25 import bm25_lists
+from d2llm.training.interpolation import INTERACTION_WEIGHTS
 
-INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIRS_PER_QUERY = 10
 """A dev set of labelled pairs has this many pairs for each query that a dev set of queries would have."""
-_LEXICAL_DEPTH = 10
+LEXICAL_DEPTH = 10
+"""How many of BM25's best passages are among those that a dev query is measured or fitted on."""
+MIN_QUERIES = 30
+"""Minimum number of judged dev queries of a task; with fewer, nothing is fitted on them."""
 _MEASURE, _DEPTH = "nDCG@10", 10
 
 Scores = Sequence[NDArray[np.floating[Any]]]
@@ -177,7 +179,7 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     queries = [dataset.queries[query_id] for query_id in chosen]
     needed = {passage_id for query_id in chosen for passage_id in positives[query_id]}
     title = f"BM25 for the dev queries of {dataset.name}"
-    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, title=title)
+    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, LEXICAL_DEPTH, title=title)
     needed.update(passage_id for ids in lists for passage_id in ids)
     others = sorted(dataset.passages.keys() - needed)
     filled = rng.sample(others, max(0, min(len(others), num_passages - len(needed))))
@@ -361,8 +363,8 @@ def make_dev_lists(
     Raises:
         ModelError: the student's vectors are not finite.
     """
-    index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
-    lexical = rank_passages(index, list(dataset.passages), (query.text for query in queries), depth)
+    title = f"BM25 for the dev queries of {dataset.name}"
+    lexical = bm25_lists(dataset.passages, list(dataset.passages), queries, depth, title=title)
     nearest: list[list[str]] = [[] for _ in queries]
     if student is not None:
         nearest = _nearest(dataset, task, queries, student, depth)
@@ -372,7 +374,7 @@ def make_dev_lists(
     for query, by_words, by_vectors in zip(queries, lexical, nearest, strict=True):
         first = positives[query.id] if same_text is not None else ()
         repeats = same_text.as_any_of(first) if same_text is not None else set[str]()
-        proposed = dict.fromkeys([*first, *(candidate.passage_id for candidate in by_words), *by_vectors])
+        proposed = dict.fromkeys([*first, *by_words, *by_vectors])
         candidates[query.id] = [p for p in proposed if p in first or p not in repeats]
     passage_ids = dict.fromkeys(passage_id for ids in candidates.values() for passage_id in ids)
     return _dev_set(dataset, task, queries, candidates, passage_ids)

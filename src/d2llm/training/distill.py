@@ -11,14 +11,13 @@ from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable
-from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.recipe_file import shaping_settings
-from d2llm.core.types import EvidenceTerm, Task
+from d2llm.core.types import TASKS, EvidenceTerm, Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
-from d2llm.data.run_folder import working_folder
+from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.evidence import NO_EVIDENCE, Evidence, read_evidence, write_evidence
 from d2llm.models.student import Student
@@ -36,7 +35,7 @@ from d2llm.training.residual import AskTeacher
 from d2llm.training.word_scores import WordScores
 
 _log = logging.getLogger(__name__)
-_NO_TEACHER = TeacherIdentity("none", {"symmetric": "none", "asymmetric": "none"})
+_NO_TEACHER = TeacherIdentity("none", dict.fromkeys(TASKS, "none"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ def distill(
         LabelMismatchError: the store has only labels of another teacher or prompt.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
-    if (folder / MANIFEST).is_file():
+    if is_finished(folder):
         raise InputError(f"{folder}: already holds a finished student; give another folder, or delete it to start over")
     check_replaceable(folder, KIND)
     check_sources(sources)

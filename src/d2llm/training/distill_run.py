@@ -102,8 +102,13 @@ class DistillRun:
         ``settings`` is JSON with everything that affects the run; a checkpoint with other settings is from another run.
         ``ask_teacher`` is called if ``training.unjudged`` is "ask_teacher".
         """
-        self.student, self.recipe, self.sources, self.dev_sets = student, recipe, sources, dev_sets
-        self.settings, self.folder, self.processes = settings, folder, processes
+        self.student = student
+        self.recipe = recipe
+        self.sources = sources
+        self.dev_sets = dev_sets
+        self.settings = settings
+        self.folder = folder
+        self.processes = processes
         self.ask_teacher = ask_teacher
         self.folder.mkdir(parents=True, exist_ok=True)
         self.has_stages = _has_stages(student, recipe)

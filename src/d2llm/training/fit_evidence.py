@@ -31,10 +31,8 @@ from d2llm.retrieval.row_evidence import scored_list
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.vector_formats import make_format
 from d2llm.store.window_vectors import WindowVectors
-from d2llm.training.dev import dev_queries
+from d2llm.training.dev import MIN_QUERIES, dev_queries
 
-MIN_QUERIES = 30
-"""Minimum number of judged dev queries of a task; with fewer, nothing is fitted."""
 LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
 """How many of the best passages by words and by vectors are in a query's list; minimum number of passages encoded."""
 WORTH_READING = 0.002

@@ -19,12 +19,10 @@ from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import score_pairs
-from d2llm.training.mining.ranking import bm25_lists
+from d2llm.store.bm25 import bm25_lists
+from d2llm.training.dev import LEXICAL_DEPTH, MIN_QUERIES
 
-MIN_QUERIES = 30
-"""Minimum number of judged dev queries of a task; with fewer, nothing is fitted."""
 NUM_HARD, NUM_RANDOM = 1, 8
-_LEXICAL_DEPTH = 10
 _POOL = 256  # passages of a corpus that the random ones are drawn from, so that few have to be encoded
 
 _remarks = logging.getLogger("d2llm.remarks")
@@ -113,7 +111,7 @@ def _draw(
         return {}
     title = f"BM25 for calibrating on {dataset.name}"
     queries = [dataset.queries[query_id] for query_id in positives]
-    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, _LEXICAL_DEPTH, title=title)
+    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, LEXICAL_DEPTH, title=title)
     same_text = SameText(dataset)
     pool = rng.sample(sorted(dataset.passages), min(_POOL, len(dataset.passages)))
     drawn: dict[str, list[str]] = {}

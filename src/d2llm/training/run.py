@@ -4,8 +4,8 @@
     run.finish()
 
 runs every step that is not finished, so the same call continues after an interruption. Each step can also be run alone,
-and ``evaluate``, which ``finish`` does not run. ``again`` repeats a step and keeps the earlier result aside. Results
-made with other settings than the recipe's are kept, with a warning.
+and ``evaluate`` and ``ablate``, which ``finish`` does not run. ``again`` repeats a step and keeps the earlier result
+aside. Results made with other settings than the recipe's are kept, with a warning.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe
     from d2llm.evaluation.report import EvaluationReport
     from d2llm.evaluation.setting import EvaluationSettings
     from d2llm.models.student import Student
+    from d2llm.training.ablation.report import AblationReport
     from d2llm.training.distill import DistillReport
     from d2llm.training.gate import FirstLook, GateReport
     from d2llm.training.label import LabelReport
@@ -414,6 +415,45 @@ class Run:
             )
         return reports
 
+    @_shows_progress
+    def ablate(
+        self,
+        variants: Sequence[str] | None = None,
+        *,
+        num_seeds: int = 3,
+        max_queries: int | None = None,
+        epochs: int | None = None,
+        budget_minutes: float | None = None,
+    ) -> AblationReport:
+        """Train the recipe and its variants on the plans and labels, and compare them (``training.ablation.ablate``).
+
+        Args:
+            variants: names from ``core.variants``; None means all.
+            num_seeds: number of seeds, counting up from the recipe's.
+            max_queries: train on a random sample of this many queries of each plan.
+            epochs: number of epochs, instead of the recipe's.
+            budget_minutes: start no training after this many minutes; a later call continues. 0 only reports.
+        """
+        for name in variants or ():
+            find_variant(name)  # fails before data and labels are read
+        from d2llm.training.ablation.ablate import ablate
+
+        self.require_plans()
+        return ablate(
+            self.parts.sources(self.recipe),
+            self.parts.path / "ablation",
+            recipe=self.recipe,
+            labels=self.parts.labels,
+            teacher=self.teacher,
+            closed_gates=self.closed_gates() if self.recipe.losses.imitates else [],
+            variants=variants,
+            num_seeds=num_seeds,
+            max_queries=max_queries,
+            epochs=epochs,
+            budget_minutes=budget_minutes,
+            **self._computing,
+        )
+
     # What the steps share --------------------------------------------------------------------------------------------
 
     @property
@@ -477,7 +517,7 @@ class Run:
                 f"the teacher is not better than the cosine on {', '.join(closed)} (gate.json), and the recipe says to "
                 "stop in that case (gate.when_closed); use a better teacher, or set gate.when_closed to 'labels'"
             )
-        _remarks.info("distill: the gate is closed for %s: using the data sets' own judgements", ", ".join(closed))
+        _remarks.info("the gate is closed for %s: using the data sets' own judgements", ", ".join(closed))
         return closed
 
     def put_aside(self, verb: str, folder: Path) -> None:
@@ -525,17 +565,19 @@ class Run:
         the teacher that would be used now, if that matters. ``as_mined``: it is made from the plans before a tuned
         teacher filters them; a plan that the run's teacher has filtered is then not compared.
         """
-        made_from = manifest_of(folder).get("settings", {})
-        changes = changed_settings(made_from.get("recipe", {}), recipe)
+        made_from = manifest_of(folder).get("settings")
+        if made_from is None:  # made elsewhere and copied here, such as a shipped student
+            return
+        changes = changed_settings(made_from["recipe"], recipe)
         for data in self.recipe.data:
             place = self.parts.plan(data) if as_mined else self.parts.final_plan(self.recipe, data)
             plan = manifest_of(place) if is_finished(place) else {}
             if as_mined and "teacher" in plan and plan["teacher"] == self._teacher_fingerprint():
                 continue
             name, content = plan.get("dataset"), plan.get("content_hash")
-            if made_from.get("plans", {}).get(name, content) != content:
+            if made_from["plans"].get(name) != content:
                 changes.append(f"the plan of {name}")
-        if teacher is not None and made_from.get("teacher", teacher) != teacher:
+        if teacher is not None and made_from["teacher"] != teacher:
             changes.append("the teacher")
         if changes:
             _log.warning(

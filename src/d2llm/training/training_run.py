@@ -82,11 +82,10 @@ def load_checkpoint(folder: Path, *, settings: Mapping[str, Any]) -> Checkpoint 
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it to restart the run") from error
     saved_settings = json.loads(metadata.get("settings", "{}"))
-    if saved_settings != json.loads(json.dumps(settings)):
-        changes = ", ".join(changed_settings(saved_settings, settings)) or "it was written by another version of d2llm"
+    if changes := changed_settings(saved_settings, json.loads(json.dumps(settings))):
         raise InputError(
-            f"{path} belongs to a run with other settings: {changes}; finish that run with its own settings, or start "
-            "over: with --again on the command line, or in another folder"
+            f"{path} belongs to a run with other settings: {', '.join(changes)}; finish that run with its own "
+            "settings, or start over: with --again on the command line, or in another folder"
         )
     return Checkpoint(
         step=int(metadata["step"]),

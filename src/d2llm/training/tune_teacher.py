@@ -18,13 +18,12 @@ from torch.nn import functional
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
-from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import TeacherConfig, TeacherTuningConfig
 from d2llm.core.recipe_file import tuning_settings
 from d2llm.core.types import Task
 from d2llm.data.plan import TrainingPlan
-from d2llm.data.run_folder import working_folder
+from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
 from d2llm.models.device import choose_dtype, tokens_at_a_time
 from d2llm.models.interaction import TASKS
@@ -101,7 +100,7 @@ def tune_teacher(
             this kind of teacher cannot be tuned, or the plans are too small to hold queries out.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
-    if (folder / MANIFEST).is_file():
+    if is_finished(folder):
         raise InputError(f"{folder}: already holds a finished teacher; give another folder, or delete it to start over")
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder}: holds files that do not belong to a teacher; give a new or empty folder")
@@ -164,8 +163,13 @@ class _TuningRun:
         seed: int,
     ) -> None:
         """Begin a run, or resume the one whose checkpoint is in ``folder``."""
-        self.model, self.batches, self.dev_pairs, self.tuning = model, batches, dev_pairs, tuning
-        self.folder, self.settings, self.seed = folder, settings, seed
+        self.model = model
+        self.batches = batches
+        self.dev_pairs = dev_pairs
+        self.tuning = tuning
+        self.folder = folder
+        self.settings = settings
+        self.seed = seed
         self.losses: list[float] = []
         self.num_truncated = 0
         self.num_finished = 0
@@ -347,7 +351,7 @@ def _epoch_batches(pairs: list[TrainingPair], tuning: TeacherTuningConfig, seed:
     for epoch in range(tuning.epochs):
         rng = random.Random(f"{seed}:{epoch}")
         epoch_batches: list[list[TrainingPair]] = []
-        for task in ("symmetric", "asymmetric"):
+        for task in TASKS:
             task_pairs = [pair for pair in pairs if pair.task == task]
             if not task_pairs:
                 continue

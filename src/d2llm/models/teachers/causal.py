@@ -35,7 +35,7 @@ _Split = tuple[tuple[int, ...], list[int]]
 """An input in two parts: the prefix that it may share with others (everything before the passage), and the rest."""
 
 
-class Teacher(LocalTeacher):
+class CausalTeacher(LocalTeacher):
     """A causal LLM as a cross-encoder: one pass per pair, the answer read at the score token, nothing generated.
 
     Everything before the passage is read once per query and shared by all its candidates (``shared_prefix``).

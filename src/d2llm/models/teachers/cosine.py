@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest
-from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig, TeacherConfig
+from d2llm.core.recipe import BackboneConfig, StudentConfig, TeacherConfig, untuned_config
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import TASKS, Task
 from d2llm.models.backbone import TextKind
+from d2llm.models.pair_scores import score_by_query
 from d2llm.models.sources import find_model, fingerprint_model
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
@@ -87,15 +88,9 @@ class CosineTeacher:
         """Score pairs by their vectors; ``advance`` is called with the number of pairs of each query."""
         queries, num_query_tokens = self._encode([query for query, _ in pairs], "query")
         passages, num_passage_tokens = self._encode([passage for _, passage in pairs], "passage")
-        rows: dict[str, list[int]] = {}
-        for row, (query, _) in enumerate(pairs):
-            rows.setdefault(query, []).append(row)
-        log_odds = np.empty(len(pairs), np.float32)
-        for query, query_rows in rows.items():
-            vectors = np.stack([passages[pairs[row][1]].vector for row in query_rows])
-            log_odds[query_rows] = self.student.score(queries[query].vector, vectors, task)
-            if advance is not None:
-                advance(len(query_rows))
+        query_vectors = {text: encoded.vector for text, encoded in queries.items()}
+        passage_vectors = {text: encoded.vector for text, encoded in passages.items()}
+        log_odds = score_by_query(self.student, pairs, query_vectors, passage_vectors, task, advance)
         num_truncated = sum(queries[query].is_cut or passages[passage].is_cut for query, passage in pairs)
         return Judgements(log_odds, None, num_truncated, num_query_tokens + num_passage_tokens)
 
@@ -130,11 +125,7 @@ def _is_student(model: str) -> bool:
 
 
 def _plain_student(model: str) -> StudentConfig:
-    return StudentConfig(
-        backbone=BackboneConfig(model=model, tuning="frozen"),
-        pooling=PoolingConfig(method="backbone"),
-        interaction=InteractionConfig(head="cosine"),
-    )
+    return untuned_config(StudentConfig(backbone=BackboneConfig(model=model)))
 
 
 def _question(task: Task) -> str:

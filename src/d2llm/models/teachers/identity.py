@@ -34,7 +34,7 @@ class TeacherIdentity:
 
 
 def find_tuned_teacher(model: str) -> Path | None:
-    """The folder of a tuned teacher that ``Teacher.save`` wrote, or of a shipped teacher; None if it is neither."""
+    """The folder of a tuned teacher (``CausalTeacher.save``) or of a shipped teacher; None if it is neither."""
     if (Path(model) / FILE_NAME).is_file():
         return Path(model)
     return shipped_models("teachers").get(model)

@@ -105,7 +105,7 @@ def _teacher_class(config: TeacherConfig) -> Any:
 
 
 _CLASSES = {
-    "causal": ("causal", "Teacher"),
+    "causal": ("causal", "CausalTeacher"),
     "seq2seq": ("seq2seq", "Seq2SeqTeacher"),
     "classifier": ("classifier", "ClassifierTeacher"),
     "remote": ("remote", "RemoteTeacher"),

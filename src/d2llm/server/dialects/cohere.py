@@ -23,7 +23,7 @@ from d2llm.server.dialects.shared import (
     check_size,
     cut_warnings,
     errors,
-    find_model,
+    require_model,
     rerank_results,
     score_header,
     status_of,
@@ -99,7 +99,7 @@ router = APIRouter(tags=["Cohere"], responses=errors(CohereError))
 async def rerank(body: CohereRerankRequest, services: TheServices) -> FastJSONResponse:
     """Rank documents by how well they answer a query."""
     models = services.models
-    find_model(models, body.model)
+    require_model(models, body.model)
     check_size(services, body.query, "query")
     check_size(services, body.documents, "documents")
     check_limit(body.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")

@@ -25,8 +25,8 @@ from d2llm.server.dialects.shared import (
     check_size,
     cut_warnings,
     errors,
-    find_model,
     refuse_cut,
+    require_model,
     rerank_results,
     score_header,
     status_of,
@@ -124,7 +124,7 @@ router = APIRouter(tags=["Jina"], responses=errors(JinaError))
 async def rerank(body: JinaRerankRequest, services: TheServices) -> FastJSONResponse:
     """Rank documents by how well they answer a query."""
     models = services.models
-    find_model(models, body.model)
+    require_model(models, body.model)
     body.check_limits(models)
     if body.return_embeddings:
         raise invalid("return_embeddings: the answer has no vectors; use /v1/embeddings", "return_embeddings")

@@ -29,8 +29,8 @@ from d2llm.server.dialects.shared import (
     check_size,
     embed,
     errors,
-    find_model,
     refuse_cut,
+    require_model,
     status_of,
     texts_cut,
     unit_length,
@@ -119,7 +119,7 @@ router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIError))
 async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSONResponse:
     """Embed texts as vectors of length 1."""
     models = services.models
-    kind = _kind_of(find_model(models, body.model, suffixes=True), body.input_type)
+    kind = _kind_of(require_model(models, body.model, suffixes=True), body.input_type)
     texts = as_list(body.input)
     check_size(services, body.input, "input")
     check_dimensions(body.dimensions, models)
@@ -151,7 +151,7 @@ async def list_models(services: TheServices) -> ModelsAnswer:
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, services: TheServices) -> Model:
     """Get a model by its name."""
-    find_model(services.models, model, suffixes=True)
+    require_model(services.models, model, suffixes=True)
     return Model(id=model)
 
 

@@ -119,7 +119,7 @@ def status_of(problem: Problem, invalid: int) -> int:
     return invalid if is_about_content else problem.status
 
 
-def find_model(models: ModelService, name: str | None, *, suffixes: bool = False) -> TextKind | None:
+def require_model(models: ModelService, name: str | None, *, suffixes: bool = False) -> TextKind | None:
     """Check the name of a model; returns the kind of texts given by its suffix (":query"), or None.
 
     Raises:

@@ -25,8 +25,8 @@ from d2llm.server.dialects.shared import (
     as_list,
     check_size,
     errors,
-    find_model,
     refuse_cut,
+    require_model,
     score_header,
     status_of,
     texts_cut,
@@ -108,7 +108,7 @@ router = APIRouter(tags=["vLLM"], responses=errors(VLLMError))
 async def score(body: ScoreRequest, services: TheServices) -> FastJSONResponse:
     """Score how well passages answer queries, pair by pair."""
     models = services.models
-    find_model(models, body.model)
+    require_model(models, body.model)
     body.check_limits(models)
     queries, passages = as_list(body.text_1), as_list(body.text_2)
     check_size(services, body.text_1, "text_1")

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -16,13 +16,12 @@ from typing import Any
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.files import write_json
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import Recipe, TeacherConfig
 from d2llm.core.variants import VARIANTS, find_variant
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import TrainingPlan
-from d2llm.data.run_folder import working_folder
+from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.student import Student
@@ -48,6 +47,7 @@ DEV_QUERIES = 500
 # chose their best step, unlike runs with other seeds.
 _MEASURING_SEED = 1_000_003
 _RECORD_VERSION = 1
+_remarks = logging.getLogger("d2llm.remarks")
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +61,7 @@ class RunSettings:
     place: Path
     labels: Path
     teacher: TeacherConfig
+    closed_gates: Collection[str]
     device: str | None
     dtype: str | None
 
@@ -87,7 +88,7 @@ def _record(student: Path) -> Path:
 def read_result(shared: RunSettings, name: str, seed: int) -> RunResult | None:
     """The result of an earlier call; None if there is none, or if it was measured on other queries."""
     student = shared.student(name, seed)
-    if not _record(student).is_file() or not (student / MANIFEST).is_file():
+    if not _record(student).is_file() or not is_finished(student):
         return None
     record = json.loads(_record(student).read_text(encoding="utf-8"))
     result = RunResult(**record["result"]) if record.get("measured_on") == shared.measured_on else None
@@ -98,13 +99,14 @@ def read_result(shared: RunSettings, name: str, seed: int) -> RunResult | None:
 def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int) -> RunResult:
     """Train one student, unless an earlier call has done so, and measure the student in its folder."""
     folder = shared.student(name, seed)
-    if not (folder / MANIFEST).is_file():
+    if not is_finished(folder):
         distill(
             shared.sources,
             folder,
             recipe=recipe.model_copy(update={"seed": seed}),
             labels=shared.labels,
             teacher=shared.teacher,
+            closed_gates=shared.closed_gates if recipe.losses.imitates else (),
             device=shared.device,
             dtype=shared.dtype,
         )
@@ -146,6 +148,7 @@ def ablate(
     recipe: Recipe,
     labels: Path,
     teacher: TeacherConfig,
+    closed_gates: Collection[str] = (),
     variants: Sequence[str] | None = None,
     num_seeds: int = 3,
     max_queries: int | None = None,
@@ -154,7 +157,6 @@ def ablate(
     dev_queries: int = DEV_QUERIES,
     device: str | None = None,
     dtype: str | None = None,
-    announce: Callable[[str], None] | None = None,
 ) -> AblationReport:
     """Train a recipe and its variants over the same seeds, and measure all of them on the same dev queries.
 
@@ -176,6 +178,7 @@ def ablate(
         recipe: the recipe; its seed is the first.
         labels: the label store that ``label`` wrote; not needed if the recipe has no imitation loss.
         teacher: the teacher whose labels to use.
+        closed_gates: data sets whose labels of the teacher are not used, as in ``distill``.
         variants: names from ``core.variants``; None means all.
         num_seeds: number of seeds, counting up from the recipe's.
         max_queries: train on a random sample of this many queries of each plan, the same for all runs; a larger sample
@@ -186,7 +189,6 @@ def ablate(
             fewer.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
-        announce: called with one line when a run starts; by default the line is logged.
 
     Raises:
         RecipeError: a variant is unknown (the message suggests the nearest).
@@ -198,16 +200,17 @@ def ablate(
     _check_numbers(num_seeds, max_queries, epochs, budget_minutes, dev_queries)
     recipes, same = _distinct(_shortened(recipe, max_queries, epochs), VARIANTS if variants is None else variants)
     check_sources(sources)
-    labelled = _labelled(sources, labels, teacher) if recipe.losses.imitates else None
+    labelled = _labelled(sources, labels, teacher, closed_gates) if recipe.losses.imitates else None
     notes = list(_left_out(recipe, sources, labelled))
     sources = _training_queries(recipe, sources, labelled, max_queries)
     dev_sets = [
         make_dev_set(source, num_queries=dev_queries, num_passages=recipe.training.dev_passages, seed=_MEASURING_SEED)
         for source in sources
     ]
-    settings = _settings(recipes[BASE], sources, labelled, teacher, device, dtype)
+    settings = _settings(recipes[BASE], sources, labelled, teacher, closed_gates, device, dtype)
     place = folder / fingerprint_json(settings)
-    shared = RunSettings(sources, dev_sets, fingerprint_sets(dev_sets), place, labels, teacher, device, dtype)
+    measured_on = fingerprint_sets(dev_sets)
+    shared = RunSettings(sources, dev_sets, measured_on, place, labels, teacher, closed_gates, device, dtype)
     seeds = range(recipe.seed, recipe.seed + num_seeds)
     runs = [(name, seed) for seed in seeds for name in recipes]
     results = {run: result for run in runs if (result := read_result(shared, *run)) is not None}
@@ -215,7 +218,7 @@ def ablate(
     if waiting:
         write_json(place / "settings.json", settings)
     deadline = math.inf if budget_minutes is None else started + 60 * budget_minutes
-    new, missing, failed = _train_waiting(shared, recipes, waiting, deadline, announce or _log.info)
+    new, missing, failed = _train_waiting(shared, recipes, waiting, deadline)
     results |= new
     base, rows = summarise([name for name in recipes if name != BASE], [results[run] for run in runs if run in results])
     sets = tuple(_measured_set(dev, source) for dev, source in zip(dev_sets, sources, strict=True))
@@ -279,13 +282,18 @@ def _distinct(base: Recipe, variants: Iterable[str]) -> tuple[dict[str, Recipe],
     return recipes, same
 
 
-def _labelled(sources: Sequence[TrainingSource], labels: Path, teacher: TeacherConfig) -> list[set[str]]:
-    """The queries of each plan that have all their labels."""
-    if not (labels / MANIFEST).is_file():
+def _labelled(
+    sources: Sequence[TrainingSource], labels: Path, teacher: TeacherConfig, closed_gates: Collection[str]
+) -> list[set[str]]:
+    """The queries of each plan that have all the labels they need: none if the data set's gate is closed."""
+    if not is_finished(labels) and not all(source.dataset.name in closed_gates for source in sources):
         raise InputError(f"{labels}: there are no labels yet; run `d2llm label` with this recipe first")
     identity = identify_judge(teacher)
     labelled: list[set[str]] = []
     for source in sources:
+        if source.dataset.name in closed_gates:
+            labelled.append({entry.query_id for entry in source.plan.entries})
+            continue
         key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
         store = LabelStore.open_for_reading(labels, **key)
         labelled.append({e.query_id for e in source.plan.entries if not store.missing(e.query_id, e.passage_ids)})
@@ -333,6 +341,7 @@ def _settings(
     sources: Sequence[TrainingSource],
     labelled: Sequence[set[str]] | None,
     teacher: TeacherConfig,
+    closed_gates: Collection[str],
     device: str | None,
     dtype: str | None,
 ) -> dict[str, Any]:
@@ -341,7 +350,7 @@ def _settings(
     plans = [{entry.query_id for entry in source.plan.entries} for source in sources]
     counts = None if labelled is None else [len(a & b) for a, b in zip(plans, labelled, strict=True)]
     target = choose_device(device)
-    return {
+    settings = {
         "recipe": base.model_dump(mode="json", exclude={"name", "seed", "teacher", "teacher_tuning", "mining"}),
         "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
         "teacher": None if identity is None else [identity.fingerprint, dict(identity.prompts)],
@@ -349,6 +358,8 @@ def _settings(
         "device": target.type,
         "dtype": str(choose_dtype(target, dtype)).removeprefix("torch."),
     }
+    closed = sorted({source.dataset.name for source in sources} & set(closed_gates)) if labelled is not None else []
+    return settings | ({"closed_gates": closed} if closed else {})  # runs without closed gates keep their fingerprint
 
 
 def _measured_set(dev: DevSet, source: TrainingSource) -> MeasuredSet:
@@ -361,7 +372,6 @@ def _train_waiting(
     recipes: Mapping[str, Recipe],
     waiting: Sequence[tuple[str, int]],
     deadline: float,
-    announce: Callable[[str], None],
 ) -> tuple[dict[tuple[str, int], RunResult], list[tuple[str, int]], list[FailedRun]]:
     """Train and measure the waiting runs (variant, seed); returns the results, those left for later, and failures."""
     results: dict[tuple[str, int], RunResult] = {}
@@ -370,13 +380,13 @@ def _train_waiting(
     seconds: list[float] = []
     for number, (name, seed) in enumerate(waiting):
         begun = time.monotonic()
-        is_trained = (shared.student(name, seed) / MANIFEST).is_file()  # an earlier call was killed before measuring
+        is_trained = is_finished(shared.student(name, seed))  # an earlier call was killed before measuring
         if not is_trained and begun >= deadline:
             missing.append((name, seed))
             continue
         minutes_left = fmean(seconds) * (len(waiting) - number) / 60 if seconds else None
         left = "" if minutes_left is None else f", about {max(1.0, minutes_left):,.0f} min left"
-        announce(f"ablate: run {number + 1:,} of {len(waiting):,}: {name}, seed {seed}{left}")
+        _remarks.info("ablate: run %d of %d: %s, seed %d%s", number + 1, len(waiting), name, seed, left)
         try:
             results[name, seed] = train_and_measure(shared, recipes[name], name, seed)
         except D2LLMError as error:

@@ -130,12 +130,12 @@ class Selection:
     dropped: list[Dropped] = field(default_factory=list[Dropped])
 
 
-Check = Callable[[Selection, NegativeCandidate], Dropped | None]
+CandidateCheck = Callable[[Selection, NegativeCandidate], Dropped | None]
 """Returns why a candidate is dropped, or None."""
 
 
 def select(
-    selections: Sequence[Selection], num_hard: int, checks: Sequence[Check], teacher: TeacherCheck | None
+    selections: Sequence[Selection], num_hard: int, checks: Sequence[CandidateCheck], teacher: TeacherCheck | None
 ) -> None:
     """Try the candidates of some queries until each has ``num_hard`` negatives or no candidate is left.
 
@@ -165,7 +165,7 @@ def select(
         ]
 
 
-def near_duplicate_check(passages: Mapping[str, Passage], threshold: float) -> Check:
+def near_duplicate_check(passages: Mapping[str, Passage], threshold: float) -> CandidateCheck:
     """A check that drops candidates whose likeness to a positive's text is above ``threshold`` (see ``likeness``)."""
     positive_shingles: dict[str, list[frozenset[str]]] = {}
 
@@ -180,7 +180,7 @@ def near_duplicate_check(passages: Mapping[str, Passage], threshold: float) -> C
     return check
 
 
-def relative_margin_check(ranking: EncoderRanking, margin: float) -> Check:
+def relative_margin_check(ranking: EncoderRanking, margin: float) -> CandidateCheck:
     """A check that drops candidates with a score above mean - margin * |mean|, the mean being over the positives."""
     limits: dict[str, float] = {}
 
@@ -196,7 +196,7 @@ def relative_margin_check(ranking: EncoderRanking, margin: float) -> Check:
     return check
 
 
-def _propose(item: Selection, num_missing: int, checks: Sequence[Check]) -> list[NegativeCandidate]:
+def _propose(item: Selection, num_missing: int, checks: Sequence[CandidateCheck]) -> list[NegativeCandidate]:
     proposed: list[NegativeCandidate] = []
     while len(proposed) < num_missing and item.num_tried < len(item.candidates):
         candidate = item.candidates[item.num_tried]
@@ -275,7 +275,7 @@ def choose(
     The draw of a query depends on ``seeds`` and its id. The teacher judges candidates for its margin; ``audit`` records
     every query.
     """
-    checks: list[Check] = []
+    checks: list[CandidateCheck] = []
     if config.near_duplicate < 1:
         checks.append(near_duplicate_check(dataset.passages, config.near_duplicate))
     if config.relative_margin is not None:

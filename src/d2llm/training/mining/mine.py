@@ -18,9 +18,10 @@ from d2llm.data.plan import PlanEntry
 from d2llm.data.same_text import SameText
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
+from d2llm.store.bm25 import bm25_lists
 from d2llm.training.mining.audit import Audit
 from d2llm.training.mining.choose import DatasetJudgements, Ranked, choose, draw_easy, key_of, random_of, work_folder
-from d2llm.training.mining.ranking import EncoderRanking, Lists, bm25_lists
+from d2llm.training.mining.ranking import EncoderRanking, Lists
 from d2llm.training.mining.teacher import TeacherCheck
 
 _log = logging.getLogger(__name__)

@@ -211,10 +211,7 @@ def _compare_settings(
     made_with = manifest.get("settings")
     if made_with is None:
         return
-    # A plan written by another version may lack new settings or have removed ones, so compare only the common settings.
-    before, now = made_with["mining"], mining.model_dump(mode="json")
-    made_with = made_with | {"mining": now | {name: before[name] for name in before.keys() & now.keys()}}
-    if teacher is None and before.get("teacher_margin") is None and run.recipe.filters_with_tuned_teacher:
+    if teacher is None and made_with["mining"]["teacher_margin"] is None and run.recipe.filters_with_tuned_teacher:
         mining = _without_margin(mining)
     changed = [name for name, value in _settings(run, data, mining).items() if made_with.get(name) != value]
     if teacher is not None and manifest.get("teacher") != teacher:

@@ -22,30 +22,13 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, Task
 from d2llm.ops.selection import ids_at, nearest_rows, top_rows
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
-from d2llm.store.bm25 import WordIndex, rank_passages
+from d2llm.retrieval.upserting import BLOCK_PASSAGES
 
 _RESCORED = 4  # candidates by inner product per entry of a list by the full score
 _MIN_RESCORED = 200
 
 Lists = list[list[str]]
 """For each query, the ids of its passages, best first."""
-
-
-def bm25_lists(
-    passages: Mapping[str, Passage], ids: Sequence[str], queries: Sequence[Query], top_k: int, *, title: str = "BM25"
-) -> Lists:
-    """The top ``top_k`` passages of BM25 for each query, without passages that share no term with the query.
-
-    ``title`` is the title of the progress bar, which counts passages and queries.
-    """
-    lists: Lists = []
-    with progress_bar(title, len(ids) + len(queries)) as advance:
-        texts = (passages[passage_id].full_text for passage_id in ids)
-        index = WordIndex.from_texts(texts, advance=advance)
-        for candidates in rank_passages(index, ids, (query.text for query in queries), top_k):
-            lists.append([candidate.passage_id for candidate in candidates])
-            advance(1)
-    return lists
 
 
 class EncoderRanking:
@@ -102,10 +85,6 @@ class EncoderRanking:
         anchors = self._student.anchor_queries(self._queries, self._task)
         # Sorted rows, so that the vectors are read from the file sequentially.
         return [np.sort(rows) for rows in nearest_rows(anchors, self._vectors, top_k, self._ids)]
-
-
-BLOCK_PASSAGES = 2_048
-"""Number of passages encoded at a time, and the most that an interruption can lose."""
 
 
 def encode_to_file(

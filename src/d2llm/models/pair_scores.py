@@ -1,0 +1,46 @@
+"""Scores of (query, passage) pairs from the vectors of their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.types import Task
+
+
+@runtime_checkable
+class VectorScorer(Protocol):
+    """Scores passages for a query from their vectors (``Student`` does)."""
+
+    def score(
+        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
+    ) -> NDArray[np.float32]:
+        """[dim], [n, dim] -> logits [n]."""
+        ...
+
+
+def score_by_query(
+    student: VectorScorer,
+    pairs: Sequence[tuple[str, str]],
+    queries: Mapping[str, NDArray[np.float32]],
+    passages: Mapping[str, NDArray[np.float32]],
+    task: Task,
+    advance: Callable[[int], None] | None = None,
+) -> NDArray[np.float32]:
+    """Logits [n] of pairs, all of a query's pairs at once, from the vector [dim] of each query and of each passage.
+
+    ``advance`` is called with the number of pairs of each query.
+    """
+    places_of: dict[str, list[int]] = {}
+    for place, (query, _) in enumerate(pairs):
+        places_of.setdefault(query, []).append(place)
+    scores = np.empty(len(pairs), np.float32)
+    for query, places in places_of.items():
+        vectors = np.stack([passages[pairs[place][1]] for place in places])
+        scores[places] = student.score(queries[query], vectors, task)
+        if advance is not None:
+            advance(len(places))
+    return scores
