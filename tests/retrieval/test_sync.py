@@ -10,6 +10,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Passage, Section, SectionedPassage
 from d2llm.data import documents
 from d2llm.models.student import Student
+from d2llm.retrieval import upserting
 from d2llm.retrieval.chunking import Chunker, Chunking
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.sync import sync_documents
@@ -47,9 +48,9 @@ def test_pieces_have_the_headings_they_are_under(student):
     sections = (Section("the cat", ("Animals",), 1), Section("the river", ("Nature", "Water"), 2))
     document = SectionedPassage("d", "", "Animals", metadata={"path": "d"}, sections=sections)
     first, second = Chunker(student, Chunking(24)).split(document)
-    assert (first.id, first.title, first.metadata) == ("d#1", "Animals", {"path": "d", "page": 1})
+    assert (first.id, first.title, first.metadata) == ("d#1", "Animals", {"path": "d", "page": 1, "num_passages": 2})
     assert (second.id, second.title, second.position) == ("d#2", "Animals > Nature > Water", 2)
-    assert second.metadata == {"path": "d", "page": 2, "heading": "Nature > Water"}
+    assert second.metadata == {"path": "d", "page": 2, "heading": "Nature > Water", "num_passages": 2}
 
 
 def test_only_changes_are_read(index, folder, monkeypatch):
@@ -102,6 +103,31 @@ def test_an_interrupted_sync_continues(index, folder, monkeypatch):
             sync_documents(index, [folder])
     sync_documents(index, [folder])
     assert contents(index).keys() == {"a.md#1", "a.md#2", "b.txt", "c.txt"}
+
+
+def test_a_document_written_in_part_is_read_again(index, folder, monkeypatch):
+    """Each passage is a commit here, and the process ends after the first of the document's two."""
+    original = upserting._write_block
+
+    def ends(store, student, block, report, *args, **options):
+        if block[0].id == "a.md#2":
+            raise KeyboardInterrupt
+        return original(store, student, block, report, *args, **options)
+
+    monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(upserting, "_write_block", ends)
+        with pytest.raises(KeyboardInterrupt):
+            sync_documents(index, [folder])
+    assert contents(index).keys() == {"a.md#1"}
+    sync_documents(index, [folder])
+    assert contents(index).keys() == {"a.md#1", "a.md#2", "b.txt", "c.txt"}
+
+
+def test_whole_documents(index, folder):
+    sync_documents(index, [folder], chunking=Chunking(None))
+    assert contents(index).keys() == {"a.md", "b.txt", "c.txt"}
+    assert sync_documents(index, [folder]).num_unchanged == 3
 
 
 def test_a_folder_without_documents_deletes_nothing(index, folder, tmp_path):

@@ -71,7 +71,8 @@ class Chunker:
         than the student reads; the truncated ones are counted when they are encoded.
 
         A document with sections is split section by section. The title of a piece then also has the section's headings,
-        and its metadata have them as ``heading``, and the ``page`` if there is one.
+        and its metadata have them as ``heading``, the ``page`` if there is one, and ``num_passages``, the number of
+        pieces of the document.
         """
         if self.chunking.chunk_tokens is None or document.document_id not in ("", document.id):
             return [document]
@@ -105,11 +106,12 @@ class Chunker:
                 metadata["page"] = section.page
             title = HEADING_SEPARATOR.join([name for name in (document.title, *headings) if name])
             pieces += self.split(Passage(document.id, section.text, title, metadata=metadata))
+        counted = [replace(piece, metadata={**piece.metadata, "num_passages": len(pieces)}) for piece in pieces]
         if len(pieces) == 1:
-            return pieces
+            return counted
         return [
             replace(piece, id=piece_id(document.id, n), document_id=document.id, position=n)
-            for n, piece in enumerate(pieces, start=1)
+            for n, piece in enumerate(counted, start=1)
         ]
 
     def _splitter(self, title: str, chunk_tokens: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -68,12 +69,21 @@ def sync_documents(
     return SyncReport(len(found.files), len(unchanged), found.num_other, gone, tuple(changed.skipped), written)
 
 
-def _known_files(index: Index) -> dict[str, tuple[datetime, int]]:
-    """The documents of an index that came from files: id -> time of modification (UTC) and size."""
+def _known_files(index: Index) -> dict[str, tuple[datetime, int] | None]:
+    """The documents of an index that came from files: id -> time of modification (UTC) and size.
+
+    None stands for a document of which an interrupted call has written only a part.
+    """
     table = index.store.table()
-    names = ["path", "modified", "file_bytes"]
-    if not len(table) or not set(names) <= {item.name for item in table.metadata_fields}:
+    names = ["path", "modified", "file_bytes", "num_passages"]
+    fields = {item.name for item in table.metadata_fields}
+    if not len(table) or not set(names[:3]) <= fields:
         return {}
-    columns = table.columns(names, "path IS NOT NULL").to_pydict()
-    rows: Any = zip(*(columns[name] for name in names), strict=True)
-    return {path: (modified.replace(tzinfo=timezone.utc), size) for path, modified, size in rows}
+    columns = table.columns([name for name in names if name in fields], "path IS NOT NULL").to_pydict()
+    counts = Counter(columns["path"])
+    expected = columns.get("num_passages", [None] * len(columns["path"]))  # None if documents are not split
+    rows: Any = zip(columns["path"], columns["modified"], columns["file_bytes"], expected, strict=True)
+    return {
+        path: (modified.replace(tzinfo=timezone.utc), size) if counts[path] == (number or 1) else None
+        for path, modified, size, number in rows
+    }
