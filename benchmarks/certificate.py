@@ -14,7 +14,6 @@ memory: the exact scan of inner products, the certified top ten and the full sco
 from __future__ import annotations
 
 import argparse
-import copy
 import heapq
 import json
 import time
@@ -36,7 +35,9 @@ from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
+from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
+from d2llm.retrieval.protocols import PairScorer
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 TOP_K = 10
@@ -115,12 +116,26 @@ def milliseconds(work: Callable[[], object]) -> float:
     return (time.process_time() - start) * 1e3
 
 
-def with_interaction_weight(student: Student, task: Task, weight: float) -> Student:
-    """A copy of a student whose interaction has the weight r in a task."""
-    changed = copy.deepcopy(student)
-    assert isinstance(changed.interaction, Interaction)
-    changed.interaction.interaction_weight(task).fill_(weight)
-    return changed
+class WeightedStudent(ForwardingStudent):
+    """A student whose interaction has the weight r in every task."""
+
+    def __init__(self, student: Student, weight: float) -> None:
+        super().__init__(student)
+        self._student, self._weight = student, weight
+
+    def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer:
+        """The student's scorer, with the weight r."""
+        return self._student.prepare(query_vector, task, interaction_weight=self._weight)
+
+    def score(
+        self, query_vector: NDArray[np.float32], passage_vectors: NDArray[np.float32], task: Task
+    ) -> NDArray[np.float32]:
+        """The student's scores with the weight r."""
+        return self.prepare(query_vector, task)(passage_vectors)
+
+    def passage_reach(self, passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The student's, which the weight does not change."""
+        return self._student.passage_reach(passage_vectors)
 
 
 def measure_speed(
@@ -136,16 +151,16 @@ def measure_speed(
     reaches = KeptReaches(passage_reaches(view, student))
     rows: list[dict[str, float]] = []
     for weight in WEIGHTS:
-        student = with_interaction_weight(student, task, weight)
+        weighted = WeightedStudent(student, weight)
         times: dict[str, list[float]] = {"scan_ms": [], "certified_ms": [], "full_ms": [], "share": []}
-        student.score(queries[0], passages, task)  # casts the weights, once
+        weighted.score(queries[0], passages, task)  # casts the weights, once
         for query in queries:
             anchor_query = student.anchor_queries(query[None], task)[0]
             times["scan_ms"].append(milliseconds(lambda: view.scan(anchor_query, TOP_K)))  # noqa: B023 - used at once
             start = time.process_time()
-            found = certified_top_k(view, student, query, task, TOP_K, reaches=reaches)
+            found = certified_top_k(view, weighted, query, task, TOP_K, reaches=reaches)
             times["certified_ms"].append((time.process_time() - start) * 1e3)
-            times["full_ms"].append(milliseconds(lambda: student.score(query, passages, task)))  # noqa: B023
+            times["full_ms"].append(milliseconds(lambda: weighted.score(query, passages, task)))  # noqa: B023
             times["share"].append(found.certificate.num_scored / len(ids))
         rows.append({"weight": weight, **{name: float(np.mean(values)) for name, values in times.items()}})
     return rows

@@ -29,6 +29,7 @@ from d2llm.data.beir import Dataset, read_beir
 from d2llm.ops.measures import per_query_measures
 from d2llm.retrieval.chunking import Chunker, upsert_documents
 from d2llm.retrieval.index import Index
+from d2llm.store.side_files import Chunking
 
 SPLITS = ((256, 0), (128, 0), (128, 32))
 LATE = (256, 128)
@@ -79,9 +80,8 @@ def long_texts(student: Student, folder: Path, name: str) -> dict[str, dict[str,
     report = whole.upsert(data.passages.values())
     rows = {"cut at 256": ndcg(whole, queries, qrels) | _cost(report.num_passages, report.num_truncated)}
     for tokens, overlap in SPLITS:
-        rows |= _split(
-            student, folder, data, f"split at {tokens}, overlap {overlap}", Chunker(student, tokens, overlap)
-        )
+        chunker = Chunker(student, Chunking(tokens, overlap))
+        rows |= _split(student, folder, data, f"split at {tokens}, overlap {overlap}", chunker)
     return rows
 
 
@@ -90,7 +90,8 @@ def late_chunks(student: Student, folder: Path, name: str) -> dict[str, dict[str
     data = read_beir(DATA / name, splits=["dev"])
     rows: dict[str, dict[str, float]] = {}
     for tokens in LATE:
-        rows |= _split(student, folder, data, f"late chunks of {tokens}", Chunker(student, tokens, late=True))
+        chunker = Chunker(student, Chunking(tokens, late=True))
+        rows |= _split(student, folder, data, f"late chunks of {tokens}", chunker)
     return rows
 
 

@@ -24,6 +24,7 @@ from wall_text import load_system
 
 from d2llm import Student
 from d2llm.core.recipe import BackboneConfig, LoraConfig, StudentConfig
+from d2llm.core.table import Column, Table
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.retrieval.reading import score_pairs
 from d2llm.store.bm25 import WordIndex
@@ -230,11 +231,11 @@ def rows_of(cells: Cells, *, full: bool) -> dict[str, list[Cell]]:
 
 
 def print_table(rows: dict[str, list[Cell]]) -> None:
-    print(f"\n| system | seeds | {' | '.join(KINDS)} |\n|---|---|{'---|' * len(KINDS)}")
+    table = Table("system", Column("seeds"), *(Column(kind) for kind in KINDS))
     for name, cells in rows.items():
-        values = [interval(cells, kind) for kind in KINDS]
-        shown = " | ".join(f"{mean:.2f} ({low:.2f}-{high:.2f})" for mean, low, high in values)
-        print(f"| {name} | {len(cells)} | {shown} |")
+        values = (interval(cells, kind) for kind in KINDS)
+        table.add_row(name, len(cells), *(f"{mean:.2f} ({low:.2f}-{high:.2f})" for mean, low, high in values))
+    print(f"\n{table.to_markdown()}")
 
 
 def draw(rows: dict[str, list[Cell]]) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from d2llm.core.extras import require
 from d2llm.core.files import write_json
 from d2llm.core.recipe import InteractionConfig
+from d2llm.core.table import Column, Table
 from d2llm.models.interaction import Interaction
 from d2llm.ops.losses import in_batch_cross_entropy
 
@@ -208,19 +209,17 @@ def print_capacity(means: dict[tuple[str, int], dict[int, float]]) -> None:
     print("\nShare of queries whose two answers are the first two, vectors fitted to all judgements:\n")
     for dim in dims:
         sizes = sorted(means[HEADS[0], dim])
-        print(f"| width {dim} | {' | '.join(f'n = {size}' for size in sizes)} |\n|---|{'---|' * len(sizes)}")
+        table = Table(f"width {dim}", *(Column(f"n = {size}", ".2f") for size in sizes))
         for name in HEADS:
-            print(f"| {name} | {' | '.join(f'{means[name, dim][size]:.2f}' for size in sizes)} |")
-        print()
-    print(
-        f"| largest n tried with all right | {' | '.join(f'width {dim}' for dim in dims)} |\n|---|{'---|' * len(dims)}"
-    )
+            table.add_row(name, *(means[name, dim][size] for size in sizes))
+        print(table.to_markdown(), end="\n\n")
+    largest = Table("largest n tried with all right", *(Column(f"width {dim}") for dim in dims))
+    parameters = Table("parameters of", *(Column(f"width {dim}", ",") for dim in dims))
     for name in HEADS:
-        print(f"| {name} | {' | '.join(critical(means[name, dim]) for dim in dims)} |")
-    print(f"\n| parameters of | {' | '.join(f'width {dim}' for dim in dims)} |\n|---|{'---|' * len(dims)}")
-    for name in HEADS:
-        print(f"| the head: {name} | {' | '.join(f'{num_used(Head(name, dim)):,}' for dim in dims)} |")
-    print(f"| vectors, n = 20 | {' | '.join(f'{210 * dim:,}' for dim in dims)} |")
+        largest.add_row(name, *(critical(means[name, dim]) for dim in dims))
+        parameters.add_row(f"the head: {name}", *(num_used(Head(name, dim)) for dim in dims))
+    parameters.add_row("vectors, n = 20", *(210 * dim for dim in dims))
+    print(largest.to_markdown(), parameters.to_markdown(), sep="\n\n")
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         wrong = next((size for size in range(3, 121) if constructed(size, dtype) < 1), None)
         reach = "up to n = 120, where we stopped" if wrong is None else f"up to n = {wrong - 1}"

@@ -10,6 +10,7 @@ fitted in 21 worlds: the test's own one and 20 with other persons.
 from __future__ import annotations
 
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from wall import HEADS, Cell, Cells, arguments, draw_by_width, new_head, optimise, qrels_of
 
 from d2llm.core.recipe import StudentConfig, untuned_config
+from d2llm.core.table import Column, Table
 from d2llm.models.student import Student
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
@@ -162,10 +164,11 @@ def main() -> None:
         name: {dim: [text(cells, name, dim, seed) for seed in range(num_seeds)] for dim in dims} for name in HEADS
     }
     rows |= {f"{name}, fitted, width {dim}": fitted[name][dim] for name in HEADS for dim in dims}
-    print(f"\n| system | seeds | {' | '.join(MEASURES)} |\n|---|---|{'---|' * len(MEASURES)}")
+    table = Table("system", Column("seeds"), *(Column(measure, ".3f") for measure in MEASURES))
     for name, seed_cells in rows.items():
-        means = [np.mean([cell[measure] for cell in seed_cells]) for measure in MEASURES]
-        print(f"| {name} | {len(seed_cells)} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+        means = (fmean(cell[measure] for cell in seed_cells) for measure in MEASURES)
+        table.add_row(name, len(seed_cells), *means)
+    print(f"\n{table.to_markdown()}")
     cells.report()
     if options.full:
         values = {name: {dim: [cell["nDCG@10"] for cell in fitted[name][dim]] for dim in dims} for name in HEADS}

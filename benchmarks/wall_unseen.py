@@ -31,6 +31,7 @@ from wall import (
     share_right,
 )
 
+from d2llm.core.table import Column, Table
 from d2llm.ops.losses import in_batch_cross_entropy
 
 NUM_PASSAGES, ITEM_DIM = 20, 64
@@ -121,25 +122,27 @@ def measure_unseen(cells: Cells, *, full: bool) -> dict[str, dict[int, list[Cell
 def print_unseen(cells: dict[str, dict[int, list[Cell]]]) -> None:
     dims = list(cells[HEADS[0]])
     print(f"\nUnseen queries, n = {NUM_PASSAGES}: share right of test pairs, mean (range over seeds); train:\n")
-    print(f"| head | {' | '.join(f'width {dim}' for dim in dims)} |\n|---|{'---|' * len(dims)}")
+    table = Table("head", *(Column(f"width {dim}") for dim in dims))
     for name, by_dim in cells.items():
         shown: list[str] = []
         for of_seeds in by_dim.values():
             values, train = ([cell[part] for cell in of_seeds] for part in ("right", "train"))
             shown.append(f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f}); {np.mean(train):.2f}")
-        print(f"| {name} | {' | '.join(shown)} |")
+        table.add_row(name, *shown)
+    print(table.to_markdown())
 
 
 def print_frozen(cells: Cells) -> None:
     print(f"\nFrozen head, new vectors, width {FROZEN_DIM}, n = {NUM_PASSAGES}: share right (in its own world)\n")
-    print(f"| head | {' | '.join(('initial weights', *ORIGINS[1:]))} |\n|---|{'---|' * len(ORIGINS)}")
+    table = Table("head", *(Column(origin) for origin in ("initial weights", *ORIGINS[1:])))
     for name in (HEADS[1], HEADS[3]):
         columns: list[str] = []
         for origin in ORIGINS:
             of_seeds = [frozen(cells, name, origin, seed) for seed in range(FROZEN_SEEDS)]
             source = "" if origin == ORIGINS[0] else f" ({np.mean([cell['source'] for cell in of_seeds]):.2f})"
             columns.append(", ".join(f"{cell['right']:.2f}" for cell in of_seeds) + source)
-        print(f"| {name} | {' | '.join(columns)} |")
+        table.add_row(name, *columns)
+    print(table.to_markdown())
 
 
 def main() -> None:

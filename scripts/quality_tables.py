@@ -15,7 +15,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from d2llm.core.table import Cell, Column, Table
 from d2llm.evaluation.figures import joined_notes
+from d2llm.evaluation.report import SIGNIFICANCE_LEVEL
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
@@ -38,6 +40,11 @@ KINDS = {
     "anchor": "D2LLM's cosine",
     "d2llm": "D2LLM",
 }
+CLEAREST = ("banking77", "covidqa", "quora", "stsb")  # sets with the clearest gains and losses, shown in the README
+README_LEGEND = (
+    "Bold: best of the line. The means are of nDCG@10. *(trained)*: the student and the tuned cosine were trained on "
+    "the train split of this set. p is Holm-adjusted."
+)
 SHORT = {"accuracy (3 classes)": "accuracy of 3"}
 Report = dict[str, Any]
 
@@ -50,8 +57,7 @@ def main() -> None:
     summary = "\n".join([*unseen(retrieval), "", *significance(retrieval, fitted)])
     overview = "\n".join([*overview_of(files, fitted), "", summary])
     put(STUDENTS / SHIPPED / "README.md", overview)
-    of_training = [file for file in retrieval if trained(file["result"])]
-    put(ROOT / "README.md", "\n".join([*overview_of(of_training, fitted), "", summary]))
+    put(ROOT / "README.md", f"{readme_table(files, fitted).to_markdown()}\n\n{README_LEGEND}")
     parts = [
         "## All sets",
         overview,
@@ -59,7 +65,7 @@ def main() -> None:
         "\n".join(parts_table(retrieval)),
         "### Against the teacher, on the queries or pairs that it judged",
         "Measured before the score counted words and windows, with the same vectors and interaction.",
-        "\n".join(teacher_table(read_results(BEFORE_WORDS))),
+        teacher_table(read_results(BEFORE_WORDS)).to_markdown(),
     ]
     for name, title in OTHERS.items():
         if others := read_results(name):
@@ -93,8 +99,35 @@ def overview_of(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None
     lines: list[str] = []
     for kind, title in (("retrieval", "Retrieval, nDCG@10 on test splits:"), ("pairs", "Pairs, on test splits:")):
         if found := of_kind(files, kind):
-            lines += [title, "", *overview_table(found, fitted if kind == "retrieval" else None), ""]
+            lines += [title, "", overview_table(found, fitted if kind == "retrieval" else None).to_markdown(), ""]
     return [*lines, *legend(files[0]["result"], with_fitted_sum=bool(fitted))]
+
+
+def readme_table(files: list[dict[str, Any]], fitted: Mapping[str, Report]) -> Table:
+    """The means over the retrieval sets that were trained on and over the others, and the sets of ``CLEAREST``."""
+    kinds = ("bm25", "fitted_sum", "cosine_untuned", "cosine_tuned", "d2llm")
+    ends = (Column("D2LLM - tuned", "+.3f"), Column("D2LLM - fitted", "+.3f"))
+    table = Table("nDCG@10 on test splits", *(Column(KINDS[kind], ".3f") for kind in kinds), *ends)
+    reports = {file["result"]["dataset"]: file["result"] for file in files}
+    retrieval = [report for report in reports.values() if report["kind"] == "retrieval"]
+    for title, is_trained in (("it was trained on", True), ("it was not trained on", False)):
+        values = [values_by_kind(report) for report in retrieval if bool(trained(report)) == is_trained]
+        means = {kind: fmean(of_set[kind] for of_set in values) for kind in kinds}
+        best = max(round(mean, 3) for mean in means.values())
+        gaps = [means["d2llm"] - means[kind] for kind in ("cosine_tuned", "fitted_sum")]
+        table.add_row(f"mean of {len(values)} sets {title}", *(figure(means[kind], best) for kind in kinds), *gaps)
+    for report in (reports[name] for name in CLEAREST):
+        measure, values = report["main_measure"], values_by_kind(report)
+        best = max(round(values[kind], 3) for kind in kinds if kind in values)
+        cells = [figure(values[kind], best) if kind in values else None for kind in kinds]
+        compared = (
+            comparison(report, "D2LLM", "cosine, tuned", measure),
+            against_fitted_sum(fitted, report["dataset"]),
+        )
+        gaps = [None if c is None else Cell(c["difference"]["value"], mark=f" ({p_text(c)})") for c in compared]
+        name = report["dataset"] if measure == "nDCG@10" else f"{report['dataset']}, {measure}"
+        table.add_row(Cell(name, note=trained(report)), *cells, *gaps)
+    return table
 
 
 def unseen(retrieval: list[dict[str, Any]]) -> list[str]:
@@ -125,7 +158,7 @@ def put(target: Path, text: str) -> None:
     target.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
-def overview_table(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None = None) -> list[str]:
+def overview_table(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None = None) -> Table:
     """One line per data set, one column per system, in the set's main measure.
 
     ``fitted`` has, by data set, the report whose baseline is the fitted sum of BM25 and the tuned cosine.
@@ -133,27 +166,28 @@ def overview_table(files: list[dict[str, Any]], fitted: Mapping[str, Report] | N
     found_kinds = {kind for file in files for kind in values_by_kind(file["result"])}
     kinds = {kind: name for kind, name in KINDS.items() if kind in found_kinds}
     baseline = files[0]["result"]["baseline"]
-    ends = [f"D2LLM - {baseline.removeprefix('cosine, ')}", "p", *(["D2LLM - fitted", "p"] if fitted else [])]
-    lines = [f"| set | {' | '.join([*kinds.values(), *ends])} |", "|---|" + "---|" * (len(kinds) + len(ends))]
+    others = [baseline.removeprefix("cosine, "), *(["fitted"] if fitted else [])]
+    ends = [column for other in others for column in (Column(f"D2LLM - {other}", "+.3f"), Column("p"))]
+    table = Table("set", *(Column(name, ".3f") for name in kinds.values()), *ends)
     for file in files:
         report = file["result"]
         measure = report["main_measure"]
         values = values_by_kind(report)
         best = max(round(value, 3) for value in values.values())
-        cells = [figure(values[kind], best) if kind in values else "-" for kind in kinds]
-        name = report["dataset"] + trained(report)
+        cells = [figure(values[kind], best) if kind in values else None for kind in kinds]
+        name = report["dataset"]
         if measure != "nDCG@10":
             name += f", {SHORT.get(measure, measure)}"
         differences = difference_cells(comparison(report, "D2LLM", baseline, measure))
         if fitted:
             differences += difference_cells(against_fitted_sum(fitted, report["dataset"]))
-        lines.append("| " + " | ".join([name, *cells, *differences]) + " |")
-    return lines
+        table.add_row(Cell(name, note=trained(report)), *cells, *differences)
+    return table
 
 
-def difference_cells(found: dict[str, Any] | None) -> list[str]:
+def difference_cells(found: dict[str, Any] | None) -> list[float | str | None]:
     """A difference and its p-value."""
-    return ["-", "-"] if found is None else [f"{found['difference']['value']:+.3f}", p_text(found)]
+    return [None, None] if found is None else [found["difference"]["value"], p_text(found)]
 
 
 def against_fitted_sum(fitted: Mapping[str, Report], dataset: str) -> dict[str, Any] | None:
@@ -193,24 +227,23 @@ def parts_table(retrieval: list[dict[str, Any]]) -> list[str]:
         for report in reports
     }
     rows = sorted({row for of_set in measured.values() for row in of_set})
-    lines = [f"| set | {' | '.join(rows)} |", "|---|" + "---|" * len(rows)]
+    table = Table("set", *(Column(row, "+.3f") for row in rows))
     for report in reports:
-        of_set = measured[report["dataset"]]
-        cells = []
-        for row in rows:
-            found = of_set.get(row)
-            sure = "" if found is None or found["adjusted_p"] >= 0.01 else "\\*"
-            cells.append("-" if found is None else f"{found['difference']['value']:+.3f}{sure}")
-        lines.append("| " + " | ".join([report["dataset"] + trained(report), *cells]) + " |")
-    return [*lines, "", "The score without a part, minus the whole score; \\*: p < .01, Holm-adjusted within a set."]
-
-
-def teacher_table(files: list[dict[str, Any]]) -> list[str]:
-    """The teacher beside the others on the queries or pairs that it judged, with the agreement."""
-    lines = [
-        "| set | measure | judged | teacher | tuned | D2LLM | kept | label loyalty | Pearson | Kendall | top-10 |",
-        "|---" * 11 + "|",
+        found = [measured[report["dataset"]].get(row) for row in rows]
+        cells = [c and Cell(c["difference"]["value"], mark="*" if c["adjusted_p"] < 0.01 else "") for c in found]
+        table.add_row(Cell(report["dataset"], note=trained(report)), *cells)
+    return [
+        table.to_markdown(),
+        "",
+        "The score without a part, minus the whole score; \\*: p < .01, Holm-adjusted within a set.",
     ]
+
+
+def teacher_table(files: list[dict[str, Any]]) -> Table:
+    """The teacher beside the others on the queries or pairs that it judged, with the agreement."""
+    values = [Column(name, ".3f") for name in ("teacher", "tuned", "D2LLM")]
+    agreements = [Column(name, ".2f") for name in ("label loyalty", "Pearson", "Kendall", "top-10")]
+    table = Table("set", "measure", Column("judged", ","), *values, Column("kept"), *agreements)
     for file in files:
         report = file["result"]
         rows = {row["kind"]: row for row in report["sample_rows"] or report["rows"]}
@@ -218,15 +251,19 @@ def teacher_table(files: list[dict[str, Any]]) -> list[str]:
             continue
         measure = report["main_measure"]
         found = {kind: rows[kind]["measures"][measure]["value"] for kind in rows}
-        values = [f"{found[kind]:.3f}" if kind in found else "-" for kind in ("teacher", "cosine_tuned", "d2llm")]
-        values.append(f"{100 * found['d2llm'] / found['teacher']:.0f} %")
+        kept = f"{100 * found['d2llm'] / found['teacher']:.0f} %"
         follower = next(row for row in report["agreement"] if row["name"] == report["subject"])
         agreement = follower["agreement"]
-        numbers = [agreement["label_loyalty"], agreement["pearson_within"], agreement["kendall_within"]]
-        cells = [ratio(number) for number in (*numbers, follower["top_10_overlap"])]
-        count = f"{rows['teacher']['num_items']:,}"
-        lines.append("| " + " | ".join([report["dataset"], measure, count, *values, *cells]) + " |")
-    return lines
+        table.add_row(
+            report["dataset"],
+            measure,
+            rows["teacher"]["num_items"],
+            *(found.get(kind) for kind in ("teacher", "cosine_tuned", "d2llm")),
+            kept,
+            *(agreement[name] for name in ("label_loyalty", "pearson_within", "kendall_within")),
+            follower["top_10_overlap"],
+        )
+    return table
 
 
 def section(file: dict[str, Any]) -> str:
@@ -234,8 +271,8 @@ def section(file: dict[str, Any]) -> str:
     report = file["result"]
     unit = "queries" if report["kind"] == "retrieval" else "pairs"
     facts = f"{report['num_items']:,} {unit}, {report['num_passages']:,} passages, {report['task']}"
-    lines = [f"### {report['dataset']}{trained(report)}", "", f"{report['split']} split: {facts}.", ""]
-    lines += measures_table(report)
+    lines = [f"### {report['dataset']} {trained(report)}".rstrip(), "", f"{report['split']} split: {facts}.", ""]
+    lines.append(measures_table(report).to_markdown())
     lines += [f"\nNot measured: {missing['name']} ({missing['reason']})." for missing in report["missing"]]
     found = comparison(report, report["subject"], report["baseline"], report["main_measure"])
     if found is not None:
@@ -259,27 +296,25 @@ def merge_notes(notes: list[str], systems: list[str]) -> list[str]:
     return joined_notes((name, note.removeprefix(f"{name}: ")) for name, note in zip(names, notes, strict=True))
 
 
-def measures_table(report: Report) -> list[str]:
+def measures_table(report: Report) -> Table:
     """Every row with every measure, with the same marks as in the report."""
     names = list(report["rows"][0]["measures"])
     most = max(row["num_items"] for row in report["rows"])
     full = [row for row in report["rows"] if row["num_items"] == most]
     best = {name: max(round(row["measures"][name]["value"], 3) for row in full) for name in names}
-    lines = [f"| system | {' | '.join(names)} | ms, p50 | n |", "|---|" + "---|" * (len(names) + 2)]
+    table = Table("system", *(Column(name, ".3f") for name in names), Column("ms, p50", ".1f"), Column("n", ","))
     for row in report["rows"]:
-        cells: list[str] = []
+        cells: list[Cell] = []
         for name in names:
             value = row["measures"][name]["value"]
-            text = figure(value, best[name]) if row in full else f"{value:.3f}"
             found = comparison(report, row["name"], report["baseline"], name)
             mark = ""
-            if found is not None and found["adjusted_p"] < 0.05:
-                mark = "\\*" if found["difference"]["value"] > 0 else "†"
-            cells.append(text + mark)
+            if found is not None and found["adjusted_p"] < SIGNIFICANCE_LEVEL:
+                mark = "*" if found["difference"]["value"] > 0 else "†"
+            cells.append(figure(value, best[name] if row in full else None, mark))
         total = row["cost"]["total"]
-        time = "-" if total is None else f"{total['p50']:.1f}"
-        lines.append("| " + " | ".join([row["name"], *cells, time, f"{row['num_items']:,}"]) + " |")
-    return lines
+        table.add_row(row["name"], *cells, total and total["p50"], row["num_items"])
+    return table
 
 
 def legend(report: Report, *, with_fitted_sum: bool) -> list[str]:
@@ -292,7 +327,7 @@ def legend(report: Report, *, with_fitted_sum: bool) -> list[str]:
     differences = f"D2LLM minus {baseline}" + (", and minus the fitted sum" if with_fitted_sum else "")
     return [
         (
-            f"Bold: best of the line. *(trained)*: {learners} trained on the train split of this set; on no other was "
+            f"Bold: best of the line. (trained): {learners} trained on the train split of this set; on no other was "
             f"anything trained. The last columns: {differences}, p Holm-adjusted over the rows. "
             f"Student {student['name']} ({student['fingerprint']})."
         )
@@ -302,7 +337,7 @@ def legend(report: Report, *, with_fitted_sum: bool) -> list[str]:
 def trained(report: Report) -> str:
     """A mark for the sets that the student was trained on."""
     names = {Path(data["path"]).name for data in report["provenance"]["student"]["recipe"]["data"]}
-    return " *(trained)*" if report["dataset"] in names else ""
+    return "(trained)" if report["dataset"] in names else ""
 
 
 def comparison(report: Report, row: str, baseline: str, measure: str) -> dict[str, Any] | None:
@@ -313,20 +348,15 @@ def comparison(report: Report, row: str, baseline: str, measure: str) -> dict[st
     return None
 
 
-def figure(value: float, best: float) -> str:
-    """Three digits, bold for the best."""
-    return f"**{value:.3f}**" if round(value, 3) == best else f"{value:.3f}"
+def figure(value: float, best: float | None, mark: str = "") -> Cell:
+    """A value, bold if it is the best, to three digits."""
+    return Cell(value, "bold" if round(value, 3) == best else "", mark)
 
 
 def p_text(found: dict[str, Any]) -> str:
     """The adjusted p-value as short text."""
     value = found["adjusted_p"]
     return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".")
-
-
-def ratio(value: float | None) -> str:
-    """Two digits, or a dash."""
-    return "-" if value is None else f"{value:.2f}"
 
 
 def command(arguments: dict[str, Any]) -> str:

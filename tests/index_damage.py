@@ -88,7 +88,7 @@ def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
         for n, p in enumerate(few_passages(60).values())
     ]
     put(store, passages)
-    store.settle()
+    store.update_indices()
     store.delete(["p1", "p3", "p20"])
     put(store, few_passages(5, start=10, word="changed").values())
     put(store, few_passages(8, start=60, word="later").values())

@@ -51,7 +51,7 @@ async def let_go():
 
 clock = SimpleNamespace(ahead=0.0, looks=0, may_end=False)
 running.time = SimpleNamespace(monotonic=lambda: time.monotonic() + clock.ahead)
-running._TICKS_A_LOOK = 1
+running._TICKS_PER_CHECK = 1
 look = running._Server._close_stuck
 
 def counted(server, now):

@@ -46,7 +46,7 @@ def write(store: IndexStore) -> list[str]:
         lambda: store.snapshot("b"),
         lambda: store.restore("a"),
         lambda: store.drop_snapshot("a"),
-        store.settle,
+        store.update_indices,
     ]
     results: list[str] = []
     for call in calls:

@@ -42,7 +42,7 @@ HOOKED: list[tuple[Any, str]] = [
     (shutil, "rmtree"),
     (VectorFile, "append"),
     (word_files, "write_segment"),
-    (word_files, "settle_words"),
+    (word_files, "update_word_files"),
     (PassageTable, "put"),
     (PassageTable, "delete"),
     (PassageTable, "replace_all"),
@@ -80,7 +80,7 @@ def _next_state(chance: random.Random, state: State) -> tuple[State, str, Any]:
     """A random action: the state after it, its name and its argument."""
     passages, snapshots = state["passages"], state["snapshots"]
     does = chance.choices(
-        ["upsert", "delete", "compact", "dense", "settle", "snapshot", "restore", "drop", "fields"],
+        ["upsert", "delete", "compact", "dense", "update_indices", "snapshot", "restore", "drop", "fields"],
         [8, 4, 1, 2, 1, 2, 2, 1, 1],
     )[0]
     if does == "upsert":
@@ -121,7 +121,7 @@ def _do(store: IndexStore, does: str, what: Any) -> None:
     elif does in ("compact", "dense"):
         store.compact(timedelta(0), dense=does == "dense")
     else:
-        store.settle()
+        store.update_indices()
 
 
 def _write(task: dict[str, Any]) -> None:

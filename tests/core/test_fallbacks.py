@@ -42,6 +42,6 @@ def test_fallbacks_are_in_the_metrics():
     count_fallback("a test's way")
     number = fallback_counts()["a test's way"]
     assert (
-        f'd2llm_fallbacks_total{{fast_way="a test\'s way"}} {np.float64(number)}'
+        f'd2llm_fallbacks_total{{fast_path="a test\'s way"}} {np.float64(number)}'
         in Telemetry().exposition()[0].decode()
     )

@@ -104,7 +104,7 @@ def test_empty_passage_texts_are_counted(folder: Path) -> None:
         ('{"_id": "p9", "text": null}', "field 'text' must be a string, found null"),
         ('{"_id": "p9", "text": ["x"]}', "field 'text' must be a string, found a list"),
         ('{"_id": "p9", "text": "x", "title": {}}', "field 'title' must be a string, found an object"),
-        ('{"_id": "p9", "text": "\\ud800"}', "field 'text' has half a character"),
+        ('{"_id": "p9", "text": "\\ud800"}', "field 'text' has an unpaired surrogate"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])

@@ -158,7 +158,7 @@ def test_empty_texts_and_unknown_classes_are_counted(tmp_path):
         (CATS | {"label": [1]}, "field 'label' must be a class or a number, found a list"),
         (CATS | {"label": 0.5}, "classes and scores are mixed (here 0.5)"),
         (CATS | {"label": float("nan")}, "field 'label' must be a finite number, found nan"),
-        (CATS | {"query": "\ud800"}, "half a character"),
+        (CATS | {"query": "\ud800"}, "an unpaired surrogate"),
     ],
 )
 def test_a_malformed_line_is_reported_with_its_number(tmp_path, record, problem):

@@ -12,7 +12,7 @@ def make_same_text(texts: dict[str, str]) -> SameText:
 
 def repeats(first: str, second: str) -> bool:
     same_text = make_same_text({"first": first, "second": second})
-    matches = (same_text.as_any_of(["first"]), same_text.as_any_of(["second"]))
+    matches = (same_text.duplicates_of(["first"]), same_text.duplicates_of(["second"]))
     assert matches in [({"second"}, {"first"}), (set(), set())]  # the relation is symmetric
     return bool(matches[0])
 
@@ -50,11 +50,11 @@ def test_different_words_make_different_texts(first: str, second: str) -> None:
 
 def test_texts_without_letters_and_digits_match_no_other() -> None:
     same_text = make_same_text({"a": "", "b": " ", "c": "...", "d": "!?"})
-    assert same_text.as_any_of(["a", "b", "c"]) == set()
+    assert same_text.duplicates_of(["a", "b", "c"]) == set()
 
 
 def test_repeats_of_several_passages_exclude_those_passages() -> None:
     same_text = make_same_text({"a": "one", "a2": "One", "a3": "ONE!", "b": "two", "b2": "two.", "c": "three"})
-    assert same_text.as_any_of(["a", "a3", "b"]) == {"a2", "b2"}
-    assert same_text.as_any_of(["c"]) == set()
-    assert same_text.as_any_of([]) == set()
+    assert same_text.duplicates_of(["a", "a3", "b"]) == {"a2", "b2"}
+    assert same_text.duplicates_of(["c"]) == set()
+    assert same_text.duplicates_of([]) == set()

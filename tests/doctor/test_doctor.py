@@ -47,13 +47,13 @@ def sandbox(tmp_path, monkeypatch):
 
 
 def finding_named(findings, name: str):
-    [match] = [finding for finding in findings if finding.what == name]
+    [match] = [finding for finding in findings if finding.subject == name]
     return match
 
 
 def machine(name: str, device: str | None = None):
     """The finding of the machine check with this name."""
-    [check] = [check for check in machine_checks(device) if check.what == name]
+    [check] = [check for check in machine_checks(device) if check.subject == name]
     return finding_named(check.findings(), name)
 
 
@@ -75,8 +75,8 @@ class TestChecksThatFail:
         def findings(check):
             number = len(checks)
             checks.append(check)
-            run = fail if number == broken else lambda: doctor_install.Finding(check.area, check.what, "ok", "good")
-            yield from original(Check(check.area, check.what, run))
+            run = fail if number == broken else lambda: doctor_install.Finding(check.area, check.subject, "ok", "good")
+            yield from original(Check(check.area, check.subject, run))
 
         def fail():
             raise error
@@ -85,15 +85,15 @@ class TestChecksThatFail:
         monkeypatch.setattr(Check, "findings", findings)
         results = list(examine(student=STUDENT, index=index))
         # After a failed import no more checks are run.
-        assert len(checks) == NUM_CHECKS or checks[broken].what == "import"
+        assert len(checks) == NUM_CHECKS or checks[broken].subject == "import"
         [problem] = [finding for finding in results if finding.level == "problem"]
-        assert (problem.area, problem.what) == (checks[broken].area, checks[broken].what)
+        assert (problem.area, problem.subject) == (checks[broken].area, checks[broken].subject)
         assert problem.advice
         messages = {
             "RuntimeError": "this check failed: RuntimeError: no such product here",
             "KeyError": "KeyError: 'avx'",
         }
-        assert messages.get(type(error).__name__, "away") in problem.found
+        assert messages.get(type(error).__name__, "away") in problem.result
         assert len(results) == len(checks)
 
     def test_a_failing_check_does_not_end_the_program(self, sandbox, monkeypatch):
@@ -104,7 +104,7 @@ class TestChecksThatFail:
         result = d2llm("doctor", "--student", STUDENT, "--json", sandbox / "report.json")
         assert result.exit_code == 1
         [problem] = problems_in(sandbox)
-        assert problem["found"] == "this check failed: RuntimeError: bf16 path needs the cpu support avx_ne_convert"
+        assert problem["result"] == "this check failed: RuntimeError: bf16 path needs the cpu support avx_ne_convert"
 
     def test_machine_checks_that_fail_to_import_are_a_problem(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "d2llm.doctor.machine", None)
@@ -122,14 +122,14 @@ class TestInstall:
         fake_version(monkeypatch, "fastapi", None)
         finding = finding_named(install(), "extra serve")
         assert (finding.level, finding.advice) == ("note", "if you need it: pip install 'd2llm[serve]'")
-        assert "fastapi is not installed" in finding.found
+        assert "fastapi is not installed" in finding.result
 
     @pytest.mark.parametrize(("version", "message"), [(None, "is not installed"), ("0.1", "is 0.1, but d2llm needs")])
     def test_a_missing_or_outdated_package_is_a_problem(self, monkeypatch, version, message):
         fake_version(monkeypatch, "scipy", version)
         finding = finding_named(install(), "scipy")
         assert finding.level == "problem"
-        assert message in finding.found
+        assert message in finding.result
         assert finding.advice.startswith("pip install 'scipy>=1")
 
     def test_a_broken_import_stops_further_checks(self, monkeypatch):
@@ -144,7 +144,7 @@ class TestInstall:
         findings = list(examine(student=STUDENT))
         assert {finding.area for finding in findings} == {"install"}
         assert finding_named(findings, "import").advice == "pip install --force-reinstall faiss-cpu"
-        assert "libgomp.so.1" in finding_named(findings, "import").found
+        assert "libgomp.so.1" in finding_named(findings, "import").result
 
     def test_a_missing_installation_is_a_note(self, monkeypatch):
         def unknown(name):
@@ -172,7 +172,7 @@ def fake_version(monkeypatch, package: str, version: str | None) -> None:
 
 class TestMachine:
     def test_the_requested_device_is_checked(self):
-        assert machine("computes on", "cpu").found.startswith("cpu in ")
+        assert machine("computes on", "cpu").result.startswith("cpu in ")
         assert machine("computes on", "cuda:99").level == "problem"
 
     def test_more_threads_than_cores_is_a_note(self, monkeypatch):
@@ -196,12 +196,12 @@ class TestMachine:
         monkeypatch.setattr(doctor_machine, "_loaded_files", lambda: {"/usr/lib/libc.so.6"})
         assert "LD_PRELOAD" in machine("allocator", "cpu").advice
         monkeypatch.setattr(doctor_machine, "_loaded_files", lambda: {"/usr/lib/libtcmalloc_minimal.so.4.5.10"})
-        assert (machine("allocator", "cpu").level, machine("allocator", "cpu").found) == ("ok", "tcmalloc")
+        assert (machine("allocator", "cpu").level, machine("allocator", "cpu").result) == ("ok", "tcmalloc")
 
     def test_little_memory_is_a_note(self, monkeypatch):
         monkeypatch.setattr(doctor_machine, "available_memory", lambda: 1 << 29)
         assert machine("memory", "cpu").level == "note"
-        assert machine("memory", "cpu").found == "0.5 GiB available"
+        assert machine("memory", "cpu").result == "0.5 GiB available"
 
     def test_products_agree_on_this_machine(self):
         for what in ("product", "scan", "interaction", "speed"):
@@ -211,7 +211,7 @@ class TestMachine:
         without_bfloat16(monkeypatch)
         finding = machine("interaction")
         assert finding.level == "ok"
-        assert "computed in float32" in finding.found
+        assert "computed in float32" in finding.result
 
     @pytest.mark.parametrize("error", [0.5, float("nan")])
     def test_disagreeing_products_are_a_problem(self, monkeypatch, error):
@@ -249,7 +249,7 @@ class TestCaches:
         set_client_factory(hub.client)
         try:
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-            assert "HF_HUB_OFFLINE" in doctor._hub().found
+            assert "HF_HUB_OFFLINE" in doctor._hub().result
             assert hub.log == []
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
             assert doctor._hub().level == "ok"
@@ -263,8 +263,8 @@ class TestStudentAndIndex:
     def test_a_good_student_and_index_have_no_problems(self, index, sandbox):
         result, report = succeed_with_report("doctor", "--student", STUDENT, "--index", index, folder=sandbox)
         assert report["result"]["num_problems"] == 0
-        by_check = {(finding["area"], finding["what"]): finding for finding in report["result"]["findings"]}
-        assert by_check["index", "contents"]["found"].startswith("8 passages")
+        by_check = {(finding["area"], finding["subject"]): finding for finding in report["result"]["findings"]}
+        assert by_check["index", "contents"]["result"].startswith("8 passages")
         assert by_check["index", "search"]["level"] == "ok"
         assert by_check["student", "scores"]["level"] == "ok"
         assert "8 passages" in result.stdout
@@ -274,8 +274,8 @@ class TestStudentAndIndex:
         assert result.exit_code == 1
         assert "1 problem: see the last column" in result.stderr
         [problem] = problems_in(sandbox)
-        assert (problem["area"], problem["what"]) == ("student", "nobody")
-        assert "no student at 'nobody'" in problem["found"]
+        assert (problem["area"], problem["subject"]) == ("student", "nobody")
+        assert "no student at 'nobody'" in problem["result"]
 
     def test_a_damaged_student_is_a_problem(self, sandbox):
         folder = shutil.copytree(find_student(STUDENT), sandbox / "student")
@@ -283,7 +283,7 @@ class TestStudentAndIndex:
         content[-1] ^= 1
         (folder / "adapter.safetensors").write_bytes(bytes(content))
         [problem] = [f for f in examine(student=str(folder)) if f.level == "problem"]
-        assert "fingerprint" in problem.found
+        assert "fingerprint" in problem.result
         assert problem.advice == "fetch or restore the folder again"
 
     def test_a_missing_index_is_a_problem(self, sandbox):
@@ -295,7 +295,7 @@ class TestStudentAndIndex:
         folder = shutil.copytree(index, sandbox / "index")
         edit_manifest(folder, student="0123456789abcdef")
         [problem] = [f for f in examine(student=STUDENT, index=folder) if f.level == "problem"]
-        assert "the index was made by student d2llm-minilm-cosine (0123456789abcdef)" in problem.found
+        assert "the index was made by student d2llm-minilm-cosine (0123456789abcdef)" in problem.result
         assert problem.advice.startswith("search with the student that made it")
 
     def test_an_index_with_a_damaged_table_is_a_problem(self, index, sandbox):

@@ -36,7 +36,7 @@ def test_the_gate_is_evaluated_on_dev_and_saved(run):
     ):
         assert text in result.stdout
     assert "gate: closed for everyday" in result.stderr
-    assert "its labels are used all the same" in result.stderr
+    assert "its labels are used anyway" in result.stderr
     teacher = identify_judge(TeacherConfig(model=str(folder / "run" / "teacher")))
     assert read_gate(folder / "run", teacher.fingerprint) == {"everyday": False}
     _, repeated = succeed_with_report("gate", *arguments, folder=folder)

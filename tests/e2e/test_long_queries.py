@@ -60,16 +60,17 @@ def test_other_native_endpoints_report_truncation(ask):
 
 def test_each_dialect_reports_truncation_in_its_own_field(ask):
     body = {"model": "tiny:query", "input": [SHORT, LONG], "truncate": "END"}
-    assert ask("/v1/embeddings", body).headers["x-warning"] == "input were cut to 64 tokens: 1"
+    assert ask("/v1/embeddings", body).headers["x-warning"] == "input were truncated to 64 tokens: 1"
     assert "x-warning" not in ask("/v1/embeddings", body | {"input": SHORT}).headers
     pair = {"text_1": LONG, "text_2": [SHORT, LONG], "truncate_prompt_tokens": -1}
     assert (
-        ask("/score", pair).headers["x-warning"] == "text_1 were cut to 64 tokens: 0; text_2 were cut to 64 tokens: 1"
+        ask("/score", pair).headers["x-warning"]
+        == "text_1 were truncated to 64 tokens: 0; text_2 were truncated to 64 tokens: 1"
     )
     assert "x-warning" not in ask("/score", pair | {"text_1": SHORT, "text_2": SHORT}).headers
     documents = {"model": "tiny", "query": LONG, "documents": [SHORT]}
-    assert ask("/v2/rerank", documents).json()["meta"]["warnings"] == ["the query was cut to 64 tokens"]
-    assert ask("/v1/rerank", documents).json()["warnings"] == ["the query was cut to 64 tokens"]
+    assert ask("/v2/rerank", documents).json()["meta"]["warnings"] == ["the query was truncated to 64 tokens"]
+    assert ask("/v1/rerank", documents).json()["warnings"] == ["the query was truncated to 64 tokens"]
 
 
 def test_the_command_line_warns_once_about_all_long_queries(index, tmp_path):

@@ -130,7 +130,10 @@ CORPUS = {
     ),
     "a fraction as id": (lambda w: w.upsert("c.jsonl", '{"_id": 1.5, "text": "x"}'), "field '_id' must be a string"),
     "an id twice": (lambda w: w.upsert("c.jsonl", LINE + LINE), "c.jsonl:2: id 'a' was already used in line 1"),
-    "half a character": (lambda w: w.upsert("c.jsonl", LINE.replace("cat", "\\ud800")), "has half a character"),
+    "an unpaired surrogate": (
+        lambda w: w.upsert("c.jsonl", LINE.replace("cat", "\\ud800")),
+        "has an unpaired surrogate",
+    ),
     "UTF-16": (lambda w: w.upsert("c.jsonl", LINE.encode("utf-16")), "c.jsonl:1: not valid UTF-8", "save the file as"),
     "Latin-1": (
         lambda w: w.upsert("c.jsonl", LINE.replace("cat", "caf\xe9").encode("latin-1")),

@@ -298,7 +298,7 @@ def test_texts_are_encoded_as_passages_unless_they_are_queries(model, student):
     np.testing.assert_array_equal(query_vectors, student.encode_queries(TEXTS).vectors)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(np.asarray(model.similarity(vectors, vectors)), unit @ unit.T, atol=1e-5)
-    with pytest.raises(InputError, match="do not know their texts"):
+    with pytest.raises(InputError, match="are not linked to their texts"):
         model.similarity_pairwise(vectors, vectors)
 
 

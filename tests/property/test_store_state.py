@@ -91,8 +91,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.compact(dense=dense)
 
     @rule()
-    def settle(self) -> None:
-        self.store.settle()
+    def update_indices(self) -> None:
+        self.store.update_indices()
 
     @rule()
     def reopen(self) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from d2llm.evaluation.report import Estimate
-from d2llm.reports import words
+from d2llm.reports import phrases
 from d2llm.reports.markdown import escape, render_markdown
 from report_samples import HOSTILE, TEACHER, bare_report, hostile_report, pairs_report, retrieval_report
 
@@ -57,7 +57,7 @@ def test_sampled_rows_are_not_best_among_full_rows():
     rows = {row[0]: row for row in tables(render_markdown(report))[0]}
     assert rows[TEACHER][1:3] == ["0.9900", "–"]  # a missing measure is a dash
     assert rows["D2LLM"][1].startswith("#")
-    assert words.best_rows([teacher], "nDCG@10") == {TEACHER}
+    assert phrases.best_rows([teacher], "nDCG@10") == {TEACHER}
 
 
 def test_equal_values_are_all_best():
@@ -66,7 +66,7 @@ def test_equal_values_are_all_best():
         replace(row, measures={"MAP": Estimate(value, 0, 1)})
         for row, value in ((first, 0.50001), (second, 0.50004), (third, 0.4))
     ]
-    assert words.best_rows(rows, "MAP") == {first.name, second.name}
+    assert phrases.best_rows(rows, "MAP") == {first.name, second.name}
 
 
 def test_all_other_parts_of_the_report_are_rendered():
@@ -132,17 +132,17 @@ def test_escaped_text_is_parsed_back_unchanged(text):
     ],
 )
 def test_quantities_have_about_three_digits(value, expected):
-    assert words.quantity(value) == expected
+    assert phrases.quantity(value) == expected
 
 
 def test_p_values_and_durations():
-    assert [words.p_text(value) for value in (0.00009, 0.0003, 0.05, 1.0)] == [
+    assert [phrases.p_text(value) for value in (0.00009, 0.0003, 0.05, 1.0)] == [
         "p < 0.0001",
         "p = 0.0003",
         "p = 0.05",
         "p = 1",
     ]
-    assert [words.duration(seconds) for seconds in (4.24, 200, 3599.6, 7500)] == [
+    assert [phrases.duration(seconds) for seconds in (4.24, 200, 3599.6, 7500)] == [
         "4.2 s",
         "3 min 20 s",
         "1 h 00 min",
@@ -153,17 +153,17 @@ def test_p_values_and_durations():
 def test_the_verdict_summarises_the_subjects_comparison():
     report = retrieval_report()
     comparison = report.comparison("D2LLM", "nDCG@10")
-    assert f"nDCG@10 {comparison.difference.value:+.4f}" in words.verdict(report)
-    assert "significantly better (adjusted p = 0.0003, 300 queries)" in words.verdict(report)
+    assert f"nDCG@10 {comparison.difference.value:+.4f}" in phrases.verdict(report)
+    assert "significantly better (adjusted p = 0.0003, 300 queries)" in phrases.verdict(report)
     losing = replace(comparison, difference=Estimate(-0.1, -0.2, -0.05))
-    assert "significantly worse" in words.verdict(replace(report, comparisons=(losing,)))
-    assert "not a significant difference" in words.verdict(
+    assert "significantly worse" in phrases.verdict(replace(report, comparisons=(losing,)))
+    assert "not a significant difference" in phrases.verdict(
         replace(report, comparisons=(replace(comparison, adjusted_p=0.05),))
     )
-    assert words.verdict(bare_report()) is None
+    assert phrases.verdict(bare_report()) is None
 
 
 def test_every_measure_is_explained():
     names = ["nDCG@10", "MRR@10", "MAP", "Recall@10", "accuracy (3 classes)", "F1", "AP", "AUC", "Pearson", "Spearman"]
-    assert all(words.meaning(name) for name in names)
-    assert words.meaning("something else") is None
+    assert all(phrases.meaning(name) for name in names)
+    assert phrases.meaning("something else") is None

@@ -84,7 +84,9 @@ class TestUpsert:
         report = index.upsert(new_passages())
         assert (report.num_added, report.num_updated, report.num_metadata, report.num_unchanged) == (5, 1, 1, 1)
         assert set(table_sizes) == {6}
-        assert len(openings) - opened_before_blocks == 4 + 2  # once per block, once to settle and once for the report
+        assert (
+            len(openings) - opened_before_blocks == 4 + 2
+        )  # once per block, once to update the indices and once for the report
 
     def test_ids_of_a_new_index_are_looked_up_in_the_empty_table(self, student, tmp_path, monkeypatch):
         monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)

@@ -47,7 +47,7 @@ def test_stats(store):
     assert summary.vector_file_bytes == 22 * 16 + (store.folder / "vectors-0.json").stat().st_size
     assert summary.unindexed == {}
     assert json.loads(json.dumps(asdict(summary)))["version"] == store.table().version
-    store.settle()
+    store.update_indices()
     put(store, few_passages(3, start=90).values())
     assert stats(store).unindexed == {"id_idx": 3, "d2_row_idx": 3, "document_id_idx": 3}
 
@@ -58,7 +58,7 @@ def test_stats_of_an_empty_index(tmp_path):
 
 
 def test_an_intact_index_has_no_problems(store):
-    store.settle()
+    store.update_indices()
     store.snapshot("a")
     report = verify(store)
     assert report.problems == []
@@ -125,7 +125,7 @@ def test_a_damaged_table_is_found(store):
 
 
 def test_damaged_indices_are_found_and_rebuilt(store):
-    store.settle()
+    store.update_indices()
     for path in (store.folder / "passages.lance" / "_indices").rglob("*.lance"):
         path.write_bytes(b"")
     problems = verify(store).problems

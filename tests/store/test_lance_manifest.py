@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     """A table with indices, both kinds of deletion files, several data files and a column added later."""
     store = new_store(tmp_path_factory.mktemp("table") / "index")
     put(store, few_passages(8_000).values())
-    store.settle()
+    store.update_indices()
     store.delete(["p1", "p2"])
     put(store, few_passages(5, start=7_998, word="changed").values())
     store.add_fields(MetadataSchema({"later": "number"}))
@@ -38,7 +38,7 @@ def test_a_manifest_names_all_needed_files_and_no_others(folder, tmp_path):
     """After compaction only files of the latest version are left. A LanceDB update may add kinds of files."""
     store = new_store(tmp_path / "index")
     put(store, few_passages(40).values())
-    store.settle()
+    store.update_indices()
     store.delete(["p1"])
     put(store, few_passages(3, start=39).values())
     for _ in range(4):  # old files are removed once nothing new is written

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from d2llm.store.lancedb_import import put_off
+from d2llm.store.lancedb_import import defer_import
 
 
 def printed_words(code):
@@ -40,19 +40,19 @@ print(client.DescribeTableRequest is lance_namespace.DescribeTableRequest)
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    folder = tmp_path / "put_off_example"
+    folder = tmp_path / "deferred_example"
     folder.mkdir()
-    (folder / "__init__.py").write_text("from put_off_example.part import value\nname = value + 1\n")
+    (folder / "__init__.py").write_text("from deferred_example.part import value\nname = value + 1\n")
     (folder / "part.py").write_text("value = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    yield "put_off_example"
-    for name in ("put_off_example", "put_off_example.part"):
+    yield "deferred_example"
+    for name in ("deferred_example", "deferred_example.part"):
         sys.modules.pop(name, None)
 
 
 def test_a_submodule_is_imported_before_its_package(package):
-    put_off(package)
-    from put_off_example.part import value
+    defer_import(package)
+    from deferred_example.part import value
 
     assert value == 1
     assert "name" not in vars(sys.modules[package])
@@ -62,9 +62,9 @@ def test_a_submodule_is_imported_before_its_package(package):
 
 
 def test_imported_and_missing_packages_are_left_alone(package):
-    import put_off_example as whole
+    import deferred_example as whole
 
-    put_off(package)
+    defer_import(package)
     assert sys.modules[package] is whole
-    put_off("no_package_of_this_name")
+    defer_import("no_package_of_this_name")
     assert "no_package_of_this_name" not in sys.modules

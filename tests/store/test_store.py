@@ -188,7 +188,7 @@ def test_empty_and_megabyte_texts(store):
     passages = {"empty": Passage("empty", ""), "long": Passage("long", "Wort 中文 " * 90_000)}
     assert len(passages["long"].text.encode()) > 1_000_000
     put(store, passages.values())
-    store.settle()
+    store.update_indices()
     _check_reopened(store, PASSAGES | passages)
     view = PassageView(store)
     assert view.ids(view.match("Wort", 3).rows) == ["long"]
@@ -377,7 +377,7 @@ def _commit(store):
         (lambda store: store.compact(dense=True), 300),
         (lambda store: store.snapshot("a"), 300),
         (lambda store: store.delete(["p1"]), 100),
-        (lambda store: store.settle(), 100),
+        (lambda store: store.update_indices(), 100),
     ],
 )
 def test_a_full_disk_loses_nothing(store, change, limit):

@@ -34,7 +34,7 @@ QUERY = np.ones(DIM, np.float32)
 def store(tmp_path):
     store = new_store(tmp_path / "index")
     put(store, PASSAGES.values())
-    store.settle()
+    store.update_indices()
     return store
 
 
@@ -146,7 +146,7 @@ def test_large_files_are_sampled_first_and_checked_before_use(tmp_path, monkeypa
     with _small_blocks(monkeypatch, 0):
         store = new_store(tmp_path / "index")
         put(store, few_passages(200).values())
-        store.settle()
+        store.update_indices()
         data, pages = _files(store, "data/*")[0], _files(store, "_indices/*/page_data.lance")[0]
         content = pages.read_bytes()
         _flip(pages, 70)
@@ -327,7 +327,7 @@ def test_a_missing_file_is_still_an_error_after_a_write(store):
 
 def test_a_reader_waits_for_a_writer_that_removes_versions(store, monkeypatch):
     """It opens the index between the removal of the version in the record and the commit of the next."""
-    monkeypatch.setattr(table_files, "_LOOK_S", 0.0)
+    monkeypatch.setattr(table_files, "_POLL_SECONDS", 0.0)
     other, files = IndexStore.open(store.folder), store.files
     with store.writing():
         with pytest.MonkeyPatch.context() as patch:

@@ -25,7 +25,7 @@ QUERY = np.random.default_rng(7).standard_normal(DIM).astype(np.float32)
 def store(tmp_path, request):
     store = new_store(tmp_path / "index", request.param)
     put(store, PASSAGES.values())
-    store.settle()
+    store.update_indices()
     return store
 
 
@@ -152,7 +152,7 @@ def test_a_view_keeps_its_version(store):
     put(store, few_passages(20, start=20, word="changed").values())
     store.delete(["p1", "p2"])
     store.compact(dense=True)
-    store.settle()
+    store.update_indices()
     after = PASSAGES | few_passages(20, start=20, word="changed")
     del after["p1"], after["p2"]
     check_contents(view, before)

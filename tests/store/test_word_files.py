@@ -14,7 +14,7 @@ from d2llm.store.bm25 import WordIndex, WordSegment
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
 from d2llm.store.view import PassageView
-from d2llm.store.word_files import open_words, settle_words, write_segment
+from d2llm.store.word_files import open_words, update_word_files, write_segment
 from tiny_store import few_passages, new_store, put
 
 TEXTS = [f"common words and own{n}. A second sentence {n % 3}" for n in range(40)]
@@ -59,7 +59,7 @@ def test_missing_rows_are_read_again_and_counted(tmp_path, bounds):
     missing = 40 - (bounds[-1] - bounds[0])
     assert opened.problems == [f"the words of {missing} passages are in no file"]
     assert scores(opened.words) == EXPECTED
-    settle_words(tmp_path, 0, 40, texts_of)
+    update_word_files(tmp_path, 0, 40, texts_of)
     opened = open_words(tmp_path, 0, 40, unreadable)
     assert (opened.problems, scores(opened.words)) == ([], EXPECTED)
 
@@ -91,7 +91,7 @@ def test_damage_is_reported_and_the_words_are_read_again(tmp_path, name, damage)
     assert "20 passages are in no file" in opened.problems[-1]
     assert scores(opened.words) == EXPECTED
     word_files.remove_damaged(tmp_path, 0)
-    settle_words(tmp_path, 0, 40, texts_of)
+    update_word_files(tmp_path, 0, 40, texts_of)
     opened = open_words(tmp_path, 0, 40, unreadable, whole=True)
     assert (opened.problems, scores(opened.words)) == ([], EXPECTED)
 
@@ -103,7 +103,7 @@ def test_small_neighbouring_segments_are_joined(tmp_path, monkeypatch):
     monkeypatch.setattr(word_files, "_write", lambda *args: (written.append(len(args[3])), write_file(*args)))
     for row in range(40):
         write(tmp_path, row, row + 1)
-        settle_words(tmp_path, 0, row + 1, unreadable)
+        update_word_files(tmp_path, 0, row + 1, unreadable)
     opened = open_words(tmp_path, 0, 40, unreadable)
     assert (opened.problems, scores(opened.words)) == ([], EXPECTED)
     assert len(files(tmp_path)) <= 6
@@ -113,9 +113,9 @@ def test_small_neighbouring_segments_are_joined(tmp_path, monkeypatch):
 def test_no_segment_gets_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(word_files, "_MOST_ROWS", 16)
     write(tmp_path, *range(0, 41, 4))
-    settle_words(tmp_path, 0, 40, unreadable)
+    update_word_files(tmp_path, 0, 40, unreadable)
     assert files(tmp_path) == ["words-0-0-16.bin", "words-0-16-32.bin", "words-0-32-40.bin"]
-    settle_words(tmp_path, 1, 40, texts_of)
+    update_word_files(tmp_path, 1, 40, texts_of)
     assert files(tmp_path)[3:] == ["words-1-0-16.bin", "words-1-16-32.bin", "words-1-32-40.bin"]
 
 

@@ -48,7 +48,7 @@ def write_pairs(folder, **splits):
 
 
 def repeats(report):
-    return {repeat.what: (repeat.count, repeat.examples) for repeat in report.repeats}
+    return {repeat.label: (repeat.count, repeat.examples) for repeat in report.repeats}
 
 
 class TestRetrieval:
@@ -312,7 +312,7 @@ class TestCheckData:
         report = check_data(folder, tokenizer=tokenizer)
         assert report.leaks == (Leak("near query", "train", "test", 1, (("test-1", "train-1"),)),)
         assert report.num_leaks == 1
-        assert [(row.what, row.num_texts, row.limit) for row in report.lengths] == [
+        assert [(row.label, row.num_texts, row.limit) for row in report.lengths] == [
             ("queries", 2, 128),
             ("passages", 2, 250),
         ]

@@ -18,7 +18,7 @@ from d2llm.ops.fusion import sum_weights
 from d2llm.ops.words import windows
 from d2llm.training import fit_evidence as module
 from d2llm.training.dev import dev_queries
-from d2llm.training.fit_evidence import EvidenceLists, fit_evidence, make_evidence_lists, weigh
+from d2llm.training.fit_evidence import EvidenceLists, fit_evidence, fit_task_weights, make_evidence_lists
 from d2llm.training.fit_scores import fit_scores
 from tiny_data import topics
 from tiny_models import tiny_student_config, write_tiny_model
@@ -42,7 +42,7 @@ def make_lists(name, examples, statistics=None) -> EvidenceLists:
 
 
 def test_informative_evidence_gets_weight():
-    fitted = weigh([make_lists("a", lists(200, informative=[0, 1]))], TERMS)
+    fitted = fit_task_weights([make_lists("a", lists(200, informative=[0, 1]))], TERMS)
     own, fused = fitted.dev["a"]
     assert fused > own + 0.1
     assert fitted.weights["words"] == pytest.approx(1.0, abs=0.35)  # as good as the student's own score
@@ -52,7 +52,7 @@ def test_informative_evidence_gets_weight():
 
 def test_uninformative_evidence_is_kept_only_with_a_gain():
     sets = [make_lists(name, lists(30, informative=[0], seed=n)) for n, name in enumerate("ab")]
-    fitted = weigh(sets, TERMS)
+    fitted = fit_task_weights(sets, TERMS)
     gain = np.mean([fused - own for own, fused in fitted.dev.values()])
     assert (gain > 0) == any(fitted.weights.values())
     assert fitted.num_queries == {"a": 30, "b": 30}
@@ -64,12 +64,14 @@ def test_windows_get_weight_where_they_are_worth_reading(benefit, is_kept):
     examples = [(scores[:, :3].copy(), grades) for scores, grades in lists(200, informative=[0, 1])]
     for scores, _ in examples:
         scores[0, 2] += benefit
-    fitted = weigh([make_lists("a", examples)], terms)
-    without_windows = weigh([make_lists("a", [(scores[:, :2], grades) for scores, grades in examples])], ("words",))
+    fitted = fit_task_weights([make_lists("a", examples)], terms)
+    without_windows = fit_task_weights(
+        [make_lists("a", [(scores[:, :2], grades) for scores, grades in examples])], ("words",)
+    )
     if is_kept:
         assert fitted.weights["window_vectors"] == pytest.approx(1.0, abs=0.35)
         assert fitted.without_windows.weights == pytest.approx(without_windows.weights, rel=1e-3)
-        assert fitted.dev["a"][1] >= without_windows.dev["a"][1] + module.WORTH_READING
+        assert fitted.dev["a"][1] >= without_windows.dev["a"][1] + module.MIN_WINDOW_GAIN
     else:
         assert fitted.weights == pytest.approx(without_windows.weights, rel=1e-3)
         assert fitted.without_windows is None
@@ -84,10 +86,10 @@ def test_word_weight_depends_on_query_statistics():
     for (scores, _), (statistic, _) in zip(examples, statistics, strict=True):
         scores[:, 1] *= 3
         scores[0, 1] += 12.0 * (statistic > 0)  # words help where the first statistic is high, else they mislead
-    fitted = weigh(
+    fitted = fit_task_weights(
         [make_lists("a", examples[:200], statistics[:200]), make_lists("b", examples[200:], statistics[200:])], TERMS
     )
-    constant = weigh([make_lists("a", examples[:200]), make_lists("b", examples[200:])], TERMS)
+    constant = fit_task_weights([make_lists("a", examples[:200]), make_lists("b", examples[200:])], TERMS)
     assert constant.words_factor is None  # a constant statistic carries no information
     assert fitted.words_factor.slopes[0] > 0.5
     assert abs(fitted.words_factor.slopes[1]) < 0.3
@@ -99,7 +101,8 @@ def test_uninformative_statistics_have_little_effect():
     rng = np.random.default_rng(0)
     examples = lists(300, informative=[0, 1])
     fits = [
-        weigh([make_lists("a", examples, rng.standard_normal((300, 4)).astype(np.float32))], TERMS) for _ in range(5)
+        fit_task_weights([make_lists("a", examples, rng.standard_normal((300, 4)).astype(np.float32))], TERMS)
+        for _ in range(5)
     ]
     for fitted in fits:
         assert fitted.words_factor is None or np.abs(fitted.words_factor.slopes).max() < 0.3

@@ -28,7 +28,7 @@ from d2llm.training import gate as verb
 from d2llm.training.dev import dev_queries, make_dev_lists, make_dev_pairs
 from d2llm.training.gate import GATE_FILE, LOOK_QUERIES, first_look, gate, read_gate
 from d2llm.training.objective import batch_losses
-from d2llm.training.sentences import gate_advice, look_sentence, verdict_words
+from d2llm.training.sentences import describe_first_look, describe_gates, gate_advice
 from fake_models import FakeStudent, Interruption
 from tiny_data import LETTERS, everyday, make_plan
 from tiny_models import tiny_student_config, write_tiny_model
@@ -463,10 +463,10 @@ class TestFirstLook:
         assert look(OracleJudge(fail_after=0)).num_judged == 0
 
     def test_sentence_says_whether_the_teacher_beats_the_cosine(self, look):
-        assert "is worse than the cosine by" in look_sentence(look(OracleJudge(right=False)))
-        assert "is as good as the cosine or better" in look_sentence(look(OracleJudge(fingerprint="other")))
+        assert "is worse than the cosine by" in describe_first_look(look(OracleJudge(right=False)))
+        assert "is as good as the cosine or better" in describe_first_look(look(OracleJudge(fingerprint="other")))
 
 
 def test_a_verdict_in_words():
-    assert verdict_words({"a": True, "b": False, "c": True}) == "open for a, c; closed for b"
-    assert verdict_words({"a": True}) == "open for a"
+    assert describe_gates({"a": True, "b": False, "c": True}) == "open for a, c; closed for b"
+    assert describe_gates({"a": True}) == "open for a"

@@ -9,7 +9,7 @@ from torch import nn
 
 from d2llm.core.types import Task
 from d2llm.training.dev import DevResult
-from d2llm.training.interpolation import choose_interaction_weights, items_at_best_weight, put_between, sufficient_share
+from d2llm.training.interpolation import choose_interaction_weights, choose_share, interpolate, items_at_best_weight
 
 NUM = 40
 
@@ -30,12 +30,12 @@ def test_interpolation_scales_the_adapters_product_by_the_share() -> None:
     }
     end = {name: value + torch.randn(value.shape, generator=generator) for name, value in start.items()}
     parameters = {name: nn.Parameter(value.clone()) for name, value in end.items()}
-    put_between(parameters, start, end, 0.25)
+    interpolate(parameters, start, end, 0.25)
     product = parameters["x.lora_B.default.weight"] @ parameters["x.lora_A.default.weight"]
     whole = end["x.lora_B.default.weight"] @ end["x.lora_A.default.weight"]
     torch.testing.assert_close(product, 0.25 * whole)
     torch.testing.assert_close(parameters["head"].data, start["head"] + 0.25 * (end["head"] - start["head"]))
-    put_between(parameters, start, end, 0.0)
+    interpolate(parameters, start, end, 0.0)
     assert not parameters["x.lora_B.default.weight"].any()
     torch.testing.assert_close(parameters["head"].data, start["head"])
 
@@ -57,7 +57,7 @@ def test_smallest_sufficient_share_is_kept(by_share: dict[float, tuple[float, fl
         first, second = by_share.get(share, (0.5, 0.5))
         return {"a": result(first), "b": result(second)}
 
-    share, results = sufficient_share([s for s in by_share if s < 1], measure, start, seed=0)
+    share, results = choose_share([s for s in by_share if s < 1], measure, start, seed=0)
     assert share == kept
     assert set(results) == set(by_share) | ({0.0} if kept == 0 else set())
 
@@ -68,10 +68,10 @@ def test_kept_share_never_exceeds_the_largest() -> None:
     def measure(share: float) -> dict[str, DevResult]:
         return {"a": result(0.5 + 0.4 * share)}  # keeps getting better
 
-    share, results = sufficient_share([0.25, 0.5, 0.75], measure, start, seed=0, largest=0.6)
+    share, results = choose_share([0.25, 0.5, 0.75], measure, start, seed=0, largest=0.6)
     assert share == 0.6
     assert set(results) == {0.25, 0.5, 0.6}
-    assert sufficient_share([], measure, start, seed=0, largest=0.5)[0] == 0.5
+    assert choose_share([], measure, start, seed=0, largest=0.5)[0] == 0.5
 
 
 def test_weight_that_harms_any_set_is_not_chosen() -> None:

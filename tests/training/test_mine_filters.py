@@ -18,7 +18,7 @@ from d2llm.core.recipe_file import parse_recipe
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.data.same_text import likeness, shingles
+from d2llm.data.same_text import jaccard, shingles
 from d2llm.models.teachers.judge import Judgements
 from d2llm.training.mining.audit import MarginHistogram, audit_page, rank_range
 from d2llm.training.mining.choose import order_candidates, random_of
@@ -134,9 +134,9 @@ class TestRanges:
 class TestNearDuplicates:
     def test_likeness_compares_trigrams(self):
         # "abcd" has abc and bcd, "abce" has abc and bce: 1 of 3 shared. Case and punctuation are ignored.
-        assert likeness(shingles("abcd"), shingles("ABCE!")) == pytest.approx(1 / 3)
-        assert likeness(shingles("ab"), shingles("ab")) == 1
-        assert likeness(shingles(""), shingles("...")) == 0
+        assert jaccard(shingles("abcd"), shingles("ABCE!")) == pytest.approx(1 / 3)
+        assert jaccard(shingles("ab"), shingles("ab")) == 1
+        assert jaccard(shingles(""), shingles("...")) == 0
 
     def test_near_duplicates_of_positives_are_dropped_and_counted(self):
         texts = TEXTS | {"p": POSITIVE, "n": POSITIVE + "s"}
@@ -145,7 +145,7 @@ class TestNearDuplicates:
         assert result.report["num_dropped"] == {"near_duplicate": 1, "relative_margin": 0, "teacher_margin": 0}
         [drop] = result.audit["dropped"]["near_duplicate"]["first"]
         assert (drop["query_id"], drop["passage_id"], drop["limit"]) == ("q", "n", 0.9)
-        expected = likeness(shingles(POSITIVE), shingles(POSITIVE + "s"))
+        expected = jaccard(shingles(POSITIVE), shingles(POSITIVE + "s"))
         assert drop["value"] == pytest.approx(expected, abs=1e-4)
         assert "n" in hard(mined(world({"p": 1}, texts), num_hard=9, near_duplicate=1))
 

@@ -56,7 +56,7 @@ def fit_scores(
     from d2llm.data.open_data import open_data
     from d2llm.models.student import Student
     from d2llm.training.fit_scores import fit_scores
-    from d2llm.training.sentences import evidence_words, probability_words
+    from d2llm.training.sentences import describe_calibration, describe_evidence
 
     session = session_of(context)
     datasets = [open_data(path, splits=["dev"]) for path in data]
@@ -65,7 +65,7 @@ def fit_scores(
         model, datasets, task, words=words, window_vectors=window_vectors, num_queries=num_queries, seed=seed
     )
     model.save(out)
-    evidence = evidence_words({task: report.evidence}) if report.evidence else "words were not fitted"
-    probabilities = probability_words({task: report.probabilities} if report.probabilities else {})
+    evidence = describe_evidence({task: report.evidence}) if report.evidence else "words were not fitted"
+    probabilities = describe_calibration({task: report.probabilities} if report.probabilities else {})
     session.say(f"fit-scores: {evidence}; probabilities: {probabilities}; in {out}")
     session.write_report(context, json_path, report)

@@ -295,7 +295,9 @@ def compact(
     dense: Annotated[
         bool | None,
         typer.Option(
-            "--dense/--no-dense", help="Rewrite the vectors without holes.", show_default="if a quarter are holes"
+            "--dense/--no-dense",
+            help="Rewrite the vector file without the gaps that deletions leave.",
+            show_default="if a quarter of it is gaps",
         ),
     ] = None,
     json_path: JsonOption = None,

@@ -32,7 +32,7 @@ def judge(
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Ask a teacher how probably a passage answers a query."""
+    """Ask a teacher how likely a passage is to answer a query."""
     from d2llm.models.teachers.judge import load_judge
     from d2llm.reports.search_tables import judgement_table
 

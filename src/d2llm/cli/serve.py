@@ -67,7 +67,7 @@ def serve(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting; may be given several times.")
     ] = None,
     show_config: Annotated[
-        bool, typer.Option("--show-config", help="Show all settings, and where each comes from, and stop.")
+        bool, typer.Option("--show-config", help="Show all settings, and their sources, then exit.")
     ] = False,
     json_path: JsonOption = None,
 ) -> None:

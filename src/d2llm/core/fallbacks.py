@@ -12,26 +12,26 @@ _counts: Counter[str] = Counter()
 _logged: set[tuple[str, str]] = set()
 
 
-def fell_back(fast_way: str, reason: str, *, level: int = logging.WARNING) -> None:
+def fell_back(fast_path: str, reason: str, *, level: int = logging.WARNING) -> None:
     """Count that a fast path could not be used, and log it the first time for each reason.
 
     Args:
-        fast_way: the fast path in a few words; also a metric label.
+        fast_path: the fast path in a few words; also a metric label.
         reason: why it was not used, and what is done instead.
         level: log level; below a warning if nothing is wrong.
     """
-    count_fallback(fast_way)
+    count_fallback(fast_path)
     with _lock:
-        is_new = (fast_way, reason) not in _logged
-        _logged.add((fast_way, reason))
+        is_new = (fast_path, reason) not in _logged
+        _logged.add((fast_path, reason))
     if is_new:
-        _log.log(level, "%s: %s", fast_way, reason)
+        _log.log(level, "%s: %s", fast_path, reason)
 
 
-def count_fallback(fast_way: str) -> None:
+def count_fallback(fast_path: str) -> None:
     """Count a fallback without logging it, for callers that report the reason themselves."""
     with _lock:
-        _counts[fast_way] += 1
+        _counts[fast_path] += 1
 
 
 def fallback_counts() -> dict[str, int]:

@@ -21,11 +21,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
 
 
-def suggestion(name: str, known: Iterable[str], all_of_them: str) -> str:
+def suggestion(name: str, known: Iterable[str], listing: str) -> str:
     """``did you mean 'top_k'?`` for an unknown name; if no known name is similar enough, a list of all."""
     names = list(known)
     similar = nearest(name, names)
-    return f"{all_of_them}: {', '.join(names)}" if similar is None else f"did you mean '{similar}'?"
+    return f"{listing}: {', '.join(names)}" if similar is None else f"did you mean '{similar}'?"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

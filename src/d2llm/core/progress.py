@@ -53,7 +53,7 @@ def showing_progress(show: bool | None) -> Generator[None]:
 def progress_bar(description: str, total: int | None) -> Generator[Advance]:
     """Show a bar with rate and remaining time on standard error or, without a terminal, log a line twice a minute.
 
-    If work that already shows a bar starts other work, the bar of the latter appears below while it lasts.
+    A nested task shows its own bar below the outer one.
 
     Args:
         description: what is being done.

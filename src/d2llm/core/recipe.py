@@ -423,8 +423,8 @@ class EvidenceConfig(_Section):
     times."""
     in_training: bool = False
     """Count words in the losses and dev results of training, with weights that are fitted on dev before the first step:
-    the vectors and the interaction then learn what words leave over. Source: Gao et al., "Complement Lexical Retrieval
-    Model with Semantic Residual Embeddings", ECIR 2021."""
+    the vectors and the interaction then learn what words leave unexplained. Source: Gao et al., "Complement Lexical
+    Retrieval Model with Semantic Residual Embeddings", ECIR 2021."""
 
     @property
     def terms(self) -> tuple[EvidenceTerm, ...]:

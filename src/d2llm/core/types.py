@@ -78,7 +78,7 @@ def is_text(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A query with its id."""
+    """A text to search with; its id is unique in a data set."""
 
     id: str
     text: str

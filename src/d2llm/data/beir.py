@@ -98,7 +98,7 @@ class RetrievalSource:
         passages = self._passages()
         queries = _by_id(self.queries_path, self.iter_queries())
         qrels = self.qrels()
-        issues = strays(qrels, queries, passages)
+        issues = unknown_id_issues(qrels, queries, passages)
         if empty := [passage.id for passage in passages.values() if not passage.text.strip()]:
             issues = (f"{len(empty)} passages have an empty text, {first_few(empty)}", *issues)
         for issue in issues:
@@ -117,7 +117,7 @@ class RetrievalSource:
 def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:
     """Read a BEIR-layout folder; ``splits=None`` reads every ``qrels/*.tsv``.
 
-    Judgements of unknown queries or passages, and empty passages, are no errors: ``issues`` counts them.
+    Judgements of unknown queries or passages, and empty passages, are not errors: ``issues`` counts them.
 
     Raises:
         DataFormatError: a file is missing, empty or malformed (the message names file and line).
@@ -265,7 +265,9 @@ def _identifier(path: Path, line: int, record: Fields) -> str:
     return identifier
 
 
-def strays(qrels: Mapping[str, Qrels], queries: Collection[str], passages: Collection[str]) -> tuple[str, ...]:
+def unknown_id_issues(
+    qrels: Mapping[str, Qrels], queries: Collection[str], passages: Collection[str]
+) -> tuple[str, ...]:
     """Issues for judgements of queries or passages that do not exist."""
     issues: list[str] = []
     for split, judged in qrels.items():

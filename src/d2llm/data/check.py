@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from d2llm.data.beir import RetrievalSource, strays
+from d2llm.data.beir import RetrievalSource, unknown_id_issues
 from d2llm.data.check_leaks import Texts, same_keys
 from d2llm.data.check_report import DataReport, Repeats, SharedPositives, SplitCounts
 from d2llm.data.check_texts import Sample, hash64
@@ -61,11 +61,11 @@ class _Occurrences:
         if len(self.examples) < _NUM_EXAMPLES:
             self.examples.append(identifier)
 
-    def as_repeats(self, what: str) -> list[Repeats]:
-        return [Repeats(what, self.count, tuple(self.examples))] if self.count else []
+    def as_repeats(self, label: str) -> list[Repeats]:
+        return [Repeats(label, self.count, tuple(self.examples))] if self.count else []
 
-    def as_issue(self, what: str) -> list[str]:
-        return [f"{self.count} {what}, {first_few(self.examples)}"] if self.count else []
+    def as_issue(self, problem: str) -> list[str]:
+        return [f"{self.count} {problem}, {first_few(self.examples)}"] if self.count else []
 
 
 def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) -> Findings:
@@ -90,17 +90,17 @@ def _read_retrieval(source: RetrievalSource, queries: Sample, passages: Sample) 
             if text and ids_of[split].setdefault(key, query.id) != query.id:
                 repeats[split].add(query.id)
     issues = [
-        *strays(qrels, query_lines, lines),
+        *unknown_id_issues(qrels, query_lines, lines),
         *empty_passages.as_issue("passages have an empty text"),
         *empty.as_issue("queries have an empty text"),
         *unjudged.as_issue("queries are judged in no split"),
     ]
     for split, judged in qrels.items():
-        barren = _Occurrences()
+        without_positive = _Occurrences()
         for query_id, grades in judged.items():
             if not any(grade > 0 for grade in grades.values()):
-                barren.add(query_id)
-        issues += [f"{split}: {issue}" for issue in barren.as_issue("queries have no relevant passage")]
+                without_positive.add(query_id)
+        issues += [f"{split}: {issue}" for issue in without_positive.as_issue("queries have no relevant passage")]
     place_of = dict(zip(lines, range(len(lines)), strict=True))
     repeated = _repeated_passages(list(lines), hashes)
     for split, occurrences in repeats.items():
@@ -239,7 +239,7 @@ def _read_pairs(source: PairSource, queries: Sample, passages: Sample) -> Findin
             queries.add(pair.query)
             passages.add(pair.passage)
             split.add(pair, targets, conflicts)
-        issues += [f"{name}: {count} {what}" for what, count in counts.items() if count]
+        issues += [f"{name}: {count} {problem}" for problem, count in counts.items() if count]
     splits = {name: split for name, split in splits.items() if split.num_pairs}
     classes_of: dict[str, set[str | None]] = {name: set(split.classes) or {None} for name, split in splits.items()}
     kind, _ = kind_of(source.path, classes_of)

@@ -10,7 +10,7 @@ from typing import Any
 from d2llm.core.extras import require
 from d2llm.data.check_report import Leak, LeakKind
 from d2llm.data.check_texts import hash64
-from d2llm.data.same_text import comparable, comparable_shingles, likeness
+from d2llm.data.same_text import comparable, comparable_shingles, jaccard
 
 _NUM_HASHES = 128
 _MIN_DETECTION_RATE = 0.99
@@ -97,7 +97,7 @@ class _TextSketches:
 
     def alike(self, sketch: Any, shingles: frozenset[str]) -> Iterator[tuple[str, str, str]]:
         for place in sorted(self._lsh.query(sketch)):
-            if likeness(shingles, comparable_shingles(self._texts[place][2])) >= self._threshold:
+            if jaccard(shingles, comparable_shingles(self._texts[place][2])) >= self._threshold:
                 yield self._texts[place]
 
     def add(self, split: str, identifier: str, text: str, sketch: Any) -> None:

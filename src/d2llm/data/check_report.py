@@ -29,7 +29,7 @@ class SplitCounts:
 class Repeats:
     """Texts that occur more than once: ``count`` excludes the first of each; ``examples`` are ids."""
 
-    what: str
+    label: str
     count: int
     examples: tuple[str, ...]
 
@@ -62,7 +62,7 @@ class Lengths:
     ``num_texts`` of ``num_all`` were measured. ``share_over`` is the share of texts with more than ``limit`` tokens.
     """
 
-    what: str
+    label: str
     num_texts: int
     num_all: int
     percentiles: Mapping[int, int]
@@ -75,7 +75,7 @@ class Lengths:
 class Languages:
     """ISO 639-1 codes with the number of texts guessed to be in them, most frequent first, of ``num_texts`` sampled."""
 
-    what: str
+    label: str
     num_texts: int
     counts: Mapping[str, int]
 

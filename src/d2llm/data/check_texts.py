@@ -44,7 +44,7 @@ class Sample:
 
 
 def measure_lengths(
-    what: str, sample: Sample, count_tokens: CountTokens, limit: int, advance: Callable[[int], None]
+    label: str, sample: Sample, count_tokens: CountTokens, limit: int, advance: Callable[[int], None]
 ) -> Lengths | None:
     """Token lengths of the sampled texts; None if there are none. ``advance`` is called with each batch's size."""
     lengths: list[int] = []
@@ -63,10 +63,10 @@ def measure_lengths(
     shares = np.bincount(places, minlength=len(bounds) + 1) / len(values)
     bars = tuple(zip([*bounds, None], shares.tolist(), strict=True))
     share_over = float((values > limit).mean())
-    return Lengths(what, len(lengths), sample.num_seen, percentiles, limit, share_over, bars)
+    return Lengths(label, len(lengths), sample.num_seen, percentiles, limit, share_over, bars)
 
 
-def guess_languages(what: str, texts: Sequence[str]) -> Languages | None:
+def guess_languages(label: str, texts: Sequence[str]) -> Languages | None:
     """Guessed languages of ``texts``; None if there are no texts. Guesses for short texts are often wrong.
 
     Without py3langid there is a ``MissingExtraError``.
@@ -75,4 +75,4 @@ def guess_languages(what: str, texts: Sequence[str]) -> Languages | None:
         return None
     langid = require("py3langid", extra="check", purpose="telling languages")
     counts = Counter(str(langid.classify(text)[0]) for text in texts)
-    return Languages(what, len(texts), dict(counts.most_common()))
+    return Languages(label, len(texts), dict(counts.most_common()))

@@ -236,7 +236,7 @@ def _collate(
             query = labelled.source.query_text(draw.entry.query_id)
             word_scores[row, list(column.values())] = score_words(query, list(column))
         known = set(draw.entry.positives)
-        for passage_id in (known | labelled.same_text.as_any_of(known)) & column.keys():
+        for passage_id in (known | labelled.same_text.duplicates_of(known)) & column.keys():
             easy[row, column[passage_id]] = False
         easy[row] &= ~hard[row]
         log_odds[row, positive[row]], log_odds[row, hard[row]] = _CERTAIN_LOG_ODDS, -_CERTAIN_LOG_ODDS

@@ -81,7 +81,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Fields]]:
 
 
 def string_field(path: Path, line: int, record: Fields, field: str) -> str:
-    """The text of a field; ``DataFormatError`` if it is missing, no string, or has an unpaired surrogate."""
+    """The text of a field; ``DataFormatError`` if it is missing, not a string, or has an unpaired surrogate."""
     if field not in record:
         keys = ", ".join(f"'{key}'" for key in list(record)[:8]) or "none"
         raise DataFormatError(path, f"field '{field}' is missing; fields found: {keys}", line=line)
@@ -92,7 +92,7 @@ def string_field(path: Path, line: int, record: Fields, field: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:  # valid JSON, but cannot be tokenized or written
         raise DataFormatError(
-            path, f"field '{field}' has half a character (an unpaired \\u surrogate); repair the text", line=line
+            path, f"field '{field}' has an unpaired surrogate (\\uD800 to \\uDFFF); repair the text", line=line
         ) from error
     return value
 

@@ -195,12 +195,12 @@ def in_order(splits: Iterable[str]) -> list[str]:
     return known + [split for split in splits if split not in known]
 
 
-def choose_splits(path: Path, found: dict[str, _Value], wanted: Sequence[str] | None) -> dict[str, _Value]:
+def choose_splits(path: Path, available: dict[str, _Value], requested: Sequence[str] | None) -> dict[str, _Value]:
     """The requested splits, or all for None; ``DataFormatError`` if one does not exist."""
-    for split in wanted or ():
-        if split not in found:
-            raise DataFormatError(path, f"no split '{split}'; splits found: {', '.join(found) or 'none'}")
-    return found if wanted is None else {split: found[split] for split in wanted}
+    for split in requested or ():
+        if split not in available:
+            raise DataFormatError(path, f"no split '{split}'; splits found: {', '.join(available) or 'none'}")
+    return available if requested is None else {split: available[split] for split in requested}
 
 
 def kind_of(path: Path, classes_of: dict[str, set[str | None]]) -> tuple[PairKind, tuple[str, ...]]:

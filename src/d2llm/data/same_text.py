@@ -31,7 +31,7 @@ def comparable_shingles(text: str) -> frozenset[str]:
     return frozenset(text[start : start + _SHINGLE] for start in range(max(1, len(text) - _SHINGLE + 1))) - {""}
 
 
-def likeness(first: frozenset[str], second: frozenset[str]) -> float:
+def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
     """Jaccard similarity |A and B| / |A or B| of two texts' shingles, from 0 to 1; 0 for two empty texts."""
     return len(first & second) / max(1, len(first | second))
 
@@ -50,7 +50,7 @@ class SameText:
         self._keys = keys[self._order]
         self._repeats_of: dict[str, frozenset[str]] = {}
 
-    def as_any_of(self, passage_ids: Iterable[str]) -> set[str]:
+    def duplicates_of(self, passage_ids: Iterable[str]) -> set[str]:
         """Other passages with the same text as one of these. A text without letters and digits equals no other."""
         ids = set(passage_ids)
         return {repeat for passage_id in ids for repeat in self._repeats(passage_id)} - ids

@@ -43,7 +43,7 @@ class TrainingSource:
         return [entry for entry in self.plan.entries if entry.query_id in chosen]
 
     def query_text(self, query_id: str) -> str:
-        """The text of a query."""
+        """A query as the data set has it, without the prefix that a model may add."""
         return self.dataset.queries[query_id].text
 
     def passage_text(self, passage_id: str) -> str:

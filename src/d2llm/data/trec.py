@@ -125,6 +125,6 @@ def _ranks_follow(scores: Mapping[str, float], ranks: Mapping[str, int]) -> bool
     return all(first >= second for first, second in pairwise(by_rank))
 
 
-def _check_word(what: str, text: str) -> None:
+def _check_word(label: str, text: str) -> None:
     if text.split() != [text]:
-        raise InputError(f"{what} {text!r} is empty or contains white space, which a TREC run cannot hold; rename it")
+        raise InputError(f"{label} {text!r} is empty or contains white space, which a TREC run cannot hold; rename it")

@@ -33,7 +33,7 @@ def examine(*, student: str, index: Path | None = None, device: str | None = Non
     usable = True
     for check in install_checks():
         for finding in check.findings():
-            usable = usable and not (finding.what == "import" and finding.level == "problem")
+            usable = usable and not (finding.subject == "import" and finding.level == "problem")
             yield finding
     if not usable:
         return  # everything below needs these packages

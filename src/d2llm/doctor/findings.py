@@ -23,9 +23,9 @@ class Finding:
     """
 
     area: str
-    what: str
+    subject: str
     level: Level
-    found: str
+    result: str
     advice: str = ""
 
 
@@ -34,41 +34,41 @@ class Check:
     """One thing to check. An error of the check itself is a finding too, so that the other checks still run."""
 
     area: str
-    what: str
-    look: Callable[[], Finding | Iterable[Finding]]
+    subject: str
+    run: Callable[[], Finding | Iterable[Finding]]
 
     def findings(self) -> Iterator[Finding]:
         """The results, and a problem if the check itself failed."""
         try:
-            result = self.look()
+            result = self.run()
             yield from [result] if isinstance(result, Finding) else result
         except D2LLMError as error:
-            yield finding_of(self.area, self.what, error, otherwise=_REPORT)
+            yield finding_of(self.area, self.subject, error, otherwise=_REPORT)
         except Exception as error:  # noqa: BLE001 - a broken installation may raise anything
             reason = " ".join(str(error).split()) or "without a message"
             yield Finding(
-                self.area, self.what, "problem", f"this check failed: {type(error).__name__}: {reason}", _REPORT
+                self.area, self.subject, "problem", f"this check failed: {type(error).__name__}: {reason}", _REPORT
             )
 
 
-def finding_of(area: str, what: str, error: D2LLMError, *, otherwise: str) -> Finding:
+def finding_of(area: str, subject: str, error: D2LLMError, *, otherwise: str) -> Finding:
     """Turn an error of d2llm into a finding; the advice is the end of its message, or ``otherwise`` if it has none."""
     message, _, advice = str(error).rpartition("; ")
     if not message:
-        return Finding(area, what, "problem", advice, otherwise)
-    return Finding(area, what, "problem", message, advice)
+        return Finding(area, subject, "problem", advice, otherwise)
+    return Finding(area, subject, "problem", message, advice)
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
     """A table of the findings, with each area named once."""
-    table = Table("", "", "", "found", "what to do", framed=False)
+    table = Table("", "", "", "result", "what to do", framed=False)
     area = ""
     for finding in findings:
         table.add_row(
             Cell("" if finding.area == area else finding.area, "bold"),
-            finding.what,
+            finding.subject,
             Cell(finding.level, _STYLES[finding.level]),
-            finding.found,
+            finding.result,
             finding.advice,
         )
         area = finding.area

@@ -157,7 +157,7 @@ def _allocator() -> Iterator[Finding]:
     if names:
         yield Finding("device", "allocator", "ok", ", ".join(names))
     else:
-        advice = "training on a CPU is faster with tcmalloc, started with LD_PRELOAD (docs/training.md, Memory)"
+        advice = "training on a CPU is faster with tcmalloc: install it and set LD_PRELOAD=libtcmalloc_minimal.so.4"
         yield Finding("device", "allocator", "note", "the C library's own", advice)
 
 

@@ -344,7 +344,7 @@ def _source(vectors: NDArray[np.float32]) -> _Source:
     source = vectors.source if isinstance(vectors, _PairVectors) else None
     if source is None:
         raise InputError(
-            "these vectors do not know their texts; use the arrays that encode returned, without a cache (mteb's "
+            "these vectors are not linked to their texts; use the arrays that encode returned, without a cache (mteb's "
             "CachedEmbeddingWrapper) in between"
         )
     return source

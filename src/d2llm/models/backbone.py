@@ -51,14 +51,14 @@ TOKENIZING = Lock()
 
 @dataclass(frozen=True, slots=True)
 class TokenizedTexts:
-    """Token ids of each text, with special tokens, cut to the limit; ``truncated`` has the indices of the cut texts."""
+    """Token ids of each text, with special tokens; ``truncated`` has the indices of those over the limit."""
 
     ids: list[list[int]]
     truncated: tuple[int, ...] = ()
 
     @property
     def num_truncated(self) -> int:
-        """How many texts were cut."""
+        """How many texts were truncated."""
         return len(self.truncated)
 
     @property
@@ -78,7 +78,7 @@ class EncodedTexts:
 
     @property
     def num_truncated(self) -> int:
-        """How many texts were cut."""
+        """How many texts were truncated."""
         return len(self.truncated)
 
 

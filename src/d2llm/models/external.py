@@ -251,7 +251,7 @@ def _kind(folder: Path) -> str:
         return "CrossEncoder"
     if (folder / "modules.json").is_file():
         return "SentenceTransformer"
-    return f"no sentence-transformers model (no modules.json; architectures: {', '.join(architectures) or 'none'})"
+    return f"not a sentence-transformers model (no modules.json; architectures: {', '.join(architectures) or 'none'})"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -68,10 +68,10 @@ def best_threshold(scores: ArrayLike, labels: ArrayLike, *, measure: Literal["ac
     """
     values, truth = _checked(scores, labels)
     _require_both(int(truth.sum()), len(truth))
-    order, taken, thresholds = _cuts(values)
-    hits = np.concatenate([[0], np.cumsum(truth[order])])[taken]
-    # Right answers are hits + (negatives - (taken - hits)); terms that are constant over the cuts are left out.
-    quality = 2 * hits / (taken + truth.sum()) if measure == "f1" else 2 * hits - taken
+    order, num_above, thresholds = _cuts(values)
+    hits = np.concatenate([[0], np.cumsum(truth[order])])[num_above]
+    # Right answers are hits + (negatives - (num_above - hits)); terms that are constant over the cuts are left out.
+    quality = 2 * hits / (num_above + truth.sum()) if measure == "f1" else 2 * hits - num_above
     return float(thresholds[np.argmax(quality)])
 
 
@@ -98,7 +98,7 @@ def binary_measurer(scores: ArrayLike, labels: ArrayLike, *, thresholds: tuple[f
         thresholds: ``best_threshold`` of the dev split for accuracy and for F1; None leaves these two out.
     """
     values, truth = _checked(scores, labels)
-    pairs = _Sorted.of(values, truth)
+    pairs = _Sorted.from_scores(values, truth)
     if thresholds is None:
         return lambda rows: pairs.cuts(rows).ranking_measures()
     is_right, answers = (values >= thresholds[0]) == truth, values >= thresholds[1]
@@ -145,11 +145,13 @@ def ordinal_thresholds(scores: ArrayLike, classes: ArrayLike) -> tuple[float, fl
     for number in range(3):
         if not (truth == number).any():
             raise InputError(f"no pair is of class {number}: three-way thresholds need all of 0, 1 and 2")
-    order, taken, thresholds = _cuts(values)
-    zeros, ones, twos = (np.concatenate([[0], np.cumsum(truth[order] == number)])[taken] for number in range(3))
-    upper_gain = twos - ones
+    order, num_above, thresholds = _cuts(values)
+    num_zeros, num_ones, num_twos = (
+        np.concatenate([[0], np.cumsum(truth[order] == number)])[num_above] for number in range(3)
+    )
+    upper_gain = num_twos - num_ones
     best_so_far = np.maximum.accumulate(upper_gain)
-    lower = int(np.argmax(best_so_far + ones - zeros))
+    lower = int(np.argmax(best_so_far + num_ones - num_zeros))
     upper = int(np.argmax(upper_gain[: lower + 1]))
     return float(thresholds[lower]), float(thresholds[upper])
 
@@ -199,7 +201,7 @@ def nli_measurer(scores: ArrayLike, classes: Sequence[str], *, thresholds: NliTh
     """
     values, numbers = _paired(scores, _nli_numbers(classes))
     decided, truth = numbers != 1, numbers == 2
-    pairs = _Sorted.of(values, truth)
+    pairs = _Sorted.from_scores(values, truth)
     answers = values >= thresholds.f1
     right_of_two = (values >= thresholds.contradiction) == truth
     right_of_other = (values >= thresholds.other) == truth
@@ -279,7 +281,7 @@ class _Sorted:
     truth: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, values: Floats, truth: NDArray[np.bool_]) -> _Sorted:
+    def from_scores(cls, values: Floats, truth: NDArray[np.bool_]) -> _Sorted:
         distinct, place = np.unique(-values, return_inverse=True)
         return cls(place, len(distinct), truth)
 
@@ -333,8 +335,8 @@ def _cuts(values: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
     middle = upper / 2 + lower / 2
     # There is no midpoint between two adjacent floats.
     thresholds = np.where((middle > lower) & (middle <= upper), middle, upper)
-    taken = np.concatenate([[0], inner, [len(values)]])
-    return order, taken, np.concatenate([[np.nextafter(ordered[0], np.inf)], thresholds, ordered[-1:]])
+    num_above = np.concatenate([[0], inner, [len(values)]])
+    return order, num_above, np.concatenate([[np.nextafter(ordered[0], np.inf)], thresholds, ordered[-1:]])
 
 
 def _ranks(values: Floats) -> Floats:

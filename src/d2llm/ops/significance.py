@@ -1,9 +1,9 @@
 """Significance tests and confidence intervals: is a difference more than chance, and how precise is a value?
 
-Every function creates its own random generator: the same ``seed`` gives the same resamples. ``num_resamples`` is how
-often as many items as there are, are drawn with replacement. Values are one per query, and those of two systems are of
-the same queries in the same order. All functions raise a ``ValueError`` for numbers out of range, or nothing to
-resample.
+Values are one per query; those of two systems are of the same queries in the same order. A resample draws as many items
+as there are, with replacement, and ``num_resamples`` is how many resamples are made. Every function creates its own
+random generator: the same ``seed`` gives the same resamples. All functions raise a ``ValueError`` for numbers out of
+range, or if there is nothing to resample.
 """
 
 from __future__ import annotations

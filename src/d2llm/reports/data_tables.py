@@ -24,7 +24,7 @@ def data_tables(report: DataReport) -> Iterator[Table]:
 
 def _split_table(report: DataReport) -> Table:
     items = "judgements" if report.kind == "retrieval" else "pairs"
-    values = {"retrieval": "by grade", "scores": "least / mean / greatest"}.get(report.kind, "by class")
+    values = {"retrieval": "by grade", "scores": "min / mean / max"}.get(report.kind, "by class")
     table = Table(
         "split",
         Column("queries", ","),
@@ -63,7 +63,7 @@ def _shared_table(report: DataReport) -> Table:
 def _repeats_table(report: DataReport) -> Table:
     table = Table("what", Column("count", ","), "first few", title="Repeated texts (letters and digits compared)")
     for repeats in report.repeats:
-        table.add_row(repeats.what, repeats.count, ", ".join(repeats.examples))
+        table.add_row(repeats.label, repeats.count, ", ".join(repeats.examples))
     return table
 
 
@@ -73,7 +73,7 @@ def _length_table(lengths: Lengths) -> Table:
         "tokens",
         Column("share", ".1%"),
         "",
-        title=f"Tokens of {texts} {lengths.num_all:,} {lengths.what}; {lengths.share_over:.2%} are over "
+        title=f"Tokens of {texts} {lengths.num_all:,} {lengths.label}; {lengths.share_over:.2%} are over "
         f"{lengths.limit}",
         caption="percentiles: " + ", ".join(f"{p}%: {length:,}" for p, length in lengths.percentiles.items()),
     )
@@ -91,5 +91,5 @@ def _language_table(report: DataReport) -> Table:
         shares = [f"{name} {count / languages.num_texts:.1%}" for name, count in languages.counts.items()]
         rest = len(shares) - _NUM_LANGUAGES
         first = shares[:_NUM_LANGUAGES] + ([f"{rest} more"] if rest > 0 else [])
-        table.add_row(languages.what, languages.num_texts, ", ".join(first))
+        table.add_row(languages.label, languages.num_texts, ", ".join(first))
     return table

@@ -10,26 +10,26 @@ from rich.text import Text
 
 from d2llm.core.table import Cell, Column, Table
 from d2llm.evaluation.report import Comparison, EvaluationReport, EvaluationRow
-from d2llm.reports import words
+from d2llm.reports import phrases
 
 _SYSTEM = Column("system", align="left", max_width=40)
 
 
 def evaluation_tables(report: EvaluationReport) -> list[RenderableType]:
     """A report for a terminal: measures, the teacher's sample, agreement, cost, and remarks."""
-    data, *counts, (_, task), (_, seconds) = words.facts(report)
+    data, *counts, (_, task), (_, seconds) = phrases.facts(report)
     facts = ", ".join([data[1], *(f"{count} {noun}" for noun, count in counts), task, f"took {seconds}"])
     measures = measure_table(report, report.rows, title=facts)
     for row in report.missing:
         measures.add_row(f"{row.name}: not measured, {row.reason}", *(None for _ in measures.columns[1:]))
     parts: list[RenderableType] = [measures]
     if report.sample_rows:
-        parts.append(measure_table(report, report.sample_rows, title=words.sample_title(report), marks=False))
+        parts.append(measure_table(report, report.sample_rows, title=phrases.sample_title(report), marks=False))
     if report.agreement:
         parts.append(agreement_table(report))
     parts.append(cost_table(report))
-    verdict = words.verdict(report)
-    remarks = [words.legend(report), *([verdict] if verdict else []), *report.notes]
+    verdict = phrases.verdict(report)
+    remarks = [phrases.legend(report), *([verdict] if verdict else []), *report.notes]
     return [*parts, Text("\n".join(remarks))]
 
 
@@ -47,12 +47,12 @@ def measure_table(
     ``marks`` are ``*`` and ``†`` for significant differences from the baseline; ``tagged`` adds the word "baseline" to
     it. ``intervals`` of "column" adds a column for the main measure, of "cells" the interval to each cell.
     """
-    measures = words.measure_names(rows)
-    best = {measure: words.best_rows(rows, measure) for measure in measures}
+    measures = phrases.measure_names(rows)
+    best = {measure: phrases.best_rows(rows, measure) for measure in measures}
     columns = [_SYSTEM, *(Column(measure, ".4f") for measure in measures)]
     if intervals == "column":
         columns.append(Column(f"95 % of {report.main_measure}"))
-    table = Table(*columns, Column(words.item_noun(report, 2), ","), title=title)
+    table = Table(*columns, Column(phrases.item_noun(report, 2), ","), title=title)
 
     def cell(row: EvaluationRow, measure: str) -> Cell | None:
         estimate = row.measures.get(measure)
@@ -61,7 +61,7 @@ def measure_table(
         return Cell(
             estimate.value,
             "bold" if row.name in best[measure] else "",
-            mark=words.mark(report, row.name, measure) if marks else "",
+            mark=phrases.mark(report, row.name, measure) if marks else "",
             note=f"{estimate.low:.3f} to {estimate.high:.3f}" if intervals == "cells" else "",
         )
 
@@ -76,7 +76,7 @@ def measure_table(
 
 def cost_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
     """What each system costs; costs that were not measured for any system are left out."""
-    columns = words.cost_columns(report.rows)
+    columns = phrases.cost_columns(report.rows)
     table = Table(_SYSTEM, *(Column(heading) for heading, _ in columns), title="Cost, one at a time")
     for place, row in enumerate(report.rows):
         cells = [costs[place] for _, costs in columns]
@@ -124,7 +124,7 @@ def comparison_table(
         Column("95 %"),
         Column("p", ".4f"),
         Column("p, Holm", ".4f"),
-        Column(words.item_noun(report, 2), ","),
+        Column(phrases.item_noun(report, 2), ","),
         *(["test"] if detailed else []),
         title=title,
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from d2llm.core.table import escape_markdown
 from d2llm.evaluation.report import Comparison, EvaluationReport
-from d2llm.reports import words
+from d2llm.reports import phrases
 from d2llm.reports.evaluation_tables import (
     agreement_table,
     calibration_table,
@@ -27,25 +27,25 @@ def render_markdown(report: EvaluationReport) -> str:
     settings = {"settings": report.settings, "provenance": report.provenance}
     parts = [
         f"# {escape(report.dataset)} / {escape(report.split)}",
-        "\n".join(f"- {label}: {escape(value)}" for label, value in words.facts(report)),
-        escape(words.verdict(report) or ""),
+        "\n".join(f"- {label}: {escape(value)}" for label, value in phrases.facts(report)),
+        escape(phrases.verdict(report) or ""),
         "## Measures",
         measure_table(report, report.rows, title="Measures", intervals="column").to_markdown(),
-        escape(words.legend(report)),
+        escape(phrases.legend(report)),
         _missing(report),
         *_sample(report),
         *_comparisons(report, report.comparisons, f"{report.main_measure} against {report.baseline or 'the baseline'}"),
         *_comparisons(report, report.parts, f"What each part of the score is worth: {report.main_measure} without it"),
         "## Cost",
-        cost_table(report).to_markdown() if words.cost_columns(report.rows) else "No cost was measured.",
+        cost_table(report).to_markdown() if phrases.cost_columns(report.rows) else "No cost was measured.",
         *(["## Agreement with the teacher", agreement_table(report).to_markdown()] if report.agreement else []),
         *(['## Calibration of "yes"', calibration_table(report).to_markdown()] if report.calibration else []),
         *(["## Notes", "\n".join(f"- {escape(note)}" for note in report.notes)] if report.notes else []),
         "## How to read the measures",
         "\n".join(
             f"- {escape(measure)}: {text}"
-            for measure in words.measure_names(report.rows)
-            if (text := words.meaning(measure))
+            for measure in phrases.measure_names(report.rows)
+            if (text := phrases.meaning(measure))
         ),
         "## Settings",
         "```json\n" + json.dumps(settings, indent=2, ensure_ascii=False, default=str) + "\n```",
@@ -71,7 +71,7 @@ def _missing(report: EvaluationReport) -> str:
 def _sample(report: EvaluationReport) -> list[str]:
     if not report.sample_rows:
         return []
-    title = words.sample_title(report)
+    title = phrases.sample_title(report)
     table = measure_table(report, report.sample_rows, title=title, marks=False, intervals="column")
     return [f"## {title}", table.to_markdown()]
 

@@ -17,7 +17,7 @@ from d2llm.training.distill import DistillReport
 from d2llm.training.gate import FirstLook, GateReport
 from d2llm.training.label import LabelReport
 from d2llm.training.run import Skipped
-from d2llm.training.sentences import label_words, look_sentence, student_words, verdict_words
+from d2llm.training.sentences import describe_distillation, describe_first_look, describe_gates, describe_labels
 from d2llm.training.stack_teachers import StackReport, TaskReport
 from d2llm.training.tune_teacher import TeacherTuningReport
 
@@ -42,16 +42,16 @@ def _step_words(step: str, result: Any) -> str:
         parts = cast("dict[str, Any]", result)
         return "; ".join(f"{name}: {_plan_words(step, name, counts)}" for name, counts in parts.items())
     if isinstance(result, FirstLook):
-        return look_sentence(result).removeprefix("first-look: ")
+        return describe_first_look(result).removeprefix("first-look: ")
     if isinstance(result, TeacherTuningReport):
         return f"{result.pairs:,} pairs, final loss {result.loss:.3f}, in {result.folder}"
     if isinstance(result, StackReport):
         return f"one teacher of several, in {result.folder}"
     if isinstance(result, GateReport):
-        return verdict_words({row.name: row.is_open for row in result.sets})
+        return describe_gates({row.name: row.is_open for row in result.sets})
     if isinstance(result, LabelReport):
-        return label_words(result)
-    return student_words(cast(DistillReport, result))
+        return describe_labels(result)
+    return describe_distillation(cast(DistillReport, result))
 
 
 def _plan_words(step: str, name: str, counts: Mapping[str, Any] | Skipped) -> str:

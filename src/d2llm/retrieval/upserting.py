@@ -1,4 +1,4 @@
-"""Upserting passages into an index's store: only new or changed texts are encoded; commits hold some thousands."""
+"""Upserts passages into an index's store. Only new or changed texts are encoded; each commit adds a few thousand."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def upsert_passages(
     with store.writing():
         # Ids are looked up in the table as it was before, which is indexed; no id can occur twice in one call. New rows
         # of the growing table are not indexed, so that looking ids up there would get slower with each block.
-        store.settle()
+        store.update_indices()
         before = store.table()
         written = before.version
         for block in _blocks(passages):
@@ -103,7 +103,7 @@ def upsert_passages(
             table = _with_new_fields(store, block, known, table)
             report = _write_block(store, student, block, report, table, before, advance, only_new=only_new)
             written = report.version
-        store.settle()
+        store.update_indices()
         extend_projections(store, student)
         version = store.table().version
     if report.left_out:

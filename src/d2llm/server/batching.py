@@ -122,7 +122,7 @@ class Batcher(Generic[_Item, _Result]):
         self._groups: deque[_Group[_Item, _Result]] = deque()
         self._num_queued = 0
         self._item_seconds = 0.0
-        self._something = asyncio.Event()
+        self._has_items = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = False
@@ -138,7 +138,7 @@ class Batcher(Generic[_Item, _Result]):
         return self._num_queued
 
     def start(self) -> None:
-        """Start the workers."""
+        """Start a worker for each lane; call it in the event loop."""
         loop = asyncio.get_running_loop()
         self._workers = [loop.create_task(self._work(), name=self._name) for _ in range(self._num_lanes)]
 
@@ -178,7 +178,7 @@ class Batcher(Generic[_Item, _Result]):
         self._groups.append(group)
         self._num_queued += len(items)
         self._idle.clear()
-        self._something.set()
+        self._has_items.set()
         try:
             return await future
         finally:
@@ -208,10 +208,10 @@ class Batcher(Generic[_Item, _Result]):
         loop = asyncio.get_running_loop()
         while True:
             while not self._groups:
-                self._something.clear()
+                self._has_items.clear()
                 if not self._num_running:
                     self._idle.set()
-                await self._something.wait()
+                await self._has_items.wait()
             if self._wait_seconds:
                 await asyncio.sleep(self._wait_seconds)
             taken = self._take()

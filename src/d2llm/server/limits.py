@@ -70,22 +70,22 @@ class RateLimiter:
             redis = aio.storage.RedisStorage(f"async+{storage}", wrap_exceptions=True, implementation="redispy")
             self._together = aio.strategies.MovingWindowRateLimiter(redis)
 
-    async def take(self, who: str, requests_per_minute: int) -> Allowance:
-        """Count a request of the caller ``who``; refused requests do not count."""
+    async def take(self, client: str, requests_per_minute: int) -> Allowance:
+        """Count a request of ``client``; refused requests do not count."""
         limit = RateLimitItemPerMinute(requests_per_minute)
         if self._together is not None and time.monotonic() >= self._next_try:
             try:
-                return await asyncio.wait_for(_take(self._together, limit, who), _PATIENCE)
+                return await asyncio.wait_for(_take(self._together, limit, client), _PATIENCE)
             except (StorageError, asyncio.TimeoutError) as error:
                 self._next_try = time.monotonic() + _PAUSE
                 _log.error("rate limits: the storage does not answer (%s); counting locally", type(error).__name__)
-        allowed = self._alone.hit(limit, who)
-        return _allowance(allowed, limit, self._alone.get_window_stats(limit, who))
+        allowed = self._alone.hit(limit, client)
+        return _allowance(allowed, limit, self._alone.get_window_stats(limit, client))
 
 
-async def _take(limiter: aio.strategies.MovingWindowRateLimiter, limit: RateLimitItem, who: str) -> Allowance:
-    allowed = await limiter.hit(limit, who)
-    return _allowance(allowed, limit, await limiter.get_window_stats(limit, who))
+async def _take(limiter: aio.strategies.MovingWindowRateLimiter, limit: RateLimitItem, client: str) -> Allowance:
+    allowed = await limiter.hit(limit, client)
+    return _allowance(allowed, limit, await limiter.get_window_stats(limit, client))
 
 
 def _allowance(allowed: bool, limit: RateLimitItem, window: WindowStats) -> Allowance:

@@ -89,7 +89,7 @@ class RequestMiddleware:
         self._log_texts = log_texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Give the request an id, pass it on, and log and count it even if it fails."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 self._routes.prepare()
@@ -137,7 +137,7 @@ class HostMiddleware:
         self._allowed = tuple(name.lower().strip("[]") for name in allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer 400 if the host is unknown, else pass the request on."""
         if scope["type"] == "http" and scope["path"] != _PROBE:
             hosts = Headers(scope=scope).getlist("host")
             if len(hosts) != 1 or not self._allows(_host_name(hosts[0])):
@@ -165,7 +165,7 @@ class BodyMiddleware:
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Pass the request on with its whole body, or answer with what is wrong with it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -267,7 +267,7 @@ class ReadyGate:
         self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Pass the request on if the server is ready or no model is needed, else answer 503."""
         state = self._lifecycle.state  # a stopping server still answers accepted requests
         is_ready = scope["type"] != "http" or state in ("ready", "stopping")
         if is_ready or is_open(scope["path"]) or scope["path"] == "/metrics":

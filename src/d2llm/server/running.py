@@ -24,7 +24,7 @@ from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
-_TICKS_A_LOOK = 5
+_TICKS_PER_CHECK = 5
 _Handler = Callable[[int, FrameType | None], object]
 State = Literal["starting", "ready", "broken", "stopping"]
 
@@ -165,7 +165,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
-        if counter % _TICKS_A_LOOK == 0:
+        if counter % _TICKS_PER_CHECK == 0:
             self._close_stuck(time.monotonic())
         return await super().on_tick(counter)
 

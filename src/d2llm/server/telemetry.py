@@ -25,17 +25,17 @@ StageListener = Callable[[str, float], None]
 
 
 class _Fallbacks(Collector):
-    """Counts of fallbacks to slower ways in this process."""
+    """Counts of fallbacks to slower paths in this process."""
 
     def collect(self) -> Iterable[Metric]:
         """Collect the counts since the process started."""
         counted = CounterMetricFamily(
             "d2llm_fallbacks",
-            "Number of times that a fast way could not be used, by way; the log says why.",
-            labels=("fast_way",),
+            "Number of times that a fast path could not be used, by path; the log says why.",
+            labels=("fast_path",),
         )
-        for fast_way, count in fallback_counts().items():
-            counted.add_metric((fast_way,), count)
+        for fast_path, count in fallback_counts().items():
+            counted.add_metric((fast_path,), count)
         return [counted]
 
 

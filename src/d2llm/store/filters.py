@@ -161,11 +161,11 @@ def _check_token(text: str, token: Token, following: Token | None) -> Token:
 
 
 def _check_depth(text: str, tokens: Sequence[Token]) -> None:
-    parentheses = nots = 0
+    num_parentheses = num_nots = 0
     for token in tokens:
-        parentheses += (token.token_type is TokenType.L_PAREN) - (token.token_type is TokenType.R_PAREN)
-        nots = nots + 1 if token.token_type is TokenType.NOT else 0
-        if parentheses + nots > MAX_DEPTH:
+        num_parentheses += (token.token_type is TokenType.L_PAREN) - (token.token_type is TokenType.R_PAREN)
+        num_nots = num_nots + 1 if token.token_type is TokenType.NOT else 0
+        if num_parentheses + num_nots > MAX_DEPTH:
             problem = f"more than {MAX_DEPTH} nested parentheses and NOTs; use fewer"
             raise _located(text, token.start, token.end + 1, problem)
 

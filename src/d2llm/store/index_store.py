@@ -323,7 +323,7 @@ class IndexStore:
             known = self.metadata
             self.table().add_columns(known.extend(fields).arrow_fields()[len(known.fields) :])
 
-    def settle(self) -> None:
+    def update_indices(self) -> None:
         """Build missing indices and update those that lag behind."""
         with self.writing():
             table = self.table()
@@ -331,13 +331,13 @@ class IndexStore:
                 table.build_indices()
                 if max(table.indices.values(), default=0) > _UNINDEXED_ROWS:
                     table.optimize(KEEP_VERSIONS)
-                self.settle_words(table)
+                self.update_word_files(table)
 
-    def settle_words(self, table: PassageTable) -> None:
+    def update_word_files(self, table: PassageTable) -> None:
         """Write missing word files of the latest version, and join small ones; requires the write lock."""
         generation, num_rows = self.vectors.generation(table), self.vectors.file_to_extend(table).capacity
         with storage_errors(self.folder):
-            word_files.settle_words(self.folder, generation, num_rows, self._texts_of(table))
+            word_files.update_word_files(self.folder, generation, num_rows, self._texts_of(table))
 
     def words(self, table: PassageTable, num_rows: int, *, whole: bool = False) -> word_files.Coverage:
         """The words of the first ``num_rows`` rows of a version; words that are in no file are read from the table."""
@@ -430,7 +430,7 @@ class IndexStore:
             source = IndexStore.open(self._existing_snapshot(name))
             repair.replace_if_damaged(self.files, source.files)
             num_passages = self._rewrite(source)
-            self.settle()
+            self.update_indices()
             return num_passages
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
@@ -438,13 +438,13 @@ class IndexStore:
 
         Args:
             keep: versions younger than this are kept for readers that have them open.
-            dense: rewrite the vectors without holes; by default if more than a quarter of the rows are holes.
+            dense: rewrite the vector file without the gaps that deletions leave; by default if they are over a quarter.
         """
         with self.writing(), storage_errors(self.folder):
             before, table = folder_bytes(self.folder), self.table()
             if dense or (dense is None and len(table) < 0.75 * self.vectors.file_to_extend(table).capacity):
                 self._rewrite(self)
-            self.settle()
+            self.update_indices()
             self.table().optimize(keep)
             used = {self.vectors.generation(self.table(version)) for version in self.table().versions()}
             for generation in set(vector_file.generations(self.folder)) - used:

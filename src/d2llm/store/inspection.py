@@ -303,7 +303,7 @@ def _word_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> l
     _, problems = store.words(table, store.vectors.num_rows(table), whole=True)
     if problems and repair:
         word_files.remove_damaged(store.folder, store.vectors.generation(table))
-        store.settle_words(table)
+        store.update_word_files(table)
         return [f"{problem}; they were read again" for problem in problems]
     return [f"{problem}; `d2llm index ... verify --repair` reads them again from the table" for problem in problems]
 

@@ -1,9 +1,9 @@
 """Imports LanceDB without initialising an HTTP client that an index never uses.
 
-``import lancedb`` imports the package ``lance_namespace_urllib3_client``, whose ``__init__`` builds pydantic validators
-for some hundred HTTP calls: more than half of the time that it takes to show a passage. LanceDB itself uses only its
-data classes, which are in separate modules. So its ``__init__`` is deferred until one of its names is accessed; code in
-the same process that does access one gets the whole package as usual.
+``import lancedb`` imports the package ``lance_namespace_urllib3_client``. The ``__init__`` of that package builds
+pydantic validators for about a hundred HTTP calls, which takes longer than everything else that ``d2llm show`` does.
+LanceDB uses only the package's data classes, which are in separate modules. So the ``__init__`` is deferred until one
+of its names is accessed: other code in the same process can still use the whole package.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def import_lancedb() -> Any:
     """The module ``lancedb`` (untyped)."""
     with _IMPORTING:
         if "lancedb" not in sys.modules:
-            put_off(_SERVICE_CLIENT)
+            defer_import(_SERVICE_CLIENT)
         return importlib.import_module("lancedb")
 
 
-def put_off(package: str) -> None:
+def defer_import(package: str) -> None:
     """Defer a package's ``__init__`` until one of its names is first accessed; its modules can be imported before.
 
     Does nothing if the package is already imported or not installed.

@@ -47,7 +47,7 @@ from d2llm.store.storage import link_or_copy
 
 UNFINISHED_NAME = "write.unfinished"
 _FOLDERS = ("data", "_deletions", "_indices", "_versions")
-_WAIT_S, _LOOK_S = 10.0, 0.02  # wait for a writer that has removed old versions and is about to commit
+_WAIT_S, _POLL_SECONDS = 10.0, 0.02  # wait for a writer that has removed old versions and is about to commit
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class TableFiles:
             if newest is None or newest <= record.version or (unfinished and record.version in versions):
                 return record.version
             if unfinished and time.monotonic() < end:
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_SECONDS)
             elif self.is_unfinished() == unfinished and self.record() is record:
                 writers = "by LanceDB directly, or by a writer that is still running"
                 _log.warning("%s: version %d has no checksums; it was written %s", self.folder, newest, writers)

@@ -129,7 +129,7 @@ def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, 
     return Coverage(WordIndex(segments), problems)
 
 
-def settle_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf) -> None:
+def update_word_files(folder: Path, generation: int, num_rows: int, texts_of: TextsOf) -> None:
     """Add missing words of all rows from the texts, and join small neighbours; requires the write lock.
 
     Raises:
@@ -157,7 +157,7 @@ def settle_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf
 
 
 def remove_damaged(folder: Path, generation: int) -> None:
-    """Remove damaged segments; ``settle_words`` then reads their rows again."""
+    """Remove damaged segments; ``update_word_files`` then reads their rows again."""
     for part in _parts(folder, generation):
         if isinstance(_open(part, whole=True), str):
             _remove(part)

@@ -373,7 +373,7 @@ def make_dev_lists(
     candidates: dict[str, list[str]] = {}
     for query, by_words, by_vectors in zip(queries, lexical, nearest, strict=True):
         first = positives[query.id] if same_text is not None else ()
-        repeats = same_text.as_any_of(first) if same_text is not None else set[str]()
+        repeats = same_text.duplicates_of(first) if same_text is not None else set[str]()
         proposed = dict.fromkeys([*first, *by_words, *by_vectors])
         candidates[query.id] = [p for p in proposed if p in first or p not in repeats]
     passage_ids = dict.fromkeys(passage_id for ids in candidates.values() for passage_id in ids)

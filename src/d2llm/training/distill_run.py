@@ -26,10 +26,10 @@ from d2llm.training.dev import DevResult, DevSet, evaluate_dev, has_interaction_
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.interpolation import (
     choose_interaction_weights,
+    choose_share,
+    interpolate,
     items_at_best_weight,
     mean_value,
-    put_between,
-    sufficient_share,
     value_by_set,
     worse_sets,
 )
@@ -199,19 +199,19 @@ class DistillRun:
         end = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
         def measure(share: float) -> dict[str, DevResult]:
-            put_between(self.parameters, self.start, end, share)
+            interpolate(self.parameters, self.start, end, share)
             title = f"measuring {share:.0%} of the change on dev"
             return self.processes.from_first(self._dev_results(title) if self.processes.is_first else {})
 
         self.student.eval()
-        share, results = sufficient_share(
+        share, results = choose_share(
             training.interpolation,
             measure,
             progress.start_items,
             seed=self.recipe.seed,
             largest=training.largest_share,
         )
-        put_between(self.parameters, self.start, end, share)
+        interpolate(self.parameters, self.start, end, share)
         self._adopt(results[share])
         progress.share_kept = share
         for each, share_results in results.items():

@@ -35,7 +35,7 @@ from d2llm.training.dev import MIN_QUERIES, dev_queries
 
 LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
 """How many of the best passages by words and by vectors are in a query's list; minimum number of passages encoded."""
-WORTH_READING = 0.002
+MIN_WINDOW_GAIN = 0.002
 """Minimum mean gain in nDCG@10 on dev, over the data sets of a task, for the vectors of windows to be used."""
 _MEASURE = "nDCG@10"
 
@@ -102,7 +102,7 @@ def fit_evidence(
                 MIN_QUERIES,
             )
         else:
-            tasks[task] = weigh(lists, terms)
+            tasks[task] = fit_task_weights(lists, terms)
     return Evidence(student=student.fingerprint, tasks=tasks)
 
 
@@ -199,7 +199,7 @@ def _read_windows(
     return WindowVectors(places, stored.encode(vectors, [ids[int(row)] for row in np.repeat(rows, counts)]), stored)
 
 
-def weigh(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
+def fit_task_weights(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
     """Fit weights for the data sets of one task; all are 0 if evidence is no better than the student's own score.
 
     If the vectors of windows get a weight, the result also has weights for an index without them.
@@ -214,7 +214,7 @@ def weigh(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskE
     columns = [0, *(1 + place for place in kept)]
     fewer = [replace(each, lists=[(scores[:, columns], grades) for scores, grades in each.lists]) for each in sets]
     without = _weigh(fewer, [terms[place] for place in kept])
-    if not best.weights["window_vectors"] or _mean_after(best) < _mean_after(without) + WORTH_READING:
+    if not best.weights["window_vectors"] or _mean_after(best) < _mean_after(without) + MIN_WINDOW_GAIN:
         return without
     return best.model_copy(update={"without_windows": without})
 

@@ -28,7 +28,7 @@ Items = dict[str, dict[str, float]]
 """For each data set, the value of each of its queries or pairs."""
 
 
-def put_between(
+def interpolate(
     parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
 ) -> None:
     """Set the parameters to ``share`` of the way from ``start`` to ``end``.
@@ -42,7 +42,7 @@ def put_between(
             parameter.copy_(torch.lerp(first.to(parameter.device), end[name].to(parameter.device), share))
 
 
-def sufficient_share(
+def choose_share(
     shares: Sequence[float],
     measure: Callable[[float], dict[str, DevResult]],
     start: Mapping[str, Mapping[str, float]],

@@ -119,7 +119,7 @@ def _losses_of_pairs(
 
 
 def _with_words(scores: PairScores, batch: DistillationBatch) -> PairScores:
-    """The scores with what words add to them, so that the gradient is that of what words leave over."""
+    """The scores with what words add to them, so that the gradient is that of what words leave unexplained."""
     if batch.word_scores is None:
         return scores
     words = torch.from_numpy(batch.word_scores).to(scores.logits.device)

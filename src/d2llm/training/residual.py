@@ -233,7 +233,7 @@ def _drawn_neighbours(vectors: _Vectors, config: ResidualConfig, seed: int) -> d
     for position, entry in enumerate(entries):
         if entry.query_id in vectors.labelled.unlabelled:
             continue
-        excluded = vectors.labelled.same_text.as_any_of(set(entry.positives)) | {*entry.positives}
+        excluded = vectors.labelled.same_text.duplicates_of(set(entry.positives)) | {*entry.positives}
         ids: list[str] = []
         for epoch in range(config.epochs):
             near, _ = _neighbours(vectors, position, config, f"{seed}:{epoch}")
@@ -264,7 +264,7 @@ def _draw(vectors: _Vectors, position: int, config: ResidualConfig, seed: str, *
         near = [passage_id for passage_id in near if passage_id not in unjudged]
     others = [vectors.ids[rng.randrange(len(vectors.ids))] for _ in range(config.num_random)]
     known = {*entry.positives, *entry.hard_negatives}
-    known |= vectors.labelled.same_text.as_any_of(set(entry.positives))
+    known |= vectors.labelled.same_text.duplicates_of(set(entry.positives))
     drawn = dict.fromkeys([*entry.easy_negatives, *near, *others])
     easy = [passage_id for passage_id in drawn if passage_id not in known]
     return Draw(entry, [rng.choice(entry.positives)], list(entry.hard_negatives), easy)

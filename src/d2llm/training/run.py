@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.progress import showing_progress
-from d2llm.core.recipe import Recipe, TeacherConfig
+from d2llm.core.recipe import Recipe, TeacherConfig, untuned_config
 from d2llm.core.recipe_file import changed_settings, load_recipe, shaping_settings, tuning_settings
 from d2llm.core.types import RunStep, Task
 from d2llm.core.variants import find_variant
@@ -129,7 +129,7 @@ class Run:
             self.put_filtered_aside("filter")  # first, so that an interruption leaves no plan of the earlier teacher
         keep("mine", self.mine(again="mine" in repeated, before_tuning=True))
         if self.recipe.losses.imitates:
-            keep("first-look", self.look_at_the_teacher(again="tune-teacher" in repeated))
+            keep("first-look", self.first_look(again="tune-teacher" in repeated))
             keep("tune-teacher", self.tune_teacher(again="tune-teacher" in repeated))
             keep("stack", self.stack_with_cosine(again="stack" in repeated, cosine_again="mine" in repeated))
             keep("gate", self.gate(again="gate" in repeated))
@@ -160,10 +160,10 @@ class Run:
         return mine_plans(self, again=again, student=student, before_tuning=before_tuning)
 
     @_shows_progress
-    def look_at_the_teacher(self, *, again: bool = False) -> FirstLook | Skipped:
+    def first_look(self, *, again: bool = False) -> FirstLook | Skipped:
         """Compare the untuned teacher with the cosine on a few dev queries; warns if the teacher is worse."""
         from d2llm.training.gate import LOOK_QUERIES, first_look
-        from d2llm.training.sentences import look_sentence
+        from d2llm.training.sentences import describe_first_look
 
         recipe, folder = self.recipe, self.parts.teacher
         if recipe.teacher_tuning.epochs == 0:
@@ -186,7 +186,7 @@ class Run:
             seed=recipe.seed,
             **self._computing,
         )
-        (_log.warning if look.difference < 0 else _remarks.info)("%s", look_sentence(look))
+        (_log.warning if look.difference < 0 else _remarks.info)("%s", describe_first_look(look))
         return look
 
     @_shows_progress
@@ -280,13 +280,13 @@ class Run:
         from d2llm.models.student import Student
         from d2llm.models.teachers.judge import identify_judge
         from d2llm.training.gate import gate, read_gate
-        from d2llm.training.sentences import verdict_words
+        from d2llm.training.sentences import describe_gates
 
         chosen = teacher or self.teacher
         if not again:
             known = read_gate(self.parts.path, identify_judge(chosen).fingerprint) or {}
             if all(open_source(data.path, splits=["dev"]).name in known for data in self.recipe.data):
-                return self.skip(f"gate: the verdict on this teacher is in {self.parts.path}: {verdict_words(known)}")
+                return self.skip(f"gate: the verdict on this teacher is in {self.parts.path}: {describe_gates(known)}")
         _remarks.info(
             "gate: testing the teacher against the cosine, on up to %d dev queries of each of %d data sets",
             self.recipe.gate.queries,
@@ -318,12 +318,12 @@ class Run:
     def label(self) -> LabelReport:
         """Let the teacher judge every pair of the plans that has no label yet."""
         from d2llm.training.label import label
-        from d2llm.training.sentences import label_words
+        from d2llm.training.sentences import describe_labels
 
         self.require_plans()
         self._name_the_teacher("label")
         report = label(self.parts.sources(self.recipe), self.parts.labels, teacher=self.teacher, **self._computing)
-        _remarks.info("label: %s, in %s", label_words(report), self.parts.labels)
+        _remarks.info("label: %s, in %s", describe_labels(report), self.parts.labels)
         return report
 
     @_shows_progress
@@ -338,7 +338,7 @@ class Run:
             for_stack: train the cosine for a stack, on the plans before they are filtered.
         """
         from d2llm.training.distill import distill
-        from d2llm.training.sentences import student_words, untrained_advice
+        from d2llm.training.sentences import describe_distillation, untrained_advice
 
         recipe, folder = self.recipe, self.parts.student
         if variant is not None:
@@ -368,7 +368,7 @@ class Run:
             closed_gates=closed,
             **self._computing,
         )
-        _remarks.info("distill: %s", student_words(report))
+        _remarks.info("distill: %s", describe_distillation(report))
         if report.is_untrained:
             _log.warning("%s", untrained_advice(report, recipe.training))
         return report
@@ -475,7 +475,6 @@ class Run:
     def untuned_cosine(self) -> Student:
         """The recipe's backbone with the backbone's own pooling, before training."""
         from d2llm.models.student import Student
-        from d2llm.retrieval.cosine import untuned_config
 
         return Student.create(untuned_config(self.recipe.student), device=self.device, dtype=self.dtype)
 
@@ -616,7 +615,7 @@ def require_data(recipe: Recipe) -> None:
         raise InputError(
             f"{len(missing)} of {len(recipe.data)} data sets of the recipe were not found: {'; '.join(lines)}. Give "
             f"each with --data {Path(missing[0].path).name}=FOLDER, or all with --data FOLDER if it contains them by "
-            "name; docs/data-formats.md describes the layouts of data sets"
+            "name. A data set is a folder with corpus.jsonl, queries.jsonl and qrels/, or a file of labelled pairs"
         )
 
 

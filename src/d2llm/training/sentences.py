@@ -16,7 +16,7 @@ _NEGLIGIBLE = 0.002  # a change of the dev measure that is not meaningful
 _FEW = 50
 
 
-def look_sentence(look: FirstLook) -> str:
+def describe_first_look(look: FirstLook) -> str:
     """How an untuned teacher compares with the cosine, and what its tuning has to make up for."""
     sets = ", ".join(f"{row.name} {row.measure} {row.teacher:.3f} against {row.cosine:.3f}" for row in look.sets)
     if look.difference >= 0:
@@ -28,7 +28,7 @@ def look_sentence(look: FirstLook) -> str:
     )
 
 
-def verdict_words(gates: Mapping[str, bool]) -> str:
+def describe_gates(gates: Mapping[str, bool]) -> str:
     """The data sets whose gate is open, and those whose gate is closed."""
     by_verdict = {
         word: [name for name, is_open in gates.items() if is_open == (word == "open")] for word in ("open", "closed")
@@ -51,14 +51,14 @@ def gate_advice(report: GateReport) -> str:
     parts.insert(0, f"gate: closed for {closed}: the teacher is not significantly better than the cosine there.")
     consequence = {
         "labels": "The recipe's when_closed is 'labels': the student learns there from the data set's own judgements.",
-        "teacher": "The recipe's when_closed is 'teacher': its labels are used all the same.",
+        "teacher": "The recipe's when_closed is 'teacher': its labels are used anyway.",
         "stop": "The recipe's when_closed is 'stop'. Tune the teacher further, stack it with the cosine, or raise "
         "queries in [gate] if the difference is small.",
     }
     return " ".join([*parts, consequence[report.settings.when_closed]])
 
 
-def label_words(report: LabelReport) -> str:
+def describe_labels(report: LabelReport) -> str:
     """How many pairs were labelled now, and how many had labels already."""
     if not report.pairs:
         return f"all {report.finished_pairs:,} pairs of {report.finished_queries:,} queries already had labels"
@@ -66,20 +66,20 @@ def label_words(report: LabelReport) -> str:
     return f"{report.pairs:,} pairs of {report.queries:,} queries labelled{before}"
 
 
-def student_words(report: DistillReport) -> str:
+def describe_distillation(report: DistillReport) -> str:
     """The result of a distillation: steps, dev, evidence, and the calibration of its probabilities."""
     dev = [
         f"{name} {result['start']:.3f} -> {result['kept']:.3f} ({result['num_items']:,} questions or pairs)"
         for name, result in report.dev.items()
     ]
-    words = f"{evidence_words(report.evidence)}; " if report.evidence else ""
+    words = f"{describe_evidence(report.evidence)}; " if report.evidence else ""
     return (
         f"{report.steps:,} steps, best at {report.best_step:,}; dev: {', '.join(dev)}; {words}probabilities: "
-        f"{probability_words(report.probabilities)}; in {report.folder}"
+        f"{describe_calibration(report.probabilities)}; in {report.folder}"
     )
 
 
-def evidence_words(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
+def describe_evidence(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
     """How much the evidence of words gains on dev, and where it is left out."""
     parts: list[str] = []
     for task, result in fitted.items():
@@ -89,7 +89,7 @@ def evidence_words(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
     return "; ".join(parts)
 
 
-def probability_words(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
+def describe_calibration(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
     """How well the probabilities of each task are calibrated."""
     return (
         ", ".join(

@@ -258,7 +258,7 @@ def _head(
     return f"""\
 # A starting recipe, written by `d2llm init` for {data}: {num_train:,} {items} to train on, {num_dev:,} in dev.
 # On the machine that wrote it ({device}, {dtype}) mining and training should take about {_in_words(minutes)}.
-# Every other setting has its default: docs/training.md says which to change first. Train with:
+# Every other setting has its default. Train with:
 #   d2llm run THIS_FILE
 
 name = {json.dumps(name, ensure_ascii=False)}
@@ -305,7 +305,7 @@ kind = "{named.kind}"
 
 [teacher_tuning]
 epochs = 0 # the teacher as it is; with a few thousand questions tuning is worthwhile: 1""",
-            _TAUGHT,
+            _TEACHER_LOSSES,
         ]
     if num_train >= _ENOUGH_FOR_A_TEACHER:
         return [
@@ -326,12 +326,12 @@ batch_pairs = 80
 queries = 100
 depth = 12
 alpha = 0.9 # closed if the teacher is worse than the cosine on dev: then only the judgements are used""",
-            _TAUGHT,
+            _TEACHER_LOSSES,
         ]
     return [
         f"""\
-# No teacher: {num_train:,} questions are too few to tune a small one that is better than the cosine (docs/LOG.md), and
-# a worse one does not help. A teacher that judges well without tuning, such as a reranker or a large language model,
+# No teacher: {num_train:,} questions are too few to tune a small one that is better than the cosine, and a
+# worse one does not help. A teacher that judges well without tuning, such as a reranker or a large language model,
 # does help: `d2llm init DATA --teacher MODEL` writes a recipe with it.
 [losses]
 contrastive_imitation = 0.0
@@ -342,7 +342,7 @@ in_batch_cross_entropy = 1.0 # rank the data set's own positives above all other
     ]
 
 
-_TAUGHT = """\
+_TEACHER_LOSSES = """\
 [losses] # half from the teacher's distribution over the candidates, half from the data set's own judgements
 contrastive_imitation = 0.0
 list_imitation = 0.5

@@ -37,7 +37,7 @@ def test_equal_documents_stay_in_order(client):
 
 def test_the_response_warns_of_truncated_texts(client):
     response = client.rerank(model=NAME, query=LONG, documents=["a cat", LONG])
-    assert response.meta.warnings == ["the query was cut to 64 tokens", LONG_TOO]
+    assert response.meta.warnings == ["the query was truncated to 64 tokens", LONG_TOO]
 
 
 def test_the_v1_client_is_served_by_jinas_route(address, student):
@@ -59,7 +59,7 @@ def test_the_v1_client_is_served_by_jinas_route(address, student):
         ({"query": ""}, cohere.BadRequestError, "at least 1 character"),
         ({"top_n": 0}, cohere.BadRequestError, "top_n"),
         ({"documents": ["a"] * 33}, cohere.BadRequestError, "33 texts"),
-        ({"max_tokens_per_doc": 10}, cohere.BadRequestError, "texts are cut to 64 tokens; give no less"),
+        ({"max_tokens_per_doc": 10}, cohere.BadRequestError, "texts are truncated to 64 tokens; give no less"),
         ({"relevant_spans": {"enabled": True}}, cohere.UnprocessableEntityError, "relevant_spans"),
     ],
 )

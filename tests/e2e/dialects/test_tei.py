@@ -51,13 +51,13 @@ def test_feature_extraction_of_long_texts(client, address, student):
 @pytest.mark.parametrize(
     ("path", "body", "warning"),
     [
-        ("/embed", {"inputs": ["a", LONG]}, "texts were cut to 64 tokens: 1"),
+        ("/embed", {"inputs": ["a", LONG]}, "texts were truncated to 64 tokens: 1"),
         (
             "/similarity",
             {"inputs": {"source_sentence": "a", "sentences": ["b", LONG]}},
-            "texts were cut to 64 tokens: 2",
+            "texts were truncated to 64 tokens: 2",
         ),
-        ("/rerank", {"query": LONG, "texts": ["a", LONG]}, f"the query was cut to 64 tokens; {LONG_TOO}"),
+        ("/rerank", {"query": LONG, "texts": ["a", LONG]}, f"the query was truncated to 64 tokens; {LONG_TOO}"),
         ("/rerank", {"query": QUERY, "texts": ["a"]}, None),
     ],
 )

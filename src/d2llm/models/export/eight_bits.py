@@ -55,16 +55,16 @@ def _without_advice() -> Generator[None]:
     """
     root, handler = logging.getLogger(), logging.NullHandler()
 
-    def is_no_advice(record: logging.LogRecord) -> bool:
+    def is_not_advice(record: logging.LogRecord) -> bool:
         return "pre-processing before quantization" not in record.getMessage()
 
-    root.addFilter(is_no_advice)
+    root.addFilter(is_not_advice)
     root.addHandler(handler)
     try:
         yield
     finally:
         root.removeHandler(handler)
-        root.removeFilter(is_no_advice)
+        root.removeFilter(is_not_advice)
 
 
 def _for_openvino(file: Path) -> None:

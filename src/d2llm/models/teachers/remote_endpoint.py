@@ -217,12 +217,15 @@ class Endpoint:
                 "teacher.max_tokens (or characters_per_token, or set the tokenizer in teacher.remote), or start the "
                 "server with a longer context"
             )
-        return ModelError(f"{self.address} refuses the request ({status}): {reason}; see docs/remote-teacher.md")
+        return ModelError(
+            f"{self.address} refuses the request ({status}): {reason}; check [teacher.remote], "
+            'first whether the model is served by api = "completions" or "chat"'
+        )
 
     def _no_log_probabilities(self, problem: str) -> ModelError:
         return ModelError(
             f"{self.address} does not return the log-probabilities of {self.config.top_logprobs} tokens: {problem}; "
-            "lower teacher.remote.top_logprobs, or start the server so that it returns them (docs/remote-teacher.md)"
+            "lower teacher.remote.top_logprobs, or start the server so that it returns them (vLLM: --max-logprobs)"
         )
 
     def _quote(self, response: httpx2.Response) -> str:

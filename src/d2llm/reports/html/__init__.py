@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from d2llm.evaluation.report import EvaluationReport, EvaluationRow
-from d2llm.reports import words
+from d2llm.reports import phrases
 from d2llm.reports.evaluation_tables import agreement_table, comparison_table, cost_table, measure_table
 from d2llm.reports.html import charts
 from d2llm.reports.html.page import render
@@ -23,12 +23,12 @@ def render_html(report: EvaluationReport) -> str:
     sample = None
     if report.sample_rows:
         sample = measure_table(
-            report, report.sample_rows, title=words.sample_title(report), marks=False, intervals="cells", tagged=True
+            report, report.sample_rows, title=phrases.sample_title(report), marks=False, intervals="cells", tagged=True
         )
     return render(
         "evaluation.html.j2",
         report=report,
-        words=words,
+        phrases=phrases,
         measures=measure_table(report, report.rows, title="Measures of every system", intervals="cells", tagged=True),
         sample=sample,
         comparisons=comparison_table(report, report.comparisons, title="All comparisons", detailed=True),
@@ -70,7 +70,7 @@ def _quality_cost(report: EvaluationReport) -> dict[str, Any]:
     shown = {point.name for point in points}
     return {
         "quality_cost": [
-            charts.quality_cost(points, report.main_measure, words.item_noun(report, 1), narrow=narrow)
+            charts.quality_cost(points, report.main_measure, phrases.item_noun(report, 1), narrow=narrow)
             for narrow in _SIZES
             if points
         ],

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from d2llm.evaluation.report import Calibration, Estimate
 from d2llm.ops.calibration import ScoreHistogram
 from d2llm.reports.html import svg
-from d2llm.reports.words import quantity
+from d2llm.reports.phrases import quantity
 
 _TEXT = 12.5  # the font size of the style sheet's svg text, in the charts' units
 _WIDE, _NARROW = 760.0, 360.0  # for desktops and for phones

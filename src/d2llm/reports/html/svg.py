@@ -69,7 +69,7 @@ def add(parent: Element, tag: str, text: str | None = None, **attributes: str | 
 
 
 def line(parent: Element, class_: str, x1: float, y1: float, x2: float, y2: float) -> Element:
-    """A straight line."""
+    """Draw a line from (x1, y1) to (x2, y2), in the units of the view box; the style comes from the class."""
     return add(parent, "line", class_=class_, x1=x1, y1=y1, x2=x2, y2=y2)
 
 

@@ -45,7 +45,7 @@ class CohereRerankRequest(StrictBody):
     top_n: int | None = Field(None, ge=1, description="Return only this many, the best; null: all.")
     return_documents: bool = Field(False, description="Include the documents' texts in the answer.")
     max_tokens_per_doc: int | None = Field(
-        None, ge=1, description="Documents are cut to the model's limit; a lower value is refused."
+        None, ge=1, description="Documents are truncated to the model's limit; a lower value is refused."
     )
     priority: int | None = Field(None, ge=0, le=999, description="Ignored.")
 

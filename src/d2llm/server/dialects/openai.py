@@ -53,7 +53,9 @@ class EmbeddingsRequest(StrictBody):
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: float32, little-endian.")
     user: str | None = Field(None, description="Ignored.")
     input_type: TextKind | None = Field(None, description="Whether the texts are queries or passages.")
-    truncate: Truncate = Field("NONE", description="NONE: texts that are too long are an error. END: they are cut.")
+    truncate: Truncate = Field(
+        "NONE", description="NONE: texts that are too long are an error. END: they are truncated."
+    )
     truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: vLLM's equivalent of END.")
 
 

@@ -35,8 +35,8 @@ class OpenBody(BaseModel):
 class CutOptions(OpenBody):
     """vLLM's options for cutting texts. Values that the student does not support are refused."""
 
-    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: cut texts to the model's limit.")
-    truncation_side: Literal["right"] | None = Field(None, description="Texts are only cut at the right.")
+    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: truncate texts to the model's limit.")
+    truncation_side: Literal["right"] | None = Field(None, description="Texts are only truncated at the right.")
     max_tokens_per_query: int | None = Field(
         None, ge=0, description="At least the model's limit; null or 0: that limit."
     )
@@ -171,13 +171,13 @@ def refuse_cut(texts: str | list[str], places: Sequence[int], field: str, limit:
 
 
 def check_limit(tokens: int | None, limit: int, field: str) -> None:
-    """Refuse to cut texts to fewer tokens than the model's ``limit``; 0 and None are always accepted.
+    """Refuse to truncate texts to fewer tokens than the model's ``limit``; 0 and None are always accepted.
 
     Raises:
         ServingError: 400, ``tokens`` is below the limit.
     """
     if tokens and tokens < limit:
-        raise invalid(f"{field}: texts are cut to {limit} tokens; give no less", field)
+        raise invalid(f"{field}: texts are truncated to {limit} tokens; give no less", field)
 
 
 def check_dimensions(dimensions: int | None, models: ModelService) -> None:
@@ -225,18 +225,18 @@ def best_first(logits: NDArray[np.float32], top: int | None = None) -> list[int]
 
 
 def cut_warnings(query_cut: bool, places: Sequence[int], models: ModelService) -> list[str]:
-    """Warnings for a client whose query or documents were cut."""
-    query = [f"the query was cut to {models.max_query_tokens} tokens"] if query_cut else []
+    """Warnings for a client whose query or documents were truncated."""
+    query = [f"the query was truncated to {models.max_query_tokens} tokens"] if query_cut else []
     return query + texts_cut("documents", places, models.max_passage_tokens)
 
 
 def texts_cut(name: str, places: Sequence[int], limit: int) -> list[str]:
-    """Warnings for a client if some texts were cut."""
-    return [f"{name} were cut to {limit} tokens: {', '.join(map(str, places))}"] if places else []
+    """Warnings for a client if some texts were truncated."""
+    return [f"{name} were truncated to {limit} tokens: {', '.join(map(str, places))}"] if places else []
 
 
 def warning_header(warnings: Sequence[str]) -> dict[str, str]:
-    """The header that names texts that were cut, for dialects whose answers have no field for it."""
+    """The header that names truncated texts, for dialects whose answers have no field for it."""
     return {"X-Warning": "; ".join(warnings)} if warnings else {}
 
 

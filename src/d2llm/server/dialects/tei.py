@@ -48,8 +48,10 @@ from d2llm.server.services import Services, TheServices
 PATHS = ("/embed", "/rerank", "/similarity", "/info")
 _CUT = "shorten it, or leave truncate out"
 
-Cut = Annotated[bool | None, Field(description="false: texts that are too long are an error; otherwise they are cut.")]
-Direction = Annotated[Literal["Right", "right"], Field(description="Texts are only cut at the right.")]
+Cut = Annotated[
+    bool | None, Field(description="false: texts that are too long are an error; otherwise they are truncated.")
+]
+Direction = Annotated[Literal["Right", "right"], Field(description="Texts are only truncated at the right.")]
 PromptName = Annotated[TextKind | None, Field(description="Whether the texts are queries or passages.")]
 
 

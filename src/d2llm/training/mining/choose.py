@@ -21,7 +21,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.recipe import MiningConfig
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
-from d2llm.data.same_text import SameText, likeness, shingles
+from d2llm.data.same_text import SameText, jaccard, shingles
 from d2llm.training.mining.ranking import EncoderRanking, Lists
 from d2llm.training.mining.teacher import TeacherCheck
 
@@ -69,7 +69,7 @@ def order_candidates(
     """All candidates of a query in the order in which they are tried; hard negatives are the first that pass.
 
     ``ranked`` has each source's list, best first, cut at the end of the range; the ``num_skipped`` passages at the top
-    of each, not counting ``forbidden`` ones, are no candidates. Sampling ``uniform`` is a random order, ``top`` is by
+    of each, not counting ``forbidden`` ones, are not candidates. Sampling ``uniform`` is a random order, ``top`` is by
     the better rank, then by id, and ``rank_weighted`` is sampled without replacement, with probabilities proportional
     to 1 / (rank + 1). The result does not depend on the order of the sources.
     """
@@ -124,7 +124,7 @@ class Selection:
     place: int
     """Position of the query among those that are mined."""
     forbidden: Collection[str]
-    """Passages that are no candidates: the relevant ones, and those with the same text as one."""
+    """Passages that are not candidates: the relevant ones, and those with the same text as one."""
     num_tried: int = 0
     kept: list[NegativeCandidate] = field(default_factory=list[NegativeCandidate])
     dropped: list[Dropped] = field(default_factory=list[Dropped])
@@ -166,7 +166,7 @@ def select(
 
 
 def near_duplicate_check(passages: Mapping[str, Passage], threshold: float) -> CandidateCheck:
-    """A check that drops candidates whose likeness to a positive's text is above ``threshold`` (see ``likeness``)."""
+    """A check that drops candidates whose likeness to a positive's text is above ``threshold`` (see ``jaccard``)."""
     positive_shingles: dict[str, list[frozenset[str]]] = {}
 
     def check(item: Selection, candidate: NegativeCandidate) -> Dropped | None:
@@ -174,7 +174,7 @@ def near_duplicate_check(passages: Mapping[str, Passage], threshold: float) -> C
             positive_shingles.clear()  # queries are checked one after another
             positive_shingles[item.query.id] = [shingles(passages[passage_id].text) for passage_id in item.positives]
         own = shingles(passages[candidate.passage_id].text)
-        value = max(likeness(own, other) for other in positive_shingles[item.query.id])
+        value = max(jaccard(own, other) for other in positive_shingles[item.query.id])
         return Dropped(candidate, "near_duplicate", value, threshold) if value > threshold else None
 
     return check
@@ -251,7 +251,7 @@ class DatasetJudgements:
 
     def repeats(self, query_id: str, positives: Sequence[str]) -> set[str]:
         """Other passages with the same text as a relevant one."""
-        return self._same_text.as_any_of(self.relevant(query_id, positives))
+        return self._same_text.duplicates_of(self.relevant(query_id, positives))
 
     def negative(self, query_id: str) -> set[str]:
         """Passages that the data set judges not relevant."""
