@@ -28,7 +28,7 @@ from scaling.corpus import SHARES, write_json
 from scaling.data_sets import DATA, require
 
 from d2llm.data.beir import read_beir
-from d2llm.ops.words import terms
+from d2llm.ops.bm25_words import terms
 from d2llm.store.bm25 import WordIndex, WordSegment
 
 SEGMENT = 1 << 17  # rows: the size to which an index merges its segments

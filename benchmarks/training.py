@@ -30,9 +30,9 @@ from d2llm.data.open_data import open_data
 from d2llm.data.plan import read_plan
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
+from d2llm.training.checkpoints import trainable
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.objective import batch_losses, batch_tokens, score_vectors, weighted_sum
-from d2llm.training.training_run import trainable
 
 PADDED = 250
 AT_A_TIME, HARD = 4, 4

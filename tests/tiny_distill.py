@@ -15,7 +15,7 @@ from d2llm.data.collation import DistillationBatch
 from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
-from d2llm.training import distill_run as loop
+from d2llm.training import training_loop as loop
 from d2llm.training.distill import DistillReport, distill
 from d2llm.training.objective import batch_tokens, score_vectors
 from tiny_data import tiny_recipe, topics, write_rule_labels

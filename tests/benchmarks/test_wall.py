@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError
 from d2llm.data.beir import read_beir
-from d2llm.ops.words import terms
+from d2llm.ops.bm25_words import terms
 from d2llm.store.bm25 import WordIndex, rank_passages
 
 

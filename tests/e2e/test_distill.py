@@ -23,7 +23,7 @@ from d2llm.models.evidence import read_evidence
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.training import distill as verb
-from d2llm.training import distill_run as loop
+from d2llm.training import training_loop as loop
 from d2llm.training.dev import DevResult, evaluate_dev, make_dev_set
 from d2llm.training.distill import DistillReport, distill
 from tiny_data import tiny_recipe, topics, write_rule_labels

@@ -10,7 +10,7 @@ import pytest
 from d2llm.core.errors import InputError
 from d2llm.evaluation import word_rows
 from d2llm.models.evidence import EvidenceWeights, WordsFactor
-from d2llm.ops.fusion import sum_weights
+from d2llm.ops.weighted_sum import sum_weights
 from d2llm.store.bm25 import WordIndex
 from fake_models import FakeStudent
 from tiny_evaluations import everyone, make_words, measure, with_indexes_of

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import Candidate
-from d2llm.ops.ranking import kendall_tau, reciprocal_rank_fusion, reciprocal_rank_scores, top_k
+from d2llm.ops.ranking import kendall_tau, top_k
 
 IDS = ["d", "b", "a", "c", "e"]
 
@@ -82,35 +81,6 @@ def test_bad_arguments_are_refused() -> None:
         top_k(np.zeros(5), IDS, -1)
 
 
-def test_fusion_by_hand() -> None:
-    fused = reciprocal_rank_fusion([["a", "b", "c"], ["b", "d"]])
-    assert [candidate.passage_id for candidate in fused] == ["b", "a", "d", "c"]
-    expected = [1 / 62 + 1 / 61, 1 / 61, 1 / 62, 1 / 63]
-    assert [candidate.score for candidate in fused] == pytest.approx(expected, rel=1e-15)
-
-
-def test_fusion_ties_are_ordered_by_id() -> None:
-    assert reciprocal_rank_fusion([["b", "a"], ["a", "b"]], k=0) == [Candidate("a", 1.5), Candidate("b", 1.5)]
-
-
-def test_fusion_k_flattens_the_first_places() -> None:
-    rankings = [["a", "x", "b"], ["y", "z", "b"]]
-    assert reciprocal_rank_fusion(rankings, k=0)[0].passage_id == "a"  # 1 against 1/3 + 1/3
-    assert reciprocal_rank_fusion(rankings, k=60)[0].passage_id == "b"  # 1/61 against 2/63
-
-
-def test_fusion_of_nothing() -> None:
-    assert reciprocal_rank_fusion([]) == []
-    assert reciprocal_rank_fusion([[], []]) == []
-
-
-def test_fusion_refuses_a_repeated_id_and_a_negative_k() -> None:
-    with pytest.raises(InputError, match=r"ranking 2 holds 'b' twice .*rank 3"):
-        reciprocal_rank_fusion([["b"], ["b", "a", "b"]])
-    with pytest.raises(InputError, match="k is -1"):
-        reciprocal_rank_fusion([["a"]], k=-1)
-
-
 def test_kendall_tau_by_hand() -> None:
     assert kendall_tau([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]) == 1.0
     assert kendall_tau([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == -1.0
@@ -142,15 +112,3 @@ def test_kendall_tau_rejects_invalid_input() -> None:
         kendall_tau([1.0, 2.0], [1.0])
     with pytest.raises(InputError, match="NaN"):
         kendall_tau([1.0, math.nan], [1.0, 2.0])
-
-
-def test_fusion_weights() -> None:
-    one, other = ["a", "b"], ["b", "a"]
-    assert reciprocal_rank_scores([one, other], k=1, weights=[2.0, 1.0]) == pytest.approx(
-        {"a": 1 + 1 / 3, "b": 2 / 3 + 1 / 2}
-    )
-    assert reciprocal_rank_scores([one, other], weights=[1.0, 1.0]) == reciprocal_rank_scores([one, other])
-    assert reciprocal_rank_scores([["a"], ["b"]], weights=[0.0, 1.0])["a"] == 0
-    for weights in ([1.0], [1.0, -1.0], [1.0, float("nan")]):
-        with pytest.raises(InputError, match="weights"):
-            reciprocal_rank_scores([one, other], weights=weights)

@@ -18,7 +18,7 @@ from d2llm.core.errors import InputError, Terminated
 from d2llm.core.recipe import LoraConfig, Recipe
 from d2llm.data.training import TrainingSource
 from d2llm.training import distill as verb
-from d2llm.training import distill_run
+from d2llm.training import training_loop
 from d2llm.training.distill import DistillReport, distill
 from prepared_process import PreparedProcess, script
 from tiny_data import tiny_recipe, topics, write_rule_labels
@@ -131,7 +131,7 @@ def test_resumed_equals_uninterrupted(
 
 def interrupt_at_call(patch: pytest.MonkeyPatch, step: int, folder: Path) -> None:
     """Raise in the middle of the step that would be number ``step`` + 1."""
-    original = distill_run.weighted_sum
+    original = training_loop.weighted_sum
     run_folder = folder.with_name(folder.name + ".run")
 
     def weighted_sum(*arguments: Any) -> torch.Tensor:
@@ -140,7 +140,7 @@ def interrupt_at_call(patch: pytest.MonkeyPatch, step: int, folder: Path) -> Non
             raise Interrupted
         return original(*arguments)
 
-    patch.setattr(distill_run, "weighted_sum", weighted_sum)
+    patch.setattr(training_loop, "weighted_sum", weighted_sum)
 
 
 def test_resumed_after_the_last_step(
@@ -165,7 +165,7 @@ def stop_in(patch: pytest.MonkeyPatch, name: str, calls: int, number: signal.Sig
     A real signal would kill the pytest worker whenever the loop's handler is not installed;
     ``tests/e2e/test_cli_train.py`` sends it to a process of its own.
     """
-    original, count = getattr(distill_run, name), 0
+    original, count = getattr(training_loop, name), 0
 
     def stopping(*arguments: Any, **options: Any) -> Any:
         nonlocal count
@@ -176,7 +176,7 @@ def stop_in(patch: pytest.MonkeyPatch, name: str, calls: int, number: signal.Sig
             handler(number, None)
         return original(*arguments, **options)
 
-    patch.setattr(distill_run, name, stopping)
+    patch.setattr(training_loop, name, stopping)
 
 
 # In the middle of step 7, after 6 complete steps; during step 6, which is finished first; during the third dev
@@ -211,8 +211,8 @@ def test_stopped_by_a_signal_equals_uninterrupted(
     with safe_open(tmp_path / "student.run" / "checkpoint.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == str(step)
     steps: list[int] = []
-    genuine = distill_run.optimizer_step
-    monkeypatch.setattr(distill_run, "optimizer_step", lambda *a, **o: steps.append(1) or genuine(*a, **o))
+    genuine = training_loop.optimizer_step
+    monkeypatch.setattr(training_loop, "optimizer_step", lambda *a, **o: steps.append(1) or genuine(*a, **o))
     report = run(models, folder, **rare)
     assert len(steps) == STEPS - step
     assert_equal_runs(report, folder, uninterrupted)
@@ -221,9 +221,11 @@ def test_stopped_by_a_signal_equals_uninterrupted(
 def test_checkpoints_are_also_due_by_time(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose steps take a minute must not lose up to a hundred of them."""
     saved_steps: list[int] = []
-    monkeypatch.setattr(distill_run, "save_checkpoint", lambda folder, step, *rest, **options: saved_steps.append(step))
+    monkeypatch.setattr(
+        training_loop, "save_checkpoint", lambda folder, step, *rest, **options: saved_steps.append(step)
+    )
     clock = iter(range(0, 100_000, 50))  # seconds; read after each step and after each checkpoint
-    monkeypatch.setattr(distill_run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(training_loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     run(models, tmp_path / "student", checkpoint_every=1000, checkpoint_minutes=2.4, eval_every=1000)
     assert saved_steps == [0, 3, 6, 9, 12, 15, 16]
 
@@ -234,7 +236,7 @@ from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {path!r})
 import test_distill_resume as test
-from d2llm.training import distill_run as verb
+from d2llm.training import training_loop as verb
 
 name, calls = sys.argv[3], int(sys.argv[4])
 original = getattr(verb, name)

@@ -20,7 +20,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
-from d2llm.ops.words import terms
+from d2llm.ops.bm25_words import terms
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify

@@ -8,7 +8,7 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.models.evidence import EvidenceWeights
-from d2llm.ops.words import windows
+from d2llm.ops.bm25_words import windows
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.reading import read_windows
 from d2llm.store import index_store as store_module

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2llm.ops.words import sentences, terms, windows
+from d2llm.ops.bm25_words import sentences, terms, windows
 from d2llm.store.bm25 import WordIndex, WordSegment, rank_passages
 
 TEXTS = {

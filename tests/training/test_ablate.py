@@ -20,7 +20,7 @@ from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.training import TrainingSource
 from d2llm.ops.significance import Interval
 from d2llm.training import distill as distill_verb
-from d2llm.training import distill_run
+from d2llm.training import training_loop
 from d2llm.training.ablation import ablate as verb
 from d2llm.training.ablation.ablate import RunSettings, ablate
 from d2llm.training.ablation.report import AblationReport, RunResult
@@ -90,7 +90,7 @@ class Interrupted(Exception):
 
 
 def interrupt(patch: pytest.MonkeyPatch, *, step: int) -> None:
-    original, calls = distill_run.optimizer_step, 0
+    original, calls = training_loop.optimizer_step, 0
 
     def optimizer_step(*arguments: Any, **options: Any) -> float:
         nonlocal calls
@@ -99,7 +99,7 @@ def interrupt(patch: pytest.MonkeyPatch, *, step: int) -> None:
             raise Interrupted
         return original(*arguments, **options)
 
-    patch.setattr(distill_run, "optimizer_step", optimizer_step)
+    patch.setattr(training_loop, "optimizer_step", optimizer_step)
 
 
 def refuse(*arguments: Any, **options: Any) -> None:

@@ -16,13 +16,13 @@ from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.models.student import Student
+from d2llm.training.choose_weights import INTERACTION_WEIGHTS, choose_interaction_weights, value_by_set
 from d2llm.training.dev import (
     DevResult,
     DevSet,
     evaluate_dev,
     make_dev_set,
 )
-from d2llm.training.interpolation import INTERACTION_WEIGHTS, choose_interaction_weights, value_by_set
 from tiny_data import make_source, topics
 from tiny_models import randomise, tiny_student_config, write_tiny_model
 

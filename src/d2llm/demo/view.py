@@ -26,7 +26,7 @@ from d2llm.demo.report import (
     TeacherAgreement,
     TeacherOpinion,
 )
-from d2llm.ops.words import terms
+from d2llm.ops.bm25_words import terms
 from d2llm.retrieval.index import Index
 
 MAX_WIDTH = 100

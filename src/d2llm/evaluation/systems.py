@@ -26,7 +26,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import Cost, Latency
 from d2llm.evaluation.setting import EvaluationSettings
-from d2llm.ops.ranking import reciprocal_rank_fusion
+from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, window_format

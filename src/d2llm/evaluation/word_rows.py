@@ -19,7 +19,7 @@ from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.setting import NAME_BM25, NAME_D2LLM, Contender
 from d2llm.evaluation.systems import RetrievalWork, System
 from d2llm.models.evidence import EvidenceWeights
-from d2llm.ops.fusion import sum_weights
+from d2llm.ops.weighted_sum import sum_weights
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent

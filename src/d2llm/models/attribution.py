@@ -21,7 +21,7 @@ from d2llm.core.types import Task
 from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import Student
-from d2llm.ops.words import UNSPACED
+from d2llm.ops.bm25_words import UNSPACED
 
 # In scripts without spaces each character is a word; elsewhere a word is a run of letters and digits.
 _WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")

@@ -4,7 +4,7 @@
 
 One vector cannot hold everything that a teacher reads in a passage. The added terms use other views of the passage,
 all computed from data that an index stores once per passage. y_pk are the vectors of its windows, each encoded on its
-own (``ops.words.windows``). e_j are the BM25 scores of the passage and of its best window, both raw and divided by the
+own (``ops.bm25_words.windows``). e_j are the BM25 scores of the passage and of its best window, raw and divided by the
 query's upper limit, which no passage reaches. The weights w are at least 0, separate for each task, and fitted on dev
 (``training.fit_evidence``). l(q) scales the word terms for the query: an exponential function of how many words it
 has, what they weigh, and how many of them are unknown; 1 if not fitted. BM25 needs a corpus, so a pair scored outside

@@ -1,4 +1,4 @@
-"""From scores to rankings: selecting the best k, fusing rankings, and measuring how far two agree.
+"""From scores to rankings: selecting the best k, and measuring how far two rankings agree.
 
 Rankings are best first, equal scores by ascending id.
 """
@@ -6,10 +6,8 @@ Rankings are best first, equal scores by ascending id.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import Candidate
 from d2llm.ops.selection import ids_at, top_rows
-
-_Item = TypeVar("_Item", bound=Hashable)
 
 
 def top_k(
@@ -41,51 +36,6 @@ def top_k(
     _refuse_nan(values, ids)
     rows: list[int] = top_rows(values, k, partial(ids_at, ids)).tolist()
     return [(ids[row], float(values[row])) for row in rows]
-
-
-def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], *, k: int = 60) -> list[Candidate]:
-    """Fuse rankings by rank alone: every passage of any ranking, best first, equal scores by ascending id.
-
-    Arguments and errors: ``reciprocal_rank_scores``.
-    """
-    fused = [Candidate(passage_id, score) for passage_id, score in reciprocal_rank_scores(rankings, k=k).items()]
-    return sorted(fused, key=lambda candidate: (-candidate.score, candidate.passage_id))
-
-
-def reciprocal_rank_scores(
-    rankings: Sequence[Sequence[_Item]], *, k: int = 60, weights: Sequence[float] | None = None
-) -> dict[_Item, float]:
-    """The fused score of every item of any ranking, by rank alone, so that their scores need not be comparable.
-
-    score(p) = sum over the rankings that contain p of weight / (k + rank(p)), rank counted from 1.
-
-    Cormack, Clarke and Büttcher, "Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning Methods",
-    SIGIR 2009 (k = 60 is theirs). The order of the rankings does not matter.
-
-    Args:
-        rankings: passage ids or rows, best first; they may have different lengths and members.
-        k: how much the first places are levelled, at least 0.
-        weights: weights of the rankings, at least 0; 1 each by default, as in the paper.
-
-    Raises:
-        InputError: k or a weight is negative, there are not as many weights as rankings, or a ranking contains an
-            item twice.
-    """
-    if k < 0:
-        raise InputError(f"k is {k}, but 1 / (k + rank) needs 0 or more")
-    ranking_weights = [1.0] * len(rankings) if weights is None else list(weights)
-    if len(ranking_weights) != len(rankings) or not all(weight >= 0 for weight in ranking_weights):
-        raise InputError(f"the weights of {len(rankings)} rankings are {ranking_weights}; give each one of at least 0")
-    shares: defaultdict[_Item, list[float]] = defaultdict(list)
-    for number, (ranking, weight) in enumerate(zip(rankings, ranking_weights, strict=True), start=1):
-        seen: set[_Item] = set()
-        for rank, item in enumerate(ranking, start=1):
-            if item in seen:
-                raise InputError(f"ranking {number} holds '{item}' twice (again at rank {rank}); keep one")
-            seen.add(item)
-            shares[item].append(weight / (k + rank))
-    # fsum rounds once, so equal sets of ranks give equal scores, whichever rankings they come from.
-    return {item: math.fsum(share) for item, share in shares.items()}
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.recipe import untuned_config as untuned_config
 from d2llm.core.types import Task
 from d2llm.models.backbone import EncodedTexts
 from d2llm.retrieval.protocols import Describable, SearchStudent, TextEncoder

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, Task, WholeText
 from d2llm.models.pair_scores import score_by_query
-from d2llm.ops.words import windows
+from d2llm.ops.bm25_words import windows
 from d2llm.retrieval.protocols import ChunkStudent, SearchStudent
 from d2llm.store.window_vectors import ReadWindows
 

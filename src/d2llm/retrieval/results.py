@@ -174,7 +174,7 @@ def _with_neighbours(index: PassageView, places: tuple[RankedPassage, ...], dist
 def _explained(
     query: Query, passages: tuple[RankedPassage, ...], order: Order, evidence: EvidenceParts | None
 ) -> tuple[RankedPassage, ...]:
-    from d2llm.ops.words import terms
+    from d2llm.ops.bm25_words import terms
 
     query_terms = set(terms(query.text))
     proposals, shown = order.scored.proposals, order.places

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import IdRanking, Query, Ranking, Task
-from d2llm.ops.ranking import reciprocal_rank_scores
+from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
 from d2llm.retrieval.cascade import Rereader

@@ -4,8 +4,8 @@
     idf(t)      = ln(1 + (N - n_t + 0.5) / (n_t + 0.5))
 
 k1 1.2, b 0.75; a repeated query term counts each time. Source: Kamphuis et al., "Which BM25 do you mean?", ECIR 2020,
-the accurate Lucene variant. The best window of a passage (``ops.words.windows``) is scored by the same formula, with
-its own length, the mean length of all windows, and the idf of passages.
+the accurate Lucene variant. The best window of a passage (``ops.bm25_words.windows``) is scored by the same formula,
+with its own length, the mean length of all windows, and the idf of passages.
 
 The words of consecutive rows form a segment, which never changes and depends only on the texts of its rows. It stores
 them twice: by term, to find the best of all passages, and by row, to score given passages and their windows. Corpus
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Candidate, Passage, Query
+from d2llm.ops.bm25_words import WINDOW_SENTENCES, sentences, terms
 from d2llm.ops.selection import ids_at, ranges, top_rows
-from d2llm.ops.words import WINDOW_SENTENCES, sentences, terms
 
 K1 = 1.2
 B = 0.75

@@ -1,4 +1,4 @@
-"""Vectors of the windows of passages (``ops.words.windows``), encoded separately, beside the vectors of the passages.
+"""Vectors of the windows of passages (``ops.bm25_words.windows``), encoded separately from the passages.
 
 window-vectors-<generation>   the codes of window 0, window 1, ..., those of a passage together (``vector_file``)
 window-places-<generation>    first window and number of windows of each row, two 64-bit integers

@@ -37,7 +37,7 @@ from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.bm25 import bm25_lists
-from d2llm.training.interpolation import INTERACTION_WEIGHTS
+from d2llm.training.choose_weights import INTERACTION_WEIGHTS
 
 PAIRS_PER_QUERY = 10
 """A dev set of labelled pairs has this many pairs for each query that a dev set of queries would have."""

@@ -25,13 +25,13 @@ from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
 from d2llm.training.dev import DevSet, make_dev_set
-from d2llm.training.distill_run import DistillRun
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.label import label_passages
 from d2llm.training.objective import OFFSET
 from d2llm.training.processes import Processes, joined_processes, own_device
 from d2llm.training.residual import AskTeacher
+from d2llm.training.training_loop import DistillRun
 from d2llm.training.word_scores import WordScores
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class DistillReport:
 
     ``dev`` has, by data set, the dev measure at the start, at the last evaluation, and of the kept state (also by
     weight r), and the number of queries or pairs. ``share_kept`` is the share of the change from the start that was
-    kept (``training.interpolation``). ``is_untrained``: no state was better on dev than the start, so the start was
+    kept (``training.choose_weights``). ``is_untrained``: no state was better on dev than the start, so the start was
     written. ``evidence`` has, for each task, the weights of the evidence beside the vectors, and its gain on dev.
     ``probabilities`` has, for each task with enough dev queries, the function that turns scores into probabilities.
     """

@@ -1,4 +1,4 @@
-"""The weights of the evidence in a student's score, fitted on dev queries (``models.evidence``, ``ops.fusion``).
+"""The weights of the evidence in a student's score, fitted on dev queries (``models.evidence``, ``ops.weighted_sum``).
 
 The student's own score keeps weight 1. Each task has one set of weights for all of its data sets, and every query
 counts equally in the fit. The reported results are cross-fitted: each half of the dev queries is measured with weights
@@ -23,8 +23,8 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import EvidenceTerm, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.models.evidence import Evidence, TaskEvidence, WordsFactor
-from d2llm.ops.fusion import beside_first, fit_scaled_weights, sum_weights
 from d2llm.ops.measures import per_query_measures
+from d2llm.ops.weighted_sum import beside_first, fit_scaled_weights, sum_weights
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import read_windows
 from d2llm.retrieval.row_evidence import scored_list

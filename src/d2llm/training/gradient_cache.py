@@ -20,8 +20,8 @@ from d2llm.core.recipe import TrainingConfig
 from d2llm.models.device import free_memory, tokens_at_a_time
 from d2llm.models.student import Student
 from d2llm.ops.batching import token_budget_batches
+from d2llm.training.checkpoints import remarks
 from d2llm.training.processes import ALONE, Processes
-from d2llm.training.training_run import remarks
 
 _SEEDS_PER_STEP = 1 << 20  # more than the parts of a batch, so that no two parts of a run share their dropout
 _SHARE = 3  # use a third of the free memory; the rest is for recomputed parts, gradients, dev, and other programs

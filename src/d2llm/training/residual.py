@@ -24,10 +24,10 @@ from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
 from d2llm.ops.selection import nearest_rows
+from d2llm.training.checkpoints import BestState, adamw, learning_rate_factor, optimizer_step, warmup_steps
+from d2llm.training.choose_weights import mean_value
 from d2llm.training.dev import DevResult, DevSet, EncodedDev, encode_dev, measure_by_weight
-from d2llm.training.interpolation import mean_value
 from d2llm.training.objective import batch_losses, weighted_sum
-from d2llm.training.training_run import BestState, adamw, learning_rate_factor, optimizer_step, warmup_steps
 
 AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
 """Lets the teacher judge passages (query_id -> passage ids), and adds its labels to the data set's store."""

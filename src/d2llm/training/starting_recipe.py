@@ -23,8 +23,8 @@ from d2llm.data.pairs import PairDataset
 from d2llm.models.sources import readable_tokens
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
+from d2llm.training.checkpoints import epochs_of
 from d2llm.training.fit_evidence import LISTED_DEPTH, LISTED_PASSAGES
-from d2llm.training.training_run import epochs_of
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 2000  # texts whose length is measured

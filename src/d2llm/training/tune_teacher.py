@@ -32,7 +32,7 @@ from d2llm.models.teachers.identity import TEACHER_KIND
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.local import LocalTeacher
 from d2llm.ops.batching import token_budget_batches
-from d2llm.training.training_run import (
+from d2llm.training.checkpoints import (
     CHECKPOINT,
     BestState,
     RunLog,

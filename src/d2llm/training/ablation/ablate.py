@@ -36,10 +36,10 @@ from d2llm.training.ablation.report import (
     named_measures,
     summarise,
 )
+from d2llm.training.checkpoints import LOG, epochs_of
+from d2llm.training.choose_weights import value_by_set
 from d2llm.training.dev import DevSet, evaluate_dev, has_interaction_weight, make_dev_set
 from d2llm.training.distill import distill
-from d2llm.training.interpolation import value_by_set
-from d2llm.training.training_run import LOG, epochs_of
 
 DEV_QUERIES = 500
 """Maximum number of dev queries per data set that every run is measured on."""

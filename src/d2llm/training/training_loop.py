@@ -22,31 +22,7 @@ from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collat
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
-from d2llm.training.dev import DevResult, DevSet, evaluate_dev, has_interaction_weight
-from d2llm.training.gradient_cache import backpropagate, graph_room
-from d2llm.training.interpolation import (
-    choose_interaction_weights,
-    choose_share,
-    interpolate,
-    items_at_best_weight,
-    mean_value,
-    value_by_set,
-    worse_sets,
-)
-from d2llm.training.mining.remine import remine
-from d2llm.training.objective import (
-    OFFSET,
-    batch_losses,
-    batch_tokens,
-    make_offsets,
-    offset_name,
-    score_vectors,
-    weighted_sum,
-)
-from d2llm.training.processes import Processes
-from d2llm.training.residual import AskTeacher, train_residual
-from d2llm.training.trackers import open_trackers
-from d2llm.training.training_run import (
+from d2llm.training.checkpoints import (
     BestState,
     RunLog,
     StopSignals,
@@ -62,6 +38,30 @@ from d2llm.training.training_run import (
     trainable,
     warmup_steps,
 )
+from d2llm.training.choose_weights import (
+    choose_interaction_weights,
+    choose_share,
+    interpolate,
+    items_at_best_weight,
+    mean_value,
+    value_by_set,
+    worse_sets,
+)
+from d2llm.training.dev import DevResult, DevSet, evaluate_dev, has_interaction_weight
+from d2llm.training.gradient_cache import backpropagate, graph_room
+from d2llm.training.mining.remine import remine
+from d2llm.training.objective import (
+    OFFSET,
+    batch_losses,
+    batch_tokens,
+    make_offsets,
+    offset_name,
+    score_vectors,
+    weighted_sum,
+)
+from d2llm.training.processes import Processes
+from d2llm.training.residual import AskTeacher, train_residual
+from d2llm.training.trackers import open_trackers
 
 _log = logging.getLogger(__name__)
 _BEST = "best.safetensors"
@@ -192,7 +192,7 @@ class DistillRun:
         self.best.put_back()
 
     def step_back(self) -> None:
-        """Undo as much of the change as possible without a significant loss on dev (``training.interpolation``)."""
+        """Undo as much of the change as possible without a significant loss on dev (``training.choose_weights``)."""
         training, progress = self.recipe.training, self.progress
         if self.best.step == 0 or not training.steps_back:
             return

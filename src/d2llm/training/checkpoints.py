@@ -1,4 +1,4 @@
-"""What every training loop needs: checkpoints, the best state, stop signals, the learning rate, the log."""
+"""Checkpoints, and what else every training loop needs: best state, stop signals, optimiser, learning rate, log."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
 from d2llm.core.recipe import TrainingConfig
-from d2llm.training.training_run import (
+from d2llm.training.checkpoints import (
     CHECKPOINT,
     LOG,
     BestState,
