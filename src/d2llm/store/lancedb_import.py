@@ -1,7 +1,7 @@
 """Imports LanceDB without initialising an HTTP client that an index never uses.
 
 ``import lancedb`` imports the package ``lance_namespace_urllib3_client``. The ``__init__`` of that package builds
-pydantic validators for about a hundred HTTP calls, which takes longer than everything else that ``d2llm show`` does.
+pydantic validators for about a hundred HTTP calls, which takes longer than everything else in ``d2llm index get``.
 LanceDB uses only the package's data classes, which are in separate modules. So the ``__init__`` is deferred until one
 of its names is accessed: other code in the same process can still use the whole package.
 """
