@@ -29,39 +29,52 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Tests whose results depend on the CPU's instruction set; `make test-avx2` runs them restricted to AVX2.
 NUMERIC_FOLDERS = ("golden", "parity", "property")
-NUMERIC_UNITS = ("ann", "backbone", "calibration", "cosine_head", "device", "doctor", "gradient_cache", "interaction")
-NUMERIC_UNITS += ("late_chunking", "lora", "losses", "pooling", "projections", "ranking", "scan", "scorer", "student")
-NUMERIC_UNITS += ("teacher", "teacher_sharing", "vector_file", "vectors", "view")
+NUMERIC_FILES = (
+    *("doctor/doctor", "ops/calibration", "ops/fusion", "ops/losses", "ops/ranking", "training/gradient_cache"),
+    *("models/backbone", "models/cosine_head", "models/device", "models/interaction", "models/late_chunking"),
+    *("models/lora", "models/pooling", "models/scorer", "models/student"),
+    *("models/teachers/causal", "models/teachers/shared_prefix"),
+    *("store/ann", "store/projections", "store/scan", "store/vector_file", "store/vector_formats", "store/view"),
+)
 
 # Left out by `make test-fast`: folders that start programs, servers and browsers, and slow files.
 SLOW_FOLDERS = ("e2e", "dialects", "parity")
-SLOW_UNITS = ("ann", "demo_corpus", "documents", "evaluate", "evaluate_again", "exact_search", "index_search")
-SLOW_UNITS += ("integration_texts", "labels", "mteb", "packaged_e5", "remote_endpoint", "residual", "serve_running")
-SLOW_UNITS += ("serve_slow_clients", "shortcuts", "store_state", "teacher", "teacher_sharing", "tune_stopping")
-SLOW_UNITS += ("window_vectors",)
-SLOW_UNITS += ("word_rows",)
+SLOW_FILES = (
+    *("data/labels", "demo/corpus", "integrations/mteb", "integrations/texts", "models/packaged_e5"),
+    *("evaluation/evaluate", "evaluation/evaluate_again", "evaluation/shortcuts", "evaluation/word_rows"),
+    *("models/teachers/causal", "models/teachers/remote_endpoint", "models/teachers/shared_prefix"),
+    *("property/ann", "property/exact_search", "property/index_search", "property/store_state"),
+    *("retrieval/chunking", "retrieval/sync", "server/running", "server/slow_clients"),
+    *("store/ann", "store/window_vectors", "training/residual", "training/tune_stopping"),
+)
 
 
 # The longest tests start first, so that at the end no process waits for one of them.
 LONGEST_FILES = ("training_memory", "index_damage", "store_crashes", "distill_processes", "plain_sentence_transformers")
 
 
-def _is_among(path: Path, folders: tuple[str, ...], units: tuple[str, ...]) -> bool:
-    return path.parent.name in folders or path.stem.removeprefix("test_") in units
+def file_of(name: str) -> Path:
+    """The test file of a name like ``store/ann``."""
+    folder, _, module = name.rpartition("/")
+    return Path(__file__).parent / folder / f"test_{module}.py"
+
+
+def _is_among(path: Path, folders: tuple[str, ...], files: tuple[str, ...]) -> bool:
+    return path.parent.name in folders or path in map(file_of, files)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With ``-m "not slow"``, do not import the files that it leaves out: their libraries take long to load."""
-    leaves_out = config.getoption("markexpr") == "not slow" and _is_among(collection_path, SLOW_FOLDERS, SLOW_UNITS)
+    leaves_out = config.getoption("markexpr") == "not slow" and _is_among(collection_path, SLOW_FOLDERS, SLOW_FILES)
     return True if leaves_out else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST_FILES)
     for item in items:
-        if _is_among(item.path, NUMERIC_FOLDERS, NUMERIC_UNITS):
+        if _is_among(item.path, NUMERIC_FOLDERS, NUMERIC_FILES):
             item.add_marker(pytest.mark.numeric)
-        if _is_among(item.path, SLOW_FOLDERS, SLOW_UNITS):
+        if _is_among(item.path, SLOW_FOLDERS, SLOW_FILES):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("network") and os.environ.get("D2LLM_TEST_NETWORK") != "1":
             item.add_marker(pytest.mark.skip(reason="needs the network: set D2LLM_TEST_NETWORK=1"))

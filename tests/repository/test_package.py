@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import conftest
 import d2llm
 
 SOURCE = Path(d2llm.__file__).parent
@@ -139,3 +140,8 @@ def test_a_missing_recipe_is_an_error_before_torch_is_loaded(verb, tmp_path):
         [sys.executable, "-c", code, verb, str(tmp_path / "none.toml")], capture_output=True, text=True, check=False
     )
     assert result.stdout.split() == ["2", "False"], result.stderr
+
+
+def test_the_files_that_conftest_names_exist():
+    names = (*conftest.NUMERIC_FILES, *conftest.SLOW_FILES)
+    assert [name for name in names if not conftest.file_of(name).is_file()] == []

@@ -1,7 +1,7 @@
 """The verb ``serve``: serves an index and its student over HTTP.
 
 A server's settings are one schema (``server/settings.py``). The most common settings have their own options, with types
-and help; all others are given as ``--set NAME=VALUE``. ``tests/server/test_serve_settings.py`` checks that each option
+and help; all others are given as ``--set NAME=VALUE``. ``tests/server/test_settings.py`` checks that each option
 is a field of the schema.
 """
 
