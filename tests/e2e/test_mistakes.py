@@ -119,7 +119,8 @@ CORPUS = {
     "one JSON array": (lambda w: w.upsert("c.jsonl", f"[\n{LINE}]"), "c.jsonl:1: not valid JSON"),
     "a list a line": (lambda w: w.upsert("c.jsonl", '["a"]'), "c.jsonl:1: must be a JSON object, found a list"),
     "nested without end": (lambda w: w.upsert("c.jsonl", "[" * 100_000), "c.jsonl:1: nested too deeply"),
-    "CSV": (lambda w: w.upsert("c.csv", "id,text\n1,the cat\n"), "c.csv:1: not valid JSON"),
+    "damaged CSV": (lambda w: w.upsert("c.csv", "id,text\n1,the,cat\n"), "none of the 1 files", "c.csv: it cannot be"),
+    "an empty PDF": (lambda w: w.upsert("c.pdf", ""), "none of the 1 files could be read", "c.pdf: it is empty"),
     "misspelt field": (
         lambda w: w.upsert("c.jsonl", '{"_idd": "a", "text": "x"}'),
         "c.jsonl:1: field '_id' is missing; fields found: '_idd', 'text'",
@@ -148,7 +149,8 @@ CORPUS = {
     "gzip without its name": (lambda w: w.upsert("c.jsonl", gzip.compress(LINE.encode())), "name it .gz, or unpack it"),
     "a folder without a corpus": (
         lambda w: ("index", "new", "upsert", w.file("x", "").parent),
-        "wrong: has no corpus.jsonl or corpus.jsonl.gz",
+        "there are no documents",
+        "1 files have other suffixes than",
     ),
     "nested metadata": (
         lambda w: w.upsert("c.jsonl", '{"_id": "a", "text": "x", "metadata": {"a": {"b": 1}}}'),

@@ -200,6 +200,7 @@ def sync(
         report = sync_documents(
             index, folders, exclude=exclude, chunking=splitting.chunking(cast("Student", index.student))
         )
+        _require_passages(index, report.skipped)
     _say_what_was_written(context, index, report.written)
     session_of(context).say(
         f"index: {report.num_files:,} files, {report.num_unchanged:,} of them unchanged and not read; "
@@ -492,9 +493,16 @@ def _write_corpus(
             lenient_metadata=writing.lenient_metadata,
             num_documents=texts.num_documents,
         )
+        _require_passages(index, texts.skipped)
     _say_what_was_written(context, index, report)
     warn_of_skipped(session_of(context), texts.skipped)
     session_of(context).write_report(context, writing.json_path, _with_skipped(report, texts.skipped))
+
+
+def _require_passages(index: Index, skipped: Sequence[SkippedFile]) -> None:
+    """Raise an ``InputError`` if nothing could be read for a new index."""
+    if skipped and not len(index):
+        raise InputError(f"none of the {len(skipped):,} files could be read: {skipped[0]}")
 
 
 def _with_skipped(report: DocumentsReport, skipped: Sequence[SkippedFile]) -> dict[str, Any]:

@@ -171,6 +171,8 @@ def read_document(file: DocumentFile) -> SectionedPassage:
         UnreadableFileError: it cannot be read, or has no text.
         MissingExtraError: its format needs a library that is not installed.
     """
+    if not file.num_bytes:
+        raise UnreadableFileError("it is empty")
     suffix = file.path.suffix.lower()
     title = ""
     if suffix in _CONVERTED:
@@ -194,10 +196,8 @@ def read_document(file: DocumentFile) -> SectionedPassage:
                 sections = [Section(text)]
     sections = [section for section in sections if section.text.strip()]
     if not sections:
-        scanned = suffix in _CONVERTED and file.num_bytes > 0
-        raise UnreadableFileError(
-            "it has no text; if it is scanned, recognise its pages (OCR)" if scanned else "it is empty"
-        )
+        scanned = "; if it is scanned, recognise its pages (OCR)" if suffix == ".pdf" else ""
+        raise UnreadableFileError(f"it has no text{scanned}")
     metadata: dict[str, MetadataValue] = {
         "path": file.id,
         "modified": file.modified,
