@@ -330,6 +330,9 @@ class ResidualConfig(WarmUpConfig):
 class TrainingConfig(WarmUpConfig):
     """Optimisation settings of ``distill``."""
 
+    start: str | None = None
+    """Continue from this student, a folder or a name; its settings must be those of ``[student]``. By default training
+    starts from the pretrained backbone."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """For adapters on a small model; use a third of it for large models, and a thirtieth to train all weights
     (``tuning = "full"``)."""
@@ -355,6 +358,8 @@ class TrainingConfig(WarmUpConfig):
     """Steps between dev evaluations; by default a fifth of the run's steps, at most 200."""
     patience: int = Field(default=5, ge=1)
     """Stop after this many dev evaluations without improvement."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Stop after this much time in steps of the first stage; the best state so far is kept."""
     dev_queries: int = Field(default=200, ge=1)
     dev_passages: int = Field(default=1000, ge=1)
     """Dev corpus: the dev positives, their mined negatives, and random passages up to this number."""

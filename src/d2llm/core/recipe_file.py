@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _NOT_SET = "not set"
+_NOT_SHAPING = {"trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes", "gradient_caching", "graph_gib"}
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
@@ -73,10 +74,12 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(
         mode="json",
         include={"seed", "student", "losses", "training"},
-        exclude={"training": {"trackers", "checkpoint_every", "checkpoint_minutes", "gradient_caching", "graph_gib"}},
+        exclude={"training": _NOT_SHAPING},
     )
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
     values["data"] = data
+    if recipe.training.start is None:
+        del values["training"]["start"]
     if recipe.training.remine:
         values["mining"] = recipe.mining.model_dump(mode="json")
     if recipe.evidence.in_training:

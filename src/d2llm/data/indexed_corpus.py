@@ -50,7 +50,7 @@ def open_corpus(paths: Sequence[Path], *, with_metadata: bool = True, exclude: S
         DataFormatError: the corpus file is missing, empty or malformed.
         DuplicateIdError: two lines of it have the same id.
     """
-    if len(paths) == 1 and not _holds_documents(paths[0]):
+    if is_corpus_file(paths):
         file = corpus_file(paths[0])
         passages = iter_corpus(file, with_metadata=with_metadata)
         return Corpus(passages, check_corpus(file, with_metadata=with_metadata), fingerprint_files([file]))
@@ -60,10 +60,14 @@ def open_corpus(paths: Sequence[Path], *, with_metadata: bool = True, exclude: S
     return Corpus(passages, len(documents.files), fingerprint_json(state), documents.skipped)
 
 
-def _holds_documents(path: Path) -> bool:
+def is_corpus_file(paths: Sequence[Path]) -> bool:
+    """Whether the paths are a single corpus file, or a folder that holds one, rather than documents."""
+    if len(paths) != 1:
+        return False
+    path = paths[0]
     if path.is_dir():
-        return not any((path / name).is_file() for name in _FILES)
-    return path.suffix.lower() in SUFFIXES - {".jsonl"}
+        return any((path / name).is_file() for name in _FILES)
+    return path.suffix.lower() not in SUFFIXES - {".jsonl"}
 
 
 def corpus_file(path: Path) -> Path:

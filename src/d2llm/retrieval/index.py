@@ -55,13 +55,15 @@ def window_format(student: SearchStudent, task: Task, requested: str | None) -> 
 
 
 def find_source(source: object, folder: Path) -> str:
-    """The folder or name of the student that is stored with an index.
+    """The folder or name of the student that is stored with an index; ``../NAME`` is a folder beside the index.
 
     Raises:
         InputError: none is stored, or the folder no longer exists.
     """
     if not isinstance(source, str):
         raise InputError(f"{folder}: the index does not say where its student is; give it with --student")
+    if source.startswith("../"):
+        source = str(folder.resolve() / source)
     if Path(source).is_absolute() and not Path(source).is_dir():
         raise InputError(f"{folder}: its student was in {source}, which does not exist; give it with --student")
     return source

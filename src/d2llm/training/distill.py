@@ -13,7 +13,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import Recipe, TeacherConfig
-from d2llm.core.recipe_file import shaping_settings
+from d2llm.core.recipe_file import changed_settings, shaping_settings
 from d2llm.core.types import TASKS, EvidenceTerm, Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
@@ -78,8 +78,8 @@ def distill(
 ) -> DistillReport:
     """Train a student on a teacher's labels and write it to ``folder``; an interrupted run continues where it stopped.
 
-    The student starts as its backbone's own cosine (in the default configuration) and is evaluated on dev before the
-    first step and then regularly. The best state is kept, with the weight r of the interaction that has the best dev
+    The student starts as its backbone's own cosine (in the default configuration) or as ``training.start``, and is
+    evaluated on dev before the first step and then regularly. The best state is kept, with the weight r of the interaction that has the best dev
     result for each task, which may be 0. The student is therefore never worse on dev than the start. At the end, its
     scores are calibrated as probabilities, on the same number of dev queries (``training.fit_probabilities``).
 
@@ -124,13 +124,14 @@ def distill(
         for source in sources
     ]
     run_folder = working_folder(folder)
-    student = Student.create(recipe.student, device=own_device(device), dtype=dtype, seed=recipe.seed)
+    student = _starting_student(recipe, device=own_device(device), dtype=dtype)
+    started_from = student.fingerprint if recipe.training.start is not None else None
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
         if recipe.evidence.in_training:
             evidence = _evidence_at_start(student, sources, recipe, run_folder, processes)
             labelled, dev_sets = _with_words(labelled, dev_sets, evidence)
         student.prepare_training(seed=recipe.seed)
-        settings = _run_settings(recipe, labelled, identity)
+        settings = _run_settings(recipe, labelled, identity, started_from)
         run = DistillRun(
             student,
             recipe,
@@ -151,6 +152,21 @@ def distill(
             report = _fit_and_write(run, folder, sources, report, teacher=identity.fingerprint, closed=closed_gates)
             report = replace(report, seconds=time.monotonic() - started)
         return processes.from_first(report)  # wait until the student is written
+
+
+def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Student:
+    """The student before the first step: the pretrained backbone with an untrained head, or ``training.start``."""
+    start = recipe.training.start
+    if start is None:
+        return Student.create(recipe.student, device=device, dtype=dtype, seed=recipe.seed)
+    student = Student.load(start, device=device, dtype=dtype)
+    if student.config != recipe.student:
+        differences = changed_settings(student.config.model_dump(mode="json"), recipe.student.model_dump(mode="json"))
+        raise InputError(
+            f"training.start: '{start}' has other settings than [student]: {', '.join(differences)}; copy its settings "
+            "(config in its manifest.json) or start from the backbone"
+        )
+    return student
 
 
 def _fit_and_write(
@@ -311,9 +327,15 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recip
     return joined
 
 
-def _run_settings(recipe: Recipe, sources: Sequence[LabelledSource], identity: TeacherIdentity) -> dict[str, Any]:
-    """Everything that affects a run, as JSON; a checkpoint or student with other settings is from another run."""
-    return {
+def _run_settings(
+    recipe: Recipe, sources: Sequence[LabelledSource], identity: TeacherIdentity, started_from: str | None
+) -> dict[str, Any]:
+    """Everything that affects a run, as JSON; a checkpoint or student with other settings is from another run.
+
+    ``started_from`` is the fingerprint of the student that training continues from, if any.
+    """
+    start = {} if started_from is None else {"started_from": started_from}
+    return start | {
         "recipe": shaping_settings(recipe),
         "teacher": identity.fingerprint,
         "prompts": dict(identity.prompts),

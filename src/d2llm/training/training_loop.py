@@ -81,6 +81,7 @@ class DistillProgress:
     best_by_set: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     best_weights: dict[Task, float] = field(default_factory=dict[Task, float])
     share_kept: float = 1.0
+    seconds: float = 0.0
 
 
 class DistillRun:
@@ -164,6 +165,13 @@ class DistillRun:
         while progress.step < self.total_steps:
             if self.best.looks_since >= training.patience:
                 return True
+            if self._is_out_of_time():
+                remarks.info("distill: stops after %d of %d steps: out of time", progress.step, self.total_steps)
+                if progress.measured_step < progress.step:
+                    self._evaluate()
+                    self._save()
+                return True
+            started = time.monotonic()
             epoch, place = divmod(progress.step, self.per_epoch)
             if not batches or place == 0:
                 self._remine(epoch)
@@ -171,8 +179,14 @@ class DistillRun:
                 if place == 0:
                     self._write(progress.step + 1, queries=queries_by_set(batches))
             self._step(*batches[place], advance)
+            progress.seconds += time.monotonic() - started
             self._evaluate_and_save()
         return False
+
+    def _is_out_of_time(self) -> bool:
+        """Whether the steps have taken ``training.max_minutes``, as the first process measures it."""
+        limit = self.recipe.training.max_minutes
+        return limit is not None and self.processes.from_first(self.progress.seconds >= 60 * limit)
 
     def _evaluate_and_save(self) -> None:
         """After a step, evaluate on dev and save a checkpoint if they are due."""

@@ -1,0 +1,155 @@
+"""The verb ``fit``: from documents to a search engine that has learnt them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2llm.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    TaskOption,
+    student_option,
+    teacher_config,
+    teacher_option,
+)
+from d2llm.cli.session import session_of
+from d2llm.core.errors import InputError
+from d2llm.core.shipped import DEFAULT_STUDENT
+
+if TYPE_CHECKING:
+    from d2llm.core.recipe import WriterConfig
+
+
+def fit(
+    context: typer.Context,
+    documents: Annotated[
+        list[Path],
+        typer.Argument(metavar="DOCUMENTS...", help="Folders and files of documents, or a corpus.jsonl.", exists=True),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", file_okay=False, help="Where everything goes.", show_default="<documents>.search"
+        ),
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="Time for everything; it ends in time with the best so far.", min=0, show_default="8"),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="The same in minutes.", min=0, show_default=False)] = None,
+    student: Annotated[
+        str, student_option(help="The student to start from and to beat: a folder, or the name of a shipped one.")
+    ] = DEFAULT_STUDENT,
+    writer: Annotated[
+        str, typer.Option(metavar="MODEL", help="Language model that writes queries; the model's name at an endpoint.")
+    ] = "smollm2",
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask the writer at this OpenAI-compatible endpoint, up to /v1.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the endpoint's key.")
+    ] = None,
+    prices: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="PROMPT WRITTEN", help="The endpoint's prices of a million tokens read, and written."),
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="Write no more queries when they have cost this much.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Write no more queries after so many tokens, read and written.")
+    ] = None,
+    max_queries: Annotated[int | None, typer.Option(min=1, help="Write no more queries than this.")] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Lines 'passage<TAB>query' that show the writer how users ask.", exists=True),
+    ] = None,
+    judged: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Users' queries and what they chose: lines 'query<TAB>id' with an optional grade, where an id is that "
+            "of a passage or a document.",
+            exists=True,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, teacher_option(help="A model that judges pairs, to review the queries and to learn from.")
+    ] = None,
+    task: TaskOption = "asymmetric",
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave out files of these names, as in a .gitignore; can be repeated."),
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Learn anew although an earlier call has finished.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of samples and training.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Turn documents into a search engine that has learnt them; nobody needs to write or judge queries.
+
+    Reads and indexes the documents, has a language model write queries for them, keeps the good ones, trains on them,
+    and keeps the result if it is better on documents that were held out. Serve it with: d2llm serve FOLDER.search
+
+    The same command continues after an interruption. When a fit is finished, it reads only what has changed in the
+    documents; --again learns anew.
+    """
+    session = session_of(context)
+    if hours is not None and minutes is not None:
+        raise InputError("--hours and --minutes both say how long; give one of them")
+    from d2llm.fit.fit import Fit
+    from d2llm.fit.pages import verdict_sentence
+    from d2llm.fit.settings import DEFAULT_HOURS, FitSettings
+    from d2llm.fit.training_data import read_examples
+
+    settings = FitSettings(
+        hours=minutes / 60 if minutes is not None else DEFAULT_HOURS if hours is None else hours,
+        student=student,
+        task=task,
+        writer=_writer(writer, endpoint, api_key_env, prices),
+        examples=() if examples is None else read_examples(examples),
+        max_tokens=max_tokens,
+        max_cost=max_cost,
+        max_queries=max_queries,
+        teacher=None if teacher is None else teacher_config(teacher, None),
+        judged=judged,
+        exclude=tuple(exclude or ()),
+        seed=seed,
+    )
+    fitted = Fit(documents, output, settings, device=device, dtype=dtype)
+    report = fitted.finish(again=again)
+    if report is None:
+        session.say(f"{fitted.folder.index} is up to date")
+        return
+    from d2llm.reports.evaluation_tables import measure_table
+
+    for name, each in report.reports.items():
+        session.show(measure_table(each, each.rows, title=f"Held-out queries: {name}"))
+    session.show(fitted.stages.table())
+    session.say(f"{verdict_sentence(report)}\nReport: {fitted.folder.report_page}. Next: d2llm serve {fitted.folder.path}")
+    session.write_report(context, json_path, report.to_json())
+
+
+def _writer(
+    model: str, endpoint: str | None, api_key_env: str | None, prices: tuple[float, float] | None
+) -> WriterConfig:
+    from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
+
+    if endpoint is None:
+        if api_key_env is not None or prices is not None:
+            raise InputError("--api-key-env and --prices are about an endpoint; give its address with --endpoint")
+        return WriterConfig(model=model)
+    values: dict[str, Any] = {"url": endpoint, "api_key_env": api_key_env}
+    if prices is not None:
+        values |= {
+            "price_per_million_prompt_tokens": prices[0],
+            "price_per_million_written_tokens": prices[1],
+        }
+    return WriterConfig(model=model, kind="remote", remote=RemoteWriterConfig(**values))

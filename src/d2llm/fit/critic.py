@@ -1,0 +1,220 @@
+"""Chooses, among the queries that a writer wrote, those worth learning from, and says why the others are not.
+
+First come rules that need no model (``fit.query_rules``) and repeated queries. Then a round trip: a search for the
+query must find the passage that it was written for among the first results, or the query fits too many passages, or
+none (Dai et al., "Promptagator", ICLR 2023). Passages that say the same as that passage count as relevant too. A
+teacher, if there is one, reads the query with its passage and with the best other results: those that it finds at least
+as relevant become positives as well, and a query that it finds unanswered is left out (Lee et al., "Gecko", 2024).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.types import Passage, Query, Task
+from d2llm.data.same_text import comparable, jaccard, shingles
+from d2llm.evaluation.judging import judge_pool
+from d2llm.fit.draft_store import DraftStore, passage_hash
+from d2llm.fit.query_rules import query_fault
+from d2llm.models.teachers.judge import Judge
+from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
+from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import Searcher
+from d2llm.retrieval.settings import SearchSettings
+
+DATASET = "written"
+"""Name of the data set that written queries make up."""
+
+
+class WrittenQuery(NamedTuple):
+    """A query with the kind asked for and the passage that it was written for."""
+
+    text: str
+    kind: QueryKind
+    passage_id: str
+
+    @property
+    def id(self) -> str:
+        """Its id: the same whenever the same text is written for the same passage."""
+        return f"w-{fingerprint_json([self.passage_id, self.text])}"
+
+
+@dataclass(frozen=True, slots=True)
+class CriticSettings:
+    """How strict the critic is.
+
+    Attributes:
+        depth: the passage must be among this many first results of a search for its query.
+        same_text: passages among those results are also relevant if their texts are at least this similar (Jaccard
+            similarity of character trigrams).
+        num_judged: how many of the results a teacher reads.
+        min_log_odds: log-odds of a teacher below which a query is not answered by its passage.
+        max_positives: a query with more relevant passages is too general.
+    """
+
+    depth: int = 20
+    same_text: float = 0.8
+    num_judged: int = 5
+    min_log_odds: float = 0.0
+    max_positives: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class KeptQuery:
+    """A query to learn from: ``positives`` begin with the passage that it was written for, found at ``rank``."""
+
+    written: WrittenQuery
+    positives: tuple[str, ...]
+    rank: int
+    log_odds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedQuery:
+    """A query that is left out. ``reason`` is one of a few, for counting; ``detail`` is about this query."""
+
+    written: WrittenQuery
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """What the critic kept and rejected."""
+
+    kept: tuple[KeptQuery, ...] = ()
+    rejected: tuple[RejectedQuery, ...] = ()
+    num_judged: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+def review_queries(
+    drafts: DraftStore,
+    passages: Sequence[Passage],
+    index: Index,
+    *,
+    task: Task = "asymmetric",
+    teacher: Judge | None = None,
+    judgements: Path | None = None,
+    settings: CriticSettings | None = None,
+) -> Review:
+    """Review every query written for the passages of a corpus.
+
+    Args:
+        drafts: what the writer wrote; drafts of passages that are no longer in the corpus are not looked at.
+        passages: the corpus.
+        index: its index, which searches for the queries.
+        task: the task of the queries.
+        teacher: reads queries with their passages.
+        judgements: the folder of a label store that keeps what the teacher said, so that a call that was interrupted
+            need not ask again; required with a teacher.
+        settings: how strict to be.
+    """
+    chosen = settings or CriticSettings()
+    by_id = {passage.id: passage for passage in passages}
+    rejected: list[RejectedQuery] = []
+    candidates = list(_pass_rules(_written(drafts, passages), by_id, rejected))
+    found, kept = _round_trips(candidates, index, task, chosen.depth), list[KeptQuery]()
+    for written, ranking in zip(candidates, found, strict=True):
+        if written.passage_id not in ranking:
+            reason = f"not found again among the first {chosen.depth}"
+            rejected.append(RejectedQuery(written, "not found again", reason))
+            continue
+        alike = _same_texts(by_id[written.passage_id], (by_id[name] for name in ranking), chosen.same_text)
+        rank = 1 + ranking.index(written.passage_id)
+        kept.append(KeptQuery(written, (written.passage_id, *alike), rank))
+    num_judged = 0
+    if teacher is not None and judgements is not None:
+        rankings = dict(zip((written.id for written in candidates), found, strict=True))
+        kept, num_judged = _ask_teacher(kept, rankings, by_id, teacher, judgements, task, chosen, rejected)
+    general = [query for query in kept if len(query.positives) > chosen.max_positives]
+    rejected += [
+        RejectedQuery(query.written, "too general", f"{len(query.positives)} passages answer it") for query in general
+    ]
+    kept = [query for query in kept if len(query.positives) <= chosen.max_positives]
+    reasons = Counter(query.reason for query in rejected)
+    return Review(tuple(kept), tuple(rejected), num_judged, dict(reasons.most_common()))
+
+
+def _written(drafts: DraftStore, passages: Iterable[Passage]) -> Iterator[WrittenQuery]:
+    for passage in passages:
+        text_hash = passage_hash(passage)
+        for kind in QUERY_KINDS:
+            draft = drafts.get((text_hash, kind))
+            for text in draft.queries if draft is not None else ():
+                yield WrittenQuery(text, kind, passage.id)
+
+
+def _pass_rules(
+    queries: Iterable[WrittenQuery], passages: Mapping[str, Passage], rejected: list[RejectedQuery]
+) -> Iterator[WrittenQuery]:
+    """The queries that break no rule; a text that was written before, for any passage, is a repetition."""
+    seen: set[str] = set()
+    for query in queries:
+        passage = passages[query.passage_id]
+        fault = query_fault(query.text, passage.full_text)
+        if fault is not None:
+            rejected.append(RejectedQuery(query, fault))
+        elif (form := comparable(query.text)) in seen:
+            rejected.append(RejectedQuery(query, "repeated", "the same query was written before"))
+        else:
+            seen.add(form)
+            yield query
+
+
+def _round_trips(queries: Sequence[WrittenQuery], index: Index, task: Task, depth: int) -> list[list[str]]:
+    """The first results of a search for each query."""
+    if not queries:
+        return []
+    searcher = Searcher(index.view, index.student, SearchSettings(task=task, top_k=depth))
+    rankings = searcher.rank_ids([Query(query.id, query.text) for query in queries], title="searching for the queries")
+    return [[passage_id for passage_id, _ in ranking.passages] for ranking in rankings]
+
+
+def _same_texts(passage: Passage, others: Iterable[Passage], threshold: float) -> list[str]:
+    own = shingles(passage.text)
+    return [
+        other.id for other in others if other.id != passage.id and jaccard(own, shingles(other.text)) >= threshold
+    ]
+
+
+def _ask_teacher(
+    kept: Sequence[KeptQuery],
+    rankings: Mapping[str, Sequence[str]],
+    passages: Mapping[str, Passage],
+    teacher: Judge,
+    judgements: Path,
+    task: Task,
+    settings: CriticSettings,
+    rejected: list[RejectedQuery],
+) -> tuple[list[KeptQuery], int]:
+    """The queries that the teacher finds answered, with the positives that it adds; and the number of pairs judged."""
+    pool: dict[str, list[str]] = {}
+    for query in kept:
+        others = [name for name in rankings[query.written.id] if name not in query.positives]
+        pool[query.written.id] = [query.written.passage_id, *others[: settings.num_judged]]
+    judged = judge_pool(
+        teacher,
+        pool,
+        {query.written.id: query.written.text for query in kept},
+        {name: passages[name].full_text for names in pool.values() for name in names},
+        task,
+        dataset=DATASET,
+        store=judgements,
+        title="the teacher reads the queries",
+    )
+    answered: list[KeptQuery] = []
+    for query in kept:
+        log_odds = judged.scores[query.written.id]
+        own = log_odds[query.written.passage_id]
+        if own < settings.min_log_odds:
+            rejected.append(RejectedQuery(query.written, "not answered", f"the teacher's log-odds are {own:.1f}"))
+            continue
+        added = [name for name, value in log_odds.items() if name not in query.positives and value >= own]
+        answered.append(KeptQuery(query.written, (*query.positives, *added), query.rank, own))
+    return answered, judged.num_new

@@ -1,0 +1,564 @@
+"""The verb ``fit``: from documents alone to a search engine that has learnt them.
+
+    fit("docs", hours=8)
+
+reads the documents into an index, has a language model write queries for their passages, keeps those that a critic
+finds good, fits the weights of the score and trains the student on them, compares the result with the student that it
+started from on queries of documents that were held out, and keeps the better one. Everything is in one folder. The same
+call continues after an interruption; after changes to the documents it updates the index.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2llm.core.errors import IndexMismatchError, InputError
+from d2llm.core.files import new_folder, write_bytes, write_json
+from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
+from d2llm.core.manifest import read_manifest, write_manifest
+from d2llm.core.progress import showing_progress
+from d2llm.core.recipe import (
+    DataConfig,
+    EvidenceConfig,
+    GateConfig,
+    LossWeights,
+    MiningConfig,
+    Recipe,
+    ResidualConfig,
+    TeacherTuningConfig,
+    TrainingConfig,
+    untuned_config,
+)
+from d2llm.core.types import Passage
+from d2llm.data.beir import read_beir
+from d2llm.data.indexed_corpus import is_corpus_file, open_corpus
+from d2llm.data.documents import SkippedFile
+from d2llm.data.run_folder import is_finished
+from d2llm.fit.critic import Review, review_queries
+from d2llm.fit.draft_store import DraftStore
+from d2llm.fit.fit_folder import FORMAT_VERSION, KIND, FitFolder, default_folder, require_fit_folder
+from d2llm.fit.settings import FitSettings
+from d2llm.fit.stages import Stages
+from d2llm.fit.time_plan import TimePlan, plan_time
+from d2llm.fit.training_data import DataReport, read_judged, write_users_data, write_written_data
+from d2llm.fit.write_queries import WritingBudget, WritingReport, write_queries
+from d2llm.ops.gating import GateTest, better
+
+if TYPE_CHECKING:
+    from d2llm.evaluation.report import EvaluationReport
+    from d2llm.models.student import Student
+    from d2llm.retrieval.index import Index
+
+BASE_NAME = "start, weights fitted"
+"""Name of the row of the student that the fit started from, with the weights of its score fitted to these documents."""
+NUM_NEGATIVES = 2
+MIN_USERS_QUERIES = 30
+"""With at least this many held-out queries of users, the verdict is about them alone."""
+
+_remarks = logging.getLogger("d2llm.remarks")
+_STUDENT_SOURCE = "../student"
+_TIMED_PASSAGES = 64
+_LISTED_AT_ONCE = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """What a fit did.
+
+    ``kept`` says whose vectors the index has: "fitted", or "start" if training was no significant improvement.
+    ``verdict`` is the test of that, None if nothing was trained. ``reports`` compares all systems on the held-out
+    queries, by data set. ``notes`` say what was left out.
+    """
+
+    folder: Path
+    num_passages: int
+    writing: WritingReport
+    num_kept: int
+    rejected: Mapping[str, int]
+    data: Mapping[str, DataReport]
+    kept: str
+    verdict: GateTest | None
+    reports: Mapping[str, EvaluationReport]
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON-serialisable values."""
+        return {
+            "folder": str(self.folder),
+            "num_passages": self.num_passages,
+            "writing": asdict(self.writing),
+            "num_kept": self.num_kept,
+            "rejected": dict(self.rejected),
+            "data": {name: asdict(data) for name, data in self.data.items()},
+            "kept": self.kept,
+            "verdict": None if self.verdict is None else asdict(self.verdict),
+            "reports": {name: report.to_json() for name, report in self.reports.items()},
+            "seconds": dict(self.seconds),
+            "notes": list(self.notes),
+        }
+
+
+def fit(
+    documents: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    settings: FitSettings | None = None,
+    *,
+    again: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    show_progress: bool | None = None,
+    **changes: Any,
+) -> FitReport | None:
+    """Fit a search engine to documents; everything is written to one folder, which ``d2llm serve`` can serve.
+
+    Args:
+        documents: folders and files of documents, or a ``corpus.jsonl``.
+        output: the folder; by default beside the documents, as ``<name>.search``.
+        settings: how to fit.
+        again: learn anew even if an earlier call has finished, for example after many documents have changed.
+        device: where to compute; by default the best device available.
+        dtype: number format of the models; by default the fastest on that device.
+        show_progress: whether to show progress (``core.progress.showing_progress``).
+        changes: single fields of the settings, as in ``fit("docs", hours=0.5)``.
+
+    Returns:
+        The report; None if an earlier call had finished, so that only the index was brought up to date.
+
+    Raises:
+        InputError: there is nothing to read, too little to learn from, or the folder holds something else.
+        ModelError: the writer failed for longer than its patience; run the same command again to continue.
+    """
+    chosen = FitSettings(**(({} if settings is None else _fields(settings)) | changes))
+    paths = [Path(documents)] if isinstance(documents, str | Path) else [Path(path) for path in documents]
+    return Fit(paths, output, chosen, device=device, dtype=dtype, show_progress=show_progress).finish(again=again)
+
+
+def _fields(settings: FitSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in FitSettings.__dataclass_fields__}
+
+
+@dataclass
+class _Learnt:
+    """What the stages up to training have made."""
+
+    writing: WritingReport
+    review: Review
+    data: dict[str, DataReport]
+    base: Path
+    trained: Path | None
+
+
+class Fit:
+    """The steps of a fit. ``finish`` runs all of them; each can be run alone, in order."""
+
+    def __init__(
+        self,
+        documents: Sequence[Path],
+        output: str | Path | None = None,
+        settings: FitSettings | None = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        show_progress: bool | None = None,
+    ) -> None:
+        """Prepare a fit; arguments and errors are those of ``fit``."""
+        if not documents:
+            raise InputError("there are no documents; name folders or files")
+        self.documents = list(documents)
+        self.settings = settings or FitSettings()
+        self.folder = require_fit_folder(default_folder(self.documents[0]) if output is None else Path(output))
+        self.device, self.dtype, self.show_progress = device, dtype, show_progress
+        self.stages = Stages(self.folder.progress_page, str(self.folder.path), 3600 * self.settings.hours)
+        self.notes: list[str] = []
+        self._rate: float | None = None
+
+    def finish(self, *, again: bool = False) -> FitReport | None:
+        """Run every step; see ``fit``."""
+        with showing_progress(self.show_progress):
+            self.folder.work.mkdir(parents=True, exist_ok=True)
+            if is_finished(self.folder.path) and not again:
+                with self.stages.run("read") as stage:
+                    stage.outcome = self.read()
+                _remarks.info(
+                    "%s was fitted before, and its student is kept; to learn the changed documents too, repeat with "
+                    "--again",
+                    self.folder.path,
+                )
+                return None
+            with self.stages.run("read") as stage:
+                stage.outcome = self.read()
+            plan = self.plan()
+            return self._conclude(self._learn(plan))
+
+    # The steps -------------------------------------------------------------------------------------------------------
+
+    def read(self) -> str:
+        """Read the documents into the index, or bring it up to date; returns what was done, in words."""
+        from d2llm.retrieval.chunking import default_chunking
+        from d2llm.retrieval.encode import encode
+        from d2llm.retrieval.index import Index
+        from d2llm.retrieval.sync import sync_documents
+
+        if is_finished(self.folder.index):
+            index = Index.open(self.folder.index, device=self.device, dtype=self.dtype)
+            if is_corpus_file(self.documents):
+                passages = list(open_corpus(self.documents).passages)
+                written = index.upsert(passages, num_passages=len(passages))
+                gone = {passage.id for passage in self.passages} - {passage.id for passage in passages}
+                index.delete(gone)
+                outcome = f"{written.num_added + written.num_updated:,} passages changed, {len(gone):,} gone"
+            else:
+                report = sync_documents(index, self.documents, exclude=self._excluded)
+                self._note_skipped(report.skipped)
+                changed = report.num_files - report.num_unchanged
+                outcome = f"{changed:,} of {report.num_files:,} files had changed, {len(report.gone):,} were gone"
+            self._forget_index()
+            return outcome
+        student = self._load(self.settings.student)
+        student.save(self.folder.student)
+        chunking = None if is_corpus_file(self.documents) else self.settings.chunking or default_chunking(student)
+        encoded = encode(
+            open_corpus(self.documents, exclude=self._excluded),
+            student,
+            self.folder.index,
+            task=self.settings.task,
+            window_vectors=None,
+            chunking=chunking,
+            student_source=_STUDENT_SOURCE,
+        )
+        self._note_skipped(encoded.skipped)
+        self._rate = encoded.passages_per_second or None
+        self._forget_index()
+        return f"{encoded.num_documents:,} documents, {encoded.num_passages:,} passages"
+
+    def plan(self) -> TimePlan:
+        """Plan the remaining stages from the time that is left and the measured speed of encoding."""
+        plan = plan_time(
+            self.stages.seconds_left,
+            num_passages=len(self.passages),
+            passages_per_second=self._passages_per_second(),
+            num_negatives=NUM_NEGATIVES,
+            is_written=self._finished_writing() is not None,
+            has_teacher=self.settings.teacher is not None,
+        )
+        self.stages.plan(write=plan.writing, train=plan.training, compare=plan.measuring)
+        if not plan.training:
+            self._note("there was no time for training: only the weights of the score were fitted")
+        return plan
+
+    def write(self, seconds: float) -> WritingReport:
+        """Have queries written for at most this time; nothing if an earlier call has finished that."""
+        from d2llm.models.writers.writer import load_writer
+
+        finished = self._finished_writing()
+        if finished is not None:
+            return finished
+        settings = self.settings
+        writer = load_writer(settings.writer, device=self.device, dtype=self.dtype)
+        report = write_queries(
+            self.passages,
+            writer,
+            DraftStore(self.folder.drafts, writer.fingerprint),
+            config=settings.writer,
+            budget=WritingBudget(seconds, settings.max_tokens, settings.max_cost, settings.max_queries),
+            kinds=settings.kinds,
+            examples=settings.examples,
+            seed=settings.seed,
+        )
+        content = {"corpus": self._corpus_key, "writer": writer.fingerprint, "report": asdict(report)}
+        write_json(self.folder.finished_writing, content)
+        return report
+
+    def review(self) -> Review:
+        """Review the written queries, and write the audit page."""
+        from d2llm.fit.pages import audit_page
+
+        teacher = None
+        if self.settings.teacher is not None:
+            from d2llm.models.teachers.judge import load_judge
+
+            teacher = load_judge(self.settings.teacher, device=self.device, dtype=self.dtype)
+        written = json.loads(self.folder.finished_writing.read_text(encoding="utf-8"))
+        review = review_queries(
+            DraftStore(self.folder.drafts, written["writer"]),
+            self.passages,
+            self.index,
+            task=self.settings.task,
+            teacher=teacher,
+            judgements=self.folder.judgements,
+            settings=self.settings.critic,
+        )
+        texts = {passage.id: passage.full_text for passage in self.passages}
+        write_bytes(self.folder.audit_page, audit_page(review, texts, seed=self.settings.seed).encode())
+        return review
+
+    def make_data(self, review: Review) -> dict[str, DataReport]:
+        """Write the data sets to train and measure on: the reviewed queries, and the users' own if there are any."""
+        seed = self.settings.seed
+        data = {"written": write_written_data(self.folder.written, self.passages, review.kept, seed=seed)}
+        if self.settings.judged is not None:
+            judged = read_judged(self.settings.judged)
+            data["users"] = write_users_data(
+                self.folder.users, self.passages, judged, self.index, task=self.settings.task, seed=seed
+            )
+            if data["users"].num_unknown:
+                self._note(f"{data['users'].num_unknown:,} judged ids of users are not in the documents")
+        return data
+
+    def fit_weights(self, data: Mapping[str, DataReport]) -> Path:
+        """The student to start from, with the weights of words in its score fitted on dev; returns its folder."""
+        from d2llm.training.fit_scores import fit_scores
+
+        folder = self.folder.base(self._data_key(data))
+        if not is_finished(folder):
+            student = self._load(self.settings.student)
+            datasets = [read_beir(self._data_folder(name), splits=["dev"]) for name in data]
+            fit_scores(student, datasets, self.settings.task, window_vectors=False, seed=self.settings.seed)
+            student.save(folder)
+        return folder
+
+    def train(self, data: Mapping[str, DataReport], plan: TimePlan) -> Path:
+        """Train the student on the data sets; returns its folder."""
+        from d2llm.training.run import Run
+
+        recipe = self.recipe(data, plan)
+        run = Run(recipe, self.folder.run(self._data_key(data)), device=self.device, dtype=self.dtype)
+        run.finish()
+        return run.parts.student
+
+    def recipe(self, data: Mapping[str, DataReport], plan: TimePlan) -> Recipe:
+        """The recipe of the training, for as many queries as the plan has time for."""
+        settings = self.settings
+        num_train = sum(report.queries["train"] for report in data.values())
+        share = min(1.0, plan.max_queries / num_train)
+        imitates = settings.teacher is not None
+        return Recipe(
+            name="fit",
+            seed=settings.seed,
+            student=self._load(settings.student).config,
+            teacher=settings.teacher or Recipe().teacher,
+            teacher_tuning=TeacherTuningConfig(epochs=0),
+            data=tuple(
+                DataConfig(
+                    path=str(self._data_folder(name)),
+                    task=settings.task,
+                    max_queries=max(1, round(share * report.queries["train"])),
+                    exclude_shared_passages=name == "written",
+                )
+                for name, report in data.items()
+            ),
+            mining=MiningConfig(num_hard=8, num_easy=2, student=settings.student),
+            gate=GateConfig(queries=100, depth=12),
+            losses=LossWeights(
+                contrastive_imitation=0.0,
+                list_imitation=0.5 if imitates else 0.0,
+                rank_imitation_positive_hard=0.0,
+                rank_imitation_hard_easy=0.0,
+                feature_imitation=0.0,
+                in_batch_cross_entropy=0.5 if imitates else 1.0,
+            ),
+            training=TrainingConfig(
+                start=settings.student,
+                learning_rate=2e-4,
+                epochs=1,
+                batch_queries=32,
+                num_hard=NUM_NEGATIVES,
+                num_easy=0,
+                max_minutes=max(1.0, plan.training / 60),
+                unlabelled="own_labels",
+                residual=ResidualConfig(epochs=3),
+            ),
+            evidence=EvidenceConfig(words=True, window_words=True),
+        )
+
+    def compare(
+        self, data: Mapping[str, DataReport], base: Path, trained: Path | None
+    ) -> tuple[dict[str, EvaluationReport], GateTest | None]:
+        """Compare all systems on the test queries of each data set, and test whether the trained student is better."""
+        from d2llm.evaluation.evaluate import evaluate
+        from d2llm.evaluation.setting import Contenders, EvaluationSettings
+        from d2llm.models.student import Student
+
+        start, fitted = self._load(base), None if trained is None else self._load(trained)
+        untuned = Student.create(untuned_config(start.config), device=self.device, dtype=self.dtype)
+        contenders = Contenders(
+            student=fitted or start, untuned=untuned, bi_encoders={} if fitted is None else {BASE_NAME: start}
+        )
+        settings = EvaluationSettings(task=self.settings.task, latency_queries=10, seed=self.settings.seed)
+        reports = {
+            name: evaluate(
+                read_beir(self._data_folder(name), splits=["dev", "test"]),
+                contenders,
+                settings,
+                work_folder=self.folder.measured,
+            )
+            for name in data
+        }
+        if fitted is None:
+            return reports, None
+        users = reports.get("users")
+        decisive = [users] if users is not None and users.num_items >= MIN_USERS_QUERIES else list(reports.values())
+        before, after = (
+            {key: value for report in decisive for key, value in _values(report, name or report.subject).items()}
+            for name in (BASE_NAME, None)
+        )
+        return reports, better(before, after, seed=self.settings.seed)
+
+    def serve_with(self, student: Path) -> None:
+        """Make the served index that of a student; it replaces the earlier one when it is complete."""
+        from d2llm.retrieval.encode import encode
+
+        passages = self.passages
+        with new_folder(self.folder.student, kind="student") as temporary:
+            shutil.copytree(student, temporary, dirs_exist_ok=True)
+        loaded = self._load(self.folder.student)
+        try:
+            self.index.store.check_student(loaded.fingerprint)
+        except IndexMismatchError:
+            encode(
+                passages,
+                loaded,
+                self.folder.index,
+                task=self.settings.task,
+                window_vectors=None,
+                student_source=_STUDENT_SOURCE,
+                overwrite=True,
+            )
+        self._forget_index()
+
+    # What the steps share --------------------------------------------------------------------------------------------
+
+    def _learn(self, plan: TimePlan) -> _Learnt:
+        """The stages from writing to training."""
+        with self.stages.run("write") as stage:
+            writing = self.write(plan.writing)
+            stage.outcome = f"{writing.num_queries:,} queries for {writing.num_answers:,} assignments"
+        with self.stages.run("review") as stage:
+            review = self.review()
+            stage.outcome = f"{len(review.kept):,} kept, {len(review.rejected):,} rejected"
+            data = self.make_data(review)
+        with self.stages.run("weights"):
+            base = self.fit_weights(data)
+        trained = None
+        if plan.training:
+            with self.stages.run("train") as stage:
+                trained = self.train(data, plan)
+                stage.outcome = f"on {sum(report.queries['train'] for report in data.values()):,} queries"
+        else:
+            self.stages.skip("train", "no time for it")
+        return _Learnt(writing, review, data, base, trained)
+
+    def _conclude(self, learnt: _Learnt) -> FitReport:
+        """Compare, keep the better student, serve it, and write the report."""
+        from d2llm.fit.pages import report_page
+
+        with self.stages.run("compare") as stage:
+            reports, verdict = self.compare(learnt.data, learnt.base, learnt.trained)
+            is_better = verdict is not None and verdict.passed
+            stage.outcome = "the fitted student is better" if is_better else "the student to start from is kept"
+        with self.stages.run("serve"):
+            self.serve_with(learnt.trained if is_better and learnt.trained is not None else learnt.base)
+        report = FitReport(
+            folder=self.folder.path,
+            num_passages=len(self.passages),
+            writing=learnt.writing,
+            num_kept=len(learnt.review.kept),
+            rejected=learnt.review.reasons,
+            data=learnt.data,
+            kept="fitted" if is_better else "start",
+            verdict=verdict,
+            reports=reports,
+            seconds={name: stage.seconds for name, stage in self.stages.stages.items() if stage.seconds is not None},
+            notes=tuple(self.notes),
+        )
+        write_json(self.folder.report, report.to_json())
+        write_bytes(self.folder.report_page, report_page(report, self.stages.table()).encode())
+        content = {"documents": [str(path.resolve()) for path in self.documents], "kept": report.kept}
+        write_manifest(self.folder.path, KIND, FORMAT_VERSION, content)
+        return report
+
+    @cached_property
+    def index(self) -> Index:
+        """The index that is served."""
+        from d2llm.retrieval.index import Index
+
+        return Index.open(self.folder.index, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def passages(self) -> list[Passage]:
+        """Every passage of the index, by id."""
+        ids: list[str] = []
+        while block := self.index.list_passages(ids[-1] if ids else "", _LISTED_AT_ONCE):
+            ids += block
+        return sorted(self.index.get(ids), key=lambda passage: passage.id)
+
+    def _forget_index(self) -> None:
+        """Read index and passages again when they are next needed."""
+        for name in ("index", "passages"):
+            self.__dict__.pop(name, None)
+
+    def _finished_writing(self) -> WritingReport | None:
+        """The report of an earlier call that finished the writing for the present documents."""
+        if not self.folder.finished_writing.is_file():
+            return None
+        written = json.loads(self.folder.finished_writing.read_text(encoding="utf-8"))
+        return WritingReport(**written["report"]) if written["corpus"] == self._corpus_key else None
+
+    @property
+    def _corpus_key(self) -> str:
+        return fingerprint_passages(self.passages)
+
+    def _passages_per_second(self) -> float:
+        """How fast the index's student encodes passages here, from the first indexing or from a few of them."""
+        if self._rate is None:
+            texts = [passage.full_text for passage in self.passages[:_TIMED_PASSAGES]]
+            started = time.perf_counter()
+            self.index.student.encode_passages(texts)
+            self._rate = len(texts) / (time.perf_counter() - started)
+        return self._rate
+
+    @property
+    def _excluded(self) -> list[str]:
+        """What to leave out of the documents: what the settings say, and this fit's own folder."""
+        own = self.folder.path.resolve()
+        inside = [own.relative_to(path.resolve()) for path in self.documents if own.is_relative_to(path.resolve())]
+        return [*self.settings.exclude, *(f"/{path.as_posix()}/" for path in inside)]
+
+    def _data_folder(self, name: str) -> Path:
+        return self.folder.written if name == "written" else self.folder.users
+
+    def _data_key(self, data: Mapping[str, DataReport]) -> str:
+        """Identifies what is trained on: the data sets' content and the student to start from."""
+        content = [
+            fingerprint_files(sorted(path for path in self._data_folder(name).rglob("*") if path.is_file()))
+            for name in data
+        ]
+        return fingerprint_json([content, self.settings.student, self.settings.seed])
+
+    def _load(self, student: str | Path) -> Student:
+        from d2llm.models.student import Student
+
+        return Student.load(student, device=self.device, dtype=self.dtype)
+
+    def _note(self, note: str) -> None:
+        self.notes.append(note)
+        _remarks.warning("fit: %s", note)
+
+    def _note_skipped(self, skipped: Sequence[SkippedFile]) -> None:
+        if skipped:
+            self._note(f"{len(skipped):,} files could not be read, such as {skipped[0]}")
+
+
+def _values(report: EvaluationReport, name: str) -> dict[str, float]:
+    """The main measure of a row, by data set and query."""
+    values = report.details.values[name][report.main_measure]
+    return {f"{report.dataset}:{item}": value for item, value in zip(report.details.item_ids, values, strict=True)}

@@ -1,0 +1,64 @@
+"""The folder of a fit: what is served, what is shown, and what a later call needs in order to continue.
+
+    docs.search/
+      manifest.json   what made it, and the verdict
+      index/          what is served
+      student/        the student of the index
+      report.html     who was compared with whom, on queries that were held out
+      audit.html      which queries were kept, and which were not and why
+      progress.html   the stages, while they run
+      work/           written queries, data sets, runs and measurements; may be deleted when the fit is finished
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from d2llm.core.errors import InputError
+from d2llm.core.manifest import FILE_NAME, read_any_manifest
+
+KIND, FORMAT_VERSION = "search", 1
+SUFFIX = ".search"
+
+
+class FitFolder:
+    """The layout of one fit."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = path / FILE_NAME
+        self.index, self.student = path / "index", path / "student"
+        self.report_page, self.audit_page = path / "report.html", path / "audit.html"
+        self.report, self.progress_page = path / "report.json", path / "progress.html"
+        self.work = path / "work"
+        self.drafts, self.finished_writing = self.work / "drafts", self.work / "written.json"
+        self.written, self.users = self.work / "data" / "written", self.work / "data" / "users"
+        self.judgements, self.measured = self.work / "judgements", self.work / "measured"
+
+    def run(self, key: str) -> Path:
+        """The run folder of one training; ``key`` stands for everything that it learns from."""
+        return self.work / f"run-{key}"
+
+    def base(self, key: str) -> Path:
+        """The student that training starts from, with weights fitted on the dev queries that ``key`` stands for."""
+        return self.work / f"base-{key}"
+
+
+def default_folder(documents: Path) -> Path:
+    """Where the fit of a folder or file of documents goes: beside it, as ``<name>.search``."""
+    resolved = documents.resolve()
+    return resolved.with_name(resolved.name + SUFFIX)
+
+
+def require_fit_folder(path: Path) -> FitFolder:
+    """The folder of a fit that exists already, or of a new one.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    folder = FitFolder(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return folder
+    if path.is_dir() and folder.manifest.is_file() and read_any_manifest(path).get("kind") == KIND:
+        return folder
+    raise InputError(f"{path}: holds something else than a fit; give another folder (--output)")

@@ -1,0 +1,118 @@
+"""The pages of a fit: its report, and the audit of the written queries."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from d2llm.core.table import Cell, Column, Table
+from d2llm.fit.critic import Review
+from d2llm.reports.evaluation_tables import measure_table
+from d2llm.reports.html.page import render
+from d2llm.reports.phrases import p_text
+
+if TYPE_CHECKING:
+    from d2llm.evaluation.report import EvaluationReport, Example
+    from d2llm.fit.fit import FitReport
+
+_EXAMPLES_PER_REASON = 8
+_NUM_KEPT_SHOWN = 30
+_SHOWN_CHARACTERS = 300
+_MEASURE = "nDCG@10"
+
+
+def report_page(report: FitReport, stages: Table) -> str:
+    """The report as a page: the verdict, all systems on held-out queries, what was read and written, the stages."""
+    sections = [
+        (_set_title(name, each), measure_table(each, each.rows, title=f"Held-out queries: {name}"), _examples(each))
+        for name, each in report.reports.items()
+    ]
+    return render(
+        "fit.html.j2",
+        report=report,
+        verdict=verdict_sentence(report),
+        sections=sections,
+        facts=_facts(report),
+        stages=stages,
+    )
+
+
+def verdict_sentence(report: FitReport) -> str:
+    """Whether training was worth it, in one sentence."""
+    test = report.verdict
+    if test is None:
+        return "Nothing was trained; the index has the student to start from, with weights fitted to these documents."
+    figures = (
+        f"{_MEASURE} {test.first:.3f} to {test.second:.3f}, {p_text(test.p_value)}, {test.num_queries:,} held-out queries"
+    )
+    if test.passed:
+        return f"The fitted student is significantly better than the one it started from ({figures}), and is served."
+    return (
+        f"The fitted student is not significantly better than the one it started from with fitted weights ({figures}); "
+        "that one is served."
+    )
+
+
+def audit_page(review: Review, texts: Mapping[str, str], *, seed: int = 0) -> str:
+    """The audit: counts by reason, and examples of rejected and kept queries with their passages."""
+    rng = random.Random(seed)
+    counts = Table("outcome", Column("queries", ","), title="Outcomes")
+    counts.add_row(Cell("kept", "bold"), len(review.kept))
+    for reason, number in review.reasons.items():
+        counts.add_row(reason, number)
+    sections: list[tuple[str, Table]] = []
+    for reason in review.reasons:
+        rejected = [query for query in review.rejected if query.reason == reason]
+        table = Table("query", "kind", "why", "passage", title=f"Rejected: {reason}")
+        for query in rng.sample(rejected, min(_EXAMPLES_PER_REASON, len(rejected))):
+            passage = _shortened(texts[query.written.passage_id])
+            table.add_row(query.written.text, query.written.kind, query.detail, passage)
+        sections.append((f"Rejected: {reason}", table))
+    kept = Table("query", "kind", Column("found at rank"), Column("positives"), "passage", title="Kept")
+    for query in rng.sample(review.kept, min(_NUM_KEPT_SHOWN, len(review.kept))):
+        passage = _shortened(texts[query.written.passage_id])
+        kept.add_row(query.written.text, query.written.kind, query.rank, len(query.positives), passage)
+    return render("fit_audit.html.j2", counts=counts, sections=[("Kept, a sample", kept), *sections])
+
+
+def _set_title(name: str, report: EvaluationReport) -> str:
+    kinds = {"written": "Queries written for held-out documents", "users": "Users' queries that were held out"}
+    return f"{kinds[name]} ({report.num_items:,})"
+
+
+def _facts(report: FitReport) -> Table:
+    writing = report.writing
+    table = Table("", Column("", ","), title="What was read and written")
+    table.add_row("passages", report.num_passages)
+    table.add_row("passages too short to ask about", writing.num_short)
+    table.add_row("queries written", writing.num_queries)
+    table.add_row("answers without a query", writing.num_problems)
+    table.add_row("tokens that the writer read", writing.num_prompt_tokens)
+    table.add_row("tokens that the writer wrote", writing.num_written_tokens)
+    table.add_row("queries kept by the critic", report.num_kept)
+    for name, data in report.data.items():
+        for split, number in data.queries.items():
+            table.add_row(f"{name}: {split}", number)
+    return table
+
+
+def _examples(report: EvaluationReport) -> list[tuple[str, Table]]:
+    """Queries that the student answers better and worse than the baseline."""
+    tables: list[tuple[str, Table]] = []
+    for title, examples in (("Better", report.details.wins), ("Worse", report.details.losses)):
+        if examples:
+            tables.append((f"{title} than {report.baseline}", _example_table(title, examples)))
+    return tables
+
+
+def _example_table(title: str, examples: tuple[Example, ...]) -> Table:
+    table = Table("query", Column("gain", "+.2f"), "relevant passage", title=title)
+    for example in examples:
+        relevant = example.relevant[0].text if example.relevant else ""
+        table.add_row(example.query, example.value - example.baseline_value, _shortened(relevant))
+    return table
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"

@@ -1,0 +1,223 @@
+"""Has a language model write queries for the passages of a corpus, as many as a budget allows.
+
+Passages are taken in rounds over the documents, so that a budget that ends early has reached every document before
+it reaches every passage. A passage gets one kind of query in the first pass over the corpus, and another in each
+further pass. Everything written is kept (``fit.draft_store``), and a call that was interrupted continues there.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from d2llm.core.errors import InputError
+from d2llm.core.progress import progress_bar
+from d2llm.core.types import Passage
+from d2llm.fit.draft_store import Draft, DraftStore, passage_hash
+from d2llm.core.recipe import WriterConfig
+from d2llm.models.writers.writer import Assignment, QueryKind, Writer
+
+DEFAULT_KINDS: Mapping[QueryKind, float] = {"question": 0.6, "keywords": 0.2, "statement": 0.2}
+"""Share of each kind of query among the first queries of the passages."""
+MIN_CHARACTERS = 80
+"""Passages with a shorter text are too short to ask anything that others do not answer."""
+QUERIES_PER_ANSWER = 2
+
+_remarks = logging.getLogger("d2llm.remarks")
+_ASSIGNMENTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class WritingBudget:
+    """What the writing may cost; None: no limit.
+
+    ``seconds`` count in each call, ``tokens`` (read and written) and ``money`` over all calls with the same store.
+    ``queries`` limits how many queries there are at the end.
+    """
+
+    seconds: float | None = None
+    tokens: int | None = None
+    money: float | None = None
+    queries: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WritingReport:
+    """What has been written, by this call and earlier ones.
+
+    ``num_short`` passages were too short to ask about. ``num_problems`` answers could not be parsed. ``ended_by`` is
+    the limit of the budget that ended the writing, or None if every passage has a query of every kind. ``cost`` is in
+    the currency of the writer's prices, and None without prices.
+    """
+
+    num_answers: int
+    num_queries: int
+    num_problems: int
+    num_short: int
+    num_prompt_tokens: int
+    num_written_tokens: int
+    cost: float | None
+    seconds: float
+    ended_by: str | None
+
+
+def write_queries(
+    passages: Sequence[Passage],
+    writer: Writer,
+    store: DraftStore,
+    *,
+    config: WriterConfig,
+    budget: WritingBudget,
+    kinds: Mapping[QueryKind, float] = DEFAULT_KINDS,
+    examples: Sequence[tuple[str, str]] = (),
+    seed: int = 0,
+) -> WritingReport:
+    """Have queries written until the budget is spent.
+
+    Args:
+        passages: the corpus.
+        writer: writes the queries.
+        store: drafts of this writer; what it holds is not written again.
+        config: the writer's settings, of which the prices are read.
+        budget: when to stop.
+        kinds: the kinds of queries, with the probability of each to be a passage's first.
+        examples: pairs (passage, query) that show the writer how users ask.
+        seed: seed of the order of passages and kinds, and of the writer's sampling.
+
+    Raises:
+        InputError: no passage is long enough, there are no kinds, or a budget in money is given for a writer without
+            prices.
+        ModelError: the writer failed for longer than its patience; what was written is kept.
+    """
+    if not any(kinds.values()):
+        raise InputError("there are no kinds of queries to write; name at least one: question, keywords or statement")
+    if budget.money is not None and _cost(store, config) is None:
+        raise InputError(
+            "a budget in money needs the writer's prices: set price_per_million_prompt_tokens and "
+            "price_per_million_written_tokens in its section remote, or give the budget in tokens"
+        )
+    started = time.monotonic()
+    eligible = [passage for passage in passages if len(passage.text.strip()) >= MIN_CHARACTERS]
+    if not eligible:
+        raise InputError(
+            f"none of the {len(passages):,} passages has {MIN_CHARACTERS} characters of text to ask about; give longer "
+            "documents, or larger passages"
+        )
+    pending = (
+        assignment
+        for assignment in _assignments(eligible, kinds, examples, seed)
+        if (assignment.passage_hash, assignment.task.kind) not in store
+    )
+    ended_by: str | None = None
+    with progress_bar("writing queries", len(eligible) * sum(share > 0 for share in kinds.values())) as advance:
+        advance(len(store))
+        while True:
+            ended_by = _spent(budget, store, config, time.monotonic() - started)
+            if ended_by is not None:
+                break
+            batch = list(islice(pending, _ASSIGNMENTS_AT_ONCE))
+            if not batch:
+                break
+            answers = writer.write([assignment.task for assignment in batch])
+            store.add(
+                Draft(
+                    assignment.passage_hash,
+                    assignment.task.kind,
+                    answer.queries,
+                    answer.num_prompt_tokens,
+                    answer.num_written_tokens,
+                    answer.problem,
+                )
+                for assignment, answer in zip(batch, answers, strict=True)
+            )
+            advance(len(batch))
+    report = _report(store, config, len(passages) - len(eligible), time.monotonic() - started, ended_by)
+    if report.num_problems:
+        _remarks.warning("%d of %d answers hold no queries", report.num_problems, report.num_answers)
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _PassageAssignment:
+    passage_hash: str
+    task: Assignment
+
+
+def in_rounds(passages: Iterable[Passage], seed: int) -> list[Passage]:
+    """Passages in rounds: one of every document, then a second one of each, and so on; random within a document."""
+    by_document: dict[str, list[Passage]] = {}
+    for passage in passages:
+        by_document.setdefault(passage.document_id or passage.id, []).append(passage)
+    rng = random.Random(seed)
+    documents = [by_document[name] for name in sorted(by_document)]
+    rng.shuffle(documents)
+    for parts in documents:
+        parts.sort(key=lambda passage: passage.id)
+        rng.shuffle(parts)
+    longest = max((len(parts) for parts in documents), default=0)
+    return [parts[turn] for turn in range(longest) for parts in documents if turn < len(parts)]
+
+
+def _assignments(
+    passages: Sequence[Passage], kinds: Mapping[QueryKind, float], examples: Sequence[tuple[str, str]], seed: int
+) -> Iterator[_PassageAssignment]:
+    ordered = in_rounds(passages, seed)
+    hashes = [passage_hash(passage) for passage in ordered]
+    orders = [_kinds_in_order(text_hash, kinds, seed) for text_hash in hashes]
+    for turn in range(len(orders[0])):
+        for passage, text_hash, order in zip(ordered, hashes, orders, strict=True):
+            task = Assignment(
+                passage=passage.text,
+                title=passage.title,
+                kind=order[turn],
+                num_queries=QUERIES_PER_ANSWER,
+                examples=tuple(examples),
+                seed=random.Random(f"{seed}:{text_hash}:{order[turn]}").getrandbits(31),
+            )
+            yield _PassageAssignment(text_hash, task)
+
+
+def _kinds_in_order(text_hash: str, kinds: Mapping[QueryKind, float], seed: int) -> list[QueryKind]:
+    """A random order of the kinds; a kind with a greater share tends to come earlier (Efraimidis and Spirakis 2006)."""
+    rng = random.Random(f"{seed}:{text_hash}")
+    keys = {kind: rng.random() ** (1 / share) for kind, share in sorted(kinds.items()) if share > 0}
+    return sorted(keys, key=keys.__getitem__, reverse=True)
+
+
+def _spent(budget: WritingBudget, store: DraftStore, config: WriterConfig, seconds: float) -> str | None:
+    """The limit of the budget that has been reached, or None."""
+    if budget.seconds is not None and seconds >= budget.seconds:
+        return f"{budget.seconds / 60:.0f} minutes"
+    num_tokens = sum(store.num_tokens)
+    if budget.tokens is not None and num_tokens >= budget.tokens:
+        return f"{budget.tokens:,} tokens"
+    if budget.money is not None and (_cost(store, config) or 0) >= budget.money:
+        return f"a cost of {budget.money:g}"
+    if budget.queries is not None and store.num_queries >= budget.queries:
+        return f"{budget.queries:,} queries"
+    return None
+
+
+def _cost(store: DraftStore, config: WriterConfig) -> float | None:
+    return None if config.remote is None else config.remote.cost(*store.num_tokens)
+
+
+def _report(
+    store: DraftStore, config: WriterConfig, num_short: int, seconds: float, ended_by: str | None
+) -> WritingReport:
+    num_prompt_tokens, num_written_tokens = store.num_tokens
+    return WritingReport(
+        num_answers=len(store),
+        num_queries=store.num_queries,
+        num_problems=store.num_problems,
+        num_short=num_short,
+        num_prompt_tokens=num_prompt_tokens,
+        num_written_tokens=num_written_tokens,
+        cost=_cost(store, config),
+        seconds=seconds,
+        ended_by=ended_by,
+    )
