@@ -115,26 +115,22 @@ def untuned_config(config: StudentConfig) -> StudentConfig:
     )
 
 
-class RemoteConfig(_Section):
-    """An OpenAI-compatible endpoint that gives log-probabilities (docs/remote-teacher.md)."""
+class EndpointConfig(_Section):
+    """An OpenAI-compatible endpoint: its address and key, and how fast and how patiently requests are sent."""
 
     url: str = Field(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$")
     """Base address, up to ``/v1``. It must not contain a key."""
     api: Literal["completions", "chat"] = "completions"
     """``completions`` sends the prompt unchanged, ``chat`` as a user message in the model's chat template."""
     revision: str = ""
-    """A name of your choice for the weights that the endpoint serves; together with the model's name it identifies the
-    labels. Change it when the weights change, because an endpoint does not report that."""
+    """A name of your choice for the weights that the endpoint serves; together with the model's name it identifies
+    what they produce. Change it when the weights change, because an endpoint does not report that."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key."""
-    top_logprobs: int = Field(default=20, ge=2)
-    """How many tokens' log-probabilities to request."""
-    unanswered: Literal["error", "undecided"] = "error"
-    """What to do with a pair if neither answer word is among them: stop, or count it and use log-odds 0."""
     tokenizer: str | None = None
-    """Folder or Hub name of the model's tokenizer, used to count ``max_tokens``."""
+    """Folder or Hub name of the model's tokenizer, used to count tokens."""
     characters_per_token: float = Field(default=3.0, gt=0)
-    """Without a tokenizer, ``max_tokens`` times this is the limit in characters."""
+    """Without a tokenizer, a limit in tokens times this is the limit in characters."""
     concurrency: int = Field(default=16, ge=1)
     """Maximum number of concurrent requests."""
     requests_per_minute: float | None = Field(default=None, gt=0)
@@ -142,6 +138,15 @@ class RemoteConfig(_Section):
     """Time limit of one request."""
     patience_minutes: float = Field(default=10.0, ge=0)
     """How long to retry a request while the endpoint is overloaded or unreachable."""
+
+
+class RemoteConfig(EndpointConfig):
+    """The endpoint of a remote teacher, which gives log-probabilities (docs/remote-teacher.md)."""
+
+    top_logprobs: int = Field(default=20, ge=2)
+    """How many tokens' log-probabilities to request."""
+    unanswered: Literal["error", "undecided"] = "error"
+    """What to do with a pair if neither answer word is among them: stop, or count it and use log-odds 0."""
 
 
 class TeacherConfig(_Section):
@@ -208,6 +213,70 @@ class TeacherTuningConfig(_Section):
     dev_measure: Literal["cross_entropy", "mrr"] = "cross_entropy"
     """How to choose the best state: by the lowest yes/no cross-entropy of the held-out pairs, or by the highest mean
     reciprocal rank of the first positive in the held-out lists."""
+
+
+class RemoteWriterConfig(EndpointConfig):
+    """The endpoint of a remote writer, and what it costs (docs/writers.md)."""
+
+    api: Literal["completions", "chat"] = "chat"
+    timeout_seconds: float = Field(default=300.0, gt=0)
+    """Time limit of one request; a whole answer takes longer than one token."""
+    extra_body: dict[str, Any] = {}
+    """More fields for every request, such as ``{"max_completion_tokens": 400}``."""
+    leave_out: tuple[Literal["max_tokens", "temperature", "top_p", "seed"], ...] = ()
+    """Fields that the endpoint refuses, and that are therefore not sent."""
+    price_per_million_prompt_tokens: float | None = Field(default=None, ge=0)
+    """In any currency."""
+    price_per_million_written_tokens: float | None = Field(default=None, ge=0)
+
+    def cost(self, num_prompt_tokens: int, num_written_tokens: int) -> float | None:
+        """The price of so many tokens, in the currency of the prices; None unless both prices are set."""
+        if self.price_per_million_prompt_tokens is None or self.price_per_million_written_tokens is None:
+            return None
+        prompt = num_prompt_tokens * self.price_per_million_prompt_tokens
+        return (prompt + num_written_tokens * self.price_per_million_written_tokens) / 1e6
+
+
+class WriterConfig(_Section):
+    """The LLM that writes queries for passages."""
+
+    model: str = "smollm2"
+    """Local folder (also of a tuned writer), Hub name, GGUF file, or ``smollm2``; for a remote writer, the model's name
+    at the endpoint."""
+    kind: Literal["local", "remote"] = "local"
+    prompt: str = "standard"
+    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.writers.prompts``). A tuned
+    writer has a format of its own and ignores it."""
+    max_passage_tokens: int = Field(default=400, ge=16)
+    """Maximum length of title and passage together; the end of the passage is cut off to fit."""
+    max_new_tokens: int = Field(default=48, ge=4)
+    """Maximum length of one query; an answer with several queries may be that many times as long."""
+    temperature: float = Field(default=0.8, ge=0)
+    """0: always the likeliest token."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Choose among the likeliest tokens that together have this probability."""
+    remote: RemoteWriterConfig | None = None
+
+
+class WriterTuningConfig(_Section):
+    """Tuning of a local writer on the judged queries of data sets."""
+
+    lora: LoraConfig = LoraConfig(rank=16, alpha=32)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    warmup_fraction: float = Field(default=0.05, ge=0, le=1)
+    epochs: int = Field(default=1, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens, including padding, in one step."""
+    part_tokens: int | None = Field(default=None, ge=1)
+    """Tokens, including padding, in one pass through the model; gradients are accumulated over passes. By default 512
+    on a CPU and 2,048 elsewhere."""
+    max_queries: int | None = Field(default=None, ge=1)
+    """Train on a random sample of this many queries of each data set."""
+    dev_queries: int = Field(default=100, ge=0)
+    """Dev queries of each data set on which the loss is measured before and after training."""
+    exclude_shared_passages: bool = True
+    """Leave out training queries that share a positive with a dev or test query."""
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
 
 
 class DataConfig(_Section):

@@ -16,9 +16,16 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted((_package() / "recipes").glob("*.toml"))}
 
 
-def shipped_models(kind: Literal["students", "teachers"]) -> dict[str, Path]:
+def shipped_models(kind: Literal["students", "teachers", "writers"]) -> dict[str, Path]:
     """Name -> folder, sorted by name."""
     return {path.parent.name: path.parent for path in sorted((_package() / kind).glob(f"*/{FILE_NAME}"))}
+
+
+def find_tuned(model: str, kind: Literal["teachers", "writers"]) -> Path | None:
+    """The folder of a tuned or shipped model of this kind; None if ``model`` names something else."""
+    if (Path(model) / FILE_NAME).is_file():
+        return Path(model)
+    return shipped_models(kind).get(model)
 
 
 def name_student(fingerprint: str, source: object = None) -> str:

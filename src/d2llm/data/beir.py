@@ -66,6 +66,11 @@ class Dataset:
             if query_id in self.queries
         }
 
+    def relevant_passages(self, splits: Iterable[str]) -> set[str]:
+        """Passages that are relevant to any query of these splits; errors as for ``positives``."""
+        judged = (positives for split in splits for positives in self.positives(split).values())
+        return {passage_id for positives in judged for passage_id in positives}
+
 
 @dataclass(frozen=True)
 class RetrievalSource:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,6 +236,13 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.truncation_side = "right"  # the tokenizers of some chat models cut the beginning of a text
     return tokenizer
+
+
+def leading_special_ids(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before a text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    marks = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return [token_id for token_id, _ in takewhile(lambda item: item[1], marks)]
 
 
 def _packaged_path(model: _PackagedModel) -> Path | None:

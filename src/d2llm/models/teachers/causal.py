@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -20,6 +19,7 @@ from d2llm.core.fallbacks import count_fallback
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import TASKS, Task
 from d2llm.models.device import inference
+from d2llm.models.sources import leading_special_ids
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.local import Answers, LocalTeacher
 from d2llm.models.teachers.prompts import Prompt, load_prompt
@@ -52,7 +52,7 @@ class CausalTeacher(LocalTeacher):
         """
         super().__init__(config, device=device, compute_dtype=compute_dtype)
         self._head = AnswerHead(self._whole[0])
-        self._special_ids = self._leading_special_ids()
+        self._special_ids = leading_special_ids(self.tokenizer)  # those after a text must not come before the answer
         self.prompts: dict[Task, Prompt] = {task: load_prompt(self.config.prompt, task) for task in TASKS}
         advice = "use a prompt file with answer words that are one token each (mind the space before the word)"
         self._answer_ids = {task: self._find_answers(p, p.tail, advice) for task, p in self.prompts.items()}
@@ -200,12 +200,6 @@ class CausalTeacher(LocalTeacher):
             first = self.model(input_ids=inputs, use_cache=False).last_hidden_state[:, 0].float()
         if (first[0] - first[1]).norm() > 0.01 * first[0].norm():
             raise ModelError(f"'{self.config.model}' is not a causal language model: its tokens attend to later ones")
-
-    def _leading_special_ids(self) -> list[int]:
-        """The special tokens before a text; those after a text must not come before the answer."""
-        encoded = self.tokenizer("a", return_special_tokens_mask=True)
-        marks = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
-        return [token_id for token_id, _ in takewhile(lambda item: item[1], marks)]
 
 
 def _groups(prefixes: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

@@ -14,7 +14,7 @@ from d2llm.core.errors import DataFormatError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_any_manifest, read_manifest
 from d2llm.core.recipe import TeacherConfig
-from d2llm.core.shipped import shipped_models
+from d2llm.core.shipped import find_tuned
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import find_model, find_model_file, fingerprint_model
 from d2llm.models.teachers.prompts import load_prompt
@@ -35,9 +35,7 @@ class TeacherIdentity:
 
 def find_tuned_teacher(model: str) -> Path | None:
     """The folder of a tuned teacher (``CausalTeacher.save``) or of a shipped teacher; None if it is neither."""
-    if (Path(model) / FILE_NAME).is_file():
-        return Path(model)
-    return shipped_models("teachers").get(model)
+    return find_tuned(model, "teachers")
 
 
 def find_kind(config: TeacherConfig) -> str:

@@ -189,13 +189,7 @@ def _eligible(
             dataset.name,
             ", ".join(unread),
         )
-    reserved = {
-        passage_id
-        for other in others
-        if other in dataset.qrels
-        for positives in dataset.positives(other).values()
-        for passage_id in positives
-    }
+    reserved = dataset.relevant_passages(other for other in others if other in dataset.qrels)
     eligible: dict[str, tuple[str, ...]] = {}
     for query_id, positives in dataset.positives(split).items():
         if not positives:

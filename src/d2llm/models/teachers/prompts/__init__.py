@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.toml import read_toml
 from d2llm.core.types import Task
+from d2llm.models.prompt_sets import read_prompt_section
 
-_KEYS = {"template", "yes", "no"}
 _SWITCH = "spaced"
 
 
@@ -47,30 +45,9 @@ def load_prompt(name: str, task: Task) -> Prompt:
     Raises:
         InputError: no such set, or a template without ``{query}`` before ``{passage}``.
     """
-    if name.endswith(".toml"):
-        section, where = _read_file(Path(name), task), f"{name}: [{task}]"
-    else:
-        sets = read_toml(Path(__file__).with_name(f"{task}.toml"))
-        if name not in sets:
-            raise InputError(f"no prompt set '{name}'; use one of {', '.join(sets)}, or the path of a TOML file")
-        section, where = sets[name], f"prompt set '{name}' ({task})"
-    return _parse(section, where)
-
-
-def _read_file(path: Path, task: Task) -> dict[str, Any]:
-    sections = read_toml(path)
-    if task not in sections:
-        raise InputError(f"{path}: no section [{task}]; add one with the keys template, yes, no")
-    if not isinstance(sections[task], dict):
-        raise InputError(f"{path}: '{task}' should be a table: write [{task}] and below it template, yes, no")
-    return sections[task]
-
-
-def _parse(section: dict[str, Any], where: str) -> Prompt:
-    if set(section) - {_SWITCH} != _KEYS:
-        raise InputError(f"{where}: needs exactly the keys template, yes, no; found {', '.join(sorted(section))}")
-    if not all(isinstance(section[key], str) for key in _KEYS):
-        raise InputError(f"{where}: template, yes and no must be quoted strings")
+    section, where = read_prompt_section(
+        name, task, folder=Path(__file__).parent, keys=("template", "yes", "no"), optional=(_SWITCH,)
+    )
     if not isinstance(spaced := section.get(_SWITCH, False), bool):
         raise InputError(f"{where}: {_SWITCH} must be true or false")
     template: str = section["template"]

@@ -1,0 +1,1 @@
+"""Writers: models that write queries for passages, and their prompts."""

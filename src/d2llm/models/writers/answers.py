@@ -1,0 +1,146 @@
+"""Reads a language model's answer as queries, whatever it says: lines that are no query are dropped and counted.
+
+An answer may obey an instruction that was hidden in a passage. Nothing in it is carried out, so the worst that it can
+hold is a useless query, which later filters remove.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Collection
+from typing import Any, cast
+
+_LONGEST = 300  # characters: longer lines are copied passages or explanations
+_SHORTEST_ECHO = 12  # letters and digits: a shorter line may be a part of the prompt by chance
+_QUOTED = 100  # characters of an answer to quote in a problem
+
+_THOUGHTS = re.compile(r"^.*?</think(?:ing)?>", re.S | re.I)
+_UNFINISHED_THOUGHTS = re.compile(r"^\s*<think(?:ing)?>", re.I)
+_FENCE = re.compile(r"^(?:```|~~~)")
+_TAG = re.compile(r"^</?[\w-]+>$|<\|")
+_LABEL = (
+    r"(?:search\s+|keyword\s+)?(?:questions?|quer(?:y|ies)|keywords?|statements?|q)(?:\s+that\s+fits\s+it)?\s*\d*"
+    r"|问题|問題|查询|查詢|关键词|關鍵詞|陈述|陳述|提问"
+)
+_LEADING = (
+    re.compile(r"^(?:[-*•·▪◦‣–—+]|#{1,6})\s+"),
+    re.compile(r"^[(（]?(?:\d{1,2}|[a-z]|[ivx]{1,4})[)）]\s*", re.I),
+    re.compile(r"^\d{1,2}[.:](?=\s|[^\W\d_a-zA-Z])\s*"),
+    re.compile(r"^(?:\d{1,2}|[一二三四五六七八九十]{1,2})[、．]\s*"),
+    re.compile(r"^[①-⑳]\s*"),
+    re.compile(rf"^(?:{_LABEL})\s*\d*\s*[:：]\s*", re.I),
+)
+_ENCLOSING = (
+    *((marks[0], marks[1]) for marks in ('""', "''", "“”", "‘’", "„“", "«»", "「」", "『』", "``", "[]")),
+    *(("**", "**"), ("__", "__"), ("*", "*")),
+)
+_SUBJECT = (
+    r"(?:questions?|quer(?:y|ies)|keywords?|statements?|passages?|texts?|instructions?|requests?"
+    r"|问题|問題|查询|查詢|关键词|關鍵詞|陈述|陳述|段落|文本|请求)"
+)
+_REMARK = re.compile(
+    rf"^(?:sure|certainly|of course|okay|here\s+(?:is|are)|here's|below\b|the\s+following|as\s+requested"
+    rf"|based\s+on|according\s+to|these\s+|好的|当然|當然|以下|下面|这里是|這裡是|根据|根據).*{_SUBJECT}"
+    r"|^(?:i['’]m\s+sorry|i\s+am\s+sorry|sorry,|i\s+can(?:no|['’])t\b|i\s+cannot\b|as\s+an\s+ai\b|let\s+me\s+know\b"
+    r"|i\s+hope\b|(?:sure|certainly|of\s+course|okay)(?:[!.,]|$)|抱歉|对不起|對不起|作为一个|作為一個|我无法|我無法)"
+    r"|^(?:answers?|a|explanation|passage|title|note|text|答案|回答|段落|标题|標題)\s*\d*\s*[:：]",
+    re.I,
+)
+
+
+def parse_answer(
+    answer: str, *, prompt: str = "", num_queries: int, is_complete: bool = True
+) -> tuple[tuple[str, ...], int]:
+    """The queries in an answer, and how many of its lines were dropped.
+
+    A query is one line without its number, bullet, label, quotes and emphasis. What a model thinks before it answers
+    is not counted. A list of strings in JSON is read too.
+
+    Args:
+        answer: the whole text that the model wrote.
+        prompt: what it was asked, without the passage; lines that repeat a part of this are no queries.
+        num_queries: keep at most this many.
+        is_complete: False if the answer ended at a length limit; its last line is then dropped.
+    """
+    text = _THOUGHTS.sub("", unicodedata.normalize("NFC", answer), count=1)
+    if _UNFINISHED_THOUGHTS.match(text):
+        return (), 1
+    lines = [line for line in (line.strip() for line in text.splitlines()) if line]
+    listed = _json_list([line for line in lines if not _FENCE.match(line)])
+    num_dropped = 0
+    if listed is not None:
+        lines = listed
+    elif not is_complete and lines:
+        num_dropped, lines = 1, lines[:-1]
+    echo = _letters(prompt)
+    queries: dict[str, str] = {}
+    for line in lines:
+        query = _clean(line)
+        letters = _letters(query)
+        is_echo = len(letters) >= _SHORTEST_ECHO and letters in echo
+        if is_echo or letters in queries or len(queries) == num_queries or not is_query(query):
+            num_dropped += 1
+        else:
+            queries[letters] = query
+    return tuple(queries.values()), num_dropped
+
+
+def describe_problem(answer: str, *, is_complete: bool = True) -> str:
+    """Why an answer without queries is of no use, with its beginning."""
+    text = " ".join(answer.split())
+    if not text:
+        return "the answer is empty"
+    quoted = repr(text if len(text) <= _QUOTED else text[:_QUOTED] + " ...")
+    return f"no query in the answer {quoted}" + ("" if is_complete else ", which ended at the length limit")
+
+
+def is_query(text: str) -> bool:
+    """Whether a cleaned line can be a query at all: not a remark, a heading, markup, or a text without words."""
+    if len(_letters(text)) < 2 or len(text) > _LONGEST:
+        return False
+    if text.endswith((":", "：")) or (text.startswith("{") and text.endswith("}")):
+        return False
+    return not (_FENCE.match(text) or _TAG.search(text) or _REMARK.match(text))
+
+
+def _clean(line: str) -> str:
+    """A line without number, bullet, label, quotes, emphasis, and the comma of a list."""
+    if _FENCE.match(line):
+        return line
+    before = ""
+    while line != before:
+        before = line
+        for leading in _LEADING:
+            line = leading.sub("", line, count=1)
+        without_comma = line.rstrip(",，")
+        for start, end in _ENCLOSING:
+            inner = without_comma[len(start) : -len(end)]
+            is_enclosed = without_comma.startswith(start) and without_comma.endswith(end)
+            if is_enclosed and inner.strip() and not _contains(inner, (start, end)):
+                line = inner.strip()
+    return " ".join(line.split())
+
+
+def _contains(text: str, marks: Collection[str]) -> bool:
+    return any(mark in text for mark in marks)
+
+
+def _json_list(lines: list[str]) -> list[str] | None:
+    """The items of an answer that is one list in JSON, "" for one that is no string; None if it is anything else."""
+    text = "\n".join(lines)
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        value: Any = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(value, list):
+        return None
+    return [item if isinstance(item, str) else "" for item in cast("list[Any]", value)]
+
+
+def _letters(text: str) -> str:
+    """A text's letters and digits in lower case, for comparison."""
+    return "".join(character for character in unicodedata.normalize("NFKC", text).casefold() if character.isalnum())

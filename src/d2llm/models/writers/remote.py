@@ -1,0 +1,193 @@
+"""The remote writer: an LLM behind any OpenAI-compatible endpoint, which writes all queries of a passage at once."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2llm.core.errors import InputError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.models.endpoint import Endpoint
+from d2llm.models.text_lengths import TextLengths
+from d2llm.models.writers.answers import describe_problem, parse_answer
+from d2llm.models.writers.prompts import WriterPrompt, cut_assignments, load_writer_prompt
+from d2llm.models.writers.writer import QUERY_KINDS, Assignment, QueryKind, WrittenQueries
+
+_log = logging.getLogger(__name__)
+
+_TRIAL = Assignment("Cows drink water.", "keywords")
+_CONTENT_POLICY = re.compile(r"content.?(filter|policy|management)|moderation|safety (system|polic)", re.I)
+_FAULTS_OF_THE_REQUEST = (400, 403, 422)  # statuses with which endpoints refuse a passage that their policy forbids
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """An endpoint's answer; the numbers of tokens are None if it did not report them."""
+
+    text: str
+    is_complete: bool
+    num_prompt_tokens: int | None = None
+    num_written_tokens: int | None = None
+    refusal: str | None = None
+
+
+class RemoteWriter:
+    """A writer at a remote endpoint.
+
+    ``fingerprint`` depends on the model's name and declared revision, the prompts and the sampling, but not on the
+    address, the key or the pace. Most endpoints cannot promise the same answer for the same seed.
+
+    Raises:
+        InputError: there is no section ``remote``, no such prompt set, or the key's variable is not set.
+        ModelNotFoundError: the tokenizer cannot be loaded.
+        MissingExtraError: the extra ``remote`` is not installed.
+    """
+
+    def __init__(self, config: WriterConfig) -> None:
+        self.config = config
+        self.remote = _section(config)
+        self.prompts: dict[QueryKind, WriterPrompt] = {
+            kind: load_writer_prompt(config.prompt, kind) for kind in QUERY_KINDS
+        }
+        self.endpoint = Endpoint(
+            config.model,
+            self.remote,
+            _read_answer,
+            section="writer",
+            shorten=(
+                "lower writer.max_passage_tokens (or characters_per_token, or set the tokenizer in writer.remote), or "
+                "use fewer or shorter examples"
+            ),
+            read_refusal=_read_refusal,
+        )
+        self._lengths = TextLengths.of_endpoint(self.remote)
+        self._reported = False
+
+    @classmethod
+    def load(cls, config: WriterConfig, *, device: Any = None, dtype: Any = None) -> RemoteWriter:
+        """Create a writer and send one short request, so that a wrong address, key or model is reported at once.
+
+        ``device`` and ``dtype`` do not apply to a remote writer and are ignored.
+
+        Raises:
+            ModelNotFoundError: the endpoint has no such model, or the address does not exist.
+            ModelError: the endpoint is unreachable, or refuses the key or a field of the request.
+        """
+        del device, dtype
+        writer = cls(config)
+        writer.write([_TRIAL])
+        return writer
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of everything that affects what is written."""
+        config, remote = self.config, self.remote
+        sampling = [config.max_new_tokens, config.temperature, config.top_p, remote.extra_body, list(remote.leave_out)]
+        reading = [config.max_passage_tokens, remote.tokenizer or remote.characters_per_token, remote.api]
+        prompts = [prompt.fingerprint for prompt in self.prompts.values()]
+        return fingerprint_json(["remote", config.model, remote.revision, prompts, reading, sampling])
+
+    def write(
+        self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
+    ) -> list[WrittenQueries]:
+        """Carry assignments out, one request each (``Writer.write``); ``advance`` is called from another thread.
+
+        A passage that the endpoint refuses for its content is a result with a ``problem``. If a request fails for
+        another reason, the other answers of the call are lost.
+
+        Raises:
+            InputError: a prompt is longer than the endpoint can read.
+            ModelError: the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
+        """
+        kept, cut = cut_assignments(assignments, self._lengths, max_tokens=self.config.max_passage_tokens)
+        prompts = [self.prompts[assignment.kind].fill(assignment) for assignment in kept]
+        answers = self.endpoint.send(prompts, [self._settings(assignment) for assignment in kept], advance=advance)
+        results = [
+            self._result(assignment, prompt, answer, was_cut)
+            for assignment, prompt, answer, was_cut in zip(kept, prompts, answers, cut, strict=True)
+        ]
+        num_estimated = sum(result.tokens_are_estimated for result in results)
+        if num_estimated and not self._reported:
+            self._reported = True
+            _log.warning(
+                "%s does not report how many tokens it reads and writes; they are estimated at %g characters each "
+                "(characters_per_token), and so is what they cost",
+                *(self.remote.url, self.remote.characters_per_token),
+            )
+        return results
+
+    def _settings(self, assignment: Assignment) -> dict[str, Any]:
+        """The fields of a request besides model and prompt."""
+        settings: dict[str, Any] = {
+            "max_tokens": self.config.max_new_tokens * assignment.num_queries,
+            "temperature": self.config.temperature,
+            "top_p": self.config.top_p,
+            "seed": assignment.seed,
+        }
+        sent = {name: value for name, value in settings.items() if name not in self.remote.leave_out}
+        return sent | self.remote.extra_body
+
+    def _result(self, assignment: Assignment, prompt: str, answer: _Answer, was_cut: bool) -> WrittenQueries:
+        queries, num_dropped = parse_answer(
+            answer.text,
+            prompt=self.prompts[assignment.kind].known_text(assignment),
+            num_queries=assignment.num_queries,
+            is_complete=answer.is_complete,
+        )
+        problem = None
+        if not queries:
+            problem = answer.refusal or describe_problem(answer.text, is_complete=answer.is_complete)
+        num_prompt, num_written = answer.num_prompt_tokens, answer.num_written_tokens
+        return WrittenQueries(
+            queries,
+            self._lengths.estimate(prompt) if num_prompt is None else num_prompt,
+            self._lengths.estimate(answer.text) if num_written is None else num_written,
+            num_dropped=num_dropped,
+            truncated=was_cut,
+            tokens_are_estimated=num_prompt is None or num_written is None,
+            problem=problem,
+        )
+
+
+def _section(config: WriterConfig) -> RemoteWriterConfig:
+    if config.remote is None:
+        raise InputError(f"the remote writer '{config.model}' has no address; add [writer.remote] with url = ...")
+    return config.remote
+
+
+def _read_answer(answer: Any) -> _Answer:
+    """Parse the JSON of an answer, in the chat or the completions form."""
+    choice = answer["choices"][0]
+    refusal: object = None
+    if "message" in choice:
+        text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+    else:
+        text = choice["text"]
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"the text of the answer is {type(text).__name__}")
+    reason = choice.get("finish_reason")
+    if refusal is None and reason == "content_filter":
+        refusal = "its content filter"
+    usage = answer.get("usage") or {}
+    return _Answer(
+        text or "",
+        reason != "length",
+        _count(usage.get("prompt_tokens")),
+        _count(usage.get("completion_tokens")),
+        None if refusal is None else f"the endpoint refuses to write for this passage: {refusal}",
+    )
+
+
+def _read_refusal(status: int, reason: str) -> _Answer | None:
+    """An answer without queries, for a passage that the endpoint's policy forbids; such a request costs nothing."""
+    if status not in _FAULTS_OF_THE_REQUEST or not _CONTENT_POLICY.search(reason):
+        return None
+    return _Answer("", True, 0, 0, f"the endpoint refuses this passage ({status}): {reason}")
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

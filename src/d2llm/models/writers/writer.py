@@ -1,0 +1,143 @@
+"""The protocol of all writers: models that read a passage and write queries that it answers."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import WriterConfig
+
+QueryKind = Literal["question", "keywords", "statement"]
+"""What a query is: a question, a few keywords, or a statement that the passage supports."""
+QUERY_KINDS: tuple[QueryKind, ...] = get_args(QueryKind)
+
+_QUESTION_WORDS = frozenset(
+    ("who", "whom", "whose", "what", "when", "where", "which", "why", "how")
+    + ("is", "are", "was", "were", "am", "do", "does", "did", "has", "have", "had")
+    + ("can", "could", "should", "would", "will", "shall", "may", "might")
+)
+_CHINESE_QUESTION = re.compile(r"什么|什麼|为何|為何|如何|怎|哪|谁|誰|几|幾|多少|是否|吗|嗎|呢$")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
+_SENTENCE_END = (".", "!", "。", "！")
+_MOST_KEYWORDS = 6
+_LONGEST_CHINESE_KEYWORDS = 12  # characters: about as much as six words
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What to write: ``num_queries`` queries of one kind for one passage.
+
+    ``examples`` are passages with a query that the user would write for them. With the same seed, the same writer
+    writes the same queries, as far as its kind of writer can promise that.
+
+    Raises:
+        InputError: ``num_queries`` is below 1, the passage is empty, or there is no such kind.
+    """
+
+    passage: str
+    kind: QueryKind
+    num_queries: int = 1
+    title: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in QUERY_KINDS:
+            raise InputError(f"no kind of query '{self.kind}'; use one of {', '.join(QUERY_KINDS)}")
+        if self.num_queries < 1:
+            raise InputError(f"num_queries is {self.num_queries}, but must be at least 1")
+        if not self.passage.strip():
+            raise InputError("an assignment's passage is empty, so no query can be written for it; leave it out")
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenQueries:
+    """What a writer made of one assignment; there may be fewer queries than were assigned, never more.
+
+    Attributes:
+        queries: without repetitions, in the order in which they were written.
+        num_prompt_tokens: tokens that the writer read.
+        num_written_tokens: tokens that the writer wrote, whether or not they became queries.
+        num_dropped: parts of the answer that are no query, repeat one, or exceed the number assigned.
+        truncated: whether the passage, its title or an example lost text to ``max_passage_tokens``.
+        tokens_are_estimated: whether the numbers of tokens are estimates from characters, because an endpoint did not
+            report them.
+        problem: why there is no query, with the beginning of the answer; None if there is one.
+    """
+
+    queries: tuple[str, ...]
+    num_prompt_tokens: int
+    num_written_tokens: int
+    num_dropped: int = 0
+    truncated: bool = False
+    tokens_are_estimated: bool = False
+    problem: str | None = None
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A writer of any kind."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal if and only if two writers would write the same queries for the same assignments."""
+        ...
+
+    def write(
+        self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
+    ) -> list[WrittenQueries]:
+        """Carry assignments out; the result is in their order.
+
+        An answer that holds no query is a result with a ``problem``, not an error. A call cannot be stopped halfway
+        without losing what it has written: pass small batches, such as a few hundred assignments, keep each result,
+        and check a budget or a stop signal between them.
+
+        Args:
+            assignments: what to write.
+            advance: called with the number of assignments finished.
+        """
+        ...
+
+
+def load_writer(config: WriterConfig, *, device: str | None = None, dtype: str | None = None) -> Writer:
+    """Load the writer that ``config`` names; a remote one is tested with one short request.
+
+    Args:
+        config: which writer, its prompt, and how it samples.
+        device: where a local writer computes; by default the fastest device available.
+        dtype: its number format; by default the fastest on that device.
+
+    Raises:
+        ModelNotFoundError: there are no usable weights, or the endpoint has no such model.
+        ModelError: the model cannot be used as a writer, or the endpoint is unreachable.
+        InputError: there is no such prompt set, or a remote writer has no address.
+        MismatchError: a tuned writer belongs to other weights than its base model's name refers to here.
+        MissingExtraError: the extra ``remote`` is not installed.
+    """
+    module, name = _CLASSES[config.kind]
+    writer_class: Any = getattr(importlib.import_module(f"d2llm.models.writers.{module}"), name)
+    return writer_class.load(config, device=device, dtype=dtype)
+
+
+def kind_of_query(text: str) -> QueryKind:
+    """The kind of a query that a person wrote, by its form.
+
+    A question ends with a question mark, or begins with a question word or an auxiliary verb (in Chinese: contains a
+    question word). Keywords are at most six words, or twelve Chinese characters, that do not end like a sentence.
+    """
+    text = text.strip()
+    words = re.findall(r"[^\W_]+", text.casefold())
+    if text.endswith(("?", "？")) or (words and words[0] in _QUESTION_WORDS) or _CHINESE_QUESTION.search(text):
+        return "question"
+    if text.endswith(_SENTENCE_END):
+        return "statement"
+    num_chinese = len(_CJK.findall(text))
+    is_short = num_chinese <= _LONGEST_CHINESE_KEYWORDS if num_chinese else len(words) <= _MOST_KEYWORDS
+    return "keywords" if is_short else "statement"
+
+
+_CLASSES = {"local": ("local", "LocalWriter"), "remote": ("remote", "RemoteWriter")}
