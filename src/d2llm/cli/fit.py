@@ -85,9 +85,7 @@ def fit(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Leave out files of these names, as in a .gitignore; can be repeated."),
     ] = None,
-    again: Annotated[
-        bool, typer.Option("--again", help="Learn anew although an earlier call has finished.")
-    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Learn anew although an earlier call has finished.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of samples and training.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -133,7 +131,8 @@ def fit(
     for name, each in report.reports.items():
         session.show(measure_table(each, each.rows, title=f"Held-out queries: {name}"))
     session.show(fitted.stages.table())
-    session.say(f"{verdict_sentence(report)}\nReport: {fitted.folder.report_page}. Next: d2llm serve {fitted.folder.path}")
+    session.say(verdict_sentence(report))
+    session.say(f"Report: {fitted.folder.report_page}. Next: d2llm serve {fitted.folder.path}")
     session.write_report(context, json_path, report.to_json())
 
 

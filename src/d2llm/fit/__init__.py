@@ -1,0 +1,1 @@
+"""From documents alone to a search engine that has learnt them."""

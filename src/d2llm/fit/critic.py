@@ -178,9 +178,7 @@ def _round_trips(queries: Sequence[WrittenQuery], index: Index, task: Task, dept
 
 def _same_texts(passage: Passage, others: Iterable[Passage], threshold: float) -> list[str]:
     own = shingles(passage.text)
-    return [
-        other.id for other in others if other.id != passage.id and jaccard(own, shingles(other.text)) >= threshold
-    ]
+    return [other.id for other in others if other.id != passage.id and jaccard(own, shingles(other.text)) >= threshold]
 
 
 def _ask_teacher(

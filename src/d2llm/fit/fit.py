@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.core.files import new_folder, write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
-from d2llm.core.manifest import read_manifest, write_manifest
+from d2llm.core.manifest import write_manifest
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import (
     DataConfig,
@@ -39,12 +39,12 @@ from d2llm.core.recipe import (
 )
 from d2llm.core.types import Passage
 from d2llm.data.beir import read_beir
-from d2llm.data.indexed_corpus import is_corpus_file, open_corpus
 from d2llm.data.documents import SkippedFile
+from d2llm.data.indexed_corpus import is_corpus_file, open_corpus
 from d2llm.data.run_folder import is_finished
 from d2llm.fit.critic import Review, review_queries
 from d2llm.fit.draft_store import DraftStore
-from d2llm.fit.fit_folder import FORMAT_VERSION, KIND, FitFolder, default_folder, require_fit_folder
+from d2llm.fit.fit_folder import FORMAT_VERSION, KIND, default_folder, require_fit_folder
 from d2llm.fit.settings import FitSettings
 from d2llm.fit.stages import Stages
 from d2llm.fit.time_plan import TimePlan, plan_time

@@ -1,13 +1,13 @@
 """The folder of a fit: what is served, what is shown, and what a later call needs in order to continue.
 
-    docs.search/
-      manifest.json   what made it, and the verdict
-      index/          what is served
-      student/        the student of the index
-      report.html     who was compared with whom, on queries that were held out
-      audit.html      which queries were kept, and which were not and why
-      progress.html   the stages, while they run
-      work/           written queries, data sets, runs and measurements; may be deleted when the fit is finished
+docs.search/
+manifest.json   what made it, and the verdict
+index/          what is served
+student/        the student of the index
+report.html     who was compared with whom, on queries that were held out
+audit.html      which queries were kept, and which were not and why
+progress.html   the stages, while they run
+work/           written queries, data sets, runs and measurements; may be deleted when the fit is finished
 """
 
 from __future__ import annotations

@@ -43,9 +43,8 @@ def verdict_sentence(report: FitReport) -> str:
     test = report.verdict
     if test is None:
         return "Nothing was trained; the index has the student to start from, with weights fitted to these documents."
-    figures = (
-        f"{_MEASURE} {test.first:.3f} to {test.second:.3f}, {p_text(test.p_value)}, {test.num_queries:,} held-out queries"
-    )
+    change = f"{_MEASURE} {test.first:.3f} to {test.second:.3f}, {p_text(test.p_value)}"
+    figures = f"{change}, {test.num_queries:,} held-out queries"
     if test.passed:
         return f"The fitted student is significantly better than the one it started from ({figures}), and is served."
     return (

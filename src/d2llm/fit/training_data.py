@@ -47,7 +47,9 @@ class DataReport:
     num_unknown: int = 0
 
 
-def write_written_data(folder: Path, passages: Sequence[Passage], kept: Sequence[KeptQuery], *, seed: int) -> DataReport:
+def write_written_data(
+    folder: Path, passages: Sequence[Passage], kept: Sequence[KeptQuery], *, seed: int
+) -> DataReport:
     """Write the reviewed queries as a data set in BEIR layout, split by document.
 
     A query of the train split is left out if one of its positives belongs to dev or test.
@@ -151,8 +153,8 @@ def write_users_data(
     rows, num_unknown = _resolve(passages, judged, query_ids, index, task)
     if not rows:
         raise InputError(
-            f"none of the {len(judged):,} judged ids is a passage or document of this corpus, such as {judged[0][1]!r}; "
-            "an id is the path of a file below its folder, or what the index shows"
+            f"none of the {len(judged):,} judged ids is a passage or document of this corpus, such as "
+            f"{judged[0][1]!r}; an id is the path of a file below its folder, or what the index shows"
         )
     qrels: dict[str, list[tuple[str, str, int]]] = {split: [] for split in SPLITS}
     for query_id, passage_id, grade in rows:

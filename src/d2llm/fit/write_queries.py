@@ -16,9 +16,9 @@ from itertools import islice
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
+from d2llm.core.recipe import WriterConfig
 from d2llm.core.types import Passage
 from d2llm.fit.draft_store import Draft, DraftStore, passage_hash
-from d2llm.core.recipe import WriterConfig
 from d2llm.models.writers.writer import Assignment, QueryKind, Writer
 
 DEFAULT_KINDS: Mapping[QueryKind, float] = {"question": 0.6, "keywords": 0.2, "statement": 0.2}
@@ -184,7 +184,9 @@ def _assignments(
 def _kinds_in_order(text_hash: str, kinds: Mapping[QueryKind, float], seed: int) -> list[QueryKind]:
     """A random order of the kinds; a kind with a greater share tends to come earlier (Efraimidis and Spirakis 2006)."""
     rng = random.Random(f"{seed}:{text_hash}")
-    keys = {kind: rng.random() ** (1 / share) for kind, share in sorted(kinds.items()) if share > 0}
+    keys: dict[QueryKind, float] = {
+        kind: rng.random() ** (1 / share) for kind, share in sorted(kinds.items()) if share > 0
+    }
     return sorted(keys, key=keys.__getitem__, reverse=True)
 
 
