@@ -204,7 +204,7 @@ class LocalWriter:
         kept, cut = cut_assignments(assignments, self._lengths, max_tokens=self.config.max_passage_tokens)
         if self.tuned is not None:
             self._warn_of_examples(kept)
-        rows = [row for index, assignment in enumerate(kept) for row in self._rows(index, assignment)]
+        rows = self._rows(kept)
         continuations: dict[int, _Continuation] = {}
         num_left = [0] * len(kept)
         for row in rows:
@@ -227,7 +227,7 @@ class LocalWriter:
     def encode_tuned(self, assignments: Sequence[Assignment]) -> tuple[list[list[int]], list[bool]]:
         """Token ids of ``tuned_prompt`` with the passage cut to its limit, and whether it was cut."""
         kept, cut = cut_assignments(assignments, self._lengths, max_tokens=self.config.max_passage_tokens)
-        return [[*self._special_ids, *ids] for ids in self._ids([tuned_prompt(item) for item in kept])], cut
+        return self._tuned_ids(kept), cut
 
     def encode_targets(self, queries: Sequence[str]) -> list[list[int]]:
         """Token ids of ``tuned_target``, with the token that ends a text."""
@@ -284,27 +284,29 @@ class LocalWriter:
         write_manifest(folder, WRITER_KIND, WRITER_FORMAT_VERSION, {**content, **own})
         return fingerprint
 
-    def _rows(self, index: int, assignment: Assignment) -> list[_Row]:
-        """The texts to continue for an assignment: one for each query if the writer is tuned, else one for all."""
-        if self.tuned is not None:
-            [ids] = self._ids([tuned_prompt(assignment)])
-            token_ids, limit, count = [*self._special_ids, *ids], self.config.max_new_tokens, assignment.num_queries
-        else:
-            token_ids = self._prompt_ids(assignment)
-            limit, count = self.config.max_new_tokens * assignment.num_queries, 1
-        self._require_room(len(token_ids), limit)
-        seed = f"{assignment.seed}:{assignment.kind}:{assignment.passage}"
-        return [_Row(index, token_ids, limit, random.Random(f"{number}:{seed}")) for number in range(count)]
+    def _rows(self, assignments: Sequence[Assignment]) -> list[_Row]:
+        """The texts to continue: one for each query if the writer is tuned, else one for each assignment."""
+        prompts = self._prompt_ids(assignments) if self.tuned is None else self._tuned_ids(assignments)
+        rows: list[_Row] = []
+        for index, (assignment, token_ids) in enumerate(zip(assignments, prompts, strict=True)):
+            num_apart, num_together = (1, assignment.num_queries) if self.tuned is None else (assignment.num_queries, 1)
+            limit = self.config.max_new_tokens * num_together
+            self._require_room(len(token_ids), limit)
+            seed = f"{assignment.seed}:{assignment.kind}:{assignment.passage}"
+            rows += [_Row(index, token_ids, limit, random.Random(f"{number}:{seed}")) for number in range(num_apart)]
+        return rows
 
-    def _prompt_ids(self, assignment: Assignment) -> list[int]:
-        """Token ids of the prompt, as a user's message if the model has a chat template."""
-        prompt = self.prompts[assignment.kind].fill(assignment)
+    def _tuned_ids(self, assignments: Sequence[Assignment]) -> list[list[int]]:
+        return [[*self._special_ids, *ids] for ids in self._ids([tuned_prompt(item) for item in assignments])]
+
+    def _prompt_ids(self, assignments: Sequence[Assignment]) -> list[list[int]]:
+        """Token ids of the prompts, each as a user's message if the model has a chat template."""
+        prompts = [self.prompts[assignment.kind].fill(assignment) for assignment in assignments]
         if not self.tokenizer.chat_template:
-            [ids] = self._ids([f"{prompt}\n\n"])
-            return [*self._special_ids, *ids]
-        messages = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self._ids([text])[0]
+            return [[*self._special_ids, *ids] for ids in self._ids([f"{prompt}\n\n" for prompt in prompts])]
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
+        return self._ids([self.tokenizer.apply_chat_template(message, **options) for message in messages])
 
     def _continue(self, rows: Sequence[_Row]) -> list[_Continuation]:
         """What the model writes after each row."""

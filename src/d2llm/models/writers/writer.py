@@ -15,10 +15,10 @@ QueryKind = Literal["question", "keywords", "statement"]
 """What a query is: a question, a few keywords, or a statement that the passage supports."""
 QUERY_KINDS: tuple[QueryKind, ...] = get_args(QueryKind)
 
-_QUESTION_WORDS = frozenset(
-    ("who", "whom", "whose", "what", "when", "where", "which", "why", "how")
-    + ("is", "are", "was", "were", "am", "do", "does", "did", "has", "have", "had")
-    + ("can", "could", "should", "would", "will", "shall", "may", "might")
+_QUESTION_WORD = re.compile(
+    r"\W*(?:who|whom|whose|what|when|where|which|why|how|is|are|was|were|am|do|does|did|has|have|had"
+    r"|can|could|should|would|will|shall|may|might)\b",
+    re.I,
 )
 _CHINESE_QUESTION = re.compile(r"什么|什麼|为何|為何|如何|怎|哪|谁|誰|几|幾|多少|是否|吗|嗎|呢$")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
@@ -130,13 +130,12 @@ def kind_of_query(text: str) -> QueryKind:
     question word). Keywords are at most six words, or twelve Chinese characters, that do not end like a sentence.
     """
     text = text.strip()
-    words = re.findall(r"[^\W_]+", text.casefold())
-    if text.endswith(("?", "？")) or (words and words[0] in _QUESTION_WORDS) or _CHINESE_QUESTION.search(text):
+    if text.endswith(("?", "？")) or _QUESTION_WORD.match(text) or _CHINESE_QUESTION.search(text):
         return "question"
     if text.endswith(_SENTENCE_END):
         return "statement"
     num_chinese = len(_CJK.findall(text))
-    is_short = num_chinese <= _LONGEST_CHINESE_KEYWORDS if num_chinese else len(words) <= _MOST_KEYWORDS
+    is_short = num_chinese <= _LONGEST_CHINESE_KEYWORDS if num_chinese else len(text.split()) <= _MOST_KEYWORDS
     return "keywords" if is_short else "statement"
 
 

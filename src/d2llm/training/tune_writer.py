@@ -1,0 +1,406 @@
+"""Tunes a local writer with adapters to write the queries that people wrote: next-token loss on the query's tokens."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2llm.core.errors import InputError
+from d2llm.core.files import check_replaceable, new_folder, write_bytes
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import progress_bar
+from d2llm.core.recipe import WriterConfig, WriterTuningConfig
+from d2llm.core.table import Column, Table
+from d2llm.data.beir import Dataset
+from d2llm.data.run_folder import is_finished, working_folder
+from d2llm.models.device import inference, tokens_at_a_time
+from d2llm.models.sources import hub_name
+from d2llm.models.writers.local import WRITER_KIND, LocalWriter
+from d2llm.models.writers.writer import Assignment, kind_of_query
+from d2llm.ops.batching import token_budget_batches
+from d2llm.training.checkpoints import (
+    CHECKPOINT,
+    RunLog,
+    StopSignals,
+    adamw,
+    learning_rate_factor,
+    load_checkpoint,
+    optimizer_step,
+    remarks,
+    require_finite,
+    restore,
+    save_checkpoint,
+    trainable,
+)
+
+_SORTED_EXAMPLES = 2048  # number of examples that are sorted by length together
+_CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class WriterExample:
+    """A query that a person wrote, and the assignment that it carries out: its passage and its kind."""
+
+    assignment: Assignment
+    query: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriterData:
+    """The examples of some data sets: those to train on, and those of dev queries.
+
+    ``num_shared`` training queries were left out because they share a positive with a dev or test query.
+    """
+
+    training: tuple[WriterExample, ...]
+    dev: tuple[WriterExample, ...]
+    num_shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriterTuningReport:
+    """The result of a tuning run.
+
+    Attributes:
+        folder: the tuned writer.
+        fingerprint: of its weights.
+        num_examples: examples that it was trained on, each once in every epoch.
+        steps: number of steps.
+        num_truncated: examples whose passage was cut.
+        num_too_long: examples left out because their query has more tokens than the writer may write.
+        num_shared: training queries left out because they share a positive with a dev or test query.
+        loss: mean training loss over the last tenth of the steps, in nats per token.
+        num_dev: number of held-out examples.
+        dev_loss_before: loss of the dev examples before training, in nats per token; None without dev examples.
+        dev_loss: the same after training.
+        seconds: since the start, or since the last resumption.
+    """
+
+    folder: str
+    fingerprint: str
+    num_examples: int
+    steps: int
+    num_truncated: int
+    num_too_long: int
+    num_shared: int
+    loss: float
+    num_dev: int
+    dev_loss_before: float | None
+    dev_loss: float | None
+    seconds: float
+
+
+def writer_data(datasets: Sequence[Dataset], tuning: WriterTuningConfig, *, seed: int = 0) -> WriterData:
+    """One example for each query of the train and dev splits, with one of its positives, drawn at random.
+
+    A data set that was read without a dev split has no dev examples.
+
+    Raises:
+        DataFormatError: a data set was read without its train split.
+        InputError: there is nothing to train on, or two data sets have the same name.
+    """
+    names = [dataset.name for dataset in datasets]
+    if len(set(names)) < len(names):
+        raise InputError(f"two data sets have the same name: {', '.join(sorted(names))}; rename the folder of one")
+    training: list[WriterExample] = []
+    dev: list[WriterExample] = []
+    num_shared = 0
+    for dataset in datasets:
+        held_out = [split for split in ("dev", "test") if split in dataset.qrels]
+        reserved = dataset.relevant_passages(held_out) if tuning.exclude_shared_passages else set[str]()
+        positives = dataset.positives("train")
+        shared = {query_id for query_id, passages in positives.items() if not reserved.isdisjoint(passages)}
+        num_shared += len(shared)
+        rest = {query_id: passages for query_id, passages in positives.items() if query_id not in shared}
+        training += _examples(dataset, rest, seed)[: tuning.max_queries]
+        if "dev" in held_out:
+            dev += _examples(dataset, dataset.positives("dev"), seed)[: tuning.dev_queries]
+    if not training:
+        raise InputError(
+            f"there is no query to tune the writer on: the data sets {', '.join(names) or '(none)'} have no training "
+            f"queries with a relevant passage, and {num_shared} were left out because they share one with a dev or "
+            "test query (exclude_shared_passages = false keeps those)"
+        )
+    random.Random(seed).shuffle(training)
+    return WriterData(tuple(training), tuple(dev), num_shared)
+
+
+def tune_writer(
+    datasets: Sequence[Dataset],
+    folder: Path,
+    *,
+    writer: WriterConfig | None = None,
+    tuning: WriterTuningConfig | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> WriterTuningReport:
+    """Tune a writer and write it to ``folder``; an interrupted run continues from its last checkpoint.
+
+    ``WriterConfig(model=str(folder))`` is the tuned writer.
+
+    Args:
+        datasets: retrieval sets with a train split and, for the loss on held-out queries, a dev split.
+        folder: where to write the tuned writer; ``<folder>.run`` beside it has the checkpoint and the log.
+        writer: the model to tune, the length limit of its passages, and (``max_new_tokens``) of its queries.
+        tuning: the schedule and the choice of queries.
+        seed: seed of the examples, their order, and the adapter's initial weights.
+        device: where to compute; by default the best device available.
+        dtype: number format; by default the fastest on that device.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
+        InputError: there is nothing to train on, ``folder`` already holds something, the checkpoint is from another
+            run, or the writer is a remote one.
+        TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
+    """
+    writer, tuning = writer or WriterConfig(), tuning or WriterTuningConfig()
+    if is_finished(folder):
+        raise InputError(f"{folder}: already holds a finished writer; give another folder, or delete it to start over")
+    check_replaceable(folder, WRITER_KIND)
+    if writer.kind != "local":
+        raise InputError(f"writer '{writer.model}' is remote and has no weights to tune here; name a local model")
+    started = time.monotonic()
+    data = writer_data(datasets, tuning, seed=seed)
+    model = LocalWriter.load(writer, device=device, dtype=dtype)
+    run = _TuningRun(model, data, tuning, working_folder(folder), _settings(model, data, tuning, seed), seed=seed)
+    run.train()
+    dev_loss = mean_loss(model, run.dev, run.part_tokens)
+    tail = run.losses[-max(1, len(run.losses) // 10) :]
+    report = WriterTuningReport(
+        folder=str(folder),
+        fingerprint="",
+        num_examples=len(run.examples),
+        steps=len(run.losses),
+        num_truncated=run.num_truncated,
+        num_too_long=run.num_too_long,
+        num_shared=data.num_shared,
+        loss=sum(tail) / len(tail),
+        num_dev=len(run.dev),
+        dev_loss_before=run.dev_loss_before,
+        dev_loss=dev_loss,
+        seconds=time.monotonic() - started,
+    )
+    content: dict[str, Any] = {
+        "tuning": tuning.model_dump(),
+        "seed": seed,
+        "data": [dataset.name for dataset in datasets],
+        "report": {key: value for key, value in asdict(report).items() if key not in ("fingerprint", "folder")},
+    }
+    with new_folder(folder, kind=WRITER_KIND) as temporary:
+        fingerprint = model.save(temporary, content)
+        write_bytes(temporary / _CARD_FILE, _card(model, content, run.examples).encode())
+    (run.folder / CHECKPOINT).unlink()  # if the finished writer is deleted, the next run must start from scratch
+    return replace(report, fingerprint=fingerprint)
+
+
+class _TuningRun:
+    """The training loop of one tuning run, and the state that a checkpoint restores."""
+
+    def __init__(
+        self,
+        model: LocalWriter,
+        data: WriterData,
+        tuning: WriterTuningConfig,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        seed: int,
+    ) -> None:
+        """Begin a run, or resume the one whose checkpoint is in ``folder``."""
+        self.model, self.tuning, self.folder, self.settings, self.seed = model, tuning, folder, settings, seed
+        self.part_tokens = tuning.part_tokens or tokens_at_a_time(model.device)
+        self.examples, lengths, self.num_truncated = _measured(model, data.training)
+        self.dev, _, _ = _measured(model, data.dev)
+        self.num_too_long = len(data.training) + len(data.dev) - len(self.examples) - len(self.dev)
+        if not self.examples:
+            raise InputError(
+                f"all {len(data.training)} queries have more than {model.config.max_new_tokens} tokens; raise "
+                "max_new_tokens"
+            )
+        self.batches = list(_batches(lengths, tuning, seed))
+        self.losses: list[float] = []
+        self.dev_loss_before: float | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        model.prepare_training(tuning.lora, seed=seed)
+        self.parameters = trainable(model.model)
+        self.optimizer = adamw([(list(self.parameters.values()), tuning.learning_rate, 0.0)])
+        checkpoint = load_checkpoint(folder, settings=settings)
+        if checkpoint is not None:
+            restore(checkpoint, self.parameters, self.optimizer)
+            self.losses, self.dev_loss_before = checkpoint.state["losses"], checkpoint.state["dev_loss_before"]
+            remarks.info("tune_writer: continues after step %d of an earlier run", len(self.losses))
+        else:
+            self.dev_loss_before = mean_loss(model, self.dev, self.part_tokens)
+        self.log = RunLog(folder, resume_step=-1 if checkpoint is None else len(self.losses))
+        self.signals = StopSignals()
+
+    def train(self) -> None:
+        """Train to the end; the last state is saved as a checkpoint, also after Ctrl-C or SIGTERM."""
+        self.model.train()
+        saved_at = time.monotonic()
+        with self.signals, progress_bar("tuning the writer", len(self.batches)) as advance:
+            advance(len(self.losses))
+            try:
+                while len(self.losses) < len(self.batches):
+                    self._step()
+                    advance(1, f"loss {self.losses[-1]:.2f}")
+                    if time.monotonic() - saved_at > 60 * self.tuning.checkpoint_minutes:
+                        self._save()
+                        saved_at = time.monotonic()
+            except KeyboardInterrupt:
+                if self.signals.is_consistent and self.losses:
+                    self._save()
+                    remarks.info("tune_writer: step %d is saved in %s", len(self.losses), self.folder)
+                raise
+        self._save()
+
+    def _step(self) -> None:
+        step, total = len(self.losses), len(self.batches)
+        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
+        examples = [self.examples[place] for place in self.batches[step]]
+        loss = accumulate(self.model, examples, self.part_tokens)
+        require_finite(torch.tensor(loss), step, self.folder)
+        warmup_steps = int(self.tuning.warmup_fraction * total)
+        factor = learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=total)
+        with self.signals.held():
+            optimizer_step(self.optimizer, self.parameters, factor=factor, max_gradient_norm=1.0)
+            self.losses.append(loss)
+            self.log.write(len(self.losses), loss=loss, examples=len(examples))
+
+    def _save(self) -> None:
+        state = {"losses": self.losses, "dev_loss_before": self.dev_loss_before}
+        with self.signals.held():
+            save_checkpoint(
+                self.folder, len(self.losses), self.parameters, self.optimizer, state, settings=self.settings
+            )
+
+
+def accumulate(model: LocalWriter, examples: Sequence[WriterExample], part_tokens: int) -> float:
+    """Add the gradient of the mean loss per token of a batch, in parts of ``part_tokens``; returns that loss."""
+    prompts, targets = _encode(model, examples)
+    num_tokens = sum(map(len, targets))
+    total = 0.0
+    for part in _parts(prompts, targets, part_tokens):
+        loss = model.query_loss([prompts[place] for place in part], [targets[place] for place in part]) / num_tokens
+        loss.backward()
+        total += float(loss)
+    return total
+
+
+def mean_loss(model: LocalWriter, examples: Sequence[WriterExample], part_tokens: int) -> float | None:
+    """The loss of examples without dropout, in nats per token; None if there are none."""
+    if not examples:
+        return None
+    prompts, targets = _encode(model, examples)
+    total = 0.0
+    with inference(model.whole):
+        for part in _parts(prompts, targets, part_tokens):
+            total += float(model.query_loss([prompts[place] for place in part], [targets[place] for place in part]))
+    return total / sum(map(len, targets))
+
+
+def _examples(dataset: Dataset, positives: dict[str, tuple[str, ...]], seed: int) -> list[WriterExample]:
+    """One example for each query that has a positive with text, in an order fixed by ``seed``."""
+    examples: list[WriterExample] = []
+    for query_id in sorted(positives):
+        rng = random.Random(f"{seed}:{dataset.name}:{query_id}")
+        usable = [dataset.passages[passage_id] for passage_id in positives[query_id]]
+        usable = [passage for passage in usable if passage.text.strip()]
+        query = dataset.queries[query_id].text
+        if usable and query.strip():
+            passage = rng.choice(usable)
+            examples.append(WriterExample(Assignment(passage.text, kind_of_query(query), title=passage.title), query))
+    random.Random(f"{seed}:{dataset.name}").shuffle(examples)
+    return examples
+
+
+def _measured(
+    model: LocalWriter, examples: Sequence[WriterExample]
+) -> tuple[tuple[WriterExample, ...], list[int], int]:
+    """The examples whose query is not too long, their numbers of tokens, and how many have a passage that is cut."""
+    kept: list[WriterExample] = []
+    lengths: list[int] = []
+    num_truncated = 0
+    for start in range(0, len(examples), _SORTED_EXAMPLES):
+        group = examples[start : start + _SORTED_EXAMPLES]
+        prompts, cut = model.encode_tuned([example.assignment for example in group])
+        targets = model.encode_targets([example.query for example in group])
+        for example, prompt, target, was_cut in zip(group, prompts, targets, cut, strict=True):
+            if len(target) <= model.config.max_new_tokens:
+                kept.append(example)
+                lengths.append(len(prompt) + len(target))
+                num_truncated += was_cut
+    return tuple(kept), lengths, num_truncated
+
+
+def _batches(lengths: Sequence[int], tuning: WriterTuningConfig, seed: int) -> Iterator[list[int]]:
+    """The batches of all epochs as indices of examples: similar lengths in each, at most ``batch_tokens``; shuffled."""
+    for epoch in range(tuning.epochs):
+        rng = random.Random(f"{seed}:{epoch}")
+        order = rng.sample(range(len(lengths)), len(lengths))
+        batches: list[list[int]] = []
+        for start in range(0, len(order), _SORTED_EXAMPLES):
+            group = order[start : start + _SORTED_EXAMPLES]
+            sizes = [lengths[place] for place in group]
+            sorted_batches = token_budget_batches(sizes, max_tokens=tuning.batch_tokens, max_items=len(group))
+            batches += [[group[index] for index in batch] for batch in sorted_batches]
+        rng.shuffle(batches)
+        yield from batches
+
+
+def _encode(model: LocalWriter, examples: Sequence[WriterExample]) -> tuple[list[list[int]], list[list[int]]]:
+    prompts, _ = model.encode_tuned([example.assignment for example in examples])
+    return prompts, model.encode_targets([example.query for example in examples])
+
+
+def _parts(prompts: Sequence[list[int]], targets: Sequence[list[int]], part_tokens: int) -> list[list[int]]:
+    lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
+    return token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lengths))
+
+
+def _settings(model: LocalWriter, data: WriterData, tuning: WriterTuningConfig, seed: int) -> dict[str, Any]:
+    """Everything that affects a run; a checkpoint with other settings is from another run."""
+    examples = [
+        [item.assignment.title, item.assignment.passage, item.assignment.kind, item.query]
+        for item in (*data.training, *data.dev)
+    ]
+    return {
+        "writer": model.config.model_dump(mode="json", include={"max_passage_tokens", "max_new_tokens"}),
+        "tuning": tuning.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "model": model.weights_fingerprint,
+        "examples": fingerprint_json(examples),
+        "seed": seed,
+    }
+
+
+def _card(model: LocalWriter, content: dict[str, Any], examples: Sequence[WriterExample]) -> str:
+    """The text of the writer's README.md."""
+    report = content["report"]
+    # Only the last part of a folder's path: where it lies on somebody's machine is private.
+    base = Path(model.config.model).name if Path(model.config.model).exists() else hub_name(model.config.model)
+    counts = Table("kind of query", Column("examples"))
+    for kind in sorted({example.assignment.kind for example in examples}):
+        counts.add_row(kind, sum(example.assignment.kind == kind for example in examples))
+    held_out = "It was not measured on held-out queries."
+    if report["dev_loss"] is not None:
+        held_out = (
+            f"On {report['num_dev']} dev queries, the loss per token is {report['dev_loss']:.3f} nats; before tuning it was "
+            f"{report['dev_loss_before']:.3f}."
+        )
+    return (
+        "# A d2llm writer\n\nA language model that was tuned to write search queries for passages: questions, "
+        f"keywords and statements, as in its training data.\n\n- Base model: {base}, with a low-rank adapter\n"
+        f"- Reads at most {model.config.max_passage_tokens} tokens of a passage; longer ones are cut, and counted\n"
+        f"- Trained on {report['num_examples']:,} queries of {', '.join(content['data'])}, in {report['steps']:,} "
+        f"steps\n\n{counts.to_markdown()}\n\n{held_out} The licences of these data sets apply to its use.\n\n"
+        "```python\nfrom d2llm import Assignment, WriterConfig, load_writer\n\n"
+        'writer = load_writer(WriterConfig(model="..."))  # this folder\n'
+        'print(writer.write([Assignment("Cows drink water.", "question", num_queries=3)])[0].queries)\n```\n'
+    )
