@@ -102,7 +102,8 @@ class DraftStore:
         for number, line in enumerate(content[:complete].splitlines(), start=1):
             try:
                 values: dict[str, Any] = json.loads(line)
-                draft = Draft(**{**values, "queries": tuple(values["queries"])})
+                values["queries"] = tuple(values["queries"])
+                draft = Draft(**values)
             except (ValueError, TypeError, KeyError) as error:
                 problem = f"is not a written query ({error}); delete the line, and it will be written again"
                 raise DataFormatError(self.path, problem, line=number) from error

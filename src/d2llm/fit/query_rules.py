@@ -26,16 +26,10 @@ COPIED_UNITS, COPIED_SHARE = 6, 0.8
 _UNIT = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _UNSPACED_CHARACTER = re.compile(rf"[{UNSPACED}]")
 _ABOUT_THE_TEXT = re.compile(
-    "|".join(
-        [
-            r"\b(this|the|given|above|following|provided) (passage|text|article|document|paragraph|authors?|excerpt)\b",
-            r"\b(this|the above|the following|the given) (section|snippet|context|study|paper)\b",
-            r"\b(dieser|diesem|der|im) (text|artikel|abschnitt|autor)\b",
-            r"\b(ce|cet|le|l') ?(texte|article|passage|auteur)\b",
-            r"\b(este|el) (texto|artículo|pasaje|autor)\b",
-            r"本文|文中|这段|這段|上文|文章|作者|この文章|이 글|본문",
-        ]
-    ),
+    r"\b(this|the|given|above|following|provided) (passage|text|article|document|paragraph|authors?|excerpt)\b"
+    r"|\b(this|the above|the following|the given) (section|snippet|context|study|paper)\b"
+    r"|\b(dieser|diesem|der|im) (text|artikel|abschnitt|autor)\b|\b(ce|cet|le|l') ?(texte|article|passage|auteur)\b"
+    r"|\b(este|el) (texto|artículo|pasaje|autor)\b|本文|文中|这段|這段|上文|文章|作者|この文章|이 글|본문",
     re.IGNORECASE,
 )
 

@@ -1,0 +1,141 @@
+"""A fit from documents to a served index, with a real endpoint on a local port, a tiny student and real files."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.core.manifest import read_manifest
+from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.fit.critic import CriticSettings
+from d2llm.fit.fit import BASE_NAME, Fit, fit
+from d2llm.fit.settings import FitSettings
+from d2llm.models.student import Student
+from d2llm.retrieval.index import Index
+from local_endpoint import Reply, local_endpoint
+from tiny_models import TEXTS, tiny_student_config, write_tiny_model
+
+NUM_DOCUMENTS = 40
+_WORDS = sorted({word for text in TEXTS for word in text.replace(",", "").split()})
+
+
+def write_documents(folder: Path, number: int = NUM_DOCUMENTS) -> Path:
+    """Documents of 14 random words and a name of their own."""
+    rng = random.Random(5)
+    folder.mkdir(parents=True)
+    for document in range(number):
+        words = rng.sample(_WORDS, 14)
+        text = (
+            f"# Device {document}\n\nThe zorb{document} is about {' '.join(words[:7])}. It has {' '.join(words[7:])}.\n"
+        )
+        (folder / f"{document}.md").write_text(text)
+    return folder
+
+
+def ask_about_passage(request, number) -> Reply:
+    """A chat answer: two queries of words from the passage in the prompt, in another order."""
+    del number
+    passage = request.prompt.rpartition("zorb")[2].replace(".", " ").split()
+    first, second = (
+        f"which zorb{passage[0]} has {passage[4]} {passage[3]}",
+        f"zorb{passage[0]} {passage[8]} {passage[5]}",
+    )
+    choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": f"1. {first}\n2. {second}\n"}}
+    return Reply({"choices": [choice], "usage": {"prompt_tokens": 50, "completion_tokens": 9}})
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("student")
+    model = write_tiny_model(folder / "model", "bert")
+    Student.create(tiny_student_config(model), device="cpu", dtype="float32").save(folder / "tiny")
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    with local_endpoint(ask_about_passage) as served:
+        yield served
+
+
+def settings_for(student: Path, url: str, **changes) -> FitSettings:
+    writer = WriterConfig(kind="remote", model="served", remote=RemoteWriterConfig(url=url))
+    values = {"student": str(student), "writer": writer, "kinds": {"question": 1.0}, "hours": 1.0}
+    return FitSettings(**values | {"critic": CriticSettings(depth=NUM_DOCUMENTS)} | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(student, endpoint, tmp_path_factory):
+    """A finished fit, and its report."""
+    root = tmp_path_factory.mktemp("fit")
+    documents = write_documents(root / "docs")
+    done = Fit([documents], None, settings_for(student, endpoint.url), device="cpu", dtype="float32")
+    return done, done.finish()
+
+
+def test_a_fit_ends_with_everything_in_one_folder(finished):
+    done, report = finished
+    assert done.folder.path.name == "docs.search"
+    assert report.num_passages == NUM_DOCUMENTS
+    assert report.writing.num_queries == 2 * NUM_DOCUMENTS
+    assert report.num_kept == sum(report.data["written"].queries.values()) + report.data["written"].num_shared
+    names = [row.name for row in report.reports["written"].rows]
+    assert BASE_NAME in names
+    assert "D2LLM" in names
+    assert report.verdict is not None
+    assert report.kept == ("fitted" if report.verdict.passed else "start")
+    assert read_manifest(done.folder.path, "search", 1)["kept"] == report.kept
+    assert json.loads(done.folder.report.read_text())["num_kept"] == report.num_kept
+    for page in (done.folder.report_page, done.folder.audit_page, done.folder.progress_page):
+        assert "</html>" in page.read_text()
+
+
+def test_dev_and_test_documents_have_no_training_query(finished):
+    done, _ = finished
+    split_of: dict[str, set[str]] = {}
+    for split in ("train", "dev", "test"):
+        for line in (done.folder.written / "qrels" / f"{split}.tsv").read_text().splitlines()[1:]:
+            split_of.setdefault(line.split("\t")[1], set()).add(split)
+    assert all(len(splits) == 1 for splits in split_of.values())
+    assert set.union(*split_of.values()) == {"train", "dev", "test"}
+
+
+def test_the_index_is_served_with_the_student_that_was_kept_and_can_be_moved(finished, tmp_path):
+    done, _ = finished
+    moved = tmp_path / "moved.search"
+    done.folder.path.rename(moved)
+    try:
+        index = Index.open(moved / "index", device="cpu", dtype="float32")
+        assert len(index.search(["which zorb7 is it"])[0].passages) == 10
+        assert index.student.fingerprint == Student.load(moved / "student", device="cpu").fingerprint
+    finally:
+        moved.rename(done.folder.path)
+
+
+def test_a_second_call_reads_only_what_has_changed(finished, student, endpoint):
+    done, _ = finished
+    num_requests = len(endpoint.requests)
+    (done.documents[0] / "0.md").write_text("# Device 0\n\nThe zorb0 has been replaced by something altogether new.\n")
+    (done.documents[0] / "1.md").unlink()
+    settings = settings_for(student, endpoint.url)
+    assert fit(done.documents[0], settings=settings, device="cpu", dtype="float32") is None
+    index = Index.open(done.folder.index)
+    assert len(index) == NUM_DOCUMENTS - 1
+    assert any("altogether new" in passage.text for passage in index.get_document("0.md"))
+    assert len(endpoint.requests) == num_requests
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path, student, endpoint):
+    documents = write_documents(tmp_path / "docs", 2)
+    with pytest.raises(InputError, match="holds something else than a fit"):
+        Fit([documents], documents, settings_for(student, endpoint.url))
+
+
+def test_too_few_documents_are_an_error_that_says_what_is_missing(tmp_path, student, endpoint):
+    documents = write_documents(tmp_path / "docs", 2)
+    with pytest.raises(InputError, match="none of the three may be empty"):
+        Fit([documents], None, settings_for(student, endpoint.url), device="cpu", dtype="float32").finish()

@@ -1,0 +1,140 @@
+"""Having queries written: order, budget, and what a second call does."""
+
+from __future__ import annotations
+
+import pytest
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.core.types import Passage
+from d2llm.fit import write_queries as module
+from d2llm.fit.draft_store import DraftStore, passage_hash
+from d2llm.fit.write_queries import WritingBudget, in_rounds, write_queries
+from d2llm.models.writers.writer import WrittenQueries
+
+TEXT = "passage {} of the manual says how a device of that number is cleaned, repaired and stored in winter"
+UNLIMITED = WritingBudget()
+ONE_KIND = {"question": 1.0}
+
+
+class CountingWriter:
+    """Writes one query for each assignment, and remembers the assignments; fails at one of them if told to."""
+
+    fingerprint = "counting"
+
+    def __init__(self, fail_at=None):
+        self.assignments = []
+        self.fail_at = fail_at
+
+    def write(self, assignments, *, advance=None):
+        del advance
+        if self.fail_at is not None and len(self.assignments) + len(assignments) > self.fail_at:
+            raise ModelError("the endpoint is away")
+        self.assignments += assignments
+        return [WrittenQueries((f"{task.kind} about {task.passage[:12]}",), 100, 10) for task in assignments]
+
+
+def passages(num_documents=4, each=3):
+    return [
+        Passage(f"d{document}#{part}", TEXT.format(f"{document}-{part}"), document_id=f"d{document}", position=part)
+        for document in range(num_documents)
+        for part in range(each)
+    ]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return DraftStore(tmp_path, "counting")
+
+
+def write(corpus, writer, store, budget=UNLIMITED, config=None, **options):
+    return write_queries(corpus, writer, store, config=config or WriterConfig(), budget=budget, **options)
+
+
+def test_every_document_is_reached_before_any_is_finished():
+    ordered = in_rounds(passages(num_documents=5, each=4), seed=3)
+    for turn in range(4):
+        assert {passage.document_id for passage in ordered[5 * turn : 5 * turn + 5]} == {f"d{n}" for n in range(5)}
+    assert len({passage.id for passage in ordered}) == 20
+
+
+def test_each_passage_has_one_kind_first_and_all_in_the_end(store):
+    writer = CountingWriter()
+    report = write(passages(), writer, store)
+    first = writer.assignments[:12]
+    assert len({task.passage for task in first}) == 12
+    assert {(task.passage, task.kind) for task in writer.assignments} == {
+        (passage.text, kind) for passage in passages() for kind in ("question", "keywords", "statement")
+    }
+    assert (report.num_answers, report.num_queries, report.ended_by) == (36, 36, None)
+    assert (report.num_prompt_tokens, report.num_written_tokens) == (3600, 360)
+
+
+def test_kinds_without_a_share_are_not_written(store):
+    writer = CountingWriter()
+    write(passages(), writer, store, kinds={"question": 1.0, "keywords": 0.0})
+    assert {task.kind for task in writer.assignments} == {"question"}
+
+
+def test_the_share_of_a_kind_is_how_often_it_comes_first(store):
+    writer = CountingWriter()
+    write(passages(200, 1), writer, store, kinds={"question": 0.8, "keywords": 0.2}, budget=WritingBudget(queries=200))
+    share = sum(task.kind == "question" for task in writer.assignments[:200]) / 200
+    assert 0.7 < share < 0.9
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        (WritingBudget(queries=5), "5 queries"),
+        (WritingBudget(tokens=1_000), "1,000 tokens"),
+        (WritingBudget(money=0.002), "a cost of 0.002"),
+        (WritingBudget(seconds=0), "0 minutes"),
+    ],
+)
+def test_a_spent_budget_ends_the_writing(store, monkeypatch, budget, reason):
+    monkeypatch.setattr(module, "_ASSIGNMENTS_AT_ONCE", 2)
+    prices = {"price_per_million_prompt_tokens": 1.0, "price_per_million_written_tokens": 10.0}
+    config = WriterConfig(kind="remote", remote=RemoteWriterConfig(url="http://127.0.0.1:1/v1", **prices))
+    report = write(passages(), CountingWriter(), store, budget, config)
+    assert report.ended_by == reason
+    assert report.num_answers < 12
+    assert report.cost == pytest.approx(0.0002 * report.num_answers)
+
+
+def test_money_needs_prices(store):
+    with pytest.raises(InputError, match="price_per_million_prompt_tokens"):
+        write(passages(), CountingWriter(), store, WritingBudget(money=1.0))
+
+
+def test_a_failure_loses_nothing_and_the_next_call_continues(store, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_ASSIGNMENTS_AT_ONCE", 4)
+    with pytest.raises(ModelError, match="away"):
+        write(passages(), CountingWriter(fail_at=8), store, kinds=ONE_KIND)
+    second = CountingWriter()
+    report = write(passages(), second, DraftStore(tmp_path, "counting"), kinds=ONE_KIND)
+    assert (len(second.assignments), report.num_answers) == (4, 12)
+
+
+def test_only_changed_passages_are_written_for_again(store):
+    write(passages(), CountingWriter(), store, kinds=ONE_KIND)
+    changed = [*passages()[:-1], Passage("d3#2", TEXT.format("new"), document_id="d3", position=2)]
+    writer = CountingWriter()
+    write(changed, writer, store, kinds=ONE_KIND)
+    assert [task.passage for task in writer.assignments] == [TEXT.format("new")]
+    assert (passage_hash(changed[-1]), "question") in store
+
+
+def test_short_passages_are_counted_and_only_short_ones_an_error(store):
+    report = write([*passages(), Passage("short", "Too short.")], CountingWriter(), store)
+    assert report.num_short == 1
+    with pytest.raises(InputError, match="none of the 1 passages has 80 characters"):
+        write([Passage("short", "Too short.")], CountingWriter(), store)
+
+
+def test_the_same_seed_gives_the_same_assignments(store, tmp_path):
+    first, second, other = CountingWriter(), CountingWriter(), CountingWriter()
+    write(passages(), first, store)
+    write(passages(), second, DraftStore(tmp_path / "b", "counting"))
+    write(passages(), other, DraftStore(tmp_path / "c", "counting"), seed=1)
+    assert first.assignments == second.assignments != other.assignments
