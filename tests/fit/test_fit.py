@@ -109,7 +109,7 @@ def test_the_index_is_served_with_the_student_that_was_kept_and_can_be_moved(fin
     moved = tmp_path / "moved.search"
     done.folder.path.rename(moved)
     try:
-        index = Index.open(moved / "index", device="cpu", dtype="float32")
+        index = Index.open(moved, device="cpu", dtype="float32")
         assert len(index.search(["which zorb7 is it"])[0].passages) == 10
         assert index.student.fingerprint == Student.load(moved / "student", device="cpu").fingerprint
     finally:

@@ -126,7 +126,9 @@ def choose(
     folder: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")],
 ) -> None:
     """Remember the index for the verb that follows."""
-    context.meta[_FOLDER] = folder
+    from d2llm.store.index_manifest import find_index
+
+    context.meta[_FOLDER] = find_index(folder)
 
 
 def folder_of(context: typer.Context) -> Path:

@@ -42,7 +42,9 @@ _NAMED = 5  # number of truncated queries to list
 
 def search(
     context: typer.Context,
-    index: Annotated[Path, typer.Argument(metavar="INDEX", help="A folder that index or encode made, or a snapshot.")],
+    index: Annotated[
+        Path, typer.Argument(metavar="INDEX", help="A folder that index, encode or fit made, or a snapshot.")
+    ],
     texts: Annotated[list[str] | None, typer.Argument(metavar="QUERY", help="What to search for.")] = None,
     queries: Annotated[
         Path | None,

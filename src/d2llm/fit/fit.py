@@ -44,13 +44,14 @@ from d2llm.data.indexed_corpus import is_corpus_file, open_corpus
 from d2llm.data.run_folder import is_finished
 from d2llm.fit.critic import Review, review_queries
 from d2llm.fit.draft_store import DraftStore
-from d2llm.fit.fit_folder import FORMAT_VERSION, KIND, default_folder, require_fit_folder
+from d2llm.fit.fit_folder import FORMAT_VERSION, default_folder, require_fit_folder
 from d2llm.fit.settings import FitSettings
 from d2llm.fit.stages import Stages
 from d2llm.fit.time_plan import TimePlan, plan_time
 from d2llm.fit.training_data import DataReport, read_judged, write_users_data, write_written_data
 from d2llm.fit.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
+from d2llm.store.index_manifest import FIT_KIND
 
 if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport
@@ -483,7 +484,7 @@ class Fit:
         write_json(self.folder.report, report.to_json())
         write_bytes(self.folder.report_page, report_page(report, self.stages.table()).encode())
         content = {"documents": [str(path.resolve()) for path in self.documents], "kept": report.kept}
-        write_manifest(self.folder.path, KIND, FORMAT_VERSION, content)
+        write_manifest(self.folder.path, FIT_KIND, FORMAT_VERSION, content)
         return report
 
     @cached_property

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import FILE_NAME, read_any_manifest
+from d2llm.store.index_manifest import FIT_KIND, INDEX_OF_FIT
 
-KIND, FORMAT_VERSION = "search", 1
+FORMAT_VERSION = 1
 SUFFIX = ".search"
 
 
@@ -27,7 +28,7 @@ class FitFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = path / FILE_NAME
-        self.index, self.student = path / "index", path / "student"
+        self.index, self.student = path / INDEX_OF_FIT, path / "student"
         self.report_page, self.audit_page = path / "report.html", path / "audit.html"
         self.report, self.progress_page = path / "report.json", path / "progress.html"
         self.work = path / "work"
@@ -59,6 +60,6 @@ def require_fit_folder(path: Path) -> FitFolder:
     folder = FitFolder(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return folder
-    if path.is_dir() and folder.manifest.is_file() and read_any_manifest(path).get("kind") == KIND:
+    if path.is_dir() and folder.manifest.is_file() and read_any_manifest(path).get("kind") == FIT_KIND:
         return folder
     raise InputError(f"{path}: holds something else than a fit; give another folder (--output)")

@@ -18,6 +18,7 @@ from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, EngineName, Passage, Query, Ranking, Task
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
+from d2llm.store.index_manifest import find_index
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
@@ -155,7 +156,7 @@ class Index:
         """Open an existing index. Its student is loaded when it is first needed.
 
         Args:
-            folder: folder of an index, or of a snapshot.
+            folder: folder of an index, of a snapshot, or of a fit (``fit``).
             student: the student that made the index, if it has been moved since.
             device: device of the student.
             dtype: its number format.
@@ -166,7 +167,9 @@ class Index:
         Raises:
             DataFormatError: there is no index, or it is damaged.
         """
-        return cls(IndexStore.open(Path(folder)), student, device=device, dtype=dtype, engine=engine, lean=lean)
+        return cls(
+            IndexStore.open(find_index(Path(folder))), student, device=device, dtype=dtype, engine=engine, lean=lean
+        )
 
     def __enter__(self) -> Index:
         return self

@@ -8,11 +8,21 @@ from typing import Any, get_args
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.core.manifest import read_manifest, write_manifest
+from d2llm.core.manifest import read_any_manifest, read_manifest, write_manifest
 from d2llm.store.stored_vectors import VectorCopies
 
 KIND = "index"
 FORMAT_VERSION = 3
+FIT_KIND, INDEX_OF_FIT = "search", "index"
+"""Kind of a folder that ``fit`` makes, and the name of the index in it."""
+
+
+def find_index(path: Path) -> Path:
+    """The folder of an index: ``path`` itself or, if that is the folder of a fit, the index in it."""
+    manifest = path / MANIFEST_NAME
+    if manifest.is_file() and read_any_manifest(path, KIND).get("kind") == FIT_KIND:
+        return path / INDEX_OF_FIT
+    return path
 
 
 def write_index_manifest(folder: Path, content: Mapping[str, Any]) -> None:
