@@ -31,7 +31,7 @@ HELD_OUT_QUERIES = 200
 FEW_DOCUMENTS = 30
 """With fewer documents, parts of documents are split instead of whole ones."""
 _PART_PASSAGES = 8  # passages of one part
-_USER_SHARES = {"train": 0.5, "dev": 0.2, "test": 0.3}
+_USER_SHARES = {"dev": 0.2, "test": 0.3}  # the rest is for training
 _DOCUMENT_DEPTH = 200  # results in which the passage of a clicked document is looked for
 
 Judged = tuple[str, str, int]
@@ -156,25 +156,25 @@ def write_users_data(
             f"none of the {len(judged):,} judged ids is a passage or document of this corpus, such as "
             f"{judged[0][1]!r}; an id is the path of a file below its folder, or what the index shows"
         )
+    split_of = _split_queries({query_id for query_id, _, _ in rows}, seed)
     qrels: dict[str, list[tuple[str, str, int]]] = {split: [] for split in SPLITS}
     for query_id, passage_id, grade in rows:
-        qrels[_user_split(query_id, seed)].append((query_id, passage_id, grade))
-    counts = {split: len({query_id for query_id, _, _ in rows}) for split, rows in qrels.items()}
-    if not all(counts.values()):
-        raise InputError(f"{len(texts):,} queries of users are too few for train, dev and test; give ten or more")
+        qrels[split_of[query_id]].append((query_id, passage_id, grade))
+    counts = Counter(split_of.values())
+    if len(counts) < len(SPLITS):
+        raise InputError(f"{len(split_of):,} queries of users are too few for train, dev and test; give ten or more")
     judged_ids = {query_id for query_id, _, _ in rows}
     queries = [Query(query_ids[text], text) for text in texts if query_ids[text] in judged_ids]
     _write(folder, passages, queries, qrels)
-    return DataReport(counts, num_unknown=num_unknown)
+    return DataReport(dict(counts), num_unknown=num_unknown)
 
 
-def _user_split(query_id: str, seed: int) -> str:
-    draw = random.Random(f"{seed}:{query_id}").random()
-    for split, share in _USER_SHARES.items():
-        if draw < share:
-            return split
-        draw -= share
-    return SPLITS[-1]
+def _split_queries(query_ids: Iterable[str], seed: int) -> dict[str, str]:
+    """The split of each query: shares of a random order."""
+    ordered = sorted(query_ids, key=lambda query_id: random.Random(f"{seed}:{query_id}").random())
+    num_dev, num_test = (round(_USER_SHARES[split] * len(ordered)) for split in ("dev", "test"))
+    splits = ["dev"] * num_dev + ["test"] * num_test + ["train"] * (len(ordered) - num_dev - num_test)
+    return dict(zip(ordered, splits, strict=True))
 
 
 def _resolve(

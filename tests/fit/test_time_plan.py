@@ -1,0 +1,43 @@
+"""How a fit divides its time."""
+
+from __future__ import annotations
+
+import pytest
+
+from d2llm.fit.time_plan import MIN_TRAINING_SECONDS, MIN_WRITING_SECONDS, plan_time
+
+
+def plan(minutes, num_passages=3_000, rate=100.0, **options):
+    return plan_time(60 * minutes, num_passages=num_passages, passages_per_second=rate, num_negatives=2, **options)
+
+
+@pytest.mark.parametrize("minutes", [20, 60, 480])
+def test_the_stages_fill_the_time(minutes):
+    result = plan(minutes)
+    assert result.total == pytest.approx(60 * minutes)
+    assert min(result.writing, result.training, result.measuring) > 0
+
+
+def test_more_time_is_for_more_queries():
+    assert plan(60).max_queries > plan(20).max_queries > 1_000
+
+
+def test_a_slow_machine_trains_on_less():
+    assert plan(60, rate=20.0).max_queries < plan(60).max_queries
+
+
+def test_too_little_time_is_for_fitting_weights_alone():
+    result = plan(4)
+    assert (result.training, result.max_queries) == (0, 0)
+    assert result.writing >= MIN_WRITING_SECONDS
+    assert plan(10).training >= MIN_TRAINING_SECONDS
+
+
+def test_queries_that_are_written_leave_their_time_to_training():
+    result = plan(20, is_written=True)
+    assert result.writing == 0
+    assert result.training > plan(20).training
+
+
+def test_a_teacher_takes_a_share_of_the_training():
+    assert plan(60, has_teacher=True).max_queries < plan(60).max_queries

@@ -1,0 +1,141 @@
+"""The data sets of a fit: splits without leaks, and users' queries."""
+
+from __future__ import annotations
+
+import pytest
+
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.types import Passage
+from d2llm.data.beir import read_beir
+from d2llm.fit.critic import KeptQuery, WrittenQuery
+from d2llm.fit.training_data import (
+    FEW_DOCUMENTS,
+    read_examples,
+    read_judged,
+    split_passages,
+    write_users_data,
+    write_written_data,
+)
+from d2llm.models.student import Student
+from d2llm.retrieval.index import Index
+from tiny_models import TEXTS, tiny_student_config, write_tiny_model
+
+
+def corpus(num_documents, each):
+    return [
+        Passage(f"d{document}#{part}", f"part {part} of {document}", document_id=f"d{document}", position=part)
+        for document in range(num_documents)
+        for part in range(1, each + 1)
+    ]
+
+
+def queries_for(passages, extra=()):
+    kept = [KeptQuery(WrittenQuery(f"query for {p.id}", "question", p.id), (p.id,), 1) for p in passages]
+    return [*kept, *extra]
+
+
+def test_passages_of_a_document_share_a_split():
+    passages = corpus(2 * FEW_DOCUMENTS, 3)
+    splits = split_passages(passages, num_queries=180, seed=0)
+    by_document: dict[str, set[str]] = {}
+    for passage in passages:
+        by_document.setdefault(passage.document_id, set()).add(splits[passage.id])
+    assert all(len(each) == 1 for each in by_document.values())
+    assert set(splits.values()) == {"train", "dev", "test"}
+    assert splits == split_passages(passages[::-1], num_queries=180, seed=0)
+
+
+def test_a_single_long_document_is_split_in_parts():
+    splits = split_passages(corpus(1, 400), num_queries=800, seed=0)
+    assert set(splits.values()) == {"train", "dev", "test"}
+    changes = sum(splits[f"d0#{part}"] != splits[f"d0#{part + 1}"] for part in range(1, 400))
+    assert changes < 50  # neighbours nearly always share a split
+
+
+def test_more_queries_make_smaller_held_out_shares():
+    passages = corpus(2_000, 1)
+    shares = [
+        sum(split == "test" for split in split_passages(passages, number, 0).values()) / 2_000
+        for number in (100, 2_000, 20_000)
+    ]
+    assert shares == pytest.approx([0.2, 0.1, 0.05], abs=0.02)
+
+
+def test_written_data_can_be_read_and_training_shares_no_positive_with_dev_or_test(tmp_path):
+    passages = corpus(60, 2)
+    splits = split_passages(passages, num_queries=121, seed=0)
+    first = {split: next(p.id for p in passages if splits[p.id] == split) for split in ("train", "test")}
+    shared = KeptQuery(WrittenQuery("a shared query", "question", first["train"]), (first["train"], first["test"]), 1)
+    report = write_written_data(tmp_path / "data", passages, queries_for(passages, [shared]), seed=0)
+    dataset = read_beir(tmp_path / "data")
+    assert report.num_shared == 1
+    assert sum(report.queries.values()) == len(dataset.queries) == 120
+    assert dataset.issues == ()
+    positives = {split: {p for ids in dataset.positives(split).values() for p in ids} for split in report.queries}
+    assert not positives["train"] & (positives["dev"] | positives["test"])
+
+
+def test_too_few_queries_are_an_error_that_counts_them(tmp_path):
+    passages = corpus(2, 1)
+    with pytest.raises(InputError, match="the 2 queries that the critic kept"):
+        write_written_data(tmp_path / "data", passages, queries_for(passages), seed=0)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    root = tmp_path_factory.mktemp("index")
+    student = Student.create(tiny_student_config(write_tiny_model(root / "model", "bert")), device="cpu")
+    index = Index.create(root / "index", student)
+    index.add(documents())
+    return index
+
+
+def documents():
+    return [
+        Passage(f"d{number // 2}.md#{number % 2 + 1}", text, document_id=f"d{number // 2}.md", position=number % 2 + 1)
+        for number, text in enumerate(TEXTS)
+    ]
+
+
+def test_users_queries_name_passages_or_documents(tmp_path, index):
+    judged = [(f"query {number} about a cat", "d0.md#2", 1) for number in range(20)]
+    judged += [("the dog runs", "d0.md", 2), ("nothing", "missing.md", 1)]
+    report = write_users_data(tmp_path / "users", documents(), judged, index, task="asymmetric", seed=0)
+    dataset = read_beir(tmp_path / "users")
+    grades = {query: by_id for split in dataset.qrels.values() for query, by_id in split.items()}
+    [of_document] = [by_id for query, by_id in grades.items() if dataset.queries[query].text == "the dog runs"]
+    ranking = index.search(["the dog runs"])[0].passages
+    best = next(entry.passage.id for entry in ranking if entry.passage.document_id == "d0.md")
+    assert of_document == {best: 2}
+    assert report.num_unknown == 1
+    assert sum(report.queries.values()) == 21
+    assert "nothing" not in {query.text for query in dataset.queries.values()}
+
+
+def test_judgements_of_other_documents_are_an_error(tmp_path, index):
+    with pytest.raises(InputError, match=r"none of the 1 judged ids .* 'other\.md'"):
+        write_users_data(tmp_path / "users", documents(), [("q", "other.md", 1)], index, task="asymmetric", seed=0)
+
+
+def test_judged_files(tmp_path):
+    path = tmp_path / "clicks.tsv"
+    path.write_text("how to clean\tmanual.md\n\nhow to store\tmanual.md#3\t2\n")
+    assert read_judged(path) == [("how to clean", "manual.md", 1), ("how to store", "manual.md#3", 2)]
+    for content, problem in [
+        ("only a query\n", "clicks.tsv:1: must be"),
+        ("q\tp\thigh\n", "clicks.tsv:1: the grade must be a whole number, found 'high'"),
+        ("\n", "holds no queries"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(DataFormatError, match=problem):
+            read_judged(path)
+
+
+def test_examples(tmp_path):
+    path = tmp_path / "examples.tsv"
+    path.write_text("A passage on tea.\thow hot should tea be\n")
+    assert read_examples(path) == (("A passage on tea.", "how hot should tea be"),)
+    path.write_text("no query\n")
+    with pytest.raises(DataFormatError, match=r"examples\.tsv:1: must be 'passage<TAB>query'"):
+        read_examples(path)
