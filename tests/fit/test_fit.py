@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
-from d2llm.fit.critic import CriticSettings
 from d2llm.fit.fit import BASE_NAME, Fit, fit
-from d2llm.fit.settings import FitSettings
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
-from local_endpoint import Reply, local_endpoint
-from tiny_models import TEXTS, tiny_student_config, write_tiny_model
-
-NUM_DOCUMENTS = 40
-_WORDS = sorted({word for text in TEXTS for word in text.replace(",", "").split()})
-
-
-def write_documents(folder: Path, number: int = NUM_DOCUMENTS) -> Path:
-    """Documents of 14 random words and a name of their own."""
-    rng = random.Random(5)
-    folder.mkdir(parents=True)
-    for document in range(number):
-        words = rng.sample(_WORDS, 14)
-        text = (
-            f"# Device {document}\n\nThe zorb{document} is about {' '.join(words[:7])}. It has {' '.join(words[7:])}.\n"
-        )
-        (folder / f"{document}.md").write_text(text)
-    return folder
-
-
-def ask_about_passage(request, number) -> Reply:
-    """A chat answer: two queries of words from the passage in the prompt, in another order."""
-    del number
-    passage = request.prompt.rpartition("zorb")[2].replace(".", " ").split()
-    first, second = (
-        f"which zorb{passage[0]} has {passage[4]} {passage[3]}",
-        f"zorb{passage[0]} {passage[8]} {passage[5]}",
-    )
-    choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": f"1. {first}\n2. {second}\n"}}
-    return Reply({"choices": [choice], "usage": {"prompt_tokens": 50, "completion_tokens": 9}})
+from local_endpoint import local_endpoint
+from tiny_fit import NUM_DOCUMENTS, ask_about_passage, settings_for, write_documents
+from tiny_models import tiny_student_config, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +29,6 @@ def student(tmp_path_factory) -> Path:
 def endpoint():
     with local_endpoint(ask_about_passage) as served:
         yield served
-
-
-def settings_for(student: Path, url: str, **changes) -> FitSettings:
-    writer = WriterConfig(kind="remote", model="served", remote=RemoteWriterConfig(url=url))
-    values = {"student": str(student), "writer": writer, "kinds": {"question": 1.0}, "hours": 1.0}
-    return FitSettings(**values | {"critic": CriticSettings(depth=NUM_DOCUMENTS)} | changes)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.core.files import new_folder, write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
-from d2llm.core.manifest import write_manifest
+from d2llm.core.manifest import read_any_manifest, write_manifest
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import (
     DataConfig,
@@ -186,7 +186,7 @@ class Fit:
         """Run every step; see ``fit``."""
         with showing_progress(self.show_progress):
             self.folder.work.mkdir(parents=True, exist_ok=True)
-            if is_finished(self.folder.path) and not again:
+            if self.is_finished and not again:
                 with self.stages.run("read") as stage:
                     stage.outcome = self.read()
                 _remarks.info(
@@ -195,6 +195,7 @@ class Fit:
                     self.folder.path,
                 )
                 return None
+            self._write_manifest()
             with self.stages.run("read") as stage:
                 stage.outcome = self.read()
             plan = self.plan()
@@ -483,9 +484,17 @@ class Fit:
         )
         write_json(self.folder.report, report.to_json())
         write_bytes(self.folder.report_page, report_page(report, self.stages.table()).encode())
-        content = {"documents": [str(path.resolve()) for path in self.documents], "kept": report.kept}
-        write_manifest(self.folder.path, FIT_KIND, FORMAT_VERSION, content)
+        self._write_manifest(kept=report.kept)
         return report
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier call has finished this fit."""
+        return self.folder.manifest.is_file() and read_any_manifest(self.folder.path).get("kept") is not None
+
+    def _write_manifest(self, kept: str | None = None) -> None:
+        content = {"documents": [str(path.resolve()) for path in self.documents], "kept": kept}
+        write_manifest(self.folder.path, FIT_KIND, FORMAT_VERSION, content)
 
     @cached_property
     def index(self) -> Index:
