@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
-from d2llm.fit.critic import CriticSettings
-from d2llm.fit.settings import FitSettings
+from d2llm.fitting.critic import CriticSettings
+from d2llm.fitting.settings import FitSettings
 from local_endpoint import Reply, Request
 from tiny_models import TEXTS
 

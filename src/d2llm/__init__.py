@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from d2llm.evaluation.evaluate import evaluate
     from d2llm.evaluation.loading import load_contenders
     from d2llm.evaluation.setting import Contenders, EvaluationSettings
+    from d2llm.fitting.fit import Fit, fit
+    from d2llm.fitting.settings import FitSettings
     from d2llm.models.backbone import Backbone
     from d2llm.models.export.export import export
     from d2llm.models.student import Student
@@ -65,6 +67,8 @@ __all__ = [
     "Dataset",
     "EvaluationSettings",
     "Explanation",
+    "Fit",
+    "FitSettings",
     "Index",
     "PairDataset",
     "Passage",
@@ -83,6 +87,7 @@ __all__ = [
     "evaluate",
     "export",
     "find_documents",
+    "fit",
     "fit_evidence",
     "fit_probabilities",
     "fit_scores",
@@ -121,6 +126,8 @@ _HOMES = {
     "d2llm.data.open_data": ("open_data",),
     "d2llm.data.pairs": ("PairDataset", "read_pairs"),
     "d2llm.store.side_files": ("Chunking",),
+    "d2llm.fitting.fit": ("Fit", "fit"),
+    "d2llm.fitting.settings": ("FitSettings",),
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.student": ("Student",),
     "d2llm.models.teachers.judge": ("load_judge",),

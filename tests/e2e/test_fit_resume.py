@@ -25,8 +25,8 @@ KILLED_IN = {
 RUN = f"""
 import os, signal, sys
 from pathlib import Path
-from d2llm.fit import draft_store, fit, write_queries
-from d2llm.fit.fit import Fit
+from d2llm.fitting import draft_store, fit, write_queries
+from d2llm.fitting.fit import Fit
 from d2llm.training import distill
 from tiny_fit import settings_for
 

@@ -102,10 +102,10 @@ def fit(
     session = session_of(context)
     if hours is not None and minutes is not None:
         raise InputError("--hours and --minutes both say how long; give one of them")
-    from d2llm.fit.fit import Fit
-    from d2llm.fit.pages import verdict_sentence
-    from d2llm.fit.settings import DEFAULT_HOURS, FitSettings
-    from d2llm.fit.training_data import read_examples
+    from d2llm.fitting.fit import Fit
+    from d2llm.fitting.pages import verdict_sentence
+    from d2llm.fitting.settings import DEFAULT_HOURS, FitSettings
+    from d2llm.fitting.training_data import read_examples
 
     settings = FitSettings(
         hours=minutes / 60 if minutes is not None else DEFAULT_HOURS if hours is None else hours,

@@ -9,7 +9,7 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import read_manifest
-from d2llm.fit.fit import BASE_NAME, Fit, fit
+from d2llm.fitting.fit import BASE_NAME, Fit, fit
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
 from local_endpoint import local_endpoint

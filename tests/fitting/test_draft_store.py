@@ -6,7 +6,7 @@ import pytest
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.types import Passage
-from d2llm.fit.draft_store import Draft, DraftStore, passage_hash
+from d2llm.fitting.draft_store import Draft, DraftStore, passage_hash
 
 FIRST = Draft("a1", "question", ("What is it?", "为什么？"), 100, 12)
 SECOND = Draft("a1", "keywords", (), 90, 3, problem="no query in 'Sorry'")

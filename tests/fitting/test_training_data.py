@@ -7,8 +7,8 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.data.beir import read_beir
-from d2llm.fit.critic import KeptQuery, WrittenQuery
-from d2llm.fit.training_data import (
+from d2llm.fitting.critic import KeptQuery, WrittenQuery
+from d2llm.fitting.training_data import (
     FEW_DOCUMENTS,
     read_examples,
     read_judged,

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from d2llm.core.table import Cell, Column, Table
-from d2llm.fit.critic import Review
+from d2llm.fitting.critic import Review
 from d2llm.reports.evaluation_tables import measure_table
 from d2llm.reports.html.page import render
 from d2llm.reports.phrases import p_text
 
 if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport, Example
-    from d2llm.fit.fit import FitReport
+    from d2llm.fitting.fit import FitReport
 
 _EXAMPLES_PER_REASON = 8
 _NUM_KEPT_SHOWN = 30

@@ -2,7 +2,7 @@
 
 Passages are taken in rounds over the documents, so that a budget that ends early has reached every document before
 it reaches every passage. A passage gets one kind of query in the first pass over the corpus, and another in each
-further pass. Everything written is kept (``fit.draft_store``), and a call that was interrupted continues there.
+further pass. Everything written is kept (``fitting.draft_store``), and a call that was interrupted continues there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import WriterConfig
 from d2llm.core.types import Passage
-from d2llm.fit.draft_store import Draft, DraftStore, passage_hash
+from d2llm.fitting.draft_store import Draft, DraftStore, passage_hash
 from d2llm.models.writers.writer import Assignment, QueryKind, Writer
 
 DEFAULT_KINDS: Mapping[QueryKind, float] = {"question": 0.6, "keywords": 0.2, "statement": 0.2}

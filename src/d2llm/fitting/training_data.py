@@ -19,7 +19,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import write_manifest
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.lines import read_lines
-from d2llm.fit.critic import KeptQuery
+from d2llm.fitting.critic import KeptQuery
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.settings import SearchSettings

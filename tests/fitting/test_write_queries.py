@@ -7,9 +7,9 @@ import pytest
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.core.types import Passage
-from d2llm.fit import write_queries as module
-from d2llm.fit.draft_store import DraftStore, passage_hash
-from d2llm.fit.write_queries import WritingBudget, in_rounds, write_queries
+from d2llm.fitting import write_queries as module
+from d2llm.fitting.draft_store import DraftStore, passage_hash
+from d2llm.fitting.write_queries import WritingBudget, in_rounds, write_queries
 from d2llm.models.writers.writer import WrittenQueries
 
 TEXT = "passage {} of the manual says how a device of that number is cleaned, repaired and stored in winter"

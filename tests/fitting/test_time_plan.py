@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.fit.time_plan import MIN_TRAINING_SECONDS, MIN_WRITING_SECONDS, plan_time
+from d2llm.fitting.time_plan import MIN_TRAINING_SECONDS, MIN_WRITING_SECONDS, plan_time
 
 
 def plan(minutes, num_passages=3_000, rate=100.0, **options):

@@ -42,14 +42,14 @@ from d2llm.data.beir import read_beir
 from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import is_corpus_file, open_corpus
 from d2llm.data.run_folder import is_finished
-from d2llm.fit.critic import Review, review_queries
-from d2llm.fit.draft_store import DraftStore
-from d2llm.fit.fit_folder import FORMAT_VERSION, default_folder, require_fit_folder
-from d2llm.fit.settings import FitSettings
-from d2llm.fit.stages import Stages
-from d2llm.fit.time_plan import TimePlan, plan_time
-from d2llm.fit.training_data import DataReport, read_judged, write_users_data, write_written_data
-from d2llm.fit.write_queries import WritingBudget, WritingReport, write_queries
+from d2llm.fitting.critic import Review, review_queries
+from d2llm.fitting.draft_store import DraftStore
+from d2llm.fitting.fit_folder import FORMAT_VERSION, default_folder, require_fit_folder
+from d2llm.fitting.settings import FitSettings
+from d2llm.fitting.stages import Stages
+from d2llm.fitting.time_plan import TimePlan, plan_time
+from d2llm.fitting.training_data import DataReport, read_judged, write_users_data, write_written_data
+from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
 from d2llm.store.index_manifest import FIT_KIND
 
@@ -282,7 +282,7 @@ class Fit:
 
     def review(self) -> Review:
         """Review the written queries, and write the audit page."""
-        from d2llm.fit.pages import audit_page
+        from d2llm.fitting.pages import audit_page
 
         teacher = None
         if self.settings.teacher is not None:
@@ -461,7 +461,7 @@ class Fit:
 
     def _conclude(self, learnt: _Learnt) -> FitReport:
         """Compare, keep the better student, serve it, and write the report."""
-        from d2llm.fit.pages import report_page
+        from d2llm.fitting.pages import report_page
 
         with self.stages.run("compare") as stage:
             reports, verdict = self.compare(learnt.data, learnt.base, learnt.trained)

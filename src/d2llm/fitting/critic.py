@@ -1,6 +1,6 @@
 """Chooses, among the queries that a writer wrote, those worth learning from, and says why the others are not.
 
-First come rules that need no model (``fit.query_rules``) and repeated queries. Then a round trip: a search for the
+First come rules that need no model (``fitting.query_rules``) and repeated queries. Then a round trip: a search for the
 query must find the passage that it was written for among the first results, or the query fits too many passages, or
 none (Dai et al., "Promptagator", ICLR 2023). Passages that say the same as that passage count as relevant too. A
 teacher, if there is one, reads the query with its passage and with the best other results: those that it finds at least
@@ -19,8 +19,8 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.same_text import comparable, jaccard, shingles
 from d2llm.evaluation.judging import judge_pool
-from d2llm.fit.draft_store import DraftStore, passage_hash
-from d2llm.fit.query_rules import query_fault
+from d2llm.fitting.draft_store import DraftStore, passage_hash
+from d2llm.fitting.query_rules import query_fault
 from d2llm.models.teachers.judge import Judge
 from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
 from d2llm.retrieval.index import Index

@@ -10,8 +10,8 @@ from d2llm.core.errors import InputError
 from d2llm.core.recipe import TeacherConfig, WriterConfig
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import Task
-from d2llm.fit.critic import CriticSettings
-from d2llm.fit.write_queries import DEFAULT_KINDS
+from d2llm.fitting.critic import CriticSettings
+from d2llm.fitting.write_queries import DEFAULT_KINDS
 from d2llm.models.writers.writer import QueryKind
 from d2llm.store.side_files import Chunking
 
@@ -35,7 +35,7 @@ class FitSettings:
         critic: how strictly queries are reviewed.
         teacher: a model that judges pairs: for the critic, and to be distilled if it beats the cosine. None: the
             student learns from the queries alone.
-        judged: a file of users' queries and what they chose (``fit.training_data.read_judged``).
+        judged: a file of users' queries and what they chose (``fitting.training_data.read_judged``).
         exclude: what to leave out of folders of documents, as in a ``.gitignore``.
         chunking: how documents are split; None: as the index does it already, or by default.
         seed: seed of all samples and of training.
