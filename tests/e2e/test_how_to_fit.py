@@ -1,0 +1,26 @@
+"""The Python example of docs/how-to/fit.md runs as written, on 50 documents, with a writer on a local port."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from how_to import python_blocks
+from local_endpoint import local_endpoint
+from tiny_fit import ask_about_passage, write_documents
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "fit.md"
+OLLAMA = "http://127.0.0.1:11434/v1"
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "docs", 50)
+    [block] = python_blocks(PAGE)
+    assert OLLAMA in block.code
+    with local_endpoint(ask_about_passage) as endpoint:
+        exec(compile(block.code.replace(OLLAMA, endpoint.url), str(PAGE), "exec"), {})
+    first, *results = capsys.readouterr().out.splitlines()
+    assert first.startswith(("fitted ", "start "))
+    assert first.endswith(" queries")
+    assert [line.split()[0] for line in results] == ["1", "2", "3"]
+    assert (tmp_path / "docs.search" / "report.html").is_file()
