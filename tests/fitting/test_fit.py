@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import read_manifest
-from d2llm.fitting.fit import BASE_NAME, Fit, fit
+from d2llm.fitting.fit import BASE_NAME, Fit, fit, student_for
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
 from local_endpoint import local_endpoint
@@ -102,3 +103,18 @@ def test_too_few_documents_are_an_error_that_says_what_is_missing(tmp_path, stud
     documents = write_documents(tmp_path / "docs", 2)
     with pytest.raises(InputError, match="none of the three may be empty"):
         Fit([documents], None, settings_for(student, endpoint.url), device="cpu", dtype="float32").finish()
+
+
+@pytest.mark.parametrize("has_langid", [True, False])
+@pytest.mark.parametrize(
+    ("text", "student"),
+    [
+        ("How the pump is cleaned, repaired and stored in winter.", "d2llm-minilm"),
+        ("如何在冬天清洁、修理和存放水泵。", "d2llm-multilingual"),
+        ("Как чистить, чинить и хранить насос зимой.", "d2llm-multilingual"),
+    ],
+)
+def test_the_student_to_start_from_follows_from_the_language(monkeypatch, has_langid, text, student):
+    if not has_langid:
+        monkeypatch.setitem(sys.modules, "py3langid", None)
+    assert student_for([text, text]) == student

@@ -18,7 +18,6 @@ from d2llm.cli.options import (
 )
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
-from d2llm.core.shipped import DEFAULT_STUDENT
 
 if TYPE_CHECKING:
     from d2llm.core.recipe import WriterConfig
@@ -42,8 +41,11 @@ def fit(
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="The same in minutes.", min=0, show_default=False)] = None,
     student: Annotated[
-        str, student_option(help="The student to start from and to beat: a folder, or the name of a shipped one.")
-    ] = DEFAULT_STUDENT,
+        str | None,
+        student_option(
+            help="The student to start from and to beat.", show_default="the shipped one for the documents' language"
+        ),
+    ] = None,
     writer: Annotated[
         str, typer.Option(metavar="MODEL", help="Language model that writes queries; the model's name at an endpoint.")
     ] = "smollm2",

@@ -9,6 +9,7 @@ from typing import Literal
 from d2llm.core.manifest import FILE_NAME, read_any_manifest
 
 DEFAULT_STUDENT = "d2llm-minilm"
+MULTILINGUAL_STUDENT = "d2llm-multilingual"
 
 
 def shipped_recipes() -> dict[str, Path]:

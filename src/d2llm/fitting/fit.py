@@ -17,10 +17,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2llm.core.errors import IndexMismatchError, InputError
+from d2llm.core.errors import IndexMismatchError, InputError, MissingExtraError
 from d2llm.core.files import new_folder, write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
 from d2llm.core.manifest import read_any_manifest, write_manifest
@@ -37,8 +38,10 @@ from d2llm.core.recipe import (
     TrainingConfig,
     untuned_config,
 )
+from d2llm.core.shipped import DEFAULT_STUDENT, MULTILINGUAL_STUDENT
 from d2llm.core.types import Passage
 from d2llm.data.beir import read_beir
+from d2llm.data.check_texts import guess_languages
 from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import is_corpus_file, open_corpus
 from d2llm.data.run_folder import is_finished
@@ -67,6 +70,7 @@ MIN_USERS_QUERIES = 30
 _remarks = logging.getLogger("d2llm.remarks")
 _STUDENT_SOURCE = "../student"
 _TIMED_PASSAGES = 64
+_SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed, and how much of each is read
 _LISTED_AT_ONCE = 1_000
 
 
@@ -225,7 +229,7 @@ class Fit:
                 outcome = f"{changed:,} of {report.num_files:,} files had changed, {len(report.gone):,} were gone"
             self._forget_index()
             return outcome
-        student = self._load(self.settings.student)
+        student = self._load(self.start)
         student.save(self.folder.student)
         chunking = None if is_corpus_file(self.documents) else self.settings.chunking or default_chunking(student)
         encoded = encode(
@@ -322,7 +326,7 @@ class Fit:
 
         folder = self.folder.base(self._data_key(data))
         if not is_finished(folder):
-            student = self._load(self.settings.student)
+            student = self._load(self.start)
             datasets = [read_beir(self._data_folder(name), splits=["dev"]) for name in data]
             fit_scores(student, datasets, self.settings.task, window_vectors=False, seed=self.settings.seed)
             student.save(folder)
@@ -346,7 +350,7 @@ class Fit:
         return Recipe(
             name="fit",
             seed=settings.seed,
-            student=self._load(settings.student).config,
+            student=self._load(self.start).config,
             teacher=settings.teacher or Recipe().teacher,
             teacher_tuning=TeacherTuningConfig(epochs=0),
             data=tuple(
@@ -358,7 +362,7 @@ class Fit:
                 )
                 for name, report in data.items()
             ),
-            mining=MiningConfig(num_hard=8, num_easy=2, student=settings.student),
+            mining=MiningConfig(num_hard=8, num_easy=2, student=self.start),
             gate=GateConfig(queries=100, depth=12),
             losses=LossWeights(
                 contrastive_imitation=0.0,
@@ -369,7 +373,7 @@ class Fit:
                 in_batch_cross_entropy=0.5 if imitates else 1.0,
             ),
             training=TrainingConfig(
-                start=settings.student,
+                start=self.start,
                 learning_rate=2e-4,
                 epochs=1,
                 batch_queries=32,
@@ -492,8 +496,19 @@ class Fit:
         """Whether an earlier call has finished this fit."""
         return self.folder.manifest.is_file() and read_any_manifest(self.folder.path).get("kept") is not None
 
+    @cached_property
+    def start(self) -> str:
+        """The student to start from: as set, as in an earlier call, or by the language of the documents."""
+        if self.settings.student is not None:
+            return self.settings.student
+        if self.folder.manifest.is_file():
+            return str(read_any_manifest(self.folder.path)["start"])
+        corpus = open_corpus(self.documents, exclude=self._excluded)
+        return student_for([passage.text[:_SAMPLED_CHARACTERS] for passage in islice(corpus.passages, _SAMPLED)])
+
     def _write_manifest(self, kept: str | None = None) -> None:
-        content = {"documents": [str(path.resolve()) for path in self.documents], "kept": kept}
+        documents = [str(path.resolve()) for path in self.documents]
+        content = {"documents": documents, "start": self.start, "kept": kept}
         write_manifest(self.folder.path, FIT_KIND, FORMAT_VERSION, content)
 
     @cached_property
@@ -552,7 +567,7 @@ class Fit:
             fingerprint_files(sorted(path for path in self._data_folder(name).rglob("*") if path.is_file()))
             for name in data
         ]
-        return fingerprint_json([content, self.settings.student, self.settings.seed])
+        return fingerprint_json([content, self.start, self.settings.seed])
 
     def _load(self, student: str | Path) -> Student:
         from d2llm.models.student import Student
@@ -566,6 +581,22 @@ class Fit:
     def _note_skipped(self, skipped: Sequence[SkippedFile]) -> None:
         if skipped:
             self._note(f"{len(skipped):,} files could not be read, such as {skipped[0]}")
+
+
+def student_for(texts: Sequence[str]) -> str:
+    """The shipped student for the language of some texts: English, or any other.
+
+    Without py3langid (extra ``check``), texts in which a tenth of the letters are not ASCII are taken for another
+    language.
+    """
+    try:
+        languages = guess_languages("documents", texts)
+    except MissingExtraError:
+        letters = [letter for text in texts for letter in text if letter.isalpha()]
+        is_english = sum(letter.isascii() for letter in letters) >= 0.9 * len(letters)
+    else:
+        is_english = languages is None or next(iter(languages.counts)) == "en"
+    return DEFAULT_STUDENT if is_english else MULTILINGUAL_STUDENT
 
 
 def _values(report: EvaluationReport, name: str) -> dict[str, float]:

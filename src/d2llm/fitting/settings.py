@@ -8,7 +8,6 @@ from pathlib import Path
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import TeacherConfig, WriterConfig
-from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import Task
 from d2llm.fitting.critic import CriticSettings
 from d2llm.fitting.write_queries import DEFAULT_KINDS
@@ -24,7 +23,8 @@ class FitSettings:
 
     Attributes:
         hours: time for everything, counted in each call; what there is no time for is left out, and said.
-        student: the student to start from and to beat: a folder or a name.
+        student: the student to start from and to beat: a folder or a name. None: the shipped one for the language of
+            the documents.
         task: what makes a passage relevant.
         writer: the language model that writes queries.
         kinds: kinds of queries, each with the probability to be a passage's first.
@@ -42,7 +42,7 @@ class FitSettings:
     """
 
     hours: float = DEFAULT_HOURS
-    student: str = DEFAULT_STUDENT
+    student: str | None = None
     task: Task = "asymmetric"
     writer: WriterConfig = field(default_factory=WriterConfig)
     kinds: Mapping[QueryKind, float] = field(default_factory=lambda: dict(DEFAULT_KINDS))
