@@ -95,7 +95,7 @@ class PassageOptions:
         bool,
         typer.Option("--excerpts", help="Show neighbouring results and --neighbours as one part of their document."),
     ] = False
-    context: Annotated[
+    context_tokens: Annotated[
         int | None,
         typer.Option(
             "--context",
@@ -128,9 +128,9 @@ class PassageOptions:
             InputError: an option is for another one that is missing, or contradicts it.
         """
         for name, value in (("--context-order", self.context_order), ("--tokenizer", self.tokenizer)):
-            if value is not None and self.context is None:
+            if value is not None and self.context_tokens is None:
                 raise InputError(f"{name} is for --context TOKENS; add it, or leave {name} out")
-        if self.excerpts and self.context is not None:
+        if self.excerpts and self.context_tokens is not None:
             raise InputError("--context already joins neighbouring results; leave out --excerpts")
 
 
@@ -229,7 +229,7 @@ def search(
     around.check()
     if teacher is None and teacher_ms is not None:
         raise InputError("--teacher-ms is the time limit of a teacher; name one with --teacher, or leave it out")
-    if around.context is not None:
+    if around.context_tokens is not None:
         from d2llm.retrieval.context import context_settings
 
         settings = context_settings(settings)
@@ -250,7 +250,7 @@ def search(
     rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:
-        if around.context is not None:
+        if around.context_tokens is not None:
             report.setdefault("contexts", []).append(_show_context(session, opened, ranking, around))
         elif around.excerpts:
             report.setdefault("excerpts", []).append(_show_excerpts(session, opened, ranking))
@@ -265,20 +265,20 @@ def search(
 def _show_context(session: Session, index: Index, ranking: Ranking, options: PassageOptions) -> dict[str, Any]:
     """Print the context that a ranking gives; returns its fields for a report, without the ranking."""
     from d2llm.models.student import Student
-    from d2llm.reports.search_tables import context_remark, context_text
+    from d2llm.reports.search_tables import context_remark
     from d2llm.retrieval.context import build_context, named_tokenizer
 
-    assert options.context is not None
+    assert options.context_tokens is not None
     context = build_context(
         ranking,
         cast(Student, index.student).backbone.token_ends
         if options.tokenizer is None
         else named_tokenizer(options.tokenizer),
-        options.context,
+        options.context_tokens,
         order=options.context_order or "rank",
         overlapping=index.repeats_text,
     )
-    session.show(context_text(context))
+    session.write(context.text)
     session.say(context_remark(context))
     return {field.name: getattr(context, field.name) for field in fields(context) if field.name != "ranking"}
 

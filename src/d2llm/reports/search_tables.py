@@ -49,11 +49,6 @@ def excerpt_list(ranking: Ranking, excerpts: Sequence[Excerpt]) -> RenderableTyp
     return Group(*parts)
 
 
-def context_text(context: AnswerContext) -> RenderableType:
-    """The text of a context, exactly as it is: no line is wrapped or shortened."""
-    return _unbroken(Text(context.text))
-
-
 def context_remark(context: AnswerContext) -> str:
     """One line about the size of a context and what it leaves out."""
     remark = f"context: {context.num_tokens:,} of at most {context.max_tokens:,} tokens, {len(context.sources)} sources"
