@@ -191,6 +191,7 @@ def test_vectors_and_scores_are_the_students(index, post):
         ("/v1/search", {"query": "cat", "mmr": 1.5}, 422, "mmr"),
         ("/v1/search", {"query": "cat", "mmr": 0.5, "select_from": 10**6}, 400, "select_from"),
         ("/v1/context", {"query": "cat", "max_tokens": 0}, 422, "max_tokens"),
+        ("/v1/context", {"query": "cat", "max_tokens": 10**6}, 400, "max_tokens"),
         ("/v1/context", {"query": "cat", "group": "best"}, 422, "group"),
         ("/v1/explain", {"query": "cat", "passage_id": "nowhere"}, 404, "nowhere"),
         ("/v1/encode", {"texts": [], "kind": "query"}, 422, "texts"),

@@ -63,11 +63,6 @@ class ContextSource:
     score: float
     metadata: Mapping[str, MetadataValue]
 
-    @property
-    def block(self) -> str:
-        """Header and text, as in the context."""
-        return f"{self.header}\n{self.text}"
-
 
 @dataclass(frozen=True, slots=True)
 class AnswerContext:
@@ -171,14 +166,18 @@ class _Labels(NamedTuple):
 
 
 class _Packer:
-    """Collects results as long as their text fits; ``truncated``: the first of them was cut."""
+    """Collects results as long as their text fits; ``truncated``: the first of them was cut.
+
+    While results are added, lengths are sums over lines, which are counted once each. A tokenizer may join what is on
+    both sides of a line's end, so ``finish`` counts the whole text.
+    """
 
     def __init__(self, token_ends: TokenEnds, max_tokens: int, order: ContextOrder, overlapping: bool) -> None:
         self._token_ends = token_ends
         self._max_tokens = max_tokens
         self._order: ContextOrder = order
         self._overlapping = overlapping
-        self._counts: dict[str, int] = {}
+        self._lines: dict[str, int] = {}  # number of tokens of each line
         self._chosen: list[RankedPassage] = []
         self.truncated = False
 
@@ -186,19 +185,21 @@ class _Packer:
         """Include a result with the neighbours that fit, if it fits itself; nothing after a result that was cut."""
         if self.truncated:
             return
-        for candidate in _with_fewer_neighbours(result):
-            if self._length(self._sources([*self._chosen, candidate])) <= self._max_tokens:
-                self._chosen.append(candidate)
-                return
-        if not self._chosen:
+        fitting = None
+        for candidate in _with_more_neighbours(result):
+            if self._length(self._sources([*self._chosen, candidate])) > self._max_tokens:
+                break
+            fitting = candidate
+        if fitting is not None:
+            self._chosen.append(fitting)
+        elif not self._chosen:
             self._cut(replace(result, before=(), after=()))
 
     def finish(self) -> tuple[tuple[ContextSource, ...], str]:
         """The sources and their text."""
         while True:
             sources = self._sources(self._chosen)
-            text = _SEPARATOR.join(source.block for source in sources)
-            # A tokenizer may read the end of one source and the start of the next as one, so parts do not add up.
+            text = _text_of(sources)
             if self.count(text) <= self._max_tokens:
                 return sources, text
             self._chosen.pop()
@@ -208,13 +209,11 @@ class _Packer:
         return len(self._token_ends(text))
 
     def _length(self, sources: Sequence[ContextSource]) -> int:
-        total = 0
-        for number, source in enumerate(sources, start=1):
-            block = source.block + (_SEPARATOR if number < len(sources) else "")
-            if block not in self._counts:
-                self._counts[block] = self.count(block)
-            total += self._counts[block]
-        return total
+        lines = _text_of(sources).splitlines(keepends=True)
+        for line in lines:
+            if line not in self._lines:
+                self._lines[line] = self.count(line)
+        return sum(self._lines[line] for line in lines)
 
     def _cut(self, result: RankedPassage) -> None:
         """Include the first tokens of a result that is too long, if the header leaves room for any."""
@@ -224,7 +223,7 @@ class _Packer:
         for room in range(self._max_tokens - self.count(f"{source.header}\n"), 0, -1):
             _, kept = cut_pair(("", text), ((), ends), room)
             shorter = replace(result, passage=replace(result.passage, text=kept))
-            if self._length(self._sources([shorter])) <= self._max_tokens:
+            if self.count(_text_of(self._sources([shorter]))) <= self._max_tokens:
                 self._chosen, self.truncated = [shorter], True
                 return
 
@@ -238,10 +237,14 @@ class _Packer:
         return tuple(_source(number, excerpt) for number, excerpt in enumerate(excerpts, start=1))
 
 
-def _with_fewer_neighbours(result: RankedPassage) -> list[RankedPassage]:
-    """A result with all of its neighbours, then without the most distant ones, and so on, then alone."""
+def _text_of(sources: Sequence[ContextSource]) -> str:
+    return _SEPARATOR.join(f"{source.header}\n{source.text}" for source in sources)
+
+
+def _with_more_neighbours(result: RankedPassage) -> list[RankedPassage]:
+    """A result alone, then with its nearest neighbours, and so on, then with all of them."""
     at = result.passage.position
-    distances = sorted({abs(passage.position - at) for passage in (*result.before, *result.after)} | {0}, reverse=True)
+    distances = sorted({abs(passage.position - at) for passage in (*result.before, *result.after)} | {0})
     return [
         replace(
             result,

@@ -316,7 +316,8 @@ class Index:
     @property
     def repeats_text(self) -> bool:
         """Whether passages may begin with text that repeats the end of the one before (``Chunking.chunk_overlap``)."""
-        return self.chunking is not None and self.chunking.chunk_overlap > 0
+        chunking = self.chunking
+        return chunking is not None and chunking.chunk_overlap > 0
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete passages, in one step from vectors, BM25 and results; returns their number.

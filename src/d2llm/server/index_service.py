@@ -52,7 +52,7 @@ from d2llm.store.view import PassageView
 _Value = TypeVar("_Value")
 
 _SCANNED_AT_ONCE = 32
-_WAITING = 32  # maximum number of pending explanations, and of pending writes; each holds a request's texts
+_WAITING = 32  # maximum number of pending explanations, contexts and writes each; each holds a request's texts
 _SEARCHES_A_READING = 64  # the teacher's queue is this many times shorter than the student's
 
 
@@ -93,6 +93,7 @@ class IndexService:
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._searching, self._explaining = Places(queue), Places(_WAITING)
+        self._contexts = Places(_WAITING)
         self._writing = Places(_WAITING, retry_after=5.0)
 
     @property
@@ -159,14 +160,19 @@ class IndexService:
     async def context(
         self, ranking: Ranking, models: ModelService, max_tokens: int, order: ContextOrder
     ) -> AnswerContext:
-        """The context that a ranking gives, counted in tokens of the student that made the ranking."""
+        """The context that a ranking gives, counted in tokens of the student that made the ranking.
+
+        Raises:
+            OverloadedError: too many contexts are being made.
+        """
         token_ends = models.student.backbone.token_ends
 
         def build() -> AnswerContext:
             overlapping = self.current.index.repeats_text
             return build_context(ranking, token_ends, max_tokens, order=order, overlapping=overlapping)
 
-        return await self._in(self._reads, build)
+        with self._contexts:
+            return await self._in(self._reads, build)
 
     async def explain(self, query: str, passage_id: str, task: Task) -> tuple[Passage, Attribution, str | None]:
         """A passage, its words' contributions to the query's score, and why the interaction adds nothing, or None.

@@ -65,6 +65,7 @@ async def context(body: ContextRequest, request: Request, services: TheServices,
     """The best passages for a query as one text with numbered sources, for a language model to answer from."""
     settings = context_settings(_settings_of(body))
     _check_limits(body.query, settings, services.settings)
+    at_most(body.max_tokens, services.settings.max_context_tokens, "max_tokens")
     reading = _reading_of(body, services.settings)
     ranking, student = await index.search(body.query, settings, body.rescore, reading)
     answer = await index.context(ranking, student, body.max_tokens, body.order)
