@@ -217,6 +217,7 @@ class TestContext:
     def test_contradictions_are_reported(self, place):
         search = ("search", place / "i", "x")
         fail(*search, "--tokenizer", "minilm", containing=["--tokenizer is for --context"])
+        fail(*search, "--context", "90", "--tokenizer", "/nowhere", containing=["/nowhere: no such folder"])
         fail(*search, "--context", "90", "--excerpts", containing=["leave out --excerpts"])
         fail(*search, "--context", "90", "--group", "best", containing=["group is 'best'"])
         fail(*search, "--select-from", "20", containing=["select_from is for mmr and near_duplicates"])

@@ -9,7 +9,7 @@ NORTH_EAST = [1.0, 1.0]
 
 def selected(scores, vectors, top_k, **settings):
     diverse = select_diverse(np.array(scores, np.float32), np.array(vectors, np.float32), top_k, **settings)
-    return diverse.places.tolist(), diverse.num_near_duplicates
+    return diverse.indices.tolist(), diverse.num_near_duplicates
 
 
 def test_mmr_by_hand():
@@ -51,5 +51,5 @@ def test_no_results_equal_scores_and_zero_vectors(settings):
     assert selected([1, 1, 1], np.zeros((3, 2)), 3, **settings) == ([0, 1, 2], 0)
 
 
-def test_none_are_chosen_if_none_are_wanted():
+def test_top_k_may_be_zero():
     assert maximal_marginal_relevance(np.ones(2), np.eye(2), 0.5, 0).tolist() == []

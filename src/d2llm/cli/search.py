@@ -230,9 +230,11 @@ def search(
     if teacher is None and teacher_ms is not None:
         raise InputError("--teacher-ms is the time limit of a teacher; name one with --teacher, or leave it out")
     if around.context_tokens is not None:
-        from d2llm.retrieval.context import context_settings
+        from d2llm.retrieval.context import context_settings, named_tokenizer
 
         settings = context_settings(settings)
+        if around.tokenizer is not None:
+            named_tokenizer(around.tokenizer)  # loaded now, so that a mistake is reported before the search
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 _SAME = 1e-6  # rounding of the cosine of a vector with itself
 
 
-class DiversePlaces(NamedTuple):
-    """Places int64 [k] of the selected results in the ranking, in their new order, and how many were near duplicates.
+class DiverseResults(NamedTuple):
+    """Indices int64 [k] of the selected results in the ranking, in their new order, and how many were near duplicates.
 
     ``num_near_duplicates`` counts those that would have been considered otherwise: the results before the last one
     that was selected or, with MMR, all of them.
     """
 
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
     num_near_duplicates: int
 
 
@@ -28,7 +28,7 @@ def select_diverse(
     *,
     mmr: float | None = None,
     near_duplicates: float | None = None,
-) -> DiversePlaces:
+) -> DiverseResults:
     """Select ``top_k`` results of a ranking: near duplicates of better ones are left out, then MMR chooses and orders.
 
     Args:
@@ -40,25 +40,25 @@ def select_diverse(
             at least this; None leaves out none.
     """
     directions = _unit(vectors)
-    places = np.arange(len(scores), dtype=np.int64)
+    indices = np.arange(len(scores), dtype=np.int64)
     num_left_out = 0
     if near_duplicates is not None:
-        places, num_left_out = _distinct(directions, near_duplicates, top_k if mmr is None else len(scores))
+        indices, num_left_out = _distinct(directions, near_duplicates, top_k if mmr is None else len(scores))
     if mmr is not None:
-        places = places[maximal_marginal_relevance(scores[places], directions[places], mmr, top_k)]
-    return DiversePlaces(places[:top_k], num_left_out)
+        indices = indices[maximal_marginal_relevance(scores[indices], directions[indices], mmr, top_k)]
+    return DiverseResults(indices[:top_k], num_left_out)
 
 
 def maximal_marginal_relevance(
     scores: NDArray[np.floating[Any]], directions: NDArray[np.floating[Any]], weight: float, top_k: int
 ) -> NDArray[np.int64]:
-    """The places [min(top_k, n)] that MMR chooses, in the order in which it chooses them; ties by place.
+    """The indices [min(top_k, n)] of the results that MMR chooses, in the order in which it chooses them; ties by index.
 
-    The next place is always the one with the highest weight * s - (1 - weight) * c. s is its score, scaled so that the
-    best of all scores is 1 and the lowest 0. c is its highest cosine with a place that is already chosen, 0 for the
+    The next result is always the one with the highest weight * s - (1 - weight) * c. s is its score, scaled so that the
+    best of all scores is 1 and the lowest 0. c is its highest cosine with a result that is already chosen, 0 for the
     first.
 
-    With weight 1, this is the order of the scores; the first place is always the best one.
+    With weight 1, this is the order of the scores; the best result is always the first.
 
     Source: Carbonell and Goldstein, "The Use of MMR, Diversity-Based Reranking for Reordering Documents and Producing
     Summaries", SIGIR 1998. The scaling is ours: the score of a student has no natural range, unlike the paper's cosine.
@@ -67,7 +67,7 @@ def maximal_marginal_relevance(
         scores: [n] finite scores, best first.
         directions: [n, dim] vectors of length 1 (or 0).
         weight: 0 to 1.
-        top_k: how many places to choose, at least 0.
+        top_k: how many results to choose, at least 0.
     """
     values = scores.astype(np.float64)
     spread = np.ptp(values) if len(values) else 0.0
@@ -76,28 +76,28 @@ def maximal_marginal_relevance(
     is_left = np.ones(len(values), np.bool_)
     chosen: list[int] = []
     while len(chosen) < min(top_k, len(values)):
-        place = int(np.argmax(np.where(is_left, weight * relevance - (1 - weight) * nearest, -np.inf)))
-        cosines = directions @ directions[place]
+        index = int(np.argmax(np.where(is_left, weight * relevance - (1 - weight) * nearest, -np.inf)))
+        cosines = directions @ directions[index]
         nearest = np.maximum(nearest, cosines) if chosen else cosines
-        is_left[place] = False
-        chosen.append(place)
+        is_left[index] = False
+        chosen.append(index)
     return np.array(chosen, np.int64)
 
 
 def _distinct(directions: NDArray[np.float64], threshold: float, limit: int) -> tuple[NDArray[np.int64], int]:
-    """The first ``limit`` places that are no near duplicates of a place before, and how many were passed over."""
+    """The indices of the first ``limit`` results that are like none kept before, and how many were passed over."""
     kept = np.zeros((min(limit, len(directions)), directions.shape[1]))
-    places: list[int] = []
+    indices: list[int] = []
     num_left_out = 0
-    for place, direction in enumerate(directions):
-        if len(places) == len(kept):
+    for index, direction in enumerate(directions):
+        if len(indices) == len(kept):
             break
-        if len(places) and (kept[: len(places)] @ direction).max() >= threshold - _SAME:
+        if len(indices) and (kept[: len(indices)] @ direction).max() >= threshold - _SAME:
             num_left_out += 1
             continue
-        kept[len(places)] = direction
-        places.append(place)
-    return np.array(places, np.int64), num_left_out
+        kept[len(indices)] = direction
+        indices.append(index)
+    return np.array(indices, np.int64), num_left_out
 
 
 def _unit(vectors: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

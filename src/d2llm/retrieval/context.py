@@ -231,8 +231,8 @@ class _Packer:
         excerpts = merge_neighbours(results, overlapping=self._overlapping)
         if self._order == "document":
             first: dict[str, int] = {}
-            for place, excerpt in enumerate(excerpts):
-                first.setdefault(_document_of(excerpt), place)
+            for number, excerpt in enumerate(excerpts):
+                first.setdefault(_document_of(excerpt), number)
             excerpts.sort(key=lambda excerpt: (first[_document_of(excerpt)], excerpt.passages[0].position))
         return tuple(_source(number, excerpt) for number, excerpt in enumerate(excerpts, start=1))
 

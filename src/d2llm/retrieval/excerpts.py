@@ -42,14 +42,14 @@ class _Stretch:
 
 def _stretches(results: Sequence[RankedPassage]) -> list[_Stretch]:
     """The results of one document, grouped; in the order of the document."""
-    spans = sorted((*_span(result), place) for place, result in enumerate(results))
+    spans = sorted((*_span(result), number) for number, result in enumerate(results))
     stretches: list[_Stretch] = []
-    for start, end, place in spans:
+    for start, end, number in spans:
         if stretches and start <= stretches[-1].end + 1:
-            stretches[-1].results.append(results[place])
+            stretches[-1].results.append(results[number])
             stretches[-1].end = max(stretches[-1].end, end)
         else:
-            stretches.append(_Stretch([results[place]], end))
+            stretches.append(_Stretch([results[number]], end))
     return stretches
 
 
@@ -83,7 +83,8 @@ def _joined(passages: Sequence[Passage], *, overlapping: bool) -> str:
 
 def _num_repeated(before: str, after: str) -> int:
     """How many characters at the start of a text repeat the end of the one before it."""
-    for count in range(min(len(before), len(after)), _LEAST_REPEATED - 1, -1):
-        if before.endswith(after[:count]):
-            return count
-    return 0
+    beginning = after[:_LEAST_REPEATED]
+    start = before.find(beginning) if len(beginning) == _LEAST_REPEATED else -1
+    while start >= 0 and not after.startswith(before[start:]):
+        start = before.find(beginning, start + 1)
+    return len(before) - start if start >= 0 else 0

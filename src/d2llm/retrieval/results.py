@@ -21,7 +21,7 @@ from d2llm.core.types import (
     RankedPassage,
     Selection,
 )
-from d2llm.ops.diversity import DiversePlaces
+from d2llm.ops.diversity import DiverseResults
 from d2llm.retrieval.cascade import Reread
 from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
 from d2llm.store.view import CandidateRows, PassageView
@@ -52,7 +52,7 @@ class ScoredCandidates:
 class Order:
     """The order of the candidates: their places, best first by ``scores``; or documents, best first.
 
-    ``selection`` and ``chosen``, places in this order, are set if only some of it are the results.
+    ``selection`` and ``chosen``, indices into this order, are set if only some of it are the results.
     """
 
     scored: ScoredCandidates
@@ -64,19 +64,19 @@ class Order:
     selection: Selection | None = None
     chosen: NDArray[np.int64] | None = None
 
-    def selected(self, diverse: DiversePlaces) -> Order:
+    def selected(self, diverse: DiverseResults) -> Order:
         """The same order, of which only some are shown."""
         length = len(self.best_first if self.documents is None else self.documents)
-        ranks: list[int] = (diverse.places + 1).tolist()
+        ranks: list[int] = (diverse.indices + 1).tolist()
         selection = Selection(length, diverse.num_near_duplicates, tuple(ranks))
-        return replace(self, selection=selection, chosen=diverse.places)
+        return replace(self, selection=selection, chosen=diverse.indices)
 
     @property
     def shown_documents(self) -> Sequence[GroupedDocument] | None:
         """The documents to show, or None in a ranking of passages."""
         if self.documents is None or self.chosen is None:
             return self.documents
-        return [self.documents[place] for place in self.chosen.tolist()]
+        return [self.documents[index] for index in self.chosen.tolist()]
 
     @property
     def places(self) -> NDArray[np.int64]:
