@@ -190,6 +190,8 @@ class TestContext:
         assert "Cool a burn under running water" in context["text"]
         assert f"context: {context['num_tokens']} of at most 90 tokens" in result.stderr
         assert f"{len(context['left_out'])} results did not fit" in result.stderr
+        both = succeed("search", place / "i", QUESTION, "a drum", "--context", "90", "--neighbours", "1").stdout
+        assert both.startswith(f"{QUESTION}\n{context['text']}\na drum\n[1] ")
         included = {name for source in context["sources"] for name in source["passage_ids"]}
         assert {hit["passage"]["id"] for hit in ranking["passages"]} - included == set(context["left_out"]) != set()
         assert ranking["selection"]["selected_from"] > len(ranking["passages"])
@@ -219,5 +221,6 @@ class TestContext:
         fail(*search, "--tokenizer", "minilm", containing=["--tokenizer is for --context"])
         fail(*search, "--context", "90", "--tokenizer", "/nowhere", containing=["/nowhere: no such folder"])
         fail(*search, "--context", "90", "--excerpts", containing=["leave out --excerpts"])
+        fail(*search, "--context", "90", "--explain", containing=["leave out --explain"])
         fail(*search, "--context", "90", "--group", "best", containing=["group is 'best'"])
         fail(*search, "--select-from", "20", containing=["select_from is for mmr and near_duplicates"])

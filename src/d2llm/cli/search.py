@@ -34,6 +34,8 @@ from d2llm.core.types import (
 
 if TYPE_CHECKING:
     from d2llm.core.types import CascadeReport, Certificate, Excerpt, Query, Ranking, Selection
+    from d2llm.models.teachers.judge import Judge
+    from d2llm.retrieval.cascade import Cascade
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
     from d2llm.retrieval.settings import SearchSettings
@@ -121,7 +123,7 @@ class PassageOptions:
         ),
     ] = None
 
-    def check(self) -> None:
+    def check(self, *, explain: bool) -> None:
         """Check the combination.
 
         Raises:
@@ -130,8 +132,9 @@ class PassageOptions:
         for name, value in (("--context-order", self.context_order), ("--tokenizer", self.tokenizer)):
             if value is not None and self.context_tokens is None:
                 raise InputError(f"{name} is for --context TOKENS; add it, or leave {name} out")
-        if self.excerpts and self.context_tokens is not None:
-            raise InputError("--context already joins neighbouring results; leave out --excerpts")
+        if self.context_tokens is not None and (self.excerpts or explain):
+            name = "--excerpts" if self.excerpts else "--explain"
+            raise InputError(f"--context prints one text instead of the results; leave out {name}")
 
 
 @with_option_groups
@@ -226,7 +229,7 @@ def search(
         select_from=selection.select_from,
     )
     settings.check()
-    around.check()
+    around.check(explain=explain)
     if teacher is None and teacher_ms is not None:
         raise InputError("--teacher-ms is the time limit of a teacher; name one with --teacher, or leave it out")
     if around.context_tokens is not None:
@@ -242,17 +245,15 @@ def search(
     cascade = None
     if teacher is not None:
         from d2llm.models.teachers.judge import load_judge
-        from d2llm.retrieval.calibrate import read_error
-        from d2llm.retrieval.cascade import Cascade
-        from d2llm.retrieval.row_evidence import weights_for
 
         judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
-        error = read_error(opened.folder, judge, index_task, weights_for(opened.view, opened.student, index_task))
-        cascade = Cascade(judge, error, teacher_passages, teacher_ms)
+        cascade = _cascade(opened, judge, index_task, teacher_passages, teacher_ms)
     rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:
         if around.context_tokens is not None:
+            if len(rankings) > 1:
+                session.write(ranking.query.text)
             report.setdefault("contexts", []).append(_show_context(session, opened, ranking, around))
         elif around.excerpts:
             report.setdefault("excerpts", []).append(_show_excerpts(session, opened, ranking))
@@ -262,6 +263,16 @@ def search(
     if (remark := _truncated_queries(rankings, opened.student)) is not None:
         session.complain("warning", remark)
     session.write_report(context, json_path, report)
+
+
+def _cascade(index: Index, judge: Judge, task: Task, teacher_passages: int, teacher_ms: float | None) -> Cascade:
+    """A cascade of the index's student and a teacher, with the measured error of the student."""
+    from d2llm.retrieval.calibrate import read_error
+    from d2llm.retrieval.cascade import Cascade
+    from d2llm.retrieval.row_evidence import weights_for
+
+    error = read_error(index.folder, judge, task, weights_for(index.view, index.student, task))
+    return Cascade(judge, error, teacher_passages, teacher_ms)
 
 
 def _show_context(session: Session, index: Index, ranking: Ranking, options: PassageOptions) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def select_diverse(
 def maximal_marginal_relevance(
     scores: NDArray[np.floating[Any]], directions: NDArray[np.floating[Any]], weight: float, top_k: int
 ) -> NDArray[np.int64]:
-    """The indices [min(top_k, n)] of the results that MMR chooses, in the order in which it chooses them; ties by index.
+    """The indices [min(top_k, n)] of the results that MMR chooses, in the order of its choice; ties by index.
 
     The next result is always the one with the highest weight * s - (1 - weight) * c. s is its score, scaled so that the
     best of all scores is 1 and the lowest 0. c is its highest cosine with a result that is already chosen, 0 for the
