@@ -130,7 +130,7 @@ def test_a_best_result_longer_than_the_limit_keeps_its_first_tokens():
     assert (nothing.left_out, nothing.truncated) == (("p0",), False)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.sampled_from([*MANUAL, *SINGLES]), min_size=1, max_size=6, unique_by=lambda passage: passage.id),
     st.integers(1, 90),

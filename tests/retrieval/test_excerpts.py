@@ -66,7 +66,7 @@ def test_results_of_one_search_can_be_merged(index):
     assert sorted(names) == sorted(passage.id for passage in [*DOCUMENT, *OTHER, SINGLE])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True), st.integers(0, 3))
 def test_every_passage_is_in_one_excerpt(places, distance):
     results = [
