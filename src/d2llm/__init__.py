@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from d2llm.core.types import (
         Candidate,
         Certificate,
+        Excerpt,
         Explanation,
         Passage,
         Query,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from d2llm.ops.gating import never_worse
     from d2llm.retrieval.cascade import Cascade
     from d2llm.retrieval.chunking import Chunker, upsert_documents
+    from d2llm.retrieval.context import AnswerContext
     from d2llm.retrieval.encode import encode
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.settings import SearchSettings
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerContext",
     "Backbone",
     "Candidate",
     "Cascade",
@@ -66,6 +69,7 @@ __all__ = [
     "D2LLMError",
     "Dataset",
     "EvaluationSettings",
+    "Excerpt",
     "Explanation",
     "Fit",
     "FitSettings",
@@ -113,6 +117,7 @@ _HOMES = {
     "d2llm.core.types": (
         "Candidate",
         "Certificate",
+        "Excerpt",
         "Explanation",
         "Passage",
         "Query",
@@ -135,6 +140,7 @@ _HOMES = {
     "d2llm.retrieval.cascade": ("Cascade",),
     "d2llm.training.check_data": ("check_data",),
     "d2llm.retrieval.chunking": ("Chunker", "upsert_documents"),
+    "d2llm.retrieval.context": ("AnswerContext",),
     "d2llm.retrieval.encode": ("encode",),
     "d2llm.evaluation.evaluate": ("evaluate",),
     "d2llm.evaluation.loading": ("load_contenders",),

@@ -175,3 +175,52 @@ class TestFolders:
         fail("index", tmp_path / "i", "sync", tmp_path, containing=["there are no documents", "1 files have other"])
         fail("index", tmp_path / "i", "sync", tmp_path / "gone", containing=["there is no such file or folder"])
         assert not (tmp_path / "i").exists()
+
+
+class TestContext:
+    """Results joined with the passages around them, and the context for an answer."""
+
+    def test_a_context_has_sources_and_keeps_to_its_length(self, place):
+        result, report = succeed_with_report(
+            "search", place / "i", QUESTION, "--context", "90", "--neighbours", "1", folder=place
+        )
+        (context,), (ranking,) = report["result"]["contexts"], report["result"]["rankings"]
+        assert result.stdout.strip() == context["text"]
+        assert context["text"].startswith(f"[1] {context['sources'][0]['document_id']}\n")
+        assert "Cool a burn under running water" in context["text"]
+        assert f"context: {context['num_tokens']} of at most 90 tokens" in result.stderr
+        assert f"{len(context['left_out'])} results did not fit" in result.stderr
+        both = succeed("search", place / "i", QUESTION, "a drum", "--context", "90", "--neighbours", "1").stdout
+        assert both.startswith(f"{QUESTION}\n{context['text']}\na drum\n[1] ")
+        included = {name for source in context["sources"] for name in source["passage_ids"]}
+        assert {hit["passage"]["id"] for hit in ranking["passages"]} - included == set(context["left_out"]) != set()
+        assert ranking["selection"]["selected_from"] > len(ranking["passages"])
+
+    def test_excerpts_show_each_passage_once(self, place):
+        options = ("--excerpts", "--neighbours", "1", "--top-k", "5")
+        result, report = succeed_with_report("search", place / "i", QUESTION, *options, folder=place)
+        (excerpts,) = report["result"]["excerpts"]
+        names = [passage["id"] for excerpt in excerpts for passage in excerpt["passages"]]
+        assert len(names) == len(set(names)) > 5
+        lines = [line.split()[-1] for line in result.stdout.splitlines() if line.split()]
+        assert [line for line in lines if line in names] == names
+
+    def test_a_selection_says_what_it_left_out(self, place):
+        options = ("--mmr", "0.5", "--near-duplicates", "0.3", "--top-k", "7", "--exact")
+        ranking, result = ranking_of(place, *options)
+        selection = ranking["selection"]
+        assert "all of 35 places are proved" in result.stderr
+        assert "selection: 7 of the first 35 results, diversified with weight 0.5 for the score" in result.stderr
+        assert f"{selection['num_near_duplicates']} near duplicates left out; this selection is not" in result.stderr
+        assert selection["num_near_duplicates"] > 0
+        assert selection["ranks"][0] == 1
+        assert selection["ranks"] != sorted(selection["ranks"])
+
+    def test_contradictions_are_reported(self, place):
+        search = ("search", place / "i", "x")
+        fail(*search, "--tokenizer", "minilm", containing=["--tokenizer is for --context"])
+        fail(*search, "--context", "90", "--tokenizer", "/nowhere", containing=["/nowhere: no such folder"])
+        fail(*search, "--context", "90", "--excerpts", containing=["leave out --excerpts"])
+        fail(*search, "--context", "90", "--explain", containing=["leave out --explain"])
+        fail(*search, "--context", "90", "--group", "best", containing=["group is 'best'"])
+        fail(*search, "--select-from", "20", containing=["select_from is for mmr and near_duplicates"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
+from dataclasses import asdict
 
 import httpx2
 import numpy as np
@@ -70,6 +71,10 @@ def post(address):
         ({"sources": ["bm25"], "num_candidates": 20}, {"sources": ("bm25",), "num_candidates": 20}),
         ({"group": "best", "top_k": 4}, {"group": "best", "top_k": 4}),
         ({"task": "symmetric", "neighbours": 1}, {"task": "symmetric", "neighbours": 1}),
+        (
+            {"mmr": 0.4, "near_duplicates": 0.9, "select_from": 30},
+            {"mmr": 0.4, "near_duplicates": 0.9, "select_from": 30},
+        ),
     ],
     ids=lambda value: "-".join(value) or "plain",
 )
@@ -89,6 +94,33 @@ def test_a_search_returns_what_the_library_returns(index, post, body, settings):
     assert response["seconds"].keys() >= {"queue", "encode", "candidates", "score"}
     assert response["index"]["version"] == ranking.index_version
     assert (response["certificate"] is None) == (ranking.certificate is None)
+    selection = ranking.selection
+    assert response["selection"] == (selection and asdict(selection) | {"ranks": [*selection.ranks]})
+
+
+def test_excerpts_are_those_of_the_library(index, post):
+    body = {"query": QUERY, "top_k": 6, "neighbours": 1}
+    excerpts = post("/v1/search", body | {"excerpts": True})["excerpts"]
+    library = Index.open(index, dtype="float32")
+    expected = library.around(library.search(QUERY, top_k=6)[0].passages, 1)
+    assert [(excerpt["passage_ids"], excerpt["ranks"], excerpt["text"]) for excerpt in excerpts] == [
+        ([p.id for p in excerpt.passages], [hit.rank for hit in excerpt.results], excerpt.text) for excerpt in expected
+    ]
+    assert post("/v1/search", body)["excerpts"] is None
+
+
+@pytest.mark.parametrize("order", ["rank", "document"])
+def test_a_context_is_that_of_the_library(index, post, order):
+    body = {"query": QUERY, "max_tokens": 300, "order": order, "neighbours": 1, "filter": "year > 2002"}
+    response = post("/v1/context", body)
+    library = Index.open(index, dtype="float32")
+    context = library.context(QUERY, 300, order=order, neighbours=1, filter="year > 2002")
+    assert response["text"] == context.text != ""
+    assert (response["num_tokens"], response["left_out"]) == (context.num_tokens, list(context.left_out))
+    assert [source["passage_ids"] for source in response["sources"]] == [list(s.passage_ids) for s in context.sources]
+    assert response["sources"][0]["metadata"] == context.sources[0].metadata
+    assert response["selection"]["selected_from"] == context.ranking.selection.selected_from
+    assert response["index"]["version"] == context.ranking.index_version
 
 
 def test_without_rescoring_the_inner_product_ranks(index, post):
@@ -155,6 +187,12 @@ def test_vectors_and_scores_are_the_students(index, post):
         ("/v1/search", {"query": "cat", "teacher_ms": 5}, 400, "teacher_ms"),
         ("/v1/search", {"query": "cat", "rescore": "teacher"}, 400, "no teacher"),
         ("/v1/search", {"query": "cat" * 50_000}, 400, "characters"),
+        ("/v1/search", {"query": "cat", "select_from": 20}, 400, "select_from"),
+        ("/v1/search", {"query": "cat", "mmr": 1.5}, 422, "mmr"),
+        ("/v1/search", {"query": "cat", "mmr": 0.5, "select_from": 10**6}, 400, "select_from"),
+        ("/v1/context", {"query": "cat", "max_tokens": 0}, 422, "max_tokens"),
+        ("/v1/context", {"query": "cat", "max_tokens": 10**6}, 400, "max_tokens"),
+        ("/v1/context", {"query": "cat", "group": "best"}, 422, "group"),
         ("/v1/explain", {"query": "cat", "passage_id": "nowhere"}, 404, "nowhere"),
         ("/v1/encode", {"texts": [], "kind": "query"}, 422, "texts"),
         ("/v1/encode", {"texts": ["a"] * 600, "kind": "query"}, 400, "600"),

@@ -119,6 +119,13 @@ class TestRetriever:
         assert results == indexed.found(QUERIES[0], **(options | {"top_k": 5, "exact": True}))
         assert len(results) == 5
 
+    def test_diverse_results(self, indexed):
+        """LangChain's k, fetch_k and lambda_mult are top_k, select_from and mmr."""
+        options = {"top_k": 4, "select_from": 8, "mmr": 0.2, "near_duplicates": 0.9}
+        results = as_pairs(D2LLMRetriever(index=indexed.index).invoke(QUERIES[0], **options))
+        assert results == indexed.found(QUERIES[0], **options)
+        assert [name for name, _ in results] != [name for name, _ in indexed.found(QUERIES[0], top_k=4)]
+
     def test_async_and_batch_calls_give_the_same_results(self, indexed):
         retriever = D2LLMRetriever(index=indexed.index)
         expected = [indexed.found(query) for query in QUERIES * 5]

@@ -8,8 +8,16 @@ import pytest
 from rich.console import Console
 
 from d2llm.cli.session import Session
-from d2llm.core.types import Explanation, Passage, Query, RankedPassage, Ranking
-from d2llm.reports.search_tables import explanation_table, judgement_table, passage_lines, ranking_list
+from d2llm.core.types import Excerpt, Explanation, Passage, Query, RankedPassage, Ranking
+from d2llm.reports.search_tables import (
+    context_remark,
+    excerpt_list,
+    explanation_table,
+    judgement_table,
+    passage_lines,
+    ranking_list,
+)
+from d2llm.retrieval.context import AnswerContext
 
 
 @pytest.mark.parametrize("width", [20, 80])
@@ -63,4 +71,30 @@ def test_unused_parts_of_an_explanation_are_dashes():
     assert explanation_table(Ranking(Query("q", "what?"), tuple(places), 2)).texts() == [
         ["1", "0.500", "+0.125", "–", "+0.000", "bm25 2 (7.250)", "dog 3, cat 1"],
         ["2", "–", "–", "–", "–", "–", "–"],
+    ]
+
+
+def test_a_text_is_written_as_it_is():
+    out, text = io.StringIO(), "[1] manual.pdf, page 3\n" + "a [b]long[/b] line " * 30 + "\n\tindented"
+    session = Session()
+    session.__dict__["_out"] = Console(file=out, width=40)
+    session.write(text)
+    assert out.getvalue() == text + "\n"
+
+
+def test_the_remark_about_a_context_counts_what_is_left_out():
+    context = AnswerContext("text", (), 210, 250, ("p4", "p7"), 3, True, Ranking(Query("q", "what?"), (), 0))
+    assert context_remark(context) == (
+        "context: 210 of at most 250 tokens, 0 sources; the best result alone is longer, and its end was cut off; "
+        "2 results did not fit; 3 neighbours of results did not fit"
+    )
+
+
+def test_excerpts_show_results_and_neighbours_in_order():
+    first, second, third = (Passage(f"d#{n}", f"text {n}", document_id="d", position=n) for n in (1, 2, 3))
+    best, other = RankedPassage(1, third, 2.5), RankedPassage(2, first, 1.5)
+    excerpt = Excerpt((best, other), (first, second, third), "")
+    lines = printed(excerpt_list(Ranking(Query("q", "what?"), (best, other), 1), [excerpt]), 80).splitlines()
+    assert [line.strip() for line in lines] == [
+        *("what?", "d", "2  1.500  d#1", "text 1", "d#2", "text 2", "1  2.500  d#3", "text 3")
     ]

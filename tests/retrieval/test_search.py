@@ -3,11 +3,13 @@ import pytest
 
 from d2llm.core.errors import IndexMismatchError, InputError, ModelError
 from d2llm.core.types import Passage, Query
+from d2llm.ops.rereading import StudentError
+from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher, search
 from d2llm.retrieval.settings import SearchSettings
-from fake_models import FakeStudent
+from fake_models import FakeStudent, FakeTeacher
 
 WORDS = "cat dog fish bird horse sleeps runs swims flies eats red green blue small large".split()  # noqa: SIM905
 PASSAGES = [Passage(f"p{n:03d}", " ".join(np.random.default_rng(n).choice(WORDS, size=3 + n % 3))) for n in range(120)]
@@ -165,3 +167,94 @@ def test_unknown_settings_suggest_the_intended_one(index, student, name, suggest
         search(index, student, QUERIES, **{name: 3})
     with pytest.raises(InputError, match="no search setting 'zzzz'; there are: task, top_k"):
         search(index, student, QUERIES, zzzz=3)
+
+
+class TestSelection:
+    """Diverse and distinct results, selected from a ranking."""
+
+    def test_without_a_setting_nothing_is_selected(self, index, student):
+        (ranking,) = search(index, student, QUERIES[:1])
+        assert ranking.selection is None
+
+    @pytest.mark.parametrize(
+        "changes", [{}, {"exact": True}, {"hybrid": 0.5}, {"sources": ("bm25",)}, {"group": "best"}, {"top_k": 500}]
+    )
+    def test_weight_one_gives_the_ranking_itself(self, index, student, changes):
+        changes = {"top_k": 7, **changes}
+        (plain,) = search(index, student, QUERIES[:1], **changes)
+        (ranking,) = search(index, student, QUERIES[:1], mmr=1.0, **changes)
+        assert ranking.passages == plain.passages
+        assert ranking.selection.ranks == tuple(range(1, len(plain.passages) + 1))
+        assert ranking.selection.num_near_duplicates == 0
+
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_results_are_those_of_the_longer_ranking(self, index, student, exact):
+        (longer,) = search(index, student, QUERIES[:1], top_k=40, exact=exact)
+        options = {"mmr": 0.3, "near_duplicates": 0.9, "select_from": 40, "exact": exact}
+        (ranking,) = search(index, student, QUERIES[:1], top_k=6, **options)
+        selection = ranking.selection
+        assert [hit.rank for hit in ranking.passages] == [1, 2, 3, 4, 5, 6]
+        assert pairs(ranking) == [pairs(longer)[rank - 1] for rank in selection.ranks]
+        assert selection.selected_from == 40
+        assert selection.ranks[0] == 1
+        assert selection.ranks != tuple(sorted(selection.ranks))
+        assert ranking.certificate == longer.certificate  # it proves the longer ranking
+
+    def test_near_duplicates_are_counted_and_replaced(self, tmp_path, student):
+        texts = ["red cat", "cat red", "red  cat", "red dog", "dog red", "blue fish"]
+        encode([Passage(f"p{n}", text) for n, text in enumerate(texts)], student, tmp_path / "i")
+        index = Index.open(tmp_path / "i").view
+        (ranking,) = search(index, student, ["red cat"], top_k=3, near_duplicates=1.0)
+        assert [hit.passage.id for hit in ranking.passages] == ["p0", "p3", "p5"]
+        assert (ranking.selection.selected_from, ranking.selection.num_near_duplicates) == (6, 3)
+        assert ranking.selection.ranks == (1, 4, 6)
+        (short,) = search(index, student, ["red cat"], top_k=3, near_duplicates=1.0, select_from=3)
+        assert [hit.passage.id for hit in short.passages] == ["p0"]
+        assert short.selection.num_near_duplicates == 2
+
+    def test_documents_are_selected_by_their_best_passages(self, tmp_path, student):
+        texts = {"a": ["red cat", "blue fish"], "b": ["cat red", "green dog"], "c": ["dog eats"]}
+        passages = [
+            Passage(f"{name}{n}", text, document_id=name, position=n)
+            for name, parts in texts.items()
+            for n, text in enumerate(parts)
+        ]
+        encode(passages, student, tmp_path / "i")
+        index = Index.open(tmp_path / "i").view
+        (ranking,) = search(index, student, ["red cat"], group="best", near_duplicates=1.0)
+        assert [hit.document.id for hit in ranking.passages] == ["a", "c"]
+        assert [hit.passage.id for hit in ranking.passages] == ["a0", "c0"]
+        assert [passage.id for passage, _ in ranking.passages[0].document.others] == ["a1"]
+
+    def test_a_teacher_reads_before_the_selection(self, index, student):
+        cascade = Cascade(FakeTeacher(), StudentError(1.0, 0.0, 1.0), teacher_passages=30, min_gain=0.0)
+        options = {"top_k": 5, "cascade": cascade}
+        (longer,) = search(index, student, QUERIES[:1], **options | {"top_k": 25})
+        (ranking,) = search(index, student, QUERIES[:1], mmr=0.3, near_duplicates=0.9, **options)
+        expected = [longer.passages[rank - 1] for rank in ranking.selection.ranks]
+        assert ranking.selection.ranks != (1, 2, 3, 4, 5)
+        assert [(hit.passage.id, hit.log_odds, hit.student_rank) for hit in ranking.passages] == [
+            (hit.passage.id, hit.log_odds, hit.student_rank) for hit in expected
+        ]
+
+    def test_explanations_and_ids_are_those_of_the_results(self, index, student):
+        settings = SearchSettings(top_k=6, mmr=0.3, explain=True, neighbours=1)
+        searcher = Searcher(index, student, settings)
+        (ranking,), (ids,) = searcher.rank(QUERIES[:1]), searcher.rank_ids(QUERIES[:1])
+        assert list(ids.passages) == pairs(ranking)
+        for hit in ranking.passages:
+            assert hit.explanation.anchor + hit.explanation.interaction == pytest.approx(hit.score)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"mmr": 1.1}, "mmr is 1.1"),
+            ({"mmr": float("nan")}, "mmr is nan"),
+            ({"near_duplicates": -0.1}, r"near_duplicates is -0\.1"),
+            ({"select_from": 20}, "select_from is for mmr and near_duplicates"),
+            ({"select_from": 5, "mmr": 0.5}, "select_from is 5, but top_k is 10"),
+        ],
+    )
+    def test_invalid_settings_are_rejected(self, index, student, changes, message):
+        with pytest.raises(InputError, match=message):
+            search(index, student, QUERIES, **changes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -18,13 +19,24 @@ from d2llm.cli.options import (
     student_option,
     teacher_config,
     teacher_option,
+    with_option_groups,
 )
 from d2llm.cli.session import Session, session_of
 from d2llm.core.errors import InputError
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Grouping, Task
+from d2llm.core.types import (
+    DEFAULT_NUM_CANDIDATES,
+    DEFAULT_TEACHER_PASSAGES,
+    DEFAULT_TOP_K,
+    ContextOrder,
+    Grouping,
+    Task,
+)
 
 if TYPE_CHECKING:
-    from d2llm.core.types import CascadeReport, Certificate, Query, Ranking
+    from d2llm.core.types import CascadeReport, Certificate, Excerpt, Query, Ranking, Selection
+    from d2llm.models.teachers.judge import Judge
+    from d2llm.retrieval.cascade import Cascade
+    from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
     from d2llm.retrieval.settings import SearchSettings
 
@@ -40,12 +52,99 @@ class SourceChoice(str, Enum):
 _NAMED = 5  # number of truncated queries to list
 
 
+@dataclass(frozen=True)
+class SelectionOptions:
+    """Options that select diverse or distinct results from a longer ranking."""
+
+    mmr: Annotated[
+        float | None,
+        typer.Option(
+            metavar="WEIGHT",
+            min=0,
+            max=1,
+            help="Diverse results (maximal marginal relevance): WEIGHT is that of the score, for example 0.7; the rest "
+            "counts against likeness to results above.",
+        ),
+    ] = None
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(
+            metavar="COSINE",
+            min=0,
+            max=1,
+            help="Leave out passages whose vectors have at least this cosine with that of a better result, for example "
+            "0.95.",
+        ),
+    ] = None
+    select_from: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --mmr or --near-duplicates: how many of the first results to select from.",
+            show_default="5 times --top-k",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class PassageOptions:
+    """Options that join results with the passages around them."""
+
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="Also show this many passages before and after, from the same document.")
+    ] = 0
+    excerpts: Annotated[
+        bool,
+        typer.Option("--excerpts", help="Show neighbouring results and --neighbours as one part of their document."),
+    ] = False
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            metavar="TOKENS",
+            min=1,
+            help="Print the results as one text with numbered sources, at most this long, for a language model to "
+            "answer from; near duplicates are left out.",
+        ),
+    ] = None
+    context_order: Annotated[
+        ContextOrder | None,
+        typer.Option(
+            help="With --context: the best source first, or sources of a document together, in its order.",
+            show_default="rank",
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --context: the model whose tokens count, a folder or a name.",
+            show_default="the student",
+        ),
+    ] = None
+
+    def check(self, *, explain: bool) -> None:
+        """Check the combination.
+
+        Raises:
+            InputError: an option is for another one that is missing, or contradicts it.
+        """
+        for name, value in (("--context-order", self.context_order), ("--tokenizer", self.tokenizer)):
+            if value is not None and self.context_tokens is None:
+                raise InputError(f"{name} is for --context TOKENS; add it, or leave {name} out")
+        if self.context_tokens is not None and (self.excerpts or explain):
+            name = "--excerpts" if self.excerpts else "--explain"
+            raise InputError(f"--context prints one text instead of the results; leave out {name}")
+
+
+@with_option_groups
 def search(
     context: typer.Context,
     index: Annotated[
         Path, typer.Argument(metavar="INDEX", help="A folder that index, encode or fit made, or a snapshot.")
     ],
     texts: Annotated[list[str] | None, typer.Argument(metavar="QUERY", help="What to search for.")] = None,
+    *,
     queries: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also search for each query of queries.jsonl or queries.jsonl.gz."),
@@ -88,9 +187,8 @@ def search(
     group: Annotated[
         Grouping, typer.Option(help="Rank documents by their best passage, or by the sum of their three best.")
     ] = "passage",
-    neighbours: Annotated[
-        int, typer.Option(min=0, help="Also show this many passages before and after, from the same document.")
-    ] = 0,
+    selection: SelectionOptions,
+    around: PassageOptions,
     teacher: Annotated[
         str | None,
         teacher_option(
@@ -109,6 +207,7 @@ def search(
     json_path: JsonOption = None,
 ) -> None:
     """Find the passages of an index that answer a query, best first."""
+    from d2llm.reports.search_tables import ranking_list
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.search import search
     from d2llm.retrieval.settings import SearchSettings
@@ -126,11 +225,21 @@ def search(
         budget_ms=budget_ms,
         explain=explain,
         group=group,
-        neighbours=neighbours,
+        neighbours=around.neighbours,
+        mmr=selection.mmr,
+        near_duplicates=selection.near_duplicates,
+        select_from=selection.select_from,
     )
     settings.check()
+    around.check(explain=explain)
     if teacher is None and teacher_ms is not None:
         raise InputError("--teacher-ms is the time limit of a teacher; name one with --teacher, or leave it out")
+    if around.context_tokens is not None:
+        from d2llm.retrieval.context import context_settings, named_tokenizer
+
+        settings = context_settings(settings)
+        if around.tokenizer is not None:
+            named_tokenizer(around.tokenizer)  # loaded now, so that a mistake is reported before the search
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
@@ -138,28 +247,73 @@ def search(
     cascade = None
     if teacher is not None:
         from d2llm.models.teachers.judge import load_judge
-        from d2llm.retrieval.calibrate import read_error
-        from d2llm.retrieval.cascade import Cascade
-        from d2llm.retrieval.row_evidence import weights_for
 
         judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
-        error = read_error(opened.folder, judge, index_task, weights_for(opened.view, opened.student, index_task))
-        cascade = Cascade(judge, error, teacher_passages, teacher_ms)
+        cascade = _cascade(opened, judge, index_task, teacher_passages, teacher_ms)
     rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade)
+    report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:
-        _show(session, ranking, settings, opened.student, index_task)
+        if around.context_tokens is not None:
+            if len(rankings) > 1:
+                session.write(ranking.query.text)
+            report.setdefault("contexts", []).append(_show_context(session, opened, ranking, around))
+        elif around.excerpts:
+            report.setdefault("excerpts", []).append(_show_excerpts(session, opened, ranking))
+        else:
+            session.show(ranking_list(ranking))
+        _explain(session, ranking, settings, opened.student, index_task)
     if (remark := _truncated_queries(rankings, opened.student)) is not None:
         session.complain("warning", remark)
-    session.write_report(context, json_path, {"student": opened.student.fingerprint, "rankings": rankings})
+    session.write_report(context, json_path, report)
 
 
-def _show(session: Session, ranking: Ranking, settings: SearchSettings, student: SearchStudent, task: Task) -> None:
-    """Print a ranking with its explanation, its teacher's changes and its proof."""
+def _cascade(index: Index, judge: Judge, task: Task, teacher_passages: int, teacher_ms: float | None) -> Cascade:
+    """A cascade of the index's student and a teacher, with the measured error of the student."""
+    from d2llm.retrieval.calibrate import read_error
+    from d2llm.retrieval.cascade import Cascade
+    from d2llm.retrieval.row_evidence import weights_for
+
+    error = read_error(index.folder, judge, task, weights_for(index.view, index.student, task))
+    return Cascade(judge, error, teacher_passages, teacher_ms)
+
+
+def _show_context(session: Session, index: Index, ranking: Ranking, options: PassageOptions) -> dict[str, Any]:
+    """Print the context that a ranking gives; returns its fields for a report, without the ranking."""
+    from d2llm.models.student import Student
+    from d2llm.reports.search_tables import context_remark
+    from d2llm.retrieval.context import build_context, named_tokenizer
+
+    assert options.context_tokens is not None
+    context = build_context(
+        ranking,
+        cast(Student, index.student).backbone.token_ends
+        if options.tokenizer is None
+        else named_tokenizer(options.tokenizer),
+        options.context_tokens,
+        order=options.context_order or "rank",
+        overlapping=index.repeats_text,
+    )
+    session.write(context.text)
+    session.say(context_remark(context))
+    return {field.name: getattr(context, field.name) for field in fields(context) if field.name != "ranking"}
+
+
+def _show_excerpts(session: Session, index: Index, ranking: Ranking) -> list[Excerpt]:
+    """Print the results of a ranking with the passages around them, as parts of their documents."""
+    from d2llm.reports.search_tables import excerpt_list
+    from d2llm.retrieval.excerpts import merge_neighbours
+
+    excerpts = merge_neighbours(ranking.passages, overlapping=index.repeats_text)
+    session.show(excerpt_list(ranking, excerpts))
+    return excerpts
+
+
+def _explain(session: Session, ranking: Ranking, settings: SearchSettings, student: SearchStudent, task: Task) -> None:
+    """Print the explanation of a ranking, how it was selected, its teacher's changes and its proof."""
     from d2llm.models.attribution import why_no_interaction
     from d2llm.models.student import Student
-    from d2llm.reports.search_tables import explanation_table, ranking_list
+    from d2llm.reports.search_tables import explanation_table
 
-    session.show(ranking_list(ranking))
     if not ranking.passages:
         session.complain("warning", f"no passage was found for {ranking.query.text!r}{_why_none(settings)}")
     if settings.explain:
@@ -169,8 +323,12 @@ def _show(session: Session, ranking: Ranking, settings: SearchSettings, student:
             session.say(f"search: {reason}")
     if ranking.cascade is not None:
         session.say(_cascade_line(ranking.cascade))
+    selection = ranking.selection
     if ranking.certificate is not None:
-        session.say(_proof(ranking.certificate, len(ranking.passages)))
+        num_places = len(ranking.passages) if selection is None else selection.selected_from
+        session.say(_proof(ranking.certificate, num_places))
+    if selection is not None:
+        session.say(_selection_line(selection, settings, is_proved=ranking.certificate is not None))
 
 
 def _cascade_line(report: CascadeReport) -> str:
@@ -182,6 +340,19 @@ def _cascade_line(report: CascadeReport) -> str:
         f"teacher: the student was unsure of {len(report.unsure)} passages; {len(report.read)} were read{cut}, in "
         f"{1e3 * report.seconds:,.0f} ms; " + (f"places: {moves}" if moves else "no place changed")
     )
+
+
+def _selection_line(selection: Selection, settings: SearchSettings, *, is_proved: bool) -> str:
+    """How the results were selected, in one line."""
+    num_shown = len(selection.ranks)
+    line = f"selection: {num_shown} of the first {selection.selected_from} results"
+    if settings.mmr is not None:
+        line += f", diversified with weight {settings.mmr:g} for the score"
+    if settings.near_duplicates is not None:
+        line += f"; {selection.num_near_duplicates} near duplicates left out"
+    if num_shown < min(settings.top_k, selection.selected_from):
+        line += f", so {settings.top_k - num_shown} places stay empty (a larger --select-from may fill them)"
+    return line + ("; this selection is not the proved order" if is_proved else "")
 
 
 def _read_queries(texts: list[str], file: Path | None) -> list[Query]:

@@ -48,6 +48,10 @@ class Session:
         # Tables and wrapped texts respect the width; only ids are wider, and must stay in one piece to be copied.
         self._out.print(result, markup=False, crop=False)
 
+    def write(self, text: str) -> None:
+        """Print a text exactly as it is, for other programs to read."""
+        self._out.file.write(text + "\n")
+
     def say(self, remark: str) -> None:
         """Print a remark; silent with ``--quiet``."""
         if not self.quiet:

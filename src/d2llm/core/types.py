@@ -20,6 +20,8 @@ DEFAULT_NUM_CANDIDATES = 1_000
 """Number of passages that get the full score in a search."""
 DEFAULT_TEACHER_PASSAGES = 20
 """Maximum number of passages that a teacher rereads in a search."""
+DEFAULT_CONTEXT_TOKENS = 2_000
+"""Maximum number of tokens of a context for an answer."""
 
 SystemKind = Literal[
     "bm25",
@@ -60,6 +62,9 @@ divided by the query's upper limit, and the highest inner product with the vecto
 
 Grouping = Literal["passage", "best", "sum"]
 """What is ranked: passages, or documents by their best passage or by the summed odds of their best passages."""
+
+ContextOrder = Literal["rank", "document"]
+"""The order of a context's sources: the best one first, or all of a document together, in its order."""
 
 Qrels = Mapping[str, Mapping[str, int]]
 """query_id -> passage_id -> relevance grade (above 0 is relevant)."""
@@ -280,12 +285,43 @@ class CascadeReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """How the results were selected from a longer ranking (``mmr``, ``near_duplicates``); its order need not be kept.
+
+    Attributes:
+        selected_from: length of that ranking.
+        num_near_duplicates: how many of its entries were left out because they are near duplicates of better ones.
+        ranks: the rank in it of each result.
+    """
+
+    selected_from: int
+    num_near_duplicates: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """A part of a document around one or more results: consecutive passages.
+
+    Attributes:
+        results: the results in it, best first.
+        passages: all of its passages, in the order of the document.
+        text: their texts in that order, each part once. Where the title changes, the new one stands before the text.
+    """
+
+    results: tuple[RankedPassage, ...]
+    passages: tuple[Passage, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ranking:
     """The result of one query, best first; ties are broken by passage id.
 
     ``num_candidates`` passages got the full score. ``certificate`` is set by an exact search, ``index_version`` by an
     index with versions, ``cascade`` by a search with a teacher. ``truncated``: the query is longer than the student
-    reads, so its end did not affect the student's scores.
+    reads, so its end did not affect the student's scores. ``selection``: the entries were selected from a longer
+    ranking; a certificate then proves that ranking, not the order of the selection.
     """
 
     query: Query
@@ -296,6 +332,7 @@ class Ranking:
     index_version: int | None = None
     cascade: CascadeReport | None = None
     truncated: bool = False
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,6 +248,10 @@ class Backbone(nn.Module):
         fallback = self.tokenizer.eos_token_id or self.tokenizer.pad_token_id or 0
         return TokenizedTexts([row or [cast(int, fallback)] for row in ids], tuple(too_long))
 
+    def token_ends(self, text: str) -> list[int]:
+        """Where the tokens of a text end, in characters, without prefix and special tokens (``token_ends``)."""
+        return token_ends(self.tokenizer, text)
+
     def token_places(self, passage: str, num_tokens: int) -> list[Span]:
         """Character spans in a passage of the ``num_tokens`` tokens that ``tokenize`` returned for it.
 
@@ -281,6 +285,24 @@ class Backbone(nn.Module):
     ) -> Float[Tensor, "batch dim"]:
         """The backbone's own pooling, in float32."""
         return pool(states.float(), mask, self.pooling)
+
+
+def token_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Where the tokens of a text end, in characters, without special tokens; their number is the text's length.
+
+    Raises:
+        InputError: the tokenizer gives no character offsets.
+    """
+    try:
+        with TOKENIZING:
+            encoded = tokenizer(
+                [text], truncation=False, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+    except NotImplementedError as error:
+        raise InputError(
+            "this tokenizer gives no character offsets, so its tokens cannot be counted; name another tokenizer"
+        ) from error
+    return [end for _, end in cast("list[list[Span]]", encoded["offset_mapping"])[0]]
 
 
 def search_query_tokens(config: BackboneConfig) -> int:

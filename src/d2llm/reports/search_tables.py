@@ -14,8 +14,9 @@ from rich.text import Text
 from d2llm.core.table import Cell, Column, Table
 
 if TYPE_CHECKING:
-    from d2llm.core.types import Passage, Ranking
+    from d2llm.core.types import Excerpt, Passage, RankedPassage, Ranking
     from d2llm.retrieval.build_ann import AnnReport
+    from d2llm.retrieval.context import AnswerContext
     from d2llm.store.inspection import IndexStats
 
 _SHOWN_CHARACTERS = 300
@@ -30,10 +31,39 @@ def ranking_list(ranking: Ranking) -> RenderableType:
     parts: list[RenderableType] = [_unbroken(Text(ranking.query.text, style="bold"))]
     for place in ranking.passages:
         parts += [part for passage in place.before for part in _neighbour(passage, width)]
-        head = Text.assemble(f"{place.rank:{width}}  {place.score:.3f}  ", (place.passage.id, "cyan"))
-        parts += [_unbroken(head), _indented(place.passage.full_text, width)]
+        parts += _result(place, width)
         parts += [part for passage in place.after for part in _neighbour(passage, width)]
     return Group(*parts)
+
+
+def excerpt_list(ranking: Ranking, excerpts: Sequence[Excerpt]) -> RenderableType:
+    """The results of a query in the order of their documents, with neighbours in grey; a line before each excerpt."""
+    width = len(str(len(ranking.passages)))
+    parts: list[RenderableType] = [_unbroken(Text(ranking.query.text, style="bold"))]
+    for excerpt in excerpts:
+        results = {result.passage.id: result for result in excerpt.results}
+        parts.append(_unbroken(Text(excerpt.passages[0].document_id or excerpt.passages[0].id, style="bold cyan")))
+        for passage in excerpt.passages:
+            result = results.get(passage.id)
+            parts += _neighbour(passage, width) if result is None else _result(result, width)
+    return Group(*parts)
+
+
+def context_remark(context: AnswerContext) -> str:
+    """One line about the size of a context and what it leaves out."""
+    remark = f"context: {context.num_tokens:,} of at most {context.max_tokens:,} tokens, {len(context.sources)} sources"
+    if context.truncated:
+        remark += "; the best result alone is longer, and its end was cut off"
+    if context.left_out:
+        remark += f"; {len(context.left_out):,} results did not fit"
+    if context.num_neighbours_left_out:
+        remark += f"; {context.num_neighbours_left_out:,} neighbours of results did not fit"
+    return remark
+
+
+def _result(place: RankedPassage, width: int) -> list[RenderableType]:
+    head = Text.assemble(f"{place.rank:{width}}  {place.score:.3f}  ", (place.passage.id, "cyan"))
+    return [_unbroken(head), _indented(place.passage.full_text, width)]
 
 
 def _neighbour(passage: Passage, width: int) -> list[RenderableType]:

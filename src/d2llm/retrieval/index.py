@@ -15,7 +15,18 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import Advance, progress_bar
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, EngineName, Passage, Query, Ranking, Task
+from d2llm.core.types import (
+    DEFAULT_CONTEXT_TOKENS,
+    DEFAULT_NUM_CANDIDATES,
+    ContextOrder,
+    EngineName,
+    Excerpt,
+    Passage,
+    Query,
+    RankedPassage,
+    Ranking,
+    Task,
+)
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.store.index_manifest import find_index
@@ -36,6 +47,7 @@ if TYPE_CHECKING:
     from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.cascade import Rereader
     from d2llm.retrieval.chunking import DocumentsReport
+    from d2llm.retrieval.context import AnswerContext
     from d2llm.retrieval.exact_search import KeptReaches
     from d2llm.retrieval.settings import SearchSettings
     from d2llm.retrieval.upserting import UpsertReport
@@ -306,6 +318,12 @@ class Index:
         """How documents are split into passages; None if the index has no documents yet."""
         return read_chunking(self.folder)
 
+    @property
+    def repeats_text(self) -> bool:
+        """Whether passages may begin with text that repeats the end of the one before (``Chunking.chunk_overlap``)."""
+        chunking = self.chunking
+        return chunking is not None and chunking.chunk_overlap > 0
+
     def delete(self, ids: Iterable[str]) -> int:
         """Delete passages, in one step from vectors, BM25 and results; returns their number.
 
@@ -399,6 +417,62 @@ class Index:
         return Searcher(
             self.view, self.student, changed(settings, changes), reaches=self._reaches, cascade=cascade
         ).rank(query_list)
+
+    def around(self, results: Sequence[RankedPassage], distance: int = 1) -> list[Excerpt]:
+        """Results with the passages around them in their documents, neighbouring ones merged (``merge_neighbours``).
+
+        Args:
+            results: entries of a ranking, best first.
+            distance: how many positions before and after each result to include; 0 only merges neighbouring results.
+
+        Raises:
+            InputError: ``distance`` is below 0.
+        """
+        from d2llm.retrieval.excerpts import merge_neighbours
+        from d2llm.retrieval.results import with_neighbours
+
+        if distance < 0:
+            raise InputError(f"distance is {distance}, but counts positions: give 0 or more")
+        return merge_neighbours(with_neighbours(self.view, results, distance), overlapping=self.repeats_text)
+
+    def context(
+        self,
+        query: Query | str,
+        max_tokens: int = DEFAULT_CONTEXT_TOKENS,
+        *,
+        order: ContextOrder = "rank",
+        tokenizer: str | None = None,
+        settings: SearchSettings | None = None,
+        cascade: Rereader | None = None,
+        **changes: Any,
+    ) -> AnswerContext:
+        """The best passages for a query as one text with numbered sources, for a language model to answer from.
+
+        The results of a search, ``top_k`` of them, fill the text in their order; with ``neighbours``, each comes with
+        those of its neighbours that fit. Near duplicates are left out, by default from a cosine of 0.95 on.
+
+        Args:
+            query: the query.
+            max_tokens: maximum number of tokens of the text.
+            order: ``rank``: the best source first; ``document``: sources of a document together, in its order.
+            tokenizer: the model whose tokens count: a folder or a name; None: the student.
+            settings: how to search.
+            cascade: a teacher that rereads results, as in ``search``.
+            changes: override single fields of the settings, as in ``index.context(query, top_k=20, neighbours=1)``.
+
+        Raises:
+            InputError: a setting or the query is invalid, or ``max_tokens`` is below 1.
+            FilterError: the filter cannot be parsed, or does not fit the metadata.
+            ModelNotFoundError: there is no such tokenizer.
+        """
+        from d2llm.retrieval.context import build_context, context_settings, named_tokenizer
+        from d2llm.retrieval.settings import changed
+
+        chosen = context_settings(changed(settings, changes))
+        student = cast("Student", self.student)  # only a Student has a tokenizer to count with
+        token_ends = student.backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer)
+        (ranking,) = self.search(query if isinstance(query, str) else [query], chosen, cascade=cascade)
+        return build_context(ranking, token_ends, max_tokens, order=order, overlapping=self.repeats_text)
 
     def build_ann(
         self,

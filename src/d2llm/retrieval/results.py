@@ -19,7 +19,9 @@ from d2llm.core.types import (
     Query,
     RankedDocument,
     RankedPassage,
+    Selection,
 )
+from d2llm.ops.diversity import DiverseResults
 from d2llm.retrieval.cascade import Reread
 from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
 from d2llm.store.view import CandidateRows, PassageView
@@ -48,7 +50,10 @@ class ScoredCandidates:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The order of the candidates: their places, best first by ``scores``; or documents, best first."""
+    """The order of the candidates: their places, best first by ``scores``; or documents, best first.
+
+    ``selection`` and ``chosen``, indices into this order, are set if only some of it are the results.
+    """
 
     scored: ScoredCandidates
     scores: NDArray[np.floating[Any]]
@@ -56,13 +61,30 @@ class Order:
     documents: Sequence[GroupedDocument] | None
     reread: Reread | None
     student_ranks: NDArray[np.int64] | None
+    selection: Selection | None = None
+    chosen: NDArray[np.int64] | None = None
+
+    def selected(self, diverse: DiverseResults) -> Order:
+        """The same order, of which only some are shown."""
+        length = len(self.best_first if self.documents is None else self.documents)
+        ranks: list[int] = (diverse.indices + 1).tolist()
+        selection = Selection(length, diverse.num_near_duplicates, tuple(ranks))
+        return replace(self, selection=selection, chosen=diverse.indices)
+
+    @property
+    def shown_documents(self) -> Sequence[GroupedDocument] | None:
+        """The documents to show, or None in a ranking of passages."""
+        if self.documents is None or self.chosen is None:
+            return self.documents
+        return [self.documents[index] for index in self.chosen.tolist()]
 
     @property
     def places(self) -> NDArray[np.int64]:
         """The passages to show, as places among the candidates."""
-        if self.documents is None:
-            return self.best_first
-        return np.array([document.places[0] for document in self.documents], np.int64)
+        documents = self.shown_documents
+        if documents is None:
+            return self.best_first if self.chosen is None else self.best_first[self.chosen]
+        return np.array([document.places[0] for document in documents], np.int64)
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -72,9 +94,10 @@ class Order:
     @property
     def shown_scores(self) -> list[float]:
         """The scores of what is shown: passages, or documents."""
-        if self.documents is None:
-            return self.scores[self.best_first].tolist()
-        return [document.score for document in self.documents]
+        documents = self.shown_documents
+        if documents is None:
+            return self.scores[self.places].tolist()
+        return [document.score for document in documents]
 
 
 def group_passages(
@@ -121,8 +144,8 @@ def show(
     """The results of a ranking, with texts and the parts that the settings request (``SearchSettings``)."""
     rows = order.rows
     documents: list[RankedDocument | None] = [None] * len(rows)
-    if order.documents is not None:
-        documents = [*_documents(index, order, order.documents, document_passages)]
+    if order.shown_documents is not None:
+        documents = [*_documents(index, order, order.shown_documents, document_passages)]
     anchors: list[float | None] = [None] * len(rows)
     if anchor is not None and len(rows):
         anchors = (index.vectors(rows) @ anchor).tolist()
@@ -135,7 +158,7 @@ def show(
     if explain:
         shown = _explained(query, shown, order, None if evidence is None else evidence.parts(rows))
     if neighbours:
-        shown = _with_neighbours(index, shown, neighbours)
+        shown = with_neighbours(index, shown, neighbours)
     return shown if order.reread is None else _with_teacher(shown, order, order.reread)
 
 
@@ -156,7 +179,7 @@ def _documents(
     ]
 
 
-def _with_neighbours(index: PassageView, places: tuple[RankedPassage, ...], distance: int) -> tuple[RankedPassage, ...]:
+def with_neighbours(index: PassageView, places: Sequence[RankedPassage], distance: int) -> tuple[RankedPassage, ...]:
     """Each result with the passages up to ``distance`` positions before and after it in its document."""
     around: dict[str, list[Passage]] = {}
     for passage in index.neighbours([place.passage for place in places], distance):
@@ -213,7 +236,7 @@ def _with_teacher(shown: tuple[RankedPassage, ...], order: Order, reread: Reread
 
 
 def cascade_report(order: Order) -> CascadeReport:
-    """Report of a cascade: passages read, in doubt and moved, given by the student's ranks."""
+    """Report of a cascade: passages read, in doubt and moved, given by the student's ranks, before any selection."""
     assert order.reread is not None
     assert order.student_ranks is not None
     ranks, reread = order.student_ranks, order.reread

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import IdRanking, Query, Ranking, Task
+from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
@@ -211,7 +212,7 @@ class Searcher:
         # A scan orders rows by anchor. If the anchors are the scores, it need not go deeper than the ranking.
         final = source is not None and all(self._anchor_is_score(scorer) for scorer in scorers)
         share = math.ceil(self.settings.num_candidates / max(len(self._sources), 1))
-        depth = self.settings.top_k if final else max(share, self.settings.top_k)
+        depth = self.settings.ranking_depth if final else max(share, self.settings.ranking_depth)
         scanned: Sequence[CandidateRows | None] = [None] * len(queries)
         together = [anchor for anchor in anchors if anchor is not None]
         if source is not None and len(together) > 1:
@@ -264,7 +265,16 @@ class Searcher:
         if order.reread is not None:
             report, seconds["teacher"] = cascade_report(order), order.reread.seconds
         scored = order.scored
-        return Ranking(query, passages, scored.num_scored, seconds, scored.certificate, self._index.version, report)
+        return Ranking(
+            query,
+            passages,
+            scored.num_scored,
+            seconds,
+            scored.certificate,
+            self._index.version,
+            report,
+            selection=order.selection,
+        )
 
     def _candidates(self, prepared: _PreparedQuery, depth: int) -> ScoredCandidates:
         """At least ``depth`` candidates with the student's scores, if the index has that many."""
@@ -284,7 +294,7 @@ class Searcher:
 
     def _score(self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int) -> ScoredCandidates:
         if self._anchor_is_score(prepared.scorer):
-            (proposal,), top_k = proposals.values(), self.settings.top_k
+            (proposal,), top_k = proposals.values(), self.settings.ranking_depth
             rows, scores = proposal.rows[:top_k], proposal.scores[:top_k]
             _refuse_nan(scores, prepared.query)
             return ScoredCandidates(rows, scores, len(rows), proposals, None, len(proposal.rows) < depth)
@@ -299,7 +309,7 @@ class Searcher:
     def _score_exactly(
         self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int
     ) -> ScoredCandidates:
-        top_k = self.settings.top_k if self._in_students_order else depth
+        top_k = self.settings.ranking_depth if self._in_students_order else depth
         try:
             certified = certified_top_k(
                 self._index,
@@ -320,7 +330,10 @@ class Searcher:
         return ScoredCandidates(certified.rows, certified.scores, num_scored, proposals, certificate, is_all)
 
     def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
-        """The top ``top_k`` passages or documents by the student's score, its fusion with BM25, or the cascade."""
+        """The top ``top_k`` passages or documents by the student's score, its fusion with BM25, or the cascade.
+
+        With ``mmr`` or ``near_duplicates``, they are a selection from the top ``ranking_depth``.
+        """
         rows, top_k = scored.rows, self.settings.top_k
 
         def best(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:
@@ -343,11 +356,25 @@ class Searcher:
                 query.text, scored.scores, lambda places: self._texts(rows[places]), self._task, top_k
             )
             final = reread.scores
+        depth = self.settings.ranking_depth
         if documents is None:
-            return Order(scored, final, best(final, top_k), None, reread, student_ranks)
-        order, how = best(final, len(rows)), self.settings.group
-        grouped = group_passages(final, order, documents, how, self.settings.document_passages)
-        return Order(scored, final, order[:top_k], grouped[:top_k], reread, student_ranks)
+            order = Order(scored, final, best(final, depth), None, reread, student_ranks)
+        else:
+            best_first, how = best(final, len(rows)), self.settings.group
+            grouped = group_passages(final, best_first, documents, how, self.settings.document_passages)
+            order = Order(scored, final, best_first[:top_k], grouped[:depth], reread, student_ranks)
+        return self._select(order) if self.settings.selects else order
+
+    def _select(self, order: Order) -> Order:
+        """The diverse or distinct results of a ranking."""
+        selected = select_diverse(
+            np.array(order.shown_scores),
+            self._index.vectors(order.rows),
+            self.settings.top_k,
+            mmr=self.settings.mmr,
+            near_duplicates=self.settings.near_duplicates,
+        )
+        return order.selected(selected)
 
     def _texts(self, rows: NDArray[np.int64]) -> list[str]:
         return [passage.full_text for passage in self._index.passages(rows)]

@@ -12,6 +12,9 @@ from d2llm.core.names import did_you_mean
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TOP_K, EvidenceTerm, Grouping, SourceName, Task
 from d2llm.models.evidence import EvidenceWeights
 
+SELECTED_FROM = 5
+"""``mmr`` and ``near_duplicates`` select from this many times ``top_k`` places, by default."""
+
 
 @dataclass(frozen=True, slots=True)
 class SearchSettings:
@@ -40,6 +43,13 @@ class SearchSettings:
             candidates are taken if they belong to too few documents.
         document_passages: number of passages shown per document, and with "sum" summed.
         neighbours: also return the passages of the same document up to this many positions before and after each.
+        mmr: choose diverse results by maximal marginal relevance (``ops.diversity``), with this weight, 0 to 1, for the
+            score; 1 gives the ranking itself. None does not diversify. The vectors compared are those in the index.
+        near_duplicates: leave out a result if the cosine of its stored vector with that of a better result is at least
+            this, 0 to 1. In a ranking of documents, the vectors are those of their best passages.
+        select_from: ``mmr`` and ``near_duplicates`` select the results from this many of the first in the ranking; None
+            means five times ``top_k``. An exact search proves all of these places; their selection is not the proved
+            order.
     """
 
     task: Task | None = None
@@ -55,6 +65,21 @@ class SearchSettings:
     group: Grouping = "passage"
     document_passages: int = 3
     neighbours: int = 0
+    mmr: float | None = None
+    near_duplicates: float | None = None
+    select_from: int | None = None
+
+    @property
+    def selects(self) -> bool:
+        """Whether the results are a selection from a longer ranking."""
+        return self.mmr is not None or self.near_duplicates is not None
+
+    @property
+    def ranking_depth(self) -> int:
+        """Length of the ranking from which the results are taken; ``top_k`` without a selection."""
+        if not self.selects:
+            return self.top_k
+        return SELECTED_FROM * self.top_k if self.select_from is None else self.select_from
 
     def proposers(self, *, counts_words: bool) -> tuple[SourceName, ...]:
         """The sources of candidates; ``counts_words``: whether the student's score counts words."""
@@ -93,10 +118,23 @@ class SearchSettings:
                 f"document_passages is {self.document_passages} and neighbours is {self.neighbours}; they must be at "
                 "least 1 and 0"
             )
+        self._check_selection()
         if self.exact and self.group != "passage":
             raise InputError("an exact search proves a ranking of passages: leave out either group or exact")
         if self.hybrid is not None and self.group == "sum":
             raise InputError("fused scores are sums of ranks and cannot be summed as odds: set group to 'best'")
+
+    def _check_selection(self) -> None:
+        for name, value in (("mmr", self.mmr), ("near_duplicates", self.near_duplicates)):
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"{name} is {value}, but must be between 0 and 1; leave it out to turn it off")
+        if self.select_from is not None and not self.selects:
+            raise InputError("select_from is for mmr and near_duplicates; set one of them as well, or leave it out")
+        if self.select_from is not None and self.select_from < self.top_k:
+            raise InputError(
+                f"select_from is {self.select_from}, but top_k is {self.top_k}: results cannot be selected from fewer "
+                "places than there are results"
+            )
 
 
 def changed(settings: SearchSettings | None, changes: Mapping[str, Any]) -> SearchSettings:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from pydantic_core import to_json
 from starlette.responses import JSONResponse
 
-from d2llm.core.types import Passage, RankedPassage, Ranking
+from d2llm.core.types import Excerpt, MetadataValue, Passage, RankedPassage, Ranking
+from d2llm.retrieval.context import AnswerContext
 
 
 class FastJSONResponse(JSONResponse):
@@ -24,13 +26,32 @@ def _plain(value: Any) -> Any:
     return value.tolist()
 
 
-def ranking_json(ranking: Ranking) -> dict[str, Any]:
-    """The fields of ``schemas.SearchAnswer`` that come from a ranking."""
-    certificate, cascade = ranking.certificate, ranking.cascade
+def search_json(ranking: Ranking, excerpts: Sequence[Excerpt] | None) -> dict[str, Any]:
+    """The fields of ``schemas.SearchAnswer`` that come from a ranking and its excerpts, if they were requested."""
+    return _ranking_json(ranking) | {
+        "passages": [_ranked_json(place) for place in ranking.passages],
+        "excerpts": None if excerpts is None else [_excerpt_json(excerpt) for excerpt in excerpts],
+    }
+
+
+def context_json(context: AnswerContext) -> dict[str, Any]:
+    """The fields of ``schemas.ContextAnswer`` that come from a context."""
+    return _ranking_json(context.ranking) | {
+        "text": context.text,
+        "sources": [asdict(source) | {"metadata": _metadata_json(source.metadata)} for source in context.sources],
+        "num_tokens": context.num_tokens,
+        "max_tokens": context.max_tokens,
+        "left_out": context.left_out,
+        "num_neighbours_left_out": context.num_neighbours_left_out,
+        "context_truncated": context.truncated,
+    }
+
+
+def _ranking_json(ranking: Ranking) -> dict[str, Any]:
+    certificate, cascade, selection = ranking.certificate, ranking.cascade, ranking.selection
     return {
         "query": ranking.query.text,
         "truncated": ranking.truncated,
-        "passages": [_ranked_json(place) for place in ranking.passages],
         "num_candidates": ranking.num_candidates,
         "seconds": dict(ranking.seconds),
         "certificate": None
@@ -41,6 +62,16 @@ def ranking_json(ranking: Ranking) -> dict[str, Any]:
             "kth_score": _finite(certificate.kth_score),
         },
         "cascade": None if cascade is None else asdict(cascade),
+        "selection": None if selection is None else asdict(selection),
+    }
+
+
+def _excerpt_json(excerpt: Excerpt) -> dict[str, Any]:
+    return {
+        "document_id": excerpt.passages[0].document_id,
+        "passage_ids": [passage.id for passage in excerpt.passages],
+        "ranks": [result.rank for result in excerpt.results],
+        "text": excerpt.text,
     }
 
 
@@ -74,10 +105,14 @@ def passage_json(passage: Passage) -> dict[str, Any]:
         "text": passage.text,
         "document_id": passage.document_id,
         "position": passage.position,
-        "metadata": {
-            name: value if isinstance(value, str | int | float | bool | None) else value.isoformat()
-            for name, value in passage.metadata.items()
-        },
+        "metadata": _metadata_json(passage.metadata),
+    }
+
+
+def _metadata_json(metadata: Mapping[str, MetadataValue]) -> dict[str, Any]:
+    return {
+        name: value if isinstance(value, str | int | float | bool | None) else value.isoformat()
+        for name, value in metadata.items()
     }
 
 

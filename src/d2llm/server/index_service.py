@@ -17,7 +17,7 @@ from scipy.special import expit
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import showing_progress
-from d2llm.core.types import DEFAULT_TEACHER_PASSAGES, Passage, Ranking, Task
+from d2llm.core.types import DEFAULT_TEACHER_PASSAGES, ContextOrder, Excerpt, Passage, Ranking, Task
 from d2llm.models.attribution import Attribution, attribute, why_no_interaction
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judge
@@ -31,6 +31,8 @@ from d2llm.retrieval.chunking import (
     default_chunking,
     upsert_documents,
 )
+from d2llm.retrieval.context import AnswerContext, build_context
+from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import SearchSettings
@@ -50,7 +52,7 @@ from d2llm.store.view import PassageView
 _Value = TypeVar("_Value")
 
 _SCANNED_AT_ONCE = 32
-_WAITING = 32  # maximum number of pending explanations, and of pending writes; each holds a request's texts
+_WAITING = 32  # maximum number of pending explanations, contexts and writes each; each holds a request's texts
 _SEARCHES_A_READING = 64  # the teacher's queue is this many times shorter than the student's
 
 
@@ -91,6 +93,7 @@ class IndexService:
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._searching, self._explaining = Places(queue), Places(_WAITING)
+        self._contexts = Places(_WAITING)
         self._writing = Places(_WAITING, retry_after=5.0)
 
     @property
@@ -147,6 +150,29 @@ class IndexService:
             if stage in ranking.seconds:
                 self._observe(stage, ranking.seconds[stage])
         return ranking, student
+
+    async def excerpts(self, ranking: Ranking) -> list[Excerpt]:
+        """The results of a ranking with their neighbours, merged."""
+        return await self._in(
+            self._reads, lambda: merge_neighbours(ranking.passages, overlapping=self.current.index.repeats_text)
+        )
+
+    async def context(
+        self, ranking: Ranking, models: ModelService, max_tokens: int, order: ContextOrder
+    ) -> AnswerContext:
+        """The context that a ranking gives, counted in tokens of the student that made the ranking.
+
+        Raises:
+            OverloadedError: too many contexts are being made.
+        """
+        token_ends = models.student.backbone.token_ends
+
+        def build() -> AnswerContext:
+            overlapping = self.current.index.repeats_text
+            return build_context(ranking, token_ends, max_tokens, order=order, overlapping=overlapping)
+
+        with self._contexts:
+            return await self._in(self._reads, build)
 
     async def explain(self, query: str, passage_id: str, task: Task) -> tuple[Passage, Attribution, str | None]:
         """A passage, its words' contributions to the query's score, and why the interaction adds nothing, or None.

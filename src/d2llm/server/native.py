@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -15,20 +15,24 @@ from numpy.typing import NDArray
 
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError
-from d2llm.core.types import Task
+from d2llm.core.types import Ranking, Task
+from d2llm.retrieval.context import context_settings
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.server.answers import FastJSONResponse, ranking_json
+from d2llm.server.answers import FastJSONResponse, context_json, search_json
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
 from d2llm.server.index_service import Reading
 from d2llm.server.model_service import ModelService
 from d2llm.server.running import Lifecycle
 from d2llm.server.schemas import (
+    ContextAnswer,
+    ContextRequest,
     EncodeAnswer,
     EncodeRequest,
     ExplainAnswer,
     ExplainRequest,
     HealthAnswer,
     IndexAnswer,
+    RankingRequest,
     ReloadAnswer,
     RescoreAnswer,
     RescoreRequest,
@@ -48,16 +52,24 @@ health_router = APIRouter(tags=["operations"])
 @router.post("/v1/search", response_model=SearchAnswer)
 async def search(body: SearchRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
     """Find the passages that answer a query, best first."""
-    limits = services.settings
-    at_most(body.top_k, limits.max_top_k, "top_k")
-    at_most(body.num_candidates, limits.max_num_candidates, "num_candidates")
-    short_enough([body.query], limits, "query")
-    ranking, student = await index.search(body.query, _settings_of(body), body.rescore, _reading_of(body, limits))
-    answer = ranking_json(ranking) | {
-        "index": {"version": ranking.index_version, "student": student.name, "fingerprint": student.fingerprint},
-        "request_id": request_id_of(request),
-    }
-    return FastJSONResponse(answer)
+    settings = replace(_settings_of(body), explain=body.explain, group=body.group)
+    _check_limits(body.query, settings, services.settings)
+    reading = _reading_of(body, services.settings)
+    ranking, student = await index.search(body.query, settings, body.rescore, reading)
+    excerpts = await index.excerpts(ranking) if body.excerpts else None
+    return FastJSONResponse(search_json(ranking, excerpts) | _origin(request, ranking, student))
+
+
+@router.post("/v1/context", response_model=ContextAnswer)
+async def context(body: ContextRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
+    """The best passages for a query as one text with numbered sources, for a language model to answer from."""
+    settings = context_settings(_settings_of(body))
+    _check_limits(body.query, settings, services.settings)
+    at_most(body.max_tokens, services.settings.max_context_tokens, "max_tokens")
+    reading = _reading_of(body, services.settings)
+    ranking, student = await index.search(body.query, settings, body.rescore, reading)
+    answer = await index.context(ranking, student, body.max_tokens, body.order)
+    return FastJSONResponse(context_json(answer) | _origin(request, ranking, student))
 
 
 @router.post("/v1/explain")
@@ -218,7 +230,27 @@ async def _rescored(
     )
 
 
-def _settings_of(body: SearchRequest) -> SearchSettings:
+def _origin(request: Request, ranking: Ranking, student: ModelService) -> dict[str, Any]:
+    """Which version of the index and which student answered which request."""
+    return {
+        "index": {"version": ranking.index_version, "student": student.name, "fingerprint": student.fingerprint},
+        "request_id": request_id_of(request),
+    }
+
+
+def _check_limits(query: str, settings: SearchSettings, limits: ServeSettings) -> None:
+    """Check a search against the server's limits.
+
+    Raises:
+        ServingError: 400, the query or a number is too large.
+    """
+    at_most(settings.top_k, limits.max_top_k, "top_k")
+    at_most(settings.num_candidates, limits.max_num_candidates, "num_candidates")
+    at_most(settings.ranking_depth, max(limits.max_num_candidates, settings.top_k), "select_from")
+    short_enough([query], limits, "query")
+
+
+def _settings_of(body: RankingRequest) -> SearchSettings:
     return SearchSettings(
         task=body.task,
         top_k=body.top_k,
@@ -228,13 +260,14 @@ def _settings_of(body: SearchRequest) -> SearchSettings:
         hybrid=body.hybrid,
         exact=body.exact,
         budget_ms=body.budget_ms,
-        explain=body.explain,
-        group=body.group,
         neighbours=body.neighbours,
+        mmr=body.mmr,
+        near_duplicates=body.near_duplicates,
+        select_from=body.select_from,
     )
 
 
-def _reading_of(body: SearchRequest, limits: ServeSettings) -> Reading | None:
+def _reading_of(body: RankingRequest, limits: ServeSettings) -> Reading | None:
     if body.budget_ms is not None and not body.exact:
         raise invalid("budget_ms is for an exact search; leave it out. The teacher's limit is teacher_ms", "budget_ms")
     if body.rescore not in ("teacher", "cascade"):

@@ -18,12 +18,15 @@ from typing_extensions import Self
 
 from d2llm.core.names import did_you_mean
 from d2llm.core.types import (
+    DEFAULT_CONTEXT_TOKENS,
     DEFAULT_NUM_CANDIDATES,
     DEFAULT_TEACHER_PASSAGES,
     DEFAULT_TOP_K,
     CascadeReport,
+    ContextOrder,
     Explanation,
     Grouping,
+    Selection,
     SourceName,
     Task,
 )
@@ -76,7 +79,7 @@ class Answer(BaseModel):
 # Requests ---------------------------------------------------------------------------------------------------------
 
 
-class SearchRequest(Body):
+class RankingRequest(Body):
     """A query with search settings."""
 
     query: NonEmpty = Field(description="The query text.", examples=["how do I read a file line by line?"])
@@ -96,7 +99,6 @@ class SearchRequest(Body):
         None, ge=0, le=1, description="Fuse the ranking with BM25's; the value is BM25's weight. null: no fusion."
     )
     exact: bool = Field(False, description="Compute the exact ranking of all passages, with a certificate.")
-    explain: bool = Field(False, description="Explain each passage's rank.")
     rescore: Rescore = Field(
         "iem",
         description="How candidates are ranked: none (inner product), iem, teacher (the teacher reads the top ones) or "
@@ -110,8 +112,44 @@ class SearchRequest(Body):
         None, ge=0, description="Time limit of the teacher, in milliseconds; default and maximum: the server's."
     )
     task: Task | None = Field(None, description="The task; null: the task of the index.")
-    group: Grouping = Field("passage", description="Rank passages, or documents by best passage or sum of passages.")
     neighbours: int = Field(0, ge=0, le=10, description="Also return this many passages before and after each.")
+    mmr: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Diverse results (maximal marginal relevance); the value is the weight of the score. null: off.",
+    )
+    near_duplicates: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Leave out passages whose vectors have at least this cosine with a better result's. null: off.",
+    )
+    select_from: int | None = Field(
+        None,
+        ge=1,
+        description="How many of the first results mmr and near_duplicates select from; null: five times top_k.",
+    )
+
+
+class SearchRequest(RankingRequest):
+    """A query with search settings, for a ranking."""
+
+    explain: bool = Field(False, description="Explain each passage's rank.")
+    group: Grouping = Field("passage", description="Rank passages, or documents by best passage or sum of passages.")
+    excerpts: bool = Field(
+        False,
+        description="Also return the results with their neighbours as parts of documents, neighbouring ones merged.",
+    )
+
+
+class ContextRequest(RankingRequest):
+    """A query with search settings, for a context. Near duplicates are left out, by default from a cosine of 0.95."""
+
+    max_tokens: int = Field(DEFAULT_CONTEXT_TOKENS, ge=1, description="Maximum number of the student's tokens.")
+    order: ContextOrder = Field(
+        "rank", description="rank: the best source first. document: sources of a document together, in its order."
+    )
 
 
 class ExplainRequest(Body):
@@ -229,18 +267,70 @@ class IndexVersion(Answer):
     fingerprint: str
 
 
-class SearchAnswer(Answer):
-    """A ranking, best first. ``truncated``: the end of the query was not read. ``seconds``: time by stage."""
+class RankingAnswer(Answer):
+    """Facts about a ranking. ``truncated``: the end of the query was not read. ``seconds``: time by stage.
+
+    ``selection``: the results were selected from a longer ranking, with mmr or near_duplicates; the certificate then
+    proves that ranking, not their order.
+    """
 
     query: str
     truncated: bool
-    passages: list[RankedAnswer]
     num_candidates: int
     seconds: dict[str, float]
     certificate: CertificateAnswer | None
     cascade: CascadeReport | None
+    selection: Selection | None
     index: IndexVersion
     request_id: str
+
+
+class ExcerptAnswer(Answer):
+    """Consecutive passages of a document around the results with these ranks; ``text`` has each part once."""
+
+    document_id: str
+    passage_ids: list[str]
+    ranks: list[int]
+    text: str
+
+
+class SearchAnswer(RankingAnswer):
+    """A ranking, best first, and its excerpts if they were requested."""
+
+    passages: list[RankedAnswer]
+    excerpts: list[ExcerptAnswer] | None
+
+
+class SourceAnswer(Answer):
+    """A source of a context: consecutive passages of a document; its header and text stand in the context."""
+
+    number: int
+    header: str
+    text: str
+    title: str
+    pages: list[int]
+    path: str
+    document_id: str
+    passage_ids: list[str]
+    ranks: list[int]
+    score: float
+    metadata: dict[str, str | int | float | bool | None]
+
+
+class ContextAnswer(RankingAnswer):
+    """The best passages for a query as one text of at most ``max_tokens`` tokens, with numbered sources.
+
+    ``left_out`` are the results that did not fit, ``num_neighbours_left_out`` counts neighbours that did not fit.
+    ``context_truncated``: the best result alone was longer than the limit, and its end was cut off.
+    """
+
+    text: str
+    sources: list[SourceAnswer]
+    num_tokens: int
+    max_tokens: int
+    left_out: list[str]
+    num_neighbours_left_out: int
+    context_truncated: bool
 
 
 class TeacherAnswer(Answer):

@@ -80,6 +80,7 @@ class ServeSettings(BaseModel):
     max_text_chars: Count = Field(default=100_000, description="Maximum length of a text, in characters.")
     max_top_k: Count = Field(default=1_000, description="Maximum number of passages per answer.")
     max_num_candidates: Count = Field(default=10_000, description="Maximum number of candidates per search.")
+    max_context_tokens: Count = Field(default=32_000, description="Maximum number of tokens of a context.")
     queue_texts: Count = Field(
         default=2_048, description="Maximum number of queued texts, and of searches in progress; beyond that, 429."
     )

@@ -51,6 +51,9 @@ def assert_same(lean, whole):
     for kind in ("query", "passage"):
         assert lean.tokenize(ODD_TEXTS, kind) == whole.tokenize(ODD_TEXTS, kind)
     assert lean.tokenize(ODD_TEXTS, "query").num_truncated > 0
+    for text in ODD_TEXTS:
+        assert lean.backbone.token_ends(text) == whole.backbone.token_ends(text)
+    assert len(lean.backbone.token_ends(ODD_TEXTS[4])) > 200  # not truncated
     actual, expected = (student.encode_queries(ODD_TEXTS).vectors for student in (lean, whole))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 

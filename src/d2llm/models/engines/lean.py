@@ -30,7 +30,7 @@ _MODEL_FILE, _TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
 
 
 class LeanTokenizer:
-    """The part of the ``transformers`` tokenizer interface that ``Backbone.tokenize`` uses."""
+    """The part of the ``transformers`` tokenizer interface that ``Backbone.tokenize`` and ``token_ends`` use."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -42,15 +42,26 @@ class LeanTokenizer:
         self.pad_token_id = self._id(settings["pad_token"])
 
     def __call__(
-        self, texts: Sequence[str], *, truncation: bool = False, max_length: int | None = None, verbose: bool = True
-    ) -> dict[str, list[list[int]]]:
-        """Token ids of texts, with special tokens, cut to ``max_length`` if ``truncation`` is set."""
+        self,
+        texts: Sequence[str],
+        *,
+        truncation: bool = False,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        return_offsets_mapping: bool = False,
+        verbose: bool = True,
+    ) -> dict[str, list[list[Any]]]:
+        """Token ids of texts, cut to ``max_length`` if ``truncation`` is set, and the tokens' spans if requested."""
         del verbose
         if truncation:
             self._tokenizer.enable_truncation(max_length)
         else:
             self._tokenizer.no_truncation()
-        return {"input_ids": [encoded.ids for encoded in self._tokenizer.encode_batch_fast(list(texts))]}
+        # Only encode_batch computes the spans.
+        encode = self._tokenizer.encode_batch if return_offsets_mapping else self._tokenizer.encode_batch_fast
+        encodings: list[Any] = encode(list(texts), add_special_tokens=add_special_tokens)
+        encoded = {"input_ids": [encoding.ids for encoding in encodings]}
+        return encoded | {"offset_mapping": [e.offsets for e in encodings]} if return_offsets_mapping else encoded
 
     def save_pretrained(self, folder: Path) -> None:
         """Not supported: a student loaded with ``lean=True`` lacks some of the files to save.

@@ -1,0 +1,304 @@
+"""The context for an answer: the best passages for a query as one text of limited length, with numbered sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import (
+    DEFAULT_CONTEXT_TOKENS,
+    ContextOrder,
+    Excerpt,
+    MetadataValue,
+    RankedPassage,
+    Ranking,
+)
+from d2llm.models.backbone import token_ends
+from d2llm.models.sources import find_model, load_tokenizer
+from d2llm.ops.truncation import cut_pair
+from d2llm.retrieval.chunking import HEADING_SEPARATOR
+from d2llm.retrieval.excerpts import merge_neighbours
+from d2llm.retrieval.settings import SearchSettings
+
+NEAR_DUPLICATES = 0.95
+"""Cosine from which a context leaves out a passage, unless the settings say another."""
+
+TokenEnds = Callable[[str], Sequence[int]]
+"""Where the tokens of a text end, in characters, without special tokens."""
+
+_SEPARATOR = "\n\n"  # between sources
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSource:
+    """A source of a context: a passage, or consecutive passages of a document.
+
+    Attributes:
+        number: from 1, as in the text.
+        header: the line before its text: number, title, pages and path, as far as known.
+        text: its text in the context, without the header.
+        title: title of its first passage, with the headings above it.
+        pages: pages of its passages, in order.
+        path: path of its document.
+        document_id: its document; empty if the passage belongs to none.
+        passage_ids: its passages, in the order of the document.
+        ranks: ranks of the results among them, best first.
+        score: score of the best of these.
+        metadata: metadata of this best one.
+    """
+
+    number: int
+    header: str
+    text: str
+    title: str
+    pages: tuple[int, ...]
+    path: str
+    document_id: str
+    passage_ids: tuple[str, ...]
+    ranks: tuple[int, ...]
+    score: float
+    metadata: Mapping[str, MetadataValue]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerContext:
+    """Passages that a language model may answer a query from.
+
+    Attributes:
+        text: the sources, each after its header; empty if there are none.
+        sources: the sources, in the order of the text.
+        num_tokens: number of tokens of the text, at most ``max_tokens``.
+        max_tokens: the limit.
+        left_out: ids of results that did not fit, best first.
+        num_neighbours_left_out: how many neighbours of results did not fit.
+        truncated: whether the best result alone was longer than the limit, so that its end is missing. Nothing else is
+            ever cut.
+        ranking: the results that the context was made from.
+    """
+
+    text: str
+    sources: tuple[ContextSource, ...]
+    num_tokens: int
+    max_tokens: int
+    left_out: tuple[str, ...]
+    num_neighbours_left_out: int
+    truncated: bool
+    ranking: Ranking
+
+
+def context_settings(settings: SearchSettings) -> SearchSettings:
+    """The settings of the search for a context: near duplicates are left out from ``NEAR_DUPLICATES`` on by default.
+
+    Raises:
+        InputError: the settings rank documents.
+    """
+    if settings.group != "passage":
+        raise InputError(f"a context is made from passages, but group is {settings.group!r}; leave it out")
+    return settings if settings.near_duplicates is not None else replace(settings, near_duplicates=NEAR_DUPLICATES)
+
+
+@cache
+def named_tokenizer(name: str) -> TokenEnds:
+    """The tokenizer of a model: its folder (weights are not needed), or a name as for a backbone.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or it has no tokenizer.
+    """
+    location = name if Path(name).is_dir() else find_model(name)
+    return partial(token_ends, load_tokenizer(location))
+
+
+def build_context(
+    ranking: Ranking,
+    token_ends: TokenEnds,
+    max_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    *,
+    order: ContextOrder = "rank",
+    overlapping: bool = False,
+) -> AnswerContext:
+    """Fill a context with the results of a ranking, best first, each with as many of its neighbours as fit.
+
+    A result that does not fit is left out, and a shorter one after it may still fit. Passages are never cut, with one
+    exception: if the best result alone is longer than the limit, it keeps its first tokens, as a text that is too long
+    for a model does (``ops.truncation``).
+
+    Args:
+        ranking: results of a search for passages, with neighbours if wanted.
+        token_ends: the tokenizer that counts.
+        max_tokens: maximum number of tokens of the text, headers included, at least 1.
+        order: the order of the sources.
+        overlapping: whether passages of a document may repeat each other's text (``merge_neighbours``).
+
+    Raises:
+        InputError: ``max_tokens`` is below 1.
+    """
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}, but must be at least 1")
+    packer = _Packer(token_ends, max_tokens, order, overlapping)
+    for result in ranking.passages:
+        packer.add(result)
+    sources, text = packer.finish()
+    included = {name for source in sources for name in source.passage_ids}
+    neighbours = {p.id for result in ranking.passages for p in (*result.before, *result.after)}
+    left_out = tuple(result.passage.id for result in ranking.passages if result.passage.id not in included)
+    return AnswerContext(
+        text=text,
+        sources=sources,
+        num_tokens=packer.count(text),
+        max_tokens=max_tokens,
+        left_out=left_out,
+        num_neighbours_left_out=len(neighbours - included - set(left_out)),
+        truncated=packer.truncated,
+        ranking=ranking,
+    )
+
+
+class _Labels(NamedTuple):
+    """What a header says about an excerpt."""
+
+    title: str
+    pages: tuple[int, ...]
+    path: str
+
+
+class _Packer:
+    """Collects results as long as their text fits; ``truncated``: the first of them was cut.
+
+    While results are added, lengths are sums over lines, which are counted once each. A tokenizer may join what is on
+    both sides of a line's end, so ``finish`` counts the whole text.
+    """
+
+    def __init__(self, token_ends: TokenEnds, max_tokens: int, order: ContextOrder, overlapping: bool) -> None:
+        self._token_ends = token_ends
+        self._max_tokens = max_tokens
+        self._order: ContextOrder = order
+        self._overlapping = overlapping
+        self._lines: dict[str, int] = {}  # number of tokens of each line
+        self._chosen: list[RankedPassage] = []
+        self.truncated = False
+
+    def add(self, result: RankedPassage) -> None:
+        """Include a result with the neighbours that fit, if it fits itself; nothing after a result that was cut."""
+        if self.truncated:
+            return
+        fitting = None
+        for candidate in _with_more_neighbours(result):
+            if self._length(self._sources([*self._chosen, candidate])) > self._max_tokens:
+                break
+            fitting = candidate
+        if fitting is not None:
+            self._chosen.append(fitting)
+        elif not self._chosen:
+            self._cut(replace(result, before=(), after=()))
+
+    def finish(self) -> tuple[tuple[ContextSource, ...], str]:
+        """The sources and their text."""
+        while True:
+            sources = self._sources(self._chosen)
+            text = _text_of(sources)
+            if self.count(text) <= self._max_tokens:
+                return sources, text
+            self._chosen.pop()
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a text."""
+        return len(self._token_ends(text))
+
+    def _length(self, sources: Sequence[ContextSource]) -> int:
+        lines = _text_of(sources).splitlines(keepends=True)
+        for line in lines:
+            if line not in self._lines:
+                self._lines[line] = self.count(line)
+        return sum(self._lines[line] for line in lines)
+
+    def _cut(self, result: RankedPassage) -> None:
+        """Include the first tokens of a result that is too long, if the header leaves room for any."""
+        text = result.passage.text
+        ends = self._token_ends(text)
+        (source,) = self._sources([result])
+        for room in range(self._max_tokens - self.count(f"{source.header}\n"), 0, -1):
+            _, kept = cut_pair(("", text), ((), ends), room)
+            shorter = replace(result, passage=replace(result.passage, text=kept))
+            if self.count(_text_of(self._sources([shorter]))) <= self._max_tokens:
+                self._chosen, self.truncated = [shorter], True
+                return
+
+    def _sources(self, results: Sequence[RankedPassage]) -> tuple[ContextSource, ...]:
+        excerpts = merge_neighbours(results, overlapping=self._overlapping)
+        if self._order == "document":
+            first: dict[str, int] = {}
+            for number, excerpt in enumerate(excerpts):
+                first.setdefault(_document_of(excerpt), number)
+            excerpts.sort(key=lambda excerpt: (first[_document_of(excerpt)], excerpt.passages[0].position))
+        return tuple(_source(number, excerpt) for number, excerpt in enumerate(excerpts, start=1))
+
+
+def _text_of(sources: Sequence[ContextSource]) -> str:
+    return _SEPARATOR.join(f"{source.header}\n{source.text}" for source in sources)
+
+
+def _with_more_neighbours(result: RankedPassage) -> list[RankedPassage]:
+    """A result alone, then with its nearest neighbours, and so on, then with all of them."""
+    at = result.passage.position
+    distances = sorted({abs(passage.position - at) for passage in (*result.before, *result.after)} | {0})
+    return [
+        replace(
+            result,
+            before=tuple(passage for passage in result.before if at - passage.position <= distance),
+            after=tuple(passage for passage in result.after if passage.position - at <= distance),
+        )
+        for distance in distances
+    ]
+
+
+def _document_of(excerpt: Excerpt) -> str:
+    passage = excerpt.passages[0]
+    return passage.document_id or passage.id
+
+
+def _source(number: int, excerpt: Excerpt) -> ContextSource:
+    labels, best = _labels(excerpt), excerpt.results[0]
+    pages = f"page{'s' if len(labels.pages) > 1 else ''} {_ranges(labels.pages)}" if labels.pages else ""
+    path = labels.path if labels.path != labels.title else ""
+    name = labels.title or labels.path or _document_of(excerpt)
+    parts = [f"[{number}] {name}", pages, path if labels.title else ""]
+    return ContextSource(
+        number=number,
+        header=" ".join(", ".join(part for part in parts if part).split()),
+        text=excerpt.text,
+        title=labels.title,
+        pages=labels.pages,
+        path=labels.path,
+        document_id=best.passage.document_id,
+        passage_ids=tuple(passage.id for passage in excerpt.passages),
+        ranks=tuple(result.rank for result in excerpt.results),
+        score=best.score,
+        metadata=best.passage.metadata,
+    )
+
+
+def _labels(excerpt: Excerpt) -> _Labels:
+    first = excerpt.passages[0]
+    heading = str(first.metadata.get("heading") or "")
+    parts = [first.title, "" if first.title.endswith(heading) else heading]
+    pages = {passage.metadata.get("page") for passage in excerpt.passages}
+    return _Labels(
+        title=HEADING_SEPARATOR.join(part for part in parts if part),
+        pages=tuple(sorted(page for page in pages if isinstance(page, int))),
+        path=str(first.metadata.get("path") or ""),
+    )
+
+
+def _ranges(pages: Sequence[int]) -> str:
+    """Numbers as text, neighbouring ones as a range: 3-5, 8."""
+    ranges: list[list[int]] = []
+    for page in pages:
+        if ranges and page == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], page]
+        else:
+            ranges.append([page])
+    return ", ".join("-".join(map(str, ends)) for ends in ranges)
