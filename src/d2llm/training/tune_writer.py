@@ -392,8 +392,8 @@ def _card(model: LocalWriter, content: dict[str, Any], examples: Sequence[Writer
     held_out = "It was not measured on held-out queries."
     if report["dev_loss"] is not None:
         held_out = (
-            f"On {report['num_dev']} dev queries, the loss per token is {report['dev_loss']:.3f} nats; before tuning it "
-            f"was {report['dev_loss_before']:.3f}."
+            f"On {report['num_dev']} dev queries, the loss per token is {report['dev_loss']:.3f} nats; before tuning "
+            f"it was {report['dev_loss_before']:.3f}."
         )
     return (
         "# A d2llm writer\n\nA language model that was tuned to write search queries for passages: questions, "
