@@ -244,9 +244,10 @@ class WriterConfig(_Section):
     """Local folder (also of a tuned writer), Hub name, GGUF file, or ``smollm2``; for a remote writer, the model's name
     at the endpoint."""
     kind: Literal["local", "remote"] = "local"
-    prompt: str = "standard"
-    """Name of a prompt set shipped with d2llm (``standard``, or ``short`` for small models), or the path of a TOML file
-    (see ``models.writers.prompts``). A tuned writer has a format of its own and ignores it."""
+    prompt: str | None = None
+    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.writers.prompts``). By default
+    ``standard`` for a remote writer, and for a local one ``short``, which small models need. A tuned writer has a
+    format of its own and ignores it."""
     max_passage_tokens: int = Field(default=400, ge=16)
     """Maximum length of title and passage together; the end of the passage is cut off to fit."""
     max_new_tokens: int = Field(default=48, ge=4)
@@ -256,6 +257,11 @@ class WriterConfig(_Section):
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Choose among the likeliest tokens that together have this probability."""
     remote: RemoteWriterConfig | None = None
+
+    @property
+    def prompt_set(self) -> str:
+        """``prompt``, or the default of this kind of writer."""
+        return self.prompt or ("standard" if self.kind == "remote" else "short")
 
 
 class WriterTuningConfig(_Section):

@@ -49,7 +49,7 @@ def assignments(**settings: Any) -> list[Assignment]:
 
 
 def test_an_untuned_model_follows_the_prompt(llama: Path, monkeypatch: pytest.MonkeyPatch):
-    model = load(llama, max_new_tokens=45)
+    model = load(llama, max_new_tokens=45, prompt="standard")
     assert isinstance(model, Writer)
     tokenizer = tiny_tokenizer()
     answer = "1. what is the cat?\n2. what is the sun?\nSure!"
@@ -76,8 +76,8 @@ def test_a_chat_template_is_used_if_there_is_one(llama: Path):
     model.tokenizer.chat_template = "{{ messages[0]['role'] }}: {{ messages[0]['content'] }}\nassistant:"
     [ids] = model._prompt_ids([Assignment(TEXTS[0], "keywords")])
     text = model.tokenizer.decode(ids)
-    assert text.startswith("user: Your task is to write keyword queries")
-    assert text.endswith("\nassistant:")
+    assert text.startswith("user: <passage>\nthe cat sat")
+    assert text.endswith("in the language of the passage, one per line.\nassistant:")
 
 
 def test_results_do_not_depend_on_order_or_neighbours(tuned: Path, monkeypatch: pytest.MonkeyPatch):

@@ -148,7 +148,7 @@ class LocalWriter:
         self.compute_dtype = compute_dtype
         self.tokenizer: Any = load_tokenizer(self.location)
         self.prompts: dict[QueryKind, WriterPrompt] = {
-            kind: load_writer_prompt(config.prompt, kind) for kind in QUERY_KINDS
+            kind: load_writer_prompt(config.prompt_set, kind) for kind in QUERY_KINDS
         }
         whole: Any = load_pretrained(AutoModelForCausalLM, self.location, dtype=compute_dtype)
         self.whole: Any = whole.to(device).eval().requires_grad_(False)
