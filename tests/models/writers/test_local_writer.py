@@ -128,6 +128,19 @@ def test_an_answer_stops_at_its_own_limit(llama: Path):
     assert any(not continuation.is_complete for continuation in written)
 
 
+def test_the_vocabularys_weights_are_not_copied_for_each_row(llama: Path):
+    """What torch does on a CPU if the states that they are multiplied by are a slice."""
+    model = load(llama)
+    are_contiguous: list[bool] = []
+    head = model.whole.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, inputs: are_contiguous.append(inputs[0].is_contiguous()))
+    model.write(assignments()[:2])
+    prompts, _ = model.encode_tuned(assignments()[:2])
+    model.query_loss(prompts, model.encode_targets(["the cat", "a dog"]))
+    assert len(are_contiguous) > 2
+    assert all(are_contiguous)
+
+
 def test_a_row_samples_from_the_likeliest_tokens():
     probabilities = torch.tensor([0.4, 0.1, 0.3, 0.2])
     scores = probabilities.log().repeat(4000, 1)
