@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from d2llm.core.errors import D2LLMError
     from d2llm.core.progress import showing_progress
-    from d2llm.core.recipe import Recipe, TeacherConfig
+    from d2llm.core.recipe import Recipe, TeacherConfig, WriterConfig, WriterTuningConfig
     from d2llm.core.recipe_file import load_recipe
     from d2llm.core.types import (
         Candidate,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from d2llm.models.export.export import export
     from d2llm.models.student import Student
     from d2llm.models.teachers.judge import load_judge
+    from d2llm.models.writers.writer import Assignment, load_writer
     from d2llm.ops.gating import never_worse
     from d2llm.retrieval.cascade import Cascade
     from d2llm.retrieval.chunking import Chunker, upsert_documents
@@ -54,11 +55,13 @@ if TYPE_CHECKING:
     from d2llm.training.gate import read_gate
     from d2llm.training.run import Run
     from d2llm.training.starting_recipe import starting_recipe
+    from d2llm.training.tune_writer import tune_writer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AnswerContext",
+    "Assignment",
     "Backbone",
     "Candidate",
     "Cascade",
@@ -85,6 +88,8 @@ __all__ = [
     "Student",
     "Task",
     "TeacherConfig",
+    "WriterConfig",
+    "WriterTuningConfig",
     "__version__",
     "check_data",
     "encode",
@@ -98,6 +103,7 @@ __all__ = [
     "load_contenders",
     "load_judge",
     "load_recipe",
+    "load_writer",
     "never_worse",
     "open_data",
     "read_beir",
@@ -106,13 +112,14 @@ __all__ = [
     "showing_progress",
     "starting_recipe",
     "sync_documents",
+    "tune_writer",
     "upsert_documents",
 ]
 
 _HOMES = {
     "d2llm.core.errors": ("D2LLMError",),
     "d2llm.core.progress": ("showing_progress",),
-    "d2llm.core.recipe": ("Recipe", "TeacherConfig"),
+    "d2llm.core.recipe": ("Recipe", "TeacherConfig", "WriterConfig", "WriterTuningConfig"),
     "d2llm.core.recipe_file": ("load_recipe",),
     "d2llm.core.types": (
         "Candidate",
@@ -136,6 +143,7 @@ _HOMES = {
     "d2llm.models.backbone": ("Backbone",),
     "d2llm.models.student": ("Student",),
     "d2llm.models.teachers.judge": ("load_judge",),
+    "d2llm.models.writers.writer": ("Assignment", "load_writer"),
     "d2llm.ops.gating": ("never_worse",),
     "d2llm.retrieval.cascade": ("Cascade",),
     "d2llm.training.check_data": ("check_data",),
@@ -154,6 +162,7 @@ _HOMES = {
     "d2llm.training.fit_probabilities": ("fit_probabilities",),
     "d2llm.retrieval.settings": ("SearchSettings",),
     "d2llm.training.starting_recipe": ("starting_recipe",),
+    "d2llm.training.tune_writer": ("tune_writer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -53,6 +53,7 @@ def test_grades_of_zero_and_below_are_not_positive(folder: Path) -> None:
     dataset = read_beir(folder)
     assert dataset.positives("train") == {"q1": ("p1",), "q2": ()}
     assert dataset.positives("dev") == {}
+    assert dataset.relevant_passages(["train", "dev"]) == {"p1"}
     with pytest.raises(DataFormatError, match="split 'test' was not read; read: dev, train"):
         dataset.positives("test")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from d2llm.ops.batching import even_batches, token_budget_batches
+from d2llm.ops.batching import even_batches, pad_left, pad_right, token_budget_batches
 
 
 def test_batches_are_longest_first_within_both_limits() -> None:
@@ -55,3 +56,13 @@ def test_even_batches_are_balanced() -> None:
             count, size = even_batches(num_items, most)
             assert size <= most
             assert (count - 1) * size < num_items <= count * size  # exactly count batches, none of them empty
+
+
+def test_rows_are_padded_to_a_multiple_of_eight_on_either_side() -> None:
+    rows = [[5, 6, 7], [8]]
+    left, left_mask = pad_left(rows, 0, torch.device("cpu"))
+    assert left.tolist() == [[0, 0, 0, 0, 0, 5, 6, 7], [0, 0, 0, 0, 0, 0, 0, 8]]
+    assert left_mask.tolist() == [[False] * 5 + [True] * 3, [False] * 7 + [True]]
+    right, right_mask = pad_right(rows, 0, torch.device("cpu"))
+    assert right.tolist() == [[5, 6, 7, 0, 0, 0, 0, 0], [8, 0, 0, 0, 0, 0, 0, 0]]
+    assert torch.equal(right_mask.sum(1), left_mask.sum(1))

@@ -244,9 +244,10 @@ class WriterConfig(_Section):
     """Local folder (also of a tuned writer), Hub name, GGUF file, or ``smollm2``; for a remote writer, the model's name
     at the endpoint."""
     kind: Literal["local", "remote"] = "local"
-    prompt: str = "standard"
-    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.writers.prompts``). A tuned
-    writer has a format of its own and ignores it."""
+    prompt: str | None = None
+    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.writers.prompts``). By default
+    ``standard`` for a remote writer, and for a local one ``short``, which small models need. A tuned writer has a
+    format of its own and ignores it."""
     max_passage_tokens: int = Field(default=400, ge=16)
     """Maximum length of title and passage together; the end of the passage is cut off to fit."""
     max_new_tokens: int = Field(default=48, ge=4)
@@ -257,11 +258,17 @@ class WriterConfig(_Section):
     """Choose among the likeliest tokens that together have this probability."""
     remote: RemoteWriterConfig | None = None
 
+    @property
+    def prompt_set(self) -> str:
+        """``prompt``, or the default of this kind of writer."""
+        return self.prompt or ("standard" if self.kind == "remote" else "short")
+
 
 class WriterTuningConfig(_Section):
     """Tuning of a local writer on the judged queries of data sets."""
 
-    lora: LoraConfig = LoraConfig(rank=16, alpha=32)
+    lora: LoraConfig = LoraConfig(rank=16, alpha=32, dropout=0.0)
+    """Without dropout, which takes a tenth of a step on a CPU: in one epoch, no example comes twice."""
     learning_rate: float = Field(default=5e-4, gt=0)
     warmup_fraction: float = Field(default=0.05, ge=0, le=1)
     epochs: int = Field(default=1, ge=1)

@@ -70,8 +70,8 @@ def pad_right(
 def pad_left(
     rows: Sequence[Sequence[int]], padding: int, device: torch.device
 ) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
-    """Rows of token ids as one left-padded tensor, and its mask (true for real tokens), as wide as the longest row."""
-    longest = max(map(len, rows))
+    """Rows of token ids as one left-padded tensor, and its mask; the width is that of ``pad_right``."""
+    longest = _padded(max(map(len, rows)))
     ids = [[*[padding] * (longest - len(row)), *row] for row in rows]
     mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

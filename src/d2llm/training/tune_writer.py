@@ -264,7 +264,7 @@ class _TuningRun:
     def _step(self) -> None:
         step, total = len(self.losses), len(self.batches)
         torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
-        examples = [self.examples[place] for place in self.batches[step]]
+        examples = [self.examples[index] for index in self.batches[step]]
         loss = accumulate(self.model, examples, self.part_tokens)
         require_finite(torch.tensor(loss), step, self.folder)
         warmup_steps = int(self.tuning.warmup_fraction * total)
@@ -288,21 +288,22 @@ def accumulate(model: LocalWriter, examples: Sequence[WriterExample], part_token
     num_tokens = sum(map(len, targets))
     total = 0.0
     for part in _parts(prompts, targets, part_tokens):
-        loss = model.query_loss([prompts[place] for place in part], [targets[place] for place in part]) / num_tokens
+        loss = model.query_loss([prompts[index] for index in part], [targets[index] for index in part]) / num_tokens
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total
 
 
 def mean_loss(model: LocalWriter, examples: Sequence[WriterExample], part_tokens: int) -> float | None:
-    """The loss of examples without dropout, in nats per token; None if there are none."""
+    """The loss of examples, in nats per token; None if there are none. Switches the adapters' dropout off."""
     if not examples:
         return None
+    model.train(False)
     prompts, targets = _encode(model, examples)
     total = 0.0
     with inference(model.whole):
         for part in _parts(prompts, targets, part_tokens):
-            total += float(model.query_loss([prompts[place] for place in part], [targets[place] for place in part]))
+            total += float(model.query_loss([prompts[index] for index in part], [targets[index] for index in part]))
     return total / sum(map(len, targets))
 
 
@@ -348,7 +349,7 @@ def _batches(lengths: Sequence[int], tuning: WriterTuningConfig, seed: int) -> I
         batches: list[list[int]] = []
         for start in range(0, len(order), _SORTED_EXAMPLES):
             group = order[start : start + _SORTED_EXAMPLES]
-            sizes = [lengths[place] for place in group]
+            sizes = [lengths[index] for index in group]
             sorted_batches = token_budget_batches(sizes, max_tokens=tuning.batch_tokens, max_items=len(group))
             batches += [[group[index] for index in batch] for batch in sorted_batches]
         rng.shuffle(batches)
@@ -391,8 +392,8 @@ def _card(model: LocalWriter, content: dict[str, Any], examples: Sequence[Writer
     held_out = "It was not measured on held-out queries."
     if report["dev_loss"] is not None:
         held_out = (
-            f"On {report['num_dev']} dev queries, the loss per token is {report['dev_loss']:.3f} nats; before tuning it was "
-            f"{report['dev_loss_before']:.3f}."
+            f"On {report['num_dev']} dev queries, the loss per token is {report['dev_loss']:.3f} nats; before tuning "
+            f"it was {report['dev_loss_before']:.3f}."
         )
     return (
         "# A d2llm writer\n\nA language model that was tuned to write search queries for passages: questions, "

@@ -148,10 +148,11 @@ class LocalWriter:
         self.compute_dtype = compute_dtype
         self.tokenizer: Any = load_tokenizer(self.location)
         self.prompts: dict[QueryKind, WriterPrompt] = {
-            kind: load_writer_prompt(config.prompt, kind) for kind in QUERY_KINDS
+            kind: load_writer_prompt(config.prompt_set, kind) for kind in QUERY_KINDS
         }
         whole: Any = load_pretrained(AutoModelForCausalLM, self.location, dtype=compute_dtype)
         self.whole: Any = whole.to(device).eval().requires_grad_(False)
+        whole.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
         self.model = cast(nn.Module, whole.base_model)
         self._merged_adapter: dict[str, Tensor] = {}
         if self.tuned is not None:
@@ -211,17 +212,17 @@ class LocalWriter:
             num_left[row.assignment] += 1
         lengths = [len(row.token_ids) + row.max_new_tokens for row in rows]
         for batch in token_budget_batches(lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_ROWS):
-            continuations |= zip(batch, self._continue([rows[place] for place in batch]), strict=True)
-            for place in batch:
-                num_left[rows[place].assignment] -= 1
-                if advance is not None and num_left[rows[place].assignment] == 0:
+            continuations |= zip(batch, self._continue([rows[number] for number in batch]), strict=True)
+            for number in batch:
+                num_left[rows[number].assignment] -= 1
+                if advance is not None and num_left[rows[number].assignment] == 0:
                     advance(1)
         by_assignment: list[list[int]] = [[] for _ in kept]
-        for place, row in enumerate(rows):
-            by_assignment[row.assignment].append(place)
+        for number, row in enumerate(rows):
+            by_assignment[row.assignment].append(number)
         return [
-            self._result(assignment, [rows[p] for p in places], [continuations[p] for p in places], was_cut)
-            for assignment, places, was_cut in zip(kept, by_assignment, cut, strict=True)
+            self._result(assignment, [rows[n] for n in numbers], [continuations[n] for n in numbers], was_cut)
+            for assignment, numbers, was_cut in zip(kept, by_assignment, cut, strict=True)
         ]
 
     def encode_tuned(self, assignments: Sequence[Assignment]) -> tuple[list[list[int]], list[bool]]:
@@ -330,9 +331,9 @@ class LocalWriter:
         return [self._continuation(token_ids, row.max_new_tokens) for token_ids, row in zip(written, rows, strict=True)]
 
     def _continuation(self, token_ids: list[int], limit: int) -> _Continuation:
-        for place, token_id in enumerate(token_ids[:limit]):
+        for number, token_id in enumerate(token_ids[:limit], start=1):
             if token_id in self._end_ids:
-                return _Continuation(token_ids[: place + 1], True)
+                return _Continuation(token_ids[:number], True)
         return _Continuation(token_ids[:limit], False)
 
     def _result(
@@ -418,8 +419,8 @@ class _Sampler:
             cumulative = (values - total).exp().cumsum(1)
         last = (cumulative < self._top_p).sum(1, keepdim=True).clamp(max=cumulative.shape[1] - 1)
         draws = torch.tensor([[row.random()] for row in self._draws], dtype=torch.float32, device=scores.device)
-        place = (cumulative <= draws * cumulative.gather(1, last)).sum(1, keepdim=True).minimum(last)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, place), 0.0)
+        rank = (cumulative <= draws * cumulative.gather(1, last)).sum(1, keepdim=True).minimum(last)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, rank), 0.0)
 
 
 def _config_of(tuned: TunedWriter, config: WriterConfig) -> WriterConfig:
@@ -430,6 +431,15 @@ def _config_of(tuned: TunedWriter, config: WriterConfig) -> WriterConfig:
             *(tuned.folder, tuned.max_passage_tokens, config.max_passage_tokens),
         )
     return config.model_copy(update={"model": tuned.model, "max_passage_tokens": tuned.max_passage_tokens})
+
+
+def _make_contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copy the states of a few positions before they are multiplied by the vocabulary's weights.
+
+    For a slice of a larger tensor, torch on a CPU copies these weights for each row, which takes 200 times as long.
+    """
+    del module
+    return tuple(states.contiguous() for states in inputs)
 
 
 def _end_ids(tokenizer: Any, model: Any) -> list[int]:

@@ -51,7 +51,7 @@ class RemoteWriter:
         self.config = config
         self.remote = _section(config)
         self.prompts: dict[QueryKind, WriterPrompt] = {
-            kind: load_writer_prompt(config.prompt, kind) for kind in QUERY_KINDS
+            kind: load_writer_prompt(config.prompt_set, kind) for kind in QUERY_KINDS
         }
         self.endpoint = Endpoint(
             config.model,

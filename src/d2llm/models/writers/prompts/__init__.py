@@ -57,7 +57,7 @@ class WriterPrompt:
             "title": _fill(self.title, {"mark": mark, "title": title}) if title else "",
             "passage": as_data(assignment.passage),
         }
-        return _fill(self.template, values)
+        return _fill(self.template, values).strip()
 
     def known_text(self, assignment: Assignment) -> str:
         """What an answer may repeat of the prompt without being a query: the template, and the examples' queries."""
