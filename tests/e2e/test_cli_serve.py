@@ -153,8 +153,8 @@ def test_it_serves_from_its_first_line_until_sigterm(server: Server, index: Path
         for family in families
         for sample in family.samples
     }
-    assert samples["d2llm_index_passages",] == len(tiny_passages()) + 1
-    assert samples["d2llm_http_requests_total", "POST", "/v1/search", "200"] == 1
+    assert samples["d2llm_index_passages", "index"] == len(tiny_passages()) + 1
+    assert samples["d2llm_http_requests_total", "index", "POST", "/v1/search", "200"] == 1
     assert samples["d2llm_stage_seconds_count", "encode"] >= 1
 
     server.process.send_signal(signal.SIGHUP)

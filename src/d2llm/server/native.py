@@ -29,6 +29,7 @@ from d2llm.server.schemas import (
     ExplainRequest,
     HealthAnswer,
     IndexAnswer,
+    IndexesAnswer,
     ReloadAnswer,
     RescoreAnswer,
     RescoreRequest,
@@ -37,7 +38,16 @@ from d2llm.server.schemas import (
     StudentAnswer,
 )
 from d2llm.server.served_version import OpenVersion
-from d2llm.server.services import ERRORS, Services, Serving, TheIndex, TheServices, at_most, index_of, short_enough
+from d2llm.server.services import (
+    ERRORS,
+    TheCatalog,
+    TheIndex,
+    TheServices,
+    at_most,
+    index_of,
+    short_enough,
+)
+from d2llm.server.serving import Services, Serving
 from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
@@ -54,7 +64,12 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     short_enough([body.query], limits, "query")
     ranking, student = await index.search(body.query, _settings_of(body), body.rescore, _reading_of(body, limits))
     answer = ranking_json(ranking) | {
-        "index": {"version": ranking.index_version, "student": student.name, "fingerprint": student.fingerprint},
+        "index": {
+            "name": index.name,
+            "version": ranking.index_version,
+            "student": student.name,
+            "fingerprint": student.fingerprint,
+        },
         "request_id": request_id_of(request),
     }
     return FastJSONResponse(answer)
@@ -77,13 +92,19 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
     )
 
 
+@router.get("/v1/indexes")
+async def list_indexes(catalog: TheCatalog) -> IndexesAnswer:
+    """List the indexes that a request may use. Put ``/indexes/NAME`` before any path to use one of several."""
+    return IndexesAnswer(indexes=catalog.serving.describe(catalog.names))
+
+
 @router.get("/v1/index")
 async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
     """Facts about the index, and the ways to search it on this server."""
     stats, version = await index.stats()
     models, config = version.models, version.models.student.config
     return IndexAnswer(
-        name=index.folder.name,
+        name=index.name,
         version=stats.version,
         num_passages=stats.num_passages,
         num_bytes=round(stats.bytes_per_passage * max(stats.num_passages, 1)),
@@ -187,9 +208,12 @@ async def health(request: Request) -> JSONResponse:
     """Whether the server can answer: 200 when it is ready, else 503."""
     lifecycle = cast(Lifecycle, request.app.state.lifecycle)
     serving: Serving | None = getattr(request.app.state, "serving", None)
-    fingerprint = None if serving is None else serving.now().models.fingerprint
-    answer = {"status": lifecycle.state, "message": lifecycle.message, "fingerprint": fingerprint}
-    return JSONResponse(answer, 200 if lifecycle.state == "ready" else 503)
+    fingerprint, indexes = None, None
+    if serving is not None:
+        fingerprint = serving.fingerprint
+        indexes = serving.describe(serving.indexes) if serving.settings.keys_file is None else None
+    answer = HealthAnswer(status=lifecycle.state, message=lifecycle.message, fingerprint=fingerprint, indexes=indexes)
+    return JSONResponse(answer.model_dump(), 200 if lifecycle.state == "ready" else 503)
 
 
 async def _rescored(
