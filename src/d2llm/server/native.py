@@ -94,8 +94,8 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
 
 @router.get("/v1/indexes")
 async def list_indexes(catalog: TheCatalog) -> IndexesAnswer:
-    """List the indexes that a request may use. Put ``/indexes/NAME`` before any path to use one of several."""
-    return IndexesAnswer(indexes=catalog.serving.describe(catalog.names))
+    """List the indexes that the key may use. Put ``/indexes/NAME`` before any path to use one of several."""
+    return IndexesAnswer(indexes=catalog.serving.describe(catalog.allowed))
 
 
 @router.get("/v1/index")

@@ -323,7 +323,7 @@ class ServedIndexAnswer(Answer):
 
 
 class IndexesAnswer(Answer):
-    """The indexes that the request may use, in the order in which the server was given them."""
+    """The indexes that the key may use, in the order in which the server was given them."""
 
     indexes: list[ServedIndexAnswer]
 

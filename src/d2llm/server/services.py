@@ -23,6 +23,7 @@ class Catalog:
 
     Attributes:
         serving: what the server serves.
+        allowed: the names of the indexes that the key may use.
         names: the names of the indexes that the request may use.
     """
 
@@ -36,13 +37,13 @@ class Catalog:
         self.serving = serving
         self._key = key
         self._stack = stack
-        self.names = tuple(name for name in serving.indexes if key is None or key.allows_index(name))
-        if key is not None and key.indexes is not None and not self.names:
+        self.allowed = tuple(name for name in serving.indexes if key is None or key.allows_index(name))
+        if key is not None and key.indexes is not None and not self.allowed:
             raise ServingError(no_index(key))
-        if address_name is not None:
-            if address_name not in self.names:
-                raise NotFoundError(f"there is no index {address_name!r}; {self._listing()}")
-            self.names = (address_name,)
+        if address_name is not None and address_name not in self.allowed:
+            offer = f"there is {', '.join(self.allowed)}" if self.allowed else "this server has none"
+            raise NotFoundError(f"there is no index {address_name!r}; {offer}")
+        self.names = self.allowed if address_name is None else (address_name,)
 
     def select(self, name: str | None = None, field: str | None = None) -> Services:
         """The services of an index, in use until the request ends; without a name, of the only one.
@@ -81,9 +82,6 @@ class Catalog:
         if self._key is not None and self._key.indexes is not None:
             return wrong_index(self._key, name)
         return Problem(404, "not_found", f"the model {name!r} does not exist; there is {', '.join(offered)}", "model")
-
-    def _listing(self) -> str:
-        return f"there is {', '.join(self.names)}" if self.names else "this server has none"
 
 
 # Coroutines because FastAPI runs plain functions in a thread, which costs more than the functions themselves.
