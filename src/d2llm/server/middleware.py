@@ -94,12 +94,12 @@ class IndexAddressMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its route's path."""
-        address = _INDEX_ADDRESS.fullmatch(scope["path"]) if scope["type"] == "http" else None
-        if address is None:
+        name, path = split_address(scope["path"]) if scope["type"] == "http" else (None, "")
+        if name is None:
             await self._app(scope, receive, send)
             return
-        state = {**scope.get("state", {}), "index_name": address["name"]}
-        start = f"/indexes/{quote(address['name'])}"
+        state = {**scope.get("state", {}), "index_name": name}
+        start = f"/indexes/{quote(name)}"
 
         async def send_with_address(message: Message) -> None:
             if message["type"] == "http.response.start" and "location" in (headers := MutableHeaders(scope=message)):
@@ -107,7 +107,13 @@ class IndexAddressMiddleware:
                 headers["location"] = str(target.replace(path=start + target.path))
             await send(message)
 
-        await self._app({**scope, "path": address["path"] or "/", "state": state}, receive, send_with_address)
+        await self._app({**scope, "path": path, "state": state}, receive, send_with_address)
+
+
+def split_address(path: str) -> tuple[str | None, str]:
+    """The name of the index in a request's path, if any, and the path of the route."""
+    address = _INDEX_ADDRESS.fullmatch(path)
+    return (None, path) if address is None else (address["name"], address["path"] or "/")
 
 
 class RequestMiddleware:
