@@ -129,7 +129,7 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
     with contextlib.ExitStack() as undo:
         undo.callback(bound.close)
         for name, folder in settings.index.items():
-            with naming_index(name):
+            with naming_index(name, settings.index):
                 read_index_manifest(folder)  # fails on a folder without an index, before anything is loaded
         undo.callback(start_logs(settings))
         from d2llm.server.app import make_app  # takes seconds; a port in use has been reported by now

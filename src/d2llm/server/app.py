@@ -131,7 +131,7 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
         return Serving(settings, {}, students, readings, alone=load_student(None))
     versions: dict[str, ServedVersion] = {}
     for name, folder in settings.index.items():
-        with naming_index(name):
+        with naming_index(name, settings.index):
             versions[name] = ServedVersion(folder, students)
     judge = _load_judge(settings)
     indexes = {

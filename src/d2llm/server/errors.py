@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,16 +126,16 @@ def invalid(message: str, field: str | None = None) -> ServingError:
 
 
 @contextmanager
-def naming_index(name: str) -> Generator[None]:
-    """Context in which the message of every error names the index.
+def naming_index(name: str, indexes: Sized) -> Generator[None]:
+    """Context in which every error says which of several indexes it is about.
 
     Raises:
-        D2LLMError: with the name, instead of an error whose message lacks it.
+        D2LLMError: with the name before the message, if there are several.
     """
     try:
         yield
     except D2LLMError as error:
-        if name in str(error):
+        if len(indexes) < 2:
             raise
         raise D2LLMError(f"index '{name}': {error}") from error
 

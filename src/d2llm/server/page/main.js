@@ -191,7 +191,6 @@ async function readIndex() {
   byId("index-name").textContent = index.name;
   byId("index").value = index.name;
   byId("adding").hidden = !index.writable;
-  byId("key-open").hidden = !apiKey();
   builder.setFields(index.fields);
   showRanks();
 }
@@ -209,6 +208,7 @@ async function readIndexes() {
 
 /** Load the facts about the index, then run the search in the URL. */
 async function begin() {
+  byId("key-open").hidden = !apiKey();
   try {
     limits = await ask("/page/settings.json");
     byId("report-link").hidden = !limits.has_report;
