@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @contextmanager
-def serving(folders: dict[str, Path] | Path, **settings: Any) -> Iterator[TestClient]:
+def serving(folders: dict[str, Path] | Path, **settings: Any) -> Generator[TestClient]:
     with TestClient(make_app(tiny_settings(folders, **settings)), base_url="http://127.0.0.1:8000") as client:
         until(lambda: client.get("/health").json()["status"] == "ready", "a server that is ready")
         yield client
