@@ -60,8 +60,8 @@ def write_tiny_index(folder: Path, number: int = 60, name: str = "index") -> Pat
     return folder / name
 
 
-def tiny_settings(index: Path | None, **changes: Any) -> Any:
-    """Server settings for a tiny index."""
+def tiny_settings(index: Path | dict[str, Path] | None, **changes: Any) -> Any:
+    """Server settings for a tiny index, or several by name."""
     from d2llm.server.settings import ServeSettings
 
     return ServeSettings(**({"index": index, "port": 0, "dtype": "float32", "reload_seconds": 0.1} | changes))

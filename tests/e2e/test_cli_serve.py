@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
@@ -16,12 +16,14 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
-from d2llm.server import app
+from d2llm.server import app, running
 from d2llm.server.keys import add_key
 from d2llm.server.running import listen
-from e2e.command_line import d2llm, fail
+from d2llm.server.settings import ServeSettings
+from e2e.command_line import d2llm, fail, succeed
 from tiny_server import tiny_passages, write_tiny_index, write_tiny_student
 
 
@@ -60,10 +62,10 @@ class Server:
 @pytest.fixture(scope="module")
 def server(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for all tests of this file; the last test stops it."""
-    running = Server(index, tmp_path_factory.mktemp("server"))
-    yield running
-    running.process.kill()
-    running.process.communicate()
+    started = Server(index, tmp_path_factory.mktemp("server"))
+    yield started
+    started.process.kill()
+    started.process.communicate()
 
 
 def test_a_port_in_use_is_reported_before_loading():
@@ -90,6 +92,29 @@ def test_a_folder_without_an_index_is_reported_before_loading(
     fail("serve", folder, "--port", 0, containing=["some.index"])
     (line,) = d2llm("serve", folder, "--port", 0).stderr.splitlines()  # nothing is printed before it
     assert ("a 'index' is needed" if content == "student" else "is not a d2llm index folder") in line
+
+
+def test_one_of_several_folders_without_an_index_is_named(index: Path, tmp_path: Path):
+    fail("serve", index, f"faq={tmp_path}", "--port", 0, containing=["index 'faq': ", str(tmp_path)])
+
+
+def test_several_indexes_need_different_names(index: Path):
+    fail("serve", index, index, containing=["INDEX: index: two indexes are named 'index'", "index-2="])
+
+
+def test_several_indexes_are_served_by_their_names(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    served: list[object] = []
+
+    def run_app(app: FastAPI, settings: ServeSettings, *_: object, on_ready: Callable[[], None], **__: object) -> None:
+        served.append(settings.index)
+        on_ready()
+
+    monkeypatch.setattr(running, "run_app", run_app)
+    report = tmp_path / "report.json"
+    line = succeed("serve", index, f"faq={index}", "--port", 0, "--json", report).stdout
+    assert served == [{"index": index, "faq": index}]
+    assert line.startswith(f"d2llm serves {index}, faq={index} on http://127.0.0.1:")
+    assert json.loads(report.read_text())["result"]["settings"]["index"] == {"index": str(index), "faq": str(index)}
 
 
 def test_the_keys_file_must_exist(index: Path, tmp_path: Path):
@@ -153,8 +178,8 @@ def test_it_serves_from_its_first_line_until_sigterm(server: Server, index: Path
         for family in families
         for sample in family.samples
     }
-    assert samples["d2llm_index_passages",] == len(tiny_passages()) + 1
-    assert samples["d2llm_http_requests_total", "POST", "/v1/search", "200"] == 1
+    assert samples["d2llm_index_passages", "index"] == len(tiny_passages()) + 1
+    assert samples["d2llm_http_requests_total", "index", "POST", "/v1/search", "200"] == 1
     assert samples["d2llm_stage_seconds_count", "encode"] >= 1
 
     server.process.send_signal(signal.SIGHUP)

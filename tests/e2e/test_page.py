@@ -415,3 +415,37 @@ def test_the_report_is_in_a_frame_with_its_own_styles(visit, address):
     assert page.locator("iframe.report").get_attribute("sandbox") == ""
     assert frame.locator("body").evaluate("body => getComputedStyle(body).maxWidth") == "1088px"  # the report's style
     assert overflow(page) == 0
+
+
+def test_the_index_is_chosen_if_there_are_several(visit, tiny, tmp_path):
+    folders = {"guide": write_tiny_index(tmp_path, 12), "small one": write_tiny_index(tmp_path, 4, "small")}
+    with serve(make_app(tiny_settings(folders))) as url:
+        wait_until_ready(url)
+        page = visit(f"{url}/?q=water")
+        page.wait_for_selector(".card")
+        assert urlsplit(page.url).path == "/indexes/guide/"
+        assert page.locator("#index option").all_inner_texts() == ["guide", "small one"]
+        assert page.locator("#index-name").is_hidden()
+        page.locator("#filters > summary").click()
+        page.locator("#filter").fill("year < 2010")
+        until(page, "location.search.includes('2010')")
+        page.locator("#index").select_option("small one")
+        page.wait_for_url("**/indexes/small%20one/?q=water")
+        page.wait_for_selector(".card")
+        assert page.locator("#index").input_value() == "small one"
+        assert page.locator(".card").count() == 4
+        page.locator(".toggle-why").first.click()
+        page.wait_for_selector(".why mark")
+        page.locator("nav a", has_text="API").click()
+        page.wait_for_url("**/indexes/small%20one/docs")
+        page.locator(".operation", has_text="/v1/index").filter(has_text="Facts about the index").locator(
+            "summary"
+        ).first.click()
+        page.locator(".operation[open] .trial button").click()
+        page.wait_for_selector(".operation[open] .output:not([hidden])")
+        assert json.loads(page.locator(".operation[open] .output").inner_text())["name"] == "small one"
+        page.locator(".brand a").click()
+        page.wait_for_url("**/indexes/small%20one/")
+    page = visit(tiny)
+    assert page.locator("#index").is_hidden()
+    assert page.locator("#index-name").inner_text() == "index"

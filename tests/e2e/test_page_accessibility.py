@@ -35,7 +35,7 @@ def served(tmp_path_factory, report):
     app = make_app(tiny_settings(**write_taught_index(tmp_path_factory.mktemp("accessible")), report=report))
     with serve(app) as address:
         wait_until_ready(address)
-        index = app.state.serving.index
+        index = app.state.serving.indexes["index"]
         index.judge = WatchedTeacher(index.judge)
         yield address, index.judge
 

@@ -35,7 +35,7 @@ def serving(settings, **changes):
     app = make_app(tiny_settings(**(settings | changes)))
     with serve(app) as address:
         wait_until_ready(address)
-        yield address, app.state.serving.index
+        yield address, app.state.serving.indexes["index"]
 
 
 @pytest.fixture(scope="module")

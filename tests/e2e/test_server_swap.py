@@ -229,8 +229,8 @@ def test_each_response_comes_from_one_pair_during_the_swap(
         assert (info["student"]["dim"], info["student"]["backbone"]) == (48, "wide")
         assert http.get("/info").json()["model_sha"] == new.fingerprint
         metrics = http.get("/metrics").text
-        assert f'd2llm_student_info{{fingerprint="{new.fingerprint}",name="served"}} 1.0' in metrics
-        assert "d2llm_index_passages 40.0" in metrics
+        assert f'd2llm_student_info{{fingerprint="{new.fingerprint}",index="index",name="served"}} 1.0' in metrics
+        assert 'd2llm_index_passages{index="index"} 40.0' in metrics
         reload = http.post("/v1/index/reload").json()
         expected = {"version": info["version"], "fingerprint": new.fingerprint, "student": "served", "changed": False}
         assert reload == expected

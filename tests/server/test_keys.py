@@ -91,6 +91,18 @@ def test_a_larger_scope_includes_the_smaller():
     assert allowed == {"read": ["read"], "write": ["read", "write"], "admin": ["read", "write", "admin"]}
 
 
+def test_a_key_may_be_for_some_indexes(file: Path):
+    add_key(file, "all")
+    add_key(file, "some", indexes=["docs", "faq", "docs"])
+    everything, some = read_keys(file)
+    assert some.indexes == ("docs", "faq")
+    assert [everything.allows_index(name) for name in ("docs", "other")] == [True, True]
+    assert [some.allows_index(name) for name in ("docs", "faq", "other")] == [True, True, False]
+    file.write_text(file.read_text().replace('"docs",\n        "faq"', ""))  # an empty list is not all
+    with pytest.raises(DataFormatError, match="indexes"):
+        read_keys(file)
+
+
 # The keys of a running server
 
 
@@ -177,19 +189,24 @@ def test_without_the_file_no_key_is_accepted(file: Path, caplog: pytest.LogCaptu
 def test_the_command_shows_a_key_once(file: Path):
     result = succeed("keys", file, "add", "page", "--scope", "write", "--requests-per-minute", 30)
     secret = result.stdout.strip()
-    assert KeyRing(file).find(secret) is not None
+    key = KeyRing(file).find(secret)
+    assert key is not None
+    assert key.indexes is None
     assert "'page' may write" in result.stderr
     assert secret not in succeed("keys", file, "list").stdout
 
 
 def test_the_command_lists_and_removes_keys(file: Path, tmp_path: Path):
-    for name in ("page", "batch"):
-        succeed("keys", file, "add", name)
-    assert "page" in succeed("keys", file, "list").stdout
+    succeed("keys", file, "add", "page")
+    added = succeed("keys", file, "add", "batch", "--index", "docs", "--index", "faq")
+    assert "'batch' may read in docs, faq" in added.stderr
+    listing = succeed("keys", file, "list").stdout
+    assert "page" in listing
+    assert "docs, faq" in listing
     succeed("keys", file, "remove", "page")
     path = tmp_path / "report.json"
     assert "page" not in succeed("keys", file, "list", "--json", path).stdout
     report = json.loads(path.read_text())["result"]
-    assert [key["name"] for key in report] == ["batch"]
+    assert [(key["name"], key["indexes"]) for key in report] == [("batch", ["docs", "faq"])]
     assert "sha256" not in report[0]
     fail("keys", file, "remove", "page", containing=["there is no key 'page'"])

@@ -83,6 +83,59 @@ def test_a_file_may_contain_lists(tmp_path: Path):
     assert settings.keys_file == Path("keys.json")
 
 
+# Indexes by name
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Path("a/docs.index"), {"docs.index": "a/docs.index"}),
+        ("a/docs.index, faq=b/docs.index", {"docs.index": "a/docs.index", "faq": "b/docs.index"}),
+        (["b", "a"], {"b": "b", "a": "a"}),  # in this order
+        (["runs/lr=1/a"], {"a": "runs/lr=1/a"}),
+        (["faq=runs/lr=1/a, b"], {"faq": "runs/lr=1/a, b"}),  # a list's items are not split
+        ({"faq": "b"}, {"faq": "b"}),
+        (None, {}),
+    ],
+)
+def test_an_index_has_its_folders_name_unless_another_is_given(value: object, expected: dict[str, str]):
+    folders = load_settings({"index": value}).settings.index
+    assert list(folders.items()) == [(name, Path(folder)) for name, folder in expected.items()]
+
+
+def test_the_current_folder_is_named_like_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    assert load_settings({"index": [".", "lr=1"]}).settings.index == {tmp_path.name: Path(), "lr=1": Path("lr=1")}
+
+
+def test_indexes_come_from_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = toml(tmp_path, '[index]\ndocs = "a"\nfaq = "b"\n')
+    loaded = load_settings(file=file)
+    assert source_and_value(loaded, "index") == (f"file {file}", {"docs": Path("a"), "faq": Path("b")})
+    assert (
+        dict(zip(("index", "value", "from"), loaded.lines()[0], strict=True))["value"] == '{"docs" = "a", "faq" = "b"}'
+    )
+    monkeypatch.setenv("D2LLM_SERVE_INDEX", "a,c=b")
+    assert load_settings(file=file).settings.index == {"a": Path("a"), "c": Path("b")}
+    assert load_settings({"index": ["d"]}).settings.index == {"d": Path("d")}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["a/docs", "b/docs"], r"INDEX: index: two indexes are named 'docs' \(a/docs and b/docs\); .* docs-2=b/docs"),
+        (["faq=a", "faq=b"], "two indexes are named 'faq'"),
+        (["/"], "INDEX: index: "),
+        ({"a/b": "c"}, "INDEX: index: "),
+        (3, "write FOLDER or NAME=FOLDER"),
+    ],
+)
+def test_indexes_need_different_names(value: object, message: str):
+    with pytest.raises(InputError, match=message):
+        load_settings({"index": value})
+
+
 # Invalid settings
 
 

@@ -14,9 +14,10 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from d2llm import Passage, Student
-from d2llm.server.index_service import IndexService
+from d2llm.server.index_service import IndexService, new_readings
 from d2llm.server.model_service import ModelService
 from d2llm.server.served_version import ServedVersion
+from d2llm.server.student_pool import StudentPool
 from tiny_server import write_tiny_index
 
 
@@ -35,7 +36,7 @@ def test_a_long_write_does_not_delay_the_shutdown(tmp_path: Path, monkeypatch: p
 
     async def main() -> None:
         models = ModelService(student, "tiny", batch_tokens=16)
-        index = IndexService(ServedVersion(folder, models))
+        index = IndexService("index", ServedVersion(folder, StudentPool(lambda _: models)), new_readings(1))
         models.start()
         index.start()
         passages = [Passage(f"new{n}", f"the cat number {n} sat on the mat and slept") for n in range(500)]

@@ -73,7 +73,7 @@ def test_requests_are_counted_by_route_method_and_status():
         ("POST", "/v1/search", "422"): 1,
         ("GET", "/v1/search", "405"): 1,
     }
-    assert metrics["d2llm_http_request_seconds_count", (("route", "/v1/search"),)] == 3
+    assert metrics["d2llm_http_request_seconds_count", (("index", ""), ("route", "/v1/search"))] == 3
     assert metrics["d2llm_http_requests_in_flight", ()] == 0
 
 
@@ -104,14 +104,14 @@ def test_prometheus_can_parse_the_metrics_endpoint():
 def test_a_refused_request_is_counted_for_its_route():
     client = tiny_client(max_body_bytes=10)
     client.post("/v1/search", json={"texts": [SECRET]})
-    labels = (("method", "POST"), ("route", "/v1/search"), ("status", "413"))
+    labels = (("index", ""), ("method", "POST"), ("route", "/v1/search"), ("status", "413"))
     assert samples(telemetry_of(client))["d2llm_http_requests_total", labels] == 1
 
 
 def test_a_failure_is_counted_as_500():
     client = tiny_client()
     client.post("/v1/fail", json={"texts": [SECRET]})
-    labels = (("method", "POST"), ("route", "/v1/fail"), ("status", "500"))
+    labels = (("index", ""), ("method", "POST"), ("route", "/v1/fail"), ("status", "500"))
     assert samples(telemetry_of(client))["d2llm_http_requests_total", labels] == 1
 
 
@@ -138,14 +138,16 @@ def test_queue_batch_and_index_metrics():
     telemetry.watch_queue(lambda: num_waiting[0])
     telemetry.observe_batch(32, 0.5)
     telemetry.observe_batch(2, 0.25)
-    telemetry.watch_index(lambda: 12, lambda: 6_883)
+    telemetry.watch_index("docs", lambda: 12, lambda: 6_883)
+    telemetry.watch_index("faq", lambda: 3, lambda: 40)
     metrics = samples(telemetry)
     assert metrics["d2llm_queue_texts", ()] == 3
     assert metrics["d2llm_batch_texts_sum", ()] == 34
     assert metrics["d2llm_batch_texts_bucket", (("le", "2.0"),)] == 1
     assert metrics["d2llm_batch_seconds_total", ()] == 0.75
-    assert metrics["d2llm_index_version", ()] == 12
-    assert metrics["d2llm_index_passages", ()] == 6_883
+    assert metrics["d2llm_index_version", (("index", "docs"),)] == 12
+    assert metrics["d2llm_index_passages", (("index", "docs"),)] == 6_883
+    assert metrics["d2llm_index_passages", (("index", "faq"),)] == 40
 
 
 def test_servers_in_one_process_have_separate_metrics():
@@ -170,6 +172,7 @@ def test_a_request_is_one_log_line(json_logs: Logs):
         "route": "/v1/search",
         "status": 200,
         "key": None,
+        "index": None,
         "num_items": 2,
     }
 
@@ -247,7 +250,7 @@ def test_the_student_metric_shows_the_current_student():
     telemetry, students = Telemetry(), [{"name": "first", "fingerprint": "f1"}]
     assert not any(name.startswith("d2llm_student") for name, _ in samples(telemetry))
     for _ in range(2):  # the application may start twice
-        telemetry.watch_student(lambda: students[-1])
+        telemetry.watch_student("docs", lambda: students[-1])
     students.append({"name": "second", "fingerprint": "f2"})
     metrics = {labels for name, labels in samples(telemetry) if name == "d2llm_student_info"}
-    assert metrics == {(("fingerprint", "f2"), ("name", "second"))}
+    assert metrics == {(("fingerprint", "f2"), ("index", "docs"), ("name", "second"))}

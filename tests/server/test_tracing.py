@@ -26,7 +26,7 @@ class Spans:
 
     def after(self, *paths: str, headers: dict[str, str] | None = None) -> dict[str, ReadableSpan]:
         for path in paths:
-            if path.startswith("/v1"):
+            if "/v1/" in path:
                 self.client.post(path, json={"texts": ["my secret"]}, headers=headers)
             else:
                 self.client.get(path)
@@ -51,6 +51,10 @@ def test_a_clients_trace_is_continued():
 
 def test_probes_and_scrapes_are_not_traced():
     assert set(Spans().after("/health", "/metrics", "/v1/search")) == {"POST /v1/search", "encode"}
+
+
+def test_a_span_is_named_after_its_route_whatever_index_the_address_names():
+    assert set(Spans().after("/indexes/faq/v1/search")) == {"POST /v1/search", "encode"}
 
 
 def test_a_failed_span_does_not_contain_the_error_message():

@@ -42,28 +42,39 @@ def add(
     requests_per_minute: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Limit of requests per minute.", show_default="the server's")
     ] = None,
+    indexes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--index",
+            metavar="NAME",
+            help="An index of the server that the key may use; may be given several times.",
+            show_default="all indexes",
+        ),
+    ] = None,
 ) -> None:
     """Create a key and show it once; the file stores only its hash."""
     from d2llm.server.keys import add_key
 
     in_existing_folder(_file_of(context))
-    secret = add_key(_file_of(context), name, scope, requests_per_minute)
+    secret = add_key(_file_of(context), name, scope, requests_per_minute, indexes)
+    limit = f" in {', '.join(indexes)}" if indexes else ""
     session_of(context).say(
-        f"keys: '{name}' may {scope}; send it as 'Authorization: Bearer KEY'. It is not shown again:"
+        f"keys: '{name}' may {scope}{limit}; send it as 'Authorization: Bearer KEY'. It is not shown again:"
     )
     typer.echo(secret)
 
 
 @keys_app.command("list")
 def show(context: typer.Context, json_path: JsonOption = None) -> None:
-    """Show the keys' names, scopes and limits."""
+    """Show the keys' names, scopes, indexes and limits."""
     from d2llm.core.table import Table
     from d2llm.server.keys import read_keys
 
     keys = read_keys(_file_of(context))
-    table = Table("name", "scope", "requests per minute", "created")
+    table = Table("name", "scope", "indexes", "requests per minute", "created")
     for key in keys:
-        table.add_row(key.name, key.scope, f"{key.requests_per_minute or 'the server limit'}", key.created)
+        indexes, limit = ", ".join(key.indexes or ["all"]), f"{key.requests_per_minute or 'the server limit'}"
+        table.add_row(key.name, key.scope, indexes, limit, key.created)
     session_of(context).show(table)
     session_of(context).write_report(context, json_path, [key.model_dump(exclude={"sha256"}) for key in keys])
 

@@ -1,4 +1,4 @@
-"""The verb ``serve``: serves an index and its student over HTTP.
+"""The verb ``serve``: serves indexes and their students over HTTP.
 
 A server's settings are one schema (``server/settings.py``). The most common settings have their own options, with types
 and help; all others are given as ``--set NAME=VALUE``. ``tests/server/test_settings.py`` checks that each option
@@ -27,7 +27,12 @@ class SettingOptions:
     """Settings of the server that have their own option; None leaves a setting to environment and file."""
 
     index: Annotated[
-        Path | None, typer.Argument(metavar="INDEX", help="Folder of an index; without it, only a student is served.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=]INDEX",
+            help="Folder of an index, which gets the folder's name unless another is given; several: each is served by "
+            "its name; none: only a student is served.",
+        ),
     ] = None
     student: Annotated[
         str | None,
@@ -71,10 +76,10 @@ def serve(
     ] = False,
     json_path: JsonOption = None,
 ) -> None:
-    """Serve an index over HTTP, with its student.
+    """Serve indexes over HTTP, with their students.
 
     Settings come from options, from the environment (D2LLM_SERVE_MAX_TEXTS) and from a file, in this order. Stop it
-    with Ctrl-C or SIGTERM; accepted requests are still answered. SIGHUP reloads the index.
+    with Ctrl-C or SIGTERM; accepted requests are still answered. SIGHUP reloads the indexes.
     """
     from d2llm.core.extras import require
 
@@ -93,13 +98,14 @@ def serve(
         session.show(table)
         values = {"url": None, "settings": loaded.settings.model_dump(), "sources": loaded.sources}
         session.write_report(context, json_path, values)
-    elif loaded.settings.index is None and loaded.settings.student is None:
+    elif not loaded.settings.index and loaded.settings.student is None:
         raise InputError("there is nothing to serve; give the folder of an index, or --student")
     else:
         _serve(context, loaded, json_path)
 
 
 def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | None) -> None:
+    from d2llm.server.errors import naming_index
     from d2llm.server.logs import start_logs
     from d2llm.server.running import listen, run_app, url_of
     from d2llm.server.settings import LOOPBACK_NAMES, is_loopback
@@ -115,15 +121,19 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
     def say_ready() -> None:
         report = {"url": url, "settings": settings.model_dump(), "sources": loaded.sources}
         session.write_report(context, json_path, report)
-        typer.echo(f"d2llm serves {settings.index or settings.student} on {url} (page {url}/, API {url}/docs)")
+        indexes = [
+            str(folder) if name == folder.name else f"{name}={folder}" for name, folder in settings.index.items()
+        ]
+        typer.echo(f"d2llm serves {', '.join(indexes) or settings.student} on {url} (page {url}/, API {url}/docs)")
 
     with contextlib.ExitStack() as undo:
         undo.callback(bound.close)
-        if settings.index is not None:
-            read_index_manifest(settings.index)  # fails on a folder without an index, before anything is loaded
+        for name, folder in settings.index.items():
+            with naming_index(name, settings.index):
+                read_index_manifest(folder)  # fails on a folder without an index, before anything is loaded
         undo.callback(start_logs(settings))
         from d2llm.server.app import make_app  # takes seconds; a port in use has been reported by now
-        from d2llm.server.services import Serving
+        from d2llm.server.serving import Serving
 
         app = make_app(settings)
         if settings.otel:
@@ -131,7 +141,7 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
 
         async def reload() -> None:
             serving: Serving | None = getattr(app.state, "serving", None)
-            if serving is not None and serving.index is not None:
-                await serving.index.served.reload()
+            if serving is not None:
+                await serving.reload()
 
         run_app(app, settings, bound, app.state.lifecycle, on_ready=say_ready, on_hangup=reload)

@@ -1,4 +1,4 @@
-"""Access control: API keys, their scopes and rate limits, checked before a request is read."""
+"""Access control: API keys, their scopes, indexes and rate limits, checked before a request is read."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/page")
 page itself asks the user for a key."""
 _WRITE_PATHS = ("/v1/passages", "/v1/documents", FILES_PATH)
 _ADMIN_PATHS = ("/v1/index",)
+_WHOLE_SERVER_PATHS = ("/metrics",)
+"""Paths whose answers name all indexes."""
 _READING = frozenset({"GET", "HEAD"})
 _CHANGING = frozenset({"PUT", "PATCH", "DELETE"})
 
@@ -24,6 +26,16 @@ _CHANGING = frozenset({"PUT", "PATCH", "DELETE"})
 def is_open(path: str) -> bool:
     """Whether a path needs no key and is not rate-limited."""
     return path == "/" or _is_below(path, OPEN_PATHS)
+
+
+def wrong_index(key: ApiKey, name: str) -> Problem:
+    """Why a key may not use an index. Names that are not the key's are not confirmed to exist."""
+    return _forbidden(f"the key '{key.name}' may not use the index '{name}', only {_indexes_of(key)}; use another key")
+
+
+def no_index(key: ApiKey) -> Problem:
+    """Why a key may use nothing of a server that has none of its indexes."""
+    return _forbidden(f"the key '{key.name}' is for {_indexes_of(key)}, which this server does not have")
 
 
 def scope_needed(method: str, path: str) -> keys.Scope:
@@ -37,7 +49,11 @@ def scope_needed(method: str, path: str) -> keys.Scope:
 
 
 class AccessMiddleware:
-    """Refuses requests without a valid key (401), with a key of insufficient scope (403), or over the limit (429)."""
+    """Refuses requests without a valid key (401), with a key of insufficient scope (403), or over the limit (429).
+
+    A key for some indexes is refused if the address names another one; a name in the body is left to the route, which
+    gets the key as ``api_key`` in the request's state.
+    """
 
     def __init__(
         self, app: ASGIApp, ring: KeyRing | None, limiter: RateLimiter, requests_per_minute: int | None
@@ -58,6 +74,7 @@ class AccessMiddleware:
             if problem is not None:
                 await answer_problem(scope, receive, send, problem)
                 return
+            scope.setdefault("state", {})["api_key"] = key
         allowance = await self._count(scope, key)
         if allowance is None:
             await self._app(scope, receive, send)
@@ -83,9 +100,8 @@ class AccessMiddleware:
         needed = scope_needed(scope["method"], scope["path"])
         if not key.allows(needed):
             message = f"the key '{key.name}' has the scope '{key.scope}', but this needs '{needed}'; use another key"
-            challenge = f'Bearer realm="d2llm", error="insufficient_scope", scope="{needed}"'
-            return None, Problem(403, "forbidden", message, headers={"WWW-Authenticate": challenge})
-        return key, None
+            return None, _forbidden(message, f', scope="{needed}"')
+        return key, _problem_of_index(key, scope)
 
     async def _count(self, scope: Scope, key: ApiKey | None) -> Allowance | None:
         if key is not None and key.requests_per_minute is not None:
@@ -95,6 +111,27 @@ class AccessMiddleware:
         client = scope.get("client")
         caller = f"key {key.name}" if key is not None else f"address {client[0] if client else 'unknown'}"
         return await self._limiter.take(caller, self._requests_per_minute)
+
+
+def _problem_of_index(key: ApiKey, scope: Scope) -> Problem | None:
+    name = scope.get("state", {}).get("index_name")
+    if name is not None and not key.allows_index(name):
+        return wrong_index(key, name)
+    if key.indexes is not None and _is_below(scope["path"], _WHOLE_SERVER_PATHS):
+        return _forbidden(
+            f"the key '{key.name}' is only for {_indexes_of(key)}, but this is about all; use another key"
+        )
+    return None
+
+
+def _indexes_of(key: ApiKey) -> str:
+    names = key.indexes or ()
+    return f"{'index' if len(names) == 1 else 'indexes'} {', '.join(names)}"
+
+
+def _forbidden(message: str, detail: str = "") -> Problem:
+    challenge = f'Bearer realm="d2llm", error="insufficient_scope"{detail}'
+    return Problem(403, "forbidden", message, headers={"WWW-Authenticate": challenge})
 
 
 def _is_below(path: str, tops: tuple[str, ...]) -> bool:

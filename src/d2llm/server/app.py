@@ -23,14 +23,15 @@ from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.retrieval.index import find_source
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
-from d2llm.server.errors import install_error_handlers, register_error_shape, without_places
-from d2llm.server.index_service import IndexService
+from d2llm.server.errors import install_error_handlers, naming_index, register_error_shape, without_places
+from d2llm.server.index_service import IndexService, new_readings
 from d2llm.server.middleware import CancelWhenGone, ReadyGate, install_middleware
 from d2llm.server.model_service import ModelService
 from d2llm.server.running import Lifecycle
 from d2llm.server.served_version import ServedVersion
-from d2llm.server.services import Serving
+from d2llm.server.serving import Serving
 from d2llm.server.settings import ServeSettings
+from d2llm.server.student_pool import StudentPool
 from d2llm.server.telemetry import Telemetry, metrics_router
 from d2llm.store.index_store import IndexStore
 
@@ -39,7 +40,7 @@ _KEYS = "A key made by `d2llm keys`. The middleware checks it; this scheme tells
 
 
 def make_app(settings: ServeSettings) -> FastAPI:
-    """The server as an ASGI application. It loads models and index on startup and reports that it is starting.
+    """The server as an ASGI application. It loads models and indexes on startup and reports that it is starting.
 
     Raises:
         InputError: the file of keys or the report named in the settings cannot be used.
@@ -79,20 +80,15 @@ async def running(
 ) -> AsyncGenerator[None]:
     """Load in the background, serve, and stop once accepted requests are answered."""
 
-    def note(problem: str | None) -> None:  # the version in memory still answers
-        message = without_places(problem or "", private)
-        lifecycle.become("ready", message and f"a new version cannot be read: {message}")
+    def note(serving: Serving, name: str, problem: str | None) -> None:  # the version in memory still answers
+        serving.problems[name] = without_places(problem or "", private)
+        lifecycle.become("ready", serving.problem)
 
     async def start() -> None:
         try:
             serving = await asyncio.to_thread(load, settings, telemetry, private)
-            serving.now().models.start()
-            if serving.index is not None:
-                serving.index.start()
-                served = serving.index.served
-                telemetry.watch_index(lambda: served.version.view.version, lambda: len(served.version.view))
-            telemetry.watch_queue(lambda: serving.now().models.num_queued)
-            telemetry.watch_student(lambda: _named(serving.now().models))
+            serving.start()
+            _watch(serving, telemetry)
             app.state.serving = serving
             lifecycle.become("ready")
         except D2LLMError as error:
@@ -102,8 +98,12 @@ async def running(
             lifecycle.become("broken", "it could not be started; see its log")
             _log.exception("the server could not be started")
             return
-        if serving.index is not None:
-            await serving.index.served.watch(settings.reload_seconds, note)
+        await asyncio.gather(
+            *(
+                index.served.watch(settings.reload_seconds, partial(note, serving, name))
+                for name, index in serving.indexes.items()
+            )
+        )
 
     starting = asyncio.create_task(start(), name="start")
     try:
@@ -115,30 +115,38 @@ async def running(
             await starting
         serving: Serving | None = getattr(app.state, "serving", None)
         if serving is not None:
-            if serving.index is not None:
-                await serving.index.stop(settings.shutdown_seconds)
-            await serving.now().models.stop(settings.shutdown_seconds)
+            await serving.stop(settings.shutdown_seconds)
 
 
 def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> Serving:
-    """Load student, teacher and index; folders that clients must not see are added to ``private``.
+    """Load students, teacher and indexes; folders that clients must not see are added to ``private``.
 
     Raises:
         InputError: there is neither a student nor an index.
         D2LLMError: one of them cannot be loaded, or they do not match.
     """
     load_student = partial(load_models, settings, telemetry, private)
-    if settings.index is None:
-        return Serving(settings, None, load_student(None))
-    models = load_student(IndexStore.open(settings.index))
-    index = IndexService(
-        ServedVersion(settings.index, models, load_student),
-        judge=_load_judge(settings),
-        teacher_name=settings.teacher,
-        queue=settings.queue_texts,
-        observe=telemetry.observe,
-    )
-    return Serving(settings, index)
+    students, readings = StudentPool(load_student), new_readings(settings.queue_texts)
+    if not settings.index:
+        return Serving(settings, {}, students, readings, alone=load_student(None))
+    versions: dict[str, ServedVersion] = {}
+    for name, folder in settings.index.items():
+        with naming_index(name, settings.index):
+            versions[name] = ServedVersion(folder, students)
+    judge = _load_judge(settings)
+    indexes = {
+        name: IndexService(
+            name,
+            served,
+            readings,
+            judge=judge,
+            teacher_name=settings.teacher,
+            queue=settings.queue_texts,
+            observe=telemetry.observe,
+        )
+        for name, served in versions.items()
+    }
+    return Serving(settings, indexes, students, readings)
 
 
 def load_models(
@@ -184,8 +192,28 @@ def _load_judge(settings: ServeSettings) -> Judge | None:
     return load_judge(template.named(settings.teacher), device=settings.device, dtype=settings.dtype)
 
 
-def _named(models: ModelService) -> dict[str, str]:
-    return {"name": models.name, "fingerprint": models.fingerprint}
+def _watch(serving: Serving, telemetry: Telemetry) -> None:
+    """Show what is served in the metrics."""
+
+    def student_of(name: str | None) -> dict[str, str]:
+        models = serving.now(name).models
+        return {"name": models.name, "fingerprint": models.fingerprint}
+
+    telemetry.watch_queue(lambda: sum(student.num_queued for student in serving.loaded))
+    for name, index in serving.indexes.items():
+        served = index.served
+        telemetry.watch_index(name, partial(_version_of, served), partial(_num_passages_of, served))
+        telemetry.watch_student(name, partial(student_of, name))
+    if serving.alone is not None:
+        telemetry.watch_student("", partial(student_of, None))
+
+
+def _version_of(served: ServedVersion) -> int:
+    return served.version.view.version
+
+
+def _num_passages_of(served: ServedVersion) -> int:
+    return len(served.version.view)
 
 
 def _hide(private: list[Path], *paths: str) -> None:
@@ -194,7 +222,7 @@ def _hide(private: list[Path], *paths: str) -> None:
 
 def _private_paths(settings: ServeSettings) -> list[Path]:
     paths = (
-        settings.index,
+        *settings.index.values(),
         settings.keys_file,
         settings.report,
         *map(Path, filter(None, (settings.student, settings.teacher))),

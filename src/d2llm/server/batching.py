@@ -138,9 +138,10 @@ class Batcher(Generic[_Item, _Result]):
         return self._num_queued
 
     def start(self) -> None:
-        """Start a worker for each lane; call it in the event loop."""
-        loop = asyncio.get_running_loop()
-        self._workers = [loop.create_task(self._work(), name=self._name) for _ in range(self._num_lanes)]
+        """Start a worker for each lane, unless they run; call it in the event loop."""
+        if not self._workers:
+            loop = asyncio.get_running_loop()
+            self._workers = [loop.create_task(self._work(), name=self._name) for _ in range(self._num_lanes)]
 
     async def stop(self, timeout: float | None = None) -> None:
         """Accept no more items, finish the admitted ones and stop; after ``timeout`` seconds drop the rest."""

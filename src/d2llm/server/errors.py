@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -122,6 +123,21 @@ class NotFoundError(ServingError):
 def invalid(message: str, field: str | None = None) -> ServingError:
     """An error for a request with invalid content (400)."""
     return ServingError(Problem(400, "invalid_request", message, field))
+
+
+@contextmanager
+def naming_index(name: str, indexes: Sized) -> Generator[None]:
+    """Context in which every error says which of several indexes it is about.
+
+    Raises:
+        D2LLMError: with the name before the message, if there are several.
+    """
+    try:
+        yield
+    except D2LLMError as error:
+        if len(indexes) < 2:
+            raise
+        raise D2LLMError(f"index '{name}': {error}") from error
 
 
 _shapes: dict[str, Shape] = {}

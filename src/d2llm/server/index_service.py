@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,18 +64,38 @@ class Reading:
     teacher_ms: float | None = None
 
 
+Readings: TypeAlias = "Batcher[Callable[[], Any], Any]"
+"""The queue of a teacher, which reads for one request at a time."""
+
+
+def new_readings(queue: int) -> Readings:
+    """The queue of a teacher on a server whose student's queue holds ``queue`` texts."""
+    return Batcher(
+        lambda works: [work() for work in works],
+        name="teacher",
+        max_queued=max(1, queue // _SEARCHES_A_READING),
+        max_batch=1,
+    )
+
+
 class IndexService:
-    """One index, shared by all requests; ``judge`` is the teacher, ``teacher_name`` its name."""
+    """One index, shared by all requests; ``judge`` is the teacher, ``teacher_name`` its name.
+
+    ``readings`` is the queue of the teacher, which all indexes share. Whoever makes it also starts and stops it.
+    """
 
     def __init__(
         self,
+        name: str,
         served: ServedVersion,
+        readings: Readings,
         *,
         judge: Judge | None = None,
         teacher_name: str | None = None,
         queue: int = 2_048,
         observe: Observe = lambda _stage, _seconds: None,
     ) -> None:
+        self.name = name
         self.served = served
         self.folder = served.folder
         self.judge = judge
@@ -84,12 +104,7 @@ class IndexService:
         self._ranks: Batcher[PendingSearch, Ranking] = Batcher(
             rank_together, name="rank", max_queued=queue, max_batch=_SCANNED_AT_ONCE
         )
-        self._readings: Batcher[Callable[[], Any], Any] = Batcher(
-            lambda works: [work() for work in works],
-            name="teacher",
-            max_queued=max(1, queue // _SEARCHES_A_READING),
-            max_batch=1,
-        )
+        self._readings = readings
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._searching, self._explaining = Places(queue), Places(_WAITING)
@@ -104,12 +119,11 @@ class IndexService:
     def start(self) -> None:
         """Start answering requests; call it in the event loop."""
         self._ranks.start()
-        self._readings.start()
 
     async def stop(self, timeout: float | None = None) -> None:
         """Finish admitted requests, then stop."""
         self.served.stop()
-        await asyncio.gather(self._ranks.stop(timeout), self._readings.stop(timeout))
+        await self._ranks.stop(timeout)
         with contextlib.suppress(asyncio.TimeoutError):  # an unfinished write fails when the student stops
             await asyncio.wait_for(asyncio.to_thread(self._writes.shutdown, wait=True), timeout)
         self._reads.shutdown(wait=False, cancel_futures=True)

@@ -7,6 +7,7 @@ import hmac
 import logging
 import re
 import secrets
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,6 +36,7 @@ class ApiKey(BaseModel):
         sha256: hash of the key, in hexadecimal. It needs no salt: keys are random, so precomputed tables do not help.
         scope: the highest scope of the key.
         requests_per_minute: rate limit; None uses the server's.
+        indexes: names of the indexes that it may use; None means all.
         created: date, as in 2026-01-31.
     """
 
@@ -44,11 +46,16 @@ class ApiKey(BaseModel):
     sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
     scope: Scope = "read"
     requests_per_minute: Annotated[int, Field(gt=0)] | None = None
+    indexes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     created: str = ""
 
     def allows(self, scope: Scope) -> bool:
         """Whether the key's scope includes ``scope``."""
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
+
+    def allows_index(self, name: str) -> bool:
+        """Whether the key may use the index of this name."""
+        return self.indexes is None or name in self.indexes
 
 
 class _KeysFile(BaseModel):
@@ -80,8 +87,21 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         raise DataFormatError(path, message) from error
 
 
-def add_key(path: Path, name: str, scope: Scope = "read", requests_per_minute: int | None = None) -> str:
+def add_key(
+    path: Path,
+    name: str,
+    scope: Scope = "read",
+    requests_per_minute: int | None = None,
+    indexes: Sequence[str] | None = None,
+) -> str:
     """Make a key, and the file if it does not exist; returns the key, which cannot be recovered later.
+
+    Args:
+        path: the file of keys.
+        name: name of the key.
+        scope: its highest scope.
+        requests_per_minute: its rate limit; None uses the server's.
+        indexes: names of the indexes that it may use; None or none means all.
 
     Raises:
         InputError: a key of this name exists, or the name is invalid.
@@ -97,7 +117,12 @@ def add_key(path: Path, name: str, scope: Scope = "read", requests_per_minute: i
         secret = _PREFIX + secrets.token_urlsafe(_NUM_BYTES)
         created = datetime.now(timezone.utc).date().isoformat()
         key = ApiKey(
-            name=name, sha256=_hash(secret), scope=scope, requests_per_minute=requests_per_minute, created=created
+            name=name,
+            sha256=_hash(secret),
+            scope=scope,
+            requests_per_minute=requests_per_minute,
+            indexes=tuple(dict.fromkeys(indexes)) if indexes else None,
+            created=created,
         )
         _write(path, (*keys, key))
     return secret

@@ -38,12 +38,14 @@ class RequestFacts:
     Attributes:
         request_id: the client's id, or a generated one.
         key_name: name of the API key that was sent.
+        index_name: name of the index that was used.
         num_items: number of texts and passages in the request.
         texts: these texts; logged only with ``log_texts``.
     """
 
     request_id: str
     key_name: str | None = None
+    index_name: str | None = None
     num_items: int | None = None
     texts: list[str] = field(default_factory=list[str])
 
@@ -84,6 +86,7 @@ def log_request(facts: RequestFacts, route: str, method: str, status: int, secon
         status=status,
         milliseconds=round(1e3 * seconds, 1),
         key=facts.key_name,
+        index=facts.index_name,
         num_items=facts.num_items,
         **({"texts": facts.texts} if texts else {}),
     )

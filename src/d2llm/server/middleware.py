@@ -1,4 +1,4 @@
-"""Middleware, outermost first: request id, log and headers; host check; CORS; keys and rate limits; body.
+"""Middleware, outermost first: index in the address; request id, log and headers; host check; CORS; keys; body.
 
 These are pure ASGI classes. Starlette's BaseHTTPMiddleware runs the application in a separate task, which breaks
 context variables and hides disconnects.
@@ -14,10 +14,11 @@ import time
 import uuid
 from collections.abc import Mapping
 from re import Pattern
+from urllib.parse import quote
 
 import structlog
 from fastapi import FastAPI
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import URL, Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,6 +49,7 @@ CLIENT_CLOSED = 499
 """Status that is logged and counted if the client disconnected before the response started."""
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _JSON = re.compile(r"application/(?:[\w.+-]+\+)?json", re.IGNORECASE)
+_INDEX_ADDRESS = re.compile(r"/indexes/(?P<name>[^/]+)(?P<path>/.*)?", re.DOTALL)
 _PROBE = "/health"
 """Orchestrators request this by the machine's address, so its Host is not checked."""
 _LAST = {"Connection": "close"}  # unread body bytes would be parsed as the connection's next request
@@ -77,6 +79,41 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
         )
     app.add_middleware(HostMiddleware, allowed=settings.host_names)
     app.add_middleware(RequestMiddleware, routes=RouteTable(app), telemetry=telemetry, log_texts=settings.log_texts)
+    app.add_middleware(IndexAddressMiddleware)
+
+
+class IndexAddressMiddleware:
+    """Takes an index's name out of the address: ``/indexes/NAME/v1/search`` is ``/v1/search`` of that index.
+
+    So every route works below ``/indexes/NAME`` as on a server of that index alone, and everything that depends on the
+    path sees the route's own. The name is ``index_name`` in the request's state, not yet checked.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with its route's path."""
+        name, path = split_address(scope["path"]) if scope["type"] == "http" else (None, "")
+        if name is None:
+            await self._app(scope, receive, send)
+            return
+        state = {**scope.get("state", {}), "index_name": name}
+        start = f"/indexes/{quote(name)}"
+
+        async def send_with_address(message: Message) -> None:
+            if message["type"] == "http.response.start" and "location" in (headers := MutableHeaders(scope=message)):
+                target = URL(headers["location"])  # of the router, which adds or removes a slash at the end
+                headers["location"] = str(target.replace(path=start + target.path))
+            await send(message)
+
+        await self._app({**scope, "path": path, "state": state}, receive, send_with_address)
+
+
+def split_address(path: str) -> tuple[str | None, str]:
+    """The name of the index in a request's path, if any, and the path of the route."""
+    address = _INDEX_ADDRESS.fullmatch(path)
+    return (None, path) if address is None else (address["name"], address["path"] or "/")
 
 
 class RequestMiddleware:
@@ -121,7 +158,8 @@ class RequestMiddleware:
                     await answer_problem(scope, receive, send_with_headers, problem_for_client(error))
             finally:
                 seconds, route = time.perf_counter() - start_time, self._routes.find(scope)
-                self._telemetry.end_request(route, scope["method"], status or CLIENT_CLOSED, seconds)
+                index = facts.index_name or ""
+                self._telemetry.end_request(route, scope["method"], status or CLIENT_CLOSED, seconds, index)
                 log_request(facts, route, scope["method"], status or CLIENT_CLOSED, seconds, texts=self._log_texts)
 
 

@@ -20,7 +20,7 @@ from d2llm.retrieval.context import context_settings
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.server.answers import FastJSONResponse, context_json, search_json
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
-from d2llm.server.index_service import Reading
+from d2llm.server.index_service import IndexService, Reading
 from d2llm.server.model_service import ModelService
 from d2llm.server.running import Lifecycle
 from d2llm.server.schemas import (
@@ -32,6 +32,7 @@ from d2llm.server.schemas import (
     ExplainRequest,
     HealthAnswer,
     IndexAnswer,
+    IndexesAnswer,
     RankingRequest,
     ReloadAnswer,
     RescoreAnswer,
@@ -41,7 +42,16 @@ from d2llm.server.schemas import (
     StudentAnswer,
 )
 from d2llm.server.served_version import OpenVersion
-from d2llm.server.services import ERRORS, Services, Serving, TheIndex, TheServices, at_most, index_of, short_enough
+from d2llm.server.services import (
+    ERRORS,
+    TheCatalog,
+    TheIndex,
+    TheServices,
+    at_most,
+    index_of,
+    short_enough,
+)
+from d2llm.server.serving import Services, Serving
 from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
@@ -57,7 +67,7 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     reading = _reading_of(body, services.settings)
     ranking, student = await index.search(body.query, settings, body.rescore, reading)
     excerpts = await index.excerpts(ranking) if body.excerpts else None
-    return FastJSONResponse(search_json(ranking, excerpts) | _origin(request, ranking, student))
+    return FastJSONResponse(search_json(ranking, excerpts) | _origin(request, index, ranking, student))
 
 
 @router.post("/v1/context", response_model=ContextAnswer)
@@ -69,7 +79,7 @@ async def context(body: ContextRequest, request: Request, services: TheServices,
     reading = _reading_of(body, services.settings)
     ranking, student = await index.search(body.query, settings, body.rescore, reading)
     answer = await index.context(ranking, student, body.max_tokens, body.order)
-    return FastJSONResponse(context_json(answer) | _origin(request, ranking, student))
+    return FastJSONResponse(context_json(answer) | _origin(request, index, ranking, student))
 
 
 @router.post("/v1/explain")
@@ -89,13 +99,19 @@ async def explain(body: ExplainRequest, services: TheServices, index: TheIndex) 
     )
 
 
+@router.get("/v1/indexes")
+async def list_indexes(catalog: TheCatalog) -> IndexesAnswer:
+    """List the indexes that the key may use. Put ``/indexes/NAME`` before any path to use one of several."""
+    return IndexesAnswer(indexes=catalog.serving.describe(catalog.allowed))
+
+
 @router.get("/v1/index")
 async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
     """Facts about the index, and the ways to search it on this server."""
     stats, version = await index.stats()
     models, config = version.models, version.models.student.config
     return IndexAnswer(
-        name=index.folder.name,
+        name=index.name,
         version=stats.version,
         num_passages=stats.num_passages,
         num_bytes=round(stats.bytes_per_passage * max(stats.num_passages, 1)),
@@ -199,9 +215,12 @@ async def health(request: Request) -> JSONResponse:
     """Whether the server can answer: 200 when it is ready, else 503."""
     lifecycle = cast(Lifecycle, request.app.state.lifecycle)
     serving: Serving | None = getattr(request.app.state, "serving", None)
-    fingerprint = None if serving is None else serving.now().models.fingerprint
-    answer = {"status": lifecycle.state, "message": lifecycle.message, "fingerprint": fingerprint}
-    return JSONResponse(answer, 200 if lifecycle.state == "ready" else 503)
+    fingerprint, indexes = None, None
+    if serving is not None:
+        fingerprint = serving.fingerprint
+        indexes = serving.describe(serving.indexes) if serving.settings.keys_file is None else None
+    answer = HealthAnswer(status=lifecycle.state, message=lifecycle.message, fingerprint=fingerprint, indexes=indexes)
+    return JSONResponse(answer.model_dump(), 200 if lifecycle.state == "ready" else 503)
 
 
 async def _rescored(
@@ -230,10 +249,15 @@ async def _rescored(
     )
 
 
-def _origin(request: Request, ranking: Ranking, student: ModelService) -> dict[str, Any]:
-    """Which version of the index and which student answered which request."""
+def _origin(request: Request, index: IndexService, ranking: Ranking, student: ModelService) -> dict[str, Any]:
+    """Which version of which index, and which student, answered which request."""
     return {
-        "index": {"version": ranking.index_version, "student": student.name, "fingerprint": student.fingerprint},
+        "index": {
+            "name": index.name,
+            "version": ranking.index_version,
+            "student": student.name,
+            "fingerprint": student.fingerprint,
+        },
         "request_id": request_id_of(request),
     }
 

@@ -260,8 +260,9 @@ class CertificateAnswer(Answer):
 
 
 class IndexVersion(Answer):
-    """The version of the index that answered, and the name and content hash of its student."""
+    """The index that answered, its version, and the name and content hash of its student."""
 
+    name: str
     version: int | None
     student: str
     fingerprint: str
@@ -399,6 +400,24 @@ class IndexAnswer(Answer):
     d2llm: str
 
 
+class ServedIndexAnswer(Answer):
+    """An index and the version served, with its student; ``problem``: why a newer version cannot be read, or empty."""
+
+    name: str
+    version: int | None
+    num_passages: int
+    task: Task
+    student: str
+    fingerprint: str
+    problem: str
+
+
+class IndexesAnswer(Answer):
+    """The indexes that the key may use, in the order in which the server was given them."""
+
+    indexes: list[ServedIndexAnswer]
+
+
 class ReloadAnswer(Answer):
     """The version that is served now, its student, and whether it changed."""
 
@@ -430,11 +449,15 @@ class RescoreAnswer(Answer):
 
 
 class HealthAnswer(Answer):
-    """Whether the server can answer, and with which student."""
+    """Whether the server can answer, and with which student and indexes.
+
+    ``fingerprint`` is null if there are several students; ``indexes`` is null if the server has keys (``/v1/indexes``).
+    """
 
     status: Literal["starting", "ready", "broken", "stopping"]
     message: str
     fingerprint: str | None
+    indexes: list[ServedIndexAnswer] | None
 
 
 Metadata = Annotated[

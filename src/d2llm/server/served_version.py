@@ -27,6 +27,7 @@ from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.server.errors import NotReadyError, ServingError, is_clients
 from d2llm.server.model_service import ModelService
+from d2llm.server.student_pool import StudentPool
 from d2llm.store.index_store import IndexStore
 
 _log = logging.getLogger(__name__)
@@ -126,23 +127,20 @@ def _manifest_state(folder: Path) -> tuple[int, int]:
 class ServedVersion:
     """The served ``version`` of the index in ``folder``: the latest that could be opened."""
 
-    def __init__(
-        self, folder: Path, models: ModelService, load_models: Callable[[IndexStore], ModelService] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, students: StudentPool) -> None:
         """Open the latest version.
 
         Args:
             folder: folder of the index, or a link to it.
-            models: the student that made it.
-            load_models: loads the student of an index made by another one; if None, such an index is refused.
+            students: loads its student, and the one of another index that replaces it.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
             IndexMismatchError: another student made it.
         """
         self.folder = folder
-        self.version = OpenVersion(folder.resolve(), models)
-        self._load_models = load_models
+        self._students = students
+        self.version = OpenVersion(*self._latest())
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -223,25 +221,31 @@ class ServedVersion:
             try:
                 if await asyncio.to_thread(identity_in, self.folder) == before.identity:
                     return False
-                after = await asyncio.to_thread(self._open, before.models)
+                after = await self._open()
             except D2LLMError:
                 raise
             except Exception as error:  # for example no memory for another student
                 _log.exception("the index cannot be opened")
                 raise ModelError(f"it cannot be opened ({type(error).__name__}); see the log") from error
-            if after.models is not before.models:
-                after.models.start()
+            after.models.start()
             self.version = after
-        _log.info("index version %s, %s passages", after.view.version, len(after.view))
+        name = self.folder.name
+        _log.info("%s: index version %s, %s passages", name, after.view.version, len(after.view))
         if after.models is not before.models:
-            _log.info("student %s, %s", after.models.name, after.models.fingerprint)
-            self._begin(before.models.retire())
+            _log.info("%s: student %s, %s", name, after.models.name, after.models.fingerprint)
+        self._begin(self._students.leave(before.models))
         return True
 
-    def _open(self, models: ModelService) -> OpenVersion:
-        """Open the index that is now in the folder, with the loaded student or, if another one made it, that one."""
+    async def _open(self) -> OpenVersion:
+        """Open the index that is now in the folder."""
+        folder, student = await asyncio.to_thread(self._latest)
+        try:
+            return await asyncio.to_thread(OpenVersion, folder, student)
+        except BaseException:
+            self._begin(self._students.leave(student))
+            raise
+
+    def _latest(self) -> tuple[Path, ModelService]:
+        """The folder that ``folder`` leads to now, and the student that made the index in it."""
         folder = self.folder.resolve()
-        store = IndexStore.open(folder)
-        if store.manifest["student"] != models.fingerprint and self._load_models is not None:
-            models = self._load_models(store)
-        return OpenVersion(folder, models)
+        return folder, self._students.take(IndexStore.open(folder))

@@ -1,60 +1,113 @@
-"""Services for the routes, checks shared by d2llm's own routes, and descriptions of their errors."""
+"""The services that a route may use, checks shared by d2llm's own routes, and descriptions of their errors."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
-from d2llm.core.types import Task
+from d2llm.server.access import no_index, wrong_index
 from d2llm.server.errors import NotFoundError, Problem, ServingError, invalid
 from d2llm.server.index_service import IndexService
-from d2llm.server.model_service import ModelService
+from d2llm.server.keys import ApiKey
+from d2llm.server.logs import current_facts
 from d2llm.server.schemas import ErrorAnswer
+from d2llm.server.serving import Services, Serving
 from d2llm.server.settings import ServeSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Services:
-    """The services that a request uses from start to end, even if another index is loaded meanwhile.
+class Catalog:
+    """The indexes that a request may use: those of its key, or of these only the one that its address names.
 
-    ``index`` is None if only a student is served. ``task`` is the index's, or else asymmetric: whether a passage
-    answers the query.
+    Attributes:
+        serving: what the server serves.
+        allowed: the names of the indexes that the key may use.
+        names: the names of the indexes that the request may use.
     """
 
-    settings: ServeSettings
-    models: ModelService
-    index: IndexService | None
-    task: Task
+    def __init__(self, serving: Serving, key: ApiKey | None, address_name: str | None, stack: ExitStack) -> None:
+        """``stack`` ends with the request.
+
+        Raises:
+            NotFoundError: the address names an index that is not served.
+            ServingError: 403, the key is for other indexes.
+        """
+        self.serving = serving
+        self._key = key
+        self._stack = stack
+        self.allowed = tuple(name for name in serving.indexes if key is None or key.allows_index(name))
+        if key is not None and key.indexes is not None and not self.allowed:
+            raise ServingError(no_index(key))
+        if address_name is not None and address_name not in self.allowed:
+            offer = f"there is {', '.join(self.allowed)}" if self.allowed else "this server has none"
+            raise NotFoundError(f"there is no index {address_name!r}; {offer}")
+        self.names = self.allowed if address_name is None else (address_name,)
+
+    def select(self, name: str | None = None, field: str | None = None) -> Services:
+        """The services of an index, in use until the request ends; without a name, of the only one.
+
+        Raises:
+            ServingError: 400, no index is named and there are several; ``field`` could have named it.
+        """
+        if name is None and len(self.names) > 1:
+            example = self.names[0]
+            remedy = f"in the address, as in /indexes/{example}/v1/search" + (f", or in {field!r}" if field else "")
+            raise invalid(
+                f"no index is named, and there are several: {', '.join(self.names)}; name one {remedy}", field
+            )
+        services = self.serving.now(name or next(iter(self.names), None))
+        if services.index is not None:
+            current_facts().index_name = services.index.name
+        self._stack.enter_context(services.models.in_use())
+        return services
+
+    @property
+    def model_names(self) -> dict[str, str | None]:
+        """The indexes by the names that ``model`` may have in other vendors' interfaces; None: the student alone.
+
+        These are the names of the indexes on a server of several, and the student's if the request may use only one.
+        """
+        names: dict[str, str | None] = {}
+        if len(self.serving.indexes) > 1:
+            names |= {name: name for name in self.names}
+        if len(self.names) == 1 or self.serving.alone is not None:
+            name = next(iter(self.names), None)
+            names[self.serving.now(name).models.name] = name
+        return names
+
+    def problem_of_model(self, name: str, offered: Sequence[str]) -> Problem:
+        """Why a model cannot be used; what the key may not use is not confirmed to exist."""
+        if self._key is not None and self._key.indexes is not None:
+            return wrong_index(self._key, name)
+        return Problem(404, "not_found", f"the model {name!r} does not exist; there is {', '.join(offered)}", "model")
 
 
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What a ready server serves: an index, or only a student."""
-
-    settings: ServeSettings
-    index: IndexService | None
-    alone: ModelService | None = None
-
-    def now(self) -> Services:
-        """The services for a new request."""
-        if self.index is None:
-            assert self.alone is not None
-            return Services(self.settings, self.alone, None, "asymmetric")
-        version = self.index.current
-        return Services(self.settings, version.models, self.index, version.view.task)
+# Coroutines because FastAPI runs plain functions in a thread, which costs more than the functions themselves.
 
 
-# Both are coroutines because FastAPI runs plain functions in a thread, which costs more than the functions themselves.
+async def catalog_of(request: Request) -> AsyncGenerator[Catalog]:
+    """The indexes that a request may use.
+
+    Raises:
+        NotFoundError: its address names an index that is not served.
+    """
+    name, key = getattr(request.state, "index_name", None), getattr(request.state, "api_key", None)
+    with ExitStack() as stack:
+        yield Catalog(cast(Serving, request.app.state.serving), key, name, stack)
 
 
-async def services_of(request: Request) -> AsyncGenerator[Services]:
-    """The services of a request, marked as in use until it ends."""
-    services = cast(Serving, request.app.state.serving).now()
-    with services.models.in_use():
-        yield services
+TheCatalog = Annotated[Catalog, Depends(catalog_of)]
+
+
+async def services_of(catalog: TheCatalog) -> Services:
+    """The services of the index that a request is for.
+
+    Raises:
+        ServingError: it names none, and may use several.
+    """
+    return catalog.select()
 
 
 TheServices = Annotated[Services, Depends(services_of)]

@@ -5,17 +5,27 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from d2llm.core.errors import InputError
 from d2llm.core.names import suggestion
 from d2llm.core.toml import read_toml
 from d2llm.core.types import EngineName, NumberFormat
+from d2llm.store.index_manifest import find_index
 
 PREFIX = "D2LLM_SERVE_"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -27,6 +37,35 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _named_folders(value: object) -> object:
+    """Folders of indexes by name: from a folder or several, each FOLDER or NAME=FOLDER, or from a table of them."""
+    if value is None or isinstance(value, Mapping):
+        return value or {}
+    words = [value] if isinstance(value, Path) else _split(value)
+    if not isinstance(words, list | tuple):
+        raise ValueError("write FOLDER or NAME=FOLDER, or a list of these")
+    folders: dict[str, Path] = {}
+    for word in map(str, cast("Sequence[object]", words)):
+        own_name = None if Path(word).is_dir() else _NAMED_FOLDER.fullmatch(word)
+        folder = Path(own_name["folder"] if own_name else word)
+        name = own_name["name"] if own_name else folder.absolute().name
+        if name in folders:
+            raise ValueError(
+                f"two indexes are named '{name}' ({folders[name]} and {folder}); give one of them another name, as in "
+                f"{name}-2={folder}"
+            )
+        folders[name] = folder
+    return folders
+
+
+def _indexes_in(folders: dict[str, Path]) -> dict[str, Path]:
+    """The folders of the indexes themselves, where a folder of ``fit`` is given."""
+    return {name: find_index(folder) for name, folder in folders.items()}
+
+
+_NAMED_FOLDER = re.compile(r"(?P<name>[^\s=/\\:,]+)=(?P<folder>.+)")
+IndexName = Annotated[str, Field(pattern="^[^/]+$")]
+Folders = Annotated[dict[IndexName, Path], BeforeValidator(_named_folders), AfterValidator(_indexes_in)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Count = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
@@ -38,9 +77,12 @@ class ServeSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    index: Path | None = Field(default=None, description="Folder of the index; without it, only a student is served.")
+    index: Folders = Field(
+        default_factory=dict[str, Path],
+        description="Folders of indexes, each FOLDER or NAME=FOLDER; without any, only a student is served.",
+    )
     student: str | None = Field(
-        default=None, description="Folder or name of the student; by default the one that made the index."
+        default=None, description="Folder or name of the student; by default the one that made each index."
     )
     teacher: str | None = Field(default=None, description="A teacher that can rerank search results.")
     prompt: str | None = Field(default=None, description="Prompt for an untuned teacher: a name or a TOML file.")
@@ -52,7 +94,7 @@ class ServeSettings(BaseModel):
     engine: EngineName = Field(
         default="auto", description="Engine that encodes texts; auto: the fastest available with the same vectors."
     )
-    writable: bool = Field(default=True, description="Whether the index may be changed over HTTP.")
+    writable: bool = Field(default=True, description="Whether the indexes may be changed over HTTP.")
     keys_file: Path | None = Field(default=None, description="File of API keys, made by `d2llm keys`.")
     allow_unauthenticated: bool = Field(
         default=False, description="Allow an address that other machines can reach without API keys."
@@ -91,7 +133,7 @@ class ServeSettings(BaseModel):
     teacher_ms: Milliseconds = Field(
         default=2_000.0, description="Time limit of the teacher per search, in milliseconds."
     )
-    reload_seconds: Seconds = Field(default=2.0, description="Interval of checks for a new version of the index.")
+    reload_seconds: Seconds = Field(default=2.0, description="Interval of checks for new versions of the indexes.")
     shutdown_seconds: Seconds = Field(default=30.0, description="Time limit for accepted requests at shutdown.")
     log_format: Literal["text", "json"] = Field(default="text", description="Format of log lines.")
     log_texts: bool = Field(default=False, description="Also log queries and passages, and the messages of exceptions.")
@@ -216,12 +258,15 @@ def _explain(problem: Any, sources: Mapping[str, str]) -> str:
 
 
 def _shown(value: object) -> str:
-    if value is None:
+    if value is None or value == {}:
         return "(not set)"
+    if isinstance(value, dict):
+        named = cast("dict[str, object]", value).items()
+        return "{" + ", ".join(f'"{name}" = {_shown(item)}' for name, item in named) + "}"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return "[" + ", ".join(_shown(item) for item in value) + "]"
+        return "[" + ", ".join(map(_shown, cast("list[object]", value))) + "]"
     if isinstance(value, str):
         return '"' + re.sub(r"://[^/@\s]+@", "://***@", value) + '"'
     return str(value)

@@ -46,14 +46,14 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "d2llm_http_requests",
-            "Requests answered, by route, method and status.",
-            ("route", "method", "status"),
+            "Requests answered, by route, method, status and index.",
+            ("route", "method", "status", "index"),
             registry=self.registry,
         )
         self._seconds = Histogram(
             "d2llm_http_request_seconds",
-            "Seconds from a request's arrival to the end of its answer, by route.",
-            ("route",),
+            "Seconds from a request's arrival to the end of its answer, by route and index.",
+            ("route", "index"),
             buckets=_REQUEST_SECONDS,
             registry=self.registry,
         )
@@ -70,13 +70,17 @@ class Telemetry:
         self._queue = Gauge("d2llm_queue_texts", "Texts waiting to be encoded.", registry=self.registry)
         self._batches = Histogram("d2llm_batch_texts", "Texts per batch.", buckets=_BATCH_TEXTS, registry=self.registry)
         self._batch_seconds = Counter("d2llm_batch_seconds", "Seconds spent encoding batches.", registry=self.registry)
-        self._index_version = Gauge("d2llm_index_version", "Version of the served index.", registry=self.registry)
-        self._index_passages = Gauge("d2llm_index_passages", "Passages in that version.", registry=self.registry)
+        self._index_version = Gauge(
+            "d2llm_index_version", "Version of the served index.", ("index",), registry=self.registry
+        )
+        self._index_passages = Gauge(
+            "d2llm_index_passages", "Passages in that version.", ("index",), registry=self.registry
+        )
         self.registry.register(_Fallbacks())
         Info("d2llm_build", "Version of d2llm.", registry=self.registry).info({"version": __version__})
         ProcessCollector(registry=self.registry)
         self._student: Info | None = None
-        self._named: Callable[[], Mapping[str, str]] = dict
+        self._named: dict[str, Callable[[], Mapping[str, str]]] = {}
         self._stage_listeners: list[StageListener] = []
 
     def observe(self, stage: str, seconds: float) -> None:
@@ -100,30 +104,32 @@ class Telemetry:
         """Call ``num_queued`` at each exposition, in the thread that handles it."""
         self._queue.set_function(lambda: float(num_queued()))
 
-    def watch_index(self, version: Callable[[], int], num_passages: Callable[[], int]) -> None:
-        """Call these at each exposition for the served version and its number of passages."""
-        self._index_version.set_function(lambda: float(version()))
-        self._index_passages.set_function(lambda: float(num_passages()))
+    def watch_index(self, name: str, version: Callable[[], int], num_passages: Callable[[], int]) -> None:
+        """Call these at each exposition for the served version of an index and its number of passages."""
+        self._index_version.labels(name).set_function(lambda: float(version()))
+        self._index_passages.labels(name).set_function(lambda: float(num_passages()))
 
-    def watch_student(self, named: Callable[[], Mapping[str, str]]) -> None:
-        """Call ``named`` at each exposition for the name and fingerprint of the student."""
-        self._student = self._student or Info("d2llm_student", "The served student.", registry=self.registry)
-        self._named = named
+    def watch_student(self, index: str, named: Callable[[], Mapping[str, str]]) -> None:
+        """Call ``named`` at each exposition for the name and fingerprint of an index's student; "" is no index."""
+        if self._student is None:
+            self._student = Info("d2llm_student", "The served student.", ("index",), registry=self.registry)
+        self._named[index] = named
 
     def begin_request(self) -> None:
         """Record the start of a request."""
         self._in_flight.inc()
 
-    def end_request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Record the end of a request; ``route`` is a template."""
+    def end_request(self, route: str, method: str, status: int, seconds: float, index: str = "") -> None:
+        """Record the end of a request; ``route`` is a template, ``index`` the served index that was used, or ""."""
         self._in_flight.dec()
-        self._requests.labels(route, method if method in _METHODS else "OTHER", str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        self._requests.labels(route, method if method in _METHODS else "OTHER", str(status), index).inc()
+        self._seconds.labels(route, index).observe(seconds)
 
     def exposition(self) -> tuple[bytes, str]:
         """The metrics in Prometheus format, and their content type."""
         if self._student is not None:
-            self._student.info({**self._named()})
+            for index, named in self._named.items():
+                self._student.labels(index).info({**named()})
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 

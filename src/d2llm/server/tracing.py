@@ -10,16 +10,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
 from d2llm import __version__
 from d2llm.core.extras import require
+from d2llm.server.middleware import RouteTable, split_address
 from d2llm.server.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import Span
 
 _UNTRACED = "/health$,/metrics$"
 
@@ -47,11 +49,23 @@ def start_tracing(app: FastAPI, telemetry: Telemetry, exporter: SpanExporter | N
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+    routes = RouteTable(app)
+
+    def name_route(span: Span, scope: dict[str, Any]) -> None:
+        """Name the route of a request whose address names an index, which the instrumentation does not know."""
+        index, path = split_address(scope["path"])
+        if index is not None:
+            span.update_name(f"{scope['method']} {routes.find({**scope, 'path': path})}")
+
     name = {SERVICE_NAME: os.environ.get("OTEL_SERVICE_NAME") or "d2llm"}
     provider = TracerProvider(resource=Resource.create({**name, SERVICE_VERSION: __version__}))
     provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
     FastAPIInstrumentor.instrument_app(
-        app, tracer_provider=provider, excluded_urls=_UNTRACED, exclude_spans=["receive", "send"]
+        app,
+        tracer_provider=provider,
+        excluded_urls=_UNTRACED,
+        exclude_spans=["receive", "send"],
+        server_request_hook=name_route,
     )
     tracer = provider.get_tracer("d2llm", __version__)
 

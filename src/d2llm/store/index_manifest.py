@@ -19,10 +19,11 @@ FIT_KIND, INDEX_OF_FIT = "search", "index"
 
 def find_index(path: Path) -> Path:
     """The folder of an index: ``path`` itself or, if that is the folder of a fit, the index in it."""
-    manifest = path / MANIFEST_NAME
-    if manifest.is_file() and read_any_manifest(path, KIND).get("kind") == FIT_KIND:
-        return path / INDEX_OF_FIT
-    return path
+    try:
+        manifest = read_any_manifest(path)
+    except DataFormatError:  # for whoever opens the index to report
+        return path
+    return path / INDEX_OF_FIT if manifest.get("kind") == FIT_KIND else path
 
 
 def write_index_manifest(folder: Path, content: Mapping[str, Any]) -> None:

@@ -23,14 +23,14 @@ from d2llm.server.dialects.shared import (
     check_size,
     cut_warnings,
     errors,
-    require_model,
     rerank_results,
     score_header,
+    select_model,
     status_of,
 )
 from d2llm.server.errors import Problem
 from d2llm.server.schemas import Answer
-from d2llm.server.services import TheServices
+from d2llm.server.services import TheCatalog
 
 PATHS = ("/v2/rerank",)
 _DOCUMENTS_A_UNIT = 100  # as Cohere counts its search units
@@ -96,10 +96,10 @@ router = APIRouter(tags=["Cohere"], responses=errors(CohereError))
 
 
 @router.post("/v2/rerank", response_model=CohereRerankAnswer)
-async def rerank(body: CohereRerankRequest, services: TheServices) -> FastJSONResponse:
+async def rerank(body: CohereRerankRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Rank documents by how well they answer a query."""
+    services, _ = select_model(catalog, body.model)
     models = services.models
-    require_model(models, body.model)
     check_size(services, body.query, "query")
     check_size(services, body.documents, "documents")
     check_limit(body.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")

@@ -26,14 +26,14 @@ from d2llm.server.dialects.shared import (
     cut_warnings,
     errors,
     refuse_cut,
-    require_model,
     rerank_results,
     score_header,
+    select_model,
     status_of,
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.schemas import Answer
-from d2llm.server.services import TheServices
+from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/rerank",)
 _CUT = "shorten it, or leave truncate out"
@@ -121,10 +121,10 @@ router = APIRouter(tags=["Jina"], responses=errors(JinaError))
 
 
 @router.post("/v1/rerank", response_model=JinaRerankAnswer)
-async def rerank(body: JinaRerankRequest, services: TheServices) -> FastJSONResponse:
+async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Rank documents by how well they answer a query."""
+    services, _ = select_model(catalog, body.model)
     models = services.models
-    require_model(models, body.model)
     body.check_limits(models)
     if body.return_embeddings:
         raise invalid("return_embeddings: the answer has no vectors; use /v1/embeddings", "return_embeddings")
@@ -138,7 +138,7 @@ async def rerank(body: JinaRerankRequest, services: TheServices) -> FastJSONResp
         refuse_cut(documents, scored.truncated, "documents", models.max_passage_tokens, _CUT)
     answer: dict[str, Any] = {
         "id": f"rerank-{uuid.uuid4().hex}",
-        "model": models.name,
+        "model": body.model or models.name,
         "object": "list",
         "usage": {"total_tokens": scored.num_tokens, "prompt_tokens": scored.num_tokens},
         "results": rerank_results(

@@ -20,7 +20,6 @@ from pydantic import Field
 from d2llm.models.backbone import TextKind
 from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
-    SUFFIXES,
     StrictBody,
     Texts,
     Truncate,
@@ -29,8 +28,9 @@ from d2llm.server.dialects.shared import (
     check_size,
     embed,
     errors,
+    offered_models,
     refuse_cut,
-    require_model,
+    select_model,
     status_of,
     texts_cut,
     unit_length,
@@ -38,7 +38,7 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.schemas import Answer
-from d2llm.server.services import TheServices
+from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/embeddings", "/v1/models")
 _LOADED = int(time.time())
@@ -118,10 +118,10 @@ router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIError))
 
 
 @router.post("/v1/embeddings", response_model=EmbeddingsAnswer)
-async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSONResponse:
+async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Embed texts as vectors of length 1."""
-    models = services.models
-    kind = _kind_of(require_model(models, body.model, suffixes=True), body.input_type)
+    services, suffix = select_model(catalog, body.model, suffixes=True)
+    models, kind = services.models, _kind_of(suffix, body.input_type)
     texts = as_list(body.input)
     check_size(services, body.input, "input")
     check_dimensions(body.dimensions, models)
@@ -144,16 +144,15 @@ async def embeddings(body: EmbeddingsRequest, services: TheServices) -> FastJSON
 
 
 @router.get("/v1/models")
-async def list_models(services: TheServices) -> ModelsAnswer:
+async def list_models(catalog: TheCatalog) -> ModelsAnswer:
     """List the model names that a request may give."""
-    name = services.models.name
-    return ModelsAnswer(data=[Model(id=name), *(Model(id=f"{name}:{suffix}") for suffix in SUFFIXES)])
+    return ModelsAnswer(data=[Model(id=name) for name in offered_models(catalog, suffixes=True)])
 
 
 @router.get("/v1/models/{model:path}")
-async def get_model(model: str, services: TheServices) -> Model:
+async def get_model(model: str, catalog: TheCatalog) -> Model:
     """Get a model by its name."""
-    require_model(services.models, model, suffixes=True)
+    select_model(catalog, model, suffixes=True)
     return Model(id=model)
 
 

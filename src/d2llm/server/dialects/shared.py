@@ -14,7 +14,8 @@ from d2llm.models.backbone import TextKind
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService
 from d2llm.server.schemas import Answer
-from d2llm.server.services import Services
+from d2llm.server.services import Catalog
+from d2llm.server.serving import Services
 
 Truncate = Literal["NONE", "END"]
 SUFFIXES: tuple[TextKind, ...] = ("query", "passage")
@@ -119,19 +120,29 @@ def status_of(problem: Problem, invalid: int) -> int:
     return invalid if is_about_content else problem.status
 
 
-def require_model(models: ModelService, name: str | None, *, suffixes: bool = False) -> TextKind | None:
-    """Check the name of a model; returns the kind of texts given by its suffix (":query"), or None.
+def offered_models(catalog: Catalog, *, suffixes: bool = False) -> dict[str, tuple[str | None, TextKind | None]]:
+    """The index, and the kind of texts given by a suffix (":query"), for each name that a model may have."""
+    offered: dict[str, tuple[str | None, TextKind | None]] = {}
+    for name, index in catalog.model_names.items():
+        offered[name] = index, None
+        offered |= {f"{name}:{kind}": (index, kind) for kind in SUFFIXES if suffixes}
+    return offered
+
+
+def select_model(catalog: Catalog, name: str | None, *, suffixes: bool = False) -> tuple[Services, TextKind | None]:
+    """The services that a model's name stands for, and the kind of texts given by its suffix, or None.
 
     Raises:
-        ServingError: 404, there is no such model.
+        ServingError: 404, there is no such model. 403, the key is for other indexes. 400, none is named and there are
+            several.
     """
-    if name is None or name == models.name:
-        return None
-    offered = [models.name, *(f"{models.name}:{suffix}" for suffix in SUFFIXES)] if suffixes else [models.name]
+    if name is None:
+        return catalog.select(field="model"), None
+    offered = offered_models(catalog, suffixes=suffixes)
     if name not in offered:
-        message = f"the model {name!r} does not exist; there is {', '.join(offered)}"
-        raise ServingError(Problem(404, "not_found", message, "model"))
-    return cast(TextKind, name.rpartition(":")[2])
+        raise ServingError(catalog.problem_of_model(name, [*offered]))
+    index, kind = offered[name]
+    return catalog.select(index), kind
 
 
 def check_size(services: Services, texts: str | Sequence[str], field: str) -> None:

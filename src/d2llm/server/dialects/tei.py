@@ -1,6 +1,7 @@
 """The interface of Hugging Face's Text Embeddings Inference: ``/embed``, ``/rerank``, ``/similarity`` and ``/info``.
 
-Its ``/v1/embeddings`` is OpenAI's. The prompt names are ``query`` and ``passage``.
+Its ``/v1/embeddings`` is OpenAI's. The prompt names are ``query`` and ``passage``. Bodies have no field for a model, so
+the address names the index if there are several: ``/indexes/NAME/embed``.
 vLLM also has a ``/rerank``, which is Jina's: a body with ``documents`` is answered like ``/v1/rerank``.
 
 Checked against the source of its router (1.9.3 and main at 0d124dc, July 2026). As there, texts are cut unless
@@ -43,7 +44,8 @@ from d2llm.server.dialects.shared import (
 )
 from d2llm.server.errors import Problem
 from d2llm.server.schemas import Answer
-from d2llm.server.services import Services, TheServices
+from d2llm.server.services import TheCatalog, TheServices
+from d2llm.server.serving import Services
 
 PATHS = ("/embed", "/rerank", "/similarity", "/info")
 _CUT = "shorten it, or leave truncate out"
@@ -179,10 +181,11 @@ async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResp
 
 
 @router.post("/rerank", response_model=RerankAnswer | jina.JinaRerankAnswer)
-async def rerank(body: EitherRerankRequest, services: TheServices) -> FastJSONResponse:
+async def rerank(body: EitherRerankRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Rank texts by how well they answer a query; a body with ``documents`` is answered like ``/v1/rerank``."""
     if isinstance(body, jina.JinaRerankRequest):
-        return await jina.rerank(body, services)
+        return await jina.rerank(body, catalog)
+    services = catalog.select()
     models = services.models
     check_size(services, body.query, "query")
     check_size(services, body.texts, "texts")

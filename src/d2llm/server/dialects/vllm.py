@@ -26,15 +26,15 @@ from d2llm.server.dialects.shared import (
     check_size,
     errors,
     refuse_cut,
-    require_model,
     score_header,
+    select_model,
     status_of,
     texts_cut,
     warning_header,
 )
 from d2llm.server.errors import Problem, invalid
 from d2llm.server.schemas import Answer
-from d2llm.server.services import TheServices
+from d2llm.server.services import TheCatalog
 
 PATHS = ("/score", "/v1/score")
 _CUT = "shorten it, or send truncate_prompt_tokens: -1"
@@ -105,10 +105,10 @@ router = APIRouter(tags=["vLLM"], responses=errors(VLLMError))
 
 @router.post("/v1/score", response_model=ScoreAnswer)
 @router.post("/score", response_model=ScoreAnswer)
-async def score(body: ScoreRequest, services: TheServices) -> FastJSONResponse:
+async def score(body: ScoreRequest, catalog: TheCatalog) -> FastJSONResponse:
     """Score how well passages answer queries, pair by pair."""
+    services, _ = select_model(catalog, body.model)
     models = services.models
-    require_model(models, body.model)
     body.check_limits(models)
     queries, passages = as_list(body.text_1), as_list(body.text_2)
     check_size(services, body.text_1, "text_1")
@@ -139,7 +139,7 @@ async def score(body: ScoreRequest, services: TheServices) -> FastJSONResponse:
             "id": f"score-{uuid.uuid4().hex}",
             "object": "list",
             "created": int(time.time()),
-            "model": models.name,
+            "model": body.model or models.name,
             "data": [
                 {"index": place, "object": "score", "score": value} for place, value in enumerate(scores.tolist())
             ],

@@ -1,4 +1,17 @@
-// Stores the search in the page's URL, so that a link shows the same search.
+// Stores the search in the page's URL, so that a link shows the same search. Its path names the index, if there are several.
+
+/** What comes before each path: empty, or "/indexes/NAME". */
+export const BASE = /^\/indexes\/[^/]+/.exec(location.pathname)?.[0] || "";
+
+/** The page of an index. */
+export function pageOf(name) {
+  return `/indexes/${encodeURIComponent(name)}/`;
+}
+
+/** Make links to the server's other pages stay with the index. */
+export function keepIndexInLinks() {
+  for (const link of document.querySelectorAll(".top a")) link.href = BASE + link.getAttribute("href");
+}
 
 export const DEFAULTS = {
   q: "",
@@ -39,5 +52,5 @@ export function writeAddress(state) {
     if (value !== DEFAULTS[name]) parts.set(name, value === true ? "1" : String(value));
   }
   const text = parts.toString();
-  return text ? `?${text}` : "/";
+  return text ? `?${text}` : location.pathname;
 }

@@ -1,5 +1,7 @@
 // Requests to the server. The API key stays in this tab (sessionStorage) and is sent in a header, never in a URL.
 
+import { BASE } from "./address.js";
+
 const KEY = "d2llm-api-key";
 
 /** An error response; `kind`, `field` and `requestId` come from the server, `retryAfter` is in seconds. */
@@ -29,14 +31,14 @@ export function keepApiKey(key) {
   else sessionStorage.removeItem(KEY);
 }
 
-/** Fetch a response of any type; throws an `ApiError` if it is an error. */
+/** Fetch a response of any type, from the index that the page's address names; throws an `ApiError` if it is an error. */
 export async function fetchAnswer(path, { method = "GET", body, signal } = {}) {
   const headers = {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
   if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
   let response;
   try {
-    response = await fetch(path, {
+    response = await fetch(BASE + path, {
       method,
       headers,
       signal,

@@ -1,5 +1,6 @@
 // The API documentation from /openapi.json: operations, bodies with their fields, answers, and a form to try each.
 
+import { BASE, keepIndexInLinks } from "./address.js";
 import { apiKey, fetchAnswer } from "./api.js";
 import { byId, element, milliseconds } from "./dom.js";
 import { installTheme } from "./theme.js";
@@ -206,7 +207,7 @@ function trial(path, method, parameters, body) {
 
 async function send(path, method, inputs, area, output, heading) {
   const query = new URLSearchParams();
-  let address = path;
+  let address = BASE + path;
   for (const { about, input } of inputs) {
     if (about.in === "path") address = address.replace(`{${about.name}}`, encodeURIComponent(input.value));
     else if (input.value) query.set(about.name, input.value);
@@ -237,4 +238,5 @@ function pretty(text) {
 }
 
 installTheme(byId("theme"));
+keepIndexInLinks();
 show();

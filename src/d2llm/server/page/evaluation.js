@@ -1,5 +1,6 @@
 // The evaluation report, in a sandboxed frame without scripts or network access.
 
+import { keepIndexInLinks } from "./address.js";
 import { fetchAnswer } from "./api.js";
 import { byId, element } from "./dom.js";
 import { installTheme } from "./theme.js";
@@ -18,4 +19,5 @@ async function show() {
 }
 
 installTheme(byId("theme"));
+keepIndexInLinks();
 show();

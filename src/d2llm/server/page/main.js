@@ -1,6 +1,6 @@
 // The search page: connects its parts and keeps the search in the URL.
 
-import { readAddress, writeAddress } from "./address.js";
+import { BASE, keepIndexInLinks, pageOf, readAddress, writeAddress } from "./address.js";
 import { apiKey, ask, keepApiKey, problemText } from "./api.js";
 import { byId, counted, element } from "./dom.js";
 import { factList } from "./facts.js";
@@ -147,6 +147,10 @@ function listen() {
     begin();
   });
   byId("key-open").addEventListener("click", () => askForKey(""));
+  byId("index").addEventListener("change", (event) => {
+    const search = writeAddress({ ...state, filter: "" }); // the other index may not have its fields
+    location.assign(pageOf(event.target.value) + (search.startsWith("?") ? search : ""));
+  });
   addEventListener("popstate", () => {
     state = readAddress(location.search);
     change({});
@@ -185,18 +189,31 @@ async function readIndex() {
   index = await ask("/v1/index");
   byId("facts").replaceChildren(...factList(index));
   byId("index-name").textContent = index.name;
+  byId("index").value = index.name;
   byId("adding").hidden = !index.writable;
-  byId("key-open").hidden = !apiKey();
   builder.setFields(index.fields);
   showRanks();
 }
 
+/** Show a choice of indexes, if there is one; returns whether this page shows one of them. */
+async function readIndexes() {
+  const names = (await ask("/v1/indexes")).indexes.map(({ name }) => name);
+  byId("index").replaceChildren(...names.map((name) => element("option", { value: name }, name)));
+  byId("index-choice").hidden = names.length < 2;
+  byId("index-name").hidden = names.length >= 2;
+  if (BASE || names.length < 2) return true;
+  location.replace(pageOf(names[0]) + location.search);
+  return false;
+}
+
 /** Load the facts about the index, then run the search in the URL. */
 async function begin() {
+  byId("key-open").hidden = !apiKey();
   try {
     limits = await ask("/page/settings.json");
     byId("report-link").hidden = !limits.has_report;
     byId("k").max = String(Math.min(limits.max_top_k, 1000));
+    if (!(await readIndexes())) return;
     await readIndex();
   } catch (error) {
     if (error.status === 503) {
@@ -232,6 +249,7 @@ new Upload(
     },
   },
 );
+keepIndexInLinks();
 listen();
 showState();
 begin();

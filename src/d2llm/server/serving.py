@@ -1,0 +1,119 @@
+"""What a server serves: indexes by name, with their students, or only a student."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from d2llm.core.errors import D2LLMError
+from d2llm.core.types import Task
+from d2llm.server.index_service import IndexService, Readings
+from d2llm.server.model_service import ModelService
+from d2llm.server.schemas import ServedIndexAnswer
+from d2llm.server.settings import ServeSettings
+from d2llm.server.student_pool import StudentPool
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The services that a request uses from start to end, even if another index is loaded meanwhile.
+
+    ``index`` is None if only a student is served. ``task`` is the index's, or else asymmetric: whether a passage
+    answers the query.
+    """
+
+    settings: ServeSettings
+    models: ModelService
+    index: IndexService | None
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a ready server serves: indexes by name, in the order of the settings, or only a student.
+
+    Attributes:
+        settings: of the server.
+        indexes: the indexes.
+        students: the students of the indexes.
+        readings: the teacher's queue.
+        alone: the student, if there is no index.
+        problems: by index, why its new version cannot be read; "" if it can.
+    """
+
+    settings: ServeSettings
+    indexes: Mapping[str, IndexService]
+    students: StudentPool
+    readings: Readings
+    alone: ModelService | None = None
+    problems: dict[str, str] = field(default_factory=dict[str, str])
+
+    def now(self, name: str | None = None) -> Services:
+        """The services of an index for a new request; None: of the first, or of the student alone."""
+        if self.alone is not None:
+            return Services(self.settings, self.alone, None, "asymmetric")
+        index = self.indexes[name or next(iter(self.indexes))]
+        version = index.current
+        return Services(self.settings, version.models, index, version.view.task)
+
+    @property
+    def loaded(self) -> tuple[ModelService, ...]:
+        """All loaded students."""
+        return self.students.students if self.alone is None else (self.alone,)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the student, or None if there are several."""
+        fingerprints = {self.now(name).models.fingerprint for name in self.indexes or (None,)}
+        return fingerprints.pop() if len(fingerprints) == 1 else None
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with new versions, for everybody: names of several indexes are left out if there are keys."""
+        problems = {name: problem for name, problem in self.problems.items() if problem}
+        if len(self.indexes) == 1 or not problems:
+            return "".join(f"a new version cannot be read: {problem}" for problem in problems.values())
+        if self.settings.keys_file is not None:
+            return f"new versions of {len(problems)} indexes cannot be read; GET /v1/indexes says why"
+        return "; ".join(f"{name}: a new version cannot be read: {problem}" for name, problem in problems.items())
+
+    def describe(self, names: Iterable[str]) -> list[ServedIndexAnswer]:
+        """What is served of these indexes."""
+        versions = {name: self.indexes[name].current for name in names}
+        return [
+            ServedIndexAnswer(
+                name=name,
+                version=version.view.version,
+                num_passages=len(version.view),
+                task=version.view.task,
+                student=version.models.name,
+                fingerprint=version.models.fingerprint,
+                problem=self.problems.get(name, ""),
+            )
+            for name, version in versions.items()
+        ]
+
+    def start(self) -> None:
+        """Start answering requests; call it in the event loop."""
+        for student in self.loaded:
+            student.start()
+        self.readings.start()
+        for index in self.indexes.values():
+            index.start()
+
+    async def stop(self, timeout: float | None = None) -> None:
+        """Finish admitted requests, then stop."""
+        await asyncio.gather(self.readings.stop(timeout), *(index.stop(timeout) for index in self.indexes.values()))
+        await asyncio.gather(*(student.stop(timeout) for student in self.loaded))
+
+    async def reload(self) -> None:
+        """Switch each index to its latest version; one that cannot be read does not stop the others.
+
+        Raises:
+            D2LLMError: an index cannot be read; its previous version is still served.
+        """
+        reloads = (index.served.reload() for index in self.indexes.values())
+        results = await asyncio.gather(*reloads, return_exceptions=True)
+        if problems := [error for error in results if isinstance(error, BaseException)]:
+            raise problems[0] if len(problems) == 1 else D2LLMError("; ".join(map(str, problems)))
