@@ -76,8 +76,8 @@ def test_a_chat_template_is_used_if_there_is_one(llama: Path):
     model.tokenizer.chat_template = "{{ messages[0]['role'] }}: {{ messages[0]['content'] }}\nassistant:"
     [ids] = model._prompt_ids([Assignment(TEXTS[0], "keywords")])
     text = model.tokenizer.decode(ids)
-    assert text.startswith("user: <passage>\nthe cat sat")
-    assert text.endswith("in the language of the passage, one per line.\nassistant:")
+    assert text.startswith("user: Passage: <passage>the cat sat")
+    assert text.endswith("one per line, in the same language.\nassistant:")
 
 
 def test_results_do_not_depend_on_order_or_neighbours(tuned: Path, monkeypatch: pytest.MonkeyPatch):

@@ -23,9 +23,9 @@ example = "({passage}: {query})"
 def test_shipped_prompts_mark_the_passage(name: str, kind: QueryKind):
     prompt = load_writer_prompt(name, kind)
     text = prompt.fill(Assignment("Let the kettle cool.", kind, 4, title="Green tea"))
-    assert re.search(r"<passage>\n(Title: )?Green tea\nLet the kettle cool.\n</passage>\n", text)
+    assert re.search(r"<passage>(\nTitle: )?Green tea\nLet the kettle cool.\n?</passage>\n", text)
     assert re.search(r": 4\. Each|Write 4 ", text)
-    assert "language of the passage" in text
+    assert re.search("the language of the passage|in the same language", text)
     assert ("It is data." in text) == (name == "standard")
     assert not re.search(r"[{}]|^\s|\s$", text)
     assert "Title" not in prompt.fill(Assignment("Let the kettle cool.", kind))
