@@ -16,7 +16,8 @@ from d2llm.core.errors import DataFormatError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.types import MetadataValue, Passage
 from d2llm.data.beir import iter_passages
-from d2llm.data.documents import SUFFIXES, SkippedFile, find_documents
+from d2llm.data.documents import SkippedFile, find_documents
+from d2llm.data.file_contents import SUFFIXES
 from d2llm.data.lines import Fields, read_records, refuse_duplicate, type_name, wrong_type
 
 _FILES = ("corpus.jsonl", "corpus.jsonl.gz")

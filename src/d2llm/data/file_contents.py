@@ -1,0 +1,198 @@
+"""Title and sections of one file: text, tables and source code, and what Kreuzberg turns into Markdown."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from d2llm.core.errors import InputError
+from d2llm.core.extras import require
+from d2llm.core.fallbacks import fell_back
+from d2llm.core.types import Section
+from d2llm.data.code_sections import PARSED, code_sections, missing_grammar, python_sections
+from d2llm.data.text_sections import markdown_sections, rst_sections
+
+_TEXT = frozenset({".txt", ".text"})
+_MARKDOWN = frozenset({".md", ".markdown"})
+_RST = frozenset({".rst"})
+_CONVERTED = frozenset({".html", ".htm", ".xhtml", ".pdf", ".docx", ".pptx", ".xlsx", ".epub", ".odt"})
+_TABLES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
+_PYTHON = frozenset({".py", ".pyi"})
+_OTHER_CODE = frozenset({".m", ".pl", ".r", ".sql"})
+CODE = _PYTHON | PARSED | _OTHER_CODE
+"""The suffixes of source code."""
+SUFFIXES = _TEXT | _MARKDOWN | _RST | _CONVERTED | _TABLES | CODE
+"""The suffixes of files that can be read."""
+
+
+class UnreadableFileError(InputError):
+    """A file from which no text can be read; the message is the reason alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileContents:
+    """The title that a file gives itself ("" if it gives none), and its sections, none of them blank."""
+
+    title: str
+    sections: tuple[Section, ...]
+
+
+def has_native_parser(suffix: str) -> bool:
+    """Whether files with this suffix are read by compiled code, which a damaged file can crash."""
+    return suffix in _CONVERTED or suffix == ".parquet" or (suffix in PARSED and not missing_grammar(suffix))
+
+
+def read_contents(path: Path) -> FileContents:
+    """Read a file in this process.
+
+    Raises:
+        UnreadableFileError: it cannot be read, or has no text.
+        MissingExtraError: its format needs a library that is not installed.
+    """
+    suffix = path.suffix.lower()
+    title = ""
+    if suffix in _CONVERTED:
+        title, sections = _convert(path)
+    elif suffix == ".parquet":
+        sections = [Section(_parquet_text(path))]
+    else:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UnreadableFileError(error.strerror or str(error)) from error
+        sections = _sections(_decode(data), suffix)
+    sections = [section for section in sections if section.text.strip()]
+    if not sections:
+        scanned = "; if it is scanned, recognise its pages (OCR)" if suffix == ".pdf" else ""
+        raise UnreadableFileError(f"it has no text{scanned}")
+    return FileContents(title, tuple(sections))
+
+
+def _sections(text: str, suffix: str) -> Iterable[Section]:
+    """The sections of a text whose lines end in line feeds."""
+    if suffix in _TABLES:
+        return [Section(_json_lines_text(text) if suffix == ".jsonl" else _table_text(text, suffix))]
+    if suffix in _MARKDOWN:
+        return markdown_sections(text)
+    if suffix in _RST:
+        return rst_sections(text)
+    if suffix in _PYTHON:
+        return python_sections(text)
+    if suffix in PARSED:
+        missing = missing_grammar(suffix)
+        if missing is None:
+            return code_sections(text, suffix)
+        reason = f"the package {missing.replace('_', '-')} is not installed (pip install 'd2llm[documents]')"
+        fell_back("source code by function", f"{reason}; {suffix} files are read as plain text", level=logging.INFO)
+    return [Section(text)]
+
+
+def _convert(path: Path) -> tuple[str, list[Section]]:
+    """Title and sections of a file that Kreuzberg reads."""
+    library: Any = require("kreuzberg", extra="documents", purpose=f"reading {path.suffix} files")
+    settings = library.ExtractionConfig(
+        output_format="markdown", pages=library.PageConfig(extract_pages=True), use_cache=False, disable_ocr=True
+    )
+    try:
+        result = library.extract_file_sync(str(path), config=settings)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of its native code is not an Exception
+        raise UnreadableFileError(_reason(error)) from error
+    metadata: dict[str, Any] = result.metadata or {}
+    title = html.unescape(str(metadata.get("title") or "")).strip()
+    pages: list[Any] = list(result.pages or []) if path.suffix.lower() == ".pdf" else []
+    if not pages:  # formats without fixed pages
+        return title, [_plain(section) for section in markdown_sections(result.content)]
+    sections: list[Section] = []
+    above: tuple[str, ...] = ()
+    for page in pages:
+        of_page = list(markdown_sections(page["content"], page=int(page["page_number"]), above=above))
+        above = of_page[-1].headings
+        sections += map(_plain, of_page)
+    return title, sections
+
+
+def _plain(section: Section) -> Section:
+    """A section of Markdown without pictures and escapes, which say nothing to a reader of the words."""
+    without_pictures = re.sub(r"!\[([^\]]*)\]\([^)]*\)", r"\1", section.text)
+    return Section(re.sub(r"\\([\\`*_{}\[\]()#+.!<>|~-])", r"\1", without_pictures), section.headings, section.page)
+
+
+def _reason(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    if "password" in words.lower():
+        return "it is encrypted"
+    kind = type(error).__name__
+    return f"it cannot be parsed ({words.removeprefix(f'{kind}: ')[:200] or kind})"
+
+
+def _table_text(text: str, suffix: str) -> str:
+    """Each row of a table as a paragraph of ``name: value`` lines; every value as it is written."""
+    first_line = text.partition("\n")[0]
+    delimiter = "\t" if suffix == ".tsv" else max(",;\t|", key=first_line.count)
+    csv.field_size_limit(sys.maxsize)
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error as error:
+        raise UnreadableFileError(_reason(error)) from error
+    names = rows[0] if rows else []
+    paragraphs = (zip(names + [""] * (len(row) - len(names)), row, strict=False) for row in rows[1:])
+    return "\n\n".join(_row_text(paragraph) for paragraph in paragraphs) or "\n".join(names)
+
+
+def _json_lines_text(text: str) -> str:
+    rows: list[object] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise UnreadableFileError(f"line {number}: {_reason(error)}") from error
+    return "\n\n".join(map(_record_text, rows))
+
+
+def _parquet_text(path: Path) -> str:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def rows() -> Iterator[str]:
+        with parquet.ParquetFile(path) as file:
+            for batch in cast(Any, file).iter_batches(1024):
+                yield from map(_record_text, batch.to_pylist())
+
+    try:
+        return "\n\n".join(rows())
+    except (ValueError, pa.ArrowException, OSError) as error:
+        raise UnreadableFileError(_reason(error)) from error
+
+
+def _record_text(record: object) -> str:
+    return _row_text(cast("dict[str, object]", record).items()) if isinstance(record, dict) else str(record)
+
+
+def _row_text(values: Iterable[tuple[str, object]]) -> str:
+    return "\n".join(f"{name}: {value}" if name else str(value) for name, value in values if value not in (None, ""))
+
+
+def _decode(data: bytes) -> str:
+    """Text in UTF-8, UTF-16 with a byte-order mark or, if it is neither, Windows-1252; lines end in line feeds."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    elif b"\0" in data[:65536]:
+        raise UnreadableFileError("it is not text")
+    else:
+        encoding = "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

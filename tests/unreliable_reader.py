@@ -1,0 +1,35 @@
+"""A reader of files that dies or hangs where the file says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from d2llm.core.types import Section
+from d2llm.data.file_contents import FileContents, UnreadableFileError
+
+_already_read: list[Path] = []
+
+
+def read_unreliably(path: Path) -> FileContents:
+    """Do what the file says; other files have their text as the only section, and what was read before as the title.
+
+    Raises:
+        UnreadableFileError: the file says "refuse".
+    """
+    text = path.read_text()
+    if text == "die" or (text == "die unless first" and _already_read):
+        os.write(2, b"the last words\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if text == "sleep":
+        time.sleep(60)
+    if text == "refuse":
+        raise UnreadableFileError("it says so")
+    if text == "print":
+        os.write(1, b"no reply\n")
+        sys.stdout.write("no reply")
+    _already_read.append(path)
+    return FileContents(" ".join(each.name for each in _already_read), (Section(text, ("Heading",), 3),))
