@@ -12,8 +12,8 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import Section
 from d2llm.data.code_sections import python_sections
 from d2llm.data.documents import find_documents, read_document
-from d2llm.data.text_sections import markdown_sections, rst_sections
 from d2llm.data.indexed_corpus import open_corpus
+from d2llm.data.text_sections import markdown_sections, rst_sections
 
 pytest.importorskip("kreuzberg", reason="pip install 'd2llm[documents]'")
 

@@ -129,7 +129,8 @@ def _parser(suffix: str) -> Parser:
     from tree_sitter import Language, Parser
 
     module, function = _GRAMMARS[suffix]
-    return Parser(Language(getattr(import_module(module), function)()))
+    pointer: object = getattr(import_module(module), function)()
+    return Parser(Language(pointer))
 
 
 def _sections(rows: Sequence[str], definitions: Sequence[_Definition]) -> Iterator[Section]:

@@ -13,18 +13,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from xml.etree import ElementTree
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.types import Section
 from d2llm.data.code_sections import PARSED, code_sections, missing_grammar, python_sections
-from d2llm.data.text_sections import markdown_sections, rst_sections
+from d2llm.data.text_sections import front_matter_title, markdown_sections, rst_sections
 
 _TEXT = frozenset({".txt", ".text"})
 _MARKDOWN = frozenset({".md", ".markdown"})
 _RST = frozenset({".rst"})
-_CONVERTED = frozenset({".html", ".htm", ".xhtml", ".pdf", ".docx", ".pptx", ".xlsx", ".epub", ".odt"})
+_HTML = frozenset({".html", ".htm", ".xhtml"})
+_CONVERTED = _HTML | frozenset({".pdf", ".docx", ".pptx", ".xlsx", ".epub", ".odt"})
 _TABLES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
 _PYTHON = frozenset({".py", ".pyi"})
 _OTHER_CODE = frozenset({".m", ".pl", ".r", ".sql"})
@@ -32,6 +35,15 @@ CODE = _PYTHON | PARSED | _OTHER_CODE
 """The suffixes of source code."""
 SUFFIXES = _TEXT | _MARKDOWN | _RST | _CONVERTED | _TABLES | CODE
 """The suffixes of files that can be read."""
+
+
+_NOTES = {
+    ".pptx": ((r"ppt/notesSlides/notesSlide\d+\.xml", "Notes"), (r"ppt/diagrams/data\d+\.xml", "Diagrams")),
+    ".docx": ((r"word/comments\.xml", "Comments"), (r"word/diagrams/data\d+\.xml", "Diagrams")),
+}
+"""Parts of office files that Kreuzberg leaves out of its Markdown, and a heading for them."""
+_HTML_METADATA = re.compile(r"\A---\n(?:.+\n)*\n## (?:title|canonical|base-href|meta-\S+): .*\n")
+"""What Kreuzberg writes before the text of a page."""
 
 
 class UnreadableFileError(InputError):
@@ -69,7 +81,9 @@ def read_contents(path: Path) -> FileContents:
             data = path.read_bytes()
         except OSError as error:
             raise UnreadableFileError(error.strerror or str(error)) from error
-        sections = _sections(_decode(data), suffix)
+        text = _decode(data)
+        title = front_matter_title(text) if suffix in _MARKDOWN else ""
+        sections = _sections(text, suffix)
     sections = [section for section in sections if section.text.strip()]
     if not sections:
         scanned = "; if it is scanned, recognise its pages (OCR)" if suffix == ".pdf" else ""
@@ -108,11 +122,13 @@ def _convert(path: Path) -> tuple[str, list[Section]]:
         raise
     except BaseException as error:  # a panic of its native code is not an Exception
         raise UnreadableFileError(_reason(error)) from error
+    suffix = path.suffix.lower()
     metadata: dict[str, Any] = result.metadata or {}
     title = html.unescape(str(metadata.get("title") or "")).strip()
-    pages: list[Any] = list(result.pages or []) if path.suffix.lower() == ".pdf" else []
+    pages: list[Any] = list(result.pages or []) if suffix == ".pdf" else []
     if not pages:  # formats without fixed pages
-        return title, [_plain(section) for section in markdown_sections(result.content)]
+        content = re.sub(_HTML_METADATA, "", result.content, count=1) if suffix in _HTML else result.content
+        return title, [*map(_plain, markdown_sections(content)), *_notes(path)]
     sections: list[Section] = []
     above: tuple[str, ...] = ()
     for page in pages:
@@ -126,6 +142,30 @@ def _plain(section: Section) -> Section:
     """A section of Markdown without pictures and escapes, which say nothing to a reader of the words."""
     without_pictures = re.sub(r"!\[([^\]]*)\]\([^)]*\)", r"\1", section.text)
     return Section(re.sub(r"\\([\\`*_{}\[\]()#+.!<>|~-])", r"\1", without_pictures), section.headings, section.page)
+
+
+def _notes(path: Path) -> Iterator[Section]:
+    """The notes of a presentation's slides, the comments on a text, and the texts of diagrams in either."""
+    kinds = _NOTES.get(path.suffix.lower(), ())
+    if not kinds or not is_zipfile(path):
+        return
+    try:
+        with ZipFile(path) as archive:
+            names = sorted(archive.namelist(), key=lambda name: (len(name), name))
+            parts = [
+                (heading, ElementTree.fromstring(archive.read(name)))
+                for pattern, heading in kinds
+                for name in names
+                if re.fullmatch(pattern, name)
+            ]
+    except (BadZipFile, ElementTree.ParseError, NotImplementedError, OSError) as error:
+        raise UnreadableFileError(_reason(error)) from error
+    for heading, part in parts:
+        paragraphs = (
+            "".join(run.text or "" for run in paragraph.iterfind(".//{*}r/{*}t"))
+            for paragraph in part.iterfind(".//{*}p")
+        )
+        yield Section("\n\n".join(filter(None, paragraphs)), (heading,))
 
 
 def _reason(error: BaseException) -> str:
@@ -146,8 +186,8 @@ def _table_text(text: str, suffix: str) -> str:
     except csv.Error as error:
         raise UnreadableFileError(_reason(error)) from error
     names = rows[0] if rows else []
-    paragraphs = (zip(names + [""] * (len(row) - len(names)), row, strict=False) for row in rows[1:])
-    return "\n\n".join(_row_text(paragraph) for paragraph in paragraphs) or "\n".join(names)
+    paragraphs = (_row_text(zip(names + [""] * (len(row) - len(names)), row, strict=False)) for row in rows[1:])
+    return "\n\n".join(filter(None, paragraphs)) or "\n".join(names)
 
 
 def _json_lines_text(text: str) -> str:

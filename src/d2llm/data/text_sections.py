@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from d2llm.core.types import Section
 
+_FRONT_MATTER = re.compile(r"---[ \t]*\n(?=\w[^\n]*:)(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", flags=re.DOTALL)
 _FENCE = re.compile(r" {0,3}(```+|~~~+)(.*)")
 _HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#*)?[ \t]*")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*")
@@ -16,13 +17,15 @@ _NO_PARAGRAPH = re.compile(r"( {4}|\t| {0,3}([-+*>|#<]|\d+[.)]))")
 def markdown_sections(text: str, *, page: int | None = None, above: Sequence[str] = ()) -> Iterator[Section]:
     """The sections of a Markdown text, whose headings begin with ``#`` or are a line underlined with ``=`` or ``-``.
 
-    What looks like a heading inside fenced code is none. ``above``: headings open before the text.
+    What looks like a heading inside fenced code is none. The text of a heading with nothing below it is the heading.
+    ``above``: headings open before the text.
     """
     headings = list(above)
     lines: list[str] = []
+    current = 0  # level of the last heading, 0 before the first
     fence = ""
-    body = re.sub(r"\A---\n.*?\n---\n", "", text, count=1, flags=re.DOTALL)  # front matter
-    for line in body.split("\n"):
+    front_matter = _FRONT_MATTER.match(text)
+    for line in text[front_matter.end() if front_matter else 0 :].split("\n"):
         marker = _FENCE.fullmatch(line)
         if marker and not fence:
             fence = marker[1]
@@ -37,15 +40,25 @@ def markdown_sections(text: str, *, page: int | None = None, above: Sequence[str
         else:
             lines.append(line)
             continue
-        yield Section("\n".join(lines).strip(), tuple(name for name in headings if name), page)
-        lines = []
+        yield _section(lines, headings, page, is_leaf=level <= current)
+        lines, current = [], level
         headings[level - 1 :] = []
         headings += [""] * (level - 1 - len(headings)) + [_plain_heading(title)]
-    yield Section("\n".join(lines).strip(), tuple(name for name in headings if name), page)
+    yield _section(lines, headings, page, is_leaf=current > 0)
+
+
+def front_matter_title(text: str) -> str:
+    """The title in the front matter (YAML) of a Markdown text; "" if there is none."""
+    front_matter = _FRONT_MATTER.match(text)
+    title = re.search(r"^title:[ \t]*(.*?)[ \t]*$", front_matter[1], flags=re.MULTILINE) if front_matter else None
+    return title[1].strip("'\"") if title else ""
 
 
 def rst_sections(text: str) -> Iterator[Section]:
-    """The sections of a reStructuredText, whose titles are underlined, and may be overlined, with punctuation."""
+    """The sections of a reStructuredText, whose titles are underlined, and may be overlined, with punctuation.
+
+    The text of a title with nothing below it is the title.
+    """
     styles: list[str] = []  # of the levels, in the order in which they first occur
     headings: list[str] = []
     lines: list[str] = []
@@ -60,14 +73,21 @@ def rst_sections(text: str) -> Iterator[Section]:
             style = under[0] * (2 if over else 1)
             if style not in styles:
                 styles.append(style)
-            yield Section("\n".join(lines).strip(), tuple(headings))
+            yield _section(lines, headings, is_leaf=styles.index(style) < len(headings))
             lines = []
             headings[styles.index(style) :] = [title]
             at = title_at + 2
         else:
             lines.append(rows[at])
             at += 1
-    yield Section("\n".join(lines).strip(), tuple(headings))
+    yield _section(lines, headings, is_leaf=True)
+
+
+def _section(lines: Sequence[str], headings: Sequence[str], page: int | None = None, *, is_leaf: bool) -> Section:
+    """A section; that of a heading with no text and no headings below it has the heading as its text."""
+    names = tuple(filter(None, headings))
+    text = "\n".join(lines).strip()
+    return Section(text or (names[-1] if names and is_leaf else ""), names, page)
 
 
 def _can_be_title(lines: Sequence[str]) -> bool:
