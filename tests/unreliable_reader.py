@@ -15,17 +15,22 @@ _already_read: list[Path] = []
 
 
 def read_unreliably(path: Path) -> FileContents:
-    """Do what the file says; other files have their text as the only section, and what was read before as the title.
+    """Do what the file says; the contents are its text and, as the title, all that this process has read.
+
+    If UNRELIABLE_READER_LOG is set, each file adds a line with the process and its name there.
 
     Raises:
         UnreadableFileError: the file says "refuse".
     """
     text = path.read_text()
+    if log := os.environ.get("UNRELIABLE_READER_LOG"):
+        with Path(log).open("a") as lines:
+            lines.write(f"{os.getpid()} {path.name}\n")
     if text == "die" or (text == "die unless first" and _already_read):
         os.write(2, b"the last words\n")
         os.kill(os.getpid(), signal.SIGKILL)
-    if text == "sleep":
-        time.sleep(60)
+    if text in ("slow", "sleep"):
+        time.sleep(0.5 if text == "slow" else 60)
     if text == "refuse":
         raise UnreadableFileError("it says so")
     if text == "print":

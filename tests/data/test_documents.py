@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Section
-from d2llm.data.code_sections import python_sections
 from d2llm.data.documents import find_documents, read_document
 from d2llm.data.indexed_corpus import open_corpus
-from d2llm.data.text_sections import markdown_sections, rst_sections
 
 pytest.importorskip("kreuzberg", reason="pip install 'd2llm[documents]'")
 
@@ -30,6 +30,15 @@ def write(folder: Path, name: str, content: str | bytes = "Some words.") -> Path
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def with_parts(source: Path, folder: Path, texts: dict[str, str], paragraph: str) -> Path:
+    """A copy of an office file with more parts, each a paragraph."""
+    path = shutil.copy(source, folder)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name, text in texts.items():
+            archive.writestr(name, f'<x xmlns:a="urn:a">{paragraph.format(text)}</x>')
+    return Path(path)
 
 
 def ids(*paths: Path, **options) -> list[str]:
@@ -101,6 +110,14 @@ class TestFormats:
         assert document.text == text
         assert document.title == "a.txt"
 
+    def test_ends_of_lines(self, tmp_path):
+        assert read(write(tmp_path, "a.txt", b"a\r\nb\rc\n")).text == "a\nb\nc\n"
+
+    def test_front_matter_has_the_title(self, tmp_path):
+        document = read(write(tmp_path, "a.md", "---\ntitle: 'Set up'\ntags: x\n---\n\n# Disk\nFree it.\n"))
+        assert (document.title, document.sections) == ("Set up", (Section("Free it.", ("Disk",)),))
+        assert read(write(tmp_path, "b.md", "---\nkept\n---\nalso\n")).text == "---\nkept\n---\nalso"
+
     def test_metadata_name_the_file(self, tmp_path):
         path = write(tmp_path, "a.txt", "abc")
         os.utime(path, (1_700_000_000, 1_700_000_000))
@@ -108,44 +125,32 @@ class TestFormats:
         assert (metadata["path"], metadata["file_bytes"]) == ("a.txt", 3)
         assert str(metadata["modified"]) == "2023-11-14 22:13:20+00:00"
 
+    def test_a_page_s_title_and_rules_are_no_headings(self, tmp_path):
+        head = '<head><title>Stars</title><meta name="description" content="Of the sky"></head>'
+        page = f"<html>{head}<body><p>Mars is red.</p><hr><p>Venus is white.</p></body></html>"
+        (section,) = read(write(tmp_path, "page.html", page)).sections
+        assert section.headings == ()
+        assert section.text.split("\n\n") == ["Mars is red.", "---", "Venus is white."]
 
-class TestSections:
-    def test_markdown(self):
-        text = "---\nlayout: page\n---\nintro\n# One\na\n```\n# no heading\n```\n### Deep `code`\nb\n## Two\n\nc\n"
-        assert [section for section in markdown_sections(text) if section.text] == [
-            Section("intro"),
-            Section("a\n```\n# no heading\n```", ("One",)),
-            Section("b", ("One", "Deep code")),
-            Section("c", ("One", "Two")),
-        ]
+    def test_notes_comments_and_diagrams(self, tmp_path):
+        run = "<a:p><a:r><a:t>{}</a:t></a:r><a:fld><a:t>7</a:t></a:fld></a:p>"
+        parts = {"ppt/notesSlides/notesSlide10.xml": "Say ten.", "ppt/notesSlides/notesSlide2.xml": "Say two."}
+        tides = with_parts(FILES / "tides.pptx", tmp_path, parts | {"ppt/diagrams/data1.xml": "Sun"}, run)
+        texts = [(section.headings, section.text) for section in read(tides).sections]
+        assert texts[-3:] == [(("Notes",), "Say two."), (("Notes",), "Say ten."), (("Diagrams",), "Sun")]
+        bees = with_parts(FILES / "bees.docx", tmp_path, {"word/comments.xml": "Is that so?"}, run)
+        assert read(bees).sections[-1] == Section("Is that so?", ("Comments",))
 
-    def test_a_title_is_the_heading_over_all_sections(self, tmp_path):
-        assert read(write(tmp_path, "a.md", "# Manual\nx\n## Part\ny")).title == "Manual"
-        assert read(write(tmp_path, "b.md", "# One\nx\n# Two\ny")).title == "b.md"
-
-    def test_restructured_text(self):
-        text = "=====\nTitle\n=====\nintro\n\nPart\n----\na\n\nSub\n~~~\nb\n\nOther\n-----\n::\n\n  ----\n"
-        assert [section for section in rst_sections(text) if section.text] == [
-            Section("intro", ("Title",)),
-            Section("a", ("Title", "Part")),
-            Section("b", ("Title", "Part", "Sub")),
-            Section("::\n\n  ----", ("Title", "Other")),
-        ]
-
-    def test_python_by_function(self):
-        function, method = "@cache\ndef f():\n    return 1", "    def g(self):\n        pass"
-        text = f'"""Doc."""\nimport os\n\n{function}\n\nclass A:\n    x = 1\n\n{method}\n'
-        parts = {section.headings: section.text for section in python_sections(text) if section.text}
-        assert parts[()] == '"""Doc."""\nimport os'
-        assert parts[("A",)] == "class A:\n    x = 1"
-        assert parts[("A", "g")] == method
-        assert parts[("f",)] == function
-        assert [section.text for section in python_sections("def broken(:")] == ["def broken(:"]
-
-    @pytest.mark.parametrize("sections", [markdown_sections, rst_sections, python_sections])
-    @pytest.mark.parametrize("text", ["", "\n\n", "=", "#", "===\n\n===", "def", "```"])
-    def test_no_text_is_lost_or_invented(self, sections, text):
-        assert "".join(section.text for section in sections(text)).split() in ([], text.split())
+    def test_uneven_tables_and_values_as_written(self, tmp_path):
+        text = 'town;code;"as ""is""";code\nBonn;053;NA;1.10;more\nUlm\n;;;\n'
+        assert read(write(tmp_path, "a.csv", text)).text == (
+            'town: Bonn\ncode: 053\nas "is": NA\ncode: 1.10\nmore\n\ntown: Ulm'
+        )
+        assert read(write(tmp_path, "b.csv", "only,names\n,\n")).text == "only\nnames"
+        assert read(write(tmp_path, "c.jsonl", '{"text": "one\u2028line"}\n')).text == "text: one\u2028line"
+        found = find_documents([write(tmp_path, "d.jsonl", '{"a": 1}\n{"b": \n')])
+        assert list(found) == []
+        assert found.skipped[0].reason.startswith("line 2: it cannot be parsed")
 
 
 class TestSkipped:

@@ -35,6 +35,9 @@ ExcludeOption = Annotated[
         help="Leave these out of folders of documents, as in a .gitignore; may be given several times.",
     ),
 ]
+FileSecondsOption = Annotated[
+    float, typer.Option(metavar="N", min=1, help="Skip documents that take longer than N seconds to read.")
+]
 
 
 @dataclass(frozen=True)

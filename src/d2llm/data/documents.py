@@ -19,9 +19,9 @@ from pathlib import Path
 import gitignore_parser
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import MetadataValue, Section, SectionedPassage
+from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, MetadataValue, Section, SectionedPassage
 from d2llm.data.file_contents import CODE, SUFFIXES, FileContents, UnreadableFileError, has_native_parser, read_contents
-from d2llm.data.parser_workers import SECONDS_PER_FILE, read_in_workers
+from d2llm.data.parser_workers import read_in_workers
 
 MAX_BYTES = 100 << 20
 """Larger files are skipped, unless another limit is given."""
@@ -66,7 +66,7 @@ class DocumentFiles:
     files: list[DocumentFile]
     skipped: list[SkippedFile] = field(default_factory=list[SkippedFile])
     num_other: int = 0
-    seconds_per_file: float = SECONDS_PER_FILE
+    seconds_per_file: float = DEFAULT_SECONDS_PER_FILE
 
     def __iter__(self) -> Iterator[SectionedPassage]:
         native = [file for file in self.files if file.num_bytes and has_native_parser(file.path.suffix.lower())]
@@ -87,7 +87,7 @@ def find_documents(
     *,
     exclude: Sequence[str] = (),
     max_bytes: int = MAX_BYTES,
-    seconds_per_file: float = SECONDS_PER_FILE,
+    seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
 ) -> DocumentFiles:
     """Find the files below some paths that can be read as documents.
 

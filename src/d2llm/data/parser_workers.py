@@ -25,11 +25,9 @@ from threading import Thread
 from typing import IO, Any, cast
 
 from d2llm.core.errors import MissingExtraError
-from d2llm.core.types import Section
+from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, Section
 from d2llm.data.file_contents import FileContents, UnreadableFileError, read_contents
 
-SECONDS_PER_FILE = 120.0
-"""Reading a file may take this long, unless another limit is given."""
 _MAX_WORKERS = 4
 _PATIENCE_SECONDS = 1.0  # after waiting as long as this in all, more workers than one are started
 _GRACE_SECONDS = 5.0  # after the limit, a worker whose program has ended without it ends by itself
@@ -40,7 +38,7 @@ Outcome = FileContents | UnreadableFileError
 
 
 def read_in_workers(
-    paths: Sequence[Path], *, seconds: float = SECONDS_PER_FILE, reader: Reader = read_contents
+    paths: Sequence[Path], *, seconds: float = DEFAULT_SECONDS_PER_FILE, reader: Reader = read_contents
 ) -> Generator[Outcome]:
     """Read files in up to four processes, one for each core; yields contents, or why there are none, in order.
 
@@ -105,8 +103,7 @@ class _Pool:
         self._again: list[int] = []  # files to try in a new worker
         self._next = 0
         self._waited = 0.0  # seconds
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._max_workers = min(cores, _MAX_WORKERS)
+        self._max_workers = min(_num_cores(), _MAX_WORKERS)
 
     def outcome(self, number: int) -> Outcome:
         """Wait until a file has been read. Call for each file once, in order."""
@@ -195,6 +192,11 @@ class _Pool:
             self._outcomes[worker.number] = error
         self._workers.remove(worker)
         worker.close()
+
+
+def _num_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _outcome(reply: dict[str, Any]) -> Outcome:
