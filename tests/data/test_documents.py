@@ -17,6 +17,7 @@ from d2llm.data.indexed_corpus import open_corpus
 
 pytest.importorskip("kreuzberg", reason="pip install 'd2llm[documents]'")
 
+RUSSIAN = "Семантический поиск находит информацию по смыслу, а не по ключевым словам. "
 FILES = Path(__file__).parent / "files"
 
 
@@ -103,6 +104,9 @@ class TestFormats:
             (b"\xef\xbb\xbfK\xc3\xa4se", "Käse"),
             ("Käse".encode("utf-16"), "Käse"),
             ("Käse".encode("cp1252"), "Käse"),
+            ("语义搜索根据含义查找信息，而不是关键词。".encode("gb18030"), "语义搜索根据含义查找信息，而不是关键词。"),
+            (3 * RUSSIAN.encode("koi8_r"), 3 * RUSSIAN),
+            ("Käse ".encode() * 20 + b"\xff", "Käse " * 20 + "\ufffd"),
         ],
     )
     def test_encodings_of_text(self, tmp_path, data, text):

@@ -37,6 +37,7 @@ SUFFIXES = _TEXT | _MARKDOWN | _RST | _CONVERTED | _TABLES | CODE
 """The suffixes of files that can be read."""
 
 
+_SAMPLE_BYTES = 1 << 16  # enough to guess an encoding from
 _NOTES = {
     ".pptx": ((r"ppt/notesSlides/notesSlide\d+\.xml", "Notes"), (r"ppt/diagrams/data\d+\.xml", "Diagrams")),
     ".docx": ((r"word/comments\.xml", "Comments"), (r"word/diagrams/data\d+\.xml", "Diagrams")),
@@ -224,7 +225,7 @@ def _row_text(values: Iterable[tuple[str, object]]) -> str:
 
 
 def _decode(data: bytes) -> str:
-    """Text in UTF-8, UTF-16 with a byte-order mark or, if it is neither, Windows-1252; lines end in line feeds."""
+    """Text in UTF-8, UTF-16 with a byte-order mark or an older encoding; lines end in line feeds."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
     elif b"\0" in data[:65536]:
@@ -234,5 +235,29 @@ def _decode(data: bytes) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:
-        text = data.decode("cp1252", errors="replace")
+        text = data.decode(_other_encoding(data), errors="replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _other_encoding(data: bytes) -> str:
+    """The encoding of a text that is not valid UTF-8.
+
+    UTF-8 if little of it is damaged, else Windows-1252; but as that has hardly ever four letters in a row that are not
+    ASCII, a text which does is Chinese, Russian and so on, and charset-normalizer guesses its encoding.
+    """
+    text = data.decode("utf-8", errors="replace")
+    num_damaged = text.count("\ufffd")
+    if sum(not character.isascii() for character in text) > 10 * num_damaged:
+        return "utf-8"
+    letters = re.search(rb"[\x80-\xff]{4}", data)
+    if letters is None:
+        return "cp1252"
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:
+        reason = "the package charset-normalizer is not installed (pip install 'd2llm[documents]')"
+        fell_back("encoding of text", f"{reason}; text that is not UTF-8 is read as Windows-1252")
+        return "cp1252"
+    sample = data[letters.start() : letters.start() + _SAMPLE_BYTES]
+    guess = from_bytes(sample[: sample.rfind(b"\n") + 1] or sample).best()
+    return guess.encoding if guess else "cp1252"
