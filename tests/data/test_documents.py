@@ -7,11 +7,13 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Section
+from d2llm.data import file_contents
 from d2llm.data.documents import find_documents, read_document
 from d2llm.data.indexed_corpus import open_corpus
 
@@ -61,6 +63,16 @@ class TestFormats:
         assert document.title == "A history of clocks"
         assert [section.page for section in document.sections] == [1, 2]
         assert "Huygens built the first pendulum clock" in document.sections[1].text
+
+    def test_pages_are_plain_text(self, monkeypatch):
+        """What looks like a heading of Markdown on a page is a comment, or a prompt."""
+        pages = [{"page_number": 4, "content": "Run\r\n# make \\* all\r\nWell\r\n---"}]
+        result = SimpleNamespace(content="", metadata={"title": "Untitled"}, pages=pages)
+        library = {"extract_file_sync": lambda path, config: result, "ExtractionConfig": dict, "PageConfig": dict}
+        monkeypatch.setattr(file_contents, "require", lambda *names, **options: SimpleNamespace(**library))
+        document = read(FILES / "clocks.pdf")
+        assert document.title == "clocks.pdf"
+        assert document.sections == (Section("Run\n# make \\* all\nWell\n---", (), 4),)
 
     @pytest.mark.parametrize(
         ("name", "title", "words"),

@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
@@ -37,6 +37,8 @@ SUFFIXES = _TEXT | _MARKDOWN | _RST | _CONVERTED | _TABLES | CODE
 """The suffixes of files that can be read."""
 
 
+_NO_TITLES = frozenset({"presentation", "powerpoint presentation", "untitled", "untitled document"})
+"""What office programs write where nobody gave a title."""
 _SAMPLE_BYTES = 1 << 16  # enough to guess an encoding from
 _NOTES = {
     ".pptx": ((r"ppt/notesSlides/notesSlide\d+\.xml", "Notes"), (r"ppt/diagrams/data\d+\.xml", "Diagrams")),
@@ -126,23 +128,21 @@ def _convert(path: Path) -> tuple[str, list[Section]]:
     suffix = path.suffix.lower()
     metadata: dict[str, Any] = result.metadata or {}
     title = html.unescape(str(metadata.get("title") or "")).strip()
-    pages: list[Any] = list(result.pages or []) if suffix == ".pdf" else []
-    if not pages:  # formats without fixed pages
-        content = re.sub(_HTML_METADATA, "", result.content, count=1) if suffix in _HTML else result.content
-        return title, [*map(_plain, markdown_sections(content)), *_notes(path)]
-    sections: list[Section] = []
-    above: tuple[str, ...] = ()
-    for page in pages:
-        of_page = list(markdown_sections(page["content"], page=int(page["page_number"]), above=above))
-        above = of_page[-1].headings
-        sections += map(_plain, of_page)
-    return title, sections
+    title = "" if title.casefold() in _NO_TITLES else title.removeprefix("Microsoft Word - ")
+    if suffix == ".pdf" and result.pages:  # plain text, unlike the whole
+        return title, [
+            Section(_with_line_feeds(page["content"]), (), int(page["page_number"])) for page in result.pages
+        ]
+    content = _with_line_feeds(result.content)
+    if suffix in _HTML:
+        content = re.sub(_HTML_METADATA, "", content, count=1)
+    return title, [*map(_plain, markdown_sections(content)), *_notes(path)]
 
 
 def _plain(section: Section) -> Section:
     """A section of Markdown without pictures and escapes, which say nothing to a reader of the words."""
     without_pictures = re.sub(r"!\[([^\]]*)\]\([^)]*\)", r"\1", section.text)
-    return Section(re.sub(r"\\([\\`*_{}\[\]()#+.!<>|~-])", r"\1", without_pictures), section.headings, section.page)
+    return replace(section, text=re.sub(r"\\([\\`*_{}\[\]()#+.!<>|~-])", r"\1", without_pictures))
 
 
 def _notes(path: Path) -> Iterator[Section]:
@@ -236,6 +236,10 @@ def _decode(data: bytes) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError:
         text = data.decode(_other_encoding(data), errors="replace")
+    return _with_line_feeds(text)
+
+
+def _with_line_feeds(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -14,13 +14,12 @@ _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*")
 _NO_PARAGRAPH = re.compile(r"( {4}|\t| {0,3}([-+*>|#<]|\d+[.)]))")
 
 
-def markdown_sections(text: str, *, page: int | None = None, above: Sequence[str] = ()) -> Iterator[Section]:
+def markdown_sections(text: str) -> Iterator[Section]:
     """The sections of a Markdown text, whose headings begin with ``#`` or are a line underlined with ``=`` or ``-``.
 
     What looks like a heading inside fenced code is none. The text of a heading with nothing below it is the heading.
-    ``above``: headings open before the text.
     """
-    headings = list(above)
+    headings: list[str] = []
     lines: list[str] = []
     current = 0  # level of the last heading, 0 before the first
     fence = ""
@@ -40,11 +39,11 @@ def markdown_sections(text: str, *, page: int | None = None, above: Sequence[str
         else:
             lines.append(line)
             continue
-        yield _section(lines, headings, page, is_leaf=level <= current)
+        yield _section(lines, headings, is_leaf=level <= current)
         lines, current = [], level
         headings[level - 1 :] = []
         headings += [""] * (level - 1 - len(headings)) + [_plain_heading(title)]
-    yield _section(lines, headings, page, is_leaf=current > 0)
+    yield _section(lines, headings, is_leaf=current > 0)
 
 
 def front_matter_title(text: str) -> str:
@@ -83,11 +82,11 @@ def rst_sections(text: str) -> Iterator[Section]:
     yield _section(lines, headings, is_leaf=True)
 
 
-def _section(lines: Sequence[str], headings: Sequence[str], page: int | None = None, *, is_leaf: bool) -> Section:
+def _section(lines: Sequence[str], headings: Sequence[str], *, is_leaf: bool) -> Section:
     """A section; that of a heading with no text and no headings below it has the heading as its text."""
     names = tuple(filter(None, headings))
     text = "\n".join(lines).strip()
-    return Section(text or (names[-1] if names and is_leaf else ""), names, page)
+    return Section(text or (names[-1] if names and is_leaf else ""), names)
 
 
 def _can_be_title(lines: Sequence[str]) -> bool:
