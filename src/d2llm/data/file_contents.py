@@ -6,7 +6,6 @@ import csv
 import html
 import io
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -109,7 +108,7 @@ def _sections(text: str, suffix: str) -> Iterable[Section]:
         if missing is None:
             return code_sections(text, suffix)
         reason = f"the package {missing.replace('_', '-')} is not installed (pip install 'd2llm[documents]')"
-        fell_back("source code by function", f"{reason}; {suffix} files are read as plain text", level=logging.INFO)
+        fell_back("source code by function", f"{reason}; its files are read as plain text")
     return [Section(text)]
 
 
