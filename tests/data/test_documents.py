@@ -141,6 +141,21 @@ class TestFormats:
         assert (metadata["path"], metadata["file_bytes"]) == ("a.txt", 3)
         assert str(metadata["modified"]) == "2023-11-14 22:13:20+00:00"
 
+    @pytest.mark.parametrize(
+        ("name", "encoding", "text"),
+        [
+            ("iso-8859-1", "cp1252", "Größe “unbekannt”"),
+            ("GB2312", "gb18030", "语义搜索"),
+            ("koi8-r", "koi8_r", "поиск"),
+            ("utf-8", "utf-8", "Größe"),
+            ("unknown-1", "cp1252", "Größe"),
+        ],
+    )
+    def test_encodings_of_html(self, tmp_path, name, encoding, text):
+        page = f'<html><head><meta charset="{name}"><title>{text}</title></head><body><p>{text}</p></body></html>'
+        document = read(write(tmp_path, "page.html", page.encode(encoding)))
+        assert (document.title, document.text) == (text, text)
+
     def test_a_page_s_title_and_rules_are_no_headings(self, tmp_path):
         head = '<head><title>Stars</title><meta name="description" content="Of the sky"></head>'
         page = f"<html>{head}<body><p>Mars is red.</p><hr><p>Venus is white.</p></body></html>"
@@ -246,8 +261,11 @@ class TestFolders:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
     def test_names_that_are_no_utf8(self, tmp_path):
-        write(tmp_path, os.fsdecode(b"caf\xe9.txt"))
-        assert ids(tmp_path) == ["caf\\xe9.txt"]
+        for name in (b"caf\xe9.txt", b"caf\xe9.html"):
+            write(tmp_path, os.fsdecode(name))
+        shutil.copy(FILES / "bees.docx", tmp_path / os.fsdecode(b"b\xe9es.docx"))
+        documents = list(find_documents([tmp_path]))
+        assert [document.id for document in documents] == ["b\\xe9es.docx", "caf\\xe9.html", "caf\\xe9.txt"]
 
     @pytest.mark.parametrize("names", [(), ("photo.jpg", "film.mp4")])
     def test_nothing_to_read(self, tmp_path, names):

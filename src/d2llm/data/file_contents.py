@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import html
 import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -118,13 +121,18 @@ def _convert(path: Path) -> tuple[str, list[Section]]:
     settings = library.ExtractionConfig(
         output_format="markdown", pages=library.PageConfig(extract_pages=True), use_cache=False, disable_ocr=True
     )
+    suffix = path.suffix.lower()
     try:
-        result = library.extract_file_sync(str(path), config=settings)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+        if suffix in _HTML:  # Kreuzberg takes every page for UTF-8
+            page = _decode(path.read_bytes(), with_declaration=True).encode()
+            result = library.extract_bytes_sync(page, "text/html", config=settings)
+        else:
+            with _path_in_utf8(path) as name:
+                result = library.extract_file_sync(name, config=settings)
+    except (KeyboardInterrupt, SystemExit, MemoryError, UnreadableFileError):
         raise
     except BaseException as error:  # a panic of its native code is not an Exception
         raise UnreadableFileError(_reason(error)) from error
-    suffix = path.suffix.lower()
     metadata: dict[str, Any] = result.metadata or {}
     title = html.unescape(str(metadata.get("title") or "")).strip()
     title = "" if title.casefold() in _NO_TITLES else title.removeprefix("Microsoft Word - ")
@@ -136,6 +144,20 @@ def _convert(path: Path) -> tuple[str, list[Section]]:
     if suffix in _HTML:
         content = re.sub(_HTML_METADATA, "", content, count=1)
     return title, [*map(_plain, markdown_sections(content)), *_notes(path)]
+
+
+@contextmanager
+def _path_in_utf8(path: Path) -> Generator[str]:
+    """The path, or if it is no UTF-8, which Kreuzberg does not take, that of a link to it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / f"link{path.suffix}"
+            link.symlink_to(path.absolute())
+            yield str(link)
+    else:
+        yield str(path)
 
 
 def _plain(section: Section) -> Section:
@@ -223,8 +245,11 @@ def _row_text(values: Iterable[tuple[str, object]]) -> str:
     return "\n".join(f"{name}: {value}" if name else str(value) for name, value in values if value not in (None, ""))
 
 
-def _decode(data: bytes) -> str:
-    """Text in UTF-8, UTF-16 with a byte-order mark or an older encoding; lines end in line feeds."""
+def _decode(data: bytes, *, with_declaration: bool = False) -> str:
+    """Text in UTF-8, UTF-16 with a byte-order mark or an older encoding; lines end in line feeds.
+
+    ``with_declaration``: the text may name its encoding, as HTML does.
+    """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
     elif b"\0" in data[:65536]:
@@ -234,12 +259,26 @@ def _decode(data: bytes) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:
-        text = data.decode(_other_encoding(data), errors="replace")
+        declared = _declared_encoding(data) if with_declaration else None
+        text = data.decode(declared or _other_encoding(data), errors="replace")
     return _with_line_feeds(text)
 
 
 def _with_line_feeds(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _declared_encoding(data: bytes) -> str | None:
+    """The encoding that a page names, if it is known; as in browsers, those that others contain stand for these."""
+    declaration = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w.:-]+)", data[:4096])
+    if declaration is None:
+        return None
+    try:
+        name = codecs.lookup(declaration[1].decode("ascii", errors="replace")).name
+    except LookupError:
+        return None
+    larger = {"ascii": "cp1252", "iso8859-1": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932"}
+    return None if name == "utf-8" else larger.get(name, name)
 
 
 def _other_encoding(data: bytes) -> str:
