@@ -163,6 +163,11 @@ class TestFormats:
         assert section.headings == ()
         assert section.text.split("\n\n") == ["Mars is red.", "---", "Venus is white."]
 
+    def test_pictures_and_escapes_but_code_as_it_is(self, tmp_path):
+        page = r'<p>A <img src="a.png" alt="red fox"> is*not*_shy_.</p><p>Use <code>\*</code>.</p><pre>a\.b\*c</pre>'
+        text = read(write(tmp_path, "page.html", page)).text
+        assert text == "A red fox is*not*_shy_.\n\nUse `\\*`.\n\n```\na\\.b\\*c\n```"
+
     def test_notes_comments_and_diagrams(self, tmp_path):
         run = "<a:p><a:r><a:t>{}</a:t></a:r><a:fld><a:t>7</a:t></a:fld></a:p>"
         parts = {"ppt/notesSlides/notesSlide10.xml": "Say ten.", "ppt/notesSlides/notesSlide2.xml": "Say two."}

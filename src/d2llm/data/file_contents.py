@@ -161,9 +161,12 @@ def _path_in_utf8(path: Path) -> Generator[str]:
 
 
 def _plain(section: Section) -> Section:
-    """A section of Markdown without pictures and escapes, which say nothing to a reader of the words."""
-    without_pictures = re.sub(r"!\[([^\]]*)\]\([^)]*\)", r"\1", section.text)
-    return replace(section, text=re.sub(r"\\([\\`*_{}\[\]()#+.!<>|~-])", r"\1", without_pictures))
+    """A section of Markdown without pictures and, outside code, without escapes: they say nothing to a reader."""
+    parts = re.split(r"(^```.*?^```|`[^`\n]*`)", section.text, flags=re.MULTILINE | re.DOTALL)
+    for number in range(0, len(parts), 2):
+        without_pictures = re.sub(r"!\[([^\]]*)\]\([^)]*\)", r"\1", parts[number])
+        parts[number] = re.sub(r"\\([\\`*_{}\[\]()#+.!<>|~-])", r"\1", without_pictures)
+    return replace(section, text="".join(parts))
 
 
 def _notes(path: Path) -> Iterator[Section]:
