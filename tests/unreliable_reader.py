@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from d2llm.core.errors import MissingExtraError
 from d2llm.core.types import Section
 from d2llm.data.file_contents import FileContents, UnreadableFileError
 
@@ -21,6 +22,7 @@ def read_unreliably(path: Path) -> FileContents:
 
     Raises:
         UnreadableFileError: the file says "refuse".
+        MissingExtraError: the file says "miss".
     """
     text = path.read_text()
     if log := os.environ.get("UNRELIABLE_READER_LOG"):
@@ -33,6 +35,8 @@ def read_unreliably(path: Path) -> FileContents:
         time.sleep(0.5 if text == "slow" else 60)
     if text == "refuse":
         raise UnreadableFileError("it says so")
+    if text == "miss":
+        raise MissingExtraError("pip install 'd2llm[documents]'")
     if text == "print":
         os.write(1, b"no reply\n")
         sys.stdout.write("no reply")

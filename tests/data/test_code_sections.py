@@ -329,7 +329,9 @@ def test_without_a_grammar_code_is_plain_text(tmp_path, monkeypatch):
     path.write_text(SOURCES[".go"])
     assert len(read_contents(path).sections) > 3
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "tree_sitter_go" else name)
+    module.missing_grammar.cache_clear()
     before = fallback_counts().get("source code by function", 0)
     (section,) = read_contents(path).sections
     assert section.text == SOURCES[".go"]
     assert fallback_counts()["source code by function"] == before + 1
+    module.missing_grammar.cache_clear()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from d2llm.core.errors import MissingExtraError
 from d2llm.core.types import Section
 from d2llm.data import documents, parser_workers
 from d2llm.data.documents import find_documents
@@ -75,12 +76,23 @@ def test_workers_end_with_the_work(tmp_path, monkeypatch, ending):
         os.kill(process, 0)
 
 
+def test_a_missing_library_ends_the_work(tmp_path):
+    with pytest.raises(MissingExtraError, match=r"pip install 'd2llm\[documents\]'"):
+        list(read_in_workers(write_all(tmp_path, ["miss"]), reader=read_unreliably))
+
+
 def test_documents_are_read_by_workers(tmp_path, monkeypatch):
     """Text is not; a document whose parser dies is skipped; the order stays."""
     for name in ("clocks.pdf", "tides.pptx"):
         shutil.copy(FILES / name, tmp_path)
     (tmp_path / "damaged.docx").write_text("die")
     (tmp_path / "note.txt").write_text("a note")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "clocks.pdf").touch()
+    same_name = find_documents([tmp_path / "more" / "clocks.pdf", tmp_path / "clocks.pdf"])
+    assert [document.id for document in same_name] == ["clocks.pdf"]
+    assert [skipped.reason for skipped in same_name.skipped] == ["it is empty"]
+    shutil.rmtree(tmp_path / "more")
     plain = [document.id for document in find_documents([tmp_path])]
     assert plain == ["clocks.pdf", "note.txt", "tides.pptx"]
 

@@ -10,6 +10,7 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -120,6 +121,7 @@ def code_sections(text: str, suffix: str) -> Iterator[Section]:
     return _sections(text.split("\n"), definitions)
 
 
+@cache
 def missing_grammar(suffix: str) -> str | None:
     """The module that is not installed, without which files with this suffix cannot be parsed; None if all are."""
     return next((name for name in ("tree_sitter", _GRAMMARS[suffix][0]) if find_spec(name) is None), None)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import compress
 from pathlib import Path
 
 import gitignore_parser
@@ -31,7 +32,7 @@ EXCLUDED = (".*", "__pycache__/", "node_modules/", "site-packages/")
 
 @dataclass(frozen=True, slots=True)
 class DocumentFile:
-    """A file that was found: its path, the document's id, its size, and when it was last modified (UTC)."""
+    """A file below the paths: its path, the document's id, its size, and when it was last modified (UTC)."""
 
     path: Path
     id: str
@@ -69,13 +70,12 @@ class DocumentFiles:
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE
 
     def __iter__(self) -> Iterator[SectionedPassage]:
-        native = [file for file in self.files if file.num_bytes and has_native_parser(file.path.suffix.lower())]
-        ids = {file.id for file in native}
-        paths = [file.path for file in native]
+        native = [file.num_bytes > 0 and has_native_parser(file.path.suffix.lower()) for file in self.files]
+        paths = [file.path for file in compress(self.files, native)]
         with closing(read_in_workers(paths, seconds=self.seconds_per_file)) as outcomes:
-            for file in self.files:
+            for file, is_native in zip(self.files, native, strict=True):
                 try:
-                    document = _parsed(file, next(outcomes)) if file.id in ids else read_document(file)
+                    document = _parsed(file, next(outcomes)) if is_native else read_document(file)
                 except UnreadableFileError as error:
                     self.skipped.append(SkippedFile(str(file.path), str(error), file.id))
                 else:
@@ -107,27 +107,28 @@ def find_documents(
     for root in roots:
         if not root.exists():
             raise InputError(f"{root}: there is no such file or folder")
-    found = DocumentFiles([], seconds_per_file=seconds_per_file)
-    seen: set[tuple[int, int]] = set()
+    documents = DocumentFiles([], seconds_per_file=seconds_per_file)
+    known_folders: set[tuple[int, int]] = set()
     several = sum(root.is_dir() for root in roots) > 1
     for root in roots:
         if not root.is_dir():
-            _add(found, root, root.name, max_bytes)
+            _add(documents, root, root.name, max_bytes)
             continue
         prefix = f"{root.resolve().name}/" if several else ""
-        for path, name in _walk(root, prefix, _matcher(root, exclude), found, seen):
+        for path, name in _walk(root, prefix, _matcher(root, exclude), documents, known_folders):
             if path.suffix.lower() in SUFFIXES:
-                _add(found, path, name, max_bytes)
+                _add(documents, path, name, max_bytes)
             else:
-                found.num_other += 1
-    if not found.files:
-        reasons = f", {len(found.skipped):,} were skipped ({found.skipped[0].reason})" if found.skipped else ""
+                documents.num_other += 1
+    if not documents.files:
+        skipped = documents.skipped
+        reasons = f", {len(skipped):,} were skipped ({skipped[0].reason})" if skipped else ""
         raise InputError(
-            f"{', '.join(map(str, roots))}: there are no documents; {found.num_other:,} files have other suffixes than "
-            f"{' '.join(sorted(SUFFIXES))}{reasons}"
+            f"{', '.join(map(str, roots))}: there are no documents; {documents.num_other:,} files have other suffixes "
+            f"than {' '.join(sorted(SUFFIXES))}{reasons}"
         )
-    found.files.sort(key=lambda file: file.id)
-    return found
+    documents.files.sort(key=lambda file: file.id)
+    return documents
 
 
 def read_document(file: DocumentFile) -> SectionedPassage:
@@ -166,7 +167,11 @@ def _as_document(file: DocumentFile, contents: FileContents) -> SectionedPassage
 
 
 def _walk(
-    root: Path, prefix: str, is_excluded: Callable[[str], bool], found: DocumentFiles, seen: set[tuple[int, int]]
+    root: Path,
+    prefix: str,
+    is_excluded: Callable[[str], bool],
+    documents: DocumentFiles,
+    known_folders: set[tuple[int, int]],
 ) -> Iterator[tuple[Path, str]]:
     """The files below a folder that are not excluded, each with its id."""
 
@@ -175,14 +180,14 @@ def _walk(
 
     def refused(error: OSError) -> None:
         folder = Path(error.filename)
-        found.skipped.append(SkippedFile(str(folder), error.strerror or str(error), name_of(folder)))
+        documents.skipped.append(SkippedFile(str(folder), error.strerror or str(error), name_of(folder)))
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refused):
         status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was read
+        if (status.st_dev, status.st_ino) in known_folders:  # a link to a folder that was read
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        known_folders.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not is_excluded(os.path.join(folder, name)))  # noqa: PTH118
         for name in sorted(names):
             if not is_excluded(os.path.join(folder, name)):  # noqa: PTH118
@@ -194,21 +199,24 @@ def _matcher(root: Path, exclude: Sequence[str]) -> Callable[[str], bool]:
     return gitignore_parser.parse_gitignore_str("\n".join([*EXCLUDED, *exclude]), base_dir=str(root.absolute()))
 
 
-def _add(found: DocumentFiles, path: Path, name: str, max_bytes: int) -> None:
+def _add(documents: DocumentFiles, path: Path, name: str, max_bytes: int) -> None:
+    def skip(reason: str) -> None:
+        documents.skipped.append(SkippedFile(str(path), reason, name))
+
     try:
         status = path.stat()
     except OSError as error:
-        found.skipped.append(SkippedFile(str(path), error.strerror or str(error), name))
+        skip(error.strerror or str(error))
         return
     if not path.is_file():
-        found.skipped.append(SkippedFile(str(path), "it is not a regular file", name))
+        skip("it is not a regular file")
     elif path.suffix.lower() not in SUFFIXES:
-        found.skipped.append(SkippedFile(str(path), f"files with the suffix '{path.suffix}' cannot be read", name))
+        skip(f"files with the suffix '{path.suffix}' cannot be read")
     elif status.st_size > max_bytes:
-        found.skipped.append(SkippedFile(str(path), f"it has {status.st_size:,} bytes, more than {max_bytes:,}", name))
+        skip(f"it has {status.st_size:,} bytes, more than {max_bytes:,}")
     else:
         modified = datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, timezone.utc)
-        found.files.append(DocumentFile(path, name, status.st_size, modified))
+        documents.files.append(DocumentFile(path, name, status.st_size, modified))
 
 
 def _plain_name(name: str) -> str:
