@@ -20,7 +20,7 @@ from d2llm.core.types import Section
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser
 
-_GRAMMARS: dict[str, tuple[str, str]] = {  # module and function of each language -> the suffixes of its files
+_GRAMMARS: dict[str, tuple[str, str]] = {  # suffix -> module of the grammar and its function
     **dict.fromkeys([".js", ".jsx", ".mjs", ".cjs"], ("tree_sitter_javascript", "language")),
     **dict.fromkeys([".ts", ".mts", ".cts"], ("tree_sitter_typescript", "language_typescript")),
     ".tsx": ("tree_sitter_typescript", "language_tsx"),
@@ -106,8 +106,8 @@ def python_sections(text: str) -> Iterator[Section]:
 def code_sections(text: str, suffix: str) -> Iterator[Section]:
     """The functions and methods of a file and the text between them; a section's headings are the classes around it.
 
-    Comments right before a function belong to it. Classes without methods, and whatever tree-sitter cannot parse,
-    are text like any other; no line is lost.
+    Comments right before a function belong to it. A class without methods is a section. What tree-sitter cannot parse
+    is text like any other; no line is lost.
 
     Args:
         text: its lines end in line feeds.
