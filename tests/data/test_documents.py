@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Section
-from d2llm.data.documents import find_documents, markdown_sections, python_sections, read_document, rst_sections
+from d2llm.data import file_contents
+from d2llm.data.documents import find_documents, read_document
 from d2llm.data.indexed_corpus import open_corpus
 
 pytest.importorskip("kreuzberg", reason="pip install 'd2llm[documents]'")
 
+RUSSIAN = "Семантический поиск находит информацию по смыслу, а не по ключевым словам. "
 FILES = Path(__file__).parent / "files"
 
 
@@ -28,6 +33,15 @@ def write(folder: Path, name: str, content: str | bytes = "Some words.") -> Path
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def with_parts(source: Path, folder: Path, texts: dict[str, str], paragraph: str) -> Path:
+    """A copy of an office file with more parts, each a paragraph."""
+    path = shutil.copy(source, folder)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name, text in texts.items():
+            archive.writestr(name, f'<x xmlns:a="urn:a">{paragraph.format(text)}</x>')
+    return Path(path)
 
 
 def ids(*paths: Path, **options) -> list[str]:
@@ -49,6 +63,16 @@ class TestFormats:
         assert document.title == "A history of clocks"
         assert [section.page for section in document.sections] == [1, 2]
         assert "Huygens built the first pendulum clock" in document.sections[1].text
+
+    def test_pages_are_plain_text(self, monkeypatch):
+        """What looks like a heading of Markdown on a page is a comment, or a prompt."""
+        pages = [{"page_number": 4, "content": "Run\r\n# make \\* all\r\nWell\r\n---"}]
+        result = SimpleNamespace(content="", metadata={"title": "Untitled"}, pages=pages)
+        library = {"extract_file_sync": lambda path, config: result, "ExtractionConfig": dict, "PageConfig": dict}
+        monkeypatch.setattr(file_contents, "require", lambda *names, **options: SimpleNamespace(**library))
+        document = read(FILES / "clocks.pdf")
+        assert document.title == "clocks.pdf"
+        assert document.sections == (Section("Run\n# make \\* all\nWell\n---", (), 4),)
 
     @pytest.mark.parametrize(
         ("name", "title", "words"),
@@ -92,12 +116,23 @@ class TestFormats:
             (b"\xef\xbb\xbfK\xc3\xa4se", "Käse"),
             ("Käse".encode("utf-16"), "Käse"),
             ("Käse".encode("cp1252"), "Käse"),
+            ("语义搜索根据含义查找信息，而不是关键词。".encode("gb18030"), "语义搜索根据含义查找信息，而不是关键词。"),
+            (3 * RUSSIAN.encode("koi8_r"), 3 * RUSSIAN),
+            ("Käse ".encode() * 20 + b"\xff", "Käse " * 20 + "\ufffd"),
         ],
     )
     def test_encodings_of_text(self, tmp_path, data, text):
         document = read(write(tmp_path, "a.txt", data))
         assert document.text == text
         assert document.title == "a.txt"
+
+    def test_ends_of_lines(self, tmp_path):
+        assert read(write(tmp_path, "a.txt", b"a\r\nb\rc\n")).text == "a\nb\nc\n"
+
+    def test_front_matter_has_the_title(self, tmp_path):
+        document = read(write(tmp_path, "a.md", "---\ntitle: 'Set up'\ntags: x\n---\n\n# Disk\nFree it.\n"))
+        assert (document.title, document.sections) == ("Set up", (Section("Free it.", ("Disk",)),))
+        assert read(write(tmp_path, "b.md", "---\nkept\n---\nalso\n")).text == "---\nkept\n---\nalso"
 
     def test_metadata_name_the_file(self, tmp_path):
         path = write(tmp_path, "a.txt", "abc")
@@ -106,44 +141,52 @@ class TestFormats:
         assert (metadata["path"], metadata["file_bytes"]) == ("a.txt", 3)
         assert str(metadata["modified"]) == "2023-11-14 22:13:20+00:00"
 
+    @pytest.mark.parametrize(
+        ("name", "encoding", "text"),
+        [
+            ("iso-8859-1", "cp1252", "Größe “unbekannt”"),
+            ("GB2312", "gb18030", "语义搜索"),
+            ("koi8-r", "koi8_r", "поиск"),
+            ("utf-8", "utf-8", "Größe"),
+            ("unknown-1", "cp1252", "Größe"),
+        ],
+    )
+    def test_encodings_of_html(self, tmp_path, name, encoding, text):
+        page = f'<html><head><meta charset="{name}"><title>{text}</title></head><body><p>{text}</p></body></html>'
+        document = read(write(tmp_path, "page.html", page.encode(encoding)))
+        assert (document.title, document.text) == (text, text)
 
-class TestSections:
-    def test_markdown(self):
-        text = "---\nlayout: page\n---\nintro\n# One\na\n```\n# no heading\n```\n### Deep `code`\nb\n## Two\n\nc\n"
-        assert [section for section in markdown_sections(text) if section.text] == [
-            Section("intro"),
-            Section("a\n```\n# no heading\n```", ("One",)),
-            Section("b", ("One", "Deep code")),
-            Section("c", ("One", "Two")),
-        ]
+    def test_a_page_s_title_and_rules_are_no_headings(self, tmp_path):
+        head = '<head><title>Stars</title><meta name="description" content="Of the sky"></head>'
+        page = f"<html>{head}<body><p>Mars is red.</p><hr><p>Venus is white.</p></body></html>"
+        (section,) = read(write(tmp_path, "page.html", page)).sections
+        assert section.headings == ()
+        assert section.text.split("\n\n") == ["Mars is red.", "---", "Venus is white."]
 
-    def test_a_title_is_the_heading_over_all_sections(self, tmp_path):
-        assert read(write(tmp_path, "a.md", "# Manual\nx\n## Part\ny")).title == "Manual"
-        assert read(write(tmp_path, "b.md", "# One\nx\n# Two\ny")).title == "b.md"
+    def test_pictures_and_escapes_but_code_as_it_is(self, tmp_path):
+        page = r'<p>A <img src="a.png" alt="red fox"> is*not*_shy_.</p><p>Use <code>\*</code>.</p><pre>a\.b\*c</pre>'
+        text = read(write(tmp_path, "page.html", page)).text
+        assert text == "A red fox is*not*_shy_.\n\nUse `\\*`.\n\n```\na\\.b\\*c\n```"
 
-    def test_restructured_text(self):
-        text = "=====\nTitle\n=====\nintro\n\nPart\n----\na\n\nSub\n~~~\nb\n\nOther\n-----\n::\n\n  ----\n"
-        assert [section for section in rst_sections(text) if section.text] == [
-            Section("intro", ("Title",)),
-            Section("a", ("Title", "Part")),
-            Section("b", ("Title", "Part", "Sub")),
-            Section("::\n\n  ----", ("Title", "Other")),
-        ]
+    def test_notes_comments_and_diagrams(self, tmp_path):
+        run = "<a:p><a:r><a:t>{}</a:t></a:r><a:fld><a:t>7</a:t></a:fld></a:p>"
+        parts = {"ppt/notesSlides/notesSlide10.xml": "Say ten.", "ppt/notesSlides/notesSlide2.xml": "Say two."}
+        tides = with_parts(FILES / "tides.pptx", tmp_path, parts | {"ppt/diagrams/data1.xml": "Sun"}, run)
+        texts = [(section.headings, section.text) for section in read(tides).sections]
+        assert texts[-3:] == [(("Notes",), "Say two."), (("Notes",), "Say ten."), (("Diagrams",), "Sun")]
+        bees = with_parts(FILES / "bees.docx", tmp_path, {"word/comments.xml": "Is that so?"}, run)
+        assert read(bees).sections[-1] == Section("Is that so?", ("Comments",))
 
-    def test_python_by_function(self):
-        function, method = "@cache\ndef f():\n    return 1", "    def g(self):\n        pass"
-        text = f'"""Doc."""\nimport os\n\n{function}\n\nclass A:\n    x = 1\n\n{method}\n'
-        parts = {section.headings: section.text for section in python_sections(text) if section.text}
-        assert parts[()] == '"""Doc."""\nimport os'
-        assert parts[("A",)] == "class A:\n    x = 1"
-        assert parts[("A", "g")] == method
-        assert parts[("f",)] == function
-        assert [section.text for section in python_sections("def broken(:")] == ["def broken(:"]
-
-    @pytest.mark.parametrize("sections", [markdown_sections, rst_sections, python_sections])
-    @pytest.mark.parametrize("text", ["", "\n\n", "=", "#", "===\n\n===", "def", "```"])
-    def test_no_text_is_lost_or_invented(self, sections, text):
-        assert "".join(section.text for section in sections(text)).split() in ([], text.split())
+    def test_uneven_tables_and_values_as_written(self, tmp_path):
+        text = 'town;code;"as ""is""";code\nBonn;053;NA;1.10;more\nUlm\n;;;\n'
+        assert read(write(tmp_path, "a.csv", text)).text == (
+            'town: Bonn\ncode: 053\nas "is": NA\ncode: 1.10\nmore\n\ntown: Ulm'
+        )
+        assert read(write(tmp_path, "b.csv", "only,names\n,\n")).text == "only\nnames"
+        assert read(write(tmp_path, "c.jsonl", '{"text": "one\u2028line"}\n')).text == "text: one\u2028line"
+        found = find_documents([write(tmp_path, "d.jsonl", '{"a": 1}\n{"b": \n')])
+        assert list(found) == []
+        assert found.skipped[0].reason.startswith("line 2: it cannot be parsed")
 
 
 class TestSkipped:
@@ -223,8 +266,11 @@ class TestFolders:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
     def test_names_that_are_no_utf8(self, tmp_path):
-        write(tmp_path, os.fsdecode(b"caf\xe9.txt"))
-        assert ids(tmp_path) == ["caf\\xe9.txt"]
+        for name in (b"caf\xe9.txt", b"caf\xe9.html"):
+            write(tmp_path, os.fsdecode(name))
+        shutil.copy(FILES / "bees.docx", tmp_path / os.fsdecode(b"b\xe9es.docx"))
+        documents = list(find_documents([tmp_path]))
+        assert [document.id for document in documents] == ["b\\xe9es.docx", "caf\\xe9.html", "caf\\xe9.txt"]
 
     @pytest.mark.parametrize("names", [(), ("photo.jpg", "film.mp4")])
     def test_nothing_to_read(self, tmp_path, names):

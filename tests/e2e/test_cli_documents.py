@@ -151,7 +151,7 @@ class TestFolders:
         found = succeed("search", index, "Who built the first pendulum clock?", "--top-k", 1, "--filter", "page = 2")
         assert "clocks.pdf#2" in found.stdout
         (folder / "clocks.pdf").unlink()
-        _, report = index_with_report(tmp_path, index, "sync", folder, "--exclude", "*.docx")
+        _, report = index_with_report(tmp_path, index, "sync", folder, "--exclude", "*.docx", "--file-seconds", 60)
         assert report["gone"] == ["bees.docx", "clocks.pdf"]
         assert report["num_unchanged"] == 3
 

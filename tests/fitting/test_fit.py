@@ -118,3 +118,11 @@ def test_the_student_to_start_from_follows_from_the_language(monkeypatch, has_la
     if not has_langid:
         monkeypatch.setitem(sys.modules, "py3langid", None)
     assert student_for([text, text]) == student
+
+
+def test_a_fit_can_be_served_by_its_folder(finished):
+    pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+    from d2llm.server.settings import ServeSettings
+
+    done, _ = finished
+    assert ServeSettings(index=done.folder.path).index == {"docs.search": done.folder.index}

@@ -11,12 +11,14 @@ from d2llm.cli.index_options import (
     ChunkingOptions,
     CorpusArgument,
     ExcludeOption,
+    FileSecondsOption,
     VectorOptions,
     warn_of_skipped,
 )
 from d2llm.cli.options import DeviceOption, DtypeOption, EngineOption, JsonOption, StudentOption, with_option_groups
 from d2llm.cli.session import session_of
 from d2llm.core.shipped import DEFAULT_STUDENT
+from d2llm.core.types import DEFAULT_SECONDS_PER_FILE
 
 if TYPE_CHECKING:
     from d2llm.store.stored_vectors import VectorCopies
@@ -31,6 +33,7 @@ def encode(
     splitting: ChunkingOptions,
     student: StudentOption = DEFAULT_STUDENT,
     exclude: ExcludeOption = None,
+    file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -52,7 +55,7 @@ def encode(
     model = Student.load(student, device=device, dtype=dtype, engine=engine)
     chunking = splitting.chunking(model) or default_chunking(model)
     report = encode(
-        open_corpus(corpus, exclude=exclude or ()),
+        open_corpus(corpus, exclude=exclude or (), seconds_per_file=file_seconds),
         model,
         out,
         task=vectors.task,

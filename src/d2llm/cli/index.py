@@ -16,6 +16,7 @@ from d2llm.cli.index_options import (
     ChunkingOptions,
     CorpusArgument,
     ExcludeOption,
+    FileSecondsOption,
     NewIndexOptions,
     warn_of_skipped,
 )
@@ -34,7 +35,7 @@ from d2llm.cli.options import (
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_SECONDS_PER_FILE
 
 if TYPE_CHECKING:
     from d2llm.data.documents import SkippedFile
@@ -68,6 +69,7 @@ class WritingOptions:
     student: IndexStudentOption = None
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Read only id, title and text.")] = False
     exclude: ExcludeOption = None
+    file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE
     lenient_metadata: Annotated[
         bool, typer.Option("--lenient-metadata", help="Leave out metadata values that do not fit, and count them.")
     ] = False
@@ -200,7 +202,11 @@ def sync(
     find_documents(folders, exclude=exclude)  # before an index is created for them
     with _opened(folder_of(context), new, writing) as index:
         report = sync_documents(
-            index, folders, exclude=exclude, chunking=splitting.chunking(cast("Student", index.student))
+            index,
+            folders,
+            exclude=exclude,
+            seconds_per_file=writing.file_seconds,
+            chunking=splitting.chunking(cast("Student", index.student)),
         )
         _require_passages(index, report.skipped)
     _say_what_was_written(context, index, report.written)
@@ -486,7 +492,12 @@ def _write_corpus(
     from d2llm.data.indexed_corpus import open_corpus
 
     # The corpus is checked before an index is created for it.
-    texts = open_corpus(corpus, with_metadata=not writing.no_metadata, exclude=writing.exclude or ())
+    texts = open_corpus(
+        corpus,
+        with_metadata=not writing.no_metadata,
+        exclude=writing.exclude or (),
+        seconds_per_file=writing.file_seconds,
+    )
     with _opened(folder_of(context), new, writing) as index:
         report = index.upsert_documents(
             texts.passages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from d2llm.models.student import Student
     from d2llm.store.side_files import Chunking
 
-_NAMED = 5  # number of skipped files to list
+_NAMED = 5  # number of reasons to list
 
 CorpusArgument = Annotated[
     list[Path],
@@ -34,6 +35,9 @@ ExcludeOption = Annotated[
         metavar="PATTERN",
         help="Leave these out of folders of documents, as in a .gitignore; may be given several times.",
     ),
+]
+FileSecondsOption = Annotated[
+    float, typer.Option(metavar="N", min=1, help="Skip documents that take longer than N seconds to read.")
 ]
 
 
@@ -167,8 +171,19 @@ class ChunkingOptions:
 
 
 def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:
-    """Warn of files that could not be read, by name if they are few."""
-    if skipped:
-        named = "; ".join(map(str, skipped[:_NAMED]))
-        rest = f"; and {len(skipped) - _NAMED:,} more, which --json lists" if len(skipped) > _NAMED else ""
-        session.complain("warning", f"{len(skipped):,} files could not be read: {named}{rest}")
+    """Warn of files that could not be read: one for each reason, the rarest reasons first."""
+    if not skipped:
+        return
+    counts = Counter(file.reason for file in skipped)
+    examples: dict[str, SkippedFile] = {}
+    for file in skipped:
+        examples.setdefault(file.reason, file)
+    reasons = sorted(examples, key=lambda reason: counts[reason])
+    named = [f"{examples[reason]}{_and_others(counts[reason] - 1)}" for reason in reasons[:_NAMED]]
+    num_left = sum(counts[reason] for reason in reasons[_NAMED:])
+    rest = f"; and {num_left:,} more, which --json lists" if num_left else ""
+    session.complain("warning", f"{len(skipped):,} files could not be read: {'; '.join(named)}{rest}")
+
+
+def _and_others(count: int) -> str:
+    return f", like {count:,} other{'s' if count > 1 else ''}" if count else ""

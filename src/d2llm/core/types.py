@@ -18,6 +18,8 @@ DEFAULT_TOP_K = 10
 """Length of a ranking."""
 DEFAULT_NUM_CANDIDATES = 1_000
 """Number of passages that get the full score in a search."""
+DEFAULT_SECONDS_PER_FILE = 120.0
+"""Documents that take longer to read are skipped."""
 DEFAULT_TEACHER_PASSAGES = 20
 """Maximum number of passages that a teacher rereads in a search."""
 DEFAULT_CONTEXT_TOKENS = 2_000

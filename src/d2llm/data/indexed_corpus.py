@@ -14,9 +14,10 @@ from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
-from d2llm.core.types import MetadataValue, Passage
+from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, MetadataValue, Passage
 from d2llm.data.beir import iter_passages
-from d2llm.data.documents import SUFFIXES, SkippedFile, find_documents
+from d2llm.data.documents import SkippedFile, find_documents
+from d2llm.data.file_contents import SUFFIXES
 from d2llm.data.lines import Fields, read_records, refuse_duplicate, type_name, wrong_type
 
 _FILES = ("corpus.jsonl", "corpus.jsonl.gz")
@@ -37,13 +38,20 @@ class Corpus:
     skipped: Sequence[SkippedFile] = ()
 
 
-def open_corpus(paths: Sequence[Path], *, with_metadata: bool = True, exclude: Sequence[str] = ()) -> Corpus:
+def open_corpus(
+    paths: Sequence[Path],
+    *,
+    with_metadata: bool = True,
+    exclude: Sequence[str] = (),
+    seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
+) -> Corpus:
     """Open a corpus file (or a folder that holds one), or files and folders of documents (``data.documents``).
 
     Args:
         paths: one corpus, or any number of documents and folders.
         with_metadata: without: id, title and text only.
         exclude: what to leave out of folders of documents, as in a ``.gitignore``.
+        seconds_per_file: documents that take longer to read are skipped.
 
     Raises:
         InputError: a path does not exist, or there are no documents.
@@ -54,7 +62,7 @@ def open_corpus(paths: Sequence[Path], *, with_metadata: bool = True, exclude: S
         file = corpus_file(paths[0])
         passages = iter_corpus(file, with_metadata=with_metadata)
         return Corpus(passages, check_corpus(file, with_metadata=with_metadata), fingerprint_files([file]))
-    documents = find_documents(paths, exclude=exclude)
+    documents = find_documents(paths, exclude=exclude, seconds_per_file=seconds_per_file)
     state = [[file.id, file.num_bytes, file.modified.isoformat()] for file in documents.files]
     passages = documents if with_metadata else (replace(document, metadata={}) for document in documents)
     return Corpus(passages, len(documents.files), fingerprint_json(state), documents.skipped)

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from d2llm.core.types import DEFAULT_SECONDS_PER_FILE
 from d2llm.data.documents import MAX_BYTES, SkippedFile, find_documents
 from d2llm.retrieval.chunking import DocumentsReport
 from d2llm.retrieval.index import Index
@@ -38,6 +39,7 @@ def sync_documents(
     *,
     exclude: Sequence[str] = (),
     max_bytes: int = MAX_BYTES,
+    seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
     chunking: Chunking | None = None,
 ) -> SyncReport:
     """Make an index hold the documents below some paths as they are now.
@@ -50,7 +52,7 @@ def sync_documents(
         InputError: a path does not exist, there are no documents, or a document has the id of a passage that came from
             no file.
     """
-    found = find_documents(paths, exclude=exclude, max_bytes=max_bytes)
+    found = find_documents(paths, exclude=exclude, max_bytes=max_bytes, seconds_per_file=seconds_per_file)
     known = _known_files(index)
     unchanged = [file for file in found.files if known.get(file.id) == (file.modified, file.num_bytes)]
     changed = replace(found, files=sorted(set(found.files) - set(unchanged), key=lambda file: file.id))

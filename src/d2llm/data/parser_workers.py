@@ -1,0 +1,238 @@
+"""Reads files in other processes, so that a parser that crashes or hangs costs one file and not the whole work.
+
+A worker is a plain ``python -c``, started with the first file: unlike one of ``multiprocessing``, it does not import
+the program's main module (which need not guard against that) and shares nothing with a process that has threads. It
+receives a line with a path and answers with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import IO, Any, cast
+
+from d2llm.core.errors import MissingExtraError
+from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, Section
+from d2llm.data.file_contents import FileContents, UnreadableFileError, read_contents
+
+_MAX_WORKERS = 4
+_PATIENCE_SECONDS = 1.0  # after waiting as long as this in all, more workers than one are started
+_GRACE_SECONDS = 5.0  # after the limit, a worker whose program has ended without it ends by itself
+_PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from {0} import serve; serve(*sys.argv[2:])"
+
+Reader = Callable[[Path], FileContents]
+Outcome = FileContents | UnreadableFileError
+
+
+def read_in_workers(
+    paths: Sequence[Path], *, seconds: float = DEFAULT_SECONDS_PER_FILE, reader: Reader = read_contents
+) -> Generator[Outcome]:
+    """Read files in up to four processes, one for each core; yields contents, or why there are none, in order.
+
+    No more files are read ahead than twice the number of processes. A file on which a worker dies is unreadable; if the
+    worker had read others before, the file is first tried in a new one. Close the generator to end the workers.
+
+    Args:
+        paths: the files.
+        seconds: reading one file may take this long.
+        reader: a function of a module that the workers can import.
+
+    Raises:
+        MissingExtraError: a format needs a library that is not installed.
+    """
+    pool = _Pool(paths, seconds, reader)
+    try:
+        for number in range(len(paths)):
+            yield pool.outcome(number)
+    finally:
+        pool.close()
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process that reads files. ``number`` is the file that it is reading, if any, until ``deadline``."""
+
+    process: subprocess.Popen[bytes]
+    messages: IO[bytes]  # its standard error
+    number: int | None = None
+    deadline: float = 0.0
+    num_files: int = 0
+
+    def reason_of_death(self) -> str:
+        """How the process ended, with the last line that it wrote on standard error."""
+        status = self.process.wait()
+        self.messages.seek(0)
+        lines = self.messages.read().decode(errors="replace").strip().splitlines()
+        message = f": {lines[-1].strip()[:200]}" if lines else ""
+        if status >= 0:
+            return f"its parser ended with exit status {status}{message}"
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+        memory = ", perhaps because memory ran out" if name == "SIGKILL" else ""
+        return f"its parser was ended by {name}{memory}{message}"
+
+    def close(self) -> None:
+        """End the process, even if it is reading."""
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(OSError):  # what was not sent to it
+            cast("IO[bytes]", self.process.stdin).close()
+        self.messages.close()
+
+
+class _Pool:
+    """The workers that read some files; used by one thread."""
+
+    def __init__(self, paths: Sequence[Path], seconds: float, reader: Reader) -> None:
+        self._paths, self._seconds, self._reader = paths, seconds, reader
+        self._workers: list[_Worker] = []
+        self._replies: SimpleQueue[tuple[_Worker, bytes]] = SimpleQueue()
+        self._outcomes: dict[int, Outcome] = {}
+        self._again: list[int] = []  # files to try in a new worker
+        self._next = 0
+        self._waited = 0.0  # seconds
+        self._max_workers = min(_num_cores(), _MAX_WORKERS)
+
+    def outcome(self, number: int) -> Outcome:
+        """Wait until a file has been read. Call for each file once, in order."""
+        self._assign(number)
+        while number not in self._outcomes:
+            began = time.monotonic()
+            self._receive()
+            self._waited += time.monotonic() - began
+            self._assign(number)
+        return self._outcomes.pop(number)
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+
+    def _assign(self, oldest: int) -> None:
+        """Give files to idle and to new workers, as long as not too many are read ahead of the oldest."""
+        while self._again and len(self._workers) < self._max_workers:
+            self._send(self._start(), self._again.pop())
+        limit = self._max_workers if self._waited > _PATIENCE_SECONDS else 1
+        while self._next < min(len(self._paths), oldest + 2 * self._max_workers):
+            worker = next((worker for worker in self._workers if worker.number is None), None)
+            if worker is None and len(self._workers) < limit:
+                worker = self._start()
+            if worker is None:
+                return
+            self._send(worker, self._next)
+            self._next += 1
+
+    def _start(self) -> _Worker:
+        program = _PROGRAM.format(__name__)
+        function = [self._reader.__module__, self._reader.__name__]
+        messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, json.dumps(sys.path), *function],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            start_new_session=True,  # Ctrl-C is for the main process
+        )
+        worker = _Worker(process, messages)
+        Thread(target=self._listen, args=(worker,), name="d2llm-parser", daemon=True).start()
+        self._workers.append(worker)
+        return worker
+
+    def _listen(self, worker: _Worker) -> None:
+        """Hand on what a worker writes, and at last an empty line."""
+        with cast("IO[bytes]", worker.process.stdout) as lines:
+            for line in lines:
+                self._replies.put((worker, line))
+        self._replies.put((worker, b""))
+
+    def _send(self, worker: _Worker, number: int) -> None:
+        worker.number, worker.deadline = number, time.monotonic() + self._seconds
+        request = {"path": str(self._paths[number]), "seconds": self._seconds}
+        with contextlib.suppress(OSError):  # it has died while idle, which its listener reports
+            pipe = cast("IO[bytes]", worker.process.stdin)
+            pipe.write(json.dumps(request).encode() + b"\n")
+            pipe.flush()
+
+    def _receive(self) -> None:
+        """Wait for a reply, the end of a worker or a deadline."""
+        deadline = min(worker.deadline for worker in self._workers if worker.number is not None)
+        try:
+            worker, line = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
+        except Empty:
+            for worker in [each for each in self._workers if each.number is not None and each.deadline <= deadline]:
+                self._remove(worker, UnreadableFileError(f"it takes more than {self._seconds:g} s to read"))
+            return
+        if worker not in self._workers:  # it was ended
+            return
+        if line.endswith(b"\n") and worker.number is not None:
+            self._outcomes[worker.number] = _outcome(json.loads(line))
+            worker.number = None
+            worker.num_files += 1
+        elif worker.number is not None and worker.num_files:
+            self._again.append(worker.number)
+            self._remove(worker)
+        else:
+            self._remove(worker, UnreadableFileError(worker.reason_of_death()))
+
+    def _remove(self, worker: _Worker, error: UnreadableFileError | None = None) -> None:
+        if worker.number is not None and error is not None:
+            self._outcomes[worker.number] = error
+        self._workers.remove(worker)
+        worker.close()
+
+
+def _num_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _outcome(reply: dict[str, Any]) -> Outcome:
+    if "missing" in reply:
+        raise MissingExtraError(reply["missing"])
+    if "unreadable" in reply:
+        return UnreadableFileError(reply["unreadable"])
+    sections = (Section(text, tuple(headings), page) for text, headings, page in reply["sections"])
+    return FileContents(reply["title"], tuple(sections))
+
+
+def serve(module: str, function: str) -> None:
+    """Read the files whose paths are on standard input, and write what they contain to standard output, as JSON."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a parser prints is no reply
+    with contextlib.suppress(OSError):  # if memory runs out, Linux ends this process before the main one
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    reader: Reader = getattr(import_module(module), function)
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        faulthandler.dump_traceback_later(request["seconds"] + _GRACE_SECONDS, exit=True)
+        replies.write(json.dumps(_reply(reader, Path(request["path"]))).encode() + b"\n")
+        replies.flush()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _reply(reader: Reader, path: Path) -> dict[str, Any]:
+    try:
+        contents = reader(path)
+    except MissingExtraError as error:
+        return {"missing": str(error)}
+    except UnreadableFileError as error:
+        return {"unreadable": str(error)}
+    except MemoryError:
+        return {"unreadable": "there is not enough memory to read it"}
+    except Exception as error:  # noqa: BLE001 - one file must not end the work
+        return {"unreadable": f"it cannot be parsed ({type(error).__name__}: {error})"}
+    sections = [(section.text, section.headings, section.page) for section in contents.sections]
+    return {"title": contents.title, "sections": sections}

@@ -1,0 +1,105 @@
+"""The sections of Markdown and of reStructuredText."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from d2llm.core.types import Section
+
+_FRONT_MATTER = re.compile(r"---[ \t]*\n(?=\w[^\n]*:)(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", flags=re.DOTALL)
+_FENCE = re.compile(r" {0,3}(```+|~~~+)(.*)")
+_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#*)?[ \t]*")
+_UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*")
+_NO_PARAGRAPH = re.compile(r"( {4}|\t| {0,3}([-+*>|#<]|\d+[.)]))")
+
+
+def markdown_sections(text: str) -> Iterator[Section]:
+    """The sections of a Markdown text, whose headings begin with ``#`` or are a line underlined with ``=`` or ``-``.
+
+    What looks like a heading inside fenced code is none. The text of a heading with nothing below it is the heading.
+    """
+    headings: list[str] = []
+    lines: list[str] = []
+    current = 0  # level of the last heading, 0 before the first
+    fence = ""
+    front_matter = _FRONT_MATTER.match(text)
+    for line in text[front_matter.end() if front_matter else 0 :].split("\n"):
+        marker = _FENCE.fullmatch(line)
+        if marker and not fence:
+            fence = marker[1]
+        elif marker and marker[1].startswith(fence) and not marker[2].strip():
+            fence = ""
+        heading = None if fence else _HEADING.fullmatch(line)
+        underline = None if fence or heading else _UNDERLINE.fullmatch(line)
+        if heading:
+            level, title = len(heading[1]), heading[2] or ""
+        elif underline and _can_be_title(lines):
+            level, title = 1 if underline[1].startswith("=") else 2, lines.pop()
+        else:
+            lines.append(line)
+            continue
+        yield _section(lines, headings, is_leaf=level <= current)
+        lines, current = [], level
+        headings[level - 1 :] = []
+        headings += [""] * (level - 1 - len(headings)) + [_plain_heading(title)]
+    yield _section(lines, headings, is_leaf=current > 0)
+
+
+def front_matter_title(text: str) -> str:
+    """The title in the front matter (YAML) of a Markdown text; "" if there is none."""
+    front_matter = _FRONT_MATTER.match(text)
+    title = re.search(r"^title:[ \t]*(.*?)[ \t]*$", front_matter[1], flags=re.MULTILINE) if front_matter else None
+    return title[1].strip("'\"") if title else ""
+
+
+def rst_sections(text: str) -> Iterator[Section]:
+    """The sections of a reStructuredText, whose titles are underlined, and may be overlined, with punctuation.
+
+    The text of a title with nothing below it is the title.
+    """
+    styles: list[str] = []  # of the levels, in the order in which they first occur
+    headings: list[str] = []
+    lines: list[str] = []
+    rows = text.split("\n")
+    at = 0
+    while at < len(rows):
+        over = _is_adornment(rows[at]) and at + 2 < len(rows) and _is_adornment(rows[at + 2])
+        title_at = at + 1 if over else at
+        title = rows[title_at].strip()
+        under = rows[title_at + 1] if title_at + 1 < len(rows) else ""
+        if title and not _is_adornment(title) and _is_adornment(under) and len(under.rstrip()) >= len(title):
+            style = under[0] * (2 if over else 1)
+            if style not in styles:
+                styles.append(style)
+            yield _section(lines, headings, is_leaf=styles.index(style) < len(headings))
+            lines = []
+            headings[styles.index(style) :] = [title]
+            at = title_at + 2
+        else:
+            lines.append(rows[at])
+            at += 1
+    yield _section(lines, headings, is_leaf=True)
+
+
+def _section(lines: Sequence[str], headings: Sequence[str], *, is_leaf: bool) -> Section:
+    """A section; that of a heading with no text and no headings below it has the heading as its text."""
+    names = tuple(filter(None, headings))
+    text = "\n".join(lines).strip()
+    return Section(text or (names[-1] if names and is_leaf else ""), names)
+
+
+def _can_be_title(lines: Sequence[str]) -> bool:
+    """Whether the last line is a paragraph by itself, so that a line of ``-`` below it is no rule or table."""
+    is_alone = len(lines) < 2 or not lines[-2].strip()
+    return bool(lines) and is_alone and bool(lines[-1].strip()) and not _NO_PARAGRAPH.match(lines[-1])
+
+
+def _plain_heading(text: str) -> str:
+    without_links = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return re.sub(r"[*`]|\\(?=[^\w\s])|(?<!\w)_+|_+(?!\w)", "", without_links).strip()
+
+
+def _is_adornment(line: str) -> bool:
+    line = line.rstrip()
+    return len(line) > 1 and line[0] in "=-`:'\"~^_*+#<>.!$%&(),/;?@[\\]{|}" and line == line[0] * len(line)

@@ -1,0 +1,110 @@
+"""Files that are read in other processes, some of which die."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import MissingExtraError
+from d2llm.core.types import Section
+from d2llm.data import documents, parser_workers
+from d2llm.data.documents import find_documents
+from d2llm.data.file_contents import FileContents, UnreadableFileError
+from d2llm.data.parser_workers import read_in_workers
+from unreliable_reader import read_unreliably
+
+FILES = Path(__file__).parent / "files"
+
+
+def write_all(folder: Path, texts: list[str]) -> list[Path]:
+    paths = [folder / f"{number:02}.txt" for number in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    return paths
+
+
+def summary(outcome: FileContents | UnreadableFileError) -> str:
+    return str(outcome) if isinstance(outcome, UnreadableFileError) else outcome.sections[0].text
+
+
+def test_deaths_and_hangs_cost_one_file_each(tmp_path):
+    """A worker that dies is replaced, and what another file did to it is not blamed on the next."""
+    texts = ["one", "die", "print", "sleep", "two", "refuse", "die unless first", "three"]
+    outcomes = list(read_in_workers(write_all(tmp_path, texts), seconds=1, reader=read_unreliably))
+    assert [summary(outcome) for outcome in outcomes] == [
+        "one",
+        "its parser was ended by SIGKILL, perhaps because memory ran out: the last words",
+        "print",
+        "it takes more than 1 s to read",
+        "two",
+        "it says so",
+        "die unless first",
+        "three",
+    ]
+    assert outcomes[0] == FileContents("00.txt", (Section("one", ("Heading",), 3),))
+
+
+def test_several_workers_keep_the_order_and_read_few_files_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(parser_workers, "_PATIENCE_SECONDS", -1.0)  # the second worker starts at once
+    monkeypatch.setattr(parser_workers, "_num_cores", lambda: 2)
+    texts = ["slow", *(str(number) for number in range(1, 12))]
+    paths = write_all(tmp_path, texts)
+    log = tmp_path / "log"
+    monkeypatch.setenv("UNRELIABLE_READER_LOG", str(log))
+    with closing(read_in_workers(paths, reader=read_unreliably)) as outcomes:
+        assert summary(next(outcomes)) == "slow"
+        started = [line.split() for line in log.read_text().splitlines()]
+        assert len({process for process, _ in started}) == 2
+        assert 2 <= len(started) <= 5
+        assert [summary(outcome) for outcome in outcomes] == texts[1:]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, GeneratorExit])
+def test_workers_end_with_the_work(tmp_path, monkeypatch, ending):
+    log = tmp_path / "log"
+    monkeypatch.setenv("UNRELIABLE_READER_LOG", str(log))
+    outcomes = read_in_workers(write_all(tmp_path, ["one", "sleep"]), reader=read_unreliably)
+    assert summary(next(outcomes)) == "one"
+    with pytest.raises(ending):
+        outcomes.throw(ending)
+    process = int(log.read_text().split()[0])
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_a_missing_library_ends_the_work(tmp_path):
+    with pytest.raises(MissingExtraError, match=r"pip install 'd2llm\[documents\]'"):
+        list(read_in_workers(write_all(tmp_path, ["miss"]), reader=read_unreliably))
+
+
+def test_documents_are_read_by_workers(tmp_path, monkeypatch):
+    """Text is not; a document whose parser dies is skipped; the order stays."""
+    for name in ("clocks.pdf", "tides.pptx"):
+        shutil.copy(FILES / name, tmp_path)
+    (tmp_path / "damaged.docx").write_text("die")
+    (tmp_path / "note.txt").write_text("a note")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "clocks.pdf").touch()
+    same_name = find_documents([tmp_path / "more" / "clocks.pdf", tmp_path / "clocks.pdf"])
+    assert [document.id for document in same_name] == ["clocks.pdf"]
+    assert [skipped.reason for skipped in same_name.skipped] == ["it is empty"]
+    shutil.rmtree(tmp_path / "more")
+    plain = [document.id for document in find_documents([tmp_path])]
+    assert plain == ["clocks.pdf", "note.txt", "tides.pptx"]
+
+    def with_unreliable_reader(paths, **options):
+        return read_in_workers(paths, reader=read_unreliably, **options)
+
+    (tmp_path / "clocks.pdf").write_text("a clock")
+    (tmp_path / "tides.pptx").write_text("sleep")
+    monkeypatch.setattr(documents, "read_in_workers", with_unreliable_reader)
+    found = find_documents([tmp_path], seconds_per_file=0.7)
+    assert [document.text for document in found] == ["a clock", "a note"]
+    assert [(skipped.id, skipped.reason.split(",")[0]) for skipped in found.skipped] == [
+        ("damaged.docx", "its parser was ended by SIGKILL"),
+        ("tides.pptx", "it takes more than 0.7 s to read"),
+    ]

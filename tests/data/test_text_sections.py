@@ -1,0 +1,63 @@
+"""Markdown and reStructuredText by their headings."""
+
+from __future__ import annotations
+
+import pytest
+
+from d2llm.core.types import Section
+from d2llm.data.text_sections import markdown_sections, rst_sections
+
+
+def test_markdown():
+    text = "---\nlayout: page\n---\nintro\n# One\na\n```\n# no heading\n```\n### Deep `code`\nb\n## Two\n\nc\n"
+    assert [section for section in markdown_sections(text) if section.text] == [
+        Section("intro"),
+        Section("a\n```\n# no heading\n```", ("One",)),
+        Section("b", ("One", "Deep code")),
+        Section("c", ("One", "Two")),
+    ]
+
+
+def test_underlined_headings_of_markdown():
+    text = "One\n===\na\n\nTwo\n---\nb\n\n---\nc\n\n| t |\n---\n- item\n---\n\nlong\nparagraph\n---\n"
+    assert [section for section in markdown_sections(text) if section.text] == [
+        Section("a", ("One",)),
+        Section("b\n\n---\nc\n\n| t |\n---\n- item\n---\n\nlong\nparagraph\n---", ("One", "Two")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("heading", "name"),
+    [
+        ("# The `max_size` of *a* __file__ ##", "The max_size of a file"),
+        ("# my_function_name", "my_function_name"),
+        ("# [The **guide**](guide.md)", "The guide"),
+        ("# 1\\. Start", "1. Start"),
+    ],
+)
+def test_headings_are_plain_text(heading, name):
+    assert list(markdown_sections(f"{heading}\ntext"))[-1].headings == (name,)
+
+
+def test_a_heading_with_nothing_below_it_is_text():
+    markdown = "# Deck\n## Thanks\n## More\n### Links\n# End\n"
+    rst = "Deck\n====\nThanks\n------\nMore\n------\nLinks\n~~~~~~\nEnd\n====\n"
+    expected = [("Thanks", ("Deck", "Thanks")), ("Links", ("Deck", "More", "Links")), ("End", ("End",))]
+    for sections in (markdown_sections(markdown), rst_sections(rst)):
+        assert [(section.text, section.headings) for section in sections if section.text] == expected
+
+
+def test_restructured_text():
+    text = "=====\nTitle\n=====\nintro\n\nPart\n----\na\n\nSub\n~~~\nb\n\nOther\n-----\n::\n\n  ----\n"
+    assert [section for section in rst_sections(text) if section.text] == [
+        Section("intro", ("Title",)),
+        Section("a", ("Title", "Part")),
+        Section("b", ("Title", "Part", "Sub")),
+        Section("::\n\n  ----", ("Title", "Other")),
+    ]
+
+
+@pytest.mark.parametrize("sections", [markdown_sections, rst_sections])
+@pytest.mark.parametrize("text", ["", "\n\n", "=", "#", "===\n\n===", "def", "```"])
+def test_no_text_is_lost_or_invented(sections, text):
+    assert "".join(section.text for section in sections(text)).split() in ([], text.split())
