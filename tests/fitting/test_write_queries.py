@@ -60,7 +60,7 @@ def test_every_document_is_reached_before_any_is_finished():
 
 def test_each_passage_has_one_kind_first_and_all_in_the_end(store):
     writer = CountingWriter()
-    report = write(passages(), writer, store)
+    report = write(passages(), writer, store, kinds={"question": 0.6, "keywords": 0.2, "statement": 0.2})
     first = writer.assignments[:12]
     assert len({task.passage for task in first}) == 12
     assert {(task.passage, task.kind) for task in writer.assignments} == {

@@ -21,7 +21,7 @@ from d2llm.core.types import Passage
 from d2llm.fitting.draft_store import Draft, DraftStore, passage_hash
 from d2llm.models.writers.writer import Assignment, QueryKind, Writer
 
-DEFAULT_KINDS: Mapping[QueryKind, float] = {"question": 0.6, "keywords": 0.2, "statement": 0.2}
+DEFAULT_KINDS: Mapping[QueryKind, float] = {"question": 0.7, "keywords": 0.3}
 """Share of each kind of query among the first queries of the passages."""
 MIN_CHARACTERS = 80
 """Passages with a shorter text are too short to ask anything that others do not answer."""

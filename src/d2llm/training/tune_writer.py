@@ -22,7 +22,7 @@ from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.models.device import inference, tokens_at_a_time
 from d2llm.models.sources import hub_name
 from d2llm.models.writers.local import WRITER_KIND, LocalWriter
-from d2llm.models.writers.writer import Assignment, kind_of_query
+from d2llm.models.writers.writer import Assignment, keywords_of, kind_of_query
 from d2llm.ops.batching import token_budget_batches
 from d2llm.training.checkpoints import (
     CHECKPOINT,
@@ -99,7 +99,8 @@ class WriterTuningReport:
 def writer_data(datasets: Sequence[Dataset], tuning: WriterTuningConfig, *, seed: int = 0) -> WriterData:
     """One example for each query of the train and dev splits, with one of its positives, drawn at random.
 
-    A data set that was read without a dev split has no dev examples.
+    A share of the training questions become keyword queries. A data set that was read without a dev split has no dev
+    examples.
 
     Raises:
         DataFormatError: a data set was read without its train split.
@@ -118,7 +119,8 @@ def writer_data(datasets: Sequence[Dataset], tuning: WriterTuningConfig, *, seed
         shared = {query_id for query_id, passages in positives.items() if not reserved.isdisjoint(passages)}
         num_shared += len(shared)
         rest = {query_id: passages for query_id, passages in positives.items() if query_id not in shared}
-        training += _examples(dataset, rest, seed)[: tuning.max_queries]
+        examples = _examples(dataset, rest, seed)[: tuning.max_queries]
+        training += [_as_keywords(example, tuning.keywords_share, seed) for example in examples]
         if "dev" in held_out:
             dev += _examples(dataset, dataset.positives("dev"), seed)[: tuning.dev_queries]
     if not training:
@@ -320,6 +322,15 @@ def _examples(dataset: Dataset, positives: dict[str, tuple[str, ...]], seed: int
             examples.append(WriterExample(Assignment(passage.text, kind_of_query(query), title=passage.title), query))
     random.Random(f"{seed}:{dataset.name}").shuffle(examples)
     return examples
+
+
+def _as_keywords(example: WriterExample, share: float, seed: int) -> WriterExample:
+    """A share of the questions as keyword queries; other examples unchanged."""
+    assignment = example.assignment
+    if assignment.kind != "question" or random.Random(f"{seed}:{example.query}").random() >= share:
+        return example
+    keywords = keywords_of(example.query)
+    return example if keywords is None else WriterExample(replace(assignment, kind="keywords"), keywords)
 
 
 def _measured(

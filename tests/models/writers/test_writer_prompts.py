@@ -8,7 +8,7 @@ import pytest
 from d2llm.core.errors import InputError
 from d2llm.models.text_lengths import TextLengths
 from d2llm.models.writers.prompts import as_data, cut_assignments, load_writer_prompt
-from d2llm.models.writers.writer import QUERY_KINDS, Assignment, QueryKind, kind_of_query
+from d2llm.models.writers.writer import QUERY_KINDS, Assignment, QueryKind, keywords_of, kind_of_query
 
 OWN_PROMPT = """
 [question]
@@ -152,3 +152,18 @@ def test_the_kind_of_a_query_follows_from_its_form(query: str, kind: QueryKind):
 def test_impossible_assignments_are_rejected(arguments: tuple[str, ...], message: str):
     with pytest.raises(InputError, match=message):
         Assignment(*arguments)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("question", "keywords"),
+    [
+        ("What is the capital of France?", "capital France"),
+        ("How does smoking affect the heart?", "smoking affect heart"),
+        ("Who was he?", None),  # nothing is left
+        ("Why?", None),
+        ("insulin dose", None),  # these are keywords already
+        ("Which of the very many different kinds of old red wine glasses break first in hot soapy water?", None),
+    ],
+)
+def test_questions_become_keywords(question, keywords):
+    assert keywords_of(question) == keywords

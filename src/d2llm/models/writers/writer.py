@@ -20,6 +20,11 @@ _QUESTION_WORD = re.compile(
     r"|can|could|should|would|will|shall|may|might)\b",
     re.I,
 )
+_FUNCTION_WORDS = _QUESTION_WORDS | frozenset(
+    "a an the this that these those some any of in on at by for from to with without about as into over under between "
+    "during after before and or but if than then there it its he him his she her they them their we us our you your i me "
+    "my one be been being not no so such own same also most more other another".split()
+)
 _CHINESE_QUESTION = re.compile(r"什么|什麼|为何|為何|如何|怎|哪|谁|誰|几|幾|多少|是否|吗|嗎|呢$")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _SENTENCE_END = (".", "!", "。", "！")
@@ -135,6 +140,14 @@ def kind_of_query(text: str) -> QueryKind:
     num_chinese = len(_CJK.findall(text))
     is_short = num_chinese <= _LONGEST_CHINESE_KEYWORDS if num_chinese else len(text.split()) <= _MOST_KEYWORDS
     return "keywords" if is_short else "statement"
+
+
+def keywords_of(question: str) -> str | None:
+    """An English question without its function words, as people type it into a search box; None if little is left."""
+    words = [word.strip('?!.,;:"()') for word in question.split()]
+    kept = [word for word in words if word and word.casefold() not in _FUNCTION_WORDS]
+    is_short = 2 <= len(kept) <= _MOST_KEYWORDS and len(kept) < len(words)
+    return " ".join(kept) if is_short else None
 
 
 _CLASSES = {"local": ("local", "LocalWriter"), "remote": ("remote", "RemoteWriter")}
