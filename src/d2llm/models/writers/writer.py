@@ -20,10 +20,11 @@ _QUESTION_WORD = re.compile(
     r"|can|could|should|would|will|shall|may|might)\b",
     re.I,
 )
-_FUNCTION_WORDS = _QUESTION_WORDS | frozenset(
-    "a an the this that these those some any of in on at by for from to with without about as into over under between "
-    "during after before and or but if than then there it its he him his she her they them their we us our you your i me "
-    "my one be been being not no so such own same also most more other another".split()
+_FUNCTION_WORD = re.compile(
+    r"an?|the|th(?:is|at|ese|ose)|some|any|of|in|on|at|by|for|from|to|with|without|about|as|into|over|under|between"
+    r"|during|after|before|and|or|but|if|than|then|there|its?|he|him|his|she|hers?|they|them|their|we|us|our|you|your"
+    r"|i|me|my|one|be|been|being|not|no|so|such|own|same|also|most|more|other|another",
+    re.IGNORECASE,
 )
 _CHINESE_QUESTION = re.compile(r"什么|什麼|为何|為何|如何|怎|哪|谁|誰|几|幾|多少|是否|吗|嗎|呢$")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
@@ -145,7 +146,8 @@ def kind_of_query(text: str) -> QueryKind:
 def keywords_of(question: str) -> str | None:
     """An English question without its function words, as people type it into a search box; None if little is left."""
     words = [word.strip('?!.,;:"()') for word in question.split()]
-    kept = [word for word in words if word and word.casefold() not in _FUNCTION_WORDS]
+    function_words = (_FUNCTION_WORD, _QUESTION_WORD)
+    kept = [word for word in words if word and not any(pattern.fullmatch(word) for pattern in function_words)]
     is_short = 2 <= len(kept) <= _MOST_KEYWORDS and len(kept) < len(words)
     return " ".join(kept) if is_short else None
 
