@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,9 @@ def test_a_tuned_writer_has_learnt_and_is_loaded_from_its_folder(tmp_path: Path,
     assert manifest["report"]["dev_loss"] == report.dev_loss
     card = (tmp_path / "writer" / "README.md").read_text(encoding="utf-8")
     assert f"{report.dev_loss:.3f} nats; before tuning it was {report.dev_loss_before:.3f}" in card
-    assert "| question | 24 |" in card
+    kinds = Counter(example.assignment.kind for example in writer_data([questions()], WriterTuningConfig()).training)
+    assert kinds.keys() == {"question", "keywords"}
+    assert all(f"| {kind} | {number} |" in card for kind, number in kinds.items())
     assert str(tmp_path) not in card
     assert not (tmp_path / "writer.run" / "checkpoint.safetensors").exists()
 
