@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from d2llm.core.errors import DataFormatError, InputError, MismatchError
 from d2llm.core.recipe import LoraConfig, WriterConfig
 from d2llm.models.writers.local import LocalWriter, _Sampler, tuned_prompt, tuned_target
-from d2llm.models.writers.writer import Assignment, Writer, load_writer
+from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, Writer, load_writer
 from tiny_models import MAX_TOKENS, TEXTS, randomise, tiny_tokenizer, write_tiny_model
 
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
@@ -256,3 +256,9 @@ def test_the_loss_is_that_of_the_querys_tokens(llama: Path):
             logits = model.whole(torch.tensor([[*prompt, *target]])).logits[0].double().log_softmax(-1)
             expected -= sum(float(logits[len(prompt) + n - 1, token]) for n, token in enumerate(target))
         assert float(model.query_loss(prompts, targets)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_untuned_writer_takes_the_likeliest_token_unless_told_otherwise(tuned: Path, llama: Path):
+    assert load(llama).temperature == 0
+    assert load(llama, temperature=0.5).temperature == 0.5
+    assert load(tuned).temperature == DEFAULT_TEMPERATURE

@@ -39,7 +39,7 @@ from d2llm.models.sources import (
 from d2llm.models.text_lengths import TextLengths
 from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompt, as_data, cut_assignments, load_writer_prompt
-from d2llm.models.writers.writer import QUERY_KINDS, Assignment, QueryKind, WrittenQueries
+from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, QUERY_KINDS, Assignment, QueryKind, WrittenQueries
 from d2llm.ops.batching import pad_left, token_budget_batches
 
 _log = logging.getLogger(__name__)
@@ -180,6 +180,13 @@ class LocalWriter:
         return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
 
     @property
+    def temperature(self) -> float:
+        """The temperature of its sampling."""
+        if self.config.temperature is not None:
+            return self.config.temperature
+        return 0.0 if self.tuned is None else DEFAULT_TEMPERATURE
+
+    @property
     def device(self) -> torch.device:
         """The device that holds the weights."""
         return next(self.model.parameters()).device
@@ -189,7 +196,7 @@ class LocalWriter:
         """Identity of everything that affects what is written, except rounding."""
         config = self.config
         prompts = ["tuned"] if self.tuned else [prompt.fingerprint for prompt in self.prompts.values()]
-        sampling = [config.max_new_tokens, config.temperature, config.top_p]
+        sampling = [config.max_new_tokens, self.temperature, config.top_p]
         return fingerprint_json(["local", self.weights_fingerprint, prompts, config.max_passage_tokens, sampling])
 
     def write(
@@ -321,8 +328,8 @@ class LocalWriter:
             eos_token_id=self._end_ids,
             pad_token_id=self._padding,
         )
-        sampler = _Sampler([row.draws for row in rows], temperature=self.config.temperature, top_p=self.config.top_p)
-        processors = LogitsProcessorList([cast(Any, sampler)] if self.config.temperature > 0 else [])
+        sampler = _Sampler([row.draws for row in rows], temperature=self.temperature, top_p=self.config.top_p)
+        processors = LogitsProcessorList([cast(Any, sampler)] if self.temperature > 0 else [])
         with inference(self.whole), self._number_format():
             output = self.whole.generate(
                 input_ids=token_ids, attention_mask=mask.long(), generation_config=settings, logits_processor=processors

@@ -15,7 +15,7 @@ from d2llm.models.endpoint import Endpoint
 from d2llm.models.text_lengths import TextLengths
 from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompt, cut_assignments, load_writer_prompt
-from d2llm.models.writers.writer import QUERY_KINDS, Assignment, QueryKind, WrittenQueries
+from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, QUERY_KINDS, Assignment, QueryKind, WrittenQueries
 
 _log = logging.getLogger(__name__)
 
@@ -83,10 +83,15 @@ class RemoteWriter:
         return writer
 
     @property
+    def temperature(self) -> float:
+        """The temperature of its sampling."""
+        return DEFAULT_TEMPERATURE if self.config.temperature is None else self.config.temperature
+
+    @property
     def fingerprint(self) -> str:
         """Identity of everything that affects what is written."""
         config, remote = self.config, self.remote
-        sampling = [config.max_new_tokens, config.temperature, config.top_p, remote.extra_body, list(remote.leave_out)]
+        sampling = [config.max_new_tokens, self.temperature, config.top_p, remote.extra_body, list(remote.leave_out)]
         reading = [config.max_passage_tokens, remote.tokenizer or remote.characters_per_token, remote.api]
         prompts = [prompt.fingerprint for prompt in self.prompts.values()]
         return fingerprint_json(["remote", config.model, remote.revision, prompts, reading, sampling])
@@ -124,7 +129,7 @@ class RemoteWriter:
         """The fields of a request besides model and prompt."""
         settings: dict[str, Any] = {
             "max_tokens": self.config.max_new_tokens * assignment.num_queries,
-            "temperature": self.config.temperature,
+            "temperature": self.temperature,
             "top_p": self.config.top_p,
             "seed": assignment.seed,
         }

@@ -15,6 +15,8 @@ QueryKind = Literal["question", "keywords", "statement"]
 """What a query is: a question, a few keywords, or a statement that the passage supports."""
 QUERY_KINDS: tuple[QueryKind, ...] = get_args(QueryKind)
 
+DEFAULT_TEMPERATURE = 0.8
+
 _QUESTION_WORD = re.compile(
     r"\W*(?:who|whom|whose|what|when|where|which|why|how|is|are|was|were|am|do|does|did|has|have|had"
     r"|can|could|should|would|will|shall|may|might)\b",
