@@ -253,8 +253,8 @@ class WriterConfig(_Section):
     max_new_tokens: int = Field(default=48, ge=4)
     """Maximum length of one query; an answer with several queries may be that many times as long."""
     temperature: float | None = Field(default=None, ge=0)
-    """0: always the likeliest token. By default 0.8, but 0 for a local model that was not tuned to write: little that it
-    draws fits the passage."""
+    """0: always the likeliest token. By default 0.8, but 0 for a local model that was not tuned to write: little of
+    what it draws fits the passage."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Choose among the likeliest tokens that together have this probability."""
     remote: RemoteWriterConfig | None = None
