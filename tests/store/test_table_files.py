@@ -352,7 +352,7 @@ def test_a_reader_waits_for_a_writer_that_removes_versions(store, monkeypatch):
 
 
 def test_lancedb_writes_to_an_index(store, caplog):
-    import_lancedb().connect(store.folder).open_table("passages").delete("id = 'p1'")  # bypasses our lock and our commit
+    import_lancedb().connect(store.folder).open_table("passages").delete("id = 'p1'")  # without our lock and commit
     remaining = {key: value for key, value in PASSAGES.items() if key != "p1"}
     check_contents(_reopen(store), remaining)
     assert "has no checksums; it was written by LanceDB directly" in caplog.text
