@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """With ``-m "not slow"``, do not import the files that it leaves out: their libraries take long to load."""
     leaves_out = config.getoption("markexpr") == "not slow" and _is_among(collection_path, SLOW_FOLDERS, SLOW_FILES)
     return True if leaves_out else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without the garbage collector, and let it pass over what was imported.
+
+    Imports create millions of objects, hardly any of which become garbage: looking at them took a quarter of this time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import faiss  # noqa: F401
-import lancedb  # noqa: F401
 import numpy as np
 
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Passage
 from d2llm.store.index_store import IndexStore
+from d2llm.store.lancedb_import import import_lancedb
 from d2llm.store.view import PassageView
 from tiny_store import DIM, live_rows, put
+
+import_lancedb()
 
 
 def read(view: PassageView) -> dict[str, Any]:

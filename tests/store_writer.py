@@ -19,17 +19,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import lancedb  # noqa: F401  # before the fork, as torch below: otherwise a writer might be killed while importing
-import torch  # noqa: F401
+import torch  # noqa: F401  # before the fork, as lancedb below: otherwise a writer might be killed while importing
 
 import d2llm.store.inspection  # noqa: F401
 from d2llm.core.types import Passage
 from d2llm.store import word_files
 from d2llm.store.index_store import IndexStore
+from d2llm.store.lancedb_import import import_lancedb
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.vector_file import VectorFile
 from tiny_store import put
+
+import_lancedb()
 
 State = dict[str, Any]
 

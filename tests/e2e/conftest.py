@@ -68,30 +68,68 @@ def browser():
         chromium.close()
 
 
+class Tabs:
+    """Pages for several tests, one after the other: a new page starts a process, which costs more than most tests."""
+
+    def __init__(self, browser):
+        self._browser = browser
+        self._idle = []
+        self._open = []
+
+    def open(self, address, *, width, colours, listeners):
+        """Load an address in a page without history, storage or listeners other than these, by event."""
+        if self._idle:
+            page = self._idle.pop()
+        else:
+            page = self._browser.new_context().new_page()
+            page.set_default_timeout(20_000)
+        self._open.append((page, listeners))
+        for event, listener in listeners.items():
+            page.on(event, listener)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=colours, media="null", reduced_motion="null")
+        page.mouse.move(0, 0)
+        page.goto(address)
+        return page
+
+    def clear(self):
+        """Leave the open pages, which the next test then gets."""
+        while self._open:
+            page, listeners = self._open.pop()
+            page.unroute_all(behavior="ignoreErrors")
+            if page.url.startswith("http"):
+                page.evaluate("localStorage.clear(); sessionStorage.clear()")
+            for event, listener in listeners.items():
+                page.remove_listener(event, listener)
+            page.goto("about:blank")
+            self._idle.append(page)
+
+
+@pytest.fixture(scope="module")
+def tabs(browser):
+    return Tabs(browser)
+
+
 @pytest.fixture
-def visit(browser):
+def visit(tabs):
     """Opens pages; at teardown, fails if one contacted another host, logged to the console or raised an error."""
-    contexts, hosts, complaints, allowed = [], set(), [], []
+    hosts, hosts_allowed, complaints, allowed = set(), {""}, [], []
+    listeners = {
+        "request": lambda request: hosts.add(urlsplit(request.url).netloc),
+        "console": lambda message: complaints.append(message.text),
+        "pageerror": lambda error: complaints.append(str(error)),
+        "dialog": lambda dialog: (complaints.append(dialog.message), dialog.dismiss()),
+    }
 
     def open_page(address, width=1280, colours="light", expected=(), ready=True):
         allowed.extend(expected)
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colours)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-        page.goto(address)
         hosts_allowed.add(urlsplit(address).netloc)
+        page = tabs.open(address, width=width, colours=colours, listeners=listeners)
         if ready:
             page.wait_for_selector("#facts div", state="attached", timeout=60_000)
         return page
 
-    hosts_allowed = {""}
     yield open_page
-    for context in contexts:
-        context.close()
+    tabs.clear()
     assert [text for text in complaints if not any(part in text for part in allowed)] == []
     assert hosts <= hosts_allowed

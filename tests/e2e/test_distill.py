@@ -70,9 +70,9 @@ def test_the_report_describes_the_run(place: Place, trained: Trained) -> None:
     assert (report.steps, report.queries, report.unlabelled_queries) == (8, 16, 0)  # 2 epochs of 16 / 4
     assert report.best_step in (4, 8)
     assert not report.stopped_early
-    assert set(report.residual_weights) == {"asymmetric"}
+    assert set(report.interaction_weights) == {"asymmetric"}
     dev = report.dev["tiny"]
-    assert dev["by_weight"][str(report.residual_weights["asymmetric"])] == max(dev["by_weight"].values())
+    assert dev["by_weight"][str(report.interaction_weights["asymmetric"])] == max(dev["by_weight"].values())
     assert max(dev["by_weight"].values()) > dev["start"]
     manifest = json.loads((trained.folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["dev"] == report.dev
@@ -168,7 +168,7 @@ def test_the_saved_student_scores_like_the_trained_one(place: Place, trained: Tr
     np.testing.assert_allclose(scores(reloaded), scores(trained.student), rtol=1e-4, atol=1e-4)
     assert np.abs(scores(reloaded) - scores(untrained(place))).max() > 0.1
     weight = reloaded.interaction.interaction_weight("asymmetric")
-    assert float(weight) == trained.report.residual_weights["asymmetric"]
+    assert float(weight) == trained.report.interaction_weights["asymmetric"]
     assert float(reloaded.interaction.interaction_weight("symmetric")) == 1.0  # not trained, so left as it was
 
 
@@ -197,7 +197,7 @@ def test_the_head_of_the_paper(place: Place, tmp_path: Path) -> None:
     paper = InteractionConfig(head="paper", features="concat", hidden_dim=16, feature_dim=8)
     config = base.model_copy(update={"interaction": paper})
     report = place.run(tmp_path / "student", student=config)
-    assert report.residual_weights == {"asymmetric": 1.0}
+    assert report.interaction_weights == {"asymmetric": 1.0}
     assert set(report.dev["tiny"]["by_weight"]) == {"1.0"}
     assert Student.load(tmp_path / "student", device="cpu").fingerprint == report.fingerprint
     assert all("anchor_cross_entropy" not in line for line in log_of(tmp_path / "student"))
@@ -217,7 +217,7 @@ def test_the_start_is_saved_if_training_only_hurts(place: Place, tmp_path: Path)
     }
     assert max(by_step[4], by_step[8]) < by_step[0] - 0.1  # training did hurt: 0.45 at the start, then chance, 0.25
     assert report.best_step == 0
-    assert report.residual_weights == {"asymmetric": 0.0}
+    assert report.interaction_weights == {"asymmetric": 0.0}
     assert set(report.dev["tiny"]["by_weight"].values()) == {report.dev["tiny"]["start"]}
     untrained = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
     written = Student.load(tmp_path / "student", device="cpu", dtype="float32")

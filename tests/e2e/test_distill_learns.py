@@ -62,7 +62,7 @@ def test_dev_gain_after_eighty_steps(
         dtype="float32",
     )
     dev = report.dev["tiny"]
-    gain = dev["by_weight"][str(report.residual_weights["asymmetric"])] - dev["start"]
+    gain = dev["by_weight"][str(report.interaction_weights["asymmetric"])] - dev["start"]
     assert report.steps == 80
     assert dev["start"] < 0.15
     assert min_gain <= gain <= max_gain

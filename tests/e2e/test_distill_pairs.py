@@ -131,12 +131,12 @@ def test_vectors_are_trained_before_the_interaction(place: Place, tmp_path: Path
     assert len(second_stage) == 6
     assert any(len(set(values.values())) > 1 for results in second_stage for values in results.values())
     for name, result in report.dev.items():
-        weight = report.residual_weights["asymmetric" if name == "tiny" else "symmetric"]
+        weight = report.interaction_weights["asymmetric" if name == "tiny" else "symmetric"]
         assert result["by_weight"][str(weight)] >= result["by_weight"]["0.0"]
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert student.fingerprint == report.fingerprint
     head = student.interaction
-    assert any(float(p.abs().max()) > 0 for p in head.output.parameters()) or report.residual_weights == {
+    assert any(float(p.abs().max()) > 0 for p in head.output.parameters()) or report.interaction_weights == {
         "asymmetric": 0.0,
         "symmetric": 0.0,
     }

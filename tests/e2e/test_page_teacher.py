@@ -255,6 +255,27 @@ def test_a_late_ranking_of_an_old_query_is_never_shown(visit, address, teacher):
     assert ids_of(page.locator(".column").nth(2)) == expected
 
 
+def test_words_that_arrive_during_a_press_do_not_move_the_button(visit, address, teacher):
+    page = visit(f"{address}/{BESIDE}")
+    wait_for_columns(page)
+    explanations = []
+    page.route("**/v1/explain", lambda route: explanations.append(route), times=1)
+    card = page.locator(".column").nth(1).locator(".card").first
+    card.locator(".toggle-why").click()
+    waiting.until(lambda: page.wait_for_timeout(10) or explanations, "the request to weigh words")
+    num_calls = teacher.num_calls
+    button = card.get_by_role("button", name="Ask the teacher")
+    button.scroll_into_view_if_needed()
+    box = button.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    explanations[0].continue_()
+    card.locator(".text mark.weight").first.wait_for()
+    page.mouse.up()
+    until(page, "document.querySelector('.verdict').textContent.includes('%')")
+    assert teacher.num_calls == num_calls + 1
+
+
 def test_a_failing_teacher_is_reported_and_the_page_works_on(visit, address, teacher):
     teacher.error = ModelError("the teacher's memory is full")
     page = visit(f"{address}/{BESIDE}", expected=["500 (Internal Server Error)"])

@@ -13,26 +13,23 @@ WIDE, PHONE = 1200, 360
 
 
 @pytest.fixture
-def open_report(browser, tmp_path):
+def open_report(tabs, tmp_path):
     """Opens a report; at teardown, fails if it made a network request or wrote to the console."""
-    contexts, requests, complaints = [], [], []
+    requests, complaints = [], []
+    listeners = {
+        "request": lambda request: requests.append(request.url),
+        "console": lambda message: complaints.append(message.text),
+        "pageerror": lambda error: complaints.append(str(error)),
+        "dialog": lambda dialog: complaints.append(dialog.message),
+    }
 
     def open_page(report, width=WIDE, colours="light"):
         path = Path(tmp_path) / "report.html"
         path.write_text(render_html(report), encoding="utf-8")
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colours)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: complaints.append(dialog.message))
-        page.goto(path.as_uri())
-        return page
+        return tabs.open(path.as_uri(), width=width, colours=colours, listeners=listeners)
 
     yield open_page
-    for context in contexts:
-        context.close()
+    tabs.clear()
     assert not complaints
     assert {url.split(":")[0] for url in requests} <= {"file", "data"}
     assert all(url.endswith("/report.html") for url in requests if url.startswith("file"))

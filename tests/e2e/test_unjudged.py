@@ -101,7 +101,7 @@ def test_neighbours_without_a_label_can_be_left_out(place, tmp_path, monkeypatch
 def test_the_teacher_is_not_asked_behind_a_closed_gate(place, tmp_path, monkeypatch):
     """A closed gate: the data set teaches without the teacher, and its neighbours count as irrelevant."""
     calls: list[Any] = []
-    monkeypatch.setattr("d2llm.training.distill.label_passages", lambda *args, **_: calls.append(args))
+    monkeypatch.setattr("d2llm.training.distill.label_pool", lambda *args, **_: calls.append(args))
     monkeypatch.setattr(residual, "_draw", without_random(residual._draw))
     _, batches = run(place, tmp_path, monkeypatch, unjudged="ask_teacher", closed_gates=[place.source.dataset.name])
     assert calls == []

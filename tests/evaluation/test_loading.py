@@ -233,7 +233,11 @@ def test_invalid_runs_are_rejected(world, tmp_path, line, error, message):
 def test_notes_mention_closed_gates(world, tmp_path):
     folder = world.student(tmp_path / "far" / "student")
     manifest = json.loads((folder / "manifest.json").read_text())
-    changes = {"closed_gates": ["squad"], "share_kept": 0.5, "residual_weights": {"symmetric": 0.0, "asymmetric": 1.0}}
+    changes = {
+        "closed_gates": ["squad"],
+        "share_kept": 0.5,
+        "interaction_weights": {"symmetric": 0.0, "asymmetric": 1.0},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
     contenders = load(folder, with_teacher=False)
     assert [note.split(":")[0] for note in contenders.notes] == [

@@ -341,7 +341,7 @@ class TestCard:
         ]
         content = {
             "recipe": {"data": data},
-            "residual_weights": {"asymmetric": 0.5, "symmetric": 1.0},
+            "interaction_weights": {"asymmetric": 0.5, "symmetric": 1.0},
             "dev": {"squad": {"start": 0.5, "by_weight": {"0.0": 0.6, "0.5": 0.7254}}},
         }
         student.save(tmp_path / "student", content=content)

@@ -10,16 +10,15 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-import lancedb
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lancedb.index import Bitmap, BTree
 
 from d2llm.core.errors import FilterError
 from d2llm.core.types import Passage
 from d2llm.store.filters import parse_filter
+from d2llm.store.lancedb_import import import_lancedb
 from d2llm.store.schema import MetadataSchema
 
 UTC = timezone.utc
@@ -115,10 +114,11 @@ def make_table(folder: Path, indexed: bool, passages: list[Passage] = PASSAGES) 
     fields = [pa.field(name, column.type, nullable=False) for name, column in base_columns.items()]
     columns = {**base_columns, **SCHEMA.columns(passages)}
     schema = pa.schema([*fields, *SCHEMA.arrow_fields()])
+    lancedb = import_lancedb()
     table = lancedb.connect(folder).create_table("passages", pa.table(list(columns.values()), schema=schema))
     if indexed:
         for name in TYPES:
-            table.create_index(name, config=Bitmap() if name == "draft" else BTree())
+            table.create_index(name, config=lancedb.index.Bitmap() if name == "draft" else lancedb.index.BTree())
     return table
 
 

@@ -7,13 +7,13 @@ import time
 from datetime import datetime, timezone
 from typing import Any
 
-import lancedb
 import pyarrow as pa
 import pytest
 
 from d2llm.core.errors import FilterError, InputError
 from d2llm.core.types import Passage
 from d2llm.store.filters import MAX_COMPARISONS, MAX_DEPTH, MAX_LENGTH, MAX_PATTERN, MAX_VALUES, parse_filter
+from d2llm.store.lancedb_import import import_lancedb
 from d2llm.store.schema import MetadataSchema
 
 SCHEMA = MetadataSchema(
@@ -288,7 +288,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Any:
         Passage("a\0b", "", metadata={}),
     ]
     columns = {"id": pa.array([passage.id for passage in passages]), **SCHEMA.columns(passages)}
-    return lancedb.connect(tmp_path_factory.mktemp("lance")).create_table("passages", pa.table(columns))
+    return import_lancedb().connect(tmp_path_factory.mktemp("lance")).create_table("passages", pa.table(columns))
 
 
 def matching_ids(table: Any, text: str) -> list[str]:

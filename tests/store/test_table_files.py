@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -21,6 +20,7 @@ from d2llm.store.checksums import FileSums, problem_of, read_checked, sample_blo
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import verify
 from d2llm.store.lance_manifest import manifests
+from d2llm.store.lancedb_import import import_lancedb
 from d2llm.store.table_files import TableFiles
 from d2llm.store.view import PassageView
 from tiny_store import DIM, check_contents, few_passages, new_store, put, vectors_of
@@ -332,7 +332,7 @@ def test_a_reader_waits_for_a_writer_that_removes_versions(store, monkeypatch):
     with store.writing():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TableFiles, "commit", lambda *_, **__: None)
-            lancedb.connect(store.folder).open_table("passages").delete("id = 'p1'")
+            import_lancedb().connect(store.folder).open_table("passages").delete("id = 'p1'")
         for version, path in manifests(files.table).items():
             if version <= other.files.record().version:
                 (files.table / path).unlink()
@@ -352,7 +352,7 @@ def test_a_reader_waits_for_a_writer_that_removes_versions(store, monkeypatch):
 
 
 def test_lancedb_writes_to_an_index(store, caplog):
-    lancedb.connect(store.folder).open_table("passages").delete("id = 'p1'")  # bypasses our lock and our commit
+    import_lancedb().connect(store.folder).open_table("passages").delete("id = 'p1'")  # without our lock and commit
     remaining = {key: value for key, value in PASSAGES.items() if key != "p1"}
     check_contents(_reopen(store), remaining)
     assert "has no checksums; it was written by LanceDB directly" in caplog.text
@@ -367,7 +367,7 @@ def test_lancedb_compacts_an_index(store):
     put(store, LATER.values())
     for _ in range(3):
         with pytest.warns(UserWarning, match="removes every version"):
-            lancedb.connect(store.folder).open_table("passages").optimize(cleanup_older_than=timedelta(0))
+            import_lancedb().connect(store.folder).open_table("passages").optimize(cleanup_older_than=timedelta(0))
     check_contents(_reopen(store), PASSAGES | LATER)
     put(store, [Passage("new", "text")])
     assert verify(store).problems == []

@@ -16,8 +16,9 @@ from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.models.student import Student
-from d2llm.training.choose_weights import INTERACTION_WEIGHTS, choose_interaction_weights, value_by_set
+from d2llm.training.choose_weights import choose_interaction_weights, value_by_set
 from d2llm.training.dev import (
+    INTERACTION_WEIGHTS,
     DevResult,
     DevSet,
     evaluate_dev,

@@ -163,6 +163,36 @@ def interleaved(rankings: Sequence[Sequence[str]], depth: int) -> list[str]:
     return list(dict.fromkeys(passage_id for passage_id in in_turn if passage_id is not None))[:depth]
 
 
+def label_pool(
+    judge: Judge,
+    pool: Pool,
+    labels: LabelStore,
+    task: Task,
+    *,
+    query_text: Callable[[str], str],
+    passage_text: Callable[[str], str],
+    title: str,
+) -> JudgingCounts:
+    """Judge every pair of the pool and add the labels to an open store; ``judge_pool`` also reads them back.
+
+    ``query_text`` and ``passage_text`` return the text of an id. Errors are those of ``judge_pairs``.
+    """
+    queries = [QueryPairs(query_id, tuple(passage_ids)) for query_id, passage_ids in pool.items() if passage_ids]
+    counts = JudgingCounts()
+    with progress_bar(title, sum(len(query.passage_ids) for query in queries)) as advance:
+        judge_pairs(
+            judge,
+            queries,
+            LabelWriter(labels),
+            task,
+            query_text=query_text,
+            passage_text=passage_text,
+            advance=with_rate(advance),
+            counts=counts,
+        )
+    return counts
+
+
 def judge_pool(
     judge: Judge,
     pool: Pool,
@@ -191,24 +221,19 @@ def judge_pool(
         query_id: tuple(p for p in labels.missing(query_id, passage_ids) if p not in scores[query_id])
         for query_id, passage_ids in pool.items()
     }
-    queries = [QueryPairs(query_id, passage_ids) for query_id, passage_ids in missing.items() if passage_ids]
-    counts = JudgingCounts()
-    num_pairs = sum(len(query.passage_ids) for query in queries)
-    with progress_bar(title, num_pairs) as advance:
-        judge_pairs(
-            judge,
-            queries,
-            LabelWriter(labels),
-            task,
-            query_text=query_texts.__getitem__,
-            passage_text=passage_texts.__getitem__,
-            advance=advance,
-            counts=counts,
-        )
+    counts = label_pool(
+        judge,
+        missing,
+        labels,
+        task,
+        query_text=query_texts.__getitem__,
+        passage_text=passage_texts.__getitem__,
+        title=title,
+    )
     for query_id, passage_ids in pool.items():
         values = scores[query_id] | labels.log_odds(query_id)
         scores[query_id] = {passage_id: values[passage_id] for passage_id in passage_ids}
-    return PoolScores(scores, num_pairs, counts.truncated)
+    return PoolScores(scores, counts.pairs, counts.truncated)
 
 
 def _chunks(queries: Iterable[QueryPairs]) -> Iterator[list[QueryPairs]]:

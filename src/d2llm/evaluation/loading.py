@@ -132,7 +132,7 @@ def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, Sea
 
 def _provenance(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """How the student was made, from its manifest."""
-    names = ("fingerprint", "base_fingerprint", "teacher", "recipe", "residual_weights", "packages")
+    names = ("fingerprint", "base_fingerprint", "teacher", "recipe", "interaction_weights", "packages")
     optional = ("closed_gates", "share_kept")
     return {"name": name, **{key: manifest[key] for key in (*names, *optional) if key in manifest}}
 
@@ -149,7 +149,7 @@ def _gate_notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
         limit = manifest["recipe"].get("training", {}).get("largest_share", 1.0)
         why = "the recipe's maximum" if share == limit else "a larger share was no better on dev"
         notes.append(f"{share:.0%} of the change of weights in training was kept: {why}")
-    off = [task for task, weight in manifest.get("residual_weights", {}).items() if weight == 0]
+    off = [task for task, weight in manifest.get("interaction_weights", {}).items() if weight == 0]
     if off and manifest["config"]["interaction"]["head"] == "anchored":
         notes.append(f"the interaction is switched off for {' and '.join(off)} search: on dev it added nothing")
     return tuple(notes)

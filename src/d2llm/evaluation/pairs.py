@@ -247,7 +247,7 @@ def evaluate_pairs(
         *(student_scores(work, row) for row in contenders.students(settings.num_candidates, settings.top_k)),
         *(judge_scores(work, *judge) for judge in judges),
     ]
-    return _Figures(work, contenders, gold, tuning_gold, systems, [name for name, _, _ in judges]).report()
+    return _PairFigures(work, contenders, gold, tuning_gold, systems, [name for name, _, _ in judges]).report()
 
 
 def _check_measurable(work: PairWork, gold: Gold, tuning_gold: Gold | None, *, sampled: bool) -> None:
@@ -274,7 +274,7 @@ Resampled = dict[str, tuple[Estimate, NDArray[np.float64]]]
 
 
 @dataclass
-class _Figures:
+class _PairFigures:
     """Computes the report from the scores. ``judges`` are the systems that scored only a sample."""
 
     work: PairWork

@@ -85,7 +85,7 @@ def evaluate_retrieval(
     followers: dict[str, figures.Scores] = {}
     if teacher_scores is not None:
         followers = {row.name: _pool_scores(work, row, pool) for row in students}
-    return _Figures(
+    return _RetrievalFigures(
         work,
         contenders,
         systems,
@@ -174,7 +174,7 @@ def _pool_scores(work: RetrievalWork, contender: Contender, pool: Pool) -> figur
 
 
 @dataclass
-class _Figures:
+class _RetrievalFigures:
     """Computes the report from the rankings.
 
     ``judges`` are the rows that answered a sample of the queries, ``parts`` those of the student without a part of its

@@ -188,7 +188,7 @@ def _figures(manifest: Mapping[str, Any]) -> list[str]:
     measured: Mapping[str, Mapping[str, Any]] = _recorded(manifest, "dev")
     if not measured:
         return ["## Figures", "None were recorded with this student."]
-    weights: Mapping[str, float] = _recorded(manifest, "residual_weights") or {}
+    weights: Mapping[str, float] = _recorded(manifest, "interaction_weights") or {}
     tasks = {
         _name(str(source["path"])): source.get("task", "asymmetric") for source in _recorded(manifest, "recipe", "data")
     }

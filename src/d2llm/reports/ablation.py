@@ -56,7 +56,7 @@ def ablation_table(report: AblationReport, *, wide: bool = False) -> Table:
         for row in rows:
             runs = row.runs
             style: Style = "bold" if row.name == report.best else ""
-            weights = "\n".join(f"{_SHORT[task]} {weight:.2f}" for task, weight in row.residual_weights.items())
+            weights = "\n".join(f"{_SHORT[task]} {weight:.2f}" for task, weight in row.interaction_weights.items())
             steps = f"{fmean(r.best_step for r in runs):,.0f} of {fmean(r.steps for r in runs):,.0f}" if runs else None
             table.add_row(
                 Cell(row.name, style, note="" if wide else row.title),

@@ -8,7 +8,6 @@ data cannot measure that loss, so the smallest share that dev cannot distinguish
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,12 +16,7 @@ from torch import Tensor, nn
 
 from d2llm.core.types import Task
 from d2llm.ops.gating import never_worse
-
-if TYPE_CHECKING:
-    from d2llm.training.dev import DevResult
-
-INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""The candidates for an interaction weight r; of equally good ones the smallest is chosen."""
+from d2llm.training.dev import DevResult
 
 Items = dict[str, dict[str, float]]
 """For each data set, the value of each of its queries or pairs."""

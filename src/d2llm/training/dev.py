@@ -37,8 +37,9 @@ from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.bm25 import bm25_lists
-from d2llm.training.choose_weights import INTERACTION_WEIGHTS
 
+INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""The candidates for an interaction weight r; of equally good ones the smallest is chosen."""
 PAIRS_PER_QUERY = 10
 """A dev set of labelled pairs has this many pairs for each query that a dev set of queries would have."""
 LEXICAL_DEPTH = 10

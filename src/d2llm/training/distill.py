@@ -19,6 +19,7 @@ from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
 from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
+from d2llm.evaluation.judging import label_pool
 from d2llm.models.evidence import NO_EVIDENCE, Evidence, read_evidence, write_evidence
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
@@ -27,7 +28,6 @@ from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
 from d2llm.training.dev import DevSet, make_dev_set
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
-from d2llm.training.label import label_passages
 from d2llm.training.objective import OFFSET
 from d2llm.training.processes import Processes, joined_processes, own_device
 from d2llm.training.residual import AskTeacher
@@ -56,7 +56,7 @@ class DistillReport:
     stopped_early: bool
     queries: int
     unlabelled_queries: int
-    residual_weights: dict[Task, float]
+    interaction_weights: dict[Task, float]
     share_kept: float
     is_untrained: bool
     dev: dict[str, dict[str, Any]]
@@ -196,7 +196,7 @@ def _fit_and_write(
         "steps": report.steps,
         "best_step": report.best_step,
         "dev": report.dev,
-        "residual_weights": report.residual_weights,
+        "interaction_weights": report.interaction_weights,
         "share_kept": report.share_kept,
         "closed_gates": sorted(closed),
         "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
@@ -214,7 +214,7 @@ def _report(
     run: DistillRun, folder: Path, labelled: Sequence[LabelledSource], stopped_early: bool, seconds: float
 ) -> DistillReport:
     progress = run.progress
-    has_interaction = run.has_stages and any(progress.best_weights.values())
+    has_interaction = run.has_stages and any(progress.interaction_weights.values())
     task_of: dict[str, Task] = {dev.name: dev.task for dev in run.dev_sets}
     return DistillReport(
         folder=str(folder),
@@ -224,14 +224,14 @@ def _report(
         stopped_early=stopped_early,
         queries=sum(len(source.entries) for source in labelled),
         unlabelled_queries=sum(source.num_unlabelled for source in labelled),
-        residual_weights=progress.best_weights,
+        interaction_weights=progress.interaction_weights,
         share_kept=progress.share_kept,
         is_untrained=(run.best.step == 0 or progress.share_kept == 0) and not has_interaction,
         dev={
             name: {
                 "start": progress.start_dev[name],
                 "last": progress.last_dev[name],
-                "kept": by_weight[str(float(progress.best_weights[task_of[name]]))],
+                "kept": by_weight[str(float(progress.interaction_weights[task_of[name]]))],
                 "by_weight": by_weight,
                 "num_items": len(progress.start_items[name]),
             }
@@ -247,10 +247,22 @@ def _teacher_when_needed(teacher: TeacherConfig, *, device: str | None, dtype: s
 
     def ask(labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> None:
         nonlocal judge
-        if not any(labelled.labels.missing(query_id, ids) for query_id, ids in passages.items()):
+        source = labelled.source
+        missing = {query_id: labelled.labels.missing(query_id, ids) for query_id, ids in passages.items()}
+        if not any(missing.values()):
             return
         judge = judge or load_judge(teacher, device=device, dtype=dtype)
-        label_passages(judge, labelled.source, labelled.labels, passages)
+        counts = label_pool(
+            judge,
+            missing,
+            labelled.labels,
+            source.task,
+            query_text=source.query_text,
+            passage_text=source.passage_text,
+            title=f"labelling pairs of {source.dataset.name}",
+        )
+        if counts.truncated:
+            _log.warning("%d of %d mined pairs were truncated for the teacher", counts.truncated, counts.pairs)
 
     return ask
 

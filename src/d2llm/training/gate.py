@@ -150,16 +150,16 @@ def gate(
     by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder)
     model = load_judge(teacher, device=device, dtype=dtype)
     by_teacher = _judge(model, sets, "teacher", folder)
-    trials = _trials(sets, by_cosine, by_teacher)
-    pooled: dict[tuple[Task, str], list[_Trial]] = {}
-    for trial in trials:
-        pooled.setdefault((trial.dev.task, trial.cosine.measure), []).append(trial)
+    paired = _measure_both(sets, by_cosine, by_teacher)
+    pooled: dict[tuple[Task, str], list[_PairedMeasures]] = {}
+    for one in paired:
+        pooled.setdefault((one.dev.task, one.cosine.measure), []).append(one)
     fitted_on = stacked_queries(teacher)
     report = GateReport(
         teacher=model.fingerprint,
         cosine=student.fingerprint,
         settings=settings,
-        sets=tuple(_row(trial.dev.name, [trial], alpha=settings.alpha, seed=seed) for trial in trials),
+        sets=tuple(_row(one.dev.name, [one], alpha=settings.alpha, seed=seed) for one in paired),
         tasks=tuple(_row(task, members, alpha=settings.alpha, seed=seed) for (task, _), members in pooled.items()),
         num_seen=sum(len(fitted_on.get(dev.name, frozenset()) & dev.queries.keys()) for dev in sets),
         num_judged=sum(judged_dev.num_new for judged_dev in by_teacher),
@@ -195,7 +195,7 @@ def first_look(
     by_teacher = _judge(model, sets, "untuned teacher", folder)
     return FirstLook(
         sets=tuple(
-            _row(trial.dev.name, [trial], alpha=few.alpha, seed=seed) for trial in _trials(sets, by_cosine, by_teacher)
+            _row(one.dev.name, [one], alpha=few.alpha, seed=seed) for one in _measure_both(sets, by_cosine, by_teacher)
         ),
         num_judged=sum(judged_dev.num_new for judged_dev in by_teacher),
         seconds=time.monotonic() - started,
@@ -217,8 +217,8 @@ def read_gate(folder: Path, teacher_fingerprint: str) -> dict[str, bool] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Trial:
-    """Cosine and teacher on one data set."""
+class _PairedMeasures:
+    """What cosine and teacher reach on one data set."""
 
     dev: DevSet
     cosine: Measured
@@ -230,9 +230,11 @@ def _judge(judge: Judge, sets: Sequence[DevSet], name: str, folder: Path) -> lis
     return [judge_dev(judge, dev, name=name, store=store) for dev in sets]
 
 
-def _trials(sets: Sequence[DevSet], by_cosine: Sequence[JudgedDev], by_teacher: Sequence[JudgedDev]) -> list[_Trial]:
+def _measure_both(
+    sets: Sequence[DevSet], by_cosine: Sequence[JudgedDev], by_teacher: Sequence[JudgedDev]
+) -> list[_PairedMeasures]:
     return [
-        _Trial(dev, dev.measure(cosine.scores, cross_fit=True), dev.measure(teacher.scores, cross_fit=True))
+        _PairedMeasures(dev, dev.measure(cosine.scores, cross_fit=True), dev.measure(teacher.scores, cross_fit=True))
         for dev, cosine, teacher in zip(sets, by_cosine, by_teacher, strict=True)
     ]
 
@@ -246,10 +248,10 @@ def _sample(
     return make_dev_lists(dataset, task, queries, student=student, depth=settings.depth, with_positives=False)
 
 
-def _row(name: str, trials: Sequence[_Trial], *, alpha: float, seed: int) -> GateRow:
+def _row(name: str, paired: Sequence[_PairedMeasures], *, alpha: float, seed: int) -> GateRow:
     """Compare both judges on one data set, or on the items of several with the same task and measure together."""
-    items = [f"{trial.dev.name}:{item}" for trial in trials for item in trial.dev.item_ids]
-    cosines, teachers = [trial.cosine for trial in trials], [trial.teacher for trial in trials]
+    items = [f"{one.dev.name}:{item}" for one in paired for item in one.dev.item_ids]
+    cosines, teachers = [one.cosine for one in paired], [one.teacher for one in paired]
     by_cosine, by_teacher = (
         dict(zip(items, np.concatenate([each.by_item for each in measured]).tolist(), strict=True))
         for measured in (cosines, teachers)
@@ -261,7 +263,7 @@ def _row(name: str, trials: Sequence[_Trial], *, alpha: float, seed: int) -> Gat
     )
     return GateRow(
         name,
-        trials[0].dev.task,
+        paired[0].dev.task,
         cosines[0].measure,
         len(items),
         teacher,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.evaluation.judging import JudgingCounts, LabelWriter, QueryPairs, judge_pairs, with_rate
-from d2llm.models.teachers.judge import Judge, load_judge
+from d2llm.models.teachers.judge import load_judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,30 +115,6 @@ def label(
         num_undecided=counts.undecided,
         finished_pairs=finished_pairs,
     )
-
-
-def label_passages(
-    judge: Judge, source: TrainingSource, labels: LabelStore, passages: Mapping[str, Sequence[str]]
-) -> int:
-    """Judge those of ``passages`` (by query_id) that have no label in the data set's store; returns how many.
-
-    Errors are those of ``judge_pairs``.
-    """
-    missing = {query_id: tuple(labels.missing(query_id, ids)) for query_id, ids in passages.items()}
-    queries = [QueryPairs(query_id, ids) for query_id, ids in missing.items() if ids]
-    num_pairs = sum(len(query.passage_ids) for query in queries)
-    with progress_bar(f"labelling pairs of {source.dataset.name}", num_pairs) as advance:
-        judge_pairs(
-            judge,
-            queries,
-            LabelWriter(labels),
-            source.task,
-            query_text=source.query_text,
-            passage_text=source.passage_text,
-            advance=with_rate(advance),
-            counts=JudgingCounts(),
-        )
-    return num_pairs
 
 
 def _unfinished(labels: LabelStore, entry: PlanEntry) -> QueryPairs:

@@ -79,7 +79,7 @@ class DistillProgress:
     last_dev: dict[str, float] = field(default_factory=dict[str, float])
     start_items: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     best_by_set: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
-    best_weights: dict[Task, float] = field(default_factory=dict[Task, float])
+    interaction_weights: dict[Task, float] = field(default_factory=dict[Task, float])
     share_kept: float = 1.0
     seconds: float = 0.0
 
@@ -247,7 +247,7 @@ class DistillRun:
             )
             self._adopt(results)
             start = self.progress.start_items
-            self.progress.best_weights = choose_interaction_weights(results, start, seed=self.recipe.seed)
+            self.progress.interaction_weights = choose_interaction_weights(results, start, seed=self.recipe.seed)
 
     def _write_after(self, step: int, **values: Any) -> None:
         self._write(self.progress.step + step, **values)
@@ -380,13 +380,13 @@ class DistillRun:
         progress.best_by_set = {
             name: {str(weight): value for weight, value in result.values.items()} for name, result in results.items()
         }
-        progress.best_weights = choose_interaction_weights(results)
+        progress.interaction_weights = choose_interaction_weights(results)
 
     def set_interaction_weights(self) -> None:
         """Set the chosen weight r of each task in the student's interaction; during training it is 1."""
         head = self.student.interaction
         if has_interaction_weight(self.student) and isinstance(head, Interaction):
-            for task, weight in self.progress.best_weights.items():
+            for task, weight in self.progress.interaction_weights.items():
                 head.interaction_weight(task).fill_(weight)
 
     def _state(self) -> dict[str, Any]:

@@ -145,9 +145,9 @@ class TestRealRuns:
         resumed = history.whole.base.runs[0]
         assert resumed.fingerprint == direct.fingerprint
         assert (resumed.steps, resumed.best_step) == (direct.steps, direct.best_step) == (4, direct.best_step)
-        assert dict(resumed.residual_weights) == direct.residual_weights
+        assert dict(resumed.interaction_weights) == direct.interaction_weights
         # Both samples hold all eight dev queries here, so the measured value is the one seen during training.
-        weight = str(direct.residual_weights["asymmetric"])
+        weight = str(direct.interaction_weights["asymmetric"])
         assert resumed.by_set == {"tiny": pytest.approx(direct.dev["tiny"]["by_weight"][weight], abs=1e-6)}
 
     def test_two_stage_recipe_is_measured_with_its_interaction(self, place: Place, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ class TestFigures:
         assert_interval(cosine.difference_interval, -0.01, 4.30265 * 0.01 / math.sqrt(3))
         assert_interval(paper.difference_interval, -0.02, 4.30265 * 0.12 / math.sqrt(3))
         assert report.best == "recipe"
-        assert cosine.residual_weights == {"asymmetric": 0.25}
+        assert cosine.interaction_weights == {"asymmetric": 0.25}
         assert cosine.by_set == {"tiny": pytest.approx(0.51)}
         assert report.notes == ()
 

@@ -14,8 +14,8 @@ export function whyPanel(passage, context, { onWords, labelledBy, id }) {
     { class: "why", id, "aria-labelledby": labelledBy },
     scoreParts(passage),
     proposers(passage),
-    words,
     context.hasTeacher ? verdict(passage, context) : null,
+    words, // last, as it grows when they are weighed: a button below it would move while it is pressed
   );
   weigh(passage, context, words, onWords);
   return panel;

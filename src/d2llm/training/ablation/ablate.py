@@ -112,14 +112,14 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
         )
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     student = Student.load(folder, device=shared.device, dtype=shared.dtype)
-    weights = manifest["residual_weights"]
+    weights = manifest["interaction_weights"]
     by_set = value_by_set(evaluate_dev(student, shared.dev_sets), weights)
     result = RunResult(
         variant=name,
         seed=seed,
         ndcg=fmean(by_set.values()),
         by_set=by_set,
-        residual_weights=weights if has_interaction_weight(student) else {},
+        interaction_weights=weights if has_interaction_weight(student) else {},
         steps=manifest["steps"],
         best_step=manifest["best_step"],
         seconds=_seconds(working_folder(folder) / LOG),

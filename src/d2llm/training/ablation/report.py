@@ -25,7 +25,7 @@ class RunResult:
     """The result of one training run.
 
     ``by_set`` has the measure of each data set (``MeasuredSet.measure``), and ``ndcg`` is the mean over the data sets,
-    which is nDCG@10 only if all of them are retrieval sets. ``residual_weights`` has the weight r of the interaction
+    which is nDCG@10 only if all of them are retrieval sets. ``interaction_weights`` has the weight r of the interaction
     that the run chose for each task; it is empty for a head that is not an anchor with an interaction. ``best_step`` is
     the step whose state was kept: 0 means that no state after the first was better. ``seconds`` is the training time
     with dev evaluations, over all sessions of an interrupted run, without steps that were lost after a checkpoint.
@@ -35,7 +35,7 @@ class RunResult:
     seed: int
     ndcg: float
     by_set: Mapping[str, float]
-    residual_weights: Mapping[Task, float]
+    interaction_weights: Mapping[Task, float]
     steps: int
     best_step: int
     seconds: float
@@ -72,10 +72,10 @@ class AblationRow:
     difference_interval: Interval | None
 
     @property
-    def residual_weights(self) -> dict[Task, float]:
+    def interaction_weights(self) -> dict[Task, float]:
         """The mean weight of the interaction over the runs, by task."""
-        tasks: list[Task] = sorted({task for run in self.runs for task in run.residual_weights})
-        return {task: fmean(run.residual_weights[task] for run in self.runs) for task in tasks}
+        tasks: list[Task] = sorted({task for run in self.runs for task in run.interaction_weights})
+        return {task: fmean(run.interaction_weights[task] for run in self.runs) for task in tasks}
 
 
 @dataclass(frozen=True, slots=True)
