@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -142,13 +142,9 @@ def fit(
         InputError: there is nothing to read, too little to learn from, or the folder holds something else.
         ModelError: the writer failed for longer than its patience; run the same command again to continue.
     """
-    chosen = FitSettings(**(({} if settings is None else _fields(settings)) | changes))
+    chosen = replace(settings or FitSettings(), **changes)
     paths = [Path(documents)] if isinstance(documents, str | Path) else [Path(path) for path in documents]
     return Fit(paths, output, chosen, device=device, dtype=dtype, show_progress=show_progress).finish(again=again)
-
-
-def _fields(settings: FitSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in FitSettings.__dataclass_fields__}
 
 
 @dataclass
