@@ -82,10 +82,10 @@ def measure(data: Path, index: Index, written: dict[str, Any], queries: list[Que
         if plain is None:
             plain = values
             continue
-        low, high = bootstrap_interval(values - plain)
+        interval = bootstrap_interval(values - plain)
         expansions = [ranking.expansion for ranking in rankings if ranking.expansion is not None]
         figures[method or "plain"] |= {
-            "difference": [round(float(value), 4) for value in ((values - plain).mean(), low, high)],
+            "difference": [round(float(value), 4) for value in ((values - plain).mean(), interval.low, interval.high)],
             "p": round(paired_randomisation(values, plain), 4),
             "better, worse": [int((values > plain).sum()), int((values < plain).sum())],
             "without a text": sum(one.problem is not None for one in expansions),
