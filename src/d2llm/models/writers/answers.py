@@ -48,7 +48,9 @@ _REMARK = re.compile(
     r"|^(?:answers?|a|explanation|passage|title|note|text|答案|回答|段落|标题|標題)\s*\d*\s*[:：]",
     re.I,
 )
-_PASSAGE_LABEL = re.compile(r"^(?:answers?|a|passage|paragraph|text|答案|回答|段落|文本)\s*[:：]\s*", re.I)
+_PASSAGE_LABEL = re.compile(
+    r"^[*_]{0,2}(?:answers?|a|passage|paragraph|text|答案|回答|段落|文本)\s*[:：][*_]{0,2}\s*", re.I
+)
 
 
 def parse_answer(
