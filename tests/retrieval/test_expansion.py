@@ -9,7 +9,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.core.types import Passage
 from d2llm.models.writers.writer import WrittenQueries, load_writer
-from d2llm.ops.fusion import reciprocal_rank_fusion
+from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.expansion import Expansion
@@ -54,6 +54,12 @@ def index(tmp_path_factory):
     return index
 
 
+def fuse(own, *others):
+    """Ids and scores by rank fusion, best first; the query counts as much as all other queries together."""
+    scores = reciprocal_rank_scores([own, *others], weights=[float(len(others)), *[1.0] * len(others)])
+    return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+
+
 def ids(ranking):
     return [result.passage.id for result in ranking.passages]
 
@@ -62,9 +68,9 @@ class TestMulti:
     def test_rankings_of_all_phrasings_are_fused(self, index):
         (ranking,) = index.search(QUERY, top_k=40, num_candidates=40, expansion=Expansion(FakeWriter(*OTHERS)))
         alone = index.search([QUERY, *OTHERS], top_k=40, num_candidates=40)
-        fused = reciprocal_rank_fusion([ids(one) for one in alone])
-        assert ids(ranking) == [candidate.passage_id for candidate in fused]
-        np.testing.assert_allclose([result.score for result in ranking.passages], [c.score for c in fused], rtol=1e-6)
+        expected_ids, scores = zip(*fuse(*map(ids, alone)), strict=True)
+        assert ids(ranking) == list(expected_ids)
+        np.testing.assert_allclose([result.score for result in ranking.passages], scores, rtol=1e-6)
         assert ids(ranking) != ids(alone[0])
         assert ranking.query.text == QUERY
         assert ranking.expansion is not None
@@ -80,7 +86,7 @@ class TestMulti:
         proposed = {passage_id for one in alone for passage_id in ids(one)}
         full = index.search([QUERY, *OTHERS], top_k=40, num_candidates=40)
         rankings = [[passage_id for passage_id in ids(one) if passage_id in proposed] for one in full]
-        assert ids(ranking) == [candidate.passage_id for candidate in reciprocal_rank_fusion(rankings)[:3]]
+        assert ids(ranking) == [passage_id for passage_id, _ in fuse(*rankings)[:3]]
         assert ranking.num_candidates == len(proposed) > 3
         sources = {name for result in ranking.passages for name in result.explanation.source_ranks}
         assert sources <= {"vectors", "vectors for rephrasing 1", "vectors for rephrasing 2"}
@@ -88,8 +94,9 @@ class TestMulti:
 
     def test_other_settings_apply(self, index):
         expansion = Expansion(FakeWriter(*OTHERS))
-        (hybrid,) = index.search(QUERY, hybrid=0.5, expansion=expansion)
-        assert ids(hybrid) != ids(index.search(QUERY, expansion=expansion)[0])
+        (words,) = index.search(QUERY, top_k=20, hybrid=1.0, expansion=expansion)
+        alone = index.search([QUERY, *OTHERS], top_k=40, sources=("bm25",), hybrid=1.0)
+        assert ids(words)[:10] == [passage_id for passage_id, _ in fuse(*map(ids, alone))[:10]]
         (grouped,) = index.search(QUERY, group="best", top_k=4, expansion=expansion)
         assert len({result.document.id for result in grouped.passages}) == 4
         (diverse,) = index.search(QUERY, mmr=0.5, expansion=expansion)

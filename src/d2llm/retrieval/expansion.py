@@ -1,8 +1,8 @@
 """Query expansion: a language model writes other queries for a query, or passages that would answer it.
 
 ``multi``: the model writes other queries with the same meaning. Each of them, and the query itself, proposes candidates
-and ranks the candidates of all by the student's full score. Reciprocal-rank fusion joins these rankings, with the same
-weight for each.
+and ranks the candidates of all by the student's full score. Reciprocal-rank fusion joins these rankings. That of
+the query has as much weight as all others together, so that useless queries cannot outvote it.
 
 ``hyde``: the model writes hypothetical passages. Their vectors and the query's are averaged, and the search goes on
 with the mean in place of the query's vector. The words that count are still those of the query alone.

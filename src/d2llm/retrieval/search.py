@@ -432,10 +432,14 @@ class Searcher:
             share = self.settings.hybrid
             phrasings = (scored.scores, *scored.rephrasing_scores)
             rankings = [rows[best(scores, len(rows))].tolist() for scores in phrasings]
-            weights = [1.0 if share is None else 2.0 * (1 - share)] * len(rankings)
+            num_others = len(scored.rephrasing_scores)
+            weights = [
+                float(max(1, num_others)),
+                *[1.0] * num_others,
+            ]  # the query counts as much as all others together
             if share is not None:
-                by_words = [one.rows.tolist() for name, one in scored.proposals.items() if name.startswith("bm25")]
-                rankings, weights = rankings + by_words, weights + [2.0 * share] * len(by_words)
+                rankings += [one.rows.tolist() for name, one in scored.proposals.items() if name.startswith("bm25")]
+                weights = [2 * part * weight for part in (1 - share, share) for weight in weights]
             fused = reciprocal_rank_scores(rankings, weights=weights)
             final = np.array([fused[row] for row in rows.tolist()], np.float32)
         if self._cascade is not None:
