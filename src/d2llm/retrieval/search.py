@@ -433,10 +433,8 @@ class Searcher:
             phrasings = (scored.scores, *scored.rephrasing_scores)
             rankings = [rows[best(scores, len(rows))].tolist() for scores in phrasings]
             num_others = len(scored.rephrasing_scores)
-            weights = [
-                float(max(1, num_others)),
-                *[1.0] * num_others,
-            ]  # the query counts as much as all others together
+            # The query counts as much as all other phrasings together.
+            weights = [float(max(1, num_others)), *[1.0] * num_others]
             if share is not None:
                 rankings += [one.rows.tolist() for name, one in scored.proposals.items() if name.startswith("bm25")]
                 weights = [2 * part * weight for part in (1 - share, share) for weight in weights]
