@@ -35,7 +35,7 @@ from d2llm.ops.significance import bootstrap_interval, paired_randomisation
 SETS = ("covidqa", "stackfaq")
 METHODS: tuple[ExpansionMethod, ...] = ("multi", "hyde")
 QUERIES, AT_ONCE = 100, 25
-RESULT = Path(__file__).parent / "results" / "expansion.json"
+RESULT = Path("expansion.json")  # holds queries of the data sets, so it is not kept with other results
 
 
 class WrittenBefore(Expansion):
