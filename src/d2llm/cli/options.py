@@ -18,7 +18,7 @@ from d2llm.core.shipped import shipped_recipes
 from d2llm.core.types import EngineName, NumberFormat, Task
 
 if TYPE_CHECKING:
-    from d2llm.core.recipe import TeacherConfig
+    from d2llm.core.recipe import TeacherConfig, WriterConfig
     from d2llm.training.run import Run
 
 
@@ -125,6 +125,36 @@ recipe_argument = typer.Argument(
 )
 RecipeArgument = Annotated[str, recipe_argument]
 AgainOption = Annotated[bool, typer.Option("--again", help="Repeat the step even if it is finished.")]
+
+
+@dataclass(frozen=True)
+class WriterOptions:
+    """Options that name a language model that writes, and where it is."""
+
+    writer: Annotated[
+        str, typer.Option(metavar="MODEL", help="Language model that writes queries; the model's name at an endpoint.")
+    ] = "smollm2"
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask the writer at this OpenAI-compatible endpoint, up to /v1.")
+    ] = None
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the endpoint's key.")
+    ] = None
+
+    def config(self, **remote: Any) -> WriterConfig:
+        """The writer; ``remote`` are further settings of its endpoint (``RemoteWriterConfig``).
+
+        Raises:
+            InputError: an option is about an endpoint, but there is none.
+        """
+        from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
+
+        if self.endpoint is not None:
+            section = RemoteWriterConfig(url=self.endpoint, api_key_env=self.api_key_env, **remote)
+            return WriterConfig(model=self.writer, kind="remote", remote=section)
+        if self.api_key_env is not None:
+            raise InputError("--api-key-env is about an endpoint; give its address with --endpoint")
+        return WriterConfig(model=self.writer)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from d2llm.cli.options import (
     IndexTaskOption,
     JsonOption,
     PromptOption,
+    WriterOptions,
     student_option,
     teacher_config,
     teacher_option,
@@ -28,14 +29,16 @@ from d2llm.core.types import (
     DEFAULT_TEACHER_PASSAGES,
     DEFAULT_TOP_K,
     ContextOrder,
+    ExpansionMethod,
     Grouping,
     Task,
 )
 
 if TYPE_CHECKING:
-    from d2llm.core.types import CascadeReport, Certificate, Excerpt, Query, Ranking, Selection
+    from d2llm.core.types import CascadeReport, Certificate, Excerpt, Query, QueryExpansion, Ranking, Selection
     from d2llm.models.teachers.judge import Judge
     from d2llm.retrieval.cascade import Cascade
+    from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
     from d2llm.retrieval.settings import SearchSettings
@@ -49,7 +52,8 @@ class SourceChoice(str, Enum):
     bm25 = "bm25"
 
 
-_NAMED = 5  # number of truncated queries to list
+_NAMED = 5  # number of queries to list in a warning
+_PATIENCE_MINUTES = 1.0  # with a writer's endpoint that fails: then the plain query is searched
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,54 @@ class SelectionOptions:
             show_default="5 times --top-k",
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class ExpansionOptions:
+    """Options that let a language model expand queries; ``WriterOptions`` say which."""
+
+    expand: Annotated[
+        ExpansionMethod | None,
+        typer.Option(
+            help="Also search for other queries that --writer makes of each query (multi), or by a passage that it "
+            "writes as an answer (hyde).",
+            show_default="only the query",
+        ),
+    ] = None
+    expansions: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            min=1,
+            help="With --expand: how many queries or passages to write.",
+            show_default="3 queries, 1 passage",
+        ),
+    ] = None
+
+    def load(self, writer: WriterOptions, *, device: str | None, dtype: str | None) -> Expansion | None:
+        """Load the writer, if queries are to be expanded.
+
+        Raises:
+            InputError: an option is for --expand, which is missing.
+        """
+        if self.expand is None:
+            values = {
+                "--expansions": self.expansions,
+                "--endpoint": writer.endpoint,
+                "--api-key-env": writer.api_key_env,
+            }
+            if writer.writer != WriterOptions().writer:
+                values["--writer"] = writer.writer
+            for name, value in values.items():
+                if value is not None:
+                    raise InputError(f"{name} is for --expand multi or --expand hyde; add it, or leave {name} out")
+            return None
+        from d2llm.models.writers.writer import load_writer
+        from d2llm.retrieval.expansion import Expansion
+
+        remote = {} if writer.endpoint is None else {"patience_minutes": _PATIENCE_MINUTES}
+        loaded = load_writer(writer.config(**remote), device=device, dtype=dtype)
+        return Expansion(loaded, self.expand, self.expansions)
 
 
 @dataclass(frozen=True)
@@ -199,6 +251,8 @@ def search(
         int, typer.Option(min=0, help="Maximum number of passages it reads per query.")
     ] = DEFAULT_TEACHER_PASSAGES,
     teacher_ms: Annotated[float | None, typer.Option(min=0, help="Maximum time it reads per query.")] = None,
+    expansion: ExpansionOptions,
+    writer: WriterOptions,
     prompt: PromptOption = None,
     task: IndexTaskOption = None,
     device: DeviceOption = None,
@@ -250,7 +304,8 @@ def search(
 
         judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
         cascade = _cascade(opened, judge, index_task, teacher_passages, teacher_ms)
-    rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade)
+    expanded = expansion.load(writer, device=device, dtype=dtype)
+    rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, expansion=expanded)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
     for ranking in rankings:
         if around.context_tokens is not None:
@@ -263,6 +318,8 @@ def search(
             session.show(ranking_list(ranking))
         _explain(session, ranking, settings, opened.student, index_task)
     if (remark := _truncated_queries(rankings, opened.student)) is not None:
+        session.complain("warning", remark)
+    if (remark := _plain_queries(rankings)) is not None:
         session.complain("warning", remark)
     session.write_report(context, json_path, report)
 
@@ -321,6 +378,8 @@ def _explain(session: Session, ranking: Ranking, settings: SearchSettings, stude
         reason = why_no_interaction(student, task) if isinstance(student, Student) else None
         if reason is not None:
             session.say(f"search: {reason}")
+    if ranking.expansion is not None and ranking.expansion.texts:
+        session.say(_expansion_lines(ranking.expansion))
     if ranking.cascade is not None:
         session.say(_cascade_line(ranking.cascade))
     selection = ranking.selection
@@ -329,6 +388,35 @@ def _explain(session: Session, ranking: Ranking, settings: SearchSettings, stude
         session.say(_proof(ranking.certificate, num_places))
     if selection is not None:
         session.say(_selection_line(selection, settings, is_proved=ranking.certificate is not None))
+
+
+def _expansion_lines(expansion: QueryExpansion) -> str:
+    """What a language model added to a query: a line about it, and one for each text."""
+    noun = "other queries" if expansion.method == "multi" else "hypothetical passages"
+    line = f"expansion: {len(expansion.texts)} {noun}, written in {expansion.seconds:,.1f} s"
+    if expansion.num_dropped:
+        line += f"; {expansion.num_dropped} more parts of the answer were of no use"
+    if expansion.truncated:
+        line += "; the writer did not read the end of the query"
+    if expansion.num_truncated:
+        line += f"; the student did not read the end of {expansion.num_truncated}"
+    return "\n".join([line, *(f"  {text}" for text in expansion.texts)])
+
+
+def _plain_queries(rankings: list[Ranking]) -> str | None:
+    """A warning about queries that could not be expanded; None if there are none."""
+    problems = {
+        ranking.query.id: ranking.expansion.problem
+        for ranking in rankings
+        if ranking.expansion is not None and ranking.expansion.problem is not None
+    }
+    if not problems:
+        return None
+    names = ", ".join(map(repr, list(problems)[:_NAMED])) + (", ..." if len(problems) > _NAMED else "")
+    return (
+        f"{len(problems):,} of {len(rankings):,} queries ({names}) were searched as they are, without expansion; the "
+        f"first because: {next(iter(problems.values()))}"
+    )
 
 
 def _cascade_line(report: CascadeReport) -> str:

@@ -238,7 +238,7 @@ class RemoteWriterConfig(EndpointConfig):
 
 
 class WriterConfig(_Section):
-    """The LLM that writes queries for passages."""
+    """The LLM that writes queries for passages, or expands the queries of a search."""
 
     model: str = "smollm2"
     """Local folder (also of a tuned writer), Hub name, GGUF file, or ``smollm2``; for a remote writer, the model's name
@@ -251,7 +251,8 @@ class WriterConfig(_Section):
     max_passage_tokens: int = Field(default=400, ge=16)
     """Maximum length of title and passage together; the end of the passage is cut off to fit."""
     max_new_tokens: int = Field(default=48, ge=4)
-    """Maximum length of one query; an answer with several queries may be that many times as long."""
+    """Maximum length of one query; an answer with several queries may be that many times as long, and a passage that
+    answers a query three times."""
     temperature: float | None = Field(default=None, ge=0)
     """0: always the likeliest token. By default 0.8, but 0 for a local model that was not tuned to write: little of
     what it draws fits the passage."""

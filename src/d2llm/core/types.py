@@ -65,6 +65,9 @@ divided by the query's upper limit, and the highest inner product with the vecto
 Grouping = Literal["passage", "best", "sum"]
 """What is ranked: passages, or documents by their best passage or by the summed odds of their best passages."""
 
+ExpansionMethod = Literal["multi", "hyde"]
+"""What a language model adds to a query: other queries with its meaning, or passages that would answer it."""
+
 ContextOrder = Literal["rank", "document"]
 """The order of a context's sources: the best one first, or all of a document together, in its order."""
 
@@ -287,6 +290,29 @@ class CascadeReport:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryExpansion:
+    """What a language model added to the search of a query.
+
+    Attributes:
+        method: how the texts were used (``retrieval.expansion``).
+        texts: other queries, or hypothetical passages; empty if the plain query was searched.
+        seconds: time to write them; for queries expanded together, the mean.
+        num_dropped: parts of the model's answers that were of no use.
+        truncated: whether the query was longer than the model may read, so that its end had no effect on the texts.
+        num_truncated: number of texts that the student read only in part.
+        problem: why there is no text; None if there is one.
+    """
+
+    method: ExpansionMethod
+    texts: tuple[str, ...]
+    seconds: float
+    num_dropped: int = 0
+    truncated: bool = False
+    num_truncated: int = 0
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """How the results were selected from a longer ranking (``mmr``, ``near_duplicates``); its order need not be kept.
 
@@ -323,7 +349,8 @@ class Ranking:
     ``num_candidates`` passages got the full score. ``certificate`` is set by an exact search, ``index_version`` by an
     index with versions, ``cascade`` by a search with a teacher. ``truncated``: the query is longer than the student
     reads, so its end did not affect the student's scores. ``selection``: the entries were selected from a longer
-    ranking; a certificate then proves that ranking, not the order of the selection.
+    ranking; a certificate then proves that ranking, not the order of the selection. ``expansion``: what a language
+    model added to the query.
     """
 
     query: Query
@@ -335,6 +362,7 @@ class Ranking:
     cascade: CascadeReport | None = None
     truncated: bool = False
     selection: Selection | None = None
+    expansion: QueryExpansion | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def write_queries(
     pending = (
         assignment
         for assignment in _assignments(eligible, kinds, examples, seed)
-        if (assignment.passage_hash, assignment.task.kind) not in store
+        if (assignment.passage_hash, assignment.kind) not in store
     )
     ended_by: str | None = None
     with progress_bar("writing queries", len(eligible) * sum(share > 0 for share in kinds.values())) as advance:
@@ -126,7 +126,7 @@ def write_queries(
             store.add(
                 Draft(
                     assignment.passage_hash,
-                    assignment.task.kind,
+                    assignment.kind,
                     answer.queries,
                     answer.num_prompt_tokens,
                     answer.num_written_tokens,
@@ -144,6 +144,7 @@ def write_queries(
 @dataclass(frozen=True, slots=True)
 class _PassageAssignment:
     passage_hash: str
+    kind: QueryKind
     task: Assignment
 
 
@@ -178,7 +179,7 @@ def _assignments(
                 examples=tuple(examples),
                 seed=random.Random(f"{seed}:{text_hash}:{order[turn]}").getrandbits(31),
             )
-            yield _PassageAssignment(text_hash, task)
+            yield _PassageAssignment(text_hash, order[turn], task)
 
 
 def _kinds_in_order(text_hash: str, kinds: Mapping[QueryKind, float], seed: int) -> list[QueryKind]:

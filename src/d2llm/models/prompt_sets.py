@@ -41,5 +41,6 @@ def read_prompt_section(
     if set(section) - set(optional) != set(keys):
         raise InputError(f"{where}: needs exactly the keys {listed}; found {', '.join(sorted(section))}")
     if not all(isinstance(section[key], str) for key in keys):
-        raise InputError(f"{where}: {', '.join(keys[:-1])} and {keys[-1]} must be quoted strings")
+        names = " and ".join([*filter(None, [", ".join(keys[:-1])]), keys[-1]])
+        raise InputError(f"{where}: {names} must be quoted {'strings' if len(keys) > 1 else 'text'}")
     return section, where

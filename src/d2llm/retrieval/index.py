@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from d2llm.retrieval.chunking import DocumentsReport
     from d2llm.retrieval.context import AnswerContext
     from d2llm.retrieval.exact_search import KeptReaches
+    from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.settings import SearchSettings
     from d2llm.retrieval.upserting import UpsertReport
 
@@ -400,11 +401,13 @@ class Index:
         settings: SearchSettings | None = None,
         *,
         cascade: Rereader | None = None,
+        expansion: Expansion | None = None,
         **changes: Any,
     ) -> list[Ranking]:
         """Rank the passages for each query; ``changes`` override single fields of the settings (``SearchSettings``).
 
-        With a ``cascade``, a teacher rereads passages that the student is unsure of.
+        With a ``cascade``, a teacher rereads passages that the student is unsure of. With an ``expansion``, a language
+        model writes other queries, or passages that would answer them; each ranking says what it wrote.
 
         Raises:
             InputError: a setting or query is invalid.
@@ -415,7 +418,12 @@ class Index:
 
         query_list = [queries] if isinstance(queries, str) else queries
         return Searcher(
-            self.view, self.student, changed(settings, changes), reaches=self._reaches, cascade=cascade
+            self.view,
+            self.student,
+            changed(settings, changes),
+            reaches=self._reaches,
+            cascade=cascade,
+            expansion=expansion,
         ).rank(query_list)
 
     def around(self, results: Sequence[RankedPassage], distance: int = 1) -> list[Excerpt]:
@@ -444,6 +452,7 @@ class Index:
         tokenizer: str | None = None,
         settings: SearchSettings | None = None,
         cascade: Rereader | None = None,
+        expansion: Expansion | None = None,
         **changes: Any,
     ) -> AnswerContext:
         """The best passages for a query as one text with numbered sources, for a language model to answer from.
@@ -458,6 +467,7 @@ class Index:
             tokenizer: the model whose tokens count: a folder or a name; None: the student.
             settings: how to search.
             cascade: a teacher that rereads results, as in ``search``.
+            expansion: a language model that expands the query, as in ``search``.
             changes: override single fields of the settings, as in ``index.context(query, top_k=20, neighbours=1)``.
 
         Raises:
@@ -471,7 +481,8 @@ class Index:
         chosen = context_settings(changed(settings, changes))
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         token_ends = student.backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer)
-        (ranking,) = self.search(query if isinstance(query, str) else [query], chosen, cascade=cascade)
+        queries = query if isinstance(query, str) else [query]
+        (ranking,) = self.search(queries, chosen, cascade=cascade, expansion=expansion)
         return build_context(ranking, token_ends, max_tokens, order=order, overlapping=self.repeats_text)
 
     def build_ann(

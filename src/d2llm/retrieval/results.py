@@ -38,7 +38,10 @@ class GroupedDocument:
 
 @dataclass(frozen=True, slots=True)
 class ScoredCandidates:
-    """A query's candidates with the student's scores, each source's proposals, and whether these are all candidates."""
+    """A query's candidates with the student's scores, each source's proposals, and whether these are all candidates.
+
+    ``rephrasing_scores`` are the student's scores of the same rows for other phrasings of the query.
+    """
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
@@ -46,6 +49,7 @@ class ScoredCandidates:
     proposals: Mapping[str, CandidateRows]
     certificate: Certificate | None
     is_all: bool
+    rephrasing_scores: tuple[NDArray[np.float32], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

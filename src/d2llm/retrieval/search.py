@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import IdRanking, Query, Ranking, Task
+from d2llm.core.types import IdRanking, Query, QueryExpansion, Ranking, Task
 from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
 from d2llm.retrieval.cascade import Rereader
 from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
+from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
 from d2llm.retrieval.row_evidence import RowEvidence, weights_for
@@ -39,6 +40,7 @@ def search(
     settings: SearchSettings | None = None,
     *,
     cascade: Rereader | None = None,
+    expansion: Expansion | None = None,
     **changes: Any,
 ) -> list[Ranking]:
     """Rank the passages of an index for each query: find candidates, then apply the student's full score (IEM).
@@ -50,12 +52,13 @@ def search(
         settings: how to search.
         cascade: a teacher that rereads passages the student is unsure of (``Cascade``), or the top of its ranking
             (``TeacherReading``).
+        expansion: a language model that writes other queries, or passages that would answer them.
         changes: override single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
 
     Returns:
         One ranking per query, best first, ties by passage id. ``seconds`` holds "encode", "candidates", "score" and,
-        with a cascade, "teacher". For work done on several queries together (encoding 256, the exact scan 32), each
-        query gets the mean.
+        with a cascade, "teacher", with an expansion, "expansion". For work done on several queries together (expanding
+        and encoding 256, the exact scan 32), each query gets the mean.
 
     Raises:
         InputError: settings contradict each other, or a query has no text.
@@ -63,7 +66,7 @@ def search(
         IndexMismatchError: the index was made by another student.
         ModelError: the student returned a score that is NaN.
     """
-    searcher = Searcher(index, student, changed(settings, changes), cascade=cascade)
+    searcher = Searcher(index, student, changed(settings, changes), cascade=cascade, expansion=expansion)
     return searcher.rank(queries)
 
 
@@ -80,6 +83,8 @@ class _PreparedQuery:
         depth: how many candidates each source proposes at first.
         scanned: the query's candidates from a scan shared with other queries, to that depth, or None.
         seconds: time by stage, as in a ranking.
+        expansion: what a language model added to the query, or None.
+        rephrasings: other queries with its meaning, prepared like this one.
     """
 
     query: Query
@@ -90,6 +95,8 @@ class _PreparedQuery:
     depth: int
     scanned: CandidateRows | None
     seconds: dict[str, float]
+    expansion: QueryExpansion | None = None
+    rephrasings: tuple[_PreparedQuery, ...] = ()
 
 
 class Searcher:
@@ -106,6 +113,7 @@ class Searcher:
         *,
         reaches: KeptReaches | None = None,
         cascade: Rereader | None = None,
+        expansion: Expansion | None = None,
     ) -> None:
         """Args: ``reaches`` caches values that exact searches of this version compute for all rows."""
         self.settings = settings or SearchSettings()
@@ -114,6 +122,14 @@ class Searcher:
             raise InputError(
                 "a cascade requires the student's scores alone and changes their order: leave out exact and hybrid"
             )
+        self._expansion = expansion
+        self._rephrases = expansion is not None and expansion.method == "multi"
+        if expansion is not None and cascade is not None:
+            raise InputError(
+                "a cascade requires the student's scores of the plain queries: leave out either expansion or cascade"
+            )
+        if self._rephrases and self.settings.group == "sum":
+            raise InputError("fused scores are sums of ranks and cannot be summed as odds: set group to 'best'")
         index.check_student(student.fingerprint)
         self._index = index
         self._student = student
@@ -123,6 +139,11 @@ class Searcher:
         names = self.settings.proposers(counts_words=self.weights.counts_words)
         by_vectors = not {"vectors", "ann"}.isdisjoint(names)
         self._exact = self.settings.exact or (by_vectors and not student.has_anchor)
+        if self._rephrases and self._exact:
+            raise InputError(
+                "an exact search (a head without an inner product has no other) ranks by the scores of one query, not "
+                "by a fusion: expand with 'hyde', or leave out expansion or exact"
+            )
         self._reaches = reaches or KeptReaches()
         self._cascade = cascade
         self._sources: list[CandidateSource] = []
@@ -133,7 +154,7 @@ class Searcher:
         if "bm25" in names and (not self._exact or self.settings.hybrid is not None):
             ties = "rows" if self.settings.hybrid is None else "ids"
             self._sources.append(LexicalSource(index, self.settings.filter, ties))
-        in_order = cascade is None and self.settings.hybrid is None
+        in_order = cascade is None and self.settings.hybrid is None and not self._rephrases
         self._in_students_order = in_order and self.settings.group == "passage"
 
     def rank(
@@ -163,6 +184,8 @@ class Searcher:
     ) -> Iterator[tuple[_PreparedQuery, bool]]:
         """Every query ready to be ranked, and whether it was truncated; the bar counts the queries that were taken."""
         all_queries = _as_queries(queries)
+        if vectors is not None and self._expansion is not None:
+            raise InputError("an expansion is written for texts, not for vectors: leave out one of them")
         if vectors is not None and vectors.shape != (len(all_queries), self._student.vector_dim):
             raise InputError(
                 f"vectors have the shape {vectors.shape}, but the {len(all_queries)} queries need "
@@ -171,21 +194,74 @@ class Searcher:
         with progress_bar(title, len(all_queries)) as advance:
             for start in range(0, len(all_queries), _ENCODED_AT_ONCE):
                 block = all_queries[start : start + _ENCODED_AT_ONCE]
-                begin = time.perf_counter()
-                cut: Sequence[int] = ()
-                if vectors is None:
-                    read = self._student.encode_queries([query.text for query in block])
-                    encoded, cut = read.vectors, read.truncated
+                if self._expansion is None:
+                    given = None if vectors is None else vectors[start : start + len(block)]
+                    prepared = self._prepare_block(block, given)
+                elif self._rephrases:
+                    prepared = self._prepare_rephrased(block, self._expansion)
                 else:
-                    encoded = vectors[start : start + _ENCODED_AT_ONCE]
-                anchors = self._anchors(encoded)
-                seconds = (time.perf_counter() - begin) / len(block)
-                for at in range(0, len(block), _SCANNED_AT_ONCE):
-                    part = slice(at, at + _SCANNED_AT_ONCE)
-                    together = self._prepare_together(block[part], encoded[part], anchors[part], seconds)
-                    for place, prepared in enumerate(together, at):
-                        yield prepared, place in cut
-                        advance(1)
+                    prepared = self._prepare_hypothetical(block, self._expansion)
+                for one in prepared:
+                    yield one
+                    advance(1)
+
+    def _prepare_block(
+        self, queries: Sequence[Query], vectors: NDArray[np.float32] | None
+    ) -> Iterator[tuple[_PreparedQuery, bool]]:
+        """``_prepare`` for as many queries as are encoded at once."""
+        begin = time.perf_counter()
+        cut: Sequence[int] = ()
+        if vectors is None:
+            read = self._student.encode_queries([query.text for query in queries])
+            vectors, cut = read.vectors, read.truncated
+        anchors = self._anchors(vectors)
+        seconds = (time.perf_counter() - begin) / len(queries)
+        for at in range(0, len(queries), _SCANNED_AT_ONCE):
+            part = slice(at, at + _SCANNED_AT_ONCE)
+            together = self._prepare_together(queries[part], vectors[part], anchors[part], seconds)
+            for place, prepared in enumerate(together, at):
+                yield prepared, place in cut
+
+    def _prepare_rephrased(
+        self, queries: Sequence[Query], expansion: Expansion
+    ) -> Iterator[tuple[_PreparedQuery, bool]]:
+        """``_prepare_block`` for queries with their rephrasings."""
+        expansions = expansion.expand([query.text for query in queries])
+        phrasings = [
+            Query(query.id, text)
+            for query, expanded in zip(queries, expansions, strict=True)
+            for text in (query.text, *expanded.texts)
+        ]
+        prepared = self._prepare_block(phrasings, None)
+        for expanded in expansions:
+            own, truncated = next(prepared)
+            others = [next(prepared) for _ in expanded.texts]
+            for other, _ in others:
+                for stage, seconds in other.seconds.items():
+                    own.seconds[stage] += seconds
+            own.seconds["expansion"] = expanded.seconds
+            num_truncated = sum(was_truncated for _, was_truncated in others)
+            rephrasings = tuple(other for other, _ in others)
+            yield (
+                replace(own, expansion=replace(expanded, num_truncated=num_truncated), rephrasings=rephrasings),
+                truncated,
+            )
+
+    def _prepare_hypothetical(
+        self, queries: Sequence[Query], expansion: Expansion
+    ) -> Iterator[tuple[_PreparedQuery, bool]]:
+        """``_prepare_block`` for queries whose vectors include those of hypothetical passages."""
+        texts = [query.text for query in queries]
+        expansions = expansion.expand(texts)
+        begin = time.perf_counter()
+        read = self._student.encode_queries(texts)
+        vectors, expansions = add_hypothetical_passages(self._student, read.vectors, expansions)
+        seconds = (time.perf_counter() - begin) / len(queries)
+        prepared = self._prepare_block(queries, vectors)
+        for place, ((own, _), expanded) in enumerate(zip(prepared, expansions, strict=True)):
+            own.seconds["encode"] += seconds
+            own.seconds["expansion"] = expanded.seconds
+            yield replace(own, expansion=expanded), place in read.truncated
 
     def _prepare_together(
         self,
@@ -274,17 +350,16 @@ class Searcher:
             self._index.version,
             report,
             selection=order.selection,
+            expansion=prepared.expansion,
         )
 
     def _candidates(self, prepared: _PreparedQuery, depth: int) -> ScoredCandidates:
         """At least ``depth`` candidates with the student's scores, if the index has that many."""
         begin = time.perf_counter()
-        proposals: dict[str, CandidateRows] = {}
-        for source in self._sources:
-            if isinstance(source, VectorSource) and prepared.scanned is not None and depth == prepared.depth:
-                proposals[source.name] = prepared.scanned
-            else:
-                proposals[source.name] = source.propose(prepared.query, prepared.anchor, depth)
+        proposals = self._proposals(prepared, depth)
+        for number, other in enumerate(prepared.rephrasings, start=1):
+            others = self._proposals(other, depth)
+            proposals |= {f"{name} for rephrasing {number}": proposal for name, proposal in others.items()}
         scoring_begin = time.perf_counter()
         score = self._score_exactly if self._exact else self._score
         scored = score(prepared, proposals, depth)
@@ -292,19 +367,31 @@ class Searcher:
         prepared.seconds["score"] += time.perf_counter() - scoring_begin
         return scored
 
+    def _proposals(self, prepared: _PreparedQuery, depth: int) -> dict[str, CandidateRows]:
+        """What each source proposes for one phrasing of a query."""
+        proposals: dict[str, CandidateRows] = {}
+        for source in self._sources:
+            if isinstance(source, VectorSource) and prepared.scanned is not None and depth == prepared.depth:
+                proposals[source.name] = prepared.scanned
+            else:
+                proposals[source.name] = source.propose(prepared.query, prepared.anchor, depth)
+        return proposals
+
     def _score(self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int) -> ScoredCandidates:
         if self._anchor_is_score(prepared.scorer):
             (proposal,), top_k = proposals.values(), self.settings.ranking_depth
             rows, scores = proposal.rows[:top_k], proposal.scores[:top_k]
             _refuse_nan(scores, prepared.query)
             return ScoredCandidates(rows, scores, len(rows), proposals, None, len(proposal.rows) < depth)
-        assert prepared.scorer is not None
         # Sorted rows are read from disk sequentially; the final order is made later.
         rows = np.unique(np.concatenate([proposal.rows for proposal in proposals.values()]))
-        scores = prepared.scorer(rows) if len(rows) else _NOTHING
-        _refuse_nan(scores, prepared.query)
+        all_scores: list[NDArray[np.float32]] = []
+        for one in (prepared, *prepared.rephrasings):
+            assert one.scorer is not None
+            all_scores.append(one.scorer(rows) if len(rows) else _NOTHING)
+            _refuse_nan(all_scores[-1], one.query)
         is_all = all(len(proposal.rows) < depth for proposal in proposals.values())
-        return ScoredCandidates(rows, scores, len(rows), proposals, None, is_all)
+        return ScoredCandidates(rows, all_scores[0], len(rows), proposals, None, is_all, tuple(all_scores[1:]))
 
     def _score_exactly(
         self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int
@@ -330,7 +417,7 @@ class Searcher:
         return ScoredCandidates(certified.rows, certified.scores, num_scored, proposals, certificate, is_all)
 
     def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
-        """The top ``top_k`` passages or documents by the student's score, its fusion with BM25, or the cascade.
+        """The top ``top_k`` passages or documents by the student's score, a fusion of rankings, or the cascade.
 
         With ``mmr`` or ``near_duplicates``, they are a selection from the top ``ranking_depth``.
         """
@@ -341,13 +428,17 @@ class Searcher:
 
         final: NDArray[np.floating[Any]] = scored.scores
         reread, student_ranks = None, None
-        if self.settings.hybrid is not None:
-            by_score = best(final, len(rows))
+        if self.settings.hybrid is not None or scored.rephrasing_scores:
             share = self.settings.hybrid
-            fused = reciprocal_rank_scores(
-                [rows[by_score].tolist(), scored.proposals["bm25"].rows.tolist()],
-                weights=[2.0 * (1 - share), 2.0 * share],
-            )
+            phrasings = (scored.scores, *scored.rephrasing_scores)
+            rankings = [rows[best(scores, len(rows))].tolist() for scores in phrasings]
+            num_others = len(scored.rephrasing_scores)
+            # The query counts as much as all other phrasings together.
+            weights = [float(max(1, num_others)), *[1.0] * num_others]
+            if share is not None:
+                rankings += [one.rows.tolist() for name, one in scored.proposals.items() if name.startswith("bm25")]
+                weights = [2 * part * weight for part in (1 - share, share) for weight in weights]
+            fused = reciprocal_rank_scores(rankings, weights=weights)
             final = np.array([fused[row] for row in rows.tolist()], np.float32)
         if self._cascade is not None:
             student_ranks = np.empty(len(rows), np.int64)

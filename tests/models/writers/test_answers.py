@@ -161,3 +161,25 @@ def test_any_text_gives_clean_distinct_queries(answer: str, num_queries: int, is
         assert "\n" not in query
         assert query == " ".join(query.split())
         assert 0 < len(query) <= 300
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Green tea turns bitter\nin boiling water.\n", ("Green tea turns bitter in boiling water.", 0)),
+        ("Sure! Here is the passage:\n\n**Passage:** Let it cool.", ("Let it cool.", 1)),
+        ("Answer: " + "Let it cool. " * 40, (("Let it cool. " * 40).strip(), 0)),
+        ("<think>\nWhat is tea?\n</think>\n```\n1. Cool it.\n2. Pour it.\n```", ("Cool it. Pour it.", 2)),
+        ("I'm sorry, I cannot help.\nWrite a short paragraph", (None, 2)),
+        ("", (None, 0)),
+    ],
+)
+def test_a_passage_is_what_is_left_of_all_lines(answer: str, expected: tuple[str | None, int]):
+    prompt = "Write a short paragraph that answers this"
+    texts, num_dropped = parse_answer(answer, prompt=prompt, num_queries=1, is_complete=False, is_passage=True)
+    text, num_lines = expected
+    assert (texts, num_dropped) == (() if text is None else (text,), num_lines)
+
+
+def test_a_missing_passage_is_a_problem():
+    assert describe_problem("Sure!", is_passage=True) == "no passage in the answer 'Sure!'"

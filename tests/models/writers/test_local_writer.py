@@ -200,6 +200,15 @@ def test_a_tuned_writer_says_that_it_does_not_use_examples(tuned: Path, caplog: 
     assert caplog.text.count("is a tuned writer, which does not use examples") == 1
 
 
+def test_expansions_are_written_by_untuned_writers_only(tuned: Path, llama: Path):
+    expansions = [Assignment(TEXTS[0], "rephrasing", 2), Assignment(TEXTS[0], "answer")]
+    model = load(llama)
+    assert [row.max_new_tokens for row in model._rows(expansions)] == [12, 18]
+    assert all(item.queries or item.problem for item in model.write(expansions))
+    with pytest.raises(InputError, match="cannot expand queries; use an untuned one"):
+        load(tuned).write(expansions)
+
+
 def test_a_tuned_writer_survives_saving_and_loading(tuned: Path, llama: Path, tmp_path: Path):
     saved = load(tuned)
     assert saved.fingerprint != load(llama).fingerprint

@@ -7,8 +7,16 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.models.text_lengths import TextLengths
-from d2llm.models.writers.prompts import as_data, cut_assignments, load_writer_prompt
-from d2llm.models.writers.writer import QUERY_KINDS, Assignment, QueryKind, keywords_of, kind_of_query
+from d2llm.models.writers.prompts import WriterPrompts, as_data, cut_assignments, load_writer_prompt
+from d2llm.models.writers.writer import (
+    EXPANSION_KINDS,
+    QUERY_KINDS,
+    Assignment,
+    ExpansionKind,
+    QueryKind,
+    keywords_of,
+    kind_of_query,
+)
 
 OWN_PROMPT = """
 [question]
@@ -30,6 +38,37 @@ def test_shipped_prompts_mark_the_passage(name: str, kind: QueryKind):
     assert not re.search(r"[{}]|^\s|\s$", text)
     assert "Title" not in prompt.fill(Assignment("Let the kettle cool.", kind))
     assert "\n\n\n" not in text
+
+
+@pytest.mark.parametrize("name", ["standard", "short"])
+@pytest.mark.parametrize("kind", EXPANSION_KINDS)
+def test_shipped_prompts_mark_the_query(name: str, kind: ExpansionKind):
+    assignment = Assignment("a {mark} </query>", kind, 4 if kind == "rephrasing" else 1)
+    text = load_writer_prompt(name, kind).fill(assignment)
+    assert "<query-2>\na {mark} </query>\n</query-2>\n" in text
+    assert "language of the query" in text
+    assert bool(re.search(r": 4\. Each|Write 4 ", text)) == (kind == "rephrasing")
+    assert ("It is data." in text) == (name == "standard")
+
+
+def test_a_users_file_needs_prompts_for_expansions_only_when_they_are_used(tmp_path: Path):
+    path = tmp_path / "own.toml"
+    sections = [OWN_PROMPT.replace("question", kind) for kind in QUERY_KINDS]
+    path.write_text("".join(sections), encoding="utf-8")
+    prompts = WriterPrompts(str(path))
+    before = prompts.fingerprints
+    with pytest.raises(InputError, match=r"own.toml: no section \[answer\]; add one with the keys template"):
+        prompts["answer"]
+    path.write_text("".join([*sections, '[answer]\ntemplate = "Answer {query}"']), encoding="utf-8")
+    assert prompts["answer"].fill(Assignment("why?", "answer")) == "Answer why?"
+    assert prompts.fingerprints == before
+
+
+def test_an_answer_is_one_passage_of_three_lengths():
+    assert [Assignment("x", kind, 2).num_lengths for kind in ("question", "rephrasing")] == [2, 2]
+    assert Assignment("x", "answer").num_lengths == 3
+    with pytest.raises(InputError, match="an answer is a single passage; make several assignments"):
+        Assignment("x", "answer", 2)
 
 
 def test_every_kind_has_its_own_prompt():

@@ -48,12 +48,15 @@ _REMARK = re.compile(
     r"|^(?:answers?|a|explanation|passage|title|note|text|答案|回答|段落|标题|標題)\s*\d*\s*[:：]",
     re.I,
 )
+_PASSAGE_LABEL = re.compile(
+    r"^[*_]{0,2}(?:answers?|a|passage|paragraph|text|答案|回答|段落|文本)\s*[:：][*_]{0,2}\s*", re.I
+)
 
 
 def parse_answer(
-    answer: str, *, prompt: str = "", num_queries: int, is_complete: bool = True
+    answer: str, *, prompt: str = "", num_queries: int, is_complete: bool = True, is_passage: bool = False
 ) -> tuple[tuple[str, ...], int]:
-    """The queries in an answer, and how many of its lines were dropped.
+    """The queries in an answer, or the passage that it is, and how many of its lines were dropped.
 
     A query is one line without its number, bullet, label, quotes and emphasis. What a model thinks before it answers
     is not counted. A list of strings in JSON is read too.
@@ -62,12 +65,15 @@ def parse_answer(
         answer: the whole text that the model wrote.
         prompt: what it was asked, without the passage; lines that repeat a part of this are no queries.
         num_queries: keep at most this many.
-        is_complete: False if the answer ended at a length limit; its last line is then dropped.
+        is_complete: False if the answer ended at a length limit; its last line is then dropped, if it is a query.
+        is_passage: the usable lines of the answer together are the one text in it; its label is removed.
     """
     text = _THOUGHTS.sub("", unicodedata.normalize("NFC", answer), count=1)
     if _UNFINISHED_THOUGHTS.match(text):
         return (), 1
     lines = [line for line in (line.strip() for line in text.splitlines()) if line]
+    if is_passage:
+        return _join_passage(lines, _letters(prompt))
     listed = _json_list([line for line in lines if not _FENCE.match(line)])
     num_dropped = 0
     if listed is not None:
@@ -87,18 +93,35 @@ def parse_answer(
     return tuple(queries.values()), num_dropped
 
 
-def describe_problem(answer: str, *, is_complete: bool = True) -> str:
-    """Why an answer without queries is of no use, with its beginning."""
+def _join_passage(lines: list[str], echo: str) -> tuple[tuple[str, ...], int]:
+    kept: list[str] = []
+    for line in lines:
+        text = _PASSAGE_LABEL.sub("", _clean(line), count=1)
+        letters = _letters(text)
+        is_echo = len(letters) >= _SHORTEST_ECHO and letters in echo
+        if is_usable(text) and not is_echo:
+            kept.append(text)
+    return ((" ".join(kept),) if kept else ()), len(lines) - len(kept)
+
+
+def describe_problem(answer: str, *, is_complete: bool = True, is_passage: bool = False) -> str:
+    """Why an answer without queries, or without a passage, is of no use, with its beginning."""
     text = " ".join(answer.split())
     if not text:
         return "the answer is empty"
     quoted = repr(text if len(text) <= _QUOTED else text[:_QUOTED] + " ...")
-    return f"no query in the answer {quoted}" + ("" if is_complete else ", which ended at the length limit")
+    noun = "passage" if is_passage else "query"
+    return f"no {noun} in the answer {quoted}" + ("" if is_complete else ", which ended at the length limit")
 
 
 def is_query(text: str) -> bool:
-    """Whether a cleaned line can be a query at all: not a remark, a heading, markup, or a text without words."""
-    if len(_letters(text)) < 2 or len(text) > _LONGEST:
+    """Whether a cleaned line can be a query at all: ``is_usable``, and not too long."""
+    return len(text) <= _LONGEST and is_usable(text)
+
+
+def is_usable(text: str) -> bool:
+    """Whether a cleaned line is not a remark, a heading, markup, or a text without words."""
+    if len(_letters(text)) < 2:
         return False
     if text.endswith((":", "：")) or (text.startswith("{") and text.endswith("}")):
         return False

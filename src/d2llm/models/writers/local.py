@@ -38,8 +38,8 @@ from d2llm.models.sources import (
 )
 from d2llm.models.text_lengths import TextLengths
 from d2llm.models.writers.answers import describe_problem, parse_answer
-from d2llm.models.writers.prompts import WriterPrompt, as_data, cut_assignments, load_writer_prompt
-from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, QUERY_KINDS, Assignment, QueryKind, WrittenQueries
+from d2llm.models.writers.prompts import WriterPrompts, as_data, cut_assignments
+from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, EXPANSION_KINDS, Assignment, WrittenQueries
 from d2llm.ops.batching import pad_left, token_budget_batches
 
 _log = logging.getLogger(__name__)
@@ -147,9 +147,7 @@ class LocalWriter:
         self.weights_fingerprint = self.base_fingerprint if self.tuned is None else self.tuned.fingerprint
         self.compute_dtype = compute_dtype
         self.tokenizer: Any = load_tokenizer(self.location)
-        self.prompts: dict[QueryKind, WriterPrompt] = {
-            kind: load_writer_prompt(config.prompt_set, kind) for kind in QUERY_KINDS
-        }
+        self.prompts = WriterPrompts(config.prompt_set)
         whole: Any = load_pretrained(AutoModelForCausalLM, self.location, dtype=compute_dtype)
         self.whole: Any = whole.to(device).eval().requires_grad_(False)
         whole.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
@@ -195,7 +193,7 @@ class LocalWriter:
     def fingerprint(self) -> str:
         """Identity of everything that affects what is written, except rounding."""
         config = self.config
-        prompts = ["tuned"] if self.tuned else [prompt.fingerprint for prompt in self.prompts.values()]
+        prompts = ["tuned"] if self.tuned else self.prompts.fingerprints
         sampling = [config.max_new_tokens, self.temperature, config.top_p]
         return fingerprint_json(["local", self.weights_fingerprint, prompts, config.max_passage_tokens, sampling])
 
@@ -207,8 +205,14 @@ class LocalWriter:
         A tuned writer does not use the examples of an assignment, because its format has none.
 
         Raises:
-            InputError: a prompt with its examples is longer than the model can read.
+            InputError: a prompt with its examples is longer than the model can read, or a tuned writer is to expand a
+                query.
         """
+        if self.tuned is not None and any(assignment.kind in EXPANSION_KINDS for assignment in assignments):
+            raise InputError(
+                f"{self.tuned.folder}: this writer was tuned to write queries for passages and cannot expand queries; "
+                f"use an untuned one, such as '{self.config.model}'"
+            )
         kept, cut = cut_assignments(assignments, self._lengths, max_tokens=self.config.max_passage_tokens)
         if self.tuned is not None:
             self._warn_of_examples(kept)
@@ -297,8 +301,8 @@ class LocalWriter:
         prompts = self._prompt_ids(assignments) if self.tuned is None else self._tuned_ids(assignments)
         rows: list[_Row] = []
         for index, (assignment, token_ids) in enumerate(zip(assignments, prompts, strict=True)):
-            num_apart, num_together = (1, assignment.num_queries) if self.tuned is None else (assignment.num_queries, 1)
-            limit = self.config.max_new_tokens * num_together
+            num_apart, num_lengths = (1, assignment.num_lengths) if self.tuned is None else (assignment.num_queries, 1)
+            limit = self.config.max_new_tokens * num_lengths
             self._require_room(len(token_ids), limit)
             seed = f"{assignment.seed}:{assignment.kind}:{assignment.passage}"
             rows += [_Row(index, token_ids, limit, random.Random(f"{number}:{seed}")) for number in range(num_apart)]
@@ -350,7 +354,7 @@ class LocalWriter:
         queries: dict[str, None] = {}
         num_dropped = 0
         problem = None
-        is_tuned = self.tuned is not None
+        is_tuned, is_passage = self.tuned is not None, assignment.kind == "answer"
         for continuation in written:
             text: str = self.tokenizer.decode(continuation.token_ids, skip_special_tokens=True)
             parsed, num_unusable = parse_answer(
@@ -358,11 +362,12 @@ class LocalWriter:
                 prompt="" if is_tuned else self.prompts[assignment.kind].known_text(assignment),
                 num_queries=1 if is_tuned else assignment.num_queries,
                 is_complete=continuation.is_complete,
+                is_passage=is_passage,
             )
             num_dropped += num_unusable + sum(query in queries for query in parsed)
             queries |= dict.fromkeys(parsed)
             if not parsed and problem is None:
-                problem = describe_problem(text, is_complete=continuation.is_complete)
+                problem = describe_problem(text, is_complete=continuation.is_complete, is_passage=is_passage)
         return WrittenQueries(
             tuple(queries),
             sum(len(row.token_ids) for row in rows),

@@ -14,8 +14,8 @@ from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.models.endpoint import Endpoint
 from d2llm.models.text_lengths import TextLengths
 from d2llm.models.writers.answers import describe_problem, parse_answer
-from d2llm.models.writers.prompts import WriterPrompt, cut_assignments, load_writer_prompt
-from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, QUERY_KINDS, Assignment, QueryKind, WrittenQueries
+from d2llm.models.writers.prompts import WriterPrompts, cut_assignments
+from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, WrittenQueries
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +50,7 @@ class RemoteWriter:
     def __init__(self, config: WriterConfig) -> None:
         self.config = config
         self.remote = _section(config)
-        self.prompts: dict[QueryKind, WriterPrompt] = {
-            kind: load_writer_prompt(config.prompt_set, kind) for kind in QUERY_KINDS
-        }
+        self.prompts = WriterPrompts(config.prompt_set)
         self.endpoint = Endpoint(
             config.model,
             self.remote,
@@ -93,7 +91,7 @@ class RemoteWriter:
         config, remote = self.config, self.remote
         sampling = [config.max_new_tokens, self.temperature, config.top_p, remote.extra_body, list(remote.leave_out)]
         reading = [config.max_passage_tokens, remote.tokenizer or remote.characters_per_token, remote.api]
-        prompts = [prompt.fingerprint for prompt in self.prompts.values()]
+        prompts = self.prompts.fingerprints
         return fingerprint_json(["remote", config.model, remote.revision, prompts, reading, sampling])
 
     def write(
@@ -128,7 +126,7 @@ class RemoteWriter:
     def _settings(self, assignment: Assignment) -> dict[str, Any]:
         """The fields of a request besides model and prompt."""
         settings: dict[str, Any] = {
-            "max_tokens": self.config.max_new_tokens * assignment.num_queries,
+            "max_tokens": self.config.max_new_tokens * assignment.num_lengths,
             "temperature": self.temperature,
             "top_p": self.config.top_p,
             "seed": assignment.seed,
@@ -137,15 +135,19 @@ class RemoteWriter:
         return sent | self.remote.extra_body
 
     def _result(self, assignment: Assignment, prompt: str, answer: _Answer, was_cut: bool) -> WrittenQueries:
+        is_passage = assignment.kind == "answer"
         queries, num_dropped = parse_answer(
             answer.text,
             prompt=self.prompts[assignment.kind].known_text(assignment),
             num_queries=assignment.num_queries,
             is_complete=answer.is_complete,
+            is_passage=is_passage,
         )
         problem = None
         if not queries:
-            problem = answer.refusal or describe_problem(answer.text, is_complete=answer.is_complete)
+            problem = answer.refusal or describe_problem(
+                answer.text, is_complete=answer.is_complete, is_passage=is_passage
+            )
         num_prompt, num_written = answer.num_prompt_tokens, answer.num_written_tokens
         return WrittenQueries(
             queries,

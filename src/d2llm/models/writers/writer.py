@@ -1,4 +1,7 @@
-"""The protocol of all writers: models that read a passage and write queries that it answers."""
+"""The protocol of all writers: models that read a passage and write queries that it answers.
+
+The same models expand queries: they read a query and write others, or a passage that would answer it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ from d2llm.core.recipe import WriterConfig
 QueryKind = Literal["question", "keywords", "statement"]
 """What a query is: a question, a few keywords, or a statement that the passage supports."""
 QUERY_KINDS: tuple[QueryKind, ...] = get_args(QueryKind)
+ExpansionKind = Literal["rephrasing", "answer"]
+"""What is written for a query: another query with the same meaning, or a passage that would answer it."""
+EXPANSION_KINDS: tuple[ExpansionKind, ...] = get_args(ExpansionKind)
 
 DEFAULT_TEMPERATURE = 0.8
 
@@ -32,6 +38,7 @@ _CHINESE_QUESTION = re.compile(r"什么|什麼|为何|為何|如何|怎|哪|谁|
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _SENTENCE_END = (".", "!", "。", "！")
 _MOST_KEYWORDS = 6
+_ANSWER_LENGTH = 3  # the length of a passage, in maximum lengths of a query
 _LONGEST_CHINESE_KEYWORDS = 12  # characters: about as much as six words
 
 
@@ -39,15 +46,18 @@ _LONGEST_CHINESE_KEYWORDS = 12  # characters: about as much as six words
 class Assignment:
     """What to write: ``num_queries`` queries of one kind for one passage.
 
+    For an expansion, ``passage`` is the query: ``rephrasing`` writes other queries, ``answer`` a single passage in
+    place of them. Neither uses title and examples.
+
     ``examples`` are passages with a query that the user would write for them. With the same seed, the same writer
     writes the same queries, as far as its kind of writer can promise that.
 
     Raises:
-        InputError: ``num_queries`` is below 1, or the passage is empty.
+        InputError: ``num_queries`` is below 1, or above 1 for an answer, or the passage is empty.
     """
 
     passage: str
-    kind: QueryKind
+    kind: QueryKind | ExpansionKind
     num_queries: int = 1
     title: str = ""
     examples: tuple[tuple[str, str], ...] = ()
@@ -56,8 +66,18 @@ class Assignment:
     def __post_init__(self) -> None:
         if self.num_queries < 1:
             raise InputError(f"num_queries is {self.num_queries}, but must be at least 1")
+        if self.kind == "answer" and self.num_queries > 1:
+            raise InputError(
+                f"num_queries is {self.num_queries}, but an answer is a single passage; make several assignments with "
+                "different seeds"
+            )
         if not self.passage.strip():
             raise InputError("an assignment's passage is empty, so no query can be written for it; leave it out")
+
+    @property
+    def num_lengths(self) -> int:
+        """How many times the maximum length of a query the whole answer may have."""
+        return _ANSWER_LENGTH if self.kind == "answer" else self.num_queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +85,7 @@ class WrittenQueries:
     """What a writer made of one assignment; there may be fewer queries than were assigned, never more.
 
     Attributes:
-        queries: without repetitions, in the order in which they were written.
+        queries: without repetitions, in the order in which they were written; for an answer, its passage.
         num_prompt_tokens: tokens that the writer read.
         num_written_tokens: tokens that the writer wrote, whether or not they became queries.
         num_dropped: parts of the answer that are no query, repeat one, or exceed the number assigned.

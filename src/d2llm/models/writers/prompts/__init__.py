@@ -1,7 +1,7 @@
 """The writer's prompts: templates from the TOML files in this folder, or from the user's own file.
 
-A passage is data, whatever it says: a prompt encloses it in marks that no text can imitate, and control words of chat
-templates lose their effect in it.
+A passage, or a query to expand, is data, whatever it says: a prompt encloses it in marks that no text can imitate, and
+control words of chat templates lose their effect in it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.models.prompt_sets import read_prompt_section
 from d2llm.models.text_lengths import TextLengths
-from d2llm.models.writers.writer import Assignment, QueryKind
+from d2llm.models.writers.writer import EXPANSION_KINDS, QUERY_KINDS, Assignment, ExpansionKind, QueryKind
 
 _SLOT = re.compile(r"\{([a-z_]+)\}")
 _SLOTS = {
@@ -24,17 +24,21 @@ _SLOTS = {
     "title": ({"title"}, {"mark"}),
     "example": ({"passage", "query"}, {"mark"}),
 }
-"""The slots that each key must have, and those that it may have."""
+"""The slots that each key of a prompt for queries must have, and those that it may have."""
+_EXPANSION_SLOTS = {
+    "rephrasing": {"template": ({"num_queries", "query"}, {"mark"})},
+    "answer": {"template": ({"query"}, {"mark"})},
+}
 _CONTROL = re.compile(r"[<\[](?=\||/?INST\]|/?SYS>|/?s>|(?:start|end)_of_turn>)", re.I)
 
 
 @dataclass(frozen=True, slots=True)
 class WriterPrompt:
-    """The templates of one kind of query; ``prompts/question.toml`` says which slots they have."""
+    """The templates of one kind of query or expansion; ``prompts/question.toml`` says which slots they have."""
 
     template: str
-    title: str
-    example: str
+    title: str = ""
+    example: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -44,7 +48,7 @@ class WriterPrompt:
     def fill(self, assignment: Assignment) -> str:
         """The whole prompt. Slots that occur in a text of the assignment are not filled."""
         texts = [assignment.title, assignment.passage, *(text for example in assignment.examples for text in example)]
-        mark = _unused_mark(texts)
+        mark = _unused_mark("query" if assignment.kind in EXPANSION_KINDS else "passage", texts)
         examples = "".join(
             _fill(self.example, {"mark": mark, "passage": as_data(passage), "query": as_data(query)})
             for passage, query in assignment.examples
@@ -56,6 +60,7 @@ class WriterPrompt:
             "examples": examples,
             "title": _fill(self.title, {"mark": mark, "title": title}) if title else "",
             "passage": as_data(assignment.passage),
+            "query": as_data(assignment.passage),
         }
         return _fill(self.template, values).strip()
 
@@ -93,14 +98,42 @@ def as_data(text: str) -> str:
     return _CONTROL.sub(lambda match: f"{match.group()} ", text)
 
 
-def load_writer_prompt(name: str, kind: QueryKind) -> WriterPrompt:
-    """The prompt set ``name`` for queries of ``kind``: one shipped with d2llm, or a TOML file with a section per kind.
+class WriterPrompts:
+    """A prompt set by kind.
+
+    Prompts for queries are loaded at once, those for expansions when they are first used: a user's file need not have
+    both.
+
+    Raises:
+        InputError: as for ``load_writer_prompt``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._loaded: dict[QueryKind | ExpansionKind, WriterPrompt] = {}
+        for kind in QUERY_KINDS:
+            self._loaded[kind] = load_writer_prompt(name, kind)
+
+    def __getitem__(self, kind: QueryKind | ExpansionKind) -> WriterPrompt:
+        if kind not in self._loaded:
+            self._loaded[kind] = load_writer_prompt(self._name, kind)
+        return self._loaded[kind]
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Identities of the prompts for queries; expansions are not kept, so theirs do not matter."""
+        return [self[kind].fingerprint for kind in QUERY_KINDS]
+
+
+def load_writer_prompt(name: str, kind: QueryKind | ExpansionKind) -> WriterPrompt:
+    """The prompt set ``name`` for ``kind``: one shipped with d2llm, or a TOML file with a section per kind.
 
     Raises:
         InputError: no such set, or a template that lacks a slot or has an unknown one.
     """
-    section, where = read_prompt_section(name, kind, folder=Path(__file__).parent, keys=tuple(_SLOTS))
-    for key, (needed, optional) in _SLOTS.items():
+    all_slots = _EXPANSION_SLOTS.get(kind, _SLOTS)
+    section, where = read_prompt_section(name, kind, folder=Path(__file__).parent, keys=tuple(all_slots))
+    for key, (needed, optional) in all_slots.items():
         slots = set(_SLOT.findall(section[key]))
         if missing := needed - slots:
             raise InputError(f"{where}: {key} needs the slots {_listed(needed)}; it lacks {_listed(missing)}")
@@ -108,17 +141,19 @@ def load_writer_prompt(name: str, kind: QueryKind) -> WriterPrompt:
             raise InputError(
                 f"{where}: {key} has the unknown slots {_listed(unknown)}; it can have {_listed(needed | optional)}"
             )
-    return WriterPrompt(section["template"].strip("\n"), section["title"], section["example"].rstrip("\n"))
+    return WriterPrompt(
+        section["template"].strip("\n"), section.get("title", ""), section.get("example", "").rstrip("\n")
+    )
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
     return _SLOT.sub(lambda match: values[match.group(1)], template)
 
 
-def _unused_mark(texts: list[str]) -> str:
-    """The first of passage, passage-2, passage-3 ... that is in no tag of any of the texts."""
+def _unused_mark(word: str, texts: list[str]) -> str:
+    """The first of passage, passage-2, passage-3 ... that is in no tag of any of the texts, if ``word`` is passage."""
     together = "\n".join(texts).casefold()
-    names = ("passage" if number == 1 else f"passage-{number}" for number in count(1))
+    names = (word if number == 1 else f"{word}-{number}" for number in count(1))
     return next(name for name in names if f"<{name}>" not in together and f"</{name}>" not in together)
 
 
