@@ -19,7 +19,7 @@ from d2llm.cli.session import session_of
 from d2llm.core.shipped import DEFAULT_STUDENT
 
 if TYPE_CHECKING:
-    from d2llm.store.stored_vectors import VectorCopies
+    from d2llm.store.index_manifest import VectorCopies
 
 
 @with_option_groups

@@ -18,12 +18,12 @@ from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, EngineName, Passage, Query, Ranking, Task
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
+from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.side_files import Chunking, read_chunking
-from d2llm.store.stored_vectors import VectorCopies
 from d2llm.store.view import PassageView
 from d2llm.store.window_vectors import ReadWindows
 
