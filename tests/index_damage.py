@@ -34,10 +34,10 @@ from d2llm.core.types import Passage
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.calibrate import read_error, write_error
 from d2llm.store.ann import AnnIndex, AnnRecord, AnnSearch, write_ann
+from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import verify
 from d2llm.store.projections import as_codes, create_file, projections_of
-from d2llm.store.stored_vectors import VectorCopies
 from d2llm.store.table_files import TableFiles
 from d2llm.store.view import PassageView
 from tiny_store import DIM, few_passages, live_rows, new_store, put, vectors_of, windows_of

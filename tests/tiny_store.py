@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import Passage
 from d2llm.store.checksums import Record, read_record, take_sums, write_record
+from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.schema import MetadataSchema
-from d2llm.store.stored_vectors import VectorCopies
 from d2llm.store.vector_formats import make_format
 from d2llm.store.view import PassageView
 from d2llm.store.window_vectors import ReadWindows

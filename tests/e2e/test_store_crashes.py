@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from d2llm.core.types import Passage
+from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import verify
-from d2llm.store.stored_vectors import VectorCopies
 from d2llm.store.view import PassageView
 from store_writer import passages_of
 from tiny_store import check_contents, live_rows, new_store, put, vector_of

@@ -62,9 +62,8 @@ def stored(vectors):
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
-def by_hand(dataset, query, score, weights):
+def by_hand(index, dataset, query, score, weights):
     """The weighted sum of scores for every passage."""
-    index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
     query_terms = index.query(query.text)
     passages, windows = index.score(query_terms, np.arange(len(index)))
     limit = query_terms.limit or 1.0
@@ -80,8 +79,9 @@ def by_hand(dataset, query, score, weights):
 
 def check(rankings, dataset, score_of, weights):
     """Check the scores of all rankings, and that no unranked passage scores higher."""
+    index = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
     for query_id, ranking in rankings.items():
-        expected = by_hand(dataset, dataset.queries[query_id], score_of(dataset.queries[query_id].text), weights)
+        expected = by_hand(index, dataset, dataset.queries[query_id], score_of(dataset.queries[query_id].text), weights)
         assert [score for _, score in ranking] == pytest.approx([expected[p] for p, _ in ranking], rel=1e-4, abs=1e-4)
         best_unranked = max((score for p, score in expected.items() if p not in dict(ranking)), default=-np.inf)
         assert ranking[-1][1] >= best_unranked - 1e-4

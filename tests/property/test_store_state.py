@@ -22,9 +22,9 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.ops.bm25_words import terms
 from d2llm.store.bm25 import WordIndex
+from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
-from d2llm.store.stored_vectors import VectorCopies
 from d2llm.store.view import PassageView
 from tiny_store import DIM, check_contents, exact_products, new_store, put, vectors_of
 

@@ -21,7 +21,7 @@ from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_SECONDS_PER_FILE
 
 if TYPE_CHECKING:
-    from d2llm.store.stored_vectors import VectorCopies
+    from d2llm.store.index_manifest import VectorCopies
 
 
 @with_option_groups

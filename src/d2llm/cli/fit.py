@@ -89,10 +89,11 @@ def fit(
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Turn documents into a search engine that has learnt them; nobody needs to write or judge queries.
+    """Turn documents into a search engine that has learnt them.
 
-    Reads and indexes the documents, has a language model write queries for them, keeps the good ones, trains on them,
-    and keeps the result if it is better on documents that were held out. Serve it with: d2llm serve FOLDER.search
+    Nobody needs to write or judge queries: it indexes the documents, has a language model write queries, keeps the good
+    ones, trains on them, and keeps the result if it is better on documents that were held out. Serve it with: d2llm
+    serve FOLDER.search
 
     The same command continues after an interruption. When a fit is finished, it reads only what has changed in the
     documents; --again learns anew.

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from d2llm.models.student import Student
     from d2llm.retrieval.chunking import DocumentsReport
     from d2llm.retrieval.index import Index
-    from d2llm.store.stored_vectors import VectorCopies
+    from d2llm.store.index_manifest import VectorCopies
 
 _FOLDER = "d2llm.store"
 _NAMED = 20  # number of missing ids to list

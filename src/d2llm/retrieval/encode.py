@@ -17,10 +17,9 @@ from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.retrieval.index import Index, window_format
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.store.index_manifest import FORMAT_VERSION, KIND
+from d2llm.store.index_manifest import FORMAT_VERSION, KIND, VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.side_files import Chunking
-from d2llm.store.stored_vectors import VectorCopies
 from d2llm.store.vector_formats import make_format
 
 

@@ -29,13 +29,16 @@ from d2llm.core.types import (
 )
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
+<<<<<<< HEAD
 from d2llm.store.index_manifest import find_index
+=======
+from d2llm.store.index_manifest import VectorCopies
+>>>>>>> suite
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.side_files import Chunking, read_chunking
-from d2llm.store.stored_vectors import VectorCopies
 from d2llm.store.view import PassageView
 from d2llm.store.window_vectors import ReadWindows
 

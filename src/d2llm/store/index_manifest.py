@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.manifest import read_any_manifest, read_manifest, write_manifest
-from d2llm.store.stored_vectors import VectorCopies
 
 KIND = "index"
 FORMAT_VERSION = 3
@@ -24,6 +23,10 @@ def find_index(path: Path) -> Path:
     except DataFormatError:  # for whoever opens the index to report
         return path
     return path / INDEX_OF_FIT if manifest.get("kind") == FIT_KIND else path
+
+
+VectorCopies = Literal[1, 2]
+"""How often the vectors are stored (``store/stored_vectors.py``)."""
 
 
 def write_index_manifest(folder: Path, content: Mapping[str, Any]) -> None:

@@ -49,12 +49,12 @@ from d2llm.store.blocks import (
     table_schema,
 )
 from d2llm.store.bm25 import WordSegment
-from d2llm.store.index_manifest import KIND, read_index_manifest, write_index_manifest
+from d2llm.store.index_manifest import KIND, VectorCopies, read_index_manifest, write_index_manifest
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.side_files import side_files
 from d2llm.store.storage import link_or_copy, storage_errors
-from d2llm.store.stored_vectors import StoredVectors, VectorCopies, stored_vectors
+from d2llm.store.stored_vectors import StoredVectors, stored_vectors
 from d2llm.store.table_files import TableFiles
 from d2llm.store.vector_file import VectorFile
 from d2llm.store.vector_formats import VectorFormat, make_format

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Passage
 from d2llm.store import vector_file
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, codes_of
+from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import TEXT_COLUMNS
 from d2llm.store.storage import storage_errors
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _REPAIRED_ROWS = 2_048  # rows per step of a repair: the most that an interruption can lose
 
-VectorCopies = Literal[1, 2]
 Encode = Callable[[Sequence[Passage]], NDArray[np.float32]]
 """Returns the student's vectors [n, dim] of some passages; only their id, title and text are reliable."""
 
