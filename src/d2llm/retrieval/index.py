@@ -29,11 +29,7 @@ from d2llm.core.types import (
 )
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
-<<<<<<< HEAD
-from d2llm.store.index_manifest import find_index
-=======
-from d2llm.store.index_manifest import VectorCopies
->>>>>>> suite
+from d2llm.store.index_manifest import VectorCopies, find_index
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
