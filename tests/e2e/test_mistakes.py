@@ -119,7 +119,7 @@ CORPUS = {
     "one JSON array": (lambda w: w.upsert("c.jsonl", f"[\n{LINE}]"), "c.jsonl:1: not valid JSON"),
     "a list a line": (lambda w: w.upsert("c.jsonl", '["a"]'), "c.jsonl:1: must be a JSON object, found a list"),
     "nested without end": (lambda w: w.upsert("c.jsonl", "[" * 100_000), "c.jsonl:1: nested too deeply"),
-    "damaged CSV": (lambda w: w.upsert("c.csv", "id,text\n1,the,cat\n"), "none of the 1 files", "c.csv: it cannot be"),
+    "a damaged table": (lambda w: w.upsert("c.parquet", "PAR1"), "none of the 1 files", "c.parquet: it cannot be"),
     "an empty PDF": (lambda w: w.upsert("c.pdf", ""), "none of the 1 files could be read", "c.pdf: it is empty"),
     "misspelt field": (
         lambda w: w.upsert("c.jsonl", '{"_idd": "a", "text": "x"}'),

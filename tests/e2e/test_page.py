@@ -446,6 +446,7 @@ def test_the_index_is_chosen_if_there_are_several(visit, tiny, tmp_path):
         assert json.loads(page.locator(".operation[open] .output").inner_text())["name"] == "small one"
         page.locator(".brand a").click()
         page.wait_for_url("**/indexes/small%20one/")
+        page.wait_for_selector("#facts div", state="attached")  # before the server stops
     page = visit(tiny)
     assert page.locator("#index").is_hidden()
     assert page.locator("#index-name").inner_text() == "index"

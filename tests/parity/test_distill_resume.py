@@ -230,6 +230,37 @@ def test_checkpoints_are_also_due_by_time(models: Path, tmp_path: Path, monkeypa
     assert saved_steps == [0, 3, 6, 9, 12, 15, 16]
 
 
+def test_a_run_out_of_time_stops_after_an_evaluation_of_its_last_step(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 100_000, 50))
+    monkeypatch.setattr(training_loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    report = run(models, tmp_path / "student", max_minutes=5, eval_every=1000)
+    assert report.stopped_early
+    assert 2 <= report.steps < STEPS / 2
+    evaluated = [line["step"] for line in log_of(tmp_path / "student") if "dev" in line]
+    assert evaluated[-1] == report.steps
+
+
+def test_training_continues_from_a_student(models: Path, tmp_path: Path) -> None:
+    first = run(models, tmp_path / "first")
+    second = run(models, tmp_path / "second", start=str(tmp_path / "first"))
+    assert {name: dev["start"] for name, dev in second.dev.items()} == pytest.approx(
+        {name: dev["by_weight"]["1.0"] for name, dev in first.dev.items()}, abs=0.02
+    )
+    other = recipe(models, start=str(tmp_path / "first"))
+    backbone = other.student.backbone.model_copy(update={"max_passage_tokens": 32})
+    with pytest.raises(InputError, match=r"training.start: .*backbone.max_passage_tokens \(was 64, is 32\)"):
+        distill(
+            sources(),
+            tmp_path / "third",
+            recipe=other.model_copy(update={"student": other.student.model_copy(update={"backbone": backbone})}),
+            labels=models / "labels",
+            teacher=tiny_teacher_config(models / "teacher"),
+            device="cpu",
+        )
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

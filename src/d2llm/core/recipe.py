@@ -440,7 +440,7 @@ class TrainingConfig(WarmUpConfig):
     patience: int = Field(default=5, ge=1)
     """Stop after this many dev evaluations without improvement."""
     max_minutes: float | None = Field(default=None, gt=0)
-    """Stop after this much time in steps of the first stage; the best state so far is kept."""
+    """Stop the first stage after this much time, without that of interruptions; the best state so far is kept."""
     dev_queries: int = Field(default=200, ge=1)
     dev_passages: int = Field(default=1000, ge=1)
     """Dev corpus: the dev positives, their mined negatives, and random passages up to this number."""

@@ -140,6 +140,7 @@ class DistillRun:
         self.eval_every = recipe.training.eval_every or default_interval
         self.room = graph_room(student, recipe.training)
         self.signals = StopSignals()
+        self.timed_at: float | None = None
         self.saved_step, self.saved_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
 
     def train(self) -> bool:
@@ -171,7 +172,6 @@ class DistillRun:
                     self._evaluate()
                     self._save()
                 return True
-            started = time.monotonic()
             epoch, place = divmod(progress.step, self.per_epoch)
             if not batches or place == 0:
                 self._remine(epoch)
@@ -179,14 +179,18 @@ class DistillRun:
                 if place == 0:
                     self._write(progress.step + 1, queries=queries_by_set(batches))
             self._step(*batches[place], advance)
-            progress.seconds += time.monotonic() - started
             self._evaluate_and_save()
         return False
 
     def _is_out_of_time(self) -> bool:
-        """Whether the steps have taken ``training.max_minutes``, as the first process measures it."""
+        """Whether the first stage has taken ``training.max_minutes``, as the first process measures it."""
         limit = self.recipe.training.max_minutes
-        return limit is not None and self.processes.from_first(self.progress.seconds >= 60 * limit)
+        if limit is None:
+            return False
+        now = time.monotonic()
+        self.progress.seconds += 0.0 if self.timed_at is None else now - self.timed_at
+        self.timed_at = now
+        return self.processes.from_first(self.progress.seconds >= 60 * limit)
 
     def _evaluate_and_save(self) -> None:
         """After a step, evaluate on dev and save a checkpoint if they are due."""
