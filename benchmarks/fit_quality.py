@@ -4,21 +4,25 @@ For each set, `d2llm fit` starts from the untuned backbone and sees the corpus o
 set. Everything is then measured on the test split of the set, in one run of `evaluate`: BM25, the untuned cosine, the
 sum of both with weights that were fitted on real dev queries (a row that a user without queries cannot have), the
 untuned backbone with weights fitted on the written dev queries, and the student of the fit. The upper limit is a
-student trained on the set's real training queries in the same way (`--limit`).
+student trained on the set's real training queries in the same way (`--limit`). `--recorded` takes the queries that a
+large language model once wrote (`recorded_writer.py`) instead of having a local one write them.
 
-    python benchmarks/fit_quality.py DATA_FOLDER covidqa wikiqa --hours 0.5 [--limit] [--writer smollm2]
+    python benchmarks/fit_quality.py DATA_FOLDER covidqa wikiqa --hours 0.5 [--limit] [--writer smollm2 | --recorded]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from recorded_writer import read_recorded, recorded_writer
+
 from d2llm.core.files import write_json
-from d2llm.core.recipe import WriterConfig, untuned_config
+from d2llm.core.recipe import RemoteWriterConfig, WriterConfig, untuned_config
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.data.beir import read_beir
 from d2llm.evaluation.evaluate import evaluate
@@ -33,6 +37,10 @@ from d2llm.training.run import Run
 RESULTS = Path(__file__).parent / "results" / "fit"
 SETS = ("medquad", "stackfaq", "covidqa", "squad", "wikiqa", "nfcorpus")
 LIMIT_NAME = "trained on real queries"
+MOST_REAL_QUERIES = 2_000
+"""The upper limit is trained on no more real queries than this, which a fit of an hour could have had written."""
+RECORDED_NAME = "recorded"
+_RECORDED_SHARE = 0.95  # of the recorded queries; the writing stops there, because rules drop a few
 
 
 def untuned(folder: Path, backbone: str) -> Path:
@@ -47,11 +55,19 @@ def untuned(folder: Path, backbone: str) -> Path:
 def measure(data: Path, work: Path, *, hours: float, writer: str, backbone: str, with_limit: bool) -> dict[str, Any]:
     """Fit to the corpus of a set and measure on its test split."""
     started = time.monotonic()
-    settings = FitSettings(
-        hours=hours, student=str(untuned(work.parent / "untuned", backbone)), writer=WriterConfig(model=writer)
-    )
-    fitting = Fit([data / "corpus.jsonl"], work / "fit", settings)
-    report = fitting.finish()
+    start = str(untuned(work.parent / "untuned", backbone))
+    with ExitStack() as stack:
+        if writer == RECORDED_NAME:
+            remote = RemoteWriterConfig(url=stack.enter_context(recorded_writer(data)))
+            config = WriterConfig(kind="remote", model=RECORDED_NAME, remote=remote)
+            num_recorded = sum(len(queries) for queries in read_recorded(data.name).values())
+            settings = FitSettings(
+                hours=hours, student=start, writer=config, max_queries=round(_RECORDED_SHARE * num_recorded)
+            )
+        else:
+            settings = FitSettings(hours=hours, student=start, writer=WriterConfig(model=writer))
+        fitting = Fit([data], work / "fit", settings)
+        report = fitting.finish()
     if report is None:
         raise SystemExit(f"{work}: was finished by an earlier call; delete it to measure again")
     seconds = time.monotonic() - started
@@ -78,6 +94,7 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, backbone: str,
         "hours": hours,
         "writer": writer,
         "seconds": seconds,
+        "stages": dict(report.seconds),
         "kept": report.kept,
         "num_kept_queries": report.num_kept,
         "rejected": dict(report.rejected),
@@ -92,8 +109,9 @@ def _trained_on_real_queries(fitting: Fit, data: Path, work: Path) -> Path:
     real = read_beir(data, splits=["train", "dev"])
     counts = {split: len(real.qrels[split]) for split in ("train", "dev")}
     recipe = fitting.recipe({"written": DataReport(counts)}, fitting.plan())
-    own = recipe.data[0].model_copy(update={"path": str(data), "max_queries": None})
-    run = Run(recipe.model_copy(update={"data": (own,)}), work / "real-run")
+    own = recipe.data[0].model_copy(update={"path": str(data), "max_queries": MOST_REAL_QUERIES})
+    training = recipe.training.model_copy(update={"max_minutes": None})
+    run = Run(recipe.model_copy(update={"data": (own,), "training": training}), work / "real-run")
     run.finish()
     return run.parts.student
 
@@ -117,6 +135,7 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", default=SETS)
     parser.add_argument("--hours", type=float, default=0.5)
     parser.add_argument("--writer", default="smollm2")
+    parser.add_argument("--recorded", dest="writer", action="store_const", const=RECORDED_NAME)
     parser.add_argument("--backbone", default="minilm")
     parser.add_argument("--limit", action="store_true", help="also train on the real queries of each set")
     parser.add_argument("--work", type=Path, default=Path("runs/fit-quality"))
@@ -124,13 +143,13 @@ def main() -> None:
     for name in options.sets:
         result = measure(
             options.data / name,
-            options.work / name,
+            options.work / Path(options.writer).name / name,
             hours=options.hours,
             writer=options.writer,
             backbone=options.backbone,
             with_limit=options.limit,
         )
-        write_json(RESULTS / f"{name}.json", result)
+        write_json(RESULTS / Path(options.writer).name / f"{name}.json", result)
         for row in result["rows"]:
             print(f"{name:12} {row['name']:40} {row['nDCG@10']:.3f}")
 
