@@ -20,6 +20,7 @@ from d2llm.cli.options import (
 )
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
+from d2llm.core.shipped import DEFAULT_WRITER
 
 if TYPE_CHECKING:
     from d2llm.core.recipe import WriterConfig
@@ -137,7 +138,9 @@ def fit(
 
 def _writer_config(options: WriterOptions, prices: tuple[float, float] | None) -> WriterConfig:
     if prices is None:
-        return options.config()
+        return options.config(DEFAULT_WRITER)
     if options.endpoint is None:
         raise InputError("--prices are about an endpoint; give its address with --endpoint")
-    return options.config(price_per_million_prompt_tokens=prices[0], price_per_million_written_tokens=prices[1])
+    return options.config(
+        DEFAULT_WRITER, price_per_million_prompt_tokens=prices[0], price_per_million_written_tokens=prices[1]
+    )

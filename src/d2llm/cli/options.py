@@ -132,8 +132,13 @@ class WriterOptions:
     """Options that name a language model that writes, and where it is."""
 
     writer: Annotated[
-        str, typer.Option(metavar="MODEL", help="Language model that writes queries; the model's name at an endpoint.")
-    ] = "smollm2"
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Language model that writes queries; the model's name at an endpoint.",
+            show_default="a small one that runs here",
+        ),
+    ] = None
     endpoint: Annotated[
         str | None, typer.Option(metavar="URL", help="Ask the writer at this OpenAI-compatible endpoint, up to /v1.")
     ] = None
@@ -141,20 +146,22 @@ class WriterOptions:
         str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the endpoint's key.")
     ] = None
 
-    def config(self, **remote: Any) -> WriterConfig:
-        """The writer; ``remote`` are further settings of its endpoint (``RemoteWriterConfig``).
+    def config(self, default: str, **remote: Any) -> WriterConfig:
+        """The writer, or the local one named ``default``; ``remote`` are further settings of its endpoint.
 
         Raises:
-            InputError: an option is about an endpoint, but there is none.
+            InputError: an option is about an endpoint, but there is none, or the endpoint's model is not named.
         """
         from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 
         if self.endpoint is not None:
+            if self.writer is None:
+                raise InputError("--endpoint needs --writer, the name of a model there")
             section = RemoteWriterConfig(url=self.endpoint, api_key_env=self.api_key_env, **remote)
             return WriterConfig(model=self.writer, kind="remote", remote=section)
         if self.api_key_env is not None:
             raise InputError("--api-key-env is about an endpoint; give its address with --endpoint")
-        return WriterConfig(model=self.writer)
+        return WriterConfig(model=self.writer or default)
 
 
 @dataclass(frozen=True)

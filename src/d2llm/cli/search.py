@@ -54,6 +54,7 @@ class SourceChoice(str, Enum):
 
 _NAMED = 5  # number of queries to list in a warning
 _PATIENCE_MINUTES = 1.0  # with a writer's endpoint that fails: then the plain query is searched
+_EXPANDING_WRITER = "smollm2"
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,10 @@ class ExpansionOptions:
         if self.expand is None:
             values = {
                 "--expansions": self.expansions,
+                "--writer": writer.writer,
                 "--endpoint": writer.endpoint,
                 "--api-key-env": writer.api_key_env,
             }
-            if writer.writer != WriterOptions().writer:
-                values["--writer"] = writer.writer
             for name, value in values.items():
                 if value is not None:
                     raise InputError(f"{name} is for --expand multi or --expand hyde; add it, or leave {name} out")
@@ -134,7 +134,7 @@ class ExpansionOptions:
         from d2llm.retrieval.expansion import Expansion
 
         remote = {} if writer.endpoint is None else {"patience_minutes": _PATIENCE_MINUTES}
-        loaded = load_writer(writer.config(**remote), device=device, dtype=dtype)
+        loaded = load_writer(writer.config(_EXPANDING_WRITER, **remote), device=device, dtype=dtype)
         return Expansion(loaded, self.expand, self.expansions)
 
 

@@ -1,4 +1,4 @@
-"""Recipes, students and tuned teachers that ship inside the package, by name."""
+"""Recipes, students, tuned teachers and writers that ship inside the package, by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from d2llm.core.manifest import FILE_NAME, read_any_manifest
 
 DEFAULT_STUDENT = "d2llm-minilm"
 MULTILINGUAL_STUDENT = "d2llm-multilingual"
+DEFAULT_WRITER = "smollm2-writer"
+"""Writes the queries of a fit unless another writer is named."""
 
 
 def shipped_recipes() -> dict[str, Path]:

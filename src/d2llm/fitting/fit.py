@@ -38,7 +38,7 @@ from d2llm.core.recipe import (
     TrainingConfig,
     untuned_config,
 )
-from d2llm.core.shipped import DEFAULT_STUDENT, MULTILINGUAL_STUDENT
+from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER, MULTILINGUAL_STUDENT
 from d2llm.core.types import Passage
 from d2llm.data.beir import read_beir
 from d2llm.data.check_texts import guess_languages
@@ -64,12 +64,15 @@ if TYPE_CHECKING:
 BASE_NAME = "start, weights fitted"
 """Name of the row of the student that the fit started from, with the weights of its score fitted to these documents."""
 NUM_NEGATIVES = 2
+MAX_EPOCHS = 10
+"""Few queries are learnt from several times, at most this often; the dev queries say which state was the best."""
 MIN_USERS_QUERIES = 30
 """With at least this many held-out queries of users, the verdict is about them alone."""
 
 _remarks = logging.getLogger("d2llm.remarks")
 _STUDENT_SOURCE = "../student"
 _TIMED_PASSAGES = 64
+_BATCH_QUERIES, _STEPS = 32, 60  # steps that training makes at least, if there is time
 _SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed, and how much of each is read
 _LISTED_AT_ONCE = 1_000
 
@@ -265,6 +268,8 @@ class Fit:
         if finished is not None:
             return finished
         settings = self.settings
+        if settings.writer.model == DEFAULT_WRITER and self.start == MULTILINGUAL_STUDENT:
+            self._note(f"{DEFAULT_WRITER} writes English, and the documents seem to be in another language")
         writer = load_writer(settings.writer, device=self.device, dtype=self.dtype)
         report = write_queries(
             self.passages,
@@ -342,6 +347,7 @@ class Fit:
         settings = self.settings
         num_train = sum(report.queries["train"] for report in data.values())
         share = min(1.0, plan.max_queries / num_train)
+        affordable = max(1, plan.max_queries // num_train)
         imitates = settings.teacher is not None
         return Recipe(
             name="fit",
@@ -371,8 +377,8 @@ class Fit:
             training=TrainingConfig(
                 start=self.start,
                 learning_rate=2e-4,
-                epochs=1,
-                batch_queries=32,
+                epochs=min(affordable, MAX_EPOCHS, max(1, round(_STEPS * _BATCH_QUERIES / num_train))),
+                batch_queries=_BATCH_QUERIES,
                 num_hard=NUM_NEGATIVES,
                 num_easy=0,
                 max_minutes=max(1.0, plan.training / 60),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import TeacherConfig, WriterConfig
+from d2llm.core.shipped import DEFAULT_WRITER
 from d2llm.core.types import Task
 from d2llm.fitting.critic import CriticSettings
 from d2llm.fitting.write_queries import DEFAULT_KINDS
@@ -44,7 +45,7 @@ class FitSettings:
     hours: float = DEFAULT_HOURS
     student: str | None = None
     task: Task = "asymmetric"
-    writer: WriterConfig = field(default_factory=WriterConfig)
+    writer: WriterConfig = field(default_factory=lambda: WriterConfig(model=DEFAULT_WRITER))
     kinds: Mapping[QueryKind, float] = field(default_factory=lambda: dict(DEFAULT_KINDS))
     examples: tuple[tuple[str, str], ...] = ()
     max_tokens: int | None = None

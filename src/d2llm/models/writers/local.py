@@ -279,12 +279,12 @@ class LocalWriter:
         train_adapters_only(self.model, mode)
 
     def save(self, folder: Path, content: Mapping[str, Any]) -> str:
-        """Write the adapter and a manifest with ``content`` into a folder; returns the tuned weights' fingerprint.
+        """Write the adapter in float16, and a manifest with ``content``; returns the tuned weights' fingerprint.
 
         ``WriterConfig(model=str(folder))`` loads it again.
         """
         state = join_adapters(self._merged_adapter, adapter_state(self.model))
-        save_file(state, folder / _ADAPTER_FILE)
+        save_file({name: tensor.half() for name, tensor in state.items()}, folder / _ADAPTER_FILE)
         fingerprint = fingerprint_json([self.base_fingerprint, fingerprint_files([folder / _ADAPTER_FILE])])
         own = {
             "fingerprint": fingerprint,
