@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import signal
 from pathlib import Path
@@ -16,12 +17,13 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
+from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
-from d2llm.training.label import LabelReport, label
+from d2llm.training.label import LabelReport, disagreements, label
 from prepared_process import PreparedProcess, script
 from tiny_data import make_plan, topics
-from tiny_models import tiny_teacher_config, write_tiny_model
+from tiny_models import randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
 
 NUM_QUERIES = 40  # more than one batch
 
@@ -260,3 +262,43 @@ def test_a_killed_run_resumes_without_repeating_work(model: Path, source: Traini
     assert rows == num_pairs(source)
     run(source, tmp_path / "undisturbed", config)
     assert_same_labels(open_labels(source, tmp_path / "undisturbed", config), after)
+
+
+def test_with_a_limit_the_queries_on_which_two_students_disagree_are_labelled(
+    source: TrainingSource, model: Path, tmp_path: Path
+) -> None:
+    encoder = write_tiny_model(tmp_path / "encoder", "bert")
+    students = []
+    for seed in (0, 1):
+        student = Student.create(tiny_student_config(encoder), device="cpu", dtype="float32", seed=seed)
+        randomise(student.interaction, seed=seed)
+        randomise(student.pooling, seed=seed)
+        student.save(tmp_path / f"student{seed}")
+        students.append(student)
+    values = disagreements(source, *students)
+    for entry in source.plan.entries:  # Kendall's distance, pair by pair
+        names = entry.positives + entry.hard_negatives
+        texts = [source.passage_text(name) for name in names]
+        first, second = (
+            student.score(
+                student.encode_queries([source.query_text(entry.query_id)]).vectors[0],
+                student.encode_passages(texts).vectors,
+                source.task,
+            )
+            for student in students
+        )
+        pairs = list(itertools.combinations(range(len(names)), 2))
+        swapped = sum((first[a] > first[b]) != (second[a] > second[b]) for a, b in pairs)
+        assert values[entry.query_id] == pytest.approx(swapped / len(pairs), abs=0.05)
+    assert len(set(values.values())) > 3
+    assert set(disagreements(source, students[0], students[0]).values()) == {0.0}
+
+    limited = dataclasses.replace(source, max_labelled=5)
+    config = tiny_teacher_config(model)
+    names = (str(tmp_path / "student0"), str(tmp_path / "student1"))
+    assert run(limited, tmp_path / "labels", config, compared_students=names).queries == 5
+    labels = open_labels(source, tmp_path / "labels", config)
+    labelled = {entry.query_id for entry in source.plan.entries if labels.log_odds(entry.query_id)}
+    assert len(labelled) == 5
+    assert min(values[name] for name in labelled) >= sorted(values.values())[-5]
+    assert run(limited, tmp_path / "labels", config, compared_students=names).pairs == 0

@@ -10,12 +10,15 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import read_manifest
+from d2llm.data.run_folder import is_finished
+from d2llm.fitting.critic import CriticSettings
 from d2llm.fitting.fit import BASE_NAME, Fit, fit, student_for
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
+from d2llm.training.run import Run
 from local_endpoint import local_endpoint
 from tiny_fit import NUM_DOCUMENTS, ask_about_passage, settings_for, write_documents
-from tiny_models import tiny_student_config, write_tiny_model
+from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +129,26 @@ def test_a_fit_can_be_served_by_its_folder(finished):
 
     done, _ = finished
     assert ServeSettings(index=done.folder.path).index == {"docs.search": done.folder.index}
+
+
+def test_a_teacher_judges_the_queries_that_the_first_half_of_the_training_changed(
+    student, endpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Run, "closed_gates", lambda _: [])  # a random teacher would not pass
+    documents = write_documents(tmp_path / "docs")
+    teacher = tiny_teacher_config(write_tiny_model(tmp_path / "teacher"))
+    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0)
+    settings = settings_for(student, endpoint.url, teacher=teacher, critic=critic)
+    done = Fit([documents], None, settings, device="cpu", dtype="float32")
+    assert done.finish() is not None
+    [judged] = done.folder.work.glob("run-*-judged")
+    [own] = set(done.folder.work.glob("run-*")) - {judged}
+    assert is_finished(own / "student")
+    assert not (own / "labels").exists()  # without a teacher
+    assert is_finished(judged / "student")
+    assert is_finished(judged / "labels")
+    recipe = json.loads((judged / "student" / "manifest.json").read_text())["recipe"]
+    assert recipe["labelling"]["compared_students"] == [str(student), str(own / "student")]
+    assert recipe["training"]["start"] == str(own / "student")
+    assert recipe["losses"]["list_imitation"] > 0
+    assert recipe["data"][0]["max_labelled"] >= 1

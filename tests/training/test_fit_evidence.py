@@ -118,13 +118,23 @@ class TestStudent:
     def student(self, config) -> Student:
         return Student.create(config, device="cpu", dtype="float32")
 
-    def test_lists_hold_positives_and_nearest_by_words_and_vectors(self, student):
-        source = topics()
-        result = make_evidence_lists(student, source.dataset, "asymmetric", terms=TERMS[:2], depth=2, num_passages=1)
-        positives = source.dataset.positives("dev")
-        assert len(result.lists) == len(positives)
-        assert {scores.shape[1] for scores, _ in result.lists} == {3}
-        assert sorted(int((grades > 0).sum()) for _, grades in result.lists) == sorted(map(len, positives.values()))
+    def test_lists_hold_the_nearest_by_words_and_vectors_if_one_of_them_is_relevant(self, student):
+        dataset, depth = topics().dataset, 4
+        positives = dataset.positives("dev")
+
+        def lists_of(number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+            size = len(dataset.passages)
+            made = make_evidence_lists(student, dataset, "asymmetric", terms=TERMS[:2], depth=number, num_passages=size)
+            assert len(made.statistics) == len(made.lists)
+            return list(made.lists)
+
+        whole, lists = lists_of(len(dataset.passages)), lists_of(depth)
+        assert sorted(int((grades > 0).sum()) for _, grades in whole) == sorted(map(len, positives.values()))
+        assert 0 < len(lists) < len(positives)  # of some queries, no relevant passage is among the nearest
+        for scores, grades in lists:
+            assert scores.shape[1] == 3
+            assert depth <= len(scores) <= 3 * depth
+            assert grades.any()
 
     def test_window_column_is_the_best_window_score(self, student):
         dataset = topics().dataset

@@ -302,8 +302,8 @@ class DataConfig(_Section):
     max_queries: int | None = Field(default=None, ge=1)
     """Train on a random sample of this many queries."""
     max_labelled: int | None = Field(default=None, ge=1)
-    """Let the teacher label a random sample of this many of them; ``training.unlabelled`` says what happens to the
-    others. For a teacher that is slow compared with the student."""
+    """Let the teacher label this many of them, at random or as ``labelling`` says; ``training.unlabelled`` says what
+    happens to the others. For a teacher that is slow compared with the student."""
     exclude_shared_passages: bool = True
     """Leave out training queries that share a positive with a dev or test query, so that dev and test passages have
     never been positives. If all splits share one small corpus (intents, FAQ), nothing would be left: set this to false,
@@ -360,6 +360,14 @@ class WarmUpConfig(_Section):
     def warmup_of(self, total_steps: int) -> int:
         """Number of warm-up steps in a run of ``total_steps``."""
         return round(self.warmup_fraction * total_steps) if self.warmup_steps is None else self.warmup_steps
+
+
+class LabellingConfig(_Section):
+    """Which queries the teacher labels, if ``max_labelled`` of a data set does not allow for all."""
+
+    compared_students: tuple[str, str] | None = None
+    """Two students, as folders or names, such as those before and after some training: the queries whose passages they
+    rank most differently are labelled. By default a random sample is."""
 
 
 class LossWeights(_Section):
@@ -542,6 +550,7 @@ class Recipe(_Section):
     data: tuple[DataConfig, ...] = ()
     mining: MiningConfig = MiningConfig()
     gate: GateConfig = GateConfig()
+    labelling: LabellingConfig = LabellingConfig()
     losses: LossWeights = LossWeights()
     training: TrainingConfig = TrainingConfig()
     evidence: EvidenceConfig = EvidenceConfig()

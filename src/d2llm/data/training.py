@@ -28,6 +28,8 @@ class TrainingSource:
     task: Task
     max_labelled: int | None = None
     """How many queries the teacher labels; None means all of the plan."""
+    label_first: tuple[str, ...] | None = None
+    """Every query of the plan, the ones to label first; by default their order is random."""
     pairs: PairDataset | None = None
     """The labelled pairs that ``dataset`` was built from, if it is not a retrieval set."""
 
@@ -37,9 +39,14 @@ class TrainingSource:
 
     @property
     def entries_to_label(self) -> list[PlanEntry]:
-        """The queries that the teacher labels, sampled by the hash of the id: larger samples contain smaller ones."""
-        entries = sorted(self.plan.entries, key=lambda entry: hashlib.sha256(entry.query_id.encode()).digest())
-        chosen = {entry.query_id for entry in entries[: self.max_labelled]}
+        """The queries that the teacher labels: the first of ``label_first``, or of an order by the hash of the id.
+
+        A larger sample contains a smaller one.
+        """
+        order = self.label_first or sorted(
+            (entry.query_id for entry in self.plan.entries), key=lambda name: hashlib.sha256(name.encode()).digest()
+        )
+        chosen = set(order[: self.max_labelled])
         return [entry for entry in self.plan.entries if entry.query_id in chosen]
 
     def query_text(self, query_id: str) -> str:

@@ -30,10 +30,12 @@ from d2llm.core.recipe import (
     DataConfig,
     EvidenceConfig,
     GateConfig,
+    LabellingConfig,
     LossWeights,
     MiningConfig,
     Recipe,
     ResidualConfig,
+    TeacherConfig,
     TeacherTuningConfig,
     TrainingConfig,
     untuned_config,
@@ -50,7 +52,7 @@ from d2llm.fitting.draft_store import DraftStore
 from d2llm.fitting.fit_folder import FORMAT_VERSION, default_folder, require_fit_folder
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.stages import Stages
-from d2llm.fitting.time_plan import TimePlan, plan_time
+from d2llm.fitting.time_plan import TEACHER_SHARE, TimePlan, plan_time
 from d2llm.fitting.training_data import DataReport, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
@@ -71,7 +73,16 @@ MIN_USERS_QUERIES = 30
 
 _remarks = logging.getLogger("d2llm.remarks")
 _STUDENT_SOURCE = "../student"
-_TIMED_PASSAGES = 64
+_TIMED_PASSAGES, _TIMED_JUDGEMENTS = 64, 8
+_GATE_DEPTH, _MIN_GATED, _MAX_GATED = 12, 20, 100  # candidates of each list, queries
+_QUERY_CHARACTERS = 60  # of the queries of timed judgements
+_NO_IMITATION = {
+    "contrastive_imitation": 0.0,
+    "list_imitation": 0.0,
+    "rank_imitation_positive_hard": 0.0,
+    "rank_imitation_hard_easy": 0.0,
+    "feature_imitation": 0.0,
+}
 _BATCH_QUERIES, _STEPS = 32, 60  # steps that training makes at least, if there is time
 _SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed, and how much of each is read
 _LISTED_AT_ONCE = 1_000
@@ -334,27 +345,29 @@ class Fit:
         return folder
 
     def train(self, data: Mapping[str, DataReport], plan: TimePlan) -> Path:
-        """Train the student on the data sets; returns its folder."""
-        from d2llm.training.run import Run
+        """Train the student on the data sets; returns its folder.
 
-        recipe = self.recipe(data, plan)
-        run = Run(recipe, self.folder.run(self._data_key(data)), device=self.device, dtype=self.dtype)
-        run.finish()
-        return run.parts.student
+        With a teacher, the student learns from the queries alone in the first half of the time. In the second half the
+        teacher judges those queries whose passages the student now ranks most differently, as many as there is time
+        for, and the student learns from these judgements too.
+        """
+        recipe, key = self.recipe(data, plan), self._data_key(data)
+        trained = self._finish_run(recipe, key)
+        if self.settings.teacher is None:
+            return trained
+        return self._finish_run(self._judged_recipe(recipe, trained, plan), f"{key}-judged")
 
     def recipe(self, data: Mapping[str, DataReport], plan: TimePlan) -> Recipe:
-        """The recipe of the training, for as many queries as the plan has time for."""
+        """The recipe of the training on the queries alone, for as many of them as the plan has time for."""
         settings = self.settings
         num_train = sum(report.queries["train"] for report in data.values())
         share = min(1.0, plan.max_queries / num_train)
         affordable = max(1, plan.max_queries // num_train)
-        imitates = settings.teacher is not None
+        has_teacher = settings.teacher is not None
         return Recipe(
             name="fit",
             seed=settings.seed,
             student=self._load(self.start).config,
-            teacher=settings.teacher or Recipe().teacher,
-            teacher_tuning=TeacherTuningConfig(epochs=0),
             data=tuple(
                 DataConfig(
                     path=str(self._data_folder(name)),
@@ -365,15 +378,7 @@ class Fit:
                 for name, report in data.items()
             ),
             mining=MiningConfig(num_hard=8, num_easy=2, student=self.start),
-            gate=GateConfig(queries=100, depth=12),
-            losses=LossWeights(
-                contrastive_imitation=0.0,
-                list_imitation=0.5 if imitates else 0.0,
-                rank_imitation_positive_hard=0.0,
-                rank_imitation_hard_easy=0.0,
-                feature_imitation=0.0,
-                in_batch_cross_entropy=0.5 if imitates else 1.0,
-            ),
+            losses=LossWeights(**_NO_IMITATION, in_batch_cross_entropy=1.0),
             training=TrainingConfig(
                 start=self.start,
                 learning_rate=2e-4,
@@ -381,12 +386,57 @@ class Fit:
                 batch_queries=_BATCH_QUERIES,
                 num_hard=NUM_NEGATIVES,
                 num_easy=0,
-                max_minutes=max(1.0, plan.training / 60),
+                max_minutes=max(1.0, plan.training / 60 * (0.5 if has_teacher else 1.0)),
                 unlabelled="own_labels",
                 residual=ResidualConfig(epochs=3),
             ),
             evidence=EvidenceConfig(words=True, window_words=True),
         )
+
+    def _judged_recipe(self, recipe: Recipe, student: Path, plan: TimePlan) -> Recipe:
+        """The recipe that trains ``student`` on, with judgements of the queries whose passages it ranks differently.
+
+        A quarter of the teacher's time is for the gate, the rest for labels.
+        """
+        teacher = self.settings.teacher or Recipe().teacher
+        seconds = plan.training * TEACHER_SHARE
+        num_pairs = seconds / self._seconds_per_judgement(teacher)
+        num_gated = max(_MIN_GATED, min(_MAX_GATED, int(num_pairs / 4 / (2 * _GATE_DEPTH))))
+        num_queries = int(num_pairs * 3 / 4 / (1 + recipe.mining.num_hard + recipe.mining.num_easy))
+        total = sum(data.max_queries or 0 for data in recipe.data)
+        labelled = tuple(
+            data.model_copy(update={"max_labelled": max(1, num_queries * (data.max_queries or 0) // total)})
+            for data in recipe.data
+        )
+        minutes = max(1.0, (plan.training / 2 - seconds) / 60)
+        return recipe.model_copy(
+            update={
+                "teacher": teacher,
+                "teacher_tuning": TeacherTuningConfig(epochs=0),
+                "data": labelled,
+                "gate": GateConfig(queries=num_gated, depth=_GATE_DEPTH),
+                "labelling": LabellingConfig(compared_students=(self.start, str(student))),
+                "losses": LossWeights(**_NO_IMITATION | {"list_imitation": 0.5}, in_batch_cross_entropy=0.5),
+                "training": recipe.training.model_copy(update={"start": str(student), "max_minutes": minutes}),
+            }
+        )
+
+    def _seconds_per_judgement(self, teacher: TeacherConfig) -> float:
+        """How long a teacher takes to judge one pair here, measured on a few."""
+        from d2llm.models.teachers.judge import load_judge
+
+        judge = load_judge(teacher, device=self.device, dtype=self.dtype)
+        texts = [passage.full_text for passage in self.passages[:_TIMED_JUDGEMENTS]]
+        started = time.perf_counter()
+        judge.judge([(text[:_QUERY_CHARACTERS], text) for text in texts], self.settings.task)
+        return (time.perf_counter() - started) / len(texts)
+
+    def _finish_run(self, recipe: Recipe, key: str) -> Path:
+        from d2llm.training.run import Run
+
+        run = Run(recipe, self.folder.run(key), device=self.device, dtype=self.dtype)
+        run.finish()
+        return run.parts.student
 
     def compare(
         self, data: Mapping[str, DataReport], base: Path, trained: Path | None

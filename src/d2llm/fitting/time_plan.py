@@ -11,11 +11,12 @@ WRITING_SHARE = 0.55
 MIN_TRAINING_SECONDS = 60.0
 """With less time for training than this, nothing is trained: the weights of the score are fitted only."""
 MIN_WRITING_SECONDS = 30.0
+TEACHER_SHARE = 0.3
+"""Share of the time for training that goes to a teacher's judgements, if there is a teacher."""
 _OVERHEAD_SECONDS = 60.0  # loading models, fitting weights, writing reports
 _CORPUS_PASSES = 5  # mining; the indexes of untuned, tuned and fitted students; the index to be served
 _EVALUATED_PASSAGES = 2_000  # encoded in each evaluation on dev, and for fitting weights
 _NUM_EVALUATIONS = 8
-_TEACHER_SHARE = 0.3  # of the time for training, if a teacher labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,6 @@ def plan_time(
         without = _OVERHEAD_SECONDS + 2 * one_pass
         writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, seconds_left - without)
         return TimePlan(writing, 0.0, without, 0)
-    steps = training * (1 - _TEACHER_SHARE if has_teacher else 1)
+    steps = training * (1 - TEACHER_SHARE if has_teacher else 1)
     per_query = (2 + num_negatives) * TRAINING_PASSES / passages_per_second
     return TimePlan(writing, training, fixed, max(1, int(steps / per_query)))

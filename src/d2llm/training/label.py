@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import TeacherConfig
@@ -13,6 +15,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.evaluation.judging import JudgingCounts, LabelWriter, QueryPairs, judge_pairs, with_rate
+from d2llm.models.student import Student
 from d2llm.models.teachers.judge import load_judge
 
 
@@ -44,6 +47,7 @@ def label(
     store: Path,
     *,
     teacher: TeacherConfig,
+    compared_students: tuple[str, str] | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> LabelReport:
@@ -59,6 +63,8 @@ def label(
         sources: data sets with their plans and tasks.
         store: folder of the label store; created if missing.
         teacher: the LLM, tuned or not, and its prompt.
+        compared_students: if a data set has a limit of queries to label, those are labelled whose passages these two
+            students rank most differently (``disagreements``), instead of a random sample.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
 
@@ -69,6 +75,8 @@ def label(
     """
     started = time.monotonic()
     check_sources(sources)
+    if compared_students is not None:
+        sources = _in_order_of_disagreement(sources, compared_students, device=device, dtype=dtype)
     model = load_judge(teacher, device=device, dtype=dtype)
     work: list[tuple[TrainingSource, LabelStore]] = []
     num_pairs = num_queries = finished_queries = finished_pairs = 0
@@ -115,6 +123,49 @@ def label(
         num_undecided=counts.undecided,
         finished_pairs=finished_pairs,
     )
+
+
+def disagreements(source: TrainingSource, first: Student, second: Student) -> dict[str, float]:
+    """How differently two students rank the positives and hard negatives of each query of a plan.
+
+    The value is the share of pairs of passages whose order differs (Kendall's distance, from 0 to 1), with half a pair
+    for a tie in one of the two. A query with a single passage has 0.
+    """
+    entries = source.plan.entries
+    passage_ids = sorted({name for entry in entries for name in entry.positives + entry.hard_negatives})
+    row_of = {name: row for row, name in enumerate(passage_ids)}
+    texts = [source.passage_text(name) for name in passage_ids]
+    queries = [source.query_text(entry.query_id) for entry in entries]
+    encoded = [
+        (student, student.encode_queries(queries).vectors, student.encode_passages(texts).vectors)
+        for student in (first, second)
+    ]
+    values: dict[str, float] = {}
+    for number, entry in enumerate(entries):
+        rows = [row_of[name] for name in entry.positives + entry.hard_negatives]
+        one, other = (
+            student.score(query_vectors[number], passage_vectors[rows], source.task)
+            for student, query_vectors, passage_vectors in encoded
+        )
+        above = np.triu_indices(len(rows), 1)
+        differences = np.sign(np.subtract.outer(one, one)) - np.sign(np.subtract.outer(other, other))
+        values[entry.query_id] = float(np.abs(differences[above]).mean() / 2) if len(rows) > 1 else 0.0
+    return values
+
+
+def _in_order_of_disagreement(
+    sources: Sequence[TrainingSource], students: tuple[str, str], *, device: str | None, dtype: str | None
+) -> list[TrainingSource]:
+    """The sources, each with the queries on which two students disagree most to be labelled first."""
+    first, second = (Student.load(name, device=device, dtype=dtype) for name in students)
+    ordered: list[TrainingSource] = []
+    for source in sources:
+        if source.max_labelled is None or source.max_labelled >= len(source.plan.entries):
+            ordered.append(source)  # all of it will be labelled
+            continue
+        values = disagreements(source, first, second)
+        ordered.append(replace(source, label_first=tuple(sorted(values, key=lambda name: (-values[name], name)))))
+    return ordered
 
 
 def _unfinished(labels: LabelStore, entry: PlanEntry) -> QueryPairs:

@@ -322,7 +322,13 @@ class Run:
 
         self.require_plans()
         self._name_the_teacher("label")
-        report = label(self.parts.sources(self.recipe), self.parts.labels, teacher=self.teacher, **self._computing)
+        report = label(
+            self.parts.sources(self.recipe),
+            self.parts.labels,
+            teacher=self.teacher,
+            compared_students=self.recipe.labelling.compared_students,
+            **self._computing,
+        )
         _remarks.info("label: %s, in %s", describe_labels(report), self.parts.labels)
         return report
 
