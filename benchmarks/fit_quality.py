@@ -37,6 +37,7 @@ from d2llm.training.run import Run
 RESULTS = Path(__file__).parent / "results" / "fit"
 SETS = ("medquad", "stackfaq", "covidqa", "squad", "wikiqa", "nfcorpus")
 LIMIT_NAME = "trained on real queries"
+TRAINED_NAME = "trained on written queries, but not kept"
 MOST_REAL_QUERIES = 2_000
 """The upper limit is trained on no more real queries than this, which a fit of an hour could have had written."""
 RECORDED_NAME = "recorded"
@@ -75,6 +76,8 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, backbone: str,
         BASE_NAME: Student.load(next(fitting.folder.work.glob("base-*"))),
         "d2llm fit": Student.load(fitting.folder.student),
     }
+    if report.kept == "start":
+        students |= {TRAINED_NAME: Student.load(path) for path in fitting.folder.work.glob("run-*/student")}
     if with_limit:
         students[LIMIT_NAME] = Student.load(_trained_on_real_queries(fitting, data, work))
     main = students.pop("d2llm fit")
