@@ -95,6 +95,25 @@ def test_results_do_not_depend_on_order_or_neighbours(tuned: Path, monkeypatch: 
     assert model.write([]) == []
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "mistral"])
+def test_a_prompt_is_read_once_for_all_its_queries(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = write_tiny_model(tmp_path / "model", architecture, num_hidden_layers=2, initializer_range=0.4)
+    (tmp_path / "tuned").mkdir()
+    untuned = load(folder, max_passage_tokens=24)
+    untuned.prepare_training(LORA)
+    untuned.save(tmp_path / "tuned", {})
+    model = load(tmp_path / "tuned", temperature=1.0)
+    together = model.write(assignments(num_queries=3))
+    num_read: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, options: num_read.append(len(args[0] if args else options["input_ids"])), with_kwargs=True
+    )
+    assert model.write(assignments(num_queries=3)) == together
+    assert num_read[0] == len({assignment.passage for assignment in assignments()})
+    monkeypatch.setattr(model, "_read_once", lambda _: None)
+    assert model.write(assignments(num_queries=3)) == together
+
+
 def test_temperature_zero_writes_the_likeliest_text(tuned: Path, llama: Path):
     model = load(tuned, temperature=0, max_new_tokens=4)
     [first, second] = model.write([Assignment(TEXTS[0], "question", seed=n) for n in range(2)])

@@ -336,10 +336,38 @@ class LocalWriter:
         processors = LogitsProcessorList([cast(Any, sampler)] if self.temperature > 0 else [])
         with inference(self.whole), self._number_format():
             output = self.whole.generate(
-                input_ids=token_ids, attention_mask=mask.long(), generation_config=settings, logits_processor=processors
+                input_ids=token_ids,
+                attention_mask=mask.long(),
+                past_key_values=self._read_once(rows),
+                generation_config=settings,
+                logits_processor=processors,
             )
         written = cast("list[list[int]]", output[:, token_ids.shape[1] :].tolist())
         return [self._continuation(token_ids, row.max_new_tokens) for token_ids, row in zip(written, rows, strict=True)]
+
+    def _read_once(self, rows: Sequence[_Row]) -> Any:
+        """The keys and values of the rows' prompts, but for each last token; a prompt of several rows is read once.
+
+        None if all prompts differ, or are of one token.
+        """
+        from transformers import DynamicCache
+
+        prompts = {tuple(row.token_ids): None for row in rows}
+        if len(prompts) == len(rows) or max(map(len, prompts)) == 1:
+            return None
+        token_ids, mask = pad_left([list(prompt) for prompt in prompts], self._padding, self.device)
+        positions: dict[str, Tensor] = {}
+        if self._takes_positions:
+            positions["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, :-1]
+        cache = self.model(
+            input_ids=token_ids[:, :-1], attention_mask=mask[:, :-1].long(), use_cache=True, **positions
+        ).past_key_values
+        if not isinstance(cache, DynamicCache):
+            return None
+        place_of = {prompt: place for place, prompt in enumerate(prompts)}
+        places = [place_of[tuple(row.token_ids)] for row in rows]
+        cache.batch_select_indices(torch.tensor(places, device=self.device))
+        return cache
 
     def _continuation(self, token_ids: list[int], limit: int) -> _Continuation:
         for number, token_id in enumerate(token_ids[:limit], start=1):
