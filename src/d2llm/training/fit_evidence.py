@@ -38,6 +38,7 @@ LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
 MIN_WINDOW_GAIN = 0.002
 """Minimum mean gain in nDCG@10 on dev, over the data sets of a task, for the vectors of windows to be used."""
 _MEASURE = "nDCG@10"
+_MIN_STANDARD_ERRORS = 1.0  # of the gain of a factor of the query's words, which overfits a hundred queries easily
 
 _remarks = logging.getLogger("d2llm.remarks")
 
@@ -247,47 +248,50 @@ class _Sum(NamedTuple):
 def _weigh(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
     own = _Sum(np.eye(1, 1 + len(terms))[0], _are_words(terms))
     before = {each.name: float(np.mean(own.ndcg(each))) for each in sets}
-    after, others = _on_halves(sets, terms), _on_other_sets(sets, terms)
-    after_by_query = _on_halves(sets, terms, by_query=True)
-    gains = [after_by_query[name] - after[name] for name in after]
-    for name, value in _on_other_sets(sets, terms, by_query=True).items():
-        gains.append(value - others[name])
-    by_query = float(np.mean(gains)) > 0
-    if by_query:
-        after = after_by_query
+    after, after_by_query = (_on_halves(sets, terms, by_query=by_query) for by_query in (False, True))
+    by_query = _is_gain(after, after_by_query, num_errors=_MIN_STANDARD_ERRORS)
+    if by_query and len(sets) > 1:
+        by_query = _is_gain(*(_on_other_sets(sets, terms, by_query=choice) for choice in (False, True)))
+    held_out = {name: float(np.mean(values)) for name, values in (after_by_query if by_query else after).items()}
     fitted = own
-    if np.mean([*after.values()]) > np.mean([*before.values()]):
+    if np.mean([*held_out.values()]) > np.mean([*before.values()]):
         fitted = _fit_sum(sets, terms, by_query=by_query)
     return TaskEvidence(
         weights=dict(zip(terms, fitted.weights[1:].tolist(), strict=True)),
         words_factor=fitted.factor,
-        dev={name: (before[name], after[name]) for name in before},
+        dev={name: (before[name], held_out[name]) for name in before},
         num_queries={each.name: len(each.lists) for each in sets},
     )
 
 
+def _is_gain(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], *, num_errors: float = 0.0
+) -> bool:
+    """Whether the mean over queries rises by more than so many standard errors of the paired differences."""
+    differences = np.concatenate([np.subtract(after[name], before[name]) for name in before])
+    return bool(differences.mean() > num_errors * differences.std() / np.sqrt(len(differences)))
+
+
 def _on_halves(
-    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool = False
-) -> dict[str, float]:
-    """nDCG@10 of each data set, with each half of the queries ranked by a sum that was fitted on the other half."""
+    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool
+) -> dict[str, list[float]]:
+    """nDCG@10 of the queries of each data set; each half is ranked by a sum that was fitted on the other half."""
     halves = [[each.half(number) for each in sets] for number in (0, 1)]
     by_set: dict[str, list[float]] = {each.name: [] for each in sets}
     for measured, others in (halves, halves[::-1]):
         fitted = _fit_sum(others, terms, by_query=by_query)
         for half in measured:
             by_set[half.name] += fitted.ndcg(half)
-    return {name: float(np.mean(values)) for name, values in by_set.items()}
+    return by_set
 
 
 def _on_other_sets(
-    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool = False
-) -> dict[str, float]:
-    """nDCG@10 of each data set, ranked by a sum that was fitted on the other sets; empty if there is only one set."""
-    if len(sets) == 1:
-        return {}
+    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool
+) -> dict[str, list[float]]:
+    """nDCG@10 of the queries of each data set, ranked by a sum that was fitted on the other sets."""
     return {
-        held_out.name: float(
-            np.mean(_fit_sum([each for each in sets if each is not held_out], terms, by_query=by_query).ndcg(held_out))
+        held_out.name: _fit_sum([each for each in sets if each is not held_out], terms, by_query=by_query).ndcg(
+            held_out
         )
         for held_out in sets
     }
