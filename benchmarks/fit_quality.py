@@ -77,7 +77,7 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, backbone: str,
         "d2llm fit": Student.load(fitting.folder.student),
     }
     if report.kept == "start":
-        students |= {TRAINED_NAME: Student.load(path) for path in fitting.folder.work.glob("run-*/student")}
+        students[TRAINED_NAME] = Student.load(next(fitting.folder.work.glob("run-*/student")))
     if with_limit:
         students[LIMIT_NAME] = Student.load(_trained_on_real_queries(fitting, data, work))
     main = students.pop("d2llm fit")
