@@ -76,7 +76,7 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, backbone: str,
         BASE_NAME: Student.load(next(fitting.folder.work.glob("base-*"))),
         "d2llm fit": Student.load(fitting.folder.student),
     }
-    if report.kept == "start":
+    if report.kept == "start" and report.verdict is not None:
         students[TRAINED_NAME] = Student.load(next(fitting.folder.work.glob("run-*/student")))
     if with_limit:
         students[LIMIT_NAME] = Student.load(_trained_on_real_queries(fitting, data, work))
