@@ -55,7 +55,7 @@ def test_by_default_a_local_model_writes_for_eight_hours(opened, documents):
     succeed("fit", documents)
     assert (opened[0].settings.hours, opened[0].settings.writer, opened[0].settings.student) == (
         8.0,
-        WriterConfig(),
+        WriterConfig(model="smollm2-writer"),  # the one that ships with d2llm
         None,
     )
 
@@ -66,6 +66,7 @@ def test_by_default_a_local_model_writes_for_eight_hours(opened, documents):
         (["--hours", "1", "--minutes", "5"], ["--hours and --minutes", "give one"]),
         (["--minutes", "0"], ["hours is 0", "above 0"]),
         (["--prices", "1", "2"], ["--prices are about an endpoint", "--endpoint"]),
+        (["--endpoint", "http://127.0.0.1:1/v1"], ["--endpoint needs --writer", "name of a model"]),
         (["--student", "nobody"], ["no student at 'nobody'", "d2llm-minilm"]),
         (["--output", "."], ["holds something else than a fit", "--output"]),
     ],

