@@ -18,13 +18,14 @@ from typing import Any
 from d2llm.data.beir import read_beir
 
 RECORDED = Path(__file__).parent / "written_queries"
+_KEYWORDS = "Number of queries to write"  # in the prompt for keywords, but not in that for questions
 _COMPARED_CHARACTERS = 160  # of a passage, to find it in a prompt, where its end may be cut
 
 
-def read_recorded(name: str) -> dict[str, list[str]]:
-    """The recorded queries of a data set, by passage id."""
+def read_recorded(name: str) -> dict[tuple[str, str], list[str]]:
+    """The recorded queries of a data set, by passage id and kind."""
     lines = (RECORDED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return {record["id"]: record["queries"] for record in map(json.loads, lines)}
+    return {(record["id"], record["kind"]): record["queries"] for record in map(json.loads, lines)}
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def recorded_writer(data: Path) -> Iterator[str]:
     """Serve the recorded queries of a data set on a local port; yields the address for ``RemoteWriterConfig.url``."""
     recorded = read_recorded(data.name)
     corpus = read_beir(data, splits=["test"]).passages
-    answers = {_beginning(corpus[name].text): queries for name, queries in recorded.items()}
+    answers = {(_beginning(corpus[name].text), kind): queries for (name, kind), queries in recorded.items()}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -40,7 +41,10 @@ def recorded_writer(data: Path) -> Iterator[str]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt = " ".join(body["messages"][-1]["content"].split())
-            queries: list[str] = next((answer for text, answer in answers.items() if text in prompt), [])
+            kind = "keywords" if _KEYWORDS in prompt else "question"
+            queries: list[str] = next(
+                (answer for (text, of_kind), answer in answers.items() if of_kind == kind and text in prompt), []
+            )
             message: dict[str, Any] = {"role": "assistant", "content": "\n".join(queries)}
             content = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
             self.send_response(200)
