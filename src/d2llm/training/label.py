@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore
@@ -17,6 +15,7 @@ from d2llm.data.training import TrainingSource, check_sources
 from d2llm.evaluation.judging import JudgingCounts, LabelWriter, QueryPairs, judge_pairs, with_rate
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import load_judge
+from d2llm.ops.ranking import kendall_tau
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +127,7 @@ def label(
 def disagreements(source: TrainingSource, first: Student, second: Student) -> dict[str, float]:
     """How differently two students rank the positives and hard negatives of each query of a plan.
 
-    The value is the share of pairs of passages whose order differs (Kendall's distance, from 0 to 1), with half a pair
-    for a tie in one of the two. A query with a single passage has 0.
+    The value is (1 - Kendall's tau_b) / 2: 0 for the same order, 1 for the reverse; 0 for a single passage.
     """
     entries = source.plan.entries
     passage_ids = sorted({name for entry in entries for name in entry.positives + entry.hard_negatives})
@@ -147,9 +145,7 @@ def disagreements(source: TrainingSource, first: Student, second: Student) -> di
             student.score(query_vectors[number], passage_vectors[rows], source.task)
             for student, query_vectors, passage_vectors in encoded
         )
-        above = np.triu_indices(len(rows), 1)
-        differences = np.sign(np.subtract.outer(one, one)) - np.sign(np.subtract.outer(other, other))
-        values[entry.query_id] = float(np.abs(differences[above]).mean() / 2) if len(rows) > 1 else 0.0
+        values[entry.query_id] = (1 - kendall_tau(one.tolist(), other.tolist())) / 2 if len(rows) > 1 else 0.0
     return values
 
 
