@@ -395,7 +395,11 @@ class LossWeights(_Section):
     @property
     def imitates(self) -> bool:
         """Whether any loss needs a teacher; if not, a student is trained on the data sets' own judgements."""
-        return any(getattr(self, name) > 0 for name in type(self).model_fields if "imitation" in name)
+        return any(getattr(self, name) > 0 for name in NO_IMITATION)
+
+
+NO_IMITATION: dict[str, float] = {name: 0.0 for name in LossWeights.model_fields if "imitation" in name}
+"""The weights of the losses that need a teacher, all 0."""
 
 
 class ResidualConfig(WarmUpConfig):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.names import suggestion
-from d2llm.core.recipe import Recipe
+from d2llm.core.recipe import NO_IMITATION, Recipe
 from d2llm.core.recipe_file import parse_recipe
 
 VariantGroup = Literal["baseline", "published", "own"]
@@ -59,11 +59,7 @@ _COSINE = {"interaction": {"head": "cosine"}}
 _NO_PMA = {"pooling": {"method": "backbone"}}
 _NO_EVIDENCE = {"words": False, "window_words": False}
 _PLAIN_LOSSES = {
-    "contrastive_imitation": 0.0,
-    "list_imitation": 0.0,
-    "rank_imitation_positive_hard": 0.0,
-    "rank_imitation_hard_easy": 0.0,
-    "feature_imitation": 0.0,
+    **NO_IMITATION,
     "in_batch_cross_entropy": 1.0,
     "anchor_cross_entropy": 0.0,
     "anchor_pair_cross_entropy": 0.0,

@@ -27,6 +27,7 @@ from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerpr
 from d2llm.core.manifest import read_any_manifest, write_manifest
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import (
+    NO_IMITATION,
     DataConfig,
     EvidenceConfig,
     GateConfig,
@@ -66,8 +67,6 @@ if TYPE_CHECKING:
 BASE_NAME = "start, weights fitted"
 """Name of the row of the student that the fit started from, with the weights of its score fitted to these documents."""
 NUM_NEGATIVES = 2
-MAX_EPOCHS = 10
-"""Few queries are learnt from several times, at most this often; the dev queries say which state was the best."""
 MIN_USERS_QUERIES = 30
 """With at least this many held-out queries of users, the verdict is about them alone."""
 
@@ -76,14 +75,7 @@ _STUDENT_SOURCE = "../student"
 _TIMED_PASSAGES, _TIMED_JUDGEMENTS = 64, 8
 _GATE_DEPTH, _MIN_GATED, _MAX_GATED = 12, 20, 100  # candidates of each list, queries
 _QUERY_CHARACTERS = 60  # of the queries of timed judgements
-_NO_IMITATION = {
-    "contrastive_imitation": 0.0,
-    "list_imitation": 0.0,
-    "rank_imitation_positive_hard": 0.0,
-    "rank_imitation_hard_easy": 0.0,
-    "feature_imitation": 0.0,
-}
-_BATCH_QUERIES, _STEPS = 32, 60  # steps that training makes at least, if there is time
+_BATCH_QUERIES = 32
 _SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed, and how much of each is read
 _LISTED_AT_ONCE = 1_000
 
@@ -353,12 +345,15 @@ class Fit:
         """
         recipe, key = self.recipe(data, plan), self._data_key(data)
         trained = self._finish_run(recipe, key)
-        if self.settings.teacher is None:
+        teacher = self.settings.teacher
+        if teacher is None:
             return trained
-        return self._finish_run(self._judged_recipe(recipe, trained, plan), f"{key}-judged")
+        return self._finish_run(self._judged_recipe(recipe, trained, teacher, plan), f"{key}-judged")
 
     def recipe(self, data: Mapping[str, DataReport], plan: TimePlan) -> Recipe:
         """The recipe of the training on the queries alone, for as many of them as the plan has time for."""
+        from d2llm.training.checkpoints import usual_epochs
+
         settings = self.settings
         num_train = sum(report.queries["train"] for report in data.values())
         share = min(1.0, plan.max_queries / num_train)
@@ -378,11 +373,11 @@ class Fit:
                 for name, report in data.items()
             ),
             mining=MiningConfig(num_hard=8, num_easy=2, student=self.start),
-            losses=LossWeights(**_NO_IMITATION, in_batch_cross_entropy=1.0),
+            losses=LossWeights(**NO_IMITATION, in_batch_cross_entropy=1.0),
             training=TrainingConfig(
                 start=self.start,
                 learning_rate=2e-4,
-                epochs=min(affordable, MAX_EPOCHS, max(1, round(_STEPS * _BATCH_QUERIES / num_train))),
+                epochs=min(affordable, usual_epochs(num_train / _BATCH_QUERIES, fewest=1)),
                 batch_queries=_BATCH_QUERIES,
                 num_hard=NUM_NEGATIVES,
                 num_easy=0,
@@ -393,12 +388,11 @@ class Fit:
             evidence=EvidenceConfig(words=True, window_words=True),
         )
 
-    def _judged_recipe(self, recipe: Recipe, student: Path, plan: TimePlan) -> Recipe:
+    def _judged_recipe(self, recipe: Recipe, student: Path, teacher: TeacherConfig, plan: TimePlan) -> Recipe:
         """The recipe that trains ``student`` on, with judgements of the queries whose passages it ranks differently.
 
         A quarter of the teacher's time is for the gate, the rest for labels.
         """
-        teacher = self.settings.teacher or Recipe().teacher
         seconds = plan.training * TEACHER_SHARE
         num_pairs = seconds / self._seconds_per_judgement(teacher)
         num_gated = max(_MIN_GATED, min(_MAX_GATED, int(num_pairs / 4 / (2 * _GATE_DEPTH))))
@@ -416,7 +410,7 @@ class Fit:
                 "data": labelled,
                 "gate": GateConfig(queries=num_gated, depth=_GATE_DEPTH),
                 "labelling": LabellingConfig(compared_students=(self.start, str(student))),
-                "losses": LossWeights(**_NO_IMITATION | {"list_imitation": 0.5}, in_batch_cross_entropy=0.5),
+                "losses": LossWeights(**NO_IMITATION | {"list_imitation": 0.5}, in_batch_cross_entropy=0.5),
                 "training": recipe.training.model_copy(update={"start": str(student), "max_minutes": minutes}),
             }
         )

@@ -201,8 +201,13 @@ class StopSignals:
 
 
 def epochs_of(training: TrainingConfig, steps_of_an_epoch: int) -> int:
-    """Epochs of a distillation: the recipe's, or else as many as give about 60 steps, between 2 and 10."""
-    return training.epochs or max(2, min(10, round(_STEPS / max(1, steps_of_an_epoch))))
+    """Epochs of a distillation: the recipe's, or else ``usual_epochs``."""
+    return training.epochs or usual_epochs(steps_of_an_epoch)
+
+
+def usual_epochs(steps_of_an_epoch: float, *, fewest: int = 2) -> int:
+    """As many epochs as give about 60 steps, at least ``fewest`` and at most 10."""
+    return max(fewest, min(10, round(_STEPS / max(1, steps_of_an_epoch))))
 
 
 def warmup_steps(config: WarmUpConfig, total_steps: int) -> int:
