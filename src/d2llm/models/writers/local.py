@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -250,9 +250,6 @@ class LocalWriter:
         rows = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
         token_ids, mask = pad_left(rows, self._padding, self.device)
         longest = max(map(len, targets))
-        positions: dict[str, Tensor] = {}
-        if self._takes_positions:
-            positions["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
         with self._number_format():
             # With left padding, all targets are at the end, and no other position needs logits.
             output = self.whole(
@@ -260,7 +257,7 @@ class LocalWriter:
                 attention_mask=mask.long(),
                 use_cache=False,
                 logits_to_keep=longest + 1,
-                **positions,
+                **self._positions(mask),
             )
         labels = token_ids[:, -longest:].clone()
         for row, target in enumerate(targets):
@@ -352,20 +349,17 @@ class LocalWriter:
         """
         from transformers import DynamicCache
 
-        prompts = {tuple(row.token_ids): None for row in rows}
+        prompts: dict[tuple[int, ...], int] = {}
+        places = [prompts.setdefault(tuple(row.token_ids), len(prompts)) for row in rows]
         if len(prompts) == len(rows) or max(map(len, prompts)) == 1:
             return None
         token_ids, mask = pad_left([list(prompt) for prompt in prompts], self._padding, self.device)
-        positions: dict[str, Tensor] = {}
-        if self._takes_positions:
-            positions["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, :-1]
+        token_ids, mask = token_ids[:, :-1], mask[:, :-1]
         cache = self.model(
-            input_ids=token_ids[:, :-1], attention_mask=mask[:, :-1].long(), use_cache=True, **positions
+            input_ids=token_ids, attention_mask=mask.long(), use_cache=True, **self._positions(mask)
         ).past_key_values
         if not isinstance(cache, DynamicCache):
             return None
-        place_of = {prompt: place for place, prompt in enumerate(prompts)}
-        places = [place_of[tuple(row.token_ids)] for row in rows]
         cache.batch_select_indices(torch.tensor(places, device=self.device))
         return cache
 
@@ -404,6 +398,10 @@ class LocalWriter:
             truncated=was_cut,
             problem=None if queries else problem,
         )
+
+    def _positions(self, mask: Bool[Tensor, "rows tokens"]) -> dict[str, Tensor]:
+        """The positions of left-padded tokens, as an argument of the model; nothing if it takes none."""
+        return {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)} if self._takes_positions else {}
 
     def _require_room(self, num_prompt_tokens: int, num_new_tokens: int) -> None:
         readable = readable_tokens(self.whole.config.get_text_config())
