@@ -119,9 +119,9 @@ def _fit(
         judged = dict(zip(view.rows(list(grades)).tolist(), grades.values(), strict=True))
         query_words = words.query(query.text)
         near, by_words = view.scan(anchor, _FIT_DEPTH).rows, words.best(query_words, _FIT_DEPTH)[0]
-        rows = np.union1d(near, by_words)
-        if not any(row in judged for row in rows.tolist()):
-            continue  # a relevant passage that neither list has would teach that low scores are good
+        rows = np.union1d(near, by_words)  # a relevant passage that neither has would teach that low scores are good
+        if judged.keys().isdisjoint(rows.tolist()):
+            continue
         own = student.score(vector, view.vectors(rows), task)
         lists.append(scored_list(own, words, query_words, rows, judged, _TERMS))
     return dict(zip(_TERMS, sum_weights(lists)[1:].tolist(), strict=True))

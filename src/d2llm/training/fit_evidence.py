@@ -152,27 +152,28 @@ def make_evidence_lists(
     with progress_bar(f"encoding {dataset.name} for its evidence", len(texts)) as advance:
         passages = student.encode_passages(texts, advance=advance).vectors
     vectors = student.encode_queries([query.text for query in queries]).vectors
+    kept: list[int] = []
     listed: list[NDArray[np.int64]] = []
     scores: list[NDArray[np.float32]] = []
-    for vector, lexical in zip(vectors, by_words, strict=True):
+    for number, (vector, lexical, judged) in enumerate(zip(vectors, by_words, grades, strict=True)):
         own = student.score(vector, passages, task)
         nearest = pool[np.argsort(-own, kind="stable")[:depth]]
-        listed.append(rows := np.union1d(lexical, nearest))
-        scores.append(own[np.searchsorted(pool, rows)])
-    best_windows: list[NDArray[np.float32] | None] = [None] * len(queries)
-    if "window_vectors" in terms:
+        rows = np.union1d(lexical, nearest)
+        if not judged.keys().isdisjoint(rows.tolist()):
+            kept.append(number)
+            listed.append(rows)
+            scores.append(own[np.searchsorted(pool, rows)])
+    best_windows: list[NDArray[np.float32] | None] = [None] * len(kept)
+    if kept and "window_vectors" in terms:
         windows = _read_windows(student, dataset, ids, np.unique(np.concatenate(listed)), pool, passages)
         anchors = student.anchor_queries(vectors, task)
-        best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors, listed, strict=True)]
+        best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors[kept], listed, strict=True)]
     lists = [
-        scored_list(own, words, query_words, rows, judged, terms, windows_scores)
-        for own, query_words, rows, judged, windows_scores in zip(
-            scores, words_of_queries, listed, grades, best_windows, strict=True
-        )
+        scored_list(own, words, words_of_queries[number], rows, grades[number], terms, windows_scores)
+        for number, own, rows, windows_scores in zip(kept, scores, listed, best_windows, strict=True)
     ]
-    found = [place for place, (_, judged) in enumerate(lists) if judged.any()]
-    statistics = np.array([words_of_queries[place].statistics for place in found], np.float32)
-    return EvidenceLists(dataset.name, [lists[place] for place in found], statistics)
+    statistics = np.array([words_of_queries[number].statistics for number in kept], np.float32)
+    return EvidenceLists(dataset.name, lists, statistics)
 
 
 def _read_windows(
