@@ -7,7 +7,7 @@ untuned backbone with weights fitted on the written dev queries, and the student
 student trained on the set's real training queries in the same way (`--limit`). `--recorded` takes the queries that a
 large language model once wrote (`recorded_writer.py`) instead of having a local one write them.
 
-    python benchmarks/fit_quality.py DATA_FOLDER covidqa wikiqa --hours 0.5 [--limit] [--writer smollm2 | --recorded]
+    python benchmarks/fit_quality.py DATA_FOLDER covidqa wikiqa --hours 0.5 [--limit] [--writer MODEL | --recorded]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recorded_writer import read_recorded, recorded_writer
 
 from d2llm.core.files import write_json
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig, untuned_config
-from d2llm.core.shipped import DEFAULT_STUDENT
+from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER
 from d2llm.data.beir import read_beir
 from d2llm.evaluation.evaluate import evaluate
 from d2llm.evaluation.report import EvaluationReport
@@ -72,20 +72,13 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, backbone: str,
     if report is None:
         raise SystemExit(f"{work}: was finished by an earlier call; delete it to measure again")
     seconds = time.monotonic() - started
-    students = {
-        BASE_NAME: Student.load(next(fitting.folder.work.glob("base-*"))),
-        "d2llm fit": Student.load(fitting.folder.student),
-    }
+    main = Student.load(fitting.folder.student)
+    students = {BASE_NAME: Student.load(next(fitting.folder.work.glob("base-*")))}
     if report.kept == "start" and report.verdict is not None:
         students[TRAINED_NAME] = Student.load(next(fitting.folder.work.glob("run-*/student")))
     if with_limit:
         students[LIMIT_NAME] = Student.load(_trained_on_real_queries(fitting, data, work))
-    main = students.pop("d2llm fit")
-    contenders = Contenders(
-        student=main,
-        untuned=Student.create(untuned_config(main.config)),
-        bi_encoders=students,
-    )
+    contenders = Contenders(student=main, untuned=Student.create(untuned_config(main.config)), bi_encoders=students)
     real = evaluate(
         read_beir(data, splits=["dev", "test"] if (data / "qrels" / "dev.tsv").is_file() else ["test"]),
         contenders,
@@ -137,7 +130,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder that contains the data sets")
     parser.add_argument("sets", nargs="*", default=SETS)
     parser.add_argument("--hours", type=float, default=0.5)
-    parser.add_argument("--writer", default="smollm2")
+    parser.add_argument("--writer", default=DEFAULT_WRITER)
     parser.add_argument("--recorded", dest="writer", action="store_const", const=RECORDED_NAME)
     parser.add_argument("--backbone", default="minilm")
     parser.add_argument("--limit", action="store_true", help="also train on the real queries of each set")
