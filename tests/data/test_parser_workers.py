@@ -50,7 +50,7 @@ def test_deaths_and_hangs_cost_one_file_each(tmp_path):
 
 def test_several_workers_keep_the_order_and_read_few_files_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(parser_workers, "_PATIENCE_SECONDS", -1.0)  # the second worker starts at once
-    monkeypatch.setattr(parser_workers, "_num_cores", lambda: 2)
+    monkeypatch.setattr(parser_workers, "usable_cores", lambda: 2)
     texts = ["slow", *(str(number) for number in range(1, 12))]
     paths = write_all(tmp_path, texts)
     log = tmp_path / "log"

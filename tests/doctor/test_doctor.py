@@ -177,7 +177,7 @@ class TestMachine:
 
     def test_more_threads_than_cores_is_a_note(self, monkeypatch):
         monkeypatch.setattr(doctor_machine.torch, "get_num_threads", lambda: 64)
-        monkeypatch.setattr(doctor_machine, "_num_cpus", lambda: 4)
+        monkeypatch.setattr(doctor_machine, "usable_cores", lambda: 4)
         finding = machine("threads", "cpu")
         assert (finding.level, finding.advice) == ("note", "more threads than cores are slower: OMP_NUM_THREADS=4")
 

@@ -116,10 +116,7 @@ _OWN: _Group = {
     "two-stages": ("first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),
     "gates": ("gates of query and passage on the bound", _student(interaction={"gates": True})),
     "no-gates": ("one bound for every pair", _student(interaction={"gates": False})),
-    "no-imitation": (
-        "data sets' judgements only, no teacher",
-        _without(*(name for name in _PLAIN_LOSSES if "imitation" in name)),
-    ),
+    "no-imitation": ("data sets' judgements only, no teacher", {"losses": NO_IMITATION}),
 }
 _GROUPS: dict[VariantGroup, _Group] = {"baseline": _BASELINES, "published": _PUBLISHED, "own": _OWN}
 VARIANTS: Mapping[str, Variant] = {

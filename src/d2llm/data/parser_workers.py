@@ -25,6 +25,7 @@ from threading import Thread
 from typing import IO, Any, cast
 
 from d2llm.core.errors import MissingExtraError
+from d2llm.core.machine import usable_cores
 from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, Section
 from d2llm.data.file_contents import FileContents, UnreadableFileError, read_contents
 
@@ -103,7 +104,7 @@ class _Pool:
         self._again: list[int] = []  # files to try in a new worker
         self._next = 0
         self._waited = 0.0  # seconds
-        self._max_workers = min(_num_cores(), _MAX_WORKERS)
+        self._max_workers = min(usable_cores(), _MAX_WORKERS)
 
     def outcome(self, number: int) -> Outcome:
         """Wait until a file has been read. Call for each file once, in order."""
@@ -192,11 +193,6 @@ class _Pool:
             self._outcomes[worker.number] = error
         self._workers.remove(worker)
         worker.close()
-
-
-def _num_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _outcome(reply: dict[str, Any]) -> Outcome:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.memory import available_memory
+from d2llm.core.machine import available_memory, usable_cores
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.doctor.findings import Check, Finding
@@ -57,7 +57,7 @@ def machine_checks(device: str | None = None) -> list[Check]:
 def _processor() -> Finding:
     checks = {name: getattr(torch.cpu, check, lambda: False) for name, check in _FEATURES.items()}
     features = ", ".join(name for name, check in checks.items() if check()) or torch.backends.cpu.get_cpu_capability()
-    return Finding("device", "processor", "ok", f"{platform.machine()}, {_num_cpus()} usable cores, {features}")
+    return Finding("device", "processor", "ok", f"{platform.machine()}, {usable_cores()} usable cores, {features}")
 
 
 def _computes_on(device: str | None) -> Iterator[Finding]:
@@ -107,10 +107,6 @@ def _example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return left, right, left.astype(np.float64) @ right.T.astype(np.float64)
 
 
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _memory() -> Finding:
     memory = available_memory()
     if memory is None:
@@ -123,7 +119,7 @@ def _memory() -> Finding:
 
 def _threads() -> Finding:
     faiss = importlib.import_module("faiss")  # faiss has no type stubs
-    threads, scan, cores = torch.get_num_threads(), int(faiss.omp_get_max_threads()), _num_cpus()
+    threads, scan, cores = torch.get_num_threads(), int(faiss.omp_get_max_threads()), usable_cores()
     counts = f"torch {threads}, faiss {scan}, of {cores} usable cores"
     if max(threads, scan) > cores:
         advice = f"more threads than cores are slower: OMP_NUM_THREADS={cores}"

@@ -26,21 +26,7 @@ from d2llm.core.files import new_folder, write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
 from d2llm.core.manifest import read_any_manifest, write_manifest
 from d2llm.core.progress import showing_progress
-from d2llm.core.recipe import (
-    NO_IMITATION,
-    DataConfig,
-    EvidenceConfig,
-    GateConfig,
-    LabellingConfig,
-    LossWeights,
-    MiningConfig,
-    Recipe,
-    ResidualConfig,
-    TeacherConfig,
-    TeacherTuningConfig,
-    TrainingConfig,
-    untuned_config,
-)
+from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig, untuned_config
 from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER, MULTILINGUAL_STUDENT
 from d2llm.core.types import Passage
 from d2llm.data.beir import read_beir
@@ -51,9 +37,10 @@ from d2llm.data.run_folder import is_finished
 from d2llm.fitting.critic import Review, review_queries
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.fitting.fit_folder import FORMAT_VERSION, default_folder, require_fit_folder
+from d2llm.fitting.recipes import NUM_NEGATIVES, recipe_for_queries, recipe_with_teacher
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.stages import Stages
-from d2llm.fitting.time_plan import TEACHER_SHARE, TimePlan, plan_time
+from d2llm.fitting.time_plan import TimePlan, plan_time
 from d2llm.fitting.training_data import DataReport, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
@@ -66,16 +53,13 @@ if TYPE_CHECKING:
 
 BASE_NAME = "start, weights fitted"
 """Name of the row of the student that the fit started from, with the weights of its score fitted to these documents."""
-NUM_NEGATIVES = 2
 MIN_USERS_QUERIES = 30
 """With at least this many held-out queries of users, the verdict is about them alone."""
 
 _remarks = logging.getLogger("d2llm.remarks")
 _STUDENT_SOURCE = "../student"
 _TIMED_PASSAGES, _TIMED_JUDGEMENTS = 64, 8
-_GATE_DEPTH, _MIN_GATED, _MAX_GATED = 12, 20, 100  # candidates of each list, queries
 _QUERY_CHARACTERS = 60  # of the queries of timed judgements
-_BATCH_QUERIES = 32
 _SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed, and how much of each is read
 _LISTED_AT_ONCE = 1_000
 
@@ -348,71 +332,28 @@ class Fit:
         teacher = self.settings.teacher
         if teacher is None:
             return trained
-        return self._finish_run(self._judged_recipe(recipe, trained, teacher, plan), f"{key}-judged")
+        seconds = self._seconds_per_judgement(teacher)
+        with_teacher = recipe_with_teacher(recipe, str(trained), teacher, plan, seconds_per_judgement=seconds)
+        return self._finish_run(with_teacher, f"{key}-judged")
 
     def recipe(self, data: Mapping[str, DataReport], plan: TimePlan) -> Recipe:
         """The recipe of the training on the queries alone, for as many of them as the plan has time for."""
-        from d2llm.training.checkpoints import usual_epochs
-
         settings = self.settings
-        num_train = sum(report.queries["train"] for report in data.values())
-        share = min(1.0, plan.max_queries / num_train)
-        affordable = max(1, plan.max_queries // num_train)
-        has_teacher = settings.teacher is not None
-        return Recipe(
-            name="fit",
-            seed=settings.seed,
-            student=self._load(self.start).config,
-            data=tuple(
+        return recipe_for_queries(
+            self.start,
+            self._load(self.start).config,
+            [
                 DataConfig(
                     path=str(self._data_folder(name)),
                     task=settings.task,
-                    max_queries=max(1, round(share * report.queries["train"])),
+                    max_queries=max(1, report.queries["train"]),
                     exclude_shared_passages=name == "written",
                 )
                 for name, report in data.items()
-            ),
-            mining=MiningConfig(num_hard=8, num_easy=2, student=self.start),
-            losses=LossWeights(**NO_IMITATION, in_batch_cross_entropy=1.0),
-            training=TrainingConfig(
-                start=self.start,
-                learning_rate=2e-4,
-                epochs=min(affordable, usual_epochs(num_train / _BATCH_QUERIES, fewest=1)),
-                batch_queries=_BATCH_QUERIES,
-                num_hard=NUM_NEGATIVES,
-                num_easy=0,
-                max_minutes=max(1.0, plan.training / 60 * (0.5 if has_teacher else 1.0)),
-                unlabelled="own_labels",
-                residual=ResidualConfig(epochs=3),
-            ),
-            evidence=EvidenceConfig(words=True, window_words=True),
-        )
-
-    def _judged_recipe(self, recipe: Recipe, student: Path, teacher: TeacherConfig, plan: TimePlan) -> Recipe:
-        """The recipe that trains ``student`` on, with judgements of the queries whose passages it ranks differently.
-
-        A quarter of the teacher's time is for the gate, the rest for labels.
-        """
-        seconds = plan.training * TEACHER_SHARE
-        num_pairs = seconds / self._seconds_per_judgement(teacher)
-        num_gated = max(_MIN_GATED, min(_MAX_GATED, int(num_pairs / 4 / (2 * _GATE_DEPTH))))
-        num_queries = int(num_pairs * 3 / 4 / (1 + recipe.mining.num_hard + recipe.mining.num_easy))
-        total = sum(data.max_queries or 0 for data in recipe.data)
-        labelled = tuple(
-            data.model_copy(update={"max_labelled": max(1, num_queries * (data.max_queries or 0) // total)})
-            for data in recipe.data
-        )
-        minutes = max(1.0, (plan.training / 2 - seconds) / 60)
-        return recipe.model_copy(
-            update={
-                "teacher": teacher,
-                "teacher_tuning": TeacherTuningConfig(epochs=0),
-                "data": labelled,
-                "gate": GateConfig(queries=num_gated, depth=_GATE_DEPTH),
-                "labelling": LabellingConfig(compared_students=(self.start, str(student))),
-                "losses": LossWeights(**NO_IMITATION | {"list_imitation": 0.5}, in_batch_cross_entropy=0.5),
-                "training": recipe.training.model_copy(update={"start": str(student), "max_minutes": minutes}),
-            }
+            ],
+            plan,
+            has_teacher=settings.teacher is not None,
+            seed=settings.seed,
         )
 
     def _seconds_per_judgement(self, teacher: TeacherConfig) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
-from d2llm.core.memory import available_memory
+from d2llm.core.machine import available_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,15 +1,16 @@
-"""Memory still available to a process: of the machine, its control groups (as files) and its limits."""
+"""What a process may use: memory of the machine, its control groups (as files) and its limits, and cores."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from d2llm.core import memory
-from d2llm.core.memory import available_memory
+from d2llm.core import machine as core_machine
+from d2llm.core.machine import available_memory, usable_cores
 
 GIB = 1 << 30
 
@@ -18,7 +19,7 @@ GIB = 1 << 30
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with 8 GiB free, whose process is in no control group."""
     for name in ("_MEMINFO", "_STATUS", "_GROUP", "_GROUPS"):
-        monkeypatch.setattr(memory, name, tmp_path / name)
+        monkeypatch.setattr(core_machine, name, tmp_path / name)
     write(tmp_path / "_MEMINFO", f"MemTotal: {9 << 20} kB\nMemAvailable:    {8 << 20} kB\nHugePages_Total:   0\n")
     return tmp_path
 
@@ -73,7 +74,7 @@ def test_cgroups_version_1(machine: Path) -> None:
 def test_memory_left_by_ulimit(kind: str) -> None:
     code = f"""
 import resource
-from d2llm.core.memory import available_memory
+from d2llm.core.machine import available_memory
 resource.setrlimit(resource.{kind}, (1 << 30, 1 << 30))
 before = available_memory()
 taken = bytearray(200 << 20)
@@ -83,3 +84,15 @@ print(before, available_memory())
     before, after = map(int, result.stdout.split())
     assert 0 < before < 1 << 30
     assert before - after == pytest.approx(200 << 20, rel=0.02)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot bind a process to cores")
+def test_a_process_bound_to_one_core_has_one() -> None:
+    code = """
+import os
+from d2llm.core.machine import usable_cores
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+print(usable_cores())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) == 1 <= usable_cores()

@@ -1,12 +1,18 @@
-"""How much more memory this process can use, given the limits of the system, the container and the process itself."""
+"""What this process may use of the machine: cores, and memory within the limits of system, container and process."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 _MEMINFO, _STATUS, _GROUP = Path("/proc/meminfo"), Path("/proc/self/status"), Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory() -> int | None:

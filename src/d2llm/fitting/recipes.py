@@ -1,0 +1,116 @@
+"""The recipes that a fit trains with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from d2llm.core.recipe import (
+    NO_IMITATION,
+    DataConfig,
+    EvidenceConfig,
+    GateConfig,
+    LabellingConfig,
+    LossWeights,
+    MiningConfig,
+    Recipe,
+    ResidualConfig,
+    StudentConfig,
+    TeacherConfig,
+    TeacherTuningConfig,
+    TrainingConfig,
+)
+from d2llm.fitting.time_plan import TEACHER_SHARE, TimePlan
+from d2llm.training.checkpoints import usual_epochs
+
+NUM_NEGATIVES = 2
+"""Hard negatives of a query in each step."""
+
+_BATCH_QUERIES = 32
+_GATE_DEPTH, _MIN_GATED, _MAX_GATED = 12, 20, 100  # candidates of each list, queries
+
+
+def recipe_for_queries(
+    start: str,
+    student: StudentConfig,
+    data: Sequence[DataConfig],
+    plan: TimePlan,
+    *,
+    has_teacher: bool = False,
+    seed: int = 0,
+) -> Recipe:
+    """The recipe that trains a student on queries alone, as many of them as the plan has time for.
+
+    Args:
+        start: the student to start from: a folder or a name.
+        student: its settings.
+        data: the data sets, with the number of their training queries as ``max_queries``.
+        plan: time for training, and how many queries that is enough for.
+        has_teacher: the second half of the time is for ``recipe_with_teacher``.
+        seed: of everything that is drawn.
+    """
+    num_train = _num_queries(data)
+    share = min(1.0, plan.max_queries / num_train)
+    affordable = max(1, plan.max_queries // num_train)
+    return Recipe(
+        name="fit",
+        seed=seed,
+        student=student,
+        data=tuple(
+            one.model_copy(update={"max_queries": max(1, round(share * (one.max_queries or 0)))}) for one in data
+        ),
+        mining=MiningConfig(num_hard=8, num_easy=2, student=start),
+        losses=LossWeights(**NO_IMITATION, in_batch_cross_entropy=1.0),
+        training=TrainingConfig(
+            start=start,
+            learning_rate=2e-4,
+            epochs=min(affordable, usual_epochs(num_train / _BATCH_QUERIES, fewest=1)),
+            batch_queries=_BATCH_QUERIES,
+            num_hard=NUM_NEGATIVES,
+            num_easy=0,
+            max_minutes=max(1.0, plan.training / 60 * (0.5 if has_teacher else 1.0)),
+            unlabelled="own_labels",
+            residual=ResidualConfig(epochs=3),
+        ),
+        evidence=EvidenceConfig(words=True, window_words=True),
+    )
+
+
+def recipe_with_teacher(
+    recipe: Recipe, student: str, teacher: TeacherConfig, plan: TimePlan, *, seconds_per_judgement: float
+) -> Recipe:
+    """The recipe that trains on with judgements of the queries whose passages start and student rank differently.
+
+    A quarter of the teacher's time is for the gate, the rest for labels.
+
+    Args:
+        recipe: what ``student`` was trained with (``recipe_for_queries``).
+        student: the folder of the student to train on.
+        teacher: the model that judges.
+        plan: time for training, of which the first half has passed.
+        seconds_per_judgement: how long the teacher takes for one pair.
+    """
+    seconds = plan.training * TEACHER_SHARE
+    num_pairs = seconds / seconds_per_judgement
+    num_gated = max(_MIN_GATED, min(_MAX_GATED, int(num_pairs / 4 / (2 * _GATE_DEPTH))))
+    num_queries = int(num_pairs * 3 / 4 / (1 + recipe.mining.num_hard + recipe.mining.num_easy))
+    total = _num_queries(recipe.data)
+    labelled = (
+        one.model_copy(update={"max_labelled": max(1, num_queries * (one.max_queries or 0) // total)})
+        for one in recipe.data
+    )
+    minutes = max(1.0, (plan.training / 2 - seconds) / 60)
+    return recipe.model_copy(
+        update={
+            "teacher": teacher,
+            "teacher_tuning": TeacherTuningConfig(epochs=0),
+            "data": tuple(labelled),
+            "gate": GateConfig(queries=num_gated, depth=_GATE_DEPTH),
+            "labelling": LabellingConfig(compared_students=(recipe.training.start or "", student)),
+            "losses": LossWeights(**NO_IMITATION | {"list_imitation": 0.5}, in_batch_cross_entropy=0.5),
+            "training": recipe.training.model_copy(update={"start": student, "max_minutes": minutes}),
+        }
+    )
+
+
+def _num_queries(data: Sequence[DataConfig]) -> int:
+    return sum(one.max_queries or 0 for one in data)
