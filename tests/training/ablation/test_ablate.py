@@ -15,9 +15,11 @@ import pytest
 from d2llm.core.errors import InputError, RecipeError, TrainingDivergedError
 from d2llm.core.recipe import DataConfig, LossWeights, Recipe, ResidualConfig
 from d2llm.core.variants import find_variant
+from d2llm.data.labels import LabelStore
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.training import TrainingSource
+from d2llm.models.teachers.judge import identify_judge
 from d2llm.ops.significance import Interval
 from d2llm.training import distill as distill_verb
 from d2llm.training import training_loop
@@ -455,3 +457,21 @@ class TestWrongInput:
 def assert_interval(interval: Interval | None, middle: float, half: float) -> None:
     assert interval is not None
     assert (interval.low, interval.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+
+
+def test_labels_that_a_variant_asks_for_are_its_own(place: Place, tmp_path: Path) -> None:
+    identity = identify_judge(place.teacher)
+    source = place.source
+    key = {
+        "teacher": identity.fingerprint,
+        "prompt": identity.prompts[source.task],
+        "dataset": source.dataset.name,
+    }
+    before = LabelStore.open_for_reading(place.labels, **key).num_pairs
+    recipe = small_recipe(place, residual=ResidualConfig(epochs=1, warmup_steps=0, batch_queries=4, num_near=5))
+    report = run(place, tmp_path, recipe=recipe, variants=["ask-teacher", "leave-out"], num_seeds=1)
+    assert {row.name for row in report.rows} == {"ask-teacher", "leave-out"}
+    assert not report.failed
+    assert LabelStore.open_for_reading(place.labels, **key).num_pairs == before
+    own = Path(report.folder, "ask-teacher", "seed-0.run", "labels")
+    assert LabelStore.open_for_reading(own, **key).num_pairs > before

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from d2llm.core.errors import D2LLMError, InputError
-from d2llm.core.files import write_json
+from d2llm.core.files import new_folder, write_json
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import Recipe, TeacherConfig
@@ -104,7 +105,7 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
             shared.sources,
             folder,
             recipe=recipe.model_copy(update={"seed": seed}),
-            labels=shared.labels,
+            labels=_own_labels(shared, folder) if recipe.training.unjudged == "ask_teacher" else shared.labels,
             teacher=shared.teacher,
             closed_gates=shared.closed_gates if recipe.losses.imitates else (),
             device=shared.device,
@@ -129,6 +130,15 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
     for checkpoint in working_folder(folder).glob("*.safetensors"):
         checkpoint.unlink()  # no longer needed, and several times as large as the student
     return result
+
+
+def _own_labels(shared: RunSettings, student: Path) -> Path:
+    """A copy of the label store for a run that lets the teacher judge more: other runs must not see those labels."""
+    labels = working_folder(student) / "labels"
+    if shared.labels.is_dir() and not labels.is_dir():
+        with new_folder(labels) as temporary:
+            shutil.copytree(shared.labels, temporary, dirs_exist_ok=True)
+    return labels
 
 
 def _seconds(log: Path) -> float:
