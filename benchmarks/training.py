@@ -100,8 +100,8 @@ def our_step(training: TrainingConfig) -> Callable[[Student, Work], None]:
 
     def step(student: Student, work: Work) -> None:
         ids = batch_tokens(student, work.batch)
-        room = graph_room(student, training)
-        backpropagate(student, ids, loss_of(student, work.batch), training=training, room=room, seed=0)
+        room = graph_room(training, student.backbone.device)
+        backpropagate(student, ids, loss_of(student, work.batch), room=room, seed=0)
 
     return step
 

@@ -77,10 +77,11 @@ def measure_student(batch: str, way: str) -> dict[str, float]:
         student.train()
         free = 8 * GIB - int((peak() or 0) * MIB)
         with patch.object(gradient_cache, "free_memory", return_value=free):
-            room = gradient_cache.graph_room(student, training)
+            room = gradient_cache.graph_room(training, student.backbone.device)
 
         def step(seed: int) -> None:
-            gradient_cache.backpropagate(student, ids, in_batch_loss, training=training, room=room, seed=seed)
+            part_tokens = training.part_tokens
+            gradient_cache.backpropagate(student, ids, in_batch_loss, part_tokens=part_tokens, room=room, seed=seed)
             student.zero_grad(set_to_none=True)
 
         return timed(step, sum(map(len, ids))) | {"peak_gib": round((peak() or 0) / 1024, 2)}

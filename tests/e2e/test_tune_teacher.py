@@ -55,13 +55,13 @@ def fail_at(monkeypatch, step, error=Interrupted, instead=None):
     original = module.accumulate
     calls = []
 
-    def accumulate(model, batch, part_tokens, loss):
+    def accumulate(model, batch, part_tokens, loss, **options):
         calls.append(batch)
         if len(calls) - 1 == step:
             if instead is None:
                 raise error
             return instead, 0
-        return original(model, batch, part_tokens, loss)
+        return original(model, batch, part_tokens, loss, **options)
 
     monkeypatch.setattr(module, "accumulate", accumulate)
     return calls

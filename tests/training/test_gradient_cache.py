@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,13 +92,13 @@ def loss_function(student: Student, batch: DistillationBatch) -> Callable[[Tenso
 
 
 def in_parts(
-    student: Student, batch: DistillationBatch, *, seed: int = 3, room: int = 1 << 20, **training: Any
+    student: Student, batch: DistillationBatch, *, seed: int = 3, room: float = 1 << 20, part_tokens: int | None = None
 ) -> LossAndGradients:
     loss = backpropagate(
         student,
         batch_tokens(student, batch),
         loss_function(student, batch),
-        training=TrainingConfig.model_validate(training),
+        part_tokens=part_tokens,
         room=room,
         seed=seed,
     )
@@ -113,14 +114,14 @@ def assert_same(actual: LossAndGradients, expected: LossAndGradients, tolerance:
         assert difference <= tolerance * largest, (name, difference, largest)
 
 
-@pytest.mark.parametrize("caching", ["on", "off", "auto"])
+@pytest.mark.parametrize("room", [0, 1 << 20, math.inf])
 @pytest.mark.parametrize("part_tokens", [1, 40])
 def test_gradient_equals_that_of_one_pass(
-    student: Student, batch: DistillationBatch, caching: str, part_tokens: int
+    student: Student, batch: DistillationBatch, room: float, part_tokens: int
 ) -> None:
     expected = in_one_pass(student, batch)
     assert max(float(gradient.abs().max()) for gradient in expected.gradients.values()) > 0.01
-    assert_same(in_parts(student, batch, gradient_caching=caching, part_tokens=part_tokens), expected)
+    assert_same(in_parts(student, batch, room=room, part_tokens=part_tokens), expected)
 
 
 @settings(max_examples=6, deadline=None)
@@ -134,7 +135,7 @@ def test_gradient_does_not_depend_on_part_size_or_room(
 @pytest.mark.parametrize("tuning", ["full", "frozen"])
 def test_gradient_is_right_for_full_and_frozen_tuning(model: Path, batch: DistillationBatch, tuning: str) -> None:
     student = make_student(model, tuning=tuning)
-    assert_same(in_parts(student, batch, gradient_caching="on", part_tokens=40), in_one_pass(student, batch))
+    assert_same(in_parts(student, batch, room=0, part_tokens=40), in_one_pass(student, batch))
 
 
 def test_gradient_is_right_for_a_head_on_a_frozen_encoder(model: Path, batch: DistillationBatch) -> None:
@@ -143,16 +144,15 @@ def test_gradient_is_right_for_a_head_on_a_frozen_encoder(model: Path, batch: Di
         parameter.requires_grad_(name.startswith("interaction."))
     expected = in_one_pass(student, batch)
     assert set(expected.gradients) <= {name for name, _ in student.named_parameters() if name.startswith("interaction")}
-    assert_same(in_parts(student, batch, gradient_caching="on", part_tokens=40), expected)
-    assert_same(in_parts(student, batch, gradient_caching="off", part_tokens=40), expected)
+    assert_same(in_parts(student, batch, room=0, part_tokens=40), expected)
+    assert_same(in_parts(student, batch, room=math.inf, part_tokens=40), expected)
 
 
 def test_recomputed_parts_repeat_their_dropout(model: Path, batch: DistillationBatch) -> None:
     """So the amount of free memory never changes a run, not even one resumed on another machine."""
     student = make_student(model, dropout=0.3)
-    kept = in_parts(student, batch, gradient_caching="off", part_tokens=40)
-    others = [in_parts(student, batch, gradient_caching="on", part_tokens=40)]
-    others += [in_parts(student, batch, room=room, part_tokens=40) for room in (0, 200_000, 1 << 30)]
+    kept = in_parts(student, batch, room=math.inf, part_tokens=40)
+    others = [in_parts(student, batch, room=room, part_tokens=40) for room in (0, 200_000, 1 << 30)]
     for other in others:
         assert other.loss == kept.loss
         for name, gradient in kept.gradients.items():
@@ -163,7 +163,7 @@ def test_recomputed_parts_repeat_their_dropout(model: Path, batch: DistillationB
     assert abs(in_parts(student, batch, part_tokens=40).loss - kept.loss) > 1e-3
 
 
-def peak_of_saved(student: Student, ids: list[list[int]], caching: str) -> int:
+def peak_of_saved(student: Student, ids: list[list[int]], room: float) -> int:
     """Peak number of token-state values kept for the backward pass."""
     alive = peak = 0
 
@@ -178,20 +178,17 @@ def peak_of_saved(student: Student, ids: list[list[int]], caching: str) -> int:
             nonlocal alive
             alive -= self.size
 
-    training = TrainingConfig.model_validate({"gradient_caching": caching, "part_tokens": 64})
     with torch.autograd.graph.saved_tensors_hooks(SavedTensor, lambda kept: kept.tensor):
-        backpropagate(student, ids, lambda v: (v @ v.T).logsumexp(1).sum(), training=training, room=0, seed=0)
+        backpropagate(student, ids, lambda v: (v @ v.T).logsumexp(1).sum(), part_tokens=64, room=room, seed=0)
     student.zero_grad(set_to_none=True)
     return peak
 
 
 def test_memory_with_caching_does_not_grow_with_the_batch(student: Student) -> None:
     ids = [[5] * 8] * 32
-    few, many = (
-        {caching: peak_of_saved(student, ids * times, caching) for caching in ("on", "off")} for times in (1, 4)
-    )
-    assert many["off"] == 4 * few["off"]
-    assert many["on"] == few["on"] == few["off"] / 4  # one part of four
+    few, many = ({room: peak_of_saved(student, ids * times, room) for room in (0, math.inf)} for times in (1, 4))
+    assert many[math.inf] == 4 * few[math.inf]
+    assert many[0] == few[0] == few[math.inf] / 4  # one part of four
 
 
 def read_with_graph(
@@ -206,8 +203,7 @@ def read_with_graph(
         return original(self, *inputs)
 
     monkeypatch.setattr(type(student), "forward", forward)
-    training = TrainingConfig(part_tokens=64)
-    backpropagate(student, ids, lambda v: (v @ v.T).logsumexp(1).sum(), training=training, seed=0, **options)
+    backpropagate(student, ids, lambda v: (v @ v.T).logsumexp(1).sum(), part_tokens=64, seed=0, **options)
     student.zero_grad(set_to_none=True)
     return kept_graph
 
@@ -239,9 +235,9 @@ def test_as_many_graphs_are_kept_as_fit_in_the_room(
 
 
 class TestRoom:
-    def room(self, monkeypatch: pytest.MonkeyPatch, student: Student, free: int | None, **training: Any) -> int:
+    def room(self, monkeypatch: pytest.MonkeyPatch, student: Student, free: int | None, **training: Any) -> float:
         monkeypatch.setattr(gradient_cache, "free_memory", lambda device: free)
-        return graph_room(student, TrainingConfig.model_validate(training))
+        return graph_room(TrainingConfig.model_validate(training), student.backbone.device)
 
     def test_room_is_a_third_of_free_memory_and_is_logged(
         self, student: Student, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -261,5 +257,6 @@ class TestRoom:
     ) -> None:
         caplog.set_level("INFO", logger="d2llm.remarks")
         assert self.room(monkeypatch, student, 6 << 30, graph_gib=0.5) == 1 << 29
-        assert self.room(monkeypatch, student, 6 << 30, gradient_caching="off") == 0
+        assert self.room(monkeypatch, student, 6 << 30, gradient_caching="off") == math.inf
+        assert self.room(monkeypatch, student, 6 << 30, gradient_caching="on") == 0
         assert caplog.text == ""

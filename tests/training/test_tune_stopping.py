@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +147,11 @@ def test_a_resumed_run_stops_at_the_same_state(
     original = verb.accumulate
     calls: list[int] = []
 
-    def interrupted(*inputs: Any) -> Any:
+    def interrupted(*inputs: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) > stop:
             raise KeyboardInterrupt
-        return original(*inputs)
+        return original(*inputs, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(verb, "accumulate", interrupted)
@@ -297,6 +298,13 @@ def test_list_loss_is_softmax_plus_a_share_of_the_yes_no_loss(llama: Path) -> No
                 torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-6)
 
 
+def gradients_of(model: CausalTeacher) -> dict[str, list[float]]:
+    """The gradients by parameter, which are then set to none."""
+    gradients = {name: p.grad.flatten().tolist() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
 def test_both_passes_over_a_long_list_share_their_dropout(llama: Path) -> None:
     model = CausalTeacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
     model.prepare_training(LORA.model_copy(update={"dropout": 0.4}))
@@ -305,7 +313,7 @@ def test_both_passes_over_a_long_list_share_their_dropout(llama: Path) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
-    inputs, _ = model.tokenize([("the cat", text) for text in TEXTS[:3]], "symmetric")
+    pairs = [TrainingPair("the cat", text, "symmetric", float(place == 0)) for place, text in enumerate(TEXTS[:3])]
     outputs: list[torch.Tensor] = []
     original = type(model).forward
 
@@ -317,11 +325,15 @@ def test_both_passes_over_a_long_list_share_their_dropout(llama: Path) -> None:
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "forward", forward)
-        verb._backpropagate(model, inputs, "symmetric", lambda odds: odds.square().sum(), 1)
-    assert len(outputs) == 6
-    assert [float(odds) for odds in outputs[:3]] == [float(odds) for odds in outputs[3:]]
+        verb.accumulate(model, pairs, 1, "lists")
+        assert [float(odds) for odds in outputs[1:3]] == [float(odds) for odds in outputs[3:]]  # the first one is kept
+        recomputed = gradients_of(model)
+        torch.manual_seed(0)
+        verb.accumulate(model, pairs, 1, "lists", room=math.inf)
+        assert len(outputs) == 5 + 3  # all are kept
+    assert gradients_of(model) == recomputed
     model.eval()
-    with torch.no_grad():
-        assert (
-            abs(float(model(*model.pad(inputs[:1]), "symmetric")[0]) - float(outputs[0])) > 1e-4
-        )  # dropout was active
+    without = {
+        float(odds) for pair in pairs for odds in model.judge([(pair.query, pair.passage)], "symmetric").log_odds
+    }
+    assert without.isdisjoint({float(odds) for odds in outputs})  # dropout was active

@@ -198,6 +198,9 @@ class TeacherTuningConfig(_Section):
     part_tokens: int | None = Field(default=None, ge=1)
     """Tokens, including padding, in one pass through the model; gradients are accumulated over passes. By default 512
     on a CPU and 2,048 elsewhere."""
+    graph_gib: float | None = Field(default=None, gt=0)
+    """Memory for the intermediate results of a query's passages that exceed ``part_tokens``, in GiB; by default a third
+    of what is free when the run starts. What does not fit is computed twice, with the same result."""
     num_negatives: int = Field(default=4, ge=1)
     """Negatives per positive, drawn from the plan's hard and easy negatives."""
     max_queries: int | None = Field(default=None, ge=1)

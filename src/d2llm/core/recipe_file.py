@@ -91,7 +91,7 @@ def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: i
     """The settings that determine a tuned teacher, given its plans, as plain JSON."""
     return {
         "teacher": teacher.model_dump(mode="json", exclude={"stack_with_cosine", "remote"}),
-        "teacher_tuning": tuning.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "teacher_tuning": tuning.model_dump(mode="json", exclude={"checkpoint_minutes", "graph_gib"}),
         "seed": seed,
     }
 

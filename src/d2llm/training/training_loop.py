@@ -138,7 +138,7 @@ class DistillRun:
         self.warmup_steps = warmup_steps(recipe.training, self.total_steps)
         default_interval = min(_MAX_STEPS_BETWEEN, -(-self.total_steps // _NUM_EVALUATIONS))
         self.eval_every = recipe.training.eval_every or default_interval
-        self.room = graph_room(student, recipe.training)
+        self.room = graph_room(recipe.training, student.backbone.device)
         self.signals = StopSignals()
         self.timed_at: float | None = None
         self.saved_step, self.saved_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
@@ -325,7 +325,7 @@ class DistillRun:
             self.student,
             batch_tokens(self.student, batch),
             loss_of,
-            training=training,
+            part_tokens=training.part_tokens,
             room=self.room,
             seed=self.recipe.seed * 1_000_003 + progress.step,  # dropout depends only on the step: resuming is exact
             processes=self.processes,

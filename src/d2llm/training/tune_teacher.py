@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -47,6 +47,7 @@ from d2llm.training.checkpoints import (
     save_checkpoint,
     trainable,
 )
+from d2llm.training.gradient_cache import backpropagate_parts, graph_room
 
 _PAIR_SHARE = 0.3  # weight of the yes/no loss when it is added to the softmax over lists
 _LARGEST_SHARE = 5  # at most one fifth of a plan is held out
@@ -176,6 +177,7 @@ class _TuningRun:
         """Steps whose dev evaluation is finished too: the number of ``losses``, or one less."""
         folder.mkdir(parents=True, exist_ok=True)
         self.parameters = trainable(model)
+        self.room = graph_room(tuning, model.device)
         self.optimizer = adamw([(list(self.parameters.values()), tuning.learning_rate, 0.0)])
         lower_is_better = tuning.dev_measure == "cross_entropy"
         self.best = BestState(self.parameters, folder / _BEST, lower_is_better=lower_is_better)
@@ -218,7 +220,7 @@ class _TuningRun:
         step, total = len(self.losses), len(self.batches)
         torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
         part_tokens = self.tuning.part_tokens or tokens_at_a_time(self.model.device)
-        loss, num_truncated = accumulate(self.model, self.batches[step], part_tokens, self.tuning.loss)
+        loss, num_truncated = accumulate(self.model, self.batches[step], part_tokens, self.tuning.loss, room=self.room)
         require_finite(loss, step, self.folder)
         warmup_steps = int(self.tuning.warmup_fraction * total)
         factor = learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=total)
@@ -376,12 +378,19 @@ def _lists(pairs: list[TrainingPair]) -> list[list[TrainingPair]]:
 
 
 def accumulate(
-    model: LocalTeacher, batch: list[TrainingPair], part_tokens: int, loss: Literal["pairs", "lists"]
+    model: LocalTeacher,
+    batch: list[TrainingPair],
+    part_tokens: int,
+    loss: Literal["pairs", "lists"],
+    *,
+    room: float = 0,
 ) -> tuple[Tensor, int]:
     """Add the gradient of a batch's loss, in parts of about ``part_tokens`` to limit memory.
 
     The loss of pairs is the mean yes/no cross-entropy; that of lists is a softmax over each query's passages, plus a
-    share of the yes/no cross-entropy. Returns the loss and the number of truncated pairs.
+    share of the yes/no cross-entropy. A list that exceeds ``part_tokens`` is computed in several parts; those whose
+    activations do not fit into ``room`` (``graph_room``) are computed twice, with the same dropout. Returns the loss
+    and the number of truncated pairs.
     """
     task = batch[0].task
     inputs, num_truncated = model.tokenize([(pair.query, pair.passage) for pair in batch], task)
@@ -391,51 +400,28 @@ def accumulate(
     lists = list(places.values())
     pair_share = _PAIR_SHARE if loss == "lists" else 1.0
     lengths = [max(len(inputs[place]) for place in list_places) * len(list_places) for list_places in lists]
+    together = token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lists))
+    seeds: list[int] = torch.randint(1 << 31, (len(together),)).tolist()
     total = torch.zeros((), device=model.device)
-    for part in token_budget_batches(lengths, max_tokens=part_tokens, max_items=len(lists)):
-        chosen = [place for index in part for place in lists[index]]
-        targets = torch.tensor([batch[place].target for place in chosen], device=model.device)
-        by_list = targets.split([len(lists[index]) for index in part])
+    for list_numbers, seed in zip(together, seeds, strict=True):
+        rows = [inputs[place] for number in list_numbers for place in lists[number]]
+        targets = torch.tensor(
+            [batch[place].target for number in list_numbers for place in lists[number]], device=model.device
+        )
+        sizes = [len(lists[number]) for number in list_numbers]
 
-        def loss_of(log_odds: Tensor, targets: Tensor = targets, by_list: Sequence[Tensor] = by_list) -> Tensor:
+        def loss_of(log_odds: Tensor, targets: Tensor = targets, sizes: Sequence[int] = sizes) -> Tensor:
             yes_or_no = functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="sum")
             part_loss = pair_share * yes_or_no / len(batch)
-            for scores, labels in zip(log_odds.split([len(w) for w in by_list]), by_list, strict=True):
+            for scores, labels in zip(log_odds.split(sizes), targets.split(sizes), strict=True):
                 if loss == "lists" and float(labels.sum()) > 0:
                     part_loss = part_loss + functional.cross_entropy(scores, labels / labels.sum()) / len(lists)
             return part_loss
 
-        total += _backpropagate(model, [inputs[place] for place in chosen], task, loss_of, part_tokens)
+        def compute(part: Sequence[int], rows: Sequence[Any] = rows) -> Tensor:
+            return model(*model.pad([rows[index] for index in part]), task)[0]
+
+        row_lengths = [len(ids) for ids in rows]
+        parts = token_budget_batches(row_lengths, max_tokens=part_tokens, max_items=len(rows))
+        total += backpropagate_parts(model, compute, parts, row_lengths, loss_of, room=room, seed=seed)
     return total, num_truncated
-
-
-def _backpropagate(
-    model: LocalTeacher, inputs: list[Any], task: Task, loss_of: Callable[[Tensor], Tensor], part_tokens: int
-) -> Tensor:
-    """Add the gradient of a loss of all inputs' log-odds, in memory for ``part_tokens``; returns the loss.
-
-    Inputs that exceed ``part_tokens`` are encoded twice, as in ``gradient_cache``: once for the loss, and then part by
-    part for its gradient.
-    """
-    parts = token_budget_batches([len(ids) for ids in inputs], max_tokens=part_tokens, max_items=len(inputs))
-    if len(parts) == 1:
-        loss = loss_of(model(*model.pad(inputs), task)[0])
-        loss.backward()
-        return loss.detach()
-    seeds: list[int] = torch.randint(1 << 31, (len(parts),)).tolist()  # for the same dropout in both passes
-
-    def compute_log_odds(number: int) -> Tensor:
-        torch.manual_seed(seeds[number])
-        return model(*model.pad([inputs[index] for index in parts[number]]), task)[0]
-
-    log_odds = torch.zeros(len(inputs), device=model.device)
-    with torch.no_grad():
-        for number, part in enumerate(parts):
-            log_odds[part] = compute_log_odds(number)
-    log_odds.requires_grad_()
-    loss = loss_of(log_odds)
-    loss.backward()
-    assert log_odds.grad is not None
-    for number, part in enumerate(parts):
-        compute_log_odds(number).backward(log_odds.grad[part])
-    return loss.detach()
