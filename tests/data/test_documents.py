@@ -184,6 +184,8 @@ class TestFormats:
         )
         assert read(write(tmp_path, "b.csv", "only,names\n,\n")).text == "only\nnames"
         assert read(write(tmp_path, "c.jsonl", '{"text": "one\u2028line"}\n')).text == "text: one\u2028line"
+        half = read(write(tmp_path, "e.jsonl", '{"text": "half a \\ud83d smile, a whole \\ud83d\\ude00"}\n')).text
+        assert half == "text: half a \N{REPLACEMENT CHARACTER} smile, a whole \N{GRINNING FACE}"
         found = find_documents([write(tmp_path, "d.jsonl", '{"a": 1}\n{"b": \n')])
         assert list(found) == []
         assert found.skipped[0].reason.startswith("line 2: it cannot be parsed")

@@ -18,6 +18,15 @@ def test_markdown():
     ]
 
 
+def test_a_line_of_inline_code_opens_no_fence():
+    text = "# Install\n```pip install it```\n## Use\nrun it\n~~~ `shell`\n# no heading\n~~~\n## More\nend"
+    assert [section for section in markdown_sections(text) if section.text] == [
+        Section("```pip install it```", ("Install",)),
+        Section("run it\n~~~ `shell`\n# no heading\n~~~", ("Install", "Use")),
+        Section("end", ("Install", "More")),
+    ]
+
+
 def test_underlined_headings_of_markdown():
     text = "One\n===\na\n\nTwo\n---\nb\n\n---\nc\n\n| t |\n---\n- item\n---\n\nlong\nparagraph\n---\n"
     assert [section for section in markdown_sections(text) if section.text] == [

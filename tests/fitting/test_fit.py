@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.manifest import read_manifest
+from d2llm.core.recipe import Recipe
 from d2llm.data.run_folder import is_finished
 from d2llm.fitting.critic import CriticSettings
 from d2llm.fitting.fit import BASE_NAME, Fit, fit, student_for
+from d2llm.fitting.stages import Stages
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
+from d2llm.store.side_files import Chunking
 from d2llm.training.run import Run
 from local_endpoint import local_endpoint
 from tiny_fit import NUM_DOCUMENTS, ask_about_passage, settings_for, write_documents
-from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
+from tiny_models import randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,85 @@ def test_too_few_documents_are_an_error_that_says_what_is_missing(tmp_path, stud
     documents = write_documents(tmp_path / "docs", 2)
     with pytest.raises(InputError, match="none of the three may be empty"):
         Fit([documents], None, settings_for(student, endpoint.url), device="cpu", dtype="float32").finish()
+
+
+def test_a_folder_without_documents_leaves_nothing_behind(tmp_path, student, endpoint):
+    documents = tmp_path / "docs"
+    documents.mkdir()
+    settings = replace(settings_for(student, endpoint.url), student=None)
+    with pytest.raises(InputError, match="there are no documents"):
+        Fit([documents], None, settings).finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["docs"]
+
+
+@pytest.fixture(scope="module")
+def half(student, endpoint, tmp_path_factory):
+    """A fit up to its review, in a process that then ends."""
+    documents = write_documents(tmp_path_factory.mktemp("half") / "docs")
+    settings = settings_for(student, endpoint.url, chunking=Chunking(64))
+    done = Fit([documents], None, settings, device="cpu", dtype="float32")
+    done._begin()
+    done.read()
+    done.write(60)
+    return done
+
+
+def repeated(half, **changes):
+    settings = replace(half.settings, **changes)
+    return Fit(half.documents, None, settings, device="cpu", dtype="float32")
+
+
+def test_a_run_keeps_the_recipe_that_it_began_with(half, monkeypatch):
+    data = half.make_data(half.review())
+    shorter = half.plan()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", lambda _: None)
+        half.train(data, replace(shorter, max_queries=shorter.max_queries // 2, training=300.0))
+    [begun] = half.folder.work.glob("run-*/recipe.json")
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(Run, "finish", lambda run: recipes.append(run.recipe))
+    later = repeated(half)
+    later.train(data, replace(shorter, max_queries=10 * shorter.max_queries, training=1_200.0))
+    [recipe] = recipes
+    earlier = json.loads(begun.read_text())
+    assert recipe.training.max_minutes == 20
+    assert earlier["training"]["max_minutes"] == 5
+    kept = recipe.model_dump(mode="json")
+    kept["training"]["max_minutes"] = 5
+    assert kept == earlier
+
+
+def test_an_index_and_a_student_that_do_not_fit_are_mended(half, tmp_path):
+    other = Student.create(half.index.student.config, device="cpu", dtype="float32")
+    other.prepare_training()
+    randomise(other)
+    other.save(tmp_path / "other")
+    other = Student.load(tmp_path / "other", device="cpu", dtype="float32")
+    assert other.fingerprint != half.index.student.fingerprint
+    half.serve_with(tmp_path / "other")
+    assert Index.open(half.folder.index).student.fingerprint == other.fingerprint
+    assert Index.open(half.folder.index).chunking == Chunking(64)
+    half._load(half.start).save(half.folder.student)  # as if the call had ended before the index was replaced
+    mended = repeated(half)
+    mended.read()
+    assert mended.index.student.fingerprint == Student.load(half.start, device="cpu").fingerprint
+    assert len(mended.index) == NUM_DOCUMENTS
+
+
+def test_writing_is_finished_for_these_settings_and_hours_only(half):
+    assert repeated(half)._finished_writing() is not None
+    assert repeated(half, hours=0.5)._finished_writing() is not None
+    for changes in ({"hours": 2.0}, {"examples": (("a", "b"),)}, {"max_queries": 3}, {"seed": 1}):
+        assert repeated(half, **changes)._finished_writing() is None, changes
+
+
+def test_the_progress_page_reloads_itself_until_the_end(tmp_path):
+    stages = Stages(tmp_path / "progress.html", "docs", 60.0)
+    with stages.run("read"):
+        assert 'http-equiv="refresh"' in stages.page.read_text()
+    assert 'http-equiv="refresh"' in stages.page.read_text()  # between two stages
+    stages.finish()
+    assert 'http-equiv="refresh"' not in stages.page.read_text()
 
 
 @pytest.mark.parametrize("has_langid", [True, False])

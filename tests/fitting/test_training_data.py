@@ -10,6 +10,7 @@ from d2llm.data.beir import read_beir
 from d2llm.fitting.critic import KeptQuery, WrittenQuery
 from d2llm.fitting.training_data import (
     FEW_DOCUMENTS,
+    MIN_HELD_OUT,
     read_examples,
     read_judged,
     split_passages,
@@ -34,36 +35,50 @@ def queries_for(passages, extra=()):
     return [*kept, *extra]
 
 
+def ids(passages):
+    return [passage.id for passage in passages]
+
+
 def test_passages_of_a_document_share_a_split():
     passages = corpus(2 * FEW_DOCUMENTS, 3)
-    splits = split_passages(passages, num_queries=180, seed=0)
+    splits = split_passages(passages, ids(passages), seed=0)
     by_document: dict[str, set[str]] = {}
     for passage in passages:
         by_document.setdefault(passage.document_id, set()).add(splits[passage.id])
     assert all(len(each) == 1 for each in by_document.values())
     assert set(splits.values()) == {"train", "dev", "test"}
-    assert splits == split_passages(passages[::-1], num_queries=180, seed=0)
+    assert splits == split_passages(passages[::-1], ids(passages)[::-1], seed=0)
 
 
 def test_a_single_long_document_is_split_in_parts():
-    splits = split_passages(corpus(1, 400), num_queries=800, seed=0)
+    passages = corpus(1, 400)
+    splits = split_passages(passages, 2 * ids(passages), seed=0)
     assert set(splits.values()) == {"train", "dev", "test"}
     changes = sum(splits[f"d0#{part}"] != splits[f"d0#{part + 1}"] for part in range(1, 400))
     assert changes < 50  # neighbours nearly always share a split
 
 
 def test_more_queries_make_smaller_held_out_shares():
-    passages = corpus(2_000, 1)
+    passages = corpus(2_000, 10)
     shares = [
-        sum(split == "test" for split in split_passages(passages, number, 0).values()) / 2_000
-        for number in (100, 2_000, 20_000)
+        sum(split == "test" for split in split_passages(passages, ids(passages)[::every], 0).values()) / 20_000
+        for every in (200, 10, 1)
     ]
-    assert shares == pytest.approx([0.2, 0.1, 0.05], abs=0.02)
+    assert shares[0] == pytest.approx(0.01, abs=0.002)  # a fifth of the 100 documents that have a query
+    assert shares[1:] == pytest.approx([0.1, 0.05], abs=0.002)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_dev_and_test_have_several_documents_even_if_queries_are_many(seed):
+    passages = corpus(60, 5)
+    splits = split_passages(passages, 20 * ids(passages), seed)
+    for split in ("dev", "test"):
+        assert len({passage.document_id for passage in passages if splits[passage.id] == split}) == MIN_HELD_OUT
 
 
 def test_written_data_can_be_read_and_training_shares_no_positive_with_dev_or_test(tmp_path):
     passages = corpus(60, 2)
-    splits = split_passages(passages, num_queries=121, seed=0)
+    splits = split_passages(passages, [*ids(passages), "d0#1"], seed=0)
     first = {split: next(p.id for p in passages if splits[p.id] == split) for split in ("train", "test")}
     shared = KeptQuery(WrittenQuery("a shared query", "question", first["train"]), (first["train"], first["test"]), 1)
     report = write_written_data(tmp_path / "data", passages, queries_for(passages, [shared]), seed=0)
@@ -73,6 +88,17 @@ def test_written_data_can_be_read_and_training_shares_no_positive_with_dev_or_te
     assert dataset.issues == ()
     positives = {split: {p for ids in dataset.positives(split).values() for p in ids} for split in report.queries}
     assert not positives["train"] & (positives["dev"] | positives["test"])
+
+
+def test_passages_that_users_queries_train_on_are_not_held_out(tmp_path):
+    passages = corpus(60, 2)
+    splits = split_passages(passages, ids(passages), seed=0)
+    held_out = next(p.id for p in passages if splits[p.id] == "test")
+    trained_on = {held_out, next(p.id for p in passages if splits[p.id] == "train")}
+    report = write_written_data(tmp_path / "data", passages, queries_for(passages), trained_on=trained_on, seed=0)
+    positives = read_beir(tmp_path / "data").positives("test").values()
+    assert report.num_shared == 1
+    assert (held_out,) not in positives
 
 
 def test_too_few_queries_are_an_error_that_counts_them(tmp_path):

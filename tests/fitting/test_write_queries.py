@@ -116,6 +116,21 @@ def test_a_failure_loses_nothing_and_the_next_call_continues(store, monkeypatch,
     assert (len(second.assignments), report.num_answers) == (4, 12)
 
 
+def test_passages_with_the_same_text_share_an_answer(store):
+    corpus = [Passage(f"p{n}", TEXT.format("same"), document_id=f"d{n}") for n in range(5)]
+    writer = CountingWriter()
+    assert write(corpus, writer, store, kinds=ONE_KIND).num_answers == len(writer.assignments) == 1
+
+
+def test_queries_of_earlier_documents_do_not_count(store):
+    write(passages(), CountingWriter(), store, kinds=ONE_KIND)
+    others = [Passage(f"new{n}", TEXT.format(f"new-{n}")) for n in range(5)]
+    writer = CountingWriter()
+    report = write(others, writer, store, WritingBudget(queries=5), kinds=ONE_KIND)
+    assert len(writer.assignments) == report.num_queries == report.num_answers == 5
+    assert report.num_prompt_tokens == 100 * 17  # what was paid counts
+
+
 def test_only_changed_passages_are_written_for_again(store):
     write(passages(), CountingWriter(), store, kinds=ONE_KIND)
     changed = [*passages()[:-1], Passage("d3#2", TEXT.format("new"), document_id="d3", position=2)]

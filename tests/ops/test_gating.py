@@ -51,6 +51,19 @@ def test_never_worse_rejects_a_clear_loss():
     assert not never_worse(*few, alpha=0.1).passed
 
 
+def test_queries_of_a_group_are_one_observation():
+    start, end = by_query([0.5] * 12), by_query([0.6] * 9 + [0.5] * 3)
+    names = [*start]
+    groups = {name: f"document {place // 3}" for place, name in enumerate(names)}
+    grouped = better(start, end, groups=groups)
+    assert grouped.p_value == pytest.approx(2 / 2**3, abs=0.01)  # three gains of three documents, one without a change
+    assert not grouped.passed
+    assert better(start, end).passed
+    assert (grouped.difference, grouped.num_queries) == pytest.approx((0.075, 12))
+    some = {name: groups[name] for name in names[:9]}
+    assert better(start, end, groups=some).p_value == pytest.approx(grouped.p_value, abs=0.01)
+
+
 def test_better_needs_a_higher_mean_and_a_small_p():
     start = by_query([0.5] * 12)
     assert better(start, by_query([0.6] * 12)).passed

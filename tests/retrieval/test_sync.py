@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,46 @@ def test_a_document_written_in_part_is_read_again(index, folder, monkeypatch):
     assert contents(index).keys() == {"a.md#1"}
     sync_documents(index, [folder])
     assert contents(index).keys() == {"a.md#1", "a.md#2", "b.txt", "c.txt"}
+
+
+def test_a_document_changed_in_part_is_read_again(index, folder, monkeypatch):
+    """As above, but the index has the document's earlier state."""
+    sync_documents(index, [folder])
+    write(folder / "a.md", "# A\nthe cow\n## B\nthe pig")
+    original = upserting._write_block
+
+    def ends(store, student, block, report, *args, **options):
+        if block[0].id == "a.md#2":
+            raise KeyboardInterrupt
+        return original(store, student, block, report, *args, **options)
+
+    monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(upserting, "_write_block", ends)
+        with pytest.raises(KeyboardInterrupt):
+            sync_documents(index, [folder])
+    assert [contents(index)[name] for name in ("a.md#1", "a.md#2")] == ["the cow", "the dog"]
+    assert sync_documents(index, [folder]).num_unchanged == 2
+    assert [contents(index)[name] for name in ("a.md#1", "a.md#2")] == ["the cow", "the pig"]
+
+
+def test_a_folder_that_cannot_be_listed_keeps_its_documents(index, folder, tmp_path, monkeypatch):
+    write(tmp_path / "more" / "d.txt", "the sea")
+    sync_documents(index, [folder, tmp_path / "more"])
+    before = contents(index)
+    original = os.scandir
+
+    def refused(path):
+        if Path(path) == tmp_path / "more":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    (folder / "b.txt").unlink()
+    report = sync_documents(index, [folder, tmp_path / "more"])
+    assert report.gone == ("docs/b.txt",)
+    assert [skipped.id for skipped in report.skipped] == ["more"]
+    assert contents(index).keys() == before.keys() - {"docs/b.txt"}
 
 
 def test_whole_documents(index, folder):

@@ -180,7 +180,8 @@ def _walk(
 
     def refused(error: OSError) -> None:
         folder = Path(error.filename)
-        documents.skipped.append(SkippedFile(str(folder), error.strerror or str(error), name_of(folder)))
+        name = prefix.rstrip("/") if folder == root else name_of(folder)
+        documents.skipped.append(SkippedFile(str(folder), error.strerror or str(error), name))
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refused):
         status = Path(folder).stat()

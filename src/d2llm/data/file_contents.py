@@ -222,7 +222,9 @@ def _json_lines_text(text: str) -> str:
             rows += [json.loads(line)] if line.strip() else []
         except (ValueError, RecursionError) as error:
             raise UnreadableFileError(f"line {number}: {_reason(error)}") from error
-    return "\n\n".join(map(_record_text, rows))
+    text = "\n\n".join(map(_record_text, rows))
+    # JSON can hold halves of a character ("\ud83d"), which no encoding can write: they become U+FFFD.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _parquet_text(path: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from d2llm.core.types import Section
 
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(?=\w[^\n]*:)(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", flags=re.DOTALL)
-_FENCE = re.compile(r" {0,3}(```+|~~~+)(.*)")
+_FENCE = re.compile(r" {0,3}(```+|~~~+)((?<=~).*|[^`]*)")  # ```inline code``` is no fence
 _HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#*)?[ \t]*")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*")
 _NO_PARAGRAPH = re.compile(r"( {4}|\t| {0,3}([-+*>|#<]|\d+[.)]))")

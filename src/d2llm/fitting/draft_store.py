@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,6 @@ class DraftStore:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"drafts-{writer}.jsonl"
         self._drafts: dict[DraftKey, Draft] = {}
-        self.num_queries = 0
-        """Queries in all drafts."""
-        self.num_problems = 0
-        """Drafts whose answer could not be parsed."""
         self.num_tokens = 0, 0
         """Tokens of all prompts, and all tokens written."""
         if self.path.exists():
@@ -81,6 +77,10 @@ class DraftStore:
     def get(self, key: DraftKey) -> Draft | None:
         """The draft with this key, if there is one."""
         return self._drafts.get(key)
+
+    def of(self, passage_hashes: Collection[str]) -> list[Draft]:
+        """The drafts for some passages, of every kind."""
+        return [draft for draft in self._drafts.values() if draft.passage_hash in passage_hashes]
 
     def add(self, drafts: Iterable[Draft]) -> None:
         """Append drafts to the file and wait until they are on the disk."""
@@ -111,7 +111,5 @@ class DraftStore:
 
     def _remember(self, draft: Draft) -> None:
         self._drafts[draft.key] = draft
-        self.num_queries += len(draft.queries)
-        self.num_problems += draft.problem is not None
         num_read, num_written = self.num_tokens
         self.num_tokens = num_read + draft.num_prompt_tokens, num_written + draft.num_written_tokens

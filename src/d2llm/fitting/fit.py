@@ -27,12 +27,13 @@ from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerpr
 from d2llm.core.manifest import read_any_manifest, write_manifest
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig, untuned_config
+from d2llm.core.recipe_file import parse_recipe
 from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER, MULTILINGUAL_STUDENT
 from d2llm.core.types import Passage
 from d2llm.data.beir import read_beir
 from d2llm.data.check_texts import guess_languages
 from d2llm.data.documents import SkippedFile
-from d2llm.data.indexed_corpus import is_corpus_file, open_corpus
+from d2llm.data.indexed_corpus import Corpus, is_corpus_file, open_corpus
 from d2llm.data.run_folder import is_finished
 from d2llm.fitting.critic import Review, review_queries
 from d2llm.fitting.draft_store import DraftStore
@@ -41,14 +42,16 @@ from d2llm.fitting.recipes import NUM_NEGATIVES, recipe_for_queries, recipe_with
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.stages import Stages
 from d2llm.fitting.time_plan import TimePlan, plan_time
-from d2llm.fitting.training_data import DataReport, read_judged, write_users_data, write_written_data
+from d2llm.fitting.training_data import DataReport, part_of, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
 from d2llm.store.index_manifest import FIT_KIND
+from d2llm.store.side_files import Chunking, write_chunking
 
 if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport
     from d2llm.models.student import Student
+    from d2llm.retrieval.encode import EncodeReport
     from d2llm.retrieval.index import Index
 
 BASE_NAME = "start, weights fitted"
@@ -175,33 +178,31 @@ class Fit:
     def finish(self, *, again: bool = False) -> FitReport | None:
         """Run every step; see ``fit``."""
         with showing_progress(self.show_progress):
-            self.folder.work.mkdir(parents=True, exist_ok=True)
-            if self.is_finished and not again:
+            is_update = self.is_finished and not again
+            if not is_update:
+                self._begin()
+            try:
                 with self.stages.run("read") as stage:
                     stage.outcome = self.read()
-                _remarks.info(
-                    "%s was fitted before, and its student is kept; to learn the changed documents too, repeat with "
-                    "--again",
-                    self.folder.path,
-                )
-                return None
-            self._write_manifest()
-            with self.stages.run("read") as stage:
-                stage.outcome = self.read()
-            plan = self.plan()
-            return self._conclude(self._learn(plan))
+                if not is_update:
+                    return self._conclude(self._learn(self.plan()))
+            finally:
+                self.stages.finish()
+        _remarks.info(
+            "%s was fitted before, and its student is kept; to learn the changed documents too, repeat with --again",
+            self.folder.path,
+        )
+        return None
 
     # The steps -------------------------------------------------------------------------------------------------------
 
     def read(self) -> str:
         """Read the documents into the index, or bring it up to date; returns what was done, in words."""
-        from d2llm.retrieval.chunking import default_chunking
-        from d2llm.retrieval.encode import encode
-        from d2llm.retrieval.index import Index
         from d2llm.retrieval.sync import sync_documents
 
         if is_finished(self.folder.index):
-            index = Index.open(self.folder.index, device=self.device, dtype=self.dtype)
+            self._renew_index(self.folder.student)  # if a call ended after replacing only one of the two
+            index = self.index
             if is_corpus_file(self.documents):
                 passages = list(open_corpus(self.documents).passages)
                 written = index.upsert(passages, num_passages=len(passages))
@@ -209,7 +210,8 @@ class Fit:
                 index.delete(gone)
                 outcome = f"{written.num_added + written.num_updated:,} passages changed, {len(gone):,} gone"
             else:
-                report = sync_documents(index, self.documents, exclude=self._excluded)
+                chunking = index.chunking or self._chunking(self._load(self.folder.student))
+                report = sync_documents(index, self.documents, exclude=self._excluded, chunking=chunking)
                 self._note_skipped(report.skipped)
                 changed = report.num_files - report.num_unchanged
                 outcome = f"{changed:,} of {report.num_files:,} files had changed, {len(report.gone):,} were gone"
@@ -217,19 +219,8 @@ class Fit:
             return outcome
         student = self._load(self.start)
         student.save(self.folder.student)
-        chunking = None if is_corpus_file(self.documents) else self.settings.chunking or default_chunking(student)
-        encoded = encode(
-            open_corpus(self.documents, exclude=self._excluded),
-            student,
-            self.folder.index,
-            task=self.settings.task,
-            window_vectors=None,
-            chunking=chunking,
-            student_source=_STUDENT_SOURCE,
-        )
-        self._note_skipped(encoded.skipped)
+        encoded = self._encode(open_corpus(self.documents, exclude=self._excluded), student, self._chunking(student))
         self._rate = encoded.passages_per_second or None
-        self._forget_index()
         return f"{encoded.num_documents:,} documents, {encoded.num_passages:,} passages"
 
     def plan(self) -> TimePlan:
@@ -248,7 +239,7 @@ class Fit:
         return plan
 
     def write(self, seconds: float) -> WritingReport:
-        """Have queries written for at most this time; nothing if an earlier call has finished that."""
+        """Have queries written for at most this time; nothing if an earlier call with these settings has done that."""
         from d2llm.models.writers.writer import load_writer
 
         finished = self._finished_writing()
@@ -268,7 +259,13 @@ class Fit:
             examples=settings.examples,
             seed=settings.seed,
         )
-        content = {"corpus": self._corpus_key, "writer": writer.fingerprint, "report": asdict(report)}
+        content = {
+            "corpus": self._corpus_key,
+            "request": self._writing_request,
+            "hours": settings.hours,
+            "writer": writer.fingerprint,
+            "report": asdict(report),
+        }
         write_json(self.folder.finished_writing, content)
         return report
 
@@ -298,15 +295,20 @@ class Fit:
     def make_data(self, review: Review) -> dict[str, DataReport]:
         """Write the data sets to train and measure on: the reviewed queries, and the users' own if there are any."""
         seed = self.settings.seed
-        data = {"written": write_written_data(self.folder.written, self.passages, review.kept, seed=seed)}
+        users: dict[str, DataReport] = {}
+        trained_on: set[str] = set()
         if self.settings.judged is not None:
             judged = read_judged(self.settings.judged)
-            data["users"] = write_users_data(
+            report = write_users_data(
                 self.folder.users, self.passages, judged, self.index, task=self.settings.task, seed=seed
             )
-            if data["users"].num_unknown:
-                self._note(f"{data['users'].num_unknown:,} judged ids of users are not in the documents")
-        return data
+            if report.num_unknown:
+                self._note(f"{report.num_unknown:,} judged ids of users are not in the documents")
+            users = {"users": report}
+            positives = read_beir(self.folder.users, splits=["train"]).positives("train")
+            trained_on = {passage_id for passage_ids in positives.values() for passage_id in passage_ids}
+        written = write_written_data(self.folder.written, self.passages, review.kept, trained_on=trained_on, seed=seed)
+        return {"written": written, **users}
 
     def fit_weights(self, data: Mapping[str, DataReport]) -> Path:
         """The student to start from, with the weights of words in its score fitted on dev; returns its folder."""
@@ -334,7 +336,7 @@ class Fit:
             return trained
         seconds = self._seconds_per_judgement(teacher)
         with_teacher = recipe_with_teacher(recipe, str(trained), teacher, plan, seconds_per_judgement=seconds)
-        return self._finish_run(with_teacher, f"{key}-judged")
+        return self._finish_run(with_teacher, f"{fingerprint_json([key, teacher.model_dump(mode='json')])}-judged")
 
     def recipe(self, data: Mapping[str, DataReport], plan: TimePlan) -> Recipe:
         """The recipe of the training on the queries alone, for as many of them as the plan has time for."""
@@ -367,8 +369,17 @@ class Fit:
         return (time.perf_counter() - started) / len(texts)
 
     def _finish_run(self, recipe: Recipe, key: str) -> Path:
+        """Finish a run; one that an earlier call began keeps its recipe, which the new plan would change."""
         from d2llm.training.run import Run
 
+        begun = self.folder.run(key) / "recipe.json"
+        if begun.is_file():
+            earlier = parse_recipe(json.loads(begun.read_text(encoding="utf-8")), where=str(begun))
+            limit = {"max_minutes": recipe.training.max_minutes}
+            recipe = earlier.model_copy(update={"training": earlier.training.model_copy(update=limit)})
+        else:
+            begun.parent.mkdir(parents=True, exist_ok=True)
+            write_json(begun, recipe.model_dump(mode="json"))
         run = Run(recipe, self.folder.run(key), device=self.device, dtype=self.dtype)
         run.finish()
         return run.parts.student
@@ -376,7 +387,10 @@ class Fit:
     def compare(
         self, data: Mapping[str, DataReport], base: Path, trained: Path | None
     ) -> tuple[dict[str, EvaluationReport], GateTest | None]:
-        """Compare all systems on the test queries of each data set, and test whether the trained student is better."""
+        """Compare all systems on the test queries of each data set, and test whether the trained student is better.
+
+        The test treats queries about the same part of a document as one, because they are not independent.
+        """
         from d2llm.evaluation.evaluate import evaluate
         from d2llm.evaluation.setting import Contenders, EvaluationSettings
         from d2llm.models.student import Student
@@ -387,14 +401,10 @@ class Fit:
             student=fitted or start, untuned=untuned, bi_encoders={} if fitted is None else {BASE_NAME: start}
         )
         settings = EvaluationSettings(task=self.settings.task, latency_queries=10, seed=self.settings.seed)
+        datasets = {name: read_beir(self._data_folder(name), splits=["dev", "test"]) for name in data}
         reports = {
-            name: evaluate(
-                read_beir(self._data_folder(name), splits=["dev", "test"]),
-                contenders,
-                settings,
-                work_folder=self.folder.measured,
-            )
-            for name in data
+            name: evaluate(dataset, contenders, settings, work_folder=self.folder.measured)
+            for name, dataset in datasets.items()
         }
         if fitted is None:
             return reports, None
@@ -404,28 +414,19 @@ class Fit:
             {key: value for report in decisive for key, value in _values(report, name or report.subject).items()}
             for name in (BASE_NAME, None)
         )
-        return reports, better(before, after, seed=self.settings.seed)
+        part_of_passage = {passage.id: part_of(passage) for passage in self.passages}
+        groups = {
+            f"{dataset.name}:{query_id}": part_of_passage[passage_ids[0]]
+            for dataset in datasets.values()
+            for query_id, passage_ids in dataset.positives("test").items()
+        }
+        return reports, better(before, after, groups=groups, seed=self.settings.seed)
 
     def serve_with(self, student: Path) -> None:
         """Make the served index that of a student; it replaces the earlier one when it is complete."""
-        from d2llm.retrieval.encode import encode
-
-        passages = self.passages
         with new_folder(self.folder.student, kind="student") as temporary:
             shutil.copytree(student, temporary, dirs_exist_ok=True)
-        loaded = self._load(self.folder.student)
-        try:
-            self.index.store.check_student(loaded.fingerprint)
-        except IndexMismatchError:
-            encode(
-                passages,
-                loaded,
-                self.folder.index,
-                task=self.settings.task,
-                window_vectors=None,
-                student_source=_STUDENT_SOURCE,
-                overwrite=True,
-            )
+            self._renew_index(student)
         self._forget_index()
 
     # What the steps share --------------------------------------------------------------------------------------------
@@ -478,6 +479,52 @@ class Fit:
         self._write_manifest(kept=report.kept)
         return report
 
+    def _encode(
+        self,
+        corpus: Corpus | Sequence[Passage],
+        student: Student,
+        chunking: Chunking | None,
+        *,
+        overwrite: bool = False,
+    ) -> EncodeReport:
+        """Make the index."""
+        from d2llm.retrieval.encode import encode
+
+        report = encode(
+            corpus,
+            student,
+            self.folder.index,
+            task=self.settings.task,
+            window_vectors=None,
+            chunking=chunking,
+            student_source=_STUDENT_SOURCE,
+            overwrite=overwrite,
+        )
+        self._note_skipped(report.skipped)
+        self._forget_index()
+        return report
+
+    def _renew_index(self, student: Path) -> None:
+        """Encode the passages again if the index was made by another student than this one."""
+        loaded, chunking = self._load(student), self.index.chunking
+        try:
+            self.index.store.check_student(loaded.fingerprint)
+        except IndexMismatchError:
+            if chunking is not None and chunking.late:  # needs what stands around each passage
+                corpus = open_corpus(self.documents, exclude=self._excluded)
+                self._encode(corpus, loaded, chunking, overwrite=True)
+                return
+            self._encode(self.passages, loaded, None, overwrite=True)
+            if chunking is not None:
+                with self.index.store.locked():
+                    write_chunking(self.folder.index, chunking)
+
+    def _chunking(self, student: Student) -> Chunking | None:
+        """How the documents of a new index are split; the passages of a corpus file are not."""
+        from d2llm.retrieval.chunking import default_chunking
+
+        return None if is_corpus_file(self.documents) else self.settings.chunking or default_chunking(student)
+
     @property
     def is_finished(self) -> bool:
         """Whether an earlier call has finished this fit."""
@@ -493,9 +540,18 @@ class Fit:
         corpus = open_corpus(self.documents, exclude=self._excluded)
         return student_for([passage.text[:_SAMPLED_CHARACTERS] for passage in islice(corpus.passages, _SAMPLED)])
 
+    def _begin(self) -> None:
+        """Make the folder, or prepare a finished one for learning anew."""
+        was_finished = self.is_finished
+        self._write_manifest()
+        self.folder.work.mkdir(exist_ok=True)
+        if was_finished:
+            self.folder.finished_writing.unlink(missing_ok=True)  # the same documents may get more queries
+
     def _write_manifest(self, kept: str | None = None) -> None:
         documents = [str(path.resolve()) for path in self.documents]
         content = {"documents": documents, "start": self.start, "kept": kept}
+        self.folder.path.mkdir(parents=True, exist_ok=True)  # only now: documents without text leave no folder behind
         write_manifest(self.folder.path, FIT_KIND, FORMAT_VERSION, content)
 
     @cached_property
@@ -519,11 +575,20 @@ class Fit:
             self.__dict__.pop(name, None)
 
     def _finished_writing(self) -> WritingReport | None:
-        """The report of an earlier call that finished the writing for the present documents."""
+        """The report of an earlier call that finished the writing for these documents, settings and as much time."""
         if not self.folder.finished_writing.is_file():
             return None
         written = json.loads(self.folder.finished_writing.read_text(encoding="utf-8"))
-        return WritingReport(**written["report"]) if written["corpus"] == self._corpus_key else None
+        is_same = written["corpus"] == self._corpus_key and written["request"] == self._writing_request
+        return WritingReport(**written["report"]) if is_same and self.settings.hours <= written["hours"] else None
+
+    @property
+    def _writing_request(self) -> str:
+        """Identifies what is asked of the writer, but for the time."""
+        settings = self.settings
+        limits = [settings.max_tokens, settings.max_cost, settings.max_queries]
+        writer = settings.writer.model_dump(mode="json")
+        return fingerprint_json([writer, dict(settings.kinds), settings.examples, limits, settings.seed])
 
     @property
     def _corpus_key(self) -> str:
@@ -554,7 +619,7 @@ class Fit:
             fingerprint_files(sorted(path for path in self._data_folder(name).rglob("*") if path.is_file()))
             for name in data
         ]
-        return fingerprint_json([content, self.start, self.settings.seed])
+        return fingerprint_json([content, self.start, self.settings.task, self.settings.seed])
 
     def _load(self, student: str | Path) -> Student:
         from d2llm.models.student import Student

@@ -59,6 +59,7 @@ class Stages:
         self.page, self.title = page, title
         self._started, self._seconds = time.monotonic(), seconds
         self.stages: dict[StageName, Stage] = {name: Stage(name) for name in STAGES}
+        self._is_running = True
 
     @property
     def seconds_left(self) -> float:
@@ -79,6 +80,7 @@ class Stages:
         """Run a stage: yields it, for its ``outcome``; the page is kept up to date meanwhile."""
         stage = self.stages[name]
         stage.started = time.monotonic()
+        self.write_page()
         finished = threading.Event()
         watcher = threading.Thread(target=self._keep_page, args=(finished,), daemon=True, name="d2llm fit page")
         watcher.start()
@@ -96,6 +98,11 @@ class Stages:
         """Record why a stage does not run."""
         self.stages[name].outcome = reason
         _remarks.info("fit: %s: %s", STAGES[name], reason)
+        self.write_page()
+
+    def finish(self) -> None:
+        """Show on the page that nothing is running any more, because the call has ended or failed."""
+        self._is_running = False
         self.write_page()
 
     def table(self) -> Table:
@@ -118,7 +125,7 @@ class Stages:
             ends=ends.strftime("%Y-%m-%d %H:%M"),
             left=_minutes(max(0.0, self.seconds_left)),
             refresh=REFRESH_SECONDS,
-            is_running=any(stage.started is not None and stage.seconds is None for stage in self.stages.values()),
+            is_running=self._is_running,
         )
         write_bytes(self.page, html.encode())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +28,13 @@ SPLITS = ("train", "dev", "test")
 KIND, FORMAT_VERSION = "training data", 1
 HELD_OUT_QUERIES = 200
 """How many written queries dev and test should each have; together they get between a tenth and two fifths of all."""
-FEW_DOCUMENTS = 30
+MIN_HELD_OUT = 10
+"""How many documents (or parts) with queries dev and test should each have at least, but never more than a fifth."""
+FEW_DOCUMENTS = 50
 """With fewer documents, parts of documents are split instead of whole ones."""
-_PART_PASSAGES = 8  # passages of one part
+PART_PASSAGES = 8
+"""Passages of one part of a document."""
+
 _USER_SHARES = {"dev": 0.2, "test": 0.3}  # the rest is for training
 _DOCUMENT_DEPTH = 200  # results in which the passage of a clicked document is looked for
 
@@ -40,7 +44,10 @@ Judged = tuple[str, str, int]
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What a data set holds: queries by split; queries left out because positives are in several splits."""
+    """What a data set holds: queries by split; queries left out because training and a held-out split share positives.
+
+    ``num_unknown`` judged ids are not in the corpus.
+    """
 
     queries: Mapping[str, int]
     num_shared: int = 0
@@ -48,23 +55,29 @@ class DataReport:
 
 
 def write_written_data(
-    folder: Path, passages: Sequence[Passage], kept: Sequence[KeptQuery], *, seed: int
+    folder: Path,
+    passages: Sequence[Passage],
+    kept: Sequence[KeptQuery],
+    *,
+    trained_on: Collection[str] = (),
+    seed: int,
 ) -> DataReport:
     """Write the reviewed queries as a data set in BEIR layout, split by document.
 
-    A query of the train split is left out if one of its positives belongs to dev or test.
+    A query of the train split is left out if one of its positives belongs to dev or test, and a query of dev or test
+    if one of its positives is in ``trained_on``: passages that another data set trains on.
 
     Raises:
         InputError: there are too few queries for three splits.
     """
-    split_of = split_passages(passages, len(kept), seed)
+    split_of = split_passages(passages, [query.written.passage_id for query in kept], seed)
     qrels: dict[str, list[tuple[str, str, int]]] = {split: [] for split in SPLITS}
     queries: list[Query] = []
     num_shared = 0
     for query in sorted(kept, key=lambda each: each.written.id):
-        splits = {split_of[name] for name in query.positives}
         split = split_of[query.written.passage_id]
-        if split == "train" and len(splits) > 1:
+        others = {split_of[name] for name in query.positives} - {split}
+        if others if split == "train" else not set(trained_on).isdisjoint(query.positives):
             num_shared += 1
             continue
         queries.append(Query(query.written.id, query.written.text))
@@ -80,18 +93,40 @@ def write_written_data(
     return DataReport(counts, num_shared)
 
 
-def split_passages(passages: Sequence[Passage], num_queries: int, seed: int) -> dict[str, str]:
-    """The split of each passage: the same for all passages of a document, or of a part of one if there are few."""
-    documents = {passage.document_id or passage.id for passage in passages}
-    by_part = len(documents) < FEW_DOCUMENTS
-    held_out = min(0.2, max(0.05, HELD_OUT_QUERIES / max(1, num_queries)))
+def split_passages(passages: Sequence[Passage], asked: Sequence[str], seed: int) -> dict[str, str]:
+    """The split of each passage: the same for all passages of a document, or of a part of one if there are few.
+
+    Test and dev get documents in a random order, until they have their share of the queries and enough documents.
+
+    Args:
+        passages: the corpus.
+        asked: for each query, the id of the passage that it was written for.
+        seed: of the order.
+    """
+    documents = {_document_of(passage) for passage in passages}
+    name_of = part_of if len(documents) < FEW_DOCUMENTS else _document_of
+    names = {passage.id: name_of(passage) for passage in passages}
+    num_queries = Counter(names[passage_id] for passage_id in asked)
+    share = min(0.2, max(0.05, HELD_OUT_QUERIES / max(1, len(asked))))
+    fewest = min(MIN_HELD_OUT, len(num_queries) // 5)
+    waiting = sorted(num_queries, key=lambda name: random.Random(f"{seed}:{name}").random(), reverse=True)
     split_of: dict[str, str] = {}
-    for passage in passages:
-        name = passage.document_id or passage.id
-        part = passage.position // _PART_PASSAGES if by_part else 0
-        draw = random.Random(f"{seed}:{name}:{part}").random()
-        split_of[passage.id] = "test" if draw < held_out else "dev" if draw < 2 * held_out else "train"
-    return split_of
+    for split in ("test", "dev"):
+        num_documents = num_taken = 0
+        while waiting and (num_documents < fewest or num_taken < share * len(asked)):
+            name = waiting.pop()
+            split_of[name] = split
+            num_documents, num_taken = num_documents + 1, num_taken + num_queries[name]
+    return {passage_id: split_of.get(name, "train") for passage_id, name in names.items()}
+
+
+def part_of(passage: Passage) -> str:
+    """The name of the part of its document that a passage is in."""
+    return f"{_document_of(passage)}:{passage.position // PART_PASSAGES}"
+
+
+def _document_of(passage: Passage) -> str:
+    return passage.document_id or passage.id
 
 
 def read_judged(path: Path) -> list[Judged]:
@@ -184,7 +219,7 @@ def _resolve(
     ids = {passage.id for passage in passages}
     parts: dict[str, list[str]] = {}
     for passage in passages:
-        parts.setdefault(passage.document_id or passage.id, []).append(passage.id)
+        parts.setdefault(_document_of(passage), []).append(passage.id)
     of_documents = dict.fromkeys(text for text, name, _ in judged if name not in ids and name in parts)
     searcher = Searcher(index.view, index.student, SearchSettings(task=task, top_k=_DOCUMENT_DEPTH))
     rankings = searcher.rank_ids([Query(query_ids[text], text) for text in of_documents]) if of_documents else []

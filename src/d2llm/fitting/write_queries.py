@@ -18,7 +18,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import WriterConfig
 from d2llm.core.types import Passage
-from d2llm.fitting.draft_store import Draft, DraftStore, passage_hash
+from d2llm.fitting.draft_store import Draft, DraftKey, DraftStore, passage_hash
 from d2llm.models.writers.writer import Assignment, QueryKind, Writer
 
 DEFAULT_KINDS: Mapping[QueryKind, float] = {"question": 0.7, "keywords": 0.3}
@@ -36,7 +36,7 @@ class WritingBudget:
     """What the writing may cost; None: no limit.
 
     ``seconds`` count in each call, ``tokens`` (read and written) and ``money`` over all calls with the same store.
-    ``queries`` limits how many queries there are at the end.
+    ``queries`` limits how many queries these passages have at the end.
     """
 
     seconds: float | None = None
@@ -49,9 +49,10 @@ class WritingBudget:
 class WritingReport:
     """What has been written, by this call and earlier ones.
 
-    ``num_short`` passages were too short to ask about. ``num_problems`` answers could not be parsed. ``ended_by`` is
-    the limit of the budget that ended the writing, or None if every passage has a query of every kind. ``cost`` is in
-    the currency of the writer's prices, and None without prices.
+    ``num_answers``, ``num_queries`` and ``num_problems`` (answers that could not be parsed) are those for the present
+    passages, tokens and ``cost`` also those for earlier ones. ``num_short`` passages were too short to ask about.
+    ``ended_by`` is the limit of the budget that ended the writing, or None if every passage has a query of every kind.
+    ``cost`` is in the currency of the writer's prices, and None without prices.
     """
 
     num_answers: int
@@ -107,23 +108,21 @@ def write_queries(
             f"none of the {len(passages):,} passages has {MIN_CHARACTERS} characters of text to ask about; give longer "
             "documents, or larger passages"
         )
-    pending = (
-        assignment
-        for assignment in _assignments(eligible, kinds, examples, seed)
-        if (assignment.passage_hash, assignment.kind) not in store
-    )
+    hashes = {passage_hash(passage) for passage in eligible}
+    drafts = store.of(hashes)
+    pending = _pending(_assignments(eligible, kinds, examples, seed), store)
     ended_by: str | None = None
-    with progress_bar("writing queries", len(eligible) * sum(share > 0 for share in kinds.values())) as advance:
-        advance(len(store))
+    with progress_bar("writing queries", len(hashes) * sum(share > 0 for share in kinds.values())) as advance:
+        advance(len(drafts))
         while True:
-            ended_by = _spent(budget, store, config, time.monotonic() - started)
+            ended_by = _spent(budget, drafts, store, config, time.monotonic() - started)
             if ended_by is not None:
                 break
             batch = list(islice(pending, _ASSIGNMENTS_AT_ONCE))
             if not batch:
                 break
             answers = writer.write([assignment.task for assignment in batch])
-            store.add(
+            added = [
                 Draft(
                     assignment.passage_hash,
                     assignment.kind,
@@ -133,9 +132,11 @@ def write_queries(
                     answer.problem,
                 )
                 for assignment, answer in zip(batch, answers, strict=True)
-            )
+            ]
+            store.add(added)
+            drafts += added
             advance(len(batch))
-    report = _report(store, config, len(passages) - len(eligible), time.monotonic() - started, ended_by)
+    report = _report(drafts, store, config, len(passages) - len(eligible), time.monotonic() - started, ended_by)
     if report.num_problems:
         _remarks.warning("%d of %d answers hold no queries", report.num_problems, report.num_answers)
     return report
@@ -182,6 +183,16 @@ def _assignments(
             yield _PassageAssignment(text_hash, order[turn], task)
 
 
+def _pending(assignments: Iterable[_PassageAssignment], store: DraftStore) -> Iterator[_PassageAssignment]:
+    """The assignments without an answer; passages with the same text share theirs."""
+    seen: set[DraftKey] = set()
+    for assignment in assignments:
+        key = assignment.passage_hash, assignment.kind
+        if key not in store and key not in seen:
+            seen.add(key)
+            yield assignment
+
+
 def _kinds_in_order(text_hash: str, kinds: Mapping[QueryKind, float], seed: int) -> list[QueryKind]:
     """A random order of the kinds; a kind with a greater share tends to come earlier (Efraimidis and Spirakis 2006)."""
     rng = random.Random(f"{seed}:{text_hash}")
@@ -191,7 +202,9 @@ def _kinds_in_order(text_hash: str, kinds: Mapping[QueryKind, float], seed: int)
     return sorted(keys, key=keys.__getitem__, reverse=True)
 
 
-def _spent(budget: WritingBudget, store: DraftStore, config: WriterConfig, seconds: float) -> str | None:
+def _spent(
+    budget: WritingBudget, drafts: Sequence[Draft], store: DraftStore, config: WriterConfig, seconds: float
+) -> str | None:
     """The limit of the budget that has been reached, or None."""
     if budget.seconds is not None and seconds >= budget.seconds:
         return f"{budget.seconds / 60:.0f} minutes"
@@ -200,9 +213,13 @@ def _spent(budget: WritingBudget, store: DraftStore, config: WriterConfig, secon
         return f"{budget.tokens:,} tokens"
     if budget.money is not None and (_cost(store, config) or 0) >= budget.money:
         return f"a cost of {budget.money:g}"
-    if budget.queries is not None and store.num_queries >= budget.queries:
+    if budget.queries is not None and _num_queries(drafts) >= budget.queries:
         return f"{budget.queries:,} queries"
     return None
+
+
+def _num_queries(drafts: Sequence[Draft]) -> int:
+    return sum(len(draft.queries) for draft in drafts)
 
 
 def _cost(store: DraftStore, config: WriterConfig) -> float | None:
@@ -210,13 +227,18 @@ def _cost(store: DraftStore, config: WriterConfig) -> float | None:
 
 
 def _report(
-    store: DraftStore, config: WriterConfig, num_short: int, seconds: float, ended_by: str | None
+    drafts: Sequence[Draft],
+    store: DraftStore,
+    config: WriterConfig,
+    num_short: int,
+    seconds: float,
+    ended_by: str | None,
 ) -> WritingReport:
     num_prompt_tokens, num_written_tokens = store.num_tokens
     return WritingReport(
-        num_answers=len(store),
-        num_queries=store.num_queries,
-        num_problems=store.num_problems,
+        num_answers=len(drafts),
+        num_queries=_num_queries(drafts),
+        num_problems=sum(draft.problem is not None for draft in drafts),
         num_short=num_short,
         num_prompt_tokens=num_prompt_tokens,
         num_written_tokens=num_written_tokens,

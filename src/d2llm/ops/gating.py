@@ -23,19 +23,28 @@ class GateTest:
     passed: bool
 
 
-def better(first: Mapping[str, float], second: Mapping[str, float], *, alpha: float = 0.05, seed: int = 0) -> GateTest:
+def better(
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    *,
+    alpha: float = 0.05,
+    groups: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> GateTest:
     """Whether ``second`` is better than ``first``: higher on average, with a two-sided p-value below ``alpha``.
 
     Args:
         first: query_id -> value, higher is better.
         second: values of the same queries.
         alpha: level of the paired randomisation test.
+        groups: query_id -> group, such as the document that answers it; a query without one is a group of its own.
+            The test treats groups as independent, not the queries of a group.
         seed: seed of its permutations.
 
     Raises:
         InputError: the queries differ, or there are none.
     """
-    test = _compared(first, second, seed)
+    test = _compared(first, second, seed, groups or {})
     return replace(test, passed=test.difference > 0 and test.p_value < alpha)
 
 
@@ -49,12 +58,14 @@ def never_worse(
 
     Arguments and errors are those of ``better``.
     """
-    test = _compared(start, end, seed)
+    test = _compared(start, end, seed, {})
     p_value = test.p_value / 2 if test.difference < 0 else 1 - test.p_value / 2
     return replace(test, p_value=p_value, passed=p_value >= alpha)
 
 
-def _compared(first: Mapping[str, float], second: Mapping[str, float], seed: int) -> GateTest:
+def _compared(
+    first: Mapping[str, float], second: Mapping[str, float], seed: int, groups: Mapping[str, str]
+) -> GateTest:
     """The two-sided test, without an outcome."""
     if first.keys() != second.keys() or not first:
         raise InputError(
@@ -62,6 +73,8 @@ def _compared(first: Mapping[str, float], second: Mapping[str, float], seed: int
             "paired test needs the same queries, at least one, on both sides"
         )
     before, after = np.array([*first.values()]), np.array([second[query_id] for query_id in first])
-    p_value = paired_randomisation(before, after, seed=seed)
+    # Flipping the sign of a whole group is flipping that of its sum.
+    _, group_of = np.unique([groups.get(query_id, f"query {query_id}") for query_id in first], return_inverse=True)
+    p_value = paired_randomisation(np.bincount(group_of, before), np.bincount(group_of, after), seed=seed)
     difference = float(np.mean(after - before))
     return GateTest(float(before.mean()), float(after.mean()), difference, p_value, len(before), passed=False)

@@ -84,8 +84,13 @@ def _known_files(index: Index) -> dict[str, tuple[datetime, int] | None]:
     columns = table.columns([name for name in names if name in fields], "path IS NOT NULL").to_pydict()
     counts = Counter(columns["path"])
     expected = columns.get("num_passages", [None] * len(columns["path"]))  # None if documents are not split
+    facts: dict[str, set[tuple[datetime, int, int]]] = {}
     rows: Any = zip(columns["path"], columns["modified"], columns["file_bytes"], expected, strict=True)
-    return {
-        path: (modified.replace(tzinfo=timezone.utc), size) if counts[path] == (number or 1) else None
-        for path, modified, size, number in rows
-    }
+    for path, modified, size, number in rows:
+        facts.setdefault(path, set()).add((modified, size, number or 1))
+    known: dict[str, tuple[datetime, int] | None] = {}
+    for path, (first, *others) in facts.items():  # others: passages of an earlier state of the file
+        modified, size, number = first
+        is_whole = not others and counts[path] == number
+        known[path] = (modified.replace(tzinfo=timezone.utc), size) if is_whole else None
+    return known
