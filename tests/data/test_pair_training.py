@@ -9,7 +9,7 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.data.open_data import open_data
-from d2llm.data.pair_training import PairTrainingSet, plan_of_pairs, read_pair_training_set
+from d2llm.data.pair_training import PairTrainingSet, plan_of_pairs, read_pair_training_set, shared_pairs
 from d2llm.data.pairs import PairDataset
 from d2llm.data.plan import PlanEntry, read_plan, write_plan
 from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
@@ -64,16 +64,29 @@ def test_a_repeated_pair_gets_its_mean_target(tmp_path: Path) -> None:
 
 def test_the_plan_contains_the_labelled_pairs(tmp_path: Path) -> None:
     prepared = pair_set(tmp_path / "nli", train=NLI)
-    first, second = plan_of_pairs(prepared, "train", num_easy=1, seed=0)
-    assert first == PlanEntry("train/train-1", ("train/train-1",), ("train/train-2",), ("train/train-3",), (1.0, 0.0))
+    first, second = plan_of_pairs(prepared, "train", seed=0)
+    assert first == PlanEntry("train/train-1", ("train/train-1",), ("train/train-2",), (), (1.0, 0.0))
     assert (second.positives, second.hard_negatives, second.targets) == ((), ("train/train-3",), (0.5,))
-    assert plan_of_pairs(prepared, "train", num_easy=1, seed=0) == [first, second]
-    assert len(plan_of_pairs(prepared, "train", num_easy=0, seed=0, max_queries=1)) == 1
+    assert plan_of_pairs(prepared, "train", seed=0) == [first, second]
+    assert len(plan_of_pairs(prepared, "train", seed=0, max_queries=1)) == 1
+
+
+def test_pairs_that_another_split_has_can_be_left_out(tmp_path: Path) -> None:
+    prepared = pair_set(tmp_path / "nli", train=NLI, dev=[("nobody sleeps", "a man sleeps", "neutral")])
+    shared = shared_pairs(prepared, "train")
+    assert shared == {("train/train-1", "train/train-2")}
+    first, second = plan_of_pairs(prepared, "train", leave_out=shared, seed=0)
+    assert (first.positives, first.hard_negatives) == (("train/train-1",), ())
+    assert second.hard_negatives == ("train/train-3",)
+    both = shared_pairs(pair_set(tmp_path / "same", train=NLI, dev=NLI), "train")
+    assert len(both) == 3
+    with pytest.raises(InputError, match="has no pairs to train on that no other split has"):
+        plan_of_pairs(prepared, "train", leave_out=both, seed=0)
 
 
 def test_a_plan_of_pairs_can_be_written_and_read(tmp_path: Path) -> None:
     prepared = pair_set(tmp_path / "nli", train=NLI)
-    entries = plan_of_pairs(prepared, "train", num_easy=0, seed=0)
+    entries = plan_of_pairs(prepared, "train", seed=0)
     write_plan(tmp_path / "plan", entries, {})
     plan = read_plan(tmp_path / "plan")
     assert plan.entries == tuple(entries)
@@ -104,7 +117,7 @@ def test_labels_that_cannot_be_learnt_are_rejected(tmp_path: Path) -> None:
         pair_set(tmp_path / "flat", train=[("a", "b", 2.0), ("a", "c", 2.0)])
     prepared = pair_set(tmp_path / "nli", dev=NLI)
     with pytest.raises(InputError, match="split 'train' has no pairs"):
-        plan_of_pairs(prepared, "train", num_easy=0, seed=0)
+        plan_of_pairs(prepared, "train", seed=0)
 
 
 def test_a_labelled_pair_is_positive_only_above_one_half() -> None:

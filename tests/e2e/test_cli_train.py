@@ -84,6 +84,13 @@ class TestEditedRecipe:
             (warning,) = warnings_of(succeed(verb, *arguments))
             assert "the plan of more; " in warning
 
+    def test_evidence_that_is_fitted_at_the_end_is_a_change_too(self, run):
+        folder, arguments = run
+        recipe = folder / "tiny.toml"
+        recipe.write_text(f"{recipe.read_text()}\n[evidence]\nwords = true\n")
+        (warning,) = warnings_of(succeed("distill", *arguments))
+        assert "kept: evidence.words (was False, is True); distill with --again" in warning
+
     def test_tune_teacher_warns_too_and_again_retunes(self, run):
         folder, arguments = run
         before = fingerprint(folder / "run" / "teacher")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from d2llm.core.errors import InputError, TrainingDivergedError
 from d2llm.core.recipe import DataConfig, LossWeights
@@ -17,7 +19,10 @@ from d2llm.data.pairs import PairDataset
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.data.run_folder import training_source
 from d2llm.data.training import TrainingSource
+from d2llm.models.interaction import TASKS, Interaction
 from d2llm.models.student import Student
+from d2llm.training import residual
+from d2llm.training import training_loop as loop
 from d2llm.training.distill import distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import Place, log_of, poison
@@ -49,7 +54,7 @@ def write_pairs(folder: Path, *, splits: tuple[str, ...] = ("train", "dev")) -> 
 def pair_source(folder: Path, plan: Path) -> TrainingSource:
     dataset = open_data(folder)
     assert isinstance(dataset, PairDataset)
-    write_plan(plan, plan_of_pairs(read_pair_training_set(dataset), "train", num_easy=0, seed=0), {})
+    write_plan(plan, plan_of_pairs(read_pair_training_set(dataset), "train", seed=0), {})
     return training_source(DataConfig(path=str(folder), task="symmetric"), read_plan(plan))
 
 
@@ -140,6 +145,67 @@ def test_vectors_are_trained_before_the_interaction(place: Place, tmp_path: Path
         "asymmetric": 0.0,
         "symmetric": 0.0,
     }
+
+
+def test_the_interaction_of_a_student_to_start_from_is_trained_at_full_weight(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = {"epochs": 1, "warmup_steps": 0, "num_near": 5, "num_random": 5, "batch_queries": 8}
+    place.run(tmp_path / "start", residual=stage)
+    start = Student.load(tmp_path / "start", device="cpu", dtype="float32")
+    assert isinstance(start.interaction, Interaction)
+    for task in TASKS:
+        start.interaction.interaction_weight(task).fill_(0.0)
+    start.save(tmp_path / "zero")
+    weights: list[dict[str, float]] = []
+    original = residual._loss
+
+    def loss(student: Student, head: Interaction, *inputs: Any) -> Tensor:
+        weights.append({task: float(head.interaction_weight(task)) for task in TASKS})
+        return original(student, head, *inputs)
+
+    monkeypatch.setattr(residual, "_loss", loss)
+    place.run(tmp_path / "student", start=str(tmp_path / "zero"), residual=stage)
+    own = place.source.task
+    assert weights
+    assert all(each == {task: float(task == own) for task in TASKS} for each in weights)
+
+
+@pytest.mark.parametrize("stopped_in", ["the second stage", "the mining of an epoch"])
+def test_a_resumed_run_goes_on_from_the_mined_plans(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str
+) -> None:
+    stage = {"epochs": 1, "warmup_steps": 0, "num_near": 5, "num_random": 5, "batch_queries": 8}
+    options = {"remine": True, "epochs": 3, "residual": stage}
+    whole = place.run(tmp_path / "whole", **options)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    original = loop.remine
+
+    def interrupted_in_the_second(*inputs: Any, epoch: int, **more: Any) -> Any:
+        return original(*inputs, epoch=epoch, **more) if epoch == 1 else interrupted()
+
+    with monkeypatch.context() as patch:
+        if stopped_in == "the second stage":
+            patch.setattr(residual, "_loss", interrupted)
+        else:
+            patch.setattr(loop, "remine", interrupted_in_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            place.run(tmp_path / "again", **options)
+    mined: list[Any] = []
+
+    def recorded(source: TrainingSource, *inputs: Any, **more: Any) -> TrainingSource:
+        mined.append(source.plan)
+        return original(source, *inputs, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "remine", recorded)
+        assert place.run(tmp_path / "again", **options).fingerprint == whole.fingerprint
+    if stopped_in == "the mining of an epoch":
+        first = read_plan(tmp_path / "again.run" / "remined" / "epoch-1" / "tiny")
+        assert [plan.entries for plan in mined] == [first.entries]
 
 
 def test_remined_negatives_survive_an_interruption(

@@ -84,6 +84,9 @@ def test_values_of_single_pairs_by_hand():
     assert graded.item_values(np.array([1.0, 2.0, 3.0, 4.0]), ALL, None).tolist() == [1, 1, 1, 1]
     assert graded.item_values(np.array([4.0, 3.0, 2.0, 1.0]), ALL, None) == pytest.approx([0, 2 / 3, 2 / 3, 0])
     assert graded.item_values(np.array([1.0]), np.array([2]), None).tolist() == [1]
+    tied = GradedGold(np.array([0.0, 0.0, 1.0, 1.0]))
+    assert tied.item_values(np.array([1.0, 2.0, 3.0, 4.0]), ALL, None) == pytest.approx([5 / 6] * 4)
+    assert tied.item_values(np.zeros(4), ALL, None) == pytest.approx([2 / 3] * 4)  # in any order of the pairs
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=12))

@@ -146,6 +146,28 @@ def test_the_fitted_sum_can_be_the_baseline(words, work):
     assert (missing.name, missing.kind) == (FITTED, "fitted_sum")
 
 
+def test_no_weights_are_a_missing_row(words, without_results, monkeypatch):
+    def nothing(_):
+        raise InputError("no list has a relevant passage")
+
+    monkeypatch.setattr(word_rows, "sum_weights", nothing)
+    report = measure(words, everyone(), without_results)
+    (missing,) = report.missing
+    assert (missing.name, missing.reason) == (FITTED, "no list has a relevant passage")
+    assert report.row("D2LLM").num_items == 24
+
+
+def test_weights_are_fitted_again_if_judgements_have_changed(words, without_results, monkeypatch):
+    fitted = []
+    monkeypatch.setattr(word_rows, "sum_weights", lambda lists: fitted.append(1) or np.array([1.0, 0.5, 0.0]))
+    dev = dict(list(words.qrels["test"].items())[:9])
+    test = {query_id: grades for query_id, grades in words.qrels["test"].items() if query_id not in dev}
+    for grade, calls in ((1, 1), (1, 1), (2, 2)):
+        changed = {query_id: dict.fromkeys(grades, grade) for query_id, grades in dev.items()}
+        measure(replace(words, qrels={"dev": changed, "test": test}), everyone(), without_results)
+        assert len(fitted) == calls
+
+
 def test_without_a_tuned_cosine_the_untuned_one_is_used(words, work):
     report = measure(words, everyone(tuned_cosine=None), work)
     assert report.row("fitted sum: BM25 + cosine, untuned").num_items == 24

@@ -50,6 +50,23 @@ def test_informative_evidence_gets_weight():
     assert fitted.num_queries == {"a": 200}
 
 
+def test_a_set_without_a_list_is_left_out(tmp_path, caplog):
+    student = Student.create(tiny_student_config(write_tiny_model(tmp_path / "model", "bert")), device="cpu")
+    whole, far = topics(num_dev=40, name="whole").dataset, topics(num_dev=2, name="far").dataset
+    monkeypatch = pytest.MonkeyPatch()
+    original = module.make_evidence_lists
+
+    def none_for_far(student, dataset, task, **options):
+        made = original(student, dataset, task, **options)
+        return made if dataset is whole else replace(made, lists=[], statistics=made.statistics[:0])
+
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", logger="d2llm.remarks"):
+        patch.setattr(module, "make_evidence_lists", none_for_far)
+        evidence = fit_evidence(student, [(whole, "symmetric"), (far, "symmetric")], terms=["words"])
+    assert evidence.tasks["symmetric"].num_queries == {"whole": 40}
+    assert "far: word weights are fitted without it" in caplog.text
+
+
 def test_uninformative_evidence_is_kept_only_with_a_gain():
     sets = [make_lists(name, lists(30, informative=[0], seed=n)) for n, name in enumerate("ab")]
     fitted = fit_task_weights(sets, TERMS)

@@ -404,7 +404,7 @@ def test_closed_pair_set_ignores_the_teachers_labels(kind, tmp_path):
     truth = {"binary": YES_NO, "classes": CLASSES, "scores": list(range(12))}[kind]
     pairs = pair_set(truth, kind=kind, split="train")
     prepared = read_pair_training_set(pairs)
-    plan = make_plan(plan_of_pairs(prepared, "train", num_easy=0, seed=0))
+    plan = make_plan(plan_of_pairs(prepared, "train", seed=0))
     source = TrainingSource(prepared.dataset, plan, "symmetric", pairs=pairs)
     key = {"prompt": "none", "dataset": "couples"}
     all_yes = LabelStore(tmp_path / "labels", teacher="told", **key)

@@ -163,6 +163,10 @@ def test_recomputed_parts_repeat_their_dropout(model: Path, batch: DistillationB
     assert abs(in_parts(student, batch, part_tokens=40).loss - kept.loss) > 1e-3
 
 
+def test_large_seeds(student: Student, batch: DistillationBatch) -> None:
+    assert_same(in_parts(student, batch, seed=20_261_123 * 1_000_003, part_tokens=40), in_one_pass(student, batch))
+
+
 def peak_of_saved(student: Student, ids: list[list[int]], room: float) -> int:
     """Peak number of token-state values kept for the backward pass."""
     alive = peak = 0

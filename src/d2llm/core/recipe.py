@@ -310,7 +310,8 @@ class DataConfig(_Section):
     exclude_shared_passages: bool = True
     """Leave out training queries that share a positive with a dev or test query, so that dev and test passages have
     never been positives. If all splits share one small corpus (intents, FAQ), nothing would be left: set this to false,
-    but note that dev and test then measure unseen queries only, not unseen passages."""
+    but note that dev and test then measure unseen queries only, not unseen passages. Of labelled pairs, only those are
+    left out that dev or test have too."""
 
 
 class MiningConfig(_Section):
@@ -550,7 +551,7 @@ class Recipe(_Section):
     """All settings of one run."""
 
     name: str = "unnamed"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     student: StudentConfig = StudentConfig()
     teacher: TeacherConfig = TeacherConfig()
     teacher_tuning: TeacherTuningConfig = TeacherTuningConfig()

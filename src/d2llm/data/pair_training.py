@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from d2llm.core.errors import DataFormatError, InputError
@@ -80,31 +80,55 @@ def read_pair_training_set(pairs: PairDataset) -> PairTrainingSet:
     return PairTrainingSet(dataset, targets, num_repeated)
 
 
-def plan_of_pairs(
-    pairs: PairTrainingSet, split: str, *, num_easy: int, seed: int, max_queries: int | None = None
-) -> list[PlanEntry]:
-    """The plan of a pair set: the judged pairs of a split, without mining; ``InputError`` if it has none.
+def shared_pairs(pairs: PairTrainingSet, split: str) -> set[tuple[str, str]]:
+    """The pairs of a split, as (query_id, passage_id), whose texts are a pair of another split too, in any order."""
+    texts = {
+        (query_id, passage_id): frozenset(
+            (pairs.dataset.queries[query_id].text, pairs.dataset.passages[passage_id].text)
+        )
+        for by_query in pairs.targets.values()
+        for query_id, judged in by_query.items()
+        for passage_id in judged
+    }
+    own = {(query_id, passage_id) for query_id, judged in pairs.targets.get(split, {}).items() for passage_id in judged}
+    others = {text for key, text in texts.items() if key not in own}
+    return {key for key in own if texts[key] in others}
 
-    The easy negatives are random passages of the split that are not judged for the query; their draw depends only on
-    the seed and the query's id. With ``max_queries``, a random sample of this many queries is used.
+
+def plan_of_pairs(
+    pairs: PairTrainingSet,
+    split: str,
+    *,
+    leave_out: Collection[tuple[str, str]] = (),
+    seed: int,
+    max_queries: int | None = None,
+) -> list[PlanEntry]:
+    """The plan of a pair set: the judged pairs of a split, without mining and without easy negatives.
+
+    Pairs in ``leave_out`` (query_id, passage_id) are left out. With ``max_queries``, a random sample of this many
+    queries is used.
+
+    Raises:
+        InputError: no pairs are left.
     """
-    judged = pairs.targets.get(split, {})
-    if not judged:
-        raise InputError(f"{pairs.dataset.path}: split '{split}' has no pairs to train on")
-    corpus = sorted(passage_id for passage_id in pairs.dataset.passages if passage_id.startswith(f"{split}/"))
-    chosen = sorted(judged)
+    judged = {
+        query_id: {name: target for name, target in by_passage.items() if (query_id, name) not in leave_out}
+        for query_id, by_passage in pairs.targets.get(split, {}).items()
+    }
+    chosen = sorted(query_id for query_id, by_passage in judged.items() if by_passage)
+    if not chosen:
+        shared = " that no other split has" if leave_out else ""
+        raise InputError(f"{pairs.dataset.path}: split '{split}' has no pairs to train on{shared}")
     if max_queries is not None and len(chosen) > max_queries:
         chosen = sorted(random.Random(f"{seed}:{pairs.dataset.name}").sample(chosen, max_queries))
-    return [_entry(query_id, judged[query_id], corpus, num_easy, seed) for query_id in chosen]
+    return [_entry(query_id, judged[query_id]) for query_id in chosen]
 
 
-def _entry(query_id: str, judged: Mapping[str, float], corpus: list[str], num_easy: int, seed: int) -> PlanEntry:
+def _entry(query_id: str, judged: Mapping[str, float]) -> PlanEntry:
     positives = tuple(passage_id for passage_id, target in judged.items() if target > _YES)
     negatives = tuple(passage_id for passage_id, target in judged.items() if target <= _YES)
-    sample = random.Random(f"{seed}:{query_id}").sample(corpus, min(len(corpus), num_easy + len(judged)))
-    easy = [passage_id for passage_id in sample if passage_id not in judged][:num_easy]
     targets = tuple(judged[passage_id] for passage_id in positives + negatives)
-    return PlanEntry(query_id, positives, negatives, tuple(easy), targets)
+    return PlanEntry(query_id, positives, negatives, (), targets)
 
 
 def _range(pairs: PairDataset) -> tuple[float, float]:

@@ -153,8 +153,11 @@ class GradedGold:
         positions: Positions,
         thresholds: None,  # noqa: ARG002 - part of the protocol
     ) -> Floats:
-        """1 minus the distance between the pair's rank by score and by grade, as a fraction of all ranks."""
-        ranks, truth = (np.argsort(np.argsort(values, kind="stable")) for values in (scores, self.grades[positions]))
+        """1 minus the distance between the pair's rank by score and by grade, as a fraction of all ranks.
+
+        Ties share their mean rank, as in Spearman's correlation.
+        """
+        ranks, truth = (pair_measures.mean_ranks(values) for values in (scores, self.grades[positions]))
         return 1 - np.abs(ranks - truth) / max(1, len(scores) - 1)
 
 

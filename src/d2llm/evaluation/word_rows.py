@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import EvidenceTerm, Query
 from d2llm.evaluation.report import MissingRow
@@ -59,9 +60,15 @@ def fitted_sum(work: RetrievalWork, contender: Contender) -> System | MissingRow
         in_order = {query.id: both[query.id] for query in work.trial.queries}
         return replace(system, rankings=in_order, notes=(*system.notes, note))
 
-    fitted_on = fingerprint_json([query.id for query in held_out])
+    judged = work.dataset.qrels["dev"] if held_out else work.qrels
+    fitted_on = fingerprint_json(
+        [(query.id, query.text, sorted(judged[query.id].items())) for query in held_out or work.trial.queries]
+    )
     key = work.key(name, model.fingerprint, work.settings.num_candidates, fitted_on, work.settings.dtype)
-    return work.store.system(key, measure)
+    try:
+        return work.store.system(key, measure)
+    except InputError as error:  # nothing relevant is near the few queries that there are
+        return MissingRow(name, "fitted_sum", str(error))
 
 
 def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: int) -> list[System]:

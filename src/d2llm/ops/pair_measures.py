@@ -118,7 +118,7 @@ def graded_measurer(scores: ArrayLike, gold: ArrayLike) -> Measurer:
         ours, theirs = values[rows], grades[rows]
         if theirs.min() == theirs.max():
             raise InputError(f"all {len(theirs)} judgements are {theirs[0]:g}: there is nothing to correlate with")
-        return {"Pearson": _pearson(ours, theirs), "Spearman": _pearson(_ranks(ours), _ranks(theirs))}
+        return {"Pearson": _pearson(ours, theirs), "Spearman": _pearson(mean_ranks(ours), mean_ranks(theirs))}
 
     return measure
 
@@ -339,7 +339,7 @@ def _cuts(values: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
     return order, num_above, np.concatenate([[np.nextafter(ordered[0], np.inf)], thresholds, ordered[-1:]])
 
 
-def _ranks(values: Floats) -> Floats:
+def mean_ranks(values: Floats) -> Floats:
     """[n] ranks from 1, ascending; ties share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)

@@ -94,6 +94,13 @@ def fit_evidence(
             for dataset, set_task in judged
             if set_task == task
         ]
+        for each in lists:
+            if not each.lists:
+                _remarks.warning(
+                    "%s: word weights are fitted without it: no dev query has a relevant passage among its nearest",
+                    each.name,
+                )
+        lists = [each for each in lists if each.lists]
         num_lists = sum(len(each.lists) for each in lists)
         if num_lists < MIN_QUERIES:
             _remarks.warning(

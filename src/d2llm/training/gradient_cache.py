@@ -27,6 +27,7 @@ from d2llm.training.checkpoints import remarks
 from d2llm.training.processes import ALONE, Processes
 
 _SEEDS_PER_STEP = 1 << 20  # more than the parts of a batch, so that no two parts of a run share their dropout
+_NUM_SEEDS = 1 << 63  # that torch takes
 _SHARE = 3  # use a third of the free memory; the rest is for recomputed parts, gradients, dev, and other programs
 ALLOCATED = {"cpu": 1.7}
 """Bytes allocated per byte of activations: memory freed in between is fragmented (docs/LOG.md)."""
@@ -128,7 +129,7 @@ def backpropagate_parts(
     device = next(model.parameters()).device
 
     def compute(number: int, *, with_graph: bool) -> Tensor:
-        torch.manual_seed(seed * _SEEDS_PER_STEP + number + 1)
+        torch.manual_seed((seed * _SEEDS_PER_STEP + number + 1) % _NUM_SEEDS)
         with torch.set_grad_enabled(with_graph and bool(encoder)):
             return encode(parts[number])
 
@@ -148,7 +149,7 @@ def backpropagate_parts(
         together[parts[number]] = output.detach().float()
     processes.add_up(together)
     together.requires_grad_(bool(encoder))
-    torch.manual_seed(seed * _SEEDS_PER_STEP)
+    torch.manual_seed(seed * _SEEDS_PER_STEP % _NUM_SEEDS)
     loss = loss_of(together)
     loss.backward()
     if not processes.is_first:

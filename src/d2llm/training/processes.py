@@ -10,12 +10,14 @@ import os
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 Value = TypeVar("Value")
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,9 @@ def joined_processes() -> Generator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    distributed.init_process_group()  # gloo for CPU tensors, the vendor's library for GPU tensors
+    # gloo for CPU tensors, the vendor's library for GPU tensors. While the first process mines or measures, which can
+    # take hours, the others wait for it; by default they would give up after half an hour.
+    distributed.init_process_group(timeout=_PATIENCE)
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size())
     finally:

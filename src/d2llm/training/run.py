@@ -355,7 +355,9 @@ class Run:
             self.put_aside("distill", folder)
         elif is_finished(folder):
             teacher = self._teacher_fingerprint() if recipe.losses.imitates else None
-            self._notice_changes("distill", folder, shaping_settings(recipe), teacher, as_mined=for_stack)
+            shaping = shaping_settings(recipe)
+            changes = [] if "evidence" in shaping else self._changes_of_evidence(folder, recipe)
+            self._notice_changes("distill", folder, shaping, teacher, changes, as_mined=for_stack)
             return self.skip(f"distill: {folder} is finished; --again trains a new one, keeping this one aside")
         self.require_plans()
         closed = self.closed_gates() if recipe.losses.imitates else []
@@ -561,19 +563,33 @@ class Run:
         untuned = f"'{in_recipe}' as it is ({self.parts.teacher} does not exist)"
         _remarks.info("%s: the teacher is %s", verb, untuned if named == in_recipe else named)
 
+    def _changes_of_evidence(self, folder: Path, recipe: Recipe) -> list[str]:
+        """The changes of evidence that is fitted after the training, so that they do not concern a checkpoint."""
+        evidence = recipe.evidence.model_dump(mode="json")
+        fitted = manifest_of(folder).get("recipe", {}).get("evidence", evidence)
+        return changed_settings({"evidence": fitted}, {"evidence": evidence})
+
     def _notice_changes(
-        self, verb: str, folder: Path, recipe: dict[str, Any], teacher: str | None = None, *, as_mined: bool = False
+        self,
+        verb: str,
+        folder: Path,
+        recipe: dict[str, Any],
+        teacher: str | None = None,
+        more: Sequence[str] = (),
+        *,
+        as_mined: bool = False,
     ) -> None:
         """Warn if the finished result in ``folder`` was made from other settings or inputs than the current ones.
 
         Its manifest records its inputs. ``recipe`` are the settings that affect it, ``teacher`` is the fingerprint of
-        the teacher that would be used now, if that matters. ``as_mined``: it is made from the plans before a tuned
-        teacher filters them; a plan that the run's teacher has filtered is then not compared.
+        the teacher that would be used now, if that matters; ``more`` are changes that the caller found. ``as_mined``:
+        it is made from the plans before a tuned teacher filters them; a plan that the run's teacher has filtered is
+        then not compared.
         """
         made_from = manifest_of(folder).get("settings")
         if made_from is None:  # made elsewhere and copied here, such as a shipped student
             return
-        changes = changed_settings(made_from["recipe"], recipe)
+        changes = [*changed_settings(made_from["recipe"], recipe), *more]
         for data in self.recipe.data:
             place = self.parts.plan(data) if as_mined else self.parts.final_plan(self.recipe, data)
             plan = manifest_of(place) if is_finished(place) else {}

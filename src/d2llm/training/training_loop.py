@@ -116,6 +116,11 @@ class DistillRun:
         if self.has_stages and isinstance(student.interaction, Interaction):
             for parameter in student.interaction.residual_parameters().values():
                 parameter.requires_grad_(False)
+        if has_interaction_weight(student) and isinstance(student.interaction, Interaction):
+            tasks: set[Task] = {each.source.task for each in sources}
+            for task in tasks:
+                # The weight that was chosen for the start may be 0, and an interaction of weight 0 learns nothing.
+                student.interaction.interaction_weight(task).fill_(1.0)
         self.offsets = make_offsets(student, sources)
         self.parameters = trainable(student) | self.offsets
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -162,6 +167,7 @@ class DistillRun:
     def _train(self, advance: Advance) -> bool:
         training, progress = self.recipe.training, self.progress
         batches: list[tuple[LabelledSource, list[Draw]]] = []
+        self._remine((progress.step - 1) // self.per_epoch)  # takes up the plans of a run that is resumed
         self._evaluate_and_save()  # before the first step, or if a stop prevented it
         while progress.step < self.total_steps:
             if self.best.looks_since >= training.patience:
@@ -174,6 +180,8 @@ class DistillRun:
                 return True
             epoch, place = divmod(progress.step, self.per_epoch)
             if not batches or place == 0:
+                if place == 0 and training.remine and self.saved_step != progress.step:
+                    self._save()  # a run that is resumed must not see this epoch's plans and labels in the last one
                 self._remine(epoch)
                 batches = self._batches(epoch)
                 if place == 0:
@@ -263,7 +271,7 @@ class DistillRun:
 
     def _remine(self, epoch: int) -> None:
         """Mine hard negatives with the current student; they are stored, so that a resumed run uses the same ones."""
-        if not self.recipe.training.remine or epoch == 0:
+        if not self.recipe.training.remine or epoch < 1:
             return
         renewed: list[LabelledSource] = []
         for labelled in self.sources:

@@ -424,7 +424,7 @@ class TestData:
         rows = [LabelledPair(str(n), f"query {n}", f"passage {n}", None, float(n)) for n in range(6)]
         pairs = PairDataset("graded", Path("graded"), "scores", (), {"train": tuple(rows), "dev": tuple(rows)}, ())
         prepared = read_pair_training_set(pairs)
-        plan = make_plan(plan_of_pairs(prepared, "train", num_easy=0, seed=0))
+        plan = make_plan(plan_of_pairs(prepared, "train", seed=0))
         source = TrainingSource(prepared.dataset, plan, "symmetric", pairs=pairs)
         recipe = find_variant("no-imitation").apply(small_recipe(place))
         options: dict[str, Any] = {"recipe": recipe, "variants": [], "num_seeds": 1}

@@ -217,7 +217,7 @@ def ablate(
         make_dev_set(source, num_queries=dev_queries, num_passages=recipe.training.dev_passages, seed=_MEASURING_SEED)
         for source in sources
     ]
-    settings = _settings(recipes[BASE], sources, labelled, teacher, closed_gates, device, dtype)
+    settings = _settings(recipes, sources, labelled, teacher, closed_gates, device, dtype)
     place = folder / fingerprint_json(settings)
     measured_on = fingerprint_sets(dev_sets)
     shared = RunSettings(sources, dev_sets, measured_on, place, labels, teacher, closed_gates, device, dtype)
@@ -347,7 +347,7 @@ def _restricted(source: TrainingSource, query_ids: set[str]) -> TrainingSource:
 
 
 def _settings(
-    base: Recipe,
+    recipes: Mapping[str, Recipe],
     sources: Sequence[TrainingSource],
     labelled: Sequence[set[str]] | None,
     teacher: TeacherConfig,
@@ -361,13 +361,17 @@ def _settings(
     counts = None if labelled is None else [len(a & b) for a, b in zip(plans, labelled, strict=True)]
     target = choose_device(device)
     settings = {
-        "recipe": base.model_dump(mode="json", exclude={"name", "seed", "teacher", "teacher_tuning", "mining"}),
+        "recipe": recipes[BASE].model_dump(
+            mode="json", exclude={"name", "seed", "teacher", "teacher_tuning", "mining"}
+        ),
         "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
         "teacher": None if identity is None else [identity.fingerprint, dict(identity.prompts)],
         "labelled_queries": counts,
         "device": target.type,
         "dtype": str(choose_dtype(target, dtype)).removeprefix("torch."),
     }
+    if any(recipe.training.remine for recipe in recipes.values()):
+        settings["mining"] = recipes[BASE].mining.model_dump(mode="json")
     closed = sorted({source.dataset.name for source in sources} & set(closed_gates)) if labelled is not None else []
     return settings | ({"closed_gates": closed} if closed else {})  # runs without closed gates keep their fingerprint
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from d2llm.core.recipe import DataConfig, MiningConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.open_data import open_data, open_source
-from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
+from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set, shared_pairs
 from d2llm.data.pairs import PairDataset, PairSource
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.data.run_folder import is_finished, manifest_of
@@ -175,8 +175,13 @@ def _mine_one(
 def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, pairs: PairDataset) -> dict[str, Any]:
     """Make the plan of a set of labelled pairs: the judged pairs, without a search."""
     training_set = read_pair_training_set(pairs)
+    shared = shared_pairs(training_set, _SPLIT) if data.exclude_shared_passages else set[tuple[str, str]]()
     entries = plan_of_pairs(
-        training_set, _SPLIT, num_easy=mining.num_easy, seed=run.recipe.seed, max_queries=data.max_queries
+        training_set,
+        _SPLIT,
+        leave_out=shared,
+        seed=run.recipe.seed,
+        max_queries=data.max_queries,
     )
     report = {
         "dataset": pairs.name,
@@ -184,6 +189,7 @@ def _plan_pairs(run: Run, data: DataConfig, folder: Path, mining: MiningConfig, 
         "num_entries": len(entries),
         "num_pairs": sum(len(entry.targets) for entry in entries),
         "num_repeated_pairs": training_set.num_repeated,
+        "num_shared_pairs": len(shared),
         "issues": list(training_set.dataset.issues),
     }
     content = {"dataset": pairs.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}
