@@ -121,7 +121,7 @@ def evaluate(
             show_default="the user's cache folder",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of samples and of significance tests.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of samples and of significance tests.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     html: Annotated[

@@ -85,7 +85,7 @@ def fit(
         typer.Option(metavar="PATTERN", help="Leave out files of these names, as in a .gitignore; can be repeated."),
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Learn anew although an earlier call has finished.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of samples and training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of samples and training.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
@@ -125,6 +125,7 @@ def fit(
     report = fitted.finish(again=again)
     if report is None:
         session.say(f"{fitted.folder.index} is up to date")
+        session.write_report(context, json_path, {"folder": str(fitted.folder.path), "up_to_date": True})
         return
     from d2llm.reports.evaluation_tables import measure_table
 

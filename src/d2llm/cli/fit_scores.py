@@ -42,7 +42,7 @@ def fit_scores(
             help="With --words: also fit the weight of vectors of each two sentences; indexing then takes longer.",
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of queries and passages.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of queries and passages.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,

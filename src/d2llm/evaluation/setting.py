@@ -170,6 +170,7 @@ class EvaluationSettings:
             "teacher_queries": (1 if self.teacher_queries is None else self.teacher_queries, 1),
             "cascade_passages": (1 if self.cascade_passages is None else self.cascade_passages, 1),
             "latency_queries": (self.latency_queries, 1),
+            "seed": (self.seed, 0),
         }
         for name, (value, minimum) in limits.items():
             if value < minimum:

@@ -61,3 +61,5 @@ class FitSettings:
     def __post_init__(self) -> None:
         if self.hours <= 0:
             raise InputError(f"hours is {self.hours:g}, but must be above 0")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}, but must not be negative")
