@@ -1,13 +1,14 @@
 """What a fit is worth: learnt from a corpus alone, measured on the real test queries of its data set.
 
-For each set, `d2llm fit` starts from the untuned backbone and sees the corpus only: no queries and no judgements of the
-set. Everything is then measured on the test split of the set, in one run of `evaluate`: BM25, the untuned cosine, the
+For each set, `d2llm fit` starts from the untuned backbone (or `--start`) and sees the corpus only: no queries and no
+judgements of the set. Everything is then measured on the test split of the set, in one run of `evaluate`: BM25, the untuned cosine, the
 sum of both with weights that were fitted on real dev queries (a row that a user without queries cannot have), the
 untuned backbone with weights fitted on the written dev queries, and the student of the fit. The upper limit is a
 student trained on the set's real training queries in the same way (`--limit`). `--recorded` takes the queries that a
 large language model once wrote (`recorded_writer.py`) instead of having a local one write them.
 
-    python benchmarks/fit_quality.py DATA_FOLDER covidqa wikiqa --hours 0.5 [--limit] [--writer MODEL | --recorded]
+    python benchmarks/fit_quality.py DATA_FOLDER covidqa wikiqa --hours 0.5 [--limit] [--start STUDENT]
+        [--writer MODEL | --recorded]
 """
 
 from __future__ import annotations
@@ -53,10 +54,9 @@ def untuned(folder: Path, backbone: str) -> Path:
     return folder
 
 
-def measure(data: Path, work: Path, *, hours: float, writer: str, backbone: str, with_limit: bool) -> dict[str, Any]:
-    """Fit to the corpus of a set and measure on its test split."""
+def measure(data: Path, work: Path, *, hours: float, writer: str, start: str, with_limit: bool) -> dict[str, Any]:
+    """Fit to the corpus of a set, starting from a student, and measure on its test split."""
     started = time.monotonic()
-    start = str(untuned(work.parent / "untuned", backbone))
     with ExitStack() as stack:
         if writer == RECORDED_NAME:
             remote = RemoteWriterConfig(url=stack.enter_context(recorded_writer(data)))
@@ -88,6 +88,7 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, backbone: str,
     return {
         "set": data.name,
         "hours": hours,
+        "start": Path(start).name,
         "writer": writer,
         "seconds": seconds,
         "stages": dict(report.seconds),
@@ -132,20 +133,23 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=0.5)
     parser.add_argument("--writer", default=DEFAULT_WRITER)
     parser.add_argument("--recorded", dest="writer", action="store_const", const=RECORDED_NAME)
-    parser.add_argument("--backbone", default="minilm")
+    parser.add_argument("--backbone", default="minilm", help="of the untuned student to start from")
+    parser.add_argument("--start", help="start from this student instead, which must not have been trained on the sets")
     parser.add_argument("--limit", action="store_true", help="also train on the real queries of each set")
     parser.add_argument("--work", type=Path, default=Path("runs/fit-quality"))
     options = parser.parse_args()
+    start = options.start or str(untuned(options.work / "untuned", options.backbone))
+    ending = "" if options.start is None else f"-from-{Path(start).name}"
     for name in options.sets:
         result = measure(
             options.data / name,
-            options.work / Path(options.writer).name / name,
+            options.work / Path(options.writer).name / f"{name}{ending}",
             hours=options.hours,
             writer=options.writer,
-            backbone=options.backbone,
+            start=start,
             with_limit=options.limit,
         )
-        write_json(RESULTS / Path(options.writer).name / f"{name}.json", result)
+        write_json(RESULTS / Path(options.writer).name / f"{name}{ending}.json", result)
         for row in result["rows"]:
             print(f"{name:12} {row['name']:40} {row['nDCG@10']:.3f}")
 
