@@ -1,9 +1,9 @@
 """What a fit is worth: learnt from a corpus alone, measured on the real test queries of its data set.
 
 For each set, `d2llm fit` starts from the untuned backbone (or `--start`) and sees the corpus only: no queries and no
-judgements of the set. Everything is then measured on the test split of the set, in one run of `evaluate`: BM25, the untuned cosine, the
-sum of both with weights that were fitted on real dev queries (a row that a user without queries cannot have), the
-untuned backbone with weights fitted on the written dev queries, and the student of the fit. The upper limit is a
+judgements of the set. Everything is then measured on the test split of the set, in one run of `evaluate`: BM25, the
+untuned cosine, the sum of both with weights that were fitted on real dev queries (a row that a user without queries
+cannot have), the start with weights fitted on the written dev queries, and the student of the fit. The upper limit is a
 student trained on the set's real training queries in the same way (`--limit`). `--recorded` takes the queries that a
 large language model once wrote (`recorded_writer.py`) instead of having a local one write them.
 
