@@ -147,6 +147,45 @@ def test_ids_are_listed_a_page_at_a_time(place):
     assert documents == {"documents": [{"id": sorted_ids[-1], "num_passages": 1}], "next_cursor": None}
 
 
+def test_options_of_a_new_index_may_be_repeated_but_not_changed(tmp_path):
+    write_lines(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "the cat", "year": 2000}])
+    command = ["index", tmp_path / "i", "upsert", tmp_path / "corpus.jsonl"]
+    options = ["--task", "symmetric", "--vectors", "int8", "--vector-copies", "1", "--field", "year:integer"]
+    succeed(*command, *options)
+    assert "1 unchanged" in succeed(*command, *options).stderr
+    assert "1 unchanged" in succeed(*command).stderr
+    for option, value, actual in (
+        ("--task", "asymmetric", "symmetric"),
+        ("--vectors", "bfloat16", "int8"),
+        ("--vector-copies", "2", "1"),
+        ("--field", "year:string", "integer"),
+        ("--window-vectors", "int3", "none"),
+    ):
+        fail(*command, option, value, containing=[f"exists already with {actual}, and {option}", "for a new index"])
+
+
+def test_ids_are_printed_as_they_are(tmp_path):
+    names = ["urn:cat:12", f"{'a' * 150}/{'b' * 150}.md", "with [bold]"]
+    write_lines(tmp_path / "corpus.jsonl", [{"_id": name, "text": f"text {name}"} for name in names])
+    result = succeed("index", tmp_path / "i", "upsert", tmp_path / "corpus.jsonl")
+    result = succeed("index", tmp_path / "i", "list", "--limit", "2")
+    assert result.stdout.splitlines() == sorted(names)[:2]
+    assert "--cursor urn:cat:12" in result.stderr
+    documents = succeed("index", tmp_path / "i", "list", "--documents").stdout.splitlines()
+    assert documents == [f"{name}\t1" for name in sorted(names)]
+    assert "'zzz:cat:1'" in d2llm("index", tmp_path / "i", "delete", "zzz:cat:1").stderr
+
+
+def test_snapshots_are_reported(tmp_path):
+    write_lines(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "the cat"}])
+    succeed("index", tmp_path / "i", "upsert", tmp_path / "corpus.jsonl")
+    saved = report_of(tmp_path, "index", tmp_path / "i", "snapshot", "monday")
+    assert saved == {"name": "monday", "folder": str(tmp_path / "i" / "snapshots" / "monday"), "num_passages": 1}
+    assert report_of(tmp_path, "index", tmp_path / "i", "restore", "monday") == {"name": "monday", "num_passages": 1}
+    dropped = report_of(tmp_path, "index", tmp_path / "i", "snapshot", "monday", "--drop")
+    assert dropped == {"name": "monday", "dropped": True}
+
+
 def test_facts(place):
     facts = report_of(place, "index", place / "i", "stats")
     assert facts["num_passages"] == len(SENTENCES)
@@ -228,6 +267,9 @@ def test_mistakes_get_a_clear_error(place, tmp_path):
     fail("index", tmp_path / "none", "stats", containing=["not found"])
     fail("index", place / "i", "delete", containing=["there is no id"])
     fail("search", place / "i", "x", "--budget-ms", "5", containing=["exact"])
+    for option in (("--teacher-passages", "3"), ("--teacher-ms", "3"), ("--prompt", "short")):
+        fail("search", place / "i", "x", *option, containing=[f"{option[0]} is for a teacher"])
+    fail("fit", place, "--max-cost", "2", containing=["--max-cost needs", "--prices"])
     write_lines(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "t", "year": "soon"}])
     fail("index", place / "i", "upsert", tmp_path, containing=["'a'", "year"])
     fail("index", tmp_path / "n", "upsert", tmp_path, "--field", "year:century", containing=["century", "integer"])

@@ -122,6 +122,13 @@ def test_filters_are_set_with_controls_and_from_results(visit, address):
     page.locator(".metadata .value").first.click()
     subject = page.locator(".metadata .value").first.inner_text()
     assert page.locator("#filter").input_value() == f"subject = '{subject}'"
+    page.locator("#filter").fill("(year < 2003) OR (year > 2010)")
+    until(page, "!document.querySelector('.card').textContent.includes('2005')")
+    page.locator(".metadata .value").first.click()
+    subject = page.locator(".metadata .value").first.inner_text()
+    until(page, "document.getElementById('filter').value.includes('AND')")
+    joined = page.locator("#filter").input_value()
+    assert joined.startswith("((year < 2003) OR (year > 2010)) AND ")
 
 
 def test_a_wrong_filter_shows_an_error_beside_its_box(visit, address):

@@ -174,6 +174,18 @@ class TestFilters:
         assert 0 < len(expected) < len(DOCUMENTS)
         assert {document for document, _ in as_pairs(retriever.run("rain", filters=filters))} == expected
 
+    def test_a_list_without_values_matches_nothing_and_its_negation_everything(self, retriever):
+        none, every = ({"field": "meta.year", "operator": operator, "value": []} for operator in ("in", "not in"))
+        assert as_pairs(retriever.run("rain", filters=none)) == []
+        assert len(as_pairs(retriever.run("rain", filters=every))) == len(as_pairs(retriever.run("rain")))
+
+    def test_fields_of_metadata_may_be_named_like_those_of_haystacks_documents(self):
+        assert as_condition({"field": "meta.score", "operator": ">", "value": 1}).startswith("(score > 1 ")
+
+    def test_numbers_of_numpy(self):
+        for value, written in ((np.float64(3.5), "3.5"), (np.int64(4), "4"), (np.bool_(True), "TRUE")):
+            assert f"(a = {written} " in as_condition({"field": "a", "operator": "==", "value": value})
+
     def test_quotes_are_escaped(self):
         assert as_condition({"field": "a", "operator": "==", "value": "it's"}) == "(a = 'it''s' AND a IS NOT NULL)"
 
@@ -183,7 +195,7 @@ class TestFilters:
             ({"field": "a"}, "give field, operator and value"),
             ({"field": "a", "operator": "~", "value": 1}, "no operator '~'"),
             ({"field": "content", "operator": "==", "value": "x"}, "'content' cannot be used"),
-            ({"field": "a", "operator": "in", "value": []}, "needs a list"),
+            ({"field": "a", "operator": "in", "value": "x"}, "needs a list"),
             ({"field": "a", "operator": ">", "value": [1]}, "is compared with"),
             ({"field": "a", "operator": ">", "value": None}, "is compared with None"),
             ({"operator": "AND", "conditions": []}, "AND has no conditions"),

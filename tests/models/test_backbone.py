@@ -160,6 +160,7 @@ def test_pooling_follows_the_kind_of_model(tmp_path, folders):
         ({"pooling_mode": "cls"}, "first"),
         ({"pooling_mode": "lasttoken"}, "last"),
         ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean"),
     ],
 )
 def test_pooling_follows_the_models_own_setting(tmp_path, settings, expected):
@@ -167,6 +168,24 @@ def test_pooling_follows_the_models_own_setting(tmp_path, settings, expected):
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
     assert load(folder).pooling == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"pooling_mode": "weightedmean"}, "weightedmean"),
+        ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}, "max"),
+        ({"pooling_mode": ["cls", "mean"]}, "cls and mean"),
+        ({}, "nothing"),
+    ],
+)
+def test_a_pooling_that_no_backbone_has_must_be_replaced_by_hand(tmp_path, settings, named):
+    folder = write_tiny_model(tmp_path / "bert", "bert")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=f"is pooled by {named}, which is none of"):
+        load(folder)
+    assert load(folder, pooling="mean").pooling == "mean"
 
 
 # --- training

@@ -156,6 +156,14 @@ def test_cross_encoder_with_several_outputs(library, tmp_path):
     judged = load_external(two, device="cpu").judge(PAIRS, "symmetric")
     np.testing.assert_allclose(judged.log_odds, logits[:, 1] - logits[:, 0], atol=1e-5)
 
+    names = {0: "entailment", 1: "not_entailment"}
+    first = write_cross_encoder(
+        tmp_path / "first", id2label=names, label2id={name: number for number, name in names.items()}
+    )
+    logits = library.CrossEncoder(str(first), device="cpu").predict(PAIRS)
+    judged = load_external(first, device="cpu").judge(PAIRS, "symmetric")
+    np.testing.assert_allclose(judged.log_odds, logits[:, 0] - logits[:, 1], atol=1e-5)
+
     names = {0: "contradiction", 1: "Entailment", 2: "neutral"}
     nli = write_cross_encoder(
         tmp_path / "nli", id2label=names, label2id={name: number for number, name in names.items()}

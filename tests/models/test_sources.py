@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import shutil
@@ -34,6 +35,22 @@ def llama(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def no_user_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "user_cache_path", lambda name: tmp_path / "user-cache")
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_a_models_own_code_is_never_run(tmp_path, llama, monkeypatch, what):
+    """Even if whoever starts the program would answer yes to everything."""
+    name = "config.json" if what == "model" else "tokenizer_config.json"
+    settings = json.loads((llama / name).read_text())
+    own = {"AutoConfig": "own.Own", "AutoModel": "own.Own"} if what == "model" else {"AutoTokenizer": ["own.Own", None]}
+    settings |= {"auto_map": own, "model_type": "own", "tokenizer_class": "Own"}
+    (llama / name).write_text(json.dumps(settings))
+    (llama / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelNotFoundError, match="cannot be loaded"):
+        load_pretrained(AutoModel, str(llama)) if what == "model" else load_tokenizer(str(llama))
+    assert not (tmp_path / "ran").exists()
 
 
 def hide_packages(monkeypatch):

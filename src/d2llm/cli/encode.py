@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,7 +21,7 @@ from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_SECONDS_PER_FILE
 
 if TYPE_CHECKING:
-    from d2llm.store.index_manifest import VectorCopies
+    pass
 
 
 @with_option_groups
@@ -58,10 +58,7 @@ def encode(
         open_corpus(corpus, exclude=exclude or (), seconds_per_file=file_seconds),
         model,
         out,
-        task=vectors.task,
-        vector_format=vectors.vectors,
-        vector_copies=cast("VectorCopies", vectors.vector_copies),
-        window_vectors=vectors.window_vectors,
+        **vectors.given(),
         chunking=chunking,
         student_source=source_of(student),
         overwrite=overwrite,

@@ -126,10 +126,16 @@ def evaluate(
     dtype: DtypeOption = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", callback=in_existing_folder, help="Write an HTML page with plots and texts."),
+        typer.Option(
+            metavar="PATH",
+            dir_okay=False,
+            callback=in_existing_folder,
+            help="Write an HTML page with plots and texts.",
+        ),
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(metavar="PATH", callback=in_existing_folder, help="Write the tables as Markdown.")
+        Path | None,
+        typer.Option(metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Write the tables as Markdown."),
     ] = None,
     save_runs: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write every ranking as a TREC run.")] = None,
     json_path: JsonOption = None,
@@ -150,6 +156,10 @@ def evaluate(
     from d2llm.reports.evaluation_tables import evaluation_tables
 
     session = session_of(context)
+    if teacher is None and prompt is not None:
+        raise InputError("--prompt is for a teacher; name one with --teacher, or leave it out")
+    if teacher is not None and no_teacher:
+        raise InputError("--teacher names a teacher and --no-teacher leaves it out; give one of them")
     settings = EvaluationSettings(
         split=split,
         task=task,

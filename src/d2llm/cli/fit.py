@@ -111,7 +111,7 @@ def fit(
         hours=minutes / 60 if minutes is not None else DEFAULT_HOURS if hours is None else hours,
         student=student,
         task=task,
-        writer=_writer_config(writer, prices),
+        writer=_writer_config(writer, prices, max_cost),
         examples=() if examples is None else read_examples(examples),
         max_tokens=max_tokens,
         max_cost=max_cost,
@@ -137,7 +137,9 @@ def fit(
     session.write_report(context, json_path, report.to_json())
 
 
-def _writer_config(options: WriterOptions, prices: tuple[float, float] | None) -> WriterConfig:
+def _writer_config(options: WriterOptions, prices: tuple[float, float] | None, max_cost: float | None) -> WriterConfig:
+    if max_cost is not None and prices is None:
+        raise InputError("--max-cost needs the endpoint's prices: add --prices, or give the budget as --max-tokens")
     if prices is None:
         return options.config(DEFAULT_WRITER)
     if options.endpoint is None:

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from d2llm.models.student import Student
     from d2llm.retrieval.chunking import DocumentsReport
     from d2llm.retrieval.index import Index
-    from d2llm.store.index_manifest import VectorCopies
 
 _FOLDER = "d2llm.store"
 _NAMED = 20  # number of missing ids to list
@@ -276,7 +275,7 @@ def list_ids(
     entries = index.list_documents(cursor, limit + 1) if documents else index.list_passages(cursor, limit + 1)
     page = entries[:limit]
     for entry in page:
-        session.show(entry if isinstance(entry, str) else f"{entry.id}\t{entry.num_passages}")
+        session.write(entry if isinstance(entry, str) else f"{entry.id}\t{entry.num_passages}")
     last = page[-1] if page else None
     next_cursor = (last if isinstance(last, str) or last is None else last.id) if len(entries) > limit else None
     if next_cursor is not None:
@@ -359,6 +358,7 @@ def snapshot(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.")],
     drop: Annotated[bool, typer.Option("--drop", help="Delete the snapshot of this name.")] = False,
+    json_path: JsonOption = None,
 ) -> None:
     """Save the current contents under a name; `stats` lists the snapshots.
 
@@ -368,18 +368,24 @@ def snapshot(
     if drop:
         index.store.drop_snapshot(name)
         session_of(context).say(f"index: the snapshot {name!r} is deleted")
+        report: dict[str, Any] = {"name": name, "dropped": True}
     else:
-        session_of(context).say(f"index: {len(index):,} passages are saved in {index.snapshot(name)}")
+        folder = index.snapshot(name)
+        session_of(context).say(f"index: {len(index):,} passages are saved in {folder}")
+        report = {"name": name, "folder": str(folder), "num_passages": len(index)}
+    session_of(context).write_report(context, json_path, report)
 
 
 @index_app.command("restore")
 def restore(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.")],
+    json_path: JsonOption = None,
 ) -> None:
     """Replace the passages of the index with those of a snapshot."""
     num_passages = _index_of(context).restore(name)
     session_of(context).say(f"index: it holds the {num_passages:,} passages of the snapshot {name!r} again")
+    session_of(context).write_report(context, json_path, {"name": name, "num_passages": num_passages})
 
 
 @index_app.command("verify")
@@ -541,16 +547,14 @@ def _opened(folder: Path, new: NewIndexOptions, writing: WritingOptions) -> Gene
     from d2llm.store.schema import MetadataSchema
 
     if (folder / MANIFEST_NAME).is_file():
-        new.check_unused(folder)
-        yield Index.open(folder, writing.student, device=writing.device, dtype=writing.dtype, engine=writing.engine)
+        index = Index.open(folder, writing.student, device=writing.device, dtype=writing.dtype, engine=writing.engine)
+        new.check_fits(index)
+        yield index
         return
     index = Index.create(
         folder,
         writing.student or DEFAULT_STUDENT,
-        task=new.task,
-        vector_format=new.vectors,
-        vector_copies=cast("VectorCopies", new.vector_copies),
-        window_vectors=new.window_vectors,
+        **new.given(),
         metadata=MetadataSchema.parse(new.field or ()).fields,
         device=writing.device,
         dtype=writing.dtype,

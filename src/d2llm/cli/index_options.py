@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from d2llm.cli.session import Session
     from d2llm.data.documents import SkippedFile
     from d2llm.models.student import Student
+    from d2llm.retrieval.index import Index
     from d2llm.store.side_files import Chunking
 
 _NAMED = 5  # number of reasons to list
@@ -46,35 +47,50 @@ class VectorOptions:
     """Options of a new index that cannot be changed later."""
 
     task: Annotated[
-        Task,
+        Task | None,
         typer.Option(
-            help="For a new index: search for passages that answer the query (asymmetric) or mean the same (symmetric)."
+            help="For a new index: search for passages that answer the query (asymmetric) or mean the same "
+            "(symmetric).",
+            show_default="asymmetric",
         ),
-    ] = "asymmetric"
+    ] = None
     vectors: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="FORMAT", help="For a new index: float32, bfloat16, float16, int8, int3 or binary vectors."
+            metavar="FORMAT",
+            help="For a new index: float32, bfloat16, float16, int8, int3 or binary vectors.",
+            show_default="bfloat16",
         ),
-    ] = "bfloat16"
+    ] = None
     vector_copies: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="N",
             min=1,
             max=2,
             help="For a new index: 1 stores vectors once and saves space; damaged ones must then be encoded again.",
+            show_default="2",
         ),
-    ] = 2
+    ] = None
     window_vectors: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="FORMAT",
             help="For a new index: also store a vector of each two neighbouring sentences, for example as int3; or "
             "none.",
             show_default="int3 if the student's score uses them",
         ),
-    ] = "auto"
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given, as arguments of ``Index.create`` and ``encode``."""
+        options = {
+            "task": self.task,
+            "vector_format": self.vectors,
+            "vector_copies": self.vector_copies,
+            "window_vectors": self.window_vectors,
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -90,16 +106,32 @@ class NewIndexOptions(VectorOptions):
         ),
     ] = None
 
-    def check_unused(self, folder: Path) -> None:
-        """Check that none of these options is given for an existing index.
+    def check_fits(self, index: Index) -> None:
+        """Check that an existing index is as these options describe a new one.
 
         Raises:
-            InputError: an option differs from its default.
+            InputError: it is not.
         """
-        for option in fields(self):
-            if (getattr(self, option.name) or None) != option.default:
-                name = "--" + option.name.replace("_", "-")
-                raise InputError(f"{folder}: exists already, and {name} is for a new index; leave it out")
+        from d2llm.store.schema import MetadataSchema
+
+        manifest, known = index.store.manifest, index.store.metadata.fields
+        facts = {
+            "--task": (self.task, manifest["task"]),
+            "--vectors": (self.vectors, manifest["vector_format"]),
+            "--vector-copies": (self.vector_copies, manifest["vector_copies"]),
+            "--window-vectors": (
+                None if self.window_vectors == "auto" else self.window_vectors,
+                manifest.get("window_format") or "none",
+            ),
+        }
+        for name, kind in MetadataSchema.parse(self.field or ()).fields.items():
+            facts[f"--field {name}"] = (kind, known.get(name, "no such field"))
+        for option, (given, actual) in facts.items():
+            if given is not None and given != actual:
+                raise InputError(
+                    f"{index.folder}: exists already with {actual}, and {option} ({given}) is for a new index; leave "
+                    "it out, or make another index"
+                )
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,12 @@ def add(
             show_default="all indexes",
         ),
     ] = None,
+    json_path: JsonOption = None,
 ) -> None:
-    """Create a key and show it once; the file stores only its hash."""
+    """Create a key and show it once; the file stores only its hash.
+
+    The key is printed only; the report of --json does not have it.
+    """
     from d2llm.server.keys import add_key
 
     in_existing_folder(_file_of(context))
@@ -62,6 +66,8 @@ def add(
         f"keys: '{name}' may {scope}{limit}; send it as 'Authorization: Bearer KEY'. It is not shown again:"
     )
     typer.echo(secret)
+    report = {"name": name, "scope": scope, "indexes": indexes, "requests_per_minute": requests_per_minute}
+    session_of(context).write_report(context, json_path, report)
 
 
 @keys_app.command("list")
@@ -80,12 +86,13 @@ def show(context: typer.Context, json_path: JsonOption = None) -> None:
 
 
 @keys_app.command("remove")
-def remove(context: typer.Context, name: NameArgument) -> None:
+def remove(context: typer.Context, name: NameArgument, json_path: JsonOption = None) -> None:
     """Revoke a key; running servers refuse it at once."""
     from d2llm.server.keys import remove_key
 
     remove_key(_file_of(context), name)
     session_of(context).say(f"keys: '{name}' is no longer accepted")
+    session_of(context).write_report(context, json_path, {"name": name, "removed": True})
 
 
 def _file_of(context: typer.Context) -> Path:

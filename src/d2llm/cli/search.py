@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -248,8 +249,11 @@ def search(
         ),
     ] = None,
     teacher_passages: Annotated[
-        int, typer.Option(min=0, help="Maximum number of passages it reads per query.")
-    ] = DEFAULT_TEACHER_PASSAGES,
+        int | None,
+        typer.Option(
+            min=0, help="Maximum number of passages it reads per query.", show_default=f"{DEFAULT_TEACHER_PASSAGES}"
+        ),
+    ] = None,
     teacher_ms: Annotated[float | None, typer.Option(min=0, help="Maximum time it reads per query.")] = None,
     expansion: ExpansionOptions,
     writer: WriterOptions,
@@ -286,8 +290,8 @@ def search(
     )
     settings.check()
     around.check(explain=explain)
-    if teacher is None and teacher_ms is not None:
-        raise InputError("--teacher-ms is the time limit of a teacher; name one with --teacher, or leave it out")
+    if teacher is None:
+        _check_unused({"--teacher-ms": teacher_ms, "--teacher-passages": teacher_passages, "--prompt": prompt})
     if around.context_tokens is not None:
         from d2llm.retrieval.context import context_settings, named_tokenizer
 
@@ -303,7 +307,8 @@ def search(
         from d2llm.models.teachers.judge import load_judge
 
         judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
-        cascade = _cascade(opened, judge, index_task, teacher_passages, teacher_ms)
+        num_read = DEFAULT_TEACHER_PASSAGES if teacher_passages is None else teacher_passages
+        cascade = _cascade(opened, judge, index_task, num_read, teacher_ms)
     expanded = expansion.load(writer, device=device, dtype=dtype)
     rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, expansion=expanded)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
@@ -322,6 +327,12 @@ def search(
     if (remark := _plain_queries(rankings)) is not None:
         session.complain("warning", remark)
     session.write_report(context, json_path, report)
+
+
+def _check_unused(teacher_options: Mapping[str, object]) -> None:
+    for name, value in teacher_options.items():
+        if value is not None:
+            raise InputError(f"{name} is for a teacher; name one with --teacher, or leave it out")
 
 
 def _cascade(index: Index, judge: Judge, task: Task, teacher_passages: int, teacher_ms: float | None) -> Cascade:

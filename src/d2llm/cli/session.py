@@ -32,7 +32,7 @@ class Session:
     def _out(self) -> Console:
         from rich.console import Console
 
-        console = Console(highlight=False)
+        console = Console(highlight=False, emoji=False)
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = _FILE_WIDTH
         return console
@@ -41,7 +41,7 @@ class Session:
     def _err(self) -> Console:
         from rich.console import Console
 
-        return Console(stderr=True, highlight=False)
+        return Console(stderr=True, highlight=False, emoji=False)
 
     def show(self, result: RenderableType) -> None:
         """Print a result."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
+import numpy as np
+
 from d2llm.core.errors import FilterError
 
 _COMPARISONS = {"==": "=", ">": ">", ">=": ">=", "<": "<", "<=": "<="}
@@ -33,19 +35,22 @@ def as_condition(filters: Mapping[str, Any]) -> str:
             f"filters {dict(filters)!r:.100}: give field, operator and value, or the operator AND, OR or NOT with "
             "conditions"
         )
-    return _comparison(str(filters["field"]).removeprefix("meta."), operator, filters["value"])
+    field = str(filters["field"])
+    if field in ("content", "score", "embedding", "blob"):
+        raise FilterError(f"filters: '{field}' cannot be used; use metadata fields, id or title")
+    return _comparison(field.removeprefix("meta."), operator, filters["value"])
 
 
 def _comparison(field: str, operator: object, value: Any) -> str:
-    if field in ("content", "score", "embedding", "blob"):
-        raise FilterError(f"filters: '{field}' cannot be used; use metadata fields, id or title")
     if operator == "!=":
         return f"NOT {_comparison(field, '==', value)}"
     if operator == "not in":
         return f"NOT {_comparison(field, 'in', value)}"
     if operator == "in":
-        if not isinstance(value, list | tuple | set) or not value:
-            raise FilterError(f"filters: 'in' on '{field}' needs a list with values, but has {value!r:.60}")
+        if not isinstance(value, list | tuple | set):
+            raise FilterError(f"filters: 'in' on '{field}' needs a list of values, but has {value!r:.60}")
+        if not value:
+            return "(id IS NULL)"  # true for no passage
         return f"({field} IN ({', '.join(_written(field, item) for item in value)}) AND {field} IS NOT NULL)"
     if operator not in _COMPARISONS:
         raise FilterError(
@@ -57,6 +62,8 @@ def _comparison(field: str, operator: object, value: Any) -> str:
 
 
 def _written(field: str, value: Any) -> str:
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, bool):
         return "TRUE" if value else "FALSE"
     if isinstance(value, int | float):

@@ -59,6 +59,14 @@ class StudentModule(InputModule):
         """Maximum number of tokens of a passage; longer passages are truncated, with a warning in the log."""
         return self.student.config.backbone.max_passage_tokens
 
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        if value != self.max_seq_length:
+            raise InputError(
+                f"a student reads at most {self.max_seq_length} tokens of a passage, as it was trained; shorten the "
+                "texts instead of setting max_seq_length"
+            )
+
     def get_embedding_dimension(self) -> int:
         """Width of a text's vector."""
         return self.student.vector_dim

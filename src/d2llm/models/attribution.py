@@ -74,8 +74,10 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
     """What each word of a passage (its full text) adds to its score with a query.
 
     Raises:
-        InputError: the student's tokenizer gives no character offsets.
+        InputError: the student's tokenizer gives no character offsets, or was loaded only to encode texts.
     """
+    if student.backbone.is_lean:
+        raise InputError("this student was loaded only to encode texts and score; load it with lean=False")
     if not getattr(student.backbone.tokenizer, "is_fast", False):
         raise InputError("this student's tokenizer gives no character offsets, so its words cannot be weighted")
     tokenized = student.tokenize([passage], "passage")

@@ -339,15 +339,36 @@ def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> Po
     settings = find_model_file(location, "1_Pooling/config.json")  # where sentence-transformers keeps it
     if settings is not None:
         modes: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
-        mode = modes.get("pooling_mode")  # newer files name the mode, older ones have a flag per mode
-        if mode == "cls" or modes.get("pooling_mode_cls_token"):
-            return "first"
-        return "last" if mode == "lasttoken" or modes.get("pooling_mode_lasttoken") else "mean"
+        # Newer files name the mode or modes, older ones have a flag per mode.
+        named = modes.get("pooling_mode")
+        flagged = [name for flag, name in _POOLING_FLAGS.items() if modes.get(flag) is True]
+        chosen = [named] if isinstance(named, str) else list(named or flagged)
+        if len(chosen) != 1 or chosen[0] not in _POOLINGS:
+            raise ModelError(
+                f"'{location}' is pooled by {' and '.join(map(str, chosen)) or 'nothing'}, which is none of "
+                f"{', '.join(_POOLINGS)}; set pooling to mean, first or last"
+            )
+        return _POOLINGS[chosen[0]]
     architecture = (getattr(model_config, "architectures", None) or [""])[0]
     is_decoder = architecture.endswith(("ForCausalLM", "LMHeadModel")) or model_config.model_type in _DECODER_TYPES
     return "last" if is_decoder else "mean"
 
 
+_POOLINGS: dict[str, PoolingName] = {
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean",  # of the same direction
+    "cls": "first",
+    "lasttoken": "last",
+}
+"""The poolings of sentence-transformers that a backbone has."""
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 _DECODER_TYPES = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2"}
 )

@@ -49,17 +49,20 @@ class _BusyError(Exception):
 class _RateLimiter:
     """Starts one request at a time, at most so many per minute, and none during a pause that the endpoint requested."""
 
-    def __init__(self, per_minute: float | None) -> None:
+    def __init__(self, per_minute: float | None, patience: float) -> None:
         self._interval = 60 / per_minute if per_minute else 0.0
-        self._next = 0.0
+        self._patience = patience
+        self._next = self._paused_until = 0.0
 
     async def acquire(self) -> None:
-        while (wait := self._next - time.monotonic()) > 0:
+        while (wait := max(self._next, self._paused_until) - time.monotonic()) > 0:
+            if self._paused_until - time.monotonic() > self._patience:
+                raise _BusyError(f"asks to wait {wait:,.0f} seconds", wait=wait)
             await asyncio.sleep(wait)
         self._next = time.monotonic() + self._interval
 
     def pause(self, seconds: float) -> None:
-        self._next = max(self._next, time.monotonic() + seconds)
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
 
 class Endpoint(Generic[_Answer]):
@@ -105,7 +108,7 @@ class Endpoint(Generic[_Answer]):
         self._read, self._read_refusal = read, read_refusal
         self._section, self._shorten = section, shorten
         self._key = _read_key(config.api_key_env)
-        self._rate_limiter = _RateLimiter(config.requests_per_minute)
+        self._rate_limiter = _RateLimiter(config.requests_per_minute, 60 * config.patience_minutes)
         self._answered = False
 
     def send(
@@ -181,10 +184,16 @@ class Endpoint(Generic[_Answer]):
                     f"{self._section}.remote.url"
                 ) from error
             raise ModelError(
-                f"{self.address}: {error}; retried for up to {self.config.patience_minutes:g} minutes. Run the "
+                f"{self.address}: {error}; {self._patience_of(error)}. Run the "
                 "command again when the endpoint works again: it continues where it stopped. Or raise "
                 f"{self._section}.remote.patience_minutes, or send fewer requests (concurrency, requests_per_minute)"
             ) from error
+
+    def _patience_of(self, error: _BusyError) -> str:
+        minutes = self.config.patience_minutes
+        if error.wait is not None and error.wait > 60 * minutes:
+            return f"that is longer than patience_minutes ({minutes:g})"
+        return f"retried for up to {minutes:g} minutes"
 
     async def _post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Answer:
         import httpx2
@@ -273,11 +282,10 @@ def _read_key(variable: str | None) -> str | None:
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds until the next try: the endpoint's own delay, or else a random time up to 1, 2, 4 ... 60."""
+    """Seconds until the next try: a random time up to 1, 2, 4 ... 60, but at least the endpoint's own delay."""
     error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, _BusyError) and error.wait is not None:
-        return error.wait
-    return random.uniform(0, min(_LONGEST_BACK_OFF, 2.0 ** (state.attempt_number - 1)))
+    own = (error.wait or 0.0) if isinstance(error, _BusyError) else 0.0
+    return max(own, random.uniform(0, min(_LONGEST_BACK_OFF, 2.0 ** (state.attempt_number - 1))))
 
 
 def _retry_after(header: str | None) -> float | None:

@@ -292,12 +292,13 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _prompt(model: Any, names: tuple[str, ...]) -> str | None:
-    """The model's prompt for the first of ``names`` that it has, or else its default prompt."""
+    """The model's first prompt among ``names`` that is not empty, or else its default prompt.
+
+    The library gives every model prompts for queries and documents, which are empty if the model has none.
+    """
     prompts: dict[str, str] = model.prompts
-    for name in (*names, model.default_prompt_name):
-        if name in prompts:
-            return prompts[name]
-    return None
+    named = [prompts[name] for name in names if name in prompts]
+    return next(filter(None, named), "" if named else prompts.get(model.default_prompt_name))
 
 
 def _count_tokens(model: Any, inputs: list[Any], prompt: str | None, **route: str) -> tuple[list[int], int]:
@@ -317,9 +318,9 @@ def _entailment_output(model: Any, name: str) -> int | None:
     """The index of the output that means yes; None if there is only one output."""
     if model.num_labels == 1:
         return None
-    if model.num_labels == 2:
-        return 1
     outputs = {str(label).lower(): int(index) for index, label in model.config.id2label.items()}
+    if model.num_labels == 2 and "entailment" not in outputs:
+        return 1
     if "entailment" not in outputs:
         raise ModelError(
             f"model '{name}' has the outputs {', '.join(outputs)}, none of which means yes; use a model with one or "

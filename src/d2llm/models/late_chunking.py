@@ -89,6 +89,8 @@ class ChunkReader:
                 "and not a chunk of it; split the text before encoding, or use a student with mean pooling, or with "
                 "PMA without warm start"
             )
+        if backbone.is_lean:
+            raise InputError("this student was loaded only to encode texts and score; load it with lean=False")
         if not backbone.tokenizer.is_fast:
             raise InputError(
                 f"the tokenizer of '{backbone.config.model}' gives no character offsets; split the text before "

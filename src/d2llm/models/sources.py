@@ -155,7 +155,7 @@ def load_pretrained(
     try:
         with quiet_transformers():
             model, report = auto_class.from_pretrained(
-                location, use_safetensors=True, output_loading_info=True, **options
+                location, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelNotFoundError(
@@ -226,7 +226,7 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"the tokenizer of '{location}' cannot be loaded: {first_sentence(error)}. Put the tokenizer's files "
@@ -377,14 +377,15 @@ def _fingerprint_ends(paths: list[Path]) -> str:
 def _convert_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     config = copy.deepcopy(quantised.config)
     # A model loaded from a GGUF file cannot be saved while its configuration says that it is quantised.
     vars(config).pop("quantization_config", None)
     plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
 
 
 @contextmanager

@@ -204,6 +204,21 @@ def test_a_classifier_that_pools_later_has_no_features(tmp_path: Path) -> None:
     assert np.isfinite(judged.log_odds).all()
 
 
+def test_a_decoder_without_a_padding_id_scores_the_last_token(tmp_path: Path) -> None:
+    model_class = transformers.LlamaForSequenceClassification
+    settings = model_class.config_class(**TINY | {"pad_token_id": None}, num_labels=1)
+    model = model_class(settings).eval()
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    teacher = load(tmp_path)
+    assert isinstance(teacher, ClassifierTeacher)
+    for pairs in (PAIRS[:1], PAIRS[:4]):  # a batch of one would take the last position, which is padding
+        with torch.inference_mode():
+            rows = [teacher.tokenizer(*pair, return_tensors="pt") for pair in pairs]
+            expected = [float(model(**row).logits[0, 0]) for row in rows]
+        np.testing.assert_allclose(teacher.judge(pairs, "symmetric").log_odds, expected, atol=1e-4)
+
+
 # --- length
 
 

@@ -62,6 +62,16 @@ def test_a_request_sends_the_prompt_for_a_single_token():
     assert (judged.num_truncated, judged.num_bounded, judged.num_undecided) == (0, 0, 0)
 
 
+def test_a_prompt_with_spaces_is_sent_as_it_is_written():
+    with local_endpoint(always(PLAIN)) as endpoint:
+        teacher = remote_teacher(endpoint, prompt="paper")
+        teacher.judge([("how cats sleep", "Cats nap.")], "asymmetric")
+    (request,) = endpoint.requests
+    assert request.body["prompt"] == load_prompt("paper", "asymmetric").fill("how cats sleep", "Cats nap.")
+    assert "#Q: how cats sleep" in request.body["prompt"]
+    assert "#P: Cats nap." in request.body["prompt"]
+
+
 def test_chat_sends_the_prompt_as_a_user_message():
     with local_endpoint(always(chat_completion({" no": -0.25, " yes": -2.0}))) as endpoint:
         judged = remote_teacher(endpoint, api="chat", top_logprobs=5).judge([("a", "b")], "asymmetric")

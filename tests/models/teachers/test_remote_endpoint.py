@@ -171,6 +171,27 @@ def test_retries_end_after_patience_minutes():
     assert "continues where it stopped" in str(caught.value)
 
 
+def test_a_delay_beyond_the_patience_is_an_error_each_time():
+    busy = Reply({"error": "come back later"}, status=429, headers={"Retry-After": "30"})
+    with local_endpoint(lambda request, number: busy) as endpoint:
+        teacher = remote_teacher(endpoint, patience_minutes=0.01)
+        started = time.monotonic()
+        for problem in ("answers 429", r"asks to wait (30|29) seconds"):
+            with pytest.raises(ModelError, match=rf"{problem}.*that is longer than patience_minutes \(0.01\)"):
+                teacher.judge(PAIRS[:1], "asymmetric")
+        assert time.monotonic() - started < PATIENCE
+    assert len(endpoint.requests) == 1
+
+
+def test_a_delay_of_nothing_is_no_reason_to_hurry(monkeypatch: pytest.MonkeyPatch):
+    limits: list[float] = []
+    monkeypatch.setattr(random, "uniform", lambda low, high: limits.append(high) or 0.01)
+    busy = Reply({"error": "busy"}, status=503, headers={"Retry-After": "0"})
+    with local_endpoint(lambda request, number: busy if 1 <= number <= 3 else Reply(PLAIN)) as endpoint:
+        remote_teacher(endpoint, concurrency=1).judge(PAIRS[:2], "asymmetric")
+    assert limits == [1, 2, 4]
+
+
 def test_an_unreachable_address_is_an_error_at_once():
     with socket.socket() as unanswered:
         unanswered.bind(("127.0.0.1", 0))  # bound but not listening, so it refuses connections

@@ -114,6 +114,8 @@ class LocalTeacher(nn.Module):
         self.tokenizer = load_tokenizer(self.location)
         auto_class = getattr(transformers, self._auto_class)
         whole: Any = load_pretrained(auto_class, self.location, dtype=compute_dtype, **self._head_options())
+        # A classifier reads its score at the last token that is not padding, by its own padding id.
+        whole.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         whole = whole.to(device).eval().requires_grad_(False)
         self._whole = (whole,)  # in a tuple, so that torch does not register its weights twice
         self.model: nn.Module = self._judging_part(whole)

@@ -78,7 +78,7 @@ class RemoteTeacher:
         """
         del device, dtype
         teacher = cls(config)
-        teacher._ask([_join(teacher.prompts["asymmetric"], *_TRIAL)])
+        teacher._ask([teacher.prompts["asymmetric"].fill(*_TRIAL)])
         return teacher
 
     @staticmethod
@@ -184,7 +184,7 @@ class RemoteTeacher:
     def _write(self, prompt: Prompt, pairs: Sequence[TextPair]) -> tuple[list[str], list[bool]]:
         """The text to send for each pair, and whether it was cut, by the same rule as for a local teacher."""
         kept = self._lengths.cut(pairs, self._room(prompt))
-        return [_join(prompt, *pair) for pair in kept], [cut != pair for cut, pair in zip(kept, pairs, strict=True)]
+        return [prompt.fill(*pair) for pair in kept], [cut != pair for cut, pair in zip(kept, pairs, strict=True)]
 
     def _room(self, prompt: Prompt) -> int:
         """Units (tokens, or characters without a tokenizer) left for query and passage."""
@@ -192,7 +192,7 @@ class RemoteTeacher:
         limit = self._lengths.room(self.config.max_tokens)
         if self._lengths.tokenizer is not None:
             limit -= int(self._lengths.tokenizer.num_special_tokens_to_add())
-        room = limit - sum(map(len, self._lengths.ends(parts)))
+        room = limit - sum(map(len, self._lengths.ends(parts))) - 2 * len(prompt.space)
         if room < 2:
             raise InputError(
                 f"max_tokens is {self.config.max_tokens}, but prompt '{self.config.prompt}' alone fills it; raise "
@@ -243,12 +243,10 @@ def _section(config: TeacherConfig) -> RemoteConfig:
 
 def _fingerprint_prompt(config: TeacherConfig, remote: RemoteConfig, task: Task) -> str:
     unit = "tokens" if remote.tokenizer else remote.characters_per_token
-    question = load_prompt(config.prompt, task).fingerprint
-    return fingerprint_json([question, config.max_tokens, unit, remote.api, remote.top_logprobs])
-
-
-def _join(prompt: Prompt, query: str, passage: str) -> str:
-    return f"{prompt.head}{query}{prompt.middle}{passage}{prompt.tail}"
+    prompt = load_prompt(config.prompt, task)
+    # Labels from before prompts with spaces were filled in with them were for another prompt.
+    filled = ["filled"] if prompt.space else []
+    return fingerprint_json([prompt.fingerprint, config.max_tokens, unit, remote.api, remote.top_logprobs, *filled])
 
 
 @dataclass(frozen=True, slots=True)

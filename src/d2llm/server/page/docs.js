@@ -5,6 +5,7 @@ import { apiKey, fetchAnswer } from "./api.js";
 import { byId, element, milliseconds } from "./dom.js";
 import { installTheme } from "./theme.js";
 
+const FORM_TYPE = "multipart/form-data";
 const METHODS = ["get", "post", "put", "patch", "delete"];
 const MAX_DEPTH = 6; // of nested schemas
 let api;
@@ -37,7 +38,8 @@ async function show() {
 }
 
 function operationOf({ path, method, about }) {
-  const body = about.requestBody?.content?.["application/json"]?.schema;
+  const content = about.requestBody?.content || {};
+  const body = (content["application/json"] || Object.values(content)[0])?.schema;
   const answers = Object.entries(about.responses || {});
   return element(
     "details",
@@ -54,7 +56,7 @@ function operationOf({ path, method, about }) {
     body ? [element("h3", {}, "Body"), fieldsOf(body, 0)] : null,
     element("h3", {}, "Answers"),
     answers.map(([status, answer]) => answerOf(status, answer)),
-    trial(path, method, about.parameters || [], body),
+    trial(path, method, about.parameters || [], body, FORM_TYPE in content),
   );
 }
 
@@ -182,23 +184,25 @@ function exampleOf(schema, depth = 0) {
   return { string: "text", integer: definition.minimum ?? 1, number: 0.5, boolean: false, object: {} }[definition.type] ?? null;
 }
 
-function trial(path, method, parameters, body) {
+function trial(path, method, parameters, body, isForm) {
   const inputs = parameters
     .filter((one) => one.in === "path" || one.in === "query")
     .map((one) => ({ about: one, input: element("input", { type: "text", "aria-label": `Parameter ${one.name}` }) }));
-  const area = body
+  const files = isForm ? element("input", { type: "file", multiple: true, "aria-label": `Files of ${method} ${path}` }) : null;
+  const area = body && !isForm
     ? element("textarea", { rows: 8, spellcheck: "false", "aria-label": `Body of ${method} ${path}` }, JSON.stringify(exampleOf(body), null, 2))
     : null;
   const output = element("pre", { class: "output", tabindex: "0", "aria-label": "Answer", hidden: true });
   const heading = element("p", { role: "status", class: "quiet" }, apiKey() ? "Sent with this tab’s API key." : "");
   const button = element("button", { type: "button", class: "strong" }, "Send");
-  button.addEventListener("click", () => send(path, method, inputs, area, output, heading));
+  button.addEventListener("click", () => send(path, method, inputs, area || files, output, heading));
   return element(
     "section",
     { class: "trial" },
     element("h3", {}, "Try it"),
     inputs.map(({ about, input }) => element("label", {}, `${about.name} `, input)),
     area,
+    files,
     element("p", {}, button),
     heading,
     output,
@@ -214,12 +218,12 @@ async function send(path, method, inputs, area, output, heading) {
   }
   if ([...query].length) address += `?${query}`;
   const headers = apiKey() ? { Authorization: `Bearer ${apiKey()}` } : {};
-  if (area) headers["Content-Type"] = "application/json";
+  if (area && area.type !== "file") headers["Content-Type"] = "application/json";
   heading.textContent = "Waiting …";
   const startTime = performance.now();
   try {
     // The body is sent unchanged, so that users can also see the errors for invalid bodies.
-    const response = await fetch(address, { method: method.toUpperCase(), headers, body: area?.value });
+    const response = await fetch(address, { method: method.toUpperCase(), headers, body: bodyOf(area) });
     const text = await response.text();
     heading.textContent = `${response.status} ${response.statusText}, ${milliseconds((performance.now() - startTime) / 1000)}`;
     output.textContent = pretty(text);
@@ -227,6 +231,14 @@ async function send(path, method, inputs, area, output, heading) {
   } catch {
     heading.textContent = "The server cannot be reached.";
   }
+}
+
+/** What a text area or a choice of files holds, as the body of a request; undefined without either. */
+function bodyOf(area) {
+  if (area?.type !== "file") return area?.value;
+  const form = new FormData();
+  for (const file of area.files) form.append("file", file);
+  return form;
 }
 
 function pretty(text) {

@@ -139,7 +139,8 @@ function readJsonLines(text, path, note, types) {
 function metadataOf(values, types) {
   const fields = {};
   for (const [name, value] of Object.entries(values)) {
-    if (!FIELD_NAME.test(name) || RESERVED.has(name) || value === "" || (value !== null && typeof value === "object")) {
+    const isBlank = typeof value === "string" && !value.trim();
+    if (!FIELD_NAME.test(name) || RESERVED.has(name) || isBlank || (value !== null && typeof value === "object")) {
       continue;
     }
     fields[name] = typeof value === "string" ? typed(value, types[name]) : value;

@@ -47,10 +47,12 @@ export function conditionFor(field, type, value) {
   return condition(field, type, "=", String(value));
 }
 
-/** Combine two filters with AND. */
+/** Combine a filter with another condition by AND; a condition that is null changes nothing. */
 export function joined(filter, more) {
+  if (more === null) return filter;
   if (!filter.trim()) return more;
-  const first = /\bOR\b/i.test(filter) && !/^\(.*\)$/.test(filter.trim()) ? `(${filter.trim()})` : filter.trim();
+  // Also around "(a) OR (b)", which only looks like one group; parentheses too many do no harm.
+  const first = /\bOR\b/i.test(filter) ? `(${filter.trim()})` : filter.trim();
   return `${first} AND ${more}`;
 }
 

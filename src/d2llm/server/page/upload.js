@@ -89,7 +89,12 @@ export class Upload {
     for (const event of ["dragleave", "drop"]) place.addEventListener(event, () => place.classList.remove("dropping"));
     place.addEventListener("drop", async (event) => {
       event.preventDefault();
-      this.#take(await droppedFiles(event.dataTransfer));
+      if (this.controller) return; // the running upload is on the page
+      try {
+        this.#take(await droppedFiles(event.dataTransfer));
+      } catch (error) {
+        this.report.replaceChildren(`What was dropped cannot be read: ${error.message || error}`);
+      }
     });
   }
 
