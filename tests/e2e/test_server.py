@@ -215,6 +215,14 @@ def test_invalid_bodies_get_an_explanation(post, path, body, status, fragment):
     assert error["request_id"]
 
 
+def test_the_limit_of_candidates_holds_for_documents(index, post):
+    body = {"query": QUERY, "group": "best", "num_candidates": 3, "top_k": 14}
+    assert post("/v1/search", body)["num_candidates"] > 30
+    with serve(make_app(tiny_settings(index, max_num_candidates=20))) as address:
+        wait_until_ready(address)
+        assert patient.post(f"{address}/v1/search", json=body).json()["num_candidates"] == 20
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

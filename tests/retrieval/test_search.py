@@ -94,6 +94,27 @@ def test_top_k_beyond_the_corpus_returns_all(index, student):
         ]
 
 
+def test_candidates_of_documents_are_limited(student, tmp_path):
+    passages = [Passage(p.id, p.text, document_id=f"d{n // 60}", position=n % 60) for n, p in enumerate(PASSAGES)]
+    encode(passages, student, tmp_path / "i")
+    index = Index.open(tmp_path / "i").view
+    options = {"group": "best", "top_k": 3, "num_candidates": 6}
+    for limit, num_scored in ((None, 120), (50, 50), (6, 6), (1, 6)):
+        (ranking,) = search(index, student, QUERIES[:1], max_num_candidates=limit, **options)
+        assert ranking.num_candidates == num_scored
+    both = options | {"sources": ("vectors", "bm25"), "hybrid": 0.5}
+    (ranking,) = search(index, student, QUERIES[:1], max_num_candidates=50, **both)
+    assert 6 <= ranking.num_candidates <= 50
+
+
+def test_rows_scored_in_blocks_get_the_same_scores(index, student, monkeypatch):
+    settings = {"num_candidates": 100, "top_k": 100, "evidence": {"words": 0.3}}
+    (together,) = search(index, student, QUERIES[:1], **settings)
+    monkeypatch.setattr("d2llm.retrieval.row_scorer._SCORED_AT_ONCE", 7)
+    (in_blocks,) = search(index, student, QUERIES[:1], **settings)
+    assert pairs(in_blocks) == pairs(together)
+
+
 def test_top_k_above_num_candidates_scores_top_k(index, student):
     (ranking,) = search(index, student, QUERIES[:1], top_k=30, num_candidates=10)
     assert len(ranking.passages) == ranking.num_candidates == 30
@@ -253,6 +274,7 @@ class TestSelection:
             ({"near_duplicates": -0.1}, r"near_duplicates is -0\.1"),
             ({"select_from": 20}, "select_from is for mmr and near_duplicates"),
             ({"select_from": 5, "mmr": 0.5}, "select_from is 5, but top_k is 10"),
+            ({"max_num_candidates": 0}, "max_num_candidates is 0"),
         ],
     )
     def test_invalid_settings_are_rejected(self, index, student, changes, message):

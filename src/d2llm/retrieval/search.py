@@ -314,13 +314,17 @@ class Searcher:
         return list(self._student.anchor_queries(vectors, self._task))
 
     def _order(self, prepared: _PreparedQuery) -> Order:
-        depth = prepared.depth
+        depth, deepest = prepared.depth, math.inf
+        if self.settings.max_num_candidates is not None:
+            num_proposals = max(len(self._sources), 1) * (1 + len(prepared.rephrasings))
+            deepest = self.settings.max_num_candidates // num_proposals
         while True:
             scored = self._candidates(prepared, depth)
             documents = None if self.settings.group == "passage" else self._index.documents(scored.rows)
-            if documents is None or scored.is_all or len(set(documents)) >= self.settings.top_k:
+            is_enough = documents is None or scored.is_all or len(set(documents)) >= self.settings.top_k
+            if is_enough or depth >= deepest:
                 return self._ranked(prepared.query, scored, documents)
-            depth *= _WIDENED
+            depth = int(min(_WIDENED * depth, deepest))
 
     def _shown(self, prepared: _PreparedQuery) -> Ranking:
         query, seconds = prepared.query, prepared.seconds

@@ -63,6 +63,7 @@ health_router = APIRouter(tags=["operations"])
 async def search(body: SearchRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
     """Find the passages that answer a query, best first."""
     settings = replace(_settings_of(body), explain=body.explain, group=body.group)
+    settings = replace(settings, max_num_candidates=services.settings.max_num_candidates)
     _check_limits(body.query, settings, services.settings)
     reading = _reading_of(body, services.settings)
     ranking, student = await index.search(body.query, settings, body.rescore, reading)
