@@ -247,6 +247,19 @@ class TestSelection:
         assert [hit.passage.id for hit in ranking.passages] == ["a0", "c0"]
         assert [passage.id for passage, _ in ranking.passages[0].document.others] == ["a1"]
 
+    @pytest.mark.parametrize("changes", [{"mmr": 0.5}, {"near_duplicates": 0.9}])
+    def test_documents_are_selected_from_as_many_as_set(self, tmp_path, student, changes):
+        passages = [Passage(p.id, p.text, document_id=f"d{n // 3}", position=n % 3) for n, p in enumerate(PASSAGES)]
+        encode(passages, student, tmp_path / "i")
+        index = Index.open(tmp_path / "i").view
+        options = {"group": "best", "top_k": 4, "num_candidates": 4}
+        (ranking,) = search(index, student, QUERIES[:1], select_from=25, **options, **changes)
+        (all_candidates,) = search(
+            index, student, QUERIES[:1], select_from=25, **options | {"num_candidates": 120}, **changes
+        )
+        assert ranking.selection == all_candidates.selection
+        assert ranking.selection.selected_from == 25
+
     def test_a_teacher_reads_before_the_selection(self, index, student):
         cascade = Cascade(FakeTeacher(), StudentError(1.0, 0.0, 1.0), teacher_passages=30, min_gain=0.0)
         options = {"top_k": 5, "cascade": cascade}

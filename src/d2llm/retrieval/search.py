@@ -321,7 +321,7 @@ class Searcher:
         while True:
             scored = self._candidates(prepared, depth)
             documents = None if self.settings.group == "passage" else self._index.documents(scored.rows)
-            is_enough = documents is None or scored.is_all or len(set(documents)) >= self.settings.top_k
+            is_enough = documents is None or scored.is_all or len(set(documents)) >= self.settings.ranking_depth
             if is_enough or depth >= deepest:
                 return self._ranked(prepared.query, scored, documents)
             depth = int(min(_WIDENED * depth, deepest))
