@@ -157,6 +157,21 @@ def test_documents_become_late_chunks_as_in_the_library(tmp_path):
         np.testing.assert_allclose(vector, expected[name], atol=1e-2)
 
 
+def test_an_omitted_option_of_splitting_is_that_of_the_index(tmp_path):
+    folder = write_tiny_index(tmp_path, 0)
+    with serve(make_app(tiny_settings(folder))) as address:
+        wait_until_ready(address)
+        body = {"documents": [{"id": "a", "text": "the cat sat on the mat. " * 12}]}
+        url = f"{address}/v1/documents"
+        first = patient.post(url, json=body | {"chunk_tokens": 16, "chunk_overlap": 4})
+        assert first.status_code == 200, first.text
+        for options in ({"chunk_tokens": 16}, {"chunk_overlap": 4}):
+            response = patient.post(url, json=body | options)
+            assert response.status_code == 200, response.text
+            assert response.json()["num_unchanged"] == first.json()["num_added"]
+        assert "at most 16 tokens" in patient.post(url, json=body | {"chunk_tokens": 20}).text
+
+
 def vectors_by_id(index):
     rows = index.view.live_rows()
     return dict(zip(index.view.ids(rows), index.view.vectors(rows), strict=True))

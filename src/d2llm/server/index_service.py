@@ -27,8 +27,7 @@ from d2llm.retrieval.cascade import Cascade, Rereader, TeacherReading, judge_pas
 from d2llm.retrieval.chunking import (
     Chunker,
     DocumentsReport,
-    choose_chunking,
-    default_chunking,
+    changed_chunking,
     upsert_documents,
 )
 from d2llm.retrieval.context import AnswerContext, build_context
@@ -46,7 +45,6 @@ from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersio
 from d2llm.store import inspection
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats
-from d2llm.store.side_files import Chunking
 from d2llm.store.view import PassageView
 
 _Value = TypeVar("_Value")
@@ -307,11 +305,8 @@ class IndexService:
         note_items([document.text for document in documents])
 
         def work(index: Index, student: Student) -> DocumentsReport:
-            chunking = None
-            if chunk_tokens is not None or chunk_overlap is not None:
-                tokens = chunk_tokens or default_chunking(student).chunk_tokens
-                chunking = Chunking(tokens, chunk_overlap or 0)
-            chunker = Chunker(student, choose_chunking(index.folder, student, chunking))
+            chunking = changed_chunking(index.folder, student, chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap)
+            chunker = Chunker(student, chunking)
             return upsert_documents(index, documents, chunker, lenient_metadata=lenient_metadata)
 
         return await self._write(work)
