@@ -131,6 +131,19 @@ def test_head_without_anchor_scans_everything(tmp_path):
     assert all(hit.anchor_score is None for hit in ranking.passages)
 
 
+def test_fusion_for_a_head_without_anchor_includes_what_words_find(tmp_path):
+    student = FakeStudent(head="paper")
+    encode(PASSAGES, student, tmp_path / "i", vector_format="float32")
+    index = Index.open(tmp_path / "i").view
+    for query in ("small dog", "green horse sleeps"):
+        (by_student,) = search(index, student, [query], top_k=3)
+        (fused,) = search(index, student, [query], top_k=3, num_candidates=3, hybrid=1.0)
+        ids = [hit.passage.id for hit in fused.passages]
+        assert ids == index.ids(index.match(query, 3).rows)
+        assert not set(ids) <= {hit.passage.id for hit in by_student.passages}
+        assert fused.certificate is None  # it would prove the student's order
+
+
 def test_the_default_task_is_that_of_the_index(tmp_path, student):
     encode(PASSAGES, student, tmp_path / "i", vector_format="float32", task="symmetric")
     index = Index.open(tmp_path / "i").view

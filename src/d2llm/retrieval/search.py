@@ -415,10 +415,16 @@ class Searcher:
             )
         except ModelError as error:
             raise ModelError(f"query {prepared.query.id!r}: {error}") from error
-        is_own_order = self._cascade is None and self.settings.group == "passage"
-        certificate = certified.certificate if is_own_order else None  # it only proves the student's order of passages
-        num_scored, is_all = certified.certificate.num_scored, len(certified.rows) < top_k
-        return ScoredCandidates(certified.rows, certified.scores, num_scored, proposals, certificate, is_all)
+        # It only proves the student's order of passages.
+        certificate = certified.certificate if self._in_students_order else None
+        rows, scores, is_all = certified.rows, certified.scores, len(certified.rows) < top_k
+        # BM25's proposals in a fusion need not be among the student's best.
+        proposed = np.concatenate([np.zeros(0, np.int64), *(proposal.rows for proposal in proposals.values())])
+        others = np.setdiff1d(proposed, rows)
+        if len(others):
+            scorer = RowScorer(self._index, self._student, prepared.vector, self._task, prepared.evidence)
+            rows, scores = np.concatenate([rows, others]), np.concatenate([scores, scorer(others)])
+        return ScoredCandidates(rows, scores, certified.certificate.num_scored, proposals, certificate, is_all)
 
     def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
         """The top ``top_k`` passages or documents by the student's score, a fusion of rankings, or the cascade.
