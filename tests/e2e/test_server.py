@@ -223,6 +223,26 @@ def test_the_limit_of_candidates_holds_for_documents(index, post):
         assert patient.post(f"{address}/v1/search", json=body).json()["num_candidates"] == 20
 
 
+def test_defaults_above_a_limit_are_lowered_and_values_of_clients_refused(index):
+    limits = {"max_top_k": 4, "max_num_candidates": 7, "max_context_tokens": 50}
+    with serve(make_app(tiny_settings(index, **limits))) as address:
+        wait_until_ready(address)
+
+        def send(path, status=200, **fields):
+            response = patient.post(f"{address}/v1/{path}", json={"query": QUERY} | fields)
+            assert response.status_code == status, response.text
+            return response.json()
+
+        answer = send("search")
+        assert (len(answer["passages"]), answer["num_candidates"]) == (4, 7)
+        assert send("search", mmr=0.5)["selection"]["selected_from"] == 7
+        context = send("context")
+        assert (context["max_tokens"], context["selection"]["selected_from"]) == (50, 7)
+        for name, value in (("top_k", 5), ("num_candidates", 100), ("select_from", 8)):
+            assert name in send("search", 400, mmr=0.5, **{name: value})["error"]["message"]
+        assert "max_tokens" in send("context", 400, max_tokens=51)["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
