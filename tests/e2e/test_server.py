@@ -16,6 +16,7 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.models.teachers.judge import load_judge
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.calibrate import write_error
+from d2llm.retrieval.context import build_context
 from tiny_models import write_tiny_model
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index, write_tiny_student
 
@@ -314,6 +315,31 @@ def test_written_passages_are_found_and_deleted_ones_are_not(tmp_path):
             assert http.post("/v1/index/snapshots", json={"name": "then"}).json()["snapshots"] == ["then"]
             after = http.get("/v1/index").json()
             assert after["num_passages"] == before["num_passages"] + ingested["num_added"]
+
+
+def test_a_long_context_does_not_delay_other_reads(index, monkeypatch):
+    began, may_end = threading.Event(), threading.Event()
+
+    def held(*arguments, **options):
+        began.set()
+        assert may_end.wait(PATIENCE)
+        return build_context(*arguments, **options)
+
+    monkeypatch.setattr("d2llm.server.index_service.build_context", held)
+    answers = []
+    with serve(make_app(tiny_settings(index))) as address:
+        wait_until_ready(address)
+        thread = threading.Thread(
+            target=lambda: answers.append(patient.post(f"{address}/v1/context", json={"query": QUERY}))
+        )
+        thread.start()
+        try:
+            assert began.wait(PATIENCE)
+            assert httpx2.get(f"{address}/v1/passages/p0", timeout=10).status_code == 200
+        finally:
+            may_end.set()
+            thread.join()
+    assert answers[0].json()["text"]
 
 
 def test_a_read_only_server_refuses_changes(index):

@@ -105,6 +105,7 @@ class IndexService:
         self._readings = readings
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._context_builds = ThreadPoolExecutor(1, thread_name_prefix="context")  # long ones take longer than reads
         self._searching, self._explaining = Places(queue), Places(_WAITING)
         self._contexts = Places(_WAITING)
         self._writing = Places(_WAITING, retry_after=5.0)
@@ -124,7 +125,8 @@ class IndexService:
         await self._ranks.stop(timeout)
         with contextlib.suppress(asyncio.TimeoutError):  # an unfinished write fails when the student stops
             await asyncio.wait_for(asyncio.to_thread(self._writes.shutdown, wait=True), timeout)
-        self._reads.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._reads, self._context_builds):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     # Searching -----------------------------------------------------------------------------------------------------
 
@@ -184,7 +186,7 @@ class IndexService:
             return build_context(ranking, token_ends, max_tokens, order=order, overlapping=overlapping)
 
         with self._contexts:
-            return await self._in(self._reads, build)
+            return await self._in(self._context_builds, build)
 
     async def explain(self, query: str, passage_id: str, task: Task) -> tuple[Passage, Attribution, str | None]:
         """A passage, its words' contributions to the query's score, and why the interaction adds nothing, or None.
