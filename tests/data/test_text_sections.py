@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from d2llm.core.types import Section
-from d2llm.data.text_sections import markdown_sections, rst_sections
+from d2llm.data.text_sections import front_matter_title, markdown_sections, rst_sections
 
 
 def test_markdown():
@@ -70,3 +72,28 @@ def test_restructured_text():
 @pytest.mark.parametrize("text", ["", "\n\n", "=", "#", "===\n\n===", "def", "```"])
 def test_no_text_is_lost_or_invented(sections, text):
     assert "".join(section.text for section in sections(text)).split() in ([], text.split())
+
+
+@pytest.mark.parametrize(
+    ("heading", "name"),
+    [
+        ("#", ""),
+        ("##  ", ""),
+        ("# ##", ""),
+        ("## a ##  ", "a"),
+        ("# a#", "a#"),
+        ("# a # b", "a # b"),
+        ("# a # ##", "a #"),
+        ("#\ta  b\t#", "a  b"),
+    ],
+)
+def test_white_space_and_closing_marks_around_headings(heading, name):
+    assert list(markdown_sections(f"{heading}\ntext"))[-1] == Section("text", (name,) if name else ())
+
+
+@pytest.mark.parametrize("line", ["# a" + " " * 2_000 + "b", "# " + "# " * 1_000 + "b", "# a" + "_" * 20_000 + "b"])
+def test_a_long_line_takes_little_time(line):
+    begin = time.perf_counter()
+    assert list(markdown_sections(f"{line}\ntext"))[-1].headings
+    front_matter_title("---\ntitle: a" + " " * 20_000 + "b\n---\n")
+    assert time.perf_counter() - begin < 1

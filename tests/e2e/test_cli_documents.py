@@ -110,6 +110,15 @@ def test_the_index_remembers_how_texts_are_split(place, tmp_path):
     assert "split into passages of at most 32 tokens" in succeed("index", tmp_path / "i", "stats").stdout
 
 
+def test_omitted_options_of_splitting_are_those_of_the_index(place, tmp_path):
+    upsert = ("index", tmp_path / "i", "upsert", place / "corpus.jsonl")
+    succeed(*upsert, "--chunk-tokens", "32", "--chunk-overlap", "4", "--late")
+    before = facts_of(tmp_path)
+    for options in (["--chunk-overlap", "4"], ["--chunk-tokens", "32"], ["--late"], ["--late", "--chunk-tokens", "32"]):
+        assert f"{before['num_passages']} unchanged" in succeed(*upsert, *options).stderr
+    assert facts_of(tmp_path)["chunking"] == before["chunking"]
+
+
 def test_long_texts_are_split_unless_whole_is_given(place, tmp_path):
     records = [{"_id": "long", "text": " ".join(SENTENCES)}, {"_id": "short", "text": SENTENCES[0]}]
     write_lines(tmp_path / "corpus.jsonl", records)

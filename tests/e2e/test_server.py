@@ -16,6 +16,7 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.models.teachers.judge import load_judge
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.calibrate import write_error
+from d2llm.retrieval.context import build_context
 from tiny_models import write_tiny_model
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index, write_tiny_student
 
@@ -215,6 +216,34 @@ def test_invalid_bodies_get_an_explanation(post, path, body, status, fragment):
     assert error["request_id"]
 
 
+def test_the_limit_of_candidates_holds_for_documents(index, post):
+    body = {"query": QUERY, "group": "best", "num_candidates": 3, "top_k": 14}
+    assert post("/v1/search", body)["num_candidates"] > 30
+    with serve(make_app(tiny_settings(index, max_num_candidates=20))) as address:
+        wait_until_ready(address)
+        assert patient.post(f"{address}/v1/search", json=body).json()["num_candidates"] == 20
+
+
+def test_defaults_above_a_limit_are_lowered_and_values_of_clients_refused(index):
+    limits = {"max_top_k": 4, "max_num_candidates": 7, "max_context_tokens": 50}
+    with serve(make_app(tiny_settings(index, **limits))) as address:
+        wait_until_ready(address)
+
+        def send(path, status=200, **fields):
+            response = patient.post(f"{address}/v1/{path}", json={"query": QUERY} | fields)
+            assert response.status_code == status, response.text
+            return response.json()
+
+        answer = send("search")
+        assert (len(answer["passages"]), answer["num_candidates"]) == (4, 7)
+        assert send("search", mmr=0.5)["selection"]["selected_from"] == 7
+        context = send("context")
+        assert (context["max_tokens"], context["selection"]["selected_from"]) == (50, 7)
+        for name, value in (("top_k", 5), ("num_candidates", 100), ("select_from", 8)):
+            assert name in send("search", 400, mmr=0.5, **{name: value})["error"]["message"]
+        assert "max_tokens" in send("context", 400, max_tokens=51)["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -286,6 +315,31 @@ def test_written_passages_are_found_and_deleted_ones_are_not(tmp_path):
             assert http.post("/v1/index/snapshots", json={"name": "then"}).json()["snapshots"] == ["then"]
             after = http.get("/v1/index").json()
             assert after["num_passages"] == before["num_passages"] + ingested["num_added"]
+
+
+def test_a_long_context_does_not_delay_other_reads(index, monkeypatch):
+    began, may_end = threading.Event(), threading.Event()
+
+    def held(*arguments, **options):
+        began.set()
+        assert may_end.wait(PATIENCE)
+        return build_context(*arguments, **options)
+
+    monkeypatch.setattr("d2llm.server.index_service.build_context", held)
+    answers = []
+    with serve(make_app(tiny_settings(index))) as address:
+        wait_until_ready(address)
+        thread = threading.Thread(
+            target=lambda: answers.append(patient.post(f"{address}/v1/context", json={"query": QUERY}))
+        )
+        thread.start()
+        try:
+            assert began.wait(PATIENCE)
+            assert httpx2.get(f"{address}/v1/passages/p0", timeout=10).status_code == 200
+        finally:
+            may_end.set()
+            thread.join()
+    assert answers[0].json()["text"]
 
 
 def test_a_read_only_server_refuses_changes(index):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 
+import numpy as np
 import pytest
 
-from tiny_server import tiny_settings, write_tiny_index
+from d2llm import Index, Passage, Student
+from d2llm.store.side_files import Chunking
+from tiny_models import TEXTS
+from tiny_server import tiny_settings, write_tiny_index, write_tiny_student
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
@@ -131,3 +135,43 @@ def test_metadata_of_wrong_types_is_named_or_left_out(ask):
     assert ask("GET", "/v1/passages/even")["metadata"] == {"year": 1999}
     ask("DELETE", "/v1/passages/odd")
     ask("DELETE", "/v1/passages/even")
+
+
+def test_documents_become_late_chunks_as_in_the_library(tmp_path):
+    student = Student.load(write_tiny_student(tmp_path), dtype="float32")
+    documents = [Passage(name, ". ".join(TEXTS[start:])) for start, name in enumerate("abc")]
+    chunking = Chunking(32, late=True)
+    folders = [tmp_path / "library", tmp_path / "served"]
+    indexes = [Index.create(folder, student, student_source=str(tmp_path / "student-0")) for folder in folders]
+    indexes[0].upsert_documents(documents, chunking)
+    indexes[1].upsert_documents(documents[:1], chunking)
+    with serve(make_app(tiny_settings(folders[1]))) as address:
+        wait_until_ready(address)
+        body = {"documents": [{"id": document.id, "text": document.text} for document in documents]}
+        response = patient.post(f"{address}/v1/documents", json=body)
+        assert response.status_code == 200, response.text
+        assert response.json()["num_added"] > 2
+    expected, vectors = (vectors_by_id(Index.open(folder, student)) for folder in folders)
+    assert vectors.keys() == expected.keys()
+    for name, vector in vectors.items():
+        np.testing.assert_allclose(vector, expected[name], atol=1e-2)
+
+
+def test_an_omitted_option_of_splitting_is_that_of_the_index(tmp_path):
+    folder = write_tiny_index(tmp_path, 0)
+    with serve(make_app(tiny_settings(folder))) as address:
+        wait_until_ready(address)
+        body = {"documents": [{"id": "a", "text": "the cat sat on the mat. " * 12}]}
+        url = f"{address}/v1/documents"
+        first = patient.post(url, json=body | {"chunk_tokens": 16, "chunk_overlap": 4})
+        assert first.status_code == 200, first.text
+        for options in ({"chunk_tokens": 16}, {"chunk_overlap": 4}):
+            response = patient.post(url, json=body | options)
+            assert response.status_code == 200, response.text
+            assert response.json()["num_unchanged"] == first.json()["num_added"]
+        assert "at most 16 tokens" in patient.post(url, json=body | {"chunk_tokens": 20}).text
+
+
+def vectors_by_id(index):
+    rows = index.view.live_rows()
+    return dict(zip(index.view.ids(rows), index.view.vectors(rows), strict=True))

@@ -270,6 +270,24 @@ class TestChunkingOfAnIndex:
     def test_a_snapshot_includes_the_chunking(self, index, student):
         assert Index.open(index.snapshot("then"), student).chunking == Chunking(64)
 
+    def test_a_restored_snapshot_has_its_chunking(self, index, student):
+        index.snapshot("then")
+        index.delete_documents(["d", "e"])
+        index.delete(index.view.ids(index.view.live_rows()))
+        index.upsert_documents([Passage("f", LONG)], Chunking(32))
+        index.snapshot("later")
+        for name, chunking in (("then", Chunking(64)), ("later", Chunking(32)), ("then", Chunking(64))):
+            index.restore(name)
+            assert index.chunking == chunking
+            assert index.upsert_documents([Passage("d", LONG)]).num_passages > 3
+
+    def test_a_restored_snapshot_without_documents_has_no_chunking(self, student, tmp_path):
+        index = Index.create(tmp_path / "new", student)
+        index.snapshot("empty")
+        index.upsert_documents([Passage("d", LONG)], Chunking(64))
+        index.restore("empty")
+        assert index.chunking is None
+
     def test_the_default_chunking_of_a_new_index(self, student, tmp_path):
         index = Index.create(tmp_path / "new", student)
         assert index.chunking is None

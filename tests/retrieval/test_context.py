@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from d2llm.core.errors import InputError, ModelNotFoundError
 from d2llm.core.types import Passage, Query, RankedPassage, Ranking
 from d2llm.retrieval.context import build_context, context_settings, named_tokenizer
+from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.settings import SearchSettings
 from indexed_student import PASSAGES, QUERIES, make_indexed
 from tiny_models import tiny_tokenizer
@@ -27,7 +29,7 @@ def ranking_of(passages, neighbours=0):
     """A ranking of passages in this order; the neighbours of each are those at the positions beside it."""
     results = []
     for rank, passage in enumerate(passages, start=1):
-        others = [p for p in MANUAL if p.document_id == passage.document_id and p.id != passage.id]
+        others = [p for p in [*MANUAL, *OTHERS] if p.document_id == passage.document_id and p.id != passage.id]
         near = [p for p in others if passage.document_id and abs(p.position - passage.position) <= neighbours]
         before = tuple(p for p in near if p.position < passage.position)
         after = tuple(p for p in near if p.position > passage.position)
@@ -46,6 +48,7 @@ MANUAL = [
     )
     for n, text in enumerate(TEXTS, start=1)
 ]
+OTHERS = [Passage(f"a#{n}", f"{text} {n}", "Notes", "a", 2 * n) for n, text in enumerate(TEXTS)]
 SINGLES = [Passage(f"p{n}", text) for n, text in enumerate(TEXTS)]
 
 
@@ -150,6 +153,61 @@ def test_a_context_is_never_too_long_and_accounts_for_every_passage(passages, ma
     texts = {passage.id: passage.text for passage in [*MANUAL, *SINGLES]}
     if not context.truncated:
         assert all(texts[name] in source.text for source in context.sources for name in source.passage_ids)
+
+
+def filled_by_trial(ranking, max_tokens, **options):
+    """The text with every result and neighbour that fits, each tried by making the context of all that were chosen."""
+
+    def whole(results):
+        return build_context(replace(ranking, passages=tuple(results)), word_ends, 10_000, **options)
+
+    chosen = []
+    for result in ranking.passages:
+        at = result.passage.position
+        fitting = None
+        for distance in sorted({abs(p.position - at) for p in (*result.before, *result.after)} | {0}):
+            before = tuple(p for p in result.before if at - p.position <= distance)
+            after = tuple(p for p in result.after if p.position - at <= distance)
+            candidate = replace(result, before=before, after=after)
+            if whole([*chosen, candidate]).num_tokens > max_tokens:
+                break
+            fitting = candidate
+        chosen += [] if fitting is None else [fitting]
+    return whole(chosen).text
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.permutations([*MANUAL, *SINGLES, *OTHERS]).flatmap(
+        lambda passages: st.integers(2, len(passages)).map(lambda n: passages[:n])
+    ),
+    st.integers(25, 150),
+    st.integers(0, 2),
+    st.sampled_from(["rank", "document"]),
+    st.booleans(),
+)
+def test_a_context_holds_what_fits_in_the_order_of_ranks(passages, max_tokens, neighbours, order, overlapping):
+    ranking = ranking_of(passages, neighbours)
+    options = {"order": order, "overlapping": overlapping}
+    context = build_context(ranking, word_ends, max_tokens, **options)
+    assert context.text == filled_by_trial(ranking, max_tokens, **options)
+
+
+@pytest.mark.parametrize("documents", [1, 20, 300])
+def test_a_long_ranking_takes_little_work(monkeypatch, documents):
+    places = [divmod(n, documents) for n in range(300)]
+    passages = [Passage(f"{d}#{n}", f"Ship {n}.", document_id=f"{d}", position=2 * n) for n, d in places]
+    num_merged = 0
+
+    def counted(results, **options):
+        nonlocal num_merged
+        num_merged += len(results)
+        return merge_neighbours(results, **options)
+
+    monkeypatch.setattr("d2llm.retrieval.context.merge_neighbours", counted)
+    context = context_of(passages, 1_000)
+    assert 0 < len(context.left_out) < 300
+    assert num_merged <= 2 * 300
 
 
 def test_invalid_requests_are_rejected(tmp_path):

@@ -94,6 +94,27 @@ def test_top_k_beyond_the_corpus_returns_all(index, student):
         ]
 
 
+def test_candidates_of_documents_are_limited(student, tmp_path):
+    passages = [Passage(p.id, p.text, document_id=f"d{n // 60}", position=n % 60) for n, p in enumerate(PASSAGES)]
+    encode(passages, student, tmp_path / "i")
+    index = Index.open(tmp_path / "i").view
+    options = {"group": "best", "top_k": 3, "num_candidates": 6}
+    for limit, num_scored in ((None, 120), (50, 50), (6, 6), (1, 6)):
+        (ranking,) = search(index, student, QUERIES[:1], max_num_candidates=limit, **options)
+        assert ranking.num_candidates == num_scored
+    both = options | {"sources": ("vectors", "bm25"), "hybrid": 0.5}
+    (ranking,) = search(index, student, QUERIES[:1], max_num_candidates=50, **both)
+    assert 6 <= ranking.num_candidates <= 50
+
+
+def test_rows_scored_in_blocks_get_the_same_scores(index, student, monkeypatch):
+    settings = {"num_candidates": 100, "top_k": 100, "evidence": {"words": 0.3}}
+    (together,) = search(index, student, QUERIES[:1], **settings)
+    monkeypatch.setattr("d2llm.retrieval.row_scorer._SCORED_AT_ONCE", 7)
+    (in_blocks,) = search(index, student, QUERIES[:1], **settings)
+    assert pairs(in_blocks) == pairs(together)
+
+
 def test_top_k_above_num_candidates_scores_top_k(index, student):
     (ranking,) = search(index, student, QUERIES[:1], top_k=30, num_candidates=10)
     assert len(ranking.passages) == ranking.num_candidates == 30
@@ -108,6 +129,19 @@ def test_head_without_anchor_scans_everything(tmp_path):
         passage_id for passage_id, _ in brute_force(student, QUERIES[0])[:4]
     ]
     assert all(hit.anchor_score is None for hit in ranking.passages)
+
+
+def test_fusion_for_a_head_without_anchor_includes_what_words_find(tmp_path):
+    student = FakeStudent(head="paper")
+    encode(PASSAGES, student, tmp_path / "i", vector_format="float32")
+    index = Index.open(tmp_path / "i").view
+    for query in ("small dog", "green horse sleeps"):
+        (by_student,) = search(index, student, [query], top_k=3)
+        (fused,) = search(index, student, [query], top_k=3, num_candidates=3, hybrid=1.0)
+        ids = [hit.passage.id for hit in fused.passages]
+        assert ids == index.ids(index.match(query, 3).rows)
+        assert not set(ids) <= {hit.passage.id for hit in by_student.passages}
+        assert fused.certificate is None  # it would prove the student's order
 
 
 def test_the_default_task_is_that_of_the_index(tmp_path, student):
@@ -226,6 +260,19 @@ class TestSelection:
         assert [hit.passage.id for hit in ranking.passages] == ["a0", "c0"]
         assert [passage.id for passage, _ in ranking.passages[0].document.others] == ["a1"]
 
+    @pytest.mark.parametrize("changes", [{"mmr": 0.5}, {"near_duplicates": 0.9}])
+    def test_documents_are_selected_from_as_many_as_set(self, tmp_path, student, changes):
+        passages = [Passage(p.id, p.text, document_id=f"d{n // 3}", position=n % 3) for n, p in enumerate(PASSAGES)]
+        encode(passages, student, tmp_path / "i")
+        index = Index.open(tmp_path / "i").view
+        options = {"group": "best", "top_k": 4, "num_candidates": 4}
+        (ranking,) = search(index, student, QUERIES[:1], select_from=25, **options, **changes)
+        (all_candidates,) = search(
+            index, student, QUERIES[:1], select_from=25, **options | {"num_candidates": 120}, **changes
+        )
+        assert ranking.selection == all_candidates.selection
+        assert ranking.selection.selected_from == 25
+
     def test_a_teacher_reads_before_the_selection(self, index, student):
         cascade = Cascade(FakeTeacher(), StudentError(1.0, 0.0, 1.0), teacher_passages=30, min_gain=0.0)
         options = {"top_k": 5, "cascade": cascade}
@@ -253,6 +300,7 @@ class TestSelection:
             ({"near_duplicates": -0.1}, r"near_duplicates is -0\.1"),
             ({"select_from": 20}, "select_from is for mmr and near_duplicates"),
             ({"select_from": 5, "mmr": 0.5}, "select_from is 5, but top_k is 10"),
+            ({"max_num_candidates": 0}, "max_num_candidates is 0"),
         ],
     )
     def test_invalid_settings_are_rejected(self, index, student, changes, message):

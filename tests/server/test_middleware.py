@@ -94,6 +94,67 @@ def test_health_is_served_for_any_host():
     assert tiny_client().get("/health", headers={"Host": "10.1.2.3:8000"}).status_code == 200
 
 
+# Origins
+
+
+OWN = {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000"}
+OTHER = {"Origin": "https://evil.example"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        OWN,
+        OWN | {"Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+        {"Host": "LOCALHOST", "Origin": "http://localhost"},
+        {"Host": "localhost:443", "Origin": "https://localhost"},
+    ],
+)
+def test_programs_and_the_servers_own_page_may_write(headers: dict[str, str]):
+    assert tiny_client().post("/v1/index/reload", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        OTHER,
+        OWN | OTHER,
+        OWN | {"Origin": "http://127.0.0.1:3000"},
+        OWN | {"Origin": "http://127.0.0.1"},
+        OWN | {"Origin": "null"},
+        OWN | {"Origin": ""},
+        {"Host": "localhost", "Origin": "localhost"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
+def test_pages_of_other_origins_may_not_write(headers: dict[str, str]):
+    client = tiny_client()
+    for method, path in (("POST", "/v1/index/reload"), ("POST", "/v1/search"), ("DELETE", "/v1/passages/a")):
+        response = client.request(method, path, headers=headers)
+        assert response.status_code == 403
+        assert response.json()["error"]["kind"] == "forbidden"
+        assert "cors_origins" in response.json()["error"]["message"]
+    assert client.get("/v1/passages/a", headers=headers).status_code == 200
+
+
+def test_a_form_of_another_site_uploads_nothing():
+    files = {"file": ("a.txt", b"text")}
+    assert tiny_client().post("/v1/files", files=files, headers=OTHER).status_code == 403
+    assert tiny_client().post("/v1/files", files=files).status_code == 404  # there is no such route, but it is let in
+
+
+def test_origins_with_cors_may_write():
+    headers = OTHER | {"Sec-Fetch-Site": "cross-site"}
+    for allowed in ("https://evil.example", "*"):
+        assert tiny_client(cors_origins=(allowed,)).post("/v1/index/reload", headers=headers).status_code == 200
+    one = tiny_client(cors_origins=("https://app.example",))
+    assert one.post("/v1/index/reload", headers=headers).status_code == 403
+    assert one.post("/v1/index/reload", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+
+
 # Bodies
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.ops.bm25_words import sentences, terms, windows
+from d2llm.store import bm25
 from d2llm.store.bm25 import WordIndex, WordSegment, rank_passages
 
 TEXTS = {
@@ -153,6 +155,36 @@ class TestScores:
     def test_scoring_no_rows(self):
         index = WordIndex.from_texts(TEXTS.values())
         assert [len(part) for part in index.score(index.query("cat"), np.zeros(0, np.int64))] == [0, 0]
+
+    @given(texts, queries)
+    def test_scores_do_not_depend_on_how_many_terms_are_counted_at_once(self, collection, query):
+        index = WordIndex.from_texts(collection)
+        rows = np.arange(len(index))
+        together = index.score(index.query(query), rows)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bm25, "_MOST_COUNTS", 1)
+            one_by_one = index.score(index.query(query), rows)
+        assert [part.tobytes() for part in one_by_one] == [part.tobytes() for part in together]
+
+    def test_a_query_of_more_terms_than_16_bits_count(self):
+        words = [f"word{number}" for number in range(33_000)]
+        index = WordIndex.from_texts(["\n".join(words[start : start + 20]) for start in range(0, len(words), 20)])
+        rows = np.arange(len(index))
+        query = index.query(" ".join(words))
+        passages, best_windows = index.score(query, rows)
+        assert passages.tobytes() == index.scores(query).tobytes()
+        assert (best_windows > 0).all()
+
+    def test_a_long_query_takes_little_memory(self):
+        words = [f"word{number}" for number in range(2_000)]
+        index = WordIndex.from_texts(["\n".join(words[start : start + 20]) for start in range(0, len(words), 20)] * 5)
+        query = index.query(" ".join(words + [f"unknown{number}" for number in range(2_000)]))
+        tracemalloc.start()
+        try:
+            index.score(query, np.arange(len(index)))
+            assert tracemalloc.get_traced_memory()[1] < 150_000_000  # 10,000 sentences x 4,000 terms: 320 MB
+        finally:
+            tracemalloc.stop()
 
     def test_statistics_of_a_query(self):
         words = WordIndex.from_texts(TEXTS.values()).query("cat mat mat zebra")

@@ -205,7 +205,7 @@ def sync(
             folders,
             exclude=exclude,
             seconds_per_file=writing.file_seconds,
-            chunking=splitting.chunking(cast("Student", index.student)),
+            chunking=splitting.chunking(cast("Student", index.student), index.folder),
         )
         _require_passages(index, report.skipped)
     _say_what_was_written(context, index, report.written)
@@ -507,7 +507,7 @@ def _write_corpus(
     with _opened(folder_of(context), new, writing) as index:
         report = index.upsert_documents(
             texts.passages,
-            splitting.chunking(cast("Student", index.student)),
+            splitting.chunking(cast("Student", index.student), index.folder),
             only_new=only_new,
             lenient_metadata=writing.lenient_metadata,
             num_documents=texts.num_documents,

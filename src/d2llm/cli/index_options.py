@@ -186,20 +186,27 @@ class ChunkingOptions:
         if self.late_window is not None and not self.late:
             raise InputError("--late-window is for --late; give both, or leave it out")
 
-    def chunking(self, student: Student) -> Chunking | None:
-        """The chunking that these options describe; None if none of them is given.
+    def chunking(self, student: Student, folder: Path | None = None) -> Chunking | None:
+        """The chunking of the index in ``folder``, or the default, changed by these options; None if none is given.
 
         Raises:
             InputError: the student cannot read such passages.
         """
-        from d2llm.retrieval.chunking import Chunker, Chunking, default_chunking
+        from d2llm.retrieval.chunking import Chunker, Chunking, changed_chunking
 
         if self.whole:
             return Chunking(None)
         if not self.late and self.chunk_tokens is None and self.chunk_overlap is None:
             return None
-        tokens = self.chunk_tokens or default_chunking(student).chunk_tokens
-        return Chunker(student, Chunking(tokens, self.chunk_overlap or 0, self.late, self.late_window)).chunking
+        chunking = changed_chunking(
+            folder,
+            student,
+            chunk_tokens=self.chunk_tokens,
+            chunk_overlap=self.chunk_overlap,
+            late=self.late or None,
+            late_window=self.late_window,
+        )
+        return Chunker(student, chunking).chunking
 
 
 def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:

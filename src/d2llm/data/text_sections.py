@@ -9,7 +9,7 @@ from d2llm.core.types import Section
 
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(?=\w[^\n]*:)(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", flags=re.DOTALL)
 _FENCE = re.compile(r" {0,3}(```+|~~~+)((?<=~).*|[^`]*)")  # ```inline code``` is no fence
-_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#*)?[ \t]*")
+_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t](.*))?")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*")
 _NO_PARAGRAPH = re.compile(r"( {4}|\t| {0,3}([-+*>|#<]|\d+[.)]))")
 
@@ -33,7 +33,7 @@ def markdown_sections(text: str) -> Iterator[Section]:
         heading = None if fence else _HEADING.fullmatch(line)
         underline = None if fence or heading else _UNDERLINE.fullmatch(line)
         if heading:
-            level, title = len(heading[1]), heading[2] or ""
+            level, title = len(heading[1]), heading_title(heading[2] or "")
         elif underline and _can_be_title(lines):
             level, title = 1 if underline[1].startswith("=") else 2, lines.pop()
         else:
@@ -49,8 +49,15 @@ def markdown_sections(text: str) -> Iterator[Section]:
 def front_matter_title(text: str) -> str:
     """The title in the front matter (YAML) of a Markdown text; "" if there is none."""
     front_matter = _FRONT_MATTER.match(text)
-    title = re.search(r"^title:[ \t]*(.*?)[ \t]*$", front_matter[1], flags=re.MULTILINE) if front_matter else None
-    return title[1].strip("'\"") if title else ""
+    title = re.search(r"^title:(.*)$", front_matter[1], flags=re.MULTILINE) if front_matter else None
+    return title[1].strip(" \t").strip("'\"") if title else ""
+
+
+def heading_title(text: str) -> str:
+    """What follows the ``#`` of a Markdown heading, without white space around it and without closing ``#``."""
+    text = text.strip(" \t")
+    opened = text.rstrip("#")
+    return opened.rstrip(" \t") if not opened or opened[-1] in " \t" else text
 
 
 def rst_sections(text: str) -> Iterator[Section]:
@@ -97,7 +104,7 @@ def _can_be_title(lines: Sequence[str]) -> bool:
 
 def _plain_heading(text: str) -> str:
     without_links = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return re.sub(r"[*`]|\\(?=[^\w\s])|(?<!\w)_+|_+(?!\w)", "", without_links).strip()
+    return re.sub(r"[*`]|\\(?=[^\w\s])|(?<!\w)_+|(?<!_)_+(?!\w)", "", without_links).strip()
 
 
 def _is_adornment(line: str) -> bool:

@@ -16,6 +16,8 @@ from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, r
 
 _DECAY = 0.5  # of the running mean of seconds per pair, at each batch: texts differ, and the first call is slow
 
+_MARGIN = 1.0  # between the passages that the teacher read and the others, so that none of them tie
+
 
 @dataclass(frozen=True, slots=True)
 class Reread:
@@ -179,7 +181,7 @@ class TeacherReading:
 
     Args: ``teacher_passages``, how many passages to read; ``teacher_ms``, after which no new batch of
     ``batch_passages`` is started. Passages that the teacher did not read keep the student's order, below those that it
-    read: their scores are the student's, shifted below the lowest log-odds.
+    read: their scores are the student's, shifted to at least 1 below the lowest log-odds.
     """
 
     def __init__(
@@ -223,7 +225,7 @@ class TeacherReading:
         now = scores.astype(np.float64)
         now[read] = teacher_log_odds
         if len(read) and len(unread):
-            now[unread] -= max(0.0, float(now[unread[0]] - teacher_log_odds.min()))
+            now[unread] -= max(0.0, float(now[unread[0]] - teacher_log_odds.min()) + _MARGIN)
         unsure, out_of_time = np.zeros(0, np.int64), len(read) < len(to_read)
         return Reread(now, read, teacher_log_odds, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
 

@@ -143,6 +143,13 @@ def choose_chunking(folder: Path, student: Student, requested: Chunking | None =
     return requested or read_chunking(folder) or default_chunking(student)
 
 
+def changed_chunking(folder: Path | None, student: Student, **changes: int | None) -> Chunking:
+    """The chunking of the index in a folder, or the default, with the fields in ``changes`` that are not None."""
+    chunking = (None if folder is None else read_chunking(folder)) or default_chunking(student)
+    values: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    return replace(chunking, **values)
+
+
 @dataclass(frozen=True, slots=True)
 class DocumentsReport(UpsertReport):
     """What ``upsert_documents`` did: the ``UpsertReport``, the number of documents, and of deleted passages."""

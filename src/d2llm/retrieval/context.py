@@ -14,6 +14,7 @@ from d2llm.core.types import (
     ContextOrder,
     Excerpt,
     MetadataValue,
+    Passage,
     RankedPassage,
     Ranking,
 )
@@ -165,11 +166,21 @@ class _Labels(NamedTuple):
     path: str
 
 
+class _Piece(NamedTuple):
+    """A source without its number, and the numbers of tokens of its text: if another follows, and if it is the last."""
+
+    excerpt: Excerpt
+    heading: str
+    inner_tokens: int
+    last_tokens: int
+
+
 class _Packer:
     """Collects results as long as their text fits; ``truncated``: the first of them was cut.
 
     While results are added, lengths are sums over lines, which are counted once each. A tokenizer may join what is on
-    both sides of a line's end, so ``finish`` counts the whole text.
+    both sides of a line's end, so ``finish`` counts the whole text. A result changes only the pieces that it joins and
+    the numbers of those after it; that of a new document comes last.
     """
 
     def __init__(self, token_ends: TokenEnds, max_tokens: int, order: ContextOrder, overlapping: bool) -> None:
@@ -179,21 +190,52 @@ class _Packer:
         self._overlapping = overlapping
         self._lines: dict[str, int] = {}  # number of tokens of each line
         self._chosen: list[RankedPassage] = []
+        self._pieces: dict[str, list[_Piece]] = {}  # of each document
+        self._num_pieces = 0
+        self._inner_tokens = 0  # of all pieces, if another follows
         self.truncated = False
 
     def add(self, result: RankedPassage) -> None:
         """Include a result with the neighbours that fit, if it fits itself; nothing after a result that was cut."""
         if self.truncated:
             return
+        name = _document_name(result.passage)
         fitting = None
         for candidate in _with_more_neighbours(result):
-            if self._length(self._sources([*self._chosen, candidate])) > self._max_tokens:
+            pieces = self._pieces_with(name, candidate)
+            num_pieces, inner_tokens, last = self._sum_with(name, pieces)
+            if inner_tokens - last.inner_tokens + last.last_tokens > self._max_tokens:
                 break
-            fitting = candidate
+            fitting = candidate, pieces, num_pieces, inner_tokens
         if fitting is not None:
-            self._chosen.append(fitting)
+            candidate, self._pieces[name], self._num_pieces, self._inner_tokens = fitting
+            self._chosen.append(candidate)
         elif not self._chosen:
             self._cut(replace(result, before=(), after=()))
+
+    def _pieces_with(self, name: str, result: RankedPassage) -> list[_Piece]:
+        """The pieces of a document with one more result, which joins those that its neighbourhood touches."""
+        positions = [passage.position for passage in (*result.before, result.passage, *result.after)]
+        apart: list[_Piece] = []
+        joined = [result]
+        for piece in self._pieces.get(name, []):
+            passages = piece.excerpt.passages
+            if passages[-1].position < min(positions) - 1 or passages[0].position > max(positions) + 1:
+                apart.append(piece)
+            else:
+                joined += piece.excerpt.results
+        return [*apart, *self._pieces_of(joined)]
+
+    def _sum_with(self, name: str, pieces: list[_Piece]) -> tuple[int, int, _Piece]:
+        """With these pieces of a document: the number of all, their tokens if another follows, and the last of them."""
+        if name not in self._pieces:
+            first, before = self._num_pieces + 1, self._inner_tokens
+        else:
+            every = {**self._pieces, name: pieces}
+            pieces, first, before = self._arranged([one for some in every.values() for one in some]), 1, 0
+        headers = (self._count_line(f"{_header(number, one.heading)}\n") for number, one in enumerate(pieces, first))
+        inner_tokens = before + sum(headers) + sum(one.inner_tokens for one in pieces)
+        return first - 1 + len(pieces), inner_tokens, pieces[-1]
 
     def finish(self) -> tuple[tuple[ContextSource, ...], str]:
         """The sources and their text."""
@@ -208,12 +250,13 @@ class _Packer:
         """Number of tokens of a text."""
         return len(self._token_ends(text))
 
-    def _length(self, sources: Sequence[ContextSource]) -> int:
-        lines = _text_of(sources).splitlines(keepends=True)
-        for line in lines:
-            if line not in self._lines:
-                self._lines[line] = self.count(line)
-        return sum(self._lines[line] for line in lines)
+    def _length(self, text: str) -> int:
+        return sum(map(self._count_line, text.splitlines(keepends=True)))
+
+    def _count_line(self, line: str) -> int:
+        if line not in self._lines:
+            self._lines[line] = self.count(line)
+        return self._lines[line]
 
     def _cut(self, result: RankedPassage) -> None:
         """Include the first tokens of a result that is too long, if the header leaves room for any."""
@@ -228,13 +271,29 @@ class _Packer:
                 return
 
     def _sources(self, results: Sequence[RankedPassage]) -> tuple[ContextSource, ...]:
-        excerpts = merge_neighbours(results, overlapping=self._overlapping)
+        pieces = self._arranged(self._pieces_of(results))
+        return tuple(_source(number, piece) for number, piece in enumerate(pieces, start=1))
+
+    def _pieces_of(self, results: Sequence[RankedPassage]) -> list[_Piece]:
+        return [
+            _Piece(one, _heading(one), self._length(f"{one.text}{_SEPARATOR}"), self._length(one.text))
+            for one in merge_neighbours(results, overlapping=self._overlapping)
+        ]
+
+    def _arranged(self, pieces: list[_Piece]) -> list[_Piece]:
+        """The pieces of all documents in the order of the text."""
+        arranged = sorted(pieces, key=lambda piece: piece.excerpt.results[0].rank)
         if self._order == "document":
             first: dict[str, int] = {}
-            for number, excerpt in enumerate(excerpts):
-                first.setdefault(_document_of(excerpt), number)
-            excerpts.sort(key=lambda excerpt: (first[_document_of(excerpt)], excerpt.passages[0].position))
-        return tuple(_source(number, excerpt) for number, excerpt in enumerate(excerpts, start=1))
+            for number, piece in enumerate(arranged):
+                first.setdefault(_document_name(piece.excerpt.passages[0]), number)
+            arranged.sort(
+                key=lambda piece: (
+                    first[_document_name(piece.excerpt.passages[0])],
+                    piece.excerpt.passages[0].position,
+                )
+            )
+        return arranged
 
 
 def _text_of(sources: Sequence[ContextSource]) -> str:
@@ -255,20 +314,28 @@ def _with_more_neighbours(result: RankedPassage) -> list[RankedPassage]:
     ]
 
 
-def _document_of(excerpt: Excerpt) -> str:
-    passage = excerpt.passages[0]
+def _document_name(passage: Passage) -> str:
     return passage.document_id or passage.id
 
 
-def _source(number: int, excerpt: Excerpt) -> ContextSource:
-    labels, best = _labels(excerpt), excerpt.results[0]
+def _heading(excerpt: Excerpt) -> str:
+    """The header of a source without its number."""
+    labels = _labels(excerpt)
     pages = f"page{'s' if len(labels.pages) > 1 else ''} {_ranges(labels.pages)}" if labels.pages else ""
-    path = labels.path if labels.path != labels.title else ""
-    name = labels.title or labels.path or _document_of(excerpt)
-    parts = [f"[{number}] {name}", pages, path if labels.title else ""]
+    path = labels.path if labels.title and labels.path != labels.title else ""
+    name = labels.title or labels.path or _document_name(excerpt.passages[0])
+    return " ".join(", ".join([name, *(part for part in (pages, path) if part)]).split())
+
+
+def _header(number: int, heading: str) -> str:
+    return f"[{number}] {heading}".rstrip()
+
+
+def _source(number: int, piece: _Piece) -> ContextSource:
+    excerpt, labels, best = piece.excerpt, _labels(piece.excerpt), piece.excerpt.results[0]
     return ContextSource(
         number=number,
-        header=" ".join(", ".join(part for part in parts if part).split()),
+        header=_header(number, piece.heading),
         text=excerpt.text,
         title=labels.title,
         pages=labels.pages,

@@ -13,6 +13,8 @@ from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.store.projections import StoredProjections
 from d2llm.store.view import PassageView
 
+_SCORED_AT_ONCE = 8_192  # rows: their vectors and projections are in memory together
+
 
 class RowScorer:
     """Scores rows of ``view`` for one query, and adds its ``evidence``, if any.
@@ -43,6 +45,9 @@ class RowScorer:
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Final logits [n] of the query with the passages at some rows [n]."""
+        if len(rows) > _SCORED_AT_ONCE:
+            starts = range(0, len(rows), _SCORED_AT_ONCE)
+            return np.concatenate([self(rows[start : start + _SCORED_AT_ONCE]) for start in starts])
         scores = self._vector_scores(rows)
         return scores if self.evidence is None else scores + self.evidence(rows)
 

@@ -314,13 +314,17 @@ class Searcher:
         return list(self._student.anchor_queries(vectors, self._task))
 
     def _order(self, prepared: _PreparedQuery) -> Order:
-        depth = prepared.depth
+        depth, deepest = prepared.depth, math.inf
+        if self.settings.max_num_candidates is not None:
+            num_proposals = max(len(self._sources), 1) * (1 + len(prepared.rephrasings))
+            deepest = self.settings.max_num_candidates // num_proposals
         while True:
             scored = self._candidates(prepared, depth)
             documents = None if self.settings.group == "passage" else self._index.documents(scored.rows)
-            if documents is None or scored.is_all or len(set(documents)) >= self.settings.top_k:
+            is_enough = documents is None or scored.is_all or len(set(documents)) >= self.settings.ranking_depth
+            if is_enough or depth >= deepest:
                 return self._ranked(prepared.query, scored, documents)
-            depth *= _WIDENED
+            depth = int(min(_WIDENED * depth, deepest))
 
     def _shown(self, prepared: _PreparedQuery) -> Ranking:
         query, seconds = prepared.query, prepared.seconds
@@ -411,10 +415,16 @@ class Searcher:
             )
         except ModelError as error:
             raise ModelError(f"query {prepared.query.id!r}: {error}") from error
-        is_own_order = self._cascade is None and self.settings.group == "passage"
-        certificate = certified.certificate if is_own_order else None  # it only proves the student's order of passages
-        num_scored, is_all = certified.certificate.num_scored, len(certified.rows) < top_k
-        return ScoredCandidates(certified.rows, certified.scores, num_scored, proposals, certificate, is_all)
+        # It only proves the student's order of passages.
+        certificate = certified.certificate if self._in_students_order else None
+        rows, scores, is_all = certified.rows, certified.scores, len(certified.rows) < top_k
+        # BM25's proposals in a fusion need not be among the student's best.
+        proposed = np.concatenate([np.zeros(0, np.int64), *(proposal.rows for proposal in proposals.values())])
+        others = np.setdiff1d(proposed, rows)
+        if len(others):
+            scorer = RowScorer(self._index, self._student, prepared.vector, self._task, prepared.evidence)
+            rows, scores = np.concatenate([rows, others]), np.concatenate([scores, scorer(others)])
+        return ScoredCandidates(rows, scores, certified.certificate.num_scored, proposals, certificate, is_all)
 
     def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
         """The top ``top_k`` passages or documents by the student's score, a fusion of rankings, or the cascade.

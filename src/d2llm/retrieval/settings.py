@@ -41,6 +41,8 @@ class SearchSettings:
         group: rank documents (``Passage.document_id``; a passage without one counts as its own document) by their
             "best" passage, or by the "sum" of their best passages' odds. ``top_k`` then counts documents, and more
             candidates are taken if they belong to too few documents.
+        max_num_candidates: with ``group``, take no more candidates than this, even if they belong to too few documents;
+            None sets no limit.
         document_passages: number of passages shown per document, and with "sum" summed.
         neighbours: also return the passages of the same document up to this many positions before and after each.
         mmr: choose diverse results by maximal marginal relevance (``ops.diversity``), with this weight, 0 to 1, for the
@@ -63,6 +65,7 @@ class SearchSettings:
     budget_ms: float | None = None
     explain: bool = False
     group: Grouping = "passage"
+    max_num_candidates: int | None = None
     document_passages: int = 3
     neighbours: int = 0
     mmr: float | None = None
@@ -111,6 +114,10 @@ class SearchSettings:
             raise InputError("an exact search ranks all passages by the student's score: leave out hybrid and sources")
         if self.budget_ms is not None and not self.exact:
             raise InputError("budget_ms is for an exact search; set exact as well, or leave it out")
+        self._check_documents()
+        self._check_selection()
+
+    def _check_documents(self) -> None:
         if self.group not in get_args(Grouping):
             raise InputError(f"group is {self.group!r}, but must be one of {', '.join(get_args(Grouping))}")
         if self.document_passages < 1 or self.neighbours < 0:
@@ -118,7 +125,8 @@ class SearchSettings:
                 f"document_passages is {self.document_passages} and neighbours is {self.neighbours}; they must be at "
                 "least 1 and 0"
             )
-        self._check_selection()
+        if self.max_num_candidates is not None and self.max_num_candidates < 1:
+            raise InputError(f"max_num_candidates is {self.max_num_candidates}, but must be at least 1")
         if self.exact and self.group != "passage":
             raise InputError("an exact search proves a ranking of passages: leave out either group or exact")
         if self.hybrid is not None and self.group == "sum":

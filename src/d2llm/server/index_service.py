@@ -27,8 +27,7 @@ from d2llm.retrieval.cascade import Cascade, Rereader, TeacherReading, judge_pas
 from d2llm.retrieval.chunking import (
     Chunker,
     DocumentsReport,
-    choose_chunking,
-    default_chunking,
+    changed_chunking,
     upsert_documents,
 )
 from d2llm.retrieval.context import AnswerContext, build_context
@@ -46,7 +45,6 @@ from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersio
 from d2llm.store import inspection
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats
-from d2llm.store.side_files import Chunking
 from d2llm.store.view import PassageView
 
 _Value = TypeVar("_Value")
@@ -107,6 +105,7 @@ class IndexService:
         self._readings = readings
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._context_builds = ThreadPoolExecutor(1, thread_name_prefix="context")  # long ones take longer than reads
         self._searching, self._explaining = Places(queue), Places(_WAITING)
         self._contexts = Places(_WAITING)
         self._writing = Places(_WAITING, retry_after=5.0)
@@ -126,7 +125,8 @@ class IndexService:
         await self._ranks.stop(timeout)
         with contextlib.suppress(asyncio.TimeoutError):  # an unfinished write fails when the student stops
             await asyncio.wait_for(asyncio.to_thread(self._writes.shutdown, wait=True), timeout)
-        self._reads.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._reads, self._context_builds):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     # Searching -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class IndexService:
             return build_context(ranking, token_ends, max_tokens, order=order, overlapping=overlapping)
 
         with self._contexts:
-            return await self._in(self._reads, build)
+            return await self._in(self._context_builds, build)
 
     async def explain(self, query: str, passage_id: str, task: Task) -> tuple[Passage, Attribution, str | None]:
         """A passage, its words' contributions to the query's score, and why the interaction adds nothing, or None.
@@ -307,11 +307,8 @@ class IndexService:
         note_items([document.text for document in documents])
 
         def work(index: Index, student: Student) -> DocumentsReport:
-            chunking = None
-            if chunk_tokens is not None or chunk_overlap is not None:
-                tokens = chunk_tokens or default_chunking(student).chunk_tokens
-                chunking = Chunking(tokens, chunk_overlap or 0)
-            chunker = Chunker(student, choose_chunking(index.folder, student, chunking))
+            chunking = changed_chunking(index.folder, student, chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap)
+            chunker = Chunker(student, chunking)
             return upsert_documents(index, documents, chunker, lenient_metadata=lenient_metadata)
 
         return await self._write(work)

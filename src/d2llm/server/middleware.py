@@ -1,4 +1,4 @@
-"""Middleware, outermost first: index in the address; request id, log and headers; host check; CORS; keys; body.
+"""Middleware, outermost first: index in the address; request id, log and headers; host; origin; CORS; keys; body.
 
 These are pure ASGI classes. Starlette's BaseHTTPMiddleware runs the application in a separate task, which breaks
 context variables and hides disconnects.
@@ -53,6 +53,7 @@ _INDEX_ADDRESS = re.compile(r"/indexes/(?P<name>[^/]+)(?P<path>/.*)?", re.DOTALL
 _PROBE = "/health"
 """Orchestrators request this by the machine's address, so its Host is not checked."""
 _LAST = {"Connection": "close"}  # unread body bytes would be parsed as the connection's next request
+_READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 _CORS_EXPOSED = ("X-Request-ID", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
 
@@ -77,6 +78,7 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
             allow_headers=("Authorization", "Content-Type", "X-API-Key", "X-Request-ID"),
             expose_headers=_CORS_EXPOSED,
         )
+    app.add_middleware(OriginMiddleware, allowed=settings.cors_origins)
     app.add_middleware(HostMiddleware, allowed=settings.host_names)
     app.add_middleware(RequestMiddleware, routes=RouteTable(app), telemetry=telemetry, log_texts=settings.log_texts)
     app.add_middleware(IndexAddressMiddleware)
@@ -191,6 +193,37 @@ class HostMiddleware:
         )
 
 
+class OriginMiddleware:
+    """Refuses requests that a page of another origin makes a browser send, except those that only read.
+
+    Browsers send forms, and requests without a body, without asking the server first. CORS only keeps the page from
+    reading the answer. Clients that are not browsers send neither ``Origin`` nor ``Sec-Fetch-Site``.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: tuple[str, ...]) -> None:
+        self._app = app
+        self._allowed = allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 403 if the request comes from a page of an origin that is not allowed, else pass it on."""
+        if (
+            scope["type"] == "http"
+            and scope["method"] not in _READING_METHODS
+            and not self._allows(Headers(scope=scope))
+        ):
+            message = "this server does not accept changes from pages of other origins; see its setting cors_origins"
+            await answer_problem(scope, receive, send, Problem(403, "forbidden", message))
+            return
+        await self._app(scope, receive, send)
+
+    def _allows(self, headers: Headers) -> bool:
+        origins = headers.getlist("origin")
+        if "*" in self._allowed or (origins and all(origin in self._allowed for origin in origins)):
+            return True
+        is_own = all(_is_origin(origin, headers.get("host", "")) for origin in origins)
+        return is_own and headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+
+
 class BodyMiddleware:
     """Reads the whole body before the application does; refuses bodies that are too large, too slow, or not text.
 
@@ -295,6 +328,13 @@ def _host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.rpartition(":")[0] or host
+
+
+def _is_origin(origin: str, host: str) -> bool:
+    """Whether ``origin`` is ``host``, under whichever scheme: a proxy may have taken away the encryption."""
+    scheme, separator, name = origin.lower().partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return bool(separator) and name.removesuffix(port) == host.strip().lower().removesuffix(port)
 
 
 class ReadyGate:

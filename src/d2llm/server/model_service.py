@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from scipy.special import expit
 from torch import Tensor
 
 from d2llm.core.errors import ModelError
-from d2llm.core.types import Task
+from d2llm.core.types import Task, WholeText
 from d2llm.models.backbone import TOKENIZING, EncodedTexts, TextKind, TokenizedTexts
 from d2llm.models.engines.core_workers import core_pool
+from d2llm.models.late_chunking import EncodedChunks
 from d2llm.models.student import Student
 from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.server.batching import Batcher
@@ -236,7 +237,10 @@ class ModelService:
 
 
 class StudentLane(ForwardingStudent):
-    """A student for threads other than the event loop's; implements ``SearchStudent`` and ``ProjectingStudent``."""
+    """A student for threads other than the event loop's.
+
+    Implements ``SearchStudent``, ``ProjectingStudent`` and ``ChunkStudent``.
+    """
 
     def __init__(self, models: ModelService, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(models.student)
@@ -255,6 +259,11 @@ class StudentLane(ForwardingStudent):
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode passages in the shared batches."""
         return self._encode(texts, "passage", advance)
+
+    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedChunks:
+        """Encode parts of texts, in turn with the shared batches."""
+        work = self._models.in_lane(lambda: self._models.student.encode_chunks(texts))
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
         """The student's projections."""

@@ -62,9 +62,10 @@ health_router = APIRouter(tags=["operations"])
 @router.post("/v1/search", response_model=SearchAnswer)
 async def search(body: SearchRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
     """Find the passages that answer a query, best first."""
-    settings = replace(_settings_of(body), explain=body.explain, group=body.group)
-    _check_limits(body.query, settings, services.settings)
-    reading = _reading_of(body, services.settings)
+    limits = services.settings
+    settings = replace(_settings_of(body, limits), explain=body.explain, group=body.group)
+    settings = _limited(body.query, settings, limits)
+    reading = _reading_of(body, limits)
     ranking, student = await index.search(body.query, settings, body.rescore, reading)
     excerpts = await index.excerpts(ranking) if body.excerpts else None
     return FastJSONResponse(search_json(ranking, excerpts) | _origin(request, index, ranking, student))
@@ -73,12 +74,12 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
 @router.post("/v1/context", response_model=ContextAnswer)
 async def context(body: ContextRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
     """The best passages for a query as one text with numbered sources, for a language model to answer from."""
-    settings = context_settings(_settings_of(body))
-    _check_limits(body.query, settings, services.settings)
-    at_most(body.max_tokens, services.settings.max_context_tokens, "max_tokens")
-    reading = _reading_of(body, services.settings)
+    limits = services.settings
+    settings = _limited(body.query, context_settings(_settings_of(body, limits)), limits)
+    max_tokens = _number_of(body, "max_tokens", limits.max_context_tokens)
+    reading = _reading_of(body, limits)
     ranking, student = await index.search(body.query, settings, body.rescore, reading)
-    answer = await index.context(ranking, student, body.max_tokens, body.order)
+    answer = await index.context(ranking, student, max_tokens, body.order)
     return FastJSONResponse(context_json(answer) | _origin(request, index, ranking, student))
 
 
@@ -262,33 +263,55 @@ def _origin(request: Request, index: IndexService, ranking: Ranking, student: Mo
     }
 
 
-def _check_limits(query: str, settings: SearchSettings, limits: ServeSettings) -> None:
-    """Check a search against the server's limits.
+def _number_of(body: RankingRequest, name: str, limit: int) -> int:
+    """A number of a request; a default is lowered to the server's limit.
 
     Raises:
-        ServingError: 400, the query or a number is too large.
+        ServingError: 400, the client's number is above the limit.
     """
-    at_most(settings.top_k, limits.max_top_k, "top_k")
-    at_most(settings.num_candidates, limits.max_num_candidates, "num_candidates")
-    at_most(settings.ranking_depth, max(limits.max_num_candidates, settings.top_k), "select_from")
-    short_enough([query], limits, "query")
+    number: int = getattr(body, name)
+    if name not in body.model_fields_set:
+        return min(number, limit)
+    at_most(number, limit, name)
+    return number
 
 
-def _settings_of(body: RankingRequest) -> SearchSettings:
+def _settings_of(body: RankingRequest, limits: ServeSettings) -> SearchSettings:
+    """The settings of a search.
+
+    Raises:
+        ServingError: 400, a number is above the server's limit.
+    """
     return SearchSettings(
         task=body.task,
-        top_k=body.top_k,
-        num_candidates=body.num_candidates,
+        top_k=_number_of(body, "top_k", limits.max_top_k),
+        num_candidates=_number_of(body, "num_candidates", limits.max_num_candidates),
         filter=body.filter,
         sources=None if body.sources is None else tuple(body.sources),
         hybrid=body.hybrid,
         exact=body.exact,
+        max_num_candidates=limits.max_num_candidates,
         budget_ms=body.budget_ms,
         neighbours=body.neighbours,
         mmr=body.mmr,
         near_duplicates=body.near_duplicates,
         select_from=body.select_from,
     )
+
+
+def _limited(query: str, settings: SearchSettings, limits: ServeSettings) -> SearchSettings:
+    """The settings with ``select_from`` within the server's limit, if the client has not set it.
+
+    Raises:
+        ServingError: 400, the query or ``select_from`` is too large.
+    """
+    short_enough([query], limits, "query")
+    most = max(limits.max_num_candidates, settings.top_k)
+    if settings.select_from is not None:
+        at_most(settings.select_from, most, "select_from")
+    elif settings.ranking_depth > most:
+        return replace(settings, select_from=most)
+    return settings
 
 
 def _reading_of(body: RankingRequest, limits: ServeSettings) -> Reading | None:

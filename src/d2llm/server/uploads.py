@@ -16,13 +16,14 @@ from typing import Any, cast
 from d2llm.core.errors import DataFormatError
 from d2llm.core.types import Passage
 from d2llm.data.indexed_corpus import iter_corpus
+from d2llm.data.text_sections import heading_title
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.settings import ServeSettings
 
 FILES_PATH = "/v1/files"
 FORM_TYPE = "multipart/form-data"
 _CORPORA, _TEXTS = (".jsonl", ".jsonl.gz"), (".txt", ".md")
-_HEADING = re.compile(r"^#\s+(.+?)\s*#*$", re.MULTILINE)
+_HEADING = re.compile(r"^#[ \t]+(\S.*)$", re.MULTILINE)
 _MOST_UNPACKED = 8  # limit of unpacked sizes, as a multiple of the maximum body size
 
 UPLOAD_BODY: dict[str, Any] = {
@@ -128,4 +129,4 @@ def _text(name: str, content: bytes) -> Passage:
     except UnicodeDecodeError:
         raise invalid(f"{name}: is not UTF-8 text; save it as UTF-8", "file") from None
     heading = _HEADING.search(text) if name.lower().endswith(".md") else None
-    return Passage(name, text, heading[1] if heading else "")
+    return Passage(name, text, heading_title(heading[1].rstrip()) if heading else "")

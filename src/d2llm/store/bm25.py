@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -35,6 +36,7 @@ _Rows = NDArray[np.int64]
 _Scores = NDArray[np.float32]
 _LARGEST_COUNT = np.iinfo(np.uint16).max
 _OTHER, _SENTENCE_END = -1, -2  # tokens of a passage that are not query terms
+_MOST_COUNTS = 1 << 22  # counts of terms in sentences in memory at once, unless there are more sentences than this
 _KNOWN_TERMS = 1 << 20  # hashes kept in memory while texts are read
 
 
@@ -350,20 +352,24 @@ class WordIndex:
 
     def score(self, query: QueryWords, rows: _Rows) -> tuple[_Scores, _Scores]:
         """BM25 of some rows [n], bit-identical to ``scores``, and of the best window of each [n]."""
+        num_known = int(np.count_nonzero(query.weights))  # the others come last and add nothing
         owner = np.searchsorted(self._firsts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")  # groups the rows by segment
-        parts = [self._codes(at, query, rows[order[owner[order] == at]]) for at in np.unique(owner).tolist()]
+        parts = [
+            self._codes(at, query.terms[:num_known], rows[order[owner[order] == at]])
+            for at in np.unique(owner).tolist()
+        ]
         passages, windows = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
         if parts:
             sizes, codes, norms = (np.concatenate(part) for part in zip(*parts, strict=True))
-            passages[order], windows[order] = self._score_codes(query, sizes, codes, norms)
+            passages[order], windows[order] = self._score_codes(query.weights[:num_known], sizes, codes, norms)
         return passages, windows
 
-    def _codes(self, at: int, query: QueryWords, rows: _Rows) -> tuple[_Rows, NDArray[np.int16], _Scores]:
+    def _codes(self, at: int, query_terms: NDArray[np.uint64], rows: _Rows) -> tuple[_Rows, NDArray[np.int32], _Scores]:
         """For rows of a segment: their numbers of tokens, the tokens as indices of query terms, and the norms."""
         segment = self._segments[at]
-        code_of = np.full(len(segment.terms) + 1, _OTHER, np.int16)
-        places = segment.places(query.terms)
+        code_of = np.full(len(segment.terms) + 1, _OTHER, np.int32)
+        places = segment.places(query_terms)
         known = np.flatnonzero(places >= 0)
         code_of[places[known]] = known
         code_of[-1] = _SENTENCE_END
@@ -372,30 +378,41 @@ class WordIndex:
         return sizes, code_of[segment.tokens[ranges(starts, sizes)]], self._norms[at][here]
 
     def _score_codes(
-        self, query: QueryWords, sizes: _Rows, codes: NDArray[np.int16], norms: _Scores
+        self, weights: NDArray[np.float32], sizes: _Rows, codes: NDArray[np.int32], norms: _Scores
     ) -> tuple[_Scores, _Scores]:
-        """Scores of rows [n] and of their best windows [n], for a query with at most 32,767 distinct terms.
+        """Scores of rows [n] and of their best windows [n], for a query's terms with these ``weights``.
 
         ``sizes`` [n] are the rows' numbers of tokens; ``codes`` are the tokens of all rows: index of the query term,
-        ``_OTHER``, or ``_SENTENCE_END``.
+        ``_OTHER``, or ``_SENTENCE_END``. Terms are counted in parts, so that a long query needs little memory.
         """
+        passages, windows = np.zeros(len(sizes), np.float32), np.zeros(len(sizes), np.float32)
         ends = np.flatnonzero(codes == _SENTENCE_END)
         lengths = np.diff(ends, prepend=-1) - 1
         limits = np.cumsum(sizes)
         row = np.searchsorted(limits, ends, side="right")  # of each sentence
         hits = np.flatnonzero(codes >= 0)
-        width = len(query.terms)
-        places = np.searchsorted(ends, hits) * width + codes[hits]
-        counts = np.bincount(places, minlength=len(ends) * width).reshape(len(ends), width)
-        passages, windows = np.zeros(len(sizes), np.float32), np.zeros(len(sizes), np.float32)
-        if len(ends):
-            filled, firsts = np.unique(row, return_index=True)  # rows with a sentence
+        sentence, term = np.searchsorted(ends, hits), codes[hits]
+        occurring = np.flatnonzero(np.bincount(term, minlength=len(weights)))
+        if not len(occurring):
+            return passages, windows
+        filled, firsts = np.unique(row, return_index=True)  # rows with a sentence
+        in_windows = _Windows.of_sentences(row)
+        window_norms = _norm(in_windows.sums(lengths), max(self._mean_window_length, 1e-9))
+        whole_scores, window_scores = np.zeros(len(filled), np.float32), np.zeros(len(window_norms), np.float32)
+        column = (np.cumsum(np.bincount(occurring)) - 1)[term]
+        width = max(1, _MOST_COUNTS // len(ends))
+        is_short = len(occurring) <= width
+        for start in range(0, len(occurring), width):
+            part = weights[occurring[start : start + width]]
+            chosen = slice(None) if is_short else (column >= start) & (column < start + len(part))
+            places = sentence[chosen] * len(part) + (column[chosen] - start)
+            counts = np.bincount(places, minlength=len(ends) * len(part)).reshape(len(ends), len(part))
             whole = np.minimum(np.add.reduceat(counts, firsts, axis=0), _LARGEST_COUNT)
-            passages[filled] = _sums(query.weights, whole, norms[filled])
-            window_of, in_window, in_words = _windows(counts, lengths, row)
-            _, firsts = np.unique(window_of, return_index=True)
-            values = _sums(query.weights, in_window, _norm(in_words, max(self._mean_window_length, 1e-9)))
-            windows[filled] = np.maximum.reduceat(values, firsts)
+            _add_gains(whole_scores, part, whole, norms[filled])
+            _add_gains(window_scores, part, in_windows.sums(counts), window_norms)
+        passages[filled] = whole_scores
+        _, firsts = np.unique(in_windows.rows, return_index=True)
+        windows[filled] = np.maximum.reduceat(window_scores, firsts)
         return passages, windows
 
 
@@ -441,12 +458,10 @@ def _gain(weight: np.float32, counts: NDArray[np.integer], norms: _Scores) -> _S
     return weight * (number / (number + norms))
 
 
-def _sums(weights: NDArray[np.float32], counts: NDArray[np.int64], norms: _Scores) -> _Scores:
-    """Scores [n] from counts [n, terms], summed in the same order as the postings."""
-    scores = np.zeros(len(counts), np.float32)
+def _add_gains(scores: _Scores, weights: NDArray[np.float32], counts: NDArray[np.int64], norms: _Scores) -> None:
+    """Add the gains of terms, from counts [n, terms], to scores [n], in the same order as the postings."""
     for column, weight in enumerate(weights):
         scores += _gain(weight, counts[:, column], norms)
-    return scores
 
 
 def _known(segment: WordSegment, query: QueryWords) -> list[tuple[int, np.float32]]:
@@ -461,19 +476,29 @@ def _extents(segment: WordSegment, rows: _Rows) -> tuple[_Rows, _Rows]:
     return starts, segment.offsets[rows + 1] - starts
 
 
-def _windows(
-    counts: NDArray[np.int64], lengths: NDArray[np.int64], of_row: _Rows
-) -> tuple[_Rows, NDArray[np.int64], NDArray[np.int64]]:
-    """Row, counts and length of each window, from sentences in row order."""
-    assert WINDOW_SENTENCES == 2
-    same = np.flatnonzero(of_row[1:] == of_row[:-1])
-    alone = np.ones(len(of_row), bool)
-    alone[same] = alone[same + 1] = False
-    single = np.flatnonzero(alone)
-    rows = np.concatenate([of_row[same], of_row[single]])
-    order = np.argsort(rows, kind="stable")
-    in_window = np.concatenate([counts[same] + counts[same + 1], counts[single]])[order]
-    return rows[order], in_window, np.concatenate([lengths[same] + lengths[same + 1], lengths[single]])[order]
+class _Windows(NamedTuple):
+    """The windows of some sentences, in row order: their rows, and which sentences they consist of."""
+
+    rows: _Rows
+    firsts: _Rows  # of windows of two sentences
+    singles: _Rows
+    order: NDArray[np.int64]
+
+    @classmethod
+    def of_sentences(cls, of_row: _Rows) -> _Windows:
+        """The windows of sentences that belong to these rows, ascending."""
+        assert WINDOW_SENTENCES == 2
+        firsts = np.flatnonzero(of_row[1:] == of_row[:-1])
+        alone = np.ones(len(of_row), bool)
+        alone[firsts] = alone[firsts + 1] = False
+        singles = np.flatnonzero(alone)
+        rows = np.concatenate([of_row[firsts], of_row[singles]])
+        order = np.argsort(rows, kind="stable")
+        return cls(rows[order], firsts, singles, order)
+
+    def sums(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sums over the sentences of each window, from values [sentences, ...]."""
+        return np.concatenate([values[self.firsts] + values[self.firsts + 1], values[self.singles]])[self.order]
 
 
 def _lengths(
@@ -486,7 +511,7 @@ def _lengths(
     in_sentence = np.diff(ends, prepend=-1) - 1
     num_sentences = np.bincount(of_row, minlength=num)
     lengths = np.diff(offsets) - num_sentences
-    windows, _, sizes = _windows(np.zeros((len(ends), 0), np.int64), in_sentence, of_row)
-    num_windows = np.bincount(windows, minlength=num)
-    together = np.bincount(windows, weights=sizes, minlength=num)
+    windows = _Windows.of_sentences(of_row)
+    num_windows = np.bincount(windows.rows, minlength=num)
+    together = np.bincount(windows.rows, weights=windows.sums(in_sentence), minlength=num)
     return lengths.astype(np.uint32), num_windows.astype(np.uint32), together.astype(np.uint32)

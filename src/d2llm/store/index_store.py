@@ -52,7 +52,7 @@ from d2llm.store.bm25 import WordSegment
 from d2llm.store.index_manifest import KIND, VectorCopies, read_index_manifest, write_index_manifest
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import MetadataSchema
-from d2llm.store.side_files import side_files
+from d2llm.store.side_files import forget_chunking, read_chunking, side_files, write_chunking
 from d2llm.store.storage import link_or_copy, storage_errors
 from d2llm.store.stored_vectors import StoredVectors, stored_vectors
 from d2llm.store.table_files import TableFiles
@@ -424,12 +424,18 @@ class IndexStore:
     def restore(self, name: str) -> int:
         """Replace the passages of the index by those of a snapshot, in one commit; returns their number.
 
-        The previous passages stay in the earlier version until ``compact`` removes it.
+        Further documents are chunked like those of the snapshot. The previous passages stay in the earlier version
+        until ``compact`` removes it.
         """
         with self.writing():
             source = IndexStore.open(self._existing_snapshot(name))
+            chunking = read_chunking(source.folder)
             repair.replace_if_damaged(self.files, source.files)
             num_passages = self._rewrite(source)
+            if chunking is None:
+                forget_chunking(self.folder)
+            else:
+                write_chunking(self.folder, chunking)
             self.update_indices()
             return num_passages
 

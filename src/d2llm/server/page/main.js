@@ -212,7 +212,9 @@ async function begin() {
   try {
     limits = await ask("/page/settings.json");
     byId("report-link").hidden = !limits.has_report;
-    byId("k").max = String(Math.min(limits.max_top_k, 1000));
+    const most = Math.min(limits.max_top_k, 1000);
+    byId("k").max = String(most);
+    state.k = Math.min(state.k, most);
     if (!(await readIndexes())) return;
     await readIndex();
   } catch (error) {
