@@ -39,7 +39,7 @@ def index(place, reports):
     arguments = (place / "everyday", "--student", place / "run" / "student", "--out", place / "index")
     _, report = succeed_with_report("encode", *arguments, "--dtype", "float32", folder=place)
     assert report["result"]["num_passages"] == 60
-    assert report["arguments"]["vectors"] == "bfloat16"
+    assert report["arguments"]["dtype"] == "float32"
     return place / "index"
 
 

@@ -89,7 +89,7 @@ def test_labelled_pairs_are_gated_too_and_keep_their_own_labels(run, place, tmp_
     folder, _ = run
     (tmp_path / "couples").mkdir()
     for split, count in (("train", 8), ("dev", 4)):
-        pairs = [{"query": f"say {n}", "document": f"word {n % 3}", "label": n % 2} for n in range(count)]
+        pairs = [{"query": f"say {split} {n}", "document": f"word {n % 3}", "label": n % 2} for n in range(count)]
         write_lines(tmp_path / "couples" / f"{split}.jsonl", pairs)
     recipe = write_closed_gate_recipe(tmp_path / "pairs.toml", place, "labels")
     data = f'[[data]]\npath = "{tmp_path / "couples"}"\ntask = "symmetric"\n[mining]'

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.data.pairs import LabelledPair, PairDataset
@@ -335,8 +335,7 @@ def test_graded_measures_by_definition(monkeypatch):
     assert report.rows[-1].num_items == 30
     assert report.calibration == report.histograms == ()
     assert report.notes == ("test: 2 pairs have an empty text",)  # there is no dev split, and none is needed
-    (win, *_), places = report.details.wins, np.argsort(np.argsort(expected["D2LLM"], kind="stable"))
-    truth = np.argsort(np.argsort(grades, kind="stable"))
+    (win, *_), places, truth = report.details.wins, rankdata(expected["D2LLM"]), rankdata(grades)
     assert win.value == pytest.approx(1 - abs(places - truth)[int(win.id)] / 59)
     assert win.relevant[0].id == f"{win.id}: {graded.splits['test'][int(win.id)].score:g}"
 
