@@ -6,7 +6,7 @@ import numpy as np
 
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.vector_formats import make_format
-from d2llm.store.window_vectors import WindowVectors
+from d2llm.store.part_vectors import PartVectors
 
 
 class EvidenceRows:
@@ -25,7 +25,7 @@ class EvidenceRows:
             vectors = np.concatenate([np.zeros((0, dim), np.float32), *windows]).astype(np.float32)
             stored = make_format("float32", dim)
             places = np.stack([np.cumsum(counts) - counts, counts], axis=1)
-            self.windows = WindowVectors(places, stored.encode(vectors, [""] * len(vectors)), stored)
+            self.windows = PartVectors(places, stored.encode(vectors, [""] * len(vectors)), stored)
 
     def best_windows(self, query, rows):
         scores = self.windows.best(query, rows)

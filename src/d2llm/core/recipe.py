@@ -424,6 +424,24 @@ class ResidualConfig(WarmUpConfig):
     texts: an interaction should not change what it was not trained on."""
 
 
+class TokensConfig(WarmUpConfig):
+    """The last stage: trains the projection that makes the vectors of tokens (``evidence.token_vectors``)."""
+
+    dim: int = Field(default=64, ge=1)
+    """Width of a token's vector: with 4 bits for each dimension, 64 take 32 bytes."""
+    epochs: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    batch_queries: int = Field(default=32, ge=2)
+    max_queries: int = Field(default=2_000, ge=1)
+    """Train queries of each data set."""
+    num_positives: int = Field(default=4, ge=1)
+    """Relevant passages of a query that are read, at most; each step draws one."""
+    num_hard: int = Field(default=2, ge=0)
+    """Hard negatives by words, and the same number by vectors, of which each step draws as many as this."""
+    depth: int = Field(default=20, ge=1)
+    """Hard negatives are drawn from so many of the nearest passages."""
+
+
 class TrainingConfig(WarmUpConfig):
     """Optimisation settings of ``distill``."""
 
@@ -480,6 +498,7 @@ class TrainingConfig(WarmUpConfig):
     remine: bool = False
     """At the start of each epoch from the second on, mine the hard negatives again with the student's own ranking."""
     residual: ResidualConfig = ResidualConfig()
+    tokens: TokensConfig = TokensConfig()
     interpolation: tuple[float, ...] = ()
     """Weights between the start (0) and the best state (1) to try at the end. The smallest one whose dev results are
     not significantly worse than those of the best state is kept, which preserves what the backbone could do before."""
@@ -523,6 +542,9 @@ class EvidenceConfig(_Section):
     window_vectors: bool = False
     """The highest inner product with a window, each encoded on its own; indexing then encodes long passages two more
     times."""
+    token_vectors: bool = False
+    """The mean, over the query's tokens, of the highest cosine with a token of the passage. The vectors of tokens come
+    from the same reading as the passage's own; an index stores 32 bytes for each token."""
     in_training: bool = False
     """Count words in the losses and dev results of training, with weights that are fitted on dev before the first step:
     the vectors and the interaction then learn what words leave unexplained. Source: Gao et al., "Complement Lexical
@@ -537,6 +559,7 @@ class EvidenceConfig(_Section):
             "window_words": self.window_words,
             "window_words_share": self.window_words,
             "window_vectors": self.window_vectors,
+            "token_vectors": self.token_vectors,
         }
         return tuple(term for term, is_chosen in chosen.items() if is_chosen)
 

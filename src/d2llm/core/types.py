@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 Task = Literal["symmetric", "asymmetric"]
 """``symmetric``: whether two texts mean the same. ``asymmetric``: whether the passage answers the query."""
@@ -58,9 +58,16 @@ Ties = Literal["ids", "rows"]
 RunStep = Literal["mine", "tune-teacher", "stack", "gate", "filter", "distill"]
 """The steps of a run that can be repeated, in order. Labels are stored by teacher and pair and never computed again."""
 
-EvidenceTerm = Literal["words", "words_share", "window_words", "window_words_share", "window_vectors"]
+EvidenceTerm = Literal[
+    "words", "words_share", "window_words", "window_words_share", "window_vectors", "token_vectors"
+]
 """A term of a student's score besides the passage's vector: BM25 of the passage and of its best window, both also
-divided by the query's upper limit, and the highest inner product with the vector of a window."""
+divided by the query's upper limit, the highest inner product with the vector of a window, and the mean, over the tokens
+of the query, of the highest cosine with a token of the passage."""
+
+PartKind = Literal["window", "token"]
+"""Parts of passages whose vectors an index can store: windows of two sentences, or tokens."""
+PART_KINDS: tuple[PartKind, ...] = get_args(PartKind)
 
 Grouping = Literal["passage", "best", "sum"]
 """What is ranked: passages, or documents by their best passage or by the summed odds of their best passages."""
@@ -191,8 +198,8 @@ class Explanation:
     """Why a passage has its rank.
 
     ``anchor`` is the inner product, ``interaction`` what the IEM added to it (None if the head has no anchor),
-    ``lexical`` what BM25 added and ``windows`` what the best window's vector added (None if the score does not use
-    them). ``source_ranks`` and ``source_scores`` come from the sources that proposed the passage; ``terms`` counts the
+    ``lexical`` what BM25 added, ``windows`` what the best window's vector added, and ``tokens`` what the vectors of
+    tokens added (None if the score does not use them). ``source_ranks`` and ``source_scores`` come from the sources that proposed the passage; ``terms`` counts the
     query's terms (stems, as BM25 uses them) in it.
     """
 
@@ -200,6 +207,7 @@ class Explanation:
     interaction: float | None
     lexical: float | None
     windows: float | None
+    tokens: float | None
     source_ranks: Mapping[str, int]
     source_scores: Mapping[str, float]
     terms: Mapping[str, int]

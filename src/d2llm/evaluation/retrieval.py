@@ -50,7 +50,7 @@ def evaluate_retrieval(
     )
     trial = Trial(queries, probes, settings.task, settings.top_k)
     work = RetrievalWork(dataset, settings, trial, sampled, folder, labels)
-    work.store_windows_for(contenders.student)
+    work.store_parts_for(contenders.student)
     students = contenders.students(settings.num_candidates, settings.top_k)
     searched = [_search(work, row) for row in students]
     subject = searched[[row.kind for row in students].index("d2llm")]

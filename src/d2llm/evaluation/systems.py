@@ -29,7 +29,7 @@ from d2llm.evaluation.setting import EvaluationSettings
 from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
-from d2llm.retrieval.index import Index, window_format
+from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.retrieval.search import Searcher, SearchSettings
@@ -300,7 +300,7 @@ class RetrievalWork:
         self.corpus = fingerprint_passages(self.passages)
         self.store = MeasuredStore(self.folder / "measured")
         self.notes: list[str] = []
-        self._window_formats: dict[str, str] = {}
+        self._part_formats: dict[str, dict[PartKind, str]] = {}
 
     def key(self, name: str, *parts: object) -> list[object]:
         """The key of a measured system: its name, ``parts``, the corpus and the queries."""
@@ -311,22 +311,34 @@ class RetrievalWork:
     def identity(self, model: SearchStudent) -> object:
         """What a student's rankings depend on: its fingerprint, and the weights of the evidence in its scores."""
         weights = evidence_weights(model, self.trial.task)
-        return [model.fingerprint, weights.model_dump(mode="json")] if weights else model.fingerprint
+        tokens = model.token_fingerprint if isinstance(model, TokenStudent) else None
+        named = [model.fingerprint, weights.model_dump(mode="json"), *([tokens] if tokens else [])]
+        return named if weights else model.fingerprint
 
-    def store_windows_for(self, student: SearchStudent) -> None:
-        """Store window vectors in a student's index if its score uses them; its inner product shares the index."""
-        windows = window_format(student, self.trial.task, "auto")
-        if windows is not None:
-            self._window_formats[student.fingerprint] = windows
+    def store_parts_for(self, student: SearchStudent) -> None:
+        """Store vectors of windows or tokens in a student's index if its score uses them.
+
+        Its inner product shares the index.
+        """
+        self._part_formats[student.fingerprint] = part_formats(student, self.trial.task)
 
     def index(self, model: SearchStudent) -> tuple[Index, float | None]:
         """The index of a model, and the passages encoded per second if it had to be built now."""
         dtype, rate = self.settings.dtype, None
-        windows = self._window_formats.get(model.fingerprint)
-        name = f"{model.fingerprint}-{self.corpus}-{dtype}-{FORMAT_VERSION}{f'-{windows}' if windows else ''}"
+        parts = self._part_formats.get(model.fingerprint, {})
+        tokens = model.token_fingerprint if "token" in parts and isinstance(model, TokenStudent) else None
+        named = [*parts.values(), *([tokens] if tokens else [])]
+        name = "-".join([model.fingerprint, self.corpus, dtype, str(FORMAT_VERSION), *named])
         target = self.folder / "indexes" / name
         if not target.exists():
-            report = encode(self.passages, model, target, vector_format=dtype, window_vectors=windows)
+            report = encode(
+                self.passages,
+                model,
+                target,
+                vector_format=dtype,
+                window_vectors=parts.get("window"),
+                token_vectors=parts.get("token"),
+            )
             rate = report.passages_per_second
         return Index.open(target, model), rate
 
@@ -351,8 +363,8 @@ class RetrievalWork:
         searcher = Searcher(searched, index.student, settings, cascade=cascade)
         system = student_system(name, kind, searcher, trial or self.trial)
         evidence_bytes = searched.words.num_bytes if searcher.weights.counts_words else 0
-        if searcher.weights.counts_windows and searched.windows is not None:
-            evidence_bytes += searched.windows.num_bytes
+        parts = {"window": searched.windows, "token": searched.tokens}
+        evidence_bytes += sum(part.num_bytes for kind in searcher.weights.part_kinds if (part := parts[kind]))
         num_cut = index.stats().num_truncated
         notes = (f"{num_cut:,} of {len(self.passages):,} passages were truncated",) if num_cut else ()
         return replace(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.types import EvidenceTerm, Query
+from d2llm.core.types import EvidenceTerm, PartKind, Query
 from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.setting import NAME_BM25, NAME_D2LLM, Contender
 from d2llm.evaluation.systems import RetrievalWork, System
@@ -34,6 +34,7 @@ _PARTS: dict[str, tuple[EvidenceTerm, ...]] = {
     "the words of passages": ("words", "words_share"),
     "the words of windows": ("window_words", "window_words_share"),
 }
+_PART_VECTORS: dict[PartKind, str] = {"window": "windows", "token": "tokens"}
 
 
 def fitted_sum(work: RetrievalWork, contender: Contender) -> System | MissingRow:
@@ -79,7 +80,6 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
     weights = evidence_weights(student, work.trial.task)
     if not weights:
         return []
-    without_windows = evidence_weights(student, work.trial.task, windows=False)
     systems: list[System] = []
 
     def add(part: str, model: SearchStudent, left: EvidenceWeights) -> None:
@@ -95,8 +95,10 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
     for part, terms in _PARTS.items():
         if any(weights.terms.get(term) for term in terms):
             add(part, student, weights.without(terms))
-    if weights.counts_windows:
-        add("the vectors of windows", student, without_windows)
+    for kind, name in _PART_VECTORS.items():
+        if kind in weights.part_kinds:
+            stored = weights.part_kinds - {kind}
+            add(f"the vectors of {name}", student, evidence_weights(student, work.trial.task, stored=stored))
     if weights.words_factor is not None:
         add("the factor of the query's words", student, weights.model_copy(update={"words_factor": None}))
     add("the interaction", AnchorStudent(student), weights)

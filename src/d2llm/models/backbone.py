@@ -37,6 +37,7 @@ from d2llm.models.sources import (
     load_pretrained,
     load_tokenizer,
 )
+from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import PoolingName, pool, to_right_padding
 
@@ -69,12 +70,16 @@ class TokenizedTexts:
 
 @dataclass(frozen=True, slots=True)
 class EncodedTexts:
-    """Vectors of n texts, the indices of those cut to the length limit, and the tokens read, in total and per text."""
+    """Vectors of n texts, the indices of those cut to the length limit, and the tokens read, in total and per text.
+
+    ``tokens`` are the vectors of the texts' tokens, if they were requested (``Student.encode_with_tokens``).
+    """
 
     vectors: Float32[np.ndarray, "texts dim"]
     truncated: tuple[int, ...]
     num_tokens: int
     lengths: tuple[int, ...] = ()
+    tokens: TokenVectors | None = None
 
     @property
     def num_truncated(self) -> int:

@@ -1,18 +1,20 @@
 """Evidence: the terms that an index adds to the score of the vectors.
 
-    z(q, p) = t <U y_q, V y_p> + w max_k t <U y_q, V y_pk> + l(q) sum_j w_j e_j(q, p) + B r_q r_p tanh(g(y_q, y_p))
+    z(q, p) = t <U y_q, V y_p> + w max_k t <U y_q, V y_pk> + v mean_i max_j cos(W x_qi, W x_pj)
+            + l(q) sum_j w_j e_j(q, p) + B r_q r_p tanh(g(y_q, y_p))
 
 One vector cannot hold everything that a teacher reads in a passage. The added terms use other views of the passage,
 all computed from data that an index stores once per passage. y_pk are the vectors of its windows, each encoded on its
-own (``ops.bm25_words.windows``). e_j are the BM25 scores of the passage and of its best window, raw and divided by the
-query's upper limit, which no passage reaches. The weights w are at least 0, separate for each task, and fitted on dev
-(``training.fit_evidence``). l(q) scales the word terms for the query: an exponential function of how many words it
-has, what they weigh, and how many of them are unknown; 1 if not fitted. BM25 needs a corpus, so a pair scored outside
-an index gets the score of its vectors alone.
+own (``ops.bm25_words.windows``). x_qi and x_pj are the states of the backbone for the tokens of query and passage
+(``models.token_vectors``). e_j are the BM25 scores of the passage and of its best window, raw and divided by the
+query's upper limit, which no passage reaches. The weights w, v and w_j are at least 0, separate for each task, and
+fitted on dev (``training.fit_evidence``). l(q) scales the word terms for the query: an exponential function of how many
+words it has, what they weigh, and how many of them are unknown; 1 if not fitted. BM25 needs a corpus, so a pair scored
+outside an index gets the score of its vectors alone.
 
 The weights are stored as ``evidence.json`` in a student's folder. Passage vectors do not depend on them, so an index
-is valid for the student with or without them. Window vectors take space and time, so an index may leave them out; it
-then uses a second set of weights, fitted without them.
+is valid for the student with or without them. Vectors of windows and tokens take space and time, so an index may leave
+them out; it then uses other weights, fitted without them.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeFloat
+from pydantic import AliasChoices, Field, NonNegativeFloat
 
 from d2llm.core.files import write_json
-from d2llm.core.types import EvidenceTerm, Task
+from d2llm.core.types import PART_KINDS, EvidenceTerm, PartKind, Task
 from d2llm.models.fitted_file import FittedFile, FittedPart, read_fitted
 
 FILE_NAME = "evidence.json"
+VECTOR_TERMS: dict[EvidenceTerm, PartKind] = {"window_vectors": "window", "token_vectors": "token"}
+"""The terms that use vectors of parts of passages, which an index may or may not store; the others use words."""
 
 
 class WordsFactor(FittedPart):
@@ -64,12 +68,12 @@ class EvidenceWeights(FittedPart):
     @property
     def counts_words(self) -> bool:
         """Whether BM25 has a weight, for passages or for windows."""
-        return any(weight for term, weight in self.terms.items() if term != "window_vectors")
+        return any(weight for term, weight in self.terms.items() if term not in VECTOR_TERMS)
 
     @property
-    def counts_windows(self) -> bool:
-        """Whether the window vectors have a weight."""
-        return bool(self.terms.get("window_vectors"))
+    def part_kinds(self) -> frozenset[PartKind]:
+        """The kinds of parts of passages whose vectors have a weight."""
+        return frozenset(kind for term, kind in VECTOR_TERMS.items() if self.terms.get(term))
 
     def word_weights(self, limit: float, statistics: NDArray[np.floating[Any]]) -> tuple[np.float32, np.float32]:
         """The weights of BM25 of the passage and of its best window for one query.
@@ -94,15 +98,18 @@ class TaskEvidence(FittedPart):
 
     ``words_factor`` is l(q), None for 1. ``dev`` has two values of nDCG@10 for each data set: with the student's own
     score, and with evidence whose weights were fitted without the queries measured. ``num_queries`` is the number of
-    dev queries of each data set. ``without_windows`` applies to an index without window vectors; None if these have no
-    weight.
+    dev queries of each data set. ``without_parts`` applies to an index without the vectors of parts that these weights
+    need; None if they need none.
     """
 
     weights: dict[EvidenceTerm, NonNegativeFloat]
     words_factor: WordsFactor | None = None
     dev: dict[str, tuple[float, float]]
     num_queries: dict[str, int]
-    without_windows: TaskEvidence | None = None
+    without_parts: TaskEvidence | None = Field(
+        default=None,
+        validation_alias=AliasChoices("without_parts", "without_windows"),  # its name before tokens had vectors
+    )
 
 
 class Evidence(FittedFile):
@@ -111,15 +118,16 @@ class Evidence(FittedFile):
     kind: Literal["evidence"] = "evidence"
     tasks: dict[Task, TaskEvidence]
 
-    def weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
-        """The non-zero weights of one task; ``windows`` says whether the index stores window vectors."""
+    def weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> EvidenceWeights:
+        """The non-zero weights of one task; ``stored`` are the parts of passages whose vectors the index has."""
         fitted = self.tasks.get(task)
-        if fitted is not None and not windows:
-            fitted = fitted.without_windows or fitted
-        if fitted is None:
-            return EvidenceWeights()
-        kept: dict[EvidenceTerm, float] = {term: weight for term, weight in fitted.weights.items() if weight}
-        return EvidenceWeights(terms=kept, words_factor=fitted.words_factor)
+        while fitted is not None:
+            kept: dict[EvidenceTerm, float] = {term: weight for term, weight in fitted.weights.items() if weight}
+            weights = EvidenceWeights(terms=kept, words_factor=fitted.words_factor)
+            if weights.part_kinds <= set(stored):
+                return weights
+            fitted = fitted.without_parts
+        return EvidenceWeights()
 
 
 NO_EVIDENCE = Evidence(student="", tasks={})

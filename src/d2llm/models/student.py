@@ -6,7 +6,8 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.2.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import BFloat16, Bool, Float, Float32, Int
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
-from d2llm.core.types import EngineName, Task, WholeText
+from d2llm.core.types import PART_KINDS, EngineName, PartKind, Task, WholeText
 from d2llm.models import student_files as files
 from d2llm.models.backbone import Backbone, EncodedTexts, TextKind, TokenizedTexts, search_query_tokens
 from d2llm.models.device import choose_device, inference
@@ -37,6 +39,7 @@ from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.probabilities import UNCALIBRATED, read_calibration, write_calibration
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.sources import load_tensors
+from d2llm.models.token_vectors import TokenProjection, TokenVectors, read_token_projection
 from d2llm.ops.batching import token_budget_batches
 
 _BATCH_TOKENS = 8192
@@ -55,7 +58,8 @@ class Student(nn.Module):
     """Backbone + PMA encode each text as one vector; the IEM scores a query vector against passage vectors.
 
     ``calibration`` turns scores into probabilities, if it was fitted (``models.probabilities``). ``evidence`` has the
-    weights of the terms that an index adds to the scores of its passages (``models.evidence``).
+    weights of the terms that an index adds to the scores of its passages (``models.evidence``). ``token_projection``
+    makes the vectors of tokens, if it was trained (``models.token_vectors``).
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
@@ -71,6 +75,7 @@ class Student(nn.Module):
         self._recorded: dict[str, Any] = {}
         self.calibration = UNCALIBRATED
         self.evidence = NO_EVIDENCE
+        self.token_projection: TokenProjection | None = None
         self._has_merged_weights = False
         self._kept_weights: dict[Task, HeadWeights] = {}
         self._engine: Engine | None = None
@@ -143,6 +148,8 @@ class Student(nn.Module):
         student._has_merged_weights = merged
         student.calibration = read_calibration(folder, manifest["fingerprint"])
         student.evidence = read_evidence(folder, manifest["fingerprint"])
+        projection = read_token_projection(folder, manifest["fingerprint"], backbone.dim)
+        student.token_projection = None if projection is None else projection.to(chosen)
         student.use_engine(engine, dtype=products)
         return student
 
@@ -216,6 +223,8 @@ class Student(nn.Module):
             }
             write_calibration(temporary, self.calibration)
             write_evidence(temporary, self.evidence)
+            if self.token_projection is not None:
+                self.token_projection.save(temporary, self.fingerprint)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
             (temporary / files.CARD_FILE).write_text(model_card(temporary, manifest), encoding="utf-8")
 
@@ -252,12 +261,22 @@ class Student(nn.Module):
         """Whether the score has an inner-product part that an index can search (heads ``anchored`` and ``cosine``)."""
         return self.interaction.has_anchor
 
-    def evidence_weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
+    def evidence_weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> EvidenceWeights:
         """The weights of the terms that an index adds to the score of the vectors; empty if it adds none.
 
-        ``windows`` says whether the index stores window vectors.
+        ``stored`` are the parts of passages whose vectors the index has.
         """
-        return self.evidence.weights(task, windows=windows)
+        return self.evidence.weights(task, stored=stored)
+
+    @property
+    def token_dim(self) -> int | None:
+        """Width of a token's vector; None if this student has no projection of tokens."""
+        return None if self.token_projection is None else self.token_projection.dim
+
+    @property
+    def token_fingerprint(self) -> str | None:
+        """Content hash of the projection that makes the vectors of tokens, if there is one."""
+        return None if self.token_projection is None else self.token_projection.fingerprint
 
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student continues from its merged weights."""
@@ -266,6 +285,7 @@ class Student(nn.Module):
         self._recorded = {}
         self.calibration = UNCALIBRATED
         self.evidence = NO_EVIDENCE
+        self.token_projection = None
         self._engine = None
         self._products = None
         self.backbone.prepare_training(seed=seed)
@@ -298,6 +318,35 @@ class Student(nn.Module):
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Vectors of passages (title and text as one string); ``advance`` is called with the number finished."""
         return self._encode(texts, "passage", advance)
+
+    def encode_with_tokens(
+        self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
+    ) -> EncodedTexts:
+        """Vectors of queries or passages and of their tokens, from one pass through the backbone, always by torch.
+
+        Raises:
+            InputError: this student has no projection of tokens.
+        """
+        projection = self.token_projection
+        if projection is None:
+            raise InputError(
+                "this student has no vectors of tokens; train them with `d2llm fit-tokens`"
+            )
+        tokenized = self.tokenize(texts, kind)
+        found: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
+
+        def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
+            with inference(self):
+                ids = [tokenized.ids[index] for index in batch]
+                states, mask = self.backbone(*self.backbone.pad(ids))
+                places = [projection.places(row) for row in ids]
+                tokens = projection(torch.cat([states[row, kept] for row, kept in enumerate(places)])).cpu().numpy()
+                for index, part in zip(batch, np.split(tokens, np.cumsum([len(p) for p in places])[:-1]), strict=True):
+                    found[index] = part
+                return self.pool(states, mask).cpu().numpy()
+
+        encoded = self._read(tokenized, read, advance)
+        return replace(encoded, tokens=TokenVectors.join(found, projection.dim))
 
     @property
     def chunk_reader(self) -> ChunkReader:
@@ -426,13 +475,22 @@ class Student(nn.Module):
 
     def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:
         tokenized = self.tokenize(texts, kind)
-        vectors = np.empty((len(texts), self.vector_dim), dtype=np.float32)
-        over_batches = map_on_cores if self.backbone.device.type == "cpu" else map
-        batches = list(token_budget_batches(tokenized.lengths, max_tokens=self.batch_tokens, max_items=_BATCH_TEXTS))
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
             return self.encode_tokens([tokenized.ids[index] for index in batch])
 
+        return self._read(tokenized, read, advance)
+
+    def _read(
+        self,
+        tokenized: TokenizedTexts,
+        read: Callable[[list[int]], Float32[np.ndarray, "batch dim"]],
+        advance: Callable[[int], None] | None,
+    ) -> EncodedTexts:
+        """The vectors of tokenized texts; ``read`` gives those of a batch, named by the places of its texts."""
+        vectors = np.empty((len(tokenized.ids), self.vector_dim), dtype=np.float32)
+        over_batches = map_on_cores if self.backbone.device.type == "cpu" else map
+        batches = list(token_budget_batches(tokenized.lengths, max_tokens=self.batch_tokens, max_items=_BATCH_TEXTS))
         with inference(self):
             for batch, encoded in zip(batches, over_batches(read, batches), strict=True):
                 vectors[batch] = encoded

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.errors import InputError
 from d2llm.core.types import Task
-from d2llm.models.backbone import EncodedTexts
-from d2llm.retrieval.protocols import Describable, SearchStudent, TextEncoder
+from d2llm.models.backbone import EncodedTexts, TextKind
+from d2llm.retrieval.protocols import Describable, SearchStudent, TextEncoder, TokenStudent
 
 
 class ForwardingEncoder:
@@ -63,6 +64,24 @@ class ForwardingStudent(ForwardingEncoder):
     ) -> NDArray[np.float32]:
         """The student's scores."""
         return self._student.score(query_vector, passage_vectors, task)
+
+    @property
+    def token_dim(self) -> int | None:
+        """Width of the student's vectors of tokens, if it has any."""
+        return self._student.token_dim if isinstance(self._student, TokenStudent) else None
+
+    @property
+    def token_fingerprint(self) -> str | None:
+        """Hash of what makes the student's vectors of tokens, if it has any."""
+        return self._student.token_fingerprint if isinstance(self._student, TokenStudent) else None
+
+    def encode_with_tokens(
+        self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
+    ) -> EncodedTexts:
+        """The student's vectors of texts and of their tokens."""
+        if not isinstance(self._student, TokenStudent):
+            raise InputError("this student has no vectors of tokens")
+        return self._student.encode_with_tokens(texts, kind, advance=advance)
 
 
 class CosineStudent(ForwardingEncoder):

@@ -15,8 +15,8 @@ from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.types import Passage, Task
 from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
-from d2llm.retrieval.index import Index, window_format
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.index import Index, part_formats
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND, VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.side_files import Chunking
@@ -56,6 +56,7 @@ def encode(
     vector_format: str = "bfloat16",
     vector_copies: VectorCopies = 2,
     window_vectors: str | None = "auto",
+    token_vectors: str | None = "auto",
     chunking: Chunking | None = None,
     student_source: str | None = None,
     overwrite: bool = False,
@@ -73,6 +74,8 @@ def encode(
         vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
         vector_copies: number of copies of each vector (``Index.create``).
         window_vectors: how the vectors of windows are stored, if at all (``Index.create``).
+        token_vectors: how the vectors of tokens are stored, if at all (``Index.create``). "auto" stores none for late
+            chunks, whose tokens have none.
         chunking: how long texts are split into passages; None makes each text a passage.
         student_source: the folder or name that the student was loaded from, stored so that a search can load it again.
         overwrite: replace an index at ``folder``, including its snapshots.
@@ -91,7 +94,9 @@ def encode(
             "overwrite=True)"
         )
     make_format(vector_format, student.vector_dim)
-    windows = window_format(student, task, window_vectors)
+    if chunking is not None and chunking.late and token_vectors == "auto":
+        token_vectors = None
+    formats = part_formats(student, task, window_vectors=window_vectors, token_vectors=token_vectors)
     if isinstance(corpus, str | Path):
         corpus = open_corpus([Path(corpus)])
     elif not isinstance(corpus, Corpus):
@@ -101,7 +106,9 @@ def encode(
     if not num_documents:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
     # A different student, corpus or storage format gets a different folder, so runs never mix.
-    options = [task, vector_format, vector_copies, windows, None if chunking is None else asdict(chunking)]
+    options = [task, vector_format, vector_copies, formats.get("window"), None if chunking is None else asdict(chunking)]
+    if "token" in formats and isinstance(student, TokenStudent):
+        options += [formats["token"], student.token_fingerprint]
     key = fingerprint_json([FORMAT_VERSION, student.fingerprint, corpus.fingerprint, *options])
     draft = folder.parent / f".{folder.name}.work-{key}"
     begin = time.perf_counter()
@@ -114,7 +121,8 @@ def encode(
             task=task,
             vector_format=vector_format,
             vector_copies=vector_copies,
-            window_vectors=windows,
+            window_vectors=formats.get("window"),
+            token_vectors=formats.get("token"),
             student_source=student_source,
         )
     try:

@@ -27,16 +27,16 @@ from d2llm.core.types import (
     Ranking,
     Task,
 )
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.store.index_manifest import VectorCopies, find_index
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
+from d2llm.store.part_vectors import ReadParts
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.side_files import Chunking, read_chunking
 from d2llm.store.view import PassageView
-from d2llm.store.window_vectors import ReadWindows
 
 # Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
 if TYPE_CHECKING:
@@ -53,18 +53,34 @@ if TYPE_CHECKING:
     from d2llm.retrieval.upserting import UpsertReport
 
 
-WINDOW_FORMAT = "int3"
-"""Default format of the vectors of windows (``store.vector_formats``)."""
+PART_FORMATS: dict[PartKind, str] = {"window": "int3", "token": "int4"}
+"""Default formats of the vectors of windows and tokens (``store.vector_formats``)."""
 
 
-def window_format(student: SearchStudent, task: Task, requested: str | None) -> str | None:
-    """The format of the windows' vectors in a new index; None if they are not stored.
+def part_formats(
+    student: SearchStudent, task: Task, *, window_vectors: str | None = "auto", token_vectors: str | None = "auto"
+) -> dict[PartKind, str]:
+    """The formats of the vectors of parts that a new index stores, by kind.
 
-    ``requested`` "none" gives None; "auto" gives the default format if the student's score counts windows, else None.
+    None and "none" leave a kind out; "auto" stores it in the default format if the student's score counts it.
+
+    Raises:
+        InputError: vectors of tokens are wanted, but the student has none.
     """
-    if requested != "auto":
-        return None if requested == "none" else requested
-    return WINDOW_FORMAT if evidence_weights(student, task).counts_windows else None
+    counted = evidence_weights(student, task).part_kinds
+    formats: dict[PartKind, str] = {}
+    requests: dict[PartKind, str | None] = {"window": window_vectors, "token": token_vectors}
+    for kind, requested in requests.items():
+        if requested == "auto":
+            requested = PART_FORMATS[kind] if kind in counted else None
+        if requested not in {None, "none"}:
+            formats[kind] = str(requested)
+    if "token" in formats and not (isinstance(student, TokenStudent) and student.token_dim):
+        raise InputError(
+            "this student has no vectors of tokens; train them with `d2llm fit-tokens`, or leave them "
+            "out"
+        )
+    return formats
 
 
 def find_source(source: object, folder: Path) -> str:
@@ -108,6 +124,7 @@ class Index:
         vector_format: str = "bfloat16",
         vector_copies: VectorCopies = 2,
         window_vectors: str | None = "auto",
+        token_vectors: str | None = "auto",
         metadata: Mapping[str, FieldType] | None = None,
         student_source: str | None = None,
         device: str | None = None,
@@ -125,6 +142,8 @@ class Index:
                 must be encoded again (``verify``).
             window_vectors: how the vectors of passages' windows are stored, which the student's score may count
                 (``models.evidence``): a format, None to store none, or "auto": int3 if its score counts them.
+            token_vectors: the same for the vectors of passages' tokens; "auto" is int4 if the student's score counts
+                them.
             metadata: fields with their types; types of other fields are inferred from their values as they appear.
             student_source: where the student was loaded from, so that ``open`` can load it again; not needed if
                 ``student`` is a folder or name.
@@ -140,6 +159,7 @@ class Index:
 
         is_named = isinstance(student, str | Path)
         loaded = Student.load(student, device=device, dtype=dtype, engine=engine) if is_named else student
+        formats = part_formats(loaded, task, window_vectors=window_vectors, token_vectors=token_vectors)
         store = IndexStore.create(
             Path(folder),
             student_fingerprint=loaded.fingerprint,
@@ -147,7 +167,10 @@ class Index:
             task=task,
             vector_format=vector_format,
             vector_copies=vector_copies,
-            window_format=window_format(loaded, task, window_vectors),
+            window_format=formats.get("window"),
+            token_format=formats.get("token"),
+            token_dim=loaded.token_dim if "token" in formats and isinstance(loaded, TokenStudent) else None,
+            token_projection=loaded.token_fingerprint if "token" in formats and isinstance(loaded, TokenStudent) else None,
             metadata=MetadataSchema(metadata or {}),
             student_config=loaded.config.model_dump(mode="json"),
             student_source=source_of(student) if is_named else student_source,
@@ -521,14 +544,14 @@ class Index:
         """Check the integrity of the index; ``repair`` and ``go_back`` fix damage as in ``store.inspection.verify``.
 
         If only one copy of the vectors is stored, the student encodes lost ones again; after an interruption, repeat
-        the call to continue. Only one copy of window vectors is stored: if some are damaged, all are encoded again.
+        the call to continue. Only one copy of the vectors of parts is stored: if some are damaged, all are encoded again.
 
         Raises:
             IndexLockedError: something has to be repaired, but another process is writing.
             StorageError: a repaired file cannot be written.
         """
         with ExitStack() as stack:
-            from d2llm.retrieval.reading import read_windows
+            from d2llm.retrieval.reading import read_tokens, read_windows
 
             @cache
             def bar(title: str) -> Advance:  # made when there is something to encode
@@ -540,12 +563,12 @@ class Index:
                 advance(len(passages))
                 return encoded.vectors
 
-            def encode_windows(texts: Sequence[str]) -> ReadWindows:
-                advance = bar("reading windows again")
-                windows = read_windows(self.student, texts)
+            def encode_parts(kind: PartKind, texts: Sequence[str]) -> ReadParts:
+                advance = bar(f"reading {kind}s again")
+                parts = (read_windows if kind == "window" else read_tokens)(self.student, texts)
                 advance(len(texts))
-                return windows
+                return parts
 
-            report = verify(self.store, repair=repair, go_back=go_back, encode=encode, encode_windows=encode_windows)
+            report = verify(self.store, repair=repair, go_back=go_back, encode=encode, encode_parts=encode_parts)
         self.refresh()
         return report

@@ -5,19 +5,19 @@ The protocol of teachers is ``models.teachers.judge.Judge``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import Task, WholeText
+from d2llm.core.types import PART_KINDS, PartKind, Task, WholeText
 from d2llm.models.evidence import EvidenceWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from d2llm.models.backbone import EncodedTexts
+    from d2llm.models.backbone import EncodedTexts, TextKind
     from d2llm.models.late_chunking import EncodedChunks
 
 
@@ -127,11 +127,32 @@ class BoundedStudent(Protocol):
 class EvidenceStudent(Protocol):
     """A ``SearchStudent`` whose score can include evidence from the index (``Student`` is one)."""
 
-    def evidence_weights(self, task: Task, *, windows: bool = True) -> EvidenceWeights:
+    def evidence_weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> EvidenceWeights:
         """The weights of the evidence; empty if only the vectors count.
 
-        ``windows``: whether the index stores the vectors of windows.
+        ``stored``: the parts of passages whose vectors the index has.
         """
+        ...
+
+
+@runtime_checkable
+class TokenStudent(Protocol):
+    """A ``SearchStudent`` that can also give a vector for each token of a text (``Student``, if they were fitted)."""
+
+    @property
+    def token_dim(self) -> int | None:
+        """Width of a token's vector; None if this student has none."""
+        ...
+
+    @property
+    def token_fingerprint(self) -> str | None:
+        """Hash of what makes the vectors of tokens; None if this student has none."""
+        ...
+
+    def encode_with_tokens(
+        self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
+    ) -> EncodedTexts:
+        """Encode queries or passages; the result's ``tokens`` are the vectors of their tokens."""
         ...
 
 

@@ -13,8 +13,8 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, Task, WholeText
 from d2llm.models.pair_scores import score_by_query
 from d2llm.ops.bm25_words import windows
-from d2llm.retrieval.protocols import ChunkStudent, SearchStudent
-from d2llm.store.window_vectors import ReadWindows
+from d2llm.retrieval.protocols import ChunkStudent, SearchStudent, TokenStudent
+from d2llm.store.part_vectors import ReadParts
 
 if TYPE_CHECKING:
     from d2llm.models.backbone import EncodedTexts
@@ -22,24 +22,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReadPassages:
-    """Vectors [n, dim] of passages, places of truncated ones, and numbers of tokens and windows read."""
+    """Vectors [n, dim] of passages, places of truncated ones, and numbers of tokens and windows read.
+
+    ``tokens`` are the vectors of the passages' tokens, if they were requested.
+    """
 
     vectors: NDArray[np.float32]
     truncated: tuple[int, ...] = ()
     num_tokens: int = 0
     num_windows: int = 0
+    tokens: ReadParts | None = None
 
 
 def read_passages(
-    student: SearchStudent, passages: Sequence[Passage], advance: Callable[[int], None] | None = None
+    student: SearchStudent,
+    passages: Sequence[Passage],
+    advance: Callable[[int], None] | None = None,
+    *,
+    with_tokens: bool = False,
 ) -> ReadPassages:
     """Encode passages; all late chunks of a document, wherever they are in the list, share one encoding of it.
 
     ``advance`` is called with the number of passages finished since the last call.
 
     Raises:
-        InputError: there are late chunks, but the student cannot encode them.
+        InputError: there are late chunks, but the student cannot encode them; or vectors of tokens are wanted, but the
+            student has none, or there are late chunks.
     """
+    if with_tokens:
+        return _read_with_tokens(student, passages, advance)
     vectors = np.zeros((len(passages), student.vector_dim), np.float32)
     truncated: list[int] = []
     num_tokens = num_windows = 0
@@ -69,9 +80,41 @@ def read_passages(
     return ReadPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows)
 
 
+def _read_with_tokens(
+    student: SearchStudent, passages: Sequence[Passage], advance: Callable[[int], None] | None
+) -> ReadPassages:
+    if any(isinstance(passage, LateChunk) for passage in passages):
+        raise InputError(
+            "this index stores vectors of tokens, which late chunks do not have; chunk early, or make the index without "
+            "them (--token-vectors none; in Python, token_vectors=None)"
+        )
+    encoded = _encode_with_tokens(student, [passage.full_text for passage in passages], advance)
+    assert encoded.tokens is not None
+    return ReadPassages(
+        encoded.vectors, encoded.truncated, encoded.num_tokens, tokens=ReadParts(*encoded.tokens)
+    )
+
+
+def read_tokens(
+    student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
+) -> ReadParts:
+    """The vectors of the tokens of passages; ``advance`` is called with the number of passages finished."""
+    encoded = _encode_with_tokens(student, full_texts, advance)
+    assert encoded.tokens is not None
+    return ReadParts(*encoded.tokens, num_tokens=encoded.num_tokens)
+
+
+def _encode_with_tokens(
+    student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None
+) -> EncodedTexts:
+    if not isinstance(student, TokenStudent):
+        raise InputError(f"a {type(student).__name__} has no vectors of tokens; make the index without them")
+    return student.encode_with_tokens(full_texts, "passage", advance=advance)
+
+
 def read_windows(
     student: SearchStudent, full_texts: Sequence[str], advance: Callable[[int], None] | None = None
-) -> ReadWindows:
+) -> ReadParts:
     """Encode each window of passages as a passage; a single-window passage gets none, as its own vector serves.
 
     ``advance`` is called with the number of windows finished since the last call.
@@ -84,9 +127,9 @@ def read_windows(
         texts += [text[start:end] for start, end in encoded_spans]
         counts.append(len(encoded_spans))
     if not texts:
-        return ReadWindows(np.zeros((0, student.vector_dim), np.float32), np.array(counts, np.int64), 0)
+        return ReadParts(np.zeros((0, student.vector_dim), np.float32), np.array(counts, np.int64), 0)
     encoded = student.encode_passages(texts, advance=advance)
-    return ReadWindows(encoded.vectors, np.array(counts, np.int64), encoded.num_tokens)
+    return ReadParts(encoded.vectors, np.array(counts, np.int64), encoded.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,20 +208,24 @@ def _explained(
     places = {name: {row: at for at, row in enumerate(proposal.rows.tolist())} for name, proposal in proposals.items()}
     explained: list[RankedPassage] = []
     rows, scores = order.scored.rows[shown].tolist(), order.scored.scores[shown].tolist()
-    added = EvidenceParts(None, None) if evidence is None else evidence
+    added = EvidenceParts() if evidence is None else evidence
     nothing: list[None] = [None] * len(rows)
     lexical = nothing if added.words is None else added.words.tolist()
     windows = nothing if added.windows is None else added.windows.tolist()
-    for place, row, score, word_score, window_score in zip(passages, rows, scores, lexical, windows, strict=True):
+    tokens = nothing if added.tokens is None else added.tokens.tolist()
+    for place, row, score, word_score, window_score, token_score in zip(
+        passages, rows, scores, lexical, windows, tokens, strict=True
+    ):
         at = {name: place_of[row] for name, place_of in places.items() if row in place_of}
         counts = Counter(term for term in terms(place.passage.full_text) if term in query_terms)
         why = Explanation(
             anchor=place.anchor_score,
             interaction=None
             if place.anchor_score is None
-            else score - place.anchor_score - (word_score or 0.0) - (window_score or 0.0),
+            else score - place.anchor_score - (word_score or 0.0) - (window_score or 0.0) - (token_score or 0.0),
             lexical=word_score,
             windows=window_score,
+            tokens=token_score,
             source_ranks={name: index + 1 for name, index in at.items()},
             source_scores={name: float(proposals[name].scores[index]) for name, index in at.items()},
             terms=dict(counts),

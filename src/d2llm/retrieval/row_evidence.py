@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError
-from d2llm.core.types import EvidenceTerm, Task
+from d2llm.core.errors import IndexMismatchError, InputError
+from d2llm.core.types import PART_KINDS, EvidenceTerm, PartKind, Task
 from d2llm.models.evidence import EvidenceWeights
-from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent
+from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent, TokenStudent
 from d2llm.store.bm25 import QueryWords, WordIndex
 from d2llm.store.view import PassageView
 
 
 class EvidenceParts(NamedTuple):
-    """What words and windows each add to the scores of some rows [n]; None if they do not count."""
+    """What words, windows and tokens each add to the scores of some rows [n]; None if they do not count."""
 
-    words: NDArray[np.float32] | None
-    windows: NDArray[np.float32] | None
+    words: NDArray[np.float32] | None = None
+    windows: NDArray[np.float32] | None = None
+    tokens: NDArray[np.float32] | None = None
 
 
 class RowEvidence:
-    """The weighted sum of the word and window evidence of rows, float32."""
+    """The weighted sum of the evidence of rows, float32."""
 
     def __init__(
         self,
@@ -33,22 +34,37 @@ class RowEvidence:
         text: str,
         weights: EvidenceWeights,
         anchor: NDArray[np.float32] | None,
+        tokens: NDArray[np.float32] | None = None,
     ) -> None:
-        """Args: ``weights`` of the student for the task; ``anchor`` [dim], the query's vector for inner products."""
+        """Prepare a query.
+
+        Args:
+            index: the passages.
+            text: the query's text.
+            weights: those of the student for the task.
+            anchor: [dim], the query's vector for inner products.
+            tokens: [tokens, token_dim], the vectors of its tokens, if these have a weight.
+        """
         self._index, self._words = index, index.words
         self._query = self._words.query(text)
         self._passage_weight, self._window_weight = weights.word_weights(self._query.limit, self._query.statistics)
         self._anchor, self._vector_weight = anchor, np.float32(weights.terms.get("window_vectors", 0.0))
+        self._token_weight, self._tokens = np.float32(weights.terms.get("token_vectors", 0.0)), None
+        if self._token_weight:
+            assert tokens is not None, "the tokens of the query have a weight, but no vectors"
+            self._tokens = mean_of_cosines(tokens)
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The evidence of some rows [n]."""
-        return self._with_windows(self._word_evidence(rows), rows)
+        evidence = self._with_windows(self._word_evidence(rows), rows)
+        return evidence if self._tokens is None else evidence + self._token_evidence(self._tokens, rows)
 
     def parts(self, rows: NDArray[np.int64]) -> EvidenceParts:
         """The evidence of some rows [n], by kind."""
         return EvidenceParts(
             self._word_evidence(rows) if self._passage_weight or self._window_weight else None,
             self._window_evidence(rows) if self._vector_weight else None,
+            None if self._tokens is None else self._token_evidence(self._tokens, rows),
         )
 
     def _word_evidence(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -63,7 +79,11 @@ class RowEvidence:
             words = self._sum(passages, self._words.window_limits(self._query)[:num_rows])
         else:
             words = self._passage_weight * passages
-        return self._with_windows(words, np.arange(num_rows, dtype=np.int64))
+        bounds = self._with_windows(words, np.arange(num_rows, dtype=np.int64))
+        if self._tokens is not None:
+            assert self._index.tokens is not None
+            bounds = bounds + self._token_weight * self._index.tokens.limit(self._tokens)
+        return bounds
 
     @cached_property
     def _passages(self) -> NDArray[np.float32]:
@@ -80,15 +100,28 @@ class RowEvidence:
         assert self._anchor is not None, "windows are scored by inner products, which this student does not have"
         return self._vector_weight * self._index.best_windows(self._anchor, rows)
 
+    def _token_evidence(self, tokens: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._token_weight * self._index.best_tokens(tokens, rows)
 
-def evidence_weights(student: SearchStudent, task: Task, *, windows: bool = True) -> EvidenceWeights:
+
+def mean_of_cosines(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors of a query's tokens [m, dim], scaled so that their products with those of passages sum to a mean cosine.
+
+    The vectors of tokens have the norm sqrt(dim) (``models.token_vectors``).
+    """
+    return tokens / np.float32(max(tokens.size, 1))
+
+
+def evidence_weights(
+    student: SearchStudent, task: Task, *, stored: Collection[PartKind] = PART_KINDS
+) -> EvidenceWeights:
     """The weights of the evidence in a student's score; empty if only the vectors count.
 
-    ``windows``: whether the index stores the vectors of windows.
+    ``stored``: the parts of passages whose vectors the index has.
     """
     if not isinstance(student, EvidenceStudent):
         return EvidenceWeights()
-    return student.evidence_weights(task, windows=windows)
+    return student.evidence_weights(task, stored=stored)
 
 
 def weights_for(
@@ -100,19 +133,30 @@ def weights_for(
     """The weights for a search of an index: those requested, else the student's for what the index stores.
 
     Raises:
-        InputError: windows have a weight, but the index stores no vectors of windows.
+        InputError: windows or tokens have a weight, but the index does not store their vectors.
+        IndexMismatchError: tokens have a weight, and their vectors in the index were made by another projection.
     """
     if requested is not None and not isinstance(requested, EvidenceWeights):
         requested = EvidenceWeights(terms=dict(requested))
-    weights = evidence_weights(student, task) if requested is None else requested
-    if not weights.counts_windows or index.windows is not None:
-        return weights
-    if requested is not None:
+    stored = index.part_kinds
+    weights = evidence_weights(student, task, stored=stored) if requested is None else requested
+    for kind in weights.part_kinds - stored:
         raise InputError(
-            "window_vectors have a weight, but this index stores no vectors of windows; index the corpus again with "
-            "--window-vectors (in Python, window_vectors='int3'), or leave that weight out"
+            f"{kind}_vectors have a weight, but this index stores no vectors of {kind}s; index the corpus again with "
+            f"--{kind}-vectors (in Python, {kind}_vectors='int4'), or leave that weight out"
         )
-    return evidence_weights(student, task, windows=False)
+    if "token" in weights.part_kinds:
+        own = student.token_fingerprint if isinstance(student, TokenStudent) else None
+        if own is None:
+            raise InputError(
+                "token_vectors have a weight, but this student has no vectors of tokens; train them (`d2llm fit-tokens`), or leave that weight out"
+            )
+        if own != index.token_projection:
+            raise IndexMismatchError(
+                f"this index has the vectors of tokens of projection {index.token_projection}, but the student has "
+                f"{own}; index the corpus again, or search with other evidence"
+            )
+    return weights
 
 
 def scored_list(
@@ -123,10 +167,12 @@ def scored_list(
     grades: Mapping[int, float],
     terms: Sequence[EvidenceTerm],
     best_windows: NDArray[np.float32] | None = None,
+    best_tokens: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """The scores [n, 1 + terms] of some rows [n], the student's ``own`` first, and their grades [n], 0 if not judged.
 
-    The terms are those that ``RowEvidence`` weights; ``best_windows`` [n] are for the term "window_vectors".
+    The terms are those that ``RowEvidence`` weights; ``best_windows`` [n] are for the term "window_vectors",
+    ``best_tokens`` [n] for "token_vectors".
     """
     passage_scores, window_scores = words.score(query, rows)
     limit = query.limit or 1.0
@@ -138,5 +184,7 @@ def scored_list(
     }
     if best_windows is not None:
         values["window_vectors"] = best_windows
+    if best_tokens is not None:
+        values["token_vectors"] = best_tokens
     scores = np.stack([own, *(values[term] for term in terms)], axis=1)
     return scores, np.array([grades.get(row, 0) for row in rows.tolist()], np.float64)

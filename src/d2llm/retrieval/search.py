@@ -21,7 +21,7 @@ from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource
 from d2llm.retrieval.cascade import Rereader
 from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
 from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
 from d2llm.retrieval.row_evidence import RowEvidence, weights_for
 from d2llm.retrieval.row_scorer import RowScorer
@@ -78,7 +78,7 @@ class _PreparedQuery:
         query: text and id.
         vector: [dim].
         anchor: [dim], for inner products; None if the head has none.
-        evidence: what words and windows add to the scores, or None.
+        evidence: what words, windows and tokens add to the scores, or None.
         scorer: scores rows for the query; None in an exact search, which makes its own.
         depth: how many candidates each source proposes at first.
         scanned: the query's candidates from a scan shared with other queries, to that depth, or None.
@@ -162,7 +162,8 @@ class Searcher:
     ) -> list[Ranking]:
         """Rank the passages for each query.
 
-        If ``vectors`` [n, dim] are given, the queries are not encoded, and no ranking is marked as ``truncated``.
+        If ``vectors`` [n, dim] are given, the queries are not encoded, except for the vectors of tokens if the score
+        counts them, and no ranking is marked as ``truncated``.
         """
         prepared = self._prepare(queries, vectors, "searching")
         return [replace(self._shown(one), truncated=truncated) for one, truncated in prepared]
@@ -211,14 +212,23 @@ class Searcher:
         """``_prepare`` for as many queries as are encoded at once."""
         begin = time.perf_counter()
         cut: Sequence[int] = ()
-        if vectors is None:
-            read = self._student.encode_queries([query.text for query in queries])
+        tokens: Sequence[NDArray[np.float32] | None] = [None] * len(queries)
+        texts = [query.text for query in queries]
+        if "token" in self.weights.part_kinds:
+            assert isinstance(self._student, TokenStudent)
+            read = self._student.encode_with_tokens(texts, "query")
+            assert read.tokens is not None
+            tokens = read.tokens.split()
+            if vectors is None:
+                vectors, cut = read.vectors, read.truncated
+        elif vectors is None:
+            read = self._student.encode_queries(texts)
             vectors, cut = read.vectors, read.truncated
         anchors = self._anchors(vectors)
         seconds = (time.perf_counter() - begin) / len(queries)
         for at in range(0, len(queries), _SCANNED_AT_ONCE):
             part = slice(at, at + _SCANNED_AT_ONCE)
-            together = self._prepare_together(queries[part], vectors[part], anchors[part], seconds)
+            together = self._prepare_together(queries[part], vectors[part], anchors[part], tokens[part], seconds)
             for place, prepared in enumerate(together, at):
                 yield prepared, place in cut
 
@@ -268,13 +278,14 @@ class Searcher:
         queries: Sequence[Query],
         vectors: NDArray[np.float32],
         anchors: Sequence[NDArray[np.float32] | None],
+        tokens: Sequence[NDArray[np.float32] | None],
         encode_seconds: float,
     ) -> Iterator[_PreparedQuery]:
         """Queries ready to be ranked, after one shared scan for all of them if the exact scan is a source."""
         begin = time.perf_counter()
         evidence = [
-            RowEvidence(self._index, query.text, self.weights, anchor) if self.weights else None
-            for query, anchor in zip(queries, anchors, strict=True)
+            RowEvidence(self._index, query.text, self.weights, anchor, own_tokens) if self.weights else None
+            for query, anchor, own_tokens in zip(queries, anchors, tokens, strict=True)
         ]
         scorers: Sequence[RowScorer | None] = [None] * len(queries)
         if not self._exact:

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from d2llm.core.errors import DuplicateIdError, InputError
+from d2llm.core.errors import DuplicateIdError, IndexMismatchError, InputError
 from d2llm.core.progress import Advance, ignore
-from d2llm.core.types import Passage
+from d2llm.core.types import PartKind, Passage
 from d2llm.retrieval.project import extend_projections
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.reading import read_passages, read_windows
 from d2llm.store.index_store import IndexStore
+from d2llm.store.part_vectors import ReadParts
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import FieldType, MetadataSchema
-from d2llm.store.window_vectors import ReadWindows
 
 BLOCK_PASSAGES = 2_048
 """Passages encoded at a time, for a commit or a file: the most work that an interruption can lose."""
@@ -159,11 +159,16 @@ def _write_block(
         problem = f"{len(present)} of the passages already exist, such as {present[0]!r}; use upsert to update them"
         raise DuplicateIdError(store.folder, problem)
     advance(len(block) - len(changes.texts))
-    if store.window_format is None:
-        read, windows = read_passages(student, changes.texts, advance), None
-    else:
-        read, windows = read_passages(student, changes.texts), _read_windows(student, changes.texts, advance)
-    version = store.write(changes, read.vectors, read.truncated, table, windows)
+    with_windows, with_tokens = "window" in store.part_formats, "token" in store.part_formats
+    if with_tokens:
+        _check_projection(store, student)
+    read = read_passages(student, changes.texts, None if with_windows else advance, with_tokens=with_tokens)
+    parts: dict[PartKind, ReadParts] = {}
+    if with_windows:
+        parts["window"] = _read_windows(student, changes.texts, advance)
+    if read.tokens is not None:
+        parts["token"] = read.tokens
+    version = store.write(changes, read.vectors, read.truncated, table, parts)
     return replace(
         report,
         version=version,
@@ -173,20 +178,31 @@ def _write_block(
         num_metadata=report.num_metadata + len(changes.others),
         num_unchanged=report.num_unchanged + changes.num_unchanged,
         num_truncated=report.num_truncated + len(read.truncated),
-        num_tokens=report.num_tokens + read.num_tokens + (0 if windows is None else windows.num_tokens),
+        num_tokens=report.num_tokens + read.num_tokens + sum(part.num_tokens for part in parts.values()),
         num_windows=report.num_windows + read.num_windows,
     )
 
 
-def _read_windows(student: SearchStudent, passages: Sequence[Passage], advance: Advance) -> ReadWindows:
+def _check_projection(store: IndexStore, student: SearchStudent) -> None:
+    """Refuse a student whose vectors of tokens cannot be compared with those that the index stores."""
+    made_by = store.manifest["token_projection"]
+    own = student.token_fingerprint if isinstance(student, TokenStudent) else None
+    if own != made_by:
+        raise IndexMismatchError(
+            f"{store.folder}: its vectors of tokens were made by projection {made_by}, but the student has {own}; "
+            "use the student that made the index, or index the corpus again"
+        )
+
+
+def _read_windows(student: SearchStudent, passages: Sequence[Passage], advance: Advance) -> ReadParts:
     """Encode the windows of some passages at a time, to advance the progress bar, which counts passages."""
-    parts = [ReadWindows(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
+    parts = [ReadParts(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
     for start in range(0, len(passages), _WINDOWS_AT_ONCE):
         block = passages[start : start + _WINDOWS_AT_ONCE]
         parts.append(read_windows(student, [passage.full_text for passage in block]))
         advance(len(block))
     vectors, counts, num_tokens = zip(*parts, strict=True)
-    return ReadWindows(np.concatenate(vectors), np.concatenate(counts), sum(num_tokens))
+    return ReadParts(np.concatenate(vectors), np.concatenate(counts), sum(num_tokens))
 
 
 def _with_new_fields(

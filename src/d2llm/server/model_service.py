@@ -239,7 +239,7 @@ class ModelService:
 class StudentLane(ForwardingStudent):
     """A student for threads other than the event loop's.
 
-    Implements ``SearchStudent``, ``ProjectingStudent`` and ``ChunkStudent``.
+    Implements ``SearchStudent``, ``ProjectingStudent``, ``ChunkStudent`` and ``TokenStudent``.
     """
 
     def __init__(self, models: ModelService, loop: asyncio.AbstractEventLoop) -> None:
@@ -259,6 +259,13 @@ class StudentLane(ForwardingStudent):
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode passages in the shared batches."""
         return self._encode(texts, "passage", advance)
+
+    def encode_with_tokens(
+        self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
+    ) -> EncodedTexts:
+        """Encode texts and their tokens, in turn with the shared batches."""
+        work = self._models.in_lane(lambda: self._models.student.encode_with_tokens(texts, kind, advance=advance))
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedChunks:
         """Encode parts of texts, in turn with the shared batches."""

@@ -7,7 +7,7 @@ INDEX/
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
                         (``stored_vectors``); beside it, derived files (``ann``, ``projections``), which are not trusted
   words-<g>-...         the words of the same rows (``word_files``) for BM25, derived from the texts
-  window-...-<g>        vectors of the windows of the same rows, if the index has them (``window_vectors``)
+  window-, token-...-<g>  vectors of parts of the same rows, if the index has them (``part_vectors``)
   chunking.json         how documents were chunked into passages, if they were (``side_files``)
   snapshots/<name>      a read-only index folder, linked to the files at the time of the snapshot
   write.lock            held by the writer
@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
 from d2llm.core.shipped import name_student
-from d2llm.core.types import Passage, Task, is_text
+from d2llm.core.types import PART_KINDS, PartKind, Passage, Task, is_text
 from d2llm.store import repair, vector_file, word_files
 from d2llm.store.blocks import (
     COMPARED,
@@ -50,6 +50,15 @@ from d2llm.store.blocks import (
 )
 from d2llm.store.bm25 import WordSegment
 from d2llm.store.index_manifest import KIND, VectorCopies, read_index_manifest, write_index_manifest
+from d2llm.store.part_vectors import (
+    EncodeParts,
+    PartVectors,
+    ReadParts,
+    append_parts,
+    create_parts,
+    open_parts,
+    replace_parts,
+)
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.side_files import forget_chunking, read_chunking, side_files, write_chunking
@@ -58,22 +67,13 @@ from d2llm.store.stored_vectors import StoredVectors, stored_vectors
 from d2llm.store.table_files import TableFiles
 from d2llm.store.vector_file import VectorFile
 from d2llm.store.vector_formats import VectorFormat, make_format
-from d2llm.store.window_vectors import (
-    EncodeWindows,
-    ReadWindows,
-    WindowVectors,
-    append_windows,
-    create_windows,
-    open_windows,
-    replace_windows,
-)
 from d2llm.store.write_lock import WriteLock
 
 KEEP_VERSIONS = timedelta(hours=1)
 """How long ``compact`` keeps an old version for readers that have it open."""
 _SNAPSHOTS = "snapshots"
 _SNAPSHOT_NAME = re.compile(r"[\w][\w.-]{0,99}")
-_WINDOW_ROWS = 256  # rows whose windows are encoded together in a repair
+_PART_ROWS = 256  # rows whose parts are encoded together in a repair
 _UNINDEXED_ROWS = 4_000  # maximum rows that are searched without an index before the indices are updated
 
 
@@ -85,8 +85,7 @@ class IndexStore:
         self.manifest = manifest
         self.format: VectorFormat = make_format(manifest["vector_format"], manifest["dim"])
         self.vector_copies: VectorCopies = manifest["vector_copies"]
-        windows = manifest.get("window_format")
-        self.window_format: VectorFormat | None = make_format(windows, manifest["dim"]) if windows else None
+        self.part_formats = _part_formats(manifest)
         self.vectors: StoredVectors = stored_vectors(self, self.vector_copies)
         self.files = TableFiles(folder)
         self._lock = WriteLock(folder, self.files, self._check_identity)
@@ -102,6 +101,9 @@ class IndexStore:
         vector_format: str = "bfloat16",
         vector_copies: VectorCopies = 2,
         window_format: str | None = None,
+        token_format: str | None = None,
+        token_dim: int | None = None,
+        token_projection: str | None = None,
         metadata: MetadataSchema | None = None,
         student_config: Mapping[str, Any] | None = None,
         student_source: str | None = None,
@@ -110,7 +112,8 @@ class IndexStore:
 
         ``vector_copies``: 2 stores the vectors in the table too, so that a damaged vector file is rebuilt from there; 1
         stores them only in the file, which takes less space, but damaged vectors must be encoded again.
-        ``window_format``: format of the window vectors; None stores none.
+        ``window_format`` and ``token_format``: formats of the vectors of windows and of tokens; None stores none. The
+        vectors of tokens have ``token_dim`` dimensions; ``token_projection`` is the fingerprint of what made them.
 
         Raises:
             InputError: the folder is not empty, or the format or the number of copies is unknown.
@@ -120,26 +123,29 @@ class IndexStore:
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: already exists; open it, or give another folder")
         code_size = make_format(vector_format, dim).code_size
-        windows = None if window_format is None else make_format(window_format, dim)
+        content = {
+            "student": student_fingerprint,
+            "student_config": dict(student_config or {}),
+            "student_source": student_source,
+            "task": task,
+            "dim": dim,
+            "vector_format": vector_format,
+            "vector_copies": vector_copies,
+            "window_format": window_format,
+            "token_format": token_format,
+            "token_dim": token_dim,
+            "token_projection": token_projection,
+            "snapshot": None,
+        }
+        part_formats = _part_formats(content)
         if vector_copies not in get_args(VectorCopies):
             raise InputError(f"{vector_copies!r} copies of the vectors are not supported; give 1 or 2")
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             fields = (metadata or MetadataSchema()).arrow_fields()
             PassageTable.create(draft, table_schema(fields, code_size if vector_copies == 2 else None))
             VectorFile.create(draft, 0, code_size)
-            if windows is not None:
-                create_windows(draft, 0, windows)
-            content = {
-                "student": student_fingerprint,
-                "student_config": dict(student_config or {}),
-                "student_source": student_source,
-                "task": task,
-                "dim": dim,
-                "vector_format": vector_format,
-                "vector_copies": vector_copies,
-                "window_format": window_format,
-                "snapshot": None,
-            }
+            for kind, part_format in part_formats.items():
+                create_parts(draft, 0, kind, part_format)
             write_index_manifest(draft, content)
             TableFiles(draft).commit()
         return cls.open(folder)
@@ -254,7 +260,7 @@ class IndexStore:
         vectors: NDArray[np.float32],
         truncated: Collection[int] = (),
         table: PassageTable | None = None,
-        windows: ReadWindows | None = None,
+        parts: Mapping[PartKind, ReadParts] | None = None,
     ) -> int:
         """Make the changes in one commit; returns the new version.
 
@@ -263,10 +269,10 @@ class IndexStore:
             vectors: [len(changes.texts), dim].
             truncated: indices into ``changes.texts`` of passages that the student truncated.
             table: the latest version, opened under the same lock; it is moved to the new version.
-            windows: windows of ``changes.texts``, for an index that stores them.
+            parts: parts of ``changes.texts``, of each kind that the index stores.
 
         Raises:
-            InputError: a vector is not finite, the number or width of vectors is wrong, or windows are missing.
+            InputError: a vector is not finite, the number or width of vectors is wrong, or parts are missing.
             StorageError: the changes cannot be written; none of them is in the index.
         """
         if vectors.shape != (expected := (len(changes.texts), self.manifest["dim"])):
@@ -274,7 +280,7 @@ class IndexStore:
                 f"vectors of shape {vectors.shape} were given, but the texts need {expected} in this index"
             )
         names: list[str] = [passage.id for passage in changes.texts]
-        codes, window_codes = self.format.encode(vectors, names), self._window_codes(windows, names)
+        codes, part_codes = self.format.encode(vectors, names), self._part_codes(parts or {}, names)
         with self.writing():
             table = self.table() if table is None else table
             if not changes.texts and not changes.others:
@@ -286,8 +292,11 @@ class IndexStore:
                 first = file.append(codes) if len(codes) else file.capacity
                 words = WordSegment.from_texts(passage.full_text for passage in changes.texts)
                 word_files.write_segment(self.folder, generation, first, words)
-                if self.window_format is not None and windows is not None and len(codes):
-                    append_windows(self.folder, generation, self.window_format, first, window_codes, windows.counts)
+                if len(codes):
+                    for kind, (kind_codes, counts) in part_codes.items():
+                        append_parts(
+                            self.folder, generation, kind, self.part_formats[kind], first, kind_codes, counts
+                        )
             rows = np.concatenate([np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT, kept_rows])
             flags = [*(place in truncated for place in range(len(codes))), *(flag for _, _, flag in changes.others)]
             metadata = MetadataSchema.from_arrow(table.metadata_fields)
@@ -296,15 +305,20 @@ class IndexStore:
             table.put(block, replaces=len(passages) > changes.num_new)
             return table.version
 
-    def _window_codes(self, windows: ReadWindows | None, names: Sequence[str]) -> NDArray[np.uint8]:
-        if self.window_format is None:
-            return np.zeros((0, 0), np.uint8)
-        if windows is None or len(windows.counts) != len(names) or len(windows.vectors) != windows.counts.sum():
-            raise InputError(
-                f"{self.folder}: it stores vectors of windows; give those of each of the {len(names)} texts"
-            )
-        owners: list[int] = np.repeat(np.arange(len(names)), windows.counts).tolist()
-        return self.window_format.encode(windows.vectors, [names[owner] for owner in owners])
+    def _part_codes(
+        self, parts: Mapping[PartKind, ReadParts], names: Sequence[str]
+    ) -> dict[PartKind, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """The codes and counts of parts of the passages with these names, of each kind that the index stores."""
+        coded: dict[PartKind, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
+        for kind, part_format in self.part_formats.items():
+            read = parts.get(kind)
+            if read is None or len(read.counts) != len(names) or len(read.vectors) != read.counts.sum():
+                raise InputError(
+                    f"{self.folder}: it stores vectors of {kind}s; give those of each of the {len(names)} texts"
+                )
+            owners: list[int] = np.repeat(np.arange(len(names)), read.counts).tolist()
+            coded[kind] = part_format.encode(read.vectors, [names[owner] for owner in owners]), read.counts
+        return coded
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete the passages with these ids, at once from every result; returns their number."""
@@ -345,37 +359,36 @@ class IndexStore:
         generation = self.vectors.generation(table)
         return word_files.open_words(self.folder, generation, num_rows, self._texts_of(table), whole=whole)
 
-    def windows(self, table: PassageTable, capacity: int | None = None) -> WindowVectors:
-        """The window vectors of the first ``capacity`` rows (default: those of the version), if the index has them."""
-        assert self.window_format is not None
+    def parts(self, table: PassageTable, kind: PartKind, capacity: int | None = None) -> PartVectors:
+        """The vectors of parts of the first ``capacity`` rows (default: those of the version), if they are stored."""
         generation, num_rows = self.vectors.generation(table), self.vectors.num_rows(table)
-        return open_windows(
+        return open_parts(
             self.folder,
             generation,
-            self.window_format,
+            kind,
+            self.part_formats[kind],
             num_rows=num_rows,
             capacity=capacity or num_rows,
             version=table.version,
         )
 
-    def read_windows_again(self, table: PassageTable, read: EncodeWindows) -> None:
-        """Encode all windows of the latest version again and rewrite them; requires the write lock.
+    def read_parts_again(self, table: PassageTable, kind: PartKind, read: EncodeParts) -> None:
+        """Encode all parts of the latest version again and rewrite them; requires the write lock.
 
         If they cannot be written, the existing files are kept.
         """
-        assert self.window_format is not None
-        vector_format, generation = self.window_format, self.vectors.generation(table)
+        vector_format, generation = self.part_formats[kind], self.vectors.generation(table)
         num_rows, texts_of = self.vectors.num_rows(table), self._texts_of(table)
 
         def blocks() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-            for start in range(0, num_rows, _WINDOW_ROWS):
-                end = min(start + _WINDOW_ROWS, num_rows)
-                windows = read(list(texts_of(start, end)))
-                owners = np.repeat(np.arange(start, end), windows.counts).tolist()
-                yield vector_format.encode(windows.vectors, [f"row {row}" for row in owners]), windows.counts
+            for start in range(0, num_rows, _PART_ROWS):
+                end = min(start + _PART_ROWS, num_rows)
+                parts = read(kind, list(texts_of(start, end)))
+                owners = np.repeat(np.arange(start, end), parts.counts).tolist()
+                yield vector_format.encode(parts.vectors, [f"row {row}" for row in owners]), parts.counts
 
         with storage_errors(self.folder):
-            replace_windows(self.folder, generation, vector_format, blocks(), since=table.version)
+            replace_parts(self.folder, generation, kind, vector_format, blocks(), since=table.version)
 
     def _texts_of(self, table: PassageTable) -> word_files.TextsOf:
         first_row = self.vectors.generation(table) << GENERATION_SHIFT
@@ -464,12 +477,12 @@ class IndexStore:
         codes_of_batch = source.vectors.codes_of_batches(rows)
         num_rows = source.vectors.num_rows(rows)
         words = source.words(rows, num_rows, whole=True).words
-        windows = None if source.window_format is None else source.windows(rows)
+        parts = {kind: source.parts(rows, kind) for kind in self.part_formats}
         generation = max(self.vectors.generation(table), *vector_file.generations(self.folder), 0) + 1
         # No version before the commit may read the file, not even one that lost its own file of this number.
         file = VectorFile.create(self.folder, generation, self.format.code_size, since=table.version + 1)
-        if self.window_format is not None:
-            create_windows(self.folder, generation, self.window_format, since=table.version + 1)
+        for kind, part_format in self.part_formats.items():
+            create_parts(self.folder, generation, kind, part_format, since=table.version + 1)
 
         def batches() -> Iterator[pa.RecordBatch]:
             for batch in rows.batches():
@@ -477,8 +490,8 @@ class IndexStore:
                 numbers = np.arange(first, first + len(batch)) | generation << GENERATION_SHIFT
                 old = np.asarray(batch.column("d2_row")) & ROW_MASK
                 word_files.write_segment(self.folder, generation, first, words.take(old))
-                if self.window_format is not None and windows is not None:
-                    append_windows(self.folder, generation, self.window_format, first, *windows.take(old))
+                for kind, part_format in self.part_formats.items():
+                    append_parts(self.folder, generation, kind, part_format, first, *parts[kind].take(old))
                 place = batch.schema.get_field_index("d2_row")
                 yield batch.set_column(place, batch.schema.field(place), pa.array(numbers, pa.int64()))
 
@@ -489,7 +502,7 @@ class IndexStore:
         """Remove leftovers of interrupted writers."""
         for path in [
             *self.folder.glob(".vectors-*.new*"),
-            *self.folder.glob(".window-*.new*"),
+            *(path for kind in PART_KINDS for path in self.folder.glob(f".{kind}-*.new*")),
             *(self.folder / _SNAPSHOTS).glob(".*"),
         ]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -501,3 +514,10 @@ class IndexStore:
         if name not in present:
             raise InputError(f"{self.folder}: there is no snapshot {name!r}; there are: {', '.join(present) or 'none'}")
         return folder
+
+
+def _part_formats(manifest: Mapping[str, Any]) -> dict[PartKind, VectorFormat]:
+    """The formats of the vectors of parts that an index stores, by kind."""
+    dims: dict[PartKind, Any] = {"window": manifest["dim"], "token": manifest.get("token_dim")}
+    names = {kind: manifest.get(f"{kind}_format") for kind in PART_KINDS}
+    return {kind: make_format(name, dims[kind]) for kind, name in names.items() if name}

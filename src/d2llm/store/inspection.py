@@ -12,10 +12,12 @@ import numpy as np
 from d2llm.core.errors import D2LLMError, DamagedFileError, DataFormatError, InputError
 from d2llm.core.files import folder_bytes
 from d2llm.core.shipped import name_student
+from d2llm.core.types import PartKind
 from d2llm.store import ann, word_files
 from d2llm.store.blocks import GENERATION_SHIFT, is_as_written
 from d2llm.store.checksums import remedy_for
 from d2llm.store.index_store import IndexStore
+from d2llm.store.part_vectors import EncodeParts
 from d2llm.store.passage_table import NAME, PassageTable
 from d2llm.store.projections import StoredProjections, open_file, projections_of, remove_file
 from d2llm.store.repair import rebuild_record, repair_files
@@ -23,7 +25,6 @@ from d2llm.store.schema import MetadataSchema
 from d2llm.store.side_files import Chunking, read_chunking
 from d2llm.store.stored_vectors import Encode
 from d2llm.store.vector_file import DERIVED, VectorFile, ann_path_of, path_of
-from d2llm.store.window_vectors import EncodeWindows
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ class IndexStats:
     and ``bytes_per_passage`` covers everything including snapshots. ``ann_passages`` are in an approximate index that
     was tuned for a recall of ``ann_recall``. ``unindexed`` maps indices to the number of passages that they do not
     cover yet; these are searched too, but more slowly. ``chunking`` is how documents were chunked, if there were any;
-    ``student_name`` is the name of the student with fingerprint ``student``. ``window_format`` is the format of the
-    window vectors, None if there are none.
+    ``student_name`` is the name of the student with fingerprint ``student``. ``window_format`` and
+    ``token_format`` are the formats of the vectors of windows and of tokens, None if there are none.
     """
 
     folder: str
@@ -63,6 +64,8 @@ class IndexStats:
     word_bytes: int
     window_format: str | None
     window_bytes: int
+    token_format: str | None
+    token_bytes: int
     unindexed: dict[str, int]
     chunking: Chunking | None = None
     student_name: str | None = None
@@ -109,8 +112,10 @@ def stats(store: IndexStore) -> IndexStats:
         ann_recall=None if record is None else record.target,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
         word_bytes=sum(path.stat().st_size for path in store.folder.glob("words-*")),
-        window_format=None if store.window_format is None else store.window_format.name,
-        window_bytes=sum(path.stat().st_size for path in store.folder.glob("window-*")),
+        window_format=store.manifest.get("window_format"),
+        window_bytes=_part_bytes(store, "window"),
+        token_format=store.manifest.get("token_format"),
+        token_bytes=_part_bytes(store, "token"),
         unindexed={name: lag for name, lag in table.indices.items() if lag},
         chunking=read_chunking(store.folder),
         student_name=name_student(store.manifest["student"], store.manifest.get("student_source")),
@@ -123,7 +128,7 @@ def verify(
     repair: bool = False,
     go_back: bool = False,
     encode: Encode | None = None,
-    encode_windows: EncodeWindows | None = None,
+    encode_parts: EncodeParts | None = None,
 ) -> VerifyReport:
     """Read and check everything: all files against their checksums and, if the files are intact, texts against their
     hashes, row numbers, vectors, and snapshots.
@@ -139,7 +144,7 @@ def verify(
             approximate index are removed if they are damaged or belong to other vectors.
         go_back: with ``repair``, if passages are damaged: return to the last intact version and lose later changes.
         encode: encodes passages, if the vectors are kept once.
-        encode_windows: encodes windows, if the index stores their vectors.
+        encode_parts: encodes windows or tokens, if the index stores their vectors.
 
     Raises:
         IndexLockedError: another process is writing, and something must be repaired.
@@ -148,7 +153,7 @@ def verify(
     """
     if go_back and not repair:
         raise InputError(f"{store.folder}: going back is part of a repair; add --repair")
-    options = _VerifyOptions(repair, go_back, encode, encode_windows)
+    options = _VerifyOptions(repair, go_back, encode, encode_parts)
     table, problems = _inspect(store, options)
     snapshots = store.snapshots()
     for name in snapshots:
@@ -168,7 +173,7 @@ class _VerifyOptions(NamedTuple):
     repair: bool
     go_back: bool
     encode: Encode | None
-    encode_windows: EncodeWindows | None
+    encode_parts: EncodeParts | None
 
 
 def _inspect(store: IndexStore, options: _VerifyOptions) -> tuple[PassageTable | None, list[str]]:
@@ -249,7 +254,7 @@ def _problems(store: IndexStore, table: PassageTable, options: _VerifyOptions) -
         store.vectors.repair(table, options.encode)
         problems = [f"{problems[0]}; it was rewritten", *store.vectors.problems(table)]
     problems += _word_problems(store, table, repair=repair)
-    problems += _window_problems(store, table, options)
+    problems += _part_problems(store, table, options)
     return [*problems, *_projection_problems(store, table, repair=repair), *_ann_problems(store, table, repair=repair)]
 
 
@@ -308,22 +313,27 @@ def _word_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> l
     return [f"{problem}; `d2llm index ... verify --repair` reads them again from the table" for problem in problems]
 
 
-def _window_problems(store: IndexStore, table: PassageTable, options: _VerifyOptions) -> list[str]:
-    """Check that the window vectors exist and are undamaged."""
-    if store.window_format is None:
-        return []
-    try:
-        store.windows(table)
-    except DataFormatError as error:
-        if not options.repair:
-            return [str(error)]
-        if options.encode_windows is None:
-            raise InputError(
-                f"{store.folder}: to repair the vectors of windows, a student must encode texts"
-            ) from error
-        store.read_windows_again(table, options.encode_windows)
-        return [f"{error.path.name}: {error.problem}; they were encoded again"]
-    return []
+def _part_bytes(store: IndexStore, kind: PartKind) -> int:
+    return sum(path.stat().st_size for path in store.folder.glob(f"{kind}-*"))
+
+
+def _part_problems(store: IndexStore, table: PassageTable, options: _VerifyOptions) -> list[str]:
+    """Check that the vectors of parts exist and are undamaged."""
+    problems: list[str] = []
+    for kind in store.part_formats:
+        try:
+            store.parts(table, kind)
+        except DataFormatError as error:
+            if not options.repair:
+                problems.append(str(error))
+                continue
+            if options.encode_parts is None:
+                raise InputError(
+                    f"{store.folder}: to repair the vectors of {kind}s, a student must encode texts"
+                ) from error
+            store.read_parts_again(table, kind, options.encode_parts)
+            problems.append(f"{error.path.name}: {error.problem}; they were encoded again")
+    return problems
 
 
 def _projection_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:

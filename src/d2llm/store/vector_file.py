@@ -6,7 +6,7 @@ vectors-<generation>.json   code_size; since: the first version of the table tha
 
 Data derived from the vectors row by row is stored beside them in a file of the same format under another name
 (``projections``), whose ``made_of`` names what its rows were computed from. Window vectors are in two more such files
-(``window_vectors``).
+(``part_vectors``).
 
 A row is written once and never changed, so one file serves every version of the table: a version is a set of live rows.
 The extents are written after the bytes and before the table's commit. A crash in between leaves rows that no table
@@ -30,17 +30,18 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.fallbacks import fell_back
+from d2llm.core.types import PART_KINDS, PartKind
 from d2llm.store import word_files
 from d2llm.store.checksums import read_checked, write_checked
 
 NAME = "vectors"
 DERIVED = "projections"
-WINDOWS, WINDOW_PLACES = "window-vectors", "window-places"
+PART_VECTORS: dict[PartKind, str] = {kind: f"{kind}-vectors" for kind in PART_KINDS}
+PART_PLACES: dict[PartKind, str] = {kind: f"{kind}-places" for kind in PART_KINDS}
 _REMEDIES = {
     NAME: "`d2llm index ... verify --repair` rebuilds them",
     DERIVED: "`d2llm index ... project` rebuilds them",
-    WINDOWS: "`d2llm index ... verify --repair` encodes them again",
-    WINDOW_PLACES: "`d2llm index ... verify --repair` encodes them again",
+    **dict.fromkeys((*PART_VECTORS.values(), *PART_PLACES.values()), "`d2llm index ... verify --repair` encodes them again"),
 }
 _JOINED_ROWS = 16_384  # small additions share an extent of up to this many rows, to keep the list of extents short
 
@@ -268,8 +269,8 @@ def generations(folder: Path) -> Iterator[int]:
 
 
 def files_of(folder: Path, generation: int) -> list[Path]:
-    """The files of a generation: vectors, window vectors, derived files (``ann``, ``projections``) and words."""
-    names = (NAME, DERIVED, WINDOWS, WINDOW_PLACES)
+    """The files of a generation: vectors, those of parts, derived files (``ann``, ``projections``) and words."""
+    names = (NAME, DERIVED, *PART_VECTORS.values(), *PART_PLACES.values())
     files = (*(path_of(folder, generation, name) for name in names), ann_path_of(folder, generation))
     named = [part for path in files for part in (path, path.with_suffix(".json")) if part.is_file()]
     return [*named, *word_files.files_of(folder, generation)]

@@ -1,8 +1,8 @@
 """Storage formats of vectors: a format converts float32 vectors to rows of bytes and back.
 
 float32, bfloat16, float16   the numbers themselves
-int8, int3, binary           8, 3 or 1 bits per dimension of the rotated vector, for vectors with a norm near sqrt(dim),
-                             as d2llm's students produce them
+int8, int4, int3, binary     8, 4, 3 or 1 bits per dimension of the rotated vector, for vectors with a norm near
+                             sqrt(dim), as d2llm's students produce them
 
 No format needs training, so all passages of an index are stored in the same way, and a row means the same in every
 index. The quantised formats first rotate the vectors: a rotation preserves inner products and spreads the energy of a
@@ -14,9 +14,9 @@ whose codes equal its rows (``store.scan``).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,12 @@ STORED_AS = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2"), "float32":
 """The array type in the file; bfloat16 is stored as 16-bit integers, because .npy has no such type."""
 _FAISS_FLOATS = {"bfloat16": "QT_bf16", "float16": "QT_fp16"}
 
-_BITS = {"int8": 8, "int3": 3, "binary": 1}
-_STEP = {8: 1 / 16, 3: 0.5975, 1: 2.0}
-"""Distance of adjacent levels: 8 bits span +-8 standard deviations; 3 bits and 1 preserve a normal vector's norm."""
-_LARGEST_ERROR = {8: 0.1, 3: 0.5, 1: np.inf}
-"""A vector is refused if the stored one differs from it by more than this share of its norm (usual: .02, .19, .6)."""
+_BITS = {"int8": 8, "int4": 4, "int3": 3, "binary": 1}
+_STEP = {8: 1 / 16, 4: 0.3352, 3: 0.5975, 1: 2.0}
+"""Distance of adjacent levels: 8 bits span +-8 standard deviations; the others preserve a normal vector's norm."""
+_LARGEST_ERROR = {8: 0.1, 4: 0.75, 3: 0.5, 1: np.inf}
+"""A vector is refused if the stored one differs from it by more than this share of its norm (usual: .02, .11, .19, .6).
+4 bits hold any vector of the right norm: those of tokens are too many and too short for none to be unusual."""
 
 FORMATS = (*STORED_AS, *_BITS)
 """Names of all formats."""
@@ -48,6 +49,16 @@ def make_format(name: str, dim: int) -> VectorFormat:
     if name in _BITS:
         return RotatedFormat(name, dim)
     raise InputError(f"vector format {name!r} is unknown; use one of {', '.join(FORMATS)}")
+
+
+class Multiplier(NamedTuple):
+    """Inner products of codes with some queries: ``multiply(codes)`` [n, queries] times ``scale``.
+
+    They are the same whichever other codes are multiplied with them.
+    """
+
+    multiply: Callable[[NDArray[np.uint8]], NDArray[np.floating[Any]]]
+    scale: float
 
 
 class FloatFormat:
@@ -100,6 +111,17 @@ class FloatFormat:
     def turn(self, query: NDArray[np.float32]) -> NDArray[np.float64]:
         """A query [dim] in the basis of ``levels``: the query itself."""
         return query.astype(np.float64)
+
+    def multiplier(self, queries: NDArray[np.float32]) -> Multiplier:
+        """Multiplies rows with queries [m, dim], summed in float64 in a fixed order."""
+        exact = queries.astype(np.float64)
+
+        def multiply(codes: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
+            levels = self.decode(codes).astype(np.float64)
+            # Not a matrix product: the order of summation in BLAS depends on the number of rows.
+            return np.stack([np.einsum("ij,j->i", levels, query) for query in exact], axis=1)
+
+        return Multiplier(multiply, 1.0)
 
     def largest_norm(self, codes: NDArray[np.uint8]) -> float:
         """An upper bound on the norms of ``levels(codes)``; reads all of them."""
@@ -167,14 +189,36 @@ class RotatedFormat:
 
     def levels(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Levels [n, dim] of the rotated vectors."""
-        numbers = codes
-        if self.bits < 8:
-            planes = codes.reshape(-1, self.bits, self._plane_bytes)
-            set_bits = np.unpackbits(planes, axis=2, count=self.dim, bitorder="little")
-            numbers = set_bits[:, 0]
-            for bit in range(1, self.bits):
-                numbers = numbers << 1 | set_bits[:, bit]
+        numbers = self._numbers(codes)
         return (numbers.astype(np.float32) + np.float32(0.5 - 2 ** (self.bits - 1))) * np.float32(self._step)
+
+    def _numbers(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The numbers [n, dim] of the levels, from 0."""
+        if self.bits == 8:
+            return codes
+        planes = codes.reshape(-1, self.bits, self._plane_bytes)
+        set_bits = np.unpackbits(planes, axis=2, count=self.dim, bitorder="little")
+        numbers = set_bits[:, 0]
+        for bit in range(1, self.bits):
+            numbers = numbers << 1 | set_bits[:, bit]
+        return numbers
+
+    def multiplier(self, queries: NDArray[np.float32]) -> Multiplier:
+        """Multiplies rows with queries [m, dim] that are rounded to whole numbers.
+
+        Levels are odd multiples of half a step. With whole queries, too, all products and their sums are whole numbers
+        below 2^24, which float32 holds exactly, so that the order of summation in BLAS does not matter.
+        """
+        turned = _rotate(queries.astype(np.float64))
+        largest_level = 2**self.bits - 1
+        unit = float(np.abs(turned).max(initial=0.0)) * largest_level * self.dim / (2**24 - 1) or 1.0
+        # A little larger, so that rounding up cannot reach the limit.
+        whole = np.round(turned / (unit * 1.01)).astype(np.float32).T.copy()
+
+        def multiply(codes: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
+            return (2 * self._numbers(codes).astype(np.float32) - np.float32(largest_level)) @ whole
+
+        return Multiplier(multiply, unit * 1.01 * self._step / 2)
 
     def turn(self, query: NDArray[np.float32]) -> NDArray[np.float64]:
         """The rotated query."""

@@ -16,19 +16,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
-from d2llm.core.types import Passage, Task, Ties, is_text
+from d2llm.core.types import PartKind, Passage, Task, Ties, is_text
 from d2llm.ops.selection import top_rows
 from d2llm.store.ann import AnnBase, AnnIndex
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, is_as_written
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.index_store import IndexStore
+from d2llm.store.part_vectors import PartVectors
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.projections import StoredProjections, projections_of
 from d2llm.store.scan import RowScan
 from d2llm.store.schema import TEXT_COLUMNS, MetadataSchema
 from d2llm.store.vector_file import VectorFile, VectorRows
 from d2llm.store.vector_formats import make_format
-from d2llm.store.window_vectors import WindowVectors
 
 _log = logging.getLogger(__name__)
 _STORED_ROWS = 8_192  # rows encoded at a time for a view in another format
@@ -272,12 +272,30 @@ class PassageView:
         return words.only(np.ones(self.capacity, np.bool_) if self.live is None else self.live)
 
     @cached_property
-    def windows(self) -> WindowVectors | None:
-        """The window vectors of this version's passages, by row; None if the index stores none (``open_windows``)."""
-        return None if self.store.window_format is None else self.store.windows(self._table, self.capacity)
+    def windows(self) -> PartVectors | None:
+        """The window vectors of this version's passages, by row; None if the index stores none (``open_parts``)."""
+        return self._parts("window")
+
+    @cached_property
+    def tokens(self) -> PartVectors | None:
+        """The token vectors of this version's passages, by row; None if the index stores none (``open_parts``)."""
+        return self._parts("token")
+
+    def _parts(self, kind: PartKind) -> PartVectors | None:
+        return self.store.parts(self._table, kind, self.capacity) if kind in self.store.part_formats else None
+
+    @property
+    def part_kinds(self) -> frozenset[PartKind]:
+        """The kinds of parts whose vectors the index stores."""
+        return frozenset(self.store.part_formats)
+
+    @property
+    def token_projection(self) -> str | None:
+        """The fingerprint of the projection that made the token vectors."""
+        return self.store.manifest.get("token_projection")
 
     def best_windows(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The highest inner product of a query [dim] with a window of each row [n] (``WindowVectors.best``).
+        """The highest inner product of a query [dim] with a window of each row [n] (``PartVectors.best``).
 
         For a passage with a single window, it is the product with its own vector.
         """
@@ -287,6 +305,11 @@ class PassageView:
         if len(alone):
             scores[alone] = self._check().products(query, rows[alone])
         return scores
+
+    def best_tokens(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The sum of the highest products of a query's tokens [m, dim] with tokens of each row [n]."""
+        assert self.tokens is not None, "this index stores no vectors of tokens"
+        return self.tokens.sum_of_best(queries, rows)
 
     def select(self, filter: str | None) -> NDArray[np.bool_] | None:  # noqa: A002
         """The rows that a filter allows, as a mask [capacity]; None without a filter.

@@ -20,7 +20,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.evaluation.judging import label_pool
-from d2llm.models.evidence import NO_EVIDENCE, Evidence, read_evidence, write_evidence
+from d2llm.models.evidence import NO_EVIDENCE, VECTOR_TERMS, Evidence, read_evidence, write_evidence
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
@@ -28,6 +28,7 @@ from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
 from d2llm.training.dev import DevSet, make_dev_set
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
+from d2llm.training.fit_tokens import fit_tokens
 from d2llm.training.objective import OFFSET
 from d2llm.training.processes import Processes, joined_processes, own_device
 from d2llm.training.residual import AskTeacher
@@ -181,6 +182,9 @@ def _fit_and_write(
 ) -> DistillReport:
     """Fit the trained student's evidence and probabilities on dev, write the student, and complete the report."""
     student, recipe = run.student.eval(), run.recipe
+    if recipe.evidence.token_vectors:
+        corpora = [source.dataset for source in sources if source.pairs is None]
+        fit_tokens(student, corpora, recipe.training.tokens, seed=recipe.seed)
     student.evidence = _fit_evidence(student, sources, recipe, recipe.evidence.terms)
     student.calibration = fit_probabilities(
         student,
@@ -275,7 +279,7 @@ def _evidence_at_start(
     if processes.is_first:
         evidence = read_evidence(run_folder, student.fingerprint)
         if evidence is NO_EVIDENCE:
-            words: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term != "window_vectors"]
+            words: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term not in VECTOR_TERMS]
             evidence = _fit_evidence(student, sources, recipe, words)
             run_folder.mkdir(parents=True, exist_ok=True)
             write_evidence(run_folder, evidence)
@@ -288,7 +292,7 @@ def _with_words(
     """The same data sets, whose scores count words where they have a weight; never for labelled pairs."""
     sources, dev = list(labelled), list(dev_sets)
     for place, each in enumerate(labelled):
-        weights = evidence.weights(each.source.task, windows=False)
+        weights = evidence.weights(each.source.task, stored=())
         if each.source.pairs is None and weights.counts_words:
             score_words = WordScores(each.source.dataset, weights)
             sources[place] = replace(each, score_words=score_words)

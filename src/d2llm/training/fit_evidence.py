@@ -3,8 +3,7 @@
 The student's own score keeps weight 1. Each task has one set of weights for all of its data sets, and every query
 counts equally in the fit. The reported results are cross-fitted: each half of the dev queries is measured with weights
 fitted on the other half. If that is not better than the student's own score, the weights are 0. If the vectors of
-windows gain next to nothing, they are left out, because they make an index larger and slower to build. The weight of
-words depends on the query if that is better on queries, and on whole data sets, that the fit did not see.
+windows or tokens gain next to nothing, they are left out, because they make an index larger. The weight of words depends on the query if that is better on queries, and on whole data sets, that the fit did not see.
 """
 
 from __future__ import annotations
@@ -20,23 +19,25 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import EvidenceTerm, Query, Task
+from d2llm.core.types import EvidenceTerm, PartKind, Query, Task
 from d2llm.data.beir import Dataset
-from d2llm.models.evidence import Evidence, TaskEvidence, WordsFactor
+from d2llm.models.evidence import VECTOR_TERMS, Evidence, TaskEvidence, WordsFactor
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.weighted_sum import beside_first, fit_scaled_weights, sum_weights
-from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.reading import read_windows
-from d2llm.retrieval.row_evidence import scored_list
+from d2llm.retrieval.index import PART_FORMATS
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent
+from d2llm.retrieval.reading import read_tokens, read_windows
+from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
 from d2llm.store.bm25 import WordIndex
+from d2llm.store.part_vectors import PartVectors
 from d2llm.store.vector_formats import make_format
-from d2llm.store.window_vectors import WindowVectors
 from d2llm.training.dev import MIN_QUERIES, dev_queries
 
 LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
 """How many of the best passages by words and by vectors are in a query's list; minimum number of passages encoded."""
-MIN_WINDOW_GAIN = 0.002
-"""Minimum mean gain in nDCG@10 on dev, over the data sets of a task, for the vectors of windows to be used."""
+MIN_PART_GAIN: dict[PartKind, float] = {"window": 0.01, "token": 0.002}
+"""Minimum mean gain in nDCG@10 on dev, over the data sets of a task, for the vectors of parts to be used. Windows cost
+more: an index then encodes long passages three times."""
 _MEASURE = "nDCG@10"
 _MIN_STANDARD_ERRORS = 1.0  # of the gain of a factor of the query's words, which overfits a hundred queries easily
 
@@ -171,13 +172,24 @@ def make_evidence_lists(
             listed.append(rows)
             scores.append(own[np.searchsorted(pool, rows)])
     best_windows: list[NDArray[np.float32] | None] = [None] * len(kept)
+    best_tokens: list[NDArray[np.float32] | None] = [None] * len(kept)
     if kept and "window_vectors" in terms:
         windows = _read_windows(student, dataset, ids, np.unique(np.concatenate(listed)), pool, passages)
         anchors = student.anchor_queries(vectors, task)
         best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors[kept], listed, strict=True)]
+    if kept and "token_vectors" in terms:
+        tokens = _read_tokens(student, dataset, ids, np.unique(np.concatenate(listed)))
+        assert isinstance(student, TokenStudent)
+        read = student.encode_with_tokens([queries[number].text for number in kept], "query").tokens
+        assert read is not None
+        best_tokens = [
+            tokens.sum_of_best(mean_of_cosines(own), rows) for own, rows in zip(read.split(), listed, strict=True)
+        ]
     lists = [
-        scored_list(own, words, words_of_queries[number], rows, grades[number], terms, windows_scores)
-        for number, own, rows, windows_scores in zip(kept, scores, listed, best_windows, strict=True)
+        scored_list(own, words, words_of_queries[number], rows, grades[number], terms, by_window, by_token)
+        for number, own, rows, by_window, by_token in zip(
+            kept, scores, listed, best_windows, best_tokens, strict=True
+        )
     ]
     statistics = np.array([words_of_queries[number].statistics for number in kept], np.float32)
     return EvidenceLists(dataset.name, lists, statistics)
@@ -190,7 +202,7 @@ def _read_windows(
     rows: NDArray[np.int64],
     pool: NDArray[np.int64],
     passages: NDArray[np.float32],
-) -> WindowVectors:
+) -> PartVectors:
     """The windows of the passages at ``rows``. A passage without windows has its own vector, from those of ``pool``."""
     texts = [dataset.passages[ids[int(row)]].full_text for row in rows]
     with progress_bar(f"encoding the windows of {dataset.name}", None) as advance:
@@ -206,27 +218,44 @@ def _read_windows(
     places = np.zeros((len(ids), 2), np.int64)
     places[rows] = np.stack([firsts, counts], axis=1)
     stored = make_format("float32", student.vector_dim)
-    return WindowVectors(places, stored.encode(vectors, [ids[int(row)] for row in np.repeat(rows, counts)]), stored)
+    return PartVectors(places, stored.encode(vectors, [ids[int(row)] for row in np.repeat(rows, counts)]), stored)
+
+
+def _read_tokens(
+    student: SearchStudent, dataset: Dataset, ids: Sequence[str], rows: NDArray[np.int64]
+) -> PartVectors:
+    """The vectors of the tokens of the passages at ``rows``, as an index stores them."""
+    texts = [dataset.passages[ids[int(row)]].full_text for row in rows]
+    with progress_bar(f"encoding the tokens of {dataset.name}", len(texts)) as advance:
+        read = read_tokens(student, texts, advance)
+    places = np.zeros((len(ids), 2), np.int64)
+    places[rows] = np.stack([np.cumsum(read.counts) - read.counts, read.counts], axis=1)
+    stored = make_format(PART_FORMATS["token"], read.vectors.shape[1])
+    owners = [ids[int(row)] for row in np.repeat(rows, read.counts)]
+    return PartVectors(places, stored.encode(read.vectors, owners), stored)
 
 
 def fit_task_weights(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
     """Fit weights for the data sets of one task; all are 0 if evidence is no better than the student's own score.
 
-    If the vectors of windows get a weight, the result also has weights for an index without them.
+    If the vectors of windows or tokens get a weight, the result also has weights for an index without them.
 
     Raises:
         InputError: a half of the lists has no relevant passage.
     """
     best = _weigh(sets, terms)
-    if "window_vectors" not in terms:
-        return best
-    kept = [place for place, term in enumerate(terms) if term != "window_vectors"]
-    columns = [0, *(1 + place for place in kept)]
-    fewer = [replace(each, lists=[(scores[:, columns], grades) for scores, grades in each.lists]) for each in sets]
-    without = _weigh(fewer, [terms[place] for place in kept])
-    if not best.weights["window_vectors"] or _mean_after(best) < _mean_after(without) + MIN_WINDOW_GAIN:
-        return without
-    return best.model_copy(update={"without_windows": without})
+    lesser: TaskEvidence | None = None
+    for term, kind in VECTOR_TERMS.items():  # windows first: with them and tokens, those without windows come next
+        if term not in terms:
+            continue
+        kept = [place for place, other in enumerate(terms) if other != term]
+        columns = [0, *(1 + place for place in kept)]
+        fewer = [replace(each, lists=[(scores[:, columns], grades) for scores, grades in each.lists]) for each in sets]
+        without = fit_task_weights(fewer, [terms[place] for place in kept])
+        if not best.weights[term] or _mean_after(best) < _mean_after(without) + MIN_PART_GAIN[kind]:
+            return without
+        lesser = lesser or without
+    return best.model_copy(update={"without_parts": lesser})
 
 
 def _mean_after(fitted: TaskEvidence) -> float:
@@ -323,7 +352,7 @@ def _fit_sum(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by
 
 
 def _are_words(terms: Sequence[EvidenceTerm]) -> NDArray[np.bool_]:
-    return np.array([False, *(term != "window_vectors" for term in terms)])
+    return np.array([False, *(term not in VECTOR_TERMS for term in terms)])
 
 
 def _grades(dataset: Dataset, query: Query, row_of: Mapping[str, int]) -> dict[int, float]:

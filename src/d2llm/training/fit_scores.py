@@ -32,6 +32,7 @@ def fit_scores(
     *,
     words: bool = True,
     window_vectors: bool = True,
+    token_vectors: bool | None = None,
     num_queries: int = 200,
     seed: int = 0,
 ) -> FitScoresReport:
@@ -44,12 +45,14 @@ def fit_scores(
         words: fit the weights of BM25 and of windows; otherwise the present weights are kept.
         window_vectors: also fit the weight of the vectors of windows, which an index then computes and stores;
             otherwise only words.
+        token_vectors: also fit the weight of the vectors of tokens; by default if the student has them
+            (``training.fit_tokens``).
         num_queries: maximum number of queries per data set.
         seed: seed of the choice of queries and passages.
 
     Raises:
         InputError: a data set has labelled pairs, and so no corpus; it has no judged dev queries; or ``words`` is set
-            and the student's head is ``paper``.
+            and the student's head is ``paper``; or ``token_vectors`` is set and the student has none.
     """
     judged: list[tuple[Dataset, Task]] = []
     for dataset in data:
@@ -58,9 +61,15 @@ def fit_scores(
         judged.append((dataset, task))
     if words and not student.has_anchor:
         raise InputError("words are added to an inner product, which the head 'paper' does not have; leave them out")
+    if token_vectors is None:
+        token_vectors = student.token_projection is not None
+    if token_vectors and student.token_projection is None:
+        raise InputError("this student has no vectors of tokens; train them first with `d2llm fit-tokens`")
     evidence = None
     if words:
-        terms = EvidenceConfig(words=True, window_words=True, window_vectors=window_vectors).terms
+        terms = EvidenceConfig(
+            words=True, window_words=True, window_vectors=window_vectors, token_vectors=token_vectors
+        ).terms
         new_evidence = fit_evidence(student, judged, terms=terms, num_queries=num_queries, seed=seed)
         student.evidence = new_evidence.model_copy(update={"tasks": {**student.evidence.tasks, **new_evidence.tasks}})
         evidence = new_evidence.tasks.get(task)

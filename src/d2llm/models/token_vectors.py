@@ -1,0 +1,133 @@
+"""Vectors of a text's tokens: the states of the backbone, projected to few dimensions.
+
+One vector per text loses what its single tokens say. Each token of a query looks for the most similar token of a
+passage, and the mean of these cosines is one more term of the score (``models.evidence``). This is the late interaction
+of Khattab and Zaharia, "ColBERT", SIGIR 2020, here beside the text's vector and its words, and without reading a text
+again: its vector and those of its tokens come from the same pass through the backbone.
+
+The projection is trained after the student, on states that do not change (``training.fit_tokens``), and stored as
+``tokens.safetensors`` in the student's folder. Vectors of texts do not depend on it, so an index is valid for the
+student with or without it. An index with vectors of tokens names the projection that made them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from d2llm.core.errors import ModelError
+from d2llm.models.pooling import to_sphere
+from d2llm.models.sources import load_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILE_NAME = "tokens.safetensors"
+
+
+class TokenVectors(NamedTuple):
+    """The vectors [sum of counts, token_dim] of the tokens of n texts, text after text, and their counts [n]."""
+
+    vectors: NDArray[np.float32]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def join(cls, texts: Sequence[NDArray[np.float32]], dim: int) -> TokenVectors:
+        """The tokens of all texts, given by text."""
+        counts = np.array([len(text) for text in texts], np.int64)
+        return cls(np.concatenate([np.zeros((0, dim), np.float32), *texts]), counts)
+
+    def split(self) -> list[NDArray[np.float32]]:
+        """The vectors [tokens, token_dim] of each text."""
+        return np.split(self.vectors, np.cumsum(self.counts)[:-1]) if len(self.counts) else []
+
+
+class TokenProjection(nn.Module):
+    """From the states of tokens to their vectors, of norm sqrt(token_dim): a linear map without bias.
+
+    Special tokens and tokens without a letter or digit have no vectors.
+    """
+
+    skipped: Tensor
+
+    def __init__(self, dim: int, token_dim: int, skipped: Sequence[int]) -> None:
+        """Args: ``dim`` of the states; ``token_dim`` of the vectors; ``skipped`` token ids that get no vector."""
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(token_dim, dim)))
+        self.register_buffer("skipped", torch.tensor(sorted(skipped), dtype=torch.int32))
+        self._skipped = frozenset(skipped)
+
+    @property
+    def dim(self) -> int:
+        """Width of a token's vector."""
+        return len(self.weight)
+
+    def forward(self, states: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens token_dim"]:
+        """The vectors of tokens, float32."""
+        return to_sphere(states.float() @ self.weight.T)
+
+    def places(self, token_ids: Sequence[int]) -> list[int]:
+        """The places of the tokens that get a vector."""
+        return [place for place, token in enumerate(token_ids) if token not in self._skipped]
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash."""
+        digest = hashlib.sha256()
+        for tensor in (self.weight, self.skipped):
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: Path, student: str) -> None:
+        """Write the projection into the folder of the student with this fingerprint."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / FILE_NAME, metadata={"student": student})
+
+
+def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of special tokens and of tokens without a letter or digit, such as punctuation."""
+    tokens: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = set(tokenizer.all_special_ids)
+    return [
+        token_id
+        for token_id, token in enumerate(tokens)
+        if token_id in special or token is None or not any(character.isalnum() for character in token)
+    ]
+
+
+def read_token_projection(folder: Path, student: str, dim: int) -> TokenProjection | None:
+    """Read the projection in the folder of the student with this fingerprint; None if there is none.
+
+    Raises:
+        ModelError: it cannot be read, does not fit states of width ``dim``, or belongs to another student.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return None
+    remedy = "restore the student's folder, or delete the file and evidence.json to search without them"
+    tensors = load_tensors(path, remedy=remedy)
+    weight, skipped = tensors.get("weight"), tensors.get("skipped")
+    if weight is None or skipped is None or weight.ndim != 2 or weight.shape[1] != dim or skipped.ndim != 1:
+        raise ModelError(f"{path} does not fit a student whose states have {dim} dimensions; {remedy}")
+    if (owner := _owner(path)) != student:
+        raise ModelError(f"{path} was trained for the student {owner}, but this one is {student}; {remedy}")
+    projection = TokenProjection(dim, len(weight), skipped.tolist())
+    projection.load_state_dict(tensors)
+    return projection.eval()
+
+
+def _owner(path: Path) -> str | None:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("student")

@@ -1,0 +1,240 @@
+"""Vectors of parts of passages: of their windows (``ops.bm25_words.windows``) or of their tokens.
+
+<kind>-vectors-<generation>   the codes of part 0, part 1, ..., those of a passage together (``vector_file``)
+<kind>-places-<generation>    first part and number of parts of each row, two 64-bit integers
+
+``kind`` is "window" or "token". A passage with a single window has none stored: its own vector stands for it. Parts are
+written after the vectors of the same rows and before the commit that names these rows. What a crash leaves behind
+belongs to rows that no version names; the places of a row are rewritten together with its vector. Parts are stored
+once; damaged ones are encoded again by ``repair``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import DataFormatError
+from d2llm.core.types import PartKind
+from d2llm.ops.selection import ranges
+from d2llm.store.scan import RowScan
+from d2llm.store.vector_file import PART_PLACES, PART_VECTORS, VectorFile
+from d2llm.store.vector_formats import VectorFormat
+
+_PLACE = np.dtype("<i8")
+_PLACE_BYTES = 2 * _PLACE.itemsize
+_PARTS_AT_ONCE = 4_096  # few enough to stay in the cache
+
+
+class ReadParts(NamedTuple):
+    """The parts of some passages, of one kind.
+
+    Attributes:
+        vectors: [sum of counts, dim], passage after passage.
+        counts: [n], number of parts of each passage; 0 windows if its own vector stands for them.
+        num_tokens: tokens that were read for them, in addition to those of the passages.
+    """
+
+    vectors: NDArray[np.float32]
+    counts: NDArray[np.int64]
+    num_tokens: int = 0
+
+
+EncodeParts = Callable[[PartKind, Sequence[str]], ReadParts]
+"""Encodes the parts of some passages, given as full texts; "" has no windows."""
+
+
+class PartVectors:
+    """The vectors of the parts of an index's rows, of one kind, at one version."""
+
+    def __init__(self, places: NDArray[np.int64], codes: NDArray[np.uint8], vector_format: VectorFormat) -> None:
+        """Args: ``places`` [rows, 2], first part and number of parts of each row; ``codes`` [parts, bytes]."""
+        self._places = places
+        self._format = vector_format
+        self.codes = codes
+
+    @cached_property
+    def _scan(self) -> RowScan:
+        return RowScan(self.codes, self._format)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of codes and places."""
+        return self.codes.nbytes + self._places.nbytes
+
+    def counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of parts of some rows [n]."""
+        return self._places[rows, 1]
+
+    def best(self, query: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The highest inner product of a query [dim] with a part of each row [n]; -inf for rows without parts.
+
+        Each product is summed in a fixed order, whichever other rows are requested (``RowScan.products``).
+        """
+        starts, counts = self._places[rows].T
+        scores = np.full(len(rows), -np.inf, np.float32)
+        nonempty = np.flatnonzero(counts)
+        if len(nonempty):
+            products = self._scan.products(query, ranges(starts[nonempty], counts[nonempty]))
+            firsts = np.cumsum(counts[nonempty]) - counts[nonempty]
+            scores[nonempty] = np.maximum.reduceat(products, firsts)
+        return scores
+
+    def sum_of_best(self, queries: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The sum, over queries [m, dim], of the highest inner product with a part of each row [n].
+
+        This is the late interaction of ColBERT (Khattab and Zaharia, SIGIR 2020) if the queries are the tokens of a
+        query. 0 for rows without parts. The sums are the same whichever other rows are requested.
+        """
+        scores = np.zeros(len(rows), np.float32)
+        if not len(queries):
+            return scores
+        starts, counts = self._places[rows].T
+        nonempty = np.flatnonzero(counts)
+        multiply, scale = self._format.multiplier(queries)
+        for block in _blocks(counts[nonempty]):
+            places = nonempty[block]
+            products = multiply(self.codes[ranges(starts[places], counts[places])])
+            firsts = np.cumsum(counts[places]) - counts[places]
+            best = np.maximum.reduceat(products, firsts, axis=0)
+            scores[places] = scale * best.sum(axis=1, dtype=np.float64)
+        return scores
+
+    def limit(self, queries: NDArray[np.float32]) -> np.float32:
+        """An upper bound of ``sum_of_best`` for these queries [m, dim] and any rows."""
+        norms = np.linalg.norm(queries.astype(np.float64), axis=1).sum()
+        return np.nextafter(np.float32(1.001 * norms * self._largest_norm), np.float32(np.inf))  # .001: whole queries
+
+    @cached_property
+    def _largest_norm(self) -> float:
+        """The largest norm of a part; reads all of them, because a format's own limit would be far too high."""
+        largest = 0.0
+        for start in range(0, len(self.codes), _PARTS_AT_ONCE):
+            levels = self._format.levels(self.codes[start : start + _PARTS_AT_ONCE])
+            largest = max(largest, float(np.einsum("ij,ij->i", levels, levels).max()))
+        return 1.001 * largest**0.5  # the float32 sum may be a little low
+
+    def take(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The codes of the parts of some rows, row after row, and the number of parts of each row."""
+        starts, counts = self._places[rows].T
+        return np.asarray(self.codes[ranges(starts, counts)]), counts
+
+
+def _blocks(counts: NDArray[np.int64]) -> Iterator[slice]:
+    """Consecutive rows whose parts are multiplied together: at most ``_PARTS_AT_ONCE``, or a single row."""
+    ends = np.cumsum(counts)
+    start = 0
+    while start < len(counts):
+        before = int(ends[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + _PARTS_AT_ONCE, side="right")))
+        yield slice(start, end)
+        start = end
+
+
+def create_parts(
+    folder: Path, generation: int, kind: PartKind, vector_format: VectorFormat, *, since: int = 0
+) -> None:
+    """Create the files of a kind of parts, without rows."""
+    VectorFile.create(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
+    VectorFile.create(folder, generation, _PLACE_BYTES, since=since, name=PART_PLACES[kind])
+
+
+def append_parts(
+    folder: Path,
+    generation: int,
+    kind: PartKind,
+    vector_format: VectorFormat,
+    first: int,
+    codes: NDArray[np.uint8],
+    counts: NDArray[np.int64],
+) -> None:
+    """Write the parts of the rows from ``first`` on, durably, replacing existing ones of these and later rows.
+
+    Raises:
+        DataFormatError: the existing files cannot be used.
+        OSError: the files cannot be written.
+    """
+    parts = VectorFile.open(folder, generation, vector_format.code_size, name=PART_VECTORS[kind])
+    places = VectorFile.open(folder, generation, _PLACE_BYTES, name=PART_PLACES[kind])
+    start = parts.append(codes) if len(codes) else parts.capacity
+    own = _places(start, counts)
+    if places.capacity <= first:
+        places.append(np.concatenate([_places(start, np.zeros(first - places.capacity, np.int64)), own]))
+        return
+    # Row numbers that no version names are reused after a vector file was rewritten.
+    kept = np.array(places.codes()[:first])
+    draft = VectorFile.begin(folder, generation, _PLACE_BYTES, since=places.since, name=PART_PLACES[kind])
+    draft.append(np.concatenate([kept, own]))
+    draft.take_place(folder)
+
+
+def open_parts(
+    folder: Path, generation: int, kind: PartKind, vector_format: VectorFormat, *, num_rows: int, capacity: int, version: int
+) -> PartVectors:
+    """The parts of a version of the table, of one kind, after comparing all their checksums.
+
+    The parts of the first ``num_rows`` rows, up to the last that the version names, must exist. Of the ``capacity``
+    rows that may be read, the others, left by a crash, may have none.
+
+    Raises:
+        DataFormatError: they are missing or damaged.
+    """
+    if not num_rows:
+        return PartVectors(
+            np.zeros((capacity, 2), np.int64), np.zeros((0, vector_format.code_size), np.uint8), vector_format
+        )
+    opened: list[NDArray[np.uint8]] = []
+    for name, code_size in ((PART_VECTORS[kind], vector_format.code_size), (PART_PLACES[kind], _PLACE_BYTES)):
+        file = VectorFile.open(folder, generation, code_size, name=name)
+        codes = file.codes()
+        problem = None
+        if file.since > version:
+            problem = f"belongs to a later version than {version}; refresh or open the index again"
+        elif file.damaged(codes) or (name == PART_PLACES[kind] and len(codes) < num_rows):
+            problem = "is not what was written; `d2llm index ... verify --repair` encodes them again"
+        if problem is not None:
+            raise DataFormatError(file.path, problem)
+        opened.append(codes)
+    codes, stored = opened
+    places = np.zeros((capacity, 2), np.int64)
+    written = np.ascontiguousarray(stored[:capacity]).view(_PLACE).reshape(-1, 2)
+    places[: len(written)] = written
+    if (places < 0).any() or (places.sum(axis=1) > len(codes)).any():
+        problem = f"names {kind}s that do not exist; `d2llm index ... verify --repair` encodes them again"
+        raise DataFormatError(folder / f"{PART_PLACES[kind]}-{generation}.bin", problem)
+    return PartVectors(places, codes, vector_format)
+
+
+def replace_parts(
+    folder: Path,
+    generation: int,
+    kind: PartKind,
+    vector_format: VectorFormat,
+    blocks: Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]],
+    *,
+    since: int,
+) -> None:
+    """Replace the files of a kind of parts by the parts of all rows, given as codes and counts of consecutive blocks of rows.
+
+    Raises:
+        OSError: they cannot be written; the existing files are kept.
+    """
+    parts = VectorFile.begin(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
+    places = VectorFile.begin(folder, generation, _PLACE_BYTES, since=since, name=PART_PLACES[kind])
+    for codes, counts in blocks:
+        start = parts.append(codes) if len(codes) else parts.capacity
+        if len(counts):
+            places.append(_places(start, counts))
+    parts.take_place(folder)
+    places.take_place(folder)
+
+
+def _places(start: int, counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The places of rows with these numbers of parts, whose first part is ``start``, as bytes."""
+    places = np.stack([start + np.cumsum(counts) - counts, counts], axis=1).astype(_PLACE)
+    return places.view(np.uint8).reshape(len(counts), _PLACE_BYTES)

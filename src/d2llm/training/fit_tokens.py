@@ -1,0 +1,265 @@
+"""The verb ``fit-tokens``: trains the projection that makes the vectors of tokens, on a student that does not change.
+
+The states of the backbone are computed once. A step then needs no pass through it: the tokens of a batch of queries are
+compared with the tokens of all its passages, and the loss is the cross-entropy of a query's relevant passage among
+them. The others are its hard negatives, by words and by the student's vectors, and the passages of the other queries;
+those that are also relevant to the query are left out. Source: Khattab and Zaharia, "ColBERT", SIGIR 2020, and
+Santhanam et al., "ColBERTv2", NAACL 2022.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from d2llm.core.errors import InputError
+from d2llm.core.progress import progress_bar
+from d2llm.core.recipe import TokensConfig
+from d2llm.data.beir import Dataset
+from d2llm.data.same_text import SameText
+from d2llm.models.backbone import TextKind
+from d2llm.models.device import inference
+from d2llm.models.student import Student
+from d2llm.models.token_vectors import TokenProjection, skipped_tokens
+from d2llm.ops.batching import even_batches, token_budget_batches
+from d2llm.ops.selection import nearest_rows
+from d2llm.store.bm25 import WordIndex
+from d2llm.training.checkpoints import adamw, learning_rate_factor, optimizer_step, warmup_steps
+
+_BATCH_TEXTS = 256
+_PCA_TOKENS = 40_000
+_INITIAL_SCALE = 20.0  # of the mean cosine, as in the anchored head
+
+_remarks = logging.getLogger("d2llm.remarks")
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Queries of one data set with a relevant passage and negatives, all as places in ``passages``.
+
+    Attributes:
+        name: name of the data set.
+        queries: states [tokens, dim] of the tokens of each query, in float16.
+        passages: the same for each passage.
+        positives: for each query all its relevant passages that were read.
+        negatives: for each query its hard negatives.
+    """
+
+    name: str
+    queries: list[Tensor]
+    passages: list[Tensor]
+    positives: list[list[int]]
+    negatives: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class FitTokensReport:
+    """What ``fit_tokens`` did: by data set the number of queries, and the mean loss of each epoch."""
+
+    fingerprint: str
+    token_dim: int
+    queries: dict[str, int]
+    losses: tuple[float, ...]
+
+
+def fit_tokens(
+    student: Student, datasets: Sequence[Dataset], config: TokensConfig | None = None, *, seed: int = 0
+) -> FitTokensReport:
+    """Train a student's ``token_projection`` on the train splits of data sets; nothing else of it changes.
+
+    The weight of the tokens in the student's score is fitted afterwards (``training.fit_evidence``); it may be 0.
+    Memory: two bytes for each dimension of the state of each token that is read.
+
+    Args:
+        student: the student.
+        datasets: data sets with judged train queries.
+        config: width of the vectors and settings of the training.
+        seed: seed of the choice of queries, and of the training.
+
+    Raises:
+        InputError: a data set has no judged train queries, or the backbone is narrower than the vectors would be.
+    """
+    config = config or TokensConfig()
+    dim = student.backbone.dim
+    if config.dim > dim:
+        raise InputError(f"vectors of tokens cannot have {config.dim} dimensions: the states of the backbone have {dim}")
+    student.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        projection = TokenProjection(dim, config.dim, skipped_tokens(student.backbone.tokenizer))
+        examples = [_read(student, dataset, projection, config, seed) for dataset in datasets]
+        _start_from_principal_components(projection, examples)
+        losses = _train(projection.to(student.backbone.device), examples, config, seed)
+    student.token_projection = projection.eval().requires_grad_(False)
+    return FitTokensReport(
+        projection.fingerprint, projection.dim, {each.name: len(each.queries) for each in examples}, losses
+    )
+
+
+def _read(
+    student: Student, dataset: Dataset, projection: TokenProjection, config: TokensConfig, seed: int
+) -> _Examples:
+    """Choose queries and their passages, and compute the states of their tokens."""
+    judged = {} if "train" not in dataset.qrels else dataset.positives("train")
+    if not judged:
+        raise InputError(f"{dataset.name}: vectors of tokens are trained on judged queries of a train split; it has none")
+    rng = random.Random(f"{seed}:{dataset.name}")
+    chosen = rng.sample(sorted(judged), min(config.max_queries, len(judged)))
+    ids = list(dataset.passages)
+    row_of = {passage_id: row for row, passage_id in enumerate(ids)}
+    same_text = SameText(dataset)
+    words = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
+    targets: list[set[int]] = []
+    by_words: list[list[int]] = []
+    for query_id in chosen:
+        positives = list(judged[query_id])
+        excluded = {row_of[p] for p in {*positives, *same_text.duplicates_of(positives)} if p in row_of}
+        best = words.best(words.query(dataset.queries[query_id].text), config.depth + len(excluded))[0].tolist()
+        near = [row for row in best if row not in excluded]
+        by_words.append(rng.sample(near, min(config.num_hard, len(near))))
+        targets.append(excluded)
+    read_positives = [
+        rng.sample(rows, min(config.num_positives, len(rows)))
+        for rows in ([row_of[p] for p in judged[query_id] if p in row_of] for query_id in chosen)
+    ]
+    pool = sorted({row for rows in (*read_positives, *by_words) for row in rows})
+    place_of = {row: place for place, row in enumerate(pool)}
+    passages, vectors = _states(student, projection, [dataset.passages[ids[row]].full_text for row in pool], "passage")
+    queries, anchors = _states(student, projection, [dataset.queries[query_id].text for query_id in chosen], "query")
+    if student.has_anchor:
+        anchors = student.anchor_queries(anchors)
+    nearest = nearest_rows(anchors, vectors, min(config.depth, len(pool)))
+    negatives: list[list[int]] = []
+    for lexical, near, excluded in zip(by_words, nearest, targets, strict=True):
+        similar = [place for place in near.tolist() if pool[place] not in excluded]
+        negatives.append(
+            [*(place_of[row] for row in lexical), *rng.sample(similar, min(config.num_hard, len(similar)))]
+        )
+    positives_read = [[place_of[row] for row in rows] for rows in read_positives]
+    return _Examples(dataset.name, queries, passages, positives_read, negatives)
+
+
+def _states(
+    student: Student, projection: TokenProjection, texts: Sequence[str], kind: TextKind
+) -> tuple[list[Tensor], NDArray[np.float32]]:
+    """The states [tokens, dim] of the tokens of each text that get a vector, in float16, and the texts' vectors."""
+    tokenized = student.tokenize(texts, kind)
+    states: list[Tensor] = [torch.zeros(0)] * len(texts)
+    vectors = np.empty((len(texts), student.vector_dim), np.float32)
+    batches = token_budget_batches(tokenized.lengths, max_tokens=4 * student.batch_tokens, max_items=_BATCH_TEXTS)
+    with inference(student), progress_bar(f"reading {'queries' if kind == 'query' else 'passages'}", len(texts)) as done:
+        for batch in batches:
+            ids = [tokenized.ids[index] for index in batch]
+            read, mask = student.backbone(*student.backbone.pad(ids))
+            vectors[batch] = student.pool(read, mask).cpu().numpy()
+            for row, index in enumerate(batch):
+                states[index] = read[row, projection.places(ids[row])].to(torch.float16).cpu()
+            done(len(batch))
+    return states, vectors
+
+
+def _start_from_principal_components(projection: TokenProjection, examples: Sequence[_Examples]) -> None:
+    """Start with the directions in which the states of tokens differ most."""
+    passages = [states for each in examples for states in each.passages]
+    random.Random(0).shuffle(passages)
+    sample: list[Tensor] = []
+    for states in passages:
+        sample.append(states)
+        if sum(map(len, sample)) >= _PCA_TOKENS:
+            break
+    tokens = torch.cat(sample).float()
+    if len(tokens) > 2 * projection.dim:
+        _, _, directions = torch.pca_lowrank(tokens, q=projection.dim, center=True)
+        projection.weight.data = directions.T.contiguous()
+
+
+def _train(
+    projection: TokenProjection, sets: Sequence[_Examples], config: TokensConfig, seed: int
+) -> tuple[float, ...]:
+    log_scale = torch.nn.Parameter(torch.tensor(_INITIAL_SCALE, device=projection.weight.device).log())
+    parameters = {"weight": projection.weight, "log_scale": log_scale}
+    optimizer = adamw([([projection.weight, log_scale], config.learning_rate, 0.0)])
+    usable = [[i for i in range(len(s.queries)) if len(s.queries[i]) and s.positives[i]] for s in sets]
+    per_epoch = sum(even_batches(len(rows), config.batch_queries)[0] for rows in usable if rows)
+    total, step = config.epochs * per_epoch, 0
+    warmup = warmup_steps(config, total)
+    losses: list[float] = []
+    with progress_bar("training vectors of tokens", total) as advance:
+        for epoch in range(config.epochs):
+            rng = random.Random(f"{seed}:{epoch}")
+            batches: list[tuple[_Examples, list[int]]] = []
+            for examples, rows in zip(sets, usable, strict=True):
+                order = rng.sample(rows, len(rows))
+                size = even_batches(len(order), config.batch_queries)[1] if order else 1
+                batches += [(examples, order[start : start + size]) for start in range(0, len(order), size)]
+            rng.shuffle(batches)
+            summed = 0.0
+            for examples, positions in batches:
+                loss = _loss(projection, log_scale, examples, positions, config, rng)
+                loss.backward()
+                factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
+                optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=1.0)
+                step += 1
+                summed += float(loss.detach())
+                advance(1, f"loss {float(loss.detach()):.3f}")
+            losses.append(summed / max(len(batches), 1))
+            _remarks.info("vectors of tokens: mean loss %.4f in epoch %d", losses[-1], epoch + 1)
+    return tuple(losses)
+
+
+def _loss(
+    projection: TokenProjection,
+    log_scale: Tensor,
+    examples: _Examples,
+    positions: Sequence[int],
+    config: TokensConfig,
+    rng: random.Random,
+) -> Tensor:
+    """Cross-entropy of each query's relevant passage among all passages of the batch."""
+    targets = [rng.choice(examples.positives[position]) for position in positions]
+    drawn = [
+        rng.sample(examples.negatives[position], min(config.num_hard, len(examples.negatives[position])))
+        for position in positions
+    ]
+    column_of: dict[int, int] = {}
+    for place in (*targets, *(place for places in drawn for place in places)):
+        column_of.setdefault(place, len(column_of))
+    device = projection.weight.device
+    queries = [examples.queries[position].to(device) for position in positions]
+    passages = [examples.passages[place].to(device) for place in column_of]
+    scores = log_scale.exp() * mean_best_cosines(projection, queries, passages)
+    also_relevant = torch.zeros_like(scores, dtype=torch.bool)
+    for row, (position, target) in enumerate(zip(positions, targets, strict=True)):
+        for place in examples.positives[position]:
+            if place != target and place in column_of:
+                also_relevant[row, column_of[place]] = True
+    labels = torch.tensor([column_of[target] for target in targets], device=device)
+    return functional.cross_entropy(scores.masked_fill(also_relevant, -torch.inf), labels)
+
+
+def mean_best_cosines(projection: TokenProjection, queries: Sequence[Tensor], passages: Sequence[Tensor]) -> Tensor:
+    """The mean, over a query's tokens, of the highest cosine with a token of the passage, [queries, passages].
+
+    Args:
+        projection: makes the vectors of tokens.
+        queries: states [tokens, dim] of each query's tokens, at least one.
+        passages: the same for the passages; one without tokens gets -1.
+    """
+    device = projection.weight.device
+    rows = projection(torch.cat([*queries]))
+    columns = projection(torch.cat([*passages]))
+    cosines = rows @ columns.T / projection.dim
+    owners = torch.repeat_interleave(torch.tensor([len(p) for p in passages], device=device))
+    best = cosines.new_full((len(cosines), len(passages)), -1.0)
+    best = best.scatter_reduce(1, owners.expand(len(cosines), -1), cosines, "amax")
+    lengths = torch.tensor([len(query) for query in queries], device=device)
+    summed = best.new_zeros(len(queries), len(passages)).index_add(0, torch.repeat_interleave(lengths), best)
+    return summed / lengths[:, None]
