@@ -40,7 +40,7 @@ from d2llm.store.inspection import verify
 from d2llm.store.projections import as_codes, create_file, projections_of
 from d2llm.store.table_files import TableFiles
 from d2llm.store.view import PassageView
-from tiny_store import DIM, few_passages, live_rows, new_store, put, vectors_of, windows_of
+from tiny_store import DIM, few_passages, live_rows, new_store, parts_of, put, vectors_of
 
 TESTS = Path(__file__).parent
 DAMAGES = ("flipped bit", "cut", "swapped blocks", "zeroed block", "removed", "of another")
@@ -74,8 +74,8 @@ class Judge:
 
 
 def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
-    """An index with metadata, words, windows, deletions, unindexed rows, several versions and all derived files."""
-    store = new_store(folder, vector_copies=vector_copies, window_format="int8")
+    """An index with words, windows, tokens, deletions, unindexed rows, several versions and all derived files."""
+    store = new_store(folder, vector_copies=vector_copies, window_format="int8", token_format="int4")
     passages = [
         Passage(
             p.id,
@@ -248,6 +248,9 @@ def answers(folder: Path) -> dict[str, Any]:
         results[f"windows {len(results)}"] = sorted(
             [p.id, score] for p, score in zip(passages, view.best_windows(query, rows).tolist(), strict=True)
         )
+        results[f"tokens {len(results)}"] = sorted(
+            [p.id, score] for p, score in zip(passages, view.best_tokens(query[None], rows).tolist(), strict=True)
+        )
         near = None if view.ann is None else AnnSearch(view.ann, view.mask(None), view.ids).search(query, 5)
         results[f"{_ANN} {len(results)}"] = None if near is None else [view.ids(near[0]), near[1].tolist()]
     for word in WORDS:
@@ -297,7 +300,7 @@ def verified(folder: Path, *, repair: bool = False) -> tuple[str, str]:
     """Whether ``verify`` finds problems."""
     try:
         store = IndexStore.open(folder)
-        problems = verify(store, repair=repair, go_back=repair, encode=vectors_of, encode_windows=windows_of).problems
+        problems = verify(store, repair=repair, go_back=repair, encode=vectors_of, encode_parts=parts_of).problems
     except D2LLMError as error:
         return "refused", str(error)
     except BaseException:  # noqa: BLE001

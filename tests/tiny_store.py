@@ -11,14 +11,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.files import MANIFEST_NAME
-from d2llm.core.types import Passage
+from d2llm.core.types import PartKind, Passage
 from d2llm.store.checksums import Record, read_record, take_sums, write_record
 from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import IndexStore
+from d2llm.store.part_vectors import ReadParts
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.vector_formats import make_format
 from d2llm.store.view import PassageView
-from d2llm.store.window_vectors import ReadWindows
 
 DIM = 8
 FIELDS = MetadataSchema({"year": "integer", "language": "string"})
@@ -30,6 +30,7 @@ def new_store(
     fields: MetadataSchema = FIELDS,
     vector_copies: VectorCopies = 2,
     window_format: str | None = None,
+    token_format: str | None = None,
 ) -> IndexStore:
     return IndexStore.create(
         folder,
@@ -38,6 +39,8 @@ def new_store(
         vector_format=vector_format,
         vector_copies=vector_copies,
         window_format=window_format,
+        token_format=token_format,
+        token_dim=None if token_format is None else DIM,
         metadata=fields,
     )
 
@@ -53,14 +56,15 @@ def vectors_of(passages: Iterable[Passage]) -> NDArray[np.float32]:
     return np.array(vectors, np.float32).reshape(len(vectors), DIM)
 
 
-def windows_of(texts: Iterable[str]) -> ReadWindows:
-    """Zero to three windows per text, seeded by the text."""
+def parts_of(kind: PartKind, texts: Iterable[str]) -> ReadParts:
+    """Zero to three windows or tokens per text, seeded by the text."""
     vectors, counts = [np.zeros((0, DIM), np.float32)], [0][:0]
     for text in texts:
-        seed = xxhash.xxh3_64_intdigest(f"windows of {text}".encode())
+        seed = xxhash.xxh3_64_intdigest(f"{kind}s of {text}".encode())
         counts.append(seed % 4 if text else 0)
-        vectors.append(np.random.default_rng(seed).standard_normal((counts[-1], DIM)).astype(np.float32))
-    return ReadWindows(np.concatenate(vectors), np.array(counts, np.int64), 0)
+        drawn = np.random.default_rng(seed).standard_normal((counts[-1], DIM)).astype(np.float32)
+        vectors.append(drawn * (DIM**0.5 / np.linalg.norm(drawn, axis=1, keepdims=True)))
+    return ReadParts(np.concatenate(vectors), np.array(counts, np.int64), 0)
 
 
 def stored_vectors(passages: Iterable[Passage], vector_format: str) -> NDArray[np.float32]:
@@ -81,8 +85,9 @@ def put(store: IndexStore, passages: Iterable[Passage]) -> int:
     passage_list = list(passages)
     with store.writing():
         changes = store.compare(passage_list)
-        windows = None if store.window_format is None else windows_of(text.full_text for text in changes.texts)
-        return store.write(changes, vectors_of(changes.texts), windows=windows)
+        texts = [text.full_text for text in changes.texts]
+        parts = {kind: parts_of(kind, texts) for kind in store.part_formats}
+        return store.write(changes, vectors_of(changes.texts), parts=parts)
 
 
 def live_rows(view: PassageView) -> NDArray[np.int64]:

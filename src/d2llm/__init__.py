@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from d2llm.training.fit_evidence import fit_evidence
     from d2llm.training.fit_probabilities import fit_probabilities
     from d2llm.training.fit_scores import fit_scores
+    from d2llm.training.fit_tokens import fit_tokens
     from d2llm.training.gate import read_gate
     from d2llm.training.run import Run
     from d2llm.training.starting_recipe import starting_recipe
@@ -102,6 +103,7 @@ __all__ = [
     "fit_evidence",
     "fit_probabilities",
     "fit_scores",
+    "fit_tokens",
     "load_contenders",
     "load_judge",
     "load_recipe",
@@ -162,6 +164,7 @@ _HOMES = {
     "d2llm.training.run": ("Run",),
     "d2llm.training.fit_evidence": ("fit_evidence",),
     "d2llm.training.fit_scores": ("fit_scores",),
+    "d2llm.training.fit_tokens": ("fit_tokens",),
     "d2llm.training.fit_probabilities": ("fit_probabilities",),
     "d2llm.retrieval.settings": ("SearchSettings",),
     "d2llm.training.starting_recipe": ("starting_recipe",),

@@ -28,6 +28,8 @@ _FILE_KINDS = (
     "vectors-0.json",
     "window-vectors-0.bin",
     "window-places-0.bin",
+    "token-vectors-0.bin",
+    "token-places-0.bin",
     "checksums.json",
 )
 
@@ -64,7 +66,7 @@ def test_searching_a_small_index_detects_damage_by_itself(outcomes: Outcomes):
 
 def test_the_cases_do_damage_the_index(outcomes: Outcomes):
     """``verify`` finds most cases, in every kind of file and of every kind of damage: the damage is real."""
-    assert len(outcomes) >= 0.925 * NUM_CASES
+    assert len(outcomes) >= 0.85 * NUM_CASES  # a file "of another" index may be the same
     detected = [case for case, report in outcomes if report["verify"][0] != "good"]
     assert len(detected) > 0.85 * len(outcomes)
     assert {case.how for case in detected} == set(DAMAGES)

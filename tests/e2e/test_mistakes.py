@@ -182,7 +182,7 @@ INDEX = {
         "tiny.toml is a file, not a folder; give another path",
     ),
     "an index in the way": (lambda w: ("encode", w.corpus, "--out", w.index, "--student", w.student), "--overwrite"),
-    "unknown vectors": (lambda w: w.upsert("c.jsonl", LINE, "--vectors", "int4"), "vector format 'int4' is unknown"),
+    "unknown vectors": (lambda w: w.upsert("c.jsonl", LINE, "--vectors", "int5"), "vector format 'int5' is unknown"),
     "passages too long": (lambda w: w.upsert("c.jsonl", LINE, "--chunk-tokens", 9999), "give 8 to 64"),
     "negative passages": (
         lambda w: w.upsert("c.jsonl", LINE, "--chunk-tokens", -5),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError
+from d2llm.core.types import PART_KINDS
 from d2llm.evaluation import word_rows
 from d2llm.models.evidence import EvidenceWeights, WordsFactor
 from d2llm.ops.weighted_sum import sum_weights
@@ -22,14 +23,14 @@ WEIGHTS = {"words": 0.5, "window_words_share": 1.5}
 class WordyStudent(FakeStudent):
     """A student whose score includes word features."""
 
-    def evidence_weights(self, task, *, windows=True):
+    def evidence_weights(self, task, *, stored=PART_KINDS):
         return EvidenceWeights(terms=WEIGHTS if task == "asymmetric" else {})
 
 
 class ScalingStudent(FakeStudent):
     """A student whose words count for half, whatever the query."""
 
-    def evidence_weights(self, task, *, windows=True):
+    def evidence_weights(self, task, *, stored=PART_KINDS):
         factor = WordsFactor(slopes=(0.0,) * 4, offset=float(np.log(0.5)), lowest=-5, highest=5)
         return EvidenceWeights(terms=WEIGHTS, words_factor=factor)
 

@@ -127,6 +127,11 @@ STUDENTS = [
 ]
 
 
+def on_sphere(vectors):
+    """Vectors [n, dim] of norm sqrt(dim), as those of tokens are."""
+    return (vectors * (vectors.shape[1] ** 0.5 / np.linalg.norm(vectors, axis=1, keepdims=True))).astype(np.float32)
+
+
 def test_ranking_with_evidence_matches_brute_force(monkeypatch):
     monkeypatch.setattr(exact_search, "_FIRST", 8)
     monkeypatch.setattr(exact_search, "_LARGEST", 32)
@@ -140,17 +145,22 @@ def test_ranking_with_evidence_matches_brute_force(monkeypatch):
             ". ".join(" ".join(rng.choice(words, 3)) for _ in range(rng.integers(0, 4)))
             for _ in view.ids(range(view.capacity))
         ]
-        names = ("words", "words_share", "window_words", "window_vectors")
+        names = ("words", "words_share", "window_words", "window_vectors", "token_vectors")
         weights = {name: float(rng.choice([0.0, 0.5, 4.0])) for name in names}
         own = view.vectors(np.arange(view.capacity))
         windows = [rng.standard_normal((rng.integers(0, 4), DIM)).astype(np.float32) for _ in texts]
+        tokens = [on_sphere(rng.standard_normal((rng.integers(0, 5), 12))) for _ in range(len(texts) + 1)]
         task = TASKS[seed % 2]
         anchor = student.prepare(query, task).anchor_query
         factor = (
             WordsFactor(slopes=tuple(rng.standard_normal(4)), offset=0.0, lowest=-3, highest=3) if seed % 3 else None
         )
-        evidence_weights = EvidenceWeights(terms=weights, words_factor=factor)
-        evidence = RowEvidence(EvidenceRows(texts, windows, own), "w1 w2 w3 w10", evidence_weights, anchor)
+        rows = EvidenceRows(texts, windows, own, tokens[1:] or None)
+        if rows.tokens is None:
+            weights["token_vectors"] = 0.0
+        evidence = RowEvidence(
+            rows, "w1 w2 w3 w10", EvidenceWeights(terms=weights, words_factor=factor), anchor, tokens[0]
+        )
         expected, values = brute_force(view, student, query, task, top_k, allowed, evidence)
         result = certified_top_k(view, student, query, task, top_k, allowed=allowed, evidence=evidence)
         assert result.rows.tolist() == expected, seed

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import Passage
+from d2llm.core.types import PART_KINDS, Passage
 from d2llm.models.evidence import EvidenceWeights, WordsFactor
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.row_evidence import RowEvidence
@@ -28,7 +28,7 @@ WEIGHTS = EvidenceWeights(terms=TERMS)
 class WordyStudent(FakeStudent):
     """A student whose score counts words in one task."""
 
-    def evidence_weights(self, task, *, windows=True):
+    def evidence_weights(self, task, *, stored=PART_KINDS):
         return WEIGHTS if task == "asymmetric" else EvidenceWeights()
 
 

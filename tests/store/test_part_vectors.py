@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.types import Passage
+from d2llm.core.types import PART_KINDS, Passage
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.ops.bm25_words import windows
 from d2llm.retrieval.index import Index
@@ -29,10 +29,10 @@ WEIGHTS = {"words": 0.25, "window_vectors": 2.0}
 class WindowStudent(FakeStudent):
     """A student whose score counts windows, if the index has them."""
 
-    def evidence_weights(self, task, *, windows=True):
+    def evidence_weights(self, task, *, stored=PART_KINDS):
         if task != "asymmetric":
             return EvidenceWeights()
-        return EvidenceWeights(terms=WEIGHTS if windows else {"words": 1.0})
+        return EvidenceWeights(terms=WEIGHTS if "window" in stored else {"words": 1.0})
 
 
 def passages(**texts):
@@ -135,7 +135,7 @@ def test_snapshots_keep_window_vectors(index):
 
 def test_a_writer_killed_between_vectors_and_windows_is_harmless(index, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "append_windows", interrupt)
+        patch.setattr(store_module, "append_parts", interrupt)
         with pytest.raises(KeyboardInterrupt):
             index.upsert(passages(lost="Not there. Not here. Nowhere."))
     index.refresh()
@@ -211,8 +211,8 @@ def test_a_new_index_stores_windows_if_the_score_counts_them(tmp_path, task, exp
 
 
 def test_unknown_formats_are_rejected(tmp_path):
-    with pytest.raises(InputError, match="vector format 'int4' is unknown"):
-        Index.create(tmp_path / "index", WindowStudent(), window_vectors="int4")
+    with pytest.raises(InputError, match="vector format 'int5' is unknown"):
+        Index.create(tmp_path / "index", WindowStudent(), window_vectors="int5")
     assert not (tmp_path / "index").exists()
 
 

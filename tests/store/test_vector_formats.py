@@ -119,8 +119,8 @@ def test_out_of_range_vectors_are_named():
 
 
 def test_unknown_formats_are_rejected():
-    with pytest.raises(InputError, match=r"'int4' is unknown; use one of bfloat16, .*binary"):
-        make_format("int4", 8)
+    with pytest.raises(InputError, match=r"'int5' is unknown; use one of bfloat16, .*binary"):
+        make_format("int5", 8)
 
 
 @pytest.mark.parametrize("name", FORMATS)

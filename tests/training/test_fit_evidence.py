@@ -87,14 +87,14 @@ def test_windows_get_weight_where_they_are_worth_reading(benefit, is_kept):
     )
     if is_kept:
         assert fitted.weights["window_vectors"] == pytest.approx(1.0, abs=0.35)
-        assert fitted.without_windows.weights == pytest.approx(without_windows.weights, rel=1e-3)
-        assert fitted.dev["a"][1] >= without_windows.dev["a"][1] + module.MIN_WINDOW_GAIN
+        assert fitted.without_parts.weights == pytest.approx(without_windows.weights, rel=1e-3)
+        assert fitted.dev["a"][1] >= without_windows.dev["a"][1] + module.MIN_PART_GAIN["window"]
     else:
         assert fitted.weights == pytest.approx(without_windows.weights, rel=1e-3)
-        assert fitted.without_windows is None
+        assert fitted.without_parts is None
     evidence = Evidence(student="x", tasks={"asymmetric": fitted})
-    assert evidence.weights("asymmetric", windows=False).terms == pytest.approx(without_windows.weights, rel=1e-3)
-    assert evidence.weights("asymmetric").counts_windows == is_kept
+    assert evidence.weights("asymmetric", stored=()).terms == pytest.approx(without_windows.weights, rel=1e-3)
+    assert ("window" in evidence.weights("asymmetric").part_kinds) == is_kept
 
 
 def test_word_weight_depends_on_query_statistics():

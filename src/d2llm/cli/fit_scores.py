@@ -42,6 +42,14 @@ def fit_scores(
             help="With --words: also fit the weight of vectors of each two sentences; indexing then takes longer.",
         ),
     ] = True,
+    token_vectors: Annotated[
+        bool | None,
+        typer.Option(
+            "--token-vectors/--no-token-vectors",
+            help="With --words: also fit the weight of the vectors of tokens.",
+            show_default="if the student has them",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of queries and passages.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -49,9 +57,9 @@ def fit_scores(
 ) -> None:
     """Fit a student's scores to your judged queries.
 
-    Without training the student again, two things are fitted on dev: the weights of words (BM25) and sentences in the
-    score of a passage in an index, and the conversion of scores into probabilities. Vectors do not change, so an index
-    of the old student can be searched with the new one. What was fitted for the other task is kept.
+    Without training the student again, two things are fitted on dev: the weights of words (BM25), sentences and tokens
+    in the score of a passage in an index, and the conversion of scores into probabilities. Vectors do not change, so an
+    index of the old student can be searched with the new one. What was fitted for the other task is kept.
     """
     from d2llm.data.open_data import open_data
     from d2llm.models.student import Student
@@ -62,7 +70,14 @@ def fit_scores(
     datasets = [open_data(path, splits=["dev"]) for path in data]
     model = Student.load(student, device=device, dtype=dtype)
     report = fit_scores(
-        model, datasets, task, words=words, window_vectors=window_vectors, num_queries=num_queries, seed=seed
+        model,
+        datasets,
+        task,
+        words=words,
+        window_vectors=window_vectors,
+        token_vectors=token_vectors,
+        num_queries=num_queries,
+        seed=seed,
     )
     model.save(out)
     evidence = describe_evidence({task: report.evidence}) if report.evidence else "words were not fitted"

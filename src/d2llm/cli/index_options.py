@@ -58,7 +58,7 @@ class VectorOptions:
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="For a new index: float32, bfloat16, float16, int8, int3 or binary vectors.",
+            help="For a new index: float32, bfloat16, float16, int8, int4, int3 or binary vectors.",
             show_default="bfloat16",
         ),
     ] = None
@@ -81,6 +81,14 @@ class VectorOptions:
             show_default="int3 if the student's score uses them",
         ),
     ] = None
+    token_vectors: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="For a new index: also store a vector of each token, for example as int4; or none.",
+            show_default="int4 if the student's score uses them",
+        ),
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """The options that were given, as arguments of ``Index.create`` and ``encode``."""
@@ -89,6 +97,7 @@ class VectorOptions:
             "vector_format": self.vectors,
             "vector_copies": self.vector_copies,
             "window_vectors": self.window_vectors,
+            "token_vectors": self.token_vectors,
         }
         return {name: value for name, value in options.items() if value is not None}
 
@@ -122,6 +131,10 @@ class NewIndexOptions(VectorOptions):
             "--window-vectors": (
                 None if self.window_vectors == "auto" else self.window_vectors,
                 manifest.get("window_format") or "none",
+            ),
+            "--token-vectors": (
+                None if self.token_vectors == "auto" else self.token_vectors,
+                manifest.get("token_format") or "none",
             ),
         }
         for name, kind in MetadataSchema.parse(self.field or ()).fields.items():

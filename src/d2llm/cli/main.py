@@ -22,6 +22,7 @@ from d2llm.cli.evaluate import evaluate
 from d2llm.cli.export import export
 from d2llm.cli.fit import fit
 from d2llm.cli.fit_scores import fit_scores
+from d2llm.cli.fit_tokens import fit_tokens
 from d2llm.cli.index import index_app
 from d2llm.cli.init import init
 from d2llm.cli.judge import judge
@@ -140,7 +141,7 @@ def prepare(
 
 
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Distil": (fit, init, run, mine, tune_teacher, gate, label, distill, stack, fit_scores, push),
+    "Distil": (fit, init, run, mine, tune_teacher, gate, label, distill, stack, fit_tokens, fit_scores, push),
     "Search": (encode, search),
     "Serve": (serve,),
     "Measure": (evaluate, ablate),

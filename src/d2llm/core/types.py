@@ -58,9 +58,7 @@ Ties = Literal["ids", "rows"]
 RunStep = Literal["mine", "tune-teacher", "stack", "gate", "filter", "distill"]
 """The steps of a run that can be repeated, in order. Labels are stored by teacher and pair and never computed again."""
 
-EvidenceTerm = Literal[
-    "words", "words_share", "window_words", "window_words_share", "window_vectors", "token_vectors"
-]
+EvidenceTerm = Literal["words", "words_share", "window_words", "window_words_share", "window_vectors", "token_vectors"]
 """A term of a student's score besides the passage's vector: BM25 of the passage and of its best window, both also
 divided by the query's upper limit, the highest inner product with the vector of a window, and the mean, over the tokens
 of the query, of the highest cosine with a token of the passage."""
@@ -199,8 +197,8 @@ class Explanation:
 
     ``anchor`` is the inner product, ``interaction`` what the IEM added to it (None if the head has no anchor),
     ``lexical`` what BM25 added, ``windows`` what the best window's vector added, and ``tokens`` what the vectors of
-    tokens added (None if the score does not use them). ``source_ranks`` and ``source_scores`` come from the sources that proposed the passage; ``terms`` counts the
-    query's terms (stems, as BM25 uses them) in it.
+    tokens added (None if the score does not use them). ``source_ranks`` and ``source_scores`` come from the sources
+    that proposed the passage; ``terms`` counts the query's terms (stems, as BM25 uses them) in it.
     """
 
     anchor: float | None

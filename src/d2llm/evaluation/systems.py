@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from d2llm.core.files import write_bytes
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import Passage, Query, SystemKind, Task
+from d2llm.core.types import PartKind, Passage, Query, SystemKind, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import Cost, Latency
@@ -30,7 +30,7 @@ from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.bm25 import WordIndex, rank_passages

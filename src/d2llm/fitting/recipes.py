@@ -71,7 +71,7 @@ def recipe_for_queries(
             unlabelled="own_labels",
             residual=ResidualConfig(epochs=3),
         ),
-        evidence=EvidenceConfig(words=True, window_words=True),
+        evidence=EvidenceConfig(words=True, window_words=True, token_vectors=True),
     )
 
 

@@ -329,9 +329,7 @@ class Student(nn.Module):
         """
         projection = self.token_projection
         if projection is None:
-            raise InputError(
-                "this student has no vectors of tokens; train them with `d2llm fit-tokens`"
-            )
+            raise InputError("this student has no vectors of tokens; train them with `d2llm fit-tokens`")
         tokenized = self.tokenize(texts, kind)
         found: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
 

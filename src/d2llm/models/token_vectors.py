@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class TokenProjection(nn.Module):
 
 def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of special tokens and of tokens without a letter or digit, such as punctuation."""
-    tokens: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    tokens = cast("list[str | None]", tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
     special = set(tokenizer.all_special_ids)
     return [
         token_id

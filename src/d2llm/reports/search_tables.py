@@ -89,6 +89,7 @@ def explanation_table(ranking: Ranking) -> Table:
         Column("inner product", ".3f"),
         Column("words", "+.3f"),
         Column("best window", "+.3f"),
+        Column("tokens", "+.3f"),
         Column("interaction", "+.3f"),
         "ranks of sources",
         "terms of the query",
@@ -108,6 +109,7 @@ def explanation_table(ranking: Ranking) -> Table:
             parts.anchor,
             parts.lexical,
             parts.windows,
+            parts.tokens,
             None if parts.interaction is None else round(parts.interaction, 3) or 0.0,  # no -0.000
             ranks or None,
             terms or None,
@@ -151,6 +153,8 @@ def stats_table(stats: IndexStats) -> Table:
     }
     if stats.window_format is not None:
         facts["windows"] = f"vectors of windows as {stats.window_format}, {stats.window_bytes:,} bytes in all"
+    if stats.token_format is not None:
+        facts["tokens"] = f"vectors of tokens as {stats.token_format}, {stats.token_bytes:,} bytes in all"
     if stats.num_projections:
         facts["projections"] = f"of {stats.num_projections:,} rows, {stats.projection_bytes:,} bytes each"
     if stats.ann_passages:

@@ -106,7 +106,13 @@ def encode(
     if not num_documents:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
     # A different student, corpus or storage format gets a different folder, so runs never mix.
-    options = [task, vector_format, vector_copies, formats.get("window"), None if chunking is None else asdict(chunking)]
+    options = [
+        task,
+        vector_format,
+        vector_copies,
+        formats.get("window"),
+        None if chunking is None else asdict(chunking),
+    ]
     if "token" in formats and isinstance(student, TokenStudent):
         options += [formats["token"], student.token_fingerprint]
     key = fingerprint_json([FORMAT_VERSION, student.fingerprint, corpus.fingerprint, *options])

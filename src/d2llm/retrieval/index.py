@@ -21,6 +21,7 @@ from d2llm.core.types import (
     ContextOrder,
     EngineName,
     Excerpt,
+    PartKind,
     Passage,
     Query,
     RankedPassage,
@@ -76,10 +77,7 @@ def part_formats(
         if requested not in {None, "none"}:
             formats[kind] = str(requested)
     if "token" in formats and not (isinstance(student, TokenStudent) and student.token_dim):
-        raise InputError(
-            "this student has no vectors of tokens; train them with `d2llm fit-tokens`, or leave them "
-            "out"
-        )
+        raise InputError("this student has no vectors of tokens; train them with `d2llm fit-tokens`, or leave them out")
     return formats
 
 
@@ -170,7 +168,9 @@ class Index:
             window_format=formats.get("window"),
             token_format=formats.get("token"),
             token_dim=loaded.token_dim if "token" in formats and isinstance(loaded, TokenStudent) else None,
-            token_projection=loaded.token_fingerprint if "token" in formats and isinstance(loaded, TokenStudent) else None,
+            token_projection=loaded.token_fingerprint
+            if "token" in formats and isinstance(loaded, TokenStudent)
+            else None,
             metadata=MetadataSchema(metadata or {}),
             student_config=loaded.config.model_dump(mode="json"),
             student_source=source_of(student) if is_named else student_source,
@@ -544,7 +544,7 @@ class Index:
         """Check the integrity of the index; ``repair`` and ``go_back`` fix damage as in ``store.inspection.verify``.
 
         If only one copy of the vectors is stored, the student encodes lost ones again; after an interruption, repeat
-        the call to continue. Only one copy of the vectors of parts is stored: if some are damaged, all are encoded again.
+        the call to continue. Vectors of parts are stored once: if some are damaged, all are encoded again.
 
         Raises:
             IndexLockedError: something has to be repaired, but another process is writing.

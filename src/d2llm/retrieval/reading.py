@@ -85,14 +85,12 @@ def _read_with_tokens(
 ) -> ReadPassages:
     if any(isinstance(passage, LateChunk) for passage in passages):
         raise InputError(
-            "this index stores vectors of tokens, which late chunks do not have; chunk early, or make the index without "
-            "them (--token-vectors none; in Python, token_vectors=None)"
+            "this index stores vectors of tokens, which late chunks do not have; chunk early, or make the index "
+            "without them (--token-vectors none; in Python, token_vectors=None)"
         )
     encoded = _encode_with_tokens(student, [passage.full_text for passage in passages], advance)
     assert encoded.tokens is not None
-    return ReadPassages(
-        encoded.vectors, encoded.truncated, encoded.num_tokens, tokens=ReadParts(*encoded.tokens)
-    )
+    return ReadPassages(encoded.vectors, encoded.truncated, encoded.num_tokens, tokens=ReadParts(*encoded.tokens))
 
 
 def read_tokens(

@@ -109,7 +109,7 @@ def mean_of_cosines(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
 
     The vectors of tokens have the norm sqrt(dim) (``models.token_vectors``).
     """
-    return tokens / np.float32(max(tokens.size, 1))
+    return np.divide(tokens, max(tokens.size, 1), dtype=np.float32)
 
 
 def evidence_weights(
@@ -149,7 +149,8 @@ def weights_for(
         own = student.token_fingerprint if isinstance(student, TokenStudent) else None
         if own is None:
             raise InputError(
-                "token_vectors have a weight, but this student has no vectors of tokens; train them (`d2llm fit-tokens`), or leave that weight out"
+                "token_vectors have a weight, but this student has no vectors of tokens; train them with `d2llm "
+                "fit-tokens`, or leave that weight out"
             )
         if own != index.token_projection:
             raise IndexMismatchError(

@@ -120,6 +120,7 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
         vector_format=stats.vector_format,
         vector_copies=stats.vector_copies,
         window_format=stats.window_format,
+        token_format=stats.token_format,
         task=version.view.task,
         chunking=stats.chunking,
         student=StudentAnswer(

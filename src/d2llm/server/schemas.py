@@ -387,6 +387,7 @@ class IndexAnswer(Answer):
     vector_format: str
     vector_copies: int
     window_format: str | None
+    token_format: str | None
     task: Task
     chunking: Chunking | None
     student: StudentAnswer

@@ -294,9 +294,7 @@ class IndexStore:
                 word_files.write_segment(self.folder, generation, first, words)
                 if len(codes):
                     for kind, (kind_codes, counts) in part_codes.items():
-                        append_parts(
-                            self.folder, generation, kind, self.part_formats[kind], first, kind_codes, counts
-                        )
+                        append_parts(self.folder, generation, kind, self.part_formats[kind], first, kind_codes, counts)
             rows = np.concatenate([np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT, kept_rows])
             flags = [*(place in truncated for place in range(len(codes))), *(flag for _, _, flag in changes.others)]
             metadata = MetadataSchema.from_arrow(table.metadata_fields)
@@ -519,5 +517,4 @@ class IndexStore:
 def _part_formats(manifest: Mapping[str, Any]) -> dict[PartKind, VectorFormat]:
     """The formats of the vectors of parts that an index stores, by kind."""
     dims: dict[PartKind, Any] = {"window": manifest["dim"], "token": manifest.get("token_dim")}
-    names = {kind: manifest.get(f"{kind}_format") for kind in PART_KINDS}
-    return {kind: make_format(name, dims[kind]) for kind, name in names.items() if name}
+    return {kind: make_format(name, dims[kind]) for kind in PART_KINDS if (name := manifest.get(f"{kind}_format"))}

@@ -96,13 +96,13 @@ class PartVectors:
             return scores
         starts, counts = self._places[rows].T
         nonempty = np.flatnonzero(counts)
-        multiply, scale = self._format.multiplier(queries)
+        multiply, scale, shift = self._format.multiplier(queries)
         for block in _blocks(counts[nonempty]):
             places = nonempty[block]
             products = multiply(self.codes[ranges(starts[places], counts[places])])
             firsts = np.cumsum(counts[places]) - counts[places]
             best = np.maximum.reduceat(products, firsts, axis=0)
-            scores[places] = scale * best.sum(axis=1, dtype=np.float64)
+            scores[places] = scale * best.sum(axis=1, dtype=np.float64) + shift.sum()
         return scores
 
     def limit(self, queries: NDArray[np.float32]) -> np.float32:
@@ -136,9 +136,7 @@ def _blocks(counts: NDArray[np.int64]) -> Iterator[slice]:
         start = end
 
 
-def create_parts(
-    folder: Path, generation: int, kind: PartKind, vector_format: VectorFormat, *, since: int = 0
-) -> None:
+def create_parts(folder: Path, generation: int, kind: PartKind, vector_format: VectorFormat, *, since: int = 0) -> None:
     """Create the files of a kind of parts, without rows."""
     VectorFile.create(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
     VectorFile.create(folder, generation, _PLACE_BYTES, since=since, name=PART_PLACES[kind])
@@ -174,7 +172,14 @@ def append_parts(
 
 
 def open_parts(
-    folder: Path, generation: int, kind: PartKind, vector_format: VectorFormat, *, num_rows: int, capacity: int, version: int
+    folder: Path,
+    generation: int,
+    kind: PartKind,
+    vector_format: VectorFormat,
+    *,
+    num_rows: int,
+    capacity: int,
+    version: int,
 ) -> PartVectors:
     """The parts of a version of the table, of one kind, after comparing all their checksums.
 
@@ -219,7 +224,7 @@ def replace_parts(
     *,
     since: int,
 ) -> None:
-    """Replace the files of a kind of parts by the parts of all rows, given as codes and counts of consecutive blocks of rows.
+    """Replace the files of a kind of parts by the parts of all rows, in blocks of rows: their codes and counts.
 
     Raises:
         OSError: they cannot be written; the existing files are kept.

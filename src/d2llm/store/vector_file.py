@@ -41,7 +41,9 @@ PART_PLACES: dict[PartKind, str] = {kind: f"{kind}-places" for kind in PART_KIND
 _REMEDIES = {
     NAME: "`d2llm index ... verify --repair` rebuilds them",
     DERIVED: "`d2llm index ... project` rebuilds them",
-    **dict.fromkeys((*PART_VECTORS.values(), *PART_PLACES.values()), "`d2llm index ... verify --repair` encodes them again"),
+    **dict.fromkeys(
+        (*PART_VECTORS.values(), *PART_PLACES.values()), "`d2llm index ... verify --repair` encodes them again"
+    ),
 }
 _JOINED_ROWS = 16_384  # small additions share an extent of up to this many rows, to keep the list of extents short
 

@@ -52,13 +52,15 @@ def make_format(name: str, dim: int) -> VectorFormat:
 
 
 class Multiplier(NamedTuple):
-    """Inner products of codes with some queries: ``multiply(codes)`` [n, queries] times ``scale``.
+    """Inner products of codes with some queries: ``scale`` times ``multiply(codes)`` [n, queries], plus ``shift``.
 
-    They are the same whichever other codes are multiplied with them.
+    They are the same whichever other codes are multiplied with them. ``scale`` is above 0, so the highest product can
+    be found before it is applied.
     """
 
     multiply: Callable[[NDArray[np.uint8]], NDArray[np.floating[Any]]]
     scale: float
+    shift: NDArray[np.float64]
 
 
 class FloatFormat:
@@ -121,7 +123,7 @@ class FloatFormat:
             # Not a matrix product: the order of summation in BLAS depends on the number of rows.
             return np.stack([np.einsum("ij,j->i", levels, query) for query in exact], axis=1)
 
-        return Multiplier(multiply, 1.0)
+        return Multiplier(multiply, 1.0, np.zeros(len(queries)))
 
     def largest_norm(self, codes: NDArray[np.uint8]) -> float:
         """An upper bound on the norms of ``levels(codes)``; reads all of them."""
@@ -152,7 +154,7 @@ class FloatFormat:
 class RotatedFormat:
     """Each dimension of the rotated vector as one of 2^bits levels, evenly spaced around 0.
 
-    With 8 bits, a row holds one byte per dimension, in order. With fewer bits, a row holds one bit plane after another,
+    With 8 or 4 bits, a row holds the dimensions in order. With fewer bits, a row holds one bit plane after another,
     the highest bit first, with one bit per dimension each. A level is then a sum of one signed weight per plane, so
     8 bits of a plane share a table of 256 products: the scan of FAISS' product quantiser, three times faster here than
     its scan of 3-bit scalars.
@@ -163,8 +165,9 @@ class RotatedFormat:
         self.dim = dim
         self.bits = _BITS[name]
         self._plane_bytes = -(-dim // 8)
-        self.code_size = dim if self.bits == 8 else self.bits * self._plane_bytes
-        self.selects = self.bits == 8  # FAISS' product quantiser cannot select rows
+        self._in_planes = self.bits < 4
+        self.code_size = self.bits * self._plane_bytes if self._in_planes else -(-dim * self.bits // 8)
+        self.selects = not self._in_planes  # FAISS' product quantiser cannot select rows
         self._step = _STEP[self.bits]
 
     def encode(self, vectors: NDArray[np.float32], ids: Sequence[str]) -> NDArray[np.uint8]:
@@ -179,7 +182,7 @@ class RotatedFormat:
         rotated = _rotate(vectors)
         half = 2 ** (self.bits - 1)
         numbers = np.clip(np.floor(rotated / np.float32(self._step)) + half, 0, 2 * half - 1).astype(np.uint8)
-        codes = numbers if self.bits == 8 else self._planes(numbers)
+        codes = self._planes(numbers) if self._in_planes else self._packed(numbers)
         self._refuse_inaccurate(rotated, codes, ids)
         return codes
 
@@ -196,29 +199,33 @@ class RotatedFormat:
         """The numbers [n, dim] of the levels, from 0."""
         if self.bits == 8:
             return codes
+        if self.bits == 4:
+            return np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), 2 * self.code_size)[:, : self.dim]
         planes = codes.reshape(-1, self.bits, self._plane_bytes)
         set_bits = np.unpackbits(planes, axis=2, count=self.dim, bitorder="little")
         numbers = set_bits[:, 0]
         for bit in range(1, self.bits):
             numbers = numbers << 1 | set_bits[:, bit]
-        return numbers
+        return numbers.astype(np.uint8, copy=False)
 
     def multiplier(self, queries: NDArray[np.float32]) -> Multiplier:
         """Multiplies rows with queries [m, dim] that are rounded to whole numbers.
 
-        Levels are odd multiples of half a step. With whole queries, too, all products and their sums are whole numbers
-        below 2^24, which float32 holds exactly, so that the order of summation in BLAS does not matter.
+        The numbers of levels are whole, too, so that all products and their sums are whole numbers below 2^24, which
+        float32 holds exactly: the order of summation in BLAS does not matter.
         """
         turned = _rotate(queries.astype(np.float64))
-        largest_level = 2**self.bits - 1
-        unit = float(np.abs(turned).max(initial=0.0)) * largest_level * self.dim / (2**24 - 1) or 1.0
-        # A little larger, so that rounding up cannot reach the limit.
-        whole = np.round(turned / (unit * 1.01)).astype(np.float32).T.copy()
+        largest = 2**self.bits - 1
+        unit = float(np.abs(turned).max(initial=0.0)) * largest * self.dim / (2**24 - 1) or 1.0
+        unit *= 1.01  # so that rounding up cannot reach the limit
+        whole = np.round(turned / unit).astype(np.float32)
+        columns = whole.T.copy()
 
         def multiply(codes: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
-            return (2 * self._numbers(codes).astype(np.float32) - np.float32(largest_level)) @ whole
+            return self._numbers(codes).astype(np.float32) @ columns
 
-        return Multiplier(multiply, unit * 1.01 * self._step / 2)
+        # A level is step times its number, less half of the range of levels.
+        return Multiplier(multiply, unit * self._step, -unit * self._step * largest / 2 * whole.sum(1, np.float64))
 
     def turn(self, query: NDArray[np.float32]) -> NDArray[np.float64]:
         """The rotated query."""
@@ -229,11 +236,12 @@ class RotatedFormat:
         return self.dim**0.5 * self._step * 2 ** (self.bits - 1)
 
     def empty_faiss_index(self, faiss: Any) -> Any:
-        """8 bits: ``IndexScalarQuantizer`` with one range. Fewer bits: ``IndexPQ`` with sign vectors as centroids."""
-        if self.bits == 8:
-            kind = faiss.ScalarQuantizer.QT_8bit_uniform
+        """8 or 4 bits: ``IndexScalarQuantizer`` with one range. Fewer: ``IndexPQ`` with sign vectors as centroids."""
+        if not self._in_planes:
+            kind = getattr(faiss.ScalarQuantizer, f"QT_{self.bits}bit_uniform")
             index = faiss.IndexScalarQuantizer(self.dim, kind, faiss.METRIC_INNER_PRODUCT)
-            lowest_and_range = np.array([-128 * self._step, 255 * self._step], np.float32)
+            half = 2 ** (self.bits - 1)
+            lowest_and_range = np.array([-half * self._step, (2 * half - 1) * self._step], np.float32)
             faiss.copy_array_to_vector(lowest_and_range, index.sq.trained)
         else:
             num_tables = self.code_size
@@ -247,12 +255,20 @@ class RotatedFormat:
     def faiss_query(self, query: NDArray[np.float32]) -> NDArray[np.float32]:
         """The rotated query [1, dim]; with bit planes, repeated for each plane and multiplied by its weight."""
         turned = self.turn(query)
-        if self.bits == 8:
+        if not self._in_planes:
             return turned[None].astype(np.float32)
         planes = np.zeros((self.bits, 8 * self._plane_bytes))
         planes[:, : self.dim] = turned
         planes *= (self._step / 2 * 2.0 ** np.arange(self.bits)[::-1])[:, None]
         return planes.reshape(1, -1).astype(np.float32)
+
+    def _packed(self, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """One byte for each number of 8 bits, or for two of 4 bits, the first of them in its lower half."""
+        if self.bits == 8:
+            return numbers
+        even = np.zeros((len(numbers), 2 * self.code_size), np.uint8)
+        even[:, : self.dim] = numbers
+        return even[:, ::2] | even[:, 1::2] << 4
 
     def _planes(self, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
         shifts = range(self.bits - 1, -1, -1)

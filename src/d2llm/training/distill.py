@@ -25,6 +25,7 @@ from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
+from d2llm.models.token_vectors import TokenProjection
 from d2llm.training.dev import DevSet, make_dev_set
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
@@ -132,6 +133,7 @@ def distill(
         if recipe.evidence.in_training:
             evidence = _evidence_at_start(student, sources, recipe, run_folder, processes)
             labelled, dev_sets = _with_words(labelled, dev_sets, evidence)
+        start_tokens = student.token_projection
         student.prepare_training(seed=recipe.seed)
         settings = _run_settings(recipe, labelled, identity, started_from)
         run = DistillRun(
@@ -151,7 +153,9 @@ def distill(
         run.set_interaction_weights()
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
-            report = _fit_and_write(run, folder, sources, report, teacher=identity.fingerprint, closed=closed_gates)
+            report = _fit_and_write(
+                run, folder, sources, report, teacher=identity.fingerprint, closed=closed_gates, tokens=start_tokens
+            )
             report = replace(report, seconds=time.monotonic() - started)
         return processes.from_first(report)  # wait until the student is written
 
@@ -179,12 +183,16 @@ def _fit_and_write(
     *,
     teacher: str,
     closed: Collection[str],
+    tokens: TokenProjection | None,
 ) -> DistillReport:
-    """Fit the trained student's evidence and probabilities on dev, write the student, and complete the report."""
+    """Fit the trained student's evidence and probabilities on dev, write the student, and complete the report.
+
+    ``tokens`` is the projection of tokens of the student that training started from, if it had one.
+    """
     student, recipe = run.student.eval(), run.recipe
     if recipe.evidence.token_vectors:
         corpora = [source.dataset for source in sources if source.pairs is None]
-        fit_tokens(student, corpora, recipe.training.tokens, seed=recipe.seed)
+        fit_tokens(student, corpora, recipe.training.tokens, start=tokens, seed=recipe.seed)
     student.evidence = _fit_evidence(student, sources, recipe, recipe.evidence.terms)
     student.calibration = fit_probabilities(
         student,

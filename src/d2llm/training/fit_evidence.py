@@ -3,7 +3,8 @@
 The student's own score keeps weight 1. Each task has one set of weights for all of its data sets, and every query
 counts equally in the fit. The reported results are cross-fitted: each half of the dev queries is measured with weights
 fitted on the other half. If that is not better than the student's own score, the weights are 0. If the vectors of
-windows or tokens gain next to nothing, they are left out, because they make an index larger. The weight of words depends on the query if that is better on queries, and on whole data sets, that the fit did not see.
+windows or tokens gain next to nothing, they are left out, because they make an index larger. The weight of words
+depends on the query if that is better on queries, and on whole data sets, that the fit did not see.
 """
 
 from __future__ import annotations
@@ -187,9 +188,7 @@ def make_evidence_lists(
         ]
     lists = [
         scored_list(own, words, words_of_queries[number], rows, grades[number], terms, by_window, by_token)
-        for number, own, rows, by_window, by_token in zip(
-            kept, scores, listed, best_windows, best_tokens, strict=True
-        )
+        for number, own, rows, by_window, by_token in zip(kept, scores, listed, best_windows, best_tokens, strict=True)
     ]
     statistics = np.array([words_of_queries[number].statistics for number in kept], np.float32)
     return EvidenceLists(dataset.name, lists, statistics)
@@ -221,9 +220,7 @@ def _read_windows(
     return PartVectors(places, stored.encode(vectors, [ids[int(row)] for row in np.repeat(rows, counts)]), stored)
 
 
-def _read_tokens(
-    student: SearchStudent, dataset: Dataset, ids: Sequence[str], rows: NDArray[np.int64]
-) -> PartVectors:
+def _read_tokens(student: SearchStudent, dataset: Dataset, ids: Sequence[str], rows: NDArray[np.int64]) -> PartVectors:
     """The vectors of the tokens of the passages at ``rows``, as an index stores them."""
     texts = [dataset.passages[ids[int(row)]].full_text for row in rows]
     with progress_bar(f"encoding the tokens of {dataset.name}", len(texts)) as advance:

@@ -71,7 +71,12 @@ class FitTokensReport:
 
 
 def fit_tokens(
-    student: Student, datasets: Sequence[Dataset], config: TokensConfig | None = None, *, seed: int = 0
+    student: Student,
+    datasets: Sequence[Dataset],
+    config: TokensConfig | None = None,
+    *,
+    start: TokenProjection | None = None,
+    seed: int = 0,
 ) -> FitTokensReport:
     """Train a student's ``token_projection`` on the train splits of data sets; nothing else of it changes.
 
@@ -82,21 +87,30 @@ def fit_tokens(
         student: the student.
         datasets: data sets with judged train queries.
         config: width of the vectors and settings of the training.
+        start: continue from this projection, whose width is kept; by default the training starts from the directions
+            in which the states differ most.
         seed: seed of the choice of queries, and of the training.
 
     Raises:
         InputError: a data set has no judged train queries, or the backbone is narrower than the vectors would be.
     """
     config = config or TokensConfig()
+    if start is not None:
+        config = config.model_copy(update={"dim": start.dim})
     dim = student.backbone.dim
     if config.dim > dim:
-        raise InputError(f"vectors of tokens cannot have {config.dim} dimensions: the states of the backbone have {dim}")
+        raise InputError(
+            f"vectors of tokens cannot have {config.dim} dimensions: the states of the backbone have {dim}"
+        )
     student.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         projection = TokenProjection(dim, config.dim, skipped_tokens(student.backbone.tokenizer))
         examples = [_read(student, dataset, projection, config, seed) for dataset in datasets]
-        _start_from_principal_components(projection, examples)
+        if start is None:
+            _start_from_principal_components(projection, examples)
+        else:
+            projection.weight.data = start.weight.detach().cpu().clone()
         losses = _train(projection.to(student.backbone.device), examples, config, seed)
     student.token_projection = projection.eval().requires_grad_(False)
     return FitTokensReport(
@@ -110,7 +124,9 @@ def _read(
     """Choose queries and their passages, and compute the states of their tokens."""
     judged = {} if "train" not in dataset.qrels else dataset.positives("train")
     if not judged:
-        raise InputError(f"{dataset.name}: vectors of tokens are trained on judged queries of a train split; it has none")
+        raise InputError(
+            f"{dataset.name}: vectors of tokens are trained on judged queries of a train split; it has none"
+        )
     rng = random.Random(f"{seed}:{dataset.name}")
     chosen = rng.sample(sorted(judged), min(config.max_queries, len(judged)))
     ids = list(dataset.passages)
@@ -155,7 +171,10 @@ def _states(
     states: list[Tensor] = [torch.zeros(0)] * len(texts)
     vectors = np.empty((len(texts), student.vector_dim), np.float32)
     batches = token_budget_batches(tokenized.lengths, max_tokens=4 * student.batch_tokens, max_items=_BATCH_TEXTS)
-    with inference(student), progress_bar(f"reading {'queries' if kind == 'query' else 'passages'}", len(texts)) as done:
+    with (
+        inference(student),
+        progress_bar(f"reading {'queries' if kind == 'query' else 'passages'}", len(texts)) as done,
+    ):
         for batch in batches:
             ids = [tokenized.ids[index] for index in batch]
             read, mask = student.backbone(*student.backbone.pad(ids))

@@ -400,4 +400,5 @@ _EVIDENCE = """\
 [evidence] # BM25 as part of the score in an index: its weights are fitted on dev at the end, and 0 if it does not help
 words = true
 window_words = true # BM25 of each two neighbouring sentences, which helps if passages are long
-window_vectors = false # their vectors: slightly better on long passages, which an index then encodes three times"""
+window_vectors = false # their vectors: slightly better on long passages, which an index then encodes three times
+token_vectors = true # vectors of single tokens, which see more than the passage's one vector; 32 bytes each"""

@@ -39,25 +39,27 @@ async function weigh(passage, context, place, onWords) {
 }
 
 function scoreParts(passage) {
-  const { anchor, interaction, lexical, windows } = passage.explanation || {};
+  const { anchor, interaction, lexical, windows, tokens } = passage.explanation || {};
   if (anchor === null || anchor === undefined || interaction === null || interaction === undefined) {
     return element("p", {}, `Score ${passage.score.toFixed(3)}. It is one number, without parts.`);
   }
   const words = lexical ?? 0;
   const best = windows ?? 0;
-  const most = Math.max(...[anchor, interaction, words, best].map(Math.abs), 1e-9);
+  const similar = tokens ?? 0;
+  const most = Math.max(...[anchor, interaction, words, best, similar].map(Math.abs), 1e-9);
   return element(
     "dl",
     { class: "parts" },
     part("Inner product", anchor, most, "from the two vectors alone"),
     ...(best ? [part("Best window", best, most, "added by its best two sentences")] : []),
+    ...(similar ? [part("Tokens", similar, most, "added by its most similar tokens")] : []),
     ...(words ? [part("Words", words, most, "added by BM25")] : []),
     part("IEM", interaction, most, "added by the interaction"),
     element(
       "div",
       { class: "sum" },
       element("dt", {}, "Student’s score"),
-      element("dd", {}, signed(anchor + interaction + words + best)),
+      element("dd", {}, signed(anchor + interaction + words + best + similar)),
     ),
   );
 }

@@ -1,0 +1,155 @@
+"""Training the projection that makes vectors of tokens, on a real small backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.recipe import StudentConfig, TokensConfig
+from d2llm.core.types import Passage, Query
+from d2llm.data.beir import Dataset
+from d2llm.models.evidence import Evidence, TaskEvidence
+from d2llm.models.student import Student
+from d2llm.models.token_vectors import TokenProjection, read_token_projection
+from d2llm.retrieval.index import Index
+from d2llm.training.fit_evidence import fit_evidence
+from d2llm.training.fit_scores import fit_scores
+from d2llm.training.fit_tokens import fit_tokens, mean_best_cosines
+
+COLOURS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
+THINGS = ("house", "river", "tree", "lamp", "chair", "train", "cloud", "stone", "bridge", "letter", "horse", "ship")
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """Which thing has which colour: a question shares its two words with one passage among many similar ones."""
+    passages, queries, qrels = {}, {}, {"train": {}, "dev": {}}
+    for number, (colour, thing) in enumerate((c, t) for c in COLOURS for t in THINGS):
+        passages[f"p{number}"] = Passage(f"p{number}", f"In this place everyone knows the {colour} {thing}, for sure.")
+        queries[f"q{number}"] = Query(f"q{number}", f"who knows a {thing} that is {colour}?")
+        qrels["dev" if number % 3 == 0 else "train"][f"q{number}"] = {f"p{number}": 1}
+    return Dataset("colours", Path("colours"), passages, queries, qrels)
+
+
+@pytest.fixture(scope="module")
+def trained(dataset):
+    student = Student.create(StudentConfig(), device="cpu", dtype="float32")
+    report = fit_tokens(student, [dataset], TokensConfig(dim=16, epochs=3, batch_queries=8), seed=1)
+    return student, report
+
+
+def test_the_loss_falls_and_nothing_else_changes(trained, dataset):
+    student, report = trained
+    assert report.queries == {"colours": 64}
+    assert report.losses[-1] < report.losses[0]
+    assert report.token_dim == student.token_dim == 16
+    assert report.fingerprint == student.token_fingerprint
+    assert student.fingerprint == Student.create(StudentConfig(), device="cpu", dtype="float32").fingerprint
+    again = Student.create(StudentConfig(), device="cpu", dtype="float32")
+    fit_tokens(again, [dataset], TokensConfig(dim=16, epochs=3, batch_queries=8), seed=1)
+    assert again.token_fingerprint == report.fingerprint
+
+
+def test_tokens_come_from_the_reading_that_gives_the_vector(trained):
+    student, _ = trained
+    texts = ["The red house, really!", "?!", "", "a"]
+    with_tokens = student.encode_with_tokens(texts, "passage")
+    np.testing.assert_allclose(with_tokens.vectors, student.encode_passages(texts).vectors, rtol=1e-4, atol=1e-4)
+    assert with_tokens.tokens.counts.tolist() == [4, 0, 0, 1]  # no vectors of punctuation and special tokens
+    np.testing.assert_allclose(np.linalg.norm(with_tokens.tokens.vectors, axis=1), 4, rtol=1e-5)
+    alone = student.encode_with_tokens(texts[:1], "passage").tokens.vectors
+    np.testing.assert_allclose(with_tokens.tokens.vectors[:4], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_mean_best_cosines_by_hand():
+    projection = TokenProjection(4, 2, [])
+    projection.weight.data = torch.eye(4)[:2]
+    queries = [torch.tensor([[1.0, 0, 5, 5], [0, 2.0, 0, 0]]), torch.tensor([[-1.0, 0, 0, 0]])]
+    passages = [torch.tensor([[3.0, 0, 0, 9]]), torch.tensor([[0, 1.0, 0, 0], [1.0, 1, 0, 0]]), torch.zeros(0, 4)]
+    half = 2**-0.5
+    expected = [[0.5, (half + 1) / 2, -1.0], [-1.0, 0.0, -1.0]]
+    torch.testing.assert_close(mean_best_cosines(projection, queries, passages), torch.tensor(expected))
+
+
+def test_tokens_are_saved_weighted_and_searched(trained, dataset, tmp_path):
+    student, report = trained
+    student.evidence = fit_evidence(student, [(dataset, "asymmetric")], terms=("token_vectors",))
+    fitted = student.evidence.tasks["asymmetric"]
+    assert fitted.weights["token_vectors"] > 0, fitted
+    assert fitted.without_parts.weights == {}
+    before, after = fitted.dev["colours"]
+    assert after > before
+    student.save(tmp_path / "student")
+    loaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+    assert loaded.token_fingerprint == report.fingerprint
+    index = Index.create(tmp_path / "index", loaded)
+    index.upsert(dataset.passages.values())
+    assert index.stats().token_format == "int4"
+    rankings = index.search([dataset.queries[f"q{n}"] for n in range(0, 96, 3)], top_k=1)
+    assert sum(r.passages[0].passage.id[1:] == r.query.id[1:] for r in rankings) > 25
+    (exact,) = index.search([dataset.queries["q3"]], exact=True, top_k=5)
+    (usual,) = index.search([dataset.queries["q3"]], top_k=5)
+    assert [p.passage.id for p in exact.passages] == [p.passage.id for p in usual.passages]
+    assert exact.certificate.proved == 5
+
+
+def test_training_can_continue_from_a_projection(trained, dataset):
+    student, report = trained
+    start = student.token_projection
+    other = Student.create(StudentConfig(), device="cpu", dtype="float32")
+    continued = fit_tokens(other, [dataset], TokensConfig(epochs=1, batch_queries=8), start=start)
+    assert continued.token_dim == 16
+    assert continued.losses[0] < report.losses[0]
+    assert student.token_fingerprint == report.fingerprint  # the start is unchanged
+
+
+def test_training_a_student_forgets_its_tokens(trained, dataset):
+    student = Student.create(StudentConfig(), device="cpu", dtype="float32")
+    student.token_projection = trained[0].token_projection
+    student.prepare_training()
+    assert student.token_projection is None
+    with pytest.raises(InputError, match="fit-tokens"):
+        student.encode_with_tokens(["a"], "query")
+    with pytest.raises(InputError, match="train them first"):
+        fit_scores(student, [dataset], "asymmetric", token_vectors=True)
+    with pytest.raises(InputError, match="no vectors of tokens"):
+        fit_evidence(student, [(dataset, "asymmetric")], terms=("token_vectors",))
+
+
+def test_what_cannot_be_trained_is_refused(dataset):
+    student = Student.create(StudentConfig(), device="cpu", dtype="float32")
+    with pytest.raises(InputError, match="cannot have 1000 dimensions: the states of the backbone have 384"):
+        fit_tokens(student, [dataset], TokensConfig(dim=1000))
+    untrained = Dataset("none", Path("none"), dataset.passages, dataset.queries, {"dev": dataset.qrels["dev"]})
+    with pytest.raises(InputError, match="none: vectors of tokens are trained on judged queries of a train split"):
+        fit_tokens(student, [untrained])
+
+
+def test_a_projection_of_another_student_or_damaged_is_refused(trained, tmp_path):
+    student, _ = trained
+    student.token_projection.save(tmp_path, "someone-else")
+    with pytest.raises(ModelError, match="trained for the student someone-else, but this one is mine; restore"):
+        read_token_projection(tmp_path, "mine", 384)
+    with pytest.raises(ModelError, match="does not fit a student whose states have 100 dimensions"):
+        read_token_projection(tmp_path, "someone-else", 100)
+    (tmp_path / "tokens.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match=r"tokens.safetensors cannot be read"):
+        read_token_projection(tmp_path, "mine", 384)
+    assert read_token_projection(tmp_path / "elsewhere", "mine", 384) is None
+
+
+def test_weights_follow_what_an_index_stores():
+    words = TaskEvidence(weights={"words": 1.0}, dev={}, num_queries={})
+    tokens = TaskEvidence(weights={"words": 2.0, "token_vectors": 3.0}, dev={}, num_queries={}, without_parts=words)
+    every = TaskEvidence(
+        weights={"token_vectors": 4.0, "window_vectors": 5.0}, dev={}, num_queries={}, without_parts=tokens
+    )
+    evidence = Evidence(student="s", tasks={"asymmetric": every})
+    assert evidence.weights("asymmetric").terms == {"token_vectors": 4.0, "window_vectors": 5.0}
+    assert evidence.weights("asymmetric", stored=("token",)).terms == {"words": 2.0, "token_vectors": 3.0}
+    assert evidence.weights("asymmetric", stored=("window",)).terms == {"words": 1.0}
+    assert evidence.weights("asymmetric", stored=()).terms == {"words": 1.0}
