@@ -1,12 +1,12 @@
-"""Cost of evidence: bytes and time of a search by vectors alone, with words, and with the vectors of windows.
+"""Cost of evidence: bytes and time of a search by vectors alone, with words, and with the vectors of windows or tokens.
 
     python benchmarks/evidence.py
     python benchmarks/evidence.py --passages 100000 --json benchmarks/results/evidence.json
 
 The index is built as a user would build it, from real texts and variations of them (`scaling.corpus`), doubled in
-length so that most have several windows. Vectors of passages are real ones and variations, those of windows are random:
-only the time counts. One thread, one query at a time; the kinds of search are interleaved for each query. "encode" is
-the time to encode the query with torch, which every search needs in addition.
+length so that most have several windows. Vectors of passages are real ones and variations, those of windows and tokens
+are random: only the time counts. One thread, one query at a time; the kinds of search are interleaved for each query.
+"encode" is the time to encode the query with torch, which every search needs in addition.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "small: words": {"evidence": WORDS},
     "small: words, also of windows": {"evidence": WORDS | WINDOW_WORDS},
     "full: words and vectors of windows": {"evidence": WORDS | WINDOW_WORDS | {"window_vectors": 0.5}},
+    "words, also of windows, and tokens": {"evidence": WORDS | WINDOW_WORDS | {"token_vectors": 30.0}},
     "full, proved exact": {"evidence": WORDS | WINDOW_WORDS | {"window_vectors": 0.5}, "exact": True},
 }
 
@@ -52,10 +53,19 @@ def measure(student: Student, passages: int, num_real: int, num_queries: int, ca
     known = KnownVectors(student, list(queries.values()))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "index"
-        facts = build(folder, Corpus(real, vectors, passages, longer=2), known, "bfloat16", window_vectors="int3")
+        facts = build(
+            folder,
+            Corpus(real, vectors, passages, longer=2),
+            known,
+            "bfloat16",
+            window_vectors="int3",
+            token_vectors="int4",
+        )
         view = PassageView(IndexStore.open(folder))
         assert view.windows is not None
+        assert view.tokens is not None
         windows = int(view.windows.counts(view.live_rows()).sum()) / passages
+        tokens = int(view.tokens.counts(view.live_rows()).sum()) / passages
         searchers = {
             name: Searcher(view, known, SearchSettings(task="asymmetric", **kind)) for name, kind in KINDS.items()
         }
@@ -75,11 +85,13 @@ def measure(student: Student, passages: int, num_real: int, num_queries: int, ca
         "queries": len(task_queries.texts),
         "characters a passage": round(facts["text_bytes"]),
         "windows a passage": round(windows, 2),
+        "tokens a passage": round(tokens, 1),
         "bytes a passage": {
             "in all": round(facts["bytes"]),
             "vector": facts["vector_bytes"],
             "words": round(facts["word_bytes"]),
             "windows": round(facts["window_bytes"]),
+            "tokens": round(facts["token_bytes"]),
         },
         "ms": {
             name: {f"p{share}": round(float(np.percentile(values, share)), 1) for share in (50, 95)}

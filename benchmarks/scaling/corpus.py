@@ -12,6 +12,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 from d2llm import Student
 from d2llm.core.types import Passage, Task
 from d2llm.data.beir import read_beir
-from d2llm.models.backbone import EncodedTexts
+from d2llm.models.backbone import EncodedTexts, TextKind
+from d2llm.models.token_vectors import TokenVectors
 
 SHARES = {"squad-sent": 0.38, "quora": 0.50, "medquad": 0.12}  # data set -> its share of the real passages
 ASKED: dict[Task, str] = {
@@ -94,10 +96,11 @@ class Corpus:
 class KnownVectors:
     """A student without encoder: it returns vectors that it was given, and scores as the real student does.
 
-    Windows of passages, for which no vectors were given, get random ones of the same length: only their time counts.
+    Windows and tokens, for which no vectors were given, get random ones: only their time counts.
     """
 
     has_anchor = True
+    token_dim, token_fingerprint = 64, "random"
 
     def __init__(self, student: Student, queries: Sequence[Queries]) -> None:
         self._student = student
@@ -133,6 +136,16 @@ class KnownVectors:
     def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         del advance
         return EncodedTexts(np.stack([self._queries[text] for text in texts]), (), 0)
+
+    def encode_with_tokens(
+        self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
+    ) -> EncodedTexts:
+        """The known vectors, and random ones for tokens of 4.5 characters, of norm sqrt(token_dim)."""
+        encoded = (self.encode_queries if kind == "query" else self.encode_passages)(texts, advance=advance)
+        counts = np.array([round(len(text) / 4.5) for text in texts], np.int64)
+        tokens = self._random.standard_normal((int(counts.sum()), self.token_dim), np.float32)
+        tokens *= self.token_dim**0.5 / np.linalg.norm(tokens, axis=1, keepdims=True)
+        return replace(encoded, tokens=TokenVectors(tokens, counts))
 
 
 def read_real(

@@ -38,10 +38,16 @@ def build(
     vector_format: str,
     vector_copies: VectorCopies = 2,
     window_vectors: str | None = None,
+    token_vectors: str | None = None,
 ) -> dict[str, float]:
     """Write a corpus as a user does (``Index.add``), without encoding; its times and sizes."""
     index = Index.create(
-        folder, student, vector_format=vector_format, vector_copies=vector_copies, window_vectors=window_vectors
+        folder,
+        student,
+        vector_format=vector_format,
+        vector_copies=vector_copies,
+        window_vectors=window_vectors,
+        token_vectors=token_vectors,
     )
     wall, processor = time.perf_counter(), time.process_time()
     text_bytes = 0
@@ -72,6 +78,7 @@ def build(
         "vector_file_bytes": facts[1].vector_file_bytes / size,
         "word_bytes": facts[1].word_bytes / size,
         "window_bytes": facts[1].window_bytes / size,
+        "token_bytes": facts[1].token_bytes / size,
         "bytes": folder_bytes(folder) / size,
         "text_bytes": text_bytes / size,
     }

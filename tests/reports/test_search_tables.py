@@ -65,12 +65,13 @@ def test_unused_parts_of_an_explanation_are_dashes():
         terms={"cat": 1, "dog": 3},
         lexical=0.125,
         windows=None,
+        tokens=0.25,
     )
-    bare = Explanation(None, None, None, None, {}, {}, {})
+    bare = Explanation(None, None, None, None, None, {}, {}, {})
     places = [RankedPassage(n, Passage(f"p{n}", "text"), 1.0, explanation=why) for n, why in ((1, full), (2, bare))]
     assert explanation_table(Ranking(Query("q", "what?"), tuple(places), 2)).texts() == [
-        ["1", "0.500", "+0.125", "–", "+0.000", "bm25 2 (7.250)", "dog 3, cat 1"],
-        ["2", "–", "–", "–", "–", "–", "–"],
+        ["1", "0.500", "+0.125", "–", "+0.250", "+0.000", "bm25 2 (7.250)", "dog 3, cat 1"],
+        ["2", "–", "–", "–", "–", "–", "–", "–"],
     ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
-from d2llm.core.types import PART_KINDS, LateChunk, Passage, WholeText
+from d2llm.core.types import PART_KINDS, Passage
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.retrieval.index import Index
@@ -164,12 +164,6 @@ def test_tokens_of_another_projection_are_refused(index):
     plain = Index.open(index.folder, FakeStudent())
     with pytest.raises(InputError, match="this student has no vectors of tokens"):
         plain.search("gem", evidence={"token_vectors": 1.0})
-
-
-def test_late_chunks_have_no_tokens(index):
-    whole = WholeText("One. Two.", "", None)
-    with pytest.raises(InputError, match="late chunks do not have"):
-        index.upsert([LateChunk("c", "One.", whole=whole, start=0, end=4)])
 
 
 @pytest.mark.parametrize("vector_format", ["int8", "int4", "int3", "binary", "float32", "bfloat16"])

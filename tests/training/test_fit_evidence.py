@@ -97,6 +97,29 @@ def test_windows_get_weight_where_they_are_worth_reading(benefit, is_kept):
     assert ("window" in evidence.weights("asymmetric").part_kinds) == is_kept
 
 
+def test_an_index_may_lack_any_of_the_vectors_that_the_best_weights_need():
+    """Windows and tokens both help: there are weights with both, with tokens alone, and with words alone."""
+    terms = ("words", "window_vectors", "token_vectors")
+    rng = np.random.default_rng(0)
+    examples = []
+    for scores, grades in lists(200, informative=[0, 1]):
+        parts = rng.standard_normal((len(scores), 2)).astype(np.float32)
+        parts[0] += 2
+        examples.append((np.concatenate([scores[:, :2], parts], axis=1), grades))
+    fitted = fit_task_weights([make_lists("a", examples)], terms)
+    evidence = Evidence(student="x", tasks={"asymmetric": fitted})
+    assert evidence.weights("asymmetric").part_kinds == {"window", "token"}
+    assert evidence.weights("asymmetric", stored=("token",)).part_kinds == {"token"}
+    for stored in ((), ("window",)):
+        weights = evidence.weights("asymmetric", stored=stored)
+        assert not weights.part_kinds
+        assert weights.counts_words
+    useless = [(np.concatenate([s[:, :3], rng.standard_normal((len(s), 1))], axis=1), g) for s, g in examples]
+    without = fit_task_weights([make_lists("a", useless)], terms)
+    assert without.weights.keys() == {"words", "window_vectors"}
+    assert without.without_parts.weights.keys() == {"words"}
+
+
 def test_word_weight_depends_on_query_statistics():
     rng = np.random.default_rng(3)
     examples, statistics = lists(400, informative=[0]), rng.standard_normal((400, 2)).astype(np.float32)

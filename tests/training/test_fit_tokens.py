@@ -10,13 +10,15 @@ import torch
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import StudentConfig, TokensConfig
-from d2llm.core.types import Passage, Query
+from d2llm.core.types import Passage, Query, WholeText
 from d2llm.data.beir import Dataset
 from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection, read_token_projection
 from d2llm.retrieval.index import Index
-from d2llm.training.fit_evidence import fit_evidence
+from d2llm.store.side_files import Chunking
+from d2llm.training.dev import dev_queries
+from d2llm.training.fit_evidence import fit_evidence, make_evidence_lists
 from d2llm.training.fit_scores import fit_scores
 from d2llm.training.fit_tokens import fit_tokens, mean_best_cosines
 
@@ -42,6 +44,12 @@ def trained(dataset):
     return student, report
 
 
+def weighted(student, weights):
+    """Evidence for questions with these weights."""
+    task = TaskEvidence(weights=weights, dev={}, num_queries={})
+    return Evidence(student=student.fingerprint, tasks={"asymmetric": task})
+
+
 def test_the_loss_falls_and_nothing_else_changes(trained, dataset):
     student, report = trained
     assert report.queries == {"colours": 64}
@@ -65,6 +73,25 @@ def test_tokens_come_from_the_reading_that_gives_the_vector(trained):
     np.testing.assert_allclose(with_tokens.tokens.vectors[:4], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_tokens_of_late_chunks_have_seen_the_whole_text(trained, tmp_path):
+    student, _ = trained
+    text = "The red house stands there. It was sold in May, and nobody has seen it since."
+    (whole,) = student.encode_with_tokens([text], "passage").tokens.split()
+    encoded = student.encode_chunks([(WholeText(text), [(0, len(text)), (0, 27), (28, len(text))])], with_tokens=True)
+    complete, first, second = encoded.tokens.split()
+    np.testing.assert_allclose(complete, whole, atol=1e-4)
+    np.testing.assert_allclose(np.concatenate([first, second]), whole, atol=1e-4)  # in the context of the whole text
+    (alone,) = student.encode_with_tokens([text[28:]], "passage").tokens.split()
+    assert np.abs(second - alone).max() > 0.1
+    assert student.encode_chunks([(WholeText(text), [(0, 5)])]).tokens is None
+    index = Index.create(tmp_path / "late", student, token_vectors="int8")
+    index.upsert_documents([Passage("d", f"{text} " * 4), Passage("short", "Red.")], Chunking(32, late=True))
+    counts = index.view.tokens.counts(index.view.live_rows())
+    assert len(counts) > 2
+    assert counts.min() > 0
+    assert index.verify().problems == []
+
+
 def test_mean_best_cosines_by_hand():
     projection = TokenProjection(4, 2, [])
     projection.weight.data = torch.eye(4)[:2]
@@ -75,14 +102,22 @@ def test_mean_best_cosines_by_hand():
     torch.testing.assert_close(mean_best_cosines(projection, queries, passages), torch.tensor(expected))
 
 
-def test_tokens_are_saved_weighted_and_searched(trained, dataset, tmp_path):
+def test_the_lists_of_the_fit_have_the_score_of_an_index(trained, dataset, tmp_path):
+    student, _ = trained
+    lists = make_evidence_lists(student, dataset, "asymmetric", terms=("words", "token_vectors"), num_queries=4)
+    student.evidence = weighted(student, {"words": 0.5, "token_vectors": 30.0})
+    index = Index.create(tmp_path / "index", student, vector_format="float32")
+    index.upsert(dataset.passages.values())
+    queries = dev_queries(dataset, num_queries=4, seed=0)
+    for query, (scores, _) in zip(queries, lists.lists, strict=True):
+        summed = scores @ np.array([1, 0.5, 30.0])
+        (ranking,) = index.search([query], top_k=1)
+        assert summed.max() == pytest.approx(ranking.passages[0].score, abs=0.01)
+
+
+def test_tokens_are_saved_and_searched(trained, dataset, tmp_path):
     student, report = trained
-    student.evidence = fit_evidence(student, [(dataset, "asymmetric")], terms=("token_vectors",))
-    fitted = student.evidence.tasks["asymmetric"]
-    assert fitted.weights["token_vectors"] > 0, fitted
-    assert fitted.without_parts.weights == {}
-    before, after = fitted.dev["colours"]
-    assert after > before
+    student.evidence = weighted(student, {"token_vectors": 30.0})
     student.save(tmp_path / "student")
     loaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert loaded.token_fingerprint == report.fingerprint
@@ -122,8 +157,6 @@ def test_training_a_student_forgets_its_tokens(trained, dataset):
 
 def test_what_cannot_be_trained_is_refused(dataset):
     student = Student.create(StudentConfig(), device="cpu", dtype="float32")
-    with pytest.raises(InputError, match="cannot have 1000 dimensions: the states of the backbone have 384"):
-        fit_tokens(student, [dataset], TokensConfig(dim=1000))
     untrained = Dataset("none", Path("none"), dataset.passages, dataset.queries, {"dev": dataset.qrels["dev"]})
     with pytest.raises(InputError, match="none: vectors of tokens are trained on judged queries of a train split"):
         fit_tokens(student, [untrained])

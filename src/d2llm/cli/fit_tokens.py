@@ -24,7 +24,7 @@ def fit_tokens(
         Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the student with tokens goes.")
     ],
     dim: Annotated[int, typer.Option(min=1, help="Width of a token's vector.")] = 64,
-    epochs: Annotated[int, typer.Option(min=1)] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the queries.")] = 2,
     num_queries: Annotated[int, typer.Option("--queries", min=1, help="Train queries of each data set, at most.")] = (
         2_000
     ),

@@ -428,7 +428,7 @@ class TokensConfig(WarmUpConfig):
     """The last stage: trains the projection that makes the vectors of tokens (``evidence.token_vectors``)."""
 
     dim: int = Field(default=64, ge=1)
-    """Width of a token's vector: with 4 bits for each dimension, 64 take 32 bytes."""
+    """Width of a token's vector, at most that of the backbone; with 4 bits for each dimension, 64 take 32 bytes."""
     epochs: int = Field(default=2, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     batch_queries: int = Field(default=32, ge=2)

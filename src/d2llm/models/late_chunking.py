@@ -21,6 +21,7 @@ from d2llm.core.types import Span, WholeText
 from d2llm.models.backbone import TOKENIZING, Backbone
 from d2llm.models.pooling import TextPooling
 from d2llm.models.sources import readable_tokens
+from d2llm.models.token_vectors import TokenProjection, TokenVectors
 from d2llm.ops.batching import pad_right, token_budget_batches
 
 _LEAST_WINDOW = 16
@@ -29,12 +30,16 @@ _BATCH_TOKENS, _BATCH_ROWS = 8192, 256
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunks:
-    """Vectors of n chunks, the indices of those that were cut, and the number of tokens and windows that were read."""
+    """Vectors of n chunks, the indices of those that were cut, and the number of tokens and windows that were read.
+
+    ``tokens`` are the vectors of the chunks' tokens, if they were requested.
+    """
 
     vectors: Float32[np.ndarray, "chunks dim"]
     truncated: tuple[int, ...]
     num_tokens: int
     num_windows: int
+    tokens: TokenVectors | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +81,16 @@ class ChunkReader:
     whole text; those of a decoder only the text before them.
     """
 
-    def __init__(self, backbone: Backbone, pooling: TextPooling, pool: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        pooling: TextPooling,
+        pool: Callable[[Tensor, Tensor], Tensor],
+        projection: TokenProjection | None = None,
+    ) -> None:
         """Check that chunks can be pooled by ``pool``: states [batch, tokens, dim] and mask to vectors [batch, dim].
+
+        ``projection`` makes the vectors of their tokens, if these are wanted.
 
         Raises:
             InputError: the pooling takes the state of a single token, or the tokenizer gives no character offsets.
@@ -98,6 +111,7 @@ class ChunkReader:
             )
         self._backbone = backbone
         self._pool = pool
+        self._projection = projection
 
     def window(self, requested: int | None = None) -> int | None:
         """How many tokens are read at once: as requested, or as many as the backbone can read (None: no limit).
@@ -141,10 +155,12 @@ class ChunkReader:
             truncated += self._add_windows(whole, spans, count, windows)
             count += len(spans)
         vectors = np.empty((count, self._backbone.dim), np.float32)
+        found: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * count
         lengths = [len(window.ids) for window in windows]
         for batch in token_budget_batches(lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_ROWS):
-            self._read([windows[index] for index in batch], vectors)
-        return EncodedChunks(vectors, tuple(truncated), sum(lengths), len(windows))
+            self._read([windows[index] for index in batch], vectors, found)
+        tokens = None if self._projection is None else TokenVectors.join(found, self._projection.dim)
+        return EncodedChunks(vectors, tuple(truncated), sum(lengths), len(windows), tokens)
 
     def _add_windows(self, whole: WholeText, spans: Sequence[Span], first: int, windows: list[_Window]) -> list[int]:
         """Add the windows for a text's chunks, which are numbered from ``first``; returns the numbers of those cut."""
@@ -195,11 +211,20 @@ class ChunkReader:
         starts, ends = offsets[first:last].T
         return _Tokens(opening[:kept], ids[first:last], closing, starts, ends, is_cut=kept < len(opening))
 
-    def _read(self, windows: Sequence[_Window], vectors: Float32[np.ndarray, "chunks dim"]) -> None:
-        """Encode windows and fill in the vectors of their chunks."""
+    def _read(
+        self,
+        windows: Sequence[_Window],
+        vectors: Float32[np.ndarray, "chunks dim"],
+        tokens: list[NDArray[np.float32]],
+    ) -> None:
+        """Encode windows and fill in the vectors of their chunks, and of the chunks' tokens if they are wanted."""
         states: Float[Tensor, "batch tokens dim"]
         states, _ = self._backbone(*self._backbone.pad([window.ids for window in windows]))
         chunks = [(row, index, positions) for row, window in enumerate(windows) for index, positions in window.chunks]
+        if self._projection is not None:
+            for row, index, positions in chunks:
+                kept = self._projection.places([windows[row].ids[position] for position in positions])
+                tokens[index] = self._projection(states[row, [positions[place] for place in kept]]).cpu().numpy()
         lengths = [len(positions) for _, _, positions in chunks]
         for batch in token_budget_batches(lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_ROWS):
             mask: Bool[Tensor, "chunks tokens"]

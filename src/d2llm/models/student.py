@@ -327,9 +327,7 @@ class Student(nn.Module):
         Raises:
             InputError: this student has no projection of tokens.
         """
-        projection = self.token_projection
-        if projection is None:
-            raise InputError("this student has no vectors of tokens; train them with `d2llm fit-tokens`")
+        projection = self._require_projection()
         tokenized = self.tokenize(texts, kind)
         found: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
 
@@ -346,6 +344,11 @@ class Student(nn.Module):
         encoded = self._read(tokenized, read, advance)
         return replace(encoded, tokens=TokenVectors.join(found, projection.dim))
 
+    def _require_projection(self) -> TokenProjection:
+        if self.token_projection is None:
+            raise InputError("this student has no vectors of tokens; train them with `d2llm fit-tokens`")
+        return self.token_projection
+
     @property
     def chunk_reader(self) -> ChunkReader:
         """Reads long texts whole and pools chunks of them (late chunking).
@@ -355,10 +358,16 @@ class Student(nn.Module):
         """
         return ChunkReader(self.backbone, self.pooling, self.pool)
 
-    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[Span]]]) -> EncodedChunks:
-        """Vectors of chunks of long texts, each encoded in the context of its whole text (``ChunkReader.encode``)."""
+    def encode_chunks(
+        self, texts: Iterable[tuple[WholeText, Sequence[Span]]], *, with_tokens: bool = False
+    ) -> EncodedChunks:
+        """Vectors of chunks of long texts, each encoded in the context of its whole text (``ChunkReader.encode``).
+
+        ``with_tokens``: also those of the chunks' tokens, which this student must have.
+        """
+        projection = self._require_projection() if with_tokens else None
         with inference(self):
-            return self.chunk_reader.encode(texts)
+            return ChunkReader(self.backbone, self.pooling, self.pool, projection).encode(texts)
 
     def anchor_queries(
         self, query_vectors: Float32[np.ndarray, "queries dim"], task: Task = "asymmetric"

@@ -74,8 +74,7 @@ def encode(
         vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
         vector_copies: number of copies of each vector (``Index.create``).
         window_vectors: how the vectors of windows are stored, if at all (``Index.create``).
-        token_vectors: how the vectors of tokens are stored, if at all (``Index.create``). "auto" stores none for late
-            chunks, whose tokens have none.
+        token_vectors: how the vectors of tokens are stored, if at all (``Index.create``).
         chunking: how long texts are split into passages; None makes each text a passage.
         student_source: the folder or name that the student was loaded from, stored so that a search can load it again.
         overwrite: replace an index at ``folder``, including its snapshots.
@@ -94,8 +93,6 @@ def encode(
             "overwrite=True)"
         )
     make_format(vector_format, student.vector_dim)
-    if chunking is not None and chunking.late and token_vectors == "auto":
-        token_vectors = None
     formats = part_formats(student, task, window_vectors=window_vectors, token_vectors=token_vectors)
     if isinstance(corpus, str | Path):
         corpus = open_corpus([Path(corpus)])

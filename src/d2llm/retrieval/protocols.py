@@ -79,8 +79,13 @@ class SearchStudent(TextEncoder, Protocol):
 class ChunkStudent(Protocol):
     """A ``SearchStudent`` that can encode parts of a text in the context of the rest (``Student`` can)."""
 
-    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedChunks:
-        """Encode parts of texts; each part is a pair of character offsets (start, end)."""
+    def encode_chunks(
+        self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]], *, with_tokens: bool = False
+    ) -> EncodedChunks:
+        """Encode parts of texts; each part is a pair of character offsets (start, end).
+
+        ``with_tokens``: also give the vectors of their tokens; requested only of a ``TokenStudent`` that has some.
+        """
         ...
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, Task, WholeText
 from d2llm.models.pair_scores import score_by_query
+from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.bm25_words import windows
 from d2llm.retrieval.protocols import ChunkStudent, SearchStudent, TokenStudent
 from d2llm.store.part_vectors import ReadParts
@@ -47,16 +48,22 @@ def read_passages(
 
     Raises:
         InputError: there are late chunks, but the student cannot encode them; or vectors of tokens are wanted, but the
-            student has none, or there are late chunks.
+            student has none.
     """
-    if with_tokens:
-        return _read_with_tokens(student, passages, advance)
+    tokens: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * len(passages)
     vectors = np.zeros((len(passages), student.vector_dim), np.float32)
     truncated: list[int] = []
     num_tokens = num_windows = 0
     alone = [place for place, passage in enumerate(passages) if not isinstance(passage, LateChunk)]
     if alone:
-        encoded = student.encode_passages([passages[place].full_text for place in alone], advance=advance)
+        texts = [passages[place].full_text for place in alone]
+        if with_tokens:
+            encoded = _encode_with_tokens(student, texts, advance)
+            assert encoded.tokens is not None
+            for place, own in zip(alone, encoded.tokens.split(), strict=True):
+                tokens[place] = own
+        else:
+            encoded = student.encode_passages(texts, advance=advance)
         vectors[alone] = encoded.vectors
         truncated += [alone[place] for place in encoded.truncated]
         num_tokens += encoded.num_tokens
@@ -67,30 +74,20 @@ def read_passages(
     if chunks:
         if not isinstance(student, ChunkStudent):
             raise InputError(f"a {type(student).__name__} cannot read parts of documents; chunk early")
-        read = student.encode_chunks(
-            (whole, [(chunk.start, chunk.end) for _, chunk in parts]) for whole, parts in chunks.items()
-        )
+        spans = ((whole, [(chunk.start, chunk.end) for _, chunk in parts]) for whole, parts in chunks.items())
+        read = student.encode_chunks(spans, with_tokens=True) if with_tokens else student.encode_chunks(spans)
         places = [place for parts in chunks.values() for place, _ in parts]
         vectors[places] = read.vectors
+        if read.tokens is not None:
+            for place, own in zip(places, read.tokens.split(), strict=True):
+                tokens[place] = own
         truncated += [places[place] for place in read.truncated]
         num_tokens += read.num_tokens
         num_windows = read.num_windows
         if advance is not None:
             advance(len(places))
-    return ReadPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows)
-
-
-def _read_with_tokens(
-    student: SearchStudent, passages: Sequence[Passage], advance: Callable[[int], None] | None
-) -> ReadPassages:
-    if any(isinstance(passage, LateChunk) for passage in passages):
-        raise InputError(
-            "this index stores vectors of tokens, which late chunks do not have; chunk early, or make the index "
-            "without them (--token-vectors none; in Python, token_vectors=None)"
-        )
-    encoded = _encode_with_tokens(student, [passage.full_text for passage in passages], advance)
-    assert encoded.tokens is not None
-    return ReadPassages(encoded.vectors, encoded.truncated, encoded.num_tokens, tokens=ReadParts(*encoded.tokens))
+    parts = ReadParts(*TokenVectors.join(tokens, _token_dim(student))) if with_tokens else None
+    return ReadPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows, parts)
 
 
 def read_tokens(
@@ -100,6 +97,10 @@ def read_tokens(
     encoded = _encode_with_tokens(student, full_texts, advance)
     assert encoded.tokens is not None
     return ReadParts(*encoded.tokens, num_tokens=encoded.num_tokens)
+
+
+def _token_dim(student: SearchStudent) -> int:
+    return (student.token_dim if isinstance(student, TokenStudent) else None) or 0
 
 
 def _encode_with_tokens(

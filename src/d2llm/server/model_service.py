@@ -267,9 +267,11 @@ class StudentLane(ForwardingStudent):
         work = self._models.in_lane(lambda: self._models.student.encode_with_tokens(texts, kind, advance=advance))
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def encode_chunks(self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]]) -> EncodedChunks:
+    def encode_chunks(
+        self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]], *, with_tokens: bool = False
+    ) -> EncodedChunks:
         """Encode parts of texts, in turn with the shared batches."""
-        work = self._models.in_lane(lambda: self._models.student.encode_chunks(texts))
+        work = self._models.in_lane(lambda: self._models.student.encode_chunks(texts, with_tokens=with_tokens))
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:

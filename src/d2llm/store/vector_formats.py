@@ -200,7 +200,8 @@ class RotatedFormat:
         if self.bits == 8:
             return codes
         if self.bits == 4:
-            return np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), 2 * self.code_size)[:, : self.dim]
+            halves = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=2, dtype=np.uint8)
+            return halves.reshape(len(codes), 2 * self.code_size)[:, : self.dim]
         planes = codes.reshape(-1, self.bits, self._plane_bytes)
         set_bits = np.unpackbits(planes, axis=2, count=self.dim, bitorder="little")
         numbers = set_bits[:, 0]
@@ -268,7 +269,7 @@ class RotatedFormat:
             return numbers
         even = np.zeros((len(numbers), 2 * self.code_size), np.uint8)
         even[:, : self.dim] = numbers
-        return even[:, ::2] | even[:, 1::2] << 4
+        return np.bitwise_or(even[:, ::2], np.left_shift(even[:, 1::2], 4, dtype=np.uint8), dtype=np.uint8)
 
     def _planes(self, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
         shifts = range(self.bits - 1, -1, -1)

@@ -68,7 +68,7 @@ def fit_evidence(
     student: SearchStudent,
     judged: Sequence[tuple[Dataset, Task]],
     *,
-    terms: Sequence[EvidenceTerm] = get_args(EvidenceTerm),
+    terms: Sequence[EvidenceTerm] | None = None,
     num_queries: int = 200,
     seed: int = 0,
 ) -> Evidence:
@@ -79,13 +79,16 @@ def fit_evidence(
     Args:
         student: the student whose score the evidence is added to.
         judged: data sets with a dev split, each with its task.
-        terms: the kinds of evidence that may be used.
+        terms: the kinds of evidence that may be used; by default all that the student has.
         num_queries: maximum number of queries per data set.
         seed: seed of the choice of queries and passages.
 
     Raises:
         InputError: a data set has no judged dev queries, or there are no terms.
     """
+    if terms is None:
+        has_tokens = isinstance(student, TokenStudent) and student.token_dim is not None
+        terms = [term for term in get_args(EvidenceTerm) if has_tokens or term != "token_vectors"]
     if not terms:
         raise InputError("there is no evidence to fit weights for; name at least one term, such as 'words'")
     tasks: dict[Task, TaskEvidence] = {}

@@ -86,26 +86,21 @@ def fit_tokens(
     Args:
         student: the student.
         datasets: data sets with judged train queries.
-        config: width of the vectors and settings of the training.
+        config: width of the vectors, at most that of the backbone's states, and settings of the training.
         start: continue from this projection, whose width is kept; by default the training starts from the directions
             in which the states differ most.
         seed: seed of the choice of queries, and of the training.
 
     Raises:
-        InputError: a data set has no judged train queries, or the backbone is narrower than the vectors would be.
+        InputError: a data set has no judged train queries.
     """
     config = config or TokensConfig()
-    if start is not None:
-        config = config.model_copy(update={"dim": start.dim})
     dim = student.backbone.dim
-    if config.dim > dim:
-        raise InputError(
-            f"vectors of tokens cannot have {config.dim} dimensions: the states of the backbone have {dim}"
-        )
+    token_dim = min(config.dim, dim) if start is None else start.dim
     student.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        projection = TokenProjection(dim, config.dim, skipped_tokens(student.backbone.tokenizer))
+        projection = TokenProjection(dim, token_dim, skipped_tokens(student.backbone.tokenizer))
         examples = [_read(student, dataset, projection, config, seed) for dataset in datasets]
         if start is None:
             _start_from_principal_components(projection, examples)

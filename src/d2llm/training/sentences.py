@@ -85,7 +85,8 @@ def describe_evidence(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
     for task, result in fitted.items():
         changes = ", ".join(f"{name} {own:.3f} -> {fused:.3f}" for name, (own, fused) in result["dev"].items())
         is_used = any(result["weights"].values())
-        parts.append(f"words and other evidence in the {task} score: {changes}{'' if is_used else ' (no better, so they are left out)'}")
+        left_out = "" if is_used else " (no better, so they are left out)"
+        parts.append(f"words and other evidence in the {task} score: {changes}{left_out}")
     return "; ".join(parts)
 
 
