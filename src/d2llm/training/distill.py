@@ -190,9 +190,16 @@ def _fit_and_write(
     ``tokens`` is the projection of tokens of the student that training started from, if it had one.
     """
     student, recipe = run.student.eval(), run.recipe
-    if recipe.evidence.token_vectors:
-        corpora = [source.dataset for source in sources if source.pairs is None]
-        fit_tokens(student, corpora, recipe.training.tokens, start=tokens, seed=recipe.seed)
+    judged = [source for source in sources if source.pairs is None]
+    if recipe.evidence.token_vectors and judged and student.has_anchor:
+        fit_tokens(
+            student,
+            [source.dataset for source in judged],
+            recipe.training.tokens,
+            queries={source.dataset.name: [entry.query_id for entry in source.plan.entries] for source in judged},
+            start=tokens,
+            seed=recipe.seed,
+        )
     student.evidence = _fit_evidence(student, sources, recipe, recipe.evidence.terms)
     student.calibration = fit_probabilities(
         student,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,8 @@ class _Examples:
         name: name of the data set.
         queries: states [tokens, dim] of the tokens of each query, in float16.
         passages: the same for each passage.
-        positives: for each query all its relevant passages that were read.
+        positives: for each query the relevant passages that were read for it.
+        relevant: for each query all its relevant passages among ``passages``, and those with the same text.
         negatives: for each query its hard negatives.
     """
 
@@ -57,6 +58,7 @@ class _Examples:
     queries: list[Tensor]
     passages: list[Tensor]
     positives: list[list[int]]
+    relevant: list[list[int]]
     negatives: list[list[int]]
 
 
@@ -75,6 +77,7 @@ def fit_tokens(
     datasets: Sequence[Dataset],
     config: TokensConfig | None = None,
     *,
+    queries: Mapping[str, Collection[str]] | None = None,
     start: TokenProjection | None = None,
     seed: int = 0,
 ) -> FitTokensReport:
@@ -87,13 +90,19 @@ def fit_tokens(
         student: the student.
         datasets: data sets with judged train queries.
         config: width of the vectors, at most that of the backbone's states, and settings of the training.
+        queries: for each data set, by name, the ids of the train queries to choose from; by default all that share no
+            relevant passage with another split.
         start: continue from this projection, whose width is kept; by default the training starts from the directions
             in which the states differ most.
         seed: seed of the choice of queries, and of the training.
 
     Raises:
-        InputError: a data set has no judged train queries.
+        InputError: there are no data sets, or one has no such train queries.
     """
+    if not datasets:
+        raise InputError(
+            "vectors of tokens are trained on data sets with a corpus and judged queries; give at least one"
+        )
     config = config or TokensConfig()
     dim = student.backbone.dim
     token_dim = min(config.dim, dim) if start is None else start.dim
@@ -101,7 +110,10 @@ def fit_tokens(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         projection = TokenProjection(dim, token_dim, skipped_tokens(student.backbone.tokenizer))
-        examples = [_read(student, dataset, projection, config, seed) for dataset in datasets]
+        examples = [
+            _read(student, dataset, _choose(dataset, queries, config, seed), projection, config, seed)
+            for dataset in datasets
+        ]
         if start is None:
             _start_from_principal_components(projection, examples)
         else:
@@ -113,17 +125,46 @@ def fit_tokens(
     )
 
 
-def _read(
-    student: Student, dataset: Dataset, projection: TokenProjection, config: TokensConfig, seed: int
-) -> _Examples:
-    """Choose queries and their passages, and compute the states of their tokens."""
+def _choose(
+    dataset: Dataset, queries: Mapping[str, Collection[str]] | None, config: TokensConfig, seed: int
+) -> list[str]:
+    """The ids of the train queries to learn from."""
     judged = {} if "train" not in dataset.qrels else dataset.positives("train")
     if not judged:
         raise InputError(
             f"{dataset.name}: vectors of tokens are trained on judged queries of a train split; it has none"
         )
-    rng = random.Random(f"{seed}:{dataset.name}")
-    chosen = rng.sample(sorted(judged), min(config.max_queries, len(judged)))
+    if queries is not None and dataset.name in queries:
+        usable = sorted(judged.keys() & set(queries[dataset.name]))
+    else:
+        held_out = dataset.relevant_passages([split for split in dataset.qrels if split != "train"])
+        usable = sorted(query_id for query_id, passages in judged.items() if held_out.isdisjoint(passages))
+        if len(usable) < len(judged):
+            _remarks.info(
+                "%s: %d of %d train queries are left out, because they share relevant passages with another split",
+                dataset.name,
+                len(judged) - len(usable),
+                len(judged),
+            )
+    if not usable:
+        raise InputError(
+            f"{dataset.name}: no train query is left to train vectors of tokens on; each shares its relevant passages "
+            "with another split"
+        )
+    return random.Random(f"{seed}:{dataset.name}").sample(usable, min(config.max_queries, len(usable)))
+
+
+def _read(
+    student: Student,
+    dataset: Dataset,
+    chosen: Sequence[str],
+    projection: TokenProjection,
+    config: TokensConfig,
+    seed: int,
+) -> _Examples:
+    """Choose passages for queries, and compute the states of their tokens."""
+    judged = dataset.positives("train")
+    rng = random.Random(f"{seed}:passages:{dataset.name}")
     ids = list(dataset.passages)
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
     same_text = SameText(dataset)
@@ -155,7 +196,8 @@ def _read(
             [*(place_of[row] for row in lexical), *rng.sample(similar, min(config.num_hard, len(similar)))]
         )
     positives_read = [[place_of[row] for row in rows] for rows in read_positives]
-    return _Examples(dataset.name, queries, passages, positives_read, negatives)
+    relevant = [[place_of[row] for row in rows if row in place_of] for rows in targets]
+    return _Examples(dataset.name, queries, passages, positives_read, relevant, negatives)
 
 
 def _states(
@@ -252,7 +294,7 @@ def _loss(
     scores = log_scale.exp() * mean_best_cosines(projection, queries, passages)
     also_relevant = torch.zeros_like(scores, dtype=torch.bool)
     for row, (position, target) in enumerate(zip(positions, targets, strict=True)):
-        for place in examples.positives[position]:
+        for place in examples.relevant[position]:
             if place != target and place in column_of:
                 also_relevant[row, column_of[place]] = True
     labels = torch.tensor([column_of[target] for target in targets], device=device)
