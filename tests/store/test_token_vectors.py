@@ -12,6 +12,7 @@ from d2llm.core.types import PART_KINDS, Passage
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import Searcher
 from evidence_rows import part_vectors
 from fake_models import FakeEncoded, FakeStudent, _word_vector
 
@@ -134,6 +135,26 @@ def test_damaged_tokens_are_found_and_encoded_again(index):
     assert any("encoded again" in problem for problem in reopened.verify(repair=True).problems)
     assert_tokens(reopened)
     assert reopened.verify().problems == []
+
+
+def test_a_repair_needs_the_projection_that_made_the_tokens(index):
+    next(index.folder.glob("token-places-*.bin")).unlink()
+    with pytest.raises(IndexMismatchError, match="use the student that made the index"):
+        Index.open(index.folder, TokenStudent("second")).verify(repair=True)
+    assert Index.open(index.folder, TokenStudent()).verify(repair=True).problems
+    assert_tokens(Index.open(index.folder, TokenStudent()))
+
+
+def test_vectors_of_queries_may_be_given(index):
+    student = index.student
+    read = student.encode_with_tokens(["a rare gem", "river"], "query")
+    searcher = Searcher(index.view, student)
+    expected = searcher.rank(["a rare gem", "river"])
+    given = searcher.rank(["a rare gem", "river"], vectors=read.vectors, tokens=read.tokens.split())
+    some = searcher.rank(["a rare gem", "river"], vectors=read.vectors, tokens=[None, read.tokens.split()[1]])
+    for one, two, three in zip(expected, given, some, strict=True):
+        scores = [[hit.score for hit in ranking.passages] for ranking in (one, two, three)]
+        assert scores[0] == scores[1] == scores[2]
 
 
 def test_an_index_without_tokens_uses_other_weights(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ from d2llm.core.recipe import StudentConfig, TokensConfig
 from d2llm.core.types import Passage, Query, WholeText
 from d2llm.data.beir import Dataset
 from d2llm.models.evidence import Evidence, TaskEvidence
+from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student import Student
-from d2llm.models.token_vectors import TokenProjection, read_token_projection
+from d2llm.models.token_vectors import TokenProjection, read_token_projection, skipped_tokens
 from d2llm.retrieval.index import Index
 from d2llm.store.side_files import Chunking
 from d2llm.training.dev import dev_queries
 from d2llm.training.fit_evidence import fit_evidence, make_evidence_lists
 from d2llm.training.fit_scores import fit_scores
-from d2llm.training.fit_tokens import fit_tokens, mean_best_cosines
+from d2llm.training.fit_tokens import _choose, _Examples, _loss, fit_tokens, mean_best_cosines
 
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 THINGS = ("house", "river", "tree", "lamp", "chair", "train", "cloud", "stone", "bridge", "letter", "horse", "ship")
@@ -162,6 +164,45 @@ def test_what_cannot_be_trained_is_refused(dataset):
         fit_tokens(student, [untrained])
 
 
+def test_queries_that_share_passages_with_other_splits_are_left_out(dataset):
+    shared = {"train": dataset.qrels["train"], "test": {"q3": {"p1": 1, "p2": 1}}}
+    overlapping = Dataset("shared", Path("shared"), dataset.passages, dataset.queries, shared)
+    config = TokensConfig(dim=4, epochs=1)
+    assert set(_choose(overlapping, None, config, 0)) == dataset.qrels["train"].keys() - {"q1", "q2"}
+    assert set(_choose(overlapping, {"shared": ["q1", "q4", "q3"]}, config, 0)) == {"q1", "q4"}
+    only = Dataset(
+        "only", Path("only"), dataset.passages, dataset.queries, {"train": {"q1": {"p1": 1}}, "dev": {"q2": {"p1": 1}}}
+    )
+    with pytest.raises(InputError, match="only: no train query is left"):
+        _choose(only, None, config, 0)
+    with pytest.raises(InputError, match="give at least one"):
+        fit_tokens(Student.create(StudentConfig(), device="cpu", dtype="float32"), [])
+
+
+def test_other_relevant_passages_of_a_batch_are_no_negatives():
+    """Two queries of one intent: the target of each is also relevant to the other."""
+    projection = TokenProjection(4, 4, [])
+    projection.weight.data = torch.eye(4)
+    states = [torch.eye(4)[:1], torch.eye(4)[1:2]]
+    alike = _Examples("a", states, states, [[0], [1]], [[0, 1], [0, 1]], [[], []])
+    apart = _Examples("a", states, states, [[0], [1]], [[0], [1]], [[], []])
+    arguments = torch.zeros(()), [0, 1], TokensConfig(), random.Random(0)
+    losses = [float(_loss(projection, arguments[0], examples, *arguments[1:])) for examples in (alike, apart)]
+    assert losses[0] == 0  # nothing is left to tell them from
+    assert losses[1] > 0.3
+
+
+def test_new_tokens_are_not_counted_with_the_weights_of_others(dataset):
+    student = Student.create(StudentConfig(), device="cpu", dtype="float32")
+    words = TaskEvidence(weights={"words": 1.0}, dev={}, num_queries={})
+    counted = TaskEvidence(weights={"token_vectors": 3.0}, dev={}, num_queries={}, without_parts=words)
+    alone = TaskEvidence(weights={"token_vectors": 3.0}, dev={}, num_queries={})
+    student.evidence = Evidence(student=student.fingerprint, tasks={"asymmetric": counted, "symmetric": alone})
+    fit_tokens(student, [dataset], TokensConfig(dim=4, epochs=1))
+    assert student.evidence_weights("asymmetric").terms == {"words": 1.0}
+    assert not student.evidence_weights("symmetric")
+
+
 def test_a_projection_of_another_student_or_damaged_is_refused(trained, tmp_path):
     student, _ = trained
     student.token_projection.save(tmp_path, "someone-else")
@@ -186,3 +227,14 @@ def test_weights_follow_what_an_index_stores():
     assert evidence.weights("asymmetric", stored=("token",)).terms == {"words": 2.0, "token_vectors": 3.0}
     assert evidence.weights("asymmetric", stored=("window",)).terms == {"words": 1.0}
     assert evidence.weights("asymmetric", stored=()).terms == {"words": 1.0}
+
+
+@pytest.mark.parametrize("model", ["minilm", "smollm2"])
+def test_tokens_without_a_letter_or_digit_are_skipped(model):
+    tokenizer = load_tokenizer(find_model(model))
+    skipped = set(skipped_tokens(tokenizer))
+    ids = tokenizer("Is it (really) 2°C – or 35.6°F? Ångström; 温度!\n\n", add_special_tokens=True)["input_ids"]
+    kept = tokenizer.decode([token_id for token_id in ids if token_id not in skipped])
+    assert not set(kept) & set("()–?;!\n.")
+    assert all(word in kept.lower() for word in ("is", "really", "35", "6"))
+    assert set(tokenizer.all_special_ids) <= skipped

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _NOT_SET = "not set"
-_NOT_SHAPING = {"trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes", "gradient_caching", "graph_gib"}
+_NOT_SHAPING = {
+    *("trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes", "gradient_caching", "graph_gib"),
+    "tokens",  # made at the end, from the finished student
+}
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:

@@ -57,7 +57,7 @@ def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 _COSINE = {"interaction": {"head": "cosine"}}
 _NO_PMA = {"pooling": {"method": "backbone"}}
-_NO_EVIDENCE = {"words": False, "window_words": False}
+_NO_EVIDENCE = {"words": False, "window_words": False, "window_vectors": False, "token_vectors": False}
 _PLAIN_LOSSES = {
     **NO_IMITATION,
     "in_batch_cross_entropy": 1.0,

@@ -50,8 +50,9 @@ def evaluate_retrieval(
     )
     trial = Trial(queries, probes, settings.task, settings.top_k)
     work = RetrievalWork(dataset, settings, trial, sampled, folder, labels)
-    work.store_parts_for(contenders.student)
     students = contenders.students(settings.num_candidates, settings.top_k)
+    for row in students:
+        work.store_parts_for(row.model)
     searched = [_search(work, row) for row in students]
     subject = searched[[row.kind for row in students].index("d2llm")]
     shortcuts = measure_shortcuts(work, contenders, subject)

@@ -318,9 +318,9 @@ class RetrievalWork:
     def store_parts_for(self, student: SearchStudent) -> None:
         """Store vectors of windows or tokens in a student's index if its score uses them.
 
-        Its inner product shares the index.
+        Its inner product, which uses none, shares the index.
         """
-        self._part_formats[student.fingerprint] = part_formats(student, self.trial.task)
+        self._part_formats.setdefault(student.fingerprint, {}).update(part_formats(student, self.trial.task))
 
     def index(self, model: SearchStudent) -> tuple[Index, float | None]:
         """The index of a model, and the passages encoded per second if it had to be built now."""

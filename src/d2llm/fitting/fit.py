@@ -505,10 +505,13 @@ class Fit:
         return report
 
     def _renew_index(self, student: Path) -> None:
-        """Encode the passages again if the index was made by another student than this one."""
+        """Encode the passages again if the index was made by another student than this one, or lacks its tokens."""
+        from d2llm.retrieval.index import check_parts
+
         loaded, chunking = self._load(student), self.index.chunking
         try:
             self.index.store.check_student(loaded.fingerprint)
+            check_parts(self.index.store, loaded, self.settings.task)
         except IndexMismatchError:
             if chunking is not None and chunking.late:  # needs what stands around each passage
                 corpus = open_corpus(self.documents, exclude=self._excluded)

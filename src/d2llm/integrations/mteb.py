@@ -32,8 +32,8 @@ from d2llm.models.student import Student, find_student
 from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.encode import encode
-from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.index import Index, part_formats
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.index_manifest import FORMAT_VERSION
 from d2llm.store.vector_formats import make_format
@@ -129,7 +129,10 @@ class D2LLMModel:
         _refuse_precision(encode_kwargs)
         passages = [Passage(row["id"], row["text"], row.get("title") or "") for row in corpus]
         content = fingerprint_passages(passages)
-        name = f"{self._student.fingerprint}-{content}-{self._vector_format}-{FORMAT_VERSION}"
+        formats = part_formats(self._student, "asymmetric")
+        tokens = self._student.token_fingerprint if isinstance(self._student, TokenStudent) else None
+        parts = [*formats.values(), *([str(tokens)] if "token" in formats else [])]
+        name = "-".join([self._student.fingerprint, content, self._vector_format, str(FORMAT_VERSION), *parts])
         parent = self._work_folder
         if parent is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="d2llm-mteb-")  # this deletes the previous one

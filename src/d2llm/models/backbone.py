@@ -86,6 +86,19 @@ class EncodedTexts:
         """How many texts were truncated."""
         return len(self.truncated)
 
+    @classmethod
+    def join(cls, parts: Sequence[EncodedTexts], dim: int) -> EncodedTexts:
+        """The texts of all parts, which have vectors [n, dim], in order."""
+        starts = np.cumsum([0, *(len(part.vectors) for part in parts)]).tolist()
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        return cls(
+            np.concatenate([np.zeros((0, dim), np.float32), *(part.vectors for part in parts)]),
+            tuple(start + place for start, part in zip(starts, parts, strict=False) for place in part.truncated),
+            sum(part.num_tokens for part in parts),
+            tuple(length for part in parts for length in part.lengths),
+            TokenVectors(*(np.concatenate(each) for each in zip(*tokens, strict=True))) if tokens else None,
+        )
+
 
 class Backbone(nn.Module):
     """Any decoder or encoder of ``transformers`` without its language-model head.

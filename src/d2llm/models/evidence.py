@@ -129,6 +129,17 @@ class Evidence(FittedFile):
             fitted = fitted.without_parts
         return EvidenceWeights()
 
+    def without_tokens(self) -> Evidence:
+        """The weights for indexes without vectors of tokens; a task without such weights has no evidence."""
+        tasks: dict[Task, TaskEvidence] = {}
+        for task, fitted in self.tasks.items():
+            left: TaskEvidence | None = fitted
+            while left is not None and left.weights.get("token_vectors"):
+                left = left.without_parts
+            if left is not None:
+                tasks[task] = left
+        return self.model_copy(update={"tasks": tasks})
+
 
 NO_EVIDENCE = Evidence(student="", tasks={})
 """For a student whose score is that of its vectors alone."""

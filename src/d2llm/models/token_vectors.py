@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE_NAME = "tokens.safetensors"
+_PART = "\ufffd"  # a token of some bytes of a character is decoded as this
 
 
 class TokenVectors(NamedTuple):
@@ -96,12 +97,12 @@ class TokenProjection(nn.Module):
 
 def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of special tokens and of tokens without a letter or digit, such as punctuation."""
-    tokens = cast("list[str | None]", tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+    texts = tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
     special = set(tokenizer.all_special_ids)
     return [
         token_id
-        for token_id, token in enumerate(tokens)
-        if token_id in special or token is None or not any(character.isalnum() for character in token)
+        for token_id, text in enumerate(texts)
+        if token_id in special or not any(character.isalnum() or character == _PART for character in text)
     ]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import (
     DEFAULT_CONTEXT_TOKENS,
@@ -79,6 +79,18 @@ def part_formats(
     if "token" in formats and not (isinstance(student, TokenStudent) and student.token_dim):
         raise InputError("this student has no vectors of tokens; train them with `d2llm fit-tokens`, or leave them out")
     return formats
+
+
+def check_parts(store: IndexStore, student: SearchStudent, task: Task) -> None:
+    """Check that an index stores the vectors of tokens that a student's score counts, as this student makes them.
+
+    Raises:
+        IndexMismatchError: it stores none, or those of another projection.
+    """
+    if "token" in part_formats(student, task):
+        assert isinstance(student, TokenStudent)
+        if store.manifest.get("token_projection") != student.token_fingerprint:
+            raise IndexMismatchError(f"{store.folder}: it lacks the vectors of tokens that the student's score counts")
 
 
 def find_source(source: object, folder: Path) -> str:
@@ -552,6 +564,7 @@ class Index:
         """
         with ExitStack() as stack:
             from d2llm.retrieval.reading import read_tokens, read_windows
+            from d2llm.retrieval.upserting import check_projection
 
             @cache
             def bar(title: str) -> Advance:  # made when there is something to encode
@@ -564,6 +577,8 @@ class Index:
                 return encoded.vectors
 
             def encode_parts(kind: PartKind, texts: Sequence[str]) -> ReadParts:
+                if kind == "token":
+                    check_projection(self.store, self.student)
                 advance = bar(f"reading {kind}s again")
                 parts = (read_windows if kind == "window" else read_tokens)(self.student, texts)
                 advance(len(texts))

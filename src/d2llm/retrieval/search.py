@@ -158,14 +158,20 @@ class Searcher:
         self._in_students_order = in_order and self.settings.group == "passage"
 
     def rank(
-        self, queries: Sequence[Query] | Sequence[str], *, vectors: NDArray[np.float32] | None = None
+        self,
+        queries: Sequence[Query] | Sequence[str],
+        *,
+        vectors: NDArray[np.float32] | None = None,
+        tokens: Sequence[NDArray[np.float32] | None] | None = None,
     ) -> list[Ranking]:
         """Rank the passages for each query.
 
-        If ``vectors`` [n, dim] are given, the queries are not encoded, except for the vectors of tokens if the score
-        counts them, and no ranking is marked as ``truncated``.
+        If ``vectors`` [n, dim] are given, the queries are not encoded, and no ranking is marked as ``truncated``. If
+        the score counts vectors of tokens, these are encoded unless all ``tokens`` [tokens, token_dim] are given, too.
         """
-        prepared = self._prepare(queries, vectors, "searching")
+        if tokens is not None and any(own is None for own in tokens):
+            tokens = None
+        prepared = self._prepare(queries, vectors, "searching", tokens)
         return [replace(self._shown(one), truncated=truncated) for one, truncated in prepared]
 
     def rank_ids(self, queries: Sequence[Query] | Sequence[str], *, title: str = "searching") -> list[IdRanking]:
@@ -181,7 +187,11 @@ class Searcher:
         return rankings
 
     def _prepare(
-        self, queries: Sequence[Query] | Sequence[str], vectors: NDArray[np.float32] | None, title: str
+        self,
+        queries: Sequence[Query] | Sequence[str],
+        vectors: NDArray[np.float32] | None,
+        title: str,
+        tokens: Sequence[NDArray[np.float32] | None] | None = None,
     ) -> Iterator[tuple[_PreparedQuery, bool]]:
         """Every query ready to be ranked, and whether it was truncated; the bar counts the queries that were taken."""
         all_queries = _as_queries(queries)
@@ -197,7 +207,8 @@ class Searcher:
                 block = all_queries[start : start + _ENCODED_AT_ONCE]
                 if self._expansion is None:
                     given = None if vectors is None else vectors[start : start + len(block)]
-                    prepared = self._prepare_block(block, given)
+                    own = None if tokens is None else tokens[start : start + len(block)]
+                    prepared = self._prepare_block(block, given, own)
                 elif self._rephrases:
                     prepared = self._prepare_rephrased(block, self._expansion)
                 else:
@@ -207,14 +218,19 @@ class Searcher:
                     advance(1)
 
     def _prepare_block(
-        self, queries: Sequence[Query], vectors: NDArray[np.float32] | None
+        self,
+        queries: Sequence[Query],
+        vectors: NDArray[np.float32] | None,
+        given_tokens: Sequence[NDArray[np.float32] | None] | None = None,
     ) -> Iterator[tuple[_PreparedQuery, bool]]:
         """``_prepare`` for as many queries as are encoded at once."""
         begin = time.perf_counter()
         cut: Sequence[int] = ()
         tokens: Sequence[NDArray[np.float32] | None] = [None] * len(queries)
         texts = [query.text for query in queries]
-        if "token" in self.weights.part_kinds:
+        if given_tokens is not None and vectors is not None:
+            tokens = given_tokens
+        elif "token" in self.weights.part_kinds:
             assert isinstance(self._student, TokenStudent)
             read = self._student.encode_with_tokens(texts, "query")
             assert read.tokens is not None

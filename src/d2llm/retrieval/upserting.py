@@ -27,6 +27,7 @@ from d2llm.store.schema import FieldType, MetadataSchema
 BLOCK_PASSAGES = 2_048
 """Passages encoded at a time, for a commit or a file: the most work that an interruption can lose."""
 
+_BLOCK_WITH_TOKENS = 512  # fewer, because the vectors of all their tokens are in memory together
 _WINDOWS_AT_ONCE = 128  # passages whose windows are encoded together
 
 _log = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ def upsert_passages(
         store.update_indices()
         before = store.table()
         written = before.version
-        for block in _blocks(passages):
+        size = _BLOCK_WITH_TOKENS if "token" in store.part_formats else BLOCK_PASSAGES
+        for block in _blocks(passages, size):
             _refuse_repeated(block, seen_ids, store.folder)
             report = _count_blank(block, report)
             table = store.table()
@@ -161,7 +163,7 @@ def _write_block(
     advance(len(block) - len(changes.texts))
     with_windows, with_tokens = "window" in store.part_formats, "token" in store.part_formats
     if with_tokens:
-        _check_projection(store, student)
+        check_projection(store, student)
     read = read_passages(student, changes.texts, None if with_windows else advance, with_tokens=with_tokens)
     parts: dict[PartKind, ReadParts] = {}
     if with_windows:
@@ -183,7 +185,7 @@ def _write_block(
     )
 
 
-def _check_projection(store: IndexStore, student: SearchStudent) -> None:
+def check_projection(store: IndexStore, student: SearchStudent) -> None:
     """Refuse a student whose vectors of tokens cannot be compared with those that the index stores."""
     made_by = store.manifest["token_projection"]
     own = student.token_fingerprint if isinstance(student, TokenStudent) else None
@@ -222,9 +224,9 @@ def _with_new_fields(
     return store.table()
 
 
-def _blocks(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+def _blocks(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
     rest = iter(passages)
-    while block := list(islice(rest, BLOCK_PASSAGES)):
+    while block := list(islice(rest, size)):
         yield block
 
 

@@ -146,8 +146,12 @@ class IndexService:
         async def rank(version: OpenVersion) -> tuple[Ranking, ModelService]:
             if rescore in ("teacher", "cascade"):
                 self._readings.require_room(1)
-            encoded = await version.models.encode([query], "query")
-            search = PendingSearch(version, query, encoded.vectors[0], settings, rescore != "none")
+            iem, tokens = rescore != "none", None
+            if version.counts_tokens(settings, iem=iem):
+                encoded, tokens = await version.models.encode_query_with_tokens(query)
+            else:
+                encoded = await version.models.encode([query], "query")
+            search = PendingSearch(version, query, encoded.vectors[0], settings, iem, tokens)
             if rescore in ("teacher", "cascade"):
                 rereader = self._rereader(version, rescore, settings.task, reading or Reading())
                 done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(search, rereader)]))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +29,7 @@ from d2llm.server.logs import note_items
 
 Observe = Callable[[str, float], None]
 _FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, since switching threads costs more
+_TEXTS_WITH_TOKENS = 32  # encoded at a time for a write, so that queries do not wait long
 _Value = TypeVar("_Value")
 
 
@@ -150,6 +153,30 @@ class ModelService:
             note_items(texts)
         return await self._encode([(texts, kind)], bounded=bounded)
 
+    async def encode_query_with_tokens(self, text: str) -> tuple[Encoded, NDArray[np.float32]]:
+        """The vector of a query and those of its tokens [tokens, token_dim], from one pass through the backbone.
+
+        Raises:
+            OverloadedError: the queue is full.
+            ModelError: a vector is not finite.
+        """
+        note_items([text])
+        self._texts.require_room(1)
+        asked = time.perf_counter()
+
+        def read() -> tuple[EncodedTexts, float]:
+            begin = time.perf_counter()
+            return self.student.encode_with_tokens([text], "query"), begin
+
+        done, begun = await self.in_lane(read)
+        worked, queued = time.perf_counter() - begun, begun - asked
+        self._observe("queue", queued)
+        self._observe("encode", worked)
+        assert done.tokens is not None
+        if not (np.isfinite(done.vectors).all() and np.isfinite(done.tokens.vectors).all()):
+            raise ModelError("the student's vector of a text is not finite; check the student")
+        return Encoded(done.vectors, done.lengths, done.truncated, queued, worked), done.tokens.vectors
+
     async def score(self, query: str, passages: Sequence[str], task: Task = "asymmetric") -> PassageScores:
         """The IEM's scores of passages for a query.
 
@@ -263,9 +290,13 @@ class StudentLane(ForwardingStudent):
     def encode_with_tokens(
         self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
     ) -> EncodedTexts:
-        """Encode texts and their tokens, in turn with the shared batches."""
-        work = self._models.in_lane(lambda: self._models.student.encode_with_tokens(texts, kind, advance=advance))
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        """Encode texts and their tokens, some at a time, in turn with the shared batches."""
+        parts: list[EncodedTexts] = []
+        for start in range(0, len(texts), _TEXTS_WITH_TOKENS):
+            some = texts[start : start + _TEXTS_WITH_TOKENS]
+            work = self._models.in_lane(partial(self._models.student.encode_with_tokens, some, kind, advance=advance))
+            parts.append(asyncio.run_coroutine_threadsafe(work, self._loop).result())
+        return EncodedTexts.join(parts, self.vector_dim)
 
     def encode_chunks(
         self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]], *, with_tokens: bool = False

@@ -24,6 +24,7 @@ from d2llm.retrieval.cascade import Rereader
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.server.errors import NotReadyError, ServingError, is_clients
 from d2llm.server.model_service import ModelService
@@ -45,6 +46,7 @@ class PendingSearch:
     vector: NDArray[np.float32]
     settings: SearchSettings
     iem: bool
+    tokens: NDArray[np.float32] | None = None  # of the query, [tokens, token_dim], if the score counts them
 
 
 class OpenVersion:
@@ -69,6 +71,14 @@ class OpenVersion:
             self.searcher(SearchSettings(top_k=1), iem=True).rank(
                 ["warm"], vectors=np.zeros((1, models.dim), np.float32)
             )
+
+    def counts_tokens(self, settings: SearchSettings, *, iem: bool) -> bool:
+        """Whether the scores of a search count the vectors of tokens."""
+        if not iem:
+            return False
+        student = cast("SearchStudent", self.models.student)
+        weights = weights_for(self.view, student, settings.task or self.view.task, settings.evidence)
+        return "token" in weights.part_kinds
 
     def searcher(self, settings: SearchSettings, *, iem: bool) -> Searcher:
         """The shared searcher for these settings; call it in one thread at a time."""
@@ -99,7 +109,10 @@ def rank_together(searches: Sequence[PendingSearch]) -> list[Ranking | Exception
             results |= dict.fromkeys(places, error)
             continue
         queries = [Query(str(place), searches[place].query) for place in places]
-        rankings = searcher.rank(queries, vectors=np.stack([searches[place].vector for place in places]))
+        chosen = [searches[place] for place in places]
+        rankings = searcher.rank(
+            queries, vectors=np.stack([search.vector for search in chosen]), tokens=[search.tokens for search in chosen]
+        )
         results |= dict(zip(places, rankings, strict=True))
     return [results[place] for place in range(len(searches))]
 
@@ -107,7 +120,7 @@ def rank_together(searches: Sequence[PendingSearch]) -> list[Ranking | Exception
 def rank_again(search: PendingSearch, rereader: Rereader) -> Ranking:
     """Rank one query with a teacher's help."""
     searcher = search.version.new_searcher(search.settings, iem=True, rereader=rereader)
-    (ranking,) = searcher.rank([Query("1", search.query)], vectors=search.vector[None])
+    (ranking,) = searcher.rank([Query("1", search.query)], vectors=search.vector[None], tokens=[search.tokens])
     return ranking
 
 

@@ -108,7 +108,7 @@ class PartVectors:
     def limit(self, queries: NDArray[np.float32]) -> np.float32:
         """An upper bound of ``sum_of_best`` for these queries [m, dim] and any rows."""
         norms = np.linalg.norm(queries.astype(np.float64), axis=1).sum()
-        return np.nextafter(np.float32(1.001 * norms * self._largest_norm), np.float32(np.inf))  # .001: whole queries
+        return np.nextafter(np.float32(1.005 * norms * self._largest_norm), np.float32(np.inf))  # queries are rounded
 
     @cached_property
     def _largest_norm(self) -> float:

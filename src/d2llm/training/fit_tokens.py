@@ -83,7 +83,8 @@ def fit_tokens(
 ) -> FitTokensReport:
     """Train a student's ``token_projection`` on the train splits of data sets; nothing else of it changes.
 
-    The weight of the tokens in the student's score is fitted afterwards (``training.fit_evidence``); it may be 0.
+    The weight of the tokens in the student's score is fitted afterwards (``training.fit_evidence``); it may be 0. Until
+    then the score does not count them.
     Memory: two bytes for each dimension of the state of each token that is read.
 
     Args:
@@ -120,6 +121,7 @@ def fit_tokens(
             projection.weight.data = start.weight.detach().cpu().clone()
         losses = _train(projection.to(student.backbone.device), examples, config, seed)
     student.token_projection = projection.eval().requires_grad_(False)
+    student.evidence = student.evidence.without_tokens()  # those weights were fitted for another projection, if any
     return FitTokensReport(
         projection.fingerprint, projection.dim, {each.name: len(each.queries) for each in examples}, losses
     )
