@@ -429,6 +429,8 @@ class TokensConfig(WarmUpConfig):
 
     dim: int = Field(default=64, ge=1)
     """Width of a token's vector, at most that of the backbone; with 4 bits for each dimension, 64 take 32 bytes."""
+    max_query_tokens: int = Field(default=16, ge=1)
+    """Of a longer query only the rarest tokens count."""
     epochs: int = Field(default=2, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     batch_queries: int = Field(default=32, ge=2)

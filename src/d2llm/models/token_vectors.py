@@ -3,7 +3,8 @@
 One vector per text loses what its single tokens say. Each token of a query looks for the most similar token of a
 passage, and the mean of these cosines is one more term of the score (``models.evidence``). This is the late interaction
 of Khattab and Zaharia, "ColBERT", SIGIR 2020, here beside the text's vector and its words, and without reading a text
-again: its vector and those of its tokens come from the same pass through the backbone.
+again: its vector and those of its tokens come from the same pass through the backbone. In the mean, rare tokens count
+more, and of a long query only the rarest tokens count: they say what it is about.
 
 The projection is trained after the student, on states that do not change (``training.fit_tokens``), and stored as
 ``tokens.safetensors`` in the student's folder. Vectors of texts do not depend on it, so an index is valid for the
@@ -55,17 +56,22 @@ class TokenVectors(NamedTuple):
 class TokenProjection(nn.Module):
     """From the states of tokens to their vectors, of norm sqrt(token_dim): a linear map without bias.
 
-    Special tokens and tokens without a letter or digit have no vectors.
+    Attributes:
+        weight: the map, [token_dim, dim].
+        importance: how much a token counts in a query, [vocabulary], at least 0. Tokens of importance 0, such as
+            special tokens and punctuation, have no vectors.
+        max_query_tokens: of a query only so many tokens count, those of the highest importance.
     """
 
-    skipped: Tensor
+    importance: Tensor
 
-    def __init__(self, dim: int, token_dim: int, skipped: Sequence[int]) -> None:
-        """Args: ``dim`` of the states; ``token_dim`` of the vectors; ``skipped`` token ids that get no vector."""
+    def __init__(self, dim: int, token_dim: int, importance: Sequence[float], *, max_query_tokens: int = 16) -> None:
+        """Args: ``dim`` of the states; ``token_dim`` of the vectors; ``importance`` of each token of the vocabulary."""
         super().__init__()
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(token_dim, dim)))
-        self.register_buffer("skipped", torch.tensor(sorted(skipped), dtype=torch.int32))
-        self._skipped = frozenset(skipped)
+        self.register_buffer("importance", torch.tensor(importance, dtype=torch.float32))
+        self.max_query_tokens = max_query_tokens
+        self._importance = self.importance.tolist()
 
     @property
     def dim(self) -> int:
@@ -77,14 +83,26 @@ class TokenProjection(nn.Module):
         return to_sphere(states.float() @ self.weight.T)
 
     def places(self, token_ids: Sequence[int]) -> list[int]:
-        """The places of the tokens that get a vector."""
-        return [place for place, token in enumerate(token_ids) if token not in self._skipped]
+        """The places of a passage's tokens that get a vector."""
+        return [place for place, token in enumerate(token_ids) if self._importance[token] > 0]
+
+    def query_places(self, token_ids: Sequence[int]) -> list[int]:
+        """The places of a query's tokens that count."""
+        places = self.places(token_ids)
+        places.sort(key=lambda place: -self._importance[token_ids[place]])  # stable: of equal tokens the first
+        return sorted(places[: self.max_query_tokens])
+
+    def query_weights(self, token_ids: Sequence[int], places: Sequence[int]) -> Float[Tensor, " tokens"]:
+        """Weights of a query's tokens at ``places``, in proportion to their importance, with a mean of 1."""
+        weights = torch.tensor([self._importance[token_ids[place]] for place in places])
+        return weights * (len(places) / weights.sum())
 
     @property
     def fingerprint(self) -> str:
         """Content hash."""
         digest = hashlib.sha256()
-        for tensor in (self.weight, self.skipped):
+        digest.update(str(self.max_query_tokens).encode())
+        for tensor in (self.weight, self.importance):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -92,7 +110,8 @@ class TokenProjection(nn.Module):
     def save(self, folder: Path, student: str) -> None:
         """Write the projection into the folder of the student with this fingerprint."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / FILE_NAME, metadata={"student": student})
+        metadata = {"student": student, "max_query_tokens": str(self.max_query_tokens)}
+        save_file(tensors, folder / FILE_NAME, metadata=metadata)
 
 
 def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -117,18 +136,21 @@ def read_token_projection(folder: Path, student: str, dim: int) -> TokenProjecti
         return None
     remedy = "restore the student's folder, or delete the file and evidence.json to search without them"
     tensors = load_tensors(path, remedy=remedy)
-    weight, skipped = tensors.get("weight"), tensors.get("skipped")
-    if weight is None or skipped is None or weight.ndim != 2 or weight.shape[1] != dim or skipped.ndim != 1:
+    weight, importance = tensors.get("weight"), tensors.get("importance")
+    if weight is None or importance is None or weight.ndim != 2 or weight.shape[1] != dim or importance.ndim != 1:
         raise ModelError(f"{path} does not fit a student whose states have {dim} dimensions; {remedy}")
-    if (owner := _owner(path)) != student:
+    metadata = _metadata(path)
+    if (owner := metadata.get("student")) != student:
         raise ModelError(f"{path} was trained for the student {owner}, but this one is {student}; {remedy}")
-    projection = TokenProjection(dim, len(weight), skipped.tolist())
+    if not (limit := metadata.get("max_query_tokens", "")).isdecimal() or int(limit) < 1:
+        raise ModelError(f"{path} does not say how many tokens of a query count; {remedy}")
+    projection = TokenProjection(dim, len(weight), importance.tolist(), max_query_tokens=int(limit))
     projection.load_state_dict(tensors)
     return projection.eval()
 
 
-def _owner(path: Path) -> str | None:
+def _metadata(path: Path) -> dict[str, str]:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("student")
+        return file.metadata() or {}

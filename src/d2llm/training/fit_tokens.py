@@ -37,6 +37,8 @@ from d2llm.training.checkpoints import adamw, learning_rate_factor, optimizer_st
 _BATCH_TEXTS = 256
 _PCA_TOKENS = 40_000
 _INITIAL_SCALE = 20.0  # of the mean cosine, as in the anchored head
+_COUNTED_PASSAGES = 5_000  # of each data set, to see which tokens are rare
+_MIN_IMPORTANCE = 0.3  # of tokens that nearly all passages have
 
 _remarks = logging.getLogger("d2llm.remarks")
 
@@ -47,8 +49,9 @@ class _Examples:
 
     Attributes:
         name: name of the data set.
-        queries: states [tokens, dim] of the tokens of each query, in float16.
-        passages: the same for each passage.
+        queries: states [tokens, dim] of the tokens of each query that count, in float16.
+        weights: the weights [tokens] of these tokens.
+        passages: states of the tokens of each passage.
         positives: for each query the relevant passages that were read for it.
         relevant: for each query all its relevant passages among ``passages``, and those with the same text.
         negatives: for each query its hard negatives.
@@ -56,6 +59,7 @@ class _Examples:
 
     name: str
     queries: list[Tensor]
+    weights: list[Tensor]
     passages: list[Tensor]
     positives: list[list[int]]
     relevant: list[list[int]]
@@ -110,7 +114,8 @@ def fit_tokens(
     student.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        projection = TokenProjection(dim, token_dim, skipped_tokens(student.backbone.tokenizer))
+        importance = token_importance(student, datasets, seed=seed)
+        projection = TokenProjection(dim, token_dim, importance, max_query_tokens=config.max_query_tokens)
         examples = [
             _read(student, dataset, _choose(dataset, queries, config, seed), projection, config, seed)
             for dataset in datasets
@@ -125,6 +130,25 @@ def fit_tokens(
     return FitTokensReport(
         projection.fingerprint, projection.dim, {each.name: len(each.queries) for each in examples}, losses
     )
+
+
+def token_importance(student: Student, datasets: Sequence[Dataset], *, seed: int = 0) -> list[float]:
+    """How much each token of the vocabulary counts in a query: its inverse document frequency in the data sets.
+
+    Tokens without a letter or digit, and special tokens, do not count at all.
+    """
+    tokenizer = student.backbone.tokenizer
+    having, total = np.zeros(len(tokenizer)), 0
+    for dataset in datasets:
+        ids = list(dataset.passages)
+        if len(ids) > _COUNTED_PASSAGES:
+            ids = random.Random(f"{seed}:importance:{dataset.name}").sample(ids, _COUNTED_PASSAGES)
+        for token_ids in student.tokenize([dataset.passages[each].full_text for each in ids], "passage").ids:
+            having[np.unique(token_ids)] += 1
+        total += len(ids)
+    importance = np.maximum(np.log((total + 1) / (having + 0.5)), _MIN_IMPORTANCE)
+    importance[skipped_tokens(tokenizer)] = 0
+    return importance.tolist()
 
 
 def _choose(
@@ -186,8 +210,11 @@ def _read(
     ]
     pool = sorted({row for rows in (*read_positives, *by_words) for row in rows})
     place_of = {row: place for place, row in enumerate(pool)}
-    passages, vectors = _states(student, projection, [dataset.passages[ids[row]].full_text for row in pool], "passage")
-    queries, anchors = _states(student, projection, [dataset.queries[query_id].text for query_id in chosen], "query")
+    passages, _, vectors = _states(
+        student, projection, [dataset.passages[ids[row]].full_text for row in pool], "passage"
+    )
+    texts = [dataset.queries[query_id].text for query_id in chosen]
+    queries, weights, anchors = _states(student, projection, texts, "query")
     if student.has_anchor:
         anchors = student.anchor_queries(anchors)
     nearest = nearest_rows(anchors, vectors, min(config.depth, len(pool)))
@@ -199,14 +226,16 @@ def _read(
         )
     positives_read = [[place_of[row] for row in rows] for rows in read_positives]
     relevant = [[place_of[row] for row in rows if row in place_of] for rows in targets]
-    return _Examples(dataset.name, queries, passages, positives_read, relevant, negatives)
+    return _Examples(dataset.name, queries, weights, passages, positives_read, relevant, negatives)
 
 
 def _states(
     student: Student, projection: TokenProjection, texts: Sequence[str], kind: TextKind
-) -> tuple[list[Tensor], NDArray[np.float32]]:
-    """The states [tokens, dim] of the tokens of each text that get a vector, in float16, and the texts' vectors."""
+) -> tuple[list[Tensor], list[Tensor], NDArray[np.float32]]:
+    """States [tokens, dim] of each text's tokens that have vectors, in float16; their weights; the texts' vectors."""
     tokenized = student.tokenize(texts, kind)
+    places = [projection.query_places(ids) if kind == "query" else projection.places(ids) for ids in tokenized.ids]
+    weights = [projection.query_weights(ids, kept) for ids, kept in zip(tokenized.ids, places, strict=True)]
     states: list[Tensor] = [torch.zeros(0)] * len(texts)
     vectors = np.empty((len(texts), student.vector_dim), np.float32)
     batches = token_budget_batches(tokenized.lengths, max_tokens=4 * student.batch_tokens, max_items=_BATCH_TEXTS)
@@ -219,9 +248,9 @@ def _states(
             read, mask = student.backbone(*student.backbone.pad(ids))
             vectors[batch] = student.pool(read, mask).cpu().numpy()
             for row, index in enumerate(batch):
-                states[index] = read[row, projection.places(ids[row])].to(torch.float16).cpu()
+                states[index] = read[row, places[index]].to(torch.float16).cpu()
             done(len(batch))
-    return states, vectors
+    return states, weights, vectors
 
 
 def _start_from_principal_components(projection: TokenProjection, examples: Sequence[_Examples]) -> None:
@@ -293,7 +322,8 @@ def _loss(
     device = projection.weight.device
     queries = [examples.queries[position].to(device) for position in positions]
     passages = [examples.passages[place].to(device) for place in column_of]
-    scores = log_scale.exp() * mean_best_cosines(projection, queries, passages)
+    weights = [examples.weights[position].to(device) for position in positions]
+    scores = log_scale.exp() * mean_best_cosines(projection, queries, weights, passages)
     also_relevant = torch.zeros_like(scores, dtype=torch.bool)
     for row, (position, target) in enumerate(zip(positions, targets, strict=True)):
         for place in examples.relevant[position]:
@@ -303,13 +333,16 @@ def _loss(
     return functional.cross_entropy(scores.masked_fill(also_relevant, -torch.inf), labels)
 
 
-def mean_best_cosines(projection: TokenProjection, queries: Sequence[Tensor], passages: Sequence[Tensor]) -> Tensor:
+def mean_best_cosines(
+    projection: TokenProjection, queries: Sequence[Tensor], weights: Sequence[Tensor], passages: Sequence[Tensor]
+) -> Tensor:
     """The mean, over a query's tokens, of the highest cosine with a token of the passage, [queries, passages].
 
     Args:
         projection: makes the vectors of tokens.
         queries: states [tokens, dim] of each query's tokens, at least one.
-        passages: the same for the passages; one without tokens gets -1.
+        weights: the weights [tokens] of these tokens in the mean; their own mean is 1.
+        passages: states of the passages' tokens; a passage without tokens gets -1.
     """
     device = projection.weight.device
     rows = projection(torch.cat([*queries]))
@@ -319,5 +352,6 @@ def mean_best_cosines(projection: TokenProjection, queries: Sequence[Tensor], pa
     best = cosines.new_full((len(cosines), len(passages)), -1.0)
     best = best.scatter_reduce(1, owners.expand(len(cosines), -1), cosines, "amax")
     lengths = torch.tensor([len(query) for query in queries], device=device)
-    summed = best.new_zeros(len(queries), len(passages)).index_add(0, torch.repeat_interleave(lengths), best)
+    summed = best.new_zeros(len(queries), len(passages))
+    summed = summed.index_add(0, torch.repeat_interleave(lengths), best * torch.cat([*weights])[:, None])
     return summed / lengths[:, None]
