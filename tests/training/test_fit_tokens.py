@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import StudentConfig, TokensConfig
@@ -16,13 +17,13 @@ from d2llm.data.beir import Dataset
 from d2llm.models.evidence import Evidence, TaskEvidence
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.models.student import Student
-from d2llm.models.token_vectors import TokenProjection, read_token_projection, skipped_tokens
+from d2llm.models.token_vectors import FILE_NAME, TokenProjection, read_token_projection, skipped_tokens
 from d2llm.retrieval.index import Index
 from d2llm.store.side_files import Chunking
 from d2llm.training.dev import dev_queries
 from d2llm.training.fit_evidence import fit_evidence, make_evidence_lists
 from d2llm.training.fit_scores import fit_scores
-from d2llm.training.fit_tokens import _choose, _Examples, _loss, fit_tokens, mean_best_cosines
+from d2llm.training.fit_tokens import _choose, _Examples, _loss, fit_tokens, mean_best_cosines, token_importance
 
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 THINGS = ("house", "river", "tree", "lamp", "chair", "train", "cloud", "stone", "bridge", "letter", "horse", "ship")
@@ -95,13 +96,44 @@ def test_tokens_of_late_chunks_have_seen_the_whole_text(trained, tmp_path):
 
 
 def test_mean_best_cosines_by_hand():
-    projection = TokenProjection(4, 2, [])
+    projection = TokenProjection(4, 2, [1.0])
     projection.weight.data = torch.eye(4)[:2]
+    weights = [torch.tensor([0.5, 1.5]), torch.ones(1)]
     queries = [torch.tensor([[1.0, 0, 5, 5], [0, 2.0, 0, 0]]), torch.tensor([[-1.0, 0, 0, 0]])]
     passages = [torch.tensor([[3.0, 0, 0, 9]]), torch.tensor([[0, 1.0, 0, 0], [1.0, 1, 0, 0]]), torch.zeros(0, 4)]
     half = 2**-0.5
-    expected = [[0.5, (half + 1) / 2, -1.0], [-1.0, 0.0, -1.0]]
-    torch.testing.assert_close(mean_best_cosines(projection, queries, passages), torch.tensor(expected))
+    expected = [[0.25, (0.5 * half + 1.5) / 2, -1.0], [-1.0, 0.0, -1.0]]
+    torch.testing.assert_close(mean_best_cosines(projection, queries, weights, passages), torch.tensor(expected))
+
+
+def test_of_a_long_query_only_the_rarest_tokens_count():
+    projection = TokenProjection(4, 2, [0.0, 1.0, 3.0, 0.5, 3.0], max_query_tokens=3)
+    ids = [0, 3, 2, 0, 1, 4, 2]
+    assert projection.places(ids) == [1, 2, 4, 5, 6]
+    assert projection.query_places(ids) == [2, 5, 6]
+    assert projection.query_places([1, 0, 1, 3, 1, 1]) == [0, 2, 4]  # of equal tokens the first
+    assert projection.query_weights([0, 3, 2, 3], [1, 2, 3]).tolist() == [0.375, 2.25, 0.375]
+    assert projection.query_places([0]) == []
+    assert len(projection.query_weights([0], [])) == 0
+
+
+def test_tokens_of_a_query_are_weighted_by_their_rarity(trained, dataset):
+    student, _ = trained
+    importance = student.token_projection.importance
+    text = "Everyone knows the red house"
+    ids = student.tokenize([text], "query").ids[0]
+    kept = [token for token in ids if importance[token] > 0]
+    (tokens,) = student.encode_with_tokens([text], "query").tokens.split()
+    (unweighted,) = student.encode_with_tokens([text], "passage").tokens.split()
+    norms = np.linalg.norm(tokens, axis=1) / 4
+    expected = importance[kept].numpy()
+    np.testing.assert_allclose(norms, expected / expected.mean(), rtol=1e-5)
+    assert norms[1] < norms[3] / 3  # every passage has "knows", twelve of 96 have "red"
+    np.testing.assert_allclose(tokens / norms[:, None], unweighted, atol=1e-4)
+    assert token_importance(student, [dataset]) == pytest.approx(importance.tolist())
+    long = student.encode_with_tokens(["red house " * 30 + "ship"], "query").tokens
+    assert long.counts.tolist() == [16]
+    assert student.encode_with_tokens(["", "?"], "query").tokens.counts.tolist() == [0, 0]
 
 
 def test_the_lists_of_the_fit_have_the_score_of_an_index(trained, dataset, tmp_path):
@@ -181,11 +213,12 @@ def test_queries_that_share_passages_with_other_splits_are_left_out(dataset):
 
 def test_other_relevant_passages_of_a_batch_are_no_negatives():
     """Two queries of one intent: the target of each is also relevant to the other."""
-    projection = TokenProjection(4, 4, [])
+    projection = TokenProjection(4, 4, [1.0])
     projection.weight.data = torch.eye(4)
+    ones = [torch.ones(1)] * 2
     states = [torch.eye(4)[:1], torch.eye(4)[1:2]]
-    alike = _Examples("a", states, states, [[0], [1]], [[0, 1], [0, 1]], [[], []])
-    apart = _Examples("a", states, states, [[0], [1]], [[0], [1]], [[], []])
+    alike = _Examples("a", states, ones, states, [[0], [1]], [[0, 1], [0, 1]], [[], []])
+    apart = _Examples("a", states, ones, states, [[0], [1]], [[0], [1]], [[], []])
     arguments = torch.zeros(()), [0, 1], TokensConfig(), random.Random(0)
     losses = [float(_loss(projection, arguments[0], examples, *arguments[1:])) for examples in (alike, apart)]
     assert losses[0] == 0  # nothing is left to tell them from
@@ -210,6 +243,9 @@ def test_a_projection_of_another_student_or_damaged_is_refused(trained, tmp_path
         read_token_projection(tmp_path, "mine", 384)
     with pytest.raises(ModelError, match="does not fit a student whose states have 100 dimensions"):
         read_token_projection(tmp_path, "someone-else", 100)
+    save_file(load_file(tmp_path / FILE_NAME), tmp_path / FILE_NAME, metadata={"student": "mine"})
+    with pytest.raises(ModelError, match="does not say how many tokens of a query count"):
+        read_token_projection(tmp_path, "mine", 384)
     (tmp_path / "tokens.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"tokens.safetensors cannot be read"):
         read_token_projection(tmp_path, "mine", 384)

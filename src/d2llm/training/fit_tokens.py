@@ -109,6 +109,7 @@ def fit_tokens(
             "vectors of tokens are trained on data sets with a corpus and judged queries; give at least one"
         )
     config = config or TokensConfig()
+    chosen = [_choose(dataset, queries, config, seed) for dataset in datasets]  # refused before anything is read
     dim = student.backbone.dim
     token_dim = min(config.dim, dim) if start is None else start.dim
     student.eval()
@@ -117,8 +118,8 @@ def fit_tokens(
         importance = token_importance(student, datasets, seed=seed)
         projection = TokenProjection(dim, token_dim, importance, max_query_tokens=config.max_query_tokens)
         examples = [
-            _read(student, dataset, _choose(dataset, queries, config, seed), projection, config, seed)
-            for dataset in datasets
+            _read(student, dataset, query_ids, projection, config, seed)
+            for dataset, query_ids in zip(datasets, chosen, strict=True)
         ]
         if start is None:
             _start_from_principal_components(projection, examples)
