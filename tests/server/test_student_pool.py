@@ -15,17 +15,18 @@ from d2llm.server.student_pool import StudentPool
 
 
 class FakeStudent:
-    def __init__(self, fingerprint: str) -> None:
+    def __init__(self, fingerprint: str, tokens: str | None = None) -> None:
         self.fingerprint = fingerprint
+        self.token_fingerprint = tokens
         self.is_retired = False
 
     async def retire(self) -> None:
         self.is_retired = True
 
 
-def index_of(fingerprint: str) -> Any:
+def index_of(fingerprint: str, tokens: str | None = None) -> Any:
     """As much of an index as the pool reads."""
-    return SimpleNamespace(manifest={"student": fingerprint})
+    return SimpleNamespace(manifest={"student": fingerprint, "token_projection": tokens})
 
 
 def test_a_student_retires_when_the_last_index_leaves_it():
@@ -39,6 +40,21 @@ def test_a_student_retires_when_the_last_index_leaves_it():
     assert first.is_retired  # pyright: ignore[reportAttributeAccessIssue]
     assert pool.students == (other,)
     assert pool.take(index_of("a")) is not first
+
+
+def test_a_new_projection_of_tokens_is_another_student():
+    found = iter(["old", "new"])
+    pool = StudentPool(lambda store: FakeStudent("a", next(found)))  # pyright: ignore[reportArgumentType]
+    old, new = pool.take(index_of("a", "old")), pool.take(index_of("a", "new"))
+    assert old is not new
+    assert pool.take(index_of("a", "new")) is new
+    assert pool.take(index_of("a")) is old  # an index without vectors of tokens takes either
+    replaced = StudentPool(lambda _: FakeStudent("a", "new"))  # pyright: ignore[reportArgumentType]
+    assert replaced.take(index_of("a", "new")) is replaced.take(index_of("a", "old"))  # whose index then refuses it
+    assert len(replaced.students) == 1
+    for student in (new, new, old):
+        asyncio.run(pool.leave(student))
+    assert pool.students == (old,)
 
 
 def test_indexes_opened_at_once_load_their_student_once_and_do_not_wait_for_another():

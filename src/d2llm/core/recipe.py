@@ -545,8 +545,8 @@ class EvidenceConfig(_Section):
     """The highest inner product with a window, each encoded on its own; indexing then encodes long passages two more
     times."""
     token_vectors: bool = False
-    """The mean, over the query's tokens, of the highest cosine with a token of the passage. The vectors of tokens come
-    from the same reading as the passage's own; an index stores 32 bytes for each token."""
+    """The mean, over the query's rarest tokens, of the highest cosine with a token of the passage. The vectors of
+    tokens come from the same reading as the passage's own; an index stores 32 bytes for each token."""
     in_training: bool = False
     """Count words in the losses and dev results of training, with weights that are fitted on dev before the first step:
     the vectors and the interaction then learn what words leave unexplained. Source: Gao et al., "Complement Lexical

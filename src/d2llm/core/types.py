@@ -61,7 +61,7 @@ RunStep = Literal["mine", "tune-teacher", "stack", "gate", "filter", "distill"]
 EvidenceTerm = Literal["words", "words_share", "window_words", "window_words_share", "window_vectors", "token_vectors"]
 """A term of a student's score besides the passage's vector: BM25 of the passage and of its best window, both also
 divided by the query's upper limit, the highest inner product with the vector of a window, and the mean, over the tokens
-of the query, of the highest cosine with a token of the passage."""
+of the query that count, of the highest cosine with a token of the passage."""
 
 PartKind = Literal["window", "token"]
 """Parts of passages whose vectors an index can store: windows of two sentences, or tokens."""

@@ -90,6 +90,7 @@ class ModelService:
         self.student = student
         self.name = name
         self.fingerprint = student.fingerprint
+        self.token_fingerprint = student.token_fingerprint
         self.dim = student.vector_dim
         self.max_query_tokens = student.max_query_tokens
         self.max_passage_tokens = student.config.backbone.max_passage_tokens

@@ -10,17 +10,22 @@ from collections.abc import Callable
 from d2llm.server.model_service import ModelService
 from d2llm.store.index_store import IndexStore
 
+_Key = tuple[str, str | None]  # fingerprints of a student and of its projection of tokens
+
 
 class StudentPool:
-    """Loaded students by fingerprint, each shared by the indexes that it made.
+    """Loaded students, each shared by the indexes that it made.
+
+    Two students that differ in the projection of tokens only are two, because an index stores what a projection makes.
+    An index without vectors of tokens takes either.
 
     Whoever opens an index calls ``take``, in any thread, and later ``leave``. ``load`` loads the student of an index.
     """
 
     def __init__(self, load: Callable[[IndexStore], ModelService]) -> None:
         self._load = load
-        self._students: dict[str, ModelService] = {}
-        self._num_uses: Counter[str] = Counter()
+        self._students: dict[_Key, ModelService] = {}
+        self._num_uses: Counter[_Key] = Counter()
         self._counting, self._loading = threading.Lock(), threading.Lock()  # the first is never held for long
 
     @property
@@ -35,35 +40,41 @@ class StudentPool:
         Raises:
             D2LLMError: it cannot be loaded, or is not the one that made the index.
         """
-        fingerprint = store.manifest["student"]
-        student = self._share(fingerprint)
+        wanted = store.manifest["student"], store.manifest.get("token_projection")
+        student = self._share(wanted)
         if student is not None:
             return student
         with self._loading:  # one at a time: another thread may be loading the same one
-            return self._share(fingerprint) or self._add(self._load(store))
+            return self._share(wanted) or self._add(self._load(store))
 
     async def leave(self, student: ModelService) -> None:
         """End a use that ``take`` began; after the last one the student finishes its requests and stops."""
         with self._counting:
-            self._num_uses[student.fingerprint] -= 1
-            if self._num_uses[student.fingerprint]:
+            key = _key(student)
+            self._num_uses[key] -= 1
+            if self._num_uses[key]:
                 return
-            del self._students[student.fingerprint], self._num_uses[student.fingerprint]
+            del self._students[key], self._num_uses[key]
         await student.retire()
 
     async def stop(self, timeout: float | None = None) -> None:
         """Finish admitted work of all students, then stop them."""
         await asyncio.gather(*(student.stop(timeout) for student in self.students))
 
-    def _share(self, fingerprint: str) -> ModelService | None:
+    def _share(self, wanted: _Key) -> ModelService | None:
         with self._counting:
-            student = self._students.get(fingerprint)
-            if student is not None:
-                self._num_uses[fingerprint] += 1
-            return student
+            for key, student in self._students.items():
+                if key == wanted or (wanted[1] is None and key[0] == wanted[0]):
+                    self._num_uses[key] += 1
+                    return student
+            return None
 
     def _add(self, student: ModelService) -> ModelService:
         with self._counting:
-            self._students[student.fingerprint] = student
-            self._num_uses[student.fingerprint] = 1
-        return student
+            key = _key(student)  # may be known, if the index wanted a projection that its student no longer has
+            self._num_uses[key] += 1
+            return self._students.setdefault(key, student)
+
+
+def _key(student: ModelService) -> _Key:
+    return student.fingerprint, student.token_fingerprint
