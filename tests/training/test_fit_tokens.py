@@ -23,7 +23,7 @@ from d2llm.store.side_files import Chunking
 from d2llm.training.dev import dev_queries
 from d2llm.training.fit_evidence import fit_evidence, make_evidence_lists
 from d2llm.training.fit_scores import fit_scores
-from d2llm.training.fit_tokens import _choose, _Examples, _loss, fit_tokens, mean_best_cosines, token_importance
+from d2llm.training.fit_tokens import _choose, _Examples, _loss, fit_tokens, mean_best_cosines, token_rarity
 
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 THINGS = ("house", "river", "tree", "lamp", "chair", "train", "cloud", "stone", "bridge", "letter", "horse", "ship")
@@ -98,12 +98,11 @@ def test_tokens_of_late_chunks_have_seen_the_whole_text(trained, tmp_path):
 def test_mean_best_cosines_by_hand():
     projection = TokenProjection(4, 2, [1.0])
     projection.weight.data = torch.eye(4)[:2]
-    weights = [torch.tensor([0.5, 1.5]), torch.ones(1)]
     queries = [torch.tensor([[1.0, 0, 5, 5], [0, 2.0, 0, 0]]), torch.tensor([[-1.0, 0, 0, 0]])]
     passages = [torch.tensor([[3.0, 0, 0, 9]]), torch.tensor([[0, 1.0, 0, 0], [1.0, 1, 0, 0]]), torch.zeros(0, 4)]
     half = 2**-0.5
-    expected = [[0.25, (0.5 * half + 1.5) / 2, -1.0], [-1.0, 0.0, -1.0]]
-    torch.testing.assert_close(mean_best_cosines(projection, queries, weights, passages), torch.tensor(expected))
+    expected = [[0.5, (half + 1) / 2, -1.0], [-1.0, 0.0, -1.0]]
+    torch.testing.assert_close(mean_best_cosines(projection, queries, passages), torch.tensor(expected))
 
 
 def test_of_a_long_query_only_the_rarest_tokens_count():
@@ -112,28 +111,34 @@ def test_of_a_long_query_only_the_rarest_tokens_count():
     assert projection.places(ids) == [1, 2, 4, 5, 6]
     assert projection.query_places(ids) == [2, 5, 6]
     assert projection.query_places([1, 0, 1, 3, 1, 1]) == [0, 2, 4]  # of equal tokens the first
-    assert projection.query_weights([0, 3, 2, 3], [1, 2, 3]).tolist() == [0.375, 2.25, 0.375]
     assert projection.query_places([0]) == []
-    assert len(projection.query_weights([0], [])) == 0
 
 
-def test_tokens_of_a_query_are_weighted_by_their_rarity(trained, dataset):
+def test_a_token_is_rare_if_few_passages_have_it(trained, dataset):
     student, _ = trained
-    importance = student.token_projection.importance
-    text = "Everyone knows the red house"
+    rarity = student.token_projection.rarity
+    assert token_rarity(student, [dataset]) == pytest.approx(rarity.tolist())
+    everywhere, colour, unknown, punctuation = student.backbone.tokenizer.convert_tokens_to_ids(
+        ["knows", "red", "zebra", "!"]
+    )
+    assert rarity[everywhere] == pytest.approx(0.01)
+    assert rarity[colour] == pytest.approx(np.log(97 / 12.5))
+    assert rarity[unknown] == rarity.max() == pytest.approx(np.log(97 / 0.5))
+    assert rarity[punctuation] == 0
+
+
+def test_a_long_query_has_vectors_of_its_rarest_tokens(trained):
+    student, _ = trained
+    text = "everyone knows " * 10 + "the zebra, " + "everyone knows " * 10
+    counts = student.encode_with_tokens([text, "", "?", "zebra"], "query").tokens.counts
+    assert counts.tolist() == [16, 0, 0, 1]
     ids = student.tokenize([text], "query").ids[0]
-    kept = [token for token in ids if importance[token] > 0]
-    (tokens,) = student.encode_with_tokens([text], "query").tokens.split()
-    (unweighted,) = student.encode_with_tokens([text], "passage").tokens.split()
-    norms = np.linalg.norm(tokens, axis=1) / 4
-    expected = importance[kept].numpy()
-    np.testing.assert_allclose(norms, expected / expected.mean(), rtol=1e-5)
-    assert norms[1] < norms[3] / 3  # every passage has "knows", twelve of 96 have "red"
-    np.testing.assert_allclose(tokens / norms[:, None], unweighted, atol=1e-4)
-    assert token_importance(student, [dataset]) == pytest.approx(importance.tolist())
-    long = student.encode_with_tokens(["red house " * 30 + "ship"], "query").tokens
-    assert long.counts.tolist() == [16]
-    assert student.encode_with_tokens(["", "?"], "query").tokens.counts.tolist() == [0, 0]
+    kept = student.backbone.tokenizer.decode([ids[place] for place in student.token_projection.query_places(ids)])
+    assert "zebra" in kept
+    assert "knows" not in kept.replace("everyone knows", "") or len(kept.split()) == 16
+    (first,) = student.encode_with_tokens([text], "query").tokens.split()
+    (whole,) = student.encode_with_tokens([text], "passage").tokens.split()
+    assert all(np.abs(whole - row).max(axis=1).min() < 1e-4 for row in first)  # some of those a passage would have
 
 
 def test_the_lists_of_the_fit_have_the_score_of_an_index(trained, dataset, tmp_path):
@@ -215,10 +220,9 @@ def test_other_relevant_passages_of_a_batch_are_no_negatives():
     """Two queries of one intent: the target of each is also relevant to the other."""
     projection = TokenProjection(4, 4, [1.0])
     projection.weight.data = torch.eye(4)
-    ones = [torch.ones(1)] * 2
     states = [torch.eye(4)[:1], torch.eye(4)[1:2]]
-    alike = _Examples("a", states, ones, states, [[0], [1]], [[0, 1], [0, 1]], [[], []])
-    apart = _Examples("a", states, ones, states, [[0], [1]], [[0], [1]], [[], []])
+    alike = _Examples("a", states, states, [[0], [1]], [[0, 1], [0, 1]], [[], []])
+    apart = _Examples("a", states, states, [[0], [1]], [[0], [1]], [[], []])
     arguments = torch.zeros(()), [0, 1], TokensConfig(), random.Random(0)
     losses = [float(_loss(projection, arguments[0], examples, *arguments[1:])) for examples in (alike, apart)]
     assert losses[0] == 0  # nothing is left to tell them from

@@ -324,7 +324,7 @@ class Student(nn.Module):
     ) -> EncodedTexts:
         """Vectors of queries or passages and of their tokens, from one pass through the backbone, always by torch.
 
-        Of a query, only the rarest tokens have vectors, multiplied by their weights (``TokenProjection``).
+        Of a query, only the rarest tokens have vectors (``TokenProjection``).
 
         Raises:
             InputError: this student has no projection of tokens.
@@ -338,11 +338,7 @@ class Student(nn.Module):
                 ids = [tokenized.ids[index] for index in batch]
                 states, mask = self.backbone(*self.backbone.pad(ids))
                 places = [projection.query_places(row) if is_query else projection.places(row) for row in ids]
-                vectors = projection(torch.cat([states[row, kept] for row, kept in enumerate(places)]))
-                if is_query:
-                    weights = [projection.query_weights(row, kept) for row, kept in zip(ids, places, strict=True)]
-                    vectors *= torch.cat(weights).to(vectors.device)[:, None]
-                tokens = vectors.cpu().numpy()
+                tokens = projection(torch.cat([states[row, kept] for row, kept in enumerate(places)])).cpu().numpy()
                 for index, part in zip(batch, np.split(tokens, np.cumsum([len(p) for p in places])[:-1]), strict=True):
                     found[index] = part
                 return self.pool(states, mask).cpu().numpy()

@@ -3,8 +3,8 @@
 One vector per text loses what its single tokens say. Each token of a query looks for the most similar token of a
 passage, and the mean of these cosines is one more term of the score (``models.evidence``). This is the late interaction
 of Khattab and Zaharia, "ColBERT", SIGIR 2020, here beside the text's vector and its words, and without reading a text
-again: its vector and those of its tokens come from the same pass through the backbone. In the mean, rare tokens count
-more, and of a long query only the rarest tokens count: they say what it is about.
+again: its vector and those of its tokens come from the same pass through the backbone. Of a long query only the rarest
+tokens count, which say what it is about.
 
 The projection is trained after the student, on states that do not change (``training.fit_tokens``), and stored as
 ``tokens.safetensors`` in the student's folder. Vectors of texts do not depend on it, so an index is valid for the
@@ -58,20 +58,20 @@ class TokenProjection(nn.Module):
 
     Attributes:
         weight: the map, [token_dim, dim].
-        importance: how much a token counts in a query, [vocabulary], at least 0. Tokens of importance 0, such as
-            special tokens and punctuation, have no vectors.
-        max_query_tokens: of a query only so many tokens count, those of the highest importance.
+        rarity: how rare each token is, [vocabulary], at least 0. Tokens of rarity 0, such as special tokens and
+            punctuation, have no vectors.
+        max_query_tokens: of a query only so many tokens have vectors, the rarest.
     """
 
-    importance: Tensor
+    rarity: Tensor
 
-    def __init__(self, dim: int, token_dim: int, importance: Sequence[float], *, max_query_tokens: int = 16) -> None:
-        """Args: ``dim`` of the states; ``token_dim`` of the vectors; ``importance`` of each token of the vocabulary."""
+    def __init__(self, dim: int, token_dim: int, rarity: Sequence[float], *, max_query_tokens: int = 16) -> None:
+        """Args: ``dim`` of the states; ``token_dim`` of the vectors; ``rarity`` of each token of the vocabulary."""
         super().__init__()
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(token_dim, dim)))
-        self.register_buffer("importance", torch.tensor(importance, dtype=torch.float32))
+        self.register_buffer("rarity", torch.tensor(rarity, dtype=torch.float32))
         self.max_query_tokens = max_query_tokens
-        self._importance = self.importance.tolist()
+        self._rarity = self.rarity.tolist()
 
     @property
     def dim(self) -> int:
@@ -84,25 +84,20 @@ class TokenProjection(nn.Module):
 
     def places(self, token_ids: Sequence[int]) -> list[int]:
         """The places of a passage's tokens that get a vector."""
-        return [place for place, token in enumerate(token_ids) if self._importance[token] > 0]
+        return [place for place, token in enumerate(token_ids) if self._rarity[token] > 0]
 
     def query_places(self, token_ids: Sequence[int]) -> list[int]:
-        """The places of a query's tokens that count."""
+        """The places of a query's tokens that get a vector."""
         places = self.places(token_ids)
-        places.sort(key=lambda place: -self._importance[token_ids[place]])  # stable: of equal tokens the first
+        places.sort(key=lambda place: -self._rarity[token_ids[place]])  # stable: of equal tokens the first
         return sorted(places[: self.max_query_tokens])
-
-    def query_weights(self, token_ids: Sequence[int], places: Sequence[int]) -> Float[Tensor, " tokens"]:
-        """Weights of a query's tokens at ``places``, in proportion to their importance, with a mean of 1."""
-        weights = torch.tensor([self._importance[token_ids[place]] for place in places])
-        return weights * (len(places) / weights.sum())
 
     @property
     def fingerprint(self) -> str:
         """Content hash."""
         digest = hashlib.sha256()
         digest.update(str(self.max_query_tokens).encode())
-        for tensor in (self.weight, self.importance):
+        for tensor in (self.weight, self.rarity):
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -136,15 +131,15 @@ def read_token_projection(folder: Path, student: str, dim: int) -> TokenProjecti
         return None
     remedy = "restore the student's folder, or delete the file and evidence.json to search without them"
     tensors = load_tensors(path, remedy=remedy)
-    weight, importance = tensors.get("weight"), tensors.get("importance")
-    if weight is None or importance is None or weight.ndim != 2 or weight.shape[1] != dim or importance.ndim != 1:
+    weight, rarity = tensors.get("weight"), tensors.get("rarity")
+    if weight is None or rarity is None or weight.ndim != 2 or weight.shape[1] != dim or rarity.ndim != 1:
         raise ModelError(f"{path} does not fit a student whose states have {dim} dimensions; {remedy}")
     metadata = _metadata(path)
     if (owner := metadata.get("student")) != student:
         raise ModelError(f"{path} was trained for the student {owner}, but this one is {student}; {remedy}")
     if not (limit := metadata.get("max_query_tokens", "")).isdecimal() or int(limit) < 1:
         raise ModelError(f"{path} does not say how many tokens of a query count; {remedy}")
-    projection = TokenProjection(dim, len(weight), importance.tolist(), max_query_tokens=int(limit))
+    projection = TokenProjection(dim, len(weight), rarity.tolist(), max_query_tokens=int(limit))
     projection.load_state_dict(tensors)
     return projection.eval()
 

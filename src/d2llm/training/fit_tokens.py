@@ -38,7 +38,7 @@ _BATCH_TEXTS = 256
 _PCA_TOKENS = 40_000
 _INITIAL_SCALE = 20.0  # of the mean cosine, as in the anchored head
 _COUNTED_PASSAGES = 5_000  # of each data set, to see which tokens are rare
-_MIN_IMPORTANCE = 0.3  # of tokens that nearly all passages have
+_MIN_RARITY = 0.01  # of tokens that all passages have
 
 _remarks = logging.getLogger("d2llm.remarks")
 
@@ -49,9 +49,8 @@ class _Examples:
 
     Attributes:
         name: name of the data set.
-        queries: states [tokens, dim] of the tokens of each query that count, in float16.
-        weights: the weights [tokens] of these tokens.
-        passages: states of the tokens of each passage.
+        queries: states [tokens, dim] of the tokens of each query that have vectors, in float16.
+        passages: the same for each passage.
         positives: for each query the relevant passages that were read for it.
         relevant: for each query all its relevant passages among ``passages``, and those with the same text.
         negatives: for each query its hard negatives.
@@ -59,7 +58,6 @@ class _Examples:
 
     name: str
     queries: list[Tensor]
-    weights: list[Tensor]
     passages: list[Tensor]
     positives: list[list[int]]
     relevant: list[list[int]]
@@ -115,8 +113,8 @@ def fit_tokens(
     student.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        importance = token_importance(student, datasets, seed=seed)
-        projection = TokenProjection(dim, token_dim, importance, max_query_tokens=config.max_query_tokens)
+        rarity = token_rarity(student, datasets, seed=seed)
+        projection = TokenProjection(dim, token_dim, rarity, max_query_tokens=config.max_query_tokens)
         examples = [
             _read(student, dataset, query_ids, projection, config, seed)
             for dataset, query_ids in zip(datasets, chosen, strict=True)
@@ -133,23 +131,23 @@ def fit_tokens(
     )
 
 
-def token_importance(student: Student, datasets: Sequence[Dataset], *, seed: int = 0) -> list[float]:
-    """How much each token of the vocabulary counts in a query: its inverse document frequency in the data sets.
+def token_rarity(student: Student, datasets: Sequence[Dataset], *, seed: int = 0) -> list[float]:
+    """How rare each token of the vocabulary is: its inverse document frequency in the data sets.
 
-    Tokens without a letter or digit, and special tokens, do not count at all.
+    It is 0 for special tokens and tokens without a letter or digit.
     """
     tokenizer = student.backbone.tokenizer
     having, total = np.zeros(len(tokenizer)), 0
     for dataset in datasets:
         ids = list(dataset.passages)
         if len(ids) > _COUNTED_PASSAGES:
-            ids = random.Random(f"{seed}:importance:{dataset.name}").sample(ids, _COUNTED_PASSAGES)
+            ids = random.Random(f"{seed}:rarity:{dataset.name}").sample(ids, _COUNTED_PASSAGES)
         for token_ids in student.tokenize([dataset.passages[each].full_text for each in ids], "passage").ids:
             having[np.unique(token_ids)] += 1
         total += len(ids)
-    importance = np.maximum(np.log((total + 1) / (having + 0.5)), _MIN_IMPORTANCE)
-    importance[skipped_tokens(tokenizer)] = 0
-    return importance.tolist()
+    rarity = np.maximum(np.log((total + 1) / (having + 0.5)), _MIN_RARITY)
+    rarity[skipped_tokens(tokenizer)] = 0
+    return rarity.tolist()
 
 
 def _choose(
@@ -211,11 +209,9 @@ def _read(
     ]
     pool = sorted({row for rows in (*read_positives, *by_words) for row in rows})
     place_of = {row: place for place, row in enumerate(pool)}
-    passages, _, vectors = _states(
-        student, projection, [dataset.passages[ids[row]].full_text for row in pool], "passage"
-    )
+    passages, vectors = _states(student, projection, [dataset.passages[ids[row]].full_text for row in pool], "passage")
     texts = [dataset.queries[query_id].text for query_id in chosen]
-    queries, weights, anchors = _states(student, projection, texts, "query")
+    queries, anchors = _states(student, projection, texts, "query")
     if student.has_anchor:
         anchors = student.anchor_queries(anchors)
     nearest = nearest_rows(anchors, vectors, min(config.depth, len(pool)))
@@ -227,16 +223,15 @@ def _read(
         )
     positives_read = [[place_of[row] for row in rows] for rows in read_positives]
     relevant = [[place_of[row] for row in rows if row in place_of] for rows in targets]
-    return _Examples(dataset.name, queries, weights, passages, positives_read, relevant, negatives)
+    return _Examples(dataset.name, queries, passages, positives_read, relevant, negatives)
 
 
 def _states(
     student: Student, projection: TokenProjection, texts: Sequence[str], kind: TextKind
-) -> tuple[list[Tensor], list[Tensor], NDArray[np.float32]]:
-    """States [tokens, dim] of each text's tokens that have vectors, in float16; their weights; the texts' vectors."""
+) -> tuple[list[Tensor], NDArray[np.float32]]:
+    """The states [tokens, dim] of the tokens of each text that have vectors, in float16, and the texts' vectors."""
     tokenized = student.tokenize(texts, kind)
     places = [projection.query_places(ids) if kind == "query" else projection.places(ids) for ids in tokenized.ids]
-    weights = [projection.query_weights(ids, kept) for ids, kept in zip(tokenized.ids, places, strict=True)]
     states: list[Tensor] = [torch.zeros(0)] * len(texts)
     vectors = np.empty((len(texts), student.vector_dim), np.float32)
     batches = token_budget_batches(tokenized.lengths, max_tokens=4 * student.batch_tokens, max_items=_BATCH_TEXTS)
@@ -251,7 +246,7 @@ def _states(
             for row, index in enumerate(batch):
                 states[index] = read[row, places[index]].to(torch.float16).cpu()
             done(len(batch))
-    return states, weights, vectors
+    return states, vectors
 
 
 def _start_from_principal_components(projection: TokenProjection, examples: Sequence[_Examples]) -> None:
@@ -323,8 +318,7 @@ def _loss(
     device = projection.weight.device
     queries = [examples.queries[position].to(device) for position in positions]
     passages = [examples.passages[place].to(device) for place in column_of]
-    weights = [examples.weights[position].to(device) for position in positions]
-    scores = log_scale.exp() * mean_best_cosines(projection, queries, weights, passages)
+    scores = log_scale.exp() * mean_best_cosines(projection, queries, passages)
     also_relevant = torch.zeros_like(scores, dtype=torch.bool)
     for row, (position, target) in enumerate(zip(positions, targets, strict=True)):
         for place in examples.relevant[position]:
@@ -334,16 +328,13 @@ def _loss(
     return functional.cross_entropy(scores.masked_fill(also_relevant, -torch.inf), labels)
 
 
-def mean_best_cosines(
-    projection: TokenProjection, queries: Sequence[Tensor], weights: Sequence[Tensor], passages: Sequence[Tensor]
-) -> Tensor:
+def mean_best_cosines(projection: TokenProjection, queries: Sequence[Tensor], passages: Sequence[Tensor]) -> Tensor:
     """The mean, over a query's tokens, of the highest cosine with a token of the passage, [queries, passages].
 
     Args:
         projection: makes the vectors of tokens.
         queries: states [tokens, dim] of each query's tokens, at least one.
-        weights: the weights [tokens] of these tokens in the mean; their own mean is 1.
-        passages: states of the passages' tokens; a passage without tokens gets -1.
+        passages: the same for the passages; one without tokens gets -1.
     """
     device = projection.weight.device
     rows = projection(torch.cat([*queries]))
@@ -353,6 +344,5 @@ def mean_best_cosines(
     best = cosines.new_full((len(cosines), len(passages)), -1.0)
     best = best.scatter_reduce(1, owners.expand(len(cosines), -1), cosines, "amax")
     lengths = torch.tensor([len(query) for query in queries], device=device)
-    summed = best.new_zeros(len(queries), len(passages))
-    summed = summed.index_add(0, torch.repeat_interleave(lengths), best * torch.cat([*weights])[:, None])
+    summed = best.new_zeros(len(queries), len(passages)).index_add(0, torch.repeat_interleave(lengths), best)
     return summed / lengths[:, None]
