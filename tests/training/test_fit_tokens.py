@@ -134,8 +134,7 @@ def test_a_long_query_has_vectors_of_its_rarest_tokens(trained):
     assert counts.tolist() == [16, 0, 0, 1]
     ids = student.tokenize([text], "query").ids[0]
     kept = student.backbone.tokenizer.decode([ids[place] for place in student.token_projection.query_places(ids)])
-    assert "zebra" in kept
-    assert "knows" not in kept.replace("everyone knows", "") or len(kept.split()) == 16
+    assert kept == "everyone knows " * 7 + "everyone zebra"  # no passage has zebra, all have the others
     (first,) = student.encode_with_tokens([text], "query").tokens.split()
     (whole,) = student.encode_with_tokens([text], "passage").tokens.split()
     assert all(np.abs(whole - row).max(axis=1).min() < 1e-4 for row in first)  # some of those a passage would have
