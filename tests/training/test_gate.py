@@ -389,7 +389,7 @@ def test_only_sets_with_the_same_measure_are_pooled(compare):
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        (pair_set(YES_NO, split="train"), InputError, "there are no dev pairs, so a teacher cannot be tested"),
+        (pair_set(YES_NO, split="train"), InputError, "there are no dev pairs, so nothing can be measured on them"),
         (pair_set(["1", "1"]), DataFormatError, "no negative pair"),
         (pair_set(["red", "blue"], kind="classes"), DataFormatError, "natural language inference: entailment, "),
     ],

@@ -1,7 +1,8 @@
 """Dev sets: queries or pairs of a dev split, the passages to score them with, and the measures of scores.
 
-``make_dev_set`` is for training, which repeatedly ranks a small corpus for its queries. ``make_dev_lists`` and
-``make_dev_pairs`` are for judges, which score a few candidates per query.
+All samples of dev queries come from ``dev_queries``. ``make_dev_set`` is for training, which repeatedly ranks a small
+corpus for its queries; ``make_dev_lists`` is for judges, which score a few candidates per query; ``make_dev_pairs`` is
+for both.
 """
 
 from __future__ import annotations
@@ -168,24 +169,20 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
         DataFormatError: the classes of the dev pairs cannot be measured.
     """
     if source.pairs is not None:
-        available = _dev_pairs(source.pairs, "there is nothing to choose the best step by")
-        rng = random.Random(f"{seed}:{source.pairs.name}:dev")
-        num_pairs = min(PAIRS_PER_QUERY * num_queries, len(available))
-        chosen = sorted(rng.sample(range(len(available)), num_pairs))
-        return _pair_dev_set(source.pairs, source.task, [available[position] for position in chosen])
+        return make_dev_pairs(source.pairs, source.task, num_pairs=PAIRS_PER_QUERY * num_queries, seed=seed)
     dataset = source.dataset
-    positives = _dev_positives(dataset, "there is nothing to choose the best step by")
-    rng = random.Random(f"{seed}:{dataset.name}:dev")
-    chosen = sorted(rng.sample(sorted(positives), min(num_queries, len(positives))))
-    queries = [dataset.queries[query_id] for query_id in chosen]
-    needed = {passage_id for query_id in chosen for passage_id in positives[query_id]}
+    queries = dev_queries(dataset, num_queries=num_queries, seed=seed)
+    positives = dataset.positives("dev")
+    needed = {passage_id for query in queries for passage_id in positives[query.id]}
     title = f"BM25 for the dev queries of {dataset.name}"
     lists = bm25_lists(dataset.passages, list(dataset.passages), queries, LEXICAL_DEPTH, title=title)
     needed.update(passage_id for ids in lists for passage_id in ids)
     others = sorted(dataset.passages.keys() - needed)
+    rng = random.Random(f"{seed}:{dataset.name}:dev")
     filled = rng.sample(others, max(0, min(len(others), num_passages - len(needed))))
     passage_ids = sorted(needed.union(filled))
-    return _dev_set(dataset, source.task, queries, dict.fromkeys(chosen, passage_ids), passage_ids)
+    candidates = {query.id: passage_ids for query in queries}
+    return _dev_set(dataset, source.task, queries, candidates, passage_ids)
 
 
 def evaluate_dev(
@@ -317,8 +314,14 @@ def dev_queries(dataset: Dataset, *, num_queries: int, seed: int, from_end: bool
     Raises:
         InputError: there are none.
     """
-    positives = _dev_positives(dataset, "a teacher cannot be tested")
-    ordered = sorted(positives, key=lambda query_id: _place(query_id, seed))
+    judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
+    with_positives = [query_id for query_id, passage_ids in judged.items() if passage_ids]
+    if not with_positives:
+        raise InputError(
+            f"{dataset.path}: qrels/dev.tsv has no query with a positive, so nothing can be measured on it; move some "
+            "training queries there"
+        )
+    ordered = sorted(with_positives, key=lambda query_id: _place(query_id, seed))
     chosen = ordered[-num_queries:] if from_end else ordered[:num_queries]
     return [dataset.queries[query_id] for query_id in chosen]
 
@@ -336,8 +339,25 @@ def make_dev_pairs(dataset: PairDataset, task: Task, *, num_pairs: int, seed: in
         InputError: there are none.
         DataFormatError: the labels of the sample cannot be measured.
     """
-    available = _dev_pairs(dataset, "a teacher cannot be tested")
-    return _pair_dev_set(dataset, task, sorted(available, key=lambda pair: _place(pair.id, seed))[:num_pairs])
+    available = dataset.pairs("dev") if "dev" in dataset.splits else ()
+    if not available:
+        raise InputError(
+            f"{dataset.path}: there are no dev pairs, so nothing can be measured on them; move some training pairs "
+            "there"
+        )
+    sample = sorted(available, key=lambda pair: _place(pair.id, seed))[:num_pairs]
+    candidates: dict[str, dict[str, None]] = {}
+    for pair in sample:
+        candidates.setdefault(pair.query, {})[pair.passage] = None
+    return DevSet(
+        name=dataset.name,
+        task=task,
+        queries={query: query for query in candidates},
+        passages={pair.passage: pair.passage for pair in sample},
+        candidates={query: list(passages) for query, passages in candidates.items()},
+        pairs=tuple(sample),
+        gold=read_gold(replace(dataset, splits={"dev": tuple(sample)}), "dev"),
+    )
 
 
 def make_dev_lists(
@@ -434,29 +454,6 @@ def _place(identifier: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{identifier}".encode()).digest()
 
 
-# Shared by both ------------------------------------------------------------------------------------------------------
-
-
-def _dev_positives(dataset: Dataset, consequence: str) -> dict[str, tuple[str, ...]]:
-    """The positives of the dev queries that have any; raises InputError if there are none."""
-    judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
-    positives = {query_id: passage_ids for query_id, passage_ids in judged.items() if passage_ids}
-    if not positives:
-        raise InputError(
-            f"{dataset.path}: qrels/dev.tsv has no query with a positive, so {consequence}; move some training queries "
-            "there"
-        )
-    return positives
-
-
-def _dev_pairs(dataset: PairDataset, consequence: str) -> Sequence[LabelledPair]:
-    """The dev pairs; raises InputError if there are none."""
-    available = dataset.pairs("dev") if "dev" in dataset.splits else ()
-    if not available:
-        raise InputError(f"{dataset.path}: there are no dev pairs, so {consequence}; move some training pairs there")
-    return available
-
-
 def _dev_set(
     dataset: Dataset,
     task: Task,
@@ -471,19 +468,4 @@ def _dev_set(
         passages={passage_id: dataset.passages[passage_id].full_text for passage_id in passage_ids},
         candidates=candidates,
         qrels={query.id: dict(dataset.qrels["dev"][query.id]) for query in queries},
-    )
-
-
-def _pair_dev_set(dataset: PairDataset, task: Task, sample: Sequence[LabelledPair]) -> DevSet:
-    candidates: dict[str, dict[str, None]] = {}
-    for pair in sample:
-        candidates.setdefault(pair.query, {})[pair.passage] = None
-    return DevSet(
-        name=dataset.name,
-        task=task,
-        queries={query: query for query in candidates},
-        passages={pair.passage: pair.passage for pair in sample},
-        candidates={query: list(passages) for query, passages in candidates.items()},
-        pairs=tuple(sample),
-        gold=read_gold(replace(dataset, splits={"dev": tuple(sample)}), "dev"),
     )

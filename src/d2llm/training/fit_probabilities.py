@@ -20,7 +20,7 @@ from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import score_pairs
 from d2llm.store.bm25 import bm25_lists
-from d2llm.training.dev import LEXICAL_DEPTH, MIN_QUERIES
+from d2llm.training.dev import LEXICAL_DEPTH, MIN_QUERIES, dev_queries
 
 NUM_HARD, NUM_RANDOM = 1, 8
 _POOL = 256  # passages of a corpus that the random ones are drawn from, so that few have to be encoded
@@ -83,9 +83,8 @@ def score_drawn(
     """
     judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
     rng = random.Random(f"{seed}:{dataset.name}:probabilities")
-    known = sorted(query_id for query_id, positives in judged.items() if positives)
-    chosen = sorted(rng.sample(known, min(num_queries, len(known))))
-    positives = {query_id: judged[query_id] for query_id in chosen}
+    queries = dev_queries(dataset, num_queries=num_queries, seed=seed) if any(judged.values()) else []
+    positives = {query.id: judged[query.id] for query in queries}
     drawn = _draw(dataset, positives, dataset.qrels.get("dev", {}), rng)
     pairs = [
         (dataset.queries[query_id].text, dataset.passages[passage_id].full_text)
