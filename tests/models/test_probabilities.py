@@ -175,7 +175,8 @@ class TestFile:
 
 class TestStudent:
     @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
+    @classmethod
+    def folder(cls, tmp_path_factory):
         folder = tmp_path_factory.mktemp("probabilities")
         student = Student.create(tiny_student_config(write_tiny_model(folder / "bert", "bert")), dtype="float32")
         student.calibration = calibration(student.fingerprint)

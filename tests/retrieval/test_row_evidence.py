@@ -108,7 +108,8 @@ def test_no_row_exceeds_its_bound():
 
 class TestSearch:
     @pytest.fixture(scope="class")
-    def index(self, tmp_path_factory) -> Index:
+    @classmethod
+    def index(cls, tmp_path_factory) -> Index:
         index = Index.create(tmp_path_factory.mktemp("wordy") / "index", WordyStudent())
         index.upsert([Passage(f"p{n}", text or "of no words in the query") for n, text in enumerate(TEXTS)])
         return index

@@ -150,7 +150,8 @@ def test_uninformative_statistics_have_little_effect():
 
 class TestStudent:
     @pytest.fixture(scope="class")
-    def config(self, tmp_path_factory) -> StudentConfig:
+    @classmethod
+    def config(cls, tmp_path_factory) -> StudentConfig:
         model = write_tiny_model(tmp_path_factory.mktemp("model"), "modernbert", initializer_range=0.1)
         return tiny_student_config(model)
 
