@@ -324,7 +324,8 @@ class Student(nn.Module):
     ) -> EncodedTexts:
         """Vectors of queries or passages and of their tokens, from one pass through the backbone, always by torch.
 
-        Of a query, only the rarest tokens have vectors (``TokenProjection``).
+        Of a long query, only the rarest tokens have vectors, multiplied by their share of its tokens, so that the mean
+        of their cosines is that of all, if the others' are 0 (``TokenProjection``).
 
         Raises:
             InputError: this student has no projection of tokens.
@@ -339,8 +340,9 @@ class Student(nn.Module):
                 states, mask = self.backbone(*self.backbone.pad(ids))
                 places = [projection.query_places(row) if is_query else projection.places(row) for row in ids]
                 tokens = projection(torch.cat([states[row, kept] for row, kept in enumerate(places)])).cpu().numpy()
-                for index, part in zip(batch, np.split(tokens, np.cumsum([len(p) for p in places])[:-1]), strict=True):
-                    found[index] = part
+                parts = np.split(tokens, np.cumsum([len(kept) for kept in places])[:-1])
+                for index, part in zip(batch, parts, strict=True):
+                    found[index] = part * projection.query_share(tokenized.ids[index]) if is_query else part
                 return self.pool(states, mask).cpu().numpy()
 
         encoded = self._read(tokenized, read, advance)

@@ -4,7 +4,7 @@ One vector per text loses what its single tokens say. Each token of a query look
 passage, and the mean of these cosines is one more term of the score (``models.evidence``). This is the late interaction
 of Khattab and Zaharia, "ColBERT", SIGIR 2020, here beside the text's vector and its words, and without reading a text
 again: its vector and those of its tokens come from the same pass through the backbone. Of a long query only the rarest
-tokens count, which say what it is about.
+tokens have vectors, those that say what it is about; the others count as cosines of 0 in the mean.
 
 The projection is trained after the student, on states that do not change (``training.fit_tokens``), and stored as
 ``tokens.safetensors`` in the student's folder. Vectors of texts do not depend on it, so an index is valid for the
@@ -91,6 +91,10 @@ class TokenProjection(nn.Module):
         places = self.places(token_ids)
         places.sort(key=lambda place: -self._rarity[token_ids[place]])  # stable: of equal tokens the first
         return sorted(places[: self.max_query_tokens])
+
+    def query_share(self, token_ids: Sequence[int]) -> float:
+        """The share of a query's tokens that get a vector; 1 for all but long queries."""
+        return min(1.0, self.max_query_tokens / max(len(self.places(token_ids)), 1))
 
     @property
     def fingerprint(self) -> str:

@@ -107,7 +107,7 @@ class RowEvidence:
 def mean_of_cosines(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
     """Vectors of a query's tokens [m, dim], scaled so that their products with those of passages sum to a mean cosine.
 
-    The vectors of tokens have the norm sqrt(dim) (``models.token_vectors``).
+    The vectors of tokens have the norm sqrt(dim), those of long queries a smaller one (``models.token_vectors``).
     """
     return np.divide(tokens, max(tokens.size, 1), dtype=np.float32)
 
