@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -24,9 +24,6 @@ from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText, jaccard, shingles
 from d2llm.training.mining.ranking import EncoderRanking, Lists
 from d2llm.training.mining.teacher import TeacherCheck
-
-if TYPE_CHECKING:
-    from d2llm.training.mining.audit import Audit
 
 Sampling = Literal["uniform", "top", "rank_weighted"]
 
@@ -268,12 +265,12 @@ def choose(
     *,
     seeds: tuple[object, ...],
     teacher: TeacherCheck | None,
-    audit: Audit,
+    record: Callable[[Selection, Mapping[str, Mapping[str, float]]], None] | None = None,
 ) -> Iterator[Selection]:
     """Yield the hard negatives of each query, in the order of the queries, which is also that of the lists.
 
-    The draw of a query depends on ``seeds`` and its id. The teacher judges candidates for its margin; ``audit`` records
-    every query.
+    The draw of a query depends on ``seeds`` and its id. The teacher judges candidates for its margin. ``record`` is
+    called with each query's selection and the scores of its passages, by scorer and passage id.
     """
     checks: list[CandidateCheck] = []
     if config.near_duplicate < 1:
@@ -297,7 +294,8 @@ def choose(
             block.append(Selection(query, own, candidates, judged.negative(query.id), place, forbidden))
         select(block, config.num_hard, checks, teacher)
         for item in block:
-            audit.add(item, _scores(item, ranked, teacher))
+            if record is not None:
+                record(item, _scores(item, ranked, teacher))
             if teacher is not None:
                 teacher.keep(item.query.id, (*item.positives, *(c.passage_id for c in item.kept)))
             yield item

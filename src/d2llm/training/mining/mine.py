@@ -124,7 +124,7 @@ def mine(
         tally.same_text = sum(len(judged.repeats(query_id, ids)) for query_id, ids in positives.items())
         entries: list[PlanEntry] = []
         selections = choose(
-            dataset, queries, positives, judged, ranked, config, seeds=(seed,), teacher=teacher, audit=audit
+            dataset, queries, positives, judged, ranked, config, seeds=(seed,), teacher=teacher, record=audit.add
         )
         with progress_bar("choosing", len(queries)) as advance:
             for item in selections:

@@ -17,7 +17,6 @@ from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.training.mining.audit import Audit
 from d2llm.training.mining.choose import DatasetJudgements, Ranked, Selection, choose, work_folder
 from d2llm.training.mining.ranking import EncoderRanking, Lists
 from d2llm.training.mining.teacher import TeacherCheck
@@ -85,7 +84,6 @@ def remine(
             config,
             seeds=(seed, epoch),
             teacher=teacher,
-            audit=Audit(dataset.passages, ["student"], frozenset()),
         )
         renewed = [_renew(entry, item, config.num_hard) for entry, item in zip(entries, selections, strict=True)]
         del ranking, selections  # closes the memory map of the vectors before their folder is deleted
