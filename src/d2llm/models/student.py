@@ -342,7 +342,8 @@ class Student(nn.Module):
                 tokens = projection(torch.cat([states[row, kept] for row, kept in enumerate(places)])).cpu().numpy()
                 parts = np.split(tokens, np.cumsum([len(kept) for kept in places])[:-1])
                 for index, part in zip(batch, parts, strict=True):
-                    found[index] = part * projection.query_share(tokenized.ids[index]) if is_query else part
+                    share = projection.query_share(tokenized.ids[index]) if is_query else 1.0
+                    found[index] = part * np.float32(share)
                 return self.pool(states, mask).cpu().numpy()
 
         encoded = self._read(tokenized, read, advance)

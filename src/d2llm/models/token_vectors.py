@@ -71,7 +71,7 @@ class TokenProjection(nn.Module):
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(token_dim, dim)))
         self.register_buffer("rarity", torch.tensor(rarity, dtype=torch.float32))
         self.max_query_tokens = max_query_tokens
-        self._rarity = self.rarity.tolist()
+        self._rarity: list[float] = self.rarity.tolist()
 
     @property
     def dim(self) -> int:
