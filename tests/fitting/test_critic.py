@@ -8,7 +8,7 @@ import pytest
 from d2llm.core.types import TASKS, Passage
 from d2llm.fitting.critic import CriticSettings, review_queries
 from d2llm.fitting.draft_store import Draft, DraftStore, passage_hash
-from d2llm.fitting.pages import audit_page
+from d2llm.fitting.report import audit_page
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judgements
 from d2llm.retrieval.index import Index

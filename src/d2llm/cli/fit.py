@@ -103,7 +103,7 @@ def fit(
     if hours is not None and minutes is not None:
         raise InputError("--hours and --minutes both say how long; give one of them")
     from d2llm.fitting.fit import Fit
-    from d2llm.fitting.pages import verdict_sentence
+    from d2llm.fitting.report import verdict_sentence
     from d2llm.fitting.settings import DEFAULT_HOURS, FitSettings
     from d2llm.fitting.training_data import read_examples
 

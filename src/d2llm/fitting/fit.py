@@ -39,6 +39,7 @@ from d2llm.fitting.critic import Review, review_queries
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.fitting.fit_folder import FORMAT_VERSION, default_folder, require_fit_folder
 from d2llm.fitting.recipes import NUM_NEGATIVES, recipe_for_queries, recipe_with_teacher
+from d2llm.fitting.report import FitReport
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.stages import Stages
 from d2llm.fitting.time_plan import TimePlan, plan_time
@@ -65,44 +66,6 @@ _TIMED_PASSAGES, _TIMED_JUDGEMENTS = 64, 8
 _QUERY_CHARACTERS = 60  # of the queries of timed judgements
 _SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed, and how much of each is read
 _LISTED_AT_ONCE = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class FitReport:
-    """What a fit did.
-
-    ``kept`` says whose vectors the index has: "fitted", or "start" if training was no significant improvement.
-    ``verdict`` is the test of that, None if nothing was trained. ``reports`` compares all systems on the held-out
-    queries, by data set. ``notes`` say what was left out.
-    """
-
-    folder: Path
-    num_passages: int
-    writing: WritingReport
-    num_kept: int
-    rejected: Mapping[str, int]
-    data: Mapping[str, DataReport]
-    kept: str
-    verdict: GateTest | None
-    reports: Mapping[str, EvaluationReport]
-    seconds: Mapping[str, float]
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON-serialisable values."""
-        return {
-            "folder": str(self.folder),
-            "num_passages": self.num_passages,
-            "writing": asdict(self.writing),
-            "num_kept": self.num_kept,
-            "rejected": dict(self.rejected),
-            "data": {name: asdict(data) for name, data in self.data.items()},
-            "kept": self.kept,
-            "verdict": None if self.verdict is None else asdict(self.verdict),
-            "reports": {name: report.to_json() for name, report in self.reports.items()},
-            "seconds": dict(self.seconds),
-            "notes": list(self.notes),
-        }
 
 
 def fit(
@@ -271,7 +234,7 @@ class Fit:
 
     def review(self) -> Review:
         """Review the written queries, and write the audit page."""
-        from d2llm.fitting.pages import audit_page
+        from d2llm.fitting.report import audit_page
 
         teacher = None
         if self.settings.teacher is not None:
@@ -453,7 +416,7 @@ class Fit:
 
     def _conclude(self, learnt: _Learnt) -> FitReport:
         """Compare, keep the better student, serve it, and write the report."""
-        from d2llm.fitting.pages import report_page
+        from d2llm.fitting.report import report_page
 
         with self.stages.run("compare") as stage:
             reports, verdict = self.compare(learnt.data, learnt.base, learnt.trained)

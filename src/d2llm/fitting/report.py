@@ -1,25 +1,67 @@
-"""The pages of a fit: its report, and the audit of the written queries."""
+"""The report of a fit, and its pages: the report, and the audit of the written queries."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from d2llm.core.table import Cell, Column, Table
 from d2llm.fitting.critic import Review
+from d2llm.fitting.training_data import DataReport
+from d2llm.fitting.write_queries import WritingReport
+from d2llm.ops.gating import GateTest
 from d2llm.reports.evaluation_tables import measure_table
 from d2llm.reports.html.page import render
 from d2llm.reports.phrases import p_text
 
 if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport, Example
-    from d2llm.fitting.fit import FitReport
 
 _EXAMPLES_PER_REASON = 8
 _NUM_KEPT_SHOWN = 30
 _SHOWN_CHARACTERS = 300
 _MEASURE = "nDCG@10"
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """What a fit did.
+
+    ``kept`` says whose vectors the index has: "fitted", or "start" if training was no significant improvement.
+    ``verdict`` is the test of that, None if nothing was trained. ``reports`` compares all systems on the held-out
+    queries, by data set. ``notes`` say what was left out.
+    """
+
+    folder: Path
+    num_passages: int
+    writing: WritingReport
+    num_kept: int
+    rejected: Mapping[str, int]
+    data: Mapping[str, DataReport]
+    kept: str
+    verdict: GateTest | None
+    reports: Mapping[str, EvaluationReport]
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON-serialisable values."""
+        return {
+            "folder": str(self.folder),
+            "num_passages": self.num_passages,
+            "writing": asdict(self.writing),
+            "num_kept": self.num_kept,
+            "rejected": dict(self.rejected),
+            "data": {name: asdict(data) for name, data in self.data.items()},
+            "kept": self.kept,
+            "verdict": None if self.verdict is None else asdict(self.verdict),
+            "reports": {name: report.to_json() for name, report in self.reports.items()},
+            "seconds": dict(self.seconds),
+            "notes": list(self.notes),
+        }
 
 
 def report_page(report: FitReport, stages: Table) -> str:
