@@ -215,11 +215,11 @@ class TestContext:
         assert [line for line in lines if line in names] == names
 
     def test_a_selection_says_what_it_left_out(self, place):
-        options = ("--mmr", "0.5", "--near-duplicates", "0.3", "--top-k", "7", "--exact")
+        options = ("--mmr", "0.2", "--near-duplicates", "0.3", "--top-k", "7", "--exact")
         ranking, result = ranking_of(place, *options)
         selection = ranking["selection"]
         assert "all of 35 places are proved" in result.stderr
-        assert "selection: 7 of the first 35 results, diversified with weight 0.5 for the score" in result.stderr
+        assert "selection: 7 of the first 35 results, diversified with weight 0.2 for the score" in result.stderr
         assert f"{selection['num_near_duplicates']} near duplicates left out; this selection is not" in result.stderr
         assert selection["num_near_duplicates"] > 0
         assert selection["ranks"][0] == 1
