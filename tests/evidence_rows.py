@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.part_vectors import PartVectors
+from d2llm.store.part_vectors import PartVectors, largest_norm
 from d2llm.store.vector_formats import make_format
 
 
@@ -43,4 +43,5 @@ def part_vectors(parts, dim, vector_format):
     vectors = np.concatenate([np.zeros((0, dim), np.float32), *parts]).astype(np.float32)
     stored = make_format(vector_format, dim)
     places = np.stack([np.cumsum(counts) - counts, counts], axis=1)
-    return PartVectors(places, stored.encode(vectors, [""] * len(vectors)), stored)
+    codes = stored.encode(vectors, [""] * len(vectors))
+    return PartVectors(places, codes, stored, largest_norm(codes, stored))

@@ -23,6 +23,7 @@ from d2llm.server.app import load, make_app
 from d2llm.server.keys import add_key
 from d2llm.server.logs import start_logs
 from d2llm.server.telemetry import Telemetry
+from d2llm.store import vector_file
 from tiny_app import app_of
 from tiny_models import TEXTS
 from tiny_server import tiny_settings, write_tiny_index, write_tiny_student
@@ -256,6 +257,22 @@ def test_each_index_changes_to_another_student_by_itself(folders: dict[str, Path
         until(lambda: len(served.loaded) == 1, "the end of the old student")
         assert served.loaded[0].fingerprint == fingerprints["faq"] == client.get("/health").json()["fingerprint"]
         assert ids(client.post("/indexes/docs/v1/search", json={"query": QUERY})) == {f"q{n}" for n in range(8)}
+
+
+def test_a_new_version_compares_only_what_it_adds(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = write_faq(tmp_path / "faq", folders["docs"].parent / "student-0")
+    compared: list[int] = []
+    checksum = vector_file._checksum
+    with serving(folder, reload_seconds=1_000) as client:
+        before = app_of(client).state.serving.indexes["faq"].current
+        monkeypatch.setattr(vector_file, "_JOINED_ROWS", 0)
+        Index.open(folder).upsert([Passage("new", "one more")])
+        monkeypatch.setattr(vector_file, "_checksum", lambda codes: compared.append(len(codes)) or checksum(codes))
+        assert client.post("/v1/index/reload").json()["changed"]
+        assert app_of(client).state.serving.indexes["faq"].current.view.version > before.view.version
+    assert compared == [1]
 
 
 def test_an_index_that_cannot_be_read_again_does_not_stop_the_others(folders: dict[str, Path], tmp_path: Path):

@@ -137,6 +137,19 @@ def test_damaged_tokens_are_found_and_encoded_again(index):
     assert reopened.verify().problems == []
 
 
+def test_damage_after_the_first_search_is_found_by_verify(index):
+    index.search("a rare gem")
+    path = next(index.folder.glob("token-vectors-*.bin"))
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    index.refresh()
+    index.search("a rare gem")  # what was intact before is not compared again
+    assert any("token-vectors" in problem for problem in index.verify().problems)
+    with pytest.raises(DataFormatError, match="token-vectors"):
+        Index.open(index.folder, TokenStudent()).search("a rare gem")
+
+
 def test_a_repair_needs_the_projection_that_made_the_tokens(index):
     next(index.folder.glob("token-places-*.bin")).unlink()
     with pytest.raises(IndexMismatchError, match="use the student that made the index"):

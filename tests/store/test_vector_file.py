@@ -10,7 +10,7 @@ import xxhash
 
 from d2llm.core.errors import DataFormatError
 from d2llm.store import vector_file
-from d2llm.store.vector_file import VectorFile
+from d2llm.store.vector_file import IntactExtents, VectorFile
 
 SIZE = 6
 
@@ -44,6 +44,45 @@ def test_layout(file, tmp_path):
     np.testing.assert_array_equal(reopened.codes(), rows)
     assert reopened.damaged(reopened.codes()) == []
     assert not reopened.codes().flags.writeable
+
+
+def test_an_intact_extent_is_compared_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(vector_file, "_JOINED_ROWS", 4)
+    file = VectorFile.create(tmp_path, 0, SIZE)
+    file.append(_codes(4))
+    file.append(_codes(3, seed=1))
+    compared, checksum = [], vector_file._checksum
+    monkeypatch.setattr(vector_file, "_checksum", lambda codes: compared.append(len(codes)) or checksum(codes))
+    intact = IntactExtents()
+    assert intact.damaged(file, file.codes()) == []
+    file.append(_codes(5, seed=2))  # whose checksum is computed as well
+    reopened = VectorFile.open(tmp_path, 0, SIZE)
+    assert intact.damaged(reopened, reopened.codes()) == []
+    assert compared == [4, 3, 5, 5]
+
+
+def test_extents_that_are_not_intact_are_compared_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(vector_file, "_JOINED_ROWS", 4)
+    file = VectorFile.create(tmp_path, 0, SIZE)
+    file.append(_codes(4))
+    file.append(_codes(3, seed=1))
+    content = bytearray(file.path.read_bytes())
+    content[-1] ^= 1
+    file.path.write_bytes(content)
+    intact = IntactExtents()
+    assert [extent.start for extent in intact.damaged(file, file.codes())] == [4]
+    assert [extent.start for extent in intact.damaged(file, file.codes())] == [4]
+    replaced = VectorFile.replace(tmp_path, 0, np.concatenate([_codes(4), _codes(3, seed=1)]), since=0)
+    content[0] ^= 1
+    replaced.path.write_bytes(content)  # a new file, of which nothing is known
+    assert [extent.start for extent in intact.damaged(replaced, replaced.codes())] == [0]
+
+
+def test_the_largest_norm_is_kept(tmp_path):
+    file = VectorFile.create(tmp_path, 0, SIZE)
+    file.append(_codes(2), largest_norm=3.0)
+    file.append(_codes(2), largest_norm=2.0)
+    assert VectorFile.open(tmp_path, 0, SIZE).largest_norm == 3.0
 
 
 def test_a_new_extent_begins_when_one_is_full(tmp_path, monkeypatch):

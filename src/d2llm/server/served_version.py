@@ -52,8 +52,8 @@ class PendingSearch:
 class OpenVersion:
     """One version of an index, kept as long as a request uses it, with the searchers that its requests share."""
 
-    def __init__(self, folder: Path, models: ModelService) -> None:
-        """Open the latest version and warm it up.
+    def __init__(self, folder: Path, models: ModelService, before: OpenVersion | None = None) -> None:
+        """Open the latest version and warm it up. Of files that ``before`` has read, only what is new is verified.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
@@ -61,6 +61,8 @@ class OpenVersion:
         """
         file = _manifest_state(folder)  # read first, so that a later replacement is noticed
         self.index = Index.open(folder, cast("SearchStudent", models.student))
+        if before is not None:
+            self.index.store.intact = before.index.store.intact
         self.view = self.index.view
         self.models = models
         self.identity = (*file, self.view.version)  # of the version that was read; writers may have added newer ones
@@ -253,7 +255,7 @@ class ServedVersion:
         """Open the index that is now in the folder."""
         folder, student = await asyncio.to_thread(self._latest)
         try:
-            return await asyncio.to_thread(OpenVersion, folder, student)
+            return await asyncio.to_thread(OpenVersion, folder, student, self.version)
         except BaseException:
             self._begin(self._students.leave(student))
             raise

@@ -65,7 +65,7 @@ from d2llm.store.side_files import forget_chunking, read_chunking, side_files, w
 from d2llm.store.storage import link_or_copy, storage_errors
 from d2llm.store.stored_vectors import StoredVectors, stored_vectors
 from d2llm.store.table_files import TableFiles
-from d2llm.store.vector_file import VectorFile
+from d2llm.store.vector_file import IntactExtents, VectorFile
 from d2llm.store.vector_formats import VectorFormat, make_format
 from d2llm.store.write_lock import WriteLock
 
@@ -88,6 +88,8 @@ class IndexStore:
         self.part_formats = _part_formats(manifest)
         self.vectors: StoredVectors = stored_vectors(self, self.vector_copies)
         self.files = TableFiles(folder)
+        self.intact = IntactExtents()
+        """What views of this store have compared; a store that is opened later may take it over."""
         self._lock = WriteLock(folder, self.files, self._check_identity)
 
     @classmethod
@@ -357,8 +359,13 @@ class IndexStore:
         generation = self.vectors.generation(table)
         return word_files.open_words(self.folder, generation, num_rows, self._texts_of(table), whole=whole)
 
-    def parts(self, table: PassageTable, kind: PartKind, capacity: int | None = None) -> PartVectors:
-        """The vectors of parts of the first ``capacity`` rows (default: those of the version), if they are stored."""
+    def parts(
+        self, table: PassageTable, kind: PartKind, capacity: int | None = None, *, whole: bool = False
+    ) -> PartVectors:
+        """The vectors of parts of the first ``capacity`` rows (default: those of the version), if they are stored.
+
+        With ``whole``, all their checksums are compared, also those of what is already ``intact``.
+        """
         generation, num_rows = self.vectors.generation(table), self.vectors.num_rows(table)
         return open_parts(
             self.folder,
@@ -368,6 +375,7 @@ class IndexStore:
             num_rows=num_rows,
             capacity=capacity or num_rows,
             version=table.version,
+            intact=IntactExtents() if whole else self.intact,
         )
 
     def read_parts_again(self, table: PassageTable, kind: PartKind, read: EncodeParts) -> None:
@@ -475,7 +483,7 @@ class IndexStore:
         codes_of_batch = source.vectors.codes_of_batches(rows)
         num_rows = source.vectors.num_rows(rows)
         words = source.words(rows, num_rows, whole=True).words
-        parts = {kind: source.parts(rows, kind) for kind in self.part_formats}
+        parts = {kind: source.parts(rows, kind, whole=True) for kind in self.part_formats}
         generation = max(self.vectors.generation(table), *vector_file.generations(self.folder), 0) + 1
         # No version before the commit may read the file, not even one that lost its own file of this number.
         file = VectorFile.create(self.folder, generation, self.format.code_size, since=table.version + 1)

@@ -322,7 +322,7 @@ def _part_problems(store: IndexStore, table: PassageTable, options: _VerifyOptio
     problems: list[str] = []
     for kind in store.part_formats:
         try:
-            store.parts(table, kind)
+            store.parts(table, kind, whole=True)
         except DataFormatError as error:
             if not options.repair:
                 problems.append(str(error))

@@ -11,6 +11,7 @@ once; damaged ones are encoded again by ``repair``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from d2llm.core.errors import DataFormatError
 from d2llm.core.types import PartKind
 from d2llm.ops.selection import ranges
 from d2llm.store.scan import RowScan
-from d2llm.store.vector_file import PART_PLACES, PART_VECTORS, VectorFile
+from d2llm.store.vector_file import PART_PLACES, PART_VECTORS, IntactExtents, VectorFile
 from d2llm.store.vector_formats import VectorFormat
 
 _PLACE = np.dtype("<i8")
@@ -52,10 +53,20 @@ EncodeParts = Callable[[PartKind, Sequence[str]], ReadParts]
 class PartVectors:
     """The vectors of the parts of an index's rows, of one kind, at one version."""
 
-    def __init__(self, places: NDArray[np.int64], codes: NDArray[np.uint8], vector_format: VectorFormat) -> None:
-        """Args: ``places`` [rows, 2], first part and number of parts of each row; ``codes`` [parts, bytes]."""
+    def __init__(
+        self,
+        places: NDArray[np.int64],
+        codes: NDArray[np.uint8],
+        vector_format: VectorFormat,
+        largest_norm: float = math.inf,
+    ) -> None:
+        """Args: ``places`` [rows, 2], first part and number of parts of each row; ``codes`` [parts, bytes].
+
+        No part has a norm above ``largest_norm``, which ``limit`` needs.
+        """
         self._places = places
         self._format = vector_format
+        self._largest_norm = largest_norm
         self.codes = codes
 
     @cached_property
@@ -110,15 +121,6 @@ class PartVectors:
         norms = np.linalg.norm(queries.astype(np.float64), axis=1).sum()
         return np.nextafter(np.float32(1.005 * norms * self._largest_norm), np.float32(np.inf))  # queries are rounded
 
-    @cached_property
-    def _largest_norm(self) -> float:
-        """The largest norm of a part; reads all of them, because a format's own limit would be far too high."""
-        largest = 0.0
-        for start in range(0, len(self.codes), _PARTS_AT_ONCE):
-            levels = self._format.levels(self.codes[start : start + _PARTS_AT_ONCE])
-            largest = max(largest, float(np.einsum("ij,ij->i", levels, levels).max()))
-        return 1.001 * largest**0.5  # the float32 sum may be a little low
-
     def take(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """The codes of the parts of some rows, row after row, and the number of parts of each row."""
         starts, counts = self._places[rows].T
@@ -159,7 +161,7 @@ def append_parts(
     """
     parts = VectorFile.open(folder, generation, vector_format.code_size, name=PART_VECTORS[kind])
     places = VectorFile.open(folder, generation, _PLACE_BYTES, name=PART_PLACES[kind])
-    start = parts.append(codes) if len(codes) else parts.capacity
+    start = _append_codes(parts, codes, vector_format)
     own = _places(start, counts)
     if places.capacity <= first:
         places.append(np.concatenate([_places(start, np.zeros(first - places.capacity, np.int64)), own]))
@@ -180,8 +182,9 @@ def open_parts(
     num_rows: int,
     capacity: int,
     version: int,
+    intact: IntactExtents,
 ) -> PartVectors:
-    """The parts of a version of the table, of one kind, after comparing all their checksums.
+    """The parts of a version of the table, of one kind; the checksums of all that is not yet ``intact`` are compared.
 
     The parts of the first ``num_rows`` rows, up to the last that the version names, must exist. Of the ``capacity``
     rows that may be read, the others, left by a crash, may have none.
@@ -191,28 +194,28 @@ def open_parts(
     """
     if not num_rows:
         return PartVectors(
-            np.zeros((capacity, 2), np.int64), np.zeros((0, vector_format.code_size), np.uint8), vector_format
+            np.zeros((capacity, 2), np.int64), np.zeros((0, vector_format.code_size), np.uint8), vector_format, 0.0
         )
-    opened: list[NDArray[np.uint8]] = []
+    opened: list[tuple[VectorFile, NDArray[np.uint8]]] = []
     for name, code_size in ((PART_VECTORS[kind], vector_format.code_size), (PART_PLACES[kind], _PLACE_BYTES)):
         file = VectorFile.open(folder, generation, code_size, name=name)
         codes = file.codes()
         problem = None
         if file.since > version:
             problem = f"belongs to a later version than {version}; refresh or open the index again"
-        elif file.damaged(codes) or (name == PART_PLACES[kind] and len(codes) < num_rows):
+        elif intact.damaged(file, codes) or (name == PART_PLACES[kind] and len(codes) < num_rows):
             problem = "is not what was written; `d2llm index ... verify --repair` encodes them again"
         if problem is not None:
             raise DataFormatError(file.path, problem)
-        opened.append(codes)
-    codes, stored = opened
+        opened.append((file, codes))
+    (file, codes), (_, stored) = opened
     places = np.zeros((capacity, 2), np.int64)
     written = np.ascontiguousarray(stored[:capacity]).view(_PLACE).reshape(-1, 2)
     places[: len(written)] = written
     if (places < 0).any() or (places.sum(axis=1) > len(codes)).any():
         problem = f"names {kind}s that do not exist; `d2llm index ... verify --repair` encodes them again"
         raise DataFormatError(folder / f"{PART_PLACES[kind]}-{generation}.bin", problem)
-    return PartVectors(places, codes, vector_format)
+    return PartVectors(places, codes, vector_format, file.largest_norm)
 
 
 def replace_parts(
@@ -232,11 +235,27 @@ def replace_parts(
     parts = VectorFile.begin(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
     places = VectorFile.begin(folder, generation, _PLACE_BYTES, since=since, name=PART_PLACES[kind])
     for codes, counts in blocks:
-        start = parts.append(codes) if len(codes) else parts.capacity
+        start = _append_codes(parts, codes, vector_format)
         if len(counts):
             places.append(_places(start, counts))
     parts.take_place(folder)
     places.take_place(folder)
+
+
+def largest_norm(codes: NDArray[np.uint8], vector_format: VectorFormat) -> float:
+    """An upper bound, within .1 %, of the norms of these codes; a format's own limit would be far too high."""
+    largest = 0.0
+    for start in range(0, len(codes), _PARTS_AT_ONCE):
+        levels = vector_format.levels(codes[start : start + _PARTS_AT_ONCE])
+        largest = max(largest, float(np.einsum("ij,ij->i", levels, levels).max()))
+    return 1.001 * largest**0.5  # the float32 sum may be a little low
+
+
+def _append_codes(parts: VectorFile, codes: NDArray[np.uint8], vector_format: VectorFormat) -> int:
+    """Append the codes of parts; returns the number of the first."""
+    if not len(codes):
+        return parts.capacity
+    return parts.append(codes, largest_norm=largest_norm(codes, vector_format))
 
 
 def _places(start: int, counts: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -2,7 +2,8 @@
 
 vectors-<generation>.bin    the codes of row 0, row 1, ... (``code_size`` bytes each)
 vectors-<generation>.json   code_size; since: the first version of the table that the file serves; extents: which rows
-                            were written together, with a checksum of their bytes; a checksum of this JSON
+                            were written together, with a checksum of their bytes; largest_norm of a row, if its
+                            writer measured it; a checksum of this JSON
 
 Data derived from the vectors row by row is stored beside them in a file of the same format under another name
 (``projections``), whose ``made_of`` names what its rows were computed from. Window vectors are in two more such files
@@ -19,7 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,23 @@ class Extent:
         return self.start + self.count
 
 
+class IntactExtents:
+    """Extents whose checksums were compared already, so that a later version of an index compares only what it adds.
+
+    Not kept on disk: what a process opens for the first time is compared in full.
+    """
+
+    def __init__(self) -> None:
+        self._extents: dict[tuple[int, int], set[Extent]] = {}
+
+    def damaged(self, file: VectorFile, codes: NDArray[np.uint8]) -> list[Extent]:
+        """The damaged extents of ``codes`` (all rows of ``file``), among those that were not compared before."""
+        intact = self._extents.setdefault(file.inode, set())  # a replaced file has another inode
+        damaged = file.damaged(codes, skip=intact)
+        intact |= {*file.extents} - {*damaged}
+        return damaged
+
+
 class VectorRows(NamedTuple):
     """Codes [capacity, code_size] of all rows, and the file that they are mapped from (None: they are in memory)."""
 
@@ -82,12 +100,23 @@ class Salvage(NamedTuple):
 class VectorFile:
     """The vectors of one generation of an index. ``append`` requires the index's write lock."""
 
-    def __init__(self, path: Path, code_size: int, extents: list[Extent], since: int = 0, made_of: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        code_size: int,
+        extents: list[Extent],
+        since: int = 0,
+        made_of: str = "",
+        largest_norm: float = 0.0,
+    ) -> None:
         self.path = path
         self.code_size = code_size
         self.extents = extents
         self.since = since
         self.made_of = made_of
+        self.largest_norm = largest_norm
+        self.inode = (0, 0)
+        """Device and number of the file that ``codes`` mapped."""
 
     @classmethod
     def create(
@@ -141,7 +170,9 @@ class VectorFile:
         for path in (self.path, self.path.with_suffix(".json")):
             path.replace(folder / path.name)
         shutil.rmtree(self.path.parent, ignore_errors=True)
-        return VectorFile(folder / self.path.name, self.code_size, self.extents, self.since)
+        return VectorFile(
+            folder / self.path.name, self.code_size, self.extents, self.since, largest_norm=self.largest_norm
+        )
 
     @classmethod
     def open(cls, folder: Path, generation: int, code_size: int | None, *, name: str = NAME) -> VectorFile:
@@ -170,9 +201,10 @@ class VectorFile:
             record = read_checked(path.with_suffix(".json"), compare=compare)
             extents = [Extent(*extent) for extent in record["extents"]]
             size, since, made_of = record["code_size"], record["since"], record.get("made_of", "")
+            largest_norm = float(record.get("largest_norm", 0))
             if size != (code_size or size) or {type(size), type(since)} != {int} or size < 1 or not _fit(extents):
                 raise ValueError(f"{path.stem}.json does not describe these vectors")
-            return cls(path, size, extents, since, made_of)
+            return cls(path, size, extents, since, made_of, largest_norm)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise _unusable(path, name, error) from error
 
@@ -186,9 +218,13 @@ class VectorFile:
         """Size of the rows in bytes."""
         return self.capacity * self.code_size
 
-    def append(self, codes: NDArray[np.uint8]) -> int:
-        """Append codes [n, code_size], durably; returns the number of the first new row."""
+    def append(self, codes: NDArray[np.uint8], *, largest_norm: float = 0.0) -> int:
+        """Append codes [n, code_size], durably; returns the number of the first new row.
+
+        ``largest_norm`` of them is recorded, if it is given: that of all rows is then at most ``self.largest_norm``.
+        """
         first = self.capacity
+        self.largest_norm = max(self.largest_norm, largest_norm)
         content = np.ascontiguousarray(codes)
         with self.path.open("r+b") as stream:
             stream.seek(first * self.code_size)
@@ -204,11 +240,18 @@ class VectorFile:
         shape = (self.capacity, self.code_size)
         if not self.capacity:
             return np.zeros(shape, np.uint8)  # an empty file cannot be mapped
-        return np.memmap(self.path, np.uint8, "r", shape=shape)
+        with self.path.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            self.inode = status.st_dev, status.st_ino
+            return np.memmap(stream, np.uint8, "r", shape=shape)
 
-    def damaged(self, codes: NDArray[np.uint8]) -> list[Extent]:
-        """The extents that are damaged in ``codes`` (all rows)."""
-        return [extent for extent in self.extents if _checksum(codes[extent.start : extent.end]) != extent.checksum]
+    def damaged(self, codes: NDArray[np.uint8], *, skip: Collection[Extent] = ()) -> list[Extent]:
+        """The extents that are damaged in ``codes`` (all rows); those to ``skip`` are not compared."""
+        return [
+            extent
+            for extent in self.extents
+            if extent not in skip and _checksum(codes[extent.start : extent.end]) != extent.checksum
+        ]
 
     def _extend(self, content: NDArray[np.uint8]) -> None:
         last = self.extents[-1] if self.extents else None
@@ -223,8 +266,12 @@ class VectorFile:
 
     def _write_extents(self) -> None:
         extents = [[extent.start, extent.count, extent.checksum] for extent in self.extents]
-        record = {"code_size": self.code_size, "since": self.since, "extents": extents}
-        write_checked(self.path.with_suffix(".json"), record | ({"made_of": self.made_of} if self.made_of else {}))
+        record: dict[str, Any] = {"code_size": self.code_size, "since": self.since, "extents": extents}
+        if self.made_of:
+            record["made_of"] = self.made_of
+        if self.largest_norm:
+            record["largest_norm"] = self.largest_norm
+        write_checked(self.path.with_suffix(".json"), record)
 
 
 def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> Salvage:

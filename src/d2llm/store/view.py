@@ -361,7 +361,7 @@ class PassageView:
         """Compare the vectors with their checksums before the first use; damaged ones are recovered if possible."""
         if self._scan is None:
             codes, file = self._vectors
-            if file is not None and file.damaged(codes):
+            if file is not None and self.store.intact.damaged(file, codes):
                 self._vectors = self.store.vectors.recover(self._table, f"{file.path.name} is damaged")
             self._scan = RowScan(self._vectors.codes, self.format)
         return self._scan
