@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
+from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
@@ -331,6 +332,8 @@ class Student(nn.Module):
             InputError: this student has no projection of tokens.
         """
         projection = self._require_projection()
+        if self._engine is not None:
+            fell_back("engine for vectors of tokens", "the graph gives vectors of texts only; torch encodes both")
         tokenized, is_query = self.tokenize(texts, kind), kind == "query"
         found: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
 
