@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from d2llm.data.beir import Dataset, read_beir
     from d2llm.data.documents import find_documents
+    from d2llm.data.label_sets import count_labels, export_labels, merge_labels
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset, read_pairs
     from d2llm.evaluation.evaluate import evaluate
@@ -95,9 +96,11 @@ __all__ = [
     "WriterTuningConfig",
     "__version__",
     "check_data",
+    "count_labels",
     "encode",
     "evaluate",
     "export",
+    "export_labels",
     "find_documents",
     "fit",
     "fit_evidence",
@@ -108,6 +111,7 @@ __all__ = [
     "load_judge",
     "load_recipe",
     "load_writer",
+    "merge_labels",
     "never_worse",
     "open_data",
     "read_beir",
@@ -138,6 +142,7 @@ _HOMES = {
     ),
     "d2llm.data.beir": ("Dataset", "read_beir"),
     "d2llm.data.documents": ("find_documents",),
+    "d2llm.data.label_sets": ("count_labels", "export_labels", "merge_labels"),
     "d2llm.retrieval.sync": ("sync_documents",),
     "d2llm.data.open_data": ("open_data",),
     "d2llm.data.pairs": ("PairDataset", "read_pairs"),

@@ -27,6 +27,7 @@ from d2llm.cli.index import index_app
 from d2llm.cli.init import init
 from d2llm.cli.judge import judge
 from d2llm.cli.keys import keys_app
+from d2llm.cli.labels import labels_app
 from d2llm.cli.push import push
 from d2llm.cli.run import distill, gate, label, mine, run, stack, tune_teacher
 from d2llm.cli.search import search
@@ -147,7 +148,7 @@ _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Measure": (evaluate, ablate),
     "Tools": (export, demo, judge, doctor),
 }
-_GROUPS = {"Search": index_app, "Serve": keys_app, "Measure": data_app}
+_GROUPS = {"Distil": labels_app, "Search": index_app, "Serve": keys_app, "Measure": data_app}
 
 for _heading, _verbs in _VERBS.items():
     for _verb in _verbs:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from d2llm.core.errors import InputError
 
@@ -29,8 +29,9 @@ def _sibling(path: Path, label: str) -> Path:
     return path.with_name(f".{path.name}.{label}-{secrets.token_hex(6)}")
 
 
-def write_bytes(path: Path, content: bytes, *, mode: int | None = None) -> None:
-    """Write ``content`` to ``path`` atomically: temporary name in the same folder, fsync, rename.
+@contextmanager
+def new_file(path: Path, *, mode: int | None = None) -> Generator[BinaryIO]:
+    """Yield an open file that becomes ``path``, durably, if the block ends without an error.
 
     ``mode`` sets the file's permissions, such as 0o600 for a file that only its owner can read; None: by the umask.
     """
@@ -40,7 +41,7 @@ def write_bytes(path: Path, content: bytes, *, mode: int | None = None) -> None:
         with temporary.open("xb") as file:
             if mode is not None:
                 temporary.chmod(mode)  # while the file is empty, so that nobody else can open it first
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -48,6 +49,12 @@ def write_bytes(path: Path, content: bytes, *, mode: int | None = None) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+def write_bytes(path: Path, content: bytes, *, mode: int | None = None) -> None:
+    """Write ``content`` to ``path`` atomically (``new_file``)."""
+    with new_file(path, mode=mode) as file:
+        file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ import functools
 import logging
 import operator
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,32 @@ from d2llm.core.files import write_bytes
 from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 
 _log = logging.getLogger(__name__)
-_KIND = "labels"
+KIND = "labels"
 _FORMAT_VERSION = 2  # since 2 the data set is part of the key
 _KEY = [(name, pa.string()) for name in ("teacher", "prompt", "dataset", "query_id")]
 _LABELS = pa.schema([*_KEY, ("passage_id", pa.string()), ("log_odds", pa.float32())])
 _GRAMS = pa.schema([*_KEY, ("passage_ids", pa.list_(pa.string())), ("gram", pa.list_(pa.float32()))])
+_ID = pa.dictionary(pa.int32(), pa.string())
+_COMPACT_LABELS = pa.schema([("query_id", _ID), ("passage_id", _ID), ("log_odds", pa.float32())])
+_COMPACT_GRAMS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("passage_ids", pa.large_list(pa.string())),  # offsets of 32 bits would end at 2 G cosines
+        ("gram", pa.large_list(pa.float32())),
+    ]
+)
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class LabelKey:
+    """What the labels of a set have in common: teacher and prompt (both by fingerprint) and the data set's name."""
+
+    teacher: str
+    prompt: str
+    dataset: str
+
+    def __str__(self) -> str:
+        return f"teacher {self.teacher}, prompt {self.prompt}, data set {self.dataset}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +86,63 @@ class QueryLabels:
         return () if self.gram is None else self.passage_ids[: len(self.gram)]
 
 
+class _StoredLabels:
+    """The labels that were in a store when it was opened: about a dozen bytes for each pair, not Python objects."""
+
+    def __init__(self, rows: Any) -> None:
+        """Take labelled pairs in the order in which they were written, their ids as dictionaries."""
+        queries, passages = (rows[name].combine_chunks() for name in ("query_id", "passage_id"))
+        self._passage_ids = passages.dictionary
+        self._place_of = {name: place for place, name in enumerate(queries.dictionary.to_pylist())}
+        places, names = (np.asarray(column.indices, np.int64) for column in (queries, passages))
+        pairs = places * max(len(self._passage_ids), 1) + names
+        order = np.argsort(pairs, kind="stable")  # the labels of a pair together, those written last at the end
+        is_first = np.diff(pairs[order], prepend=-1) != 0
+        firsts, lasts = order[is_first], order[np.append(is_first[1:], np.True_)[: len(order)]]
+        by_query = np.lexsort((firsts, places[firsts]))  # passages in the order in which they were first written
+        firsts, lasts = firsts[by_query], lasts[by_query]
+        self._names = names[firsts].astype(np.int32)
+        self._values = np.asarray(rows["log_odds"], np.float32)[lasts]
+        self._ends = np.cumsum(np.bincount(places[firsts], minlength=len(self._place_of)))
+        self.num_duplicates = len(order) - len(firsts)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._values)
+
+    @property
+    def query_ids(self) -> Set[str]:
+        """The queries with labels."""
+        return self._place_of.keys()
+
+    def log_odds(self, query_id: str) -> dict[str, float]:
+        """Log-odds by passage id; empty for a query without labels."""
+        place = self._place_of.get(query_id)
+        if place is None:
+            return {}
+        rows = slice(self._ends[place - 1] if place else 0, self._ends[place])
+        names = self._passage_ids.take(pa.array(self._names[rows])).to_pylist()
+        return dict(zip(names, self._values[rows].tolist(), strict=True))
+
+
+class _StoredGrams:
+    """The Gram matrices that were in a store when it was opened; the last of a query counts."""
+
+    def __init__(self, rows: Any) -> None:
+        """Take rows [query_id, passage_ids, gram] in the order in which they were written."""
+        self._rows = rows.select(["passage_ids", "gram"])
+        self._place_of = {name: place for place, name in enumerate(rows["query_id"].to_pylist())}
+
+    def gram(self, query_id: str) -> tuple[tuple[str, ...], NDArray[np.float32]] | None:
+        """The passage ids and the matrix of a query, if there is one."""
+        place = self._place_of.get(query_id)
+        if place is None:
+            return None
+        names = tuple(self._rows["passage_ids"][place].as_py())
+        values = np.array(self._rows["gram"][place].values, np.float32)
+        return names, values.reshape(len(names), len(names))
+
+
 class LabelStore:
     """The labels of one data set by one teacher with one prompt (both by fingerprint). Opening reads them all.
 
@@ -81,14 +159,19 @@ class LabelStore:
         self.dataset = dataset
         self.num_duplicates = 0
         """Number of pairs that were labelled more than once; the label written last is used."""
-        self._log_odds: dict[str, dict[str, float]] = {}
+        self._log_odds: dict[str, dict[str, float]] = {}  # written since the store was opened
         self._grams: dict[str, tuple[tuple[str, ...], NDArray[np.float32]]] = {}
-        self._others: set[tuple[str, str, str]] = set()
+        self._others: set[LabelKey] = set()
         if (self.folder / FILE_NAME).exists():
-            read_manifest(self.folder, _KIND, _FORMAT_VERSION)
-        for name in self._shards():
-            self._read_labels(name)
-            self._read_grams(name)
+            read_manifest(self.folder, KIND, _FORMAT_VERSION)
+        labels, grams = [_COMPACT_LABELS.empty_table()], [_COMPACT_GRAMS.empty_table()]
+        for name in shards(self.folder):
+            labels.append(self._own_rows(_read_table(self.folder, "labels", name, _LABELS)).cast(_COMPACT_LABELS))
+            grams.append(self._own_rows(self._read_grams(name)).cast(_COMPACT_GRAMS))
+        self._stored = _StoredLabels(pa.concat_tables(labels).unify_dictionaries())
+        self._stored_grams = _StoredGrams(pa.concat_tables(grams))
+        pa.default_memory_pool().release_unused()
+        self.num_duplicates += self._stored.num_duplicates
         if self.num_duplicates:
             _log.warning("%s: %d pairs are labelled more than once; the last counts", folder, self.num_duplicates)
 
@@ -105,7 +188,7 @@ class LabelStore:
         if len(store) == 0:
             if not store._others:
                 raise DataFormatError(folder, "holds no teacher labels; make them first (d2llm label)")
-            others = "; ".join("teacher {}, prompt {}, data set {}".format(*key) for key in sorted(store._others))
+            others = "; ".join(map(str, sorted(store._others)))
             raise LabelMismatchError(
                 f"{folder}: has no labels of teacher {teacher}, prompt {prompt}, data set {dataset}, only of "
                 f"{others}. Use the teacher and prompt that made the labels, or label again with these"
@@ -118,36 +201,40 @@ class LabelStore:
 
     def __len__(self) -> int:
         """Number of queries with labels."""
-        return len(self._log_odds)
+        return len(self._stored.query_ids | self._log_odds.keys())
 
     @property
     def num_pairs(self) -> int:
         """Number of labelled pairs."""
-        return sum(map(len, self._log_odds.values()))
+        added = sum(
+            len(labelled.keys() - self._stored.log_odds(query_id).keys())
+            for query_id, labelled in self._log_odds.items()
+        )
+        return len(self._stored) + added
 
     @property
     def query_ids(self) -> tuple[str, ...]:
         """The queries with labels, sorted by id."""
-        return tuple(sorted(self._log_odds))
+        return tuple(sorted(self._stored.query_ids | self._log_odds.keys()))
 
     def missing(self, query_id: str, passage_ids: Iterable[str]) -> list[str]:
         """Those of ``passage_ids`` that have no label for the query, each once, in the given order."""
-        labelled = self._log_odds.get(query_id, {})
+        labelled = self.log_odds(query_id)
         return [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in labelled]
 
     def missing_cosines(self, query_id: str, passage_ids: Iterable[str]) -> list[str]:
         """Those of ``passage_ids`` that the query's Gram matrix does not cover, each once, in the given order."""
-        stored = self._grams.get(query_id)
+        stored = self.gram(query_id)
         covered = frozenset(stored[0]) if stored else frozenset[str]()
         return [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in covered]
 
     def log_odds(self, query_id: str) -> dict[str, float]:
         """logit(yes) - logit(no) by passage id; empty for a query without labels."""
-        return dict(self._log_odds.get(query_id, {}))
+        return self._stored.log_odds(query_id) | self._log_odds.get(query_id, {})
 
     def gram(self, query_id: str) -> tuple[tuple[str, ...], Float32[np.ndarray, "m m"]] | None:
         """Passage ids and the matrix of cosines between the teacher's features of them; None if there is none."""
-        return self._grams.get(query_id)
+        return self._grams.get(query_id) or self._stored_grams.gram(query_id)
 
     def write(self, labels: Sequence[QueryLabels], *, remember: bool = True) -> None:
         """Add labels as one shard, atomically; they are on disk when this returns. An empty list writes nothing.
@@ -162,7 +249,7 @@ class LabelStore:
         for item in labels:
             _refuse_nonfinite(item)
         if not (self.folder / FILE_NAME).exists():
-            write_manifest(self.folder, _KIND, _FORMAT_VERSION, {})
+            write_manifest(self.folder, KIND, _FORMAT_VERSION, {})
         name = self._next_name()
         _write_table(self.folder / "grams" / name, _GRAMS, self._gram_rows(labels))
         _write_table(self.folder / "labels" / name, _LABELS, self._label_rows(labels))
@@ -171,14 +258,6 @@ class LabelStore:
                 self._add(item.query_id, passage_id, value)
             if item.gram is not None:
                 self._grams[item.query_id] = (item.gram_passage_ids, item.gram.astype(np.float32))
-
-    def _shards(self) -> list[str]:
-        """Names of the complete shards, oldest first."""
-        # Labels are listed first because they are written last: a shard that another process finishes in between is
-        # seen completely or not at all.
-        labels = {path.name for path in (self.folder / "labels").glob("[0-9]*.parquet")}
-        grams = {path.name for path in (self.folder / "grams").glob("[0-9]*.parquet")}
-        return sorted(labels & grams)
 
     def _next_name(self) -> str:
         """Later shards sort later; the random part prevents name clashes of concurrent writers."""
@@ -197,45 +276,64 @@ class LabelStore:
                 values = item.gram.astype(np.float32).ravel()
                 yield *self._key, item.query_id, list(item.gram_passage_ids), values
 
-    def _read_labels(self, name: str) -> None:
-        table = self._own_rows(_read_table(self.folder, "labels", name, _LABELS))
-        for query_id, passage_id, value in zip(
-            table["query_id"].to_pylist(), table["passage_id"].to_pylist(), table["log_odds"].to_pylist(), strict=True
-        ):
-            self._add(query_id, passage_id, value)
-
-    def _read_grams(self, name: str) -> None:
-        table = self._own_rows(_read_table(self.folder, "grams", name, _GRAMS))
-        for query_id, passage_ids, gram in zip(
-            table["query_id"].to_pylist(), table["passage_ids"].to_pylist(), table["gram"], strict=True
-        ):
-            values: NDArray[np.float32] = np.array(gram.values, dtype=np.float32)
-            if len(values) != len(passage_ids) ** 2:
-                raise _damaged(
-                    self.folder,
-                    "grams",
-                    name,
-                    f"query '{query_id}' has {len(values)} cosines of {len(passage_ids)} passages",
-                )
-            self._grams[query_id] = (tuple(passage_ids), values.reshape(len(passage_ids), len(passage_ids)))
+    def _read_grams(self, name: str) -> Any:
+        table = _read_table(self.folder, "grams", name, _GRAMS)
+        count: Any = pc.call_function
+        lengths, sizes = (np.asarray(count("list_value_length", [table[name]])) for name in ("passage_ids", "gram"))
+        for place in np.flatnonzero(sizes != lengths**2).tolist():
+            problem = f"has {sizes[place]} cosines of {lengths[place]} passages"
+            raise _damaged(self.folder, "grams", name, f"query '{table['query_id'][place]}' {problem}")
+        return table
 
     def _own_rows(self, table: Any) -> Any:
-        """The rows of this teacher, prompt and data set; the keys of other rows are recorded in ``_others``."""
+        """The rows of this teacher, prompt and data set without these; ``_others`` records the keys of other rows."""
         names = ("teacher", "prompt", "dataset")
-        for key_columns in table.group_by(list(names)).aggregate([]).to_pylist():
-            if (key := (key_columns["teacher"], key_columns["prompt"], key_columns["dataset"])) != self._key:
-                self._others.add(key)
+        self._others |= _keys_in(table) - {self.key}
         conditions = (pc.field(name) == value for name, value in zip(names, self._key, strict=True))
-        return table.filter(functools.reduce(operator.and_, conditions))
+        return table.filter(functools.reduce(operator.and_, conditions)).drop_columns(list(names))
+
+    @property
+    def key(self) -> LabelKey:
+        """The set that this store reads and writes."""
+        return LabelKey(self.teacher, self.prompt, self.dataset)
 
     @property
     def _key(self) -> tuple[str, str, str]:
         return self.teacher, self.prompt, self.dataset
 
     def _add(self, query_id: str, passage_id: str, value: float) -> None:
-        labelled = self._log_odds.setdefault(query_id, {})
-        self.num_duplicates += passage_id in labelled
-        labelled[passage_id] = value
+        self.num_duplicates += not self.missing(query_id, [passage_id])
+        self._log_odds.setdefault(query_id, {})[passage_id] = value
+
+
+def shards(folder: Path) -> list[str]:
+    """Names of the complete shards of a store, oldest first."""
+    # Labels are listed first because they are written last: a shard that another process finishes in between is seen
+    # completely or not at all.
+    labels = {path.name for path in (folder / "labels").glob("[0-9]*.parquet")}
+    grams = {path.name for path in (folder / "grams").glob("[0-9]*.parquet")}
+    return sorted(labels & grams)
+
+
+def label_keys(folder: Path) -> list[LabelKey]:
+    """The sets of labels in a store.
+
+    Raises:
+        DataFormatError: the folder has no labels, or a shard is damaged.
+    """
+    if (folder / FILE_NAME).exists() or not folder.is_dir():
+        read_manifest(folder, KIND, _FORMAT_VERSION)
+    keys: set[LabelKey] = set()
+    for name in shards(folder):
+        keys |= _keys_in(_read_table(folder, "labels", name, _LABELS))
+    if not keys:
+        raise DataFormatError(folder, "holds no teacher labels; make them first (d2llm label)")
+    return sorted(keys)
+
+
+def _keys_in(table: Any) -> set[LabelKey]:
+    names = ["teacher", "prompt", "dataset"]
+    return {LabelKey(**key) for key in table.group_by(names).aggregate([]).to_pylist()}
 
 
 def _refuse_nonfinite(labels: QueryLabels) -> None:

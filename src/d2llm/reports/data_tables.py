@@ -1,4 +1,4 @@
-"""The results of ``data check`` as tables for a terminal."""
+"""The results of ``data check`` and ``labels stats`` as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from d2llm.core.table import Column, Table
 from d2llm.data.check_report import DataReport, Lengths, SplitCounts
+from d2llm.data.label_sets import LabelCounts
 
 _BAR_WIDTH = 24
 _NUM_LANGUAGES = 6
@@ -92,4 +93,27 @@ def _language_table(report: DataReport) -> Table:
         rest = len(shares) - _NUM_LANGUAGES
         first = shares[:_NUM_LANGUAGES] + ([f"{rest} more"] if rest > 0 else [])
         table.add_row(languages.label, languages.num_texts, ", ".join(first))
+    return table
+
+
+def label_table(counts: LabelCounts) -> Table:
+    """The label sets of a store."""
+    numbers = ("queries", "pairs", "repeated", "with features")
+    table = Table(
+        "data set",
+        "teacher",
+        "prompt",
+        *(Column(name, ",") for name in numbers),
+        Column("yes", ".1%"),
+        Column("log-odds", ".2f"),
+        Column("spread", ".2f"),
+        title=f"{counts.store}: {counts.num_shards:,} shards, {counts.num_bytes / 2**20:,.1f} MiB",
+        caption="repeated: pairs labelled more than once, of which the last label counts; with features: queries with "
+        "cosines between the teacher's features; yes: share of pairs with log-odds above 0; spread: standard deviation",
+    )
+    for one in counts.sets:
+        table.add_row(
+            *(one.dataset, one.teacher, one.prompt, one.num_queries, one.num_pairs, one.num_repeated, one.num_grams),
+            *(one.share_yes, one.mean, one.spread),
+        )
     return table

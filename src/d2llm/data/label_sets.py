@@ -1,0 +1,225 @@
+"""Counting, merging and exporting label stores (``data.labels``).
+
+A label set is what one teacher said with one prompt about one data set; a store may hold several. Runs on several
+machines write stores of their own, which ``merge_labels`` makes one of. Memory holds one set at a time, a dozen bytes
+for each of its pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from d2llm.core.errors import InputError
+from d2llm.core.files import folder_bytes, new_file, new_folder
+from d2llm.core.progress import progress_bar
+from d2llm.data.labels import KIND, LabelKey, LabelStore, QueryLabels, label_keys, shards
+
+_SHARD_QUERIES = 5_000
+_EXPORTED = pa.schema(
+    [(name, pa.string()) for name in ("teacher", "prompt", "dataset", "query_id", "passage_id")]
+    + [("log_odds", pa.float32())]
+)
+FILE_TYPES = (".parquet", ".jsonl", ".csv")
+"""What ``export_labels`` can write."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """Counts of one set: queries, pairs, pairs that were labelled more than once, and queries with a Gram matrix.
+
+    ``share_yes`` of the pairs have log-odds above 0; ``mean`` and ``spread`` (standard deviation) are of the log-odds.
+    """
+
+    teacher: str
+    prompt: str
+    dataset: str
+    num_queries: int
+    num_pairs: int
+    num_repeated: int
+    num_grams: int
+    share_yes: float
+    mean: float
+    spread: float
+
+
+@dataclass(frozen=True, slots=True)
+class LabelCounts:
+    """What a store holds: its sets, the number of its shards, and their size on disk."""
+
+    store: str
+    sets: tuple[LabelSet, ...]
+    num_shards: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergedLabels:
+    """The result of merging stores.
+
+    ``num_repeated`` pairs were labelled more than once, with log-odds that differ by ``largest_difference`` at most;
+    the label of the store that was given last counts.
+    """
+
+    store: str
+    num_sets: int
+    num_queries: int
+    num_pairs: int
+    num_repeated: int
+    largest_difference: float
+
+
+def count_labels(folder: Path) -> LabelCounts:
+    """Count the labels of each set in a store.
+
+    Raises:
+        DataFormatError: the folder has no labels, or a shard is damaged.
+    """
+    sets = tuple(_counted(_open(folder, key)) for key in label_keys(folder))
+    return LabelCounts(str(folder), sets, len(shards(folder)), folder_bytes(folder))
+
+
+def merge_labels(folders: Sequence[Path], out: Path) -> MergedLabels:
+    """Write the labels of all stores into a new one, each pair once; ``out`` appears when it is complete.
+
+    Raises:
+        InputError: there are no folders, or ``out`` exists.
+        DataFormatError: a folder has no labels, or a shard is damaged.
+    """
+    if not folders:
+        raise InputError("no label stores were given; name at least one folder")
+    if out.exists():
+        raise InputError(f"{out}: already exists; give a new folder, and delete the old stores once it is complete")
+    keys = {folder: label_keys(folder) for folder in folders}
+    all_keys = sorted({key for own in keys.values() for key in own})
+    num_queries = num_pairs = num_repeated = 0
+    largest = 0.0
+    with new_folder(out, kind=KIND) as draft, progress_bar("merging labels", None) as advance:
+        for key in all_keys:
+            stores = [_open(folder, key) for folder in folders if key in keys[folder]]
+            num_repeated += sum(store.num_duplicates for store in stores)
+            written = LabelStore(draft, teacher=key.teacher, prompt=key.prompt, dataset=key.dataset)
+            for query_ids in _blocks(sorted({name for store in stores for name in store.query_ids})):
+                merged: list[QueryLabels] = []
+                for query_id in query_ids:
+                    labels, differences = _merged(query_id, stores)
+                    merged.append(labels)
+                    num_repeated += len(differences)
+                    largest = max(largest, *differences, 0.0)
+                    num_pairs += len(labels.passage_ids)
+                written.write(merged, remember=False)
+                num_queries += len(merged)
+                advance(len(merged))
+    return MergedLabels(str(out), len(all_keys), num_queries, num_pairs, num_repeated, largest)
+
+
+def export_labels(
+    folder: Path, path: Path, *, teacher: str | None = None, prompt: str | None = None, dataset: str | None = None
+) -> int:
+    """Write a store as one file for other programs, a line for each pair; returns the number of pairs.
+
+    The columns are teacher, prompt, dataset, query_id, passage_id and log_odds; the ending of ``path`` is .parquet,
+    .jsonl or .csv. ``teacher``, ``prompt`` (fingerprints or their beginnings) and ``dataset`` choose sets.
+
+    Raises:
+        InputError: the ending is another one, or no set has been chosen.
+        DataFormatError: the folder has no labels, or a shard is damaged.
+    """
+    if path.suffix not in FILE_TYPES:
+        raise InputError(f"{path}: labels are written as {', '.join(FILE_TYPES)}; give a name that ends so")
+    keys = label_keys(folder)
+    chosen = [
+        key
+        for key in keys
+        if key.teacher.startswith(teacher or "")
+        and key.prompt.startswith(prompt or "")
+        and (dataset is None or key.dataset == dataset)
+    ]
+    if not chosen:
+        raise InputError(f"{folder}: no such labels; it has those of {'; '.join(map(str, keys))}")
+    with new_file(path) as file:
+        return _write(_tables(folder, chosen), file, path.suffix)
+
+
+def _tables(folder: Path, keys: Sequence[LabelKey]) -> Iterator[Any]:
+    """The pairs of some sets, in tables of the exported columns."""
+    with progress_bar("exporting labels", None) as advance:
+        for key in keys:
+            store = _open(folder, key)
+            for query_ids in _blocks(store.query_ids):
+                rows = [
+                    (key.teacher, key.prompt, key.dataset, query_id, passage_id, value)
+                    for query_id in query_ids
+                    for passage_id, value in store.log_odds(query_id).items()
+                ]
+                columns = zip(_EXPORTED, zip(*rows, strict=True), strict=True)
+                yield pa.Table.from_arrays(
+                    [pa.array(values, field.type) for field, values in columns], schema=_EXPORTED
+                )
+                advance(len(query_ids))
+
+
+def _write(tables: Iterator[Any], file: BinaryIO, file_type: str) -> int:
+    """Write tables of pairs; returns the number of pairs."""
+    num_pairs = 0
+    writers: dict[str, Any] = {".parquet": pq.ParquetWriter, ".csv": pa_csv.CSVWriter}
+    with writers[file_type](file, _EXPORTED) if file_type in writers else nullcontext() as writer:
+        for table in tables:
+            num_pairs += len(table)
+            if writer is not None:
+                writer.write_table(table)
+                continue
+            for record in table.to_pylist():
+                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+    return num_pairs
+
+
+def _blocks(query_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(query_ids), _SHARD_QUERIES):
+        yield query_ids[start : start + _SHARD_QUERIES]
+
+
+def _open(folder: Path, key: LabelKey) -> LabelStore:
+    return LabelStore(folder, teacher=key.teacher, prompt=key.prompt, dataset=key.dataset)
+
+
+def _counted(store: LabelStore) -> LabelSet:
+    values = np.array([value for name in store.query_ids for value in store.log_odds(name).values()], np.float64)
+    return LabelSet(
+        store.teacher,
+        store.prompt,
+        store.dataset,
+        num_queries=len(store),
+        num_pairs=store.num_pairs,
+        num_repeated=store.num_duplicates,
+        num_grams=sum(store.gram(name) is not None for name in store.query_ids),
+        share_yes=float((values > 0).mean()),
+        mean=float(values.mean()),
+        spread=float(values.std()),
+    )
+
+
+def _merged(query_id: str, stores: Sequence[LabelStore]) -> tuple[QueryLabels, list[float]]:
+    """The labels of a query in all stores, and by how much those of pairs differ that several stores have."""
+    values: dict[str, float] = {}
+    differences: list[float] = []
+    gram: tuple[tuple[str, ...], Any] | None = None
+    for store in stores:
+        for passage_id, value in store.log_odds(query_id).items():
+            if passage_id in values:
+                differences.append(abs(values[passage_id] - value))
+            values[passage_id] = value
+        gram = store.gram(query_id) or gram
+    first = () if gram is None else gram[0]
+    passage_ids = tuple(dict.fromkeys((*first, *values)))  # a Gram matrix is of the first passages
+    log_odds = np.array([values[passage_id] for passage_id in passage_ids], np.float32)
+    return QueryLabels(query_id, passage_ids, log_odds, None if gram is None else gram[1]), differences
