@@ -27,10 +27,10 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.ops.weighted_sum import beside_first, fit_scaled_weights, sum_weights
 from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.protocols import SearchStudent, TokenStudent
-from d2llm.retrieval.reading import read_tokens, read_windows
+from d2llm.retrieval.reading import read_passages, read_windows
 from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.part_vectors import PartVectors
+from d2llm.store.part_vectors import PartVectors, ReadParts
 from d2llm.store.vector_formats import make_format
 from d2llm.training.dev import MIN_QUERIES, dev_queries
 
@@ -160,9 +160,10 @@ def make_evidence_lists(
     others = np.setdiff1d(np.arange(len(ids)), needed).tolist()
     extra = random.Random(seed).sample(others, min(len(others), max(0, num_passages - len(needed))))
     pool = np.union1d(needed, np.array(extra, np.int64))
-    texts = [dataset.passages[ids[row]].full_text for row in pool]
-    with progress_bar(f"encoding {dataset.name} for its evidence", len(texts)) as advance:
-        passages = student.encode_passages(texts, advance=advance).vectors
+    counts_tokens = "token_vectors" in terms
+    with progress_bar(f"encoding {dataset.name} for its evidence", len(pool)) as advance:
+        read = read_passages(student, [dataset.passages[ids[row]] for row in pool], advance, with_tokens=counts_tokens)
+    passages = read.vectors
     vectors = student.encode_queries([query.text for query in queries]).vectors
     kept: list[int] = []
     listed: list[NDArray[np.int64]] = []
@@ -181,13 +182,15 @@ def make_evidence_lists(
         windows = _read_windows(student, dataset, ids, np.unique(np.concatenate(listed)), pool, passages)
         anchors = student.anchor_queries(vectors, task)
         best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors[kept], listed, strict=True)]
-    if kept and "token_vectors" in terms:
-        tokens = _read_tokens(student, dataset, ids, np.unique(np.concatenate(listed)))
+    if kept and counts_tokens:
         assert isinstance(student, TokenStudent)
-        read = student.encode_with_tokens([queries[number].text for number in kept], "query").tokens
-        assert read is not None
+        assert read.tokens is not None
+        tokens = _stored_tokens(read.tokens, ids, pool)
+        read_queries = student.encode_with_tokens([queries[number].text for number in kept], "query").tokens
+        assert read_queries is not None
         best_tokens = [
-            tokens.sum_of_best(mean_of_cosines(own), rows) for own, rows in zip(read.split(), listed, strict=True)
+            tokens.sum_of_best(mean_of_cosines(own), rows)
+            for own, rows in zip(read_queries.split(), listed, strict=True)
         ]
     lists = [
         scored_list(own, words, words_of_queries[number], rows, grades[number], terms, by_window, by_token)
@@ -223,11 +226,8 @@ def _read_windows(
     return PartVectors(places, stored.encode(vectors, [ids[int(row)] for row in np.repeat(rows, counts)]), stored)
 
 
-def _read_tokens(student: SearchStudent, dataset: Dataset, ids: Sequence[str], rows: NDArray[np.int64]) -> PartVectors:
+def _stored_tokens(read: ReadParts, ids: Sequence[str], rows: NDArray[np.int64]) -> PartVectors:
     """The vectors of the tokens of the passages at ``rows``, as an index stores them."""
-    texts = [dataset.passages[ids[int(row)]].full_text for row in rows]
-    with progress_bar(f"encoding the tokens of {dataset.name}", len(texts)) as advance:
-        read = read_tokens(student, texts, advance)
     places = np.zeros((len(ids), 2), np.int64)
     places[rows] = np.stack([np.cumsum(read.counts) - read.counts, read.counts], axis=1)
     stored = make_format(PART_FORMATS["token"], read.vectors.shape[1])
