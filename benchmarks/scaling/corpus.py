@@ -96,14 +96,23 @@ class Corpus:
 class KnownVectors:
     """A student without encoder: it returns vectors that it was given, and scores as the real student does.
 
-    Windows and tokens, for which no vectors were given, get random ones: only their time counts.
+    Windows, for which no vectors were given, get random ones: only their time counts. A token gets the vector that it
+    has in one of the real passages, with the noise that vectors of passages have; tokens of queries are real.
     """
 
     has_anchor = True
-    token_dim, token_fingerprint = 64, "random"
+    token_fingerprint = "known"
 
-    def __init__(self, student: Student, queries: Sequence[Queries]) -> None:
+    def __init__(self, student: Student, queries: Sequence[Queries], passages: Sequence[Passage] = ()) -> None:
         self._student = student
+        self.token_dim = student.token_dim
+        self._token_vectors: dict[int, NDArray[np.float32]] = {}
+        if passages:
+            texts = [passage.full_text for passage in passages]
+            read = student.encode_with_tokens(texts, "passage").tokens
+            assert read is not None
+            for own, token_ids in zip(read.split(), self._tokens(texts), strict=True):
+                self._token_vectors |= zip(token_ids, own, strict=True)
         self.fingerprint, self.config, self.vector_dim = student.fingerprint, student.config, student.vector_dim
         self.anchor_queries, self.score = student.anchor_queries, student.score
         self._queries = {text: vector for of_task in queries for text, vector in zip(*of_task, strict=True)}
@@ -140,12 +149,25 @@ class KnownVectors:
     def encode_with_tokens(
         self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
     ) -> EncodedTexts:
-        """The known vectors, and random ones for tokens of 4.5 characters, of norm sqrt(token_dim)."""
-        encoded = (self.encode_queries if kind == "query" else self.encode_passages)(texts, advance=advance)
-        counts = np.array([round(len(text) / 4.5) for text in texts], np.int64)
-        tokens = self._random.standard_normal((int(counts.sum()), self.token_dim), np.float32)
-        tokens *= self.token_dim**0.5 / np.linalg.norm(tokens, axis=1, keepdims=True)
-        return replace(encoded, tokens=TokenVectors(tokens, counts))
+        """The known vectors, and those of the tokens that the real passages have."""
+        if kind == "query":
+            return replace(self.encode_queries(texts), tokens=self._student.encode_with_tokens(texts, kind).tokens)
+        encoded, dim = self.encode_passages(texts, advance=advance), self.token_dim or 0
+        tokens: list[NDArray[np.float32]] = []
+        for token_ids in self._tokens(texts):
+            known = [self._token_vectors[one] for one in token_ids if one in self._token_vectors]
+            own = np.array(known, np.float32).reshape(-1, dim)
+            noise = self._random.standard_normal(own.shape, np.float32)
+            own = own + _NOISE * dim**0.5 * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+            tokens.append(own * dim**0.5 / np.linalg.norm(own, axis=1, keepdims=True))
+        return replace(encoded, tokens=TokenVectors.join(tokens, dim))
+
+    def _tokens(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """The tokens of each passage that have vectors."""
+        projection = self._student.token_projection
+        assert projection is not None, "a student without vectors of tokens"
+        for ids in self._student.tokenize(texts, "passage").ids:
+            yield [ids[place] for place in projection.places(ids)]
 
 
 def read_real(
