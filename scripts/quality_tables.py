@@ -39,6 +39,7 @@ KINDS = {
     "cosine_tuned": "cosine, tuned",
     "anchor": "D2LLM's cosine",
     "d2llm": "D2LLM",
+    "fitted_student": "D2LLM, fitted",
 }
 CLEAREST = ("banking77", "covidqa", "quora", "stsb")  # sets with the clearest gains and losses, shown in the README
 README_LEGEND = (
@@ -100,7 +101,9 @@ def overview_of(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None
     for kind, title in (("retrieval", "Retrieval, nDCG@10 on test splits:"), ("pairs", "Pairs, on test splits:")):
         if found := of_kind(files, kind):
             lines += [title, "", overview_table(found, fitted if kind == "retrieval" else None).to_markdown(), ""]
-    return [*lines, *legend(files[0]["result"], with_fitted_sum=bool(fitted))]
+    has_fitted = any("fitted_student" in values_by_kind(file["result"]) for file in files)
+    note = "D2LLM, fitted: its weights fitted on the same queries as those of the fitted sum, as by `d2llm fit-scores`."
+    return [*lines, *legend(files[0]["result"], with_fitted_sum=bool(fitted)), *([note] if has_fitted else [])]
 
 
 def readme_table(files: list[dict[str, Any]], fitted: Mapping[str, Report]) -> Table:

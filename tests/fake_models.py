@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2llm.core.recipe import InteractionConfig, StudentConfig
+from d2llm.core.types import PART_KINDS
+from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.teachers.judge import Judgements
+from d2llm.models.token_vectors import TokenVectors
 
 
 @dataclass(frozen=True)
@@ -142,3 +145,38 @@ class FakeTeacher:
             advance(len(pairs))
         num_truncated = sum(len(b) > 1000 for _, b in pairs)
         return Judgements(np.array(shared, np.float32), None, num_truncated, num_tokens=0)
+
+
+TOKEN_WEIGHTS = {"words": 0.25, "token_vectors": 5.0}
+
+
+@dataclass(frozen=True)
+class TokenEncoded(FakeEncoded):
+    """What ``encode_with_tokens`` returns."""
+
+    tokens: TokenVectors
+
+
+class TokenStudent(FakeStudent):
+    """A student with a vector of norm sqrt(dim) for each word, whose score counts them, if the index has them."""
+
+    token_dim = 12
+
+    def __init__(self, projection="first", **options):
+        super().__init__(**options)
+        self.token_fingerprint = projection
+
+    def evidence_weights(self, task, *, stored=PART_KINDS):
+        if task != "asymmetric":
+            return EvidenceWeights()
+        return EvidenceWeights(terms=TOKEN_WEIGHTS if "token" in stored else {"words": 1.0})
+
+    def encode_with_tokens(self, texts, kind, *, advance=None):
+        encoded = (self.encode_queries if kind == "query" else self.encode_passages)(texts, advance=advance)
+        tokens = TokenVectors.join([self.words(text) for text in texts], self.token_dim)
+        return TokenEncoded(encoded.vectors, encoded.truncated, encoded.num_tokens, tokens)
+
+    def words(self, text):
+        vectors = [_word_vector(f"{self.token_fingerprint} {w}", self.token_dim) for w in text.lower().split()]
+        normed = [vector * (self.token_dim**0.5 / np.linalg.norm(vector)) for vector in vectors[: self.max_words]]
+        return np.array(normed, np.float32).reshape(-1, self.token_dim)

@@ -19,7 +19,8 @@ from tiny_evaluations import PASSAGES, QUERIES, everyone, figures, make_dataset,
 TEACHER = "teacher (reranking 50 of BM25 and D2LLM)"
 FUSION, FUSION_UNTUNED = "hybrid: BM25 + D2LLM", "hybrid: BM25 + cosine, untuned"
 FITTED = "fitted sum: BM25 + cosine, tuned"
-NOT_BY_VECTORS = ("bm25", "hybrid", "fitted_sum", "teacher")
+FITTED_STUDENT = "D2LLM, weights fitted here"
+NOT_BY_VECTORS = ("bm25", "hybrid", "fitted_sum", "fitted_student", "teacher")
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,7 @@ def test_student_rows_against_numpy(report):
         "D2LLM, paper head",
         "cosine, D2LLM vectors",
         "D2LLM",
+        FITTED_STUDENT,
         TEACHER,
     ]
     assert mrr_of("cosine, untuned") == expected("base", cosine)
@@ -123,10 +125,11 @@ def test_student_rows_against_numpy(report):
 def test_counts_and_notes_of_a_report(report):
     assert (report.kind, report.num_items, report.num_left_out, report.num_passages) == ("retrieval", 4, 2, 5)
     assert report.missing == report.sample_rows == ()
-    odd, weights = report.notes
+    odd, *weights = report.notes
     assert odd == "test: 1 odd thing"
-    assert weights.startswith(f"{FITTED}: 1 x cosine + ")
-    assert weights.endswith("each fitted on the half of the queries it does not rank")
+    for note, start in zip(weights, (f"{FITTED}: 1 x cosine + ", f"{FITTED_STUDENT}: 1 x D2LLM + "), strict=True):
+        assert note.startswith(start)
+        assert note.endswith("each fitted on the half of the queries it does not rank")
     assert report.row("D2LLM").fingerprint == "fake-student"
     assert report.row("BM25").fingerprint is None
     assert report.settings["seed"] == 0
@@ -172,9 +175,9 @@ def test_report_is_json(report):
 def test_truncated_texts_are_noted():
     report = measure(make_dataset(), Contenders(FakeStudent(max_words=5)))
     # a, b and e have six words; both rows of the student read the same index.
-    assert report.notes == (
+    assert report.notes[:2] == (
         "test: 1 odd thing",
-        "cosine, D2LLM vectors; D2LLM: 3 of 5 passages were truncated",
+        f"cosine, D2LLM vectors; D2LLM; {FITTED_STUDENT}: 3 of 5 passages were truncated",
     )
 
 

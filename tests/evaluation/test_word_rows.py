@@ -1,4 +1,4 @@
-"""Lexical rows of a report: the fitted sum of cosine and BM25, and the student without parts of its score."""
+"""Lexical rows of a report: fitted sums of cosine or student, and the student without parts of its score."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import pytest
 from d2llm.core.errors import InputError
 from d2llm.core.types import PART_KINDS
 from d2llm.evaluation import word_rows
+from d2llm.evaluation.setting import Contenders
 from d2llm.models.evidence import EvidenceWeights, WordsFactor
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.store.bm25 import WordIndex
-from fake_models import FakeStudent
+from fake_models import FakeStudent, TokenStudent
 from tiny_evaluations import everyone, make_words, measure, with_indexes_of
 
 FITTED = "fitted sum: BM25 + cosine, tuned"
+FITTED_STUDENT = "D2LLM, weights fitted here"
 WEIGHTS = {"words": 0.5, "window_words_share": 1.5}
 
 
@@ -99,21 +101,38 @@ def cosine_of(dataset, student):
     return lambda text: passages @ unit(student.encode_queries([text]).vectors)[0]
 
 
+def padded(lists, *weights):
+    """Weights for the first columns of some lists, and 0 for the others."""
+    return np.array([*weights, *[0.0] * (lists[0][0].shape[1] - len(weights))])
+
+
 def test_the_sum_ranks_by_weights_fitted_on_dev(words, without_results, monkeypatch):
     dev = dict(list(words.qrels["test"].items())[:9])
     test = {query_id: grades for query_id, grades in words.qrels["test"].items() if query_id not in dev}
     dataset = replace(words, qrels={"dev": dev, "test": test})
     fitted_on = []
-    monkeypatch.setattr(word_rows, "sum_weights", lambda lists: fitted_on.append(lists) or np.array([1.0, 0.25, 2.0]))
+    monkeypatch.setattr(
+        word_rows, "sum_weights", lambda lists: fitted_on.append(lists) or padded(lists, 1.0, 0.25, 2.0)
+    )
     report = measure(dataset, everyone(), without_results, top_k=100)
     assert report.row(FITTED).cost.bytes_per_passage > report.row("cosine, tuned").cost.bytes_per_passage == 32
-    (lists,) = fitted_on
-    assert len(lists) == 9
-    assert all(scores.shape == (len(grades), 3) and sorted(set(grades)) >= [0, 1] for scores, grades in lists)
+    for lists, num_columns in zip(fitted_on, (3, 5), strict=True):
+        assert len(lists) == 9
+        assert all(scores.shape == (len(grades), num_columns) for scores, grades in lists)
+        assert all(sorted(set(grades)) >= [0, 1] for _, grades in lists)
     tuned = cosine_of(dataset, FakeStudent(fingerprint="tuned"))
     check(report.details.rankings[FITTED], dataset, tuned, {"words": 0.25, "words_share": 2.0})
-    (note,) = [note for note in report.notes if note.startswith(FITTED)]
-    assert note == (f"{FITTED}: 1 x cosine + 0.25 x BM25 + 2 x BM25 as a share of its limit, fitted on 9 dev queries")
+    student = FakeStudent()
+    passages = stored(student.encode_passages([passage.full_text for passage in dataset.passages.values()]).vectors)
+    check(
+        report.details.rankings[FITTED_STUDENT],
+        dataset,
+        lambda text: student.score(student.encode_queries([text]).vectors[0], passages, "asymmetric"),
+        {"words": 0.25, "words_share": 2.0},
+    )
+    for name, own in ((FITTED, "cosine"), (FITTED_STUDENT, "D2LLM")):
+        (note,) = [note for note in report.notes if note.startswith(name)]
+        assert note == f"{name}: 1 x {own} + 0.25 x BM25 + 2 x BM25 as a share of its limit, fitted on 9 dev queries"
 
 
 def test_without_dev_the_weights_are_cross_fitted(words, without_results, monkeypatch):
@@ -121,11 +140,11 @@ def test_without_dev_the_weights_are_cross_fitted(words, without_results, monkey
 
     def fit(lists):
         fitted.append(len(lists))
-        return np.array([1.0, float(len(fitted)), 0.0])
+        return padded(lists, 1.0, float(len(fitted)))
 
     monkeypatch.setattr(word_rows, "sum_weights", fit)
     report = measure(words, everyone(), without_results)
-    assert fitted == [12, 12]
+    assert fitted == [12] * 4  # two halves of each sum
     rankings = report.details.rankings[FITTED]
     assert list(rankings) == list(words.queries)
     tuned = cosine_of(words, FakeStudent(fingerprint="tuned"))
@@ -143,8 +162,8 @@ def test_the_fitted_sum_can_be_the_baseline(words, work):
         measure(few, everyone(), work, baseline="fitted_sum")
     with pytest.raises(InputError, match="no cosine to add"):
         measure(words, everyone(untuned=None, tuned_cosine=None), work, baseline="fitted_sum")
-    (missing,) = measure(few, everyone(), work).missing
-    assert (missing.name, missing.kind) == (FITTED, "fitted_sum")
+    missing = measure(few, everyone(), work).missing
+    assert [(row.name, row.kind) for row in missing] == [(FITTED, "fitted_sum"), (FITTED_STUDENT, "fitted_student")]
 
 
 def test_no_weights_are_a_missing_row(words, without_results, monkeypatch):
@@ -153,20 +172,37 @@ def test_no_weights_are_a_missing_row(words, without_results, monkeypatch):
 
     monkeypatch.setattr(word_rows, "sum_weights", nothing)
     report = measure(words, everyone(), without_results)
-    (missing,) = report.missing
-    assert (missing.name, missing.reason) == (FITTED, "no list has a relevant passage")
+    reason = "no list has a relevant passage"
+    assert [(row.name, row.reason) for row in report.missing] == [(FITTED, reason), (FITTED_STUDENT, reason)]
     assert report.row("D2LLM").num_items == 24
 
 
 def test_weights_are_fitted_again_if_judgements_have_changed(words, without_results, monkeypatch):
     fitted = []
-    monkeypatch.setattr(word_rows, "sum_weights", lambda lists: fitted.append(1) or np.array([1.0, 0.5, 0.0]))
+    monkeypatch.setattr(word_rows, "sum_weights", lambda lists: fitted.append(1) or padded(lists, 1.0, 0.5))
     dev = dict(list(words.qrels["test"].items())[:9])
     test = {query_id: grades for query_id, grades in words.qrels["test"].items() if query_id not in dev}
     for grade, calls in ((1, 1), (1, 1), (2, 2)):
         changed = {query_id: dict.fromkeys(grades, grade) for query_id, grades in dev.items()}
         measure(replace(words, qrels={"dev": changed, "test": test}), everyone(), without_results)
-        assert len(fitted) == calls
+        assert len(fitted) == 2 * calls  # of the cosine and of the student
+
+
+def test_the_student_is_fitted_with_all_its_evidence(words, without_results, monkeypatch):
+    columns = []
+
+    def fit(lists):
+        columns.append(lists[0][0].shape[1])
+        return sum_weights(lists)
+
+    monkeypatch.setattr(word_rows, "sum_weights", fit)
+    student = TokenStudent()
+    report = measure(words, Contenders(student), without_results)
+    assert columns == [6, 6]  # its own score, four kinds of words, and tokens
+    row, own = report.row(FITTED_STUDENT), report.row("D2LLM")
+    assert row.measures["nDCG@10"].value >= own.measures["nDCG@10"].value
+    (note,) = [note for note in report.notes if note.startswith(FITTED_STUDENT)]
+    assert note.startswith(f"{FITTED_STUDENT}: 1 x D2LLM + ")
 
 
 def test_without_a_tuned_cosine_the_untuned_one_is_used(words, work):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
-from d2llm.core.types import PART_KINDS, Passage
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.core.types import Passage
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher
 from evidence_rows import part_vectors
-from fake_models import FakeEncoded, FakeStudent, _word_vector
+from fake_models import FakeStudent, TokenStudent
 
 TEXTS = {
     "gem": "A rare gem is here.",
@@ -23,39 +20,6 @@ TEXTS = {
     "same": "gem gem gem",
     "long": "The start of it. " * 30,
 }
-WEIGHTS = {"words": 0.25, "token_vectors": 5.0}
-
-
-@dataclass(frozen=True)
-class TokenEncoded(FakeEncoded):
-    """What ``encode_with_tokens`` returns."""
-
-    tokens: TokenVectors
-
-
-class TokenStudent(FakeStudent):
-    """A student with a vector of norm sqrt(dim) for each word, whose score counts them, if the index has them."""
-
-    token_dim = 12
-
-    def __init__(self, projection="first", **options):
-        super().__init__(**options)
-        self.token_fingerprint = projection
-
-    def evidence_weights(self, task, *, stored=PART_KINDS):
-        if task != "asymmetric":
-            return EvidenceWeights()
-        return EvidenceWeights(terms=WEIGHTS if "token" in stored else {"words": 1.0})
-
-    def encode_with_tokens(self, texts, kind, *, advance=None):
-        encoded = (self.encode_queries if kind == "query" else self.encode_passages)(texts, advance=advance)
-        tokens = TokenVectors.join([self.words(text) for text in texts], self.token_dim)
-        return TokenEncoded(encoded.vectors, encoded.truncated, encoded.num_tokens, tokens)
-
-    def words(self, text):
-        vectors = [_word_vector(f"{self.token_fingerprint} {w}", self.token_dim) for w in text.lower().split()]
-        normed = [vector * (self.token_dim**0.5 / np.linalg.norm(vector)) for vector in vectors[: self.max_words]]
-        return np.array(normed, np.float32).reshape(-1, self.token_dim)
 
 
 def passages(**texts):

@@ -34,13 +34,15 @@ SystemKind = Literal[
     "paper_head",
     "anchor",
     "d2llm",
+    "fitted_student",
     "shortcut",
     "teacher",
     "external",
 ]
 """Systems that an evaluation measures: ``hybrid`` fuses two rankings by rank, ``fitted_sum`` adds the scores of BM25
-and a cosine with weights fitted on dev queries, ``anchor`` is the inner-product part of a D2LLM student alone, and
-``shortcut`` is the same student with a cheaper search."""
+and a cosine with weights fitted on dev queries, ``anchor`` is the inner-product part of a D2LLM student alone,
+``fitted_student`` is the student with weights of its evidence fitted on the same queries as those of the fitted sum,
+and ``shortcut`` is the same student with a cheaper search."""
 
 EngineName = Literal["auto", "torch", "onnx", "onnx-int8", "openvino", "openvino-int8"]
 """Engines that encode texts (``models.engines.engines``); ``auto``: the fastest one on this machine that gives the same

@@ -13,7 +13,15 @@ from d2llm.data.beir import Dataset
 from d2llm.evaluation import figures, setting
 from d2llm.evaluation.figures import Values, compare_means, mean_row
 from d2llm.evaluation.judging import Pool, interleaved, judge_pool
-from d2llm.evaluation.report import AgreementRow, Calibration, Comparison, Details, EvaluationReport, EvaluationRow
+from d2llm.evaluation.report import (
+    AgreementRow,
+    Calibration,
+    Comparison,
+    Details,
+    EvaluationReport,
+    EvaluationRow,
+    MissingRow,
+)
 from d2llm.evaluation.setting import Contender, Contenders, EvaluationSettings
 from d2llm.evaluation.shortcuts import Shortcuts, measure_shortcuts
 from d2llm.evaluation.systems import (
@@ -28,7 +36,7 @@ from d2llm.evaluation.systems import (
     timed,
     with_first_stages,
 )
-from d2llm.evaluation.word_rows import fitted_sum, without_parts
+from d2llm.evaluation.word_rows import fitted_student, fitted_sum, without_parts
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.measures import per_query_measures
 
@@ -73,6 +81,8 @@ def evaluate_retrieval(
         if settings.baseline == "fitted_sum":
             raise InputError(f"the baseline 'fitted_sum' cannot be measured: {reason}")
         shortcuts.missing += [summed] if summed is not None else []
+    fitted = fitted_student(work, contenders.student)
+    shortcuts.missing += [fitted] if isinstance(fitted, MissingRow) else []
     parts = without_parts(work, contenders.student, settings.num_candidates)
     runs = [run_system(run, trial, dataset.passages) for run in contenders.runs]
     pool = {
@@ -81,6 +91,7 @@ def evaluate_retrieval(
     }
     judges = contenders.judges(settings.teacher_depth)
     judged = [_judge(work, name, kind, judge, pool, lexical, subject) for name, kind, judge in judges]
+    searched += [fitted] if isinstance(fitted, System) else []
     systems = [lexical, *fused, *searched, *parts, *shortcuts.systems, *(system for system, _ in judged), *runs]
     teacher_scores = next((scores for system, scores in judged if system.kind == "teacher"), None)
     followers: dict[str, figures.Scores] = {}

@@ -1,32 +1,41 @@
-"""Rows that show how much words contribute: a fitted sum of cosine and BM25, and the student without part of its score.
+"""Rows that show how much words contribute: fitted sums, and the student without part of its score.
 
-The fitted sum does not need D2LLM: it has two weights, fitted on the dev queries of the data set
-(``training.fit_evidence``). If dev itself is measured, or there is no dev split, each half of the queries is ranked
-with the weights fitted on the other half.
+The fitted sum of cosine and BM25 does not need D2LLM: it has two weights, fitted on the dev queries of the data set. So
+that the student can be compared with the same knowledge of the data set, there is a row of it with such weights for all
+its evidence, as ``d2llm fit-scores`` would fit them. If dev itself is measured, or there is no dev split, each half of
+the queries is ranked with the weights fitted on the other half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.types import EvidenceTerm, PartKind, Query
+from d2llm.core.types import EvidenceTerm, PartKind, Query, SystemKind
 from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.setting import NAME_BM25, NAME_D2LLM, Contender
 from d2llm.evaluation.systems import RetrievalWork, System
-from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.evidence import VECTOR_TERMS, EvidenceWeights
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.row_evidence import evidence_weights, scored_list
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent
+from d2llm.retrieval.row_evidence import evidence_weights, mean_of_cosines, scored_list
 
-_TERMS: tuple[EvidenceTerm, ...] = ("words", "words_share")
+_FORMULA: dict[EvidenceTerm, str] = {
+    "words": "BM25",
+    "words_share": "BM25 as a share of its limit",
+    "window_words": "BM25 of the best window",
+    "window_words_share": "that as a share of the limit",
+    "window_vectors": "best window's vector",
+    "token_vectors": "tokens",
+}
 _FIT_QUERIES, _FIT_DEPTH = 500, 100
 _MIN_QUERIES = 4  # two for each half
 
@@ -39,23 +48,48 @@ _PART_VECTORS: dict[PartKind, str] = {"window": "windows", "token": "tokens"}
 
 def fitted_sum(work: RetrievalWork, contender: Contender) -> System | MissingRow:
     """The weighted sum of a system's score and BM25, over candidates from both."""
-    name, model = f"fitted sum: {NAME_BM25} + {contender.name}", contender.model
+    name = f"fitted sum: {NAME_BM25} + {contender.name}"
+    return _fitted(work, contender.model, name, "fitted_sum", "cosine", ("words", "words_share"))
+
+
+def fitted_student(work: RetrievalWork, student: SearchStudent) -> System | MissingRow | None:
+    """The student with weights of words, windows and tokens that were fitted here; None if it has no inner product."""
+    if not student.has_anchor:
+        return None
+    stored = work.index(student)[0].view.part_kinds
+    kept = (term for term in get_args(EvidenceTerm) if VECTOR_TERMS.get(term) is None or VECTOR_TERMS[term] in stored)
+    return _fitted(work, student, f"{NAME_D2LLM}, weights fitted here", "fitted_student", NAME_D2LLM, tuple(kept))
+
+
+def _fitted(
+    work: RetrievalWork,
+    model: SearchStudent,
+    name: str,
+    kind: SystemKind,
+    own_name: str,
+    terms: Sequence[EvidenceTerm],
+) -> System | MissingRow:
     held_out = _dev_queries(work)
     if not held_out and len(work.trial.queries) < _MIN_QUERIES:
-        return MissingRow(name, "fitted_sum", "there are too few queries to fit its weights on")
+        return MissingRow(name, kind, "there are too few queries to fit its weights on")
+
+    def formula(weights: Mapping[EvidenceTerm, float]) -> str:
+        # The two terms of a fitted sum are named even if one has no weight.
+        parts = [f"{weight:.3g} x {_FORMULA[term]}" for term, weight in weights.items() if weight or len(terms) == 2]
+        return " + ".join([f"1 x {own_name}", *parts])
 
     def measure() -> System:
         index, _ = work.index(model)
         if held_out:
-            weights = _fit(work, index, held_out, work.dataset.qrels["dev"])
-            system = _ranked(work, index, name, weights, work.trial.queries)
-            note = f"{_formula(weights)}, fitted on {len(held_out):,} dev queries"
+            weights = _fit(work, index, held_out, work.dataset.qrels["dev"], terms)
+            system = _ranked(work, index, name, kind, weights, work.trial.queries)
+            note = f"{formula(weights)}, fitted on {len(held_out):,} dev queries"
             return replace(system, notes=(*system.notes, note))
         halves = work.trial.queries[::2], work.trial.queries[1::2]
-        first_weights, second_weights = (_fit(work, index, half[:_FIT_QUERIES], work.qrels) for half in halves)
-        system = _ranked(work, index, name, second_weights, halves[0])
-        second = _ranked(work, index, name, first_weights, halves[1])
-        formulas = f"{_formula(first_weights)} and {_formula(second_weights)}"
+        first_weights, second_weights = (_fit(work, index, half[:_FIT_QUERIES], work.qrels, terms) for half in halves)
+        system = _ranked(work, index, name, kind, second_weights, halves[0])
+        second = _ranked(work, index, name, kind, first_weights, halves[1])
+        formulas = f"{formula(first_weights)} and {formula(second_weights)}"
         note = f"{formulas}, each fitted on the half of the queries it does not rank"
         both = {**system.rankings, **second.rankings}
         in_order = {query.id: both[query.id] for query in work.trial.queries}
@@ -65,11 +99,11 @@ def fitted_sum(work: RetrievalWork, contender: Contender) -> System | MissingRow
     fitted_on = fingerprint_json(
         [(query.id, query.text, sorted(judged[query.id].items())) for query in held_out or work.trial.queries]
     )
-    key = work.key(name, model.fingerprint, work.settings.num_candidates, fitted_on, work.settings.dtype)
+    key = work.key(name, work.identity(model), work.settings.num_candidates, fitted_on, work.settings.dtype)
     try:
         return work.store.system(key, measure)
     except InputError as error:  # nothing relevant is near the few queries that there are
-        return MissingRow(name, "fitted_sum", str(error))
+        return MissingRow(name, kind, str(error))
 
 
 def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: int) -> list[System]:
@@ -116,14 +150,24 @@ def _dev_queries(work: RetrievalWork) -> list[Query]:
 
 
 def _fit(
-    work: RetrievalWork, index: Index, queries: Sequence[Query], qrels: Mapping[str, Mapping[str, int]]
+    work: RetrievalWork,
+    index: Index,
+    queries: Sequence[Query],
+    qrels: Mapping[str, Mapping[str, int]],
+    terms: Sequence[EvidenceTerm],
 ) -> dict[EvidenceTerm, float]:
-    """The weights of the word evidence; the student's own score has weight 1."""
+    """The weights of the evidence; the student's own score has weight 1."""
     view, student, task = index.view, index.student, work.trial.task
-    words = view.words
-    vectors = student.encode_queries([query.text for query in queries]).vectors
+    words, texts = view.words, [query.text for query in queries]
+    vectors = student.encode_queries(texts).vectors
+    anchors = student.anchor_queries(vectors, task)
+    tokens: list[NDArray[np.float32] | None] = [None] * len(queries)
+    if "token_vectors" in terms and isinstance(student, TokenStudent):
+        read = student.encode_with_tokens(texts, "query").tokens
+        assert read is not None
+        tokens = [mean_of_cosines(own) for own in read.split()]
     lists: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []
-    for query, vector, anchor in zip(queries, vectors, student.anchor_queries(vectors, task), strict=True):
+    for query, vector, anchor, own_tokens in zip(queries, vectors, anchors, tokens, strict=True):
         grades = {p: grade for p, grade in qrels[query.id].items() if grade > 0 and p in work.dataset.passages}
         judged = dict(zip(view.rows(list(grades)).tolist(), grades.values(), strict=True))
         query_words = words.query(query.text)
@@ -132,20 +176,24 @@ def _fit(
         if judged.keys().isdisjoint(rows.tolist()):
             continue
         own = student.score(vector, view.vectors(rows), task)
-        lists.append(scored_list(own, words, query_words, rows, judged, _TERMS))
-    return dict(zip(_TERMS, sum_weights(lists)[1:].tolist(), strict=True))
+        best_windows = view.best_windows(anchor, rows) if "window_vectors" in terms else None
+        best_tokens = None if own_tokens is None else view.best_tokens(own_tokens, rows)
+        lists.append(scored_list(own, words, query_words, rows, judged, terms, best_windows, best_tokens))
+    return dict(zip(terms, sum_weights(lists)[1:].tolist(), strict=True))
 
 
 def _ranked(
-    work: RetrievalWork, index: Index, name: str, weights: Mapping[EvidenceTerm, float], queries: Sequence[Query]
+    work: RetrievalWork,
+    index: Index,
+    name: str,
+    kind: SystemKind,
+    weights: Mapping[EvidenceTerm, float],
+    queries: Sequence[Query],
 ) -> System:
     """Rank some of the queries with these weights; candidates come from vectors and words."""
     num_candidates = work.settings.num_candidates  # as many as for the student
-    settings = replace(work.search_settings(num_candidates), evidence=weights, sources=("vectors", "bm25"))
+    used = {term: weight for term, weight in weights.items() if weight}
+    settings = replace(work.search_settings(num_candidates), evidence=used, sources=("vectors", "bm25"))
     chosen = {query.id for query in queries}
     probes = [query for query in work.trial.probes if query.id in chosen] or queries[:1]
-    return work.measure(name, "fitted_sum", index, settings, trial=replace(work.trial, queries=queries, probes=probes))
-
-
-def _formula(weights: Mapping[EvidenceTerm, float]) -> str:
-    return f"1 x cosine + {weights['words']:.3g} x BM25 + {weights['words_share']:.3g} x BM25 as a share of its limit"
+    return work.measure(name, kind, index, settings, trial=replace(work.trial, queries=queries, probes=probes))

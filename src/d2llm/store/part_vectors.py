@@ -119,6 +119,8 @@ class PartVectors:
     def limit(self, queries: NDArray[np.float32]) -> np.float32:
         """An upper bound of ``sum_of_best`` for these queries [m, dim] and any rows."""
         norms = np.linalg.norm(queries.astype(np.float64), axis=1).sum()
+        if not norms:
+            return np.float32(0)
         return np.nextafter(np.float32(1.005 * norms * self._largest_norm), np.float32(np.inf))  # queries are rounded
 
     def take(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -215,7 +217,7 @@ def open_parts(
     if (places < 0).any() or (places.sum(axis=1) > len(codes)).any():
         problem = f"names {kind}s that do not exist; `d2llm index ... verify --repair` encodes them again"
         raise DataFormatError(folder / f"{PART_PLACES[kind]}-{generation}.bin", problem)
-    return PartVectors(places, codes, vector_format, file.largest_norm)
+    return PartVectors(places, codes, vector_format, math.inf if file.largest_norm is None else file.largest_norm)
 
 
 def replace_parts(

@@ -107,7 +107,7 @@ class VectorFile:
         extents: list[Extent],
         since: int = 0,
         made_of: str = "",
-        largest_norm: float = 0.0,
+        largest_norm: float | None = None,
     ) -> None:
         self.path = path
         self.code_size = code_size
@@ -201,7 +201,7 @@ class VectorFile:
             record = read_checked(path.with_suffix(".json"), compare=compare)
             extents = [Extent(*extent) for extent in record["extents"]]
             size, since, made_of = record["code_size"], record["since"], record.get("made_of", "")
-            largest_norm = float(record.get("largest_norm", 0))
+            largest_norm = record.get("largest_norm")
             if size != (code_size or size) or {type(size), type(since)} != {int} or size < 1 or not _fit(extents):
                 raise ValueError(f"{path.stem}.json does not describe these vectors")
             return cls(path, size, extents, since, made_of, largest_norm)
@@ -218,13 +218,14 @@ class VectorFile:
         """Size of the rows in bytes."""
         return self.capacity * self.code_size
 
-    def append(self, codes: NDArray[np.uint8], *, largest_norm: float = 0.0) -> int:
+    def append(self, codes: NDArray[np.uint8], *, largest_norm: float | None = None) -> int:
         """Append codes [n, code_size], durably; returns the number of the first new row.
 
-        ``largest_norm`` of them is recorded, if it is given: that of all rows is then at most ``self.largest_norm``.
+        If it is given for all codes, ``self.largest_norm`` becomes that of all rows.
         """
         first = self.capacity
-        self.largest_norm = max(self.largest_norm, largest_norm)
+        norms = [largest_norm, *([self.largest_norm] if first else [])]
+        self.largest_norm = None if None in norms else max(norm for norm in norms if norm is not None)
         content = np.ascontiguousarray(codes)
         with self.path.open("r+b") as stream:
             stream.seek(first * self.code_size)
@@ -269,7 +270,7 @@ class VectorFile:
         record: dict[str, Any] = {"code_size": self.code_size, "since": self.since, "extents": extents}
         if self.made_of:
             record["made_of"] = self.made_of
-        if self.largest_norm:
+        if self.largest_norm is not None:
             record["largest_norm"] = self.largest_norm
         write_checked(self.path.with_suffix(".json"), record)
 
