@@ -169,10 +169,10 @@ class TestScores:
     def test_a_query_of_more_terms_than_16_bits_count(self):
         words = [f"word{number}" for number in range(33_000)]
         index = WordIndex.from_texts(["\n".join(words[start : start + 20]) for start in range(0, len(words), 20)])
-        rows = np.arange(len(index))
+        rows = np.array([0, 1, 1_637, 1_638, 1_639, 1_649])  # the terms 32,767 and 32,768 are in two of them
         query = index.query(" ".join(words))
         passages, best_windows = index.score(query, rows)
-        assert passages.tobytes() == index.scores(query).tobytes()
+        assert passages.tobytes() == index.scores(query)[rows].tobytes()
         assert (best_windows > 0).all()
 
     def test_a_long_query_takes_little_memory(self):
