@@ -7,8 +7,8 @@
 First the speeds of this machine are measured, as `d2llm size --measure` does, and facts about texts are taken from some
 of the passages. Then an index is built for each number of passages, as `evidence.py` does it: texts are variations of
 real ones, doubled in length, vectors of windows and tokens are random. The prediction knows nothing of these indexes.
-One thread, one query at a time, without encoding it; the kinds of search are interleaved for each query. Only run with
-nothing else on the machine: the speeds and the searches are measured one after the other.
+One thread, one query at a time, without encoding it; the kinds of search are interleaved for each query. Times are
+those of the processor; still, other work on the machine takes some of the memory's speed from one part or the other.
 
 What ships with d2llm is not this machine's: `--ship` derives it from the results of other benchmarks, which were
 measured on idle machines. Speeds that no benchmark has measured are left out, and `d2llm size` says so.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -49,6 +50,7 @@ from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed
 from d2llm.sizing.texts import TextFacts, read_text_facts
 from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
+from d2llm.store.word_files import SEGMENT_ROWS
 
 STUDENT = "d2llm-minilm"
 RESULTS = Path(__file__).parent / "results"
@@ -134,7 +136,7 @@ def bytes_of(folder: Path) -> dict[str, int]:
 
 
 def times(store: IndexStore, known: KnownVectors, queries: Queries, *, approximate: bool) -> dict[str, float]:
-    """Median milliseconds of each kind of search, with reading the texts of the results."""
+    """Median milliseconds of a core for each kind of search, with reading the texts of the results."""
     view = PassageView(store)
     settings = {name: SearchSettings(task="asymmetric", evidence=terms) for name, terms in KINDS.items()}
     if approximate:
@@ -145,9 +147,9 @@ def times(store: IndexStore, known: KnownVectors, queries: Queries, *, approxima
         searcher.rank([Query("0", queries.texts[0])])  # one-time work is not counted
     for number, text in enumerate(queries.texts):
         for name, searcher in searchers.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             searcher.rank([Query(str(number), text)])
-            kept[name].append(1e3 * (time.perf_counter() - begin))
+            kept[name].append(1e3 * (time.process_time() - begin))
     return {name: float(np.median(values)) for name, values in kept.items()}
 
 
@@ -206,6 +208,7 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
     row = encoding["rows"]["torch bfloat16"]
     tokens = row["texts_per_second"] * encoding["tokens"]["mean"] / encoding["threads"]
     best = "best 1,000 of all, ms"
+    segments = math.ceil(bm25["passages"] / SEGMENT_ROWS)
     candidates = "1,000 candidates and their windows, ms"
     anchored = next(one for one in scoring["heads"] if (one["head"], one["features"], one["hidden"]) == SHIPPED_HEAD)
     lists = scale["ann"]
@@ -226,6 +229,9 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
         scan_bytes=scans,
         products=products,
         ann_bytes=speed(read / (1e-3 * lists["ms"]), "scale", f"{num:,} passages, with 1,000 candidates"),
+        segment_ms=speed(
+            bm25["weighing the words of a query, ms"]["p50"] / segments, "bm25", "weighing a query's words"
+        ),
         postings=speed(
             1e3 * bm25["passages"] * texts.query_postings / bm25[best]["p50"], "bm25", "questions of squad-sent"
         ),

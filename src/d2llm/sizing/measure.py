@@ -36,6 +36,7 @@ from d2llm.store.vector_formats import FORMATS, VectorFormat, make_format
 from d2llm.store.view import PassageView
 
 _SCANNED_BYTES = 256 << 20  # of vectors: more than a processor's caches, little enough for a small machine
+_SCANNED_ROWS = 1 << 20
 _DISTINCT_VECTORS = 4_096
 _CANDIDATES = 1_000
 _ENCODED_PASSAGES = 256
@@ -47,7 +48,7 @@ _TOKEN_ROWS, _TOKENS_OF_ROW = 10_000, 128
 _LISTS, _PROBES = 256, 32
 _CLUSTERED, _CENTROIDS = 4_096, 2_048
 _JUDGED_PAIRS = 40
-_FEWEST_SEARCHES = 100
+_FEWEST_QUERIES = 100
 
 Advance = Callable[[int], object]
 
@@ -62,6 +63,8 @@ def measure_speeds(
     seconds: float = 1.5,
 ) -> Speeds:
     """Measure this machine, one core at a time; only passages are encoded on all of torch's threads.
+
+    Times are those of the processor, so that other work on the machine matters little, but for ``slow_ratio``.
 
     Args:
         student: the student whose texts are encoded.
@@ -109,8 +112,8 @@ class _Measuring:
                 for name in FORMATS:
                     scan, product = self._scan(make_format(name, self.student.vector_dim))
                     scans[name], products[name] = self._speed(scan, advance), self._speed(product)
-                query_ms, slow_ratio = self._searches()
-                postings, candidate_words = self._words()
+                query_ms, slow_ratio = self._queries()
+                segment_ms, postings, candidate_words = self._words()
                 result_ms, written = self._index()
                 process = self.process_bytes
                 return Speeds(
@@ -122,6 +125,7 @@ class _Measuring:
                     scan_bytes=scans,
                     products=products,
                     ann_bytes=self._speed(self._approximate(), advance),
+                    segment_ms=self._speed(segment_ms),
                     postings=self._speed(postings, advance),
                     candidate_words=self._speed(candidate_words, advance),
                     compared_tokens=self._tokens(advance),
@@ -137,12 +141,12 @@ class _Measuring:
         """Pairs of one query and some passages each, as in labelling."""
         few = [(query, text) for query in self.queries[:2] for text in self.texts[: _JUDGED_PAIRS // 2]]
         judge.judge(few[:2], self.task)
-        begin = time.perf_counter()
+        begin = time.process_time()
         judgements = judge.judge(few, self.task)
-        seconds = time.perf_counter() - begin
+        seconds = time.process_time() - begin
         lengths = self.student.tokenize([text for _, text in few], "passage").lengths
         return TeacherSpeed(
-            value=len(few) / seconds / self.threads,
+            value=len(few) / seconds,
             source=self.source,
             pair_tokens=judgements.num_tokens / len(few),
             passage_tokens=float(np.mean(lengths)),
@@ -154,19 +158,26 @@ class _Measuring:
         return Speed(value=value, source=self.source)
 
     def _median(self, work: Callable[[Any], object], inputs: Iterable[Any]) -> float:
-        """Median seconds of a call; the inputs are taken in turns until the time is over."""
+        """Median seconds of a core for a call; the inputs are taken in turns until the time is over."""
         return float(np.median(self._times(work, inputs)))
 
-    def _times(self, work: Callable[[Any], object], inputs: Iterable[Any], fewest: int = 3) -> NDArray[np.float64]:
+    def _times(
+        self,
+        work: Callable[[Any], object],
+        inputs: Iterable[Any],
+        *,
+        fewest: int = 3,
+        clock: Callable[[], float] = time.process_time,
+    ) -> NDArray[np.float64]:
         endless = itertools.cycle(inputs)
         work(next(endless))  # one-time work is not counted
         times: list[float] = []
         until = time.perf_counter() + self.seconds
         while len(times) < fewest or time.perf_counter() < until:
             each = next(endless)
-            begin = time.perf_counter()
+            begin = clock()
             work(each)
-            times.append(time.perf_counter() - begin)
+            times.append(clock() - begin)
         return np.array(times)
 
     def _encode(self, texts: Sequence[str], *, is_query: bool) -> NDArray[np.float32]:
@@ -179,7 +190,7 @@ class _Measuring:
     def _passage_tokens(self) -> float:
         texts = self.texts[:_ENCODED_PASSAGES]
         num_tokens = sum(self.student.tokenize(texts, "passage").lengths)
-        return num_tokens / self._median(lambda block: self._encode(block, is_query=False), [texts]) / self.threads
+        return num_tokens / self._median(lambda block: self._encode(block, is_query=False), [texts])
 
     def _codes(self, vector_format: VectorFormat, num_rows: int) -> NDArray[np.uint8]:
         """The codes of random vectors, repeated."""
@@ -194,7 +205,7 @@ class _Measuring:
 
     def _rows(self, num_rows: int) -> NDArray[np.int64]:
         """Some rows, ascending, as candidates are read."""
-        return np.sort(self.random.choice(num_rows, min(_CANDIDATES, num_rows), replace=False))
+        return np.unique(self.random.integers(num_rows, size=_CANDIDATES))
 
     def _scan(self, vector_format: VectorFormat) -> tuple[float, float]:
         """Bytes of all vectors, and single vectors, a second.
@@ -202,38 +213,49 @@ class _Measuring:
         A search for the best thousand of all reads the former and multiplies the best of them singly, once more.
         """
         most = min(_SCANNED_BYTES, (available_memory() or _SCANNED_BYTES) // 4)
-        num_rows = most // vector_format.code_size
+        num_rows = min(_SCANNED_ROWS, most // vector_format.code_size)
         scan = RowScan(self._codes(vector_format, num_rows), vector_format)
         queries = self._vectors(8, vector_format.dim)
         rows = [self._rows(num_rows) for _ in queries]
-        single = self._median(lambda pair: scan.products(*pair), list(zip(queries, rows, strict=True))) / len(rows[0])
+        single = self._median(lambda each: scan.products(queries[0], each), rows) / _mean_length(rows)
         search = self._median(lambda query: scan.search(query, _CANDIDATES, ids_of=_any_ids), queries)
         return num_rows * vector_format.code_size / max(search - _CANDIDATES * single, search / 2), 1 / single
 
-    def _searches(self) -> tuple[float, float]:
-        """Milliseconds to encode a query, and p99 over the median of doing so."""
-        times = self._times(lambda text: self._encode([text], is_query=True), self.queries, _FEWEST_SEARCHES)
-        median = float(np.median(times))
-        return 1e3 * median, max(1.0, float(np.percentile(times, 99)) / median)
+    def _queries(self) -> tuple[float, float]:
+        """Milliseconds of a core to encode a query, and p99 over the median of the time by the clock."""
 
-    def _words(self) -> tuple[float, float]:
-        """Postings, and words of candidates, a second."""
-        few = WordSegment.from_texts(self.texts[:_WORD_PASSAGES])
-        segment = WordSegment.join([few] * -(-_WORD_ROWS // len(few)))
-        index = WordIndex([segment])
+        def encode(text: str) -> object:
+            return self._encode([text], is_query=True)
+
+        by_clock = self._times(encode, self.queries, fewest=_FEWEST_QUERIES, clock=time.perf_counter)
+        slow_ratio = float(np.percentile(by_clock, 99) / np.median(by_clock))
+        return 1e3 * self._median(encode, self.queries), slow_ratio
+
+    def _words(self) -> tuple[float, float, float]:
+        """Milliseconds for a segment, postings a second, and words of candidates a second."""
+        small = WordSegment.from_texts(self.texts[:_WORD_PASSAGES])
+        large = WordSegment.join([small] * -(-_WORD_ROWS // len(small)))
+        (few, little), (many, much) = self._best_of(small), self._best_of(large)
+        posting = max(much - little, much / 2) / (many - few)
+        index = WordIndex([large])
         queries = [index.query(query) for query in self.queries]
-        num_postings = sum(len(segment.postings(place)[0]) for query in queries for place in _places(segment, query))
-
-        def all_queries(number: int) -> None:
-            del number
-            for query in queries:
-                index.best(query, _CANDIDATES)
-
-        read = self._median(all_queries, [0])
-        rows = [self._rows(len(segment)) for _ in queries]
-        num_words = float(segment.lengths[np.concatenate(rows)].mean()) * len(rows[0])
+        rows = [self._rows(len(large)) for _ in queries]
+        num_words = float(large.lengths[np.concatenate(rows)].mean()) * _mean_length(rows)
         scored = self._median(lambda pair: index.score(*pair), list(zip(queries, rows, strict=True)))
-        return num_postings / read, num_words / scored
+        return 1e3 * max(little - few * posting, little / 100), 1 / posting, num_words / scored
+
+    def _best_of(self, segment: WordSegment) -> tuple[float, float]:
+        """Mean postings of a query in a segment, and mean seconds to weigh it and find its best passages."""
+        index = WordIndex([segment])
+        weighed = [index.query(query) for query in self.queries]
+        num_postings = [len(segment.postings(place)[0]) for query in weighed for place in _places(segment, query)]
+
+        def all_queries(queries: Sequence[str]) -> None:
+            for query in queries:
+                index.best(index.query(query), _CANDIDATES)
+
+        number = len(self.queries)
+        return sum(num_postings) / number, self._median(all_queries, [self.queries]) / number
 
     def _tokens(self, advance: Advance) -> dict[str, Speed]:
         """Tokens of candidates, a second, in the default format; nothing if the student has no vectors of tokens."""
@@ -244,11 +266,15 @@ class _Measuring:
         vector_format = make_format(name, projection.dim)
         counts = np.full(_TOKEN_ROWS, _TOKENS_OF_ROW, np.int64)
         places = np.stack([np.cumsum(counts) - counts, counts], axis=1)
-        parts = PartVectors(places, self._codes(vector_format, int(counts.sum())), vector_format)
         query = self._vectors(projection.max_query_tokens, projection.dim)
         rows = [self._rows(_TOKEN_ROWS) for _ in range(8)]
-        compared = self._median(lambda each: parts.sum_of_best(query, each), rows)
-        return {name: self._speed(len(rows[0]) * _TOKENS_OF_ROW / compared, advance)}
+        with TemporaryDirectory() as folder, (Path(folder) / "tokens").open("w+b") as file:
+            file.write(self._codes(vector_format, int(counts.sum())).data)
+            file.flush()
+            codes = np.memmap(file, np.uint8, "r", shape=(int(counts.sum()), vector_format.code_size))
+            parts = PartVectors(places, codes, vector_format)
+            compared = self._median(lambda each: parts.sum_of_best(query, each), rows)
+        return {name: self._speed(_mean_length(rows) * _TOKENS_OF_ROW / compared, advance)}
 
     def _interaction(self, advance: Advance) -> Speed | None:
         """Pairs a second, at full weight; None if the student has no interaction."""
@@ -294,13 +320,13 @@ class _Measuring:
         copies = [replace(each, id=f"{each.id}-{copy}") for copy in range(times) for each in self.passages]
         with TemporaryDirectory() as folder:
             store = IndexStore.create(Path(folder) / "index", student_fingerprint="none", dim=vectors.shape[1])
-            begin = time.perf_counter()
+            begin = time.process_time()
             for start in range(0, _WRITTEN_PASSAGES, _WRITTEN_AT_ONCE):
                 with store.writing():
                     changes = store.compare(copies[start : min(start + _WRITTEN_AT_ONCE, _WRITTEN_PASSAGES)])
                     store.write(changes, vectors[: len(changes.texts)])
             store.update_indices()
-            seconds = time.perf_counter() - begin
+            seconds = time.process_time() - begin
             text_bytes = sum(len(each.full_text.encode()) for each in copies[:_WRITTEN_PASSAGES])
             view = PassageView(store)
             rows = [self.random.choice(_WRITTEN_PASSAGES, 10, replace=False) for _ in range(32)]
@@ -335,6 +361,10 @@ def _places(segment: WordSegment, query: QueryWords) -> list[int]:
     """The places of a query's terms in a segment."""
     places = segment.places(query.terms)
     return places[places >= 0].tolist()
+
+
+def _mean_length(rows: Sequence[NDArray[np.int64]]) -> float:
+    return sum(map(len, rows)) / len(rows)
 
 
 def _any_ids(rows: NDArray[np.int64]) -> list[str]:

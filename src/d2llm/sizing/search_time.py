@@ -16,6 +16,7 @@ from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.speeds import Speed, Speeds
 from d2llm.sizing.texts import TextFacts
 from d2llm.store.vector_formats import make_format
+from d2llm.store.word_files import SEGMENT_ROWS
 
 _MEDIAN, _SLOWEST = 0.5, 0.99
 
@@ -98,18 +99,27 @@ def _stages(
         products = proposed + (candidates if weights or student.counts_interaction else 0)
         yield _stage("candidates' vectors", products, "vectors", speeds.products.get(plan.vector_format))
     if weights.counts_words:
-        postings = num_passages * texts.query_postings
-        yield _stage("words of every passage", postings, "postings", speeds.postings)
+        yield _words(num_passages, texts, speeds)
+    long = texts.of_candidates(counts_words=weights.counts_words)
     if weights.terms.get("window_words") or weights.terms.get("window_words_share"):
-        yield _stage("words of candidates' windows", candidates * texts.words, "words", speeds.candidate_words)
+        yield _stage("words of candidates' windows", candidates * long.words, "words", speeds.candidate_words)
     for kind in sorted(weights.part_kinds):
         of_format = speeds.products if kind == "window" else speeds.compared_tokens
-        number = candidates * parts_of_passage(kind, student, texts)
+        number = candidates * parts_of_passage(kind, student, long)
         yield _stage(f"vectors of candidates' {kind}s", number, f"{kind}s", of_format.get(student.formats[kind]))
     if student.has_anchor and student.counts_interaction:
         yield _stage("interaction", candidates, "pairs", speeds.interaction_pairs)
     result = speeds.result_ms
     yield StageTime("texts of ten results", None if result is None else result.value, _source(result))
+
+
+def _words(num_passages: int, texts: TextFacts, speeds: Speeds) -> StageTime:
+    stage = _stage("words of every passage", num_passages * texts.query_postings, "postings", speeds.postings)
+    num_segments = math.ceil(num_passages / SEGMENT_ROWS)
+    if stage.ms is None or speeds.segment_ms is None:
+        return stage
+    basis = f"{stage.basis}; {num_segments:,} segments, {speeds.segment_ms.value:.2g} ms each"
+    return StageTime(stage.stage, stage.ms + num_segments * speeds.segment_ms.value, basis)
 
 
 def _stage(name: str, amount: float, unit: str, speed: Speed | None, basis: str = "") -> StageTime:

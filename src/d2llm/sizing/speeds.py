@@ -48,6 +48,7 @@ class Speeds(BaseModel):
         scan_bytes: bytes of vectors that the exact scan reads, a second, by format.
         products: single vectors that are multiplied with a query, a second, by format.
         ann_bytes: bytes of its lists that an approximate index reads, a second.
+        segment_ms: milliseconds of BM25 for each segment of words, however few they are.
         postings: postings of BM25, a second.
         candidate_words: words of candidates in which BM25 looks for those of a query, a second.
         compared_tokens: tokens of candidates whose vectors are compared with those of a query's tokens, a second, by
@@ -71,6 +72,7 @@ class Speeds(BaseModel):
     scan_bytes: dict[str, Speed] = Field(default_factory=dict[str, Speed])
     products: dict[str, Speed] = Field(default_factory=dict[str, Speed])
     ann_bytes: Speed | None = None
+    segment_ms: Speed | None = None
     postings: Speed | None = None
     candidate_words: Speed | None = None
     compared_tokens: dict[str, Speed] = Field(default_factory=dict[str, Speed])

@@ -30,6 +30,7 @@ SAMPLE_PASSAGES = 4_000
 _WRITTEN_AT_ONCE = 2_048
 _FEWEST_PASSAGES = 20
 _QUERY_WORDS = 10
+_BEST_SHARE = 40  # a query's candidates by words: the best fortieth of a sample
 _NO_LIMIT = 1 << 40  # tokens of a passage: what a student would cut is counted too
 _Item = TypeVar("_Item")
 
@@ -46,7 +47,9 @@ class TextFacts(BaseModel):
         sentences: sentences.
         windows: windows that have a vector of their own: none if a passage has only one.
         token_vectors: share of the tokens that get a vector.
-        query_postings: how many of a query's distinct words a passage has. A search reads so many postings a passage.
+        query_postings: how many of a query's different words a passage has; a search reads so many postings a passage.
+        candidate_length: how much longer than the mean the passages are that BM25 ranks first: of short and long texts,
+            the long ones have more of a query's words.
         vocabulary: different words of all passages in ``vocabulary_words`` words.
         vocabulary_growth: exponent of their growth with the number of words (Heaps' law).
         row_bytes: bytes in the table for a passage without text: id, row number, hash and indices.
@@ -64,6 +67,7 @@ class TextFacts(BaseModel):
     windows: float
     token_vectors: float
     query_postings: float
+    candidate_length: float
     vocabulary: float
     vocabulary_words: float
     vocabulary_growth: float
@@ -91,6 +95,10 @@ class TextFacts(BaseModel):
             }
         )
 
+    def of_candidates(self, *, counts_words: bool) -> TextFacts:
+        """The same for the candidates of a search, half of which BM25 proposes if the score counts words."""
+        return self.at(self.tokens * (1 + self.candidate_length) / 2) if counts_words else self
+
     def terms(self, num_words: float) -> float:
         """How many different words so many words are."""
         return self.vocabulary * (num_words / self.vocabulary_words) ** self.vocabulary_growth
@@ -106,7 +114,8 @@ def read_text_facts(
 ) -> TextFacts:
     """Take the facts from passages; ``queries`` are typical ones, by default some words in a row of the passages.
 
-    They are written to an index in a temporary folder, to see what its table takes; metadata are not counted.
+    They are written to an index in a temporary folder, to see what its table takes; metadata are not counted. Give at
+    least a thousand: LanceDB compresses a smaller table less.
 
     Raises:
         InputError: there are fewer than 20 passages, or they have no text.
@@ -126,7 +135,8 @@ def read_text_facts(
     projection = student.token_projection
     with_vectors = 0 if projection is None else sum(len(projection.places(row)) for row in ids)
     num_tokens = sum(map(len, ids))
-    empty = _table_bytes([replace(passage, title="", text="") for passage in sample])
+    num_postings, candidate_words = _query_facts(segment, queries or word_queries(texts))
+    empty = _row_bytes([replace(passage, title="", text="") for passage in sample])
     return TextFacts(
         source=source,
         tokens=num_tokens / len(sample),
@@ -136,12 +146,13 @@ def read_text_facts(
         sentences=sum(len(sentences(text)) for text in texts) / len(sample),
         windows=sum(len(spans) for spans in map(windows, texts) if len(spans) > 1) / len(sample),
         token_vectors=with_vectors / num_tokens,
-        query_postings=_query_postings(segment, queries or word_queries(texts)),
+        query_postings=num_postings / len(segment),
+        candidate_length=candidate_words / (num_words / len(sample)),
         vocabulary=len(segment.terms),
         vocabulary_words=num_words,
         vocabulary_growth=min(max(growth, 0.0), 1.0),
-        row_bytes=empty / len(sample),
-        stored_text=max(0, _table_bytes(sample) - empty) / text_bytes,
+        row_bytes=empty,
+        stored_text=max(0.0, _row_bytes(sample) - empty) * len(sample) / text_bytes,
     )
 
 
@@ -157,18 +168,22 @@ def _spread(items: Sequence[_Item], number: int) -> list[_Item]:
     return [items[place] for place in places.tolist()]
 
 
-def _query_postings(segment: WordSegment, queries: Sequence[str]) -> float:
-    """Postings of a query's words, for each passage."""
-    index, postings = WordIndex([segment]), 0
-    for query in queries:
-        places = segment.places(index.query(query).terms)
+def _query_facts(segment: WordSegment, queries: Sequence[str]) -> tuple[float, float]:
+    """Means over queries: the postings of their words, and the words of a passage that BM25 ranks first."""
+    index = WordIndex([segment])
+    num_postings: list[int] = []
+    num_words: list[float] = []
+    for query in map(index.query, queries):
+        places = segment.places(query.terms)
         known = places[places >= 0]
-        postings += int((segment.starts[known + 1] - segment.starts[known]).sum())
-    return postings / len(queries) / len(segment)
+        num_postings.append(int((segment.starts[known + 1] - segment.starts[known]).sum()))
+        rows, _ = index.best(query, max(1, len(segment) // _BEST_SHARE))
+        num_words += [float(segment.lengths[rows].mean())] if len(rows) else []
+    return sum(num_postings) / len(num_postings), sum(num_words) / max(len(num_words), 1)
 
 
-def _table_bytes(passages: Sequence[Passage]) -> int:
-    """Bytes of the table of an index of these passages without vectors, after a compaction."""
+def _row_bytes(passages: Sequence[Passage]) -> float:
+    """Bytes of a passage in the table of an index without vectors, after a compaction."""
     with TemporaryDirectory() as folder:
         store = IndexStore.create(Path(folder) / "index", student_fingerprint="none", dim=1, vector_copies=1)
         for start in range(0, len(passages), _WRITTEN_AT_ONCE):
@@ -176,4 +191,4 @@ def _table_bytes(passages: Sequence[Passage]) -> int:
                 changes = store.compare(passages[start : start + _WRITTEN_AT_ONCE])
                 store.write(changes, np.zeros((len(changes.texts), 1), np.float32))
         store.compact(timedelta(0))
-        return folder_bytes(store.folder / f"{NAME}.lance")
+        return folder_bytes(store.folder / f"{NAME}.lance") / len(passages)
