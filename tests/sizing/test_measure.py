@@ -39,7 +39,7 @@ def little(monkeypatch):
 def test_every_speed_is_measured_and_answers_a_plan(tmp_path, little):
     student = token_student(tmp_path)
     judge = load_judge(tiny_teacher_config(write_tiny_model(tmp_path / "teacher")), device="cpu", dtype="float32")
-    speeds = measure_speeds(student, passages(300), teachers={"tiny": judge}, seconds=0.01)
+    speeds = measure_speeds(student, passages(300), teachers={"tiny": lambda: judge}, seconds=0.01)
     assert set(speeds.scan_bytes) == set(speeds.products) == set(FORMATS)
     assert set(speeds.compared_tokens) == {"int4"}
     for name in Speeds.model_fields:

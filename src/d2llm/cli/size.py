@@ -131,7 +131,8 @@ def size(
     sample = None if corpus is None else _sample(corpus)
     speeds, report = None, None
     if measure:
-        teachers = {} if labels.teacher is None else {labels.teacher: load_judge(teacher_config(labels.teacher, None))}
+        teacher = labels.teacher
+        teachers = {} if teacher is None else {teacher: lambda: load_judge(teacher_config(teacher, None))}
         passages = sample or made_up_passages(student)
         speeds = measure_speeds(student, passages, task=index.task, teachers=teachers)
         session.say(f"kept in {keep_speeds(speeds)}")

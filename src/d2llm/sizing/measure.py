@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
@@ -59,7 +59,7 @@ def measure_speeds(
     *,
     task: Task = "asymmetric",
     queries: Sequence[str] | None = None,
-    teachers: dict[str, Judge] | None = None,
+    teachers: Mapping[str, Callable[[], Judge]] | None = None,
     seconds: float = 1.5,
 ) -> Speeds:
     """Measure this machine, one core at a time; only passages are encoded on all of torch's threads.
@@ -71,12 +71,13 @@ def measure_speeds(
         passages: typical ones.
         task: in which the student's score is measured.
         queries: typical ones; by default words in a row of the passages.
-        teachers: judges to measure, by the name that a plan gives them.
+        teachers: functions that load the judges to measure, by the name that a plan gives them.
         seconds: how long each speed is measured.
     """
     measuring = _Measuring(student, passages, queries, task, seconds)
-    own = {name: measuring.teacher(judge) for name, judge in (teachers or {}).items()}
-    return measuring.speeds().model_copy(update={"teachers": own})
+    speeds = measuring.speeds()
+    own = {name: measuring.teacher(load()) for name, load in (teachers or {}).items()}
+    return speeds.model_copy(update={"teachers": own})
 
 
 class _Measuring:
