@@ -1,13 +1,16 @@
 """Tail latency of a search over many shards, simulated from measured times of one: hedging and choice of replica.
 
     python benchmarks/tail_latency.py                             up to 100 shards
-    python benchmarks/tail_latency.py --shards 1000 --json benchmarks/results/tail-latency.json
+    python benchmarks/tail_latency.py --recorded --shards 1 1000 --json benchmarks/results/tail-latency.json
 
 An index of `--passages` passages is built as `size.py` does it and searched by words, windows and vectors of tokens;
-the times of these searches, without encoding the query, are those of one shard. Then a system is simulated: each shard
-has replicas with one core each; a query needs the answers of all shards; queries arrive at random (a Poisson process)
-and each takes, on each shard, a time that is drawn from the measured ones. A replica answers in order of arrival. The
-replicas of all shards are busy `--load` of the time without hedging.
+the times of these searches, without encoding the query, are those of one shard. With `--recorded`, nothing is measured:
+the times are those of a log-normal distribution with the p50 and p95 of `evidence.py` (100,000 passages, by words, also
+of windows, on an idle machine). Larger shards take longer, but in a simulation all times scale with the median.
+
+Each shard has replicas with one core each; a query needs the answers of all shards; queries arrive at random (a Poisson
+process) and each takes, on each shard, a time that is drawn from the measured ones. A replica answers in order of
+arrival. The replicas of all shards are busy `--loads` of the time without hedging.
 
 one        a random replica of each shard
 shortest   of two random replicas of each shard, the one with fewer requests (Mitzenmacher, IEEE TPDS 2001)
@@ -24,11 +27,13 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import json
 import os
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and FAISS are imported
@@ -49,6 +54,7 @@ from d2llm.store.index_store import IndexStore
 from d2llm.store.view import PassageView
 
 POLICIES = {"one": (False, False), "shortest": (True, False), "hedged": (False, True), "both": (True, True)}
+EVIDENCE = Path(__file__).parent / "results" / "evidence.json"
 HEDGED_AFTER = 95  # percentile of the measured times
 
 
@@ -70,6 +76,15 @@ def measured_times(passages: int, num_queries: int, rounds: int) -> NDArray[np.f
             searcher.rank([Query("0", text)])
             kept.append(1e3 * (time.perf_counter() - begin))
     return np.array(kept)
+
+
+def recorded_times(number: int = 1_000) -> NDArray[np.float64]:
+    """Evenly spread quantiles of the distribution of the recorded times."""
+    recorded = json.loads(EVIDENCE.read_text(encoding="utf-8"))["ms"]["small: words, also of windows"]
+    normal = NormalDist()
+    spread = np.log(recorded["p95"] / recorded["p50"]) / normal.inv_cdf(0.95)
+    shares = (np.arange(number) + 0.5) / number
+    return recorded["p50"] * np.exp(spread * np.array([normal.inv_cdf(share) for share in shares.tolist()]))
 
 
 @dataclass
@@ -171,6 +186,7 @@ def main() -> None:
     """Measure one shard, simulate, print and optionally write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, default=10_000, help="of one shard")
+    parser.add_argument("--recorded", action="store_true", help="times of benchmarks/results instead of measured ones")
     parser.add_argument("--measured-queries", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=10, help="how often each query is measured")
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 10, 100])
@@ -179,11 +195,15 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=2_000)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    require(*(DATA / name for name in SHARES))
-    torch.set_num_threads(1)
-    times = measured_times(args.passages, args.measured_queries, args.rounds)
+    if args.recorded:
+        times, of_shard = recorded_times(), "recorded in evidence.json"
+    else:
+        require(*(DATA / name for name in SHARES))
+        torch.set_num_threads(1)
+        times = measured_times(args.passages, args.measured_queries, args.rounds)
+        of_shard = f"{args.passages:,} passages"
     one = {f"p{share:g}": float(np.percentile(times, share)) for share in (50, 95, 99)} | {"mean": float(times.mean())}
-    print(f"one shard of {args.passages:,} passages: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in one.items()))
+    print(f"one shard, {of_shard}: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in one.items()))
     results: list[dict[str, Any]] = []
     for load in args.loads:
         for shards in args.shards:

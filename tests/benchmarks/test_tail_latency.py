@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 pytest.importorskip("faiss")
 
-from tail_latency import shard_latencies, simulate
+from tail_latency import EVIDENCE, recorded_times, shard_latencies, simulate
 
 
 def random():
@@ -52,6 +54,13 @@ def test_waiting_at_a_load_is_that_of_queueing_theory():
     arrivals = np.cumsum(draw.exponential(10 / load, 100_000))
     latencies, _ = shard_latencies(arrivals, np.array([10.0]), 1, random(), shortest=False, hedge_after=None)
     assert latencies.mean() == pytest.approx(10 * (2 - load) / (2 * (1 - load)), rel=0.03)
+
+
+def test_recorded_times_have_the_recorded_percentiles():
+    recorded = json.loads(EVIDENCE.read_text())["ms"]["small: words, also of windows"]
+    times = recorded_times()
+    assert np.percentile(times, 50) == pytest.approx(recorded["p50"], rel=0.01)
+    assert np.percentile(times, 95) == pytest.approx(recorded["p95"], rel=0.01)
 
 
 def test_more_shards_are_slower_and_hedging_helps():

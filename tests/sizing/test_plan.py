@@ -70,6 +70,8 @@ def test_bytes(text, number):
         ({"num_candidates": -1}, "num_candidates is -1"),
         ({"queries": 0}, "queries is 0"),
         ({"candidates": 0}, "candidates is 0"),
+        ({"shards": 0}, "shards is 0"),
+        ({"shards": 11}, "shards is 11, but there are only 10 passages"),
         ({"machine_memory": 0}, "machine_memory is 0"),
         ({"machine_cores": 0}, "machine_cores is 0"),
         ({"recall": 1.01}, "recall is 1.01; give a share above 0 and at most 1"),

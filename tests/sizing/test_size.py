@@ -81,11 +81,32 @@ def test_an_index_that_does_not_fit_is_sharded(answer):
     assert report.num_shards > 1
     assert report.shard_passages == -(-5_000_000 // report.num_shards)
     assert report.memory_bytes <= report.num_shards * room
+    assert report.num_machines == report.num_shards
     index_bytes = report.memory_bytes - report.parts[-1].memory
     assert index_bytes > (report.num_shards - 1) * (room - GIB / 2) * 0.99  # one shard fewer would not do
     assert report.core_ms > whole.core_ms  # each shard has its own candidates
-    assert any(f"(4.0 GiB, 90% of it used): {report.num_shards:,} shards do" in each for each in report.remarks)
+    assert any(
+        f"(4.0 GiB, 90% of it used): {report.num_shards:,} shards do, on {report.num_machines:,}" in each
+        for each in report.remarks
+    )
     assert f"{report.num_shards:,} shards" in next(iter(size_tables(report))).title
+
+
+def test_more_shards_than_memory_needs_answer_sooner(answer):
+    few, many = answer(passages=50_000_000, qps=10.0), answer(passages=50_000_000, qps=10.0, shards=64)
+    assert few.num_shards < 64 == many.num_shards
+    assert many.p50_ms < few.p50_ms
+    assert many.num_machines == -(-64 // many.machines.shards_each)
+    assert many.machines.shards_each > 1
+    assert many.machines.num == many.num_machines * many.machines.replicas
+
+
+def test_a_machine_searches_no_more_shards_at_once_than_it_has_cores(answer):
+    some = answer(passages=50_000_000, shards=64, machine_memory=1 << 40, machine_cores=64)
+    fewer = answer(passages=50_000_000, shards=64, machine_memory=1 << 40, machine_cores=32)
+    assert some.num_machines == fewer.num_machines == 1
+    query_ms = some.stages[0].ms
+    assert fewer.p50_ms - query_ms == pytest.approx(2 * (some.p50_ms - query_ms))
 
 
 def test_machines_too_small_for_the_student(answer):

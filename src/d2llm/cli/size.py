@@ -57,6 +57,7 @@ class SearchOptions:
         float, typer.Option(metavar="SHARE", help="Share of the exact first ten that a search must find.")
     ] = 0.99
     num_candidates: Annotated[str, typer.Option(metavar="N", help="Passages that get the full score.")] = "1000"
+    shards: Annotated[str, typer.Option(metavar="N", help="At least so many shards; smaller ones answer sooner.")] = "1"
     machine_memory: Annotated[
         str | None,
         typer.Option(metavar="BYTES", help="Memory of one machine: 64GiB.", show_default="what is free on this one"),
@@ -169,6 +170,7 @@ def _plan(
         teacher=labels.teacher,
         queries=parse_count(labels.queries, "--queries"),
         candidates=parse_count(labels.candidates, "--candidates"),
+        shards=parse_count(search.shards, "--shards"),
         machine_memory=None if memory is None else parse_bytes(memory, "--machine-memory"),
         machine_cores=None if cores is None else parse_count(cores, "--machine-cores"),
         core_hour_price=prices.core_hour_price,

@@ -76,6 +76,8 @@ class SizePlan:
         teacher: the teacher that labels pairs; None labels none.
         queries: number of queries whose candidates the teacher labels.
         candidates: number of candidates that it labels for each.
+        shards: at least so many shards, even if fewer fit the memory. One core searches a shard, so smaller ones
+            answer sooner.
         machine_memory: bytes of memory of one machine that d2llm may use; None means what is available on this one.
         machine_cores: number of cores of one machine; None means those of this one.
         core_hour_price: price of a core for an hour.
@@ -97,6 +99,7 @@ class SizePlan:
     teacher: str | None = None
     queries: int = 10_000
     candidates: int = 20
+    shards: int = 1
     machine_memory: int | None = None
     machine_cores: int | None = None
     core_hour_price: float | None = None
@@ -109,11 +112,13 @@ class SizePlan:
         Raises:
             InputError: a number is out of range, or a format is unknown.
         """
-        counts = ("passages", "tokens", "num_candidates", "queries", "candidates", "machine_memory", "machine_cores")
-        for name in counts:
+        counts = ("passages", "tokens", "num_candidates", "queries", "candidates", "shards")
+        for name in (*counts, "machine_memory", "machine_cores"):
             value: int | None = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value:,}, but must be at least 1")
+        if self.shards > self.passages:
+            raise InputError(f"shards is {self.shards:,}, but there are only {self.passages:,} passages")
         if not 0 < self.recall <= 1:
             raise InputError(f"recall is {self.recall:g}; give a share above 0 and at most 1, such as 0.99")
         if self.qps is not None and not 0 < self.qps < math.inf:

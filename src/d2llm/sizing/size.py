@@ -49,12 +49,12 @@ class Work:
 class Machines:
     """The machines for a plan's queries a second.
 
-    ``cores`` are needed; each of ``num_shards`` shards is held by ``replicas`` machines, ``num`` in all. ``load`` is
-    the share of the time that their cores are busy.
+    ``cores`` are needed. Each machine holds up to ``shards_each`` shards, and each shard is on ``replicas`` machines;
+    there are ``num`` machines in all. ``load`` is the share of the time that their cores are busy.
     """
 
     num: int
-    num_shards: int
+    shards_each: int
     replicas: int
     cores: int
     load: float
@@ -84,7 +84,8 @@ class SizeReport:
         parts: bytes by part, of all shards together; the last part is programs and students.
         disk_bytes: their sum on disk.
         memory_bytes: their sum in memory.
-        num_shards: in how many shards the index fits the memory of one machine each.
+        num_shards: number of shards, each of which fits the memory of a machine.
+        num_machines: how many machines hold all shards once.
         shard_passages: passages of a shard.
         approximate: whether searches use an approximate index.
         stages: time of a search of one shard, by stage.
@@ -106,6 +107,7 @@ class SizeReport:
     disk_bytes: int
     memory_bytes: int
     num_shards: int
+    num_machines: int
     shard_passages: int
     approximate: bool
     stages: list[StageTime]
@@ -175,13 +177,15 @@ class _Sizing:
         num_shards = self._num_shards()
         passages = math.ceil(self.plan.passages / num_shards)
         approximate, stages = self._search(passages)
-        parts = self._all_parts(num_shards, approximate=approximate)
+        shards_each = self._shards_each(passages, approximate=approximate)
+        num_machines = math.ceil(num_shards / shards_each)
+        parts = self._all_parts(num_shards, num_machines, approximate=approximate)
         disk, memory = sum(part.disk for part in parts), sum(part.memory for part in parts)
         unmeasured = [stage.stage for stage in stages if stage.ms is None]
         query_ms, shard_ms = total_ms(stages[:1]), total_ms(stages[1:])
         core_ms = query_ms + num_shards * shard_ms
-        machines = self._machines(num_shards, core_ms)
-        p50, p99 = self._latencies(query_ms, shard_ms, num_shards, machines)
+        machines = self._machines(num_machines, shards_each, core_ms)
+        p50, p99 = self._latencies(query_ms, shard_ms, num_shards, num_machines, machines)
         work = list(self._work(num_shards, passages, approximate=approximate))
         return SizeReport(
             plan=self.plan,
@@ -193,6 +197,7 @@ class _Sizing:
             disk_bytes=disk,
             memory_bytes=memory,
             num_shards=num_shards,
+            num_machines=num_machines,
             shard_passages=passages,
             approximate=approximate,
             stages=stages,
@@ -203,25 +208,32 @@ class _Sizing:
             machines=machines,
             work=work,
             costs=list(self._costs(work, machines, disk, memory)),
-            remarks=list(self._remarks(num_shards, unmeasured, work)),
+            remarks=list(self._remarks(num_shards, num_machines, unmeasured, work)),
         )
 
     def _parts(self, passages: int, *, approximate: bool) -> list[PartBytes]:
         return index_parts(self.plan, self.student, self.texts, passages, approximate=approximate)
 
-    def _all_parts(self, num_shards: int, *, approximate: bool) -> list[PartBytes]:
-        """The parts of all shards, and a program with the student for each."""
+    def _all_parts(self, num_shards: int, num_machines: int, *, approximate: bool) -> list[PartBytes]:
+        """The parts of all shards, and a program with the student on each machine."""
         passages = math.ceil(self.plan.passages / num_shards)
         shard = self._parts(passages, approximate=approximate)
         share = self.plan.passages / passages  # the last shard may be smaller
         parts = [replace(part, disk=round(share * part.disk), memory=round(share * part.memory)) for part in shard]
         process = self.speeds.process_bytes
         source = "not measured" if process is None else process.source
-        basis = f"{num_shards:,} processes: {source}"
-        return [*parts, PartBytes("programs with the student", 0, num_shards * self.process_bytes, basis)]
+        basis = f"{num_machines:,} {'process' if num_machines == 1 else 'processes'}: {source}"
+        return [*parts, PartBytes("programs with the student", 0, num_machines * self.process_bytes, basis)]
 
-    def _num_shards(self) -> int:
-        """The smallest number of shards of which each fits a machine's memory."""
+    def _shard_memory(self, passages: int, *, approximate: bool) -> int:
+        return sum(part.memory for part in self._parts(passages, approximate=approximate))
+
+    def _shards_each(self, passages: int, *, approximate: bool) -> int:
+        """How many shards of so many passages a machine holds."""
+        return max(1, int(self._room() / self._shard_memory(passages, approximate=approximate)))
+
+    def _room(self) -> float:
+        """Bytes of a machine's memory for shards."""
         room = _USED_MEMORY * self.machine_memory - self.process_bytes
         if room <= 0:
             raise InputError(
@@ -229,12 +241,20 @@ class _Sizing:
                 f"takes {self.process_bytes / _GIB:.1f}; give larger machines"
             )
 
+        return room
+
+    def _num_shards(self) -> int:
+        """The smallest number of shards, but not below the plan's, of which each fits a machine's memory."""
+        room = self._room()
+
         def fits(num_shards: int) -> bool:
             passages = math.ceil(self.plan.passages / num_shards)
             approximate, _ = self._search(passages)
-            return sum(part.memory for part in self._parts(passages, approximate=approximate)) <= room
+            return self._shard_memory(passages, approximate=approximate) <= room
 
-        most = 1
+        most = self.plan.shards
+        if fits(most):
+            return most
         while not fits(most):
             if most > self.plan.passages:
                 raise InputError("a machine's memory does not hold a single passage; give larger machines")
@@ -254,16 +274,16 @@ class _Sizing:
         is_known = exact[1].ms is not None and stages[1].ms is not None
         return (True, stages) if is_known and total_ms(stages[1:2]) < total_ms(exact[1:2]) else (False, exact)
 
-    def _machines(self, num_shards: int, core_ms: float) -> Machines | None:
+    def _machines(self, num_machines: int, shards_each: int, core_ms: float) -> Machines | None:
         if self.plan.qps is None:
             return None
         busy = self.plan.qps * core_ms / 1e3
         cores = math.ceil(busy / MOST_LOAD)
-        replicas = max(1, math.ceil(cores / (num_shards * self.machine_cores)))
-        num = num_shards * replicas
+        replicas = max(1, math.ceil(cores / (num_machines * self.machine_cores)))
+        num = num_machines * replicas
         return Machines(
             num=num,
-            num_shards=num_shards,
+            shards_each=shards_each,
             replicas=replicas,
             cores=cores,
             load=busy / (num * self.machine_cores),
@@ -272,12 +292,16 @@ class _Sizing:
         )
 
     def _latencies(
-        self, query_ms: float, shard_ms: float, num_shards: int, machines: Machines | None
+        self, query_ms: float, shard_ms: float, num_shards: int, num_machines: int, machines: Machines | None
     ) -> tuple[float, float | None]:
-        """Median and p99 of a search; waiting is that of a machine's queue at its load."""
+        """Median and p99 of a search; waiting is that of a machine's queue at its load.
+
+        If a machine has more shards than cores, its cores search some after others.
+        """
+        rounds = math.ceil(math.ceil(num_shards / num_machines) / self.machine_cores)
 
         def latency(share: float, ratio: float) -> float:
-            slowest = slowest_of(num_shards, shard_ms, ratio, share)
+            slowest = rounds * slowest_of(num_shards, shard_ms, ratio, share)
             own = slowest_of(1, query_ms, ratio, share)
             if machines is None:
                 return own + slowest
@@ -364,7 +388,9 @@ class _Sizing:
                 gib = replicas * num_bytes / _GIB
                 yield Cost(name, None, gib * gib_price, f"{gib:,.1f} GiB{copies}")
 
-    def _remarks(self, num_shards: int, unmeasured: Sequence[str], work: Sequence[Work]) -> Iterator[str]:
+    def _remarks(
+        self, num_shards: int, num_machines: int, unmeasured: Sequence[str], work: Sequence[Work]
+    ) -> Iterator[str]:
         if not self.is_measured:
             yield "the speeds are not this machine's, but ship with d2llm; `d2llm size --measure` measures this one"
         if self.plan.tokens > self.student.max_tokens:
@@ -372,10 +398,10 @@ class _Sizing:
                 f"the student reads {self.student.max_tokens} tokens of a passage and cuts the rest of "
                 f"{self.plan.tokens}; split passages, and give their number and length"
             )
-        if num_shards > 1:
+        if num_machines > 1:
             yield (
                 f"the index does not fit the memory of one machine ({self.machine_memory / _GIB:.1f} GiB, "
-                f"{_USED_MEMORY:.0%} of it used): {num_shards:,} shards do"
+                f"{_USED_MEMORY:.0%} of it used): {num_shards:,} shards do, on {num_machines:,} machines"
             )
         missing = [*unmeasured, *(one.work for one in work if one.core_hours is None)]
         if missing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from d2llm.core.table import Column, Table
-from d2llm.sizing.size import MOST_LOAD, SizeReport
+from d2llm.sizing.size import SizeReport
 from d2llm.sizing.speeds import Speed, Speeds
 
 _GIB = 1 << 30
@@ -59,7 +59,8 @@ def _machines(report: SizeReport) -> Table:
     assert machines is not None
     table = Table("", Column("number", ","), _BASIS, title=f"For {report.plan.qps:g} queries a second")
     table.add_row("cores", machines.cores, machines.basis)
-    held = f"{machines.num_shards:,} shards, each on {machines.replicas:,}; {machines.load:.0%} busy of {MOST_LOAD:.0%}"
+    held = f"each shard on {machines.replicas:,}, {machines.shards_each:,} shards on a machine at most"
+    held += f"; busy {machines.load:.0%} of the time"
     table.add_row("machines", machines.num, held)
     return table
 
