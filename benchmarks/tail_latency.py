@@ -14,9 +14,9 @@ arrival. The replicas of all shards are busy `--loads` of the time without hedgi
 
 one        a random replica of each shard
 shortest   of two random replicas of each shard, the one with fewer requests (Mitzenmacher, IEEE TPDS 2001)
-hedged     a random replica; if it has not answered after the measured p95, another one too, and the first answer
-           counts (Dean and Barroso, "The Tail at Scale", CACM 2013). A second request that would be started after the
-           first answer is not; nothing else is cancelled, so both replicas do the work
+hedged     a random replica; if it has not answered after the p95 of a shard without hedging, another one too, and the
+           first answer counts (Dean and Barroso, "The Tail at Scale", CACM 2013). A second request that would be
+           started after the first answer is not; nothing else is cancelled, so both replicas do the work
 both       the replica with fewer requests, and hedged
 
 Times that do not come from the shards (encoding the query, the network, merging) are left out. Drawn times of different
@@ -55,7 +55,7 @@ from d2llm.store.view import PassageView
 
 POLICIES = {"one": (False, False), "shortest": (True, False), "hedged": (False, True), "both": (True, True)}
 EVIDENCE = Path(__file__).parent / "results" / "evidence.json"
-HEDGED_AFTER = 95  # percentile of the measured times
+HEDGED_AFTER = 95  # percentile of the time until a shard has answered
 
 
 def measured_times(passages: int, num_queries: int, rounds: int) -> NDArray[np.float64]:
@@ -131,7 +131,8 @@ def shard_latencies(
     """
     cores = [Replica() for _ in range(replicas)]
     own, hedged = random.choice(times, len(arrivals)), random.choice(times, len(arrivals))
-    pairs = random.integers(replicas, size=(len(arrivals), 2))
+    drawn = random.integers(replicas, size=len(arrivals))
+    others = (drawn + 1 + random.integers(max(replicas - 1, 1), size=len(arrivals))) % replicas
     later: list[tuple[float, int, int, float]] = []  # hedges to come: when, query, replica asked first, its end
     ends, work = np.empty(len(arrivals)), 0.0
 
@@ -139,14 +140,14 @@ def shard_latencies(
         nonlocal work
         while later and later[0][0] <= now:
             at, query, first, end = heapq.heappop(later)
-            other = cores[(first + 1 + int(pairs[query, 1]) % (replicas - 1)) % replicas]
+            other = cores[others[query] if first != others[query] else drawn[query]]
             if other.start(at) < end:  # else the first has answered before this one starts, and it is cancelled
                 ends[query] = min(end, other.add(at, hedged[query]))
                 work += hedged[query]
 
     for query, now in enumerate(arrivals.tolist()):
         hedge_until(now)
-        first, second = pairs[query].tolist()
+        first, second = int(drawn[query]), int(others[query])
         if shortest and cores[second].num_requests(now) < cores[first].num_requests(now):
             first = second
         end = cores[first].add(now, own[query])
@@ -168,7 +169,9 @@ def simulate(
     counted = slice(queries // 10, None)  # the first find empty queues
     rows: dict[str, dict[str, float]] = {}
     for name, (shortest, hedges) in POLICIES.items():
-        hedge_after = float(np.percentile(times, HEDGED_AFTER)) if hedges else None
+        own = np.random.default_rng([seed, shards])  # of another shard, without hedging
+        alone, _ = shard_latencies(arrivals, times, replicas, own, shortest=shortest, hedge_after=None)
+        hedge_after = float(np.percentile(alone[counted], HEDGED_AFTER)) if hedges else None
         slowest, work = np.zeros(queries), 0.0
         for shard in range(shards):
             own = np.random.default_rng([seed, shard])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from statistics import NormalDist
@@ -52,11 +52,15 @@ def shipped_ann_facts() -> AnnFacts:
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """Median milliseconds of one core for a stage of a search; None if its speed was not measured."""
+    """Median milliseconds of one core for a stage of a search; None if its speed was not measured.
+
+    ``per_shard``: whether every shard does it, or one process for all of them.
+    """
 
     stage: str
     ms: float | None
     basis: str
+    per_shard: bool = True
 
 
 def search_stages(
@@ -74,7 +78,7 @@ def search_stages(
     """
     encode = speeds.query_ms
     basis = "not measured for this student" if encode is None else encode.source
-    first = StageTime("query", None if encode is None else encode.value, basis)
+    first = StageTime("query", None if encode is None else encode.value, basis, per_shard=False)
     return [first, *_stages(plan, student, texts, speeds, num_passages, ann)]
 
 
@@ -110,7 +114,7 @@ def _stages(
     if student.has_anchor and student.counts_interaction:
         yield _stage("interaction", candidates, "pairs", speeds.interaction_pairs)
     result = speeds.result_ms
-    yield StageTime("texts of ten results", None if result is None else result.value, _source(result))
+    yield StageTime("texts of ten results", None if result is None else result.value, _source(result), per_shard=False)
 
 
 def _words(num_passages: int, texts: TextFacts, speeds: Speeds) -> StageTime:
@@ -139,7 +143,7 @@ def can_approximate(plan: SizePlan, student: StudentFacts, num_passages: int, an
     return student.has_anchor and num_passages >= MIN_PASSAGES and plan.recall <= ann.first_ten
 
 
-def total_ms(stages: Sequence[StageTime]) -> float:
+def total_ms(stages: Iterable[StageTime]) -> float:
     """The sum of the stages that are known."""
     return sum(stage.ms for stage in stages if stage.ms is not None)
 

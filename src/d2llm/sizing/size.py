@@ -49,7 +49,7 @@ class Work:
 class Machines:
     """The machines for a plan's queries a second.
 
-    ``cores`` are needed. Each machine holds up to ``shards_each`` shards, and each shard is on ``replicas`` machines;
+    ``cores`` are needed. A machine holds up to ``shards_each`` shards, and each shard is on ``replicas`` machines;
     there are ``num`` machines in all. ``load`` is the share of the time that their cores are busy.
     """
 
@@ -85,7 +85,7 @@ class SizeReport:
         disk_bytes: their sum on disk.
         memory_bytes: their sum in memory.
         num_shards: number of shards, each of which fits the memory of a machine.
-        num_machines: how many machines hold all shards once.
+        num_machines: over how many machines all shards are spread, each of them once.
         shard_passages: passages of a shard.
         approximate: whether searches use an approximate index.
         stages: time of a search of one shard, by stage.
@@ -177,15 +177,17 @@ class _Sizing:
         num_shards = self._num_shards()
         passages = math.ceil(self.plan.passages / num_shards)
         approximate, stages = self._search(passages)
-        shards_each = self._shards_each(passages, approximate=approximate)
-        num_machines = math.ceil(num_shards / shards_each)
+        once_ms = total_ms(stage for stage in stages if not stage.per_shard)
+        shard_ms = total_ms(stage for stage in stages if stage.per_shard)
+        core_ms = once_ms + num_shards * shard_ms
+        num_machines = math.ceil(num_shards / self._most_shards(passages, approximate=approximate))
+        machines = self._machines(num_shards, num_machines, core_ms)
+        if machines is not None:
+            num_machines = machines.num // machines.replicas
         parts = self._all_parts(num_shards, num_machines, approximate=approximate)
         disk, memory = sum(part.disk for part in parts), sum(part.memory for part in parts)
         unmeasured = [stage.stage for stage in stages if stage.ms is None]
-        query_ms, shard_ms = total_ms(stages[:1]), total_ms(stages[1:])
-        core_ms = query_ms + num_shards * shard_ms
-        machines = self._machines(num_machines, shards_each, core_ms)
-        p50, p99 = self._latencies(query_ms, shard_ms, num_shards, num_machines, machines)
+        p50, p99 = self._latencies(once_ms, shard_ms, num_shards, num_machines, machines)
         work = list(self._work(num_shards, passages, approximate=approximate))
         return SizeReport(
             plan=self.plan,
@@ -228,8 +230,8 @@ class _Sizing:
     def _shard_memory(self, passages: int, *, approximate: bool) -> int:
         return sum(part.memory for part in self._parts(passages, approximate=approximate))
 
-    def _shards_each(self, passages: int, *, approximate: bool) -> int:
-        """How many shards of so many passages a machine holds."""
+    def _most_shards(self, passages: int, *, approximate: bool) -> int:
+        """How many shards of so many passages the memory of a machine holds."""
         return max(1, int(self._room() / self._shard_memory(passages, approximate=approximate)))
 
     def _room(self) -> float:
@@ -274,16 +276,19 @@ class _Sizing:
         is_known = exact[1].ms is not None and stages[1].ms is not None
         return (True, stages) if is_known and total_ms(stages[1:2]) < total_ms(exact[1:2]) else (False, exact)
 
-    def _machines(self, num_machines: int, shards_each: int, core_ms: float) -> Machines | None:
+    def _machines(self, num_shards: int, fewest: int, core_ms: float) -> Machines | None:
+        """As many machines as the load needs, at least ``fewest``; shards are spread over them before any is copied."""
         if self.plan.qps is None:
             return None
         busy = self.plan.qps * core_ms / 1e3
         cores = math.ceil(busy / MOST_LOAD)
-        replicas = max(1, math.ceil(cores / (num_machines * self.machine_cores)))
-        num = num_machines * replicas
+        num = max(fewest, math.ceil(cores / self.machine_cores))
+        replicas = math.ceil(num / num_shards)
+        if replicas > 1:
+            num = replicas * num_shards
         return Machines(
             num=num,
-            shards_each=shards_each,
+            shards_each=math.ceil(num_shards * replicas / num),
             replicas=replicas,
             cores=cores,
             load=busy / (num * self.machine_cores),
@@ -292,7 +297,7 @@ class _Sizing:
         )
 
     def _latencies(
-        self, query_ms: float, shard_ms: float, num_shards: int, num_machines: int, machines: Machines | None
+        self, once_ms: float, shard_ms: float, num_shards: int, num_machines: int, machines: Machines | None
     ) -> tuple[float, float | None]:
         """Median and p99 of a search; waiting is that of a machine's queue at its load.
 
@@ -302,10 +307,10 @@ class _Sizing:
 
         def latency(share: float, ratio: float) -> float:
             slowest = rounds * slowest_of(num_shards, shard_ms, ratio, share)
-            own = slowest_of(1, query_ms, ratio, share)
+            own = slowest_of(1, once_ms, ratio, share)
             if machines is None:
                 return own + slowest
-            work_ms = shard_ms + query_ms / num_shards
+            work_ms = shard_ms + once_ms / num_shards
             return own + slowest + wait_ms(self.machine_cores, machines.load * self.machine_cores, work_ms, share)
 
         ratio = self.speeds.slow_ratio
