@@ -11,7 +11,8 @@ One thread, one query at a time, without encoding it; the kinds of search are in
 those of the processor; still, other work on the machine takes some of the memory's speed from one part or the other.
 
 What ships with d2llm is not this machine's: `--ship` derives it from the results of other benchmarks, which were
-measured on idle machines. Speeds that no benchmark has measured are left out, and `d2llm size` says so.
+measured on idle machines. Speeds that no benchmark has measured are left out, and `d2llm size` says so. Licences of the
+texts: squad-sent CC BY-SA 4.0, medquad CC BY 4.0, quora for research only; only facts such as their lengths are kept.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Speeds(BaseModel):
         written_text_bytes: bytes of texts that are written to an index, with their words, a second.
         multiplications: of the clustering that makes the lists of an approximate index, a second.
         teachers: pairs that a teacher judges, a second, by teacher.
-        slow_ratio: time of the slowest hundredth of the searches (p99) over the median.
+        slow_ratio: p99 of the time of a search over its median.
         process_bytes: memory of a process that has loaded the student.
     """
 
