@@ -25,18 +25,16 @@ def student(tmp_path_factory):
     return token_student(tmp_path_factory.mktemp("student"))
 
 
-@pytest.fixture(scope="module", params=[("bfloat16", 2), ("int8", 1)], ids=lambda each: f"{each[0]}-{each[1]}")
+@pytest.fixture(scope="module", params=[("bfloat16", 2, "int3"), ("int8", 1, "none")], ids=lambda each: each[0])
 def built(request, student, tmp_path_factory):
     """An index of 3,000 passages, the plan for it, and what it was predicted to take from 2,000 other passages."""
-    vector_format, copies = request.param
+    vector_format, copies, windows = request.param
     texts = read_text_facts(passages(2_000, seed=1), student, "2,000 others")
-    plan = SizePlan(NUM, round(texts.tokens), vector_format=vector_format, vector_copies=copies, window_vectors="int3")
+    options = {"vector_format": vector_format, "vector_copies": copies, "window_vectors": windows}
+    plan = SizePlan(NUM, round(texts.tokens), **options)
     facts = StudentFacts.of_student(student, plan)
     parts = {part.part: part for part in index_parts(plan, facts, texts, NUM, approximate=False)}
-    folder = tmp_path_factory.mktemp("built") / "index"
-    index = Index.create(
-        folder, student, vector_format=vector_format, vector_copies=copies, window_vectors="int3", token_vectors="int4"
-    )
+    index = Index.create(tmp_path_factory.mktemp("built") / "index", student, token_vectors="int4", **options)
     index.add(passages(NUM))
     index.compact(timedelta(0))
     return index, plan, parts
@@ -59,7 +57,8 @@ def test_each_part_is_as_large_as_predicted(built):
     assert parts["texts and ids"].disk == pytest.approx(table, rel=0.12)  # LanceDB compresses more rows better
     assert parts[f"vectors, {plan.vector_format}"].disk == pytest.approx(vectors + in_table, rel=0.01)
     assert parts["words"].disk == pytest.approx(bytes_of(index, "words-*"), rel=0.05)
-    assert parts["vectors of windows, int3"].disk == pytest.approx(bytes_of(index, "window-*"), rel=0.05)
+    if plan.window_vectors != "none":
+        assert parts["vectors of windows, int3"].disk == pytest.approx(bytes_of(index, "window-*"), rel=0.05)
     assert parts["vectors of tokens, int4"].disk == pytest.approx(bytes_of(index, "token-*"), rel=0.05)
 
 
@@ -71,7 +70,9 @@ def test_the_memory_of_a_view_is_as_predicted(built):
     words = view.words
     norms = sum(norm.nbytes for norm in words._norms)
     assert parts["words"].memory == pytest.approx(words.num_bytes + norms, rel=0.05)
-    for kind, name in (("window", "int3"), ("token", "int4")):
+    for kind, name in (("token", "int4"), ("window", plan.window_vectors)):
+        if name == "none":
+            continue
         mapped = bytes_of(index, f"{kind}-*.bin")
         copied = getattr(view, f"{kind}s")._places.nbytes
         assert parts[f"vectors of {kind}s, {name}"].memory == pytest.approx(mapped + copied, rel=0.05)

@@ -89,7 +89,8 @@ class SizeReport:
         shard_passages: passages of a shard.
         approximate: whether searches use an approximate index.
         stages: time of a search of one shard, by stage.
-        p50_ms, p99_ms: of a whole search: the slowest shard, and waiting for a core; of what was measured.
+        p50_ms, p99_ms: of a whole search: the slowest shard, and waiting for a core; of what was measured. p99 is None
+            if no ratio of the two was measured for this student.
         core_ms: milliseconds of processor time that a search takes on all shards together.
         unmeasured: stages that are missing in these times.
         machines: for the plan's queries a second; None if it names none.
@@ -111,9 +112,9 @@ class SizeReport:
     shard_passages: int
     approximate: bool
     stages: list[StageTime]
-    p50_ms: float | None
+    p50_ms: float
     p99_ms: float | None
-    core_ms: float | None
+    core_ms: float
     unmeasured: list[str]
     machines: Machines | None
     work: list[Work]
@@ -242,7 +243,6 @@ class _Sizing:
                 f"a machine has {self.machine_memory / _GIB:.1f} GiB of memory, but a process with the student alone "
                 f"takes {self.process_bytes / _GIB:.1f}; give larger machines"
             )
-
         return room
 
     def _num_shards(self) -> int:
