@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.sizing.plan import SizePlan, parse_bytes, parse_count
+from d2llm.sizing.plan import SizePlan, in_words, parse_bytes, parse_count
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,21 @@ def test_bytes(text, number):
             parse_bytes(text, "--machine-memory")
     else:
         assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.5, "0.5"),
+        (999, "999"),
+        (1_000, "1 thousand"),
+        (59_340_000, "59.3 million"),
+        (2.5e9, "2.5 billion"),
+        (4e13, "40 trillion"),
+    ],
+)
+def test_numbers_in_words(value, text):
+    assert in_words(value) == text
 
 
 @pytest.mark.parametrize(

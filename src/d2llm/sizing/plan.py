@@ -37,6 +37,13 @@ def parse_count(text: str, name: str = "the number") -> int:
     return int(value)
 
 
+def in_words(value: float) -> str:
+    """A number with three digits and a word: 59.3 million."""
+    words = ((1e12, " trillion"), (1e9, " billion"), (1e6, " million"), (1e3, " thousand"))
+    unit, word = next(((unit, word) for unit, word in words if value >= unit), (1.0, ""))
+    return f"{value / unit:.3g}{word}"
+
+
 def parse_bytes(text: str, name: str = "the size") -> int:
     """A number of bytes such as ``64G`` or ``64GiB`` (times 1,024 cubed), or ``64GB`` (times 1,000 cubed).
 

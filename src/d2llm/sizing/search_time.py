@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from d2llm.retrieval.build_ann import MIN_PASSAGES, default_num_lists
 from d2llm.sizing.index_bytes import StudentFacts, parts_of_passage
-from d2llm.sizing.plan import SizePlan
+from d2llm.sizing.plan import SizePlan, in_words
 from d2llm.sizing.speeds import Speed, Speeds
 from d2llm.sizing.texts import TextFacts
 from d2llm.store.vector_formats import make_format
@@ -128,10 +128,10 @@ def _words(num_passages: int, texts: TextFacts, speeds: Speeds) -> StageTime:
 
 def _stage(name: str, amount: float, unit: str, speed: Speed | None, basis: str = "") -> StageTime:
     """The time for so many of something at a speed a second."""
-    why = "; ".join(filter(None, [f"{amount:.3g} {unit}", basis]))
+    why = "; ".join(filter(None, [f"{in_words(amount)} {unit}", basis]))
     if speed is None:
         return StageTime(name, None, f"{why}; their speed was not measured")
-    return StageTime(name, 1e3 * amount / speed.value, f"{why}, at {speed.value:.3g} a second: {speed.source}")
+    return StageTime(name, 1e3 * amount / speed.value, f"{why}, at {in_words(speed.value)} a second: {speed.source}")
 
 
 def _source(speed: Speed | None) -> str:

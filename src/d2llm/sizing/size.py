@@ -13,7 +13,7 @@ from d2llm.core.machine import available_memory, usable_cores
 from d2llm.models.student import Student
 from d2llm.retrieval.build_ann import ITERATIONS, NUM_QUERIES, default_num_lists, num_samples
 from d2llm.sizing.index_bytes import PartBytes, StudentFacts, index_parts
-from d2llm.sizing.plan import SizePlan
+from d2llm.sizing.plan import SizePlan, in_words
 from d2llm.sizing.search_time import (
     AnnFacts,
     StageTime,
@@ -366,12 +366,12 @@ class _Sizing:
         self, name: str, amount: float, unit: str, speed: Speed | None, basis: str = "", *, parallel: bool = True
     ) -> Work:
         """So much of something at a speed of one core; by the clock on all cores of a machine, unless one writes."""
-        why = "; ".join(filter(None, [basis, f"{amount:.3g} {unit}"]))
+        why = "; ".join(filter(None, [basis, f"{in_words(amount)} {unit}"]))
         if speed is None:
             return Work(name, None, None, f"{why}; their speed was not measured")
         hours = amount / speed.value / 3600
         cores = self.machine_cores if parallel else 1
-        return Work(name, hours, hours / cores, f"{why}, at {speed.value:.3g} a second and core: {speed.source}")
+        return Work(name, hours, hours / cores, f"{why}, at {in_words(speed.value)} a second and core: {speed.source}")
 
     def _costs(
         self, work: Sequence[Work], machines: Machines | None, disk_bytes: int, memory_bytes: int

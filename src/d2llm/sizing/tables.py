@@ -59,8 +59,8 @@ def _machines(report: SizeReport) -> Table:
     assert machines is not None
     table = Table("", Column("number", ","), _BASIS, title=f"For {report.plan.qps:g} queries a second")
     table.add_row("cores", machines.cores, machines.basis)
-    held = f"each shard on {machines.replicas:,}, {machines.shards_each:,} shards on a machine at most"
-    held += f"; busy {machines.load:.0%} of the time"
+    shards = "one shard" if machines.shards_each == 1 else f"up to {machines.shards_each:,} shards"
+    held = f"{shards} on each, each shard on {machines.replicas:,}; busy {machines.load:.0%} of the time"
     table.add_row("machines", machines.num, held)
     return table
 
