@@ -185,6 +185,7 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
         return Speed(value=value, source=f"benchmarks/results/{name}.json, {what}")
 
     exact = scale["searches"]["asymmetric"]["rows"]
+    dim = scale["setting"]["dim"]
     num, vector_bytes = scale["build"]["rows"], scale["build"]["vector_bytes"]
     alone_s, scored_s = (
         exact[f"d2llm, {kind}"]["cpu_ms"] / 1e3 for kind in ("inner products alone", "scan 1000 + IEM")
@@ -198,13 +199,13 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
     window_ms = p50["full: words and vectors of windows"] - p50["small: words, also of windows"]
     windows = 1_000 * evidence["windows a passage"]
     products = {
-        "bfloat16": speed(1_000 / (scored_s - alone_s), "scale", "1,000 candidates"),
-        "int3": speed(1e3 * windows / window_ms, "evidence", "windows of 1,000 candidates"),
+        "bfloat16": speed(1_000 * dim / (scored_s - alone_s), "scale", "1,000 candidates"),
+        "int3": speed(1e3 * windows * dim / window_ms, "evidence", "windows of 1,000 candidates"),
     }
     compared: dict[str, Speed] = {}
     if "tokens a passage" in evidence:  # measured since `evidence.py` knows vectors of tokens
         token_ms = p50["words, also of windows, and tokens"] - p50["small: words, also of windows"]
-        value = 1e6 * evidence["tokens a passage"] / token_ms
+        value = 1e6 * evidence["tokens a passage"] * KnownVectors.token_dim / token_ms
         compared["int4"] = speed(value, "evidence", "tokens of 1,000 candidates")
     row = encoding["rows"]["torch bfloat16"]
     tokens = row["texts_per_second"] * encoding["tokens"]["mean"] / encoding["threads"]
@@ -215,9 +216,9 @@ def shipped_speeds(student: Student, texts: TextFacts) -> Speeds:
     candidates = "1,000 candidates and their windows, ms"
     anchored = next(one for one in scoring["heads"] if (one["head"], one["features"], one["hidden"]) == SHIPPED_HEAD)
     lists = scale["ann"]
-    read = scale["setting"]["dim"] * (num * lists["share_probed"] + 4 * lists["num_lists"])
-    samples = num_samples(num, lists["num_lists"], scale["setting"]["dim"])
-    compared_lists = lists["num_lists"] * scale["setting"]["dim"] * (ITERATIONS * samples + num)
+    read = dim * (num * lists["share_probed"] + 4 * lists["num_lists"])
+    samples = num_samples(num, lists["num_lists"], dim)
+    compared_lists = lists["num_lists"] * dim * (ITERATIONS * samples + num)
     built = scale["build"]
     whole = exact["d2llm, ann 1000 + IEM, whole"]["cpu_ms"] - exact["d2llm, ann 1000 + IEM"]["cpu_ms"]
     slow = scale["searches"]["symmetric"]["rows"]["d2llm, scan 1000 + IEM, whole"]

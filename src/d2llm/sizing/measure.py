@@ -27,6 +27,7 @@ from d2llm.core.types import Passage, Task
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judge
 from d2llm.retrieval.index import PART_FORMATS
+from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed, processor_name
 from d2llm.sizing.texts import word_queries
 from d2llm.store.bm25 import QueryWords, WordIndex, WordSegment
@@ -115,7 +116,8 @@ class _Measuring:
                     scan, product = self._scan(make_format(name, self.student.vector_dim))
                     scans[name], products[name] = self._speed(scan, advance), self._speed(product)
                 segment_ms, postings, candidate_words = self._words()
-                result_ms, written = self._index()
+                pairs = self._interaction(advance)
+                result_ms, written = self._index(scans["bfloat16"], products["bfloat16"], pairs)
                 process = self.process_bytes
                 return Speeds(
                     machine=processor_name(),
@@ -130,7 +132,7 @@ class _Measuring:
                     postings=self._speed(postings, advance),
                     candidate_words=self._speed(candidate_words, advance),
                     compared_tokens=self._tokens(advance),
-                    interaction_pairs=self._interaction(advance),
+                    interaction_pairs=pairs,
                     result_ms=self._speed(result_ms, advance),
                     written_text_bytes=self._speed(written, advance),
                     multiplications=self._speed(self._multiplications(), advance),
@@ -209,7 +211,7 @@ class _Measuring:
         return np.unique(self.random.integers(num_rows, size=_CANDIDATES))
 
     def _scan(self, vector_format: VectorFormat) -> tuple[float, float]:
-        """Bytes of all vectors, and single vectors, a second.
+        """Bytes of all vectors, and dimensions of single ones, a second.
 
         A search for the best thousand of all reads the former and multiplies the best of them singly, once more.
         """
@@ -220,7 +222,9 @@ class _Measuring:
         rows = [self._rows(num_rows) for _ in queries]
         single = self._median(lambda each: scan.products(queries[0], each), rows) / _mean_length(rows)
         search = self._median(lambda query: scan.search(query, _CANDIDATES, ids_of=_any_ids), queries)
-        return num_rows * vector_format.code_size / max(search - _CANDIDATES * single, search / 2), 1 / single
+        return num_rows * vector_format.code_size / max(
+            search - _CANDIDATES * single, search / 2
+        ), vector_format.dim / single
 
     def _query_ms(self) -> float:
         """Milliseconds to encode a query."""
@@ -272,7 +276,7 @@ class _Measuring:
         return sum(num_postings) / number, self._median(all_queries, [self.queries]) / number
 
     def _tokens(self, advance: Advance) -> dict[str, Speed]:
-        """Tokens of candidates, a second, in the default format; nothing if the student has no vectors of tokens."""
+        """Dimensions of candidates' tokens, a second, in the default format; nothing if the student has none."""
         projection = self.student.token_projection
         if projection is None:
             return {}
@@ -288,7 +292,7 @@ class _Measuring:
             codes = np.memmap(file, np.uint8, "r", shape=(int(counts.sum()), vector_format.code_size))
             parts = PartVectors(places, codes, vector_format)
             compared = self._median(lambda each: parts.sum_of_best(query, each), rows)
-        return {name: self._speed(_mean_length(rows) * _TOKENS_OF_ROW / compared, advance)}
+        return {name: self._speed(_mean_length(rows) * _TOKENS_OF_ROW * projection.dim / compared, advance)}
 
     def _interaction(self, advance: Advance) -> Speed | None:
         """Pairs a second, at full weight; None if the student has no interaction."""
@@ -327,24 +331,39 @@ class _Measuring:
         vectors = self._vectors(_CLUSTERED, dim)
         return _CLUSTERED * _CENTROIDS * dim / self._median(lambda each: index.search(each, 1), [vectors])
 
-    def _index(self) -> tuple[float, float]:
-        """Milliseconds to read ten passages of an index, and bytes of text that are written to it, a second."""
+    def _index(self, scan: Speed, product: Speed, pairs: Speed | None) -> tuple[float, float]:
+        """Milliseconds of a search that do not depend on the size, and bytes of text that are written a second.
+
+        The former are those of a search of a small index, by vectors alone, but for the stages with these speeds.
+        """
         vectors = self._vectors(_WRITTEN_AT_ONCE, self.student.vector_dim)
-        times = -(-_WRITTEN_PASSAGES // len(self.passages))
-        copies = [replace(each, id=f"{each.id}-{copy}") for copy in range(times) for each in self.passages]
+        copies = range(-(-_WRITTEN_PASSAGES // len(self.passages)))
+        passages = [replace(each, id=f"{each.id}-{copy}") for copy in copies for each in self.passages]
+        passages = passages[:_WRITTEN_PASSAGES]
         with TemporaryDirectory() as folder:
-            store = IndexStore.create(Path(folder) / "index", student_fingerprint="none", dim=vectors.shape[1])
+            store = IndexStore.create(
+                Path(folder) / "index", student_fingerprint=self.student.fingerprint, dim=self.student.vector_dim
+            )
             begin = time.process_time()
-            for start in range(0, _WRITTEN_PASSAGES, _WRITTEN_AT_ONCE):
+            for start in range(0, len(passages), _WRITTEN_AT_ONCE):
                 with store.writing():
-                    changes = store.compare(copies[start : min(start + _WRITTEN_AT_ONCE, _WRITTEN_PASSAGES)])
+                    changes = store.compare(passages[start : start + _WRITTEN_AT_ONCE])
                     store.write(changes, vectors[: len(changes.texts)])
             store.update_indices()
             seconds = time.process_time() - begin
-            text_bytes = sum(len(each.full_text.encode()) for each in copies[:_WRITTEN_PASSAGES])
             view = PassageView(store)
-            rows = [self.random.choice(_WRITTEN_PASSAGES, 10, replace=False) for _ in range(32)]
-            return 1e3 * self._median(view.passages, rows), text_bytes / seconds
+            settings = SearchSettings(task=self.task, evidence={}, num_candidates=_CANDIDATES)
+            searcher = Searcher(view, self.student, settings)
+            whole = self._median(lambda vector: searcher.rank(["a query"], vectors=vector[None]), list(vectors[:32]))
+            rows = [self.random.choice(len(passages), 10, replace=False) for _ in range(32)]
+            texts = self._median(view.passages, rows)
+        scanned = len(passages) * store.format.code_size / scan.value
+        singly = _CANDIDATES * self.student.vector_dim / product.value
+        scored = 0.0 if pairs is None else _CANDIDATES / pairs.value
+        counts_interaction = self.student.prepare(vectors[0], self.task).reach > 0
+        stages = scanned + singly + (singly + scored if counts_interaction else 0)
+        text_bytes = sum(len(each.full_text.encode()) for each in passages)
+        return 1e3 * max(texts, whole - stages), text_bytes / seconds
 
 
 def made_up_passages(student: Student, number: int = 400, words: int = 100) -> list[Passage]:

@@ -101,7 +101,10 @@ def _stages(
         yield _stage("approximate index", read, "bytes", speeds.ann_bytes, basis)
     if student.has_anchor:  # once to rank the proposals, and once for the full score
         products = proposed + (candidates if weights or student.counts_interaction else 0)
-        yield _stage("candidates' vectors", products, "vectors", speeds.products.get(plan.vector_format))
+        basis = f"{products:,.0f} of {student.dim} dimensions"
+        yield _stage(
+            "candidates' vectors", products * student.dim, "dimensions", speeds.products.get(plan.vector_format), basis
+        )
     if weights.counts_words:
         yield _words(num_passages, texts, speeds)
     long = texts.of_candidates(counts_words=weights.counts_words)
@@ -109,8 +112,10 @@ def _stages(
         yield _stage("words of candidates' windows", candidates * long.words, "words", speeds.candidate_words)
     for kind in sorted(weights.part_kinds):
         of_format = speeds.products if kind == "window" else speeds.compared_tokens
-        number = candidates * parts_of_passage(kind, student, long)
-        yield _stage(f"vectors of candidates' {kind}s", number, f"{kind}s", of_format.get(student.formats[kind]))
+        number, dim = candidates * parts_of_passage(kind, student, long), student.part_format(kind).dim
+        speed = of_format.get(student.formats[kind])
+        basis = f"{number:,.0f} of {dim} dimensions"
+        yield _stage(f"vectors of candidates' {kind}s", number * dim, "dimensions", speed, basis)
     if student.has_anchor and student.counts_interaction:
         yield _stage("interaction", candidates, "pairs", speeds.interaction_pairs)
     result = speeds.result_ms

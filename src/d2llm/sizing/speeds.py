@@ -46,13 +46,13 @@ class Speeds(BaseModel):
         passage_tokens: tokens of passages that are encoded, a second.
         query_ms: milliseconds to encode a query, with the vectors of its tokens if the score counts them.
         scan_bytes: bytes of vectors that the exact scan reads, a second, by format.
-        products: single vectors that are multiplied with a query, a second, by format.
+        products: dimensions of single vectors that are multiplied with a query, a second, by format.
         ann_bytes: bytes of its lists that an approximate index reads, a second.
         segment_ms: milliseconds of BM25 for each segment of words, however few they are.
         postings: postings of BM25, a second.
         candidate_words: words of candidates in which BM25 looks for those of a query, a second.
-        compared_tokens: tokens of candidates whose vectors are compared with those of a query's tokens, a second, by
-            format.
+        compared_tokens: dimensions of the vectors of candidates' tokens that are compared with all tokens of a query, a
+            second, by format.
         interaction_pairs: pairs that the interaction scores, a second.
         result_ms: milliseconds to read the texts of ten results, and for all else that does not depend on the size.
         written_text_bytes: bytes of texts that are written to an index, with their words, a second.
