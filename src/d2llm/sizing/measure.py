@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import date
+from datetime import date, timedelta
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -351,6 +351,7 @@ class _Measuring:
                     store.write(changes, vectors[: len(changes.texts)])
             store.update_indices()
             seconds = time.process_time() - begin
+            store.compact(timedelta(0))  # so that texts are read from one file
             view = PassageView(store)
             settings = SearchSettings(task=self.task, evidence={}, num_candidates=_CANDIDATES)
             searcher = Searcher(view, self.student, settings)
