@@ -336,7 +336,7 @@ class _Measuring:
 
         The former are those of a search of a small index, by vectors alone, but for the stages with these speeds.
         """
-        vectors = self._vectors(_WRITTEN_AT_ONCE, self.student.vector_dim)
+        vectors = self._vectors(_WRITTEN_PASSAGES, self.student.vector_dim)  # distinct: equal ones are ordered by id
         copies = range(-(-_WRITTEN_PASSAGES // len(self.passages)))
         passages = [replace(each, id=f"{each.id}-{copy}") for copy in copies for each in self.passages]
         passages = passages[:_WRITTEN_PASSAGES]
@@ -348,7 +348,7 @@ class _Measuring:
             for start in range(0, len(passages), _WRITTEN_AT_ONCE):
                 with store.writing():
                     changes = store.compare(passages[start : start + _WRITTEN_AT_ONCE])
-                    store.write(changes, vectors[: len(changes.texts)])
+                    store.write(changes, vectors[start : start + len(changes.texts)])
             store.update_indices()
             seconds = time.process_time() - begin
             store.compact(timedelta(0))  # so that texts are read from one file
