@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.settings import SearchSettings
     from d2llm.retrieval.sync import sync_documents
+    from d2llm.sizing.plan import SizePlan
+    from d2llm.sizing.size import size
     from d2llm.store.side_files import Chunking
     from d2llm.training.check_data import check_data
     from d2llm.training.fit_evidence import fit_evidence
@@ -89,6 +91,7 @@ __all__ = [
     "Recipe",
     "Run",
     "SearchSettings",
+    "SizePlan",
     "Student",
     "Task",
     "TeacherConfig",
@@ -118,6 +121,7 @@ __all__ = [
     "read_gate",
     "read_pairs",
     "showing_progress",
+    "size",
     "starting_recipe",
     "sync_documents",
     "tune_writer",
@@ -172,6 +176,8 @@ _HOMES = {
     "d2llm.training.fit_tokens": ("fit_tokens",),
     "d2llm.training.fit_probabilities": ("fit_probabilities",),
     "d2llm.retrieval.settings": ("SearchSettings",),
+    "d2llm.sizing.plan": ("SizePlan",),
+    "d2llm.sizing.size": ("size",),
     "d2llm.training.starting_recipe": ("starting_recipe",),
     "d2llm.training.tune_writer": ("tune_writer",),
 }

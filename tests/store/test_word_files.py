@@ -111,7 +111,7 @@ def test_small_neighbouring_segments_are_joined(tmp_path, monkeypatch):
 
 
 def test_no_segment_gets_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(word_files, "_MOST_ROWS", 16)
+    monkeypatch.setattr(word_files, "SEGMENT_ROWS", 16)
     write(tmp_path, *range(0, 41, 4))
     update_word_files(tmp_path, 0, 40, unreadable)
     assert files(tmp_path) == ["words-0-0-16.bin", "words-0-16-32.bin", "words-0-32-40.bin"]

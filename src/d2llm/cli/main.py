@@ -33,6 +33,7 @@ from d2llm.cli.run import distill, gate, label, mine, run, stack, tune_teacher
 from d2llm.cli.search import search
 from d2llm.cli.serve import serve
 from d2llm.cli.session import Session, start_logging
+from d2llm.cli.size import size
 from d2llm.core.errors import D2LLMError, Terminated
 from d2llm.core.progress import showing_progress
 
@@ -146,7 +147,7 @@ _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Search": (encode, search),
     "Serve": (serve,),
     "Measure": (evaluate, ablate),
-    "Tools": (export, demo, judge, doctor),
+    "Tools": (export, demo, judge, size, doctor),
 }
 _GROUPS = {"Distil": labels_app, "Search": index_app, "Serve": keys_app, "Measure": data_app}
 

@@ -27,6 +27,12 @@ def available_memory() -> int | None:
     return max(0, min([free * 1024, *_left_by_groups(), *_left_by_limits()]))
 
 
+def resident_memory() -> int | None:
+    """Bytes of memory that this process occupies now; None if the system does not report it."""
+    size = _numbers(_STATUS).get("VmRSS")
+    return None if size is None else size * 1024
+
+
 def _left_by_groups() -> Iterator[int]:
     """Bytes left to each control group of this process, from its own up to the outermost visible one."""
     try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.names import did_you_mean
 from d2llm.core.shipped import shipped_models
 from d2llm.models.model_card import HUB_ID, model_card, why_not_loadable
 from d2llm.models.sources import first_sentence
@@ -75,6 +76,7 @@ def find_student(folder_or_name: str | Path) -> Path:
     raise ModelNotFoundError(
         f"no student at '{name}': give a folder that `d2llm distill` wrote, or a name on the Hub (owner/name)"
         + (f", or one of the shipped students: {', '.join(shipped)}" if shipped else "")
+        + did_you_mean(name, shipped)
     )
 
 

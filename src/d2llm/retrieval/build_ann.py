@@ -32,7 +32,8 @@ NUM_QUERIES = 400
 _LISTS = 4.0  # lists = 4 sqrt(n), FAISS's rule; twice as many probe 15 % fewer rows but train five times as long
 _SAMPLES_PER_LIST = 40  # FAISS warns below 39
 _SAMPLE_BYTES = 256 << 20
-_ITERATIONS = 8
+ITERATIONS = 8
+"""Of the clustering that makes the lists; each compares all samples with all lists."""
 _BLOCK_ROWS = 16_384
 _DEEPER = 8  # with a filter that keeps 1/8 of the rows, a top-k search reaches as deep as an unfiltered top-8k search
 _REPORTED = (10, 100)  # depths reported in addition to the requested one
@@ -76,6 +77,16 @@ class _TuningQueries:
     own: NDArray[np.int64] | None
 
 
+def default_num_lists(num_passages: int) -> int:
+    """The number of lists of an approximate index, unless another is given."""
+    return round(_LISTS * num_passages**0.5)
+
+
+def num_samples(num_passages: int, num_lists: int, dim: int) -> int:
+    """The number of vectors that are clustered to make the lists."""
+    return min(num_passages, num_lists * _SAMPLES_PER_LIST, _SAMPLE_BYTES // (4 * dim))
+
+
 def build_ann(
     store: IndexStore,
     student: SearchStudent,
@@ -114,7 +125,7 @@ def build_ann(
     random = np.random.default_rng(seed)
     live = view.live_rows()
     tuning = _tuning_queries(view, student, queries, live, random)
-    num_lists = num_lists or round(_LISTS * len(live) ** 0.5)
+    num_lists = num_lists or default_num_lists(len(live))
     with progress_bar("building", len(live) + len(tuning.anchors)) as advance:
         index = _trained(view, live, num_lists, random)
         for start in range(0, len(live), _BLOCK_ROWS):
@@ -205,11 +216,11 @@ def _tuning_queries(
 def _trained(view: PassageView, live: NDArray[np.int64], num_lists: int, random: np.random.Generator) -> Any:
     """A trained FAISS index without rows. Centroids have length 1, since all vectors have about the same length."""
     faiss = importlib.import_module("faiss")
-    num_samples = min(len(live), num_lists * _SAMPLES_PER_LIST, _SAMPLE_BYTES // (4 * view.dim))
-    sample = view.vectors(np.sort(random.choice(live, num_samples, replace=False)))
+    sample_size = num_samples(len(live), num_lists, view.dim)
+    sample = view.vectors(np.sort(random.choice(live, sample_size, replace=False)))
     kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
     index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(view.dim), view.dim, num_lists, kind, metric)
-    index.cp.niter, index.cp.spherical, index.cp.min_points_per_centroid = _ITERATIONS, True, 1
+    index.cp.niter, index.cp.spherical, index.cp.min_points_per_centroid = ITERATIONS, True, 1
     index.train(sample)
     return index
 

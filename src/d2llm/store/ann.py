@@ -244,6 +244,12 @@ class AnnSearch:
         return rows + covered, scores
 
 
+def ann_bytes(num_rows: int, num_lists: int, dim: int) -> int:
+    """The size of the file of an approximate index, but for its header: codes, row numbers and centroids."""
+    code_size: int = _faiss().ScalarQuantizer(dim, _faiss().ScalarQuantizer.QT_8bit).code_size
+    return num_rows * (code_size + np.dtype(np.int64).itemsize) + num_lists * dim * np.dtype(np.float32).itemsize
+
+
 def write_ann(ann: AnnIndex) -> AnnRecord:
     """Write an approximate index beside its vectors, replacing existing ones; requires the write lock.
 

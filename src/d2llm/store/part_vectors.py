@@ -28,7 +28,8 @@ from d2llm.store.vector_file import PART_PLACES, PART_VECTORS, IntactExtents, Ve
 from d2llm.store.vector_formats import VectorFormat
 
 _PLACE = np.dtype("<i8")
-_PLACE_BYTES = 2 * _PLACE.itemsize
+PLACE_BYTES = 2 * _PLACE.itemsize
+"""Bytes of a row's place, on disk and in memory."""
 _PARTS_AT_ONCE = 4_096  # few enough to stay in the cache
 
 
@@ -143,7 +144,7 @@ def _blocks(counts: NDArray[np.int64]) -> Iterator[slice]:
 def create_parts(folder: Path, generation: int, kind: PartKind, vector_format: VectorFormat, *, since: int = 0) -> None:
     """Create the files of a kind of parts, without rows."""
     VectorFile.create(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
-    VectorFile.create(folder, generation, _PLACE_BYTES, since=since, name=PART_PLACES[kind])
+    VectorFile.create(folder, generation, PLACE_BYTES, since=since, name=PART_PLACES[kind])
 
 
 def append_parts(
@@ -162,7 +163,7 @@ def append_parts(
         OSError: the files cannot be written.
     """
     parts = VectorFile.open(folder, generation, vector_format.code_size, name=PART_VECTORS[kind])
-    places = VectorFile.open(folder, generation, _PLACE_BYTES, name=PART_PLACES[kind])
+    places = VectorFile.open(folder, generation, PLACE_BYTES, name=PART_PLACES[kind])
     start = _append_codes(parts, codes, vector_format)
     own = _places(start, counts)
     if places.capacity <= first:
@@ -170,7 +171,7 @@ def append_parts(
         return
     # Row numbers that no version names are reused after a vector file was rewritten.
     kept = np.array(places.codes()[:first])
-    draft = VectorFile.begin(folder, generation, _PLACE_BYTES, since=places.since, name=PART_PLACES[kind])
+    draft = VectorFile.begin(folder, generation, PLACE_BYTES, since=places.since, name=PART_PLACES[kind])
     draft.append(np.concatenate([kept, own]))
     draft.take_place(folder)
 
@@ -199,7 +200,7 @@ def open_parts(
             np.zeros((capacity, 2), np.int64), np.zeros((0, vector_format.code_size), np.uint8), vector_format, 0.0
         )
     opened: list[tuple[VectorFile, NDArray[np.uint8]]] = []
-    for name, code_size in ((PART_VECTORS[kind], vector_format.code_size), (PART_PLACES[kind], _PLACE_BYTES)):
+    for name, code_size in ((PART_VECTORS[kind], vector_format.code_size), (PART_PLACES[kind], PLACE_BYTES)):
         file = VectorFile.open(folder, generation, code_size, name=name)
         codes = file.codes()
         problem = None
@@ -235,7 +236,7 @@ def replace_parts(
         OSError: they cannot be written; the existing files are kept.
     """
     parts = VectorFile.begin(folder, generation, vector_format.code_size, since=since, name=PART_VECTORS[kind])
-    places = VectorFile.begin(folder, generation, _PLACE_BYTES, since=since, name=PART_PLACES[kind])
+    places = VectorFile.begin(folder, generation, PLACE_BYTES, since=since, name=PART_PLACES[kind])
     for codes, counts in blocks:
         start = _append_codes(parts, codes, vector_format)
         if len(counts):
@@ -263,4 +264,4 @@ def _append_codes(parts: VectorFile, codes: NDArray[np.uint8], vector_format: Ve
 def _places(start: int, counts: NDArray[np.int64]) -> NDArray[np.uint8]:
     """The places of rows with these numbers of parts, whose first part is ``start``, as bytes."""
     places = np.stack([start + np.cumsum(counts) - counts, counts], axis=1).astype(_PLACE)
-    return places.view(np.uint8).reshape(len(counts), _PLACE_BYTES)
+    return places.view(np.uint8).reshape(len(counts), PLACE_BYTES)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
+from d2llm.core.names import did_you_mean
 
 STORED_AS = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 """The array type in the file; bfloat16 is stored as 16-bit integers, because .npy has no such type."""
@@ -48,7 +49,8 @@ def make_format(name: str, dim: int) -> VectorFormat:
         return FloatFormat(name, dim)
     if name in _BITS:
         return RotatedFormat(name, dim)
-    raise InputError(f"vector format {name!r} is unknown; use one of {', '.join(FORMATS)}")
+    hint = did_you_mean(name, FORMATS)
+    raise InputError(f"vector format {name!r} is unknown; use one of {', '.join(FORMATS)}{hint}")
 
 
 class Multiplier(NamedTuple):

@@ -32,9 +32,10 @@ from d2llm.store.checksums import (
 TextsOf = Callable[[int, int], Iterable[str]]
 """The texts of the rows in a range [first, end); "" for rows that are not passages."""
 
+SEGMENT_ROWS = 1 << 17
+"""Maximum rows of a joined segment, which is read and rewritten as a whole."""
 _NAME = "words"
 _ALIGNMENT = 64
-_MOST_ROWS = 1 << 17  # maximum rows of a joined segment, which is read and rewritten as a whole
 _OPENINGS = 5  # attempts to open: a writer may join segments while a reader opens them
 _TYPES = {
     name: np.dtype(kind)
@@ -71,6 +72,26 @@ class Coverage(NamedTuple):
 
     words: WordIndex
     problems: list[str]
+
+
+def segment_bytes(num_rows: float, num_terms: float, num_postings: float, num_tokens: float) -> float:
+    """The size of a segment's arrays in bytes.
+
+    Args:
+        num_rows: number of rows.
+        num_terms: number of distinct terms.
+        num_postings: number of pairs of a term and a row that contains it.
+        num_tokens: number of words and sentences of all rows.
+    """
+    lengths = {
+        "terms": num_terms,
+        "starts": num_terms + 1,
+        "rows": num_postings,
+        "counts": num_postings,
+        "tokens": num_tokens,
+        "offsets": num_rows + 1,
+    }
+    return sum(kind.itemsize * lengths.get(name, num_rows) for name, kind in _TYPES.items())
 
 
 def files_of(folder: Path, generation: int) -> list[Path]:
@@ -138,8 +159,8 @@ def update_word_files(folder: Path, generation: int, num_rows: int, texts_of: Te
     at = 0
     for part in [*_cover(_parts(folder, generation), num_rows), None]:
         end = num_rows if part is None else part.first
-        for first in range(at, end, _MOST_ROWS):
-            last = min(first + _MOST_ROWS, end)
+        for first in range(at, end, SEGMENT_ROWS):
+            last = min(first + SEGMENT_ROWS, end)
             _write(folder, generation, first, WordSegment.from_texts(texts_of(first, last)))
         at = end if part is None else part.end
     parts = _cover(_parts(folder, generation), num_rows)
@@ -208,7 +229,7 @@ def _groups(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
             len(stack) > 1
             and stack[-2][-1].end == stack[-1][0].first
             and size(stack[-2]) < 2 * size(stack[-1])
-            and size(stack[-2]) + size(stack[-1]) <= _MOST_ROWS
+            and size(stack[-2]) + size(stack[-1]) <= SEGMENT_ROWS
         ):
             last = stack.pop()
             stack[-1] += last

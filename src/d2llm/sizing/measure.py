@@ -1,0 +1,419 @@
+"""``size --measure``: the speeds of this machine, in about two minutes."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (faiss ships no types)
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date, timedelta
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from d2llm.core.machine import available_memory, resident_memory
+from d2llm.core.progress import progress_bar
+from d2llm.core.types import Passage, Task
+from d2llm.models.student import Student
+from d2llm.models.teachers.judge import Judge
+from d2llm.retrieval.index import PART_FORMATS
+from d2llm.retrieval.search import Searcher, SearchSettings
+from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed, processor_name
+from d2llm.sizing.texts import word_queries
+from d2llm.store.bm25 import QueryWords, WordIndex, WordSegment
+from d2llm.store.index_store import IndexStore
+from d2llm.store.part_vectors import PartVectors
+from d2llm.store.scan import RowScan
+from d2llm.store.vector_formats import FORMATS, VectorFormat, make_format
+from d2llm.store.view import PassageView
+
+_SCANNED_BYTES = 256 << 20  # of vectors: more than a processor's caches, little enough for a small machine
+_SCANNED_ROWS = 1 << 20
+_DISTINCT_VECTORS = 4_096
+_CANDIDATES = 1_000
+_ENCODED_PASSAGES = 256
+_WORD_PASSAGES = 2_000
+_WORD_ROWS = 1 << 16
+_WRITTEN_PASSAGES = 20_000
+_WRITTEN_AT_ONCE = 2_048
+_TOKEN_ROWS, _TOKENS_OF_ROW = 10_000, 128
+_LISTS, _PROBES = 256, 32
+_CLUSTERED, _CENTROIDS = 4_096, 2_048
+_JUDGED_PAIRS = 40
+_FEWEST_QUERIES = 100
+
+Advance = Callable[[int], object]
+
+
+def measure_speeds(
+    student: Student,
+    passages: Sequence[Passage],
+    *,
+    task: Task = "asymmetric",
+    queries: Sequence[str] | None = None,
+    teachers: Mapping[str, Callable[[], Judge]] | None = None,
+    seconds: float = 1.5,
+) -> Speeds:
+    """Measure this machine, one core at a time; only passages are encoded on all of torch's threads.
+
+    Times are those of the processor, so that other work on the machine matters little, but for ``slow_ratio``.
+
+    Args:
+        student: the student whose texts are encoded.
+        passages: typical ones.
+        task: in which the student's score is measured.
+        queries: typical ones; by default words in a row of the passages.
+        teachers: functions that load the judges to measure, by the name that a plan gives them.
+        seconds: how long each speed is measured.
+    """
+    measuring = _Measuring(student, passages, queries, task, seconds)
+    speeds = measuring.speeds()
+    own = {name: measuring.teacher(load()) for name, load in (teachers or {}).items()}
+    return speeds.model_copy(update={"teachers": own})
+
+
+class _Measuring:
+    """A student, some texts, and the ways to measure what a search does with them."""
+
+    def __init__(
+        self,
+        student: Student,
+        passages: Sequence[Passage],
+        queries: Sequence[str] | None,
+        task: Task,
+        seconds: float,
+    ) -> None:
+        self.student = student
+        self.texts = [passage.full_text for passage in passages]
+        self.passages = [replace(passage, metadata={}) for passage in passages]
+        self.queries = list(queries or word_queries(self.texts))
+        self.task: Task = task
+        self.seconds = seconds
+        self.threads = torch.get_num_threads()
+        self.process_bytes = resident_memory()
+        self.random = np.random.default_rng(0)
+        self.counts_tokens = "token" in student.evidence_weights(task).part_kinds
+        self.source = f"measured on this machine, {date.today().isoformat()}"
+
+    def speeds(self) -> Speeds:
+        """All speeds but those of teachers."""
+        with progress_bar("measuring", 9 + len(FORMATS)) as advance:
+            passage_tokens = self._speed(self._passage_tokens(), advance)
+            with _one_thread():
+                scans: dict[str, Speed] = {}
+                products: dict[str, Speed] = {}
+                for name in FORMATS:
+                    scan, product = self._scan(make_format(name, self.student.vector_dim))
+                    scans[name], products[name] = self._speed(scan, advance), self._speed(product)
+                segment_ms, postings, candidate_words = self._words()
+                pairs = self._interaction(advance)
+                result_ms, written = self._index(scans["bfloat16"], products["bfloat16"], pairs)
+                process = self.process_bytes
+                return Speeds(
+                    machine=processor_name(),
+                    threads=self.threads,
+                    student=self.student.fingerprint,
+                    passage_tokens=passage_tokens,
+                    query_ms=self._speed(self._query_ms(), advance),
+                    scan_bytes=scans,
+                    products=products,
+                    ann_bytes=self._speed(self._approximate(), advance),
+                    segment_ms=self._speed(segment_ms),
+                    postings=self._speed(postings, advance),
+                    candidate_words=self._speed(candidate_words, advance),
+                    compared_tokens=self._tokens(advance),
+                    interaction_pairs=pairs,
+                    result_ms=self._speed(result_ms, advance),
+                    written_text_bytes=self._speed(written, advance),
+                    multiplications=self._speed(self._multiplications(), advance),
+                    slow_ratio=self._speed(self._slow_ratio()),
+                    process_bytes=None if process is None else self._speed(process),
+                )
+
+    def teacher(self, judge: Judge) -> TeacherSpeed:
+        """Pairs of one query and some passages each, as in labelling."""
+        few = [(query, text) for query in self.queries[:2] for text in self.texts[: _JUDGED_PAIRS // 2]]
+        judge.judge(few[:2], self.task)
+        begin = time.process_time()
+        judgements = judge.judge(few, self.task)
+        seconds = time.process_time() - begin
+        lengths = self.student.tokenize([text for _, text in few], "passage").lengths
+        return TeacherSpeed(
+            value=len(few) / seconds,
+            source=self.source,
+            pair_tokens=judgements.num_tokens / len(few),
+            passage_tokens=float(np.mean(lengths)),
+        )
+
+    def _speed(self, value: float, advance: Advance | None = None) -> Speed:
+        if advance is not None:
+            advance(1)
+        return Speed(value=value, source=self.source)
+
+    def _median(self, work: Callable[[Any], object], inputs: Iterable[Any]) -> float:
+        """Median seconds of a core for a call; the inputs are taken in turns until the time is over."""
+        return float(np.median(self._times(work, inputs)))
+
+    def _times(
+        self,
+        work: Callable[[Any], object],
+        inputs: Iterable[Any],
+        *,
+        fewest: int = 3,
+        clock: Callable[[], float] = time.process_time,
+    ) -> NDArray[np.float64]:
+        endless = itertools.cycle(inputs)
+        work(next(endless))  # one-time work is not counted
+        times: list[float] = []
+        until = time.perf_counter() + self.seconds
+        while len(times) < fewest or time.perf_counter() < until:
+            each = next(endless)
+            begin = clock()
+            work(each)
+            times.append(clock() - begin)
+        return np.array(times)
+
+    def _encode(self, texts: Sequence[str], *, is_query: bool) -> NDArray[np.float32]:
+        """Vectors of texts, with those of their tokens if the score counts them."""
+        if self.counts_tokens:
+            return self.student.encode_with_tokens(texts, "query" if is_query else "passage").vectors
+        encode = self.student.encode_queries if is_query else self.student.encode_passages
+        return encode(texts).vectors
+
+    def _passage_tokens(self) -> float:
+        texts = self.texts[:_ENCODED_PASSAGES]
+        num_tokens = sum(self.student.tokenize(texts, "passage").lengths)
+        return num_tokens / self._median(lambda block: self._encode(block, is_query=False), [texts])
+
+    def _codes(self, vector_format: VectorFormat, num_rows: int) -> NDArray[np.uint8]:
+        """The codes of random vectors, repeated."""
+        random = self.random.standard_normal((_DISTINCT_VECTORS, vector_format.dim), np.float32)
+        random *= vector_format.dim**0.5 / np.linalg.norm(random, axis=1, keepdims=True)
+        codes = vector_format.encode(random, [""] * len(random))
+        return np.tile(codes, (-(-num_rows // len(codes)), 1))[:num_rows]
+
+    def _vectors(self, number: int, dim: int) -> NDArray[np.float32]:
+        vectors = self.random.standard_normal((number, dim), np.float32)
+        return vectors * np.float32(dim**0.5) / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def _rows(self, num_rows: int) -> NDArray[np.int64]:
+        """Some rows, ascending, as candidates are read."""
+        return np.unique(self.random.integers(num_rows, size=_CANDIDATES))
+
+    def _scan(self, vector_format: VectorFormat) -> tuple[float, float]:
+        """Bytes of all vectors, and dimensions of single ones, a second.
+
+        A search for the best thousand of all reads the former and multiplies the best of them singly, once more.
+        """
+        most = min(_SCANNED_BYTES, (available_memory() or _SCANNED_BYTES) // 4)
+        num_rows = min(_SCANNED_ROWS, most // vector_format.code_size)
+        scan = RowScan(self._codes(vector_format, num_rows), vector_format)
+        queries = self._vectors(8, vector_format.dim)
+        rows = [self._rows(num_rows) for _ in queries]
+        single = self._median(lambda each: scan.products(queries[0], each), rows) / _mean_length(rows)
+        search = self._median(lambda query: scan.search(query, _CANDIDATES, ids_of=_any_ids), queries)
+        return num_rows * vector_format.code_size / max(
+            search - _CANDIDATES * single, search / 2
+        ), vector_format.dim / single
+
+    def _query_ms(self) -> float:
+        """Milliseconds to encode a query."""
+        return 1e3 * self._median(lambda text: self._encode([text], is_query=True), self.queries)
+
+    @cached_property
+    def _small_segment(self) -> WordSegment:
+        return WordSegment.from_texts(self.texts[:_WORD_PASSAGES])
+
+    @cached_property
+    def _large_segment(self) -> WordSegment:
+        """The small one, repeated."""
+        return WordSegment.join([self._small_segment] * -(-_WORD_ROWS // len(self._small_segment)))
+
+    def _slow_ratio(self) -> float:
+        """p99 over the median of the time by the clock to encode a query and find its passages by words."""
+        index = WordIndex([self._large_segment])
+
+        def search(text: str) -> None:
+            self._encode([text], is_query=True)
+            index.best(index.query(text), _CANDIDATES)
+
+        times = self._times(search, self.queries, fewest=_FEWEST_QUERIES, clock=time.perf_counter)
+        return float(np.percentile(times, 99) / np.median(times))
+
+    def _words(self) -> tuple[float, float, float]:
+        """Milliseconds for a segment, postings a second, and words of candidates a second."""
+        small, large = self._small_segment, self._large_segment
+        (few, little), (many, much) = self._best_of(small), self._best_of(large)
+        posting = max(much - little, much / 2) / (many - few)
+        index = WordIndex([large])
+        queries = [index.query(query) for query in self.queries]
+        rows = [self._rows(len(large)) for _ in queries]
+        num_words = float(large.lengths[np.concatenate(rows)].mean()) * _mean_length(rows)
+        scored = self._median(lambda pair: index.score(*pair), list(zip(queries, rows, strict=True)))
+        return 1e3 * max(little - few * posting, little / 100), 1 / posting, num_words / scored
+
+    def _best_of(self, segment: WordSegment) -> tuple[float, float]:
+        """Mean postings of a query in a segment, and mean seconds to weigh it and find its best passages."""
+        index = WordIndex([segment])
+        weighed = [index.query(query) for query in self.queries]
+        num_postings = [len(segment.postings(place)[0]) for query in weighed for place in _places(segment, query)]
+
+        def all_queries(queries: Sequence[str]) -> None:
+            for query in queries:
+                index.best(index.query(query), _CANDIDATES)
+
+        number = len(self.queries)
+        return sum(num_postings) / number, self._median(all_queries, [self.queries]) / number
+
+    def _tokens(self, advance: Advance) -> dict[str, Speed]:
+        """Dimensions of candidates' tokens, a second, in the default format; nothing if the student has none."""
+        projection = self.student.token_projection
+        if projection is None:
+            return {}
+        name = PART_FORMATS["token"]
+        vector_format = make_format(name, projection.dim)
+        counts = np.full(_TOKEN_ROWS, _TOKENS_OF_ROW, np.int64)
+        places = np.stack([np.cumsum(counts) - counts, counts], axis=1)
+        query = self._vectors(projection.max_query_tokens, projection.dim)
+        rows = [self._rows(_TOKEN_ROWS) for _ in range(8)]
+        with TemporaryDirectory() as folder, (Path(folder) / "tokens").open("w+b") as file:
+            file.write(self._codes(vector_format, int(counts.sum())).data)
+            file.flush()
+            codes = np.memmap(file, np.uint8, "r", shape=(int(counts.sum()), vector_format.code_size))
+            parts = PartVectors(places, codes, vector_format)
+            compared = self._median(lambda each: parts.sum_of_best(query, each), rows)
+        return {name: self._speed(_mean_length(rows) * _TOKENS_OF_ROW * projection.dim / compared, advance)}
+
+    def _interaction(self, advance: Advance) -> Speed | None:
+        """Pairs a second, at full weight; None if the student has no interaction."""
+        if self.student.config.interaction.head == "cosine":
+            return None
+        vectors = self._vectors(_CANDIDATES, self.student.vector_dim)
+        weight = {"interaction_weight": 1.0} if self.student.has_anchor else {}
+        scored = self._median(lambda query: self.student.score(query, vectors, self.task, **weight), list(vectors[:8]))
+        return self._speed(_CANDIDATES / scored, advance)
+
+    def _approximate(self) -> float:
+        """Bytes of lists, a second."""
+        faiss: Any = importlib.import_module("faiss")
+        dim = self.student.vector_dim
+        vectors = self._vectors(_DISTINCT_VECTORS, dim)
+        kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+        index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, _LISTS, kind, metric)
+        index.cp.niter, index.cp.min_points_per_centroid = 1, 1
+        index.train(vectors)
+        num_rows = max(_DISTINCT_VECTORS, _SCANNED_BYTES // dim // 4)
+        for _ in range(num_rows // len(vectors)):
+            index.add(vectors)
+        sizes = np.array([index.invlists.list_size(number) for number in range(_LISTS)])
+        parameters = faiss.SearchParametersIVF(nprobe=_PROBES)
+        queries = vectors[:8]
+        probed = index.quantizer.search(queries, _PROBES)[1]
+        read = float(sizes[probed].sum(axis=1).mean()) * dim
+        return read / self._median(lambda each: index.search(each[None], _CANDIDATES, params=parameters), list(queries))
+
+    def _multiplications(self) -> float:
+        """Multiplications of clustering, a second: the nearest centroid of some vectors."""
+        faiss: Any = importlib.import_module("faiss")
+        dim = self.student.vector_dim
+        index = faiss.IndexFlatIP(dim)
+        index.add(self._vectors(_CENTROIDS, dim))
+        vectors = self._vectors(_CLUSTERED, dim)
+        return _CLUSTERED * _CENTROIDS * dim / self._median(lambda each: index.search(each, 1), [vectors])
+
+    def _index(self, scan: Speed, product: Speed, pairs: Speed | None) -> tuple[float, float]:
+        """Milliseconds of a search that do not depend on the size, and bytes of text that are written a second.
+
+        The former are those of a search of a small index, by vectors alone, but for the stages with these speeds.
+        """
+        vectors = self._vectors(_WRITTEN_PASSAGES, self.student.vector_dim)  # distinct: equal ones are ordered by id
+        copies = range(-(-_WRITTEN_PASSAGES // len(self.passages)))
+        passages = [replace(each, id=f"{each.id}-{copy}") for copy in copies for each in self.passages]
+        passages = passages[:_WRITTEN_PASSAGES]
+        with TemporaryDirectory() as folder:
+            store = IndexStore.create(
+                Path(folder) / "index", student_fingerprint=self.student.fingerprint, dim=self.student.vector_dim
+            )
+            begin = time.process_time()
+            for start in range(0, len(passages), _WRITTEN_AT_ONCE):
+                with store.writing():
+                    changes = store.compare(passages[start : start + _WRITTEN_AT_ONCE])
+                    store.write(changes, vectors[start : start + len(changes.texts)])
+            store.update_indices()
+            seconds = time.process_time() - begin
+            store.compact(timedelta(0))  # so that texts are read from one file
+            view = PassageView(store)
+            settings = SearchSettings(task=self.task, evidence={}, num_candidates=_CANDIDATES)
+            searcher = Searcher(view, self.student, settings)
+            whole = self._median(lambda vector: searcher.rank(["a query"], vectors=vector[None]), list(vectors[:32]))
+            rows = [self.random.choice(len(passages), 10, replace=False) for _ in range(32)]
+            texts = self._median(view.passages, rows)
+        scanned = len(passages) * store.format.code_size / scan.value
+        singly = _CANDIDATES * self.student.vector_dim / product.value
+        scored = 0.0 if pairs is None else _CANDIDATES / pairs.value
+        counts_interaction = self.student.prepare(vectors[0], self.task).reach > 0
+        stages = scanned + singly + (singly + scored if counts_interaction else 0)
+        text_bytes = sum(len(each.full_text.encode()) for each in passages)
+        return 1e3 * max(texts, whole - stages), text_bytes / seconds
+
+
+def made_up_passages(student: Student, number: int = 400, words: int = 100) -> list[Passage]:
+    """Passages of words of the student's vocabulary, where no others are at hand; the commonest words repeat most.
+
+    The word of rank r has a probability in proportion to 1 / r (Zipf's law); a sentence has 20 words.
+    """
+    vocabulary = sorted(word for word in student.backbone.tokenizer.get_vocab() if word.isalpha() and word.isascii())
+    random = np.random.default_rng(0)
+    chances = 1 / np.arange(1, len(vocabulary) + 1)
+    order = random.permutation(len(vocabulary))
+    drawn = order[random.choice(len(vocabulary), (number, words), p=chances / chances.sum())]
+    return [
+        Passage(f"passage-{row}", " ".join(_sentence([vocabulary[place] for place in places])))
+        for row, places in enumerate(drawn.tolist())
+    ]
+
+
+def _sentence(words: Sequence[str], length: int = 20) -> list[str]:
+    """The words with a full stop after every 20, and a capital after it."""
+    return [
+        word.capitalize() if number % length == 0 else f"{word}." if number % length == length - 1 else word
+        for number, word in enumerate(words)
+    ]
+
+
+def _places(segment: WordSegment, query: QueryWords) -> list[int]:
+    """The places of a query's terms in a segment."""
+    places = segment.places(query.terms)
+    return places[places >= 0].tolist()
+
+
+def _mean_length(rows: Sequence[NDArray[np.int64]]) -> float:
+    return sum(map(len, rows)) / len(rows)
+
+
+def _any_ids(rows: NDArray[np.int64]) -> list[str]:
+    return rows.astype(str).tolist()
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """Let torch and FAISS use one thread."""
+    faiss: Any = importlib.import_module("faiss")
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        faiss.omp_set_num_threads(before[1])

@@ -1,0 +1,183 @@
+"""Milliseconds of a search by stage, what an approximate index reads, and how long queries wait for a core."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from statistics import NormalDist
+
+from pydantic import BaseModel, ConfigDict
+
+from d2llm.retrieval.build_ann import MIN_PASSAGES, default_num_lists
+from d2llm.sizing.index_bytes import StudentFacts, parts_of_passage
+from d2llm.sizing.plan import SizePlan, in_words
+from d2llm.sizing.speeds import Speed, Speeds
+from d2llm.sizing.texts import TextFacts
+from d2llm.store.vector_formats import make_format
+from d2llm.store.word_files import SEGMENT_ROWS
+
+_MEDIAN, _SLOWEST = 0.5, 0.99
+
+
+class AnnFacts(BaseModel):
+    """What an approximate index reads to find most of the exact first thousand; it depends on the texts.
+
+    Attributes:
+        source: where it was measured.
+        passages: in an index of so many passages.
+        first_ten: share of the exact first ten that it found.
+        num_probes: lists that were read for 1,000 candidates.
+        share: the share of the passages in them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    passages: int
+    first_ten: float
+    num_probes: int
+    share: float
+
+    def share_at(self, num_passages: int) -> float:
+        """The share of so many passages that is read: never fewer lists, nor a smaller share, than was measured."""
+        return min(1.0, max(self.share, self.num_probes / default_num_lists(num_passages)))
+
+
+def shipped_ann_facts() -> AnnFacts:
+    """Those of the benchmark of a million passages."""
+    return AnnFacts.model_validate_json((files("d2llm.sizing") / "ann.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """Median milliseconds of one core for a stage of a search; None if its speed was not measured.
+
+    ``per_shard``: whether every shard does it, or one process for all of them.
+    """
+
+    stage: str
+    ms: float | None
+    basis: str
+    per_shard: bool = True
+
+
+def search_stages(
+    plan: SizePlan,
+    student: StudentFacts,
+    texts: TextFacts,
+    speeds: Speeds,
+    num_passages: int,
+    *,
+    ann: AnnFacts | None = None,
+) -> list[StageTime]:
+    """The stages of a search of ``num_passages``, with an approximate index if ``ann`` is given.
+
+    ``texts`` are as long as the plan's. Encoding the query comes first.
+    """
+    encode = speeds.query_ms
+    basis = "not measured for this student" if encode is None else encode.source
+    first = StageTime("query", None if encode is None else encode.value, basis, per_shard=False)
+    return [first, *_stages(plan, student, texts, speeds, num_passages, ann)]
+
+
+def _stages(
+    plan: SizePlan, student: StudentFacts, texts: TextFacts, speeds: Speeds, num_passages: int, ann: AnnFacts | None
+) -> Iterator[StageTime]:
+    candidates = min(plan.num_candidates, num_passages)
+    proposed = candidates / (2 if student.weights.counts_words else 1)  # by vectors; words propose the others
+    code_size = make_format(plan.vector_format, student.dim).code_size
+    weights = student.weights
+    if not student.has_anchor:
+        yield _stage("interaction of every passage", num_passages, "pairs", speeds.interaction_pairs)
+    elif ann is None:
+        scan = speeds.scan_bytes.get(plan.vector_format)
+        yield _stage("scan of all vectors", num_passages * code_size, "bytes", scan)
+    else:
+        lists, share = default_num_lists(num_passages), ann.share_at(num_passages)
+        read = lists * student.dim * 4 + share * num_passages * student.dim
+        basis = f"{lists:,} centroids and {share:.2%} of the passages: {ann.source}"
+        yield _stage("approximate index", read, "bytes", speeds.ann_bytes, basis)
+    if student.has_anchor:  # once to rank the proposals, and once for the full score
+        products = proposed + (candidates if weights or student.counts_interaction else 0)
+        basis = f"{products:,.0f} of {student.dim} dimensions"
+        yield _stage(
+            "candidates' vectors", products * student.dim, "dimensions", speeds.products.get(plan.vector_format), basis
+        )
+    if weights.counts_words:
+        yield _words(num_passages, texts, speeds)
+    long = texts.of_candidates(counts_words=weights.counts_words)
+    if weights.terms.get("window_words") or weights.terms.get("window_words_share"):
+        yield _stage("words of candidates' windows", candidates * long.words, "words", speeds.candidate_words)
+    for kind in sorted(weights.part_kinds):
+        of_format = speeds.products if kind == "window" else speeds.compared_tokens
+        number, dim = candidates * parts_of_passage(kind, student, long), student.part_format(kind).dim
+        speed = of_format.get(student.formats[kind])
+        basis = f"{number:,.0f} of {dim} dimensions"
+        yield _stage(f"vectors of candidates' {kind}s", number * dim, "dimensions", speed, basis)
+    if student.has_anchor and student.counts_interaction:
+        yield _stage("interaction", candidates, "pairs", speeds.interaction_pairs)
+    result = speeds.result_ms
+    yield StageTime("texts of ten results", None if result is None else result.value, _source(result), per_shard=False)
+
+
+def _words(num_passages: int, texts: TextFacts, speeds: Speeds) -> StageTime:
+    stage = _stage("words of every passage", num_passages * texts.query_postings, "postings", speeds.postings)
+    num_segments = math.ceil(num_passages / SEGMENT_ROWS)
+    if stage.ms is None or speeds.segment_ms is None:
+        return stage
+    basis = f"{stage.basis}; {num_segments:,} segments, {speeds.segment_ms.value:.2g} ms each"
+    return StageTime(stage.stage, stage.ms + num_segments * speeds.segment_ms.value, basis)
+
+
+def _stage(name: str, amount: float, unit: str, speed: Speed | None, basis: str = "") -> StageTime:
+    """The time for so many of something at a speed a second."""
+    why = "; ".join(filter(None, [f"{in_words(amount)} {unit}", basis]))
+    if speed is None:
+        return StageTime(name, None, f"{why}; their speed was not measured")
+    return StageTime(name, 1e3 * amount / speed.value, f"{why}, at {in_words(speed.value)} a second: {speed.source}")
+
+
+def _source(speed: Speed | None) -> str:
+    return "not measured" if speed is None else speed.source
+
+
+def can_approximate(plan: SizePlan, student: StudentFacts, num_passages: int, ann: AnnFacts) -> bool:
+    """Whether an approximate index may be used: large enough an index, and no higher recall than it was measured at."""
+    return student.has_anchor and num_passages >= MIN_PASSAGES and plan.recall <= ann.first_ten
+
+
+def total_ms(stages: Iterable[StageTime]) -> float:
+    """The sum of the stages that are known."""
+    return sum(stage.ms for stage in stages if stage.ms is not None)
+
+
+def slowest_of(num_shards: int, median: float, slow_ratio: float, share: float) -> float:
+    """The time within which a share of the searches has the answers of all shards.
+
+    The times of a shard are taken as log-normal with this median, and a p99 of ``slow_ratio`` medians, and as
+    independent.
+    """
+    spread = math.log(slow_ratio) / NormalDist().inv_cdf(_SLOWEST)
+    return median * math.exp(spread * NormalDist().inv_cdf(share ** (1 / num_shards)))
+
+
+def share_that_waits(cores: int, busy: float) -> float:
+    """The share of queries that wait for a free core, if ``busy`` of them are, on average (Erlang's C formula).
+
+    Raises:
+        ValueError: all are always busy, so the queue grows without end.
+    """
+    if busy >= cores:
+        raise ValueError(f"{busy:g} busy cores of {cores}")
+    lost = 1.0  # Erlang's B, which is recursive in the number of cores
+    for number in range(1, cores + 1):
+        lost = busy * lost / (number + busy * lost)
+    return lost / (1 - busy / cores * (1 - lost))
+
+
+def wait_ms(cores: int, busy: float, work_ms: float, share: float) -> float:
+    """The milliseconds within which a share of the queries has a core, at exponentially distributed times of work."""
+    waiting = share_that_waits(cores, busy)
+    return max(0.0, work_ms / (cores - busy) * math.log(waiting / (1 - share))) if waiting else 0.0

@@ -1,0 +1,417 @@
+"""``size``: bytes, times, machines and costs of an index that does not exist yet, with what they were computed from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from d2llm.core.errors import InputError
+from d2llm.core.machine import available_memory, usable_cores
+from d2llm.models.student import Student
+from d2llm.retrieval.build_ann import ITERATIONS, NUM_QUERIES, default_num_lists, num_samples
+from d2llm.sizing.index_bytes import PartBytes, StudentFacts, index_parts
+from d2llm.sizing.plan import SizePlan, in_words
+from d2llm.sizing.search_time import (
+    AnnFacts,
+    StageTime,
+    can_approximate,
+    search_stages,
+    shipped_ann_facts,
+    slowest_of,
+    total_ms,
+    wait_ms,
+)
+from d2llm.sizing.speeds import Speed, Speeds, read_speeds, shipped_speeds
+from d2llm.sizing.texts import TextFacts, shipped_text_facts
+from d2llm.store.vector_formats import make_format
+
+MOST_LOAD = 0.7
+"""Share of the time that cores may be busy. Beyond it, queries wait longer and longer for a free one."""
+MONTH_HOURS = 730
+_GIB = 1 << 30
+_USED_MEMORY = 0.9  # of a machine; the rest is for what other programs and each search need
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Work that is done once: hours of one core, and of one machine by the clock; None if it was not measured."""
+
+    work: str
+    core_hours: float | None
+    hours: float | None
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """The machines for a plan's queries a second.
+
+    ``cores`` are needed. A machine holds up to ``shards_each`` shards, and each shard is on ``replicas`` machines;
+    there are ``num`` machines in all. ``load`` is the share of the time that their cores are busy.
+    """
+
+    num: int
+    shards_each: int
+    replicas: int
+    cores: int
+    load: float
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """An amount of the currency of the given prices, once or a month."""
+
+    item: str
+    once: float | None
+    monthly: float | None
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class SizeReport:
+    """The answer to a plan.
+
+    Attributes:
+        plan: the plan, with the machine's memory and cores filled in.
+        student: fingerprint of the student.
+        speeds: where the speeds come from.
+        measured: whether they were measured on this machine.
+        texts: where the facts about texts come from.
+        parts: bytes by part, of all shards together; the last part is programs and students.
+        disk_bytes: their sum on disk.
+        memory_bytes: their sum in memory.
+        num_shards: number of shards, each of which fits the memory of a machine.
+        num_machines: over how many machines all shards are spread, each of them once.
+        shard_passages: passages of a shard.
+        approximate: whether searches use an approximate index.
+        stages: time of a search of one shard, by stage.
+        p50_ms, p99_ms: of a whole search: the slowest shard, and waiting for a core; of what was measured. p99 is None
+            if no ratio of the two was measured for this student.
+        core_ms: milliseconds of processor time that a search takes on all shards together.
+        unmeasured: stages that are missing in these times.
+        machines: for the plan's queries a second; None if it names none.
+        work: what is done once.
+        costs: at the plan's prices.
+        remarks: what a reader must know.
+    """
+
+    plan: SizePlan
+    student: str
+    speeds: str
+    measured: bool
+    texts: str
+    parts: list[PartBytes]
+    disk_bytes: int
+    memory_bytes: int
+    num_shards: int
+    num_machines: int
+    shard_passages: int
+    approximate: bool
+    stages: list[StageTime]
+    p50_ms: float
+    p99_ms: float | None
+    core_ms: float
+    unmeasured: list[str]
+    machines: Machines | None
+    work: list[Work]
+    costs: list[Cost]
+    remarks: list[str]
+
+
+def size(
+    plan: SizePlan, *, student: Student | None = None, speeds: Speeds | None = None, texts: TextFacts | None = None
+) -> SizeReport:
+    """What an index of the plan's passages takes, how fast it is searched, and what it costs. Nothing is built.
+
+    Args:
+        plan: what is to be built.
+        student: the plan's student, if it is loaded already.
+        speeds: of the machine and the student; by default those measured on this one, or else those shipped.
+        texts: facts about the passages' texts; by default those of the benchmarks' passages.
+
+    Raises:
+        InputError: the plan contradicts itself or the student, or a machine cannot even hold the student.
+        ModelNotFoundError: there is no such student.
+    """
+    plan.check()
+    plan = _with_machine(plan)
+    loaded = student or Student.load(plan.student)
+    facts = StudentFacts.of_student(loaded, plan)
+    kept = read_speeds(facts.fingerprint, torch.get_num_threads()) if speeds is None else speeds
+    return _Sizing(plan, facts, kept, texts or shipped_text_facts(), shipped_ann_facts()).report()
+
+
+def _with_machine(plan: SizePlan) -> SizePlan:
+    memory = plan.machine_memory or available_memory()
+    if memory is None:
+        raise InputError(
+            "this system does not say how much memory it has; give machine_memory (--machine-memory 64GiB)"
+        )
+    return replace(plan, machine_memory=memory, machine_cores=plan.machine_cores or usable_cores())
+
+
+class _Sizing:
+    """One plan and all that its figures are computed from."""
+
+    def __init__(
+        self, plan: SizePlan, student: StudentFacts, measured: Speeds | None, texts: TextFacts, ann: AnnFacts
+    ) -> None:
+        self.plan = plan
+        self.student = student
+        self.is_measured = measured is not None
+        self.speeds = shipped_speeds(student.fingerprint) if measured is None else measured
+        self.texts = texts.at(plan.tokens)
+        self.read_tokens = min(plan.tokens, student.max_tokens)
+        self.ann = ann
+        assert plan.machine_memory is not None
+        assert plan.machine_cores is not None
+        self.machine_memory, self.machine_cores = plan.machine_memory, plan.machine_cores
+        process = self.speeds.process_bytes
+        self.process_bytes = 0 if process is None else round(process.value)
+
+    def report(self) -> SizeReport:
+        """The whole answer."""
+        num_shards = self._num_shards()
+        passages = math.ceil(self.plan.passages / num_shards)
+        approximate, stages = self._search(passages)
+        once_ms = total_ms(stage for stage in stages if not stage.per_shard)
+        shard_ms = total_ms(stage for stage in stages if stage.per_shard)
+        core_ms = once_ms + num_shards * shard_ms
+        num_machines = math.ceil(num_shards / self._most_shards(passages, approximate=approximate))
+        machines = self._machines(num_shards, num_machines, core_ms)
+        if machines is not None:
+            num_machines = machines.num // machines.replicas
+        parts = self._all_parts(num_shards, num_machines, approximate=approximate)
+        disk, memory = sum(part.disk for part in parts), sum(part.memory for part in parts)
+        unmeasured = [stage.stage for stage in stages if stage.ms is None]
+        p50, p99 = self._latencies(once_ms, shard_ms, num_shards, num_machines, machines)
+        work = list(self._work(num_shards, passages, approximate=approximate))
+        return SizeReport(
+            plan=self.plan,
+            student=self.student.fingerprint,
+            speeds=f"{self.speeds.machine}, {_threads(self.speeds.threads)}",
+            measured=self.is_measured,
+            texts=self.texts.source,
+            parts=parts,
+            disk_bytes=disk,
+            memory_bytes=memory,
+            num_shards=num_shards,
+            num_machines=num_machines,
+            shard_passages=passages,
+            approximate=approximate,
+            stages=stages,
+            p50_ms=p50,
+            p99_ms=p99,
+            core_ms=core_ms,
+            unmeasured=unmeasured,
+            machines=machines,
+            work=work,
+            costs=list(self._costs(work, machines, disk, memory)),
+            remarks=list(self._remarks(num_shards, num_machines, unmeasured, work)),
+        )
+
+    def _parts(self, passages: int, *, approximate: bool) -> list[PartBytes]:
+        return index_parts(self.plan, self.student, self.texts, passages, approximate=approximate)
+
+    def _all_parts(self, num_shards: int, num_machines: int, *, approximate: bool) -> list[PartBytes]:
+        """The parts of all shards, and a program with the student on each machine."""
+        passages = math.ceil(self.plan.passages / num_shards)
+        shard = self._parts(passages, approximate=approximate)
+        share = self.plan.passages / passages  # the last shard may be smaller
+        parts = [replace(part, disk=round(share * part.disk), memory=round(share * part.memory)) for part in shard]
+        process = self.speeds.process_bytes
+        source = "not measured" if process is None else process.source
+        basis = f"{num_machines:,} {'process' if num_machines == 1 else 'processes'}: {source}"
+        return [*parts, PartBytes("programs with the student", 0, num_machines * self.process_bytes, basis)]
+
+    def _shard_memory(self, passages: int, *, approximate: bool) -> int:
+        return sum(part.memory for part in self._parts(passages, approximate=approximate))
+
+    def _most_shards(self, passages: int, *, approximate: bool) -> int:
+        """How many shards of so many passages the memory of a machine holds."""
+        return max(1, int(self._room() / self._shard_memory(passages, approximate=approximate)))
+
+    def _room(self) -> float:
+        """Bytes of a machine's memory for shards."""
+        room = _USED_MEMORY * self.machine_memory - self.process_bytes
+        if room <= 0:
+            raise InputError(
+                f"a machine has {self.machine_memory / _GIB:.1f} GiB of memory, but a process with the student alone "
+                f"takes {self.process_bytes / _GIB:.1f}; give larger machines"
+            )
+        return room
+
+    def _num_shards(self) -> int:
+        """The smallest number of shards, but not below the plan's, of which each fits a machine's memory."""
+        room = self._room()
+
+        def fits(num_shards: int) -> bool:
+            passages = math.ceil(self.plan.passages / num_shards)
+            approximate, _ = self._search(passages)
+            return self._shard_memory(passages, approximate=approximate) <= room
+
+        most = self.plan.shards
+        if fits(most):
+            return most
+        while not fits(most):
+            if most > self.plan.passages:
+                raise InputError("a machine's memory does not hold a single passage; give larger machines")
+            most *= 2
+        least = most // 2 + 1
+        while least < most:  # halving: one more shard never needs more memory
+            middle = (least + most) // 2
+            least, most = (least, middle) if fits(middle) else (middle + 1, most)
+        return most
+
+    def _search(self, passages: int) -> tuple[bool, list[StageTime]]:
+        """Whether an index of so many passages is searched by an approximate index, and the stages of a search."""
+        exact = search_stages(self.plan, self.student, self.texts, self.speeds, passages)
+        if not can_approximate(self.plan, self.student, passages, self.ann):
+            return False, exact
+        stages = search_stages(self.plan, self.student, self.texts, self.speeds, passages, ann=self.ann)
+        is_known = exact[1].ms is not None and stages[1].ms is not None
+        return (True, stages) if is_known and total_ms(stages[1:2]) < total_ms(exact[1:2]) else (False, exact)
+
+    def _machines(self, num_shards: int, fewest: int, core_ms: float) -> Machines | None:
+        """As many machines as the load needs, at least ``fewest``; shards are spread over them before any is copied."""
+        if self.plan.qps is None:
+            return None
+        busy = self.plan.qps * core_ms / 1e3
+        cores = math.ceil(busy / MOST_LOAD)
+        num = max(fewest, math.ceil(cores / self.machine_cores))
+        replicas = math.ceil(num / num_shards)
+        if replicas > 1:
+            num = replicas * num_shards
+        return Machines(
+            num=num,
+            shards_each=math.ceil(num_shards * replicas / num),
+            replicas=replicas,
+            cores=cores,
+            load=busy / (num * self.machine_cores),
+            basis=f"{self.plan.qps:g} queries a second, {core_ms:.1f} ms of a core each, cores busy {MOST_LOAD:.0%} of "
+            f"the time at most; machines of {self.machine_cores} cores and {self.machine_memory / _GIB:.1f} GiB",
+        )
+
+    def _latencies(
+        self, once_ms: float, shard_ms: float, num_shards: int, num_machines: int, machines: Machines | None
+    ) -> tuple[float, float | None]:
+        """Median and p99 of a search; waiting is that of a machine's queue at its load.
+
+        If a machine has more shards than cores, its cores search some after others.
+        """
+        rounds = math.ceil(math.ceil(num_shards / num_machines) / self.machine_cores)
+
+        def latency(share: float, ratio: float) -> float:
+            slowest = rounds * slowest_of(num_shards, shard_ms, ratio, share)
+            own = slowest_of(1, once_ms, ratio, share)
+            if machines is None:
+                return own + slowest
+            work_ms = shard_ms + once_ms / num_shards
+            return own + slowest + wait_ms(self.machine_cores, machines.load * self.machine_cores, work_ms, share)
+
+        ratio = self.speeds.slow_ratio
+        median = latency(0.5, 1.0 if ratio is None else ratio.value)
+        return median, None if ratio is None else latency(0.99, ratio.value)
+
+    def _work(self, num_shards: int, passages: int, *, approximate: bool) -> Iterator[Work]:
+        yield self._encoding()
+        text_bytes = self.plan.passages * self.texts.text_bytes
+        yield self._timed(
+            "write texts and words", text_bytes, "bytes of text", self.speeds.written_text_bytes, parallel=False
+        )
+        if approximate:
+            yield self._approximate_index(num_shards, passages)
+        if self.plan.teacher is not None:
+            yield self._labelling(self.plan.teacher)
+
+    def _encoding(self) -> Work:
+        tokens = float(self.plan.passages * self.read_tokens)
+        basis = f"{self.plan.passages:,} passages of {self.read_tokens} tokens"
+        if "window" in self.student.formats and self.texts.sentences:
+            per_window = 2 * self.texts.tokens / self.texts.sentences  # a window is two sentences
+            tokens += self.plan.passages * self.texts.windows * per_window
+            basis += f" and {self.texts.windows:.1f} windows of {per_window:.0f}"
+        return self._timed("encode passages", tokens, "tokens", self.speeds.passage_tokens, basis)
+
+    def _approximate_index(self, num_shards: int, passages: int) -> Work:
+        """Clustering of samples, assignment of all vectors, and the exact scans that tune the number of probes."""
+        dim, lists = self.student.dim, default_num_lists(passages)
+        samples = num_samples(passages, lists, dim)
+        amount = float(num_shards) * lists * dim * (ITERATIONS * samples + passages)
+        basis = f"{ITERATIONS} times {samples:,} samples and once all passages, each with {lists:,} lists"
+        work = self._timed("build the approximate index", amount, "multiplications", self.speeds.multiplications, basis)
+        scan = self.speeds.scan_bytes.get(self.plan.vector_format)
+        if work.core_hours is None or scan is None:
+            return replace(work, core_hours=None, hours=None)
+        code_size = make_format(self.plan.vector_format, dim).code_size
+        seconds = num_shards * NUM_QUERIES * passages * code_size / scan.value
+        hours = work.core_hours + seconds / 3600
+        basis = f"{work.basis}; {NUM_QUERIES} exact scans to tune it"
+        return replace(work, core_hours=hours, hours=hours / self.machine_cores, basis=basis)
+
+    def _labelling(self, teacher: str) -> Work:
+        pairs = self.plan.queries * self.plan.candidates
+        speed = self.speeds.teachers.get(teacher)
+        basis = f"{self.plan.queries:,} queries, {self.plan.candidates} candidates each"
+        if speed is not None:
+            at_length = {"value": speed.pairs(self.texts.tokens), "source": f"{speed.source}; in proportion to tokens"}
+            speed = speed.model_copy(update=at_length)
+        return self._timed(f"label with {teacher}", pairs, "pairs", speed, basis)
+
+    def _timed(
+        self, name: str, amount: float, unit: str, speed: Speed | None, basis: str = "", *, parallel: bool = True
+    ) -> Work:
+        """So much of something at a speed of one core; by the clock on all cores of a machine, unless one writes."""
+        why = "; ".join(filter(None, [basis, f"{in_words(amount)} {unit}"]))
+        if speed is None:
+            return Work(name, None, None, f"{why}; their speed was not measured")
+        hours = amount / speed.value / 3600
+        cores = self.machine_cores if parallel else 1
+        return Work(name, hours, hours / cores, f"{why}, at {in_words(speed.value)} a second and core: {speed.source}")
+
+    def _costs(
+        self, work: Sequence[Work], machines: Machines | None, disk_bytes: int, memory_bytes: int
+    ) -> Iterator[Cost]:
+        price = self.plan.core_hour_price
+        replicas = 1 if machines is None else machines.replicas
+        copies = "" if replicas == 1 else f" in {replicas} replicas"
+        if price is not None:
+            for one in work:
+                if one.core_hours is not None:
+                    yield Cost(one.work, one.core_hours * price, None, f"{one.core_hours:,.1f} hours of a core")
+            if machines is not None:
+                yield Cost(
+                    "cores for searches", None, machines.cores * MONTH_HOURS * price, f"{machines.cores:,} cores"
+                )
+        kinds = (("memory", self.plan.memory_price, memory_bytes), ("disk", self.plan.disk_price, disk_bytes))
+        for name, gib_price, num_bytes in kinds:
+            if gib_price is not None:
+                gib = replicas * num_bytes / _GIB
+                yield Cost(name, None, gib * gib_price, f"{gib:,.1f} GiB{copies}")
+
+    def _remarks(
+        self, num_shards: int, num_machines: int, unmeasured: Sequence[str], work: Sequence[Work]
+    ) -> Iterator[str]:
+        if not self.is_measured:
+            yield "the speeds are not this machine's, but ship with d2llm; `d2llm size --measure` measures this one"
+        if self.plan.tokens > self.student.max_tokens:
+            yield (
+                f"the student reads {self.student.max_tokens} tokens of a passage and cuts the rest of "
+                f"{self.plan.tokens}; split passages, and give their number and length"
+            )
+        if num_machines > 1:
+            yield (
+                f"the index does not fit the memory of one machine ({self.machine_memory / _GIB:.1f} GiB, "
+                f"{_USED_MEMORY:.0%} of it used): {num_shards:,} shards do, on {num_machines:,} machines"
+            )
+        missing = [*unmeasured, *(one.work for one in work if one.core_hours is None)]
+        if missing:
+            yield f"not measured, and in no sum: {', '.join(missing)}; `d2llm size --measure` measures them"
+
+
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"

@@ -1,0 +1,149 @@
+"""Times of searches, worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2llm.models.evidence import EvidenceWeights
+from d2llm.sizing.index_bytes import StudentFacts
+from d2llm.sizing.plan import SizePlan
+from d2llm.sizing.search_time import (
+    AnnFacts,
+    can_approximate,
+    search_stages,
+    share_that_waits,
+    shipped_ann_facts,
+    slowest_of,
+    total_ms,
+    wait_ms,
+)
+from d2llm.sizing.texts import shipped_text_facts
+from sizing.sized_index import made_up_speeds
+
+PLAN = SizePlan(1_000_000, tokens=100)
+ANN = AnnFacts(source="a test", passages=1_000_000, first_ten=0.99, num_probes=40, share=0.01)
+STUDENT = StudentFacts(
+    name="student",
+    fingerprint="one",
+    dim=100,
+    token_dim=16,
+    max_tokens=256,
+    max_query_tokens=16,
+    has_anchor=True,
+    counts_interaction=False,
+    formats={"window": "int3", "token": "int4"},
+    weights=EvidenceWeights(),
+)
+TEXTS = (
+    shipped_text_facts()
+    .at(100)
+    .model_copy(
+        update={
+            "words": 80.0,
+            "windows": 3.0,
+            "sentences": 4.0,
+            "token_vectors": 0.5,
+            "query_postings": 1.5,
+            "candidate_length": 1.0,
+        }
+    )
+)
+
+
+def stages(student=STUDENT, *, num=1_000_000, ann=None, plan=PLAN):
+    return {each.stage: each.ms for each in search_stages(plan, student, TEXTS, made_up_speeds("one"), num, ann=ann)}
+
+
+def test_a_scan_reads_all_vectors():
+    assert stages() == pytest.approx(
+        {"query": 10, "scan of all vectors": 200, "candidates' vectors": 1, "texts of ten results": 2}
+    )
+
+
+def test_evidence_costs_words_windows_and_tokens():
+    weights = {"words": 1.0, "window_words": 1.0, "window_vectors": 1.0, "token_vectors": 1.0}
+    times = stages(replace(STUDENT, weights=EvidenceWeights(terms=weights)))
+    assert times == pytest.approx(
+        {
+            "query": 10,
+            "scan of all vectors": 200,
+            "candidates' vectors": 1.5,  # 500 proposed by vectors, and all 1,000 scored
+            "words of every passage": 15 + 8 * 0.1,  # 1.5 million postings in 8 segments
+            "words of candidates' windows": 8,
+            "vectors of candidates' tokens": 5,
+            "vectors of candidates' windows": 3,
+            "texts of ten results": 2,
+        }
+    )
+
+
+def test_the_interaction_scores_candidates_or_without_an_anchor_everything():
+    assert stages(replace(STUDENT, counts_interaction=True))["interaction"] == pytest.approx(10)
+    paper = stages(replace(STUDENT, has_anchor=False, counts_interaction=True))
+    assert paper["interaction of every passage"] == pytest.approx(10_000)
+    assert "scan of all vectors" not in paper
+
+
+def test_an_approximate_index_reads_centroids_and_some_lists():
+    read = 4_000 * 100 * 4 + 0.01 * 1_000_000 * 100
+    assert stages(ann=ANN)["approximate index"] == pytest.approx(1e3 * read / 1e9)
+
+
+def test_the_share_that_is_read():
+    assert ANN.share_at(1_000_000) == pytest.approx(0.01)
+    assert ANN.share_at(10**9) == pytest.approx(0.01)  # never a smaller share
+    assert ANN.share_at(10_000) == pytest.approx(40 / 400)  # never fewer lists
+    assert ANN.share_at(25) == 1
+
+
+def test_when_an_index_is_approximate():
+    assert can_approximate(PLAN, STUDENT, 1_000_000, ANN)
+    assert not can_approximate(PLAN, STUDENT, 19_999, ANN)
+    assert not can_approximate(replace(PLAN, recall=0.995), STUDENT, 1_000_000, ANN)
+    assert not can_approximate(PLAN, replace(STUDENT, has_anchor=False), 1_000_000, ANN)
+    assert 0.9 < shipped_ann_facts().first_ten < 1
+
+
+def test_what_was_not_measured_is_none():
+    times = stages(plan=replace(PLAN, vector_format="int4"))
+    assert times["scan of all vectors"] is None
+    assert times["query"] == 10
+
+
+def test_a_smaller_index_is_searched_faster():
+    sizes = [1_000, 10_000, 100_000, 1_000_000, 10_000_000]
+    times = [sum(filter(None, stages(num=num).values())) for num in sizes]
+    assert times == sorted(times)
+    assert total_ms(search_stages(PLAN, STUDENT, TEXTS, made_up_speeds("one"), 10)) < times[0]
+
+
+def test_the_slowest_of_shards_against_drawn_times():
+    """Maxima of drawn log-normal times have the predicted quantiles."""
+    spread = math.log(3) / 2.3263479
+    drawn = 20 * np.exp(spread * np.random.default_rng(0).standard_normal((20_000, 16))).max(axis=1)
+    for share in (0.5, 0.99):
+        assert slowest_of(16, 20, 3, share) == pytest.approx(np.quantile(drawn, share), rel=0.05)
+    assert slowest_of(1, 20, 3, 0.5) == pytest.approx(20)
+    assert slowest_of(1, 20, 3, 0.99) == pytest.approx(60)
+
+
+def test_queues_by_hand():
+    assert share_that_waits(1, 0.5) == pytest.approx(0.5)  # one core waits as often as it is busy
+    assert share_that_waits(2, 1.0) == pytest.approx(1 / 3)  # Erlang C of two cores, one of them busy
+    assert wait_ms(1, 0.5, 10, 0.99) == pytest.approx(10 / 0.5 * math.log(0.5 / 0.01))
+    assert wait_ms(64, 1.0, 10, 0.99) == 0
+    with pytest.raises(ValueError):
+        share_that_waits(2, 2.0)
+
+
+@given(st.integers(1, 200), st.floats(0.01, 0.99))
+def test_the_share_that_waits_is_a_share_and_grows_with_the_load(cores, load):
+    waiting = share_that_waits(cores, load * cores)
+    assert 0 <= waiting <= 1
+    assert waiting <= share_that_waits(cores, (load + (1 - load) / 2) * cores) + 1e-12
