@@ -307,7 +307,8 @@ def main() -> None:
     real, vectors, queries, _ = read_real(student, DATA, args.real, args.queries, args.cache)
     results: list[dict[str, Any]] = []
     for passages in args.passages:
-        corpus, known = Corpus(real, vectors, passages, longer=2), KnownVectors(student, list(queries.values()))
+        corpus = Corpus(real, vectors, passages, longer=2)
+        known = KnownVectors(student, list(queries.values()), real)
         result = measure(student, corpus, known, queries["asymmetric"], args.seconds)
         results.append(result)
         print(f"\n{passages:,} passages{'':<32} predicted     measured   ratio")
