@@ -29,12 +29,13 @@ import numpy as np
 
 from d2llm.core.files import write_json
 from d2llm.core.recipe import MiningConfig, StudentConfig, TeacherConfig
-from d2llm.core.types import Passage, Query, Task
+from d2llm.core.types import TASKS, Passage, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.passage_store import PassageStore
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
 from d2llm.evaluation.systems import peak_memory
+from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.store.bm25 import WordIndex
 from d2llm.training.label import label
@@ -164,7 +165,12 @@ def label_plan(dataset: Dataset, size: int) -> None:
         drawn = tuple(passage_id for passage_id in others if passage_id not in positives)[:10]
         entries.append(PlanEntry(query_id, tuple(positives), drawn[:8], drawn[8:]))
     source = TrainingSource(dataset, TrainingPlan(tuple(entries), {}), "asymmetric")
-    with TemporaryDirectory() as folder, patch("d2llm.training.label.load_judge", lambda *_, **__: FakeTeacher()):
+    identity = TeacherIdentity(FakeTeacher.fingerprint, {task: task for task in TASKS})
+    with (
+        TemporaryDirectory() as folder,
+        patch("d2llm.training.label.load_judge", lambda *_, **__: FakeTeacher()),
+        patch("d2llm.training.label.identify_judge", lambda _: identity),
+    ):
         label([source], Path(folder) / "labels", teacher=TeacherConfig())
 
 

@@ -47,6 +47,7 @@ SLOW_FILES = (
     *("models/teachers/causal", "models/teachers/remote_endpoint", "models/teachers/shared_prefix"),
     *("property/ann", "property/exact_search", "property/index_search", "property/store_state"),
     *("retrieval/chunking", "retrieval/sync", "server/running", "server/slow_clients"),
+    *("runners/ray_runner", "runners/ray_verbs"),
     *("store/ann", "store/part_vectors", "training/residual", "training/tune_stopping"),
 )
 

@@ -12,7 +12,7 @@ from how_to import SERVER, asks_server, python_blocks, run_page
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
 CLIENTS = HOW_TO / "clients.md"
-RUN_ELSEWHERE = {"clients", "fit", "stores"}  # run below, in test_how_to_fit.py and in test_stores.py
+RUN_ELSEWHERE = {"clients", "cluster", "fit", "stores"}  # below, and in test_cluster, test_how_to_fit and test_stores
 PAGES = [page for page in sorted(HOW_TO.glob("*.md")) if page.stem not in RUN_ELSEWHERE and python_blocks(page)]
 
 

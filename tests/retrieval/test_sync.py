@@ -109,16 +109,16 @@ def test_an_interrupted_sync_continues(index, folder, monkeypatch):
 
 def test_a_document_written_in_part_is_read_again(index, folder, monkeypatch):
     """Each passage is a commit here, and the process ends after the first of the document's two."""
-    original = upserting._write_block
+    original = upserting._Upsert._compare
 
-    def ends(store, student, block, report, *args, **options):
+    def ends(upsert, block):
         if block[0].id == "a.md#2":
             raise KeyboardInterrupt
-        return original(store, student, block, report, *args, **options)
+        return original(upsert, block)
 
     monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(upserting, "_write_block", ends)
+        patch.setattr(upserting._Upsert, "_compare", ends)
         with pytest.raises(KeyboardInterrupt):
             sync_documents(index, [folder])
     assert contents(index).keys() == {"a.md#1"}
@@ -130,16 +130,16 @@ def test_a_document_changed_in_part_is_read_again(index, folder, monkeypatch):
     """As above, but the index has the document's earlier state."""
     sync_documents(index, [folder])
     write(folder / "a.md", "# A\nthe cow\n## B\nthe pig")
-    original = upserting._write_block
+    original = upserting._Upsert._compare
 
-    def ends(store, student, block, report, *args, **options):
+    def ends(upsert, block):
         if block[0].id == "a.md#2":
             raise KeyboardInterrupt
-        return original(store, student, block, report, *args, **options)
+        return original(upsert, block)
 
     monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(upserting, "_write_block", ends)
+        patch.setattr(upserting._Upsert, "_compare", ends)
         with pytest.raises(KeyboardInterrupt):
             sync_documents(index, [folder])
     assert [contents(index)[name] for name in ("a.md#1", "a.md#2")] == ["the cow", "the dog"]

@@ -224,7 +224,7 @@ def test_the_store_requires_windows_with_passages(index):
 
 
 def test_windows_may_be_encoded_in_parts_of_a_block(index, monkeypatch):
-    monkeypatch.setattr("d2llm.retrieval.upserting._WINDOWS_AT_ONCE", 2)
+    monkeypatch.setattr("d2llm.retrieval.reading._WINDOWS_AT_ONCE", 2)
     added = {f"more{n}": f"Number {n}. It goes on. And on." for n in range(5)}
     report = index.upsert(passages(**added))
     assert report.num_added == 5

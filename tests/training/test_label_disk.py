@@ -14,9 +14,10 @@ import d2llm.core.files as files
 import d2llm.training.label as verb
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import TeacherConfig
-from d2llm.core.types import Task
+from d2llm.core.types import TASKS, Task
 from d2llm.data.labels import LabelStore
 from d2llm.evaluation import judging
+from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from tiny_data import topics
 
@@ -56,6 +57,8 @@ class LengthTeacher:
 def teacher(monkeypatch: pytest.MonkeyPatch) -> LengthTeacher:
     teacher = LengthTeacher()
     monkeypatch.setattr(verb, "load_judge", lambda *_, **__: teacher)
+    prompts = {task: teacher.prompt_fingerprint(task) for task in TASKS}
+    monkeypatch.setattr(verb, "identify_judge", lambda _: TeacherIdentity(teacher.fingerprint, prompts))
     monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 36)  # the pairs of four queries
     monkeypatch.setattr(judging, "_SHARD_SECONDS", 0.0)
     return teacher

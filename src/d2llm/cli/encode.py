@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,13 +15,18 @@ from d2llm.cli.index_options import (
     VectorOptions,
     warn_of_skipped,
 )
-from d2llm.cli.options import DeviceOption, DtypeOption, EngineOption, JsonOption, StudentOption, with_option_groups
+from d2llm.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    JsonOption,
+    RunnerOptions,
+    StudentOption,
+    with_option_groups,
+)
 from d2llm.cli.session import session_of
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_SECONDS_PER_FILE
-
-if TYPE_CHECKING:
-    pass
 
 
 @with_option_groups
@@ -31,6 +36,7 @@ def encode(
     out: Annotated[Path, typer.Option(metavar="INDEX", help="Where the index goes.")],
     vectors: VectorOptions,
     splitting: ChunkingOptions,
+    place: RunnerOptions,
     student: StudentOption = DEFAULT_STUDENT,
     exclude: ExcludeOption = None,
     file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE,
@@ -43,7 +49,7 @@ def encode(
     """Build a new index from a whole corpus.
 
     The index appears when it is complete; d2llm index can change it later. If interrupted, run the same command again
-    to continue.
+    to continue, with any runner.
     """
     from d2llm.data.indexed_corpus import open_corpus
     from d2llm.models.student import Student
@@ -52,7 +58,11 @@ def encode(
     from d2llm.retrieval.index import source_of
 
     session = session_of(context)
-    model = Student.load(student, device=device, dtype=dtype, engine=engine)
+    runner = place.find()
+    if runner.is_local:
+        model = Student.load(student, device=device, dtype=dtype, engine=engine)
+    else:  # its workers encode; here the student only splits texts, and this machine may lack their device
+        model = Student.load(student, device="cpu")
     chunking = splitting.chunking(model) or default_chunking(model)
     report = encode(
         open_corpus(corpus, exclude=exclude or (), seconds_per_file=file_seconds),
@@ -62,6 +72,10 @@ def encode(
         chunking=chunking,
         student_source=source_of(student),
         overwrite=overwrite,
+        runner=runner,
+        device=device,
+        dtype=dtype,
+        engine=engine,
     )
     session.say(
         f"encode: {report.num_documents:,} texts in {report.num_passages:,} passages, {report.num_truncated:,} "

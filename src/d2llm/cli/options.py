@@ -19,6 +19,7 @@ from d2llm.core.types import EngineName, NumberFormat, Task
 
 if TYPE_CHECKING:
     from d2llm.core.recipe import TeacherConfig, WriterConfig
+    from d2llm.runners.runner import Runner
     from d2llm.training.run import Run
 
 
@@ -162,6 +163,35 @@ class WriterOptions:
         if self.api_key_env is not None:
             raise InputError("--api-key-env is about an endpoint; give its address with --endpoint")
         return WriterConfig(model=self.writer or default)
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """Options that say where a verb's work runs."""
+
+    runner: Annotated[
+        str,
+        typer.Option(
+            metavar="RUNNER",
+            help="Where the work runs: local, in this process; ray, in workers on this machine; ray:HOST:PORT, on the "
+            "nodes of a Ray cluster.",
+        ),
+    ] = "local"
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Workers on Ray.", show_default="one for each GPU, or each node if there are none"),
+    ] = None
+
+    def find(self) -> Runner:
+        """The runner.
+
+        Raises:
+            InputError: there is none of this name, or workers are given for this process.
+            MissingExtraError: Ray is not installed.
+        """
+        from d2llm.runners.runner import find_runner
+
+        return find_runner(self.runner, num_workers=self.workers)
 
 
 @dataclass(frozen=True)

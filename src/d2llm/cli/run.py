@@ -10,6 +10,7 @@ import typer
 from d2llm.cli.options import (
     AgainOption,
     RecipeArgument,
+    RunnerOptions,
     RunOptions,
     student_option,
     teacher_option,
@@ -181,13 +182,14 @@ def gate(
 
 
 @with_option_groups
-def label(context: typer.Context, recipe: RecipeArgument, options: RunOptions) -> None:
+def label(context: typer.Context, recipe: RecipeArgument, options: RunOptions, place: RunnerOptions) -> None:
     """Let the teacher judge every pair that mine chose.
 
-    If interrupted, the same command continues where it stopped.
+    If interrupted, the same command continues where it stopped, with any runner.
     """
+    runner = place.find()
     opened = options.open(recipe)
-    session_of(context).write_report(context, options.json_path, opened.label())
+    session_of(context).write_report(context, options.json_path, opened.label(runner=runner))
 
 
 @with_option_groups

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from d2llm.core.errors import InputError
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.models.teachers.judge import Judge, Judgements
+from d2llm.models.teachers.judge import Judge, Judgements, TextPair
+from d2llm.runners.runner import LocalWorkers, Workers
 
 _PAIRS_AT_ONCE = 256  # minimum per chunk of whole queries: enough to form batches of similar length
 _SHARD_SECONDS = 30.0  # the most work that can be lost if the process is killed
@@ -43,13 +45,49 @@ class JudgingCounts:
     bounded: int = 0
     undecided: int = 0
 
-    def add(self, judgements: Judgements) -> None:
-        """Add the counts of one call to a judge."""
-        self.pairs += len(judgements.log_odds)
-        self.truncated += judgements.num_truncated
-        self.tokens += judgements.num_tokens
-        self.bounded += judgements.num_bounded
-        self.undecided += judgements.num_undecided
+    @classmethod
+    def count(cls, judgements: Judgements) -> JudgingCounts:
+        """The counts of one call to a judge."""
+        return cls(
+            len(judgements.log_odds),
+            judgements.num_truncated,
+            judgements.num_tokens,
+            judgements.num_bounded,
+            judgements.num_undecided,
+        )
+
+    def add(self, other: JudgingCounts) -> None:
+        """Add the counts of other pairs."""
+        for name in ("pairs", "truncated", "tokens", "bounded", "undecided"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(frozen=True, slots=True)
+class PairShard:
+    """Some queries with all their pairs, which are judged in one call; ``texts`` are those of the pairs, in order."""
+
+    queries: list[QueryPairs]
+    texts: list[TextPair]
+    task: Task
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedShard:
+    """The labels of a shard's queries, in order."""
+
+    labels: list[QueryLabels]
+    counts: JudgingCounts
+
+
+def judge_shard(judge: Judge, shard: PairShard, advance: Callable[[int], None]) -> JudgedShard:
+    """Judge the pairs of a shard; ``advance`` is called with the number of pairs finished."""
+    with_features = any(query.num_listed for query in shard.queries)
+    judgements = judge.judge(shard.texts, shard.task, with_features=with_features, advance=advance)
+    labels = _by_query(shard.queries, judgements.log_odds, judgements.features)
+    return JudgedShard(labels, JudgingCounts.count(judgements))
 
 
 class LabelWriter:
@@ -90,7 +128,7 @@ class LabelWriter:
 
 
 def judge_pairs(
-    judge: Judge,
+    judges: Workers[PairShard, JudgedShard],
     queries: Iterable[QueryPairs],
     writer: LabelWriter,
     task: Task,
@@ -102,19 +140,20 @@ def judge_pairs(
 ) -> None:
     """Judge pairs that have no label yet, a few hundred at a time, write the labels, and update ``counts``.
 
-    ``queries`` are consumed lazily; ``query_text`` and ``passage_text`` return the text of an id; ``advance`` is called
-    with the number of pairs finished.
+    ``judges`` do ``judge_shard``, here or elsewhere. ``queries`` are consumed lazily; ``query_text`` and
+    ``passage_text`` return the text of an id; ``advance`` is called with the number of pairs finished.
 
     Raises:
         InputError: a shard cannot be written.
         ModelError: some of the judge's log-odds are not numbers.
     """
-    for chunk in _chunks(queries):
-        pairs = [(query_text(query.query_id), passage_text(p)) for query in chunk for p in query.passage_ids]
-        with_features = any(query.num_listed for query in chunk)
-        judgements = judge.judge(pairs, task, with_features=with_features, advance=advance)
-        counts.add(judgements)
-        writer.add(_by_query(chunk, judgements.log_odds, judgements.features))
+    shards = (
+        PairShard(chunk, [(query_text(q.query_id), passage_text(p)) for q in chunk for p in q.passage_ids], task)
+        for chunk in _chunks(queries)
+    )
+    for judged in judges.map(shards, advance):
+        counts.add(judged.counts)
+        writer.add(judged.labels)
     writer.write()
 
 
@@ -181,7 +220,7 @@ def label_pool(
     counts = JudgingCounts()
     with progress_bar(title, sum(len(query.passage_ids) for query in queries)) as advance:
         judge_pairs(
-            judge,
+            LocalWorkers(partial(judge_shard, judge)),
             queries,
             LabelWriter(labels),
             task,

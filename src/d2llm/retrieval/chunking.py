@@ -24,6 +24,8 @@ from d2llm.store.side_files import CHUNK_TOKENS, Chunking, forget_chunking, read
 
 if TYPE_CHECKING:
     from d2llm.retrieval.index import Index
+    from d2llm.retrieval.reading import ReadPassages
+    from d2llm.runners.runner import Workers
 
 HEADING_SEPARATOR = " > "
 """What stands between the headings in the title of a piece."""
@@ -166,6 +168,7 @@ def upsert_documents(
     only_new: bool = False,
     lenient_metadata: bool = False,
     num_documents: int | None = None,
+    readers: Workers[Sequence[Passage], ReadPassages] | None = None,
 ) -> DocumentsReport:
     """Split documents and add or update their passages; delete passages that a document no longer has.
 
@@ -209,6 +212,7 @@ def upsert_documents(
                 as_documents=True,
                 lenient_metadata=lenient_metadata,
                 advance=finish,
+                readers=readers,
             )
             num_deleted = _delete_earlier_forms(store, num_pieces)
         except BaseException:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
-from d2llm.core.types import Passage, Task
+from d2llm.core.types import EngineName, PartKind, Passage, Task
 from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import SearchStudent, TokenStudent
+from d2llm.retrieval.reading import ReadPassages, read_passages
+from d2llm.runners.runner import Runner, Work, Workers, find_runner
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND, VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.side_files import Chunking
@@ -60,6 +65,10 @@ def encode(
     chunking: Chunking | None = None,
     student_source: str | None = None,
     overwrite: bool = False,
+    runner: str | Runner = "local",
+    device: str | None = None,
+    dtype: str | None = None,
+    engine: EngineName = "torch",
 ) -> EncodeReport:
     """Make the index of a corpus; it appears at ``folder`` when it is complete, and can be changed from then on.
 
@@ -68,7 +77,7 @@ def encode(
     Args:
         corpus: a ``corpus.jsonl[.gz]`` file, a folder that contains one, a folder of documents, or the passages
             themselves.
-        student: makes the vectors.
+        student: makes the vectors; with a cluster, its workers' copies do.
         folder: the index's folder. Until the index is complete, it is in a hidden folder next to it.
         task: the default task of searches on this index.
         vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
@@ -78,14 +87,26 @@ def encode(
         chunking: how long texts are split into passages; None makes each text a passage.
         student_source: the folder or name that the student was loaded from, stored so that a search can load it again.
         overwrite: replace an index at ``folder``, including its snapshots.
+        runner: where the passages are encoded: by ``student`` in this process (``local``), or on the workers of a Ray
+            cluster (``ray``, ``ray:ADDRESS``, or a ``RayRunner``). This process alone splits texts and writes the
+            index, and the passages of a block are the same.
+        device: for a cluster: where its workers compute; they load the student from ``student_source``.
+        dtype: for a cluster: its workers' number format.
+        engine: for a cluster: its workers' engine (``Student.load``).
 
     Raises:
-        InputError: there are no passages, ``folder`` exists, a format is unknown, or a vector is not finite.
+        InputError: there are no passages, ``folder`` exists, a format is unknown, a vector is not finite, there is no
+            such runner or cluster, or a cluster cannot know where the student is.
+        MismatchError: a worker has other versions than this process, or another student at this path.
+        ModelError: workers end again and again.
         DataFormatError: the corpus file is missing or malformed (names file and line).
         DuplicateIdError: two passages share an id.
         IndexLockedError: after encoding, another process is writing to the index at ``folder``.
     """
     folder = Path(folder)
+    runner = find_runner(runner)
+    if student_source is None and not runner.is_local:
+        raise InputError("the workers of a cluster load the student themselves; name its folder (student_source)")
     check_replaceable(folder, KIND)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise InputError(
@@ -129,10 +150,11 @@ def encode(
             student_source=student_source,
         )
     try:
-        if chunking is None:
-            report = index.upsert(corpus.passages, num_passages=num_documents)
-        else:
-            report = index.upsert_documents(corpus.passages, chunking, num_documents=num_documents)
+        with _readers(runner, index.store, student_source, device=device, dtype=dtype, engine=engine) as readers:
+            if chunking is None:
+                report = index.upsert(corpus.passages, num_passages=num_documents, readers=readers)
+            else:
+                report = index.upsert_documents(corpus.passages, chunking, num_documents=num_documents, readers=readers)
         if not len(index.store.table()):
             raise InputError(f"{folder}: no document could be read; the first: {corpus.skipped[0]}")
     except BaseException:
@@ -157,6 +179,56 @@ def encode(
         num_blank=report.num_blank,
         skipped=tuple(corpus.skipped),
     )
+
+
+def _readers(
+    runner: Runner,
+    store: IndexStore,
+    source: str | None,
+    *,
+    device: str | None,
+    dtype: str | None,
+    engine: EngineName,
+) -> AbstractContextManager[Workers[Sequence[Passage], ReadPassages] | None]:
+    """The workers of a cluster that encode passages for an index; None in this process, whose student does it."""
+    if runner.is_local or source is None:
+        return nullcontext()
+    loading = {"device": device, "dtype": dtype, "engine": engine}
+    fingerprints = (store.manifest["student"], store.manifest["token_projection"])
+    return runner.workers(
+        partial(_load_reader, source, loading, fingerprints, tuple(store.part_formats)), device=device
+    )
+
+
+def _load_reader(
+    source: str, loading: Mapping[str, Any], fingerprints: tuple[str, str | None], parts: Sequence[PartKind]
+) -> Work[Sequence[Passage], ReadPassages]:
+    """Load a student on a worker, and return its ``read_passages``.
+
+    Args:
+        source: the student's folder or name.
+        loading: options of ``Student.load``.
+        fingerprints: those of the student that makes the index and of its projection of tokens; None if the index has
+            no vectors of tokens.
+        parts: the parts of passages whose vectors the index stores.
+
+    Raises:
+        IndexMismatchError: there is another student, or another projection, on this machine.
+    """
+    from d2llm.models.student import Student
+
+    student = Student.load(source, **loading)
+    own = (student.fingerprint, student.token_fingerprint if fingerprints[1] else None)
+    if own != fingerprints:
+        raise IndexMismatchError(
+            f"student '{source}' on {platform.node()} is {_describe(*own)}, but the index is made by "
+            f"{_describe(*fingerprints)}; put the same student at this path on every machine"
+        )
+    return partial(read_passages, student, parts=parts)
+
+
+def _describe(fingerprint: str, token_projection: str | None) -> str:
+    return fingerprint if token_projection is None else f"{fingerprint} with projection {token_projection}"
 
 
 def _no_other_writer(folder: Path) -> AbstractContextManager[None]:

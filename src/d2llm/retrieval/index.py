@@ -50,8 +50,10 @@ if TYPE_CHECKING:
     from d2llm.retrieval.context import AnswerContext
     from d2llm.retrieval.exact_search import KeptReaches
     from d2llm.retrieval.expansion import Expansion
+    from d2llm.retrieval.reading import ReadPassages
     from d2llm.retrieval.settings import SearchSettings
     from d2llm.retrieval.upserting import UpsertReport
+    from d2llm.runners.runner import Workers
 
 
 PART_FORMATS: dict[PartKind, str] = {"window": "int3", "token": "int4"}
@@ -287,6 +289,7 @@ class Index:
         only_new: bool = False,
         lenient_metadata: bool = False,
         num_passages: int | None = None,
+        readers: Workers[Sequence[Passage], ReadPassages] | None = None,
     ) -> UpsertReport:
         """Add passages, or update those whose id exists. Unchanged texts are not encoded again.
 
@@ -298,6 +301,7 @@ class Index:
             only_new: refuse passages whose id exists.
             lenient_metadata: drop metadata values that do not fit, and count them.
             num_passages: number of passages, for the progress bar.
+            readers: workers that encode the passages instead of this process's student; for ``encode``.
 
         Raises:
             DuplicateIdError: two passages share an id.
@@ -312,7 +316,13 @@ class Index:
         try:
             with progress_bar("indexing", num_passages or 0) as advance:
                 report = upsert_passages(
-                    self.store, student, passages, only_new=only_new, lenient_metadata=lenient_metadata, advance=advance
+                    self.store,
+                    student,
+                    passages,
+                    only_new=only_new,
+                    lenient_metadata=lenient_metadata,
+                    advance=advance,
+                    readers=readers,
                 )
         finally:
             self.refresh()
@@ -331,6 +341,7 @@ class Index:
         only_new: bool = False,
         lenient_metadata: bool = False,
         num_documents: int | None = None,
+        readers: Workers[Sequence[Passage], ReadPassages] | None = None,
     ) -> DocumentsReport:
         """Add or update texts of any length; long ones are split into passages.
 
@@ -345,7 +356,13 @@ class Index:
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         chunker = Chunker(student, choose_chunking(self.folder, student, chunking))
         return upsert_documents(
-            self, documents, chunker, only_new=only_new, lenient_metadata=lenient_metadata, num_documents=num_documents
+            self,
+            documents,
+            chunker,
+            only_new=only_new,
+            lenient_metadata=lenient_metadata,
+            num_documents=num_documents,
+            readers=readers,
         )
 
     @property

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import LateChunk, Passage, Task, WholeText
+from d2llm.core.types import LateChunk, PartKind, Passage, Task, WholeText
 from d2llm.models.pair_scores import score_by_query
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.bm25_words import windows
@@ -20,19 +20,21 @@ from d2llm.store.part_vectors import ReadParts
 if TYPE_CHECKING:
     from d2llm.models.backbone import EncodedTexts
 
+_WINDOWS_AT_ONCE = 128  # passages whose windows are encoded together
+
 
 @dataclass(frozen=True, slots=True)
 class ReadPassages:
     """Vectors [n, dim] of passages, places of truncated ones, and numbers of tokens and windows read.
 
-    ``tokens`` are the vectors of the passages' tokens, if they were requested.
+    ``parts`` are the vectors of the passages' windows and tokens, if they were requested.
     """
 
     vectors: NDArray[np.float32]
     truncated: tuple[int, ...] = ()
     num_tokens: int = 0
     num_windows: int = 0
-    tokens: ReadParts | None = None
+    parts: Mapping[PartKind, ReadParts] = field(default_factory=dict[PartKind, ReadParts])
 
 
 def read_passages(
@@ -40,11 +42,32 @@ def read_passages(
     passages: Sequence[Passage],
     advance: Callable[[int], None] | None = None,
     *,
-    with_tokens: bool = False,
+    parts: Collection[PartKind] = (),
 ) -> ReadPassages:
-    """Encode passages; all late chunks of a document, wherever they are in the list, share one encoding of it.
+    """Encode passages, and the ``parts`` of them that are named.
 
-    ``advance`` is called with the number of passages finished since the last call.
+    All late chunks of a document, wherever they are in the list, share one encoding of it. ``advance`` is called with
+    the number of passages finished since the last call.
+
+    Raises:
+        InputError: there are late chunks, but the student cannot encode them; or vectors of tokens are wanted, but the
+            student has none.
+    """
+    with_windows = "window" in parts
+    read = _read_texts(student, passages, None if with_windows else advance, with_tokens="token" in parts)
+    if not with_windows:
+        return read
+    return replace(read, parts={**read.parts, "window": _read_windows(student, passages, advance)})
+
+
+def _read_texts(
+    student: SearchStudent,
+    passages: Sequence[Passage],
+    advance: Callable[[int], None] | None,
+    *,
+    with_tokens: bool,
+) -> ReadPassages:
+    """The vectors of passages and, on request, of their tokens.
 
     Raises:
         InputError: there are late chunks, but the student cannot encode them; or vectors of tokens are wanted, but the
@@ -86,8 +109,10 @@ def read_passages(
         num_windows = read.num_windows
         if advance is not None:
             advance(len(places))
-    parts = ReadParts(*TokenVectors.join(tokens, _token_dim(student))) if with_tokens else None
-    return ReadPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows, parts)
+    read_parts: dict[PartKind, ReadParts] = {}
+    if with_tokens:
+        read_parts["token"] = ReadParts(*TokenVectors.join(tokens, _token_dim(student)))
+    return ReadPassages(vectors, tuple(sorted(truncated)), num_tokens, num_windows, read_parts)
 
 
 def read_tokens(
@@ -109,6 +134,20 @@ def _encode_with_tokens(
     if not isinstance(student, TokenStudent):
         raise InputError(f"a {type(student).__name__} has no vectors of tokens; make the index without them")
     return student.encode_with_tokens(full_texts, "passage", advance=advance)
+
+
+def _read_windows(
+    student: SearchStudent, passages: Sequence[Passage], advance: Callable[[int], None] | None
+) -> ReadParts:
+    """Encode the windows of some passages at a time, to advance the progress bar, which counts passages."""
+    parts = [ReadParts(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
+    for start in range(0, len(passages), _WINDOWS_AT_ONCE):
+        block = passages[start : start + _WINDOWS_AT_ONCE]
+        parts.append(read_windows(student, [passage.full_text for passage in block]))
+        if advance is not None:
+            advance(len(block))
+    vectors, counts, num_tokens = zip(*parts, strict=True)
+    return ReadParts(np.concatenate(vectors), np.concatenate(counts), sum(num_tokens))
 
 
 def read_windows(

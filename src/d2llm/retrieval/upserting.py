@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from d2llm.core.errors import DuplicateIdError, IndexMismatchError, InputError
@@ -18,9 +18,10 @@ from d2llm.core.progress import Advance, ignore
 from d2llm.core.types import PartKind, Passage
 from d2llm.retrieval.project import extend_projections
 from d2llm.retrieval.protocols import SearchStudent, TokenStudent
-from d2llm.retrieval.reading import read_passages, read_windows
+from d2llm.retrieval.reading import ReadPassages, read_passages
+from d2llm.runners.runner import LocalWorkers, Workers
+from d2llm.store.blocks import Changes
 from d2llm.store.index_store import IndexStore
-from d2llm.store.part_vectors import ReadParts
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import FieldType, MetadataSchema
 
@@ -28,7 +29,6 @@ BLOCK_PASSAGES = 2_048
 """Passages encoded at a time, for a commit or a file: the most work that an interruption can lose."""
 
 _BLOCK_WITH_TOKENS = 512  # fewer, because the vectors of all their tokens are in memory together
-_WINDOWS_AT_ONCE = 128  # passages whose windows are encoded together
 
 _log = logging.getLogger(__name__)
 
@@ -74,40 +74,33 @@ def upsert_passages(
     as_documents: bool = False,
     lenient_metadata: bool = False,
     advance: Advance = ignore,
+    readers: Workers[Sequence[Passage], ReadPassages] | None = None,
 ) -> UpsertReport:
     """Add passages to a store, or update existing ones (``Index.upsert``).
 
     ``as_documents``: the passages are whole documents or pieces of documents, and the caller deletes leftover pieces of
     their earlier versions; a document stored in pieces may then become one passage.
+    ``readers`` do ``read_passages`` elsewhere, instead of ``student``. They read ahead, so ``passages`` must not be an
+    iterable that itself changes the index.
     """
     begin = time.perf_counter()
-    report = UpsertReport(store.folder, 0)
-    seen_ids: set[int] = set()
+    kinds: tuple[PartKind, ...] = tuple(store.part_formats)
+    if "token" in kinds:
+        check_projection(store, student)
+    if readers is None:
+        readers = LocalWorkers(partial(read_passages, student, parts=kinds))
     with store.writing():
         # Ids are looked up in the table as it was before, which is indexed; no id can occur twice in one call. New rows
         # of the growing table are not indexed, so that looking ids up there would get slower with each block.
         store.update_indices()
-        before = store.table()
-        written = before.version
-        size = _BLOCK_WITH_TOKENS if "token" in store.part_formats else BLOCK_PASSAGES
-        for block in _blocks(passages, size):
-            _refuse_repeated(block, seen_ids, store.folder)
-            report = _count_blank(block, report)
-            table = store.table()
-            if table.version != written:  # the iterable itself has changed the index
-                before = store.table()
-            if not as_documents:
-                _refuse_documents(block, before)
-            known = MetadataSchema.from_arrow(table.metadata_fields)
-            if lenient_metadata:
-                block, left_out = known.leave_out_misfits(block)
-                report = replace(report, left_out=Counter(report.left_out) + left_out)
-            table = _with_new_fields(store, block, known, table)
-            report = _write_block(store, student, block, report, table, before, advance, only_new=only_new)
-            written = report.version
+        upsert = _Upsert(
+            store, advance, only_new=only_new, as_documents=as_documents, lenient_metadata=lenient_metadata
+        )
+        for read in readers.map(upsert.texts(passages), advance):
+            upsert.write(read)
         store.update_indices()
         extend_projections(store, student)
-        version = store.table().version
+        report = replace(upsert.report, version=store.table().version)
     if report.left_out:
         named = ", ".join(f"{name} ({count:,})" for name, count in report.left_out.items())
         _log.warning("%s metadata values did not fit and were dropped: %s", f"{sum(report.left_out.values()):,}", named)
@@ -119,7 +112,74 @@ def upsert_passages(
             f"{report.num_passages:,}",
             report.first_blank,
         )
-    return replace(report, version=version, seconds=time.perf_counter() - begin)
+    return replace(report, seconds=time.perf_counter() - begin)
+
+
+class _Upsert:
+    """An upsert under way: its passages are compared with the store block by block, encoded, and written.
+
+    Blocks may be compared before earlier ones are written.
+    """
+
+    def __init__(
+        self, store: IndexStore, advance: Advance, *, only_new: bool, as_documents: bool, lenient_metadata: bool
+    ) -> None:
+        self.report = UpsertReport(store.folder, 0)
+        self._store = store
+        self._advance = advance
+        self._only_new, self._as_documents, self._lenient_metadata = only_new, as_documents, lenient_metadata
+        self._before = self._table = store.table()  # as it was before, and its latest version
+        self._version = self._before.version  # the one that this upsert has made, or found
+        self._seen_ids: set[int] = set()
+        self._unwritten: deque[tuple[int, Changes]] = deque()  # with the number of passages of their block
+
+    def texts(self, passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+        """For each block, the passages that must be encoded."""
+        size = _BLOCK_WITH_TOKENS if "token" in self._store.part_formats else BLOCK_PASSAGES
+        for block in _blocks(passages, size):
+            _refuse_repeated(block, self._seen_ids, self._store.folder)
+            self.report = _count_blank(block, self.report)
+            changes = self._compare(block)
+            self._unwritten.append((len(block), changes))
+            self._advance(len(block) - len(changes.texts))
+            yield changes.texts
+
+    def _compare(self, block: list[Passage]) -> Changes:
+        self._table = self._store.table()
+        if self._table.version != self._version:  # the iterable itself has changed the index
+            self._before = self._store.table()
+        if not self._as_documents:
+            _refuse_documents(block, self._before)
+        known = MetadataSchema.from_arrow(self._table.metadata_fields)
+        if self._lenient_metadata:
+            block, left_out = known.leave_out_misfits(block)
+            self.report = replace(self.report, left_out=Counter(self.report.left_out) + left_out)
+        self._table = _with_new_fields(self._store, block, known, self._table)
+        self._version = self._table.version
+        changes = self._store.compare(block, self._table, before=self._before)
+        if self._only_new and changes.num_new < len(block):
+            present = self._before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
+            problem = f"{len(present)} of the passages already exist, such as {present[0]!r}; use upsert to update them"
+            raise DuplicateIdError(self._store.folder, problem)
+        return changes
+
+    def write(self, read: ReadPassages) -> None:
+        """Write the earliest unwritten block in one commit."""
+        size, changes = self._unwritten.popleft()
+        self._version = self._store.write(changes, read.vectors, read.truncated, self._table, read.parts)
+        report = self.report
+        self.report = replace(
+            report,
+            version=self._version,
+            num_passages=report.num_passages + size,
+            num_added=report.num_added + changes.num_new,
+            num_updated=report.num_updated + len(changes.texts) - changes.num_new,
+            num_metadata=report.num_metadata + len(changes.others),
+            num_unchanged=report.num_unchanged + changes.num_unchanged,
+            num_truncated=report.num_truncated + len(read.truncated),
+            num_tokens=report.num_tokens + read.num_tokens + sum(part.num_tokens for part in read.parts.values()),
+            num_windows=report.num_windows + read.num_windows,
+        )
 
 
 def _count_blank(block: Sequence[Passage], report: UpsertReport) -> UpsertReport:
@@ -143,48 +203,6 @@ def warn_of_truncation(report: UpsertReport, advice: str) -> None:
         )
 
 
-def _write_block(
-    store: IndexStore,
-    student: SearchStudent,
-    block: list[Passage],
-    report: UpsertReport,
-    table: PassageTable,
-    before: PassageTable,
-    advance: Advance,
-    *,
-    only_new: bool,
-) -> UpsertReport:
-    """Write one commit. ``table`` is the latest version, ``before`` an earlier one (``IndexStore.compare``)."""
-    changes = store.compare(block, table, before=before)
-    if only_new and changes.num_new < len(block):
-        present = before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
-        problem = f"{len(present)} of the passages already exist, such as {present[0]!r}; use upsert to update them"
-        raise DuplicateIdError(store.folder, problem)
-    advance(len(block) - len(changes.texts))
-    with_windows, with_tokens = "window" in store.part_formats, "token" in store.part_formats
-    if with_tokens:
-        check_projection(store, student)
-    read = read_passages(student, changes.texts, None if with_windows else advance, with_tokens=with_tokens)
-    parts: dict[PartKind, ReadParts] = {}
-    if with_windows:
-        parts["window"] = _read_windows(student, changes.texts, advance)
-    if read.tokens is not None:
-        parts["token"] = read.tokens
-    version = store.write(changes, read.vectors, read.truncated, table, parts)
-    return replace(
-        report,
-        version=version,
-        num_passages=report.num_passages + len(block),
-        num_added=report.num_added + changes.num_new,
-        num_updated=report.num_updated + len(changes.texts) - changes.num_new,
-        num_metadata=report.num_metadata + len(changes.others),
-        num_unchanged=report.num_unchanged + changes.num_unchanged,
-        num_truncated=report.num_truncated + len(read.truncated),
-        num_tokens=report.num_tokens + read.num_tokens + sum(part.num_tokens for part in parts.values()),
-        num_windows=report.num_windows + read.num_windows,
-    )
-
-
 def check_projection(store: IndexStore, student: SearchStudent) -> None:
     """Refuse a student whose vectors of tokens cannot be compared with those that the index stores."""
     made_by = store.manifest["token_projection"]
@@ -194,17 +212,6 @@ def check_projection(store: IndexStore, student: SearchStudent) -> None:
             f"{store.folder}: its vectors of tokens were made by projection {made_by}, but the student has {own}; "
             "use the student that made the index, or index the corpus again"
         )
-
-
-def _read_windows(student: SearchStudent, passages: Sequence[Passage], advance: Advance) -> ReadParts:
-    """Encode the windows of some passages at a time, to advance the progress bar, which counts passages."""
-    parts = [ReadParts(np.zeros((0, student.vector_dim), np.float32), np.zeros(0, np.int64), 0)]
-    for start in range(0, len(passages), _WINDOWS_AT_ONCE):
-        block = passages[start : start + _WINDOWS_AT_ONCE]
-        parts.append(read_windows(student, [passage.full_text for passage in block]))
-        advance(len(block))
-    vectors, counts, num_tokens = zip(*parts, strict=True)
-    return ReadParts(np.concatenate(vectors), np.concatenate(counts), sum(num_tokens))
 
 
 def _with_new_fields(

@@ -160,9 +160,9 @@ def make_evidence_lists(
     others = np.setdiff1d(np.arange(len(ids)), needed).tolist()
     extra = random.Random(seed).sample(others, min(len(others), max(0, num_passages - len(needed))))
     pool = np.union1d(needed, np.array(extra, np.int64))
-    counts_tokens = "token_vectors" in terms
+    parts: tuple[PartKind, ...] = ("token",) if "token_vectors" in terms else ()
     with progress_bar(f"encoding {dataset.name} for its evidence", len(pool)) as advance:
-        read = read_passages(student, [dataset.passages[ids[row]] for row in pool], advance, with_tokens=counts_tokens)
+        read = read_passages(student, [dataset.passages[ids[row]] for row in pool], advance, parts=parts)
     passages = read.vectors
     vectors = student.encode_queries([query.text for query in queries]).vectors
     kept: list[int] = []
@@ -182,10 +182,9 @@ def make_evidence_lists(
         windows = _read_windows(student, dataset, ids, np.unique(np.concatenate(listed)), pool, passages)
         anchors = student.anchor_queries(vectors, task)
         best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors[kept], listed, strict=True)]
-    if kept and counts_tokens:
+    if kept and "token" in read.parts:
         assert isinstance(student, TokenStudent)
-        assert read.tokens is not None
-        tokens = _stored_tokens(read.tokens, ids, pool)
+        tokens = _stored_tokens(read.parts["token"], ids, pool)
         read_queries = student.encode_with_tokens([queries[number].text for number in kept], "query").tokens
         assert read_queries is not None
         best_tokens = [

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from d2llm.core.errors import InputError, LabelMismatchError
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource, check_sources
-from d2llm.evaluation.judging import JudgingCounts, LabelWriter, QueryPairs, judge_pairs, with_rate
+from d2llm.evaluation.judging import (
+    JudgedShard,
+    JudgingCounts,
+    LabelWriter,
+    PairShard,
+    QueryPairs,
+    judge_pairs,
+    judge_shard,
+    with_rate,
+)
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import load_judge
+from d2llm.models.teachers.identity import find_kind
+from d2llm.models.teachers.judge import identify_judge, load_judge
 from d2llm.ops.ranking import kendall_tau
+from d2llm.runners.runner import Runner, Work, find_runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,7 @@ def label(
     compared_students: tuple[str, str] | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    runner: str | Runner = "local",
 ) -> LabelReport:
     """Label the positives, hard and easy negatives of every query in the plans, and store the features' Gram matrices.
 
@@ -66,24 +81,32 @@ def label(
             students rank most differently (``disagreements``), instead of a random sample.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
+        runner: where the teacher judges: in this process (``local``), or on the workers of a Ray cluster (``ray``,
+            ``ray:ADDRESS``, or a ``RayRunner``), which load it from the same path. The pairs of a call to the teacher
+            are the same, and this process alone writes the store.
 
     Raises:
-        InputError: two data sets cannot be distinguished (see ``check_sources``), or a shard cannot be written (disk
-            full); the earlier shards are kept, and the next run continues from there.
-        ModelError: some of the teacher's log-odds are not numbers.
+        InputError: two data sets cannot be distinguished (see ``check_sources``), a shard cannot be written (disk
+            full), or there is no such runner or cluster; the earlier shards are kept, and the next run continues from
+            there.
+        ModelError: some of the teacher's log-odds are not numbers, or workers end again and again.
+        MismatchError: a worker has other versions than this process, or another teacher at this path.
     """
     started = time.monotonic()
+    runner = find_runner(runner)
+    if not runner.is_local and find_kind(teacher) == "remote":
+        raise InputError("a remote teacher answers at the speed of its endpoint, so workers do not help; label locally")
     check_sources(sources)
     if compared_students is not None:
         sources = _in_order_of_disagreement(sources, compared_students, device=device, dtype=dtype)
-    model = load_judge(teacher, device=device, dtype=dtype)
+    identity = identify_judge(teacher)
     work: list[tuple[TrainingSource, LabelStore]] = []
     num_pairs = num_queries = finished_queries = finished_pairs = 0
     for source in sources:
         labels = LabelStore(
             store,
-            teacher=model.fingerprint,
-            prompt=model.prompt_fingerprint(source.task),
+            teacher=identity.fingerprint,
+            prompt=identity.prompts[source.task],
             dataset=source.dataset.name,
         )
         work.append((source, labels))
@@ -94,23 +117,25 @@ def label(
             finished_queries += unfinished == 0
             finished_pairs += len(entry.passage_ids) - unfinished
     counts = JudgingCounts()
-    with progress_bar("labelling pairs", num_pairs) as advance:
-        for source, labels in work:
-            queries = (_unfinished(labels, entry) for entry in source.entries_to_label)
-            judge_pairs(
-                model,
-                (query for query in queries if query.passage_ids),
-                LabelWriter(labels, remember=False),  # each query occurs only once in a plan
-                source.task,
-                query_text=source.query_text,
-                passage_text=source.passage_text,
-                advance=with_rate(advance),
-                counts=counts,
-            )
+    if num_pairs:
+        load = partial(_load_judge, teacher, identity.fingerprint, device=device, dtype=dtype)
+        with progress_bar("labelling pairs", num_pairs) as advance, runner.workers(load, device=device) as judges:
+            for source, labels in work:
+                queries = (_unfinished(labels, entry) for entry in source.entries_to_label)
+                judge_pairs(
+                    judges,
+                    (query for query in queries if query.passage_ids),
+                    LabelWriter(labels, remember=False),  # each query occurs only once in a plan
+                    source.task,
+                    query_text=source.query_text,
+                    passage_text=source.passage_text,
+                    advance=with_rate(advance),
+                    counts=counts,
+                )
     seconds = time.monotonic() - started
     return LabelReport(
         store=str(store),
-        teacher=model.fingerprint,
+        teacher=identity.fingerprint,
         queries=num_queries,
         pairs=num_pairs,
         finished_queries=finished_queries,
@@ -122,6 +147,19 @@ def label(
         num_undecided=counts.undecided,
         finished_pairs=finished_pairs,
     )
+
+
+def _load_judge(
+    teacher: TeacherConfig, fingerprint: str, *, device: str | None, dtype: str | None
+) -> Work[PairShard, JudgedShard]:
+    """Load the teacher and return its ``judge_shard``, after checking that it is the one whose labels are stored."""
+    judge = load_judge(teacher, device=device, dtype=dtype)
+    if judge.fingerprint != fingerprint:
+        raise LabelMismatchError(
+            f"teacher '{teacher.model}' on {platform.node()} is {judge.fingerprint}, but the labels are to be those of "
+            f"{fingerprint}; put the same model at this path on every machine"
+        )
+    return partial(judge_shard, judge)
 
 
 def disagreements(source: TrainingSource, first: Student, second: Student) -> dict[str, float]:

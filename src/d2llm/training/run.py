@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe
     from d2llm.evaluation.report import EvaluationReport
     from d2llm.evaluation.setting import EvaluationSettings
     from d2llm.models.student import Student
+    from d2llm.runners.runner import Runner
     from d2llm.training.ablation.report import AblationReport
     from d2llm.training.distill import DistillReport
     from d2llm.training.gate import FirstLook, GateReport
@@ -315,8 +316,8 @@ class Run:
         return filter_plans(self, self.closed_gates() if closed is None else closed)
 
     @_shows_progress
-    def label(self) -> LabelReport:
-        """Let the teacher judge every pair of the plans that has no label yet."""
+    def label(self, *, runner: str | Runner = "local") -> LabelReport:
+        """Let the teacher judge every pair of the plans that has no label yet; ``runner`` says where (``label``)."""
         from d2llm.training.label import label
         from d2llm.training.sentences import describe_labels
 
@@ -327,6 +328,7 @@ class Run:
             self.parts.labels,
             teacher=self.teacher,
             compared_students=self.recipe.labelling.compared_students,
+            runner=runner,
             **self._computing,
         )
         _remarks.info("label: %s, in %s", describe_labels(report), self.parts.labels)

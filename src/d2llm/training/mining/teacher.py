@@ -50,7 +50,7 @@ class TeacherCheck:
             self._new_log_odds.setdefault(query.id, {})[passage_id] = float(judgements.log_odds[number])
             if judgements.features is not None:
                 self._features[query.id, passage_id] = judgements.features[number]
-        self.counts.add(judgements)
+        self.counts.add(JudgingCounts.count(judgements))
 
     def log_odds(self, query_id: str, passage_id: str) -> float | None:
         """The teacher's log-odds; None if there is no label."""

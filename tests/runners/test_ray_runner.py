@@ -1,0 +1,192 @@
+"""Work on a Ray cluster of two nodes on this machine: its order, and workers, nodes and shards that end it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Generator
+from functools import partial
+from typing import Any
+
+import pytest
+
+import ray_work
+from d2llm.core.errors import D2LLMError, DataFormatError, InputError, MismatchError, ModelError
+from d2llm.core.progress import ignore
+from d2llm.runners import ray_runner
+from d2llm.runners.ray_runner import RayRunner
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
+SHARDS = [list(range(start, start + 3)) for start in range(0, 60, 3)]
+SQUARES = [[number**2 for number in shard] for shard in SHARDS]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Generator[Any]:
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the workers to import ray_work
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            cluster.add_node(num_cpus=1)
+            cluster.wait_for_nodes()
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def results_of(folder, shards=SHARDS, advance=ignore, **options):
+    with RayRunner(**options).workers(partial(ray_work.load_squares, str(folder))) as workers:
+        yield from workers.map(iter(shards), advance)
+
+
+def hold_the_first(folder):
+    """Keep one of two workers at the first shard until the other one has done as many as may be held.
+
+    Eight are held, of which the first worker has two.
+
+    Returns what to give as ``advance``, and the list of its calls.
+    """
+    finished: list[int] = []
+    (folder / "slow-0").touch()
+
+    def advance(count):
+        finished.append(count)
+        if len(finished) == 6:
+            (folder / "slow-0").unlink()
+
+    return advance, finished
+
+
+def test_results_are_in_order_and_each_worker_loads_once(cluster, tmp_path):
+    advance, finished = hold_the_first(tmp_path)
+    with RayRunner().workers(partial(ray_work.load_squares, str(tmp_path))) as workers:
+        results = list(workers.map(iter(SHARDS), advance))
+        again = [result["squares"] for result in workers.map(iter(SHARDS[:4]), ignore)]
+    assert [result["squares"] for result in results] == SQUARES
+    assert again == SQUARES[:4]
+    assert sum(finished) == 60
+    assert len({result["node"] for result in results}) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_few_shards_are_held_at_a_time(cluster, tmp_path):
+    num_read = 0
+
+    def shards():
+        nonlocal num_read
+        for number in range(200):
+            num_read += 1
+            yield [number]
+
+    ahead = []
+    for number, result in enumerate(results_of(tmp_path, shards())):
+        assert result["squares"] == [number**2]
+        ahead.append(num_read - number)
+    assert max(ahead) <= 2 * 4 + 1
+
+
+def test_a_killed_worker_loses_nothing(cluster, tmp_path, caplog):
+    """One ends itself in a shard, another is killed from outside while it has two."""
+    (tmp_path / "kill-10").touch()
+    results, killed = [], None
+    for result in results_of(tmp_path):
+        results.append(result)
+        if len(results) == 10:
+            killed = result["pid"]
+            os.kill(killed, signal.SIGKILL)
+    assert [result["squares"] for result in results] == SQUARES
+    assert caplog.text.count("a worker on the Ray cluster has died; its work is done again") == 2
+    assert results[-1]["pid"] != killed
+
+
+def test_a_shard_that_ends_every_worker_is_named_as_the_cause(cluster, tmp_path):
+    (tmp_path / "poison-30").touch()
+    with pytest.raises(ModelError, match="3 workers on the Ray cluster have died with the same part of the work"):
+        list(results_of(tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "error"), [("bad", DataFormatError), ("bug", ZeroDivisionError)])
+def test_an_error_in_a_worker_is_raised_here(cluster, tmp_path, kind, error):
+    (tmp_path / f"{kind}-30").touch()
+    with pytest.raises(error) as caught:
+        list(results_of(tmp_path))
+    if kind == "bad":
+        assert type(caught.value) is DataFormatError
+        assert str(caught.value) == "corpus.jsonl:30: is damaged"
+    else:
+        assert "ray_work.py" in str(caught.value)  # where it happened
+
+
+@pytest.mark.parametrize(
+    ("load", "error", "problem"),
+    [
+        (ray_work.fail_to_load, ModelError, "workers on the Ray cluster cannot start.*install d2llm"),
+        (ray_work.refuse_to_load, InputError, "there is no such model here"),
+    ],
+)
+def test_workers_that_cannot_load(cluster, load, error, problem):
+    with pytest.raises(error, match=problem), RayRunner().workers(load) as workers:
+        list(workers.map(SHARDS, ignore))
+
+
+@pytest.mark.parametrize("package", ["d2llm", "torch"])
+def test_other_versions_are_refused(cluster, tmp_path, monkeypatch, package):
+    own = ray_runner._versions()
+    monkeypatch.setattr(ray_runner, "_versions", lambda: own | {package: "0.0.1"})
+    with pytest.raises(
+        MismatchError, match=rf"has {package} {re.escape(own[package])} instead of 0\.0\.1; install the same"
+    ):
+        list(results_of(tmp_path))
+
+
+def test_a_node_that_is_lost(cluster, tmp_path):
+    """Its worker's shards go to the other node."""
+    node = cluster.add_node(num_cpus=1)
+    results = []
+    for result in results_of(tmp_path, num_workers=3):
+        results.append(result)
+        if len(results) == 5:
+            cluster.remove_node(node, allow_graceful=False)
+    assert [result["squares"] for result in results] == SQUARES
+
+
+def test_each_worker_gets_one_gpu(cluster, tmp_path):
+    node = cluster.add_node(num_cpus=2, num_gpus=2)
+    try:
+        advance, _ = hold_the_first(tmp_path)
+        results = list(results_of(tmp_path, advance=advance))
+        assert {result["gpus"] for result in results} == {"0", "1"}
+        assert {result["node"] for result in results} == {node.node_id}
+    finally:
+        cluster.remove_node(node)
+
+
+def test_a_certain_gpu_is_refused(cluster):
+    with pytest.raises(InputError, match="give 'cuda', not 'cuda:1'"), RayRunner().workers(list, device="cuda:1"):
+        pass
+
+
+def test_another_cluster_than_the_connected_one(cluster):
+    problem = r"connected to the Ray cluster at .*, not to 10\.0\.0\.5:6379"
+    with pytest.raises(InputError, match=problem), RayRunner("10.0.0.5:6379").workers(list):
+        pass
+
+
+def test_no_workers_are_refused():
+    with pytest.raises(InputError, match="at least 1"):
+        RayRunner(num_workers=0)
+
+
+def test_an_address_without_a_cluster(monkeypatch):
+    monkeypatch.setattr(ray_runner, "_CONNECT_SECONDS", 5.0)
+    begin = time.monotonic()
+    with pytest.raises(D2LLMError, match=r"no Ray cluster can be reached at 127\.0\.0\.1:1 .*ray start --head"):
+        ray_runner._require_answer("127.0.0.1:1")
+    assert time.monotonic() - begin < 30

@@ -1,0 +1,242 @@
+"""``label`` and ``encode`` on workers of a real local Ray: the same labels and the same index as in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import ray_work
+from d2llm.core.errors import IndexMismatchError, InputError, LabelMismatchError
+from d2llm.core.recipe import RemoteConfig, TeacherConfig
+from d2llm.core.types import Passage
+from d2llm.data.labels import LabelStore
+from d2llm.evaluation.judging import LabelWriter
+from d2llm.models.student import Student
+from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.models.token_vectors import TokenProjection
+from d2llm.retrieval import encode as encode_verb
+from d2llm.retrieval import upserting
+from d2llm.retrieval.chunking import default_chunking
+from d2llm.retrieval.encode import encode
+from d2llm.retrieval.index import Index
+from d2llm.runners.ray_runner import RayRunner
+from d2llm.store.index_store import IndexStore
+from d2llm.store.side_files import Chunking
+from d2llm.training import label as label_verb
+from d2llm.training.label import LabelReport
+from tiny_data import topics
+from tiny_models import (
+    DIM,
+    TEXTS,
+    tiny_student_config,
+    tiny_teacher_config,
+    write_tiny_model,
+    write_trained_student,
+)
+from waiting import until
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
+ONE, TWO = (RayRunner(num_workers=number) for number in (1, 2))
+
+
+def document(number: int) -> Passage:
+    text = ". ".join(TEXTS[(number + n) % len(TEXTS)] for n in range(number % 12 + 1))
+    return Passage(f"d{number}", f"{text}.", f"title {number}", metadata={"year": number} if number > 40 else {})
+
+
+DOCUMENTS = [document(number) for number in range(60)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def address() -> Generator[str]:
+    """The address of a Ray on this machine, to which this process is connected."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the workers to import ray_work
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> TeacherConfig:
+    return tiny_teacher_config(write_tiny_model(tmp_path_factory.mktemp("teacher")))
+
+
+@pytest.fixture(scope="module")
+def student_folder(tmp_path_factory) -> Path:
+    """A student that reads late chunks and has vectors of tokens."""
+    folder = tmp_path_factory.mktemp("student")
+    model = write_tiny_model(folder / "model", "bert")
+    student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
+    student.token_projection = TokenProjection(DIM, 8, [1.0] * 400)
+    student.save(folder / "student")
+    return folder / "student"
+
+
+@pytest.fixture(scope="module")
+def student(student_folder) -> Student:
+    return Student.load(student_folder, device="cpu", dtype="float32")
+
+
+def label(source, store, teacher, **options) -> LabelReport:
+    return label_verb.label([source], store, teacher=teacher, device="cpu", dtype="float32", **options)
+
+
+def labels_of(folder, teacher, source):
+    """The log-odds of every pair and the Gram matrix of every query, as Python numbers."""
+    identity = identify_local_teacher(teacher)
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
+    store = LabelStore.open_for_reading(folder, **key)
+    assert store.num_duplicates == 0
+    grams = {query_id: store.gram(query_id) for query_id in store.query_ids}
+    return {query_id: store.log_odds(query_id) for query_id in store.query_ids}, {
+        query_id: (gram[0], gram[1].tolist()) for query_id, gram in grams.items() if gram is not None
+    }
+
+
+def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch):
+    """Shards are the calls to the teacher that are made here too, also if a worker is killed in the middle.
+
+    This process was interrupted after two of seven.
+    """
+    source = topics(num_train=160)
+    here = label(source, tmp_path / "here", teacher)
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelWriter, "add", write_and_stop(2))
+        with pytest.raises(KeyboardInterrupt):
+            label(source, tmp_path / "there", teacher)
+    killed = tmp_path / "killed"
+    load = partial(ray_work.load_and_die, str(killed), label_verb._load_judge)
+    monkeypatch.setattr(label_verb, "_load_judge", load)
+    there = label(source, tmp_path / "there", teacher, runner=TWO)
+    assert killed.exists()
+    assert there.pairs + there.finished_pairs == here.pairs
+    assert there.finished_pairs > 2 * 256
+    assert labels_of(tmp_path / "there", teacher, source) == labels_of(tmp_path / "here", teacher, source)
+
+
+def write_and_stop(num_shards):
+    """``LabelWriter.add`` that writes every shard, and is interrupted after some."""
+    written = []
+
+    def add(writer, labels):
+        writer.labels.write(labels)
+        written.append(labels)
+        if len(written) == num_shards:
+            raise KeyboardInterrupt
+
+    return add
+
+
+def contents(folder):
+    """What a search reads, row by row: passages, codes of vectors and of their parts, and words."""
+    index = Index.open(folder)
+    view, store = index.view, index.store
+    rows = view.live_rows()
+    parts = {kind: [part.tolist() for part in store.parts(store.table(), kind).take(rows)] for kind in view.part_kinds}
+    words = {path.name: path.read_bytes() for path in sorted(folder.glob("words-*"))}
+    return rows.tolist(), view.passages(rows), view.vectors(rows).tolist(), parts, words
+
+
+def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folder, monkeypatch):
+    """Also if a worker is killed in the middle: whole texts, late chunks, windows, tokens and new metadata fields."""
+    monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 16)
+    monkeypatch.setattr(upserting, "_BLOCK_WITH_TOKENS", 16)
+    options = {
+        "chunking": Chunking(24, late=True),
+        "window_vectors": "int4",
+        "token_vectors": "int4",
+        "student_source": str(student_folder),
+    }
+    here = encode(DOCUMENTS, student, tmp_path / "here", **options)
+    killed = tmp_path / "killed"
+    monkeypatch.setattr(
+        encode_verb, "_load_reader", partial(ray_work.load_and_die, str(killed), encode_verb._load_reader)
+    )
+    there = encode(DOCUMENTS, student, tmp_path / "there", runner=TWO, device="cpu", dtype="float32", **options)
+    assert killed.exists()
+    rows, _, _, parts, words = contents(tmp_path / "here")
+    assert len(rows) > 60
+    assert parts.keys() == {"window", "token"}
+    assert words
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    for name in ("num_documents", "num_passages", "num_tokens", "num_truncated", "num_resumed"):
+        assert getattr(there, name) == getattr(here, name), name
+
+
+def test_ctrl_c_leaves_an_index_that_can_be_continued(tmp_path, student, student_folder, address):
+    """Ctrl-C in a terminal reaches the program and what it has started."""
+    corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index"
+    lines = [json.dumps({"_id": passage.id, "title": passage.title, "text": passage.text}) for passage in DOCUMENTS]
+    corpus.write_text("\n".join(lines), encoding="utf-8")
+    code = """
+import sys
+from functools import partial
+
+import ray_work
+from d2llm.cli.main import main
+from d2llm.retrieval import encode, upserting
+
+upserting.BLOCK_PASSAGES = 4
+encode._load_reader = partial(ray_work.load_slowly, encode._load_reader)
+main(sys.argv[1:])
+"""
+    arguments = ["encode", str(corpus), "--student", str(student_folder), "--out", str(index), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments, "--runner", f"ray:{address}", "--workers", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    until(lambda: process.poll() is not None or num_written(tmp_path) > 8, "the first blocks")
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 130, errors
+    assert "stopped: run the same command again to continue" in errors
+    assert not index.exists()
+    options = {"chunking": default_chunking(student), "student_source": str(student_folder)}
+    report = encode(corpus, student, index, **options)
+    assert 8 < report.num_resumed < report.num_passages
+    encode(corpus, student, tmp_path / "whole", **options)
+    assert [passage.id for passage in contents(index)[1]] == [passage.id for passage in contents(tmp_path / "whole")[1]]
+
+
+def num_written(folder) -> int:
+    """The passages in the unfinished index."""
+    drafts = [path.parent for path in folder.glob(".index.work-*/manifest.json")]
+    return len(IndexStore.open(drafts[0]).table()) if drafts else 0
+
+
+def test_another_student_at_the_same_path_is_refused(student, tmp_path):
+    """What a worker does first."""
+    other = write_trained_student(tmp_path, max_passage_tokens=48)
+    fingerprints = (student.fingerprint, student.token_fingerprint)
+    with pytest.raises(IndexMismatchError, match=rf"is \w+, but the index is made by {student.fingerprint} with"):
+        encode_verb._load_reader(str(other), {"device": "cpu"}, fingerprints, ("token",))
+
+
+def test_another_teacher_at_the_same_path_is_refused(teacher):
+    fingerprint = identify_local_teacher(teacher).fingerprint
+    with pytest.raises(LabelMismatchError, match=rf"is {fingerprint}, but .* those of 0123456789abcdef"):
+        label_verb._load_judge(teacher, "0123456789abcdef", device="cpu", dtype=None)
+
+
+def test_a_remote_teacher_is_asked_from_here(tmp_path):
+    teacher = TeacherConfig(model="judge", kind="remote", remote=RemoteConfig(url="http://127.0.0.1:1/v1"))
+    with pytest.raises(InputError, match="label locally"):
+        label(topics(num_train=4), tmp_path, teacher, runner=ONE)
+
+
+def test_workers_must_know_where_the_student_is(tmp_path, student):
+    with pytest.raises(InputError, match="student_source"):
+        encode(DOCUMENTS, student, tmp_path / "index", runner=ONE)
