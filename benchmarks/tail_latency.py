@@ -80,7 +80,7 @@ def measured_times(passages: int, num_queries: int, rounds: int) -> NDArray[np.f
 
 def recorded_times(number: int = 1_000) -> NDArray[np.float64]:
     """Evenly spread quantiles of the distribution of the recorded times."""
-    recorded = json.loads(EVIDENCE.read_text(encoding="utf-8"))["ms"]["small: words, also of windows"]
+    recorded = json.loads(EVIDENCE.read_text(encoding="utf-8"))["ms"]["small: words of windows"]
     normal = NormalDist()
     spread = np.log(recorded["p95"] / recorded["p50"]) / normal.inv_cdf(0.95)
     shares = (np.arange(number) + 0.5) / number
