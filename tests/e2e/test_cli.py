@@ -21,7 +21,7 @@ from e2e.small_corpus import SENTENCES
 VERBS = [
     *("fit", "init", "run", "mine", "tune-teacher", "stack", "gate", "label", "distill", "fit-tokens", "fit-scores"),
     *("encode", "search", "serve", "evaluate", "ablate", "demo", "judge"),
-    *("export", "push", "doctor"),
+    *("export", "push", "doctor", "size"),
 ]
 
 

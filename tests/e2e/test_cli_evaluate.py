@@ -71,12 +71,13 @@ def test_the_rows_are_printed_and_written(evaluated):
         "cosine, tuned",
         "cosine, D2LLM vectors",
         "D2LLM",
+        "D2LLM, weights fitted here",
         TEACHER,
     ]
     assert values(result, "BM25")["nDCG@10"] == 1.0  # each query is the beginning of its sentence
     assert (result["kind"], result["num_items"], result["num_passages"]) == ("retrieval", 4, 60)
     assert result["baseline"] == "cosine, tuned"
-    assert [row["num_items"] for row in result["sample_rows"]] == [2] * 9
+    assert [row["num_items"] for row in result["sample_rows"]] == [2] * 10
     assert result["report_version"] == 2
     assert evaluated.written["arguments"]["teacher_depth"] == 3
     for row in result["rows"]:
@@ -113,7 +114,7 @@ def test_the_html_and_the_markdown_contain_the_figures(evaluated):
 def test_evaluating_saved_runs_gives_the_same_figures(evaluated, place, options):
     runs = sorted((evaluated.folder / "runs").iterdir())
     assert {path.stem for path in runs} >= {"BM25", "D2LLM", "hybrid-BM25-D2LLM", "cosine-tuned"}
-    assert len(runs) == 9
+    assert len(runs) == 10
     run_options = [argument for path in runs for argument in ("--run", path)]
     _, report = succeed_with_report("evaluate", place / "everyday", *options, *run_options, folder=evaluated.folder)
     names = {path.stem: read_run(path).name for path in runs}

@@ -33,15 +33,6 @@ _FORMAT_VERSION = 2  # since 2 the data set is part of the key
 _KEY = [(name, pa.string()) for name in ("teacher", "prompt", "dataset", "query_id")]
 _LABELS = pa.schema([*_KEY, ("passage_id", pa.string()), ("log_odds", pa.float32())])
 _GRAMS = pa.schema([*_KEY, ("passage_ids", pa.list_(pa.string())), ("gram", pa.list_(pa.float32()))])
-_ID = pa.dictionary(pa.int32(), pa.string())
-_COMPACT_LABELS = pa.schema([("query_id", _ID), ("passage_id", _ID), ("log_odds", pa.float32())])
-_COMPACT_GRAMS = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("passage_ids", pa.large_list(pa.string())),  # offsets of 32 bits would end at 2 G cosines
-        ("gram", pa.large_list(pa.float32())),
-    ]
-)
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -86,25 +77,62 @@ class QueryLabels:
         return () if self.gram is None else self.passage_ids[: len(self.gram)]
 
 
-class _StoredLabels:
-    """The labels that were in a store when it was opened: about a dozen bytes for each pair, not Python objects."""
+class _Ids:
+    """Ids in the order in which they first occurred, each as a number."""
 
-    def __init__(self, rows: Any) -> None:
-        """Take labelled pairs in the order in which they were written, their ids as dictionaries."""
-        queries, passages = (rows[name].combine_chunks() for name in ("query_id", "passage_id"))
-        self._passage_ids = passages.dictionary
-        self._place_of = {name: place for place, name in enumerate(queries.dictionary.to_pylist())}
-        places, names = (np.asarray(column.indices, np.int64) for column in (queries, passages))
-        pairs = places * max(len(self._passage_ids), 1) + names
+    def __init__(self) -> None:
+        self.place_of: dict[str, int] = {}
+
+    def encode(self, ids: Sequence[str]) -> NDArray[np.int32]:
+        """The numbers of ids [n]; new ids get the next ones."""
+        places = self.place_of
+        return np.fromiter((places.setdefault(one, len(places)) for one in ids), np.int32, len(ids))
+
+
+class _Texts:
+    """Many short texts in one piece of memory."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode() for text in texts]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._content = b"".join(encoded)
+
+    def take(self, places: Iterable[int]) -> list[str]:
+        """The texts at some places."""
+        return [self._content[self._ends[place] : self._ends[place + 1]].decode() for place in places]
+
+
+class _StoredLabels:
+    """The labels that were in a store when it was opened, in arrays: a dozen bytes for each pair and each cosine."""
+
+    def __init__(self) -> None:
+        self._queries, self._passages = _Ids(), _Ids()
+        self._pairs: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]] = []
+        self._grams: dict[str, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
+
+    def add(self, query_ids: Sequence[str], passage_ids: Sequence[str], log_odds: NDArray[np.float32]) -> None:
+        """Add labelled pairs [n], in the order in which they were written."""
+        self._pairs.append((self._queries.encode(query_ids), self._passages.encode(passage_ids), log_odds))
+
+    def add_gram(self, query_id: str, passage_ids: Sequence[str], values: NDArray[np.float32]) -> None:
+        """Add the Gram matrix [m * m] of some passages of a query; the last of a query counts."""
+        self._grams[query_id] = (self._passages.encode(passage_ids), values)
+
+    def finish(self) -> None:
+        """Sort the pairs by query, and keep the last label of each; nothing is added afterwards."""
+        nothing = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+        queries, passages, values = (np.concatenate(column) for column in zip(nothing, *self._pairs, strict=True))
+        pairs = queries.astype(np.int64) * max(len(self._passages.place_of), 1) + passages
         order = np.argsort(pairs, kind="stable")  # the labels of a pair together, those written last at the end
         is_first = np.diff(pairs[order], prepend=-1) != 0
         firsts, lasts = order[is_first], order[np.append(is_first[1:], np.True_)[: len(order)]]
-        by_query = np.lexsort((firsts, places[firsts]))  # passages in the order in which they were first written
+        by_query = np.lexsort((firsts, queries[firsts]))  # passages in the order in which they were first written
         firsts, lasts = firsts[by_query], lasts[by_query]
-        self._names = names[firsts].astype(np.int32)
-        self._values = np.asarray(rows["log_odds"], np.float32)[lasts]
-        self._ends = np.cumsum(np.bincount(places[firsts], minlength=len(self._place_of)))
+        self._names, self._values = passages[firsts], values[lasts]
+        self._ends = np.cumsum(np.bincount(queries[firsts], minlength=len(self._queries.place_of)))
         self.num_duplicates = len(order) - len(firsts)
+        self._passage_ids = _Texts(self._passages.place_of)
+        self._pairs, self._passages = [], _Ids()
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -113,34 +141,23 @@ class _StoredLabels:
     @property
     def query_ids(self) -> Set[str]:
         """The queries with labels."""
-        return self._place_of.keys()
+        return self._queries.place_of.keys()
 
     def log_odds(self, query_id: str) -> dict[str, float]:
         """Log-odds by passage id; empty for a query without labels."""
-        place = self._place_of.get(query_id)
+        place = self._queries.place_of.get(query_id)
         if place is None:
             return {}
         rows = slice(self._ends[place - 1] if place else 0, self._ends[place])
-        names = self._passage_ids.take(pa.array(self._names[rows])).to_pylist()
+        names = self._passage_ids.take(self._names[rows].tolist())
         return dict(zip(names, self._values[rows].tolist(), strict=True))
-
-
-class _StoredGrams:
-    """The Gram matrices that were in a store when it was opened; the last of a query counts."""
-
-    def __init__(self, rows: Any) -> None:
-        """Take rows [query_id, passage_ids, gram] in the order in which they were written."""
-        self._rows = rows.select(["passage_ids", "gram"])
-        self._place_of = {name: place for place, name in enumerate(rows["query_id"].to_pylist())}
 
     def gram(self, query_id: str) -> tuple[tuple[str, ...], NDArray[np.float32]] | None:
         """The passage ids and the matrix of a query, if there is one."""
-        place = self._place_of.get(query_id)
-        if place is None:
+        if query_id not in self._grams:
             return None
-        names = tuple(self._rows["passage_ids"][place].as_py())
-        values = np.array(self._rows["gram"][place].values, np.float32)
-        return names, values.reshape(len(names), len(names))
+        names, values = self._grams[query_id]
+        return tuple(self._passage_ids.take(names.tolist())), values.reshape(len(names), len(names))
 
 
 class LabelStore:
@@ -164,13 +181,11 @@ class LabelStore:
         self._others: set[LabelKey] = set()
         if (self.folder / FILE_NAME).exists():
             read_manifest(self.folder, KIND, _FORMAT_VERSION)
-        labels, grams = [_COMPACT_LABELS.empty_table()], [_COMPACT_GRAMS.empty_table()]
+        self._stored = _StoredLabels()
         for name in shards(self.folder):
-            labels.append(self._own_rows(_read_table(self.folder, "labels", name, _LABELS)).cast(_COMPACT_LABELS))
-            grams.append(self._own_rows(self._read_grams(name)).cast(_COMPACT_GRAMS))
-        self._stored = _StoredLabels(pa.concat_tables(labels).unify_dictionaries())
-        self._stored_grams = _StoredGrams(pa.concat_tables(grams))
-        pa.default_memory_pool().release_unused()
+            self._read_labels(name)
+            self._read_grams(name)
+        self._stored.finish()
         self.num_duplicates += self._stored.num_duplicates
         if self.num_duplicates:
             _log.warning("%s: %d pairs are labelled more than once; the last counts", folder, self.num_duplicates)
@@ -234,7 +249,7 @@ class LabelStore:
 
     def gram(self, query_id: str) -> tuple[tuple[str, ...], Float32[np.ndarray, "m m"]] | None:
         """Passage ids and the matrix of cosines between the teacher's features of them; None if there is none."""
-        return self._grams.get(query_id) or self._stored_grams.gram(query_id)
+        return self._grams.get(query_id) or self._stored.gram(query_id)
 
     def write(self, labels: Sequence[QueryLabels], *, remember: bool = True) -> None:
         """Add labels as one shard, atomically; they are on disk when this returns. An empty list writes nothing.
@@ -276,21 +291,28 @@ class LabelStore:
                 values = item.gram.astype(np.float32).ravel()
                 yield *self._key, item.query_id, list(item.gram_passage_ids), values
 
-    def _read_grams(self, name: str) -> Any:
-        table = _read_table(self.folder, "grams", name, _GRAMS)
-        count: Any = pc.call_function
-        lengths, sizes = (np.asarray(count("list_value_length", [table[name]])) for name in ("passage_ids", "gram"))
-        for place in np.flatnonzero(sizes != lengths**2).tolist():
-            problem = f"has {sizes[place]} cosines of {lengths[place]} passages"
-            raise _damaged(self.folder, "grams", name, f"query '{table['query_id'][place]}' {problem}")
-        return table
+    def _read_labels(self, name: str) -> None:
+        table = self._own_rows(_read_table(self.folder, "labels", name, _LABELS))
+        query_ids, passage_ids = (table[column].to_pylist() for column in ("query_id", "passage_id"))
+        self._stored.add(query_ids, passage_ids, np.array(table["log_odds"], np.float32))
+
+    def _read_grams(self, name: str) -> None:
+        table = self._own_rows(_read_table(self.folder, "grams", name, _GRAMS))
+        for query_id, passage_ids, gram in zip(
+            table["query_id"].to_pylist(), table["passage_ids"].to_pylist(), table["gram"], strict=True
+        ):
+            values: NDArray[np.float32] = np.array(gram.values, np.float32)
+            if len(values) != len(passage_ids) ** 2:
+                problem = f"query '{query_id}' has {len(values)} cosines of {len(passage_ids)} passages"
+                raise _damaged(self.folder, "grams", name, problem)
+            self._stored.add_gram(query_id, passage_ids, values)
 
     def _own_rows(self, table: Any) -> Any:
-        """The rows of this teacher, prompt and data set without these; ``_others`` records the keys of other rows."""
+        """The rows of this teacher, prompt and data set; ``_others`` records the keys of other rows."""
         names = ("teacher", "prompt", "dataset")
         self._others |= _keys_in(table) - {self.key}
         conditions = (pc.field(name) == value for name, value in zip(names, self._key, strict=True))
-        return table.filter(functools.reduce(operator.and_, conditions)).drop_columns(list(names))
+        return table.filter(functools.reduce(operator.and_, conditions))
 
     @property
     def key(self) -> LabelKey:
