@@ -110,7 +110,7 @@ def size(
     ] = False,
     json_path: JsonOption = None,
 ) -> None:
-    """Bytes, speed, machines, hours and costs of an index, before anything is built.
+    """Compute bytes, times, machines and costs of a planned index.
 
     Give --passages, or --measure, or both.
     """
