@@ -107,7 +107,7 @@ def merge_labels(folders: Sequence[Path], out: Path) -> MergedLabels:
         for key in all_keys:
             stores = [_open(folder, key) for folder in folders if key in keys[folder]]
             num_repeated += sum(store.num_duplicates for store in stores)
-            written = LabelStore(draft, teacher=key.teacher, prompt=key.prompt, dataset=key.dataset)
+            written = _open(draft, key)
             for query_ids in _blocks(sorted({name for store in stores for name in store.query_ids})):
                 merged: list[QueryLabels] = []
                 for query_id in query_ids:

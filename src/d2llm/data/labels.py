@@ -12,7 +12,7 @@ import logging
 import operator
 import secrets
 from collections.abc import Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 _log = logging.getLogger(__name__)
 KIND = "labels"
 _FORMAT_VERSION = 2  # since 2 the data set is part of the key
-_KEY = [(name, pa.string()) for name in ("teacher", "prompt", "dataset", "query_id")]
+_KEY_FIELDS = ["teacher", "prompt", "dataset"]
+_KEY = [(name, pa.string()) for name in (*_KEY_FIELDS, "query_id")]
 _LABELS = pa.schema([*_KEY, ("passage_id", pa.string()), ("log_odds", pa.float32())])
 _GRAMS = pa.schema([*_KEY, ("passage_ids", pa.list_(pa.string())), ("gram", pa.list_(pa.float32()))])
 
@@ -269,8 +270,9 @@ class LabelStore:
         _write_table(self.folder / "grams" / name, _GRAMS, self._gram_rows(labels))
         _write_table(self.folder / "labels" / name, _LABELS, self._label_rows(labels))
         for item in labels if remember else ():
-            for passage_id, value in zip(item.passage_ids, item.log_odds.tolist(), strict=True):
-                self._add(item.query_id, passage_id, value)
+            self.num_duplicates += len(self.log_odds(item.query_id).keys() & {*item.passage_ids})
+            added = zip(item.passage_ids, item.log_odds.tolist(), strict=True)
+            self._log_odds.setdefault(item.query_id, {}).update(added)
             if item.gram is not None:
                 self._grams[item.query_id] = (item.gram_passage_ids, item.gram.astype(np.float32))
 
@@ -283,13 +285,13 @@ class LabelStore:
     def _label_rows(self, labels: Sequence[QueryLabels]) -> Iterator[tuple[Any, ...]]:
         for item in labels:
             for passage_id, value in zip(item.passage_ids, item.log_odds.tolist(), strict=True):
-                yield *self._key, item.query_id, passage_id, value
+                yield *astuple(self.key), item.query_id, passage_id, value
 
     def _gram_rows(self, labels: Sequence[QueryLabels]) -> Iterator[tuple[Any, ...]]:
         for item in labels:
             if item.gram is not None:
                 values = item.gram.astype(np.float32).ravel()
-                yield *self._key, item.query_id, list(item.gram_passage_ids), values
+                yield *astuple(self.key), item.query_id, list(item.gram_passage_ids), values
 
     def _read_labels(self, name: str) -> None:
         table = self._own_rows(_read_table(self.folder, "labels", name, _LABELS))
@@ -309,23 +311,14 @@ class LabelStore:
 
     def _own_rows(self, table: Any) -> Any:
         """The rows of this teacher, prompt and data set; ``_others`` records the keys of other rows."""
-        names = ("teacher", "prompt", "dataset")
         self._others |= _keys_in(table) - {self.key}
-        conditions = (pc.field(name) == value for name, value in zip(names, self._key, strict=True))
+        conditions = (pc.field(name) == value for name, value in asdict(self.key).items())
         return table.filter(functools.reduce(operator.and_, conditions))
 
     @property
     def key(self) -> LabelKey:
         """The set that this store reads and writes."""
         return LabelKey(self.teacher, self.prompt, self.dataset)
-
-    @property
-    def _key(self) -> tuple[str, str, str]:
-        return self.teacher, self.prompt, self.dataset
-
-    def _add(self, query_id: str, passage_id: str, value: float) -> None:
-        self.num_duplicates += not self.missing(query_id, [passage_id])
-        self._log_odds.setdefault(query_id, {})[passage_id] = value
 
 
 def shards(folder: Path) -> list[str]:
@@ -347,15 +340,14 @@ def label_keys(folder: Path) -> list[LabelKey]:
         read_manifest(folder, KIND, _FORMAT_VERSION)
     keys: set[LabelKey] = set()
     for name in shards(folder):
-        keys |= _keys_in(_read_table(folder, "labels", name, _LABELS))
+        keys |= _keys_in(_read_table(folder, "labels", name, _LABELS, columns=_KEY_FIELDS))
     if not keys:
         raise DataFormatError(folder, "holds no teacher labels; make them first (d2llm label)")
     return sorted(keys)
 
 
 def _keys_in(table: Any) -> set[LabelKey]:
-    names = ["teacher", "prompt", "dataset"]
-    return {LabelKey(**key) for key in table.group_by(names).aggregate([]).to_pylist()}
+    return {LabelKey(**key) for key in table.group_by(_KEY_FIELDS).aggregate([]).to_pylist()}
 
 
 def _refuse_nonfinite(labels: QueryLabels) -> None:
@@ -378,14 +370,14 @@ def _write_table(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]]) -> No
     write_bytes(path, buffer.getvalue().to_pybytes())
 
 
-def _read_table(folder: Path, kind: str, name: str, schema: Any) -> Any:
+def _read_table(folder: Path, kind: str, name: str, schema: Any, *, columns: list[str] | None = None) -> Any:
     try:
         with pq.ParquetFile(folder / kind / name, page_checksum_verification=True) as file:
-            table = file.read()
+            found, table = file.schema_arrow, file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(folder, kind, name, str(error).splitlines()[0]) from error
-    if not table.schema.equals(schema):
-        raise _damaged(folder, kind, name, f"has the columns {table.schema.names}, expected {schema.names}")
+    if not found.equals(schema):
+        raise _damaged(folder, kind, name, f"has the columns {found.names}, expected {schema.names}")
     return table
 
 

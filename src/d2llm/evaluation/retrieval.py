@@ -82,7 +82,10 @@ def evaluate_retrieval(
             raise InputError(f"the baseline 'fitted_sum' cannot be measured: {reason}")
         shortcuts.missing += [summed] if summed is not None else []
     fitted = fitted_student(work, contenders.student)
-    shortcuts.missing += [fitted] if isinstance(fitted, MissingRow) else []
+    if isinstance(fitted, MissingRow):
+        shortcuts.missing.append(fitted)
+    elif fitted is not None:
+        searched.append(fitted)
     parts = without_parts(work, contenders.student, settings.num_candidates)
     runs = [run_system(run, trial, dataset.passages) for run in contenders.runs]
     pool = {
@@ -91,7 +94,6 @@ def evaluate_retrieval(
     }
     judges = contenders.judges(settings.teacher_depth)
     judged = [_judge(work, name, kind, judge, pool, lexical, subject) for name, kind, judge in judges]
-    searched += [fitted] if isinstance(fitted, System) else []
     systems = [lexical, *fused, *searched, *parts, *shortcuts.systems, *(system for system, _ in judged), *runs]
     teacher_scores = next((scores for system, scores in judged if system.kind == "teacher"), None)
     followers: dict[str, figures.Scores] = {}

@@ -57,7 +57,7 @@ def fitted_student(work: RetrievalWork, student: SearchStudent) -> System | Miss
     if not student.has_anchor:
         return None
     stored = work.index(student)[0].view.part_kinds
-    kept = (term for term in get_args(EvidenceTerm) if VECTOR_TERMS.get(term) is None or VECTOR_TERMS[term] in stored)
+    kept = (term for term in get_args(EvidenceTerm) if VECTOR_TERMS.get(term) in {None, *stored})
     return _fitted(work, student, f"{NAME_D2LLM}, weights fitted here", "fitted_student", NAME_D2LLM, tuple(kept))
 
 
@@ -159,13 +159,14 @@ def _fit(
     """The weights of the evidence; the student's own score has weight 1."""
     view, student, task = index.view, index.student, work.trial.task
     words, texts = view.words, [query.text for query in queries]
-    vectors = student.encode_queries(texts).vectors
-    anchors = student.anchor_queries(vectors, task)
-    tokens: list[NDArray[np.float32] | None] = [None] * len(queries)
+    tokens: Sequence[NDArray[np.float32] | None] = [None] * len(queries)
     if "token_vectors" in terms and isinstance(student, TokenStudent):
-        read = student.encode_with_tokens(texts, "query").tokens
-        assert read is not None
-        tokens = [mean_of_cosines(own) for own in read.split()]
+        encoded = student.encode_with_tokens(texts, "query")
+        assert encoded.tokens is not None
+        vectors, tokens = encoded.vectors, [mean_of_cosines(own) for own in encoded.tokens.split()]
+    else:
+        vectors = student.encode_queries(texts).vectors
+    anchors = student.anchor_queries(vectors, task)
     lists: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []
     for query, vector, anchor, own_tokens in zip(queries, vectors, anchors, tokens, strict=True):
         grades = {p: grade for p, grade in qrels[query.id].items() if grade > 0 and p in work.dataset.passages}

@@ -29,8 +29,8 @@ from d2llm.models.teachers.judge import Judge
 from d2llm.retrieval.index import PART_FORMATS
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed, processor_name
-from d2llm.sizing.texts import word_queries
-from d2llm.store.bm25 import QueryWords, WordIndex, WordSegment
+from d2llm.sizing.texts import count_postings, word_queries, write_passages
+from d2llm.store.bm25 import WordIndex, WordSegment
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.scan import RowScan
@@ -45,7 +45,6 @@ _ENCODED_PASSAGES = 256
 _WORD_PASSAGES = 2_000
 _WORD_ROWS = 1 << 16
 _WRITTEN_PASSAGES = 20_000
-_WRITTEN_AT_ONCE = 2_048
 _TOKEN_ROWS, _TOKENS_OF_ROW = 10_000, 128
 _LISTS, _PROBES = 256, 32
 _CLUSTERED, _CENTROIDS = 4_096, 2_048
@@ -266,14 +265,14 @@ class _Measuring:
         """Mean postings of a query in a segment, and mean seconds to weigh it and find its best passages."""
         index = WordIndex([segment])
         weighed = [index.query(query) for query in self.queries]
-        num_postings = [len(segment.postings(place)[0]) for query in weighed for place in _places(segment, query)]
+        num_postings = sum(count_postings(segment, query) for query in weighed)
 
         def all_queries(queries: Sequence[str]) -> None:
             for query in queries:
                 index.best(index.query(query), _CANDIDATES)
 
         number = len(self.queries)
-        return sum(num_postings) / number, self._median(all_queries, [self.queries]) / number
+        return num_postings / number, self._median(all_queries, [self.queries]) / number
 
     def _tokens(self, advance: Advance) -> dict[str, Speed]:
         """Dimensions of candidates' tokens, a second, in the default format; nothing if the student has none."""
@@ -345,10 +344,7 @@ class _Measuring:
                 Path(folder) / "index", student_fingerprint=self.student.fingerprint, dim=self.student.vector_dim
             )
             begin = time.process_time()
-            for start in range(0, len(passages), _WRITTEN_AT_ONCE):
-                with store.writing():
-                    changes = store.compare(passages[start : start + _WRITTEN_AT_ONCE])
-                    store.write(changes, vectors[start : start + len(changes.texts)])
+            write_passages(store, passages, vectors)
             store.update_indices()
             seconds = time.process_time() - begin
             store.compact(timedelta(0))  # so that texts are read from one file
@@ -389,12 +385,6 @@ def _sentence(words: Sequence[str], length: int = 20) -> list[str]:
         word.capitalize() if number % length == 0 else f"{word}." if number % length == length - 1 else word
         for number, word in enumerate(words)
     ]
-
-
-def _places(segment: WordSegment, query: QueryWords) -> list[int]:
-    """The places of a query's terms in a segment."""
-    places = segment.places(query.terms)
-    return places[places >= 0].tolist()
 
 
 def _mean_length(rows: Sequence[NDArray[np.int64]]) -> float:

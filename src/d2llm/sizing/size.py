@@ -193,7 +193,7 @@ class _Sizing:
         return SizeReport(
             plan=self.plan,
             student=self.student.fingerprint,
-            speeds=f"{self.speeds.machine}, {_threads(self.speeds.threads)}",
+            speeds=str(self.speeds),
             measured=self.is_measured,
             texts=self.texts.source,
             parts=parts,
@@ -411,7 +411,3 @@ class _Sizing:
         missing = [*unmeasured, *(one.work for one in work if one.core_hours is None)]
         if missing:
             yield f"not measured, and in no sum: {', '.join(missing)}; `d2llm size --measure` measures them"
-
-
-def _threads(number: int) -> str:
-    return "1 thread" if number == 1 else f"{number} threads"

@@ -84,6 +84,10 @@ class Speeds(BaseModel):
     slow_ratio: Speed | None = None
     process_bytes: Speed | None = None
 
+    def __str__(self) -> str:
+        """The machine and its threads."""
+        return f"{self.machine}, {self.threads} thread{'' if self.threads == 1 else 's'}"
+
     def without_student(self) -> Speeds:
         """Those that do not depend on the student, for another one."""
         student = ("passage_tokens", "query_ms", "interaction_pairs", "slow_ratio", "process_bytes")

@@ -86,8 +86,7 @@ def _costs(report: SizeReport) -> Table:
 
 def speeds_table(speeds: Speeds) -> Table:
     """The speeds of a machine."""
-    threads = "1 thread" if speeds.threads == 1 else f"{speeds.threads} threads"
-    table = Table("", Column("a core", ",.4g"), Column("source", align="left"), title=f"{speeds.machine}, {threads}")
+    table = Table("", Column("a core", ",.4g"), Column("source", align="left"), title=str(speeds))
     for field in Speeds.model_fields:
         value: object = getattr(speeds, field)
         named = value if isinstance(value, dict) else {"": value}

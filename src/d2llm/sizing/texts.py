@@ -12,13 +12,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import Passage
 from d2llm.ops.bm25_words import sentences, windows
-from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.retrieval.upserting import BLOCK_PASSAGES
+from d2llm.store.bm25 import QueryWords, WordIndex, WordSegment
 from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import NAME
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
 SAMPLE_PASSAGES = 4_000
 """Maximum number of passages from which ``TextFacts`` are taken."""
-_WRITTEN_AT_ONCE = 2_048
 _FEWEST_PASSAGES = 20
 _QUERY_WORDS = 10
 _BEST_SHARE = 40  # a query's candidates by words: the best fortieth of a sample
@@ -174,21 +175,31 @@ def _query_facts(segment: WordSegment, queries: Sequence[str]) -> tuple[float, f
     num_postings: list[int] = []
     num_words: list[float] = []
     for query in map(index.query, queries):
-        places = segment.places(query.terms)
-        known = places[places >= 0]
-        num_postings.append(int((segment.starts[known + 1] - segment.starts[known]).sum()))
+        num_postings.append(count_postings(segment, query))
         rows, _ = index.best(query, max(1, len(segment) // _BEST_SHARE))
         num_words += [float(segment.lengths[rows].mean())] if len(rows) else []
     return sum(num_postings) / len(num_postings), sum(num_words) / max(len(num_words), 1)
+
+
+def count_postings(segment: WordSegment, query: QueryWords) -> int:
+    """The postings of a query's terms in a segment."""
+    places = segment.places(query.terms)
+    known = places[places >= 0]
+    return int((segment.starts[known + 1] - segment.starts[known]).sum())
+
+
+def write_passages(store: IndexStore, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> None:
+    """Write new passages with their vectors [n, dim], as many in a commit as an upsert writes."""
+    for start in range(0, len(passages), BLOCK_PASSAGES):
+        with store.writing():
+            changes = store.compare(passages[start : start + BLOCK_PASSAGES])
+            store.write(changes, vectors[start : start + len(changes.texts)])
 
 
 def _row_bytes(passages: Sequence[Passage]) -> float:
     """Bytes of a passage in the table of an index without vectors, after a compaction."""
     with TemporaryDirectory() as folder:
         store = IndexStore.create(Path(folder) / "index", student_fingerprint="none", dim=1, vector_copies=1)
-        for start in range(0, len(passages), _WRITTEN_AT_ONCE):
-            with store.writing():
-                changes = store.compare(passages[start : start + _WRITTEN_AT_ONCE])
-                store.write(changes, np.zeros((len(changes.texts), 1), np.float32))
+        write_passages(store, passages, np.zeros((len(passages), 1), np.float32))
         store.compact(timedelta(0))
         return folder_bytes(store.folder / f"{NAME}.lance") / len(passages)

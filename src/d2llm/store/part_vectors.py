@@ -25,7 +25,7 @@ from d2llm.core.types import PartKind
 from d2llm.ops.selection import ranges
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_file import PART_PLACES, PART_VECTORS, IntactExtents, VectorFile
-from d2llm.store.vector_formats import VectorFormat
+from d2llm.store.vector_formats import VectorFormat, measured_norm
 
 _PLACE = np.dtype("<i8")
 PLACE_BYTES = 2 * _PLACE.itemsize
@@ -245,20 +245,11 @@ def replace_parts(
     places.take_place(folder)
 
 
-def largest_norm(codes: NDArray[np.uint8], vector_format: VectorFormat) -> float:
-    """An upper bound, within .1 %, of the norms of these codes; a format's own limit would be far too high."""
-    largest = 0.0
-    for start in range(0, len(codes), _PARTS_AT_ONCE):
-        levels = vector_format.levels(codes[start : start + _PARTS_AT_ONCE])
-        largest = max(largest, float(np.einsum("ij,ij->i", levels, levels).max()))
-    return 1.001 * largest**0.5  # the float32 sum may be a little low
-
-
 def _append_codes(parts: VectorFile, codes: NDArray[np.uint8], vector_format: VectorFormat) -> int:
     """Append the codes of parts; returns the number of the first."""
     if not len(codes):
         return parts.capacity
-    return parts.append(codes, largest_norm=largest_norm(codes, vector_format))
+    return parts.append(codes, largest_norm=measured_norm(codes, vector_format))
 
 
 def _places(start: int, counts: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -35,6 +35,8 @@ _LARGEST_ERROR = {8: 0.1, 4: 0.75, 3: 0.5, 1: np.inf}
 """A vector is refused if the stored one differs from it by more than this share of its norm (usual: .02, .11, .19, .6).
 4 bits hold any vector of the right norm: those of tokens are too many and too short for none to be unusual."""
 
+_NORMS_AT_ONCE = 1_024
+
 FORMATS = (*STORED_AS, *_BITS)
 """Names of all formats."""
 
@@ -51,6 +53,15 @@ def make_format(name: str, dim: int) -> VectorFormat:
         return RotatedFormat(name, dim)
     hint = did_you_mean(name, FORMATS)
     raise InputError(f"vector format {name!r} is unknown; use one of {', '.join(FORMATS)}{hint}")
+
+
+def measured_norm(codes: NDArray[np.uint8], vector_format: VectorFormat) -> float:
+    """An upper bound, within .1 %, of the norms of these codes; reads all of them."""
+    largest = 0.0
+    for start in range(0, len(codes), _NORMS_AT_ONCE):
+        levels = vector_format.levels(codes[start : start + _NORMS_AT_ONCE])
+        largest = max(largest, float(np.einsum("ij,ij->i", levels, levels).max()))
+    return 1.001 * largest**0.5  # the float32 sum may be a little low
 
 
 class Multiplier(NamedTuple):
@@ -129,11 +140,7 @@ class FloatFormat:
 
     def largest_norm(self, codes: NDArray[np.uint8]) -> float:
         """An upper bound on the norms of ``levels(codes)``; reads all of them."""
-        largest = 0.0
-        for start in range(0, len(codes), 1_024):
-            block = self.decode(codes[start : start + 1_024])
-            largest = max(largest, float(np.einsum("ij,ij->i", block, block).max()))
-        return float(np.sqrt(largest)) * 1.001  # the float32 sum may be a little low
+        return measured_norm(codes, self)
 
     def empty_faiss_index(self, faiss: Any) -> Any:
         """An empty inner-product FAISS index whose codes are these rows.
