@@ -61,6 +61,17 @@ def test_an_intact_extent_is_compared_once(tmp_path, monkeypatch):
     assert compared == [4, 3, 5, 5]
 
 
+def test_a_damaged_file_with_the_inode_of_a_removed_one_is_compared(tmp_path):
+    file = VectorFile.create(tmp_path, 0, SIZE)
+    file.append(_codes(4))
+    content = file.path.read_bytes()
+    intact = IntactExtents()
+    assert intact.damaged(file, file.codes()) == []
+    file.path.unlink()
+    file.path.write_bytes(bytes([content[0] ^ 1, *content[1:]]))
+    assert intact.damaged(file, file.codes()) == file.extents
+
+
 def test_extents_that_are_not_intact_are_compared_again(tmp_path, monkeypatch):
     monkeypatch.setattr(vector_file, "_JOINED_ROWS", 4)
     file = VectorFile.create(tmp_path, 0, SIZE)

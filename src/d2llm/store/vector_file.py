@@ -70,14 +70,24 @@ class IntactExtents:
     """
 
     def __init__(self) -> None:
-        self._extents: dict[tuple[int, int], set[Extent]] = {}
+        self._files: dict[Path, _ComparedFile] = {}
 
     def damaged(self, file: VectorFile, codes: NDArray[np.uint8]) -> list[Extent]:
         """The damaged extents of ``codes`` (all rows of ``file``), among those that were not compared before."""
-        intact = self._extents.setdefault(file.inode, set())  # a replaced file has another inode
+        self._files = {path: known for path, known in self._files.items() if path.exists()}
+        known = self._files.get(file.path)
+        intact = known.extents if known is not None and known.inode == file.inode else set[Extent]()
         damaged = file.damaged(codes, skip=intact)
-        intact |= {*file.extents} - {*damaged}
+        self._files[file.path] = _ComparedFile(file.inode, codes, intact | {*file.extents} - {*damaged})
         return damaged
+
+
+class _ComparedFile(NamedTuple):
+    """What is intact of a file; while ``codes`` are mapped, no other file can get its inode."""
+
+    inode: tuple[int, int]
+    codes: NDArray[np.uint8]
+    extents: set[Extent]
 
 
 class VectorRows(NamedTuple):
