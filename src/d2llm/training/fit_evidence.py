@@ -63,6 +63,11 @@ class EvidenceLists:
         """Every other query, starting with the first (0) or the second (1)."""
         return EvidenceLists(self.name, self.lists[number::2], self.statistics[number::2])
 
+    def of_terms(self, terms: Sequence[EvidenceTerm], kept: Sequence[EvidenceTerm]) -> EvidenceLists:
+        """The same lists with the columns of the ``kept`` terms among its ``terms``."""
+        columns = [0, *(1 + place for place, term in enumerate(terms) if term in kept)]
+        return replace(self, lists=[(scores[:, columns], grades) for scores, grades in self.lists])
+
 
 def fit_evidence(
     student: SearchStudent,
@@ -242,15 +247,13 @@ def fit_task_weights(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm
     Raises:
         InputError: a half of the lists has no relevant passage.
     """
-    best = _weigh(sets, terms)
+    best = fit_all_terms(sets, terms)
     lesser: TaskEvidence | None = None
     for term, kind in VECTOR_TERMS.items():  # windows first: with them and tokens, those without windows come next
         if term not in terms:
             continue
-        kept = [place for place, other in enumerate(terms) if other != term]
-        columns = [0, *(1 + place for place in kept)]
-        fewer = [replace(each, lists=[(scores[:, columns], grades) for scores, grades in each.lists]) for each in sets]
-        without = fit_task_weights(fewer, [terms[place] for place in kept])
+        kept: list[EvidenceTerm] = [other for other in terms if other != term]
+        without = fit_task_weights([each.of_terms(terms, kept) for each in sets], kept)
         if not best.weights[term] or _mean_after(best) < _mean_after(without) + MIN_PART_GAIN[kind]:
             return without
         lesser = lesser or without
@@ -281,7 +284,8 @@ class _Sum(NamedTuple):
         return [values[str(number)] for number in range(len(evidence.lists))]
 
 
-def _weigh(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
+def fit_all_terms(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
+    """Fit weights as ``fit_task_weights`` does, but leave out no vectors of parts, however little they gain."""
     own = _Sum(np.eye(1, 1 + len(terms))[0], _are_words(terms))
     before = {each.name: float(np.mean(own.ndcg(each))) for each in sets}
     after, after_by_query = (_on_halves(sets, terms, by_query=by_query) for by_query in (False, True))
