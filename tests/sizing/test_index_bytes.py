@@ -17,7 +17,7 @@ from d2llm.store.bm25 import WordSegment
 from d2llm.store.word_files import segment_bytes
 from sizing.sized_index import passages, token_student
 
-NUM = 3_000
+NUM = 1_000
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,9 @@ def student(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[("bfloat16", 2, "int3"), ("int8", 1, "none")], ids=lambda each: each[0])
 def built(request, student, tmp_path_factory):
-    """An index of 3,000 passages, the plan for it, and what it was predicted to take from 2,000 other passages."""
+    """An index of 1,000 passages, the plan for it, and what it was predicted to take from 800 other passages."""
     vector_format, copies, windows = request.param
-    texts = read_text_facts(passages(2_000, seed=1), student, "2,000 others")
+    texts = read_text_facts(passages(800, seed=1), student, "800 others")
     options = {"vector_format": vector_format, "vector_copies": copies, "window_vectors": windows}
     plan = SizePlan(NUM, round(texts.tokens), **options)
     facts = StudentFacts.of_student(student, plan)
