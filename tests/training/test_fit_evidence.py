@@ -82,18 +82,18 @@ def test_windows_get_weight_where_they_are_worth_reading(benefit, is_kept):
     for scores, _ in examples:
         scores[0, 2] += benefit
     fitted = fit_task_weights([make_lists("a", examples)], terms)
-    without_windows = fit_task_weights(
+    without_vectors = fit_task_weights(
         [make_lists("a", [(scores[:, :2], grades) for scores, grades in examples])], ("words",)
     )
     if is_kept:
         assert fitted.weights["window_vectors"] == pytest.approx(1.0, abs=0.35)
-        assert fitted.without_parts.weights == pytest.approx(without_windows.weights, rel=1e-3)
-        assert fitted.dev["a"][1] >= without_windows.dev["a"][1] + module.MIN_PART_GAIN["window"]
+        assert fitted.without_parts.weights == pytest.approx(without_vectors.weights, rel=1e-3)
+        assert fitted.dev["a"][1] >= without_vectors.dev["a"][1] + module.MIN_PART_GAIN["window"]
     else:
-        assert fitted.weights == pytest.approx(without_windows.weights, rel=1e-3)
+        assert fitted.weights == pytest.approx(without_vectors.weights, rel=1e-3)
         assert fitted.without_parts is None
     evidence = Evidence(student="x", tasks={"asymmetric": fitted})
-    assert evidence.weights("asymmetric", stored=()).terms == pytest.approx(without_windows.weights, rel=1e-3)
+    assert evidence.weights("asymmetric", stored=()).terms == pytest.approx(without_vectors.weights, rel=1e-3)
     assert ("window" in evidence.weights("asymmetric").part_kinds) == is_kept
 
 

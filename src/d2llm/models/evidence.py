@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AliasChoices, Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat
 
 from d2llm.core.files import write_json
 from d2llm.core.types import PART_KINDS, EvidenceTerm, PartKind, Task
@@ -106,10 +106,7 @@ class TaskEvidence(FittedPart):
     words_factor: WordsFactor | None = None
     dev: dict[str, tuple[float, float]]
     num_queries: dict[str, int]
-    without_parts: TaskEvidence | None = Field(
-        default=None,
-        validation_alias=AliasChoices("without_parts", "without_windows"),  # its name before tokens had vectors
-    )
+    without_parts: TaskEvidence | None = None
 
 
 class Evidence(FittedFile):
