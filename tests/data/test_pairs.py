@@ -9,7 +9,7 @@ import logging
 import pytest
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
-from d2llm.data.pairs import LabelledPair, read_pairs
+from d2llm.data.pairs import LabelledPair, as_retrieval, read_pairs
 
 CATS = {"query": "Do cats sleep?", "document": "Cats sleep.", "label": 1}
 DOGS = {"query": "Do dogs sing?", "document": "Dogs bark.", "label": 0}
@@ -226,3 +226,31 @@ def test_counts_of_real_data_sets(shared_data, name, kind, classes, counts):
     pairs = read_pairs(shared_data / name)
     assert (pairs.kind, pairs.classes, pairs.issues) == (kind, classes, ())
     assert tuple(len(split) for split in pairs.splits.values()) == counts
+
+
+def test_pairs_become_a_search_among_the_passages_of_all_splits(tmp_path):
+    write(tmp_path / "train.jsonl", DOGS)
+    write(
+        tmp_path / "dev.jsonl",
+        CATS,
+        CATS | {"document": "Dogs bark.", "label": 0},
+        CATS | {"document": "They do.", "label": 0},
+        CATS | {"document": "They do.", "label": 1},
+        DOGS,  # its query has no relevant passage
+    )
+    dataset = as_retrieval(read_pairs(tmp_path), "dev")
+    assert [passage.text for passage in dataset.passages.values()] == ["Dogs bark.", "Cats sleep.", "They do."]
+    assert [query.text for query in dataset.queries.values()] == ["Do cats sleep?"]
+    (judged,) = dataset.qrels["dev"].values()
+    assert {dataset.passages[key].text: grade for key, grade in judged.items()} == {
+        "Cats sleep.": 1,
+        "Dogs bark.": 0,
+        "They do.": 1,
+    }
+    assert set(dataset.positives("dev")) == set(dataset.queries)
+
+
+def test_pairs_with_scores_are_no_search(tmp_path):
+    write(tmp_path / "dev.jsonl", {"query": "a", "document": "b", "score": 2.5})
+    with pytest.raises(DataFormatError, match="has scores, not a yes or no"):
+        as_retrieval(read_pairs(tmp_path), "dev")

@@ -12,6 +12,7 @@ import pytest
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import Passage
+from d2llm.data.pairs import read_pairs
 from d2llm.models.evidence import Evidence, EvidenceWeights, TaskEvidence, WordsFactor, read_evidence
 from d2llm.models.student import Student
 from d2llm.ops.bm25_words import windows
@@ -269,6 +270,21 @@ def test_scores_are_fitted_for_one_task_and_kept_for_the_other(tmp_path, monkeyp
     before = student.evidence
     assert fit_scores(student, [topics().dataset], "asymmetric", words=False).evidence is None
     assert student.evidence == before
+
+
+def test_labelled_pairs_are_searched_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MIN_QUERIES", 1)
+    lines = [
+        {"query": f"about topic{n}", "document": f"topic{n} and {'more ' * (n % 3)}words", "label": 1}
+        for n in range(12)
+    ]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = write_tiny_model(tmp_path / "model", "modernbert", initializer_range=0.1)
+    student = Student.create(tiny_student_config(model), device="cpu", dtype="float32")
+    report = fit_scores(student, [read_pairs(tmp_path / "dev.jsonl")], "symmetric", window_vectors=False)
+    assert report.evidence is not None
+    assert report.evidence["num_queries"] == {"dev": 12}
+    assert student.evidence.weights("symmetric")
 
 
 def test_uninformative_scores_get_no_weight():

@@ -25,7 +25,10 @@ def fit_scores(
     ],
     data: Annotated[
         list[str],
-        typer.Argument(metavar="DATA...", help="Data sets with a corpus and judged queries in their dev split."),
+        typer.Argument(
+            metavar="DATA...",
+            help="Data sets with judged queries in their dev split, or with pairs of texts labelled yes or no.",
+        ),
     ],
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the fitted student goes.")
@@ -62,12 +65,16 @@ def fit_scores(
     index of the old student can be searched with the new one. What was fitted for the other task is kept.
     """
     from d2llm.data.open_data import open_data
+    from d2llm.data.pairs import PairDataset
     from d2llm.models.student import Student
     from d2llm.training.fit_scores import fit_scores
     from d2llm.training.sentences import describe_calibration, describe_evidence
 
     session = session_of(context)
     datasets = [open_data(path, splits=["dev"]) for path in data]
+    for number, dataset in enumerate(datasets):
+        if isinstance(dataset, PairDataset):
+            datasets[number] = open_data(data[number])  # the passages of its other splits make the corpus larger
     model = Student.load(student, device=device, dtype=dtype)
     report = fit_scores(
         model,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
-from d2llm.data.beir import Rows
+from d2llm.core.types import Passage, Query
+from d2llm.data.beir import Dataset, Rows
 from d2llm.data.chinese_pairs import LAYOUTS, TEXT_FIELDS, Target, sample_size, split_of, table_records
 from d2llm.data.lines import Fields, parquet_rows, read_records, string_field, type_name
 
@@ -82,6 +83,35 @@ class PairDataset:
         if split not in self.splits:
             raise DataFormatError(self.path, f"split '{split}' was not read; read: {', '.join(self.splits) or 'none'}")
         return self.splits[split]
+
+
+def as_retrieval(dataset: PairDataset, split: str) -> Dataset:
+    """Yes-or-no pairs as a retrieval set: each query text of ``split`` that has a yes is to find its passages.
+
+    The corpus holds the passages of all splits that were read, equal texts once. A pair judged no has grade 0; if it
+    was judged twice, the yes counts.
+
+    Raises:
+        DataFormatError: the set is not binary, or was read without that split.
+    """
+    is_positive = dataset.positives(split)
+    id_of: dict[str, str] = {}
+    for pairs in dataset.splits.values():
+        for pair in pairs:
+            id_of.setdefault(pair.passage, f"passage-{len(id_of)}")
+    grades: dict[str, dict[str, int]] = {}
+    for pair, positive in zip(dataset.pairs(split), is_positive, strict=True):
+        judged = grades.setdefault(pair.query, {})
+        judged[id_of[pair.passage]] = max(int(positive), judged.get(id_of[pair.passage], 0))
+    relevant = {text: judged for text, judged in grades.items() if any(judged.values())}
+    queries = {f"query-{number}": Query(f"query-{number}", text) for number, text in enumerate(relevant)}
+    return Dataset(
+        dataset.name,
+        dataset.path,
+        {passage_id: Passage(passage_id, text) for text, passage_id in id_of.items()},
+        queries,
+        {split: {query.id: relevant[query.text] for query in queries.values()}},
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.recipe import EvidenceConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
-from d2llm.data.pairs import PairDataset
+from d2llm.data.pairs import PairDataset, as_retrieval
 from d2llm.models.student import Student
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
@@ -40,7 +40,8 @@ def fit_scores(
 
     Args:
         student: the student to change; it needs an inner product if ``words`` is set.
-        data: data sets with judged dev queries.
+        data: data sets with judged dev queries; in labelled pairs of yes and no, each query is to find its own passages
+            among those of all splits that were read.
         task: the task of their pairs.
         words: fit the weights of BM25 and of windows; otherwise the present weights are kept.
         window_vectors: also fit the weight of the vectors of windows, which an index then computes and stores;
@@ -51,14 +52,13 @@ def fit_scores(
         seed: seed of the choice of queries and passages.
 
     Raises:
-        InputError: a data set has labelled pairs, and so no corpus; it has no judged dev queries; or ``words`` is set
-            and the student's head is ``paper``; or ``token_vectors`` is set and the student has none.
+        InputError: a data set has no judged dev queries; or ``words`` is set and the student's head is ``paper``; or
+            ``token_vectors`` is set and the student has none.
+        DataFormatError: labelled pairs have scores or classes other than yes and no.
     """
-    judged: list[tuple[Dataset, Task]] = []
-    for dataset in data:
-        if isinstance(dataset, PairDataset):
-            raise InputError(f"{dataset.name}: these are labelled pairs, which have no corpus; give queries with one")
-        judged.append((dataset, task))
+    judged: list[tuple[Dataset, Task]] = [
+        (as_retrieval(dataset, "dev") if isinstance(dataset, PairDataset) else dataset, task) for dataset in data
+    ]
     if words and not student.has_anchor:
         raise InputError("words are added to an inner product, which the head 'paper' does not have; leave them out")
     if token_vectors is None:
