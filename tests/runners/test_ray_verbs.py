@@ -44,7 +44,7 @@ from tiny_models import (
 from waiting import until
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
-ONE, TWO = (RayRunner(num_workers=number) for number in (1, 2))
+ONE, TWO, THREE = (RayRunner(num_workers=number) for number in (1, 2, 3))
 
 
 def document(number: int) -> Passage:
@@ -61,7 +61,7 @@ def address() -> Generator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the workers to import ray_work
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         yield ray.get_runtime_context().gcs_address
         ray.shutdown()
 
@@ -122,6 +122,29 @@ def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch):
     assert there.pairs + there.finished_pairs == here.pairs
     assert there.finished_pairs > 2 * 256
     assert labels_of(tmp_path / "there", teacher, source) == labels_of(tmp_path / "here", teacher, source)
+
+
+def test_labels_survive_a_change_of_the_number_of_workers(tmp_path, teacher, monkeypatch):
+    """Begun by two workers, continued by this process and finished by three; what is stored is never judged again."""
+    source = topics(num_train=160)
+    here = label(source, tmp_path / "here", teacher)
+    expected, grams = labels_of(tmp_path / "here", teacher, source)
+    store = tmp_path / "there"
+    for runner, num_shards in ((TWO, 2), ("local", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(LabelWriter, "add", write_and_stop(num_shards))
+            with pytest.raises(KeyboardInterrupt):
+                label(source, store, teacher, runner=runner)
+    stored = sum(map(len, labels_of(store, teacher, source)[0].values()))
+    last = label(source, store, teacher, runner=THREE)
+    assert (last.finished_pairs, last.pairs) == (stored, here.pairs - stored)
+    assert 3 * 256 <= stored < here.pairs
+    assert label(source, store, teacher, runner=TWO).pairs == 0
+    labels, other_grams = labels_of(store, teacher, source)  # with no pair stored twice
+    assert labels.keys() == expected.keys()
+    assert other_grams.keys() == grams.keys()
+    for query_id, log_odds in expected.items():
+        assert labels[query_id] == pytest.approx(log_odds, rel=1e-4, abs=1e-4)
 
 
 def write_and_stop(num_shards):
