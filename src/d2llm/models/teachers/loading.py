@@ -70,8 +70,8 @@ def prepare_quantized(model: nn.Module, quantization: Quantization) -> None:
     setattr(model, _MARKS[quantization], True)  # transformers marks only the whole model
     for layer in model.modules():
         # On a CPU, a 4-bit layer packs its weights when it is first used, and from then on gives no gradient.
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+        if "support_avx512bf16_for_cpu" in vars(layer):
+            vars(layer)["support_avx512bf16_for_cpu"] = False
 
 
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
