@@ -49,6 +49,26 @@ def test_a_spread_teacher_judges_alike(llama: Path, full: CausalTeacher) -> None
     )
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_with_the_hooks_of_several_devices(llama: Path, full: CausalTeacher, checkpointing: bool) -> None:
+    """What accelerate adds to the layers of a model on several GPUs works with shared prefixes and in training."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate: pip install 'd2llm[large]'")
+    teacher = CausalTeacher.load(tiny_teacher_config(llama), device="cpu", dtype="float32")
+    model: Any = teacher.model
+    for layer in (model.embed_tokens, *model.layers, model.norm):
+        hook = hooks.AlignDevicesHook(execution_device="cpu", io_same_device=False, place_submodules=True)
+        hooks.add_hook_to_module(layer, hook)
+    expected = full.judge(PAIRS, TASK).log_odds
+    np.testing.assert_allclose(teacher.judge(PAIRS, TASK).log_odds, expected, rtol=0, atol=1e-5)
+    assert teacher.why_not_shared() == ""
+    teacher.prepare_training(LoraConfig(rank=2, dropout=0.0), gradient_checkpointing=checkpointing)
+    teacher.train()
+    log_odds = teacher(*teacher.pad(teacher.tokenize(PAIRS, TASK)[0]), TASK)[0]
+    np.testing.assert_allclose(log_odds.detach().numpy(), expected, rtol=0, atol=1e-4)
+    log_odds.sum().backward()
+    assert all(p.grad is not None for name, p in teacher.named_parameters() if "lora_B" in name)
+
+
 def test_a_spread_teacher_cannot_be_on_one_device(llama: Path) -> None:
     with pytest.raises(InputError, match=r"spread over all GPUs .* so it cannot be on cuda:1 alone; leave the device"):
         load_judge(tiny_teacher_config(llama, device_map="auto"), device="cuda:1")
