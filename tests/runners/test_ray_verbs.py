@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,7 @@ from tiny_models import (
 from waiting import until
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
-ONE, TWO, THREE = (RayRunner(num_workers=number) for number in (1, 2, 3))
+ONE, TWO = (RayRunner(num_workers=number) for number in (1, 2))
 
 
 def document(number: int) -> Passage:
@@ -61,7 +63,7 @@ def address() -> Generator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the workers to import ray_work
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         yield ray.get_runtime_context().gcs_address
         ray.shutdown()
 
@@ -124,22 +126,45 @@ def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch):
     assert labels_of(tmp_path / "there", teacher, source) == labels_of(tmp_path / "here", teacher, source)
 
 
-def test_labels_survive_a_change_of_the_number_of_workers(tmp_path, teacher, monkeypatch):
-    """Begun by two workers, continued by this process and finished by three; what is stored is never judged again."""
+class InTurn:
+    """A runner in this process whose workers take shards in turn; like Ray's, some are done ahead of the results."""
+
+    is_local = False
+
+    def __init__(self, num_workers):
+        self.num_workers = num_workers
+
+    @contextmanager
+    def workers(self, load, *, device=None, gpus=1):
+        self.judges = [load() for _ in range(self.num_workers)]
+        yield self
+
+    def map(self, shards, advance):
+        shards = iter(shards)
+        while batch := list(islice(shards, 2 * self.num_workers)):
+            results = [self.judges[number % self.num_workers](shard, advance) for number, shard in enumerate(batch)]
+            yield from results
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "third"), [(InTurn(2), InTurn(1), InTurn(3)), (TWO, "local", "local")], ids=["in turn", "Ray"]
+)
+def test_labels_survive_a_change_of_the_number_of_workers(tmp_path, teacher, monkeypatch, first, second, third):
+    """Begun by two workers, continued by one and finished by three; what is stored is never judged again."""
     source = topics(num_train=160)
     here = label(source, tmp_path / "here", teacher)
     expected, grams = labels_of(tmp_path / "here", teacher, source)
     store = tmp_path / "there"
-    for runner, num_shards in ((TWO, 2), ("local", 1)):
+    for runner, num_shards in ((first, 2), (second, 1)):
         with monkeypatch.context() as patch:
             patch.setattr(LabelWriter, "add", write_and_stop(num_shards))
             with pytest.raises(KeyboardInterrupt):
                 label(source, store, teacher, runner=runner)
     stored = sum(map(len, labels_of(store, teacher, source)[0].values()))
-    last = label(source, store, teacher, runner=THREE)
+    last = label(source, store, teacher, runner=third)
     assert (last.finished_pairs, last.pairs) == (stored, here.pairs - stored)
     assert 3 * 256 <= stored < here.pairs
-    assert label(source, store, teacher, runner=TWO).pairs == 0
+    assert label(source, store, teacher, runner=first).pairs == 0
     labels, other_grams = labels_of(store, teacher, source)  # with no pair stored twice
     assert labels.keys() == expected.keys()
     assert other_grams.keys() == grams.keys()
