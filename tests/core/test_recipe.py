@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import Recipe, TeacherConfig
-from d2llm.core.recipe_file import changed_settings, load_recipe, parse_recipe, shaping_settings
+from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig, VllmConfig
+from d2llm.core.recipe_file import changed_settings, load_recipe, parse_recipe, shaping_settings, tuning_settings
 
 
 def write_recipe(tmp_path: Path, text: str | bytes) -> Path:
@@ -215,3 +215,41 @@ def test_a_teacher_name_may_have_a_kind_prefix(text: str, kind: str, model: str)
     assert base.named(text) == TeacherConfig.model_validate(
         {"model": model, "kind": kind, "prompt": "short", "max_tokens": 64}
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[teacher]\nkind = "remote"\nquantization = "4bit"', "teacher: .* quantization of a teacher of kind remote"),
+        ('[teacher]\nkind = "cosine"\ndevice_map = "auto"', "device_map of a teacher of kind cosine cannot be set"),
+        ('[teacher]\nkind = "stack"\ndtype = "float32"', "dtype of a teacher of kind stack cannot be set"),
+        ('[teacher]\nkind = "vllm"\nquantization = "8bit"', "set vllm.tensor_parallel_size and vllm.quantization"),
+        ('[teacher]\nkind = "causal"\n[teacher.vllm]', 'the section vllm needs kind = "vllm", not "causal"'),
+        (
+            '[teacher]\nquantization = "4bit"\n[teacher_tuning]\ntuning = "full"',
+            "teacher.quantization is 4bit, and quantised weights cannot be trained",
+        ),
+        ('[teacher_tuning]\ntuning = "full"\nquantization = "4bit"', "quantised weights cannot be trained: set tuning"),
+    ],
+)
+def test_settings_for_large_teachers_that_make_no_sense(tmp_path: Path, text: str, problem: str):
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(write_recipe(tmp_path, text))
+
+
+def test_quantised_weights_are_tuned_by_adapters_only_if_the_recipe_says_so(tmp_path: Path):
+    full = load_recipe(write_recipe(tmp_path, '[teacher]\nquantization = "4bit"\n[teacher_tuning]\nepochs = 0'))
+    assert full.teacher_tuning.base_quantization(full.teacher) == "4bit"
+    text = '[teacher]\nquantization = "4bit"\n[teacher_tuning]\ntuning = "full"\nquantization = "none"'
+    recipe = load_recipe(write_recipe(tmp_path, text))
+    assert recipe.teacher_tuning.base_quantization(recipe.teacher) == "none"
+
+
+def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
+    tuning = TeacherTuningConfig()
+    plain = tuning_settings(TeacherConfig(), tuning, 0)
+    judged = TeacherConfig(kind="vllm", dtype="bfloat16", vllm=VllmConfig(tensor_parallel_size=2))
+    assert tuning_settings(judged, tuning.model_copy(update={"gradient_checkpointing": True}), 0) == plain
+    in_bits = tuning_settings(TeacherConfig(quantization="4bit"), tuning, 0)
+    assert in_bits["teacher_tuning"].pop("quantization") == "4bit"
+    assert in_bits == plain

@@ -11,6 +11,7 @@ from d2llm.core.recipe import LoraConfig
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
+    compute_adapter,
     join_adapters,
     load_adapter_state,
     merge_adapter,
@@ -173,3 +174,22 @@ def test_missing_peft_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"LoRA tuning needs .*pip install 'd2llm\[train\]'"):
         attach_lora(network(), LoraConfig())
+
+
+def test_an_adapter_beside_the_weights_computes_what_a_merged_one_does():
+    model = adapted()
+    state = adapter_state(model)
+    beside, merged = network(), network()
+    compute_adapter(beside, state)
+    merge_adapter(merged, state)
+    torch.testing.assert_close(beside(INPUTS), merged(INPUTS))
+    attach_lora(beside, LoraConfig(rank=2, alpha=6.0, dropout=0.0))
+    torch.testing.assert_close(beside(INPUTS), merged(INPUTS))
+    randomise(beside, seed=3)
+    merge_adapter(merged, adapter_state(beside))
+    torch.testing.assert_close(beside(INPUTS), merged(INPUTS))
+
+
+def test_an_adapter_of_another_model_is_not_computed():
+    with pytest.raises(ModelError, match=r"changes layer '3' \[4 x 8\], which this model does not have"):
+        compute_adapter(network(out=5), adapter_state(adapted()))

@@ -1,4 +1,7 @@
-"""Training with two processes gives the same result as with one, including dropout."""
+"""Training with two processes gives the same result as with one: in one or two stages, including dropout.
+
+Both encode the dev texts, and in the second stage those of the plan.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from safetensors.torch import load_file
 
 from d2llm.core.recipe import LoraConfig, Recipe
 from d2llm.data.training import TrainingSource
+from d2llm.models.student import Student
 from d2llm.training.distill import DistillReport, distill
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import log_of
@@ -25,20 +31,27 @@ def sources() -> list[TrainingSource]:
     return [topics(name="one"), topics(name="two", task="symmetric")]
 
 
-def recipe(models: Path) -> Recipe:
+def recipe(models: Path, residual_epochs: int) -> Recipe:
     """With dropout, and with parts so small that each process has several and keeps the graph of the first."""
     config = tiny_student_config(models / "student", lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2))
     student = config.model_copy(update={"interaction": config.interaction.model_copy(update={"dropout": 0.1})})
     rates = {"learning_rate": 1e-3, "head_learning_rate": 1e-2}
-    return tiny_recipe(student, epochs=1, patience=99, part_tokens=30, graph_gib=1e-4, **rates)
+    settings = {
+        "epochs": 1,
+        "patience": 99,
+        "part_tokens": 30,
+        "graph_gib": 1e-4,
+        "residual": {"epochs": residual_epochs},
+    }
+    return tiny_recipe(student, **settings, **rates)
 
 
-def run(models: Path, folder: Path) -> DistillReport:
+def run(models: Path, folder: Path, residual_epochs: int) -> DistillReport:
     torch.set_num_threads(1)
     return distill(
         sources(),
         folder,
-        recipe=recipe(models),
+        recipe=recipe(models, residual_epochs),
         labels=models / "labels",
         teacher=tiny_teacher_config(models / "teacher"),
         device="cpu",
@@ -46,8 +59,8 @@ def run(models: Path, folder: Path) -> DistillReport:
     )
 
 
-def launch(models: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    script = [str(Path(__file__)), str(models), str(folder)]
+def launch(models: Path, folder: Path, residual_epochs: int) -> subprocess.CompletedProcess[str]:
+    script = [str(Path(__file__)), str(models), str(folder), str(residual_epochs)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
@@ -64,23 +77,29 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_match_one_process(models: Path) -> None:
+@pytest.mark.parametrize("residual_epochs", [0, 2])
+def test_two_processes_match_one_process(models: Path, residual_epochs: int) -> None:
+    folders = models / f"one-{residual_epochs}", models / f"two-{residual_epochs}"
     threads = torch.get_num_threads()
     try:
-        expected = run(models, models / "one")
+        expected = run(models, folders[0], residual_epochs)
     finally:
         torch.set_num_threads(threads)
     assert expected.best_step > 0
-    finished = launch(models, models / "two")
+    finished = launch(models, folders[1], residual_epochs)
     assert finished.returncode == 0, finished.stderr[-3000:]
     reports = [json.loads(line[7:]) for line in finished.stdout.splitlines() if line.startswith("REPORT ")]
     assert len(reports) == 2
+    encoded = sorted(report.pop("encoded") for report in reports)
+    assert encoded[0] > 0.4 * encoded[1]  # the first process also encodes what is fitted at the end
     assert reports[0] == reports[1]
+    for name, dev in expected.dev.items():
+        for key in ("start", "last", "kept"):
+            assert reports[0]["dev"][name][key] == pytest.approx(dev[key], abs=2e-3), (name, key)
     for name in ("steps", "best_step", "stopped_early", "queries"):
         assert reports[0][name] == getattr(expected, name), name
     logs = [
-        [{key: value for key, value in line.items() if key != "seconds"} for line in log_of(models / name)]
-        for name in ("one", "two")
+        [{key: value for key, value in line.items() if key != "seconds"} for line in log_of(name)] for name in folders
     ]
     assert len(logs[0]) == len(logs[1])
     for one, two in zip(*logs, strict=True):
@@ -89,7 +108,7 @@ def test_two_processes_match_one_process(models: Path) -> None:
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
             assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
     for name in ("head.safetensors", "adapter.safetensors"):
-        one, two = (load_file(models / folder / name) for folder in ("one", "two"))
+        one, two = (load_file(folder / name) for folder in folders)
         assert one.keys() == two.keys()
         for key, tensor in one.items():
             # AdamW's first steps have the size of the learning rate whatever the gradient: where that is nearly 0,
@@ -98,4 +117,14 @@ def test_two_processes_match_one_process(models: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write("REPORT " + json.dumps(asdict(run(Path(sys.argv[1]), Path(sys.argv[2])))) + "\n")
+    num_encoded = 0
+    encode = Student._encode
+
+    def count(student: Student, texts: Sequence[str], *arguments: Any, **options: Any) -> Any:
+        global num_encoded
+        num_encoded += len(texts)
+        return encode(student, texts, *arguments, **options)
+
+    Student._encode = count  # type: ignore[method-assign]
+    report = asdict(run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
+    sys.stdout.write("REPORT " + json.dumps(report | {"encoded": num_encoded}) + "\n")

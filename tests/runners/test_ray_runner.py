@@ -168,6 +168,18 @@ def test_each_worker_gets_one_gpu(cluster, tmp_path):
         cluster.remove_node(node)
 
 
+def test_a_large_model_gets_several_gpus(cluster, tmp_path):
+    node = cluster.add_node(num_cpus=2, num_gpus=4)
+    try:
+        load = partial(ray_work.load_squares, str(tmp_path))
+        for runner, needed, gpus in ((RayRunner(num_workers=1), 4, 4), (RayRunner(gpus_per_worker=2), 1, 2)):
+            with runner.workers(load, gpus=needed) as workers:
+                results = list(workers.map(iter(SHARDS), ignore))
+            assert {len(result["gpus"].split(",")) for result in results} == {gpus}
+    finally:
+        cluster.remove_node(node)
+
+
 def test_a_certain_gpu_is_refused(cluster):
     with pytest.raises(InputError, match="give 'cuda', not 'cuda:1'"), RayRunner().workers(list, device="cuda:1"):
         pass
@@ -182,6 +194,8 @@ def test_another_cluster_than_the_connected_one(cluster):
 def test_no_workers_are_refused():
     with pytest.raises(InputError, match="at least 1"):
         RayRunner(num_workers=0)
+    with pytest.raises(InputError, match="cannot have 0 GPUs each"):
+        RayRunner(gpus_per_worker=0)
 
 
 def test_an_address_without_a_cluster(monkeypatch):

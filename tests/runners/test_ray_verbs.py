@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,52 @@ def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch):
     assert there.pairs + there.finished_pairs == here.pairs
     assert there.finished_pairs > 2 * 256
     assert labels_of(tmp_path / "there", teacher, source) == labels_of(tmp_path / "here", teacher, source)
+
+
+class InTurn:
+    """A runner in this process whose workers take shards in turn; like Ray's, some are done ahead of the results."""
+
+    is_local = False
+
+    def __init__(self, num_workers):
+        self.num_workers = num_workers
+
+    @contextmanager
+    def workers(self, load, *, device=None, gpus=1):
+        self.judges = [load() for _ in range(self.num_workers)]
+        yield self
+
+    def map(self, shards, advance):
+        shards = iter(shards)
+        while batch := list(islice(shards, 2 * self.num_workers)):
+            results = [self.judges[number % self.num_workers](shard, advance) for number, shard in enumerate(batch)]
+            yield from results
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "third"), [(InTurn(2), InTurn(1), InTurn(3)), (TWO, "local", "local")], ids=["in turn", "Ray"]
+)
+def test_labels_survive_a_change_of_the_number_of_workers(tmp_path, teacher, monkeypatch, first, second, third):
+    """Begun by two workers, continued by one and finished by three; what is stored is never judged again."""
+    source = topics(num_train=160)
+    here = label(source, tmp_path / "here", teacher)
+    expected, grams = labels_of(tmp_path / "here", teacher, source)
+    store = tmp_path / "there"
+    for runner, num_shards in ((first, 2), (second, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(LabelWriter, "add", write_and_stop(num_shards))
+            with pytest.raises(KeyboardInterrupt):
+                label(source, store, teacher, runner=runner)
+    stored = sum(map(len, labels_of(store, teacher, source)[0].values()))
+    last = label(source, store, teacher, runner=third)
+    assert (last.finished_pairs, last.pairs) == (stored, here.pairs - stored)
+    assert 3 * 256 <= stored < here.pairs
+    assert label(source, store, teacher, runner=first).pairs == 0
+    labels, other_grams = labels_of(store, teacher, source)  # with no pair stored twice
+    assert labels.keys() == expected.keys()
+    assert other_grams.keys() == grams.keys()
+    for query_id, log_odds in expected.items():
+        assert labels[query_id] == pytest.approx(log_odds, rel=1e-4, abs=1e-4)
 
 
 def write_and_stop(num_shards):

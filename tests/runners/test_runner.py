@@ -30,6 +30,8 @@ def test_a_runner_is_its_own_name():
 def test_workers_are_for_a_cluster():
     with pytest.raises(InputError, match="add the runner ray"):
         find_runner("local", num_workers=2)
+    with pytest.raises(InputError, match="add the runner ray"):
+        find_runner("local", gpus_per_worker=2)
 
 
 def test_the_local_worker_does_a_shard_when_its_result_is_requested():
@@ -85,21 +87,38 @@ def test_the_local_verbs_do_not_import_ray():
     ],
 )
 def test_workers_share_the_cluster(nodes, num_workers, share):
-    assert _share(nodes, num_workers, with_gpus=True) == share
-
-
-def test_the_device_cpu_leaves_gpus_alone():
-    assert _share([{"CPU": 16, "GPU": 4}], None, with_gpus=False) == Share(1, cpus=16, gpus=0)
+    assert _share(nodes, num_workers, gpus=1) == share
 
 
 @pytest.mark.parametrize(
-    ("nodes", "num_workers", "problem"),
+    ("gpus", "num_workers", "expected"), [(2, None, 3), (2, 1, 1), (4, None, 1), (3, None, 1), (1, None, 7)]
+)
+def test_a_worker_can_have_several_gpus_of_one_node(gpus, num_workers, expected):
+    nodes = [{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 3}, {"CPU": 4}]
+    if gpus == 3:
+        nodes = nodes[1:]
+    assert _share(nodes, num_workers, gpus=gpus) == Share(expected, cpus=1, gpus=gpus)
+
+
+def test_the_device_cpu_leaves_gpus_alone():
+    assert _share([{"CPU": 16, "GPU": 4}], None, gpus=0) == Share(1, cpus=16, gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_workers", "gpus", "problem"),
     [
-        ([{"CPU": 2}], 3, "3 workers need a core each, but the cluster has 2"),
-        ([{}], None, "the workers need a core each, but the cluster has 0"),
-        ([{"CPU": 16, "GPU": 1}], 2, "2 workers need a GPU each, but the cluster has 1"),
+        ([{"CPU": 2}], 3, 1, "3 workers need a core each, but the cluster has 2"),
+        ([{}], None, 1, "the workers need a core each, but the cluster has 0"),
+        ([{"CPU": 16, "GPU": 1}], 2, 1, "2 workers need a GPU each, but the cluster has room for 1"),
+        (
+            [{"CPU": 16, "GPU": 3}] * 2,
+            3,
+            2,
+            "3 workers need 2 GPUs of one machine each, but .* room for 2",
+        ),
+        ([{"CPU": 16, "GPU": 3}] * 2, None, 4, "1 worker needs 4 GPUs of one machine each, but .* room for 0"),
     ],
 )
-def test_more_workers_than_the_cluster_has_room_for(nodes, num_workers, problem):
+def test_more_workers_than_the_cluster_has_room_for(nodes, num_workers, gpus, problem):
     with pytest.raises(InputError, match=problem):
-        _share(nodes, num_workers, with_gpus=True)
+        _share(nodes, num_workers, gpus=gpus)

@@ -337,3 +337,42 @@ def test_both_passes_over_a_long_list_share_their_dropout(llama: Path) -> None:
         float(odds) for pair in pairs for odds in model.judge([(pair.query, pair.passage)], "symmetric").log_odds
     }
     assert without.isdisjoint({float(odds) for odds in outputs})  # dropout was active
+
+
+# --- large teachers
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path, llama: Path) -> None:
+    plain, checkpointed = (
+        tune(tiny_teacher_config(llama), tmp_path / f"{on}", gradient_checkpointing=on) for on in (False, True)
+    )
+    assert checkpointed.loss == pytest.approx(plain.loss, rel=1e-4)
+    states = [load_file(tmp_path / f"{on}" / "adapter.safetensors") for on in (False, True)]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [8, 4])
+def test_adapters_are_tuned_on_quantised_weights(tmp_path: Path, llama: Path, number: int) -> None:
+    """QLoRA: the loss falls, and the tuned teacher judges on the same quantised weights."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'd2llm[large]'")
+    settings = {"quantization": f"{number}bit", "gradient_checkpointing": True, "epochs": 6, "learning_rate": 0.02}
+    teacher = tiny_teacher_config(llama)
+    report = tune(teacher, tmp_path / "tuned", eval_every=5, **settings)
+    losses = [line["loss"] for line in log(tmp_path / "tuned")]
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+    config = TeacherConfig(model=str(tmp_path / "tuned"))
+    assert identify_judge(config).fingerprint == report.fingerprint
+    tuned = load_judge(config, device="cpu", dtype="float32")
+    assert isinstance(tuned, CausalTeacher)
+    assert tuned.quantization == f"{number}bit"
+    on_full_weights = identify_judge(config.model_copy(update={"quantization": "none"}))
+    assert on_full_weights.fingerprint not in (report.fingerprint, identify_judge(teacher).fingerprint)
+
+
+def test_a_teacher_that_vllm_runs_is_tuned_without_it(tmp_path: Path, llama: Path) -> None:
+    report = tune(tiny_teacher_config(llama, kind="vllm", vllm={}), tmp_path / "vllm")
+    expected = tune(tiny_teacher_config(llama), tmp_path / "causal")
+    assert report.fingerprint == expected.fingerprint
+    judged_by_vllm = TeacherConfig(model=str(tmp_path / "vllm"), kind="vllm")
+    assert identify_judge(judged_by_vllm).fingerprint == report.fingerprint

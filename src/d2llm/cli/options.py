@@ -181,17 +181,21 @@ class RunnerOptions:
         int | None,
         typer.Option(min=1, help="Workers on Ray.", show_default="one for each GPU, or each node if there are none"),
     ] = None
+    gpus_per_worker: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs for each worker on Ray.", show_default="as many as the model needs"),
+    ] = None
 
     def find(self) -> Runner:
         """The runner.
 
         Raises:
-            InputError: there is none of this name, or workers are given for this process.
+            InputError: there is none of this name, or workers or their GPUs are given for this process.
             MissingExtraError: Ray is not installed.
         """
         from d2llm.runners.runner import find_runner
 
-        return find_runner(self.runner, num_workers=self.workers)
+        return find_runner(self.runner, num_workers=self.workers, gpus_per_worker=self.gpus_per_worker)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from d2llm.core.types import EvidenceTerm, Task
+from d2llm.core.types import EvidenceTerm, NumberFormat, Task
 
 
 class _Section(BaseModel):
@@ -149,16 +149,35 @@ class RemoteConfig(EndpointConfig):
     """What to do with a pair if neither answer word is among them: stop, or count it and use log-odds 0."""
 
 
+class VllmConfig(_Section):
+    """How vLLM's offline engine loads and runs a teacher (docs/how-to/large-teachers.md)."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Over how many GPUs of this machine to split each layer."""
+    quantization: str | None = None
+    """A method by which vLLM quantises the weights while it loads them, such as ``fp8`` or ``bitsandbytes``. A model
+    that was stored quantised needs no setting."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of each GPU's memory for weights and cache."""
+    enforce_eager: bool = False
+    """Do not capture CUDA graphs: starts faster, judges a little more slowly."""
+
+
+Quantization = Literal["none", "8bit", "4bit"]
+"""How the weights of a model's linear layers are stored: as they are, or in fewer bits by bitsandbytes."""
+_LOCAL_SETTINGS = ("dtype", "device_map", "quantization")
+
+
 class TeacherConfig(_Section):
     """The LLM that reads query and passage together."""
 
     model: str = "smollm2"
     """Local folder (also of a tuned teacher), Hub name, GGUF file, or ``smollm2``; for a remote teacher, the model's
     name at the endpoint."""
-    kind: Literal["auto", "causal", "seq2seq", "classifier", "remote", "cosine", "stack"] = "auto"
+    kind: Literal["auto", "causal", "seq2seq", "classifier", "vllm", "remote", "cosine", "stack"] = "auto"
     """``auto``: detected from the folder. ``seq2seq`` is prompted as MonoT5 is, ``classifier`` is a cross-encoder with
-    its own score, ``remote`` an OpenAI-compatible endpoint, ``cosine`` a bi-encoder or a student, ``stack`` several of
-    these."""
+    its own score, ``vllm`` a causal model that vLLM runs in this process, ``remote`` an OpenAI-compatible endpoint,
+    ``cosine`` a bi-encoder or a student, ``stack`` several of these."""
     prompt: str = "paper"
     """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.teachers.prompts``)."""
     max_tokens: int = Field(default=350, ge=32)
@@ -170,7 +189,35 @@ class TeacherConfig(_Section):
     is tuned with every weight (``teacher_tuning.tuning = "full"``)."""
     stack_with_cosine: bool = False
     """Learn from a stack of this teacher and the run's tuned cosine, calibrated on dev."""
+    dtype: NumberFormat | None = None
+    """Number format of its weights and of its computations, unless ``--dtype`` names another; by default the fastest on
+    the device."""
+    device_map: Literal["auto"] | None = None
+    """``auto``: spread its layers over all GPUs that this process sees. By default it is on one device."""
+    quantization: Quantization = "none"
+    """Store the weights of its linear layers in 8 bits (LLM.int8) or 4 bits (NF4), by bitsandbytes. Its log-odds differ
+    from those of the full weights, so it is another teacher, with labels of its own."""
+    vllm: VllmConfig | None = None
     remote: RemoteConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_loading(self) -> TeacherConfig:
+        chosen = [name for name in _LOCAL_SETTINGS if getattr(self, name) != type(self).model_fields[name].default]
+        if chosen and self.kind in {"remote", "cosine", "stack"}:
+            raise ValueError(
+                f"{' and '.join(chosen)} of a teacher of kind {self.kind} cannot be set: these are about loading one "
+                "model with local weights (kinds causal, seq2seq and classifier)"
+            )
+        if self.kind == "vllm" and {*chosen} - {"dtype"}:
+            raise ValueError(
+                "device_map and quantization do not apply to kind vllm: set vllm.tensor_parallel_size and "
+                "vllm.quantization (and teacher_tuning.quantization for tuning)"
+            )
+        if self.vllm is not None and self.kind != "vllm":
+            raise ValueError(
+                f'the section vllm needs kind = "vllm", not "{self.kind}"; set the kind or delete the section'
+            )
+        return self
 
     def named(self, text: str) -> TeacherConfig:
         """The teacher that ``KIND:MODEL`` or ``MODEL`` names, with the other settings of this one."""
@@ -190,6 +237,11 @@ class TeacherTuningConfig(_Section):
     """``full`` tunes every weight (and needs a much lower learning rate); the tuned teacher is then a complete model.
     """
     lora: LoraConfig = LoraConfig(rank=16, alpha=32)
+    quantization: Quantization | None = None
+    """Tune adapters on weights that are stored in 8 or 4 bits (QLoRA). By default as ``teacher.quantization``."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of each layer for the backward pass and compute the rest again: less memory for a long
+    pair, about a third more time, the same result."""
     learning_rate: float = Field(default=5e-4, gt=0)
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
     epochs: int = Field(default=1, ge=0)
@@ -216,6 +268,16 @@ class TeacherTuningConfig(_Section):
     dev_measure: Literal["cross_entropy", "mrr"] = "cross_entropy"
     """How to choose the best state: by the lowest yes/no cross-entropy of the held-out pairs, or by the highest mean
     reciprocal rank of the first positive in the held-out lists."""
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> TeacherTuningConfig:
+        if self.tuning == "full" and self.quantization not in (None, "none"):
+            raise ValueError('quantised weights cannot be trained: set tuning = "lora", or quantization = "none"')
+        return self
+
+    def base_quantization(self, teacher: TeacherConfig) -> Quantization:
+        """How the weights are stored that adapters of ``teacher`` are tuned on."""
+        return teacher.quantization if self.quantization is None else self.quantization
 
 
 class RemoteWriterConfig(EndpointConfig):
@@ -587,6 +649,16 @@ class Recipe(_Section):
     losses: LossWeights = LossWeights()
     training: TrainingConfig = TrainingConfig()
     evidence: EvidenceConfig = EvidenceConfig()
+
+    @model_validator(mode="after")
+    def _check_tuning(self) -> Recipe:
+        tuning = self.teacher_tuning
+        if tuning.epochs and tuning.tuning == "full" and tuning.base_quantization(self.teacher) != "none":
+            raise ValueError(
+                f"teacher.quantization is {self.teacher.quantization}, and quantised weights cannot be trained: set "
+                'teacher_tuning.tuning = "lora" or teacher_tuning.quantization = "none"'
+            )
+        return self
 
     @property
     def filters_with_tuned_teacher(self) -> bool:

@@ -91,12 +91,19 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: int) -> dict[str, Any]:
-    """The settings that determine a tuned teacher, given its plans, as plain JSON."""
-    return {
-        "teacher": teacher.model_dump(mode="json", exclude={"stack_with_cosine", "remote"}),
-        "teacher_tuning": tuning.model_dump(mode="json", exclude={"checkpoint_minutes", "graph_gib"}),
-        "seed": seed,
-    }
+    """The settings that determine a tuned teacher, given its plans, as plain JSON.
+
+    Settings for judging are left out, and so are those that affect only speed, memory or convenience.
+    """
+    # A teacher that vLLM runs is tuned as any other.
+    tuned = teacher.model_copy(update={"kind": "auto"}) if teacher.kind == "vllm" else teacher
+    judging = {"stack_with_cosine", "remote", "vllm", "dtype", "device_map", "quantization"}
+    values = tuning.model_dump(
+        mode="json", exclude={"checkpoint_minutes", "graph_gib", "gradient_checkpointing", "quantization"}
+    )
+    if (quantization := tuning.base_quantization(teacher)) != "none":
+        values["quantization"] = quantization
+    return {"teacher": tuned.model_dump(mode="json", exclude=judging), "teacher_tuning": values, "seed": seed}
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.machine import available_memory
 
@@ -140,6 +140,28 @@ def use_plain_attention_on_cpu(model: Any) -> None:
     """
     if next(model.parameters()).device.type == "cpu":
         model.set_attn_implementation("eager")
+
+
+def checkpoint_layers(model: nn.Module, name: str) -> None:
+    """Let a ``transformers`` model compute its layers again in the backward pass instead of keeping their activations.
+
+    Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016 (gradient checkpointing). The model's own
+    switch has no effect here, because it needs training mode, in which frozen layers would have dropout.
+
+    Raises:
+        ModelError: the model (``name`` in the message) has no layers that ``transformers`` can compute again.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(
+            f"'{name}' ({type(model).__name__}) has no layers that support gradient checkpointing; set "
+            "teacher_tuning.gradient_checkpointing = false"
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 @contextmanager

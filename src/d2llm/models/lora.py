@@ -89,21 +89,53 @@ def merge_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         ModelError: a layer of the adapter does not exist in ``model`` or has another shape; ``model`` is unchanged.
     """
+    with torch.no_grad():
+        for layer, down, up in _layers_of(model, state):
+            change = up.float() @ down.float()
+            layer.weight.copy_(layer.weight.float() + change.to(layer.weight.device))
+
+
+def compute_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Let the layers of a plain ``model`` compute an adapter beside their quantised weights: W x + up down x.
+
+    The adapter stays frozen; another one can be attached for training (``attach_lora``).
+
+    Raises:
+        ModelError: as ``merge_adapter``.
+    """
+    for layer, down, up in _layers_of(model, state):
+        device = layer.weight.device
+        layer.register_forward_hook(_ComputedAdapter(down.to(device), up.to(device)))
+
+
+class _ComputedAdapter:
+    """A hook that adds an adapter's result to that of its layer."""
+
+    def __init__(self, down: Tensor, up: Tensor) -> None:
+        self._down, self._up = down, up
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        del layer
+        states = inputs[0].to(output.dtype)
+        change = nn.functional.linear(states, self._down.to(output.dtype))
+        return output + nn.functional.linear(change, self._up.to(output.dtype))
+
+
+def _layers_of(model: nn.Module, state: dict[str, Tensor]) -> list[tuple[nn.Linear, Tensor, Tensor]]:
+    """The layers of an adapter, each with its ``lora_down`` and ``lora_up``; a ``ModelError`` if one does not fit."""
     modules = dict(model.named_modules())
-    layers: list[tuple[nn.Linear, Tensor]] = []
+    layers: list[tuple[nn.Linear, Tensor, Tensor]] = []
     for name in sorted({key.removesuffix(_DOWN).removesuffix(_UP) for key in state}):
         layer, up, down = modules.get(name), state.get(name + _UP), state.get(name + _DOWN)
         if up is None or down is None or up.shape[1] != down.shape[0]:
             raise ModelError(f"the adapter's tensors of layer '{name}' do not fit each other; restore its file")
-        if not isinstance(layer, nn.Linear) or layer.weight.shape != (up.shape[0], down.shape[1]):
+        if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != (up.shape[0], down.shape[1]):
             raise ModelError(
                 f"the adapter changes layer '{name}' [{up.shape[0]} x {down.shape[1]}], which this model does not "
                 "have; use the model that the adapter was trained on"
             )
-        layers.append((layer, up.float() @ down.float()))
-    with torch.no_grad():
-        for layer, change in layers:
-            layer.weight.copy_(layer.weight.float() + change.to(layer.weight.device))
+        layers.append((layer, down, up))
+    return layers
 
 
 def join_adapters(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:

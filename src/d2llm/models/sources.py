@@ -157,7 +157,7 @@ def load_pretrained(
             model, report = auto_class.from_pretrained(
                 location, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelNotFoundError(
             f"model '{location}' cannot be loaded: {first_sentence(error)}. Give a local folder with config.json and "
             "safetensors weights, or check the Hub name and the network"

@@ -54,24 +54,29 @@ class RayRunner:
         address: ``HOST:PORT`` of the cluster's head, or ``auto`` for the cluster that this machine is a node of; None:
             the address in RAY_ADDRESS if it is set, else a cluster is started here and ended afterwards.
         num_workers: by default one for each GPU; without GPUs, one for each node, with all its cores.
+        gpus_per_worker: GPUs of one node that each worker gets, for models that one GPU cannot hold; by default as many
+            as the model needs.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        InputError: the number of workers is less than 1.
+        InputError: the number of workers or of their GPUs is less than 1.
     """
 
     address: str | None = None
     num_workers: int | None = None
+    gpus_per_worker: int | None = None
     is_local = False
 
     def __post_init__(self) -> None:
         _import_ray()
         if self.num_workers is not None and self.num_workers < 1:
             raise InputError(f"{self.num_workers} workers cannot do anything; give at least 1")
+        if self.gpus_per_worker is not None and self.gpus_per_worker < 1:
+            raise InputError(f"workers cannot have {self.gpus_per_worker} GPUs each; give at least 1, or --device cpu")
 
     @contextmanager
     def workers(
-        self, load: Callable[[], Work[_Shard, _Result]], *, device: str | None = None
+        self, load: Callable[[], Work[_Shard, _Result]], *, device: str | None = None, gpus: int = 1
     ) -> Generator[RayWorkers[_Shard, _Result]]:
         """Workers on the cluster; they are started at once, and ended with the context.
 
@@ -82,7 +87,8 @@ class RayRunner:
         if device is not None and ":" in device:
             raise InputError(f"on a cluster Ray assigns the devices; give '{device.partition(':')[0]}', not '{device}'")
         with _cluster(self.address):
-            share = _share(_nodes(), self.num_workers, with_gpus=device not in {"cpu", "mps"})
+            per_worker = 0 if device in {"cpu", "mps"} else self.gpus_per_worker or gpus
+            share = _share(_nodes(), self.num_workers, gpus=per_worker)
             workers = RayWorkers[_Shard, _Result](load, share)
             try:
                 yield workers
@@ -99,19 +105,23 @@ class Share:
     gpus: int
 
 
-def _share(nodes: Sequence[Mapping[str, float]], num_workers: int | None, *, with_gpus: bool) -> Share:
+def _share(nodes: Sequence[Mapping[str, float]], num_workers: int | None, *, gpus: int) -> Share:
     """How the workers share the resources of nodes, each ``{"CPU": 8.0, "GPU": 2.0, ...}``.
 
-    On GPUs, each worker takes one. On CPUs, each takes as many cores as possible such that all find room.
+    On GPUs, each worker takes ``gpus`` of one node; 0: all work on CPUs. On CPUs, each takes as many cores as possible
+    such that all find room.
 
     Raises:
         InputError: there is not enough for this number of workers.
     """
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes) if with_gpus else 0
-    if gpus:
-        if (num_workers or 1) > gpus:
-            raise InputError(f"{num_workers} workers need a GPU each, but the cluster has {gpus}; give at most {gpus}")
-        return Share(num_workers or gpus, cpus=1, gpus=1)
+    present = [int(node.get("GPU", 0)) for node in nodes]
+    if gpus and any(present):
+        room = sum(number // gpus for number in present)
+        if (num_workers or 1) > room:
+            needs = f"{num_workers or 1} {'worker needs' if num_workers in (None, 1) else 'workers need'}"
+            each = "a GPU each" if gpus == 1 else f"{gpus} GPUs of one machine each"
+            raise InputError(f"{needs} {each}, but the cluster has room for {room} of them; give other numbers")
+        return Share(num_workers or room, cpus=1, gpus=gpus)
     cores = [int(node.get("CPU", 0)) for node in nodes]
     count = num_workers or sum(number > 0 for number in cores)
     if not 0 < count <= sum(cores):

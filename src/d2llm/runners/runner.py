@@ -44,13 +44,14 @@ class Runner(Protocol):
         ...
 
     def workers(
-        self, load: Callable[[], Work[_Shard, _Result]], *, device: str | None = None
+        self, load: Callable[[], Work[_Shard, _Result]], *, device: str | None = None, gpus: int = 1
     ) -> AbstractContextManager[Workers[_Shard, _Result]]:
         """Workers that exist until the context ends; each calls ``load`` once and does its shards with the result.
 
         Args:
             load: for other processes than this one, it must be picklable.
             device: where the models are to compute, which decides what a worker on a cluster reserves.
+            gpus: how many GPUs the model of one worker needs, where there are any.
         """
         ...
 
@@ -73,20 +74,21 @@ class LocalRunner:
 
     @contextmanager
     def workers(
-        self, load: Callable[[], Work[_Shard, _Result]], *, device: str | None = None
+        self, load: Callable[[], Work[_Shard, _Result]], *, device: str | None = None, gpus: int = 1
     ) -> Generator[LocalWorkers[_Shard, _Result]]:
         """One worker; what it loads decides on the device itself."""
-        del device
+        del device, gpus
         yield LocalWorkers(load())
 
 
-def find_runner(runner: str | Runner, *, num_workers: int | None = None) -> Runner:
+def find_runner(runner: str | Runner, *, num_workers: int | None = None, gpus_per_worker: int | None = None) -> Runner:
     """The runner of a name: ``local``, ``ray`` or ``ray:ADDRESS`` (``RayRunner``).
 
-    ``num_workers`` is the number of workers on Ray, by default one for each GPU, or for each node if there is none.
+    ``num_workers`` is the number of workers on Ray, by default one for each GPU, or for each node if there is none;
+    ``gpus_per_worker`` is for models that one GPU cannot hold.
 
     Raises:
-        InputError: there is no such runner, or a number of workers is given for this process.
+        InputError: there is no such runner, or workers or their GPUs are given for this process.
         MissingExtraError: Ray is not installed.
     """
     if not isinstance(runner, str):
@@ -95,9 +97,9 @@ def find_runner(runner: str | Runner, *, num_workers: int | None = None) -> Runn
     if kind == "ray" and bool(colon) == bool(address):
         from d2llm.runners.ray_runner import RayRunner
 
-        return RayRunner(address or None, num_workers=num_workers)
+        return RayRunner(address or None, num_workers=num_workers, gpus_per_worker=gpus_per_worker)
     if runner != "local":
         raise InputError(f"there is no runner '{runner}'; use local, ray or ray:ADDRESS, for example ray:10.0.0.5:6379")
-    if num_workers is not None:
-        raise InputError("a number of workers is for a cluster; add the runner ray, or leave the number out")
+    if num_workers is not None or gpus_per_worker is not None:
+        raise InputError("a number of workers or of their GPUs is for a cluster; add the runner ray, or leave it out")
     return LocalRunner()

@@ -29,6 +29,7 @@ from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
 from d2llm.evaluation.gold import Gold, NliGold, measure_all, read_gold
 from d2llm.evaluation.judging import judge_pool
+from d2llm.models.backbone import TextKind
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import SCORE_BLOCK, Student
 from d2llm.models.teachers.judge import Judge
@@ -38,6 +39,7 @@ from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.bm25 import bm25_lists
+from d2llm.training.processes import ALONE, Processes
 
 INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The candidates for an interaction weight r; of equally good ones the smallest is chosen."""
@@ -186,14 +188,21 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
 
 
 def evaluate_dev(
-    student: Student, dev_sets: Sequence[DevSet], *, title: str = "measuring on dev"
+    student: Student,
+    dev_sets: Sequence[DevSet],
+    *,
+    title: str = "measuring on dev",
+    processes: Processes = ALONE,
 ) -> dict[str, DevResult]:
     """Measure a student on every dev set for each weight r of the interaction, whatever the student's own weight.
+
+    Several processes encode the texts together, and the first one measures; for the others the result is empty.
 
     Args:
         student: the student to measure.
         dev_sets: the dev sets to measure on.
         title: title of the progress bar, which counts texts encoded and queries ranked.
+        processes: the processes that share the work; all must call this function.
 
     Raises:
         TrainingDivergedError: scores are not finite.
@@ -203,7 +212,9 @@ def evaluate_dev(
     with progress_bar(title, total) as advance:
         for dev in dev_sets:
             advance(0, dev.name)
-            results[dev.name] = measure_by_weight(student, encode_dev(student, dev, advance=advance), advance=advance)
+            encoded = encode_dev(student, dev, advance=advance, processes=processes)
+            if processes.is_first:
+                results[dev.name] = measure_by_weight(student, encoded, advance=advance)
     return results
 
 
@@ -232,15 +243,42 @@ class EncodedDev:
     rows: list[NDArray[np.intp]]
 
 
-def encode_dev(student: Student, dev: DevSet, *, advance: Callable[[int], None] = ignore) -> EncodedDev:
-    """Encode the texts of a dev set; ``advance`` is called with the number of texts finished."""
+def encode_dev(
+    student: Student, dev: DevSet, *, advance: Callable[[int], None] = ignore, processes: Processes = ALONE
+) -> EncodedDev:
+    """Encode the texts of a dev set; ``advance`` is called with the number of texts finished.
+
+    Several processes share the texts, and all get all vectors.
+    """
     row = {passage_id: number for number, passage_id in enumerate(dev.passages)}
     return EncodedDev(
         dev,
-        student.encode_queries([*dev.queries.values()], advance=advance).vectors,
-        student.encode_passages([*dev.passages.values()], advance=advance).vectors,
+        encode_together(student, [*dev.queries.values()], "query", advance=advance, processes=processes),
+        encode_together(student, [*dev.passages.values()], "passage", advance=advance, processes=processes),
         [np.array([row[passage_id] for passage_id in ids], np.intp) for ids in dev.candidates.values()],
     )
+
+
+def encode_together(
+    student: Student,
+    texts: Sequence[str],
+    kind: TextKind,
+    *,
+    advance: Callable[[int], None] = ignore,
+    processes: Processes = ALONE,
+) -> Float32[np.ndarray, "texts dim"]:
+    """The vectors of texts, of which each process encodes a share.
+
+    ``advance`` is called with the number of texts finished, as if the other processes were as fast as this one.
+    """
+    encode = student.encode_queries if kind == "query" else student.encode_passages
+    if processes.count == 1:
+        return encode(texts, advance=advance).vectors
+
+    def encode_own(own: Sequence[str]) -> NDArray[np.float32]:
+        return encode(own, advance=lambda count: advance(count * processes.count)).vectors
+
+    return processes.share_rows(texts, encode_own, student.vector_dim, student.backbone.device)
 
 
 def has_interaction_weight(student: Student) -> bool:

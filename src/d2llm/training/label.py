@@ -119,7 +119,9 @@ def label(
     counts = JudgingCounts()
     if num_pairs:
         load = partial(_load_judge, teacher, identity.fingerprint, device=device, dtype=dtype)
-        with progress_bar("labelling pairs", num_pairs) as advance, runner.workers(load, device=device) as judges:
+        gpus = teacher.vllm.tensor_parallel_size if teacher.vllm is not None else 1
+        workers = runner.workers(load, device=device, gpus=gpus)
+        with progress_bar("labelling pairs", num_pairs) as advance, workers as judges:
             for source, labels in work:
                 queries = (_unfinished(labels, entry) for entry in source.entries_to_label)
                 judge_pairs(

@@ -7,29 +7,37 @@ each process encodes its share of a batch, and vectors and gradients are summed,
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
 Value = TypeVar("Value")
-_PATIENCE = timedelta(days=7)
+_WORK, _WAIT = timedelta(minutes=30), timedelta(days=7)
+"""How long to wait for the others in work that all do together, and for what the first process does alone."""
+_NUMBERS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The number of processes and the rank of this one; by default there is only one."""
+    """The number of processes and the rank of this one; by default there is only one.
+
+    ``waiting`` is the group of `torch.distributed` in which the others wait for the first process.
+    """
 
     rank: int = 0
     count: int = 1
+    waiting: Any = field(default=None, repr=False)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that evaluates and writes."""
+        """Whether this is the process that measures and writes."""
         return self.rank == 0
 
     def add_up(self, values: Tensor) -> None:
@@ -50,12 +58,35 @@ class Processes:
         for parameter, flag, total in zip(listed, flags.tolist(), sums, strict=True):
             parameter.grad = total.view_as(parameter) if flag else None
 
+    def share_rows(
+        self,
+        texts: Sequence[str],
+        encode: Callable[[Sequence[str]], NDArray[np.float32]],
+        dim: int,
+        device: torch.device,
+    ) -> NDArray[np.float32]:
+        """The rows [texts, dim] that ``encode`` computes for texts; each process encodes its share, and all get all.
+
+        ``device`` is where this process computes.
+        """
+        # Texts are often sorted by length or topic, so each process takes every n-th one.
+        own = range(self.rank, len(texts), self.count)
+        rows = np.zeros((len(texts), dim), dtype=np.float32)
+        if own:
+            rows[own] = encode([texts[number] for number in own])
+        step = max(1, _NUMBERS_AT_ONCE // dim)
+        for start in range(0, len(rows), step):
+            together = torch.from_numpy(rows[start : start + step]).to(device)
+            distributed.all_reduce(together)
+            rows[start : start + step] = together.cpu().numpy()
+        return rows
+
     def from_first(self, value: Value) -> Value:
-        """The first process's ``value``; the other processes wait for it."""
+        """The first process's ``value``; the other processes wait for it, for days if it has work to do alone."""
         if self.count == 1:
             return value
         box = [value]
-        distributed.broadcast_object_list(box)
+        distributed.broadcast_object_list(box, group=self.waiting)
         return box[0]
 
 
@@ -68,11 +99,13 @@ def joined_processes() -> Generator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    # gloo for CPU tensors, the vendor's library for GPU tensors. While the first process mines or measures, which can
-    # take hours, the others wait for it; by default they would give up after half an hour.
-    distributed.init_process_group(timeout=_PATIENCE)
+    # gloo for CPU tensors, the vendor's library for GPU tensors. A process that hangs in a step is noticed after half
+    # an hour. While the first process mines, which can take hours, the others wait for it in a group of its own, which
+    # needs no GPU.
+    distributed.init_process_group(timeout=_WORK)
     try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size())
+        waiting = distributed.new_group(backend="gloo", timeout=_WAIT)
+        yield Processes(distributed.get_rank(), distributed.get_world_size(), waiting)
     finally:
         distributed.destroy_process_group()
 

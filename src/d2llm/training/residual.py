@@ -26,8 +26,9 @@ from d2llm.ops.batching import even_batches
 from d2llm.ops.selection import nearest_rows
 from d2llm.training.checkpoints import BestState, adamw, learning_rate_factor, optimizer_step, warmup_steps
 from d2llm.training.choose_weights import mean_value
-from d2llm.training.dev import DevResult, DevSet, EncodedDev, encode_dev, measure_by_weight
+from d2llm.training.dev import DevResult, DevSet, EncodedDev, encode_dev, encode_together, measure_by_weight
 from d2llm.training.objective import batch_losses, weighted_sum
+from d2llm.training.processes import ALONE, Processes
 
 AskTeacher = Callable[[LabelledSource, Mapping[str, Sequence[str]]], None]
 """Lets the teacher judge passages (query_id -> passage ids), and adds its labels to the data set's store."""
@@ -57,12 +58,16 @@ def train_residual(
     write: Callable[..., None],
     *,
     ask_teacher: AskTeacher,
+    processes: Processes = ALONE,
 ) -> dict[str, DevResult]:
     """Train the interaction of an anchored student on its own vectors, and keep the epoch with the best dev result.
 
     Dev results are taken at the best weight r of each task, which may be 0, so the result is never worse on dev than
     the inner product alone. Only the interaction changes; it is trained with r = 1, the value in a new student. The
     stage is short and starts over after an interruption.
+
+    Several processes encode the texts together, which takes nearly all of the time. The first one trains alone: a step
+    on cached vectors is shorter than the exchange of its gradient would be.
 
     Args:
         student: a student with the head ``anchored``.
@@ -72,9 +77,11 @@ def train_residual(
         offsets: returns the logit of a pair set at which yes and no are equally likely.
         write: writes ``step`` and named values to the log.
         ask_teacher: labels passages of queries, if ``training.unjudged`` is "ask_teacher".
+        processes: the processes that share the work; all must call this function.
 
     Returns:
-        The dev results of the state that is kept.
+        The dev results of the state that is kept; empty in other processes than the first, whose interaction is not
+        trained.
     """
     config = recipe.training.residual
     head = student.interaction
@@ -82,14 +89,17 @@ def train_residual(
     student.eval()
     # Only the symmetric interaction is penalised for changing the ranking of queries of asymmetric sets.
     needs_queries = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
-    sets = [_encode(student, s, config, with_near_queries=needs_queries) for s in sources if s.entries]
+    encoded = [(source, *_encode(student, source, processes)) for source in sources if source.entries]
+    num_texts = sum(len(dev_set.queries) + len(dev_set.passages) for dev_set in dev_sets)
+    with progress_bar("encoding dev", num_texts) as advance:
+        dev = [encode_dev(student, dev_set, advance=advance, processes=processes) for dev_set in dev_sets]
+    if not processes.is_first:
+        return {}
+    sets = [_vectors(student, *each, config, with_near_queries=needs_queries) for each in encoded]
     if recipe.training.unjudged == "ask_teacher":
         for vectors in sets:
             ask_teacher(vectors.labelled, _drawn_neighbours(vectors, config, recipe.seed))
     only_judged = recipe.training.unjudged != "negatives"
-    num_texts = sum(len(dev_set.queries) + len(dev_set.passages) for dev_set in dev_sets)
-    with progress_bar("encoding dev", num_texts) as advance:
-        dev = [encode_dev(student, dev_set, advance=advance) for dev_set in dev_sets]
     parameters = head.residual_parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -137,13 +147,35 @@ def _measure(student: Student, dev: Sequence[EncodedDev]) -> dict[str, DevResult
         return {encoded.dev.name: measure_by_weight(student, encoded, advance=advance) for encoded in dev}
 
 
-def _encode(student: Student, source: LabelledSource, config: ResidualConfig, *, with_near_queries: bool) -> _Vectors:
-    ids = list(dict.fromkeys(passage_id for entry in source.entries for passage_id in entry.passage_ids))
-    texts = [source.source.query_text(entry.query_id) for entry in source.entries]
+def _encode(
+    student: Student, source: LabelledSource, processes: Processes
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The vectors of a data set's queries [entries, d] and of its passages [passages, d], in the order of their ids."""
+    queries = [source.source.query_text(entry.query_id) for entry in source.entries]
+    passages = [source.source.passage_text(passage_id) for passage_id in _passage_ids(source)]
+    with progress_bar(f"encoding {source.source.dataset.name}", len(queries) + len(passages)) as advance:
+        return (
+            encode_together(student, queries, "query", advance=advance, processes=processes),
+            encode_together(student, passages, "passage", advance=advance, processes=processes),
+        )
+
+
+def _passage_ids(source: LabelledSource) -> list[str]:
+    """The passages of all entries, each once."""
+    return list(dict.fromkeys(passage_id for entry in source.entries for passage_id in entry.passage_ids))
+
+
+def _vectors(
+    student: Student,
+    source: LabelledSource,
+    queries: NDArray[np.float32],
+    passages: NDArray[np.float32],
+    config: ResidualConfig,
+    *,
+    with_near_queries: bool,
+) -> _Vectors:
+    ids = _passage_ids(source)
     name = source.source.dataset.name
-    with progress_bar(f"encoding {name}", len(ids) + len(texts)) as advance:
-        queries = student.encode_queries(texts, advance=advance).vectors
-        passages = student.encode_passages([source.source.passage_text(p) for p in ids], advance=advance).vectors
     is_pairs = any(entry.targets for entry in source.entries)
     near: NDArray[np.int64] | None = None
     near_queries: NDArray[np.int64] | None = None

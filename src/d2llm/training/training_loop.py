@@ -226,8 +226,7 @@ class DistillRun:
 
         def measure(share: float) -> dict[str, DevResult]:
             interpolate(self.parameters, self.start, end, share)
-            title = f"measuring {share:.0%} of the change on dev"
-            return self.processes.from_first(self._dev_results(title) if self.processes.is_first else {})
+            return self.processes.from_first(self._dev_results(f"measuring {share:.0%} of the change on dev"))
 
         self.student.eval()
         share, results = choose_share(
@@ -247,16 +246,17 @@ class DistillRun:
         """Run the second stage, if the recipe has one: train the interaction alone, with the vectors fixed."""
         if not self.has_stages:
             return
+        results = train_residual(
+            self.student,
+            self.sources,
+            self.dev_sets,
+            self.recipe,
+            lambda source: self.offsets.get(offset_name(source.source)),
+            self._write_after,
+            ask_teacher=self.ask_teacher,
+            processes=self.processes,
+        )
         if self.processes.is_first:
-            results = train_residual(
-                self.student,
-                self.sources,
-                self.dev_sets,
-                self.recipe,
-                lambda source: self.offsets.get(offset_name(source.source)),
-                self._write_after,
-                ask_teacher=self.ask_teacher,
-            )
             self._adopt(results)
             start = self.progress.start_items
             self.progress.interaction_weights = choose_interaction_weights(results, start, seed=self.recipe.seed)
@@ -353,10 +353,10 @@ class DistillRun:
             self.log.write(step, **values)
 
     def _evaluate(self) -> None:
-        """Evaluate on dev in the first process, and share the progress with the others."""
+        """Evaluate on dev, record the result in the first process, and share the progress with the others."""
+        self.student.eval()
+        results = self._dev_results("measuring on dev" if self.progress.step else "measuring the start on dev")
         if self.processes.is_first:
-            self.student.eval()
-            results = self._dev_results("measuring on dev" if self.progress.step else "measuring the start on dev")
             with self.signals.held():
                 self._record(results)
         progress, best = self.processes.from_first((vars(self.progress), self.best.record()))
@@ -364,7 +364,8 @@ class DistillRun:
         self.best.take_up(best)
 
     def _dev_results(self, title: str) -> dict[str, DevResult]:
-        return evaluate_dev(self.student, self.dev_sets, title=title)
+        """The dev results; empty in other processes than the first."""
+        return evaluate_dev(self.student, self.dev_sets, title=title, processes=self.processes)
 
     def _record(self, results: dict[str, DevResult]) -> None:
         """Record the dev results of this step, and keep the state if it is the best so far."""

@@ -111,7 +111,9 @@ def tune_teacher(
     if not pairs:
         raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
     model = _load(teacher, tuning, device=device, dtype=dtype)
-    model.prepare_training(tuning.lora, tuning=tuning.tuning, seed=seed)
+    model.prepare_training(
+        tuning.lora, tuning=tuning.tuning, gradient_checkpointing=tuning.gradient_checkpointing, seed=seed
+    )
     run_folder = working_folder(folder)
     settings = {  # everything that affects a run; a checkpoint or tuned teacher with other settings is from another run
         "recipe": tuning_settings(teacher, tuning, seed),
@@ -332,6 +334,10 @@ def _load(
     teacher: TeacherConfig, tuning: TeacherTuningConfig, *, device: str | None, dtype: str | None
 ) -> LocalTeacher:
     """Load the teacher to tune; if all weights are tuned they are float32, whatever it computes in."""
+    changes: dict[str, Any] = {"quantization": tuning.base_quantization(teacher)}
+    if teacher.kind == "vllm":  # which only judges
+        changes |= {"kind": "auto", "vllm": None}
+    teacher = teacher.model_copy(update=changes)
     chosen = "float32" if tuning.tuning == "full" else dtype
     if teacher.new_head and tuning.tuning != "full":
         raise InputError("a new head can only be tuned with all weights; set teacher_tuning.tuning = 'full'")
@@ -343,7 +349,7 @@ def _load(
         raise InputError(
             f"teacher '{teacher.model}' has no local weights to tune; skip tune-teacher, or name a local model"
         )
-    model.compute_dtype = choose_dtype(model.device, dtype)
+    model.compute_dtype = choose_dtype(model.device, dtype or teacher.dtype)
     return model
 
 

@@ -14,25 +14,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError, ModelError
+from d2llm.core.errors import ModelError
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.recipe import TeacherConfig
-from d2llm.core.types import TASKS, Task
+from d2llm.core.types import Task
 from d2llm.models.device import inference
-from d2llm.models.sources import leading_special_ids
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.local import Answers, LocalTeacher
-from d2llm.models.teachers.prompts import Prompt, load_prompt
+from d2llm.models.teachers.questions import Question, Questions
 from d2llm.models.teachers.shared_prefix import SharedPrefixes, why_not_shared
 from d2llm.ops.pooling import last_positions, to_right_padding
-from d2llm.ops.truncation import fit_pair
 
 _log = logging.getLogger(__name__)
 
 _PREFIX_TOKENS = 2048  # total length of the prefixes whose keys and values are held at a time
-
-_Split = tuple[tuple[int, ...], list[int]]
-"""An input in two parts: the prefix that it may share with others (everything before the passage), and the rest."""
 
 
 class CausalTeacher(LocalTeacher):
@@ -52,10 +47,8 @@ class CausalTeacher(LocalTeacher):
         """
         super().__init__(config, device=device, compute_dtype=compute_dtype)
         self._head = AnswerHead(self._whole[0])
-        self._special_ids = leading_special_ids(self.tokenizer)  # those after a text must not come before the answer
-        self.prompts: dict[Task, Prompt] = {task: load_prompt(self.config.prompt, task) for task in TASKS}
-        advice = "use a prompt file with answer words that are one token each (mind the space before the word)"
-        self._answer_ids = {task: self._find_answers(p, p.tail, advice) for task, p in self.prompts.items()}
+        self._questions = Questions(self.config, self.tokenizer)
+        self._answer_ids = self._questions.answer_ids
         self._require_causal()
         self._no_sharing: str | None = None
 
@@ -65,15 +58,8 @@ class CausalTeacher(LocalTeacher):
         return int(cast(Any, self.model).config.get_text_config().hidden_size)
 
     def tokenize(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[list[int]], int]:
-        """Token ids of each complete input, and how many pairs lost text to the length limit.
-
-        Excess tokens are cut from the end of the passage; a query that would leave the passage less than half of the
-        room is itself cut to half. The prompt and the position of the answer never change.
-
-        Raises:
-            InputError: the prompt alone fills ``max_tokens``.
-        """
-        inputs, num_truncated = self._tokenize_in_two(pairs, task)
+        """Token ids of each complete input, and how many pairs lost text to the length limit (``Questions.inputs``)."""
+        inputs, num_truncated = self._questions.inputs(pairs, task)
         return [[*prefix, *suffix] for prefix, suffix in inputs], num_truncated
 
     def forward(
@@ -86,6 +72,7 @@ class CausalTeacher(LocalTeacher):
         token_ids, mask = to_right_padding(token_ids, mask)
         with self._number_format():
             states = self.model(input_ids=token_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        states = states.to(self.device)  # the last layer may be on another GPU
         rows = torch.arange(len(states), device=states.device)
         return self._answer(states[rows, last_positions(mask)], task)
 
@@ -101,7 +88,7 @@ class CausalTeacher(LocalTeacher):
 
         Pairs of the same query share the work of reading it, so pass them in one call.
         """
-        inputs, num_truncated = self._tokenize_in_two(pairs, task)
+        inputs, num_truncated = self._questions.inputs(pairs, task)
         answers = Answers(len(pairs), self.dim if with_features else None)
         groups = self._sharing(inputs)
         for prefixes, places in groups:
@@ -115,9 +102,8 @@ class CausalTeacher(LocalTeacher):
     def why_not_shared(self) -> str:
         """Why this architecture cannot share the work of reading a query; empty if it can."""
         if self._no_sharing is None:
-            tokens = self._ids(
-                ["The quick brown fox jumps over the lazy dog while two old cats sleep in the sun. " * 2]
-            )
+            text = "The quick brown fox jumps over the lazy dog while two old cats sleep in the sun. " * 2
+            tokens = self._questions.ids([text])
             with inference(self), self._number_format():
                 self._no_sharing = why_not_shared(self.model, tokens[0], padding=self._padding, device=self.device)
             if self._no_sharing:
@@ -135,7 +121,7 @@ class CausalTeacher(LocalTeacher):
         logits = self._head(features, self._answer_ids[task])
         return logits[:, 0] - logits[:, 1], features
 
-    def _sharing(self, inputs: Sequence[_Split]) -> list[tuple[list[tuple[int, ...]], list[int]]]:
+    def _sharing(self, inputs: Sequence[Question]) -> list[tuple[list[tuple[int, ...]], list[int]]]:
         """Groups of prefixes that several inputs share, and the indices of these inputs."""
         counts = Counter(prefix for prefix, _ in inputs)
         places: dict[tuple[int, ...], list[int]] = {}
@@ -150,7 +136,7 @@ class CausalTeacher(LocalTeacher):
         self,
         prefixes: list[tuple[int, ...]],
         places: list[int],
-        inputs: Sequence[_Split],
+        inputs: Sequence[Question],
         task: Task,
         answers: Answers,
         advance: Callable[[int], None] | None,
@@ -164,33 +150,6 @@ class CausalTeacher(LocalTeacher):
                 answers.put(chosen, *self._answer(shared.last_states(rows, [inputs[p][1] for p in chosen]), task))
                 if advance is not None:
                     advance(len(chosen))
-
-    def _tokenize_in_two(self, pairs: Sequence[TextPair], task: Task) -> tuple[list[_Split], int]:
-        prompt = self.prompts[task]
-        head, middle, tail = self._ids([prompt.head, prompt.middle, prompt.tail])
-        room = self.config.max_tokens - len(self._special_ids) - len(head) - len(middle) - len(tail)
-        if room < 2:
-            raise InputError(
-                f"max_tokens is {self.config.max_tokens}, but prompt '{self.config.prompt}' alone takes "
-                f"{self.config.max_tokens - room} tokens; raise max_tokens or use a shorter prompt"
-            )
-        # Each distinct text is tokenized only once.
-        queries, passages = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True)) if pairs else ([], [])
-        query_ids = dict(zip(queries, self._ids([prompt.space + query for query in queries]), strict=True))
-        passage_ids = dict(zip(passages, self._ids([prompt.space + passage for passage in passages]), strict=True))
-        in_prompt = self._ids([prompt.space + query + prompt.middle for query in queries] if prompt.space else [])
-        whole_queries = dict(zip(queries, in_prompt, strict=False))
-        inputs: list[_Split] = []
-        num_truncated = 0
-        for query, passage in pairs:
-            own_query, own_passage = query_ids[query], passage_ids[passage]
-            num_query, num_passage = fit_pair(len(own_query), len(own_passage), room)
-            kept_query, kept_passage = own_query[:num_query], own_passage[:num_passage]
-            is_cut = len(kept_query) < len(own_query)
-            num_truncated += is_cut or len(kept_passage) < len(own_passage)
-            query_part = whole_queries[query] if prompt.space and not is_cut else [*kept_query, *middle]
-            inputs.append(((*self._special_ids, *head, *query_part), [*kept_passage, *tail]))
-        return inputs, num_truncated
 
     def _require_causal(self) -> None:
         """Refuse a model that is not causal, in which a token attends to the next one."""
@@ -233,10 +192,11 @@ class AnswerHead(nn.Module):
 
     def forward(self, states: Float[Tensor, "pairs dim"], token_ids: tuple[int, ...]) -> Float[Tensor, "pairs answers"]:
         """Logits of the tokens ``token_ids`` after each state, float32."""
-        rows = torch.tensor(token_ids, device=states.device)
-        bias = cast("Tensor | None", self._linear.bias)
+        rows, bias = list(token_ids), cast("Tensor | None", self._linear.bias)
         logits = nn.functional.linear(
-            states.float(), self._linear.weight[rows].float(), None if bias is None else bias[rows].float()
+            states.float(),
+            self._linear.weight[rows].to(states.device).float(),
+            None if bias is None else bias[rows].to(states.device).float(),
         )
         logits = logits * self._scale
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +11,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from d2llm.core.errors import DataFormatError, ModelError
+from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_any_manifest, read_manifest
-from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe import Quantization, TeacherConfig
 from d2llm.core.shipped import find_tuned
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import find_model, find_model_file, fingerprint_model
 from d2llm.models.teachers.prompts import load_prompt
 
+_log = logging.getLogger(__name__)
+
 TEACHER_KIND = "teacher"
 TEACHER_FORMAT_VERSION = 1
-LOCAL_KINDS = frozenset({"causal", "seq2seq", "classifier"})
+ADAPTER_FILE = "adapter.safetensors"
+LOCAL_KINDS = frozenset({"causal", "seq2seq", "classifier", "vllm"})
 _OTHER_KINDS = frozenset({"remote", "cosine", "stack"})
 
 
@@ -112,8 +116,33 @@ def _config(folder: Path, manifest: Mapping[str, Any]) -> TeacherConfig:
         ) from error
 
 
+def config_of(config: TeacherConfig, tuned: TunedTeacher | None) -> TeacherConfig:
+    """The settings of a teacher's question: its own, or those of its tuning, with a warning if others are requested."""
+    if tuned is None:
+        return config
+    own = tuned.config
+    requested = config.model_fields_set & {"prompt", "max_tokens"}  # defaults do not count as requests
+    if any(getattr(own, name) != getattr(config, name) for name in requested):
+        _log.warning(
+            "%s was tuned with prompt '%s' and max_tokens %d, which are used instead of '%s' and %d",
+            *(tuned.folder, own.prompt, own.max_tokens, config.prompt, config.max_tokens),
+        )
+    return own
+
+
+def require_same_base(tuned: TunedTeacher | None, fingerprint: str, name: str) -> None:
+    """Raise a ``MismatchError`` if a tuned adapter belongs to other weights than those of its base model here."""
+    if tuned and tuned.base_fingerprint not in (None, fingerprint):
+        raise MismatchError(
+            f"{tuned.folder}: the teacher was tuned on weights {tuned.base_fingerprint} of '{name}', but here that "
+            f"name resolves to {fingerprint}; use the same weights"
+        )
+
+
 def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
     """The identity of a teacher with local weights (``LOCAL_KINDS``) loaded from ``config``.
+
+    A causal model that vLLM runs is the same teacher, unless one of them quantises the weights.
 
     Raises:
         ModelNotFoundError: there are no usable weights.
@@ -122,8 +151,28 @@ def identify_local_teacher(config: TeacherConfig) -> TeacherIdentity:
     kind = find_kind(config)
     tuned = read_tuned_teacher(config)
     fingerprint = tuned.fingerprint if tuned else fingerprint_model(find_model(config.model))
+    stored = chosen_quantization(config, tuned) if kind != "vllm" else vllm_quantization(config)
     own = tuned.config if tuned else config
-    return TeacherIdentity(fingerprint, {task: fingerprint_prompt(own, task, kind=kind) for task in TASKS})
+    return TeacherIdentity(
+        with_quantization(fingerprint, stored), {task: fingerprint_prompt(own, task, kind=kind) for task in TASKS}
+    )
+
+
+def chosen_quantization(config: TeacherConfig, tuned: TunedTeacher | None) -> Quantization:
+    """How the weights of a teacher are to be stored: as requested, by default as they were when it was tuned."""
+    if tuned is None or "quantization" in config.model_fields_set:
+        return config.quantization
+    return tuned.config.quantization
+
+
+def vllm_quantization(config: TeacherConfig) -> str:
+    """The method by which vLLM quantises the teacher's weights, or "none"."""
+    return "none" if config.vllm is None else config.vllm.quantization or "none"
+
+
+def with_quantization(fingerprint: str, quantization: str) -> str:
+    """The fingerprint of weights that are quantised in this way; unchanged for "none"."""
+    return fingerprint if quantization == "none" else fingerprint_json([fingerprint, quantization])
 
 
 def fingerprint_prompt(config: TeacherConfig, task: Task, *, kind: str = "causal") -> str:

@@ -108,6 +108,7 @@ _CLASSES = {
     "causal": ("causal", "CausalTeacher"),
     "seq2seq": ("seq2seq", "Seq2SeqTeacher"),
     "classifier": ("classifier", "ClassifierTeacher"),
+    "vllm": ("vllm", "VllmTeacher"),
     "remote": ("remote", "RemoteTeacher"),
     "cosine": ("cosine", "CosineTeacher"),
     "stack": ("stacked", "StackedTeacher"),

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
@@ -17,13 +16,26 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2llm.core.errors import AnswerTokenError, InputError, MismatchError
+from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
 from d2llm.core.manifest import write_manifest
-from d2llm.core.recipe import LoraConfig, TeacherConfig
+from d2llm.core.recipe import LoraConfig, Quantization, TeacherConfig
 from d2llm.core.types import Task
-from d2llm.models.device import choose_device, choose_dtype, inference, use_plain_attention_on_cpu
-from d2llm.models.lora import adapter_state, attach_lora, join_adapters, merge_adapter, train_adapters_only
+from d2llm.models.device import (
+    checkpoint_layers,
+    choose_device,
+    choose_dtype,
+    inference,
+    use_plain_attention_on_cpu,
+)
+from d2llm.models.lora import (
+    adapter_state,
+    attach_lora,
+    compute_adapter,
+    join_adapters,
+    merge_adapter,
+    train_adapters_only,
+)
 from d2llm.models.sources import (
     check_limits,
     find_model,
@@ -34,22 +46,24 @@ from d2llm.models.sources import (
     quiet_transformers,
 )
 from d2llm.models.teachers.identity import (
+    ADAPTER_FILE,
     TEACHER_FORMAT_VERSION,
     TEACHER_KIND,
     TeacherIdentity,
+    chosen_quantization,
+    config_of,
     fingerprint_prompt,
     identify_local_teacher,
     read_tuned_teacher,
+    require_same_base,
+    with_quantization,
 )
 from d2llm.models.teachers.judge import Judgements, TextPair
-from d2llm.models.teachers.prompts import Prompt
+from d2llm.models.teachers.loading import check_device, loading_options, prepare_quantized, require_on_devices
 from d2llm.ops.batching import pad_right, token_budget_batches
 from d2llm.ops.truncation import cut_pair
 
-_log = logging.getLogger(__name__)
-
 _T = TypeVar("_T", bound="LocalTeacher")
-_ADAPTER_FILE = "adapter.safetensors"
 _BATCH_TOKENS = {"cpu": 512}  # as fast per token as larger batches, and fewer pairs at a time need less padding
 _BATCH_TOKENS_ELSEWHERE, _BATCH_PAIRS = 8192, 64
 
@@ -95,36 +109,32 @@ class LocalTeacher(nn.Module):
         import transformers
 
         tuned = read_tuned_teacher(config)
-        self.config = (tuned.config if tuned else config).model_copy(update={"kind": self.kind})
-        set_fields = config.model_fields_set & {"prompt", "max_tokens"}  # defaults do not count as requests
-        if tuned and any(getattr(self.config, name) != getattr(config, name) for name in set_fields):
-            _log.warning(
-                "%s was tuned with prompt '%s' and max_tokens %d, which are used instead of '%s' and %d",
-                *(tuned.folder, self.config.prompt, self.config.max_tokens, config.prompt, config.max_tokens),
-            )
+        self.quantization: Quantization = chosen_quantization(config, tuned)
+        changes = {"kind": self.kind, "quantization": self.quantization}
+        self.config = config_of(config, tuned).model_copy(update=changes)
         self.compute_dtype = compute_dtype
         self.location = find_model(self.config.model)
         self.base_fingerprint = fingerprint_model(self.location)
-        if tuned and tuned.base_fingerprint not in (None, self.base_fingerprint):
-            raise MismatchError(
-                f"{tuned.folder}: the teacher was tuned on weights {tuned.base_fingerprint} of '{self.config.model}', "
-                f"but here that name resolves to {self.base_fingerprint}; use the same weights"
-            )
-        self.fingerprint: str = tuned.fingerprint if tuned else self.base_fingerprint
+        require_same_base(tuned, self.base_fingerprint, self.config.model)
+        own_fingerprint = tuned.fingerprint if tuned else self.base_fingerprint
+        self.fingerprint: str = with_quantization(own_fingerprint, self.quantization)
         self.tokenizer = load_tokenizer(self.location)
         auto_class = getattr(transformers, self._auto_class)
-        whole: Any = load_pretrained(auto_class, self.location, dtype=compute_dtype, **self._head_options())
+        options = loading_options(config, self.quantization, device=device, dtype=compute_dtype)
+        whole: Any = load_pretrained(auto_class, self.location, dtype=compute_dtype, **options, **self._head_options())
         # A classifier reads its score at the last token that is not padding, by its own padding id.
         whole.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        whole = whole.to(device).eval().requires_grad_(False)
+        require_on_devices(whole, self.config.model)
+        whole = (whole if "device_map" in options else whole.to(device)).eval().requires_grad_(False)
         self._whole = (whole,)  # in a tuple, so that torch does not register its weights twice
         self.model: nn.Module = self._judging_part(whole)
-        self._merged_adapter: dict[str, Tensor] = (
-            load_tensors(tuned.folder / _ADAPTER_FILE, remedy="restore the teacher's folder or tune it again")
+        prepare_quantized(self.model, self.quantization)
+        self._adapter: dict[str, Tensor] = (
+            load_tensors(tuned.folder / ADAPTER_FILE, remedy="restore the teacher's folder or tune it again")
             if tuned and tuned.base_fingerprint is not None
             else {}
         )
-        merge_adapter(self.model, self._merged_adapter)
+        (merge_adapter if self.quantization == "none" else compute_adapter)(self.model, self._adapter)
         check_limits(whole.config, self.config.model, {"max_tokens": self.config.max_tokens})
         self._lora: LoraConfig | None = None
         self._is_tuned_whole = False
@@ -137,9 +147,15 @@ class LocalTeacher(nn.Module):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> _T:
-        """Load a teacher, by default on the fastest device here and in the number format that is fastest on it."""
+        """Load a teacher, by default on the fastest device here and in the number format that is fastest on it.
+
+        Raises (besides the errors of the constructor):
+            MissingExtraError: a package for quantised weights or several GPUs is not installed.
+            InputError: the device does not exist, or the teacher does not fit into the GPUs of ``device_map``.
+        """
+        check_device(config, device)
         chosen = choose_device(device)
-        return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
+        return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype or config.dtype))
 
     @classmethod
     def identify(cls, config: TeacherConfig) -> TeacherIdentity:
@@ -186,10 +202,20 @@ class LocalTeacher(nn.Module):
         num_tokens = sum(map(len, inputs))
         return Judgements(answers.log_odds, answers.features, num_truncated, num_tokens)
 
-    def prepare_training(self, lora: LoraConfig, *, tuning: Literal["lora", "full"] = "lora", seed: int = 0) -> None:
+    def prepare_training(
+        self,
+        lora: LoraConfig,
+        *,
+        tuning: Literal["lora", "full"] = "lora",
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
         """Attach trainable adapters while everything else stays frozen, or make every weight trainable.
 
+        With ``gradient_checkpointing``, the backward pass computes each layer again instead of keeping its activations.
+
         Raises:
+            ModelError: the model has no layers for adapters, or none that can be computed again.
             InputError: this kind of teacher cannot be tuned, or full tuning was requested but the weights are not
                 float32.
         """
@@ -199,7 +225,7 @@ class LocalTeacher(nn.Module):
                 "causal model or a classifier, or use this one as it is"
             )
         if tuning == "full":
-            if next(self.model.parameters()).dtype != torch.float32:
+            if self.quantization != "none" or next(self.model.parameters()).dtype != torch.float32:
                 raise InputError("full tuning needs float32 weights; load the teacher with dtype='float32'")
             self._is_tuned_whole = True
             self._whole[0].requires_grad_(True)
@@ -208,6 +234,8 @@ class LocalTeacher(nn.Module):
             self._lora = lora
             attach_lora(self.model, lora, seed=seed)
         use_plain_attention_on_cpu(self._whole[0])
+        if gradient_checkpointing:
+            checkpoint_layers(self.model, self.config.model)
 
     def train(self: _T, mode: bool = True) -> _T:
         """Switch training mode; with LoRA, only the adapters' dropout is switched on."""
@@ -219,26 +247,30 @@ class LocalTeacher(nn.Module):
     def save(self, folder: Path, content: dict[str, Any]) -> str:
         """Write what tuning changed (an adapter, or the whole model) into a folder; returns the tuned fingerprint.
 
+        The manifest has the fingerprint without regard to how the weights were stored during tuning.
         ``TeacherConfig(model=str(folder))`` loads it again. The manifest also gets ``content`` (data, figures).
         """
         if self._is_tuned_whole:
             with quiet_transformers():
                 self._whole[0].save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-            self.fingerprint = fingerprint_model(str(folder))
+            own_fingerprint = fingerprint_model(str(folder))
         else:
-            save_file(self.tuned_state(), folder / _ADAPTER_FILE)
-            self.fingerprint = fingerprint_json([self.base_fingerprint, fingerprint_files([folder / _ADAPTER_FILE])])
+            save_file(self.tuned_state(), folder / ADAPTER_FILE)
+            own_fingerprint = fingerprint_json([self.base_fingerprint, fingerprint_files([folder / ADAPTER_FILE])])
+        self.fingerprint = with_quantization(own_fingerprint, self.quantization)
         write_manifest(
             folder,
             TEACHER_KIND,
             TEACHER_FORMAT_VERSION,
             {
                 **content,
-                "fingerprint": self.fingerprint,
+                "fingerprint": own_fingerprint,
                 "base_fingerprint": self.base_fingerprint,
                 "holds": "model" if self._is_tuned_whole else "adapter",
-                "config": self.config.model_dump(),
+                "config": self.config.model_dump(
+                    exclude={"dtype", "device_map", "vllm"}
+                ),  # those depend on the machine
                 "lora": self._lora.model_dump() if self._lora else None,
             },
         )
@@ -246,7 +278,7 @@ class LocalTeacher(nn.Module):
 
     def tuned_state(self) -> dict[str, Tensor]:
         """What tuning changed since the pretrained weights, as an adapter of plain tensors."""
-        return join_adapters(self._merged_adapter, adapter_state(self.model))
+        return join_adapters(self._adapter, adapter_state(self.model))
 
     def _head_options(self) -> dict[str, Any]:
         """Options of ``load_pretrained`` for the layers that produce the answer."""
@@ -286,32 +318,6 @@ class LocalTeacher(nn.Module):
         """Autocast, enabled only if trained float32 weights are mixed with weights in a smaller format."""
         mixed = self.compute_dtype != torch.float32 and (self._lora is not None or self._is_tuned_whole)
         return torch.autocast(self.device.type, self.compute_dtype, enabled=mixed)
-
-    def _find_answers(self, prompt: Prompt, after: str, advice: str) -> tuple[int, int]:
-        """The tokens of the answer words yes and no that follow a text; ``advice`` completes the error."""
-        tail, with_yes, with_no = self._ids([after, after + prompt.yes, after + prompt.no])
-        for word, ids in ((prompt.yes, with_yes), (prompt.no, with_no)):
-            if ids[: len(tail)] != tail or len(ids) != len(tail) + 1:
-                tokens = self.tokenizer.convert_ids_to_tokens(self._ids([word])[0])
-                place = "after the prompt for" if after else "for"
-                raise AnswerTokenError(
-                    f"the answer word {word!r} of prompt '{self.config.prompt}' is not one token {place} the tokenizer "
-                    f"of '{self.config.model}': alone it gives {tokens}; {advice}"
-                )
-        if with_yes == with_no:
-            raise AnswerTokenError(
-                f"the answer words {prompt.yes!r} and {prompt.no!r} are the same token for the tokenizer of "
-                f"'{self.config.model}'; use a prompt file with two distinct words"
-            )
-        return with_yes[-1], with_no[-1]
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return cast(
-            "list[list[int]]",
-            self.tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"],
-        )
 
 
 _Row = TypeVar("_Row", bound="Sequence[Any]")

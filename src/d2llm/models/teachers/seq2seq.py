@@ -17,6 +17,7 @@ from d2llm.core.types import TASKS, Task
 from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.local import LocalTeacher, fit_pairs
 from d2llm.models.teachers.prompts import Prompt, load_prompt
+from d2llm.models.teachers.questions import find_answers
 
 
 class Seq2SeqTeacher(LocalTeacher):
@@ -31,7 +32,9 @@ class Seq2SeqTeacher(LocalTeacher):
         super().__init__(config, device=device, compute_dtype=compute_dtype)
         self.prompts: dict[Task, Prompt] = {task: load_prompt(self.config.prompt, task) for task in TASKS}
         advice = "use prompt 'monot5' or a prompt file with answer words that are one token each"
-        self._answer_ids = {task: self._find_answers(prompt, "", advice) for task, prompt in self.prompts.items()}
+        self._answer_ids = {
+            task: find_answers(self.config, self.tokenizer, prompt, "", advice) for task, prompt in self.prompts.items()
+        }
 
     @property
     def dim(self) -> int:

@@ -60,7 +60,7 @@ class SharedPrefixes:
         """The last layer's state of each suffix's last token, where suffix i follows prefix ``rows[i]``."""
         chosen = torch.tensor(rows, device=self._device)
         layers = cast("list[Any]", self._cache.layers)
-        cache = Cache(layers=[_PrefixLayer(layer.keys[chosen], layer.values[chosen]) for layer in layers])
+        cache = Cache(layers=[_PrefixLayer(_take(layer.keys, chosen), _take(layer.values, chosen)) for layer in layers])
         width = max(map(len, suffixes))  # not the next multiple of 8: for short texts that would add 10 %
         ids, mask = (padded[:, :width] for padded in pad_right(suffixes, self._padding, self._device))
         states = self._forward(ids, torch.cat([self._mask[chosen], mask], dim=1), cache, self._lengths[chosen])
@@ -82,7 +82,12 @@ class SharedPrefixes:
         output = self._model(
             input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **positions
         )
-        return output.last_hidden_state
+        return output.last_hidden_state.to(self._device)
+
+
+def _take(values: Tensor, rows: Tensor) -> Tensor:
+    """The chosen rows of one layer, which may be on another device than the inputs."""
+    return values[rows.to(values.device)]
 
 
 def why_not_shared(model: Any, tokens: Sequence[int], *, padding: int, device: torch.device) -> str:
