@@ -222,7 +222,7 @@ def test_another_student_at_the_same_path_is_refused(student, tmp_path):
     other = write_trained_student(tmp_path, max_passage_tokens=48)
     fingerprints = (student.fingerprint, student.token_fingerprint)
     with pytest.raises(IndexMismatchError, match=rf"is \w+, but the index is made by {student.fingerprint} with"):
-        encode_verb._load_reader(str(other), {"device": "cpu"}, fingerprints, ("token",))
+        encode_verb._load_reader(partial(Student.load, other, device="cpu"), fingerprints, ("token",))
 
 
 def test_another_teacher_at_the_same_path_is_refused(teacher):

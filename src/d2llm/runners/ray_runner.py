@@ -19,7 +19,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -68,6 +68,16 @@ class RayRunner:
         _import_ray()
         if self.num_workers is not None and self.num_workers < 1:
             raise InputError(f"{self.num_workers} workers cannot do anything; give at least 1")
+
+    @contextmanager
+    def connected(self) -> Generator[RayRunner]:
+        """This runner, connected to its cluster; one that it starts itself ends with the context.
+
+        Raises:
+            InputError: the cluster cannot be reached.
+        """
+        with _cluster(self.address):
+            yield replace(self, address="auto")
 
     @contextmanager
     def workers(
