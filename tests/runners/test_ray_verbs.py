@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +43,7 @@ from tiny_models import (
 from waiting import until
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
-ONE, TWO = (RayRunner(num_workers=number) for number in (1, 2))
+ONE = RayRunner(num_workers=1)
 
 
 def document(number: int) -> Passage:
@@ -56,14 +55,8 @@ DOCUMENTS = [document(number) for number in range(60)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def address() -> Generator[str]:
-    """The address of a Ray on this machine, to which this process is connected."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the workers to import ray_work
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield ray.get_runtime_context().gcs_address
-        ray.shutdown()
+def connected(cluster):
+    """This process is connected to a cluster."""
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +96,7 @@ def labels_of(folder, teacher, source):
     }
 
 
-def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch):
+def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch, two):
     """Shards are the calls to the teacher that are made here too, also if a worker is killed in the middle.
 
     This process was interrupted after two of seven.
@@ -117,7 +110,7 @@ def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch):
     killed = tmp_path / "killed"
     load = partial(ray_work.load_and_die, str(killed), label_verb._load_judge)
     monkeypatch.setattr(label_verb, "_load_judge", load)
-    there = label(source, tmp_path / "there", teacher, runner=TWO)
+    there = label(source, tmp_path / "there", teacher, runner=two)
     assert killed.exists()
     assert there.pairs + there.finished_pairs == here.pairs
     assert there.finished_pairs > 2 * 256
@@ -147,7 +140,7 @@ def contents(folder):
     return rows.tolist(), view.passages(rows), view.vectors(rows).tolist(), parts, words
 
 
-def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folder, monkeypatch):
+def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folder, monkeypatch, two):
     """Also if a worker is killed in the middle: whole texts, late chunks, windows, tokens and new metadata fields."""
     monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 16)
     monkeypatch.setattr(upserting, "_BLOCK_WITH_TOKENS", 16)
@@ -162,7 +155,7 @@ def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folde
     monkeypatch.setattr(
         encode_verb, "_load_reader", partial(ray_work.load_and_die, str(killed), encode_verb._load_reader)
     )
-    there = encode(DOCUMENTS, student, tmp_path / "there", runner=TWO, device="cpu", dtype="float32", **options)
+    there = encode(DOCUMENTS, student, tmp_path / "there", runner=two, device="cpu", dtype="float32", **options)
     assert killed.exists()
     rows, _, _, parts, words = contents(tmp_path / "here")
     assert len(rows) > 60
@@ -173,7 +166,7 @@ def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folde
         assert getattr(there, name) == getattr(here, name), name
 
 
-def test_ctrl_c_leaves_an_index_that_can_be_continued(tmp_path, student, student_folder, address):
+def test_ctrl_c_leaves_an_index_that_can_be_continued(tmp_path, student, student_folder, cluster):
     """Ctrl-C in a terminal reaches the program and what it has started."""
     corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index"
     lines = [json.dumps({"_id": passage.id, "title": passage.title, "text": passage.text}) for passage in DOCUMENTS]
@@ -192,7 +185,7 @@ main(sys.argv[1:])
 """
     arguments = ["encode", str(corpus), "--student", str(student_folder), "--out", str(index), "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, "--runner", f"ray:{address}", "--workers", "1"],
+        [sys.executable, "-c", code, *arguments, "--runner", f"ray:{cluster.address}", "--workers", "1"],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
