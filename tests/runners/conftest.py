@@ -37,3 +37,13 @@ def two(cluster) -> Generator[Any]:
 
     with RayRunner(num_workers=2).connected() as runner:
         yield runner
+
+
+@pytest.fixture
+def room(cluster, two) -> Any:
+    """The address of the cluster, of which no worker of this process holds a part."""
+    import ray
+
+    while two._idle:
+        ray.kill(two._idle.pop().actor)
+    return cluster.address

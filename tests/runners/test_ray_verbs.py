@@ -26,6 +26,7 @@ from d2llm.retrieval import upserting
 from d2llm.retrieval.chunking import default_chunking
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.text_workers import load_student
 from d2llm.runners.ray_runner import RayRunner
 from d2llm.store.index_store import IndexStore
 from d2llm.store.side_files import Chunking
@@ -166,7 +167,7 @@ def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folde
         assert getattr(there, name) == getattr(here, name), name
 
 
-def test_ctrl_c_leaves_an_index_that_can_be_continued(tmp_path, student, student_folder, cluster):
+def test_ctrl_c_leaves_an_index_that_can_be_continued(tmp_path, student, student_folder, room):
     """Ctrl-C in a terminal reaches the program and what it has started."""
     corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index"
     lines = [json.dumps({"_id": passage.id, "title": passage.title, "text": passage.text}) for passage in DOCUMENTS]
@@ -185,7 +186,7 @@ main(sys.argv[1:])
 """
     arguments = ["encode", str(corpus), "--student", str(student_folder), "--out", str(index), "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, "--runner", f"ray:{cluster.address}", "--workers", "1"],
+        [sys.executable, "-c", code, *arguments, "--runner", f"ray:{room}", "--workers", "1"],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -215,7 +216,7 @@ def test_another_student_at_the_same_path_is_refused(student, tmp_path):
     other = write_trained_student(tmp_path, max_passage_tokens=48)
     fingerprints = (student.fingerprint, student.token_fingerprint)
     with pytest.raises(IndexMismatchError, match=rf"is \w+, but the index is made by {student.fingerprint} with"):
-        encode_verb._load_reader(partial(Student.load, other, device="cpu"), fingerprints, ("token",))
+        encode_verb._load_reader(partial(load_student, other, device="cpu"), fingerprints, ("token",))
 
 
 def test_another_teacher_at_the_same_path_is_refused(teacher):

@@ -21,7 +21,7 @@ from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.judge import Judge, asks_endpoint, identify_judge, load_judge
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
-from d2llm.retrieval.text_workers import encoder_loads
+from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import Load
 
 TUNED_COSINE, PAPER_HEAD = "cosine", "paper"
@@ -67,18 +67,18 @@ def load_contenders(
         loads.update(encoder_loads(encoder, load))
         return encoder
 
-    model = load_encoder(partial(Student.load, folder, device=device, dtype=dtype))
+    model = load_encoder(partial(load_student, folder, device=device, dtype=dtype))
     why: dict[SystemKind, str] = {}
     untuned: TextEncoder | None = None
     try:
-        untuned = load_encoder(partial(Student.create, untuned_config(model.config), device=device, dtype=dtype))
+        untuned = load_encoder(partial(create_student, untuned_config(model.config), device=device, dtype=dtype))
     except ModelNotFoundError as error:
         why["cosine_untuned"] = str(error)
     companions: dict[str, Student | None] = {}
     for variant, named in ((TUNED_COSINE, tuned_cosine), (PAPER_HEAD, paper_head)):
         place = companion(folder, variant) if named is None else find_student(named)
         exists = is_finished(place)
-        load = partial(Student.load, place, device=device, dtype=dtype)
+        load = partial(load_student, place, device=device, dtype=dtype)
         companions[variant] = load_encoder(load) if exists else None
         if not exists:
             kind: SystemKind = "cosine_tuned" if variant == TUNED_COSINE else "paper_head"

@@ -47,7 +47,7 @@ from d2llm.fitting.time_plan import TimePlan, plan_time
 from d2llm.fitting.training_data import DataReport, part_of, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
-from d2llm.retrieval.text_workers import encoder_loads
+from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import HERE
 from d2llm.runners.runner import Runner, find_runner
 from d2llm.store.index_manifest import FIT_KIND
@@ -376,10 +376,9 @@ class Fit:
         """
         from d2llm.evaluation.evaluate import evaluate
         from d2llm.evaluation.setting import Contenders, EvaluationSettings
-        from d2llm.models.student import Student
 
         start, fitted = self._load(base), None if trained is None else self._load(trained)
-        load_untuned = partial(Student.create, untuned_config(start.config), device=self.device, dtype=self.dtype)
+        load_untuned = partial(create_student, untuned_config(start.config), device=self.device, dtype=self.dtype)
         untuned = load_untuned()
         loads = {**encoder_loads(untuned, load_untuned), **encoder_loads(start, self._loader(base))}
         if fitted is not None and trained is not None:
@@ -633,10 +632,8 @@ class Fit:
 
     def _loader(self, student: str | Path) -> Callable[[], Student]:
         """How workers load a student too; a folder by its whole path, since they may work elsewhere."""
-        from d2llm.models.student import Student
-
         source = student.resolve() if isinstance(student, Path) else student
-        return partial(Student.load, source, device=self.device, dtype=self.dtype)
+        return partial(load_student, source, device=self.device, dtype=self.dtype)
 
     def _note(self, note: str) -> None:
         self.notes.append(note)

@@ -21,6 +21,7 @@ from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.reading import ReadPassages, read_passages
+from d2llm.retrieval.text_workers import load_student as load_named_student
 from d2llm.runners.placement import Load
 from d2llm.runners.runner import Runner, Work, Workers, find_runner
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND, VectorCopies
@@ -190,7 +191,7 @@ def _find_load(runner: Runner, load: Load | None, source: str | None, loading: M
         return load
     if source is None:
         raise InputError("the workers of a cluster load the student themselves; name its folder (student_source)")
-    return partial(_load_student, source, **loading)
+    return partial(load_named_student, source, **loading)
 
 
 def _readers(
@@ -201,12 +202,6 @@ def _readers(
         return nullcontext()
     fingerprints = (store.manifest["student"], store.manifest["token_projection"])
     return runner.workers(partial(_load_reader, load, fingerprints, tuple(store.part_formats)), device=device)
-
-
-def _load_student(source: str, **options: Any) -> SearchStudent:
-    from d2llm.models.student import Student
-
-    return Student.load(source, **options)
 
 
 def _load_reader(

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import ignore
+from d2llm.core.recipe import StudentConfig
 from d2llm.models.backbone import EncodedTexts, TextKind
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import TextEncoder, TokenStudent
 from d2llm.runners.placement import Load
 from d2llm.runners.runner import Workers
+
+if TYPE_CHECKING:
+    from d2llm.models.student import Student
 
 BLOCK_TEXTS = 2_048
 """Texts of a shard. Here too they are encoded in these blocks, because a text's last bits depend on its batch."""
@@ -66,6 +71,20 @@ def encode_texts(
 def encoder_loads(encoder: TextEncoder, load: Callable[[], TextEncoder]) -> dict[str, Load | None]:
     """How workers load an encoder, and its cosine, for a ``Placement``; ``load`` loads the encoder."""
     return {encoder.fingerprint: load, CosineStudent(encoder).fingerprint: _LoadCosine(load)}
+
+
+def load_student(source: str | Path, **options: Any) -> Student:
+    """``Student.load``, which cannot be sent to a worker as a method."""
+    from d2llm.models.student import Student
+
+    return Student.load(source, **options)
+
+
+def create_student(config: StudentConfig, **options: Any) -> Student:
+    """``Student.create``, which cannot be sent to a worker as a method."""
+    from d2llm.models.student import Student
+
+    return Student.create(config, **options)
 
 
 @dataclass(frozen=True, slots=True)

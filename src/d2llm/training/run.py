@@ -316,8 +316,8 @@ class Run:
             student: the student to beat; by default the recipe's backbone before training.
             runner: where the corpus is encoded and the teacher judges (``finish``).
         """
-        from d2llm.models.student import Student
         from d2llm.models.teachers.judge import identify_judge
+        from d2llm.retrieval.text_workers import load_student
         from d2llm.runners.runner import find_runner
         from d2llm.training.gate import gate, read_gate
         from d2llm.training.sentences import describe_gates
@@ -335,7 +335,7 @@ class Run:
         if student is None:
             cosine, load = self._untuned_cosine_and_load()
         else:
-            load = partial(Student.load, student, **self._computing)
+            load = partial(load_student, student, **self._computing)
             cosine = load()
         return gate(
             self.dev_data(),
@@ -542,9 +542,9 @@ class Run:
 
     def _untuned_cosine_and_load(self) -> tuple[Student, Callable[[], Student]]:
         """``untuned_cosine``, and how the workers of a cluster make it."""
-        from d2llm.models.student import Student
+        from d2llm.retrieval.text_workers import create_student
 
-        load = partial(Student.create, untuned_config(self.recipe.student), **self._computing)
+        load = partial(create_student, untuned_config(self.recipe.student), **self._computing)
         return load(), load
 
     def new_student(self) -> Student:

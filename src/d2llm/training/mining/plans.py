@@ -22,7 +22,7 @@ from d2llm.data.run_folder import is_finished, manifest_of
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import find_tuned_teacher
 from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge
-from d2llm.retrieval.text_workers import encoder_loads
+from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import Load, Placement, load_work
 from d2llm.runners.runner import Runner, find_runner
 from d2llm.training.mining.audit import audit_page
@@ -133,11 +133,11 @@ class _Miners:
         encoder = student = None
         loads: Mapping[str, Load | None] = {}
         if "encoder" in mining.sources and mining.student is not None:
-            load = partial(Student.load, mining.student, **options)
+            load = partial(load_student, mining.student, **options)
             student = load()
             loads = encoder_loads(student, load)
         elif "encoder" in mining.sources:
-            load = partial(Student.create, run.recipe.student, **options, seed=run.recipe.seed)
+            load = partial(create_student, run.recipe.student, **options, seed=run.recipe.seed)
             encoder = load()
             loads = encoder_loads(encoder, load)
         judging = None if mining.teacher_margin is None else _judging(run, runner)
