@@ -80,6 +80,9 @@ class RayRunner:
         Raises:
             InputError: the cluster cannot be reached.
         """
+        if self._idle is not None:  # is connected, and another connection's idle workers would hold its share
+            yield self
+            return
         with _cluster(self.address):
             idle: list[_IdleActor] = []
             try:
@@ -92,7 +95,7 @@ class RayRunner:
     def workers(
         self, load: Callable[[], Work[_Shard, _Result]], *, device: str | None = None
     ) -> Generator[RayWorkers[_Shard, _Result]]:
-        """Workers on the cluster; they are started at once, and ended with the context.
+        """Workers on the cluster; each is started when there is a shard for it, and ended with the context.
 
         Raises:
             InputError: the cluster cannot be reached, has fewer GPUs or cores than workers are requested, or the
@@ -183,7 +186,7 @@ class RayWorkers(Generic[_Shard, _Result]):
                 idle.remove(one)
                 self._ray.kill(one.actor)  # or these workers might wait for its share
         self._deaths_at_start = 0
-        self._workers = [self._start() for _ in range(share.num_workers)]
+        self._workers: list[_Worker] = []
 
     def map(self, shards: Iterable[_Shard], advance: Callable[[int], None]) -> Iterator[_Result]:
         """The results in the order of the shards (``Workers.map``).
@@ -204,6 +207,8 @@ class RayWorkers(Generic[_Shard, _Result]):
             if item is not None:
                 unfinished[item[0]] = item[1]
                 waiting.append(item[0])
+                if len(self._workers) < min(self._share.num_workers, len(unfinished)):
+                    self._workers.append(self._start())
             elif not unfinished:
                 return
             self._hand_out(waiting, unfinished)
