@@ -20,6 +20,8 @@ class FakeEncoded:
     vectors: np.ndarray
     truncated: tuple[int, ...]
     num_tokens: int
+    lengths: tuple[int, ...] = ()
+    tokens: None = None
 
     @property
     def num_truncated(self):

@@ -71,3 +71,12 @@ def test_the_page_runs_as_written(folder):
 def test_a_wrong_number_of_workers_is_an_error_of_one_line(folder):
     fail("encode", "corpus.jsonl", "--out", "i", "--workers", "2", containing=["add the runner ray"])
     fail("encode", "corpus.jsonl", "--out", "i", "--runner", "spark", containing=["no runner 'spark'"])
+
+
+@pytest.mark.parametrize(
+    "verb", [("mine", "recipe.toml"), ("gate", "recipe.toml"), ("run", "recipe.toml"), ("evaluate", "data")]
+)
+def test_without_ray_a_verb_names_the_pip_command(folder, monkeypatch, verb):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    line = fail(*verb, "--runner", "ray", containing=["needs the package 'ray'", "pip install", "d2llm[ray]"])
+    assert "\n" not in line

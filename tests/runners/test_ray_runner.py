@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 import time
-from collections.abc import Generator
 from functools import partial
-from typing import Any
 
 import pytest
 
@@ -22,23 +19,6 @@ from d2llm.runners.ray_runner import RayRunner
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
 SHARDS = [list(range(start, start + 3)) for start in range(0, 60, 3)]
 SQUARES = [[number**2 for number in shard] for shard in SHARDS]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Generator[Any]:
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the workers to import ray_work
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        try:
-            cluster.add_node(num_cpus=1)
-            cluster.wait_for_nodes()
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-            yield cluster
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
 
 
 def results_of(folder, shards=SHARDS, advance=ignore, **options):
@@ -74,6 +54,45 @@ def test_results_are_in_order_and_each_worker_loads_once(cluster, tmp_path):
     assert sum(finished) == 60
     assert len({result["node"] for result in results}) == 2
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_connected_workers_are_used_again_and_load_the_new_work(cluster, tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    processes = []
+    with RayRunner(num_workers=2).connected() as runner:
+        for name in ("first", "second"):
+            with runner.workers(partial(ray_work.load_squares, str(tmp_path / name))) as workers:
+                results = list(workers.map(iter(SHARDS), ignore))
+            assert [result["squares"] for result in results] == SQUARES
+            assert len(list((tmp_path / name).iterdir())) == 2  # each worker has loaded this work
+            processes.append({result["pid"] for result in results})
+    assert processes[0] & processes[1]
+
+
+def test_workers_that_were_interrupted_are_not_used_again(cluster, tmp_path):
+    (tmp_path / "bad-30").touch()
+    with RayRunner(num_workers=2).connected() as runner:
+        load = partial(ray_work.load_squares, str(tmp_path))
+        with pytest.raises(DataFormatError), runner.workers(load) as workers:
+            list(workers.map(iter(SHARDS), ignore))
+        (tmp_path / "bad-30").unlink()
+        with runner.workers(load) as workers:
+            assert [result["squares"] for result in workers.map(iter(SHARDS), ignore)] == SQUARES
+
+
+def test_idle_workers_make_room_for_larger_ones(cluster, tmp_path):
+    """One worker gets a node for itself, of which two have half."""
+    node = cluster.add_node(num_cpus=2, num_gpus=2)
+    try:
+        with RayRunner(num_workers=2).connected() as runner:
+            load = partial(ray_work.load_squares, str(tmp_path))
+            with runner.workers(load, device="cpu") as workers:
+                assert [result["squares"] for result in workers.map(iter(SHARDS), ignore)] == SQUARES
+            with runner.workers(load) as workers:  # with a GPU each
+                assert {result["gpus"] for result in workers.map(iter(SHARDS[:4]), ignore)} <= {"0", "1"}
+    finally:
+        cluster.remove_node(node)
 
 
 def test_few_shards_are_held_at_a_time(cluster, tmp_path):

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -29,6 +28,7 @@ from d2llm.retrieval import upserting
 from d2llm.retrieval.chunking import default_chunking
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.text_workers import load_student
 from d2llm.runners.ray_runner import RayRunner
 from d2llm.store.index_store import IndexStore
 from d2llm.store.side_files import Chunking
@@ -46,7 +46,7 @@ from tiny_models import (
 from waiting import until
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
-ONE, TWO = (RayRunner(num_workers=number) for number in (1, 2))
+ONE = RayRunner(num_workers=1)
 
 
 def document(number: int) -> Passage:
@@ -58,14 +58,8 @@ DOCUMENTS = [document(number) for number in range(60)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def address() -> Generator[str]:
-    """The address of a Ray on this machine, to which this process is connected."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the workers to import ray_work
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield ray.get_runtime_context().gcs_address
-        ray.shutdown()
+def connected(cluster):
+    """This process is connected to a cluster."""
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +99,7 @@ def labels_of(folder, teacher, source):
     }
 
 
-def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch):
+def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch, two):
     """Shards are the calls to the teacher that are made here too, also if a worker is killed in the middle.
 
     This process was interrupted after two of seven.
@@ -119,7 +113,7 @@ def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch):
     killed = tmp_path / "killed"
     load = partial(ray_work.load_and_die, str(killed), label_verb._load_judge)
     monkeypatch.setattr(label_verb, "_load_judge", load)
-    there = label(source, tmp_path / "there", teacher, runner=TWO)
+    there = label(source, tmp_path / "there", teacher, runner=two)
     assert killed.exists()
     assert there.pairs + there.finished_pairs == here.pairs
     assert there.finished_pairs > 2 * 256
@@ -146,11 +140,9 @@ class InTurn:
             yield from results
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "third"), [(InTurn(2), InTurn(1), InTurn(3)), (TWO, "local", "local")], ids=["in turn", "Ray"]
-)
-def test_labels_survive_a_change_of_the_number_of_workers(tmp_path, teacher, monkeypatch, first, second, third):
-    """Begun by two workers, continued by one and finished by three; what is stored is never judged again."""
+def test_labels_survive_a_change_of_the_number_of_workers(tmp_path, teacher, monkeypatch, two):
+    """Begun by two workers of Ray, continued by one and finished by three; what is stored is never judged again."""
+    first, second, third = two, InTurn(1), InTurn(3)
     source = topics(num_train=160)
     here = label(source, tmp_path / "here", teacher)
     expected, grams = labels_of(tmp_path / "here", teacher, source)
@@ -195,7 +187,7 @@ def contents(folder):
     return rows.tolist(), view.passages(rows), view.vectors(rows).tolist(), parts, words
 
 
-def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folder, monkeypatch):
+def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folder, monkeypatch, two):
     """Also if a worker is killed in the middle: whole texts, late chunks, windows, tokens and new metadata fields."""
     monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 16)
     monkeypatch.setattr(upserting, "_BLOCK_WITH_TOKENS", 16)
@@ -210,7 +202,7 @@ def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folde
     monkeypatch.setattr(
         encode_verb, "_load_reader", partial(ray_work.load_and_die, str(killed), encode_verb._load_reader)
     )
-    there = encode(DOCUMENTS, student, tmp_path / "there", runner=TWO, device="cpu", dtype="float32", **options)
+    there = encode(DOCUMENTS, student, tmp_path / "there", runner=two, device="cpu", dtype="float32", **options)
     assert killed.exists()
     rows, _, _, parts, words = contents(tmp_path / "here")
     assert len(rows) > 60
@@ -221,7 +213,7 @@ def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folde
         assert getattr(there, name) == getattr(here, name), name
 
 
-def test_ctrl_c_leaves_an_index_that_can_be_continued(tmp_path, student, student_folder, address):
+def test_ctrl_c_leaves_an_index_that_can_be_continued(tmp_path, student, student_folder, room):
     """Ctrl-C in a terminal reaches the program and what it has started."""
     corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index"
     lines = [json.dumps({"_id": passage.id, "title": passage.title, "text": passage.text}) for passage in DOCUMENTS]
@@ -240,7 +232,7 @@ main(sys.argv[1:])
 """
     arguments = ["encode", str(corpus), "--student", str(student_folder), "--out", str(index), "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, "--runner", f"ray:{address}", "--workers", "1"],
+        [sys.executable, "-c", code, *arguments, "--runner", f"ray:{room}", "--workers", "1"],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -270,7 +262,7 @@ def test_another_student_at_the_same_path_is_refused(student, tmp_path):
     other = write_trained_student(tmp_path, max_passage_tokens=48)
     fingerprints = (student.fingerprint, student.token_fingerprint)
     with pytest.raises(IndexMismatchError, match=rf"is \w+, but the index is made by {student.fingerprint} with"):
-        encode_verb._load_reader(str(other), {"device": "cpu"}, fingerprints, ("token",))
+        encode_verb._load_reader(partial(load_student, other, device="cpu"), fingerprints, ("token",))
 
 
 def test_another_teacher_at_the_same_path_is_refused(teacher):

@@ -13,11 +13,13 @@ from d2llm.cli.options import (
     DtypeOption,
     JsonOption,
     PromptOption,
+    RunnerOptions,
     StudentOption,
     TaskOption,
     in_existing_folder,
     teacher_config,
     teacher_option,
+    with_option_groups,
 )
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport
 
 
+@with_option_groups
 def evaluate(
     context: typer.Context,
     data: Annotated[
@@ -37,6 +40,7 @@ def evaluate(
             help="Queries with a corpus (BEIR layout, Parquet) or labelled pairs: a folder, a file, or hf://OWNER/NAME.",
         ),
     ],
+    place: RunnerOptions,
     student: StudentOption = DEFAULT_STUDENT,
     split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
     task: TaskOption = "asymmetric",
@@ -174,6 +178,7 @@ def evaluate(
         cascade_passages=cascade_passages,
         filter=filter,
     )
+    runner = place.find()
     dataset = open_data(data)
     if save_runs is not None and isinstance(dataset, PairDataset):
         raise InputError("--save-runs: this data set has single pairs, which have no rankings; leave the option out")
@@ -189,7 +194,13 @@ def evaluate(
         dtype=dtype,
     )
     report = evaluate(
-        dataset, contenders, settings, work_folder=work or user_cache_path("d2llm") / "evaluate", labels=labels
+        dataset,
+        contenders,
+        settings,
+        work_folder=work or user_cache_path("d2llm") / "evaluate",
+        labels=labels,
+        runner=runner,
+        device=device,
     )
     for table in evaluation_tables(report):
         session.show(table)

@@ -11,6 +11,7 @@ from d2llm.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    RunnerOptions,
     TaskOption,
     WriterOptions,
     student_option,
@@ -86,6 +87,7 @@ def fit(
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Learn anew although an earlier call has finished.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of samples and training.")] = 0,
+    place: RunnerOptions,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
@@ -121,7 +123,7 @@ def fit(
         exclude=tuple(exclude or ()),
         seed=seed,
     )
-    fitted = Fit(documents, output, settings, device=device, dtype=dtype)
+    fitted = Fit(documents, output, settings, device=device, dtype=dtype, runner=place.find())
     report = fitted.finish(again=again)
     if report is None:
         session.say(f"{fitted.folder.index} is up to date")

@@ -28,6 +28,7 @@ def run(
     context: typer.Context,
     recipe: RecipeArgument,
     options: RunOptions,
+    place: RunnerOptions,
     again: Annotated[
         RunStep | None,
         typer.Option(
@@ -41,11 +42,12 @@ def run(
     Before a teacher is tuned, a first look tests the untuned teacher on a few dev queries. If the recipe has a
     teacher_margin, mine ignores it until the teacher is tuned; filter then mines again with it.
 
-    Steps that are finished in the run folder are skipped, so the same command continues after an interruption. Steps
-    that were run with settings other than the recipe's current ones are named; --again STEP repeats a step and those
-    after it.
+    Steps that are finished in the run folder are skipped, so the same command continues after an interruption, with any
+    runner. Steps that were run with settings other than the recipe's current ones are named; --again STEP repeats a
+    step and those after it.
     """
     session = session_of(context)
+    runner = place.find()
     opened = options.open(recipe)  # finds mistakes before torch is loaded
     from d2llm.reports.training_tables import gate_table, run_table
     from d2llm.training.gate import GateReport
@@ -56,7 +58,7 @@ def run(
             session.show(gate_table(result))
             session.say(gate_advice(result))
 
-    results = opened.finish(again=again, after=show_gate)
+    results = opened.finish(again=again, after=show_gate, runner=runner)
     session.show(run_table(results))
     session.write_report(context, options.json_path, results)
 
@@ -66,6 +68,7 @@ def mine(
     context: typer.Context,
     recipe: RecipeArgument,
     options: RunOptions,
+    place: RunnerOptions,
     student: Annotated[
         str | None,
         student_option(
@@ -77,10 +80,13 @@ def mine(
 ) -> None:
     """Choose positives and hard negatives for each training query.
 
-    Review audit.md in the plan's folder. If interrupted, the same command continues with what was encoded and judged.
+    Review audit.md in the plan's folder. If interrupted, the same command continues with what was encoded and judged,
+    with any runner.
     """
+    runner = place.find()
     opened = options.open(recipe)
-    session_of(context).write_report(context, options.json_path, opened.mine(again=again, student=student))
+    report = opened.mine(again=again, student=student, runner=runner)
+    session_of(context).write_report(context, options.json_path, report)
 
 
 @with_option_groups
@@ -101,6 +107,7 @@ def stack(
     context: typer.Context,
     recipe: RecipeArgument,
     options: RunOptions,
+    place: RunnerOptions,
     members: Annotated[
         list[str],
         typer.Option(
@@ -134,9 +141,10 @@ def stack(
     from d2llm.reports.training_tables import render_stack_page, stack_tables
 
     session = session_of(context)
+    runner = place.find()
     opened = options.open(recipe, files=[html_path])
     teachers = [opened.recipe.teacher.named(member) for member in members]
-    report = opened.stack(teachers, num_queries=queries, depth=depth)
+    report = opened.stack(teachers, num_queries=queries, depth=depth, runner=runner)
     for part in stack_tables(report):
         session.show(part)
     session.write_report(context, options.json_path, report)
@@ -149,6 +157,7 @@ def gate(
     context: typer.Context,
     recipe: RecipeArgument,
     options: RunOptions,
+    place: RunnerOptions,
     student: Annotated[
         str | None,
         student_option(
@@ -169,9 +178,10 @@ def gate(
     from d2llm.training.sentences import gate_advice
 
     session = session_of(context)
+    runner = place.find()
     opened = options.open(recipe)
     config = opened.recipe.teacher.named(teacher) if teacher is not None else None
-    report = opened.gate(teacher=config, student=student)
+    report = opened.gate(teacher=config, student=student, runner=runner)
     session.write_report(context, options.json_path, report)
     if not isinstance(report, GateReport):
         return

@@ -219,6 +219,11 @@ class TeacherConfig(_Section):
             )
         return self
 
+    @property
+    def num_gpus(self) -> int:
+        """How many GPUs one copy of the teacher needs, where there are any."""
+        return 1 if self.vllm is None else self.vllm.tensor_parallel_size
+
     def named(self, text: str) -> TeacherConfig:
         """The teacher that ``KIND:MODEL`` or ``MODEL`` names, with the other settings of this one."""
         kind, colon, model = text.partition(":")

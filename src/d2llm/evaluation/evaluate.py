@@ -16,6 +16,8 @@ from d2llm.evaluation.pairs import evaluate_pairs
 from d2llm.evaluation.report import EvaluationReport
 from d2llm.evaluation.retrieval import evaluate_retrieval
 from d2llm.evaluation.setting import Contenders, EvaluationSettings
+from d2llm.runners.placement import Placement
+from d2llm.runners.runner import Runner, find_runner
 
 
 def evaluate(
@@ -25,6 +27,8 @@ def evaluate(
     *,
     work_folder: Path | None = None,
     labels: Path | None = None,
+    runner: str | Runner = "local",
+    device: str | None = None,
 ) -> EvaluationReport:
     """Compare a student with BM25, fusions, cosines, the paper's head and the teacher, on one split of a data set.
 
@@ -42,11 +46,18 @@ def evaluate(
         work_folder: where indexes, measured systems and judgements are kept, so that an interrupted evaluation can
             continue and a repeated one can reuse them. None means a temporary folder.
         labels: a label store, opened read-only; pairs that have a label in it are not judged again.
+        runner: where passages and, if they are many, queries are encoded and where teachers judge: in this process
+            (``local``), or on the workers of a Ray cluster (``ray``, ``ray:ADDRESS``, or a ``RayRunner``), which load
+            the models as ``contenders.loads`` says. Searches, and all latencies, are of this process; a remote teacher
+            is asked from it.
+        device: for a cluster: where its workers compute.
 
     Raises:
         DataFormatError: the data set was read without the split, nothing in it can be measured, or ``labels`` is not a
             label store.
-        InputError: the baseline is not among the rows, or search settings are given for a data set of pairs.
+        InputError: the baseline is not among the rows, search settings are given for a data set of pairs, there is no
+            such runner or cluster, or its workers cannot know how to load a model.
+        MismatchError: a worker has other versions than this process, or another model at a path.
     """
     if labels is not None and not is_finished(labels):
         raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
@@ -56,10 +67,14 @@ def evaluate(
         raise InputError(
             f"'{dataset.name}' has single pairs and no corpus to search; leave {', '.join(chosen.shortcuts)} out"
         )
-    with nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder:
+    placed = Placement(find_runner(runner), device, contenders.loads)
+    with (
+        nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder,
+        placed.connected() as placement,
+    ):
         place = Path(folder)
         if isinstance(dataset, Dataset):
-            report = evaluate_retrieval(dataset, contenders, chosen, folder=place, labels=labels)
+            report = evaluate_retrieval(dataset, contenders, chosen, folder=place, labels=labels, placement=placement)
         else:
-            report = evaluate_pairs(dataset, contenders, chosen, folder=place, labels=labels)
+            report = evaluate_pairs(dataset, contenders, chosen, folder=place, labels=labels, placement=placement)
     return replace(report, seconds=time.perf_counter() - begin)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -17,10 +16,13 @@ from jaxtyping import Float32
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.models.teachers.judge import Judge, Judgements, TextPair
-from d2llm.runners.runner import LocalWorkers, Workers
+from d2llm.models.teachers.identity import TeacherIdentity
+from d2llm.models.teachers.judge import Judge, Judgements, TextPair, asks_endpoint, identify_judge
+from d2llm.runners.placement import HERE, Placement
+from d2llm.runners.runner import Runner, Workers
 
 _PAIRS_AT_ONCE = 256  # minimum per chunk of whole queries: enough to form batches of similar length
 _SHARD_SECONDS = 30.0  # the most work that can be lost if the process is killed
@@ -88,6 +90,47 @@ def judge_shard(judge: Judge, shard: PairShard, advance: Callable[[int], None]) 
     judgements = judge.judge(shard.texts, shard.task, with_features=with_features, advance=advance)
     labels = _by_query(shard.queries, judgements.log_odds, judgements.features)
     return JudgedShard(labels, JudgingCounts.count(judgements))
+
+
+@dataclass(frozen=True)
+class JudgeOnWorkers:
+    """A judge that only the workers of a cluster load; here it is known by its identity."""
+
+    identity: TeacherIdentity
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the teacher's weights."""
+        return self.identity.fingerprint
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """That of the teacher's question."""
+        return self.identity.prompts[task]
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        """Raises an ``InputError``: it is not loaded here."""
+        del pairs, task, with_features, advance
+        raise InputError("this teacher judges on the workers of a cluster and is not loaded in this process")
+
+
+def place_judge(
+    config: TeacherConfig, load: Callable[[], Judge], runner: Runner, *, device: str | None
+) -> tuple[Judge, Placement]:
+    """A teacher, and where it works: on the workers of a cluster, which alone load it, or in this process.
+
+    A teacher that asks an endpoint does so from this process. ``load`` loads the teacher; it must be picklable.
+    """
+    if runner.is_local or asks_endpoint(config):
+        return load(), HERE
+    judge = JudgeOnWorkers(identify_judge(config))
+    return judge, Placement(runner, device, {judge.fingerprint: load}, config.num_gpus)
 
 
 class LabelWriter:
@@ -211,16 +254,21 @@ def label_pool(
     query_text: Callable[[str], str],
     passage_text: Callable[[str], str],
     title: str,
+    placement: Placement = HERE,
 ) -> JudgingCounts:
     """Judge every pair of the pool and add the labels to an open store; ``judge_pool`` also reads them back.
 
-    ``query_text`` and ``passage_text`` return the text of an id. Errors are those of ``judge_pairs``.
+    ``query_text`` and ``passage_text`` return the text of an id; ``placement`` says where the judge works. Errors are
+    those of ``judge_pairs`` and ``Placement.workers``.
     """
     queries = [QueryPairs(query_id, tuple(passage_ids)) for query_id, passage_ids in pool.items() if passage_ids]
     counts = JudgingCounts()
-    with progress_bar(title, sum(len(query.passage_ids) for query in queries)) as advance:
+    if not queries:
+        return counts
+    num_pairs = sum(len(query.passage_ids) for query in queries)
+    with progress_bar(title, num_pairs) as advance, placement.workers(judge, judge_shard) as judges:
         judge_pairs(
-            LocalWorkers(partial(judge_shard, judge)),
+            judges,
             queries,
             LabelWriter(labels),
             task,
@@ -243,12 +291,13 @@ def judge_pool(
     store: Path,
     known: Path | None = None,
     title: str,
+    placement: Placement = HERE,
 ) -> PoolScores:
     """Score every pair of the pool; pairs with a label in ``store`` or ``known`` are not judged again.
 
     ``query_texts`` and ``passage_texts`` map ids to texts. New labels are written to the label store in the folder
     ``store``; ``known`` is the folder of another store of the same data set (labels made for training), only read.
-    Errors are those of ``judge_pairs``.
+    ``placement`` says where the judge works. Errors are those of ``label_pool``.
     """
     key = {"teacher": judge.fingerprint, "prompt": judge.prompt_fingerprint(task), "dataset": dataset}
     labels = LabelStore(store, **key)
@@ -268,6 +317,7 @@ def judge_pool(
         query_text=query_texts.__getitem__,
         passage_text=passage_texts.__getitem__,
         title=title,
+        placement=placement,
     )
     for query_id, passage_ids in pool.items():
         values = scores[query_id] | labels.log_odds(query_id)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from d2llm.evaluation.setting import OWN_NAMES, Contenders
 from d2llm.models.external import ExternalBiEncoder, load_external
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
-from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
+from d2llm.models.teachers.judge import Judge, asks_endpoint, identify_judge, load_judge
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
+from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
+from d2llm.runners.placement import Load
 
 TUNED_COSINE, PAPER_HEAD = "cosine", "paper"
 """The variants (``core.variants``) that every report has a row for."""
@@ -57,18 +60,26 @@ def load_contenders(
     """
     folder = find_student(student)
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
-    model = Student.load(folder, device=device, dtype=dtype)
+    loads: dict[str, Load | None] = {}
+
+    def load_encoder(load: Callable[[], Student]) -> Student:
+        encoder = load()
+        loads.update(encoder_loads(encoder, load))
+        return encoder
+
+    model = load_encoder(partial(load_student, folder, device=device, dtype=dtype))
     why: dict[SystemKind, str] = {}
     untuned: TextEncoder | None = None
     try:
-        untuned = Student.create(untuned_config(model.config), device=device, dtype=dtype)
+        untuned = load_encoder(partial(create_student, untuned_config(model.config), device=device, dtype=dtype))
     except ModelNotFoundError as error:
         why["cosine_untuned"] = str(error)
     companions: dict[str, Student | None] = {}
     for variant, named in ((TUNED_COSINE, tuned_cosine), (PAPER_HEAD, paper_head)):
         place = companion(folder, variant) if named is None else find_student(named)
         exists = is_finished(place)
-        companions[variant] = Student.load(place, device=device, dtype=dtype) if exists else None
+        load = partial(load_student, place, device=device, dtype=dtype)
+        companions[variant] = load_encoder(load) if exists else None
         if not exists:
             kind: SystemKind = "cosine_tuned" if variant == TUNED_COSINE else "paper_head"
             why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
@@ -78,10 +89,15 @@ def load_contenders(
         if config is None:
             why["teacher"] = "the teacher that the student was trained with was not found; name one"
         else:
-            judge = load_judge(config, device=device, dtype=dtype)
+            load_teacher = partial(load_judge, config, device=device, dtype=dtype)
+            judge = load_teacher()
+            loads[judge.fingerprint] = None if asks_endpoint(config) else load_teacher
     else:
         why["teacher"] = "it was left out"
     bi_encoders, cross_encoders = _externals(models, device)
+    for label, external in (*bi_encoders.items(), *cross_encoders.items()):
+        name = next(name for name in models if Path(name).name == label)
+        loads[external.fingerprint] = partial(load_external, name, device=device)
     return Contenders(
         student=model,
         untuned=untuned,
@@ -99,6 +115,7 @@ def load_contenders(
             "teacher": None if judge is None else judge.fingerprint,
         },
         notes=_gate_notes(manifest),
+        loads=loads,
     )
 
 

@@ -42,6 +42,7 @@ from d2llm.models.teachers.judge import Judge
 from d2llm.ops.calibration import score_histogram
 from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
 from d2llm.retrieval.reading import ScoredPairs, score_pairs
+from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import WordIndex
 
 _TIMED_JUDGEMENTS = 10  # number of pairs judged again, one by one and then as a batch, to measure the time
@@ -74,6 +75,7 @@ class PairWork:
     tuning_pairs: Sequence[LabelledPair]
     folder: Path
     labels: Path | None
+    placement: Placement = HERE
 
     def __post_init__(self) -> None:
         self.store = MeasuredStore(self.folder / "measured")
@@ -144,23 +146,23 @@ def student_scores(work: PairWork, contender: Contender) -> ScoredSplits:
     """A student's scores of all pairs; each text is encoded once."""
     model, task = contender.model, work.settings.task
 
-    def score(pairs: Sequence[LabelledPair]) -> ScoredPairs:
+    def score(pairs: Sequence[LabelledPair], placement: Placement) -> ScoredPairs:
         texts = _texts(pairs)
         num_texts = sum(len(set(side)) for side in zip(*texts, strict=True))
         with progress_bar(f"encoding for {contender.name}", num_texts) as advance:
-            return score_pairs(model, texts, task, advance)
+            return score_pairs(model, texts, task, advance, placement=placement)
 
     def measure() -> dict[str, Any]:
         with peak_memory() as peak:
             begin = perf_counter()
-            scored = score(work.pairs)
+            scored = score(work.pairs, work.placement)
             seconds = perf_counter() - begin
-            tuning = score(work.tuning_pairs) if work.tuning_pairs else None
+            tuning = score(work.tuning_pairs, work.placement) if work.tuning_pairs else None
             times: list[float] = []
             with showing_progress(False):
                 for pair in work.probes:
                     begin = perf_counter()
-                    score([pair])
+                    score([pair], HERE)
                     times.append(perf_counter() - begin)
             return {
                 "scores": scored.scores.tolist(),
@@ -193,6 +195,7 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> S
         store=work.folder / "judgements" / work.content,
         known=work.labels,
         title=f"judging pairs with {name}",
+        placement=work.placement,
     )
     work.notes += [(name, note) for note in judged.notes]
 
@@ -227,7 +230,13 @@ _NO_RANKING = "a run ranks passages, and this data set has single pairs"
 
 
 def evaluate_pairs(
-    dataset: PairDataset, contenders: Contenders, settings: EvaluationSettings, *, folder: Path, labels: Path | None
+    dataset: PairDataset,
+    contenders: Contenders,
+    settings: EvaluationSettings,
+    *,
+    folder: Path,
+    labels: Path | None,
+    placement: Placement = HERE,
 ) -> EvaluationReport:
     """See ``evaluation.evaluate.evaluate``; ``folder`` stores measured scores and judgements.
 
@@ -239,7 +248,7 @@ def evaluate_pairs(
     pairs, tuning_pairs = dataset.pairs(settings.split), dataset.splits.get(tuning, ())
     gold = read_gold(dataset, settings.split)
     tuning_gold = read_gold(dataset, tuning) if tuning_pairs else None
-    work = PairWork(dataset, settings, pairs, tuning_pairs, folder, labels)
+    work = PairWork(dataset, settings, pairs, tuning_pairs, folder, labels, placement)
     judges = contenders.judges(None)
     _check_measurable(work, gold, tuning_gold, sampled=bool(judges))
     systems = [

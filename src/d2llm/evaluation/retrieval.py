@@ -39,13 +39,20 @@ from d2llm.evaluation.systems import (
 from d2llm.evaluation.word_rows import fitted_student, fitted_sum, without_parts
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.measures import per_query_measures
+from d2llm.runners.placement import HERE, Placement
 
 MAIN_MEASURE = "nDCG@10"
 _TIMED_JUDGEMENTS = 5  # number of queries whose pool is judged again, one query at a time, to measure latency
 
 
 def evaluate_retrieval(
-    dataset: Dataset, contenders: Contenders, settings: EvaluationSettings, *, folder: Path, labels: Path | None
+    dataset: Dataset,
+    contenders: Contenders,
+    settings: EvaluationSettings,
+    *,
+    folder: Path,
+    labels: Path | None,
+    placement: Placement = HERE,
 ) -> EvaluationReport:
     """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements."""
     setting.check_baseline(
@@ -57,7 +64,7 @@ def evaluate_retrieval(
         for size in (settings.latency_queries, settings.teacher_queries)
     )
     trial = Trial(queries, probes, settings.task, settings.top_k)
-    work = RetrievalWork(dataset, settings, trial, sampled, folder, labels)
+    work = RetrievalWork(dataset, settings, trial, sampled, folder, labels, placement)
     students = contenders.students(settings.num_candidates, settings.top_k)
     for row in students:
         work.store_parts_for(row.model)
@@ -151,6 +158,7 @@ def _judge(
         store=work.folder / "judgements" / work.corpus,
         known=work.labels,
         title=f"judging pairs with {name}",
+        placement=work.placement,
     )
 
     def measure_time() -> list[float]:

@@ -12,6 +12,7 @@ from d2llm.evaluation.report import EvaluationRow, MissingRow
 from d2llm.models.teachers.judge import Judge
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
+from d2llm.runners.placement import Load
 from d2llm.store.vector_formats import FORMATS
 
 RECALL_DEPTH = 100
@@ -60,6 +61,8 @@ class Contenders:
     provenance: Mapping[str, object] = field(default_factory=dict[str, object])
     notes: tuple[str, ...] = ()
     """Remarks for the report on how the student was made."""
+    loads: Mapping[str, Load | None] = field(default_factory=dict[str, Load | None])
+    """For a cluster: how its workers load each model (``Placement.loads``)."""
 
     def __post_init__(self) -> None:
         names = [*self.bi_encoders, *self.cross_encoders, *(run.name for run in self.runs)]

@@ -26,13 +26,16 @@ from d2llm.data.beir import Dataset
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import Cost, Latency
 from d2llm.evaluation.setting import EvaluationSettings
+from d2llm.models.backbone import EncodedTexts
 from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.row_evidence import evidence_weights
-from d2llm.retrieval.search import Searcher, SearchSettings
+from d2llm.retrieval.search import ENCODED_AT_ONCE, Searcher, SearchSettings
+from d2llm.retrieval.text_workers import encode_shard, encode_texts
+from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import WordIndex, rank_passages
 from d2llm.store.index_manifest import FORMAT_VERSION
 from d2llm.store.view import PassageView
@@ -129,10 +132,12 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
         )
 
 
-def student_system(name: str, kind: SystemKind, searcher: Searcher, trial: Trial) -> System:
-    """Rank by a student's search."""
+def student_system(
+    name: str, kind: SystemKind, searcher: Searcher, trial: Trial, encoded: EncodedTexts | None = None
+) -> System:
+    """Rank by a student's search; ``encoded`` are the queries, if workers have encoded them."""
     with peak_memory() as peak:
-        ranked = searcher.rank_ids(trial.queries, title=f"ranking by {name}")
+        ranked = searcher.rank_ids(trial.queries, title=f"ranking by {name}", encoded=encoded)
         rankings = {ranking.query.id: ranking.passages for ranking in ranked}
         num_cut = sum(ranking.truncated for ranking in ranked)
         probe_answers = [searcher.rank([query])[0] for query in (trial.probes[0], *trial.probes)][1:]
@@ -294,6 +299,7 @@ class RetrievalWork:
     sampled: Sequence[Query]
     folder: Path
     labels: Path | None
+    placement: Placement = HERE
 
     def __post_init__(self) -> None:
         self.passages: list[Passage] = list(self.dataset.passages.values())
@@ -301,6 +307,7 @@ class RetrievalWork:
         self.store = MeasuredStore(self.folder / "measured")
         self.notes: list[str] = []
         self._part_formats: dict[str, dict[PartKind, str]] = {}
+        self._encoded: dict[object, EncodedTexts] = {}
 
     def key(self, name: str, *parts: object) -> list[object]:
         """The key of a measured system: its name, ``parts``, the corpus and the queries."""
@@ -338,6 +345,9 @@ class RetrievalWork:
                 vector_format=dtype,
                 window_vectors=parts.get("window"),
                 token_vectors=parts.get("token"),
+                runner=self.placement.runner,
+                device=self.placement.device,
+                load_student=self.placement.load(model),
             )
             rate = report.passages_per_second
         return Index.open(target, model), rate
@@ -361,7 +371,9 @@ class RetrievalWork:
         """
         searched = view or index.view
         searcher = Searcher(searched, index.student, settings, cascade=cascade)
-        system = student_system(name, kind, searcher, trial or self.trial)
+        queries = (trial or self.trial).queries
+        encoded = self._encode(queries, index.student, with_tokens="token" in searcher.weights.part_kinds)
+        system = student_system(name, kind, searcher, trial or self.trial, encoded)
         evidence_bytes = searched.words.num_bytes if searcher.weights.counts_words else 0
         parts = {"window": searched.windows, "token": searched.tokens}
         evidence_bytes += sum(part.num_bytes for kind in searcher.weights.part_kinds if (part := parts[kind]))
@@ -374,6 +386,31 @@ class RetrievalWork:
             fingerprint=index.student.fingerprint,
             notes=(*system.notes, *notes),
         )
+
+    def _encode(self, queries: Sequence[Query], student: SearchStudent, *, with_tokens: bool) -> EncodedTexts | None:
+        """Queries encoded by the workers of a cluster; None if a search encodes them here, as it does if they are few.
+
+        Workers encode them in the same blocks as a search.
+        """
+        if len(queries) <= ENCODED_AT_ONCE or self.placement.is_here(student):
+            return None
+        texts = tuple(query.text for query in queries)
+        tokens = student.token_fingerprint if with_tokens and isinstance(student, TokenStudent) else None
+        key = (student.fingerprint, tokens, texts)
+        if key not in self._encoded:
+            with (
+                progress_bar("encoding queries", len(texts)) as advance,
+                self.placement.workers(student, encode_shard) as workers,
+            ):
+                self._encoded[key] = encode_texts(
+                    workers,
+                    texts,
+                    "query",
+                    with_tokens=with_tokens,
+                    block=ENCODED_AT_ONCE,
+                    advance=advance,
+                )
+        return self._encoded[key]
 
     def search_settings(self, num_candidates: int) -> SearchSettings:
         """The search settings of a row: ``num_candidates`` passages get the full score."""

@@ -26,6 +26,7 @@ from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.settings import SearchSettings
+from d2llm.runners.placement import HERE, Placement
 
 DATASET = "written"
 """Name of the data set that written queries make up."""
@@ -102,6 +103,7 @@ def review_queries(
     teacher: Judge | None = None,
     judgements: Path | None = None,
     settings: CriticSettings | None = None,
+    placement: Placement = HERE,
 ) -> Review:
     """Review every query written for the passages of a corpus.
 
@@ -114,6 +116,7 @@ def review_queries(
         judgements: the folder of a label store that keeps what the teacher said, so that a call that was interrupted
             need not ask again; required with a teacher.
         settings: how strict to be.
+        placement: where the teacher judges.
     """
     chosen = settings or CriticSettings()
     by_id = {passage.id: passage for passage in passages}
@@ -131,7 +134,7 @@ def review_queries(
     num_judged = 0
     if teacher is not None and judgements is not None:
         rankings = dict(zip((written.id for written in candidates), found, strict=True))
-        kept, num_judged = _ask_teacher(kept, rankings, by_id, teacher, judgements, task, chosen, rejected)
+        kept, num_judged = _ask_teacher(kept, rankings, by_id, teacher, judgements, task, chosen, rejected, placement)
     general = [query for query in kept if len(query.positives) > chosen.max_positives]
     rejected += [
         RejectedQuery(query.written, "too general", f"{len(query.positives)} passages answer it") for query in general
@@ -190,6 +193,7 @@ def _ask_teacher(
     task: Task,
     settings: CriticSettings,
     rejected: list[RejectedQuery],
+    placement: Placement,
 ) -> tuple[list[KeptQuery], int]:
     """The queries that the teacher finds answered, with the positives that it adds; and the number of pairs judged."""
     pool: dict[str, list[str]] = {}
@@ -205,6 +209,7 @@ def _ask_teacher(
         dataset=DATASET,
         store=judgements,
         title="the teacher reads the queries",
+        placement=placement,
     )
     answered: list[KeptQuery] = []
     for query in kept:

@@ -14,9 +14,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from d2llm.data.check_texts import guess_languages
 from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, is_corpus_file, open_corpus
 from d2llm.data.run_folder import is_finished
+from d2llm.evaluation.judging import place_judge
 from d2llm.fitting.critic import Review, review_queries
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.fitting.fit_folder import FORMAT_VERSION, default_folder, require_fit_folder
@@ -46,6 +47,9 @@ from d2llm.fitting.time_plan import TimePlan, plan_time
 from d2llm.fitting.training_data import DataReport, part_of, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
+from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
+from d2llm.runners.placement import HERE
+from d2llm.runners.runner import Runner, find_runner
 from d2llm.store.index_manifest import FIT_KIND
 from d2llm.store.side_files import Chunking, write_chunking
 
@@ -76,6 +80,7 @@ def fit(
     again: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    runner: str | Runner = "local",
     show_progress: bool | None = None,
     **changes: Any,
 ) -> FitReport | None:
@@ -88,6 +93,10 @@ def fit(
         again: learn anew even if an earlier call has finished, for example after many documents have changed.
         device: where to compute; by default the best device available.
         dtype: number format of the models; by default the fastest on that device.
+        runner: where passages are encoded and the teacher judges: in this process (``local``), or on a Ray cluster
+            (``ray``, ``ray:ADDRESS``, or a ``RayRunner``), whose machines need the folder at the same path. Writing,
+            searching and training are in this process. The time plan counts passes over the corpus at the speed of the
+            runner, and training and judgements at that of this process.
         show_progress: whether to show progress (``core.progress.showing_progress``).
         changes: single fields of the settings, as in ``fit("docs", hours=0.5)``.
 
@@ -100,7 +109,9 @@ def fit(
     """
     chosen = replace(settings or FitSettings(), **changes)
     paths = [Path(documents)] if isinstance(documents, str | Path) else [Path(path) for path in documents]
-    return Fit(paths, output, chosen, device=device, dtype=dtype, show_progress=show_progress).finish(again=again)
+    return Fit(paths, output, chosen, device=device, dtype=dtype, runner=runner, show_progress=show_progress).finish(
+        again=again
+    )
 
 
 @dataclass
@@ -125,6 +136,7 @@ class Fit:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        runner: str | Runner = "local",
         show_progress: bool | None = None,
     ) -> None:
         """Prepare a fit; arguments and errors are those of ``fit``."""
@@ -134,9 +146,10 @@ class Fit:
         self.settings = settings or FitSettings()
         self.folder = require_fit_folder(default_folder(self.documents[0]) if output is None else Path(output))
         self.device, self.dtype, self.show_progress = device, dtype, show_progress
+        self.runner = find_runner(runner)
         self.stages = Stages(self.folder.progress_page, str(self.folder.path), 3600 * self.settings.hours)
         self.notes: list[str] = []
-        self._rate: float | None = None
+        self._rate: float | None = None  # passages encoded per second by the runner, if this call has made the index
 
     def finish(self, *, again: bool = False) -> FitReport | None:
         """Run every step; see ``fit``."""
@@ -182,16 +195,21 @@ class Fit:
             return outcome
         student = self._load(self.start)
         student.save(self.folder.student)
-        encoded = self._encode(open_corpus(self.documents, exclude=self._excluded), student, self._chunking(student))
+        corpus = open_corpus(self.documents, exclude=self._excluded)
+        encoded = self._encode(corpus, student, self._chunking(student), source=self.start)
         self._rate = encoded.passages_per_second or None
         return f"{encoded.num_documents:,} documents, {encoded.num_passages:,} passages"
 
     def plan(self) -> TimePlan:
-        """Plan the remaining stages from the time that is left and the measured speed of encoding."""
+        """Plan the remaining stages from the time that is left and the measured speeds of encoding.
+
+        Passes over the corpus are planned at the speed of the runner, training at that of this process.
+        """
         plan = plan_time(
             self.stages.seconds_left,
             num_passages=len(self.passages),
             passages_per_second=self._passages_per_second(),
+            corpus_passages_per_second=self._rate,
             num_negatives=NUM_NEGATIVES,
             is_written=self._finished_writing() is not None,
             has_teacher=self.settings.teacher is not None,
@@ -236,11 +254,12 @@ class Fit:
         """Review the written queries, and write the audit page."""
         from d2llm.fitting.report import audit_page
 
-        teacher = None
+        teacher, placement = None, HERE
         if self.settings.teacher is not None:
             from d2llm.models.teachers.judge import load_judge
 
-            teacher = load_judge(self.settings.teacher, device=self.device, dtype=self.dtype)
+            load = partial(load_judge, self.settings.teacher, device=self.device, dtype=self.dtype)
+            teacher, placement = place_judge(self.settings.teacher, load, self.runner, device=self.device)
         written = json.loads(self.folder.finished_writing.read_text(encoding="utf-8"))
         review = review_queries(
             DraftStore(self.folder.drafts, written["writer"]),
@@ -250,6 +269,7 @@ class Fit:
             teacher=teacher,
             judgements=self.folder.judgements,
             settings=self.settings.critic,
+            placement=placement,
         )
         texts = {passage.id: passage.full_text for passage in self.passages}
         write_bytes(self.folder.audit_page, audit_page(review, texts, seed=self.settings.seed).encode())
@@ -344,7 +364,7 @@ class Fit:
             begun.parent.mkdir(parents=True, exist_ok=True)
             write_json(begun, recipe.model_dump(mode="json"))
         run = Run(recipe, self.folder.run(key), device=self.device, dtype=self.dtype)
-        run.finish()
+        run.finish(runner=self.runner)
         return run.parts.student
 
     def compare(
@@ -356,17 +376,30 @@ class Fit:
         """
         from d2llm.evaluation.evaluate import evaluate
         from d2llm.evaluation.setting import Contenders, EvaluationSettings
-        from d2llm.models.student import Student
 
         start, fitted = self._load(base), None if trained is None else self._load(trained)
-        untuned = Student.create(untuned_config(start.config), device=self.device, dtype=self.dtype)
+        load_untuned = partial(create_student, untuned_config(start.config), device=self.device, dtype=self.dtype)
+        untuned = load_untuned()
+        loads = {**encoder_loads(untuned, load_untuned), **encoder_loads(start, self._loader(base))}
+        if fitted is not None and trained is not None:
+            loads |= encoder_loads(fitted, self._loader(trained))
         contenders = Contenders(
-            student=fitted or start, untuned=untuned, bi_encoders={} if fitted is None else {BASE_NAME: start}
+            student=fitted or start,
+            untuned=untuned,
+            bi_encoders={} if fitted is None else {BASE_NAME: start},
+            loads=loads,
         )
         settings = EvaluationSettings(task=self.settings.task, latency_queries=10, seed=self.settings.seed)
         datasets = {name: read_beir(self._data_folder(name), splits=["dev", "test"]) for name in data}
         reports = {
-            name: evaluate(dataset, contenders, settings, work_folder=self.folder.measured)
+            name: evaluate(
+                dataset,
+                contenders,
+                settings,
+                work_folder=self.folder.measured,
+                runner=self.runner,
+                device=self.device,
+            )
             for name, dataset in datasets.items()
         }
         if fitted is None:
@@ -448,9 +481,10 @@ class Fit:
         student: Student,
         chunking: Chunking | None,
         *,
+        source: str | Path,
         overwrite: bool = False,
     ) -> EncodeReport:
-        """Make the index."""
+        """Make the index; ``source`` is where the student was loaded from."""
         from d2llm.retrieval.encode import encode
 
         report = encode(
@@ -462,6 +496,9 @@ class Fit:
             chunking=chunking,
             student_source=_STUDENT_SOURCE,
             overwrite=overwrite,
+            runner=self.runner,
+            device=self.device,
+            load_student=self._loader(source),
         )
         self._note_skipped(report.skipped)
         self._forget_index()
@@ -478,9 +515,9 @@ class Fit:
         except IndexMismatchError:
             if chunking is not None and chunking.late:  # needs what stands around each passage
                 corpus = open_corpus(self.documents, exclude=self._excluded)
-                self._encode(corpus, loaded, chunking, overwrite=True)
+                self._encode(corpus, loaded, chunking, source=student, overwrite=True)
                 return
-            self._encode(self.passages, loaded, None, overwrite=True)
+            self._encode(self.passages, loaded, None, source=student, overwrite=True)
             if chunking is not None:
                 with self.index.store.locked():
                     write_chunking(self.folder.index, chunking)
@@ -561,12 +598,15 @@ class Fit:
         return fingerprint_passages(self.passages)
 
     def _passages_per_second(self) -> float:
-        """How fast the index's student encodes passages here, from the first indexing or from a few of them."""
-        if self._rate is None:
+        """How fast the index's student encodes passages in this process.
+
+        Measured when the index was made here, or on a few passages.
+        """
+        if self._rate is None or not self.runner.is_local:
             texts = [passage.full_text for passage in self.passages[:_TIMED_PASSAGES]]
             started = time.perf_counter()
             self.index.student.encode_passages(texts)
-            self._rate = len(texts) / (time.perf_counter() - started)
+            return len(texts) / (time.perf_counter() - started)
         return self._rate
 
     @property
@@ -588,9 +628,12 @@ class Fit:
         return fingerprint_json([content, self.start, self.settings.task, self.settings.seed])
 
     def _load(self, student: str | Path) -> Student:
-        from d2llm.models.student import Student
+        return self._loader(student)()
 
-        return Student.load(student, device=self.device, dtype=self.dtype)
+    def _loader(self, student: str | Path) -> Callable[[], Student]:
+        """How workers load a student too; a folder by its whole path, since they may work elsewhere."""
+        source = student.resolve() if isinstance(student, Path) else student
+        return partial(load_student, source, device=self.device, dtype=self.dtype)
 
     def _note(self, note: str) -> None:
         self.notes.append(note)

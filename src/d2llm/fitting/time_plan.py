@@ -43,6 +43,7 @@ def plan_time(
     *,
     num_passages: int,
     passages_per_second: float,
+    corpus_passages_per_second: float | None = None,
     num_negatives: int,
     is_written: bool = False,
     has_teacher: bool = False,
@@ -52,12 +53,14 @@ def plan_time(
     Args:
         seconds_left: for all of them.
         num_passages: size of the corpus.
-        passages_per_second: how fast the student encodes passages here.
+        passages_per_second: how fast the student encodes passages in this process, where it is trained.
+        corpus_passages_per_second: how fast the whole corpus is encoded, by workers of a cluster if there are any; by
+            default as fast as in this process.
         num_negatives: hard negatives of a query in each step of training.
         is_written: the queries have been written already.
         has_teacher: whether a teacher labels the training queries.
     """
-    one_pass = num_passages / passages_per_second
+    one_pass = num_passages / (corpus_passages_per_second or passages_per_second)
     evaluations = _NUM_EVALUATIONS * min(num_passages, _EVALUATED_PASSAGES) / passages_per_second
     fixed = _OVERHEAD_SECONDS + _CORPUS_PASSES * one_pass + evaluations
     free = seconds_left - fixed

@@ -21,6 +21,8 @@ from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.reading import ReadPassages, read_passages
+from d2llm.retrieval.text_workers import load_student as load_named_student
+from d2llm.runners.placement import Load
 from d2llm.runners.runner import Runner, Work, Workers, find_runner
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND, VectorCopies
 from d2llm.store.index_store import IndexStore
@@ -69,6 +71,7 @@ def encode(
     device: str | None = None,
     dtype: str | None = None,
     engine: EngineName = "torch",
+    load_student: Load | None = None,
 ) -> EncodeReport:
     """Make the index of a corpus; it appears at ``folder`` when it is complete, and can be changed from then on.
 
@@ -93,6 +96,7 @@ def encode(
         device: for a cluster: where its workers compute; they load the student from ``student_source``.
         dtype: for a cluster: its workers' number format.
         engine: for a cluster: its workers' engine (``Student.load``).
+        load_student: for a cluster: how its workers load the student, if not from ``student_source``; picklable.
 
     Raises:
         InputError: there are no passages, ``folder`` exists, a format is unknown, a vector is not finite, there is no
@@ -105,8 +109,8 @@ def encode(
     """
     folder = Path(folder)
     runner = find_runner(runner)
-    if student_source is None and not runner.is_local:
-        raise InputError("the workers of a cluster load the student themselves; name its folder (student_source)")
+    loading = {"device": device, "dtype": dtype, "engine": engine}
+    load = _find_load(runner, load_student, student_source, loading)
     check_replaceable(folder, KIND)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise InputError(
@@ -150,7 +154,7 @@ def encode(
             student_source=student_source,
         )
     try:
-        with _readers(runner, index.store, student_source, device=device, dtype=dtype, engine=engine) as readers:
+        with _readers(runner, index.store, load, device=device) as readers:
             if chunking is None:
                 report = index.upsert(corpus.passages, num_passages=num_documents, readers=readers)
             else:
@@ -181,33 +185,32 @@ def encode(
     )
 
 
+def _find_load(runner: Runner, load: Load | None, source: str | None, loading: Mapping[str, Any]) -> Load | None:
+    """How workers load the student: as the caller says, else from its folder or name; None in this process."""
+    if runner.is_local or load is not None:
+        return load
+    if source is None:
+        raise InputError("the workers of a cluster load the student themselves; name its folder (student_source)")
+    return partial(load_named_student, source, **loading)
+
+
 def _readers(
-    runner: Runner,
-    store: IndexStore,
-    source: str | None,
-    *,
-    device: str | None,
-    dtype: str | None,
-    engine: EngineName,
+    runner: Runner, store: IndexStore, load: Load | None, *, device: str | None
 ) -> AbstractContextManager[Workers[Sequence[Passage], ReadPassages] | None]:
     """The workers of a cluster that encode passages for an index; None in this process, whose student does it."""
-    if runner.is_local or source is None:
+    if runner.is_local or load is None:
         return nullcontext()
-    loading = {"device": device, "dtype": dtype, "engine": engine}
     fingerprints = (store.manifest["student"], store.manifest["token_projection"])
-    return runner.workers(
-        partial(_load_reader, source, loading, fingerprints, tuple(store.part_formats)), device=device
-    )
+    return runner.workers(partial(_load_reader, load, fingerprints, tuple(store.part_formats)), device=device)
 
 
 def _load_reader(
-    source: str, loading: Mapping[str, Any], fingerprints: tuple[str, str | None], parts: Sequence[PartKind]
+    load: Load, fingerprints: tuple[str, str | None], parts: Sequence[PartKind]
 ) -> Work[Sequence[Passage], ReadPassages]:
     """Load a student on a worker, and return its ``read_passages``.
 
     Args:
-        source: the student's folder or name.
-        loading: options of ``Student.load``.
+        load: loads the student.
         fingerprints: those of the student that makes the index and of its projection of tokens; None if the index has
             no vectors of tokens.
         parts: the parts of passages whose vectors the index stores.
@@ -215,13 +218,12 @@ def _load_reader(
     Raises:
         IndexMismatchError: there is another student, or another projection, on this machine.
     """
-    from d2llm.models.student import Student
-
-    student = Student.load(source, **loading)
-    own = (student.fingerprint, student.token_fingerprint if fingerprints[1] else None)
+    student: SearchStudent = load()
+    token_fingerprint = student.token_fingerprint if isinstance(student, TokenStudent) else None
+    own = (student.fingerprint, token_fingerprint if fingerprints[1] else None)
     if own != fingerprints:
         raise IndexMismatchError(
-            f"student '{source}' on {platform.node()} is {_describe(*own)}, but the index is made by "
+            f"the student on {platform.node()} is {_describe(*own)}, but the index is made by "
             f"{_describe(*fingerprints)}; put the same student at this path on every machine"
         )
     return partial(read_passages, student, parts=parts)

@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
+from d2llm.core.progress import ignore
 from d2llm.core.types import LateChunk, PartKind, Passage, Task, WholeText
 from d2llm.models.pair_scores import score_by_query
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.bm25_words import windows
 from d2llm.retrieval.protocols import ChunkStudent, SearchStudent, TokenStudent
+from d2llm.retrieval.text_workers import encode_shard, encode_texts
+from d2llm.runners.placement import HERE, Placement
 from d2llm.store.part_vectors import ReadParts
 
 if TYPE_CHECKING:
@@ -188,16 +191,20 @@ def score_pairs(
     student: SearchStudent,
     pairs: Sequence[tuple[str, str]],
     task: Task,
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], None] = ignore,
+    *,
+    placement: Placement = HERE,
 ) -> ScoredPairs:
     """The student's logits of (query, passage) pairs of texts; each distinct text is encoded once.
 
-    ``advance`` is called with the number of texts finished since the last call.
+    ``advance`` is called with the number of texts finished since the last call; ``placement`` says where they are
+    encoded.
     """
     query_texts = list(dict.fromkeys(query for query, _ in pairs))
     passage_texts = list(dict.fromkeys(passage for _, passage in pairs))
-    queries = student.encode_queries(query_texts, advance=advance)
-    passages = student.encode_passages(passage_texts, advance=advance)
+    with placement.workers(student, encode_shard) as workers:
+        queries = encode_texts(workers, query_texts, "query", advance=advance)
+        passages = encode_texts(workers, passage_texts, "passage", advance=advance)
     query_vectors = dict(zip(query_texts, queries.vectors, strict=True))
     passage_vectors = dict(zip(passage_texts, passages.vectors, strict=True))
     scores = score_by_query(student, pairs, query_vectors, passage_vectors, task)

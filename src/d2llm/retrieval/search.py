@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import IdRanking, Query, QueryExpansion, Ranking, Task
+from d2llm.models.backbone import EncodedTexts
 from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
@@ -29,7 +30,9 @@ from d2llm.retrieval.settings import SearchSettings, changed
 from d2llm.store.view import CandidateRows, PassageView
 
 _WIDENED = 4  # factor for the number of candidates, if these belong to too few documents
-_ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough to keep the progress bar moving
+ENCODED_AT_ONCE = 256
+"""Queries that are encoded together: enough for full batches, few enough to keep the progress bar moving."""
+
 _SCANNED_AT_ONCE = 32  # queries: limited because their candidates are in memory together
 
 
@@ -174,16 +177,28 @@ class Searcher:
         prepared = self._prepare(queries, vectors, "searching", tokens)
         return [replace(self._shown(one), truncated=truncated) for one, truncated in prepared]
 
-    def rank_ids(self, queries: Sequence[Query] | Sequence[str], *, title: str = "searching") -> list[IdRanking]:
+    def rank_ids(
+        self,
+        queries: Sequence[Query] | Sequence[str],
+        *,
+        title: str = "searching",
+        encoded: EncodedTexts | None = None,
+    ) -> list[IdRanking]:
         """Like ``rank``, without reading the passages' texts: for long rankings that only a measure will see.
 
-        ``title`` labels the progress bar.
+        ``title`` labels the progress bar. ``encoded`` are the queries, if they were encoded elsewhere; with vectors of
+        their tokens, if the score counts these.
         """
+        vectors = tokens = None
+        cut: frozenset[int] = frozenset()
+        if encoded is not None:
+            vectors, cut = encoded.vectors, frozenset(encoded.truncated)
+            tokens = None if encoded.tokens is None else encoded.tokens.split()
         rankings: list[IdRanking] = []
-        for prepared, truncated in self._prepare(queries, None, title):
+        for place, (prepared, truncated) in enumerate(self._prepare(queries, vectors, title, tokens)):
             order = self._order(prepared)
             passages = tuple(zip(self._index.ids(order.rows), order.shown_scores, strict=True))
-            rankings.append(IdRanking(prepared.query, passages, truncated))
+            rankings.append(IdRanking(prepared.query, passages, truncated or place in cut))
         return rankings
 
     def _prepare(
@@ -203,8 +218,8 @@ class Searcher:
                 f"({len(all_queries)}, {self._student.vector_dim})"
             )
         with progress_bar(title, len(all_queries)) as advance:
-            for start in range(0, len(all_queries), _ENCODED_AT_ONCE):
-                block = all_queries[start : start + _ENCODED_AT_ONCE]
+            for start in range(0, len(all_queries), ENCODED_AT_ONCE):
+                block = all_queries[start : start + ENCODED_AT_ONCE]
                 if self._expansion is None:
                     given = None if vectors is None else vectors[start : start + len(block)]
                     own = None if tokens is None else tokens[start : start + len(block)]

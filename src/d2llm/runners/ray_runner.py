@@ -9,6 +9,7 @@ dies goes to another one. Memory does not grow with the number of shards: only a
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -19,7 +20,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -66,6 +67,7 @@ class RayRunner:
     num_workers: int | None = None
     gpus_per_worker: int | None = None
     is_local = False
+    _idle: list[_IdleActor] | None = field(default=None, repr=False, compare=False)  # only while it is ``connected``
 
     def __post_init__(self) -> None:
         _import_ray()
@@ -75,10 +77,30 @@ class RayRunner:
             raise InputError(f"workers cannot have {self.gpus_per_worker} GPUs each; give at least 1, or --device cpu")
 
     @contextmanager
+    def connected(self) -> Generator[RayRunner]:
+        """This runner, connected to its cluster; one that it starts itself ends with the context.
+
+        Workers that have finished wait for other work of the same size: they need not import everything again.
+
+        Raises:
+            InputError: the cluster cannot be reached.
+        """
+        if self._idle is not None:  # is connected, and another connection's idle workers would hold its share
+            yield self
+            return
+        with _cluster(self.address):
+            idle: list[_IdleActor] = []
+            try:
+                yield replace(self, address="auto", _idle=idle)
+            finally:
+                for one in idle:
+                    _import_ray().kill(one.actor)
+
+    @contextmanager
     def workers(
         self, load: Callable[[], Work[_Shard, _Result]], *, device: str | None = None, gpus: int = 1
     ) -> Generator[RayWorkers[_Shard, _Result]]:
-        """Workers on the cluster; they are started at once, and ended with the context.
+        """Workers on the cluster; each is started when there is a shard for it, and ended with the context.
 
         Raises:
             InputError: the cluster cannot be reached, has fewer GPUs or cores than workers are requested, or the
@@ -89,7 +111,7 @@ class RayRunner:
         with _cluster(self.address):
             per_worker = 0 if device in {"cpu", "mps"} else self.gpus_per_worker or gpus
             share = _share(_nodes(), self.num_workers, gpus=per_worker)
-            workers = RayWorkers[_Shard, _Result](load, share)
+            workers = RayWorkers[_Shard, _Result](load, share, self._idle)
             try:
                 yield workers
             finally:
@@ -130,6 +152,15 @@ def _share(nodes: Sequence[Mapping[str, float]], num_workers: int | None, *, gpu
     return Share(count, cpus=most, gpus=0)
 
 
+@dataclass(frozen=True, slots=True)
+class _IdleActor:
+    """An actor without work, and its share of the cluster."""
+
+    actor: Any
+    cpus: int
+    gpus: int
+
+
 @dataclass
 class _Worker:
     """An actor as this process sees it. ``starting`` is set until it has loaded its model.
@@ -148,14 +179,24 @@ class _Worker:
 
 
 class RayWorkers(Generic[_Shard, _Result]):
-    """Workers on the cluster that this process is connected to (``runner.Workers``)."""
+    """Workers on the cluster that this process is connected to (``runner.Workers``).
 
-    def __init__(self, load: Callable[[], Work[_Shard, _Result]], share: Share) -> None:
+    ``idle`` are actors from earlier work, which are used first; actors without work are added to them in the end.
+    """
+
+    def __init__(
+        self, load: Callable[[], Work[_Shard, _Result]], share: Share, idle: list[_IdleActor] | None = None
+    ) -> None:
         self._ray = _import_ray()
         self._load = self._ray.cloudpickle.dumps(load)
         self._share = share
+        self._idle = idle
+        for one in list(idle or ()):
+            if idle and (one.cpus, one.gpus) != (share.cpus, share.gpus):
+                idle.remove(one)
+                self._ray.kill(one.actor)  # or these workers might wait for its share
         self._deaths_at_start = 0
-        self._workers = [self._start() for _ in range(share.num_workers)]
+        self._workers: list[_Worker] = []
 
     def map(self, shards: Iterable[_Shard], advance: Callable[[int], None]) -> Iterator[_Result]:
         """The results in the order of the shards (``Workers.map``).
@@ -176,6 +217,8 @@ class RayWorkers(Generic[_Shard, _Result]):
             if item is not None:
                 unfinished[item[0]] = item[1]
                 waiting.append(item[0])
+                if len(self._workers) < min(self._share.num_workers, len(unfinished)):
+                    self._workers.append(self._start())
             elif not unfinished:
                 return
             self._hand_out(waiting, unfinished)
@@ -187,13 +230,20 @@ class RayWorkers(Generic[_Shard, _Result]):
                 first += 1
 
     def stop(self) -> None:
-        """End the workers, whatever they do."""
+        """End the workers, whatever they do; those that do nothing become idle if they can be used again."""
         for worker in self._workers:
-            self._ray.kill(worker.actor)
+            if self._idle is not None and worker.next is None:
+                worker.actor.rest.remote()
+                self._idle.append(_IdleActor(worker.actor, self._share.cpus, self._share.gpus))
+            else:
+                self._ray.kill(worker.actor)
 
     def _start(self) -> _Worker:
-        options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus}
-        actor = self._ray.remote(_Actor).options(**options).remote()
+        if self._idle:
+            actor = self._idle.pop().actor
+        else:
+            options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus}
+            actor = self._ray.remote(_Actor).options(**options).remote()
         return _Worker(actor, actor.start.remote(_versions(), str(Path.cwd()), self._load))
 
     def _hand_out(self, waiting: deque[int], shards: Mapping[int, _Shard]) -> None:
@@ -278,6 +328,11 @@ class _Actor:
         if Path(folder).is_dir():
             os.chdir(folder)
         self._work = _import_ray().cloudpickle.loads(load)()
+
+    def rest(self) -> None:
+        """Forget the model."""
+        self._work = None
+        gc.collect()
 
     def do(self, shard: Any) -> Any:
         """The result of a shard."""

@@ -7,7 +7,7 @@ the function needs, such as a model, is loaded once by each worker.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
 from d2llm.core.errors import InputError
@@ -43,6 +43,10 @@ class Runner(Protocol):
         """Whether the workers share this process, and so its models."""
         ...
 
+    def connected(self) -> AbstractContextManager[Runner]:
+        """The same runner, connected to its cluster until the context ends, so that several uses connect once."""
+        ...
+
     def workers(
         self, load: Callable[[], Work[_Shard, _Result]], *, device: str | None = None, gpus: int = 1
     ) -> AbstractContextManager[Workers[_Shard, _Result]]:
@@ -71,6 +75,10 @@ class LocalRunner:
     """Runs work in this process."""
 
     is_local = True
+
+    def connected(self) -> AbstractContextManager[Runner]:
+        """This runner, which needs no connection."""
+        return nullcontext(self)
 
     @contextmanager
     def workers(

@@ -38,6 +38,8 @@ from d2llm.ops.ranking import top_k
 from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.text_workers import encode_shard, encode_texts
+from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import bm25_lists
 from d2llm.training.processes import ALONE, Processes
 
@@ -406,6 +408,7 @@ def make_dev_lists(
     student: SearchStudent | None,
     depth: int,
     with_positives: bool,
+    placement: Placement = HERE,
 ) -> DevSet:
     """Dev queries with the first ``depth`` passages of BM25 and of the student's inner products, from the whole corpus.
 
@@ -418,6 +421,7 @@ def make_dev_lists(
         depth: number of passages from each list.
         with_positives: put all positives first, and leave out other passages with the same text as a positive, for uses
             that rely on every label. Otherwise the lists are exactly what a search would find.
+        placement: where the corpus is encoded.
 
     Raises:
         ModelError: the student's vectors are not finite.
@@ -426,7 +430,7 @@ def make_dev_lists(
     lexical = bm25_lists(dataset.passages, list(dataset.passages), queries, depth, title=title)
     nearest: list[list[str]] = [[] for _ in queries]
     if student is not None:
-        nearest = _nearest(dataset, task, queries, student, depth)
+        nearest = _nearest(dataset, task, queries, student, depth, placement)
     same_text = SameText(dataset) if with_positives else None
     positives = dataset.positives("dev")
     candidates: dict[str, list[str]] = {}
@@ -448,7 +452,7 @@ class JudgedDev:
     num_truncated: int
 
 
-def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path) -> JudgedDev:
+def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, placement: Placement = HERE) -> JudgedDev:
     """Let a judge score the candidates of each query.
 
     Args:
@@ -456,6 +460,7 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path) -> JudgedDev
         dev: the queries and their candidates.
         name: the judge's name in the progress bar.
         store: folder of a label store; pairs with a label in it are not judged again.
+        placement: where the judge works.
     """
     pool = judge_pool(
         judge,
@@ -466,6 +471,7 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path) -> JudgedDev
         dataset=dev.name,
         store=store,
         title=f"{name} on {dev.name}",
+        placement=placement,
     )
     scores = [
         np.array([pool.scores[query_id][passage_id] for passage_id in ids]) for query_id, ids in dev.candidates.items()
@@ -474,12 +480,15 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path) -> JudgedDev
 
 
 def _nearest(
-    dataset: Dataset, task: Task, queries: Sequence[Query], student: SearchStudent, depth: int
+    dataset: Dataset, task: Task, queries: Sequence[Query], student: SearchStudent, depth: int, placement: Placement
 ) -> list[list[str]]:
     searcher = student if student.has_anchor else CosineStudent(student)
     texts = [passage.full_text for passage in dataset.passages.values()]
-    with progress_bar(f"encoding {dataset.name}", len(texts)) as advance:
-        passages = searcher.encode_passages(texts, advance=advance).vectors
+    with (
+        progress_bar(f"encoding {dataset.name}", len(texts)) as advance,
+        placement.workers(searcher, encode_shard) as workers,
+    ):
+        passages = encode_texts(workers, texts, "passage", advance=advance).vectors
     anchors = searcher.anchor_queries(searcher.encode_queries([query.text for query in queries]).vectors, task)
     if not (np.isfinite(passages).all() and np.isfinite(anchors).all()):
         raise ModelError(f"vectors of '{dataset.name}' are not finite; check the student that proposes candidates")

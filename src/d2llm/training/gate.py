@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -19,11 +20,15 @@ from d2llm.core.recipe import GateConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
+from d2llm.evaluation.judging import place_judge
 from d2llm.models.student import Student
 from d2llm.models.teachers.cosine import CosineTeacher
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.stacked import stacked_queries
 from d2llm.ops.gating import better
+from d2llm.retrieval.text_workers import encoder_loads
+from d2llm.runners.placement import HERE, Placement
+from d2llm.runners.runner import LocalRunner, Runner
 from d2llm.training.dev import (
     PAIRS_PER_QUERY,
     DevSet,
@@ -113,6 +118,8 @@ def gate(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
+    runner: Runner | None = None,
+    load_student: Callable[[], Student] | None = None,
 ) -> GateReport:
     """Let teacher and cosine score the same dev queries or pairs, and test the difference with a paired test.
 
@@ -137,6 +144,9 @@ def gate(
         seed: seed of the sample and the test.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
+        runner: where corpora are encoded and the teacher judges, by default in this process. A remote teacher is asked
+            from here.
+        load_student: for a cluster: how its workers load ``student``.
 
     Raises:
         InputError: a data set has no dev queries or pairs, or too few pairs of a class to fit thresholds.
@@ -146,10 +156,13 @@ def gate(
     settings = settings or GateConfig()
     started = time.monotonic()
     earlier = _read_gates(folder / GATE_FILE)
-    sets = [_sample(dataset, task, student, settings, seed) for dataset, task in judged]
-    by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder)
-    model = load_judge(teacher, device=device, dtype=dtype)
-    by_teacher = _judge(model, sets, "teacher", folder)
+    loads = {} if load_student is None else encoder_loads(student, load_student)
+    with Placement(runner or LocalRunner(), device, loads).connected() as placement:
+        sets = [_sample(dataset, task, student, settings, seed, placement) for dataset, task in judged]
+        by_cosine = _judge(CosineTeacher(student), sets, "cosine", folder)
+        load = partial(load_judge, teacher, device=device, dtype=dtype)
+        model, judging = place_judge(teacher, load, placement.runner, device=device)
+        by_teacher = _judge(model, sets, "teacher", folder, judging)
     paired = _measure_both(sets, by_cosine, by_teacher)
     pooled: dict[tuple[Task, str], list[_PairedMeasures]] = {}
     for one in paired:
@@ -225,9 +238,11 @@ class _PairedMeasures:
     teacher: Measured
 
 
-def _judge(judge: Judge, sets: Sequence[DevSet], name: str, folder: Path) -> list[JudgedDev]:
+def _judge(
+    judge: Judge, sets: Sequence[DevSet], name: str, folder: Path, placement: Placement = HERE
+) -> list[JudgedDev]:
     store = folder / "gate-judgements"
-    return [judge_dev(judge, dev, name=name, store=store) for dev in sets]
+    return [judge_dev(judge, dev, name=name, store=store, placement=placement) for dev in sets]
 
 
 def _measure_both(
@@ -240,12 +255,19 @@ def _measure_both(
 
 
 def _sample(
-    dataset: Dataset | PairDataset, task: Task, student: Student | None, settings: GateConfig, seed: int
+    dataset: Dataset | PairDataset,
+    task: Task,
+    student: Student | None,
+    settings: GateConfig,
+    seed: int,
+    placement: Placement = HERE,
 ) -> DevSet:
     if isinstance(dataset, PairDataset):
         return make_dev_pairs(dataset, task, num_pairs=PAIRS_PER_QUERY * settings.queries, seed=seed)
     queries = dev_queries(dataset, num_queries=settings.queries, seed=seed)
-    return make_dev_lists(dataset, task, queries, student=student, depth=settings.depth, with_positives=False)
+    return make_dev_lists(
+        dataset, task, queries, student=student, depth=settings.depth, with_positives=False, placement=placement
+    )
 
 
 def _row(name: str, paired: Sequence[_PairedMeasures], *, alpha: float, seed: int) -> GateRow:

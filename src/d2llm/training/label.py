@@ -26,8 +26,7 @@ from d2llm.evaluation.judging import (
     with_rate,
 )
 from d2llm.models.student import Student
-from d2llm.models.teachers.identity import find_kind
-from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge
 from d2llm.ops.ranking import kendall_tau
 from d2llm.runners.runner import Runner, Work, find_runner
 
@@ -94,7 +93,7 @@ def label(
     """
     started = time.monotonic()
     runner = find_runner(runner)
-    if not runner.is_local and find_kind(teacher) == "remote":
+    if not runner.is_local and asks_endpoint(teacher):
         raise InputError("a remote teacher answers at the speed of its endpoint, so workers do not help; label locally")
     check_sources(sources)
     if compared_students is not None:
@@ -119,8 +118,7 @@ def label(
     counts = JudgingCounts()
     if num_pairs:
         load = partial(_load_judge, teacher, identity.fingerprint, device=device, dtype=dtype)
-        gpus = teacher.vllm.tensor_parallel_size if teacher.vllm is not None else 1
-        workers = runner.workers(load, device=device, gpus=gpus)
+        workers = runner.workers(load, device=device, gpus=teacher.num_gpus)
         with progress_bar("labelling pairs", num_pairs) as advance, workers as judges:
             for source, labels in work:
                 queries = (_unfinished(labels, entry) for entry in source.entries_to_label)

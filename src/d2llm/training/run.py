@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
@@ -110,13 +110,25 @@ class Run:
     # The steps -------------------------------------------------------------------------------------------------------
 
     def finish(
-        self, *, again: RunStep | None = None, after: Callable[[str, object], None] | None = None
+        self,
+        *,
+        again: RunStep | None = None,
+        after: Callable[[str, object], None] | None = None,
+        runner: str | Runner = "local",
     ) -> dict[str, Any]:
         """Run every step that is not finished, in order; returns the result of each step by its name.
 
-        ``again`` repeats this step and those after it, except labels, which are stored by teacher and pair.
-        ``after`` is called with the name and the result of each step.
+        Args:
+            again: repeat this step and those after it, except labels, which are stored by teacher and pair.
+            after: called with the name and the result of each step.
+            runner: where mine, stack, gate, filter and label encode texts and judge pairs: in this process (``local``),
+                or on a Ray cluster (``ray``, ``ray:ADDRESS``, or a ``RayRunner``). All training is in this process, and
+                a remote teacher is asked from it.
         """
+        from d2llm.models.teachers.judge import asks_endpoint
+        from d2llm.runners.runner import find_runner
+
+        runner = find_runner(runner)
         order: tuple[str, ...] = get_args(RunStep)
         repeated: tuple[str, ...] = order[order.index(again) :] if again else ()
         results: dict[str, Any] = {}
@@ -128,16 +140,17 @@ class Run:
 
         if "filter" in repeated:
             self.put_filtered_aside("filter")  # first, so that an interruption leaves no plan of the earlier teacher
-        keep("mine", self.mine(again="mine" in repeated, before_tuning=True))
+        keep("mine", self.mine(again="mine" in repeated, before_tuning=True, runner=runner))
         if self.recipe.losses.imitates:
             keep("first-look", self.first_look(again="tune-teacher" in repeated))
             keep("tune-teacher", self.tune_teacher(again="tune-teacher" in repeated))
-            keep("stack", self.stack_with_cosine(again="stack" in repeated, cosine_again="mine" in repeated))
-            keep("gate", self.gate(again="gate" in repeated))
+            stacked = self.stack_with_cosine(again="stack" in repeated, cosine_again="mine" in repeated, runner=runner)
+            keep("stack", stacked)
+            keep("gate", self.gate(again="gate" in repeated, runner=runner))
             closed = self.closed_gates()
-            keep("filter", self.filter(closed))
+            keep("filter", self.filter(closed, runner=runner))
             if len(closed) < len(self.recipe.data):
-                keep("label", self.label())
+                keep("label", self.label(runner="local" if asks_endpoint(self.teacher) else runner))
             else:
                 keep("label", self.skip("label: the gate is closed for every data set, so there is nothing to label"))
         else:
@@ -147,7 +160,12 @@ class Run:
 
     @_shows_progress
     def mine(
-        self, *, again: bool = False, student: str | None = None, before_tuning: bool = False
+        self,
+        *,
+        again: bool = False,
+        student: str | None = None,
+        before_tuning: bool = False,
+        runner: str | Runner = "local",
     ) -> dict[str, dict[str, Any] | Skipped]:
         """Make the training plan of each data set; returns its counts by the data set's name.
 
@@ -155,10 +173,11 @@ class Run:
             again: repeat finished plans too; their filtered versions are put aside.
             student: folder or name of a student to rank with, instead of the recipe's.
             before_tuning: if the recipe tunes the teacher first, leave the teacher's margin to ``filter``.
+            runner: where texts are encoded and the teacher judges (``finish``). The plans are the same.
         """
         from d2llm.training.mining.plans import mine_plans
 
-        return mine_plans(self, again=again, student=student, before_tuning=before_tuning)
+        return mine_plans(self, again=again, student=student, before_tuning=before_tuning, runner=runner)
 
     @_shows_progress
     def first_look(self, *, again: bool = False) -> FirstLook | Skipped:
@@ -225,10 +244,13 @@ class Run:
                 )
         return report
 
-    def stack_with_cosine(self, *, again: bool = False, cosine_again: bool = False) -> StackReport | Skipped:
+    def stack_with_cosine(
+        self, *, again: bool = False, cosine_again: bool = False, runner: str | Runner = "local"
+    ) -> StackReport | Skipped:
         """If the recipe says so, train the tuned cosine and stack the run's teacher with it.
 
-        ``again`` repeats it if it is finished; ``cosine_again`` also trains the cosine again.
+        ``again`` repeats it if it is finished; ``cosine_again`` also trains the cosine again; ``runner`` is that of
+        ``stack``.
         """
         if not self.recipe.teacher.stack_with_cosine:
             return self.skip("stack: the recipe's teacher is not stacked with the cosine")
@@ -238,11 +260,16 @@ class Run:
             return self.skip(f"stack: {self.parts.stack} is finished; delete it to fit it again")
         self.distill(variant="cosine", again=cosine_again, for_stack=True)
         cosine = TeacherConfig(model=str(self.parts.cosine_of_stack(self.recipe)), kind="cosine")
-        return self.stack([self.teacher, cosine])
+        return self.stack([self.teacher, cosine], runner=runner)
 
     @_shows_progress
     def stack(
-        self, members: Sequence[TeacherConfig], *, num_queries: int | None = None, depth: int | None = None
+        self,
+        members: Sequence[TeacherConfig],
+        *,
+        num_queries: int | None = None,
+        depth: int | None = None,
+        runner: str | Runner = "local",
     ) -> StackReport:
         """Combine several teachers into one calibrated teacher, on the dev queries of the recipe's retrieval sets.
 
@@ -250,18 +277,23 @@ class Run:
             members: the teachers; a single one is only calibrated.
             num_queries: number of queries per data set; by default the gate's.
             depth: number of candidates per query from BM25, and as many from the cosine; by default the gate's.
+            runner: where the corpus is encoded and the members judge (``finish``).
         """
+        from d2llm.runners.runner import find_runner
         from d2llm.training.stack_teachers import stack_teachers
 
         settings = self.recipe.gate
+        cosine, load = self._untuned_cosine_and_load()
         report = stack_teachers(
             [(dataset, task) for dataset, task in self.dev_data() if isinstance(dataset, Dataset)],
             self.parts.stack,
             members=members,
-            student=self.untuned_cosine(),
+            student=cosine,
             num_queries=num_queries or settings.queries,
             depth=depth or settings.depth,
             seed=self.recipe.seed,
+            runner=find_runner(runner),
+            load_student=load,
             **self._computing,
         )
         _remarks.info("stack: the teacher is in %s", report.folder)
@@ -269,7 +301,12 @@ class Run:
 
     @_shows_progress
     def gate(
-        self, *, again: bool = True, teacher: TeacherConfig | None = None, student: str | None = None
+        self,
+        *,
+        again: bool = True,
+        teacher: TeacherConfig | None = None,
+        student: str | None = None,
+        runner: str | Runner = "local",
     ) -> GateReport | Skipped:
         """Test teacher against cosine on the dev sets of the recipe, and write the verdicts to ``gate.json``.
 
@@ -277,9 +314,11 @@ class Run:
             again: repeat the test if there is already a verdict for each data set.
             teacher: by default the run's.
             student: the student to beat; by default the recipe's backbone before training.
+            runner: where the corpus is encoded and the teacher judges (``finish``).
         """
-        from d2llm.models.student import Student
         from d2llm.models.teachers.judge import identify_judge
+        from d2llm.retrieval.text_workers import load_student
+        from d2llm.runners.runner import find_runner
         from d2llm.training.gate import gate, read_gate
         from d2llm.training.sentences import describe_gates
 
@@ -293,27 +332,35 @@ class Run:
             self.recipe.gate.queries,
             len(self.recipe.data),
         )
-        named = Student.load(student, device=self.device, dtype=self.dtype) if student is not None else None
+        if student is None:
+            cosine, load = self._untuned_cosine_and_load()
+        else:
+            load = partial(load_student, student, **self._computing)
+            cosine = load()
         return gate(
             self.dev_data(),
             self.parts.path,
             teacher=chosen,
-            student=named or self.untuned_cosine(),
+            student=cosine,
             settings=self.recipe.gate,
             seed=self.recipe.seed,
+            runner=find_runner(runner),
+            load_student=load,
             **self._computing,
         )
 
     @_shows_progress
-    def filter(self, closed: Sequence[str] | None = None) -> dict[str, dict[str, Any] | Skipped] | Skipped:
+    def filter(
+        self, closed: Sequence[str] | None = None, *, runner: str | Runner = "local"
+    ) -> dict[str, dict[str, Any] | Skipped] | Skipped:
         """If the recipe says so, mine again with the tuned teacher's margin; returns counts by the data set's name.
 
         ``closed`` are data sets whose labels from the teacher are not used, and whose negatives are not filtered
-        either; by default those whose gate is closed.
+        either; by default those whose gate is closed. ``runner`` is that of ``mine``.
         """
         from d2llm.training.mining.plans import filter_plans
 
-        return filter_plans(self, self.closed_gates() if closed is None else closed)
+        return filter_plans(self, self.closed_gates() if closed is None else closed, runner=runner)
 
     @_shows_progress
     def label(self, *, runner: str | Runner = "local") -> LabelReport:
@@ -385,7 +432,11 @@ class Run:
 
     @_shows_progress
     def evaluate(
-        self, settings: EvaluationSettings | None = None, *, with_teacher: bool = True
+        self,
+        settings: EvaluationSettings | None = None,
+        *,
+        with_teacher: bool = True,
+        runner: str | Runner = "local",
     ) -> dict[str, EvaluationReport]:
         """Compare the run's student with BM25, cosines and the teacher, on each of its data sets.
 
@@ -394,6 +445,7 @@ class Run:
         Args:
             settings: split, depths and so on; the task is that of each data set.
             with_teacher: also measure the teacher, which takes longest.
+            runner: where corpora are encoded and the teacher judges (``evaluation.evaluate``).
 
         Raises:
             InputError: there is no student yet.
@@ -422,6 +474,8 @@ class Run:
                 replace(chosen, task=data.task),
                 work_folder=self.parts.path / "evaluation",
                 labels=labels,
+                runner=runner,
+                device=self.device,
             )
         return reports
 
@@ -484,9 +538,14 @@ class Run:
 
     def untuned_cosine(self) -> Student:
         """The recipe's backbone with the backbone's own pooling, before training."""
-        from d2llm.models.student import Student
+        return self._untuned_cosine_and_load()[0]
 
-        return Student.create(untuned_config(self.recipe.student), device=self.device, dtype=self.dtype)
+    def _untuned_cosine_and_load(self) -> tuple[Student, Callable[[], Student]]:
+        """``untuned_cosine``, and how the workers of a cluster make it."""
+        from d2llm.retrieval.text_workers import create_student
+
+        load = partial(create_student, untuned_config(self.recipe.student), **self._computing)
+        return load(), load
 
     def new_student(self) -> Student:
         """The recipe's student before any training."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,15 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.run_folder import working_folder
+from d2llm.evaluation.judging import place_judge
 from d2llm.models.teachers.judge import load_judge
 from d2llm.models.teachers.stacked import STACK_KIND, StackMember, write_stack
 from d2llm.ops.calibration import ReliabilityBin, expected_calibration_error, log_loss, reliability_bins
 from d2llm.ops.stacking import DEFAULT_L2, Stack, fit_stack, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.text_workers import encoder_loads
+from d2llm.runners.placement import Placement
+from d2llm.runners.runner import LocalRunner, Runner
 from d2llm.training.dev import DevSet, JudgedDev, dev_queries, judge_dev, make_dev_lists
 
 _MEASURES = ("nDCG@10", "MRR@10")
@@ -97,6 +102,8 @@ def stack_teachers(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
+    runner: Runner | None = None,
+    load_student: Callable[[], SearchStudent] | None = None,
 ) -> StackReport:
     """Fit a stack to relevance on dev lists and write it to ``folder`` as a teacher of kind ``stack``.
 
@@ -116,6 +123,9 @@ def stack_teachers(
         seed: seed of the sample and the folds.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
+        runner: where corpora are encoded and the members judge, by default in this process; remote members are asked
+            from here.
+        load_student: for a cluster: how its workers load ``student``.
 
     Raises:
         InputError: there are no members, no data sets or no dev queries, a member is given twice, ``folder`` holds
@@ -127,27 +137,33 @@ def stack_teachers(
         raise InputError("a stack needs at least one member; name a teacher")
     if not judged:
         raise InputError("a stack is fitted on dev queries, but no retrieval set has any; add one")
-    lists = [
-        make_dev_lists(
-            dataset,
-            task,
-            dev_queries(dataset, num_queries=num_queries, seed=seed, from_end=True),
-            student=student,
-            depth=depth,
-            with_positives=True,
-        )
-        for dataset, task in judged
-    ]
+    loads = {} if load_student is None else encoder_loads(student, load_student)
     names = _names(members)
     parts: list[StackMember] = []
     judged_by: list[dict[str, JudgedDev]] = []
-    for name, config in zip(names, members, strict=True):  # one after another, so that only one is in memory
-        judge = load_judge(config, device=device, dtype=dtype)
-        if judge.fingerprint in (part.fingerprint for part in parts):
-            raise InputError(f"member '{name}' is the same teacher as another member; name each once")
-        parts.append(StackMember(config, judge.fingerprint))
-        store = working_folder(folder)
-        judged_by.append({dev.name: judge_dev(judge, dev, name=name, store=store) for dev in lists})
+    with Placement(runner or LocalRunner(), device, loads).connected() as placement:
+        lists = [
+            make_dev_lists(
+                dataset,
+                task,
+                dev_queries(dataset, num_queries=num_queries, seed=seed, from_end=True),
+                student=student,
+                depth=depth,
+                with_positives=True,
+                placement=placement,
+            )
+            for dataset, task in judged
+        ]
+        for name, config in zip(names, members, strict=True):  # one after another, so that only one is in memory
+            load = partial(load_judge, config, device=device, dtype=dtype)
+            judge, place = place_judge(config, load, placement.runner, device=device)
+            if judge.fingerprint in (part.fingerprint for part in parts):
+                raise InputError(f"member '{name}' is the same teacher as another member; name each once")
+            parts.append(StackMember(config, judge.fingerprint))
+            store = working_folder(folder)
+            judged_by.append(
+                {dev.name: judge_dev(judge, dev, name=name, store=store, placement=place) for dev in lists}
+            )
     tasks: dict[Task, TaskReport] = {}
     stacks: dict[Task, Stack] = {}
     different: list[Task] = list(dict.fromkeys(task for _, task in judged))

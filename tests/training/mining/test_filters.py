@@ -24,7 +24,7 @@ from d2llm.training.mining.audit import MarginHistogram, audit_page, rank_range
 from d2llm.training.mining.choose import order_candidates, random_of
 from d2llm.training.mining.mine import MiningResult, mine
 from d2llm.training.mining.ranking import encode_to_file
-from d2llm.training.mining.teacher import TeacherCheck
+from d2llm.training.mining.teacher import Judging, TeacherCheck
 from fake_models import FakeStudent, Interruption
 
 # BM25 for "cat" ranks shorter passages first: a, b, c, ...
@@ -68,7 +68,8 @@ class Teacher:
 
 def check(folder: Path, dataset: Dataset, judge: Teacher | None, margin: float) -> TeacherCheck:
     store = LabelStore(folder, teacher="t", prompt="p", dataset="tiny")
-    return TeacherCheck(store, judge, "asymmetric", margin, dataset.passages)
+    judging = None if judge is None else Judging.here(judge)
+    return TeacherCheck(store, judging, "asymmetric", margin, dataset.passages)
 
 
 LISTS = {"bm25": list("abcde"), "cosine": list("edxyz")}

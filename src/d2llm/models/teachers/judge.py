@@ -98,6 +98,16 @@ def identify_judge(config: TeacherConfig) -> TeacherIdentity:
     return _teacher_class(config).identify(config)
 
 
+def asks_endpoint(config: TeacherConfig) -> bool:
+    """Whether a teacher, or a member of a stack, is remote: then its endpoint sets the pace, wherever it is asked."""
+    kind = find_kind(config)
+    if kind != "stack":
+        return kind == "remote"
+    from d2llm.models.teachers.stacked import stacked_members
+
+    return any(asks_endpoint(member) for member in stacked_members(config))
+
+
 def _teacher_class(config: TeacherConfig) -> Any:
     """The class of the teacher's kind, imported only when it is needed."""
     module, name = _CLASSES[find_kind(config)]

@@ -169,6 +169,11 @@ def stacked_queries(config: TeacherConfig) -> dict[str, frozenset[str]]:
     return {name: frozenset(fitted["dev_queries"]) for name, fitted in fitted_on.items()}
 
 
+def stacked_members(config: TeacherConfig) -> list[TeacherConfig]:
+    """The members of the stack in the folder ``config.model``."""
+    return [member.config for member in _read(Path(config.model))[0]]
+
+
 def _member_entry(folder: Path, member: StackMember) -> dict[str, Any]:
     config, place = member.config, Path(member.config.model)
     relative = None

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -132,34 +133,46 @@ CandidateCheck = Callable[[Selection, NegativeCandidate], Dropped | None]
 
 
 def select(
-    selections: Sequence[Selection], num_hard: int, checks: Sequence[CandidateCheck], teacher: TeacherCheck | None
+    blocks: Sequence[Sequence[Selection]],
+    num_hard: int,
+    checks: Sequence[CandidateCheck],
+    teacher: TeacherCheck | None,
 ) -> None:
     """Try the candidates of some queries until each has ``num_hard`` negatives or no candidate is left.
 
     Each round proposes as many candidates as are still missing, so that the teacher judges many pairs at once, and few
-    that are not needed.
+    that are not needed. The pairs of a block are judged in one call.
     """
-    unfinished = list(selections)
+    unfinished = [list(block) for block in blocks]
     while unfinished:
-        proposed = [(item, _propose(item, num_hard - len(item.kept), checks)) for item in unfinished]
+        proposed = [
+            [(item, _propose(item, num_hard - len(item.kept), checks)) for item in block] for block in unfinished
+        ]
         if teacher is not None:
             teacher.judge(
                 [
-                    (item.query, item.positives + tuple(c.passage_id for c in candidates))
-                    for item, candidates in proposed
-                    if candidates
+                    [
+                        (item.query, item.positives + tuple(c.passage_id for c in candidates))
+                        for item, candidates in block
+                        if candidates
+                    ]
+                    for block in proposed
                 ]
             )
-        for item, candidates in proposed:
+        for item, candidates in chain.from_iterable(proposed):
             for candidate in candidates:
                 drop = None if teacher is None else _teacher_drop(teacher, item, candidate)
                 if drop is None:
                     item.kept.append(candidate)
                 else:
                     item.dropped.append(drop)
-        unfinished = [
-            item for item in unfinished if len(item.kept) < num_hard and item.num_tried < len(item.candidates)
-        ]
+        rest = [[item for item in block if _lacks_negatives(item, num_hard)] for block in unfinished]
+        unfinished = [block for block in rest if block]
+
+
+def _lacks_negatives(item: Selection, num_hard: int) -> bool:
+    """Whether a query needs more negatives and has candidates that were not tried."""
+    return len(item.kept) < num_hard and item.num_tried < len(item.candidates)
 
 
 def near_duplicate_check(passages: Mapping[str, Passage], threshold: float) -> CandidateCheck:
@@ -215,7 +228,7 @@ def _teacher_drop(teacher: TeacherCheck, item: Selection, candidate: NegativeCan
     return Dropped(candidate, "teacher_margin", value, limit)
 
 
-_QUERIES_AT_ONCE = 32  # number of queries whose candidates the teacher judges together
+_QUERIES_AT_ONCE = 32  # number of queries whose candidates the teacher judges in one call
 
 
 @dataclass(frozen=True)
@@ -279,28 +292,38 @@ def choose(
         if ranked.encoder is None:
             raise InputError("mining.relative_margin needs an encoder's scores; add 'encoder' to mining.sources")
         checks.append(relative_margin_check(ranked.encoder, config.relative_margin))
-    for start in range(0, len(queries), _QUERIES_AT_ONCE):
-        block: list[Selection] = []
-        for place, query in enumerate(queries[start : start + _QUERIES_AT_ONCE], start=start):
-            own = positives[query.id]
-            forbidden = judged.relevant(query.id, own) | judged.repeats(query.id, own)
-            candidates = order_candidates(
-                {source: lists[place] for source, lists in ranked.lists.items()},
-                forbidden,
-                config.range_min,
-                config.sampling,
-                random_of(*seeds, query.id),
-            )
-            block.append(Selection(query, own, candidates, judged.negative(query.id), place, forbidden))
-        select(block, config.num_hard, checks, teacher)
-        for item in block:
-            if record is not None:
-                record(item, _scores(item, ranked, teacher))
-            if teacher is not None:
-                teacher.keep(item.query.id, (*item.positives, *(c.passage_id for c in item.kept)))
-            yield item
-    if teacher is not None:
-        teacher.write()
+
+    def begin(place: int, query: Query) -> Selection:
+        own = positives[query.id]
+        forbidden = judged.relevant(query.id, own) | judged.repeats(query.id, own)
+        candidates = order_candidates(
+            {source: lists[place] for source, lists in ranked.lists.items()},
+            forbidden,
+            config.range_min,
+            config.sampling,
+            random_of(*seeds, query.id),
+        )
+        return Selection(query, own, candidates, judged.negative(query.id), place, forbidden)
+
+    num_together = _QUERIES_AT_ONCE * (1 if teacher is None else teacher.num_together)
+    try:
+        for first in range(0, len(queries), num_together):
+            together = [begin(place, query) for place, query in enumerate(queries[first : first + num_together], first)]
+            selections = [
+                together[start : start + _QUERIES_AT_ONCE] for start in range(0, len(together), _QUERIES_AT_ONCE)
+            ]
+            select(selections, config.num_hard, checks, teacher)
+            for item in together:
+                if record is not None:
+                    record(item, _scores(item, ranked, teacher))
+                if teacher is not None:
+                    teacher.keep(item.query.id, (*item.positives, *(c.passage_id for c in item.kept)))
+                yield item
+        if teacher is not None:
+            teacher.write()
+    finally:
+        if teacher is not None:
+            teacher.close()
 
 
 @contextmanager

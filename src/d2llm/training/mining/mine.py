@@ -18,6 +18,7 @@ from d2llm.data.plan import PlanEntry
 from d2llm.data.same_text import SameText
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
+from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import bm25_lists
 from d2llm.training.mining.audit import Audit
 from d2llm.training.mining.choose import DatasetJudgements, Ranked, choose, draw_easy, key_of, random_of, work_folder
@@ -62,6 +63,7 @@ def mine(
     max_queries: int | None = None,
     exclude_passages_of: Sequence[str] = ("dev", "test"),
     work: Path | None = None,
+    placement: Placement = HERE,
 ) -> MiningResult:
     """Choose hard and easy negatives for the queries of a split.
 
@@ -86,6 +88,7 @@ def mine(
             passages have never been positives in training. The passages are still used as negatives.
         work: a folder that keeps the passages' vectors, so that an interrupted run, or another draw, need not encode
             them again; by default a temporary one.
+        placement: where texts are encoded: in this process, or by the workers of a cluster; ``teacher`` has its own.
 
     Raises:
         InputError: there is no query to mine for or no list to mine from, or a teacher's margin is set without a
@@ -116,6 +119,7 @@ def mine(
             task=task,
             name="cosine" if student is None else "student",
             resumable=work is not None,
+            placement=placement,
             tally=tally,
         )
         audit = Audit(dataset.passages, list(ranked.lists), frozenset(shown))
@@ -154,6 +158,7 @@ def _rank(
     task: Task,
     name: str,
     resumable: bool,
+    placement: Placement,
     tally: _Tally,
 ) -> Ranked:
     """Make the lists, cut at the end of their ranges."""
@@ -166,7 +171,14 @@ def _rank(
         tally.seconds["bm25"] = time.perf_counter() - begin
     if "encoder" in config.sources and ranker is not None:
         encoder = EncoderRanking(
-            ranker, dataset.passages, corpus, queries, task=task, folder=folder, resumable=resumable
+            ranker,
+            dataset.passages,
+            corpus,
+            queries,
+            task=task,
+            folder=folder,
+            resumable=resumable,
+            placement=placement,
         )
         tally.seconds["encoding"] = encoder.encoding_seconds
         begin = time.perf_counter()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,13 @@ from d2llm.data.plan import read_plan, write_plan
 from d2llm.data.run_folder import is_finished, manifest_of
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import find_tuned_teacher
-from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
+from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge
+from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
+from d2llm.runners.placement import Load, Placement, load_work
+from d2llm.runners.runner import Runner, find_runner
 from d2llm.training.mining.audit import audit_page
 from d2llm.training.mining.mine import mine
-from d2llm.training.mining.teacher import TeacherCheck
+from d2llm.training.mining.teacher import Judging, TeacherCheck, judge_texts
 
 if TYPE_CHECKING:
     from d2llm.training.run import Run, Skipped
@@ -30,12 +35,19 @@ if TYPE_CHECKING:
 _remarks = logging.getLogger("d2llm.remarks")
 _log = logging.getLogger(__name__)
 _SPLIT = "train"
+_CALLS_TOGETHER = 16  # calls to the teacher on a cluster, about 32 queries each: lost if the work is interrupted
 
 
 def mine_plans(
-    run: Run, *, again: bool = False, student: str | None = None, before_tuning: bool = False
+    run: Run,
+    *,
+    again: bool = False,
+    student: str | None = None,
+    before_tuning: bool = False,
+    runner: str | Runner = "local",
 ) -> dict[str, dict[str, Any] | Skipped]:
     """See ``Run.mine``."""
+    runner = find_runner(runner)
     mining = run.recipe.mining
     if student is not None:
         mining = mining.model_copy(update={"student": student})
@@ -52,19 +64,23 @@ def mine_plans(
     used = _without_margin(mining) if filters_later else mining
     reports: dict[str, dict[str, Any] | Skipped] = {}
     miners: _Miners | None = None
-    for data in run.recipe.data:
-        folder = run.parts.plan(data)
-        if is_finished(folder) and not again:
-            reports[folder.name] = run.skip(f"mine: {folder} is finished; --again rebuilds it")
-            _compare_settings(run, data, folder, mining, remedy="mine with --again")
-            continue
-        miners = miners or _Miners.load(run, used)
-        reports[folder.name] = _mine_one(run, data, folder, used, miners, keeps_vectors=filters_later)
+    with ExitStack() as connection:
+        for data in run.recipe.data:
+            folder = run.parts.plan(data)
+            if is_finished(folder) and not again:
+                reports[folder.name] = run.skip(f"mine: {folder} is finished; --again rebuilds it")
+                _compare_settings(run, data, folder, mining, remedy="mine with --again")
+                continue
+            miners = miners or _Miners.load(run, used, connection.enter_context(runner.connected()))
+            reports[folder.name] = _mine_one(run, data, folder, used, miners, keeps_vectors=filters_later)
     return reports
 
 
-def filter_plans(run: Run, closed: Collection[str]) -> dict[str, dict[str, Any] | Skipped] | Skipped:
+def filter_plans(
+    run: Run, closed: Collection[str], *, runner: str | Runner = "local"
+) -> dict[str, dict[str, Any] | Skipped] | Skipped:
     """See ``Run.filter``. The plans that the teacher was tuned on are kept; its judgements are added to the labels."""
+    runner = find_runner(runner)
     mining = run.recipe.mining
     if mining.teacher_margin is None:
         return run.skip("filter: the recipe has no teacher's margin (mining.teacher_margin)")
@@ -73,24 +89,25 @@ def filter_plans(run: Run, closed: Collection[str]) -> dict[str, dict[str, Any] 
     reports: dict[str, dict[str, Any] | Skipped] = {}
     miners: _Miners | None = None
     teacher = identify_judge(run.teacher).fingerprint
-    for data in run.recipe.data:
-        mined, folder = run.parts.plan(data), run.parts.filtered_plan(data)
-        name = folder.name
-        source = open_source(data.path, splits=["dev"])
-        if isinstance(source, PairSource):
-            reports[name] = run.skip(f"filter: {name}: labelled pairs are not mined")
-        elif source.name in closed:
-            run.put_aside("filter", folder)
-            reports[name] = run.skip(f"filter: {name}: the mined plan is used, because the gate is closed")
-        elif manifest_of(mined).get("teacher") == teacher:
-            reports[name] = run.skip(f"filter: {name}: {mined} was mined with this teacher's margin")
-        elif is_finished(folder):
-            reports[name] = run.skip(f"filter: {name}: {folder} is finished; run with --again filter rebuilds it")
-            _compare_settings(run, data, folder, mining, remedy="run with --again filter", teacher=teacher)
-        else:
-            miners = miners or _Miners.load(run, mining)
-            reports[name] = _mine_one(run, data, folder, mining, miners, verb="filter")
-        shutil.rmtree(run.parts.mining_work(data), ignore_errors=True)
+    with ExitStack() as connection:
+        for data in run.recipe.data:
+            mined, folder = run.parts.plan(data), run.parts.filtered_plan(data)
+            name = folder.name
+            source = open_source(data.path, splits=["dev"])
+            if isinstance(source, PairSource):
+                reports[name] = run.skip(f"filter: {name}: labelled pairs are not mined")
+            elif source.name in closed:
+                run.put_aside("filter", folder)
+                reports[name] = run.skip(f"filter: {name}: the mined plan is used, because the gate is closed")
+            elif manifest_of(mined).get("teacher") == teacher:
+                reports[name] = run.skip(f"filter: {name}: {mined} was mined with this teacher's margin")
+            elif is_finished(folder):
+                reports[name] = run.skip(f"filter: {name}: {folder} is finished; run with --again filter rebuilds it")
+                _compare_settings(run, data, folder, mining, remedy="run with --again filter", teacher=teacher)
+            else:
+                miners = miners or _Miners.load(run, mining, connection.enter_context(runner.connected()))
+                reports[name] = _mine_one(run, data, folder, mining, miners, verb="filter")
+            shutil.rmtree(run.parts.mining_work(data), ignore_errors=True)
     return reports
 
 
@@ -100,22 +117,40 @@ def _without_margin(mining: MiningConfig) -> MiningConfig:
 
 @dataclass(frozen=True)
 class _Miners:
-    """The models for mining: at most one of encoder and student, and the teacher for the margin."""
+    """What mines: at most one of encoder and student, where they encode, and where the teacher judges for the margin.
+
+    Encoder and student also score passages here. The teacher is loaded only where it judges.
+    """
 
     encoder: Student | None
     student: Student | None
-    judge: Judge | None
+    placement: Placement
+    judging: Judging | None
 
     @classmethod
-    def load(cls, run: Run, mining: MiningConfig) -> _Miners:
-        student = None if mining.student is None else Student.load(mining.student, device=run.device, dtype=run.dtype)
-        ranks = "encoder" in mining.sources
-        filters = mining.teacher_margin is not None
-        return cls(
-            encoder=run.new_student() if ranks and student is None else None,
-            student=student if ranks else None,
-            judge=load_judge(run.teacher, device=run.device, dtype=run.dtype) if filters else None,
-        )
+    def load(cls, run: Run, mining: MiningConfig, runner: Runner) -> _Miners:
+        options = {"device": run.device, "dtype": run.dtype}
+        encoder = student = None
+        loads: Mapping[str, Load | None] = {}
+        if "encoder" in mining.sources and mining.student is not None:
+            load = partial(load_student, mining.student, **options)
+            student = load()
+            loads = encoder_loads(student, load)
+        elif "encoder" in mining.sources:
+            load = partial(create_student, run.recipe.student, **options, seed=run.recipe.seed)
+            encoder = load()
+            loads = encoder_loads(encoder, load)
+        judging = None if mining.teacher_margin is None else _judging(run, runner)
+        return cls(encoder, student, Placement(runner, run.device, loads), judging)
+
+
+def _judging(run: Run, runner: Runner) -> Judging:
+    """Where the run's teacher judges; a remote one is asked from here, as its endpoint sets the pace."""
+    load = partial(load_judge, run.teacher, device=run.device, dtype=run.dtype)
+    if runner.is_local or asks_endpoint(run.teacher):
+        return Judging.here(load())
+    work = partial(load_work, load, identify_judge(run.teacher).fingerprint, judge_texts)
+    return Judging(partial(runner.workers, work, device=run.device), num_together=_CALLS_TOGETHER)
 
 
 def _mine_one(
@@ -137,7 +172,7 @@ def _mine_one(
         identity = identify_judge(run.teacher)
         prompt = identity.prompts[data.task]
         labels = LabelStore(run.parts.labels, teacher=identity.fingerprint, prompt=prompt, dataset=dataset.name)
-        teacher = TeacherCheck(labels, miners.judge, data.task, mining.teacher_margin, dataset.passages)
+        teacher = TeacherCheck(labels, miners.judging, data.task, mining.teacher_margin, dataset.passages)
     work = run.parts.mining_work(data)
     result = mine(
         dataset,
@@ -151,6 +186,7 @@ def _mine_one(
         max_queries=data.max_queries,
         exclude_passages_of=held_out if data.exclude_shared_passages else (),
         work=work,
+        placement=miners.placement,
     )
     report = result.report
     content = {"dataset": dataset.name, "split": _SPLIT, "settings": _settings(run, data, mining), "report": report}

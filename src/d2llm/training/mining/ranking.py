@@ -9,6 +9,7 @@ import json
 import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from d2llm.core.files import write_json
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Passage, Query, Task
+from d2llm.models.backbone import EncodedTexts
 from d2llm.ops.selection import ids_at, nearest_rows, top_rows
 from d2llm.retrieval.protocols import SearchStudent, TextEncoder
+from d2llm.retrieval.text_workers import TextShard, encode_shard, encode_texts
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
+from d2llm.runners.placement import HERE, Placement
+from d2llm.runners.runner import LocalWorkers, Workers
 
 _RESCORED = 4  # candidates by inner product per entry of a list by the full score
 _MIN_RESCORED = 200
@@ -34,7 +39,8 @@ Lists = list[list[str]]
 class EncoderRanking:
     """A student's scores of the passages ``ids`` (in ascending order), from vectors in a memory-mapped file.
 
-    See ``encode_to_file`` for ``folder``, ``resumable`` and errors.
+    ``placement`` says where texts are encoded; scores are computed here. See ``encode_to_file`` for ``folder``,
+    ``resumable`` and errors.
     """
 
     def __init__(
@@ -47,14 +53,17 @@ class EncoderRanking:
         task: Task,
         folder: Path,
         resumable: bool,
+        placement: Placement = HERE,
     ) -> None:
         begin = time.perf_counter()
         self._student = student
         self._ids = ids
         self._task: Task = task
-        self._vectors = encode_to_file(student, passages, ids, folder, resumable=resumable)
-        with progress_bar("encoding queries", len(queries)) as advance:
-            encoded = student.encode_queries([query.text for query in queries], advance=advance)
+        texts = [query.text for query in queries]
+        with placement.workers(student, encode_shard) as workers:
+            self._vectors = encode_to_file(student, passages, ids, folder, resumable=resumable, workers=workers)
+            with progress_bar("encoding queries", len(queries)) as advance:
+                encoded = encode_texts(workers, texts, "query", advance=advance)
         self._queries = finite(encoded.vectors, "query", [query.id for query in queries])
         self.encoding_seconds = time.perf_counter() - begin
 
@@ -88,12 +97,19 @@ class EncoderRanking:
 
 
 def encode_to_file(
-    encoder: TextEncoder, passages: Mapping[str, Passage], ids: Sequence[str], folder: Path, *, resumable: bool = True
+    encoder: TextEncoder,
+    passages: Mapping[str, Passage],
+    ids: Sequence[str],
+    folder: Path,
+    *,
+    resumable: bool = True,
+    workers: Workers[TextShard, EncodedTexts] | None = None,
 ) -> NDArray[np.float32]:
     """Encode passages into a file in ``folder``, continuing where an earlier run stopped: [len(ids), dim], mapped.
 
     The file's name contains a fingerprint of encoder and texts, so that vectors of another encoder or corpus are never
-    used by mistake. ``resumable=False`` skips computing it, for a folder that is deleted anyway.
+    used by mistake. ``resumable=False`` skips computing it, for a folder that is deleted anyway. ``workers`` do
+    ``encode_shard`` elsewhere, instead of ``encoder``.
 
     Raises:
         ModelError: a vector is not finite.
@@ -105,9 +121,11 @@ def encode_to_file(
     target: Any = np.load(path, mmap_mode="r+") if finished else None
     with progress_bar("encoding passages", len(ids)) as advance:
         advance(finished)
-        for start in range(finished, len(ids), BLOCK_PASSAGES):
-            block = ids[start : start + BLOCK_PASSAGES]
-            encoded = encoder.encode_passages([passages[passage_id].full_text for passage_id in block], advance=advance)
+        blocks = [ids[start : start + BLOCK_PASSAGES] for start in range(finished, len(ids), BLOCK_PASSAGES)]
+        shards = (TextShard([passages[passage_id].full_text for passage_id in block], "passage") for block in blocks)
+        encoders = workers or LocalWorkers(partial(encode_shard, encoder))
+        start = finished
+        for block, encoded in zip(blocks, encoders.map(shards, advance), strict=True):
             vectors = finite(encoded.vectors, "passage", block)
             if target is None:
                 shape = (len(ids), vectors.shape[1])
@@ -116,6 +134,7 @@ def encode_to_file(
             target.flush()
             if resumable:
                 write_json(state, {"rows": start + len(block)})
+            start += len(block)
     del target
     # "c" (copy on write) never changes the file, and avoids torch's warning about read-only arrays.
     return np.load(path, mmap_mode="c")

@@ -2,55 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float32
 
+from d2llm.core.progress import ignore
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.evaluation.judging import JudgingCounts, LabelWriter, gram_matrix
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.judge import Judge, Judgements, TextPair
+from d2llm.runners.runner import LocalWorkers, Workers
+
+
+@dataclass(frozen=True, slots=True)
+class PairTexts:
+    """Pairs to judge in one call, with their features."""
+
+    texts: list[TextPair]
+    task: Task
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def judge_texts(judge: Judge, pairs: PairTexts, advance: Callable[[int], None]) -> Judgements:
+    """Judge some pairs; ``advance`` is called with the number of pairs finished."""
+    return judge.judge(pairs.texts, pairs.task, with_features=True, advance=advance)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Where a teacher judges candidates: ``open`` starts workers that do ``judge_texts``.
+
+    ``num_together`` calls to the teacher are made at a time, each about a few queries; on a cluster so many that its
+    workers are busy.
+    """
+
+    open: Callable[[], AbstractContextManager[Workers[PairTexts, Judgements]]]
+    num_together: int = 1
+
+    @classmethod
+    def here(cls, judge: Judge) -> Judging:
+        """Judging by a teacher in this process."""
+        return cls(lambda: nullcontext(LocalWorkers(partial(judge_texts, judge))))
 
 
 class TeacherCheck:
     """Log-odds of candidates and positives, for the teacher's margin.
 
     Pairs in the store ``labels`` of this teacher and prompt are not judged again, and new labels are added to it;
-    ``counts`` are those of the pairs judged now. If ``judge`` is None, only stored labels are used. A candidate with
+    ``counts`` are those of the pairs judged now. If ``judging`` is None, only stored labels are used. A candidate with
     log-odds above the mean of the positives minus ``margin`` is not a negative.
+
+    Workers are started by the first call that needs them; ``close`` ends them.
     """
 
     def __init__(
-        self, labels: LabelStore, judge: Judge | None, task: Task, margin: float, passages: Mapping[str, Passage]
+        self, labels: LabelStore, judging: Judging | None, task: Task, margin: float, passages: Mapping[str, Passage]
     ) -> None:
         self.labels = labels
         self.counts = JudgingCounts()
-        self._judge, self._margin, self._passages = judge, margin, passages
+        self.num_together = 1 if judging is None else judging.num_together
+        self._judging, self._margin, self._passages = judging, margin, passages
+        self._open = ExitStack()
+        self._judges: Workers[PairTexts, Judgements] | None = None
         self._task: Task = task
         self._writer = LabelWriter(labels)
         self._new_log_odds: dict[str, dict[str, float]] = {}
         self._features: dict[tuple[str, str], Float32[np.ndarray, " dim"]] = {}
 
-    def judge(self, candidates: Sequence[tuple[Query, Sequence[str]]]) -> None:
-        """Let the teacher judge the passages that have no label yet, all in one call."""
-        if self._judge is None:
+    def judge(self, calls: Sequence[Sequence[tuple[Query, Sequence[str]]]]) -> None:
+        """Let the teacher judge the passages that have no label yet; no query is in two of the calls to it."""
+        if self._judging is None:
             return
-        pairs = [
-            (query, passage_id)
-            for query, passage_ids in candidates
-            for passage_id in self.labels.missing(query.id, passage_ids)
-            if passage_id not in self._new_log_odds.get(query.id, ())
-        ]
-        if not pairs:
+        new = [[pair for query, ids in call for pair in self._without_label(query, ids)] for call in calls]
+        new = [pairs for pairs in new if pairs]
+        if not new:
             return
-        texts = [(query.text, self._passages[passage_id].full_text) for query, passage_id in pairs]
-        judgements = self._judge.judge(texts, self._task, with_features=True)
-        for number, (query, passage_id) in enumerate(pairs):
-            self._new_log_odds.setdefault(query.id, {})[passage_id] = float(judgements.log_odds[number])
-            if judgements.features is not None:
-                self._features[query.id, passage_id] = judgements.features[number]
-        self.counts.add(JudgingCounts.count(judgements))
+        if self._judges is None:
+            self._judges = self._open.enter_context(self._judging.open())
+        shards = (
+            PairTexts([(query.text, self._passages[passage_id].full_text) for query, passage_id in pairs], self._task)
+            for pairs in new
+        )
+        for pairs, judgements in zip(new, self._judges.map(shards, ignore), strict=True):
+            for number, (query, passage_id) in enumerate(pairs):
+                self._new_log_odds.setdefault(query.id, {})[passage_id] = float(judgements.log_odds[number])
+                if judgements.features is not None:
+                    self._features[query.id, passage_id] = judgements.features[number]
+            self.counts.add(JudgingCounts.count(judgements))
+
+    def close(self) -> None:
+        """End the workers, if any were started."""
+        self._open.close()
+        self._judges = None
+
+    def _without_label(self, query: Query, passage_ids: Sequence[str]) -> list[tuple[Query, str]]:
+        judged = self._new_log_odds.get(query.id, ())
+        return [(query, name) for name in self.labels.missing(query.id, passage_ids) if name not in judged]
 
     def log_odds(self, query_id: str, passage_id: str) -> float | None:
         """The teacher's log-odds; None if there is no label."""
