@@ -359,7 +359,7 @@ class RetrievalWork:
         ``view`` replaces the index's own view, ``trial`` the queries of all systems. ``passages_per_second`` is the
         encoding speed.
         """
-        searched = view or index.view
+        searched = view or index.unsharded_view
         searcher = Searcher(searched, index.student, settings, cascade=cascade)
         system = student_system(name, kind, searcher, trial or self.trial)
         evidence_bytes = searched.words.num_bytes if searcher.weights.counts_words else 0
