@@ -3,8 +3,8 @@
     python benchmarks/sharding.py                                 20,000 passages in 4 shards
     python benchmarks/sharding.py --passages 1000000 --json benchmarks/results/sharding.json
 
-The index is built from real texts and variations of them (`scaling.corpus`), and copied into shards (`d2llm shard`). Vectors
-of passages and tokens are real ones and variations. Shards are in one process on one disk and are searched one after
+The index is built from real texts and variations of them (`scaling.corpus`), and copied into shards (`d2llm shard`).
+Vectors of passages and tokens are real ones and variations. Shards are in one process on one disk and are searched one after
 the other with one thread, so the ratio of the times is what sharding costs, without what several machines would save.
 Searches of both are interleaved, query by query. Encoding the query, which happens once for all shards, is not counted.
 """

@@ -67,6 +67,7 @@ def test_a_missing_shard_or_file_is_an_error_with_the_url(one, tmp_path, cache):
     assert len(list(cache.glob("*-1-*"))) == 0  # no half copy
     memory.store[name] = content
     memory.rm("/bucket/docs/shard-0000", recursive=True)
+    shutil.rmtree(cache)
     with pytest.raises(InputError, match="shard-0000: there is no shard"):
         Index.open(folder)
 

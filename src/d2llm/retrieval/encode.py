@@ -23,7 +23,6 @@ from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.runners.runner import Runner, Work, Workers, find_runner
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND, VectorCopies
-from d2llm.store.index_store import IndexStore
 from d2llm.store.sharded_store import KIND as SHARDED_KIND
 from d2llm.store.sharded_store import Storage, open_storage
 from d2llm.store.side_files import Chunking
@@ -253,7 +252,6 @@ def _describe(fingerprint: str, token_projection: str | None) -> str:
 def _no_other_writer(folder: Path) -> AbstractContextManager[None]:
     """Hold the write lock of the index to be replaced, so that no partial write ends up in the new one."""
     try:
-        storage = open_storage(folder)
-        return storage.locked() if isinstance(storage, IndexStore) else storage.writing()
+        return open_storage(folder).locked()
     except InputError:  # there is no index, or none that can be written
         return nullcontext()

@@ -26,12 +26,13 @@ from d2llm.retrieval.row_evidence import EvidenceParts, weights_for
 from d2llm.retrieval.settings import SearchSettings, changed
 from d2llm.retrieval.shard_search import ShardQuery, ShardSearch
 from d2llm.store.bm25 import CountedTerms, QueryWords
-from d2llm.store.sharded_view import joint_rows, merge_candidates, rows_by_shard
+from d2llm.store.sharded_view import joint_rows, map_in_threads, merge_candidates, rows_by_shard
 from d2llm.store.view import CandidateRows
 
 _WIDENED = 4  # factor for the number of candidates, if these belong to too few documents
 _ENCODED_AT_ONCE = 256  # queries: enough for full batches, few enough to keep the progress bar moving
 _SCANNED_AT_ONCE = 32  # queries: limited because their candidates are in memory together
+_SPARE_SHARE = 16  # rows of a shard's first proposals beyond its expected share
 _Answer = TypeVar("_Answer")
 
 
@@ -105,7 +106,7 @@ class _PreparedQuery:
 class Searcher:
     """``search`` for many calls: work that does not depend on the queries is done once. Arguments: see ``search``.
 
-    Every shard of the index does its part (``ShardSearch``), one after the other; what they return is merged here.
+    Every shard of the index does its part (``ShardSearch``), in threads; what they return is merged here.
     ``weights`` are those of the evidence in the scores.
     """
 
@@ -339,7 +340,7 @@ class Searcher:
         if "vectors" in self._sources and len(together) > 1:
             stacked = np.stack(together)
             missing: dict[int, MissingShard] = {}
-            scans = self._ask(missing, lambda _, shard: shard.scan_together(stacked, depth))
+            scans = self._ask(missing, lambda _, shard: shard.scan_together(stacked, self._share(depth)))
             prepared = [
                 replace(
                     one,
@@ -366,23 +367,31 @@ class Searcher:
         missing: dict[int, MissingShard],
         step: Callable[[int, ShardSearch], _Answer],
         places: Iterable[int] | None = None,
+        *,
+        in_turn: bool = False,
     ) -> dict[int, _Answer]:
-        """The answers of all shards, or of those at some places, by their places.
+        """The answers of all shards, or of those at some places, by their places; ``in_turn``: not at the same time.
 
         A shard that cannot be read is added to ``missing``, and not asked again, if that is allowed.
         """
         answers: dict[int, _Answer] = {}
-        for place in range(len(self._shards)) if places is None else places:
-            if place in missing:
-                continue
+        asked = [place for place in (range(len(self._shards)) if places is None else places) if place not in missing]
+
+        def answer(place: int) -> _Answer | MissingShard:
             shard = self._shards[place]
             try:
-                answers[place] = step(place, shard)
+                return step(place, shard)
             except (DataFormatError, StorageError, OSError) as error:
                 if not self._allow_missing:
                     raise
                 number = shard.view.store.manifest.get("shard", {}).get("number", place)
-                missing[place] = MissingShard(number, str(shard.view.store.folder), str(error))
+                return MissingShard(number, str(shard.view.store.folder), str(error))
+
+        for place, given in zip(asked, map(answer, asked) if in_turn else map_in_threads(answer, asked), strict=True):
+            if isinstance(given, MissingShard):
+                missing[place] = given
+            else:
+                answers[place] = given
         return answers
 
     def _anchor_is_score(self, sent: ShardQuery) -> bool:
@@ -470,11 +479,35 @@ class Searcher:
     def _proposals(
         self, prepared: _PreparedQuery, depth: int, missing: dict[int, MissingShard]
     ) -> dict[str, CandidateRows]:
-        """What each source proposes for one phrasing of a query: the best ``depth`` of what the shards propose."""
+        """What each source proposes for one phrasing of a query: the best ``depth`` of what the shards propose.
+
+        Passages are in shards at random, so each shard is first asked for little more than its share. If even the last
+        of these is among the best of all, it may have more of them, and is asked again.
+        """
         scanned = prepared.scanned if depth == prepared.depth else {}
+        share = self._share(depth)
         proposals = self._ask(
-            missing, lambda place, shard: shard.propose(prepared.sent, depth, scanned=scanned.get(place))
+            missing, lambda place, shard: shard.propose(prepared.sent, share, scanned=scanned.get(place))
         )
+        merged = self._merged(proposals, depth)
+        more = [
+            place
+            for place, own in proposals.items()
+            for name, one in own.items()
+            if len(one.rows) == share < depth and joint_rows(place, one.rows[-1:]) in merged[name].rows
+        ]
+        if not more:
+            return merged
+        again = self._ask(missing, lambda _, shard: shard.propose(prepared.sent, depth), dict.fromkeys(more))
+        return self._merged({place: again.get(place, own) for place, own in proposals.items()}, depth)
+
+    def _share(self, depth: int) -> int:
+        """How many of the best ``depth`` rows a shard is first asked for: seldom fewer than it has of them."""
+        mean = depth / len(self._shards)
+        return depth if len(self._shards) == 1 else min(depth, math.ceil(mean + 4 * math.sqrt(mean)) + _SPARE_SHARE)
+
+    def _merged(self, proposals: Mapping[int, Mapping[str, CandidateRows]], depth: int) -> dict[str, CandidateRows]:
+        """The best ``depth`` rows of each source, from those of the shards."""
         merged: dict[str, CandidateRows] = {}
         for name in self._sources:
             by_ids = name != "bm25" or self.settings.hybrid is not None
@@ -540,7 +573,7 @@ class Searcher:
             best = np.partition(best, len(best) - top_k)[-top_k:] if len(best) > top_k else best
             return certified
 
-        return merge_certified(self._ask(prepared.missing, certify), top_k, self._index.ids)
+        return merge_certified(self._ask(prepared.missing, certify, in_turn=True), top_k, self._index.ids)
 
     def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
         """The top ``top_k`` passages or documents by the student's score, a fusion of rankings, or the cascade.

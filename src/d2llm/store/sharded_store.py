@@ -319,13 +319,19 @@ class ShardedStore:
                     f"{self.folder}: shard {number} is in object storage ({record.address}), which is only read; "
                     "change the index that it was made from, and shard that again"
                 )
-        with ExitStack() as locks:
-            for store in self.stores:
-                locks.enter_context(store.writing())
+        with self.locked():
             try:
                 yield
             finally:
                 self.save()
+
+    @contextmanager
+    def locked(self) -> Generator[None]:
+        """Hold the write locks of all shards."""
+        with ExitStack() as locks:
+            for store in self.stores:
+                locks.enter_context(store.writing())
+            yield
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete the passages with these ids, each from the shard that has it; returns their number."""

@@ -5,8 +5,9 @@ A row of this view is the row of a shard, with the shard's place in the upper bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
 from heapq import nsmallest
 from typing import TypeVar
 
@@ -25,6 +26,8 @@ from d2llm.store.view import CandidateRows, PassageView
 
 _SHARD_SHIFT = 40
 _ROW_MASK = (1 << _SHARD_SHIFT) - 1
+_NUM_THREADS = 16
+_Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 
 
@@ -161,9 +164,25 @@ class ShardedView:
         self, rows: NDArray[np.int64], read: Callable[[PassageView, NDArray[np.int64]], Sequence[_Value]]
     ) -> list[_Value]:
         values: dict[int, _Value] = {}
-        for shard, places, own in rows_by_shard(rows):
-            values |= zip(places.tolist(), read(self.shards[shard], own), strict=True)
+        parts = rows_by_shard(rows)
+        for (_, places, _), own in zip(
+            parts, map_in_threads(lambda part: read(self.shards[part[0]], part[2]), parts), strict=True
+        ):
+            values |= zip(places.tolist(), own, strict=True)
         return [values[place] for place in range(len(rows))]
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="d2llm-shard")
+
+
+def map_in_threads(work: Callable[[_Item], _Value], items: Sequence[_Item]) -> Iterator[_Value]:
+    """The results of ``work`` for some items, in their order: in threads, if there are several.
+
+    Searching and reading a shard mostly wait for the disk or calculate without Python. ``work`` must not call this.
+    """
+    return map(work, items) if len(items) < 2 else _threads().map(work, items)
 
 
 def merge_candidates(
