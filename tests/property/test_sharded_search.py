@@ -49,7 +49,7 @@ def small_steps(monkeypatch):
 queries = st.lists(st.sampled_from([*WORDS, "nowhere"]), min_size=1, max_size=4).map(" ".join)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     text=queries,
     top_k=st.sampled_from([1, 3, 10, 60, 500]),
@@ -92,7 +92,7 @@ def test_a_sharded_search_is_that_of_one_index(pair, text, top_k, condition, evi
         assert proof.kth_score == pytest.approx(other.kth_score, rel=1e-5)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(text=queries, top_k=st.sampled_from([1, 5, 30]), reach=st.sampled_from([0.0, 1.0, 8.0]))
 def test_an_exact_search_is_brute_force(pair, text, top_k, reach):
     student = BoundedStudent()
