@@ -218,6 +218,12 @@ class TestBadInput:
             ):
                 action()
 
+    def test_a_store_that_is_not_sharded_is_needed(self, three):
+        with pytest.raises(
+            DataFormatError, match="three: is a sharded index, but this works with an index that is not"
+        ):
+            IndexStore.open(three)
+
     def test_a_missing_shard_can_be_allowed(self, three, made):
         shutil.rmtree(three / "shard-0001")
         index = Index.open(three, STUDENT, allow_missing=True)

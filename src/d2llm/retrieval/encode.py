@@ -22,8 +22,7 @@ from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.runners.runner import Runner, Work, Workers, find_runner
-from d2llm.store.index_manifest import FORMAT_VERSION, KIND, VectorCopies
-from d2llm.store.sharded_store import KIND as SHARDED_KIND
+from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND, VectorCopies
 from d2llm.store.sharded_store import Storage, open_storage
 from d2llm.store.side_files import Chunking
 from d2llm.store.vector_formats import make_format

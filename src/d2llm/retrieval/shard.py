@@ -25,7 +25,7 @@ from d2llm.core.types import PartKind
 from d2llm.store.blocks import ROW_MASK
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.checksums import RECORD_NAME
-from d2llm.store.index_manifest import find_index
+from d2llm.store.index_manifest import SHARDED_KIND, find_index
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.passage_table import PassageTable
@@ -33,7 +33,6 @@ from d2llm.store.remote_shards import upload_shard
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_store import (
     FORMAT_VERSION,
-    KIND,
     ShardedStore,
     ShardRecord,
     open_storage,
@@ -88,7 +87,7 @@ def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str
     """
     begin = time.perf_counter()
     source, folder = open_storage(find_index(Path(index))), Path(folder)
-    check_replaceable(folder, KIND)
+    check_replaceable(folder, SHARDED_KIND)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: already holds an index; give another folder")
     records = [(store.folder / RECORD_NAME).read_bytes() for store in source.stores]
@@ -161,7 +160,7 @@ def _upload(target: ShardedStore, remote: str, folder: Path) -> None:
     for number, (record, store) in enumerate(zip(target.records, target.stores, strict=True)):
         url = f"{remote}/{shard_name(number)}"
         records.append(replace(record, address=url, files=upload_shard(store.folder, url)))
-    with new_folder(folder, kind=KIND) as new:
+    with new_folder(folder, kind=SHARDED_KIND) as new:
         for path in side_files(target.folder):
             if path.is_file():
                 shutil.copy2(path, new / path.name)

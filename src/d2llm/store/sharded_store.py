@@ -34,6 +34,7 @@ from d2llm.core.manifest import package_versions, read_manifest
 from d2llm.core.shipped import name_student
 from d2llm.core.types import MissingShard, PartKind, Passage
 from d2llm.store.checksums import read_checked, write_checked
+from d2llm.store.index_manifest import SHARDED_KIND as KIND
 from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.remote_shards import fetch_shard, is_url
@@ -41,7 +42,6 @@ from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.storage import storage_errors
 from d2llm.store.vector_formats import VectorFormat
 
-KIND = "sharded index"
 FORMAT_VERSION = 1
 MAX_SHARDS = 1 << 16
 _SHARED = (
