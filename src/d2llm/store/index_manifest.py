@@ -43,9 +43,7 @@ def read_index_manifest(folder: Path) -> dict[str, Any]:
         DataFormatError: it is missing, damaged, or has another format.
     """
     if read_any_manifest(folder, KIND).get("kind") == SHARDED_KIND:
-        problem = (
-            "is a sharded index, but this works with an index that is not sharded; give that, or one of the shards"
-        )
+        problem = "is a sharded index, but one that is not sharded is needed here; give that, or one of its shards"
         raise DataFormatError(folder, problem)
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     kinds = {"student": str, "task": str, "dim": int, "vector_format": str}
