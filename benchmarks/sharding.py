@@ -6,8 +6,8 @@
 The index is built from real texts and variations of them (`scaling.corpus`), and copied into shards (`d2llm shard`).
 Vectors of passages and tokens are real ones and variations. All shards are on one disk and are searched by threads of
 one process, so on one core (`taskset -c 0`) the ratio of the times is what sharding costs, without what more cores or
-machines save. Searches of both are interleaved, query by query. Encoding the query, which happens once for all shards,
-is not counted.
+machines save. Processor times are those of all threads, which other work on the machine changes little. Searches of
+both are interleaved, query by query. Encoding the query, which happens once for all shards, is not counted.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def measure(
         for searcher in pair:
             searcher.rank([Query("0", task_queries.texts[0])])  # one-time work is not counted
     times: dict[str, list[list[float]]] = {name: [[], []] for name in KINDS}
+    processor_times: dict[str, list[list[float]]] = {name: [[], []] for name in KINDS}
     same = dict.fromkeys(KINDS, 0)
     scored: list[list[int]] = [[], []]
     for number, text in enumerate(task_queries.texts):
@@ -77,9 +78,10 @@ def measure(
         for name, pair in searchers.items():
             rankings: list[list[tuple[str, float]]] = []
             for place in (number % 2, 1 - number % 2):  # each is the first equally often
-                begin = time.perf_counter()
+                begin, processor_begin = time.perf_counter(), time.process_time()
                 (ranking,) = pair[place].rank([Query(str(number), text)], vectors=read.vectors, tokens=tokens)
                 times[name][place].append(1e3 * (time.perf_counter() - begin))
+                processor_times[name][place].append(1e3 * (time.process_time() - processor_begin))
                 rankings.append([(one.passage.id, round(one.score, 3)) for one in ranking.passages])
                 if ranking.certificate is not None:
                     scored[place].append(ranking.certificate.num_scored)
@@ -100,11 +102,15 @@ def measure(
     }
     for name, (single, sharded) in times.items():
         medians = [float(np.median(values)) for values in (single, sharded)]
+        work = [float(np.median(values)) for values in processor_times[name]]
         row["searches"][name] = {
             "same rankings": f"{same[name]} of {len(task_queries.texts)}",
             "p50 ms, one index": round(medians[0], 2),
             "p50 ms, sharded": round(medians[1], 2),
             "p50 ratio": round(medians[1] / medians[0], 3),
+            "processor ms, one index": round(work[0], 2),
+            "processor ms, sharded": round(work[1], 2),
+            "processor ratio": round(work[1] / work[0], 3),
             "p95 ratio": round(float(np.percentile(sharded, 95) / np.percentile(single, 95)), 3),
         }
     return row
@@ -133,7 +139,7 @@ def main() -> None:
     for name, facts in row["searches"].items():
         print(
             f"{name:<30} p50 {facts['p50 ms, one index']:8.1f} ms, sharded {facts['p50 ms, sharded']:8.1f} ms: "
-            f"{facts['p50 ratio']:.2f} times (goal {GOAL:g}); same rankings: {facts['same rankings']}"
+            f"{facts['p50 ratio']:.2f} times (goal {GOAL:g}), {facts['processor ratio']:.2f} in processor time; same rankings: {facts['same rankings']}"
         )
     if args.json:
         write_json(args.json, row)

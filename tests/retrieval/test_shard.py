@@ -9,7 +9,9 @@ import pytest
 
 from d2llm.core.errors import D2LLMError, DataFormatError, DuplicateIdError, IndexMismatchError, InputError
 from d2llm.core.types import Passage
+from d2llm.retrieval import build_ann as build_ann_module
 from d2llm.retrieval import upserting
+from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.shard import shard
@@ -153,6 +155,20 @@ def test_an_interrupted_copy_continues(made, tmp_path, monkeypatch):
     again = Index.open(tmp_path / "s", STUDENT)
     assert contents(again) == contents(Index.open(folder / "one", STUDENT))
     assert again.verify().problems == []
+
+
+def test_an_approximate_index_in_each_shard(three, monkeypatch):
+    monkeypatch.setattr(build_ann_module, "MIN_PASSAGES", 5)
+    index = Index.open(three, STUDENT)
+    for store in index.storage.stores:
+        build_ann(store, STUDENT, recall=0.9, depth=3)
+    index.refresh()
+    assert all(view.ann is not None for view in index.view.shards)
+    assert index.stats().ann_passages == len(index)
+    exact = dict(results_of(index.search("apple pear", sources=("vectors",), evidence={}, top_k=99)[0]))
+    found = results_of(index.search("apple pear", sources=("ann",), evidence={}, top_k=4, num_candidates=4)[0])
+    assert len(found) == 4
+    assert all(score == pytest.approx(exact[passage_id]) for passage_id, score in found)
 
 
 class TestBadInput:

@@ -25,12 +25,14 @@ from platformdirs import user_cache_path
 from d2llm.core.errors import DataFormatError, InputError, MissingExtraError
 from d2llm.core.extras import require
 from d2llm.core.files import new_folder
+from d2llm.core.progress import progress_bar
 from d2llm.store.checksums import FileSums, problem_of, read_checked, take_sums, write_checked
 from d2llm.store.storage import first_line
 from d2llm.store.write_lock import LOCK_NAME
 
 FILES_NAME = "files.json"
 EXTRA = "object-storage"
+_WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss"}  # making them may need other rights
 CACHE_VARIABLE = "D2LLM_SHARD_CACHE"
 """Environment variable with the folder for copies of shards; by default they are in the user's cache folder."""
 
@@ -63,11 +65,14 @@ def upload_shard(folder: Path, url: str) -> str:
     sums = {path: take_sums(folder / path) for path in paths}
     write_checked(folder / FILES_NAME, {"files": {path: [one.num_bytes, one.checksums] for path, one in sums.items()}})
     try:
-        with _storage(url, "written") as (system, root):
+        has_folders = url.partition("://")[0] not in _WITHOUT_FOLDERS
+        with _storage(url, "written") as (system, root), progress_bar("copying a shard", len(paths) + 1) as advance:
             for path in [*paths, FILES_NAME]:
                 target = f"{root}/{path}"
-                system.makedirs(target.rpartition("/")[0], exist_ok=True)
+                if has_folders:
+                    system.makedirs(target.rpartition("/")[0], exist_ok=True)
                 system.put_file(str(folder / path), target)
+                advance(1)
         return _checksum((folder / FILES_NAME).read_bytes())
     finally:
         (folder / FILES_NAME).unlink(missing_ok=True)
@@ -99,12 +104,16 @@ def fetch_shard(url: str, files: str, *, name: str) -> Path:
         with new_folder(target) as draft:
             (draft / FILES_NAME).write_bytes(content)
             listed: dict[str, Any] = read_checked(draft / FILES_NAME, required=True)["files"]
-            for path, sums in listed.items():
-                place = draft / path
-                place.parent.mkdir(parents=True, exist_ok=True)
-                system.get_file(f"{root}/{path}", str(place))
-                if (problem := problem_of(place, FileSums(*sums))) is not None:
-                    raise DataFormatError(f"{url}/{path}", f"{problem}; copy the shard there again")
+            with progress_bar("fetching a shard", len(listed)) as advance:
+                for path, sums in listed.items():
+                    place = draft / path
+                    if not place.resolve().is_relative_to(draft.resolve()):
+                        raise DataFormatError(f"{url}/{FILES_NAME}", f"names the file {path!r}, outside of the shard")
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    system.get_file(f"{root}/{path}", str(place))
+                    if (problem := problem_of(place, FileSums(*sums))) is not None:
+                        raise DataFormatError(f"{url}/{path}", f"{problem}; copy the shard there again")
+                    advance(1)
     return target
 
 
