@@ -139,7 +139,8 @@ def main() -> None:
     for name, facts in row["searches"].items():
         print(
             f"{name:<30} p50 {facts['p50 ms, one index']:8.1f} ms, sharded {facts['p50 ms, sharded']:8.1f} ms: "
-            f"{facts['p50 ratio']:.2f} times (goal {GOAL:g}), {facts['processor ratio']:.2f} in processor time; same rankings: {facts['same rankings']}"
+            f"{facts['p50 ratio']:.2f} times (goal {GOAL:g}), {facts['processor ratio']:.2f} in processor time; "
+            f"same rankings: {facts['same rankings']}"
         )
     if args.json:
         write_json(args.json, row)

@@ -157,9 +157,10 @@ def test_an_interrupted_copy_continues(made, tmp_path, monkeypatch):
     assert again.verify().problems == []
 
 
-def test_an_approximate_index_in_each_shard(three, monkeypatch):
+def test_an_approximate_index_in_each_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(build_ann_module, "MIN_PASSAGES", 5)
-    index = Index.open(three, STUDENT)
+    index = Index.create(tmp_path / "i", STUDENT, num_shards=2, window_vectors=None, token_vectors=None)
+    index.upsert(random_passages(600))
     for store in index.storage.stores:
         build_ann(store, STUDENT, recall=0.9, depth=3)
     index.refresh()
