@@ -45,10 +45,16 @@ SLOW_FILES = (
     *("data/labels", "demo/corpus", "integrations/mteb", "integrations/texts", "models/packaged_e5"),
     *("evaluation/evaluate", "evaluation/evaluate_again", "evaluation/shortcuts", "evaluation/word_rows"),
     *("models/teachers/causal", "models/teachers/remote_endpoint", "models/teachers/shared_prefix"),
-    *("property/ann", "property/exact_search", "property/index_search", "property/store_state"),
-    *("retrieval/chunking", "retrieval/sync", "server/running", "server/slow_clients"),
+    *(
+        "property/ann",
+        "property/exact_search",
+        "property/index_search",
+        "property/sharded_search",
+        "property/store_state",
+    ),
+    *("retrieval/chunking", "retrieval/shard", "retrieval/sync", "server/running", "server/slow_clients"),
     *("runners/ray_runner", "runners/ray_verbs"),
-    *("store/ann", "store/part_vectors", "training/residual", "training/tune_stopping"),
+    *("store/ann", "store/part_vectors", "store/remote_shards", "training/residual", "training/tune_stopping"),
 )
 
 

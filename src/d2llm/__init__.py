@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.settings import SearchSettings
+    from d2llm.retrieval.shard import shard
     from d2llm.retrieval.sync import sync_documents
     from d2llm.sizing.plan import SizePlan
     from d2llm.sizing.size import size
@@ -120,6 +121,7 @@ __all__ = [
     "read_beir",
     "read_gate",
     "read_pairs",
+    "shard",
     "showing_progress",
     "size",
     "starting_recipe",
@@ -176,6 +178,7 @@ _HOMES = {
     "d2llm.training.fit_tokens": ("fit_tokens",),
     "d2llm.training.fit_probabilities": ("fit_probabilities",),
     "d2llm.retrieval.settings": ("SearchSettings",),
+    "d2llm.retrieval.shard": ("shard",),
     "d2llm.sizing.plan": ("SizePlan",),
     "d2llm.sizing.size": ("size",),
     "d2llm.training.starting_recipe": ("starting_recipe",),

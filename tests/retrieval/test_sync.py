@@ -111,10 +111,10 @@ def test_a_document_written_in_part_is_read_again(index, folder, monkeypatch):
     """Each passage is a commit here, and the process ends after the first of the document's two."""
     original = upserting._Upsert._compare
 
-    def ends(upsert, block):
+    def ends(upsert, shard, block):
         if block[0].id == "a.md#2":
             raise KeyboardInterrupt
-        return original(upsert, block)
+        return original(upsert, shard, block)
 
     monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 1)
     with monkeypatch.context() as patch:
@@ -132,10 +132,10 @@ def test_a_document_changed_in_part_is_read_again(index, folder, monkeypatch):
     write(folder / "a.md", "# A\nthe cow\n## B\nthe pig")
     original = upserting._Upsert._compare
 
-    def ends(upsert, block):
+    def ends(upsert, shard, block):
         if block[0].id == "a.md#2":
             raise KeyboardInterrupt
-        return original(upsert, block)
+        return original(upsert, shard, block)
 
     monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 1)
     with monkeypatch.context() as patch:

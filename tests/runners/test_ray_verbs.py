@@ -213,6 +213,17 @@ def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folde
         assert getattr(there, name) == getattr(here, name), name
 
 
+def test_shards_are_the_local_ones_bit_for_bit(tmp_path, student, student_folder, monkeypatch, two):
+    monkeypatch.setattr(upserting, "_BLOCK_WITH_TOKENS", 8)
+    options = {"token_vectors": "int4", "student_source": str(student_folder), "num_shards": 3}
+    encode(DOCUMENTS, student, tmp_path / "here", **options)
+    encode(DOCUMENTS, student, tmp_path / "there", runner=two, device="cpu", dtype="float32", **options)
+    for number in range(3):
+        shards = [tmp_path / name / f"shard-{number:04}" for name in ("there", "here")]
+        assert contents(shards[0]) == contents(shards[1])
+    assert Index.open(tmp_path / "there").verify().problems == []
+
+
 def test_ctrl_c_leaves_an_index_that_can_be_continued(tmp_path, student, student_folder, room):
     """Ctrl-C in a terminal reaches the program and what it has started."""
     corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index"

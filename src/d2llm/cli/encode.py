@@ -40,6 +40,10 @@ def encode(
     student: StudentOption = DEFAULT_STUDENT,
     exclude: ExcludeOption = None,
     file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE,
+    shards: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Make a sharded index of N shards.", show_default="not sharded"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -70,6 +74,7 @@ def encode(
         out,
         **vectors.given(),
         chunking=chunking,
+        num_shards=shards,
         student_source=source_of(student),
         overwrite=overwrite,
         runner=runner,

@@ -40,6 +40,7 @@ from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_SECONDS_PER_FILE
 if TYPE_CHECKING:
     from d2llm.data.documents import SkippedFile
     from d2llm.models.student import Student
+    from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.chunking import DocumentsReport
     from d2llm.retrieval.index import Index
 
@@ -348,9 +349,11 @@ def ann(
 
     session, index = session_of(context), opening.open(context)
     texts = None if queries is None else [query.text for query in read_queries(queries).values()]
-    report = build_ann(index.store, index.student, recall=recall, depth=depth, queries=texts)
-    session.say(ann_remark(report))
-    session.write_report(context, opening.json_path, report)
+    reports: list[AnnReport] = []
+    for store in index.storage.stores:
+        reports.append(build_ann(store, index.student, recall=recall, depth=depth, queries=texts))
+        session.say(ann_remark(reports[-1]))
+    session.write_report(context, opening.json_path, reports[0] if len(reports) == 1 else reports)
 
 
 @index_app.command("snapshot")
@@ -563,7 +566,7 @@ def _opened(folder: Path, new: NewIndexOptions, writing: WritingOptions) -> Gene
     try:
         yield index
     except BaseException:
-        if not len(index.store.table()):
+        if not len(index.storage.table()):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

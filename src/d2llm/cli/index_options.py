@@ -123,7 +123,7 @@ class NewIndexOptions(VectorOptions):
         """
         from d2llm.store.schema import MetadataSchema
 
-        manifest, known = index.store.manifest, index.store.metadata.fields
+        manifest, known = index.storage.manifest, index.storage.metadata.fields
         facts = {
             "--task": (self.task, manifest["task"]),
             "--vectors": (self.vectors, manifest["vector_format"]),

@@ -33,6 +33,7 @@ from d2llm.cli.run import distill, gate, label, mine, run, stack, tune_teacher
 from d2llm.cli.search import search
 from d2llm.cli.serve import serve
 from d2llm.cli.session import Session, start_logging
+from d2llm.cli.shard import shard
 from d2llm.cli.size import size
 from d2llm.core.errors import D2LLMError, Terminated
 from d2llm.core.progress import showing_progress
@@ -144,7 +145,7 @@ def prepare(
 
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Distil": (fit, init, run, mine, tune_teacher, gate, label, distill, stack, fit_tokens, fit_scores, push),
-    "Search": (encode, search),
+    "Search": (encode, search, shard),
     "Serve": (serve,),
     "Measure": (evaluate, ablate),
     "Tools": (export, demo, judge, size, doctor),

@@ -351,6 +351,15 @@ class Excerpt:
 
 
 @dataclass(frozen=True, slots=True)
+class MissingShard:
+    """A shard that gave no answer to a search: its number, its folder or URL, and why."""
+
+    number: int
+    address: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ranking:
     """The result of one query, best first; ties are broken by passage id.
 
@@ -358,7 +367,8 @@ class Ranking:
     index with versions, ``cascade`` by a search with a teacher. ``truncated``: the query is longer than the student
     reads, so its end did not affect the student's scores. ``selection``: the entries were selected from a longer
     ranking; a certificate then proves that ranking, not the order of the selection. ``expansion``: what a language
-    model added to the query.
+    model added to the query. ``missing_shards``: shards of a sharded index that gave no answer; their passages are not
+    in the ranking, and its certificate says nothing about them.
     """
 
     query: Query
@@ -371,6 +381,7 @@ class Ranking:
     truncated: bool = False
     selection: Selection | None = None
     expansion: QueryExpansion | None = None
+    missing_shards: tuple[MissingShard, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

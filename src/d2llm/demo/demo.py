@@ -160,7 +160,7 @@ def _sizes(index: Index, student_folder: Path) -> DemoSizes:
     return DemoSizes(
         index=folder_bytes(index.folder),
         per_passage=index.stats().bytes_per_passage,
-        vector_per_passage=index.view.format.code_size,
+        vector_per_passage=index.unsharded_view.format.code_size,
         student=folder_bytes(student_folder),
     )
 

@@ -140,7 +140,7 @@ def _check_index(folder: Path, device: str | None) -> Iterator[Finding]:
     try:
         index = Index.open(folder, device=device)
         stats = index.stats()
-        made_with = index.store.manifest.get("packages", {}).get("d2llm", "?")
+        made_with = index.storage.manifest.get("packages", {}).get("d2llm", "?")
         made = f"made with d2llm {made_with} (this: {__version__})"
         yield Finding("index", "contents", "ok", f"{stats.num_passages:,} passages at version {stats.version}, {made}")
         if stats.unindexed:

@@ -63,7 +63,7 @@ def _stored_as(work: RetrievalWork, index: Index, vector_format: str) -> System:
     name, search = f"{NAME_D2LLM}, {vector_format} vectors", work.search_settings(work.settings.num_candidates)
     return work.store.system(
         work.key(name, work.identity(index.student), search.num_candidates, work.settings.dtype),
-        lambda: work.measure(name, "shortcut", index, search, view=index.view.stored_as(vector_format)),
+        lambda: work.measure(name, "shortcut", index, search, view=index.unsharded_view.stored_as(vector_format)),
     )
 
 
@@ -138,7 +138,7 @@ def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: s
     Both are measured by the relevant passages that match, on the queries that have one.
     """
     _add_metadata(work, index)
-    view = index.view
+    view = index.unsharded_view
     allowed = set(view.ids(view.live_rows(view.select(condition))))
     qrels = {
         query_id: {passage_id: grade for passage_id, grade in grades.items() if passage_id in allowed}

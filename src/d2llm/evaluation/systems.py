@@ -369,7 +369,7 @@ class RetrievalWork:
         ``view`` replaces the index's own view, ``trial`` the queries of all systems. ``passages_per_second`` is the
         encoding speed.
         """
-        searched = view or index.view
+        searched = view or index.unsharded_view
         searcher = Searcher(searched, index.student, settings, cascade=cascade)
         queries = (trial or self.trial).queries
         encoded = self._encode(queries, index.student, with_tokens="token" in searcher.weights.part_kinds)

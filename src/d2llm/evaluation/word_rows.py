@@ -157,7 +157,7 @@ def _fit(
     terms: Sequence[EvidenceTerm],
 ) -> dict[EvidenceTerm, float]:
     """The weights of the evidence; the student's own score has weight 1."""
-    view, student, task = index.view, index.student, work.trial.task
+    view, student, task = index.unsharded_view, index.student, work.trial.task
     words, texts = view.words, [query.text for query in queries]
     tokens: Sequence[NDArray[np.float32] | None] = [None] * len(queries)
     if "token_vectors" in terms and isinstance(student, TokenStudent):

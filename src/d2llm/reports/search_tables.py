@@ -151,6 +151,8 @@ def stats_table(stats: IndexStats) -> Table:
         "bytes": f"{stats.table_bytes:,} table, {stats.vector_file_bytes:,} vectors; {stats.bytes_per_passage:,.0f} "
         "per passage in all",
     }
+    if stats.num_shards is not None:
+        facts["shards"] = f"{stats.num_shards:,}"
     if stats.window_format is not None:
         facts["windows"] = f"vectors of windows as {stats.window_format}, {stats.window_bytes:,} bytes in all"
     if stats.token_format is not None:

@@ -15,17 +15,16 @@ from d2llm.core.types import Query, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError, calibrate_error
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.protocols import SearchStudent, SearchView
 from d2llm.retrieval.search import search
 from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.side_files import ERRORS_FILE
-from d2llm.store.view import PassageView
 
 _ERRORS = TypeAdapter(dict[str, StudentError])
 
 
 def measure_error(
-    index: PassageView,
+    index: SearchView,
     student: SearchStudent,
     judge: Judge,
     queries: Sequence[Query] | Sequence[str],

@@ -1,7 +1,8 @@
 """Candidate sources: they propose passages of an index for scoring.
 
-``propose`` returns at most ``top_k`` rows, best first; ``anchor`` [dim] is the query's vector for inner products. The
-``name`` of a source appears in explanations. To add one, write a class like those below and create it in ``Searcher``.
+``propose`` returns at most ``top_k`` rows, best first; ``anchor`` [dim] is the query's vector for inner products,
+``words`` are its words, if they were weighted already. The ``name`` of a source appears in explanations. To add one,
+write a class like those below and create it in ``ShardSearch``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from d2llm.core.fallbacks import count_fallback
 from d2llm.core.types import Query, Ties
 from d2llm.store.ann import AnnSearch
+from d2llm.store.bm25 import QueryWords
 from d2llm.store.view import CandidateRows, PassageView
 
 _log = logging.getLogger(__name__)
@@ -29,9 +31,11 @@ class VectorSource:
     allowed: NDArray[np.bool_] | None
     name: str = "vectors"
 
-    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
+    def propose(
+        self, query: Query, anchor: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
+    ) -> CandidateRows:
         """The rows with the highest inner products."""
-        del query
+        del query, words
         assert anchor is not None, "a search without an anchor has no vector source"
         return self.index.scan(anchor, top_k, self.allowed)
 
@@ -54,8 +58,11 @@ class AnnSource:
             count_fallback("approximate index")
             _log.warning("no usable approximate index (d2llm index INDEX ann builds one); using the exact scan")
 
-    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
+    def propose(
+        self, query: Query, anchor: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
+    ) -> CandidateRows:
         """The rows found, with exact inner products."""
+        del words
         result = None
         if self._search is not None and anchor is not None:
             result = self._search.search(anchor, top_k)
@@ -73,10 +80,12 @@ class LexicalSource:
     ties: Ties
     name: str = "bm25"
 
-    def propose(self, query: Query, anchor: NDArray[np.float32] | None, top_k: int) -> CandidateRows:
+    def propose(
+        self, query: Query, anchor: NDArray[np.float32] | None, top_k: int, words: QueryWords | None = None
+    ) -> CandidateRows:
         """The rows that BM25 finds."""
         del anchor
-        return self.index.match(query.text, top_k, self.filter, ties=self.ties)
+        return self.index.match(query.text, top_k, self.filter, ties=self.ties, query_words=words)
 
 
 CandidateSource = VectorSource | AnnSource | LexicalSource

@@ -18,8 +18,7 @@ from d2llm.core.types import LateChunk, Passage, SectionedPassage, WholeText
 from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
 from d2llm.retrieval.upserting import UpsertReport, piece_id, upsert_passages, warn_of_truncation
-from d2llm.store.index_store import IndexStore
-from d2llm.store.passage_table import PassageTable
+from d2llm.store.sharded_store import Storage
 from d2llm.store.side_files import CHUNK_TOKENS, Chunking, forget_chunking, read_chunking, write_chunking
 
 if TYPE_CHECKING:
@@ -175,14 +174,14 @@ def upsert_documents(
     After an interruption, repeat the call to continue; until it has finished, passages of earlier versions of the
     documents may remain. Arguments and errors are those of ``Index.upsert_documents``; the ``chunker`` splits.
     """
-    store, num_pieces = index.store, dict[str, int]()
+    store, num_pieces = index.storage, dict[str, int]()
     unfinished: deque[int] = deque()  # numbers of pieces of the documents being written
 
     def pieces() -> Iterator[Passage]:
         rest = iter(documents)
         while block := list(islice(rest, _DOCUMENTS_AT_ONCE)):
             if only_new:
-                _refuse_present(block, store.table())
+                _refuse_present(block, store)
             for document in block:
                 if document.id in num_pieces:
                     problem = f"two documents share the id {document.id!r}; keep one of them"
@@ -253,7 +252,7 @@ def _check(chunking: Chunking, limit: int) -> None:
         raise InputError(f"a window of {window} tokens is smaller than a passage of {tokens}; enlarge or omit it")
 
 
-def _keep_chunking(store: IndexStore, chunking: Chunking) -> None:
+def _keep_chunking(store: Storage, chunking: Chunking) -> None:
     """Store the chunking with the index; an empty index may still change it."""
     known = read_chunking(store.folder)
     if known == chunking:
@@ -266,15 +265,15 @@ def _keep_chunking(store: IndexStore, chunking: Chunking) -> None:
     write_chunking(store.folder, chunking)
 
 
-def _refuse_present(documents: Sequence[Passage], table: PassageTable) -> None:
-    present = table.parts([document.id for document in documents])
+def _refuse_present(documents: Sequence[Passage], store: Storage) -> None:
+    present = store.table().parts([document.id for document in documents])
     if present:
         name = min(document_id or passage_id for passage_id, document_id, _ in present)
         problem = f"some of the documents already exist, such as {name!r}; use upsert to update them"
-        raise DuplicateIdError(table.folder, problem)
+        raise DuplicateIdError(store.folder, problem)
 
 
-def _delete_earlier_forms(store: IndexStore, num_pieces: Mapping[str, int]) -> int:
+def _delete_earlier_forms(store: Storage, num_pieces: Mapping[str, int]) -> int:
     """Delete pieces that documents no longer have, and single passages that are now split; returns the number."""
     num_deleted, names = 0, list(num_pieces)
     for start in range(0, len(names), _DOCUMENTS_AT_ONCE):

@@ -24,8 +24,8 @@ from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
 from d2llm.runners.placement import Load
 from d2llm.runners.runner import Runner, Work, Workers, find_runner
-from d2llm.store.index_manifest import FORMAT_VERSION, KIND, VectorCopies
-from d2llm.store.index_store import IndexStore
+from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND, VectorCopies
+from d2llm.store.sharded_store import Storage, open_storage
 from d2llm.store.side_files import Chunking
 from d2llm.store.vector_formats import make_format
 
@@ -65,6 +65,7 @@ def encode(
     window_vectors: str | None = "auto",
     token_vectors: str | None = "auto",
     chunking: Chunking | None = None,
+    num_shards: int | None = None,
     student_source: str | None = None,
     overwrite: bool = False,
     runner: str | Runner = "local",
@@ -88,6 +89,7 @@ def encode(
         window_vectors: how the vectors of windows are stored, if at all (``Index.create``).
         token_vectors: how the vectors of tokens are stored, if at all (``Index.create``).
         chunking: how long texts are split into passages; None makes each text a passage.
+        num_shards: make a sharded index of this many shards (``store.sharded_store``); None: one that is not.
         student_source: the folder or name that the student was loaded from, stored so that a search can load it again.
         overwrite: replace an index at ``folder``, including its snapshots.
         runner: where the passages are encoded: by ``student`` in this process (``local``), or on the workers of a Ray
@@ -111,7 +113,7 @@ def encode(
     runner = find_runner(runner)
     loading = {"device": device, "dtype": dtype, "engine": engine}
     load = _find_load(runner, load_student, student_source, loading)
-    check_replaceable(folder, KIND)
+    check_replaceable(folder, KIND if num_shards is None else SHARDED_KIND)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise InputError(
             f"{folder}: already holds an index; give another folder, or replace it (--overwrite; in Python, "
@@ -127,17 +129,14 @@ def encode(
     num_documents = corpus.num_documents
     if not num_documents:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
-    # A different student, corpus or storage format gets a different folder, so runs never mix.
-    options = [
-        task,
-        vector_format,
-        vector_copies,
-        formats.get("window"),
+    key = _draft_key(
+        student,
+        corpus.fingerprint,
+        formats,
+        [task, vector_format, vector_copies],
         None if chunking is None else asdict(chunking),
-    ]
-    if "token" in formats and isinstance(student, TokenStudent):
-        options += [formats["token"], student.token_fingerprint]
-    key = fingerprint_json([FORMAT_VERSION, student.fingerprint, corpus.fingerprint, *options])
+        num_shards,
+    )
     draft = folder.parent / f".{folder.name}.work-{key}"
     begin = time.perf_counter()
     if (draft / MANIFEST_NAME).is_file():
@@ -151,18 +150,19 @@ def encode(
             vector_copies=vector_copies,
             window_vectors=formats.get("window"),
             token_vectors=formats.get("token"),
+            num_shards=num_shards,
             student_source=student_source,
         )
     try:
-        with _readers(runner, index.store, load, device=device) as readers:
+        with _readers(runner, index.storage, load, device=device) as readers:
             if chunking is None:
                 report = index.upsert(corpus.passages, num_passages=num_documents, readers=readers)
             else:
                 report = index.upsert_documents(corpus.passages, chunking, num_documents=num_documents, readers=readers)
-        if not len(index.store.table()):
+        if not len(index.storage.table()):
             raise InputError(f"{folder}: no document could be read; the first: {corpus.skipped[0]}")
     except BaseException:
-        if not len(index.store.table()):  # nothing that another call could resume
+        if not len(index.storage.table()):  # nothing that another call could resume
             shutil.rmtree(draft, ignore_errors=True)
         raise
     facts = index.stats()
@@ -194,14 +194,31 @@ def _find_load(runner: Runner, load: Load | None, source: str | None, loading: M
     return partial(load_named_student, source, **loading)
 
 
+def _draft_key(
+    student: SearchStudent,
+    corpus: str,
+    formats: Mapping[PartKind, str],
+    storage: Sequence[object],
+    chunking: Mapping[str, object] | None,
+    num_shards: int | None,
+) -> str:
+    """A different student, corpus or storage format gets a different folder, so runs never mix."""
+    options = [*storage, formats.get("window"), chunking]
+    if num_shards is not None:
+        options.append({"shards": num_shards})
+    if "token" in formats and isinstance(student, TokenStudent):
+        options += [formats["token"], student.token_fingerprint]
+    return fingerprint_json([FORMAT_VERSION, student.fingerprint, corpus, *options])
+
+
 def _readers(
-    runner: Runner, store: IndexStore, load: Load | None, *, device: str | None
+    runner: Runner, storage: Storage, load: Load | None, *, device: str | None
 ) -> AbstractContextManager[Workers[Sequence[Passage], ReadPassages] | None]:
     """The workers of a cluster that encode passages for an index; None in this process, whose student does it."""
     if runner.is_local or load is None:
         return nullcontext()
-    fingerprints = (store.manifest["student"], store.manifest["token_projection"])
-    return runner.workers(partial(_load_reader, load, fingerprints, tuple(store.part_formats)), device=device)
+    fingerprints = (storage.manifest["student"], storage.manifest["token_projection"])
+    return runner.workers(partial(_load_reader, load, fingerprints, tuple(storage.part_formats)), device=device)
 
 
 def _load_reader(
@@ -236,6 +253,6 @@ def _describe(fingerprint: str, token_projection: str | None) -> str:
 def _no_other_writer(folder: Path) -> AbstractContextManager[None]:
     """Hold the write lock of the index to be replaced, so that no partial write ends up in the new one."""
     try:
-        return IndexStore.open(folder).locked()
+        return open_storage(folder).locked()
     except InputError:  # there is no index, or none that can be written
         return nullcontext()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from d2llm.ops.selection import from_the_highest, top_rows
 from d2llm.retrieval.protocols import BoundedStudent, PairScorer, SearchStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
+from d2llm.store.sharded_view import joint_rows
 from d2llm.store.view import PassageView
 
 _PASS_ROWS = 8_192  # block size of the pass over all vectors: 12 MB in float32 at width 384
@@ -60,6 +61,11 @@ class KeptReaches:
 
     def __init__(self, values: NDArray[np.float32] | None = None) -> None:
         self.values = values
+        self._shards: dict[int, KeptReaches] = {}
+
+    def of_shard(self, place: int) -> KeptReaches:
+        """The cache for one of the shards of a view; that of the first is this one."""
+        return self._shards.setdefault(place, KeptReaches()) if place else self
 
     def keep(self, values: NDArray[np.float32]) -> None:
         """Keep the values of all rows; if all are 1, as without gates, they take no memory."""
@@ -77,6 +83,7 @@ def certified_top_k(
     budget_ms: float | None = None,
     reaches: KeptReaches | None = None,
     evidence: RowEvidence | None = None,
+    floor: float = -math.inf,
 ) -> CertifiedRows:
     """The ``top_k`` live and allowed passages with the highest final scores, with a proof; ties by id.
 
@@ -86,6 +93,10 @@ def certified_top_k(
     If ``top_k`` exceeds the corpus, every passage is ranked. ``allowed`` [capacity] marks the rows that pass a filter;
     None allows all. ``reaches`` caches values for all rows of this view: this search reads and fills it. ``evidence``
     is the query's, if the student's score has any.
+
+    ``floor``: passages with lower scores are of no interest, because ``top_k`` others that are not in this view have at
+    least this score (``merge_certified``). The search ends as soon as no other passage can reach it; the ranking may
+    then be shorter, and ``proved`` counts what is certain without knowing the others.
 
     ``budget_ms`` limits the time; ``certificate.proved`` tells how many places are certain by then. One scan of the
     vectors and the first ``top_k`` scores are always computed, so the ranking always has min(k, matching) places.
@@ -99,7 +110,7 @@ def certified_top_k(
         raise InputError(f"top_k is {top_k}, but must be at least 1")
     if budget_ms is not None and not budget_ms >= 0:
         raise InputError(f"the budget is {budget_ms} ms, but must be at least 0")
-    clock, reaches = _Clock(begin, budget_ms), reaches or KeptReaches()
+    clock, reaches = _Clock(begin, budget_ms, floor), reaches or KeptReaches()
     _check_masks(view, allowed)
     row_scorer = RowScorer(view, student, query_vector, task, evidence)
     scorer = row_scorer.prepared
@@ -177,7 +188,7 @@ def _by_scans(
         final = _finals(row_scorer, anchors, reach, rows)
         result = _score_from_the_top(view, rows, bounds, parts, final, top_k, clock)
         highest_left = max(result.certificate.highest_bound_left, float(anchors.min() + largest))
-        if result.certificate.kth_score > highest_left or clock.num_fitting() == 0:
+        if max(result.certificate.kth_score, clock.floor) > highest_left or clock.num_fitting() == 0:
             certificate = replace(
                 result.certificate,
                 num_left=total - result.certificate.num_scored,
@@ -247,7 +258,7 @@ def _score_from_the_top(
         while start < len(part):
             highest_left = float(bounds[part[start]])
             # A passage whose bound equals the k-th score may have a smaller id.
-            certain = len(best) == top_k and highest_left < best.min()
+            certain = highest_left < clock.floor or (len(best) == top_k and highest_left < best.min())
             fitting = size if num < top_k else min(size, clock.num_fitting())
             if certain or fitting == 0:
                 return _ranked(view, scored, scores, top_k, len(rows), highest_left)
@@ -264,9 +275,10 @@ def _score_from_the_top(
 
 
 class _Clock:
-    """Estimates how many more passages can be scored before the deadline."""
+    """Says when a search may end: the ``floor``, and how many more passages can be scored before the deadline."""
 
-    def __init__(self, begin: float, budget_ms: float | None) -> None:
+    def __init__(self, begin: float, budget_ms: float | None, floor: float) -> None:
+        self.floor = floor
         self._deadline = math.inf if budget_ms is None else begin + budget_ms / 1000
         self.seconds_per_passage = 0.0
 
@@ -297,6 +309,44 @@ def _ranked(
         proved=int((best > highest_left).sum()) if len(rows) < total else len(best),
     )
     return CertifiedRows(rows[places], best, None, certificate)
+
+
+def merge_certified(
+    parts: Mapping[int, CertifiedRows], top_k: int, ids_of: Callable[[NDArray[np.int64]], Sequence[str]]
+) -> CertifiedRows:
+    """The top ``top_k`` of several shards from those of each, as joint rows, with the proof that follows from theirs.
+
+    A passage that a shard has left out is not among the best of all if it is not among the best ``top_k`` of its shard.
+    If a shard has not proved all of its places (a budget, or a floor), its passages that were not scored have scores of
+    at most ``highest_bound_left``, so that what is above all these bounds is certain.
+
+    Args:
+        parts: what ``certified_top_k`` gave for each shard, with the same ``top_k``, by the place of the shard.
+        top_k: length of the ranking.
+        ids_of: returns the ids of joint rows.
+    """
+    if list(parts) == [0]:
+        return parts[0]
+    rows = np.concatenate([np.zeros(0, np.int64), *(joint_rows(shard, part.rows) for shard, part in parts.items())])
+    scores = np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts.values())])
+    places = top_rows(scores, top_k, lambda chosen: ids_of(rows[chosen]))
+    best = scores[places]
+    anchors = [part.anchors for part in parts.values() if part.anchors is not None]
+    certificates = [part.certificate for part in parts.values()]
+    limits = [
+        part.certificate.highest_bound_left
+        for part in parts.values()
+        if part.certificate.num_left and not part.certificate.proved == len(part.rows) == top_k
+    ]
+    certificate = Certificate(
+        num_scored=sum(one.num_scored for one in certificates),
+        num_left=sum(one.num_left for one in certificates),
+        highest_bound_left=max((one.highest_bound_left for one in certificates), default=-math.inf),
+        kth_score=float(best[-1]) if len(best) else -math.inf,
+        proved=int((best > max(limits)).sum()) if limits else len(best),
+    )
+    all_anchors = np.concatenate(anchors)[places] if len(anchors) == len(parts) else None
+    return CertifiedRows(rows[places], best, all_anchors, certificate)
 
 
 def _numbers(scores: NDArray[np.float32]) -> NDArray[np.float32]:

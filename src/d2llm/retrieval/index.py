@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -28,14 +28,17 @@ from d2llm.core.types import (
     Ranking,
     Task,
 )
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent
+from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.store.index_manifest import VectorCopies, find_index
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
-from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
+from d2llm.store.inspection import IndexStats, VerifyReport
 from d2llm.store.part_vectors import ReadParts
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import FieldType, MetadataSchema
+from d2llm.store.sharded_inspection import stats_of_all, verify_all
+from d2llm.store.sharded_store import ShardedStore, open_storage
+from d2llm.store.sharded_view import open_view
 from d2llm.store.side_files import Chunking, read_chunking
 from d2llm.store.view import PassageView
 
@@ -121,8 +124,16 @@ class Index:
     Reads see one version until ``refresh``; a write through this object refreshes it.
     """
 
-    def __init__(self, store: IndexStore, student: SearchStudent | str | Path | None, **loading: Any) -> None:
-        self.store = store
+    def __init__(
+        self,
+        storage: IndexStore | ShardedStore,
+        student: SearchStudent | str | Path | None,
+        *,
+        allow_missing: bool = False,
+        **loading: Any,
+    ) -> None:
+        self.storage = storage
+        self._allow_missing = allow_missing
         self._student_or_source = student
         self._loading = loading
 
@@ -138,6 +149,7 @@ class Index:
         window_vectors: str | None = "auto",
         token_vectors: str | None = "auto",
         metadata: Mapping[str, FieldType] | None = None,
+        num_shards: int | None = None,
         student_source: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
@@ -157,6 +169,7 @@ class Index:
             token_vectors: the same for the vectors of passages' tokens; "auto" is int4 if the student's score counts
                 them.
             metadata: fields with their types; types of other fields are inferred from their values as they appear.
+            num_shards: make a sharded index (``store.sharded_store``) of this many shards; None: one that is not.
             student_source: where the student was loaded from, so that ``open`` can load it again; not needed if
                 ``student`` is a folder or name.
             device: device of the student, if it has to be loaded.
@@ -172,7 +185,8 @@ class Index:
         is_named = isinstance(student, str | Path)
         loaded = Student.load(student, device=device, dtype=dtype, engine=engine) if is_named else student
         formats = part_formats(loaded, task, window_vectors=window_vectors, token_vectors=token_vectors)
-        store = IndexStore.create(
+        create = IndexStore.create if num_shards is None else partial(ShardedStore.create, num_shards=num_shards)
+        storage = create(
             Path(folder),
             student_fingerprint=loaded.fingerprint,
             dim=loaded.vector_dim,
@@ -189,7 +203,7 @@ class Index:
             student_config=loaded.config.model_dump(mode="json"),
             student_source=source_of(student) if is_named else student_source,
         )
-        return cls(store, loaded)
+        return cls(storage, loaded)
 
     @classmethod
     def open(
@@ -201,24 +215,28 @@ class Index:
         dtype: str | None = None,
         engine: EngineName = "torch",
         lean: bool = False,
+        allow_missing: bool = False,
     ) -> Index:
         """Open an existing index. Its student is loaded when it is first needed.
 
         Args:
-            folder: folder of an index, of a snapshot, or of a fit (``fit``).
+            folder: folder of an index, sharded or not, of a snapshot, or of a fit (``fit``).
             student: the student that made the index, if it has been moved since.
             device: device of the student.
             dtype: its number format.
             engine: the engine that encodes texts (``models.engines.engines``).
             lean: if the student allows it, load only what is needed to encode queries and score (``Student.load``);
                 faster for a few searches without changes.
+            allow_missing: search a sharded index without the shards that cannot be read; rankings name them
+                (``Ranking.missing_shards``).
 
         Raises:
-            DataFormatError: there is no index, or it is damaged.
+            DataFormatError: there is no index, or it or one of its shards is missing or damaged.
+            IndexMismatchError: a shard belongs to another index, or was made by another student.
+            InputError: a shard in object storage cannot be read.
         """
-        return cls(
-            IndexStore.open(find_index(Path(folder))), student, device=device, dtype=dtype, engine=engine, lean=lean
-        )
+        storage = open_storage(find_index(Path(folder)), allow_missing=allow_missing)
+        return cls(storage, student, allow_missing=allow_missing, device=device, dtype=dtype, engine=engine, lean=lean)
 
     def __enter__(self) -> Index:
         return self
@@ -234,7 +252,32 @@ class Index:
     @property
     def folder(self) -> Path:
         """Folder of the index."""
-        return self.store.folder
+        return self.storage.folder
+
+    @property
+    def store(self) -> IndexStore:
+        """The store of an index that is not sharded.
+
+        Raises:
+            InputError: it is sharded.
+        """
+        if isinstance(self.storage, ShardedStore):
+            shard = self.storage.stores[0].folder
+            raise InputError(
+                f"{self.folder}: this is not possible for a sharded index as a whole; do it for each of its "
+                f"{len(self.storage.records)} shards, which are indexes too, such as {shard}"
+            )
+        return self.storage
+
+    @property
+    def unsharded_view(self) -> PassageView:
+        """``view`` of an index that is not sharded, for what needs all vectors in one file.
+
+        Raises:
+            InputError: it is sharded.
+        """
+        assert self.store is self.storage
+        return cast("PassageView", self.view)
 
     @cached_property
     def student(self) -> SearchStudent:
@@ -246,20 +289,20 @@ class Index:
         """
         source = self._student_or_source
         if source is None:
-            source = find_source(self.store.manifest.get("student_source"), self.folder)
+            source = find_source(self.storage.manifest.get("student_source"), self.folder)
         if isinstance(source, str | Path):
             from d2llm.models.student import Student
 
             student: SearchStudent = Student.load(source, **self._loading)
         else:
             student = source
-        self.store.check_student(student.fingerprint)
+        self.storage.check_student(student.fingerprint)
         return student
 
     @cached_property
-    def view(self) -> PassageView:
+    def view(self) -> SearchView:
         """The version of the index that this object reads."""
-        return PassageView(self.store)
+        return open_view(self.storage)
 
     @cached_property
     def _reaches(self) -> KeptReaches:
@@ -316,7 +359,7 @@ class Index:
         try:
             with progress_bar("indexing", num_passages or 0) as advance:
                 report = upsert_passages(
-                    self.store,
+                    self.storage,
                     student,
                     passages,
                     only_new=only_new,
@@ -383,7 +426,7 @@ class Index:
             InputError: an id is not valid text.
             IndexLockedError: another process is writing.
         """
-        num_deleted = self.store.delete(list(ids))
+        num_deleted = self.storage.delete(list(ids))
         self.refresh()
         return num_deleted
 
@@ -394,16 +437,17 @@ class Index:
             InputError: an id is not valid text.
             IndexLockedError: another process is writing.
         """
-        with self.store.writing():
-            ids_by_document = self.store.table().pieces_of(list(ids))
+        with self.storage.writing():
+            ids_by_document = self.storage.table().pieces_of(list(ids))
             passage_ids = [passage_id for pieces in ids_by_document.values() for passage_id in pieces]
             return self.delete(passage_ids) if passage_ids else 0
 
     def compact(self, keep: timedelta = KEEP_VERSIONS, *, dense: bool | None = None) -> tuple[int, int]:
         """Free the space of deleted data; returns bytes before and after. Arguments: see ``IndexStore.compact``."""
-        sizes = self.store.compact(keep, dense=dense)
+        with self.storage.writing():
+            sizes = [store.compact(keep, dense=dense) for store in self.storage.stores]
         self.refresh()
-        return sizes
+        return sum(before for before, _ in sizes), sum(after for _, after in sizes)
 
     def snapshot(self, name: str) -> Path:
         """Save the latest version under a name, as a folder that ``open`` accepts; it takes hardly any space."""
@@ -443,7 +487,7 @@ class Index:
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """The ids that the latest version does not have, in their order, without repetitions."""
-        present = set(self.store.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
+        present = set(self.storage.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
         return [passage_id for passage_id in dict.fromkeys(ids) if passage_id not in present]
 
     def search(
@@ -475,6 +519,7 @@ class Index:
             reaches=self._reaches,
             cascade=cascade,
             expansion=expansion,
+            allow_missing=self._allow_missing,
         ).rank(query_list)
 
     def around(self, results: Sequence[RankedPassage], distance: int = 1) -> list[Excerpt]:
@@ -566,14 +611,16 @@ class Index:
         return measure_error(self.view, self.student, judge, queries, task=task, depth=depth, num_passages=num_passages)
 
     def stats(self) -> IndexStats:
-        """Contents of the latest version, and its size in bytes."""
-        return stats(self.store)
+        """Contents of the latest version, and its size in bytes; of a sharded index, those of its shards together."""
+        return stats_of_all(self.storage)
 
     def verify(self, *, repair: bool = False, go_back: bool = False) -> VerifyReport:
         """Check the integrity of the index; ``repair`` and ``go_back`` fix damage as in ``store.inspection.verify``.
 
         If only one copy of the vectors is stored, the student encodes lost ones again; after an interruption, repeat
         the call to continue. Vectors of parts are stored once: if some are damaged, all are encoded again.
+
+        Of a sharded index, every shard is checked, and whether each passage is in the shard that it belongs in.
 
         Raises:
             IndexLockedError: something has to be repaired, but another process is writing.
@@ -595,12 +642,12 @@ class Index:
 
             def encode_parts(kind: PartKind, texts: Sequence[str]) -> ReadParts:
                 if kind == "token":
-                    check_projection(self.store, self.student)
+                    check_projection(self.storage, self.student)
                 advance = bar(f"reading {kind}s again")
                 parts = (read_windows if kind == "window" else read_tokens)(self.student, texts)
                 advance(len(texts))
                 return parts
 
-            report = verify(self.store, repair=repair, go_back=go_back, encode=encode, encode_parts=encode_parts)
+            report = verify_all(self.storage, repair=repair, go_back=go_back, encode=encode, encode_parts=encode_parts)
         self.refresh()
         return report

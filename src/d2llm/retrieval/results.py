@@ -23,8 +23,9 @@ from d2llm.core.types import (
 )
 from d2llm.ops.diversity import DiverseResults
 from d2llm.retrieval.cascade import Reread
-from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
-from d2llm.store.view import CandidateRows, PassageView
+from d2llm.retrieval.protocols import SearchView
+from d2llm.retrieval.row_evidence import EvidenceParts
+from d2llm.store.view import CandidateRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +136,19 @@ def group_passages(
 
 
 def show(
-    index: PassageView,
+    index: SearchView,
     query: Query,
     anchor: NDArray[np.float32] | None,
-    evidence: RowEvidence | None,
     order: Order,
     *,
-    explain: bool,
+    evidence: EvidenceParts | None,
     document_passages: int,
     neighbours: int,
 ) -> tuple[RankedPassage, ...]:
-    """The results of a ranking, with texts and the parts that the settings request (``SearchSettings``)."""
+    """The results of a ranking, with texts and the parts that the settings request (``SearchSettings``).
+
+    ``evidence`` is that in the scores of the results; None: they are not explained.
+    """
     rows = order.rows
     documents: list[RankedDocument | None] = [None] * len(rows)
     if order.shown_documents is not None:
@@ -159,15 +162,15 @@ def show(
             zip(index.passages(rows), order.shown_scores, anchors, documents, strict=True), start=1
         )
     )
-    if explain:
-        shown = _explained(query, shown, order, None if evidence is None else evidence.parts(rows))
+    if evidence is not None:
+        shown = _explained(query, shown, order, evidence)
     if neighbours:
         shown = with_neighbours(index, shown, neighbours)
     return shown if order.reread is None else _with_teacher(shown, order, order.reread)
 
 
 def _documents(
-    index: PassageView, order: Order, documents: Sequence[GroupedDocument], shown: int
+    index: SearchView, order: Order, documents: Sequence[GroupedDocument], shown: int
 ) -> list[RankedDocument]:
     others = [document.places[1:shown] for document in documents]
     flat = np.array([place for places in others for place in places], np.int64)
@@ -183,7 +186,7 @@ def _documents(
     ]
 
 
-def with_neighbours(index: PassageView, places: Sequence[RankedPassage], distance: int) -> tuple[RankedPassage, ...]:
+def with_neighbours(index: SearchView, places: Sequence[RankedPassage], distance: int) -> tuple[RankedPassage, ...]:
     """Each result with the passages up to ``distance`` positions before and after it in its document."""
     around: dict[str, list[Passage]] = {}
     for passage in index.neighbours([place.passage for place in places], distance):
@@ -199,7 +202,7 @@ def with_neighbours(index: PassageView, places: Sequence[RankedPassage], distanc
 
 
 def _explained(
-    query: Query, passages: tuple[RankedPassage, ...], order: Order, evidence: EvidenceParts | None
+    query: Query, passages: tuple[RankedPassage, ...], order: Order, added: EvidenceParts
 ) -> tuple[RankedPassage, ...]:
     from d2llm.ops.bm25_words import terms
 
@@ -208,7 +211,6 @@ def _explained(
     places = {name: {row: at for at, row in enumerate(proposal.rows.tolist())} for name, proposal in proposals.items()}
     explained: list[RankedPassage] = []
     rows, scores = order.scored.rows[shown].tolist(), order.scored.scores[shown].tolist()
-    added = EvidenceParts() if evidence is None else evidence
     nothing: list[None] = [None] * len(rows)
     lexical = nothing if added.words is None else added.words.tolist()
     windows = nothing if added.windows is None else added.windows.tolist()

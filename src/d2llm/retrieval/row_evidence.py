@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import IndexMismatchError, InputError
 from d2llm.core.types import PART_KINDS, EvidenceTerm, PartKind, Task
 from d2llm.models.evidence import EvidenceWeights
-from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent, TokenStudent
+from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent, SearchView, TokenStudent
 from d2llm.store.bm25 import QueryWords, WordIndex
 from d2llm.store.view import PassageView
 
@@ -35,6 +35,7 @@ class RowEvidence:
         weights: EvidenceWeights,
         anchor: NDArray[np.float32] | None,
         tokens: NDArray[np.float32] | None = None,
+        query_words: QueryWords | None = None,
     ) -> None:
         """Prepare a query.
 
@@ -44,9 +45,10 @@ class RowEvidence:
             weights: those of the student for the task.
             anchor: [dim], the query's vector for inner products.
             tokens: [tokens, token_dim], the vectors of its tokens, if these have a weight.
+            query_words: its words, if they were weighted already, as those of a corpus of which this is a part.
         """
         self._index, self._words = index, index.words
-        self._query = self._words.query(text)
+        self._query = self._words.query(text) if query_words is None else query_words
         self._passage_weight, self._window_weight = weights.word_weights(self._query.limit, self._query.statistics)
         self._anchor, self._vector_weight = anchor, np.float32(weights.terms.get("window_vectors", 0.0))
         self._token_weight, self._tokens = np.float32(weights.terms.get("token_vectors", 0.0)), None
@@ -125,7 +127,7 @@ def evidence_weights(
 
 
 def weights_for(
-    index: PassageView,
+    index: SearchView,
     student: SearchStudent,
     task: Task,
     requested: EvidenceWeights | Mapping[EvidenceTerm, float] | None = None,

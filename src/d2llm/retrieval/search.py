@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError, ModelError
+from d2llm.core.errors import DataFormatError, InputError, ModelError, StorageError
 from d2llm.core.progress import progress_bar
-from d2llm.core.types import IdRanking, Query, QueryExpansion, Ranking, Task
+from d2llm.core.types import IdRanking, MissingShard, Query, QueryExpansion, Ranking, Task
 from d2llm.models.backbone import EncodedTexts
 from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
-from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
 from d2llm.retrieval.cascade import Rereader
-from d2llm.retrieval.exact_search import KeptReaches, certified_top_k
+from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches, merge_certified
 from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent
+from d2llm.retrieval.protocols import BoundedStudent, SearchStudent, SearchView, TokenStudent
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
-from d2llm.retrieval.row_evidence import RowEvidence, weights_for
-from d2llm.retrieval.row_scorer import RowScorer
+from d2llm.retrieval.row_evidence import EvidenceParts, weights_for
 from d2llm.retrieval.settings import SearchSettings, changed
-from d2llm.store.view import CandidateRows, PassageView
+from d2llm.retrieval.shard_search import ShardQuery, ShardSearch
+from d2llm.store.bm25 import CountedTerms, QueryWords
+from d2llm.store.sharded_view import joint_rows, map_in_threads, merge_candidates, rows_by_shard
+from d2llm.store.view import CandidateRows
 
 _WIDENED = 4  # factor for the number of candidates, if these belong to too few documents
 ENCODED_AT_ONCE = 256
 """Queries that are encoded together: enough for full batches, few enough to keep the progress bar moving."""
 
 _SCANNED_AT_ONCE = 32  # queries: limited because their candidates are in memory together
+_SPARE_SHARE = 16  # rows of a shard's first proposals beyond its expected share
+_Answer = TypeVar("_Answer")
 
 
 def search(
-    index: PassageView,
+    index: SearchView,
     student: SearchStudent,
     queries: Sequence[Query] | Sequence[str],
     settings: SearchSettings | None = None,
@@ -49,7 +52,7 @@ def search(
     """Rank the passages of an index for each query: find candidates, then apply the student's full score (IEM).
 
     Args:
-        index: an index made by this student.
+        index: an index made by this student, sharded or not.
         student: encodes the queries and scores the passages.
         queries: texts, or queries with ids; texts get the ids "1", "2", ...
         settings: how to search.
@@ -78,47 +81,61 @@ class _PreparedQuery:
     """A query with everything computed before its ranking.
 
     Attributes:
-        query: text and id.
-        vector: [dim].
-        anchor: [dim], for inner products; None if the head has none.
-        evidence: what words, windows and tokens add to the scores, or None.
-        scorer: scores rows for the query; None in an exact search, which makes its own.
+        sent: the query as shards get it.
+        anchor_is_score: whether its candidates' inner products are their final scores.
         depth: how many candidates each source proposes at first.
-        scanned: the query's candidates from a scan shared with other queries, to that depth, or None.
+        scanned: by shard, the query's candidates from a scan shared with other queries, to that depth.
         seconds: time by stage, as in a ranking.
+        missing: by shard, why it gave no answer to this query.
         expansion: what a language model added to the query, or None.
         rephrasings: other queries with its meaning, prepared like this one.
     """
 
-    query: Query
-    vector: NDArray[np.float32]
-    anchor: NDArray[np.float32] | None
-    evidence: RowEvidence | None
-    scorer: RowScorer | None
+    sent: ShardQuery
+    anchor_is_score: bool
     depth: int
-    scanned: CandidateRows | None
+    scanned: Mapping[int, CandidateRows]
     seconds: dict[str, float]
+    missing: dict[int, MissingShard] = field(default_factory=dict[int, MissingShard])
     expansion: QueryExpansion | None = None
     rephrasings: tuple[_PreparedQuery, ...] = ()
+
+    @property
+    def query(self) -> Query:
+        """Text and id."""
+        return self.sent.query
 
 
 class Searcher:
     """``search`` for many calls: work that does not depend on the queries is done once. Arguments: see ``search``.
 
+    Every shard of the index does its part (``ShardSearch``), in threads; what they return is merged here.
     ``weights`` are those of the evidence in the scores.
     """
 
     def __init__(
         self,
-        index: PassageView,
+        index: SearchView,
         student: SearchStudent,
         settings: SearchSettings | None = None,
         *,
         reaches: KeptReaches | None = None,
         cascade: Rereader | None = None,
         expansion: Expansion | None = None,
+        allow_missing: bool = False,
     ) -> None:
-        """Args: ``reaches`` caches values that exact searches of this version compute for all rows."""
+        """Prepare a search.
+
+        Args:
+            index: as for ``search``, like all others that are not named here.
+            student: makes the vectors of queries, and scores.
+            settings: how to search.
+            reaches: caches values that exact searches of this version compute for all rows.
+            cascade: a teacher.
+            expansion: a language model.
+            allow_missing: a shard that cannot be read is left out and named in ``Ranking.missing_shards``, instead of
+                ending the search.
+        """
         self.settings = settings or SearchSettings()
         self.settings.check()
         if cascade is not None and (self.settings.exact or self.settings.hybrid is not None):
@@ -137,7 +154,6 @@ class Searcher:
         self._index = index
         self._student = student
         self._task: Task = self.settings.task or index.task
-        self._allowed = index.select(self.settings.filter)
         self.weights = weights_for(index, student, self._task, self.settings.evidence)
         names = self.settings.proposers(counts_words=self.weights.counts_words)
         by_vectors = not {"vectors", "ann"}.isdisjoint(names)
@@ -147,16 +163,23 @@ class Searcher:
                 "an exact search (a head without an inner product has no other) ranks by the scores of one query, not "
                 "by a fusion: expand with 'hyde', or leave out expansion or exact"
             )
-        self._reaches = reaches or KeptReaches()
         self._cascade = cascade
-        self._sources: list[CandidateSource] = []
-        if "vectors" in names and not self._exact:
-            self._sources.append(VectorSource(index, self._allowed))
-        if "ann" in names and not self._exact:
-            self._sources.append(AnnSource(index, self._allowed))
-        if "bm25" in names and (not self._exact or self.settings.hybrid is not None):
-            ties = "rows" if self.settings.hybrid is None else "ids"
-            self._sources.append(LexicalSource(index, self.settings.filter, ties))
+        kept = reaches or KeptReaches()
+        self._shards = [
+            ShardSearch(
+                view,
+                student,
+                self.settings,
+                self._task,
+                self.weights,
+                is_exact=self._exact,
+                reaches=kept.of_shard(place),
+            )
+            for place, view in enumerate(index.shards)
+        ]
+        self._allow_missing = allow_missing
+        self._sources = self._shards[0].source_names
+        self._num_passages = sum(map(len, index.shards))
         in_order = cascade is None and self.settings.hybrid is None and not self._rephrases
         self._in_students_order = in_order and self.settings.group == "passage"
 
@@ -314,41 +337,86 @@ class Searcher:
     ) -> Iterator[_PreparedQuery]:
         """Queries ready to be ranked, after one shared scan for all of them if the exact scan is a source."""
         begin = time.perf_counter()
-        evidence = [
-            RowEvidence(self._index, query.text, self.weights, anchor, own_tokens) if self.weights else None
-            for query, anchor, own_tokens in zip(queries, anchors, tokens, strict=True)
+        sent = [
+            ShardQuery(query, vector, anchor, own_tokens, self._words(query.text))
+            for query, vector, anchor, own_tokens in zip(queries, vectors, anchors, tokens, strict=True)
         ]
-        scorers: Sequence[RowScorer | None] = [None] * len(queries)
-        if not self._exact:
-            scorers = [
-                RowScorer(self._index, self._student, vector, self._task, one)
-                for vector, one in zip(vectors, evidence, strict=True)
-            ]
+        are_scores = [self._anchor_is_score(one) for one in sent]
         score_seconds = (time.perf_counter() - begin) / len(queries)
         begin = time.perf_counter()
-        source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
         # A scan orders rows by anchor. If the anchors are the scores, it need not go deeper than the ranking.
-        final = source is not None and all(self._anchor_is_score(scorer) for scorer in scorers)
+        final = "vectors" in self._sources and all(are_scores)
         share = math.ceil(self.settings.num_candidates / max(len(self._sources), 1))
         depth = self.settings.ranking_depth if final else max(share, self.settings.ranking_depth)
-        scanned: Sequence[CandidateRows | None] = [None] * len(queries)
+        prepared = [
+            _PreparedQuery(one, is_score, depth, {}, {}) for one, is_score in zip(sent, are_scores, strict=True)
+        ]
         together = [anchor for anchor in anchors if anchor is not None]
-        if source is not None and len(together) > 1:
-            scanned = source.propose_together(np.stack(together), depth)
+        if "vectors" in self._sources and len(together) > 1:
+            stacked = np.stack(together)
+            missing: dict[int, MissingShard] = {}
+            scans = self._ask(missing, lambda _, shard: shard.scan_together(stacked, self._share(depth)))
+            prepared = [
+                replace(
+                    one,
+                    scanned={place: scanned[number] for place, scanned in scans.items() if scanned is not None},
+                    missing=dict(missing),
+                )
+                for number, one in enumerate(prepared)
+            ]
         scan_seconds = (time.perf_counter() - begin) / len(queries)
-        parts = zip(queries, vectors, anchors, evidence, scorers, scanned, strict=True)
-        for query, vector, anchor, one, scorer, proposal in parts:
-            seconds = {"encode": encode_seconds, "candidates": scan_seconds, "score": score_seconds}
-            yield _PreparedQuery(query, vector, anchor, one, scorer, depth, proposal, seconds)
+        for one in prepared:
+            one.seconds.update(encode=encode_seconds, candidates=scan_seconds, score=score_seconds)
+            yield one
 
-    def _anchor_is_score(self, scorer: RowScorer | None) -> bool:
+    def _words(self, text: str) -> QueryWords | None:
+        """The words of a query, weighted by how many passages of all shards have them."""
+        if not self.weights and "bm25" not in self._sources:
+            return None
+        counted = CountedTerms.from_text(text)
+        counts = [shard.count_words(counted.hashes) for shard in self._shards]
+        return counted.weighted(np.sum(counts, axis=0), self._num_passages)
+
+    def _ask(
+        self,
+        missing: dict[int, MissingShard],
+        step: Callable[[int, ShardSearch], _Answer],
+        places: Iterable[int] | None = None,
+        *,
+        in_turn: bool = False,
+    ) -> dict[int, _Answer]:
+        """The answers of all shards, or of those at some places, by their places; ``in_turn``: not at the same time.
+
+        A shard that cannot be read is added to ``missing``, and not asked again, if that is allowed.
+        """
+        answers: dict[int, _Answer] = {}
+        asked = [place for place in (range(len(self._shards)) if places is None else places) if place not in missing]
+
+        def answer(place: int) -> _Answer | MissingShard:
+            shard = self._shards[place]
+            try:
+                return step(place, shard)
+            except (DataFormatError, StorageError, OSError) as error:
+                if not self._allow_missing:
+                    raise
+                number = shard.view.store.manifest.get("shard", {}).get("number", place)
+                return MissingShard(number, str(shard.view.store.folder), str(error))
+
+        for place, given in zip(asked, map(answer, asked) if in_turn else map_in_threads(answer, asked), strict=True):
+            if isinstance(given, MissingShard):
+                missing[place] = given
+            else:
+                answers[place] = given
+        return answers
+
+    def _anchor_is_score(self, sent: ShardQuery) -> bool:
         """Whether the candidates' inner products are their final scores and nothing else changes their order."""
-        prepared = None if scorer is None else scorer.prepared
-        if prepared is None or prepared.anchor_query is None or prepared.reach != 0 or not self._in_students_order:
+        if self._exact or self.weights or not self._in_students_order or self._sources not in (["vectors"], ["ann"]):
             return False
-        if scorer is None or scorer.evidence is not None:
+        if not isinstance(self._student, BoundedStudent):
             return False
-        return len(self._sources) == 1 and isinstance(self._sources[0], VectorSource | AnnSource)
+        scorer = self._student.prepare(sent.vector, self._task)
+        return scorer.anchor_query is not None and scorer.reach == 0
 
     def _anchors(self, vectors: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | None]:
         if not self._student.has_anchor:
@@ -372,13 +440,13 @@ class Searcher:
         query, seconds = prepared.query, prepared.seconds
         order = self._order(prepared)
         begin = time.perf_counter()
+        explained = self._evidence(prepared, order.rows) if self.settings.explain else None
         passages = show(
             self._index,
             query,
-            prepared.anchor,
-            prepared.evidence,
+            prepared.sent.anchor,
             order,
-            explain=self.settings.explain,
+            evidence=explained,
             document_passages=self.settings.document_passages,
             neighbours=self.settings.neighbours,
         )
@@ -397,14 +465,24 @@ class Searcher:
             report,
             selection=order.selection,
             expansion=prepared.expansion,
+            missing_shards=(*self._index.missing, *prepared.missing.values()),
         )
+
+    def _evidence(self, prepared: _PreparedQuery, rows: NDArray[np.int64]) -> EvidenceParts:
+        """What words, windows and tokens add to the scores of some rows [n]."""
+        parts: dict[str, NDArray[np.float32]] = {}
+        for place, at, own in rows_by_shard(rows):
+            for name, values in self._shards[place].evidence(prepared.sent, own)._asdict().items():
+                if values is not None:
+                    parts.setdefault(name, np.zeros(len(rows), np.float32))[at] = values
+        return EvidenceParts(**parts)
 
     def _candidates(self, prepared: _PreparedQuery, depth: int) -> ScoredCandidates:
         """At least ``depth`` candidates with the student's scores, if the index has that many."""
         begin = time.perf_counter()
-        proposals = self._proposals(prepared, depth)
+        proposals = self._proposals(prepared, depth, prepared.missing)
         for number, other in enumerate(prepared.rephrasings, start=1):
-            others = self._proposals(other, depth)
+            others = self._proposals(other, depth, prepared.missing)
             proposals |= {f"{name} for rephrasing {number}": proposal for name, proposal in others.items()}
         scoring_begin = time.perf_counter()
         score = self._score_exactly if self._exact else self._score
@@ -413,29 +491,67 @@ class Searcher:
         prepared.seconds["score"] += time.perf_counter() - scoring_begin
         return scored
 
-    def _proposals(self, prepared: _PreparedQuery, depth: int) -> dict[str, CandidateRows]:
-        """What each source proposes for one phrasing of a query."""
-        proposals: dict[str, CandidateRows] = {}
-        for source in self._sources:
-            if isinstance(source, VectorSource) and prepared.scanned is not None and depth == prepared.depth:
-                proposals[source.name] = prepared.scanned
-            else:
-                proposals[source.name] = source.propose(prepared.query, prepared.anchor, depth)
-        return proposals
+    def _proposals(
+        self, prepared: _PreparedQuery, depth: int, missing: dict[int, MissingShard]
+    ) -> dict[str, CandidateRows]:
+        """What each source proposes for one phrasing of a query: the best ``depth`` of what the shards propose.
+
+        Passages are in shards at random, so each shard is first asked for little more than its share. If even the last
+        of these is among the best of all, it may have more of them, and is asked again.
+        """
+        scanned = prepared.scanned if depth == prepared.depth else {}
+        share = self._share(depth)
+        proposals = self._ask(
+            missing, lambda place, shard: shard.propose(prepared.sent, share, scanned=scanned.get(place))
+        )
+        merged = self._merged(proposals, depth)
+        more = [
+            place
+            for place, own in proposals.items()
+            for name, one in own.items()
+            if len(one.rows) == share < depth and joint_rows(place, one.rows[-1:]) in merged[name].rows
+        ]
+        if not more:
+            return merged
+        again = self._ask(missing, lambda _, shard: shard.propose(prepared.sent, depth), dict.fromkeys(more))
+        return self._merged({place: again.get(place, own) for place, own in proposals.items()}, depth)
+
+    def _share(self, depth: int) -> int:
+        """How many of the best ``depth`` rows a shard is first asked for: seldom fewer than it has of them."""
+        mean = depth / len(self._shards)
+        return depth if len(self._shards) == 1 else min(depth, math.ceil(mean + 4 * math.sqrt(mean)) + _SPARE_SHARE)
+
+    def _merged(self, proposals: Mapping[int, Mapping[str, CandidateRows]], depth: int) -> dict[str, CandidateRows]:
+        """The best ``depth`` rows of each source, from those of the shards."""
+        merged: dict[str, CandidateRows] = {}
+        for name in self._sources:
+            by_ids = name != "bm25" or self.settings.hybrid is not None
+            found = {place: own[name] for place, own in proposals.items()}
+            merged[name] = merge_candidates(found, depth, self._index.ids if by_ids else None)
+        return merged
 
     def _score(self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int) -> ScoredCandidates:
-        if self._anchor_is_score(prepared.scorer):
+        if prepared.anchor_is_score:
             (proposal,), top_k = proposals.values(), self.settings.ranking_depth
             rows, scores = proposal.rows[:top_k], proposal.scores[:top_k]
             _refuse_nan(scores, prepared.query)
             return ScoredCandidates(rows, scores, len(rows), proposals, None, len(proposal.rows) < depth)
         # Sorted rows are read from disk sequentially; the final order is made later.
         rows = np.unique(np.concatenate([proposal.rows for proposal in proposals.values()]))
-        all_scores: list[NDArray[np.float32]] = []
-        for one in (prepared, *prepared.rephrasings):
-            assert one.scorer is not None
-            all_scores.append(one.scorer(rows) if len(rows) else _NOTHING)
-            _refuse_nan(all_scores[-1], one.query)
+        phrasings = (prepared, *prepared.rephrasings)
+        parts = {place: (at, own) for place, at, own in rows_by_shard(rows)}
+
+        def score(place: int, shard: ShardSearch) -> NDArray[np.float32]:
+            return np.stack([shard.score(one.sent, parts[place][1]) for one in phrasings])
+
+        is_scored = np.zeros(len(rows), np.bool_)
+        all_scores = np.zeros((len(phrasings), len(rows)), np.float32)
+        for place, scores in self._ask(prepared.missing, score, parts).items():
+            is_scored[parts[place][0]] = True
+            all_scores[:, parts[place][0]] = scores
+        rows, all_scores = rows[is_scored], all_scores[:, is_scored]
+        for one, scores in zip(phrasings, all_scores, strict=True):
+            _refuse_nan(scores, one.query)
         is_all = all(len(proposal.rows) < depth for proposal in proposals.values())
         return ScoredCandidates(rows, all_scores[0], len(rows), proposals, None, is_all, tuple(all_scores[1:]))
 
@@ -444,17 +560,7 @@ class Searcher:
     ) -> ScoredCandidates:
         top_k = self.settings.ranking_depth if self._in_students_order else depth
         try:
-            certified = certified_top_k(
-                self._index,
-                self._student,
-                prepared.vector,
-                self._task,
-                top_k,
-                allowed=self._allowed,
-                budget_ms=self.settings.budget_ms,
-                reaches=self._reaches,
-                evidence=prepared.evidence,
-            )
+            certified = self._certify(prepared, top_k)
         except ModelError as error:
             raise ModelError(f"query {prepared.query.id!r}: {error}") from error
         # It only proves the student's order of passages.
@@ -462,11 +568,27 @@ class Searcher:
         rows, scores, is_all = certified.rows, certified.scores, len(certified.rows) < top_k
         # BM25's proposals in a fusion need not be among the student's best.
         proposed = np.concatenate([np.zeros(0, np.int64), *(proposal.rows for proposal in proposals.values())])
-        others = np.setdiff1d(proposed, rows)
-        if len(others):
-            scorer = RowScorer(self._index, self._student, prepared.vector, self._task, prepared.evidence)
-            rows, scores = np.concatenate([rows, others]), np.concatenate([scores, scorer(others)])
+        others = {place: own for place, _, own in rows_by_shard(np.setdiff1d(proposed, rows))}
+        more = self._ask(prepared.missing, lambda place, shard: shard.score(prepared.sent, others[place]), others)
+        rows = np.concatenate([rows, *(joint_rows(place, others[place]) for place in more)])
+        scores = np.concatenate([scores, *more.values()])
         return ScoredCandidates(rows, scores, certified.certificate.num_scored, proposals, certificate, is_all)
+
+    def _certify(self, prepared: _PreparedQuery, top_k: int) -> CertifiedRows:
+        """The exact ranking of all shards with its proof; each shard only looks for what the others do not exceed."""
+        begin, budget = time.perf_counter(), self.settings.budget_ms
+        best: NDArray[np.float32] = _NOTHING  # the top_k best scores of the shards so far, in any order
+
+        def certify(_: int, shard: ShardSearch) -> CertifiedRows:
+            nonlocal best
+            left = None if budget is None else max(0.0, budget - 1e3 * (time.perf_counter() - begin))
+            floor = float(best.min()) if len(best) == top_k else -math.inf
+            certified = shard.certify(prepared.sent, top_k, budget_ms=left, floor=floor)
+            best = np.concatenate((best, certified.scores))
+            best = np.partition(best, len(best) - top_k)[-top_k:] if len(best) > top_k else best
+            return certified
+
+        return merge_certified(self._ask(prepared.missing, certify, in_turn=True), top_k, self._index.ids)
 
     def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
         """The top ``top_k`` passages or documents by the student's score, a fusion of rankings, or the cascade.

@@ -76,7 +76,7 @@ def _known_files(index: Index) -> dict[str, tuple[datetime, int] | None]:
 
     None stands for a document of which an interrupted call has written only a part.
     """
-    table = index.store.table()
+    table = index.storage.table()
     names = ["path", "modified", "file_bytes", "num_passages"]
     fields = {item.name for item in table.metadata_fields}
     if not len(table) or not set(names[:3]) <= fields:

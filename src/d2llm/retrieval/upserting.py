@@ -8,8 +8,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import xxhash
 
@@ -21,9 +21,9 @@ from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.runners.runner import LocalWorkers, Workers
 from d2llm.store.blocks import Changes
-from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.schema import FieldType, MetadataSchema
+from d2llm.store.sharded_store import Storage
 
 BLOCK_PASSAGES = 2_048
 """Passages encoded at a time, for a commit or a file: the most work that an interruption can lose."""
@@ -66,7 +66,7 @@ class UpsertReport:
 
 
 def upsert_passages(
-    store: IndexStore,
+    storage: Storage,
     student: SearchStudent,
     passages: Iterable[Passage],
     *,
@@ -76,7 +76,7 @@ def upsert_passages(
     advance: Advance = ignore,
     readers: Workers[Sequence[Passage], ReadPassages] | None = None,
 ) -> UpsertReport:
-    """Add passages to a store, or update existing ones (``Index.upsert``).
+    """Add passages to a store, sharded or not, or update existing ones (``Index.upsert``).
 
     ``as_documents``: the passages are whole documents or pieces of documents, and the caller deletes leftover pieces of
     their earlier versions; a document stored in pieces may then become one passage.
@@ -84,23 +84,25 @@ def upsert_passages(
     iterable that itself changes the index.
     """
     begin = time.perf_counter()
-    kinds: tuple[PartKind, ...] = tuple(store.part_formats)
+    kinds: tuple[PartKind, ...] = tuple(storage.part_formats)
     if "token" in kinds:
-        check_projection(store, student)
+        check_projection(storage, student)
     if readers is None:
         readers = LocalWorkers(partial(read_passages, student, parts=kinds))
-    with store.writing():
+    with storage.writing():
         # Ids are looked up in the table as it was before, which is indexed; no id can occur twice in one call. New rows
         # of the growing table are not indexed, so that looking ids up there would get slower with each block.
-        store.update_indices()
+        for store in storage.stores:
+            store.update_indices()
         upsert = _Upsert(
-            store, advance, only_new=only_new, as_documents=as_documents, lenient_metadata=lenient_metadata
+            storage, advance, only_new=only_new, as_documents=as_documents, lenient_metadata=lenient_metadata
         )
         for read in readers.map(upsert.texts(passages), advance):
             upsert.write(read)
-        store.update_indices()
-        extend_projections(store, student)
-        report = replace(upsert.report, version=store.table().version)
+        for store in storage.stores:
+            store.update_indices()
+            extend_projections(store, student)
+        report = replace(upsert.report, version=storage.table().version)
     if report.left_out:
         named = ", ".join(f"{name} ({count:,})" for name, count in report.left_out.items())
         _log.warning("%s metadata values did not fit and were dropped: %s", f"{sum(report.left_out.values()):,}", named)
@@ -118,68 +120,91 @@ def upsert_passages(
 class _Upsert:
     """An upsert under way: its passages are compared with the store block by block, encoded, and written.
 
-    Blocks may be compared before earlier ones are written.
+    Every block goes to one shard. Blocks may be compared before earlier ones are written.
     """
 
     def __init__(
-        self, store: IndexStore, advance: Advance, *, only_new: bool, as_documents: bool, lenient_metadata: bool
+        self, storage: Storage, advance: Advance, *, only_new: bool, as_documents: bool, lenient_metadata: bool
     ) -> None:
-        self.report = UpsertReport(store.folder, 0)
-        self._store = store
+        self.report = UpsertReport(storage.folder, 0)
+        self._storage = storage
         self._advance = advance
         self._only_new, self._as_documents, self._lenient_metadata = only_new, as_documents, lenient_metadata
-        self._before = self._table = store.table()  # as it was before, and its latest version
-        self._version = self._before.version  # the one that this upsert has made, or found
+        self._before = [store.table() for store in storage.stores]  # as they were before
+        self._tables = list(self._before)  # their latest versions
+        self._versions = [table.version for table in self._before]  # those that this upsert has made, or found
         self._seen_ids: set[int] = set()
-        self._unwritten: deque[tuple[int, Changes]] = deque()  # with the number of passages of their block
+        self._unwritten: deque[tuple[int, list[Passage], Changes]] = deque()  # with their shards
 
     def texts(self, passages: Iterable[Passage]) -> Iterator[list[Passage]]:
         """For each block, the passages that must be encoded."""
-        size = _BLOCK_WITH_TOKENS if "token" in self._store.part_formats else BLOCK_PASSAGES
-        for block in _blocks(passages, size):
-            _refuse_repeated(block, self._seen_ids, self._store.folder)
+        size = _BLOCK_WITH_TOKENS if "token" in self._storage.part_formats else BLOCK_PASSAGES
+        for shard, block in _blocks(passages, size, self._storage):
+            _refuse_repeated(block, self._seen_ids, self._storage.folder)
             self.report = _count_blank(block, self.report)
-            changes = self._compare(block)
-            self._unwritten.append((len(block), changes))
+            changes = self._compare(shard, block)
+            self._unwritten.append((shard, block, changes))
             self._advance(len(block) - len(changes.texts))
             yield changes.texts
 
-    def _compare(self, block: list[Passage]) -> Changes:
-        self._table = self._store.table()
-        if self._table.version != self._version:  # the iterable itself has changed the index
-            self._before = self._store.table()
+    def _compare(self, shard: int, block: list[Passage]) -> Changes:
+        store = self._storage.stores[shard]
+        self._tables[shard] = store.table()
+        if self._tables[shard].version != self._versions[shard]:  # the iterable itself has changed the index
+            self._before[shard] = self._tables[shard]
         if not self._as_documents:
-            _refuse_documents(block, self._before)
-        known = MetadataSchema.from_arrow(self._table.metadata_fields)
+            for before in self._before:
+                _refuse_documents(block, before)
+        known = MetadataSchema.from_arrow(self._tables[shard].metadata_fields)
         if self._lenient_metadata:
             block, left_out = known.leave_out_misfits(block)
             self.report = replace(self.report, left_out=Counter(self.report.left_out) + left_out)
-        self._table = _with_new_fields(self._store, block, known, self._table)
-        self._version = self._table.version
-        changes = self._store.compare(block, self._table, before=self._before)
-        if self._only_new and changes.num_new < len(block):
-            present = self._before.by_ids([passage.id for passage in block], ["id"])["id"].to_pylist()
-            problem = f"{len(present)} of the passages already exist, such as {present[0]!r}; use upsert to update them"
-            raise DuplicateIdError(self._store.folder, problem)
+        if _add_new_fields(self._storage, block, known):
+            for place, each in enumerate(self._storage.stores):
+                self._tables[place] = each.table()
+                self._versions[place] = self._tables[place].version
+        self._versions[shard] = self._tables[shard].version
+        changes = store.compare(block, self._tables[shard], before=self._before[shard])
+        if self._only_new and (changes.num_new < len(block) or len(self._before) > 1):
+            ids = [passage.id for passage in block]
+            present = [row for before in self._before for row in before.by_ids(ids, ["id"])["id"].to_pylist()]
+            if present:
+                problem = f"{len(present)} of the passages already exist, such as {present[0]!r}"
+                raise DuplicateIdError(self._storage.folder, f"{problem}; use upsert to update them")
         return changes
 
     def write(self, read: ReadPassages) -> None:
         """Write the earliest unwritten block in one commit."""
-        size, changes = self._unwritten.popleft()
-        self._version = self._store.write(changes, read.vectors, read.truncated, self._table, read.parts)
+        shard, block, changes = self._unwritten.popleft()
+        store = self._storage.stores[shard]
+        self._versions[shard] = store.write(changes, read.vectors, read.truncated, self._tables[shard], read.parts)
+        num_moved = self._delete_elsewhere(shard, block)
         report = self.report
         self.report = replace(
             report,
-            version=self._version,
-            num_passages=report.num_passages + size,
-            num_added=report.num_added + changes.num_new,
-            num_updated=report.num_updated + len(changes.texts) - changes.num_new,
+            version=self._versions[shard],
+            num_passages=report.num_passages + len(block),
+            num_added=report.num_added + changes.num_new - num_moved,
+            num_updated=report.num_updated + len(changes.texts) - changes.num_new + num_moved,
             num_metadata=report.num_metadata + len(changes.others),
             num_unchanged=report.num_unchanged + changes.num_unchanged,
             num_truncated=report.num_truncated + len(read.truncated),
             num_tokens=report.num_tokens + read.num_tokens + sum(part.num_tokens for part in read.parts.values()),
             num_windows=report.num_windows + read.num_windows,
         )
+
+    def _delete_elsewhere(self, shard: int, block: Sequence[Passage]) -> int:
+        """Delete the passages that were in other shards before, under another document; returns their number."""
+        num_deleted = 0
+        for place, store in enumerate(self._storage.stores):
+            if place != shard and len(self._before[place]):
+                ids = [passage.id for passage in block]
+                moved = cast("list[str]", self._before[place].by_ids(ids, ["id"])["id"].to_pylist())
+                if moved:
+                    num_deleted += store.delete(moved)
+                    self._tables[place] = store.table()
+                    self._versions[place] = self._tables[place].version
+        return num_deleted
 
 
 def _count_blank(block: Sequence[Passage], report: UpsertReport) -> UpsertReport:
@@ -203,20 +228,19 @@ def warn_of_truncation(report: UpsertReport, advice: str) -> None:
         )
 
 
-def check_projection(store: IndexStore, student: SearchStudent) -> None:
+def check_projection(storage: Storage, student: SearchStudent) -> None:
     """Refuse a student whose vectors of tokens cannot be compared with those that the index stores."""
-    made_by = store.manifest["token_projection"]
+    made_by = storage.manifest["token_projection"]
     own = student.token_fingerprint if isinstance(student, TokenStudent) else None
     if own != made_by:
         raise IndexMismatchError(
-            f"{store.folder}: its vectors of tokens were made by projection {made_by}, but the student has {own}; "
+            f"{storage.folder}: its vectors of tokens were made by projection {made_by}, but the student has {own}; "
             "use the student that made the index, or index the corpus again"
         )
 
 
-def _with_new_fields(
-    store: IndexStore, block: list[Passage], known: MetadataSchema, table: PassageTable
-) -> PassageTable:
+def _add_new_fields(storage: Storage, block: list[Passage], known: MetadataSchema) -> bool:
+    """Add metadata fields that the store does not have yet, to all shards; returns whether there were any."""
     try:
         inferred = MetadataSchema.infer(block, known)
     except InputError as error:
@@ -225,16 +249,24 @@ def _with_new_fields(
             "all), or lenient_metadata in Python and over HTTP"
         ) from error
     new: dict[str, FieldType] = {name: kind for name, kind in inferred.fields.items() if name not in known.fields}
-    if not new:
-        return table
-    store.add_fields(MetadataSchema(new))
-    return store.table()
+    if new:
+        storage.add_fields(MetadataSchema(new))
+    return bool(new)
 
 
-def _blocks(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
-    rest = iter(passages)
-    while block := list(islice(rest, size)):
-        yield block
+def _blocks(passages: Iterable[Passage], size: int, storage: Storage) -> Iterator[tuple[int, list[Passage]]]:
+    """Blocks of passages of one shard each, with its number; those of one shard are in the order of ``passages``.
+
+    At most ``size`` passages a shard are in memory, so that a sharded index takes as many as there are shards.
+    """
+    waiting: dict[int, list[Passage]] = {}
+    for passage in passages:
+        shard = storage.shard_of(passage)
+        block = waiting.setdefault(shard, [])
+        block.append(passage)
+        if len(block) == size:
+            yield shard, waiting.pop(shard)
+    yield from sorted(waiting.items())
 
 
 def _refuse_repeated(block: list[Passage], seen_ids: set[int], folder: Path) -> None:

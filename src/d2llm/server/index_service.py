@@ -33,6 +33,7 @@ from d2llm.retrieval.chunking import (
 from d2llm.retrieval.context import AnswerContext, build_context
 from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.protocols import SearchView
 from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import SearchSettings
 from d2llm.retrieval.upserting import UpsertReport
@@ -45,7 +46,6 @@ from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersio
 from d2llm.store import inspection
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats
-from d2llm.store.view import PassageView
 
 _Value = TypeVar("_Value")
 
@@ -253,7 +253,7 @@ class IndexService:
         """
         return await self._in(self._reads, lambda: version.view.vectors(version.view.rows(ids)))
 
-    async def read(self, work: Callable[[PassageView], _Value]) -> _Value:
+    async def read(self, work: Callable[[SearchView], _Value]) -> _Value:
         """Run ``work`` on the version that is served now."""
         return await self.served.work(lambda version: self._in(self._reads, lambda: work(version.view)))
 

@@ -160,6 +160,63 @@ class WordSegment:
 
 
 @dataclass(frozen=True, slots=True)
+class WordStatistics:
+    """What BM25 knows about a corpus as a whole. The statistics of a corpus are the sums of those of its shards.
+
+    Attributes:
+        num_passages: number of passages.
+        num_words: number of their words.
+        num_windows: number of their windows.
+        num_window_words: number of the windows' words; most sentences are in two windows.
+    """
+
+    num_passages: int = 0
+    num_words: int = 0
+    num_windows: int = 0
+    num_window_words: int = 0
+
+    def __add__(self, other: WordStatistics) -> WordStatistics:
+        """The statistics of two corpora together."""
+        return WordStatistics(
+            self.num_passages + other.num_passages,
+            self.num_words + other.num_words,
+            self.num_windows + other.num_windows,
+            self.num_window_words + other.num_window_words,
+        )
+
+    @property
+    def mean_length(self) -> float:
+        """Words of a passage."""
+        return self.num_words / max(self.num_passages, 1)
+
+    @property
+    def mean_window_length(self) -> float:
+        """Words of a window."""
+        return self.num_window_words / max(self.num_windows, 1)
+
+
+class CountedTerms(NamedTuple):
+    """The distinct terms of a text: their hashes [n], ascending, and how often each occurs in it [n]."""
+
+    hashes: NDArray[np.uint64]
+    times: NDArray[np.int64]
+
+    @classmethod
+    def from_text(cls, text: str) -> CountedTerms:
+        """The terms of a text."""
+        hashes, times = np.unique(np.array([_hash(term) for term in terms(text)], np.uint64), return_counts=True)
+        return cls(hashes, times)
+
+    def weighted(self, rows_with: NDArray[np.int64], num_passages: int) -> QueryWords:
+        """The terms of a query with their weights in a corpus, in which ``rows_with`` [n] passages have each term."""
+        idf = np.log1p((num_passages - rows_with + 0.5) / (rows_with + 0.5))
+        weights = np.where(rows_with > 0, self.times * idf, 0.0).astype(np.float32)
+        order = np.lexsort((self.hashes, -weights))
+        num_unknown = int(self.times[rows_with == 0].sum())
+        return QueryWords(self.hashes[order], weights[order], int(self.times.sum()), num_unknown)
+
+
+@dataclass(frozen=True, slots=True)
 class QueryWords:
     """The words of a query, weighted by the statistics of an index.
 
@@ -200,9 +257,22 @@ class WordIndex:
     391 queries, .965; .955; .930.
     """
 
-    def __init__(self, segments: Sequence[WordSegment], *, live: NDArray[np.bool_] | None = None) -> None:
-        """Args: ``live`` [rows], true for rows that count; by default all."""
+    def __init__(
+        self,
+        segments: Sequence[WordSegment],
+        *,
+        live: NDArray[np.bool_] | None = None,
+        corpus: WordStatistics | None = None,
+    ) -> None:
+        """Index the rows of some segments.
+
+        Args:
+            segments: the words of all rows.
+            live: [rows], true for rows that count; by default all.
+            corpus: the statistics by which rows are scored, if these rows are only a part of a corpus.
+        """
         self._segments = list(segments)
+        self._corpus = corpus
         self._firsts = np.concatenate([[0], np.cumsum([len(segment) for segment in segments])]).astype(np.int64)
         self._live = None if live is None or live.all() else live
 
@@ -219,7 +289,14 @@ class WordIndex:
         """The same words with only the ``live`` rows; if ``live`` is shorter, the rows beyond it do not count."""
         mask = np.zeros(len(self), np.bool_)
         mask[: len(live)] = live
-        return WordIndex(self._segments, live=mask)
+        return WordIndex(self._segments, live=mask, corpus=self._corpus)
+
+    def within(self, corpus: WordStatistics) -> WordIndex:
+        """The same rows as a part of a larger corpus, whose statistics their scores depend on.
+
+        Queries must then be weighted by the whole corpus too (``CountedTerms.weighted``).
+        """
+        return WordIndex(self._segments, live=self._live, corpus=corpus)
 
     def take(self, rows: _Rows) -> WordSegment:
         """The words of some rows, in their order, as a segment."""
@@ -244,12 +321,15 @@ class WordIndex:
         return len(self) if self._live is None else int(self._live.sum())
 
     @cached_property
-    def _mean_length(self) -> float:
-        return self._total("lengths") / max(self._num_live, 1)
+    def statistics(self) -> WordStatistics:
+        """The statistics of the live rows."""
+        return WordStatistics(
+            self._num_live, self._total("lengths"), self._total("num_windows"), self._total("window_lengths")
+        )
 
-    @cached_property
-    def _mean_window_length(self) -> float:
-        return self._total("window_lengths") / max(self._total("num_windows"), 1)
+    @property
+    def _scored_by(self) -> WordStatistics:
+        return self.statistics if self._corpus is None else self._corpus
 
     def _total(self, name: str) -> int:
         return sum(
@@ -263,7 +343,7 @@ class WordIndex:
     @cached_property
     def _norms(self) -> list[_Scores]:
         """k1 (1 - b + b |p| / mean length) of each row."""
-        mean = max(self._mean_length, 1e-9)
+        mean = max(self._scored_by.mean_length, 1e-9)
         return [_norm(segment.lengths, mean) for segment in self._segments]
 
     @cached_property
@@ -287,8 +367,11 @@ class WordIndex:
 
     def query(self, text: str) -> QueryWords:
         """The words of a query and their weights in this index."""
-        query_terms = terms(text)
-        hashes, times = np.unique(np.array([_hash(term) for term in query_terms], np.uint64), return_counts=True)
+        counted = CountedTerms.from_text(text)
+        return counted.weighted(self.rows_with(counted.hashes), self._num_live)
+
+    def rows_with(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number of live rows that contain each of these distinct terms [n]."""
         rows_with = np.zeros(len(hashes), np.int64)
         for segment, dead in zip(self._segments, self._dead_counts, strict=True):
             places = segment.places(hashes)
@@ -296,10 +379,7 @@ class WordIndex:
             rows_with[known] += segment.starts[places[known] + 1] - segment.starts[places[known]]
             if dead is not None:
                 rows_with[known] -= dead[places[known]]
-        idf = np.log1p((self._num_live - rows_with + 0.5) / (rows_with + 0.5))
-        weights = np.where(rows_with > 0, times * idf, 0.0).astype(np.float32)
-        order = np.lexsort((hashes, -weights))
-        return QueryWords(hashes[order], weights[order], len(query_terms), int(times[rows_with == 0].sum()))
+        return rows_with
 
     def scores(self, query: QueryWords) -> _Scores:
         """BM25 of every row, including dead ones; 0 if no term is shared."""
@@ -397,7 +477,7 @@ class WordIndex:
             return passages, windows
         filled, firsts = np.unique(row, return_index=True)  # rows with a sentence
         in_windows = _Windows.of_sentences(row)
-        window_norms = _norm(in_windows.sums(lengths), max(self._mean_window_length, 1e-9))
+        window_norms = _norm(in_windows.sums(lengths), max(self._scored_by.mean_window_length, 1e-9))
         whole_scores, window_scores = np.zeros(len(filled), np.float32), np.zeros(len(window_norms), np.float32)
         column = (np.cumsum(np.bincount(occurring)) - 1)[term]
         width = max(1, _MOST_COUNTS // len(ends))
@@ -414,6 +494,13 @@ class WordIndex:
         _, firsts = np.unique(in_windows.rows, return_index=True)
         windows[filled] = np.maximum.reduceat(window_scores, firsts)
         return passages, windows
+
+
+def query_words_of(indexes: Sequence[WordIndex], text: str) -> QueryWords:
+    """The words of a query and their weights in a corpus that consists of the rows of several indexes."""
+    counted = CountedTerms.from_text(text)
+    rows_with = sum((index.rows_with(counted.hashes) for index in indexes), np.zeros(len(counted.hashes), np.int64))
+    return counted.weighted(rows_with, sum(index.statistics.num_passages for index in indexes))
 
 
 def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], top_k: int) -> Iterator[list[Candidate]]:

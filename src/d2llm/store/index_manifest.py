@@ -12,6 +12,8 @@ from d2llm.core.manifest import read_any_manifest, read_manifest, write_manifest
 
 KIND = "index"
 FORMAT_VERSION = 3
+SHARDED_KIND = "sharded index"
+"""Kind of a folder with several indexes (``sharded_store``)."""
 FIT_KIND, INDEX_OF_FIT = "search", "index"
 """Kind of a folder that ``fit`` makes, and the name of the index in it."""
 
@@ -40,6 +42,9 @@ def read_index_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         DataFormatError: it is missing, damaged, or has another format.
     """
+    if read_any_manifest(folder, KIND).get("kind") == SHARDED_KIND:
+        problem = "is a sharded index, but one that is not sharded is needed here; give that, or one of its shards"
+        raise DataFormatError(folder, problem)
     manifest = read_manifest(folder, KIND, FORMAT_VERSION)
     kinds = {"student": str, "task": str, "dim": int, "vector_format": str}
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]

@@ -109,6 +109,7 @@ class IndexStore:
         metadata: MetadataSchema | None = None,
         student_config: Mapping[str, Any] | None = None,
         student_source: str | None = None,
+        shard: Mapping[str, Any] | None = None,
     ) -> IndexStore:
         """A new store without passages; it appears at ``folder`` when it is complete.
 
@@ -116,6 +117,7 @@ class IndexStore:
         stores them only in the file, which takes less space, but damaged vectors must be encoded again.
         ``window_format`` and ``token_format``: formats of the vectors of windows and of tokens; None stores none. The
         vectors of tokens have ``token_dim`` dimensions; ``token_projection`` is the fingerprint of what made them.
+        ``shard`` says which shard of which sharded index this is (``sharded_store``); None: of none.
 
         Raises:
             InputError: the folder is not empty, or the format or the number of copies is unknown.
@@ -138,6 +140,7 @@ class IndexStore:
             "token_dim": token_dim,
             "token_projection": token_projection,
             "snapshot": None,
+            **({} if shard is None else {"shard": dict(shard)}),
         }
         part_formats = _part_formats(content)
         if vector_copies not in get_args(VectorCopies):
@@ -179,6 +182,16 @@ class IndexStore:
         if set(table.schema) != set(table_schema(table.metadata_fields, code_size)):
             raise DataFormatError(self.folder, "its table has other columns than its manifest says; restore a copy")
         return table
+
+    @property
+    def stores(self) -> tuple[IndexStore, ...]:
+        """The stores that hold the passages: this one (``ShardedStore`` has several)."""
+        return (self,)
+
+    def shard_of(self, passage: Passage) -> int:
+        """Which of ``stores`` a passage belongs in: the only one."""
+        del passage
+        return 0
 
     @property
     def version(self) -> int:
@@ -303,6 +316,41 @@ class IndexStore:
             passages = [*changes.texts, *(passage for passage, _, _ in changes.others)]
             block = table_block(passages, table.schema, metadata, rows, flags, column)
             table.put(block, replaces=len(passages) > changes.num_new)
+            return table.version
+
+    def append_rows(
+        self,
+        rows: pa.Table,
+        codes: NDArray[np.uint8],
+        words: WordSegment,
+        parts: Mapping[PartKind, tuple[NDArray[np.uint8], NDArray[np.int64]]],
+    ) -> int:
+        """Add rows of another store's table as they are, without encoding anything, in one commit.
+
+        Args:
+            rows: columns of the table, of passages that this store does not have; ``d2_row`` is replaced.
+            codes: [len(rows), code_size], their vectors in the format of this store.
+            words: their words, in the same order.
+            parts: codes and counts of their parts, of each kind that the index stores.
+
+        Returns:
+            The new version.
+
+        Raises:
+            StorageError: they cannot be written; none of them is in the store.
+        """
+        with self.writing():
+            table = self.table()
+            file, generation = self.vectors.file_to_extend(table), self.vectors.generation(table)
+            with storage_errors(self.folder):
+                first = file.append(codes)
+                word_files.write_segment(self.folder, generation, first, words)
+                for kind, (part_codes, counts) in parts.items():
+                    append_parts(self.folder, generation, kind, self.part_formats[kind], first, part_codes, counts)
+            numbers = np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT
+            place = rows.schema.get_field_index("d2_row")
+            moved = rows.set_column(place, rows.schema.field(place), pa.array(numbers, pa.int64()))
+            table.put(moved.select(table.schema.names).cast(table.schema), replaces=False)
             return table.version
 
     def _part_codes(

@@ -37,7 +37,8 @@ class IndexStats:
     was tuned for a recall of ``ann_recall``. ``unindexed`` maps indices to the number of passages that they do not
     cover yet; these are searched too, but more slowly. ``chunking`` is how documents were chunked, if there were any;
     ``student_name`` is the name of the student with fingerprint ``student``. ``window_format`` and
-    ``token_format`` are the formats of the vectors of windows and of tokens, None if there are none.
+    ``token_format`` are the formats of the vectors of windows and of tokens, None if there are none. ``num_shards`` is
+    None for an index that is not sharded (``sharded_inspection.stats_of_all``).
     """
 
     folder: str
@@ -69,6 +70,7 @@ class IndexStats:
     unindexed: dict[str, int]
     chunking: Chunking | None = None
     student_name: str | None = None
+    num_shards: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -16,11 +16,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DamagedFileError, DataFormatError, InputError
-from d2llm.core.types import PartKind, Passage, Task, Ties, is_text
+from d2llm.core.types import MissingShard, PartKind, Passage, Task, Ties, is_text
 from d2llm.ops.selection import top_rows
 from d2llm.store.ann import AnnBase, AnnIndex
 from d2llm.store.blocks import GENERATION_SHIFT, ROW_MASK, is_as_written
-from d2llm.store.bm25 import WordIndex
+from d2llm.store.bm25 import QueryWords, WordIndex, WordStatistics
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
@@ -51,8 +51,15 @@ class PassageView:
     vectors.
     """
 
-    def __init__(self, store: IndexStore, version: int | None = None) -> None:
+    def __init__(
+        self, store: IndexStore, version: int | None = None, *, corpus: Callable[[], WordStatistics] | None = None
+    ) -> None:
+        """Open a version, the latest by default.
+
+        ``corpus`` gives the statistics that BM25 uses if these passages are a part of a corpus (``WordIndex.within``).
+        """
         self.store = store
+        self._corpus = corpus
         self.format = store.format
         self._table = store.table(version)
         self.version = self._table.version
@@ -95,6 +102,16 @@ class PassageView:
         view._vectors = VectorRows(codes, None)
         view._scan = RowScan(codes, view.format)
         return view
+
+    @property
+    def shards(self) -> tuple[PassageView, ...]:
+        """The parts that are searched one by one: this view alone (``ShardedView`` has several)."""
+        return (self,)
+
+    @property
+    def missing(self) -> tuple[MissingShard, ...]:
+        """Shards that could not be opened: none."""
+        return ()
 
     @cached_property
     def metadata(self) -> MetadataSchema:
@@ -234,10 +251,12 @@ class PassageView:
         filter: str | None = None,  # noqa: A002
         *,
         ties: Ties = "ids",
+        query_words: QueryWords | None = None,
     ) -> CandidateRows:
         """The best passages of a query text by BM25, best first, among those that pass the filter.
 
         ``ties`` says how equal scores are ordered. All passages may be tied, and looking up their ids takes time.
+        ``query_words`` are the words of the text if they were weighted already.
 
         Raises:
             InputError: ``top_k`` < 1, or the text is not valid Unicode; or as for ``select``.
@@ -251,7 +270,7 @@ class PassageView:
         if allowed is not None:
             allowed = np.append(allowed, np.zeros(len(words) - len(allowed), np.bool_))
         try:
-            rows, scores = words.best(words.query(text), top_k, allowed=allowed)
+            rows, scores = words.best(query_words or words.query(text), top_k, allowed=allowed)
         except (IndexError, ValueError) as error:  # damage that the samples on opening missed
             problem = f"its words are damaged ({error}); `d2llm index ... verify --repair` reads them again"
             raise DamagedFileError(self.store.folder, problem) from error
@@ -265,6 +284,11 @@ class PassageView:
     @cached_property
     def words(self) -> WordIndex:
         """BM25 of this version's passages, by row; there may be rows beyond ``capacity``, which do not count."""
+        return self.own_words if self._corpus is None else self.own_words.within(self._corpus())
+
+    @cached_property
+    def own_words(self) -> WordIndex:
+        """``words``, scored by the statistics of these passages alone."""
         words, problems = self.store.words(self._table, self.capacity)
         if problems:
             remedy = "`d2llm index ... compact` or `verify --repair` writes them" if len(self) else ""

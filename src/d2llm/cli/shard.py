@@ -1,0 +1,44 @@
+"""The verb ``shard``: copies an index into shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2llm.cli.options import JsonOption
+from d2llm.cli.session import session_of
+
+
+def shard(
+    context: typer.Context,
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder; it is not changed.")],
+    parts: Annotated[int, typer.Option(metavar="N", min=1, help="Number of shards.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the sharded index goes.")],
+    remote: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Put the shards into object storage, such as s3://bucket/docs; FOLDER then only says where they are.",
+            show_default="in FOLDER",
+        ),
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Copy an index into shards, each an index of its own, that are searched as one.
+
+    Nothing is encoded, and searches give the same results. A sharded index of a corpus is also made by encode --shards.
+    If interrupted, run the same command again to continue.
+    """
+    from d2llm.retrieval.shard import shard
+
+    session = session_of(context)
+    report = shard(index, out, parts, remote=remote)
+    resumed = f", {report.num_resumed:,} of them by an earlier call" if report.num_resumed else ""
+    session.say(
+        f"shard: {report.num_passages:,} passages copied{resumed} into {report.num_shards:,} shards of "
+        f"{report.fewest:,} to {report.most:,}; {report.num_bytes:,} bytes, {report.seconds:,.1f} s, in {out}"
+        + ("" if remote is None else f" and {remote}")
+    )
+    session.write_report(context, json_path, report)

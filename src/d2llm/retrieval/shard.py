@@ -1,0 +1,229 @@
+"""The ``shard`` verb: copy an index into shards. Nothing is encoded: vectors, parts and words are copied."""
+
+# pyright: reportUnknownParameterType=false
+# (pyarrow ships no types)
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError
+from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder, replace_folder
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import progress_bar
+from d2llm.core.types import PartKind
+from d2llm.store.blocks import ROW_MASK
+from d2llm.store.bm25 import WordIndex
+from d2llm.store.checksums import RECORD_NAME
+from d2llm.store.index_manifest import SHARDED_KIND, find_index
+from d2llm.store.index_store import IndexStore
+from d2llm.store.part_vectors import PartVectors
+from d2llm.store.passage_table import PassageTable
+from d2llm.store.remote_shards import upload_shard
+from d2llm.store.schema import MetadataSchema
+from d2llm.store.sharded_store import (
+    FORMAT_VERSION,
+    ShardedStore,
+    ShardRecord,
+    open_storage,
+    shard_name,
+    shard_of,
+    write_sharded_manifest,
+)
+from d2llm.store.side_files import side_files
+
+_HELD_ROWS = 1 << 16  # in memory at once, over all shards,
+_FEWEST_ROWS = 1_024  # unless there are so many shards that each would be written in smaller pieces
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What ``shard`` did.
+
+    The smallest and the largest shard have ``fewest`` and ``most`` passages. ``num_resumed`` of the passages were
+    copied by an interrupted call. The shards take ``num_bytes``; ``remote`` is their URL in object storage, if any.
+    """
+
+    folder: Path
+    num_shards: int
+    num_passages: int
+    num_resumed: int
+    fewest: int
+    most: int
+    num_bytes: int
+    seconds: float
+    remote: str | None = None
+
+
+def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str | None = None) -> ShardReport:
+    """Copy an index into a sharded index, whose searches give the same results; it appears when it is complete.
+
+    A passage goes to the shard that a hash of its document names (``store.sharded_store``). Memory does not grow with
+    the index. An interrupted call continues when it is repeated. Approximate indexes, projections and snapshots are not
+    copied; build them for the shards.
+
+    Args:
+        index: folder of the index; it may itself be sharded, to change the number of shards.
+        folder: where the sharded index goes; must not exist, or be empty.
+        num_shards: number of shards.
+        remote: URL of a folder in object storage (fsspec) for the shards; ``folder`` then only has the manifest. None:
+            the shards are in ``folder``.
+
+    Raises:
+        DataFormatError: there is no index, or it is damaged.
+        InputError: ``folder`` is not empty, the number of shards is wrong, or the object storage cannot be written; the
+            finished shards are kept for a repeated call.
+        StorageError: the shards cannot be written.
+    """
+    begin = time.perf_counter()
+    source, folder = open_storage(find_index(Path(index))), Path(folder)
+    check_replaceable(folder, SHARDED_KIND)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: already holds an index; give another folder")
+    records = [(store.folder / RECORD_NAME).read_bytes() for store in source.stores]
+    key = fingerprint_json(
+        [FORMAT_VERSION, str(source.folder.resolve()), num_shards, [xxhash.xxh3_128_hexdigest(one) for one in records]]
+    )
+    draft = folder.parent / f".{folder.name}.work-{key}"
+    tables = [store.table(whole=True) for store in source.stores]  # copied damage would get matching checksums
+    target = (
+        ShardedStore.open(draft) if (draft / MANIFEST_NAME).is_file() else _create(draft, source, tables, num_shards)
+    )
+    with target.writing(), progress_bar("sharding", sum(map(len, tables))) as advance:
+        copy = _Copy(target, advance)
+        num_resumed = copy.num_present
+        for store, table in zip(source.stores, tables, strict=True):
+            copy.add(store, table)
+        for store in target.stores:
+            store.compact(timedelta(0))
+    for path in side_files(source.folder):
+        if path.is_file():
+            shutil.copy2(path, draft / path.name)
+    num_bytes = sum(folder_bytes(store.folder) for store in target.stores)
+    if remote is None:
+        replace_folder(draft, folder)
+    else:
+        _upload(target, remote.rstrip("/"), folder)
+        shutil.rmtree(draft)
+    sizes = [record.num_passages for record in target.records]
+    return ShardReport(
+        folder,
+        num_shards,
+        sum(sizes),
+        num_resumed,
+        min(sizes),
+        max(sizes),
+        num_bytes,
+        time.perf_counter() - begin,
+        remote,
+    )
+
+
+def _create(
+    draft: Path, source: IndexStore | ShardedStore, tables: list[PassageTable], num_shards: int
+) -> ShardedStore:
+    manifest = source.manifest
+    student_source = manifest.get("student_source")
+    if isinstance(student_source, str) and student_source.startswith("../"):  # relative to the source
+        student_source = str((source.folder / student_source).resolve())
+    return ShardedStore.create(
+        draft,
+        num_shards,
+        student_fingerprint=manifest["student"],
+        dim=manifest["dim"],
+        task=manifest["task"],
+        vector_format=manifest["vector_format"],
+        vector_copies=manifest["vector_copies"],
+        window_format=manifest.get("window_format"),
+        token_format=manifest.get("token_format"),
+        token_dim=manifest.get("token_dim"),
+        token_projection=manifest.get("token_projection"),
+        metadata=MetadataSchema.from_arrow(tables[0].metadata_fields),
+        student_config=manifest.get("student_config"),
+        student_source=student_source,
+    )
+
+
+def _upload(target: ShardedStore, remote: str, folder: Path) -> None:
+    """Copy all shards into object storage, and write a sharded index that names them there."""
+    records: list[ShardRecord] = []
+    for number, (record, store) in enumerate(zip(target.records, target.stores, strict=True)):
+        url = f"{remote}/{shard_name(number)}"
+        records.append(replace(record, address=url, files=upload_shard(store.folder, url)))
+    with new_folder(folder, kind=SHARDED_KIND) as new:
+        for path in side_files(target.folder):
+            if path.is_file():
+                shutil.copy2(path, new / path.name)
+        write_sharded_manifest(new, target.manifest, records)
+
+
+class _Copy:
+    """Rows on their way into the shards: they are collected by shard, and written many at a time."""
+
+    def __init__(self, target: ShardedStore, advance: Callable[[int], None]) -> None:
+        self._target = target
+        self._advance = advance
+        self._most = max(_FEWEST_ROWS, _HELD_ROWS // len(target.stores))
+        self._waiting: dict[int, list[pa.Table]] = {}
+        present = [_hashes(batch) for store in target.stores for batch in store.table().batches(["id"])]
+        self._present = np.sort(np.concatenate([np.zeros(0, np.uint64), *present]))
+        """Hashes of the ids that an interrupted call has written."""
+
+    @property
+    def num_present(self) -> int:
+        """Number of passages that an interrupted call has written."""
+        return len(self._present)
+
+    def add(self, store: IndexStore, table: PassageTable) -> None:
+        """Copy all passages of a store that are not there yet."""
+        source = _Source(store, table)
+        for batch in table.batches():
+            rows = pa.Table.from_batches([batch])
+            if len(self._present):
+                rows = rows.filter(pa.array(~np.isin(_hashes(batch), self._present)))
+                self._advance(len(batch) - len(rows))
+            pairs = zip(rows["id"].to_pylist(), rows["document_id"].to_pylist(), strict=True)
+            shards = np.array([shard_of(*pair, len(self._target.stores)) for pair in pairs], np.int64)
+            for number in np.unique(shards).tolist():
+                waiting = self._waiting.setdefault(number, [])
+                waiting.append(rows.take(np.flatnonzero(shards == number)))
+                if sum(map(len, waiting)) >= self._most:
+                    self._write(number, source)
+        for number in list(self._waiting):
+            self._write(number, source)
+
+    def _write(self, number: int, source: _Source) -> None:
+        rows = pa.concat_tables(self._waiting.pop(number)).combine_chunks()
+        [batch] = rows.to_batches()
+        old = np.asarray(rows["d2_row"], np.int64) & ROW_MASK
+        parts: dict[PartKind, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {
+            kind: part.take(old) for kind, part in source.parts.items()
+        }
+        self._target.stores[number].append_rows(rows, source.codes_of(batch), source.words.take(old), parts)
+        self._advance(len(rows))
+
+
+class _Source:
+    """What an index has beside its table, all compared with checksums."""
+
+    def __init__(self, store: IndexStore, table: PassageTable) -> None:
+        self.codes_of: Callable[[pa.RecordBatch], NDArray[np.uint8]] = store.vectors.codes_of_batches(table)
+        self.words: WordIndex = store.words(table, store.vectors.num_rows(table), whole=True).words
+        self.parts: dict[PartKind, PartVectors] = {
+            kind: store.parts(table, kind, whole=True) for kind in store.part_formats
+        }
+
+
+def _hashes(batch: pa.RecordBatch) -> NDArray[np.uint64]:
+    ids: Iterator[str] = iter(batch.column("id").to_pylist())
+    return np.fromiter((xxhash.xxh3_64_intdigest(one.encode()) for one in ids), np.uint64)

@@ -1,0 +1,157 @@
+"""One shard's part in a search: what it proposes, full scores, and proofs. An index that is not sharded is one shard.
+
+A search has up to four rounds, and in each a shard gets plain values and returns plain values, so that a shard could
+also be in another process or on another machine:
+
+1. ``count_words``: how many passages of the shard have the query's words, so that all shards weight them alike
+   (``bm25.CountedTerms``). The other statistics (``WordStatistics``) belong to the version, not to the query.
+2. ``propose``: the shard's best rows of each source of candidates. The best of all shards are the candidates.
+3. ``score``: full scores of the candidates that are in the shard. An exact search has ``certify`` instead of 2 and 3.
+4. Texts of the results, from the view (``ShardedView.passages``), and with ``explain`` the ``evidence`` for them.
+
+Scores do not depend on the shard that a passage is in, and candidates are chosen among all, so a sharded search ranks
+as a search of one index does. (Only candidates that tie with the last one by BM25 may be others.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.types import Query, Task
+from d2llm.models.evidence import EvidenceWeights
+from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
+from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches, certified_top_k
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
+from d2llm.retrieval.row_scorer import RowScorer
+from d2llm.retrieval.settings import SearchSettings
+from d2llm.store.bm25 import QueryWords
+from d2llm.store.view import CandidateRows, PassageView
+
+_NOTHING = np.zeros(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardQuery:
+    """A query as every shard gets it.
+
+    Attributes:
+        query: text and id.
+        vector: [dim].
+        anchor: [dim], for inner products; None if the head has none.
+        tokens: [tokens, token_dim], the vectors of its tokens, if they have a weight.
+        words: its words, weighted by the statistics of all shards; None if the search does not use words.
+    """
+
+    query: Query
+    vector: NDArray[np.float32]
+    anchor: NDArray[np.float32] | None
+    tokens: NDArray[np.float32] | None
+    words: QueryWords | None
+
+
+class ShardSearch:
+    """A search of one shard. Rows are those of the shard. Call it in one thread at a time."""
+
+    def __init__(
+        self,
+        view: PassageView,
+        student: SearchStudent,
+        settings: SearchSettings,
+        task: Task,
+        weights: EvidenceWeights,
+        *,
+        is_exact: bool,
+        reaches: KeptReaches | None = None,
+    ) -> None:
+        """Prepare what does not depend on the query.
+
+        Args:
+            view: the passages, as part of the corpus whose statistics BM25 uses.
+            student: scores them.
+            settings: how to search.
+            task: the branch of the student's head.
+            weights: those of the evidence.
+            is_exact: whether ``certify`` will be called instead of ``score``.
+            reaches: cache of values that exact searches compute for all rows of this view.
+
+        Raises:
+            FilterError: the filter cannot be parsed, or does not fit the metadata.
+        """
+        self.view = view
+        self._student, self._weights = student, weights
+        self._task: Task = task
+        self._reaches = reaches or KeptReaches()
+        self._allowed = view.select(settings.filter)
+        names = settings.proposers(counts_words=weights.counts_words)
+        self._sources: list[CandidateSource] = []
+        if "vectors" in names and not is_exact:
+            self._sources.append(VectorSource(view, self._allowed))
+        if "ann" in names and not is_exact:
+            self._sources.append(AnnSource(view, self._allowed))
+        if "bm25" in names and (not is_exact or settings.hybrid is not None):
+            ties = "rows" if settings.hybrid is None else "ids"
+            self._sources.append(LexicalSource(view, settings.filter, ties))
+
+    @property
+    def source_names(self) -> list[str]:
+        """The names of the sources of candidates."""
+        return [source.name for source in self._sources]
+
+    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number of the shard's passages that have each of these terms [n]."""
+        return self.view.own_words.rows_with(hashes)
+
+    def propose(
+        self, query: ShardQuery, depth: int, *, scanned: CandidateRows | None = None
+    ) -> dict[str, CandidateRows]:
+        """What each source proposes, at most ``depth`` rows; ``scanned`` is that of the exact scan, if it is known."""
+        proposals: dict[str, CandidateRows] = {}
+        for source in self._sources:
+            if isinstance(source, VectorSource) and scanned is not None:
+                proposals[source.name] = scanned
+            else:
+                proposals[source.name] = source.propose(query.query, query.anchor, depth, query.words)
+        return proposals
+
+    def scan_together(self, anchors: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
+        """The proposals of the exact scan for several queries [q, dim]; None if it is not a source."""
+        source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
+        return None if source is None else source.propose_together(anchors, depth)
+
+    def score(self, query: ShardQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The full scores of some rows [n]."""
+        if not len(rows):
+            return _NOTHING
+        return RowScorer(self.view, self._student, query.vector, self._task, self._evidence(query))(rows)
+
+    def certify(
+        self, query: ShardQuery, top_k: int, *, budget_ms: float | None = None, floor: float = -np.inf
+    ) -> CertifiedRows:
+        """The shard's ``top_k`` rows of the exact ranking, with a proof (``certified_top_k``)."""
+        return certified_top_k(
+            self.view,
+            self._student,
+            query.vector,
+            self._task,
+            top_k,
+            allowed=self._allowed,
+            budget_ms=budget_ms,
+            reaches=self._reaches,
+            evidence=self._evidence(query),
+            floor=floor,
+        )
+
+    def evidence(self, query: ShardQuery, rows: NDArray[np.int64]) -> EvidenceParts:
+        """What words, windows and tokens add to the scores of some rows [n]."""
+        evidence = self._evidence(query)
+        return EvidenceParts() if evidence is None else evidence.parts(rows)
+
+    def _evidence(self, query: ShardQuery) -> RowEvidence | None:
+        if not self._weights:
+            return None
+        return RowEvidence(self.view, query.query.text, self._weights, query.anchor, query.tokens, query.words)

@@ -1,0 +1,132 @@
+"""Statistics and verification of an index, sharded or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import xxhash
+
+from d2llm.core.errors import DataFormatError
+from d2llm.core.files import folder_bytes
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
+from d2llm.store.part_vectors import EncodeParts
+from d2llm.store.sharded_store import ShardedStore, shard_of
+from d2llm.store.side_files import read_chunking
+from d2llm.store.stored_vectors import Encode
+
+_SUMMED = (
+    "num_passages",
+    "num_rows",
+    "num_truncated",
+    "version",
+    "table_bytes",
+    "vector_file_bytes",
+    "num_projections",
+    "ann_passages",
+    "word_bytes",
+    "window_bytes",
+    "token_bytes",
+)
+
+
+def stats_of_all(storage: IndexStore | ShardedStore) -> IndexStats:
+    """Statistics of the latest version; of a sharded index, the sums over its shards.
+
+    The number of versions that can still be read and the recall of the approximate index are the smallest of a shard's.
+    """
+    all_stats = [stats(store) for store in storage.stores]
+    if not isinstance(storage, ShardedStore):
+        return all_stats[0]
+    sums = {name: sum(getattr(one, name) for one in all_stats) for name in _SUMMED}
+    num_bytes = sum(folder_bytes(store.folder) for store in storage.stores)
+    unindexed: dict[str, int] = {}
+    for one in all_stats:
+        for name, lag in one.unindexed.items():
+            unindexed[name] = unindexed.get(name, 0) + lag
+    recalls = [one.ann_recall for one in all_stats if one.ann_recall is not None]
+    return replace(
+        all_stats[0],
+        folder=str(storage.folder),
+        num_versions=min(one.num_versions for one in all_stats),
+        snapshots=[],
+        projection_bytes=max(one.projection_bytes for one in all_stats),
+        ann_recall=min(recalls, default=None),
+        bytes_per_passage=round(num_bytes / max(sums["num_passages"], 1), 1),
+        unindexed=unindexed,
+        chunking=read_chunking(storage.folder),
+        num_shards=len(storage.records),
+        **sums,
+    )
+
+
+def verify_all(
+    storage: IndexStore | ShardedStore,
+    *,
+    repair: bool = False,
+    go_back: bool = False,
+    encode: Encode | None = None,
+    encode_parts: EncodeParts | None = None,
+) -> VerifyReport:
+    """``inspection.verify`` of an index, or of each shard; problems begin with the name of the shard.
+
+    Of a sharded index, it also checks that every passage is in the shard that it belongs in, and in no other.
+
+    Raises:
+        InputError, IndexLockedError, StorageError: as for ``inspection.verify``.
+    """
+    reports = [
+        verify(store, repair=repair, go_back=go_back, encode=encode, encode_parts=encode_parts)
+        for store in storage.stores
+    ]
+    if not isinstance(storage, ShardedStore):
+        return reports[0]
+    problems = [f"shard {one.number} ({one.address}) is missing: {one.problem}" for one in storage.missing]
+    for number, report in zip(storage.numbers, reports, strict=True):
+        problems += [f"shard {number}: {problem}" for problem in report.problems]
+    try:
+        problems += _misplaced(storage)
+    except DataFormatError as error:
+        problems.append(f"passages cannot be compared between shards: {error}")
+    return VerifyReport(
+        folder=str(storage.folder),
+        version=sum(report.version for report in reports),
+        num_passages=sum(report.num_passages for report in reports),
+        num_snapshots=sum(report.num_snapshots for report in reports),
+        problems=problems,
+    )
+
+
+def _misplaced(storage: ShardedStore) -> Iterator[str]:
+    """Problems with passages in wrong shards, or in several."""
+    hashes: list[np.ndarray[tuple[int], np.dtype[np.uint64]]] = []
+    for number, store in zip(storage.numbers, storage.stores, strict=True):
+        wrong: list[str] = []
+        own: list[int] = []
+        for batch in store.table().batches(["id", "document_id"]):
+            ids, documents = _texts(batch, "id"), _texts(batch, "document_id")
+            own += [xxhash.xxh3_64_intdigest(one.encode()) for one in ids]
+            wrong += [
+                one
+                for one, document in zip(ids, documents, strict=True)
+                if shard_of(one, document, len(storage.records)) != number
+            ]
+        hashes.append(np.array(own, np.uint64))
+        if wrong:
+            yield (
+                f"shard {number}: {len(wrong):,} passages belong in other shards, the first is {wrong[0]!r}; delete "
+                "them and upsert them into the sharded index"
+            )
+    all_hashes = np.concatenate(hashes)
+    num_repeated = len(all_hashes) - len(np.unique(all_hashes))
+    if num_repeated:
+        yield (
+            f"{num_repeated:,} ids are in two shards (an upsert was interrupted); upsert the same passages again to "
+            "keep one of each"
+        )
+
+
+def _texts(batch: object, name: str) -> Sequence[str]:
+    return batch.column(name).to_pylist()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
