@@ -176,7 +176,7 @@ class TokenStudent(FakeStudent):
     def encode_with_tokens(self, texts, kind, *, advance=None):
         encoded = (self.encode_queries if kind == "query" else self.encode_passages)(texts, advance=advance)
         tokens = TokenVectors.join([self.words(text) for text in texts], self.token_dim)
-        return TokenEncoded(encoded.vectors, encoded.truncated, encoded.num_tokens, tokens)
+        return TokenEncoded(encoded.vectors, encoded.truncated, encoded.num_tokens, tokens=tokens)
 
     def words(self, text):
         vectors = [_word_vector(f"{self.token_fingerprint} {w}", self.token_dim) for w in text.lower().split()]

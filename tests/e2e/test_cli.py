@@ -20,7 +20,7 @@ from e2e.small_corpus import SENTENCES
 
 VERBS = [
     *("fit", "init", "run", "mine", "tune-teacher", "stack", "gate", "label", "distill", "fit-tokens", "fit-scores"),
-    *("encode", "search", "serve", "evaluate", "ablate", "demo", "judge"),
+    *("encode", "shard", "search", "serve", "evaluate", "ablate", "demo", "judge"),
     *("export", "push", "doctor", "size"),
 ]
 

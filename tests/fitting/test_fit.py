@@ -142,11 +142,11 @@ def test_a_run_keeps_the_recipe_that_it_began_with(half, monkeypatch):
     data = half.make_data(half.review())
     shorter = half.plan()
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish", lambda _: None)
+        patch.setattr(Run, "finish", lambda _, **__: None)
         half.train(data, replace(shorter, max_queries=shorter.max_queries // 2, training=300.0))
     [begun] = half.folder.work.glob("run-*/recipe.json")
     recipes: list[Recipe] = []
-    monkeypatch.setattr(Run, "finish", lambda run: recipes.append(run.recipe))
+    monkeypatch.setattr(Run, "finish", lambda run, **_: recipes.append(run.recipe))
     later = repeated(half)
     later.train(data, replace(shorter, max_queries=10 * shorter.max_queries, training=1_200.0))
     [recipe] = recipes

@@ -65,8 +65,8 @@ def test_connected_workers_are_used_again_and_load_the_new_work(cluster, tmp_pat
             with runner.workers(partial(ray_work.load_squares, str(tmp_path / name))) as workers:
                 results = list(workers.map(iter(SHARDS), ignore))
             assert [result["squares"] for result in results] == SQUARES
-            assert len(list((tmp_path / name).iterdir())) == 2  # each worker has loaded this work
             processes.append({result["pid"] for result in results})
+            assert len(list((tmp_path / name).iterdir())) >= len(processes[-1])  # each of them has loaded this work
     assert processes[0] & processes[1]
 
 

@@ -26,7 +26,7 @@ def shard(
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Copy an index into shards, each an index of its own, that are searched as one.
+    """Copy an index into shards, which are searched as one.
 
     Nothing is encoded, and searches give the same results. A sharded index of a corpus is also made by encode --shards.
     If interrupted, run the same command again to continue.
