@@ -9,8 +9,8 @@ also be in another process or on another machine:
 3. ``score``: full scores of the candidates that are in the shard. An exact search has ``certify`` instead of 2 and 3.
 4. Texts of the results, from the view (``ShardedView.passages``), and with ``explain`` the ``evidence`` for them.
 
-Scores do not depend on the shard that a passage is in, and candidates are chosen among all, so a sharded search ranks
-as a search of one index does. (Only candidates that tie with the last one by BM25 may be others.)
+Scores do not depend, but for rounding, on the shard that a passage is in, and candidates are chosen among all, so a
+sharded search ranks as a search of one index does. (Only candidates that tie with the last one by BM25 may be others.)
 """
 
 from __future__ import annotations

@@ -55,7 +55,13 @@ def answer_by_number(request: Request, number: int) -> Reply:
 
 def test_answers_match_their_pairs_with_limited_concurrency():
     done: list[int] = []
-    with local_endpoint(answer_by_number) as endpoint:
+    three_at_once = threading.Barrier(3, timeout=60)
+
+    def reply(request: Request, number: int) -> Reply:
+        three_at_once.wait()
+        return answer_by_number(request, number)
+
+    with local_endpoint(reply) as endpoint:
         judged = remote_teacher(endpoint, concurrency=3).judge(PAIRS, "asymmetric", advance=done.append)
         assert judged.log_odds.tolist() == [float(n) for n in range(12)]
         assert endpoint.most_at_once == 3

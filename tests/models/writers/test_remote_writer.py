@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,10 @@ def test_completions_are_read_and_fields_can_be_changed():
 
 
 def test_results_are_in_the_order_of_the_assignments():
+    four_at_once = threading.Barrier(4, timeout=60)
+
     def reply(request: Request, number: int) -> Reply:
+        four_at_once.wait()
         topic = request.prompt.split("about topic ")[1].split(".")[0]
         return Reply(chat(f"what is topic {topic}?"), delay=0.02 * (number % 3))
 
