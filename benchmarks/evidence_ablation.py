@@ -37,7 +37,7 @@ from d2llm.core.types import EvidenceTerm
 from d2llm.data.beir import read_beir
 from d2llm.models.student import Student
 from d2llm.ops.significance import mean_interval
-from d2llm.training.fit_evidence import EvidenceLists, fit_all_terms, make_evidence_lists
+from d2llm.training.fit_evidence import fit_all_terms, make_evidence_lists
 from d2llm.training.fit_tokens import fit_tokens
 from d2llm.training.run import Run
 
@@ -103,15 +103,12 @@ def measure(data: Path, work: Path, seed: int, max_queries: int) -> dict[str, di
     datasets = [read_beir(data / name, splits=["train", "dev", "test"]) for name in SETS]
     fit_tokens(student, datasets, TokensConfig(max_queries=max_queries), seed=seed)
     lists = [make_evidence_lists(student, dataset, "asymmetric", terms=TERMS, seed=seed) for dataset in datasets]
-    results = {name: measure_terms(lists, terms) for name, terms in choices().items()}
-    before = fit_all_terms(lists, TERMS).dev
-    return results | {"the student's score alone": {name: alone for name, (alone, _) in before.items()}}
-
-
-def measure_terms(lists: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> dict[str, float]:
-    """nDCG@10 of each data set with these terms, cross-fitted."""
-    fitted = fit_all_terms([each.of_terms(TERMS, terms) for each in lists], terms)
-    return {name: after for name, (_, after) in fitted.dev.items()}
+    dev = {
+        name: fit_all_terms([each.of_terms(TERMS, terms) for each in lists], terms).dev
+        for name, terms in choices().items()
+    }
+    results = {choice: {name: after for name, (_, after) in values.items()} for choice, values in dev.items()}
+    return results | {"the student's score alone": {name: alone for name, (alone, _) in dev["all"].items()}}
 
 
 def table(by_seed: Sequence[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:

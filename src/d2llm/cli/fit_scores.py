@@ -64,17 +64,19 @@ def fit_scores(
     in the score of a passage in an index, and the conversion of scores into probabilities. Vectors do not change, so an
     index of the old student can be searched with the new one. What was fitted for the other task is kept.
     """
-    from d2llm.data.open_data import open_data
-    from d2llm.data.pairs import PairDataset
+    from d2llm.data.open_data import open_source
+    from d2llm.data.pairs import PairSource
     from d2llm.models.student import Student
     from d2llm.training.fit_scores import fit_scores
     from d2llm.training.sentences import describe_calibration, describe_evidence
 
     session = session_of(context)
-    datasets = [open_data(path, splits=["dev"]) for path in data]
-    for number, dataset in enumerate(datasets):
-        if isinstance(dataset, PairDataset):
-            datasets[number] = open_data(data[number])  # the passages of its other splits make the corpus larger
+    sources = [open_source(path, splits=["dev"]) for path in data]
+    # Of pairs, the passages of all splits are the corpus.
+    datasets = [
+        (open_source(path) if isinstance(source, PairSource) else source).load()
+        for path, source in zip(data, sources, strict=True)
+    ]
     model = Student.load(student, device=device, dtype=dtype)
     report = fit_scores(
         model,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -60,8 +60,8 @@ class JudgingCounts:
 
     def add(self, other: JudgingCounts) -> None:
         """Add the counts of other pairs."""
-        for name in ("pairs", "truncated", "tokens", "bounded", "undecided"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,10 +94,7 @@ def load_contenders(
             loads[judge.fingerprint] = None if asks_endpoint(config) else load_teacher
     else:
         why["teacher"] = "it was left out"
-    bi_encoders, cross_encoders = _externals(models, device)
-    for label, external in (*bi_encoders.items(), *cross_encoders.items()):
-        name = next(name for name in models if Path(name).name == label)
-        loads[external.fingerprint] = partial(load_external, name, device=device)
+    bi_encoders, cross_encoders = _externals(models, device, loads)
     return Contenders(
         student=model,
         untuned=untuned,
@@ -132,11 +129,16 @@ def _named(run: TrecRun) -> TrecRun:
     return replace(run, name=f"{run.name} (run)") if run.name in OWN_NAMES else run
 
 
-def _externals(models: Sequence[str], device: str | None) -> tuple[dict[str, SearchStudent], dict[str, Judge]]:
+def _externals(
+    models: Sequence[str], device: str | None, loads: dict[str, Load | None]
+) -> tuple[dict[str, SearchStudent], dict[str, Judge]]:
+    """Other models by the names of their rows; how a worker loads each is added to ``loads``."""
     bi_encoders: dict[str, SearchStudent] = {}
     cross_encoders: dict[str, Judge] = {}
     for name in models:
-        loaded = load_external(name, device=device)
+        load = partial(load_external, name, device=device)
+        loaded = load()
+        loads[loaded.fingerprint] = load
         label = Path(name).name
         if label in bi_encoders or label in cross_encoders:
             raise InputError(f"two models are called '{label}', which their rows would share; rename one folder")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,12 +35,13 @@ from d2llm.store.sharded_store import (
     FORMAT_VERSION,
     ShardedStore,
     ShardRecord,
+    hashes_of_ids,
     open_storage,
     shard_name,
     shard_of,
     write_sharded_manifest,
 )
-from d2llm.store.side_files import side_files
+from d2llm.store.side_files import copy_side_files
 
 _HELD_ROWS = 1 << 16  # in memory at once, over all shards,
 _FEWEST_ROWS = 1_024  # unless there are so many shards that each would be written in smaller pieces
@@ -106,9 +107,7 @@ def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str
             copy.add(store, table)
         for store in target.stores:
             store.compact(timedelta(0))
-    for path in side_files(source.folder):
-        if path.is_file():
-            shutil.copy2(path, draft / path.name)
+    copy_side_files(source.folder, draft)
     num_bytes = sum(folder_bytes(store.folder) for store in target.stores)
     if remote is None:
         replace_folder(draft, folder)
@@ -161,9 +160,7 @@ def _upload(target: ShardedStore, remote: str, folder: Path) -> None:
         url = f"{remote}/{shard_name(number)}"
         records.append(replace(record, address=url, files=upload_shard(store.folder, url)))
     with new_folder(folder, kind=SHARDED_KIND) as new:
-        for path in side_files(target.folder):
-            if path.is_file():
-                shutil.copy2(path, new / path.name)
+        copy_side_files(target.folder, new)
         write_sharded_manifest(new, target.manifest, records)
 
 
@@ -175,7 +172,7 @@ class _Copy:
         self._advance = advance
         self._most = max(_FEWEST_ROWS, _HELD_ROWS // len(target.stores))
         self._waiting: dict[int, list[pa.Table]] = {}
-        present = [_hashes(batch) for store in target.stores for batch in store.table().batches(["id"])]
+        present = [hashes_of_ids(batch) for store in target.stores for batch in store.table().batches(["id"])]
         self._present = np.sort(np.concatenate([np.zeros(0, np.uint64), *present]))
         """Hashes of the ids that an interrupted call has written."""
 
@@ -190,7 +187,7 @@ class _Copy:
         for batch in table.batches():
             rows = pa.Table.from_batches([batch])
             if len(self._present):
-                rows = rows.filter(pa.array(~np.isin(_hashes(batch), self._present)))
+                rows = rows.filter(pa.array(~np.isin(hashes_of_ids(batch), self._present)))
                 self._advance(len(batch) - len(rows))
             pairs = zip(rows["id"].to_pylist(), rows["document_id"].to_pylist(), strict=True)
             shards = np.array([shard_of(*pair, len(self._target.stores)) for pair in pairs], np.int64)
@@ -222,8 +219,3 @@ class _Source:
         self.parts: dict[PartKind, PartVectors] = {
             kind: store.parts(table, kind, whole=True) for kind in store.part_formats
         }
-
-
-def _hashes(batch: pa.RecordBatch) -> NDArray[np.uint64]:
-    ids: Iterator[str] = iter(batch.column("id").to_pylist())
-    return np.fromiter((xxhash.xxh3_64_intdigest(one.encode()) for one in ids), np.uint64)

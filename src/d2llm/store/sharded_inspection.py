@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import xxhash
+from numpy.typing import NDArray
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.files import folder_bytes
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport, stats, verify
 from d2llm.store.part_vectors import EncodeParts
-from d2llm.store.sharded_store import ShardedStore, shard_of
+from d2llm.store.sharded_store import ShardedStore, hashes_of_ids, shard_of
 from d2llm.store.side_files import read_chunking
 from d2llm.store.stored_vectors import Encode
 
@@ -101,32 +101,22 @@ def verify_all(
 
 def _misplaced(storage: ShardedStore) -> Iterator[str]:
     """Problems with passages in wrong shards, or in several."""
-    hashes: list[np.ndarray[tuple[int], np.dtype[np.uint64]]] = []
+    hashes: list[NDArray[np.uint64]] = []
     for number, store in zip(storage.numbers, storage.stores, strict=True):
         wrong: list[str] = []
-        own: list[int] = []
         for batch in store.table().batches(["id", "document_id"]):
-            ids, documents = _texts(batch, "id"), _texts(batch, "document_id")
-            own += [xxhash.xxh3_64_intdigest(one.encode()) for one in ids]
-            wrong += [
-                one
-                for one, document in zip(ids, documents, strict=True)
-                if shard_of(one, document, len(storage.records)) != number
-            ]
-        hashes.append(np.array(own, np.uint64))
+            hashes.append(hashes_of_ids(batch))
+            pairs = zip(batch.column("id").to_pylist(), batch.column("document_id").to_pylist(), strict=True)
+            wrong += [one for one, document in pairs if shard_of(one, document, len(storage.records)) != number]
         if wrong:
             yield (
                 f"shard {number}: {len(wrong):,} passages belong in other shards, the first is {wrong[0]!r}; delete "
                 "them and upsert them into the sharded index"
             )
-    all_hashes = np.concatenate(hashes)
+    all_hashes = np.concatenate([np.zeros(0, np.uint64), *hashes])
     num_repeated = len(all_hashes) - len(np.unique(all_hashes))
     if num_repeated:
         yield (
             f"{num_repeated:,} ids are in two shards (an upsert was interrupted); upsert the same passages again to "
             "keep one of each"
         )
-
-
-def _texts(batch: object, name: str) -> Sequence[str]:
-    return batch.column(name).to_pylist()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]

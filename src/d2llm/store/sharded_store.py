@@ -25,8 +25,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
 import pyarrow as pa
 import xxhash
+from numpy.typing import NDArray
 
 from d2llm.core.errors import D2LLMError, DataFormatError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, new_folder
@@ -64,6 +66,12 @@ _COMPARED = tuple(name for name in _SHARED if name not in ("student_config", "st
 def shard_of(passage_id: str, document_id: str, num_shards: int) -> int:
     """The number of the shard that a passage is in: a hash of its document's id, or of its own if it has none."""
     return xxhash.xxh3_64_intdigest((document_id or passage_id).encode()) % num_shards
+
+
+def hashes_of_ids(batch: pa.RecordBatch) -> NDArray[np.uint64]:
+    """Hashes of the ids [n] of a batch of a table's rows, to compare the passages of several shards."""
+    ids: list[str] = batch.column("id").to_pylist()
+    return np.fromiter((xxhash.xxh3_64_intdigest(one.encode()) for one in ids), np.uint64, len(ids))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import InputError
 from d2llm.core.types import PartKind, Passage, Task
 from d2llm.ops.selection import top_rows
 from d2llm.store.bm25 import WordStatistics, query_words_of
@@ -22,7 +21,7 @@ from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.sharded_store import ShardedStore
-from d2llm.store.view import CandidateRows, PassageView
+from d2llm.store.view import CandidateRows, PassageView, rows_in_order
 
 _SHARD_SHIFT = 40
 _ROW_MASK = (1 << _SHARD_SHIFT) - 1
@@ -94,15 +93,9 @@ class ShardedView:
         """
         row_of: dict[str, int] = {}
         for shard, view in enumerate(self.shards):
-            present = [passage.id for passage in view.get(ids)]
-            row_of |= zip(present, joint_rows(shard, view.rows(present)).tolist(), strict=True)
-        missing = [passage_id for passage_id in ids if passage_id not in row_of]
-        if missing:
-            raise InputError(
-                f"{self.store.folder}: {len(missing)} of {len(ids)} passages are not in the index, the first is "
-                f"{missing[0]!r}"
-            )
-        return np.array([row_of[passage_id] for passage_id in ids], np.int64)
+            present = view.rows_of(ids)
+            row_of |= zip(present, joint_rows(shard, np.array([*present.values()], np.int64)).tolist(), strict=True)
+        return rows_in_order(row_of, ids, self.store.folder)
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
         """The passages at some rows, in their order."""

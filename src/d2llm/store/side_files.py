@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ class Chunking:
 def side_files(folder: Path) -> list[Path]:
     """The paths of the side files of the index in a folder, whether they exist or not."""
     return [folder / name for name in (ERRORS_FILE, CHUNKING_FILE)]
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy the side files of an index, as far as they exist, to the folder of another."""
+    for path in side_files(source):
+        if path.is_file():
+            shutil.copy2(path, target / path.name)
 
 
 def read_chunking(folder: Path) -> Chunking | None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -132,15 +133,12 @@ class PassageView:
         Raises:
             InputError: a passage is missing.
         """
+        return rows_in_order(self.rows_of(ids), ids, self.store.folder)
+
+    def rows_of(self, ids: Sequence[str]) -> dict[str, int]:
+        """The rows of those of these ids that exist."""
         table = self._table.by_ids(list(dict.fromkeys(ids)), ["id", "d2_row"])
-        row_of = dict(zip(table["id"].to_pylist(), np.asarray(table["d2_row"]) & ROW_MASK, strict=True))
-        missing = [passage_id for passage_id in ids if passage_id not in row_of]
-        if missing:
-            raise InputError(
-                f"{self.store.folder}: {len(missing)} of {len(ids)} passages are not in the index, the first is "
-                f"{missing[0]!r}"
-            )
-        return np.array([row_of[passage_id] for passage_id in ids], np.int64)
+        return dict(zip(table["id"].to_pylist(), (np.asarray(table["d2_row"]) & ROW_MASK).tolist(), strict=True))
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
         """The passages at some rows, in their order; metadata fields without a value are left out."""
@@ -397,3 +395,13 @@ def as_passage(record: dict[str, Any]) -> Passage:
     others = (*TEXT_COLUMNS, "d2_hash")
     metadata = {name: value for name, value in record.items() if name not in others and value is not None}
     return Passage(**values, metadata=metadata)
+
+
+def rows_in_order(row_of: Mapping[str, int], ids: Sequence[str], folder: Path) -> NDArray[np.int64]:
+    """The rows of passages in the order of ``ids``; an ``InputError`` that names ``folder`` if one is missing."""
+    missing = [passage_id for passage_id in ids if passage_id not in row_of]
+    if missing:
+        raise InputError(
+            f"{folder}: {len(missing)} of {len(ids)} passages are not in the index, the first is {missing[0]!r}"
+        )
+    return np.array([row_of[passage_id] for passage_id in ids], np.int64)

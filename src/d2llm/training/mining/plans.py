@@ -19,11 +19,12 @@ from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set, shar
 from d2llm.data.pairs import PairDataset, PairSource
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.data.run_folder import is_finished, manifest_of
+from d2llm.evaluation.judging import place_judge
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import find_tuned_teacher
-from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge
+from d2llm.models.teachers.judge import identify_judge, load_judge
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
-from d2llm.runners.placement import Load, Placement, load_work
+from d2llm.runners.placement import Load, Placement
 from d2llm.runners.runner import Runner, find_runner
 from d2llm.training.mining.audit import audit_page
 from d2llm.training.mining.mine import mine
@@ -147,10 +148,9 @@ class _Miners:
 def _judging(run: Run, runner: Runner) -> Judging:
     """Where the run's teacher judges; a remote one is asked from here, as its endpoint sets the pace."""
     load = partial(load_judge, run.teacher, device=run.device, dtype=run.dtype)
-    if runner.is_local or asks_endpoint(run.teacher):
-        return Judging.here(load())
-    work = partial(load_work, load, identify_judge(run.teacher).fingerprint, judge_texts)
-    return Judging(partial(runner.workers, work, device=run.device), num_together=_CALLS_TOGETHER)
+    judge, placement = place_judge(run.teacher, load, runner, device=run.device)
+    num_together = 1 if placement.is_here(judge) else _CALLS_TOGETHER
+    return Judging(partial(placement.workers, judge, judge_texts), num_together)
 
 
 def _mine_one(

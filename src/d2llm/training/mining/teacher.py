@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,8 @@ from d2llm.core.types import Passage, Query, Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.evaluation.judging import JudgingCounts, LabelWriter, gram_matrix
 from d2llm.models.teachers.judge import Judge, Judgements, TextPair
-from d2llm.runners.runner import LocalWorkers, Workers
+from d2llm.runners.placement import HERE
+from d2llm.runners.runner import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Judging:
     @classmethod
     def here(cls, judge: Judge) -> Judging:
         """Judging by a teacher in this process."""
-        return cls(lambda: nullcontext(LocalWorkers(partial(judge_texts, judge))))
+        return cls(partial(HERE.workers, judge, judge_texts))
 
 
 class TeacherCheck:
