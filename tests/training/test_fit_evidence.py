@@ -132,6 +132,10 @@ def test_word_weight_depends_on_query_statistics():
     )
     constant = fit_task_weights([make_lists("a", examples[:200]), make_lists("b", examples[200:])], TERMS)
     assert constant.words_factor is None  # a constant statistic carries no information
+    sets = [make_lists("a", examples[:200], statistics[:200]), make_lists("b", examples[200:], statistics[200:])]
+    refused = fit_task_weights(sets, TERMS, words_factor=False)
+    assert refused.words_factor is None
+    assert module._mean_after(refused) < module._mean_after(fitted)
     assert fitted.words_factor.slopes[0] > 0.5
     assert abs(fitted.words_factor.slopes[1]) < 0.3
     assert fitted.words_factor.lowest < -0.5 < 0.5 < fitted.words_factor.highest
@@ -145,6 +149,8 @@ def test_uninformative_statistics_have_little_effect():
         fit_task_weights([make_lists("a", examples, rng.standard_normal((300, 4)).astype(np.float32))], TERMS)
         for _ in range(5)
     ]
+    statistics = rng.standard_normal((300, 4)).astype(np.float32)
+    assert fit_task_weights([make_lists("a", examples, statistics)], TERMS, words_factor=True).words_factor is not None
     for fitted in fits:
         assert fitted.words_factor is None or np.abs(fitted.words_factor.slopes).max() < 0.3
 

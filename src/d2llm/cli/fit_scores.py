@@ -38,6 +38,14 @@ def fit_scores(
     words: Annotated[
         bool, typer.Option("--words/--no-words", help="Also fit the weight of words (BM25) in the score of an index.")
     ] = True,
+    words_factor: Annotated[
+        bool | None,
+        typer.Option(
+            "--words-factor/--no-words-factor",
+            help="With --words: their weight depends on how many words a query has, and how rare they are.",
+            show_default="if that is better on dev",
+        ),
+    ] = None,
     window_vectors: Annotated[
         bool,
         typer.Option(
@@ -83,6 +91,7 @@ def fit_scores(
         datasets,
         task,
         words=words,
+        words_factor=words_factor,
         window_vectors=window_vectors,
         token_vectors=token_vectors,
         num_queries=num_queries,

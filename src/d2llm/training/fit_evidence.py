@@ -4,7 +4,7 @@ The student's own score keeps weight 1. Each task has one set of weights for all
 counts equally in the fit. The reported results are cross-fitted: each half of the dev queries is measured with weights
 fitted on the other half. If that is not better than the student's own score, the weights are 0. If the vectors of
 windows or tokens gain next to nothing, they are left out, because they make an index larger. The weight of words
-depends on the query if that is better on queries, and on whole data sets, that the fit did not see.
+depends on the query if that is better on queries, and on whole data sets, that the fit did not see, or if it is told to.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def fit_evidence(
     judged: Sequence[tuple[Dataset, Task]],
     *,
     terms: Sequence[EvidenceTerm] | None = None,
+    words_factor: bool | None = None,
     num_queries: int = 200,
     seed: int = 0,
 ) -> Evidence:
@@ -85,6 +86,8 @@ def fit_evidence(
         student: the student whose score the evidence is added to.
         judged: data sets with a dev split, each with its task.
         terms: the kinds of evidence that may be used; by default all that the student has.
+        words_factor: whether the weight of words depends on the query (``models.evidence.WordsFactor``); by default if
+            that is better.
         num_queries: maximum number of queries per data set.
         seed: seed of the choice of queries and passages.
 
@@ -120,7 +123,7 @@ def fit_evidence(
                 MIN_QUERIES,
             )
         else:
-            tasks[task] = fit_task_weights(lists, terms)
+            tasks[task] = fit_task_weights(lists, terms, words_factor=words_factor)
     return Evidence(student=student.fingerprint, tasks=tasks)
 
 
@@ -239,7 +242,9 @@ def _stored_tokens(read: ReadParts, ids: Sequence[str], rows: NDArray[np.int64])
     return PartVectors(places, stored.encode(read.vectors, owners), stored)
 
 
-def fit_task_weights(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
+def fit_task_weights(
+    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, words_factor: bool | None = None
+) -> TaskEvidence:
     """Fit weights for the data sets of one task; all are 0 if evidence is no better than the student's own score.
 
     If the vectors of windows or tokens get a weight, the result also has weights for an index without them.
@@ -247,13 +252,13 @@ def fit_task_weights(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm
     Raises:
         InputError: a half of the lists has no relevant passage.
     """
-    best = fit_all_terms(sets, terms)
+    best = fit_all_terms(sets, terms, words_factor=words_factor)
     lesser: TaskEvidence | None = None
     for term, kind in VECTOR_TERMS.items():  # windows first: with them and tokens, those without windows come next
         if term not in terms:
             continue
         kept: list[EvidenceTerm] = [other for other in terms if other != term]
-        without = fit_task_weights([each.of_terms(terms, kept) for each in sets], kept)
+        without = fit_task_weights([each.of_terms(terms, kept) for each in sets], kept, words_factor=words_factor)
         if not best.weights[term] or _mean_after(best) < _mean_after(without) + MIN_PART_GAIN[kind]:
             return without
         lesser = lesser or without
@@ -284,15 +289,14 @@ class _Sum(NamedTuple):
         return [values[str(number)] for number in range(len(evidence.lists))]
 
 
-def fit_all_terms(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> TaskEvidence:
+def fit_all_terms(
+    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, words_factor: bool | None = None
+) -> TaskEvidence:
     """Fit weights as ``fit_task_weights`` does, but leave out no vectors of parts, however little they gain."""
     own = _Sum(np.eye(1, 1 + len(terms))[0], _are_words(terms))
     before = {each.name: float(np.mean(own.ndcg(each))) for each in sets}
-    after, after_by_query = (_on_halves(sets, terms, by_query=by_query) for by_query in (False, True))
-    by_query = _is_gain(after, after_by_query, num_errors=_MIN_STANDARD_ERRORS)
-    if by_query and len(sets) > 1:
-        by_query = _is_gain(*(_on_other_sets(sets, terms, by_query=choice) for choice in (False, True)))
-    held_out = {name: float(np.mean(values)) for name, values in (after_by_query if by_query else after).items()}
+    by_query = _is_factor_better(sets, terms) if words_factor is None else words_factor
+    held_out = {name: float(np.mean(values)) for name, values in _on_halves(sets, terms, by_query=by_query).items()}
     fitted = own
     if np.mean([*held_out.values()]) > np.mean([*before.values()]):
         fitted = _fit_sum(sets, terms, by_query=by_query)
@@ -302,6 +306,17 @@ def fit_all_terms(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) 
         dev={name: (before[name], held_out[name]) for name in before},
         num_queries={each.name: len(each.lists) for each in sets},
     )
+
+
+def _is_factor_better(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> bool:
+    """Whether a weight of words that depends on the query is better on other queries and on other data sets."""
+    choices = (False, True)
+    better = _is_gain(
+        *(_on_halves(sets, terms, by_query=by_query) for by_query in choices), num_errors=_MIN_STANDARD_ERRORS
+    )
+    if better and len(sets) > 1:
+        better = _is_gain(*(_on_other_sets(sets, terms, by_query=by_query) for by_query in choices))
+    return better
 
 
 def _is_gain(

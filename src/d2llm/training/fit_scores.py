@@ -31,6 +31,7 @@ def fit_scores(
     task: Task,
     *,
     words: bool = True,
+    words_factor: bool | None = None,
     window_vectors: bool = True,
     token_vectors: bool | None = None,
     num_queries: int = 200,
@@ -44,6 +45,7 @@ def fit_scores(
             among those of all splits that were read.
         task: the task of their pairs.
         words: fit the weights of BM25 and of windows; otherwise the present weights are kept.
+        words_factor: the weight of words depends on the query; by default if that is better.
         window_vectors: also fit the weight of the vectors of windows, which an index then computes and stores;
             otherwise only words.
         token_vectors: also fit the weight of the vectors of tokens; by default if the student has them
@@ -70,7 +72,9 @@ def fit_scores(
         terms = EvidenceConfig(
             words=True, window_words=True, window_vectors=window_vectors, token_vectors=token_vectors
         ).terms
-        new_evidence = fit_evidence(student, judged, terms=terms, num_queries=num_queries, seed=seed)
+        new_evidence = fit_evidence(
+            student, judged, terms=terms, words_factor=words_factor, num_queries=num_queries, seed=seed
+        )
         student.evidence = new_evidence.model_copy(update={"tasks": {**student.evidence.tasks, **new_evidence.tasks}})
         evidence = new_evidence.tasks.get(task)
     fitted = fit_probabilities(student, judged, num_queries=num_queries, seed=seed)
