@@ -93,7 +93,7 @@ def test_white_space_and_closing_marks_around_headings(heading, name):
 
 @pytest.mark.parametrize("line", ["# a" + " " * 2_000 + "b", "# " + "# " * 1_000 + "b", "# a" + "_" * 20_000 + "b"])
 def test_a_long_line_takes_little_time(line):
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert list(markdown_sections(f"{line}\ntext"))[-1].headings
     front_matter_title("---\ntitle: a" + " " * 20_000 + "b\n---\n")
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1

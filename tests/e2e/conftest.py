@@ -82,7 +82,7 @@ class Tabs:
             page = self._idle.pop()
         else:
             page = self._browser.new_context().new_page()
-            page.set_default_timeout(20_000)
+            page.set_default_timeout(60_000)
         self._open.append((page, listeners))
         for event, listener in listeners.items():
             page.on(event, listener)

@@ -38,6 +38,6 @@ def test_the_first_heading_of_markdown_is_the_title(text: str, title: str):
 
 @pytest.mark.parametrize("text", ["# " + "\n" * 50_000 + "x", "# x" + " " * 50_000 + "y", "#" + " " * 50_000 + "\nx"])
 def test_long_white_space_after_a_heading_takes_little_time(text: str):
-    begin = time.perf_counter()
+    begin = time.process_time()
     upload("a.md", text)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2

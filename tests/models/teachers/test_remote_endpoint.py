@@ -131,7 +131,9 @@ def test_retry_after_holds_for_all_requests(kind: str):
     def reply(request: Request, number: int) -> Reply:
         if number == 1:
             return Reply({"error": "slow down"}, status=429, headers={"Retry-After": retry_after(kind)})
-        return Reply(PLAIN, delay=0.2)  # longer than the refusal takes to arrive
+        if number == 0:
+            until(lambda: teacher.endpoint.num_retries, "the refusal of the request beside it")
+        return Reply(PLAIN)
 
     with local_endpoint(reply) as endpoint:
         teacher = remote_teacher(endpoint, concurrency=2)
@@ -149,10 +151,11 @@ def test_temporary_failures_are_retried(failure: str, monkeypatch: pytest.Monkey
     replies = {
         "status": Reply({"error": "loading"}, status=503),
         "hang_up": Reply(hang_up=True),
-        "timeout": Reply(PLAIN, delay=0.6),
+        "timeout": Reply(PLAIN, delay=2.0),
     }
+    limit = {"timeout_seconds": 1.0} if failure == "timeout" else {}
     with local_endpoint(lambda request, number: replies[failure] if 1 <= number <= 4 else Reply(PLAIN)) as endpoint:
-        teacher = remote_teacher(endpoint, concurrency=1, timeout_seconds=0.3)
+        teacher = remote_teacher(endpoint, concurrency=1, **limit)
         assert teacher.judge(PAIRS[:3], "asymmetric").log_odds.tolist() == [1.0] * 3
     assert len(endpoint.requests) == 7
     assert teacher.endpoint.num_retries == 4
