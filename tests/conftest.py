@@ -18,7 +18,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The machine may be busy: a slow example is not a failure, and pytest-timeout catches hanging tests.
-settings.register_profile("d2llm", deadline=None)
+# The same examples in every run, so that a change is judged by what it changed; `--hypothesis-profile random` draws others.
+settings.register_profile("d2llm", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None)
 settings.load_profile("d2llm")
 
 if os.environ.get("D2LLM_TEST_NETWORK") != "1":
