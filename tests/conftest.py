@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -18,7 +20,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The machine may be busy: a slow example is not a failure, and pytest-timeout catches hanging tests.
-# The same examples in every run, so that a change is judged by what it changed; `--hypothesis-profile random` draws others.
+# The same examples in every run, so that a change is judged by what it changed; the profile "random" draws others.
 settings.register_profile("d2llm", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None)
 settings.load_profile("d2llm")
@@ -111,6 +113,27 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Generator[Any]:
+    """A Ray cluster of two nodes with a core each on this machine, to which this process is connected."""
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
+    from ray.cluster_utils import Cluster
+
+    importable = os.pathsep.join(filter(None, sys.path))  # also by workers on nodes that a test adds
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", importable)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            cluster.add_node(num_cpus=1)
+            cluster.wait_for_nodes()
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ PATIENCE = 120.0  # seconds; only a failing test waits this long
 _Value = TypeVar("_Value")
 
 
-def until(condition: Callable[[], _Value], what: str = "what was waited for") -> _Value:
-    """Call the condition until it returns a true value, and return that value."""
+def until(condition: Callable[[], _Value], what: str = "what was waited for", *, pause: float = 0.01) -> _Value:
+    """Call the condition, with pauses of some seconds, until it returns a true value, and return that value."""
     deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} did not come, {value!r} after {PATIENCE:g} s"
-        time.sleep(0.01)
+        time.sleep(pause)
     return value
 
 

