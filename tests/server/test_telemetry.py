@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -132,14 +133,24 @@ def test_an_unknown_stage_is_a_value_error():
         Telemetry().observe("scoring", 1.0)
 
 
+@dataclass
+class ServedView:
+    version: int
+    num_passages: int
+    missing: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.num_passages
+
+
 def test_queue_batch_and_index_metrics():
     telemetry = Telemetry()
     num_waiting = [3]
     telemetry.watch_queue(lambda: num_waiting[0])
     telemetry.observe_batch(32, 0.5)
     telemetry.observe_batch(2, 0.25)
-    telemetry.watch_index("docs", lambda: 12, lambda: 6_883)
-    telemetry.watch_index("faq", lambda: 3, lambda: 40)
+    telemetry.watch_index("docs", lambda: ServedView(12, 6_883))
+    telemetry.watch_index("faq", lambda: ServedView(3, 40, missing=("shard 1",)))
     metrics = samples(telemetry)
     assert metrics["d2llm_queue_texts", ()] == 3
     assert metrics["d2llm_batch_texts_sum", ()] == 34
@@ -148,6 +159,7 @@ def test_queue_batch_and_index_metrics():
     assert metrics["d2llm_index_version", (("index", "docs"),)] == 12
     assert metrics["d2llm_index_passages", (("index", "docs"),)] == 6_883
     assert metrics["d2llm_index_passages", (("index", "faq"),)] == 40
+    assert [metrics["d2llm_index_missing_shards", (("index", name),)] for name in ("docs", "faq")] == [0, 1]
 
 
 def test_servers_in_one_process_have_separate_metrics():

@@ -55,6 +55,14 @@ class SettingOptions:
         bool | None,
         typer.Option("--writable/--read-only", help="Whether passages can be changed.", show_default="writable"),
     ] = None
+    allow_missing_shards: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-missing-shards/--all-shards",
+            help="Whether a sharded index is served without the shards that cannot be read; answers name them.",
+            show_default="all shards",
+        ),
+    ] = None
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="A page of `d2llm evaluate --html` to show.")] = (
         None
     )
@@ -110,7 +118,7 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
     from d2llm.server.running import listen, run_app, url_of
     from d2llm.server.settings import LOOPBACK_NAMES, is_loopback
     from d2llm.server.tracing import start_tracing
-    from d2llm.store.index_manifest import read_index_manifest
+    from d2llm.store.index_manifest import require_index
 
     session, settings = session_of(context), loaded.settings
     bound = listen(settings.host, settings.port)
@@ -130,7 +138,7 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
         undo.callback(bound.close)
         for name, folder in settings.index.items():
             with naming_index(name, settings.index):
-                read_index_manifest(folder)  # fails on a folder without an index, before anything is loaded
+                require_index(folder)  # before anything is loaded
         undo.callback(start_logs(settings))
         from d2llm.server.app import make_app  # takes seconds; a port in use has been reported by now
         from d2llm.server.serving import Serving

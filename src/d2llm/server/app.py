@@ -21,6 +21,7 @@ from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.retrieval.index import find_source
+from d2llm.retrieval.protocols import SearchView
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
 from d2llm.server.errors import install_error_handlers, naming_index, register_error_shape, without_places
@@ -33,7 +34,7 @@ from d2llm.server.serving import Serving
 from d2llm.server.settings import ServeSettings
 from d2llm.server.student_pool import StudentPool
 from d2llm.server.telemetry import Telemetry, metrics_router
-from d2llm.store.index_store import IndexStore
+from d2llm.store.sharded_store import Storage
 
 _log = logging.getLogger(__name__)
 _KEYS = "A key made by `d2llm keys`. The middleware checks it; this scheme tells clients to send one."
@@ -132,7 +133,7 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
     versions: dict[str, ServedVersion] = {}
     for name, folder in settings.index.items():
         with naming_index(name, settings.index):
-            versions[name] = ServedVersion(folder, students)
+            versions[name] = ServedVersion(folder, students, allow_missing=settings.allow_missing_shards)
     judge = _load_judge(settings)
     indexes = {
         name: IndexService(
@@ -150,7 +151,7 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
 
 
 def load_models(
-    settings: ServeSettings, telemetry: Telemetry, private: list[Path], store: IndexStore | None
+    settings: ServeSettings, telemetry: Telemetry, private: list[Path], store: Storage | None
 ) -> ModelService:
     """Load the student named in the settings, or else the one that made the index.
 
@@ -202,18 +203,14 @@ def _watch(serving: Serving, telemetry: Telemetry) -> None:
     telemetry.watch_queue(lambda: sum(student.num_queued for student in serving.loaded))
     for name, index in serving.indexes.items():
         served = index.served
-        telemetry.watch_index(name, partial(_version_of, served), partial(_num_passages_of, served))
+        telemetry.watch_index(name, partial(_view_of, served))
         telemetry.watch_student(name, partial(student_of, name))
     if serving.alone is not None:
         telemetry.watch_student("", partial(student_of, None))
 
 
-def _version_of(served: ServedVersion) -> int:
-    return served.version.view.version
-
-
-def _num_passages_of(served: ServedVersion) -> int:
-    return len(served.version.view)
+def _view_of(served: ServedVersion) -> SearchView:
+    return served.version.view
 
 
 def _hide(private: list[Path], *paths: str) -> None:

@@ -38,19 +38,21 @@ from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import SearchSettings
 from d2llm.retrieval.upserting import UpsertReport
 from d2llm.server.batching import Batcher, Done, Places
-from d2llm.server.errors import NotFoundError
+from d2llm.server.errors import NotFoundError, NotReadyError
 from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
 from d2llm.server.schemas import Rescore, TeacherAnswer
 from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersion, rank_again, rank_together
-from d2llm.store import inspection
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats
+from d2llm.store.sharded_inspection import stats_of_all
+from d2llm.store.sharded_store import ShardedStore, open_storage
 
 _Value = TypeVar("_Value")
 
 _SCANNED_AT_ONCE = 32
 _WAITING = 32  # maximum number of pending explanations, contexts and writes each; each holds a request's texts
+_UNTIL_SHARD = 30.0  # seconds after which a client may try again to change an index without a shard
 _SEARCHES_A_READING = 64  # the teacher's queue is this many times shorter than the student's
 
 
@@ -259,20 +261,28 @@ class IndexService:
 
     async def snapshots(self) -> list[str]:
         """The names of all snapshots."""
-        return await self._in(self._reads, lambda: IndexStore.open(self.folder.resolve()).snapshots())
+
+        def read() -> list[str]:
+            storage = self._open()
+            return storage.snapshots() if isinstance(storage, IndexStore) else []
+
+        return await self._in(self._reads, read)
 
     async def stats(self) -> tuple[IndexStats, OpenVersion]:
         """Statistics of the latest version, and the served version of the same index."""
 
         def read(version: OpenVersion) -> IndexStats:
-            store = IndexStore.open(self.folder)
-            store.check_student(version.models.fingerprint)
-            return inspection.stats(store)
+            storage = self._open()
+            storage.check_student(version.models.fingerprint)
+            return stats_of_all(storage)
 
         async def look(version: OpenVersion) -> tuple[IndexStats, OpenVersion]:
             return await self._in(self._reads, lambda: read(version)), version
 
         return await self.served.work(look)
+
+    def _open(self) -> IndexStore | ShardedStore:
+        return open_storage(self.folder.resolve(), allow_missing=self.served.allow_missing)
 
     async def _passages(self, version: OpenVersion, ids: Sequence[str]) -> list[Passage]:
         passages = await self._in(self._reads, lambda: version.view.get(ids))
@@ -390,8 +400,14 @@ class IndexService:
         """Run a write on the index's folder, and serve the version that it leaves.
 
         The student's work for it shares batches with clients' requests.
+
+        Raises:
+            NotReadyError: a shard is missing.
         """
         loop = asyncio.get_running_loop()
+        for shard in self.current.view.missing:
+            problem = f"the index cannot be changed while shard {shard.number} is missing"
+            raise NotReadyError(problem, retry_after=_UNTIL_SHARD)
 
         def write(version: OpenVersion) -> _Value:
             return work(Index.open(self.folder.resolve(), StudentLane(version.models, loop)), version.models.student)

@@ -138,6 +138,8 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
         has_ann=stats.ann_passages > 0,
         has_projections=stats.num_projections > 0,
         snapshots=stats.snapshots,
+        num_shards=stats.num_shards,
+        missing_shards=[shard.number for shard in version.view.missing],
         rescore=index.ways_to_rescore(version),
         writable=services.settings.writable,
         d2llm=__version__,

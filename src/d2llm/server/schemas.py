@@ -272,7 +272,8 @@ class RankingAnswer(Answer):
     """Facts about a ranking. ``truncated``: the end of the query was not read. ``seconds``: time by stage.
 
     ``selection``: the results were selected from a longer ranking, with mmr or near_duplicates; the certificate then
-    proves that ranking, not their order.
+    proves that ranking, not their order. ``missing_shards``: numbers of the shards of the index that gave no answer,
+    whose passages may be missing.
     """
 
     query: str
@@ -282,6 +283,7 @@ class RankingAnswer(Answer):
     certificate: CertificateAnswer | None
     cascade: CascadeReport | None
     selection: Selection | None
+    missing_shards: list[int]
     index: IndexVersion
     request_id: str
 
@@ -377,7 +379,7 @@ class StudentAnswer(Answer):
 
 
 class IndexAnswer(Answer):
-    """Facts about the index."""
+    """Facts about the index. ``num_shards``: null if it is not sharded. ``missing_shards``: left out of searches."""
 
     name: str
     version: int
@@ -396,6 +398,8 @@ class IndexAnswer(Answer):
     has_ann: bool
     has_projections: bool
     snapshots: list[str]
+    num_shards: int | None
+    missing_shards: list[int]
     rescore: list[Rescore]
     writable: bool
     d2llm: str

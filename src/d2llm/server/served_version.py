@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,7 +30,7 @@ from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.server.errors import NotReadyError, ServingError, is_clients
 from d2llm.server.model_service import ModelService
 from d2llm.server.student_pool import StudentPool
-from d2llm.store.index_store import IndexStore
+from d2llm.store.sharded_store import ShardedStore, open_storage
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -52,20 +53,29 @@ class PendingSearch:
 class OpenVersion:
     """One version of an index, kept as long as a request uses it, with the searchers that its requests share."""
 
-    def __init__(self, folder: Path, models: ModelService, before: OpenVersion | None = None) -> None:
+    def __init__(
+        self, folder: Path, models: ModelService, before: OpenVersion | None = None, *, allow_missing: bool = False
+    ) -> None:
         """Open the latest version and warm it up. Of files that ``before`` has read, only what is new is verified.
+
+        ``allow_missing``: shards that cannot be read are left out, and rankings name them.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
             IndexMismatchError: another student made it.
         """
         file = _manifest_state(folder)  # read first, so that a later replacement is noticed
-        self.index = Index.open(folder, cast("SearchStudent", models.student))
-        if before is not None:
-            self.index.store.intact = before.index.store.intact
+        self.index = Index.open(folder, cast("SearchStudent", models.student), allow_missing=allow_missing)
+        known = {} if before is None else {store.folder: store.intact for store in before.index.storage.stores}
+        for store in self.index.storage.stores:
+            store.intact = known.get(store.folder, store.intact)
         self.view = self.index.view
         self.models = models
-        self.identity = (*file, self.view.version)  # of the version that was read; writers may have added newer ones
+        # Of the version that was read: writers may have added newer ones.
+        self.identity = (*file, self.view.version, *(shard.number for shard in self.view.missing))
+        self._allow_missing = allow_missing
+        for shard in self.view.missing:
+            _log.error("%s: shard %d is left out of searches: %s", folder.name, shard.number, shard.problem)
         self._anchor: SearchStudent = AnchorStudent(cast("SearchStudent", models.student))
         self._searchers: OrderedDict[tuple[SearchSettings, bool], Searcher] = OrderedDict()
         self.view.check_student(models.fingerprint)
@@ -95,7 +105,7 @@ class OpenVersion:
     def new_searcher(self, settings: SearchSettings, *, iem: bool, rereader: Rereader | None = None) -> Searcher:
         """A searcher that is not shared."""
         student = cast("SearchStudent", self.models.student) if iem else self._anchor
-        return Searcher(self.view, student, settings, cascade=rereader)
+        return Searcher(self.view, student, settings, cascade=rereader, allow_missing=self._allow_missing)
 
 
 def rank_together(searches: Sequence[PendingSearch]) -> list[Ranking | Exception]:
@@ -126,9 +136,14 @@ def rank_again(search: PendingSearch, rereader: Rereader) -> Ranking:
     return ranking
 
 
-def identity_in(folder: Path) -> tuple[int, int, int]:
-    """Identifies the index in a folder and its version; a manifest is written only once per index."""
-    return (*_manifest_state(folder), IndexStore.open(folder).version)
+def identity_in(folder: Path, *, allow_missing: bool = False) -> tuple[int, ...]:
+    """Identifies the index in a folder, its version, and the shards that are missing.
+
+    The manifest is written once per index; that of a sharded one, with every change.
+    """
+    storage = open_storage(folder, allow_missing=allow_missing)
+    missing = storage.missing if isinstance(storage, ShardedStore) else ()
+    return (*_manifest_state(folder), storage.version, *(shard.number for shard in missing))
 
 
 def _manifest_state(folder: Path) -> tuple[int, int]:
@@ -142,12 +157,14 @@ def _manifest_state(folder: Path) -> tuple[int, int]:
 class ServedVersion:
     """The served ``version`` of the index in ``folder``: the latest that could be opened."""
 
-    def __init__(self, folder: Path, students: StudentPool) -> None:
+    def __init__(self, folder: Path, students: StudentPool, *, allow_missing: bool = False) -> None:
         """Open the latest version.
 
         Args:
             folder: folder of the index, or a link to it.
             students: loads its student, and the one of another index that replaces it.
+            allow_missing: serve a sharded index without the shards that cannot be read; one that can be read again
+                is served from the next check for a new version on.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
@@ -155,7 +172,8 @@ class ServedVersion:
         """
         self.folder = folder
         self._students = students
-        self.version = OpenVersion(*self._latest())
+        self.allow_missing = allow_missing
+        self.version = OpenVersion(*self._latest(), allow_missing=allow_missing)
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -234,7 +252,8 @@ class ServedVersion:
             if outdated not in (None, before):
                 return True
             try:
-                if await asyncio.to_thread(identity_in, self.folder) == before.identity:
+                identity = partial(identity_in, self.folder, allow_missing=self.allow_missing)
+                if await asyncio.to_thread(identity) == before.identity:
                     return False
                 after = await self._open()
             except D2LLMError:
@@ -255,7 +274,8 @@ class ServedVersion:
         """Open the index that is now in the folder."""
         folder, student = await asyncio.to_thread(self._latest)
         try:
-            return await asyncio.to_thread(OpenVersion, folder, student, self.version)
+            reopen = partial(OpenVersion, folder, student, self.version, allow_missing=self.allow_missing)
+            return await asyncio.to_thread(reopen)
         except BaseException:
             self._begin(self._students.leave(student))
             raise
@@ -263,4 +283,4 @@ class ServedVersion:
     def _latest(self) -> tuple[Path, ModelService]:
         """The folder that ``folder`` leads to now, and the student that made the index in it."""
         folder = self.folder.resolve()
-        return folder, self._students.take(IndexStore.open(folder))
+        return folder, self._students.take(open_storage(folder, allow_missing=self.allow_missing))

@@ -94,6 +94,10 @@ class ServeSettings(BaseModel):
     engine: EngineName = Field(
         default="auto", description="Engine that encodes texts; auto: the fastest available with the same vectors."
     )
+    allow_missing_shards: bool = Field(
+        default=False,
+        description="Whether a sharded index is served without the shards that cannot be read; answers name them.",
+    )
     writable: bool = Field(default=True, description="Whether the indexes may be changed over HTTP.")
     keys_file: Path | None = Field(default=None, description="File of API keys, made by `d2llm keys`.")
     allow_unauthenticated: bool = Field(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from d2llm.server.model_service import ModelService
-from d2llm.store.index_store import IndexStore
+from d2llm.store.sharded_store import Storage
 
 _Key = tuple[str, str | None]  # fingerprints of a student and of its projection of tokens
 
@@ -22,7 +22,7 @@ class StudentPool:
     Whoever opens an index calls ``take``, in any thread, and later ``leave``. ``load`` loads the student of an index.
     """
 
-    def __init__(self, load: Callable[[IndexStore], ModelService]) -> None:
+    def __init__(self, load: Callable[[Storage], ModelService]) -> None:
         self._load = load
         self._students: dict[_Key, ModelService] = {}
         self._num_uses: Counter[_Key] = Counter()
@@ -34,7 +34,7 @@ class StudentPool:
         with self._counting:
             return tuple(self._students.values())
 
-    def take(self, store: IndexStore) -> ModelService:
+    def take(self, store: Storage) -> ModelService:
         """The student that made an index; it is loaded unless another index uses it.
 
         Raises:

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from d2llm import __version__
 from d2llm.core.fallbacks import fallback_counts
+from d2llm.retrieval.protocols import SearchView
 
 STAGES = ("queue", "encode", "candidates", "score", "teacher")
 """Stages of a request: queueing, encoding, finding candidates, scoring by the IEM, reading by the teacher."""
@@ -76,6 +77,9 @@ class Telemetry:
         self._index_passages = Gauge(
             "d2llm_index_passages", "Passages in that version.", ("index",), registry=self.registry
         )
+        self._missing_shards = Gauge(
+            "d2llm_index_missing_shards", "Shards left out of searches.", ("index",), registry=self.registry
+        )
         self.registry.register(_Fallbacks())
         Info("d2llm_build", "Version of d2llm.", registry=self.registry).info({"version": __version__})
         ProcessCollector(registry=self.registry)
@@ -104,10 +108,11 @@ class Telemetry:
         """Call ``num_queued`` at each exposition, in the thread that handles it."""
         self._queue.set_function(lambda: float(num_queued()))
 
-    def watch_index(self, name: str, version: Callable[[], int], num_passages: Callable[[], int]) -> None:
-        """Call these at each exposition for the served version of an index and its number of passages."""
-        self._index_version.labels(name).set_function(lambda: float(version()))
-        self._index_passages.labels(name).set_function(lambda: float(num_passages()))
+    def watch_index(self, name: str, view: Callable[[], SearchView]) -> None:
+        """Call ``view`` at each exposition for the served version of an index."""
+        self._index_version.labels(name).set_function(lambda: float(view().version))
+        self._index_passages.labels(name).set_function(lambda: float(len(view())))
+        self._missing_shards.labels(name).set_function(lambda: float(len(view().missing)))
 
     def watch_student(self, index: str, named: Callable[[], Mapping[str, str]]) -> None:
         """Call ``named`` at each exposition for the name and fingerprint of an index's student; "" is no index."""

@@ -36,6 +36,16 @@ def write_index_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     write_manifest(folder, KIND, FORMAT_VERSION, dict(content))
 
 
+def require_index(folder: Path) -> None:
+    """Check that a folder holds an index, sharded or not, by its manifest.
+
+    Raises:
+        DataFormatError: it does not, or the manifest of an index that is not sharded is damaged.
+    """
+    if read_any_manifest(folder, KIND).get("kind") != SHARDED_KIND:
+        read_index_manifest(folder)
+
+
 def read_index_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an index.
 

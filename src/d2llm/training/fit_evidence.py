@@ -4,7 +4,7 @@ The student's own score keeps weight 1. Each task has one set of weights for all
 counts equally in the fit. The reported results are cross-fitted: each half of the dev queries is measured with weights
 fitted on the other half. If that is not better than the student's own score, the weights are 0. If the vectors of
 windows or tokens gain next to nothing, they are left out, because they make an index larger. The weight of words
-depends on the query if that is better on queries, and on whole data sets, that the fit did not see, or if it is told to.
+depends on the query if that is better on queries, and on whole data sets, that the fit did not see, or on request.
 """
 
 from __future__ import annotations
