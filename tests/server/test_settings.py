@@ -144,7 +144,7 @@ def test_indexes_need_different_names(value: object, message: str):
     [
         ("prot = 1", "file {file}: unknown setting 'prot'; did you mean 'p"),
         ("max_text = 1", "file {file}: unknown setting 'max_text'; did you mean 'max_texts'?"),
-        ("[zzz]", "file {file}: unknown setting 'zzz'; known settings: allow_unauthenticated, "),
+        ("[zzz]", "file {file}: unknown setting 'zzz'; known settings: allow_missing_shards, "),
         ('port = "x"', "file {file}: port: Input should be a valid integer"),
         ("port = 70000", "file {file}: port: Input should be less than or equal to 65535 (got 70000)"),
         (
