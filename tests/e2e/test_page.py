@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from d2llm import shard
 from d2llm.reports.html import render_html
 from page_server import HOSTILE_QUERY, PHONE, asked, overflow, search, until, write_page_index
 from report_samples import retrieval_report
@@ -83,6 +84,20 @@ def test_a_late_answer_never_replaces_a_newer_one(visit, address):
     page.wait_for_timeout(1500)
     assert "pasta" in page.locator(".card .text").first.inner_text()
     assert page.locator("#query").input_value() == QUESTION
+
+
+def test_a_missing_shard_is_named(visit, tmp_path):
+    shard(write_tiny_index(tmp_path), tmp_path / "sharded", 3)
+    (tmp_path / "sharded" / "shard-0001").rename(tmp_path / "away")
+    with serve(make_app(tiny_settings(tmp_path / "sharded", allow_missing_shards=True))) as url:
+        wait_until_ready(url)
+        page = visit(url)
+        search(page, "the cat by the sea")
+        assert page.locator(".note").all_inner_texts() == [
+            "1 shard of the index gave no answer: its passages are not among these."
+        ]
+        facts = page.locator("#facts div").all_text_contents()
+        assert "Shards3, 1 of them missing" in facts
 
 
 def test_typing_sends_one_query_after_a_pause(visit, address):

@@ -138,6 +138,12 @@ export function latency(seconds, total) {
   return element("div", { class: "latency" }, bar, element("ul", { "aria-label": "Time by stage" }, numbers));
 }
 
+/** Says how many shards gave no answer. */
+export function missingText(numShards) {
+  const passages = numShards === 1 ? "its passages are" : "their passages are";
+  return `${counted(numShards, "shard")} of the index gave no answer: ${passages} not among these.`;
+}
+
 /** Describes what an exact search proves. */
 export function certificateText(certificate, numPlaces) {
   const all = certificate.num_scored + certificate.num_left;

@@ -5,6 +5,11 @@ import { bytes, element } from "./dom.js";
 const HEADS = { iem: "IEM", cosine: "cosine" };
 const MAX_FIELDS = 8; // the filter lists all of them
 
+function shardText(index) {
+  const numMissing = index.missing_shards.length;
+  return `${index.num_shards}${numMissing ? `, ${numMissing} of them missing` : ""}`;
+}
+
 /** The facts about an index, as list items. */
 export function factList(index) {
   const { student } = index;
@@ -14,6 +19,7 @@ export function factList(index) {
     ["Index", index.name],
     ["Passages", index.num_passages.toLocaleString("en")],
     ["Documents", cutText(index.chunking)],
+    ...(index.num_shards === null ? [] : [["Shards", shardText(index)]]),
     ["Version", String(index.version)],
     ["On disk", `${bytes(index.num_bytes)}, ${bytes(index.bytes_per_passage)} per passage`],
     ["Vectors", `${student.dim} × ${index.vector_format}${index.vector_copies === 2 ? ", stored twice" : ""}`],

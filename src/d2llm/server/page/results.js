@@ -1,6 +1,6 @@
 // Shows one ranking, or several side by side with lines between them.
 
-import { card, certificateText, latency, readingText } from "./cards.js";
+import { card, certificateText, latency, missingText, readingText } from "./cards.js";
 import { counted, element } from "./dom.js";
 import { drawLines, followCards } from "./lines.js";
 import { leftOut, RANK_NAMES } from "./search.js";
@@ -77,6 +77,7 @@ export class Results {
     const before = left?.answer ? new Map(left.answer.passages.map((one) => [one.id, one.rank])) : null;
     const notes = [leftOut(state, rank)];
     if (answer.truncated) notes.push("The query is longer than the student reads; its end is ignored.");
+    if (answer.missing_shards.length) notes.push(missingText(answer.missing_shards.length));
     if (answer.certificate) notes.push(certificateText(answer.certificate, answer.passages.length));
     if (answer.cascade) notes.push(readingText(answer.cascade, rank));
     column.append(
