@@ -97,7 +97,7 @@ def until(page: Any, expression: str, seconds: float = 20.0) -> None:
 
 
 class WatchedTeacher:
-    """A teacher that a test can block, slow down or make fail; ``num_calls`` counts its calls."""
+    """A teacher that a test can block, slow down or make fail; ``queries`` are those of its calls, in their order."""
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
@@ -105,9 +105,9 @@ class WatchedTeacher:
         self.reset()
 
     def reset(self) -> None:
-        """Answer at once again, and reset the counter."""
+        """Answer at once again, and forget the calls."""
         self.error: Exception | None = None
-        self.num_calls = 0
+        self.queries: list[str] = []
         self.seconds = 0.0
         self.may_answer.set()
 
@@ -119,7 +119,7 @@ class WatchedTeacher:
         return self._judge.prompt_fingerprint(task)
 
     def judge(self, pairs: Sequence[TextPair], task: Task, **options: Any) -> Judgements:
-        self.num_calls += 1
+        self.queries.append(pairs[0][0])
         assert self.may_answer.wait(30), "a test did not let the teacher answer"
         time.sleep(self.seconds)
         if self.error is not None:
