@@ -2,7 +2,7 @@
 
 A worker is a plain ``python -c``, started with the first file: unlike one of ``multiprocessing``, it does not import
 the program's main module (which need not guard against that) and shares nothing with a process that has threads. It
-receives a line with a path and answers with a line of JSON.
+writes an empty line when it has started; then it receives a line with a path, and answers with a line of JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from d2llm.data.file_contents import FileContents, UnreadableFileError, read_con
 
 _MAX_WORKERS = 4
 _PATIENCE_SECONDS = 1.0  # after waiting as long as this in all, more workers than one are started
+_START_SECONDS = 120.0  # more than importing everything takes on the busiest machine
 _GRACE_SECONDS = 5.0  # after the limit, a worker whose program has ended without it ends by itself
 _PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from {0} import serve; serve(*sys.argv[2:])"
 
@@ -48,7 +49,7 @@ def read_in_workers(
 
     Args:
         paths: the files.
-        seconds: reading one file may take this long.
+        seconds: reading one file may take this long; the start of a process does not count.
         reader: a function of a module that the workers can import.
 
     Raises:
@@ -64,13 +65,17 @@ def read_in_workers(
 
 @dataclass(eq=False)
 class _Worker:
-    """A process that reads files. ``number`` is the file that it is reading, if any, until ``deadline``."""
+    """A process that reads files. ``number`` is the file that it is reading, if any, until ``deadline``.
+
+    ``has_started`` is false as long as it imports what it needs.
+    """
 
     process: subprocess.Popen[bytes]
     messages: IO[bytes]  # its standard error
     number: int | None = None
     deadline: float = 0.0
     num_files: int = 0
+    has_started: bool = False
 
     def reason_of_death(self) -> str:
         """How the process ended, with the last line that it wrote on standard error."""
@@ -160,7 +165,8 @@ class _Pool:
         self._replies.put((worker, b""))
 
     def _send(self, worker: _Worker, number: int) -> None:
-        worker.number, worker.deadline = number, time.monotonic() + self._seconds
+        worker.number = number
+        worker.deadline = time.monotonic() + (self._seconds if worker.has_started else _START_SECONDS)
         request = {"path": str(self._paths[number]), "seconds": self._seconds}
         with contextlib.suppress(OSError):  # it has died while idle, which its listener reports
             pipe = cast("IO[bytes]", worker.process.stdin)
@@ -174,11 +180,16 @@ class _Pool:
             worker, line = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
         except Empty:
             for worker in [each for each in self._workers if each.number is not None and each.deadline <= deadline]:
-                self._remove(worker, UnreadableFileError(f"it takes more than {self._seconds:g} s to read"))
+                too_slow = "to read" if worker.has_started else "to start its parser"
+                seconds = self._seconds if worker.has_started else _START_SECONDS
+                self._remove(worker, UnreadableFileError(f"it takes more than {seconds:g} s {too_slow}"))
             return
         if worker not in self._workers:  # it was ended
             return
-        if line.endswith(b"\n") and worker.number is not None:
+        if line == b"\n":
+            worker.has_started = True
+            worker.deadline = time.monotonic() + self._seconds
+        elif line.endswith(b"\n") and worker.number is not None:
             self._outcomes[worker.number] = _outcome(json.loads(line))
             worker.number = None
             worker.num_files += 1
@@ -211,6 +222,8 @@ def serve(module: str, function: str) -> None:
     with contextlib.suppress(OSError):  # if memory runs out, Linux ends this process before the main one
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     reader: Reader = getattr(import_module(module), function)
+    replies.write(b"\n")
+    replies.flush()
     for line in sys.stdin.buffer:
         request = json.loads(line)
         faulthandler.dump_traceback_later(request["seconds"] + _GRACE_SECONDS, exit=True)
