@@ -295,8 +295,10 @@ def fit_all_terms(
     """Fit weights as ``fit_task_weights`` does, but leave out no vectors of parts, however little they gain."""
     own = _Sum(np.eye(1, 1 + len(terms))[0], _are_words(terms))
     before = {each.name: float(np.mean(own.ndcg(each))) for each in sets}
-    by_query = _is_factor_better(sets, terms) if words_factor is None else words_factor
-    held_out = {name: float(np.mean(values)) for name, values in _on_halves(sets, terms, by_query=by_query).items()}
+    choices = (False, True) if words_factor is None else (words_factor,)
+    after = {by_query: _on_halves(sets, terms, by_query=by_query) for by_query in choices}
+    by_query = _is_factor_better(sets, terms, after) if words_factor is None else words_factor
+    held_out = {name: float(np.mean(values)) for name, values in after[by_query].items()}
     fitted = own
     if np.mean([*held_out.values()]) > np.mean([*before.values()]):
         fitted = _fit_sum(sets, terms, by_query=by_query)
@@ -308,14 +310,16 @@ def fit_all_terms(
     )
 
 
-def _is_factor_better(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm]) -> bool:
-    """Whether a weight of words that depends on the query is better on other queries and on other data sets."""
-    choices = (False, True)
-    better = _is_gain(
-        *(_on_halves(sets, terms, by_query=by_query) for by_query in choices), num_errors=_MIN_STANDARD_ERRORS
-    )
+def _is_factor_better(
+    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], on_halves: Mapping[bool, Mapping[str, list[float]]]
+) -> bool:
+    """Whether a weight of words that depends on the query is better on other queries and on other data sets.
+
+    ``on_halves`` is ``_on_halves`` without and with such a weight.
+    """
+    better = _is_gain(on_halves[False], on_halves[True], num_errors=_MIN_STANDARD_ERRORS)
     if better and len(sets) > 1:
-        better = _is_gain(*(_on_other_sets(sets, terms, by_query=by_query) for by_query in choices))
+        better = _is_gain(*(_on_other_sets(sets, terms, by_query=by_query) for by_query in (False, True)))
     return better
 
 
