@@ -166,12 +166,16 @@ class _Pool:
 
     def _send(self, worker: _Worker, number: int) -> None:
         worker.number = number
-        worker.deadline = time.monotonic() + (self._seconds if worker.has_started else _START_SECONDS)
+        worker.deadline = time.monotonic() + self._limit(worker)
         request = {"path": str(self._paths[number]), "seconds": self._seconds}
         with contextlib.suppress(OSError):  # it has died while idle, which its listener reports
             pipe = cast("IO[bytes]", worker.process.stdin)
             pipe.write(json.dumps(request).encode() + b"\n")
             pipe.flush()
+
+    def _limit(self, worker: _Worker) -> float:
+        """How many seconds a worker may take to read a file, or first to start."""
+        return self._seconds if worker.has_started else _START_SECONDS
 
     def _receive(self) -> None:
         """Wait for a reply, the end of a worker or a deadline."""
@@ -181,14 +185,13 @@ class _Pool:
         except Empty:
             for worker in [each for each in self._workers if each.number is not None and each.deadline <= deadline]:
                 too_slow = "to read" if worker.has_started else "to start its parser"
-                seconds = self._seconds if worker.has_started else _START_SECONDS
-                self._remove(worker, UnreadableFileError(f"it takes more than {seconds:g} s {too_slow}"))
+                self._remove(worker, UnreadableFileError(f"it takes more than {self._limit(worker):g} s {too_slow}"))
             return
         if worker not in self._workers:  # it was ended
             return
         if line == b"\n":
             worker.has_started = True
-            worker.deadline = time.monotonic() + self._seconds
+            worker.deadline = time.monotonic() + self._limit(worker)
         elif line.endswith(b"\n") and worker.number is not None:
             self._outcomes[worker.number] = _outcome(json.loads(line))
             worker.number = None
