@@ -43,10 +43,8 @@ from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
 from d2llm.server.schemas import Rescore, TeacherAnswer
 from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersion, rank_again, rank_together
-from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import IndexStats
 from d2llm.store.sharded_inspection import stats_of_all
-from d2llm.store.sharded_store import ShardedStore, open_storage
 
 _Value = TypeVar("_Value")
 
@@ -261,18 +259,13 @@ class IndexService:
 
     async def snapshots(self) -> list[str]:
         """The names of all snapshots."""
-
-        def read() -> list[str]:
-            storage = self._open()
-            return storage.snapshots() if isinstance(storage, IndexStore) else []
-
-        return await self._in(self._reads, read)
+        return await self._in(self._reads, lambda: self.served.open_storage().snapshots())
 
     async def stats(self) -> tuple[IndexStats, OpenVersion]:
         """Statistics of the latest version, and the served version of the same index."""
 
         def read(version: OpenVersion) -> IndexStats:
-            storage = self._open()
+            storage = self.served.open_storage()
             storage.check_student(version.models.fingerprint)
             return stats_of_all(storage)
 
@@ -280,9 +273,6 @@ class IndexService:
             return await self._in(self._reads, lambda: read(version)), version
 
         return await self.served.work(look)
-
-    def _open(self) -> IndexStore | ShardedStore:
-        return open_storage(self.folder.resolve(), allow_missing=self.served.allow_missing)
 
     async def _passages(self, version: OpenVersion, ids: Sequence[str]) -> list[Passage]:
         passages = await self._in(self._reads, lambda: version.view.get(ids))

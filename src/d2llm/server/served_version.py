@@ -24,13 +24,14 @@ from d2llm.core.types import Query, Ranking
 from d2llm.retrieval.cascade import Rereader
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.protocols import SearchStudent, SearchView
 from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.server.errors import NotReadyError, ServingError, is_clients
 from d2llm.server.model_service import ModelService
 from d2llm.server.student_pool import StudentPool
-from d2llm.store.sharded_store import ShardedStore, open_storage
+from d2llm.store.index_store import IndexStore
+from d2llm.store.sharded_store import ShardedStore, Storage, open_storage
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -72,7 +73,7 @@ class OpenVersion:
         self.view = self.index.view
         self.models = models
         # Of the version that was read: writers may have added newer ones.
-        self.identity = (*file, self.view.version, *(shard.number for shard in self.view.missing))
+        self.identity = _identity(file, self.view)
         self._allow_missing = allow_missing
         for shard in self.view.missing:
             _log.error("%s: shard %d is left out of searches: %s", folder.name, shard.number, shard.problem)
@@ -136,14 +137,12 @@ def rank_again(search: PendingSearch, rereader: Rereader) -> Ranking:
     return ranking
 
 
-def identity_in(folder: Path, *, allow_missing: bool = False) -> tuple[int, ...]:
-    """Identifies the index in a folder, its version, and the shards that are missing.
+def _identity(manifest: tuple[int, int], index: SearchView | Storage) -> tuple[int, ...]:
+    """Identifies an index, its version, and the shards that are missing.
 
     The manifest is written once per index; that of a sharded one, with every change.
     """
-    storage = open_storage(folder, allow_missing=allow_missing)
-    missing = storage.missing if isinstance(storage, ShardedStore) else ()
-    return (*_manifest_state(folder), storage.version, *(shard.number for shard in missing))
+    return (*manifest, index.version, *(shard.number for shard in index.missing))
 
 
 def _manifest_state(folder: Path) -> tuple[int, int]:
@@ -172,7 +171,7 @@ class ServedVersion:
         """
         self.folder = folder
         self._students = students
-        self.allow_missing = allow_missing
+        self._allow_missing = allow_missing
         self.version = OpenVersion(*self._latest(), allow_missing=allow_missing)
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -200,6 +199,10 @@ class ServedVersion:
         version = self.version
         with version.models.in_use():
             return await work(version)
+
+    def open_storage(self) -> IndexStore | ShardedStore:
+        """The store that is in the folder now."""
+        return open_storage(self.folder.resolve(), allow_missing=self._allow_missing)
 
     async def reload(self) -> bool:
         """Switch to the latest version, or to the index that is now in the folder; returns whether it changed.
@@ -252,8 +255,7 @@ class ServedVersion:
             if outdated not in (None, before):
                 return True
             try:
-                identity = partial(identity_in, self.folder, allow_missing=self.allow_missing)
-                if await asyncio.to_thread(identity) == before.identity:
+                if await asyncio.to_thread(self._latest_identity) == before.identity:
                     return False
                 after = await self._open()
             except D2LLMError:
@@ -274,13 +276,16 @@ class ServedVersion:
         """Open the index that is now in the folder."""
         folder, student = await asyncio.to_thread(self._latest)
         try:
-            reopen = partial(OpenVersion, folder, student, self.version, allow_missing=self.allow_missing)
+            reopen = partial(OpenVersion, folder, student, self.version, allow_missing=self._allow_missing)
             return await asyncio.to_thread(reopen)
         except BaseException:
             self._begin(self._students.leave(student))
             raise
 
+    def _latest_identity(self) -> tuple[int, ...]:
+        return _identity(_manifest_state(self.folder), self.open_storage())
+
     def _latest(self) -> tuple[Path, ModelService]:
         """The folder that ``folder`` leads to now, and the student that made the index in it."""
         folder = self.folder.resolve()
-        return folder, self._students.take(open_storage(folder, allow_missing=self.allow_missing))
+        return folder, self._students.take(open_storage(folder, allow_missing=self._allow_missing))

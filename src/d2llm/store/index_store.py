@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, folder_bytes, new_folder
 from d2llm.core.shipped import name_student
-from d2llm.core.types import PART_KINDS, PartKind, Passage, Task, is_text
+from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Passage, Task, is_text
 from d2llm.store import repair, vector_file, word_files
 from d2llm.store.blocks import (
     COMPARED,
@@ -455,6 +455,11 @@ class IndexStore:
         if not _SNAPSHOT_NAME.fullmatch(name):
             raise InputError(f"{name!r} cannot name a snapshot; use letters, digits, '-', '_' and '.', at most 100")
         return self.folder / _SNAPSHOTS / name
+
+    @property
+    def missing(self) -> tuple[MissingShard, ...]:
+        """The shards that could not be opened: none, as in ``ShardedStore``."""
+        return ()
 
     def snapshots(self) -> list[str]:
         """The names of the snapshots, sorted."""

@@ -165,6 +165,15 @@ class Storage(Protocol):
         """The metadata fields of the latest version."""
         ...
 
+    @property
+    def missing(self) -> Sequence[MissingShard]:
+        """The shards that could not be opened."""
+        ...
+
+    def snapshots(self) -> list[str]:
+        """The names of the snapshots."""
+        ...
+
     def shard_of(self, passage: Passage) -> int:
         """Which of the stores a passage belongs in."""
         ...
@@ -296,6 +305,10 @@ class ShardedStore:
     def metadata(self) -> MetadataSchema:
         """The metadata fields, which all shards have."""
         return self.stores[0].metadata
+
+    def snapshots(self) -> list[str]:
+        """The names of the snapshots of the whole: there are none, only those of each shard."""
+        return []
 
     def shard_of(self, passage: Passage) -> int:
         """The number of the shard that a passage belongs in."""
