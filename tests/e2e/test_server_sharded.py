@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
-from d2llm import shard
+from d2llm import Index, shard
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index
@@ -129,8 +129,6 @@ def test_a_shard_may_go_and_come_back(sharded: Path):
 
 
 def test_the_tiny_index_has_passages_in_every_shard(sharded: Path):
-    from d2llm import Index
-
     view = Index.open(sharded).view
     assert [len(part) > 5 for part in view.shards] == [True] * 3
     assert len(view) == len(tiny_passages())

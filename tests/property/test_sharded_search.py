@@ -64,6 +64,7 @@ queries = st.lists(st.sampled_from([*WORDS, "nowhere"]), min_size=1, max_size=4)
             {"hybrid": 0.4, "num_candidates": 20},
             {"exact": True, "budget_ms": 1e6},
             {"group": "best"},
+            {"group": "sum"},
             {"group": "sum", "num_candidates": 30, "sources": ("vectors",)},  # by words, candidates may tie
             {"mmr": 0.6},
             {"near_duplicates": 0.999},
