@@ -30,7 +30,7 @@ from d2llm.core.recipe import InteractionConfig
 from d2llm.models.device import choose_dtype
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
-from d2llm.models.student import SCORE_BLOCK
+from d2llm.models.vector_scorer import SCORE_BLOCK
 from d2llm.ops.scoring import Linear
 from d2llm.store.projections import StoredProjections, as_codes, create_file
 from d2llm.store.vector_file import VectorFile

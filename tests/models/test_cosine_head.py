@@ -144,7 +144,7 @@ def test_vectors_do_not_depend_on_padding_or_batch(tmp_path, architecture, monke
     monkeypatch.setattr("d2llm.models.student._BATCH_TEXTS", 1)
     np.testing.assert_allclose(student.encode_passages(texts).vectors, together, rtol=0, atol=1e-4)
     np.testing.assert_allclose(student.encode_passages(texts[::-1]).vectors[::-1], together, rtol=0, atol=1e-4)
-    monkeypatch.setattr("d2llm.models.student.SCORE_BLOCK", 3)
+    monkeypatch.setattr("d2llm.models.vector_scorer.SCORE_BLOCK", 3)
     query = student.encode_queries(QUERIES).vectors[0]
     expected = unit(query) @ unit(together).T * 20
     factor = student.interaction.log_scale.exp().item() / 20

@@ -99,6 +99,10 @@ class IndexLockedError(StorageError):
     """Another process is writing to the index."""
 
 
+class ShardAwayError(StorageError):
+    """A shard of an index on a cluster does not answer in time."""
+
+
 class TrainingDivergedError(D2LLMError):
     """The training loss became NaN or infinite; the last good checkpoint is kept."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,29 +33,23 @@ from d2llm.models.engines.engines import Engine, choose_engine, choose_products,
 from d2llm.models.evidence import NO_EVIDENCE, EvidenceWeights, read_evidence, write_evidence
 from d2llm.models.export.sentence_transformers import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
-from d2llm.models.interaction import CosineHead, Interaction, make_head
+from d2llm.models.interaction import make_head
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.probabilities import UNCALIBRATED, read_calibration, write_calibration
-from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.sources import load_tensors
 from d2llm.models.token_vectors import TokenProjection, TokenVectors, read_token_projection
+from d2llm.models.vector_scorer import VectorScorer
 from d2llm.ops.batching import token_budget_batches
 
 _BATCH_TOKENS = 8192
 # On a CPU: large enough for fast products, small enough for activations to fit a core's cache, and with little padding.
 _CPU_BATCH_TOKENS = 512
 _BATCH_TEXTS = 256
-SCORE_BLOCK = 512
-"""Passages that the interaction scores at a time on a CPU.
-
-At width 512 in bfloat16, the activations of 512 passages take 512 KB, half of a core's own cache in today's servers.
-"""
-_ACCELERATOR_BLOCK = 32_768  # the same on an accelerator
 
 
-class Student(nn.Module):
+class Student(VectorScorer):
     """Backbone + PMA encode each text as one vector; the IEM scores a query vector against passage vectors.
 
     ``calibration`` turns scores into probabilities, if it was fitted (``models.probabilities``). ``evidence`` has the
@@ -78,7 +72,6 @@ class Student(nn.Module):
         self.evidence = NO_EVIDENCE
         self.token_projection: TokenProjection | None = None
         self._has_merged_weights = False
-        self._kept_weights: dict[Task, HeadWeights] = {}
         self._engine: Engine | None = None
         self._products: torch.dtype | None = None
         self.eval()
@@ -248,6 +241,11 @@ class Student(nn.Module):
         return self.backbone.dim
 
     @property
+    def device(self) -> torch.device:
+        """Where texts are encoded and vectors scored."""
+        return self.backbone.device
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Number format of the products, both for encoding texts (with any engine) and for scoring."""
         return self._products or self.backbone.compute_dtype
@@ -256,11 +254,6 @@ class Student(nn.Module):
     def batch_tokens(self) -> int:
         """Tokens, including padding, that one core or an accelerator encodes at a time."""
         return _CPU_BATCH_TOKENS if self.backbone.device.type == "cpu" else _BATCH_TOKENS
-
-    @property
-    def has_anchor(self) -> bool:
-        """Whether the score has an inner-product part that an index can search (heads ``anchored`` and ``cosine``)."""
-        return self.interaction.has_anchor
 
     def evidence_weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> EvidenceWeights:
         """The weights of the terms that an index adds to the score of the vectors; empty if it adds none.
@@ -377,105 +370,9 @@ class Student(nn.Module):
         with inference(self):
             return ChunkReader(self.backbone, self.pooling, self.pool, projection).encode(texts)
 
-    def anchor_queries(
-        self, query_vectors: Float32[np.ndarray, "queries dim"], task: Task = "asymmetric"
-    ) -> Float32[np.ndarray, "queries dim"]:
-        """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only).
-
-        Raises:
-            InputError: the head is ``paper``.
-        """
-        with inference(self):
-            queries = torch.from_numpy(query_vectors).to(self.backbone.device)
-            return self.interaction.anchor_queries(queries, task).cpu().numpy()
-
-    def passage_reach(self, passage_vectors: Float[np.ndarray, "passages dim"]) -> Float[np.ndarray, " passages"]:
-        """The passages' part r_p(b) of the bound of a pair, in (0, 1]; the query's part is ``QueryScorer.reach``."""
-        head = self.interaction
-        if isinstance(head, CosineHead):
-            return np.ones(len(passage_vectors), np.float32)
-        with inference(self):
-            return head.passage_reach(torch.from_numpy(passage_vectors).to(self.backbone.device)).cpu().numpy()
-
-    @property
-    def can_project(self) -> bool:
-        """Whether ``project_passages`` can be used: only if the interaction's features are ``concat``."""
-        return isinstance(self.interaction, Interaction) and self.interaction.config.features == "concat"
-
-    def project_passages(
-        self, passage_vectors: Float[np.ndarray, "passages dim"]
-    ) -> BFloat16[Tensor, "passages hidden"]:
-        """W_p b, the part of the interaction's first layer that does not depend on the query; the same for both tasks.
-
-        Pass it to ``QueryScorer``. It is summed in float32 and stored as bfloat16.
-
-        Raises:
-            InputError: the head is ``cosine``, or its features include a part that also depends on the query.
-        """
-        head = self.interaction
-        if not self.can_project or isinstance(head, CosineHead):
-            if isinstance(head, CosineHead):
-                inputs = "only an inner product"
-            else:
-                inputs = f"the features '{head.config.features}'"
-            raise InputError(
-                f"this student's head uses {inputs} of a query and a passage, so its products depend on the query and "
-                "nothing is gained by storing W_p b; only a head with the features 'concat' benefits"
-            )
-        with inference(self):
-            vectors = torch.from_numpy(passage_vectors).to(self.backbone.device)
-            return head.project_passages(vectors).to(torch.bfloat16).cpu()
-
-    def prepare(
-        self, query_vector: Float32[np.ndarray, " dim"], task: Task, *, interaction_weight: float | None = None
-    ) -> QueryScorer:
-        """A scorer of this query against any passages; everything that depends on the query alone is computed here.
-
-        The scorer uses the current weights: after training, prepare a new one. ``interaction_weight`` is the weight r
-        of the interaction, by default the student's own for the task.
-        """
-        query = torch.from_numpy(query_vector).to(self.backbone.device)
-        weights = None if isinstance(self.interaction, CosineHead) else self._scoring_weights(self.interaction, task)
-        block = SCORE_BLOCK if query.device.type == "cpu" else _ACCELERATOR_BLOCK
-        return QueryScorer(self.interaction, weights, query, task, block, interaction_weight=interaction_weight)
-
-    def score(
-        self,
-        query_vector: Float32[np.ndarray, " dim"],
-        passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
-        task: Task,
-        *,
-        interaction_weight: float | None = None,
-    ) -> Float32[np.ndarray, " passages"]:
-        """Final logits of one query against passages; bfloat16 tensors are scored without conversion.
-
-        ``interaction_weight`` is the weight r of the interaction, by default the student's own for the task.
-        """
-        return self.prepare(query_vector, task, interaction_weight=interaction_weight)(passage_vectors)
-
-    def score_many(
-        self,
-        query_vectors: Float32[np.ndarray, "queries dim"],
-        passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
-        task: Task,
-    ) -> Float32[np.ndarray, "queries passages"]:
-        """Final logits of every query against the same passages, computed one query at a time.
-
-        Queries could share only the product W_p b, one of three, and only with the features ``concat``.
-        """
-        scores = [self.prepare(query, task)(passage_vectors) for query in query_vectors]
-        return np.stack(scores) if scores else np.empty((0, len(passage_vectors)), np.float32)
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave out compiled and cast weights: a copy casts its weights itself and encodes with torch."""
-        return {**self.__dict__, "_kept_weights": {}, "_engine": None, "_products": None}
-
-    def _scoring_weights(self, head: Interaction, task: Task) -> HeadWeights:
-        kept = self._kept_weights.get(task)
-        if kept is None or not kept.is_of(head, self.compute_dtype):
-            with torch.inference_mode():
-                kept = self._kept_weights[task] = HeadWeights(head, task, self.compute_dtype)
-        return kept
+        return {**super().__getstate__(), "_engine": None, "_products": None}
 
     def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
         """Token ids of each text as in a search, cut to the limit of its kind; cuts are counted."""

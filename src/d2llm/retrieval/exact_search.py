@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Certificate, Task
 from d2llm.ops.selection import from_the_highest, top_rows
-from d2llm.retrieval.protocols import BoundedStudent, PairScorer, SearchStudent
+from d2llm.retrieval.protocols import BoundedStudent, PairScorer, VectorStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.store.sharded_view import joint_rows
@@ -74,7 +74,7 @@ class KeptReaches:
 
 def certified_top_k(
     view: PassageView,
-    student: SearchStudent,
+    student: VectorStudent,
     query_vector: NDArray[np.float32],
     task: Task,
     top_k: int,

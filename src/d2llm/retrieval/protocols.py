@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from d2llm.models.backbone import EncodedTexts, TextKind
     from d2llm.models.late_chunking import EncodedChunks
-    from d2llm.store.view import CandidateRows, PassageView
+    from d2llm.store.sharded_view import ShardView
+    from d2llm.store.view import CandidateRows
 
 
 class SearchView(Protocol):
@@ -38,7 +39,7 @@ class SearchView(Protocol):
     def __len__(self) -> int: ...
 
     @property
-    def shards(self) -> Sequence[PassageView]:
+    def shards(self) -> Sequence[ShardView]:
         """The parts that are searched one by one."""
         ...
 
@@ -145,8 +146,13 @@ class TextEncoder(Protocol):
         ...
 
 
-class SearchStudent(TextEncoder, Protocol):
-    """An encoder that also scores passages for a query, from their vectors alone."""
+class VectorStudent(Protocol):
+    """Scores passages for a query, from their vectors alone."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash that identifies the student."""
+        ...
 
     @property
     def has_anchor(self) -> bool:
@@ -162,6 +168,10 @@ class SearchStudent(TextEncoder, Protocol):
     ) -> NDArray[np.float32]:
         """[dim], [n, dim] -> final logits [n]."""
         ...
+
+
+class SearchStudent(TextEncoder, VectorStudent, Protocol):
+    """An encoder that also scores passages for a query."""
 
 
 @runtime_checkable
@@ -206,7 +216,7 @@ class PairScorer(Protocol):
 
 @runtime_checkable
 class BoundedStudent(Protocol):
-    """A ``SearchStudent`` whose score is an inner product plus a bounded change (``Student`` is one)."""
+    """A ``VectorStudent`` whose score is an inner product plus a bounded change (``Student`` is one)."""
 
     def prepare(self, query_vector: NDArray[np.float32], task: Task) -> PairScorer:
         """A scorer for one query [dim]."""
@@ -252,7 +262,7 @@ class TokenStudent(Protocol):
 
 @runtime_checkable
 class ProjectingStudent(Protocol):
-    """A ``SearchStudent`` for which part of the score depends on the passage alone (``Student`` is one)."""
+    """A ``VectorStudent`` for which part of the score depends on the passage alone (``Student`` is one)."""
 
     @property
     def can_project(self) -> bool:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2llm.core.types import Task
-from d2llm.retrieval.protocols import BoundedStudent, ProjectingStudent, SearchStudent
+from d2llm.retrieval.protocols import BoundedStudent, ProjectingStudent, VectorStudent
 from d2llm.retrieval.row_evidence import RowEvidence
 from d2llm.store.projections import StoredProjections
 from d2llm.store.view import PassageView
@@ -27,7 +27,7 @@ class RowScorer:
     def __init__(
         self,
         view: PassageView,
-        student: SearchStudent,
+        student: VectorStudent,
         query_vector: NDArray[np.float32],
         task: Task,
         evidence: RowEvidence | None = None,

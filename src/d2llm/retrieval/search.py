@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import DataFormatError, InputError, ModelError, StorageError
+from d2llm.core.errors import DataFormatError, InputError, ModelError, ShardAwayError, StorageError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import IdRanking, MissingShard, Query, QueryExpansion, Ranking, Task
 from d2llm.models.backbone import EncodedTexts
@@ -25,10 +26,10 @@ from d2llm.retrieval.protocols import BoundedStudent, SearchStudent, SearchView,
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
 from d2llm.retrieval.row_evidence import EvidenceParts, weights_for
 from d2llm.retrieval.settings import SearchSettings, changed
-from d2llm.retrieval.shard_search import ShardQuery, ShardSearch
+from d2llm.retrieval.shard_search import RemoteShard, SearchedShard, ShardQuery, ShardSearch, source_names
 from d2llm.store.bm25 import CountedTerms, QueryWords
-from d2llm.store.sharded_view import joint_rows, map_in_threads, merge_candidates, rows_by_shard
-from d2llm.store.view import CandidateRows
+from d2llm.store.sharded_view import ShardView, joint_rows, map_in_threads, merge_candidates, rows_by_shard
+from d2llm.store.view import CandidateRows, PassageView
 
 _WIDENED = 4  # factor for the number of candidates, if these belong to too few documents
 ENCODED_AT_ONCE = 256
@@ -166,22 +167,25 @@ class Searcher:
         self._cascade = cascade
         kept = reaches or KeptReaches()
         self._shards = [
-            ShardSearch(
-                view,
-                student,
-                self.settings,
-                self._task,
-                self.weights,
-                is_exact=self._exact,
-                reaches=kept.of_shard(place),
-            )
-            for place, view in enumerate(index.shards)
+            self._begin(view, kept.of_shard(place), is_exact=self._exact) for place, view in enumerate(index.shards)
         ]
         self._allow_missing = allow_missing
-        self._sources = self._shards[0].source_names
-        self._num_passages = sum(map(len, index.shards))
+        self._sources = source_names(self.settings, self.weights, is_exact=self._exact)
         in_order = cascade is None and self.settings.hybrid is None and not self._rephrases
         self._in_students_order = in_order and self.settings.group == "passage"
+
+    def _begin(self, view: ShardView, reaches: KeptReaches, *, is_exact: bool) -> SearchedShard:
+        if isinstance(view, RemoteShard):
+            return view.begin_search(self._student, self.settings, self._task, self.weights, is_exact=is_exact)
+        return ShardSearch(
+            cast("PassageView", view),
+            self._student,
+            self.settings,
+            self._task,
+            self.weights,
+            is_exact=is_exact,
+            reaches=reaches,
+        )
 
     def rank(
         self,
@@ -198,7 +202,9 @@ class Searcher:
         if tokens is not None and any(own is None for own in tokens):
             tokens = None
         prepared = self._prepare(queries, vectors, "searching", tokens)
-        return [replace(self._shown(one), truncated=truncated) for one, truncated in prepared]
+        return [
+            replace(self._without_lost(partial(self._shown, one)), truncated=truncated) for one, truncated in prepared
+        ]
 
     def rank_ids(
         self,
@@ -219,8 +225,7 @@ class Searcher:
             tokens = None if encoded.tokens is None else encoded.tokens.split()
         rankings: list[IdRanking] = []
         for place, (prepared, truncated) in enumerate(self._prepare(queries, vectors, title, tokens)):
-            order = self._order(prepared)
-            passages = tuple(zip(self._index.ids(order.rows), order.shown_scores, strict=True))
+            passages = self._without_lost(partial(self._ids, prepared))
             rankings.append(IdRanking(prepared.query, passages, truncated or place in cut))
         return rankings
 
@@ -337,9 +342,13 @@ class Searcher:
     ) -> Iterator[_PreparedQuery]:
         """Queries ready to be ranked, after one shared scan for all of them if the exact scan is a source."""
         begin = time.perf_counter()
+        missing: dict[int, MissingShard] = {}
+        words = self._words(queries, missing)
         sent = [
-            ShardQuery(query, vector, anchor, own_tokens, self._words(query.text))
-            for query, vector, anchor, own_tokens in zip(queries, vectors, anchors, tokens, strict=True)
+            ShardQuery(query, vector, anchor, own_tokens, own_words)
+            for query, vector, anchor, own_tokens, own_words in zip(
+                queries, vectors, anchors, tokens, words, strict=True
+            )
         ]
         are_scores = [self._anchor_is_score(one) for one in sent]
         score_seconds = (time.perf_counter() - begin) / len(queries)
@@ -348,39 +357,45 @@ class Searcher:
         final = "vectors" in self._sources and all(are_scores)
         share = math.ceil(self.settings.num_candidates / max(len(self._sources), 1))
         depth = self.settings.ranking_depth if final else max(share, self.settings.ranking_depth)
-        prepared = [
-            _PreparedQuery(one, is_score, depth, {}, {}) for one, is_score in zip(sent, are_scores, strict=True)
-        ]
         together = [anchor for anchor in anchors if anchor is not None]
+        scans: dict[int, Sequence[CandidateRows] | None] = {}
         if "vectors" in self._sources and len(together) > 1:
             stacked = np.stack(together)
-            missing: dict[int, MissingShard] = {}
             scans = self._ask(missing, lambda _, shard: shard.scan_together(stacked, self._share(depth)))
-            prepared = [
-                replace(
-                    one,
-                    scanned={place: scanned[number] for place, scanned in scans.items() if scanned is not None},
-                    missing=dict(missing),
-                )
-                for number, one in enumerate(prepared)
-            ]
+        prepared = [
+            _PreparedQuery(
+                one,
+                is_score,
+                depth,
+                {place: scanned[number] for place, scanned in scans.items() if scanned is not None},
+                {},
+                dict(missing),
+            )
+            for number, (one, is_score) in enumerate(zip(sent, are_scores, strict=True))
+        ]
         scan_seconds = (time.perf_counter() - begin) / len(queries)
         for one in prepared:
             one.seconds.update(encode=encode_seconds, candidates=scan_seconds, score=score_seconds)
             yield one
 
-    def _words(self, text: str) -> QueryWords | None:
-        """The words of a query, weighted by how many passages of all shards have them."""
+    def _words(self, queries: Sequence[Query], missing: dict[int, MissingShard]) -> list[QueryWords | None]:
+        """The words of each query, weighted by how many passages have them, in all shards that answer."""
         if not self.weights and "bm25" not in self._sources:
-            return None
-        counted = CountedTerms.from_text(text)
-        counts = [shard.count_words(counted.hashes) for shard in self._shards]
-        return counted.weighted(np.sum(counts, axis=0), self._num_passages)
+            return [None] * len(queries)
+        counted = [CountedTerms.from_text(query.text) for query in queries]
+        hashes = np.concatenate([one.hashes for one in counted])
+        counts = self._ask(missing, lambda _, shard: shard.count_words(hashes))
+        num_passages = sum(len(self._index.shards[place]) for place in counts)
+        rows_with = sum(counts.values(), np.zeros(len(hashes), np.int64))
+        ends = np.cumsum([len(one.hashes) for one in counted])
+        return [
+            one.weighted(own, num_passages) for one, own in zip(counted, np.split(rows_with, ends[:-1]), strict=True)
+        ]
 
     def _ask(
         self,
         missing: dict[int, MissingShard],
-        step: Callable[[int, ShardSearch], _Answer],
+        step: Callable[[int, SearchedShard], _Answer],
         places: Iterable[int] | None = None,
         *,
         in_turn: bool = False,
@@ -399,8 +414,7 @@ class Searcher:
             except (DataFormatError, StorageError, OSError) as error:
                 if not self._allow_missing:
                     raise
-                number = shard.view.store.manifest.get("shard", {}).get("number", place)
-                return MissingShard(number, str(shard.view.store.folder), str(error))
+                return shard.missing(error)
 
         for place, given in zip(asked, map(answer, asked) if in_turn else map_in_threads(answer, asked), strict=True):
             if isinstance(given, MissingShard):
@@ -435,6 +449,20 @@ class Searcher:
             if is_enough or depth >= deepest:
                 return self._ranked(prepared.query, scored, documents)
             depth = int(min(_WIDENED * depth, deepest))
+
+    def _ids(self, prepared: _PreparedQuery) -> tuple[tuple[str, float], ...]:
+        order = self._order(prepared)
+        return tuple(zip(self._index.ids(order.rows), order.shown_scores, strict=True))
+
+    def _without_lost(self, rank: Callable[[], _Answer]) -> _Answer:
+        """``rank()``; if a shard is lost after it has proposed passages, once more without it, if that is allowed."""
+        for _ in self._shards:
+            try:
+                return rank()
+            except ShardAwayError:
+                if not self._allow_missing:
+                    raise
+        return rank()
 
     def _shown(self, prepared: _PreparedQuery) -> Ranking:
         query, seconds = prepared.query, prepared.seconds
@@ -541,7 +569,7 @@ class Searcher:
         phrasings = (prepared, *prepared.rephrasings)
         parts = {place: (at, own) for place, at, own in rows_by_shard(rows)}
 
-        def score(place: int, shard: ShardSearch) -> NDArray[np.float32]:
+        def score(place: int, shard: SearchedShard) -> NDArray[np.float32]:
             return np.stack([shard.score(one.sent, parts[place][1]) for one in phrasings])
 
         is_scored = np.zeros(len(rows), np.bool_)
@@ -579,7 +607,7 @@ class Searcher:
         begin, budget = time.perf_counter(), self.settings.budget_ms
         best: NDArray[np.float32] = _NOTHING  # the top_k best scores of the shards so far, in any order
 
-        def certify(_: int, shard: ShardSearch) -> CertifiedRows:
+        def certify(_: int, shard: SearchedShard) -> CertifiedRows:
             nonlocal best
             left = None if budget is None else max(0.0, budget - 1e3 * (time.perf_counter() - begin))
             floor = float(best.min()) if len(best) == top_k else -math.inf

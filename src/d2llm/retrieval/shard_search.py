@@ -1,7 +1,7 @@
 """One shard's part in a search: what it proposes, full scores, and proofs. An index that is not sharded is one shard.
 
-A search has up to four rounds, and in each a shard gets plain values and returns plain values, so that a shard could
-also be in another process or on another machine:
+A search has up to four rounds, and in each a shard gets plain values and returns plain values, so that it can also be
+in another process (``SearchedShard``; ``server.ray_shards`` has such shards):
 
 1. ``count_words``: how many passages of the shard have the query's words, so that all shards weight them alike
    (``bm25.CountedTerms``). The other statistics (``WordStatistics``) belong to the version, not to the query.
@@ -17,15 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import Query, Task
+from d2llm.core.types import MissingShard, Query, Task
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.retrieval.candidates import AnnSource, CandidateSource, LexicalSource, VectorSource
 from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches, certified_top_k
-from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.protocols import VectorStudent
 from d2llm.retrieval.row_evidence import EvidenceParts, RowEvidence
 from d2llm.retrieval.row_scorer import RowScorer
 from d2llm.retrieval.settings import SearchSettings
@@ -54,13 +55,72 @@ class ShardQuery:
     words: QueryWords | None
 
 
+class SearchedShard(Protocol):
+    """One shard's part in a search, wherever it is done. ``ShardSearch`` does it in this process.
+
+    A shard that cannot answer raises a ``DataFormatError``, ``StorageError`` or ``OSError``.
+    """
+
+    def missing(self, error: Exception) -> MissingShard:
+        """What a ranking says about the shard if it could not answer."""
+        ...
+
+    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number of the shard's passages that have each of these terms."""
+        ...
+
+    def propose(
+        self, query: ShardQuery, depth: int, *, scanned: CandidateRows | None = None
+    ) -> dict[str, CandidateRows]:
+        """What each source proposes."""
+        ...
+
+    def scan_together(self, anchors: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
+        """The proposals of the exact scan for several queries."""
+        ...
+
+    def score(self, query: ShardQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The full scores of some rows."""
+        ...
+
+    def certify(
+        self, query: ShardQuery, top_k: int, *, budget_ms: float | None = None, floor: float = -np.inf
+    ) -> CertifiedRows:
+        """The best rows of the exact ranking, with a proof."""
+        ...
+
+    def evidence(self, query: ShardQuery, rows: NDArray[np.int64]) -> EvidenceParts:
+        """What words, windows and tokens add to the scores of some rows."""
+        ...
+
+
+@runtime_checkable
+class RemoteShard(Protocol):
+    """The view of a shard that is searched in another process."""
+
+    def begin_search(
+        self, student: VectorStudent, settings: SearchSettings, task: Task, weights: EvidenceWeights, *, is_exact: bool
+    ) -> SearchedShard:
+        """Its part in a search; arguments as for ``ShardSearch``."""
+        ...
+
+
+def source_names(settings: SearchSettings, weights: EvidenceWeights, *, is_exact: bool) -> list[str]:
+    """The names of the sources of candidates in a search with these settings."""
+    names = settings.proposers(counts_words=weights.counts_words)
+    chosen = [name for name in ("vectors", "ann") if name in names and not is_exact]
+    if "bm25" in names and (not is_exact or settings.hybrid is not None):
+        chosen.append("bm25")
+    return chosen
+
+
 class ShardSearch:
     """A search of one shard. Rows are those of the shard. Call it in one thread at a time."""
 
     def __init__(
         self,
         view: PassageView,
-        student: SearchStudent,
+        student: VectorStudent,
         settings: SearchSettings,
         task: Task,
         weights: EvidenceWeights,
@@ -87,20 +147,20 @@ class ShardSearch:
         self._task: Task = task
         self._reaches = reaches or KeptReaches()
         self._allowed = view.select(settings.filter)
-        names = settings.proposers(counts_words=weights.counts_words)
         self._sources: list[CandidateSource] = []
-        if "vectors" in names and not is_exact:
-            self._sources.append(VectorSource(view, self._allowed))
-        if "ann" in names and not is_exact:
-            self._sources.append(AnnSource(view, self._allowed))
-        if "bm25" in names and (not is_exact or settings.hybrid is not None):
-            ties = "rows" if settings.hybrid is None else "ids"
-            self._sources.append(LexicalSource(view, settings.filter, ties))
+        for name in source_names(settings, weights, is_exact=is_exact):
+            if name == "vectors":
+                self._sources.append(VectorSource(view, self._allowed))
+            elif name == "ann":
+                self._sources.append(AnnSource(view, self._allowed))
+            else:
+                ties = "rows" if settings.hybrid is None else "ids"
+                self._sources.append(LexicalSource(view, settings.filter, ties))
 
-    @property
-    def source_names(self) -> list[str]:
-        """The names of the sources of candidates."""
-        return [source.name for source in self._sources]
+    def missing(self, error: Exception) -> MissingShard:
+        """What a ranking says about the shard if it could not be read."""
+        store = self.view.store
+        return MissingShard(store.manifest.get("shard", {}).get("number", 0), str(store.folder), str(error))
 
     def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The number of the shard's passages that have each of these terms [n]."""

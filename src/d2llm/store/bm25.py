@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -320,9 +320,13 @@ class WordIndex:
     def _num_live(self) -> int:
         return len(self) if self._live is None else int(self._live.sum())
 
-    @cached_property
+    @property
     def statistics(self) -> WordStatistics:
         """The statistics of the live rows."""
+        return self._statistics
+
+    @cached_property
+    def _statistics(self) -> WordStatistics:
         return WordStatistics(
             self._num_live, self._total("lengths"), self._total("num_windows"), self._total("window_lengths")
         )
@@ -496,7 +500,20 @@ class WordIndex:
         return passages, windows
 
 
-def query_words_of(indexes: Sequence[WordIndex], text: str) -> QueryWords:
+class ShardWords(Protocol):
+    """The words of a part of a corpus: a ``WordIndex``, or one in another process."""
+
+    @property
+    def statistics(self) -> WordStatistics:
+        """Their statistics."""
+        ...
+
+    def rows_with(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number of passages that have each of these terms [n]."""
+        ...
+
+
+def query_words_of(indexes: Sequence[ShardWords], text: str) -> QueryWords:
     """The words of a query and their weights in a corpus that consists of the rows of several indexes."""
     counted = CountedTerms.from_text(text)
     rows_with = sum((index.rows_with(counted.hashes) for index in indexes), np.zeros(len(counted.hashes), np.int64))

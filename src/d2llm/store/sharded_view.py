@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from heapq import nsmallest
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import PartKind, Passage, Task
+from d2llm.core.types import MissingShard, PartKind, Passage, Task
 from d2llm.ops.selection import top_rows
-from d2llm.store.bm25 import WordStatistics, query_words_of
+from d2llm.store.bm25 import QueryWords, ShardWords, WordStatistics, query_words_of
 from d2llm.store.index_store import IndexStore
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
 from d2llm.store.schema import MetadataSchema
@@ -42,16 +42,106 @@ def rows_by_shard(rows: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64],
     return [(shard, at, rows[at] & _ROW_MASK) for shard, at in places]
 
 
+class ShardView(Protocol):
+    """One version of one shard: a ``PassageView``, or one in another process. Members are those of ``PassageView``."""
+
+    dim: int
+    task: Task
+    student_fingerprint: str
+    version: int
+
+    def __len__(self) -> int: ...
+
+    @property
+    def own_words(self) -> ShardWords:
+        """The words of these passages alone."""
+        ...
+
+    @property
+    def metadata(self) -> MetadataSchema:
+        """The metadata fields that a filter may name."""
+        ...
+
+    @property
+    def part_kinds(self) -> frozenset[PartKind]:
+        """The kinds of parts whose vectors the index stores."""
+        ...
+
+    @property
+    def token_projection(self) -> str | None:
+        """The fingerprint of the projection that made the token vectors."""
+        ...
+
+    def live_rows(self) -> NDArray[np.int64]:
+        """The rows of all passages."""
+        ...
+
+    def ids(self, rows: NDArray[np.int64]) -> list[str]:
+        """The ids of the passages at some rows."""
+        ...
+
+    def rows_of(self, ids: Sequence[str]) -> dict[str, int]:
+        """The rows of those of these ids that exist."""
+        ...
+
+    def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
+        """The passages at some rows."""
+        ...
+
+    def documents(self, rows: NDArray[np.int64]) -> list[str]:
+        """The document of each passage at some rows."""
+        ...
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors of some rows."""
+        ...
+
+    def get(self, ids: Sequence[str]) -> list[Passage]:
+        """The passages with these ids that exist."""
+        ...
+
+    def document(self, document_id: str) -> list[Passage]:
+        """The passages of a document, by position."""
+        ...
+
+    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
+        """The passages of the same documents near these."""
+        ...
+
+    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
+        """The first passage ids after ``cursor``."""
+        ...
+
+    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
+        """Like ``list_passages``, for documents."""
+        ...
+
+    def match(
+        self,
+        text: str,
+        top_k: int,
+        filter: str | None = None,  # noqa: A002
+        *,
+        query_words: QueryWords | None = None,
+    ) -> CandidateRows:
+        """The best passages of a query text by BM25."""
+        ...
+
+
 class ShardedView:
     """One version of each shard. Attributes and methods are those of ``PassageView``.
 
     ``version`` is the sum of the shards' versions. BM25 uses the statistics of all passages.
     """
 
-    def __init__(self, store: ShardedStore) -> None:
+    def __init__(self, store: ShardedStore, shards: Sequence[ShardView] | None = None) -> None:
+        """``shards``: the views of the shards, if they are in other processes."""
         self.store = store
-        self.missing = store.missing
-        self.shards = tuple(PassageView(one, corpus=lambda: self.word_statistics) for one in store.stores)
+        self.shards: Sequence[ShardView] = tuple(
+            [PassageView(one, corpus=lambda: self.word_statistics) for one in store.stores]
+            if shards is None
+            else shards
+        )
         first = self.shards[0]
         self.dim: int = first.dim
         self.task: Task = first.task
@@ -62,6 +152,11 @@ class ShardedView:
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
+
+    @property
+    def missing(self) -> Sequence[MissingShard]:
+        """Shards that could not be opened, and are not searched."""
+        return self.store.missing
 
     @cached_property
     def word_statistics(self) -> WordStatistics:
@@ -154,7 +249,7 @@ class ShardedView:
         return merge_candidates(found, top_k, self.ids)
 
     def _gather(
-        self, rows: NDArray[np.int64], read: Callable[[PassageView, NDArray[np.int64]], Sequence[_Value]]
+        self, rows: NDArray[np.int64], read: Callable[[ShardView, NDArray[np.int64]], Sequence[_Value]]
     ) -> list[_Value]:
         values: dict[int, _Value] = {}
         parts = rows_by_shard(rows)

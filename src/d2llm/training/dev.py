@@ -31,8 +31,9 @@ from d2llm.evaluation.gold import Gold, NliGold, measure_all, read_gold
 from d2llm.evaluation.judging import judge_pool
 from d2llm.models.backbone import TextKind
 from d2llm.models.interaction import CosineHead
-from d2llm.models.student import SCORE_BLOCK, Student
+from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judge
+from d2llm.models.vector_scorer import SCORE_BLOCK
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.ranking import top_k
 from d2llm.ops.selection import ids_at, nearest_rows

@@ -1,0 +1,186 @@
+"""Scoring vectors with a student's head: all of a search that remains once texts are vectors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import BFloat16, Float, Float32
+from torch import Tensor, nn
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import Task
+from d2llm.models.device import inference
+from d2llm.models.interaction import CosineHead, Interaction
+from d2llm.models.scorer import HeadWeights, QueryScorer
+
+SCORE_BLOCK = 512
+"""Passages that the interaction scores at a time on a CPU.
+
+At width 512 in bfloat16, the activations of 512 passages take 512 KB, half of a core's own cache in today's servers.
+"""
+_ACCELERATOR_BLOCK = 32_768  # the same on an accelerator
+
+
+class VectorScorer(nn.Module):
+    """Scores passages' vectors for a query's vector. ``Student`` also makes the vectors.
+
+    Subclasses set ``interaction``, the head.
+    """
+
+    interaction: Interaction | CosineHead
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept_weights: dict[Task, HeadWeights] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the student."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors are scored."""
+        raise NotImplementedError
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Number format of the products."""
+        raise NotImplementedError
+
+    def without_backbone(self) -> VectorScorer:
+        """A copy that only scores, on the CPU: small, and it can be pickled."""
+        return _HeadAlone(copy.deepcopy(self.interaction).cpu(), self.fingerprint, self.compute_dtype)
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the score has an inner-product part that an index can search (heads ``anchored`` and ``cosine``)."""
+        return self.interaction.has_anchor
+
+    def anchor_queries(
+        self, query_vectors: Float32[np.ndarray, "queries dim"], task: Task = "asymmetric"
+    ) -> Float32[np.ndarray, "queries dim"]:
+        """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only).
+
+        Raises:
+            InputError: the head is ``paper``.
+        """
+        with inference(self):
+            queries = torch.from_numpy(query_vectors).to(self.device)
+            return self.interaction.anchor_queries(queries, task).cpu().numpy()
+
+    def passage_reach(self, passage_vectors: Float[np.ndarray, "passages dim"]) -> Float[np.ndarray, " passages"]:
+        """The passages' part r_p(b) of the bound of a pair, in (0, 1]; the query's part is ``QueryScorer.reach``."""
+        head = self.interaction
+        if isinstance(head, CosineHead):
+            return np.ones(len(passage_vectors), np.float32)
+        with inference(self):
+            return head.passage_reach(torch.from_numpy(passage_vectors).to(self.device)).cpu().numpy()
+
+    @property
+    def can_project(self) -> bool:
+        """Whether ``project_passages`` can be used: only if the interaction's features are ``concat``."""
+        return isinstance(self.interaction, Interaction) and self.interaction.config.features == "concat"
+
+    def project_passages(
+        self, passage_vectors: Float[np.ndarray, "passages dim"]
+    ) -> BFloat16[Tensor, "passages hidden"]:
+        """W_p b, the part of the interaction's first layer that does not depend on the query; the same for both tasks.
+
+        Pass it to ``QueryScorer``. It is summed in float32 and stored as bfloat16.
+
+        Raises:
+            InputError: the head is ``cosine``, or its features include a part that also depends on the query.
+        """
+        head = self.interaction
+        if not self.can_project or isinstance(head, CosineHead):
+            if isinstance(head, CosineHead):
+                inputs = "only an inner product"
+            else:
+                inputs = f"the features '{head.config.features}'"
+            raise InputError(
+                f"this student's head uses {inputs} of a query and a passage, so its products depend on the query and "
+                "nothing is gained by storing W_p b; only a head with the features 'concat' benefits"
+            )
+        with inference(self):
+            vectors = torch.from_numpy(passage_vectors).to(self.device)
+            return head.project_passages(vectors).to(torch.bfloat16).cpu()
+
+    def prepare(
+        self, query_vector: Float32[np.ndarray, " dim"], task: Task, *, interaction_weight: float | None = None
+    ) -> QueryScorer:
+        """A scorer of this query against any passages; everything that depends on the query alone is computed here.
+
+        The scorer uses the current weights: after training, prepare a new one. ``interaction_weight`` is the weight r
+        of the interaction, by default the student's own for the task.
+        """
+        query = torch.from_numpy(query_vector).to(self.device)
+        weights = None if isinstance(self.interaction, CosineHead) else self._scoring_weights(self.interaction, task)
+        block = SCORE_BLOCK if query.device.type == "cpu" else _ACCELERATOR_BLOCK
+        return QueryScorer(self.interaction, weights, query, task, block, interaction_weight=interaction_weight)
+
+    def score(
+        self,
+        query_vector: Float32[np.ndarray, " dim"],
+        passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
+        task: Task,
+        *,
+        interaction_weight: float | None = None,
+    ) -> Float32[np.ndarray, " passages"]:
+        """Final logits of one query against passages; bfloat16 tensors are scored without conversion.
+
+        ``interaction_weight`` is the weight r of the interaction, by default the student's own for the task.
+        """
+        return self.prepare(query_vector, task, interaction_weight=interaction_weight)(passage_vectors)
+
+    def score_many(
+        self,
+        query_vectors: Float32[np.ndarray, "queries dim"],
+        passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
+        task: Task,
+    ) -> Float32[np.ndarray, "queries passages"]:
+        """Final logits of every query against the same passages, computed one query at a time.
+
+        Queries could share only the product W_p b, one of three, and only with the features ``concat``.
+        """
+        scores = [self.prepare(query, task)(passage_vectors) for query in query_vectors]
+        return np.stack(scores) if scores else np.empty((0, len(passage_vectors)), np.float32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out cast weights: a copy casts its weights itself."""
+        return {**self.__dict__, "_kept_weights": {}}
+
+    def _scoring_weights(self, head: Interaction, task: Task) -> HeadWeights:
+        kept = self._kept_weights.get(task)
+        if kept is None or not kept.is_of(head, self.compute_dtype):
+            with torch.inference_mode():
+                kept = self._kept_weights[task] = HeadWeights(head, task, self.compute_dtype)
+        return kept
+
+
+class _HeadAlone(VectorScorer):
+    """A student's head."""
+
+    def __init__(self, interaction: Interaction | CosineHead, fingerprint: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.interaction = interaction
+        self._fingerprint, self._dtype = fingerprint, dtype
+        self.eval()
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the student."""
+        return self._fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """That of the student."""
+        return self._dtype
