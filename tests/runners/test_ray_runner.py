@@ -13,7 +13,7 @@ import pytest
 import ray_work
 from d2llm.core.errors import D2LLMError, DataFormatError, InputError, MismatchError, ModelError
 from d2llm.core.progress import ignore
-from d2llm.runners import ray_runner
+from d2llm.runners import ray_cluster, ray_runner
 from d2llm.runners.ray_runner import RayRunner
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
@@ -159,8 +159,8 @@ def test_workers_that_cannot_load(cluster, load, error, problem):
 
 @pytest.mark.parametrize("package", ["d2llm", "torch"])
 def test_other_versions_are_refused(cluster, tmp_path, monkeypatch, package):
-    own = ray_runner._versions()
-    monkeypatch.setattr(ray_runner, "_versions", lambda: own | {package: "0.0.1"})
+    own = ray_runner.own_versions()
+    monkeypatch.setattr(ray_runner, "own_versions", lambda: own | {package: "0.0.1"})
     with pytest.raises(
         MismatchError, match=rf"has {package} {re.escape(own[package])} instead of 0\.0\.1; install the same"
     ):
@@ -220,8 +220,8 @@ def test_no_workers_are_refused():
 
 
 def test_an_address_without_a_cluster(monkeypatch):
-    monkeypatch.setattr(ray_runner, "_CONNECT_SECONDS", 5.0)
+    monkeypatch.setattr(ray_cluster, "_CONNECT_SECONDS", 5.0)
     begin = time.monotonic()
     with pytest.raises(D2LLMError, match=r"no Ray cluster can be reached at 127\.0\.0\.1:1 .*ray start --head"):
-        ray_runner._require_answer("127.0.0.1:1")
+        ray_cluster._require_answer("127.0.0.1:1")
     assert time.monotonic() - begin < 30

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from d2llm.core.errors import InputError, MissingExtraError, Terminated
-from d2llm.runners.ray_runner import Share, _share, _stopped_by_sigterm
+from d2llm.runners.ray_cluster import _stopped_by_sigterm
+from d2llm.runners.ray_runner import Share, _share
 from d2llm.runners.runner import LocalRunner, LocalWorkers, find_runner
 
 

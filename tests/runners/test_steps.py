@@ -35,7 +35,7 @@ from d2llm.retrieval import search
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.text_workers import TextShard, encode_shard, encoder_loads, load_student
 from d2llm.runners import placement as placements
-from d2llm.runners import ray_runner
+from d2llm.runners import ray_cluster, ray_runner
 from d2llm.runners.placement import Placement
 from d2llm.training.mining import choose, plans, ranking
 from d2llm.training.run import Run
@@ -241,8 +241,8 @@ def encoding(place):
 
 def test_workers_of_other_versions_are_refused(two, encoding, monkeypatch):
     model, loads, shards = encoding
-    own = ray_runner._versions()
-    monkeypatch.setattr(ray_runner, "_versions", lambda: own | {"torch": "0.0.1"})
+    own = ray_runner.own_versions()
+    monkeypatch.setattr(ray_runner, "own_versions", lambda: own | {"torch": "0.0.1"})
     problem = rf"has torch {re.escape(own['torch'])} instead of 0\.0\.1; install the same"
     with (
         pytest.raises(MismatchError, match=problem),
@@ -266,7 +266,7 @@ def test_an_unreachable_cluster_is_an_error_within_seconds(place, tmp_path, monk
     """Without a connection of this process, which would be used instead."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'd2llm[ray]'")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_runner, "_CONNECT_SECONDS", 3.0)
+    monkeypatch.setattr(ray_cluster, "_CONNECT_SECONDS", 3.0)
     begin = time.monotonic()
     with pytest.raises(InputError, match=r"no Ray cluster can be reached at 127\.0\.0\.1:1"):
         open_run(place, tmp_path / "run").mine(runner="ray:127.0.0.1:1")

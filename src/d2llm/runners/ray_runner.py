@@ -12,11 +12,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import platform
-import signal
-import subprocess
-import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -25,16 +20,21 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from d2llm import __version__
-from d2llm.core.errors import D2LLMError, InputError, MismatchError, ModelError, Terminated
-from d2llm.core.extras import require
-from d2llm.core.manifest import package_versions
+from d2llm.core.errors import D2LLMError, InputError, ModelError
 from d2llm.core.progress import ignore
+from d2llm.runners.ray_cluster import (
+    alive_nodes,
+    check_versions,
+    connection,
+    import_ray,
+    last_line,
+    own_versions,
+)
 from d2llm.runners.runner import Work
 
 _Shard = TypeVar("_Shard", bound=Sized)
 _Result = TypeVar("_Result")
 
-_CONNECT_SECONDS = 15.0  # Ray itself gives up on an address after two minutes
 _WAIT_SECONDS = 30.0  # between two remarks that no worker has started
 _SHARDS_PER_WORKER = 2  # one in work, one that is there when it is finished
 _SHARDS_HELD_PER_WORKER = 4  # those, and results that wait for the result of an earlier shard
@@ -70,7 +70,7 @@ class RayRunner:
     _idle: list[_IdleActor] | None = field(default=None, repr=False, compare=False)  # only while it is ``connected``
 
     def __post_init__(self) -> None:
-        _import_ray()
+        import_ray()
         if self.num_workers is not None and self.num_workers < 1:
             raise InputError(f"{self.num_workers} workers cannot do anything; give at least 1")
         if self.gpus_per_worker is not None and self.gpus_per_worker < 1:
@@ -88,13 +88,13 @@ class RayRunner:
         if self._idle is not None:  # is connected, and another connection's idle workers would hold its share
             yield self
             return
-        with _cluster(self.address):
+        with connection(self.address):
             idle: list[_IdleActor] = []
             try:
                 yield replace(self, address="auto", _idle=idle)
             finally:
                 for one in idle:
-                    _import_ray().kill(one.actor)
+                    import_ray().kill(one.actor)
 
     @contextmanager
     def workers(
@@ -108,9 +108,9 @@ class RayRunner:
         """
         if device is not None and ":" in device:
             raise InputError(f"on a cluster Ray assigns the devices; give '{device.partition(':')[0]}', not '{device}'")
-        with _cluster(self.address):
+        with connection(self.address):
             per_worker = 0 if device in {"cpu", "mps"} else self.gpus_per_worker or gpus
-            share = _share(_nodes(), self.num_workers, gpus=per_worker)
+            share = _share(alive_nodes(), self.num_workers, gpus=per_worker)
             workers = RayWorkers[_Shard, _Result](load, share, self._idle)
             try:
                 yield workers
@@ -187,7 +187,7 @@ class RayWorkers(Generic[_Shard, _Result]):
     def __init__(
         self, load: Callable[[], Work[_Shard, _Result]], share: Share, idle: list[_IdleActor] | None = None
     ) -> None:
-        self._ray = _import_ray()
+        self._ray = import_ray()
         self._load = self._ray.cloudpickle.dumps(load)
         self._share = share
         self._idle = idle
@@ -244,7 +244,7 @@ class RayWorkers(Generic[_Shard, _Result]):
         else:
             options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus}
             actor = self._ray.remote(_Actor).options(**options).remote()
-        return _Worker(actor, actor.start.remote(_versions(), str(Path.cwd()), self._load))
+        return _Worker(actor, actor.start.remote(own_versions(), str(Path.cwd()), self._load))
 
     def _hand_out(self, waiting: deque[int], shards: Mapping[int, _Shard]) -> None:
         """Give waiting shards to the workers that have started, first to those without any."""
@@ -282,7 +282,7 @@ class RayWorkers(Generic[_Shard, _Result]):
 
     def _replace(self, worker: _Worker, error: Exception, waiting: deque[int], deaths: Counter[int]) -> None:
         """Start another worker in place of one that has died, and let its shards be done again."""
-        reason = _last_line(error)
+        reason = last_line(error)
         if worker.starting is not None:
             self._deaths_at_start += 1
             if self._deaths_at_start >= _MAX_DEATHS:
@@ -316,18 +316,10 @@ class _Actor:
 
         ``folder`` is the working directory of that process; if it exists here, relative paths mean the same.
         """
-        own = _versions()
-        differences = [
-            f"{name} {own[name]} instead of {other}" for name, other in versions.items() if own[name] != other
-        ]
-        if differences:
-            raise MismatchError(
-                f"the node {platform.node()} of the Ray cluster has {', '.join(differences)}; install the same "
-                "versions on every node"
-            )
+        check_versions(versions)
         if Path(folder).is_dir():
             os.chdir(folder)
-        self._work = _import_ray().cloudpickle.loads(load)()
+        self._work = import_ray().cloudpickle.loads(load)()
 
     def rest(self) -> None:
         """Forget the model."""
@@ -338,95 +330,3 @@ class _Actor:
         """The result of a shard."""
         assert self._work is not None
         return self._work(shard, ignore)
-
-
-def _versions() -> dict[str, str]:
-    """The versions on which results depend. Ray itself compares those of Python and Ray."""
-    return {"d2llm": __version__, "torch": package_versions().get("torch", "none")}
-
-
-def _last_line(error: Exception) -> str:
-    """The first sentence of the last line of an error of Ray, which names the cause; advice follows it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].partition(". ")[0].rstrip(".") if lines else type(error).__name__
-
-
-def _import_ray() -> Any:
-    return require("ray", extra="ray", purpose="the runner ray")
-
-
-@contextmanager
-def _cluster(address: str | None) -> Generator[None]:
-    """Connect to the cluster, unless this process already is.
-
-    Raises:
-        InputError: it cannot be reached, or this process is connected to another one.
-    """
-    ray = _import_ray()
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    if ray.is_initialized():
-        connected = ray.get_runtime_context().gcs_address
-        if address not in {None, "auto", connected}:
-            raise InputError(f"this process is connected to the Ray cluster at {connected}, not to {address}")
-        yield
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
-        options |= {"address": "local", "include_dashboard": False}
-    else:
-        _require_answer(address)
-        options["address"] = address
-    handler = signal.getsignal(signal.SIGTERM)  # Ray replaces it
-    try:
-        ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"Ray cannot be used at {address or 'this machine'}: {error}") from error
-    try:
-        with _stopped_by_sigterm(handler):
-            yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _stopped_by_sigterm(handler: Any) -> Generator[None]:
-    """Let SIGTERM end the block like Ctrl-C, if the caller's ``handler`` is the default, and else call that handler.
-
-    Ray's own would abort this process with a trace of native code.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, _terminate if handler == signal.SIG_DFL else handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-def _terminate(number: int, frame: object) -> None:
-    del number, frame
-    raise Terminated
-
-
-def _require_answer(address: str) -> None:
-    """Raise an ``InputError`` unless a cluster answers at this address."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-    try:
-        check = subprocess.run(command, capture_output=True, text=True, timeout=_CONNECT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        problem = f"no answer within {_CONNECT_SECONDS:.0f} seconds"
-    else:
-        if check.returncode == 0:
-            return
-        problem = (check.stderr.strip().splitlines() or ["no answer"])[-1]
-    raise InputError(
-        f"no Ray cluster can be reached at {address} ({problem}); give the HOST:PORT that `ray start --head` printed, "
-        "and check that the cluster is up and this machine is a node of it"
-    )
-
-
-def _nodes() -> list[dict[str, float]]:
-    """The resources of the nodes that are alive."""
-    return [node["Resources"] for node in _import_ray().nodes() if node["Alive"]]

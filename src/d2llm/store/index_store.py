@@ -207,12 +207,7 @@ class IndexStore:
 
     def check_student(self, fingerprint: str) -> None:
         """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
-        if fingerprint != self.manifest["student"]:
-            maker = name_student(self.manifest["student"], self.manifest.get("student_source"))
-            raise IndexMismatchError(
-                f"{self.folder}: the index was made by student {maker}, but the student given is "
-                f"{name_student(fingerprint)}; search with the student that made it, or index the corpus again"
-            )
+        check_maker(self.folder, self.manifest, fingerprint)
 
     @property
     def is_snapshot(self) -> bool:
@@ -579,3 +574,13 @@ def _part_formats(manifest: Mapping[str, Any]) -> dict[PartKind, VectorFormat]:
     """The formats of the vectors of parts that an index stores, by kind."""
     dims: dict[PartKind, Any] = {"window": manifest["dim"], "token": manifest.get("token_dim")}
     return {kind: make_format(name, dims[kind]) for kind in PART_KINDS if (name := manifest.get(f"{kind}_format"))}
+
+
+def check_maker(folder: Path, manifest: Mapping[str, Any], fingerprint: str) -> None:
+    """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors of an index."""
+    if fingerprint != manifest["student"]:
+        maker = name_student(manifest["student"], manifest.get("student_source"))
+        raise IndexMismatchError(
+            f"{folder}: the index was made by student {maker}, but the student given is {name_student(fingerprint)}; "
+            "search with the student that made it, or index the corpus again"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,8 +40,12 @@ def stats_of_all(storage: IndexStore | ShardedStore) -> IndexStats:
     all_stats = [stats(store) for store in storage.stores]
     if not isinstance(storage, ShardedStore):
         return all_stats[0]
+    return sum_stats(storage, all_stats, sum(folder_bytes(store.folder) for store in storage.stores))
+
+
+def sum_stats(storage: ShardedStore, all_stats: Sequence[IndexStats], num_bytes: int) -> IndexStats:
+    """``stats_of_all`` from the statistics of the shards, which take ``num_bytes``."""
     sums = {name: sum(getattr(one, name) for one in all_stats) for name in _SUMMED}
-    num_bytes = sum(folder_bytes(store.folder) for store in storage.stores)
     unindexed: dict[str, int] = {}
     for one in all_stats:
         for name, lag in one.unindexed.items():

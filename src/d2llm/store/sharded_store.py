@@ -37,7 +37,7 @@ from d2llm.core.shipped import name_student
 from d2llm.core.types import MissingShard, PartKind, Passage
 from d2llm.store.checksums import read_checked, write_checked
 from d2llm.store.index_manifest import SHARDED_KIND as KIND
-from d2llm.store.index_store import IndexStore
+from d2llm.store.index_store import IndexStore, check_maker
 from d2llm.store.passage_table import PassageTable
 from d2llm.store.remote_shards import fetch_shard, is_url
 from d2llm.store.schema import FieldType, MetadataSchema
@@ -270,7 +270,7 @@ class ShardedStore:
         missing: list[MissingShard] = []
         for number, record in enumerate(records):
             try:
-                stores[number] = _open_shard(folder, manifest, number, record, len(records))
+                stores[number] = open_shard(folder, manifest, number, record, len(records))
             except D2LLMError as error:
                 if not allow_missing:
                     raise
@@ -320,7 +320,7 @@ class ShardedStore:
 
     def check_student(self, fingerprint: str) -> None:
         """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
-        self.stores[0].check_student(fingerprint)
+        check_maker(self.folder, self.manifest, fingerprint)
 
     @contextmanager
     def writing(self) -> Generator[None]:
@@ -430,9 +430,14 @@ def read_sharded_manifest(folder: Path) -> tuple[dict[str, Any], list[ShardRecor
     return manifest, records
 
 
-def _open_shard(
+def open_shard(
     folder: Path, manifest: Mapping[str, Any], number: int, record: ShardRecord, num_shards: int
 ) -> IndexStore:
+    """The store of one shard of the sharded index in a folder, with this manifest.
+
+    Raises:
+        DataFormatError, IndexMismatchError, InputError, MissingExtraError: as for ``ShardedStore.open``.
+    """
     place = f"{folder}: shard {number} of {num_shards}"
     if is_url(record.address):
         path = fetch_shard(record.address, record.files, name=f"{manifest['index']}-{number}")
