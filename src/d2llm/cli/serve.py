@@ -51,6 +51,15 @@ class SettingOptions:
         int | None, typer.Option(min=0, max=65_535, help="Port to listen on; 0 picks a free one.", show_default="8000")
     ] = None
     keys_file: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, made with: d2llm keys.")] = None
+    runner: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUNNER",
+            help="Where shards are searched and texts encoded: local, in this process; ray, in workers on this "
+            "machine; ray:HOST:PORT, on the nodes of a Ray cluster.",
+            show_default="local",
+        ),
+    ] = None
     writable: Annotated[
         bool | None,
         typer.Option("--writable/--read-only", help="Whether passages can be changed.", show_default="writable"),

@@ -403,6 +403,9 @@ class Searcher:
         """The answers of all shards, or of those at some places, by their places; ``in_turn``: not at the same time.
 
         A shard that cannot be read is added to ``missing``, and not asked again, if that is allowed.
+
+        Raises:
+            ShardAwayError: no shard can be read.
         """
         answers: dict[int, _Answer] = {}
         asked = [place for place in (range(len(self._shards)) if places is None else places) if place not in missing]
@@ -421,6 +424,8 @@ class Searcher:
                 missing[place] = given
             else:
                 answers[place] = given
+        if len(missing) == len(self._shards):
+            raise ShardAwayError(f"no shard of the index answers; the first: {next(iter(missing.values())).problem}")
         return answers
 
     def _anchor_is_score(self, sent: ShardQuery) -> bool:

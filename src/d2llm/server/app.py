@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +22,15 @@ from d2llm.models.student_files import read_student_manifest
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.retrieval.index import find_source
 from d2llm.retrieval.protocols import SearchView
+from d2llm.runners.runner import find_runner
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
 from d2llm.server.errors import install_error_handlers, naming_index, register_error_shape, without_places
 from d2llm.server.index_service import IndexService, new_readings
 from d2llm.server.middleware import CancelWhenGone, ReadyGate, install_middleware
 from d2llm.server.model_service import ModelService
+from d2llm.server.ray_shards import ClusterSettings, ShardCluster
+from d2llm.server.ray_students import ReplicaSettings, StudentReplicas
 from d2llm.server.running import Lifecycle
 from d2llm.server.served_version import ServedVersion
 from d2llm.server.serving import Serving
@@ -80,6 +83,7 @@ async def running(
     app: FastAPI, settings: ServeSettings, lifecycle: Lifecycle, telemetry: Telemetry, private: list[Path]
 ) -> AsyncGenerator[None]:
     """Load in the background, serve, and stop once accepted requests are answered."""
+    connection = ExitStack()
 
     def note(serving: Serving, name: str, problem: str | None) -> None:  # the version in memory still answers
         serving.problems[name] = without_places(problem or "", private)
@@ -87,6 +91,7 @@ async def running(
 
     async def start() -> None:
         try:
+            await asyncio.to_thread(connection.enter_context, find_runner(settings.runner).connected())
             serving = await asyncio.to_thread(load, settings, telemetry, private)
             serving.start()
             _watch(serving, telemetry)
@@ -117,6 +122,7 @@ async def running(
         serving: Serving | None = getattr(app.state, "serving", None)
         if serving is not None:
             await serving.stop(settings.shutdown_seconds)
+        await asyncio.to_thread(connection.close)
 
 
 def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> Serving:
@@ -130,11 +136,19 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
     students, readings = StudentPool(load_student), new_readings(settings.queue_texts)
     if not settings.index:
         return Serving(settings, {}, students, readings, alone=load_student(None))
-    versions: dict[str, ServedVersion] = {}
-    for name, folder in settings.index.items():
-        with naming_index(name, settings.index):
-            versions[name] = ServedVersion(folder, students, allow_missing=settings.allow_missing_shards)
-    judge = _load_judge(settings)
+    with ExitStack() as undo:
+        versions: dict[str, ServedVersion] = {}
+        undo.callback(lambda: [student.close() for student in students.students])
+        for name, folder in settings.index.items():
+            cluster = None if settings.runner == "local" else ShardCluster(_cluster_settings(settings))
+            if cluster is not None:
+                undo.callback(cluster.stop)
+            with naming_index(name, settings.index):
+                versions[name] = ServedVersion(
+                    folder, students, allow_missing=settings.allow_missing_shards, cluster=cluster
+                )
+        judge = _load_judge(settings)
+        undo.pop_all()
     indexes = {
         name: IndexService(
             name,
@@ -175,14 +189,36 @@ def load_models(
     student = Student.load(folder, device=settings.device, dtype=settings.dtype, engine=settings.engine)
     calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task (they are sigmoids of the score)"
     _log.info("relevance scores are calibrated probabilities for %s", calibrated)
+    encoder = None
+    if settings.runner != "local" and settings.student_replicas:
+        encoder = StudentReplicas(student, str(folder), _replica_settings(settings))
     return ModelService(
         student,
         settings.model_name or Path(name).name,
         queue_texts=settings.queue_texts,
         batch_tokens=settings.batch_tokens,
         batch_wait_seconds=settings.batch_wait_ms / 1e3,
+        encoder=encoder,
         observe=telemetry.observe,
         observe_batch=telemetry.observe_batch,
+    )
+
+
+def _cluster_settings(settings: ServeSettings) -> ClusterSettings:
+    return ClusterSettings(
+        settings.shard_replicas, settings.shard_cpus, settings.shard_seconds, settings.allow_missing_shards
+    )
+
+
+def _replica_settings(settings: ServeSettings) -> ReplicaSettings:
+    return ReplicaSettings(
+        settings.student_replicas,
+        settings.max_student_replicas,
+        settings.student_cpus,
+        settings.student_gpus,
+        device=settings.device or ("cuda" if settings.student_gpus else "cpu"),
+        dtype=settings.dtype,
+        engine=settings.engine,
     )
 
 

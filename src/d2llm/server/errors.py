@@ -25,6 +25,7 @@ from d2llm.core.errors import (
     IndexLockedError,
     InputError,
     MissingExtraError,
+    ShardAwayError,
     StorageError,
 )
 from d2llm.server.logs import current_facts
@@ -179,6 +180,8 @@ def problem_for_client(error: Exception) -> Problem:
         kind = _KINDS.get(error.status_code, "invalid_request" if error.status_code < 500 else "internal")
         return Problem(error.status_code, kind, str(error.detail), headers=error.headers)
     if isinstance(error, IndexLockedError):
+        return Problem(503, "not_ready", str(error), retry_after=1.0)
+    if isinstance(error, ShardAwayError):
         return Problem(503, "not_ready", str(error), retry_after=1.0)
     if is_clients(error):
         return Problem(400, "invalid_request", str(error))

@@ -41,6 +41,7 @@ from d2llm.server.batching import Batcher, Done, Places
 from d2llm.server.errors import NotFoundError, NotReadyError
 from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
+from d2llm.server.ray_shards import RemoteView
 from d2llm.server.schemas import Rescore, TeacherAnswer
 from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersion, rank_again, rank_together
 from d2llm.store.inspection import IndexStats
@@ -127,6 +128,7 @@ class IndexService:
             await asyncio.wait_for(asyncio.to_thread(self._writes.shutdown, wait=True), timeout)
         for thread in (self._reads, self._context_builds):
             thread.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.served.close)
 
     # Searching -----------------------------------------------------------------------------------------------------
 
@@ -172,7 +174,7 @@ class IndexService:
     async def excerpts(self, ranking: Ranking) -> list[Excerpt]:
         """The results of a ranking with their neighbours, merged."""
         return await self._in(
-            self._reads, lambda: merge_neighbours(ranking.passages, overlapping=self.current.index.repeats_text)
+            self._reads, lambda: merge_neighbours(ranking.passages, overlapping=self.current.repeats_text)
         )
 
     async def context(
@@ -186,7 +188,7 @@ class IndexService:
         token_ends = models.student.backbone.token_ends
 
         def build() -> AnswerContext:
-            overlapping = self.current.index.repeats_text
+            overlapping = self.current.repeats_text
             return build_context(ranking, token_ends, max_tokens, order=order, overlapping=overlapping)
 
         with self._contexts:
@@ -265,6 +267,8 @@ class IndexService:
         """Statistics of the latest version, and the served version of the same index."""
 
         def read(version: OpenVersion) -> IndexStats:
+            if isinstance(version.view, RemoteView):
+                return version.view.stats()
             storage = self.served.open_storage()
             storage.check_student(version.models.fingerprint)
             return stats_of_all(storage)
@@ -372,7 +376,7 @@ class IndexService:
             InputError: the error has not been measured.
         """
         evidence = weights_for(version.view, version.models.student, task)
-        return read_error(version.index.folder, judge, task, evidence)
+        return read_error(version.folder, judge, task, evidence)
 
     def _teacher(self) -> Judge:
         if self.judge is None:

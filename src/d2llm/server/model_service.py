@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -69,11 +69,32 @@ class PassageScores:
     query_truncated: bool = False
 
 
+class BatchEncoder(Protocol):
+    """Where batches are encoded, if not by the student in this process. Called in several threads.
+
+    ``num_batches`` is how many batches it takes at a time.
+    """
+
+    num_batches: int
+
+    def encode_tokens(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """As of ``Student``."""
+        ...
+
+    def encode_with_tokens(self, texts: Sequence[str], kind: TextKind) -> EncodedTexts:
+        """As of ``Student``."""
+        ...
+
+    def stop(self) -> None:
+        """End what it has started."""
+        ...
+
+
 class ModelService:
     """One student, shared by all requests. ``name`` is its name for clients.
 
     On a CPU, as many batches run in parallel as there are cores; on an accelerator, one at a time. ``batch_tokens`` is
-    the maximum size of a batch, by default ``Student.batch_tokens``.
+    the maximum size of a batch, by default ``Student.batch_tokens``. ``encoder`` encodes in place of the student.
     """
 
     def __init__(
@@ -84,6 +105,7 @@ class ModelService:
         queue_texts: int = 2_048,
         batch_tokens: int | None = None,
         batch_wait_seconds: float = 0.0,
+        encoder: BatchEncoder | None = None,
         observe: Observe = lambda _stage, _seconds: None,
         observe_batch: Callable[[int, float], None] = lambda _size, _seconds: None,
     ) -> None:
@@ -96,7 +118,14 @@ class ModelService:
         self.max_passage_tokens = student.config.backbone.max_passage_tokens
         self.batch_tokens = batch_tokens or student.batch_tokens
         self._observe = observe
-        on_cpu = student.backbone.device.type == "cpu"
+        self._encoder = encoder
+        lanes, num_lanes = None, 1
+        if encoder is not None:
+            num_lanes = encoder.num_batches
+            lanes = ThreadPoolExecutor(num_lanes, thread_name_prefix="encode")
+        elif student.backbone.device.type == "cpu":
+            # One more batch than threads waits for the next free core.
+            lanes, num_lanes = core_pool(), torch.get_num_threads() + 1
         self._texts: Batcher[Sequence[int], NDArray[np.float32]] = Batcher(
             self._encode_batch,
             name="encode",
@@ -105,8 +134,8 @@ class ModelService:
             cost=len,
             wait_seconds=batch_wait_seconds,
             observe_batch=observe_batch,
-            lanes=core_pool() if on_cpu else None,
-            num_lanes=torch.get_num_threads() + 1 if on_cpu else 1,  # one more batch waits for the next free core
+            lanes=lanes,
+            num_lanes=num_lanes,
         )
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._num_users = 0
@@ -125,6 +154,12 @@ class ModelService:
         """Finish admitted work, then stop."""
         await self._texts.stop(timeout)
         self._scoring.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """End what encodes elsewhere, once no work uses it."""
+        if self._encoder is not None:
+            self._encoder.stop()
 
     @contextmanager
     def in_use(self) -> Generator[None]:
@@ -167,7 +202,7 @@ class ModelService:
 
         def read() -> tuple[EncodedTexts, float]:
             begin = time.perf_counter()
-            return self.student.encode_with_tokens([text], "query"), begin
+            return (self._encoder or self.student).encode_with_tokens([text], "query"), begin
 
         done, begun = await self.in_lane(read)
         worked, queued = time.perf_counter() - begun, begun - asked
@@ -258,7 +293,7 @@ class ModelService:
         return self.student.tokenize(texts, kind)
 
     def _encode_batch(self, ids: Sequence[Sequence[int]]) -> Sequence[NDArray[np.float32]]:
-        vectors = self.student.encode_tokens(ids)
+        vectors = (self._encoder or self.student).encode_tokens(ids)
         if not np.isfinite(vectors).all():
             raise ModelError("the student's vector of a text is not finite; check the student")
         return list(vectors)

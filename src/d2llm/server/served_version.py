@@ -29,9 +29,11 @@ from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.server.errors import NotReadyError, ServingError, is_clients
 from d2llm.server.model_service import ModelService
+from d2llm.server.ray_shards import RemoteStore, RemoteView, ShardCluster
 from d2llm.server.student_pool import StudentPool
 from d2llm.store.index_store import IndexStore
-from d2llm.store.sharded_store import ShardedStore, Storage, open_storage
+from d2llm.store.sharded_store import ShardedStore, Storage, is_sharded, open_storage
+from d2llm.store.side_files import read_chunking
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -55,26 +57,47 @@ class OpenVersion:
     """One version of an index, kept as long as a request uses it, with the searchers that its requests share."""
 
     def __init__(
-        self, folder: Path, models: ModelService, before: OpenVersion | None = None, *, allow_missing: bool = False
+        self,
+        folder: Path,
+        models: ModelService,
+        before: OpenVersion | None = None,
+        *,
+        allow_missing: bool = False,
+        cluster: ShardCluster | None = None,
     ) -> None:
         """Open the latest version and warm it up. Of files that ``before`` has read, only what is new is verified.
 
-        ``allow_missing``: shards that cannot be read are left out, and rankings name them.
+        Args:
+            folder: folder of the index.
+            models: its student.
+            before: the version that this one replaces.
+            allow_missing: shards that cannot be read are left out, and rankings name them.
+            cluster: has the shards of a sharded index; None: they are read in this process.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
             IndexMismatchError: another student made it.
         """
         file = _manifest_state(folder)  # read first, so that a later replacement is noticed
-        self.index = Index.open(folder, cast("SearchStudent", models.student), allow_missing=allow_missing)
-        known = {} if before is None else {store.folder: store.intact for store in before.index.storage.stores}
-        for store in self.index.storage.stores:
-            store.intact = known.get(store.folder, store.intact)
-        self.view = self.index.view
+        self.folder = folder
         self.models = models
+        chunking = read_chunking(folder)
+        self.repeats_text = chunking is not None and chunking.chunk_overlap > 0
+        self._stores: Sequence[IndexStore] = ()
+        if cluster is not None and is_sharded(folder):
+            remote = RemoteStore(folder)
+            remote.check_student(models.fingerprint)
+            self.view: SearchView = cluster.open(remote, models.student)
+        else:
+            index = Index.open(folder, cast("SearchStudent", models.student), allow_missing=allow_missing)
+            known = {} if before is None else {store.folder: store.intact for store in before._stores}
+            self._stores = index.storage.stores
+            for store in self._stores:
+                store.intact = known.get(store.folder, store.intact)
+            self.view = index.view
         # Of the version that was read: writers may have added newer ones.
         self.identity = _identity(file, self.view)
-        self._allow_missing = allow_missing
+        self._allow_missing = allow_missing or isinstance(self.view, RemoteView)
         for shard in self.view.missing:
             _log.error("%s: shard %d is left out of searches: %s", folder.name, shard.number, shard.problem)
         self._anchor: SearchStudent = AnchorStudent(cast("SearchStudent", models.student))
@@ -142,7 +165,8 @@ def _identity(manifest: tuple[int, int], index: SearchView | Storage) -> tuple[i
 
     The manifest is written once per index; that of a sharded one, with every change.
     """
-    return (*manifest, index.version, *(shard.number for shard in index.missing))
+    missing = () if isinstance(index, RemoteView) else index.missing  # these come back by themselves
+    return (*manifest, index.version, *(shard.number for shard in missing))
 
 
 def _manifest_state(folder: Path) -> tuple[int, int]:
@@ -156,7 +180,14 @@ def _manifest_state(folder: Path) -> tuple[int, int]:
 class ServedVersion:
     """The served ``version`` of the index in ``folder``: the latest that could be opened."""
 
-    def __init__(self, folder: Path, students: StudentPool, *, allow_missing: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        students: StudentPool,
+        *,
+        allow_missing: bool = False,
+        cluster: ShardCluster | None = None,
+    ) -> None:
         """Open the latest version.
 
         Args:
@@ -164,6 +195,7 @@ class ServedVersion:
             students: loads its student, and the one of another index that replaces it.
             allow_missing: serve a sharded index without the shards that cannot be read; one that can be read again
                 is served from the next check for a new version on.
+            cluster: has the shards, if the index is sharded.
 
         Raises:
             DataFormatError: there is no index, or it is damaged.
@@ -172,7 +204,8 @@ class ServedVersion:
         self.folder = folder
         self._students = students
         self._allow_missing = allow_missing
-        self.version = OpenVersion(*self._latest(), allow_missing=allow_missing)
+        self._cluster = cluster
+        self.version = OpenVersion(*self._latest(), allow_missing=allow_missing, cluster=cluster)
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -201,8 +234,11 @@ class ServedVersion:
             return await work(version)
 
     def open_storage(self) -> IndexStore | ShardedStore:
-        """The store that is in the folder now."""
-        return open_storage(self.folder.resolve(), allow_missing=self._allow_missing)
+        """The store that is in the folder now; of one whose shards are on a cluster, only the manifest is read."""
+        folder = self.folder.resolve()
+        if self._cluster is not None and is_sharded(folder):
+            return RemoteStore(folder)
+        return open_storage(folder, allow_missing=self._allow_missing)
 
     async def reload(self) -> bool:
         """Switch to the latest version, or to the index that is now in the folder; returns whether it changed.
@@ -241,6 +277,11 @@ class ServedVersion:
         for task in self._tasks:
             task.cancel()
 
+    def close(self) -> None:
+        """End what searches use, once there are none."""
+        if self._cluster is not None:
+            self._cluster.stop()
+
     def _begin(self, work: Coroutine[Any, Any, _Value]) -> asyncio.Future[_Value]:
         """Finish ``work`` even if the caller is cancelled: threads cannot stop, and no student should load twice."""
         task = asyncio.get_running_loop().create_task(work)
@@ -276,7 +317,14 @@ class ServedVersion:
         """Open the index that is now in the folder."""
         folder, student = await asyncio.to_thread(self._latest)
         try:
-            reopen = partial(OpenVersion, folder, student, self.version, allow_missing=self._allow_missing)
+            reopen = partial(
+                OpenVersion,
+                folder,
+                student,
+                self.version,
+                allow_missing=self._allow_missing,
+                cluster=self._cluster,
+            )
             return await asyncio.to_thread(reopen)
         except BaseException:
             self._begin(self._students.leave(student))
@@ -288,4 +336,4 @@ class ServedVersion:
     def _latest(self) -> tuple[Path, ModelService]:
         """The folder that ``folder`` leads to now, and the student that made the index in it."""
         folder = self.folder.resolve()
-        return folder, self._students.take(open_storage(folder, allow_missing=self._allow_missing))
+        return folder, self._students.take(self.open_storage())

@@ -70,6 +70,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Count = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class ServeSettings(BaseModel):
@@ -98,6 +99,23 @@ class ServeSettings(BaseModel):
         default=False,
         description="Whether a sharded index is served without the shards that cannot be read; answers name them.",
     )
+    runner: str = Field(
+        default="local",
+        description="Where shards are searched and texts encoded: local, in this process; ray or ray:HOST:PORT.",
+    )
+    shard_replicas: Count = Field(default=1, description="On Ray: actors of each shard.")
+    shard_cpus: Positive = Field(default=1.0, description="On Ray: CPUs that each of them reserves.")
+    shard_seconds: Seconds = Field(
+        default=2.0, description="On Ray: seconds within which a shard must answer each step of a search."
+    )
+    student_replicas: int = Field(
+        default=1, ge=0, description="On Ray: replicas of each student that encode; 0: this process encodes."
+    )
+    max_student_replicas: Count | None = Field(
+        default=None, description="On Ray: replicas of each student while requests wait, if more than the above."
+    )
+    student_cpus: Positive = Field(default=1.0, description="On Ray: CPUs that each of them reserves.")
+    student_gpus: float = Field(default=0.0, ge=0, description="On Ray: GPUs that each of them reserves.")
     writable: bool = Field(default=True, description="Whether the indexes may be changed over HTTP.")
     keys_file: Path | None = Field(default=None, description="File of API keys, made by `d2llm keys`.")
     allow_unauthenticated: bool = Field(

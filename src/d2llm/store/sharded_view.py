@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cache
 from heapq import nsmallest
 from typing import Protocol, TypeVar
 
@@ -158,12 +158,12 @@ class ShardedView:
         """Shards that could not be opened, and are not searched."""
         return self.store.missing
 
-    @cached_property
+    @property
     def word_statistics(self) -> WordStatistics:
         """The statistics of the words of all passages."""
         return sum((view.own_words.statistics for view in self.shards), WordStatistics())
 
-    @cached_property
+    @property
     def metadata(self) -> MetadataSchema:
         """The metadata fields that a filter may name."""
         return self.shards[0].metadata

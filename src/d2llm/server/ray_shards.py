@@ -1,0 +1,631 @@
+"""The shards of a served index as actors on a Ray cluster; this process merges what they find.
+
+Each shard has one or several replicas. One that does not answer in time, or whose actor has died, is left out at once;
+Ray starts the actor again, on another node if need be, and when it has opened the served version it is asked again. If
+no replica of a shard answers, searches go on without the shard, and say so.
+
+All shards are searched at the version that the manifest of the index lists. A new version is served when every shard
+has opened it.
+"""
+
+# pyright: reportUnknownParameterType=false
+# (Ray is optional, so its types are unknown here)
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import D2LLMError, InputError, ShardAwayError
+from d2llm.core.files import folder_bytes
+from d2llm.core.types import MissingShard, PartKind, Passage, Task
+from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.student import Student
+from d2llm.models.vector_scorer import VectorScorer
+from d2llm.retrieval.cosine import AnchorStudent
+from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches
+from d2llm.retrieval.protocols import SearchStudent, VectorStudent
+from d2llm.retrieval.row_evidence import EvidenceParts
+from d2llm.retrieval.settings import SearchSettings
+from d2llm.retrieval.shard_search import ShardQuery, ShardSearch
+from d2llm.runners.ray_cluster import check_versions, import_ray, last_line, own_versions
+from d2llm.store.bm25 import QueryWords, WordStatistics
+from d2llm.store.filters import parse_filter
+from d2llm.store.index_store import IndexStore
+from d2llm.store.inspection import IndexStats, stats
+from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
+from d2llm.store.schema import MetadataSchema
+from d2llm.store.sharded_inspection import sum_stats
+from d2llm.store.sharded_store import ShardedStore, ShardRecord, open_shard, read_sharded_manifest
+from d2llm.store.sharded_view import ShardedView
+from d2llm.store.view import CandidateRows, PassageView
+
+_log = logging.getLogger(__name__)
+_KEPT_VERSIONS = 2  # in an actor: the served one, and the one before, which requests may still use
+_KEPT_SEARCHES = 64  # per version: each holds the rows that its filter allows
+_LOOK_SECONDS = 0.1  # between two looks at the replicas that are not ready
+_RETRY_SECONDS = 1.0  # between two attempts to open a shard
+_KEPT_SECONDS = 30.0  # for which the actors of an index stay that another has replaced
+_START_SECONDS = 300.0  # for all shards to open a version
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """How the shards of an index are placed on a cluster, and how long one may take.
+
+    Attributes:
+        replicas: actors of each shard.
+        cpus: CPUs that each of them reserves.
+        seconds: within which a shard must answer each question of a search.
+        allow_missing: open an index even if a shard of it cannot be opened.
+    """
+
+    replicas: int = 1
+    cpus: float = 1.0
+    seconds: float = 2.0
+    allow_missing: bool = False
+
+
+# In the actors --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ShardVersion:
+    """One version of a shard, as its actors open it."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    record: ShardRecord
+    number: int
+    num_shards: int
+
+    @property
+    def version(self) -> int:
+        return self.record.version
+
+    @property
+    def place(self) -> str:
+        return f"shard {self.number} of {self.num_shards}"
+
+
+class _ShardFacts(NamedTuple):
+    """What this process needs to know about an open shard."""
+
+    num_passages: int
+    metadata: MetadataSchema
+    statistics: WordStatistics
+    part_kinds: frozenset[PartKind]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What a ``ShardSearch`` depends on."""
+
+    settings: SearchSettings
+    task: Task
+    weights: EvidenceWeights
+    is_exact: bool
+    by_anchor: bool
+
+
+class _NotOpenError(Exception):
+    """This actor has not opened the version; it was started again."""
+
+
+class _OpenShard:
+    """One version of a shard in an actor. Call it in one thread at a time."""
+
+    def __init__(self, shard: _ShardVersion, scorer: VectorScorer, before: IndexStore | None) -> None:
+        self.store = open_shard(shard.folder, shard.manifest, shard.number, shard.record, shard.num_shards)
+        if before is not None:
+            self.store.intact = before.intact  # only new files are compared with their checksums
+        self._corpus = WordStatistics()
+        self.view = PassageView(self.store, shard.version, corpus=lambda: self._corpus)
+        self._scorer = scorer
+        self._reaches = KeptReaches()
+        self._searches: OrderedDict[_Search, ShardSearch] = OrderedDict()
+        self.facts = _ShardFacts(
+            len(self.view), self.view.metadata, self.view.own_words.statistics, self.view.part_kinds
+        )
+
+    def within(self, corpus: WordStatistics) -> _OpenShard:
+        """This shard, as part of the corpus with these statistics."""
+        if corpus != self._corpus:
+            self._corpus = corpus
+            self.view.__dict__.pop("words", None)  # a cached property
+            self._searches.clear()
+        return self
+
+    def search(self, search: _Search) -> ShardSearch:
+        if search not in self._searches:
+            student: VectorStudent = self._scorer
+            if search.by_anchor:
+                student = AnchorStudent(cast("SearchStudent", student))
+            self._searches[search] = ShardSearch(
+                self.view,
+                student,
+                search.settings,
+                search.task,
+                search.weights,
+                is_exact=search.is_exact,
+                reaches=self._reaches,
+            )
+            if len(self._searches) > _KEPT_SEARCHES:
+                self._searches.popitem(last=False)
+        self._searches.move_to_end(search)
+        return self._searches[search]
+
+
+class _ShardActor:
+    """What runs on a node of the cluster: one shard, at the latest versions that it was told to open."""
+
+    def __init__(self, versions: dict[str, str], folder: str) -> None:
+        self._versions = versions
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        if Path(folder).is_dir():  # relative paths mean the same as in the server's process
+            os.chdir(folder)
+
+    def open(self, shard: _ShardVersion, scorer: VectorScorer) -> _ShardFacts:
+        """Open a version, while searches of others go on."""
+        check_versions(self._versions)
+        if shard.version not in self._open:
+            before = next(reversed(self._open.values())).store if self._open else None
+            opened = _OpenShard(shard, scorer, before)
+            if len(opened.view):  # the first scan reads the vectors
+                opened.view.scan(np.zeros(opened.view.dim, np.float32), 1)
+            self._open[shard.version] = opened
+            while len(self._open) > _KEPT_VERSIONS:
+                self._open.popitem(last=False)
+        return self._open[shard.version].facts
+
+    def search(
+        self, version: int, corpus: WordStatistics, search: _Search, method: str, *args: Any, **options: Any
+    ) -> Any:
+        """One step of a search: a method of ``ShardSearch``."""
+        return getattr(self._opened(version).within(corpus).search(search), method)(*args, **options)
+
+    def read(self, version: int, corpus: WordStatistics, method: str, *args: Any, **options: Any) -> Any:
+        """A method of ``PassageView``."""
+        return getattr(self._opened(version).within(corpus).view, method)(*args, **options)
+
+    def count_words(self, version: int, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number of passages that have each of these terms [n]."""
+        return self._opened(version).view.own_words.rows_with(hashes)
+
+    def stats(self, version: int) -> tuple[IndexStats, int]:
+        """The shard's statistics, and its bytes."""
+        store = self._opened(version).store
+        return stats(store), folder_bytes(store.folder)
+
+    def _opened(self, version: int) -> _OpenShard:
+        if version not in self._open:
+            raise _NotOpenError
+        return self._open[version]
+
+
+# In the server's process ----------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Replica:
+    """An actor of a shard. ``ready`` are the versions that it has opened; ``opening`` is the result of the attempt."""
+
+    actor: Any
+    ready: set[int] = field(default_factory=set[int])
+    opening: Any = None
+    retry_at: float = 0.0
+    num_calls: int = 0
+    has_failed: bool = False  # to open the version that is wanted
+
+    @contextmanager
+    def busy(self) -> Generator[None]:
+        self.num_calls += 1
+        try:
+            yield
+        finally:
+            self.num_calls -= 1
+
+
+class _Shard:
+    """A shard with its replicas, and ``wanted``, the version that they shall open."""
+
+    def __init__(self, wanted: _ShardVersion, settings: ClusterSettings) -> None:
+        self.wanted = wanted
+        self.facts: dict[int, _ShardFacts] = {}
+        self.error: Exception | None = None
+        self._settings = settings
+        self.replicas = [_Replica(self.new_actor()) for _ in range(settings.replicas)]
+
+    def new_actor(self) -> Any:
+        ray = import_ray()
+        options: dict[str, Any] = {
+            "num_cpus": self._settings.cpus,
+            "max_restarts": -1,
+            "max_task_retries": 0,  # another replica is asked instead
+            "concurrency_groups": {"control": 1},
+            "scheduling_strategy": "SPREAD",
+        }
+        return ray.remote(_ShardActor).options(**options).remote(own_versions(), str(Path.cwd()))
+
+    def is_ready(self, version: int) -> bool:
+        return any(version in replica.ready for replica in self.replicas)
+
+    def missing(self, error: Exception | str) -> MissingShard:
+        return MissingShard(self.wanted.number, self.wanted.record.address, str(error))
+
+    def call(self, version: int, method: str, *args: Any, **options: Any) -> Any:
+        """What a replica answers: the one with the fewest calls, or, if it fails, the next.
+
+        Raises:
+            ShardAwayError: none answers in time.
+            D2LLMError: that of the shard.
+        """
+        ray = import_ray()
+        ready = sorted((one for one in self.replicas if version in one.ready), key=lambda one: one.num_calls)
+        end = time.monotonic() + self._settings.seconds
+        problem = "it is being started"
+        for place, replica in enumerate(ready):
+            left = max(0.0, end - time.monotonic()) / (len(ready) - place)
+            try:
+                with replica.busy():
+                    return ray.get(getattr(replica.actor, method).remote(version, *args, **options), timeout=left)
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, _NotOpenError):
+                    raise (error.cause if isinstance(error.cause, (D2LLMError, OSError)) else error) from None
+                problem = "it was started again"
+            except ray.exceptions.GetTimeoutError:
+                problem = f"no answer within {self._settings.seconds:g} seconds"
+            except ray.exceptions.RayError as error:
+                problem = last_line(error)
+            _log.warning("%s (%s): %s", self.wanted.place, self.wanted.record.address, problem)
+            replica.ready.clear()  # until it has answered that the version is open
+        raise ShardAwayError(f"{self.wanted.place} ({self.wanted.record.address}) does not answer: {problem}")
+
+    def attend(self, replica: _Replica, scorer: Any) -> bool:
+        """Let a replica open the wanted version, or look whether it has; returns whether something has changed."""
+        ray, wanted = import_ray(), self.wanted
+        if replica.opening is None:
+            if time.monotonic() < replica.retry_at:
+                return False
+            replica.opening = wanted, replica.actor.open.options(concurrency_group="control").remote(wanted, scorer)
+            return False
+        shard, reference = replica.opening
+        if not ray.wait([reference], timeout=0)[0]:
+            return False
+        replica.opening = None
+        try:
+            self.facts[shard.version] = ray.get(reference)
+        except Exception as error:  # noqa: BLE001 - whatever has happened, it is tried again
+            cause = getattr(error, "cause", None)
+            self.error = cause if isinstance(cause, D2LLMError) else ShardAwayError(f"{wanted.place}: {error}")
+            replica.has_failed, replica.retry_at = True, time.monotonic() + _RETRY_SECONDS
+            if isinstance(error, ray.exceptions.ActorDiedError):  # for good
+                replica.actor = self.new_actor()
+            return True
+        replica.has_failed = False
+        replica.ready.add(shard.version)
+        if len(self.facts) > _KEPT_VERSIONS:
+            del self.facts[min(self.facts)]
+        return True
+
+
+class RemoteShardView:
+    """One version of a shard that actors hold (``store.sharded_view.ShardView``, ``RemoteShard``)."""
+
+    def __init__(self, shard: _Shard, manifest: dict[str, Any], corpus: Callable[[], WordStatistics]) -> None:
+        self.shard = shard
+        self.version = shard.wanted.version
+        self.dim: int = manifest["dim"]
+        self.task: Task = manifest["task"]
+        self.student_fingerprint: str = manifest["student"]
+        self.token_projection: str | None = manifest.get("token_projection")
+        self.corpus = corpus
+        self._latest: _ShardFacts | None = None
+
+    @property
+    def facts(self) -> _ShardFacts | None:
+        """None until the shard has been opened."""
+        self._latest = self._latest or self.shard.facts.get(self.version)
+        return self._latest
+
+    @property
+    def own_words(self) -> RemoteShardView:
+        """This: it has the methods that are needed of the words."""
+        return self
+
+    @property
+    def statistics(self) -> WordStatistics:
+        """Those of the words of these passages."""
+        return WordStatistics() if self.facts is None else self.facts.statistics
+
+    def rows_with(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The number of passages that have each of these terms [n]."""
+        return self.shard.call(self.version, "count_words", hashes)
+
+    def __len__(self) -> int:
+        return self.shard.wanted.record.num_passages if self.facts is None else self.facts.num_passages
+
+    @property
+    def metadata(self) -> MetadataSchema:
+        """The metadata fields that a filter may name."""
+        return MetadataSchema() if self.facts is None else self.facts.metadata
+
+    @property
+    def part_kinds(self) -> frozenset[PartKind]:
+        """The kinds of parts whose vectors the index stores."""
+        return frozenset() if self.facts is None else self.facts.part_kinds
+
+    def live_rows(self) -> NDArray[np.int64]:
+        """As of ``PassageView``, like all others."""
+        return self._read("live_rows")
+
+    def ids(self, rows: NDArray[np.int64]) -> list[str]:
+        """The ids of the passages at some rows."""
+        return self._read("ids", rows)
+
+    def rows_of(self, ids: Sequence[str]) -> dict[str, int]:
+        """The rows of those of these ids that exist."""
+        return self._read("rows_of", ids)
+
+    def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
+        """The passages at some rows."""
+        return self._read("passages", rows)
+
+    def documents(self, rows: NDArray[np.int64]) -> list[str]:
+        """The document of each passage at some rows."""
+        return self._read("documents", rows)
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors of some rows."""
+        return self._read("vectors", rows)
+
+    def get(self, ids: Sequence[str]) -> list[Passage]:
+        """The passages with these ids that exist."""
+        return self._read("get", ids)
+
+    def document(self, document_id: str) -> list[Passage]:
+        """The passages of a document, by position."""
+        return self._read("document", document_id)
+
+    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
+        """The passages of the same documents near these."""
+        return self._read("neighbours", passages, distance)
+
+    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
+        """The first passage ids after ``cursor``."""
+        return self._read("list_passages", cursor, limit)
+
+    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
+        """Like ``list_passages``, for documents."""
+        return self._read("list_documents", cursor, limit)
+
+    def match(
+        self,
+        text: str,
+        top_k: int,
+        filter: str | None = None,  # noqa: A002
+        *,
+        query_words: QueryWords | None = None,
+    ) -> CandidateRows:
+        """The best passages of a query text by BM25."""
+        return self._read("match", text, top_k, filter, query_words=query_words)
+
+    def begin_search(
+        self, student: VectorStudent, settings: SearchSettings, task: Task, weights: EvidenceWeights, *, is_exact: bool
+    ) -> _RemoteSearch:
+        """The shard's part in a search (``retrieval.shard_search.RemoteShard``).
+
+        Raises:
+            FilterError: the filter cannot be parsed, or does not fit the metadata.
+        """
+        if settings.filter is not None:
+            parse_filter(settings.filter, self.metadata)
+        return _RemoteSearch(self, _Search(settings, task, weights, is_exact, isinstance(student, AnchorStudent)))
+
+    def _read(self, method: str, *args: Any, **options: Any) -> Any:
+        return self.shard.call(self.version, "read", self.corpus(), method, *args, **options)
+
+
+@dataclass(frozen=True)
+class _RemoteSearch:
+    """A shard's part in a search (``retrieval.shard_search.SearchedShard``)."""
+
+    view: RemoteShardView
+    search: _Search
+
+    def missing(self, error: Exception) -> MissingShard:
+        return self.view.shard.missing(error)
+
+    def count_words(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        return self.view.rows_with(hashes)
+
+    def propose(
+        self, query: ShardQuery, depth: int, *, scanned: CandidateRows | None = None
+    ) -> dict[str, CandidateRows]:
+        proposals = self._call("propose", query, depth)
+        return proposals if scanned is None else proposals | {"vectors": scanned}
+
+    def scan_together(self, anchors: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
+        del anchors, depth
+        return None  # an actor has a scan of its own for each query, so that its answers are small
+
+    def score(self, query: ShardQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._call("score", query, rows)
+
+    def certify(
+        self, query: ShardQuery, top_k: int, *, budget_ms: float | None = None, floor: float = -np.inf
+    ) -> CertifiedRows:
+        return self._call("certify", query, top_k, budget_ms=budget_ms, floor=floor)
+
+    def evidence(self, query: ShardQuery, rows: NDArray[np.int64]) -> EvidenceParts:
+        return self._call("evidence", query, rows)
+
+    def _call(self, method: str, *args: Any, **options: Any) -> Any:
+        view = self.view
+        return view.shard.call(view.version, "search", view.corpus(), self.search, method, *args, **options)
+
+
+class RemoteStore(ShardedStore):
+    """A sharded index of which only the manifest is read here."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the manifest.
+
+        Raises:
+            DataFormatError: it is missing or damaged.
+        """
+        super().__init__(folder, *read_sharded_manifest(folder), stores={})
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of all shards."""
+        return [*range(len(self.records))]
+
+    @property
+    def version(self) -> int:
+        """The sum of the shards' versions."""
+        return sum(record.version for record in self.records)
+
+
+class RemoteView(ShardedView):
+    """One version of an index whose shards are in actors."""
+
+    def __init__(self, store: RemoteStore, shards: Sequence[_Shard]) -> None:
+        views = [RemoteShardView(shard, dict(store.manifest), lambda: self.word_statistics) for shard in shards]
+        super().__init__(store, views)
+        opened = next((view for view in views if view.facts is not None), views[0])
+        self.part_kinds = opened.part_kinds
+        self._remote = views
+
+    @property
+    def missing(self) -> Sequence[MissingShard]:
+        """The shards that do not answer now."""
+        away = [view.shard for view in self._remote if not view.shard.is_ready(view.version)]
+        return [shard.missing(shard.error or "it is being started") for shard in away]
+
+    @property
+    def word_statistics(self) -> WordStatistics:
+        """The statistics of the words of all passages of shards that have been opened."""
+        return sum((view.statistics for view in self._remote), WordStatistics())
+
+    @property
+    def metadata(self) -> MetadataSchema:
+        """The metadata fields that a filter may name."""
+        return next((view.metadata for view in self._remote if view.facts is not None), MetadataSchema())
+
+    def stats(self) -> IndexStats:
+        """Statistics of this version.
+
+        Raises:
+            ShardAwayError: a shard does not answer.
+        """
+        of_shards = [view.shard.call(view.version, "stats") for view in self._remote]
+        return sum_stats(self.store, [one for one, _ in of_shards], sum(num_bytes for _, num_bytes in of_shards))
+
+
+class ShardCluster:
+    """The actors of an index's shards. ``open`` gives its versions; ``stop`` ends the actors."""
+
+    def __init__(self, settings: ClusterSettings) -> None:
+        self._settings = settings
+        self._shards: list[_Shard] = []
+        self._index = ""  # the name of the index that the actors belong to
+        self._scorer: Any = None
+        self._fingerprint = ""
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._watching = threading.Thread(target=self._watch, name="shards", daemon=True)
+
+    def open(self, store: RemoteStore, student: Student) -> RemoteView:
+        """Let the shards of an index open the version that its manifest lists, and wait for them.
+
+        Raises:
+            InputError: the cluster has too few CPUs.
+            D2LLMError: a shard cannot be opened, unless that is allowed; or none can.
+        """
+        ray = import_ray()
+        wanted = [
+            _ShardVersion(store.folder.resolve(), dict(store.manifest), record, number, len(store.records))
+            for number, record in enumerate(store.records)
+        ]
+        if (store.manifest["index"], student.fingerprint) != (self._index, self._fingerprint):
+            self._require_room(len(wanted))
+            old, self._shards = self._shards, []
+            self._scorer = ray.put(student.without_backbone())
+            shards = [_Shard(one, self._settings) for one in wanted]
+            self._index, self._fingerprint = store.manifest["index"], student.fingerprint
+            with self._changed:
+                self._shards = shards
+            if old:  # requests may still use them
+                threading.Timer(_KEPT_SECONDS, _kill, (old,)).start()
+        with self._changed:
+            for shard, one in zip(self._shards, wanted, strict=True):
+                shard.wanted, shard.error = one, None
+                for replica in shard.replicas:
+                    replica.has_failed, replica.retry_at = False, 0.0
+            if not self._watching.is_alive():
+                self._watching.start()
+            self._changed.notify_all()
+            self._changed.wait_for(self._is_settled, timeout=_START_SECONDS)
+        problems = [shard.error for shard in self._shards if not shard.is_ready(shard.wanted.version)]
+        if problems and (len(problems) == len(self._shards) or not self._settings.allow_missing):
+            raise problems[0] or ShardAwayError(f"the shards have not been opened in {_START_SECONDS:.0f} seconds")
+        return RemoteView(store, self._shards)
+
+    def stop(self) -> None:
+        """End the actors."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        if self._watching.is_alive():
+            self._watching.join()
+        _kill(self._shards)
+
+    def _require_room(self, num_shards: int) -> None:
+        needed = num_shards * self._settings.replicas * self._settings.cpus
+        present = import_ray().cluster_resources().get("CPU", 0.0)
+        if needed > present:
+            raise InputError(
+                f"{num_shards} shards with {self._settings.replicas} actors each, of {self._settings.cpus:g} CPUs, "
+                f"need {needed:g} CPUs, but the cluster has {present:g}; add nodes, or set shard_cpus lower"
+            )
+
+    def _is_settled(self) -> bool:
+        return self._stopped or all(
+            replica.has_failed or shard.wanted.version in replica.ready
+            for shard in self._shards
+            for replica in shard.replicas
+        )
+
+    def _watch(self) -> None:
+        """Let replicas that are not ready open the wanted version, until ``stop``."""
+        while True:
+            with self._changed:
+                if self._stopped:
+                    return
+                changes = [
+                    shard.attend(replica, self._scorer)
+                    for shard in self._shards
+                    for replica in shard.replicas
+                    if shard.wanted.version not in replica.ready
+                ]
+                if any(changes):
+                    self._changed.notify_all()
+            time.sleep(_LOOK_SECONDS)
+
+
+def _kill(shards: Sequence[_Shard]) -> None:
+    ray = import_ray()
+    for replica in (replica for shard in shards for replica in shard.replicas):
+        ray.kill(replica.actor)
