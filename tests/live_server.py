@@ -59,6 +59,7 @@ def wait_until_ready(address: str, state: str = "ready") -> dict[str, str]:
 
     def is_there() -> bool:
         health.update(patient.get(f"{address}/health").json())
+        assert health["status"] in (state, "starting"), health
         return health["status"] == state
 
     until(is_there, f"a server that is {state}")

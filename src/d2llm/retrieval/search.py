@@ -488,6 +488,7 @@ class Searcher:
         if order.reread is not None:
             report, seconds["teacher"] = cascade_report(order), order.reread.seconds
         scored = order.scored
+        missing = sorted((*self._index.missing, *prepared.missing.values()), key=lambda shard: shard.number)
         return Ranking(
             query,
             passages,
@@ -498,7 +499,7 @@ class Searcher:
             report,
             selection=order.selection,
             expansion=prepared.expansion,
-            missing_shards=(*self._index.missing, *prepared.missing.values()),
+            missing_shards=tuple({shard.number: shard for shard in missing}.values()),
         )
 
     def _evidence(self, prepared: _PreparedQuery, rows: NDArray[np.int64]) -> EvidenceParts:

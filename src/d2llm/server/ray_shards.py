@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -110,8 +111,9 @@ class _ShardFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class _Search:
-    """What a ``ShardSearch`` depends on."""
+    """What a ``ShardSearch`` depends on; ``key`` stands for the rest."""
 
+    key: str
     settings: SearchSettings
     task: Task
     weights: EvidenceWeights
@@ -134,7 +136,7 @@ class _OpenShard:
         self.view = PassageView(self.store, shard.version, corpus=lambda: self._corpus)
         self._scorer = scorer
         self._reaches = KeptReaches()
-        self._searches: OrderedDict[_Search, ShardSearch] = OrderedDict()
+        self._searches: OrderedDict[str, ShardSearch] = OrderedDict()
         self.facts = _ShardFacts(
             len(self.view), self.view.metadata, self.view.own_words.statistics, self.view.part_kinds
         )
@@ -148,11 +150,11 @@ class _OpenShard:
         return self
 
     def search(self, search: _Search) -> ShardSearch:
-        if search not in self._searches:
+        if search.key not in self._searches:
             student: VectorStudent = self._scorer
             if search.by_anchor:
                 student = AnchorStudent(cast("SearchStudent", student))
-            self._searches[search] = ShardSearch(
+            self._searches[search.key] = ShardSearch(
                 self.view,
                 student,
                 search.settings,
@@ -163,8 +165,8 @@ class _OpenShard:
             )
             if len(self._searches) > _KEPT_SEARCHES:
                 self._searches.popitem(last=False)
-        self._searches.move_to_end(search)
-        return self._searches[search]
+        self._searches.move_to_end(search.key)
+        return self._searches[search.key]
 
 
 class _ShardActor:
@@ -256,7 +258,7 @@ class _Shard:
             "concurrency_groups": {"control": 1},
             "scheduling_strategy": "SPREAD",
         }
-        return ray.remote(_ShardActor).options(**options).remote(own_versions(), str(Path.cwd()))
+        return ray.remote(**options)(_ShardActor).remote(own_versions(), str(Path.cwd()))
 
     def is_ready(self, version: int) -> bool:
         return any(version in replica.ready for replica in self.replicas)
@@ -431,7 +433,8 @@ class RemoteShardView:
         """
         if settings.filter is not None:
             parse_filter(settings.filter, self.metadata)
-        return _RemoteSearch(self, _Search(settings, task, weights, is_exact, isinstance(student, AnchorStudent)))
+        by_anchor = isinstance(student, AnchorStudent)
+        return _RemoteSearch(self, _Search(secrets.token_hex(8), settings, task, weights, is_exact, by_anchor))
 
     def _read(self, method: str, *args: Any, **options: Any) -> Any:
         return self.shard.call(self.version, "read", self.corpus(), method, *args, **options)

@@ -160,11 +160,8 @@ class StudentReplicas:
             }
         else:
             options["num_replicas"] = settings.replicas
-        config = require("ray.serve.config", extra="ray", purpose="replicas of a student")
         try:
-            self._serve.start(
-                http_options=config.HTTPOptions(location="NoServer"), logging_config={"log_level": "ERROR"}
-            )
+            self._serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
             replica = self._serve.deployment(_Replica).options(**options)
             app = replica.bind(own_versions(), str(Path.cwd()), source, self._student.fingerprint, settings)
             handle = self._serve.run(app, name=self._name, route_prefix=None)

@@ -1,0 +1,238 @@
+"""A server whose shards and students are on a Ray cluster of two nodes: answers, losses, and updates."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'd2llm[ray]'")
+
+from d2llm import shard
+from d2llm.server.app import make_app
+from live_server import patient, serve, wait_until_ready
+from tiny_server import tiny_settings, write_tiny_index
+from waiting import until
+
+QUERY = "the cat by the sea"
+SEARCHES = [
+    {},
+    {"top_k": 60},
+    {"exact": True},
+    {"hybrid": 0.4},
+    {"filter": "year >= 2005 and language = 'en'"},
+    {"group": "best"},
+    {"rescore": "none"},
+    {"neighbours": 1},
+    {"mmr": 0.5},
+]
+NUM_SHARDS = 3
+
+
+@contextmanager
+def served(index: Any, cluster: Any, **settings: Any) -> Generator[tuple[str, Any]]:
+    """The address of a server on the cluster, and what it serves; everything on it is as small as it may be."""
+    small = {"shard_cpus": 0.1, "student_cpus": 0.1, "runner": f"ray:{cluster.address}"}
+    app = make_app(tiny_settings(index, **(small | settings)))
+    with serve(app) as address:
+        wait_until_ready(address)
+        yield address, app.state.serving
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index, and the same in three shards."""
+    folder = tmp_path_factory.mktemp("served")
+    shard(write_tiny_index(folder), folder / "sharded", NUM_SHARDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path, cluster: Any) -> Generator[tuple[str, Any]]:
+    """A server of both."""
+    with served({"one": folder / "index", "several": folder / "sharded"}, cluster) as server:
+        yield server
+
+
+def search(address: str, **settings: Any) -> dict[str, Any]:
+    response = patient.post(f"{address}/v1/search", json={"query": QUERY} | settings)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def results_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    left_out = ("score", "anchor_score", "log_odds")  # rounded differently in blocks of another size
+    return [{name: value for name, value in place.items() if name not in left_out} for place in answer["passages"]]
+
+
+def pids_of_shards(serving: Any, name: str) -> list[list[int]]:
+    """The processes of each shard's actors."""
+    import ray
+
+    shards = serving.indexes[name].served._cluster._shards
+    asked = [[one.actor.__ray_call__.remote(lambda _: os.getpid()) for one in each.replicas] for each in shards]
+    return [ray.get(one) for one in asked]
+
+
+def encoder_of(serving: Any, name: str) -> Any:
+    return serving.now(name).models._encoder
+
+
+@contextmanager
+def searching(address: str, **settings: Any) -> Generator[list[dict[str, Any]]]:
+    """Search in two threads all the time; yields the list of the answers so far. Errors end it with the block."""
+    answers: list[dict[str, Any]] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            answers.append(search(address, **settings))
+
+    with ThreadPoolExecutor(2) as threads:
+        asking = [threads.submit(ask) for _ in range(2)]
+        try:
+            yield answers
+        finally:
+            done.set()
+        for one in asking:
+            one.result()
+
+
+def until_answer(answers: list[dict[str, Any]], is_it: Callable[[dict[str, Any]], bool], what: str) -> None:
+    """Wait for an answer to a search that began from now on."""
+    begin = len(answers) + 2  # two may have begun before
+    until(lambda: any(map(is_it, answers[begin:])), what)
+
+
+def test_answers_are_those_of_one_index(both):
+    address, serving = both
+    for settings in SEARCHES:
+        one, several = (search(f"{address}/indexes/{name}", **settings) for name in ("one", "several"))
+        assert results_of(several) == results_of(one), settings
+        scores = [[place["score"] for place in answer["passages"]] for answer in (one, several)]
+        assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+        assert several["missing_shards"] == []
+        if several["certificate"] is not None:
+            assert several["certificate"]["proved"] == one["certificate"]["proved"] == 10
+    for path in ("passages/p7", "documents/d3", "passages"):
+        one, several = (patient.get(f"{address}/indexes/{name}/v1/{path}") for name in ("one", "several"))
+        assert several.status_code == 200
+        assert several.json() == one.json()
+    facts = patient.get(f"{address}/indexes/several/v1/index").json()
+    assert (facts["num_shards"], facts["missing_shards"], facts["num_passages"]) == (3, [], 60)
+    assert not encoder_of(serving, "several").is_away
+
+
+def test_a_wrong_filter_is_the_clients_fault(both):
+    refused = patient.post(f"{both[0]}/indexes/several/v1/search", json={"query": QUERY, "filter": "colour = 'grey'"})
+    assert refused.status_code == 400
+    assert "colour" in refused.text
+
+
+def test_all_shards_change_at_once(both):
+    """Each change writes to several shards; every answer shows all of a change or nothing of it."""
+    address = f"{both[0]}/indexes/several"
+
+    def write(generation: int) -> None:
+        new = [{"id": f"g{n}", "text": f"{QUERY} {n}", "metadata": {"year": generation}} for n in range(12)]
+        response = patient.post(f"{address}/v1/passages", json={"passages": new})
+        assert response.status_code == 200, response.text
+
+    write(3000)
+    with searching(address, top_k=12, filter="year >= 3000") as answers:
+        for generation in (3001, 3002, 3003):
+            write(generation)
+            until_answer(answers, lambda one: is_of(one, generation), "an answer with the change")  # noqa: B023
+    for answer in answers:
+        assert answer["missing_shards"] == []
+        years = {place["metadata"]["year"] for place in answer["passages"]}
+        assert (len(answer["passages"]), len(years)) == (12, 1)
+    assert patient.get(f"{address}/v1/index").json()["num_passages"] == 72
+    for n in range(12):
+        assert patient.delete(f"{address}/v1/passages/g{n}").status_code == 200
+
+
+def is_of(answer: dict[str, Any], generation: int) -> bool:
+    return {place["metadata"]["year"] for place in answer["passages"]} == {generation}
+
+
+def test_a_shard_that_dies_is_named_until_its_replacement_has_joined(both):
+    """No answer fails or is wrong; those without the shard say so, and the others are whole."""
+    address, serving = f"{both[0]}/indexes/several", both[1]
+    whole = results_of(search(address, top_k=60))
+    with searching(address, top_k=60) as answers:
+        os.kill(pids_of_shards(serving, "several")[1][0], signal.SIGKILL)
+        until_answer(answers, lambda one: one["missing_shards"] == [1], "an answer without the shard")
+        refused = patient.post(f"{address}/v1/passages", json={"passages": [{"id": "x", "text": "a cat"}]})
+        assert refused.status_code in (200, 503)  # 200 if the shard has come back by now
+        until_answer(answers, lambda one: not one["missing_shards"], "an answer with the shard")
+    if refused.status_code == 200:
+        patient.delete(f"{address}/v1/passages/x")
+    all_ids = [place["id"] for place in whole]
+    for answer in answers:
+        found = [place["id"] for place in answer["passages"] if place["id"] != "x"]
+        assert answer["missing_shards"] in ([], [1])
+        if not answer["missing_shards"]:
+            assert found == all_ids
+        else:
+            assert 0 < len(found) < 60
+            assert set(found) < set(all_ids)
+    assert results_of(search(address, top_k=60)) == whole
+
+
+def test_without_replicas_the_server_encodes(both):
+    address, serving = f"{both[0]}/indexes/several", both[1]
+    whole = results_of(search(address))
+    encoder = encoder_of(serving, "several")
+    with searching(address) as answers:
+        os.kill(encoder._handle.ping.remote().result(), signal.SIGKILL)
+        begin = len(answers)
+        until(lambda: len(answers) > begin + 4, "answers")
+    assert all(results_of(answer) == whole for answer in answers)
+    until(lambda: not encoder.is_away, "a replica that answers")
+    assert results_of(search(address)) == whole
+
+
+def test_with_two_actors_of_each_shard_nothing_is_missing(folder, cluster):
+    with served(folder / "sharded", cluster, shard_replicas=2, student_replicas=0) as (address, serving):
+        whole = results_of(search(address, top_k=60))
+        with searching(address, top_k=60) as answers:
+            pids = pids_of_shards(serving, "sharded")
+            assert len(set(itertools.chain(*pids))) == 2 * NUM_SHARDS
+            os.kill(pids[2][0], signal.SIGKILL)
+            begin = len(answers)
+            until(lambda: len(answers) > begin + 20, "answers")
+        assert all(answer["missing_shards"] == [] and results_of(answer) == whole for answer in answers)
+        assert encoder_of(serving, "sharded") is None
+
+
+def test_a_shard_that_cannot_be_opened_is_an_error_unless_it_is_allowed(folder, cluster, tmp_path):
+    shard(folder / "index", tmp_path / "sharded", 2)
+    (tmp_path / "sharded" / "shard-0001").rename(tmp_path / "away")
+    small = {"shard_cpus": 0.1, "student_replicas": 0, "runner": f"ray:{cluster.address}"}
+    with serve(make_app(tiny_settings(tmp_path / "sharded", **small))) as address:
+        assert "shard 1 of 2" in str(wait_until_ready(address, "broken"))
+    with served(tmp_path / "sharded", cluster, student_replicas=0, allow_missing_shards=True) as (address, _):
+        answer = search(address, top_k=60)
+        assert answer["missing_shards"] == [1]
+        assert 20 < len(answer["passages"]) < 60
+        (tmp_path / "away").rename(tmp_path / "sharded" / "shard-0001")
+        until(lambda: search(address)["missing_shards"] == [], "an answer with the shard")
+        assert len(search(address, top_k=60)["passages"]) == 60
+
+
+def test_a_cluster_without_room_is_refused(folder, cluster):
+    settings = tiny_settings(folder / "sharded", runner=f"ray:{cluster.address}", shard_cpus=4, student_replicas=0)
+    with serve(make_app(settings)) as address:
+        problem = str(wait_until_ready(address, "broken"))
+    assert "3 shards with 1 actors each, of 4 CPUs, need 12 CPUs, but the cluster has 2" in problem
+    assert "shard_cpus" in problem
