@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,6 @@ from d2llm.core.errors import D2LLMError, InputError, ShardAwayError
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import MissingShard, PartKind, Passage, Task
 from d2llm.models.evidence import EvidenceWeights
-from d2llm.models.student import Student
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches
@@ -51,6 +50,9 @@ from d2llm.store.sharded_inspection import sum_stats
 from d2llm.store.sharded_store import ShardedStore, ShardRecord, open_shard, read_sharded_manifest
 from d2llm.store.sharded_view import ShardedView
 from d2llm.store.view import CandidateRows, PassageView
+
+if TYPE_CHECKING:  # an actor does not need it
+    from d2llm.models.student import Student
 
 _log = logging.getLogger(__name__)
 _KEPT_VERSIONS = 2  # in an actor: the served one, and the one before, which requests may still use

@@ -115,7 +115,7 @@ class StudentReplicas:
         self.num_batches = _BATCHES_PER_REPLICA * settings.most
         self._student = student
         self._settings = settings
-        self._serve = require("ray.serve", extra="ray", purpose="replicas of a student")
+        self._serve = require("ray.serve", extra="ray-serve", purpose="replicas of a student")
         self._name = f"d2llm-{student.fingerprint}"
         self._away = threading.Event()
         self._stopped = threading.Event()
