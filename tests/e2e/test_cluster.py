@@ -37,11 +37,11 @@ def folder(tmp_path, monkeypatch):
 
 
 def commands() -> list[list[str]]:
-    """The commands of d2llm on the page; those of pip and ray prepare machines."""
+    """The commands of d2llm on the page but ``serve`` (``test_server_ray``); those of pip and ray prepare machines."""
     blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     assert {line.split()[0] for line in lines} == {"pip", "ray", "d2llm"}
-    return [shlex.split(line)[1:] for line in lines if line.startswith("d2llm ")]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("d2llm ") and "serve" not in line]
 
 
 def test_the_page_runs_as_written(cluster, folder):

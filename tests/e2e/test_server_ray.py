@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +24,9 @@ from d2llm import shard
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
 from tiny_server import tiny_settings, write_tiny_index
-from waiting import until
+from waiting import PATIENCE, until
 
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "cluster.md"
 QUERY = "the cat by the sea"
 SEARCHES = [
     {},
@@ -202,17 +206,38 @@ def test_without_replicas_the_server_encodes(both):
     assert results_of(search(address)) == whole
 
 
-def test_with_two_actors_of_each_shard_nothing_is_missing(folder, cluster):
-    with served(folder / "sharded", cluster, shard_replicas=2, student_replicas=0) as (address, serving):
-        whole = results_of(search(address, top_k=60))
-        with searching(address, top_k=60) as answers:
-            pids = pids_of_shards(serving, "sharded")
-            assert len(set(itertools.chain(*pids))) == 2 * NUM_SHARDS
-            os.kill(pids[1][0], signal.SIGKILL)
-            begin = len(answers)
-            until(lambda: len(answers) > begin + 20, "answers")
-        assert all(answer["missing_shards"] == [] and results_of(answer) == whole for answer in answers)
-        assert encoder_of(serving, "sharded") is None
+def test_the_command_of_the_page_loses_nothing_with_two_actors_of_each_shard(folder, both, cluster, tmp_path):
+    """As a process of its own, with the command in docs/how-to/cluster.md; it also ends as it should."""
+    [line] = re.findall(r"^d2llm (serve .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert "shard_replicas=2" in line
+    words = line.replace("docs.shards", str(folder / "sharded")).replace("10.0.0.5:6379", cluster.address).split()
+    ready = tmp_path / "ready.json"
+    command = [sys.executable, "-m", "d2llm", *words, "--port", "0", "--device", "cpu", "--json", str(ready)]
+    small = {"D2LLM_SERVE_SHARD_CPUS": "0.1", "D2LLM_SERVE_STUDENT_REPLICAS": "0"}
+    before = pids_of_actors()
+    with subprocess.Popen(command, env=os.environ | small, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            until(lambda: ready.is_file() or process.poll() is not None, "a server that is ready")
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            address = json.loads(ready.read_text())["result"]["url"]
+            whole = results_of(search(address, top_k=60))
+            own = pids_of_actors() - before
+            assert len(own) == 2 * NUM_SHARDS
+            with searching(address, top_k=60) as answers:
+                os.kill(min(own), signal.SIGKILL)
+                begin = len(answers)
+                until(lambda: len(answers) > begin + 20, "answers")
+            assert all(answer["missing_shards"] == [] and results_of(answer) == whole for answer in answers)
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    until(lambda: not own & pids_of_actors(), "actors that end with the server")
+
+
+def pids_of_actors() -> set[int]:
+    """The processes that hold shards on this machine."""
+    found = subprocess.run(["pgrep", "-f", "^ray::_ShardActor"], capture_output=True, text=True, check=False)
+    return set(map(int, found.stdout.split()))
 
 
 def test_a_shard_that_cannot_be_opened_is_an_error_unless_it_is_allowed(folder, cluster, tmp_path):
