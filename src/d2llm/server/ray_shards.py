@@ -55,7 +55,6 @@ if TYPE_CHECKING:  # an actor does not need it
     from d2llm.models.student import Student
 
 _log = logging.getLogger(__name__)
-_KEPT_VERSIONS = 2  # in an actor: the served one, and the one before, which requests may still use
 _KEPT_SEARCHES = 64  # per version: each holds the rows that its filter allows
 _LOOK_SECONDS = 0.1  # between two looks at the replicas that are not ready
 _RETRY_SECONDS = 1.0  # between two attempts to open a shard
@@ -172,7 +171,7 @@ class _OpenShard:
 
 
 class _ShardActor:
-    """What runs on a node of the cluster: one shard, at the latest versions that it was told to open."""
+    """What runs on a node of the cluster: one shard, at the versions that it was told to open and to keep."""
 
     def __init__(self, versions: dict[str, str], folder: str) -> None:
         self._versions = versions
@@ -180,8 +179,8 @@ class _ShardActor:
         if Path(folder).is_dir():  # relative paths mean the same as in the server's process
             os.chdir(folder)
 
-    def open(self, shard: _ShardVersion, scorer: VectorScorer) -> _ShardFacts:
-        """Open a version, while searches of others go on."""
+    def open(self, shard: _ShardVersion, scorer: VectorScorer, kept: frozenset[int]) -> _ShardFacts:
+        """Open a version, while searches of others go on; forget those that are not ``kept``."""
         check_versions(self._versions)
         if shard.version not in self._open:
             before = next(reversed(self._open.values())).store if self._open else None
@@ -189,8 +188,8 @@ class _ShardActor:
             if len(opened.view):  # the first scan reads the vectors
                 opened.view.scan(np.zeros(opened.view.dim, np.float32), 1)
             self._open[shard.version] = opened
-            while len(self._open) > _KEPT_VERSIONS:
-                self._open.popitem(last=False)
+            for version in self._open.keys() - kept - {shard.version}:
+                del self._open[version]
         return self._open[shard.version].facts
 
     def search(
@@ -242,10 +241,15 @@ class _Replica:
 
 
 class _Shard:
-    """A shard with its replicas, and ``wanted``, the version that they shall open."""
+    """A shard with its replicas.
+
+    ``wanted`` is the version that they shall open. ``served`` are the one that is served until all shards have opened
+    that one, if it is another, and the one before, which requests may still use.
+    """
 
     def __init__(self, wanted: _ShardVersion, settings: ClusterSettings) -> None:
         self.wanted = wanted
+        self.served: tuple[_ShardVersion, ...] = ()
         self.facts: dict[int, _ShardFacts] = {}
         self.error: Exception | None = None
         self._settings = settings
@@ -297,14 +301,18 @@ class _Shard:
         raise ShardAwayError(f"{self.wanted.place} ({self.wanted.record.address}) does not answer: {problem}")
 
     def attend(self, replica: _Replica, scorer: Any) -> bool:
-        """Let a replica open the wanted version, or look whether it has; returns whether something has changed."""
+        """Let a replica open the versions that it lacks, or look whether it has; returns whether something changed."""
         ray, wanted = import_ray(), self.wanted
         if replica.opening is None:
-            if time.monotonic() < replica.retry_at:
+            targets = (wanted, *self.served[:1]) if not replica.has_failed else (*self.served[:1], wanted)
+            lacking = [one for one in targets if one.version not in replica.ready]
+            if not lacking or time.monotonic() < replica.retry_at:
                 return False
-            replica.opening = wanted, replica.actor.open.options(concurrency_group="control").remote(wanted, scorer)
+            kept = frozenset(one.version for one in (wanted, *self.served))
+            asked = replica.actor.open.options(concurrency_group="control")
+            replica.opening = lacking[0], kept, asked.remote(lacking[0], scorer, kept)
             return False
-        shard, reference = replica.opening
+        shard, kept, reference = replica.opening
         if not ray.wait([reference], timeout=0)[0]:
             return False
         replica.opening = None
@@ -317,11 +325,17 @@ class _Shard:
             if isinstance(error, ray.exceptions.ActorDiedError):  # for good
                 replica.actor = self.new_actor()
             return True
-        replica.has_failed = False
-        replica.ready.add(shard.version)
-        if len(self.facts) > _KEPT_VERSIONS:
-            del self.facts[min(self.facts)]
+        if shard.version == self.wanted.version:
+            replica.has_failed = False
+        replica.ready = (replica.ready & kept) | {shard.version}
         return True
+
+    def serve_wanted(self) -> None:
+        """From now on the wanted version is served."""
+        if self.wanted not in self.served:
+            self.served = (self.wanted, *self.served[:1])
+        kept = {one.version for one in self.served}
+        self.facts = {version: facts for version, facts in self.facts.items() if version in kept}
 
 
 class RemoteShardView:
@@ -335,7 +349,7 @@ class RemoteShardView:
         self.student_fingerprint: str = manifest["student"]
         self.token_projection: str | None = manifest.get("token_projection")
         self.corpus = corpus
-        self._latest: _ShardFacts | None = None
+        self._latest: _ShardFacts | None = shard.facts.get(self.version)
 
     @property
     def facts(self) -> _ShardFacts | None:
@@ -586,6 +600,9 @@ class ShardCluster:
         problems = [shard.error for shard in self._shards if not shard.is_ready(shard.wanted.version)]
         if problems and (len(problems) == len(self._shards) or not self._settings.allow_missing):
             raise problems[0] or ShardAwayError(f"the shards have not been opened in {_START_SECONDS:.0f} seconds")
+        with self._changed:
+            for shard in self._shards:
+                shard.serve_wanted()
         return RemoteView(store, self._shards)
 
     def stop(self) -> None:
@@ -614,17 +631,12 @@ class ShardCluster:
         )
 
     def _watch(self) -> None:
-        """Let replicas that are not ready open the wanted version, until ``stop``."""
+        """Let replicas open the versions that they lack, until ``stop``."""
         while True:
             with self._changed:
                 if self._stopped:
                     return
-                changes = [
-                    shard.attend(replica, self._scorer)
-                    for shard in self._shards
-                    for replica in shard.replicas
-                    if shard.wanted.version not in replica.ready
-                ]
+                changes = [shard.attend(replica, self._scorer) for shard in self._shards for replica in shard.replicas]
                 if any(changes):
                     self._changed.notify_all()
             time.sleep(_LOOK_SECONDS)

@@ -1,0 +1,69 @@
+"""The actor of a shard, in this process; tests/e2e/test_server_ray.py has it on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from d2llm import Index, Passage, Student, shard
+from d2llm.core.errors import MismatchError
+from d2llm.runners.ray_cluster import own_versions
+from d2llm.server.ray_shards import (
+    ClusterSettings,
+    RemoteStore,
+    ShardCluster,
+    _NotOpenError,
+    _ShardActor,
+    _ShardVersion,
+)
+from tiny_server import write_tiny_index
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    shard(write_tiny_index(tmp_path), tmp_path / "sharded", 2)
+    return tmp_path / "sharded"
+
+
+def latest(folder: Path) -> _ShardVersion:
+    """The latest version of shard 0."""
+    store = RemoteStore(folder)
+    return _ShardVersion(folder, dict(store.manifest), store.records[0], 0, 2)
+
+
+def add(folder: Path, name: str) -> None:
+    """Add passages to both shards."""
+    Index.open(folder).upsert([Passage(f"{name}{n}", f"a cat by the sea {n}") for n in range(8)])
+
+
+def count(actor: _ShardActor, one: _ShardVersion) -> int:
+    return len(actor._opened(one.version).view)
+
+
+def test_an_actor_keeps_the_versions_that_are_in_use_and_no_others(sharded: Path):
+    scorer: Any = Student.load(sharded.parent / "student-0").without_backbone()
+    actor = _ShardActor(own_versions(), str(Path.cwd()))
+    first = latest(sharded)
+    size = actor.open(first, scorer, frozenset()).num_passages
+    for name in ("x", "y", "z"):  # versions that another shard fails to open, so that the first is still served
+        add(sharded, name)
+        assert actor.open(latest(sharded), scorer, frozenset({first.version})).num_passages > size
+        assert count(actor, first) == size
+    assert len(actor._open) == 2
+    add(sharded, "w")
+    actor.open(latest(sharded), scorer, frozenset())
+    with pytest.raises(_NotOpenError):
+        actor.count_words(first.version, np.zeros(1, np.uint64))
+
+
+def test_an_actor_with_other_versions_is_refused(sharded: Path):
+    actor = _ShardActor(own_versions() | {"d2llm": "0.0.1"}, str(Path.cwd()))
+    with pytest.raises(MismatchError, match=r"instead of 0\.0\.1"):
+        actor.open(latest(sharded), Student.load(sharded.parent / "student-0").without_backbone(), frozenset())
+
+
+def test_a_cluster_that_was_never_used_can_be_stopped():
+    ShardCluster(ClusterSettings()).stop()
