@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,7 @@ from d2llm.store.side_files import read_chunking
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 _LONGEST_PAUSE = 30.0  # seconds between attempts to read a version that cannot be read
+_RANKINGS_ON_CLUSTER = 8
 _KEPT_SEARCHERS = 64  # per version: each holds the rows that its filter allows
 
 
@@ -102,6 +105,11 @@ class OpenVersion:
             _log.error("%s: shard %d is left out of searches: %s", folder.name, shard.number, shard.problem)
         self._anchor: SearchStudent = AnchorStudent(cast("SearchStudent", models.student))
         self._searchers: OrderedDict[tuple[SearchSettings, bool], Searcher] = OrderedDict()
+        self._choosing = threading.Lock()
+        # Shards in this process answer one thread at a time; those on a cluster, several.
+        self.ranking: AbstractContextManager[object] = (
+            nullcontext() if isinstance(self.view, RemoteView) else threading.Lock()
+        )
         self.view.check_student(models.fingerprint)
         if len(self.view):  # warm up: the first search of a version takes longer
             self.searcher(SearchSettings(top_k=1), iem=True).rank(
@@ -117,14 +125,15 @@ class OpenVersion:
         return "token" in weights.part_kinds
 
     def searcher(self, settings: SearchSettings, *, iem: bool) -> Searcher:
-        """The shared searcher for these settings; call it in one thread at a time."""
+        """The shared searcher for these settings; use it within ``ranking``."""
         key = (settings, iem)
-        if key not in self._searchers:
-            self._searchers[key] = self.new_searcher(settings, iem=iem)
-            if len(self._searchers) > _KEPT_SEARCHERS:
-                self._searchers.popitem(last=False)
-        self._searchers.move_to_end(key)
-        return self._searchers[key]
+        with self._choosing:
+            if key not in self._searchers:
+                self._searchers[key] = self.new_searcher(settings, iem=iem)
+                if len(self._searchers) > _KEPT_SEARCHERS:
+                    self._searchers.popitem(last=False)
+            self._searchers.move_to_end(key)
+            return self._searchers[key]
 
     def new_searcher(self, settings: SearchSettings, *, iem: bool, rereader: Rereader | None = None) -> Searcher:
         """A searcher that is not shared."""
@@ -146,9 +155,9 @@ def rank_together(searches: Sequence[PendingSearch]) -> list[Ranking | Exception
             continue
         queries = [Query(str(place), searches[place].query) for place in places]
         chosen = [searches[place] for place in places]
-        rankings = searcher.rank(
-            queries, vectors=np.stack([search.vector for search in chosen]), tokens=[search.tokens for search in chosen]
-        )
+        vectors, tokens = np.stack([search.vector for search in chosen]), [search.tokens for search in chosen]
+        with version.ranking:
+            rankings = searcher.rank(queries, vectors=vectors, tokens=tokens)
         results |= dict(zip(places, rankings, strict=True))
     return [results[place] for place in range(len(searches))]
 
@@ -232,6 +241,11 @@ class ServedVersion:
         version = self.version
         with version.models.in_use():
             return await work(version)
+
+    @property
+    def num_rankings(self) -> int:
+        """How many batches of searches may be ranked at a time: several, if shards on a cluster do the work."""
+        return 1 if self._cluster is None else _RANKINGS_ON_CLUSTER
 
     def open_storage(self) -> IndexStore | ShardedStore:
         """The store that is in the folder now; of one whose shards are on a cluster, only the manifest is read."""

@@ -25,7 +25,7 @@ from d2llm.store.view import CandidateRows, PassageView, rows_in_order
 
 _SHARD_SHIFT = 40
 _ROW_MASK = (1 << _SHARD_SHIFT) - 1
-_NUM_THREADS = 16
+_NUM_THREADS = 64  # most of them wait, if the shards are in other processes
 _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 
