@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # an actor does not need it
 _log = logging.getLogger(__name__)
 _KEPT_SEARCHES = 64  # per version: each holds the rows that its filter allows
 _LOOK_SECONDS = 0.1  # between two looks at the replicas that are not ready
+_STATS_SECONDS = 60.0
 _RETRY_SECONDS = 1.0  # between two attempts to open a shard
 _KEPT_SECONDS = 30.0  # for which the actors of an index stay that another has replaced
 _START_SECONDS = 300.0  # for all shards to open a version
@@ -299,6 +300,24 @@ class _Shard:
             _log.warning("%s (%s): %s", self.wanted.place, self.wanted.record.address, problem)
             replica.ready.clear()  # until it has answered that the version is open
         raise ShardAwayError(f"{self.wanted.place} ({self.wanted.record.address}) does not answer: {problem}")
+
+    def stats(self, version: int) -> tuple[IndexStats, int]:
+        """Statistics, and bytes; unlike the steps of a search, they may take long, and searches go on meanwhile.
+
+        Raises:
+            ShardAwayError: no replica answers.
+        """
+        ray = import_ray()
+        for replica in (one for one in self.replicas if version in one.ready):
+            asked = replica.actor.stats.options(concurrency_group="control")
+            try:
+                return ray.get(asked.remote(version), timeout=_STATS_SECONDS)
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, _NotOpenError):
+                    raise (error.cause if isinstance(error.cause, (D2LLMError, OSError)) else error) from None
+            except ray.exceptions.RayError as error:
+                _log.info("%s: no statistics: %s", self.wanted.place, last_line(error))
+        raise ShardAwayError(f"{self.wanted.place} ({self.wanted.record.address}) does not answer")
 
     def attend(self, replica: _Replica, scorer: Any) -> bool:
         """Let a replica open the versions that it lacks, or look whether it has; returns whether something changed."""
@@ -549,7 +568,7 @@ class RemoteView(ShardedView):
         Raises:
             ShardAwayError: a shard does not answer.
         """
-        of_shards = [view.shard.call(view.version, "stats") for view in self._remote]
+        of_shards = [view.shard.stats(view.version) for view in self._remote]
         return sum_stats(self.store, [one for one, _ in of_shards], sum(num_bytes for _, num_bytes in of_shards))
 
 
