@@ -230,7 +230,8 @@ def test_the_command_of_the_page_loses_nothing_with_two_actors_of_each_shard(fol
             assert all(answer["missing_shards"] == [] and results_of(answer) == whole for answer in answers)
         finally:
             process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
+        _, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, errors
     until(lambda: not own & pids_of_actors(), "actors that end with the server")
 
 

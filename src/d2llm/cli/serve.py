@@ -122,6 +122,7 @@ def serve(
 
 
 def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | None) -> None:
+    from d2llm.runners.runner import find_runner
     from d2llm.server.errors import naming_index
     from d2llm.server.logs import start_logs
     from d2llm.server.running import listen, run_app, url_of
@@ -152,6 +153,8 @@ def _serve(context: typer.Context, loaded: LoadedSettings, json_path: Path | Non
         from d2llm.server.app import make_app  # takes seconds; a port in use has been reported by now
         from d2llm.server.serving import Serving
 
+        # In the main thread, where the signal handlers that Ray installs are taken back.
+        undo.enter_context(find_runner(settings.runner).connected())
         app = make_app(settings)
         if settings.otel:
             undo.callback(start_tracing(app, app.state.telemetry))

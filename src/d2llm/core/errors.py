@@ -14,7 +14,8 @@ D2LLMError
 │   ├── IndexMismatchError  the index was made by another student
 │   └── LabelMismatchError  the labels belong to another teacher or prompt
 ├── StorageError            an index cannot be written (disk full, no permission)
-│   └── IndexLockedError    another process is writing to it
+│   ├── IndexLockedError    another process is writing to it
+│   └── ShardAwayError      a shard of it on a cluster does not answer in time
 ├── TrainingDivergedError   the loss became NaN or infinite
 └── MissingExtraError       an optional dependency is not installed
 
