@@ -52,7 +52,7 @@ def test_log_odds_by_hand():
     judged = teacher.judge(PAIRS, TASK, advance=finished.append)
     assert judged.log_odds.tolist() == [0.5, 3.5, 0.5]
     assert judged.log_odds.dtype == np.float32
-    assert (judged.num_truncated, judged.num_tokens, judged.num_bounded, judged.num_undecided) == (2, 20, 4, 6)
+    assert (judged.num_truncated, judged.num_tokens, judged.num_bounded, judged.num_undecided) == (1, 20, 4, 6)
     assert sum(finished) == len(PAIRS)
     assert isinstance(teacher, Judge)
 

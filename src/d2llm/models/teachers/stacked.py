@@ -111,7 +111,8 @@ class StackedTeacher:
         return Judgements(
             stack.only(counting).log_odds(scores).astype(np.float32),
             features,
-            sum(judgement.num_truncated for judgement in judgements.values()),
+            # Members mostly truncate the same pairs.
+            max(judgement.num_truncated for judgement in judgements.values()),
             sum(judgement.num_tokens for judgement in judgements.values()),
             sum(judgement.num_bounded for judgement in judgements.values()),
             sum(judgement.num_undecided for judgement in judgements.values()),
