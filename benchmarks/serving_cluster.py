@@ -20,9 +20,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,29 +29,12 @@ import httpx2
 import numpy as np
 from scaling.corpus import write_json
 from scaling.data_sets import DATA, require
+from serving import served
 
 from d2llm import Passage, Student, encode
 
 STUDENT, TOP_K = "d2llm-minilm", 20
 LOAD_SECONDS, CLIENTS = 20.0, 4
-
-
-@contextmanager
-def server(folder: Path, work: Path, *options: str) -> Generator[str]:
-    """The URL of a server of this index."""
-    ready = work / "ready.json"
-    ready.unlink(missing_ok=True)
-    command = ["d2llm", "serve", str(folder), "--port", "0", "--device", "cpu", "--json", str(ready), *options]
-    with (work / "server.log").open("ab") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        try:
-            while not ready.is_file():
-                if process.poll() is not None:
-                    raise SystemExit(f"the server has ended; see {work / 'server.log'}")
-                time.sleep(0.1)
-            yield json.loads(ready.read_text())["result"]["url"]
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
 
 
 def ask(client: httpx2.Client, url: str, query: str) -> dict[str, Any]:
@@ -166,13 +147,12 @@ def main() -> None:
             "clients": CLIENTS,
             "cores": os.cpu_count(),
         }
-        with server(folder, work) as url, httpx2.Client(timeout=60) as http:
+        with served(folder, device="cpu") as url, httpx2.Client(timeout=60) as http:
             whole = {query: ask(http, url, query)["ids"] for query in queries}
             result["one process, one client"] = times([ask(http, url, query) for query in queries])
             result["one process"] = times(load(url, queries, LOAD_SECONDS))
-        small = [f"shard_cpus={1 / (2 * options.shards)}", "student_cpus=0.25"]
-        settings = [word for value in small for word in ("--set", value)]
-        with server(folder, work, "--runner", "ray", *settings) as url, httpx2.Client(timeout=60) as http:
+        small = {"shard_cpus": 1 / (2 * options.shards), "student_cpus": 0.25}
+        with served(folder, device="cpu", runner="ray", **small) as url, httpx2.Client(timeout=60) as http:
             ours = {query: ask(http, url, query)["ids"] for query in queries}
             result["same rankings"] = sum(ours[query] == whole[query] for query in queries)
             result["on Ray, one client"] = times([ask(http, url, query) for query in queries])

@@ -23,22 +23,11 @@ pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'd2llm[ray
 from d2llm import shard
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
+from sharded_answers import QUERY, assert_same_answers, results_of, search
 from tiny_server import tiny_settings, write_tiny_index
 from waiting import PATIENCE, until
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "cluster.md"
-QUERY = "the cat by the sea"
-SEARCHES = [
-    {},
-    {"top_k": 60},
-    {"exact": True},
-    {"hybrid": 0.4},
-    {"filter": "year >= 2005 and language = 'en'"},
-    {"group": "best"},
-    {"rescore": "none"},
-    {"neighbours": 1},
-    {"mmr": 0.5},
-]
 NUM_SHARDS = 2
 
 
@@ -65,17 +54,6 @@ def both(folder: Path, cluster: Any) -> Generator[tuple[str, Any]]:
     """A server of both."""
     with served({"one": folder / "index", "several": folder / "sharded"}, cluster) as server:
         yield server
-
-
-def search(address: str, **settings: Any) -> dict[str, Any]:
-    response = patient.post(f"{address}/v1/search", json={"query": QUERY} | settings)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def results_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    left_out = ("score", "anchor_score", "log_odds")  # rounded differently in blocks of another size
-    return [{name: value for name, value in place.items() if name not in left_out} for place in answer["passages"]]
 
 
 def pids_of_shards(serving: Any, name: str) -> list[list[int]]:
@@ -119,21 +97,8 @@ def until_answer(answers: list[dict[str, Any]], is_it: Callable[[dict[str, Any]]
 
 def test_answers_are_those_of_one_index(both):
     address, serving = both
-    for settings in SEARCHES:
-        one, several = (search(f"{address}/indexes/{name}", **settings) for name in ("one", "several"))
-        assert results_of(several) == results_of(one), settings
-        scores = [[place["score"] for place in answer["passages"]] for answer in (one, several)]
-        assert scores[1] == pytest.approx(scores[0], rel=1e-5)
-        assert several["missing_shards"] == []
-        if several["certificate"] is not None:
-            assert several["certificate"]["proved"] == one["certificate"]["proved"] == 10
-    for path in ("passages/p7", "documents/d3", "passages"):
-        one, several = (patient.get(f"{address}/indexes/{name}/v1/{path}") for name in ("one", "several"))
-        assert several.status_code == 200
-        assert several.json() == one.json()
-    facts = patient.get(f"{address}/indexes/several/v1/index").json()
-    assert (facts["num_shards"], facts["missing_shards"], facts["num_passages"]) == (NUM_SHARDS, [], 60)
-    assert not encoder_of(serving, "several").is_away
+    assert_same_answers(address, NUM_SHARDS)
+    assert not encoder_of(serving, "several")._away.is_set()
 
 
 def test_a_wrong_filter_is_the_clients_fault(both):
@@ -202,7 +167,7 @@ def test_without_replicas_the_server_encodes(both):
         begin = len(answers)
         until(lambda: len(answers) > begin + 4, "answers")
     assert all(results_of(answer) == whole for answer in answers)
-    until(lambda: not encoder.is_away, "a replica that answers")
+    until(lambda: not encoder._away.is_set(), "a replica that answers")
     assert results_of(search(address)) == whole
 
 
@@ -214,14 +179,14 @@ def test_the_command_of_the_page_loses_nothing_with_two_actors_of_each_shard(fol
     ready = tmp_path / "ready.json"
     command = [sys.executable, "-m", "d2llm", *words, "--port", "0", "--device", "cpu", "--json", str(ready)]
     small = {"D2LLM_SERVE_SHARD_CPUS": "0.1", "D2LLM_SERVE_STUDENT_REPLICAS": "0"}
-    before = pids_of_actors()
+    before = pids_of_actors(cluster)
     with subprocess.Popen(command, env=os.environ | small, stderr=subprocess.PIPE, text=True) as process:
         try:
             until(lambda: ready.is_file() or process.poll() is not None, "a server that is ready")
             assert process.poll() is None, process.stderr and process.stderr.read()
             address = json.loads(ready.read_text())["result"]["url"]
             whole = results_of(search(address, top_k=60))
-            own = pids_of_actors() - before
+            own = pids_of_actors(cluster) - before
             assert len(own) == 2 * NUM_SHARDS
             with searching(address, top_k=60) as answers:
                 os.kill(min(own), signal.SIGKILL)
@@ -232,13 +197,14 @@ def test_the_command_of_the_page_loses_nothing_with_two_actors_of_each_shard(fol
             process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
-    until(lambda: not own & pids_of_actors(), "actors that end with the server")
+    until(lambda: not own & pids_of_actors(cluster), "actors that end with the server")
 
 
-def pids_of_actors() -> set[int]:
-    """The processes that hold shards on this machine."""
-    found = subprocess.run(["pgrep", "-f", "^ray::_ShardActor"], capture_output=True, text=True, check=False)
-    return set(map(int, found.stdout.split()))
+def pids_of_actors(cluster: Any) -> set[int]:
+    """The processes of this cluster that hold shards; other tests may have clusters on this machine too."""
+    raylets = [each.process.pid for node in cluster.list_all_nodes() for each in node.all_processes["raylet"]]
+    command = ["pgrep", "-P", ",".join(map(str, raylets)), "-f", "^ray::_ShardActor"]
+    return set(map(int, subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()))
 
 
 def test_a_shard_that_cannot_be_opened_is_an_error_unless_it_is_allowed(folder, cluster, tmp_path):

@@ -14,21 +14,9 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 from d2llm import Index, shard
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
+from sharded_answers import assert_same_answers, results_of, search
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index
 from waiting import until
-
-QUERY = "the cat by the sea"
-SEARCHES = [
-    {},
-    {"top_k": 60},
-    {"exact": True},
-    {"hybrid": 0.4},
-    {"filter": "year >= 2005 and language = 'en'"},
-    {"group": "best"},
-    {"rescore": "none"},
-    {"neighbours": 1},
-    {"mmr": 0.5},
-]
 
 
 @pytest.fixture
@@ -45,33 +33,9 @@ def served(index: Path | dict[str, Path], **settings: Any) -> Generator[str]:
         yield address
 
 
-def search(address: str, **settings: Any) -> dict[str, Any]:
-    response = patient.post(f"{address}/v1/search", json={"query": QUERY} | settings)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def results_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    left_out = ("score", "anchor_score", "log_odds")  # rounded differently in blocks of another size
-    return [{name: value for name, value in place.items() if name not in left_out} for place in answer["passages"]]
-
-
 def test_answers_are_those_of_one_index(sharded: Path):
     with served({"one": sharded.parent / "index", "several": sharded}) as address:
-        for settings in SEARCHES:
-            one, several = (search(f"{address}/indexes/{name}", **settings) for name in ("one", "several"))
-            assert results_of(several) == results_of(one), settings
-            scores = [[place["score"] for place in answer["passages"]] for answer in (one, several)]
-            assert scores[1] == pytest.approx(scores[0], rel=1e-5)
-            assert one["missing_shards"] == several["missing_shards"] == []
-            if several["certificate"] is not None:
-                assert several["certificate"]["proved"] == one["certificate"]["proved"] == 10
-        for path in ("passages/p7", "documents/d3", "passages"):
-            one, several = (patient.get(f"{address}/indexes/{name}/v1/{path}") for name in ("one", "several"))
-            assert several.status_code == 200
-            assert several.json() == one.json()
-        facts = patient.get(f"{address}/indexes/several/v1/index").json()
-        assert (facts["num_shards"], facts["missing_shards"], facts["num_passages"]) == (3, [], 60)
+        assert_same_answers(address, 3)
         assert patient.get(f"{address}/indexes/one/v1/index").json()["num_shards"] is None
 
 

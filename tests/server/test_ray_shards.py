@@ -12,13 +12,13 @@ from d2llm import Index, Passage, Student, shard
 from d2llm.core.errors import MismatchError
 from d2llm.runners.ray_cluster import own_versions
 from d2llm.server.ray_shards import (
-    ClusterSettings,
     RemoteStore,
     ShardCluster,
     _NotOpenError,
     _ShardActor,
     _ShardVersion,
 )
+from d2llm.server.settings import ServeSettings
 from tiny_server import write_tiny_index
 
 
@@ -66,4 +66,4 @@ def test_an_actor_with_other_versions_is_refused(sharded: Path):
 
 
 def test_a_cluster_that_was_never_used_can_be_stopped():
-    ShardCluster(ClusterSettings()).stop()
+    ShardCluster(ServeSettings()).stop()

@@ -39,7 +39,7 @@ from d2llm.store.schema import FieldType, MetadataSchema
 from d2llm.store.sharded_inspection import stats_of_all, verify_all
 from d2llm.store.sharded_store import ShardedStore, open_storage
 from d2llm.store.sharded_view import open_view
-from d2llm.store.side_files import Chunking, read_chunking
+from d2llm.store.side_files import Chunking, read_chunking, repeats_text
 from d2llm.store.view import PassageView
 
 # Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
@@ -416,8 +416,7 @@ class Index:
     @property
     def repeats_text(self) -> bool:
         """Whether passages may begin with text that repeats the end of the one before (``Chunking.chunk_overlap``)."""
-        chunking = self.chunking
-        return chunking is not None and chunking.chunk_overlap > 0
+        return repeats_text(self.folder)
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete passages, in one step from vectors, BM25 and results; returns their number.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Passage, Task, WholeText
+from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Task, WholeText
 from d2llm.models.evidence import EvidenceWeights
-from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
+from d2llm.store.sharded_view import ReadableView
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,19 +24,11 @@ if TYPE_CHECKING:
     from d2llm.store.view import CandidateRows
 
 
-class SearchView(Protocol):
+class SearchView(ReadableView, Protocol):
     """One version of an index, sharded (``ShardedView``) or not (``PassageView``), as searches and readers use it.
 
-    ``version`` numbers it; ``dim`` is the width of a vector, ``task`` the default task of a search. Rows are those of
-    the index, or of all its shards (``joint_rows``).
+    Rows are those of the index, or of all its shards (``joint_rows``).
     """
-
-    version: int
-    dim: int
-    task: Task
-    student_fingerprint: str
-
-    def __len__(self) -> int: ...
 
     @property
     def shards(self) -> Sequence[ShardView]:
@@ -48,62 +40,12 @@ class SearchView(Protocol):
         """Shards that could not be opened, and are not searched."""
         ...
 
-    @property
-    def part_kinds(self) -> frozenset[PartKind]:
-        """The kinds of parts whose vectors the index stores."""
-        ...
-
-    @property
-    def token_projection(self) -> str | None:
-        """The fingerprint of the projection that made the token vectors."""
-        ...
-
     def check_student(self, fingerprint: str) -> None:
         """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
         ...
 
-    def live_rows(self) -> NDArray[np.int64]:
-        """The rows of all passages."""
-        ...
-
-    def ids(self, rows: NDArray[np.int64]) -> list[str]:
-        """The ids of the passages at some rows, in their order."""
-        ...
-
     def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """The rows of the passages with these ids, in their order."""
-        ...
-
-    def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
-        """The passages at some rows, in their order."""
-        ...
-
-    def documents(self, rows: NDArray[np.int64]) -> list[str]:
-        """The document of each passage at some rows: its document_id, or its own id if it has none."""
-        ...
-
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The vectors of some rows, float32 [len(rows), dim]."""
-        ...
-
-    def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in their order; missing ones are left out."""
-        ...
-
-    def document(self, document_id: str) -> list[Passage]:
-        """The passages of a document, by position; empty if the document is missing."""
-        ...
-
-    def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
-        """The passages of the same documents at most ``distance`` positions away, by document and position."""
-        ...
-
-    def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
-        """The first ``limit`` passage ids after ``cursor``, in order."""
-        ...
-
-    def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
-        """Like ``list_passages``, for documents."""
         ...
 
     def match(self, text: str, top_k: int, filter: str | None = None) -> CandidateRows:  # noqa: A002

@@ -166,24 +166,22 @@ class Searcher:
             )
         self._cascade = cascade
         kept = reaches or KeptReaches()
-        self._shards = [
-            self._begin(view, kept.of_shard(place), is_exact=self._exact) for place, view in enumerate(index.shards)
-        ]
+        self._shards = [self._begin(view, kept.of_shard(place)) for place, view in enumerate(index.shards)]
         self._allow_missing = allow_missing
         self._sources = source_names(self.settings, self.weights, is_exact=self._exact)
         in_order = cascade is None and self.settings.hybrid is None and not self._rephrases
         self._in_students_order = in_order and self.settings.group == "passage"
 
-    def _begin(self, view: ShardView, reaches: KeptReaches, *, is_exact: bool) -> SearchedShard:
+    def _begin(self, view: ShardView, reaches: KeptReaches) -> SearchedShard:
         if isinstance(view, RemoteShard):
-            return view.begin_search(self._student, self.settings, self._task, self.weights, is_exact=is_exact)
+            return view.begin_search(self._student, self.settings, self._task, self.weights, is_exact=self._exact)
         return ShardSearch(
             cast("PassageView", view),
             self._student,
             self.settings,
             self._task,
             self.weights,
-            is_exact=is_exact,
+            is_exact=self._exact,
             reaches=reaches,
         )
 

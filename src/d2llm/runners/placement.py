@@ -99,7 +99,12 @@ def load_work(
     fingerprint: str,
     work: Callable[[_Model, _Shard, Callable[[int], None]], _Result],
 ) -> Work[_Shard, _Result]:
-    """Load a model on a worker and return its work, after checking that it is the model that is meant.
+    """Load a model on a worker and return its work (``load_same``)."""
+    return partial(work, load_same(load, fingerprint))
+
+
+def load_same(load: Callable[[], _Model], fingerprint: str) -> _Model:
+    """Load a model on a worker, and check that it is the model that is meant.
 
     Raises:
         MismatchError: there is another model at the same place on this machine.
@@ -110,4 +115,4 @@ def load_work(
             f"the {type(model).__name__} on {platform.node()} is {model.fingerprint}, but {fingerprint} is meant; put "
             "the same model at the same path on every machine"
         )
-    return partial(work, model)
+    return model

@@ -14,10 +14,11 @@ import sys
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from d2llm import __version__
-from d2llm.core.errors import InputError, MismatchError, Terminated
+from d2llm.core.errors import D2LLMError, InputError, MismatchError, Terminated
 from d2llm.core.extras import require
 from d2llm.core.manifest import package_versions
 
@@ -27,6 +28,19 @@ _CONNECT_SECONDS = 15.0  # Ray itself gives up on an address after two minutes
 def own_versions() -> dict[str, str]:
     """The versions on which results depend. Ray itself compares those of Python and Ray."""
     return {"d2llm": __version__, "torch": package_versions().get("torch", "none")}
+
+
+def as_worker(versions: Mapping[str, str], folder: str) -> None:
+    """Make this process work for another one, of which these are the versions and the working directory.
+
+    If that directory exists here, relative paths mean the same.
+
+    Raises:
+        MismatchError: the versions differ.
+    """
+    check_versions(versions)
+    if Path(folder).is_dir():
+        os.chdir(folder)
 
 
 def check_versions(versions: Mapping[str, str]) -> None:
@@ -48,6 +62,24 @@ def last_line(error: Exception) -> str:
     """The first sentence of the last line of an error of Ray, which names the cause; advice follows it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].partition(". ")[0].rstrip(".") if lines else type(error).__name__
+
+
+def task_error(error: Any, *kinds: type[Exception]) -> Exception:
+    """What a worker has raised, from Ray's ``RayTaskError``: errors of d2llm and of these kinds as they were."""
+    return error.cause if isinstance(error.cause, (D2LLMError, *kinds)) else error
+
+
+def require_room(kind: str, number: float, who: str, remedy: str) -> None:
+    """Check that the cluster has resources of a kind ("CPU").
+
+    Raises:
+        InputError: ``who`` needs more than there are.
+    """
+    present = import_ray().cluster_resources().get(kind, 0.0)
+    if number > present:
+        raise InputError(
+            f"{who} need {number:g} {kind}s, but the cluster has {present:g}; add nodes, or set {remedy} lower"
+        )
 
 
 def import_ray() -> Any:

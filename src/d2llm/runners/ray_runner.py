@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -20,15 +19,16 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from d2llm import __version__
-from d2llm.core.errors import D2LLMError, InputError, ModelError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.progress import ignore
 from d2llm.runners.ray_cluster import (
     alive_nodes,
-    check_versions,
+    as_worker,
     connection,
     import_ray,
     last_line,
     own_versions,
+    task_error,
 )
 from d2llm.runners.runner import Work
 
@@ -270,7 +270,7 @@ class RayWorkers(Generic[_Shard, _Result]):
             try:
                 result = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, D2LLMError) else error) from None
+                raise task_error(error) from None
             except self._ray.exceptions.RayError as error:
                 self._replace(worker, error, waiting, deaths)
                 continue
@@ -316,9 +316,7 @@ class _Actor:
 
         ``folder`` is the working directory of that process; if it exists here, relative paths mean the same.
         """
-        check_versions(versions)
-        if Path(folder).is_dir():
-            os.chdir(folder)
+        as_worker(versions, folder)
         self._work = import_ray().cloudpickle.loads(load)()
 
     def rest(self) -> None:

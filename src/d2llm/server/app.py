@@ -29,8 +29,8 @@ from d2llm.server.errors import install_error_handlers, naming_index, register_e
 from d2llm.server.index_service import IndexService, new_readings
 from d2llm.server.middleware import CancelWhenGone, ReadyGate, install_middleware
 from d2llm.server.model_service import ModelService
-from d2llm.server.ray_shards import ClusterSettings, ShardCluster
-from d2llm.server.ray_students import ReplicaSettings, StudentReplicas
+from d2llm.server.ray_shards import ShardCluster
+from d2llm.server.ray_students import StudentReplicas
 from d2llm.server.running import Lifecycle
 from d2llm.server.served_version import ServedVersion
 from d2llm.server.serving import Serving
@@ -140,7 +140,7 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
         versions: dict[str, ServedVersion] = {}
         undo.callback(lambda: [student.close() for student in students.students])
         for name, folder in settings.index.items():
-            cluster = None if settings.runner == "local" else ShardCluster(_cluster_settings(settings))
+            cluster = None if settings.runner == "local" else ShardCluster(settings)
             if cluster is not None:
                 undo.callback(cluster.stop)
             with naming_index(name, settings.index):
@@ -191,7 +191,7 @@ def load_models(
     _log.info("relevance scores are calibrated probabilities for %s", calibrated)
     encoder = None
     if settings.runner != "local" and settings.student_replicas:
-        encoder = StudentReplicas(student, str(folder), _replica_settings(settings))
+        encoder = StudentReplicas(student, str(folder), settings)
     return ModelService(
         student,
         settings.model_name or Path(name).name,
@@ -201,24 +201,6 @@ def load_models(
         encoder=encoder,
         observe=telemetry.observe,
         observe_batch=telemetry.observe_batch,
-    )
-
-
-def _cluster_settings(settings: ServeSettings) -> ClusterSettings:
-    return ClusterSettings(
-        settings.shard_replicas, settings.shard_cpus, settings.shard_seconds, settings.allow_missing_shards
-    )
-
-
-def _replica_settings(settings: ServeSettings) -> ReplicaSettings:
-    return ReplicaSettings(
-        settings.student_replicas,
-        settings.max_student_replicas,
-        settings.student_cpus,
-        settings.student_gpus,
-        device=settings.device or ("cuda" if settings.student_gpus else "cpu"),
-        dtype=settings.dtype,
-        engine=settings.engine,
     )
 
 

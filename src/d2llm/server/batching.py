@@ -108,8 +108,8 @@ class Batcher(Generic[_Item, _Result]):
             cost: cost of an item, for ``max_batch``.
             wait_seconds: how long to wait for more items before each batch; 0 does not wait.
             observe_batch: called with each batch's size and seconds.
-            lanes: threads for batches that run in parallel; a batch that runs alone uses a separate thread, where it
-                may use all cores.
+            lanes: threads for batches that run in parallel, in place of ``num_lanes`` of its own; a batch that runs
+                alone uses a separate thread, where it may use all cores.
             num_lanes: number of batches that may run at a time.
         """
         self._run = run
@@ -128,7 +128,7 @@ class Batcher(Generic[_Item, _Result]):
         self._closed = False
         self._workers: list[asyncio.Task[None]] = []
         self._num_running = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._thread = ThreadPoolExecutor(1 if lanes else num_lanes, thread_name_prefix=name)
         self._lanes = lanes or self._thread
         self._num_lanes = num_lanes
 

@@ -100,14 +100,11 @@ class IndexService:
         self.judge = judge
         self.teacher_name = teacher_name
         self._observe = observe
-        several = served.num_rankings > 1
-        self._rankings = ThreadPoolExecutor(served.num_rankings, thread_name_prefix="rank") if several else None
         self._ranks: Batcher[PendingSearch, Ranking] = Batcher(
             rank_together,
             name="rank",
             max_queued=queue,
             max_batch=_SCANNED_AT_ONCE,
-            lanes=self._rankings,
             num_lanes=served.num_rankings,
         )
         self._readings = readings
@@ -133,9 +130,8 @@ class IndexService:
         await self._ranks.stop(timeout)
         with contextlib.suppress(asyncio.TimeoutError):  # an unfinished write fails when the student stops
             await asyncio.wait_for(asyncio.to_thread(self._writes.shutdown, wait=True), timeout)
-        for thread in (self._reads, self._context_builds, self._rankings):
-            if thread is not None:
-                thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._reads, self._context_builds):
+            thread.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.served.close)
 
     # Searching -----------------------------------------------------------------------------------------------------

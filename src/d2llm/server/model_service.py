@@ -122,7 +122,6 @@ class ModelService:
         lanes, num_lanes = None, 1
         if encoder is not None:
             num_lanes = encoder.num_batches
-            lanes = ThreadPoolExecutor(num_lanes, thread_name_prefix="encode")
         elif student.backbone.device.type == "cpu":
             # One more batch than threads waits for the next free core.
             lanes, num_lanes = core_pool(), torch.get_num_threads() + 1

@@ -14,7 +14,6 @@ has opened it.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import threading
 import time
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import D2LLMError, InputError, ShardAwayError
+from d2llm.core.errors import D2LLMError, ShardAwayError
 from d2llm.core.files import folder_bytes
 from d2llm.core.types import MissingShard, PartKind, Passage, Task
 from d2llm.models.evidence import EvidenceWeights
@@ -39,7 +38,8 @@ from d2llm.retrieval.protocols import SearchStudent, VectorStudent
 from d2llm.retrieval.row_evidence import EvidenceParts
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.retrieval.shard_search import ShardQuery, ShardSearch
-from d2llm.runners.ray_cluster import check_versions, import_ray, last_line, own_versions
+from d2llm.runners.ray_cluster import as_worker, import_ray, last_line, own_versions, require_room, task_error
+from d2llm.server.settings import ServeSettings
 from d2llm.store.bm25 import QueryWords, WordStatistics
 from d2llm.store.filters import parse_filter
 from d2llm.store.index_store import IndexStore
@@ -61,23 +61,6 @@ _STATS_SECONDS = 60.0
 _RETRY_SECONDS = 1.0  # between two attempts to open a shard
 _KEPT_SECONDS = 30.0  # for which the actors of an index stay that another has replaced
 _START_SECONDS = 300.0  # for all shards to open a version
-
-
-@dataclass(frozen=True)
-class ClusterSettings:
-    """How the shards of an index are placed on a cluster, and how long one may take.
-
-    Attributes:
-        replicas: actors of each shard.
-        cpus: CPUs that each of them reserves.
-        seconds: within which a shard must answer each question of a search.
-        allow_missing: open an index even if a shard of it cannot be opened.
-    """
-
-    replicas: int = 1
-    cpus: float = 1.0
-    seconds: float = 2.0
-    allow_missing: bool = False
 
 
 # In the actors --------------------------------------------------------------------------------------------------------
@@ -175,14 +158,12 @@ class _ShardActor:
     """What runs on a node of the cluster: one shard, at the versions that it was told to open and to keep."""
 
     def __init__(self, versions: dict[str, str], folder: str) -> None:
-        self._versions = versions
+        self._versions, self._folder = versions, folder
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        if Path(folder).is_dir():  # relative paths mean the same as in the server's process
-            os.chdir(folder)
 
     def open(self, shard: _ShardVersion, scorer: VectorScorer, kept: frozenset[int]) -> _ShardFacts:
         """Open a version, while searches of others go on; forget those that are not ``kept``."""
-        check_versions(self._versions)
+        as_worker(self._versions, self._folder)  # here, because its error reaches the server
         if shard.version not in self._open:
             before = next(reversed(self._open.values())).store if self._open else None
             opened = _OpenShard(shard, scorer, before)
@@ -248,18 +229,18 @@ class _Shard:
     that one, if it is another, and the one before, which requests may still use.
     """
 
-    def __init__(self, wanted: _ShardVersion, settings: ClusterSettings) -> None:
+    def __init__(self, wanted: _ShardVersion, settings: ServeSettings) -> None:
         self.wanted = wanted
         self.served: tuple[_ShardVersion, ...] = ()
         self.facts: dict[int, _ShardFacts] = {}
         self.error: Exception | None = None
         self._settings = settings
-        self.replicas = [_Replica(self.new_actor()) for _ in range(settings.replicas)]
+        self.replicas = [_Replica(self.new_actor()) for _ in range(settings.shard_replicas)]
 
     def new_actor(self) -> Any:
         ray = import_ray()
         options: dict[str, Any] = {
-            "num_cpus": self._settings.cpus,
+            "num_cpus": self._settings.shard_cpus,
             "max_restarts": -1,
             "max_task_retries": 0,  # another replica is asked instead
             "concurrency_groups": {"control": 1},
@@ -280,26 +261,11 @@ class _Shard:
             ShardAwayError: none answers in time.
             D2LLMError: that of the shard.
         """
-        ray = import_ray()
-        ready = sorted((one for one in self.replicas if version in one.ready), key=lambda one: one.num_calls)
-        end = time.monotonic() + self._settings.seconds
-        problem = "it is being started"
-        for place, replica in enumerate(ready):
-            left = max(0.0, end - time.monotonic()) / (len(ready) - place)
-            try:
-                with replica.busy():
-                    return ray.get(getattr(replica.actor, method).remote(version, *args, **options), timeout=left)
-            except ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, _NotOpenError):
-                    raise (error.cause if isinstance(error.cause, (D2LLMError, OSError)) else error) from None
-                problem = "it was started again"
-            except ray.exceptions.GetTimeoutError:
-                problem = f"no answer within {self._settings.seconds:g} seconds"
-            except ray.exceptions.RayError as error:
-                problem = last_line(error)
-            _log.warning("%s (%s): %s", self.wanted.place, self.wanted.record.address, problem)
-            replica.ready.clear()  # until it has answered that the version is open
-        raise ShardAwayError(f"{self.wanted.place} ({self.wanted.record.address}) does not answer: {problem}")
+
+        def begin(actor: Any) -> Any:
+            return getattr(actor, method).remote(version, *args, **options)
+
+        return self._ask(version, begin, self._settings.shard_seconds, is_step=True)
 
     def stats(self, version: int) -> tuple[IndexStats, int]:
         """Statistics, and bytes; unlike the steps of a search, they may take long, and searches go on meanwhile.
@@ -307,17 +273,35 @@ class _Shard:
         Raises:
             ShardAwayError: no replica answers.
         """
+
+        def begin(actor: Any) -> Any:
+            return actor.stats.options(concurrency_group="control").remote(version)
+
+        return self._ask(version, begin, _STATS_SECONDS, is_step=False)
+
+    def _ask(self, version: int, begin: Callable[[Any], Any], seconds: float, *, is_step: bool) -> Any:
+        """``call``; a replica that does not answer a step of a search is not asked again until it is there."""
         ray = import_ray()
-        for replica in (one for one in self.replicas if version in one.ready):
-            asked = replica.actor.stats.options(concurrency_group="control")
+        ready = sorted((one for one in self.replicas if version in one.ready), key=lambda one: one.num_calls)
+        end = time.monotonic() + seconds
+        problem = "it is being started"
+        for place, replica in enumerate(ready):
+            left = max(0.0, end - time.monotonic()) / (len(ready) - place)
             try:
-                return ray.get(asked.remote(version), timeout=_STATS_SECONDS)
+                with replica.busy():
+                    return ray.get(begin(replica.actor), timeout=left)
             except ray.exceptions.RayTaskError as error:
                 if not isinstance(error.cause, _NotOpenError):
-                    raise (error.cause if isinstance(error.cause, (D2LLMError, OSError)) else error) from None
+                    raise task_error(error, OSError) from None
+                problem = "it was started again"
+            except ray.exceptions.GetTimeoutError:
+                problem = f"no answer within {seconds:g} seconds"
             except ray.exceptions.RayError as error:
-                _log.info("%s: no statistics: %s", self.wanted.place, last_line(error))
-        raise ShardAwayError(f"{self.wanted.place} ({self.wanted.record.address}) does not answer")
+                problem = last_line(error)
+            _log.warning("%s (%s): %s", self.wanted.place, self.wanted.record.address, problem)
+            if is_step:
+                replica.ready.clear()  # until it has answered that the version is open
+        raise ShardAwayError(f"{self.wanted.place} ({self.wanted.record.address}) does not answer: {problem}")
 
     def attend(self, replica: _Replica, scorer: Any) -> bool:
         """Let a replica open the versions that it lacks, or look whether it has; returns whether something changed."""
@@ -491,8 +475,8 @@ class _RemoteSearch:
     def propose(
         self, query: ShardQuery, depth: int, *, scanned: CandidateRows | None = None
     ) -> dict[str, CandidateRows]:
-        proposals = self._call("propose", query, depth)
-        return proposals if scanned is None else proposals | {"vectors": scanned}
+        del scanned  # ``scan_together`` gives none
+        return self._call("propose", query, depth)
 
     def scan_together(self, anchors: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
         del anchors, depth
@@ -540,11 +524,12 @@ class RemoteView(ShardedView):
     """One version of an index whose shards are in actors."""
 
     def __init__(self, store: RemoteStore, shards: Sequence[_Shard]) -> None:
-        views = [RemoteShardView(shard, dict(store.manifest), lambda: self.word_statistics) for shard in shards]
+        views = [RemoteShardView(shard, dict(store.manifest), self._corpus) for shard in shards]
         super().__init__(store, views)
         opened = next((view for view in views if view.facts is not None), views[0])
         self.part_kinds = opened.part_kinds
         self._remote = views
+        self._whole_corpus: WordStatistics | None = None
 
     @property
     def missing(self) -> Sequence[MissingShard]:
@@ -553,14 +538,18 @@ class RemoteView(ShardedView):
         return [shard.missing(shard.error or "it is being started") for shard in away]
 
     @property
-    def word_statistics(self) -> WordStatistics:
-        """The statistics of the words of all passages of shards that have been opened."""
-        return sum((view.statistics for view in self._remote), WordStatistics())
-
-    @property
     def metadata(self) -> MetadataSchema:
         """The metadata fields that a filter may name."""
         return next((view.metadata for view in self._remote if view.facts is not None), MetadataSchema())
+
+    def _corpus(self) -> WordStatistics:
+        """The statistics of the words of all passages of shards that have been opened; each step of a search has it."""
+        if self._whole_corpus is not None:
+            return self._whole_corpus
+        statistics = sum((view.statistics for view in self._remote), WordStatistics())
+        if all(view.facts is not None for view in self._remote):
+            self._whole_corpus = statistics
+        return statistics
 
     def stats(self) -> IndexStats:
         """Statistics of this version.
@@ -575,12 +564,11 @@ class RemoteView(ShardedView):
 class ShardCluster:
     """The actors of an index's shards. ``open`` gives its versions; ``stop`` ends the actors."""
 
-    def __init__(self, settings: ClusterSettings) -> None:
+    def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
         self._shards: list[_Shard] = []
-        self._index = ""  # the name of the index that the actors belong to
+        self._made_for = ("", "")  # name of the index that the actors belong to, and fingerprint of its student
         self._scorer: Any = None
-        self._fingerprint = ""
         self._changed = threading.Condition()
         self._stopped = False
         self._watching = threading.Thread(target=self._watch, name="shards", daemon=True)
@@ -597,14 +585,19 @@ class ShardCluster:
             _ShardVersion(store.folder.resolve(), dict(store.manifest), record, number, len(store.records))
             for number, record in enumerate(store.records)
         ]
-        if (store.manifest["index"], student.fingerprint) != (self._index, self._fingerprint):
-            self._require_room(len(wanted))
-            old, self._shards = self._shards, []
-            self._scorer = ray.put(student.without_backbone())
-            shards = [_Shard(one, self._settings) for one in wanted]
-            self._index, self._fingerprint = store.manifest["index"], student.fingerprint
+        made_for = store.manifest["index"], student.fingerprint
+        if made_for != self._made_for:
+            each = self._settings.shard_replicas
+            require_room(
+                "CPU",
+                len(wanted) * each * self._settings.shard_cpus,
+                f"{len(wanted)} shards with {each} actors each, of {self._settings.shard_cpus:g} CPUs,",
+                "shard_cpus",
+            )
+            scorer, shards = ray.put(student.without_backbone()), [_Shard(one, self._settings) for one in wanted]
             with self._changed:
-                self._shards = shards
+                old, self._shards = self._shards, shards
+                self._scorer, self._made_for = scorer, made_for
             if old:  # requests may still use them
                 threading.Timer(_KEPT_SECONDS, _kill, (old,)).start()
         with self._changed:
@@ -614,10 +607,9 @@ class ShardCluster:
                     replica.has_failed, replica.retry_at = False, 0.0
             if not self._watching.is_alive():
                 self._watching.start()
-            self._changed.notify_all()
             self._changed.wait_for(self._is_settled, timeout=_START_SECONDS)
         problems = [shard.error for shard in self._shards if not shard.is_ready(shard.wanted.version)]
-        if problems and (len(problems) == len(self._shards) or not self._settings.allow_missing):
+        if problems and (len(problems) == len(self._shards) or not self._settings.allow_missing_shards):
             raise problems[0] or ShardAwayError(f"the shards have not been opened in {_START_SECONDS:.0f} seconds")
         with self._changed:
             for shard in self._shards:
@@ -632,15 +624,6 @@ class ShardCluster:
         if self._watching.is_alive():
             self._watching.join()
         _kill(self._shards)
-
-    def _require_room(self, num_shards: int) -> None:
-        needed = num_shards * self._settings.replicas * self._settings.cpus
-        present = import_ray().cluster_resources().get("CPU", 0.0)
-        if needed > present:
-            raise InputError(
-                f"{num_shards} shards with {self._settings.replicas} actors each, of {self._settings.cpus:g} CPUs, "
-                f"need {needed:g} CPUs, but the cluster has {present:g}; add nodes, or set shard_cpus lower"
-            )
 
     def _is_settled(self) -> bool:
         return self._stopped or all(

@@ -14,74 +14,36 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import D2LLMError, InputError, ModelError
+from d2llm.core.errors import D2LLMError, ModelError
 from d2llm.core.extras import require
-from d2llm.core.types import EngineName
 from d2llm.models.backbone import EncodedTexts, TextKind
 from d2llm.models.student import Student
-from d2llm.runners.placement import load_work
-from d2llm.runners.ray_cluster import check_versions, import_ray, last_line, own_versions
+from d2llm.runners.placement import load_same
+from d2llm.runners.ray_cluster import as_worker, import_ray, last_line, own_versions, require_room, task_error
+from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
 _BATCHES_PER_REPLICA = 2  # one in work, one that is there when it is finished
 _LOOK_SECONDS = 0.5  # between two attempts to reach replicas again
+_BATCH_SECONDS = 10.0  # within which a replica must encode a batch
 _START_SECONDS = 300.0
-
-
-@dataclass(frozen=True)
-class ReplicaSettings:
-    """How many replicas there are, and what each has.
-
-    Attributes:
-        replicas: number of replicas; the smallest, if ``max_replicas`` is larger.
-        max_replicas: Ray Serve adds replicas up to this number while batches wait, and removes them later.
-        cpus: CPUs that each reserves.
-        gpus: GPUs that each reserves.
-        seconds: within which a batch must be encoded.
-        device: where a student computes in a replica.
-        dtype: number format of its products.
-        engine: engine that encodes.
-    """
-
-    replicas: int = 1
-    max_replicas: int | None = None
-    cpus: float = 1.0
-    gpus: float = 0.0
-    seconds: float = 10.0
-    device: str | None = None
-    dtype: str | None = None
-    engine: EngineName = "auto"
-
-    @property
-    def most(self) -> int:
-        """The largest number of replicas."""
-        return max(self.replicas, self.max_replicas or 0)
 
 
 class _Replica:
     """What runs on a node of the cluster: a copy of the student."""
 
     def __init__(
-        self, versions: dict[str, str], folder: str, source: str, fingerprint: str, settings: ReplicaSettings
+        self, versions: dict[str, str], folder: str, source: str, fingerprint: str, options: dict[str, Any]
     ) -> None:
-        check_versions(versions)
-        if Path(folder).is_dir():  # relative paths mean the same as in the server's process
-            os.chdir(folder)
-
-        def load() -> Student:
-            return Student.load(source, device=settings.device, dtype=settings.dtype, engine=settings.engine)
-
-        def itself(student: Student, _shard: Sequence[object], _advance: object) -> Student:
-            return student
-
-        self._student = load_work(load, fingerprint, itself)((), lambda _: None)
+        as_worker(versions, folder)
+        self._student = load_same(partial(Student.load, source, **options), fingerprint)
 
     def encode_tokens(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """As of ``Student``."""
@@ -99,29 +61,31 @@ class _Replica:
 class StudentReplicas:
     """Encodes batches on the replicas of a student (``model_service.BatchEncoder``)."""
 
-    def __init__(self, student: Student, source: str, settings: ReplicaSettings) -> None:
+    def __init__(self, student: Student, source: str, settings: ServeSettings) -> None:
         """Start the replicas, and wait for the first ones.
 
         Args:
             student: encodes here if no replica answers.
             source: folder or name of the student, by which replicas load it.
-            settings: of the replicas.
+            settings: how many replicas there are, and what each has.
 
         Raises:
             MissingExtraError: Ray Serve is not installed.
             InputError: the cluster has too few CPUs or GPUs.
             ModelError: the replicas cannot start.
         """
-        self.num_batches = _BATCHES_PER_REPLICA * settings.most
+        self._most = max(settings.student_replicas, settings.max_student_replicas or 0)
+        self.num_batches = _BATCHES_PER_REPLICA * self._most
         self._student = student
-        self._settings = settings
         self._serve = require("ray.serve", extra="ray-serve", purpose="replicas of a student")
         self._name = f"d2llm-{student.fingerprint}"
         self._away = threading.Event()
         self._stopped = threading.Event()
-        _require_room(settings)
+        for kind, each in (("CPU", settings.student_cpus), ("GPU", settings.student_gpus)):
+            who = f"{settings.student_replicas} replicas of the student"
+            require_room(kind, settings.student_replicas * each, who, "student_replicas or what each reserves")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        self._handle = self._deploy(source)
+        self._handle = self._deploy(source, settings)
 
     def encode_tokens(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """The vectors of a batch of tokenized texts."""
@@ -131,39 +95,35 @@ class StudentReplicas:
         """The vectors of texts and of their tokens."""
         return self._encode("encode_with_tokens", texts, kind)
 
-    @property
-    def is_away(self) -> bool:
-        """Whether no replica answered lately, so that this process encodes."""
-        return self._away.is_set()
-
     def stop(self) -> None:
         """End the replicas."""
         self._stopped.set()
         with contextlib.suppress(Exception):  # the cluster may have gone
             self._serve.delete(self._name, _blocking=False)
 
-    def _deploy(self, source: str) -> Any:
-        settings = self._settings
+    def _deploy(self, source: str, settings: ServeSettings) -> Any:
         options: dict[str, Any] = {
             "name": "student",
-            "ray_actor_options": {"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+            "ray_actor_options": {"num_cpus": settings.student_cpus, "num_gpus": settings.student_gpus},
             "max_ongoing_requests": _BATCHES_PER_REPLICA,
             "health_check_period_s": 2,
             "health_check_timeout_s": 10,
             "graceful_shutdown_timeout_s": 2,
         }
-        if settings.most > settings.replicas:
+        if self._most > settings.student_replicas:
             options["autoscaling_config"] = {
-                "min_replicas": settings.replicas,
-                "max_replicas": settings.most,
+                "min_replicas": settings.student_replicas,
+                "max_replicas": self._most,
                 "target_ongoing_requests": 1,
             }
         else:
-            options["num_replicas"] = settings.replicas
+            options["num_replicas"] = settings.student_replicas
+        device = settings.device or ("cuda" if settings.student_gpus else "cpu")
+        loading = {"device": device, "dtype": settings.dtype, "engine": settings.engine}
         try:
             self._serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
             replica = self._serve.deployment(_Replica).options(**options)
-            app = replica.bind(own_versions(), str(Path.cwd()), source, self._student.fingerprint, settings)
+            app = replica.bind(own_versions(), str(Path.cwd()), source, self._student.fingerprint, loading)
             handle = self._serve.run(app, name=self._name, route_prefix=None)
             handle.ping.remote().result(timeout_s=_START_SECONDS)
         except Exception as error:
@@ -181,9 +141,9 @@ class StudentReplicas:
         ray = import_ray()
         if not self._away.is_set():
             try:
-                return getattr(self._handle, method).remote(*args).result(timeout_s=self._settings.seconds)
+                return getattr(self._handle, method).remote(*args).result(timeout_s=_BATCH_SECONDS)
             except ray.exceptions.RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, D2LLMError) else error) from None
+                raise task_error(error) from None
             except (ray.exceptions.RayError, TimeoutError, self._serve.exceptions.RayServeException) as error:
                 _log.warning("no replica of the student answers (%s); this process encodes", last_line(error))
                 if not self._away.is_set():
@@ -203,14 +163,3 @@ class StudentReplicas:
                 _log.warning("the replicas of the student answer again")
                 self._away.clear()
                 return
-
-
-def _require_room(settings: ReplicaSettings) -> None:
-    resources = import_ray().cluster_resources()
-    for kind, each in (("CPU", settings.cpus), ("GPU", settings.gpus)):
-        needed, present = settings.replicas * each, resources.get(kind, 0.0)
-        if needed > present:
-            raise InputError(
-                f"{settings.replicas} replicas of the student need {needed:g} {kind}s, but the cluster has {present:g}"
-                "; add nodes, or set student_replicas or what each reserves lower"
-            )

@@ -35,7 +35,7 @@ from d2llm.server.ray_shards import RemoteStore, RemoteView, ShardCluster
 from d2llm.server.student_pool import StudentPool
 from d2llm.store.index_store import IndexStore
 from d2llm.store.sharded_store import ShardedStore, Storage, is_sharded, open_storage
-from d2llm.store.side_files import read_chunking
+from d2llm.store.side_files import repeats_text
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -84,8 +84,7 @@ class OpenVersion:
         file = _manifest_state(folder)  # read first, so that a later replacement is noticed
         self.folder = folder
         self.models = models
-        chunking = read_chunking(folder)
-        self.repeats_text = chunking is not None and chunking.chunk_overlap > 0
+        self.repeats_text = repeats_text(folder)
         self._stores: Sequence[IndexStore] = ()
         if cluster is not None and is_sharded(folder):
             remote = RemoteStore(folder)

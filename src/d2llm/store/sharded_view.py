@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, cached_property
 from heapq import nsmallest
 from typing import Protocol, TypeVar
 
@@ -42,8 +42,11 @@ def rows_by_shard(rows: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64],
     return [(shard, at, rows[at] & _ROW_MASK) for shard, at in places]
 
 
-class ShardView(Protocol):
-    """One version of one shard: a ``PassageView``, or one in another process. Members are those of ``PassageView``."""
+class ReadableView(Protocol):
+    """One version of an index, or of a shard, as readers use it.
+
+    ``version`` numbers it; ``dim`` is the width of a vector, ``task`` the default task of a search.
+    """
 
     dim: int
     task: Task
@@ -51,16 +54,6 @@ class ShardView(Protocol):
     version: int
 
     def __len__(self) -> int: ...
-
-    @property
-    def own_words(self) -> ShardWords:
-        """The words of these passages alone."""
-        ...
-
-    @property
-    def metadata(self) -> MetadataSchema:
-        """The metadata fields that a filter may name."""
-        ...
 
     @property
     def part_kinds(self) -> frozenset[PartKind]:
@@ -77,43 +70,57 @@ class ShardView(Protocol):
         ...
 
     def ids(self, rows: NDArray[np.int64]) -> list[str]:
-        """The ids of the passages at some rows."""
-        ...
-
-    def rows_of(self, ids: Sequence[str]) -> dict[str, int]:
-        """The rows of those of these ids that exist."""
+        """The ids of the passages at some rows, in their order."""
         ...
 
     def passages(self, rows: NDArray[np.int64]) -> list[Passage]:
-        """The passages at some rows."""
+        """The passages at some rows, in their order."""
         ...
 
     def documents(self, rows: NDArray[np.int64]) -> list[str]:
-        """The document of each passage at some rows."""
+        """The document of each passage at some rows: its document_id, or its own id if it has none."""
         ...
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The vectors of some rows."""
+        """The vectors of some rows, float32 [len(rows), dim]."""
         ...
 
     def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids that exist."""
+        """The passages with these ids, in their order; missing ones are left out."""
         ...
 
     def document(self, document_id: str) -> list[Passage]:
-        """The passages of a document, by position."""
+        """The passages of a document, by position; empty if the document is missing."""
         ...
 
     def neighbours(self, passages: Sequence[Passage], distance: int) -> list[Passage]:
-        """The passages of the same documents near these."""
+        """The passages of the same documents at most ``distance`` positions away, by document and position."""
         ...
 
     def list_passages(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[str]:
-        """The first passage ids after ``cursor``."""
+        """The first ``limit`` passage ids after ``cursor``, in order."""
         ...
 
     def list_documents(self, cursor: str = "", limit: int = PAGE_SIZE) -> list[ListedDocument]:
         """Like ``list_passages``, for documents."""
+        ...
+
+
+class ShardView(ReadableView, Protocol):
+    """One version of one shard: a ``PassageView``, or one in another process. Members are those of ``PassageView``."""
+
+    @property
+    def own_words(self) -> ShardWords:
+        """The words of these passages alone."""
+        ...
+
+    @property
+    def metadata(self) -> MetadataSchema:
+        """The metadata fields that a filter may name."""
+        ...
+
+    def rows_of(self, ids: Sequence[str]) -> dict[str, int]:
+        """The rows of those of these ids that exist."""
         ...
 
     def match(
@@ -158,7 +165,7 @@ class ShardedView:
         """Shards that could not be opened, and are not searched."""
         return self.store.missing
 
-    @property
+    @cached_property
     def word_statistics(self) -> WordStatistics:
         """The statistics of the words of all passages."""
         return sum((view.own_words.statistics for view in self.shards), WordStatistics())

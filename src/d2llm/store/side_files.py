@@ -84,3 +84,9 @@ def write_chunking(folder: Path, chunking: Chunking) -> None:
 def forget_chunking(folder: Path) -> None:
     """Remove the stored chunking, so that the next writer chooses it; requires the write lock."""
     (folder / CHUNKING_FILE).unlink(missing_ok=True)
+
+
+def repeats_text(folder: Path) -> bool:
+    """Whether passages of the index in a folder may begin with text that repeats the end of the one before."""
+    chunking = read_chunking(folder)
+    return chunking is not None and chunking.chunk_overlap > 0
