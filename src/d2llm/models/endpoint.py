@@ -13,6 +13,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -136,7 +137,10 @@ class Endpoint(Generic[_Answer]):
         answers: list[_Answer | None] = [None] * len(bodies)
         # A separate event loop in a thread works inside a notebook's loop too, and Ctrl-C cancels running requests.
         with start_blocking_portal() as portal:
-            portal.call(self._send_all, enumerate(bodies), answers, advance)
+            sent = portal.start_task_soon(self._send_all, enumerate(bodies), answers, advance)
+            while wait([sent], timeout=1.0).not_done:
+                pass  # without a limit, Python would overlook a Ctrl-C that comes just before the wait
+            sent.result()
         return cast("list[_Answer]", answers)
 
     async def _send_all(
