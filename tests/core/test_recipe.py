@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig, VllmConfig
+from d2llm.core.recipe import NO_IMITATION, LossWeights, Recipe, TeacherConfig, TeacherTuningConfig, VllmConfig
 from d2llm.core.recipe_file import changed_settings, load_recipe, parse_recipe, shaping_settings, tuning_settings
 
 
@@ -235,6 +235,24 @@ def test_a_teacher_name_may_have_a_kind_prefix(text: str, kind: str, model: str)
 def test_settings_for_large_teachers_that_make_no_sense(tmp_path: Path, text: str, problem: str):
     with pytest.raises(RecipeError, match=problem):
         load_recipe(write_recipe(tmp_path, text))
+
+
+def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"in_batch_imitation is 0.5, but training\.live_teacher names no student"):
+        load_recipe(write_recipe(tmp_path, "[losses]\nin_batch_imitation = 0.5"))
+    text = '[losses]\nin_batch_imitation = 0.5\n[training]\nlive_teacher = "d2llm-minilm"'
+    assert load_recipe(write_recipe(tmp_path, text)).training.live_teacher == "d2llm-minilm"
+
+
+def test_an_unknown_loss_suggests_the_nearest(tmp_path: Path):
+    with pytest.raises(RecipeError, match="margin_mse"):
+        load_recipe(write_recipe(tmp_path, "[losses]\nmargin_mes = 1.0"))
+
+
+def test_a_live_teacher_needs_no_labels():
+    losses = LossWeights(**NO_IMITATION | {"in_batch_imitation": 1.0})
+    assert not losses.imitates
+    assert all(LossWeights(**NO_IMITATION | {name: 1.0}).imitates for name in {*NO_IMITATION} - {"in_batch_imitation"})
 
 
 def test_quantised_weights_are_tuned_by_adapters_only_if_the_recipe_says_so(tmp_path: Path):

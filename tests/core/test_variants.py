@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import BackboneConfig, EvidenceConfig, LossWeights, Recipe, TrainingConfig
+from d2llm.core.recipe import NO_IMITATION, BackboneConfig, EvidenceConfig, LossWeights, Recipe, TrainingConfig
 from d2llm.core.recipe_file import load_recipe
 from d2llm.core.variants import VARIANTS, Variant, find_variant
 from d2llm.data.collation import LabelledSource, collate, epoch_batches
@@ -42,6 +44,7 @@ UNCHANGED = {
         "without-ph",
         "without-hi",
         "without-fi",
+        "list-imitation",
     },
     "d2llm-paper": {
         "without-words",
@@ -70,6 +73,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
     labelled = LabelledSource.join(tiny_run.source, store)
     batches = epoch_batches([labelled], epoch=0, batch_queries=4, num_hard=2, num_easy=1, seed=0)
     batch = collate(*batches[0])
+    batch = replace(batch, live_scores=np.zeros(batch.positive.shape, np.float32))
     backbones: dict[BackboneConfig, Backbone] = {}
     losses: dict[tuple[str, LossWeights], set[str]] = {}
 
@@ -109,8 +113,12 @@ def test_every_variant_changes_the_model_or_its_training(name: str, build: Calla
         "without-hi": {"rank_imitation_hard_easy"},
         "without-fi": {"feature_imitation"},
         "without-li": {"list_imitation"},
-        "no-imitation": {loss for loss in all_losses if "imitation" in loss},
+        "no-imitation": {loss for loss in all_losses if loss in NO_IMITATION},
     }
+    for variant in VARIANTS.values():
+        if variant.group == "losses":
+            [loss] = (loss for loss, weight in variant.settings["losses"].items() if weight)
+            assert built_variants[variant.name][2] == all_losses - {*NO_IMITATION} | {loss}
     for variant, losses in removed.items():
         assert built_variants[variant] == (base[0], base[1], all_losses - losses, *base[3:])
         assert losses <= all_losses or variant in UNCHANGED[name]
@@ -153,10 +161,11 @@ def leaves(values: object, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
     return {k: v for key, value in values.items() for k, v in leaves(value, (*path, key)).items()}
 
 
-def test_no_variant_needs_a_teacher_if_the_recipe_does_not() -> None:
-    """``ablate`` decides from the recipe alone whether labels are needed."""
+def test_only_other_losses_need_a_teacher_if_the_recipe_does_not() -> None:
     recipe = VARIANTS["no-imitation"].apply(load_recipe("d2llm"))
-    assert not any(variant.apply(recipe).losses.imitates for variant in VARIANTS.values())
+    needing = [variant for variant in VARIANTS.values() if variant.apply(recipe).losses.imitates]
+    assert {variant.group for variant in needing} == {"losses"}
+    assert "in-batch-imitation" not in {variant.name for variant in needing}  # its teacher needs no labels
 
 
 def test_names_are_valid_for_folders_and_command_lines() -> None:
@@ -166,7 +175,7 @@ def test_names_are_valid_for_folders_and_command_lines() -> None:
         assert name.replace("-", "").isalnum()
         assert name == name.lower()
     groups = [variant.group for variant in VARIANTS.values()]
-    assert groups == sorted(groups, key=("baseline", "published", "own").index)
+    assert groups == sorted(groups, key=("baseline", "published", "losses", "own").index)
     assert len({variant.title for variant in VARIANTS.values()}) == len(VARIANTS)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from d2llm.core import progress
 from d2llm.core.errors import InputError, TrainingDivergedError
-from d2llm.core.recipe import EvidenceConfig, InteractionConfig, ResidualConfig
+from d2llm.core.recipe import NO_IMITATION, EvidenceConfig, InteractionConfig, LossWeights, ResidualConfig
 from d2llm.core.types import Task
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.evidence import read_evidence
@@ -24,8 +24,9 @@ from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.training import distill as verb
 from d2llm.training import training_loop as loop
-from d2llm.training.dev import DevResult, evaluate_dev, make_dev_set
+from d2llm.training.dev_sets import DevResult, evaluate_dev, make_dev_set
 from d2llm.training.distill import DistillReport, distill
+from d2llm.training.live_teacher import LiveTeacher
 from tiny_data import tiny_recipe, topics, write_rule_labels
 from tiny_distill import LEARNING, Place, log_of, poison
 from tiny_models import TEXTS, tiny_student_config
@@ -143,6 +144,43 @@ STAGES = (  # the parts of a two-stage run, in order
     "BM25 for calibrating on tiny",
     "calibrating on tiny",
 )
+
+
+def test_a_student_imitates_a_live_teacher_without_labels(place: Place, trained: Trained, tmp_path: Path) -> None:
+    """Its distributions come nearer to the live teacher's than they were."""
+    recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | {"live_teacher": str(trained.folder)})
+    weights = LossWeights(**NO_IMITATION | {"in_batch_imitation": 1.0}, in_batch_cross_entropy=0.0)
+    recipe = recipe.model_copy(update={"losses": weights})
+    report = place.run(tmp_path / "student", recipe=recipe, labels=tmp_path / "none")
+    logged = [line["in_batch_imitation"] for line in log_of(tmp_path / "student") if "loss" in line]
+    assert len(logged) == report.steps
+    manifest = json.loads((tmp_path / "student" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["settings"]["live_teacher"] == trained.report.fingerprint
+    live = LiveTeacher(trained.student, place.source.dataset, place.source.task)
+    ids = list(place.source.dataset.passages)
+    query = place.source.query_text(place.source.plan.entries[0].query_id)
+    expected = trained.student.score(
+        trained.student.encode_queries([query]).vectors[0],
+        trained.student.encode_passages([place.source.passage_text(passage_id) for passage_id in ids]).vectors,
+        place.source.task,
+    )
+    np.testing.assert_allclose(live(query, ids), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(live(query, ids[::-1]), live(query, ids)[::-1])  # from the vectors in memory
+    assert mean_kl(Student.load(tmp_path / "student", dtype="float32"), trained.student, place) < 0.9 * mean_kl(
+        untrained(place), trained.student, place
+    )
+
+
+def mean_kl(student: Student, teacher: Student, place: Place) -> float:
+    """How far the student's distributions over all passages are from the teacher's, over the dev queries."""
+    texts = [passage.full_text for passage in place.source.dataset.passages.values()]
+    queries = [place.source.dataset.queries[query_id].text for query_id in place.source.dataset.qrels["dev"]]
+    of: list[torch.Tensor] = []
+    for each in (teacher, student):
+        passages = each.encode_passages(texts).vectors
+        rows = [each.score(query, passages, place.source.task) for query in each.encode_queries(queries).vectors]
+        of.append(torch.from_numpy(np.stack(rows)).log_softmax(dim=1))
+    return float((of[0].exp() * (of[0] - of[1])).sum(dim=1).mean())
 
 
 def test_every_slow_part_logs_its_progress(

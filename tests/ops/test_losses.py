@@ -81,6 +81,30 @@ def feature(student: Tensor, gram: Tensor) -> Tensor:
     return losses.feature_imitation(student, gram, LISTS)
 
 
+def regression(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.score_regression(logits, teacher, USED)
+
+
+def margins(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.margin_mse(logits, teacher, POSITIVES, HARDS | EASIES)
+
+
+def order(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.plackett_luce(logits, teacher, USED)
+
+
+def ranknet(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.ranknet(logits, teacher, USED)
+
+
+def lambdarank(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.lambdarank(logits, teacher, USED)
+
+
+def transport(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.sinkhorn(logits, teacher, USED, smoothing=0.5, num_rounds=3)
+
+
 # the loss, its inputs, and the mask of entries it reads
 CASES = [
     pytest.param(contrastive, scores, USED, id="contrastive_imitation"),
@@ -90,6 +114,12 @@ CASES = [
     pytest.param(cross_entropy, scores, USED, id="in_batch_cross_entropy"),
     pytest.param(pairs, scores, LISTS, id="pair_cross_entropy"),
     pytest.param(feature, features, LISTS, id="feature_imitation"),
+    pytest.param(regression, scores, USED, id="score_regression"),
+    pytest.param(margins, scores, USED, id="margin_mse"),
+    pytest.param(order, scores, USED, id="plackett_luce"),
+    pytest.param(ranknet, scores, USED, id="ranknet"),
+    pytest.param(lambdarank, scores, USED, id="lambdarank"),
+    pytest.param(transport, scores, USED, id="sinkhorn"),
 ]
 
 
@@ -174,6 +204,78 @@ def reference_feature(y: np.ndarray, gram: np.ndarray) -> float:
     return mean_over_queries(terms, num_counted=6)
 
 
+def reference_regression(z: np.ndarray, s: np.ndarray) -> float:
+    pairs = [(i, j) for i in range(len(ROLES)) for j in members(USED, i)]
+    offset = fmean(z[pair] - s[pair] for pair in pairs)
+    return fmean((z[pair] - s[pair] - offset) ** 2 for pair in pairs)
+
+
+def reference_margins(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        pairs = [(j, k) for j in members(POSITIVES, i) for k in members(HARDS | EASIES, i)]
+        return [((z[i, j] - z[i, k]) - (s[i, j] - s[i, k])) ** 2 for j, k in pairs]
+
+    return mean_over_queries(terms, num_counted=5)
+
+
+def reference_order(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        left = sorted(members(USED, i), key=lambda j: (-s[i, j], j))
+        values: list[float] = []
+        while left:
+            values.append(-math.log(math.exp(z[i, left[0]]) / sum(math.exp(z[i, j]) for j in left)))
+            left.pop(0)
+        return values
+
+    return mean_over_queries(terms, num_counted=7)
+
+
+def ordered_pairs(s: np.ndarray, i: int) -> list[tuple[int, int]]:
+    return [(j, k) for j in members(USED, i) for k in members(USED, i) if s[i, j] > s[i, k]]
+
+
+def reference_ranknet(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        return [math.log(1 + math.exp(z[i, k] - z[i, j])) for j, k in ordered_pairs(s, i)]
+
+    return mean_over_queries(terms, num_counted=6)
+
+
+def reference_lambdarank(z: np.ndarray, s: np.ndarray) -> float:
+    """Exchanges two passages in the student's ranking and computes the DCG again."""
+
+    def dcg(i: int, ranking: list[int]) -> float:
+        return sum(s[i, j] / math.log2(2 + place) for place, j in enumerate(ranking))
+
+    def terms(i: int) -> list[float]:
+        ranking = sorted(members(USED, i), key=lambda j: -z[i, j])
+        ideal = dcg(i, sorted(ranking, key=lambda j: -s[i, j]))
+        total = 0.0
+        for j, k in ordered_pairs(s, i):
+            exchanged = [{j: k, k: j}.get(passage, passage) for passage in ranking]
+            change = abs(dcg(i, exchanged) - dcg(i, ranking)) / ideal
+            total += change * math.log(1 + math.exp(z[i, k] - z[i, j]))
+        return [total] if ordered_pairs(s, i) else []
+
+    return mean_over_queries(terms, num_counted=6)
+
+
+def reference_transport(z: np.ndarray, s: np.ndarray) -> float:
+    queries = [i for i in range(len(ROLES)) if members(USED, i)]
+
+    def distribution(values: np.ndarray, i: int) -> np.ndarray:
+        weights = np.array([math.exp(values[i, j]) if j in members(USED, i) else 0.0 for j in range(values.shape[1])])
+        return weights / weights.sum()
+
+    distances = np.array([[np.abs(distribution(s, i) - distribution(z, j)).sum() for j in queries] for i in queries])
+    rows, columns = np.ones(len(queries)), np.ones(len(queries))
+    kernel = np.exp(-distances / 0.5)
+    for _ in range(3):  # the usual form of the iterations: two vectors that scale the kernel
+        columns = 1 / (kernel.T @ rows)
+        rows = 1 / (kernel @ columns)
+    return float((rows[:, None] * kernel * columns * distances).sum() / len(queries))
+
+
 @pytest.mark.parametrize(
     ("loss", "inputs", "reference"),
     [
@@ -184,6 +286,12 @@ def reference_feature(y: np.ndarray, gram: np.ndarray) -> float:
         (hard_easy, scores, reference_hard_easy),
         (pairs, scores, reference_pairs),
         (feature, features, reference_feature),
+        (regression, scores, reference_regression),
+        (margins, scores, reference_margins),
+        (order, scores, reference_order),
+        (ranknet, scores, reference_ranknet),
+        (lambdarank, scores, reference_lambdarank),
+        (transport, scores, reference_transport),
     ],
 )
 def test_losses_equal_their_equations_over_sets(loss: Loss, inputs: Inputs, reference: Reference) -> None:
@@ -240,6 +348,17 @@ def test_a_loss_without_queries_is_a_differentiable_zero(num_queries: int, dtype
         losses.rank_imitation_hard_easy(logits, teacher, ~nothing, nothing),
         losses.rank_imitation_hard_easy(logits, teacher, nothing, ~nothing),
         losses.feature_imitation(student, torch.ones(num_queries, 4, 4), nothing),
+        losses.score_regression(logits, teacher, nothing),
+        losses.score_regression(logits, torch.full_like(teacher, -math.inf), ~nothing),
+        losses.margin_mse(logits, teacher, nothing, ~nothing),
+        losses.margin_mse(logits, teacher, ~nothing, nothing),
+        losses.plackett_luce(logits, teacher, nothing),
+        losses.plackett_luce(logits, torch.full_like(teacher, -math.inf), ~nothing),
+        losses.ranknet(logits, teacher, nothing),
+        losses.ranknet(logits, torch.ones_like(teacher), ~nothing),
+        losses.lambdarank(logits, teacher, nothing),
+        losses.lambdarank(logits, torch.zeros_like(teacher), ~nothing),
+        losses.sinkhorn(logits, teacher, nothing),
     ]
     for result in results:
         assert (result.shape, result.dtype) == ((), dtype)
@@ -450,3 +569,71 @@ def test_temperature_must_be_positive(temperature: float) -> None:
         losses.contrastive_imitation(row(1), row(1), mask(1), mask(0), temperature=temperature)
     with pytest.raises(InputError, match=r"temperature is .* must be above 0"):
         losses.in_batch_cross_entropy(row(1), mask(1), mask(0), temperature=temperature)
+
+
+def test_score_regression_by_hand() -> None:
+    # differences 1, 3 and -inf, which does not count: 2 is the offset, and each is 1 away from it
+    loss = losses.score_regression(row(2, 1, 9), row(1, -2, -math.inf), mask(1, 1, 1))
+    assert loss.item() == pytest.approx(1.0, rel=1e-14)
+
+
+def test_margin_mse_by_hand() -> None:
+    # margins 2 (teacher 5) and 1 (teacher 2); the passage of -inf has none
+    loss = losses.margin_mse(row(3, 1, 2, 7), row(4, -1, 2, -math.inf), mask(1, 0, 0, 0), mask(0, 1, 1, 1))
+    assert loss.item() == pytest.approx((3**2 + 1**2) / 2, rel=1e-14)
+
+
+def test_margin_mse_ignores_offsets() -> None:
+    logits, teacher = scores()
+    assert margins(logits + 3, teacher - 5).item() == pytest.approx(margins(logits, teacher).item(), rel=1e-12)
+
+
+def test_plackett_luce_by_hand() -> None:
+    # the second is drawn from all three (1/2), then the first from two (1/2); the third is never drawn
+    loss = losses.plackett_luce(row(0, math.log(2), 0), row(1, 2, -math.inf), mask(1, 1, 1))
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-14)
+
+
+def test_plackett_luce_of_one_relevant_passage_is_cross_entropy() -> None:
+    logits, positive, everything = row(2, -1, 0.5), mask(1, 0, 0), mask(1, 1, 1)
+    expected = losses.in_batch_cross_entropy(logits, positive, everything).item()
+    assert losses.plackett_luce(logits, row(20, -math.inf, -math.inf), everything).item() == pytest.approx(expected)
+
+
+def test_ranknet_by_hand() -> None:
+    # only the first is above others; the two of -inf have no order
+    loss = losses.ranknet(row(1, 0, 3), row(5, -math.inf, -math.inf), mask(1, 1, 1))
+    assert loss.item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2, rel=1e-14)
+
+
+def test_lambdarank_by_hand() -> None:
+    # ranks 2 and 1: exchanging them changes DCG by (1 - .5) * (1 - 1 / log2(3)); the best DCG is 1 + .5 / log2(3)
+    loss = losses.lambdarank(row(0, 1), row(1, 0.5), mask(1, 1))
+    change = 0.5 * (1 - 1 / math.log2(3)) / (1 + 0.5 / math.log2(3))
+    assert loss.item() == pytest.approx(change * math.log(1 + math.exp(1)), rel=1e-12)
+
+
+def test_lambdarank_mostly_moves_the_first_places() -> None:
+    logits = row(4, 3, 2, 1, 0).requires_grad_()
+    losses.lambdarank(logits, row(0.0, 0.5, 0.0, 0.0, 0.5), mask(1, 1, 1, 1, 1)).backward()
+    assert gradient(logits)[0, 0] > gradient(logits)[0, 2] > 0
+
+
+def test_sinkhorn_of_one_query_is_the_distance_of_two_distributions() -> None:
+    # teacher 3/4 and 1/4, student 1/2 each
+    loss = losses.sinkhorn(row(1, 1), row(math.log(3), 0), mask(1, 1))
+    assert loss.item() == pytest.approx(0.5, rel=1e-12)
+
+
+def test_sinkhorn_may_take_another_query_s_distribution() -> None:
+    logits = torch.cat([row(0, 9), row(9, 0)])
+    expected = [row(0, 9), row(9, 0)]
+    same = losses.sinkhorn(logits, torch.cat(expected), mask(1, 1).repeat(2, 1)).item()
+    exchanged = losses.sinkhorn(logits, torch.cat(expected[::-1]), mask(1, 1).repeat(2, 1)).item()
+    assert same == pytest.approx(0.0, abs=1e-6)
+    assert exchanged == pytest.approx(0.0, abs=1e-6)
+
+
+def test_an_impossible_smoothing_is_refused() -> None:
+    with pytest.raises(InputError, match="must be above 0"):
+        losses.sinkhorn(row(1, 1), row(1, 0), mask(1, 1), smoothing=0.0)

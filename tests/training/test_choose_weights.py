@@ -9,7 +9,7 @@ from torch import nn
 
 from d2llm.core.types import Task
 from d2llm.training.choose_weights import choose_interaction_weights, choose_share, interpolate, items_at_best_weight
-from d2llm.training.dev import DevResult
+from d2llm.training.dev_sets import DevResult
 
 NUM = 40
 

@@ -18,7 +18,7 @@ from d2llm.models.student import Student
 from d2llm.ops.bm25_words import windows
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.training import fit_evidence as module
-from d2llm.training.dev import dev_queries
+from d2llm.training.dev_sets import dev_queries
 from d2llm.training.fit_evidence import EvidenceLists, fit_evidence, fit_task_weights, make_evidence_lists
 from d2llm.training.fit_scores import fit_scores
 from tiny_data import topics

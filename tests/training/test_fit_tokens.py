@@ -20,7 +20,7 @@ from d2llm.models.student import Student
 from d2llm.models.token_vectors import FILE_NAME, TokenProjection, read_token_projection, skipped_tokens
 from d2llm.retrieval.index import Index
 from d2llm.store.side_files import Chunking
-from d2llm.training.dev import dev_queries
+from d2llm.training.dev_sets import dev_queries
 from d2llm.training.fit_evidence import fit_evidence, make_evidence_lists
 from d2llm.training.fit_scores import fit_scores
 from d2llm.training.fit_tokens import _choose, _Examples, _loss, fit_tokens, mean_best_cosines, token_rarity

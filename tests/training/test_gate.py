@@ -25,7 +25,7 @@ from d2llm.models.teachers.judge import Judgements
 from d2llm.ops.measures import per_query_measures
 from d2llm.reports.training_tables import gate_table
 from d2llm.training import gate as verb
-from d2llm.training.dev import dev_queries, make_dev_lists, make_dev_pairs
+from d2llm.training.dev_sets import dev_queries, make_dev_pairs, make_judge_dev_set
 from d2llm.training.gate import GATE_FILE, LOOK_QUERIES, first_look, gate, read_gate
 from d2llm.training.objective import batch_losses
 from d2llm.training.sentences import describe_first_look, describe_gates, gate_advice
@@ -100,35 +100,35 @@ def test_data_without_dev_queries_is_rejected(qrels):
 def test_lists_join_candidates_by_words_and_by_vectors():
     dataset, student = everyday(), FakeStudent()
     queries = dev_queries(dataset, num_queries=3, seed=0)
-    lists = make_dev_lists(dataset, "asymmetric", queries, student=student, depth=2, with_positives=False)
+    dev_set = make_judge_dev_set(dataset, "asymmetric", queries, student=student, depth=2, with_positives=False)
     vectors = student.encode_passages([passage.full_text for passage in dataset.passages.values()]).vectors
     for query in queries:
         scores = vectors @ student.encode_queries([query.text]).vectors[0]
         nearest = [list(dataset.passages)[row] for row in np.argsort(-scores)[:2]]
         letter = query.id[1]
-        assert lists.candidates[query.id][:2] == [f"{letter}0", f"{letter}1"]  # equal BM25 scores: ordered by id
-        assert set(lists.candidates[query.id]) == {f"{letter}0", f"{letter}1", *nearest}
-    assert lists.qrels == {query.id: dataset.qrels["dev"][query.id] for query in queries}
+        assert dev_set.candidates[query.id][:2] == [f"{letter}0", f"{letter}1"]  # equal BM25 scores: ordered by id
+        assert set(dev_set.candidates[query.id]) == {f"{letter}0", f"{letter}1", *nearest}
+    assert dev_set.qrels == {query.id: dataset.qrels["dev"][query.id] for query in queries}
 
 
 def test_lists_with_positives_leave_out_their_repeats():
     dataset = everyday()
     dataset.passages["a0"] = Passage("a0", dataset.passages["a2"].text.upper())
-    lists = make_dev_lists(
+    dev_set = make_judge_dev_set(
         dataset, "asymmetric", [dataset.queries["qa"]], student=FakeStudent(), depth=3, with_positives=True
     )
-    assert lists.candidates["qa"][0] == "a2"
-    assert "a0" not in lists.candidates["qa"]
-    assert "a1" in lists.candidates["qa"]
+    assert dev_set.candidates["qa"][0] == "a2"
+    assert "a0" not in dev_set.candidates["qa"]
+    assert "a1" in dev_set.candidates["qa"]
 
 
 def test_a_head_without_an_anchor_proposes_by_cosine():
     dataset = everyday()
     queries = dev_queries(dataset, num_queries=2, seed=0)
-    lists = make_dev_lists(
+    dev_set = make_judge_dev_set(
         dataset, "asymmetric", queries, student=FakeStudent(head="paper"), depth=2, with_positives=False
     )
-    assert all(len(ids) >= 2 for ids in lists.candidates.values())
+    assert all(len(ids) >= 2 for ids in dev_set.candidates.values())
 
 
 def test_good_teacher_opens_and_bad_teacher_closes_the_gate(trial, student, tmp_path):
@@ -138,7 +138,7 @@ def test_good_teacher_opens_and_bad_teacher_closes_the_gate(trial, student, tmp_
     assert report.closed == ()
     # The cosine's value is the nDCG of the student's own scores on the same lists.
     dataset = everyday()
-    lists = make_dev_lists(
+    dev_set = make_judge_dev_set(
         dataset,
         "asymmetric",
         dev_queries(dataset, num_queries=12, seed=0),
@@ -148,14 +148,14 @@ def test_good_teacher_opens_and_bad_teacher_closes_the_gate(trial, student, tmp_
     )
     cosine = CosineTeacher(student)
     rankings = {}
-    for query, ids in lists.candidates.items():
+    for query, ids in dev_set.candidates.items():
         pairs = [(dataset.queries[query].text, dataset.passages[passage].full_text) for passage in ids]
         scores = dict(zip(ids, cosine.judge(pairs, "asymmetric").log_odds.tolist(), strict=True))
         rankings[query] = sorted(ids, key=lambda passage, scores=scores: (-scores[passage], passage))
-    expected = np.mean(list(per_query_measures(rankings, lists.qrels)["nDCG@10"].values()))
+    expected = np.mean(list(per_query_measures(rankings, dev_set.qrels)["nDCG@10"].values()))
     assert row.cosine == pytest.approx(expected)
     assert row.difference == pytest.approx(1 - expected)
-    assert report.num_judged == sum(len(ids) for ids in lists.candidates.values())
+    assert report.num_judged == sum(len(ids) for ids in dev_set.candidates.values())
     assert report.cosine == student.fingerprint
 
     wrong = trial(OracleJudge(right=False, fingerprint="wrong"))

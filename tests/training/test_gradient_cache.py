@@ -63,8 +63,9 @@ def batch() -> DistillationBatch:
     masks[2] = ~(masks[0] | masks[1])
     log_odds = np.random.default_rng(0).normal(0, 2, (NUM_QUERIES, NUM_PASSAGES)).astype(np.float32)
     gram = np.stack([np.eye(3, dtype=np.float32) * 0.5 + 0.5] * NUM_QUERIES)
+    labelled = np.ones_like(masks[0])
     return DistillationBatch(
-        make_source(passages, queries, []), tuple(queries), tuple(passages), *masks, log_odds, own, gram
+        make_source(passages, queries, []), tuple(queries), tuple(passages), *masks, log_odds, labelled, own, gram
     )
 
 

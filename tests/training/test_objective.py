@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import InteractionConfig, LossWeights
+from d2llm.core.recipe import NO_IMITATION, InteractionConfig, LossWeights
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
@@ -26,6 +26,13 @@ NONE = -np.inf
 ALL_WEIGHTS = LossWeights(
     contrastive_imitation=0.5,
     list_imitation=13.0,
+    score_regression=0.2,
+    margin_mse=0.3,
+    plackett_luce=0.4,
+    ranknet=0.6,
+    lambdarank=0.8,
+    sinkhorn=0.9,
+    in_batch_imitation=1.5,
     rank_imitation_positive_hard=2.0,
     rank_imitation_hard_easy=3.0,
     feature_imitation=5.0,
@@ -36,7 +43,9 @@ ALL_WEIGHTS = LossWeights(
 POSITIVE = [[1, 0, 0, 0], [0, 0, 0, 1]]
 HARD = [[0, 1, 1, 0], [0, 0, 1, 0]]
 EASY = [[0, 0, 0, 1], [1, 0, 0, 0]]
-LOG_ODDS = [[2.0, -1.0, 0.5, NONE], [NONE, 9.0, -3.0, 1.0]]
+LOG_ODDS = [[2.0, -1.0, 0.5, NONE], [-20.0, 9.0, -3.0, 1.0]]
+LABELLED = [[1, 1, 1, 0], [0, 1, 1, 1]]  # the first passage of q1 has the data set's own judgement
+LIVE = [[3.0, 1.0, 2.0, -1.0], [0.5, 4.0, -2.0, 2.5]]
 OWN = [[0, 2, 1], [3, 2, -1]]
 GRAM = [[[1, 0.3, 0.2], [0.3, 1, 0.6], [0.2, 0.6, 1]], [[1, -0.4, 0], [-0.4, 1, 0], [0, 0, 0]]]
 
@@ -52,8 +61,10 @@ def batch() -> DistillationBatch:
         tuple(passages),
         *masks,
         np.array(LOG_ODDS, np.float32),
+        np.array(LABELLED, bool),
         np.array(OWN),
         np.array(GRAM, np.float32),
+        live_scores=np.array(LIVE, np.float32),
     )
 
 
@@ -69,6 +80,7 @@ def scores() -> PairScores:
 
 def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
     positive, hard, easy = (torch.tensor(mask, dtype=torch.bool) for mask in (POSITIVE, HARD, EASY))
+    labelled = torch.tensor(LABELLED, dtype=torch.bool)
     log_odds = torch.tensor(LOG_ODDS)
     probabilities = 1 / (1 + torch.exp(-log_odds))  # 0 without a label
     features = torch.zeros(2, 3, 3)
@@ -84,6 +96,13 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
             logits, probabilities, positive, hard | easy, temperature=0.7
         ),
         "list_imitation": losses.list_imitation(logits, log_odds, positive | hard | easy),
+        "score_regression": losses.score_regression(logits, log_odds, included & labelled),
+        "margin_mse": losses.margin_mse(logits, log_odds, positive & labelled, (hard | easy) & labelled),
+        "plackett_luce": losses.plackett_luce(logits, log_odds, included),
+        "ranknet": losses.ranknet(logits, log_odds, included),
+        "lambdarank": losses.lambdarank(logits, probabilities, included),
+        "sinkhorn": losses.sinkhorn(logits, log_odds, included),
+        "in_batch_imitation": losses.list_imitation(logits, torch.tensor(LIVE), included),
         "rank_imitation_positive_hard": losses.rank_imitation_positive_hard(logits, log_odds, positive | hard),
         "rank_imitation_hard_easy": losses.rank_imitation_hard_easy(logits, probabilities, hard, easy),
         "feature_imitation": losses.feature_imitation(features, torch.tensor(GRAM), listed),
@@ -94,7 +113,7 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
 
 def test_each_loss_is_that_of_ops_on_the_batch_masks(scores: PairScores, batch: DistillationBatch) -> None:
     actual, expected = batch_losses(scores, batch, ALL_WEIGHTS), by_hand(scores)
-    assert list(actual) == list(expected)
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert value.item() != 0.0
         torch.testing.assert_close(actual[name], value, msg=name)
@@ -107,6 +126,13 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
     assert total == pytest.approx(
         0.5 * parts["contrastive_imitation"]
         + 13 * parts["list_imitation"]
+        + 0.2 * parts["score_regression"]
+        + 0.3 * parts["margin_mse"]
+        + 0.4 * parts["plackett_luce"]
+        + 0.6 * parts["ranknet"]
+        + 0.8 * parts["lambdarank"]
+        + 0.9 * parts["sinkhorn"]
+        + 1.5 * parts["in_batch_imitation"]
         + 2 * parts["rank_imitation_positive_hard"]
         + 3 * parts["rank_imitation_hard_easy"]
         + 5 * parts["feature_imitation"]
@@ -256,6 +282,7 @@ def long_batch() -> DistillationBatch:
         tuple(passages),
         *empty,
         np.zeros(shape, np.float32),
+        np.zeros(shape, bool),
         np.full((5, 1), -1),
         np.zeros((5, 1, 1), np.float32),
     )
@@ -291,3 +318,21 @@ def test_a_paper_head_scores_a_batch_too(model: Path, long_batch: DistillationBa
     assert scores.anchor is None
     assert scores.logits.shape == (5, 17)
     assert scores.features.shape == (5, 17, 8)
+
+
+def test_the_data_set_s_own_judgements_are_no_scores_to_regress(scores: PairScores, batch: DistillationBatch) -> None:
+    """They stand for certainty, and their size means nothing."""
+    weights = LossWeights(**NO_IMITATION | {"score_regression": 1.0, "margin_mse": 1.0}, in_batch_cross_entropy=0.0)
+    other = replace(batch, teacher_log_odds=np.where(batch.labelled, batch.teacher_log_odds, np.float32(99.0)))
+    before, after = (batch_losses(scores, each, weights) for each in (batch, other))
+    assert {name: value.item() for name, value in before.items()} == {
+        name: value.item() for name, value in after.items()
+    }
+    unlabelled = replace(batch, labelled=np.zeros_like(batch.labelled))
+    values = batch_losses(scores, unlabelled, weights)
+    assert values["score_regression"].item() == values["margin_mse"].item() == 0.0
+
+
+def test_a_loss_without_its_live_teacher_is_an_error(scores: PairScores, batch: DistillationBatch) -> None:
+    with pytest.raises(InputError, match=r"training\.live_teacher"):
+        batch_losses(scores, replace(batch, live_scores=None), ALL_WEIGHTS)

@@ -12,7 +12,7 @@ from d2llm.core.types import Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
 from d2llm.models.student import Student
-from d2llm.training.dev import DevResult, make_dev_set
+from d2llm.training.dev_sets import DevResult, make_dev_set
 from d2llm.training.residual import train_residual
 from tiny_data import tiny_recipe, topics
 from tiny_models import tiny_student_config, write_tiny_model

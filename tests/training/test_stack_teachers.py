@@ -94,7 +94,7 @@ def test_one_member_is_calibrated_and_measured_out_of_fold(tmp_path, judges):
     alone, together = report.tasks["asymmetric"].rows
     assert together.after == alone.after
     dataset = everyday()
-    lists = verb.make_dev_lists(
+    dev_set = verb.make_judge_dev_set(
         dataset,
         "asymmetric",
         verb.dev_queries(dataset, num_queries=12, seed=5, from_end=True),
@@ -102,7 +102,7 @@ def test_one_member_is_calibrated_and_measured_out_of_fold(tmp_path, judges):
         depth=8,
         with_positives=True,
     )
-    pairs = [(query, passage) for query, ids in lists.candidates.items() for passage in ids]
+    pairs = [(query, passage) for query, ids in dev_set.candidates.items() for passage in ids]
     texts = [(dataset.queries[query].text, dataset.passages[passage].full_text) for query, passage in pairs]
     scores = judges["llm"].judge(texts, "asymmetric").log_odds[:, None]
     labels = [passage == f"{query[1]}2" for query, passage in pairs]

@@ -442,11 +442,28 @@ class LabellingConfig(_Section):
 
 
 class LossWeights(_Section):
-    """Weights of the loss terms (published: 1 / 1 / 0.01 / 0.001 with a separate in-batch cross-entropy)."""
+    """Weights of the loss terms (published: 1 / 1 / 0.01 / 0.001 with a separate in-batch cross-entropy).
+
+    Formulas and papers are in ``ops.losses``; what each one brought is in docs/recipes.md.
+    """
 
     contrastive_imitation: float = Field(default=1.0, ge=0)
     list_imitation: float = Field(default=0.0, ge=0)
     """Not among the published losses: imitates the teacher's distribution over all candidates of the batch."""
+    score_regression: float = Field(default=0.0, ge=0)
+    """The teacher's log-odds themselves, up to an offset of the batch; of the pairs that the teacher judged."""
+    margin_mse: float = Field(default=0.0, ge=0)
+    """The differences of log-odds between positives and negatives; of the pairs that the teacher judged."""
+    plackett_luce: float = Field(default=0.0, ge=0)
+    """The teacher's order of all candidates (ListMLE)."""
+    ranknet: float = Field(default=0.0, ge=0)
+    """The teacher's order of every two candidates."""
+    lambdarank: float = Field(default=0.0, ge=0)
+    """The same, weighted by what exchanging the two would change in nDCG."""
+    sinkhorn: float = Field(default=0.0, ge=0)
+    """The teacher's distribution over all candidates, by its transport distance instead of a divergence."""
+    in_batch_imitation: float = Field(default=0.0, ge=0)
+    """The distribution of ``training.live_teacher`` over all candidates of the batch, none of which needs a label."""
     rank_imitation_positive_hard: float = Field(default=1.0, ge=0)
     rank_imitation_hard_easy: float = Field(default=0.01, ge=0)
     feature_imitation: float = Field(default=0.001, ge=0)
@@ -465,11 +482,17 @@ class LossWeights(_Section):
 
     @property
     def imitates(self) -> bool:
-        """Whether any loss needs a teacher; if not, a student is trained on the data sets' own judgements."""
-        return any(getattr(self, name) > 0 for name in NO_IMITATION)
+        """Whether any loss needs a teacher's labels; if not, a student is trained on the data sets' own judgements."""
+        return any(getattr(self, name) > 0 for name in NO_IMITATION if name != "in_batch_imitation")
 
 
-NO_IMITATION: dict[str, float] = {name: 0.0 for name in LossWeights.model_fields if "imitation" in name}
+NO_IMITATION: dict[str, float] = dict.fromkeys(
+    (
+        *(name for name in LossWeights.model_fields if "imitation" in name),
+        *("score_regression", "margin_mse", "plackett_luce", "ranknet", "lambdarank", "sinkhorn"),
+    ),
+    0.0,
+)
 """The weights of the losses that need a teacher, all 0."""
 
 
@@ -517,6 +540,9 @@ class TrainingConfig(WarmUpConfig):
     start: str | None = None
     """Continue from this student, a folder or a name; its settings must be those of ``[student]``. By default training
     starts from the pretrained backbone."""
+    live_teacher: str | None = None
+    """A student, a folder or a name, whose scores ``losses.in_batch_imitation`` imitates. It reads every text of the
+    training once, and scores all pairs of a batch by its vectors and its interaction."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """For adapters on a small model; use a third of it for large models, and a thirtieth to train all weights
     (``tuning = "full"``)."""
@@ -662,6 +688,16 @@ class Recipe(_Section):
             raise ValueError(
                 f"teacher.quantization is {self.teacher.quantization}, and quantised weights cannot be trained: set "
                 'teacher_tuning.tuning = "lora" or teacher_tuning.quantization = "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_live_teacher(self) -> Recipe:
+        weight = self.losses.in_batch_imitation
+        if weight and self.training.live_teacher is None:
+            raise ValueError(
+                f"losses.in_batch_imitation is {weight:g}, but training.live_teacher names no student whose scores it "
+                "could imitate: set it, or set the weight to 0"
             )
         return self
 

@@ -83,6 +83,8 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     values["data"] = data
     if recipe.training.start is None:
         del values["training"]["start"]
+    if recipe.training.live_teacher is None:
+        del values["training"]["live_teacher"]
     if recipe.training.remine:
         values["mining"] = recipe.mining.model_dump(mode="json")
     if recipe.evidence.in_training:

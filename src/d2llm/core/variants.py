@@ -1,6 +1,7 @@
 """Named variants of a recipe: the baselines for a student, and the ablations.
 
-Source of the ablations in the group ``published``: Liao et al., "D2LLM", ACL 2024, section 4.4.
+Source of the ablations in the group ``published``: Liao et al., "D2LLM", ACL 2024, section 4.4. Those in the group
+``losses`` replace a recipe's imitation by one loss that others published (``ops.losses`` names the papers).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from d2llm.core.names import suggestion
 from d2llm.core.recipe import NO_IMITATION, Recipe
 from d2llm.core.recipe_file import parse_recipe
 
-VariantGroup = Literal["baseline", "published", "own"]
+VariantGroup = Literal["baseline", "published", "losses", "own"]
 _Group = Mapping[str, tuple[str, Mapping[str, Any]]]  # name -> title and settings
 
 
@@ -75,6 +76,11 @@ def _without(*losses: str) -> dict[str, Any]:
     return {"losses": dict.fromkeys(losses, 0.0)}
 
 
+def _only(**weights: float) -> dict[str, Any]:
+    """Imitation by these losses alone."""
+    return {"losses": NO_IMITATION | weights}
+
+
 _BASELINES: _Group = {
     "cosine": (
         "tuned cosine: the plain bi-encoder",
@@ -96,6 +102,19 @@ _PUBLISHED: _Group = {
     "last-pooling": ("last token instead of PMA", _student(backbone={"pooling": "last"}, **_NO_PMA)),
     "cosine-for-iem": ("cosine instead of the IEM, same losses", _student(**_COSINE)),
     "one-branch": ("one branch of the IEM for both tasks", _student(interaction={"branches": "shared"})),
+}
+_LOSSES: _Group = {
+    "list-imitation": ("imitation: the teacher's distribution over the list", _only(list_imitation=0.5)),
+    "score-regression": ("imitation: the teacher's scores (DSE)", _only(score_regression=0.02)),
+    "margin-mse": ("imitation: the teacher's margins (Margin-MSE)", _only(margin_mse=0.02)),
+    "plackett-luce": ("imitation: the teacher's order, one after the other (ListMLE)", _only(plackett_luce=0.5)),
+    "ranknet": ("imitation: the teacher's order, two at a time (RankNet)", _only(ranknet=1.0)),
+    "lambdarank": ("imitation: the same, weighted by nDCG (LambdaRank)", _only(lambdarank=1.0)),
+    "sinkhorn": ("imitation: transport distance to the teacher's distribution (SinKD)", _only(sinkhorn=0.5)),
+    "in-batch-imitation": (
+        "imitation: a live student's scores of all pairs of a batch (TCT-ColBERT)",
+        _only(in_batch_imitation=0.5) | {"training": {"live_teacher": "d2llm-minilm"}},
+    ),
 }
 _OWN: _Group = {
     "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
@@ -119,9 +138,9 @@ _OWN: _Group = {
     "remine": ("hard negatives mined again from the second epoch on", {"training": {"remine": True}}),
     "gates": ("gates of query and passage on the bound", _student(interaction={"gates": True})),
     "no-gates": ("one bound for every pair", _student(interaction={"gates": False})),
-    "no-imitation": ("data sets' judgements only, no teacher", {"losses": NO_IMITATION}),
+    "no-imitation": ("data sets' judgements only, no teacher", _only()),
 }
-_GROUPS: dict[VariantGroup, _Group] = {"baseline": _BASELINES, "published": _PUBLISHED, "own": _OWN}
+_GROUPS: dict[VariantGroup, _Group] = {"baseline": _BASELINES, "published": _PUBLISHED, "losses": _LOSSES, "own": _OWN}
 VARIANTS: Mapping[str, Variant] = {
     name: Variant(name, group, title, settings)
     for group, variants in _GROUPS.items()

@@ -18,8 +18,8 @@ from d2llm.ops.batching import even_batches
 
 _CERTAIN_LOG_ODDS = 20.0  # log-odds of a data set's own judgement
 
-ScoreWords = Callable[[str, Sequence[str]], NDArray[np.float32]]
-"""What words add to the scores of passages (query text, passage ids -> [n])."""
+ScorePassages = Callable[[str, Sequence[str]], NDArray[np.float32]]
+"""Scores of passages of a data set, or what words add to them (query text, passage ids -> [n])."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,10 @@ class LabelledSource:
     """Number of queries of the plan with missing labels."""
     unlabelled: frozenset[str]
     """Those of them that are trained on nevertheless."""
-    score_words: ScoreWords | None = None
+    score_words: ScorePassages | None = None
     """Adds the words' part of the score to every pair of a batch; None if only the vectors count in training."""
+    score_live: ScorePassages | None = None
+    """The live teacher's scores of the pairs of a batch; None if there is none."""
 
     @classmethod
     def join(cls, source: TrainingSource, labels: LabelStore, *, keep_unlabelled: bool = False) -> LabelledSource:
@@ -78,7 +80,8 @@ class DistillationBatch:
     ``targets``, for labelled pairs only, is the data set's own probability of a yes, NaN for pairs that were not
     judged. ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding and where
     the store has no cosines; ``gram`` [Q, n, n] holds the cosines of the teacher's features over these passages.
-    ``word_scores`` is what words add to the scores; None if only the vectors count.
+    ``labelled`` says which pairs have a label of the teacher. ``word_scores`` is what words add to the scores; None if
+    only the vectors count. ``live_scores`` are those of the live teacher; None if there is none.
     """
 
     source: TrainingSource
@@ -88,10 +91,12 @@ class DistillationBatch:
     hard: NDArray[np.bool_]
     easy: NDArray[np.bool_]
     teacher_log_odds: NDArray[np.float32]
+    labelled: NDArray[np.bool_]
     own: NDArray[np.int64]
     gram: NDArray[np.float32]
     targets: NDArray[np.float32] | None = None
     word_scores: NDArray[np.float32] | None = None
+    live_scores: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,13 +223,13 @@ def _collate(
     passage_ids: tuple[str, ...],
 ) -> DistillationBatch:
     shape = (len(draws), max(map(len, columns)))
-    positive, hard, easy = (np.zeros(shape, bool) for _ in range(3))
+    positive, hard, easy, judged_by_teacher = (np.zeros(shape, bool) for _ in range(4))
     log_odds = np.full(shape, -np.inf, np.float32)
     width = max(len(draw.positives) + len(draw.hard) for draw in draws)
     targets = np.full(shape, np.nan, np.float32)
     own = np.full((len(draws), width), -1, np.int64)
     gram = np.zeros((len(draws), width, width), np.float32)
-    score_words, word_scores = labelled.score_words, np.zeros(shape, np.float32)
+    word_scores, live_scores = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     for row, (draw, column) in enumerate(zip(draws, columns, strict=True)):
         easy[row, : len(column)] = True
         positive[row, [column[passage_id] for passage_id in draw.positives]] = True
@@ -232,9 +237,10 @@ def _collate(
         judged = [column[passage_id] for passage_id in draw.positives + draw.hard]
         if draw.entry.targets:
             targets[row, judged] = draw.entry.targets
-        if score_words is not None:
-            query = labelled.source.query_text(draw.entry.query_id)
-            word_scores[row, list(column.values())] = score_words(query, list(column))
+        for score, added in ((labelled.score_words, word_scores), (labelled.score_live, live_scores)):
+            if score is not None:
+                query = labelled.source.query_text(draw.entry.query_id)
+                added[row, list(column.values())] = score(query, list(column))
         known = set(draw.entry.positives)
         for passage_id in (known | labelled.same_text.duplicates_of(known)) & column.keys():
             easy[row, column[passage_id]] = False
@@ -247,6 +253,7 @@ def _collate(
         for passage_id, value in labelled.labels.log_odds(draw.entry.query_id).items():
             if passage_id in column:
                 log_odds[row, column[passage_id]] = value
+                judged_by_teacher[row, column[passage_id]] = True
         own[row], gram[row] = _features(labelled.labels, draw, column, width)
     return DistillationBatch(
         source=labelled.source,
@@ -256,10 +263,12 @@ def _collate(
         hard=hard,
         easy=easy,
         teacher_log_odds=log_odds,
+        labelled=judged_by_teacher,
         own=own,
         gram=gram,
         targets=targets if any(draw.entry.targets for draw in draws) else None,
-        word_scores=None if score_words is None else word_scores,
+        word_scores=None if labelled.score_words is None else word_scores,
+        live_scores=None if labelled.score_live is None else live_scores,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from d2llm.core.recipe import EndpointConfig
 from d2llm.models.sources import find_model, load_tokenizer
-from d2llm.ops.truncation import cut_pair
+from d2llm.ops.pair_truncation import cut_pair
 
 
 class TextLengths:
@@ -40,7 +40,7 @@ class TextLengths:
         return [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
 
     def cut(self, pairs: Sequence[tuple[str, str]], room: int) -> list[tuple[str, str]]:
-        """Each pair of texts, cut to ``room`` units together (``ops.truncation.cut_pair``)."""
+        """Each pair of texts, cut to ``room`` units together (``ops.pair_truncation.cut_pair``)."""
         distinct = list(dict.fromkeys(text for pair in pairs for text in pair))
         ends = dict(zip(distinct, self.ends(distinct), strict=True))
         return [cut_pair(pair, (ends[pair[0]], ends[pair[1]]), room) for pair in pairs]

@@ -1,9 +1,9 @@
 """The training losses as pure functions: what the student learns to imitate.
 
-They follow Liao et al., "D2LLM: Decomposed and Distilled Large Language Models for Semantic Search", ACL 2024
-(arXiv 2406.17262), section 3.3 "Knowledge distillation". Every function works on a whole batch: Q queries against all
-N passages of the batch (own lists and in-batch), with boolean masks that say which role each passage plays for each
-query. What they share:
+First those of Liao et al., "D2LLM: Decomposed and Distilled Large Language Models for Semantic Search", ACL 2024
+(arXiv 2406.17262), section 3.3 "Knowledge distillation"; then what others published on distilling a scorer. Every
+function works on a whole batch: Q queries against all N passages of the batch (own lists and in-batch), with boolean
+masks that say which role each passage plays for each query. What they share:
 
 - An entry outside the masks is ignored: it may hold NaN or infinity, and its gradient is exactly 0.
 - The result is the mean over the queries that count; each docstring says which. If none counts, it is 0, still
@@ -205,6 +205,165 @@ def feature_imitation(
     return masked_mean(per_query, mask.sum(dim=1) >= 2).to(student_features.dtype)
 
 
+def score_regression(
+    logits: Float[Tensor, "queries passages"],
+    teacher_log_odds: Float[Tensor, "queries passages"],
+    mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """The student's logits should be the teacher's log-odds, up to one number for the whole batch.
+
+    L = mean_{ij in M} (z_ij - l_ij - b)^2,  b = mean_{ij in M} (z_ij - l_ij)
+
+    The offset b is the one that fits best: no ranking depends on it, and an inner product cannot learn it. Counted:
+    every pair of the mask M with finite log-odds, equally. Distilled Sentence Embedding, Barkan et al., "Scalable
+    Attentive Sentence-Pair Modeling via Distilled Sentence Embedding", AAAI 2020 (arXiv 1908.05161), which has no such
+    offset.
+    """
+    judged = mask & teacher_log_odds.isfinite()
+    student, teacher = _under(judged, logits, teacher_log_odds)
+    differences, pairs = (student - teacher).flatten(), judged.flatten()
+    offset = masked_mean(differences, pairs)
+    return masked_mean((differences - offset).square(), pairs).to(logits.dtype)
+
+
+def margin_mse(
+    logits: Float[Tensor, "queries passages"],
+    teacher_log_odds: Float[Tensor, "queries passages"],
+    positive_mask: Bool[Tensor, "queries passages"],
+    negative_mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """A positive should score above a negative by as much as it does with the teacher.
+
+    L_i = 1/(|D+| |D-|) sum_{j in D+, k in D-} ( (z_ij - z_ik) - (l_ij - l_ik) )^2
+
+    Counted: queries with a positive and a negative of finite log-odds; other entries are left out. Margin-MSE:
+    Hofstätter et al., "Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation", 2020
+    (arXiv 2010.02666), section 3.
+    """
+    finite = teacher_log_odds.isfinite()
+    positives, negatives = positive_mask & finite, negative_mask & finite
+    student, teacher = _under(positives | negatives, logits, teacher_log_odds)
+    query, positive = positives.nonzero(as_tuple=True)
+    difference = student - teacher
+    errors = (difference[query, positive][:, None] - difference[query]).square()
+    counted = positives.any(dim=1) & negatives.any(dim=1)
+    per_positive = masked_mean(errors, negatives[query]) / positives.sum(dim=1)[query]
+    return (per_positive.sum() / counted.sum().clamp(min=1)).to(logits.dtype)
+
+
+def plackett_luce(
+    logits: Float[Tensor, "queries passages"],
+    teacher_scores: Float[Tensor, "queries passages"],
+    candidate_mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """The teacher's order should be probable if the student draws one passage after the other.
+
+    L_i = 1/n sum_{r=1..n} -log( exp(z_r) / sum_{s >= r} exp(z_s) )
+
+    with the candidates in the teacher's order; only the n with a score above -inf are drawn, the others follow all of
+    them, in no order. Of equal scores the first one counts as the higher. Counted: queries with a drawn candidate. The
+    Plackett-Luce model's likelihood of an order: Xia et al., "Listwise Approach to Learning to Rank", ICML 2008
+    (ListMLE); for distilling rankings: Reddi et al., "RankDistil", AISTATS 2021.
+    """
+    drawn = candidate_mask & (teacher_scores > -torch.inf)
+    (student,) = _under(candidate_mask, logits)
+    (teacher,) = _under(drawn, teacher_scores)
+    lowest = torch.finfo(student.dtype).min
+    key = teacher.to(student.dtype).masked_fill(~drawn, lowest / 2).masked_fill(~candidate_mask, lowest)
+    order = key.sort(dim=1, descending=True, stable=True).indices
+    ordered = student.masked_fill(~candidate_mask, lowest).gather(1, order)
+    remaining = ordered.flip(1).logcumsumexp(dim=1).flip(1)
+    is_drawn = drawn.gather(1, order)
+    per_query = masked_mean(torch.where(is_drawn, remaining - ordered, 0.0), is_drawn)
+    return masked_mean(per_query, is_drawn.any(dim=1)).to(logits.dtype)
+
+
+def ranknet(
+    logits: Float[Tensor, "queries passages"],
+    teacher_scores: Float[Tensor, "queries passages"],
+    candidate_mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """Each passage should score above those that the teacher places below it.
+
+    L_i = mean_{j, k in C: l_ij > l_ik} log( 1 + exp(z_ik - z_ij) )
+
+    Counted: queries with such a pair. Pairs of two passages of -inf have no order. Burges et al., "Learning to Rank
+    using Gradient Descent", ICML 2005; the pairwise logistic loss of RankT5 (Zhuang et al., SIGIR 2023). Memory: one
+    row of N per passage with a score above -inf.
+    """
+    query, is_below, losses = _ordered_pairs(logits, teacher_scores, candidate_mask)
+    per_query = _sum_by_query(torch.where(is_below, losses, 0.0), query, len(logits))
+    num_pairs = _sum_by_query(is_below.to(per_query.dtype), query, len(logits))
+    return masked_mean(per_query / num_pairs.clamp(min=1), num_pairs > 0).to(logits.dtype)
+
+
+def lambdarank(
+    logits: Float[Tensor, "queries passages"],
+    teacher_probabilities: Float[Tensor, "queries passages"],
+    candidate_mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """RankNet with each pair weighted by what exchanging its two passages would change in nDCG.
+
+    L_i = sum_{j, k in C: s_ij > s_ik} |s_ij - s_ik| |d(r_j) - d(r_k)| / DCG*_i  log( 1 + exp(z_ik - z_ij) )
+
+    with d(r) = 1 / log2(1 + r), r the student's rank among the candidates, and the teacher's probabilities as gains;
+    DCG*_i is the teacher's own order's. Counted: queries with such a pair. Burges, "From RankNet to LambdaRank to
+    LambdaMART", 2010; as a loss: Wang et al., "The LambdaLoss Framework", CIKM 2018. Memory: as ``ranknet``.
+    """
+    (gains,) = _under(candidate_mask, teacher_probabilities)
+    query, is_below, losses = _ordered_pairs(
+        logits, teacher_probabilities.masked_fill(teacher_probabilities <= 0, -torch.inf), candidate_mask
+    )
+    discounts = 1.0 / torch.arange(2, logits.shape[1] + 2, device=logits.device, dtype=losses.dtype).log2()
+    gains = gains.to(losses.dtype)
+    ideal = (gains.sort(dim=1, descending=True).values * discounts).sum(dim=1)
+    with torch.no_grad():
+        places = logits.float().masked_fill(~candidate_mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        discount = torch.empty_like(gains).scatter_(1, places, discounts.expand_as(gains))
+    high = candidate_mask & (teacher_probabilities > 0)
+    row, column = high.nonzero(as_tuple=True)
+    change = (gains[row, column][:, None] - gains[row]).abs() * (discount[row, column][:, None] - discount[row]).abs()
+    change = change / ideal.clamp(min=torch.finfo(ideal.dtype).tiny)[row][:, None]
+    per_query = _sum_by_query(torch.where(is_below, change * losses, 0.0), query, len(logits))
+    has_pairs = _sum_by_query(is_below.to(per_query.dtype), query, len(logits)) > 0
+    return masked_mean(per_query, has_pairs).to(logits.dtype)
+
+
+def sinkhorn(
+    logits: Float[Tensor, "queries passages"],
+    teacher_log_odds: Float[Tensor, "queries passages"],
+    candidate_mask: Bool[Tensor, "queries passages"],
+    *,
+    smoothing: float = 0.1,
+    num_rounds: int = 20,
+) -> Float[Tensor, ""]:
+    """The teacher's distributions should be near the student's, as a cheap way of moving the one onto the other.
+
+    L = 1/Q sum_ij P_ij D_ij,  D_ij = sum_k |p_ik - q_jk|
+
+    with p and q as in ``list_imitation`` and P the transport plan between the batch's teacher and student
+    distributions, which Sinkhorn's iterations make of exp(-D / smoothing) (rows and columns sum to 1). Counted: queries
+    with a candidate of log-odds above -inf. SinKD, Cui et al., "Sinkhorn Distance Minimization for Knowledge
+    Distillation", COLING 2024 (arXiv 2402.17110), with its smoothing and number of rounds. Its classes are the same for
+    all examples; two queries share candidates only within a batch, so P is nearly diagonal and L nearly the mean
+    distance of each query's own two distributions.
+    """
+    possible = candidate_mask & (teacher_log_odds > -torch.inf)
+    counted = possible.any(dim=1)
+    (student,) = _under(candidate_mask, logits)
+    (teacher,) = _under(possible, teacher_log_odds)
+    lowest = torch.finfo(student.dtype).min
+    p = torch.where(possible, teacher.to(student.dtype).masked_fill(~possible, lowest).softmax(dim=1), 0.0)[counted]
+    q = torch.where(candidate_mask, student.masked_fill(~candidate_mask, lowest).softmax(dim=1), 0.0)[counted]
+    distances = (p[:, None] - q[None]).abs().sum(dim=2)
+    plan = (-distances / _checked_temperature(smoothing)).exp()
+    smallest = torch.finfo(plan.dtype).tiny
+    for _ in range(num_rounds):
+        plan = plan / plan.sum(dim=0, keepdim=True).clamp(min=smallest)
+        plan = plan / plan.sum(dim=1, keepdim=True).clamp(min=smallest)
+    return ((plan * distances).sum() / counted.sum().clamp(min=1)).to(logits.dtype)
+
+
 def _under(mask: Tensor, *values: Tensor) -> list[Tensor]:
     """The values in one full-precision dtype, 0 outside the mask; applied before any arithmetic, so no NaN spreads."""
     dtype = torch.promote_types(values[0].dtype, torch.float32)
@@ -220,6 +379,23 @@ def _positives_against_negatives(
     against = negative_exponents.masked_fill(~negative_mask, lowest).logsumexp(dim=1, keepdim=True)
     losses = -functional.logsigmoid(positive_exponents - against)
     return masked_mean(masked_mean(losses, positive_mask), positive_mask.any(dim=1))
+
+
+def _ordered_pairs(logits: Tensor, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of a passage with a score above -inf and a candidate that scores lower.
+
+    Returns (query of each such passage [n], whether a candidate is below it [n, N], log(1 + exp(z_k - z_j)) [n, N]).
+    """
+    (student,) = _under(mask, logits)
+    scores = scores.masked_fill(~mask, torch.inf)  # never below
+    query, high = (mask & (scores > -torch.inf)).nonzero(as_tuple=True)
+    is_below = scores[query] < scores[query, high][:, None]
+    return query, is_below, functional.softplus(student[query] - student[query, high][:, None])
+
+
+def _sum_by_query(rows: Tensor, query: Tensor, num_queries: int) -> Tensor:
+    """Sums [num_queries] of the rows [n, N] that belong to each query."""
+    return rows.new_zeros(num_queries).index_add(0, query, rows.sum(dim=1))
 
 
 def _standardised(values: Tensor, mask: Tensor) -> Tensor:

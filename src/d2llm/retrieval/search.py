@@ -77,9 +77,11 @@ def search(
     return searcher.rank(queries)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _PreparedQuery:
     """A query with everything computed before its ranking.
+
+    It is not frozen: it is prepared in several steps, and its ranking adds to ``seconds`` and ``missing``.
 
     Attributes:
         sent: the query as shards get it.
@@ -87,6 +89,7 @@ class _PreparedQuery:
         depth: how many candidates each source proposes at first.
         scanned: by shard, the query's candidates from a scan shared with other queries, to that depth.
         seconds: time by stage, as in a ranking.
+        truncated: whether the query is longer than the student reads.
         missing: by shard, why it gave no answer to this query.
         expansion: what a language model added to the query, or None.
         rephrasings: other queries with its meaning, prepared like this one.
@@ -97,6 +100,7 @@ class _PreparedQuery:
     depth: int
     scanned: Mapping[int, CandidateRows]
     seconds: dict[str, float]
+    truncated: bool = False
     missing: dict[int, MissingShard] = field(default_factory=dict[int, MissingShard])
     expansion: QueryExpansion | None = None
     rephrasings: tuple[_PreparedQuery, ...] = ()
@@ -166,7 +170,7 @@ class Searcher:
             )
         self._cascade = cascade
         kept = reaches or KeptReaches()
-        self._shards = [self._begin(view, kept.of_shard(place)) for place, view in enumerate(index.shards)]
+        self._shards = [self._begin(view, kept.of_shard(shard_index)) for shard_index, view in enumerate(index.shards)]
         self._allow_missing = allow_missing
         self._sources = source_names(self.settings, self.weights, is_exact=self._exact)
         in_order = cascade is None and self.settings.hybrid is None and not self._rephrases
@@ -200,9 +204,7 @@ class Searcher:
         if tokens is not None and any(own is None for own in tokens):
             tokens = None
         prepared = self._prepare(queries, vectors, "searching", tokens)
-        return [
-            replace(self._without_lost(partial(self._shown, one)), truncated=truncated) for one, truncated in prepared
-        ]
+        return [self._retrying_without_lost_shards(partial(self._shown, one)) for one in prepared]
 
     def rank_ids(
         self,
@@ -222,9 +224,9 @@ class Searcher:
             vectors, cut = encoded.vectors, frozenset(encoded.truncated)
             tokens = None if encoded.tokens is None else encoded.tokens.split()
         rankings: list[IdRanking] = []
-        for place, (prepared, truncated) in enumerate(self._prepare(queries, vectors, title, tokens)):
-            passages = self._without_lost(partial(self._ids, prepared))
-            rankings.append(IdRanking(prepared.query, passages, truncated or place in cut))
+        for position, prepared in enumerate(self._prepare(queries, vectors, title, tokens)):
+            passages = self._retrying_without_lost_shards(partial(self._ids, prepared))
+            rankings.append(IdRanking(prepared.query, passages, prepared.truncated or position in cut))
         return rankings
 
     def _prepare(
@@ -233,8 +235,8 @@ class Searcher:
         vectors: NDArray[np.float32] | None,
         title: str,
         tokens: Sequence[NDArray[np.float32] | None] | None = None,
-    ) -> Iterator[tuple[_PreparedQuery, bool]]:
-        """Every query ready to be ranked, and whether it was truncated; the bar counts the queries that were taken."""
+    ) -> Iterator[_PreparedQuery]:
+        """Every query ready to be ranked; the bar counts the queries that were taken."""
         all_queries = _as_queries(queries)
         if vectors is not None and self._expansion is not None:
             raise InputError("an expansion is written for texts, not for vectors: leave out one of them")
@@ -263,7 +265,7 @@ class Searcher:
         queries: Sequence[Query],
         vectors: NDArray[np.float32] | None,
         given_tokens: Sequence[NDArray[np.float32] | None] | None = None,
-    ) -> Iterator[tuple[_PreparedQuery, bool]]:
+    ) -> Iterator[_PreparedQuery]:
         """``_prepare`` for as many queries as are encoded at once."""
         begin = time.perf_counter()
         cut: Sequence[int] = ()
@@ -286,12 +288,11 @@ class Searcher:
         for at in range(0, len(queries), _SCANNED_AT_ONCE):
             part = slice(at, at + _SCANNED_AT_ONCE)
             together = self._prepare_together(queries[part], vectors[part], anchors[part], tokens[part], seconds)
-            for place, prepared in enumerate(together, at):
-                yield prepared, place in cut
+            for position, prepared in enumerate(together, at):
+                prepared.truncated = position in cut
+                yield prepared
 
-    def _prepare_rephrased(
-        self, queries: Sequence[Query], expansion: Expansion
-    ) -> Iterator[tuple[_PreparedQuery, bool]]:
+    def _prepare_rephrased(self, queries: Sequence[Query], expansion: Expansion) -> Iterator[_PreparedQuery]:
         """``_prepare_block`` for queries with their rephrasings."""
         expansions = expansion.expand([query.text for query in queries])
         phrasings = [
@@ -301,22 +302,16 @@ class Searcher:
         ]
         prepared = self._prepare_block(phrasings, None)
         for expanded in expansions:
-            own, truncated = next(prepared)
-            others = [next(prepared) for _ in expanded.texts]
-            for other, _ in others:
+            own = next(prepared)
+            own.rephrasings = tuple(next(prepared) for _ in expanded.texts)
+            for other in own.rephrasings:
                 for stage, seconds in other.seconds.items():
                     own.seconds[stage] += seconds
             own.seconds["expansion"] = expanded.seconds
-            num_truncated = sum(was_truncated for _, was_truncated in others)
-            rephrasings = tuple(other for other, _ in others)
-            yield (
-                replace(own, expansion=replace(expanded, num_truncated=num_truncated), rephrasings=rephrasings),
-                truncated,
-            )
+            own.expansion = replace(expanded, num_truncated=sum(other.truncated for other in own.rephrasings))
+            yield own
 
-    def _prepare_hypothetical(
-        self, queries: Sequence[Query], expansion: Expansion
-    ) -> Iterator[tuple[_PreparedQuery, bool]]:
+    def _prepare_hypothetical(self, queries: Sequence[Query], expansion: Expansion) -> Iterator[_PreparedQuery]:
         """``_prepare_block`` for queries whose vectors include those of hypothetical passages."""
         texts = [query.text for query in queries]
         expansions = expansion.expand(texts)
@@ -325,10 +320,11 @@ class Searcher:
         vectors, expansions = add_hypothetical_passages(self._student, read.vectors, expansions)
         seconds = (time.perf_counter() - begin) / len(queries)
         prepared = self._prepare_block(queries, vectors)
-        for place, ((own, _), expanded) in enumerate(zip(prepared, expansions, strict=True)):
+        for position, (own, expanded) in enumerate(zip(prepared, expansions, strict=True)):
             own.seconds["encode"] += seconds
             own.seconds["expansion"] = expanded.seconds
-            yield replace(own, expansion=expanded), place in read.truncated
+            own.expansion, own.truncated = expanded, position in read.truncated
+            yield own
 
     def _prepare_together(
         self,
@@ -365,9 +361,9 @@ class Searcher:
                 one,
                 is_score,
                 depth,
-                {place: scanned[number] for place, scanned in scans.items() if scanned is not None},
+                {shard_index: scanned[number] for shard_index, scanned in scans.items() if scanned is not None},
                 {},
-                dict(missing),
+                missing=dict(missing),
             )
             for number, (one, is_score) in enumerate(zip(sent, are_scores, strict=True))
         ]
@@ -383,7 +379,7 @@ class Searcher:
         counted = [CountedTerms.from_text(query.text) for query in queries]
         hashes = np.concatenate([one.hashes for one in counted])
         counts = self._ask(missing, lambda _, shard: shard.count_words(hashes))
-        num_passages = sum(len(self._index.shards[place]) for place in counts)
+        num_passages = sum(len(self._index.shards[shard_index]) for shard_index in counts)
         rows_with = sum(counts.values(), np.zeros(len(hashes), np.int64))
         ends = np.cumsum([len(one.hashes) for one in counted])
         return [
@@ -394,11 +390,11 @@ class Searcher:
         self,
         missing: dict[int, MissingShard],
         step: Callable[[int, SearchedShard], _Answer],
-        places: Iterable[int] | None = None,
+        shard_indexes: Iterable[int] | None = None,
         *,
         in_turn: bool = False,
     ) -> dict[int, _Answer]:
-        """The answers of all shards, or of those at some places, by their places; ``in_turn``: not at the same time.
+        """The answers of all shards, or of ``shard_indexes``, by shard index; ``in_turn``: not at the same time.
 
         A shard that cannot be read is added to ``missing``, and not asked again, if that is allowed.
 
@@ -406,22 +402,24 @@ class Searcher:
             ShardAwayError: no shard can be read.
         """
         answers: dict[int, _Answer] = {}
-        asked = [place for place in (range(len(self._shards)) if places is None else places) if place not in missing]
+        wanted = range(len(self._shards)) if shard_indexes is None else shard_indexes
+        asked = [shard_index for shard_index in wanted if shard_index not in missing]
 
-        def answer(place: int) -> _Answer | MissingShard:
-            shard = self._shards[place]
+        def answer(asked_index: int) -> _Answer | MissingShard:
+            shard = self._shards[asked_index]
             try:
-                return step(place, shard)
+                return step(asked_index, shard)
             except (DataFormatError, StorageError, OSError) as error:
                 if not self._allow_missing:
                     raise
                 return shard.missing(error)
 
-        for place, given in zip(asked, map(answer, asked) if in_turn else map_in_threads(answer, asked), strict=True):
-            if isinstance(given, MissingShard):
-                missing[place] = given
+        given = map(answer, asked) if in_turn else map_in_threads(answer, asked)
+        for shard_index, one in zip(asked, given, strict=True):
+            if isinstance(one, MissingShard):
+                missing[shard_index] = one
             else:
-                answers[place] = given
+                answers[shard_index] = one
         if len(missing) == len(self._shards):
             raise ShardAwayError(f"no shard of the index answers; the first: {next(iter(missing.values())).problem}")
         return answers
@@ -457,7 +455,7 @@ class Searcher:
         order = self._order(prepared)
         return tuple(zip(self._index.ids(order.rows), order.shown_scores, strict=True))
 
-    def _without_lost(self, rank: Callable[[], _Answer]) -> _Answer:
+    def _retrying_without_lost_shards(self, rank: Callable[[], _Answer]) -> _Answer:
         """``rank()``; if a shard is lost after it has proposed passages, once more without it, if that is allowed."""
         for _ in self._shards:
             try:
@@ -495,6 +493,7 @@ class Searcher:
             scored.certificate,
             self._index.version,
             report,
+            truncated=prepared.truncated,
             selection=order.selection,
             expansion=prepared.expansion,
             missing_shards=tuple({shard.number: shard for shard in missing}.values()),
@@ -503,8 +502,8 @@ class Searcher:
     def _evidence(self, prepared: _PreparedQuery, rows: NDArray[np.int64]) -> EvidenceParts:
         """What words, windows and tokens add to the scores of some rows [n]."""
         parts: dict[str, NDArray[np.float32]] = {}
-        for place, at, own in rows_by_shard(rows):
-            for name, values in self._shards[place].evidence(prepared.sent, own)._asdict().items():
+        for shard_index, at, own in rows_by_shard(rows):
+            for name, values in self._shards[shard_index].evidence(prepared.sent, own)._asdict().items():
                 if values is not None:
                     parts.setdefault(name, np.zeros(len(rows), np.float32))[at] = values
         return EvidenceParts(**parts)
@@ -534,19 +533,19 @@ class Searcher:
         scanned = prepared.scanned if depth == prepared.depth else {}
         share = self._share(depth)
         proposals = self._ask(
-            missing, lambda place, shard: shard.propose(prepared.sent, share, scanned=scanned.get(place))
+            missing, lambda shard_index, shard: shard.propose(prepared.sent, share, scanned=scanned.get(shard_index))
         )
         merged = self._merged(proposals, depth)
         more = [
-            place
-            for place, own in proposals.items()
+            shard_index
+            for shard_index, own in proposals.items()
             for name, one in own.items()
-            if len(one.rows) == share < depth and joint_rows(place, one.rows[-1:]) in merged[name].rows
+            if len(one.rows) == share < depth and joint_rows(shard_index, one.rows[-1:]) in merged[name].rows
         ]
         if not more:
             return merged
         again = self._ask(missing, lambda _, shard: shard.propose(prepared.sent, depth), dict.fromkeys(more))
-        return self._merged({place: again.get(place, own) for place, own in proposals.items()}, depth)
+        return self._merged({shard_index: again.get(shard_index, own) for shard_index, own in proposals.items()}, depth)
 
     def _share(self, depth: int) -> int:
         """How many of the best ``depth`` rows a shard is first asked for: seldom fewer than it has of them."""
@@ -558,7 +557,7 @@ class Searcher:
         merged: dict[str, CandidateRows] = {}
         for name in self._sources:
             by_ids = name != "bm25" or self.settings.hybrid is not None
-            found = {place: own[name] for place, own in proposals.items()}
+            found = {shard_index: own[name] for shard_index, own in proposals.items()}
             merged[name] = merge_candidates(found, depth, self._index.ids if by_ids else None)
         return merged
 
@@ -571,16 +570,16 @@ class Searcher:
         # Sorted rows are read from disk sequentially; the final order is made later.
         rows = np.unique(np.concatenate([proposal.rows for proposal in proposals.values()]))
         phrasings = (prepared, *prepared.rephrasings)
-        parts = {place: (at, own) for place, at, own in rows_by_shard(rows)}
+        parts = {shard_index: (at, own) for shard_index, at, own in rows_by_shard(rows)}
 
-        def score(place: int, shard: SearchedShard) -> NDArray[np.float32]:
-            return np.stack([shard.score(one.sent, parts[place][1]) for one in phrasings])
+        def score(shard_index: int, shard: SearchedShard) -> NDArray[np.float32]:
+            return np.stack([shard.score(one.sent, parts[shard_index][1]) for one in phrasings])
 
         is_scored = np.zeros(len(rows), np.bool_)
         all_scores = np.zeros((len(phrasings), len(rows)), np.float32)
-        for place, scores in self._ask(prepared.missing, score, parts).items():
-            is_scored[parts[place][0]] = True
-            all_scores[:, parts[place][0]] = scores
+        for shard_index, scores in self._ask(prepared.missing, score, parts).items():
+            is_scored[parts[shard_index][0]] = True
+            all_scores[:, parts[shard_index][0]] = scores
         rows, all_scores = rows[is_scored], all_scores[:, is_scored]
         for one, scores in zip(phrasings, all_scores, strict=True):
             _refuse_nan(scores, one.query)
@@ -600,9 +599,11 @@ class Searcher:
         rows, scores, is_all = certified.rows, certified.scores, len(certified.rows) < top_k
         # BM25's proposals in a fusion need not be among the student's best.
         proposed = np.concatenate([np.zeros(0, np.int64), *(proposal.rows for proposal in proposals.values())])
-        others = {place: own for place, _, own in rows_by_shard(np.setdiff1d(proposed, rows))}
-        more = self._ask(prepared.missing, lambda place, shard: shard.score(prepared.sent, others[place]), others)
-        rows = np.concatenate([rows, *(joint_rows(place, others[place]) for place in more)])
+        others = {shard_index: own for shard_index, _, own in rows_by_shard(np.setdiff1d(proposed, rows))}
+        more = self._ask(
+            prepared.missing, lambda shard_index, shard: shard.score(prepared.sent, others[shard_index]), others
+        )
+        rows = np.concatenate([rows, *(joint_rows(shard_index, others[shard_index]) for shard_index in more)])
         scores = np.concatenate([scores, *more.values()])
         return ScoredCandidates(rows, scores, certified.certificate.num_scored, proposals, certificate, is_all)
 

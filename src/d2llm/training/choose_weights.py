@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2llm.core.types import Task
 from d2llm.ops.gating import never_worse
-from d2llm.training.dev import DevResult
+from d2llm.training.dev_sets import DevResult
 
 Items = dict[str, dict[str, float]]
 """For each data set, the value of each of its queries or pairs."""

@@ -26,10 +26,11 @@ from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
 from d2llm.models.token_vectors import TokenProjection
-from d2llm.training.dev import DevSet, make_dev_set
+from d2llm.training.dev_sets import DevSet, make_dev_set
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.fit_tokens import fit_tokens
+from d2llm.training.live_teacher import LiveTeacher
 from d2llm.training.objective import OFFSET
 from d2llm.training.processes import Processes, joined_processes, own_device
 from d2llm.training.residual import AskTeacher
@@ -133,9 +134,12 @@ def distill(
         if recipe.evidence.in_training:
             evidence = _evidence_at_start(student, sources, recipe, run_folder, processes)
             labelled, dev_sets = _with_words(labelled, dev_sets, evidence)
+        live_teacher = _load_live_teacher(recipe, device=device, dtype=dtype)
+        if live_teacher is not None:
+            labelled = _with_live_teacher(labelled, live_teacher)
         start_tokens = student.token_projection
         student.prepare_training(seed=recipe.seed)
-        settings = _run_settings(recipe, labelled, identity, started_from)
+        settings = _run_settings(recipe, labelled, identity, started_from, live_teacher)
         run = DistillRun(
             student,
             recipe,
@@ -315,6 +319,23 @@ def _with_words(
     return sources, dev
 
 
+def _load_live_teacher(recipe: Recipe, *, device: str | None, dtype: str | None) -> Student | None:
+    name = recipe.training.live_teacher
+    if name is None or not recipe.losses.in_batch_imitation:
+        return None
+    return Student.load(name, device=own_device(device), dtype=dtype)
+
+
+def _with_live_teacher(labelled: Sequence[LabelledSource], teacher: Student) -> list[LabelledSource]:
+    """The same data sets, whose pairs the live teacher scores; labelled pairs are not compared with one another."""
+    return [
+        replace(each, score_live=LiveTeacher(teacher, each.source.dataset, each.source.task))
+        if each.source.pairs is None
+        else each
+        for each in labelled
+    ]
+
+
 def _fit_evidence(
     student: Student, sources: Sequence[TrainingSource], recipe: Recipe, terms: Sequence[EvidenceTerm]
 ) -> Evidence:
@@ -360,24 +381,33 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recip
 
 
 def _run_settings(
-    recipe: Recipe, sources: Sequence[LabelledSource], identity: TeacherIdentity, started_from: str | None
+    recipe: Recipe,
+    sources: Sequence[LabelledSource],
+    identity: TeacherIdentity,
+    started_from: str | None,
+    live_teacher: Student | None,
 ) -> dict[str, Any]:
     """Everything that affects a run, as JSON; a checkpoint or student with other settings is from another run.
 
     ``started_from`` is the fingerprint of the student that training continues from, if any.
     """
     start = {} if started_from is None else {"started_from": started_from}
-    return start | {
-        "recipe": shaping_settings(recipe),
-        "teacher": identity.fingerprint,
-        "prompts": dict(identity.prompts),
-        "plans": {s.source.dataset.name: s.source.plan.manifest["content_hash"] for s in sources},
-        "labels": {
-            s.source.dataset.name: {
-                "queries": len(s.entries),
-                "unlabelled": s.num_unlabelled,
-                "teacher": s.labels.teacher,
-            }
-            for s in sources
-        },
-    }
+    live = {} if live_teacher is None else {"live_teacher": live_teacher.fingerprint}
+    return (
+        start
+        | live
+        | {
+            "recipe": shaping_settings(recipe),
+            "teacher": identity.fingerprint,
+            "prompts": dict(identity.prompts),
+            "plans": {s.source.dataset.name: s.source.plan.manifest["content_hash"] for s in sources},
+            "labels": {
+                s.source.dataset.name: {
+                    "queries": len(s.entries),
+                    "unlabelled": s.num_unlabelled,
+                    "teacher": s.labels.teacher,
+                }
+                for s in sources
+            },
+        }
+    )

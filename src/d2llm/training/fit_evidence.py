@@ -32,7 +32,7 @@ from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
 from d2llm.store.bm25 import WordIndex
 from d2llm.store.part_vectors import PartVectors, ReadParts
 from d2llm.store.vector_formats import make_format
-from d2llm.training.dev import MIN_QUERIES, dev_queries
+from d2llm.training.dev_sets import MIN_QUERIES, dev_queries
 
 LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
 """How many of the best passages by words and by vectors are in a query's list; minimum number of passages encoded."""

@@ -20,7 +20,7 @@ from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import score_pairs
 from d2llm.store.bm25 import bm25_lists
-from d2llm.training.dev import LEXICAL_DEPTH, MIN_QUERIES, dev_queries
+from d2llm.training.dev_sets import LEXICAL_DEPTH, MIN_QUERIES, dev_queries
 
 NUM_HARD, NUM_RANDOM = 1, 8
 _POOL = 256  # passages of a corpus that the random ones are drawn from, so that few have to be encoded

@@ -29,15 +29,15 @@ from d2llm.ops.gating import better
 from d2llm.retrieval.text_workers import encoder_loads
 from d2llm.runners.placement import HERE, Placement
 from d2llm.runners.runner import LocalRunner, Runner
-from d2llm.training.dev import (
+from d2llm.training.dev_sets import (
     PAIRS_PER_QUERY,
     DevSet,
     JudgedDev,
     Measured,
     dev_queries,
     judge_dev,
-    make_dev_lists,
     make_dev_pairs,
+    make_judge_dev_set,
 )
 
 GATE_FILE = "gate.json"
@@ -265,7 +265,7 @@ def _sample(
     if isinstance(dataset, PairDataset):
         return make_dev_pairs(dataset, task, num_pairs=PAIRS_PER_QUERY * settings.queries, seed=seed)
     queries = dev_queries(dataset, num_queries=settings.queries, seed=seed)
-    return make_dev_lists(
+    return make_judge_dev_set(
         dataset, task, queries, student=student, depth=settings.depth, with_positives=False, placement=placement
     )
 

@@ -5,7 +5,7 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -66,34 +66,49 @@ def batch_losses(
     if batch.targets is not None:
         return _losses_of_pairs(scores, batch.targets, batch.teacher_log_odds, weights, offset)
     device = scores.logits.device
-    positive, hard, easy = (torch.from_numpy(mask).to(device) for mask in (batch.positive, batch.hard, batch.easy))
-    candidates = positive | hard | easy
+    positive, hard, easy, labelled = (
+        torch.from_numpy(mask).to(device) for mask in (batch.positive, batch.hard, batch.easy, batch.labelled)
+    )
+    negatives, candidates = hard | easy, positive | hard | easy
     scores = _with_words(scores, batch)
     logits = _without_common_change(scores, candidates)
     log_odds = torch.from_numpy(batch.teacher_log_odds).to(device)
     probabilities = torch.sigmoid(log_odds)
-    values: dict[str, Tensor] = {}
-    if weights.contrastive_imitation:
-        values["contrastive_imitation"] = losses.contrastive_imitation(
-            logits, probabilities, positive, hard | easy, temperature=weights.temperature
-        )
-    if weights.list_imitation:
-        values["list_imitation"] = losses.list_imitation(logits, log_odds, candidates)
-    if weights.rank_imitation_positive_hard:
-        values["rank_imitation_positive_hard"] = losses.rank_imitation_positive_hard(logits, log_odds, positive | hard)
-    if weights.rank_imitation_hard_easy:
-        values["rank_imitation_hard_easy"] = losses.rank_imitation_hard_easy(logits, probabilities, hard, easy)
-    if weights.feature_imitation and scores.features is not None:
-        own = torch.from_numpy(batch.own).to(device)
-        rows = torch.arange(len(own), device=device).unsqueeze(1)
-        features = scores.features[rows, own.clamp(min=0)].float()
-        gram = torch.from_numpy(batch.gram).to(device)
-        values["feature_imitation"] = losses.feature_imitation(features, gram, own >= 0)
-    if weights.in_batch_cross_entropy:
-        values["in_batch_cross_entropy"] = losses.in_batch_cross_entropy(logits, positive, candidates)
-    if weights.anchor_cross_entropy and scores.anchor is not None:
-        values["anchor_cross_entropy"] = losses.in_batch_cross_entropy(scores.anchor, positive, candidates)
-    return values
+    by_name: dict[str, Callable[[], Tensor]] = {
+        "contrastive_imitation": lambda: losses.contrastive_imitation(
+            logits, probabilities, positive, negatives, temperature=weights.temperature
+        ),
+        "list_imitation": lambda: losses.list_imitation(logits, log_odds, candidates),
+        "score_regression": lambda: losses.score_regression(logits, log_odds, candidates & labelled),
+        "margin_mse": lambda: losses.margin_mse(logits, log_odds, positive & labelled, negatives & labelled),
+        "plackett_luce": lambda: losses.plackett_luce(logits, log_odds, candidates),
+        "ranknet": lambda: losses.ranknet(logits, log_odds, candidates),
+        "lambdarank": lambda: losses.lambdarank(logits, probabilities, candidates),
+        "sinkhorn": lambda: losses.sinkhorn(logits, log_odds, candidates),
+        "in_batch_imitation": lambda: losses.list_imitation(logits, _live_scores(batch, device), candidates),
+        "rank_imitation_positive_hard": lambda: losses.rank_imitation_positive_hard(logits, log_odds, positive | hard),
+        "rank_imitation_hard_easy": lambda: losses.rank_imitation_hard_easy(logits, probabilities, hard, easy),
+        "in_batch_cross_entropy": lambda: losses.in_batch_cross_entropy(logits, positive, candidates),
+    }
+    features, anchor = scores.features, scores.anchor
+    if features is not None:
+        by_name["feature_imitation"] = lambda: _feature_imitation(features, batch)
+    if anchor is not None:
+        by_name["anchor_cross_entropy"] = lambda: losses.in_batch_cross_entropy(anchor, positive, candidates)
+    return {name: loss() for name, loss in by_name.items() if getattr(weights, name)}
+
+
+def _feature_imitation(features: Tensor, batch: DistillationBatch) -> Tensor:
+    own = torch.from_numpy(batch.own).to(features.device)
+    rows = torch.arange(len(own), device=features.device).unsqueeze(1)
+    own_features = features[rows, own.clamp(min=0)].float()
+    return losses.feature_imitation(own_features, torch.from_numpy(batch.gram).to(features.device), own >= 0)
+
+
+def _live_scores(batch: DistillationBatch, device: torch.device) -> Tensor:
+    if batch.live_scores is None:
+        raise InputError("losses.in_batch_imitation needs a live teacher: set training.live_teacher")
+    return torch.from_numpy(batch.live_scores).to(device)
 
 
 def _losses_of_pairs(

@@ -26,7 +26,7 @@ from d2llm.ops.batching import even_batches
 from d2llm.ops.selection import nearest_rows
 from d2llm.training.checkpoints import BestState, adamw, learning_rate_factor, optimizer_step, warmup_steps
 from d2llm.training.choose_weights import mean_value
-from d2llm.training.dev import DevResult, DevSet, EncodedDev, encode_dev, encode_together, measure_by_weight
+from d2llm.training.dev_sets import DevResult, DevSet, EncodedDev, encode_dev, encode_together, measure_by_weight
 from d2llm.training.objective import batch_losses, weighted_sum
 from d2llm.training.processes import ALONE, Processes
 

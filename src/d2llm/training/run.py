@@ -221,7 +221,7 @@ class Run:
             self.put_aside("tune-teacher", folder)
         elif is_finished(folder):
             settings = tuning_settings(recipe.teacher, recipe.teacher_tuning, recipe.seed)
-            self._notice_changes("tune-teacher", folder, settings, as_mined=True)
+            self._warn_of_changes("tune-teacher", folder, settings, as_mined=True)
             return self.skip(f"tune-teacher: {folder} is finished; --again tunes a new one, keeping this one aside")
         self.require_plans()
         _remarks.info("tune-teacher: training '%s' to answer yes or no, on the plans", recipe.teacher.model)
@@ -247,17 +247,19 @@ class Run:
     def stack_with_cosine(
         self, *, again: bool = False, cosine_again: bool = False, runner: str | Runner = "local"
     ) -> StackReport | Skipped:
-        """If the recipe says so, train the tuned cosine and stack the run's teacher with it.
+        """If the recipe says so, train the cosine student and stack the run's teacher with it.
 
-        ``again`` repeats it if it is finished; ``cosine_again`` also trains the cosine again; ``runner`` is that of
-        ``stack``.
+        ``again`` repeats it if it is finished; ``cosine_again`` also trains the cosine student again; ``runner`` is
+        that of ``stack``.
         """
         if not self.recipe.teacher.stack_with_cosine:
-            return self.skip("stack: the recipe's teacher is not stacked with the cosine")
+            return self.skip("stack: the recipe's teacher is not stacked with a cosine student")
         if again:
             self.put_aside("stack", self.parts.stack)
         elif is_finished(self.parts.stack):
-            return self.skip(f"stack: {self.parts.stack} is finished; delete it to fit it again")
+            return self.skip(
+                f"stack: {self.parts.stack} is finished; --again stack fits a new one and moves this one aside"
+            )
         self.distill(variant="cosine", again=cosine_again, for_stack=True)
         cosine = TeacherConfig(model=str(self.parts.cosine_of_stack(self.recipe)), kind="cosine")
         return self.stack([self.teacher, cosine], runner=runner)
@@ -276,19 +278,20 @@ class Run:
         Args:
             members: the teachers; a single one is only calibrated.
             num_queries: number of queries per data set; by default the gate's.
-            depth: number of candidates per query from BM25, and as many from the cosine; by default the gate's.
+            depth: number of candidates per query from BM25, and as many from the untuned cosine student; by
+                default the gate's.
             runner: where the corpus is encoded and the members judge (``finish``).
         """
         from d2llm.runners.runner import find_runner
         from d2llm.training.stack_teachers import stack_teachers
 
         settings = self.recipe.gate
-        cosine, load = self._untuned_cosine_and_load()
+        cosine_student, load = self._untuned_cosine_and_load()
         report = stack_teachers(
             [(dataset, task) for dataset, task in self.dev_data() if isinstance(dataset, Dataset)],
             self.parts.stack,
             members=members,
-            student=cosine,
+            student=cosine_student,
             num_queries=num_queries or settings.queries,
             depth=depth or settings.depth,
             seed=self.recipe.seed,
@@ -333,15 +336,15 @@ class Run:
             len(self.recipe.data),
         )
         if student is None:
-            cosine, load = self._untuned_cosine_and_load()
+            to_beat, load = self._untuned_cosine_and_load()
         else:
             load = partial(load_student, student, **self._computing)
-            cosine = load()
+            to_beat = load()
         return gate(
             self.dev_data(),
             self.parts.path,
             teacher=chosen,
-            student=cosine,
+            student=to_beat,
             settings=self.recipe.gate,
             seed=self.recipe.seed,
             runner=find_runner(runner),
@@ -390,7 +393,7 @@ class Run:
         Args:
             variant: train this variant (``core.variants``), whose folder is beside the student's.
             again: repeat it if it is finished; the earlier student is kept aside.
-            for_stack: train the cosine for a stack, on the plans before they are filtered.
+            for_stack: train the cosine student for a stack, on the plans before they are filtered.
         """
         from d2llm.training.distill import distill
         from d2llm.training.sentences import describe_distillation, untrained_advice
@@ -406,7 +409,7 @@ class Run:
             teacher = self._teacher_fingerprint() if recipe.losses.imitates else None
             shaping = shaping_settings(recipe)
             changes = [] if "evidence" in shaping else self._changes_of_evidence(folder, recipe)
-            self._notice_changes("distill", folder, shaping, teacher, changes, as_mined=for_stack)
+            self._warn_of_changes("distill", folder, shaping, teacher, changes, as_mined=for_stack)
             return self.skip(f"distill: {folder} is finished; --again trains a new one, keeping this one aside")
         self.require_plans()
         closed = self.closed_gates() if recipe.losses.imitates else []
@@ -625,32 +628,35 @@ class Run:
         _remarks.info("%s: the teacher is %s", verb, untuned if named == in_recipe else named)
 
     def _changes_of_evidence(self, folder: Path, recipe: Recipe) -> list[str]:
-        """The changes of evidence that is fitted after the training, so that they do not concern a checkpoint."""
+        """Evidence settings that differ from those ``folder`` was made with.
+
+        Evidence is fitted after training, so changing them does not invalidate a checkpoint.
+        """
         evidence = recipe.evidence.model_dump(mode="json")
         fitted = manifest_of(folder).get("recipe", {}).get("evidence", evidence)
         return changed_settings({"evidence": fitted}, {"evidence": evidence})
 
-    def _notice_changes(
+    def _warn_of_changes(
         self,
         verb: str,
         folder: Path,
-        recipe: dict[str, Any],
+        settings: dict[str, Any],
         teacher: str | None = None,
-        more: Sequence[str] = (),
+        other_changes: Sequence[str] = (),
         *,
         as_mined: bool = False,
     ) -> None:
         """Warn if the finished result in ``folder`` was made from other settings or inputs than the current ones.
 
-        Its manifest records its inputs. ``recipe`` are the settings that affect it, ``teacher`` is the fingerprint of
-        the teacher that would be used now, if that matters; ``more`` are changes that the caller found. ``as_mined``:
-        it is made from the plans before a tuned teacher filters them; a plan that the run's teacher has filtered is
-        then not compared.
+        Its manifest records its inputs. ``settings`` are the current settings that affect it, ``teacher`` is the
+        fingerprint of the teacher that would be used now, if that matters; ``other_changes`` are changes that the
+        caller found. ``as_mined``: it is made from the plans before a tuned teacher filters them; a plan that the run's
+        teacher has filtered is then not compared.
         """
         made_from = manifest_of(folder).get("settings")
         if made_from is None:  # made elsewhere and copied here, such as a shipped student
             return
-        changes = [*changed_settings(made_from["recipe"], recipe), *more]
+        changes = [*changed_settings(made_from["recipe"], settings), *other_changes]
         for data in self.recipe.data:
             place = self.parts.plan(data) if as_mined else self.parts.final_plan(self.recipe, data)
             plan = manifest_of(place) if is_finished(place) else {}
@@ -691,7 +697,7 @@ def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
 
 
 def require_data(recipe: Recipe) -> None:
-    """Raise an ``InputError`` that lists the data sets of a recipe that are neither on this machine nor of the Hub."""
+    """Raise an ``InputError`` that lists the data sets of a recipe that are neither on this machine nor on the Hub."""
     missing = [item for item in recipe.data if not item.path.startswith("hf:/") and not Path(item.path).exists()]
     if missing:
         lines = [f"{item.path} ({item.about})" if item.about else item.path for item in missing]

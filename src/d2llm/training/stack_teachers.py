@@ -25,7 +25,7 @@ from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.text_workers import encoder_loads
 from d2llm.runners.placement import Placement
 from d2llm.runners.runner import LocalRunner, Runner
-from d2llm.training.dev import DevSet, JudgedDev, dev_queries, judge_dev, make_dev_lists
+from d2llm.training.dev_sets import DevSet, JudgedDev, dev_queries, judge_dev, make_judge_dev_set
 
 _MEASURES = ("nDCG@10", "MRR@10")
 STACK_NAME = "stack"
@@ -83,7 +83,7 @@ class StackReport:
 class _Pairs:
     """All pairs of one task: scores [pairs, members], labels [pairs], and "data set:query" of each pair."""
 
-    lists: tuple[DevSet, ...]
+    dev_sets: tuple[DevSet, ...]
     scores: NDArray[np.float64]
     labels: NDArray[np.bool_]
     groups: tuple[str, ...]
@@ -142,8 +142,8 @@ def stack_teachers(
     parts: list[StackMember] = []
     judged_by: list[dict[str, JudgedDev]] = []
     with Placement(runner or LocalRunner(), device, loads).connected() as placement:
-        lists = [
-            make_dev_lists(
+        dev_sets = [
+            make_judge_dev_set(
                 dataset,
                 task,
                 dev_queries(dataset, num_queries=num_queries, seed=seed, from_end=True),
@@ -162,17 +162,17 @@ def stack_teachers(
             parts.append(StackMember(config, judge.fingerprint))
             store = working_folder(folder)
             judged_by.append(
-                {dev.name: judge_dev(judge, dev, name=name, store=store, placement=place) for dev in lists}
+                {dev.name: judge_dev(judge, dev, name=name, store=store, placement=place) for dev in dev_sets}
             )
     tasks: dict[Task, TaskReport] = {}
     stacks: dict[Task, Stack] = {}
     different: list[Task] = list(dict.fromkeys(task for _, task in judged))
     for task in different:
-        pairs = _pairs_of(tuple(dev for dev in lists if dev.task == task), judged_by)
+        pairs = _pairs_of(tuple(dev for dev in dev_sets if dev.task == task), judged_by)
         stacks[task] = fit_stack(pairs.scores, pairs.labels, l2=l2)
         tasks[task] = _report(pairs, names, stacks[task], l2=l2, num_folds=num_folds, seed=seed)
     content = {
-        "fitted_on": {dev.name: {"task": dev.task, "dev_queries": sorted(dev.queries)} for dev in lists},
+        "fitted_on": {dev.name: {"task": dev.task, "dev_queries": sorted(dev.queries)} for dev in dev_sets},
         "settings": {"depth": depth, "l2": l2, "num_folds": num_folds, "seed": seed, "student": student.fingerprint},
         "report": {task: asdict(report) for task, report in tasks.items()},
     }
@@ -182,15 +182,15 @@ def stack_teachers(
     return StackReport(str(folder), fingerprint, tasks, num_judged, num_truncated)
 
 
-def _pairs_of(lists: tuple[DevSet, ...], judged_by: Sequence[Mapping[str, JudgedDev]]) -> _Pairs:
-    """The pairs of some lists; ``judged_by`` has each member's scores by data set."""
-    rows = [(dev, query, passage) for dev in lists for query, ids in dev.candidates.items() for passage in ids]
+def _pairs_of(dev_sets: tuple[DevSet, ...], judged_by: Sequence[Mapping[str, JudgedDev]]) -> _Pairs:
+    """The pairs of some dev sets; ``judged_by`` has each member's scores by data set."""
+    rows = [(dev, query, passage) for dev in dev_sets for query, ids in dev.candidates.items() for passage in ids]
     member_scores = [
-        np.concatenate([values for dev in lists for values in by_set[dev.name].scores]) for by_set in judged_by
+        np.concatenate([values for dev in dev_sets for values in by_set[dev.name].scores]) for by_set in judged_by
     ]
     labels = [dev.qrels[query].get(passage, 0) > 0 for dev, query, passage in rows]
     groups = tuple(f"{dev.name}:{query}" for dev, query, _ in rows)
-    return _Pairs(lists, np.stack(member_scores, axis=1).astype(np.float64), np.array(labels), groups)
+    return _Pairs(dev_sets, np.stack(member_scores, axis=1).astype(np.float64), np.array(labels), groups)
 
 
 def _report(pairs: _Pairs, names: Sequence[str], stack: Stack, *, l2: float, num_folds: int, seed: int) -> TaskReport:
@@ -214,7 +214,7 @@ def _report(pairs: _Pairs, names: Sequence[str], stack: Stack, *, l2: float, num
     rows.append(StackRow(STACK_NAME, None, _measures(pairs, stacked), None, _figures(stacked, pairs.labels)))
     return TaskReport(
         tuple(rows),
-        {dev.name: len(dev.queries) for dev in pairs.lists},
+        {dev.name: len(dev.queries) for dev in pairs.dev_sets},
         len(pairs.labels),
         int(pairs.labels.sum()),
         stack.temperature,
@@ -231,7 +231,7 @@ def _measures(pairs: _Pairs, scores: NDArray[np.float64]) -> dict[str, dict[str,
     """Data set -> measure -> mean over the queries of its lists."""
     measures: dict[str, dict[str, float]] = {}
     start = 0
-    for dev in pairs.lists:
+    for dev in pairs.dev_sets:
         ends = np.cumsum([len(ids) for ids in dev.candidates.values()])
         values = dev.per_query(np.split(scores[start : start + ends[-1]], ends[:-1]))
         measures[dev.name] = {measure: float(np.mean(list(values[measure].values()))) for measure in _MEASURES}

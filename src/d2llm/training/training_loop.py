@@ -47,7 +47,7 @@ from d2llm.training.choose_weights import (
     value_by_set,
     worse_sets,
 )
-from d2llm.training.dev import DevResult, DevSet, evaluate_dev, has_interaction_weight
+from d2llm.training.dev_sets import DevResult, DevSet, evaluate_dev, has_interaction_weight
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.mining.remine import remine
 from d2llm.training.objective import (

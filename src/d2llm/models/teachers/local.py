@@ -61,7 +61,7 @@ from d2llm.models.teachers.identity import (
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.loading import check_device, loading_options, prepare_quantized, require_on_devices
 from d2llm.ops.batching import pad_right, token_budget_batches
-from d2llm.ops.truncation import cut_pair
+from d2llm.ops.pair_truncation import cut_pair
 
 _T = TypeVar("_T", bound="LocalTeacher")
 _BATCH_TOKENS = {"cpu": 512}  # as fast per token as larger batches, and fewer pairs at a time need less padding

@@ -14,7 +14,7 @@ from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import leading_special_ids
 from d2llm.models.teachers.judge import TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
-from d2llm.ops.truncation import fit_pair
+from d2llm.ops.pair_truncation import fit_pair
 
 Question = tuple[tuple[int, ...], list[int]]
 """An input in two parts: the prefix that it may share with others (everything before the passage), and the rest."""

@@ -9,7 +9,7 @@ the smallest one returned, and that value is used: the log-odds are then a bound
 missing, nothing is known about the pair: depending on ``remote.unanswered``, this is an error, or the pair is counted
 as undecided (log-odds 0).
 
-``RemoteTeacher`` makes log-odds of answers; ``models.endpoint`` sends the requests, with rate limit and retries.
+``RemoteTeacher`` makes log-odds of answers; ``models.remote_endpoint`` sends the requests, with rate limit and retries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from d2llm.core.errors import AnswerTokenError, InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import RemoteConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
-from d2llm.models.endpoint import Endpoint
+from d2llm.models.remote_endpoint import Endpoint
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt

@@ -39,7 +39,7 @@ from d2llm.training.ablation.report import (
 )
 from d2llm.training.checkpoints import LOG, epochs_of
 from d2llm.training.choose_weights import value_by_set
-from d2llm.training.dev import DevSet, evaluate_dev, has_interaction_weight, make_dev_set
+from d2llm.training.dev_sets import DevSet, evaluate_dev, has_interaction_weight, make_dev_set
 from d2llm.training.distill import distill
 
 DEV_QUERIES = 500
@@ -186,10 +186,10 @@ def ablate(
         sources: data sets with their plans; each needs judged dev queries.
         folder: where to put the runs.
         recipe: the recipe; its seed is the first.
-        labels: the label store that ``label`` wrote; not needed if the recipe has no imitation loss.
+        labels: the label store that ``label`` wrote; not needed if neither the recipe nor a variant imitates a teacher.
         teacher: the teacher whose labels to use.
         closed_gates: data sets whose labels of the teacher are not used, as in ``distill``.
-        variants: names from ``core.variants``; None means all.
+        variants: names from ``core.variants``; None means all that need no labels unless the recipe does.
         num_seeds: number of seeds, counting up from the recipe's.
         max_queries: train on a random sample of this many queries of each plan, the same for all runs; a larger sample
             contains a smaller one.
@@ -208,9 +208,11 @@ def ablate(
     """
     started = time.monotonic()
     _check_numbers(num_seeds, max_queries, epochs, budget_minutes, dev_queries)
-    recipes, same = _distinct(_shortened(recipe, max_queries, epochs), VARIANTS if variants is None else variants)
+    names = _trainable(recipe) if variants is None else variants
+    recipes, same = _distinct(_shortened(recipe, max_queries, epochs), names)
     check_sources(sources)
-    labelled = _labelled(sources, labels, teacher, closed_gates) if recipe.losses.imitates else None
+    needs_labels = any(each.losses.imitates for each in recipes.values())
+    labelled = _labelled(sources, labels, teacher, closed_gates) if needs_labels else None
     notes = list(_left_out(recipe, sources, labelled))
     sources = _training_queries(recipe, sources, labelled, max_queries)
     dev_sets = [
@@ -276,6 +278,15 @@ def _shortened(recipe: Recipe, max_queries: int | None, epochs: int | None) -> R
     ]
     training = recipe.training if epochs is None else recipe.training.model_copy(update={"epochs": epochs})
     return recipe.model_copy(update={"data": tuple(data), "training": training})
+
+
+def _trainable(recipe: Recipe) -> list[str]:
+    """All variants, but without those that imitate a teacher if the recipe imitates none."""
+    return [
+        name
+        for name, variant in VARIANTS.items()
+        if recipe.losses.imitates or not variant.apply(recipe).losses.imitates
+    ]
 
 
 def _distinct(base: Recipe, variants: Iterable[str]) -> tuple[dict[str, Recipe], dict[str, str]]:

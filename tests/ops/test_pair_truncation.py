@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.ops.truncation import fit_pair
+from d2llm.ops.pair_truncation import fit_pair
 
 
 @pytest.mark.parametrize(

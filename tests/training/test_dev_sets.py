@@ -17,7 +17,7 @@ from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.models.student import Student
 from d2llm.training.choose_weights import choose_interaction_weights, value_by_set
-from d2llm.training.dev import (
+from d2llm.training.dev_sets import (
     INTERACTION_WEIGHTS,
     DevResult,
     DevSet,

@@ -1,8 +1,8 @@
 """Dev sets: queries or pairs of a dev split, the passages to score them with, and the measures of scores.
 
 All samples of dev queries come from ``dev_queries``. ``make_dev_set`` is for training, which repeatedly ranks a small
-corpus for its queries; ``make_dev_lists`` is for judges, which score a few candidates per query; ``make_dev_pairs`` is
-for both.
+corpus for its queries; ``make_judge_dev_set`` is for judges, which score a few candidates per query;
+``make_dev_pairs`` is for both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from d2llm.core.errors import InputError, ModelError, TrainingDivergedError
 from d2llm.core.progress import ignore, progress_bar
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
-from d2llm.data.collation import ScoreWords
+from d2llm.data.collation import ScorePassages
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.same_text import SameText
 from d2llm.data.training import TrainingSource
@@ -96,7 +96,7 @@ class DevSet:
     gold: Gold | None = None
     word_scores: Mapping[str, NDArray[np.float32]] = field(default_factory=dict[str, NDArray[np.float32]])
 
-    def with_words(self, score_words: ScoreWords) -> DevSet:
+    def with_words(self, score_words: ScorePassages) -> DevSet:
         """The same set, whose scores count words."""
         scores = {query_id: score_words(self.queries[query_id], ids) for query_id, ids in self.candidates.items()}
         return replace(self, word_scores=scores)
@@ -153,6 +153,86 @@ def _cross_fitted(gold: NliGold, scores: NDArray[np.float64]) -> NDArray[np.floa
     for half, other in (halves, halves[::-1]):
         values[half] = gold.item_values(scores[half], half, gold.fit(scores[other], other))
     return values
+
+
+# Samples of the dev split, for training and for judges ---------------------------------------------------------------
+
+
+def dev_queries(dataset: Dataset, *, num_queries: int, seed: int, from_end: bool = False) -> list[Query]:
+    """A random sample of the dev queries that have a positive, ordered by a hash of their ids.
+
+    A larger sample contains a smaller one. ``from_end`` takes the queries from the other end of that order, so that the
+    two samples do not overlap if there are enough queries: one is for fitting, the other for testing.
+
+    Raises:
+        InputError: there are none.
+    """
+    judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
+    with_positives = [query_id for query_id, passage_ids in judged.items() if passage_ids]
+    if not with_positives:
+        raise InputError(
+            f"{dataset.path}: qrels/dev.tsv has no query with a positive, so nothing can be measured on it; move some "
+            "training queries there"
+        )
+    ordered = sorted(with_positives, key=lambda query_id: _place(query_id, seed))
+    chosen = ordered[-num_queries:] if from_end else ordered[:num_queries]
+    return [dataset.queries[query_id] for query_id in chosen]
+
+
+def make_dev_pairs(dataset: PairDataset, task: Task, *, num_pairs: int, seed: int) -> DevSet:
+    """A random sample of the dev pairs, ordered by a hash of their ids; a larger sample contains a smaller one.
+
+    Args:
+        dataset: the data set, with its dev split.
+        task: the task of its pairs.
+        num_pairs: number of pairs; all if there are fewer.
+        seed: seed of the order.
+
+    Raises:
+        InputError: there are none.
+        DataFormatError: the labels of the sample cannot be measured.
+    """
+    available = dataset.pairs("dev") if "dev" in dataset.splits else ()
+    if not available:
+        raise InputError(
+            f"{dataset.path}: there are no dev pairs, so nothing can be measured on them; move some training pairs "
+            "there"
+        )
+    sample = sorted(available, key=lambda pair: _place(pair.id, seed))[:num_pairs]
+    candidates: dict[str, dict[str, None]] = {}
+    for pair in sample:
+        candidates.setdefault(pair.query, {})[pair.passage] = None
+    return DevSet(
+        name=dataset.name,
+        task=task,
+        queries={query: query for query in candidates},
+        passages={pair.passage: pair.passage for pair in sample},
+        candidates={query: list(passages) for query, passages in candidates.items()},
+        pairs=tuple(sample),
+        gold=read_gold(replace(dataset, splits={"dev": tuple(sample)}), "dev"),
+    )
+
+
+def _place(identifier: str, seed: int) -> bytes:
+    """A sort key that puts ids into a random order."""
+    return hashlib.sha256(f"{seed}:{identifier}".encode()).digest()
+
+
+def _dev_set(
+    dataset: Dataset,
+    task: Task,
+    queries: Sequence[Query],
+    candidates: Mapping[str, Sequence[str]],
+    passage_ids: Sequence[str] | Mapping[str, None],
+) -> DevSet:
+    return DevSet(
+        name=dataset.name,
+        task=task,
+        queries={query.id: query.text for query in queries},
+        passages={passage_id: dataset.passages[passage_id].full_text for passage_id in passage_ids},
+        candidates=candidates,
+        qrels={query.id: dict(dataset.qrels["dev"][query.id]) for query in queries},
+    )
 
 
 # Dev sets for training -----------------------------------------------------------------------------------------------
@@ -346,62 +426,7 @@ def _anchor(
 # Dev sets for judges -------------------------------------------------------------------------------------------------
 
 
-def dev_queries(dataset: Dataset, *, num_queries: int, seed: int, from_end: bool = False) -> list[Query]:
-    """A random sample of the dev queries that have a positive, ordered by a hash of their ids.
-
-    A larger sample contains a smaller one. ``from_end`` takes the queries from the other end of that order, so that the
-    two samples do not overlap if there are enough queries: one is for fitting, the other for testing.
-
-    Raises:
-        InputError: there are none.
-    """
-    judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
-    with_positives = [query_id for query_id, passage_ids in judged.items() if passage_ids]
-    if not with_positives:
-        raise InputError(
-            f"{dataset.path}: qrels/dev.tsv has no query with a positive, so nothing can be measured on it; move some "
-            "training queries there"
-        )
-    ordered = sorted(with_positives, key=lambda query_id: _place(query_id, seed))
-    chosen = ordered[-num_queries:] if from_end else ordered[:num_queries]
-    return [dataset.queries[query_id] for query_id in chosen]
-
-
-def make_dev_pairs(dataset: PairDataset, task: Task, *, num_pairs: int, seed: int) -> DevSet:
-    """A random sample of the dev pairs, ordered by a hash of their ids; a larger sample contains a smaller one.
-
-    Args:
-        dataset: the data set, with its dev split.
-        task: the task of its pairs.
-        num_pairs: number of pairs; all if there are fewer.
-        seed: seed of the order.
-
-    Raises:
-        InputError: there are none.
-        DataFormatError: the labels of the sample cannot be measured.
-    """
-    available = dataset.pairs("dev") if "dev" in dataset.splits else ()
-    if not available:
-        raise InputError(
-            f"{dataset.path}: there are no dev pairs, so nothing can be measured on them; move some training pairs "
-            "there"
-        )
-    sample = sorted(available, key=lambda pair: _place(pair.id, seed))[:num_pairs]
-    candidates: dict[str, dict[str, None]] = {}
-    for pair in sample:
-        candidates.setdefault(pair.query, {})[pair.passage] = None
-    return DevSet(
-        name=dataset.name,
-        task=task,
-        queries={query: query for query in candidates},
-        passages={pair.passage: pair.passage for pair in sample},
-        candidates={query: list(passages) for query, passages in candidates.items()},
-        pairs=tuple(sample),
-        gold=read_gold(replace(dataset, splits={"dev": tuple(sample)}), "dev"),
-    )
-
-
-def make_dev_lists(
+def make_judge_dev_set(
     dataset: Dataset,
     task: Task,
     queries: Sequence[Query],
@@ -495,25 +520,3 @@ def _nearest(
         raise ModelError(f"vectors of '{dataset.name}' are not finite; check the student that proposes candidates")
     ids = list(dataset.passages)
     return [ids_at(ids, rows) for rows in nearest_rows(anchors, passages, depth, ids)]
-
-
-def _place(identifier: str, seed: int) -> bytes:
-    """A sort key that puts ids into a random order."""
-    return hashlib.sha256(f"{seed}:{identifier}".encode()).digest()
-
-
-def _dev_set(
-    dataset: Dataset,
-    task: Task,
-    queries: Sequence[Query],
-    candidates: Mapping[str, Sequence[str]],
-    passage_ids: Sequence[str] | Mapping[str, None],
-) -> DevSet:
-    return DevSet(
-        name=dataset.name,
-        task=task,
-        queries={query.id: query.text for query in queries},
-        passages={passage_id: dataset.passages[passage_id].full_text for passage_id in passage_ids},
-        candidates=candidates,
-        qrels={query.id: dict(dataset.qrels["dev"][query.id]) for query in queries},
-    )
