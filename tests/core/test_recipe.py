@@ -244,6 +244,18 @@ def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
     assert load_recipe(write_recipe(tmp_path, text)).training.live_teacher == "d2llm-minilm"
 
 
+@pytest.mark.parametrize("layers", ["[]", "[2, 1]", "[1, 1]", "0", "[-1]"])
+def test_layers_that_make_no_sense(tmp_path: Path, layers: str):
+    with pytest.raises(RecipeError, match="layers"):
+        load_recipe(write_recipe(tmp_path, f"[student.backbone]\nlayers = {layers}"))
+
+
+def test_layers_may_be_a_number_or_a_list(tmp_path: Path):
+    for text, layers in (("4", 4), ("[0, 1, 3]", (0, 1, 3))):
+        recipe = load_recipe(write_recipe(tmp_path, f"[student.backbone]\nlayers = {text}"))
+        assert recipe.student.backbone.layers == layers
+
+
 def test_an_unknown_loss_suggests_the_nearest(tmp_path: Path):
     with pytest.raises(RecipeError, match="margin_mse"):
         load_recipe(write_recipe(tmp_path, "[losses]\nmargin_mes = 1.0"))

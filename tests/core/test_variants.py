@@ -124,8 +124,8 @@ def test_every_variant_changes_the_model_or_its_training(name: str, build: Calla
         assert losses <= all_losses or variant in UNCHANGED[name]
     assert built_variants["cosine"][:3] == ({"interaction.log_scale": ()}, "mean", {"in_batch_cross_entropy"})
     assert set(built_variants["cosine-for-iem"][0]) > {"interaction.log_scale", "pooling.pma.seeds"}
-    for pooling in ("mean", "last"):
-        shapes, backbone_pooling, *_ = built_variants[f"{pooling}-pooling"]
+    for pooling in ("mean", "weighted_mean", "last"):
+        shapes, backbone_pooling, *_ = built_variants[f"{pooling.replace('_', '-')}-pooling"]
         assert backbone_pooling == pooling
         assert {n for n in shapes if n.startswith("pooling")} == set()
         assert {n: s for n, s in base[0].items() if n.startswith("interaction")} == shapes

@@ -103,6 +103,7 @@ def students(tmp_path_factory, pushed):
     written = {
         "decoder": (write_student(root / "decoder", "llama", "anchored", "last"), "asymmetric"),
         "encoder": (write_student(root / "encoder", "bert", "anchored", "mean"), "asymmetric"),
+        "weighted": (write_student(root / "weighted", "llama", "cosine", "weighted_mean"), "asymmetric"),
         "first": (write_student(root / "first", "modernbert", "cosine", "first"), "asymmetric"),
         "symmetric": (
             write_student(root / "symmetric", "bert", "anchored", "mean", content={"tasks": ["symmetric"]}),
@@ -138,7 +139,7 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["decoder", "encoder", "first", "symmetric", "pushed"])
+@pytest.mark.parametrize("name", ["decoder", "encoder", "weighted", "first", "symmetric", "pushed"])
 def test_the_library_alone_reproduces_the_students_numbers(students, outputs, name):
     student, _, task = students[name]
     passages = student.encode_passages(PASSAGES).vectors

@@ -8,7 +8,7 @@ from transformers import T5Config, T5Model
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import BackboneConfig
-from d2llm.models.backbone import Backbone
+from d2llm.models.backbone import Backbone, layers_of
 from tiny_models import ARCHITECTURES, DECODERS, TEXTS, randomise, tiny_tokenizer, write_tiny_model
 
 LONG = " ".join(TEXTS)
@@ -137,6 +137,31 @@ def test_layers_keeps_only_the_first_ones(tmp_path, architecture):
         load(folder, layers=9)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_may_name_those_to_keep(tmp_path, architecture):
+    """The model without its first layer, as the model itself computes it with a layer that does nothing."""
+    folder = write_tiny_model(tmp_path / architecture, architecture)
+    whole = load(folder)
+    total = whole.model.config.num_hidden_layers
+    cut = load(folder, layers=tuple(range(1, total)))
+    assert cut.model.config.num_hidden_layers == total - 1
+    layers = layers_of(whole.model, name="whole")
+    layers[0].register_forward_hook(
+        lambda _, args, kwargs, out: (
+            (args[0] if args else kwargs["hidden_states"], *out[1:])
+            if isinstance(out, tuple)
+            else (args[0] if args else kwargs["hidden_states"])
+        ),
+        with_kwargs=True,
+    )
+    ids = whole.pad(whole.tokenize(TEXTS[:3], "query").ids)
+    with torch.inference_mode():
+        (expected, mask), (actual, _) = whole(*ids), cut(*ids)
+    torch.testing.assert_close(actual[mask], expected[mask], rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=f"names layer 9, but .* has only layers 0 to {total - 1}"):
+        load(folder, layers=(0, 9))
+
+
 def test_no_key_value_cache_is_returned(folders):
     assert load(folders["llama"]).model(input_ids=torch.tensor([[1, 5]])).past_key_values is None
 
@@ -161,6 +186,8 @@ def test_pooling_follows_the_kind_of_model(tmp_path, folders):
         ({"pooling_mode": "lasttoken"}, "last"),
         ({"pooling_mode": "mean"}, "mean"),
         ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean"),
+        ({"pooling_mode": "weightedmean"}, "weighted_mean"),
+        ({"pooling_mode_weightedmean_tokens": True}, "weighted_mean"),
     ],
 )
 def test_pooling_follows_the_models_own_setting(tmp_path, settings, expected):
@@ -173,7 +200,6 @@ def test_pooling_follows_the_models_own_setting(tmp_path, settings, expected):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"pooling_mode": "weightedmean"}, "weightedmean"),
         ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}, "max"),
         ({"pooling_mode": ["cls", "mean"]}, "cls and mean"),
         ({}, "nothing"),

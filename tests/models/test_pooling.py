@@ -69,10 +69,17 @@ def test_mean_last_and_first_pooling_by_hand():
     assert pool(states, mask, "first").tolist() == [[1.0, 2.0], [5.0, 7.0]]
 
 
-def test_nan_in_the_padding_is_ignored():
+def test_in_a_weighted_mean_the_second_token_counts_twice():
+    states = torch.tensor([[[1.0, 2.0], [4.0, 8.0], [100.0, 100.0]], [[5.0, 7.0], [9.0, 9.0], [9.0, 9.0]]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert pool(states, mask, "weighted_mean").tolist() == [[3.0, 6.0], [5.0, 7.0]]
+
+
+@pytest.mark.parametrize("name", ["mean", "weighted_mean"])
+def test_nan_in_the_padding_is_ignored(name):
     states, mask = states_and_mask()
-    expected = pool(states, mask, "mean")
-    assert torch.equal(pool(states.masked_fill(~mask[..., None], torch.nan), mask, "mean"), expected)
+    expected = pool(states, mask, name)
+    assert torch.equal(pool(states.masked_fill(~mask[..., None], torch.nan), mask, name), expected)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -41,14 +41,22 @@ class BackboneConfig(_Section):
     """Local folder, Hub name, GGUF file, or ``minilm`` / ``smollm2`` / ``e5`` (multilingual-e5-small)."""
     tuning: Literal["lora", "full", "frozen"] = "lora"
     lora: LoraConfig = LoraConfig()
-    layers: int | None = Field(default=None, ge=1)
-    """Use only this many of the model's first layers: cheaper, and often no worse for search. None: all."""
-    pooling: Literal["auto", "mean", "last", "first"] = "auto"
-    """The backbone's own pooling; ``auto``: the model's own setting, else mean for encoders and last for decoders."""
+    layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Use only this many of the model's first layers, or the layers of these numbers, counted from 0
+    (``models.layer_choice`` chooses them): cheaper, and often no worse for search. None: all."""
+    pooling: Literal["auto", "mean", "weighted_mean", "last", "first"] = "auto"
+    """The backbone's own pooling; ``auto``: the model's own setting, else mean for encoders and last for decoders.
+    Later tokens count more in the weighted mean (SGPT)."""
     max_query_tokens: int = Field(default=128, ge=4)
     max_passage_tokens: int = Field(default=250, ge=4)
     query_prefix: str = ""
     passage_prefix: str = ""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> BackboneConfig:
+        if isinstance(self.layers, tuple) and (not self.layers or sorted({*self.layers}) != [*self.layers]):
+            raise ValueError(f"layers is {[*self.layers]}, but must name each layer to keep once, in ascending order")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -117,6 +117,10 @@ _LOSSES: _Group = {
     ),
 }
 _OWN: _Group = {
+    "weighted-mean-pooling": (
+        "mean of the tokens, later ones counting more (SGPT), instead of PMA",
+        _student(backbone={"pooling": "weighted_mean"}, **_NO_PMA),
+    ),
     "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
     "without-li": ("without list imitation: cross-entropy alone", _without("list_imitation")),
     "paper-head": ("head `paper` instead of `anchored`, same features", _student(interaction={"head": "paper"})),

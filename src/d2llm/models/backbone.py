@@ -147,7 +147,7 @@ class Backbone(nn.Module):
                 "either an encoder or a decoder: use another model"
             )
         if config.layers is not None:
-            keep_first_layers(self.model, config.layers, name=config.model)
+            keep_layers(self.model, config.layers, name=config.model)
         if hasattr(self.model.config, "use_cache"):
             self.model.config.use_cache = False  # each text is read once, so no key-value cache is needed
         self._merged_adapter: dict[str, Tensor] = {}
@@ -331,24 +331,40 @@ def search_query_tokens(config: BackboneConfig) -> int:
     return max(config.max_query_tokens, config.max_passage_tokens)
 
 
-def keep_first_layers(model: nn.Module, count: int, *, name: str) -> None:
-    """Remove all layers of a model after the first ``count``, in place.
+def keep_layers(model: nn.Module, layers: int | Sequence[int], *, name: str) -> None:
+    """Remove all layers of a model but the first ``layers``, or but those of these numbers, in place.
 
     Raises:
         InputError: the model (``name`` in the message) has fewer layers.
         ModelError: its layers are not a single list of modules.
     """
     config = cast(Any, model).config
-    total = int(config.num_hidden_layers)
-    if count > total:
-        raise InputError(f"layers is {count}, but '{name}' has {total}; set layers to {total} or less")
+    stack = layers_of(model, name=name)
+    total = len(stack)
+    kept = range(layers) if isinstance(layers, int) else layers
+    if kept[-1] >= total:
+        if isinstance(layers, int):
+            raise InputError(f"layers is {layers}, but '{name}' has {total}; set layers to {total} or less")
+        raise InputError(f"layers names layer {kept[-1]}, but '{name}' has only layers 0 to {total - 1}")
+    for number in reversed(range(total)):
+        if number not in kept:
+            del stack[number]
+    config.num_hidden_layers = len(stack)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[number] for number in kept]
+
+
+def layers_of(model: nn.Module, *, name: str) -> nn.ModuleList:
+    """The layers of a model (``name`` in the message).
+
+    Raises:
+        ModelError: they are not a single list of modules.
+    """
+    total = int(cast(Any, model).config.num_hidden_layers)
     stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == total]
     if len(stacks) != 1:
         raise ModelError(f"'{name}' ({type(model).__name__}) has no single list of layers to cut; leave layers unset")
-    del stacks[0][count:]
-    config.num_hidden_layers = count
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:count]
+    return stacks[0]
 
 
 def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> PoolingName:
@@ -364,7 +380,7 @@ def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> Po
         if len(chosen) != 1 or chosen[0] not in _POOLINGS:
             raise ModelError(
                 f"'{location}' is pooled by {' and '.join(map(str, chosen)) or 'nothing'}, which is none of "
-                f"{', '.join(_POOLINGS)}; set pooling to mean, first or last"
+                f"{', '.join(_POOLINGS)}; set pooling to mean, weighted_mean, first or last"
             )
         return _POOLINGS[chosen[0]]
     architecture = (getattr(model_config, "architectures", None) or [""])[0]
@@ -375,6 +391,7 @@ def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> Po
 _POOLINGS: dict[str, PoolingName] = {
     "mean": "mean",
     "mean_sqrt_len_tokens": "mean",  # of the same direction
+    "weightedmean": "weighted_mean",
     "cls": "first",
     "lasttoken": "last",
 }

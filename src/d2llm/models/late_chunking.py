@@ -95,7 +95,7 @@ class ChunkReader:
         Raises:
             InputError: the pooling takes the state of a single token, or the tokenizer gives no character offsets.
         """
-        if pooling.uses_own and backbone.pooling != "mean":
+        if pooling.uses_own and backbone.pooling in ("first", "last"):
             # The first token is the same for every chunk; the last was trained to represent all text before it.
             raise InputError(
                 f"'{backbone.config.model}' is pooled by its {backbone.pooling} token, which represents the whole text "

@@ -125,8 +125,9 @@ class Student(VectorScorer):
         chosen = choose_device(device if engine == "torch" else "cpu")
         products = choose_products(engine, chosen, dtype)
         source = folder / files.BACKBONE_FOLDER if merged else config.backbone.model
+        cut: dict[str, Any] = {"layers": None} if merged else {}  # merged weights are those of the kept layers only
         backbone = Backbone(
-            config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]}),
+            config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]} | cut),
             device=chosen,
             compute_dtype=products if engine == "torch" else torch.float32,  # which the export to a graph requires
             lean_tokenizer=Path(source if merged else folder) if lean and engine == "torch" else None,

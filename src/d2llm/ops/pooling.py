@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-PoolingName = Literal["mean", "last", "first"]
+PoolingName = Literal["mean", "weighted_mean", "last", "first"]
 
 
 def to_right_padding(
@@ -31,11 +31,18 @@ def last_positions(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
 def pool(
     states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"], name: PoolingName
 ) -> Float[Tensor, "batch dim"]:
-    """The pooling of right-padded states that a model was trained with: mean of the tokens, the last, or the first."""
+    """The pooling of right-padded states that a model was trained with: mean of the tokens, the last, or the first.
+
+    In the weighted mean, token i of n counts i times: in a decoder, later tokens have read more. Muennighoff, "SGPT:
+    GPT Sentence Embeddings for Semantic Search", 2022 (arXiv 2202.08904), section 3.1.
+    """
     if name == "first":
         return states[:, 0]
     if name == "last":
         rows = torch.arange(states.shape[0], device=states.device)  # not len: a traced graph would freeze the number
         return states[rows, last_positions(mask)]
     kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)  # not times 0: padding may hold NaN
+    if name == "weighted_mean":
+        weights = mask.cumsum(dim=1) * mask
+        return (kept * weights.unsqueeze(-1)).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)
     return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)

@@ -28,7 +28,7 @@ from d2llm.ops.pooling import PoolingName
 
 MODULES_FILE = "modules.json"
 _REQUIRES = ">=6"  # the first version whose Transformer has separate length limits for queries and passages
-_POOLING = {"mean": "mean", "last": "lasttoken", "first": "cls"}
+_POOLING = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken", "first": "cls"}
 _BASE, _OWN = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
 _DENSE = f"{_BASE}.dense.Dense"
 _MODULES = (

@@ -1,0 +1,132 @@
+"""What a backbone is worth before any training: by pooling, by the layers that are kept, and whitened.
+
+    python benchmarks/untrained.py                      smollm2 and minilm on two data sets, some ten minutes
+    python benchmarks/untrained.py --json benchmarks/results/untrained.json
+
+nDCG@10 of the plain cosine on dev queries, among their relevant passages and random ones. Layers: all, the first
+ones (``backbone.layers = N``), or those that turn the tokens' states most (``models.layer_choice``), measured on other
+passages. Whitened: mean and covariance of the passages made 0 and 1, as in Su et al., "Whitening Sentence
+Representations for Better Semantics and Faster Retrieval", 2021 (arXiv 2103.15316), with all dimensions.
+
+Licences: squad-sent CC BY-SA 4.0, banking77 CC BY 4.0; they are only measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scaling.data_sets import DATA, require
+
+from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
+from d2llm.data.beir import Dataset, read_beir
+from d2llm.models.backbone import Backbone
+from d2llm.models.layer_choice import choose_layers, layer_distances
+from d2llm.models.student import Student
+from d2llm.ops.measures import per_query_measures
+
+SETS = ("squad-sent", "banking77")
+POOLINGS = ("mean", "weighted_mean", "last")
+KEPT = {"smollm2": (4, 8, 16), "minilm": (2, 4, 5)}
+NUM_TEXTS = 100
+
+
+def sample(data: Dataset, num_queries: int, num_passages: int) -> tuple[dict[str, str], dict[str, str], Any]:
+    """Queries, passages and judgements: the first dev queries, their relevant passages, and random ones."""
+    query_ids = list(data.qrels["dev"])[:num_queries]
+    qrels = {query_id: data.qrels["dev"][query_id] for query_id in query_ids}
+    relevant = dict.fromkeys(passage_id for judged in qrels.values() for passage_id in judged)
+    others = [passage_id for passage_id in data.passages if passage_id not in relevant]
+    random.Random(0).shuffle(others)
+    ids = [*relevant, *others[: max(0, num_passages - len(relevant))]]
+    return (
+        {query_id: data.queries[query_id].text for query_id in query_ids},
+        {passage_id: data.passages[passage_id].full_text for passage_id in ids},
+        qrels,
+    )
+
+
+def make_student(model: str, pooling: str, layers: int | tuple[int, ...] | None) -> Student:
+    """The backbone alone, with the cosine of its own pooling."""
+    settings: dict[str, Any] = {"model": model, "pooling": pooling, "layers": layers, "tuning": "frozen"}
+    config = StudentConfig(
+        backbone=BackboneConfig.model_validate(settings),
+        pooling=PoolingConfig(method="backbone"),
+        interaction=InteractionConfig(head="cosine"),
+    )
+    return Student.create(config, device="cpu", seed=0)
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def whitened(passages: NDArray[np.float32], queries: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both after the transform that makes the passages' mean 0 and their covariance 1."""
+    mean = passages.mean(axis=0)
+    directions, variances, _ = np.linalg.svd(np.cov((passages - mean).T.astype(np.float64)))
+    rank = int((variances > 1e-9 * variances[0]).sum())
+    matrix = directions[:, :rank] / np.sqrt(variances[:rank])
+    return (passages - mean) @ matrix, (queries - mean) @ matrix
+
+
+def ndcg(ids: list[str], passages: NDArray[Any], query_ids: list[str], queries: NDArray[Any], qrels: Any) -> float:
+    scores = unit(queries) @ unit(passages).T
+    rankings = {
+        query_id: [ids[column] for column in np.argsort(-row, kind="stable")[:10]]
+        for query_id, row in zip(query_ids, scores, strict=True)
+    }
+    values = per_query_measures(rankings, qrels)
+    return float(np.mean(list(values["nDCG@10"].values())))
+
+
+def rows_of(model: str, samples: dict[str, Any], texts: list[str]) -> list[dict[str, Any]]:
+    """One row for each pooling of all layers, and for the model's own pooling of fewer layers."""
+    own = "auto" if model == "minilm" else "mean"
+    distances = layer_distances(Backbone.load(BackboneConfig(model=model, layers=None), device="cpu"), texts)
+    print(f"{model}: angles of the layers", " ".join(f"{distance:.3f}" for distance in distances), flush=True)
+    cases: list[tuple[str, str, int | tuple[int, ...] | None]] = [("all", pooling, None) for pooling in POOLINGS]
+    for count in KEPT[model]:
+        cases += [(f"first {count}", own, count), (f"chosen {count}", own, choose_layers(distances, count))]
+    rows: list[dict[str, Any]] = []
+    for layers, pooling, kept in cases:
+        student = make_student(model, pooling, kept)
+        row: dict[str, Any] = {"model": model, "layers": layers, "kept": kept, "pooling": pooling}
+        for name, (queries, passages, qrels) in samples.items():
+            passage_vectors = student.encode_passages([*passages.values()]).vectors
+            query_vectors = student.encode_queries([*queries.values()]).vectors
+            for suffix, (p, q) in (
+                ("", (passage_vectors, query_vectors)),
+                (", whitened", whitened(passage_vectors, query_vectors)),
+            ):
+                row[name + suffix] = round(ndcg([*passages], p, [*queries], q, qrels), 4)
+        rows.append(row)
+        print(" | ".join(f"{value}" for value in row.values()), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[*KEPT], choices=[*KEPT])
+    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--passages", type=int, default=1_000)
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    arguments = parser.parse_args()
+    require(*(DATA / name for name in SETS))
+    data = {name: read_beir(DATA / name, splits=["dev"]) for name in SETS}
+    samples = {name: sample(each, arguments.queries, arguments.passages) for name, each in data.items()}
+    used = samples["squad-sent"][1]
+    texts = [p.full_text for i, p in data["squad-sent"].passages.items() if i not in used][:NUM_TEXTS]
+    rows = [row for model in arguments.models for row in rows_of(model, samples, texts)]
+    if arguments.json is not None:
+        settings = {"queries": arguments.queries, "passages": arguments.passages}
+        arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

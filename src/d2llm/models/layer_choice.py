@@ -1,0 +1,74 @@
+"""Which layers of a backbone a student can do without.
+
+A layer that hardly turns the states of the tokens is nearly an identity: leaving it out changes little. Gromov et al.,
+"The Unreasonable Ineffectiveness of the Deeper Layers", 2024 (arXiv 2403.17887), drop the block of layers whose input
+and output differ least; Fischer et al., "Large Language Models Are Overparameterized Text Encoders", 2024 (arXiv
+2410.14578), drop the last ones, which ``backbone.layers = N`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2llm.core.errors import InputError
+from d2llm.models.backbone import Backbone, layers_of
+
+_BATCH = 16
+
+
+def layer_distances(backbone: Backbone, texts: Sequence[str]) -> list[float]:
+    """How far each layer turns the tokens' states: the mean angle between input and output, in half turns (0 to 1).
+
+    Args:
+        backbone: a backbone with all its layers.
+        texts: some typical passages; a hundred are enough.
+
+    Raises:
+        InputError: there are no texts.
+        ModelError: the model has no single list of layers.
+    """
+    if not texts:
+        raise InputError("there are no texts to measure the layers on; give some passages")
+    layers = layers_of(backbone.model, name=backbone.config.model)
+    states: list[Tensor] = []
+
+    def keep_input(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    def keep_output(_: Any, __: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(keep_output))
+    sums, num_tokens = torch.zeros(len(layers), dtype=torch.float64), 0
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(texts), _BATCH):
+                states.clear()
+                _, mask = backbone(*backbone.pad(backbone.tokenize(texts[start : start + _BATCH], "passage").ids))
+                real = [each.reshape(*mask.shape, -1)[mask].float() for each in states]
+                for number, (before, after) in enumerate(pairwise(real)):
+                    cosines = torch.cosine_similarity(before, after, dim=1).clamp(-1, 1)
+                    sums[number] += float((cosines.arccos() / torch.pi).sum())
+                num_tokens += len(real[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (sums / num_tokens).tolist()
+
+
+def choose_layers(distances: Sequence[float], count: int) -> tuple[int, ...]:
+    """The ``count`` layers that turn the states most, in ascending order, for ``backbone.layers``.
+
+    Raises:
+        InputError: the model has fewer layers, or ``count`` is below 1.
+    """
+    if not 1 <= count <= len(distances):
+        raise InputError(f"{count} layers cannot be kept of {len(distances)}; give a number from 1 to {len(distances)}")
+    by_distance = sorted(range(len(distances)), key=lambda number: (-distances[number], number))
+    return tuple(sorted(by_distance[:count]))
