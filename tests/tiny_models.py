@@ -68,6 +68,7 @@ _DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 _ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertModel", {}),
     "modernbert": ("ModernBertModel", {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 16}),
+    "t5": ("T5EncoderModel", {"d_kv": 8, "d_ff": 48, "num_hidden_layers": 3}),
     "xlm_roberta": ("XLMRobertaModel", {"max_position_embeddings": MAX_TOKENS + 1}),
 }
 DECODERS = tuple(_DECODERS)

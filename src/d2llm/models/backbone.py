@@ -136,15 +136,14 @@ class Backbone(nn.Module):
             self.tokenizer = cast("PreTrainedTokenizerBase", lean.tokenizer)
             self.model = cast("PreTrainedModel", lean.model.to(device).eval())
         else:
-            from transformers import AutoModel
-
             self.tokenizer = load_tokenizer(self.location)
-            self.model = load_pretrained(AutoModel, self.location, dtype=weight_dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
+            self.model = load_pretrained(_model_class(self.location), self.location, dtype=weight_dtype)
+            self.model = self.model.to(device).eval()  # pyright: ignore[reportArgumentType]
         self.model.requires_grad_(False)
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise ModelError(
-                f"'{config.model}' is an encoder-decoder model ({type(self.model).__name__}); a backbone must be "
-                "either an encoder or a decoder: use another model"
+                f"'{config.model}' is an encoder-decoder model ({type(self.model).__name__}) whose encoder cannot be "
+                "loaded alone; a backbone is an encoder, a decoder, or the encoder of a T5 model: use another model"
             )
         if config.layers is not None:
             keep_layers(self.model, config.layers, name=config.model)
@@ -342,6 +341,8 @@ def keep_layers(model: nn.Module, layers: int | Sequence[int], *, name: str) -> 
     stack = layers_of(model, name=name)
     total = len(stack)
     kept = range(layers) if isinstance(layers, int) else layers
+    if kept[0] > 0 and any("relative_attention_bias" in part for part, _ in stack[0].named_parameters()):
+        raise InputError(f"layers leaves out layer 0 of '{name}', which has the positions of all its layers; keep it")
     if kept[-1] >= total:
         if isinstance(layers, int):
             raise InputError(f"layers is {layers}, but '{name}' has {total}; set layers to {total} or less")
@@ -365,6 +366,17 @@ def layers_of(model: nn.Module, *, name: str) -> nn.ModuleList:
     if len(stacks) != 1:
         raise ModelError(f"'{name}' ({type(model).__name__}) has no single list of layers to cut; leave layers unset")
     return stacks[0]
+
+
+def _model_class(location: str) -> Any:
+    """The class that loads a model without its language-model head, and without its decoder if it is a T5 model."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+
+    path = find_model_file(location, "config.json")
+    model_type: str = "" if path is None else json.loads(path.read_text(encoding="utf-8")).get("model_type", "")
+    encoder_class = {**MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES}.get(model_type, "")
+    return AutoModelForTextEncoding if encoder_class.endswith("EncoderModel") else AutoModel
 
 
 def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> PoolingName:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from statistics import fmean
+from typing import get_args
 from xml.etree.ElementTree import Element
 
 from d2llm.core.recipe import Recipe
@@ -20,7 +21,7 @@ from d2llm.training.ablation.report import BASE, MEASURE, AblationReport, Ablati
 _SHORT: dict[Task, str] = {"asymmetric": "asym", "symmetric": "sym"}
 _NAME_WIDTH, _FIGURE_WIDTH = 34, 12  # characters, so that the table of two data sets fits a screen of 120
 _SAMPLE = 5  # number of missing runs to list
-_GROUPS: tuple[VariantGroup, ...] = ("baseline", "published", "own")
+_GROUPS: tuple[VariantGroup, ...] = get_args(VariantGroup)
 
 _ROW, _LEFT, _WIDTH = 26.0, 190.0, 900.0
 _LARGEST = 4.0  # limit of the axis, in multiples of a seed's largest difference: intervals over two seeds are huge

@@ -1,0 +1,111 @@
+"""Write the measured tables of docs/recipes.md from the JSON files of `d2llm ablate` and `benchmarks/untrained.py`.
+
+    python scripts/recipe_tables.py
+
+Reads benchmarks/results/losses.json and benchmarks/results/untrained.json; no figure on the page is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from d2llm.core.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "recipes.md"
+PAPERS = {
+    "list_imitation": ("ListNet (Cao et al. 2007), RocketQAv2 (Ren et al. 2021)", "https://arxiv.org/abs/2110.07367"),
+    "score_regression": ("DSE, Barkan et al. 2020", "https://arxiv.org/abs/1908.05161"),
+    "margin_mse": ("Margin-MSE, Hofstätter et al. 2020", "https://arxiv.org/abs/2010.02666"),
+    "plackett_luce": ("ListMLE (Xia et al. 2008), RankDistil (Reddi et al. 2021)", ""),
+    "ranknet": ("RankNet, Burges et al. 2005", ""),
+    "lambdarank": ("LambdaRank (Burges 2010), LambdaLoss (Wang et al. 2018)", ""),
+    "sinkhorn": ("SinKD, Cui et al. 2024", "https://arxiv.org/abs/2402.17110"),
+    "in_batch_imitation": ("TCT-ColBERT, Lin et al. 2021", "https://aclanthology.org/2021.repl4nlp-1.17"),
+}
+NEEDS = {
+    "in_batch_imitation": "a student (`training.live_teacher`), which reads every text once; no labels",
+    "ranknet": "labels; one row of scores for each labelled pair",
+    "lambdarank": "labels; one row of scores for each labelled pair",
+    "sinkhorn": "labels; distances of all pairs of queries of a batch",
+}
+
+
+def main() -> None:
+    """Write both tables."""
+    text = PAGE.read_text(encoding="utf-8")
+    text = between(text, "losses", losses(json.loads((RESULTS / "losses.json").read_text(encoding="utf-8"))))
+    text = between(text, "untrained", untrained(json.loads((RESULTS / "untrained.json").read_text(encoding="utf-8"))))
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def between(text: str, name: str, content: str) -> str:
+    """The text with other content between the markers of that name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
+def losses(report: dict[str, Any]) -> str:
+    """A row for each loss: what it is, its paper, what it needs, and what it brought."""
+    measured = {row["name"]: row for row in (report["base"], *report["rows"])}
+    sets = [each["name"] for each in report["sets"]]
+    lines = [("setting", "weight", "paper", "needs", "mean", "difference", *sets, "s / run")]
+    for variant in VARIANTS.values():
+        if variant.group != "losses" and variant.name != "no-imitation":
+            continue
+        row = measured["recipe" if variant.name == "list-imitation" else variant.name]
+        weights = {loss: weight for loss, weight in variant.settings["losses"].items() if weight}
+        loss, weight = next(iter(weights.items()), ("none: judgements alone", 0.0))
+        paper, address = PAPERS.get(loss, ("", ""))
+        difference = row["difference"]
+        lines.append(
+            (
+                f"`{loss}`" if weight else loss,
+                f"{weight:g}" if weight else "",
+                f"[{paper}]({address})" if address else paper,
+                NEEDS.get(loss, "labels" if weight else "nothing"),
+                f"{row['mean']:.4f}",
+                "–" if difference is None else f"{difference:+.4f}",
+                *(f"{row['by_set'][each]:.4f}" for each in sets),
+                f"{fmean(run['seconds'] for run in row['runs']):.0f}",
+            )
+        )
+    notes = [
+        f"nDCG@10 on dev, {len(report['seeds'])} seed{'s' * (len(report['seeds']) > 1)}; difference: minus the row of "
+        "`list_imitation`, which is the recipe as it is.",
+        *(f"{note[0].upper()}{note[1:]}." for note in report["notes"]),
+    ]
+    return f"{markdown(lines, num_texts=4)}\n\n" + "\n".join(f"- {note}" for note in notes)
+
+
+def untrained(report: dict[str, Any]) -> str:
+    """A row for each backbone, layers and pooling."""
+    rows = report["rows"]
+    columns = [name for name in rows[0] if name not in ("model", "layers", "kept", "pooling")]
+    lines = [("model", "layers", "pooling", *columns)]
+    for row in rows:
+        kept = row["kept"]
+        layers = f"{row['layers']}: {', '.join(map(str, kept))}" if isinstance(kept, list) else row["layers"]
+        pooling = "mean" if row["pooling"] == "auto" else row["pooling"]
+        lines.append((row["model"], layers, pooling, *(f"{row[name]:.3f}" for name in columns)))
+    settings = report["settings"]
+    note = (
+        f"nDCG@10 of the cosine before any training, {settings['queries']} dev queries among at most "
+        f"{settings['passages']:,} passages (`benchmarks/untrained.py`); chosen: the layers that turn the states most."
+    )
+    return f"{markdown(lines, num_texts=3)}\n\n{note}"
+
+
+def markdown(lines: Sequence[Sequence[str]], *, num_texts: int) -> str:
+    """The lines as a table, the first one as its head; all columns but the first few are aligned to the right."""
+    rule = ["---" if column < num_texts else "---:" for column in range(len(lines[0]))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+if __name__ == "__main__":
+    main()
