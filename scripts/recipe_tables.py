@@ -75,12 +75,12 @@ def losses(report: dict[str, Any]) -> str:
                 f"{fmean(run['seconds'] for run in row['runs']):.0f}",
             )
         )
-    notes = [
+    note = (
         f"nDCG@10 on dev, {len(report['seeds'])} seed{'s' * (len(report['seeds']) > 1)}; difference: minus the row of "
-        "`list_imitation`, which is the recipe as it is.",
-        *(f"{note[0].upper()}{note[1:]}." for note in report["notes"]),
-    ]
-    return f"{markdown(lines, num_texts=4)}\n\n" + "\n".join(f"- {note}" for note in notes)
+        "`list_imitation`, which is the recipe as it is."
+    )
+    notes = [note, *(f"{each[0].upper()}{each[1:]}." for each in report["notes"])]
+    return f"{markdown(lines, num_texts=4)}\n\n" + "\n".join(f"- {each}" for each in notes)
 
 
 def untrained(report: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ def assert_same_answers(address: str, num_shards: int) -> None:
         scores = [[place["score"] for place in answer["passages"]] for answer in (one, several)]
         assert scores[1] == pytest.approx(scores[0], rel=1e-5)
         assert one["missing_shards"] == several["missing_shards"] == []
+        assert (one["shards"], several["shards"]) == (None, f"{num_shards}/{num_shards}")
         if several["certificate"] is not None:
             assert several["certificate"]["proved"] == one["certificate"]["proved"] == 10
     for path in ("passages/p7", "documents/d3", "passages"):

@@ -368,7 +368,8 @@ class Ranking:
     reads, so its end did not affect the student's scores. ``selection``: the entries were selected from a longer
     ranking; a certificate then proves that ranking, not the order of the selection. ``expansion``: what a language
     model added to the query. ``missing_shards``: shards of a sharded index that gave no answer; their passages are not
-    in the ranking, and its certificate says nothing about them.
+    in the ranking, and its certificate says nothing about them. ``num_shards``: of how many; None if the index is not
+    sharded.
     """
 
     query: Query
@@ -382,6 +383,7 @@ class Ranking:
     selection: Selection | None = None
     expansion: QueryExpansion | None = None
     missing_shards: tuple[MissingShard, ...] = ()
+    num_shards: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,11 @@ class SearchView(ReadableView, Protocol):
         """Shards that could not be opened, and are not searched."""
         ...
 
+    @property
+    def num_shards(self) -> int | None:
+        """Number of shards, missing ones included; None if the index is not sharded."""
+        ...
+
     def check_student(self, fingerprint: str) -> None:
         """Raise an ``IndexMismatchError`` unless the student with this fingerprint made the vectors."""
         ...

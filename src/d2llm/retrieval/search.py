@@ -497,6 +497,7 @@ class Searcher:
             selection=order.selection,
             expansion=prepared.expansion,
             missing_shards=tuple({shard.number: shard for shard in missing}.values()),
+            num_shards=self._index.num_shards,
         )
 
     def _evidence(self, prepared: _PreparedQuery, rows: NDArray[np.int64]) -> EvidenceParts:

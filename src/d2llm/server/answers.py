@@ -64,7 +64,15 @@ def _ranking_json(ranking: Ranking) -> dict[str, Any]:
         "cascade": None if cascade is None else asdict(cascade),
         "selection": None if selection is None else asdict(selection),
         "missing_shards": [shard.number for shard in ranking.missing_shards],
+        "shards": _answered(ranking),
     }
+
+
+def _answered(ranking: Ranking) -> str | None:
+    """How many shards gave an answer, as 7/8; None if the index is not sharded."""
+    if ranking.num_shards is None:
+        return None
+    return f"{ranking.num_shards - len(ranking.missing_shards)}/{ranking.num_shards}"
 
 
 def _excerpt_json(excerpt: Excerpt) -> dict[str, Any]:

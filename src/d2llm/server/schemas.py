@@ -273,7 +273,7 @@ class RankingAnswer(Answer):
 
     ``selection``: the results were selected from a longer ranking, with mmr or near_duplicates; the certificate then
     proves that ranking, not their order. ``missing_shards``: numbers of the shards of the index that gave no answer,
-    whose passages may be missing.
+    whose passages may be missing. ``shards``: how many gave one, as 7/8; null if the index is not sharded.
     """
 
     query: str
@@ -284,6 +284,7 @@ class RankingAnswer(Answer):
     cascade: CascadeReport | None
     selection: Selection | None
     missing_shards: list[int]
+    shards: str | None
     index: IndexVersion
     request_id: str
 

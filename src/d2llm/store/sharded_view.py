@@ -165,6 +165,11 @@ class ShardedView:
         """Shards that could not be opened, and are not searched."""
         return self.store.missing
 
+    @property
+    def num_shards(self) -> int:
+        """Number of shards, missing ones included."""
+        return len(self.store.records)
+
     @cached_property
     def word_statistics(self) -> WordStatistics:
         """The statistics of the words of all passages."""

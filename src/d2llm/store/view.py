@@ -115,6 +115,11 @@ class PassageView:
         return ()
 
     @property
+    def num_shards(self) -> None:
+        """None: an index that is not sharded, or a single shard."""
+        return None
+
+    @property
     def metadata(self) -> MetadataSchema:
         """The metadata fields that a filter may name."""
         return self._metadata
