@@ -3,8 +3,8 @@
 A layer that hardly turns the states of the tokens is nearly an identity: leaving it out changes little. Gromov et al.,
 "The Unreasonable Ineffectiveness of the Deeper Layers", 2024 (arXiv 2403.17887), drop the block of layers whose input
 and output differ least; Fischer et al., "Large Language Models Are Overparameterized Text Encoders", 2024 (arXiv
-2410.14578), drop the last ones, which ``backbone.layers = N`` does. Measured here (docs/recipes.md): the first is right for encoders
-that were trained for similarity, the second for language models, whose last layers turn towards the next word.
+2410.14578), drop the last ones, which ``backbone.layers = N`` does. Measured here (docs/recipes.md): the first is right
+for encoders that were trained for similarity, the second for language models, whose last layers turn to the next word.
 """
 
 from __future__ import annotations
