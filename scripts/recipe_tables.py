@@ -38,7 +38,7 @@ NEEDS = {
 def main() -> None:
     """Write both tables."""
     text = PAGE.read_text(encoding="utf-8")
-    text = between(text, "losses", losses(json.loads((RESULTS / "losses.json").read_text(encoding="utf-8"))))
+    text = between(text, "losses", losses(json.loads((RESULTS / "losses.json").read_text(encoding="utf-8"))["result"]))
     text = between(text, "untrained", untrained(json.loads((RESULTS / "untrained.json").read_text(encoding="utf-8"))))
     PAGE.write_text(text, encoding="utf-8")
 

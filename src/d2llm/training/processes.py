@@ -6,6 +6,7 @@ each process encodes its share of a batch, and vectors and gradients are summed,
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -100,13 +101,22 @@ def joined_processes() -> Generator[Processes]:
         yield ALONE
         return
     # gloo for CPU tensors, the vendor's library for GPU tensors. A process that hangs in a step is noticed after half
-    # an hour. While the first process mines, which can take hours, the others wait for it in a group of its own, which
-    # needs no GPU.
-    distributed.init_process_group(timeout=_WORK)
+    # an hour. The group stays open for a later run of these processes: in a second one, they could meet at the
+    # addresses of the first, which the launcher's store still has. A group that the caller opened stays the caller's.
+    if not distributed.is_initialized():
+        distributed.init_process_group(timeout=_WORK)
+        atexit.register(_leave)
+    # While the first process mines, which can take hours, the others wait for it in a group of its own, which needs no
+    # GPU.
+    waiting: Any = distributed.new_group(backend="gloo", timeout=_WAIT)
     try:
-        waiting = distributed.new_group(backend="gloo", timeout=_WAIT)
         yield Processes(distributed.get_rank(), distributed.get_world_size(), waiting)
     finally:
+        distributed.destroy_process_group(waiting)
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
