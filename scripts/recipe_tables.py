@@ -1,8 +1,9 @@
-"""Write the measured tables of docs/recipes.md from the JSON files of `d2llm ablate` and `benchmarks/untrained.py`.
+"""Write the measured tables of docs/recipes.md from the JSON files of `d2llm ablate` and the benchmarks.
 
     python scripts/recipe_tables.py
 
-Reads benchmarks/results/losses.json and benchmarks/results/untrained.json; no figure on the page is typed by hand.
+Reads losses.json, untrained.json, static.json and static-trained*.json of benchmarks/results; no figure on the page is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "recipes.md"
 PAPERS = {
     "list_imitation": ("ListNet (Cao et al. 2007), RocketQAv2 (Ren et al. 2021)", "https://arxiv.org/abs/2110.07367"),
+    "recalibrated_imitation": ("after FerKD, Shen 2023", "https://arxiv.org/abs/2312.17473"),
+    "weighted_imitation": (
+        "after Weighted Distillation, Iliopoulos et al. 2022",
+        "https://arxiv.org/abs/2210.06711",
+    ),
     "score_regression": ("DSE, Barkan et al. 2020", "https://arxiv.org/abs/1908.05161"),
     "margin_mse": ("Margin-MSE, Hofstätter et al. 2020", "https://arxiv.org/abs/2010.02666"),
     "plackett_luce": ("ListMLE (Xia et al. 2008), RankDistil (Reddi et al. 2021)", ""),
@@ -36,10 +42,14 @@ NEEDS = {
 
 
 def main() -> None:
-    """Write both tables."""
+    """Write all tables."""
     text = PAGE.read_text(encoding="utf-8")
     text = between(text, "losses", losses(json.loads((RESULTS / "losses.json").read_text(encoding="utf-8"))["result"]))
     text = between(text, "untrained", untrained(json.loads((RESULTS / "untrained.json").read_text(encoding="utf-8"))))
+    trained = [
+        json.loads(file.read_text(encoding="utf-8"))["result"] for file in sorted(RESULTS.glob("static-trained*"))
+    ]
+    text = between(text, "static", static(json.loads((RESULTS / "static.json").read_text(encoding="utf-8")), trained))
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -58,7 +68,9 @@ def losses(report: dict[str, Any]) -> str:
     for variant in VARIANTS.values():
         if variant.group != "losses" and variant.name != "no-imitation":
             continue
-        row = measured["recipe" if variant.name == "list-imitation" else variant.name]
+        row = measured.get("recipe" if variant.name == "list-imitation" else variant.name)
+        if row is None:  # not measured yet
+            continue
         weights = {loss: weight for loss, weight in variant.settings["losses"].items() if weight}
         loss, weight = next(iter(weights.items()), ("none: judgements alone", 0.0))
         paper, address = PAPERS.get(loss, ("", ""))
@@ -99,6 +111,34 @@ def untrained(report: dict[str, Any]) -> str:
         f"{settings['passages']:,} passages (`benchmarks/untrained.py`); chosen: the layers that turn the states most."
     )
     return f"{markdown(lines, num_texts=3)}\n\n{note}"
+
+
+def static(report: dict[str, Any], trained: Sequence[dict[str, Any]]) -> str:
+    """Speed and quality before training, and quality of trained students."""
+    rows = report["rows"]
+    lines = [tuple(rows[0])]
+    lines += [tuple(str(value) for value in row.values()) for row in rows]
+    note = (
+        f"Before training: nDCG@10 of the cosine, {report['settings']['queries']} dev queries; texts a second of one "
+        f"core in {report['settings']['dtype']} (`benchmarks/static.py`)."
+    )
+    own = json.loads((RESULTS / "losses.json").read_text(encoding="utf-8"))["result"]["base"]
+    sets = [*own["by_set"]]
+    after = [("backbone", "pooling", "learning rate", "mean", *sets)]
+    after.append(("minilm", "pma", "LoRA", f"{own['mean']:.4f}", *(f"{own['by_set'][each]:.4f}" for each in sets)))
+    for each in sorted(trained, key=lambda each: each["base"]["mean"], reverse=True):
+        recipe = each["settings"]["recipe"]
+        after.append(
+            (
+                "static",
+                recipe["student"]["pooling"]["method"],
+                f"{recipe['training']['learning_rate']:g}",
+                f"{each['base']['mean']:.4f}",
+                *(f"{each['base']['by_set'][name]:.4f}" for name in sets),
+            )
+        )
+    last = "After training as in the first table of this page, 400 queries of each set, one seed, nDCG@10 on dev."
+    return f"{markdown(lines, num_texts=1)}\n\n{note}\n\n{markdown(after, num_texts=3)}\n\n{last}"
 
 
 def markdown(lines: Sequence[Sequence[str]], *, num_texts: int) -> str:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from d2llm.fitting.settings import FitSettings
     from d2llm.models.backbone import Backbone
     from d2llm.models.export.export import export
+    from d2llm.models.static_model import distill_static
     from d2llm.models.student import Student
     from d2llm.models.teachers.judge import load_judge
     from d2llm.models.writers.writer import Assignment, load_writer
@@ -101,6 +102,7 @@ __all__ = [
     "__version__",
     "check_data",
     "count_labels",
+    "distill_static",
     "encode",
     "evaluate",
     "export",
@@ -156,6 +158,7 @@ _HOMES = {
     "d2llm.fitting.fit": ("Fit", "fit"),
     "d2llm.fitting.settings": ("FitSettings",),
     "d2llm.models.backbone": ("Backbone",),
+    "d2llm.models.static_model": ("distill_static",),
     "d2llm.models.student": ("Student",),
     "d2llm.models.teachers.judge": ("load_judge",),
     "d2llm.models.writers.writer": ("Assignment", "load_writer"),

@@ -65,6 +65,14 @@ def list_loss(logits: Tensor, teacher: Tensor) -> Tensor:
     return losses.list_imitation(logits, teacher, USED, temperature=TEMPERATURE)
 
 
+def recalibrated(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.recalibrated_imitation(logits, teacher, POSITIVES, USED)
+
+
+def weighted(logits: Tensor, teacher: Tensor) -> Tensor:
+    return losses.weighted_imitation(logits, teacher, POSITIVES, USED)
+
+
 def hard_easy(logits: Tensor, teacher: Tensor) -> Tensor:
     return losses.rank_imitation_hard_easy(logits, teacher, HARDS, EASIES)
 
@@ -109,6 +117,8 @@ def transport(logits: Tensor, teacher: Tensor) -> Tensor:
 CASES = [
     pytest.param(contrastive, scores, USED, id="contrastive_imitation"),
     pytest.param(list_loss, scores, USED, id="list_imitation"),
+    pytest.param(recalibrated, scores, USED, id="recalibrated_imitation"),
+    pytest.param(weighted, scores, USED, id="weighted_imitation"),
     pytest.param(positive_hard, scores, LISTS, id="rank_imitation_positive_hard"),
     pytest.param(hard_easy, scores, HARDS | EASIES, id="rank_imitation_hard_easy"),
     pytest.param(cross_entropy, scores, USED, id="in_batch_cross_entropy"),
@@ -260,6 +270,37 @@ def reference_lambdarank(z: np.ndarray, s: np.ndarray) -> float:
     return mean_over_queries(terms, num_counted=6)
 
 
+def softmax(values: np.ndarray, i: int) -> dict[int, float]:
+    total = sum(math.exp(values[i, j]) for j in members(USED, i))
+    return {j: math.exp(values[i, j]) / total for j in members(USED, i)}
+
+
+def divergence(target: dict[int, float], student: dict[int, float]) -> float:
+    return sum(share * math.log(share / student[j]) for j, share in target.items() if share)
+
+
+def reference_recalibrated(z: np.ndarray, s: np.ndarray) -> float:
+    def terms(i: int) -> list[float]:
+        target, known = softmax(s, i), members(POSITIVES, i)
+        if not target:
+            return []
+        if known:
+            unsure = -sum(share * math.log(share) for share in target.values()) / math.log(max(2, len(target)))
+            target = {j: (1 - unsure) * p + unsure * (j in known) / len(known) for j, p in target.items()}
+        return [divergence(target, softmax(z, i))]
+
+    return mean_over_queries(terms, num_counted=7)
+
+
+def reference_weighted(z: np.ndarray, s: np.ndarray) -> float:
+    total = weights = 0.0
+    for i in range(len(ROLES)):
+        weight = sum(share for j, share in softmax(s, i).items() if j in members(POSITIVES, i))
+        total += weight * divergence(softmax(s, i), softmax(z, i))
+        weights += weight
+    return total / weights
+
+
 def reference_transport(z: np.ndarray, s: np.ndarray) -> float:
     queries = [i for i in range(len(ROLES)) if members(USED, i)]
 
@@ -282,6 +323,8 @@ def reference_transport(z: np.ndarray, s: np.ndarray) -> float:
         (contrastive, scores, reference_contrastive),
         (cross_entropy, scores, reference_cross_entropy),
         (list_loss, scores, reference_list),
+        (recalibrated, scores, reference_recalibrated),
+        (weighted, scores, reference_weighted),
         (positive_hard, scores, reference_positive_hard),
         (hard_easy, scores, reference_hard_easy),
         (pairs, scores, reference_pairs),
@@ -343,6 +386,10 @@ def test_a_loss_without_queries_is_a_differentiable_zero(num_queries: int, dtype
         losses.in_batch_cross_entropy(logits, nothing, ~nothing),
         losses.list_imitation(logits, teacher, nothing),
         losses.list_imitation(logits, torch.full_like(teacher, -math.inf), ~nothing),
+        losses.recalibrated_imitation(logits, teacher, nothing, nothing),
+        losses.recalibrated_imitation(logits, torch.full_like(teacher, -math.inf), ~nothing, ~nothing),
+        losses.weighted_imitation(logits, teacher, nothing, ~nothing),
+        losses.weighted_imitation(logits, torch.full_like(teacher, -math.inf), ~nothing, ~nothing),
         losses.rank_imitation_positive_hard(logits, teacher, nothing),
         losses.rank_imitation_positive_hard(logits, torch.ones_like(teacher), ~nothing),
         losses.rank_imitation_hard_easy(logits, teacher, ~nothing, nothing),
@@ -438,6 +485,29 @@ def test_list_imitation_of_certain_labels_is_cross_entropy() -> None:
     certain = row(20, -20, -math.inf)
     expected = losses.in_batch_cross_entropy(logits, positive, everything).item()
     assert losses.list_imitation(logits, certain, everything).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_sure_teacher_is_not_recalibrated() -> None:
+    logits, sure, known = row(0.3, -1, 2), row(50, 0, 0), mask(0, 1, 0)
+    everything = mask(1, 1, 1)
+    expected = losses.list_imitation(logits, sure, everything).item()
+    assert losses.recalibrated_imitation(logits, sure, known, everything).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_teacher_that_knows_nothing_leaves_it_to_the_positives() -> None:
+    logits, known, everything = row(0.3, -1, 2), mask(0, 1, 0), mask(1, 1, 1)
+    expected = losses.in_batch_cross_entropy(logits, known, everything).item()
+    loss = losses.recalibrated_imitation(logits, row(0, 0, 0), known, everything)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_query_on_which_the_teacher_is_wrong_does_not_count() -> None:
+    logits = torch.cat([row(0.3, -1, 2), row(1, 0, 0)])
+    teacher = torch.cat([row(3, 1, 0), row(50, 0, 0)])
+    known = torch.cat([mask(1, 0, 0), mask(0, 1, 0)])
+    everything = torch.ones_like(known)
+    expected = losses.list_imitation(logits[:1], teacher[:1], everything[:1]).item()
+    assert losses.weighted_imitation(logits, teacher, known, everything).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_queries_without_negatives_count_as_zero_loss() -> None:

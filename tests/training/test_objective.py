@@ -26,6 +26,8 @@ NONE = -np.inf
 ALL_WEIGHTS = LossWeights(
     contrastive_imitation=0.5,
     list_imitation=13.0,
+    recalibrated_imitation=1.2,
+    weighted_imitation=1.4,
     score_regression=0.2,
     margin_mse=0.3,
     plackett_luce=0.4,
@@ -96,6 +98,8 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
             logits, probabilities, positive, hard | easy, temperature=0.7
         ),
         "list_imitation": losses.list_imitation(logits, log_odds, positive | hard | easy),
+        "recalibrated_imitation": losses.recalibrated_imitation(logits, log_odds, positive, included),
+        "weighted_imitation": losses.weighted_imitation(logits, log_odds, positive, included),
         "score_regression": losses.score_regression(logits, log_odds, included & labelled),
         "margin_mse": losses.margin_mse(logits, log_odds, positive & labelled, (hard | easy) & labelled),
         "plackett_luce": losses.plackett_luce(logits, log_odds, included),
@@ -126,6 +130,8 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
     assert total == pytest.approx(
         0.5 * parts["contrastive_imitation"]
         + 13 * parts["list_imitation"]
+        + 1.2 * parts["recalibrated_imitation"]
+        + 1.4 * parts["weighted_imitation"]
         + 0.2 * parts["score_regression"]
         + 0.3 * parts["margin_mse"]
         + 0.4 * parts["plackett_luce"]

@@ -16,6 +16,7 @@ from d2llm import __version__
 from d2llm.cli.ablate import ablate
 from d2llm.cli.data import data_app
 from d2llm.cli.demo import demo
+from d2llm.cli.distill_static import distill_static
 from d2llm.cli.doctor import doctor
 from d2llm.cli.encode import encode
 from d2llm.cli.evaluate import evaluate
@@ -144,7 +145,21 @@ def prepare(
 
 
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Distil": (fit, init, run, mine, tune_teacher, gate, label, distill, stack, fit_tokens, fit_scores, push),
+    "Distil": (
+        fit,
+        init,
+        run,
+        mine,
+        tune_teacher,
+        gate,
+        label,
+        distill,
+        stack,
+        distill_static,
+        fit_tokens,
+        fit_scores,
+        push,
+    ),
     "Search": (encode, search, shard),
     "Serve": (serve,),
     "Measure": (evaluate, ablate),

@@ -458,6 +458,10 @@ class LossWeights(_Section):
     contrastive_imitation: float = Field(default=1.0, ge=0)
     list_imitation: float = Field(default=0.0, ge=0)
     """Not among the published losses: imitates the teacher's distribution over all candidates of the batch."""
+    recalibrated_imitation: float = Field(default=0.0, ge=0)
+    """The same, but where the teacher is unsure, the known positives replace its distribution (FerKD)."""
+    weighted_imitation: float = Field(default=0.0, ge=0)
+    """The same, but queries count the more, the more the teacher agrees with the data set (DistillWeighted)."""
     score_regression: float = Field(default=0.0, ge=0)
     """The teacher's log-odds themselves, up to an offset of the batch; of the pairs that the teacher judged."""
     margin_mse: float = Field(default=0.0, ge=0)

@@ -105,6 +105,14 @@ _PUBLISHED: _Group = {
 }
 _LOSSES: _Group = {
     "list-imitation": ("imitation: the teacher's distribution over the list", _only(list_imitation=0.5)),
+    "recalibrated-imitation": (
+        "imitation: the same, mixed with the positives where the teacher is unsure (FerKD)",
+        _only(recalibrated_imitation=0.5),
+    ),
+    "weighted-imitation": (
+        "imitation: the same, weighted by how far the teacher agrees with the data (DistillWeighted)",
+        _only(weighted_imitation=0.5),
+    ),
     "score-regression": ("imitation: the teacher's scores (DSE)", _only(score_regression=0.02)),
     "margin-mse": ("imitation: the teacher's margins (Margin-MSE)", _only(margin_mse=0.02)),
     "plackett-luce": ("imitation: the teacher's order, one after the other (ListMLE)", _only(plackett_luce=0.5)),

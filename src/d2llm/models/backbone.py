@@ -30,12 +30,14 @@ from d2llm.models.lora import (
     train_adapters_only,
 )
 from d2llm.models.sources import (
+    STATIC_MODEL_TYPE,
     check_limits,
     find_model,
     find_model_file,
     fingerprint_model,
     load_pretrained,
     load_tokenizer,
+    model_type,
 )
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.batching import pad_right
@@ -122,7 +124,8 @@ class Backbone(nn.Module):
         Raises:
             ModelNotFoundError: no usable weights there.
             ModelError: the model is neither a plain encoder nor a plain decoder.
-            InputError: a token limit exceeds what the model can read, or ``layers`` exceeds its number of layers.
+            InputError: a token limit exceeds what the model can read, ``layers`` exceeds its number of layers, or
+                tuning is "lora" and it has no layers.
         """
         super().__init__()
         self.config = config
@@ -137,9 +140,14 @@ class Backbone(nn.Module):
             self.model = cast("PreTrainedModel", lean.model.to(device).eval())
         else:
             self.tokenizer = load_tokenizer(self.location)
-            self.model = load_pretrained(_model_class(self.location), self.location, dtype=weight_dtype)
-            self.model = self.model.to(device).eval()  # pyright: ignore[reportArgumentType]
+            model = _load_model(self.location, weight_dtype)
+            self.model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
         self.model.requires_grad_(False)
+        if config.tuning == "lora" and self.model.config.model_type == STATIC_MODEL_TYPE:
+            raise InputError(
+                f"'{config.model}' has vectors of tokens and no layers, so LoRA has nothing to adapt; set tuning to "
+                "full or frozen"
+            )
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise ModelError(
                 f"'{config.model}' is an encoder-decoder model ({type(self.model).__name__}) whose encoder cannot be "
@@ -368,14 +376,20 @@ def layers_of(model: nn.Module, *, name: str) -> nn.ModuleList:
     return stacks[0]
 
 
+def _load_model(location: str, dtype: torch.dtype) -> PreTrainedModel:
+    if model_type(location) == STATIC_MODEL_TYPE:
+        from d2llm.models.static_model import load_static
+
+        return load_static(location, dtype=dtype)
+    return load_pretrained(_model_class(location), location, dtype=dtype)
+
+
 def _model_class(location: str) -> Any:
     """The class that loads a model without its language-model head, and without its decoder if it is a T5 model."""
     from transformers import AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-    path = find_model_file(location, "config.json")
-    model_type: str = "" if path is None else json.loads(path.read_text(encoding="utf-8")).get("model_type", "")
-    encoder_class = {**MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES}.get(model_type, "")
+    encoder_class = {**MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES}.get(model_type(location), "")
     return AutoModelForTextEncoding if encoder_class.endswith("EncoderModel") else AutoModel
 
 

@@ -6,6 +6,7 @@ import copy
 import glob
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -39,6 +40,8 @@ _POSITIONS_AFTER_PADDING = frozenset(
     {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet", "data2vec-text"}
 )
 _HUB_SECONDS = "2.5"  # time limit for an answer; HF_HUB_ETAG_TIMEOUT, which huggingface_hub also reads, overrides it
+STATIC_MODEL_TYPE = "model2vec"
+"""``model_type`` in config.json of a model that has one vector for each token (``models.static_model``)."""
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
@@ -192,6 +195,12 @@ def find_model_file(location: str, name: str) -> Path | None:
         return None
 
 
+def model_type(location: str) -> str:
+    """The architecture that config.json of the model at ``location`` names; "" if it does not say."""
+    path = find_model_file(location, "config.json")
+    return "" if path is None else str(json.loads(path.read_text(encoding="utf-8")).get("model_type", ""))
+
+
 def readable_tokens(config: Any) -> int | None:
     """How many tokens a model with this ``transformers`` configuration can read; None if there is no limit."""
     readable: int | None = getattr(config, "max_position_embeddings", None)
@@ -226,7 +235,8 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"the tokenizer of '{location}' cannot be loaded: {first_sentence(error)}. Put the tokenizer's files "

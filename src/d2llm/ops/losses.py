@@ -120,15 +120,78 @@ def list_imitation(
     Log-odds of -inf mean that a passage is certainly not relevant. With a temperature above 1, the teacher is treated
     as less certain than its log-odds say.
     """
+    target, predicted, possible = _distributions(logits, teacher_log_odds, candidate_mask, temperature)
+    per_query = _divergence(target, predicted, possible)
+    return masked_mean(per_query, possible.any(dim=1)).to(logits.dtype)
+
+
+def recalibrated_imitation(
+    logits: Float[Tensor, "queries passages"],
+    teacher_log_odds: Float[Tensor, "queries passages"],
+    positive_mask: Bool[Tensor, "queries passages"],
+    candidate_mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """Like ``list_imitation``, but the less sure the teacher is, the more the known positives replace its distribution.
+
+    L_i = KL( (1 - u_i) p_i + u_i y_i || q_i ),  u_i = H(p_i) / log n_i,  y_i uniform over D+
+
+    with p and q of ``list_imitation`` and the entropy H over the n candidates that the teacher thinks possible; u is 0
+    for a single one. D+ is a subset of the candidates. Counted: as for ``list_imitation``; a query without positives
+    keeps p. After the idea of Shen, "FerKD: Surgical Label Adaptation for Efficient Distillation", ICCV 2023 (arXiv
+    2312.17473), which mixes labels into the soft targets of hard image regions.
+    """
+    target, predicted, possible = _distributions(logits, teacher_log_odds, candidate_mask, 1.0)
+    known = positive_mask & candidate_mask
+    entropy = -torch.where(possible, target.exp() * target, 0.0).sum(dim=1)
+    unsure = entropy / possible.sum(dim=1).clamp(min=2).to(entropy.dtype).log()
+    unsure = torch.where(known.any(dim=1), unsure.clamp(0.0, 1.0), 0.0)[:, None]
+    labels = known / known.sum(dim=1, keepdim=True).clamp(min=1).to(target.dtype)
+    mixed = (1.0 - unsure) * torch.where(possible, target.exp(), 0.0) + unsure * labels
+    counted = mixed > 0
+    per_query = _divergence(torch.where(counted, mixed, 1.0).log(), predicted, counted)
+    return masked_mean(per_query, possible.any(dim=1)).to(logits.dtype)
+
+
+def weighted_imitation(
+    logits: Float[Tensor, "queries passages"],
+    teacher_log_odds: Float[Tensor, "queries passages"],
+    positive_mask: Bool[Tensor, "queries passages"],
+    candidate_mask: Bool[Tensor, "queries passages"],
+) -> Float[Tensor, ""]:
+    """Like ``list_imitation``, but queries count the more, the more the teacher agrees with the data set.
+
+    L = sum_i w_i KL( p_i || q_i ) / sum_i w_i,  w_i = sum_{j in D+} p_ij
+
+    with p and q of ``list_imitation``: w is the probability that the teacher gives to the known positives D+. Counted:
+    as for ``list_imitation``; 0 if all weights are. After the idea of Iliopoulos et al., "Weighted Distillation with
+    Unlabeled Examples", NeurIPS 2022 (arXiv 2210.06711), which estimates from labelled examples how far to trust the
+    teacher on each of the others; here every query has a label.
+    """
+    target, predicted, possible = _distributions(logits, teacher_log_odds, candidate_mask, 1.0)
+    agreement = torch.where(possible & positive_mask, target.exp(), 0.0).sum(dim=1)
+    weighted = (agreement * _divergence(target, predicted, possible)).sum()
+    return (weighted / agreement.sum().clamp(min=torch.finfo(agreement.dtype).tiny)).to(logits.dtype)
+
+
+def _distributions(
+    logits: Tensor, teacher_log_odds: Tensor, candidate_mask: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithms of the teacher's and the student's distribution over each query's candidates.
+
+    The third is where the teacher's is above 0; elsewhere its logarithm is set to 0.
+    """
     (student,) = _under(candidate_mask, logits)
     possible = candidate_mask & (teacher_log_odds > -torch.inf)
     (teacher,) = _under(possible, teacher_log_odds)
     lowest = torch.finfo(student.dtype).min
     scaled = (teacher / _checked_temperature(temperature)).to(student.dtype)
     target = torch.where(possible, scaled.masked_fill(~possible, lowest).log_softmax(dim=1), 0.0)
-    predicted = student.masked_fill(~candidate_mask, lowest).log_softmax(dim=1)
-    per_query = torch.where(possible, target.exp() * (target - predicted), 0.0).sum(dim=1)
-    return masked_mean(per_query, possible.any(dim=1)).to(logits.dtype)
+    return target, student.masked_fill(~candidate_mask, lowest).log_softmax(dim=1), possible
+
+
+def _divergence(target: Tensor, predicted: Tensor, mask: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of each row, from logarithms of probabilities."""
+    return torch.where(mask, target.exp() * (target - predicted), 0.0).sum(dim=1)
 
 
 def rank_imitation_positive_hard(

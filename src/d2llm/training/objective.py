@@ -79,6 +79,8 @@ def batch_losses(
             logits, probabilities, positive, negatives, temperature=weights.temperature
         ),
         "list_imitation": lambda: losses.list_imitation(logits, log_odds, candidates),
+        "recalibrated_imitation": lambda: losses.recalibrated_imitation(logits, log_odds, positive, candidates),
+        "weighted_imitation": lambda: losses.weighted_imitation(logits, log_odds, positive, candidates),
         "score_regression": lambda: losses.score_regression(logits, log_odds, candidates & labelled),
         "margin_mse": lambda: losses.margin_mse(logits, log_odds, positive & labelled, negatives & labelled),
         "plackett_luce": lambda: losses.plackett_luce(logits, log_odds, candidates),
