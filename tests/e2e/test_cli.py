@@ -19,7 +19,8 @@ from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_re
 from e2e.small_corpus import SENTENCES
 
 VERBS = [
-    *("fit", "init", "run", "mine", "tune-teacher", "stack", "gate", "label", "distill", "fit-tokens", "fit-scores"),
+    *("fit", "init", "run", "mine", "tune-teacher", "stack", "gate", "label", "distill", "distill-static"),
+    *("fit-tokens", "fit-scores"),
     *("encode", "shard", "search", "serve", "evaluate", "ablate", "demo", "judge"),
     *("export", "push", "doctor", "size"),
 ]
