@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from d2llm.data.collation import DistillationBatch
 from d2llm.models.evidence import read_evidence
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.models.token_vectors import read_token_projection
 from d2llm.training import distill as verb
 from d2llm.training import training_loop as loop
 from d2llm.training.dev_sets import DevResult, evaluate_dev, make_dev_set
@@ -128,6 +130,50 @@ def test_words_count_in_training_with_weights_fitted_once(
     shutil.rmtree(tmp_path / "with")
     with pytest.raises(InputError, match="checkpoint"):
         run("with", in_training=False)
+
+
+def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backbone(
+    place: Place, tmp_path: Path
+) -> None:
+    source = topics(num_dev=40, shift=0)
+    train = {entry.query_id: dict.fromkeys(entry.positives, 1) for entry in source.plan.entries}
+    source = replace(source, dataset=replace(source.dataset, qrels={"train": train, **source.dataset.qrels}))
+    write_rule_labels(tmp_path / "labels", [source], place.teacher)
+    recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | {"tokens": {"dim": 4, "epochs": 1}})
+    recipe = recipe.model_copy(
+        update={
+            "evidence": EvidenceConfig(token_vectors=True, in_training=True),
+            "losses": recipe.losses.model_copy(update={"token_cross_entropy": 0.5}),
+        }
+    )
+
+    def run(name: str) -> DistillReport:
+        return place.run(tmp_path / name, source=source, labels=tmp_path / "labels", recipe=recipe)
+
+    report = run("student")
+    key = untrained(place).fingerprint
+    weight = read_evidence(tmp_path / "student.run", key).weights("asymmetric").terms["token_vectors"]
+    start = read_token_projection(tmp_path / "student.run", key, untrained(place).backbone.dim)
+    student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+    assert start is not None
+    assert student.token_projection is not None
+    assert weight > 0
+    changed = (student.token_projection.weight - start.weight).abs().max()
+    assert changed > 1e-3  # by the steps of the training, not by another one on fixed states
+    assert all(line["token_cross_entropy"] > 0 for line in log_of(tmp_path / "student") if "loss" in line)
+    # the dev result of the start counts tokens, with the weight and the projection that were fitted before
+    dev_set = make_dev_set(
+        source, num_queries=recipe.training.dev_queries, num_passages=recipe.training.dev_passages, seed=recipe.seed
+    )
+    first = untrained(place)
+    first.token_projection = start
+    expected = evaluate_dev(first, [dev_set.with_evidence(None, weight)])["tiny"]
+    assert report.dev["tiny"]["start"] == pytest.approx(max(expected.values.values()), abs=1e-6)
+    # a run that is resumed reads both again, and its result is the same
+    shutil.rmtree(tmp_path / "student")
+    assert run("student").fingerprint == report.fingerprint
+    again = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+    assert again.token_fingerprint == student.token_fingerprint
 
 
 STAGES = (  # the parts of a two-stage run, in order

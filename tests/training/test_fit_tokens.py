@@ -23,7 +23,7 @@ from d2llm.store.side_files import Chunking
 from d2llm.training.dev_sets import dev_queries
 from d2llm.training.fit_evidence import fit_evidence, make_evidence_lists
 from d2llm.training.fit_scores import fit_scores
-from d2llm.training.fit_tokens import _choose, _Examples, _loss, fit_tokens, mean_best_cosines, token_rarity
+from d2llm.training.fit_tokens import _choose, _Examples, _loss, fit_tokens, token_rarity
 
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "brown", "pink")
 THINGS = ("house", "river", "tree", "lamp", "chair", "train", "cloud", "stone", "bridge", "letter", "horse", "ship")
@@ -93,16 +93,6 @@ def test_tokens_of_late_chunks_have_seen_the_whole_text(trained, tmp_path):
     assert len(counts) > 2
     assert counts.min() > 0
     assert index.verify().problems == []
-
-
-def test_mean_best_cosines_by_hand():
-    projection = TokenProjection(4, 2, [1.0])
-    projection.weight.data = torch.eye(4)[:2]
-    queries = [torch.tensor([[1.0, 0, 5, 5], [0, 2.0, 0, 0]]), torch.tensor([[-1.0, 0, 0, 0]])]
-    passages = [torch.tensor([[3.0, 0, 0, 9]]), torch.tensor([[0, 1.0, 0, 0], [1.0, 1, 0, 0]]), torch.zeros(0, 4)]
-    half = 2**-0.5
-    expected = [[0.5, (half + 1) / 2, -1.0], [-1.0, 0.0, -1.0]]
-    torch.testing.assert_close(mean_best_cosines(projection, queries, passages), torch.tensor(expected))
 
 
 def test_of_a_long_query_only_the_rarest_tokens_count():

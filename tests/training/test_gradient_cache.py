@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,17 @@ from torch import Tensor
 from d2llm.core.recipe import LoraConfig, LossWeights, TrainingConfig
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.student import Student
+from d2llm.models.token_vectors import TokenProjection
 from d2llm.training import gradient_cache
 from d2llm.training.gradient_cache import backpropagate, graph_room
-from d2llm.training.objective import batch_losses, batch_tokens, score_vectors, weighted_sum
+from d2llm.training.objective import (
+    batch_losses,
+    batch_tokens,
+    score_vectors,
+    token_places,
+    weighted_sum,
+    with_tokens,
+)
 from tiny_data import make_source
 from tiny_distill import score_batch
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
@@ -88,8 +96,14 @@ def in_one_pass(student: Student, batch: DistillationBatch) -> LossAndGradients:
     return collect(student, loss)
 
 
-def loss_function(student: Student, batch: DistillationBatch) -> Callable[[Tensor], Tensor]:
-    return lambda vectors: weighted_sum(batch_losses(score_vectors(student, vectors, batch), batch, WEIGHTS), WEIGHTS)
+def loss_function(student: Student, batch: DistillationBatch) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
+    ids = batch_tokens(student, batch)
+
+    def loss_of(vectors: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+        scores = with_tokens(student, score_vectors(student, vectors, batch), tokens, batch, ids)
+        return weighted_sum(batch_losses(scores, batch, WEIGHTS), WEIGHTS)
+
+    return loss_of
 
 
 def in_parts(
@@ -99,6 +113,7 @@ def in_parts(
         student,
         batch_tokens(student, batch),
         loss_function(student, batch),
+        places=token_places(student, batch, batch_tokens(student, batch)),
         part_tokens=part_tokens,
         room=room,
         seed=seed,
@@ -184,7 +199,7 @@ def peak_of_saved(student: Student, ids: list[list[int]], room: float) -> int:
             alive -= self.size
 
     with torch.autograd.graph.saved_tensors_hooks(SavedTensor, lambda kept: kept.tensor):
-        backpropagate(student, ids, lambda v: (v @ v.T).logsumexp(1).sum(), part_tokens=64, room=room, seed=0)
+        backpropagate(student, ids, lambda v, _: (v @ v.T).logsumexp(1).sum(), part_tokens=64, room=room, seed=0)
     student.zero_grad(set_to_none=True)
     return peak
 
@@ -208,7 +223,7 @@ def read_with_graph(
         return original(self, *inputs)
 
     monkeypatch.setattr(type(student), "forward", forward)
-    backpropagate(student, ids, lambda v: (v @ v.T).logsumexp(1).sum(), part_tokens=64, seed=0, **options)
+    backpropagate(student, ids, lambda v, _: (v @ v.T).logsumexp(1).sum(), part_tokens=64, seed=0, **options)
     student.zero_grad(set_to_none=True)
     return kept_graph
 
@@ -265,3 +280,42 @@ class TestRoom:
         assert self.room(monkeypatch, student, 6 << 30, gradient_caching="off") == math.inf
         assert self.room(monkeypatch, student, 6 << 30, gradient_caching="on") == 0
         assert caplog.text == ""
+
+
+def mean_best_cosines_one_by_one(student: Student, batch: DistillationBatch) -> Tensor:
+    """The mean best cosines of all pairs; each text is read alone and each pair compared alone."""
+    projection = student.token_projection
+    assert projection is not None
+    ids = batch_tokens(student, batch)
+    states = [student.backbone(*student.backbone.pad([row]))[0][0] for row in ids]
+    vectors = [torch.nn.functional.normalize(row.float() @ projection.weight.T, dim=-1) for row in states]
+    num_queries = len(batch.query_ids)
+    rows: list[Tensor] = []
+    for query, query_ids in zip(vectors[:num_queries], ids[:num_queries], strict=True):
+        own = query[projection.query_places(query_ids)]
+        others = [
+            passage[projection.places(row)]
+            for passage, row in zip(vectors[num_queries:], ids[num_queries:], strict=True)
+        ]
+        best = [(own @ passage.T).amax(1).sum() / len(projection.places(query_ids)) for passage in others]
+        rows.append(torch.stack(best))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("room", [0, math.inf])
+def test_gradient_with_vectors_of_tokens_equals_that_of_one_pass(
+    model: Path, batch: DistillationBatch, room: float
+) -> None:
+    student = make_student(model)
+    rarity = [1.0 + token % 5 for token in range(len(student.backbone.tokenizer))]  # all tokens have vectors
+    torch.manual_seed(0)
+    student.token_projection = TokenProjection(student.backbone.dim, 6, rarity, max_query_tokens=3)
+    with_weight = replace(batch, token_weight=4.0)
+    vectors = student(*student.backbone.pad(batch_tokens(student, batch)))
+    tokens = mean_best_cosines_one_by_one(student, batch)
+    scores = replace(score_vectors(student, vectors, batch), tokens=tokens)
+    loss = weighted_sum(batch_losses(scores, with_weight, WEIGHTS), WEIGHTS)
+    loss.backward()
+    expected = collect(student, loss)
+    assert float(expected.gradients["token_projection.weight"].abs().max()) > 1e-3
+    assert_same(in_parts(student, with_weight, room=room, part_tokens=40), expected, tolerance=1e-4)

@@ -149,7 +149,8 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
 
 
 PAIR_LOSSES = {"pair_cross_entropy", "anchor_pair_cross_entropy"}
-LOSS_NAMES = [n for n in LossWeights.model_fields if n not in PAIR_LOSSES | {"temperature", "teacher_share"}]
+OTHERS = {"temperature", "teacher_share", "token_cross_entropy"}  # the last needs vectors of tokens
+LOSS_NAMES = [n for n in LossWeights.model_fields if n not in PAIR_LOSSES | OTHERS]
 
 
 @pytest.mark.parametrize("name", LOSS_NAMES)
@@ -184,19 +185,40 @@ def test_a_constant_added_by_the_interaction_changes_no_loss(scores: PairScores,
     assert shift.grad.abs().max().item() < 1e-5  # so nothing drives the interaction to its bound
 
 
-def test_words_are_part_of_every_score_and_not_of_the_interaction(scores: PairScores, batch: DistillationBatch) -> None:
+def test_words_are_part_of_the_score_and_not_of_the_interaction(scores: PairScores, batch: DistillationBatch) -> None:
     words = np.array([[0.5, 2.0, 0.0, 1.0], [3.0, 0.0, 0.25, 0.0]], np.float32)
     assert scores.anchor is not None
     with_words = PairScores(
         scores.logits + torch.from_numpy(words), scores.anchor + torch.from_numpy(words), scores.features
     )
-    expected = by_hand(with_words)
+    expected = by_hand(with_words) | {"anchor_cross_entropy": by_hand(scores)["anchor_cross_entropy"]}
     for name, value in batch_losses(scores, replace(batch, word_scores=words), ALL_WEIGHTS).items():
         torch.testing.assert_close(value, expected[name], msg=name)
     paper = batch_losses(PairScores(scores.logits, None, None), replace(batch, word_scores=words), ALL_WEIGHTS)
     masks = [torch.tensor(mask, dtype=torch.bool) for mask in (POSITIVE, HARD, EASY)]
     in_batch = losses.in_batch_cross_entropy(with_words.logits, masks[0], masks[0] | masks[1] | masks[2])
     torch.testing.assert_close(paper["in_batch_cross_entropy"], in_batch)
+
+
+def test_tokens_are_part_of_the_score_and_have_a_loss_of_their_own(
+    scores: PairScores, batch: DistillationBatch
+) -> None:
+    cosines = torch.tensor([[0.5, 0.2, 0.0, 0.9], [-1.0, 0.1, 0.25, 0.0]], requires_grad=True)
+    assert scores.anchor is not None
+    in_all = PairScores(scores.logits + 8 * cosines, scores.anchor + 8 * cosines, scores.features)
+    positive, hard, easy = (torch.tensor(mask, dtype=torch.bool) for mask in (POSITIVE, HARD, EASY))
+    expected = by_hand(in_all) | {
+        "anchor_cross_entropy": by_hand(scores)["anchor_cross_entropy"],
+        "token_cross_entropy": losses.in_batch_cross_entropy(8 * cosines, positive, positive | hard | easy),
+    }
+    weights = ALL_WEIGHTS.model_copy(update={"token_cross_entropy": 2.5})
+    actual = batch_losses(replace(scores, tokens=cosines), replace(batch, token_weight=8.0), weights)
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    weighted_sum(actual, weights).backward()
+    assert cosines.grad is not None
+    assert cosines.grad.abs().max().item() > 0
 
 
 def test_a_head_without_anchor_has_no_anchor_loss(scores: PairScores, batch: DistillationBatch) -> None:

@@ -483,6 +483,8 @@ class LossWeights(_Section):
     in_batch_cross_entropy: float = Field(default=1.0, ge=0)
     anchor_cross_entropy: float = Field(default=1.0, ge=0)
     """In-batch cross-entropy of the inner-product part alone (anchored head): keeps the vectors useful on their own."""
+    token_cross_entropy: float = Field(default=0.0, ge=0)
+    """The same for the vectors of tokens alone, where they count in training (``evidence.in_training``)."""
     pair_cross_entropy: float = Field(default=1.0, ge=0)
     """Yes/no cross-entropy of each labelled pair. None of the losses above is computed for labelled pairs."""
     anchor_pair_cross_entropy: float = Field(default=0.5, ge=0)
@@ -653,9 +655,10 @@ class EvidenceConfig(_Section):
     """The mean, over the query's rarest tokens, of the highest cosine with a token of the passage. The vectors of
     tokens come from the same reading as the passage's own; an index stores 32 bytes for each token."""
     in_training: bool = False
-    """Count words in the losses and dev results of training, with weights that are fitted on dev before the first step:
-    the vectors and the interaction then learn what words leave unexplained. Source: Gao et al., "Complement Lexical
-    Retrieval Model with Semantic Residual Embeddings", ECIR 2021."""
+    """Count words and vectors of tokens in the losses and dev results of training, with weights that are fitted on dev
+    before the first step: the vectors and the interaction then learn what words leave unexplained (Gao et al.,
+    "Complement Lexical Retrieval Model with Semantic Residual Embeddings", ECIR 2021), and the backbone is trained
+    together with the projection of tokens, as in ColBERT. The second stage counts words alone."""
 
     @property
     def terms(self) -> tuple[EvidenceTerm, ...]:
@@ -671,9 +674,12 @@ class EvidenceConfig(_Section):
         return tuple(term for term, is_chosen in chosen.items() if is_chosen)
 
     @model_validator(mode="after")
-    def _check_words(self) -> EvidenceConfig:
-        if self.in_training and not (self.words or self.window_words):
-            raise ValueError("in_training counts words in training, but neither words nor window_words is true")
+    def _check_in_training(self) -> EvidenceConfig:
+        if self.in_training and not (self.words or self.window_words or self.token_vectors):
+            raise ValueError(
+                "in_training counts words and vectors of tokens in training, but neither words, window_words nor "
+                "token_vectors is true"
+            )
         return self
 
 

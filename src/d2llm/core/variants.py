@@ -58,11 +58,18 @@ def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 _COSINE = {"interaction": {"head": "cosine"}}
 _NO_PMA = {"pooling": {"method": "backbone"}}
-_NO_EVIDENCE = {"words": False, "window_words": False, "window_vectors": False, "token_vectors": False}
+_NO_EVIDENCE = {
+    "words": False,
+    "window_words": False,
+    "window_vectors": False,
+    "token_vectors": False,
+    "in_training": False,
+}
 _PLAIN_LOSSES = {
     **NO_IMITATION,
     "in_batch_cross_entropy": 1.0,
     "anchor_cross_entropy": 0.0,
+    "token_cross_entropy": 0.0,
     "anchor_pair_cross_entropy": 0.0,
     "teacher_share": 0.0,
 }

@@ -37,6 +37,8 @@ class LabelledSource:
     """Those of them that are trained on nevertheless."""
     score_words: ScorePassages | None = None
     """Adds the words' part of the score to every pair of a batch; None if only the vectors count in training."""
+    token_weight: float = 0.0
+    """The weight of the vectors of tokens in the scores of a batch; 0 if they do not count in training."""
     score_live: ScorePassages | None = None
     """The live teacher's scores of the pairs of a batch; None if there is none."""
 
@@ -81,7 +83,8 @@ class DistillationBatch:
     judged. ``own`` [Q, n] holds for each query the columns of its positive and hard negatives, -1 for padding and where
     the store has no cosines; ``gram`` [Q, n, n] holds the cosines of the teacher's features over these passages.
     ``labelled`` says which pairs have a label of the teacher. ``word_scores`` is what words add to the scores; None if
-    only the vectors count. ``live_scores`` are those of the live teacher; None if there is none.
+    they add nothing. ``token_weight`` is the weight of the vectors of tokens. ``live_scores`` are those of the live
+    teacher; None if there is none.
     """
 
     source: TrainingSource
@@ -96,6 +99,7 @@ class DistillationBatch:
     gram: NDArray[np.float32]
     targets: NDArray[np.float32] | None = None
     word_scores: NDArray[np.float32] | None = None
+    token_weight: float = 0.0
     live_scores: NDArray[np.float32] | None = None
 
 
@@ -268,6 +272,7 @@ def _collate(
         gram=gram,
         targets=targets if any(draw.entry.targets for draw in draws) else None,
         word_scores=None if labelled.score_words is None else word_scores,
+        token_weight=labelled.token_weight,
         live_scores=None if labelled.score_live is None else live_scores,
     )
 

@@ -31,12 +31,15 @@ class PairScores:
     """Scores of queries against passages.
 
     ``logits`` is the final score z; ``anchor`` is its inner-product part (None for the paper head); ``features`` is
-    y^S_ij, the student's counterpart of the teacher's score-token state (None for the cosine head).
+    y^S_ij, the student's counterpart of the teacher's score-token state (None for the cosine head). ``tokens`` is the
+    mean best cosine of the query's tokens (``ops.scoring.mean_best_cosines``), which is not part of ``logits``; None if
+    vectors of tokens do not count.
     """
 
     logits: Float[Tensor, "queries passages"]
     anchor: Float[Tensor, "queries passages"] | None
     features: Float[Tensor, "queries passages feature_dim"] | None
+    tokens: Float[Tensor, "queries passages"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from d2llm.core.types import PartKind
 from d2llm.ops.selection import ranges
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_file import PART_PLACES, PART_VECTORS, IntactExtents, VectorFile
-from d2llm.store.vector_formats import VectorFormat, measured_norm
+from d2llm.store.vector_formats import VectorFormat, make_format, measured_norm
 
 _PLACE = np.dtype("<i8")
 PLACE_BYTES = 2 * _PLACE.itemsize
@@ -69,6 +69,20 @@ class PartVectors:
         self._format = vector_format
         self._largest_norm = largest_norm
         self.codes = codes
+
+    @classmethod
+    def of_texts(
+        cls, vectors: NDArray[np.float32], counts: NDArray[np.int64], vector_format: VectorFormat | None = None
+    ) -> PartVectors:
+        """The parts of texts that are in no index; row i is text i.
+
+        ``vectors`` [sum of counts, dim] are text after text; ``vector_format`` stores them, by default as they are.
+        """
+        stored = vector_format or make_format("float32", vectors.shape[1])
+        places = np.stack([np.cumsum(counts) - counts, counts], axis=1)
+        return cls(
+            places, stored.encode(vectors, [str(row) for row in np.repeat(np.arange(len(counts)), counts)]), stored
+        )
 
     @cached_property
     def _scan(self) -> RowScan:

@@ -39,9 +39,11 @@ from d2llm.ops.ranking import top_k
 from d2llm.ops.selection import ids_at, nearest_rows
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.row_evidence import mean_of_cosines
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import bm25_lists
+from d2llm.store.part_vectors import PartVectors
 from d2llm.training.processes import ALONE, Processes
 
 INTERACTION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -83,7 +85,8 @@ class DevSet:
         qrels: query_id -> passage_id -> grade; empty for pairs.
         pairs: the labelled pairs; empty if there are qrels.
         gold: the true labels of the pairs.
-        word_scores: query_id -> what words add to the scores of its candidates; empty if only the vectors count.
+        word_scores: query_id -> what words add to the scores of its candidates; empty if they add nothing.
+        token_weight: the weight of the vectors of tokens in the scores; 0 if they do not count.
     """
 
     name: str
@@ -95,11 +98,14 @@ class DevSet:
     pairs: tuple[LabelledPair, ...] = ()
     gold: Gold | None = None
     word_scores: Mapping[str, NDArray[np.float32]] = field(default_factory=dict[str, NDArray[np.float32]])
+    token_weight: float = 0.0
 
-    def with_words(self, score_words: ScorePassages) -> DevSet:
-        """The same set, whose scores count words."""
-        scores = {query_id: score_words(self.queries[query_id], ids) for query_id, ids in self.candidates.items()}
-        return replace(self, word_scores=scores)
+    def with_evidence(self, score_words: ScorePassages | None, token_weight: float) -> DevSet:
+        """The same set, whose scores count words, if they are given, and vectors of tokens with this weight."""
+        scores: dict[str, NDArray[np.float32]] = {}
+        if score_words is not None:
+            scores = {query_id: score_words(self.queries[query_id], ids) for query_id, ids in self.candidates.items()}
+        return replace(self, word_scores=scores, token_weight=token_weight)
 
     @property
     def item_ids(self) -> tuple[str, ...]:
@@ -317,13 +323,15 @@ class DevResult:
 class EncodedDev:
     """A dev set encoded by a student; while the vectors are fixed, its interaction can be measured repeatedly.
 
-    ``rows`` has, for each query, the rows of its candidates among the passages.
+    ``rows`` has, for each query, the rows of its candidates among the passages, ``token_scores`` what vectors of tokens
+    add to the candidates' scores, if they count.
     """
 
     dev: DevSet
     queries: Float32[np.ndarray, "queries dim"]
     passages: Float32[np.ndarray, "passages dim"]
     rows: list[NDArray[np.intp]]
+    token_scores: Scores = ()
 
 
 def encode_dev(
@@ -331,14 +339,29 @@ def encode_dev(
 ) -> EncodedDev:
     """Encode the texts of a dev set; ``advance`` is called with the number of texts finished.
 
-    Several processes share the texts, and all get all vectors.
+    Several processes share the texts, and all get all vectors; those of tokens are only known to the first.
     """
     row = {passage_id: number for number, passage_id in enumerate(dev.passages)}
+    rows = [np.array([row[passage_id] for passage_id in ids], np.intp) for ids in dev.candidates.values()]
+    if dev.token_weight:
+        if not processes.is_first:
+            nothing = np.zeros((0, student.vector_dim), np.float32)
+            return EncodedDev(dev, nothing, nothing, rows)
+        queries = student.encode_with_tokens([*dev.queries.values()], "query", advance=advance)
+        passages = student.encode_with_tokens([*dev.passages.values()], "passage", advance=advance)
+        assert queries.tokens is not None
+        assert passages.tokens is not None
+        stored = PartVectors.of_texts(passages.tokens.vectors, passages.tokens.counts)
+        best = [
+            dev.token_weight * stored.sum_of_best(mean_of_cosines(tokens), candidates)
+            for tokens, candidates in zip(queries.tokens.split(), rows, strict=True)
+        ]
+        return EncodedDev(dev, queries.vectors, passages.vectors, rows, best)
     return EncodedDev(
         dev,
         encode_together(student, [*dev.queries.values()], "query", advance=advance, processes=processes),
         encode_together(student, [*dev.passages.values()], "passage", advance=advance, processes=processes),
-        [np.array([row[passage_id] for passage_id in ids], np.intp) for ids in dev.candidates.values()],
+        rows,
     )
 
 
@@ -386,12 +409,13 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
             weight: [anchor + weight * (whole - anchor) for anchor, whole in zip(anchors, scores[1.0], strict=True)]
             for weight in INTERACTION_WEIGHTS
         }
-    if dev.word_scores:
-        words = [dev.word_scores[query_id] for query_id in dev.queries]
-        scores = {
-            weight: [own + added for own, added in zip(weight_scores, words, strict=True)]
-            for weight, weight_scores in scores.items()
-        }
+    words = [dev.word_scores[query_id] for query_id in dev.queries] if dev.word_scores else []
+    for evidence in (words, encoded.token_scores):
+        if evidence:
+            scores = {
+                weight: [own + added for own, added in zip(weight_scores, evidence, strict=True)]
+                for weight, weight_scores in scores.items()
+            }
     results = {weight: dev.measure(weight_scores) for weight, weight_scores in scores.items()}
     return DevResult(
         dev.task,

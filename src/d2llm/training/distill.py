@@ -20,12 +20,12 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.evaluation.judging import label_pool
-from d2llm.models.evidence import NO_EVIDENCE, VECTOR_TERMS, Evidence, read_evidence, write_evidence
+from d2llm.models.evidence import NO_EVIDENCE, Evidence, read_evidence, write_evidence
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
-from d2llm.models.token_vectors import TokenProjection
+from d2llm.models.token_vectors import TokenProjection, read_token_projection
 from d2llm.training.dev_sets import DevSet, make_dev_set
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
@@ -131,14 +131,17 @@ def distill(
     student = _starting_student(recipe, device=own_device(device), dtype=dtype)
     started_from = student.fingerprint if recipe.training.start is not None else None
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
+        start_tokens = student.token_projection
         if recipe.evidence.in_training:
-            evidence = _evidence_at_start(student, sources, recipe, run_folder, processes)
-            labelled, dev_sets = _with_words(labelled, dev_sets, evidence)
+            evidence, start_tokens = _evidence_at_start(student, sources, recipe, run_folder, processes)
+            labelled, dev_sets = _with_evidence(labelled, dev_sets, evidence)
         live_teacher = _load_live_teacher(recipe, device=device, dtype=dtype)
         if live_teacher is not None:
             labelled = _with_live_teacher(labelled, live_teacher)
-        start_tokens = student.token_projection
         student.prepare_training(seed=recipe.seed)
+        if any(each.token_weight for each in labelled):
+            assert start_tokens is not None
+            student.token_projection = start_tokens.to(student.backbone.device)
         settings = _run_settings(recipe, labelled, identity, started_from, live_teacher)
         run = DistillRun(
             student,
@@ -191,19 +194,15 @@ def _fit_and_write(
 ) -> DistillReport:
     """Fit the trained student's evidence and probabilities on dev, write the student, and complete the report.
 
-    ``tokens`` is the projection of tokens of the student that training started from, if it had one.
+    ``tokens`` is the projection of tokens of the student that training started from, if it had one. One that was
+    trained together with the backbone remains as it is.
     """
     student, recipe = run.student.eval(), run.recipe
-    judged = [source for source in sources if source.pairs is None]
-    if recipe.evidence.token_vectors and judged and student.has_anchor:
-        fit_tokens(
-            student,
-            [source.dataset for source in judged],
-            recipe.training.tokens,
-            queries={source.dataset.name: [entry.query_id for entry in source.plan.entries] for source in judged},
-            start=tokens,
-            seed=recipe.seed,
-        )
+    if student.token_projection is not None:
+        student.token_projection.requires_grad_(False)
+    judged = _judged(sources)
+    if recipe.evidence.token_vectors and judged and student.has_anchor and student.token_projection is None:
+        _fit_tokens(student, judged, recipe, start=tokens)
     student.evidence = _fit_evidence(student, sources, recipe, recipe.evidence.terms)
     student.calibration = fit_probabilities(
         student,
@@ -290,32 +289,59 @@ def _teacher_when_needed(teacher: TeacherConfig, *, device: str | None, dtype: s
     return ask
 
 
+def _judged(sources: Sequence[TrainingSource]) -> list[TrainingSource]:
+    """The data sets that have a corpus and judged queries, in contrast to labelled pairs."""
+    return [source for source in sources if source.pairs is None]
+
+
+def _fit_tokens(
+    student: Student, judged: Sequence[TrainingSource], recipe: Recipe, *, start: TokenProjection | None
+) -> None:
+    fit_tokens(
+        student,
+        [source.dataset for source in judged],
+        recipe.training.tokens,
+        queries={source.dataset.name: [entry.query_id for entry in source.plan.entries] for source in judged},
+        start=start,
+        seed=recipe.seed,
+    )
+
+
 def _evidence_at_start(
     student: Student, sources: Sequence[TrainingSource], recipe: Recipe, run_folder: Path, processes: Processes
-) -> Evidence:
-    """The weights of words beside the untrained student, kept in the run's folder for a run that is resumed."""
-    evidence = NO_EVIDENCE
-    if processes.is_first:
-        evidence = read_evidence(run_folder, student.fingerprint)
-        if evidence is NO_EVIDENCE:
-            words: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term not in VECTOR_TERMS]
-            evidence = _fit_evidence(student, sources, recipe, words)
-            run_folder.mkdir(parents=True, exist_ok=True)
-            write_evidence(run_folder, evidence)
-    return processes.from_first(evidence)
+) -> tuple[Evidence, TokenProjection | None]:
+    """The weights of evidence beside the student before the first step, and its projection of tokens, if it counts.
+
+    Both are kept in the run's folder for a run that is resumed. A student without a projection gets one, trained on
+    states that do not change.
+    """
+    key = student.fingerprint
+    if processes.is_first and read_evidence(run_folder, key) is NO_EVIDENCE:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        counted: list[EvidenceTerm] = [term for term in recipe.evidence.terms if term != "window_vectors"]
+        judged = _judged(sources)
+        if "token_vectors" in counted and judged and student.has_anchor:
+            if student.token_projection is None:
+                _fit_tokens(student, judged, recipe, start=None)
+            assert student.token_projection is not None
+            student.token_projection.save(run_folder, key)
+        write_evidence(run_folder, _fit_evidence(student, sources, recipe, counted))
+    processes.from_first(None)  # wait until both are written
+    return read_evidence(run_folder, key), read_token_projection(run_folder, key, student.backbone.dim)
 
 
-def _with_words(
+def _with_evidence(
     labelled: Sequence[LabelledSource], dev_sets: Sequence[DevSet], evidence: Evidence
 ) -> tuple[list[LabelledSource], list[DevSet]]:
-    """The same data sets, whose scores count words where they have a weight; never for labelled pairs."""
+    """The same data sets, whose scores count words and tokens where they have a weight; never for labelled pairs."""
     sources, dev = list(labelled), list(dev_sets)
     for place, each in enumerate(labelled):
-        weights = evidence.weights(each.source.task, stored=())
-        if each.source.pairs is None and weights.counts_words:
-            score_words = WordScores(each.source.dataset, weights)
-            sources[place] = replace(each, score_words=score_words)
-            dev[place] = dev[place].with_words(score_words)
+        weights = evidence.weights(each.source.task, stored=("token",))
+        if each.source.pairs is None and weights:
+            score_words = WordScores(each.source.dataset, weights) if weights.counts_words else None
+            token_weight = weights.terms.get("token_vectors", 0.0)
+            sources[place] = replace(each, score_words=score_words, token_weight=token_weight)
+            dev[place] = dev[place].with_evidence(score_words, token_weight)
     return sources, dev
 
 
@@ -344,7 +370,7 @@ def _fit_evidence(
         return NO_EVIDENCE
     return fit_evidence(
         student,
-        [(source.dataset, source.task) for source in sources if source.pairs is None],
+        [(source.dataset, source.task) for source in _judged(sources)],
         terms=terms,
         num_queries=recipe.training.dev_queries,
         seed=recipe.seed,

@@ -30,7 +30,7 @@ from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.reading import read_passages, read_windows
 from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
 from d2llm.store.bm25 import WordIndex
-from d2llm.store.part_vectors import PartVectors, ReadParts
+from d2llm.store.part_vectors import PartVectors
 from d2llm.store.vector_formats import make_format
 from d2llm.training.dev_sets import MIN_QUERIES, dev_queries
 
@@ -192,11 +192,15 @@ def make_evidence_lists(
         best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors[kept], listed, strict=True)]
     if kept and "token" in read.parts:
         assert isinstance(student, TokenStudent)
-        tokens = _stored_tokens(read.parts["token"], ids, pool)
+        tokens = PartVectors.of_texts(
+            read.parts["token"].vectors,
+            read.parts["token"].counts,
+            make_format(PART_FORMATS["token"], read.parts["token"].vectors.shape[1]),
+        )
         read_queries = student.encode_with_tokens([queries[number].text for number in kept], "query").tokens
         assert read_queries is not None
         best_tokens = [
-            tokens.sum_of_best(mean_of_cosines(own), rows)
+            tokens.sum_of_best(mean_of_cosines(own), np.searchsorted(pool, rows))
             for own, rows in zip(read_queries.split(), listed, strict=True)
         ]
     lists = [
@@ -231,15 +235,6 @@ def _read_windows(
     places[rows] = np.stack([firsts, counts], axis=1)
     stored = make_format("float32", student.vector_dim)
     return PartVectors(places, stored.encode(vectors, [ids[int(row)] for row in np.repeat(rows, counts)]), stored)
-
-
-def _stored_tokens(read: ReadParts, ids: Sequence[str], rows: NDArray[np.int64]) -> PartVectors:
-    """The vectors of the tokens of the passages at ``rows``, as an index stores them."""
-    places = np.zeros((len(ids), 2), np.int64)
-    places[rows] = np.stack([np.cumsum(read.counts) - read.counts, read.counts], axis=1)
-    stored = make_format(PART_FORMATS["token"], read.vectors.shape[1])
-    owners = [ids[int(row)] for row in np.repeat(rows, read.counts)]
-    return PartVectors(places, stored.encode(read.vectors, owners), stored)
 
 
 def fit_task_weights(

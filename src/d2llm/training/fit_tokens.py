@@ -30,6 +30,7 @@ from d2llm.models.device import inference
 from d2llm.models.student import Student
 from d2llm.models.token_vectors import TokenProjection, skipped_tokens
 from d2llm.ops.batching import even_batches, token_budget_batches
+from d2llm.ops.scoring import mean_best_cosines
 from d2llm.ops.selection import nearest_rows
 from d2llm.store.bm25 import WordIndex
 from d2llm.training.checkpoints import adamw, learning_rate_factor, optimizer_step, warmup_steps
@@ -318,7 +319,8 @@ def _loss(
     device = projection.weight.device
     queries = [examples.queries[position].to(device) for position in positions]
     passages = [examples.passages[place].to(device) for place in column_of]
-    scores = log_scale.exp() * mean_best_cosines(projection, queries, passages)
+    vectors = projection(torch.cat([*queries, *passages])).split([len(tokens) for tokens in (*queries, *passages)])
+    scores = log_scale.exp() * mean_best_cosines(vectors[: len(queries)], vectors[len(queries) :])
     also_relevant = torch.zeros_like(scores, dtype=torch.bool)
     for row, (position, target) in enumerate(zip(positions, targets, strict=True)):
         for place in examples.relevant[position]:
@@ -326,23 +328,3 @@ def _loss(
                 also_relevant[row, column_of[place]] = True
     labels = torch.tensor([column_of[target] for target in targets], device=device)
     return functional.cross_entropy(scores.masked_fill(also_relevant, -torch.inf), labels)
-
-
-def mean_best_cosines(projection: TokenProjection, queries: Sequence[Tensor], passages: Sequence[Tensor]) -> Tensor:
-    """The mean, over a query's tokens, of the highest cosine with a token of the passage, [queries, passages].
-
-    Args:
-        projection: makes the vectors of tokens.
-        queries: states [tokens, dim] of each query's tokens, at least one.
-        passages: the same for the passages; one without tokens gets -1.
-    """
-    device = projection.weight.device
-    rows = projection(torch.cat([*queries]))
-    columns = projection(torch.cat([*passages]))
-    cosines = rows @ columns.T / projection.dim
-    owners = torch.repeat_interleave(torch.tensor([len(p) for p in passages], device=device))
-    best = cosines.new_full((len(cosines), len(passages)), -1.0)
-    best = best.scatter_reduce(1, owners.expand(len(cosines), -1), cosines, "amax")
-    lengths = torch.tensor([len(query) for query in queries], device=device)
-    summed = best.new_zeros(len(queries), len(passages)).index_add(0, torch.repeat_interleave(lengths), best)
-    return summed / lengths[:, None]

@@ -63,8 +63,9 @@ def graph_room(settings: TrainingConfig | TeacherTuningConfig, device: torch.dev
 def backpropagate(
     student: Student,
     ids: Sequence[Sequence[int]],
-    loss_of: Callable[[Tensor], Tensor],
+    loss_of: Callable[[Tensor, Sequence[Tensor]], Tensor],
     *,
+    places: Sequence[Sequence[int]] | None = None,
     part_tokens: int | None = None,
     room: float,
     seed: int,
@@ -72,19 +73,47 @@ def backpropagate(
 ) -> Tensor:
     """Add the gradient of a batch's loss to the student's parameters; returns the loss.
 
-    ``loss_of`` computes the scalar loss of the vectors [texts, dim] in the order of the token ``ids``, and may use the
-    head. ``part_tokens`` (``TrainingConfig``), ``room`` and the rest: see ``backpropagate_parts``.
+    Args:
+        student: the student.
+        ids: token ids of the texts.
+        loss_of: computes the scalar loss of the vectors [texts, dim] in the order of ``ids``, and of the vectors
+            [places, token_dim] of each text's tokens; it may use the head.
+        places: places of the tokens of each text that get vectors, by the student's ``token_projection``; by default
+            none.
+        part_tokens: see ``TrainingConfig``; ``room``, ``seed`` and ``processes``: see ``backpropagate_parts``.
+        room: see there.
+        seed: see there.
+        processes: see there.
     """
     lengths = [len(row) for row in ids]
+    counts = [0] * len(ids) if places is None else [len(row) for row in places]
+    projection = student.token_projection
+    dim, token_dim = student.vector_dim, 0 if projection is None else projection.dim
+
+    def encode(part: Sequence[int]) -> Tensor:
+        token_ids, mask = student.backbone.pad([ids[index] for index in part])
+        if places is None or projection is None or not any(counts):
+            return student(token_ids, mask)
+        states, mask = student.backbone(token_ids, mask)
+        vectors = student.pool(states, mask)
+        tokens = vectors.new_zeros(len(part), max(counts), token_dim)
+        for row, index in enumerate(part):
+            tokens[row, : counts[index]] = projection(states[row, list(places[index])])
+        return torch.cat([vectors, tokens.flatten(1)], dim=1)
+
+    def loss_of_parts(encoded: Tensor) -> Tensor:
+        rows = zip(encoded[:, dim:], counts, strict=True)
+        return loss_of(encoded[:, :dim], [row[: count * token_dim].view(count, token_dim) for row, count in rows])
+
     part_tokens = part_tokens or tokens_at_a_time(student.backbone.device)
     limits = {"max_tokens": part_tokens, "enough_tokens": part_tokens // 4}
     return backpropagate_parts(
         student,
-        lambda part: student(*student.backbone.pad([ids[index] for index in part])),
+        encode,
         token_budget_batches(lengths, max_items=len(ids), **limits),
         lengths,
-        loss_of,
-        shape=(student.vector_dim,),
+        loss_of_parts,
+        shape=(dim + max(counts) * token_dim,),
         head=[parameter for parameter in student.interaction.parameters() if parameter.requires_grad],
         room=room,
         seed=seed,

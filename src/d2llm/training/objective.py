@@ -21,6 +21,7 @@ from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops import losses
+from d2llm.ops.scoring import mean_best_cosines
 
 OFFSET = "offset."
 """Prefix of the parameter name of a data set's offset, followed by the data set's name."""
@@ -34,6 +35,18 @@ def batch_tokens(student: Student, batch: DistillationBatch) -> list[list[int]]:
     queries = tokenize([source.query_text(query_id) for query_id in batch.query_ids], "query")
     passages = tokenize([source.passage_text(passage_id) for passage_id in batch.passage_ids], "passage")
     return queries.ids + passages.ids
+
+
+def token_places(student: Student, batch: DistillationBatch, ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The places of the tokens of each text that have vectors; none if vectors of tokens do not count in this batch."""
+    projection = student.token_projection
+    if projection is None or not batch.token_weight:
+        return [[] for _ in ids]
+    num_queries = len(batch.query_ids)
+    return [
+        *(projection.query_places(row) for row in ids[:num_queries]),
+        *(projection.places(row) for row in ids[num_queries:]),
+    ]
 
 
 def score_vectors(
@@ -50,6 +63,30 @@ def score_vectors(
         if anchors_only and isinstance(head, Interaction):
             return head.score_anchors(queries, passages, batch.source.task)
         return head(queries, passages, batch.source.task)
+
+
+def with_tokens(
+    student: Student,
+    scores: PairScores,
+    tokens: Sequence[Tensor],
+    batch: DistillationBatch,
+    ids: Sequence[Sequence[int]],
+) -> PairScores:
+    """The scores with the mean best cosines of tokens, if they count in this batch; differentiable.
+
+    Args:
+        student: the student.
+        scores: the scores of the vectors.
+        tokens: the vectors [tokens, token_dim] of each text's tokens (``token_places``).
+        batch: the batch.
+        ids: token ids of its texts.
+    """
+    projection = student.token_projection
+    if projection is None or not batch.token_weight:
+        return scores
+    num_queries = len(batch.query_ids)
+    num_tokens = [len(projection.places(row)) for row in ids[:num_queries]]
+    return replace(scores, tokens=mean_best_cosines(tokens[:num_queries], tokens[num_queries:], num_tokens=num_tokens))
 
 
 def batch_losses(
@@ -70,8 +107,8 @@ def batch_losses(
         torch.from_numpy(mask).to(device) for mask in (batch.positive, batch.hard, batch.easy, batch.labelled)
     )
     negatives, candidates = hard | easy, positive | hard | easy
-    scores = _with_words(scores, batch)
-    logits = _without_common_change(scores, candidates)
+    evidence = _evidence(scores, batch)
+    logits = _without_common_change(scores, candidates) + evidence
     log_odds = torch.from_numpy(batch.teacher_log_odds).to(device)
     probabilities = torch.sigmoid(log_odds)
     by_name: dict[str, Callable[[], Tensor]] = {
@@ -92,11 +129,14 @@ def batch_losses(
         "rank_imitation_hard_easy": lambda: losses.rank_imitation_hard_easy(logits, probabilities, hard, easy),
         "in_batch_cross_entropy": lambda: losses.in_batch_cross_entropy(logits, positive, candidates),
     }
-    features, anchor = scores.features, scores.anchor
+    features, anchor, tokens = scores.features, scores.anchor, scores.tokens
     if features is not None:
         by_name["feature_imitation"] = lambda: _feature_imitation(features, batch)
     if anchor is not None:
-        by_name["anchor_cross_entropy"] = lambda: losses.in_batch_cross_entropy(anchor, positive, candidates)
+        by_name["anchor_cross_entropy"] = lambda: losses.in_batch_cross_entropy(anchor.float(), positive, candidates)
+    if tokens is not None:
+        token_logits = batch.token_weight * tokens
+        by_name["token_cross_entropy"] = lambda: losses.in_batch_cross_entropy(token_logits, positive, candidates)
     return {name: loss() for name, loss in by_name.items() if getattr(weights, name)}
 
 
@@ -135,16 +175,14 @@ def _losses_of_pairs(
     return values
 
 
-def _with_words(scores: PairScores, batch: DistillationBatch) -> PairScores:
-    """The scores with what words add to them, so that the gradient is that of what words leave unexplained."""
-    if batch.word_scores is None:
-        return scores
-    words = torch.from_numpy(batch.word_scores).to(scores.logits.device)
-    return replace(
-        scores,
-        logits=scores.logits.float() + words,
-        anchor=None if scores.anchor is None else scores.anchor.float() + words,
-    )
+def _evidence(scores: PairScores, batch: DistillationBatch) -> Tensor:
+    """What words and tokens add to the scores: the gradient is then that of what they leave unexplained."""
+    added = torch.zeros_like(scores.logits, dtype=torch.float32)
+    if batch.word_scores is not None:
+        added = added + torch.from_numpy(batch.word_scores).to(added.device)
+    if scores.tokens is not None:
+        added = added + batch.token_weight * scores.tokens
+    return added
 
 
 def _without_common_change(scores: PairScores, candidates: Tensor) -> Tensor:

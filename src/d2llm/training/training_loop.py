@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,9 @@ from d2llm.training.objective import (
     make_offsets,
     offset_name,
     score_vectors,
+    token_places,
     weighted_sum,
+    with_tokens,
 )
 from d2llm.training.processes import Processes
 from d2llm.training.residual import AskTeacher, train_residual
@@ -319,10 +321,12 @@ class DistillRun:
         progress, training = self.progress, self.recipe.training
         self.student.train()
         batch = collate(source, draws)
+        ids = batch_tokens(self.student, batch)
         losses: dict[str, Tensor] = {}
 
-        def loss_of(vectors: Tensor) -> Tensor:
+        def loss_of(vectors: Tensor, tokens: Sequence[Tensor]) -> Tensor:
             scores = score_vectors(self.student, vectors, batch, anchors_only=self.has_stages)
+            scores = with_tokens(self.student, scores, tokens, batch, ids)
             offset = self.offsets.get(offset_name(source.source))
             losses.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
             loss = weighted_sum(losses, self.recipe.losses)
@@ -331,8 +335,9 @@ class DistillRun:
 
         loss = backpropagate(
             self.student,
-            batch_tokens(self.student, batch),
+            ids,
             loss_of,
+            places=token_places(self.student, batch, ids),
             part_tokens=training.part_tokens,
             room=self.room,
             seed=self.recipe.seed * 1_000_003 + progress.step,  # dropout depends only on the step: resuming is exact
@@ -441,7 +446,8 @@ def _optimizer(parameters: dict[str, nn.Parameter], training: TrainingConfig) ->
     """AdamW with separate learning rates for backbone and heads; vectors and scalars have no weight decay."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in parameters.items():
-        rate = training.learning_rate if name.startswith("backbone.") else training.head_learning_rate
+        is_encoder = name.startswith(("backbone.", "token_projection."))
+        rate = training.learning_rate if is_encoder else training.head_learning_rate
         rate = _OFFSET_RATE if name.startswith(OFFSET) else rate
         decay = training.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
