@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from d2llm import Index, Passage, encode
-from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe import RemoteWriterConfig, TeacherConfig, WriterConfig
 from d2llm.models.teachers.judge import load_judge
+from d2llm.models.writers.writer import load_writer
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.calibrate import write_error
 from d2llm.retrieval.context import build_context
+from d2llm.retrieval.expansion import Expansion
+from local_endpoint import Reply, local_endpoint
 from tiny_models import write_tiny_model
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index, write_tiny_student
 
@@ -187,6 +190,10 @@ def test_vectors_and_scores_are_the_students(index, post):
         ("/v1/search", {"query": "cat", "budget_ms": 5}, 400, "budget_ms"),
         ("/v1/search", {"query": "cat", "teacher_ms": 5}, 400, "teacher_ms"),
         ("/v1/search", {"query": "cat", "rescore": "teacher"}, 400, "no teacher"),
+        ("/v1/search", {"query": "cat", "expand": "hyde"}, 400, "start it with --writer"),
+        ("/v1/search", {"query": "cat", "expansions": 2}, 400, "expansions is for expand"),
+        ("/v1/search", {"query": "cat", "expand": "multi", "expansions": 11}, 422, "expansions"),
+        ("/v1/context", {"query": "cat", "expand": "hyde", "rescore": "cascade"}, 400, "leave out expand"),
         ("/v1/search", {"query": "cat" * 50_000}, 400, "characters"),
         ("/v1/search", {"query": "cat", "select_from": 20}, 400, "select_from"),
         ("/v1/search", {"query": "cat", "mmr": 1.5}, 422, "mmr"),
@@ -464,6 +471,52 @@ def test_a_teacher_reads_again(tmp_path):
             ).json()
             assert explanation["teacher"]["log_odds"] == pytest.approx(best["log_odds"], abs=1e-3)
             assert 0 <= explanation["teacher"]["probability"] <= 1
+
+
+def test_a_writer_expands_queries(tmp_path):
+    folder = write_tiny_index(tmp_path)
+    answers = {"fails": Reply("no more money: http://10.0.0.1", status=402)}
+
+    def reply(request, number):
+        if "Number of queries" in request.prompt:
+            text = "1. a ship on the sea\n2. the dog by the house"
+        else:
+            text = "The cat sat by the sea and watched the ship."
+        plain = Reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+        return answers["fails"] if "bread" in request.prompt else plain
+
+    with local_endpoint(reply) as endpoint:
+        settings = tiny_settings(folder, writer="served", writer_endpoint=endpoint.url)
+        with serve(make_app(settings)) as address, httpx2.Client(base_url=address, timeout=PATIENCE) as http:
+            wait_until_ready(address)
+            assert http.get("/v1/index").json()["writer"] == "served"
+            library = Index.open(folder, dtype="float32")
+            remote = RemoteWriterConfig(url=endpoint.url)
+            writer = load_writer(WriterConfig(model="served", kind="remote", remote=remote))
+            for method, number in [("multi", 2), ("hyde", None)]:
+                body = {"query": QUERY, "top_k": 20, "expand": method, "expansions": number}
+                answer = http.post("/v1/search", json=body).json()
+                (expected,) = library.search(QUERY, top_k=20, expansion=Expansion(writer, method, number))
+                assert [hit["id"] for hit in answer["passages"]] == [hit.passage.id for hit in expected.passages]
+                np.testing.assert_allclose(
+                    [hit["score"] for hit in answer["passages"]],
+                    [hit.score for hit in expected.passages],
+                    atol=1e-4,
+                )
+                assert answer["expansion"]["texts"] == list(expected.expansion.texts) != []
+                assert answer["seconds"].keys() >= {"queue", "expansion", "encode", "candidates", "score"}
+            (plain,) = library.search(QUERY, top_k=20)
+            assert [hit["id"] for hit in answer["passages"]] != [hit.passage.id for hit in plain.passages]
+            context = http.post("/v1/context", json={"query": QUERY, "expand": "hyde", "rescore": "none"}).json()
+            assert context["expansion"]["method"] == "hyde"
+            assert context["sources"]
+            refused = http.post("/v1/search", json={"query": QUERY, "expand": "multi", "exact": True})
+            assert (refused.status_code, "fusion" in refused.text) == (400, True)
+            failed = http.post("/v1/search", json={"query": "the bread", "expand": "multi"}).json()
+            assert failed["expansion"]["texts"] == []
+            assert failed["expansion"]["problem"] == "the writer failed; the server's log says why"
+            (plain,) = library.search("the bread")
+            assert [hit["id"] for hit in failed["passages"]] == [hit.passage.id for hit in plain.passages]
 
 
 async def ask_at_once(address, number, path, body, held):

@@ -203,6 +203,13 @@ def test_an_option_and_set_for_one_setting_are_an_error():
         load_settings({"port": 1}, assignments={"port": "2"})
 
 
+def test_settings_of_a_writer_need_one():
+    with pytest.raises(InputError, match="writer_endpoint needs writer"):
+        load_settings(assignments={"writer_endpoint": "http://127.0.0.1:8000/v1"})
+    with pytest.raises(InputError, match="writer_key_env is about an endpoint"):
+        load_settings({"writer": "smollm2"}, assignments={"writer_key_env": "KEY"})
+
+
 # Reachable addresses
 
 

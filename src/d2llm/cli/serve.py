@@ -44,6 +44,9 @@ class SettingOptions:
     ] = None
     teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="A teacher that searches may use.")] = None
     prompt: PromptOption = None
+    writer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A language model that searches may expand their query with.")
+    ] = None
     host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Where to listen.", show_default="127.0.0.1")] = (
         None
     )

@@ -63,6 +63,7 @@ def _ranking_json(ranking: Ranking) -> dict[str, Any]:
         },
         "cascade": None if cascade is None else asdict(cascade),
         "selection": None if selection is None else asdict(selection),
+        "expansion": None if ranking.expansion is None else asdict(ranking.expansion),
         "missing_shards": [shard.number for shard in ranking.missing_shards],
         "shards": _answered(ranking),
     }

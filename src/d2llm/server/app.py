@@ -37,6 +37,7 @@ from d2llm.server.serving import Serving
 from d2llm.server.settings import ServeSettings
 from d2llm.server.student_pool import StudentPool
 from d2llm.server.telemetry import Telemetry, metrics_router
+from d2llm.server.writer_service import load_writer_service
 from d2llm.store.sharded_store import Storage
 
 _log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ async def running(
 
 
 def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> Serving:
-    """Load students, teacher and indexes; folders that clients must not see are added to ``private``.
+    """Load students, teacher, writer and indexes; folders that clients must not see are added to ``private``.
 
     Raises:
         InputError: there is neither a student nor an index.
@@ -148,6 +149,7 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
                     folder, students, allow_missing=settings.allow_missing_shards, cluster=cluster
                 )
         judge = _load_judge(settings)
+        writer = load_writer_service(settings)
         undo.pop_all()
     indexes = {
         name: IndexService(
@@ -156,12 +158,13 @@ def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> 
             readings,
             judge=judge,
             teacher_name=settings.teacher,
+            writer=writer,
             queue=settings.queue_texts,
             observe=telemetry.observe,
         )
         for name, served in versions.items()
     }
-    return Serving(settings, indexes, students, readings)
+    return Serving(settings, indexes, students, readings, writer=writer)
 
 
 def load_models(
@@ -240,6 +243,6 @@ def _private_paths(settings: ServeSettings) -> list[Path]:
         *settings.index.values(),
         settings.keys_file,
         settings.report,
-        *map(Path, filter(None, (settings.student, settings.teacher))),
+        *map(Path, filter(None, (settings.student, settings.teacher, settings.writer))),
     )
     return [path for path in paths if path is not None and path.name]

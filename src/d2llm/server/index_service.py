@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -17,7 +18,15 @@ from scipy.special import expit
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import showing_progress
-from d2llm.core.types import DEFAULT_TEACHER_PASSAGES, ContextOrder, Excerpt, Passage, Ranking, Task
+from d2llm.core.types import (
+    DEFAULT_TEACHER_PASSAGES,
+    ContextOrder,
+    Excerpt,
+    ExpansionMethod,
+    Passage,
+    Ranking,
+    Task,
+)
 from d2llm.models.attribution import Attribution, attribute, why_no_interaction
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judge
@@ -32,6 +41,7 @@ from d2llm.retrieval.chunking import (
 )
 from d2llm.retrieval.context import AnswerContext, build_context
 from d2llm.retrieval.excerpts import merge_neighbours
+from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchView
 from d2llm.retrieval.row_evidence import weights_for
@@ -43,7 +53,15 @@ from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
 from d2llm.server.ray_shards import RemoteView
 from d2llm.server.schemas import Rescore, TeacherAnswer
-from d2llm.server.served_version import OpenVersion, PendingSearch, ServedVersion, rank_again, rank_together
+from d2llm.server.served_version import (
+    OpenVersion,
+    PendingSearch,
+    ServedVersion,
+    rank_again,
+    rank_expanded,
+    rank_together,
+)
+from d2llm.server.writer_service import WriterService
 from d2llm.store.inspection import IndexStats
 from d2llm.store.sharded_inspection import stats_of_all
 
@@ -78,8 +96,9 @@ def new_readings(queue: int) -> Readings:
 
 
 class IndexService:
-    """One index, shared by all requests; ``judge`` is the teacher, ``teacher_name`` its name.
+    """One index, shared by all requests.
 
+    ``judge`` is the teacher, ``teacher_name`` its name; ``writer`` expands queries.
     ``readings`` is the queue of the teacher, which all indexes share. Whoever makes it also starts and stops it.
     """
 
@@ -91,6 +110,7 @@ class IndexService:
         *,
         judge: Judge | None = None,
         teacher_name: str | None = None,
+        writer: WriterService | None = None,
         queue: int = 2_048,
         observe: Observe = lambda _stage, _seconds: None,
     ) -> None:
@@ -99,6 +119,7 @@ class IndexService:
         self.folder = served.folder
         self.judge = judge
         self.teacher_name = teacher_name
+        self.writer = writer
         self._observe = observe
         self._ranks: Batcher[PendingSearch, Ranking] = Batcher(
             rank_together,
@@ -137,14 +158,20 @@ class IndexService:
     # Searching -----------------------------------------------------------------------------------------------------
 
     async def search(
-        self, query: str, settings: SearchSettings, rescore: Rescore = "iem", reading: Reading | None = None
+        self,
+        query: str,
+        settings: SearchSettings,
+        rescore: Rescore = "iem",
+        reading: Reading | None = None,
+        expansion: Expansion | None = None,
     ) -> tuple[Ranking, ModelService]:
         """The ranking for one query, and the student that made it, which a swap may have replaced by now.
 
-        ``seconds`` also holds "queue"; ``reading`` is the teacher's budget, if ``rescore`` uses the teacher.
+        ``seconds`` also holds "queue"; ``reading`` is the teacher's budget, if ``rescore`` uses the teacher;
+        ``expansion`` is one of ``expansion()``.
 
         Raises:
-            InputError: the settings contradict each other or do not fit the index.
+            InputError: the settings contradict each other or do not fit the index, or the writer cannot read the query.
             OverloadedError: too many searches are in progress. Raised before the query is encoded: an admitted search
                 is not refused later, after work has been spent on it.
         """
@@ -168,12 +195,31 @@ class IndexService:
             seconds["encode"] += encoded.worked
             return replace(ranking, seconds=seconds, truncated=bool(encoded.truncated)), version.models
 
+        async def rank_with_writer(version: OpenVersion) -> tuple[Ranking, ModelService]:
+            assert self.writer is not None
+            assert expansion is not None
+            note_items([query])
+            student = StudentLane(version.models, asyncio.get_running_loop())
+            work = partial(rank_expanded, version, student, query, settings, expansion, iem=rescore != "none")
+            ranking, queued = await self.writer.search(work)
+            return replace(ranking, seconds={"queue": queued, **ranking.seconds}), version.models
+
         with self._searching:
-            ranking, student = await self.served.work(rank)
-        for stage in ("candidates", "score", "teacher"):
+            ranking, student = await self.served.work(rank if expansion is None else rank_with_writer)
+        for stage in ("expansion", "candidates", "score", "teacher"):
             if stage in ranking.seconds:
                 self._observe(stage, ranking.seconds[stage])
         return ranking, student
+
+    def expansion(self, method: ExpansionMethod, number: int | None = None) -> Expansion:
+        """An expansion by the server's writer, for ``search``.
+
+        Raises:
+            InputError: there is no writer.
+        """
+        if self.writer is None:
+            raise InputError("this server has no writer to expand queries; start it with --writer, or leave out expand")
+        return Expansion(self.writer, method, number)
 
     async def excerpts(self, ranking: Ranking) -> list[Excerpt]:
         """The results of a ranking with their neighbours, merged."""

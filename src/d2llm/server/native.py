@@ -17,6 +17,7 @@ from d2llm import __version__
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Ranking, Task
 from d2llm.retrieval.context import context_settings
+from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.server.answers import FastJSONResponse, context_json, search_json
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
@@ -65,8 +66,8 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     limits = services.settings
     settings = replace(_settings_of(body, limits), explain=body.explain, group=body.group)
     settings = _limited(body.query, settings, limits)
-    reading = _reading_of(body, limits)
-    ranking, student = await index.search(body.query, settings, body.rescore, reading)
+    reading, expansion = _reading_of(body, limits), _expansion_of(body, index)
+    ranking, student = await index.search(body.query, settings, body.rescore, reading, expansion)
     excerpts = await index.excerpts(ranking) if body.excerpts else None
     return FastJSONResponse(search_json(ranking, excerpts) | _origin(request, index, ranking, student))
 
@@ -77,8 +78,8 @@ async def context(body: ContextRequest, request: Request, services: TheServices,
     limits = services.settings
     settings = _limited(body.query, context_settings(_settings_of(body, limits)), limits)
     max_tokens = _number_of(body, "max_tokens", limits.max_context_tokens)
-    reading = _reading_of(body, limits)
-    ranking, student = await index.search(body.query, settings, body.rescore, reading)
+    reading, expansion = _reading_of(body, limits), _expansion_of(body, index)
+    ranking, student = await index.search(body.query, settings, body.rescore, reading, expansion)
     answer = await index.context(ranking, student, max_tokens, body.order)
     return FastJSONResponse(context_json(answer) | _origin(request, index, ranking, student))
 
@@ -134,6 +135,7 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
             relevance_score=models.probability_kind(version.view.task),
         ),
         teacher=index.teacher_name,
+        writer=None if index.writer is None else _name_of(index.writer.name),
         fields=stats.metadata,
         has_ann=stats.ann_passages > 0,
         has_projections=stats.num_projections > 0,
@@ -326,6 +328,22 @@ def _reading_of(body: RankingRequest, limits: ServeSettings) -> Reading | None:
         return None
     longest = limits.teacher_ms
     return Reading(body.teacher_passages, longest if body.teacher_ms is None else min(body.teacher_ms, longest))
+
+
+def _expansion_of(body: RankingRequest, index: IndexService) -> Expansion | None:
+    """How the query is expanded.
+
+    Raises:
+        ServingError: 400, a field is for an expansion, or cannot be combined with one.
+        InputError: there is no writer.
+    """
+    if body.expand is None:
+        if body.expansions is not None:
+            raise invalid("expansions is for expand 'multi' or 'hyde'; leave it out", "expansions")
+        return None
+    if body.rescore in ("teacher", "cascade"):
+        raise invalid("a teacher reads only for plain queries; leave out expand, or rescore with 'iem'", "expand")
+    return index.expansion(body.expand, body.expansions)
 
 
 def _name_of(model: str) -> str:

@@ -24,8 +24,10 @@ from d2llm.core.types import (
     DEFAULT_TOP_K,
     CascadeReport,
     ContextOrder,
+    ExpansionMethod,
     Explanation,
     Grouping,
+    QueryExpansion,
     Selection,
     SourceName,
     Task,
@@ -36,6 +38,8 @@ from d2llm.store.side_files import Chunking
 
 Rescore = Literal["none", "iem", "teacher", "cascade"]
 """How candidates are ranked: by inner product, IEM, teacher, or the teacher where the IEM is unsure."""
+MOST_EXPANSIONS = 10
+"""Maximum number of texts that a writer adds to one query of a client."""
 
 
 def _with_text(text: str) -> str:
@@ -129,6 +133,17 @@ class RankingRequest(Body):
         None,
         ge=1,
         description="How many of the first results mmr and near_duplicates select from; null: five times top_k.",
+    )
+    expand: ExpansionMethod | None = Field(
+        None,
+        description="Let the server's writer add to the query: multi (queries with the same meaning) or hyde (passages "
+        "that would answer it). null: only the query.",
+    )
+    expansions: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_EXPANSIONS,
+        description="With expand: how many queries or passages to write; null: 3 queries, 1 passage.",
     )
 
 
@@ -271,9 +286,10 @@ class IndexVersion(Answer):
 class RankingAnswer(Answer):
     """Facts about a ranking. ``truncated``: the end of the query was not read. ``seconds``: time by stage.
 
-    ``selection``: the results were selected from a longer ranking, with mmr or near_duplicates; the certificate then
-    proves that ranking, not their order. ``missing_shards``: numbers of the shards of the index that gave no answer,
-    whose passages may be missing. ``shards``: how many gave one, as 7/8; null if the index is not sharded.
+    ``expansion``: what a language model added to the query; or null. ``selection``: the results were
+    selected from a longer ranking, with mmr or near_duplicates; the certificate then proves that ranking, not their
+    order. ``missing_shards``: numbers of the shards of the index that gave no answer, whose passages may be missing.
+    ``shards``: how many gave one, as 7/8; null if the index is not sharded.
     """
 
     query: str
@@ -283,6 +299,7 @@ class RankingAnswer(Answer):
     certificate: CertificateAnswer | None
     cascade: CascadeReport | None
     selection: Selection | None
+    expansion: QueryExpansion | None
     missing_shards: list[int]
     shards: str | None
     index: IndexVersion
@@ -395,6 +412,7 @@ class IndexAnswer(Answer):
     chunking: Chunking | None
     student: StudentAnswer
     teacher: str | None
+    writer: str | None
     fields: dict[str, str]
     has_ann: bool
     has_projections: bool

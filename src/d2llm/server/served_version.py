@@ -25,6 +25,7 @@ from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.types import Query, Ranking
 from d2llm.retrieval.cascade import Rereader
 from d2llm.retrieval.cosine import AnchorStudent
+from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent, SearchView
 from d2llm.retrieval.row_evidence import weights_for
@@ -134,10 +135,21 @@ class OpenVersion:
             self._searchers.move_to_end(key)
             return self._searchers[key]
 
-    def new_searcher(self, settings: SearchSettings, *, iem: bool, rereader: Rereader | None = None) -> Searcher:
-        """A searcher that is not shared."""
-        student = cast("SearchStudent", self.models.student) if iem else self._anchor
-        return Searcher(self.view, student, settings, cascade=rereader, allow_missing=self._allow_missing)
+    def new_searcher(
+        self,
+        settings: SearchSettings,
+        *,
+        iem: bool = True,
+        rereader: Rereader | None = None,
+        student: SearchStudent | None = None,
+        expansion: Expansion | None = None,
+    ) -> Searcher:
+        """A searcher that is not shared; ``student`` is used in place of the version's, with ``iem`` or without."""
+        if student is None:
+            student = cast("SearchStudent", self.models.student) if iem else self._anchor
+        return Searcher(
+            self.view, student, settings, cascade=rereader, expansion=expansion, allow_missing=self._allow_missing
+        )
 
 
 def rank_together(searches: Sequence[PendingSearch]) -> list[Ranking | Exception]:
@@ -165,6 +177,21 @@ def rank_again(search: PendingSearch, rereader: Rereader) -> Ranking:
     """Rank one query with a teacher's help."""
     searcher = search.version.new_searcher(search.settings, iem=True, rereader=rereader)
     (ranking,) = searcher.rank([Query("1", search.query)], vectors=search.vector[None], tokens=[search.tokens])
+    return ranking
+
+
+def rank_expanded(
+    version: OpenVersion,
+    student: SearchStudent,
+    query: str,
+    settings: SearchSettings,
+    expansion: Expansion,
+    *,
+    iem: bool,
+) -> Ranking:
+    """Rank one query that a writer expands; ``student`` encodes it and what the writer adds."""
+    searcher = version.new_searcher(settings, student=student if iem else AnchorStudent(student), expansion=expansion)
+    (ranking,) = searcher.rank([Query("1", query)])
     return ranking
 
 

@@ -13,6 +13,7 @@ from d2llm.server.model_service import ModelService
 from d2llm.server.schemas import ServedIndexAnswer
 from d2llm.server.settings import ServeSettings
 from d2llm.server.student_pool import StudentPool
+from d2llm.server.writer_service import WriterService
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Serving:
         students: the students of the indexes.
         readings: the teacher's queue.
         alone: the student, if there is no index.
+        writer: expands queries, or None.
         problems: by index, why its new version cannot be read; "" if it can.
     """
 
@@ -47,6 +49,7 @@ class Serving:
     students: StudentPool
     readings: Readings
     alone: ModelService | None = None
+    writer: WriterService | None = None
     problems: dict[str, str] = field(default_factory=dict[str, str])
 
     def now(self, name: str | None = None) -> Services:
@@ -99,12 +102,17 @@ class Serving:
         for student in self.loaded:
             student.start()
         self.readings.start()
+        if self.writer is not None:
+            self.writer.start()
         for index in self.indexes.values():
             index.start()
 
     async def stop(self, timeout: float | None = None) -> None:
         """Finish admitted requests, then stop."""
-        await asyncio.gather(self.readings.stop(timeout), *(index.stop(timeout) for index in self.indexes.values()))
+        queues = (self.readings,) if self.writer is None else (self.readings, self.writer)
+        await asyncio.gather(
+            *(queue.stop(timeout) for queue in queues), *(index.stop(timeout) for index in self.indexes.values())
+        )
         await asyncio.gather(*(student.stop(timeout) for student in self.loaded))
 
     async def reload(self) -> None:

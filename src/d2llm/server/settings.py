@@ -87,6 +87,13 @@ class ServeSettings(BaseModel):
     )
     teacher: str | None = Field(default=None, description="A teacher that can rerank search results.")
     prompt: str | None = Field(default=None, description="Prompt for an untuned teacher: a name or a TOML file.")
+    writer: str | None = Field(default=None, description="A language model that can expand queries; see writers.md.")
+    writer_endpoint: str | None = Field(
+        default=None, description="OpenAI-compatible endpoint of the writer, up to /v1; without it, it runs here."
+    )
+    writer_key_env: str | None = Field(
+        default=None, description="Environment variable with the key of the writer's endpoint."
+    )
     model_name: str | None = Field(default=None, min_length=1, description="Name of the student for clients.")
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65_535, description="Port to listen on; 0 chooses a free one.")
@@ -169,6 +176,14 @@ class ServeSettings(BaseModel):
                 f"host {self.host!r} can be reached from other machines, and there are no keys: make some with "
                 "`d2llm keys FILE add NAME` and give keys_file, or set allow_unauthenticated = true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_writer(self) -> ServeSettings:
+        if self.writer_endpoint is not None and self.writer is None:
+            raise ValueError("writer_endpoint needs writer, the name of a model there")
+        if self.writer_key_env is not None and self.writer_endpoint is None:
+            raise ValueError("writer_key_env is about an endpoint; give its address as writer_endpoint")
         return self
 
     @property
