@@ -20,13 +20,14 @@ class CopyRunner:
     def __init__(self) -> None:
         self.num_shards = self.num_loads = 0
         self.devices: set[str | None] = set()
+        self.gpus: list[int] = []
 
     def connected(self) -> AbstractContextManager[CopyRunner]:
         return nullcontext(self)
 
     @contextmanager
     def workers(self, load: Callable[[], Any], *, device: str | None = None, gpus: int = 1) -> Generator[_CopyWorkers]:
-        del gpus
+        self.gpus.append(gpus)
         self.devices.add(device)
         yield _CopyWorkers(self, pickle.dumps(load))
 

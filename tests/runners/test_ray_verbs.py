@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import ray_work
-from d2llm.core.errors import IndexMismatchError, InputError, LabelMismatchError
+from d2llm.core.errors import InputError
 from d2llm.core.recipe import RemoteConfig, TeacherConfig
 from d2llm.core.types import Passage
 from d2llm.data.labels import LabelStore
@@ -28,7 +28,6 @@ from d2llm.retrieval import upserting
 from d2llm.retrieval.chunking import default_chunking
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.text_workers import load_student
 from d2llm.runners.ray_runner import RayRunner
 from d2llm.store.index_store import IndexStore
 from d2llm.store.side_files import Chunking
@@ -41,7 +40,6 @@ from tiny_models import (
     tiny_student_config,
     tiny_teacher_config,
     write_tiny_model,
-    write_trained_student,
 )
 from waiting import until
 
@@ -111,8 +109,8 @@ def test_labels_are_the_local_ones_bit_for_bit(tmp_path, teacher, monkeypatch, t
         with pytest.raises(KeyboardInterrupt):
             label(source, tmp_path / "there", teacher)
     killed = tmp_path / "killed"
-    load = partial(ray_work.load_and_die, str(killed), label_verb._load_judge)
-    monkeypatch.setattr(label_verb, "_load_judge", load)
+    load = partial(ray_work.load_and_die, str(killed), label_verb.load_work)
+    monkeypatch.setattr(label_verb, "load_work", load)
     there = label(source, tmp_path / "there", teacher, runner=two)
     assert killed.exists()
     assert there.pairs + there.finished_pairs == here.pairs
@@ -199,9 +197,7 @@ def test_the_index_is_the_local_one_bit_for_bit(tmp_path, student, student_folde
     }
     here = encode(DOCUMENTS, student, tmp_path / "here", **options)
     killed = tmp_path / "killed"
-    monkeypatch.setattr(
-        encode_verb, "_load_reader", partial(ray_work.load_and_die, str(killed), encode_verb._load_reader)
-    )
+    monkeypatch.setattr(encode_verb, "load_work", partial(ray_work.load_and_die, str(killed), encode_verb.load_work))
     there = encode(DOCUMENTS, student, tmp_path / "there", runner=two, device="cpu", dtype="float32", **options)
     assert killed.exists()
     rows, _, _, parts, words = contents(tmp_path / "here")
@@ -238,7 +234,7 @@ from d2llm.cli.main import main
 from d2llm.retrieval import encode, upserting
 
 upserting.BLOCK_PASSAGES = 4
-encode._load_reader = partial(ray_work.load_slowly, encode._load_reader)
+encode.load_work = partial(ray_work.load_slowly, encode.load_work)
 main(sys.argv[1:])
 """
     arguments = ["encode", str(corpus), "--student", str(student_folder), "--out", str(index), "--device", "cpu"]
@@ -266,20 +262,6 @@ def num_written(folder) -> int:
     """The passages in the unfinished index."""
     drafts = [path.parent for path in folder.glob(".index.work-*/manifest.json")]
     return len(IndexStore.open(drafts[0]).table()) if drafts else 0
-
-
-def test_another_student_at_the_same_path_is_refused(student, tmp_path):
-    """What a worker does first."""
-    other = write_trained_student(tmp_path, max_passage_tokens=48)
-    fingerprints = (student.fingerprint, student.token_fingerprint)
-    with pytest.raises(IndexMismatchError, match=rf"is \w+, but the index is made by {student.fingerprint} with"):
-        encode_verb._load_reader(partial(load_student, other, device="cpu"), fingerprints, ("token",))
-
-
-def test_another_teacher_at_the_same_path_is_refused(teacher):
-    fingerprint = identify_local_teacher(teacher).fingerprint
-    with pytest.raises(LabelMismatchError, match=rf"is {fingerprint}, but .* those of 0123456789abcdef"):
-        label_verb._load_judge(teacher, "0123456789abcdef", device="cpu", dtype=None)
 
 
 def test_a_remote_teacher_is_asked_from_here(tmp_path):

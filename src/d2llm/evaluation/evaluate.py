@@ -67,7 +67,7 @@ def evaluate(
         raise InputError(
             f"'{dataset.name}' has single pairs and no corpus to search; leave {', '.join(chosen.shortcuts)} out"
         )
-    placed = Placement(find_runner(runner), device, contenders.loads)
+    placed = Placement(find_runner(runner), device, contenders.loads, contenders.gpus)
     with (
         nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder,
         placed.connected() as placement,

@@ -130,7 +130,7 @@ def place_judge(
     if runner.is_local or asks_endpoint(config):
         return load(), HERE
     judge = JudgeOnWorkers(identify_judge(config))
-    return judge, Placement(runner, device, {judge.fingerprint: load}, config.num_gpus)
+    return judge, Placement(runner, device, {judge.fingerprint: load}, {judge.fingerprint: config.num_gpus})
 
 
 class LabelWriter:

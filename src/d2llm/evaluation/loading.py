@@ -84,6 +84,7 @@ def load_contenders(
             kind: SystemKind = "cosine_tuned" if variant == TUNED_COSINE else "paper_head"
             why[kind] = f"{place.name} is not beside the student; train it: d2llm distill RECIPE --variant {variant}"
     judge: Judge | None = None
+    gpus: dict[str, int] = {}
     if with_teacher:
         config = teacher or _own_teacher(folder, manifest.get("teacher"))
         if config is None:
@@ -92,6 +93,7 @@ def load_contenders(
             load_teacher = partial(load_judge, config, device=device, dtype=dtype)
             judge = load_teacher()
             loads[judge.fingerprint] = None if asks_endpoint(config) else load_teacher
+            gpus[judge.fingerprint] = config.num_gpus
     else:
         why["teacher"] = "it was left out"
     bi_encoders, cross_encoders = _externals(models, device, loads)
@@ -113,6 +115,7 @@ def load_contenders(
         },
         notes=_gate_notes(manifest),
         loads=loads,
+        gpus=gpus,
     )
 
 

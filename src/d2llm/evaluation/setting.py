@@ -63,6 +63,8 @@ class Contenders:
     """Remarks for the report on how the student was made."""
     loads: Mapping[str, Load | None] = field(default_factory=dict[str, Load | None])
     """For a cluster: how its workers load each model (``Placement.loads``)."""
+    gpus: Mapping[str, int] = field(default_factory=dict[str, int])
+    """For a cluster: how many GPUs a model needs, by fingerprint, if it is more than one (``Placement.gpus``)."""
 
     def __post_init__(self) -> None:
         names = [*self.bi_encoders, *self.cross_encoders, *(run.name for run in self.runs)]

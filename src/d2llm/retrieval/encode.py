@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2llm.core.errors import IndexMismatchError, InputError
+from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
 from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.types import EngineName, PartKind, Passage, Task
@@ -22,8 +21,8 @@ from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import SearchStudent, TokenStudent
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
-from d2llm.runners.placement import Load
-from d2llm.runners.runner import Runner, Work, Workers, find_runner
+from d2llm.runners.placement import Load, fingerprint_of, load_work
+from d2llm.runners.runner import Runner, Workers, find_runner
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND, VectorCopies
 from d2llm.store.sharded_store import Storage, open_storage
 from d2llm.store.side_files import Chunking
@@ -217,33 +216,15 @@ def _readers(
     """The workers of a cluster that encode passages for an index; None in this process, whose student does it."""
     if runner.is_local or load is None:
         return nullcontext()
-    fingerprints = (storage.manifest["student"], storage.manifest["token_projection"])
-    return runner.workers(partial(_load_reader, load, fingerprints, tuple(storage.part_formats)), device=device)
+    identity = _describe(storage.manifest["student"], storage.manifest["token_projection"])
+    identify = _identity_with_tokens if storage.manifest["token_projection"] else fingerprint_of
+    work = partial(read_passages, parts=tuple(storage.part_formats))
+    return runner.workers(partial(load_work, load, identity, work, identify), device=device)
 
 
-def _load_reader(
-    load: Load, fingerprints: tuple[str, str | None], parts: Sequence[PartKind]
-) -> Work[Sequence[Passage], ReadPassages]:
-    """Load a student on a worker, and return its ``read_passages``.
-
-    Args:
-        load: loads the student.
-        fingerprints: those of the student that makes the index and of its projection of tokens; None if the index has
-            no vectors of tokens.
-        parts: the parts of passages whose vectors the index stores.
-
-    Raises:
-        IndexMismatchError: there is another student, or another projection, on this machine.
-    """
-    student: SearchStudent = load()
-    token_fingerprint = student.token_fingerprint if isinstance(student, TokenStudent) else None
-    own = (student.fingerprint, token_fingerprint if fingerprints[1] else None)
-    if own != fingerprints:
-        raise IndexMismatchError(
-            f"the student on {platform.node()} is {_describe(*own)}, but the index is made by "
-            f"{_describe(*fingerprints)}; put the same student at this path on every machine"
-        )
-    return partial(read_passages, student, parts=parts)
+def _identity_with_tokens(student: SearchStudent) -> str:
+    """The student's fingerprint with that of its projection of tokens."""
+    return _describe(student.fingerprint, student.token_fingerprint if isinstance(student, TokenStudent) else None)
 
 
 def _describe(fingerprint: str, token_projection: str | None) -> str:

@@ -40,13 +40,13 @@ class Placement:
         device: where models compute on the workers of a cluster, which decides what a worker reserves.
         loads: for a cluster: fingerprint -> how a worker loads that model; None if the model works in this process in
             any case, as a remote teacher does, whose endpoint sets the pace.
-        gpus: how many GPUs a model needs, where there are any.
+        gpus: for a cluster: fingerprint -> how many GPUs that model needs, where there are any; by default one.
     """
 
     runner: Runner = field(default_factory=LocalRunner)
     device: str | None = None
     loads: Mapping[str, Load | None] = field(default_factory=dict[str, Load | None])
-    gpus: int = 1
+    gpus: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def is_here(self, model: Identified) -> bool:
         """Whether a model works in this process."""
@@ -79,7 +79,7 @@ class Placement:
         if load is None:
             return nullcontext(LocalWorkers(partial(work, model)))
         load_here = partial(load_work, load, model.fingerprint, work)
-        return self.runner.workers(load_here, device=self.device, gpus=self.gpus)
+        return self.runner.workers(load_here, device=self.device, gpus=self.gpus.get(model.fingerprint, 1))
 
     def _load(self, model: Identified) -> Load | None:
         if model.fingerprint not in self.loads:
@@ -94,25 +94,36 @@ HERE = Placement()
 """Every model works in this process."""
 
 
+def fingerprint_of(model: Identified) -> str:
+    """A model's fingerprint."""
+    return model.fingerprint
+
+
 def load_work(
     load: Callable[[], _Model],
-    fingerprint: str,
+    identity: str,
     work: Callable[[_Model, _Shard, Callable[[int], None]], _Result],
+    identify: Callable[[_Model], str] = fingerprint_of,
 ) -> Work[_Shard, _Result]:
     """Load a model on a worker and return its work (``load_same``)."""
-    return partial(work, load_same(load, fingerprint))
+    return partial(work, load_same(load, identity, identify))
 
 
-def load_same(load: Callable[[], _Model], fingerprint: str) -> _Model:
+def load_same(load: Callable[[], _Model], identity: str, identify: Callable[[_Model], str] = fingerprint_of) -> _Model:
     """Load a model on a worker, and check that it is the model that is meant.
+
+    Args:
+        load: loads the model.
+        identity: of the model that is meant: its fingerprint, unless ``identify`` says otherwise.
+        identify: returns a model's identity, for models that are more than their fingerprint.
 
     Raises:
         MismatchError: there is another model at the same place on this machine.
     """
     model = load()
-    if model.fingerprint != fingerprint:
+    if (own := identify(model)) != identity:
         raise MismatchError(
-            f"the {type(model).__name__} on {platform.node()} is {model.fingerprint}, but {fingerprint} is meant; put "
-            "the same model at the same path on every machine"
+            f"the {type(model).__name__} on {platform.node()} is {own}, but {identity} is meant; put the same model at "
+            "the same path on every machine"
         )
     return model

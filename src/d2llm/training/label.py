@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from d2llm.core.errors import InputError, LabelMismatchError
+from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.evaluation.judging import (
-    JudgedShard,
     JudgingCounts,
     LabelWriter,
-    PairShard,
     QueryPairs,
     judge_pairs,
     judge_shard,
@@ -28,7 +25,8 @@ from d2llm.evaluation.judging import (
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge
 from d2llm.ops.ranking import kendall_tau
-from d2llm.runners.runner import Runner, Work, find_runner
+from d2llm.runners.placement import load_work
+from d2llm.runners.runner import Runner, find_runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +115,8 @@ def label(
             finished_pairs += len(entry.passage_ids) - unfinished
     counts = JudgingCounts()
     if num_pairs:
-        load = partial(_load_judge, teacher, identity.fingerprint, device=device, dtype=dtype)
+        load_teacher = partial(load_judge, teacher, device=device, dtype=dtype)
+        load = partial(load_work, load_teacher, identity.fingerprint, judge_shard)
         workers = runner.workers(load, device=device, gpus=teacher.num_gpus)
         with progress_bar("labelling pairs", num_pairs) as advance, workers as judges:
             for source, labels in work:
@@ -147,19 +146,6 @@ def label(
         num_undecided=counts.undecided,
         finished_pairs=finished_pairs,
     )
-
-
-def _load_judge(
-    teacher: TeacherConfig, fingerprint: str, *, device: str | None, dtype: str | None
-) -> Work[PairShard, JudgedShard]:
-    """Load the teacher and return its ``judge_shard``, after checking that it is the one whose labels are stored."""
-    judge = load_judge(teacher, device=device, dtype=dtype)
-    if judge.fingerprint != fingerprint:
-        raise LabelMismatchError(
-            f"teacher '{teacher.model}' on {platform.node()} is {judge.fingerprint}, but the labels are to be those of "
-            f"{fingerprint}; put the same model at this path on every machine"
-        )
-    return partial(judge_shard, judge)
 
 
 def disagreements(source: TrainingSource, first: Student, second: Student) -> dict[str, float]:
