@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Barrier
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,8 +12,12 @@ from hypothesis import strategies as st
 from d2llm.core.types import Passage
 from d2llm.retrieval import exact_search
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.search import search
 from d2llm.retrieval.shard import shard
+from d2llm.retrieval.shard_search import ShardSearch
 from d2llm.store.bm25 import WordIndex
+from d2llm.store.sharded_view import ShardedView
+from d2llm.store.view import PassageView
 from sharded_index import WORDS, BoundedStudent, random_passages, results_of
 
 STUDENT = BoundedStudent()
@@ -135,6 +141,54 @@ def test_several_queries_and_explanations_are_those_of_one_index(pair):
                 assert mine.explanation.source_ranks.keys() == other.explanation.source_ranks.keys()
                 if "vectors" in other.explanation.source_ranks:
                     assert mine.explanation.source_ranks["vectors"] == other.explanation.source_ranks["vectors"]
+
+
+class RemoteShardView(PassageView):
+    """A shard that is searched as if it were in another process: certificates wait until all shards are asked."""
+
+    all_asked: Barrier
+
+    def begin_search(self, student, settings, task, weights, *, is_exact):
+        return WaitingShardSearch(self, student, settings, task, weights, is_exact=is_exact)
+
+
+class WaitingShardSearch(ShardSearch):
+    def certify(self, query, top_k, **options):
+        self.view.all_asked.wait(timeout=30)
+        return super().certify(query, top_k, **options)
+
+
+@settings(max_examples=15)
+@given(
+    text=queries,
+    top_k=st.sampled_from([1, 5, 30, 500]),
+    reach=st.sampled_from([0.0, 1.0]),
+    budget=st.none() | st.just(0),
+)
+def test_an_exact_search_asks_remote_shards_at_the_same_time(pair, text, top_k, reach, budget):
+    student = BoundedStudent()
+    student.reach = reach
+    several = Index.open(pair[1].folder, student)
+    remote = ShardedView(
+        several.storage,
+        [RemoteShardView(store, corpus=lambda: remote.word_statistics) for store in several.storage.stores],
+    )
+    asked = Barrier(len(remote.shards))
+    for view in remote.shards:
+        view.all_asked = asked
+    options = {"exact": True, "top_k": top_k, "evidence": {"words": 0.7}}
+    (expected,) = several.search(text, **options)
+    (actual,) = search(remote, student, [text], budget_ms=budget, **options)
+    proof, other = actual.certificate, expected.certificate
+    assert proof.num_scored + proof.num_left == other.num_scored + other.num_left
+    for (mine, score), (name, other_score) in zip(
+        results_of(actual)[: proof.proved], results_of(expected), strict=False
+    ):
+        assert mine == name
+        assert score == pytest.approx(other_score, rel=1e-5)
+    if budget is None:
+        assert len(actual.passages) == proof.proved == other.proved
+        assert proof.kth_score == pytest.approx(other.kth_score, rel=1e-5)
 
 
 def test_shards_after_the_first_score_less(pair):

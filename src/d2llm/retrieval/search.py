@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -609,20 +610,28 @@ class Searcher:
         return ScoredCandidates(rows, scores, certified.certificate.num_scored, proposals, certificate, is_all)
 
     def _certify(self, prepared: _PreparedQuery, top_k: int) -> CertifiedRows:
-        """The exact ranking of all shards with its proof; each shard only looks for what the others do not exceed."""
+        """The exact ranking of all shards with its proof.
+
+        In this process, one shard after the other answers, and only looks for what those before it do not exceed.
+        Shards in other processes answer at the same time: each does more work, but they take as long as the slowest.
+        """
         begin, budget = time.perf_counter(), self.settings.budget_ms
+        in_turn = not all(isinstance(view, RemoteShard) for view in self._index.shards)
+        merging = threading.Lock()
         best: NDArray[np.float32] = _NOTHING  # the top_k best scores of the shards so far, in any order
 
         def certify(_: int, shard: SearchedShard) -> CertifiedRows:
             nonlocal best
             left = None if budget is None else max(0.0, budget - 1e3 * (time.perf_counter() - begin))
-            floor = float(best.min()) if len(best) == top_k else -math.inf
+            known = best
+            floor = float(known.min()) if len(known) == top_k else -math.inf
             certified = shard.certify(prepared.sent, top_k, budget_ms=left, floor=floor)
-            best = np.concatenate((best, certified.scores))
-            best = np.partition(best, len(best) - top_k)[-top_k:] if len(best) > top_k else best
+            with merging:
+                scores = np.concatenate((best, certified.scores))
+                best = np.partition(scores, len(scores) - top_k)[-top_k:] if len(scores) > top_k else scores
             return certified
 
-        return merge_certified(self._ask(prepared.missing, certify, in_turn=True), top_k, self._index.ids)
+        return merge_certified(self._ask(prepared.missing, certify, in_turn=in_turn), top_k, self._index.ids)
 
     def _ranked(self, query: Query, scored: ScoredCandidates, documents: Sequence[str] | None) -> Order:
         """The top ``top_k`` passages or documents by the student's score, a fusion of rankings, or the cascade.
