@@ -62,8 +62,12 @@ SLOW_FILES = (
 )
 
 
-# The longest tests start first, so that at the end no process waits for one of them.
-LONGEST_FILES = ("training_memory", "index_damage", "store_crashes", "distill_processes", "plain_sentence_transformers")
+# These start first, in this order: those of Ray because they wait for each other's processes, and because all of them
+# are then in one test process and share a cluster; the longest, so that at the end no process waits for one of them.
+FIRST_FILES = (
+    *("cluster", "server_ray", "ray_runner", "ray_verbs", "steps"),
+    *("training_memory", "index_damage", "store_crashes", "distill_processes", "plain_sentence_transformers"),
+)
 
 
 def file_of(name: str) -> Path:
@@ -97,7 +101,8 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST_FILES)
+    order = {f"test_{name}": place for place, name in enumerate(FIRST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if _is_among(item.path, NUMERIC_FOLDERS, NUMERIC_FILES):
             item.add_marker(pytest.mark.numeric)
