@@ -67,7 +67,7 @@ from d2llm.training.distill import distill
 def work(out, options):
     training = TrainingConfig(epochs=1, dev_passages=1, trackers=(), **options)
     recipe = Recipe(training=training)
-    distill([source(6, 20, 250)], out / "student", recipe=recipe, labels=out / "labels", teacher=TeacherConfig(),
+    distill([source(3, 14, 250)], out / "student", recipe=recipe, labels=out / "labels", teacher=TeacherConfig(),
             closed_gates=["tiny"], device="cpu", dtype="float32")
 """
 TUNE = """
@@ -87,11 +87,11 @@ def run(folder: Path, verb: str, *options: dict[str, object], model: str, machin
     return [(folder / f"{number}.said").read_text() for number in range(len(options))]
 
 
-def test_a_student_is_trained_within_2_gib(tmp_path: Path) -> None:
-    """Without gradient caching, the activations of 6 queries with 20 passages of 250 tokens take over 2 GiB."""
-    peak, uncached = run(tmp_path, DISTILL, {}, {"gradient_caching": "off"}, model="bert", machine_gib=3, gib=2)
+def test_a_student_is_trained_within_a_gib_and_a_quarter(tmp_path: Path) -> None:
+    """Without gradient caching, the activations of 3 queries with 14 passages of 250 tokens take more than that."""
+    peak, uncached = run(tmp_path, DISTILL, {}, {"gradient_caching": "off"}, model="bert", machine_gib=2, gib=1.25)
     assert peak.isdigit(), peak
-    assert 1 < int(peak) / (1 << 30) <= 2
+    assert 0.7 < int(peak) / (1 << 30) <= 1.25
     assert "can't allocate memory" in uncached  # so the limit takes effect
 
 
