@@ -268,6 +268,9 @@ class TeacherTuningConfig(_Section):
     of what is free when the run starts. What does not fit is computed twice, with the same result."""
     num_negatives: int = Field(default=4, ge=1)
     """Negatives per positive, drawn from the plan's hard and easy negatives."""
+    student: str | None = None
+    """A student, a folder or a name, whose scores of the pairs the teacher learns instead of the data sets' judgements
+    (Trans-Encoder)."""
     max_queries: int | None = Field(default=None, ge=1)
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     eval_every: int | None = Field(default=None, ge=1)
@@ -286,6 +289,16 @@ class TeacherTuningConfig(_Section):
     def _check_quantization(self) -> TeacherTuningConfig:
         if self.tuning == "full" and self.quantization not in (None, "none"):
             raise ValueError('quantised weights cannot be trained: set tuning = "lora", or quantization = "none"')
+        return self
+
+    @model_validator(mode="after")
+    def _check_student(self) -> TeacherTuningConfig:
+        if self.student is not None and self.epochs == 0:
+            raise ValueError("a teacher can learn from student only if it is tuned: set epochs above 0, or no student")
+        if self.student is not None and self.dev_measure == "mrr":
+            raise ValueError(
+                "dev_measure mrr needs the data sets' judgements, which student replaces: set it to cross_entropy"
+            )
         return self
 
     def base_quantization(self, teacher: TeacherConfig) -> Quantization:

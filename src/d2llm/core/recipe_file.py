@@ -105,6 +105,8 @@ def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: i
     values = tuning.model_dump(
         mode="json", exclude={"checkpoint_minutes", "graph_gib", "gradient_checkpointing", "quantization"}
     )
+    if tuning.student is None:
+        del values["student"]
     if (quantization := tuning.base_quantization(teacher)) != "none":
         values["quantization"] = quantization
     return {"teacher": tuned.model_dump(mode="json", exclude=judging), "teacher_tuning": values, "seed": seed}
