@@ -255,7 +255,7 @@ class Interaction(nn.Module):
                 for anchors in self._anchors_by_head
             )
         of_teacher = PairScores(teacher + change, teacher, scores.features)
-        return PairScores(labels + change, labels, scores.features, of_teacher)
+        return PairScores(labels + change, labels, scores.features, teacher=of_teacher)
 
     @property
     def _anchors_by_head(self) -> list[nn.ModuleDict]:
