@@ -237,9 +237,25 @@ def test_settings_for_large_teachers_that_make_no_sense(tmp_path: Path, text: st
         load_recipe(write_recipe(tmp_path, text))
 
 
+NO_JUDGEMENTS = {name: 0.0 for name in LossWeights.model_fields if name.endswith("cross_entropy")}
+
+
+def lines(section: str, values: dict[str, float]) -> str:
+    return "\n".join([f"[{section}]", *(f"{name} = {value}" for name, value in values.items())])
+
+
 def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match=r"in_batch_imitation is 0.5, but training\.live_teacher names no student"):
         load_recipe(write_recipe(tmp_path, "[losses]\nin_batch_imitation = 0.5"))
+    two = "[training]\ndual_head = true\n"
+    for text, problem in (
+        ('[student.interaction]\nhead = "cosine"', 'student.interaction.head is "cosine": set it to "anchored"'),
+        (lines("losses", NO_IMITATION), "no imitation has a weight above 0"),
+        (lines("losses", NO_JUDGEMENTS), "no cross-entropy has a weight above 0"),
+    ):
+        with pytest.raises(RecipeError, match=problem):
+            load_recipe(write_recipe(tmp_path, two + text))
+    assert load_recipe(write_recipe(tmp_path, two)).training.dual_head
     text = '[losses]\nin_batch_imitation = 0.5\n[training]\nlive_teacher = "d2llm-minilm"'
     assert load_recipe(write_recipe(tmp_path, text)).training.live_teacher == "d2llm-minilm"
 

@@ -217,6 +217,32 @@ def test_a_student_imitates_a_live_teacher_without_labels(place: Place, trained:
     )
 
 
+@pytest.mark.parametrize("residual_epochs", [0, 1])
+def test_two_heads_end_as_one(place: Place, tmp_path: Path, residual_epochs: int) -> None:
+    weights = LossWeights(**NO_IMITATION | {"list_imitation": 0.5})
+    stages = {"residual": ResidualConfig(epochs=residual_epochs)}
+    recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | stages | {"dual_head": True})
+    report = place.run(tmp_path / "student", recipe=recipe.model_copy(update={"losses": weights}))
+    combinations = {line["label_share"]: line["dev"] for line in log_of(tmp_path / "student") if "label_share" in line}
+    values = {share: max(dev["tiny"].values()) for share, dev in combinations.items()}
+    assert values.keys() == {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert values[report.label_share or 0.0] == max(values.values())
+    assert report.dev["tiny"]["kept"] > report.dev["tiny"]["start"]
+    manifest = json.loads((tmp_path / "student" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["label_share"] == report.label_share
+    reloaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+    assert reloaded.fingerprint == report.fingerprint
+    head = load_file(tmp_path / "student" / "head.safetensors")
+    untrained_head = untrained(place).interaction.state_dict()
+    assert {name for name in head if name.startswith("interaction.")} == {f"interaction.{n}" for n in untrained_head}
+    dev = make_dev_set(place.source, num_queries=50, num_passages=100, seed=0)
+    stored = {float(weight): value for weight, value in report.dev["tiny"]["by_weight"].items()}
+    assert evaluate_dev(reloaded, [dev])["tiny"].values == pytest.approx(stored, abs=0.01)
+    shutil.rmtree(tmp_path / "student")
+    resumed = place.run(tmp_path / "student", recipe=recipe.model_copy(update={"losses": weights}))
+    assert resumed.fingerprint == report.fingerprint
+
+
 def mean_kl(student: Student, teacher: Student, place: Place) -> float:
     """How far the student's distributions over all passages are from the teacher's, over the dev queries."""
     texts = [passage.full_text for passage in place.source.dataset.passages.values()]

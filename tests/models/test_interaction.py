@@ -240,3 +240,53 @@ def test_every_parameter_of_the_task_gets_a_gradient():
     with_gradient = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
     without_gradient = {name for name, _ in module.named_parameters()} - with_gradient
     assert without_gradient == {name for name, _ in module.named_parameters() if ".asymmetric." in name}
+
+
+def inner_product(anchor, queries, passages) -> np.ndarray:
+    """t <U a, V b> / dim of every query and passage."""
+    query_map, passage_map, scale = (
+        each.detach().numpy() for each in (anchor.query_map, anchor.passage_map, anchor.log_scale.exp())
+    )
+    return scale * (queries.numpy() @ query_map.T) @ (passages.numpy() @ passage_map.T).T / DIM
+
+
+@pytest.mark.parametrize("branches", ["per_task", "shared"])
+@pytest.mark.parametrize("task", TASKS)
+def test_two_heads_are_combined_into_one(branches, task):
+    head = make(branches=branches, gates=True)
+    head.split_heads()
+    randomise(head.teacher_anchors, seed=1)
+    queries, passages = vectors(3, seed=2), vectors(5, seed=3)
+    name = task if branches == "per_task" else "shared"
+    labels, teacher = (
+        inner_product(anchors[name], queries, passages) for anchors in (head.anchors, head.teacher_anchors)
+    )
+    assert np.abs(labels - teacher).min() > 1e-3
+    head.label_share = 0.3
+    combined = head(queries, passages, task)
+    np.testing.assert_allclose(combined.anchor.detach().numpy(), 0.3 * labels + 0.7 * teacher, rtol=1e-12)
+    by_head = head.score_heads(combined, queries, passages, task)
+    change = (combined.logits - combined.anchor).detach().numpy()
+    for scores, anchor in (by_head, labels), (by_head.teacher, teacher):
+        np.testing.assert_allclose(scores.anchor.detach().numpy(), anchor, rtol=1e-12)
+        np.testing.assert_allclose(scores.logits.detach().numpy(), anchor + change, rtol=1e-12)
+    head.merge_heads()
+    assert not any("teacher" in parameter for parameter in head.state_dict())
+    np.testing.assert_allclose(
+        inner_product(head.anchors[name], queries, passages), combined.anchor.detach(), rtol=1e-10
+    )
+    merged = head(queries, passages, task)
+    np.testing.assert_allclose(merged.logits.detach(), combined.logits.detach(), rtol=1e-10)
+    for row, query in enumerate(queries):
+        np.testing.assert_allclose(search_scores(head, query, passages, task), combined.logits[row].detach(), rtol=1e-6)
+
+
+def test_two_heads_share_the_interaction_and_begin_alike():
+    head = make()
+    before = head(vectors(3, seed=2), vectors(5, seed=3), "symmetric")
+    head.split_heads()
+    after = head(vectors(3, seed=2), vectors(5, seed=3), "symmetric")
+    np.testing.assert_allclose(after.logits.detach(), before.logits.detach(), rtol=1e-12)
+    assert not any("anchors" in name for name in head.residual_parameters())
+    with pytest.raises(InputError, match=r"set student\.interaction\.head to 'anchored'"):
+        make(head="paper").split_heads()

@@ -279,6 +279,50 @@ def test_pairs_without_an_anchor_have_no_anchor_loss(scores: PairScores, batch: 
     assert set(terms) == {"pair_cross_entropy"}
 
 
+# --- two heads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_heads(scores: PairScores) -> PairScores:
+    generator = torch.Generator().manual_seed(1)
+    teacher = torch.randn(2, 2, 4, generator=generator)
+    return replace(scores, teacher=PairScores(teacher[0], teacher[1], scores.features))
+
+
+def test_one_head_learns_judgements_and_the_other_imitates(two_heads: PairScores, batch: DistillationBatch) -> None:
+    assert two_heads.teacher is not None
+    actual = batch_losses(two_heads, batch, ALL_WEIGHTS)
+    labels, teacher = by_hand(two_heads), by_hand(two_heads.teacher)
+    assert actual.keys() == labels.keys()
+    for name, value in actual.items():
+        of_labels = name in ("in_batch_cross_entropy", "anchor_cross_entropy")
+        torch.testing.assert_close(value, (labels if of_labels else teacher)[name], msg=name)
+        if name != "feature_imitation":  # the features are those of the interaction that both heads share
+            assert abs(labels[name].item() - teacher[name].item()) > 1e-6, name
+
+
+def test_words_are_part_of_the_scores_of_both_heads(two_heads: PairScores, batch: DistillationBatch) -> None:
+    words = np.array([[0.5, 2.0, 0.0, 1.0], [3.0, 0.0, 0.25, 0.0]], np.float32)
+    assert two_heads.teacher is not None
+    assert two_heads.teacher.anchor is not None
+    added = torch.from_numpy(words)
+    teacher = PairScores(two_heads.teacher.logits + added, two_heads.teacher.anchor + added, two_heads.features)
+    actual = batch_losses(two_heads, replace(batch, word_scores=words), ALL_WEIGHTS)
+    torch.testing.assert_close(actual["list_imitation"], by_hand(teacher)["list_imitation"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_pairs_divide_their_target_between_the_heads(
+    two_heads: PairScores, batch: DistillationBatch, share: float
+) -> None:
+    weights = ALL_WEIGHTS.model_copy(update={"teacher_share": share})
+    terms = batch_losses(two_heads, pair_batch(batch), weights, offset=torch.tensor(0.5))
+    for name, part in ("pair_cross_entropy", "logits"), ("anchor_pair_cross_entropy", "anchor"):
+        own, teacher = getattr(two_heads, part), getattr(two_heads.teacher, part)
+        expected = (1 - share) * cross_entropy_by_hand(own, 0.5, 0.0) + share * cross_entropy_by_hand(teacher, 0.5, 1.0)
+        assert terms[name].item() == pytest.approx(expected, rel=1e-5)
+
+
 # --- scores of a batch ------------------------------------------------------------------------------------------------
 
 

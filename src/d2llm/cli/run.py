@@ -36,6 +36,13 @@ def run(
             help=f"Repeat this step and those after it, and move old results aside: {', '.join(get_args(RunStep))}.",
         ),
     ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Instead, student and teacher teach each other this many times, without the data sets' judgements.",
+        ),
+    ] = None,
 ) -> None:
     """Train a student from a recipe: all steps up to distill.
 
@@ -49,6 +56,15 @@ def run(
     session = session_of(context)
     runner = place.find()
     opened = options.open(recipe)  # finds mistakes before torch is loaded
+    if rounds is not None:
+        if again is not None or not runner.is_local:
+            raise InputError("--rounds cannot be combined with --again or --runner; move old rounds aside yourself")
+        from d2llm.reports.training_tables import rounds_table
+
+        report = opened.alternate(rounds)
+        session.show(rounds_table(report))
+        session.write_report(context, options.json_path, report)
+        return
     from d2llm.reports.training_tables import gate_table, run_table
     from d2llm.training.gate import GateReport
     from d2llm.training.sentences import gate_advice

@@ -268,6 +268,9 @@ class TeacherTuningConfig(_Section):
     of what is free when the run starts. What does not fit is computed twice, with the same result."""
     num_negatives: int = Field(default=4, ge=1)
     """Negatives per positive, drawn from the plan's hard and easy negatives."""
+    student: str | None = None
+    """A student, a folder or a name, whose scores of the pairs the teacher learns instead of the data sets' judgements
+    (Trans-Encoder)."""
     max_queries: int | None = Field(default=None, ge=1)
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     eval_every: int | None = Field(default=None, ge=1)
@@ -286,6 +289,16 @@ class TeacherTuningConfig(_Section):
     def _check_quantization(self) -> TeacherTuningConfig:
         if self.tuning == "full" and self.quantization not in (None, "none"):
             raise ValueError('quantised weights cannot be trained: set tuning = "lora", or quantization = "none"')
+        return self
+
+    @model_validator(mode="after")
+    def _check_student(self) -> TeacherTuningConfig:
+        if self.student is not None and self.epochs == 0:
+            raise ValueError("a teacher can learn from student only if it is tuned: set epochs above 0, or no student")
+        if self.student is not None and self.dev_measure == "mrr":
+            raise ValueError(
+                "dev_measure mrr needs the data sets' judgements, which student replaces: set it to cross_entropy"
+            )
         return self
 
     def base_quantization(self, teacher: TeacherConfig) -> Quantization:
@@ -557,6 +570,10 @@ class TrainingConfig(WarmUpConfig):
     live_teacher: str | None = None
     """A student, a folder or a name, whose scores ``losses.in_batch_imitation`` imitates. It reads every text of the
     training once, and scores all pairs of a batch by its vectors and its interaction."""
+    dual_head: bool = False
+    """Two heads (DHO): one learns the data sets' judgements, the other imitates the teacher. At the end they are
+    combined with the weights that are best on dev, into one inner product, so the student is like any other (anchored
+    head)."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """For adapters on a small model; use a third of it for large models, and a thirtieth to train all weights
     (``tuning = "full"``)."""
@@ -716,6 +733,29 @@ class Recipe(_Section):
             raise ValueError(
                 f"losses.in_batch_imitation is {weight:g}, but training.live_teacher names no student whose scores it "
                 "could imitate: set it, or set the weight to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_dual_head(self) -> Recipe:
+        if not self.training.dual_head:
+            return self
+        head, losses = self.student.interaction.head, self.losses
+        if head != "anchored":
+            raise ValueError(
+                f'training.dual_head needs the inner products of an anchor, and student.interaction.head is "{head}": '
+                'set it to "anchored", or dual_head to false'
+            )
+        if not (losses.imitates or losses.in_batch_imitation):
+            raise ValueError(
+                "training.dual_head has a head that imitates the teacher, but no imitation has a weight above 0: set "
+                "losses.list_imitation, or dual_head to false"
+            )
+        if not any(getattr(losses, name) for name in LossWeights.model_fields if name.endswith("cross_entropy")):
+            raise ValueError(
+                "training.dual_head has a head that learns the data sets' judgements, but no cross-entropy has a "
+                "weight above 0: set losses.in_batch_cross_entropy (for labelled pairs, pair_cross_entropy), or "
+                "dual_head to false"
             )
         return self
 

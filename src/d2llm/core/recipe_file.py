@@ -85,6 +85,8 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         del values["training"]["start"]
     if recipe.training.live_teacher is None:
         del values["training"]["live_teacher"]
+    if not recipe.training.dual_head:
+        del values["training"]["dual_head"]
     if recipe.training.remine:
         values["mining"] = recipe.mining.model_dump(mode="json")
     if recipe.evidence.in_training:
@@ -103,6 +105,8 @@ def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: i
     values = tuning.model_dump(
         mode="json", exclude={"checkpoint_minutes", "graph_gib", "gradient_checkpointing", "quantization"}
     )
+    if tuning.student is None:
+        del values["student"]
     if (quantization := tuning.base_quantization(teacher)) != "none":
         values["quantization"] = quantization
     return {"teacher": tuned.model_dump(mode="json", exclude=judging), "teacher_tuning": values, "seed": seed}

@@ -136,6 +136,10 @@ _OWN: _Group = {
         "mean of the tokens, later ones counting more (SGPT), instead of PMA",
         _student(backbone={"pooling": "weighted_mean"}, **_NO_PMA),
     ),
+    "dual-head": (
+        "judgements and teacher learnt by heads of their own, combined at the end (DHO)",
+        _student(interaction={"head": "anchored"}) | _only(list_imitation=0.5) | {"training": {"dual_head": True}},
+    ),
     "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
     "without-li": ("without list imitation: cross-entropy alone", _without("list_imitation")),
     "paper-head": ("head `paper` instead of `anchored`, same features", _student(interaction={"head": "paper"})),

@@ -7,6 +7,7 @@ half, W_p b + W_m (a * b) = (W_p + W_m diag(a)) b, one matrix product per query 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import cast
 
@@ -33,13 +34,15 @@ class PairScores:
     ``logits`` is the final score z; ``anchor`` is its inner-product part (None for the paper head); ``features`` is
     y^S_ij, the student's counterpart of the teacher's score-token state (None for the cosine head). ``tokens`` is the
     mean best cosine of the query's tokens (``ops.scoring.mean_best_cosines``), which is not part of ``logits``; None if
-    vectors of tokens do not count.
+    vectors of tokens do not count. In training with two heads, ``teacher`` has the scores of the head that imitates the
+    teacher, and the others are those of the head that learns judgements (``Interaction.score_heads``).
     """
 
     logits: Float[Tensor, "queries passages"]
     anchor: Float[Tensor, "queries passages"] | None
     features: Float[Tensor, "queries passages feature_dim"] | None
     tokens: Float[Tensor, "queries passages"] | None = None
+    teacher: PairScores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,21 @@ class _Anchor(nn.Module):
         """V^T U a t / dim: the whole map is applied to the query, so passage vectors stay unchanged."""
         return vectors @ self.query_map.T @ self.passage_map * (self.log_scale.exp() / vectors.shape[-1])
 
+    def mix(self, other: _Anchor, share: float) -> None:
+        """Become ``share`` of this inner product plus the rest of the other's, which is one inner product again.
+
+        w t <U a, V b> + (1 - w) t' <U' a, V' b> = <M a, b>, with M = w t V^T U + (1 - w) t' V'^T U'.
+        """
+        with torch.no_grad():
+            parts = [(share, self), (1 - share, other)]
+            scale = torch.stack([weight * part.log_scale.exp() for weight, part in parts]).sum()
+            maps = [
+                weight * part.log_scale.exp() * (part.passage_map.T @ part.query_map) / scale for weight, part in parts
+            ]
+            self.query_map.copy_(torch.stack(maps).sum(dim=0))
+            self.passage_map.copy_(torch.eye(len(self.passage_map)))
+            self.log_scale.copy_(scale.log())
+
 
 class Interaction(nn.Module):
     """IEM with a branch per task: shared f1, a separate f2 for each task, one linear layer to the logit.
@@ -80,6 +98,10 @@ class Interaction(nn.Module):
     Head ``paper``: z = w f2(f1(features)). Head ``anchored``: z = t <U a, V b> / dim + r B tanh(g), where g is the
     output of the paper head, initially 0; B in (0, max_bound) is learned; r in [0, 1] is set for each task on dev after
     training. With gates, B is replaced by B r_q(a) r_p(b), with r_q = sigmoid(w a + c) and r_p alike.
+
+    While it is trained with two heads (``split_heads``), z is ``label_share`` of the score of the head that learns the
+    data sets' judgements, plus the rest of that of the head that imitates the teacher. Both have an inner product of
+    their own and the same interaction.
     """
 
     def __init__(self, config: InteractionConfig, dim: int) -> None:
@@ -99,6 +121,8 @@ class Interaction(nn.Module):
         self.output = nn.Linear(config.feature_dim, 1)
         self.dropout = nn.Dropout(config.dropout)
         self.anchors: nn.ModuleDict | None = None
+        self.teacher_anchors: nn.ModuleDict | None = None
+        self.label_share = 0.5
         self.query_gate: nn.Linear | None = None
         self.passage_gate: nn.Linear | None = None
         if config.head == "anchored":
@@ -118,7 +142,30 @@ class Interaction(nn.Module):
 
     def residual_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters except those of the inner product, by name."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("anchors.")}
+        inner_products = ("anchors.", "teacher_anchors.")
+        return {name: p for name, p in self.named_parameters() if not name.startswith(inner_products)}
+
+    def split_heads(self) -> None:
+        """Train with two heads from now on: the inner products of the teacher's begin as copies of the others.
+
+        Source: Kang et al., "Simple yet Effective Semi-supervised Knowledge Distillation from Vision-Language Models
+        via Dual-Head Optimization", 2025 (arXiv 2505.07675). There the heads are linear classifiers whose probabilities
+        are mixed. Here they are inner products, and the logits are mixed, because that is one inner product again.
+
+        Raises:
+            InputError: the head is ``paper``, which has no inner product.
+        """
+        if self.anchors is None:
+            raise InputError("training.dual_head needs an inner product; set student.interaction.head to 'anchored'")
+        self.teacher_anchors = deepcopy(self.anchors)
+
+    def merge_heads(self) -> None:
+        """End the training with two heads: replace them by one with the same scores."""
+        if self.anchors is None or self.teacher_anchors is None:
+            return
+        for name, anchor in self.anchors.items():
+            cast(_Anchor, anchor).mix(cast(_Anchor, self.teacher_anchors[name]), self.label_share)
+        self.teacher_anchors = None
 
     @property
     def _branch_names(self) -> tuple[str, ...]:
@@ -163,9 +210,8 @@ class Interaction(nn.Module):
         """
         if self.anchors is None:
             raise InputError("this student's head 'paper' has no anchor; use a student with the head 'anchored'")
-        anchor = self.anchors[self._branch(task)]
-        assert isinstance(anchor, _Anchor)
-        return anchor.queries(queries)
+        by_head = [cast(_Anchor, anchors[self._branch(task)]).queries(queries) for anchors in self._anchors_by_head]
+        return by_head[0] if len(by_head) == 1 else torch.lerp(by_head[1], by_head[0], self.label_share)
 
     def forward(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
@@ -191,6 +237,29 @@ class Interaction(nn.Module):
         """Score every query against every passage by the inner product alone, for training without the interaction."""
         anchor = self._anchor_logits(queries, passages, task)
         return PairScores(anchor, anchor, None)
+
+    def score_heads(
+        self,
+        scores: PairScores,
+        queries: Float[Tensor, "queries dim"],
+        passages: Float[Tensor, "passages dim"],
+        task: Task,
+    ) -> PairScores:
+        """The scores of the two heads (``split_heads``), from those of their combination for the same texts."""
+        assert scores.anchor is not None
+        change = scores.logits - scores.anchor
+        with torch.autocast(queries.device.type, enabled=False):
+            labels, teacher = (
+                cast(_Anchor, anchors[self._branch(task)]).queries(at_least_float32(queries))
+                @ at_least_float32(passages).T
+                for anchors in self._anchors_by_head
+            )
+        of_teacher = PairScores(teacher + change, teacher, scores.features)
+        return PairScores(labels + change, labels, scores.features, teacher=of_teacher)
+
+    @property
+    def _anchors_by_head(self) -> list[nn.ModuleDict]:
+        return [anchors for anchors in (self.anchors, self.teacher_anchors) if anchors is not None]
 
     def _score(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from markupsafe import Markup
@@ -13,6 +13,7 @@ from d2llm.core.table import Column, Table
 from d2llm.evaluation.report import Calibration
 from d2llm.reports.html import charts
 from d2llm.reports.html.page import render
+from d2llm.training.alternate import Round
 from d2llm.training.distill import DistillReport
 from d2llm.training.gate import FirstLook, GateReport
 from d2llm.training.label import LabelReport
@@ -61,6 +62,15 @@ def _plan_words(step: str, name: str, counts: Mapping[str, Any] | Skipped) -> st
     if step == "mine":
         return queries
     return f"{queries}, {counts['num_dropped']['teacher_margin']:,} passages dropped by the teacher's margin"
+
+
+def rounds_table(rounds: Sequence[Round]) -> Table:
+    """The dev measure of each round's student, before and after the round."""
+    table = Table("round", "data", Column("before", ".4f"), Column("after", ".4f"), "student", title="Round by round")
+    for each in rounds:
+        for name, dev in each.dev.items():
+            table.add_row(str(each.number), name, dev["start"], dev["kept"], each.student)
+    return table
 
 
 def gate_table(report: GateReport) -> Table:

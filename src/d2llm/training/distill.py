@@ -47,7 +47,8 @@ class DistillReport:
 
     ``dev`` has, by data set, the dev measure at the start, at the last evaluation, and of the kept state (also by
     weight r), and the number of queries or pairs. ``share_kept`` is the share of the change from the start that was
-    kept (``training.choose_weights``). ``is_untrained``: no state was better on dev than the start, so the start was
+    kept (``training.choose_weights``). ``label_share``: with two heads, the weight of the one that learnt the data
+    sets' judgements. ``is_untrained``: no state was better on dev than the start, so the start was
     written. ``evidence`` has, for each task, the weights of the evidence beside the vectors, and its gain on dev.
     ``probabilities`` has, for each task with enough dev queries, the function that turns scores into probabilities.
     """
@@ -66,6 +67,7 @@ class DistillReport:
     seconds: float
     evidence: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
     probabilities: dict[Task, dict[str, Any]] = field(default_factory=dict[Task, dict[str, Any]])
+    label_share: float | None = None
 
 
 def distill(
@@ -155,6 +157,7 @@ def distill(
         )
         stopped_early = run.train()
         run.take_best()
+        run.merge_heads()
         run.step_back()
         run.train_interaction()
         run.set_interaction_weights()
@@ -220,6 +223,7 @@ def _fit_and_write(
         "dev": report.dev,
         "interaction_weights": report.interaction_weights,
         "share_kept": report.share_kept,
+        **({} if report.label_share is None else {"label_share": report.label_share}),
         "closed_gates": sorted(closed),
         "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
     }
@@ -248,6 +252,7 @@ def _report(
         unlabelled_queries=sum(source.num_unlabelled for source in labelled),
         interaction_weights=progress.interaction_weights,
         share_kept=progress.share_kept,
+        label_share=progress.label_share,
         is_untrained=(run.best.step == 0 or progress.share_kept == 0) and not has_interaction,
         dev={
             name: {

@@ -60,9 +60,11 @@ def score_vectors(
     dtype = student.backbone.compute_dtype
     with torch.autocast(vectors.device.type, dtype, enabled=dtype != torch.float32):
         head = student.interaction
-        if anchors_only and isinstance(head, Interaction):
-            return head.score_anchors(queries, passages, batch.source.task)
-        return head(queries, passages, batch.source.task)
+        task = batch.source.task
+        if not isinstance(head, Interaction):
+            return head(queries, passages, task)
+        scores = head.score_anchors(queries, passages, task) if anchors_only else head(queries, passages, task)
+        return scores if head.teacher_anchors is None else head.score_heads(scores, queries, passages, task)
 
 
 def with_tokens(
@@ -95,7 +97,8 @@ def batch_losses(
     """The value of each loss with a weight above 0, before weighting, by the name of its weight.
 
     Args:
-        scores: the scores of all queries and passages of the batch.
+        scores: the scores of all queries and passages of the batch. With two heads, the one that imitates the teacher
+            has the losses that need one, and the other has the rest.
         batch: the roles and labels of its pairs.
         weights: the weights of the losses.
         offset: for labelled pairs, the logit at which yes and no are equally likely.
@@ -109,24 +112,28 @@ def batch_losses(
     negatives, candidates = hard | easy, positive | hard | easy
     evidence = _evidence(scores, batch)
     logits = _without_common_change(scores, candidates) + evidence
+    teacher = scores.teacher
+    imitating = logits if teacher is None else _without_common_change(teacher, candidates) + evidence
     log_odds = torch.from_numpy(batch.teacher_log_odds).to(device)
     probabilities = torch.sigmoid(log_odds)
     by_name: dict[str, Callable[[], Tensor]] = {
         "contrastive_imitation": lambda: losses.contrastive_imitation(
-            logits, probabilities, positive, negatives, temperature=weights.temperature
+            imitating, probabilities, positive, negatives, temperature=weights.temperature
         ),
-        "list_imitation": lambda: losses.list_imitation(logits, log_odds, candidates),
-        "recalibrated_imitation": lambda: losses.recalibrated_imitation(logits, log_odds, positive, candidates),
-        "weighted_imitation": lambda: losses.weighted_imitation(logits, log_odds, positive, candidates),
-        "score_regression": lambda: losses.score_regression(logits, log_odds, candidates & labelled),
-        "margin_mse": lambda: losses.margin_mse(logits, log_odds, positive & labelled, negatives & labelled),
-        "plackett_luce": lambda: losses.plackett_luce(logits, log_odds, candidates),
-        "ranknet": lambda: losses.ranknet(logits, log_odds, candidates),
-        "lambdarank": lambda: losses.lambdarank(logits, probabilities, candidates),
-        "sinkhorn": lambda: losses.sinkhorn(logits, log_odds, candidates),
-        "in_batch_imitation": lambda: losses.list_imitation(logits, _live_scores(batch, device), candidates),
-        "rank_imitation_positive_hard": lambda: losses.rank_imitation_positive_hard(logits, log_odds, positive | hard),
-        "rank_imitation_hard_easy": lambda: losses.rank_imitation_hard_easy(logits, probabilities, hard, easy),
+        "list_imitation": lambda: losses.list_imitation(imitating, log_odds, candidates),
+        "recalibrated_imitation": lambda: losses.recalibrated_imitation(imitating, log_odds, positive, candidates),
+        "weighted_imitation": lambda: losses.weighted_imitation(imitating, log_odds, positive, candidates),
+        "score_regression": lambda: losses.score_regression(imitating, log_odds, candidates & labelled),
+        "margin_mse": lambda: losses.margin_mse(imitating, log_odds, positive & labelled, negatives & labelled),
+        "plackett_luce": lambda: losses.plackett_luce(imitating, log_odds, candidates),
+        "ranknet": lambda: losses.ranknet(imitating, log_odds, candidates),
+        "lambdarank": lambda: losses.lambdarank(imitating, probabilities, candidates),
+        "sinkhorn": lambda: losses.sinkhorn(imitating, log_odds, candidates),
+        "in_batch_imitation": lambda: losses.list_imitation(imitating, _live_scores(batch, device), candidates),
+        "rank_imitation_positive_hard": lambda: losses.rank_imitation_positive_hard(
+            imitating, log_odds, positive | hard
+        ),
+        "rank_imitation_hard_easy": lambda: losses.rank_imitation_hard_easy(imitating, probabilities, hard, easy),
         "in_batch_cross_entropy": lambda: losses.in_batch_cross_entropy(logits, positive, candidates),
     }
     features, anchor, tokens = scores.features, scores.anchor, scores.tokens
@@ -163,15 +170,24 @@ def _losses_of_pairs(
     """Losses of labelled pairs. Each pair was judged alone, so other pairs of the batch are not negatives."""
     own = torch.from_numpy(own_targets).to(scores.logits.device)
     judged = torch.isfinite(own)
+    own, share = own.nan_to_num(), weights.teacher_share
     teacher = torch.sigmoid(torch.from_numpy(teacher_log_odds).to(own.device))
-    targets = (1 - weights.teacher_share) * own.nan_to_num() + weights.teacher_share * teacher
     middle = 0.0 if offset is None else offset
+
+    def cross_entropy(logits: Tensor, of_teacher: Tensor | None) -> Tensor:
+        logits = logits.float() - middle
+        if of_teacher is None:
+            return losses.pair_cross_entropy(logits, (1 - share) * own + share * teacher, judged)
+        # The cross-entropy is linear in its target, so this is the same loss if both heads have the same scores.
+        imitation = losses.pair_cross_entropy(of_teacher.float() - middle, teacher, judged)
+        return (1 - share) * losses.pair_cross_entropy(logits, own, judged) + share * imitation
+
+    two = scores.teacher
     values: dict[str, Tensor] = {}
     if weights.pair_cross_entropy:
-        values["pair_cross_entropy"] = losses.pair_cross_entropy(scores.logits.float() - middle, targets, judged)
+        values["pair_cross_entropy"] = cross_entropy(scores.logits, None if two is None else two.logits)
     if weights.anchor_pair_cross_entropy and scores.anchor is not None:
-        anchor = scores.anchor.float() - middle
-        values["anchor_pair_cross_entropy"] = losses.pair_cross_entropy(anchor, targets, judged)
+        values["anchor_pair_cross_entropy"] = cross_entropy(scores.anchor, None if two is None else two.anchor)
     return values
 
 

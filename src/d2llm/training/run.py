@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe
     from d2llm.models.student import Student
     from d2llm.runners.runner import Runner
     from d2llm.training.ablation.report import AblationReport
+    from d2llm.training.alternate import Round
     from d2llm.training.distill import DistillReport
     from d2llm.training.gate import FirstLook, GateReport
     from d2llm.training.label import LabelReport
@@ -432,6 +433,18 @@ class Run:
         if report.is_untrained:
             _log.warning("%s", untrained_advice(report, recipe.training))
         return report
+
+    @_shows_progress
+    def alternate(self, rounds: int = 3) -> list[Round]:
+        """Let student and teacher teach each other on the plans' pairs, without judgements (``training.alternate``).
+
+        The students are in ``round-<number>/student`` of the run's folder. Finished rounds are kept.
+        """
+        from d2llm.training.alternate import alternate
+
+        self.mine(before_tuning=True)
+        sources = self.parts.sources(self.recipe, as_mined=True)
+        return alternate(sources, self.parts.path, recipe=self.recipe, rounds=rounds, **self._computing)
 
     @_shows_progress
     def evaluate(

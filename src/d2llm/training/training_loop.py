@@ -47,7 +47,14 @@ from d2llm.training.choose_weights import (
     value_by_set,
     worse_sets,
 )
-from d2llm.training.dev_sets import DevResult, DevSet, evaluate_dev, has_interaction_weight
+from d2llm.training.dev_sets import (
+    DevResult,
+    DevSet,
+    encode_dev,
+    evaluate_dev,
+    has_interaction_weight,
+    measure_by_weight,
+)
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.mining.remine import remine
 from d2llm.training.objective import (
@@ -69,6 +76,7 @@ _log = logging.getLogger(__name__)
 _BEST = "best.safetensors"
 _OFFSET_RATE = 0.03  # in units of the logit, whose scale starts at 20
 _NUM_EVALUATIONS, _MAX_STEPS_BETWEEN = 5, 200
+_LABEL_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass
@@ -83,6 +91,7 @@ class DistillProgress:
     best_by_set: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     interaction_weights: dict[Task, float] = field(default_factory=dict[Task, float])
     share_kept: float = 1.0
+    label_share: float | None = None
     seconds: float = 0.0
 
 
@@ -115,6 +124,8 @@ class DistillRun:
         self.ask_teacher = ask_teacher
         self.folder.mkdir(parents=True, exist_ok=True)
         self.has_stages = _has_stages(student, recipe)
+        if recipe.training.dual_head and isinstance(student.interaction, Interaction):
+            student.interaction.split_heads()
         if self.has_stages and isinstance(student.interaction, Interaction):
             for parameter in student.interaction.residual_parameters().values():
                 parameter.requires_grad_(False)
@@ -218,6 +229,40 @@ class DistillRun:
     def take_best(self) -> None:
         """Load the best state into the student."""
         self.best.put_back()
+
+    def merge_heads(self) -> None:
+        """Combine the two heads, if there are two, with the weight that is best on dev; even weights if all are equal.
+
+        As during the training, a weight that is significantly worse than the start on some data set is not chosen,
+        unless ``step_back`` makes sure of that.
+        """
+        head, seed = self.student.interaction, self.recipe.seed
+        if not isinstance(head, Interaction) or head.teacher_anchors is None:
+            return
+        self.student.eval()
+        total = sum((1 + len(_LABEL_SHARES)) * len(dev.queries) + len(dev.passages) for dev in self.dev_sets)
+        by_share: dict[float, dict[str, DevResult]] = {}
+        with progress_bar("measuring combinations of the heads", total) as advance:
+            encoded = [
+                encode_dev(self.student, dev, advance=advance, processes=self.processes) for dev in self.dev_sets
+            ]
+            for share in _LABEL_SHARES if self.processes.is_first else ():
+                head.label_share = share
+                by_share[share] = {e.dev.name: measure_by_weight(self.student, e, advance=advance) for e in encoded}
+        by_share = self.processes.from_first(by_share)
+        sound = [
+            share
+            for share, results in by_share.items()
+            if not worse_sets(self.progress.start_items, items_at_best_weight(results), seed=seed)
+        ]
+        allowed = list(by_share) if self.recipe.training.steps_back else sound or [0.5]
+        share = max(allowed, key=lambda share: (mean_value(by_share[share]), -abs(share - 0.5)))
+        head.label_share = self.progress.label_share = share
+        head.merge_heads()
+        self.parameters = trainable(self.student) | self.offsets
+        self._adopt(by_share[share])
+        for each, results in by_share.items():
+            self._write(self.progress.step, label_share=each, dev=_rounded(results))
 
     def step_back(self) -> None:
         """Undo as much of the change as possible without a significant loss on dev (``training.choose_weights``)."""

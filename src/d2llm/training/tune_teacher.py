@@ -27,6 +27,7 @@ from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
 from d2llm.models.device import choose_dtype, tokens_at_a_time
 from d2llm.models.interaction import TASKS
+from d2llm.models.student import Student
 from d2llm.models.teachers.classifier import ClassifierTeacher
 from d2llm.models.teachers.identity import TEACHER_KIND
 from d2llm.models.teachers.judge import Judge, load_judge
@@ -97,6 +98,7 @@ def tune_teacher(
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
+        ModelNotFoundError: there is no student ``teacher_tuning.student``.
         InputError: there are no pairs, ``folder`` already holds a finished teacher, the checkpoint is from another run,
             this kind of teacher cannot be tuned, or the plans are too small to hold queries out.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
@@ -110,6 +112,13 @@ def tune_teacher(
     pairs = labelled_pairs(training, num_negatives=tuning.num_negatives, max_queries=tuning.max_queries, seed=seed)
     if not pairs:
         raise InputError("the plans hold no queries, so there is nothing to tune the teacher on; mine a plan first")
+    learns_from: dict[str, str] = {}
+    if tuning.student is not None:
+        student = Student.load(tuning.student, device=device, dtype=dtype)
+        scored = with_student_scores([*pairs, *dev_pairs], student)
+        pairs, dev_pairs = scored[: len(pairs)], scored[len(pairs) :]
+        learns_from = {"learns_from": student.fingerprint}
+        del student
     model = _load(teacher, tuning, device=device, dtype=dtype)
     model.prepare_training(
         tuning.lora, tuning=tuning.tuning, gradient_checkpointing=tuning.gradient_checkpointing, seed=seed
@@ -119,6 +128,7 @@ def tune_teacher(
         "recipe": tuning_settings(teacher, tuning, seed),
         "model": model.fingerprint,
         "plans": {source.dataset.name: source.plan.manifest["content_hash"] for source in sources},
+        **learns_from,
     }
     batches = _epoch_batches(pairs, tuning, seed)
     run = _TuningRun(model, batches, dev_pairs, tuning, run_folder, settings=settings, seed=seed)
@@ -256,6 +266,38 @@ class _TuningRun:
             save_checkpoint(
                 self.folder, len(self.losses), self.parameters, self.optimizer, state, settings=self.settings
             )
+
+
+# Pairs that a student has scored -------------------------------------------------------------------------------------
+
+
+def with_student_scores(pairs: Sequence[TrainingPair], student: Student) -> list[TrainingPair]:
+    """The same pairs, whose targets are a student's scores as probabilities: sigmoid(z - m).
+
+    m is the mean score of the task's pairs, so that yes and no are about equally frequent; the differences of scores,
+    and so their order, become those of the teacher's log-odds.
+
+    Source: Liu et al., "Trans-Encoder", ICLR 2022 (arXiv 2109.13059), which takes cosines as targets of the same
+    cross-entropy.
+    """
+    scores = np.empty(len(pairs), np.float64)
+    for task in TASKS:
+        places = [place for place, pair in enumerate(pairs) if pair.task == task]
+        if not places:
+            continue
+        by_query: dict[str, list[int]] = {}
+        for place in places:
+            by_query.setdefault(pairs[place].query, []).append(place)
+        rows = {text: row for row, text in enumerate(dict.fromkeys(pairs[place].passage for place in places))}
+        with progress_bar("scoring pairs for the teacher", len(by_query) + len(rows)) as advance:
+            queries = student.encode_queries(list(by_query), advance=advance).vectors
+            passages = student.encode_passages(list(rows), advance=advance).vectors
+        for query, query_places in zip(queries, by_query.values(), strict=True):
+            listed = passages[[rows[pairs[place].passage] for place in query_places]]
+            scores[query_places] = student.score(query, listed, task)
+        scores[places] -= scores[places].mean()
+    probabilities = torch.sigmoid(torch.from_numpy(scores)).tolist()
+    return [replace(pair, target=target) for pair, target in zip(pairs, probabilities, strict=True)]
 
 
 # Held-out queries ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,138 @@
+"""Student and teacher in turns: each learns the other's scores, and no judgement reaches the training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import InputError, RecipeError
+from d2llm.core.recipe import NO_IMITATION, LoraConfig, LossWeights, Recipe, TeacherTuningConfig
+from d2llm.data.training import TrainingSource, labelled_pairs
+from d2llm.models.student import Student
+from d2llm.models.teachers.judge import load_judge
+from d2llm.training import alternate as verb
+from d2llm.training.alternate import alternate, recipe_of_round
+from d2llm.training.tune_teacher import tune_teacher, with_student_scores
+from tiny_data import tiny_recipe, topics
+from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model, write_trained_student
+
+CPU = {"device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("models")
+    tuning = {"lora": LoraConfig(rank=4, alpha=8.0, dropout=0.0), "learning_rate": 5e-3, "batch_pairs": 8, "epochs": 6}
+    return tiny_recipe(
+        tiny_student_config(write_tiny_model(folder / "student", "modernbert", initializer_range=0.1)),
+        losses=LossWeights(**NO_IMITATION | {"list_imitation": 1.0}),
+    ).model_copy(
+        update={
+            "teacher": tiny_teacher_config(write_tiny_model(folder / "teacher", "llama")),
+            "teacher_tuning": TeacherTuningConfig.model_validate(tuning),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[TrainingSource]:
+    return [topics()]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_trained_student(tmp_path_factory.mktemp("trained"))
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def test_targets_are_the_scores_of_a_student_around_their_mean(student: Path) -> None:
+    loaded = Student.load(student, **CPU)
+    pairs = labelled_pairs([topics(), topics(num_train=8, task="symmetric")], num_negatives=2, max_queries=None, seed=0)
+    scored = with_student_scores(pairs, loaded)
+    assert [replace(pair, target=0.0) for pair in scored] == [replace(pair, target=0.0) for pair in pairs]
+    for task in ("asymmetric", "symmetric"):
+        chosen = [pair for pair in scored if pair.task == task]
+        scores = np.array(
+            [
+                loaded.score(
+                    loaded.encode_queries([pair.query]).vectors[0], loaded.encode_passages([pair.passage]).vectors, task
+                )[0]
+                for pair in chosen
+            ],
+            np.float64,
+        )
+        expected = 1 / (1 + np.exp(scores.mean() - scores))
+        np.testing.assert_allclose([pair.target for pair in chosen], expected, atol=1e-4)
+        assert expected.std() > 0.05
+
+
+def test_a_teacher_learns_the_scores_of_a_student(
+    recipe: Recipe, sources: list[TrainingSource], student: Path, tmp_path: Path
+) -> None:
+    tuning = recipe.teacher_tuning.model_copy(update={"student": str(student)})
+    tune_teacher(sources, tmp_path / "teacher", teacher=recipe.teacher, tuning=tuning, **CPU)
+    pairs = labelled_pairs(sources, num_negatives=4, max_queries=None, seed=0)
+    targets = [pair.target for pair in with_student_scores(pairs, Student.load(student, **CPU))]
+    texts = [(pair.query, pair.passage) for pair in pairs]
+    tuned = recipe.teacher.model_copy(update={"model": str(tmp_path / "teacher")})
+    before, after = (
+        np.corrcoef(load_judge(each, **CPU).judge(texts, "asymmetric").log_odds, targets)[0, 1]
+        for each in (recipe.teacher, tuned)
+    )
+    assert after > max(0.5, before + 0.2)
+    assert manifest(tmp_path / "teacher")["settings"]["learns_from"] == Student.load(student).fingerprint
+
+
+def test_rounds_follow_one_another_and_learn_from_no_judgements(
+    recipe: Recipe,
+    sources: list[TrainingSource],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rounds = alternate(sources, tmp_path / "run", recipe=recipe, rounds=2, **CPU)
+    first, second = (tmp_path / "run" / f"round-{number}" for number in (1, 2))
+    assert [each.student for each in rounds] == [str(first / "student"), str(second / "student")]
+    untrained = Student.create(recipe.student, **CPU).fingerprint
+    assert manifest(tmp_path / "run" / "start")["fingerprint"] == untrained
+    assert manifest(first / "teacher")["settings"]["learns_from"] == untrained
+    assert manifest(second / "teacher")["settings"]["learns_from"] == manifest(first / "student")["fingerprint"]
+    assert manifest(second / "student")["settings"]["started_from"] == manifest(first / "student")["fingerprint"]
+    for each in rounds:
+        assert each.dev["tiny"]["kept"] >= each.dev["tiny"]["start"]
+        logged = (Path(each.student).with_name("student.run") / "log.jsonl").read_text(encoding="utf-8")
+        assert "list_imitation" in logged
+        assert "cross_entropy" not in logged
+    monkeypatch.setattr(verb, "tune_teacher", None)  # finished parts are not made again
+    monkeypatch.setattr(verb, "distill", None)
+    assert alternate(sources, tmp_path / "run", recipe=recipe, rounds=2, **CPU) == rounds
+    assert not caplog.messages
+    with caplog.at_level(logging.WARNING):
+        alternate(sources, tmp_path / "run", recipe=recipe.model_copy(update={"seed": 5}), rounds=1, **CPU)
+    assert "seed (was 0, is 5)" in caplog.text
+
+
+def test_a_recipe_that_cannot_alternate_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least one round, not 0"):
+        alternate([], tmp_path, recipe=recipe, rounds=0)
+    judgements = recipe.model_copy(update={"losses": LossWeights(**NO_IMITATION)})
+    with pytest.raises(InputError, match="no loss of the recipe imitates a teacher"):
+        recipe_of_round(judgements, 1, "start")
+    untuned = recipe.model_copy(update={"teacher_tuning": TeacherTuningConfig(epochs=0)})
+    with pytest.raises(RecipeError, match="set epochs above 0"):
+        recipe_of_round(untuned, 1, "start")
+    ranked = recipe.model_copy(update={"teacher_tuning": TeacherTuningConfig(dev_measure="mrr")})
+    with pytest.raises(RecipeError, match="dev_measure mrr needs the data sets' judgements"):
+        recipe_of_round(ranked, 1, "start")
+    two_heads = recipe.model_copy(update={"training": recipe.training.model_copy(update={"dual_head": True})})
+    with pytest.raises(InputError, match="dual_head has a head for judgements"):
+        recipe_of_round(two_heads, 1, "start")
