@@ -28,9 +28,9 @@ WITH_TEACHER = (
     "d2llm-minilm-teacher"  # beside a teacher, on 200 queries of each trained set, before its second training
 )
 TEACHER_NOTE = (
-    "The student before its second training beside a teacher that the recipe `d2llm` makes of 400 queries of each set (the "
-    "student's own has seen more), on 200 test queries: it reranks 50 passages, half of them the student's best, half "
-    "BM25's."
+    "The student before its second training beside a teacher that the recipe `d2llm` makes of 400 queries of each set "
+    "(the student's own has seen more), on 200 test queries: it reranks 50 passages, half of them the student's best, "
+    "half BM25's."
 )
 OTHERS = {
     "d2llm-multilingual": "English and Chinese: d2llm-multilingual",
