@@ -299,3 +299,18 @@ def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
     in_bits = tuning_settings(TeacherConfig(quantization="4bit"), tuning, 0)
     assert in_bits["teacher_tuning"].pop("quantization") == "4bit"
     assert in_bits == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[student.backbone]\npooling = "ditto"', "diagonal_head does not say whose attention counts"),
+        ("[student.backbone]\ndiagonal_head = [0, 1]", 'diagonal_head is for the pooling "ditto", not "auto"'),
+        ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, -1]', "diagonal_head"),
+        ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, 1]', "PMA would read the weighted tokens"),
+        ("[student.pooling]\nwhitening = true\nwarm_start = false", "PMA without warm start does not use"),
+    ],
+)
+def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(write_recipe(tmp_path, text))

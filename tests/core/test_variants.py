@@ -90,7 +90,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
         shapes = {
             f"{part}.{name}": tuple(parameter.shape)
             for part, module in (("pooling", student.pooling), ("interaction", student.interaction))
-            for name, parameter in module.named_parameters()
+            for name, parameter in module.state_dict().items()
         }
         kind = config.interaction.head, recipe.losses
         if kind not in losses:

@@ -140,6 +140,14 @@ _OWN: _Group = {
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",
         _student(interaction={"head": "anchored"}) | _only(list_imitation=0.5) | {"training": {"dual_head": True}},
     ),
+    "whitening": (
+        "the backbone's pooling whitened on passages before training",
+        _student(pooling={"whitening": True, "warm_start": True}),
+    ),
+    "whitened-mean-pooling": (
+        "the backbone's pooling instead of PMA, whitened",
+        _student(pooling={"method": "backbone", "whitening": True}),
+    ),
     "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
     "without-li": ("without list imitation: cross-entropy alone", _without("list_imitation")),
     "paper-head": ("head `paper` instead of `anchored`, same features", _student(interaction={"head": "paper"})),

@@ -285,6 +285,22 @@ class Student(VectorScorer):
         self._products = None
         self.backbone.prepare_training(seed=seed)
 
+    def fit_pooling(self, passages: Sequence[str]) -> None:
+        """Fit what ``pooling`` takes from passages (the whitening), before training; does nothing if there is nothing.
+
+        Args:
+            passages: typical ones, some ten times as many as vectors have dimensions.
+
+        Raises:
+            InputError: this student was trained already, or there are too few passages.
+        """
+        if not self.pooling.is_fitted_to_passages:
+            return
+        if self._saved_fingerprint is not None:
+            raise InputError("this student was loaded, and its vectors would change; fit the pooling of a new student")
+        self.pooling.reset()
+        self.pooling.fit(self.encode_passages(passages).vectors)
+
     def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:
         """Encode texts with this engine from now on, using the current weights; scoring always uses torch.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from d2llm.training.training_loop import DistillRun
 from d2llm.training.word_scores import WordScores
 
 _log = logging.getLogger(__name__)
+_PASSAGES_FOR_EACH_DIMENSION = 10
 _NO_TEACHER = TeacherIdentity("none", dict.fromkeys(TASKS, "none"))
 
 
@@ -134,6 +136,8 @@ def distill(
     started_from = student.fingerprint if recipe.training.start is not None else None
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
         start_tokens = student.token_projection
+        if recipe.training.start is None:
+            _fit_pooling(student, sources, recipe, processes)
         if recipe.evidence.in_training:
             evidence, start_tokens = _evidence_at_start(student, sources, recipe, run_folder, processes)
             labelled, dev_sets = _with_evidence(labelled, dev_sets, evidence)
@@ -183,6 +187,21 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
             "(config in its manifest.json) or start from the backbone"
         )
     return student
+
+
+def _fit_pooling(student: Student, sources: Sequence[TrainingSource], recipe: Recipe, processes: Processes) -> None:
+    """Fit what the pooling takes from passages to a random sample of the data sets' passages, all sets alike."""
+    if not student.pooling.is_fitted_to_passages:
+        return
+    if processes.is_first:
+        share = -(-_PASSAGES_FOR_EACH_DIMENSION * student.backbone.dim // len(sources))
+        passages: list[str] = []
+        for source in sources:
+            ids = sorted(source.dataset.passages)
+            random.Random(f"{recipe.seed}:{source.dataset.name}").shuffle(ids)
+            passages += [source.passage_text(passage_id) for passage_id in ids[:share]]
+        student.fit_pooling(passages)
+    student.pooling.load_state_dict(processes.from_first(student.pooling.state_dict()))
 
 
 def _fit_and_write(
