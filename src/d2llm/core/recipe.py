@@ -546,6 +546,19 @@ class LossWeights(_Section):
     """Share of the teacher's P(yes) in the target of a labelled pair; the rest is the data set's own label."""
     temperature: float = Field(default=1.0, gt=0)
     """t of the contrastive imitation; the anchored head also has a learned scale."""
+    nested_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Widths at which the first components of a vector are to be useful without the others, such as
+    ``[64, 128, 256]`` (Matryoshka). The student records them, and a server cuts its vectors to them on request."""
+    nested_cross_entropy: float = Field(default=1.0, ge=0)
+    """In-batch cross-entropy of the cosines of these first components, the mean over ``nested_dims``."""
+
+    @model_validator(mode="after")
+    def _check_nested_dims(self) -> LossWeights:
+        if sorted({*self.nested_dims}) != [*self.nested_dims]:
+            raise ValueError(f"nested_dims is {[*self.nested_dims]}, but must name each width once, in ascending order")
+        if self.nested_dims and not self.nested_cross_entropy:
+            raise ValueError("nested_dims names widths, but nested_cross_entropy is 0, so nothing would be trained")
+        return self
 
     @property
     def imitates(self) -> bool:
@@ -763,6 +776,15 @@ class Recipe(_Section):
             raise ValueError(
                 f"teacher.quantization is {self.teacher.quantization}, and quantised weights cannot be trained: set "
                 'teacher_tuning.tuning = "lora" or teacher_tuning.quantization = "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_nested_dims(self) -> Recipe:
+        if self.losses.nested_dims and self.student.interaction.head == "paper":
+            raise ValueError(
+                "losses.nested_dims needs inner products, which the head 'paper' does not have: set "
+                'student.interaction.head = "anchored" or "cosine", or delete nested_dims'
             )
         return self
 

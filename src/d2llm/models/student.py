@@ -242,6 +242,11 @@ class Student(VectorScorer):
         return self.backbone.dim
 
     @property
+    def nested_dims(self) -> tuple[int, ...]:
+        """Smaller widths that the vectors may be cut to, because they were trained for it (``losses.nested_dims``)."""
+        return tuple(self._recorded.get("nested_dims", ()))
+
+    @property
     def device(self) -> torch.device:
         """Where texts are encoded and vectors scored."""
         return self.backbone.device

@@ -136,6 +136,7 @@ def distill(
     started_from = student.fingerprint if recipe.training.start is not None else None
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
         start_tokens = student.token_projection
+        _check_nested_dims(recipe, student, sources)
         if recipe.training.start is None:
             _fit_pooling(student, sources, recipe, processes)
         if recipe.evidence.in_training:
@@ -187,6 +188,29 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
             "(config in its manifest.json) or start from the backbone"
         )
     return student
+
+
+def _check_nested_dims(recipe: Recipe, student: Student, sources: Sequence[TrainingSource]) -> None:
+    dims = recipe.losses.nested_dims
+    if dims and dims[-1] >= student.vector_dim:
+        raise InputError(
+            f"losses.nested_dims names {dims[-1]}, but the student's vectors have {student.vector_dim} components; "
+            "name smaller widths only"
+        )
+    if dims and all(source.pairs is not None for source in sources):
+        raise InputError(
+            "losses.nested_dims is trained on the passages of queries, but all data sets are labelled pairs; delete "
+            "it, or add a retrieval set"
+        )
+
+
+def _nested_dims(run: DistillRun) -> list[int]:
+    """The widths that the written vectors were trained for; none if they are those of the start."""
+    dims = run.recipe.losses.nested_dims
+    if dims and (run.best.step == 0 or run.progress.share_kept == 0):
+        _log.warning("no trained state was better on dev than the start, so the vectors cannot be cut to %s", dims)
+        return []
+    return [*dims]
 
 
 def _fit_pooling(student: Student, sources: Sequence[TrainingSource], recipe: Recipe, processes: Processes) -> None:
@@ -244,6 +268,7 @@ def _fit_and_write(
         "share_kept": report.share_kept,
         **({} if report.label_share is None else {"label_share": report.label_share}),
         "closed_gates": sorted(closed),
+        "nested_dims": _nested_dims(run),
         "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
     }
     student.save(folder, content=content)
