@@ -65,7 +65,7 @@ _NO_EVIDENCE = {
     "token_vectors": False,
     "in_training": False,
 }
-_NOT_NESTED = {"nested_dims": ()}  # the head 'paper' has no inner product
+_NOT_NESTED: dict[str, Any] = {"nested_dims": ()}  # the head 'paper' has no inner product
 _PLAIN_LOSSES = {
     **NO_IMITATION,
     "in_batch_cross_entropy": 1.0,
