@@ -29,6 +29,7 @@ from d2llm.models.backbone import Backbone
 from d2llm.models.layer_choice import choose_layers, layer_distances
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
+from d2llm.ops.whitening import whitening
 
 SETS = ("squad-sent", "banking77")
 POOLINGS = ("mean", "weighted_mean", "last")
@@ -68,10 +69,7 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def whitened(passages: NDArray[np.float32], queries: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Both after the transform that makes the passages' mean 0 and their covariance 1."""
-    mean = passages.mean(axis=0)
-    directions, variances, _ = np.linalg.svd(np.cov((passages - mean).T.astype(np.float64)))
-    rank = int((variances > 1e-9 * variances[0]).sum())
-    matrix = directions[:, :rank] / np.sqrt(variances[:rank])
+    mean, matrix = whitening(passages)
     return (passages - mean) @ matrix, (queries - mean) @ matrix
 
 

@@ -299,3 +299,32 @@ def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
     in_bits = tuning_settings(TeacherConfig(quantization="4bit"), tuning, 0)
     assert in_bits["teacher_tuning"].pop("quantization") == "4bit"
     assert in_bits == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[student.backbone]\npooling = "ditto"', "diagonal_head does not say whose attention counts"),
+        ("[student.backbone]\ndiagonal_head = [0, 1]", 'diagonal_head is for the pooling "ditto", not "auto"'),
+        ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, -1]', "diagonal_head"),
+        ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, 1]', "PMA would read the weighted tokens"),
+        ("[student.pooling]\nwhitening = true\nwarm_start = false", "PMA without warm start does not use"),
+    ],
+)
+def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(write_recipe(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[losses]\nnested_dims = [64, 32]", "must name each width once, in ascending order"),
+        ("[losses]\nnested_dims = [0]", "nested_dims"),
+        ("[losses]\nnested_dims = [64]\nnested_cross_entropy = 0.0", "so nothing would be trained"),
+        ('[losses]\nnested_dims = [64]\n[student.interaction]\nhead = "paper"', "the head 'paper' does not have"),
+    ],
+)
+def test_nested_widths_that_make_no_sense(tmp_path: Path, text: str, problem: str):
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(write_recipe(tmp_path, text))

@@ -60,7 +60,7 @@ UNCHANGED = {
     },
 }
 RECIPES = sorted(UNCHANGED)
-Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, EvidenceConfig]
+Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, EvidenceConfig, tuple[int, ...]]
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +90,19 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
         shapes = {
             f"{part}.{name}": tuple(parameter.shape)
             for part, module in (("pooling", student.pooling), ("interaction", student.interaction))
-            for name, parameter in module.named_parameters()
+            for name, parameter in module.state_dict().items()
         }
         kind = config.interaction.head, recipe.losses
         if kind not in losses:
             losses[kind] = set(batch_losses(score_batch(student, batch), batch, recipe.losses))
-        return shapes, student.backbone.pooling, losses[kind], recipe.training, recipe.evidence
+        return (
+            shapes,
+            student.backbone.pooling,
+            losses[kind],
+            recipe.training,
+            recipe.evidence,
+            recipe.losses.nested_dims,
+        )
 
     return build
 
@@ -191,3 +198,26 @@ def test_an_invalid_variant_error_names_the_variant() -> None:
     invalid = Variant("wrong", "own", "no width", {"student": {"interaction": {"hidden_dim": 0}}})
     with pytest.raises(RecipeError, match=r"variant 'wrong': student.interaction.hidden_dim"):
         invalid.apply(load_recipe("d2llm-paper"))
+
+
+def test_variants_apply_to_recipes_whose_settings_they_exclude() -> None:
+    """Widths of the vectors with the head that has none, whitening without what it whitens, Ditto with other means."""
+    recipe = load_recipe("d2llm")
+    ditto = Variant(
+        "ditto",
+        "own",
+        "Ditto, whitened and nested",
+        {
+            "student": {
+                "backbone": {"pooling": "ditto", "diagonal_head": (0, 1)},
+                "pooling": {"method": "backbone", "whitening": True},
+            },
+            "losses": {"nested_dims": (64,)},
+        },
+    ).apply(recipe)
+    for name in ("paper", "paper-head"):
+        assert VARIANTS[name].apply(ditto).losses.nested_dims == ()
+    for name in ("mean-pooling", "last-pooling", "weighted-mean-pooling"):
+        assert VARIANTS[name].apply(ditto).student.backbone.diagonal_head is None
+    whitened = VARIANTS["whitening"].apply(recipe)
+    assert not VARIANTS["cold-start"].apply(whitened).student.pooling.whitening

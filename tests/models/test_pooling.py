@@ -136,3 +136,27 @@ def test_a_cold_start_is_pma_alone():
 def test_heads_that_do_not_divide_the_width_are_rejected():
     with pytest.raises(InputError, match=r"num_heads is 5, .*width 12 .*use one of 1, 2, 3, 4, 6, 12"):
         MultiheadAttentionPooling(PoolingConfig(num_heads=5), 12)
+
+
+def test_whitening_replaces_the_own_pooling():
+    """By hand: on a sphere, minus the mean, through the map, and on the sphere again."""
+    pooling = TextPooling(PoolingConfig(method="backbone", whitening=True), DIM)
+    states, mask = states_and_mask()
+    rng = np.random.default_rng(0)
+    sample = (rng.normal(size=(200, DIM)) @ rng.normal(size=(DIM, DIM))).astype(np.float32)
+    own = sample[:3].astype(np.float64)
+    on_sphere = own / np.linalg.norm(own, axis=1, keepdims=True) * np.sqrt(DIM)
+
+    def pooled() -> np.ndarray:
+        return pooling(states.float(), mask, torch.from_numpy(sample[:3])).detach().numpy()
+
+    np.testing.assert_allclose(pooled(), on_sphere, rtol=1e-5)  # nothing is fitted yet
+    pooling.fit(sample)
+    wide = sample.astype(np.float64)
+    precision = np.linalg.inv(np.cov(wide.T))  # W W^T, whatever the basis of W
+    centred = on_sphere - wide.mean(axis=0)
+    inner = centred @ precision @ centred.T
+    lengths = np.sqrt(np.diag(inner))
+    np.testing.assert_allclose(pooled() @ pooled().T / DIM, inner / np.outer(lengths, lengths), rtol=1e-3, atol=1e-4)
+    pooling.reset()
+    np.testing.assert_allclose(pooled(), on_sphere, rtol=1e-5)

@@ -707,3 +707,31 @@ def test_sinkhorn_may_take_another_query_s_distribution() -> None:
 def test_an_impossible_smoothing_is_refused() -> None:
     with pytest.raises(InputError, match="must be above 0"):
         losses.sinkhorn(row(1, 1), row(1, 0), mask(1, 1), smoothing=0.0)
+
+
+def test_nested_cross_entropy_is_the_mean_over_widths_of_that_of_the_cosines() -> None:
+    rng = np.random.default_rng(0)
+    queries, passages = rng.normal(size=(8, 6)), rng.normal(size=(7, 6))
+    expected: list[float] = []
+    for width in (2, 5):
+        a, b = queries[:, :width], passages[:, :width]
+        logits = 20 * a @ b.T / np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
+        rows: list[float] = []
+        for row, roles in zip(logits, ROLES.numpy(), strict=True):
+            negatives = np.exp(row[(roles == HARD) | (roles == EASY)]).sum()
+            terms = [-z + math.log(math.exp(z) + negatives) for z in row[roles == POSITIVE]]
+            rows += [fmean(terms)] if terms else []
+        expected.append(fmean(rows))
+    actual = losses.nested_cross_entropy(
+        torch.from_numpy(queries), torch.from_numpy(passages), POSITIVES, USED, dims=(2, 5)
+    )
+    assert actual.item() == pytest.approx(fmean(expected), rel=1e-9)
+
+
+def test_nested_cross_entropy_has_no_gradient_beyond_the_widths() -> None:
+    queries, passages = torch.randn(8, 6, requires_grad=True), torch.randn(7, 6, requires_grad=True)
+    losses.nested_cross_entropy(queries, passages, POSITIVES, USED, dims=(2, 4)).backward()
+    for vectors in (queries, passages):
+        assert vectors.grad is not None
+        assert vectors.grad[:, 4:].abs().max() == 0
+        assert vectors.grad[:, :4].abs().max() > 0

@@ -44,9 +44,12 @@ class BackboneConfig(_Section):
     layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Use only this many of the model's first layers, or the layers of these numbers, counted from 0
     (``models.layer_choice`` chooses them): cheaper, and often no worse for search. None: all."""
-    pooling: Literal["auto", "mean", "weighted_mean", "last", "first"] = "auto"
+    pooling: Literal["auto", "mean", "weighted_mean", "ditto", "last", "first"] = "auto"
     """The backbone's own pooling; ``auto``: the model's own setting, else mean for encoders and last for decoders.
-    Later tokens count more in the weighted mean (SGPT)."""
+    Later tokens count more in the weighted mean (SGPT). ``ditto``: tokens count as much as they attend to themselves in
+    ``diagonal_head`` (``models.diagonal_attention``)."""
+    diagonal_head: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
+    """For the pooling ``ditto``: layer and head, counted from 0."""
     max_query_tokens: int = Field(default=128, ge=4)
     max_passage_tokens: int = Field(default=250, ge=4)
     query_prefix: str = ""
@@ -56,6 +59,17 @@ class BackboneConfig(_Section):
     def _check_layers(self) -> BackboneConfig:
         if isinstance(self.layers, tuple) and (not self.layers or sorted({*self.layers}) != [*self.layers]):
             raise ValueError(f"layers is {[*self.layers]}, but must name each layer to keep once, in ascending order")
+        return self
+
+    @model_validator(mode="after")
+    def _check_diagonal_head(self) -> BackboneConfig:
+        if self.pooling == "ditto" and self.diagonal_head is None:
+            raise ValueError(
+                "pooling is ditto, but diagonal_head does not say whose attention counts: name a layer and a head, "
+                "counted from 0, such as [0, 9] for BERT-base"
+            )
+        if self.pooling != "ditto" and self.diagonal_head is not None:
+            raise ValueError(f'diagonal_head is for the pooling "ditto", not "{self.pooling}"; delete it')
         return self
 
     @model_validator(mode="before")
@@ -80,6 +94,23 @@ class PoolingConfig(_Section):
     """Width of the feed-forward layer; by default the backbone's width."""
     warm_start: bool = True
     """Start as the backbone's own pooling: y = pool(Y) + gate * PMA(Y), where the gate starts at 0."""
+    whitening: bool = False
+    """Give the backbone's own pooling mean 0 and covariance 1 on passages of the data sets, before the first step
+    (``ops.whitening``)."""
+
+    @property
+    def uses_own(self) -> bool:
+        """Whether the backbone's own pooling is used."""
+        return self.method == "backbone" or self.warm_start
+
+    @model_validator(mode="after")
+    def _check_whitening(self) -> PoolingConfig:
+        if self.whitening and not self.uses_own:
+            raise ValueError(
+                "whitening changes the backbone's own pooling, which PMA without warm start does not use: set "
+                "warm_start = true, or delete whitening"
+            )
+        return self
 
 
 class InteractionConfig(_Section):
@@ -112,6 +143,15 @@ class StudentConfig(_Section):
     backbone: BackboneConfig = BackboneConfig()
     pooling: PoolingConfig = PoolingConfig()
     interaction: InteractionConfig = InteractionConfig()
+
+    @model_validator(mode="after")
+    def _check_ditto(self) -> StudentConfig:
+        if self.backbone.pooling == "ditto" and self.pooling.method == "pma":
+            raise ValueError(
+                "backbone.pooling is ditto, which weighs the tokens, and PMA would read the weighted tokens: set "
+                'pooling.method = "backbone", or another backbone.pooling'
+            )
+        return self
 
 
 def untuned_config(config: StudentConfig) -> StudentConfig:
@@ -506,6 +546,19 @@ class LossWeights(_Section):
     """Share of the teacher's P(yes) in the target of a labelled pair; the rest is the data set's own label."""
     temperature: float = Field(default=1.0, gt=0)
     """t of the contrastive imitation; the anchored head also has a learned scale."""
+    nested_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Widths at which the first components of a vector are to be useful without the others, such as
+    ``[64, 128, 256]`` (Matryoshka). The student records them, and a server cuts its vectors to them on request."""
+    nested_cross_entropy: float = Field(default=1.0, ge=0)
+    """In-batch cross-entropy of the cosines of these first components, the mean over ``nested_dims``."""
+
+    @model_validator(mode="after")
+    def _check_nested_dims(self) -> LossWeights:
+        if sorted({*self.nested_dims}) != [*self.nested_dims]:
+            raise ValueError(f"nested_dims is {[*self.nested_dims]}, but must name each width once, in ascending order")
+        if self.nested_dims and not self.nested_cross_entropy:
+            raise ValueError("nested_dims names widths, but nested_cross_entropy is 0, so nothing would be trained")
+        return self
 
     @property
     def imitates(self) -> bool:
@@ -723,6 +776,15 @@ class Recipe(_Section):
             raise ValueError(
                 f"teacher.quantization is {self.teacher.quantization}, and quantised weights cannot be trained: set "
                 'teacher_tuning.tuning = "lora" or teacher_tuning.quantization = "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_nested_dims(self) -> Recipe:
+        if self.losses.nested_dims and self.student.interaction.head == "paper":
+            raise ValueError(
+                "losses.nested_dims needs inner products, which the head 'paper' does not have: set "
+                'student.interaction.head = "anchored" or "cosine", or delete nested_dims'
             )
         return self
 

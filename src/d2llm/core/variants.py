@@ -65,6 +65,7 @@ _NO_EVIDENCE = {
     "token_vectors": False,
     "in_training": False,
 }
+_NOT_NESTED: dict[str, Any] = {"nested_dims": ()}  # the head 'paper' has no inner product
 _PLAIN_LOSSES = {
     **NO_IMITATION,
     "in_batch_cross_entropy": 1.0,
@@ -77,6 +78,10 @@ _PLAIN_LOSSES = {
 
 def _student(**sections: Mapping[str, Any]) -> dict[str, Any]:
     return {"student": sections}
+
+
+def _own_pooling(name: str) -> dict[str, Any]:
+    return {"pooling": name, "diagonal_head": None}
 
 
 def _without(*losses: str) -> dict[str, Any]:
@@ -97,7 +102,7 @@ _BASELINES: _Group = {
         "the published head: concatenated vectors, no inner product",
         # Five times the rate of the anchored head: that one starts as a cosine, this one from random weights.
         _student(interaction={"head": "paper", "features": "concat"})
-        | {"training": {"head_learning_rate": 1e-3}, "evidence": _NO_EVIDENCE},
+        | {"training": {"head_learning_rate": 1e-3}, "evidence": _NO_EVIDENCE, "losses": _NOT_NESTED},
     ),
 }
 _PUBLISHED: _Group = {
@@ -105,8 +110,8 @@ _PUBLISHED: _Group = {
     "without-ph": ("without rank imitation, positives and hard", _without("rank_imitation_positive_hard")),
     "without-hi": ("without rank imitation, hard over easy", _without("rank_imitation_hard_easy")),
     "without-fi": ("without feature imitation", _without("feature_imitation")),
-    "mean-pooling": ("mean of the tokens instead of PMA", _student(backbone={"pooling": "mean"}, **_NO_PMA)),
-    "last-pooling": ("last token instead of PMA", _student(backbone={"pooling": "last"}, **_NO_PMA)),
+    "mean-pooling": ("mean of the tokens instead of PMA", _student(backbone=_own_pooling("mean"), **_NO_PMA)),
+    "last-pooling": ("last token instead of PMA", _student(backbone=_own_pooling("last"), **_NO_PMA)),
     "cosine-for-iem": ("cosine instead of the IEM, same losses", _student(**_COSINE)),
     "one-branch": ("one branch of the IEM for both tasks", _student(interaction={"branches": "shared"})),
 }
@@ -134,15 +139,30 @@ _LOSSES: _Group = {
 _OWN: _Group = {
     "weighted-mean-pooling": (
         "mean of the tokens, later ones counting more (SGPT), instead of PMA",
-        _student(backbone={"pooling": "weighted_mean"}, **_NO_PMA),
+        _student(backbone=_own_pooling("weighted_mean"), **_NO_PMA),
+    ),
+    "nested-dims": (
+        "head `anchored`, the first components of the vectors trained as vectors (Matryoshka)",
+        _student(interaction={"head": "anchored"}) | {"losses": {"nested_dims": (64, 128, 256)}},
     ),
     "dual-head": (
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",
         _student(interaction={"head": "anchored"}) | _only(list_imitation=0.5) | {"training": {"dual_head": True}},
     ),
+    "whitening": (
+        "the backbone's pooling whitened on passages before training",
+        _student(pooling={"whitening": True, "warm_start": True}),
+    ),
+    "whitened-mean-pooling": (
+        "the backbone's pooling instead of PMA, whitened",
+        _student(pooling={"method": "backbone", "whitening": True}),
+    ),
     "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
     "without-li": ("without list imitation: cross-entropy alone", _without("list_imitation")),
-    "paper-head": ("head `paper` instead of `anchored`, same features", _student(interaction={"head": "paper"})),
+    "paper-head": (
+        "head `paper` instead of `anchored`, same features",
+        _student(interaction={"head": "paper"}) | {"losses": _NOT_NESTED},
+    ),
     "anchored-head": ("head `anchored` instead of `paper`, same features", _student(interaction={"head": "anchored"})),
     "concat": ("features: the vectors alone", _student(interaction={"features": "concat"})),
     "product": ("features: the vectors and their product", _student(interaction={"features": "product"})),
@@ -151,7 +171,7 @@ _OWN: _Group = {
     "width-128": ("IEM of width 128", _student(interaction={"hidden_dim": 128, "feature_dim": 128})),
     "width-512": ("IEM of width 512", _student(interaction={"hidden_dim": 512, "feature_dim": 512})),
     "width-1024": ("IEM of width 1,024", _student(interaction={"hidden_dim": 1024, "feature_dim": 1024})),
-    "cold-start": ("PMA alone, no warm start", _student(pooling={"warm_start": False})),
+    "cold-start": ("PMA alone, no warm start", _student(pooling={"warm_start": False, "whitening": False})),
     "warm-start": ("PMA beside the backbone's pooling", _student(pooling={"warm_start": True})),
     "one-stage": ("vectors and interaction trained together", {"training": {"residual": {"epochs": 0}}}),
     "not-quiet": ("no penalty on changes elsewhere", {"training": {"residual": {"quiet_price": 0.0}}}),

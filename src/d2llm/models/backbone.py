@@ -19,6 +19,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import BackboneConfig
 from d2llm.core.types import Span, is_text
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
+from d2llm.models.diagonal_attention import check_diagonal_head, last_states
 from d2llm.models.engines.lean import open_lean
 from d2llm.models.lora import (
     adapter_state,
@@ -124,15 +125,17 @@ class Backbone(nn.Module):
         Raises:
             ModelNotFoundError: no usable weights there.
             ModelError: the model is neither a plain encoder nor a plain decoder.
-            InputError: a token limit exceeds what the model can read, ``layers`` exceeds its number of layers, or
-                tuning is "lora" and it has no layers.
+            InputError: a token limit exceeds what the model can read, ``layers`` exceeds its number of layers,
+                ``diagonal_head`` names a head that it lacks, or tuning is "lora" and it has no layers.
         """
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
         self.location = find_model(config.model)
         weight_dtype = torch.float32 if config.tuning == "full" else compute_dtype
-        lean = open_lean(self.location, lean_tokenizer, dtype=weight_dtype) if lean_tokenizer is not None else None
+        lean = None
+        if lean_tokenizer is not None and config.diagonal_head is None:  # the lean model gives no attention
+            lean = open_lean(self.location, lean_tokenizer, dtype=weight_dtype)
         self.is_lean = lean is not None
         if lean is not None:
             # Typed as the usual classes; the lean ones have every method that encoding calls.
@@ -155,6 +158,9 @@ class Backbone(nn.Module):
             )
         if config.layers is not None:
             keep_layers(self.model, config.layers, name=config.model)
+        if config.diagonal_head is not None:
+            check_diagonal_head(self.model.config, config.model, config.diagonal_head)
+            self.model.set_attn_implementation("eager")  # fused attention does not give its weights
         if hasattr(self.model.config, "use_cache"):
             self.model.config.use_cache = False  # each text is read once, so no key-value cache is needed
         self._merged_adapter: dict[str, Tensor] = {}
@@ -302,7 +308,7 @@ class Backbone(nn.Module):
         """States of the last layer and their mask, right-padded regardless of the input's padding."""
         token_ids, mask = to_right_padding(token_ids, mask)
         with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            states = self.model(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
+            states = last_states(self.model, token_ids, mask, self.config.diagonal_head)
         return states, mask
 
     def pool(

@@ -5,6 +5,7 @@ Source: Lee et al., "Set Transformer", ICML 2019, section 3.2; used as in Liao e
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import PoolingConfig
+from d2llm.ops.whitening import whitening
 
 
 class MultiheadAttentionPooling(nn.Module):
@@ -79,7 +81,8 @@ class TextPooling(nn.Module):
 
     With a warm start, y = sqrt(dim) pool(Y) / |pool(Y)| + gate PMA(Y) with a learned gate that starts at 0, so that an
     untrained student scores exactly by the backbone's own cosine. Without PMA (``method = "backbone"``), y is the first
-    term alone.
+    term alone. With whitening, pool(Y) is replaced by (sqrt(dim) pool(Y) / |pool(Y)| - m) W; m and W are 0 and 1 until
+    ``fit`` is called.
     """
 
     def __init__(self, config: PoolingConfig, dim: int) -> None:
@@ -87,11 +90,34 @@ class TextPooling(nn.Module):
         has_pma = config.method == "pma"
         self.pma = MultiheadAttentionPooling(config, dim) if has_pma else None
         self.gate = nn.Parameter(torch.zeros(())) if has_pma and config.warm_start else None
+        self.uses_own = config.uses_own
+        self.mean: Tensor | None
+        self.whitening: Tensor | None
+        self.register_buffer("mean", torch.zeros(dim) if config.whitening else None)
+        self.register_buffer("whitening", torch.eye(dim) if config.whitening else None)
 
     @property
-    def uses_own(self) -> bool:
-        """Whether the backbone's own pooling is used."""
-        return self.pma is None or self.gate is not None
+    def is_fitted_to_passages(self) -> bool:
+        """Whether some of the weights are fitted to passages before training (``fit``)."""
+        return self.whitening is not None
+
+    def reset(self) -> None:
+        """Undo ``fit``."""
+        if self.whitening is not None and self.mean is not None:
+            self.mean.zero_()
+            nn.init.eye_(self.whitening)
+
+    def fit(self, vectors: Float[np.ndarray, "texts dim"]) -> None:
+        """Fit what is fitted to passages to their vectors, the backbone's own pooling with norm sqrt(dim).
+
+        Raises:
+            InputError: there are not enough of them to whiten vectors.
+        """
+        assert self.mean is not None
+        assert self.whitening is not None
+        mean, matrix = whitening(vectors)
+        self.mean.copy_(torch.from_numpy(mean))
+        self.whitening.copy_(torch.from_numpy(matrix))
 
     def forward(
         self,
@@ -100,10 +126,13 @@ class TextPooling(nn.Module):
         own: Float[Tensor, "batch dim"],
     ) -> Float[Tensor, "batch dim"]:
         """The text's vector, float32; ``own`` is the backbone's own pooling of the same states."""
+        own = to_sphere(own.float())
+        if self.whitening is not None and self.mean is not None:
+            own = to_sphere((own - self.mean) @ self.whitening)
         if self.pma is None:
-            return to_sphere(own.float())
+            return own
         pooled = self.pma(states.float(), mask)
-        return pooled if self.gate is None else to_sphere(own.float()) + self.gate * pooled
+        return pooled if self.gate is None else own + self.gate * pooled
 
 
 def to_sphere(vectors: Float[Tensor, "*texts dim"]) -> Float[Tensor, "*texts dim"]:

@@ -242,6 +242,11 @@ class Student(VectorScorer):
         return self.backbone.dim
 
     @property
+    def nested_dims(self) -> tuple[int, ...]:
+        """Smaller widths that the vectors may be cut to, because they were trained for it (``losses.nested_dims``)."""
+        return tuple(self._recorded.get("nested_dims", ()))
+
+    @property
     def device(self) -> torch.device:
         """Where texts are encoded and vectors scored."""
         return self.backbone.device
@@ -284,6 +289,22 @@ class Student(VectorScorer):
         self._engine = None
         self._products = None
         self.backbone.prepare_training(seed=seed)
+
+    def fit_pooling(self, passages: Sequence[str]) -> None:
+        """Fit what ``pooling`` takes from passages (the whitening), before training; does nothing if there is nothing.
+
+        Args:
+            passages: typical ones, some ten times as many as vectors have dimensions.
+
+        Raises:
+            InputError: this student was trained already, or there are too few passages.
+        """
+        if not self.pooling.is_fitted_to_passages:
+            return
+        if self._saved_fingerprint is not None:
+            raise InputError("this student was loaded, and its vectors would change; fit the pooling of a new student")
+        self.pooling.reset()
+        self.pooling.fit(self.encode_passages(passages).vectors)
 
     def use_engine(self, name: EngineName, *, dtype: torch.dtype | None = None) -> None:
         """Encode texts with this engine from now on, using the current weights; scoring always uses torch.

@@ -18,6 +18,8 @@ easy ones, each a mask [queries, passages]; D+ and D- are disjoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -81,6 +83,33 @@ def in_batch_cross_entropy(
     (student,) = _under(positive_mask | negative_mask, logits)
     scaled = student / _checked_temperature(temperature)
     return _positives_against_negatives(scaled, scaled, positive_mask, negative_mask).to(logits.dtype)
+
+
+def nested_cross_entropy(
+    queries: Float[Tensor, "queries dim"],
+    passages: Float[Tensor, "passages dim"],
+    positive_mask: Bool[Tensor, "queries passages"],
+    candidate_mask: Bool[Tensor, "queries passages"],
+    dims: Sequence[int],
+) -> Float[Tensor, ""]:
+    """In-batch cross-entropy of the cosines of the vectors' first components, for each width; the mean over widths.
+
+    L = 1/|M| sum_{m in M} L_CE( 20 cos(a_i[1..m], b_j[1..m]) ), where L_CE is ``in_batch_cross_entropy``. Kusupati et
+    al., "Matryoshka Representation Learning", NeurIPS 2022 (arXiv 2205.13147), equation 1, with equal weights.
+
+    Args:
+        queries: the queries' vectors, ready for inner products.
+        passages: the passages' vectors.
+        positive_mask: which passages are relevant.
+        candidate_mask: which passages a query is compared with.
+        dims: the widths, at most that of the vectors.
+    """
+    values: list[Tensor] = []
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    for width in dims:
+        a, b = (functional.normalize(vectors[:, :width].to(dtype), dim=1) for vectors in (queries, passages))
+        values.append(in_batch_cross_entropy(a @ b.T, positive_mask, candidate_mask, temperature=0.05))
+    return torch.stack(values).mean()
 
 
 def pair_cross_entropy(

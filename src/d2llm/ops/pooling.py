@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-PoolingName = Literal["mean", "weighted_mean", "last", "first"]
+PoolingName = Literal["mean", "weighted_mean", "ditto", "last", "first"]
 
 
 def to_right_padding(
@@ -34,7 +34,8 @@ def pool(
     """The pooling of right-padded states that a model was trained with: mean of the tokens, the last, or the first.
 
     In the weighted mean, token i of n counts i times: in a decoder, later tokens have read more. Muennighoff, "SGPT:
-    GPT Sentence Embeddings for Semantic Search", 2022 (arXiv 2202.08904), section 3.1.
+    GPT Sentence Embeddings for Semantic Search", 2022 (arXiv 2202.08904), section 3.1. For ``ditto``, the states have
+    been weighted already (``models.diagonal_attention``), and this is their mean.
     """
     if name == "first":
         return states[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from d2llm.training.training_loop import DistillRun
 from d2llm.training.word_scores import WordScores
 
 _log = logging.getLogger(__name__)
+_PASSAGES_FOR_EACH_DIMENSION = 10
 _NO_TEACHER = TeacherIdentity("none", dict.fromkeys(TASKS, "none"))
 
 
@@ -134,6 +136,9 @@ def distill(
     started_from = student.fingerprint if recipe.training.start is not None else None
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
         start_tokens = student.token_projection
+        _check_nested_dims(recipe, student, sources)
+        if recipe.training.start is None:
+            _fit_pooling(student, sources, recipe, processes)
         if recipe.evidence.in_training:
             evidence, start_tokens = _evidence_at_start(student, sources, recipe, run_folder, processes)
             labelled, dev_sets = _with_evidence(labelled, dev_sets, evidence)
@@ -185,6 +190,44 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
     return student
 
 
+def _check_nested_dims(recipe: Recipe, student: Student, sources: Sequence[TrainingSource]) -> None:
+    dims = recipe.losses.nested_dims
+    if dims and dims[-1] >= student.vector_dim:
+        raise InputError(
+            f"losses.nested_dims names {dims[-1]}, but the student's vectors have {student.vector_dim} components; "
+            "name smaller widths only"
+        )
+    if dims and all(source.pairs is not None for source in sources):
+        raise InputError(
+            "losses.nested_dims is trained on the passages of queries, but all data sets are labelled pairs; delete "
+            "it, or add a retrieval set"
+        )
+
+
+def _nested_dims(run: DistillRun) -> list[int]:
+    """The widths that the written vectors were trained for; none if they are those of the start."""
+    dims = run.recipe.losses.nested_dims
+    if dims and (run.best.step == 0 or run.progress.share_kept == 0):
+        _log.warning("no trained state was better on dev than the start, so the vectors cannot be cut to %s", dims)
+        return []
+    return [*dims]
+
+
+def _fit_pooling(student: Student, sources: Sequence[TrainingSource], recipe: Recipe, processes: Processes) -> None:
+    """Fit what the pooling takes from passages to a random sample of the data sets' passages, all sets alike."""
+    if not student.pooling.is_fitted_to_passages:
+        return
+    if processes.is_first:
+        share = -(-_PASSAGES_FOR_EACH_DIMENSION * student.backbone.dim // len(sources))
+        passages: list[str] = []
+        for source in sources:
+            ids = sorted(source.dataset.passages)
+            random.Random(f"{recipe.seed}:{source.dataset.name}").shuffle(ids)
+            passages += [source.passage_text(passage_id) for passage_id in ids[:share]]
+        student.fit_pooling(passages)
+    student.pooling.load_state_dict(processes.from_first(student.pooling.state_dict()))
+
+
 def _fit_and_write(
     run: DistillRun,
     folder: Path,
@@ -225,6 +268,7 @@ def _fit_and_write(
         "share_kept": report.share_kept,
         **({} if report.label_share is None else {"label_share": report.label_share}),
         "closed_gates": sorted(closed),
+        "nested_dims": _nested_dims(run),
         "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
     }
     student.save(folder, content=content)

@@ -147,6 +147,21 @@ def batch_losses(
     return {name: loss() for name, loss in by_name.items() if getattr(weights, name)}
 
 
+def nested_losses(
+    student: Student, vectors: Tensor, batch: DistillationBatch, weights: LossWeights
+) -> dict[str, Tensor]:
+    """The loss of the first components of vectors [queries + passages, dim] as in ``batch_losses``, if there is one."""
+    if not weights.nested_dims or batch.targets is not None:
+        return {}
+    queries, passages = vectors.split([len(batch.query_ids), len(batch.passage_ids)])
+    positive, candidates = (
+        torch.from_numpy(mask).to(vectors.device) for mask in (batch.positive, batch.positive | batch.hard | batch.easy)
+    )
+    queries = student.interaction.anchor_queries(queries, batch.source.task)
+    value = losses.nested_cross_entropy(queries, passages, positive, candidates, weights.nested_dims)
+    return {"nested_cross_entropy": value}
+
+
 def _feature_imitation(features: Tensor, batch: DistillationBatch) -> Tensor:
     own = torch.from_numpy(batch.own).to(features.device)
     rows = torch.arange(len(own), device=features.device).unsqueeze(1)

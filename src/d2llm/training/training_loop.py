@@ -62,6 +62,7 @@ from d2llm.training.objective import (
     batch_losses,
     batch_tokens,
     make_offsets,
+    nested_losses,
     offset_name,
     score_vectors,
     token_places,
@@ -374,6 +375,7 @@ class DistillRun:
             scores = with_tokens(self.student, scores, tokens, batch, ids)
             offset = self.offsets.get(offset_name(source.source))
             losses.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
+            losses.update(nested_losses(self.student, vectors, batch, self.recipe.losses))
             loss = weighted_sum(losses, self.recipe.losses)
             require_finite(loss, progress.step, self.folder)
             return loss

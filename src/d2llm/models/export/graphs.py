@@ -19,6 +19,7 @@ from d2llm.core.extras import require
 from d2llm.core.types import Task
 from d2llm.models.backbone import Backbone
 from d2llm.models.device import inference
+from d2llm.models.diagonal_attention import last_states
 from d2llm.models.export.eight_bits import Runtime, quantise
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.pooling import TextPooling, to_sphere
@@ -35,6 +36,7 @@ class TextGraph(nn.Module):
         super().__init__()
         self.model, self.pooling = backbone.model, pooling
         self._own: PoolingName = backbone.pooling
+        self._diagonal_head = backbone.config.diagonal_head
         self._on_sphere = on_sphere
         self.training = backbone.training  # a new module starts in training mode, and would switch its submodules to it
 
@@ -42,7 +44,7 @@ class TextGraph(nn.Module):
         self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch dim"]:
         """Vectors of tokenized texts."""
-        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states = last_states(self.model, input_ids, attention_mask, self._diagonal_head)
         mask = attention_mask.bool()
         vectors = self.pooling(states, mask, pool(states, mask, self._own))
         return to_sphere(vectors) if self._on_sphere else vectors

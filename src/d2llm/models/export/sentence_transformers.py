@@ -45,6 +45,10 @@ def why_not_plain(config: StudentConfig) -> str | None:
         return "its head 'paper' has no inner product"
     if config.pooling.method == "pma":
         return "its pooling by attention (PMA) is not one of the library's modules"
+    if config.backbone.pooling == "ditto":
+        return "its pooling by diagonal attention (Ditto) is not one of the library's modules"
+    if config.pooling.whitening:
+        return "its vectors are whitened"
     return None
 
 

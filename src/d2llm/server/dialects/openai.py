@@ -20,6 +20,7 @@ from pydantic import Field
 from d2llm.models.backbone import TextKind
 from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
+    DIMENSIONS,
     StrictBody,
     Texts,
     Truncate,
@@ -49,7 +50,7 @@ class EmbeddingsRequest(StrictBody):
 
     input: Texts = Field(description="A text or a list of texts; token ids are refused.", examples=["a cat on a mat"])
     model: str = Field(description="The model's name, alone or with :query or :passage.")
-    dimensions: int | None = Field(None, ge=1, description="Must be the width of the student's vectors.")
+    dimensions: int | None = Field(None, ge=1, description=DIMENSIONS)
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: float32, little-endian.")
     user: str | None = Field(None, description="Ignored.")
     input_type: TextKind | None = Field(None, description="Whether the texts are queries or passages.")
@@ -124,12 +125,12 @@ async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONRe
     models, kind = services.models, _kind_of(suffix, body.input_type)
     texts = as_list(body.input)
     check_size(services, body.input, "input")
-    check_dimensions(body.dimensions, models)
+    width = check_dimensions(body.dimensions, models)
     encoded = await embed(services, texts, kind)
     limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
     if body.truncate == "NONE" and body.truncate_prompt_tokens is None:
         refuse_cut(body.input, encoded.truncated, "input", limit, 'shorten it, or send truncate: "END"')
-    vectors = unit_length(encoded.vectors)
+    vectors = unit_length(encoded.vectors[:, :width])
     values: list[Any] = list(vectors)
     if body.encoding_format == "base64":
         values = [base64.b64encode(vector).decode("ascii") for vector in vectors.astype("<f4")]

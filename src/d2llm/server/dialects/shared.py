@@ -191,22 +191,28 @@ def check_limit(tokens: int | None, limit: int, field: str) -> None:
         raise invalid(f"{field}: texts are truncated to {limit} tokens; give no less", field)
 
 
-def check_dimensions(dimensions: int | None, models: ModelService) -> None:
-    """Refuse a width other than that of the student's vectors.
+DIMENSIONS = "The width of the student's vectors, or a smaller one that it was trained for."
+"""Describes the field ``dimensions``."""
 
-    Truncated vectors are only useful if the student was trained for it; none is yet.
+
+def check_dimensions(dimensions: int | None, models: ModelService) -> int:
+    """The width of the vectors to answer: ``dimensions``, or all of them.
+
+    Vectors are only useful without their last components if the student was trained for it (``Student.nested_dims``).
 
     Raises:
-        ServingError: 400, another width is requested.
+        ServingError: 400, the student was not trained for this width.
     """
-    if dimensions is not None and dimensions != models.dim:
+    widths = (*models.student.nested_dims, models.dim)
+    if dimensions is not None and dimensions not in widths:
         message = (
             f"dimensions: this student's vectors have {models.dim} components and were not trained to be cut to "
-            f"{dimensions}; leave dimensions out, or set it to {models.dim}"
+            f"{dimensions}; leave dimensions out, or set it to {' or '.join(map(str, widths))}"
             if dimensions < models.dim
             else f"dimensions: this student's vectors have {models.dim} components, not {dimensions}"
         )
         raise invalid(message, "dimensions")
+    return dimensions or models.dim
 
 
 async def embed(services: Services, texts: Sequence[str], kind: TextKind) -> Encoded:

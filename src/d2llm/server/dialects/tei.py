@@ -23,6 +23,7 @@ from d2llm.models.backbone import TextKind
 from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects import jina
 from d2llm.server.dialects.shared import (
+    DIMENSIONS,
     EMPTY,
     OpenBody,
     Text,
@@ -65,7 +66,7 @@ class EmbedRequest(OpenBody):
     truncate: Cut = None
     truncation_direction: Direction = "Right"
     prompt_name: PromptName = None
-    dimensions: int | None = Field(None, ge=1, description="Must be the width of the student's vectors.")
+    dimensions: int | None = Field(None, ge=1, description=DIMENSIONS)
 
 
 class EmbedAnswer(RootModel[list[list[float]]]):
@@ -175,8 +176,9 @@ router = APIRouter(tags=["Text Embeddings Inference"], responses=errors(TEIError
 @router.post("/embed", response_model=EmbedAnswer)
 async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResponse:
     """Embed texts."""
-    check_dimensions(body.dimensions, services.models)
+    width = check_dimensions(body.dimensions, services.models)
     vectors, warnings = await _vectors(services, body.inputs, "inputs", body)
+    vectors = vectors[:, :width]
     return _answer(unit_length(vectors) if body.normalize else vectors, warnings)
 
 

@@ -1,0 +1,40 @@
+"""The field ``dimensions``: answered for the widths that a student was trained for, refused for all others."""
+
+from __future__ import annotations
+
+import httpx2
+import numpy as np
+import pytest
+
+from d2llm import Student
+from tiny_models import TEXTS
+
+pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+from tiny_clients import NAME, serving, unit
+
+
+def test_vectors_are_cut_to_the_widths_that_the_student_was_trained_for(folder, student, tmp_path):
+    Student.load(folder / "student-0", device="cpu", dtype="float32").save(
+        tmp_path / "nested", content={"nested_dims": [8]}
+    )
+    passages = student.encode_passages(TEXTS).vectors[:, :8]
+    queries = student.anchor_queries(student.encode_queries(TEXTS).vectors)[:, :8]
+    with serving(tmp_path / "nested", model_name=NAME) as address:
+
+        def post(path: str, body: dict) -> httpx2.Response:
+            return httpx2.post(address + path, json=body, timeout=60)
+
+        for kind, expected in (("passage", passages), ("query", queries)):
+            body = {"input": TEXTS, "model": f"{NAME}:{kind}", "dimensions": 8}
+            answer = post("/v1/embeddings", body).json()
+            vectors = [item["embedding"] for item in answer["data"]]
+            np.testing.assert_allclose(vectors, unit(expected), atol=1e-5)
+            body = {"inputs": TEXTS, "prompt_name": kind, "dimensions": 8}
+            np.testing.assert_allclose(post("/embed", body).json(), unit(expected), atol=1e-5)
+            raw = post("/embed", body | {"normalize": False}).json()
+            np.testing.assert_allclose(raw, expected, rtol=1e-4, atol=1e-4)
+        refused = post("/v1/embeddings", {"input": "a", "model": NAME, "dimensions": 7})
+        assert refused.status_code == 400
+        assert "not trained to be cut to 7; leave dimensions out, or set it to 8 or 32" in refused.text
+        whole = post("/v1/embeddings", {"input": "a", "model": NAME, "dimensions": 32}).json()
+        assert len(whole["data"][0]["embedding"]) == 32

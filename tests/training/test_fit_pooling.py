@@ -1,0 +1,59 @@
+"""What a student's pooling takes from the passages of its data sets, before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import NO_IMITATION, LossWeights, PoolingConfig
+from d2llm.models.student import Student
+from tiny_data import tiny_recipe, topics
+from tiny_distill import Place
+from tiny_models import DIM, TEXTS, tiny_student_config
+
+NUM_PASSAGES = 48
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    place = Place(tmp_path_factory.mktemp("place"))
+    place.source = topics(num_passages=NUM_PASSAGES)
+    return place
+
+
+def test_a_distilled_student_is_whitened_on_the_passages(place: Place, tmp_path: Path) -> None:
+    config = tiny_student_config(place.model)
+    whitened = config.model_copy(update={"pooling": PoolingConfig(num_heads=4, whitening=True)})
+    recipe = tiny_recipe(whitened).model_copy(update={"losses": LossWeights(**NO_IMITATION)})
+    place.run(tmp_path / "student", recipe=recipe)
+    student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+    own = Student.create(config, device="cpu", dtype="float32")
+    vectors = own.encode_passages([p.full_text for p in place.source.dataset.passages.values()]).vectors
+    assert student.pooling.mean is not None
+    np.testing.assert_allclose(student.pooling.mean.numpy(), vectors.mean(axis=0), rtol=1e-3, atol=1e-4)
+
+
+def test_fitting_twice_gives_the_same(place: Place) -> None:
+    config = tiny_student_config(place.model).model_copy(update={"pooling": PoolingConfig(num_heads=4, whitening=True)})
+    student = Student.create(config, device="cpu", dtype="float32")
+    passages = [" ".join(TEXTS[n % 8].split()[n % 5 :] + TEXTS[n % 7].split()) for n in range(2 * DIM)]
+    before, raw = student.fingerprint, student.encode_passages(passages).vectors
+    student.fit_pooling(passages)
+    once, fingerprint = student.encode_passages(passages).vectors, student.fingerprint
+    student.fit_pooling(passages)
+    np.testing.assert_array_equal(student.encode_passages(passages).vectors, once)
+    assert before != fingerprint == student.fingerprint
+    assert np.abs(once - raw).max() > 0.1
+
+
+def test_too_few_passages_and_loaded_students_are_refused(place: Place, tmp_path: Path) -> None:
+    config = tiny_student_config(place.model).model_copy(update={"pooling": PoolingConfig(num_heads=4, whitening=True)})
+    student = Student.create(config, device="cpu", dtype="float32")
+    with pytest.raises(InputError, match=rf"more than {DIM} passages, .* but there are 8"):
+        student.fit_pooling(TEXTS)
+    student.save(tmp_path / "student")
+    with pytest.raises(InputError, match="was loaded"):
+        Student.load(tmp_path / "student", device="cpu").fit_pooling(TEXTS)

@@ -1,0 +1,80 @@
+"""Vectors whose first components are trained as vectors: the loss of a batch, and what the student records."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import NO_IMITATION, LossWeights, Recipe
+from d2llm.data.collation import LabelledSource, collate, epoch_batches
+from d2llm.data.labels import LabelStore
+from d2llm.models.student import Student
+from d2llm.ops import losses
+from d2llm.training.objective import batch_tokens, nested_losses
+from tiny_data import tiny_recipe
+from tiny_distill import LEARNING, Place
+from tiny_models import DIM, tiny_student_config
+
+DIMS = (4, 16)
+WEIGHTS = LossWeights(**NO_IMITATION, nested_dims=DIMS, nested_cross_entropy=5.0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+def recipe(place: Place, weights: LossWeights, **training: object) -> Recipe:
+    settings = tiny_recipe(tiny_student_config(place.model), **(LEARNING | training))
+    return settings.model_copy(update={"losses": weights})
+
+
+def test_the_loss_compares_anchor_vectors_of_queries_with_vectors_of_passages(place: Place, tmp_path: Path) -> None:
+    source = place.source
+    store = LabelStore(tmp_path, teacher="none", prompt="none", dataset=source.dataset.name)
+    labelled = LabelledSource.join(source, store, keep_unlabelled=True)
+    batch = collate(*epoch_batches([labelled], epoch=0, batch_queries=4, num_hard=2, num_easy=1, seed=0)[0])
+    student = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
+    with torch.no_grad():
+        vectors = student(*student.backbone.pad(batch_tokens(student, batch)))
+        queries, passages = vectors[: len(batch.query_ids)], vectors[len(batch.query_ids) :]
+        positive, hard, easy = (torch.from_numpy(mask) for mask in (batch.positive, batch.hard, batch.easy))
+        anchors = torch.from_numpy(student.anchor_queries(queries.numpy(), source.task))
+        expected = losses.nested_cross_entropy(anchors, passages, positive, positive | hard | easy, DIMS)
+        actual = nested_losses(student, vectors, batch, WEIGHTS)
+    assert actual["nested_cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert nested_losses(student, vectors, batch, LossWeights()) == {}
+    pairs = replace(batch, targets=np.zeros(batch.positive.shape, np.float32))
+    assert nested_losses(student, vectors, pairs, WEIGHTS) == {}
+
+
+def test_a_trained_student_records_its_widths(place: Place, tmp_path: Path) -> None:
+    report = place.run(tmp_path / "student", recipe=recipe(place, WEIGHTS))
+    assert report.best_step > 0
+    student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+    assert student.nested_dims == DIMS
+    student.save(tmp_path / "merged", merge=True)
+    assert Student.load(tmp_path / "merged", device="cpu", dtype="float32").nested_dims == DIMS
+    student.prepare_training()
+    assert student.nested_dims == ()
+
+
+def test_an_untrained_student_records_none(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    still = {"learning_rate": 1e-12, "head_learning_rate": 1e-12}
+    with caplog.at_level(logging.WARNING):
+        report = place.run(tmp_path / "student", recipe=recipe(place, WEIGHTS, **still))
+    assert report.best_step == 0
+    assert Student.load(tmp_path / "student", device="cpu", dtype="float32").nested_dims == ()
+    assert "cannot be cut to (4, 16)" in caplog.text
+
+
+def test_widths_that_the_vectors_do_not_have_are_refused(place: Place, tmp_path: Path) -> None:
+    wide = WEIGHTS.model_copy(update={"nested_dims": (8, DIM)})
+    with pytest.raises(InputError, match=f"names {DIM}, but the student's vectors have {DIM} components"):
+        place.run(tmp_path / "student", recipe=recipe(place, wide))
