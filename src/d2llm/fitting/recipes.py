@@ -59,7 +59,7 @@ def recipe_for_queries(
             one.model_copy(update={"max_queries": max(1, round(share * (one.max_queries or 0)))}) for one in data
         ),
         mining=MiningConfig(num_hard=8, num_easy=2, student=start),
-        losses=LossWeights(**NO_IMITATION, in_batch_cross_entropy=1.0),
+        losses=LossWeights.model_validate(NO_IMITATION | {"in_batch_cross_entropy": 1.0}),
         training=TrainingConfig(
             start=start,
             learning_rate=2e-4,
@@ -106,7 +106,7 @@ def recipe_with_teacher(
             "data": tuple(labelled),
             "gate": GateConfig(queries=num_gated, depth=_GATE_DEPTH),
             "labelling": LabellingConfig(compared_students=(recipe.training.start or "", student)),
-            "losses": LossWeights(**NO_IMITATION | {"list_imitation": 0.5}, in_batch_cross_entropy=0.5),
+            "losses": LossWeights.model_validate(NO_IMITATION | {"list_imitation": 0.5, "in_batch_cross_entropy": 0.5}),
             "training": recipe.training.model_copy(update={"start": student, "max_minutes": minutes}),
         }
     )
