@@ -237,7 +237,8 @@ def test_settings_for_large_teachers_that_make_no_sense(tmp_path: Path, text: st
         load_recipe(write_recipe(tmp_path, text))
 
 
-NO_JUDGEMENTS = {name: 0.0 for name in LossWeights.model_fields if name.endswith("cross_entropy")}
+JUDGED = {name for name in LossWeights.model_fields if name.endswith("cross_entropy")} - {"nested_cross_entropy"}
+NO_JUDGEMENTS = dict.fromkeys(JUDGED, 0.0)
 
 
 def lines(section: str, values: dict[str, float]) -> str:
@@ -323,6 +324,10 @@ def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
         ("[losses]\nnested_dims = [0]", "nested_dims"),
         ("[losses]\nnested_dims = [64]\nnested_cross_entropy = 0.0", "so nothing would be trained"),
         ('[losses]\nnested_dims = [64]\n[student.interaction]\nhead = "paper"', "the head 'paper' does not have"),
+        (
+            "[losses]\nnested_dims = [64]\n[training]\ndual_head = true\n",
+            "training.dual_head combines two",
+        ),
     ],
 )
 def test_nested_widths_that_make_no_sense(tmp_path: Path, text: str, problem: str):

@@ -215,7 +215,7 @@ def test_variants_apply_to_recipes_whose_settings_they_exclude() -> None:
             "losses": {"nested_dims": (64,)},
         },
     ).apply(recipe)
-    for name in ("paper", "paper-head"):
+    for name in ("paper", "paper-head", "dual-head"):
         assert VARIANTS[name].apply(ditto).losses.nested_dims == ()
     for name in ("mean-pooling", "last-pooling", "weighted-mean-pooling"):
         assert VARIANTS[name].apply(ditto).student.backbone.diagonal_head is None

@@ -134,5 +134,8 @@ def test_a_recipe_that_cannot_alternate_is_refused(recipe: Recipe, tmp_path: Pat
     with pytest.raises(RecipeError, match="dev_measure mrr needs the data sets' judgements"):
         recipe_of_round(ranked, 1, "start")
     two_heads = recipe.model_copy(update={"training": recipe.training.model_copy(update={"dual_head": True})})
+    nested = recipe.model_copy(update={"losses": recipe.losses.model_copy(update={"nested_dims": (4,)})})
+    with pytest.raises(InputError, match="nested_dims is trained on judgements"):
+        recipe_of_round(nested, 1, "before")
     with pytest.raises(InputError, match="dual_head has a head for judgements"):
         recipe_of_round(two_heads, 1, "start")

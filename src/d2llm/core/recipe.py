@@ -786,6 +786,11 @@ class Recipe(_Section):
                 "losses.nested_dims needs inner products, which the head 'paper' does not have: set "
                 'student.interaction.head = "anchored" or "cosine", or delete nested_dims'
             )
+        if self.losses.nested_dims and self.training.dual_head:
+            raise ValueError(
+                "losses.nested_dims trains one inner product, but training.dual_head combines two at the end: set "
+                "dual_head to false, or delete nested_dims"
+            )
         return self
 
     @model_validator(mode="after")
@@ -813,7 +818,8 @@ class Recipe(_Section):
                 "training.dual_head has a head that imitates the teacher, but no imitation has a weight above 0: set "
                 "losses.list_imitation, or dual_head to false"
             )
-        if not any(getattr(losses, name) for name in LossWeights.model_fields if name.endswith("cross_entropy")):
+        judged = {name for name in LossWeights.model_fields if name.endswith("cross_entropy")}
+        if not any(getattr(losses, name) for name in judged - {"nested_cross_entropy"}):  # it counts with widths only
             raise ValueError(
                 "training.dual_head has a head that learns the data sets' judgements, but no cross-entropy has a "
                 "weight above 0: set losses.in_batch_cross_entropy (for labelled pairs, pair_cross_entropy), or "

@@ -65,7 +65,7 @@ _NO_EVIDENCE = {
     "token_vectors": False,
     "in_training": False,
 }
-_NOT_NESTED: dict[str, Any] = {"nested_dims": ()}  # the head 'paper' has no inner product
+_NOT_NESTED: dict[str, Any] = {"nested_dims": ()}  # the head 'paper' has no inner product, and two heads have two
 _PLAIN_LOSSES = {
     **NO_IMITATION,
     "in_batch_cross_entropy": 1.0,
@@ -143,11 +143,13 @@ _OWN: _Group = {
     ),
     "nested-dims": (
         "head `anchored`, the first components of the vectors trained as vectors (Matryoshka)",
-        _student(interaction={"head": "anchored"}) | {"losses": {"nested_dims": (64, 128, 256)}},
+        _student(interaction={"head": "anchored"})
+        | {"losses": {"nested_dims": (64, 128, 256)}, "training": {"dual_head": False}},
     ),
     "dual-head": (
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",
-        _student(interaction={"head": "anchored"}) | _only(list_imitation=0.5) | {"training": {"dual_head": True}},
+        _student(interaction={"head": "anchored"})
+        | {"losses": NO_IMITATION | {"list_imitation": 0.5} | _NOT_NESTED, "training": {"dual_head": True}},
     ),
     "whitening": (
         "the backbone's pooling whitened on passages before training",

@@ -63,7 +63,7 @@ def alternate(
         dtype: number format; by default the fastest on that device.
 
     Raises:
-        InputError: ``rounds`` is below 1, no loss of the recipe imitates a teacher, or one head learns judgements.
+        InputError: ``rounds`` is below 1, or the recipe cannot alternate (``recipe_of_round``).
         RecipeError: the recipe does not tune its teacher, or does so by judgements.
     """
     if rounds < 1:
@@ -106,13 +106,15 @@ def recipe_of_round(recipe: Recipe, number: int, before: str) -> Recipe:
     """The recipe of one round: learns from the teacher alone, whose own teacher is the student ``before``.
 
     Raises:
-        InputError: no loss of the recipe imitates a teacher, or one head learns judgements.
+        InputError: no loss of the recipe imitates a teacher, or a head or nested widths learn judgements.
         RecipeError: the recipe does not tune its teacher, or does so by judgements.
     """
     if not recipe.losses.imitates:
         raise InputError("no loss of the recipe imitates a teacher, so it cannot teach: set losses.list_imitation")
     if recipe.training.dual_head:
         raise InputError("training.dual_head has a head for judgements, but here there are none: set it to false")
+    if recipe.losses.nested_dims:
+        raise InputError("losses.nested_dims is trained on judgements, but here there are none: delete it")
     changes = {
         "teacher_tuning": {"student": before},
         "losses": {"in_batch_cross_entropy": 0.0, "anchor_cross_entropy": 0.0, "teacher_share": 1.0},
