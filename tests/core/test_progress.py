@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 from d2llm.core import progress
 from d2llm.core.progress import progress_bar, showing_progress
@@ -11,7 +12,7 @@ from d2llm.core.progress import progress_bar, showing_progress
 def logged_lines(caplog, monkeypatch, seconds, total=200):
     """The log lines of a task whose parts of 50 items end at these seconds."""
     clock = iter([0.0, *seconds])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # not that of other threads
     with caplog.at_level(logging.INFO, "d2llm.remarks"), progress_bar("judging", total) as advance:
         for _ in seconds:
             advance(50, "3.1 pairs/s")

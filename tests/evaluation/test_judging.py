@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -153,7 +154,7 @@ def test_an_empty_pool_judges_nothing(tmp_path):
 
 def test_the_progress_bar_shows_pairs_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 102.0, 110.0])
-    monkeypatch.setattr(judging.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(judging, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     updates: list[tuple[int, str]] = []
     count = judging.with_rate(lambda number, note="": updates.append((number, note)))
     count(10)

@@ -137,7 +137,7 @@ class StudentConfig(_Section):
     """Backbone + PMA + IEM. The defaults are ours; the paper uses ``paper``, ``concat`` and no warm start.
 
     No option is ever removed from this section or its subsections, because a student's fingerprint is computed from
-    all of them.
+    all of them (``recorded``).
     """
 
     backbone: BackboneConfig = BackboneConfig()
@@ -152,6 +152,18 @@ class StudentConfig(_Section):
                 'pooling.method = "backbone", or another backbone.pooling'
             )
         return self
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as plain JSON, as a student's manifest and fingerprint have them.
+
+        Settings that came after the first students are left out while they have their default, so that these students
+        and copies of them keep their fingerprints.
+        """
+        values = self.model_dump(mode="json")
+        for section, name in (("backbone", "diagonal_head"), ("pooling", "whitening")):
+            if not values[section][name]:
+                del values[section][name]
+        return values
 
 
 def untuned_config(config: StudentConfig) -> StudentConfig:

@@ -212,7 +212,7 @@ class Student(VectorScorer):
             manifest = {
                 **content,
                 "fingerprint": self.fingerprint,
-                "config": self.config.model_dump(mode="json"),
+                "config": self.config.recorded(),
                 "pooling": self.backbone.pooling,
                 "base_fingerprint": self.backbone.fingerprint_base(),
             }
@@ -229,7 +229,7 @@ class Student(VectorScorer):
         if self._saved_fingerprint is not None:
             return self._saved_fingerprint
         tensors = files.head_tensors(self._head) | self.backbone.tuned_state()
-        return files.fingerprint_student(self.config.model_dump(mode="json"), self.backbone.fingerprint_base(), tensors)
+        return files.fingerprint_student(self.config.recorded(), self.backbone.fingerprint_base(), tensors)
 
     @property
     def _head(self) -> dict[str, nn.Module]:
