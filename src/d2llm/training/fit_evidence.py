@@ -192,11 +192,9 @@ def make_evidence_lists(
         best_windows = [windows.best(anchor, rows) for anchor, rows in zip(anchors[kept], listed, strict=True)]
     if kept and "token" in read.parts:
         assert isinstance(student, TokenStudent)
-        tokens = PartVectors.of_texts(
-            read.parts["token"].vectors,
-            read.parts["token"].counts,
-            make_format(PART_FORMATS["token"], read.parts["token"].vectors.shape[1]),
-        )
+        parts_read = read.parts["token"]
+        stored = make_format(PART_FORMATS["token"], parts_read.vectors.shape[1])
+        tokens = PartVectors.of_texts(parts_read.vectors, parts_read.counts, stored)
         read_queries = student.encode_with_tokens([queries[number].text for number in kept], "query").tokens
         assert read_queries is not None
         best_tokens = [

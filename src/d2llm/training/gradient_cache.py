@@ -65,7 +65,7 @@ def backpropagate(
     ids: Sequence[Sequence[int]],
     loss_of: Callable[[Tensor, Sequence[Tensor]], Tensor],
     *,
-    places: Sequence[Sequence[int]] | None = None,
+    places: Sequence[Sequence[int]] = (),
     part_tokens: int | None = None,
     room: float,
     seed: int,
@@ -73,26 +73,19 @@ def backpropagate(
 ) -> Tensor:
     """Add the gradient of a batch's loss to the student's parameters; returns the loss.
 
-    Args:
-        student: the student.
-        ids: token ids of the texts.
-        loss_of: computes the scalar loss of the vectors [texts, dim] in the order of ``ids``, and of the vectors
-            [places, token_dim] of each text's tokens; it may use the head.
-        places: places of the tokens of each text that get vectors, by the student's ``token_projection``; by default
-            none.
-        part_tokens: see ``TrainingConfig``; ``room``, ``seed`` and ``processes``: see ``backpropagate_parts``.
-        room: see there.
-        seed: see there.
-        processes: see there.
+    ``loss_of`` computes the scalar loss of the vectors [texts, dim] in the order of the token ``ids``, and of the
+    vectors [tokens, token_dim] of each text's tokens; it may use the head. ``places`` are those of the tokens that get
+    vectors, by the student's ``token_projection``; none if it is empty. ``part_tokens`` (``TrainingConfig``), ``room``
+    and the rest: see ``backpropagate_parts``.
     """
     lengths = [len(row) for row in ids]
-    counts = [0] * len(ids) if places is None else [len(row) for row in places]
+    counts = [len(row) for row in places] or [0] * len(ids)
     projection = student.token_projection
     dim, token_dim = student.vector_dim, 0 if projection is None else projection.dim
 
     def encode(part: Sequence[int]) -> Tensor:
         token_ids, mask = student.backbone.pad([ids[index] for index in part])
-        if places is None or projection is None or not any(counts):
+        if projection is None or not any(counts):
             return student(token_ids, mask)
         states, mask = student.backbone(token_ids, mask)
         vectors = student.pool(states, mask)
