@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from scipy import sparse
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Candidate, Passage, Query
@@ -33,11 +34,21 @@ K1 = 1.2
 B = 0.75
 
 _Rows = NDArray[np.int64]
+_Number = TypeVar("_Number", np.int64, np.float32)
 _Scores = NDArray[np.float32]
 _LARGEST_COUNT = np.iinfo(np.uint16).max
 _OTHER, _SENTENCE_END = -1, -2  # tokens of a passage that are not query terms
 _MOST_COUNTS = 1 << 22  # counts of terms in sentences in memory at once, unless there are more sentences than this
+_ONE = np.ones(1, np.float32)
 _KNOWN_TERMS = 1 << 20  # hashes kept in memory while texts are read
+
+
+class _Postings(NamedTuple):
+    """Occurrences of a query's terms in rows: the rows [p], how often they have the term, and its weight."""
+
+    rows: NDArray[np.uint32]
+    counts: NDArray[np.uint16]
+    weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +164,10 @@ class WordSegment:
         places = np.minimum(np.searchsorted(self.terms, hashes), len(self.terms) - 1)
         return np.where(self.terms[places] == hashes, places, -1)
 
-    def postings(self, place: int) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-        """Rows and counts of one term."""
-        part = slice(int(self.starts[place]), int(self.starts[place + 1]))
-        return self.rows[part], self.counts[part]
+    def postings(self, places: NDArray[np.int64]) -> list[slice]:
+        """Where ``rows`` and ``counts`` have the postings of some terms; none for the place -1."""
+        known = places[places >= 0]
+        return [slice(*ends) for ends in zip(self.starts[known].tolist(), self.starts[known + 1].tolist(), strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +286,8 @@ class WordIndex:
         self._corpus = corpus
         self._firsts = np.concatenate([[0], np.cumsum([len(segment) for segment in segments])]).astype(np.int64)
         self._live = None if live is None or live.all() else live
+        # A search needs the scores of one query twice: for its candidates, and as evidence.
+        self._last_scores: tuple[QueryWords | None, _Scores] = (None, np.zeros(0, np.float32))
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], *, advance: Callable[[int], object] | None = None) -> WordIndex:
@@ -345,10 +358,10 @@ class WordIndex:
         return slice(None) if self._live is None else self._live[self._firsts[at] : self._firsts[at + 1]]
 
     @cached_property
-    def _norms(self) -> list[_Scores]:
+    def _norms(self) -> _Scores:
         """k1 (1 - b + b |p| / mean length) of each row."""
         mean = max(self._scored_by.mean_length, 1e-9)
-        return [_norm(segment.lengths, mean) for segment in self._segments]
+        return np.concatenate([np.zeros(0, np.float32), *(_norm(segment.lengths, mean) for segment in self._segments)])
 
     @cached_property
     def _dead_counts(self) -> list[NDArray[np.int64] | None]:
@@ -386,19 +399,32 @@ class WordIndex:
         return rows_with
 
     def scores(self, query: QueryWords) -> _Scores:
-        """BM25 of every row, including dead ones; 0 if no term is shared."""
-        return np.concatenate(
-            [np.zeros(0, np.float32), *(self._scores_in(at, query) for at in range(len(self._segments)))]
-        )
+        """BM25 of every row, including dead ones; 0 if no term is shared. Do not write to the array."""
+        last_query, scores = self._last_scores
+        if last_query is not query:
+            postings = self._postings(query)
+            gains = postings.weights * _shares(postings.counts, self._norms[postings.rows])
+            scores = _row_sums(postings.rows, gains, len(self))
+            self._last_scores = query, scores
+        return scores
 
     def window_limits(self, query: QueryWords) -> _Scores:
         """Upper bound of the score of each row's best window: the sum of the weights of the terms in the row."""
-        limits = np.zeros(len(self), np.float32)
+        postings = self._postings(query)
+        return _row_sums(postings.rows, postings.weights, len(self))
+
+    def _postings(self, query: QueryWords) -> _Postings:
+        """The postings of the query's terms in all segments; those of a row in the order of the terms."""
+        rows = [np.zeros(0, np.uint32)]
+        counts = [np.zeros(0, np.uint16)]
+        weights = [np.zeros(0, np.float32)]
         for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
-            segment_limits = limits[first : first + len(segment)]
-            for place, weight in _known(segment, query):
-                segment_limits[segment.postings(place)[0]] += weight
-        return limits
+            places = segment.places(query.terms)
+            parts = segment.postings(places)
+            rows += [segment.rows[part] + np.uint32(first) if first else segment.rows[part] for part in parts]
+            counts += [segment.counts[part] for part in parts]
+            weights.append(np.repeat(query.weights[places >= 0], [part.stop - part.start for part in parts]))
+        return _Postings(np.concatenate(rows), np.concatenate(counts), np.concatenate(weights))
 
     def best(self, query: QueryWords, num: int, *, allowed: NDArray[np.bool_] | None = None) -> tuple[_Rows, _Scores]:
         """The live rows with the ``num`` highest scores above 0, plus those tied with the last, in no order.
@@ -406,33 +432,17 @@ class WordIndex:
         ``allowed`` [rows] is true for rows that may be returned; by default all are. The scores are bit-identical to
         those of ``scores``.
         """
-        best_rows = [np.zeros(0, np.int64)]
-        values = [np.zeros(0, np.float32)]
-        floor = np.float32(0)  # the minimum score to be among the best so far
-        for at, first in enumerate(self._firsts[:-1].tolist()):
-            scores = self._scores_in(at, query)
-            usable = scores >= floor if floor else scores > 0
-            for mask in (self._live, allowed):
-                if mask is not None:
-                    usable &= mask[first : first + len(scores)]
-            rows = np.flatnonzero(usable)
-            best_rows.append(rows + first)
-            values.append(scores[rows])
-            if sum(map(len, values)) > num:
-                all_rows, all_scores = np.concatenate(best_rows), np.concatenate(values)
-                floor = np.partition(all_scores, len(all_scores) - num)[len(all_scores) - num]
-                kept = all_scores >= floor
-                best_rows, values = [all_rows[kept]], [all_scores[kept]]
-        return np.concatenate(best_rows), np.concatenate(values)
-
-    def _scores_in(self, at: int, query: QueryWords) -> _Scores:
-        """BM25 of every row of a segment. Summing whole postings is as fast as skipping rows that cannot matter."""
-        segment, norms = self._segments[at], self._norms[at]
-        scores = np.zeros(len(segment), np.float32)
-        for place, weight in _known(segment, query):
-            rows, counts = segment.postings(place)
-            scores[rows] += _gain(weight, counts, norms[rows])
-        return scores
+        scores = self.scores(query)
+        usable = scores > 0
+        for mask in (self._live, allowed):
+            if mask is not None:
+                usable &= mask
+        rows = np.flatnonzero(usable)
+        values = scores[rows]
+        if len(values) > num:
+            is_best = values >= np.partition(values, len(values) - num)[len(values) - num]
+            rows, values = rows[is_best], values[is_best]
+        return rows, values
 
     def score(self, query: QueryWords, rows: _Rows) -> tuple[_Scores, _Scores]:
         """BM25 of some rows [n], bit-identical to ``scores``, and of the best window of each [n]."""
@@ -459,7 +469,7 @@ class WordIndex:
         code_of[-1] = _SENTENCE_END
         here = rows - self._firsts[at]
         starts, sizes = _extents(segment, here)
-        return sizes, code_of[segment.tokens[ranges(starts, sizes)]], self._norms[at][here]
+        return sizes, code_of[segment.tokens[ranges(starts, sizes)]], self._norms[rows]
 
     def _score_codes(
         self, weights: NDArray[np.float32], sizes: _Rows, codes: NDArray[np.int32], norms: _Scores
@@ -469,35 +479,35 @@ class WordIndex:
         ``sizes`` [n] are the rows' numbers of tokens; ``codes`` are the tokens of all rows: index of the query term,
         ``_OTHER``, or ``_SENTENCE_END``. Terms are counted in parts, so that a long query needs little memory.
         """
-        passages, windows = np.zeros(len(sizes), np.float32), np.zeros(len(sizes), np.float32)
+        passages, best_windows = np.zeros(len(sizes), np.float32), np.zeros(len(sizes), np.float32)
         ends = np.flatnonzero(codes == _SENTENCE_END)
-        lengths = np.diff(ends, prepend=-1) - 1
-        limits = np.cumsum(sizes)
-        row = np.searchsorted(limits, ends, side="right")  # of each sentence
         hits = np.flatnonzero(codes >= 0)
         sentence, term = np.searchsorted(ends, hits), codes[hits]
         occurring = np.flatnonzero(np.bincount(term, minlength=len(weights)))
         if not len(occurring):
-            return passages, windows
-        filled, firsts = np.unique(row, return_index=True)  # rows with a sentence
-        in_windows = _Windows.of_sentences(row)
-        window_norms = _norm(in_windows.sums(lengths), max(self._scored_by.mean_window_length, 1e-9))
-        whole_scores, window_scores = np.zeros(len(filled), np.float32), np.zeros(len(window_norms), np.float32)
+            return passages, best_windows
+        row = np.searchsorted(np.cumsum(sizes), ends, side="right")  # of each sentence
+        firsts = np.flatnonzero(np.diff(row, prepend=-1))  # sentences that begin a row
+        filled = row[firsts]  # rows with a sentence
+        windows = _Windows.of_sentences(row)
+        lengths = windows.sums(np.diff(ends, prepend=-1) - 1)
+        window_norms = _norm(lengths, max(self._scored_by.mean_window_length, 1e-9))
+        whole_scores, window_scores = np.zeros(len(filled), np.float32), np.zeros(len(ends), np.float32)
         column = (np.cumsum(np.bincount(occurring)) - 1)[term]
         width = max(1, _MOST_COUNTS // len(ends))
         is_short = len(occurring) <= width
         for start in range(0, len(occurring), width):
             part = weights[occurring[start : start + width]]
             chosen = slice(None) if is_short else (column >= start) & (column < start + len(part))
-            places = sentence[chosen] * len(part) + (column[chosen] - start)
-            counts = np.bincount(places, minlength=len(ends) * len(part)).reshape(len(ends), len(part))
-            whole = np.minimum(np.add.reduceat(counts, firsts, axis=0), _LARGEST_COUNT)
+            places = (column[chosen] - start) * len(ends) + sentence[chosen]
+            counts = np.bincount(places, minlength=len(part) * len(ends)).astype(np.float32)
+            counts = counts.reshape(len(part), len(ends))
+            whole = np.minimum(np.add.reduceat(counts, firsts, axis=1), _LARGEST_COUNT)
             _add_gains(whole_scores, part, whole, norms[filled])
-            _add_gains(window_scores, part, in_windows.sums(counts), window_norms)
+            _add_gains(window_scores, part, windows.sums(counts), window_norms)
         passages[filled] = whole_scores
-        _, firsts = np.unique(in_windows.rows, return_index=True)
-        windows[filled] = np.maximum.reduceat(window_scores, firsts)
-        return passages, windows
+        best_windows[filled] = np.maximum.reduceat(np.where(windows.exist, window_scores, 0), firsts)
+        return passages, best_windows
 
 
 class ShardWords(Protocol):
@@ -557,21 +567,22 @@ def _norm(lengths: NDArray[np.integer], mean: float) -> _Scores:
     return (K1 * (1 - B + B * lengths.astype(np.float64) / mean)).astype(np.float32)
 
 
-def _gain(weight: np.float32, counts: NDArray[np.integer], norms: _Scores) -> _Scores:
-    number = counts.astype(np.float32)
-    return weight * (number / (number + norms))
+def _shares(counts: NDArray[Any], norms: _Scores) -> _Scores:
+    """tf / (tf + norm): which share of a term's weight a text gets."""
+    number = counts.astype(np.float32, copy=False)
+    return number / (number + norms)
 
 
-def _add_gains(scores: _Scores, weights: NDArray[np.float32], counts: NDArray[np.int64], norms: _Scores) -> None:
-    """Add the gains of terms, from counts [n, terms], to scores [n], in the same order as the postings."""
-    for column, weight in enumerate(weights):
-        scores += _gain(weight, counts[:, column], norms)
+def _row_sums(rows: NDArray[np.uint32], values: _Scores, num_rows: int) -> _Scores:
+    """The sum of the values [p] of each row, added in their order in float32: numpy's ``add.at``, but faster."""
+    column = sparse.csc_array((values, rows.view(np.int32), np.array([0, len(rows)], np.int32)), shape=(num_rows, 1))
+    return column @ _ONE
 
 
-def _known(segment: WordSegment, query: QueryWords) -> list[tuple[int, np.float32]]:
-    """Index and weight of the query terms that occur in the segment, in the query's order."""
-    places = segment.places(query.terms)
-    return [(place, weight) for place, weight in zip(places.tolist(), query.weights, strict=True) if place >= 0]
+def _add_gains(scores: _Scores, weights: NDArray[np.float32], counts: NDArray[np.float32], norms: _Scores) -> None:
+    """Add the gains of terms, from counts [terms, n], to scores [n], in the same order as the postings."""
+    for weight, own in zip(weights, counts, strict=True):
+        scores += weight * _shares(own, norms)
 
 
 def _extents(segment: WordSegment, rows: _Rows) -> tuple[_Rows, _Rows]:
@@ -581,28 +592,31 @@ def _extents(segment: WordSegment, rows: _Rows) -> tuple[_Rows, _Rows]:
 
 
 class _Windows(NamedTuple):
-    """The windows of some sentences, in row order: their rows, and which sentences they consist of."""
+    """The windows that begin with each of some sentences [n]: it and the next of its row, or the only one of its row.
 
-    rows: _Rows
-    firsts: _Rows  # of windows of two sentences
-    singles: _Rows
-    order: NDArray[np.int64]
+    Attributes:
+        exist: [n], false for the last of several sentences of a row, with which no window begins.
+        continue_: [n - 1], true where the next sentence belongs to the same row.
+    """
+
+    exist: NDArray[np.bool_]
+    continue_: NDArray[np.bool_]
 
     @classmethod
     def of_sentences(cls, of_row: _Rows) -> _Windows:
-        """The windows of sentences that belong to these rows, ascending."""
+        """The windows of sentences that belong to these rows [n], ascending."""
         assert WINDOW_SENTENCES == 2
-        firsts = np.flatnonzero(of_row[1:] == of_row[:-1])
-        alone = np.ones(len(of_row), bool)
-        alone[firsts] = alone[firsts + 1] = False
-        singles = np.flatnonzero(alone)
-        rows = np.concatenate([of_row[firsts], of_row[singles]])
-        order = np.argsort(rows, kind="stable")
-        return cls(rows[order], firsts, singles, order)
+        continue_ = of_row[1:] == of_row[:-1]
+        exist = np.ones(len(of_row), np.bool_)
+        exist[1:] = ~continue_
+        exist[:-1] |= continue_
+        return cls(exist, continue_)
 
-    def sums(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Sums over the sentences of each window, from values [sentences, ...]."""
-        return np.concatenate([values[self.firsts] + values[self.firsts + 1], values[self.singles]])[self.order]
+    def sums(self, values: NDArray[_Number]) -> NDArray[_Number]:
+        """Sums over the sentences of each window, from values of the sentences [..., n]."""
+        sums = values.copy()
+        sums[..., :-1] += values[..., 1:] * self.continue_
+        return sums
 
 
 def _lengths(
@@ -616,6 +630,6 @@ def _lengths(
     num_sentences = np.bincount(of_row, minlength=num)
     lengths = np.diff(offsets) - num_sentences
     windows = _Windows.of_sentences(of_row)
-    num_windows = np.bincount(windows.rows, minlength=num)
-    together = np.bincount(windows.rows, weights=windows.sums(in_sentence), minlength=num)
+    num_windows = np.bincount(of_row[windows.exist], minlength=num)
+    together = np.bincount(of_row, weights=windows.exist * windows.sums(in_sentence), minlength=num)
     return lengths.astype(np.uint32), num_windows.astype(np.uint32), together.astype(np.uint32)
