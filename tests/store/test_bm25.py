@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tracemalloc
 from itertools import pairwise
@@ -132,6 +133,20 @@ class TestScores:
         floor = np.sort(scores)[::-1][:num].min(initial=np.inf)
         np.testing.assert_array_equal(np.sort(rows), np.flatnonzero((scores >= floor) & (scores > 0)))
         np.testing.assert_array_equal(best_scores, scores[rows])
+
+    def test_scores_of_an_earlier_query_are_not_those_of_the_next(self):
+        index = WordIndex.from_texts(TEXTS.values())
+        first, second = index.query("cat"), index.query("birds")
+        both = [index.scores(query).tolist() for query in (first, second)]
+        assert [index.scores(query).tolist() for query in (first, second, first)] == [*both, both[0]]
+        assert both[0] != both[1]
+
+    def test_postings_of_rows_that_do_not_exist(self):
+        segment = WordSegment.from_texts(TEXTS.values())
+        damaged = WordIndex([dataclasses.replace(segment, rows=segment.rows + np.uint32(100))])
+        for method in (damaged.scores, damaged.window_limits):
+            with pytest.raises(IndexError):
+                method(damaged.query("cat"))
 
     @pytest.mark.parametrize("query", ["", "  ", "?!", "zebra"])
     def test_a_query_that_matches_nothing(self, query):

@@ -183,9 +183,7 @@ def _query_facts(segment: WordSegment, queries: Sequence[str]) -> tuple[float, f
 
 def count_postings(segment: WordSegment, query: QueryWords) -> int:
     """The postings of a query's terms in a segment."""
-    places = segment.places(query.terms)
-    known = places[places >= 0]
-    return int((segment.starts[known + 1] - segment.starts[known]).sum())
+    return sum(part.stop - part.start for part in segment.postings(segment.places(query.terms)))
 
 
 def write_passages(store: IndexStore, passages: Sequence[Passage], vectors: NDArray[np.float32]) -> None:

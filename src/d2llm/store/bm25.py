@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import xxhash
@@ -399,12 +399,13 @@ class WordIndex:
         return rows_with
 
     def scores(self, query: QueryWords) -> _Scores:
-        """BM25 of every row, including dead ones; 0 if no term is shared. Do not write to the array."""
+        """BM25 of every row, including dead ones; 0 if no term is shared. The array is read-only."""
         last_query, scores = self._last_scores
         if last_query is not query:
             postings = self._postings(query)
             gains = postings.weights * _shares(postings.counts, self._norms[postings.rows])
             scores = _row_sums(postings.rows, gains, len(self))
+            scores.flags.writeable = False
             self._last_scores = query, scores
         return scores
 
@@ -567,14 +568,16 @@ def _norm(lengths: NDArray[np.integer], mean: float) -> _Scores:
     return (K1 * (1 - B + B * lengths.astype(np.float64) / mean)).astype(np.float32)
 
 
-def _shares(counts: NDArray[Any], norms: _Scores) -> _Scores:
-    """tf / (tf + norm): which share of a term's weight a text gets."""
-    number = counts.astype(np.float32, copy=False)
-    return number / (number + norms)
+def _shares(counts: NDArray[np.integer] | NDArray[np.float32], norms: _Scores) -> _Scores:
+    """The share of a term's weight that a text gets: tf / (tf + norm)."""
+    number: _Scores = counts.astype(np.float32, copy=False)
+    return np.divide(number, number + norms, dtype=np.float32)
 
 
 def _row_sums(rows: NDArray[np.uint32], values: _Scores, num_rows: int) -> _Scores:
     """The sum of the values [p] of each row, added in their order in float32: numpy's ``add.at``, but faster."""
+    if len(rows) and rows.max() >= num_rows:  # scipy would write outside of its array
+        raise IndexError(f"postings name row {rows.max()} of {num_rows}")
     column = sparse.csc_array((values, rows.view(np.int32), np.array([0, len(rows)], np.int32)), shape=(num_rows, 1))
     return column @ _ONE
 
