@@ -60,6 +60,29 @@ def values(result, name):
     return {measure: estimate["value"] for measure, estimate in row["measures"].items()}
 
 
+def test_reports_of_several_sets_in_one_table(evaluated, tmp_path):
+    other = tmp_path / "other.json"
+    report = json.loads(json.dumps(evaluated.written))
+    report["result"]["dataset"] = "another set"
+    other.write_text(json.dumps(report))
+    (evaluated.folder / "everyday.json").write_text(json.dumps(evaluated.written))
+    files = ("--markdown", tmp_path / "l.md", "--html", tmp_path / "l.html")
+    result, written = succeed_with_report(
+        "leaderboard", evaluated.folder / "everyday.json", other, *files, folder=tmp_path
+    )
+    assert "systems on 2 data sets" in result.stdout
+    assert [one["name"] for one in written["result"]["sets"]] == ["everyday", "another set"]
+    means = {row["name"]: row["means"]["nDCG@10"] for row in written["result"]["rows"]}
+    assert means["BM25"] == {"value": 1.0, "num_sets": 2}
+    assert "another set" in (tmp_path / "l.md").read_text()
+    assert "another set" in (tmp_path / "l.html").read_text()
+
+
+def test_a_leaderboard_of_something_else(tmp_path):
+    (tmp_path / "data.json").write_text("{}")
+    fail("leaderboard", tmp_path / "data.json", containing=["data.json", "not the report of an evaluation"])
+
+
 def test_the_rows_are_printed_and_written(evaluated):
     result = evaluated.result
     assert [row["name"] for row in result["rows"]] == [

@@ -1,0 +1,52 @@
+"""The verb ``leaderboard``: many evaluations in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2llm.cli.options import JsonOption, in_existing_folder, with_option_groups
+from d2llm.cli.session import session_of
+
+
+@with_option_groups
+def leaderboard(
+    context: typer.Context,
+    reports: Annotated[
+        list[Path],
+        typer.Argument(metavar="REPORT...", help="Files that d2llm evaluate --json wrote, or folders of such files."),
+    ],
+    markdown_path: Annotated[
+        Path | None, typer.Option("--markdown", metavar="PATH", dir_okay=False, help="Also write Markdown.")
+    ] = None,
+    html_path: Annotated[
+        Path | None, typer.Option("--html", metavar="PATH", dir_okay=False, help="Also write one HTML page.")
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Show evaluations of several data sets and students in one table.
+
+    Each system gets its mean over the data sets, and the number of sets on which it differs significantly from the
+    baseline. Reports of different students can be mixed.
+    """
+    from rich.text import Text
+
+    from d2llm.core.files import write_bytes
+    from d2llm.evaluation.leaderboard import read_leaderboard
+    from d2llm.reports.leaderboard import leaderboard_tables, render_markdown, render_page
+
+    for path in (markdown_path, html_path, json_path):
+        in_existing_folder(path)
+    board = read_leaderboard(reports)
+    session = session_of(context)
+    for table in leaderboard_tables(board):
+        session.show(table)
+    if board.notes:
+        session.show(Text("\n".join(board.notes)))
+    session.write_report(context, json_path, board)
+    if markdown_path is not None:
+        write_bytes(markdown_path, render_markdown(board).encode())
+    if html_path is not None:
+        write_bytes(html_path, render_page(board).encode())

@@ -1,0 +1,83 @@
+"""A leaderboard as tables for a terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+from d2llm.core.table import Cell, Column, Table
+from d2llm.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from d2llm.reports.html.page import render
+from d2llm.reports.markdown import escape
+
+
+def leaderboard_tables(board: Leaderboard) -> list[Table]:
+    """The systems with their means, and every set; the best value of each is bold."""
+    return [system_table(board), set_table(board)]
+
+
+def system_table(board: Leaderboard) -> Table:
+    """One line for each system: its means, and on how many sets it differs significantly from the baseline."""
+    against = [] if board.baseline is None else [Column("above"), Column("below")]
+    table = Table(
+        Column("#"),
+        Column("system", align="left", max_width=48),
+        *(Column(f"{measure}, {num} sets" if num > 1 else measure, ".4f") for measure, num in board.set_counts.items()),
+        *against,
+        title=f"{len(board.rows)} systems on {len(board.sets)} data sets",
+        caption=_caption(board),
+    )
+    for number, row in enumerate(board.rows, start=1):
+        cells = [_mean_cell(board, row, measure) for measure in board.set_counts]
+        ends = [f"{len(names)} of {row.num_compared}" if row.num_compared else None for names in (row.above, row.below)]
+        table.add_row(str(number), row.name, *cells, *ends[: len(against)])
+    return table
+
+
+def _mean_cell(board: Leaderboard, row: LeaderboardRow, measure: str) -> Cell | None:
+    """A mean, bold if it is the best over all sets; with the number of sets if it is not over all."""
+    mean = row.means.get(measure)
+    if mean is None:
+        return None
+    num_all = board.set_counts[measure]
+    if mean.num_sets < num_all:
+        return Cell(mean.value, mark=f" ({mean.num_sets})")
+    means = [other.means[measure] for other in board.rows if measure in other.means]
+    best = max(other.value for other in means if other.num_sets == num_all)
+    return _value(mean.value, best, 4)
+
+
+def _caption(board: Leaderboard) -> str:
+    caption = "Means; in brackets, over how many sets if not all, so that they cannot be compared."
+    if board.baseline is None:
+        return caption
+    return (
+        f"{caption} Above, below: sets on which the system differs significantly from '{board.baseline}' "
+        "(p < .05, Holm-corrected over the sets)."
+    )
+
+
+def set_table(board: Leaderboard) -> Table:
+    """One line for each data set, in its main measure, and a column for each system, by its number."""
+    numbers = range(1, len(board.rows) + 1)
+    table = Table("set", "measure", *(Column(f"#{number}", ".3f") for number in numbers), title="Every set")
+    for one in board.sets:
+        values = [row.values.get(one.name) for row in board.rows]
+        best = max((value for value in values if value is not None), default=0.0)
+        table.add_row(one.name, one.measure, *(_value(value, best, 3) for value in values))
+    return table
+
+
+def _value(value: float | None, best: float, digits: int) -> Cell:
+    return Cell(value, "bold" if value is not None and round(value, digits) == round(best, digits) else "")
+
+
+def render_markdown(board: Leaderboard) -> str:
+    """The leaderboard as Markdown."""
+    systems, sets = leaderboard_tables(board)
+    parts = [f"# {systems.title}", systems.to_markdown(), escape(systems.caption), "## Every set", sets.to_markdown()]
+    parts += ["\n".join(f"- {escape(note)}" for note in board.notes)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_page(board: Leaderboard) -> str:
+    """The leaderboard as an HTML page, which loads nothing."""
+    systems, sets = leaderboard_tables(board)
+    return render("leaderboard.html.j2", systems=systems, sets=sets, notes=board.notes)
