@@ -23,7 +23,6 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from scipy import sparse
 
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import Candidate, Passage, Query
@@ -39,7 +38,6 @@ _Scores = NDArray[np.float32]
 _LARGEST_COUNT = np.iinfo(np.uint16).max
 _OTHER, _SENTENCE_END = -1, -2  # tokens of a passage that are not query terms
 _MOST_COUNTS = 1 << 22  # counts of terms in sentences in memory at once, unless there are more sentences than this
-_ONE = np.ones(1, np.float32)
 _KNOWN_TERMS = 1 << 20  # hashes kept in memory while texts are read
 
 
@@ -575,11 +573,10 @@ def _shares(counts: NDArray[np.integer] | NDArray[np.float32], norms: _Scores) -
 
 
 def _row_sums(rows: NDArray[np.uint32], values: _Scores, num_rows: int) -> _Scores:
-    """The sum of the values [p] of each row, added in their order in float32: numpy's ``add.at``, but faster."""
-    if len(rows) and rows.max() >= num_rows:  # scipy would write outside of its array
-        raise IndexError(f"postings name row {rows.max()} of {num_rows}")
-    column = sparse.csc_array((values, rows.view(np.int32), np.array([0, len(rows)], np.int32)), shape=(num_rows, 1))
-    return column @ _ONE
+    """The sum of the values [p] of each row, added in their order."""
+    sums = np.zeros(num_rows, np.float32)
+    np.add.at(sums, rows, values)
+    return sums
 
 
 def _add_gains(scores: _Scores, weights: NDArray[np.float32], counts: NDArray[np.float32], norms: _Scores) -> None:
