@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Generator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def file_of(name: str) -> Path:
     return Path(__file__).parent / folder / f"test_{module}.py"
 
 
+@cache  # there are thousands of tests, in a few hundred files
 def _is_among(path: Path, folders: tuple[str, ...], files: tuple[str, ...]) -> bool:
     return path.parent.name in folders or path in map(file_of, files)
 
