@@ -43,7 +43,7 @@ def quality(student: Student, dataset: Dataset, queries: list[str], passages: li
     texts = [f"{dataset.passages[name].title} {dataset.passages[name].text}".strip() for name in passages]
     vectors = student.encode_passages(texts).vectors
     query_vectors = student.encode_queries([dataset.queries[name].text for name in queries]).vectors
-    scores = student.score_many(query_vectors, vectors, "asymmetric")
+    scores = [student.score(query, vectors, "asymmetric") for query in query_vectors]
     rankings = {name: [passages[at] for at in np.argsort(-row)] for name, row in zip(queries, scores, strict=True)}
     qrels = {name: dataset.qrels["dev"][name] for name in queries}
     return float(np.mean(list(per_query_measures(rankings, qrels)["nDCG@10"].values())))

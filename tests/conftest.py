@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Generator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ SLOW_FOLDERS = ("e2e", "dialects", "parity")
 SLOW_FILES = (
     *("data/labels", "demo/corpus", "integrations/mteb", "integrations/texts", "models/packaged_e5"),
     *("evaluation/evaluate", "evaluation/evaluate_again", "evaluation/shortcuts", "evaluation/word_rows"),
-    *("models/teachers/causal", "models/teachers/remote_endpoint", "models/teachers/shared_prefix"),
+    *("models/remote_endpoint", "models/remote_retry", "models/teachers/causal", "models/teachers/shared_prefix"),
     *(
         "property/ann",
         "property/exact_search",
@@ -76,6 +77,7 @@ def file_of(name: str) -> Path:
     return Path(__file__).parent / folder / f"test_{module}.py"
 
 
+@cache  # there are thousands of tests, in a few hundred files
 def _is_among(path: Path, folders: tuple[str, ...], files: tuple[str, ...]) -> bool:
     return path.parent.name in folders or path in map(file_of, files)
 

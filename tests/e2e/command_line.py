@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 from d2llm.cli.main import app
 from e2e.small_corpus import SENTENCES
 
-_PROGRAM = typer.main.get_command(app)
+PROGRAM = typer.main.get_command(app)
 
 
 def d2llm(*arguments):
     # Built once, as in a real run: typer's runner would rebuild every verb for each call.
-    with mock.patch("typer.testing._get_command", return_value=_PROGRAM):
+    with mock.patch("typer.testing._get_command", return_value=PROGRAM):
         # A fixed width, because some libraries set COLUMNS in the process that imports them.
         return CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(argument) for argument in arguments])
 

@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from d2llm.cli.main import app
 from d2llm.core import progress
 from d2llm.core.recipe_file import load_recipe
 from d2llm.core.shipped import shipped_recipes
 from d2llm.models.student import Student
-from e2e.command_line import d2llm, fail, succeed, succeed_with_report, write_recipe
+from e2e.command_line import PROGRAM, d2llm, fail, succeed, succeed_with_report, write_recipe
 from e2e.small_corpus import SENTENCES
 
 VERBS = [
@@ -57,7 +56,7 @@ class TestHelp:
 
     @pytest.mark.parametrize("verb", VERBS)
     def test_every_verb_and_option_has_a_help_text(self, verb):
-        command = typer.main.get_command(app).commands[verb]
+        command = PROGRAM.commands[verb]
         summary = command.help.splitlines()[0]
         assert summary[0].isupper()
         assert summary.endswith(".")

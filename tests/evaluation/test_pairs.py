@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import rankdata, spearmanr
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.data.pairs import LabelledPair, PairDataset
@@ -16,10 +15,12 @@ from d2llm.ops.significance import bootstrap_statistic, holm, resampled_p_value
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.store.bm25 import WordIndex
 from fake_models import FakeStudent, FakeTeacher, Interruption
+from late_import import late_import
 from tiny_evaluations import WORDS, everyone, figures, measure, run
 
 ROWS = ["BM25", "cosine, untuned", "cosine, tuned", "D2LLM, paper head", "cosine, D2LLM vectors", "D2LLM", "teacher"]
 RESAMPLES = 40
+stats = late_import("scipy.stats")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -326,7 +327,7 @@ def test_graded_measures_by_definition(monkeypatch):
         assert figures(row) == pytest.approx(
             {
                 "Pearson": np.corrcoef(expected[row.name], grades)[0, 1],
-                "Spearman": spearmanr(expected[row.name], grades).statistic,
+                "Spearman": stats.spearmanr(expected[row.name], grades).statistic,
             },
             abs=1e-6,
         )
@@ -335,7 +336,7 @@ def test_graded_measures_by_definition(monkeypatch):
     assert report.rows[-1].num_items == 30
     assert report.calibration == report.histograms == ()
     assert report.notes == ("test: 2 pairs have an empty text",)  # there is no dev split, and none is needed
-    (win, *_), places, truth = report.details.wins, rankdata(expected["D2LLM"]), rankdata(grades)
+    (win, *_), places, truth = report.details.wins, stats.rankdata(expected["D2LLM"]), stats.rankdata(grades)
     assert win.value == pytest.approx(1 - abs(places - truth)[int(win.id)] / 59)
     assert win.relevant[0].id == f"{win.id}: {graded.splits['test'][int(win.id)].score:g}"
 

@@ -7,26 +7,14 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import FilterError, InputError, ModelNotFoundError
+from d2llm.integrations.haystack_filters import as_condition
 from indexed_student import PASSAGES, QUERIES, make_indexed
+from late_import import late_import
 from tiny_models import DIM, TEXTS
 
-pytest.importorskip("haystack", reason="pip install 'd2llm[haystack]'")
+haystack = late_import("haystack", reason="pip install 'd2llm[haystack]'")
+integration = late_import("d2llm.integrations.haystack")
 
-from haystack import Document, Pipeline
-from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever
-from haystack.document_stores.in_memory import InMemoryDocumentStore
-from haystack.utils.filters import document_matches_filter
-
-from d2llm.integrations import haystack as module
-from d2llm.integrations.haystack import (
-    D2LLMDocumentEmbedder,
-    D2LLMRanker,
-    D2LLMRetriever,
-    D2LLMTextEmbedder,
-)
-from d2llm.integrations.haystack_filters import as_condition
-
-DOCUMENTS = [Document(id=p.id, content=p.text, meta={**p.metadata, "title": p.title}) for p in PASSAGES]
 FLOAT32 = {"device": "cpu", "dtype": "float32"}
 
 
@@ -42,7 +30,12 @@ def folder(indexed):
 
 @pytest.fixture
 def retriever(indexed):
-    return D2LLMRetriever(str(indexed.index.folder), **FLOAT32)
+    return integration.D2LLMRetriever(str(indexed.index.folder), **FLOAT32)
+
+
+@pytest.fixture
+def documents():
+    return [haystack.Document(id=p.id, content=p.text, meta={**p.metadata, "title": p.title}) for p in PASSAGES]
 
 
 def as_pairs(output):
@@ -51,27 +44,32 @@ def as_pairs(output):
 
 class TestEmbedders:
     def test_the_inner_product_of_embeddings_is_the_anchor(self, indexed, folder):
-        embedded = D2LLMDocumentEmbedder(folder, **FLOAT32).run([Document(content=text) for text in TEXTS])["documents"]
+        embedded = integration.D2LLMDocumentEmbedder(folder, **FLOAT32).run(
+            [haystack.Document(content=text) for text in TEXTS]
+        )["documents"]
         assert [document.content for document in embedded] == TEXTS
         vectors = np.array([document.embedding for document in embedded])
         assert vectors.shape == (len(TEXTS), DIM)
         for query in QUERIES:
-            vector = D2LLMTextEmbedder(folder, **FLOAT32).run(query)["embedding"]
+            vector = integration.D2LLMTextEmbedder(folder, **FLOAT32).run(query)["embedding"]
             np.testing.assert_allclose(vectors @ vector, indexed.anchors(query, TEXTS), rtol=1e-5, atol=1e-5)
-            assert D2LLMTextEmbedder(folder, task="symmetric", **FLOAT32).run(query)["embedding"] != vector
+            assert integration.D2LLMTextEmbedder(folder, task="symmetric", **FLOAT32).run(query)["embedding"] != vector
 
-    def test_titles_are_embedded_and_documents_are_copied(self, indexed, folder):
-        embedded = D2LLMDocumentEmbedder(folder, **FLOAT32).run(DOCUMENTS)["documents"]
+    def test_titles_are_embedded_and_documents_are_copied(self, documents, indexed, folder):
+        embedded = integration.D2LLMDocumentEmbedder(folder, **FLOAT32).run(documents)["documents"]
         expected = indexed.student.encode_passages([passage.full_text for passage in PASSAGES]).vectors
         np.testing.assert_array_equal([document.embedding for document in embedded], expected)
-        assert {document.embedding for document in DOCUMENTS} == {None}
-        assert D2LLMDocumentEmbedder(folder).run([]) == {"documents": []}
+        assert {document.embedding for document in documents} == {None}
+        assert integration.D2LLMDocumentEmbedder(folder).run([]) == {"documents": []}
 
-    def test_embedders_work_with_haystacks_own_retriever(self, indexed, folder):
+    def test_embedders_work_with_haystacks_own_retriever(self, documents, indexed, folder):
+        from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever
+        from haystack.document_stores.in_memory import InMemoryDocumentStore
+
         store = InMemoryDocumentStore(embedding_similarity_function="dot_product")
-        store.write_documents(D2LLMDocumentEmbedder(folder, **FLOAT32).run(DOCUMENTS)["documents"])
-        pipeline = Pipeline()
-        pipeline.add_component("embedder", D2LLMTextEmbedder(folder, **FLOAT32))
+        store.write_documents(integration.D2LLMDocumentEmbedder(folder, **FLOAT32).run(documents)["documents"])
+        pipeline = haystack.Pipeline()
+        pipeline.add_component("embedder", integration.D2LLMTextEmbedder(folder, **FLOAT32))
         pipeline.add_component("retriever", InMemoryEmbeddingRetriever(store, top_k=8, scale_score=False))
         pipeline.connect("embedder.embedding", "retriever.query_embedding")
         output = pipeline.run({"embedder": {"text": QUERIES[0]}})["retriever"]
@@ -83,27 +81,27 @@ class TestEmbedders:
 
 class TestRanker:
     @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
-    def test_documents_are_sorted_by_the_students_scores(self, indexed, folder, task):
-        output = D2LLMRanker(folder, task=task, **FLOAT32).run(QUERIES[0], DOCUMENTS)
+    def test_documents_are_sorted_by_the_students_scores(self, documents, indexed, folder, task):
+        output = integration.D2LLMRanker(folder, task=task, **FLOAT32).run(QUERIES[0], documents)
         scores = indexed.scores(QUERIES[0], task)
         assert as_pairs(output) == sorted(scores.items(), key=lambda item: -item[1])
-        assert {document.score for document in DOCUMENTS} == {None}
+        assert {document.score for document in documents} == {None}
 
-    def test_top_k(self, folder):
-        ranker = D2LLMRanker(folder, top_k=2, **FLOAT32)
-        assert len(ranker.run(QUERIES[0], DOCUMENTS)["documents"]) == 2
-        assert len(ranker.run(QUERIES[0], DOCUMENTS, top_k=5)["documents"]) == 5
+    def test_top_k(self, documents, folder):
+        ranker = integration.D2LLMRanker(folder, top_k=2, **FLOAT32)
+        assert len(ranker.run(QUERIES[0], documents)["documents"]) == 2
+        assert len(ranker.run(QUERIES[0], documents, top_k=5)["documents"]) == 5
         assert ranker.run(QUERIES[0], []) == {"documents": []}
 
-    def test_invalid_requests_are_rejected(self, folder, tmp_path):
+    def test_invalid_requests_are_rejected(self, documents, folder, tmp_path):
         with pytest.raises(InputError, match="top_k is 0"):
-            D2LLMRanker(folder, top_k=0)
+            integration.D2LLMRanker(folder, top_k=0)
         with pytest.raises(InputError, match="top_k is 0"):
-            D2LLMRanker(folder).run("rain", DOCUMENTS, top_k=0)
+            integration.D2LLMRanker(folder).run("rain", documents, top_k=0)
         with pytest.raises(InputError, match="document 'empty' has no text"):
-            D2LLMRanker(folder).run("rain", [Document(id="empty")])
+            integration.D2LLMRanker(folder).run("rain", [haystack.Document(id="empty")])
         with pytest.raises(ModelNotFoundError):
-            D2LLMRanker(str(tmp_path / "nothing")).warm_up()
+            integration.D2LLMRanker(str(tmp_path / "nothing")).warm_up()
 
 
 class TestRetriever:
@@ -117,7 +115,9 @@ class TestRetriever:
     def test_a_call_overrides_the_retrievers_settings(self, indexed):
         settings = {"filter": "year >= 2002", "sources": ["vectors", "bm25"], "hybrid": 0.5}
         filters = {"field": "meta.year", "operator": "<", "value": 2007}
-        configured = D2LLMRetriever(str(indexed.index.folder), top_k=3, filters=filters, settings=settings, **FLOAT32)
+        configured = integration.D2LLMRetriever(
+            str(indexed.index.folder), top_k=3, filters=filters, settings=settings, **FLOAT32
+        )
         options = {"filter": "year >= 2002 AND year < 2007", "sources": ("vectors", "bm25"), "hybrid": 0.5}
         assert as_pairs(configured.run(QUERIES[0])) == indexed.found(QUERIES[0], top_k=3, **options)
         output = configured.run(QUERIES[0], top_k=4, filters={"field": "year", "operator": "<", "value": 2006})
@@ -127,13 +127,13 @@ class TestRetriever:
     def test_invalid_settings_are_rejected(self, indexed, retriever, tmp_path):
         folder = str(indexed.index.folder)
         with pytest.raises(InputError, match="top_k is 0"):
-            D2LLMRetriever(folder, top_k=0)
+            integration.D2LLMRetriever(folder, top_k=0)
         with pytest.raises(InputError, match=r"fields of SearchSettings.*topk"):
-            D2LLMRetriever(folder, settings={"topk": 3})
+            integration.D2LLMRetriever(folder, settings={"topk": 3})
         with pytest.raises(FilterError, match="colour"):
             retriever.run("rain", filters={"field": "colour", "operator": "==", "value": "red"})
         with pytest.raises(InputError, match="nothing"):
-            D2LLMRetriever(str(tmp_path / "nothing")).warm_up()
+            integration.D2LLMRetriever(str(tmp_path / "nothing")).warm_up()
 
 
 FILTERS = [
@@ -169,9 +169,10 @@ FILTERS = [
 
 class TestFilters:
     @pytest.mark.parametrize("filters", FILTERS, ids=str)
-    def test_filters_match_the_same_documents_as_in_haystack(self, retriever, filters):
-        expected = {document.id for document in DOCUMENTS if document_matches_filter(filters, document)}
-        assert 0 < len(expected) < len(DOCUMENTS)
+    def test_filters_match_the_same_documents_as_in_haystack(self, documents, retriever, filters):
+        matches = haystack.utils.filters.document_matches_filter
+        expected = {document.id for document in documents if matches(filters, document)}
+        assert 0 < len(expected) < len(documents)
         assert {document for document, _ in as_pairs(retriever.run("rain", filters=filters))} == expected
 
     def test_a_list_without_values_matches_nothing_and_its_negation_everything(self, retriever):
@@ -208,26 +209,26 @@ class TestFilters:
 
 class TestPipelines:
     def test_a_pipeline_survives_serialization(self, indexed, folder, retriever):
-        pipeline = Pipeline()
+        pipeline = haystack.Pipeline()
         pipeline.add_component("retriever", retriever)
-        pipeline.add_component("ranker", D2LLMRanker(folder, task="symmetric", top_k=3, **FLOAT32))
+        pipeline.add_component("ranker", integration.D2LLMRanker(folder, task="symmetric", top_k=3, **FLOAT32))
         pipeline.connect("retriever.documents", "ranker.documents")
         data = {"retriever": {"query": QUERIES[1]}, "ranker": {"query": QUERIES[1]}}
         output = as_pairs(pipeline.run(data)["ranker"])
         scores = sorted(indexed.scores(QUERIES[1], "symmetric").items(), key=lambda item: -item[1])
         assert [document for document, _ in output] == [passage for passage, _ in scores[:3]]
         np.testing.assert_allclose([score for _, score in output], [score for _, score in scores[:3]], rtol=1e-5)
-        restored = Pipeline.loads(pipeline.dumps(), allowed_modules=["d2llm.*"])
+        restored = haystack.Pipeline.loads(pipeline.dumps(), allowed_modules=["d2llm.*"])
         assert as_pairs(restored.run(data)["ranker"]) == output
         assert as_pairs(asyncio.run(restored.run_async(data))["ranker"]) == output
 
     @pytest.mark.parametrize(
         "make_component",
         [
-            lambda path: D2LLMTextEmbedder(path, task="symmetric", **FLOAT32),
-            lambda path: D2LLMDocumentEmbedder(path, **FLOAT32),
-            lambda path: D2LLMRanker(path, top_k=None, task="symmetric", **FLOAT32),
-            lambda path: D2LLMRetriever(
+            lambda path: integration.D2LLMTextEmbedder(path, task="symmetric", **FLOAT32),
+            lambda path: integration.D2LLMDocumentEmbedder(path, **FLOAT32),
+            lambda path: integration.D2LLMRanker(path, top_k=None, task="symmetric", **FLOAT32),
+            lambda path: integration.D2LLMRetriever(
                 path, top_k=3, filters=FILTERS[0], settings={"sources": ["bm25"]}, student="s", **FLOAT32
             ),
         ],
@@ -240,11 +241,13 @@ class TestPipelines:
         assert serialized["init_parameters"]["device"] == "cpu"
 
     def test_components_share_a_student_while_one_holds_it(self, folder):
-        embedder, ranker = D2LLMTextEmbedder(folder, **FLOAT32), D2LLMRanker(folder, **FLOAT32)
+        from d2llm.integrations.haystack import _loaded
+
+        embedder, ranker = integration.D2LLMTextEmbedder(folder, **FLOAT32), integration.D2LLMRanker(folder, **FLOAT32)
         embedder.warm_up()
         ranker.warm_up()
         key = (folder, "cpu", "float32")
-        assert embedder._ready() is ranker._ready() is module._loaded[key]
+        assert embedder._ready() is ranker._ready() is _loaded[key]
         del embedder, ranker
         gc.collect()
-        assert key not in module._loaded
+        assert key not in _loaded

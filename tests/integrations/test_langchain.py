@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from d2llm.core.errors import FilterError, InputError
 from d2llm.core.recipe import InteractionConfig
@@ -11,23 +12,24 @@ from d2llm.core.types import Passage
 from d2llm.models.student import Student
 from d2llm.retrieval.search import SearchSettings
 from indexed_student import PASSAGES, QUERIES, make_indexed
+from late_import import late_import
 from tiny_models import DIM, TEXTS, tiny_student_config, write_tiny_model
 
-pytest.importorskip("langchain_core", reason="pip install 'd2llm[langchain]'")
-
-from langchain_core.documents import Document
-from langchain_core.runnables import RunnableLambda
-from langchain_core.vectorstores import InMemoryVectorStore
-from pydantic import ValidationError
-
-from d2llm.integrations.langchain import D2LLMEmbeddings, D2LLMReranker, D2LLMRetriever
-
-DOCUMENTS = [Document(page_content=p.text, id=p.id, metadata={**p.metadata, "title": p.title}) for p in PASSAGES]
+integration = late_import(
+    "d2llm.integrations.langchain", needs="langchain_core", reason="pip install 'd2llm[langchain]'"
+)
 
 
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory):
     return make_indexed(tmp_path_factory.mktemp("langchain"))
+
+
+@pytest.fixture
+def documents():
+    from langchain_core.documents import Document
+
+    return [Document(page_content=p.text, id=p.id, metadata={**p.metadata, "title": p.title}) for p in PASSAGES]
 
 
 def as_pairs(documents):
@@ -36,70 +38,74 @@ def as_pairs(documents):
 
 class TestEmbeddings:
     def test_the_inner_product_of_embeddings_is_the_anchor(self, indexed):
-        embeddings = D2LLMEmbeddings(indexed.student)
+        embeddings = integration.D2LLMEmbeddings(indexed.student)
         vectors = np.array(embeddings.embed_documents(TEXTS))
         assert vectors.shape == (len(TEXTS), DIM)
         for query in QUERIES:
             expected = indexed.anchors(query, TEXTS)
             np.testing.assert_allclose(vectors @ embeddings.embed_query(query), expected, rtol=1e-5, atol=1e-5)
-        symmetric = D2LLMEmbeddings(indexed.student, task="symmetric")
+        symmetric = integration.D2LLMEmbeddings(indexed.student, task="symmetric")
         assert symmetric.embed_query(QUERIES[0]) != embeddings.embed_query(QUERIES[0])
         assert symmetric.embed_documents(TEXTS) == embeddings.embed_documents(TEXTS)
 
     def test_embeddings_are_plain_floats_also_asynchronously(self, indexed):
-        embeddings = D2LLMEmbeddings(indexed.student)
+        embeddings = integration.D2LLMEmbeddings(indexed.student)
         vector = embeddings.embed_query("rain")
         assert {type(number) for number in vector} == {float}
         assert asyncio.run(embeddings.aembed_query("rain")) == vector
         assert asyncio.run(embeddings.aembed_documents(TEXTS)) == embeddings.embed_documents(TEXTS)
         assert embeddings.embed_documents([]) == []
 
-    def test_embeddings_work_in_a_vector_store(self, indexed):
-        store = InMemoryVectorStore(D2LLMEmbeddings(indexed.student))
-        store.add_documents(DOCUMENTS)
+    def test_embeddings_work_in_a_vector_store(self, indexed, documents):
+        from langchain_core.vectorstores import InMemoryVectorStore
+
+        store = InMemoryVectorStore(integration.D2LLMEmbeddings(indexed.student))
+        store.add_documents(documents)
         assert len(store.similarity_search(QUERIES[0], k=3)) == 3
 
     def test_unsupported_texts_and_heads_are_rejected(self, indexed, tmp_path):
         with pytest.raises(InputError, match="a text is needed, but int"):
-            D2LLMEmbeddings(indexed.student).embed_documents(["a", 1])
+            integration.D2LLMEmbeddings(indexed.student).embed_documents(["a", 1])
         config = tiny_student_config(write_tiny_model(tmp_path / "backbone"))
         head = InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)
         with pytest.raises(InputError, match="'paper'"):
-            D2LLMEmbeddings(Student.create(config.model_copy(update={"interaction": head}), device="cpu"))
+            integration.D2LLMEmbeddings(Student.create(config.model_copy(update={"interaction": head}), device="cpu"))
 
 
 class TestReranker:
     @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
-    def test_documents_are_sorted_by_the_students_scores(self, indexed, task):
-        reranker = D2LLMReranker(student=indexed.student, task=task)
-        results = reranker.compress_documents(DOCUMENTS, QUERIES[0])
+    def test_documents_are_sorted_by_the_students_scores(self, indexed, documents, task):
+        reranker = integration.D2LLMReranker(student=indexed.student, task=task)
+        results = reranker.compress_documents(documents, QUERIES[0])
         scores = indexed.scores(QUERIES[0], task)
         assert as_pairs(results) == sorted(scores.items(), key=lambda item: -item[1])
-        assert all("relevance_score" not in document.metadata for document in DOCUMENTS)
+        assert all("relevance_score" not in document.metadata for document in documents)
         assert results[0].metadata["language"] in ("en", "de")
-        assert results[0].page_content == DOCUMENTS[int(results[0].id[1:])].page_content
+        assert results[0].page_content == documents[int(results[0].id[1:])].page_content
 
-    def test_top_k_also_asynchronously(self, indexed):
-        reranker = D2LLMReranker(student=indexed.student, top_k=2)
-        results = reranker.compress_documents(DOCUMENTS, QUERIES[1])
+    def test_top_k_also_asynchronously(self, indexed, documents):
+        reranker = integration.D2LLMReranker(student=indexed.student, top_k=2)
+        results = reranker.compress_documents(documents, QUERIES[1])
         assert len(results) == 2
-        assert asyncio.run(reranker.acompress_documents(DOCUMENTS, QUERIES[1])) == results
+        assert asyncio.run(reranker.acompress_documents(documents, QUERIES[1])) == results
         assert reranker.compress_documents([], QUERIES[1]) == []
 
-    def test_invalid_settings_are_rejected(self, indexed):
+    def test_invalid_settings_are_rejected(self, indexed, documents):
         with pytest.raises(ValidationError, match="instance of Student"):
-            D2LLMReranker(student="d2llm-minilm")
+            integration.D2LLMReranker(student="d2llm-minilm")
         with pytest.raises(ValidationError, match="greater than or equal to 1"):
-            D2LLMReranker(student=indexed.student, top_k=0)
+            integration.D2LLMReranker(student=indexed.student, top_k=0)
         with pytest.raises(ValidationError, match="topk"):
-            D2LLMReranker(student=indexed.student, topk=3)
+            integration.D2LLMReranker(student=indexed.student, topk=3)
         with pytest.raises(InputError, match="a text is needed"):
-            D2LLMReranker(student=indexed.student).compress_documents(DOCUMENTS, None)
+            integration.D2LLMReranker(student=indexed.student).compress_documents(documents, None)
 
 
 class TestRetriever:
     def test_results_equal_those_of_the_index(self, indexed):
-        retriever = D2LLMRetriever(index=indexed.index)
+        from langchain_core.documents import Document
+
+        retriever = integration.D2LLMRetriever(index=indexed.index)
         for query in QUERIES:
             assert as_pairs(retriever.invoke(query)) == indexed.found(query)
         (first,) = retriever.invoke(TEXTS[5], top_k=1, filter="id = 'p5'")
@@ -112,7 +118,7 @@ class TestRetriever:
 
     def test_a_call_overrides_the_retrievers_settings(self, indexed):
         settings = SearchSettings(top_k=3, filter="year >= 2003", task="symmetric")
-        retriever = D2LLMRetriever(index=indexed.index, settings=settings)
+        retriever = integration.D2LLMRetriever(index=indexed.index, settings=settings)
         options = {"top_k": 3, "filter": "year >= 2003", "task": "symmetric"}
         assert as_pairs(retriever.invoke(QUERIES[0])) == indexed.found(QUERIES[0], **options)
         results = as_pairs(retriever.invoke(QUERIES[0], top_k=5, exact=True))
@@ -122,12 +128,12 @@ class TestRetriever:
     def test_diverse_results(self, indexed):
         """LangChain's k, fetch_k and lambda_mult are top_k, select_from and mmr."""
         options = {"top_k": 4, "select_from": 8, "mmr": 0.2, "near_duplicates": 0.9}
-        results = as_pairs(D2LLMRetriever(index=indexed.index).invoke(QUERIES[0], **options))
+        results = as_pairs(integration.D2LLMRetriever(index=indexed.index).invoke(QUERIES[0], **options))
         assert results == indexed.found(QUERIES[0], **options)
         assert [name for name, _ in results] != [name for name, _ in indexed.found(QUERIES[0], top_k=4)]
 
     def test_async_and_batch_calls_give_the_same_results(self, indexed):
-        retriever = D2LLMRetriever(index=indexed.index)
+        retriever = integration.D2LLMRetriever(index=indexed.index)
         expected = [indexed.found(query) for query in QUERIES * 5]
         assert [as_pairs(results) for results in retriever.batch(QUERIES * 5)] == expected
         assert as_pairs(asyncio.run(retriever.ainvoke(QUERIES[0]))) == expected[0]
@@ -135,15 +141,17 @@ class TestRetriever:
         assert [as_pairs(results) for results in asyncio.run(retriever.abatch(QUERIES * 5))] == expected
 
     def test_retriever_and_reranker_work_in_a_chain(self, indexed):
-        retriever = D2LLMRetriever(index=indexed.index)
-        reranker = D2LLMReranker(student=indexed.student, top_k=3)
+        from langchain_core.runnables import RunnableLambda
+
+        retriever = integration.D2LLMRetriever(index=indexed.index)
+        reranker = integration.D2LLMReranker(student=indexed.student, top_k=3)
         chain = retriever | RunnableLambda(lambda results: reranker.compress_documents(results, QUERIES[2]))
         results, expected = as_pairs(chain.invoke(QUERIES[2])), indexed.found(QUERIES[2], top_k=3)
         assert [document for document, _ in results] == [passage for passage, _ in expected]
         np.testing.assert_allclose([score for _, score in results], [score for _, score in expected], rtol=1e-5)
 
     def test_added_passages_are_found(self, indexed):
-        retriever = D2LLMRetriever(index=indexed.index)
+        retriever = integration.D2LLMRetriever(index=indexed.index)
         text = "a passage that was not there before"
         indexed.index.upsert([Passage("new", text)])
         try:
@@ -153,7 +161,7 @@ class TestRetriever:
         assert "new" not in {document.id for document in retriever.invoke(text)}
 
     def test_invalid_requests_are_rejected(self, indexed):
-        retriever = D2LLMRetriever(index=indexed.index)
+        retriever = integration.D2LLMRetriever(index=indexed.index)
         with pytest.raises(FilterError, match="colour"):
             retriever.invoke("rain", filter="colour = 'red'")
         with pytest.raises(InputError, match="top_k is 0"):
@@ -161,4 +169,4 @@ class TestRetriever:
         with pytest.raises(TypeError, match="topk"):
             retriever.invoke("rain", topk=3)
         with pytest.raises(ValidationError, match="instance of Index"):
-            D2LLMRetriever(index="folder")
+            integration.D2LLMRetriever(index="folder")

@@ -4,35 +4,32 @@ import asyncio
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from d2llm.core.errors import FilterError, InputError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.models.student import Student
 from d2llm.retrieval.search import SearchSettings
 from indexed_student import PASSAGES, QUERIES, make_indexed
+from late_import import late_import
 from tiny_models import DIM, TEXTS, tiny_student_config, write_tiny_model
 
-pytest.importorskip("llama_index.core", reason="pip install 'd2llm[llama-index]'")
-
-from llama_index.core import VectorStoreIndex
-from llama_index.core.base.embeddings.base import SimilarityMode
-from llama_index.core.llms import MockLLM
-from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.response_synthesizers.no_text import NoText
-from llama_index.core.schema import NodeWithScore, TextNode
-from llama_index.core.storage.kvstore import SimpleKVStore
-from pydantic import ValidationError
-
-from d2llm.integrations.llama_index import D2LLMEmbedding, D2LLMRerank, D2LLMRetriever
-
-NODES = [
-    NodeWithScore(node=TextNode(id_=p.id, text=p.text, metadata={**p.metadata, "title": p.title})) for p in PASSAGES
-]
+llama_index = late_import("llama_index.core", reason="pip install 'd2llm[llama-index]'")
+integration = late_import("d2llm.integrations.llama_index")
 
 
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory):
     return make_indexed(tmp_path_factory.mktemp("llama-index"))
+
+
+@pytest.fixture
+def nodes():
+    schema = llama_index.schema
+    return [
+        schema.NodeWithScore(node=schema.TextNode(id_=p.id, text=p.text, metadata={**p.metadata, "title": p.title}))
+        for p in PASSAGES
+    ]
 
 
 def as_pairs(nodes):
@@ -41,21 +38,22 @@ def as_pairs(nodes):
 
 class TestEmbedding:
     def test_the_inner_product_of_embeddings_is_the_anchor(self, indexed):
-        embedding = D2LLMEmbedding(student=indexed.student, embed_batch_size=3)
+        embedding = integration.D2LLMEmbedding(student=indexed.student, embed_batch_size=3)
         vectors = embedding.get_text_embedding_batch(TEXTS)
         assert np.shape(vectors) == (len(TEXTS), DIM)
         for query in QUERIES:
             vector = embedding.get_query_embedding(query)
             products = [
-                embedding.similarity(vector, text_vector, SimilarityMode.DOT_PRODUCT) for text_vector in vectors
+                embedding.similarity(vector, text_vector, llama_index.base.embeddings.base.SimilarityMode.DOT_PRODUCT)
+                for text_vector in vectors
             ]
             np.testing.assert_allclose(products, indexed.anchors(query, TEXTS), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(embedding.get_text_embedding(TEXTS[0]), vectors[0], atol=1e-5)
-        symmetric = D2LLMEmbedding(student=indexed.student, task="symmetric")
+        symmetric = integration.D2LLMEmbedding(student=indexed.student, task="symmetric")
         assert symmetric.get_query_embedding(QUERIES[0]) != embedding.get_query_embedding(QUERIES[0])
 
     def test_async_calls_and_empty_input(self, indexed):
-        embedding = D2LLMEmbedding(student=indexed.student)
+        embedding = integration.D2LLMEmbedding(student=indexed.student)
         assert asyncio.run(embedding.aget_query_embedding("rain")) == embedding.get_query_embedding("rain")
         assert asyncio.run(embedding.aget_text_embedding("rain")) == embedding.get_text_embedding("rain")
         together = asyncio.run(embedding.aget_text_embedding_batch(TEXTS))
@@ -63,84 +61,88 @@ class TestEmbedding:
         assert embedding.get_text_embedding_batch([]) == []
 
     def test_embeddings_work_in_a_vector_store_index(self, indexed):
-        embedding = D2LLMEmbedding(student=indexed.student)
-        nodes = [TextNode(id_=str(n), text=text) for n, text in enumerate(TEXTS)]
-        index = VectorStoreIndex(nodes, embed_model=embedding)
+        embedding = integration.D2LLMEmbedding(student=indexed.student)
+        nodes = [llama_index.schema.TextNode(id_=str(n), text=text) for n, text in enumerate(TEXTS)]
+        index = llama_index.VectorStoreIndex(nodes, embed_model=embedding)
         results = index.as_retriever(similarity_top_k=3).retrieve(QUERIES[0])
         assert len(results) == 3
 
     def test_the_student_is_not_serialized(self, indexed):
-        embedding = D2LLMEmbedding(student=indexed.student)
+        embedding = integration.D2LLMEmbedding(student=indexed.student)
         assert embedding.model_name == f"d2llm-{indexed.student.fingerprint}"
         assert "student" not in embedding.to_dict()
         assert embedding.to_dict()["class_name"] == "D2LLMEmbedding"
 
     def test_unsupported_settings_and_texts_are_rejected(self, indexed, tmp_path):
         with pytest.raises(InputError, match="embeddings_cache"):
-            D2LLMEmbedding(student=indexed.student, embeddings_cache=SimpleKVStore())
+            integration.D2LLMEmbedding(
+                student=indexed.student, embeddings_cache=llama_index.storage.kvstore.SimpleKVStore()
+            )
         with pytest.raises(ValidationError, match="instance of Student"):
-            D2LLMEmbedding(student="d2llm-minilm")
+            integration.D2LLMEmbedding(student="d2llm-minilm")
         with pytest.raises(InputError, match="a text is needed"):
-            D2LLMEmbedding(student=indexed.student).get_query_embedding(3)
+            integration.D2LLMEmbedding(student=indexed.student).get_query_embedding(3)
         config = tiny_student_config(write_tiny_model(tmp_path / "backbone"))
         head = InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)
         with pytest.raises(InputError, match="'paper'"):
-            D2LLMEmbedding(student=Student.create(config.model_copy(update={"interaction": head}), device="cpu"))
+            integration.D2LLMEmbedding(
+                student=Student.create(config.model_copy(update={"interaction": head}), device="cpu")
+            )
 
 
 class TestRerank:
     @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
-    def test_nodes_are_sorted_by_the_students_scores(self, indexed, task):
-        rerank = D2LLMRerank(student=indexed.student, task=task)
-        results = rerank.postprocess_nodes(NODES, query_str=QUERIES[0])
+    def test_nodes_are_sorted_by_the_students_scores(self, indexed, nodes, task):
+        rerank = integration.D2LLMRerank(student=indexed.student, task=task)
+        results = rerank.postprocess_nodes(nodes, query_str=QUERIES[0])
         scores = indexed.scores(QUERIES[0], task)
         assert as_pairs(results) == sorted(scores.items(), key=lambda item: -item[1])
-        assert {node.score for node in NODES} == {None}
-        assert results[0].node is NODES[int(results[0].node.node_id[1:])].node
+        assert {node.score for node in nodes} == {None}
+        assert results[0].node is nodes[int(results[0].node.node_id[1:])].node
 
-    def test_top_n_also_asynchronously(self, indexed):
-        rerank = D2LLMRerank(student=indexed.student, top_n=2)
-        results = rerank.postprocess_nodes(NODES, query_str=QUERIES[1])
+    def test_top_n_also_asynchronously(self, indexed, nodes):
+        rerank = integration.D2LLMRerank(student=indexed.student, top_n=2)
+        results = rerank.postprocess_nodes(nodes, query_str=QUERIES[1])
         assert len(results) == 2
-        assert as_pairs(asyncio.run(rerank.apostprocess_nodes(NODES, query_str=QUERIES[1]))) == as_pairs(results)
+        assert as_pairs(asyncio.run(rerank.apostprocess_nodes(nodes, query_str=QUERIES[1]))) == as_pairs(results)
         assert rerank.postprocess_nodes([], query_str=QUERIES[1]) == []
 
-    def test_invalid_requests_are_rejected(self, indexed):
+    def test_invalid_requests_are_rejected(self, indexed, nodes):
         with pytest.raises(InputError, match="no query"):
-            D2LLMRerank(student=indexed.student).postprocess_nodes(NODES)
+            integration.D2LLMRerank(student=indexed.student).postprocess_nodes(nodes)
         with pytest.raises(ValidationError, match="greater than or equal to 1"):
-            D2LLMRerank(student=indexed.student, top_n=0)
+            integration.D2LLMRerank(student=indexed.student, top_n=0)
         with pytest.raises(ValidationError, match="instance of Student"):
-            D2LLMRerank(student="d2llm-minilm")
+            integration.D2LLMRerank(student="d2llm-minilm")
 
 
 class TestRetriever:
     def test_results_equal_those_of_the_index(self, indexed):
-        retriever = D2LLMRetriever(indexed.index)
+        retriever = integration.D2LLMRetriever(indexed.index)
         for query in QUERIES:
             assert as_pairs(retriever.retrieve(query)) == indexed.found(query)
             assert as_pairs(asyncio.run(retriever.aretrieve(query))) == indexed.found(query)
-        (first,) = D2LLMRetriever(indexed.index, filter="id = 'p5'").retrieve(TEXTS[5])
+        (first,) = integration.D2LLMRetriever(indexed.index, filter="id = 'p5'").retrieve(TEXTS[5])
         metadata = {"title": "the reads", "document_id": "d1", "position": 1, "year": 2005, "language": "en"}
         assert (first.node.node_id, first.node.text, first.node.metadata) == ("p5", TEXTS[5], metadata)
 
     def test_search_settings_are_used_and_checked(self, indexed):
         settings = SearchSettings(filter="year >= 2003", task="symmetric")
-        results = as_pairs(D2LLMRetriever(indexed.index, settings, top_k=3).retrieve(QUERIES[0]))
+        results = as_pairs(integration.D2LLMRetriever(indexed.index, settings, top_k=3).retrieve(QUERIES[0]))
         assert results == indexed.found(QUERIES[0], filter="year >= 2003", task="symmetric", top_k=3)
         assert len(results) == 3
         with pytest.raises(InputError, match="top_k is 0"):
-            D2LLMRetriever(indexed.index, top_k=0)
+            integration.D2LLMRetriever(indexed.index, top_k=0)
         with pytest.raises(TypeError, match="topk"):
-            D2LLMRetriever(indexed.index, topk=3)
+            integration.D2LLMRetriever(indexed.index, topk=3)
         with pytest.raises(FilterError, match="colour"):
-            D2LLMRetriever(indexed.index, filter="colour = 'red'").retrieve("rain")
+            integration.D2LLMRetriever(indexed.index, filter="colour = 'red'").retrieve("rain")
 
     def test_retriever_and_reranker_work_in_a_query_engine(self, indexed):
-        engine = RetrieverQueryEngine(
-            D2LLMRetriever(indexed.index),
-            response_synthesizer=NoText(llm=MockLLM()),
-            node_postprocessors=[D2LLMRerank(student=indexed.student, top_n=3)],
+        engine = llama_index.query_engine.RetrieverQueryEngine(
+            integration.D2LLMRetriever(indexed.index),
+            response_synthesizer=llama_index.response_synthesizers.no_text.NoText(llm=llama_index.llms.MockLLM()),
+            node_postprocessors=[integration.D2LLMRerank(student=indexed.student, top_n=3)],
         )
         results = as_pairs(engine.query(QUERIES[2]).source_nodes)
         expected = indexed.found(QUERIES[2], top_k=3)

@@ -4,11 +4,11 @@ import json
 import random
 import socket
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 from d2llm.core.errors import DuplicateIdError, InputError, ModelError, ModelNotFoundError
 from d2llm.core.recipe import InteractionConfig
@@ -19,25 +19,14 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search
+from late_import import late_import
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model, write_trained_student
 
-mteb = pytest.importorskip("mteb", reason="needs mteb: pip install 'd2llm[mteb]' (Python 3.11 or newer)")
-
-from datasets import Dataset, DatasetDict  # noqa: E402
-from mteb.abstasks import AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS  # noqa: E402
-from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
-from mteb.cache import ResultCache  # noqa: E402
-from mteb.models import CrossEncoderProtocol, EncoderProtocol, SearchProtocol  # noqa: E402
-from mteb.types import PromptType  # noqa: E402
-
-from d2llm.integrations.mteb import D2LLMModel, load_mteb_model  # noqa: E402
-from d2llm.integrations.mteb_tasks import (  # noqa: E402
-    OWN_SIMILARITY,
-    PAIR_TYPES,
-    TASK_OF_TYPE,
-    branch_of,
-    scores_with_interaction,
-)
+mteb = late_import("mteb", reason="needs mteb: pip install 'd2llm[mteb]' (Python 3.11 or newer)")
+datasets = late_import("datasets")
+stats = late_import("scipy.stats")
+integration = late_import("d2llm.integrations.mteb")
+mteb_tasks = late_import("d2llm.integrations.mteb_tasks")
 
 WORDS = " ".join(TEXTS).replace(",", "").split()
 _RANDOM = random.Random(7)
@@ -79,11 +68,11 @@ def student(folder):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return load_mteb_model(folder, device="cpu")
+    return integration.load_mteb_model(folder, device="cpu")
 
 
-def describe(name: str, kind: str, main_score: str) -> TaskMetadata:
-    return TaskMetadata(
+def describe(name: str, kind: str, main_score: str) -> Any:
+    return mteb.abstasks.task_metadata.TaskMetadata(
         name=name,
         type=kind,
         main_score=main_score,
@@ -106,13 +95,17 @@ def describe(name: str, kind: str, main_score: str) -> TaskMetadata:
 
 
 def retrieval_task(name="LocalRetrieval", kind="Retrieval", *, passages=PASSAGES, queries=QUERIES, qrels=QRELS, **data):
-    class Task(AbsTaskRetrieval):
+    class Task(mteb.abstasks.AbsTaskRetrieval):
         metadata = describe(name, kind, "ndcg_at_10")
 
         def load_data(self, num_proc=None, **kwargs):
             corpus = [{"id": p.id, "title": p.title, "text": p.text} for p in passages]
             rows = [{"id": q.id, "text": q.text} for q in queries]
-            split = {"corpus": Dataset.from_list(corpus), "queries": Dataset.from_list(rows), "top_ranked": None}
+            split = {
+                "corpus": datasets.Dataset.from_list(corpus),
+                "queries": datasets.Dataset.from_list(rows),
+                "top_ranked": None,
+            }
             self.dataset = {"default": {"test": split | {"relevant_docs": dict(qrels)} | data}}
             self.data_loaded = True
 
@@ -127,23 +120,25 @@ def pair_task(base, name, kind, main_score, target, values, pairs=PAIRS, sides=(
         def load_data(self, num_proc=None, **kwargs):
             first, second = zip(*pairs, strict=True)
             columns = {"sentence1": list(first), "sentence2": list(second), target: values}
-            self.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
+            self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_dict(columns)})
             self.data_loaded = True
 
     return Task()
 
 
 def sts_task(name="LocalSTS", **settings):
-    return pair_task(AbsTaskSTS, name, "STS", "cosine_spearman", "score", RATINGS, **settings)
+    return pair_task(mteb.abstasks.AbsTaskSTS, name, "STS", "cosine_spearman", "score", RATINGS, **settings)
 
 
 def class_task(name="LocalPairs", **settings):
-    return pair_task(AbsTaskPairClassification, name, "PairClassification", "max_ap", "labels", LABELS, **settings)
+    return pair_task(
+        mteb.abstasks.AbsTaskPairClassification, name, "PairClassification", "max_ap", "labels", LABELS, **settings
+    )
 
 
 def run(model, task, folder):
     """Evaluate with mteb; returns its results, its scores and the predictions behind them."""
-    cache = ResultCache(folder / "results")
+    cache = mteb.cache.ResultCache(folder / "results")
     results = mteb.evaluate(
         model, [task], cache=cache, prediction_folder=folder, show_progress_bar=False, co2_tracker=False
     )
@@ -171,9 +166,9 @@ def our_scores(student, pairs, task):
 
 
 def test_the_model_is_a_searcher_and_an_encoder_for_mteb(model):
-    assert isinstance(model, SearchProtocol)
-    assert isinstance(model, EncoderProtocol)
-    assert not isinstance(model, CrossEncoderProtocol)
+    assert isinstance(model, mteb.models.SearchProtocol)
+    assert isinstance(model, mteb.models.EncoderProtocol)
+    assert not isinstance(model, mteb.models.CrossEncoderProtocol)
 
 
 @pytest.mark.parametrize(("name", "task"), [("LocalRetrieval", "asymmetric"), ("QuoraLocal", "symmetric")])
@@ -194,7 +189,7 @@ def test_retrieval_equals_our_own_search(model, student, tmp_path, name, task):
 
 
 def test_results_without_the_interaction_are_stored_separately(model, folder, tmp_path):
-    bare = load_mteb_model(folder, device="cpu", interaction=False)
+    bare = integration.load_mteb_model(folder, device="cpu", interaction=False)
     _, with_it, ours = run(model, retrieval_task(), tmp_path)
     _, without, anchors = run(bare, retrieval_task(), tmp_path)
     assert ours != anchors
@@ -210,7 +205,7 @@ def test_results_without_the_interaction_are_stored_separately(model, folder, tm
 
 
 def test_num_candidates_limits_the_anchor_search(folder, student, tmp_path):
-    shallow = load_mteb_model(folder, device="cpu", num_candidates=3)
+    shallow = integration.load_mteb_model(folder, device="cpu", num_candidates=3)
     task = retrieval_task()
     task.load_data()
     shallow.index(task.dataset["default"]["test"]["corpus"], task_metadata=task.metadata, **PLACE)
@@ -250,9 +245,9 @@ def test_sts_uses_the_students_score(model, student, tmp_path):
     results, scores, predictions = run(model, sts_task(), tmp_path)
     expected = our_scores(student, PAIRS, "symmetric")
     np.testing.assert_allclose(predictions["similarity_scores"], expected, rtol=1e-5, atol=1e-6)
-    assert scores["spearman"] == pytest.approx(spearmanr(expected, RATINGS).statistic)
+    assert scores["spearman"] == pytest.approx(stats.spearmanr(expected, RATINGS).statistic)
     assert scores["main_score"] == scores["cosine_spearman"] != scores["spearman"]
-    assert scores_with_interaction(results, [sts_task()]) == {"LocalSTS": scores["spearman"]}
+    assert mteb_tasks.scores_with_interaction(results, [sts_task()]) == {"LocalSTS": scores["spearman"]}
 
 
 def test_pair_classification_uses_the_students_score(model, student, tmp_path):
@@ -263,11 +258,13 @@ def test_pair_classification_uses_the_students_score(model, student, tmp_path):
     hits = np.array(LABELS)[np.argsort(-expected)]
     by_hand = np.mean([(hits[: n + 1].mean()) for n in range(len(hits)) if hits[n]])
     assert scores["similarity_ap"] == pytest.approx(by_hand)
-    assert scores_with_interaction(results, [class_task(), sts_task()]) == {"LocalPairs": pytest.approx(by_hand)}
+    assert mteb_tasks.scores_with_interaction(results, [class_task(), sts_task()]) == {
+        "LocalPairs": pytest.approx(by_hand)
+    }
 
 
 def test_the_interaction_changes_pair_scores(folder, student, tmp_path):
-    bare = load_mteb_model(folder, device="cpu", interaction=False)
+    bare = integration.load_mteb_model(folder, device="cpu", interaction=False)
     _, _, predictions = run(bare, sts_task(), tmp_path)
     queries = student.encode_queries([first for first, _ in PAIRS]).vectors
     passages = student.encode_passages([second for _, second in PAIRS]).vectors
@@ -278,8 +275,8 @@ def test_the_interaction_changes_pair_scores(folder, student, tmp_path):
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_prompt_types_and_tasks_by_name_are_respected(folder, student, tmp_path, swapped):
-    asymmetric = load_mteb_model(folder, device="cpu", tasks={"LocalPairs": "asymmetric"})
-    sides = (PromptType.query, PromptType.document)
+    asymmetric = integration.load_mteb_model(folder, device="cpu", tasks={"LocalPairs": "asymmetric"})
+    sides = (mteb.types.PromptType.query, mteb.types.PromptType.document)
     pairs = [pair[::-1] for pair in PAIRS] if swapped else PAIRS
     task = class_task(pairs=pairs, sides=sides[::-1] if swapped else sides)
     _, _, predictions = run(asymmetric, task, tmp_path)
@@ -294,7 +291,7 @@ def test_texts_are_encoded_as_passages_unless_they_are_queries(model, student):
     place = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "default"}
     vectors = model.encode(batches, **place)
     np.testing.assert_array_equal(vectors, student.encode_passages(TEXTS).vectors)
-    query_vectors = model.encode(batches, **place, prompt_type=PromptType.query)
+    query_vectors = model.encode(batches, **place, prompt_type=mteb.types.PromptType.query)
     np.testing.assert_array_equal(query_vectors, student.encode_queries(TEXTS).vectors)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(np.asarray(model.similarity(vectors, vectors)), unit @ unit.T, atol=1e-5)
@@ -310,12 +307,12 @@ def test_every_kind_of_task_in_one_run(model, folder, tmp_path):
         sts_task(),
         class_task(),
     ]
-    bare = load_mteb_model(folder, device="cpu", interaction=False)
+    bare = integration.load_mteb_model(folder, device="cpu", interaction=False)
     own = []
     for variant in (model, bare):
-        cache = ResultCache(tmp_path / "results")
+        cache = mteb.cache.ResultCache(tmp_path / "results")
         results = mteb.evaluate(variant, tasks, cache=cache, show_progress_bar=False, co2_tracker=False)
-        own.append(scores_with_interaction(results, tasks))
+        own.append(mteb_tasks.scores_with_interaction(results, tasks))
         assert not results.exceptions
     with_it, without = own
     assert set(with_it) == set(without) == {"LocalRetrieval", "LocalReranking", "LocalSTS", "LocalPairs"}
@@ -334,7 +331,7 @@ def test_model_metadata_for_mteb(model, student, folder):
     assert meta.use_instructions  # the student has a query prefix
     assert (meta.license, meta.open_weights, meta.languages, meta.experiment_kwargs) == (None, None, None, None)
     metadata = {"languages": ["zho-Hans"], "license": "mit", "training_datasets": {"LCQMC"}}
-    described = load_mteb_model(folder, device="cpu", meta=metadata).mteb_model_meta
+    described = integration.load_mteb_model(folder, device="cpu", meta=metadata).mteb_model_meta
     assert (described.languages, described.license, described.open_weights, described.training_datasets) == (
         ["zho-Hans"],
         "mit",
@@ -346,39 +343,39 @@ def test_model_metadata_for_mteb(model, student, folder):
 @pytest.mark.parametrize("meta", [{"languages": ["English"]}, {"colour": "blue"}])
 def test_invalid_metadata_is_rejected(folder, meta):
     with pytest.raises(InputError, match=f"not valid for mteb's ModelMeta.*{next(iter(meta))}"):
-        load_mteb_model(folder, device="cpu", meta=meta)
+        integration.load_mteb_model(folder, device="cpu", meta=meta)
 
 
 def test_branches_of_the_english_and_chinese_benchmarks():
     tasks = [task for name in ("MTEB(eng, v2)", "MTEB(cmn, v1)") for task in mteb.get_benchmark(name).tasks]
-    searched = [t.metadata for t in tasks if isinstance(t, AbsTaskRetrieval)]
-    pairs = [t.metadata for t in tasks if t.metadata.type in PAIR_TYPES]
-    assert {m.type for m in [*searched, *pairs]} <= set(TASK_OF_TYPE)
-    assert {m.name for m in searched if branch_of(m, {}) == "symmetric"} == {
+    searched = [t.metadata for t in tasks if isinstance(t, mteb.abstasks.AbsTaskRetrieval)]
+    pairs = [t.metadata for t in tasks if t.metadata.type in mteb_tasks.PAIR_TYPES]
+    assert {m.type for m in [*searched, *pairs]} <= set(mteb_tasks.TASK_OF_TYPE)
+    assert {m.name for m in searched if mteb_tasks.branch_of(m, {}) == "symmetric"} == {
         "CQADupstackGamingRetrieval",
         "CQADupstackUnixRetrieval",
         "AskUbuntuDupQuestions",
     }
-    assert {branch_of(m, {}) for m in pairs} == {"symmetric"}
-    assert {m.main_score for m in pairs} <= set(OWN_SIMILARITY)
+    assert {mteb_tasks.branch_of(m, {}) for m in pairs} == {"symmetric"}
+    assert {m.main_score for m in pairs} <= set(mteb_tasks.OWN_SIMILARITY)
 
 
 def test_invalid_settings_are_rejected(folder, tmp_path):
     with pytest.raises(InputError, match=r"'STS12': 'both' is not a branch"):
-        load_mteb_model(folder, tasks={"STS12": "both"})
+        integration.load_mteb_model(folder, tasks={"STS12": "both"})
     with pytest.raises(InputError, match="float8"):
-        load_mteb_model(folder, vector_format="float8")
+        integration.load_mteb_model(folder, vector_format="float8")
     with pytest.raises(ModelNotFoundError):
-        load_mteb_model(tmp_path / "nothing")
+        integration.load_mteb_model(tmp_path / "nothing")
     config = tiny_student_config(write_tiny_model(tmp_path / "backbone"))
     paper = config.model_copy(update={"interaction": InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)})
     Student.create(paper, device="cpu").save(tmp_path / "paper")
     with pytest.raises(InputError, match="'paper'"):
-        load_mteb_model(tmp_path / "paper", interaction=False)
+        integration.load_mteb_model(tmp_path / "paper", interaction=False)
 
 
 def test_invalid_requests_are_rejected(folder, student):
-    fresh = load_mteb_model(folder, device="cpu")
+    fresh = integration.load_mteb_model(folder, device="cpu")
     metadata = describe("LocalRetrieval", "Retrieval", "ndcg_at_10")
     rows = [{"id": "a", "text": "rain"}]
     with pytest.raises(InputError, match="no index"):
@@ -397,14 +394,14 @@ def test_invalid_requests_are_rejected(folder, student):
         def score(self, query_vector, passage_vectors, task):
             return np.full(len(passage_vectors), np.nan, np.float32)
 
-    broken = D2LLMModel(Broken.load(folder, device="cpu"), fresh.mteb_model_meta)
+    broken = integration.D2LLMModel(Broken.load(folder, device="cpu"), fresh.mteb_model_meta)
     broken.index(rows, task_metadata=metadata, **PLACE)
     with pytest.raises(ModelError, match="query 'a': 1 of 1 scores are NaN"):
         broken.search(rows, task_metadata=metadata, top_k=3, top_ranked={"a": ["a"]}, **PLACE)
 
 
 def test_truncation_is_reported_and_indexes_are_reused(folder, tmp_path, caplog):
-    searcher = load_mteb_model(folder, device="cpu", work_folder=tmp_path)
+    searcher = integration.load_mteb_model(folder, device="cpu", work_folder=tmp_path)
     metadata = describe("LocalRetrieval", "Retrieval", "ndcg_at_10")
     rows = [{"id": "short", "text": "rain"}, {"id": "long", "text": " ".join(TEXTS * 3)}]
     searcher.index(rows, task_metadata=metadata, **PLACE)
@@ -423,7 +420,7 @@ def test_truncation_is_reported_and_indexes_are_reused(folder, tmp_path, caplog)
 
 
 def test_the_shipped_student_matches_our_evaluation(shared_data, tmp_path):
-    shipped = load_mteb_model(device="cpu")
+    shipped = integration.load_mteb_model(device="cpu")
     dataset = read_beir(shared_data / "pubmedqa", splits=["test"])
     qrels = {query: dict(grades) for query, grades in list(dataset.qrels["test"].items())[:25]}
     queries = [dataset.queries[query] for query in qrels]

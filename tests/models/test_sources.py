@@ -22,7 +22,6 @@ from d2llm.models.sources import (
     load_pretrained,
     load_tokenizer,
     locate_model,
-    readable_tokens,
 )
 from tiny_models import write_tiny_model
 
@@ -277,9 +276,3 @@ def test_a_missing_tokenizer_is_reported(llama):
         (llama / name).unlink()
     with pytest.raises(ModelNotFoundError, match=r"the tokenizer of .* cannot be loaded.*Put the tokenizer's files"):
         load_tokenizer(str(llama))
-
-
-def test_readable_tokens(tmp_path):
-    for architecture, expected in (("llama", 512), ("bert", 512), ("xlm_roberta", 512)):
-        model = load_pretrained(AutoModel, str(write_tiny_model(tmp_path / architecture, architecture)))
-        assert readable_tokens(model.config) == expected

@@ -21,6 +21,7 @@ from d2llm.core.types import Span, is_text
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
 from d2llm.models.diagonal_attention import check_diagonal_head, last_states
 from d2llm.models.engines.lean import open_lean
+from d2llm.models.length_limit import check_limits
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
@@ -32,7 +33,6 @@ from d2llm.models.lora import (
 )
 from d2llm.models.sources import (
     STATIC_MODEL_TYPE,
-    check_limits,
     find_model,
     find_model_file,
     fingerprint_model,

@@ -19,8 +19,8 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.types import Span, WholeText
 from d2llm.models.backbone import TOKENIZING, Backbone
+from d2llm.models.length_limit import readable_tokens
 from d2llm.models.pooling import TextPooling
-from d2llm.models.sources import readable_tokens
 from d2llm.models.token_vectors import TokenProjection, TokenVectors
 from d2llm.ops.batching import pad_right, token_budget_batches
 

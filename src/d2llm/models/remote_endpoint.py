@@ -1,37 +1,28 @@
-"""A model behind an OpenAI-compatible endpoint: requests with rate limit, retries, and errors that say what to do.
+"""A model behind an OpenAI-compatible endpoint: its requests, and errors that say what to do.
 
 A remote teacher and a remote writer differ only in what they ask for and how they read the answer: ``Endpoint`` sends
-the requests of both.
+the requests of both, and ``models.remote_retry`` sends them again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.recipe import EndpointConfig
+from d2llm.models.remote_retry import BusyError, Retries, retry_after
 
 if TYPE_CHECKING:
     import httpx2
-    import tenacity
-
-_log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
-_LONGEST_BACK_OFF = 60.0  # seconds
-_LONG_WAIT = 10.0  # seconds: waits of at least this long are logged as warnings
 _TOO_LONG = re.compile(r"context.?(length|window|size)|maximum (model|input|context)|too long|longer than", re.I)
 _UNKNOWN_MODEL = re.compile(
     r"model.*(not exist|not found|unknown)|(unknown|no such|invalid) model|model_not_found", re.I
@@ -39,39 +30,12 @@ _UNKNOWN_MODEL = re.compile(
 _QUOTED = 300  # characters of a server's message to quote
 
 
-class _BusyError(Exception):
-    """A temporary failure that can be retried; ``wait`` is the delay in seconds that the endpoint requests."""
-
-    def __init__(self, reason: str, *, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class _RateLimiter:
-    """Starts one request at a time, at most so many per minute, and none during a pause that the endpoint requested."""
-
-    def __init__(self, per_minute: float | None, patience: float) -> None:
-        self._interval = 60 / per_minute if per_minute else 0.0
-        self._patience = patience
-        self._next = self._paused_until = 0.0
-
-    async def acquire(self) -> None:
-        while (wait := max(self._next, self._paused_until) - time.monotonic()) > 0:
-            if self._paused_until - time.monotonic() > self._patience:
-                raise _BusyError(f"asks to wait {wait:,.0f} seconds", wait=wait)
-            await asyncio.sleep(wait)
-        self._next = time.monotonic() + self._interval
-
-    def pause(self, seconds: float) -> None:
-        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
-
-
 class Endpoint(Generic[_Answer]):
     """One model at one address.
 
     If the address has never answered, a failure is raised at once. Later, while the endpoint is unreachable or
-    overloaded (429, 408, 5xx, timeout), requests are retried with exponential backoff and jitter for up to
-    ``patience_minutes``. A delay that the endpoint requests itself (Retry-After) applies to all requests.
+    overloaded (429, 408, 5xx, timeout), requests are retried (``models.remote_retry``). A delay that the endpoint
+    requests itself (Retry-After) applies to all requests.
 
     Args:
         model: the model's name at the endpoint.
@@ -103,13 +67,12 @@ class Endpoint(Generic[_Answer]):
             require(package, extra="remote", purpose=f"a remote {section}")
         self.model = model
         self.config = config
-        self.num_retries = 0
         path = "chat/completions" if config.api == "chat" else "completions"
         self.address = f"{config.url.rstrip('/')}/{path}"
+        self.retries = Retries(self.address, config)
         self._read, self._read_refusal = read, read_refusal
         self._section, self._shorten = section, shorten
         self._key = _read_key(config.api_key_env)
-        self._rate_limiter = _RateLimiter(config.requests_per_minute, 60 * config.patience_minutes)
         self._answered = False
 
     def send(
@@ -170,45 +133,29 @@ class Endpoint(Generic[_Answer]):
                 await asyncio.gather(*workers, return_exceptions=True)
 
     async def _send(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Answer:
-        import tenacity
-
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, _BusyError) and self._answered),
-            wait=_pause,
-            stop=tenacity.stop_before_delay(60 * self.config.patience_minutes),
-            before_sleep=self._log_retry,
-            reraise=True,
-        )
         try:
-            return await retrying(self._post, client, body)
-        except _BusyError as error:
+            return await self.retries.send(lambda: self._post(client, body), worth_it=lambda: self._answered)
+        except BusyError as error:
             if not self._answered:
                 raise ModelError(
                     f"{self.address} cannot be reached: {error}; start the server there, or correct "
                     f"{self._section}.remote.url"
                 ) from error
             raise ModelError(
-                f"{self.address}: {error}; {self._patience_of(error)}. Run the "
+                f"{self.address}: {error}; {self.retries.why_ended(error)}. Run the "
                 "command again when the endpoint works again: it continues where it stopped. Or raise "
                 f"{self._section}.remote.patience_minutes, or send fewer requests (concurrency, requests_per_minute)"
             ) from error
 
-    def _patience_of(self, error: _BusyError) -> str:
-        minutes = self.config.patience_minutes
-        if error.wait is not None and error.wait > 60 * minutes:
-            return f"that is longer than patience_minutes ({minutes:g})"
-        return f"retried for up to {minutes:g} minutes"
-
     async def _post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Answer:
         import httpx2
 
-        await self._rate_limiter.acquire()
         try:
             response = await client.post(self.address, json=body)
         except httpx2.TimeoutException as error:
-            raise _BusyError(f"no answer within {self.config.timeout_seconds:g} seconds") from error
+            raise BusyError(f"no answer within {self.config.timeout_seconds:g} seconds") from error
         except httpx2.TransportError as error:
-            raise _BusyError(f"no connection ({error or type(error).__name__})") from error
+            raise BusyError(f"no connection ({error or type(error).__name__})") from error
         self._answered = True
         if not response.is_success:
             refusal = self._read_refusal(response.status_code, self._quote(response))
@@ -239,10 +186,10 @@ class Endpoint(Generic[_Answer]):
                 f"{self.address} refuses {'the key' if self._key else 'access'} ({status}): {reason}; {remedy}"
             )
         if status in (408, 429) or status >= 500:
-            wait = _retry_after(response.headers.get("Retry-After"))
+            wait = retry_after(response.headers.get("Retry-After"))
             if wait:
-                self._rate_limiter.pause(wait)
-            return _BusyError(f"answers {status}: {reason}", wait=wait)
+                self.retries.pause(wait)
+            return BusyError(f"answers {status}: {reason}", wait=wait)
         if status == 404 or _UNKNOWN_MODEL.search(reason):
             return ModelNotFoundError(
                 f"{self.address} has no model '{self.model}', or the address is wrong ({status}): {reason}; check "
@@ -266,13 +213,6 @@ class Endpoint(Generic[_Answer]):
         text = " ".join(text.split())
         return repr(text if len(text) <= _QUOTED else text[:_QUOTED] + " ...")
 
-    def _log_retry(self, state: tenacity.RetryCallState) -> None:
-        self.num_retries += 1
-        wait = state.next_action.sleep if state.next_action else 0.0
-        error = state.outcome.exception() if state.outcome else None
-        level = logging.WARNING if wait >= _LONG_WAIT else logging.INFO
-        _log.log(level, "%s: %s; trying again in %.1f seconds", self.address, error, wait)
-
 
 def _read_key(variable: str | None) -> str | None:
     if variable is None:
@@ -283,25 +223,3 @@ def _read_key(variable: str | None) -> str | None:
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise InputError(f"the environment variable {variable} holds characters that no key has; set it again")
     return key
-
-
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds until the next try: a random time up to 1, 2, 4 ... 60, but at least the endpoint's own delay."""
-    error = state.outcome.exception() if state.outcome else None
-    own = (error.wait or 0.0) if isinstance(error, _BusyError) else 0.0
-    return max(own, random.uniform(0, min(_LONGEST_BACK_OFF, 2.0 ** (state.attempt_number - 1))))
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Seconds to wait, from a header with seconds or a date; None if it is missing or unreadable."""
-    if header is None:
-        return None
-    try:
-        if re.fullmatch(r"\s*[0-9.]+\s*", header):
-            return float(header)
-        date = parsedate_to_datetime(header)
-    except ValueError:
-        return None
-    if date.tzinfo is None:
-        date = date.replace(tzinfo=timezone.utc)
-    return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())

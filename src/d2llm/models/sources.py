@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
-from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
+from d2llm.core.errors import ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 _FINGERPRINT_BLOCK = 1 << 20
 _GGUF_ORIGIN, _E5_ORIGIN = "gguf-origin.txt", "e5-origin.txt"  # in a converted folder: the fingerprint of the file
 _CONVERTING_SECONDS = 900  # how long to wait for another process that converts the same model
-_POSITIONS_AFTER_PADDING = frozenset(
-    {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet", "data2vec-text"}
-)
 _HUB_SECONDS = "2.5"  # time limit for an answer; HF_HUB_ETAG_TIMEOUT, which huggingface_hub also reads, overrides it
 STATIC_MODEL_TYPE = "model2vec"
 """``model_type`` in config.json of a model that has one vector for each token (``models.static_model``)."""
@@ -199,25 +196,6 @@ def model_type(location: str) -> str:
     """The architecture that config.json of the model at ``location`` names; "" if it does not say."""
     path = find_model_file(location, "config.json")
     return "" if path is None else str(json.loads(path.read_text(encoding="utf-8")).get("model_type", ""))
-
-
-def readable_tokens(config: Any) -> int | None:
-    """How many tokens a model with this ``transformers`` configuration can read; None if there is no limit."""
-    readable: int | None = getattr(config, "max_position_embeddings", None)
-    if readable is None or readable < 0:
-        return None
-    # These models number positions starting after the padding id.
-    return readable - int(config.pad_token_id) - 1 if config.model_type in _POSITIONS_AFTER_PADDING else readable
-
-
-def check_limits(config: Any, model: str, limits: Mapping[str, int]) -> None:
-    """Raise an ``InputError`` if a model with this configuration cannot read so many tokens (setting -> limit)."""
-    readable = readable_tokens(config)
-    for name, limit in limits.items():
-        if readable is not None and limit > readable:
-            raise InputError(
-                f"{name} is {limit}, but '{model}' reads at most {readable} tokens; set {name} to {readable} or less"
-            )
 
 
 def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:

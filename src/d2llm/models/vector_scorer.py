@@ -136,19 +136,6 @@ class VectorScorer(nn.Module):
         """
         return self.prepare(query_vector, task, interaction_weight=interaction_weight)(passage_vectors)
 
-    def score_many(
-        self,
-        query_vectors: Float32[np.ndarray, "queries dim"],
-        passage_vectors: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
-        task: Task,
-    ) -> Float32[np.ndarray, "queries passages"]:
-        """Final logits of every query against the same passages, computed one query at a time.
-
-        Queries could share only the product W_p b, one of three, and only with the features ``concat``.
-        """
-        scores = [self.prepare(query, task)(passage_vectors) for query in query_vectors]
-        return np.stack(scores) if scores else np.empty((0, len(passage_vectors)), np.float32)
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave out cast weights: a copy casts its weights itself."""
         return {**self.__dict__, "_kept_weights": {}}

@@ -12,12 +12,11 @@ the list's query, and a is fitted together with w, starting from the best w with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from d2llm.core.errors import InputError
 
@@ -112,8 +111,7 @@ class _Fit:
             return value + self.ridge * float(weights @ weights), pull @ self.scores + 2 * self.ridge * weights
 
         start = np.ones(self.scores.shape[1])
-        solution = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))
-        return self._in_own_units(np.asarray(solution.x, np.float64))
+        return self._in_own_units(_minimum(loss, start, num_positive=len(start)))
 
     def scaled(self, statistics: NDArray[np.float64], is_scaled: NDArray[np.bool_]) -> ScaledWeights:
         observed = statistics[self.kept]
@@ -133,8 +131,7 @@ class _Fit:
             return value, np.concatenate([weight_gradient, (pull * scaled_sum) @ row_statistics + 2 * price * slopes])
 
         start = np.concatenate([self.weights() * self.scale, np.zeros(row_statistics.shape[1])])
-        bounds: list[tuple[float | None, None]] = [(0, None)] * num_terms + [(None, None)] * row_statistics.shape[1]
-        solution = np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x, np.float64)
+        solution = _minimum(loss, start, num_positive=num_terms)
         slopes = solution[num_terms:] / spread
         return ScaledWeights(self._in_own_units(solution[:num_terms]), slopes, -float(slopes @ centre))
 
@@ -149,3 +146,16 @@ class _Fit:
 
     def _in_own_units(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.where(self.is_empty, 0.0, weights / self.scale)  # a column of zeros gets weight 0
+
+
+def _minimum(
+    loss: Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]],
+    start: NDArray[np.float64],
+    *,
+    num_positive: int,
+) -> NDArray[np.float64]:
+    """Where a loss, given with its gradient, is least; the first ``num_positive`` parameters are at least 0."""
+    from scipy.optimize import minimize  # slow to import
+
+    bounds: list[tuple[float | None, None]] = [(0, None)] * num_positive + [(None, None)] * (len(start) - num_positive)
+    return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x, np.float64)

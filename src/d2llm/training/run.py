@@ -563,12 +563,6 @@ class Run:
         load = partial(create_student, untuned_config(self.recipe.student), **self._computing)
         return load(), load
 
-    def new_student(self) -> Student:
-        """The recipe's student before any training."""
-        from d2llm.models.student import Student
-
-        return Student.create(self.recipe.student, device=self.device, dtype=self.dtype, seed=self.recipe.seed)
-
     def dev_data(self) -> list[tuple[Dataset | PairDataset, Task]]:
         """The data sets of the recipe, with only their dev splits."""
         return [(open_data(data.path, splits=["dev"]), data.task) for data in self.recipe.data]

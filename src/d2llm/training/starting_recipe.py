@@ -20,7 +20,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.check_texts import Sample, guess_languages
 from d2llm.data.open_data import open_data
 from d2llm.data.pairs import PairDataset
-from d2llm.models.sources import readable_tokens
+from d2llm.models.length_limit import readable_tokens
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
 from d2llm.training.checkpoints import epochs_of

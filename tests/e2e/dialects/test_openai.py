@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from d2llm import Student
+from late_import import late_import
 from tiny_models import TEXTS, randomise, tiny_student_config, write_tiny_model
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
-openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
+openai = late_import("openai", reason="needs OpenAI's client: pip install openai")
 
 from d2llm.server.errors import OverloadedError  # noqa: E402
 from d2llm.server.model_service import ModelService  # noqa: E402

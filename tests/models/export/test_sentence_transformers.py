@@ -9,15 +9,11 @@ import torch
 from d2llm.core.errors import InputError, ModelNotFoundError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.models.student import Student
+from late_import import late_import
 from tiny_models import DIM, TEXTS, tiny_student_config, write_tiny_model, write_trained_student
 
-library = pytest.importorskip("sentence_transformers", reason="pip install 'd2llm[sentence-transformers]'")
-
-from sentence_transformers import CrossEncoder, SentenceTransformer, util  # noqa: E402
-from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator  # noqa: E402
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator  # noqa: E402
-
-from d2llm.integrations.sentence_transformers import StudentCrossEncoder, as_sentence_transformer  # noqa: E402
+library = late_import("sentence_transformers", reason="pip install 'd2llm[sentence-transformers]'")
+integration = late_import("d2llm.integrations.sentence_transformers")
 
 QUERIES, PASSAGES = TEXTS[:3], TEXTS[3:]
 
@@ -31,7 +27,7 @@ def student(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(student):
-    return as_sentence_transformer(student)
+    return integration.as_sentence_transformer(student)
 
 
 def anchors(student, queries, passages, task="asymmetric"):
@@ -42,7 +38,7 @@ def anchors(student, queries, passages, task="asymmetric"):
 class TestVectors:
     @pytest.mark.parametrize("task", ["asymmetric", "symmetric"])
     def test_the_librarys_similarity_is_the_anchor_score(self, student, task):
-        model = as_sentence_transformer(student, task=task)
+        model = integration.as_sentence_transformer(student, task=task)
         queries, passages = model.encode_query(QUERIES), model.encode_document(PASSAGES)
         expected = anchors(student, QUERIES, PASSAGES, task)
         np.testing.assert_allclose(queries @ passages.T, expected, rtol=1e-4, atol=1e-5)
@@ -51,11 +47,11 @@ class TestVectors:
         np.testing.assert_allclose(pairwise, np.diagonal(expected), rtol=1e-4, atol=1e-5)
 
     def test_semantic_search_is_the_ranking_by_anchors(self, student, model):
-        hits_by_query = util.semantic_search(
+        hits_by_query = library.util.semantic_search(
             model.encode_query(QUERIES, convert_to_tensor=True),
             model.encode_document(PASSAGES, convert_to_tensor=True),
             top_k=3,
-            score_function=util.dot_score,
+            score_function=library.util.dot_score,
         )
         for hits, scores in zip(hits_by_query, anchors(student, QUERIES, PASSAGES), strict=True):
             assert [hit["corpus_id"] for hit in hits] == np.argsort(-scores)[:3].tolist()
@@ -72,7 +68,7 @@ class TestVectors:
         assert np.abs(unprefixed - queries[0]).max() > 1e-3  # the caller's prompt replaces the student's
 
     def test_shapes(self, model):
-        assert isinstance(model, SentenceTransformer)
+        assert isinstance(model, library.SentenceTransformer)
         assert (model.get_embedding_dimension(), model.max_seq_length, model.similarity_fn_name) == (DIM, 64, "dot")
         assert model.encode_query("rain").shape == (DIM,)
         assert len(model.encode([])) == 0
@@ -86,27 +82,29 @@ class TestVectors:
     def test_a_saved_model_loads_unchanged(self, student, model, tmp_path):
         model.save(str(tmp_path / "model"))
         assert list(tmp_path.rglob("*.bin")) == []
-        loaded = SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu")
+        loaded = library.SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu")
         np.testing.assert_allclose(loaded.encode_query(QUERIES), model.encode_query(QUERIES), atol=1e-6)
         np.testing.assert_allclose(loaded.encode_document(TEXTS), model.encode_document(TEXTS), atol=1e-6)
         assert (loaded.similarity_fn_name, loaded.prompts) == ("dot", model.prompts)
         assert loaded[0].student.fingerprint == student.fingerprint
-        symmetric = as_sentence_transformer(student, task="symmetric")
+        symmetric = integration.as_sentence_transformer(student, task="symmetric")
         symmetric.save(str(tmp_path / "symmetric"))
-        loaded = SentenceTransformer(str(tmp_path / "symmetric"), trust_remote_code=True, device="cpu")
+        loaded = library.SentenceTransformer(str(tmp_path / "symmetric"), trust_remote_code=True, device="cpu")
         np.testing.assert_allclose(loaded.encode_query(QUERIES), symmetric.encode_query(QUERIES), atol=1e-6)
 
     def test_loading_requires_trust_remote_code(self, model, tmp_path):
         model.save(str(tmp_path / "model"))
         with pytest.raises(ValueError, match="trust_remote_code"):
-            SentenceTransformer(str(tmp_path / "model"))
+            library.SentenceTransformer(str(tmp_path / "model"))
         for path in (tmp_path / "model" / "0_StudentModule" / "student").rglob("*"):
             if path.is_file():
                 path.unlink()
         with pytest.raises(ModelNotFoundError, match="student"):
-            SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True)
+            library.SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True)
 
     def test_the_librarys_evaluator_runs(self, student, model):
+        from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
         queries, corpus = dict(enumerate(QUERIES)), dict(enumerate(PASSAGES))
         best = anchors(student, QUERIES, PASSAGES).argmax(axis=1)
         relevant = {str(n): {str(position)} for n, position in enumerate(best)}
@@ -121,12 +119,12 @@ class TestVectors:
         head = InteractionConfig(head="paper", hidden_dim=16, feature_dim=8)
         paper = Student.create(config.model_copy(update={"interaction": head}), device="cpu")
         with pytest.raises(InputError, match="'paper'"):
-            as_sentence_transformer(paper)
+            integration.as_sentence_transformer(paper)
 
 
 @pytest.fixture
 def cross_encoder(student):
-    return StudentCrossEncoder(student)
+    return integration.StudentCrossEncoder(student)
 
 
 class TestCrossEncoder:
@@ -134,7 +132,7 @@ class TestCrossEncoder:
     def test_signatures_match_the_librarys(self, method):
         ours, theirs = (
             [(p.name, p.default) for p in inspect.signature(getattr(model_class, method)).parameters.values()]
-            for model_class in (StudentCrossEncoder, CrossEncoder)
+            for model_class in (integration.StudentCrossEncoder, library.CrossEncoder)
         )
         assert ours == [parameter for parameter in theirs if parameter[0] != "kwargs"]
 
@@ -143,7 +141,7 @@ class TestCrossEncoder:
         expected = student.score(query, student.encode_passages(PASSAGES).vectors, "asymmetric")
         scores = cross_encoder.predict([(TEXTS[0], passage) for passage in PASSAGES])
         np.testing.assert_array_equal(scores, expected)
-        symmetric = StudentCrossEncoder(student, task="symmetric").predict(
+        symmetric = integration.StudentCrossEncoder(student, task="symmetric").predict(
             [(TEXTS[0], passage) for passage in PASSAGES]
         )
         assert np.abs(symmetric - expected).max() > 1e-3
@@ -166,7 +164,7 @@ class TestCrossEncoder:
         np.testing.assert_allclose(
             cross_encoder.predict(pairs, activation_fn=torch.nn.Sigmoid()), probabilities, rtol=1e-6
         )
-        by_default = StudentCrossEncoder(student, activation_fn=torch.nn.Sigmoid())
+        by_default = integration.StudentCrossEncoder(student, activation_fn=torch.nn.Sigmoid())
         np.testing.assert_allclose(by_default.predict(pairs), probabilities, rtol=1e-6)
         assert by_default.rank(*pairs[0][:1], [TEXTS[1]])[0]["score"] == pytest.approx(probabilities[0])
 
@@ -183,6 +181,8 @@ class TestCrossEncoder:
         assert cross_encoder.rank(TEXTS[0], []) == []
 
     def test_the_librarys_evaluator_runs(self, cross_encoder):
+        from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
+
         best = cross_encoder.rank(TEXTS[0], PASSAGES)[0]["corpus_id"]
         others = [text for position, text in enumerate(PASSAGES) if position != best]
         samples = [{"query": TEXTS[0], "positive": [PASSAGES[best]], "negative": others}]

@@ -1,4 +1,4 @@
-"""The remote writer against an endpoint on a real socket; test_remote_endpoint.py tests retries, pace and keys."""
+"""The remote writer against an endpoint on a real socket; its requests have tests of their own."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.models.text_lengths import TextLengths
+from d2llm.models.length_limit import TextLengths
 from d2llm.models.writers.prompts import WriterPrompts, as_data, cut_assignments, load_writer_prompt
 from d2llm.models.writers.writer import (
     EXPANSION_KINDS,

@@ -28,6 +28,7 @@ from d2llm.models.device import (
     inference,
     use_plain_attention_on_cpu,
 )
+from d2llm.models.length_limit import check_limits
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
@@ -37,7 +38,6 @@ from d2llm.models.lora import (
     train_adapters_only,
 )
 from d2llm.models.sources import (
-    check_limits,
     find_model,
     fingerprint_model,
     load_pretrained,

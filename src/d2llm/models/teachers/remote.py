@@ -26,11 +26,11 @@ from d2llm.core.errors import AnswerTokenError, InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import RemoteConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
+from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote_endpoint import Endpoint
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
-from d2llm.models.text_lengths import TextLengths
 
 _log = logging.getLogger(__name__)
 

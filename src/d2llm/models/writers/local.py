@@ -26,6 +26,7 @@ from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from d2llm.core.recipe import LoraConfig, WriterConfig
 from d2llm.core.shipped import find_tuned
 from d2llm.models.device import choose_device, choose_dtype, inference, use_plain_attention_on_cpu
+from d2llm.models.length_limit import TextLengths, readable_tokens
 from d2llm.models.lora import adapter_state, attach_lora, join_adapters, merge_adapter, train_adapters_only
 from d2llm.models.sources import (
     find_model,
@@ -34,9 +35,7 @@ from d2llm.models.sources import (
     load_pretrained,
     load_tensors,
     load_tokenizer,
-    readable_tokens,
 )
-from d2llm.models.text_lengths import TextLengths
 from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompts, as_data, cut_assignments
 from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, EXPANSION_KINDS, Assignment, WrittenQueries

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.models.length_limit import TextLengths
 from d2llm.models.prompt_sets import read_prompt_section
-from d2llm.models.text_lengths import TextLengths
 from d2llm.models.writers.writer import EXPANSION_KINDS, QUERY_KINDS, Assignment, ExpansionKind, QueryKind
 
 _SLOT = re.compile(r"\{([a-z_]+)\}")

@@ -1,15 +1,43 @@
-"""Lengths of texts in tokens or, where the tokenizer of a remote model is not known, in characters."""
+"""The length limit of texts: how many tokens a model can read, and how texts are measured and cut to fewer.
+
+``TextLengths`` does so for writers and for models behind an API, in characters if their tokenizer is not known. The
+texts of students and local teachers are cut as they are tokenized (``models.backbone``, ``ops.pair_truncation``).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from d2llm.core.errors import InputError
 from d2llm.core.recipe import EndpointConfig
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.ops.pair_truncation import cut_pair
+
+_POSITIONS_AFTER_PADDING = frozenset(
+    {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet", "data2vec-text"}
+)
+
+
+def readable_tokens(config: Any) -> int | None:
+    """How many tokens a model with this ``transformers`` configuration can read; None if there is no limit."""
+    readable: int | None = getattr(config, "max_position_embeddings", None)
+    if readable is None or readable < 0:
+        return None
+    # These models number positions starting after the padding id.
+    return readable - int(config.pad_token_id) - 1 if config.model_type in _POSITIONS_AFTER_PADDING else readable
+
+
+def check_limits(config: Any, model: str, limits: Mapping[str, int]) -> None:
+    """Raise an ``InputError`` if a model with this configuration cannot read so many tokens (setting -> limit)."""
+    readable = readable_tokens(config)
+    for name, limit in limits.items():
+        if readable is not None and limit > readable:
+            raise InputError(
+                f"{name} is {limit}, but '{model}' reads at most {readable} tokens; set {name} to {readable} or less"
+            )
 
 
 class TextLengths:
