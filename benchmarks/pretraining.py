@@ -94,7 +94,7 @@ def main() -> None:
         if arguments.json is not None:
             rows: list[dict[str, Any]] = []
             if arguments.json.is_file():
-                rows = [each for each in json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]]
+                rows = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
             kept = {each["row"]: each for each in rows} | {name: row}
             ordered = sorted(kept.values(), key=lambda each: ROWS.index(each["row"]))
             text = json.dumps({"settings": settings, "rows": ordered}, indent=1) + "\n"

@@ -645,8 +645,8 @@ class PretrainingConfig(WarmUpConfig):
     """Longer texts are cut to so many tokens."""
     epochs: int = Field(default=1, ge=1)
     batch_texts: int = Field(default=32, ge=2)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """For all weights (``tuning = "full"``); use ten times as much for adapters."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """By default 1e-4 for all weights (``backbone.tuning = "full"``), and 1e-3 for adapters."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout in all layers of the backbone that have one, also where only adapters are trained. By default 0.1 for
     ``simcse`` and ``mirror``, and none while another backbone is imitated."""
@@ -669,6 +669,10 @@ class PretrainingConfig(WarmUpConfig):
     def dropout_rate(self) -> float:
         """``dropout``, or its default for the objective."""
         return self.dropout if self.dropout is not None else 0.0 if self.is_taught else 0.1
+
+    def rate_for(self, tuning: str) -> float:
+        """``learning_rate``, or its default for what is trained."""
+        return self.learning_rate or (1e-4 if tuning == "full" else 1e-3)
 
     @model_validator(mode="after")
     def _check_objective(self) -> PretrainingConfig:

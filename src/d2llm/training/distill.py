@@ -88,10 +88,10 @@ def distill(
     """Train a student on a teacher's labels and write it to ``folder``; an interrupted run continues where it stopped.
 
     The student starts as its backbone's own cosine (in the default configuration), after ``training.pretraining`` if
-    the recipe has it, or as ``training.start``. It is evaluated on dev before the first step and then regularly. The best state is kept, with the weight r of the
-    interaction that has the best dev result for each task, which may be 0. The student is therefore never worse on dev
-    than the start. At the end, its scores are calibrated as probabilities, on the same number of dev queries
-    (``training.fit_probabilities``).
+    the recipe has it, or as ``training.start``. It is evaluated on dev before the first step and then regularly. The
+    best state is kept, with the weight r of the interaction that has the best dev result for each task, which may be 0.
+    The student is therefore never worse on dev than the start. At the end, its scores are calibrated as probabilities,
+    on the same number of dev queries (``training.fit_probabilities``).
 
     If every imitation loss has weight 0, neither teacher nor labels are needed: the student is trained on the data
     sets' own judgements, as a tuned cosine with an interaction.

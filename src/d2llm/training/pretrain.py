@@ -50,7 +50,11 @@ _PROJECTION_RATE = 1e-3  # a new linear map needs a higher rate than weights tha
 _COMPARED_TEXTS = 100
 _WEIGHT_DECAY = 0.01
 _NO_ATTENTION = -1e4  # of padding: its exponential is 0, and unlike -inf it leaves no NaN in gradients
-_ATTENTION_PARTS = (("query", "q_proj", "q_lin", "q"), ("key", "k_proj", "k_lin", "k"), ("value", "v_proj", "v_lin", "v"))
+_ATTENTION_PARTS = (
+    ("query", "q_proj", "q_lin", "q"),
+    ("key", "k_proj", "k_lin", "k"),
+    ("value", "v_proj", "v_lin", "v"),
+)
 """What models call the linear layers that make queries, keys and values."""
 
 
@@ -224,11 +228,11 @@ class _Pretraining:
         self.backbone, self.folder, self.config, self.seed = student.backbone, folder, config, seed
         _check_backbone(self.backbone, config)
         # The same text twice would have to be told from itself.
-        tokenized = (
-            self.backbone.tokenize([*dict.fromkeys(texts)], kind, limit=config.max_tokens).ids
-            for texts, kind in ((passages, "passage"), (queries, "query"))
-        )
-        self.texts = [list(ids) for ids in dict.fromkeys(tuple(ids) for part in tokenized for ids in part)]
+        tokenized = [
+            *self.backbone.tokenize(passages, "passage", limit=config.max_tokens).ids,
+            *self.backbone.tokenize(queries, "query", limit=config.max_tokens).ids,
+        ]
+        self.texts = [[*ids] for ids in dict.fromkeys(map(tuple, tokenized))]
         if len(self.texts) < 2:
             raise InputError(f"{len(self.texts)} different texts are too few to train a backbone on; give thousands")
         self.teacher = _load_teacher(self.backbone, config, [*passages[:_COMPARED_TEXTS]])
@@ -241,7 +245,7 @@ class _Pretraining:
             self.attention = [_Attention(model, layer, config.relation_heads) for model, layer in pairs]
         self.parameters = trainable(self.backbone)
         added = {} if self.projection is None else {f"projection.{n}": p for n, p in self.projection.named_parameters()}
-        self.optimizer = _optimizer(self.parameters, added, config)
+        self.optimizer = _optimizer(self.parameters, added, config.rate_for(self.backbone.config.tuning))
         self.parameters |= added
         self.losses: list[float] = []
         self.per_epoch, self.batch_size = even_batches(len(self.texts), config.batch_texts)
@@ -392,7 +396,7 @@ class _Attention:
         self.vectors = [torch.empty(0)] * len(self._linear)
 
         def keep(place: int) -> Callable[[nn.Module, Any, Tensor], None]:
-            def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
                 self.vectors[place] = output
 
             return hook
@@ -445,7 +449,9 @@ def _load_teacher(backbone: Backbone, config: PretrainingConfig, texts: Sequence
     if config.teacher is not None:
         taught_by = BackboneConfig(model=config.teacher, tuning="frozen")
     teacher = Backbone.load(taught_by, device=backbone.device, dtype=backbone.compute_dtype)
-    one, other = (each.tokenize(texts, "passage", prefix="", limit=config.max_tokens).ids for each in (backbone, teacher))
+    one, other = (
+        each.tokenize(texts, "passage", prefix="", limit=config.max_tokens).ids for each in (backbone, teacher)
+    )
     if one != other or backbone.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise InputError(
             f"pretraining.teacher: '{taught_by.model}' reads other tokens than the student's backbone '{own.model}', "
@@ -473,13 +479,13 @@ def _projection(backbone: Backbone, teacher: Backbone | None, config: Pretrainin
 
 
 def _optimizer(
-    parameters: Mapping[str, nn.Parameter], added: Mapping[str, nn.Parameter], config: PretrainingConfig
+    parameters: Mapping[str, nn.Parameter], added: Mapping[str, nn.Parameter], rate: float
 ) -> torch.optim.AdamW:
     """AdamW; vectors and scalars have no weight decay."""
     matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
     others = [parameter for parameter in parameters.values() if parameter.ndim <= 1]
-    groups = [(matrices, config.learning_rate, _WEIGHT_DECAY), (others, config.learning_rate, 0.0)]
-    return adamw((each for each in (*groups, ([*added.values()], _PROJECTION_RATE, 0.0)) if each[0]))
+    groups = [(matrices, rate, _WEIGHT_DECAY), (others, rate, 0.0)]
+    return adamw(each for each in (*groups, ([*added.values()], _PROJECTION_RATE, 0.0)) if each[0])
 
 
 def _settings(
