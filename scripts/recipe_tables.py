@@ -2,8 +2,8 @@
 
     python scripts/recipe_tables.py
 
-Reads losses.json, untrained.json, pretraining.json, static.json and static-trained*.json of benchmarks/results; no figure on the page is
-typed by hand.
+Reads losses.json, untrained.json, pretraining.json, static.json and static-trained*.json of benchmarks/results; no
+figure on the page is typed by hand.
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ def contrastive_loss(
 
     L = -1/N sum_i log( exp(cos(a_i, b_i) / t) / sum_j exp(cos(a_i, b_j) / t) )
 
-    Gao et al., "SimCSE", EMNLP 2021 (arXiv 2104.08821), equation 4. Liu et al., "Mirror-BERT", EMNLP 2021 (arXiv
-    2104.08027), equation 1, also compares the other way round, and the texts of one side with each other.
+    Gao et al., "SimCSE", EMNLP 2021 (arXiv 2104.08821), section 3. Liu et al., "Mirror-BERT", EMNLP 2021 (arXiv
+    2104.08027), section 2, also compares the other way round, and the texts of one side with each other.
     """
     cosines = functional.normalize(first, dim=1) @ functional.normalize(second, dim=1).T
     same = torch.eye(len(first), dtype=torch.bool, device=first.device)
@@ -154,7 +154,7 @@ def contrastive_loss(
 def mask_span(ids: Sequence[int], length: int, mask_id: int, rng: random.Random) -> list[int]:
     """Token ids with ``length`` neighbouring tokens, but neither the first nor the last one, replaced by one mask.
 
-    A text keeps at least one of its tokens. Mirror-BERT (arXiv 2104.08027), section 2.1, masks five characters.
+    A text keeps at least one of its tokens. Mirror-BERT (arXiv 2104.08027), section 2, masks characters instead.
     """
     length = min(length, len(ids) - 3)
     if length < 1:
@@ -174,7 +174,7 @@ def relation_divergence(
 
     Each relation is softmax(V_h V_h^T / sqrt(d_h)) over the text's tokens, where V_h is the part of the queries (or
     keys, or values) that belongs to the relation head h, of width d_h. Wang et al., "MiniLMv2", ACL Findings 2021
-    (arXiv 2012.15828), equations 4 to 7.
+    (arXiv 2012.15828), section 3.
     """
 
     def log_relations(vectors: Tensor) -> Tensor:  # [texts, heads, tokens, tokens]
@@ -194,8 +194,8 @@ def state_distance(
 ) -> Float[Tensor, " texts"]:
     """Mean squared difference of the tokens' states; the student's were projected to the teacher's width.
 
-    Jiao et al., "TinyBERT", EMNLP Findings 2020 (arXiv 1909.10351), equation 8, for the last layer; so does
-    "ERNIE-Tiny" (Su et al. 2021, arXiv 2106.02241), section 3.
+    Jiao et al., "TinyBERT", EMNLP Findings 2020 (arXiv 1909.10351), the loss of hidden states, here of the last
+    layer; also used in "ERNIE-Tiny" (Su et al. 2021, arXiv 2106.02241).
     """
     by_token = (student.float() - teacher.float()).square().mean(dim=2)
     return (by_token * mask).sum(dim=1) / mask.sum(dim=1)
@@ -207,7 +207,7 @@ def vector_distance(
     """1 minus the cosine of the student's and the teacher's vector.
 
     Distillation on texts without labels before that on labels: Turc et al., "Well-Read Students Learn Better", 2019
-    (arXiv 1908.08962), section 3, whose teacher gives classes; here it gives vectors.
+    (arXiv 1908.08962), whose teacher gives classes; here it gives vectors.
     """
     return 1 - torch.cosine_similarity(student.float(), teacher.float(), dim=1)
 
