@@ -95,8 +95,8 @@ def main() -> None:
             rows: list[dict[str, Any]] = []
             if arguments.json.is_file():
                 rows = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
-            kept = {each["row"]: each for each in rows} | {name: row}
-            ordered = sorted(kept.values(), key=lambda each: ROWS.index(each["row"]))
+            kept = {(ROWS.index(each["row"]), each.get("rate", 0.0)): each for each in (*rows, row)}
+            ordered = [kept[place] for place in sorted(kept)]
             text = json.dumps({"settings": settings, "rows": ordered}, indent=1) + "\n"
             arguments.json.write_text(text, encoding="utf-8")
 

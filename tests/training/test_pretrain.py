@@ -263,10 +263,10 @@ def test_dropout_reaches_every_architecture(architecture: str, tmp_path: Path) -
 
 def test_texts_are_those_of_training() -> None:
     entries = [PlanEntry("q1", ("p1", "both"), ("p2",), ()), PlanEntry("q2", ("p2",), (), ())]
-    names = ("p1", "p2", "p3", "dev", "both", "test")
+    names = ("p1", "p2", "p3", "dev", "both", "wrong", "test")
     qrels = {
         "train": {"q1": {"p1": 1, "both": 1}, "q2": {"p2": 1}},
-        "dev": {"d1": {"dev": 1, "both": 1, "p3": 0}},
+        "dev": {"d1": {"dev": 1, "both": 1, "wrong": 0}},
         "test": {"t1": {"test": 1}},
     }
     queries = {name: f"query {name}" for name in ("q1", "q2", "d1", "t1")}

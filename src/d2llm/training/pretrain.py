@@ -121,13 +121,14 @@ def unlabelled_texts(
 ) -> tuple[list[str], list[str]]:
     """Passages and train queries of data sets: of each at most ``max_passages`` passages and as many queries.
 
-    Passages that are relevant to queries of other splits are left out, unless training has them as positives too.
+    Passages that other splits judge are left out, unless training has them as positives too.
     """
     passages: list[str] = []
     queries: list[str] = []
     for source in sources:
         rng = random.Random(f"{seed}:{source.dataset.name}")
-        held_out = source.dataset.relevant_passages([split for split in source.dataset.qrels if split != "train"])
+        others = [judged for split, judged in source.dataset.qrels.items() if split != "train"]
+        held_out = {passage_id for judged in others for grades in judged.values() for passage_id in grades}
         held_out -= {passage_id for entry in source.plan.entries for passage_id in entry.positives}
         passage_ids = sorted(source.dataset.passages.keys() - held_out)
         query_ids = sorted(entry.query_id for entry in source.plan.entries)
