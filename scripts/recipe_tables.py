@@ -2,8 +2,8 @@
 
     python scripts/recipe_tables.py
 
-Reads losses.json, untrained.json, static.json and static-trained*.json of benchmarks/results; no figure on the page is
-typed by hand.
+Reads losses.json, untrained.json, pretraining.json, static.json and static-trained*.json of benchmarks/results; no
+figure on the page is typed by hand.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     text = between(text, "losses", losses(json.loads((RESULTS / "losses.json").read_text(encoding="utf-8"))["result"]))
     text = between(text, "untrained", untrained(json.loads((RESULTS / "untrained.json").read_text(encoding="utf-8"))))
+    pretrained = json.loads((RESULTS / "pretraining.json").read_text(encoding="utf-8"))
+    text = between(text, "pretraining", pretraining(pretrained))
     trained = [
         json.loads(file.read_text(encoding="utf-8"))["result"] for file in sorted(RESULTS.glob("static-trained*"))
     ]
@@ -111,6 +113,26 @@ def untrained(report: dict[str, Any]) -> str:
         f"{settings['passages']:,} passages (`benchmarks/untrained.py`); chosen: the layers that turn the states most."
     )
     return f"{markdown(lines, num_texts=3)}\n\n{note}"
+
+
+def pretraining(report: dict[str, Any]) -> str:
+    """A row for each backbone and objective of the stage before distillation."""
+    lines = [("layers of minilm", "objective", "learning rate", "steps", "squad-sent", "banking77", "s")]
+    for row in report["rows"]:
+        layers = "all" if row["kept"] is None else ", ".join(map(str, row["kept"]))
+        figures = (f"{row['squad-sent']:.3f}", f"{row['banking77']:.3f}")
+        if row["objective"] is None:
+            lines.append((layers, "none", "", "", *figures, ""))
+        else:
+            seconds = f"{row['processor_seconds']}"
+            lines.append((layers, f"`{row['objective']}`", f"{row['rate']:g}", f"{row['steps']}", *figures, seconds))
+    settings = report["settings"]
+    note = (
+        f"nDCG@10 of the cosine after this stage and before distillation, {settings['queries']} dev queries among at "
+        f"most {settings['passages']:,} passages; {3 * settings['texts']:,} texts of the train splits of both sets, "
+        "all weights trained, one seed; s: processor time of one core (`benchmarks/pretraining.py`)."
+    )
+    return f"{markdown(lines, num_texts=2)}\n\n{note}"
 
 
 def static(report: dict[str, Any], trained: Sequence[dict[str, Any]]) -> str:

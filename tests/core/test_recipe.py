@@ -261,6 +261,41 @@ def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
     assert load_recipe(write_recipe(tmp_path, text)).training.live_teacher == "d2llm-minilm"
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('objective = "vectors"', "there is no backbone to imitate: name one as pretraining.teacher"),
+        ('objective = "simcse"\ndropout = 0', "two readings of a text that differ by nothing else"),
+        ('objective = "mirror"\nteacher = "minilm"', "the objective mirror imitates none"),
+        (
+            'objective = "vectors"\nteacher = "minilm"\nteacher_layer = 1',
+            "teacher_layer is for the objective relations",
+        ),
+        ('objective = "simcse"\n[student.backbone]\ntuning = "frozen"', "student.backbone.tuning is frozen"),
+        ('objective = "simcse"\n[training]\nstart = "d2llm-minilm"', "start names a student whose head fits"),
+        ('objective = "simsce"', "'simcse', 'mirror'"),
+    ],
+)
+def test_a_pretraining_without_what_it_needs_is_refused(tmp_path: Path, text: str, problem: str):
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(write_recipe(tmp_path, "[training.pretraining]\n" + text))
+
+
+def test_pretraining_has_defaults_for_each_objective(tmp_path: Path):
+    text = '[student.backbone]\nlayers = 4\n[training.pretraining]\nobjective = "vectors"'
+    taught = load_recipe(write_recipe(tmp_path, text)).training.pretraining
+    alone = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nobjective = "simcse"')).training.pretraining
+    assert (taught.dropout_rate, alone.dropout_rate) == (0.0, 0.1)
+    assert (taught.rate_for("full"), taught.rate_for("lora")) == (1e-4, 1e-3)
+    assert taught.model_copy(update={"learning_rate": 0.5, "dropout": 0.2}).rate_for("full") == 0.5
+
+
+def test_settings_of_students_without_pretraining_are_as_before(tmp_path: Path):
+    assert "pretraining" not in shaping_settings(Recipe())["training"]
+    recipe = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nobjective = "simcse"'))
+    assert shaping_settings(recipe)["training"]["pretraining"]["objective"] == "simcse"
+
+
 @pytest.mark.parametrize("layers", ["[]", "[2, 1]", "[1, 1]", "0", "[-1]"])
 def test_layers_that_make_no_sense(tmp_path: Path, layers: str):
     with pytest.raises(RecipeError, match="layers"):

@@ -20,6 +20,7 @@ from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.training.ablation.report import BASE
 from d2llm.training.objective import batch_losses
 from tiny_distill import Place, score_batch
+from tiny_models import write_tiny_model
 
 # Variants that change nothing in a shipped recipe.
 UNCHANGED = {
@@ -60,13 +61,14 @@ UNCHANGED = {
     },
 }
 RECIPES = sorted(UNCHANGED)
-Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, EvidenceConfig, tuple[int, ...]]
+Built = tuple[dict[str, tuple[int, ...]], str, set[str], TrainingConfig, EvidenceConfig, tuple[int, ...], int]
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]:
     """Builds a recipe's student on a tiny backbone and returns its shapes, pooling, losses and training settings."""
     tiny_run = Place(tmp_path_factory.mktemp("variants"))
+    model = write_tiny_model(tmp_path_factory.mktemp("six") / "model", "modernbert", num_hidden_layers=6)
     identity = identify_local_teacher(tiny_run.teacher)
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts["asymmetric"]}
     store = LabelStore(tiny_run.labels, **key, dataset=tiny_run.source.dataset.name)
@@ -80,7 +82,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
     def build(recipe: Recipe) -> Built:
         config = recipe.student.model_copy(
             update={
-                "backbone": recipe.student.backbone.model_copy(update={"model": str(tiny_run.model)}),
+                "backbone": recipe.student.backbone.model_copy(update={"model": str(model)}),
                 "pooling": recipe.student.pooling.model_copy(update={"num_heads": 4}),
             }
         )
@@ -102,6 +104,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
             recipe.training,
             recipe.evidence,
             recipe.losses.nested_dims,
+            student.backbone.model.config.num_hidden_layers,
         )
 
     return build

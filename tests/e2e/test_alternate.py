@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError, RecipeError
-from d2llm.core.recipe import NO_IMITATION, LoraConfig, LossWeights, Recipe, TeacherTuningConfig
+from d2llm.core.recipe import NO_IMITATION, LoraConfig, LossWeights, PretrainingConfig, Recipe, TeacherTuningConfig
 from d2llm.data.training import TrainingSource, labelled_pairs
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import load_judge
@@ -137,5 +137,8 @@ def test_a_recipe_that_cannot_alternate_is_refused(recipe: Recipe, tmp_path: Pat
     nested = recipe.model_copy(update={"losses": recipe.losses.model_copy(update={"nested_dims": (4,)})})
     with pytest.raises(InputError, match="nested_dims is trained on judgements"):
         recipe_of_round(nested, 1, "before")
+    first = recipe.training.model_copy(update={"pretraining": PretrainingConfig(objective="simcse")})
+    with pytest.raises(InputError, match="pretraining prepares the backbone of a new student"):
+        recipe_of_round(recipe.model_copy(update={"training": first}), 1, "start")
     with pytest.raises(InputError, match="dual_head has a head for judgements"):
         recipe_of_round(two_heads, 1, "start")

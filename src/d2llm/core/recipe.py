@@ -626,6 +626,71 @@ class TokensConfig(WarmUpConfig):
     """Hard negatives are drawn from so many of the nearest passages."""
 
 
+class PretrainingConfig(WarmUpConfig):
+    """The stage before distillation: trains the backbone on texts without labels (``training.pretrain``).
+
+    The texts are passages and train queries of the recipe's data sets. docs/recipes.md has what each objective brought.
+    """
+
+    objective: Literal["simcse", "mirror", "relations", "hidden_states", "vectors"] | None = None
+    """None: no such stage. Otherwise what the backbone learns: to recognise a text that it reads twice with different
+    dropout (``simcse``), and of which a span is masked the second time (``mirror``); or to imitate another backbone's
+    attention (``relations``), states of tokens (``hidden_states``) or vectors of texts (``vectors``)."""
+    teacher: str | None = None
+    """The backbone to imitate, named as ``backbone.model``, with the same tokenizer. By default the student's own model
+    with all its layers, for a student whose ``backbone.layers`` names some of them."""
+    max_passages: int = Field(default=5_000, ge=1)
+    """Passages of each data set, and at most as many of its train queries, drawn at random."""
+    max_tokens: int = Field(default=64, ge=4)
+    """Longer texts are cut to so many tokens."""
+    epochs: int = Field(default=1, ge=1)
+    batch_texts: int = Field(default=32, ge=2)
+    learning_rate: float | None = Field(default=None, gt=0)
+    """By default 1e-4 for all weights (``backbone.tuning = "full"``), and 1e-3 for adapters."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout in all layers of the backbone that have one, also where only adapters are trained. By default 0.1 for
+    ``simcse`` and ``mirror``, and none while another backbone is imitated."""
+    temperature: float = Field(default=0.05, gt=0)
+    """For ``simcse`` and ``mirror``."""
+    masked_tokens: int = Field(default=3, ge=1)
+    """For ``mirror``: how many neighbouring tokens are masked."""
+    relation_heads: int = Field(default=48, ge=1)
+    """For ``relations``: into how many parts queries, keys and values are split, in both backbones."""
+    teacher_layer: int | None = Field(default=None, ge=0)
+    """For ``relations``: the layer of the teacher, counted from 0, that the student's last layer imitates. By default
+    the last; an upper middle one is better if the teacher is large."""
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether another backbone is imitated."""
+        return self.objective in ("relations", "hidden_states", "vectors")
+
+    @property
+    def dropout_rate(self) -> float:
+        """``dropout``, or its default for the objective."""
+        return self.dropout if self.dropout is not None else 0.0 if self.is_taught else 0.1
+
+    def rate_for(self, tuning: str) -> float:
+        """``learning_rate``, or its default for what is trained."""
+        return self.learning_rate or (1e-4 if tuning == "full" else 1e-3)
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> PretrainingConfig:
+        if self.objective == "simcse" and self.dropout == 0:
+            raise ValueError(
+                "dropout is 0, but the objective simcse compares two readings of a text that differ by nothing else: "
+                "set it to 0.1"
+            )
+        if self.teacher is not None and not self.is_taught:
+            raise ValueError(
+                f"teacher is set, but the objective {self.objective} imitates none: set objective to vectors, "
+                "hidden_states or relations, or delete teacher"
+            )
+        if self.teacher_layer is not None and self.objective != "relations":
+            raise ValueError(f"teacher_layer is for the objective relations, not {self.objective}; delete it")
+        return self
+
+
 class TrainingConfig(WarmUpConfig):
     """Optimisation settings of ``distill``."""
 
@@ -688,6 +753,7 @@ class TrainingConfig(WarmUpConfig):
     starts. It affects only speed."""
     remine: bool = False
     """At the start of each epoch from the second on, mine the hard negatives again with the student's own ranking."""
+    pretraining: PretrainingConfig = PretrainingConfig()
     residual: ResidualConfig = ResidualConfig()
     tokens: TokensConfig = TokensConfig()
     interpolation: tuple[float, ...] = ()
@@ -699,6 +765,15 @@ class TrainingConfig(WarmUpConfig):
     trackers: Literal["auto"] | tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = "auto"
     """Where to log the run besides ``log.jsonl``; ``auto``: to TensorBoard files in the run folder if `tensorboard` is
     installed."""
+
+    @model_validator(mode="after")
+    def _check_pretraining(self) -> TrainingConfig:
+        if self.pretraining.objective is not None and self.start is not None:
+            raise ValueError(
+                "pretraining prepares the backbone of a new student, but start names a student whose head fits its "
+                "backbone: delete one of them"
+            )
+        return self
 
     @property
     def steps_back(self) -> bool:
@@ -836,6 +911,24 @@ class Recipe(_Section):
                 "training.dual_head has a head that learns the data sets' judgements, but no cross-entropy has a "
                 "weight above 0: set losses.in_batch_cross_entropy (for labelled pairs, pair_cross_entropy), or "
                 "dual_head to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_pretraining(self) -> Recipe:
+        pretraining, backbone = self.training.pretraining, self.student.backbone
+        if pretraining.objective is None:
+            return self
+        if backbone.tuning == "frozen":
+            raise ValueError(
+                "training.pretraining trains the backbone, but student.backbone.tuning is frozen: set it to lora or "
+                "full, or delete pretraining.objective"
+            )
+        if pretraining.is_taught and pretraining.teacher is None and backbone.layers is None:
+            raise ValueError(
+                f"training.pretraining.objective is {pretraining.objective}, but there is no backbone to imitate: name "
+                "one as pretraining.teacher, or let student.backbone.layers leave out layers of the model, which then "
+                "teaches with all of them"
             )
         return self
 

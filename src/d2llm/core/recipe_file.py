@@ -87,6 +87,8 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         del values["training"]["live_teacher"]
     if not recipe.training.dual_head:
         del values["training"]["dual_head"]
+    if recipe.training.pretraining.objective is None:
+        del values["training"]["pretraining"]
     if recipe.training.remine:
         values["mining"] = recipe.mining.model_dump(mode="json")
     if recipe.evidence.in_training:

@@ -57,6 +57,7 @@ def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 
 _COSINE = {"interaction": {"head": "cosine"}}
+_FOUR_LAYERS = {"backbone": {"layers": (0, 1, 4, 5)}}
 _NO_PMA = {"pooling": {"method": "backbone"}}
 _NO_EVIDENCE = {
     "words": False,
@@ -82,6 +83,11 @@ def _student(**sections: Mapping[str, Any]) -> dict[str, Any]:
 
 def _own_pooling(name: str) -> dict[str, Any]:
     return {"pooling": name, "diagonal_head": None}
+
+
+def _pretrained(objective: str, **student: Mapping[str, Any]) -> dict[str, Any]:
+    pretraining = {"objective": objective, "teacher": None, "teacher_layer": None, "dropout": None}
+    return {"training": {"pretraining": pretraining, "start": None}} | (_student(**student) if student else {})
 
 
 def _without(*losses: str) -> dict[str, Any]:
@@ -150,6 +156,21 @@ _OWN: _Group = {
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",
         _student(interaction={"head": "anchored"})
         | {"losses": NO_IMITATION | {"list_imitation": 0.5} | _NOT_NESTED, "training": {"dual_head": True}},
+    ),
+    "simcse": ("the backbone first told texts apart by dropout (SimCSE)", _pretrained("simcse")),
+    "mirror": ("the same, with a span of one side masked (Mirror-BERT)", _pretrained("mirror")),
+    "four-layers": ("layers 0, 1, 4 and 5 of the backbone alone", _student(**_FOUR_LAYERS)),
+    "four-layers-vectors": (
+        "the same, first taught vectors by all layers (Well-Read Students)",
+        _pretrained("vectors", **_FOUR_LAYERS),
+    ),
+    "four-layers-hidden-states": (
+        "the same, first taught states of tokens by all layers",
+        _pretrained("hidden_states", **_FOUR_LAYERS),
+    ),
+    "four-layers-relations": (
+        "the same, first taught attention by all layers (MiniLMv2)",
+        _pretrained("relations", **_FOUR_LAYERS),
     ),
     "whitening": (
         "the backbone's pooling whitened on passages before training",

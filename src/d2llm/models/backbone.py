@@ -25,6 +25,7 @@ from d2llm.models.length_limit import check_limits
 from d2llm.models.lora import (
     adapter_state,
     attach_lora,
+    has_adapters,
     join_adapters,
     load_adapter_state,
     merge_adapter,
@@ -191,14 +192,14 @@ class Backbone(nn.Module):
         return fingerprint_model(self.location)
 
     def prepare_training(self, *, seed: int = 0) -> None:
-        """Make trainable what ``config.tuning`` says: adapters, everything, or nothing.
+        """Make trainable what ``config.tuning`` says: adapters, everything, or nothing. Adapters that are there stay.
 
         Raises:
             InputError: the backbone was loaded with ``lean_tokenizer``.
         """
         if self.is_lean:
             raise InputError("this student was loaded only to encode texts; load it with lean=False to train it")
-        if self.config.tuning == "lora":
+        if self.config.tuning == "lora" and not has_adapters(self.model):
             attach_lora(self.model, self.config.lora, seed=seed)
         elif self.config.tuning == "full":
             self.model.requires_grad_(True)

@@ -25,7 +25,7 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
         MissingExtraError: ``peft`` is not installed.
         ModelError: the model already has an adapter, or no linear layer to adapt.
     """
-    if _adapted_layers(model):
+    if has_adapters(model):
         raise ModelError("the model already has an adapter; load it again to start with a new one")
     # d2llm's forward passes do not use a BERT's pooler.
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "pooler" not in name]
@@ -49,6 +49,11 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether adapters are attached to ``model``."""
+    return bool(_adapted_layers(model))
 
 
 def train_adapters_only(model: nn.Module, mode: bool) -> None:

@@ -27,12 +27,14 @@ from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
 from d2llm.models.token_vectors import TokenProjection, read_token_projection
+from d2llm.training.checkpoints import remarks
 from d2llm.training.dev_sets import DevSet, make_dev_set
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.fit_tokens import fit_tokens
 from d2llm.training.live_teacher import LiveTeacher
 from d2llm.training.objective import OFFSET
+from d2llm.training.pretrain import pretrain_backbone, unlabelled_texts
 from d2llm.training.processes import Processes, joined_processes, own_device
 from d2llm.training.residual import AskTeacher
 from d2llm.training.training_loop import DistillRun
@@ -85,11 +87,11 @@ def distill(
 ) -> DistillReport:
     """Train a student on a teacher's labels and write it to ``folder``; an interrupted run continues where it stopped.
 
-    The student starts as its backbone's own cosine (in the default configuration), or as ``training.start``. It is
-    evaluated on dev before the first step and then regularly. The best state is kept, with the weight r of the
-    interaction that has the best dev result for each task, which may be 0. The student is therefore never worse on dev
-    than the start. At the end, its scores are calibrated as probabilities, on the same number of dev queries
-    (``training.fit_probabilities``).
+    The student starts as its backbone's own cosine (in the default configuration), after ``training.pretraining`` if
+    the recipe has it, or as ``training.start``. It is evaluated on dev before the first step and then regularly. The
+    best state is kept, with the weight r of the interaction that has the best dev result for each task, which may be 0.
+    The student is therefore never worse on dev than the start. At the end, its scores are calibrated as probabilities,
+    on the same number of dev queries (``training.fit_probabilities``).
 
     If every imitation loss has weight 0, neither teacher nor labels are needed: the student is trained on the data
     sets' own judgements, as a tuned cosine with an interaction.
@@ -138,6 +140,7 @@ def distill(
         start_tokens = student.token_projection
         _check_nested_dims(recipe, student, sources)
         if recipe.training.start is None:
+            _pretrain(student, sources, recipe, run_folder, processes)
             _fit_pooling(student, sources, recipe, processes)
         if recipe.evidence.in_training:
             evidence, start_tokens = _evidence_at_start(student, sources, recipe, run_folder, processes)
@@ -211,6 +214,35 @@ def _nested_dims(run: DistillRun) -> list[int]:
         _log.warning("no trained state was better on dev than the start, so the vectors cannot be cut to %s", dims)
         return []
     return [*dims]
+
+
+def _pretrain(
+    student: Student, sources: Sequence[TrainingSource], recipe: Recipe, run_folder: Path, processes: Processes
+) -> None:
+    """Train the backbone on texts without labels, if the recipe says so; the result is kept in the run's folder."""
+    config = recipe.training.pretraining
+    if config.objective is None:
+        return
+    passages, queries = unlabelled_texts(sources, config.max_passages, seed=recipe.seed)
+    for is_turn in (processes.is_first, not processes.is_first):  # the others take up what the first one has trained
+        if is_turn:
+            report = pretrain_backbone(
+                student,
+                passages,
+                run_folder / "pretraining",
+                config,
+                queries=queries,
+                seed=recipe.seed,
+                checkpoint_minutes=recipe.training.checkpoint_minutes,
+            )
+            remarks.info(
+                "distill: pretrained by %s on %d texts, loss %.3f at the start and %.3f at the end",
+                config.objective,
+                report.texts,
+                report.first_loss,
+                report.last_loss,
+            )
+        processes.from_first(None)
 
 
 def _fit_pooling(student: Student, sources: Sequence[TrainingSource], recipe: Recipe, processes: Processes) -> None:

@@ -1,0 +1,105 @@
+"""What training on texts without labels does to a backbone, before any distillation.
+
+    python benchmarks/pretraining.py --json benchmarks/results/pretraining.json    all rows, some 40 minutes of a core
+    python benchmarks/pretraining.py --rows cut+vectors full+simcse                some of them
+
+nDCG@10 of the plain cosine on dev queries, as in benchmarks/untrained.py, after ``training.pretrain``: minilm without
+two of its six layers, taught by all six, and minilm with all layers, taught by itself. The texts are passages of
+squad-sent that no query of dev or test is about and that are not ranked here, and train queries of squad-sent and
+banking77. Rows that are in the JSON file already are kept.
+
+Licences: squad-sent CC BY-SA 4.0, banking77 CC BY 4.0; nothing that was trained on them here is shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from scaling.data_sets import DATA, require
+from untrained import SETS, ndcg, sample
+
+from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, PretrainingConfig, StudentConfig
+from d2llm.data.beir import Dataset, read_beir
+from d2llm.models.student import Student
+from d2llm.training.pretrain import pretrain_backbone
+
+LAYERS = {"full": None, "cut": (0, 1, 4, 5)}
+ROWS = (
+    *("full", "full+simcse", "full+mirror"),
+    *("cut", "cut+vectors", "cut+relations", "cut+hidden_states", "cut+simcse"),
+)
+
+
+def texts_of(data: dict[str, Dataset], ranked: set[str], number: int) -> tuple[list[str], list[str]]:
+    """Passages and train queries, ``number`` of each kind and data set."""
+    squad = data["squad-sent"]
+    held_out = squad.relevant_passages(["dev", "test"]) | ranked
+    passages = [passage.full_text for key, passage in squad.passages.items() if key not in held_out]
+    queries = [[each.queries[key].text for key in each.qrels["train"]] for each in data.values()]
+    rng = random.Random(0)
+    return rng.sample(passages, number), [text for each in queries for text in rng.sample(each, number)]
+
+
+def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]], arguments: Any) -> dict[str, Any]:
+    layers, _, objective = name.partition("+")
+    config = StudentConfig(
+        backbone=BackboneConfig(model="minilm", tuning="full", layers=LAYERS[layers]),
+        pooling=PoolingConfig(method="backbone"),
+        interaction=InteractionConfig(head="cosine"),
+    )
+    student = Student.create(config, device="cpu", dtype="float32", seed=0)
+    row: dict[str, Any] = {"row": name, "kept": LAYERS[layers], "objective": objective or None}
+    if objective:
+        pretraining = PretrainingConfig.model_validate(
+            {"objective": objective, "epochs": arguments.epochs, "learning_rate": arguments.rate}
+        )
+        started = time.process_time()
+        with TemporaryDirectory() as folder:
+            passages, queries = texts
+            report = pretrain_backbone(student, passages, Path(folder), pretraining, queries=queries)
+        row |= {"steps": report.steps, "texts": report.texts, "rate": arguments.rate}
+        row |= {"loss": [round(report.first_loss, 4), round(report.last_loss, 4)]}
+        row["processor_seconds"] = round(time.process_time() - started)
+    for set_name, (queries, passages, qrels) in samples.items():
+        passage_vectors = student.encode_passages([*passages.values()]).vectors
+        query_vectors = student.encode_queries([*queries.values()]).vectors
+        row[set_name] = round(ndcg([*passages], passage_vectors, [*queries], query_vectors, qrels), 4)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--texts", type=int, default=1_500, help="passages and queries of each data set")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--passages", type=int, default=1_000)
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    arguments = parser.parse_args()
+    require(*(DATA / name for name in SETS))
+    data = {name: read_beir(DATA / name) for name in SETS}
+    samples = {name: sample(each, arguments.queries, arguments.passages) for name, each in data.items()}
+    texts = texts_of(data, {*samples["squad-sent"][1]}, arguments.texts)
+    settings = {name: getattr(arguments, name) for name in ("texts", "epochs", "queries", "passages")}
+    for name in arguments.rows:
+        row = row_of(name, samples, texts, arguments)
+        print(json.dumps(row), flush=True)
+        if arguments.json is not None:
+            rows: list[dict[str, Any]] = []
+            if arguments.json.is_file():
+                rows = json.loads(arguments.json.read_text(encoding="utf-8"))["rows"]
+            kept = {(ROWS.index(each["row"]), each.get("rate", 0.0)): each for each in (*rows, row)}
+            ordered = [kept[place] for place in sorted(kept)]
+            text = json.dumps({"settings": settings, "rows": ordered}, indent=1) + "\n"
+            arguments.json.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,502 @@
+"""The stage before distillation: trains a student's backbone on texts without labels (``[training.pretraining]``).
+
+Two objectives need no other model: the backbone learns to recognise a text that it reads twice with different dropout
+(``simcse``), also with a span of tokens masked (``mirror``). Three imitate another backbone, which reads the same
+tokens: its attention (``relations``), its states of tokens (``hidden_states``) or its vectors of texts (``vectors``).
+They repair, for instance, a backbone from which layers were left out (``backbone.layers``).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.recipe import BackboneConfig, PretrainingConfig
+from d2llm.data.training import TrainingSource
+from d2llm.models.backbone import Backbone, layers_of
+from d2llm.models.device import tokens_at_a_time
+from d2llm.models.student import Student
+from d2llm.ops.batching import even_batches, token_budget_batches
+from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.training.checkpoints import (
+    RunLog,
+    StopSignals,
+    adamw,
+    learning_rate_factor,
+    load_checkpoint,
+    optimizer_step,
+    remarks,
+    require_finite,
+    restore,
+    save_checkpoint,
+    trainable,
+    warmup_steps,
+)
+
+_PROJECTION_RATE = 1e-3  # a new linear map needs a higher rate than weights that were trained before
+_COMPARED_TEXTS = 100
+_WEIGHT_DECAY = 0.01
+_NO_ATTENTION = -1e4  # of padding: its exponential is 0, and unlike -inf it leaves no NaN in gradients
+_ATTENTION_PARTS = (
+    ("query", "q_proj", "q_lin", "q"),
+    ("key", "k_proj", "k_lin", "k"),
+    ("value", "v_proj", "v_lin", "v"),
+)
+"""What models call the linear layers that make queries, keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainingReport:
+    """The result of a pretraining.
+
+    Attributes:
+        texts: number of different texts.
+        steps: number of steps.
+        first_loss: mean loss of the first tenth of the steps.
+        last_loss: the same of the last tenth.
+        seconds: since the start, or since the last resumption.
+    """
+
+    texts: int
+    steps: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+
+
+def pretrain_backbone(
+    student: Student,
+    passages: Sequence[str],
+    folder: Path,
+    config: PretrainingConfig,
+    *,
+    queries: Sequence[str] = (),
+    seed: int = 0,
+    checkpoint_minutes: float = 5.0,
+) -> PretrainingReport:
+    """Train the backbone of a new student on texts without labels, in place; an interrupted run continues.
+
+    Afterwards the student can be trained further (``distill`` does so), used or saved. What is trained is what
+    ``backbone.tuning`` says: adapters or all weights. A second call with the same folder takes up the finished result.
+
+    Args:
+        student: the student; its pooling and its head stay as they are.
+        passages: texts to read as passages.
+        folder: where the checkpoint and the log are kept.
+        config: objective and schedule.
+        queries: texts to read as queries.
+        seed: seed of the order of the texts, of dropout and masks, and of new weights.
+        checkpoint_minutes: maximum time between checkpoints.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
+        InputError: there is no objective or too few texts, the backbone is frozen, has no dropout or no mask token, the
+            teacher is missing or has another tokenizer, or the checkpoint is from another run.
+        ModelError: the attention of one of the two backbones cannot be read.
+        TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
+    """
+    started = time.monotonic()
+    run = _Pretraining(student, passages, queries, folder, config, seed)
+    run.train(checkpoint_minutes)
+    tenth = max(1, len(run.losses) // 10)
+    first, last = (sum(losses) / len(losses) for losses in (run.losses[:tenth], run.losses[-tenth:]))
+    return PretrainingReport(len(run.texts), len(run.losses), first, last, time.monotonic() - started)
+
+
+def unlabelled_texts(
+    sources: Sequence[TrainingSource], max_passages: int, *, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Passages and train queries of data sets: of each at most ``max_passages`` passages and as many queries.
+
+    Passages that other splits judge are left out, unless training has them as positives too.
+    """
+    passages: list[str] = []
+    queries: list[str] = []
+    for source in sources:
+        rng = random.Random(f"{seed}:{source.dataset.name}")
+        others = [judged for split, judged in source.dataset.qrels.items() if split != "train"]
+        held_out = {passage_id for judged in others for grades in judged.values() for passage_id in grades}
+        held_out -= {passage_id for entry in source.plan.entries for passage_id in entry.positives}
+        passage_ids = sorted(source.dataset.passages.keys() - held_out)
+        query_ids = sorted(entry.query_id for entry in source.plan.entries)
+        passages += map(source.passage_text, rng.sample(passage_ids, min(max_passages, len(passage_ids))))
+        queries += map(source.query_text, rng.sample(query_ids, min(max_passages, len(query_ids))))
+    return passages, queries
+
+
+def contrastive_loss(
+    first: Float[Tensor, "texts dim"], second: Float[Tensor, "texts dim"], *, temperature: float
+) -> Float[Tensor, ""]:
+    """Each text is to be recognised among all texts of the batch, from two of its vectors.
+
+    L = -1/N sum_i log( exp(cos(a_i, b_i) / t) / sum_j exp(cos(a_i, b_j) / t) )
+
+    Gao et al., "SimCSE", EMNLP 2021 (arXiv 2104.08821), section 3. Liu et al., "Mirror-BERT", EMNLP 2021 (arXiv
+    2104.08027), section 2, also compares the other way round, and the texts of one side with each other.
+    """
+    cosines = functional.normalize(first, dim=1) @ functional.normalize(second, dim=1).T
+    same = torch.eye(len(first), dtype=torch.bool, device=first.device)
+    return in_batch_cross_entropy(cosines, same, torch.ones_like(same), temperature=temperature)
+
+
+def mask_span(ids: Sequence[int], length: int, mask_id: int, rng: random.Random) -> list[int]:
+    """Token ids with ``length`` neighbouring tokens, but neither the first nor the last one, replaced by one mask.
+
+    A text keeps at least one of its tokens. Mirror-BERT (arXiv 2104.08027), section 2, masks characters instead.
+    """
+    length = min(length, len(ids) - 3)
+    if length < 1:
+        return list(ids)
+    start = rng.randint(1, len(ids) - 1 - length)
+    return [*ids[:start], mask_id, *ids[start + length :]]
+
+
+def relation_divergence(
+    student: Float[Tensor, "texts tokens student_dim"],
+    teacher: Float[Tensor, "texts tokens teacher_dim"],
+    mask: Bool[Tensor, "texts tokens"],
+    *,
+    heads: int,
+) -> Float[Tensor, " texts"]:
+    """How far the relations of a text's tokens differ from the teacher's: the mean KL divergence over heads and tokens.
+
+    Each relation is softmax(V_h V_h^T / sqrt(d_h)) over the text's tokens, where V_h is the part of the queries (or
+    keys, or values) that belongs to the relation head h, of width d_h. Wang et al., "MiniLMv2", ACL Findings 2021
+    (arXiv 2012.15828), section 3.
+    """
+
+    def log_relations(vectors: Tensor) -> Tensor:  # [texts, heads, tokens, tokens]
+        parts = vectors.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+        scores = parts @ parts.transpose(2, 3) / parts.shape[-1] ** 0.5
+        return scores.masked_fill(~mask[:, None, None], _NO_ATTENTION).log_softmax(dim=-1)
+
+    target, predicted = log_relations(teacher), log_relations(student)
+    by_token = (target.exp() * (target - predicted)).sum(dim=-1).mean(dim=1)
+    return (by_token * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def state_distance(
+    student: Float[Tensor, "texts tokens dim"],
+    teacher: Float[Tensor, "texts tokens dim"],
+    mask: Bool[Tensor, "texts tokens"],
+) -> Float[Tensor, " texts"]:
+    """Mean squared difference of the tokens' states; the student's were projected to the teacher's width.
+
+    Jiao et al., "TinyBERT", EMNLP Findings 2020 (arXiv 1909.10351), the loss of hidden states, here of the last
+    layer; also used in "ERNIE-Tiny" (Su et al. 2021, arXiv 2106.02241).
+    """
+    by_token = (student.float() - teacher.float()).square().mean(dim=2)
+    return (by_token * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def vector_distance(
+    student: Float[Tensor, "texts dim"], teacher: Float[Tensor, "texts dim"]
+) -> Float[Tensor, " texts"]:
+    """1 minus the cosine of the student's and the teacher's vector.
+
+    Distillation on texts without labels before that on labels: Turc et al., "Well-Read Students Learn Better", 2019
+    (arXiv 1908.08962), whose teacher gives classes; here it gives vectors.
+    """
+    return 1 - torch.cosine_similarity(student.float(), teacher.float(), dim=1)
+
+
+class _Pretraining:
+    """The training loop of one pretraining, and the state that a checkpoint restores."""
+
+    def __init__(
+        self,
+        student: Student,
+        passages: Sequence[str],
+        queries: Sequence[str],
+        folder: Path,
+        config: PretrainingConfig,
+        seed: int,
+    ) -> None:
+        """Begin a run, or resume the one whose checkpoint is in ``folder``."""
+        self.backbone, self.folder, self.config, self.seed = student.backbone, folder, config, seed
+        _check_backbone(self.backbone, config)
+        # The same text twice would have to be told from itself.
+        tokenized = [
+            *self.backbone.tokenize(passages, "passage", limit=config.max_tokens).ids,
+            *self.backbone.tokenize(queries, "query", limit=config.max_tokens).ids,
+        ]
+        self.texts = [[*ids] for ids in dict.fromkeys(map(tuple, tokenized))]
+        if len(self.texts) < 2:
+            raise InputError(f"{len(self.texts)} different texts are too few to train a backbone on; give thousands")
+        self.teacher = _load_teacher(self.backbone, config, [*passages[:_COMPARED_TEXTS]])
+        self.settings = _settings(student, self.texts, self.teacher, config, seed)
+        student.prepare_training(seed=seed)
+        self.projection = _projection(self.backbone, self.teacher, config, seed)
+        self.attention: list[_Attention] = []
+        if self.teacher is not None and config.objective == "relations":
+            pairs = ((self.backbone, None), (self.teacher, config.teacher_layer))
+            self.attention = [_Attention(model, layer, config.relation_heads) for model, layer in pairs]
+        self.parameters = trainable(self.backbone)
+        added = {} if self.projection is None else {f"projection.{n}": p for n, p in self.projection.named_parameters()}
+        self.optimizer = _optimizer(self.parameters, added, config.rate_for(self.backbone.config.tuning))
+        self.parameters |= added
+        self.losses: list[float] = []
+        self.per_epoch, self.batch_size = even_batches(len(self.texts), config.batch_texts)
+        self.total_steps = config.epochs * self.per_epoch
+        self.warmup_steps = warmup_steps(config, self.total_steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = load_checkpoint(folder, settings=self.settings)
+        if checkpoint is not None:
+            restore(checkpoint, self.parameters, self.optimizer)
+            self.losses = checkpoint.state["losses"]
+            remarks.info("pretraining: continues after step %d of %d", len(self.losses), self.total_steps)
+        self.signals = StopSignals()
+
+    def train(self, checkpoint_minutes: float) -> None:
+        """Train to the end; the last state is saved as a checkpoint, also after Ctrl-C or SIGTERM."""
+        if len(self.losses) == self.total_steps:
+            return
+        dropouts = set_dropout(self.backbone.model, self.config.dropout_rate)
+        hooks = [hook for each in self.attention for hook in each.listen()]
+        self.backbone.model.train()
+        try:
+            with self.signals, progress_bar("pretraining", self.total_steps) as advance:
+                self._train(advance, checkpoint_minutes)
+        except KeyboardInterrupt:
+            if self.signals.is_consistent and self.losses:
+                self._save()
+                remarks.info("pretraining: step %d is saved in %s", len(self.losses), self.folder)
+            raise
+        finally:
+            restore_dropout(dropouts)
+            self.backbone.eval()
+            for hook in hooks:
+                hook.remove()
+
+    def _train(self, advance: Advance, checkpoint_minutes: float) -> None:
+        log = RunLog(self.folder, resume_step=len(self.losses) or -1)
+        advance(len(self.losses))
+        saved_at = time.monotonic()
+        while len(self.losses) < self.total_steps:
+            self._step(log)
+            advance(1, f"loss {self.losses[-1]:.3f}")
+            if time.monotonic() - saved_at > 60 * checkpoint_minutes:
+                self._save()
+                saved_at = time.monotonic()
+        self._save()
+
+    def _step(self, log: RunLog) -> None:
+        step = len(self.losses)
+        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
+        epoch, place = divmod(step, self.per_epoch)
+        order = random.Random(f"{self.seed}:{epoch}").sample(range(len(self.texts)), len(self.texts))
+        batch = [self.texts[n] for n in order[place * self.batch_size : (place + 1) * self.batch_size]]
+        total = 0.0
+        for loss in self._losses(batch, random.Random(f"{self.seed}:mask:{step}")):
+            loss.backward()
+            total += float(loss.detach())
+        require_finite(torch.tensor(total), step, self.folder)
+        factor = learning_rate_factor(step, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+        with self.signals.held():
+            optimizer_step(self.optimizer, self.parameters, factor=factor, max_gradient_norm=1.0)
+            self.losses.append(total)
+            log.write(len(self.losses), loss=total)
+
+    def _losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
+        """The parts of a batch's loss, whose sum it is; the gradient of each part can be computed on its own."""
+        config = self.config
+        if self.teacher is None:
+            other = batch
+            if config.objective == "mirror":
+                mask_id: Any = self.backbone.tokenizer.mask_token_id
+                other = [mask_span(ids, config.masked_tokens, mask_id, rng) for ids in batch]
+            first, second = self._vectors(batch), self._vectors(other)
+            yield contrastive_loss(first, second, temperature=config.temperature)
+            return
+        for part in self._parts(batch):
+            token_ids, mask = self.backbone.pad([batch[index] for index in part])
+            states, mask = self.backbone(token_ids, mask)
+            with torch.no_grad():
+                teacher_states, _ = self.teacher(token_ids, mask)
+            yield self._differences(states, teacher_states, mask).sum() / len(batch)
+
+    def _differences(self, states: Tensor, teacher_states: Tensor, mask: Tensor) -> Tensor:
+        """How far the student is from the teacher, for each text [texts]."""
+        assert self.teacher is not None
+        if self.config.objective == "relations":
+            own, taught = (each.vectors for each in self.attention)
+            values = [
+                relation_divergence(one, other, mask, heads=self.config.relation_heads)
+                for one, other in zip(own, taught, strict=True)
+            ]
+            return torch.stack(values).sum(dim=0)
+        project = self.projection or nn.Identity()
+        if self.config.objective == "hidden_states":
+            return state_distance(project(states.float()), teacher_states, mask)
+        own, taught = self.backbone.pool(states, mask), self.teacher.pool(teacher_states, mask)
+        return vector_distance(project(own), taught)
+
+    def _vectors(self, batch: Sequence[list[int]]) -> Tensor:
+        """Vectors [texts, dim] of the backbone's own pooling."""
+        vectors: list[Tensor] = [torch.empty(0)] * len(batch)
+        for part in self._parts(batch):
+            states, mask = self.backbone(*self.backbone.pad([batch[index] for index in part]))
+            for index, vector in zip(part, self.backbone.pool(states, mask), strict=True):
+                vectors[index] = vector
+        return torch.stack(vectors)
+
+    def _parts(self, batch: Sequence[list[int]]) -> list[list[int]]:
+        """Texts of similar length, to be read in one pass."""
+        most = tokens_at_a_time(self.backbone.device)
+        return token_budget_batches([len(ids) for ids in batch], max_tokens=most, max_items=len(batch))
+
+    def _save(self) -> None:
+        with self.signals.held():
+            state = {"losses": self.losses}
+            save_checkpoint(
+                self.folder, len(self.losses), self.parameters, self.optimizer, state, settings=self.settings
+            )
+
+
+class _Attention:
+    """The queries, keys and values of one layer of a backbone (by default the last), as it last read texts."""
+
+    def __init__(self, backbone: Backbone, layer: int | None, heads: int) -> None:
+        """Find the linear layers that make them, and check that each can be split into ``heads`` parts."""
+        name = backbone.config.model
+        layers = layers_of(backbone.model, name=name)
+        if layer is not None and layer >= len(layers):
+            raise InputError(f"teacher_layer is {layer}, but '{name}' has only layers 0 to {len(layers) - 1}")
+        self._linear: list[nn.Module] = []
+        for names in _ATTENTION_PARTS:
+            modules = layers[-1 if layer is None else layer].named_modules()
+            named = [module for path, module in modules if path.rpartition(".")[2] in names]
+            if len(named) != 1:
+                raise ModelError(
+                    f"'{name}' ({type(backbone.model).__name__}) has no separate layers for queries, keys and values, "
+                    "which the objective relations compares; use hidden_states or vectors"
+                )
+            if (width := int(cast(Any, named[0]).out_features)) % heads:
+                raise InputError(
+                    f"relation_heads is {heads}, but '{name}' has queries, keys or values of width {width}, which is "
+                    "not a multiple of it; set another number"
+                )
+            self._linear += named
+        self.vectors: list[Tensor] = []
+
+    def listen(self) -> list[RemovableHandle]:
+        """Keep them from now on; returns the hooks, for when that is to end."""
+        self.vectors = [torch.empty(0)] * len(self._linear)
+
+        def keep(place: int) -> Callable[[nn.Module, Any, Tensor], None]:
+            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+                self.vectors[place] = output
+
+            return hook
+
+        return [linear.register_forward_hook(keep(place)) for place, linear in enumerate(self._linear)]
+
+
+def set_dropout(model: nn.Module, rate: float) -> list[tuple[Any, str, float]]:
+    """Give all layers that have dropout this rate; returns what ``restore_dropout`` needs."""
+    before: list[tuple[Any, str, float]] = []
+    for module in model.modules():
+        name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
+        value = getattr(module, name, None)
+        if isinstance(value, float | int):  # of decoders; elsewhere a model may have a module of this name
+            before.append((module, name, value))
+            setattr(module, name, rate)
+    return before
+
+
+def restore_dropout(before: Sequence[tuple[Any, str, float]]) -> None:
+    """Undo ``set_dropout``."""
+    for module, name, rate in before:
+        setattr(module, name, rate)
+
+
+def _check_backbone(backbone: Backbone, config: PretrainingConfig) -> None:
+    """Refuse a backbone that cannot learn the objective."""
+    model = backbone.config.model
+    if config.objective is None:
+        raise InputError("there is no objective; name one, such as simcse")
+    if backbone.config.tuning == "frozen":
+        raise InputError(f"the backbone '{model}' is frozen; set tuning to lora or full to pretrain it")
+    if config.objective == "mirror" and backbone.tokenizer.mask_token_id is None:
+        raise InputError(f"'{model}' has no token for masked text, which the objective mirror needs; use simcse")
+    if config.objective == "simcse":
+        dropouts = set_dropout(backbone.model, config.dropout_rate)
+        restore_dropout(dropouts)
+        if not dropouts:
+            raise InputError(f"'{model}' has no layer with dropout, which the objective simcse needs; use another")
+
+
+def _load_teacher(backbone: Backbone, config: PretrainingConfig, texts: Sequence[str]) -> Backbone | None:
+    """The backbone to imitate, if there is one; it must read ``texts`` as the same tokens."""
+    if not config.is_taught:
+        return None
+    own = backbone.config
+    if config.teacher is None and own.layers is None:
+        raise InputError(f"the objective {config.objective} needs a teacher: name a backbone with the same tokenizer")
+    taught_by = own.model_copy(update={"layers": None, "tuning": "frozen"})
+    if config.teacher is not None:
+        taught_by = BackboneConfig(model=config.teacher, tuning="frozen")
+    teacher = Backbone.load(taught_by, device=backbone.device, dtype=backbone.compute_dtype)
+    one, other = (
+        each.tokenize(texts, "passage", prefix="", limit=config.max_tokens).ids for each in (backbone, teacher)
+    )
+    if one != other or backbone.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise InputError(
+            f"pretraining.teacher: '{taught_by.model}' reads other tokens than the student's backbone '{own.model}', "
+            "so their tokens cannot be compared; use a teacher with the same tokenizer"
+        )
+    return teacher
+
+
+def _projection(backbone: Backbone, teacher: Backbone | None, config: PretrainingConfig, seed: int) -> nn.Linear | None:
+    """The linear map from the student's width to the teacher's, trained along and dropped in the end.
+
+    Vectors of the same width are compared as they are, so that the student's become the teacher's.
+    """
+    if teacher is None or config.objective == "relations":
+        return None
+    if config.objective == "vectors" and backbone.dim == teacher.dim:
+        return None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        projection = nn.Linear(backbone.dim, teacher.dim)
+    if backbone.dim == teacher.dim:
+        nn.init.eye_(projection.weight)
+        nn.init.zeros_(projection.bias)
+    return projection.to(backbone.device)
+
+
+def _optimizer(
+    parameters: Mapping[str, nn.Parameter], added: Mapping[str, nn.Parameter], rate: float
+) -> torch.optim.AdamW:
+    """AdamW; vectors and scalars have no weight decay."""
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
+    others = [parameter for parameter in parameters.values() if parameter.ndim <= 1]
+    groups = [(matrices, rate, _WEIGHT_DECAY), (others, rate, 0.0)]
+    return adamw(each for each in (*groups, ([*added.values()], _PROJECTION_RATE, 0.0)) if each[0])
+
+
+def _settings(
+    student: Student, texts: Sequence[list[int]], teacher: Backbone | None, config: PretrainingConfig, seed: int
+) -> dict[str, Any]:
+    """Everything that affects a run, as JSON; a checkpoint with other settings is from another run."""
+    return {
+        "pretraining": config.model_dump(mode="json"),
+        "student": student.fingerprint,
+        "teacher": None if teacher is None else teacher.fingerprint_base(),
+        "texts": fingerprint_json(texts),
+        "seed": seed,
+    }

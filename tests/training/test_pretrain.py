@@ -1,0 +1,328 @@
+"""Pretraining on texts without labels: its losses by hand, what it changes, what it refuses, and how it is resumed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.recipe import NO_IMITATION, LoraConfig, LossWeights, PretrainingConfig, StudentConfig
+from d2llm.data.plan import PlanEntry
+from d2llm.models.backbone import Backbone
+from d2llm.models.student import Student
+from d2llm.training import pretrain
+from d2llm.training.pretrain import (
+    contrastive_loss,
+    mask_span,
+    pretrain_backbone,
+    relation_divergence,
+    set_dropout,
+    state_distance,
+    unlabelled_texts,
+    vector_distance,
+)
+from tiny_data import make_source, tiny_recipe, topics
+from tiny_distill import Place
+from tiny_models import TEXTS, tiny_student_config, write_tiny_model
+
+PASSAGES = [f"{one} {other}" for one in TEXTS for other in TEXTS if one != other]
+TAUGHT = {
+    "relations": {"relation_heads": 4},
+    "hidden_states": {},
+    "vectors": {},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with three layers and with dropout, as BERT has it."""
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "bert", "bert", num_hidden_layers=3)
+
+
+def new_student(model: Path, **backbone: Any) -> Student:
+    return Student.create(tiny_student_config(model, **backbone), device="cpu", dtype="float32")
+
+
+def config(objective: str, **settings: Any) -> PretrainingConfig:
+    return PretrainingConfig.model_validate({"objective": objective, "batch_texts": 8} | settings)
+
+
+# Losses, in numpy --------------------------------------------------------------------------------------------------
+
+
+def softmax(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def test_contrastive_loss_is_the_cross_entropy_of_cosines() -> None:
+    first, second = np.random.default_rng(0).normal(size=(2, 5, 4))
+    one, other = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (first, second))
+    expected = -np.log(softmax(one @ other.T / 0.2).diagonal()).mean()
+    loss = contrastive_loss(torch.tensor(first), torch.tensor(second), temperature=0.2)
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_relation_divergence_text_by_text() -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 5, 6)), rng.normal(size=(2, 5, 12))
+    lengths, heads, expected = (5, 3), 3, []
+    for one, other, length in zip(student, teacher, lengths, strict=True):
+        divergences = []
+        for head in range(heads):
+            parts = (v[:length].reshape(length, heads, -1)[:, head] for v in (one, other))
+            predicted, target = (softmax(p @ p.T / np.sqrt(p.shape[1])) for p in parts)
+            divergences.append((target * np.log(target / predicted)).sum(axis=1).mean())
+        expected.append(np.mean(divergences))
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    values = relation_divergence(torch.tensor(student), torch.tensor(teacher), mask, heads=heads)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5)
+
+
+def test_distances_of_states_and_vectors() -> None:
+    student = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
+    mask = torch.tensor([[True, True, False]])
+    # (0 + 4) / 2 and (9 + 16) / 2, padding left out
+    teacher = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
+    assert state_distance(student, teacher, mask).tolist() == pytest.approx([(2 + 12.5) / 2])
+    values = vector_distance(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [-2.0, 0.0]]))
+    assert values.tolist() == pytest.approx([0.4, 2.0])
+
+
+def test_a_span_is_masked_between_the_first_and_the_last_token() -> None:
+    ids = [1, 10, 11, 12, 13, 2]
+    masked = {tuple(mask_span(ids, 2, 99, random.Random(seed))) for seed in range(50)}
+    assert masked == {(1, 99, 12, 13, 2), (1, 10, 99, 13, 2), (1, 10, 11, 99, 2)}
+    assert mask_span([1, 10, 11, 2], 5, 99, random.Random(0)) in ([1, 99, 11, 2], [1, 10, 99, 2])
+    assert mask_span([1, 10, 2], 5, 99, random.Random(0)) == [1, 10, 2]
+
+
+# Training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", TAUGHT)
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_cut_backbone_comes_nearer_to_the_whole_one(model: Path, objective: str, tuning: str, tmp_path: Path) -> None:
+    student, whole = new_student(model, tuning=tuning, layers=(0, 2)), new_student(model)
+    teacher = whole.encode_passages(TEXTS).vectors
+
+    def distance() -> float:
+        vectors = student.encode_passages(TEXTS).vectors
+        return float(np.mean([1 - a @ b / 32 for a, b in zip(vectors, teacher, strict=True)]))
+
+    before = distance()
+    settings = config(objective, epochs=4, **TAUGHT[objective])
+    report = pretrain_backbone(student, PASSAGES, tmp_path / "run", settings)
+    assert report.texts == len(PASSAGES)
+    assert report.steps == 4 * len(PASSAGES) // 8
+    assert report.last_loss < 0.8 * report.first_loss
+    if objective != "relations":  # attention of the last layer says less about vectors than they themselves
+        assert distance() < 0.8 * before
+    assert not student.backbone.model.training
+
+
+@pytest.mark.parametrize("objective", ["simcse", "mirror"])
+def test_texts_are_recognised_better(model: Path, objective: str, tmp_path: Path) -> None:
+    student = new_student(model, tuning="full")
+    student.backbone.tokenizer.mask_token = "<unk>"
+    report = pretrain_backbone(student, PASSAGES, tmp_path / "run", config(objective, epochs=4, dropout=0.3))
+    assert report.last_loss < 0.9 * report.first_loss
+    rates = {module.p for module in student.backbone.model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.1}  # as before
+
+
+def test_a_wider_teacher_is_projected_to(model: Path, tmp_path: Path) -> None:
+    wide = write_tiny_model(tmp_path / "wide", "bert", hidden_size=64, seed=1)
+    for objective in ("hidden_states", "vectors"):
+        student = new_student(model, tuning="full")
+        settings = config(objective, epochs=6, teacher=str(wide))
+        report = pretrain_backbone(student, PASSAGES, tmp_path / objective, settings)
+        assert report.last_loss < 0.9 * report.first_loss
+        assert not any("projection" in name for name, _ in student.named_parameters())
+
+
+def test_relations_need_no_equal_widths_and_any_layer(model: Path, tmp_path: Path) -> None:
+    wide = write_tiny_model(tmp_path / "wide", "bert", hidden_size=64, num_hidden_layers=3, seed=1)
+    losses: list[float] = []
+    for layer in (None, 2, 0):
+        settings = config("relations", teacher=str(wide), teacher_layer=layer, relation_heads=4)
+        losses.append(
+            pretrain_backbone(new_student(model, tuning="full"), PASSAGES, tmp_path / f"{layer}", settings).first_loss
+        )
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_resumed_equals_uninterrupted_and_a_finished_one_is_taken_up(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config("simcse", epochs=2)
+    student = new_student(model)
+    report = pretrain_backbone(student, PASSAGES, tmp_path / "whole", settings, queries=TEXTS)
+    expected = student.fingerprint
+    genuine, calls = pretrain.optimizer_step, 0
+
+    def interrupted(*arguments: Any, **options: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise ArithmeticError
+        return genuine(*arguments, **options)
+
+    monkeypatch.setattr(pretrain, "optimizer_step", interrupted)
+    options: dict[str, Any] = {"queries": TEXTS, "checkpoint_minutes": 1e-9}
+    with pytest.raises(ArithmeticError):
+        pretrain_backbone(new_student(model), PASSAGES, tmp_path / "run", settings, **options)
+    for steps in (6 + report.steps - 5, 6 + report.steps - 5):  # the second call trains nothing
+        student = new_student(model)
+        assert pretrain_backbone(student, PASSAGES, tmp_path / "run", settings, **options).steps == report.steps
+        assert student.fingerprint == expected
+        assert calls == steps
+    one, other = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").open(encoding="utf-8")]
+    assert steps == list(range(1, report.steps + 1))
+    with pytest.raises(InputError, match=r"other settings: pretraining.batch_texts \(was 8, is 4\)"):
+        pretrain_backbone(new_student(model), PASSAGES, tmp_path / "run", config("simcse", batch_texts=4, epochs=2))
+
+
+def test_ctrl_c_keeps_a_checkpoint(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine, calls = pretrain.require_finite, 0
+
+    def stop(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        genuine(*arguments)
+
+    monkeypatch.setattr(pretrain, "require_finite", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_backbone(new_student(model), PASSAGES, tmp_path / "run", config("simcse"))
+    steps = pretrain_backbone(new_student(model), PASSAGES, tmp_path / "run", config("simcse")).steps
+    assert calls == 4 + steps - 3
+
+
+# What cannot be trained --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "backbone", "problem"),
+    [
+        ({"objective": None}, {}, "there is no objective"),
+        ({"objective": "simcse"}, {"tuning": "frozen"}, "is frozen; set tuning to lora or full"),
+        ({"objective": "mirror"}, {}, "no token for masked text"),
+        ({"objective": "vectors"}, {}, "needs a teacher"),
+        ({"objective": "relations", "relation_heads": 5}, {"layers": 2}, "relation_heads is 5, but .* width 32"),
+        ({"objective": "relations", "relation_heads": 4, "teacher_layer": 3}, {"layers": 2}, "only layers 0 to 2"),
+    ],
+)
+def test_a_student_that_cannot_learn_it_is_refused(
+    model: Path, settings: dict[str, Any], backbone: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        pretrain_backbone(
+            new_student(model, **backbone), PASSAGES, tmp_path, PretrainingConfig.model_validate(settings)
+        )
+
+
+def test_other_tokenizers_fused_attention_and_too_few_texts_are_refused(model: Path, tmp_path: Path) -> None:
+    other = write_tiny_model(tmp_path / "llama", "llama")  # its texts have no last token
+    with pytest.raises(InputError, match=r"llama' reads other tokens than the student's backbone"):
+        pretrain_backbone(new_student(model), PASSAGES, tmp_path, config("vectors", teacher=str(other)))
+    fused = write_tiny_model(tmp_path / "modernbert", "modernbert")
+    with pytest.raises(ModelError, match="no separate layers for queries, keys and values"):
+        pretrain_backbone(
+            new_student(model), PASSAGES, tmp_path, config("relations", teacher=str(fused), relation_heads=4)
+        )
+    with pytest.raises(InputError, match="1 different texts are too few"):
+        pretrain_backbone(new_student(model), TEXTS[:1] * 9, tmp_path, config("simcse"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "modernbert", "t5"])
+def test_dropout_reaches_every_architecture(architecture: str, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / architecture, architecture)
+    backbone = Backbone.load(tiny_student_config(folder, tuning="full").backbone, device="cpu", dtype="float32")
+    backbone.prepare_training()
+    before = set_dropout(backbone.model, 0.5)
+    backbone.model.train()
+    ids = backbone.pad(backbone.tokenize(TEXTS, "passage").ids)
+    assert not torch.equal(backbone(*ids)[0], backbone(*ids)[0])
+    pretrain.restore_dropout(before)
+    assert {rate for _, _, rate in set_dropout(backbone.model, 0.5)} == {rate for _, _, rate in before}
+
+
+# In a distillation -------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_those_of_training() -> None:
+    entries = [PlanEntry("q1", ("p1", "both"), ("p2",), ()), PlanEntry("q2", ("p2",), (), ())]
+    names = ("p1", "p2", "p3", "dev", "both", "wrong", "test")
+    qrels = {
+        "train": {"q1": {"p1": 1, "both": 1}, "q2": {"p2": 1}},
+        "dev": {"d1": {"dev": 1, "both": 1, "wrong": 0}},
+        "test": {"t1": {"test": 1}},
+    }
+    queries = {name: f"query {name}" for name in ("q1", "q2", "d1", "t1")}
+    source = make_source({name: f"passage {name}" for name in names}, queries, entries, qrels=qrels)
+    passages, read = unlabelled_texts([source], 10)
+    assert sorted(passages) == ["passage both", "passage p1", "passage p2", "passage p3"]
+    assert sorted(read) == ["query q1", "query q2"]
+    assert [len(texts) for texts in unlabelled_texts([source, source], 1)] == [2, 2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Place:
+    place = Place(tmp_path_factory.mktemp("place"))
+    place.model, place.source = model, topics(num_passages=48)
+    return place
+
+
+def distilled(place: Place, folder: Path, student: StudentConfig, **pretraining: Any) -> Student:
+    recipe = tiny_recipe(student, losses=LossWeights(**NO_IMITATION), pretraining=pretraining)
+    place.run(folder, recipe=recipe)
+    return Student.load(folder, device="cpu", dtype="float32")
+
+
+def test_a_distilled_student_is_pretrained_first(place: Place, tmp_path: Path) -> None:
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
+    student = tiny_student_config(place.model, layers=(0, 2), lora=lora)
+    plain = distilled(place, tmp_path / "plain", student)
+    taught = distilled(place, tmp_path / "taught", student, objective="vectors", batch_texts=4, epochs=3)
+    assert plain.fingerprint != taught.fingerprint
+    pretrained = load_file(tmp_path / "taught.run" / "pretraining" / "checkpoint.safetensors")
+    adapters = {name: each for name, each in pretrained.items() if name.startswith("parameter/")}
+    assert adapters
+    assert all(min(each.shape) == 4 for each in adapters.values())
+    written = load_file(tmp_path / "taught" / "adapter.safetensors")
+    assert all(min(each.shape) == 4 for each in written.values())  # the distillation trained the same adapters on
+    settings = json.loads((tmp_path / "taught" / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    assert settings["recipe"]["training"]["pretraining"]["objective"] == "vectors"
+    settings = json.loads((tmp_path / "plain" / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    assert "pretraining" not in settings["recipe"]["training"]
+
+
+def test_a_resumed_distillation_does_not_pretrain_again(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tiny_student_config(place.model)
+    pretraining = {"objective": "simcse", "batch_texts": 4}
+    whole = distilled(place, tmp_path / "whole", student, **pretraining)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ArithmeticError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "save", fail)
+        with pytest.raises(ArithmeticError):
+            distilled(place, tmp_path / "resumed", student, **pretraining)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "optimizer_step", fail)
+        resumed = distilled(place, tmp_path / "resumed", student, **pretraining)
+    assert resumed.fingerprint == whole.fingerprint
