@@ -169,7 +169,7 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
     manifest, config = read_student_manifest(folder)
     check_weights(folder)
     merged = (folder / BACKBONE_FOLDER).is_dir()
-    if not merged and Path(config.backbone.model).expanduser().exists():
+    if not merged and config.backbone.remote is None and Path(config.backbone.model).expanduser().exists():
         raise InputError(
             f"{folder}: its backbone is {config.backbone.model} on this machine, which others do not have; save the "
             "student with merge=True, and push that copy"
