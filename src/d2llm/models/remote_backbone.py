@@ -294,8 +294,8 @@ class RemoteBackbone(Backbone):
             text="a text (or all texts of a request together)",
             answer="vectors",
             shorten=(
-                f"lower {self._section}.max_passage_tokens and max_query_tokens, or remote.batch_texts; or count more exactly"
-                " with the model's own remote.tokenizer"
+                f"lower {self._section}.max_passage_tokens and max_query_tokens, or remote.batch_texts; or name the "
+                "model's own tokenizer in remote.tokenizer, which counts exactly"
             ),
         )
 
