@@ -155,7 +155,7 @@ def test_another_model_revision_or_width_has_other_vectors(endpoint: LocalEndpoi
 def test_texts_are_sent_in_requests_of_some(endpoint: LocalEndpoint, caplog: pytest.LogCaptureFixture) -> None:
     done: list[int] = []
     student = student_of(endpoint, remote={"batch_texts": 3, "concurrency": 1})
-    with caplog.at_level(logging.INFO, "d2llm.models.remote_backbone"):
+    with caplog.at_level(logging.INFO, "d2llm.remarks"):
         student.encode_passages(TEXTS, advance=done.append)
     assert inputs(endpoint)[1:] == [TEXTS[:3], TEXTS[3:6], TEXTS[6:]]
     assert sum(done) == len(TEXTS)

@@ -43,7 +43,7 @@ from d2llm.models.sources import find_model, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_log = logging.getLogger(__name__)
+_remarks = logging.getLogger("d2llm.remarks")
 
 _TRIAL = "What do cows drink?"
 _BLANK = 0  # the id of the vector of a text without words, which is 0; SQLite numbers rows from 1
@@ -246,7 +246,8 @@ class RemoteBackbone(Backbone):
             )
         finally:
             usage = self.usage
-            _log.info(
+            _remarks.log(
+                logging.INFO if len(parts) > 1 else logging.DEBUG,
                 "%s: vectors of %d texts in %d requests, %d tokens reported, %d retries",
                 self.endpoint.address,
                 usage.num_texts - before.num_texts,
