@@ -113,8 +113,8 @@ class BackboneConfig(_Section):
                 f'tuning is "{self.tuning}", but the weights of a remote backbone are elsewhere and cannot be trained: '
                 'set tuning = "frozen", or delete the section remote'
             )
-        chosen = [name for name in ("layers", "pooling", "diagonal_head") if name in self.model_fields_set]
-        chosen = [name for name in chosen if getattr(self, name) != type(self).model_fields[name].default]
+        local = ("layers", "pooling", "diagonal_head")
+        chosen = [name for name in local if getattr(self, name) != type(self).model_fields[name].default]
         if chosen:
             raise ValueError(
                 f"{' and '.join(chosen)} cannot be set for a remote backbone, which gives one finished vector for each "
