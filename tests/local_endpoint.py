@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import socket
 import threading
 import time
@@ -11,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import numpy as np
 
 from d2llm.core.recipe import TeacherConfig
 from d2llm.models.teachers.remote import RemoteTeacher
@@ -129,6 +133,27 @@ PLAIN = completion({" yes": -0.5, " no": -1.5, " maybe": -3.0})
 def always(body: object, **reply: Any) -> Callable[[Request, int], Reply]:
     """The same reply to every request."""
     return lambda request, number: Reply(body, **reply)
+
+
+EMBEDDING_DIM = 16
+
+
+def embedding(text: str, dim: int = EMBEDDING_DIM) -> list[float]:
+    """A vector of length 1 that texts with the same words share: the sum of a fixed random vector for each word."""
+    words = re.findall(r"\w+", text.lower()) or [text]
+    seeds = [int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little") for word in words]
+    vector = sum(np.random.default_rng(seed).normal(size=dim) for seed in seeds)
+    return (vector / np.linalg.norm(vector)).tolist()
+
+
+def embeddings(request: Request, number: int) -> Reply:
+    """An answer of ``/v1/embeddings``; a token is a word."""
+    texts = request.body["input"]
+    dim = request.body.get("dimensions", EMBEDDING_DIM)
+    data = [{"object": "embedding", "index": n, "embedding": embedding(text, dim)} for n, text in enumerate(texts)]
+    num_tokens = sum(len(text.split()) for text in texts)
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return Reply({"object": "list", "data": data[::-1], "model": request.body["model"], "usage": usage})
 
 
 def number_in(request: Request) -> int:

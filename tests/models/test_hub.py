@@ -198,6 +198,22 @@ class TestFetch:
         with pytest.raises(ModelError, match="auto_map"):
             find_student(NAME)
 
+    def test_a_student_that_sends_texts_to_an_address_is_neither_fetched_nor_pushed(self, hub, student, tmp_path):
+        """Its manifest could name any address, and any variable of the environment as the key to send there."""
+        student.save(tmp_path / "student")
+        manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
+        remote = {"url": "https://elsewhere/v1", "dimensions": 32, "api_key_env": "HOME"}
+        manifest["config"]["backbone"] |= {"tuning": "frozen", "remote": remote}
+        manifest["config"]["pooling"]["method"] = "backbone"
+        (tmp_path / "student" / "manifest.json").write_text(json.dumps(manifest))
+        (tmp_path / "student" / "adapter.safetensors").unlink()
+        commit_folder(hub, tmp_path / "student")
+        for load in (find_student, Student.load, Student.from_pretrained):
+            with pytest.raises(ModelError, match=r"somebody/tiny.* to https://elsewhere/v1; download it yourself"):
+                load(NAME)
+        with pytest.raises(InputError, match="the Hub is no place for it"):
+            push_student(tmp_path / "student", NAME, token=OWNER_TOKEN)
+
     def test_a_broken_download_is_resumed(self, hub, monkeypatch):
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # bytes written, and so kept, at a time
         folder = find_student("d2llm-minilm-cosine")

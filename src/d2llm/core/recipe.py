@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,6 +22,50 @@ class LoraConfig(_Section):
     dropout: float = Field(default=0.05, ge=0, lt=1)
 
 
+class EndpointConfig(_Section):
+    """An OpenAI-compatible endpoint: its address and key, and how fast and how patiently requests are sent."""
+
+    url: str = Field(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$")
+    """Base address, up to ``/v1``. It must not contain a key."""
+    revision: str = ""
+    """A name of your choice for the weights that the endpoint serves; together with the model's name it identifies
+    what they produce. Change it when the weights change, because an endpoint does not report that."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key."""
+    tokenizer: str | None = None
+    """Folder or Hub name of the model's tokenizer, used to count tokens."""
+    characters_per_token: float = Field(default=3.0, gt=0)
+    """Without a tokenizer, a limit in tokens times this is the limit in characters."""
+    concurrency: int = Field(default=16, ge=1)
+    """Maximum number of concurrent requests."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """Time limit of one request."""
+    patience_minutes: float = Field(default=10.0, ge=0)
+    """How long to retry a request while the endpoint is overloaded or unreachable."""
+
+
+class RemoteBackboneConfig(EndpointConfig):
+    """The endpoint of a remote backbone, which gives vectors of texts (docs/remote-backbone.md)."""
+
+    dimensions: int = Field(ge=1)
+    """Width of the vectors; an answer of another width is an error."""
+    shorten: bool = False
+    """Send ``dimensions`` with every request, so that a model that was trained for it shortens its vectors."""
+    batch_texts: int = Field(default=32, ge=1)
+    """Texts in one request."""
+    query_body: dict[str, Any] = {}
+    """More fields for requests with queries, such as ``{ input_type = "query" }``."""
+    passage_body: dict[str, Any] = {}
+    """The same for requests with passages."""
+
+
+_REACHING = frozenset(
+    {"url", "api_key_env", "batch_texts", "concurrency", "requests_per_minute", "timeout_seconds", "patience_minutes"}
+)
+"""Settings of a remote backbone that say how its endpoint is reached; vectors do not depend on them."""
+
+
 _MODEL_CARD_DEFAULTS: dict[str, dict[str, Any]] = {
     "e5": {
         "query_prefix": "query: ",
@@ -38,8 +83,10 @@ class BackboneConfig(_Section):
     """
 
     model: str = "minilm"
-    """Local folder, Hub name, GGUF file, or ``minilm`` / ``smollm2`` / ``e5`` (multilingual-e5-small)."""
+    """Local folder, Hub name, GGUF file, or ``minilm`` / ``smollm2`` / ``e5`` (multilingual-e5-small); with the section
+    ``remote``, the model's name at the endpoint."""
     tuning: Literal["lora", "full", "frozen"] = "lora"
+    """With ``remote``, always ``frozen``."""
     lora: LoraConfig = LoraConfig()
     layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Use only this many of the model's first layers, or the layers of these numbers, counted from 0
@@ -54,6 +101,26 @@ class BackboneConfig(_Section):
     max_passage_tokens: int = Field(default=250, ge=4)
     query_prefix: str = ""
     passage_prefix: str = ""
+    remote: RemoteBackboneConfig | None = None
+    """The vectors come from an embedding API."""
+
+    @model_validator(mode="after")
+    def _check_remote(self) -> BackboneConfig:
+        if self.remote is None:
+            return self
+        if self.tuning != "frozen":
+            raise ValueError(
+                f'tuning is "{self.tuning}", but the weights of a remote backbone are elsewhere and cannot be trained: '
+                'set tuning = "frozen", or delete the section remote'
+            )
+        local = ("layers", "pooling", "diagonal_head")
+        chosen = [name for name in local if getattr(self, name) != type(self).model_fields[name].default]
+        if chosen:
+            raise ValueError(
+                f"{' and '.join(chosen)} cannot be set for a remote backbone, which gives one finished vector for each "
+                "text: delete it, or the section remote"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_layers(self) -> BackboneConfig:
@@ -78,6 +145,8 @@ class BackboneConfig(_Section):
         if not isinstance(values, dict):
             return values
         settings = cast("dict[str, Any]", values)
+        if settings.get("remote") is not None:
+            return {"tuning": "frozen"} | settings
         model = settings.get("model")
         return _MODEL_CARD_DEFAULTS.get(model, {}) | settings if isinstance(model, str) else settings
 
@@ -144,6 +213,28 @@ class StudentConfig(_Section):
     pooling: PoolingConfig = PoolingConfig()
     interaction: InteractionConfig = InteractionConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pool_remote_vectors(cls, values: Any) -> Any:
+        """By default, the vectors of a remote backbone are used as they are."""
+        if not isinstance(values, dict):
+            return values
+        sections = cast("dict[str, Any]", values)
+        backbone, pooling = sections.get("backbone"), sections.get("pooling", {})
+        remote = backbone.get("remote") if isinstance(backbone, dict) else getattr(backbone, "remote", None)
+        if remote is None or not isinstance(pooling, dict):
+            return sections
+        return {**sections, "pooling": {"method": "backbone"} | pooling}
+
+    @model_validator(mode="after")
+    def _check_remote(self) -> StudentConfig:
+        if self.backbone.remote is not None and self.pooling.method == "pma":
+            raise ValueError(
+                "pooling.method is pma, which pools tokens, but a remote backbone gives one vector for each text: set "
+                'pooling.method = "backbone"'
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_ditto(self) -> StudentConfig:
         if self.backbone.pooling == "ditto" and self.pooling.method == "pma":
@@ -160,10 +251,21 @@ class StudentConfig(_Section):
         and copies of them keep their fingerprints.
         """
         values = self.model_dump(mode="json")
-        for section, name in (("backbone", "diagonal_head"), ("pooling", "whitening")):
+        for section, name in (("backbone", "diagonal_head"), ("backbone", "remote"), ("pooling", "whitening")):
             if not values[section][name]:
                 del values[section][name]
         return values
+
+
+def shaping_student_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a student, as plain JSON, on which its vectors and scores depend.
+
+    Those of a remote backbone's address, key and pace are left out.
+    """
+    backbone = {name: value for name, value in config["backbone"].items() if name != "remote"}
+    if (remote := config["backbone"].get("remote")) is not None:
+        backbone["remote"] = {name: value for name, value in remote.items() if name not in _REACHING}
+    return {**config, "backbone": backbone}
 
 
 def untuned_config(config: StudentConfig) -> StudentConfig:
@@ -175,32 +277,14 @@ def untuned_config(config: StudentConfig) -> StudentConfig:
     )
 
 
-class EndpointConfig(_Section):
-    """An OpenAI-compatible endpoint: its address and key, and how fast and how patiently requests are sent."""
+class CompletionConfig(EndpointConfig):
+    """An endpoint whose model continues a prompt."""
 
-    url: str = Field(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$")
-    """Base address, up to ``/v1``. It must not contain a key."""
     api: Literal["completions", "chat"] = "completions"
     """``completions`` sends the prompt unchanged, ``chat`` as a user message in the model's chat template."""
-    revision: str = ""
-    """A name of your choice for the weights that the endpoint serves; together with the model's name it identifies
-    what they produce. Change it when the weights change, because an endpoint does not report that."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the key."""
-    tokenizer: str | None = None
-    """Folder or Hub name of the model's tokenizer, used to count tokens."""
-    characters_per_token: float = Field(default=3.0, gt=0)
-    """Without a tokenizer, a limit in tokens times this is the limit in characters."""
-    concurrency: int = Field(default=16, ge=1)
-    """Maximum number of concurrent requests."""
-    requests_per_minute: float | None = Field(default=None, gt=0)
-    timeout_seconds: float = Field(default=60.0, gt=0)
-    """Time limit of one request."""
-    patience_minutes: float = Field(default=10.0, ge=0)
-    """How long to retry a request while the endpoint is overloaded or unreachable."""
 
 
-class RemoteConfig(EndpointConfig):
+class RemoteConfig(CompletionConfig):
     """The endpoint of a remote teacher, which gives log-probabilities (docs/remote-teacher.md)."""
 
     top_logprobs: int = Field(default=20, ge=2)
@@ -358,7 +442,7 @@ class TeacherTuningConfig(_Section):
         return teacher.quantization if self.quantization is None else self.quantization
 
 
-class RemoteWriterConfig(EndpointConfig):
+class RemoteWriterConfig(CompletionConfig):
     """The endpoint of a remote writer, and what it costs (docs/writers.md)."""
 
     api: Literal["completions", "chat"] = "chat"
@@ -863,6 +947,15 @@ class Recipe(_Section):
             raise ValueError(
                 f"teacher.quantization is {self.teacher.quantization}, and quantised weights cannot be trained: set "
                 'teacher_tuning.tuning = "lora" or teacher_tuning.quantization = "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_remote_backbone(self) -> Recipe:
+        if self.student.backbone.remote is not None and self.evidence.token_vectors:
+            raise ValueError(
+                "evidence.token_vectors needs the states of tokens, and a remote backbone gives one vector for each "
+                "text: set token_vectors to false (words and window_vectors can be used)"
             )
         return self
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.names import suggestion
-from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig
+from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig, shaping_student_settings
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.toml import parse_toml, read_toml
 
@@ -79,6 +79,7 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         include={"seed", "student", "losses", "training"},
         exclude={"training": _NOT_SHAPING},
     )
+    values["student"] = shaping_student_settings(values["student"])
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
     values["data"] = data
     if recipe.training.start is None:

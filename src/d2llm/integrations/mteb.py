@@ -421,7 +421,7 @@ def model_meta(
     shipped = _SHIPPED.get(folder.name, {}) if folder in shipped_models("students").values() else {}
     known: dict[str, Any] = {**shipped, **overrides}
     parameters = list(student.parameters())
-    embeddings: Any = student.backbone.model.get_input_embeddings()
+    embeddings: Any = student.backbone.model.get_input_embeddings() if student.backbone.reads_tokens else None
     backbone = student.config.backbone
     values: dict[str, Any] = {
         "loader": None,
@@ -430,7 +430,7 @@ def model_meta(
         "release_date": None,
         "languages": None,
         "n_parameters": sum(parameter.numel() for parameter in parameters),
-        "n_embedding_parameters": embeddings.weight.numel(),
+        "n_embedding_parameters": None if embeddings is None else embeddings.weight.numel(),
         "memory_usage_mb": round(sum(p.numel() * p.element_size() for p in parameters) / 2**20, 1),
         "max_tokens": backbone.max_passage_tokens,
         "embed_dim": student.vector_dim,

@@ -76,6 +76,7 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
     Raises:
         InputError: the student's tokenizer gives no character offsets, or was loaded only to encode texts.
     """
+    student.backbone.require_tokens("a weight for each word of a passage")
     if student.backbone.is_lean:
         raise InputError("this student was loaded only to encode texts and score; load it with lean=False")
     if not getattr(student.backbone.tokenizer, "is_fast", False):

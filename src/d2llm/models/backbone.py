@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.files import MANIFEST_NAME as MANIFEST
 from d2llm.core.recipe import BackboneConfig
 from d2llm.core.types import Span, is_text
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
@@ -56,10 +57,14 @@ TOKENIZING = Lock()
 
 @dataclass(frozen=True, slots=True)
 class TokenizedTexts:
-    """Token ids of each text, with special tokens; ``truncated`` has the indices of those over the limit."""
+    """Token ids of each text, with special tokens; ``truncated`` has the indices of those over the limit.
+
+    ``counts`` has the number of tokens of each text, where an id stands for a whole text (``models.remote_backbone``).
+    """
 
     ids: list[list[int]]
     truncated: tuple[int, ...] = ()
+    counts: tuple[int, ...] | None = None
 
     @property
     def num_truncated(self) -> int:
@@ -69,7 +74,7 @@ class TokenizedTexts:
     @property
     def lengths(self) -> list[int]:
         """Number of tokens of each text."""
-        return [len(ids) for ids in self.ids]
+        return [len(ids) for ids in self.ids] if self.counts is None else [*self.counts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +178,30 @@ class Backbone(nn.Module):
     def load(
         cls, config: BackboneConfig, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
     ) -> Backbone:
-        """Load a backbone, by default on the fastest device and in the fastest number format of this machine."""
+        """Load a backbone, by default on the fastest device and in the fastest number format of this machine.
+
+        With the section ``remote`` it is a ``RemoteBackbone``.
+        """
         chosen = choose_device(device)
-        return cls(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
+        return open_backbone(config, device=chosen, compute_dtype=choose_dtype(chosen, dtype))
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether there are states of tokens; a remote backbone has vectors of whole texts only."""
+        return True
+
+    @property
+    def texts_at_once(self) -> int | None:
+        """How many texts to read before progress is reported, if that is not left to the batches."""
+        return None
+
+    def require_tokens(self, purpose: str) -> None:
+        """Raise an ``InputError`` if there are no states of tokens, which ``purpose`` needs."""
+        if not self.reads_tokens:
+            raise InputError(
+                f"{purpose} needs the states of tokens, and '{self.config.model}' is an embedding API, which gives one "
+                "vector for each text; use a student with a local backbone"
+            )
 
     @property
     def dim(self) -> int:
@@ -256,16 +282,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: ``texts`` is a single string, or a text holds a lone surrogate.
         """
-        if isinstance(texts, str):
-            raise InputError("expected a list of texts, got a single text; put it in a list: [text]")
-        if prefix is None:
-            prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
-        if limit is None:
-            limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
-        for text in texts:
-            if not is_text(text):
-                raise InputError(f"{text[:100]!r}: is not valid Unicode text; write it as UTF-8")
-        prefixed = [prefix + text for text in texts]
+        prefixed, limit = self._prepare(texts, kind, prefix, limit)
         if not prefixed:
             return TokenizedTexts([])
         # Only texts over the limit are tokenized twice, so that the tokenizer keeps its closing special token.
@@ -279,6 +296,21 @@ class Backbone(nn.Module):
         # A tokenizer without special tokens returns no token for an empty text, but a model needs at least one.
         fallback = self.tokenizer.eos_token_id or self.tokenizer.pad_token_id or 0
         return TokenizedTexts([row or [cast(int, fallback)] for row in ids], tuple(too_long))
+
+    def _prepare(
+        self, texts: Sequence[str], kind: TextKind, prefix: str | None, limit: int | None
+    ) -> tuple[list[str], int]:
+        """The texts with their prefix, checked, and their limit in tokens (``tokenize``)."""
+        if isinstance(texts, str):
+            raise InputError("expected a list of texts, got a single text; put it in a list: [text]")
+        if prefix is None:
+            prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
+        if limit is None:
+            limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
+        for text in texts:
+            if not is_text(text):
+                raise InputError(f"{text[:100]!r}: is not valid Unicode text; write it as UTF-8")
+        return [prefix + text for text in texts], limit
 
     def token_ends(self, text: str) -> list[int]:
         """Where the tokens of a text end, in characters, without prefix and special tokens (``token_ends``)."""
@@ -317,6 +349,28 @@ class Backbone(nn.Module):
     ) -> Float[Tensor, "batch dim"]:
         """The backbone's own pooling, in float32."""
         return pool(states.float(), mask, self.pooling)
+
+
+def open_backbone(
+    config: BackboneConfig,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    lean_tokenizer: Path | None = None,
+    student: Path | None = None,
+) -> Backbone:
+    """The backbone that a configuration describes; the arguments are those of ``Backbone``.
+
+    ``student`` is the folder of the student that it belongs to, if it was saved.
+    """
+    if config.remote is None:
+        return Backbone(config, device=device, compute_dtype=compute_dtype, lean_tokenizer=lean_tokenizer)
+    from d2llm.models.remote_backbone import RemoteBackbone
+
+    if student is None:
+        return RemoteBackbone(config, device=device, compute_dtype=compute_dtype)
+    section = f"{student / MANIFEST}: config.backbone"
+    return RemoteBackbone(config, device=device, compute_dtype=compute_dtype, tokenizer=student, section=section)
 
 
 def token_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

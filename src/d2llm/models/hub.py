@@ -61,7 +61,7 @@ def find_student(folder_or_name: str | Path) -> Path:
 
     Raises:
         ModelNotFoundError: there is no such student.
-        ModelError: the student on the Hub is damaged, or refers to code.
+        ModelError: the student on the Hub is damaged, or refers to code or to an address.
     """
     folder = Path(folder_or_name)
     if (folder / MANIFEST).is_file():
@@ -91,7 +91,7 @@ def fetch_student(repo_id: str, *, revision: str | None = None, token: str | Non
     Raises:
         ModelNotFoundError: there is no readable student, or the Hub cannot be reached (or ``HF_HUB_OFFLINE`` is set)
             and there is no cached copy.
-        ModelError: the student is damaged, or its backbone refers to code of its own.
+        ModelError: the student is damaged, or its backbone refers to code of its own or to an address.
         DataFormatError: the repository is not a student.
     """
     from huggingface_hub import snapshot_download
@@ -107,6 +107,11 @@ def fetch_student(repo_id: str, *, revision: str | None = None, token: str | Non
         # The cache names the folder after the commit, so both downloads are of the same version.
         folder = Path(snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=[*PATTERNS]))
     _refuse_code(folder)
+    if (remote := read_student_manifest(folder)[1].backbone.remote) is not None:
+        raise ModelError(
+            f"the student '{repo_id}' would send your texts, and the key in an environment variable of its choice, to "
+            f"{remote.url}; download it yourself, check config.backbone.remote in its {MANIFEST}, and give its folder"
+        )
     check_weights(folder)
     return folder
 
@@ -133,8 +138,8 @@ def push_student(
         message: commit message.
 
     Raises:
-        InputError: the folder holds files that do not belong to a student, its backbone is a local folder, or the
-            repository cannot be written.
+        InputError: the folder holds files that do not belong to a student, its backbone is a local folder or an API,
+            or the repository cannot be written.
         ModelError: the folder's weights do not match its manifest.
     """
     from huggingface_hub import CommitOperationDelete, HfApi
@@ -167,6 +172,11 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
     from huggingface_hub import CommitOperationAdd
 
     manifest, config = read_student_manifest(folder)
+    if config.backbone.remote is not None:
+        raise InputError(
+            f"{folder}: its backbone is an API, and nobody should load a student that sends texts to an address "
+            "unseen, so the Hub is no place for it; pass its folder on instead"
+        )
     check_weights(folder)
     merged = (folder / BACKBONE_FOLDER).is_dir()
     if not merged and Path(config.backbone.model).expanduser().exists():

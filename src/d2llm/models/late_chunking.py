@@ -95,6 +95,7 @@ class ChunkReader:
         Raises:
             InputError: the pooling takes the state of a single token, or the tokenizer gives no character offsets.
         """
+        backbone.require_tokens("late chunking")
         if pooling.uses_own and backbone.pooling in ("first", "last"):
             # The first token is the same for every chunk; the last was trained to represent all text before it.
             raise InputError(

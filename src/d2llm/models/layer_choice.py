@@ -35,6 +35,7 @@ def layer_distances(backbone: Backbone, texts: Sequence[str]) -> list[float]:
     """
     if not texts:
         raise InputError("there are no texts to measure the layers on; give some passages")
+    backbone.require_tokens("choosing layers")
     layers = layers_of(backbone.model, name=backbone.config.model)
     states: list[Tensor] = []
 

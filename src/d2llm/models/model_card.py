@@ -99,7 +99,7 @@ def _front_matter(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     paths = [str(source["path"]) for source in _recorded(manifest, "recipe", "data")]
     data = [path.removeprefix(_HUB_DATA).partition(":")[0] for path in paths if path.startswith(_HUB_DATA)]
     fields: dict[str, Any] = {"library_name": "d2llm", "pipeline_tag": "sentence-similarity", "tags": list(_TAGS)}
-    if HUB_ID.fullmatch(base):
+    if HUB_ID.fullmatch(base) and manifest["config"]["backbone"].get("remote") is None:
         fields["base_model"] = base
         if (folder / BACKBONE_FOLDER).is_dir():
             fields["base_model_relation"] = "finetune"
@@ -127,9 +127,10 @@ def _body(folder: Path, manifest: Mapping[str, Any]) -> str:
         f"vectors: {_HEADS.get(head, head)}. Distilled with d2llm by the method of D2LLM (Liao et al., ACL 2024, "
         "[arXiv 2406.17262](https://arxiv.org/abs/2406.17262))."
     )
+    where = "" if backbone.get("remote") is None else ", behind an embedding API that every text is sent to"
     # Only the last part of a folder's path: where it lies on somebody's machine is private.
     facts = (
-        f"- Backbone: {base if HUB_ID.fullmatch(base) else Path(base).name}\n"
+        f"- Backbone: {base if HUB_ID.fullmatch(base) else Path(base).name}{where}\n"
         f"- Reads at most {num_query_tokens} tokens of a query and {backbone['max_passage_tokens']} of a "
         f"passage; longer texts are cut, and counted\n- Fingerprint: `{manifest['fingerprint']}`"
     )

@@ -1,7 +1,8 @@
 """A model behind an OpenAI-compatible endpoint: its requests, and errors that say what to do.
 
-A remote teacher and a remote writer differ only in what they ask for and how they read the answer: ``Endpoint`` sends
-the requests of both, and ``models.remote_retry`` sends them again.
+A remote teacher, a remote writer and a remote backbone differ only in what they ask for and how they read the answer:
+``Endpoint`` sends the requests of all, ``CompletionEndpoint`` those with a prompt, and ``models.remote_retry`` sends
+them again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
-from d2llm.core.recipe import EndpointConfig
+from d2llm.core.recipe import CompletionConfig, EndpointConfig
 from d2llm.models.remote_retry import BusyError, Retries, retry_after
 
 if TYPE_CHECKING:
@@ -42,9 +43,13 @@ class Endpoint(Generic[_Answer]):
         config: address, key and pace.
         read: makes an answer of a successful response's JSON; an answer of another form may raise any ``LookupError``,
             ``TypeError``, ``ValueError`` or ``AttributeError``.
+        path: of the requests, below the address.
         section: the section of the settings that names the model (``teacher``); ``config`` is its ``remote``. Errors
             name both.
-        shorten: what to do if a prompt is too long, for errors.
+        text: what a request sends, for errors ("a prompt").
+        answer: what the endpoint gives, for errors ("a completion").
+        shorten: what to do if a text is too long, for errors.
+        check: what to look at if a request is refused for another reason, for errors; "" if there is nothing special.
         read_refusal: makes an answer of a refusal (its status and text), or raises an error of its own; None: it is a
             refusal like any other.
 
@@ -59,48 +64,61 @@ class Endpoint(Generic[_Answer]):
         config: EndpointConfig,
         read: Callable[[Any], _Answer],
         *,
+        path: str,
         section: str,
+        text: str,
+        answer: str,
         shorten: str,
-        read_refusal: Callable[[int, str], _Answer | None],
+        check: str = "",
+        read_refusal: Callable[[int, str], _Answer | None] = lambda _status, _reason: None,
     ) -> None:
         for package in ("httpx2", "tenacity"):
-            require(package, extra="remote", purpose=f"a remote {section}")
+            require(package, extra="remote", purpose=f"a remote {section.rpartition('.')[2]}")
         self.model = model
         self.config = config
-        path = "chat/completions" if config.api == "chat" else "completions"
         self.address = f"{config.url.rstrip('/')}/{path}"
         self.retries = Retries(self.address, config)
         self._read, self._read_refusal = read, read_refusal
-        self._section, self._shorten = section, shorten
+        self._section, self._text, self._answer = section, text, answer
+        self._shorten, self._check = shorten, check
         self._key = _read_key(config.api_key_env)
         self._answered = False
 
     def send(
         self,
-        prompts: Sequence[str],
-        settings: Sequence[Mapping[str, Any]],
+        bodies: Sequence[Mapping[str, Any]],
         *,
         advance: Callable[[int], None] | None = None,
+        keep: Callable[[int, _Answer], None] | None = None,
     ) -> list[_Answer]:
-        """The answers to prompts, in their order; requests start in this order too.
+        """The answers to requests, in their order; the requests start in this order too.
 
         Args:
-            prompts: one for each request.
-            settings: the other fields of each request's body, such as ``max_tokens``.
+            bodies: the fields of each request's body besides the model's name.
             advance: called with 1 for each answer, from another thread.
+            keep: called with each answer as soon as it is there, and the place of its request, from another thread; so
+                it has the answers that came before an error. An error that it raises ends the call.
 
         Raises:
             ModelNotFoundError: the endpoint has no such model, or the address does not exist.
-            InputError: a prompt is longer than the model can read.
-            ModelError: the endpoint is unreachable, refuses the key, or does not answer with a completion.
+            InputError: a text is longer than the model can read.
+            ModelError: the endpoint is unreachable, refuses the key, or answers in another form.
         """
         from anyio.from_thread import start_blocking_portal
 
-        bodies = [self._body(prompt, own) for prompt, own in zip(prompts, settings, strict=True)]
         answers: list[_Answer | None] = [None] * len(bodies)
+
+        def take(place: int, answer: _Answer) -> None:
+            answers[place] = answer
+            if keep is not None:
+                keep(place, answer)
+            if advance is not None:
+                advance(1)
+
+        named = [{"model": self.model, **body} for body in bodies]
         # A separate event loop in a thread works inside a notebook's loop too, and Ctrl-C cancels running requests.
         with start_blocking_portal() as portal:
-            sent = portal.start_task_soon(self._send_all, enumerate(bodies), answers, advance)
+            sent = portal.start_task_soon(self._send_all, enumerate(named), len(named), take)
             while wait([sent], timeout=1.0).not_done:
                 pass  # without a limit, Python would overlook a Ctrl-C that comes just before the wait
             sent.result()
@@ -109,8 +127,8 @@ class Endpoint(Generic[_Answer]):
     async def _send_all(
         self,
         bodies: Iterator[tuple[int, dict[str, Any]]],
-        answers: list[_Answer | None],
-        advance: Callable[[int], None] | None,
+        number: int,
+        take: Callable[[int, _Answer], None],
     ) -> None:
         import httpx2
 
@@ -120,11 +138,9 @@ class Endpoint(Generic[_Answer]):
 
             async def work() -> None:
                 for index, body in bodies:  # all workers share one iterator, so neighbours are sent together
-                    answers[index] = await self._send(client, body)
-                    if advance is not None:
-                        advance(1)
+                    take(index, await self._send(client, body))
 
-            workers = [asyncio.create_task(work()) for _ in range(min(self.config.concurrency, len(answers)))]
+            workers = [asyncio.create_task(work()) for _ in range(min(self.config.concurrency, number))]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -166,14 +182,9 @@ class Endpoint(Generic[_Answer]):
             return self._read(response.json())
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{self.address} did not answer with a completion: {self._quote(response)}; give the address of an "
+                f"{self.address} did not answer with {self._answer}: {self._quote(response)}; give the address of an "
                 "OpenAI-compatible endpoint, up to /v1"
             ) from error
-
-    def _body(self, prompt: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        if self.config.api == "chat":
-            return {"model": self.model, "messages": [{"role": "user", "content": prompt}], **settings}
-        return {"model": self.model, "prompt": prompt, **settings}
 
     def _error_of(self, response: httpx2.Response) -> Exception:
         """The exception for an unsuccessful response, from its status and text."""
@@ -197,12 +208,12 @@ class Endpoint(Generic[_Answer]):
             )
         if status == 413 or _TOO_LONG.search(reason):
             return InputError(
-                f"{self.address}: a prompt is longer than '{self.model}' can read there ({status}): {reason}; "
+                f"{self.address}: {self._text} is longer than '{self.model}' can read there ({status}): {reason}; "
                 f"{self._shorten}, or start the server with a longer context"
             )
         return ModelError(
-            f"{self.address} refuses the request ({status}): {reason}; check [{self._section}.remote], "
-            'first whether the model is served by api = "completions" or "chat"'
+            f"{self.address} refuses the request ({status}): {reason}; check [{self._section}.remote]"
+            + (f", {self._check}" if self._check else "")
         )
 
     def _quote(self, response: httpx2.Response) -> str:
@@ -212,6 +223,54 @@ class Endpoint(Generic[_Answer]):
             text = text.replace(self._key, "***")
         text = " ".join(text.split())
         return repr(text if len(text) <= _QUOTED else text[:_QUOTED] + " ...")
+
+
+class CompletionEndpoint(Endpoint[_Answer]):
+    """An endpoint that continues prompts; the arguments are those of ``Endpoint``."""
+
+    def __init__(
+        self,
+        model: str,
+        config: CompletionConfig,
+        read: Callable[[Any], _Answer],
+        *,
+        section: str,
+        shorten: str,
+        read_refusal: Callable[[int, str], _Answer | None],
+    ) -> None:
+        self._is_chat = config.api == "chat"
+        super().__init__(
+            model,
+            config,
+            read,
+            path="chat/completions" if self._is_chat else "completions",
+            section=section,
+            text="a prompt",
+            answer="a completion",
+            shorten=shorten,
+            check='first whether the model is served by api = "completions" or "chat"',
+            read_refusal=read_refusal,
+        )
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        settings: Sequence[Mapping[str, Any]],
+        *,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[_Answer]:
+        """The answers to prompts, in their order (``send``).
+
+        Args:
+            prompts: one for each request.
+            settings: the other fields of each request's body, such as ``max_tokens``.
+            advance: called with 1 for each answer, from another thread.
+        """
+        bodies = [{**self._fields(prompt), **own} for prompt, own in zip(prompts, settings, strict=True)]
+        return self.send(bodies, advance=advance)
+
+    def _fields(self, prompt: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": prompt}]} if self._is_chat else {"prompt": prompt}
 
 
 def _read_key(variable: str | None) -> str | None:

@@ -139,6 +139,7 @@ def distill_static(
         InputError: there are no passages, ``dim`` exceeds the backbone's, ``smoothing`` is not positive, or the folder
             exists. Nothing is written then.
     """
+    backbone.require_tokens("a vector for each token of a vocabulary")
     if dim is not None and not 0 < dim <= backbone.dim:
         raise InputError(f"dim is {dim}, but '{backbone.config.model}' has {backbone.dim}; give at most that")
     if smoothing <= 0:

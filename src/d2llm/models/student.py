@@ -26,7 +26,14 @@ from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import PART_KINDS, EngineName, PartKind, Task, WholeText
 from d2llm.models import student_files as files
-from d2llm.models.backbone import Backbone, EncodedTexts, TextKind, TokenizedTexts, search_query_tokens
+from d2llm.models.backbone import (
+    Backbone,
+    EncodedTexts,
+    TextKind,
+    TokenizedTexts,
+    open_backbone,
+    search_query_tokens,
+)
 from d2llm.models.device import choose_device, inference
 from d2llm.models.engines.core_workers import map_on_cores
 from d2llm.models.engines.engines import Engine, choose_engine, choose_products, open_engine
@@ -121,16 +128,17 @@ class Student(VectorScorer):
         folder = find_student(folder_or_name)
         manifest, config = files.read_student_manifest(folder)
         merged = (folder / files.BACKBONE_FOLDER).is_dir()
-        engine = choose_engine(engine, device=device, dtype=dtype)
+        engine = choose_engine(engine, config, device=device, dtype=dtype)
         chosen = choose_device(device if engine == "torch" else "cpu")
         products = choose_products(engine, chosen, dtype)
         source = folder / files.BACKBONE_FOLDER if merged else config.backbone.model
         cut: dict[str, Any] = {"layers": None} if merged else {}  # merged weights are those of the kept layers only
-        backbone = Backbone(
+        backbone = open_backbone(
             config.backbone.model_copy(update={"model": str(source), "pooling": manifest["pooling"]} | cut),
             device=chosen,
             compute_dtype=products if engine == "torch" else torch.float32,  # which the export to a graph requires
             lean_tokenizer=Path(source if merged else folder) if lean and engine == "torch" else None,
+            student=folder,
         )
         if not merged:
             files.require_same_base(folder, manifest, backbone)
@@ -408,6 +416,10 @@ class Student(VectorScorer):
             return self(*self.backbone.pad(ids)).cpu().numpy()
 
     def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:
+        at_once = self.backbone.texts_at_once
+        if at_once is not None and len(texts) > at_once and not isinstance(texts, str):
+            parts = [texts[start : start + at_once] for start in range(0, len(texts), at_once)]
+            return EncodedTexts.join([self._encode(part, kind, advance) for part in parts], self.vector_dim)
         tokenized = self.tokenize(texts, kind)
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
@@ -424,7 +436,8 @@ class Student(VectorScorer):
         """The vectors of tokenized texts; ``read`` gives those of a batch, named by the places of its texts."""
         vectors = np.empty((len(tokenized.ids), self.vector_dim), dtype=np.float32)
         over_batches = map_on_cores if self.backbone.device.type == "cpu" else map
-        batches = list(token_budget_batches(tokenized.lengths, max_tokens=self.batch_tokens, max_items=_BATCH_TEXTS))
+        sizes = list(map(len, tokenized.ids))
+        batches = list(token_budget_batches(sizes, max_tokens=self.batch_tokens, max_items=_BATCH_TEXTS))
         with inference(self):
             for batch, encoded in zip(batches, over_batches(read, batches), strict=True):
                 vectors[batch] = encoded

@@ -13,7 +13,7 @@ from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import StudentConfig
+from d2llm.core.recipe import StudentConfig, shaping_student_settings
 from d2llm.models.sources import load_tensors
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be reported without it
@@ -77,6 +77,11 @@ def load_head(folder: Path, parts: Mapping[str, nn.Module]) -> None:
 def require_same_base(folder: Path, manifest: dict[str, Any], backbone: Backbone) -> None:
     """Raise a ``MismatchError`` unless the loaded backbone has the weights that the student was trained on."""
     fingerprint = backbone.fingerprint_base()
+    if fingerprint != manifest["base_fingerprint"] and not backbone.reads_tokens:
+        raise MismatchError(
+            f"{folder / MANIFEST}: the settings of the remote backbone are not those that the student was trained with "
+            "(model, revision, dimensions, shorten, query_body, passage_body); restore them, or train again"
+        )
     if fingerprint != manifest["base_fingerprint"]:
         raise MismatchError(
             f"{folder}: the student was trained on backbone weights {manifest['base_fingerprint']} of "
@@ -96,7 +101,8 @@ def fingerprint_student(config: Mapping[str, Any], base_fingerprint: str, tensor
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    named = {**config, "backbone": {**config["backbone"], "model": base_fingerprint}}
+    shaping = shaping_student_settings(config)
+    named = {**shaping, "backbone": {**shaping["backbone"], "model": base_fingerprint}}
     return fingerprint_json([named, digest.hexdigest()])
 
 

@@ -193,7 +193,8 @@ def load_models(
     calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task (they are sigmoids of the score)"
     _log.info("relevance scores are calibrated probabilities for %s", calibrated)
     encoder = None
-    if settings.runner != "local" and settings.student_replicas:
+    # The vectors of a remote backbone are in the cache of this process's machine.
+    if settings.runner != "local" and settings.student_replicas and student.backbone.reads_tokens:
         encoder = StudentReplicas(student, str(folder), settings)
     return ModelService(
         student,

@@ -275,19 +275,22 @@ class ModelService:
         if bounded:
             self._texts.require_room(num_texts)
         ids: list[Sequence[int]] = []
+        lengths: list[int] = []
         truncated: list[int] = []
         for texts, kind in parts:
             tokenized = await self._tokenize(texts, kind)
             truncated += [len(ids) + place for place in tokenized.truncated]
             ids += tokenized.ids
+            lengths += tokenized.lengths
         done = await self._texts.submit(ids, bounded=bounded)
         self._observe("queue", done.queued)
         self._observe("encode", done.worked)
         vectors = np.stack(done.results)
-        return Encoded(vectors, tuple(map(len, ids)), tuple(truncated), done.queued, done.worked)
+        return Encoded(vectors, tuple(lengths), tuple(truncated), done.queued, done.worked)
 
     async def _tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
-        if TOKENIZING.locked() or sum(map(len, texts)) > _FEW_CHARACTERS:
+        # A remote backbone waits for its endpoint here.
+        if not self.student.backbone.reads_tokens or TOKENIZING.locked() or sum(map(len, texts)) > _FEW_CHARACTERS:
             return await asyncio.to_thread(self.student.tokenize, texts, kind)
         return self.student.tokenize(texts, kind)
 

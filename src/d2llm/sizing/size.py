@@ -140,6 +140,11 @@ def size(
     plan.check()
     plan = _with_machine(plan)
     loaded = student or Student.load(plan.student)
+    if not loaded.backbone.reads_tokens:
+        raise InputError(
+            f"the backbone of the student '{plan.student}' is an API, whose speed and price are not known here; name a "
+            "student with a local backbone and vectors of the same width"
+        )
     facts = StudentFacts.of_student(loaded, plan)
     kept = read_speeds(facts.fingerprint, torch.get_num_threads()) if speeds is None else speeds
     return _Sizing(plan, facts, kept, texts or shipped_text_facts(), shipped_ann_facts()).report()

@@ -13,7 +13,7 @@ from typing import Any
 from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable
 from d2llm.core.progress import showing_progress
-from d2llm.core.recipe import Recipe, TeacherConfig
+from d2llm.core.recipe import Recipe, TeacherConfig, shaping_student_settings
 from d2llm.core.recipe_file import changed_settings, shaping_settings
 from d2llm.core.types import TASKS, EvidenceTerm, Task
 from d2llm.data.collation import LabelledSource
@@ -184,8 +184,10 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
     if start is None:
         return Student.create(recipe.student, device=device, dtype=dtype, seed=recipe.seed)
     student = Student.load(start, device=device, dtype=dtype)
-    if student.config != recipe.student:
-        differences = changed_settings(student.config.model_dump(mode="json"), recipe.student.model_dump(mode="json"))
+    has, needs = (
+        shaping_student_settings(config.model_dump(mode="json")) for config in (student.config, recipe.student)
+    )
+    if differences := changed_settings(has, needs):
         raise InputError(
             f"training.start: '{start}' has other settings than [student]: {', '.join(differences)}; copy its settings "
             "(config in its manifest.json) or start from the backbone"

@@ -103,6 +103,7 @@ def fit_tokens(
     Raises:
         InputError: there are no data sets, or one has no such train queries.
     """
+    student.backbone.require_tokens("training vectors of tokens")
     if not datasets:
         raise InputError(
             "vectors of tokens are trained on data sets with a corpus and judged queries; give at least one"

@@ -26,6 +26,7 @@ from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, write_manifest
+from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import EngineName
 from d2llm.models.device import choose_device, choose_dtype
 from d2llm.models.export.eight_bits import OPENVINO_GROUP, Runtime
@@ -42,18 +43,27 @@ _Run = Callable[[Int[np.ndarray, "batch tokens"], Int[np.ndarray, "batch tokens"
 
 
 def choose_engine(
-    name: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    name: str,
+    config: StudentConfig | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> EngineName:
     """The requested engine; ``auto`` is the fastest one that gives the same vectors on this machine.
 
     That is OpenVINO if it is installed and the machine has no accelerator, or the CPU is requested; otherwise torch.
-    8-bit weights change the vectors, so ``auto`` never selects them.
+    8-bit weights change the vectors, so ``auto`` never selects them. A student with a remote backbone (``config``) has
+    nothing that an engine could run.
 
     Raises:
-        InputError: the name is unknown, or a CPU engine does not support the device or number format.
+        InputError: the name is unknown, or an engine does not support the student, the device or the number format.
     """
     if name not in get_args(EngineName):
         raise InputError(f"unknown engine '{name}'; use one of {', '.join(get_args(EngineName))}")
+    if config is not None and config.backbone.remote is not None:
+        if name not in ("torch", "auto"):
+            raise InputError(f"engine '{name}' runs a backbone here, but this student's is an API; leave engine out")
+        return "torch"
     on_cpu = choose_device(device).type == "cpu"
     if name == "auto":
         missing = [package for package in ("openvino", "onnx") if not find_spec(package)]
@@ -88,7 +98,7 @@ def open_engine(student: Student, name: EngineName, *, dtype: torch.dtype = torc
     """
     if name == "auto" and student.backbone.compute_dtype != torch.float32:
         name = "torch"
-    name = choose_engine(name, device=student.backbone.device, dtype=dtype)
+    name = choose_engine(name, student.config, device=student.backbone.device, dtype=dtype)
     if name == "torch":
         return None
     run = _RUNTIMES[name](_graph(student, _INT8.get(name)), dtype)

@@ -83,6 +83,7 @@ def write_text_graph(
         ModelError: the backbone has parts that ONNX does not support.
         MissingExtraError: ``onnx`` or ``onnxruntime`` is not installed.
     """
+    backbone.require_tokens("a graph of the backbone")
     if backbone.device.type != "cpu" or backbone.compute_dtype != torch.float32:
         raise InputError(
             f"a graph is exported from float32 weights on the CPU, but this student computes in "

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_manifest
-from d2llm.core.recipe import BackboneConfig, StudentConfig, TeacherConfig, untuned_config
+from d2llm.core.recipe import (
+    BackboneConfig,
+    StudentConfig,
+    TeacherConfig,
+    shaping_student_settings,
+    untuned_config,
+)
 from d2llm.core.shipped import shipped_models
 from d2llm.core.types import TASKS, Task
 from d2llm.models.backbone import TextKind
@@ -64,7 +70,7 @@ class CosineTeacher:
         if _is_student(config.model):
             manifest = read_manifest(find_student(config.model), KIND, FORMAT_VERSION)
             return TeacherIdentity(str(manifest["fingerprint"]), prompts)
-        settings = _plain_student(config.model).model_dump(mode="json")
+        settings = shaping_student_settings(_plain_student(config.model).model_dump(mode="json"))
         settings["backbone"]["model"] = fingerprint_model(find_model(config.model))
         return TeacherIdentity(fingerprint_json(["cosine", settings]), prompts)
 

@@ -27,7 +27,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import RemoteConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
 from d2llm.models.length_limit import TextLengths
-from d2llm.models.remote_endpoint import Endpoint
+from d2llm.models.remote_endpoint import CompletionEndpoint
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
@@ -55,7 +55,7 @@ class RemoteTeacher:
         for task, prompt in self.prompts.items():
             if prompt.yes == prompt.no:
                 raise AnswerTokenError(f"prompt '{config.prompt}' ({task}): yes and no are both {prompt.yes!r}")
-        self.endpoint = Endpoint(
+        self.endpoint = CompletionEndpoint(
             config.model,
             self.remote,
             self._read,
@@ -161,7 +161,7 @@ class RemoteTeacher:
             settings |= {"logprobs": True, "top_logprobs": self.remote.top_logprobs}
         else:
             settings |= {"logprobs": self.remote.top_logprobs}
-        return self.endpoint.send(texts, [settings] * len(texts), advance=advance)
+        return self.endpoint.complete(texts, [settings] * len(texts), advance=advance)
 
     def _read(self, answer: Any) -> NextToken:
         try:

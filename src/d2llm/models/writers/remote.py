@@ -12,7 +12,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
 from d2llm.models.length_limit import TextLengths
-from d2llm.models.remote_endpoint import Endpoint
+from d2llm.models.remote_endpoint import CompletionEndpoint
 from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompts, cut_assignments
 from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, WrittenQueries
@@ -51,7 +51,7 @@ class RemoteWriter:
         self.config = config
         self.remote = _section(config)
         self.prompts = WriterPrompts(config.prompt_set)
-        self.endpoint = Endpoint(
+        self.endpoint = CompletionEndpoint(
             config.model,
             self.remote,
             _read_answer,
@@ -108,7 +108,7 @@ class RemoteWriter:
         """
         kept, cut = cut_assignments(assignments, self._lengths, max_tokens=self.config.max_passage_tokens)
         prompts = [self.prompts[assignment.kind].fill(assignment) for assignment in kept]
-        answers = self.endpoint.send(prompts, [self._settings(assignment) for assignment in kept], advance=advance)
+        answers = self.endpoint.complete(prompts, [self._settings(assignment) for assignment in kept], advance=advance)
         results = [
             self._result(assignment, prompt, answer, was_cut)
             for assignment, prompt, answer, was_cut in zip(kept, prompts, answers, cut, strict=True)

@@ -1,0 +1,176 @@
+"""A student on the vectors of an embedding API as a user makes one: from a recipe to a search and a server."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2llm import Student
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import StudentConfig
+from e2e.command_line import fail, succeed, succeed_with_report
+from e2e.small_corpus import SENTENCES
+from local_endpoint import EMBEDDING_DIM, LocalEndpoint, Reply, embeddings, local_endpoint
+from tiny_server import tiny_settings, write_tiny_student
+
+BACKBONE = """[student.backbone]
+model = "served"
+[student.backbone.remote]
+url = "{url}"
+dimensions = {dim}
+batch_texts = 8
+patience_minutes = 0
+"""
+TRIAL = "What do cows drink?"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[LocalEndpoint]:
+    with local_endpoint(embeddings) as running:
+        yield running
+
+
+def write_recipe(place: Path, folder: Path, url: str, *, dim: int = EMBEDDING_DIM, more: str = "") -> Path:
+    """The session's recipe with another backbone; words count, and the second stage trains the interaction alone."""
+    text = (place / "tiny.toml").read_text()
+    start, end = text.index("[student.backbone]"), text.index("[student.interaction]")
+    text = text[:start] + BACKBONE.format(url=url, dim=dim) + text[end:]
+    text += "\n[training.residual]\nepochs = 1\n[evidence]\nwords = true\n" + more
+    (folder / "remote.toml").write_text(text)
+    return folder / "remote.toml"
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path, endpoint: LocalEndpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was finished, with an index of its student."""
+    folder = tmp_path_factory.mktemp("remote")
+    recipe = write_recipe(place, folder, endpoint.url)
+    succeed("run", recipe, "--out", folder / "run", "--dtype", "float32")
+    _, report = succeed_with_report(
+        "encode", place / "everyday", "--student", folder / "run" / "student", "--out", folder / "index", folder=folder
+    )
+    assert report["result"]["num_passages"] == 60
+    return folder
+
+
+def asked(endpoint: LocalEndpoint) -> Counter[str]:
+    return Counter(text for request in endpoint.requests for text in request.body["input"])
+
+
+def test_every_text_is_asked_for_once_from_mining_to_the_index(trained: Path, endpoint: LocalEndpoint) -> None:
+    assert {*SENTENCES} <= asked(endpoint).keys()
+    assert set(asked(endpoint).values()) == {1}
+    manifest = json.loads((trained / "run" / "student" / "manifest.json").read_text())
+    assert manifest["config"]["backbone"]["remote"]["url"] == endpoint.url
+
+
+def test_training_changed_the_head(trained: Path, endpoint: LocalEndpoint) -> None:
+    student = Student.load(trained / "run" / "student", device="cpu", dtype="float32")
+    untrained = Student.create(student.config, device="cpu", dtype="float32")
+    np.testing.assert_array_equal(
+        student.encode_passages(SENTENCES[:4]).vectors, untrained.encode_passages(SENTENCES[:4]).vectors
+    )
+    log = (trained / "run" / "student.run" / "log.jsonl").read_text()
+    assert "loss" in log
+    assert student.fingerprint != untrained.fingerprint
+
+
+def test_search_sends_the_query_alone(trained: Path, endpoint: LocalEndpoint) -> None:
+    before = len(endpoint.requests)
+    query = SENTENCES[3] + " indeed"
+    for _ in range(2):
+        result, _ = succeed_with_report("search", trained / "index", query, folder=trained)
+        assert SENTENCES[3][:30] in result.stdout
+    assert [request.body["input"] for request in endpoint.requests[before:]] == [[query]]
+    result = fail("search", trained / "index", query, "--engine", "onnx", containing=["this student's is an API"])
+
+
+def test_a_student_is_evaluated(trained: Path, place: Path, endpoint: LocalEndpoint) -> None:
+    before = asked(endpoint)
+    student = ("--student", trained / "run" / "student")
+    _, report = succeed_with_report("evaluate", place / "everyday", *student, "--split", "test", folder=trained)
+    assert {"bm25", "d2llm"} <= {row["kind"] for row in report["result"]["rows"]}
+    assert set((asked(endpoint) - before).values()) <= {1}
+
+
+def test_an_interrupted_run_goes_on_without_asking_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with local_endpoint(lambda r, n: embeddings(r, n) if n < 5 else Reply("over quota", status=429)) as endpoint:
+        recipe = write_recipe(place, tmp_path, endpoint.url, more="")
+        text = recipe.read_text().replace("batch_texts = 8", "batch_texts = 8\nconcurrency = 1")
+        recipe.write_text(text)
+        fail(
+            "mine", recipe, "--out", tmp_path / "run", containing=["answers 429", "over quota", "Run the command again"]
+        )
+        kept = Counter(text for request in endpoint.requests[:5] for text in request.body["input"])
+        assert len(kept) == 33
+        refused = len(endpoint.requests)
+        endpoint.reply = embeddings
+        succeed("mine", recipe, "--out", tmp_path / "run")
+        assert not kept.keys() & {text for request in endpoint.requests[refused:] for text in request.body["input"]}
+
+
+def test_mistakes_are_found_before_the_work(place: Path, tmp_path: Path, endpoint: LocalEndpoint) -> None:
+    wrong_width = write_recipe(place, tmp_path, endpoint.url, dim=7)
+    fail(
+        "mine", wrong_width, "--out", tmp_path / "run", containing=["gives vectors of 16 dimensions", "dimensions is 7"]
+    )
+    tokens = write_recipe(place, tmp_path, endpoint.url, more="token_vectors = true\n")
+    fail("mine", tokens, "--out", tmp_path / "run", containing=["remote.toml", "evidence.token_vectors"])
+
+
+# --- d2llm's own server
+
+
+def test_the_server_serves_such_an_index(trained: Path, endpoint: LocalEndpoint) -> None:
+    pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+    from d2llm.server.app import make_app
+    from live_server import patient, serve, wait_until_ready
+
+    with serve(make_app(tiny_settings(trained / "index"))) as address:
+        wait_until_ready(address)
+        found = patient.post(f"{address}/v1/search", json={"query": SENTENCES[7]}).json()
+        assert found["passages"][0]["text"] == SENTENCES[7]
+        body = {"input": ["one two", "three"], "model": "student"}
+        answer = patient.post(f"{address}/v1/embeddings", json=body).json()
+        assert answer["usage"]["prompt_tokens"] == 3 + 2  # three characters count as a token
+        assert len(answer["data"][0]["embedding"]) == EMBEDDING_DIM
+
+
+def test_a_d2llm_server_is_an_embedding_api(tmp_path: Path) -> None:
+    """Another student's vectors, of length 1, as the backbone of a new one."""
+    pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+    from d2llm.server.app import make_app
+    from live_server import serve, wait_until_ready
+
+    folder = write_tiny_student(tmp_path)
+    local = Student.load(folder, device="cpu", dtype="float32")
+    with serve(make_app(tiny_settings(None, student=str(folder)))) as address:
+        wait_until_ready(address)
+        remote = {"url": f"{address}/v1", "dimensions": local.vector_dim, "query_body": {"input_type": "query"}}
+        config = {"backbone": {"model": folder.name, "max_passage_tokens": 40, "remote": remote}}
+        student = Student.create(StudentConfig.model_validate(config), device="cpu", dtype="float32")
+        for encode in ("encode_queries", "encode_passages"):
+            vectors = getattr(student, encode)(SENTENCES[:5]).vectors
+            expected = getattr(local, encode)(SENTENCES[:5]).vectors
+            if encode == "encode_queries":  # the server gives vectors whose inner products are the anchor
+                expected = local.anchor_queries(expected, "asymmetric")
+            expected *= local.vector_dim**0.5 / np.linalg.norm(expected, axis=1, keepdims=True)
+            np.testing.assert_allclose(vectors, expected, atol=1e-4)
+        with pytest.raises(InputError, match=r"lower student.backbone.max_passage_tokens"):
+            student.backbone.tokenize(["word " * 200], "passage", limit=10_000)
