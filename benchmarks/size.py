@@ -1,12 +1,15 @@
 """Bytes and milliseconds that `d2llm size` predicts, beside those of real indexes: the goal is within 25 %.
 
     python benchmarks/size.py                                     10,000 and 20,000 passages
-    python benchmarks/size.py --passages 10000 100000 1000000 --json benchmarks/results/size.json
+    python benchmarks/size.py --passages 10000 100000 1000000 --written 65536 --json benchmarks/results/size.json
     python benchmarks/size.py --ship      write the figures that ship with d2llm, from benchmarks/results
 
-First the speeds of this machine are measured, as `d2llm size --measure` does, and facts about texts are taken from some
-of the passages. Then an index is built for each number of passages, as `evidence.py` does it: texts are variations of
-real ones, doubled in length, vectors of windows and tokens are random. The prediction knows nothing of these indexes.
+An index is built for each number of passages, as `evidence.py` does it: texts are variations of real ones, doubled in
+length, vectors of windows are random, those of tokens are variations too. Then the speeds of this machine are measured,
+as `d2llm size --measure` does, and facts about texts are taken from some of the passages. The prediction knows nothing
+of these indexes. With `--written`, larger indexes are filled up with copies of so many passages: other ids and vectors,
+the same texts.
+
 One thread, one query at a time, without encoding it; the kinds of search are interleaved for each query. Times are
 those of the processor; still, other work on the machine takes some of the memory's speed from one part or the other.
 
@@ -71,11 +74,9 @@ class Predictions:
 
     def __init__(self, student: Student, corpus: Corpus, queries: Queries, seconds: float) -> None:
         passages, _ = next(corpus.blocks())
-        texts = read_text_facts(passages, student, "a sample of the corpus", queries=queries.texts)
-        random_tokens = np.mean([round(len(passage.full_text) / 4.5) for passage in passages])  # as in KnownVectors
-        self.texts = texts.model_copy(update={"token_vectors": float(random_tokens) / texts.tokens})
-        self.plan = SizePlan(corpus.size, tokens=round(texts.tokens), window_vectors="int3", token_vectors="int4")
-        self.student = replace(StudentFacts.of_student(student, self.plan), max_tokens=1 << 20)  # none is cut
+        self.texts = read_text_facts(passages, student, "a sample of the corpus", queries=queries.texts)
+        self.plan = SizePlan(corpus.size, tokens=round(self.texts.tokens), window_vectors="int3", token_vectors="int4")
+        self.student = StudentFacts.of_student(student, self.plan)
         self.speeds = measure_speeds(student, passages[:4_000], queries=queries.texts, seconds=seconds)
 
     def bytes(self, num_passages: int, *, approximate: bool) -> dict[str, int]:
@@ -88,13 +89,19 @@ class Predictions:
         return total_ms(search_stages(self.plan, student, self.texts, self.speeds, num_passages, ann=ann)[1:])
 
 
-def measure(student: Student, corpus: Corpus, known: KnownVectors, queries: Queries, seconds: float) -> dict[str, Any]:
+def measure(
+    student: Student,
+    corpus: Corpus,
+    known: KnownVectors,
+    queries: Queries,
+    seconds: float,
+    num_written: int | None = None,
+) -> dict[str, Any]:
     """Predicted and measured bytes and milliseconds for a corpus."""
-    predictions = Predictions(student, corpus, queries, seconds)
     size = corpus.size
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "index"
-        build(folder, corpus, known, "bfloat16", window_vectors="int3", token_vectors="int4")
+        build(folder, corpus, known, "bfloat16", window_vectors="int3", token_vectors="int4", num_written=num_written)
         measured = bytes_of(folder)
         store, ann = IndexStore.open(folder), None
         if size >= MIN_PASSAGES:
@@ -104,6 +111,8 @@ def measure(student: Student, corpus: Corpus, known: KnownVectors, queries: Quer
             # How many lists must be read depends on the texts: that is an input, as it is for `d2llm size`.
             share = tuned.num_probes / report.num_lists
             ann = AnnFacts(source="this index", passages=size, first_ten=1.0, num_probes=tuned.num_probes, share=share)
+        # Speeds are measured just before the searches, since what else the machine does changes them.
+        predictions = Predictions(student, corpus, queries, seconds)
         ms = times(store, known, queries, approximate=ann is not None)
     predicted = predictions.bytes(size, approximate=ann is not None)
     rows = {name: row(predicted[name], measured[name]) for name in measured}
@@ -292,6 +301,9 @@ def main() -> None:
     parser.add_argument("--real", type=int, default=1_000, help="real passages among them; the rest are variations")
     parser.add_argument("--queries", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=1.5, help="how long each speed is measured")
+    parser.add_argument(
+        "--written", type=int, help="passages written as a user does; the rest are copies; default: all"
+    )
     parser.add_argument("--cache", type=Path, help="folder in which to cache the real passages' vectors")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--ship", action="store_true", help="write what ships with d2llm instead")
@@ -307,7 +319,7 @@ def main() -> None:
     for passages in args.passages:
         corpus = Corpus(real, vectors, passages, longer=2)
         known = KnownVectors(student, list(queries.values()), real)
-        result = measure(student, corpus, known, queries["asymmetric"], args.seconds)
+        result = measure(student, corpus, known, queries["asymmetric"], args.seconds, args.written)
         results.append(result)
         print(f"\n{passages:,} passages{'':<32} predicted     measured   ratio")
         for unit in ("bytes", "ms"):
