@@ -113,7 +113,7 @@ def measure(
             ann = AnnFacts(source="this index", passages=size, first_ten=1.0, num_probes=tuned.num_probes, share=share)
         # Speeds are measured just before the searches, since what else the machine does changes them.
         predictions = Predictions(student, corpus, queries, seconds)
-        ms = times(store, known, queries, approximate=ann is not None)
+        ms = times(store, student, known, queries, approximate=ann is not None)
     predicted = predictions.bytes(size, approximate=ann is not None)
     rows = {name: row(predicted[name], measured[name]) for name in measured}
     rows["in all"] = row(sum(predicted.values()), sum(measured.values()))
@@ -145,8 +145,10 @@ def bytes_of(folder: Path) -> dict[str, int]:
     }
 
 
-def times(store: IndexStore, known: KnownVectors, queries: Queries, *, approximate: bool) -> dict[str, float]:
-    """Median milliseconds of a core for each kind of search, with reading the texts of the results."""
+def times(
+    store: IndexStore, student: Student, known: KnownVectors, queries: Queries, *, approximate: bool
+) -> dict[str, float]:
+    """Median milliseconds of a core for each kind of search of an encoded query, with reading the texts of results."""
     view = PassageView(store)
     settings = {name: SearchSettings(task="asymmetric", evidence=terms) for name, terms in KINDS.items()}
     if approximate:
@@ -156,9 +158,11 @@ def times(store: IndexStore, known: KnownVectors, queries: Queries, *, approxima
     for searcher in searchers.values():
         searcher.rank([Query("0", queries.texts[0])])  # one-time work is not counted
     for number, text in enumerate(queries.texts):
+        read = student.encode_with_tokens([text], "query")
+        assert read.tokens is not None
         for name, searcher in searchers.items():
             begin = time.process_time()
-            searcher.rank([Query(str(number), text)])
+            searcher.rank([Query(str(number), text)], vectors=read.vectors, tokens=read.tokens.split())
             kept[name].append(1e3 * (time.process_time() - begin))
     return {name: float(np.median(values)) for name, values in kept.items()}
 

@@ -104,9 +104,9 @@ def append_copies(store: IndexStore, num_passages: int) -> None:
     """
     view, random = PassageView(store), np.random.default_rng(0)
     rows, schema = view.live_rows(), store.table().schema
-    for number, start in enumerate(range(len(rows), num_passages, BLOCK)):
-        size = min(BLOCK, num_passages - start)
-        chosen = np.sort(np.roll(rows, -number * BLOCK)[:size])
+    step = min(BLOCK, len(rows))
+    for number, start in enumerate(range(len(rows), num_passages, step)):
+        chosen = np.sort(np.roll(rows, -number * step)[: num_passages - start][:step])
         stored = view.vectors(chosen)
         norms = np.linalg.norm(stored, axis=1, keepdims=True)
         vectors = norms * with_noise(stored / norms, random.standard_normal(stored.shape, np.float32))
@@ -114,7 +114,7 @@ def append_copies(store: IndexStore, num_passages: int) -> None:
             replace(passage, id=f"copy-{row:07}") for row, passage in enumerate(view.passages(chosen), start=start)
         ]
         codes = store.format.encode(vectors, [passage.id for passage in passages])
-        block = table_block(passages, schema, MetadataSchema({}), np.arange(size), [False] * size, codes)
+        block = table_block(passages, schema, MetadataSchema({}), np.arange(len(chosen)), [False] * len(chosen), codes)
         parts: dict[PartKind, PartVectors | None] = {"window": view.windows, "token": view.tokens}
         taken = {kind: part.take(chosen) for kind, part in parts.items() if part is not None}
         store.append_rows(block, codes, view.own_words.take(chosen), taken)
