@@ -50,7 +50,7 @@ class TextFacts(BaseModel):
         windows: windows that have a vector of their own: none if a passage has only one.
         token_vectors: share of the tokens that get a vector.
         lengths: tokens of a passage in each twentieth of them, from the shortest to the longest, as shares of the mean:
-            a student cuts the long ones, though not one of mean length.
+            a student cuts the long ones, though not one of mean length. Only 1: all are taken as equally long.
         query_postings: how many of a query's different words a passage has; a search reads so many postings a passage.
         candidate_length: how much longer than the mean the passages are that BM25 ranks first: of short and long texts,
             the long ones have more of a query's words.
