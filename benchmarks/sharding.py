@@ -152,12 +152,13 @@ def main() -> None:
     parser.add_argument("--proofs", type=int, help="queries that are also searched exactly; default: all")
     parser.add_argument("--cache", type=Path, help="folder in which to cache the real passages' vectors")
     parser.add_argument("--work", type=Path, help="folder for the indexes; by default a temporary folder")
+    parser.add_argument("--keep", type=Path, help="empty folder in which the indexes stay, instead")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     require(*(DATA / name for name in SHARES))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.work) as place:
-        row = measure(Student.load(STUDENT), args, Path(place))
+        row = measure(Student.load(STUDENT), args, args.keep or Path(place))
     for name, value in row.items():
         if name != "searches":
             print(f"{name:<50} {value}")

@@ -72,10 +72,13 @@ GOAL = 1.25
 class Predictions:
     """What `d2llm size` says about indexes of a corpus."""
 
-    def __init__(self, student: Student, corpus: Corpus, queries: Queries, seconds: float) -> None:
+    def __init__(
+        self, student: Student, corpus: Corpus, queries: Queries, seconds: float, *, window_vectors: bool
+    ) -> None:
         passages, _ = next(corpus.blocks())
         self.texts = read_text_facts(passages, student, "a sample of the corpus", queries=queries.texts)
-        self.plan = SizePlan(corpus.size, tokens=round(self.texts.tokens), window_vectors="int3", token_vectors="int4")
+        windows, tokens = "int3" if window_vectors else "none", round(self.texts.tokens)
+        self.plan = SizePlan(corpus.size, tokens=tokens, window_vectors=windows, token_vectors="int4")
         self.student = StudentFacts.of_student(student, self.plan)
         self.speeds = measure_speeds(student, passages[:4_000], queries=queries.texts, seconds=seconds)
 
@@ -90,37 +93,44 @@ class Predictions:
 
 
 def measure(
-    student: Student,
-    corpus: Corpus,
-    known: KnownVectors,
-    queries: Queries,
-    seconds: float,
-    num_written: int | None = None,
+    student: Student, corpus: Corpus, known: KnownVectors, queries: Queries, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Predicted and measured bytes and milliseconds for a corpus."""
-    size = corpus.size
+    size, kinds = corpus.size, KINDS
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "index"
-        build(folder, corpus, known, "bfloat16", window_vectors="int3", token_vectors="int4", num_written=num_written)
-        measured = bytes_of(folder)
-        store, ann = IndexStore.open(folder), None
-        if size >= MIN_PASSAGES:
-            report = build_ann(store, student)
-            [tuned] = [one for one in report.recalls if one.depth == report.depth]
-            measured["approximate index"] = report.num_bytes
-            # How many lists must be read depends on the texts: that is an input, as it is for `d2llm size`.
-            share = tuned.num_probes / report.num_lists
-            ann = AnnFacts(source="this index", passages=size, first_ten=1.0, num_probes=tuned.num_probes, share=share)
+        folder, ann = args.index or Path(place) / "index", None
+        if args.index is None:
+            build(folder, corpus, known, "bfloat16", 2, "int3", "int4", args.written)
+        store, measured = IndexStore.open(folder), bytes_of(folder)
+        if "window" not in store.part_formats:
+            kinds = {name: terms for name, terms in KINDS.items() if "window_vectors" not in terms}
+            del measured["vectors of windows"]
+        if size >= MIN_PASSAGES and args.index is None:
+            ann, measured["approximate index"] = built_ann(store, student)
         # Speeds are measured just before the searches, since what else the machine does changes them.
-        predictions = Predictions(student, corpus, queries, seconds)
-        ms = times(store, student, known, queries, approximate=ann is not None)
+        predictions = Predictions(student, corpus, queries, args.seconds, window_vectors="window" in store.part_formats)
+        ms = times(store, student, known, queries, kinds, approximate=ann is not None)
     predicted = predictions.bytes(size, approximate=ann is not None)
     rows = {name: row(predicted[name], measured[name]) for name in measured}
     rows["in all"] = row(sum(predicted.values()), sum(measured.values()))
-    kinds = {name: row(predictions.ms(size, terms), ms[name]) for name, terms in KINDS.items()}
+    compared = {name: row(predictions.ms(size, terms), ms[name]) for name, terms in kinds.items()}
     if ann is not None:
-        kinds["approximate"] = row(predictions.ms(size, {}, ann), ms["approximate"])
-    return {"passages": size, "bytes": rows, "ms": kinds}
+        compared["approximate"] = row(predictions.ms(size, {}, ann), ms["approximate"])
+    return {"passages": size, "bytes": rows, "ms": compared}
+
+
+def built_ann(store: IndexStore, student: Student) -> tuple[AnnFacts, int]:
+    """Build an approximate index; what it reads, and its bytes.
+
+    How many lists must be read depends on the texts: that is an input, as it is for `d2llm size`.
+    """
+    report = build_ann(store, student)
+    [tuned] = [one for one in report.recalls if one.depth == report.depth]
+    share = tuned.num_probes / report.num_lists
+    facts = AnnFacts(
+        source="this index", passages=report.num_passages, first_ten=1.0, num_probes=tuned.num_probes, share=share
+    )
+    return facts, report.num_bytes
 
 
 def row(predicted: float, measured: float) -> dict[str, float]:
@@ -146,11 +156,17 @@ def bytes_of(folder: Path) -> dict[str, int]:
 
 
 def times(
-    store: IndexStore, student: Student, known: KnownVectors, queries: Queries, *, approximate: bool
+    store: IndexStore,
+    student: Student,
+    known: KnownVectors,
+    queries: Queries,
+    kinds: dict[str, dict[EvidenceTerm, float]],
+    *,
+    approximate: bool,
 ) -> dict[str, float]:
     """Median milliseconds of a core for each kind of search of an encoded query, with reading the texts of results."""
     view = PassageView(store)
-    settings = {name: SearchSettings(task="asymmetric", evidence=terms) for name, terms in KINDS.items()}
+    settings = {name: SearchSettings(task="asymmetric", evidence=terms) for name, terms in kinds.items()}
     if approximate:
         settings["approximate"] = SearchSettings(task="asymmetric", evidence={}, sources=("ann",))
     searchers = {name: Searcher(view, known, each) for name, each in settings.items()}
@@ -310,6 +326,9 @@ def main() -> None:
     parser.add_argument(
         "--written", type=int, help="passages written as a user does; the rest are copies; default: all"
     )
+    parser.add_argument(
+        "--index", type=Path, help="the index of these passages, as sharding.py --keep leaves it in `one`"
+    )
     parser.add_argument("--cache", type=Path, help="folder in which to cache the real passages' vectors")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--ship", action="store_true", help="write what ships with d2llm instead")
@@ -325,7 +344,7 @@ def main() -> None:
     for passages in args.passages:
         corpus = Corpus(real, vectors, passages, longer=2)
         known = KnownVectors(student, list(queries.values()), real)
-        result = measure(student, corpus, known, queries["asymmetric"], args.seconds, args.written)
+        result = measure(student, corpus, known, queries["asymmetric"], args)
         results.append(result)
         print(f"\n{passages:,} passages{'':<32} predicted     measured   ratio")
         for unit in ("bytes", "ms"):
