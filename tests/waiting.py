@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-PATIENCE = 900.0  # seconds; only a failing test waits this long
+PATIENCE = 120.0  # seconds; only a failing test waits this long
 _Value = TypeVar("_Value")
 
 
