@@ -1,9 +1,11 @@
 """A sharded index beside the one index that it was made from: the same rankings, and the time of a search.
 
     python benchmarks/sharding.py                                 20,000 passages in 4 shards
-    python benchmarks/sharding.py --passages 1000000 --json benchmarks/results/sharding.json
+    python benchmarks/sharding.py --passages 1000000 --written 65536 --proofs 5 --json benchmarks/results/sharding.json
 
 The index is built from real texts and variations of them (`scaling.corpus`), and copied into shards (`d2llm shard`).
+With `--written`, only so many passages are written as a user writes them. The others are copies of them: other ids and
+vectors, but the same texts, so that more passages tie by words.
 Vectors of passages and tokens are real ones and variations. All shards are on one disk and are searched by threads of
 one process, so on one core (`taskset -c 0`) the ratio of the times is what sharding costs, without what more cores or
 machines save. Processor times are those of all threads, which other work on the machine changes little. Searches of
@@ -29,7 +31,10 @@ from scaling.data_sets import DATA, require
 from scaling.stores import build
 
 from d2llm import Student
+from d2llm.core.files import folder_bytes
 from d2llm.core.types import EvidenceTerm, Query
+from d2llm.models.backbone import EncodedTexts
+from d2llm.retrieval.protocols import SearchView
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.retrieval.shard import shard
 from d2llm.store.sharded_store import open_storage
@@ -47,73 +52,91 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(
-    student: Student, passages: int, num_shards: int, num_real: int, num_queries: int, cache: Path | None, work: Path
-) -> dict[str, Any]:
-    """Seconds to shard, and for each kind of search whether the rankings are the same and what it takes."""
-    real, vectors, queries, _ = read_real(student, DATA, num_real, num_queries, cache)
-    task_queries = queries["asymmetric"]
-    known = KnownVectors(student, list(queries.values()), real)
-    one, several = work / "one", work / "several"
-    build(one, Corpus(real, vectors, passages, longer=2), known, "bfloat16", token_vectors="int4")
-    begin, processor = time.perf_counter(), time.process_time()
-    report = shard(one, several, num_shards)
-    seconds, processor = time.perf_counter() - begin, time.process_time() - processor
-    views = [open_view(open_storage(folder)) for folder in (one, several)]
-    searchers = {
-        name: [Searcher(view, known, SearchSettings(task="asymmetric", **kind)) for view in views]
-        for name, kind in KINDS.items()
-    }
-    for pair in searchers.values():
-        for searcher in pair:
-            searcher.rank([Query("0", task_queries.texts[0])])  # one-time work is not counted
-    times: dict[str, list[list[float]]] = {name: [[], []] for name in KINDS}
-    processor_times: dict[str, list[list[float]]] = {name: [[], []] for name in KINDS}
-    same = dict.fromkeys(KINDS, 0)
-    scored: list[list[int]] = [[], []]
-    for number, text in enumerate(task_queries.texts):
-        read = student.encode_with_tokens([text], "query")
+class Pair:
+    """A kind of search in one index and in its shards: their times and results, query by query."""
+
+    def __init__(self, views: list[SearchView], student: KnownVectors, num_queries: int, **kind: Any) -> None:
+        self.num_queries = num_queries
+        self._searchers = [Searcher(view, student, SearchSettings(task="asymmetric", **kind)) for view in views]
+        self._ms: list[list[float]] = [[], []]
+        self._processor_ms: list[list[float]] = [[], []]
+        self.scored: list[list[int]] = [[], []]
+        self._num_same = 0
+
+    def warm_up(self, text: str) -> None:
+        """One-time work, which is not counted."""
+        for searcher in self._searchers:
+            searcher.rank([Query("0", text)])
+
+    def search(self, number: int, text: str, read: EncodedTexts) -> None:
+        """Search both for an encoded query, if it is one of those of this kind."""
+        if number >= self.num_queries:
+            return
         assert read.tokens is not None
-        tokens = read.tokens.split()
-        for name, pair in searchers.items():
-            rankings: list[list[tuple[str, float]]] = []
-            for place in (number % 2, 1 - number % 2):  # each is the first equally often
-                begin, processor_begin = time.perf_counter(), time.process_time()
-                (ranking,) = pair[place].rank([Query(str(number), text)], vectors=read.vectors, tokens=tokens)
-                times[name][place].append(1e3 * (time.perf_counter() - begin))
-                processor_times[name][place].append(1e3 * (time.process_time() - processor_begin))
-                rankings.append([(one.passage.id, round(one.score, 3)) for one in ranking.passages])
-                if ranking.certificate is not None:
-                    scored[place].append(ranking.certificate.num_scored)
-            same[name] += rankings[0] == rankings[1]
-    row: dict[str, Any] = {
-        "passages": passages,
-        "shards": num_shards,
-        "cores": len(os.sched_getaffinity(0)),
-        "queries": len(task_queries.texts),
-        "passages of the smallest and largest shard": [report.fewest, report.most],
-        "seconds to shard": {"wall": round(seconds, 1), "processor": round(processor, 1)},
-        "passages sharded in a second of the processor": round(passages / processor),
-        "bytes of the shards to those of the index": round(
-            report.num_bytes / sum(p.stat().st_size for p in one.rglob("*") if p.is_file()), 3
-        ),
-        "passages scored for a proof, median": [int(np.median(one)) for one in scored],
-        "searches": {},
-    }
-    for name, (single, sharded) in times.items():
-        medians = [float(np.median(values)) for values in (single, sharded)]
-        work = [float(np.median(values)) for values in processor_times[name]]
-        row["searches"][name] = {
-            "same rankings": f"{same[name]} of {len(task_queries.texts)}",
+        rankings: list[list[tuple[str, float]]] = []
+        for place in (number % 2, 1 - number % 2):  # each is the first equally often
+            begin, processor_begin = time.perf_counter(), time.process_time()
+            (ranking,) = self._searchers[place].rank(
+                [Query(str(number), text)], vectors=read.vectors, tokens=read.tokens.split()
+            )
+            self._ms[place].append(1e3 * (time.perf_counter() - begin))
+            self._processor_ms[place].append(1e3 * (time.process_time() - processor_begin))
+            rankings.append([(one.passage.id, round(one.score, 3)) for one in ranking.passages])
+            if ranking.certificate is not None:
+                self.scored[place].append(ranking.certificate.num_scored)
+        self._num_same += rankings[0] == rankings[1]
+
+    def facts(self) -> dict[str, Any]:
+        """The figures of this kind of search."""
+        medians = [float(np.median(values)) for values in self._ms]
+        work = [float(np.median(values)) for values in self._processor_ms]
+        return {
+            "same rankings": f"{self._num_same} of {self.num_queries}",
             "p50 ms, one index": round(medians[0], 2),
             "p50 ms, sharded": round(medians[1], 2),
             "p50 ratio": round(medians[1] / medians[0], 3),
             "processor ms, one index": round(work[0], 2),
             "processor ms, sharded": round(work[1], 2),
             "processor ratio": round(work[1] / work[0], 3),
-            "p95 ratio": round(float(np.percentile(sharded, 95) / np.percentile(single, 95)), 3),
+            "p95 ratio": round(float(np.percentile(self._ms[1], 95) / np.percentile(self._ms[0], 95)), 3),
         }
-    return row
+
+
+def measure(student: Student, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Seconds to shard, and for each kind of search whether the rankings are the same and what it takes."""
+    real, vectors, queries, _ = read_real(student, DATA, args.real, args.queries, args.cache)
+    texts = queries["asymmetric"].texts
+    known = KnownVectors(student, list(queries.values()), real)
+    one, several = work / "one", work / "several"
+    corpus = Corpus(real, vectors, args.passages, longer=2)
+    build(one, corpus, known, "bfloat16", token_vectors="int4", num_written=args.written)
+    begin, processor = time.perf_counter(), time.process_time()
+    report = shard(one, several, args.shards)
+    seconds, processor = time.perf_counter() - begin, time.process_time() - processor
+    views: list[SearchView] = [open_view(open_storage(folder)) for folder in (one, several)]
+    pairs: dict[str, Pair] = {}
+    for name, kind in KINDS.items():
+        number = min(args.proofs or len(texts), len(texts)) if kind.get("exact") else len(texts)
+        pairs[name] = Pair(views, known, number, **kind)
+        pairs[name].warm_up(texts[0])
+    for number, text in enumerate(texts):
+        read = student.encode_with_tokens([text], "query")
+        for pair in pairs.values():
+            pair.search(number, text, read)
+    scored = [pair.scored for pair in pairs.values() if pair.scored[0]]
+    return {
+        "passages": args.passages,
+        "written as a user does": args.written or args.passages,
+        "shards": args.shards,
+        "cores": len(os.sched_getaffinity(0)),
+        "queries": len(texts),
+        "passages of the smallest and largest shard": [report.fewest, report.most],
+        "seconds to shard": {"wall": round(seconds, 1), "processor": round(processor, 1)},
+        "passages sharded in a second of the processor": round(args.passages / processor),
+        "bytes of the shards to those of the index": round(report.num_bytes / folder_bytes(one), 3),
+        "passages scored for a proof, median": [int(np.median(each)) for each in scored[0]],
+        "searches": {name: pair.facts() for name, pair in pairs.items()},
+    }
 
 
 def main() -> None:
@@ -123,16 +146,19 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--real", type=int, default=1_000, help="real passages among them; the rest are variations")
     parser.add_argument("--queries", type=int, default=40)
+    parser.add_argument(
+        "--written", type=int, help="passages written as a user does; the rest are copies; default: all"
+    )
+    parser.add_argument("--proofs", type=int, help="queries that are also searched exactly; default: all")
     parser.add_argument("--cache", type=Path, help="folder in which to cache the real passages' vectors")
     parser.add_argument("--work", type=Path, help="folder for the indexes; by default a temporary folder")
+    parser.add_argument("--keep", type=Path, help="empty folder in which the indexes stay, instead")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     require(*(DATA / name for name in SHARES))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.work) as place:
-        row = measure(
-            Student.load(STUDENT), args.passages, args.shards, args.real, args.queries, args.cache, Path(place)
-        )
+        row = measure(Student.load(STUDENT), args, args.keep or Path(place))
     for name, value in row.items():
         if name != "searches":
             print(f"{name:<50} {value}")

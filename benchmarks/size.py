@@ -1,12 +1,15 @@
 """Bytes and milliseconds that `d2llm size` predicts, beside those of real indexes: the goal is within 25 %.
 
     python benchmarks/size.py                                     10,000 and 20,000 passages
-    python benchmarks/size.py --passages 10000 100000 1000000 --json benchmarks/results/size.json
+    python benchmarks/size.py --passages 10000 100000 1000000 --written 65536 --json benchmarks/results/size.json
     python benchmarks/size.py --ship      write the figures that ship with d2llm, from benchmarks/results
 
-First the speeds of this machine are measured, as `d2llm size --measure` does, and facts about texts are taken from some
-of the passages. Then an index is built for each number of passages, as `evidence.py` does it: texts are variations of
-real ones, doubled in length, vectors of windows and tokens are random. The prediction knows nothing of these indexes.
+An index is built for each number of passages, as `evidence.py` does it: texts are variations of real ones, doubled in
+length, vectors of windows are random, those of tokens are variations too. Then the speeds of this machine are measured,
+as `d2llm size --measure` does, and facts about texts are taken from some of the passages. The prediction knows nothing
+of these indexes. With `--written`, larger indexes are filled up with copies of so many passages: other ids and vectors,
+the same texts.
+
 One thread, one query at a time, without encoding it; the kinds of search are interleaved for each query. Times are
 those of the processor; still, other work on the machine takes some of the memory's speed from one part or the other.
 
@@ -69,13 +72,14 @@ GOAL = 1.25
 class Predictions:
     """What `d2llm size` says about indexes of a corpus."""
 
-    def __init__(self, student: Student, corpus: Corpus, queries: Queries, seconds: float) -> None:
+    def __init__(
+        self, student: Student, corpus: Corpus, queries: Queries, seconds: float, *, window_vectors: bool
+    ) -> None:
         passages, _ = next(corpus.blocks())
-        texts = read_text_facts(passages, student, "a sample of the corpus", queries=queries.texts)
-        random_tokens = np.mean([round(len(passage.full_text) / 4.5) for passage in passages])  # as in KnownVectors
-        self.texts = texts.model_copy(update={"token_vectors": float(random_tokens) / texts.tokens})
-        self.plan = SizePlan(corpus.size, tokens=round(texts.tokens), window_vectors="int3", token_vectors="int4")
-        self.student = replace(StudentFacts.of_student(student, self.plan), max_tokens=1 << 20)  # none is cut
+        self.texts = read_text_facts(passages, student, "a sample of the corpus", queries=queries.texts)
+        windows, tokens = "int3" if window_vectors else "none", round(self.texts.tokens)
+        self.plan = SizePlan(corpus.size, tokens=tokens, window_vectors=windows, token_vectors="int4")
+        self.student = StudentFacts.of_student(student, self.plan)
         self.speeds = measure_speeds(student, passages[:4_000], queries=queries.texts, seconds=seconds)
 
     def bytes(self, num_passages: int, *, approximate: bool) -> dict[str, int]:
@@ -88,30 +92,45 @@ class Predictions:
         return total_ms(search_stages(self.plan, student, self.texts, self.speeds, num_passages, ann=ann)[1:])
 
 
-def measure(student: Student, corpus: Corpus, known: KnownVectors, queries: Queries, seconds: float) -> dict[str, Any]:
+def measure(
+    student: Student, corpus: Corpus, known: KnownVectors, queries: Queries, args: argparse.Namespace
+) -> dict[str, Any]:
     """Predicted and measured bytes and milliseconds for a corpus."""
-    predictions = Predictions(student, corpus, queries, seconds)
-    size = corpus.size
+    size, kinds = corpus.size, KINDS
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "index"
-        build(folder, corpus, known, "bfloat16", window_vectors="int3", token_vectors="int4")
-        measured = bytes_of(folder)
-        store, ann = IndexStore.open(folder), None
-        if size >= MIN_PASSAGES:
-            report = build_ann(store, student)
-            [tuned] = [one for one in report.recalls if one.depth == report.depth]
-            measured["approximate index"] = report.num_bytes
-            # How many lists must be read depends on the texts: that is an input, as it is for `d2llm size`.
-            share = tuned.num_probes / report.num_lists
-            ann = AnnFacts(source="this index", passages=size, first_ten=1.0, num_probes=tuned.num_probes, share=share)
-        ms = times(store, known, queries, approximate=ann is not None)
+        folder, ann = args.index or Path(place) / "index", None
+        if args.index is None:
+            build(folder, corpus, known, "bfloat16", 2, "int3", "int4", args.written)
+        store, measured = IndexStore.open(folder), bytes_of(folder)
+        if "window" not in store.part_formats:
+            kinds = {name: terms for name, terms in KINDS.items() if "window_vectors" not in terms}
+            del measured["vectors of windows"]
+        if size >= MIN_PASSAGES and args.index is None:
+            ann, measured["approximate index"] = built_ann(store, student)
+        # Speeds are measured just before the searches, since what else the machine does changes them.
+        predictions = Predictions(student, corpus, queries, args.seconds, window_vectors="window" in store.part_formats)
+        ms = times(store, student, known, queries, kinds, approximate=ann is not None)
     predicted = predictions.bytes(size, approximate=ann is not None)
     rows = {name: row(predicted[name], measured[name]) for name in measured}
     rows["in all"] = row(sum(predicted.values()), sum(measured.values()))
-    kinds = {name: row(predictions.ms(size, terms), ms[name]) for name, terms in KINDS.items()}
+    compared = {name: row(predictions.ms(size, terms), ms[name]) for name, terms in kinds.items()}
     if ann is not None:
-        kinds["approximate"] = row(predictions.ms(size, {}, ann), ms["approximate"])
-    return {"passages": size, "bytes": rows, "ms": kinds}
+        compared["approximate"] = row(predictions.ms(size, {}, ann), ms["approximate"])
+    return {"passages": size, "bytes": rows, "ms": compared}
+
+
+def built_ann(store: IndexStore, student: Student) -> tuple[AnnFacts, int]:
+    """Build an approximate index; what it reads, and its bytes.
+
+    How many lists must be read depends on the texts: that is an input, as it is for `d2llm size`.
+    """
+    report = build_ann(store, student)
+    [tuned] = [one for one in report.recalls if one.depth == report.depth]
+    share = tuned.num_probes / report.num_lists
+    facts = AnnFacts(
+        source="this index", passages=report.num_passages, first_ten=1.0, num_probes=tuned.num_probes, share=share
+    )
+    return facts, report.num_bytes
 
 
 def row(predicted: float, measured: float) -> dict[str, float]:
@@ -136,10 +155,18 @@ def bytes_of(folder: Path) -> dict[str, int]:
     }
 
 
-def times(store: IndexStore, known: KnownVectors, queries: Queries, *, approximate: bool) -> dict[str, float]:
-    """Median milliseconds of a core for each kind of search, with reading the texts of the results."""
+def times(
+    store: IndexStore,
+    student: Student,
+    known: KnownVectors,
+    queries: Queries,
+    kinds: dict[str, dict[EvidenceTerm, float]],
+    *,
+    approximate: bool,
+) -> dict[str, float]:
+    """Median milliseconds of a core for each kind of search of an encoded query, with reading the texts of results."""
     view = PassageView(store)
-    settings = {name: SearchSettings(task="asymmetric", evidence=terms) for name, terms in KINDS.items()}
+    settings = {name: SearchSettings(task="asymmetric", evidence=terms) for name, terms in kinds.items()}
     if approximate:
         settings["approximate"] = SearchSettings(task="asymmetric", evidence={}, sources=("ann",))
     searchers = {name: Searcher(view, known, each) for name, each in settings.items()}
@@ -147,9 +174,11 @@ def times(store: IndexStore, known: KnownVectors, queries: Queries, *, approxima
     for searcher in searchers.values():
         searcher.rank([Query("0", queries.texts[0])])  # one-time work is not counted
     for number, text in enumerate(queries.texts):
+        read = student.encode_with_tokens([text], "query")
+        assert read.tokens is not None
         for name, searcher in searchers.items():
             begin = time.process_time()
-            searcher.rank([Query(str(number), text)])
+            searcher.rank([Query(str(number), text)], vectors=read.vectors, tokens=read.tokens.split())
             kept[name].append(1e3 * (time.process_time() - begin))
     return {name: float(np.median(values)) for name, values in kept.items()}
 
@@ -166,7 +195,9 @@ def benchmark_texts(student: Student) -> TextFacts:
         passages += list(content.passages.values())[: round(4_000 * share)]
     dev = read_beir(DATA / "squad-sent", splits=["dev"])
     questions = [dev.queries[query_id].text for query_id in list(dev.qrels["dev"])[:100]]
-    return read_text_facts(passages, student, f"4,000 passages of {', '.join(SHARES)}", queries=questions)
+    facts = read_text_facts(passages, student, f"4,000 passages of {', '.join(SHARES)}", queries=questions)
+    # Of a user's passages only the mean length is known; as parts of documents, they differ less than these.
+    return facts.model_copy(update={"lengths": (1.0,)})
 
 
 def sentence_tokens(student: Student) -> float:
@@ -292,6 +323,12 @@ def main() -> None:
     parser.add_argument("--real", type=int, default=1_000, help="real passages among them; the rest are variations")
     parser.add_argument("--queries", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=1.5, help="how long each speed is measured")
+    parser.add_argument(
+        "--written", type=int, help="passages written as a user does; the rest are copies; default: all"
+    )
+    parser.add_argument(
+        "--index", type=Path, help="the index of these passages, as sharding.py --keep leaves it in `one`"
+    )
     parser.add_argument("--cache", type=Path, help="folder in which to cache the real passages' vectors")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--ship", action="store_true", help="write what ships with d2llm instead")
@@ -307,7 +344,7 @@ def main() -> None:
     for passages in args.passages:
         corpus = Corpus(real, vectors, passages, longer=2)
         known = KnownVectors(student, list(queries.values()), real)
-        result = measure(student, corpus, known, queries["asymmetric"], args.seconds)
+        result = measure(student, corpus, known, queries["asymmetric"], args)
         results.append(result)
         print(f"\n{passages:,} passages{'':<32} predicted     measured   ratio")
         for unit in ("bytes", "ms"):

@@ -8,6 +8,7 @@ those of real passages, but there are fewer topics than in a million different p
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections import defaultdict
@@ -63,6 +64,12 @@ class Corpus:
         for start in range(0, self.size, BLOCK):
             yield self._block(start, min(start + BLOCK, self.size))
 
+    def first(self, number: int) -> Corpus:
+        """The first passages."""
+        part = copy.copy(self)
+        part.size = min(number, self.size)
+        return part
+
     def vectors(self) -> NDArray[np.float32]:
         """All vectors [size, dim]."""
         vectors = np.empty((self.size, self._vectors.shape[1]), np.float32)
@@ -79,8 +86,7 @@ class Corpus:
         noise = random.standard_normal((len(rows), self._vectors.shape[1]), np.float32)
         made = (1 - share[:, None]) * self._vectors[source] + share[:, None] * self._vectors[other]
         made /= np.linalg.norm(made, axis=1, keepdims=True)
-        made += _NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
-        made *= np.linalg.norm(self._vectors[source], axis=1, keepdims=True) / np.linalg.norm(made, axis=1)[:, None]
+        made = with_noise(made, noise) * np.linalg.norm(self._vectors[source], axis=1, keepdims=True)
         made[rows < len(self._real)] = self._vectors[source[rows < len(self._real)]]
         parts = zip(rows.tolist(), source.tolist(), other.tolist(), share.tolist(), strict=True)
         return [self._passage(*part) for part in parts], made
@@ -168,6 +174,12 @@ class KnownVectors:
         assert projection is not None, "a student without vectors of tokens"
         for ids in self._student.tokenize(texts, "passage").ids:
             yield [ids[place] for place in projection.places(ids)]
+
+
+def with_noise(vectors: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors of norm 1 [n, dim] with some of the noise [n, dim], also of norm 1."""
+    made = vectors + _NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
 
 
 def read_real(

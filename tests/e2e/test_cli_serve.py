@@ -79,6 +79,13 @@ def test_a_missing_student_ends_it_with_a_clear_error():
     fail("serve", "--student", "no-such-student", "--port", 0, containing=["no-such-student"])
 
 
+@pytest.mark.parametrize("option", ["--teacher", "--writer"])
+def test_a_model_that_only_searches_use_needs_an_index(option: str, index: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(app, "make_app", lambda settings: pytest.fail("an app was made"))
+    arguments = ("serve", "--student", index.parent / "student-0", option, "smollm2", "--port", 0)
+    fail(*arguments, containing=[f"a {option[2:]} works on searches, and there is no index", "leave"])
+
+
 @pytest.mark.parametrize("content", [None, "folder", "student"])
 def test_a_folder_without_an_index_is_reported_before_loading(
     content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

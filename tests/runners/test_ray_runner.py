@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,9 +22,15 @@ SHARDS = [list(range(start, start + 3)) for start in range(0, 60, 3)]
 SQUARES = [[number**2 for number in shard] for shard in SHARDS]
 
 
-def results_of(folder, shards=SHARDS, advance=ignore, **options):
-    with RayRunner(**options).workers(partial(ray_work.load_squares, str(folder))) as workers:
+def results_of(runner, folder, shards=SHARDS, advance=ignore):
+    with runner.workers(partial(ray_work.load_squares, str(folder))) as workers:
         yield from workers.map(iter(shards), advance)
+
+
+@pytest.fixture
+def one(two):
+    """A runner with one worker: enough for most errors, which end workers, so that others must be started."""
+    return replace(two, num_workers=1)
 
 
 def hold_the_first(folder):
@@ -56,48 +63,29 @@ def test_results_are_in_order_and_each_worker_loads_once(cluster, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_connected_workers_are_used_again_and_load_the_new_work(cluster, tmp_path):
+def test_connected_workers_are_used_again_and_load_the_new_work(two, tmp_path):
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
     processes = []
-    with RayRunner(num_workers=2).connected() as runner:
-        for name in ("first", "second"):
-            with runner.workers(partial(ray_work.load_squares, str(tmp_path / name))) as workers:
-                results = list(workers.map(iter(SHARDS), ignore))
-            assert [result["squares"] for result in results] == SQUARES
-            processes.append({result["pid"] for result in results})
-            loaded = {int(path.name.rpartition("-")[2]) for path in (tmp_path / name).iterdir()}
-            assert processes[-1] <= loaded  # each of them has loaded this work
-            assert len(loaded) <= 2
+    for name in ("first", "second"):
+        results = list(results_of(two, tmp_path / name))
+        assert [result["squares"] for result in results] == SQUARES
+        processes.append({result["pid"] for result in results})
+        loaded = {int(path.name.rpartition("-")[2]) for path in (tmp_path / name).iterdir()}
+        assert processes[-1] <= loaded  # each of them has loaded this work
+        assert len(loaded) <= 2
     assert processes[0] & processes[1]
 
 
-def test_workers_that_were_interrupted_are_not_used_again(cluster, tmp_path):
+def test_workers_that_were_interrupted_are_not_used_again(one, tmp_path):
     (tmp_path / "bad-30").touch()
-    with RayRunner(num_workers=2).connected() as runner:
-        load = partial(ray_work.load_squares, str(tmp_path))
-        with pytest.raises(DataFormatError), runner.workers(load) as workers:
-            list(workers.map(iter(SHARDS), ignore))
-        (tmp_path / "bad-30").unlink()
-        with runner.workers(load) as workers:
-            assert [result["squares"] for result in workers.map(iter(SHARDS), ignore)] == SQUARES
+    with pytest.raises(DataFormatError):
+        list(results_of(one, tmp_path))
+    (tmp_path / "bad-30").unlink()
+    assert [result["squares"] for result in results_of(one, tmp_path)] == SQUARES
 
 
-def test_idle_workers_make_room_for_larger_ones(cluster, tmp_path):
-    """One worker gets a node for itself, of which two have half."""
-    node = cluster.add_node(num_cpus=2, num_gpus=2)
-    try:
-        with RayRunner(num_workers=2).connected() as runner:
-            load = partial(ray_work.load_squares, str(tmp_path))
-            with runner.workers(load, device="cpu") as workers:
-                assert [result["squares"] for result in workers.map(iter(SHARDS), ignore)] == SQUARES
-            with runner.workers(load) as workers:  # with a GPU each
-                assert {result["gpus"] for result in workers.map(iter(SHARDS[:4]), ignore)} <= {"0", "1"}
-    finally:
-        cluster.remove_node(node)
-
-
-def test_few_shards_are_held_at_a_time(cluster, tmp_path):
+def test_few_shards_are_held_at_a_time(two, tmp_path):
     num_read = 0
 
     def shards():
@@ -107,17 +95,17 @@ def test_few_shards_are_held_at_a_time(cluster, tmp_path):
             yield [number]
 
     ahead = []
-    for number, result in enumerate(results_of(tmp_path, shards())):
+    for number, result in enumerate(results_of(two, tmp_path, shards())):
         assert result["squares"] == [number**2]
         ahead.append(num_read - number)
     assert max(ahead) <= 2 * 4 + 1
 
 
-def test_a_killed_worker_loses_nothing(cluster, tmp_path, caplog):
+def test_a_killed_worker_loses_nothing(two, tmp_path, caplog):
     """One ends itself in a shard, another is killed from outside while it has two."""
     (tmp_path / "kill-10").touch()
     results, killed = [], None
-    for result in results_of(tmp_path):
+    for result in results_of(two, tmp_path):
         results.append(result)
         if len(results) == 10:
             killed = result["pid"]
@@ -127,17 +115,17 @@ def test_a_killed_worker_loses_nothing(cluster, tmp_path, caplog):
     assert results[-1]["pid"] != killed
 
 
-def test_a_shard_that_ends_every_worker_is_named_as_the_cause(cluster, tmp_path):
+def test_a_shard_that_ends_every_worker_is_named_as_the_cause(one, tmp_path):
     (tmp_path / "poison-30").touch()
     with pytest.raises(ModelError, match="3 workers on the Ray cluster have died with the same part of the work"):
-        list(results_of(tmp_path))
+        list(results_of(one, tmp_path))
 
 
 @pytest.mark.parametrize(("kind", "error"), [("bad", DataFormatError), ("bug", ZeroDivisionError)])
-def test_an_error_in_a_worker_is_raised_here(cluster, tmp_path, kind, error):
+def test_an_error_in_a_worker_is_raised_here(one, tmp_path, kind, error):
     (tmp_path / f"{kind}-30").touch()
     with pytest.raises(error) as caught:
-        list(results_of(tmp_path))
+        list(results_of(one, tmp_path))
     if kind == "bad":
         assert type(caught.value) is DataFormatError
         assert str(caught.value) == "corpus.jsonl:30: is damaged"
@@ -152,53 +140,62 @@ def test_an_error_in_a_worker_is_raised_here(cluster, tmp_path, kind, error):
         (ray_work.refuse_to_load, InputError, "there is no such model here"),
     ],
 )
-def test_workers_that_cannot_load(cluster, load, error, problem):
-    with pytest.raises(error, match=problem), RayRunner().workers(load) as workers:
+def test_workers_that_cannot_load(one, load, error, problem):
+    with pytest.raises(error, match=problem), one.workers(load) as workers:
         list(workers.map(SHARDS, ignore))
 
 
 @pytest.mark.parametrize("package", ["d2llm", "torch"])
-def test_other_versions_are_refused(cluster, tmp_path, monkeypatch, package):
+def test_other_versions_are_refused(one, tmp_path, monkeypatch, package):
     own = ray_runner.own_versions()
     monkeypatch.setattr(ray_runner, "own_versions", lambda: own | {package: "0.0.1"})
     with pytest.raises(
         MismatchError, match=rf"has {package} {re.escape(own[package])} instead of 0\.0\.1; install the same"
     ):
-        list(results_of(tmp_path))
+        list(results_of(one, tmp_path))
 
 
-def test_a_node_that_is_lost(cluster, tmp_path):
-    """Its worker's shards go to the other node."""
+def test_a_node_that_is_lost(cluster, two, tmp_path):
+    """Its worker's shards go to the other nodes."""
     node = cluster.add_node(num_cpus=1)
     results = []
-    for result in results_of(tmp_path, num_workers=3):
+    for result in results_of(replace(two, num_workers=3), tmp_path):
         results.append(result)
         if len(results) == 5:
             cluster.remove_node(node, allow_graceful=False)
     assert [result["squares"] for result in results] == SQUARES
 
 
-def test_each_worker_gets_one_gpu(cluster, tmp_path):
+@pytest.fixture(scope="module")
+def gpus(cluster):
+    """A node with two GPUs."""
     node = cluster.add_node(num_cpus=2, num_gpus=2)
-    try:
-        advance, _ = hold_the_first(tmp_path)
-        results = list(results_of(tmp_path, advance=advance))
-        assert {result["gpus"] for result in results} == {"0", "1"}
-        assert {result["node"] for result in results} == {node.node_id}
-    finally:
-        cluster.remove_node(node)
+    yield node
+    cluster.remove_node(node)
 
 
-def test_a_large_model_gets_several_gpus(cluster, tmp_path):
-    node = cluster.add_node(num_cpus=2, num_gpus=4)
-    try:
-        load = partial(ray_work.load_squares, str(tmp_path))
-        for runner, needed, gpus in ((RayRunner(num_workers=1), 4, 4), (RayRunner(gpus_per_worker=2), 1, 2)):
-            with runner.workers(load, gpus=needed) as workers:
-                results = list(workers.map(iter(SHARDS), ignore))
-            assert {len(result["gpus"].split(",")) for result in results} == {gpus}
-    finally:
-        cluster.remove_node(node)
+def test_each_worker_gets_one_gpu(gpus, tmp_path):
+    advance, _ = hold_the_first(tmp_path)
+    results = list(results_of(RayRunner(), tmp_path, advance=advance))
+    assert {result["gpus"] for result in results} == {"0", "1"}
+    assert {result["node"] for result in results} == {gpus.node_id}
+
+
+def test_a_large_model_gets_several_gpus(gpus, tmp_path):
+    load = partial(ray_work.load_squares, str(tmp_path))
+    for runner, needed in ((RayRunner(num_workers=1), 2), (RayRunner(gpus_per_worker=2), 1)):
+        with runner.workers(load, gpus=needed) as workers:
+            results = list(workers.map(iter(SHARDS), ignore))
+        assert {len(result["gpus"].split(",")) for result in results} == {2}
+
+
+def test_idle_workers_make_room_for_larger_ones(gpus, two, tmp_path):
+    """Workers with a GPU each need the CPUs of its node, which idle ones without GPUs hold."""
+    load = partial(ray_work.load_squares, str(tmp_path))
+    with replace(two, num_workers=4).workers(load, device="cpu") as workers:
+        assert [result["squares"] for result in workers.map(iter(SHARDS), ignore)] == SQUARES
+    with two.workers(load) as workers:  # with a GPU each
+        assert {result["gpus"] for result in workers.map(iter(SHARDS[:4]), ignore)} <= {"0", "1"}
 
 
 def test_a_certain_gpu_is_refused(cluster):

@@ -210,6 +210,13 @@ def test_settings_of_a_writer_need_one():
         load_settings({"writer": "smollm2"}, assignments={"writer_key_env": "KEY"})
 
 
+@pytest.mark.parametrize("name", ["teacher", "writer"])
+def test_a_teacher_or_writer_needs_an_index(name: str):
+    with pytest.raises(InputError, match=f"a {name} works on searches, and there is no index to search"):
+        load_settings({"student": "d2llm-minilm", name: "smollm2"})
+    assert getattr(load_settings({"index": ["docs.index"], name: "smollm2"}).settings, name) == "smollm2"
+
+
 # Reachable addresses
 
 

@@ -30,6 +30,7 @@ def test_facts_of_equal_passages(student):
     assert facts.candidate_length == 1
     assert (facts.vocabulary, facts.vocabulary_words, facts.vocabulary_growth) == (7, 360, 0)
     assert facts.row_bytes > 30
+    assert facts.lengths == pytest.approx([1.0] * 20)
     assert 0 <= facts.stored_text < 1
 
 
@@ -39,10 +40,27 @@ def test_what_a_student_would_cut_is_counted(student):
     assert facts.tokens > 400 > student.config.backbone.max_passage_tokens
 
 
+def test_a_few_long_passages_are_cut_though_the_mean_is_short(student):
+    short, long = "cat dog " * 4, "cat dog " * 100  # of 38 and 2 passages
+    texts = [*[short] * 38, *[long] * 2]
+    facts = read_text_facts([Passage(str(number), text) for number, text in enumerate(texts)], student, "forty")
+    few, many = (len(student.backbone.tokenize([text], "passage", limit=1 << 20).ids[0]) for text in (short, long))
+    assert facts.tokens == pytest.approx((38 * few + 2 * many) / 40)
+    assert len(facts.lengths) == 20
+    assert facts.lengths[:-1] == pytest.approx([few / facts.tokens] * 19)
+    assert facts.lengths[-1] == pytest.approx(many / facts.tokens)
+    assert facts.read_tokens(1 << 20) == pytest.approx(facts.tokens)
+    assert facts.read_tokens(50) == pytest.approx((38 * few + 2 * 50) / 40)
+    # Twice as long, all of them: the short ones still fit.
+    assert facts.at(2 * facts.tokens).read_tokens(50) == pytest.approx((38 * 2 * few + 2 * 50) / 40)
+
+
 def test_other_lengths():
     facts = shipped_text_facts()
     same = facts.at(facts.tokens)
-    assert same.model_dump(exclude={"source"}) == pytest.approx(facts.model_dump(exclude={"source"}))
+    left_out = {"source", "lengths"}
+    assert same.model_dump(exclude=left_out) == pytest.approx(facts.model_dump(exclude=left_out))
+    assert same.lengths == facts.lengths
     double = facts.at(2 * facts.tokens)
     assert (double.words, double.sentences) == (2 * facts.words, 2 * facts.sentences)
     assert facts.distinct_words < double.distinct_words < 2 * facts.distinct_words

@@ -115,7 +115,10 @@ def source_names(settings: SearchSettings, weights: EvidenceWeights, *, is_exact
 
 
 class ShardSearch:
-    """A search of one shard. Rows are those of the shard. Call it in one thread at a time."""
+    """A search of one shard. Rows are those of the shard.
+
+    Call it in one thread at a time, because exact searches fill ``reaches``. Others may search the same view meanwhile.
+    """
 
     def __init__(
         self,

@@ -106,7 +106,8 @@ class OpenVersion:
         self._anchor: SearchStudent = AnchorStudent(cast("SearchStudent", models.student))
         self._searchers: OrderedDict[tuple[SearchSettings, bool], Searcher] = OrderedDict()
         self._choosing = threading.Lock()
-        # Shards in this process answer one thread at a time; those on a cluster, several.
+        # Held while a shared searcher ranks: its cache for exact searches (``KeptReaches``) is for one thread at a
+        # time, while the view and the student's head are for several. Shards on a cluster have caches of their own.
         self.ranking: AbstractContextManager[object] = (
             nullcontext() if isinstance(self.view, RemoteView) else threading.Lock()
         )
@@ -144,7 +145,10 @@ class OpenVersion:
         student: SearchStudent | None = None,
         expansion: Expansion | None = None,
     ) -> Searcher:
-        """A searcher that is not shared; ``student`` is used in place of the version's, with ``iem`` or without."""
+        """A searcher that is not shared, and can be used at the same time as others.
+
+        ``student`` is used in place of the version's, with ``iem`` or without.
+        """
         if student is None:
             student = cast("SearchStudent", self.models.student) if iem else self._anchor
         return Searcher(
@@ -174,7 +178,10 @@ def rank_together(searches: Sequence[PendingSearch]) -> list[Ranking | Exception
 
 
 def rank_again(search: PendingSearch, rereader: Rereader) -> Ranking:
-    """Rank one query with a teacher's help."""
+    """Rank one query with a teacher's help.
+
+    Outside ``OpenVersion.ranking``, because its searcher is not shared: others search while the teacher reads.
+    """
     searcher = search.version.new_searcher(search.settings, iem=True, rereader=rereader)
     (ranking,) = searcher.rank([Query("1", search.query)], vectors=search.vector[None], tokens=[search.tokens])
     return ranking
@@ -189,7 +196,10 @@ def rank_expanded(
     *,
     iem: bool,
 ) -> Ranking:
-    """Rank one query that a writer expands; ``student`` encodes it and what the writer adds."""
+    """Rank one query that a writer expands; ``student`` encodes it and what the writer adds.
+
+    Outside ``OpenVersion.ranking``, as ``rank_again``.
+    """
     searcher = version.new_searcher(settings, student=student if iem else AnchorStudent(student), expansion=expansion)
     (ranking,) = searcher.rank([Query("1", query)])
     return ranking

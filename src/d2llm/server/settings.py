@@ -186,6 +186,16 @@ class ServeSettings(BaseModel):
             raise ValueError("writer_key_env is about an endpoint; give its address as writer_endpoint")
         return self
 
+    @model_validator(mode="after")
+    def _check_index(self) -> ServeSettings:
+        for name in ("teacher", "writer"):
+            if getattr(self, name) is not None and not self.index:
+                raise ValueError(
+                    f"a {name} works on searches, and there is no index to search: give the folder of one, or leave "
+                    f"{name} out"
+                )
+        return self
+
     @property
     def host_names(self) -> tuple[str, ...]:
         """``allowed_hosts``, plus ``host`` unless it is a wildcard address."""

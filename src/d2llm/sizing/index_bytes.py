@@ -156,7 +156,7 @@ def word_bytes(texts: TextFacts, num_passages: int) -> int:
 
 def parts_of_passage(kind: PartKind, student: StudentFacts, texts: TextFacts) -> float:
     """How many windows, or tokens with a vector, a passage has."""
-    return texts.windows if kind == "window" else min(texts.tokens, student.max_tokens) * texts.token_vectors
+    return texts.windows if kind == "window" else texts.read_tokens(student.max_tokens) * texts.token_vectors
 
 
 def _times(copies: int) -> str:

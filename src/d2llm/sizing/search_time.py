@@ -15,6 +15,7 @@ from d2llm.sizing.index_bytes import StudentFacts, parts_of_passage
 from d2llm.sizing.plan import SizePlan, in_words
 from d2llm.sizing.speeds import Speed, Speeds
 from d2llm.sizing.texts import TextFacts
+from d2llm.store.ann import num_taken
 from d2llm.store.vector_formats import make_format
 from d2llm.store.word_files import SEGMENT_ROWS
 
@@ -100,7 +101,8 @@ def _stages(
         basis = f"{lists:,} centroids and {share:.2%} of the passages: {ann.source}"
         yield _stage("approximate index", read, "bytes", speeds.ann_bytes, basis)
     if student.has_anchor:  # once to rank the proposals, and once for the full score
-        products = proposed + (candidates if weights or student.counts_interaction else 0)
+        ranked = proposed if ann is None else min(num_taken(math.ceil(proposed)), num_passages)
+        products = ranked + (candidates if weights or student.counts_interaction else 0)
         basis = f"{products:,.0f} of {student.dim} dimensions"
         yield _stage(
             "candidates' vectors", products * student.dim, "dimensions", speeds.products.get(plan.vector_format), basis

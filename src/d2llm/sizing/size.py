@@ -170,7 +170,7 @@ class _Sizing:
         self.is_measured = measured is not None
         self.speeds = shipped_speeds(student.fingerprint) if measured is None else measured
         self.texts = texts.at(plan.tokens)
-        self.read_tokens = min(plan.tokens, student.max_tokens)
+        self.read_tokens = self.texts.read_tokens(student.max_tokens)
         self.ann = ann
         assert plan.machine_memory is not None
         assert plan.machine_cores is not None
@@ -335,7 +335,7 @@ class _Sizing:
 
     def _encoding(self) -> Work:
         tokens = float(self.plan.passages * self.read_tokens)
-        basis = f"{self.plan.passages:,} passages of {self.read_tokens} tokens"
+        basis = f"{self.plan.passages:,} passages of {self.read_tokens:.0f} tokens"
         if "window" in self.student.formats and self.texts.sentences:
             per_window = 2 * self.texts.tokens / self.texts.sentences  # a window is two sentences
             tokens += self.plan.passages * self.texts.windows * per_window

@@ -32,6 +32,7 @@ SAMPLE_PASSAGES = 4_000
 _FEWEST_PASSAGES = 20
 _QUERY_WORDS = 10
 _BEST_SHARE = 40  # a query's candidates by words: the best fortieth of a sample
+_LENGTHS = 20
 _NO_LIMIT = 1 << 40  # tokens of a passage: what a student would cut is counted too
 _Item = TypeVar("_Item")
 
@@ -48,6 +49,8 @@ class TextFacts(BaseModel):
         sentences: sentences.
         windows: windows that have a vector of their own: none if a passage has only one.
         token_vectors: share of the tokens that get a vector.
+        lengths: tokens of a passage in each twentieth of them, from the shortest to the longest, as shares of the mean:
+            a student cuts the long ones, though not one of mean length. Only 1: all are taken as equally long.
         query_postings: how many of a query's different words a passage has; a search reads so many postings a passage.
         candidate_length: how much longer than the mean the passages are that BM25 ranks first: of short and long texts,
             the long ones have more of a query's words.
@@ -74,6 +77,11 @@ class TextFacts(BaseModel):
     vocabulary_growth: float
     row_bytes: float
     stored_text: float
+    lengths: tuple[float, ...] = (1.0,)
+
+    def read_tokens(self, max_tokens: int) -> float:
+        """Mean tokens of a passage that are read, if longer ones are cut after so many."""
+        return float(np.minimum(self.tokens * np.array(self.lengths), max_tokens).mean())
 
     def at(self, tokens: float) -> TextFacts:
         """The same for passages of so many tokens.
@@ -136,6 +144,7 @@ def read_text_facts(
     projection = student.token_projection
     with_vectors = 0 if projection is None else sum(len(projection.places(row)) for row in ids)
     num_tokens = sum(map(len, ids))
+    parts = np.array_split(np.sort([len(row) for row in ids]), _LENGTHS)
     num_postings, candidate_words = _query_facts(segment, queries or word_queries(texts))
     empty = _row_bytes([replace(passage, title="", text="") for passage in sample])
     return TextFacts(
@@ -154,6 +163,7 @@ def read_text_facts(
         vocabulary_growth=min(max(growth, 0.0), 1.0),
         row_bytes=empty,
         stored_text=max(0.0, _row_bytes(sample) - empty) * len(sample) / text_bytes,
+        lengths=tuple(float(part.mean()) * len(sample) / num_tokens for part in parts),
     )
 
 

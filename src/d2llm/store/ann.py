@@ -201,7 +201,7 @@ class AnnSearch:
         faiss = _faiss()
         options = {} if self._selector is None else {"sel": self._selector}
         parameters = faiss.SearchParametersIVF(nprobe=num_probes, **options)
-        take = min(top_k + max(_SPARE_ROWS, top_k // 8), self._head)
+        take = min(num_taken(top_k), self._head)
         labels = ann.faiss_index.search(query[None], take, params=parameters)[1][0]
         rows = labels[labels >= 0]
         if len(rows) < min(top_k, self._head):
@@ -242,6 +242,11 @@ class AnnSearch:
 
         rows, scores = self._ann.tail.search(query, top_k, self._tail_mask, ids_of=ids_of)
         return rows + covered, scores
+
+
+def num_taken(top_k: int) -> int:
+    """How many rows an approximate search for ``top_k`` takes from the lists, to compute their products exactly."""
+    return top_k + max(_SPARE_ROWS, top_k // 8)
 
 
 def ann_bytes(num_rows: int, num_lists: int, dim: int) -> int:
