@@ -157,5 +157,5 @@ def _minimum(
     """Where a loss, given with its gradient, is least; the first ``num_positive`` parameters are at least 0."""
     from scipy.optimize import minimize  # slow to import
 
-    bounds: list[tuple[float | None, None]] = [(0, None)] * num_positive + [(None, None)] * (len(start) - num_positive)
+    bounds = [(0.0 if place < num_positive else None, None) for place in range(len(start))]
     return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x, np.float64)
