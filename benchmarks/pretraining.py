@@ -1,10 +1,10 @@
 """What training on texts without labels does to a backbone, before any distillation.
 
-    python benchmarks/pretraining.py --json benchmarks/results/pretraining.json    all rows, some 40 minutes of a core
-    python benchmarks/pretraining.py --rows cut+vectors full+simcse                some of them
+    python benchmarks/pretraining.py --json benchmarks/results/pretraining.json    all rows, some 25 minutes of a core
+    python benchmarks/pretraining.py --rows full+simcse --rate 1e-5                some of them, with another rate
 
-nDCG@10 of the plain cosine on dev queries, as in benchmarks/untrained.py, after ``training.pretrain``: minilm without
-two of its six layers, taught by all six, and minilm with all layers, taught by itself. The texts are passages of
+nDCG@10 of the plain cosine on dev queries, as in benchmarks/untrained.py, after ``training.pretrain``: minilm with all
+its layers (full), by itself, and without two of six (cut), by itself or taught by all six. The texts are passages of
 squad-sent that no query of dev or test is about and that are not ranked here, and train queries of squad-sent and
 banking77. Rows that are in the JSON file already are kept.
 
@@ -76,7 +76,7 @@ def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--texts", type=int, default=1_500, help="passages and queries of each data set")
+    parser.add_argument("--texts", type=int, default=1_000, help="passages of squad-sent, and queries of each set")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--queries", type=int, default=200)
