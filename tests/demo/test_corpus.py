@@ -244,21 +244,27 @@ def test_every_question_has_a_right_answer_in_the_corpus(corpus):
     assert 0 <= JUDGED < len(QUESTIONS)
 
 
-def test_the_corpus_is_reproducible_and_imports_nothing(corpus):
+def test_the_corpus_is_reproducible_and_imports_nothing():
+    # Both in new processes: in this one, libraries that other tests use may have replaced functions of Python.
     code = """
-import sys
+import hashlib, sys
 from d2llm.demo.corpus import build_corpus
-passages = build_corpus().passages
-import hashlib
-print(hashlib.sha256(repr(passages).encode()).hexdigest())
+print(hashlib.sha256(repr(build_corpus().passages).encode()).hexdigest())
 print(*sorted({"turtle", "tkinter", "antigravity", "idlelib", "cgi", "sched", "webbrowser"} & set(sys.modules)))
 """
-    import hashlib
-
-    environment = os.environ | {"PYTHONHASHSEED": "7"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    digest, modules = run.stdout.split("\n")[:2]
-    assert digest == hashlib.sha256(repr(corpus.passages).encode()).hexdigest()
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("7", "11")
+    ]
+    digest, modules = printed[0].split("\n")[:2]
+    assert printed[1] == printed[0]
+    assert len(digest) == 64
     assert modules == ""
 
 

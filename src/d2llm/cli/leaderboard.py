@@ -26,7 +26,7 @@ def leaderboard(
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Show evaluations of several data sets and students in one table.
+    """Show evaluations of several sets and students in one table.
 
     Each system gets its mean over the data sets, and the number of sets on which it differs significantly from the
     baseline. Reports of different students can be mixed.
