@@ -231,11 +231,17 @@ def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int) -> f
 
 
 def adamw(groups: Iterable[tuple[Sequence[Tensor], float, float]]) -> torch.optim.AdamW:
-    """AdamW for ``optimizer_step``, from groups of (parameters, learning rate, weight decay)."""
-    options = [
-        {"params": list(parameters), "lr": rate, "initial_lr": rate, "weight_decay": decay}
-        for parameters, rate, decay in groups
-    ]
+    """AdamW for ``optimizer_step``, from groups of (parameters, learning rate, weight decay).
+
+    Only matrices decay; vectors and scalars do not.
+    """
+    options: list[dict[str, Any]] = []
+    for parameters, rate, decay in groups:
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        others = [parameter for parameter in parameters if parameter.ndim <= 1]
+        for part, own_decay in ((matrices, decay), (others, 0.0)):
+            if part:
+                options.append({"params": part, "lr": rate, "initial_lr": rate, "weight_decay": own_decay})
     return torch.optim.AdamW(options)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -246,7 +246,8 @@ class _Pretraining:
             self.attention = [_Attention(model, layer, config.relation_heads) for model, layer in pairs]
         self.parameters = trainable(self.backbone)
         added = {} if self.projection is None else {f"projection.{n}": p for n, p in self.projection.named_parameters()}
-        self.optimizer = _optimizer(self.parameters, added, config.rate_for(self.backbone.config.tuning))
+        groups = [([*self.parameters.values()], config.rate_for(self.backbone.config.tuning), _WEIGHT_DECAY)]
+        self.optimizer = adamw([*groups, ([*added.values()], _PROJECTION_RATE, 0.0)])
         self.parameters |= added
         self.losses: list[float] = []
         self.per_epoch, self.batch_size = even_batches(len(self.texts), config.batch_texts)
@@ -477,16 +478,6 @@ def _projection(backbone: Backbone, teacher: Backbone | None, config: Pretrainin
         nn.init.eye_(projection.weight)
         nn.init.zeros_(projection.bias)
     return projection.to(backbone.device)
-
-
-def _optimizer(
-    parameters: Mapping[str, nn.Parameter], added: Mapping[str, nn.Parameter], rate: float
-) -> torch.optim.AdamW:
-    """AdamW; vectors and scalars have no weight decay."""
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
-    others = [parameter for parameter in parameters.values() if parameter.ndim <= 1]
-    groups = [(matrices, rate, _WEIGHT_DECAY), (others, rate, 0.0)]
-    return adamw(each for each in (*groups, ([*added.values()], _PROJECTION_RATE, 0.0)) if each[0])
 
 
 def _settings(

@@ -103,10 +103,7 @@ def train_residual(
     parameters = head.residual_parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    others = [p for p in parameters.values() if p.ndim <= 1]
-    rate = config.learning_rate
-    optimizer = adamw([(matrices, rate, config.weight_decay), (others, rate, 0.0)])
+    optimizer = adamw([([*parameters.values()], config.learning_rate, config.weight_decay)])
     weights = recipe.losses.model_copy(update={"anchor_cross_entropy": 0.0, "anchor_pair_cross_entropy": 0.0})
     max_norm = recipe.training.max_gradient_norm
     per_epoch = sum(-(-len(vectors.labelled.entries) // config.batch_queries) for vectors in sets)

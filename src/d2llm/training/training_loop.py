@@ -490,12 +490,11 @@ def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with separate learning rates for backbone and heads; vectors and scalars have no weight decay."""
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+    """AdamW with separate learning rates for backbone and heads."""
+    groups: dict[float, list[Tensor]] = {}
     for name, parameter in parameters.items():
         is_encoder = name.startswith(("backbone.", "token_projection."))
         rate = training.learning_rate if is_encoder else training.head_learning_rate
         rate = _OFFSET_RATE if name.startswith(OFFSET) else rate
-        decay = training.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
-    return adamw((group, rate, decay) for (rate, decay), group in groups.items())
+        groups.setdefault(rate, []).append(parameter)
+    return adamw((group, rate, training.weight_decay) for rate, group in groups.items())
