@@ -19,10 +19,16 @@ def leaderboard(
         typer.Argument(metavar="REPORT...", help="Files that d2llm evaluate --json wrote, or folders of such files."),
     ],
     markdown_path: Annotated[
-        Path | None, typer.Option("--markdown", metavar="PATH", dir_okay=False, help="Also write Markdown.")
+        Path | None,
+        typer.Option(
+            "--markdown", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write Markdown."
+        ),
     ] = None,
     html_path: Annotated[
-        Path | None, typer.Option("--html", metavar="PATH", dir_okay=False, help="Also write one HTML page.")
+        Path | None,
+        typer.Option(
+            "--html", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write one HTML page."
+        ),
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
@@ -37,8 +43,6 @@ def leaderboard(
     from d2llm.evaluation.leaderboard import read_leaderboard
     from d2llm.reports.leaderboard import leaderboard_tables, render_markdown, render_page
 
-    for path in (markdown_path, html_path, json_path):
-        in_existing_folder(path)
     board = read_leaderboard(reports)
     session = session_of(context)
     for table in leaderboard_tables(board):

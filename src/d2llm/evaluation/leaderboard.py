@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -67,7 +67,7 @@ class Leaderboard:
     @property
     def set_counts(self) -> dict[str, int]:
         """The number of sets of each main measure, the largest first."""
-        return dict(Counter(one.measure for one in self.sets).most_common())
+        return _set_counts(self.sets)
 
 
 def read_leaderboard(paths: Sequence[Path]) -> Leaderboard:
@@ -125,7 +125,10 @@ def leaderboard(reports: Sequence[_Report], notes: Iterable[str] = ()) -> Leader
             compared = _comparison(report, row["name"], baseline)
             if compared is not None:
                 p_values.setdefault(label, {}).setdefault(name, compared)
-    rows = [_row(label, of_sets, p_values.get(label, {}), list(sets.values())) for label, of_sets in values.items()]
+    measured: dict[str, list[str]] = {measure: [] for measure in _set_counts(sets.values())}
+    for one in sets.values():
+        measured[one.measure].append(one.name)
+    rows = [_row(label, of_sets, p_values.get(label, {}), measured) for label, of_sets in values.items()]
     rows.sort(key=lambda row: [(-mean.num_sets, -mean.value) for mean in row.means.values()])
     return Leaderboard(tuple(sets.values()), tuple(rows), baseline, tuple(dict.fromkeys(all_notes)))
 
@@ -194,24 +197,27 @@ def _comparison(report: _Report, row: str, baseline: str | None) -> tuple[float,
     return None
 
 
+def _set_counts(sets: Iterable[MeasuredSet]) -> dict[str, int]:
+    """The number of sets of each main measure, the largest first."""
+    return dict(Counter(one.measure for one in sets).most_common())
+
+
 def _row(
-    name: str, values: dict[str, float], compared: dict[str, tuple[float, float]], sets: Sequence[MeasuredSet]
+    name: str,
+    values: dict[str, float],
+    compared: dict[str, tuple[float, float]],
+    sets_of_measure: Mapping[str, Sequence[str]],
 ) -> LeaderboardRow:
     adjusted = holm([p_value for _, p_value in compared.values()])
     sure = [one for one, p_value in zip(compared, adjusted, strict=True) if p_value < SIGNIFICANCE_LEVEL]
+    of_measure = {
+        measure: [values[one] for one in names if one in values] for measure, names in sets_of_measure.items()
+    }
     return LeaderboardRow(
         name,
         values,
-        dict(_means(values, sets)),
+        {measure: Mean(fmean(own), len(own)) for measure, own in of_measure.items() if own},
         len(compared),
         tuple(one for one in sure if compared[one][0] > 0),
         tuple(one for one in sure if compared[one][0] < 0),
     )
-
-
-def _means(values: dict[str, float], sets: Sequence[MeasuredSet]) -> Iterator[tuple[str, Mean]]:
-    """The mean of each measure, that of most sets first."""
-    for measure, _ in Counter(one.measure for one in sets).most_common():
-        own = [values[one.name] for one in sets if one.measure == measure and one.name in values]
-        if own:
-            yield measure, Mean(fmean(own), len(own))
