@@ -73,6 +73,19 @@ def test_a_system_without_some_of_the_sets_comes_after_those_with_all():
     assert set_table(board).texts() == [["a", "nDCG@10", "0.500", "0.900"], ["b", "nDCG@10", "0.100", "–"]]
 
 
+def test_a_system_without_the_measure_of_most_sets_comes_last():
+    board = leaderboard(
+        [
+            report("a", {"teacher": 0.5, "BM25": 0.4}),
+            report("b", {"teacher": 0.3}),
+            report("c", {"teacher": 0.2}),
+            report("d", {"D2LLM": 0.9}, measure="AP"),
+            report("e", {"D2LLM": 0.8}, measure="AP"),
+        ]
+    )
+    assert [row.name for row in board.rows] == ["teacher", "BM25", "D2LLM"]
+
+
 def test_significance_is_corrected_over_the_sets():
     # Holm over three sets: .01 -> .03, .02 -> .04, .3 -> .3.
     values = {"BM25": 0.5, "D2LLM": 0.6}

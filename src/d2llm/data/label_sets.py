@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
 from d2llm.core.files import folder_bytes, new_file, new_folder
 from d2llm.core.progress import progress_bar
@@ -108,7 +109,7 @@ def merge_labels(folders: Sequence[Path], out: Path) -> MergedLabels:
             stores = [_open(folder, key) for folder in folders if key in keys[folder]]
             num_repeated += sum(store.num_duplicates for store in stores)
             written = _open(draft, key)
-            for query_ids in _blocks(sorted({name for store in stores for name in store.query_ids})):
+            for query_ids in batched(sorted({name for store in stores for name in store.query_ids}), _SHARD_QUERIES):
                 merged: list[QueryLabels] = []
                 for query_id in query_ids:
                     labels, differences = _merged(query_id, stores)
@@ -155,7 +156,7 @@ def _tables(folder: Path, keys: Sequence[LabelKey]) -> Iterator[Any]:
     with progress_bar("exporting labels", None) as advance:
         for key in keys:
             store = _open(folder, key)
-            for query_ids in _blocks(store.query_ids):
+            for query_ids in batched(store.query_ids, _SHARD_QUERIES):
                 rows = [
                     (key.teacher, key.prompt, key.dataset, query_id, passage_id, value)
                     for query_id in query_ids
@@ -181,11 +182,6 @@ def _write(tables: Iterator[Any], file: BinaryIO, file_type: str) -> int:
             for record in table.to_pylist():
                 file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
     return num_pairs
-
-
-def _blocks(query_ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(query_ids), _SHARD_QUERIES):
-        yield query_ids[start : start + _SHARD_QUERIES]
 
 
 def _open(folder: Path, key: LabelKey) -> LabelStore:

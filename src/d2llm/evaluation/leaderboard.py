@@ -129,7 +129,8 @@ def leaderboard(reports: Sequence[_Report], notes: Iterable[str] = ()) -> Leader
     for one in sets.values():
         measured[one.measure].append(one.name)
     rows = [_row(label, of_sets, p_values.get(label, {}), measured) for label, of_sets in values.items()]
-    rows.sort(key=lambda row: [(-mean.num_sets, -mean.value) for mean in row.means.values()])
+    nothing = Mean(0.0, 0)
+    rows.sort(key=lambda row: [(-mean.num_sets, -mean.value) for mean in (row.means.get(m, nothing) for m in measured)])
     return Leaderboard(tuple(sets.values()), tuple(rows), baseline, tuple(dict.fromkeys(all_notes)))
 
 

@@ -19,10 +19,9 @@ import sqlite3
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError, StorageError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import BackboneConfig, RemoteBackboneConfig
@@ -50,8 +50,6 @@ _BLANK = 0  # the id of the vector of a text without words, which is 0; SQLite n
 _ROWS_AT_ONCE = 500  # SQLite allows so many values in one statement, even in old versions
 _BUSY_SECONDS = 60.0  # how long to wait for another process that writes to the cache
 _REQUESTS_AT_ONCE = 4  # times the number of concurrent requests: the texts between two updates of a progress bar
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +234,7 @@ class RemoteBackbone(Backbone):
 
     def _fetch(self, texts: Sequence[tuple[bytes, str]], body: Mapping[str, Any]) -> None:
         """Ask for the vectors of texts, given with their keys, and put each answer into the cache at once."""
-        parts = list(_parts(texts, self.remote.batch_texts))
+        parts = list(batched(texts, self.remote.batch_texts))
         fields = {**({"dimensions": self.dim} if self.remote.shorten else {}), **body}
         before = self.usage
         try:
@@ -331,7 +329,7 @@ class VectorCache:
         with self._transaction() as connection:
             return {
                 key: number
-                for part in _parts(keys, _ROWS_AT_ONCE)
+                for part in batched(keys, _ROWS_AT_ONCE)
                 for key, number in connection.execute(
                     f"SELECT key, id FROM vectors WHERE key IN ({_marks(part)})", part
                 )
@@ -355,7 +353,7 @@ class VectorCache:
         """
         blobs: dict[int, bytes] = {_BLANK: bytes(4 * self.dim)}
         with self._transaction() as connection:
-            for part in _parts({*ids} - {_BLANK}, _ROWS_AT_ONCE):
+            for part in batched({*ids} - {_BLANK}, _ROWS_AT_ONCE):
                 blobs |= connection.execute(f"SELECT id, vector FROM vectors WHERE id IN ({_marks(part)})", part)
         if any(len(blobs.get(each, b"")) != 4 * self.dim for each in ids):
             raise StorageError(
@@ -437,13 +435,6 @@ def _character_tokenizer(length: int) -> PreTrainedTokenizerFast:
     pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{length}}}"), behavior="isolated")
     tokenizer.pre_tokenizer = pieces  # pyright: ignore[reportAttributeAccessIssue]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]")
-
-
-def _parts(items: Iterable[_Item], size: int) -> Generator[list[_Item]]:
-    """The items in lists of at most ``size``."""
-    remaining = iter(items)
-    while part := list(islice(remaining, size)):
-        yield part
 
 
 def _marks(values: Sequence[object]) -> str:

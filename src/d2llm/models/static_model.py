@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.files import new_folder
 from d2llm.models.sources import STATIC_MODEL_TYPE, hub_snapshot
@@ -178,8 +178,7 @@ def _count_tokens(backbone: Backbone, passages: Iterable[str]) -> tuple[Float64[
     """How often each token occurs in the passages, and how many passages there are."""
     counts = torch.zeros(len(backbone.tokenizer), dtype=torch.float64)
     num_passages = 0
-    remaining = iter(passages)
-    while texts := list(islice(remaining, _TEXTS_AT_ONCE)):
+    for texts in batched(passages, _TEXTS_AT_ONCE):
         ids = [token for row in backbone.tokenize(texts, "passage", prefix="", limit=sys.maxsize).ids for token in row]
         counts += torch.bincount(torch.tensor(ids), minlength=len(counts))
         num_passages += len(texts)

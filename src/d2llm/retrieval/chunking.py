@@ -6,12 +6,12 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import semantic_text_splitter
 
+from d2llm.core.batches import batched
 from d2llm.core.errors import DuplicateIdError, InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import LateChunk, Passage, SectionedPassage, WholeText
@@ -178,8 +178,7 @@ def upsert_documents(
     unfinished: deque[int] = deque()  # numbers of pieces of the documents being written
 
     def pieces() -> Iterator[Passage]:
-        rest = iter(documents)
-        while block := list(islice(rest, _DOCUMENTS_AT_ONCE)):
+        for block in batched(documents, _DOCUMENTS_AT_ONCE):
             if only_new:
                 _refuse_present(block, store)
             for document in block:
@@ -275,9 +274,8 @@ def _refuse_present(documents: Sequence[Passage], store: Storage) -> None:
 
 def _delete_earlier_forms(store: Storage, num_pieces: Mapping[str, int]) -> int:
     """Delete pieces that documents no longer have, and single passages that are now split; returns the number."""
-    num_deleted, names = 0, list(num_pieces)
-    for start in range(0, len(names), _DOCUMENTS_AT_ONCE):
-        some = names[start : start + _DOCUMENTS_AT_ONCE]
+    num_deleted = 0
+    for some in batched(num_pieces, _DOCUMENTS_AT_ONCE):
         gone: list[str] = []
         for passage_id, document_id, position in store.table().parts(some):
             if passage_id == piece_id(document_id, position) and passage_id not in num_pieces:

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from d2llm.core.batches import batched
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage, is_text
 from d2llm.store.blocks import INTERNAL_COLUMNS, ROW_MASK, codes_of
@@ -158,7 +159,7 @@ class PassageTable:
     def by_ids(self, ids: Sequence[str], names: Sequence[str]) -> pa.Table:
         """Columns of the rows with these ids, in no order; missing ids are ignored."""
         ids = ids if len(self) else []
-        conditions = (f"id IN ({', '.join(map(quoted, batch))})" for batch in _parts(ids, _ASKED_AT_ONCE))
+        conditions = (f"id IN ({', '.join(map(quoted, batch))})" for batch in batched(ids, _ASKED_AT_ONCE))
         return self._join((self.columns(names, where) for where in conditions), names)
 
     def by_rows(self, rows: Sequence[int], names: Sequence[str]) -> pa.Table:
@@ -167,7 +168,7 @@ class PassageTable:
         Raises:
             DataFormatError: a row is missing.
         """
-        conditions = (f"d2_row IN ({', '.join(map(str, batch))})" for batch in _parts(rows, _ASKED_AT_ONCE))
+        conditions = (f"d2_row IN ({', '.join(map(str, batch))})" for batch in batched(rows, _ASKED_AT_ONCE))
         table = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
         place_of = {row: place for place, row in enumerate(table["d2_row"].to_pylist())}
         missing = sum(row not in place_of for row in rows)
@@ -202,7 +203,7 @@ class PassageTable:
             f"{min(position + distance, high)})"
             for document, position in dict.fromkeys(places)
         ]
-        conditions = (" OR ".join(batch) for batch in _parts(spans, _SPANS_AT_ONCE))
+        conditions = (" OR ".join(batch) for batch in batched(spans, _SPANS_AT_ONCE))
         table = self._join((self.columns(["d2_row", *names], where) for where in conditions), ["d2_row", *names])
         _, first = np.unique(np.asarray(table["d2_row"]), return_index=True)  # spans may overlap
         return table.take(first).select(list(names))
@@ -211,7 +212,7 @@ class PassageTable:
         """(id, document_id, position) of passages whose document_id or id is one of ``documents``, in no order."""
         passages: list[tuple[str, str, int]] = []
         names = ["id", "document_id", "position"]
-        for batch in _parts(documents if len(self) else [], _ASKED_AT_ONCE):
+        for batch in batched(documents if len(self) else [], _ASKED_AT_ONCE):
             listed = ", ".join(map(quoted, batch))
             table = self.columns(names, f"document_id IN ({listed}) OR id IN ({listed})")
             passages += zip(*(table[name].to_pylist() for name in names), strict=True)
@@ -288,7 +289,7 @@ class PassageTable:
         before = 0
         with self._change():
             before = len(self)
-            for batch in _parts(ids, _DELETED_AT_ONCE):
+            for batch in batched(ids, _DELETED_AT_ONCE):
                 self._table.delete(f"id IN ({', '.join(map(quoted, batch))})")
         return before - len(self)
 
@@ -400,8 +401,3 @@ def _check_page(cursor: str, limit: int) -> None:
 
 def _connect(folder: Path) -> Any:
     return import_lancedb().connect(folder)
-
-
-def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
