@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,19 @@ def test_every_public_name_can_be_imported(name: str):
     if name != "Task":  # a Literal, which has no name of its own
         assert value.__name__ == name
         assert value.__module__.startswith("d2llm.")
+
+
+PATHS = [
+    (name, parameter.name, str(parameter.annotation))
+    for name in [*FUNCTIONS, "Fit", "Index", "Index.open", "Run", "Student.load", "Student.save"]
+    for parameter in inspect.signature(attrgetter(name)(d2llm)).parameters.values()
+    if "Path" in str(parameter.annotation)
+]
+
+
+@pytest.mark.parametrize(("name", "parameter", "annotation"), PATHS)
+def test_a_path_may_be_given_as_a_string(name: str, parameter: str, annotation: str):
+    assert "str" in annotation
 
 
 def test_all_matches_dir_and_star_import():

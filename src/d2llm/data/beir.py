@@ -119,7 +119,7 @@ class RetrievalSource:
         return _by_id(self.corpus_path, self.iter_passages())  # reports where an id occurs twice
 
 
-def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:
+def read_beir(folder: str | Path, *, splits: Sequence[str] | None = None) -> Dataset:
     """Read a BEIR-layout folder; ``splits=None`` reads every ``qrels/*.tsv``.
 
     Judgements of unknown queries or passages, and empty passages, are not errors: ``issues`` counts them.
@@ -128,7 +128,7 @@ def read_beir(folder: Path, *, splits: Sequence[str] | None = None) -> Dataset:
         DataFormatError: a file is missing, empty or malformed (the message names file and line).
         DuplicateIdError: an id, or a judged pair, occurs twice.
     """
-    return beir_source(folder, splits=splits).load()
+    return beir_source(Path(folder), splits=splits).load()
 
 
 def beir_source(folder: Path, *, splits: Sequence[str] | None = None) -> RetrievalSource:

@@ -79,17 +79,18 @@ class MergedLabels:
     largest_difference: float
 
 
-def count_labels(folder: Path) -> LabelCounts:
+def count_labels(folder: str | Path) -> LabelCounts:
     """Count the labels of each set in a store.
 
     Raises:
         DataFormatError: the folder has no labels, or a shard is damaged.
     """
+    folder = Path(folder)
     sets = tuple(_counted(_open(folder, key)) for key in label_keys(folder))
     return LabelCounts(str(folder), sets, len(shards(folder)), folder_bytes(folder))
 
 
-def merge_labels(folders: Sequence[Path], out: Path) -> MergedLabels:
+def merge_labels(folders: Sequence[str | Path], out: str | Path) -> MergedLabels:
     """Write the labels of all stores into a new one, each pair once; ``out`` appears when it is complete.
 
     Raises:
@@ -98,15 +99,16 @@ def merge_labels(folders: Sequence[Path], out: Path) -> MergedLabels:
     """
     if not folders:
         raise InputError("no label stores were given; name at least one folder")
+    sources, out = [Path(folder) for folder in folders], Path(out)
     if out.exists():
         raise InputError(f"{out}: already exists; give a new folder, and delete the old stores once it is complete")
-    keys = {folder: label_keys(folder) for folder in folders}
+    keys = {folder: label_keys(folder) for folder in sources}
     all_keys = sorted({key for own in keys.values() for key in own})
     num_queries = num_pairs = num_repeated = 0
     largest = 0.0
     with new_folder(out, kind=KIND) as draft, progress_bar("merging labels", None) as advance:
         for key in all_keys:
-            stores = [_open(folder, key) for folder in folders if key in keys[folder]]
+            stores = [_open(folder, key) for folder in sources if key in keys[folder]]
             num_repeated += sum(store.num_duplicates for store in stores)
             written = _open(draft, key)
             for query_ids in batched(sorted({name for store in stores for name in store.query_ids}), _SHARD_QUERIES):
@@ -124,7 +126,12 @@ def merge_labels(folders: Sequence[Path], out: Path) -> MergedLabels:
 
 
 def export_labels(
-    folder: Path, path: Path, *, teacher: str | None = None, prompt: str | None = None, dataset: str | None = None
+    folder: str | Path,
+    path: str | Path,
+    *,
+    teacher: str | None = None,
+    prompt: str | None = None,
+    dataset: str | None = None,
 ) -> int:
     """Write a store as one file for other programs, a line for each pair; returns the number of pairs.
 
@@ -135,6 +142,7 @@ def export_labels(
         InputError: the ending is another one, or no set has been chosen.
         DataFormatError: the folder has no labels, or a shard is damaged.
     """
+    folder, path = Path(folder), Path(path)
     if path.suffix not in FILE_TYPES:
         raise InputError(f"{path}: labels are written as {', '.join(FILE_TYPES)}; give a name that ends so")
     keys = label_keys(folder)

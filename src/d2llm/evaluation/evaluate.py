@@ -25,8 +25,8 @@ def evaluate(
     contenders: Contenders,
     settings: EvaluationSettings | None = None,
     *,
-    work_folder: Path | None = None,
-    labels: Path | None = None,
+    work_folder: str | Path | None = None,
+    labels: str | Path | None = None,
     runner: str | Runner = "local",
     device: str | None = None,
 ) -> EvaluationReport:
@@ -59,6 +59,7 @@ def evaluate(
             such runner or cluster, or its workers cannot know how to load a model.
         MismatchError: a worker has other versions than this process, or another model at a path.
     """
+    labels = None if labels is None else Path(labels)
     if labels is not None and not is_finished(labels):
         raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
     begin = time.perf_counter()

@@ -36,7 +36,7 @@ def load_contenders(
     teacher: TeacherConfig | None = None,
     with_teacher: bool = True,
     models: Sequence[str] = (),
-    runs: Sequence[Path] = (),
+    runs: Sequence[str | Path] = (),
     device: str | None = None,
     dtype: str | None = None,
 ) -> Contenders:
@@ -105,7 +105,7 @@ def load_contenders(
         teacher=judge,
         bi_encoders=bi_encoders,
         cross_encoders=cross_encoders,
-        runs=[_named(read_run(path)) for path in runs],
+        runs=[_named(read_run(Path(path))) for path in runs],
         why_missing=why,
         provenance={
             "student": _provenance(folder.name, manifest),

@@ -108,10 +108,9 @@ def fit(
         ModelError: the writer failed for longer than its patience; run the same command again to continue.
     """
     chosen = replace(settings or FitSettings(), **changes)
-    paths = [Path(documents)] if isinstance(documents, str | Path) else [Path(path) for path in documents]
-    return Fit(paths, output, chosen, device=device, dtype=dtype, runner=runner, show_progress=show_progress).finish(
-        again=again
-    )
+    return Fit(
+        documents, output, chosen, device=device, dtype=dtype, runner=runner, show_progress=show_progress
+    ).finish(again=again)
 
 
 @dataclass
@@ -130,7 +129,7 @@ class Fit:
 
     def __init__(
         self,
-        documents: Sequence[Path],
+        documents: str | Path | Sequence[str | Path],
         output: str | Path | None = None,
         settings: FitSettings | None = None,
         *,
@@ -140,9 +139,9 @@ class Fit:
         show_progress: bool | None = None,
     ) -> None:
         """Prepare a fit; arguments and errors are those of ``fit``."""
-        if not documents:
+        self.documents = [Path(documents)] if isinstance(documents, str | Path) else [Path(each) for each in documents]
+        if not self.documents:
             raise InputError("there are no documents; name folders or files")
-        self.documents = list(documents)
         self.settings = settings or FitSettings()
         self.folder = require_fit_folder(default_folder(self.documents[0]) if output is None else Path(output))
         self.device, self.dtype, self.show_progress = device, dtype, show_progress

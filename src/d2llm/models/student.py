@@ -188,7 +188,7 @@ class Student(VectorScorer):
             self.save(Path(folder) / files.KIND, merge=merge)
             return push_student(Path(folder) / files.KIND, repo_id, **options)
 
-    def save(self, folder: Path, *, merge: bool | None = None, content: dict[str, Any] | None = None) -> None:
+    def save(self, folder: str | Path, *, merge: bool | None = None, content: dict[str, Any] | None = None) -> None:
         """Write the student as a folder, atomically: safetensors, ``manifest.json``, tokenizer and card.
 
         Args:
@@ -207,7 +207,7 @@ class Student(VectorScorer):
         if self._has_merged_weights and not merge:
             raise InputError("this student was loaded from a merged copy and has no adapter; save it with merge=True")
         content = self._recorded if content is None else content
-        with new_folder(folder, kind=files.KIND) as temporary:
+        with new_folder(Path(folder), kind=files.KIND) as temporary:
             save_file(files.head_tensors(self._head), temporary / files.HEAD_FILE)
             self.backbone.tokenizer.save_pretrained(temporary if not merge else temporary / files.BACKBONE_FOLDER)
             if merge:

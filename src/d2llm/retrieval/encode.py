@@ -54,9 +54,9 @@ class EncodeReport:
 
 
 def encode(
-    corpus: Path | Corpus | Iterable[Passage],
+    corpus: str | Path | Corpus | Iterable[Passage],
     student: SearchStudent,
-    folder: Path,
+    folder: str | Path,
     *,
     task: Task = "asymmetric",
     vector_format: str = "bfloat16",

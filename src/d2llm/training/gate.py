@@ -215,7 +215,7 @@ def first_look(
     )
 
 
-def read_gate(folder: Path, teacher_fingerprint: str) -> dict[str, bool] | None:
+def read_gate(folder: str | Path, teacher_fingerprint: str) -> dict[str, bool] | None:
     """Whether the gate of each data set is open for a teacher, by the data set's name; None before ``gate`` has run.
 
     Args:
@@ -225,7 +225,7 @@ def read_gate(folder: Path, teacher_fingerprint: str) -> dict[str, bool] | None:
     Raises:
         DataFormatError: ``gate.json`` exists and cannot be read.
     """
-    report = _read_gates(folder / GATE_FILE).get(teacher_fingerprint)
+    report = _read_gates(Path(folder) / GATE_FILE).get(teacher_fingerprint)
     return None if report is None else {row["name"]: bool(row["is_open"]) for row in report["sets"]}
 
 

@@ -135,7 +135,7 @@ def writer_data(datasets: Sequence[Dataset], tuning: WriterTuningConfig, *, seed
 
 def tune_writer(
     datasets: Sequence[Dataset],
-    folder: Path,
+    folder: str | Path,
     *,
     writer: WriterConfig | None = None,
     tuning: WriterTuningConfig | None = None,
@@ -162,7 +162,7 @@ def tune_writer(
             run, or the writer is a remote one.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
-    writer, tuning = writer or WriterConfig(), tuning or WriterTuningConfig()
+    writer, tuning, folder = writer or WriterConfig(), tuning or WriterTuningConfig(), Path(folder)
     if is_finished(folder):
         raise InputError(f"{folder}: already holds a finished writer; give another folder, or delete it to start over")
     check_replaceable(folder, WRITER_KIND)
