@@ -345,6 +345,8 @@ def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
         ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, -1]', "diagonal_head"),
         ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, 1]', "PMA would read the weighted tokens"),
         ("[student.pooling]\nwhitening = true\nwarm_start = false", "PMA without warm start does not use"),
+        ("[student.pooling]\nwhitening = true\nprojection_dim = 64", "after whitening they differ as much in all"),
+        ("[student.pooling]\nprojection_dims = 64", "did you mean 'projection_dim'"),
     ],
 )
 def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):

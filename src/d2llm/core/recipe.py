@@ -166,6 +166,9 @@ class PoolingConfig(_Section):
     whitening: bool = False
     """Give the backbone's own pooling mean 0 and covariance 1 on passages of the data sets, before the first step
     (``ops.whitening``)."""
+    projection_dim: int | None = Field(default=None, ge=1)
+    """Width of the text's vector, smaller than the backbone's: a linear map that starts as the principal components of
+    passages and is trained with the student (``ops.whitening.principal_components``)."""
 
     @property
     def uses_own(self) -> bool:
@@ -178,6 +181,11 @@ class PoolingConfig(_Section):
             raise ValueError(
                 "whitening changes the backbone's own pooling, which PMA without warm start does not use: set "
                 "warm_start = true, or delete whitening"
+            )
+        if self.whitening and self.projection_dim is not None:
+            raise ValueError(
+                "projection_dim keeps the directions in which passages differ most, and after whitening they differ "
+                "as much in all: delete whitening, or projection_dim"
             )
         return self
 
@@ -251,9 +259,11 @@ class StudentConfig(_Section):
         and copies of them keep their fingerprints.
         """
         values = self.model_dump(mode="json")
-        for section, name in (("backbone", "diagonal_head"), ("backbone", "remote"), ("pooling", "whitening")):
-            if not values[section][name]:
-                del values[section][name]
+        late = {"backbone": ("diagonal_head", "remote"), "pooling": ("whitening", "projection_dim")}
+        for section, names in late.items():
+            for name in names:
+                if not values[section][name]:
+                    del values[section][name]
         return values
 
 

@@ -174,11 +174,15 @@ _OWN: _Group = {
     ),
     "whitening": (
         "the backbone's pooling whitened on passages before training",
-        _student(pooling={"whitening": True, "warm_start": True}),
+        _student(pooling={"whitening": True, "warm_start": True, "projection_dim": None}),
+    ),
+    "projection-128": (
+        "vectors of 128 dimensions by a trained projection, which starts as principal components (HPD)",
+        _student(pooling={"projection_dim": 128, "whitening": False}),
     ),
     "whitened-mean-pooling": (
         "the backbone's pooling instead of PMA, whitened",
-        _student(pooling={"method": "backbone", "whitening": True}),
+        _student(pooling={"method": "backbone", "whitening": True, "projection_dim": None}),
     ),
     "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
     "without-li": ("without list imitation: cross-entropy alone", _without("list_imitation")),

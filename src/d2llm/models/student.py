@@ -72,7 +72,7 @@ class Student(VectorScorer):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
-            self.interaction = make_head(config.interaction, backbone.dim).to(backbone.device)
+            self.interaction = make_head(config.interaction, self.pooling.dim).to(backbone.device)
         self._saved_fingerprint: str | None = None
         self._recorded: dict[str, Any] = {}
         self.calibration = UNCALIBRATED
@@ -247,7 +247,7 @@ class Student(VectorScorer):
     @property
     def vector_dim(self) -> int:
         """Dimension of a text's vector."""
-        return self.backbone.dim
+        return self.pooling.dim
 
     @property
     def nested_dims(self) -> tuple[int, ...]:
@@ -299,7 +299,7 @@ class Student(VectorScorer):
         self.backbone.prepare_training(seed=seed)
 
     def fit_pooling(self, passages: Sequence[str]) -> None:
-        """Fit what ``pooling`` takes from passages (the whitening), before training; does nothing if there is nothing.
+        """Fit what ``pooling`` takes from passages (whitening, projection) before training, if it takes anything.
 
         Args:
             passages: typical ones, some ten times as many as vectors have dimensions.

@@ -51,6 +51,8 @@ def why_not_plain(config: StudentConfig) -> str | None:
         return "its pooling by diagonal attention (Ditto) is not one of the library's modules"
     if config.pooling.whitening:
         return "its vectors are whitened"
+    if config.pooling.projection_dim is not None:
+        return "its vectors are projected to fewer dimensions"
     return None
 
 
