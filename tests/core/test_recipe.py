@@ -345,6 +345,17 @@ def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
         ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, -1]', "diagonal_head"),
         ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, 1]', "PMA would read the weighted tokens"),
         ("[student.pooling]\nwhitening = true\nwarm_start = false", "PMA without warm start does not use"),
+        ('[student.backbone]\nadapters = "two"\ntuning = "full"', 'set tuning = "lora", or delete adapters'),
+        ('[student.backbone]\nadapters = "two"\ntuning = "frozen"', 'tuning is "frozen", which has no adapters'),
+        ('[student.backbone]\nadapters = "three"', "'one' or 'two'"),
+        (
+            '[student.backbone]\nadapters = "two"\n[[data]]\npath = "pairs"\ntask = "symmetric"',
+            "in every data set the two texts of a pair have the same role",
+        ),
+        (
+            '[student.backbone]\nadapters = "two"\n[training.pretraining]\nobjective = "simcse"',
+            "trains one backbone for all texts",
+        ),
         ("[student.pooling]\nwhitening = true\nprojection_dim = 64", "after whitening they differ as much in all"),
         ("[student.pooling]\nprojection_dims = 64", "did you mean 'projection_dim'"),
     ],

@@ -42,7 +42,8 @@ def test_a_distilled_student_has_vectors_of_fewer_dimensions(place: Place, tmp_p
     """Before training they are the principal components of the vectors, here found by an SVD."""
     config = tiny_student_config(place.model)
     narrow = config.model_copy(update={"pooling": PoolingConfig(num_heads=4, projection_dim=8)})
-    passages = [p.full_text for p in place.source.dataset.passages.values()]
+    source = topics()
+    passages = [p.full_text for p in source.dataset.passages.values()]
     vectors = Student.create(config, device="cpu", dtype="float32").encode_passages(passages).vectors
     wide = vectors.astype(np.float64)
     _, _, directions = np.linalg.svd(wide - wide.mean(axis=0))
@@ -54,7 +55,7 @@ def test_a_distilled_student_has_vectors_of_fewer_dimensions(place: Place, tmp_p
     found = start.encode_passages(passages).vectors
     np.testing.assert_allclose(found @ found.T / 8, projected @ projected.T, rtol=1e-3, atol=1e-4)
     recipe = tiny_recipe(narrow, **LEARNING).model_copy(update={"losses": LossWeights(**NO_IMITATION)})
-    report = place.run(tmp_path / "student", recipe=recipe)
+    report = place.run(tmp_path / "student", recipe=recipe, source=source)
     assert report.best_step > 0
     student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     check_weights(tmp_path / "student")

@@ -88,6 +88,8 @@ class BackboneConfig(_Section):
     tuning: Literal["lora", "full", "frozen"] = "lora"
     """With ``remote``, always ``frozen``."""
     lora: LoraConfig = LoraConfig()
+    adapters: Literal["one", "two"] = "one"
+    """``two``: queries and passages are read with LoRA adapters of their own, by one backbone (Semi-Siamese)."""
     layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Use only this many of the model's first layers, or the layers of these numbers, counted from 0
     (``models.layer_choice`` chooses them): cheaper, and often no worse for search. None: all."""
@@ -119,6 +121,15 @@ class BackboneConfig(_Section):
             raise ValueError(
                 f"{' and '.join(chosen)} cannot be set for a remote backbone, which gives one finished vector for each "
                 "text: delete it, or the section remote"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> BackboneConfig:
+        if self.adapters == "two" and self.tuning != "lora":
+            raise ValueError(
+                f'adapters is "two", but tuning is "{self.tuning}", which has no adapters: set tuning = "lora", or '
+                "delete adapters"
             )
         return self
 
@@ -259,10 +270,10 @@ class StudentConfig(_Section):
         and copies of them keep their fingerprints.
         """
         values = self.model_dump(mode="json")
-        late = {"backbone": ("diagonal_head", "remote"), "pooling": ("whitening", "projection_dim")}
+        late = {"backbone": ("diagonal_head", "remote", "adapters"), "pooling": ("whitening", "projection_dim")}
         for section, names in late.items():
             for name in names:
-                if not values[section][name]:
+                if values[section][name] == type(getattr(self, section)).model_fields[name].default:
                     del values[section][name]
         return values
 
@@ -281,7 +292,7 @@ def shaping_student_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def untuned_config(config: StudentConfig) -> StudentConfig:
     """A baseline: a student's backbone before training, with the pooling it was pretrained with."""
     return StudentConfig(
-        backbone=config.backbone.model_copy(update={"tuning": "frozen"}),
+        backbone=config.backbone.model_copy(update={"tuning": "frozen", "adapters": "one"}),
         pooling=PoolingConfig(method="backbone"),
         interaction=InteractionConfig(head="cosine"),
     )
@@ -966,6 +977,22 @@ class Recipe(_Section):
             raise ValueError(
                 "evidence.token_vectors needs the states of tokens, and a remote backbone gives one vector for each "
                 "text: set token_vectors to false (words and window_vectors can be used)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Recipe:
+        if self.student.backbone.adapters == "one":
+            return self
+        if self.data and all(each.task == "symmetric" for each in self.data):
+            raise ValueError(
+                'student.backbone.adapters is "two", but in every data set the two texts of a pair have the same role: '
+                "delete adapters, or add an asymmetric set"
+            )
+        if self.training.pretraining.objective is not None:
+            raise ValueError(
+                'training.pretraining trains one backbone for all texts, but student.backbone.adapters is "two": '
+                "delete one of them"
             )
         return self
 

@@ -87,7 +87,8 @@ def _own_pooling(name: str) -> dict[str, Any]:
 
 def _pretrained(objective: str, **student: Mapping[str, Any]) -> dict[str, Any]:
     pretraining = {"objective": objective, "teacher": None, "teacher_layer": None, "dropout": None}
-    return {"training": {"pretraining": pretraining, "start": None}} | (_student(**student) if student else {})
+    backbone = {"adapters": "one"} | student.pop("backbone", {})
+    return {"training": {"pretraining": pretraining, "start": None}} | _student(backbone=backbone, **student)
 
 
 def _without(*losses: str) -> dict[str, Any]:
@@ -156,6 +157,10 @@ _OWN: _Group = {
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",
         _student(interaction={"head": "anchored"})
         | {"losses": NO_IMITATION | {"list_imitation": 0.5} | _NOT_NESTED, "training": {"dual_head": True}},
+    ),
+    "two-adapters": (
+        "queries and passages read with adapters of their own (Semi-Siamese)",
+        _student(backbone={"adapters": "two", "tuning": "lora"}) | {"training": {"pretraining": {"objective": None}}},
     ),
     "simcse": ("the backbone first told texts apart by dropout (SimCSE)", _pretrained("simcse")),
     "mirror": ("the same, with a span of one side masked (Mirror-BERT)", _pretrained("mirror")),
