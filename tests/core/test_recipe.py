@@ -370,6 +370,17 @@ def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
     [
         ("[losses]\nnested_dims = [64, 32]", "must name each width once, in ascending order"),
         ("[losses]\nnested_dims = [0]", "nested_dims"),
+        ("[losses]\nnested_depths = [4, 2]", "must name each depth once, in ascending order"),
+        ("[losses]\nnested_depths = [2]\nnested_cross_entropy = 0.0", "names depths, but nested_cross_entropy is 0"),
+        ("[losses]\nnested_depth = [2]", "did you mean 'nested_depths'"),
+        ('[losses]\nnested_depths = [2]\n[student.interaction]\nhead = "paper"', "losses.nested_depths needs inner"),
+        ("[losses]\nnested_depths = [2, 4]\n[student.backbone]\nlayers = 4", "names 4, but .* keeps only 4 layers"),
+        ("[losses]\nnested_depths = [2]\n[student.backbone]\nlayers = [0, 5]", "names 2, but .* keeps only 2 layers"),
+        (
+            '[losses]\nnested_depths = [2]\n[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, 1]\n'
+            '[student.pooling]\nmethod = "backbone"',
+            "the pooling ditto needs a head that these may lack",
+        ),
         ("[losses]\nnested_dims = [64]\nnested_cross_entropy = 0.0", "so nothing would be trained"),
         ('[losses]\nnested_dims = [64]\n[student.interaction]\nhead = "paper"', "the head 'paper' does not have"),
         (

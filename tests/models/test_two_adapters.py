@@ -149,8 +149,10 @@ def test_an_index_holds_passages_and_is_searched_by_queries(folder: Path, tmp_pa
     scores = student.score(
         student.encode_queries(["cows"]).vectors[0], student.encode_passages(PASSAGES).vectors, "asymmetric"
     )
-    assert [result.passage_id for result in ranking] == [f"p{number}" for number in np.argsort(-scores)[:2]]
-    np.testing.assert_allclose([result.score for result in ranking], np.sort(scores)[::-1][:2], rtol=1e-3, atol=1e-3)
+    assert [result.passage_id for result in ranking.entries] == [f"p{number}" for number in np.argsort(-scores)[:2]]
+    np.testing.assert_allclose(
+        [result.score for result in ranking.entries], np.sort(scores)[::-1][:2], rtol=1e-3, atol=1e-3
+    )
 
 
 def test_chunks_are_read_as_passages(folder: Path) -> None:

@@ -56,5 +56,5 @@ def test_principal_components_are_the_first_singular_vectors_of_the_centred_vect
 
 
 def test_too_few_vectors_for_principal_components_are_refused() -> None:
-    with pytest.raises(InputError, match="4 principal components take more than 4 passages, .* there are 4"):
+    with pytest.raises(InputError, match=r"4 principal components take more than 4 passages, .* there are 4"):
         principal_components(np.eye(4, 9, dtype=np.float32), 4)

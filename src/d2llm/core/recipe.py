@@ -666,16 +666,27 @@ class LossWeights(_Section):
     nested_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Widths at which the first components of a vector are to be useful without the others, such as
     ``[64, 128, 256]`` (Matryoshka). The student records them, and a server cuts its vectors to them on request."""
+    nested_depths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Numbers of layers after which a text's vector is to be useful without the layers above, such as ``[2, 4]``
+    (2D Matryoshka). The student records them, and ``Student.cut`` makes a faster student of so many layers."""
     nested_cross_entropy: float = Field(default=1.0, ge=0)
-    """In-batch cross-entropy of the cosines of these first components, the mean over ``nested_dims``."""
+    """In-batch cross-entropy of the cosines of these first components, the mean over ``nested_dims``, and of those of
+    the vectors after ``nested_depths`` layers, at these widths and in full."""
 
     @model_validator(mode="after")
-    def _check_nested_dims(self) -> LossWeights:
-        if sorted({*self.nested_dims}) != [*self.nested_dims]:
-            raise ValueError(f"nested_dims is {[*self.nested_dims]}, but must name each width once, in ascending order")
-        if self.nested_dims and not self.nested_cross_entropy:
-            raise ValueError("nested_dims names widths, but nested_cross_entropy is 0, so nothing would be trained")
+    def _check_nested(self) -> LossWeights:
+        for name, what in (("nested_dims", "width"), ("nested_depths", "depth")):
+            values = [*getattr(self, name)]
+            if sorted({*values}) != values:
+                raise ValueError(f"{name} is {values}, but must name each {what} once, in ascending order")
+            if values and not self.nested_cross_entropy:
+                raise ValueError(f"{name} names {what}s, but nested_cross_entropy is 0, so nothing would be trained")
         return self
+
+    @property
+    def nested(self) -> str | None:
+        """The setting, if any, that trains vectors nested in others."""
+        return "nested_dims" if self.nested_dims else "nested_depths" if self.nested_depths else None
 
     @property
     def imitates(self) -> bool:
@@ -997,17 +1008,34 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _check_nested_dims(self) -> Recipe:
-        if self.losses.nested_dims and self.student.interaction.head == "paper":
+    def _check_nested(self) -> Recipe:
+        nested, depths, backbone = self.losses.nested, self.losses.nested_depths, self.student.backbone
+        if nested and self.student.interaction.head == "paper":
             raise ValueError(
-                "losses.nested_dims needs inner products, which the head 'paper' does not have: set "
-                'student.interaction.head = "anchored" or "cosine", or delete nested_dims'
+                f"losses.{nested} needs inner products, which the head 'paper' does not have: set "
+                f'student.interaction.head = "anchored" or "cosine", or delete {nested}'
             )
-        if self.losses.nested_dims and self.training.dual_head:
+        if nested and self.training.dual_head:
             raise ValueError(
-                "losses.nested_dims trains one inner product, but training.dual_head combines two at the end: set "
-                "dual_head to false, or delete nested_dims"
+                f"losses.{nested} trains one inner product, but training.dual_head combines two at the end: set "
+                f"dual_head to false, or delete {nested}"
             )
+        if depths and backbone.remote is not None:
+            raise ValueError(
+                "losses.nested_depths trains layers, and those of a remote backbone are elsewhere: delete nested_depths"
+            )
+        if depths and backbone.pooling == "ditto":
+            raise ValueError(
+                "losses.nested_depths reads texts after fewer layers, and the pooling ditto needs a head that these "
+                "may lack: set another student.backbone.pooling, or delete nested_depths"
+            )
+        if depths and backbone.layers is not None:
+            count = backbone.layers if isinstance(backbone.layers, int) else len(backbone.layers)
+            if depths[-1] >= count:
+                raise ValueError(
+                    f"losses.nested_depths names {depths[-1]}, but student.backbone.layers keeps only {count} layers: "
+                    "name fewer"
+                )
         return self
 
     @model_validator(mode="after")

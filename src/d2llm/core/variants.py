@@ -66,7 +66,10 @@ _NO_EVIDENCE = {
     "token_vectors": False,
     "in_training": False,
 }
-_NOT_NESTED: dict[str, Any] = {"nested_dims": ()}  # the head 'paper' has no inner product, and two heads have two
+_NOT_NESTED: dict[str, Any] = {
+    "nested_dims": (),
+    "nested_depths": (),
+}  # the head 'paper' has no inner product, and two heads have two
 _PLAIN_LOSSES = {
     **NO_IMITATION,
     "in_batch_cross_entropy": 1.0,
@@ -152,6 +155,11 @@ _OWN: _Group = {
         "head `anchored`, the first components of the vectors trained as vectors (Matryoshka)",
         _student(interaction={"head": "anchored"})
         | {"losses": {"nested_dims": (64, 128, 256)}, "training": {"dual_head": False}},
+    ),
+    "nested-depths": (
+        "head `anchored`, the vectors after 2 and 4 layers trained as vectors (2D Matryoshka)",
+        _student(interaction={"head": "anchored"})
+        | {"losses": {"nested_depths": (2, 4)}, "training": {"dual_head": False}},
     ),
     "dual-head": (
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",

@@ -24,6 +24,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.files import MANIFEST_NAME as MANIFEST
 from d2llm.core.recipe import BackboneConfig
 from d2llm.core.types import Span, is_text
+from d2llm.models.depths import final_module, read_depths
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
 from d2llm.models.diagonal_attention import check_diagonal_head, last_states
 from d2llm.models.engines.lean import open_lean
@@ -182,6 +183,7 @@ class Backbone(nn.Module):
             self.model.config.use_cache = False  # each text is read once, so no key-value cache is needed
         self.query_model = sharing_copy(self.model) if config.adapters == "two" else None
         self._merged_adapter: dict[str, Tensor] = {}
+        self._final: list[nn.Module] = []  # what follows the last layer: in a list, as it is a part of the model
         self.pooling: PoolingName = _own_pooling(config, self.location, self.model.config)
         limits = {"max_query_tokens": config.max_query_tokens, "max_passage_tokens": config.max_passage_tokens}
         check_limits(self.model.config, config.model, limits)
@@ -227,6 +229,26 @@ class Backbone(nn.Module):
     def dim(self) -> int:
         """Width of the states."""
         return int(self.model.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers; 0 for a model without layers."""
+        return int(getattr(self.model.config, "num_hidden_layers", 0))
+
+    def cut(self, depth: int) -> None:
+        """Remove all layers but the first ``depth``, in place.
+
+        Raises:
+            InputError: there are not so many, or the backbone was loaded with ``lean_tokenizer``.
+        """
+        if self.is_lean:
+            raise InputError("this student was loaded only to encode texts; load it with lean=False to cut it")
+        modules: set[str] = set()
+        for prefix, model in self._models.items():
+            keep_layers(model, depth, name=self.config.model)
+            modules |= {prefix + name for name, _ in model.named_modules()}
+        merged = self._merged_adapter.items()
+        self._merged_adapter = {name: tensor for name, tensor in merged if name.rpartition(".")[0] in modules}
 
     @property
     def device(self) -> torch.device:
@@ -391,23 +413,47 @@ class Backbone(nn.Module):
         self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Bool[Tensor, "batch tokens"]]:
         """States of the last layer and their mask, right-padded regardless of the input's padding."""
+        (states,), mask = self.states_at(token_ids, mask, ())
+        return states, mask
+
+    def states_at(
+        self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], depths: Sequence[int]
+    ) -> tuple[list[Float[Tensor, "batch tokens dim"]], Bool[Tensor, "batch tokens"]]:
+        """States after the first ``depths`` layers, then those of the last layer, and their mask (``models.depths``).
+
+        Raises:
+            ModelError: the states of this architecture cannot be read after fewer layers.
+        """
         token_ids, mask = to_right_padding(token_ids, mask)
         if self.query_model is None:
-            return self._read(self.model, token_ids, mask), mask
+            return self._read(self.model, token_ids, mask, depths), mask
         is_query = token_ids[:, 0] < 0
         token_ids = torch.where(token_ids < 0, ~token_ids, token_ids)
         models = (self.model, ~is_query), (self.query_model, is_query)
-        parts = [(rows, self._read(model, token_ids[rows], mask[rows])) for model, rows in models if bool(rows.any())]
-        states = parts[0][1].new_zeros(*token_ids.shape, self.dim)
-        for rows, part in parts:
-            states[rows] = part
-        return states, mask
+        read = [(rows, self._read(model, token_ids[rows], mask[rows], depths)) for model, rows in models if rows.any()]
+        together = [states.new_zeros(*token_ids.shape, self.dim) for states in read[0][1]]
+        for rows, parts in read:
+            for states, part in zip(together, parts, strict=True):
+                states[rows] = part
+        return together, mask
 
     def _read(
-        self, model: PreTrainedModel, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
-    ) -> Float[Tensor, "batch tokens dim"]:
-        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+        self,
+        model: PreTrainedModel,
+        token_ids: Int[Tensor, "batch tokens"],
+        mask: Bool[Tensor, "batch tokens"],
+        depths: Sequence[int],
+    ) -> list[Float[Tensor, "batch tokens dim"]]:
+        def read() -> Tensor:
             return last_states(model, token_ids, mask, self.config.diagonal_head)
+
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            if not depths:
+                return [read()]
+            layers = layers_of(model, name=self.config.model)
+            if not self._final:
+                self._final.append(final_module(model, layers, read, name=self.config.model))
+            return read_depths(layers, self._final[0], depths, read)
 
     def pool(
         self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]

@@ -104,8 +104,8 @@ class TextPooling(nn.Module):
         width = config.projection_dim
         if width is not None and width >= dim:
             raise InputError(
-                f"pooling.projection_dim is {width}, but the backbone's vectors have only {dim} components; give fewer, "
-                "or delete it"
+                f"pooling.projection_dim is {width}, but the backbone's vectors have only {dim} components; give "
+                "fewer, or delete it"
             )
         self.projection = None if width is None else nn.Parameter(torch.eye(width, dim))
         self.projects = width is not None
