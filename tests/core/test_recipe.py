@@ -377,8 +377,10 @@ def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
         ("[losses]\nnested_depths = [2, 4]\n[student.backbone]\nlayers = 4", "names 4, but .* keeps only 4 layers"),
         ("[losses]\nnested_depths = [2]\n[student.backbone]\nlayers = [0, 5]", "names 2, but .* keeps only 2 layers"),
         (
-            '[losses]\nnested_depths = [2]\n[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, 1]\n'
-            '[student.pooling]\nmethod = "backbone"',
+            (
+                "losses.nested_depths = [2]\n[student]\npooling.method = 'backbone'\n"
+                "backbone = { pooling = 'ditto', diagonal_head = [0, 1] }"
+            ),
             "the pooling ditto needs a head that these may lack",
         ),
         ("[losses]\nnested_dims = [64]\nnested_cross_entropy = 0.0", "so nothing would be trained"),

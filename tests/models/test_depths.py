@@ -117,7 +117,7 @@ def test_a_student_is_cut_to_the_depths_that_it_was_trained_for(bert: Path, tmp_
 def test_other_depths_and_students_loaded_to_encode_are_refused(bert: Path, tmp_path: Path) -> None:
     trained(bert).save(tmp_path / "plain")
     trained(bert).save(tmp_path / "nested", content={"nested_depths": [1]})
-    with pytest.raises(InputError, match="not trained to be cut to 1 layers; train one with losses.nested_depths"):
+    with pytest.raises(InputError, match=r"not trained to be cut to 1 layers; train one with losses\.nested_depths"):
         Student.load(tmp_path / "plain", device="cpu").cut(1)
     with pytest.raises(InputError, match="not trained to be cut to 2 layers; cut it to 1"):
         Student.load(tmp_path / "nested", device="cpu").cut(2)

@@ -1,7 +1,7 @@
 """States of tokens after some of a model's layers, in one pass, as the model cut to these layers would give them.
 
-Source: Li et al., "2D Matryoshka Sentence Embeddings", 2024 (arXiv 2402.14776). There one depth is drawn in each step and
-aligned with the last layer by a divergence; here the recipe names the depths, and each learns in every step
+Source: Li et al., "2D Matryoshka Sentence Embeddings", 2024 (arXiv 2402.14776). There one depth is drawn in each step
+and aligned with the last layer by a divergence. Here the recipe names the depths, and each learns in every step
 (``losses.nested_depths``), without the alignment.
 """
 

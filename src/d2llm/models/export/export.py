@@ -50,9 +50,9 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
     Args:
         student: the student to write, in float32 on the CPU.
         folder: where to write; an existing export is replaced.
-        to: ``student`` writes a student's folder, for one that was cut (``Student.cut``); ``onnx`` and ``openvino`` write the tokenizer and the graphs (``models.export.graphs``) that encode texts
+        to: ``onnx`` and ``openvino`` write the tokenizer and the graphs (``models.export.graphs``) that encode texts
             and score vectors in each task; ``numpy`` writes only the head, as arrays and one Python file that needs
-            only numpy.
+            only numpy; ``student`` writes a student's folder, such as of one that was cut (``Student.cut``).
         int8: use 8-bit products in the graph that encodes texts (only ``onnx`` and ``openvino``).
 
     Raises:
