@@ -345,6 +345,19 @@ def test_settings_of_a_tuning_leave_out_how_the_teacher_judges():
         ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, -1]', "diagonal_head"),
         ('[student.backbone]\npooling = "ditto"\ndiagonal_head = [0, 1]', "PMA would read the weighted tokens"),
         ("[student.pooling]\nwhitening = true\nwarm_start = false", "PMA without warm start does not use"),
+        ('[student.backbone]\nadapters = "two"\ntuning = "full"', 'set tuning = "lora", or delete adapters'),
+        ('[student.backbone]\nadapters = "two"\ntuning = "frozen"', 'tuning is "frozen", which has no adapters'),
+        ('[student.backbone]\nadapters = "three"', "'one' or 'two'"),
+        (
+            '[student.backbone]\nadapters = "two"\n[[data]]\npath = "pairs"\ntask = "symmetric"',
+            "in every data set the two texts of a pair have the same role",
+        ),
+        (
+            '[student.backbone]\nadapters = "two"\n[training.pretraining]\nobjective = "simcse"',
+            "trains one backbone for all texts",
+        ),
+        ("[student.pooling]\nwhitening = true\nprojection_dim = 64", "after whitening they differ as much in all"),
+        ("[student.pooling]\nprojection_dims = 64", "did you mean 'projection_dim'"),
     ],
 )
 def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
@@ -357,6 +370,19 @@ def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
     [
         ("[losses]\nnested_dims = [64, 32]", "must name each width once, in ascending order"),
         ("[losses]\nnested_dims = [0]", "nested_dims"),
+        ("[losses]\nnested_depths = [4, 2]", "must name each depth once, in ascending order"),
+        ("[losses]\nnested_depths = [2]\nnested_cross_entropy = 0.0", "names depths, but nested_cross_entropy is 0"),
+        ("[losses]\nnested_depth = [2]", "did you mean 'nested_depths'"),
+        ('[losses]\nnested_depths = [2]\n[student.interaction]\nhead = "paper"', "losses.nested_depths needs inner"),
+        ("[losses]\nnested_depths = [2, 4]\n[student.backbone]\nlayers = 4", "names 4, but .* keeps only 4 layers"),
+        ("[losses]\nnested_depths = [2]\n[student.backbone]\nlayers = [0, 5]", "names 2, but .* keeps only 2 layers"),
+        (
+            (
+                "losses.nested_depths = [2]\n[student]\npooling.method = 'backbone'\n"
+                "backbone = { pooling = 'ditto', diagonal_head = [0, 1] }"
+            ),
+            "the pooling ditto needs a head that these may lack",
+        ),
         ("[losses]\nnested_dims = [64]\nnested_cross_entropy = 0.0", "so nothing would be trained"),
         ('[losses]\nnested_dims = [64]\n[student.interaction]\nhead = "paper"', "the head 'paper' does not have"),
         (

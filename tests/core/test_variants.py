@@ -83,7 +83,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
         config = recipe.student.model_copy(
             update={
                 "backbone": recipe.student.backbone.model_copy(update={"model": str(model)}),
-                "pooling": recipe.student.pooling.model_copy(update={"num_heads": 4}),
+                "pooling": recipe.student.pooling.model_copy(
+                    # The tiny backbone is 32 wide.
+                    update={"num_heads": 4, "projection_dim": 8 if recipe.student.pooling.projection_dim else None}
+                ),
             }
         )
         if config.backbone not in backbones:
@@ -103,7 +106,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Built]
             losses[kind],
             recipe.training,
             recipe.evidence,
-            recipe.losses.nested_dims,
+            (*recipe.losses.nested_dims, *recipe.losses.nested_depths, recipe.student.backbone.adapters == "two"),
             student.backbone.model.config.num_hidden_layers,
         )
 
@@ -220,7 +223,15 @@ def test_variants_apply_to_recipes_whose_settings_they_exclude() -> None:
     ).apply(recipe)
     for name in ("paper", "paper-head", "dual-head"):
         assert VARIANTS[name].apply(ditto).losses.nested_dims == ()
+        assert VARIANTS[name].apply(VARIANTS["nested-depths"].apply(recipe)).losses.nested_depths == ()
     for name in ("mean-pooling", "last-pooling", "weighted-mean-pooling"):
         assert VARIANTS[name].apply(ditto).student.backbone.diagonal_head is None
     whitened = VARIANTS["whitening"].apply(recipe)
     assert not VARIANTS["cold-start"].apply(whitened).student.pooling.whitening
+    projected = VARIANTS["projection-128"].apply(whitened)
+    assert not projected.student.pooling.whitening
+    two = VARIANTS["two-adapters"].apply(recipe)
+    assert VARIANTS["simcse"].apply(two).student.backbone.adapters == "one"
+    assert VARIANTS["two-adapters"].apply(VARIANTS["simcse"].apply(recipe)).training.pretraining.objective is None
+    for name in ("whitening", "whitened-mean-pooling"):
+        assert VARIANTS[name].apply(projected).student.pooling.projection_dim is None

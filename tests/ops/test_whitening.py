@@ -1,4 +1,4 @@
-"""ops/whitening.py against a map worked out by hand, and against its definition in float64."""
+"""ops/whitening.py against maps worked out by hand, and against their definitions in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.ops.whitening import whitening
+from d2llm.ops.whitening import principal_components, whitening
 
 
 def test_independent_directions_are_divided_by_their_standard_deviation() -> None:
@@ -37,3 +37,24 @@ def test_a_direction_without_variance_is_left_out() -> None:
 def test_too_few_vectors_are_refused() -> None:
     with pytest.raises(InputError, match=r"takes more than 4 passages, .* but there are 4"):
         whitening(np.ones((4, 4), np.float32))
+
+
+def test_principal_components_by_hand() -> None:
+    """Points on the lines (3, 4) and (-4, 3) around (7, 7): the first line is the longer one."""
+    along, across = np.array([0.6, 0.8]), np.array([-0.8, 0.6])
+    points = np.array([7 + 5 * along, 7 - 5 * along, 7 + across, 7 - across], np.float32)
+    components = principal_components(points, 2)
+    np.testing.assert_allclose(np.abs(components @ np.stack([along, across]).T), np.eye(2), atol=1e-6)
+
+
+def test_principal_components_are_the_first_singular_vectors_of_the_centred_vectors() -> None:
+    rng = np.random.default_rng(0)
+    vectors = (rng.normal(size=(60, 6)) * [1, 5, 2, 9, 0.5, 3] + 4).astype(np.float32)
+    components = principal_components(vectors, 3)
+    _, _, singular = np.linalg.svd(vectors.astype(np.float64) - vectors.astype(np.float64).mean(axis=0))
+    np.testing.assert_allclose(np.abs(np.sum(components * singular[:3], axis=1)), 1, rtol=1e-6)
+
+
+def test_too_few_vectors_for_principal_components_are_refused() -> None:
+    with pytest.raises(InputError, match=r"4 principal components take more than 4 passages, .* there are 4"):
+        principal_components(np.eye(4, 9, dtype=np.float32), 4)

@@ -9,9 +9,11 @@ import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import NO_IMITATION, LossWeights, PoolingConfig
+from d2llm.core.types import WholeText
 from d2llm.models.student import Student
+from d2llm.models.student_files import check_weights
 from tiny_data import tiny_recipe, topics
-from tiny_distill import Place
+from tiny_distill import LEARNING, Place
 from tiny_models import DIM, TEXTS, tiny_student_config
 
 NUM_PASSAGES = 48
@@ -36,8 +38,45 @@ def test_a_distilled_student_is_whitened_on_the_passages(place: Place, tmp_path:
     np.testing.assert_allclose(student.pooling.mean.numpy(), vectors.mean(axis=0), rtol=1e-3, atol=1e-4)
 
 
-def test_fitting_twice_gives_the_same(place: Place) -> None:
-    config = tiny_student_config(place.model).model_copy(update={"pooling": PoolingConfig(num_heads=4, whitening=True)})
+def test_a_distilled_student_has_vectors_of_fewer_dimensions(place: Place, tmp_path: Path) -> None:
+    """Before training they are the principal components of the vectors, here found by an SVD."""
+    config = tiny_student_config(place.model)
+    narrow = config.model_copy(update={"pooling": PoolingConfig(num_heads=4, projection_dim=8)})
+    source = topics()
+    passages = [p.full_text for p in source.dataset.passages.values()]
+    vectors = Student.create(config, device="cpu", dtype="float32").encode_passages(passages).vectors
+    wide = vectors.astype(np.float64)
+    _, _, directions = np.linalg.svd(wide - wide.mean(axis=0))
+    projected = wide @ directions[:8].T
+    projected /= np.linalg.norm(projected, axis=1, keepdims=True)
+    start = Student.create(narrow, device="cpu", dtype="float32")
+    start.fit_pooling(passages)
+    assert start.vector_dim == 8
+    found = start.encode_passages(passages).vectors
+    np.testing.assert_allclose(found @ found.T / 8, projected @ projected.T, rtol=1e-3, atol=1e-4)
+    recipe = tiny_recipe(narrow, **LEARNING).model_copy(update={"losses": LossWeights(**NO_IMITATION)})
+    report = place.run(tmp_path / "student", recipe=recipe, source=source)
+    assert report.best_step > 0
+    student = Student.load(tmp_path / "student", device="cpu", dtype="float32")
+    check_weights(tmp_path / "student")
+    assert student.encode_queries(["a"]).vectors.shape == (1, student.vector_dim) == (1, 8)
+    assert student.pooling.projection is not None
+    assert start.pooling.projection is not None
+    assert (student.pooling.projection - start.pooling.projection).abs().max() > 1e-4  # trained
+    chunks = student.encode_chunks([(WholeText("Cows drink water."), [(0, 17)])]).vectors
+    np.testing.assert_allclose(chunks, student.encode_passages(["Cows drink water."]).vectors, rtol=1e-4, atol=1e-4)
+
+
+def test_a_projection_must_be_narrower_than_the_backbone(place: Place) -> None:
+    config = tiny_student_config(place.model)
+    wide = config.model_copy(update={"pooling": PoolingConfig(num_heads=4, projection_dim=DIM)})
+    with pytest.raises(InputError, match=f"projection_dim is {DIM}, but the backbone's vectors have only {DIM} comp"):
+        Student.create(wide, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("settings", [{"whitening": True}, {"projection_dim": 8}])
+def test_fitting_twice_gives_the_same(place: Place, settings: dict[str, int]) -> None:
+    config = tiny_student_config(place.model).model_copy(update={"pooling": PoolingConfig(num_heads=4, **settings)})
     student = Student.create(config, device="cpu", dtype="float32")
     passages = [" ".join(TEXTS[n % 8].split()[n % 5 :] + TEXTS[n % 7].split()) for n in range(2 * DIM)]
     before, raw = student.fingerprint, student.encode_passages(passages).vectors
@@ -46,6 +85,7 @@ def test_fitting_twice_gives_the_same(place: Place) -> None:
     student.fit_pooling(passages)
     np.testing.assert_array_equal(student.encode_passages(passages).vectors, once)
     assert before != fingerprint == student.fingerprint
+    assert once.shape == raw.shape
     assert np.abs(once - raw).max() > 0.1
 
 

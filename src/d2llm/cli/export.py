@@ -15,16 +15,22 @@ def export(
     context: typer.Context,
     student: StudentArgument,
     to: Annotated[
-        Literal["onnx", "openvino", "numpy"],
+        Literal["onnx", "openvino", "numpy", "student"],
         typer.Option(
             help="onnx, openvino: graphs from tokens to a vector and from vectors to scores; numpy: the head alone, as "
-            "arrays and one Python file."
+            "arrays and one Python file; student: a student's folder, for use with --depth."
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.")],
     int8: Annotated[
         bool, typer.Option("--int8", help="Eight-bit products in the encoder: smaller, faster, less exact.")
     ] = False,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            metavar="LAYERS", help="Only the first layers of the backbone, for a student trained with nested_depths."
+        ),
+    ] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Write a student as files for programs without d2llm.
@@ -35,6 +41,7 @@ def export(
     from d2llm.models.student import Student
 
     session = session_of(context)
-    report = export(Student.load(student, device="cpu", dtype="float32"), out, to, int8=int8)
+    loaded = Student.load(student, device="cpu", dtype="float32")
+    report = export(loaded if depth is None else loaded.cut(depth), out, to, int8=int8)
     session.say(f"export: {', '.join(report.files)} in {out}, {report.num_bytes:,} bytes, {report.precision}")
     session.write_report(context, json_path, report)

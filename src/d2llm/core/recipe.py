@@ -88,6 +88,8 @@ class BackboneConfig(_Section):
     tuning: Literal["lora", "full", "frozen"] = "lora"
     """With ``remote``, always ``frozen``."""
     lora: LoraConfig = LoraConfig()
+    adapters: Literal["one", "two"] = "one"
+    """``two``: queries and passages are read with LoRA adapters of their own, by one backbone (Semi-Siamese)."""
     layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Use only this many of the model's first layers, or the layers of these numbers, counted from 0
     (``models.layer_choice`` chooses them): cheaper, and often no worse for search. None: all."""
@@ -119,6 +121,15 @@ class BackboneConfig(_Section):
             raise ValueError(
                 f"{' and '.join(chosen)} cannot be set for a remote backbone, which gives one finished vector for each "
                 "text: delete it, or the section remote"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> BackboneConfig:
+        if self.adapters == "two" and self.tuning != "lora":
+            raise ValueError(
+                f'adapters is "two", but tuning is "{self.tuning}", which has no adapters: set tuning = "lora", or '
+                "delete adapters"
             )
         return self
 
@@ -166,6 +177,9 @@ class PoolingConfig(_Section):
     whitening: bool = False
     """Give the backbone's own pooling mean 0 and covariance 1 on passages of the data sets, before the first step
     (``ops.whitening``)."""
+    projection_dim: int | None = Field(default=None, ge=1)
+    """Width of the text's vector, smaller than the backbone's: a linear map that starts as the principal components of
+    passages and is trained with the student (``ops.whitening.principal_components``)."""
 
     @property
     def uses_own(self) -> bool:
@@ -178,6 +192,11 @@ class PoolingConfig(_Section):
             raise ValueError(
                 "whitening changes the backbone's own pooling, which PMA without warm start does not use: set "
                 "warm_start = true, or delete whitening"
+            )
+        if self.whitening and self.projection_dim is not None:
+            raise ValueError(
+                "projection_dim keeps the directions in which passages differ most, and after whitening they differ "
+                "as much in all: delete whitening, or projection_dim"
             )
         return self
 
@@ -251,9 +270,11 @@ class StudentConfig(_Section):
         and copies of them keep their fingerprints.
         """
         values = self.model_dump(mode="json")
-        for section, name in (("backbone", "diagonal_head"), ("backbone", "remote"), ("pooling", "whitening")):
-            if not values[section][name]:
-                del values[section][name]
+        late = {"backbone": ("diagonal_head", "remote", "adapters"), "pooling": ("whitening", "projection_dim")}
+        for section, names in late.items():
+            for name in names:
+                if values[section][name] == type(getattr(self, section)).model_fields[name].default:
+                    del values[section][name]
         return values
 
 
@@ -271,7 +292,7 @@ def shaping_student_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def untuned_config(config: StudentConfig) -> StudentConfig:
     """A baseline: a student's backbone before training, with the pooling it was pretrained with."""
     return StudentConfig(
-        backbone=config.backbone.model_copy(update={"tuning": "frozen"}),
+        backbone=config.backbone.model_copy(update={"tuning": "frozen", "adapters": "one"}),
         pooling=PoolingConfig(method="backbone"),
         interaction=InteractionConfig(head="cosine"),
     )
@@ -645,16 +666,27 @@ class LossWeights(_Section):
     nested_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Widths at which the first components of a vector are to be useful without the others, such as
     ``[64, 128, 256]`` (Matryoshka). The student records them, and a server cuts its vectors to them on request."""
+    nested_depths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Numbers of layers after which a text's vector is to be useful without the layers above, such as ``[2, 4]``
+    (2D Matryoshka). The student records them, and ``Student.cut`` makes a faster student of so many layers."""
     nested_cross_entropy: float = Field(default=1.0, ge=0)
-    """In-batch cross-entropy of the cosines of these first components, the mean over ``nested_dims``."""
+    """In-batch cross-entropy of the cosines of these first components, the mean over ``nested_dims``, and of those of
+    the vectors after ``nested_depths`` layers, at these widths and in full."""
 
     @model_validator(mode="after")
-    def _check_nested_dims(self) -> LossWeights:
-        if sorted({*self.nested_dims}) != [*self.nested_dims]:
-            raise ValueError(f"nested_dims is {[*self.nested_dims]}, but must name each width once, in ascending order")
-        if self.nested_dims and not self.nested_cross_entropy:
-            raise ValueError("nested_dims names widths, but nested_cross_entropy is 0, so nothing would be trained")
+    def _check_nested(self) -> LossWeights:
+        for name, what in (("nested_dims", "width"), ("nested_depths", "depth")):
+            values = [*getattr(self, name)]
+            if sorted({*values}) != values:
+                raise ValueError(f"{name} is {values}, but must name each {what} once, in ascending order")
+            if values and not self.nested_cross_entropy:
+                raise ValueError(f"{name} names {what}s, but nested_cross_entropy is 0, so nothing would be trained")
         return self
+
+    @property
+    def nested(self) -> str | None:
+        """The setting, if any, that trains vectors nested in others."""
+        return "nested_dims" if self.nested_dims else "nested_depths" if self.nested_depths else None
 
     @property
     def imitates(self) -> bool:
@@ -960,17 +992,50 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _check_nested_dims(self) -> Recipe:
-        if self.losses.nested_dims and self.student.interaction.head == "paper":
+    def _check_adapters(self) -> Recipe:
+        if self.student.backbone.adapters == "one":
+            return self
+        if self.data and all(each.task == "symmetric" for each in self.data):
             raise ValueError(
-                "losses.nested_dims needs inner products, which the head 'paper' does not have: set "
-                'student.interaction.head = "anchored" or "cosine", or delete nested_dims'
+                'student.backbone.adapters is "two", but in every data set the two texts of a pair have the same role: '
+                "delete adapters, or add an asymmetric set"
             )
-        if self.losses.nested_dims and self.training.dual_head:
+        if self.training.pretraining.objective is not None:
             raise ValueError(
-                "losses.nested_dims trains one inner product, but training.dual_head combines two at the end: set "
-                "dual_head to false, or delete nested_dims"
+                'training.pretraining trains one backbone for all texts, but student.backbone.adapters is "two": '
+                "delete one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_nested(self) -> Recipe:
+        nested, depths, backbone = self.losses.nested, self.losses.nested_depths, self.student.backbone
+        if nested and self.student.interaction.head == "paper":
+            raise ValueError(
+                f"losses.{nested} needs inner products, which the head 'paper' does not have: set "
+                f'student.interaction.head = "anchored" or "cosine", or delete {nested}'
+            )
+        if nested and self.training.dual_head:
+            raise ValueError(
+                f"losses.{nested} trains one inner product, but training.dual_head combines two at the end: set "
+                f"dual_head to false, or delete {nested}"
+            )
+        if depths and backbone.remote is not None:
+            raise ValueError(
+                "losses.nested_depths trains layers, and those of a remote backbone are elsewhere: delete nested_depths"
+            )
+        if depths and backbone.pooling == "ditto":
+            raise ValueError(
+                "losses.nested_depths reads texts after fewer layers, and the pooling ditto needs a head that these "
+                "may lack: set another student.backbone.pooling, or delete nested_depths"
+            )
+        if depths and backbone.layers is not None:
+            count = backbone.layers if isinstance(backbone.layers, int) else len(backbone.layers)
+            if depths[-1] >= count:
+                raise ValueError(
+                    f"losses.nested_depths names {depths[-1]}, but student.backbone.layers keeps only {count} layers: "
+                    "name fewer"
+                )
         return self
 
     @model_validator(mode="after")

@@ -82,6 +82,12 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     values["student"] = shaping_student_settings(values["student"])
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
     values["data"] = data
+    if not recipe.losses.nested_depths:
+        del values["losses"]["nested_depths"]
+    if recipe.student.backbone.adapters == "one":
+        del values["student"]["backbone"]["adapters"]
+    if recipe.student.pooling.projection_dim is None:
+        del values["student"]["pooling"]["projection_dim"]
     if recipe.training.start is None:
         del values["training"]["start"]
     if recipe.training.live_teacher is None:

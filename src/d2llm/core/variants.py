@@ -66,7 +66,10 @@ _NO_EVIDENCE = {
     "token_vectors": False,
     "in_training": False,
 }
-_NOT_NESTED: dict[str, Any] = {"nested_dims": ()}  # the head 'paper' has no inner product, and two heads have two
+_NOT_NESTED: dict[str, Any] = {
+    "nested_dims": (),
+    "nested_depths": (),
+}  # the head 'paper' has no inner product, and two heads have two
 _PLAIN_LOSSES = {
     **NO_IMITATION,
     "in_batch_cross_entropy": 1.0,
@@ -87,7 +90,8 @@ def _own_pooling(name: str) -> dict[str, Any]:
 
 def _pretrained(objective: str, **student: Mapping[str, Any]) -> dict[str, Any]:
     pretraining = {"objective": objective, "teacher": None, "teacher_layer": None, "dropout": None}
-    return {"training": {"pretraining": pretraining, "start": None}} | (_student(**student) if student else {})
+    backbone = {"adapters": "one"} | student.pop("backbone", {})
+    return {"training": {"pretraining": pretraining, "start": None}} | _student(backbone=backbone, **student)
 
 
 def _without(*losses: str) -> dict[str, Any]:
@@ -152,10 +156,19 @@ _OWN: _Group = {
         _student(interaction={"head": "anchored"})
         | {"losses": {"nested_dims": (64, 128, 256)}, "training": {"dual_head": False}},
     ),
+    "nested-depths": (
+        "head `anchored`, the vectors after 2 and 4 layers trained as vectors (2D Matryoshka)",
+        _student(interaction={"head": "anchored"})
+        | {"losses": {"nested_depths": (2, 4)}, "training": {"dual_head": False}},
+    ),
     "dual-head": (
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",
         _student(interaction={"head": "anchored"})
         | {"losses": NO_IMITATION | {"list_imitation": 0.5} | _NOT_NESTED, "training": {"dual_head": True}},
+    ),
+    "two-adapters": (
+        "queries and passages read with adapters of their own (Semi-Siamese)",
+        _student(backbone={"adapters": "two", "tuning": "lora"}) | {"training": {"pretraining": {"objective": None}}},
     ),
     "simcse": ("the backbone first told texts apart by dropout (SimCSE)", _pretrained("simcse")),
     "mirror": ("the same, with a span of one side masked (Mirror-BERT)", _pretrained("mirror")),
@@ -174,11 +187,15 @@ _OWN: _Group = {
     ),
     "whitening": (
         "the backbone's pooling whitened on passages before training",
-        _student(pooling={"whitening": True, "warm_start": True}),
+        _student(pooling={"whitening": True, "warm_start": True, "projection_dim": None}),
+    ),
+    "projection-128": (
+        "vectors of 128 dimensions by a trained projection, which starts as principal components (HPD)",
+        _student(pooling={"projection_dim": 128, "whitening": False}),
     ),
     "whitened-mean-pooling": (
         "the backbone's pooling instead of PMA, whitened",
-        _student(pooling={"method": "backbone", "whitening": True}),
+        _student(pooling={"method": "backbone", "whitening": True, "projection_dim": None}),
     ),
     "without-words": ("without words (BM25) as evidence", {"evidence": _NO_EVIDENCE}),
     "without-li": ("without list imitation: cross-entropy alone", _without("list_imitation")),

@@ -1,4 +1,9 @@
-"""The pretrained language model that encodes each text on its own: tokens in, last-layer states out."""
+"""The pretrained language model that encodes each text on its own: tokens in, last-layer states out.
+
+With two adapters, queries and passages are read with different low-rank changes of the same weights, after Jung et al.,
+"Semi-Siamese Bi-encoder Neural Ranking Model Using Lightweight Fine-Tuning", WWW 2022 (arXiv 2110.14943). There the
+adapters of the attention's queries are shared and those of its values are not; here nothing is shared but the backbone.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.files import MANIFEST_NAME as MANIFEST
 from d2llm.core.recipe import BackboneConfig
 from d2llm.core.types import Span, is_text
+from d2llm.models.depths import final_module, read_depths
 from d2llm.models.device import choose_device, choose_dtype, use_plain_attention_on_cpu
 from d2llm.models.diagonal_attention import check_diagonal_head, last_states
 from d2llm.models.engines.lean import open_lean
@@ -31,6 +37,8 @@ from d2llm.models.lora import (
     load_adapter_state,
     merge_adapter,
     merged_state_dict,
+    own_linear_weights,
+    sharing_copy,
     train_adapters_only,
 )
 from d2llm.models.sources import (
@@ -53,11 +61,15 @@ TextKind = Literal["query", "passage"]
 
 TOKENIZING = Lock()
 """Held while a student's tokenizer runs: its truncation setting is state that all threads share."""
+_QUERY = "query:"  # before the names of the tensors of the queries' adapter, if there are two
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedTexts:
     """Token ids of each text, with special tokens; ``truncated`` has the indices of those over the limit.
+
+    If queries have an adapter of their own, the ids of their tokens are ~id, below 0, so that wherever texts are read
+    together, each row says which adapter reads it.
 
     ``counts`` has the number of tokens of each text, where an id stands for a whole text (``models.remote_backbone``).
     """
@@ -169,7 +181,9 @@ class Backbone(nn.Module):
             self.model.set_attn_implementation("eager")  # fused attention does not give its weights
         if hasattr(self.model.config, "use_cache"):
             self.model.config.use_cache = False  # each text is read once, so no key-value cache is needed
+        self.query_model = sharing_copy(self.model) if config.adapters == "two" else None
         self._merged_adapter: dict[str, Tensor] = {}
+        self._final: list[nn.Module] = []  # what follows the last layer: in a list, as it is a part of the model
         self.pooling: PoolingName = _own_pooling(config, self.location, self.model.config)
         limits = {"max_query_tokens": config.max_query_tokens, "max_passage_tokens": config.max_passage_tokens}
         check_limits(self.model.config, config.model, limits)
@@ -203,10 +217,38 @@ class Backbone(nn.Module):
                 "vector for each text; use a student with a local backbone"
             )
 
+    def require_one_adapter(self, purpose: str) -> None:
+        """Raise an ``InputError`` if queries and passages are read with weights of their own (``purpose`` has one)."""
+        if self.query_model is not None:
+            raise InputError(
+                f"{purpose} has one set of weights, but this student reads queries and passages with adapters of their "
+                "own; keep it as a student with adapters (merge=False, engine torch)"
+            )
+
     @property
     def dim(self) -> int:
         """Width of the states."""
         return int(self.model.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers; 0 for a model without layers."""
+        return int(getattr(self.model.config, "num_hidden_layers", 0))
+
+    def cut(self, depth: int) -> None:
+        """Remove all layers but the first ``depth``, in place.
+
+        Raises:
+            InputError: there are not so many, or the backbone was loaded with ``lean_tokenizer``.
+        """
+        if self.is_lean:
+            raise InputError("this student was loaded only to encode texts; load it with lean=False to cut it")
+        modules: set[str] = set()
+        for prefix, model in self._models.items():
+            keep_layers(model, depth, name=self.config.model)
+            modules |= {prefix + name for name, _ in model.named_modules()}
+        merged = self._merged_adapter.items()
+        self._merged_adapter = {name: tensor for name, tensor in merged if name.rpartition(".")[0] in modules}
 
     @property
     def device(self) -> torch.device:
@@ -226,22 +268,44 @@ class Backbone(nn.Module):
         if self.is_lean:
             raise InputError("this student was loaded only to encode texts; load it with lean=False to train it")
         if self.config.tuning == "lora" and not has_adapters(self.model):
-            attach_lora(self.model, self.config.lora, seed=seed)
+            for number, model in enumerate(self._models.values()):
+                attach_lora(model, self.config.lora, seed=seed + number)
         elif self.config.tuning == "full":
             self.model.requires_grad_(True)
-        use_plain_attention_on_cpu(self.model)
+        for model in self._models.values():
+            use_plain_attention_on_cpu(model)
 
     def train(self, mode: bool = True) -> Backbone:
         """Switch training mode; with LoRA, only the adapters' dropout is switched on."""
         super().train(mode)
         if self.config.tuning != "full":
-            train_adapters_only(self.model, mode)
+            for model in self._models.values():
+                train_adapters_only(model, mode)
         return self
+
+    @property
+    def _models(self) -> dict[str, PreTrainedModel]:
+        """The model, and that of queries if they have their own, by the prefix of the names of their adapters."""
+        return {"": self.model} | ({} if self.query_model is None else {_QUERY: self.query_model})
+
+    def _adapters(self, state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The adapter of each of the models in a tuned state, by prefix."""
+        return {
+            prefix: {
+                name.removeprefix(prefix): tensor
+                for name, tensor in state.items()
+                if name.startswith(_QUERY) == (prefix == _QUERY)
+            }
+            for prefix in self._models
+        }
 
     def tuned_state(self) -> dict[str, Tensor]:
         """What tuning changed since the pretrained weights: the adapter's tensors, all weights, or nothing."""
         if self.config.tuning == "lora":
-            return join_adapters(self._merged_adapter, adapter_state(self.model))
+            attached = {
+                p + n: tensor for p, model in self._models.items() for n, tensor in adapter_state(model).items()
+            }
+            return join_adapters(self._merged_adapter, attached)
         if self.config.tuning == "full":
             return {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
         return {}
@@ -260,14 +324,21 @@ class Backbone(nn.Module):
                 raise ModelError(
                     f"the tuned weights do not fit '{self.config.model}' ({reason}...); use the model that was tuned"
                 ) from error
-        elif self.config.tuning == "lora" and merge:
-            merge_adapter(self.model, state)
-            self._merged_adapter = join_adapters(self._merged_adapter, state)
         elif self.config.tuning == "lora":
-            load_adapter_state(self.model, state)
+            if self.query_model is not None and merge:
+                own_linear_weights(self.query_model)
+            for prefix, adapter in self._adapters(state).items():
+                (merge_adapter if merge else load_adapter_state)(self._models[prefix], adapter)
+            if merge:
+                self._merged_adapter = join_adapters(self._merged_adapter, state)
 
     def save_merged(self, folder: Path) -> None:
-        """Write the configuration and all weights, adapters merged, in the format of the plain model."""
+        """Write the configuration and all weights, adapters merged, in the format of the plain model.
+
+        Raises:
+            InputError: queries and passages have adapters of their own.
+        """
+        self.require_one_adapter("a copy with all weights merged")
         self.model.config.save_pretrained(folder)
         weights = {name: tensor.contiguous() for name, tensor in merged_state_dict(self.model).items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -295,7 +366,10 @@ class Backbone(nn.Module):
                     ids[index] = row
         # A tokenizer without special tokens returns no token for an empty text, but a model needs at least one.
         fallback = self.tokenizer.eos_token_id or self.tokenizer.pad_token_id or 0
-        return TokenizedTexts([row or [cast(int, fallback)] for row in ids], tuple(too_long))
+        rows = [row or [cast(int, fallback)] for row in ids]
+        if kind == "query" and self.query_model is not None:
+            rows = [[~token for token in row] for row in rows]
+        return TokenizedTexts(rows, tuple(too_long))
 
     def _prepare(
         self, texts: Sequence[str], kind: TextKind, prefix: str | None, limit: int | None
@@ -339,10 +413,47 @@ class Backbone(nn.Module):
         self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Bool[Tensor, "batch tokens"]]:
         """States of the last layer and their mask, right-padded regardless of the input's padding."""
-        token_ids, mask = to_right_padding(token_ids, mask)
-        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            states = last_states(self.model, token_ids, mask, self.config.diagonal_head)
+        (states,), mask = self.states_at(token_ids, mask, ())
         return states, mask
+
+    def states_at(
+        self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], depths: Sequence[int]
+    ) -> tuple[list[Float[Tensor, "batch tokens dim"]], Bool[Tensor, "batch tokens"]]:
+        """States after the first ``depths`` layers, then those of the last layer, and their mask (``models.depths``).
+
+        Raises:
+            ModelError: the states of this architecture cannot be read after fewer layers.
+        """
+        token_ids, mask = to_right_padding(token_ids, mask)
+        if self.query_model is None:
+            return self._read(self.model, token_ids, mask, depths), mask
+        is_query = token_ids[:, 0] < 0
+        token_ids = torch.where(token_ids < 0, ~token_ids, token_ids)
+        models = (self.model, ~is_query), (self.query_model, is_query)
+        read = [(rows, self._read(model, token_ids[rows], mask[rows], depths)) for model, rows in models if rows.any()]
+        together = [states.new_zeros(*token_ids.shape, self.dim) for states in read[0][1]]
+        for rows, parts in read:
+            for states, part in zip(together, parts, strict=True):
+                states[rows] = part
+        return together, mask
+
+    def _read(
+        self,
+        model: PreTrainedModel,
+        token_ids: Int[Tensor, "batch tokens"],
+        mask: Bool[Tensor, "batch tokens"],
+        depths: Sequence[int],
+    ) -> list[Float[Tensor, "batch tokens dim"]]:
+        def read() -> Tensor:
+            return last_states(model, token_ids, mask, self.config.diagonal_head)
+
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            if not depths:
+                return [read()]
+            layers = layers_of(model, name=self.config.model)
+            if not self._final:
+                self._final.append(final_module(model, layers, read, name=self.config.model))
+            return read_depths(layers, self._final[0], depths, read)
 
     def pool(
         self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]

@@ -180,9 +180,11 @@ def _additions(folder: Path, licence: str | None) -> list[CommitOperationAdd]:
     check_weights(folder)
     merged = (folder / BACKBONE_FOLDER).is_dir()
     if not merged and Path(config.backbone.model).expanduser().exists():
+        remedy = "save the student with merge=True, and push that copy"
+        if config.backbone.adapters == "two":  # these cannot be merged
+            remedy = "push the backbone to the Hub first, and train the student on it by its name there"
         raise InputError(
-            f"{folder}: its backbone is {config.backbone.model} on this machine, which others do not have; save the "
-            "student with merge=True, and push that copy"
+            f"{folder}: its backbone is {config.backbone.model} on this machine, which others do not have; {remedy}"
         )
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path: path.relative_to(folder).as_posix() for path in paths}

@@ -111,7 +111,7 @@ class ChunkReader:
                 "encoding, or use a model with a tokenizer.json"
             )
         self._backbone = backbone
-        self._pool = pool
+        self._pool, self._dim = pool, pooling.dim
         self._projection = projection
 
     def window(self, requested: int | None = None) -> int | None:
@@ -155,7 +155,7 @@ class ChunkReader:
                     )
             truncated += self._add_windows(whole, spans, count, windows)
             count += len(spans)
-        vectors = np.empty((count, self._backbone.dim), np.float32)
+        vectors = np.empty((count, self._dim), np.float32)
         found: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * count
         lengths = [len(window.ids) for window in windows]
         for batch in token_budget_batches(lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_ROWS):

@@ -5,7 +5,8 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 20
 
 from __future__ import annotations
 
-from typing import Any, cast
+from copy import deepcopy
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from d2llm.core.errors import ModelError
 from d2llm.core.extras import require
 from d2llm.core.recipe import LoraConfig
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _ADAPTER = "default"  # PEFT's name for the only adapter
 _DOWN, _UP = ".lora_down", ".lora_up"
 
@@ -49,6 +51,18 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def sharing_copy(model: _Model) -> _Model:
+    """A copy of a model that has the same tensors as weights, so that it takes no memory until adapters differ."""
+    return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def own_linear_weights(model: nn.Module) -> None:
+    """Give the linear layers of a ``sharing_copy`` weights of their own, which can then be changed in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import PoolingConfig
-from d2llm.ops.whitening import whitening
+from d2llm.ops.whitening import principal_components, whitening
 
 
 class MultiheadAttentionPooling(nn.Module):
@@ -83,6 +83,12 @@ class TextPooling(nn.Module):
     untrained student scores exactly by the backbone's own cosine. Without PMA (``method = "backbone"``), y is the first
     term alone. With whitening, pool(Y) is replaced by (sqrt(dim) pool(Y) / |pool(Y)| - m) W; m and W are 0 and 1 until
     ``fit`` is called.
+
+    With ``projection_dim``, the result is P y, of norm sqrt(projection_dim). P starts as the principal components of
+    passages (``fit``; until then, the first components) and is trained like the other weights, as in Zhao et al.,
+    "Compressing Sentence Representation for Semantic Retrieval via Homomorphic Projective Distillation", Findings of
+    ACL 2022 (arXiv 2203.07687). There the components are those of a larger teacher's vectors, which the projected
+    vectors of a smaller student imitate. Here they are the student's own, and the recipe's losses train the projection.
     """
 
     def __init__(self, config: PoolingConfig, dim: int) -> None:
@@ -95,44 +101,67 @@ class TextPooling(nn.Module):
         self.whitening: Tensor | None
         self.register_buffer("mean", torch.zeros(dim) if config.whitening else None)
         self.register_buffer("whitening", torch.eye(dim) if config.whitening else None)
+        width = config.projection_dim
+        if width is not None and width >= dim:
+            raise InputError(
+                f"pooling.projection_dim is {width}, but the backbone's vectors have only {dim} components; give "
+                "fewer, or delete it"
+            )
+        self.projection = None if width is None else nn.Parameter(torch.eye(width, dim))
+        self.projects = width is not None
+        self._states_dim = dim
+
+    @property
+    def dim(self) -> int:
+        """Width of a text's vector."""
+        return len(self.projection) if self.projection is not None and self.projects else self._states_dim
 
     @property
     def is_fitted_to_passages(self) -> bool:
         """Whether some of the weights are fitted to passages before training (``fit``)."""
-        return self.whitening is not None
+        return self.whitening is not None or self.projection is not None
 
     def reset(self) -> None:
-        """Undo ``fit``."""
+        """Undo ``fit``, and give the vectors that it takes, which are not projected."""
+        self.projects = False
         if self.whitening is not None and self.mean is not None:
             self.mean.zero_()
             nn.init.eye_(self.whitening)
 
     def fit(self, vectors: Float[np.ndarray, "texts dim"]) -> None:
-        """Fit what is fitted to passages to their vectors, the backbone's own pooling with norm sqrt(dim).
+        """Fit what is fitted to passages to their vectors as they are after ``reset``.
 
         Raises:
-            InputError: there are not enough of them to whiten vectors.
+            InputError: there are not enough of them.
         """
-        assert self.mean is not None
-        assert self.whitening is not None
-        mean, matrix = whitening(vectors)
-        self.mean.copy_(torch.from_numpy(mean))
-        self.whitening.copy_(torch.from_numpy(matrix))
+        self.projects = self.projection is not None
+        if self.whitening is not None and self.mean is not None:
+            mean, matrix = whitening(vectors)
+            self.mean.copy_(torch.from_numpy(mean))
+            self.whitening.copy_(torch.from_numpy(matrix))
+        if self.projection is not None:
+            with torch.no_grad():
+                self.projection.copy_(torch.from_numpy(principal_components(vectors, len(self.projection)).copy()))
 
     def forward(
         self,
         states: Float[Tensor, "batch tokens dim"],
         mask: Bool[Tensor, "batch tokens"],
         own: Float[Tensor, "batch dim"],
-    ) -> Float[Tensor, "batch dim"]:
+    ) -> Float[Tensor, "batch vector_dim"]:
         """The text's vector, float32; ``own`` is the backbone's own pooling of the same states."""
         own = to_sphere(own.float())
         if self.whitening is not None and self.mean is not None:
             own = to_sphere((own - self.mean) @ self.whitening)
         if self.pma is None:
-            return own
+            return self._project(own)
         pooled = self.pma(states.float(), mask)
-        return pooled if self.gate is None else own + self.gate * pooled
+        return self._project(pooled if self.gate is None else own + self.gate * pooled)
+
+    def _project(self, vectors: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch projection_dim"]:
+        if self.projection is None or not self.projects:
+            return vectors
+        return to_sphere(vectors @ self.projection.T)
 
 
 def to_sphere(vectors: Float[Tensor, "*texts dim"]) -> Float[Tensor, "*texts dim"]:

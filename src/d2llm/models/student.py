@@ -5,6 +5,7 @@ Source: Liao et al., "D2LLM", ACL 2024, section 3.2.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
+from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
-from d2llm.core.types import PART_KINDS, EngineName, PartKind, Task, WholeText
+from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, Task, WholeText
 from d2llm.models import student_files as files
 from d2llm.models.backbone import (
     Backbone,
@@ -40,7 +42,7 @@ from d2llm.models.engines.engines import Engine, choose_engine, choose_products,
 from d2llm.models.evidence import NO_EVIDENCE, EvidenceWeights, read_evidence, write_evidence
 from d2llm.models.export.sentence_transformers import task_of_plain, why_not_plain, write_plain_form
 from d2llm.models.hub import PushReport, fetch_student, find_student, push_student
-from d2llm.models.interaction import make_head
+from d2llm.models.interaction import Interaction, make_head
 from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
@@ -72,7 +74,7 @@ class Student(VectorScorer):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
-            self.interaction = make_head(config.interaction, backbone.dim).to(backbone.device)
+            self.interaction = make_head(config.interaction, self.pooling.dim).to(backbone.device)
         self._saved_fingerprint: str | None = None
         self._recorded: dict[str, Any] = {}
         self.calibration = UNCALIBRATED
@@ -247,12 +249,49 @@ class Student(VectorScorer):
     @property
     def vector_dim(self) -> int:
         """Dimension of a text's vector."""
-        return self.backbone.dim
+        return self.pooling.dim
 
     @property
     def nested_dims(self) -> tuple[int, ...]:
         """Smaller widths that the vectors may be cut to, because they were trained for it (``losses.nested_dims``)."""
         return tuple(self._recorded.get("nested_dims", ()))
+
+    @property
+    def nested_depths(self) -> tuple[int, ...]:
+        """Numbers of layers to which ``cut`` may reduce the backbone, as it was trained (``losses.nested_depths``)."""
+        return tuple(self._recorded.get("nested_depths", ()))
+
+    def cut(self, depth: int) -> Student:
+        """A smaller and faster copy, whose backbone has only its first ``depth`` layers.
+
+        It scores by the inner product alone (r = 0): the interaction, the evidence, the vectors of tokens and the
+        probabilities were fitted to the vectors of all layers. ``d2llm fit-scores`` fits the last ones again.
+
+        Raises:
+            InputError: the student was not trained for this depth, or was loaded with ``lean=True``.
+        """
+        if depth not in self.nested_depths:
+            depths = " or ".join(map(str, self.nested_depths))
+            remedy = f"cut it to {depths}" if depths else "train one with losses.nested_depths"
+            raise InputError(f"this student was not trained to be cut to {depth} layers; {remedy}")
+        layers = self.config.backbone.layers
+        kept = layers[:depth] if isinstance(layers, tuple) else depth
+        student = copy.deepcopy(self)
+        student.backbone.cut(depth)
+        backbone = self.config.backbone.model_copy(update={"layers": kept})
+        student.config = self.config.model_copy(update={"backbone": backbone})
+        recorded = {name: value for name, value in self._recorded.items() if name in ("recipe", "tasks", "nested_dims")}
+        if shallower := [each for each in self.nested_depths if each < depth]:
+            recorded["nested_depths"] = shallower
+        student._recorded = recorded | {"cut_from": self.fingerprint}
+        # The content of merged weights has no fingerprint of its own (``files.check_weights``).
+        key = fingerprint_json([self.fingerprint, depth]) if self._has_merged_weights else None
+        student._saved_fingerprint = key
+        student.calibration, student.evidence, student.token_projection = UNCALIBRATED, NO_EVIDENCE, None
+        if isinstance(student.interaction, Interaction) and student.interaction.has_anchor:
+            for task in TASKS:
+                student.interaction.interaction_weight(task).zero_()
+        return student
 
     @property
     def device(self) -> torch.device:
@@ -299,7 +338,7 @@ class Student(VectorScorer):
         self.backbone.prepare_training(seed=seed)
 
     def fit_pooling(self, passages: Sequence[str]) -> None:
-        """Fit what ``pooling`` takes from passages (the whitening), before training; does nothing if there is nothing.
+        """Fit what ``pooling`` takes from passages (whitening, projection) before training, if it takes anything.
 
         Args:
             passages: typical ones, some ten times as many as vectors have dimensions.

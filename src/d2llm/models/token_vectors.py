@@ -84,17 +84,20 @@ class TokenProjection(nn.Module):
 
     def places(self, token_ids: Sequence[int]) -> list[int]:
         """The places of a passage's tokens that get a vector."""
-        return [place for place, token in enumerate(token_ids) if self._rarity[token] > 0]
+        return [place for place, token in enumerate(token_ids) if self._rarity_of(token) > 0]
 
     def query_places(self, token_ids: Sequence[int]) -> list[int]:
         """The places of a query's tokens that get a vector."""
         places = self.places(token_ids)
-        places.sort(key=lambda place: -self._rarity[token_ids[place]])  # stable: of equal tokens the first
+        places.sort(key=lambda place: -self._rarity_of(token_ids[place]))  # stable: of equal tokens the first
         return sorted(places[: self.max_query_tokens])
 
     def query_share(self, token_ids: Sequence[int]) -> float:
         """The share of a query's tokens that get a vector; 1 for all but long queries."""
         return min(1.0, self.max_query_tokens / max(len(self.places(token_ids)), 1))
+
+    def _rarity_of(self, token: int) -> float:
+        return self._rarity[max(token, ~token)]  # a query's tokens may be below 0 (``TokenizedTexts``)
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""Whitening: the linear map after which vectors have mean 0 and covariance 1."""
+"""Linear maps fitted to vectors: whitening, and the principal components."""
 
 from __future__ import annotations
 
@@ -29,9 +29,31 @@ def whitening(
             f"whitening vectors of {dim} dimensions takes more than {dim} passages, better ten times as many, but "
             f"there are {count}; give more passages, or set pooling.whitening to false"
         )
-    wide = vectors.astype(np.float64)
-    mean = wide.mean(axis=0)
-    variances, directions = np.linalg.eigh(np.cov((wide - mean).T).reshape(dim, dim))
-    variances, directions = variances[::-1], directions[:, ::-1]
+    variances, directions = _directions(vectors)
     kept = variances > _NEGLIGIBLE * variances[0]
+    mean = vectors.mean(axis=0, dtype=np.float64)
     return mean, np.where(kept, directions / np.sqrt(np.where(kept, variances, 1.0)), 0.0)
+
+
+def principal_components(vectors: Float[np.ndarray, "texts dim"], num: int) -> Float64[np.ndarray, "num dim"]:
+    """The ``num`` orthonormal directions in which vectors vary most, largest variance first; float64.
+
+    Raises:
+        InputError: there are not more vectors than directions, so some of these would be arbitrary.
+    """
+    if len(vectors) <= num:
+        raise InputError(
+            f"{num} principal components take more than {num} passages, better ten times as many, but there are "
+            f"{len(vectors)}; give more passages, or a smaller pooling.projection_dim"
+        )
+    return _directions(vectors)[1].T[:num]
+
+
+def _directions(
+    vectors: Float[np.ndarray, "texts dim"],
+) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, "dim dim"]]:
+    """The variances of vectors in their principal directions, largest first, and these directions as columns."""
+    dim = vectors.shape[1]
+    wide = vectors.astype(np.float64)
+    variances, directions = np.linalg.eigh(np.cov((wide - wide.mean(axis=0)).T).reshape(dim, dim))
+    return variances[::-1], directions[:, ::-1]

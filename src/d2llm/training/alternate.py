@@ -106,7 +106,7 @@ def recipe_of_round(recipe: Recipe, number: int, before: str) -> Recipe:
     """The recipe of one round: learns from the teacher alone, whose own teacher is the student ``before``.
 
     Raises:
-        InputError: no loss of the recipe imitates a teacher, or a head or nested widths learn judgements.
+        InputError: no loss of the recipe imitates a teacher, or a head or nested vectors learn judgements.
         RecipeError: the recipe does not tune its teacher, or does so by judgements.
     """
     if not recipe.losses.imitates:
@@ -117,8 +117,8 @@ def recipe_of_round(recipe: Recipe, number: int, before: str) -> Recipe:
         raise InputError(
             "training.pretraining prepares the backbone of a new student, but each round continues from one: delete it"
         )
-    if recipe.losses.nested_dims:
-        raise InputError("losses.nested_dims is trained on judgements, but here there are none: delete it")
+    if nested := recipe.losses.nested:
+        raise InputError(f"losses.{nested} is trained on judgements, but here there are none: delete it")
     changes = {
         "teacher_tuning": {"student": before},
         "losses": {"in_batch_cross_entropy": 0.0, "anchor_cross_entropy": 0.0, "teacher_share": 1.0},

@@ -138,7 +138,7 @@ def distill(
     started_from = student.fingerprint if recipe.training.start is not None else None
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
         start_tokens = student.token_projection
-        _check_nested_dims(recipe, student, sources)
+        _check_nested(recipe, student, sources)
         if recipe.training.start is None:
             _pretrain(student, sources, recipe, run_folder, processes)
             _fit_pooling(student, sources, recipe, processes)
@@ -195,27 +195,33 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
     return student
 
 
-def _check_nested_dims(recipe: Recipe, student: Student, sources: Sequence[TrainingSource]) -> None:
-    dims = recipe.losses.nested_dims
+def _check_nested(recipe: Recipe, student: Student, sources: Sequence[TrainingSource]) -> None:
+    nested, dims, depths = recipe.losses.nested, recipe.losses.nested_dims, recipe.losses.nested_depths
     if dims and dims[-1] >= student.vector_dim:
         raise InputError(
             f"losses.nested_dims names {dims[-1]}, but the student's vectors have {student.vector_dim} components; "
             "name smaller widths only"
         )
-    if dims and all(source.pairs is not None for source in sources):
+    if depths and depths[-1] >= (count := student.backbone.num_layers):
         raise InputError(
-            "losses.nested_dims is trained on the passages of queries, but all data sets are labelled pairs; delete "
+            f"losses.nested_depths names {depths[-1]}, but the student's backbone has {count} layers; name fewer"
+        )
+    if nested and all(source.pairs is not None for source in sources):
+        raise InputError(
+            f"losses.{nested} is trained on the passages of queries, but all data sets are labelled pairs; delete "
             "it, or add a retrieval set"
         )
 
 
-def _nested_dims(run: DistillRun) -> list[int]:
-    """The widths that the written vectors were trained for; none if they are those of the start."""
-    dims = run.recipe.losses.nested_dims
-    if dims and (run.best.step == 0 or run.progress.share_kept == 0):
-        _log.warning("no trained state was better on dev than the start, so the vectors cannot be cut to %s", dims)
-        return []
-    return [*dims]
+def _nested(run: DistillRun) -> dict[str, list[int]]:
+    """The widths and depths that the written vectors were trained for; none if they are those of the start."""
+    losses = run.recipe.losses
+    if losses.nested and (run.best.step == 0 or run.progress.share_kept == 0):
+        parts = " or ".join(str(each) for each in (losses.nested_dims, losses.nested_depths) if each)
+        _log.warning("no trained state was better on dev than the start, so the vectors cannot be cut to %s", parts)
+        return {"nested_dims": []}
+    depths = {"nested_depths": [*losses.nested_depths]} if losses.nested_depths else {}
+    return {"nested_dims": [*losses.nested_dims]} | depths
 
 
 def _pretrain(
@@ -302,7 +308,7 @@ def _fit_and_write(
         "share_kept": report.share_kept,
         **({} if report.label_share is None else {"label_share": report.label_share}),
         "closed_gates": sorted(closed),
-        "nested_dims": _nested_dims(run),
+        **_nested(run),
         "offsets": {name.removeprefix(OFFSET): float(p.detach()) for name, p in run.offsets.items()},
     }
     student.save(folder, content=content)

@@ -66,6 +66,7 @@ def backpropagate(
     loss_of: Callable[[Tensor, Sequence[Tensor]], Tensor],
     *,
     places: Sequence[Sequence[int]] = (),
+    depths: Sequence[int] = (),
     part_tokens: int | None = None,
     room: float,
     seed: int,
@@ -75,20 +76,23 @@ def backpropagate(
 
     ``loss_of`` computes the scalar loss of the vectors [texts, dim] in the order of the token ``ids``, and of the
     vectors [tokens, token_dim] of each text's tokens; it may use the head. ``places`` are those of the tokens that get
-    vectors, by the student's ``token_projection``; none if it is empty. ``part_tokens`` (``TrainingConfig``), ``room``
-    and the rest: see ``backpropagate_parts``.
+    vectors, by the student's ``token_projection``; none if it is empty. With ``depths``, the vectors after so many
+    layers follow those of all layers: [texts, (1 + depths) * dim]. ``part_tokens`` (``TrainingConfig``), ``room`` and
+    the rest: see ``backpropagate_parts``.
     """
     lengths = [len(row) for row in ids]
     counts = [len(row) for row in places] or [0] * len(ids)
     projection = student.token_projection
-    dim, token_dim = student.vector_dim, 0 if projection is None else projection.dim
+    dim, token_dim = student.vector_dim * (1 + len(depths)), 0 if projection is None else projection.dim
 
     def encode(part: Sequence[int]) -> Tensor:
         token_ids, mask = student.backbone.pad([ids[index] for index in part])
-        if projection is None or not any(counts):
+        if not depths and (projection is None or not any(counts)):
             return student(token_ids, mask)
-        states, mask = student.backbone(token_ids, mask)
-        vectors = student.pool(states, mask)
+        (*nested, states), mask = student.backbone.states_at(token_ids, mask, depths)
+        vectors = torch.cat([student.pool(each, mask) for each in (states, *nested)], dim=1)
+        if projection is None or not any(counts):
+            return vectors
         tokens = vectors.new_zeros(len(part), max(counts), token_dim)
         for row, index in enumerate(part):
             tokens[row, : counts[index]] = projection(states[row, list(places[index])])

@@ -148,18 +148,26 @@ def batch_losses(
 
 
 def nested_losses(
-    student: Student, vectors: Tensor, batch: DistillationBatch, weights: LossWeights
+    student: Student, vectors: Tensor, batch: DistillationBatch, weights: LossWeights, nested: Sequence[Tensor] = ()
 ) -> dict[str, Tensor]:
-    """The loss of the first components of vectors [queries + passages, dim] as in ``batch_losses``, if there is one."""
-    if not weights.nested_dims or batch.targets is not None:
+    """The loss of vectors nested in others as in ``batch_losses``, if there is one.
+
+    ``vectors`` [queries + passages, dim] are those of all layers, of which the first components count; ``nested`` are
+    those after ``nested_depths`` layers, which also count in full.
+    """
+    if not weights.nested or batch.targets is not None:
         return {}
-    queries, passages = vectors.split([len(batch.query_ids), len(batch.passage_ids)])
     positive, candidates = (
         torch.from_numpy(mask).to(vectors.device) for mask in (batch.positive, batch.positive | batch.hard | batch.easy)
     )
-    queries = student.interaction.anchor_queries(queries, batch.source.task)
-    value = losses.nested_cross_entropy(queries, passages, positive, candidates, weights.nested_dims)
-    return {"nested_cross_entropy": value}
+    dims = weights.nested_dims
+    counted = [(each, (*dims, each.shape[1])) for each in nested] + ([(vectors, dims)] if dims else [])
+    values: list[Tensor] = []
+    for each, widths in counted:
+        queries, passages = each.split([len(batch.query_ids), len(batch.passage_ids)])
+        queries = student.interaction.anchor_queries(queries, batch.source.task)
+        values.append(losses.nested_cross_entropy(queries, passages, positive, candidates, widths))
+    return {"nested_cross_entropy": torch.stack(values).mean()}
 
 
 def _feature_imitation(features: Tensor, batch: DistillationBatch) -> Tensor:

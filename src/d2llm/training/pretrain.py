@@ -431,6 +431,8 @@ def _check_backbone(backbone: Backbone, config: PretrainingConfig) -> None:
         raise InputError("there is no objective; name one, such as simcse")
     if backbone.config.tuning == "frozen":
         raise InputError(f"the backbone '{model}' is frozen; set tuning to lora or full to pretrain it")
+    if backbone.config.adapters == "two":
+        raise InputError("pretraining trains one backbone for all texts, but adapters is two; set it to one")
     if config.objective == "mirror" and backbone.tokenizer.mask_token_id is None:
         raise InputError(f"'{model}' has no token for masked text, which the objective mirror needs; use simcse")
     if config.objective == "simcse":

@@ -369,13 +369,15 @@ class DistillRun:
         batch = collate(source, draws)
         ids = batch_tokens(self.student, batch)
         losses: dict[str, Tensor] = {}
+        depths = self.recipe.losses.nested_depths if batch.targets is None else ()
 
-        def loss_of(vectors: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+        def loss_of(encoded: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+            vectors, *nested = encoded.split(self.student.vector_dim, dim=1)
             scores = score_vectors(self.student, vectors, batch, anchors_only=self.has_stages)
             scores = with_tokens(self.student, scores, tokens, batch, ids)
             offset = self.offsets.get(offset_name(source.source))
             losses.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
-            losses.update(nested_losses(self.student, vectors, batch, self.recipe.losses))
+            losses.update(nested_losses(self.student, vectors, batch, self.recipe.losses, nested))
             loss = weighted_sum(losses, self.recipe.losses)
             require_finite(loss, progress.step, self.folder)
             return loss
@@ -385,6 +387,7 @@ class DistillRun:
             ids,
             loss_of,
             places=token_places(self.student, batch, ids),
+            depths=depths,
             part_tokens=training.part_tokens,
             room=self.room,
             seed=self.recipe.seed * 1_000_003 + progress.step,  # dropout depends only on the step: resuming is exact

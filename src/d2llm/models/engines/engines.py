@@ -53,7 +53,7 @@ def choose_engine(
 
     That is OpenVINO if it is installed and the machine has no accelerator, or the CPU is requested; otherwise torch.
     8-bit weights change the vectors, so ``auto`` never selects them. A student with a remote backbone (``config``) has
-    nothing that an engine could run.
+    nothing that an engine could run, and one with two adapters more than a graph holds.
 
     Raises:
         InputError: the name is unknown, or an engine does not support the student, the device or the number format.
@@ -63,6 +63,13 @@ def choose_engine(
     if config is not None and config.backbone.remote is not None:
         if name not in ("torch", "auto"):
             raise InputError(f"engine '{name}' runs a backbone here, but this student's is an API; leave engine out")
+        return "torch"
+    if config is not None and config.backbone.adapters == "two":
+        if name not in ("torch", "auto"):
+            raise InputError(
+                f"engine '{name}' runs one set of weights, but this student reads queries and passages with adapters "
+                "of their own; leave engine out"
+            )
         return "torch"
     on_cpu = choose_device(device).type == "cpu"
     if name == "auto":

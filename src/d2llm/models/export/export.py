@@ -27,7 +27,7 @@ from d2llm.models.student import Student
 
 KIND = "export"
 FORMAT_VERSION = 1
-ExportFormat = Literal["onnx", "openvino", "numpy"]
+ExportFormat = Literal["onnx", "openvino", "numpy", "student"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +52,21 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
         folder: where to write; an existing export is replaced.
         to: ``onnx`` and ``openvino`` write the tokenizer and the graphs (``models.export.graphs``) that encode texts
             and score vectors in each task; ``numpy`` writes only the head, as arrays and one Python file that needs
-            only numpy.
-        int8: use 8-bit products in the graph that encodes texts (not supported by ``numpy``).
+            only numpy; ``student`` writes a student's folder, such as of one that was cut (``Student.cut``).
+        int8: use 8-bit products in the graph that encodes texts (only ``onnx`` and ``openvino``).
 
     Raises:
         InputError: ``folder`` holds something else, the format has no 8-bit form, or the student is not in float32.
         ModelError: the backbone cannot be written as a graph.
         MissingExtraError: a package that writes the format is not installed.
     """
-    if int8 and to == "numpy":
-        raise InputError("the numpy head computes in float32; leave int8 out")
+    if int8 and to in ("numpy", "student"):
+        raise InputError(f"the {to} {'head' if to == 'numpy' else 'folder'} is in float32; leave int8 out")
     precision, folder = "int8" if int8 else "float32", Path(folder)
+    if to == "student":
+        student.save(folder)
+        names = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+        return ExportReport(folder, to, precision, student.fingerprint, names, folder_bytes(folder))
     with new_folder(folder, kind=KIND) as temporary:
         if to == "numpy":
             _write_numpy(student, temporary)

@@ -43,6 +43,8 @@ def why_not_plain(config: StudentConfig) -> str | None:
     """Why sentence-transformers cannot load a student with this configuration without d2llm; None if it can."""
     if config.backbone.remote is not None:
         return "its vectors come from an embedding API"
+    if config.backbone.adapters == "two":
+        return "it reads queries and passages with adapters of their own"
     if config.interaction.head == "paper":
         return "its head 'paper' has no inner product"
     if config.pooling.method == "pma":
@@ -51,6 +53,8 @@ def why_not_plain(config: StudentConfig) -> str | None:
         return "its pooling by diagonal attention (Ditto) is not one of the library's modules"
     if config.pooling.whitening:
         return "its vectors are whitened"
+    if config.pooling.projection_dim is not None:
+        return "its vectors are projected to fewer dimensions"
     return None
 
 
