@@ -21,7 +21,14 @@ _NOT_SET = "not set"
 _NOT_SHAPING = {
     *("trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes", "gradient_caching", "graph_gib"),
     "tokens",  # made at the end, from the finished student
+    *("expansions", "expansion_writer"),  # the passages themselves count
 }
+
+_LATER: dict[str, dict[str, object]] = {
+    "losses": {"soft_expansion": 0.0},
+    "training": {"complement_words": None, "expansions": None, "expansion_writer": None},
+}
+"""Settings that came after runs whose records are compared, with their defaults."""
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
@@ -79,6 +86,7 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         include={"seed", "student", "losses", "training"},
         exclude={"training": _NOT_SHAPING},
     )
+    values = without_later_defaults(values)
     values["student"] = shaping_student_settings(values["student"])
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
     values["data"] = data
@@ -95,6 +103,13 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.evidence.in_training:
         values["evidence"] = recipe.evidence.model_dump(mode="json")
     return values
+
+
+def without_later_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's plain values without newer settings that have their default, so that older runs keep their records."""
+    later = {section: {k for k, v in _LATER[section].items() if values[section].get(k, v) == v} for section in _LATER}
+    kept = {name: {k: v for k, v in values[name].items() if k not in left_out} for name, left_out in later.items()}
+    return values | kept
 
 
 def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: int) -> dict[str, Any]:
