@@ -377,6 +377,9 @@ def test_nested_widths_that_make_no_sense(tmp_path: Path, text: str, problem: st
         load_recipe(write_recipe(tmp_path, text))
 
 
+FROZEN_VECTORS = '[student]\nbackbone = { tuning = "frozen" }\npooling = { method = "backbone" }\n'
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -387,8 +390,7 @@ def test_nested_widths_that_make_no_sense(tmp_path: Path, text: str, problem: st
         ("[losses]\nsoft_expansion = 0.5", r"soft_expansion is 0.5, but training\.expansions names no file"),
         ('[training.expansion_writer]\nmodel = "smollm2"', "expansion_writer has no file to write to"),
         (
-            '[losses]\nsoft_expansion = 1.0\n[training]\nexpansions = "a.jsonl"\n[student]\n'
-            + 'backbone = { tuning = "frozen" }\npooling = { method = "backbone" }',
+            FROZEN_VECTORS + '[losses]\nsoft_expansion = 1.0\n[training]\nexpansions = "a.jsonl"',
             "those of a frozen backbone with its own pooling stay as they are",
         ),
     ],
