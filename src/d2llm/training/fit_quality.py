@@ -90,7 +90,7 @@ def _aucs(
 
 
 def _ridge(sets: Sequence[tuple[NDArray[np.float64], NDArray[np.bool_]]], penalty: float) -> NDArray[np.float64]:
-    """The w with the least mean over sets of mean (w . x - y)^2, plus penalty |w|^2; x and y less their means in a set."""
+    """The w with the least mean over sets of mean (w . x - y)^2, plus penalty |w|^2; x, y less their means in a set."""
     dim = sets[0][0].shape[1]
     products, targets = penalty * np.eye(dim), np.zeros(dim)
     for vectors, labels in sets:
