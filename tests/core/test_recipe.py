@@ -8,7 +8,14 @@ from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.recipe import NO_IMITATION, LossWeights, Recipe, TeacherConfig, TeacherTuningConfig, VllmConfig
-from d2llm.core.recipe_file import changed_settings, load_recipe, parse_recipe, shaping_settings, tuning_settings
+from d2llm.core.recipe_file import (
+    changed_settings,
+    load_recipe,
+    parse_recipe,
+    shaping_settings,
+    tuning_settings,
+    without_later_defaults,
+)
 
 
 def write_recipe(tmp_path: Path, text: str | bytes) -> Path:
@@ -394,3 +401,46 @@ def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
 def test_nested_widths_that_make_no_sense(tmp_path: Path, text: str, problem: str):
     with pytest.raises(RecipeError, match=problem):
         load_recipe(write_recipe(tmp_path, text))
+
+
+FROZEN_VECTORS = '[student]\nbackbone = { tuning = "frozen" }\npooling = { method = "backbone" }\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[training]\ncomplement_words = 0", "complement_words"),
+        ("[training]\ncomplement_words = 20\nremine = true", "remine replaces them by those of the student"),
+        ('[training]\ncomplement_words = 20\n[mining]\nsources = ["encoder"]', "mining.sources does not name bm25"),
+        ("[training]\ncomplement_word = 20", "complement_words"),
+        ("[losses]\nsoft_expansion = 0.5", r"soft_expansion is 0.5, but training\.expansions names no file"),
+        ('[training.expansion_writer]\nmodel = "smollm2"', "expansion_writer has no file to write to"),
+        (
+            FROZEN_VECTORS + '[losses]\nsoft_expansion = 1.0\n[training]\nexpansions = "a.jsonl"',
+            "those of a frozen backbone with its own pooling stay as they are",
+        ),
+    ],
+)
+def test_complements_and_expansions_that_make_no_sense(tmp_path: Path, text: str, problem: str):
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(write_recipe(tmp_path, text))
+
+
+def test_later_settings_count_only_if_they_are_used():
+    plain = Recipe()
+    used = {"losses": {"soft_expansion": 1.0}, "training": {"expansions": "a.jsonl", "complement_words": 20}}
+    changed = parse_recipe(used)
+    added = set(changed.losses.model_dump()) | set(changed.training.model_dump())
+    left = without_later_defaults(plain.model_dump())
+    assert added - {*left["losses"], *left["training"]} == {
+        *("soft_expansion", "complement_words", "expansions", "expansion_writer")
+    }
+    kept = without_later_defaults(changed.model_dump())
+    assert kept["losses"]["soft_expansion"] == 1.0
+    assert kept["training"]["complement_words"] == 20
+    assert kept["training"]["expansions"] == "a.jsonl"
+    shaping = [shaping_settings(recipe) for recipe in (plain, changed)]
+    assert changed_settings(*shaping) == [
+        "losses.soft_expansion (was not set, is 1.0)",
+        "training.complement_words (was not set, is 20)",
+    ]

@@ -150,7 +150,7 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
 
 PAIR_LOSSES = {"pair_cross_entropy", "anchor_pair_cross_entropy"}
 OTHERS = {"temperature", "teacher_share", "nested_dims", "nested_depths"}
-OTHERS |= {"token_cross_entropy", "nested_cross_entropy"}  # these need vectors
+OTHERS |= {"token_cross_entropy", "nested_cross_entropy", "soft_expansion"}  # these need vectors
 LOSS_NAMES = [n for n in LossWeights.model_fields if n not in PAIR_LOSSES | OTHERS]
 
 

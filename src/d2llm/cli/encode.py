@@ -44,6 +44,15 @@ def encode(
         int | None,
         typer.Option(metavar="N", min=1, help="Make a sharded index of N shards.", show_default="not sharded"),
     ] = None,
+    prune: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Leave out this share of the passages: those least likely to answer any query (fit-scores --quality).",
+        ),
+    ] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -75,6 +84,7 @@ def encode(
         **vectors.given(),
         chunking=chunking,
         num_shards=shards,
+        prune=prune,
         student_source=source_of(student),
         overwrite=overwrite,
         runner=runner,
@@ -82,8 +92,9 @@ def encode(
         dtype=dtype,
         engine=engine,
     )
+    pruned = f", of which {report.num_pruned:,} were left out for their quality" if report.num_pruned else ""
     session.say(
-        f"encode: {report.num_documents:,} texts in {report.num_passages:,} passages, {report.num_truncated:,} "
+        f"encode: {report.num_documents:,} texts in {report.num_passages:,} passages{pruned}, {report.num_truncated:,} "
         f"truncated; {report.seconds:,.1f} s, {report.bytes_per_passage:,.0f} bytes each "
         f"({report.vector_bytes_per_passage:,} of vector), in {out}"
     )

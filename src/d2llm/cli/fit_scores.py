@@ -61,6 +61,12 @@ def fit_scores(
             show_default="if the student has them",
         ),
     ] = None,
+    quality: Annotated[
+        bool,
+        typer.Option(
+            "--quality", help="Also fit which passages answer queries at all, on train judgements, for encode --prune."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of queries and passages.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -79,7 +85,7 @@ def fit_scores(
     from d2llm.training.sentences import describe_calibration, describe_evidence
 
     session = session_of(context)
-    sources = [open_source(path, splits=["dev"]) for path in data]
+    sources = [open_source(path, splits=None if quality else ["dev"]) for path in data]
     # Of pairs, the passages of all splits are the corpus.
     datasets = [
         (open_source(path) if isinstance(source, PairSource) else source).load()
@@ -94,11 +100,15 @@ def fit_scores(
         words_factor=words_factor,
         window_vectors=window_vectors,
         token_vectors=token_vectors,
+        quality=quality,
         num_queries=num_queries,
         seed=seed,
     )
     model.save(out)
     evidence = describe_evidence({task: report.evidence}) if report.evidence else "words were not fitted"
     probabilities = describe_calibration({task: report.probabilities} if report.probabilities else {})
-    session.say(f"fit-scores: {evidence}; probabilities: {probabilities}; in {out}")
+    aucs = ""
+    if report.quality is not None:
+        aucs = "; quality: " + ", ".join(f"{name} AUC {value:.3f}" for name, value in report.quality["auc"].items())
+    session.say(f"fit-scores: {evidence}; probabilities: {probabilities}{aucs}; in {out}")
     session.write_report(context, json_path, report)

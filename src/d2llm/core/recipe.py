@@ -672,6 +672,9 @@ class LossWeights(_Section):
     nested_cross_entropy: float = Field(default=1.0, ge=0)
     """In-batch cross-entropy of the cosines of these first components, the mean over ``nested_dims``, and of those of
     the vectors after ``nested_depths`` layers, at these widths and in full."""
+    soft_expansion: float = Field(default=0.0, ge=0)
+    """Distance of a query's vector from its vector before training with the hypothetical passages of
+    ``training.expansions`` added (SoftQE): searches then need no writer."""
 
     @model_validator(mode="after")
     def _check_nested(self) -> LossWeights:
@@ -820,6 +823,15 @@ class TrainingConfig(WarmUpConfig):
     """Two heads (DHO): one learns the data sets' judgements, the other imitates the teacher. At the end they are
     combined with the weights that are best on dev, into one inner product, so the student is like any other (anchored
     head)."""
+    complement_words: int | None = Field(default=None, ge=1)
+    """Learn what words miss (CoRT): hard negatives are those of the plan that BM25 has among its first so many
+    passages, and positives are drawn from those that it has not, where a query has any. For an index whose score counts
+    words too. None: words play no part in the draw."""
+    expansions: str | None = None
+    """A JSONL file with passages that a writer wrote for the training queries (``training.expansions``), for
+    ``losses.soft_expansion``."""
+    expansion_writer: WriterConfig | None = None
+    """Who writes the passages that the file lacks. By default nobody: a query without them is an error."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """For adapters on a small model; use a third of it for large models, and a thirtieth to train all weights
     (``tuning = "full"``)."""
@@ -889,6 +901,21 @@ class TrainingConfig(WarmUpConfig):
                 "pretraining prepares the backbone of a new student, but start names a student whose head fits its "
                 "backbone: delete one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_complement(self) -> TrainingConfig:
+        if self.complement_words is not None and self.remine:
+            raise ValueError(
+                "complement_words takes hard negatives that BM25 ranks first, and remine replaces them by those of the "
+                "student: delete one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_expansions(self) -> TrainingConfig:
+        if self.expansion_writer is not None and self.expansions is None:
+            raise ValueError("expansion_writer has no file to write to: name one as expansions, or delete the section")
         return self
 
     @property
@@ -1045,6 +1072,31 @@ class Recipe(_Section):
             raise ValueError(
                 f"losses.in_batch_imitation is {weight:g}, but training.live_teacher names no student whose scores it "
                 "could imitate: set it, or set the weight to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_complement(self) -> Recipe:
+        depth = self.training.complement_words
+        if depth is not None and "bm25" not in self.mining.sources:
+            raise ValueError(
+                f"training.complement_words takes hard negatives from BM25's first {depth} passages, but "
+                "mining.sources does not name bm25: add it, or delete complement_words"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_soft_expansion(self) -> Recipe:
+        weight = self.losses.soft_expansion
+        if weight and self.training.expansions is None:
+            raise ValueError(
+                f"losses.soft_expansion is {weight:g}, but training.expansions names no file of hypothetical passages: "
+                "set it, or set the weight to 0"
+            )
+        if weight and self.student.backbone.tuning == "frozen" and self.student.pooling.method == "backbone":
+            raise ValueError(
+                "losses.soft_expansion trains the vectors of queries, but those of a frozen backbone with its own "
+                "pooling stay as they are: set student.backbone.tuning to lora or full, or the weight to 0"
             )
         return self
 

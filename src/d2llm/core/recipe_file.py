@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 
@@ -21,7 +22,15 @@ _NOT_SET = "not set"
 _NOT_SHAPING = {
     *("trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes", "gradient_caching", "graph_gib"),
     "tokens",  # made at the end, from the finished student
+    *("expansions", "expansion_writer"),  # the passages themselves count
 }
+
+_LATER = (
+    *("student.backbone.adapters", "student.pooling.projection_dim"),
+    *("losses.nested_depths", "losses.soft_expansion"),
+    *("training.complement_words", "training.expansions", "training.expansion_writer"),
+)
+"""Settings that came after the first runs: at their defaults they are left out of what identifies a run."""
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
@@ -79,15 +88,10 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         include={"seed", "student", "losses", "training"},
         exclude={"training": _NOT_SHAPING},
     )
+    values = without_later_defaults(values)
     values["student"] = shaping_student_settings(values["student"])
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
     values["data"] = data
-    if not recipe.losses.nested_depths:
-        del values["losses"]["nested_depths"]
-    if recipe.student.backbone.adapters == "one":
-        del values["student"]["backbone"]["adapters"]
-    if recipe.student.pooling.projection_dim is None:
-        del values["student"]["pooling"]["projection_dim"]
     if recipe.training.start is None:
         del values["training"]["start"]
     if recipe.training.live_teacher is None:
@@ -101,6 +105,19 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.evidence.in_training:
         values["evidence"] = recipe.evidence.model_dump(mode="json")
     return values
+
+
+def without_later_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe, as plain JSON, without those that are newer than runs and have their defaults."""
+    kept, defaults = deepcopy(dict(values)), Recipe().model_dump(mode="json")
+    for path in _LATER:
+        *sections, name = path.split(".")
+        section, default = kept, defaults
+        for each in sections:
+            section, default = section.get(each, {}), default[each]
+        if section.get(name) == default[name]:
+            section.pop(name, None)
+    return kept
 
 
 def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: int) -> dict[str, Any]:

@@ -77,6 +77,7 @@ _PLAIN_LOSSES = {
     "token_cross_entropy": 0.0,
     "anchor_pair_cross_entropy": 0.0,
     "teacher_share": 0.0,
+    "soft_expansion": 0.0,
 }
 
 
@@ -170,6 +171,14 @@ _OWN: _Group = {
         "queries and passages read with adapters of their own (Semi-Siamese)",
         _student(backbone={"adapters": "two", "tuning": "lora"}) | {"training": {"pretraining": {"objective": None}}},
     ),
+    "complement-words": (
+        "trained on what BM25 gets wrong among its first 20 (CoRT)",
+        {"training": {"complement_words": 20, "remine": False}, "mining": {"sources": ("bm25", "encoder")}},
+    ),
+    "soft-expansion": (
+        "vectors of queries near those with hypothetical passages (SoftQE)",
+        {"losses": {"soft_expansion": 1.0}, "training": {"expansions": "expansions.jsonl"}},
+    ),
     "simcse": ("the backbone first told texts apart by dropout (SimCSE)", _pretrained("simcse")),
     "mirror": ("the same, with a span of one side masked (Mirror-BERT)", _pretrained("mirror")),
     "four-layers": ("layers 0, 1, 4 and 5 of the backbone alone", _student(**_FOUR_LAYERS)),
@@ -218,7 +227,10 @@ _OWN: _Group = {
     "two-stages": ("first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),
     "leave-out": ("neighbours that the teacher has not judged are left out", {"training": {"unjudged": "leave_out"}}),
     "ask-teacher": ("the teacher judges every neighbour first", {"training": {"unjudged": "ask_teacher"}}),
-    "remine": ("hard negatives mined again from the second epoch on", {"training": {"remine": True}}),
+    "remine": (
+        "hard negatives mined again from the second epoch on",
+        {"training": {"remine": True, "complement_words": None}},
+    ),
     "gates": ("gates of query and passage on the bound", _student(interaction={"gates": True})),
     "no-gates": ("one bound for every pair", _student(interaction={"gates": False})),
     "no-imitation": ("data sets' judgements only, no teacher", _only()),

@@ -41,6 +41,8 @@ class LabelledSource:
     """The weight of the vectors of tokens in the scores of a batch; 0 if they do not count in training."""
     score_live: ScorePassages | None = None
     """The live teacher's scores of the pairs of a batch; None if there is none."""
+    expanded_queries: Mapping[str, NDArray[np.float32]] | None = None
+    """query id -> the vector [dim] that a query's is to be near, of those that have one; None if none counts."""
 
     @classmethod
     def join(cls, source: TrainingSource, labels: LabelStore, *, keep_unlabelled: bool = False) -> LabelledSource:
@@ -84,7 +86,8 @@ class DistillationBatch:
     the store has no cosines; ``gram`` [Q, n, n] holds the cosines of the teacher's features over these passages.
     ``labelled`` says which pairs have a label of the teacher. ``word_scores`` is what words add to the scores; None if
     they add nothing. ``token_weight`` is the weight of the vectors of tokens. ``live_scores`` are those of the live
-    teacher; None if there is none.
+    teacher; None if there is none. ``expanded_queries`` [Q, dim] are the vectors that those of the queries are to be
+    near, NaN for queries without one.
     """
 
     source: TrainingSource
@@ -101,6 +104,7 @@ class DistillationBatch:
     word_scores: NDArray[np.float32] | None = None
     token_weight: float = 0.0
     live_scores: NDArray[np.float32] | None = None
+    expanded_queries: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +199,7 @@ def _draw(entry: PlanEntry, epoch: int, num_hard: int, num_easy: int, seed: int)
     rng = random.Random(f"{seed}:{epoch}:{entry.query_id}")
     hard = rng.sample(entry.hard_negatives, min(num_hard, len(entry.hard_negatives)))
     easy = rng.sample(entry.easy_negatives, min(num_easy, len(entry.easy_negatives)))
-    return Draw(entry, [rng.choice(entry.positives)], hard, easy)
+    return Draw(entry, [rng.choice(entry.drawn_positives)], hard, easy)
 
 
 def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatch:
@@ -274,7 +278,15 @@ def _collate(
         word_scores=None if labelled.score_words is None else word_scores,
         token_weight=labelled.token_weight,
         live_scores=None if labelled.score_live is None else live_scores,
+        expanded_queries=_expanded(labelled.expanded_queries, draws),
     )
+
+
+def _expanded(vectors: Mapping[str, NDArray[np.float32]] | None, draws: Sequence[Draw]) -> NDArray[np.float32] | None:
+    if not vectors:
+        return None
+    missing = np.full_like(next(iter(vectors.values())), np.nan)
+    return np.stack([vectors.get(draw.entry.query_id, missing) for draw in draws])
 
 
 def _log_odds(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -29,11 +29,18 @@ class PlanEntry:
     easy_negatives: tuple[str, ...]
     targets: tuple[float, ...] = ()
     """For labelled pairs: the data set's probability of a yes for each positive and hard negative."""
+    preferred: tuple[str, ...] = ()
+    """The positives to learn from, if not all; the others are still no negatives. Not stored in a plan."""
 
     @property
     def passage_ids(self) -> tuple[str, ...]:
         """All passages of the query: positives, then hard, then easy negatives."""
         return self.positives + self.hard_negatives + self.easy_negatives
+
+    @property
+    def drawn_positives(self) -> tuple[str, ...]:
+        """The positives to learn from."""
+        return self.preferred or self.positives
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ from d2llm.models.late_chunking import ChunkReader, EncodedChunks, Span
 from d2llm.models.model_card import model_card
 from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.probabilities import UNCALIBRATED, read_calibration, write_calibration
+from d2llm.models.quality import PassageQuality, read_quality, write_quality
 from d2llm.models.sources import load_tensors
 from d2llm.models.token_vectors import TokenProjection, TokenVectors, read_token_projection
 from d2llm.models.vector_scorer import VectorScorer
@@ -63,7 +64,8 @@ class Student(VectorScorer):
 
     ``calibration`` turns scores into probabilities, if it was fitted (``models.probabilities``). ``evidence`` has the
     weights of the terms that an index adds to the scores of its passages (``models.evidence``). ``token_projection``
-    makes the vectors of tokens, if it was trained (``models.token_vectors``).
+    makes the vectors of tokens, if it was trained (``models.token_vectors``). ``quality`` says how likely a passage is
+    to answer any query, if it was fitted (``models.quality``).
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
@@ -80,6 +82,7 @@ class Student(VectorScorer):
         self.calibration = UNCALIBRATED
         self.evidence = NO_EVIDENCE
         self.token_projection: TokenProjection | None = None
+        self.quality: PassageQuality | None = None
         self._has_merged_weights = False
         self._engine: Engine | None = None
         self._products: torch.dtype | None = None
@@ -153,6 +156,7 @@ class Student(VectorScorer):
         student._has_merged_weights = merged
         student.calibration = read_calibration(folder, manifest["fingerprint"])
         student.evidence = read_evidence(folder, manifest["fingerprint"])
+        student.quality = read_quality(folder, manifest["fingerprint"])
         projection = read_token_projection(folder, manifest["fingerprint"], backbone.dim)
         student.token_projection = None if projection is None else projection.to(chosen)
         student.use_engine(engine, dtype=products)
@@ -228,6 +232,7 @@ class Student(VectorScorer):
             }
             write_calibration(temporary, self.calibration)
             write_evidence(temporary, self.evidence)
+            write_quality(temporary, self.quality)
             if self.token_projection is not None:
                 self.token_projection.save(temporary, self.fingerprint)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
@@ -333,6 +338,7 @@ class Student(VectorScorer):
         self.calibration = UNCALIBRATED
         self.evidence = NO_EVIDENCE
         self.token_projection = None
+        self.quality = None
         self._engine = None
         self._products = None
         self.backbone.prepare_training(seed=seed)

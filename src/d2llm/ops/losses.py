@@ -456,6 +456,20 @@ def sinkhorn(
     return ((plan * distances).sum() / counted.sum().clamp(min=1)).to(logits.dtype)
 
 
+def soft_expansion(queries: Float[Tensor, "queries dim"], expanded: Float[Tensor, "queries dim"]) -> Float[Tensor, ""]:
+    """A query's vector should be that of the query expanded by a language model, so that a search needs no such model.
+
+    L = 1/Q sum_i |y_i - e_i|^2 / dim
+
+    over the Q queries with an expanded vector e_i; a row of NaN is none. SoftQE, Pimpalkhute et al., "SoftQE: Learned
+    Representations of Queries Expanded by LLMs", ECIR 2024 (arXiv 2402.12663), whose expanded vectors come from an
+    encoder that was trained on expanded queries; here they come from the student as it was before training.
+    """
+    counted = torch.isfinite(expanded).all(dim=1)
+    (distances,) = _under(counted, (queries.float() - expanded.nan_to_num()).square().mean(dim=1))
+    return masked_mean(distances, counted).to(queries.dtype)
+
+
 def _under(mask: Tensor, *values: Tensor) -> list[Tensor]:
     """The values in one full-precision dtype, 0 outside the mask; applied before any arithmetic, so no NaN spreads."""
     dtype = torch.promote_types(values[0].dtype, torch.float32)

@@ -7,9 +7,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import MANIFEST_NAME, check_replaceable, replace_folder
@@ -17,10 +20,12 @@ from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.types import EngineName, PartKind, Passage, Task
 from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
+from d2llm.models.quality import PassageQuality
 from d2llm.retrieval.index import Index, part_formats
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent
+from d2llm.retrieval.protocols import QualityStudent, SearchStudent, TokenStudent
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
+from d2llm.retrieval.upserting import BLOCK_PASSAGES
 from d2llm.runners.placement import Load, fingerprint_of, load_work
 from d2llm.runners.runner import Runner, Workers, find_runner
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND, VectorCopies
@@ -36,7 +41,8 @@ class EncodeReport:
     ``num_resumed`` passages were taken over from an interrupted run; tokens (without padding), ``seconds`` (including
     writing) and ``passages_per_second`` count this run alone. ``vector_bytes_per_passage`` is the size of one stored
     vector, ``bytes_per_passage`` the size of the whole index per passage. ``num_blank`` passages have only white space.
-    ``skipped`` are files of a folder of documents that could not be read.
+    ``skipped`` are files of a folder of documents that could not be read. ``num_pruned`` passages were encoded and then
+    left out, because their quality was lowest; ``num_passages`` counts them too.
     """
 
     folder: Path
@@ -51,6 +57,7 @@ class EncodeReport:
     bytes_per_passage: float
     num_blank: int = 0
     skipped: tuple[SkippedFile, ...] = ()
+    num_pruned: int = 0
 
 
 def encode(
@@ -65,6 +72,7 @@ def encode(
     token_vectors: str | None = "auto",
     chunking: Chunking | None = None,
     num_shards: int | None = None,
+    prune: float = 0.0,
     student_source: str | None = None,
     overwrite: bool = False,
     runner: str | Runner = "local",
@@ -89,6 +97,7 @@ def encode(
         token_vectors: how the vectors of tokens are stored, if at all (``Index.create``).
         chunking: how long texts are split into passages; None makes each text a passage.
         num_shards: make a sharded index of this many shards (``store.sharded_store``); None: one that is not.
+        prune: leave out this share of the passages, those that the student's quality (``models.quality``) puts lowest.
         student_source: the folder or name that the student was loaded from, stored so that a search can load it again.
         overwrite: replace an index at ``folder``, including its snapshots.
         runner: where the passages are encoded: by ``student`` in this process (``local``), or on the workers of a Ray
@@ -101,7 +110,8 @@ def encode(
 
     Raises:
         InputError: there are no passages, ``folder`` exists, a format is unknown, a vector is not finite, there is no
-            such runner or cluster, or a cluster cannot know where the student is.
+            such runner or cluster, or a cluster cannot know where the student is; ``prune`` is not a share, or the
+            student has no quality.
         MismatchError: a worker has other versions than this process, or another student at this path.
         ModelError: workers end again and again.
         DataFormatError: the corpus file is missing or malformed (names file and line).
@@ -119,6 +129,7 @@ def encode(
             "overwrite=True)"
         )
     make_format(vector_format, student.vector_dim)
+    quality = _find_quality(student, prune)
     formats = part_formats(student, task, window_vectors=window_vectors, token_vectors=token_vectors)
     if isinstance(corpus, str | Path):
         corpus = open_corpus([Path(corpus)])
@@ -135,6 +146,7 @@ def encode(
         [task, vector_format, vector_copies],
         None if chunking is None else asdict(chunking),
         num_shards,
+        None if quality is None else [prune, quality.model_dump()],
     )
     draft = folder.parent / f".{folder.name}.work-{key}"
     begin = time.perf_counter()
@@ -164,6 +176,7 @@ def encode(
         if not len(index.storage.table()):  # nothing that another call could resume
             shutil.rmtree(draft, ignore_errors=True)
         raise
+    num_pruned = 0 if quality is None else _prune(index, quality, prune)
     facts = index.stats()
     with _no_other_writer(folder):
         replace_folder(draft, folder)
@@ -181,7 +194,37 @@ def encode(
         bytes_per_passage=facts.bytes_per_passage,
         num_blank=report.num_blank,
         skipped=tuple(corpus.skipped),
+        num_pruned=num_pruned,
     )
+
+
+def _find_quality(student: SearchStudent, prune: float) -> PassageQuality | None:
+    """The quality by which passages are left out; None if none are."""
+    if not 0 <= prune < 1:
+        raise InputError(f"prune is {prune:g}, but must be a share of the passages: at least 0 and below 1")
+    if not prune:
+        return None
+    quality = student.quality if isinstance(student, QualityStudent) else None
+    if quality is None:
+        raise InputError(
+            "passages are pruned by their quality, which this student does not have; fit it on judged data sets "
+            "(d2llm fit-scores --quality)"
+        )
+    return quality
+
+
+def _prune(index: Index, quality: PassageQuality, share: float) -> int:
+    """Delete the passages with the lowest quality from an index, ties by id, and free their space; how many."""
+    view = index.view
+    rows = view.live_rows()
+    blocks = [rows[start : start + BLOCK_PASSAGES] for start in range(0, len(rows), BLOCK_PASSAGES)]
+    qualities = np.concatenate([quality.of(view.vectors(block)) for block in blocks])
+    ids = np.array(view.ids(rows))
+    lowest = np.lexsort((ids, qualities))[: int(share * len(rows))]
+    if len(lowest):
+        index.delete(ids[lowest].tolist())
+        index.compact(timedelta(0), dense=True)
+    return len(lowest)
 
 
 def _find_load(runner: Runner, load: Load | None, source: str | None, loading: Mapping[str, Any]) -> Load | None:
@@ -200,11 +243,14 @@ def _draft_key(
     storage: Sequence[object],
     chunking: Mapping[str, object] | None,
     num_shards: int | None,
+    pruning: object | None,
 ) -> str:
     """A different student, corpus or storage format gets a different folder, so runs never mix."""
     options = [*storage, formats.get("window"), chunking]
     if num_shards is not None:
         options.append({"shards": num_shards})
+    if pruning is not None:
+        options.append({"pruning": pruning})
     if "token" in formats and isinstance(student, TokenStudent):
         options += [formats["token"], student.token_fingerprint]
     return fingerprint_json([FORMAT_VERSION, student.fingerprint, corpus, *options])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Task, WholeText
 from d2llm.models.evidence import EvidenceWeights
+from d2llm.models.quality import PassageQuality
 from d2llm.store.sharded_view import ReadableView
 
 if TYPE_CHECKING:
@@ -204,6 +205,16 @@ class TokenStudent(Protocol):
         self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
     ) -> EncodedTexts:
         """Encode queries or passages; the result's ``tokens`` are the vectors of their tokens."""
+        ...
+
+
+@runtime_checkable
+class QualityStudent(Protocol):
+    """A ``SearchStudent`` that may say which passages answer queries at all (``Student``, if it was fitted)."""
+
+    @property
+    def quality(self) -> PassageQuality | None:
+        """The quality of passages; None if it was not fitted."""
         ...
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable
+from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import Recipe, TeacherConfig, shaping_student_settings
-from d2llm.core.recipe_file import changed_settings, shaping_settings
+from d2llm.core.recipe_file import changed_settings, shaping_settings, without_later_defaults
 from d2llm.core.types import TASKS, EvidenceTerm, Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
@@ -27,12 +28,15 @@ from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
 from d2llm.models.token_vectors import TokenProjection, read_token_projection
+from d2llm.models.writers.writer import load_writer
 from d2llm.training.checkpoints import remarks
 from d2llm.training.dev_sets import DevSet, make_dev_set
+from d2llm.training.expansions import Passages, expanded_vectors, read_expansions, write_expansions
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.fit_tokens import fit_tokens
 from d2llm.training.live_teacher import LiveTeacher
+from d2llm.training.mining.complement import complement_words
 from d2llm.training.objective import OFFSET
 from d2llm.training.pretrain import pretrain_backbone, unlabelled_texts
 from d2llm.training.processes import Processes, joined_processes, own_device
@@ -145,6 +149,12 @@ def distill(
         if recipe.evidence.in_training:
             evidence, start_tokens = _evidence_at_start(student, sources, recipe, run_folder, processes)
             labelled, dev_sets = _with_evidence(labelled, dev_sets, evidence)
+        if recipe.training.complement_words is not None:
+            labelled = [complement_words(each, recipe.training.complement_words) for each in labelled]
+        passages: Passages = {}
+        if recipe.losses.soft_expansion:
+            passages = _hypothetical_passages(labelled, recipe, processes, device=device, dtype=dtype)
+            labelled = _with_expansions(labelled, student, passages)
         live_teacher = _load_live_teacher(recipe, device=device, dtype=dtype)
         if live_teacher is not None:
             labelled = _with_live_teacher(labelled, live_teacher)
@@ -153,6 +163,8 @@ def distill(
             assert start_tokens is not None
             student.token_projection = start_tokens.to(student.backbone.device)
         settings = _run_settings(recipe, labelled, identity, started_from, live_teacher)
+        if passages:
+            settings["expansions"] = fingerprint_json(passages)
         run = DistillRun(
             student,
             recipe,
@@ -297,7 +309,7 @@ def _fit_and_write(
         seed=recipe.seed,
     )
     content = {
-        "recipe": recipe.model_dump(),
+        "recipe": without_later_defaults(recipe.model_dump()),
         "settings": run.settings,
         "teacher": teacher,
         "tasks": sorted({source.task for source in sources}),
@@ -449,6 +461,49 @@ def _with_live_teacher(labelled: Sequence[LabelledSource], teacher: Student) -> 
         else each
         for each in labelled
     ]
+
+
+def _hypothetical_passages(
+    labelled: Sequence[LabelledSource], recipe: Recipe, processes: Processes, *, device: str | None, dtype: str | None
+) -> Passages:
+    """The hypothetical passages of the queries of retrieval sets; missing ones are written, if there is a writer."""
+    file, config = recipe.training.expansions, recipe.training.expansion_writer
+    assert file is not None
+    queries = [
+        each.source.query_text(entry.query_id) for each in labelled for entry in each.entries if _is_judged(each)
+    ]
+    if not queries:
+        raise InputError(
+            "losses.soft_expansion is trained on the queries of retrieval sets, but all data sets are labelled pairs; "
+            "set it to 0, or add a retrieval set"
+        )
+    missing = {*queries} - read_expansions(Path(file)).keys()
+    if missing and config is None:
+        raise InputError(
+            f"{file}: {len(missing)} of {len({*queries})} training queries have no line, such as {min(missing)!r}; "
+            "name a writer in [training.expansion_writer]"
+        )
+    if missing and config is not None and processes.is_first:
+        write_expansions(Path(file), queries, load_writer(config, device=device, dtype=dtype))
+    processes.from_first(None)  # wait until they are written
+    passages = read_expansions(Path(file))
+    return {query: passages[query] for query in dict.fromkeys(queries)}
+
+
+def _with_expansions(labelled: Sequence[LabelledSource], student: Student, passages: Passages) -> list[LabelledSource]:
+    """The same data sets with the vectors that their queries have beside their hypothetical passages."""
+    return [
+        replace(
+            each, expanded_queries=expanded_vectors(student, each.source, [e.query_id for e in each.entries], passages)
+        )
+        if _is_judged(each)
+        else each
+        for each in labelled
+    ]
+
+
+def _is_judged(labelled: LabelledSource) -> bool:
+    return labelled.source.pairs is None
 
 
 def _fit_evidence(

@@ -14,15 +14,20 @@ from d2llm.data.pairs import PairDataset, as_retrieval
 from d2llm.models.student import Student
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
+from d2llm.training.fit_quality import fit_quality
 
 
 @dataclass(frozen=True, slots=True)
 class FitScoresReport:
-    """What was fitted for one task (``TaskEvidence``, ``TaskCalibration``); None if there were too few queries."""
+    """What was fitted for one task (``TaskEvidence``, ``TaskCalibration``); None if there were too few queries.
+
+    ``quality`` is that of passages (``PassageQuality``) without its weights; None if it was not fitted.
+    """
 
     task: Task
     evidence: dict[str, Any] | None
     probabilities: dict[str, Any] | None
+    quality: dict[str, Any] | None = None
 
 
 def fit_scores(
@@ -34,6 +39,7 @@ def fit_scores(
     words_factor: bool | None = None,
     window_vectors: bool = True,
     token_vectors: bool | None = None,
+    quality: bool = False,
     num_queries: int = 200,
     seed: int = 0,
 ) -> FitScoresReport:
@@ -50,11 +56,13 @@ def fit_scores(
             otherwise only words.
         token_vectors: also fit the weight of the vectors of tokens; by default if the student has them
             (``training.fit_tokens``).
+        quality: also fit which passages answer queries at all, on the train split (``training.fit_quality``).
         num_queries: maximum number of queries per data set.
         seed: seed of the choice of queries and passages.
 
     Raises:
-        InputError: a data set has no judged dev queries; or ``words`` is set and the student's head is ``paper``; or
+        InputError: a data set has no judged dev queries; or ``quality`` is set and no data set has a corpus and train
+            judgements of enough passages; or ``words`` is set and the student's head is ``paper``; or
             ``token_vectors`` is set and the student has none.
         DataFormatError: labelled pairs have scores or classes other than yes and no.
     """
@@ -80,8 +88,14 @@ def fit_scores(
     fitted = fit_probabilities(student, judged, num_queries=num_queries, seed=seed)
     student.calibration = fitted.model_copy(update={"tasks": {**student.calibration.tasks, **fitted.tasks}})
     calibration = fitted.tasks.get(task)
+    if quality:
+        retrieval_sets = [dataset for dataset in data if isinstance(dataset, Dataset)]
+        if not retrieval_sets:
+            raise InputError("quality is that of passages of a corpus, and labelled pairs have none; leave it out")
+        student.quality = fit_quality(student, retrieval_sets, seed=seed)
     return FitScoresReport(
         task,
         None if evidence is None else evidence.model_dump(),
         None if calibration is None else calibration.model_dump(),
+        student.quality.model_dump(exclude={"weights"}) if quality and student.quality else None,
     )

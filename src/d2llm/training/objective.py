@@ -170,6 +170,14 @@ def nested_losses(
     return {"nested_cross_entropy": torch.stack(values).mean()}
 
 
+def expansion_losses(vectors: Tensor, batch: DistillationBatch, weights: LossWeights) -> dict[str, Tensor]:
+    """The distance of the queries' vectors [queries + passages, dim] from their expanded ones, if it counts."""
+    if not weights.soft_expansion or batch.expanded_queries is None:
+        return {}
+    expanded = torch.from_numpy(batch.expanded_queries).to(vectors.device)
+    return {"soft_expansion": losses.soft_expansion(vectors[: len(batch.query_ids)].float(), expanded)}
+
+
 def _feature_imitation(features: Tensor, batch: DistillationBatch) -> Tensor:
     own = torch.from_numpy(batch.own).to(features.device)
     rows = torch.arange(len(own), device=features.device).unsqueeze(1)

@@ -296,4 +296,4 @@ def _draw(vectors: _Vectors, position: int, config: ResidualConfig, seed: str, *
     known |= vectors.labelled.same_text.duplicates_of(set(entry.positives))
     drawn = dict.fromkeys([*entry.easy_negatives, *near, *others])
     easy = [passage_id for passage_id in drawn if passage_id not in known]
-    return Draw(entry, [rng.choice(entry.positives)], list(entry.hard_negatives), easy)
+    return Draw(entry, [rng.choice(entry.drawn_positives)], list(entry.hard_negatives), easy)

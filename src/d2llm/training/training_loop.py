@@ -61,6 +61,7 @@ from d2llm.training.objective import (
     OFFSET,
     batch_losses,
     batch_tokens,
+    expansion_losses,
     make_offsets,
     nested_losses,
     offset_name,
@@ -378,6 +379,7 @@ class DistillRun:
             offset = self.offsets.get(offset_name(source.source))
             losses.update(batch_losses(scores, batch, self.recipe.losses, offset=offset))
             losses.update(nested_losses(self.student, vectors, batch, self.recipe.losses, nested))
+            losses.update(expansion_losses(vectors, batch, self.recipe.losses))
             loss = weighted_sum(losses, self.recipe.losses)
             require_finite(loss, progress.step, self.folder)
             return loss
