@@ -7,8 +7,25 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import NO_IMITATION, LossWeights, Recipe, TeacherConfig, TeacherTuningConfig, VllmConfig
-from d2llm.core.recipe_file import changed_settings, load_recipe, parse_recipe, shaping_settings, tuning_settings
+from d2llm.core.recipe import (
+    NO_IMITATION,
+    LossWeights,
+    Recipe,
+    StudentConfig,
+    TeacherConfig,
+    TeacherTuningConfig,
+    VllmConfig,
+    shaping_student_settings,
+    without_new_defaults,
+)
+from d2llm.core.recipe_file import (
+    changed_settings,
+    load_recipe,
+    load_recipe_text,
+    parse_recipe,
+    shaping_settings,
+    tuning_settings,
+)
 
 
 def write_recipe(tmp_path: Path, text: str | bytes) -> Path:
@@ -394,3 +411,20 @@ def test_poolings_that_make_no_sense(tmp_path: Path, text: str, problem: str):
 def test_nested_widths_that_make_no_sense(tmp_path: Path, text: str, problem: str):
     with pytest.raises(RecipeError, match=problem):
         load_recipe(write_recipe(tmp_path, text))
+
+
+def test_new_settings_are_recorded_only_where_they_are_used():
+    """Runs, ablations, students and labels of a cosine were recorded without them, and must keep their fingerprints."""
+    recorded = [shaping_settings(Recipe()), without_new_defaults(Recipe().model_dump(mode="json"))]
+    for values in recorded:
+        assert "adapters" not in values["student"]["backbone"]
+        assert "projection_dim" not in values["student"]["pooling"]
+        assert "nested_depths" not in values["losses"]
+    assert "adapters" not in shaping_student_settings(StudentConfig().model_dump(mode="json"))["backbone"]
+    text = "losses.nested_depths = [2]\n[student]\nbackbone.adapters = 'two'\npooling.projection_dim = 64"
+    used = load_recipe_text(text, where="test")
+    for values in (shaping_settings(used), without_new_defaults(used.model_dump(mode="json"))):
+        assert values["student"]["backbone"]["adapters"] == "two"
+        assert values["student"]["pooling"]["projection_dim"] == 64
+        assert values["losses"]["nested_depths"] == [2]
+    assert used.student.recorded()["backbone"]["adapters"] == "two"

@@ -10,7 +10,13 @@ from pydantic import BaseModel, ValidationError
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.names import suggestion
-from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig, shaping_student_settings
+from d2llm.core.recipe import (
+    Recipe,
+    TeacherConfig,
+    TeacherTuningConfig,
+    shaping_student_settings,
+    without_new_defaults,
+)
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.toml import parse_toml, read_toml
 
@@ -79,15 +85,10 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         include={"seed", "student", "losses", "training"},
         exclude={"training": _NOT_SHAPING},
     )
+    values = without_new_defaults(values)
     values["student"] = shaping_student_settings(values["student"])
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
     values["data"] = data
-    if not recipe.losses.nested_depths:
-        del values["losses"]["nested_depths"]
-    if recipe.student.backbone.adapters == "one":
-        del values["student"]["backbone"]["adapters"]
-    if recipe.student.pooling.projection_dim is None:
-        del values["student"]["pooling"]["projection_dim"]
     if recipe.training.start is None:
         del values["training"]["start"]
     if recipe.training.live_teacher is None:
