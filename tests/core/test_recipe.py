@@ -7,14 +7,24 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import NO_IMITATION, LossWeights, Recipe, TeacherConfig, TeacherTuningConfig, VllmConfig
+from d2llm.core.recipe import (
+    NO_IMITATION,
+    LossWeights,
+    Recipe,
+    StudentConfig,
+    TeacherConfig,
+    TeacherTuningConfig,
+    VllmConfig,
+    shaping_student_settings,
+    without_new_defaults,
+)
 from d2llm.core.recipe_file import (
     changed_settings,
     load_recipe,
+    load_recipe_text,
     parse_recipe,
     shaping_settings,
     tuning_settings,
-    without_later_defaults,
 )
 
 
@@ -431,11 +441,11 @@ def test_later_settings_count_only_if_they_are_used():
     used = {"losses": {"soft_expansion": 1.0}, "training": {"expansions": "a.jsonl", "complement_words": 20}}
     changed = parse_recipe(used)
     added = set(changed.losses.model_dump()) | set(changed.training.model_dump())
-    left = without_later_defaults(plain.model_dump())
+    left = without_new_defaults(plain.model_dump(mode="json"))
     assert added - {*left["losses"], *left["training"]} == {
         *("soft_expansion", "complement_words", "expansions", "expansion_writer")
     }
-    kept = without_later_defaults(changed.model_dump())
+    kept = without_new_defaults(changed.model_dump(mode="json"))
     assert kept["losses"]["soft_expansion"] == 1.0
     assert kept["training"]["complement_words"] == 20
     assert kept["training"]["expansions"] == "a.jsonl"
@@ -444,3 +454,20 @@ def test_later_settings_count_only_if_they_are_used():
         "losses.soft_expansion (was not set, is 1.0)",
         "training.complement_words (was not set, is 20)",
     ]
+
+
+def test_new_settings_are_recorded_only_where_they_are_used():
+    """Runs, ablations, students and labels of a cosine were recorded without them, and must keep their fingerprints."""
+    recorded = [shaping_settings(Recipe()), without_new_defaults(Recipe().model_dump(mode="json"))]
+    for values in recorded:
+        assert "adapters" not in values["student"]["backbone"]
+        assert "projection_dim" not in values["student"]["pooling"]
+        assert "nested_depths" not in values["losses"]
+    assert "adapters" not in shaping_student_settings(StudentConfig().model_dump(mode="json"))["backbone"]
+    text = "losses.nested_depths = [2]\n[student]\nbackbone.adapters = 'two'\npooling.projection_dim = 64"
+    used = load_recipe_text(text, where="test")
+    for values in (shaping_settings(used), without_new_defaults(used.model_dump(mode="json"))):
+        assert values["student"]["backbone"]["adapters"] == "two"
+        assert values["student"]["pooling"]["projection_dim"] == 64
+        assert values["losses"]["nested_depths"] == [2]
+    assert used.student.recorded()["backbone"]["adapters"] == "two"

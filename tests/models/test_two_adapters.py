@@ -149,7 +149,7 @@ def test_an_index_holds_passages_and_is_searched_by_queries(folder: Path, tmp_pa
     scores = student.score(
         student.encode_queries(["cows"]).vectors[0], student.encode_passages(PASSAGES).vectors, "asymmetric"
     )
-    assert [result.passage_id for result in ranking.passages] == [f"p{number}" for number in np.argsort(-scores)[:2]]
+    assert [result.passage.id for result in ranking.passages] == [f"p{number}" for number in np.argsort(-scores)[:2]]
     np.testing.assert_allclose(
         [result.score for result in ranking.passages], np.sort(scores)[::-1][:2], rtol=1e-3, atol=1e-3
     )

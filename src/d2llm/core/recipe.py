@@ -269,20 +269,43 @@ class StudentConfig(_Section):
         Settings that came after the first students are left out while they have their default, so that these students
         and copies of them keep their fingerprints.
         """
-        values = self.model_dump(mode="json")
-        late = {"backbone": ("diagonal_head", "remote", "adapters"), "pooling": ("whitening", "projection_dim")}
-        for section, names in late.items():
-            for name in names:
-                if values[section][name] == type(getattr(self, section)).model_fields[name].default:
-                    del values[section][name]
+        values = without_new_defaults(self.model_dump(mode="json"), _NEW_DEFAULTS["student"])
+        for section, name in (("backbone", "diagonal_head"), ("backbone", "remote"), ("pooling", "whitening")):
+            if not values[section][name]:
+                del values[section][name]
         return values
+
+
+_NEW_DEFAULTS: dict[str, Any] = {
+    "student": {"backbone": {"adapters": "one"}, "pooling": {"projection_dim": None}},
+    "losses": {"nested_depths": [], "soft_expansion": 0.0},
+    "training": {"complement_words": None, "expansions": None, "expansion_writer": None},
+}
+"""Settings that runs, students and labels of earlier versions were recorded without, and their defaults."""
+
+
+def without_new_defaults(values: Mapping[str, Any], new: Mapping[str, Any] = _NEW_DEFAULTS) -> dict[str, Any]:
+    """Settings of a recipe, as plain JSON, without ``new`` ones that have their default.
+
+    What was recorded before these settings came has the same fingerprint then.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in new:
+            kept[name] = value
+        elif isinstance(new[name], Mapping):
+            kept[name] = without_new_defaults(value, new[name])
+        elif value != new[name]:
+            kept[name] = value
+    return kept
 
 
 def shaping_student_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a student, as plain JSON, on which its vectors and scores depend.
 
-    Those of a remote backbone's address, key and pace are left out.
+    Those of a remote backbone's address, key and pace are left out, and new ones that have their default.
     """
+    config = without_new_defaults(config, _NEW_DEFAULTS["student"])
     backbone = {name: value for name, value in config["backbone"].items() if name != "remote"}
     if (remote := config["backbone"].get("remote")) is not None:
         backbone["remote"] = {name: value for name, value in remote.items() if name not in _REACHING}

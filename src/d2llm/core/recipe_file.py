@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 
@@ -11,7 +10,13 @@ from pydantic import BaseModel, ValidationError
 
 from d2llm.core.errors import RecipeError
 from d2llm.core.names import suggestion
-from d2llm.core.recipe import Recipe, TeacherConfig, TeacherTuningConfig, shaping_student_settings
+from d2llm.core.recipe import (
+    Recipe,
+    TeacherConfig,
+    TeacherTuningConfig,
+    shaping_student_settings,
+    without_new_defaults,
+)
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.toml import parse_toml, read_toml
 
@@ -24,13 +29,6 @@ _NOT_SHAPING = {
     "tokens",  # made at the end, from the finished student
     *("expansions", "expansion_writer"),  # the passages themselves count
 }
-
-_LATER = (
-    *("student.backbone.adapters", "student.pooling.projection_dim"),
-    *("losses.nested_depths", "losses.soft_expansion"),
-    *("training.complement_words", "training.expansions", "training.expansion_writer"),
-)
-"""Settings that came after the first runs: at their defaults they are left out of what identifies a run."""
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
@@ -88,7 +86,7 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         include={"seed", "student", "losses", "training"},
         exclude={"training": _NOT_SHAPING},
     )
-    values = without_later_defaults(values)
+    values = without_new_defaults(values)
     values["student"] = shaping_student_settings(values["student"])
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
     values["data"] = data
@@ -105,19 +103,6 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.evidence.in_training:
         values["evidence"] = recipe.evidence.model_dump(mode="json")
     return values
-
-
-def without_later_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe, as plain JSON, without those that are newer than runs and have their defaults."""
-    kept, defaults = deepcopy(dict(values)), Recipe().model_dump(mode="json")
-    for path in _LATER:
-        *sections, name = path.split(".")
-        section, default = kept, defaults
-        for each in sections:
-            section, default = section.get(each, {}), default[each]
-        if section.get(name) == default[name]:
-            section.pop(name, None)
-    return kept
 
 
 def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: int) -> dict[str, Any]:

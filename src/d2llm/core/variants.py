@@ -91,7 +91,7 @@ def _own_pooling(name: str) -> dict[str, Any]:
 
 def _pretrained(objective: str, **student: Mapping[str, Any]) -> dict[str, Any]:
     pretraining = {"objective": objective, "teacher": None, "teacher_layer": None, "dropout": None}
-    backbone = {"adapters": "one"} | student.pop("backbone", {})
+    backbone = {"adapters": "one", **student.pop("backbone", {})}
     return {"training": {"pretraining": pretraining, "start": None}} | _student(backbone=backbone, **student)
 
 

@@ -14,8 +14,8 @@ from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import showing_progress
-from d2llm.core.recipe import Recipe, TeacherConfig, shaping_student_settings
-from d2llm.core.recipe_file import changed_settings, shaping_settings, without_later_defaults
+from d2llm.core.recipe import Recipe, TeacherConfig, shaping_student_settings, without_new_defaults
+from d2llm.core.recipe_file import changed_settings, shaping_settings
 from d2llm.core.types import TASKS, EvidenceTerm, Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
@@ -309,7 +309,7 @@ def _fit_and_write(
         seed=recipe.seed,
     )
     content = {
-        "recipe": without_later_defaults(recipe.model_dump()),
+        "recipe": without_new_defaults(recipe.model_dump(mode="json")),
         "settings": run.settings,
         "teacher": teacher,
         "tasks": sorted({source.task for source in sources}),

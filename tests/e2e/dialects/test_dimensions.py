@@ -1,4 +1,4 @@
-"""The field ``dimensions``: answered for the widths that a student was trained for, refused for all others."""
+"""What a student was trained for, in embeddings: widths (``dimensions``), and an adapter for each kind of text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from d2llm import Student
-from tiny_models import TEXTS
+from tiny_models import TEXTS, write_trained_student
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 from tiny_clients import NAME, serving, unit
@@ -38,3 +38,17 @@ def test_vectors_are_cut_to_the_widths_that_the_student_was_trained_for(folder, 
         assert "not trained to be cut to 7; leave dimensions out, or set it to 8 or 32" in refused.text
         whole = post("/v1/embeddings", {"input": "a", "model": NAME, "dimensions": 32}).json()
         assert len(whole["data"][0]["embedding"]) == 32
+
+
+def test_the_kind_of_text_decides_which_adapter_reads_it(tmp_path):
+    folder = write_trained_student(tmp_path, adapters="two")
+    student = Student.load(folder, device="cpu", dtype="float32")
+    passages = student.encode_passages(TEXTS).vectors
+    queries = student.anchor_queries(student.encode_queries(TEXTS).vectors)
+    as_passages = student.anchor_queries(passages)
+    assert np.abs(unit(queries) - unit(as_passages)).max() > 0.01
+    with serving(folder, model_name=NAME) as address:
+        for kind, expected in (("passage", passages), ("query", queries)):
+            body = {"input": TEXTS, "model": NAME, "input_type": kind}
+            answer = httpx2.post(f"{address}/v1/embeddings", json=body, timeout=60).json()
+            np.testing.assert_allclose([item["embedding"] for item in answer["data"]], unit(expected), atol=1e-5)
