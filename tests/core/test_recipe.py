@@ -7,8 +7,23 @@ import pytest
 from pydantic import ValidationError
 
 from d2llm.core.errors import RecipeError
-from d2llm.core.recipe import NO_IMITATION, LossWeights, Recipe, TeacherConfig, TeacherTuningConfig, VllmConfig
-from d2llm.core.recipe_file import changed_settings, load_recipe, parse_recipe, shaping_settings, tuning_settings
+from d2llm.core.recipe import (
+    NO_IMITATION,
+    LossWeights,
+    PretrainingConfig,
+    Recipe,
+    TeacherConfig,
+    TeacherTuningConfig,
+    VllmConfig,
+)
+from d2llm.core.recipe_file import (
+    changed_settings,
+    load_recipe,
+    parse_recipe,
+    shaping_settings,
+    tuning_settings,
+    without_later_defaults,
+)
 
 
 def write_recipe(tmp_path: Path, text: str | bytes) -> Path:
@@ -274,6 +289,8 @@ def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
         ('objective = "simcse"\n[student.backbone]\ntuning = "frozen"', "student.backbone.tuning is frozen"),
         ('objective = "simcse"\n[training]\nstart = "d2llm-minilm"', "start names a student whose head fits"),
         ('objective = "simsce"', "'simcse', 'mirror'"),
+        ('objective = "masked_next_token"', "set student.backbone.bidirectional = true"),
+        ('objective = "mutual_information"', "there is no backbone to imitate"),
     ],
 )
 def test_a_pretraining_without_what_it_needs_is_refused(tmp_path: Path, text: str, problem: str):
@@ -286,6 +303,7 @@ def test_pretraining_has_defaults_for_each_objective(tmp_path: Path):
     taught = load_recipe(write_recipe(tmp_path, text)).training.pretraining
     alone = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nobjective = "simcse"')).training.pretraining
     assert (taught.dropout_rate, alone.dropout_rate) == (0.0, 0.1)
+    assert PretrainingConfig(objective="words").dropout_rate == 0.0
     assert (taught.rate_for("full"), taught.rate_for("lora")) == (1e-4, 1e-3)
     assert taught.model_copy(update={"learning_rate": 0.5, "dropout": 0.2}).rate_for("full") == 0.5
 
@@ -294,6 +312,32 @@ def test_settings_of_students_without_pretraining_are_as_before(tmp_path: Path):
     assert "pretraining" not in shaping_settings(Recipe())["training"]
     recipe = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nobjective = "simcse"'))
     assert shaping_settings(recipe)["training"]["pretraining"]["objective"] == "simcse"
+
+
+def test_settings_that_came_later_count_only_if_they_are_set():
+    recipe = parse_recipe({})
+    values = recipe.model_dump(mode="json")
+    kept = without_later_defaults(values)
+    assert changed_settings(kept, values) == [
+        "losses.subclass_imitation (was not set, is 0.0)",
+        "student.backbone.bidirectional (was not set, is False)",
+        "training.pretraining.information_alpha (was not set, is 0.9)",
+        "training.pretraining.masked_share (was not set, is 0.2)",
+    ]
+    assert parse_recipe(kept) == recipe
+    assert "bidirectional" not in shaping_settings(recipe)["student"]["backbone"]
+    assert "bidirectional" not in recipe.student.recorded()["backbone"]
+    changed = parse_recipe({"student": {"backbone": {"bidirectional": True}}, "losses": {"subclass_imitation": 0.5}})
+    kept = without_later_defaults(changed.model_dump(mode="json"))
+    assert kept["student"]["backbone"]["bidirectional"]
+    assert kept["losses"]["subclass_imitation"] == 0.5
+    assert shaping_settings(changed)["losses"]["subclass_imitation"] == 0.5
+    assert changed.student.recorded()["backbone"]["bidirectional"]
+
+
+def test_subclasses_need_features_of_pairs():
+    values = {"losses": {"subclass_imitation": 1.0}, "student": {"interaction": {"head": "cosine"}}}
+    assert "needs the features of pairs, which the head 'cosine' does not have" in error_of(values)
 
 
 @pytest.mark.parametrize("layers", ["[]", "[2, 1]", "[1, 1]", "0", "[-1]"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 
@@ -22,6 +23,11 @@ _NOT_SHAPING = {
     *("trackers", "checkpoint_every", "checkpoint_minutes", "max_minutes", "gradient_caching", "graph_gib"),
     "tokens",  # made at the end, from the finished student
 }
+_LATER = (
+    *("student.backbone.bidirectional", "losses.subclass_imitation"),
+    *("training.pretraining.masked_share", "training.pretraining.information_alpha"),
+)
+"""Settings that came after the first runs: at their defaults they are left out of what identifies a run."""
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
@@ -79,6 +85,7 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         include={"seed", "student", "losses", "training"},
         exclude={"training": _NOT_SHAPING},
     )
+    values = without_later_defaults(values)
     values["student"] = shaping_student_settings(values["student"])
     data = {Path(item.path).name: {"task": item.task, "max_labelled": item.max_labelled} for item in recipe.data}
     values["data"] = data
@@ -95,6 +102,19 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.evidence.in_training:
         values["evidence"] = recipe.evidence.model_dump(mode="json")
     return values
+
+
+def without_later_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe, as plain JSON, without those that are newer than runs and have their defaults."""
+    kept, defaults = deepcopy(dict(values)), Recipe().model_dump(mode="json")
+    for path in _LATER:
+        *sections, name = path.split(".")
+        section, default = kept, defaults
+        for each in sections:
+            section, default = section.get(each, {}), default[each]
+        if section.get(name) == default[name]:
+            section.pop(name, None)
+    return kept
 
 
 def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: int) -> dict[str, Any]:
