@@ -140,10 +140,6 @@ _LOSSES: _Group = {
     "ranknet": ("imitation: the teacher's order, two at a time (RankNet)", _only(ranknet=1.0)),
     "lambdarank": ("imitation: the same, weighted by nDCG (LambdaRank)", _only(lambdarank=1.0)),
     "sinkhorn": ("imitation: transport distance to the teacher's distribution (SinKD)", _only(sinkhorn=0.5)),
-    "subclass-imitation": (
-        "imitation: the teacher's distribution, and finer classes from its features (LELP)",
-        _only(list_imitation=0.5, subclass_imitation=1.0),
-    ),
     "in-batch-imitation": (
         "imitation: a live student's scores of all pairs of a batch (TCT-ColBERT)",
         _only(in_batch_imitation=0.5) | {"training": {"live_teacher": "d2llm-minilm"}},
@@ -158,6 +154,10 @@ _OWN: _Group = {
         "head `anchored`, the first components of the vectors trained as vectors (Matryoshka)",
         _student(interaction={"head": "anchored"})
         | {"losses": {"nested_dims": (64, 128, 256)}, "training": {"dual_head": False}},
+    ),
+    "subclass-imitation": (
+        "imitation: the teacher's distribution, and finer classes from its features (LELP)",
+        _only(list_imitation=0.5, subclass_imitation=1.0),
     ),
     "dual-head": (
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",

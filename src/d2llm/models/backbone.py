@@ -438,9 +438,10 @@ def read_both_ways(model: nn.Module, *, name: str) -> None:
         InputError: the model (``name`` in the message) already reads so.
         ModelError: its attention cannot be changed in this way.
     """
-    if _sees_what_follows(model):
+    config = cast(Any, model).config
+    if getattr(config, "is_causal", True) and _sees_what_follows(model):  # a student's weights say that they are not
         raise InputError(f"'{name}' is no decoder: its tokens attend to all others already; delete bidirectional")
-    cast(Any, model).config.is_causal = False  # from it, transformers makes the mask
+    config.is_causal = False  # from it, transformers makes the mask
     for module in model.modules():
         if hasattr(module, "is_causal"):
             cast(Any, module).is_causal = False  # and from these what fused attention does without one
