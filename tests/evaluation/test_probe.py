@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Passage, Query, Task
+from d2llm.evaluation import probe as module
 from d2llm.evaluation.probe import (
     ProbingTask,
     classifier_accuracy,
@@ -154,6 +155,12 @@ def test_a_classifier_finds_what_is_linear_and_nothing_else() -> None:
     assert classifier_accuracy(inputs.astype(np.float32), shuffled, *parts) == pytest.approx(0.5, abs=0.15)
 
 
+@pytest.fixture
+def one_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PENALTIES", (1e-2,))  # saves time
+
+
+@pytest.mark.usefixtures("one_penalty")
 def test_vectors_are_credited_with_what_is_in_them(tasks: dict[str, ProbingTask]) -> None:
     words = {name: probe_task(Student(vector_of_words), tasks[name], seed=0) for name in ("word content", "word order")}
     assert words["word content"].vectors > 0.9
@@ -190,6 +197,7 @@ def test_a_ranking_by_hand() -> None:
     assert {each.num_queries for each in results} == {1}
 
 
+@pytest.mark.usefixtures("one_penalty")
 def test_the_whole_report() -> None:
     passages = [Passage(str(n), text) for n, text in enumerate(make_texts(300))]
     sizes = {"num_persons": 6, "num_distractors": 4, "num_scenes": 20, "num_texts": 250}
