@@ -4,9 +4,10 @@
     python benchmarks/pretraining.py --rows full+simcse --rate 1e-5                some of them, with another rate
 
 nDCG@10 of the plain cosine on dev queries, as in benchmarks/untrained.py, after ``training.pretrain``: minilm with all
-its layers (full), by itself, and without two of six (cut), by itself or taught by all six. The texts are passages of
-squad-sent that no query of dev or test is about and that are not ranked here, and train queries of squad-sent and
-banking77. Rows that are in the JSON file already are kept.
+its layers (full), by itself, and without two of six (cut), by itself or taught by all six; and with the first eight
+layers of smollm2, as they are (decoder) or with attention in both directions (two-way), both pooled by the mean. The
+texts are passages of squad-sent that no query of dev or test is about and that are not ranked here, and train queries
+of squad-sent and banking77. Rows that are in the JSON file already are kept.
 
 Licences: squad-sent CC BY-SA 4.0, banking77 CC BY 4.0; nothing that was trained on them here is shipped.
 """
@@ -29,10 +30,16 @@ from d2llm.data.beir import Dataset, read_beir
 from d2llm.models.student import Student
 from d2llm.training.pretrain import pretrain_backbone
 
-LAYERS = {"full": None, "cut": (0, 1, 4, 5)}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "full": {"model": "minilm", "layers": None},
+    "cut": {"model": "minilm", "layers": (0, 1, 4, 5)},
+    "decoder": {"model": "smollm2", "layers": 8, "pooling": "mean"},
+    "two-way": {"model": "smollm2", "layers": 8, "pooling": "mean", "bidirectional": True},
+}
 ROWS = (
     *("full", "full+simcse", "full+mirror"),
-    *("cut", "cut+vectors", "cut+relations", "cut+hidden_states", "cut+simcse"),
+    *("cut", "cut+vectors", "cut+relations", "cut+hidden_states", "cut+simcse", "cut+mutual_information"),
+    *("decoder", "decoder+words", "decoder+simcse", "two-way", "two-way+masked_next_token", "two-way+words"),
 )
 
 
@@ -47,14 +54,14 @@ def texts_of(data: dict[str, Dataset], ranked: set[str], number: int) -> tuple[l
 
 
 def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]], arguments: Any) -> dict[str, Any]:
-    layers, _, objective = name.partition("+")
+    backbone, _, objective = name.partition("+")
     config = StudentConfig(
-        backbone=BackboneConfig(model="minilm", tuning="full", layers=LAYERS[layers]),
+        backbone=BackboneConfig.model_validate(BACKBONES[backbone] | {"tuning": "full"}),
         pooling=PoolingConfig(method="backbone"),
         interaction=InteractionConfig(head="cosine"),
     )
     student = Student.create(config, device="cpu", dtype="float32", seed=0)
-    row: dict[str, Any] = {"row": name, "kept": LAYERS[layers], "objective": objective or None}
+    row: dict[str, Any] = {"row": name, "kept": BACKBONES[backbone]["layers"], "objective": objective or None}
     if objective:
         pretraining = PretrainingConfig.model_validate(
             {"objective": objective, "epochs": arguments.epochs, "learning_rate": arguments.rate}

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from generated.wall import all_pairs, moment_curve
 from torch import Tensor, nn
 
 from d2llm.core.extras import require
 from d2llm.core.files import write_json
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.table import Column, Table
+from d2llm.data.wall import all_pairs, moment_curve
 from d2llm.models.interaction import Interaction
 from d2llm.ops.losses import in_batch_cross_entropy
 

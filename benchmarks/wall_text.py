@@ -1,6 +1,6 @@
 """The wall as texts: who likes what, for a backbone, for shipped students and for heads fitted to frozen vectors.
 
-Each two of 30 persons share one thing; 270 more persons like other things (generated.wall). The test queries ask about
+Each two of 30 persons share one thing; 270 more persons like other things (d2llm.data.wall). The test queries ask about
 things that no training query mentions. The heads get a linear map of MiniLM's frozen vectors to each width and are
 fitted in 21 worlds: the test's own one and 20 with other persons.
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from generated.wall import make_wall
 from torch import Tensor, nn
 from wall import HEADS, Cell, Cells, arguments, draw_by_width, new_head, optimise, qrels_of
 
 from d2llm.core.recipe import StudentConfig, untuned_config
 from d2llm.core.table import Column, Table
+from d2llm.data.wall import make_wall
 from d2llm.models.student import Student
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent

@@ -10,6 +10,7 @@ from d2llm.core.errors import RecipeError
 from d2llm.core.recipe import (
     NO_IMITATION,
     LossWeights,
+    PretrainingConfig,
     Recipe,
     StudentConfig,
     TeacherConfig,
@@ -21,7 +22,6 @@ from d2llm.core.recipe import (
 from d2llm.core.recipe_file import (
     changed_settings,
     load_recipe,
-    load_recipe_text,
     parse_recipe,
     shaping_settings,
     tuning_settings,
@@ -291,6 +291,8 @@ def test_a_loss_without_what_it_needs_is_refused(tmp_path: Path):
         ('objective = "simcse"\n[student.backbone]\ntuning = "frozen"', "student.backbone.tuning is frozen"),
         ('objective = "simcse"\n[training]\nstart = "d2llm-minilm"', "start names a student whose head fits"),
         ('objective = "simsce"', "'simcse', 'mirror'"),
+        ('objective = "masked_next_token"', "set student.backbone.bidirectional = true"),
+        ('objective = "mutual_information"', "there is no backbone to imitate"),
     ],
 )
 def test_a_pretraining_without_what_it_needs_is_refused(tmp_path: Path, text: str, problem: str):
@@ -303,6 +305,7 @@ def test_pretraining_has_defaults_for_each_objective(tmp_path: Path):
     taught = load_recipe(write_recipe(tmp_path, text)).training.pretraining
     alone = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nobjective = "simcse"')).training.pretraining
     assert (taught.dropout_rate, alone.dropout_rate) == (0.0, 0.1)
+    assert PretrainingConfig(objective="words").dropout_rate == 0.0
     assert (taught.rate_for("full"), taught.rate_for("lora")) == (1e-4, 1e-3)
     assert taught.model_copy(update={"learning_rate": 0.5, "dropout": 0.2}).rate_for("full") == 0.5
 
@@ -311,6 +314,11 @@ def test_settings_of_students_without_pretraining_are_as_before(tmp_path: Path):
     assert "pretraining" not in shaping_settings(Recipe())["training"]
     recipe = load_recipe(write_recipe(tmp_path, '[training.pretraining]\nobjective = "simcse"'))
     assert shaping_settings(recipe)["training"]["pretraining"]["objective"] == "simcse"
+
+
+def test_subclasses_need_features_of_pairs():
+    values = {"losses": {"subclass_imitation": 1.0}, "student": {"interaction": {"head": "cosine"}}}
+    assert "needs the features of pairs, which the head 'cosine' does not have" in error_of(values)
 
 
 @pytest.mark.parametrize("layers", ["[]", "[2, 1]", "[1, 1]", "0", "[-1]"])
@@ -436,38 +444,44 @@ def test_complements_and_expansions_that_make_no_sense(tmp_path: Path, text: str
         load_recipe(write_recipe(tmp_path, text))
 
 
-def test_later_settings_count_only_if_they_are_used():
-    plain = Recipe()
-    used = {"losses": {"soft_expansion": 1.0}, "training": {"expansions": "a.jsonl", "complement_words": 20}}
-    changed = parse_recipe(used)
-    added = set(changed.losses.model_dump()) | set(changed.training.model_dump())
-    left = without_new_defaults(plain.model_dump(mode="json"))
-    assert added - {*left["losses"], *left["training"]} == {
-        *("soft_expansion", "complement_words", "expansions", "expansion_writer")
-    }
-    kept = without_new_defaults(changed.model_dump(mode="json"))
-    assert kept["losses"]["soft_expansion"] == 1.0
-    assert kept["training"]["complement_words"] == 20
-    assert kept["training"]["expansions"] == "a.jsonl"
-    shaping = [shaping_settings(recipe) for recipe in (plain, changed)]
-    assert changed_settings(*shaping) == [
-        "losses.soft_expansion (was not set, is 1.0)",
-        "training.complement_words (was not set, is 20)",
-    ]
+NEW_SETTINGS: dict[str, Any] = {
+    "student": {"backbone": {"adapters": "two"}, "pooling": {"projection_dim": 64}},
+    "losses": {"nested_depths": [2], "soft_expansion": 1.0, "subclass_imitation": 0.5},
+    "training": {"complement_words": 20, "expansions": "a.jsonl", "pretraining": {"masked_share": 0.3}},
+}
 
 
 def test_new_settings_are_recorded_only_where_they_are_used():
     """Runs, ablations, students and labels of a cosine were recorded without them, and must keep their fingerprints."""
-    recorded = [shaping_settings(Recipe()), without_new_defaults(Recipe().model_dump(mode="json"))]
-    for values in recorded:
-        assert "adapters" not in values["student"]["backbone"]
-        assert "projection_dim" not in values["student"]["pooling"]
-        assert "nested_depths" not in values["losses"]
+    plain = Recipe()
+    values = plain.model_dump(mode="json")
+    kept = without_new_defaults(values)
+    assert changed_settings(kept, values) == [
+        "losses.nested_depths (was not set, is [])",
+        "losses.soft_expansion (was not set, is 0.0)",
+        "losses.subclass_imitation (was not set, is 0.0)",
+        "student.backbone.adapters (was not set, is one)",
+        "student.backbone.bidirectional (was not set, is False)",
+        "student.pooling.projection_dim (was not set, is None)",
+        "training.complement_words (was not set, is None)",
+        "training.expansion_writer (was not set, is None)",
+        "training.expansions (was not set, is None)",
+        "training.pretraining.information_alpha (was not set, is 0.9)",
+        "training.pretraining.masked_share (was not set, is 0.2)",
+    ]
+    assert parse_recipe(kept) == plain
+    assert parse_recipe(without_new_defaults(parse_recipe(NEW_SETTINGS).model_dump(mode="json"))) == parse_recipe(
+        NEW_SETTINGS
+    )
+    shaping = [shaping_settings(recipe) for recipe in (plain, parse_recipe(NEW_SETTINGS))]
+    assert changed_settings(*shaping) == [
+        "losses.nested_depths (was not set, is [2])",
+        "losses.soft_expansion (was not set, is 1.0)",
+        "losses.subclass_imitation (was not set, is 0.5)",
+        "student.backbone.adapters (was not set, is two)",
+        "student.pooling.projection_dim (was not set, is 64)",
+        "training.complement_words (was not set, is 20)",
+    ]
+    assert not {"adapters", "bidirectional"} & plain.student.recorded()["backbone"].keys()
     assert "adapters" not in shaping_student_settings(StudentConfig().model_dump(mode="json"))["backbone"]
-    text = "losses.nested_depths = [2]\n[student]\nbackbone.adapters = 'two'\npooling.projection_dim = 64"
-    used = load_recipe_text(text, where="test")
-    for values in (shaping_settings(used), without_new_defaults(used.model_dump(mode="json"))):
-        assert values["student"]["backbone"]["adapters"] == "two"
-        assert values["student"]["pooling"]["projection_dim"] == 64
-        assert values["losses"]["nested_depths"] == [2]
-    assert used.student.recorded()["backbone"]["adapters"] == "two"
+    assert parse_recipe(NEW_SETTINGS).student.recorded()["backbone"]["adapters"] == "two"

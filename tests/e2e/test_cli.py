@@ -20,7 +20,7 @@ from e2e.small_corpus import SENTENCES
 VERBS = [
     *("fit", "init", "run", "mine", "tune-teacher", "stack", "gate", "label", "distill", "distill-static"),
     *("fit-tokens", "fit-scores"),
-    *("encode", "shard", "search", "serve", "evaluate", "leaderboard", "ablate", "demo", "judge"),
+    *("encode", "shard", "search", "serve", "evaluate", "leaderboard", "probe", "ablate", "demo", "judge"),
     *("export", "push", "doctor", "size"),
 ]
 

@@ -293,3 +293,33 @@ def test_another_encoder_decoder_is_rejected(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"an encoder-decoder model \(BartModel\)"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "gpt_neox"])
+def test_a_bidirectional_decoder_sees_what_follows_with_every_attention(tmp_path, architecture):
+    folder = write_tiny_model(tmp_path / architecture, architecture)
+    plain = Backbone.load(BackboneConfig(model=str(folder)), device="cpu", dtype="float32")
+    backbone = Backbone.load(BackboneConfig(model=str(folder), bidirectional=True), device="cpu", dtype="float32")
+    assert (plain.pooling, backbone.pooling) == ("last", "mean")
+    ids = [[1, 10, 11, 12], [1, 10, 11, 13], [1, 10]]
+    outputs = {}
+    for attention in ("sdpa", "eager") if architecture != "gemma2" else ("eager",):
+        backbone.model.set_attn_implementation(attention)
+        with torch.no_grad():
+            alone = [backbone(*backbone.pad([row]))[0][0] for row in ids]  # no padding: there may be no mask
+            together = backbone(*backbone.pad(ids))[0]
+        assert not torch.allclose(alone[0][0], alone[1][0], atol=1e-3)
+        for one, row in zip(alone, together, strict=True):
+            torch.testing.assert_close(one, row[: len(one)], atol=1e-4, rtol=1e-4)
+        outputs[attention] = together
+    for each in outputs.values():
+        torch.testing.assert_close(each[:2], outputs["eager"][:2], atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        before = [plain(*plain.pad([row]))[0][0] for row in ids]
+    torch.testing.assert_close(before[0][0], before[1][0])
+
+
+def test_an_encoder_is_not_made_bidirectional(tmp_path):
+    folder = write_tiny_model(tmp_path / "bert", "bert")
+    with pytest.raises(InputError, match="is no decoder: its tokens attend to all others already"):
+        Backbone.load(BackboneConfig(model=str(folder), bidirectional=True), device="cpu", dtype="float32")

@@ -7,6 +7,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from d2llm.core.errors import InputError
@@ -89,6 +90,11 @@ def feature(student: Tensor, gram: Tensor) -> Tensor:
     return losses.feature_imitation(student, gram, LISTS)
 
 
+def subclasses(student: Tensor, gram: Tensor) -> Tensor:
+    yes = torch.linspace(0.1, 0.9, LISTS.numel(), dtype=gram.dtype).reshape(LISTS.shape)
+    return losses.subclass_imitation(student, gram, yes, LISTS)
+
+
 def regression(logits: Tensor, teacher: Tensor) -> Tensor:
     return losses.score_regression(logits, teacher, USED)
 
@@ -124,6 +130,7 @@ CASES = [
     pytest.param(cross_entropy, scores, USED, id="in_batch_cross_entropy"),
     pytest.param(pairs, scores, LISTS, id="pair_cross_entropy"),
     pytest.param(feature, features, LISTS, id="feature_imitation"),
+    pytest.param(subclasses, features, LISTS, id="subclass_imitation"),
     pytest.param(regression, scores, USED, id="score_regression"),
     pytest.param(margins, scores, USED, id="margin_mse"),
     pytest.param(order, scores, USED, id="plackett_luce"),
@@ -395,6 +402,7 @@ def test_a_loss_without_queries_is_a_differentiable_zero(num_queries: int, dtype
         losses.rank_imitation_hard_easy(logits, teacher, ~nothing, nothing),
         losses.rank_imitation_hard_easy(logits, teacher, nothing, ~nothing),
         losses.feature_imitation(student, torch.ones(num_queries, 4, 4), nothing),
+        losses.subclass_imitation(student, torch.ones(num_queries, 4, 4), teacher, nothing),
         losses.score_regression(logits, teacher, nothing),
         losses.score_regression(logits, torch.full_like(teacher, -math.inf), ~nothing),
         losses.margin_mse(logits, teacher, nothing, ~nothing),
@@ -623,6 +631,59 @@ def test_feature_imitation_uses_lists_of_at_least_two() -> None:
     loss.backward()
     assert not gradient(student)[1].any()
     assert gradient(student)[0].any()
+
+
+def projected(vectors: NDArray[np.float64], weights: NDArray[np.float64], sums: NDArray[np.float64] | None = None):
+    """Projections on the principal directions of weighted vectors, by the covariance; and the directions as sums."""
+    shares = weights / weights.sum()
+    centred = vectors - shares @ vectors
+    if sums is not None:  # the directions of other vectors
+        directions = (sums.T @ centred).T
+        return centred @ (directions / np.linalg.norm(directions, axis=0)), sums
+    variances, directions = np.linalg.eigh(centred.T @ (shares[:, None] * centred))
+    first = np.argsort(-variances)[:2]
+    projections = centred @ directions[:, first]
+    # A direction is the sum of the centred vectors, each times its share and its projection, over the variance.
+    return projections, shares[:, None] * projections / variances[first]
+
+
+def test_subclass_imitation_by_principal_components_of_the_features() -> None:
+    generator = np.random.default_rng(0)
+    teacher, student = generator.normal(size=(2, 5, 6))
+    teacher, student = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (teacher, student))
+    yes = np.array([0.9, 0.2, 0.6, 0.05, 0.4])
+    expected = np.zeros(5)
+    for weights in (yes, 1 - yes):
+        target, sums = projected(teacher, weights)
+        predicted, _ = projected(student, weights, sums)
+        scale = np.sqrt((weights / weights.sum()) @ target[:, 0] ** 2)
+        logits = [np.concatenate([each, -each], axis=1) / scale for each in (target, predicted)]
+        p, q = (np.exp(each) / np.exp(each).sum(axis=1, keepdims=True) for each in logits)
+        expected += weights * (p * np.log(p / q)).sum(axis=1)
+    padded = [np.concatenate([each, np.full((1, 6), 7.0)]) for each in (teacher, student)]  # one entry of padding
+    loss = losses.subclass_imitation(
+        3 * torch.tensor(padded[1])[None],
+        torch.tensor(padded[0] @ padded[0].T)[None],
+        torch.tensor([*yes, 0.5])[None],
+        mask(1, 1, 1, 1, 1, 0),
+    )
+    assert loss.item() == pytest.approx(expected.mean(), rel=1e-9)
+    assert expected.mean() > 0.05
+
+
+def test_subclass_imitation_of_the_teacher_s_own_features_is_0() -> None:
+    vectors = torch.nn.functional.normalize(torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)), dim=2)
+    yes = torch.rand(2, 4, generator=torch.Generator().manual_seed(1))
+    turned = (2 * vectors @ torch.linalg.qr(torch.randn(6, 6))[0]).requires_grad_()  # only cosines count
+    loss = losses.subclass_imitation(turned, vectors @ vectors.mT, yes, torch.ones(2, 4, dtype=torch.bool))
+    assert loss.item() == pytest.approx(0, abs=1e-5)
+    # Nobody is in a class, all are alike, or there is no second entry: nothing to imitate.
+    for gram, given in ((vectors @ vectors.mT, torch.zeros(2, 4)), (torch.ones(2, 4, 4), yes)):
+        loss = losses.subclass_imitation(turned, gram, given, torch.ones(2, 4, dtype=torch.bool))
+        loss.backward()
+        assert gradient(turned).isfinite().all()
+    one = torch.tensor([[True, False, False, False]] * 2)
+    assert losses.subclass_imitation(turned, vectors @ vectors.mT, yes, one).item() == 0
 
 
 def test_feature_imitation_of_a_zero_feature_is_finite() -> None:

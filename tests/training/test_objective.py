@@ -38,6 +38,7 @@ ALL_WEIGHTS = LossWeights(
     rank_imitation_positive_hard=2.0,
     rank_imitation_hard_easy=3.0,
     feature_imitation=5.0,
+    subclass_imitation=1.7,
     in_batch_cross_entropy=7.0,
     anchor_cross_entropy=11.0,
     temperature=0.7,
@@ -110,6 +111,12 @@ def by_hand(scores: PairScores) -> dict[str, torch.Tensor]:
         "rank_imitation_positive_hard": losses.rank_imitation_positive_hard(logits, log_odds, positive | hard),
         "rank_imitation_hard_easy": losses.rank_imitation_hard_easy(logits, probabilities, hard, easy),
         "feature_imitation": losses.feature_imitation(features, torch.tensor(GRAM), listed),
+        "subclass_imitation": losses.subclass_imitation(
+            features,
+            torch.tensor(GRAM),
+            torch.stack([probabilities[0, [0, 2, 1]], probabilities[1, [3, 2, 0]]]),
+            listed,
+        ),
         "in_batch_cross_entropy": losses.in_batch_cross_entropy(logits, positive, positive | hard | easy),
         "anchor_cross_entropy": losses.in_batch_cross_entropy(scores.anchor, positive, positive | hard | easy),
     }
@@ -142,6 +149,7 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
         + 2 * parts["rank_imitation_positive_hard"]
         + 3 * parts["rank_imitation_hard_easy"]
         + 5 * parts["feature_imitation"]
+        + 1.7 * parts["subclass_imitation"]
         + 7 * parts["in_batch_cross_entropy"]
         + 11 * parts["anchor_cross_entropy"],
         rel=1e-5,
@@ -168,7 +176,8 @@ def test_every_loss_has_a_gradient_of_its_own(scores: PairScores, batch: Distill
     weighted_sum(terms, alone).backward()
     reached = {part: getattr(scores, part).grad is not None for part in ("logits", "anchor", "features")}
     # Losses on the logits reach the anchor too: the change by the interaction is the logit less the anchor.
-    expected = {"feature_imitation": {"features"}, "anchor_cross_entropy": {"anchor"}}.get(name, {"logits", "anchor"})
+    of_features = {key: {"features"} for key in ("feature_imitation", "subclass_imitation")}
+    expected = (of_features | {"anchor_cross_entropy": {"anchor"}}).get(name, {"logits", "anchor"})
     assert reached == {part: part in expected for part in reached}
     # A passage outside all masks gets no gradient: p1 has no role for q1.
     for part in expected - {"features"}:

@@ -30,6 +30,7 @@ from d2llm.cli.judge import judge
 from d2llm.cli.keys import keys_app
 from d2llm.cli.labels import labels_app
 from d2llm.cli.leaderboard import leaderboard
+from d2llm.cli.probe import probe
 from d2llm.cli.push import push
 from d2llm.cli.run import distill, gate, label, mine, run, stack, tune_teacher
 from d2llm.cli.search import search
@@ -163,7 +164,7 @@ _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     ),
     "Search": (encode, search, shard),
     "Serve": (serve,),
-    "Measure": (evaluate, leaderboard, ablate),
+    "Measure": (evaluate, leaderboard, probe, ablate),
     "Tools": (export, demo, judge, size, doctor),
 }
 _GROUPS = {"Distil": labels_app, "Search": index_app, "Serve": keys_app, "Measure": data_app}

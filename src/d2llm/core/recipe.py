@@ -99,6 +99,9 @@ class BackboneConfig(_Section):
     ``diagonal_head`` (``models.diagonal_attention``)."""
     diagonal_head: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
     """For the pooling ``ditto``: layer and head, counted from 0."""
+    bidirectional: bool = False
+    """Every token of a decoder attends to all tokens of its text, as in an encoder, and ``auto`` pools by the mean
+    (LLM2Vec). A decoder has to learn that: ``training.pretraining.objective = "masked_next_token"``."""
     max_query_tokens: int = Field(default=128, ge=4)
     max_passage_tokens: int = Field(default=250, ge=4)
     query_prefix: str = ""
@@ -115,7 +118,7 @@ class BackboneConfig(_Section):
                 f'tuning is "{self.tuning}", but the weights of a remote backbone are elsewhere and cannot be trained: '
                 'set tuning = "frozen", or delete the section remote'
             )
-        local = ("layers", "pooling", "diagonal_head")
+        local = ("layers", "pooling", "diagonal_head", "bidirectional")
         chosen = [name for name in local if getattr(self, name) != type(self).model_fields[name].default]
         if chosen:
             raise ValueError(
@@ -277,9 +280,14 @@ class StudentConfig(_Section):
 
 
 _NEW_DEFAULTS: dict[str, Any] = {
-    "student": {"backbone": {"adapters": "one"}, "pooling": {"projection_dim": None}},
-    "losses": {"nested_depths": [], "soft_expansion": 0.0},
-    "training": {"complement_words": None, "expansions": None, "expansion_writer": None},
+    "student": {"backbone": {"adapters": "one", "bidirectional": False}, "pooling": {"projection_dim": None}},
+    "losses": {"nested_depths": [], "soft_expansion": 0.0, "subclass_imitation": 0.0},
+    "training": {
+        "complement_words": None,
+        "expansions": None,
+        "expansion_writer": None,
+        "pretraining": {"masked_share": 0.2, "information_alpha": 0.9},
+    },
 }
 """Settings that runs, students and labels of earlier versions were recorded without, and their defaults."""
 
@@ -315,7 +323,7 @@ def shaping_student_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def untuned_config(config: StudentConfig) -> StudentConfig:
     """A baseline: a student's backbone before training, with the pooling it was pretrained with."""
     return StudentConfig(
-        backbone=config.backbone.model_copy(update={"tuning": "frozen", "adapters": "one"}),
+        backbone=config.backbone.model_copy(update={"tuning": "frozen", "adapters": "one", "bidirectional": False}),
         pooling=PoolingConfig(method="backbone"),
         interaction=InteractionConfig(head="cosine"),
     )
@@ -673,6 +681,9 @@ class LossWeights(_Section):
     rank_imitation_hard_easy: float = Field(default=0.01, ge=0)
     feature_imitation: float = Field(default=0.001, ge=0)
     """Only for heads with an IEM; the cosine has no features of a pair."""
+    subclass_imitation: float = Field(default=0.0, ge=0)
+    """Finer classes than yes and no, made from the teacher's features of a query's pairs (LELP). Beside a loss that
+    imitates yes and no; only for heads with an IEM, and teachers whose features are stored."""
     in_batch_cross_entropy: float = Field(default=1.0, ge=0)
     anchor_cross_entropy: float = Field(default=1.0, ge=0)
     """In-batch cross-entropy of the inner-product part alone (anchored head): keeps the vectors useful on their own."""
@@ -768,16 +779,30 @@ class TokensConfig(WarmUpConfig):
     """Hard negatives are drawn from so many of the nearest passages."""
 
 
+PretrainingObjective = Literal[
+    "simcse",
+    "mirror",
+    "words",
+    "masked_next_token",
+    "relations",
+    "hidden_states",
+    "mutual_information",
+    "vectors",
+]
+
+
 class PretrainingConfig(WarmUpConfig):
     """The stage before distillation: trains the backbone on texts without labels (``training.pretrain``).
 
     The texts are passages and train queries of the recipe's data sets. docs/recipes.md has what each objective brought.
     """
 
-    objective: Literal["simcse", "mirror", "relations", "hidden_states", "vectors"] | None = None
+    objective: PretrainingObjective | None = None
     """None: no such stage. Otherwise what the backbone learns: to recognise a text that it reads twice with different
-    dropout (``simcse``), and of which a span is masked the second time (``mirror``); or to imitate another backbone's
-    attention (``relations``), states of tokens (``hidden_states``) or vectors of texts (``vectors``)."""
+    dropout (``simcse``), and of which a span is masked the second time (``mirror``); to predict from a text's vector
+    which words are in it, and which follow (``words``); to predict masked tokens from both sides, each from the state
+    before it (``masked_next_token``); or to imitate another backbone's attention (``relations``), states of tokens
+    (``hidden_states``, or ``mutual_information`` with them) or vectors of texts (``vectors``)."""
     teacher: str | None = None
     """The backbone to imitate, named as ``backbone.model``, with the same tokenizer. By default the student's own model
     with all its layers, for a student whose ``backbone.layers`` names some of them."""
@@ -791,11 +816,15 @@ class PretrainingConfig(WarmUpConfig):
     """By default 1e-4 for all weights (``backbone.tuning = "full"``), and 1e-3 for adapters."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout in all layers of the backbone that have one, also where only adapters are trained. By default 0.1 for
-    ``simcse`` and ``mirror``, and none while another backbone is imitated."""
+    ``simcse`` and ``mirror``, and none for the others."""
     temperature: float = Field(default=0.05, gt=0)
     """For ``simcse`` and ``mirror``."""
     masked_tokens: int = Field(default=3, ge=1)
     """For ``mirror``: how many neighbouring tokens are masked."""
+    masked_share: float = Field(default=0.2, gt=0, lt=1)
+    """For ``masked_next_token``: share of a text's tokens that are masked."""
+    information_alpha: float = Field(default=0.9, ge=0, le=1)
+    """For ``mutual_information``: between the bound of least bias (0) and that of least variance (1)."""
     relation_heads: int = Field(default=48, ge=1)
     """For ``relations``: into how many parts queries, keys and values are split, in both backbones."""
     teacher_layer: int | None = Field(default=None, ge=0)
@@ -805,12 +834,12 @@ class PretrainingConfig(WarmUpConfig):
     @property
     def is_taught(self) -> bool:
         """Whether another backbone is imitated."""
-        return self.objective in ("relations", "hidden_states", "vectors")
+        return self.objective in ("relations", "hidden_states", "mutual_information", "vectors")
 
     @property
     def dropout_rate(self) -> float:
         """``dropout``, or its default for the objective."""
-        return self.dropout if self.dropout is not None else 0.0 if self.is_taught else 0.1
+        return self.dropout if self.dropout is not None else 0.1 if self.objective in ("simcse", "mirror") else 0.0
 
     def rate_for(self, tuning: str) -> float:
         """``learning_rate``, or its default for what is trained."""
@@ -826,7 +855,7 @@ class PretrainingConfig(WarmUpConfig):
         if self.teacher is not None and not self.is_taught:
             raise ValueError(
                 f"teacher is set, but the objective {self.objective} imitates none: set objective to vectors, "
-                "hidden_states or relations, or delete teacher"
+                "hidden_states, mutual_information or relations, or delete teacher"
             )
         if self.teacher_layer is not None and self.objective != "relations":
             raise ValueError(f"teacher_layer is for the objective relations, not {self.objective}; delete it")
@@ -1089,6 +1118,15 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _check_subclasses(self) -> Recipe:
+        if self.losses.subclass_imitation and self.student.interaction.head == "cosine":
+            raise ValueError(
+                "losses.subclass_imitation needs the features of pairs, which the head 'cosine' does not have: set "
+                'student.interaction.head = "anchored" or "paper", or delete subclass_imitation'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_live_teacher(self) -> Recipe:
         weight = self.losses.in_batch_imitation
         if weight and self.training.live_teacher is None:
@@ -1156,6 +1194,12 @@ class Recipe(_Section):
             raise ValueError(
                 "training.pretraining trains the backbone, but student.backbone.tuning is frozen: set it to lora or "
                 "full, or delete pretraining.objective"
+            )
+        if pretraining.objective == "masked_next_token" and not backbone.bidirectional:
+            raise ValueError(
+                "training.pretraining.objective is masked_next_token, which teaches a decoder to read in both "
+                "directions, but student.backbone reads in one: set student.backbone.bidirectional = true, or choose "
+                "another objective"
             )
         if pretraining.is_taught and pretraining.teacher is None and backbone.layers is None:
             raise ValueError(

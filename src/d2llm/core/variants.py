@@ -123,7 +123,10 @@ _PUBLISHED: _Group = {
     "without-fi": ("without feature imitation", _without("feature_imitation")),
     "mean-pooling": ("mean of the tokens instead of PMA", _student(backbone=_own_pooling("mean"), **_NO_PMA)),
     "last-pooling": ("last token instead of PMA", _student(backbone=_own_pooling("last"), **_NO_PMA)),
-    "cosine-for-iem": ("cosine instead of the IEM, same losses", _student(**_COSINE)),
+    "cosine-for-iem": (
+        "cosine instead of the IEM, same losses",
+        _student(**_COSINE) | {"losses": {"subclass_imitation": 0.0}},  # it has no features of pairs
+    ),
     "one-branch": ("one branch of the IEM for both tasks", _student(interaction={"branches": "shared"})),
 }
 _LOSSES: _Group = {
@@ -162,6 +165,10 @@ _OWN: _Group = {
         _student(interaction={"head": "anchored"})
         | {"losses": {"nested_depths": (2, 4)}, "training": {"dual_head": False}},
     ),
+    "subclass-imitation": (
+        "imitation: the teacher's distribution, and finer classes from its features (LELP)",
+        _only(list_imitation=0.5, subclass_imitation=1.0),
+    ),
     "dual-head": (
         "judgements and teacher learnt by heads of their own, combined at the end (DHO)",
         _student(interaction={"head": "anchored"})
@@ -181,6 +188,11 @@ _OWN: _Group = {
     ),
     "simcse": ("the backbone first told texts apart by dropout (SimCSE)", _pretrained("simcse")),
     "mirror": ("the same, with a span of one side masked (Mirror-BERT)", _pretrained("mirror")),
+    "words": ("the backbone first taught to say from a text's vector which words it has (LLaRA)", _pretrained("words")),
+    "bidirectional": (
+        "a decoder that first learnt to read in both directions (LLM2Vec)",
+        _pretrained("masked_next_token", backbone={"bidirectional": True, "pooling": "mean", "diagonal_head": None}),
+    ),
     "four-layers": ("layers 0, 1, 4 and 5 of the backbone alone", _student(**_FOUR_LAYERS)),
     "four-layers-vectors": (
         "the same, first taught vectors by all layers (Well-Read Students)",
@@ -189,6 +201,10 @@ _OWN: _Group = {
     "four-layers-hidden-states": (
         "the same, first taught states of tokens by all layers",
         _pretrained("hidden_states", **_FOUR_LAYERS),
+    ),
+    "four-layers-mutual-information": (
+        "the same, first taught what tells tokens' states apart by all layers (MI-alpha)",
+        _pretrained("mutual_information", **_FOUR_LAYERS),
     ),
     "four-layers-relations": (
         "the same, first taught attention by all layers (MiniLMv2)",

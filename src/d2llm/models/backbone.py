@@ -144,7 +144,8 @@ class Backbone(nn.Module):
             ModelNotFoundError: no usable weights there.
             ModelError: the model is neither a plain encoder nor a plain decoder.
             InputError: a token limit exceeds what the model can read, ``layers`` exceeds its number of layers,
-                ``diagonal_head`` names a head that it lacks, or tuning is "lora" and it has no layers.
+                ``diagonal_head`` names a head that it lacks, ``bidirectional`` is set for an encoder, or tuning is
+                "lora" and it has no layers.
         """
         super().__init__()
         self.config = config
@@ -152,7 +153,8 @@ class Backbone(nn.Module):
         self.location = find_model(config.model)
         weight_dtype = torch.float32 if config.tuning == "full" else compute_dtype
         lean = None
-        if lean_tokenizer is not None and config.diagonal_head is None:  # the lean model gives no attention
+        # The lean model gives no attention, and is no decoder.
+        if lean_tokenizer is not None and config.diagonal_head is None and not config.bidirectional:
             lean = open_lean(self.location, lean_tokenizer, dtype=weight_dtype)
         self.is_lean = lean is not None
         if lean is not None:
@@ -176,6 +178,8 @@ class Backbone(nn.Module):
             )
         if config.layers is not None:
             keep_layers(self.model, config.layers, name=config.model)
+        if config.bidirectional:
+            read_both_ways(self.model, name=config.model)
         if config.diagonal_head is not None:
             check_diagonal_head(self.model.config, config.model, config.diagonal_head)
             self.model.set_attn_implementation("eager")  # fused attention does not give its weights
@@ -535,6 +539,40 @@ def keep_layers(model: nn.Module, layers: int | Sequence[int], *, name: str) -> 
         config.layer_types = [config.layer_types[number] for number in kept]
 
 
+def read_both_ways(model: nn.Module, *, name: str) -> None:
+    """Let every token of a decoder attend to all tokens of its text, in place.
+
+    BehnamGhader et al., "LLM2Vec: Large Language Models Are Secretly Powerful Text Encoders", COLM 2024 (arXiv
+    2404.05961), section 2, the first of three steps.
+
+    Raises:
+        InputError: the model (``name`` in the message) already reads so.
+        ModelError: its attention cannot be changed in this way.
+    """
+    config = cast(Any, model).config
+    if getattr(config, "is_causal", True) and _sees_what_follows(model):  # a student's weights say that they are not
+        raise InputError(f"'{name}' is no decoder: its tokens attend to all others already; delete bidirectional")
+    config.is_causal = False  # from it, transformers makes the mask
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            cast(Any, module).is_causal = False  # and from these what fused attention does without one
+    if not _sees_what_follows(model):
+        raise ModelError(
+            f"the attention of '{name}' ({type(model).__name__}) cannot be made bidirectional; use a decoder such as "
+            "Llama, Mistral, Qwen or Gemma, or delete bidirectional"
+        )
+
+
+def _sees_what_follows(model: nn.Module) -> bool:
+    """Whether a text's first state depends on its last token."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([[3, 3, 3], [3, 3, 4]], device=device)
+    with torch.no_grad():
+        states = [model(input_ids=each[None], attention_mask=torch.ones_like(each[None])) for each in ids]
+    first, other = (each.last_hidden_state[0, 0].float() for each in states)
+    return not torch.allclose(first, other, rtol=1e-4, atol=1e-6)
+
+
 def layers_of(model: nn.Module, *, name: str) -> nn.ModuleList:
     """The layers of a model (``name`` in the message).
 
@@ -581,9 +619,13 @@ def _own_pooling(config: BackboneConfig, location: str, model_config: Any) -> Po
                 f"{', '.join(_POOLINGS)}; set pooling to mean, weighted_mean, first or last"
             )
         return _POOLINGS[chosen[0]]
+    return "last" if is_decoder(model_config) and not config.bidirectional else "mean"
+
+
+def is_decoder(model_config: Any) -> bool:
+    """Whether a model with this configuration predicts the next token."""
     architecture = (getattr(model_config, "architectures", None) or [""])[0]
-    is_decoder = architecture.endswith(("ForCausalLM", "LMHeadModel")) or model_config.model_type in _DECODER_TYPES
-    return "last" if is_decoder else "mean"
+    return architecture.endswith(("ForCausalLM", "LMHeadModel")) or model_config.model_type in _DECODER_TYPES
 
 
 _POOLINGS: dict[str, PoolingName] = {

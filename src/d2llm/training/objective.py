@@ -139,6 +139,7 @@ def batch_losses(
     features, anchor, tokens = scores.features, scores.anchor, scores.tokens
     if features is not None:
         by_name["feature_imitation"] = lambda: _feature_imitation(features, batch)
+        by_name["subclass_imitation"] = lambda: _subclass_imitation(features, batch)
     if anchor is not None:
         by_name["anchor_cross_entropy"] = lambda: losses.in_batch_cross_entropy(anchor.float(), positive, candidates)
     if tokens is not None:
@@ -180,9 +181,21 @@ def expansion_losses(vectors: Tensor, batch: DistillationBatch, weights: LossWei
 
 def _feature_imitation(features: Tensor, batch: DistillationBatch) -> Tensor:
     own = torch.from_numpy(batch.own).to(features.device)
-    rows = torch.arange(len(own), device=features.device).unsqueeze(1)
-    own_features = features[rows, own.clamp(min=0)].float()
-    return losses.feature_imitation(own_features, torch.from_numpy(batch.gram).to(features.device), own >= 0)
+    gram = torch.from_numpy(batch.gram).to(features.device)
+    return losses.feature_imitation(_of_lists(features, own).float(), gram, own >= 0)
+
+
+def _subclass_imitation(features: Tensor, batch: DistillationBatch) -> Tensor:
+    own, gram, log_odds = (
+        torch.from_numpy(each).to(features.device) for each in (batch.own, batch.gram, batch.teacher_log_odds)
+    )
+    probabilities = torch.sigmoid(_of_lists(log_odds, own))
+    return losses.subclass_imitation(_of_lists(features, own).float(), gram, probabilities, own >= 0)
+
+
+def _of_lists(values: Tensor, own: Tensor) -> Tensor:
+    """The values [queries, passages, ...] of each query's own list [queries, n, ...]."""
+    return values[torch.arange(len(own), device=own.device).unsqueeze(1), own.clamp(min=0)]
 
 
 def _live_scores(batch: DistillationBatch, device: torch.device) -> Tensor:

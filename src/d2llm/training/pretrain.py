@@ -1,13 +1,16 @@
 """The stage before distillation: trains a student's backbone on texts without labels (``[training.pretraining]``).
 
-Two objectives need no other model: the backbone learns to recognise a text that it reads twice with different dropout
-(``simcse``), also with a span of tokens masked (``mirror``). Three imitate another backbone, which reads the same
-tokens: its attention (``relations``), its states of tokens (``hidden_states``) or its vectors of texts (``vectors``).
-They repair, for instance, a backbone from which layers were left out (``backbone.layers``).
+Four objectives need no other model: the backbone learns to recognise a text that it reads twice with different dropout
+(``simcse``), also with a span of tokens masked (``mirror``); to predict from a text's vector which words are in it and
+which follow (``words``); or, as a decoder that reads in both directions, to predict masked tokens
+(``masked_next_token``). Four imitate another backbone, which reads the same tokens: its attention (``relations``), its
+states of tokens (``hidden_states``, or ``mutual_information`` with them) or its vectors of texts (``vectors``). They
+repair, for instance, a backbone from which layers were left out (``backbone.layers``).
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +27,15 @@ from torch.utils.hooks import RemovableHandle
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import Advance, progress_bar
-from d2llm.core.recipe import BackboneConfig, PretrainingConfig
+from d2llm.core.recipe import BackboneConfig, PretrainingConfig, without_new_defaults
 from d2llm.data.training import TrainingSource
-from d2llm.models.backbone import Backbone, layers_of
+from d2llm.models.backbone import Backbone, is_decoder, layers_of
 from d2llm.models.device import tokens_at_a_time
+from d2llm.models.sources import load_pretrained
 from d2llm.models.student import Student
+from d2llm.models.teachers.causal import AnswerHead
 from d2llm.ops.batching import even_batches, token_budget_batches
+from d2llm.ops.bm25_words import sentences
 from d2llm.ops.losses import in_batch_cross_entropy
 from d2llm.training.checkpoints import (
     RunLog,
@@ -103,8 +109,9 @@ def pretrain_backbone(
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
-        InputError: there is no objective or too few texts, the backbone is frozen, has no dropout or no mask token, the
-            teacher is missing or has another tokenizer, or the checkpoint is from another run.
+        InputError: there is no objective or too few texts, the backbone is frozen, has no dropout, no mask token or no
+            vectors of tokens, or is no bidirectional decoder, the teacher is missing or has another tokenizer, or the
+            checkpoint is from another run.
         ModelError: the attention of one of the two backbones cannot be read.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
@@ -202,6 +209,81 @@ def state_distance(
     return (by_token * mask).sum(dim=1) / mask.sum(dim=1)
 
 
+def mutual_information(scores: Float[Tensor, "tokens tokens"], *, alpha: float) -> Float[Tensor, ""]:
+    """A lower bound, in nats, of what the student's state of a token says about the teacher's state of the same token.
+
+    I = 1 + mean_j log( e^f_jj / (alpha m_j + 1 - alpha) ) - mean_j m'_j / (alpha m'_j + 1 - alpha)
+
+    with f_ij the ``scores`` of the student's state i with the teacher's state j, m_j the mean of e^f_ij over all i, and
+    m'_j that over i other than j. alpha = 1 is InfoNCE, which cannot exceed the log of the number of tokens; a lower
+    one has less bias and more variance. He et al., "Distiller: A Systematic Study of Model Distillation Methods in
+    Natural Language Processing", SustaiNLP 2021 (arXiv 2109.11105), which takes the bound from Poole et al., "On
+    Variational Bounds of Mutual Information", ICML 2019. Its q(y) is 1 here: the critic that gives the scores has a
+    constant of its own. There, the states of several layers are compared; here those of the last layer.
+    """
+    scores, number = scores.float(), len(scores)
+    if number < 2:
+        return scores.sum() * 0
+    same = torch.eye(number, dtype=torch.bool, device=scores.device)
+    means = scores.logsumexp(dim=0) - math.log(number)
+    others = scores.masked_fill(same, _NO_ATTENTION).logsumexp(dim=0) - math.log(number - 1)
+
+    def mixed(values: Tensor) -> Tensor:  # log(alpha e^value + 1 - alpha)
+        parts = [values + math.log(alpha)] if alpha else []
+        return torch.stack([*parts, *([torch.full_like(values, math.log1p(-alpha))] if alpha < 1 else [])]).logsumexp(0)
+
+    return 1 + (scores.diagonal() - mixed(means)).mean() - (others - mixed(others)).exp().mean()
+
+
+def word_loss(logits: Float[Tensor, "texts vocabulary"], words: Sequence[Sequence[int]]) -> Float[Tensor, " texts"]:
+    """How surprising a text's words are, by the logits that its vector gives to all of them; 0 for a text without any.
+
+    L = -1/|T| sum_{t in T} log softmax(logits)_t, with T the set of the text's tokens.
+
+    Li et al., "Making Large Language Models A Better Foundation For Dense Retrieval" (LLaRA, also Llama2Vec), 2023
+    (arXiv 2312.15503): EBAE if they are the text's own words, EBAR if they are those of what follows. There,
+    prompts and added tokens ask a decoder for one vector or the other; here two linear maps make both from one vector.
+    """
+    log_probabilities = logits.float().log_softmax(dim=1)
+    losses = [
+        -row[[*{*each}]].mean() if each else row.sum() * 0 for row, each in zip(log_probabilities, words, strict=True)
+    ]
+    return torch.stack(losses)
+
+
+def mask_tokens(ids: Sequence[int], share: float, mask_id: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Token ids with a ``share`` of them, at least one, replaced by the mask, and the places of these, in order.
+
+    The first token stays, because no state is before it. A text of one token has no masks.
+    """
+    places = sorted(rng.sample(range(1, len(ids)), max(1, round(share * (len(ids) - 1))))) if len(ids) > 1 else []
+    masked = [*ids]
+    for place in places:
+        masked[place] = mask_id
+    return masked, places
+
+
+def masked_next_token_loss(
+    states: Float[Tensor, "texts tokens dim"],
+    ids: Sequence[Sequence[int]],
+    places: Sequence[Sequence[int]],
+    head: Callable[[Tensor], Tensor],
+) -> Float[Tensor, " texts"]:
+    """How surprising the masked tokens of each text are to a language model's ``head``, read at the state before each.
+
+    The state before, because there a decoder predicted the token before it became bidirectional. BehnamGhader et al.,
+    "LLM2Vec: Large Language Models Are Secretly Powerful Text Encoders", COLM 2024 (arXiv 2404.05961), section 2, the
+    second of three steps; the third is ``simcse``.
+    """
+    rows = [row for row, each in enumerate(places) for _ in each]
+    columns = [place for each in places for place in each]
+    target = torch.tensor([ids[row][column] for row, column in zip(rows, columns, strict=True)], device=states.device)
+    before = states[rows, [column - 1 for column in columns]]
+    losses = functional.cross_entropy(head(before).float(), target.long(), reduction="none")
+    sums = losses.new_zeros(len(ids)).index_add(0, torch.tensor(rows, device=states.device, dtype=torch.long), losses)
+    return sums / torch.tensor([max(1, len(each)) for each in places], device=states.device)
+
+
 def vector_distance(
     student: Float[Tensor, "texts dim"], teacher: Float[Tensor, "texts dim"]
 ) -> Float[Tensor, " texts"]:
@@ -228,6 +310,9 @@ class _Pretraining:
         """Begin a run, or resume the one whose checkpoint is in ``folder``."""
         self.backbone, self.folder, self.config, self.seed = student.backbone, folder, config, seed
         _check_backbone(self.backbone, config)
+        self.following: dict[tuple[int, ...], list[int]] = {}
+        if config.objective == "words":
+            passages = self._cut(passages)
         # The same text twice would have to be told from itself.
         tokenized = [
             *self.backbone.tokenize(passages, "passage", limit=config.max_tokens).ids,
@@ -237,9 +322,12 @@ class _Pretraining:
         if len(self.texts) < 2:
             raise InputError(f"{len(self.texts)} different texts are too few to train a backbone on; give thousands")
         self.teacher = _load_teacher(self.backbone, config, [*passages[:_COMPARED_TEXTS]])
-        self.settings = _settings(student, self.texts, self.teacher, config, seed)
+        following = [self.following.get(tuple(ids), []) for ids in self.texts] if self.following else []
+        self.settings = _settings(student, [*self.texts, *following], self.teacher, config, seed)
         student.prepare_training(seed=seed)
         self.projection = _projection(self.backbone, self.teacher, config, seed)
+        self.head = _word_head(self.backbone) if config.objective in ("words", "masked_next_token") else None
+        self.special = {*map(int, self.backbone.tokenizer.all_special_ids)}
         self.attention: list[_Attention] = []
         if self.teacher is not None and config.objective == "relations":
             pairs = ((self.backbone, None), (self.teacher, config.teacher_layer))
@@ -314,6 +402,12 @@ class _Pretraining:
     def _losses(self, batch: Sequence[list[int]], rng: random.Random) -> Iterator[Tensor]:
         """The parts of a batch's loss, whose sum it is; the gradient of each part can be computed on its own."""
         config = self.config
+        if self.head is not None:
+            parts = [[batch[index] for index in part] for part in self._parts(batch)]
+            for texts in parts:
+                values = self._word_losses(texts) if config.objective == "words" else self._masked_losses(texts, rng)
+                yield values.sum() / len(batch)
+            return
         if self.teacher is None:
             other = batch
             if config.objective == "mirror":
@@ -340,10 +434,50 @@ class _Pretraining:
             ]
             return torch.stack(values).sum(dim=0)
         project = self.projection or nn.Identity()
+        if isinstance(self.projection, _Critic):
+            information = mutual_information(
+                self.projection(states[mask], teacher_states[mask]), alpha=self.config.information_alpha
+            )
+            return -information.expand(len(states))
         if self.config.objective == "hidden_states":
             return state_distance(project(states.float()), teacher_states, mask)
         own, taught = self.backbone.pool(states, mask), self.teacher.pool(teacher_states, mask)
         return vector_distance(project(own), taught)
+
+    def _cut(self, passages: Sequence[str]) -> list[str]:
+        """Passages of several sentences, in two parts each; the tokens of the second are what follows the first."""
+        texts: list[str] = []
+        for passage in passages:
+            starts = [start for start, _ in sentences(passage)[1:]]
+            # At the sentence that begins nearest to the middle.
+            cut = min(starts, key=lambda start: abs(2 * start - len(passage)), default=len(passage))
+            texts += [passage[:cut].rstrip(), *([passage[cut:]] if cut < len(passage) else [])]
+            if cut < len(passage):
+                one, other = self.backbone.tokenize(texts[-2:], "passage", limit=self.config.max_tokens).ids
+                self.following[tuple(one)] = other
+        remarks.info("pretraining: something follows in %d of %d passages", len(self.following), len(passages))
+        return texts
+
+    def _word_losses(self, texts: Sequence[list[int]]) -> Tensor:
+        """How badly the vector of each text predicts its own words and those that follow, one half each [texts]."""
+        assert self.head is not None
+        assert isinstance(self.projection, nn.ModuleList)
+        states, mask = self.backbone(*self.backbone.pad(texts))
+        vectors = self.backbone.pool(states, mask)
+        following = [self.following.get(tuple(ids), []) for ids in texts]
+        own, next_ones = (
+            word_loss(self.head(project(vectors)), [[one for one in ids if one not in self.special] for ids in words])
+            for project, words in zip(self.projection, (texts, following), strict=True)
+        )
+        return (own + next_ones) / 2
+
+    def _masked_losses(self, texts: Sequence[list[int]], rng: random.Random) -> Tensor:
+        """How badly the masked tokens of each text are predicted [texts]."""
+        assert self.head is not None
+        mask_id = _mask_id(self.backbone)
+        masks = [mask_tokens(ids, self.config.masked_share, mask_id, rng) for ids in texts]
+        states, _ = self.backbone(*self.backbone.pad([ids for ids, _ in masks]))
+        return masked_next_token_loss(states, texts, [places for _, places in masks], self.head)
 
     def _vectors(self, batch: Sequence[list[int]]) -> Tensor:
         """Vectors [texts, dim] of the backbone's own pooling."""
@@ -406,6 +540,23 @@ class _Attention:
         return [linear.register_forward_hook(keep(place)) for place, linear in enumerate(self._linear)]
 
 
+class _Critic(nn.Module):
+    """Scores of the student's states with the teacher's: a e^s cos(W x, y) + b, with W, s and b learned."""
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__()
+        self.projection = projection
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.constant = nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self, student: Float[Tensor, "tokens student_dim"], teacher: Float[Tensor, "tokens teacher_dim"]
+    ) -> Float[Tensor, "tokens tokens"]:
+        """The score of each of the student's states (rows) with each of the teacher's (columns)."""
+        one = functional.normalize(self.projection(student.float()), dim=1)
+        return self.log_scale.exp() * one @ functional.normalize(teacher.float(), dim=1).T + self.constant
+
+
 def set_dropout(model: nn.Module, rate: float) -> list[tuple[Any, str, float]]:
     """Give all layers that have dropout this rate; returns what ``restore_dropout`` needs."""
     before: list[tuple[Any, str, float]] = []
@@ -435,6 +586,13 @@ def _check_backbone(backbone: Backbone, config: PretrainingConfig) -> None:
         raise InputError("pretraining trains one backbone for all texts, but adapters is two; set it to one")
     if config.objective == "mirror" and backbone.tokenizer.mask_token_id is None:
         raise InputError(f"'{model}' has no token for masked text, which the objective mirror needs; use simcse")
+    if config.objective == "masked_next_token":
+        if not backbone.config.bidirectional:
+            raise InputError(
+                f"the objective masked_next_token is for decoders that read in both directions; set bidirectional for "
+                f"'{model}', or choose another"
+            )
+        _mask_id(backbone)
     if config.objective == "simcse":
         dropouts = set_dropout(backbone.model, config.dropout_rate)
         restore_dropout(dropouts)
@@ -449,7 +607,7 @@ def _load_teacher(backbone: Backbone, config: PretrainingConfig, texts: Sequence
     own = backbone.config
     if config.teacher is None and own.layers is None:
         raise InputError(f"the objective {config.objective} needs a teacher: name a backbone with the same tokenizer")
-    taught_by = own.model_copy(update={"layers": None, "tuning": "frozen"})
+    taught_by = own.model_copy(update={"layers": None, "tuning": "frozen", "bidirectional": False})
     if config.teacher is not None:
         taught_by = BackboneConfig(model=config.teacher, tuning="frozen")
     teacher = Backbone.load(taught_by, device=backbone.device, dtype=backbone.compute_dtype)
@@ -464,30 +622,67 @@ def _load_teacher(backbone: Backbone, config: PretrainingConfig, texts: Sequence
     return teacher
 
 
-def _projection(backbone: Backbone, teacher: Backbone | None, config: PretrainingConfig, seed: int) -> nn.Linear | None:
+def _mask_id(backbone: Backbone) -> int:
+    """The token that stands for masked ones: the tokenizer's own, or ``_`` as in LLM2Vec."""
+    tokenizer = backbone.tokenizer
+    mask_id = tokenizer.mask_token_id
+    if mask_id is None:
+        mask_id = tokenizer.get_vocab().get("_")
+    if mask_id is None:
+        raise InputError(f"'{backbone.config.model}' has no token for masked text and none for '_'; use another model")
+    return cast(int, mask_id)
+
+
+def _word_head(backbone: Backbone) -> Callable[[Tensor], Tensor]:
+    """Logits of all tokens of the vocabulary from states [n, dim]: the language-model head of a decoder, which stays
+    as it is; of other models, the inner products with their vectors of tokens.
+    """
+    if is_decoder(backbone.model.config):
+        from transformers import AutoModelForCausalLM
+
+        language_model = load_pretrained(AutoModelForCausalLM, backbone.location, dtype=backbone.compute_dtype)
+        return AnswerHead(language_model).requires_grad_(False).to(backbone.device)
+    vectors = cast(Any, backbone.model).get_input_embeddings().weight
+    return lambda states: states.float() @ vectors.detach().float().T
+
+
+def _projection(
+    backbone: Backbone, teacher: Backbone | None, config: PretrainingConfig, seed: int
+) -> nn.Linear | nn.ModuleList | _Critic | None:
     """The linear map from the student's width to the teacher's, trained along and dropped in the end.
 
-    Vectors of the same width are compared as they are, so that the student's become the teacher's.
+    Vectors of the same width are compared as they are, so that the student's become the teacher's. For ``words`` there
+    are two maps of the student's vectors, for the text's own words and for those that follow.
     """
+    if config.objective == "words":
+        return nn.ModuleList([_linear(backbone.dim, backbone.dim, seed) for _ in range(2)]).to(backbone.device)
     if teacher is None or config.objective == "relations":
         return None
     if config.objective == "vectors" and backbone.dim == teacher.dim:
         return None
+    projection = _linear(backbone.dim, teacher.dim, seed)
+    made = _Critic(projection) if config.objective == "mutual_information" else projection
+    return made.to(backbone.device)
+
+
+def _linear(width: int, other: int, seed: int) -> nn.Linear:
+    """A linear map from one width to another, at first the identity if they are the same."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        projection = nn.Linear(backbone.dim, teacher.dim)
-    if backbone.dim == teacher.dim:
-        nn.init.eye_(projection.weight)
-        nn.init.zeros_(projection.bias)
-    return projection.to(backbone.device)
+        linear = nn.Linear(width, other)
+    if width == other:
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return linear
 
 
 def _settings(
     student: Student, texts: Sequence[list[int]], teacher: Backbone | None, config: PretrainingConfig, seed: int
 ) -> dict[str, Any]:
     """Everything that affects a run, as JSON; a checkpoint with other settings is from another run."""
+    values = without_new_defaults({"training": {"pretraining": config.model_dump(mode="json")}})
     return {
-        "pretraining": config.model_dump(mode="json"),
+        "pretraining": values["training"]["pretraining"],
         "student": student.fingerprint,
         "teacher": None if teacher is None else teacher.fingerprint_base(),
         "texts": fingerprint_json(texts),

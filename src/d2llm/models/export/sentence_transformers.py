@@ -51,6 +51,8 @@ def why_not_plain(config: StudentConfig) -> str | None:
         return "its pooling by attention (PMA) is not one of the library's modules"
     if config.backbone.pooling == "ditto":
         return "its pooling by diagonal attention (Ditto) is not one of the library's modules"
+    if config.backbone.bidirectional:
+        return "the library would read its decoder in one direction"
     if config.pooling.whitening:
         return "its vectors are whitened"
     if config.pooling.projection_dim is not None:

@@ -190,9 +190,12 @@ class AnswerHead(nn.Module):
         softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         self._softcap: float | None = softcap
 
-    def forward(self, states: Float[Tensor, "pairs dim"], token_ids: tuple[int, ...]) -> Float[Tensor, "pairs answers"]:
-        """Logits of the tokens ``token_ids`` after each state, float32."""
-        rows, bias = list(token_ids), cast("Tensor | None", self._linear.bias)
+    def forward(
+        self, states: Float[Tensor, "pairs dim"], token_ids: tuple[int, ...] | None = None
+    ) -> Float[Tensor, "pairs answers"]:
+        """Logits of the tokens ``token_ids`` (None: of all tokens) after each state, float32."""
+        rows = slice(None) if token_ids is None else [*token_ids]
+        bias = cast("Tensor | None", self._linear.bias)
         logits = nn.functional.linear(
             states.float(),
             self._linear.weight[rows].to(states.device).float(),

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from generated import wall as module
-from generated.wall import all_pairs, largest_wall, make_wall, moment_curve, write_wall
 from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.core.errors import InputError
+from d2llm.data import wall as module
 from d2llm.data.beir import read_beir
+from d2llm.data.wall import all_pairs, largest_wall, make_wall, moment_curve, write_wall
 from d2llm.ops.bm25_words import terms
 from d2llm.store.bm25 import WordIndex, rank_passages
 

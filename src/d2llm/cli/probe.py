@@ -1,0 +1,90 @@
+"""The verb ``probe``: what a student's vectors know of a text, and what they can rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2llm.cli.index_options import warn_of_skipped
+from d2llm.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    StudentArgument,
+    TaskOption,
+    in_existing_folder,
+    with_option_groups,
+)
+from d2llm.cli.session import session_of
+
+
+@with_option_groups
+def probe(
+    context: typer.Context,
+    student: StudentArgument,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[CORPUS]...", help="Texts to probe with: a corpus, or documents. Without: generated sets alone."
+        ),
+    ] = None,
+    texts: Annotated[int, typer.Option(min=200, help="Sentences of the corpus to probe with, at most.")] = 2000,
+    persons: Annotated[int, typer.Option(min=5, help="Passages of LIMIT of which each two answer one query.")] = 30,
+    distractors: Annotated[int, typer.Option(min=0, help="Passages of LIMIT that answer no query.")] = 270,
+    scenes: Annotated[int, typer.Option(min=20, help="Passages of the granularity set.")] = 200,
+    task: TaskOption = "asymmetric",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sentences, classes and generated sets.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    html_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write one HTML page."
+        ),
+    ] = None,
+    markdown_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--markdown", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write Markdown."
+        ),
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Measure what a student's vectors know, without annotated data.
+
+    From the vectors of CORPUS's sentences, a linear classifier reads length, words and their order (probing tasks of
+    SentEval). Two generated sets show what the vectors can rank: LIMIT, whose queries are answered by every pair of
+    some passages, and one whose queries name the gist of a passage, a thing in it, or a detail.
+    """
+    from d2llm.core.files import write_bytes
+    from d2llm.data.indexed_corpus import open_corpus
+    from d2llm.evaluation.probe import probe
+    from d2llm.models.student import Student
+    from d2llm.reports.probe import probe_tables, render_markdown, render_page
+
+    session = session_of(context)
+    opened = open_corpus(corpus, with_metadata=False) if corpus else None
+    model = Student.load(student, device=device, dtype=dtype)
+    report = probe(
+        model,
+        None if opened is None else opened.passages,
+        name=student,
+        fingerprint=model.fingerprint,
+        task=task,
+        num_texts=texts,
+        num_persons=persons,
+        num_distractors=distractors,
+        num_scenes=scenes,
+        seed=seed,
+    )
+    if opened is not None:
+        warn_of_skipped(session, opened.skipped)
+    for table in probe_tables(report):
+        session.show(table)
+    session.write_report(context, json_path, report)
+    if markdown_path is not None:
+        write_bytes(markdown_path, render_markdown(report).encode())
+    if html_path is not None:
+        write_bytes(html_path, render_page(report).encode())
