@@ -15,9 +15,9 @@ from d2llm.core.types import Passage
 from d2llm.data.beir import Dataset
 from d2llm.models.quality import PassageQuality, read_quality
 from d2llm.models.student import Student
+from d2llm.ops import ridge
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
-from d2llm.training import fit_quality as fitting
 from d2llm.training.fit_quality import fit_quality
 from d2llm.training.fit_scores import fit_scores
 from fake_models import FakeStudent
@@ -57,7 +57,7 @@ def points(name: str, *, offset: float = 0.0, num: int = 200, seed: int = 0, noi
 
 
 def test_the_weights_are_those_of_ridge_regression(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "_PENALTIES", (0.01,))
+    monkeypatch.setattr(ridge, "PENALTIES", (0.1,))
     data, student = points("one", num=60), PointStudent()
     quality = fit_quality(student, [data])
     reserved = set(data.qrels["dev"]["d"])
@@ -66,8 +66,9 @@ def test_the_weights_are_those_of_ridge_regression(monkeypatch: pytest.MonkeyPat
     x = np.array([json.loads(data.passages[name].text) for name in ids], np.float32).astype(float)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     y = np.array([name in data.qrels["train"]["q"] for name in ids], float)
-    # The same problem as least squares: the penalty as additional rows, divided by the number of passages.
-    rows = np.vstack([(x - x.mean(axis=0)) / len(ids) ** 0.5, 0.01**0.5 * np.eye(DIM)])
+    # The same problem as least squares: the penalty, 0.1 of a feature's variance, as additional rows.
+    centred = x - x.mean(axis=0)
+    rows = np.vstack([centred / len(ids) ** 0.5, (0.1 * centred.var(axis=0).mean()) ** 0.5 * np.eye(DIM)])
     values = np.concatenate([(y - y.mean()) / len(ids) ** 0.5, np.zeros(DIM)])
     expected, *_ = np.linalg.lstsq(rows, values, rcond=None)
     np.testing.assert_allclose(quality.weights, expected, rtol=1e-6, atol=1e-9)

@@ -67,6 +67,12 @@ def fit_scores(
             "--quality", help="Also fit which passages answer queries at all, on train judgements, for encode --prune."
         ),
     ] = False,
+    term_weights: Annotated[
+        bool,
+        typer.Option(
+            "--term-weights", help="First fit how much each word of a query counts in BM25, on train judgements."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of queries and passages.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -85,7 +91,7 @@ def fit_scores(
     from d2llm.training.sentences import describe_calibration, describe_evidence
 
     session = session_of(context)
-    sources = [open_source(path, splits=None if quality else ["dev"]) for path in data]
+    sources = [open_source(path, splits=None if quality or term_weights else ["dev"]) for path in data]
     # Of pairs, the passages of all splits are the corpus.
     datasets = [
         (open_source(path) if isinstance(source, PairSource) else source).load()
@@ -101,14 +107,18 @@ def fit_scores(
         window_vectors=window_vectors,
         token_vectors=token_vectors,
         quality=quality,
+        term_weights=term_weights,
         num_queries=num_queries,
         seed=seed,
     )
     model.save(out)
     evidence = describe_evidence({task: report.evidence}) if report.evidence else "words were not fitted"
     probabilities = describe_calibration({task: report.probabilities} if report.probabilities else {})
-    aucs = ""
-    if report.quality is not None:
-        aucs = "; quality: " + ", ".join(f"{name} AUC {value:.3f}" for name, value in report.quality["auc"].items())
-    session.say(f"fit-scores: {evidence}; probabilities: {probabilities}{aucs}; in {out}")
+    added = ""
+    for name, measure, fitted in (("quality", "auc", report.quality), ("words", "explained", report.term_weights)):
+        if fitted is not None:
+            added += f"; {name}: " + ", ".join(
+                f"{measure} {value:.3f} on {on}" for on, value in fitted[measure].items()
+            )
+    session.say(f"fit-scores: {evidence}; probabilities: {probabilities}{added}; in {out}")
     session.write_report(context, json_path, report)

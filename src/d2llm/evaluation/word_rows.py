@@ -25,7 +25,7 @@ from d2llm.models.evidence import VECTOR_TERMS, EvidenceWeights
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent, term_factors
 from d2llm.retrieval.row_evidence import evidence_weights, mean_of_cosines, scored_list
 
 _FORMULA: dict[EvidenceTerm, str] = {
@@ -168,10 +168,11 @@ def _fit(
         vectors = student.encode_queries(texts).vectors
     anchors = student.anchor_queries(vectors, task)
     lists: list[tuple[NDArray[np.float32], NDArray[np.float64]]] = []
-    for query, vector, anchor, own_tokens in zip(queries, vectors, anchors, tokens, strict=True):
+    factors = term_factors(student, texts)
+    for query, vector, anchor, own_tokens, own_factors in zip(queries, vectors, anchors, tokens, factors, strict=True):
         grades = {p: grade for p, grade in qrels[query.id].items() if grade > 0 and p in work.dataset.passages}
         judged = dict(zip(view.rows(list(grades)).tolist(), grades.values(), strict=True))
-        query_words = words.query(query.text)
+        query_words = words.query(query.text, own_factors)
         near, by_words = view.scan(anchor, _FIT_DEPTH).rows, words.best(query_words, _FIT_DEPTH)[0]
         rows = np.union1d(near, by_words)  # a relevant passage that neither has would teach that low scores are good
         if judged.keys().isdisjoint(rows.tolist()):

@@ -394,16 +394,16 @@ class Backbone(nn.Module):
         """Where the tokens of a text end, in characters, without prefix and special tokens (``token_ends``)."""
         return token_ends(self.tokenizer, text)
 
-    def token_places(self, passage: str, num_tokens: int) -> list[Span]:
-        """Character spans in a passage of the ``num_tokens`` tokens that ``tokenize`` returned for it.
+    def token_places(self, text: str, num_tokens: int, kind: TextKind = "passage") -> list[Span]:
+        """Character spans in a text, by default a passage, of the ``num_tokens`` tokens of ``tokenize``.
 
         Needs a fast tokenizer. The span of a special token is empty.
         """
-        prefix = self.config.passage_prefix
+        prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
         with TOKENIZING:
             offsets = cast(
                 "list[Span]",
-                self.tokenizer(prefix + passage, truncation=True, max_length=num_tokens, return_offsets_mapping=True)[
+                self.tokenizer(prefix + text, truncation=True, max_length=num_tokens, return_offsets_mapping=True)[
                     "offset_mapping"
                 ],
             )

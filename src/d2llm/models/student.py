@@ -49,9 +49,11 @@ from d2llm.models.pooling import TextPooling, to_sphere
 from d2llm.models.probabilities import UNCALIBRATED, read_calibration, write_calibration
 from d2llm.models.quality import PassageQuality, read_quality, write_quality
 from d2llm.models.sources import load_tensors
+from d2llm.models.term_weights import TermWeights, read_term_weights, write_term_weights
 from d2llm.models.token_vectors import TokenProjection, TokenVectors, read_token_projection
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.ops.batching import token_budget_batches
+from d2llm.ops.bm25_words import placed_terms, terms
 
 _BATCH_TOKENS = 8192
 # On a CPU: large enough for fast products, small enough for activations to fit a core's cache, and with little padding.
@@ -65,7 +67,8 @@ class Student(VectorScorer):
     ``calibration`` turns scores into probabilities, if it was fitted (``models.probabilities``). ``evidence`` has the
     weights of the terms that an index adds to the scores of its passages (``models.evidence``). ``token_projection``
     makes the vectors of tokens, if it was trained (``models.token_vectors``). ``quality`` says how likely a passage is
-    to answer any query, if it was fitted (``models.quality``).
+    to answer any query, if it was fitted (``models.quality``). ``term_weights`` says how much each word of a query
+    counts in BM25, if it was fitted (``models.term_weights``).
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
@@ -83,6 +86,7 @@ class Student(VectorScorer):
         self.evidence = NO_EVIDENCE
         self.token_projection: TokenProjection | None = None
         self.quality: PassageQuality | None = None
+        self.term_weights: TermWeights | None = None
         self._has_merged_weights = False
         self._engine: Engine | None = None
         self._products: torch.dtype | None = None
@@ -157,6 +161,7 @@ class Student(VectorScorer):
         student.calibration = read_calibration(folder, manifest["fingerprint"])
         student.evidence = read_evidence(folder, manifest["fingerprint"])
         student.quality = read_quality(folder, manifest["fingerprint"])
+        student.term_weights = read_term_weights(folder, manifest["fingerprint"])
         projection = read_token_projection(folder, manifest["fingerprint"], backbone.dim)
         student.token_projection = None if projection is None else projection.to(chosen)
         student.use_engine(engine, dtype=products)
@@ -233,6 +238,7 @@ class Student(VectorScorer):
             write_calibration(temporary, self.calibration)
             write_evidence(temporary, self.evidence)
             write_quality(temporary, self.quality)
+            write_term_weights(temporary, self.term_weights)
             if self.token_projection is not None:
                 self.token_projection.save(temporary, self.fingerprint)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
@@ -339,6 +345,7 @@ class Student(VectorScorer):
         self.evidence = NO_EVIDENCE
         self.token_projection = None
         self.quality = None
+        self.term_weights = None
         self._engine = None
         self._products = None
         self.backbone.prepare_training(seed=seed)
@@ -433,6 +440,48 @@ class Student(VectorScorer):
             InputError: this student's pooling or tokenizer does not support it.
         """
         return ChunkReader(self.backbone, self.pooling, self.pool)
+
+    def term_states(self, queries: Sequence[str]) -> list[dict[str, Float32[np.ndarray, " dim"]]]:
+        """The state [dim] of each BM25 term of the queries: the mean over the tokens of its words, always by torch.
+
+        Terms beyond the student's limit have none.
+
+        Raises:
+            InputError: the backbone is remote, or its tokenizer gives no character offsets.
+        """
+        self.backbone.require_tokens("a weight for each word of a query")
+        if not getattr(self.backbone.tokenizer, "is_fast", False):
+            raise InputError("this student's tokenizer gives no character offsets, so words have no states")
+        tokenized = self.tokenize(queries, "query")
+        found: list[dict[str, Float32[np.ndarray, " dim"]]] = [{} for _ in queries]
+        for start in range(0, len(queries), _BATCH_TEXTS):
+            batch = range(start, min(start + _BATCH_TEXTS, len(queries)))
+            with inference(self):
+                states, _ = self.backbone(*self.backbone.pad([tokenized.ids[index] for index in batch]))
+            for index, own in zip(batch, states.float().cpu().numpy(), strict=True):
+                text = queries[index]
+                spans = self.backbone.token_places(text, len(tokenized.ids[index]), "query")
+                by_term: dict[str, list[int]] = {}
+                for (first, end), word_terms in placed_terms(text):
+                    tokens = [at for at, span in enumerate(spans) if max(span[0], first) < min(span[1], end)]
+                    for term in word_terms:
+                        by_term.setdefault(term, []).extend(tokens)
+                found[index] = {term: own[places].mean(axis=0) for term, places in by_term.items() if places}
+        return found
+
+    def term_factors(self, queries: Sequence[str]) -> list[dict[str, float]] | None:
+        """How much each BM25 term of the queries counts; None if this was not fitted."""
+        if self.term_weights is None:
+            return None
+        factors: list[dict[str, float]] = []
+        for text, states in zip(queries, self.term_states(queries), strict=True):
+            values = dict.fromkeys(terms(text), self.term_weights.usual)
+            if states:
+                values |= dict(
+                    zip(states, self.term_weights.factors(np.stack([*states.values()])).tolist(), strict=True)
+                )
+            factors.append(values)
+        return factors
 
     def encode_chunks(
         self, texts: Iterable[tuple[WholeText, Sequence[Span]]], *, with_tokens: bool = False

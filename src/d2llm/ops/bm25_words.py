@@ -44,6 +44,17 @@ def terms(text: str) -> list[str]:
     return tokens
 
 
+def placed_terms(text: str) -> list[tuple[Span, list[str]]]:
+    """The terms of each word, or run of unspaced characters, and where it is in the text.
+
+    Empty for the rare texts whose length changes when they are lower-cased, because places would be off.
+    """
+    lowered = text.lower()
+    if len(lowered) != len(text):
+        return []
+    return [(match.span(), terms(match.group())) for match in _TOKEN.finditer(lowered)]
+
+
 def sentences(text: str) -> list[Span]:
     """Start and end of each sentence of a text; a text of only white space has none."""
     spans: list[Span] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 from d2llm.models.backbone import EncodedTexts, TextKind
-from d2llm.retrieval.protocols import Describable, SearchStudent, TextEncoder, TokenStudent
+from d2llm.retrieval.protocols import Describable, SearchStudent, TermStudent, TextEncoder, TokenStudent
 
 
 class ForwardingEncoder:
@@ -82,6 +82,10 @@ class ForwardingStudent(ForwardingEncoder):
         if not isinstance(self._student, TokenStudent):
             raise InputError("this student has no vectors of tokens")
         return self._student.encode_with_tokens(texts, kind, advance=advance)
+
+    def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
+        """How much the words of queries count by the student, if it says so."""
+        return self._student.term_factors(queries) if isinstance(self._student, TermStudent) else None
 
 
 class CosineStudent(ForwardingEncoder):

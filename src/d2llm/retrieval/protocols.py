@@ -5,7 +5,7 @@ The protocol of teachers is ``models.teachers.judge.Judge``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -219,6 +219,15 @@ class QualityStudent(Protocol):
 
 
 @runtime_checkable
+class TermStudent(Protocol):
+    """A ``SearchStudent`` that may say how much each word of a query counts in BM25 (``Student``, if it was fitted)."""
+
+    def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
+        """A factor for each term of each query; None if this was not fitted."""
+        ...
+
+
+@runtime_checkable
 class ProjectingStudent(Protocol):
     """A ``VectorStudent`` for which part of the score depends on the passage alone (``Student`` is one)."""
 
@@ -230,3 +239,9 @@ class ProjectingStudent(Protocol):
     def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
         """[n, dim] -> W_p b, bfloat16 [n, hidden]; raises InputError if the head has no such part."""
         ...
+
+
+def term_factors(student: object, queries: Sequence[str]) -> Sequence[Mapping[str, float] | None]:
+    """How much each word of each query counts in BM25, by a student that says so; None for words that count alike."""
+    factors = student.term_factors(queries) if isinstance(student, TermStudent) else None
+    return [None] * len(queries) if factors is None else factors

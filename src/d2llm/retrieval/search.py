@@ -23,7 +23,7 @@ from d2llm.ops.selection import top_rows
 from d2llm.retrieval.cascade import Rereader
 from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches, merge_certified
 from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
-from d2llm.retrieval.protocols import BoundedStudent, SearchStudent, SearchView, TokenStudent
+from d2llm.retrieval.protocols import BoundedStudent, SearchStudent, SearchView, TokenStudent, term_factors
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
 from d2llm.retrieval.row_evidence import EvidenceParts, weights_for
 from d2llm.retrieval.settings import SearchSettings, changed
@@ -377,7 +377,9 @@ class Searcher:
         """The words of each query, weighted by how many passages have them, in all shards that answer."""
         if not self.weights and "bm25" not in self._sources:
             return [None] * len(queries)
-        counted = [CountedTerms.from_text(query.text) for query in queries]
+        texts = [query.text for query in queries]
+        factors = term_factors(self._student, texts)
+        counted = [CountedTerms.from_text(text, own) for text, own in zip(texts, factors, strict=True)]
         hashes = np.concatenate([one.hashes for one in counted])
         counts = self._ask(missing, lambda _, shard: shard.count_words(hashes))
         num_passages = sum(len(self._index.shards[shard_index]) for shard_index in counts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -335,6 +335,11 @@ class StudentLane(ForwardingStudent):
             work = self._models.in_lane(partial(self._models.student.encode_with_tokens, some, kind, advance=advance))
             parts.append(asyncio.run_coroutine_threadsafe(work, self._loop).result())
         return EncodedTexts.join(parts, self.vector_dim)
+
+    def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
+        """How much the words of queries count, in turn with the shared batches."""
+        work = self._models.in_lane(lambda: self._models.student.term_factors(queries))
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def encode_chunks(
         self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]], *, with_tokens: bool = False

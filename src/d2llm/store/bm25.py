@@ -205,20 +205,30 @@ class WordStatistics:
 
 
 class CountedTerms(NamedTuple):
-    """The distinct terms of a text: their hashes [n], ascending, and how often each occurs in it [n]."""
+    """The distinct terms of a text: their hashes [n], ascending, and how often each occurs in it [n].
+
+    ``factors`` [n], at least 0, multiply their weights (``models.term_weights``); None for 1.
+    """
 
     hashes: NDArray[np.uint64]
     times: NDArray[np.int64]
+    factors: NDArray[np.float64] | None = None
 
     @classmethod
-    def from_text(cls, text: str) -> CountedTerms:
-        """The terms of a text."""
-        hashes, times = np.unique(np.array([_hash(term) for term in terms(text)], np.uint64), return_counts=True)
-        return cls(hashes, times)
+    def from_text(cls, text: str, term_factors: Mapping[str, float] | None = None) -> CountedTerms:
+        """The terms of a text; ``term_factors`` has a factor for each of them, None for 1."""
+        found = terms(text)
+        hashes, first, times = np.unique(
+            np.array([_hash(term) for term in found], np.uint64), return_index=True, return_counts=True
+        )
+        if term_factors is None:
+            return cls(hashes, times)
+        return cls(hashes, times, np.array([term_factors[found[place]] for place in first.tolist()], np.float64))
 
     def weighted(self, rows_with: NDArray[np.int64], num_passages: int) -> QueryWords:
         """The terms of a query with their weights in a corpus, in which ``rows_with`` [n] passages have each term."""
         idf = np.log1p((num_passages - rows_with + 0.5) / (rows_with + 0.5))
+        idf = idf if self.factors is None else idf * self.factors
         weights = np.where(rows_with > 0, self.times * idf, 0.0).astype(np.float32)
         order = np.lexsort((self.hashes, -weights))
         num_unknown = int(self.times[rows_with == 0].sum())
@@ -380,9 +390,9 @@ class WordIndex:
 
     # Queries -------------------------------------------------------------------------------------------------------
 
-    def query(self, text: str) -> QueryWords:
-        """The words of a query and their weights in this index."""
-        counted = CountedTerms.from_text(text)
+    def query(self, text: str, term_factors: Mapping[str, float] | None = None) -> QueryWords:
+        """The words of a query and their weights in this index; arguments as for ``CountedTerms.from_text``."""
+        counted = CountedTerms.from_text(text, term_factors)
         return counted.weighted(self.rows_with(counted.hashes), self._num_live)
 
     def rows_with(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:

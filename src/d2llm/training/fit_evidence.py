@@ -26,7 +26,7 @@ from d2llm.models.evidence import VECTOR_TERMS, Evidence, TaskEvidence, WordsFac
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.weighted_sum import beside_first, fit_scaled_weights, sum_weights
 from d2llm.retrieval.index import PART_FORMATS
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent, term_factors
 from d2llm.retrieval.reading import read_passages, read_windows
 from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
 from d2llm.store.bm25 import WordIndex
@@ -161,7 +161,8 @@ def make_evidence_lists(
     ids = list(dataset.passages)
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
     words = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
-    words_of_queries = [words.query(query.text) for query in queries]
+    texts = [query.text for query in queries]
+    words_of_queries = [words.query(text, own) for text, own in zip(texts, term_factors(student, texts), strict=True)]
     by_words = [words.best(query_words, depth)[0] for query_words in words_of_queries]
     grades = [_grades(dataset, query, row_of) for query in queries]
     needed = np.unique(np.concatenate([*by_words, *(np.array([*judged], np.int64) for judged in grades)]))
@@ -172,7 +173,7 @@ def make_evidence_lists(
     with progress_bar(f"encoding {dataset.name} for its evidence", len(pool)) as advance:
         read = read_passages(student, [dataset.passages[ids[row]] for row in pool], advance, parts=parts)
     passages = read.vectors
-    vectors = student.encode_queries([query.text for query in queries]).vectors
+    vectors = student.encode_queries(texts).vectors
     kept: list[int] = []
     listed: list[NDArray[np.int64]] = []
     scores: list[NDArray[np.float32]] = []

@@ -15,19 +15,22 @@ from d2llm.models.student import Student
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.fit_quality import fit_quality
+from d2llm.training.fit_term_weights import fit_term_weights
 
 
 @dataclass(frozen=True, slots=True)
 class FitScoresReport:
     """What was fitted for one task (``TaskEvidence``, ``TaskCalibration``); None if there were too few queries.
 
-    ``quality`` is that of passages (``PassageQuality``) without its weights; None if it was not fitted.
+    ``quality`` is that of passages (``PassageQuality``) and ``term_weights`` those of words (``TermWeights``), without
+    the functions' own weights; None if it was not fitted.
     """
 
     task: Task
     evidence: dict[str, Any] | None
     probabilities: dict[str, Any] | None
     quality: dict[str, Any] | None = None
+    term_weights: dict[str, Any] | None = None
 
 
 def fit_scores(
@@ -40,6 +43,7 @@ def fit_scores(
     window_vectors: bool = True,
     token_vectors: bool | None = None,
     quality: bool = False,
+    term_weights: bool = False,
     num_queries: int = 200,
     seed: int = 0,
 ) -> FitScoresReport:
@@ -57,12 +61,14 @@ def fit_scores(
         token_vectors: also fit the weight of the vectors of tokens; by default if the student has them
             (``training.fit_tokens``).
         quality: also fit which passages answer queries at all, on the train split (``training.fit_quality``).
+        term_weights: first fit how much each word of a query counts, on the train split
+            (``training.fit_term_weights``); weights of evidence are then fitted to words that count so.
         num_queries: maximum number of queries per data set.
         seed: seed of the choice of queries and passages.
 
     Raises:
-        InputError: a data set has no judged dev queries; or ``quality`` is set and no data set has a corpus and train
-            judgements of enough passages; or ``words`` is set and the student's head is ``paper``; or
+        InputError: a data set has no judged dev queries; or ``quality`` or ``term_weights`` is set, and no data set has
+            a corpus, or one has too few train judgements; or ``words`` is set and the student's head is ``paper``; or
             ``token_vectors`` is set and the student has none.
         DataFormatError: labelled pairs have scores or classes other than yes and no.
     """
@@ -75,6 +81,15 @@ def fit_scores(
         token_vectors = student.token_projection is not None
     if token_vectors and student.token_projection is None:
         raise InputError("this student has no vectors of tokens; train them first with `d2llm fit-tokens`")
+    retrieval_sets = [dataset for dataset in data if isinstance(dataset, Dataset)]
+    if (quality or term_weights) and not retrieval_sets:
+        raise InputError("quality and term_weights need a corpus, and labelled pairs have none; leave them out")
+    if term_weights and not words:
+        raise InputError(
+            "term_weights changes what words count, so their weight must be fitted again; leave words true"
+        )
+    if term_weights:
+        student.term_weights = fit_term_weights(student, retrieval_sets, seed=seed)
     evidence = None
     if words:
         terms = EvidenceConfig(
@@ -89,13 +104,11 @@ def fit_scores(
     student.calibration = fitted.model_copy(update={"tasks": {**student.calibration.tasks, **fitted.tasks}})
     calibration = fitted.tasks.get(task)
     if quality:
-        retrieval_sets = [dataset for dataset in data if isinstance(dataset, Dataset)]
-        if not retrieval_sets:
-            raise InputError("quality is that of passages of a corpus, and labelled pairs have none; leave it out")
         student.quality = fit_quality(student, retrieval_sets, seed=seed)
     return FitScoresReport(
         task,
         None if evidence is None else evidence.model_dump(),
         None if calibration is None else calibration.model_dump(),
         student.quality.model_dump(exclude={"weights"}) if quality and student.quality else None,
+        student.term_weights.model_dump(exclude={"weights"}) if term_weights and student.term_weights else None,
     )

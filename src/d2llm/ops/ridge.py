@@ -1,0 +1,67 @@
+"""Ridge regression over several sets, of which each counts by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Penalties to choose from (``choose_penalty``)."""
+_NUM_FOLDS = 5
+
+
+class RidgeSet(NamedTuple):
+    """Features [n, dim] and targets [n] of one set; rows of the same ``fold`` [n], 0 to 4, are left out together."""
+
+    features: NDArray[np.float64]
+    targets: NDArray[np.float64]
+    folds: NDArray[np.int64]
+
+    def only(self, chosen: NDArray[np.bool_]) -> RidgeSet:
+        """Some of the rows."""
+        return RidgeSet(self.features[chosen], self.targets[chosen], self.folds[chosen])
+
+
+def ridge_weights(sets: Sequence[RidgeSet], penalty: float) -> NDArray[np.float64]:
+    """The w [dim] with the least mean over sets of mean (w . x - y)^2, plus penalty v |w|^2.
+
+    x and y are less their set's means, so that what distinguishes sets does not count; v is the mean variance of a
+    feature within sets, so that a penalty means the same at every scale.
+    """
+    dim = sets[0].features.shape[1]
+    products, correlations = np.zeros((dim, dim)), np.zeros(dim)
+    for each in sets:
+        features, targets = each.features - each.features.mean(axis=0), each.targets - each.targets.mean()
+        products += features.T @ features / len(targets) / len(sets)
+        correlations += features.T @ targets / len(targets) / len(sets)
+    weights = np.linalg.solve(products + penalty * np.trace(products) / dim * np.eye(dim), correlations)
+    return weights.astype(np.float64, copy=False)
+
+
+def choose_penalty(
+    sets: Sequence[RidgeSet], measure: Callable[[NDArray[np.float64], NDArray[np.float64]], float]
+) -> tuple[float, list[float]]:
+    """The penalty with the best mean over sets of a measure (predictions [n], targets [n]), and its value for each set.
+
+    Each fifth of the rows is predicted by weights that were fitted without it, less the mean of these predictions.
+    """
+    by_penalty: dict[float, list[float]] = {}
+    for penalty in PENALTIES:
+        predictions = [np.zeros(len(each.targets)) for each in sets]
+        for fold in range(_NUM_FOLDS):
+            rest = [each.only(each.folds != fold) for each in sets]
+            weights = ridge_weights(rest, penalty)
+            for each, predicted in zip(sets, predictions, strict=True):
+                values = each.features[each.folds == fold] @ weights
+                predicted[each.folds == fold] = values - values.mean()
+        by_penalty[penalty] = [measure(own, each.targets) for own, each in zip(predictions, sets, strict=True)]
+    best = max(PENALTIES, key=lambda penalty: (np.mean(by_penalty[penalty]), penalty))
+    return best, by_penalty[best]
+
+
+def folds_of(num: int) -> NDArray[np.int64]:
+    """The fold of each of ``num`` items in random order."""
+    return np.arange(num) % _NUM_FOLDS
