@@ -233,6 +233,21 @@ def test_whitening_is_fitted_to_the_vectors(endpoint: LocalEndpoint) -> None:
     assert not np.allclose(student.encode_passages(texts).vectors, expected(*texts), atol=0.1)
 
 
+def test_a_projection_makes_remote_vectors_narrower(endpoint: LocalEndpoint) -> None:
+    config = config_of(endpoint.url).model_dump() | {"pooling": {"projection_dim": 2}}
+    student = Student.create(StudentConfig.model_validate(config), device="cpu", dtype="float32")
+    texts = [f"{first} {second}" for first in TEXTS for second in TEXTS]
+    student.fit_pooling(texts)
+    own = expected(*texts).astype(np.float64)
+    own *= np.sqrt(own.shape[1]) / np.linalg.norm(own, axis=1, keepdims=True)
+    _, _, directions = np.linalg.svd(own - own.mean(axis=0))
+    narrow = own @ directions[:2].T
+    narrow /= np.linalg.norm(narrow, axis=1, keepdims=True)
+    found = student.encode_passages(texts).vectors
+    assert found.shape == (len(texts), 2)
+    np.testing.assert_allclose(found @ found.T / 2, narrow @ narrow.T, rtol=1e-3, atol=1e-3)
+
+
 def test_a_document_is_split_by_characters(endpoint: LocalEndpoint) -> None:
     student = student_of(endpoint)
     text = " ".join(TEXTS)

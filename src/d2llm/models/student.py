@@ -275,8 +275,8 @@ class Student(VectorScorer):
     def cut(self, depth: int) -> Student:
         """A smaller and faster copy, whose backbone has only its first ``depth`` layers.
 
-        It scores by the inner product alone (r = 0): the interaction, the evidence, the vectors of tokens and the
-        probabilities were fitted to the vectors of all layers. ``d2llm fit-scores`` fits the last ones again.
+        It scores by the inner product alone (r = 0), without evidence, vectors of tokens and probabilities, because all
+        these were fitted to what comes after all layers. ``d2llm fit-scores`` fits evidence and probabilities again.
 
         Raises:
             InputError: the student was not trained for this depth, or was loaded with ``lean=True``.
