@@ -76,13 +76,15 @@ def make_granularity(num_passages: int = 200, *, seed: int = 0) -> GranularitySe
         places = rng.sample(_PLACES, _THINGS_PER_PASSAGE)
         rest = [f"There is a {colour} {thing} {place}." for (colour, thing), place in zip(things, places, strict=True)]
         passages.append(Passage(f"p{number}", " ".join([_SCENES[scene], *rest])))
-        named: list[tuple[Granularity, str]] = [("scene", scene)]
+        asked: list[tuple[Granularity, str]] = [("scene", scene)]
         for colour, thing in things:
-            named.append(("entity", f"the {thing}"))
-            named.append(("detail", f"the {colour} {thing}"))
-        for one in named:
+            asked.append(("entity", f"the {thing}"))
+            asked.append(("detail", f"the {colour} {thing}"))
+        for one in asked:
             relevant.setdefault(one, {})[f"p{number}"] = 1
-    ids = {one: f"q{number}" for number, one in enumerate(sorted(relevant))}
+    order: tuple[Granularity, ...] = ("scene", "entity", "detail")
+    named = sorted(relevant, key=lambda one: (order.index(one[0]), one[1]))
+    ids = {one: f"q{number}" for number, one in enumerate(named)}
     return GranularitySet(
         tuple(passages),
         tuple(Query(identifier, text) for (_, text), identifier in ids.items()),

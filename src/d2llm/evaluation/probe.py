@@ -354,7 +354,10 @@ def _accuracies(values: Tensor, target: Tensor, train: Tensor, parts: Sequence[T
     """Accuracy on each part of the classifier with this penalty."""
     weights = torch.zeros(values.shape[1], int(target.max()) + 1, requires_grad=True)
     bias = torch.zeros(weights.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
+    # Accuracies do not change any more long before the loss is exact.
+    optimizer = torch.optim.LBFGS(
+        [weights, bias], max_iter=100, tolerance_grad=1e-4, tolerance_change=1e-5, line_search_fn="strong_wolfe"
+    )
     rows, classes = values[train], target[train]
 
     def loss() -> Tensor:
