@@ -1,0 +1,53 @@
+"""``d2llm fit-scores`` with the quality of passages and weights of words, and ``d2llm encode --prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2llm.models.student import Student
+from e2e.command_line import fail, succeed_with_report, write_lines
+from tiny_models import TEXTS, tiny_student_config, write_tiny_model
+
+NUM = 64
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, and a data set of which the first half of the passages answers queries of all splits."""
+    folder = tmp_path_factory.mktemp("fit-scores")
+    model = write_tiny_model(folder / "model", "modernbert", initializer_range=0.1)
+    Student.create(tiny_student_config(model), device="cpu", dtype="float32").save(folder / "student")
+    data = folder / "data"
+    (data / "qrels").mkdir(parents=True)
+    texts = [f"{TEXTS[n % 8]} {n}" for n in range(NUM)]
+    write_lines(data / "corpus.jsonl", [{"_id": f"p{n}", "text": text} for n, text in enumerate(texts)])
+    write_lines(data / "queries.jsonl", [{"_id": f"q{n}", "text": text} for n, text in enumerate(texts)])
+    for split, first in (("train", 0), ("dev", 1), ("test", 2)):
+        rows = [f"q{n}\tp{(n - first) % (NUM // 2)}\t1" for n in range(first, NUM, 3)]
+        (data / "qrels" / f"{split}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n")
+    return folder
+
+
+def test_quality_and_term_weights_from_the_command_line(place: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    options = ("--no-window-vectors", "--queries", "24", "--quality", "--term-weights", "--device", "cpu")
+    result, written = succeed_with_report(
+        "fit-scores", place / "student", place / "data", "--out", new, *options, folder=tmp_path
+    )
+    report = written["result"]
+    assert report["quality"]["num_relevant"] == {"data": 22}
+    assert report["term_weights"]["num_words"]["data"] > 22
+    assert f"quality: auc {report['quality']['auc']['data']:.3f} on data" in " ".join(result.stderr.split())
+    fitted = Student.load(new, device="cpu", dtype="float32")
+    assert fitted.quality is not None
+    assert fitted.term_weights is not None
+    arguments = ("--student", new, "--out", tmp_path / "i", "--prune", "0.25")
+    _, encoded = succeed_with_report("encode", place / "data", *arguments, folder=tmp_path)
+    assert encoded["result"]["num_pruned"] == NUM // 4
+
+
+def test_a_student_without_quality_cannot_prune(place: Path, tmp_path: Path) -> None:
+    arguments = ("--student", place / "student", "--out", tmp_path / "i", "--prune", "0.2")
+    fail("encode", place / "data", *arguments, containing=["this student does not have", "fit-scores --quality"])
