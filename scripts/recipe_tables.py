@@ -117,22 +117,24 @@ def untrained(report: dict[str, Any]) -> str:
 
 def pretraining(report: dict[str, Any]) -> str:
     """A row for each backbone and objective of the stage before distillation."""
-    lines = [("layers of minilm", "objective", "learning rate", "steps", "squad-sent", "banking77", "s")]
+    kinds = {"full": "minilm", "cut": "minilm", "decoder": "smollm2", "two-way": "smollm2, both directions"}
+    lines = [("backbone", "layers", "objective", "learning rate", "steps", "squad-sent", "banking77", "s")]
     for row in report["rows"]:
-        layers = "all" if row["kept"] is None else ", ".join(map(str, row["kept"]))
+        kind, kept = kinds[row["row"].partition("+")[0]], row["kept"]
+        layers = "all" if kept is None else f"first {kept}" if isinstance(kept, int) else ", ".join(map(str, kept))
         figures = (f"{row['squad-sent']:.3f}", f"{row['banking77']:.3f}")
         if row["objective"] is None:
-            lines.append((layers, "none", "", "", *figures, ""))
+            lines.append((kind, layers, "none", "", "", *figures, ""))
         else:
-            seconds = f"{row['processor_seconds']}"
-            lines.append((layers, f"`{row['objective']}`", f"{row['rate']:g}", f"{row['steps']}", *figures, seconds))
+            trained = (f"`{row['objective']}`", f"{row['rate']:g}", f"{row['steps']}")
+            lines.append((kind, layers, *trained, *figures, f"{row['processor_seconds']}"))
     settings = report["settings"]
     note = (
         f"nDCG@10 of the cosine after this stage and before distillation, {settings['queries']} dev queries among at "
         f"most {settings['passages']:,} passages; {3 * settings['texts']:,} texts of the train splits of both sets, "
         "all weights trained, one seed; s: processor time of one core (`benchmarks/pretraining.py`)."
     )
-    return f"{markdown(lines, num_texts=2)}\n\n{note}"
+    return f"{markdown(lines, num_texts=3)}\n\n{note}"
 
 
 def static(report: dict[str, Any], trained: Sequence[dict[str, Any]]) -> str:
