@@ -19,7 +19,9 @@ from d2llm.models.depths import final_module
 from d2llm.models.evidence import NO_EVIDENCE
 from d2llm.models.export.export import export
 from d2llm.models.interaction import Interaction
+from d2llm.models.quality import PassageQuality
 from d2llm.models.student_files import check_weights
+from d2llm.models.term_weights import TermWeights
 from tiny_models import ARCHITECTURES, TEXTS, randomise, tiny_student_config, write_tiny_model
 
 DEPTHS = (1, 2)
@@ -112,6 +114,21 @@ def test_a_student_is_cut_to_the_depths_that_it_was_trained_for(bert: Path, tmp_
     np.testing.assert_allclose(loaded.score(found[0][0], found[1], "asymmetric"), scores, rtol=1e-3, atol=1e-3)
     assert loaded.evidence is NO_EVIDENCE
     assert whole.backbone.num_layers == 3
+
+
+def test_what_was_fitted_to_all_layers_does_not_stay_with_fewer(bert: Path, tmp_path: Path) -> None:
+    trained(bert).save(tmp_path / "whole", content={"nested_depths": [2]})
+    whole = Student.load(tmp_path / "whole", device="cpu", dtype="float32")
+    weights = (0.0,) * whole.vector_dim
+    whole.quality = PassageQuality(student=whole.fingerprint, weights=weights, num_passages={}, num_relevant={}, auc={})
+    whole.term_weights = TermWeights(
+        student=whole.fingerprint, weights=weights, offset=0.5, usual=0.5, num_words={}, explained={}
+    )
+    whole.cut(2).save(tmp_path / "cut")
+    cut = Student.load(tmp_path / "cut", device="cpu", dtype="float32")
+    assert (cut.quality, cut.term_weights) == (None, None)
+    assert whole.quality is not None
+    assert whole.term_weights is not None
 
 
 def test_other_depths_and_students_loaded_to_encode_are_refused(bert: Path, tmp_path: Path) -> None:

@@ -275,8 +275,9 @@ class Student(VectorScorer):
     def cut(self, depth: int) -> Student:
         """A smaller and faster copy, whose backbone has only its first ``depth`` layers.
 
-        It scores by the inner product alone (r = 0), without evidence, vectors of tokens and probabilities, because all
-        these were fitted to what comes after all layers. ``d2llm fit-scores`` fits evidence and probabilities again.
+        It scores by the inner product alone (r = 0), without evidence, vectors of tokens, probabilities, quality and
+        weights of words, because all these were fitted to what comes after all layers. ``d2llm fit-scores`` fits all
+        but the vectors of tokens again.
 
         Raises:
             InputError: the student was not trained for this depth, or was loaded with ``lean=True``.
@@ -298,7 +299,7 @@ class Student(VectorScorer):
         # The content of merged weights has no fingerprint of its own (``files.check_weights``).
         key = fingerprint_json([self.fingerprint, depth]) if self._has_merged_weights else None
         student._saved_fingerprint = key
-        student.calibration, student.evidence, student.token_projection = UNCALIBRATED, NO_EVIDENCE, None
+        student._forget_fitted()
         if isinstance(student.interaction, Interaction) and student.interaction.has_anchor:
             for task in TASKS:
                 student.interaction.interaction_weight(task).zero_()
@@ -341,14 +342,18 @@ class Student(VectorScorer):
         # Training makes it another student, so nothing recorded about the loaded one remains valid.
         self._saved_fingerprint = None
         self._recorded = {}
+        self._forget_fitted()
+        self._engine = None
+        self._products = None
+        self.backbone.prepare_training(seed=seed)
+
+    def _forget_fitted(self) -> None:
+        """Drop everything that was fitted to this student, for a student whose vectors and scores are others."""
         self.calibration = UNCALIBRATED
         self.evidence = NO_EVIDENCE
         self.token_projection = None
         self.quality = None
         self.term_weights = None
-        self._engine = None
-        self._products = None
-        self.backbone.prepare_training(seed=seed)
 
     def fit_pooling(self, passages: Sequence[str]) -> None:
         """Fit what ``pooling`` takes from passages (whitening, projection) before training, if it takes anything.
