@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import JsonOption, in_existing_folder, with_option_groups
+from d2llm.cli.options import HtmlOption, JsonOption, MarkdownOption, with_option_groups
 from d2llm.cli.session import session_of
 
 
@@ -18,18 +18,8 @@ def leaderboard(
         list[Path],
         typer.Argument(metavar="REPORT...", help="Files that d2llm evaluate --json wrote, or folders of such files."),
     ],
-    markdown_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--markdown", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write Markdown."
-        ),
-    ] = None,
-    html_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--html", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write one HTML page."
-        ),
-    ] = None,
+    markdown_path: MarkdownOption = None,
+    html_path: HtmlOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Show evaluations of several sets and students in one table.

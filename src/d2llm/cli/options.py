@@ -106,6 +106,18 @@ JsonOption = Annotated[
         "--json", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write the result as JSON."
     ),
 ]
+MarkdownOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--markdown", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write Markdown."
+    ),
+]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write one HTML page."
+    ),
+]
 TaskOption = Annotated[
     Task, typer.Option(help="Whether a passage answers a query (asymmetric) or means the same (symmetric).")
 ]

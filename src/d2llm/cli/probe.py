@@ -11,10 +11,11 @@ from d2llm.cli.index_options import warn_of_skipped
 from d2llm.cli.options import (
     DeviceOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
+    MarkdownOption,
     StudentArgument,
     TaskOption,
-    in_existing_folder,
     with_option_groups,
 )
 from d2llm.cli.session import session_of
@@ -38,18 +39,8 @@ def probe(
     seed: Annotated[int, typer.Option(min=0, help="Seed of sentences, classes and generated sets.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    html_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--html", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write one HTML page."
-        ),
-    ] = None,
-    markdown_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--markdown", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write Markdown."
-        ),
-    ] = None,
+    html_path: HtmlOption = None,
+    markdown_path: MarkdownOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Measure what a student's vectors know, without annotated data.

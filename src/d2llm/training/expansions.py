@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.core.batches import batched
 from d2llm.core.errors import DataFormatError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import QueryExpansion
@@ -65,8 +66,7 @@ def write_expansions(path: Path, queries: Sequence[str], writer: Writer) -> None
     with path.open("ab+") as file, progress_bar("writing hypothetical passages", len(waiting)) as advance:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        for start in range(0, len(waiting), _WRITTEN_TOGETHER):
-            together = waiting[start : start + _WRITTEN_TOGETHER]
+        for together in batched(waiting, _WRITTEN_TOGETHER):
             written = writer.write([Assignment(query, "answer") for query in together], advance=advance)
             lines = [
                 json.dumps({"query": query, "passages": answer.queries}, ensure_ascii=False) + "\n"
