@@ -14,6 +14,7 @@ large language model once wrote (`recorded_writer.py`) instead of having a local
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -68,6 +69,10 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, start: str, wi
         else:
             settings = FitSettings(hours=hours, student=start, writer=WriterConfig(model=writer))
         fitting = Fit([data], work / "fit", settings)
+        fitting.read()
+        before = work / "index-before"  # the fit replaces it, and the student to start from is measured with it
+        if not before.exists():
+            shutil.copytree(fitting.folder.index, before)
         report = fitting.finish()
     if report is None:
         raise SystemExit(f"{work}: was finished by an earlier call; delete it to measure again")
@@ -84,6 +89,7 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, start: str, wi
         contenders,
         EvaluationSettings(baseline="fitted_sum", latency_queries=10),
         work_folder=work / "measured",
+        indexes=[before, fitting.folder.index, *fitting.folder.work.glob("index-*")],
     )
     return {
         "set": data.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ def evaluate(
     *,
     work_folder: str | Path | None = None,
     labels: str | Path | None = None,
+    indexes: Sequence[str | Path] = (),
     runner: str | Runner = "local",
     device: str | None = None,
 ) -> EvaluationReport:
@@ -46,6 +48,9 @@ def evaluate(
         work_folder: where indexes, measured systems and judgements are kept, so that an interrupted evaluation can
             continue and a repeated one can reuse them. None means a temporary folder.
         labels: a label store, opened read-only; pairs that have a label in it are not judged again.
+        indexes: indexes of this corpus. One that a student made, with vectors stored as the evaluation stores them and
+            with all that the student's score counts, is searched, so that the passages are not encoded again. Others
+            are not used: of other passages, late-chunked, or sharded.
         runner: where passages and, if they are many, queries are encoded and where teachers judge: in this process
             (``local``), or on the workers of a Ray cluster (``ray``, ``ray:ADDRESS``, or a ``RayRunner``), which load
             the models as ``contenders.loads`` says. Searches, and all latencies, are of this process; a remote teacher
@@ -53,8 +58,8 @@ def evaluate(
         device: for a cluster: where its workers compute.
 
     Raises:
-        DataFormatError: the data set was read without the split, nothing in it can be measured, or ``labels`` is not a
-            label store.
+        DataFormatError: the data set was read without the split, nothing in it can be measured, ``labels`` is not a
+            label store, or one of ``indexes`` is not an index.
         InputError: the baseline is not among the rows, search settings are given for a data set of pairs, there is no
             such runner or cluster, or its workers cannot know how to load a model.
         MismatchError: a worker has other versions than this process, or another model at a path.
@@ -75,7 +80,15 @@ def evaluate(
     ):
         place = Path(folder)
         if isinstance(dataset, Dataset):
-            report = evaluate_retrieval(dataset, contenders, chosen, folder=place, labels=labels, placement=placement)
+            report = evaluate_retrieval(
+                dataset,
+                contenders,
+                chosen,
+                folder=place,
+                labels=labels,
+                placement=placement,
+                indexes=[Path(index) for index in indexes],
+            )
         else:
             report = evaluate_pairs(dataset, contenders, chosen, folder=place, labels=labels, placement=placement)
     return replace(report, seconds=time.perf_counter() - begin)

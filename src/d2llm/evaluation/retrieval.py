@@ -53,6 +53,7 @@ def evaluate_retrieval(
     folder: Path,
     labels: Path | None,
     placement: Placement = HERE,
+    indexes: Sequence[Path] = (),
 ) -> EvaluationReport:
     """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements."""
     setting.check_baseline(
@@ -64,7 +65,7 @@ def evaluate_retrieval(
         for size in (settings.latency_queries, settings.teacher_queries)
     )
     trial = Trial(queries, probes, settings.task, settings.top_k)
-    work = RetrievalWork(dataset, settings, trial, sampled, folder, labels, placement)
+    work = RetrievalWork(dataset, settings, trial, sampled, folder, labels, placement, indexes)
     students = contenders.students(settings.num_candidates, settings.top_k)
     for row in students:
         work.store_parts_for(row.model)

@@ -38,6 +38,7 @@ from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import WordIndex, rank_passages
 from d2llm.store.index_manifest import FORMAT_VERSION
+from d2llm.store.sharded_store import ShardedStore
 from d2llm.store.view import PassageView
 
 RankedIds = tuple[tuple[str, float], ...]
@@ -291,7 +292,10 @@ class MeasuredStore:
 
 @dataclass
 class RetrievalWork:
-    """The state of one evaluation. Judges answer the ``sampled`` queries; ``folder`` holds indexes and measurements."""
+    """The state of one evaluation. Judges answer the ``sampled`` queries; ``folder`` holds indexes and measurements.
+
+    ``indexes`` are made already; one that a student made of this corpus is searched instead of a new one.
+    """
 
     dataset: Dataset
     settings: EvaluationSettings
@@ -300,6 +304,7 @@ class RetrievalWork:
     folder: Path
     labels: Path | None
     placement: Placement = HERE
+    indexes: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         self.passages: list[Passage] = list(self.dataset.passages.values())
@@ -336,7 +341,7 @@ class RetrievalWork:
         tokens = model.token_fingerprint if "token" in parts and isinstance(model, TokenStudent) else None
         named = [*parts.values(), *([tokens] if tokens else [])]
         name = "-".join([model.fingerprint, self.corpus, dtype, str(FORMAT_VERSION), *named])
-        target = self.folder / "indexes" / name
+        target = self._made_already(model, parts, tokens) or self.folder / "indexes" / name
         if not target.exists():
             report = encode(
                 self.passages,
@@ -351,6 +356,32 @@ class RetrievalWork:
             )
             rate = report.passages_per_second
         return Index.open(target, model), rate
+
+    def _made_already(self, model: SearchStudent, parts: Mapping[PartKind, str], tokens: str | None) -> Path | None:
+        """The given index that has what a new one of a model would have; None if there is none."""
+        for index in self._of_corpus:
+            manifest = index.storage.manifest
+            if (
+                manifest["student"] == model.fingerprint
+                and manifest["vector_format"] == self.settings.dtype
+                and parts.items() <= index.storage.part_formats.items()
+                and tokens in (None, manifest["token_projection"])
+            ):
+                return index.folder
+        return None
+
+    @cached_property
+    def _of_corpus(self) -> list[Index]:
+        """Those of the given indexes that have the passages of the corpus, each encoded on its own, and no others."""
+        opened = [Index.open(folder) for folder in self.indexes]
+        return [
+            index
+            for index in opened
+            if not isinstance(index.storage, ShardedStore)
+            and not (index.chunking is not None and index.chunking.late)
+            and len(index) == len(self.passages)
+            and fingerprint_passages(index.get(list(self.dataset.passages))) == self.corpus
+        ]
 
     def measure(
         self,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2llm.core.errors import IndexMismatchError, InputError, MissingExtraError
-from d2llm.core.files import new_folder, write_bytes, write_json
+from d2llm.core.files import new_folder, replace_folder, write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
 from d2llm.core.manifest import read_any_manifest, write_manifest
 from d2llm.core.progress import showing_progress
@@ -176,7 +176,7 @@ class Fit:
         from d2llm.retrieval.sync import sync_documents
 
         if is_finished(self.folder.index):
-            self._renew_index(self.folder.student)  # if a call ended after replacing only one of the two
+            self._serve(self._index_of(self.folder.student))  # if a call ended after replacing only one of the two
             index = self.index
             if is_corpus_file(self.documents):
                 passages = list(open_corpus(self.documents).passages)
@@ -195,7 +195,8 @@ class Fit:
         student = self._load(self.start)
         student.save(self.folder.student)
         corpus = open_corpus(self.documents, exclude=self._excluded)
-        encoded = self._encode(corpus, student, self._chunking(student), source=self.start)
+        encoded = self._encode(corpus, student, self.folder.index, self._chunking(student), source=self.start)
+        self._forget_index()
         self._rate = encoded.passages_per_second or None
         return f"{encoded.num_documents:,} documents, {encoded.num_passages:,} passages"
 
@@ -388,6 +389,7 @@ class Fit:
             bi_encoders={} if fitted is None else {BASE_NAME: start},
             loads=loads,
         )
+        indexes = [self.folder.index] if trained is None else [self.folder.index, self._index_of(trained)]
         settings = EvaluationSettings(task=self.settings.task, latency_queries=10, seed=self.settings.seed)
         datasets = {name: read_beir(self._data_folder(name), splits=["dev", "test"]) for name in data}
         reports = {
@@ -396,6 +398,7 @@ class Fit:
                 contenders,
                 settings,
                 work_folder=self.folder.measured,
+                indexes=indexes,
                 runner=self.runner,
                 device=self.device,
             )
@@ -419,10 +422,10 @@ class Fit:
 
     def serve_with(self, student: Path) -> None:
         """Make the served index that of a student; it replaces the earlier one when it is complete."""
+        index = self._index_of(student)
         with new_folder(self.folder.student, kind="student") as temporary:
             shutil.copytree(student, temporary, dirs_exist_ok=True)
-            self._renew_index(student)
-        self._forget_index()
+            self._serve(index)
 
     # What the steps share --------------------------------------------------------------------------------------------
 
@@ -478,33 +481,31 @@ class Fit:
         self,
         corpus: Corpus | Sequence[Passage],
         student: Student,
+        folder: Path,
         chunking: Chunking | None,
         *,
         source: str | Path,
-        overwrite: bool = False,
     ) -> EncodeReport:
-        """Make the index; ``source`` is where the student was loaded from."""
+        """Make an index that can be served; ``source`` is where the student was loaded from."""
         from d2llm.retrieval.encode import encode
 
         report = encode(
             corpus,
             student,
-            self.folder.index,
+            folder,
             task=self.settings.task,
             window_vectors=None,
             chunking=chunking,
             student_source=_STUDENT_SOURCE,
-            overwrite=overwrite,
             runner=self.runner,
             device=self.device,
             load_student=self._loader(source),
         )
         self._note_skipped(report.skipped)
-        self._forget_index()
         return report
 
-    def _renew_index(self, student: Path) -> None:
-        """Encode the passages again if the index was made by another student than this one, or lacks its tokens."""
+    def _index_of(self, student: Path) -> Path:
+        """An index of the passages that a student made: the served one, or a new one that can be served."""
         from d2llm.retrieval.index import check_parts
 
         loaded, chunking = self._load(student), self.index.chunking
@@ -512,14 +513,23 @@ class Fit:
             self.index.store.check_student(loaded.fingerprint)
             check_parts(self.index.store, loaded, self.settings.task)
         except IndexMismatchError:
-            if chunking is not None and chunking.late:  # needs what stands around each passage
-                corpus = open_corpus(self.documents, exclude=self._excluded)
-                self._encode(corpus, loaded, chunking, source=student, overwrite=True)
-                return
-            self._encode(self.passages, loaded, None, source=student, overwrite=True)
+            tokens = loaded.token_fingerprint if loaded.token_dim else None
+            folder = self.folder.work / f"index-{fingerprint_json([loaded.fingerprint, tokens, self._corpus_key])}"
+            if not is_finished(folder):
+                is_late = chunking is not None and chunking.late  # needs what stands around each passage
+                corpus = open_corpus(self.documents, exclude=self._excluded) if is_late else self.passages
+                self._encode(corpus, loaded, folder, chunking if is_late else None, source=student)
             if chunking is not None:
-                with self.index.store.locked():
-                    write_chunking(self.folder.index, chunking)
+                write_chunking(folder, chunking)
+            return folder
+        return self.folder.index
+
+    def _serve(self, index: Path) -> None:
+        """Serve an index that was made for it."""
+        if index != self.folder.index:
+            with self.index.store.locked():
+                replace_folder(index, self.folder.index)
+            self._forget_index()
 
     def _chunking(self, student: Student) -> Chunking | None:
         """How the documents of a new index are split; the passages of a corpus file are not."""

@@ -14,7 +14,7 @@ MIN_WRITING_SECONDS = 30.0
 TEACHER_SHARE = 0.3
 """Share of the time for training that goes to a teacher's judgements, if there is a teacher."""
 _OVERHEAD_SECONDS = 60.0  # loading models, fitting weights, writing reports
-_CORPUS_PASSES = 5  # mining; the indexes of untuned, tuned and fitted students; the index to be served
+_CORPUS_PASSES = 3  # mining; the indexes of the untuned and the trained student
 _EVALUATED_PASSAGES = 2_000  # encoded in each evaluation on dev, and for fitting weights
 _NUM_EVALUATIONS = 8
 
