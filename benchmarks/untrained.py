@@ -1,5 +1,8 @@
 """What a backbone is worth before any training: by pooling, by the layers that are kept, and whitened.
 
+The head of the pooling `ditto` is the one with the best mean reciprocal rank on other dev queries of both sets
+(``models.layer_choice.choose_diagonal_head``).
+
     python benchmarks/untrained.py                      smollm2 and minilm on two data sets, some ten minutes
     python benchmarks/untrained.py --json benchmarks/results/untrained.json
 
@@ -26,15 +29,16 @@ from scaling.data_sets import DATA, require
 from d2llm.core.recipe import BackboneConfig, InteractionConfig, PoolingConfig, StudentConfig
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.models.backbone import Backbone
-from d2llm.models.layer_choice import choose_layers, layer_distances
+from d2llm.models.layer_choice import choose_diagonal_head, choose_layers, layer_distances
 from d2llm.models.student import Student
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.whitening import whitening
 
 SETS = ("squad-sent", "banking77")
-POOLINGS = ("mean", "weighted_mean", "last")
+POOLINGS = ("mean", "weighted_mean", "last", "ditto")
 KEPT = {"smollm2": (4, 8, 16), "minilm": (2, 4, 5)}
 NUM_TEXTS = 100
+NUM_CHOOSING, NUM_OTHERS = 50, 100  # of each set, for the head of ditto
 
 
 def sample(data: Dataset, num_queries: int, num_passages: int) -> tuple[dict[str, str], dict[str, str], Any]:
@@ -52,9 +56,12 @@ def sample(data: Dataset, num_queries: int, num_passages: int) -> tuple[dict[str
     )
 
 
-def make_student(model: str, pooling: str, layers: int | tuple[int, ...] | None) -> Student:
+def make_student(
+    model: str, pooling: str, layers: int | tuple[int, ...] | None, head: tuple[int, int] | None
+) -> Student:
     """The backbone alone, with the cosine of its own pooling."""
     settings: dict[str, Any] = {"model": model, "pooling": pooling, "layers": layers, "tuning": "frozen"}
+    settings["diagonal_head"] = head
     config = StudentConfig(
         backbone=BackboneConfig.model_validate(settings),
         pooling=PoolingConfig(method="backbone"),
@@ -83,18 +90,47 @@ def ndcg(ids: list[str], passages: NDArray[Any], query_ids: list[str], queries: 
     return float(np.mean(list(values["nDCG@10"].values())))
 
 
-def rows_of(model: str, samples: dict[str, Any], texts: list[str]) -> list[dict[str, Any]]:
+def pairs_for_choice(data: Dataset, num_measured: int) -> tuple[list[str], list[str], list[str]]:
+    """Queries that are not measured, a relevant passage of each, and other passages: none of them twice."""
+    positives = data.positives("dev")
+    measured = list(data.qrels["dev"])[:num_measured]
+    own = {  # by passage, so that no two queries have the same
+        ids[0]: query_id for query_id, ids in positives.items() if ids and query_id not in measured
+    }
+    chosen = random.Random(0).sample([*own], min(NUM_CHOOSING, len(own)))
+    others = random.Random(1).sample([each for each in data.passages if each not in own], NUM_OTHERS)
+    queries = [data.queries[own[passage_id]].text for passage_id in chosen]
+    return (
+        queries,
+        [data.passages[each].full_text for each in chosen],
+        [data.passages[each].full_text for each in others],
+    )
+
+
+def find_head(model: str, pairs: list[tuple[list[str], list[str], list[str]]]) -> tuple[int, int]:
+    """The head for ``ditto``, by the queries of all sets among the passages of all."""
+    config = BackboneConfig(model=model, pooling="ditto", diagonal_head=(0, 0), max_passage_tokens=128)
+    queries, passages, others = ([text for each in pairs for text in each[place]] for place in range(3))
+    return choose_diagonal_head(Backbone.load(config, device="cpu"), queries, passages + others)
+
+
+def rows_of(
+    model: str, samples: dict[str, Any], texts: list[str], pairs: list[tuple[list[str], list[str], list[str]]]
+) -> list[dict[str, Any]]:
     """One row for each pooling of all layers, and for the model's own pooling of fewer layers."""
     own = "auto" if model == "minilm" else "mean"
     distances = layer_distances(Backbone.load(BackboneConfig(model=model, layers=None), device="cpu"), texts)
     print(f"{model}: angles of the layers", " ".join(f"{distance:.3f}" for distance in distances), flush=True)
     cases: list[tuple[str, str, int | tuple[int, ...] | None]] = [("all", pooling, None) for pooling in POOLINGS]
+    head = find_head(model, pairs)
     for count in KEPT[model]:
         cases += [(f"first {count}", own, count), (f"chosen {count}", own, choose_layers(distances, count))]
     rows: list[dict[str, Any]] = []
     for layers, pooling, kept in cases:
-        student = make_student(model, pooling, kept)
+        student = make_student(model, pooling, kept, head if pooling == "ditto" else None)
         row: dict[str, Any] = {"model": model, "layers": layers, "kept": kept, "pooling": pooling}
+        if pooling == "ditto":
+            row["head"] = head
         for name, (queries, passages, qrels) in samples.items():
             passage_vectors = student.encode_passages([*passages.values()]).vectors
             query_vectors = student.encode_queries([*queries.values()]).vectors
@@ -120,7 +156,8 @@ def main() -> None:
     samples = {name: sample(each, arguments.queries, arguments.passages) for name, each in data.items()}
     used = samples["squad-sent"][1]
     texts = [p.full_text for i, p in data["squad-sent"].passages.items() if i not in used][:NUM_TEXTS]
-    rows = [row for model in arguments.models for row in rows_of(model, samples, texts)]
+    pairs = [pairs_for_choice(each, arguments.queries) for each in data.values()]
+    rows = [row for model in arguments.models for row in rows_of(model, samples, texts, pairs)]
     if arguments.json is not None:
         settings = {"queries": arguments.queries, "passages": arguments.passages}
         arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")

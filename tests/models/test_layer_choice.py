@@ -12,7 +12,7 @@ import torch
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import BackboneConfig
 from d2llm.models.backbone import Backbone, layers_of
-from d2llm.models.layer_choice import choose_layers, layer_distances
+from d2llm.models.layer_choice import choose_diagonal_head, choose_layers, layer_distances
 from d2llm.models.student import Student
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model
 
@@ -72,3 +72,37 @@ def test_a_student_of_chosen_layers_is_saved_and_loaded(tmp_path: Path, architec
         loaded.encode_queries(TEXTS).vectors, student.encode_queries(TEXTS).vectors, rtol=1e-5, atol=1e-6
     )
     assert loaded.config.backbone.layers == (0, 2)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_the_head_of_ditto_is_the_one_that_ranks_pairs_best(tmp_path: Path, architecture: str) -> None:
+    folder = write_tiny_model(tmp_path / architecture, architecture)
+    queries, passages = [text.upper() for text in TEXTS[:4]], TEXTS[:6]
+
+    def reciprocal_rank(head: tuple[int, int]) -> float:
+        config = BackboneConfig(model=str(folder), pooling="ditto", diagonal_head=head)
+        backbone = Backbone.load(config, device="cpu", dtype="float32")
+        vectors: list[np.ndarray] = []
+        for text in (*queries, *passages):
+            with torch.inference_mode():
+                states, _ = backbone(*backbone.pad(backbone.tokenize([text], "passage").ids))
+            mean = states[0].mean(dim=0).numpy()
+            vectors.append(mean / np.linalg.norm(mean))
+        scores = np.stack(vectors[:4]) @ np.stack(vectors[4:]).T
+        ranks = [1 + int((row > row[number]).sum()) for number, row in enumerate(scores)]
+        return float(np.mean([1 / rank for rank in ranks]))
+
+    heads = [(layer, head) for layer in range(2) for head in range(4)]
+    config = BackboneConfig(model=str(folder), pooling="ditto", diagonal_head=(0, 0))
+    chosen = choose_diagonal_head(Backbone.load(config, device="cpu", dtype="float32"), queries, passages)
+    assert reciprocal_rank(chosen) == pytest.approx(max(reciprocal_rank(head) for head in heads))
+
+
+def test_a_head_is_not_chosen_without_attention_or_pairs(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "bert", "bert")
+    with pytest.raises(InputError, match="only a backbone with the pooling 'ditto'"):
+        choose_diagonal_head(load(folder), TEXTS[:1], TEXTS[:1])
+    config = BackboneConfig(model=str(folder), pooling="ditto", diagonal_head=(0, 0))
+    backbone = Backbone.load(config, device="cpu", dtype="float32")
+    with pytest.raises(InputError, match="2 queries need as many passages or more, not 1"):
+        choose_diagonal_head(backbone, TEXTS[:2], TEXTS[:1])
