@@ -76,9 +76,9 @@ def run(name, rankings):
     return TrecRun(name, {query: tuple(ids) for query, ids in rankings.items()}, scores)
 
 
-def measure(dataset, contenders, work=None, *, labels=None, **settings):
+def measure(dataset, contenders, work=None, *, labels=None, indexes=(), **settings):
     chosen = EvaluationSettings(**({"latency_queries": 3} | settings))
-    return evaluate(dataset, contenders, chosen, work_folder=work, labels=labels)
+    return evaluate(dataset, contenders, chosen, work_folder=work, labels=labels, indexes=indexes)
 
 
 def with_indexes_of(work, folder):

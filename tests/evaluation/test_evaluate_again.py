@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from d2llm.data.beir import read_beir
 from d2llm.evaluation.setting import Contenders, EvaluationSettings
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.encode import encode
+from d2llm.store.side_files import Chunking, write_chunking
 from e2e.command_line import write_data, write_qrels
 from fake_models import FakeStudent, FakeTeacher, Interruption
 from tiny_evaluations import everyone, figures, make_dataset, make_words, measure, run, with_indexes_of
@@ -136,6 +138,49 @@ def test_interrupted_encoding_is_resumed(dataset, measured, tmp_path, monkeypatc
     assert count_work(resumed)[0] == [40, 0, 0, 10]
     uninterrupted = measured[2]
     assert [figures(row) for row in report.rows] == [figures(row) for row in uninterrupted.rows]
+
+
+def test_an_index_of_the_corpus_is_searched_instead_of_a_new_one(dataset, measured, tmp_path):
+    passages, student = list(dataset.passages.values()), everyone().student
+    encode(passages, student, tmp_path / "index")
+    again = everyone()
+    report = measure(dataset, again, tmp_path / "work", indexes=[tmp_path / "index"], **SAMPLE)
+    assert count_work(again)[0] == [0, 40, 40, 40]
+    assert figures(report.row("D2LLM")) == figures(measured[2].row("D2LLM"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"corpus": slice(1, None)},
+        {"vector_format": "float32"},
+        {"student": FakeStudent(fingerprint="other")},
+        {"num_shards": 2},
+    ],
+)
+def test_an_index_with_something_else_is_not_searched(dataset, tmp_path, change):
+    options = {"corpus": slice(None), "student": everyone().student, **change}
+    passages = list(dataset.passages.values())[options.pop("corpus")]
+    encode(passages, options.pop("student"), tmp_path / "index", **options)
+    contenders = everyone()
+    measure(dataset, contenders, tmp_path / "work", indexes=[tmp_path / "index"], **SAMPLE)
+    assert count_work(contenders)[0] == [40] * 4
+
+
+def test_an_index_whose_passages_were_read_with_their_neighbours_is_not_searched(dataset, tmp_path):
+    contenders = everyone()
+    encode(list(dataset.passages.values()), everyone().student, tmp_path / "index")
+    write_chunking(tmp_path / "index", Chunking(64, late=True))
+    measure(dataset, contenders, tmp_path / "work", indexes=[tmp_path / "index"], **SAMPLE)
+    assert count_work(contenders)[0] == [40] * 4
+
+
+def test_a_changed_text_makes_an_index_one_of_another_corpus(dataset, tmp_path):
+    contenders = everyone()
+    first, *others = dataset.passages.values()
+    encode([replace(first, text="Another text."), *others], everyone().student, tmp_path / "index")
+    measure(dataset, contenders, tmp_path / "work", indexes=[tmp_path / "index"], **SAMPLE)
+    assert count_work(contenders)[0] == [40] * 4
 
 
 def test_the_seed_determines_the_sample():

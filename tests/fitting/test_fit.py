@@ -65,6 +65,14 @@ def test_a_fit_ends_with_everything_in_one_folder(finished):
         assert "</html>" in page.read_text()
 
 
+def test_the_corpus_is_encoded_once_for_each_student(finished):
+    done, report = finished
+    untuned = [path.name for path in (done.folder.measured / "indexes").iterdir()]
+    assert len(untuned) == 1  # those of the start and of the fitted student are made to be served
+    not_served = list(done.folder.work.glob("index-*"))
+    assert len(not_served) == (0 if report.kept == "fitted" else 1)
+
+
 def test_dev_and_test_documents_have_no_training_query(finished):
     done, _ = finished
     split_of: dict[str, set[str]] = {}

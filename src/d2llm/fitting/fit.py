@@ -160,7 +160,7 @@ class Fit:
                 with self.stages.run("read") as stage:
                     stage.outcome = self.read()
                 if not is_update:
-                    return self._conclude(self._learn(self.plan()))
+                    return self._conclude(self._learn())
             finally:
                 self.stages.finish()
         _remarks.info(
@@ -205,18 +205,18 @@ class Fit:
 
         Passes over the corpus are planned at the speed of the runner, training at that of this process.
         """
+        is_written = self._finished_writing() is not None
         plan = plan_time(
             self.stages.seconds_left,
             num_passages=len(self.passages),
             passages_per_second=self._passages_per_second(),
             corpus_passages_per_second=self._rate,
             num_negatives=NUM_NEGATIVES,
-            is_written=self._finished_writing() is not None,
+            is_written=is_written,
             has_teacher=self.settings.teacher is not None,
         )
-        self.stages.plan(write=plan.writing, train=plan.training, compare=plan.measuring)
-        if not plan.training:
-            self._note("there was no time for training: only the weights of the score were fitted")
+        writing = {} if is_written else {"write": plan.writing}
+        self.stages.plan(**writing, train=plan.training, compare=plan.measuring)
         return plan
 
     def write(self, seconds: float) -> WritingReport:
@@ -429,10 +429,10 @@ class Fit:
 
     # What the steps share --------------------------------------------------------------------------------------------
 
-    def _learn(self, plan: TimePlan) -> _Learnt:
-        """The stages from writing to training."""
+    def _learn(self) -> _Learnt:
+        """The stages from writing to training; time that writing leaves is for training."""
         with self.stages.run("write") as stage:
-            writing = self.write(plan.writing)
+            writing = self.write(self.plan().writing)
             stage.outcome = f"{writing.num_queries:,} queries for {writing.num_answers:,} assignments"
         with self.stages.run("review") as stage:
             review = self.review()
@@ -440,13 +440,14 @@ class Fit:
             data = self.make_data(review)
         with self.stages.run("weights"):
             base = self.fit_weights(data)
-        trained = None
+        trained, plan = None, self.plan()
         if plan.training:
             with self.stages.run("train") as stage:
                 trained = self.train(data, plan)
                 stage.outcome = f"on {sum(report.queries['train'] for report in data.values()):,} queries"
         else:
             self.stages.skip("train", "no time for it")
+            self._note("there was no time for training: only the weights of the score were fitted")
         return _Learnt(writing, review, data, base, trained)
 
     def _conclude(self, learnt: _Learnt) -> FitReport:
