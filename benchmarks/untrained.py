@@ -134,11 +134,10 @@ def rows_of(
         for name, (queries, passages, qrels) in samples.items():
             passage_vectors = student.encode_passages([*passages.values()]).vectors
             query_vectors = student.encode_queries([*queries.values()]).vectors
-            for suffix, (p, q) in (
-                ("", (passage_vectors, query_vectors)),
-                (", whitened", whitened(passage_vectors, query_vectors)),
-            ):
-                row[name + suffix] = round(ndcg([*passages], p, [*queries], q, qrels), 4)
+            row[name] = round(ndcg([*passages], passage_vectors, [*queries], query_vectors, qrels), 4)
+            if len(passages) > passage_vectors.shape[1]:  # fewer do not determine the covariance
+                p, q = whitened(passage_vectors, query_vectors)
+                row[f"{name}, whitened"] = round(ndcg([*passages], p, [*queries], q, qrels), 4)
         rows.append(row)
         print(" | ".join(f"{value}" for value in row.values()), flush=True)
     return rows

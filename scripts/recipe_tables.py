@@ -100,13 +100,16 @@ def losses(report: dict[str, Any]) -> str:
 def untrained(report: dict[str, Any]) -> str:
     """A row for each backbone, layers and pooling."""
     rows = report["rows"]
-    columns = [name for name in rows[0] if name not in ("model", "layers", "kept", "pooling")]
+    described = ("model", "layers", "kept", "pooling", "head")
+    columns = list(dict.fromkeys(name for row in rows[::-1] for name in row if name not in described))
     lines = [("model", "layers", "pooling", *columns)]
     for row in rows:
         kept = row["kept"]
         layers = f"{row['layers']}: {', '.join(map(str, kept))}" if isinstance(kept, list) else row["layers"]
         pooling = "mean" if row["pooling"] == "auto" else row["pooling"]
-        lines.append((row["model"], layers, pooling, *(f"{row[name]:.3f}" for name in columns)))
+        if "head" in row:
+            pooling += " of layer {}, head {}".format(*row["head"])
+        lines.append((row["model"], layers, pooling, *(f"{row[name]:.3f}" if name in row else "" for name in columns)))
     settings = report["settings"]
     note = (
         f"nDCG@10 of the cosine before any training, {settings['queries']} dev queries among at most "

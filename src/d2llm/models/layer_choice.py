@@ -97,7 +97,7 @@ def choose_diagonal_head(backbone: Backbone, queries: Sequence[str], passages: S
         raise InputError("only a backbone with the pooling 'ditto' gives its attention; set pooling and any head")
     if not queries or len(passages) < len(queries):
         raise InputError(f"{len(queries)} queries need as many passages or more, not {len(passages)}, and at least one")
-    by_query, by_passage = (_vectors_by_head(backbone, *texts) for texts in ((queries, "query"), (passages, "passage")))
+    by_query, by_passage = _vectors_by_head(backbone, queries, "query"), _vectors_by_head(backbone, passages, "passage")
     scores = by_query @ by_passage.transpose(2, 3)  # [layers, heads, queries, passages]
     own = torch.diagonal(scores, dim1=2, dim2=3).unsqueeze(-1)
     ranks = (scores > own).sum(dim=3) + 1
