@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from d2llm.core.extras import require
 from d2llm.core.files import write_json
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.table import Column, Table
-from d2llm.data.wall import all_pairs, moment_curve
+from d2llm.data.wall import all_pairs
 from d2llm.models.interaction import Interaction
 from d2llm.ops.losses import in_batch_cross_entropy
 
@@ -41,6 +42,24 @@ CAPACITY_STEPS = 1000
 CAPACITY_RATES = ((0.03, 0.003), (0.1, 0.003), (0.1, 0.01), (0.3, 0.01))  # of the vectors, of the head
 CALIBRATION_SEED = 100
 Cell = dict[str, Any]
+
+
+def moment_curve(num_passages: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Vectors of width 4 that solve the wall of any size in exact arithmetic, by inner product.
+
+    Passage t is (cos t, sin t, cos 2t, sin 2t), all of equal length. (1 - cos(t - a)) (1 - cos(t - b)) is 0 at a and b,
+    above 0 elsewhere; its negative is, up to a constant, an inner product of t's vector with one made of a and b. The
+    margin shrinks as n^-4, so the precision of the numbers limits n. Trigonometric moment curve: Gale 1963.
+
+    Returns:
+        queries [n (n - 1) / 2, 4] in the order of ``all_pairs``, passages [n, 4].
+    """
+    angles = 2 * np.pi * np.arange(num_passages) / num_passages
+    first, second = angles[np.array(all_pairs(num_passages))].T
+    both = first + second
+    queries = [np.cos(first) + np.cos(second), np.sin(first) + np.sin(second), -np.cos(both) / 2, -np.sin(both) / 2]
+    passages = [np.cos(angles), np.sin(angles), np.cos(2 * angles), np.sin(2 * angles)]
+    return np.stack(queries, axis=1), np.stack(passages, axis=1)
 
 
 class Head(nn.Module):

@@ -6,7 +6,6 @@ import re
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from d2llm.core.errors import InputError
 from d2llm.data import wall as module
 from d2llm.data.beir import read_beir
-from d2llm.data.wall import all_pairs, largest_wall, make_wall, moment_curve, write_wall
+from d2llm.data.wall import all_pairs, largest_wall, make_wall, write_wall
 from d2llm.ops.bm25_words import terms
 from d2llm.store.bm25 import WordIndex, rank_passages
 
@@ -108,15 +107,3 @@ def test_the_size_is_limited_by_the_number_of_words():
         make_wall(5, num_distractors=-1)
     with pytest.raises(InputError, match="num_distractors is 1600, but must be from 0 to 1595"):
         make_wall(5, num_distractors=1600)
-
-
-@pytest.mark.parametrize("number", [3, 4, 17, 60])
-def test_moment_curve_ranks_each_pair_first_by_its_margin(number):
-    queries, passages = moment_curve(number)
-    assert queries.shape == (number * (number - 1) // 2, 4)
-    assert np.allclose(np.linalg.norm(passages, axis=1), np.sqrt(2))  # equal lengths, so it ranks like a cosine
-    angles = 2 * np.pi * np.arange(number) / number
-    for (first, second), scores in zip(all_pairs(number), queries @ passages.T, strict=True):
-        expected = -(1 - np.cos(angles - angles[first])) * (1 - np.cos(angles - angles[second]))
-        assert np.allclose(scores - scores[first], expected, atol=1e-12)
-        assert set(np.argsort(-scores)[:2].tolist()) == {first, second}

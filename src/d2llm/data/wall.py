@@ -13,7 +13,6 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.files import new_folder, write_bytes
@@ -99,24 +98,6 @@ class Wall:
 def all_pairs(num_passages: int) -> list[tuple[int, int]]:
     """The answers of the wall's queries: every pair i < j of ``num_passages`` passages, n (n - 1) / 2 of them."""
     return list(combinations(range(num_passages), 2))
-
-
-def moment_curve(num_passages: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Vectors of width 4 that solve the wall of any size in exact arithmetic, by inner product.
-
-    Passage t is (cos t, sin t, cos 2t, sin 2t), all of equal length. (1 - cos(t - a)) (1 - cos(t - b)) is 0 at a and b,
-    above 0 elsewhere; its negative is, up to a constant, an inner product of t's vector with one made of a and b. The
-    margin shrinks as n^-4, so the precision of the numbers limits n. Trigonometric moment curve: Gale 1963.
-
-    Returns:
-        queries [n (n - 1) / 2, 4] in the order of ``all_pairs``, passages [n, 4].
-    """
-    angles = 2 * np.pi * np.arange(num_passages) / num_passages
-    first, second = angles[np.array(all_pairs(num_passages))].T
-    both = first + second
-    queries = [np.cos(first) + np.cos(second), np.sin(first) + np.sin(second), -np.cos(both) / 2, -np.sin(both) / 2]
-    passages = [np.cos(angles), np.sin(angles), np.cos(2 * angles), np.sin(2 * angles)]
-    return np.stack(queries, axis=1), np.stack(passages, axis=1)
 
 
 def largest_wall(num_distractors: int = 0) -> int:
