@@ -183,6 +183,13 @@ def test_existing_labels_spare_the_teacher(evaluated, tmp_path, monkeypatch):
     assert not (tmp_path / "work" / "judgements").exists()
 
 
+def test_indexes_that_exist_are_searched(evaluated, tmp_path):
+    options = [option for index in (evaluated.folder / "work" / "indexes").iterdir() for option in ("--index", index)]
+    result = succeed(*evaluated.arguments, "--work", tmp_path / "work", *options)
+    assert not (tmp_path / "work" / "indexes").exists()
+    assert "was not searched" not in result.stdout
+
+
 def write_pairs(folder):
     """Pair the first words of a sentence with the rest of the same one (label 1) or of another one (label 0)."""
     folder.mkdir()
@@ -293,3 +300,4 @@ class TestBadInput:
         fail("evaluate", data, *options, "--model", tmp_path / "none", containing=["no such folder"])
         message = f"{tmp_path / 'none'}: holds no teacher labels; give the folder that d2llm label wrote"
         fail("evaluate", data, *options, "--labels", tmp_path / "none", containing=[message])
+        fail("evaluate", data, *options, "--index", tmp_path / "none", containing=[f"{tmp_path / 'none'}"])

@@ -147,6 +147,7 @@ def test_an_index_of_the_corpus_is_searched_instead_of_a_new_one(dataset, measur
     report = measure(dataset, again, tmp_path / "work", indexes=[tmp_path / "index"], **SAMPLE)
     assert count_work(again)[0] == [0, 40, 40, 40]
     assert figures(report.row("D2LLM")) == figures(measured[2].row("D2LLM"))
+    assert not any("was not searched" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +164,9 @@ def test_an_index_with_something_else_is_not_searched(dataset, tmp_path, change)
     passages = list(dataset.passages.values())[options.pop("corpus")]
     encode(passages, options.pop("student"), tmp_path / "index", **options)
     contenders = everyone()
-    measure(dataset, contenders, tmp_path / "work", indexes=[tmp_path / "index"], **SAMPLE)
+    report = measure(dataset, contenders, tmp_path / "work", indexes=[tmp_path / "index"], **SAMPLE)
     assert count_work(contenders)[0] == [40] * 4
+    assert any(note.startswith(f"{tmp_path / 'index'} was not searched") for note in report.notes)
 
 
 def test_an_index_whose_passages_were_read_with_their_neighbours_is_not_searched(dataset, tmp_path):

@@ -117,6 +117,14 @@ def evaluate(
     labels: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A label store with the teacher's judgements.")
     ] = None,
+    indexes: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--index",
+            metavar="FOLDER",
+            help="An index of this corpus, searched instead of encoding the passages again. May be repeated.",
+        ),
+    ] = None,
     work: Annotated[
         Path | None,
         typer.Option(
@@ -199,6 +207,7 @@ def evaluate(
         settings,
         work_folder=work or user_cache_path("d2llm") / "evaluate",
         labels=labels,
+        indexes=indexes or (),
         runner=runner,
         device=device,
     )

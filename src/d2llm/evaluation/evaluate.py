@@ -50,7 +50,7 @@ def evaluate(
         labels: a label store, opened read-only; pairs that have a label in it are not judged again.
         indexes: indexes of this corpus. One that a student made, with vectors stored as the evaluation stores them and
             with all that the student's score counts, is searched, so that the passages are not encoded again. Others
-            are not used: of other passages, late-chunked, or sharded.
+            (of other passages, late-chunked, sharded) are not used, which the notes say.
         runner: where passages and, if they are many, queries are encoded and where teachers judge: in this process
             (``local``), or on the workers of a Ray cluster (``ray``, ``ray:ADDRESS``, or a ``RayRunner``), which load
             the models as ``contenders.loads`` says. Searches, and all latencies, are of this process; a remote teacher
@@ -60,8 +60,8 @@ def evaluate(
     Raises:
         DataFormatError: the data set was read without the split, nothing in it can be measured, ``labels`` is not a
             label store, or one of ``indexes`` is not an index.
-        InputError: the baseline is not among the rows, search settings are given for a data set of pairs, there is no
-            such runner or cluster, or its workers cannot know how to load a model.
+        InputError: the baseline is not among the rows, search settings or indexes are given for a data set of pairs,
+            there is no such runner or cluster, or its workers cannot know how to load a model.
         MismatchError: a worker has other versions than this process, or another model at a path.
     """
     labels = None if labels is None else Path(labels)
@@ -73,6 +73,8 @@ def evaluate(
         raise InputError(
             f"'{dataset.name}' has single pairs and no corpus to search; leave {', '.join(chosen.shortcuts)} out"
         )
+    if isinstance(dataset, PairDataset) and indexes:
+        raise InputError(f"'{dataset.name}' has single pairs and no corpus to search; leave indexes out")
     placed = Placement(find_runner(runner), device, contenders.loads, contenders.gpus)
     with (
         nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder,

@@ -299,12 +299,17 @@ class _RetrievalFigures:
     def _notes(self) -> tuple[str, ...]:
         work = self.work
         num_reused = work.store.num_found
+        students = self.contenders.students(work.settings.num_candidates, work.settings.top_k)
         of_systems = [(system.name, note) for system in self.systems for note in system.notes]
         return (
             *self.contenders.notes,
             *work.dataset.issues,
             *figures.joined_notes(of_systems),
             *work.notes,
+            *(
+                f"{folder} was not searched: it is not of these passages alone as one of the students encodes them here"
+                for folder in work.unused_indexes([row.model for row in students])
+            ),
             *([f"{num_reused} parts were measured by an earlier run"] if num_reused else []),
         )
 

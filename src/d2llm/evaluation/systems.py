@@ -311,6 +311,7 @@ class RetrievalWork:
         self.corpus = fingerprint_passages(self.passages)
         self.store = MeasuredStore(self.folder / "measured")
         self.notes: list[str] = []
+        self._given = [Index.open(folder) for folder in self.indexes]
         self._part_formats: dict[str, dict[PartKind, str]] = {}
         self._encoded: dict[object, EncodedTexts] = {}
 
@@ -341,7 +342,8 @@ class RetrievalWork:
         tokens = model.token_fingerprint if "token" in parts and isinstance(model, TokenStudent) else None
         named = [*parts.values(), *([tokens] if tokens else [])]
         name = "-".join([model.fingerprint, self.corpus, dtype, str(FORMAT_VERSION), *named])
-        target = self._made_already(model, parts, tokens) or self.folder / "indexes" / name
+        made = next((index.folder for index in self._of_corpus if self._is_made_by(model, index)), None)
+        target = made or self.folder / "indexes" / name
         if not target.exists():
             report = encode(
                 self.passages,
@@ -357,26 +359,28 @@ class RetrievalWork:
             rate = report.passages_per_second
         return Index.open(target, model), rate
 
-    def _made_already(self, model: SearchStudent, parts: Mapping[PartKind, str], tokens: str | None) -> Path | None:
-        """The given index that has what a new one of a model would have; None if there is none."""
-        for index in self._of_corpus:
-            manifest = index.storage.manifest
-            if (
-                manifest["student"] == model.fingerprint
-                and manifest["vector_format"] == self.settings.dtype
-                and parts.items() <= index.storage.part_formats.items()
-                and tokens in (None, manifest["token_projection"])
-            ):
-                return index.folder
-        return None
+    def unused_indexes(self, models: Sequence[SearchStudent]) -> list[Path]:
+        """The given indexes that are not searched for any of the models."""
+        used = {index.folder for index in self._of_corpus for model in models if self._is_made_by(model, index)}
+        return [index.folder for index in self._given if index.folder not in used]
+
+    def _is_made_by(self, model: SearchStudent, index: Index) -> bool:
+        """Whether a given index has what a new one of a model would have."""
+        manifest, parts = index.storage.manifest, self._part_formats.get(model.fingerprint, {})
+        tokens = model.token_fingerprint if "token" in parts and isinstance(model, TokenStudent) else None
+        return (
+            manifest["student"] == model.fingerprint
+            and manifest["vector_format"] == self.settings.dtype
+            and parts.items() <= index.storage.part_formats.items()
+            and tokens in (None, manifest["token_projection"])
+        )
 
     @cached_property
     def _of_corpus(self) -> list[Index]:
         """Those of the given indexes that have the passages of the corpus, each encoded on its own, and no others."""
-        opened = [Index.open(folder) for folder in self.indexes]
         return [
             index
-            for index in opened
+            for index in self._given
             if not isinstance(index.storage, ShardedStore)
             and not (index.chunking is not None and index.chunking.late)
             and len(index) == len(self.passages)
