@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from d2llm.core import extras
 from d2llm.core.errors import D2LLMError, MissingExtraError
 from d2llm.core.extras import require
 
@@ -34,3 +39,18 @@ def test_a_broken_module_is_not_reported_as_missing(tmp_path: Path, monkeypatch:
     assert "installed but cannot be imported" in message
     assert "no_such_package_xyz" in message
     assert "pip install --upgrade 'd2llm[ray]'" in message
+
+
+def test_openvino_does_not_report_its_use(tmp_path: Path):
+    """It would write an id into the home folder and send an event when it is imported."""
+    if find_spec("openvino") is None:
+        pytest.skip("openvino is not installed")
+    code = (
+        "import sys; from d2llm.core.extras import require_openvino; "
+        "require_openvino('a test').Core(); print('openvino_telemetry' in sys.modules)"
+    )
+    source = str(Path(extras.__file__).parents[2])
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": source}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from d2llm.core import machine as core_machine
-from d2llm.core.machine import available_memory, usable_cores
+from d2llm.core.machine import available_memory, replaced_allocator, usable_cores
 
 GIB = 1 << 30
 
@@ -96,3 +97,20 @@ print(usable_cores())
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(result.stdout) == 1 <= usable_cores()
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another allocator may be preloaded")
+def test_the_c_librarys_allocator_is_no_replacement() -> None:
+    assert replaced_allocator() is None
+
+
+@pytest.mark.parametrize("name", ["tcmalloc_minimal", "jemalloc", "mimalloc"])
+def test_a_preloaded_allocator_is_recognised(name: str) -> None:
+    library = ctypes.util.find_library(name)
+    if library is None or not sys.platform.startswith("linux"):
+        pytest.skip(f"there is no {name} here (Debian: apt install lib{name.replace('_', '-')}...)")
+    code = "from d2llm.core.machine import replaced_allocator; print(replaced_allocator())"
+    source = str(Path(core_machine.__file__).parents[2])
+    environment = {**os.environ, "LD_PRELOAD": library, "PYTHONPATH": source}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == name.removesuffix("_minimal")

@@ -193,10 +193,11 @@ class TestMachine:
 
     def test_the_allocator_is_recognised(self, monkeypatch):
         monkeypatch.setattr(doctor_machine.platform, "libc_ver", lambda: ("glibc", "2.36"))
-        monkeypatch.setattr(doctor_machine, "_loaded_files", lambda: {"/usr/lib/libc.so.6"})
+        monkeypatch.setattr(doctor_machine, "replaced_allocator", lambda: None)
         assert "LD_PRELOAD" in machine("allocator", "cpu").advice
-        monkeypatch.setattr(doctor_machine, "_loaded_files", lambda: {"/usr/lib/libtcmalloc_minimal.so.4.5.10"})
-        assert (machine("allocator", "cpu").level, machine("allocator", "cpu").result) == ("ok", "tcmalloc")
+        monkeypatch.setattr(doctor_machine, "replaced_allocator", lambda: "tcmalloc")
+        assert (machine("allocator", "cpu").level, machine("allocator", "cpu").result) == ("note", "tcmalloc")
+        assert "OpenVINO" in machine("allocator", "cpu").advice
 
     def test_little_memory_is_a_note(self, monkeypatch):
         monkeypatch.setattr(doctor_machine, "available_memory", lambda: 1 << 29)

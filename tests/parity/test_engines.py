@@ -266,12 +266,23 @@ def test_unsupported_settings_are_rejected(tmp_path):
         choose_engine("openvino", device="meta")
     assert choose_engine("auto", dtype="float16") == "torch"
     assert choose_engine("auto", device="meta") == "torch"
+
     student = make(tmp_path)
     student.backbone.compute_dtype = torch.bfloat16
     with pytest.raises(InputError, match="float32"):
         export(student, tmp_path / "out", "onnx")
     assert not (tmp_path / "out").exists()
     assert open_engine(student, "auto") is None
+
+
+def test_openvino_is_not_used_with_an_allocator_that_it_crashes_with(monkeypatch):
+    pytest.importorskip("openvino")
+    assert choose_engine("auto", device="cpu") == "openvino"
+    monkeypatch.setattr("d2llm.models.engines.engines.replaced_allocator", lambda: "tcmalloc")
+    assert choose_engine("auto", device="cpu") == "torch"
+    assert choose_engine("onnx", device="cpu") == "onnx"
+    with pytest.raises(InputError, match=r"engine 'openvino-int8' crashes with tcmalloc .*; unset LD_PRELOAD"):
+        choose_engine("openvino-int8", device="cpu")
 
 
 def test_the_shipped_student_matches_torch(tmp_path):

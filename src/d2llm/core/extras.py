@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 from d2llm.core.errors import MissingExtraError
@@ -29,3 +30,19 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         else:
             problem = f"which is installed but cannot be imported ({error}): pip install --upgrade 'd2llm[{extra}]'"
         raise MissingExtraError(f"{purpose} needs the package '{module}', {problem}") from error
+
+
+def require_openvino(purpose: str) -> ModuleType:
+    """Import OpenVINO without its telemetry; errors are those of ``require``.
+
+    When it is imported, it writes an id into the user's home folder, and sends an event to Google Analytics from a fork
+    of this process, unless the user has opted out. Without the package that does so, it uses a stub of its own.
+    """
+    telemetry = "openvino_telemetry"
+    if "openvino" in sys.modules or telemetry in sys.modules:  # somebody else's decision
+        return require("openvino", extra="export", purpose=purpose)
+    sys.modules[telemetry] = None  # pyright: ignore[reportArgumentType]  # an import of it is now an ImportError
+    try:
+        return require("openvino", extra="export", purpose=purpose)
+    finally:
+        del sys.modules[telemetry]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 _MEMINFO, _STATUS, _GROUP = Path("/proc/meminfo"), Path("/proc/self/status"), Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
+_ALLOCATOR = re.compile(r"lib(jemalloc|tcmalloc|mimalloc)")
 
 
 def usable_cores() -> int:
@@ -31,6 +34,30 @@ def resident_memory() -> int | None:
     """Bytes of memory that this process occupies now; None if the system does not report it."""
     size = _numbers(_STATUS).get("VmRSS")
     return None if size is None else size * 1024
+
+
+def replaced_allocator() -> str | None:
+    """The memory allocator that takes the place of the C library's, as one in LD_PRELOAD does, such as "tcmalloc".
+
+    None if there is none among those known here (jemalloc, tcmalloc, mimalloc), or the system does not say.
+    """
+
+    class Info(ctypes.Structure):
+        _fields_ = (
+            ("file", ctypes.c_char_p),
+            ("base", ctypes.c_void_p),
+            ("symbol", ctypes.c_char_p),
+            ("address", ctypes.c_void_p),
+        )
+
+    info = Info()
+    try:
+        process = ctypes.CDLL(None)
+        found = process.dladdr(ctypes.cast(process.malloc, ctypes.c_void_p), ctypes.byref(info))
+    except (OSError, TypeError, AttributeError):  # Windows, or a C library without dladdr
+        return None
+    match = _ALLOCATOR.search(Path(os.fsdecode(info.file or b"")).name) if found else None
+    return match[1] if match else None
 
 
 def _left_by_groups() -> Iterator[int]:

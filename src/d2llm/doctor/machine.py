@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from d2llm.core.errors import InputError
-from d2llm.core.machine import available_memory, usable_cores
+from d2llm.core.machine import available_memory, replaced_allocator, usable_cores
 from d2llm.core.recipe import InteractionConfig
 from d2llm.core.types import Task
 from d2llm.doctor.findings import Check, Finding
@@ -35,7 +35,6 @@ _FEATURES = {
     "AMX": "_is_amx_tile_supported",
 }
 _OPENMP = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*$")
-_ALLOCATOR = re.compile(r"lib(jemalloc|tcmalloc|mimalloc)[^/]*$")
 
 
 def machine_checks(device: str | None = None) -> list[Check]:
@@ -149,11 +148,12 @@ def openmp_runtimes() -> set[tuple[str, str]]:
 def _allocator() -> Iterator[Finding]:
     if platform.libc_ver()[0] != "glibc":
         return
-    names = sorted({match[1] for path in _loaded_files() if (match := _ALLOCATOR.search(path))})
-    if names:
-        yield Finding("device", "allocator", "ok", ", ".join(names))
+    name = replaced_allocator()
+    if name is not None:
+        advice = "OpenVINO, which encodes faster, crashes with it: unset LD_PRELOAD for anything but training"
+        yield Finding("device", "allocator", "note", name, advice)
     else:
-        advice = "training on a CPU is faster with tcmalloc: install it and set LD_PRELOAD=libtcmalloc_minimal.so.4"
+        advice = "training on a CPU is faster with tcmalloc: install it, LD_PRELOAD=libtcmalloc_minimal.so.4 d2llm run"
         yield Finding("device", "allocator", "note", "the C library's own", advice)
 
 

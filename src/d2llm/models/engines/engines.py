@@ -21,10 +21,11 @@ from jaxtyping import Float32, Int
 from platformdirs import user_cache_path
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.extras import require
+from d2llm.core.extras import require, require_openvino
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.machine import replaced_allocator
 from d2llm.core.manifest import FILE_NAME, write_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import EngineName
@@ -51,12 +52,14 @@ def choose_engine(
 ) -> EngineName:
     """The requested engine; ``auto`` is the fastest one that gives the same vectors on this machine.
 
-    That is OpenVINO if it is installed and the machine has no accelerator, or the CPU is requested; otherwise torch.
+    That is OpenVINO if it is installed, the machine has no accelerator, or the CPU is requested, and the C library's
+    allocator is not replaced by another one, with which OpenVINO crashes; otherwise torch.
     8-bit weights change the vectors, so ``auto`` never selects them. A student with a remote backbone (``config``) has
     nothing that an engine could run, and one with two adapters more than a graph holds.
 
     Raises:
-        InputError: the name is unknown, or an engine does not support the student, the device or the number format.
+        InputError: the name is unknown, or an engine does not support the student, the device, the number format or the
+            allocator.
     """
     if name not in get_args(EngineName):
         raise InputError(f"unknown engine '{name}'; use one of {', '.join(get_args(EngineName))}")
@@ -73,17 +76,32 @@ def choose_engine(
         return "torch"
     on_cpu = choose_device(device).type == "cpu"
     if name == "auto":
-        missing = [package for package in ("openvino", "onnx") if not find_spec(package)]
-        if on_cpu and _can_multiply("openvino", dtype) and not missing:
+        reason = _why_not_openvino(dtype, on_cpu=on_cpu)
+        if reason is None:
             return "openvino"
-        reason = f"{' and '.join(missing)} not installed" if missing else "it computes on CPUs in float32 or bfloat16"
         fell_back("engine OpenVINO", f"{reason}; torch encodes", level=logging.INFO)
         return "torch"
+    if name.startswith("openvino") and (allocator := replaced_allocator()):
+        raise InputError(
+            f"engine '{name}' crashes with {allocator} in place of the C library's allocator; unset LD_PRELOAD, or use "
+            "engine 'torch'"
+        )
     if name != "torch" and device is not None and not on_cpu:
         raise InputError(f"engine '{name}' runs on the CPU, but device '{device}' was requested; use engine 'torch'")
     if name != "torch" and not _can_multiply(name, dtype):
         raise InputError(f"engine '{name}' does not support dtype '{dtype}'; leave dtype out, or use engine 'torch'")
     return cast(EngineName, name)
+
+
+def _why_not_openvino(dtype: str | torch.dtype | None, *, on_cpu: bool) -> str | None:
+    """Why ``auto`` does not choose OpenVINO; None if it does."""
+    if missing := [package for package in ("openvino", "onnx") if not find_spec(package)]:
+        return f"{' and '.join(missing)} not installed"
+    if not on_cpu or not _can_multiply("openvino", dtype):
+        return "it computes on CPUs in float32 or bfloat16"
+    if allocator := replaced_allocator():
+        return f"it crashes with {allocator} in place of the C library's allocator (LD_PRELOAD)"
+    return None
 
 
 def choose_products(engine: EngineName, device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
@@ -155,7 +173,7 @@ def _onnx_runtime(file: Path, dtype: torch.dtype) -> _Run:
 
 
 def _openvino(file: Path, dtype: torch.dtype) -> _Run:
-    openvino: Any = require("openvino", extra="export", purpose="the engine openvino")
+    openvino: Any = require_openvino("the engine openvino")
     settings = {
         "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2llm.core.errors import InputError
-from d2llm.core.extras import require
+from d2llm.core.extras import require_openvino
 from d2llm.core.files import folder_bytes, new_folder
 from d2llm.core.manifest import write_manifest
 from d2llm.core.types import TASKS, Task
@@ -98,9 +98,7 @@ def _content(student: Student, to: ExportFormat, precision: str, names: tuple[st
 
 
 def _write_graphs(student: Student, folder: Path, to: Runtime, *, int8: bool) -> None:
-    openvino: Any = (
-        require("openvino", extra="export", purpose="writing OpenVINO's format") if to == "openvino" else None
-    )
+    openvino: Any = require_openvino("writing OpenVINO's format") if to == "openvino" else None
     write_text_graph(
         student.backbone, student.pooling, student.interaction, folder / "text.onnx", int8_for=to if int8 else None
     )

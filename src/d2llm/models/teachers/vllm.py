@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ class VllmTeacher:
                 f"'{config.model}' is a {kind} model, but vLLM judges with causal language models only; leave the "
                 "teacher's kind out"
             )
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report its use to its makers
         vllm = require("vllm", extra="vllm", purpose="a teacher of kind vllm")
         tuned = read_tuned_teacher(config)
         self.config = config_of(config, tuned)
