@@ -26,6 +26,10 @@ NUM_NEGATIVES = 2
 """Hard negatives of a query in each step."""
 
 _BATCH_QUERIES = 32
+_FIRST_STAGE = 0.8
+"""Share of a training's time that the vectors get (``training.max_minutes``); interaction, tokens and weights follow.
+
+On a slow core they took a fifth of it."""
 _GATE_DEPTH, _MIN_GATED, _MAX_GATED = 12, 20, 100  # candidates of each list, queries
 
 
@@ -67,7 +71,7 @@ def recipe_for_queries(
             batch_queries=_BATCH_QUERIES,
             num_hard=NUM_NEGATIVES,
             num_easy=0,
-            max_minutes=max(1.0, plan.training / 60 * (0.5 if has_teacher else 1.0)),
+            max_minutes=max(1.0, _FIRST_STAGE * plan.training / 60 * (0.5 if has_teacher else 1.0)),
             unlabelled="own_labels",
             residual=ResidualConfig(epochs=3),
         ),
@@ -98,7 +102,7 @@ def recipe_with_teacher(
         one.model_copy(update={"max_labelled": max(1, num_queries * (one.max_queries or 0) // total)})
         for one in recipe.data
     )
-    minutes = max(1.0, (plan.training / 2 - seconds) / 60)
+    minutes = max(1.0, _FIRST_STAGE * (plan.training / 2 - seconds) / 60)
     return recipe.model_copy(
         update={
             "teacher": teacher,
