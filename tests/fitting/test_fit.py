@@ -159,10 +159,10 @@ def test_a_run_keeps_the_recipe_that_it_began_with(half, monkeypatch):
     later.train(data, replace(shorter, max_queries=10 * shorter.max_queries, training=1_200.0))
     [recipe] = recipes
     earlier = json.loads(begun.read_text())
-    assert recipe.training.max_minutes == 20
-    assert earlier["training"]["max_minutes"] == 5
+    assert recipe.training.max_minutes == 16
+    assert earlier["training"]["max_minutes"] == 4
     kept = recipe.model_dump(mode="json")
-    kept["training"]["max_minutes"] = 5
+    kept["training"]["max_minutes"] = 4
     assert kept == earlier
 
 
