@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -60,6 +61,25 @@ def test_a_document_is_read_and_deleted_whole(ask):
     ask("GET", "/v1/documents/a/b", 404)
     ask("DELETE", "/v1/documents/a/b", 404)
     assert "a/b#1" not in ask("GET", "/v1/passages", params={"limit": 1000})["ids"]
+
+
+@pytest.mark.parametrize("name", ["a/b c", "two\nlines", "ends\n", "50%"])
+def test_any_id_can_be_read_and_deleted(ask, name):
+    ask("POST", "/v1/passages", json={"passages": [{"id": name, "text": "the cat", "document_id": name}]})
+    assert ask("GET", f"/v1/passages/{quote(name)}")["id"] == name
+    assert len(ask("GET", f"/v1/documents/{quote(name)}")["passages"]) == 1
+    assert ask("DELETE", f"/v1/passages/{quote(name)}")["num_deleted"] == 1
+
+
+def test_long_texts_and_titles_are_refused(ask):
+    long = "cat " * 25_001
+    for passage in ({"text": long}, {"text": "cat", "title": long}):
+        answer = ask("POST", "/v1/passages", 400, json={"passages": [{"id": "long", **passage}]})
+        assert "this server accepts 100,000" in answer["error"]["message"]
+    documents = [{"id": "fine", "text": "the cat"}, {"id": "long", "text": "cat", "title": long}]
+    answer = ask("POST", "/v1/documents", 400, json={"documents": documents})
+    assert answer["error"]["field"] == "documents.1.title"
+    ask("GET", "/v1/documents/fine", 404)
 
 
 def test_snapshots_are_listed_restored_and_deleted(ask):

@@ -126,6 +126,7 @@ def test_cors_preflight_needs_no_key(keys_file: Path):
     refused = client.post("/v1/search", json=SEARCH, headers={"Origin": "https://app.example"})
     assert refused.status_code == 401
     assert refused.headers["Access-Control-Allow-Origin"] == "https://app.example"  # so the page can read the error
+    assert {"X-Warning", "X-Relevance-Score"} <= set(refused.headers["Access-Control-Expose-Headers"].split(", "))
     other = client.options("/v1/search", headers={**preflight, "Origin": "https://other.example"})
     assert "Access-Control-Allow-Origin" not in other.headers
 

@@ -6,6 +6,7 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from d2llm.core.types import Passage
 from d2llm.server.answers import passage_json
@@ -31,6 +32,15 @@ from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
 
 router = APIRouter(tags=["d2llm"], responses=ERRORS)
 
+
+class _AnyText(StringConvertor):
+    """The rest of a path, slashes and line feeds too, unlike ``path``: an id may have both."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("anypath", _AnyText())
+
 Cursor = Annotated[str, Query(description="The next_cursor of the previous page; empty: start from the beginning.")]
 Limit = Annotated[int, Query(ge=1, le=1_000, description="Maximum number of items on a page.")]
 ChunkTokens = Annotated[int | None, Query(ge=8, description="As in /v1/documents.")]
@@ -51,19 +61,19 @@ async def upsert_passages(body: PassagesRequest, services: TheServices, index: T
     """Add passages, or update those whose id exists; searches find them once this request is answered."""
     writable(services)
     at_most(len(body.passages), services.settings.max_texts, "passages")
-    short_enough([passage.text for passage in body.passages], services.settings, "passages")
+    short_enough([passage.title + passage.text for passage in body.passages], services.settings, "passages")
     passages = [Passage(**passage.model_dump()) for passage in body.passages]
     report = await index.upsert(passages, lenient_metadata=body.lenient_metadata)
     return PassagesAnswer.model_validate(report, from_attributes=True)
 
 
-@router.get("/v1/passages/{passage_id:path}")
+@router.get("/v1/passages/{passage_id:anypath}")
 async def get_passage(passage_id: str, index: TheIndex) -> PassageAnswer:
     """Get a passage by its id."""
     return PassageAnswer(**passage_json(await index.get(passage_id)))
 
 
-@router.delete("/v1/passages/{passage_id:path}")
+@router.delete("/v1/passages/{passage_id:anypath}")
 async def delete_passage(passage_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
     """Delete a passage; no search finds it once this request is answered."""
     writable(services)
@@ -92,6 +102,8 @@ async def upsert_documents(body: DocumentsRequest, services: TheServices, index:
     """
     writable(services)
     at_most(len(body.documents), services.settings.max_texts, "documents")
+    for place, document in enumerate(body.documents):
+        short_enough([document.title], services.settings, f"documents.{place}.title")
     documents = [Passage(**document.model_dump()) for document in body.documents]
     report = await index.upsert_documents(
         documents, body.chunk_tokens, body.chunk_overlap, lenient_metadata=body.lenient_metadata
@@ -99,7 +111,7 @@ async def upsert_documents(body: DocumentsRequest, services: TheServices, index:
     return DocumentsAnswer.model_validate(report, from_attributes=True)
 
 
-@router.get("/v1/documents/{document_id:path}")
+@router.get("/v1/documents/{document_id:anypath}")
 async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAnswer:
     """Get the passages of a document, ordered by position."""
     passages = await index.read(lambda view: view.document(document_id))
@@ -110,7 +122,7 @@ async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAns
     )
 
 
-@router.delete("/v1/documents/{document_id:path}")
+@router.delete("/v1/documents/{document_id:anypath}")
 async def delete_document(document_id: str, services: TheServices, index: TheIndex) -> DeletedAnswer:
     """Delete all passages of a document; no search finds them once this request is answered."""
     writable(services)

@@ -55,7 +55,10 @@ _PROBE = "/health"
 _LAST = {"Connection": "close"}  # unread body bytes would be parsed as the connection's next request
 _READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
-_CORS_EXPOSED = ("X-Request-ID", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
+_CORS_EXPOSED = (
+    *("X-Request-ID", "Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"),
+    *("X-Warning", "X-Relevance-Score"),
+)
 
 
 def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemetry) -> None:
@@ -426,7 +429,7 @@ class RouteTable:
         # "/v1/passages/all" is not the passage "all"; a parameter that takes slashes takes what nothing else does.
         ordered = sorted(
             {(path, template) for path, template in routes if path and template},
-            key=lambda route: (route[0].count("{"), ":path}" in route[0], route[0]),
+            key=lambda route: (route[0].count("{"), "path}" in route[0], route[0]),
         )
         self._table = [(template, compile_path(path)[0]) for path, template in ordered]
 
