@@ -148,9 +148,7 @@ class ServeSettings(BaseModel):
         default=30.0, description="Time limit for a client to send a request's headers, and again for its body."
     )
     max_texts: Count = Field(default=512, description="Maximum number of texts per request.")
-    max_text_chars: Count = Field(
-        default=100_000, description="Maximum length of a text and its title, in characters."
-    )
+    max_text_chars: Count = Field(default=100_000, description="Maximum length of a text and its title, in characters.")
     max_top_k: Count = Field(default=1_000, description="Maximum number of passages per answer.")
     max_num_candidates: Count = Field(default=10_000, description="Maximum number of candidates per search.")
     max_context_tokens: Count = Field(default=32_000, description="Maximum number of tokens of a context.")
