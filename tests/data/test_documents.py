@@ -256,6 +256,11 @@ class TestFolders:
         assert ids(tmp_path) == ["a.txt", "build/z.txt", "deep/build/z.txt", "draft-1.md", "keep.md"]
         assert ids(tmp_path, exclude=["/build/", "draft-*"]) == ["a.txt", "deep/build/z.txt", "keep.md"]
 
+    def test_a_malformed_pattern_is_named(self, tmp_path):
+        (tmp_path / "a.txt").write_text("a")
+        with pytest.raises(InputError, match=r"'\[z-a\]\.txt' is not a pattern of a \.gitignore \(bad character range"):
+            find_documents([tmp_path], exclude=["*.md", "[z-a].txt"])
+
     def test_links_in_circles(self, tmp_path):
         write(tmp_path, "a/x.txt")
         (tmp_path / "a" / "again").symlink_to(tmp_path)

@@ -10,6 +10,7 @@ long or is too large are skipped and listed with the reason; they never end the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ def find_documents(
         seconds_per_file: files that take longer to read are skipped.
 
     Raises:
-        InputError: a path does not exist, or nothing below the paths can be read.
+        InputError: a path does not exist, a pattern is malformed, or nothing below the paths can be read.
     """
     roots = [Path(path) for path in paths]
     for root in roots:
@@ -197,6 +198,14 @@ def _walk(
 
 
 def _matcher(root: Path, exclude: Sequence[str]) -> Callable[[str], bool]:
+    for pattern in exclude:
+        try:  # it is compiled when it is first matched
+            gitignore_parser.parse_gitignore_str(pattern, base_dir=str(root.absolute()))(str(root.absolute() / "any"))
+        except re.error as error:
+            raise InputError(
+                f"what to exclude: {pattern!r} is not a pattern of a .gitignore ({error}); write a letter between "
+                "brackets as it is, or a range in ascending order, such as [a-z]"
+            ) from error
     return gitignore_parser.parse_gitignore_str("\n".join([*EXCLUDED, *exclude]), base_dir=str(root.absolute()))
 
 
