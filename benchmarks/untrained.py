@@ -60,8 +60,7 @@ def make_student(
     model: str, pooling: str, layers: int | tuple[int, ...] | None, head: tuple[int, int] | None
 ) -> Student:
     """The backbone alone, with the cosine of its own pooling."""
-    settings: dict[str, Any] = {"model": model, "pooling": pooling, "layers": layers, "tuning": "frozen"}
-    settings["diagonal_head"] = head
+    settings = {"model": model, "pooling": pooling, "layers": layers, "tuning": "frozen", "diagonal_head": head}
     config = StudentConfig(
         backbone=BackboneConfig.model_validate(settings),
         pooling=PoolingConfig(method="backbone"),

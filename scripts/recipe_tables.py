@@ -101,6 +101,7 @@ def untrained(report: dict[str, Any]) -> str:
     """A row for each backbone, layers and pooling."""
     rows = report["rows"]
     described = ("model", "layers", "kept", "pooling", "head")
+    # Backwards, because the first rows lack a column: their vectors have more dimensions than there are passages.
     columns = list(dict.fromkeys(name for row in rows[::-1] for name in row if name not in described))
     lines = [("model", "layers", "pooling", *columns)]
     for row in rows:

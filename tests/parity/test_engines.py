@@ -266,7 +266,6 @@ def test_unsupported_settings_are_rejected(tmp_path):
         choose_engine("openvino", device="meta")
     assert choose_engine("auto", dtype="float16") == "torch"
     assert choose_engine("auto", device="meta") == "torch"
-
     student = make(tmp_path)
     student.backbone.compute_dtype = torch.bfloat16
     with pytest.raises(InputError, match="float32"):

@@ -69,12 +69,11 @@ def evaluate(
         raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
     begin = time.perf_counter()
     chosen = settings or EvaluationSettings()
-    if isinstance(dataset, PairDataset) and chosen.shortcuts:
+    needing_corpus = [*chosen.shortcuts, *(["indexes"] if indexes else [])]
+    if isinstance(dataset, PairDataset) and needing_corpus:
         raise InputError(
-            f"'{dataset.name}' has single pairs and no corpus to search; leave {', '.join(chosen.shortcuts)} out"
+            f"'{dataset.name}' has single pairs and no corpus to search; leave {', '.join(needing_corpus)} out"
         )
-    if isinstance(dataset, PairDataset) and indexes:
-        raise InputError(f"'{dataset.name}' has single pairs and no corpus to search; leave indexes out")
     placed = Placement(find_runner(runner), device, contenders.loads, contenders.gpus)
     with (
         nullcontext(work_folder) if work_folder is not None else tempfile.TemporaryDirectory() as folder,

@@ -338,8 +338,7 @@ class RetrievalWork:
     def index(self, model: SearchStudent) -> tuple[Index, float | None]:
         """The index of a model, and the passages encoded per second if it had to be built now."""
         dtype, rate = self.settings.dtype, None
-        parts = self._part_formats.get(model.fingerprint, {})
-        tokens = model.token_fingerprint if "token" in parts and isinstance(model, TokenStudent) else None
+        parts, tokens = self._parts_of(model)
         named = [*parts.values(), *([tokens] if tokens else [])]
         name = "-".join([model.fingerprint, self.corpus, dtype, str(FORMAT_VERSION), *named])
         made = next((index.folder for index in self._of_corpus if self._is_made_by(model, index)), None)
@@ -359,6 +358,11 @@ class RetrievalWork:
             rate = report.passages_per_second
         return Index.open(target, model), rate
 
+    def _parts_of(self, model: SearchStudent) -> tuple[Mapping[PartKind, str], str | None]:
+        """The formats of the parts in a model's index, and what fingerprint its projection has if tokens count."""
+        parts = self._part_formats.get(model.fingerprint, {})
+        return parts, model.token_fingerprint if "token" in parts and isinstance(model, TokenStudent) else None
+
     def unused_indexes(self, models: Sequence[SearchStudent]) -> list[Path]:
         """The given indexes that are not searched for any of the models."""
         used = {index.folder for index in self._of_corpus for model in models if self._is_made_by(model, index)}
@@ -366,8 +370,7 @@ class RetrievalWork:
 
     def _is_made_by(self, model: SearchStudent, index: Index) -> bool:
         """Whether a given index has what a new one of a model would have."""
-        manifest, parts = index.storage.manifest, self._part_formats.get(model.fingerprint, {})
-        tokens = model.token_fingerprint if "token" in parts and isinstance(model, TokenStudent) else None
+        manifest, (parts, tokens) = index.storage.manifest, self._parts_of(model)
         return (
             manifest["student"] == model.fingerprint
             and manifest["vector_format"] == self.settings.dtype

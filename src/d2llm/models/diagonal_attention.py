@@ -33,10 +33,17 @@ def last_states(
         return model(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
     output = model(input_ids=token_ids, attention_mask=mask.long(), output_attentions=True)
     layer, number = head
-    diagonal = torch.diagonal(output.attentions[layer][:, number], dim1=1, dim2=2).float()
-    diagonal = diagonal.masked_fill(~mask.bool(), 0.0)
+    diagonal = attention_to_itself(output.attentions[layer], mask)[:, number]
     mean = diagonal.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     return output.last_hidden_state * (diagonal / mean.clamp(min=1e-30)).unsqueeze(-1)
+
+
+def attention_to_itself(
+    attention: Float[Tensor, "batch heads tokens tokens"],
+    mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"],
+) -> Float[Tensor, "batch heads tokens"]:
+    """How much each token attends to itself in every head of a layer; 0 for padding."""
+    return torch.diagonal(attention, dim1=2, dim2=3).float().masked_fill(~mask.bool()[:, None], 0.0)
 
 
 def check_diagonal_head(model_config: Any, name: str, head: DiagonalHead) -> None:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
 from d2llm.models.backbone import Backbone, TextKind, layers_of
-from d2llm.models.diagonal_attention import DiagonalHead
+from d2llm.models.diagonal_attention import DiagonalHead, attention_to_itself
 
 _BATCH = 16
 
@@ -54,9 +55,9 @@ def layer_distances(backbone: Backbone, texts: Sequence[str]) -> list[float]:
     sums, num_tokens = torch.zeros(len(layers), dtype=torch.float64), 0
     try:
         with torch.inference_mode():
-            for start in range(0, len(texts), _BATCH):
+            for batch in batched(texts, _BATCH):
                 states.clear()
-                _, mask = backbone(*backbone.pad(backbone.tokenize(texts[start : start + _BATCH], "passage").ids))
+                _, mask = backbone(*backbone.pad(backbone.tokenize(batch, "passage").ids))
                 real = [each.reshape(*mask.shape, -1)[mask].float() for each in states]
                 for number, (before, after) in enumerate(pairwise(real)):
                     cosines = torch.cosine_similarity(before, after, dim=1).clamp(-1, 1)
@@ -109,11 +110,10 @@ def _vectors_by_head(backbone: Backbone, texts: Sequence[str], kind: TextKind) -
     """Unit vectors [layers, heads, texts, dim] of texts, pooled by the weights of every head."""
     vectors: list[Tensor] = []
     with torch.inference_mode():
-        for start in range(0, len(texts), _BATCH):
-            ids, mask = backbone.pad(backbone.tokenize(texts[start : start + _BATCH], kind).ids)
+        for batch in batched(texts, _BATCH):
+            ids, mask = backbone.pad(backbone.tokenize(batch, kind).ids)
             output: Any = backbone.model(input_ids=ids, attention_mask=mask.long(), output_attentions=True)
-            diagonals = [torch.diagonal(each, dim1=2, dim2=3) for each in output.attentions]
-            weights = torch.stack(diagonals).float() * mask[:, None]  # [layers, texts, heads, tokens]
+            weights = torch.stack([attention_to_itself(each, mask) for each in output.attentions])
             pooled = torch.einsum("lbht,btd->lhbd", weights, output.last_hidden_state.float())
             vectors.append(torch.nn.functional.normalize(pooled, dim=-1))
     return torch.cat(vectors, dim=2)

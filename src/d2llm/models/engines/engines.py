@@ -52,9 +52,9 @@ def choose_engine(
 ) -> EngineName:
     """The requested engine; ``auto`` is the fastest one that gives the same vectors on this machine.
 
-    That is OpenVINO if it is installed, the machine has no accelerator, or the CPU is requested, and the C library's
-    allocator is not replaced by another one, with which OpenVINO crashes; otherwise torch.
-    8-bit weights change the vectors, so ``auto`` never selects them. A student with a remote backbone (``config``) has
+    That is OpenVINO if it is installed and the machine has no accelerator, or the CPU is requested; otherwise torch.
+    OpenVINO crashes with another allocator than the C library's (``LD_PRELOAD``), so then it is torch as well. 8-bit
+    weights change the vectors, so ``auto`` never selects them. A student with a remote backbone (``config``) has
     nothing that an engine could run, and one with two adapters more than a graph holds.
 
     Raises:
