@@ -20,6 +20,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
+from _pytest.logging import LogCaptureHandler
 from fastapi import FastAPI
 
 from d2llm import Index, Student, encode
@@ -185,7 +186,6 @@ def test_each_response_comes_from_one_pair_during_the_swap(
     way: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ):
     old, new = pairs
     old.write(tmp_path / "old")
@@ -236,14 +236,14 @@ def test_each_response_comes_from_one_pair_during_the_swap(
         assert reload == expected
         assert http.post("/v1/passages", json={"passages": [{"id": "x", "text": "a cat"}]}).json()["num_added"] == 1
 
-        wait_until_released(served, caplog)
+        wait_until_released(served)
 
 
-def wait_until_released(served: weakref.ref[Student], caplog: pytest.LogCaptureFixture) -> None:
+def wait_until_released(served: weakref.ref[Student]) -> None:
     """Waits until nothing references the student; a thread may still be finishing its last response."""
 
     def is_gone() -> bool:
-        caplog.clear()  # a log record with a traceback keeps its frames' objects alive
+        forget_log_records()
         gc.collect()
         return served() is None
 
@@ -253,14 +253,22 @@ def wait_until_released(served: weakref.ref[Student], caplog: pytest.LogCaptureF
         raise AssertionError(f"{error}; it is held by {'; '.join(holders(served()))}") from None
 
 
+def forget_log_records() -> None:
+    """Removes what pytest keeps of the log: a record with a traceback keeps the objects of its frames alive."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, LogCaptureHandler):  # two: one for the fixture `caplog`, one for reports
+            handler.records.clear()
+
+
 def holders(obj: object, limit: int = 40) -> list[str]:
     """Chains of references to an object, outermost referrer first, shortest chain first: for the failure message."""
     chains: list[str] = []
-    visited, queue = {id(obj)}, [(obj, type(obj).__name__)]
+    own_frames = {id(frame.frame) for frame in inspect.stack()}
+    visited, queue = {id(obj), *own_frames}, [(obj, type(obj).__name__)]
     while queue and len(chains) < limit:
         current, chain = queue.pop(0)
         for referrer in gc.get_referrers(current):
-            if id(referrer) in visited or referrer is queue or inspect.isframe(referrer):
+            if id(referrer) in visited or referrer is queue:
                 continue
             visited.add(id(referrer))
             name = (
@@ -322,9 +330,7 @@ def test_a_request_finishes_with_the_student_it_began_with(pairs: tuple[Pair, Pa
         )
 
 
-def test_disconnected_clients_do_not_keep_a_student_alive(
-    pairs: tuple[Pair, Pair], folder: Path, caplog: pytest.LogCaptureFixture
-):
+def test_disconnected_clients_do_not_keep_a_student_alive(pairs: tuple[Pair, Pair], folder: Path):
     pairs[1].write(folder.parent / "new")
     app = make_app(tiny_settings(folder, reload_seconds=1_000))
     with serve(app) as address:
@@ -341,7 +347,7 @@ def test_disconnected_clients_do_not_keep_a_student_alive(
         client.leave()
         until(lambda: requests_in_flight(app) == 0, "that the server sees who has gone")
         held.may_end.set()
-        wait_until_released(served, caplog)
+        wait_until_released(served)
 
 
 def test_an_index_whose_student_is_missing_is_refused(
