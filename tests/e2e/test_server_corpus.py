@@ -80,6 +80,8 @@ def test_long_texts_and_titles_are_refused(ask):
     answer = ask("POST", "/v1/documents", 400, json={"documents": documents})
     assert answer["error"]["field"] == "documents.1.title"
     ask("GET", "/v1/documents/fine", 404)
+    answer = ask("POST", "/v1/files", 400, files={"file": ("long.md", f"# {long}\n\nThe cat.")})
+    assert "title of long.md" in answer["error"]["message"]
 
 
 def test_snapshots_are_listed_restored_and_deleted(ask):

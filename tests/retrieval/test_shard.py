@@ -325,7 +325,8 @@ class TestChanges:
         assert len(problems) == 2
         assert f"shard {number}: 1 passages belong in other shards, the first is 'p1'" in problems[0]
         assert "1 ids are in two shards" in problems[1]
-        index.upsert(index.get(["p1"]))
+        report = index.upsert(index.get(["p1"]))
+        assert (report.num_added, report.num_updated) == (0, 1)
         assert Index.open(three, STUDENT).verify().problems == []
 
     def test_verify_names_the_damaged_shard_and_repairs_it(self, three):

@@ -194,17 +194,24 @@ class _Upsert:
         )
 
     def _delete_elsewhere(self, shard: int, block: Sequence[Passage]) -> int:
-        """Delete the passages that were in other shards before, under another document; returns their number."""
-        num_deleted = 0
+        """Delete the passages that were in other shards before, under another document; returns how many moved.
+
+        Of an upsert that was interrupted here, some may be in both shards; these do not count as moved again.
+        """
+        ids = [passage.id for passage in block]
+        moved: set[str] = set()
         for place, store in enumerate(self._storage.stores):
-            if place != shard and len(self._before[place]):
-                ids = [passage.id for passage in block]
-                moved = cast("list[str]", self._before[place].by_ids(ids, ["id"])["id"].to_pylist())
-                if moved:
-                    num_deleted += store.delete(moved)
-                    self._tables[place] = store.table()
-                    self._versions[place] = self._tables[place].version
-        return num_deleted
+            if place != shard and (elsewhere := self._ids_before(place, ids)):
+                store.delete(elsewhere)
+                moved.update(elsewhere)
+                self._tables[place] = store.table()
+                self._versions[place] = self._tables[place].version
+        return len(moved.difference(self._ids_before(shard, list(moved)))) if moved else 0
+
+    def _ids_before(self, shard: int, ids: list[str]) -> list[str]:
+        """Those of the ids that the shard had before the upsert."""
+        before = self._before[shard]
+        return cast("list[str]", before.by_ids(ids, ["id"])["id"].to_pylist()) if len(before) else []
 
 
 def _count_blank(block: Sequence[Passage], report: UpsertReport) -> UpsertReport:

@@ -148,6 +148,8 @@ async def upload_files(
     writable(services)
     body, kind = await request.body(), request.headers.get("content-type", "")
     documents = await asyncio.to_thread(documents_of, body, kind, services.settings)
+    for document in documents:  # texts are split, titles are not
+        short_enough([document.title], services.settings, f"title of {document.id}")
     report = await index.upsert_documents(documents, chunk_tokens, chunk_overlap, lenient_metadata=lenient_metadata)
     return DocumentsAnswer.model_validate(report, from_attributes=True)
 

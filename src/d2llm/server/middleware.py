@@ -408,6 +408,7 @@ class CancelWhenGone:
             work.cancel()
 
 
+_TAKES_SLASHES = re.compile(r":(any)?path\}")  # parameters of these kinds
 UNMATCHED = "(none)"
 """Stands for the route of a request that matches none."""
 
@@ -429,7 +430,7 @@ class RouteTable:
         # "/v1/passages/all" is not the passage "all"; a parameter that takes slashes takes what nothing else does.
         ordered = sorted(
             {(path, template) for path, template in routes if path and template},
-            key=lambda route: (route[0].count("{"), "path}" in route[0], route[0]),
+            key=lambda route: (route[0].count("{"), bool(_TAKES_SLASHES.search(route[0])), route[0]),
         )
         self._table = [(template, compile_path(path)[0]) for path, template in ordered]
 

@@ -285,7 +285,9 @@ class ServedVersion:
 
     def open_storage(self) -> IndexStore | ShardedStore:
         """The store that is in the folder now; of one whose shards are on a cluster, only the manifest is read."""
-        folder = self.folder.resolve()
+        return self._open_storage(self.folder.resolve())
+
+    def _open_storage(self, folder: Path) -> IndexStore | ShardedStore:
         if self._cluster is not None and is_sharded(folder):
             return RemoteStore(folder)
         return open_storage(folder, allow_missing=self._allow_missing)
@@ -381,9 +383,10 @@ class ServedVersion:
             raise
 
     def _latest_identity(self) -> tuple[int, ...]:
-        return _identity(_manifest_state(self.folder), self.open_storage())
+        folder = self.folder.resolve()  # once: a link may be set to another folder meanwhile
+        return _identity(_manifest_state(folder), self._open_storage(folder))
 
     def _latest(self) -> tuple[Path, ModelService]:
         """The folder that ``folder`` leads to now, and the student that made the index in it."""
         folder = self.folder.resolve()
-        return folder, self._students.take(self.open_storage())
+        return folder, self._students.take(self._open_storage(folder))
