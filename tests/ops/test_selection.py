@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from d2llm.ops.selection import top_rows
+from d2llm.ops.selection import nth_highest, top_rows
 
 IDS = np.array(["e", "d", "c", "b", "a"])
 
@@ -45,6 +45,21 @@ def test_infinities_are_ranked():
     scores = np.array([-np.inf, 1, np.inf, -np.inf, np.inf], np.float32)
     assert top_rows(scores, 4, ids_of).tolist() == [4, 2, 1, 3]
     assert top_rows(scores, 1, ids_of).tolist() == [4]
+
+
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "sample is high", "sample is low", "tied"])
+@pytest.mark.parametrize("number", [1, 7, 100, 4_000, 9_999, 10_000])
+def test_the_nth_highest_of_many(order, number):
+    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    match order:
+        case "ascending" | "descending":
+            values = np.sort(values)[:: 1 if order == "ascending" else -1]
+        case "sample is high" | "sample is low":  # all of the sampled places, and no others
+            values[::64] += 10 if order == "sample is high" else -10
+        case "tied":
+            values = np.round(values)
+            values[:10] = np.inf
+    assert nth_highest(values, number) == np.sort(values)[-number]
 
 
 def test_a_large_corpus_with_constant_scores():
