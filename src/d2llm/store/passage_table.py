@@ -48,6 +48,9 @@ _SPANS_AT_ONCE = 64  # spans in one condition
 _DELETED_AT_ONCE = 10_000
 _SCANNED_AT_ONCE = 16_384
 _FOREVER = timedelta(days=36_500)
+_FILE_FORMAT = "2.1"
+"""The version of Lance's file format. In the next, 2.2, a column whose values are all equal (no titles, no documents)
+is decoded as a whole to read one row: 13 ms for ten passages of a million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,4 +403,4 @@ def _check_page(cursor: str, limit: int) -> None:
 
 
 def _connect(folder: Path) -> Any:
-    return import_lancedb().connect(folder)
+    return import_lancedb().connect(folder, storage_options={"new_table_data_storage_version": _FILE_FORMAT})
