@@ -31,14 +31,30 @@ def ridge_weights(sets: Sequence[RidgeSet], penalty: float) -> NDArray[np.float6
     x and y are less their set's means, so that what distinguishes sets does not count; v is the mean variance of a
     feature within sets, so that a penalty means the same at every scale.
     """
-    dim = sets[0].features.shape[1]
-    products, correlations = np.zeros((dim, dim)), np.zeros(dim)
-    for each in sets:
-        features, targets = each.features - each.features.mean(axis=0), each.targets - each.targets.mean()
-        products += features.T @ features / len(targets) / len(sets)
-        correlations += features.T @ targets / len(targets) / len(sets)
-    weights = np.linalg.solve(products + penalty * np.trace(products) / dim * np.eye(dim), correlations)
-    return weights.astype(np.float64, copy=False)
+    return _Moments.of(sets).weights(penalty)
+
+
+class _Moments(NamedTuple):
+    """What the weights of any penalty need to know of sets: mean products [dim, dim], and with the targets [dim]."""
+
+    products: NDArray[np.float64]
+    correlations: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, sets: Sequence[RidgeSet]) -> _Moments:
+        dim = sets[0].features.shape[1]
+        products, correlations = np.zeros((dim, dim)), np.zeros(dim)
+        for each in sets:
+            features, targets = each.features - each.features.mean(axis=0), each.targets - each.targets.mean()
+            products += features.T @ features / len(targets) / len(sets)
+            correlations += features.T @ targets / len(targets) / len(sets)
+        return cls(products, correlations)
+
+    def weights(self, penalty: float) -> NDArray[np.float64]:
+        dim = len(self.correlations)
+        shift = penalty * np.trace(self.products) / dim * np.eye(dim)
+        weights = np.linalg.solve(self.products + shift, self.correlations)
+        return weights.astype(np.float64, copy=False)
 
 
 def choose_penalty(
@@ -48,12 +64,12 @@ def choose_penalty(
 
     Each fifth of the rows is predicted by weights that were fitted without it, less the mean of these predictions.
     """
+    without = [_Moments.of([each.only(each.folds != fold) for each in sets]) for fold in range(_NUM_FOLDS)]
     by_penalty: dict[float, list[float]] = {}
     for penalty in PENALTIES:
         predictions = [np.zeros(len(each.targets)) for each in sets]
-        for fold in range(_NUM_FOLDS):
-            rest = [each.only(each.folds != fold) for each in sets]
-            weights = ridge_weights(rest, penalty)
+        for fold, moments in enumerate(without):
+            weights = moments.weights(penalty)
             for each, predicted in zip(sets, predictions, strict=True):
                 values = each.features[each.folds == fold] @ weights
                 predicted[each.folds == fold] = values - values.mean()
