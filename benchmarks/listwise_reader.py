@@ -1,7 +1,7 @@
 """Does a language model that reads the first 20 passages as vectors rank them better than the student?
 
-    python benchmarks/listwise_reader.py --rows text text+lora    two rows, some 20 minutes of a core
-    python benchmarks/listwise_reader.py --json benchmarks/results/listwise-reader.json    all rows
+    python benchmarks/listwise_reader.py --rows text text+lora    two rows, half an hour of a core after the lists
+    python benchmarks/listwise_reader.py --rows text text+lora --lists 600 800    the same after a short training
 
 PE-Rank (Liu et al., "Leveraging Passage Embeddings for Efficient Listwise Reranking with Large Language Models", 2024,
 arXiv 2406.14848): the model reads the query's text and, for each of the student's first passages, one vector, which a
@@ -65,17 +65,16 @@ WEIGHTS = (0.0, *(round(float(weight), 4) for weight in np.geomspace(0.01, 10, 2
 
 @dataclass(frozen=True)
 class Row:
-    """A reader: its layers, whether it also reads the query's vector, and lists for each stage of training."""
+    """A reader: its layers, and whether it also reads the query's vector."""
 
     layers: int | None
     query_vector: bool
-    lists: tuple[int, int]
 
 
 ROWS = {
-    "text": Row(8, False, (600, 800)),
-    "text-and-vector": Row(8, True, (600, 800)),
-    "deep": Row(None, False, (500, 700)),
+    "text": Row(8, False),
+    "text-and-vector": Row(8, True),
+    "deep": Row(None, False),
 }
 
 
@@ -401,12 +400,15 @@ def describe(lists: dict[str, Any]) -> dict[str, Any]:
     on_train = ndcg(train, [range(DEPTH)] * len(train), qrels)
     anchors = ndcg(dev, by_scores([each.anchors for each in dev]), lists["qrels"])
     best = ndcg(dev, [each.target() for each in dev], lists["qrels"])
+    rng = random.Random(0)
+    mixed = [ndcg(dev, [rng.sample(range(DEPTH), DEPTH) for _ in dev], lists["qrels"]).mean() for _ in range(5)]
     return {
         "train lists": len(train),
         "train lists with a relevant passage": sum(bool(each.grades.any()) for each in train),
         "train nDCG@10 of the student, within lists": round(float(on_train.mean()), 4),
         "dev nDCG@10 of the student's inner products, within lists": round(float(anchors.mean()), 4),
         "dev nDCG@10 of the best order": round(float(best.mean()), 4),
+        "dev nDCG@10 of a random order": round(float(np.mean(mixed)), 4),
     }
 
 
@@ -425,27 +427,28 @@ def kept_lists(work: Path, num_train: int, num_dev: int) -> dict[str, dict[str, 
     }
 
 
-def trained_reader(name: str, lists: Sequence[RankedList], work: Path) -> tuple[ListwiseReader, dict[str, Any]]:
+def trained_reader(
+    name: str, lists: Sequence[RankedList], num_first: int, work: Path
+) -> tuple[ListwiseReader, dict[str, Any]]:
     """The reader of a row, from the folder or trained now, and the figures of its training.
 
-    LoRA continues from the network that was trained alone, with other lists.
+    The network alone is trained on the first lists. LoRA continues from there with the others.
     """
     first_stage, is_lora = name.removesuffix("+lora"), name.endswith("+lora")
     row = ROWS[first_stage]
     if is_lora:
-        reader, _ = trained_reader(first_stage, lists, work)
+        reader, _ = trained_reader(first_stage, lists, num_first, work)
         reader.backbone.prepare_training()
     else:
         backbone = Backbone.load(BackboneConfig(model="smollm2", layers=row.layers), device="cpu", dtype="float32")
         reader = ListwiseReader(backbone, lists[0].vectors.shape[1], query_vector=row.query_vector)
-    file = work / f"{name}.pt"
+    chosen = lists[num_first:] if is_lora else lists[:num_first]
+    file = work / f"{name}-{len(chosen)}.pt"
     if file.is_file():
         kept = torch.load(file)
         reader.load_state_dict(kept["state"], strict=False)
         return reader.eval(), kept["training"]
-    first, second = row.lists
     names = ("lora", "projection") if is_lora else ("projection",)
-    chosen = lists[first : first + second] if is_lora else lists[:first]
     trained = train(reader.train(), chosen, {each: RATES["lora" if is_lora else each] for each in names})
     torch.save({"state": reader.trained_state(), "training": trained}, file)
     return reader.eval(), trained
@@ -462,6 +465,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=names, choices=names, metavar="ROW", help=", ".join(names))
     parser.add_argument("--train", type=int, default=1_500, help="train queries of each set")
     parser.add_argument("--dev", type=int, default=300, help="dev queries of each set")
+    parser.add_argument("--lists", type=int, nargs=2, default=(2_000, 4_000), metavar="N", help="of the two stages")
     parser.add_argument("--work", type=Path, default=Path("listwise-reader"), help="folder for lists and weights")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
@@ -475,13 +479,14 @@ def main() -> None:
         "rows": {},
     }
     print(json.dumps(content["lists"], indent=1), flush=True)
-    in_all = max(sum(row.lists) for row in ROWS.values())
-    mixed = [*islice(training_lists([each for lists in sets.values() for each in lists["train"]], 0), in_all)]
+    num_first = arguments.lists[0]
+    train_lists = [each for lists in sets.values() for each in lists["train"]]
+    mixed = [*islice(training_lists(train_lists, 0), sum(arguments.lists))]
     dev = {name: lists["dev"] for name, lists in sets.items()}
     qrels = {name: lists["qrels"] for name, lists in sets.items()}
     for name in [name for name in arguments.rows if name not in kept_rows(arguments.json)]:
         print(name, flush=True)
-        reader, trained = trained_reader(name, mixed, arguments.work)
+        reader, trained = trained_reader(name, mixed, num_first, arguments.work)
         figures = {
             "layers": reader.backbone.num_layers,
             "training": trained,
