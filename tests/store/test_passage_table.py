@@ -113,6 +113,15 @@ def test_errors_in_replacement_rows_are_raised_and_change_nothing(table, tmp_pat
     assert len(PassageTable.open(tmp_path)) == 5
 
 
+def test_files_are_of_the_format_that_reads_single_rows_quickly(table, tmp_path):
+    table.put(_block([Passage("q", "z")], 5), replaces=False)
+    table.optimize(timedelta(days=1))
+    table.replace_all(table.schema, iter(_block([Passage("x", "y")]).to_batches()))
+    files = list((tmp_path / "passages.lance" / "data").glob("*.lance"))
+    assert len(files) > 1
+    assert {file.read_bytes()[-8:] for file in files} == {b"\x02\0\x01\0LANC"}
+
+
 IDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 UNUSUAL_IDS = [
     "'",
