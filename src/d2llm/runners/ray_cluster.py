@@ -22,7 +22,7 @@ from d2llm.core.errors import D2LLMError, InputError, MismatchError, Terminated
 from d2llm.core.extras import require
 from d2llm.core.manifest import package_versions
 
-_CONNECT_SECONDS = 15.0  # Ray itself gives up on an address after two minutes
+_CONNECT_SECONDS = 30.0  # a busy machine takes ten to load Ray; Ray itself gives up on an address after two minutes
 
 
 def own_versions() -> dict[str, str]:
