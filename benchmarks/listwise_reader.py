@@ -41,6 +41,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scaling.corpus import write_json
 from scaling.data_sets import DATA, require
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
@@ -91,10 +92,6 @@ class RankedList:
     scores: NDArray[np.float64]
     anchors: NDArray[np.float64]
     grades: NDArray[np.int64]
-
-    def target(self) -> list[int]:
-        """The order to learn: relevant passages first, higher grades before lower ones, then the student's order."""
-        return [int(place) for place in np.argsort(-self.grades, kind="stable")]
 
     def reordered(self, order: Sequence[int]) -> RankedList:
         """The same list with its passages in another order."""
@@ -258,7 +255,7 @@ def training_lists(lists: Sequence[RankedList], seed: int) -> Iterator[RankedLis
 
 
 def target_of(ranked: RankedList) -> list[int]:
-    """The first steps of the target; in a shuffled list, the student's scores still say its order."""
+    """The first steps of the order to learn: higher grades first, then the student's higher scores."""
     by_score = sorted(range(len(ranked.ids)), key=lambda place: (-ranked.grades[place], -ranked.scores[place]))
     return by_score[:STEPS]
 
@@ -399,7 +396,7 @@ def describe(lists: dict[str, Any]) -> dict[str, Any]:
     qrels = {each.query_id: dict(zip(each.ids, each.grades.tolist(), strict=True)) for each in train}
     on_train = ndcg(train, [range(DEPTH)] * len(train), qrels)
     anchors = ndcg(dev, by_scores([each.anchors for each in dev]), lists["qrels"])
-    best = ndcg(dev, [each.target() for each in dev], lists["qrels"])
+    best = ndcg(dev, [target_of(each) for each in dev], lists["qrels"])
     rng = random.Random(0)
     mixed = [ndcg(dev, [rng.sample(range(DEPTH), DEPTH) for _ in dev], lists["qrels"]).mean() for _ in range(5)]
     return {
@@ -497,7 +494,7 @@ def main() -> None:
         if arguments.json is not None:
             rows = kept_rows(arguments.json) | {name: figures}  # read again: another process may have added some
             content["rows"] = {each: rows[each] for each in names if each in rows}
-            arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_json(arguments.json, content)
 
 
 if __name__ == "__main__":

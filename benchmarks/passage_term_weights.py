@@ -52,7 +52,7 @@ from scipy.sparse import csr_array
 from d2llm import Student
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.models.device import inference
-from d2llm.ops.bm25_words import placed_terms, terms
+from d2llm.ops.bm25_words import terms, tokens_of_terms
 from d2llm.ops.ridge import RidgeSet, choose_penalty, folds_of, ridge_weights
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.store.bm25 import K1, B, WordIndex
@@ -112,7 +112,8 @@ def read_passages(student: Student, texts: Sequence[str]) -> PassageWords:
             found, mask = student.backbone(*student.backbone.pad([tokenized[row] for row in batch]))
             vectors[batch] = student.pool(found, mask).float().cpu().numpy()
         for row, own in zip(batch, found.float().cpu().numpy(), strict=True):
-            tokens_of = tokens_of_terms(student, texts[row], len(tokenized[row]))
+            spans = student.backbone.token_places(texts[row], len(tokenized[row]))
+            tokens_of = tokens_of_terms(texts[row], spans)
             for term, count in Counter(terms(texts[row])).items():
                 tokens = tokens_of.get(term)
                 rows.append(row)
@@ -130,24 +131,6 @@ def read_passages(student: Student, texts: Sequence[str]) -> PassageWords:
         np.array(is_read),
         vectors,
     )
-
-
-def tokens_of_terms(student: Student, text: str, num_tokens: int) -> dict[str, list[int]]:
-    """The tokens of each term of a passage (as ``Student.term_states`` finds those of a query)."""
-    spans = [
-        (at, first, end)
-        for at, (first, end) in enumerate(student.backbone.token_places(text, num_tokens))
-        if end > first
-    ]
-    tokens_of: dict[str, list[int]] = {}
-    at = 0
-    for (first, end), word_terms in placed_terms(text):
-        while at < len(spans) and spans[at][2] <= first:
-            at += 1
-        tokens = [token for token, start, _ in spans[at : at + end - first + 1] if start < end]
-        for term in word_terms:
-            tokens_of.setdefault(term, []).extend(tokens)
-    return tokens_of
 
 
 class Measured(NamedTuple):

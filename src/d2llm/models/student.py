@@ -53,7 +53,7 @@ from d2llm.models.term_weights import TermWeights, read_term_weights, write_term
 from d2llm.models.token_vectors import TokenProjection, TokenVectors, read_token_projection
 from d2llm.models.vector_scorer import VectorScorer
 from d2llm.ops.batching import token_budget_batches
-from d2llm.ops.bm25_words import placed_terms, terms
+from d2llm.ops.bm25_words import terms, tokens_of_terms
 
 _BATCH_TOKENS = 8192
 # On a CPU: large enough for fast products, small enough for activations to fit a core's cache, and with little padding.
@@ -466,11 +466,7 @@ class Student(VectorScorer):
             for index, own in zip(batch, states.float().cpu().numpy(), strict=True):
                 text = queries[index]
                 spans = self.backbone.token_places(text, len(tokenized.ids[index]), "query")
-                by_term: dict[str, list[int]] = {}
-                for (first, end), word_terms in placed_terms(text):
-                    tokens = [at for at, span in enumerate(spans) if max(span[0], first) < min(span[1], end)]
-                    for term in word_terms:
-                        by_term.setdefault(term, []).extend(tokens)
+                by_term = tokens_of_terms(text, spans)
                 found[index] = {term: own[places].mean(axis=0) for term, places in by_term.items() if places}
         return found
 

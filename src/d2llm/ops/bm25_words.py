@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from d2llm.core.types import Span
@@ -53,6 +53,16 @@ def placed_terms(text: str) -> list[tuple[Span, list[str]]]:
     if len(lowered) != len(text):
         return []
     return [(match.span(), terms(match.group())) for match in _TOKEN.finditer(lowered)]
+
+
+def tokens_of_terms(text: str, spans: Sequence[Span]) -> dict[str, list[int]]:
+    """For each term, which of a model's tokens, at these character spans of the text, overlap its words."""
+    places: dict[str, list[int]] = {}
+    for (first, end), word_terms in placed_terms(text):
+        tokens = [at for at, span in enumerate(spans) if max(span[0], first) < min(span[1], end)]
+        for term in word_terms:
+            places.setdefault(term, []).extend(tokens)
+    return places
 
 
 def sentences(text: str) -> list[Span]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
-from d2llm.ops.selection import top_rows
+from d2llm.ops.selection import nth_highest, top_rows
 from d2llm.store.vector_formats import VectorFormat
 
 IdsOf = Callable[[NDArray[np.int64]], Sequence[str]]
@@ -144,8 +144,7 @@ class RowScan:
         """Whether the best ``top_k`` are certain: other rows have proposal products of at most ``lowest``."""
         if len(scores) < top_k:
             return False
-        border = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
-        return bool(lowest + self._error(query) < border)
+        return bool(lowest + self._error(query) < nth_highest(scores, top_k))
 
     def _error(self, query: NDArray[np.float32]) -> float:
         """Upper bound of the error of a proposal product (Higham, "Accuracy and Stability", section 3.1).
