@@ -12,6 +12,8 @@ two workers gain: on two cores, the driver takes part of one.
 efficiency      seconds with one worker / (2 x seconds with two)
 overhead        seconds with one worker / seconds here, minus 1
 peak memory     of the process that hands out the work, in MiB: for encoding it holds the index's table, but no texts
+own memory      its highest part that is not mapped from files, seen ten times a second (Linux alone): pages of the
+                index's vectors, which the system takes away when it needs them, do not count
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,7 @@ WORDS = "pump valve seal motor bearing filter oil water pressure heat clean repl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passages", type=int, nargs="+", default=[2_000], help="sizes of the corpora to encode")
+    parser.add_argument("--passages", type=int, nargs="*", default=[2_000], help="sizes of the corpora to encode")
     parser.add_argument("--pairs", type=int, default=512, help="pairs to label; 0: none")
     parser.add_argument("--student", default=STUDENT, help="a student's folder or name")
     parser.add_argument("--teacher", default=TEACHER, help="a teacher's folder or name")
@@ -54,13 +59,14 @@ def main() -> None:
         return
     works = [("label", arguments.pairs)] if arguments.pairs else []
     works += [("encode", size) for size in arguments.passages]
+    load_before = round(os.getloadavg()[0], 1)
     rows = [compare(verb, size, arguments) for verb, size in works]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     from d2llm import __version__
     from d2llm.core.manifest import package_versions
 
     figures = {
-        "machine": {"cores": cores, "load_before": round(os.getloadavg()[0], 1), "python": platform.python_version()},
+        "machine": {"cores": cores, "load_before": load_before, "python": platform.python_version()},
         "versions": {"d2llm": __version__, "ray": ray.__version__, "torch": package_versions().get("torch")},
         "student": arguments.student,
         "teacher": arguments.teacher,
@@ -98,14 +104,35 @@ def measure(verb: str, name: str, size: int, student: str, teacher: str) -> dict
     from d2llm.runners.runner import LocalRunner
 
     runner = LocalRunner() if name == "local" else RayRunner(num_workers=int(name.removeprefix("ray-")))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, watched_memory() as own:
         place = Path(folder)
         seconds = (encode_corpus if verb == "encode" else label_pairs)(
             place, size, student if verb == "encode" else teacher, runner
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     mib = peak / 2**20 if sys.platform == "darwin" else peak / 1024
-    return {"seconds": round(seconds, 2), "per_second": round(size / seconds, 1), "driver_peak_mib": round(mib)}
+    figures = {"seconds": round(seconds, 2), "per_second": round(size / seconds, 1), "driver_peak_mib": round(mib)}
+    return figures | ({"driver_own_mib": round(max(own))} if own else {})
+
+
+@contextmanager
+def watched_memory() -> Generator[list[float]]:
+    """Memory of this process that is not mapped from files, in MiB, ten times a second; empty where that is unknown."""
+    seen: list[float] = []
+    status, done = Path("/proc/self/status"), threading.Event()
+
+    def watch() -> None:
+        while status.is_file() and not done.wait(0.1):
+            lines = status.read_text(encoding="ascii").splitlines()
+            seen.extend(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
 
 
 def encode_corpus(place: Path, size: int, source: str, runner: Any) -> float:

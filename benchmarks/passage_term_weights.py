@@ -365,13 +365,14 @@ def alone(measured: Measured, words: Floats) -> Result:
     return Result(values, when_fitted)
 
 
-def beside(measured: Measured, words: Floats, *, windows: bool) -> Result:
-    """The sum of the inner product, BM25 and its share of the query's limit, and those of windows."""
+def beside(measured: Measured, words: Floats, *, windows: bool, more: Sequence[Floats] = ()) -> Result:
+    """The sum of the inner product, BM25 and its share of the query's limit, those of windows, and ``more``."""
     limits = np.maximum(np.asarray(measured.times @ idf_of(measured.words)), 1e-9)[:, None]
     parts = [measured.inner, words, words / limits]
     if windows:
         assert measured.windows is not None
         parts += [measured.windows, measured.windows / limits]
+    parts += more
     columns = np.stack(parts, axis=2)
     row_of = {passage_id: row for row, passage_id in enumerate(measured.ids)}
     lists: list[tuple[Floats, Floats]] = []
