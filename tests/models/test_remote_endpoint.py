@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 
+import httpx2
 import pytest
 
 from d2llm.core.errors import D2LLMError, InputError, ModelError, ModelNotFoundError
@@ -82,6 +83,17 @@ def test_judging_works_inside_a_notebooks_event_loop():
 
     with local_endpoint(always(PLAIN)) as endpoint:
         assert asyncio.run(cell(remote_teacher(endpoint))) == [1.0, 1.0]
+
+
+def test_certificates_are_read_once(monkeypatch: pytest.MonkeyPatch):
+    """It takes some 40 ms, and a search with a remote backbone is one call."""
+    read, make = [], httpx2.create_ssl_context
+    monkeypatch.setattr(httpx2, "create_ssl_context", lambda: read.append(make()) or read[-1])
+    with local_endpoint(always(PLAIN)) as endpoint:
+        teacher = remote_teacher(endpoint)
+        for _ in range(3):
+            assert teacher.judge(PAIRS[:1], "asymmetric").log_odds.tolist() == [1.0]
+    assert len(read) == 1
 
 
 @pytest.fixture

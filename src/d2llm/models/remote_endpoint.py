@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
@@ -20,6 +21,8 @@ from d2llm.core.recipe import CompletionConfig, EndpointConfig
 from d2llm.models.remote_retry import BusyError, Retries, retry_after
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx2
 
 _Answer = TypeVar("_Answer")
@@ -134,7 +137,10 @@ class Endpoint(Generic[_Answer]):
 
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx2.Limits(max_connections=self.config.concurrency)
-        async with httpx2.AsyncClient(headers=headers, timeout=self.config.timeout_seconds, limits=limits) as client:
+        timeout = self.config.timeout_seconds
+        async with httpx2.AsyncClient(
+            headers=headers, timeout=timeout, limits=limits, verify=self._certificates
+        ) as client:
 
             async def work() -> None:
                 for index, body in bodies:  # all workers share one iterator, so neighbours are sent together
@@ -147,6 +153,13 @@ class Endpoint(Generic[_Answer]):
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
+
+    @cached_property
+    def _certificates(self) -> ssl.SSLContext:
+        """What an endpoint's certificate is checked with: read once, since it takes longer than many an answer."""
+        import httpx2
+
+        return httpx2.create_ssl_context()
 
     async def _send(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Answer:
         try:
