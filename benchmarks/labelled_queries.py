@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,24 +24,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from d2llm import Run
-from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.files import write_json
 from d2llm.core.recipe import Recipe
 from d2llm.core.variants import NO_IMITATION
-from d2llm.data.plan import TrainingPlan
 from d2llm.data.training import TrainingSource
 from d2llm.models.student import Student
 from d2llm.ops.significance import mean_interval
-from d2llm.training.ablation.ablate import ablate
+from d2llm.training.ablation.ablate import ablate, only_queries
 from d2llm.training.label import disagreements
 
 WAYS = ("random", "disagreement", "all")
-
-
-def only_queries(source: TrainingSource, query_ids: list[str]) -> TrainingSource:
-    """The source with these queries of its plan."""
-    entries = tuple(entry for entry in source.plan.entries if entry.query_id in set(query_ids))
-    content = fingerprint_json([source.plan.manifest["content_hash"], sorted(query_ids)])
-    return replace(source, plan=TrainingPlan(entries, source.plan.manifest | {"content_hash": content}))
 
 
 def choose(source: TrainingSource, way: str, count: int, seed: int, students: tuple[Student, Student]) -> list[str]:
@@ -93,7 +85,7 @@ def main() -> None:
         folder = Path(judged.folder) / "no-imitation" / f"seed-{seed}"
         students = (untrained, Student.load(str(folder), device="cpu", dtype="float32"))
         for way in arguments.ways:
-            chosen = [only_queries(s, choose(s, way, arguments.labelled, seed, students)) for s in sources]
+            chosen = [only_queries(s, set(choose(s, way, arguments.labelled, seed, students))) for s in sources]
             report = measured(chosen, recipe.model_copy(update={"seed": seed}), [])
             by_set = dict(report.base.by_set)
             results[way].append({"seed": seed, "mean": report.base.mean, "by_set": by_set})
@@ -107,8 +99,6 @@ def main() -> None:
         interval = mean_interval([one["mean"] - other["mean"] for one, other in pairs])
         print(f"disagreement - random: {interval}")
     if arguments.json is not None:
-        from d2llm.core.files import write_json
-
         figures = {"labelled": arguments.labelled, "queries": {s.dataset.name: len(s.plan.entries) for s in sources}}
         write_json(
             arguments.json,

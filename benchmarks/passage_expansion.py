@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from numpy.typing import NDArray
 from passage_term_weights import (
-    NUM_TRAIN_QUERIES,
     STUDENT,
     SYSTEMS,
     Floats,
@@ -48,19 +48,18 @@ from passage_term_weights import (
     chosen,
     compared,
     idf_of,
+    keep_row,
     prepare,
-    read_report,
     shares,
+    sizes_of,
     with_windows,
 )
-from scaling.corpus import write_json
 from scaling.data_sets import DATA, require
 from scipy.sparse import csr_array
 
 from d2llm import Student
 from d2llm.data.beir import read_beir
 from d2llm.ops.ridge import PENALTIES
-from d2llm.store.bm25 import K1, B
 
 NUM_NEIGHBOURS = 10
 MIN_QUERIES = 2
@@ -189,20 +188,16 @@ def by_neighbours(measured: Measured) -> Added:
 def with_added(measured: Measured, added: Added, number: int, amount: float) -> Floats:
     """BM25 [queries, passages] with the first ``number`` words of each passage and ``amount`` times their counts."""
     words = measured.words
-    most = min(max(NUM_WORDS), len(added[0]) // len(measured.ids))
-    chosen_words = np.arange(len(added[0])) % most < number
-    rows, terms, counts = (each[chosen_words] for each in added)
-    known = counts > 0
-    all_rows = np.concatenate([words.rows, rows[known]])
-    all_terms = np.concatenate([words.terms, terms[known]])
-    all_counts = np.concatenate([words.counts, amount * counts[known]])
-    lengths = np.bincount(all_rows, all_counts, minlength=len(measured.ids))
-    norms = K1 * (1 - B + B * lengths / lengths.mean())
-    gains = all_counts / (all_counts + norms[all_rows])
-    matrix = csr_array(
-        (gains * idf_of(words)[all_terms], (all_terms, all_rows)), shape=(len(words.columns), len(measured.ids))
+    most = len(added[0]) // len(measured.ids)  # of each passage
+    known = (np.arange(len(added[0])) % most < number) & (added[2] > 0)
+    rows, terms, counts = (each[known] for each in added)
+    longer = replace(
+        words,
+        rows=np.concatenate([words.rows, rows]),
+        terms=np.concatenate([words.terms, terms]),
+        counts=np.concatenate([words.counts, amount * counts]),
     )
-    return np.asarray((measured.times @ matrix).toarray())
+    return bm25(longer, measured.times, shares(longer, longer.counts), idf_of(words))
 
 
 def measure(measured: Measured, added: Added) -> dict[str, Any]:
@@ -264,27 +259,18 @@ def main() -> None:
     for name in args.sets:
         data = read_beir(args.data / name, splits=["train", "dev"])
         measured = with_windows(data, prepare(student, data, args.cache))
-        row: dict[str, Any] = {
-            "passages": len(measured.ids),
-            "dev queries": len(measured.qrels),
-            "train queries": min(measured.num_train, NUM_TRAIN_QUERIES),
-            "passages with train queries": len(measured.train_terms),
-        }
         likely = fit_likely(measured)
-        row["fit"] = likely.figures
-        ways: dict[str, Callable[[], dict[str, Any]]] = {
-            "linear": lambda: measure_linear(measured, likely),  # noqa: B023
-            "queries": lambda: measure(measured, by_queries(measured, likely)),  # noqa: B023
-            "neighbours": lambda: measure(measured, by_neighbours(measured)),  # noqa: B023
+        row: dict[str, Any] = sizes_of(measured) | {
+            "fit": likely.figures,
+            "linear": measure_linear(measured, likely),
+            "queries": measure(measured, by_queries(measured, likely)),
+            "neighbours": measure(measured, by_neighbours(measured)),
         }
-        for way, figures in ways.items():
-            row[way] = figures()
-            print(name, way, row["fit"], flush=True)
+        for way in ("linear", "queries", "neighbours"):
+            print(name, way, likely.figures, flush=True)
             show(row[way])
         if args.json:
-            report = read_report(args.json)
-            report["sets"][name] = row
-            write_json(args.json, report)
+            keep_row(args.json, name, row)
 
 
 if __name__ == "__main__":

@@ -243,10 +243,11 @@ def shares(words: PassageWords, counts: Floats, k1: float = K1) -> Floats:
     return counts / (counts + norms[words.rows])
 
 
-def bm25(words: PassageWords, times: csr_array, gains: Floats) -> Floats:
-    """[queries, passages]"""
+def bm25(words: PassageWords, times: csr_array, gains: Floats, idf: Floats | None = None) -> Floats:
+    """[queries, passages]; ``idf`` [terms] is by default that of these words."""
     shape = (len(words.columns), len(words.vectors))
-    matrix = csr_array((gains * idf_of(words)[words.terms], (words.terms, words.rows)), shape=shape)
+    weights = (idf_of(words) if idf is None else idf)[words.terms]
+    matrix = csr_array((gains * weights, (words.terms, words.rows)), shape=shape)
     return np.asarray((times @ matrix).toarray())
 
 
@@ -463,17 +464,23 @@ def show(name: str, fit_name: str, content: Mapping[str, Any]) -> None:
                 print(f"    {last}  {cell['gain']:+.4f} ({cell['error']:.4f})", flush=True)
 
 
+def sizes_of(measured: Measured) -> dict[str, int]:
+    """How much of a set is used."""
+    return {
+        "passages": len(measured.ids),
+        "dev queries": len(measured.qrels),
+        "train queries": measured.num_train,
+        "passages with train queries": len(measured.train_terms),
+    }
+
+
 def measure_set(
     student: Student, data: Dataset, measured: Measured, own: Fit, together: Fit | None, kept: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All figures of a set; ``kept`` are those that were measured before."""
     name, words = measured.name, measured.words
     rarer = fit({name: ridge_set(measured, common=False)})
-    row: dict[str, Any] = {
-        "passages": len(measured.ids),
-        "dev queries": len(measured.qrels),
-        "train queries": measured.num_train,
-        "passages with train queries": len(measured.train_terms),
+    row: dict[str, Any] = sizes_of(measured) | {
         "explained by the fit on this set": round(own.explained[name], 4),
         "explained without common words": round(rarer.explained[name], 4),
         "inner product alone": round(float(ndcg(measured, measured.inner).mean()), 4),
@@ -502,6 +509,13 @@ def read_report(path: Path | None) -> dict[str, Any]:
     return {"student": STUDENT, "sets": {}} if path is None or not path.exists() else json.loads(path.read_text())
 
 
+def keep_row(path: Path, name: str, row: Mapping[str, Any]) -> None:
+    """Put the figures of a set into the report at ``path``."""
+    report = read_report(path)
+    report["sets"][name] = row
+    write_json(path, report)
+
+
 def main() -> None:
     """Measure, print and optionally write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -523,9 +537,7 @@ def main() -> None:
         measured = with_windows(data[name], sets[name])
         row = measure_set(student, data[name], measured, fits[name], together, kept)
         if args.json:
-            report = read_report(args.json)
-            report["sets"][name] = row
-            write_json(args.json, report)
+            keep_row(args.json, name, row)
 
 
 if __name__ == "__main__":

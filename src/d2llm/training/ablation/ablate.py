@@ -346,10 +346,11 @@ def _training_queries(
         chosen = list(labelled)
     # A different hash than the one that selects queries for the teacher, so that a small sample is not fully labelled.
     ordered = [sorted(ids, key=lambda i: hashlib.sha256(f"ablate:{i}".encode()).digest()) for ids in chosen]
-    return [_restricted(source, set(ids[:max_queries])) for source, ids in zip(sources, ordered, strict=True)]
+    return [only_queries(source, set(ids[:max_queries])) for source, ids in zip(sources, ordered, strict=True)]
 
 
-def _restricted(source: TrainingSource, query_ids: set[str]) -> TrainingSource:
+def only_queries(source: TrainingSource, query_ids: set[str]) -> TrainingSource:
+    """The source with these queries of its plan alone."""
     entries = tuple(entry for entry in source.plan.entries if entry.query_id in query_ids)
     if len(entries) == len(source.plan.entries):
         return source
