@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -55,6 +55,8 @@ class LocalEndpoint:
         self.reply = reply
         self.requests: list[Request] = []
         self.most_at_once = 0
+        self.connections = self.disconnections = 0
+        self.open: set[socket.socket] = set()
         self.url = ""
         self._at_once = 0
         self._lock = threading.Lock()
@@ -94,6 +96,17 @@ def local_endpoint(reply: Callable[[Request, int], Reply]) -> Iterator[LocalEndp
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # keeps connections alive, as real servers do
+        disable_nagle_algorithm = True  # as real servers do, too
+
+        def setup(self) -> None:
+            super().setup()
+            endpoint.connections += 1
+            endpoint.open.add(self.connection)
+
+        def finish(self) -> None:
+            endpoint.open.discard(self.connection)
+            super().finish()
+            endpoint.disconnections += 1
 
         def do_POST(self) -> None:
             try:
@@ -111,6 +124,9 @@ def local_endpoint(reply: Callable[[Request, int], Reply]) -> Iterator[LocalEndp
             yield endpoint
         finally:
             server.shutdown()
+            for connection in [*endpoint.open]:
+                with suppress(OSError):  # the client was faster
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 def completion(top: dict[str, float] | None, *, num_prompt_tokens: int | None = None) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -11,8 +13,8 @@ import socket
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
-import httpx2
 import pytest
 
 from d2llm.core.errors import D2LLMError, InputError, ModelError, ModelNotFoundError
@@ -85,15 +87,49 @@ def test_judging_works_inside_a_notebooks_event_loop():
         assert asyncio.run(cell(remote_teacher(endpoint))) == [1.0, 1.0]
 
 
-def test_certificates_are_read_once(monkeypatch: pytest.MonkeyPatch):
-    """It takes some 40 ms, and a search with a remote backbone is one call."""
-    read, make = [], httpx2.create_ssl_context
-    monkeypatch.setattr(httpx2, "create_ssl_context", lambda: read.append(make()) or read[-1])
+def test_calls_share_one_connection():
+    """A search with a remote backbone is one call; to connect takes longer than many an answer."""
     with local_endpoint(always(PLAIN)) as endpoint:
         teacher = remote_teacher(endpoint)
         for _ in range(3):
             assert teacher.judge(PAIRS[:1], "asymmetric").log_odds.tolist() == [1.0]
-    assert len(read) == 1
+        assert endpoint.connections == 1
+
+
+def test_calls_from_several_threads_share_the_connections():
+    with local_endpoint(answer_by_number) as endpoint, ThreadPoolExecutor(4) as threads:
+        teacher = remote_teacher(endpoint, concurrency=2)
+        judged = threads.map(lambda n: teacher.judge(PAIRS[n : n + 3], "asymmetric").log_odds.tolist(), (0, 3, 6, 9))
+        assert [*judged] == [[float(n + k) for k in range(3)] for n in (0, 3, 6, 9)]
+        assert endpoint.most_at_once == 2
+        assert endpoint.connections <= 2
+
+
+def test_a_connection_that_the_server_has_closed_is_opened_again():
+    with local_endpoint(lambda request, number: Reply(PLAIN, hang_up=number == 1)) as endpoint:
+        teacher = remote_teacher(endpoint)
+        for _ in range(3):
+            assert teacher.judge(PAIRS[:1], "asymmetric").log_odds.tolist() == [1.0]
+        assert endpoint.connections == 2
+        assert len(endpoint.requests) == 4  # one of them without an answer
+
+
+def test_the_connections_of_an_endpoint_that_is_gone_are_closed():
+    with local_endpoint(always(PLAIN)) as endpoint:
+        remote_teacher(endpoint).judge(PAIRS[:1], "asymmetric")
+        gc.collect()  # teacher and endpoint refer to each other
+        until(lambda: endpoint.connections == endpoint.disconnections == 1, "the end of the connection")
+
+
+def test_a_forked_process_opens_connections_of_its_own():
+    with local_endpoint(always(PLAIN)) as endpoint:
+        teacher = remote_teacher(endpoint)
+        teacher.judge(PAIRS[:1], "asymmetric")
+        child = multiprocessing.get_context("fork").Process(target=teacher.judge, args=(PAIRS[:1], "asymmetric"))
+        child.start()
+        child.join(PATIENCE)
+        assert child.exitcode == 0
+        assert endpoint.connections == 2
 
 
 @pytest.fixture

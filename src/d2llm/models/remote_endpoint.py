@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import wait
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
@@ -21,8 +22,6 @@ from d2llm.core.recipe import CompletionConfig, EndpointConfig
 from d2llm.models.remote_retry import BusyError, Retries, retry_after
 
 if TYPE_CHECKING:
-    import ssl
-
     import httpx2
 
 _Answer = TypeVar("_Answer")
@@ -32,10 +31,59 @@ _UNKNOWN_MODEL = re.compile(
     r"model.*(not exist|not found|unknown)|(unknown|no such|invalid) model|model_not_found", re.I
 )
 _QUOTED = 300  # characters of a server's message to quote
+_IDLE_SECONDS = 30.0  # how long a connection stays open that nobody uses
+_STOP_SECONDS = 5.0  # how long a caller that is interrupted waits until its requests are cancelled
+
+
+class _EventLoop:
+    """An event loop in a thread of its own, in which all requests of this process run.
+
+    So connections outlive the call that opened them, calls work inside a notebook's loop too, and Ctrl-C cancels
+    running requests. The thread ends with the process.
+    """
+
+    _of_process: tuple[int, _EventLoop] | None = None
+    _starting = threading.Lock()
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="remote models", daemon=True).start()
+
+    @classmethod
+    def of_process(cls) -> _EventLoop:
+        """That of this process: a forked one has the memory of its parent, but not the thread."""
+        with cls._starting:
+            if cls._of_process is None or cls._of_process[0] != os.getpid():
+                cls._of_process = os.getpid(), cls()
+            return cls._of_process[1]
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it to its end, or cancel it if the caller is interrupted."""
+        ended = threading.Event()
+
+        async def run() -> None:
+            try:
+                await work
+            finally:
+                ended.set()
+
+        running = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        try:
+            while wait([running], timeout=1.0).not_done:
+                pass  # without a limit, Python would overlook a Ctrl-C that comes just before the wait
+            running.result()
+        finally:
+            if not running.done():
+                running.cancel()
+                ended.wait(_STOP_SECONDS)
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it without waiting for it."""
+        asyncio.run_coroutine_threadsafe(work, self._loop)
 
 
 class Endpoint(Generic[_Answer]):
-    """One model at one address.
+    """One model at one address, over connections that stay open from one call to the next.
 
     If the address has never answered, a failure is raised at once. Later, while the endpoint is unreachable or
     overloaded (429, 408, 5xx, timeout), requests are retried (``models.remote_retry``). A delay that the endpoint
@@ -86,6 +134,8 @@ class Endpoint(Generic[_Answer]):
         self._shorten, self._check = shorten, check
         self._key = _read_key(config.api_key_env)
         self._answered = False
+        self._opened: tuple[_EventLoop, httpx2.AsyncClient] | None = None
+        self._opening = threading.Lock()
 
     def send(
         self,
@@ -107,8 +157,6 @@ class Endpoint(Generic[_Answer]):
             InputError: a text is longer than the model can read.
             ModelError: the endpoint is unreachable, refuses the key, or answers in another form.
         """
-        from anyio.from_thread import start_blocking_portal
-
         answers: list[_Answer | None] = [None] * len(bodies)
 
         def take(place: int, answer: _Answer) -> None:
@@ -119,47 +167,48 @@ class Endpoint(Generic[_Answer]):
                 advance(1)
 
         named = [{"model": self.model, **body} for body in bodies]
-        # A separate event loop in a thread works inside a notebook's loop too, and Ctrl-C cancels running requests.
-        with start_blocking_portal() as portal:
-            sent = portal.start_task_soon(self._send_all, enumerate(named), len(named), take)
-            while wait([sent], timeout=1.0).not_done:
-                pass  # without a limit, Python would overlook a Ctrl-C that comes just before the wait
-            sent.result()
+        loop, client = self._open()
+        loop.run(self._send_all(client, enumerate(named), len(named), take))
         return cast("list[_Answer]", answers)
+
+    def _open(self) -> tuple[_EventLoop, httpx2.AsyncClient]:
+        """The event loop of this process, and what holds the connections there."""
+        loop = _EventLoop.of_process()
+        with self._opening:
+            if self._opened is None or self._opened[0] is not loop:
+                client = self._client()
+                weakref.finalize(self, _close, loop, client).atexit = False
+                self._opened = loop, client
+            return self._opened
+
+    def _client(self) -> httpx2.AsyncClient:
+        import httpx2
+
+        concurrency = self.config.concurrency
+        return httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx2.Timeout(self.config.timeout_seconds, pool=None),
+            limits=httpx2.Limits(max_connections=concurrency, keepalive_expiry=_IDLE_SECONDS),
+        )
 
     async def _send_all(
         self,
+        client: httpx2.AsyncClient,
         bodies: Iterator[tuple[int, dict[str, Any]]],
         number: int,
         take: Callable[[int, _Answer], None],
     ) -> None:
-        import httpx2
+        async def work() -> None:
+            for index, body in bodies:  # all workers share one iterator, so neighbours are sent together
+                take(index, await self._send(client, body))
 
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx2.Limits(max_connections=self.config.concurrency)
-        timeout = self.config.timeout_seconds
-        async with httpx2.AsyncClient(
-            headers=headers, timeout=timeout, limits=limits, verify=self._certificates
-        ) as client:
-
-            async def work() -> None:
-                for index, body in bodies:  # all workers share one iterator, so neighbours are sent together
-                    take(index, await self._send(client, body))
-
-            workers = [asyncio.create_task(work()) for _ in range(min(self.config.concurrency, number))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-
-    @cached_property
-    def _certificates(self) -> ssl.SSLContext:
-        """What an endpoint's certificate is checked with: read once, since it takes longer than many an answer."""
-        import httpx2
-
-        return httpx2.create_ssl_context()
+        workers = [asyncio.create_task(work()) for _ in range(min(self.config.concurrency, number))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
 
     async def _send(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Answer:
         try:
@@ -284,6 +333,11 @@ class CompletionEndpoint(Endpoint[_Answer]):
 
     def _fields(self, prompt: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": prompt}]} if self._is_chat else {"prompt": prompt}
+
+
+def _close(loop: _EventLoop, client: httpx2.AsyncClient) -> None:
+    """Close the connections of an endpoint that is gone."""
+    loop.start(client.aclose())
 
 
 def _read_key(variable: str | None) -> str | None:
