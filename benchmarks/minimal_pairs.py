@@ -26,7 +26,7 @@ from d2llm import Student
 from d2llm.core.recipe import BackboneConfig, LoraConfig, StudentConfig
 from d2llm.core.table import Column, Table
 from d2llm.ops.losses import in_batch_cross_entropy
-from d2llm.retrieval.reading import score_pairs
+from d2llm.retrieval.reading import encode_pairs
 from d2llm.store.bm25 import WordIndex
 
 QUICK_ITEMS: dict[Split, int] = {"train": 200, "dev": 60, "test": 100}
@@ -93,7 +93,7 @@ def system_scores(name: str, items: Items) -> Tensor:
     student = load_system(name)
     task = "asymmetric" if "asymmetric" in name else "symmetric"
     pairs = [(item.query, text) for item in items for text in (item.right, item.wrong)]
-    return torch.from_numpy(score_pairs(student, pairs, task).scores.reshape(-1, 2))
+    return torch.from_numpy(encode_pairs(student, pairs).score(student, task).reshape(-1, 2))
 
 
 @cache

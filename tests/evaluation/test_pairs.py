@@ -421,6 +421,15 @@ def test_a_second_evaluation_reuses_all_results(sayings, tmp_path):
     assert after.notes == (*before.notes, "7 parts were measured by an earlier run")
 
 
+def test_students_with_the_same_vectors_share_one_encoding(sayings):
+    student = FakeStudent()
+    report = measure(sayings, Contenders(student))
+    assert [row.kind for row in report.rows] == ["bm25", "anchor", "d2llm"]
+    distinct = sum(len({pair.passage for pair in sayings.pairs(split)}) for split in ("test", "dev"))
+    num_timed = 2 * min(len(sayings.pairs("test")), report.settings["latency_queries"])  # each alone, for both
+    assert student.encoded_passages == distinct + num_timed
+
+
 def test_interrupted_judging_is_resumed(sayings, tmp_path, monkeypatch):
     monkeypatch.setattr("d2llm.evaluation.judging._SHARD_SECONDS", 0)
     monkeypatch.setattr("d2llm.evaluation.judging._PAIRS_AT_ONCE", 8)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,7 +42,8 @@ from d2llm.evaluation.systems import MeasuredStore, milliseconds, peak_memory, s
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.calibration import score_histogram
 from d2llm.ops.significance import bootstrap_statistic, resampled_p_value
-from d2llm.retrieval.reading import ScoredPairs, score_pairs
+from d2llm.retrieval.protocols import SearchStudent
+from d2llm.retrieval.reading import EncodedPairs, encode_pairs
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.bm25 import WordIndex
 
@@ -142,38 +144,50 @@ def lexical_scores(work: PairWork) -> ScoredSplits:
     return work.scored(setting.NAME_BM25, "bm25", None, measure)
 
 
-def student_scores(work: PairWork, contender: Contender) -> ScoredSplits:
-    """A student's scores of all pairs; each text is encoded once."""
-    model, task = contender.model, work.settings.task
+def student_scores(work: PairWork, contenders: Sequence[Contender]) -> list[ScoredSplits]:
+    """The scores of all pairs by students with the same vectors; each text is encoded once for all of them."""
+    first, task = contenders[0].model, work.settings.task
 
-    def score(pairs: Sequence[LabelledPair], placement: Placement) -> ScoredPairs:
+    def encode(pairs: Sequence[LabelledPair], placement: Placement) -> EncodedPairs:
         texts = _texts(pairs)
         num_texts = sum(len(set(side)) for side in zip(*texts, strict=True))
-        with progress_bar(f"encoding for {contender.name}", num_texts) as advance:
-            return score_pairs(model, texts, task, advance, placement=placement)
+        names = " and ".join(contender.name for contender in contenders)
+        with progress_bar(f"encoding for {names}", num_texts) as advance:
+            return encode_pairs(first, texts, advance, placement=placement)
 
-    def measure() -> dict[str, Any]:
+    @cache
+    def encoded() -> tuple[EncodedPairs, EncodedPairs | None, float, float]:
+        """Both splits, the seconds that the first took, and the peak of the memory."""
         with peak_memory() as peak:
             begin = perf_counter()
-            scored = score(work.pairs, work.placement)
+            measured = encode(work.pairs, work.placement)
             seconds = perf_counter() - begin
-            tuning = score(work.tuning_pairs, work.placement) if work.tuning_pairs else None
-            times: list[float] = []
-            with showing_progress(False):
-                for pair in work.probes:
-                    begin = perf_counter()
-                    score([pair], HERE)
-                    times.append(perf_counter() - begin)
-            return {
-                "scores": scored.scores.tolist(),
-                "tuning_scores": [] if tuning is None else tuning.scores.tolist(),
-                "probe_seconds": times,
-                "pairs_per_second": len(work.pairs) / seconds,
-                "peak_memory_mib": peak(),
-                "num_truncated": scored.num_truncated,
-            }
+            tuning = encode(work.tuning_pairs, work.placement) if work.tuning_pairs else None
+            return measured, tuning, seconds, peak()
 
-    return work.scored(contender.name, contender.kind, model.fingerprint, measure)
+    def measure(model: SearchStudent) -> dict[str, Any]:
+        pairs, tuning, seconds, peak = encoded()
+        begin = perf_counter()
+        scores = pairs.score(model, task)
+        seconds += perf_counter() - begin
+        times: list[float] = []
+        with showing_progress(False):
+            for pair in work.probes:
+                begin = perf_counter()
+                encode([pair], HERE).score(model, task)
+                times.append(perf_counter() - begin)
+        return {
+            "scores": scores.tolist(),
+            "tuning_scores": [] if tuning is None else tuning.score(model, task).tolist(),
+            "probe_seconds": times,
+            "pairs_per_second": len(work.pairs) / seconds,
+            "peak_memory_mib": peak,
+            "num_truncated": pairs.num_truncated,
+        }
+
+    return [
+        work.scored(each.name, each.kind, each.model.fingerprint, partial(measure, each.model)) for each in contenders
+    ]
 
 
 def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> ScoredSplits:
@@ -251,9 +265,11 @@ def evaluate_pairs(
     work = PairWork(dataset, settings, pairs, tuning_pairs, folder, labels, placement)
     judges = contenders.judges(None)
     _check_measurable(work, gold, tuning_gold, sampled=bool(judges))
+    students = contenders.students(settings.num_candidates, settings.top_k)
+    by_vectors = groupby(students, key=lambda contender: contender.model.fingerprint)  # a student follows its cosine
     systems = [
         lexical_scores(work),
-        *(student_scores(work, row) for row in contenders.students(settings.num_candidates, settings.top_k)),
+        *(scores for _, same_vectors in by_vectors for scores in student_scores(work, list(same_vectors))),
         *(judge_scores(work, *judge) for judge in judges),
     ]
     return _PairFigures(work, contenders, gold, tuning_gold, systems, [name for name, _, _ in judges]).report()

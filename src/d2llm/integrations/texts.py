@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import Passage, Task
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.reading import score_pairs
+from d2llm.retrieval.reading import encode_pairs
 
 if TYPE_CHECKING:
     from d2llm.models.backbone import EncodedTexts
@@ -74,10 +74,10 @@ def checked_pair_scores(student: SearchStudent, pairs: Sequence[tuple[str, str]]
         ModelError: a score is not a number.
     """
     require_texts([text for pair in pairs for text in pair])
-    scored = score_pairs(student, pairs, task)
-    _read(scored.queries, "queries")
-    _read(scored.passages, "passages")
-    scores = scored.scores
+    encoded = encode_pairs(student, pairs)
+    _read(encoded.queries, "queries")
+    _read(encoded.passages, "passages")
+    scores = encoded.score(student, task)
     num_nan = int(np.isnan(scores).sum())
     if num_nan:
         raise ModelError(f"{num_nan} of {len(scores)} scores are NaN; check the student")

@@ -174,10 +174,12 @@ def read_windows(
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredPairs:
-    """Scores [n] of pairs of texts, and the vectors of their distinct queries and passages."""
+class EncodedPairs:
+    """Pairs (query, passage) of texts, and the vectors of the distinct queries and passages, each in the order in
+    which they first occur.
+    """
 
-    scores: NDArray[np.float32]
+    pairs: Sequence[tuple[str, str]]
     queries: EncodedTexts
     passages: EncodedTexts
 
@@ -186,26 +188,32 @@ class ScoredPairs:
         """Number of texts longer than the limit."""
         return self.queries.num_truncated + self.passages.num_truncated
 
+    def score(self, student: SearchStudent, task: Task) -> NDArray[np.float32]:
+        """The logits [n] of a student that has encoded the texts, or has the same vectors."""
+        query_texts, passage_texts = _distinct(self.pairs)
+        query_vectors = dict(zip(query_texts, self.queries.vectors, strict=True))
+        passage_vectors = dict(zip(passage_texts, self.passages.vectors, strict=True))
+        return score_by_query(student, self.pairs, query_vectors, passage_vectors, task)
 
-def score_pairs(
+
+def encode_pairs(
     student: SearchStudent,
     pairs: Sequence[tuple[str, str]],
-    task: Task,
     advance: Callable[[int], None] = ignore,
     *,
     placement: Placement = HERE,
-) -> ScoredPairs:
-    """The student's logits of (query, passage) pairs of texts; each distinct text is encoded once.
+) -> EncodedPairs:
+    """Encode the texts of (query, passage) pairs, each distinct text once.
 
     ``advance`` is called with the number of texts finished since the last call; ``placement`` says where they are
     encoded.
     """
-    query_texts = list(dict.fromkeys(query for query, _ in pairs))
-    passage_texts = list(dict.fromkeys(passage for _, passage in pairs))
+    query_texts, passage_texts = _distinct(pairs)
     with placement.workers(student, encode_shard) as workers:
         queries = encode_texts(workers, query_texts, "query", advance=advance)
         passages = encode_texts(workers, passage_texts, "passage", advance=advance)
-    query_vectors = dict(zip(query_texts, queries.vectors, strict=True))
-    passage_vectors = dict(zip(passage_texts, passages.vectors, strict=True))
-    scores = score_by_query(student, pairs, query_vectors, passage_vectors, task)
-    return ScoredPairs(scores, queries, passages)
+    return EncodedPairs(pairs, queries, passages)
+
+
+def _distinct(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    return list(dict.fromkeys(query for query, _ in pairs)), list(dict.fromkeys(passage for _, passage in pairs))

@@ -18,7 +18,7 @@ from d2llm.models.probabilities import ProbabilityCalibration, TaskCalibration
 from d2llm.ops.calibration import expected_calibration_error, reliability_bins
 from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
-from d2llm.retrieval.reading import score_pairs
+from d2llm.retrieval.reading import encode_pairs
 from d2llm.store.bm25 import bm25_lists
 from d2llm.training.dev_sets import LEXICAL_DEPTH, MIN_QUERIES, dev_queries
 
@@ -93,7 +93,7 @@ def score_drawn(
     ]
     num_texts = sum(len(set(side)) for side in zip(*pairs, strict=True))
     with progress_bar(f"calibrating on {dataset.name}", num_texts) as advance:
-        scores = score_pairs(student, pairs, task, advance).scores if pairs else np.empty(0)
+        scores = encode_pairs(student, pairs, advance).score(student, task) if pairs else np.empty(0)
     return CalibrationSample(
         queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
         scores=scores.astype(np.float64),
