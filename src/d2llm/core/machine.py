@@ -53,10 +53,10 @@ def replaced_allocator() -> str | None:
     info = Info()
     try:
         process = ctypes.CDLL(None)
-        found = process.dladdr(ctypes.cast(process.malloc, ctypes.c_void_p), ctypes.byref(info))
+        resolved = process.dladdr(ctypes.cast(process.malloc, ctypes.c_void_p), ctypes.byref(info))
     except (OSError, TypeError, AttributeError):  # Windows, or a C library without dladdr
         return None
-    match = _ALLOCATOR.search(Path(os.fsdecode(info.file or b"")).name) if found else None
+    match = _ALLOCATOR.search(Path(os.fsdecode(info.file or b"")).name) if resolved else None
     return match[1] if match else None
 
 

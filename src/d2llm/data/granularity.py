@@ -76,11 +76,11 @@ def make_granularity(num_passages: int = 200, *, seed: int = 0) -> GranularitySe
         places = rng.sample(_PLACES, _THINGS_PER_PASSAGE)
         rest = [f"There is a {colour} {thing} {place}." for (colour, thing), place in zip(things, places, strict=True)]
         passages.append(Passage(f"p{number}", " ".join([_SCENES[scene], *rest])))
-        asked: list[tuple[Granularity, str]] = [("scene", scene)]
+        views: list[tuple[Granularity, str]] = [("scene", scene)]
         for colour, thing in things:
-            asked.append(("entity", f"the {thing}"))
-            asked.append(("detail", f"the {colour} {thing}"))
-        for one in asked:
+            views.append(("entity", f"the {thing}"))
+            views.append(("detail", f"the {colour} {thing}"))
+        for one in views:
             relevant.setdefault(one, {})[f"p{number}"] = 1
     order: tuple[Granularity, ...] = ("scene", "entity", "detail")
     named = sorted(relevant, key=lambda one: (order.index(one[0]), one[1]))

@@ -373,11 +373,11 @@ def _write_table(path: Path, schema: Any, rows: Iterable[tuple[Any, ...]]) -> No
 def _read_table(folder: Path, kind: str, name: str, schema: Any, *, columns: list[str] | None = None) -> Any:
     try:
         with pq.ParquetFile(folder / kind / name, page_checksum_verification=True) as file:
-            found, table = file.schema_arrow, file.read(columns=columns)
+            actual, table = file.schema_arrow, file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(folder, kind, name, str(error).splitlines()[0]) from error
-    if not found.equals(schema):
-        raise _damaged(folder, kind, name, f"has the columns {found.names}, expected {schema.names}")
+    if not actual.equals(schema):
+        raise _damaged(folder, kind, name, f"has the columns {actual.names}, expected {schema.names}")
     return table
 
 

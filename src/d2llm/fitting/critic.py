@@ -122,8 +122,8 @@ def review_queries(
     by_id = {passage.id: passage for passage in passages}
     rejected: list[RejectedQuery] = []
     candidates = list(_pass_rules(_written(drafts, passages), by_id, rejected))
-    found, kept = _round_trips(candidates, index, task, chosen.depth), list[KeptQuery]()
-    for written, ranking in zip(candidates, found, strict=True):
+    retrieved, kept = _round_trips(candidates, index, task, chosen.depth), list[KeptQuery]()
+    for written, ranking in zip(candidates, retrieved, strict=True):
         if written.passage_id not in ranking:
             reason = f"not found again among the first {chosen.depth}"
             rejected.append(RejectedQuery(written, "not found again", reason))
@@ -133,7 +133,7 @@ def review_queries(
         kept.append(KeptQuery(written, (written.passage_id, *alike), rank))
     num_judged = 0
     if teacher is not None and judgements is not None:
-        rankings = dict(zip((written.id for written in candidates), found, strict=True))
+        rankings = dict(zip((written.id for written in candidates), retrieved, strict=True))
         kept, num_judged = _ask_teacher(kept, rankings, by_id, teacher, judgements, task, chosen, rejected, placement)
     general = [query for query in kept if len(query.positives) > chosen.max_positives]
     rejected += [

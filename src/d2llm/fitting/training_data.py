@@ -93,27 +93,27 @@ def write_written_data(
     return DataReport(counts, num_shared)
 
 
-def split_passages(passages: Sequence[Passage], asked: Sequence[str], seed: int) -> dict[str, str]:
+def split_passages(passages: Sequence[Passage], source_ids: Sequence[str], seed: int) -> dict[str, str]:
     """The split of each passage: the same for all passages of a document, or of a part of one if there are few.
 
     Test and dev get documents in a random order, until they have their share of the queries and enough documents.
 
     Args:
         passages: the corpus.
-        asked: for each query, the id of the passage that it was written for.
+        source_ids: for each query, the id of the passage that it was written for.
         seed: of the order.
     """
     documents = {_document_of(passage) for passage in passages}
     name_of = part_of if len(documents) < FEW_DOCUMENTS else _document_of
     names = {passage.id: name_of(passage) for passage in passages}
-    num_queries = Counter(names[passage_id] for passage_id in asked)
-    share = min(0.2, max(0.05, HELD_OUT_QUERIES / max(1, len(asked))))
+    num_queries = Counter(names[passage_id] for passage_id in source_ids)
+    share = min(0.2, max(0.05, HELD_OUT_QUERIES / max(1, len(source_ids))))
     fewest = min(MIN_HELD_OUT, len(num_queries) // 5)
     waiting = sorted(num_queries, key=lambda name: random.Random(f"{seed}:{name}").random(), reverse=True)
     split_of: dict[str, str] = {}
     for split in ("test", "dev"):
         num_documents = num_taken = 0
-        while waiting and (num_documents < fewest or num_taken < share * len(asked)):
+        while waiting and (num_documents < fewest or num_taken < share * len(source_ids)):
             name = waiting.pop()
             split_of[name] = split
             num_documents, num_taken = num_documents + 1, num_taken + num_queries[name]

@@ -156,11 +156,11 @@ class ChunkReader:
             truncated += self._add_windows(whole, spans, count, windows)
             count += len(spans)
         vectors = np.empty((count, self._dim), np.float32)
-        found: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * count
+        token_rows: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * count
         lengths = [len(window.ids) for window in windows]
         for batch in token_budget_batches(lengths, max_tokens=_BATCH_TOKENS, max_items=_BATCH_ROWS):
-            self._read([windows[index] for index in batch], vectors, found)
-        tokens = None if self._projection is None else TokenVectors.join(found, self._projection.dim)
+            self._read([windows[index] for index in batch], vectors, token_rows)
+        tokens = None if self._projection is None else TokenVectors.join(token_rows, self._projection.dim)
         return EncodedChunks(vectors, tuple(truncated), sum(lengths), len(windows), tokens)
 
     def _add_windows(self, whole: WholeText, spans: Sequence[Span], first: int, windows: list[_Window]) -> list[int]:

@@ -415,7 +415,7 @@ class Student(VectorScorer):
         if self._engine is not None:
             fell_back("engine for vectors of tokens", "the graph gives vectors of texts only; torch encodes both")
         tokenized, is_query = self.tokenize(texts, kind), kind == "query"
-        found: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
+        token_rows: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
             with inference(self):
@@ -426,11 +426,11 @@ class Student(VectorScorer):
                 parts = np.split(tokens, np.cumsum([len(kept) for kept in places])[:-1])
                 for index, part in zip(batch, parts, strict=True):
                     share = projection.query_share(tokenized.ids[index]) if is_query else 1.0
-                    found[index] = part * np.float32(share)
+                    token_rows[index] = part * np.float32(share)
                 return self.pool(states, mask).cpu().numpy()
 
         encoded = self._read(tokenized, read, advance)
-        return replace(encoded, tokens=TokenVectors.join(found, projection.dim))
+        return replace(encoded, tokens=TokenVectors.join(token_rows, projection.dim))
 
     def _require_projection(self) -> TokenProjection:
         if self.token_projection is None:
@@ -458,7 +458,7 @@ class Student(VectorScorer):
         if not getattr(self.backbone.tokenizer, "is_fast", False):
             raise InputError("this student's tokenizer gives no character offsets, so words have no states")
         tokenized = self.tokenize(queries, "query")
-        found: list[dict[str, Float32[np.ndarray, " dim"]]] = [{} for _ in queries]
+        word_states: list[dict[str, Float32[np.ndarray, " dim"]]] = [{} for _ in queries]
         for start in range(0, len(queries), _BATCH_TEXTS):
             batch = range(start, min(start + _BATCH_TEXTS, len(queries)))
             with inference(self):
@@ -467,8 +467,8 @@ class Student(VectorScorer):
                 text = queries[index]
                 spans = self.backbone.token_places(text, len(tokenized.ids[index]), "query")
                 by_term = tokens_of_terms(text, spans)
-                found[index] = {term: own[places].mean(axis=0) for term, places in by_term.items() if places}
-        return found
+                word_states[index] = {term: own[places].mean(axis=0) for term, places in by_term.items() if places}
+        return word_states
 
     def term_factors(self, queries: Sequence[str]) -> list[dict[str, float]] | None:
         """How much each BM25 term of the queries counts; None if this was not fitted."""

@@ -405,8 +405,8 @@ class Searcher:
             ShardAwayError: no shard can be read.
         """
         answers: dict[int, _Answer] = {}
-        wanted = range(len(self._shards)) if shard_indexes is None else shard_indexes
-        asked = [shard_index for shard_index in wanted if shard_index not in missing]
+        chosen = range(len(self._shards)) if shard_indexes is None else shard_indexes
+        readable = [shard_index for shard_index in chosen if shard_index not in missing]
 
         def answer(asked_index: int) -> _Answer | MissingShard:
             shard = self._shards[asked_index]
@@ -417,8 +417,8 @@ class Searcher:
                     raise
                 return shard.missing(error)
 
-        given = map(answer, asked) if in_turn else map_in_threads(answer, asked)
-        for shard_index, one in zip(asked, given, strict=True):
+        results = map(answer, readable) if in_turn else map_in_threads(answer, readable)
+        for shard_index, one in zip(readable, results, strict=True):
             if isinstance(one, MissingShard):
                 missing[shard_index] = one
             else:
@@ -561,8 +561,8 @@ class Searcher:
         merged: dict[str, CandidateRows] = {}
         for name in self._sources:
             by_ids = name != "bm25" or self.settings.hybrid is not None
-            found = {shard_index: own[name] for shard_index, own in proposals.items()}
-            merged[name] = merge_candidates(found, depth, self._index.ids if by_ids else None)
+            by_shard = {shard_index: own[name] for shard_index, own in proposals.items()}
+            merged[name] = merge_candidates(by_shard, depth, self._index.ids if by_ids else None)
         return merged
 
     def _score(self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], depth: int) -> ScoredCandidates:

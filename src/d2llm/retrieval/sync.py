@@ -52,13 +52,13 @@ def sync_documents(
         InputError: a path does not exist, there are no documents, or a document has the id of a passage that came from
             no file.
     """
-    found = find_documents(paths, exclude=exclude, max_bytes=max_bytes, seconds_per_file=seconds_per_file)
+    documents = find_documents(paths, exclude=exclude, max_bytes=max_bytes, seconds_per_file=seconds_per_file)
     known = _known_files(index)
-    unchanged = [file for file in found.files if known.get(file.id) == (file.modified, file.num_bytes)]
-    changed = replace(found, files=sorted(set(found.files) - set(unchanged), key=lambda file: file.id))
+    unchanged = [file for file in documents.files if known.get(file.id) == (file.modified, file.num_bytes)]
+    changed = replace(documents, files=sorted(set(documents.files) - set(unchanged), key=lambda file: file.id))
     written = index.upsert_documents(changed, chunking, num_documents=len(changed.files))
-    names = {file.id for file in found.files}
-    unread = tuple(skipped.id for skipped in found.skipped)
+    names = {file.id for file in documents.files}
+    unread = tuple(skipped.id for skipped in documents.skipped)
     gone = tuple(
         sorted(
             name
@@ -68,7 +68,7 @@ def sync_documents(
     )
     if gone:
         index.delete_documents(gone)
-    return SyncReport(len(found.files), len(unchanged), found.num_other, gone, tuple(changed.skipped), written)
+    return SyncReport(len(documents.files), len(unchanged), documents.num_other, gone, tuple(changed.skipped), written)
 
 
 def _known_files(index: Index) -> dict[str, tuple[datetime, int] | None]:

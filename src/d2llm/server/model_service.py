@@ -197,14 +197,14 @@ class ModelService:
         """
         note_items([text])
         self._texts.require_room(1)
-        asked = time.perf_counter()
+        received = time.perf_counter()
 
         def read() -> tuple[EncodedTexts, float]:
             begin = time.perf_counter()
             return (self._encoder or self.student).encode_with_tokens([text], "query"), begin
 
         done, begun = await self.in_lane(read)
-        worked, queued = time.perf_counter() - begun, begun - asked
+        worked, queued = time.perf_counter() - begun, begun - received
         self._observe("queue", queued)
         self._observe("encode", worked)
         assert done.tokens is not None

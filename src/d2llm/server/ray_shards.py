@@ -211,7 +211,7 @@ class _Replica:
     opening: Any = None
     retry_at: float = 0.0
     num_calls: int = 0
-    has_failed: bool = False  # to open the version that is wanted
+    has_failed: bool = False  # to open the desired version
 
     @contextmanager
     def busy(self) -> Generator[None]:
@@ -225,12 +225,12 @@ class _Replica:
 class _Shard:
     """A shard with its replicas.
 
-    ``wanted`` is the version that they shall open. ``served`` are the one that is served until all shards have opened
+    ``desired`` is the version that they shall open. ``served`` are the one that is served until all shards have opened
     that one, if it is another, and the one before, which requests may still use.
     """
 
-    def __init__(self, wanted: _ShardVersion, settings: ServeSettings) -> None:
-        self.wanted = wanted
+    def __init__(self, desired: _ShardVersion, settings: ServeSettings) -> None:
+        self.desired = desired
         self.served: tuple[_ShardVersion, ...] = ()
         self.facts: dict[int, _ShardFacts] = {}
         self.error: Exception | None = None
@@ -252,7 +252,7 @@ class _Shard:
         return any(version in replica.ready for replica in self.replicas)
 
     def missing(self, error: Exception | str) -> MissingShard:
-        return MissingShard(self.wanted.number, self.wanted.record.address, str(error))
+        return MissingShard(self.desired.number, self.desired.record.address, str(error))
 
     def call(self, version: int, method: str, *args: Any, **options: Any) -> Any:
         """What a replica answers: the one with the fewest calls, or, if it fails, the next.
@@ -298,20 +298,20 @@ class _Shard:
                 problem = f"no answer within {seconds:g} seconds"
             except ray.exceptions.RayError as error:
                 problem = last_line(error)
-            _log.warning("%s (%s): %s", self.wanted.place, self.wanted.record.address, problem)
+            _log.warning("%s (%s): %s", self.desired.place, self.desired.record.address, problem)
             if is_step:
                 replica.ready.clear()  # until it has answered that the version is open
-        raise ShardAwayError(f"{self.wanted.place} ({self.wanted.record.address}) does not answer: {problem}")
+        raise ShardAwayError(f"{self.desired.place} ({self.desired.record.address}) does not answer: {problem}")
 
     def attend(self, replica: _Replica, scorer: Any) -> bool:
         """Let a replica open the versions that it lacks, or look whether it has; returns whether something changed."""
-        ray, wanted = import_ray(), self.wanted
+        ray, desired = import_ray(), self.desired
         if replica.opening is None:
-            targets = (wanted, *self.served[:1]) if not replica.has_failed else (*self.served[:1], wanted)
+            targets = (desired, *self.served[:1]) if not replica.has_failed else (*self.served[:1], desired)
             lacking = [one for one in targets if one.version not in replica.ready]
             if not lacking or time.monotonic() < replica.retry_at:
                 return False
-            kept = frozenset(one.version for one in (wanted, *self.served))
+            kept = frozenset(one.version for one in (desired, *self.served))
             asked = replica.actor.open.options(concurrency_group="control")
             replica.opening = lacking[0], kept, asked.remote(lacking[0], scorer, kept)
             return False
@@ -323,20 +323,20 @@ class _Shard:
             self.facts[shard.version] = ray.get(reference)
         except Exception as error:  # noqa: BLE001 - whatever has happened, it is tried again
             cause = getattr(error, "cause", None)
-            self.error = cause if isinstance(cause, D2LLMError) else ShardAwayError(f"{wanted.place}: {error}")
+            self.error = cause if isinstance(cause, D2LLMError) else ShardAwayError(f"{desired.place}: {error}")
             replica.has_failed, replica.retry_at = True, time.monotonic() + _RETRY_SECONDS
             if isinstance(error, ray.exceptions.ActorDiedError):  # for good
                 replica.actor = self.new_actor()
             return True
-        if shard.version == self.wanted.version:
+        if shard.version == self.desired.version:
             replica.has_failed = False
         replica.ready = (replica.ready & kept) | {shard.version}
         return True
 
-    def serve_wanted(self) -> None:
-        """From now on the wanted version is served."""
-        if self.wanted not in self.served:
-            self.served = (self.wanted, *self.served[:1])
+    def serve_desired(self) -> None:
+        """From now on the desired version is served."""
+        if self.desired not in self.served:
+            self.served = (self.desired, *self.served[:1])
         kept = {one.version for one in self.served}
         self.facts = {version: facts for version, facts in self.facts.items() if version in kept}
 
@@ -346,7 +346,7 @@ class RemoteShardView:
 
     def __init__(self, shard: _Shard, manifest: dict[str, Any], corpus: Callable[[], WordStatistics]) -> None:
         self.shard = shard
-        self.version = shard.wanted.version
+        self.version = shard.desired.version
         self.dim: int = manifest["dim"]
         self.task: Task = manifest["task"]
         self.student_fingerprint: str = manifest["student"]
@@ -375,7 +375,7 @@ class RemoteShardView:
         return self.shard.call(self.version, "count_words", hashes)
 
     def __len__(self) -> int:
-        return self.shard.wanted.record.num_passages if self.facts is None else self.facts.num_passages
+        return self.shard.desired.record.num_passages if self.facts is None else self.facts.num_passages
 
     @property
     def metadata(self) -> MetadataSchema:
@@ -581,7 +581,7 @@ class ShardCluster:
             D2LLMError: a shard cannot be opened, unless that is allowed; or none can.
         """
         ray = import_ray()
-        wanted = [
+        desired = [
             _ShardVersion(store.folder.resolve(), dict(store.manifest), record, number, len(store.records))
             for number, record in enumerate(store.records)
         ]
@@ -590,30 +590,30 @@ class ShardCluster:
             each = self._settings.shard_replicas
             require_room(
                 "CPU",
-                len(wanted) * each * self._settings.shard_cpus,
-                f"{len(wanted)} shards with {each} actors each, of {self._settings.shard_cpus:g} CPUs,",
+                len(desired) * each * self._settings.shard_cpus,
+                f"{len(desired)} shards with {each} actors each, of {self._settings.shard_cpus:g} CPUs,",
                 "shard_cpus",
             )
-            scorer, shards = ray.put(student.without_backbone()), [_Shard(one, self._settings) for one in wanted]
+            scorer, shards = ray.put(student.without_backbone()), [_Shard(one, self._settings) for one in desired]
             with self._changed:
                 old, self._shards = self._shards, shards
                 self._scorer, self._made_for = scorer, made_for
             if old:  # requests may still use them
                 threading.Timer(_KEPT_SECONDS, _kill, (old,)).start()
         with self._changed:
-            for shard, one in zip(self._shards, wanted, strict=True):
-                shard.wanted, shard.error = one, None
+            for shard, one in zip(self._shards, desired, strict=True):
+                shard.desired, shard.error = one, None
                 for replica in shard.replicas:
                     replica.has_failed, replica.retry_at = False, 0.0
             if not self._watching.is_alive():
                 self._watching.start()
             self._changed.wait_for(self._is_settled, timeout=_START_SECONDS)
-        problems = [shard.error for shard in self._shards if not shard.is_ready(shard.wanted.version)]
+        problems = [shard.error for shard in self._shards if not shard.is_ready(shard.desired.version)]
         if problems and (len(problems) == len(self._shards) or not self._settings.allow_missing_shards):
             raise problems[0] or ShardAwayError(f"the shards have not been opened in {_START_SECONDS:.0f} seconds")
         with self._changed:
             for shard in self._shards:
-                shard.serve_wanted()
+                shard.serve_desired()
         return RemoteView(store, self._shards)
 
     def stop(self) -> None:
@@ -627,7 +627,7 @@ class ShardCluster:
 
     def _is_settled(self) -> bool:
         return self._stopped or all(
-            replica.has_failed or shard.wanted.version in replica.ready
+            replica.has_failed or shard.desired.version in replica.ready
             for shard in self._shards
             for replica in shard.replicas
         )

@@ -40,12 +40,12 @@ class StudentPool:
         Raises:
             D2LLMError: it cannot be loaded, or is not the one that made the index.
         """
-        wanted = store.manifest["student"], store.manifest.get("token_projection")
-        student = self._share(wanted)
+        required = store.manifest["student"], store.manifest.get("token_projection")
+        student = self._share(required)
         if student is not None:
             return student
         with self._loading:  # one at a time: another thread may be loading the same one
-            return self._share(wanted) or self._add(self._load(store))
+            return self._share(required) or self._add(self._load(store))
 
     async def leave(self, student: ModelService) -> None:
         """End a use that ``take`` began; after the last one the student finishes its requests and stops."""
@@ -61,10 +61,10 @@ class StudentPool:
         """Finish admitted work of all students, then stop them."""
         await asyncio.gather(*(student.stop(timeout) for student in self.students))
 
-    def _share(self, wanted: _Key) -> ModelService | None:
+    def _share(self, required: _Key) -> ModelService | None:
         with self._counting:
             for key, student in self._students.items():
-                if key == wanted or (wanted[1] is None and key[0] == wanted[0]):
+                if key == required or (required[1] is None and key[0] == required[0]):
                     self._num_uses[key] += 1
                     return student
             return None

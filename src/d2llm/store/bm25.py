@@ -222,13 +222,13 @@ class CountedTerms(NamedTuple):
     @classmethod
     def from_text(cls, text: str, term_factors: Mapping[str, float] | None = None) -> CountedTerms:
         """The terms of a text; ``term_factors`` has a factor for each of them, None for 1."""
-        found = terms(text)
+        words = terms(text)
         hashes, first, times = np.unique(
-            np.array([_hash(term) for term in found], np.uint64), return_index=True, return_counts=True
+            np.array([_hash(term) for term in words], np.uint64), return_index=True, return_counts=True
         )
         if term_factors is None:
             return cls(hashes, times)
-        return cls(hashes, times, np.array([term_factors[found[place]] for place in first.tolist()], np.float64))
+        return cls(hashes, times, np.array([term_factors[words[place]] for place in first.tolist()], np.float64))
 
     def weighted(self, rows_with: NDArray[np.int64], num_passages: int) -> QueryWords:
         """The terms of a query with their weights in a corpus, in which ``rows_with`` [n] passages have each term."""

@@ -257,8 +257,10 @@ class ShardedView:
             InputError, FilterError: as for ``PassageView.match``.
         """
         words = query_words_of([view.own_words for view in self.shards], text)
-        found = {shard: view.match(text, top_k, filter, query_words=words) for shard, view in enumerate(self.shards)}
-        return merge_candidates(found, top_k, self.ids)
+        proposals = {
+            shard: view.match(text, top_k, filter, query_words=words) for shard, view in enumerate(self.shards)
+        }
+        return merge_candidates(proposals, top_k, self.ids)
 
     def _gather(
         self, rows: NDArray[np.int64], read: Callable[[ShardView, NDArray[np.int64]], Sequence[_Value]]
@@ -286,13 +288,13 @@ def map_in_threads(work: Callable[[_Item], _Value], items: Sequence[_Item]) -> I
 
 
 def merge_candidates(
-    found: Mapping[int, CandidateRows], top_k: int, ids_of: Callable[[NDArray[np.int64]], Sequence[str]] | None
+    proposals: Mapping[int, CandidateRows], top_k: int, ids_of: Callable[[NDArray[np.int64]], Sequence[str]] | None
 ) -> CandidateRows:
-    """The best ``top_k`` of what each shard found, as joint rows; ``ids_of`` gives their ids, None: ties by row."""
-    if list(found) == [0]:
-        return found[0]
-    rows = np.concatenate([np.zeros(0, np.int64), *(joint_rows(shard, one.rows) for shard, one in found.items())])
-    scores = np.concatenate([np.zeros(0, np.float32), *(one.scores for one in found.values())])
+    """The best ``top_k`` of the shards' proposals, as joint rows; ``ids_of`` gives their ids, None: ties by row."""
+    if list(proposals) == [0]:
+        return proposals[0]
+    rows = np.concatenate([np.zeros(0, np.int64), *(joint_rows(shard, one.rows) for shard, one in proposals.items())])
+    scores = np.concatenate([np.zeros(0, np.float32), *(one.scores for one in proposals.values())])
     best = top_rows(scores, top_k, None if ids_of is None else lambda places: ids_of(rows[places]))
     return CandidateRows(rows[best], scores[best])
 
