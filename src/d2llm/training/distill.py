@@ -477,7 +477,8 @@ def _hypothetical_passages(
             "losses.soft_expansion is trained on the queries of retrieval sets, but all data sets are labelled pairs; "
             "set it to 0, or add a retrieval set"
         )
-    missing = {*queries} - read_expansions(Path(file)).keys()
+    passages = read_expansions(Path(file))
+    missing = {*queries} - passages.keys()
     if missing and config is None:
         raise InputError(
             f"{file}: {len(missing)} of {len({*queries})} training queries have no line, such as {min(missing)!r}; "
@@ -486,7 +487,8 @@ def _hypothetical_passages(
     if missing and config is not None and processes.is_first:
         write_expansions(Path(file), queries, load_writer(config, device=device, dtype=dtype))
     processes.from_first(None)  # wait until they are written
-    passages = read_expansions(Path(file))
+    if missing:
+        passages = read_expansions(Path(file))
     return {query: passages[query] for query in dict.fromkeys(queries)}
 
 
