@@ -156,7 +156,7 @@ def student_scores(work: PairWork, contenders: Sequence[Contender]) -> list[Scor
             return encode_pairs(first, texts, advance, placement=placement)
 
     @cache
-    def encoded() -> tuple[EncodedPairs, EncodedPairs | None, float, float]:
+    def encoded() -> tuple[EncodedPairs, EncodedPairs | None, float, float | None]:
         """Both splits, the seconds that the first took, and the peak of the memory."""
         with peak_memory() as peak:
             begin = perf_counter()

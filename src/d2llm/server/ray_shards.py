@@ -312,8 +312,8 @@ class _Shard:
             if not lacking or time.monotonic() < replica.retry_at:
                 return False
             kept = frozenset(one.version for one in (desired, *self.served))
-            asked = replica.actor.open.options(concurrency_group="control")
-            replica.opening = lacking[0], kept, asked.remote(lacking[0], scorer, kept)
+            actor_open = replica.actor.open.options(concurrency_group="control")
+            replica.opening = lacking[0], kept, actor_open.remote(lacking[0], scorer, kept)
             return False
         shard, kept, reference = replica.opening
         if not ray.wait([reference], timeout=0)[0]:
