@@ -77,9 +77,9 @@ class _EventLoop:
                 running.cancel()
                 ended.wait(_STOP_SECONDS)
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run it without waiting for it."""
-        asyncio.run_coroutine_threadsafe(work, self._loop)
+    def close(self, client: httpx2.AsyncClient) -> None:
+        """Close its connections, without waiting until they are."""
+        asyncio.run_coroutine_threadsafe(client.aclose(), self._loop)
 
 
 class Endpoint(Generic[_Answer]):
@@ -177,7 +177,7 @@ class Endpoint(Generic[_Answer]):
         with self._opening:
             if self._opened is None or self._opened[0] is not loop:
                 client = self._client()
-                weakref.finalize(self, _close, loop, client).atexit = False
+                weakref.finalize(self, loop.close, client).atexit = False
                 self._opened = loop, client
             return self._opened
 
@@ -333,11 +333,6 @@ class CompletionEndpoint(Endpoint[_Answer]):
 
     def _fields(self, prompt: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": prompt}]} if self._is_chat else {"prompt": prompt}
-
-
-def _close(loop: _EventLoop, client: httpx2.AsyncClient) -> None:
-    """Close the connections of an endpoint that is gone."""
-    loop.start(client.aclose())
 
 
 def _read_key(variable: str | None) -> str | None:
