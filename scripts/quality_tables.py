@@ -65,7 +65,7 @@ def main() -> None:
     retrieval, pairs = of_kind(files, "retrieval"), of_kind(files, "pairs")
     fitted = {file["result"]["dataset"]: file["result"] for file in read_results(f"{SHIPPED}/against_fitted_sum")}
     summary = "\n".join([*unseen(retrieval), "", *significance(retrieval, fitted)])
-    overview = "\n".join([*overview_of(files, fitted), "", summary])
+    overview = f"{overview_of(files, fitted)}\n\n{summary}"
     put(STUDENTS / SHIPPED / "README.md", overview)
     put(ROOT / "README.md", f"{readme_table(files, fitted).to_markdown()}\n\n{README_LEGEND}")
     parts = [
@@ -81,7 +81,7 @@ def main() -> None:
     ]
     for name, title in OTHERS.items():
         if others := read_results(name):
-            tables = "\n".join(overview_of(others))
+            tables = overview_of(others)
             parts += [f"## {title}", tables]
             if worth := parts_table(of_kind(others, "retrieval")):
                 parts += ["What each part of the score is worth:", "\n".join(worth)]
@@ -108,15 +108,23 @@ def of_kind(files: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [file for file in files if file["result"]["kind"] == kind]
 
 
-def overview_of(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None = None) -> list[str]:
-    """The tables of retrieval and of pairs, if there are any, and their legend."""
-    lines: list[str] = []
+def overview_of(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None = None) -> str:
+    """The tables of retrieval and of pairs, if there are any, each with its legend; two that are equal are one."""
+    tables: list[tuple[str, str]] = []
     for kind, title in (("retrieval", "Retrieval, nDCG@10 on test splits:"), ("pairs", "Pairs, on test splits:")):
         if found := of_kind(files, kind):
-            lines += [title, "", overview_table(found, fitted if kind == "retrieval" else None).to_markdown(), ""]
-    has_fitted = any("fitted_student" in values_by_kind(file["result"]) for file in files)
-    note = "D2LLM, fitted: its weights fitted on the same queries as those of the fitted sum, as by `d2llm fit-scores`."
-    return [*lines, *legend(files[0]["result"], with_fitted_sum=bool(fitted)), *([note] if has_fitted else [])]
+            table = overview_table(found, fitted if kind == "retrieval" else None)
+            note = legend(found[0]["result"], with_fitted_sum=bool(fitted))
+            tables.append((f"{title}\n\n{table.to_markdown()}", note))
+    if any("fitted_student" in values_by_kind(file["result"]) for file in files):
+        weights = "its weights fitted on the same queries as those of the fitted sum, as by `d2llm fit-scores`"
+        tables = [(table, f"{note}\nD2LLM, fitted: {weights}.") for table, note in tables]
+    blocks: list[str] = []
+    for table, note in tables:
+        if note in blocks:
+            blocks.remove(note)
+        blocks += [table, note]
+    return "\n\n".join(blocks)
 
 
 def readme_table(files: list[dict[str, Any]], fitted: Mapping[str, Report]) -> Table:
@@ -333,21 +341,19 @@ def measures_table(report: Report) -> Table:
     return table
 
 
-def legend(report: Report, *, with_fitted_sum: bool) -> list[str]:
-    """The legend of the overview."""
+def legend(report: Report, *, with_fitted_sum: bool) -> str:
+    """The legend of a table of the overview."""
     student = report["provenance"]["student"]
     if report["baseline"] == "cosine, tuned":
         learners, baseline = "the student and the tuned cosine were", "the cosine tuned on the same data and steps"
     else:
         learners, baseline = "the student was", "the untuned cosine of the same backbone"
     differences = f"D2LLM minus {baseline}" + (", and minus the fitted sum" if with_fitted_sum else "")
-    return [
-        (
-            f"Bold: best of the line. (trained): {learners} trained on the train split of this set; on no other was "
-            f"anything trained. The last columns: {differences}, p Holm-adjusted over the rows. "
-            f"Student {student['name']} ({student['fingerprint']})."
-        )
-    ]
+    return (
+        f"Bold: best of the line. (trained): {learners} trained on the train split of this set; on no other was "
+        f"anything trained. The last columns: {differences}, p Holm-adjusted over the rows. "
+        f"Student {student['name']} ({student['fingerprint']})."
+    )
 
 
 def trained(report: Report) -> str:
