@@ -27,7 +27,7 @@ from d2llm import Student
 from d2llm.core.types import Passage, Qrels, Query
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.ops.measures import per_query_measures
-from d2llm.retrieval.chunking import Chunker, upsert_documents
+from d2llm.retrieval.chunking import Chunker
 from d2llm.retrieval.index import Index
 from d2llm.store.side_files import Chunking
 
@@ -98,7 +98,7 @@ def late_chunks(student: Student, folder: Path, name: str) -> dict[str, dict[str
 def _split(student: Student, folder: Path, data: Dataset, row: str, chunker: Chunker) -> dict[str, dict[str, float]]:
     queries, qrels = [Query(i, data.queries[i].text) for i in data.qrels["dev"]], data.qrels["dev"]
     index = Index.create(Path(tempfile.mkdtemp(dir=folder)) / "index", student)
-    made = upsert_documents(index, data.passages.values(), chunker).passages
+    made = index.upsert_documents(data.passages.values(), chunker)
     cost = _cost(made.num_passages, made.num_truncated) | {"tokens_read": made.num_tokens}
     return {f"{row}, {group}": ndcg(index, queries, qrels, group=group) | cost for group in ("best", "sum")}
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from d2llm.models.writers.writer import Assignment, load_writer
     from d2llm.ops.gating import never_worse
     from d2llm.retrieval.cascade import Cascade
-    from d2llm.retrieval.chunking import Chunker, upsert_documents
+    from d2llm.retrieval.chunking import Chunker
     from d2llm.retrieval.context import AnswerContext
     from d2llm.retrieval.encode import encode
     from d2llm.retrieval.expansion import Expansion
@@ -129,7 +129,6 @@ __all__ = [
     "starting_recipe",
     "sync_documents",
     "tune_writer",
-    "upsert_documents",
 ]
 
 _HOMES = {
@@ -165,7 +164,7 @@ _HOMES = {
     "d2llm.ops.gating": ("never_worse",),
     "d2llm.retrieval.cascade": ("Cascade",),
     "d2llm.training.check_data": ("check_data",),
-    "d2llm.retrieval.chunking": ("Chunker", "upsert_documents"),
+    "d2llm.retrieval.chunking": ("Chunker",),
     "d2llm.retrieval.context": ("AnswerContext",),
     "d2llm.retrieval.encode": ("encode",),
     "d2llm.retrieval.expansion": ("Expansion",),

@@ -10,7 +10,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, WholeText
 from d2llm.models.student import Student
 from d2llm.retrieval import upserting
-from d2llm.retrieval.chunking import Chunker, upsert_documents
+from d2llm.retrieval.chunking import Chunker
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index
 from d2llm.store.blocks import ROW_HASH_LENGTH, row_hash
@@ -32,7 +32,7 @@ def student(tmp_path_factory):
 def index(student, tmp_path):
     """Both documents as late chunks."""
     index = Index.create(tmp_path / "i", student, vector_format="float32")
-    upsert_documents(index, [CATS, SHIPS], late_chunker(student))
+    index.upsert_documents([CATS, SHIPS], late_chunker(student))
     return index
 
 
@@ -81,7 +81,7 @@ def test_vectors_depend_on_the_whole_document(index, student):
 
 def test_unchanged_documents_are_not_encoded(index, student):
     version = index.store.table().version
-    report = upsert_documents(index, [CATS, SHIPS], late_chunker(student))
+    report = index.upsert_documents([CATS, SHIPS], late_chunker(student))
     assert (report.num_unchanged, report.num_tokens, report.num_windows) == (len(index), 0, 0)
     assert index.store.table().version == version
 
@@ -99,7 +99,7 @@ def test_a_change_encodes_its_whole_document_and_no_other(index, student, change
     num_cats = len(late_chunker(student).split(CATS))
     assert num_cats > 2
     assert len(late_chunker(student).split(changed)) == num_cats
-    report = upsert_documents(index, [changed, SHIPS], late_chunker(student))
+    report = index.upsert_documents([changed, SHIPS], late_chunker(student))
     assert (report.num_updated, report.num_added, report.num_windows) == (num_cats, 0, 1)
     assert report.num_unchanged == len(index) - num_cats
     check_vectors(index, student, [changed, SHIPS])
@@ -108,11 +108,11 @@ def test_a_change_encodes_its_whole_document_and_no_other(index, student, change
 def test_metadata_changes_keep_the_vectors(index, student):
     before = vectors_by_id(index)
     documents = [Passage(d.id, d.text, d.title, metadata={"year": 1}) for d in (CATS, SHIPS)]
-    report = upsert_documents(index, documents, late_chunker(student))
+    report = index.upsert_documents(documents, late_chunker(student))
     assert (report.num_metadata, report.num_tokens) == (len(index), 0)
     after = vectors_by_id(index)
     assert all((before[passage_id] == after[passage_id]).all() for passage_id in before)
-    assert upsert_documents(index, documents, late_chunker(student)).num_unchanged == len(index)
+    assert index.upsert_documents(documents, late_chunker(student)).num_unchanged == len(index)
     assert index.verify().problems == []
 
 
@@ -134,7 +134,7 @@ def test_smaller_windows(student, tmp_path):
 def test_a_document_may_span_several_commits(student, tmp_path, monkeypatch):
     monkeypatch.setattr(upserting, "BLOCK_PASSAGES", 2)
     index = Index.create(tmp_path / "i", student, vector_format="float32")
-    upsert_documents(index, [CATS, SHIPS], late_chunker(student))
+    index.upsert_documents([CATS, SHIPS], late_chunker(student))
     check_vectors(index, student, [CATS, SHIPS])
 
 

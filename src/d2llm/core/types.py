@@ -133,6 +133,11 @@ class Passage:
         return ""
 
 
+def piece_id(document_id: str, number: int) -> str:
+    """The id of a document's piece; pieces are numbered from 1."""
+    return f"{document_id}#{number}"
+
+
 Span = tuple[int, int]
 """Start and end of a part of a text, in characters."""
 

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import semantic_text_splitter
 
-from d2llm.core.batches import batched
-from d2llm.core.errors import DuplicateIdError, InputError
-from d2llm.core.progress import progress_bar
-from d2llm.core.types import LateChunk, Passage, SectionedPassage, WholeText
+from d2llm.core.errors import InputError
+from d2llm.core.types import LateChunk, Passage, SectionedPassage, WholeText, piece_id
 from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
-from d2llm.retrieval.upserting import UpsertReport, piece_id, upsert_passages, warn_of_truncation
-from d2llm.store.sharded_store import Storage
-from d2llm.store.side_files import CHUNK_TOKENS, Chunking, forget_chunking, read_chunking, write_chunking
-
-if TYPE_CHECKING:
-    from d2llm.retrieval.index import Index
-    from d2llm.retrieval.reading import ReadPassages
-    from d2llm.runners.runner import Workers
+from d2llm.store.side_files import CHUNK_TOKENS, Chunking, read_chunking
 
 HEADING_SEPARATOR = " > "
 """What stands between the headings in the title of a piece."""
 _LEAST_TOKENS = 8
-_DOCUMENTS_AT_ONCE = 1_024
 
 
 class Chunker:
@@ -151,86 +139,6 @@ def changed_chunking(folder: Path | None, student: Student, **changes: int | Non
     return replace(chunking, **values)
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentsReport(UpsertReport):
-    """What ``upsert_documents`` did: the ``UpsertReport``, the number of documents, and of deleted passages."""
-
-    num_documents: int = 0
-    num_deleted: int = 0
-
-
-def upsert_documents(
-    index: Index,
-    documents: Iterable[Passage],
-    chunker: Chunker,
-    *,
-    only_new: bool = False,
-    lenient_metadata: bool = False,
-    num_documents: int | None = None,
-    readers: Workers[Sequence[Passage], ReadPassages] | None = None,
-) -> DocumentsReport:
-    """Split documents and add or update their passages; delete passages that a document no longer has.
-
-    After an interruption, repeat the call to continue; until it has finished, passages of earlier versions of the
-    documents may remain. Arguments and errors are those of ``Index.upsert_documents``; the ``chunker`` splits.
-    """
-    store, num_pieces = index.storage, dict[str, int]()
-    unfinished: deque[int] = deque()  # numbers of pieces of the documents being written
-
-    def pieces() -> Iterator[Passage]:
-        for block in batched(documents, _DOCUMENTS_AT_ONCE):
-            if only_new:
-                _refuse_present(block, store)
-            for document in block:
-                if document.id in num_pieces:
-                    problem = f"two documents share the id {document.id!r}; keep one of them"
-                    raise DuplicateIdError(store.folder, problem)
-                parts = chunker.split(document)
-                num_pieces[document.id] = len(parts)
-                unfinished.append(len(parts))
-                yield from parts
-
-    with store.writing(), progress_bar("indexing", num_documents) as advance:
-
-        def finish(count: int, note: str = "", /) -> None:
-            while unfinished and count >= unfinished[0]:
-                count -= unfinished.popleft()
-                advance(1, note)
-            if unfinished:
-                unfinished[0] -= count
-
-        known, version = read_chunking(store.folder), store.table().version
-        try:
-            _keep_chunking(store, chunker.chunking)
-            report = upsert_passages(
-                store,
-                index.student,
-                pieces(),
-                only_new=only_new,
-                as_documents=True,
-                lenient_metadata=lenient_metadata,
-                advance=finish,
-                readers=readers,
-            )
-            num_deleted = _delete_earlier_forms(store, num_pieces)
-        except BaseException:
-            if known is None and store.table().version == version:
-                forget_chunking(store.folder)  # nothing was written, so another chunking is still possible
-            raise
-        finally:
-            index.refresh()
-        version = store.table().version
-    warn_of_truncation(report, _advice(chunker.chunking))
-    values: dict[str, Any] = {item.name: getattr(report, item.name) for item in fields(report)} | {"version": version}
-    return DocumentsReport(**values, num_documents=len(num_pieces), num_deleted=num_deleted)
-
-
-def _advice(chunking: Chunking) -> str:
-    if chunking.chunk_tokens is None:
-        return "This index does not split texts; a new one (with --chunk-tokens) splits them into passages"
-    return "Their titles take up more than half of a passage; shorten them, or use larger passages in a new index"
-
-
 def _check(chunking: Chunking, limit: int) -> None:
     tokens, window = chunking.chunk_tokens, chunking.late_window
     if tokens is None:
@@ -249,40 +157,3 @@ def _check(chunking: Chunking, limit: int) -> None:
         raise InputError(f"a window of {window} tokens only applies to late chunks; enable them, or omit the window")
     if window is not None and window < tokens:
         raise InputError(f"a window of {window} tokens is smaller than a passage of {tokens}; enlarge or omit it")
-
-
-def _keep_chunking(store: Storage, chunking: Chunking) -> None:
-    """Store the chunking with the index; an empty index may still change it."""
-    known = read_chunking(store.folder)
-    if known == chunking:
-        return
-    if known is not None and len(store.table()):
-        raise InputError(
-            f"{store.folder}: its documents are split into {known}, and cannot also be split into {chunking}; omit "
-            "the chunking, which the index stores, or make a new index"
-        )
-    write_chunking(store.folder, chunking)
-
-
-def _refuse_present(documents: Sequence[Passage], store: Storage) -> None:
-    present = store.table().parts([document.id for document in documents])
-    if present:
-        name = min(document_id or passage_id for passage_id, document_id, _ in present)
-        problem = f"some of the documents already exist, such as {name!r}; use upsert to update them"
-        raise DuplicateIdError(store.folder, problem)
-
-
-def _delete_earlier_forms(store: Storage, num_pieces: Mapping[str, int]) -> int:
-    """Delete pieces that documents no longer have, and single passages that are now split; returns the number."""
-    num_deleted = 0
-    for some in batched(num_pieces, _DOCUMENTS_AT_ONCE):
-        gone: list[str] = []
-        for passage_id, document_id, position in store.table().parts(some):
-            if passage_id == piece_id(document_id, position) and passage_id not in num_pieces:
-                kept = num_pieces[document_id]
-                if kept == 1 or position > kept:
-                    gone.append(passage_id)
-            elif num_pieces.get(passage_id, 1) > 1:
-                gone.append(passage_id)
-        num_deleted += store.delete(gone) if gone else 0
-    return num_deleted

@@ -49,13 +49,13 @@ if TYPE_CHECKING:
     from d2llm.ops.rereading import StudentError
     from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.cascade import Rereader
-    from d2llm.retrieval.chunking import DocumentsReport
+    from d2llm.retrieval.chunking import Chunker
     from d2llm.retrieval.context import AnswerContext
     from d2llm.retrieval.exact_search import KeptReaches
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.reading import ReadPassages
     from d2llm.retrieval.settings import SearchSettings
-    from d2llm.retrieval.upserting import UpsertReport
+    from d2llm.retrieval.upserting import DocumentsReport, UpsertReport
     from d2llm.runners.runner import Workers
 
 
@@ -379,34 +379,44 @@ class Index:
     def upsert_documents(
         self,
         documents: Iterable[Passage],
-        chunking: Chunking | None = None,
+        chunking: Chunking | Chunker | None = None,
         *,
         only_new: bool = False,
         lenient_metadata: bool = False,
         num_documents: int | None = None,
         readers: Workers[Sequence[Passage], ReadPassages] | None = None,
     ) -> DocumentsReport:
-        """Add or update texts of any length; long ones are split into passages.
+        """Add or update texts of any length; long ones are split, and passages that a document no longer has deleted.
 
         The index stores its chunking and refuses documents with a different one; ``chunking`` None uses the index's, or
-        the default for its first documents. Other arguments and errors are those of ``upsert``, for documents.
+        the default for its first documents. A ``Chunker`` splits them itself. Other arguments and errors are those of
+        ``upsert``, for documents.
 
         Raises:
             InputError: the index has a different chunking, or as for ``upsert`` or ``Chunker``.
         """
-        from d2llm.retrieval.chunking import Chunker, choose_chunking, upsert_documents
+        from d2llm.retrieval.chunking import Chunker, choose_chunking
+        from d2llm.retrieval.upserting import upsert_documents
 
-        student = cast("Student", self.student)  # only a Student has a tokenizer to count with
-        chunker = Chunker(student, choose_chunking(self.folder, student, chunking))
-        return upsert_documents(
-            self,
-            documents,
-            chunker,
-            only_new=only_new,
-            lenient_metadata=lenient_metadata,
-            num_documents=num_documents,
-            readers=readers,
-        )
+        student = self.student
+        if isinstance(chunking, Chunker):
+            chunker = chunking
+        else:
+            counting = cast("Student", student)  # only a Student has a tokenizer to count with
+            chunker = Chunker(counting, choose_chunking(self.folder, counting, chunking))
+        try:
+            return upsert_documents(
+                self.storage,
+                student,
+                documents,
+                chunker,
+                only_new=only_new,
+                lenient_metadata=lenient_metadata,
+                num_documents=num_documents,
+                readers=readers,
+            )
+        finally:
+            self.refresh()
 
     @property
     def chunking(self) -> Chunking | None:

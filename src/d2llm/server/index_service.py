@@ -33,12 +33,7 @@ from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.calibrate import read_error
 from d2llm.retrieval.cascade import Cascade, Rereader, TeacherReading, judge_passages
-from d2llm.retrieval.chunking import (
-    Chunker,
-    DocumentsReport,
-    changed_chunking,
-    upsert_documents,
-)
+from d2llm.retrieval.chunking import Chunker, changed_chunking
 from d2llm.retrieval.context import AnswerContext, build_context
 from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.expansion import Expansion
@@ -46,7 +41,7 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchView
 from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import SearchSettings
-from d2llm.retrieval.upserting import UpsertReport
+from d2llm.retrieval.upserting import DocumentsReport, UpsertReport
 from d2llm.server.batching import Batcher, Done, Places
 from d2llm.server.errors import NotFoundError, NotReadyError
 from d2llm.server.logs import note_items
@@ -366,8 +361,7 @@ class IndexService:
 
         def work(index: Index, student: Student) -> DocumentsReport:
             chunking = changed_chunking(index.folder, student, chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap)
-            chunker = Chunker(student, chunking)
-            return upsert_documents(index, documents, chunker, lenient_metadata=lenient_metadata)
+            return index.upsert_documents(documents, Chunker(student, chunking), lenient_metadata=lenient_metadata)
 
         return await self._write(work)
 
