@@ -147,7 +147,7 @@ def measure_speed(
     passages = student.encode_passages([dataset.passages[passage_id].full_text for passage_id in ids]).vectors
     chosen = sorted(query_id for query_id in dataset.qrels[split] if query_id in dataset.queries)[:num_queries]
     queries = student.encode_queries([dataset.queries[query_id].text for query_id in chosen]).vectors
-    view = ArrayView(passages)
+    view: Any = ArrayView(passages)  # what is read of a PassageView
     reaches = KeptReaches(passage_reaches(view, student))
     rows: list[dict[str, float]] = []
     for weight in WEIGHTS:

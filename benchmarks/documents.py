@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ SUMMED = (2, 3, 5, 10)
 RESULT = Path(__file__).parent / "results" / "documents.json"
 
 
-def ndcg(index: Index, queries: list[Query], qrels: Qrels, **settings: object) -> dict[str, float]:
+def ndcg(index: Index, queries: list[Query], qrels: Qrels, **settings: Any) -> dict[str, float]:
     """nDCG@10 of a search for documents, and milliseconds per query."""
     start = time.perf_counter()
     results = index.search(queries, **settings)

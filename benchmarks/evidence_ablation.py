@@ -78,7 +78,7 @@ def recipe(data: Path, seed: int, max_queries: int) -> Recipe:
         ),
         data=tuple(DataConfig(path=str(data / name), max_queries=max_queries) for name in SETS),
         mining=MiningConfig(num_hard=8, num_easy=2, sources=("bm25",)),
-        losses=LossWeights(**NO_IMITATION, in_batch_cross_entropy=1.0, anchor_cross_entropy=0.0),
+        losses=LossWeights.model_validate(NO_IMITATION | {"in_batch_cross_entropy": 1.0, "anchor_cross_entropy": 0.0}),
         training=TrainingConfig(
             learning_rate=3e-4,
             warmup_steps=5,

@@ -30,7 +30,7 @@ import pickle
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,7 +97,7 @@ class RankedList:
         """The same list with its passages in another order."""
         rows = list(order)
         parts = {name: getattr(self, name)[rows] for name in ("vectors", "scores", "anchors", "grades")}
-        return RankedList(**{**self.__dict__, **parts, "ids": tuple(self.ids[row] for row in rows)})
+        return replace(self, **parts, ids=tuple(self.ids[row] for row in rows))
 
 
 def train_ids(data: Dataset, number: int, *, exclude_shared: bool) -> list[str]:
@@ -153,15 +153,16 @@ class ListwiseReader(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.query_vector = query_vector
-        embeddings = backbone.model.get_input_embeddings().weight
+        embeddings: Any = backbone.model.get_input_embeddings().weight
         dim = embeddings.shape[1]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.projection = nn.Sequential(nn.Linear(vector_dim, dim), nn.GELU(), nn.Linear(dim, dim))
+            last = nn.Linear(dim, dim)
+            self.projection = nn.Sequential(nn.Linear(vector_dim, dim), nn.GELU(), last)
         with torch.no_grad():  # to the size of the tokens' own vectors, which the model can read
             made = self.projection(unit_rows(torch.randn(1_000, vector_dim, generator=torch.manual_seed(seed))))
-            self.projection[2].weight *= embeddings.std() / made.std()
-            self.projection[2].bias *= 0
+            last.weight *= embeddings.std() / made.std()
+            last.bias.zero_()
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def prompt(self, query: str) -> tuple[list[int], list[int], list[int]]:

@@ -180,7 +180,8 @@ def by_neighbours(measured: Measured) -> Added:
         rows = np.repeat(np.arange(end - start), NUM_NEIGHBOURS)
         share = np.full(nearest.size, 1 / NUM_NEIGHBOURS)
         mean = csr_array((share, (rows, nearest.ravel())), shape=(end - start, len(vectors)))
-        return np.asarray((mean @ counts).toarray())
+        found: Any = mean @ counts
+        return np.asarray(found.toarray())
 
     return best_lacking(measured, block_of, np.arange(len(measured.words.columns)))
 

@@ -248,7 +248,8 @@ def bm25(words: PassageWords, times: csr_array, gains: Floats, idf: Floats | Non
     shape = (len(words.columns), len(words.vectors))
     weights = (idf_of(words) if idf is None else idf)[words.terms]
     matrix = csr_array((gains * weights, (words.terms, words.rows)), shape=shape)
-    return np.asarray((times @ matrix).toarray())
+    scores: Any = times @ matrix
+    return np.asarray(scores.toarray())
 
 
 def gains_of(words: PassageWords, y: Floats, family: Family, number: float) -> Floats:

@@ -53,7 +53,7 @@ def recorded_writer(data: Path) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *args: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name there
             """Nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

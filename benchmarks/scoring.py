@@ -185,7 +185,7 @@ def stored(rng: np.random.Generator, folder: Path) -> dict[str, dict[str, float]
     of_projections = projections.read(rows)
     plain, quick = scorer(of_vectors), scorer(None, of_projections)
     print(f"scores with and without: {np.abs(plain - quick).max() / plain.std():.4f} of their spread apart at most")
-    both = {
+    both: dict[str, Callable[[], object]] = {
         "vectors in memory": lambda: scorer(of_vectors),
         "vectors of the file": lambda: scorer(vector_format.decode(codes[rows])),
         "projections in memory": lambda: scorer(None, of_projections),

@@ -63,8 +63,8 @@ WORDS: dict[EvidenceTerm, float] = {"words": 0.1, "words_share": 2.0, "window_wo
 KINDS: dict[str, dict[EvidenceTerm, float]] = {
     "vectors alone": {},
     "words, also of windows": WORDS,
-    "words and vectors of windows": WORDS | {"window_vectors": 0.5},
-    "words and vectors of tokens": WORDS | {"token_vectors": 30.0},
+    "words and vectors of windows": {**WORDS, "window_vectors": 0.5},
+    "words and vectors of tokens": {**WORDS, "token_vectors": 30.0},
 }
 GOAL = 1.25
 

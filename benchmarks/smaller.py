@@ -65,7 +65,7 @@ def rows_by_depth(folder: str, samples: Samples) -> list[dict[str, Any]]:
 
 
 def rows_by_width(samples: Samples) -> list[dict[str, Any]]:
-    whole = make_student("minilm", "auto", None)
+    whole = make_student("minilm")
     rows: list[dict[str, Any]] = []
     for name, (queries, passages, qrels) in samples.items():
         texts, ids, query_ids = [*passages.values()], [*passages], [*queries]

@@ -60,7 +60,7 @@ def main() -> None:
         made = distill_static(backbone, passages, folder)
         seconds = time.process_time() - begin
         print(f"{made.num_vectors:,} vectors from {made.num_passages:,} passages: {seconds:.0f} s of the processor")
-        plain = {"minilm": make_student("minilm", "auto", None), "static": make_student(folder, "auto", None)}
+        plain = {"minilm": make_student("minilm"), "static": make_student(folder)}
         configs = {
             "minilm": StudentConfig(),
             "static": StudentConfig(backbone=BackboneConfig(model=folder, tuning="frozen")),

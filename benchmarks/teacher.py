@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def real_pairs(num_queries: int) -> tuple[str, list[TextPair]]:
 def plain(teacher: CausalTeacher, pairs: list[TextPair]) -> np.ndarray:
     """The plain procedure's log-odds."""
     inputs, _ = teacher.tokenize(pairs, TASK)
-    padding = int(teacher.tokenizer.pad_token_id or 0)
+    padding: Any = teacher.tokenizer.pad_token_id or 0
     yes, no = teacher._answer_ids[TASK]
     model = teacher._whole[0]
     log_odds: list[np.ndarray] = []

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +34,7 @@ from d2llm.data.passage_store import PassageStore
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
 from d2llm.evaluation.systems import peak_memory
+from d2llm.models.backbone import EncodedTexts
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.store.bm25 import WordIndex
@@ -60,25 +60,19 @@ CASES = (
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Encoded:
-    vectors: np.ndarray
-    num_truncated: int = 0
-    num_tokens: int = 0
-
-
 class FakeEncoder:
     """Random vectors of the width of `minilm`."""
 
     fingerprint = "fake"
     config = StudentConfig()
+    vector_dim = DIM
 
     def __init__(self) -> None:
         self._rng = np.random.default_rng(0)
 
-    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> Encoded:
+    def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         del advance
-        return Encoded(self._rng.standard_normal((len(texts), DIM), dtype=np.float32))
+        return EncodedTexts(self._rng.standard_normal((len(texts), DIM), dtype=np.float32), (), 0)
 
     encode_queries = encode_passages
 

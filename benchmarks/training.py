@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def plain_step(student: Student, work: Work) -> None:
             mask[row, : len(tokens)] = True
         vectors = student(padded, mask)
         first = [num_queries + int(np.flatnonzero(columns == c)[0]) for c in range(len(batch.passage_ids))]
-        (loss_of(student, batch)(vectors[[*range(num_queries), *first]]) / len(work.small)).backward()
+        (loss_of(student, batch)(vectors[[*range(num_queries), *first]], ()) / len(work.small)).backward()
 
 
 def our_step(training: TrainingConfig) -> Callable[[Student, Work], None]:
@@ -106,10 +106,10 @@ def our_step(training: TrainingConfig) -> Callable[[Student, Work], None]:
     return step
 
 
-def loss_of(student: Student, batch: DistillationBatch) -> Callable[[Tensor], Tensor]:
+def loss_of(student: Student, batch: DistillationBatch) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
     """The loss of a batch as a function of its vectors."""
 
-    def loss(vectors: Tensor) -> Tensor:
+    def loss(vectors: Tensor, _token_vectors: Sequence[Tensor]) -> Tensor:
         return weighted_sum(batch_losses(score_vectors(student, vectors, batch), batch, OWN_JUDGEMENTS), OWN_JUDGEMENTS)
 
     return loss

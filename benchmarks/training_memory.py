@@ -16,6 +16,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -87,7 +88,7 @@ def measure_student(batch: str, way: str) -> dict[str, float]:
         return timed(step, sum(map(len, ids))) | {"peak_gib": round((peak() or 0) / 1024, 2)}
 
 
-def in_batch_loss(vectors: torch.Tensor) -> torch.Tensor:
+def in_batch_loss(vectors: torch.Tensor, _token_vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     """A loss over all pairs of vectors."""
     return (vectors @ vectors.T).logsumexp(1).sum()
 

@@ -57,7 +57,10 @@ def sample(data: Dataset, num_queries: int, num_passages: int) -> tuple[dict[str
 
 
 def make_student(
-    model: str, pooling: str, layers: int | tuple[int, ...] | None, head: tuple[int, int] | None
+    model: str,
+    pooling: str = "auto",
+    layers: int | tuple[int, ...] | None = None,
+    head: tuple[int, int] | None = None,
 ) -> Student:
     """The backbone alone, with the cosine of its own pooling."""
     settings = {"model": model, "pooling": pooling, "layers": layers, "tuning": "frozen", "diagonal_head": head}

@@ -36,7 +36,7 @@ QUICK_RESULTS = ROOT / "runs" / "benchmarks"
 IMAGES = ROOT / "docs" / "images"
 
 HEADS = ("cosine", "paper", "anchored", "anchored, B ≤ 64")
-COLOURS = dict(zip(HEADS, ("#4477AA", "#EE6677", "#228833", "#AA3377"), strict=True))
+COLOURS: dict[str, str] = dict(zip(HEADS, ("#4477AA", "#EE6677", "#228833", "#AA3377"), strict=True))
 HIDDEN = 32
 CAPACITY_STEPS = 1000
 CAPACITY_RATES = ((0.03, 0.003), (0.1, 0.003), (0.1, 0.01), (0.3, 0.01))  # of the vectors, of the head

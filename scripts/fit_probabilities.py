@@ -35,7 +35,7 @@ def main() -> None:
     for folder in arguments.students:
         student = Student.load(folder, dtype="float32")
         recipe = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["recipe"]
-        judged = [
+        judged: list[tuple[Dataset, Task]] = [
             (read_dev(arguments.data / Path(item["path"]).name), cast(Task, item["task"])) for item in recipe["data"]
         ]
         calibration = fit_probabilities(student, judged, num_queries=arguments.queries)

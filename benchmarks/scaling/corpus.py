@@ -194,8 +194,10 @@ def read_real(
     for name, share in SHARES.items():
         content = read_beir(data / name, splits=["dev"])
         passages += list(content.passages.values())[: round(share * num_passages)]
-        for task in (task for task, data_set in ASKED.items() if data_set == name):
-            texts[task] = [content.queries[query_id].text for query_id in list(content.qrels["dev"])[:num_queries]]
+        for task, data_set in ASKED.items():
+            if data_set == name:
+                texts[task] = [content.queries[query_id].text for query_id in list(content.qrels["dev"])[:num_queries]]
+    queries: dict[Task, Queries]
     cached = None if cache is None else cache / f"vectors-{student.fingerprint}-{num_passages}-{num_queries}.npz"
     if cached is not None and cached.is_file():
         with np.load(cached) as stored:
@@ -209,7 +211,8 @@ def read_real(
     seconds = time.process_time() - begin
     if cached is not None:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cached, passages=vectors, seconds=seconds, **{task: part.vectors for task, part in queries.items()})
+        arrays: dict[str, Any] = {task: part.vectors for task, part in queries.items()}
+        np.savez(cached, passages=vectors, seconds=seconds, **arrays)
     return passages, vectors, queries, seconds
 
 

@@ -52,7 +52,7 @@ def true_rankings(
     Raises:
         AssertionError: the two differ.
     """
-    view = ArrayView(vectors)
+    view: Any = ArrayView(vectors)  # what is read of a PassageView
     reaches = KeptReaches(passage_reaches(view, student))
     rows: list[list[int]] = []
     shares: list[float] = []
@@ -163,7 +163,9 @@ def faiss_searches(
         "FAISS flat 1000 + IEM": lambda number: rescored(flat, number),
     }
     for probes in PROBES if inverted is not None else ():
-        options = {"params": faiss.SearchParametersIVF(nprobe=probes)}
+        parameters = faiss.SearchParametersIVF()
+        parameters.nprobe = probes
+        options = {"params": parameters}
         searches[f"FAISS IVF, {probes} probes"] = lambda number, options=options: first(
             inverted, number, TOP_K, **options
         ).tolist()

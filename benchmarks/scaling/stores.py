@@ -116,7 +116,7 @@ def append_copies(store: IndexStore, num_passages: int) -> None:
         codes = store.format.encode(vectors, [passage.id for passage in passages])
         block = table_block(passages, schema, MetadataSchema({}), np.arange(len(chosen)), [False] * len(chosen), codes)
         parts: dict[PartKind, PartVectors | None] = {"window": view.windows, "token": view.tokens}
-        taken = {kind: part.take(chosen) for kind, part in parts.items() if part is not None}
+        taken: dict[PartKind, Any] = {kind: part.take(chosen) for kind, part in parts.items() if part is not None}
         store.append_rows(block, codes, view.own_words.take(chosen), taken)
 
 
@@ -171,7 +171,7 @@ def chroma_search(
     if importlib.util.find_spec("chromadb") is None or not program.is_file():
         yield {}, {"skipped": "chromadb is not installed (pip install chromadb)"}
         return
-    import chromadb
+    import chromadb  # pyright: ignore[reportMissingImports]
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
