@@ -116,14 +116,14 @@ def overview_of(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None
             table = overview_table(found, fitted if kind == "retrieval" else None)
             note = legend(found[0]["result"], with_fitted_sum=bool(fitted))
             tables.append((f"{title}\n\n{table.to_markdown()}", note))
-    if any("fitted_student" in values_by_kind(file["result"]) for file in files):
-        weights = "its weights fitted on the same queries as those of the fitted sum, as by `d2llm fit-scores`"
-        tables = [(table, f"{note}\nD2LLM, fitted: {weights}.") for table, note in tables]
     blocks: list[str] = []
     for table, note in tables:
         if note in blocks:
             blocks.remove(note)
         blocks += [table, note]
+    if any("fitted_student" in values_by_kind(file["result"]) for file in files):
+        weights = "its weights fitted on the same queries as those of the fitted sum, as by `d2llm fit-scores`"
+        blocks[blocks.index(tables[0][1])] += f"\nD2LLM, fitted: {weights}."  # a row of retrieval alone
     return "\n\n".join(blocks)
 
 
@@ -384,7 +384,7 @@ def p_text(found: dict[str, Any]) -> str:
 def command(arguments: dict[str, Any]) -> str:
     """The command line that made a result; only options that differ from their defaults are named."""
     words = ["d2llm evaluate", str(arguments["data"])]
-    defaults = {"student": SHIPPED, "split": "test", "task": "asymmetric", "teacher": None}
+    defaults = {"student": SHIPPED, "split": "test", "task": "asymmetric", "tuned_cosine": None, "teacher": None}
     defaults |= {"teacher_depth": 50, "teacher_queries": 100}
     for name, default in defaults.items():
         if arguments.get(name) != default:
