@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from d2llm.models.student import Student
     from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.index import Index
-    from d2llm.retrieval.upserting import DocumentsReport
+    from d2llm.retrieval.upserting_documents import DocumentsReport
 
 _FOLDER = "d2llm.store"
 _NAMED = 20  # number of missing ids to list

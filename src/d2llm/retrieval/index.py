@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.reading import ReadPassages
     from d2llm.retrieval.settings import SearchSettings
-    from d2llm.retrieval.upserting import DocumentsReport, UpsertReport
+    from d2llm.retrieval.upserting import UpsertReport
+    from d2llm.retrieval.upserting_documents import DocumentsReport
     from d2llm.runners.runner import Workers
 
 
@@ -396,7 +397,7 @@ class Index:
             InputError: the index has a different chunking, or as for ``upsert`` or ``Chunker``.
         """
         from d2llm.retrieval.chunking import Chunker, choose_chunking
-        from d2llm.retrieval.upserting import upsert_documents
+        from d2llm.retrieval.upserting_documents import upsert_documents
 
         student = self.student
         if isinstance(chunking, Chunker):

@@ -12,7 +12,7 @@ from typing import Any
 from d2llm.core.types import DEFAULT_SECONDS_PER_FILE
 from d2llm.data.documents import MAX_BYTES, SkippedFile, find_documents
 from d2llm.retrieval.index import Index
-from d2llm.retrieval.upserting import DocumentsReport
+from d2llm.retrieval.upserting_documents import DocumentsReport
 from d2llm.store.side_files import Chunking
 
 

@@ -41,7 +41,8 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchView
 from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import SearchSettings
-from d2llm.retrieval.upserting import DocumentsReport, UpsertReport
+from d2llm.retrieval.upserting import UpsertReport
+from d2llm.retrieval.upserting_documents import DocumentsReport
 from d2llm.server.batching import Batcher, Done, Places
 from d2llm.server.errors import NotFoundError, NotReadyError
 from d2llm.server.logs import note_items
