@@ -9,11 +9,11 @@ from d2llm.core import progress
 from d2llm.core.progress import progress_bar, showing_progress
 
 
-def logged_lines(caplog, monkeypatch, seconds, total=200):
+def logged_lines(caplog, monkeypatch, seconds, total=200, done=0):
     """The log lines of a task whose parts of 50 items end at these seconds."""
     clock = iter([0.0, *seconds])
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # not that of other threads
-    with caplog.at_level(logging.INFO, "d2llm.remarks"), progress_bar("judging", total) as advance:
+    with caplog.at_level(logging.INFO, "d2llm.remarks"), progress_bar("judging", total, done=done) as advance:
         for _ in seconds:
             advance(50, "3.1 pairs/s")
     return [record.getMessage() for record in caplog.records]
@@ -23,6 +23,13 @@ def test_a_line_is_logged_every_half_minute(caplog, monkeypatch):
     assert logged_lines(caplog, monkeypatch, [10.0, 40.0, 50.0, 300.0]) == [
         "judging: 100 of 200 (50%) after 40 s, 40 s left, 3.1 pairs/s",
         "judging: 200 of 200 (100%) after 5 min, 0 s left, 3.1 pairs/s",
+    ]
+
+
+def test_the_time_left_does_not_count_what_an_earlier_run_finished(caplog, monkeypatch):
+    assert logged_lines(caplog, monkeypatch, [40.0, 80.0], total=250, done=100) == [
+        "judging: 150 of 250 (60%) after 40 s, 80 s left, 3.1 pairs/s",
+        "judging: 200 of 250 (80%) after 80 s, 40 s left, 3.1 pairs/s",
     ]
 
 

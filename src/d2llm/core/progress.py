@@ -50,7 +50,7 @@ def showing_progress(show: bool | None) -> Generator[None]:
 
 
 @contextmanager
-def progress_bar(description: str, total: int | None) -> Generator[Advance]:
+def progress_bar(description: str, total: int | None, *, done: int = 0) -> Generator[Advance]:
     """Show a bar with rate and remaining time on standard error or, without a terminal, log a line twice a minute.
 
     A nested task shows its own bar below the outer one.
@@ -58,17 +58,18 @@ def progress_bar(description: str, total: int | None) -> Generator[Advance]:
     Args:
         description: what is being done.
         total: number of items; None: unknown, so only the number of finished items is shown.
+        done: items that an earlier run finished; they say nothing about this run's rate and remaining time.
     """
     show = _setting.get()
     if show is False:
         yield ignore
         return
     if not (sys.stderr.isatty() or show):
-        yield _lines(description, total)
+        yield _lines(description, total, done)
         return
     outer = _display.get()
     if outer is not None:  # a terminal has room for only one display
-        task = outer.add_task(description, total=total, note="")
+        task = outer.add_task(description, total=total, completed=done, note="")
         try:
             yield _advance_of(outer, task)
         finally:
@@ -96,7 +97,7 @@ def progress_bar(description: str, total: int | None) -> Generator[Advance]:
     progress = Progress(*columns, console=Console(stderr=True))
     token = _display.set(progress)
     try:
-        yield _advance_of(progress, progress.add_task(description, total=total, note=""))
+        yield _advance_of(progress, progress.add_task(description, total=total, completed=done, note=""))
     finally:
         if progress.live.is_started:
             progress.stop()
@@ -116,10 +117,10 @@ def _advance_of(progress: Progress, task: TaskID) -> Advance:
     return advance
 
 
-def _lines(description: str, total: int | None) -> Advance:
+def _lines(description: str, total: int | None, done: int) -> Advance:
     """Log the progress at most every ``LINE_SECONDS``; work that takes less time logs nothing."""
     started = logged = time.monotonic()
-    finished = 0
+    finished = done
     remark = ""
 
     def advance(count: int, note: str = "", /) -> None:
@@ -133,7 +134,7 @@ def _lines(description: str, total: int | None) -> Advance:
         seconds = now - started
         share = ""
         if total:
-            left = f", {_duration(seconds * (total - finished) / finished)} left" if finished else ""
+            left = f", {_duration(seconds * (total - finished) / (finished - done))} left" if finished > done else ""
             share = f" of {total:,} ({finished / total:.0%}) after {_duration(seconds)}{left}"
         _remarks.info("%s: %s%s%s", description, f"{finished:,}", share, f", {remark}" if remark else "")
 

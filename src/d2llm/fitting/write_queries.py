@@ -112,8 +112,8 @@ def write_queries(
     drafts = store.of(hashes)
     pending = _pending(_assignments(eligible, kinds, examples, seed), store)
     ended_by: str | None = None
-    with progress_bar("writing queries", len(hashes) * sum(share > 0 for share in kinds.values())) as advance:
-        advance(len(drafts))
+    num_asked = len(hashes) * sum(share > 0 for share in kinds.values())
+    with progress_bar("writing queries", num_asked, done=len(drafts)) as advance:
         while True:
             ended_by = _spent(budget, drafts, store, config, time.monotonic() - started)
             if ended_by is not None:

@@ -169,8 +169,7 @@ class DistillRun:
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
         """
-        with self.signals, progress_bar("distilling", self.total_steps) as advance:
-            advance(self.progress.step)
+        with self.signals, progress_bar("distilling", self.total_steps, done=self.progress.step) as advance:
             try:
                 return self._train(advance)
             except KeyboardInterrupt:

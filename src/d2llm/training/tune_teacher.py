@@ -210,8 +210,7 @@ class _TuningRun:
         """
         self.model.train()
         saved_at = time.monotonic()
-        with self.signals, progress_bar("tuning the teacher", len(self.batches)) as advance:
-            advance(self.num_finished)
+        with self.signals, progress_bar("tuning the teacher", len(self.batches), done=self.num_finished) as advance:
             try:
                 while self.best.looks_since < self.tuning.patience and self.num_finished < len(self.batches):
                     if len(self.losses) == self.num_finished:  # otherwise the run was stopped before its evaluation

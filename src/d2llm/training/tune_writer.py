@@ -247,8 +247,7 @@ class _TuningRun:
         """Train to the end; the last state is saved as a checkpoint, also after Ctrl-C or SIGTERM."""
         self.model.train()
         saved_at = time.monotonic()
-        with self.signals, progress_bar("tuning the writer", len(self.batches)) as advance:
-            advance(len(self.losses))
+        with self.signals, progress_bar("tuning the writer", len(self.batches), done=len(self.losses)) as advance:
             try:
                 while len(self.losses) < len(self.batches):
                     self._step()

@@ -119,8 +119,7 @@ def encode_to_file(
     path, state = folder / f"vectors-{key}.npy", folder / f"vectors-{key}.json"
     finished = int(json.loads(state.read_text(encoding="utf-8"))["rows"]) if state.is_file() else 0
     target: Any = np.load(path, mmap_mode="r+") if finished else None
-    with progress_bar("encoding passages", len(ids)) as advance:
-        advance(finished)
+    with progress_bar("encoding passages", len(ids), done=finished) as advance:
         blocks = [ids[start : start + BLOCK_PASSAGES] for start in range(finished, len(ids), BLOCK_PASSAGES)]
         shards = (TextShard([passages[passage_id].full_text for passage_id in block], "passage") for block in blocks)
         encoders = workers or LocalWorkers(partial(encode_shard, encoder))
