@@ -56,6 +56,20 @@ def test_only_the_adapter_is_trainable():
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
 
 
+def test_under_autocast_inputs_are_not_widened_on_their_way_to_the_adapter():
+    model = adapted().bfloat16()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # as attach_lora leaves a model in bfloat16
+    seen = []
+    model[3].lora_A["default"].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(INPUTS.bfloat16())
+    output.float().sum().backward()
+    assert seen == [torch.bfloat16]
+    assert model[3].lora_A["default"].weight.grad.dtype == torch.float32
+
+
 def test_the_state_holds_the_change_of_the_weights():
     """W' = W + (alpha / rank) B A (Hu et al. 2022)."""
     model = adapted()

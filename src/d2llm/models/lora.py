@@ -21,7 +21,9 @@ _DOWN, _UP = ".lora_down", ".lora_up"
 
 
 def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
-    """Freeze ``model`` and add a trainable adapter to each of its linear layers, in place.
+    """Freeze ``model`` and add a trainable float32 adapter to each of its linear layers, in place.
+
+    A model in another number format must then compute under ``torch.autocast``.
 
     Raises:
         MissingExtraError: ``peft`` is not installed.
@@ -46,6 +48,8 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
+    for _, layer in _adapted_layers(model):
+        layer.cast_input_dtype_enabled = False  # autocast would undo it at once: two passes over the input for nothing
     model.train(model.training)  # new dropout layers start in training mode, even if the model is not
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
