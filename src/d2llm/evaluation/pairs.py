@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.progress import progress_bar, showing_progress
+from d2llm.core.progress import showing_progress
 from d2llm.core.types import SystemKind
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.evaluation import figures, setting
@@ -147,13 +147,10 @@ def lexical_scores(work: PairWork) -> ScoredSplits:
 def student_scores(work: PairWork, contenders: Sequence[Contender]) -> list[ScoredSplits]:
     """The scores of all pairs by students with the same vectors; each text is encoded once for all of them."""
     first, task = contenders[0].model, work.settings.task
+    description = f"encoding for {' and '.join(contender.name for contender in contenders)}"
 
     def encode(pairs: Sequence[LabelledPair], placement: Placement) -> EncodedPairs:
-        texts = _texts(pairs)
-        num_texts = sum(len(set(side)) for side in zip(*texts, strict=True))
-        names = " and ".join(contender.name for contender in contenders)
-        with progress_bar(f"encoding for {names}", num_texts) as advance:
-            return encode_pairs(first, texts, advance, placement=placement)
+        return encode_pairs(first, _texts(pairs), description, placement=placement)
 
     @cache
     def encoded() -> tuple[EncodedPairs, EncodedPairs | None, float, float | None]:

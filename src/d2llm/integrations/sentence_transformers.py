@@ -18,6 +18,7 @@ from torch import Tensor
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
+from d2llm.core.progress import showing_progress
 from d2llm.core.types import Task
 from d2llm.integrations.texts import checked_pair_scores, rank_texts, require_anchor, require_texts
 from d2llm.models.student import Student
@@ -191,7 +192,7 @@ class StudentCrossEncoder:
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,  # noqa: ARG002 - the student has its own batches
-        show_progress_bar: bool | None = None,  # noqa: ARG002
+        show_progress_bar: bool | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         apply_softmax: bool | None = False,  # noqa: ARG002 - there is only one output
         convert_to_numpy: bool = True,
@@ -203,8 +204,9 @@ class StudentCrossEncoder:
         """Scores [n] of (query, passage) pairs, or one number for a single pair.
 
         ``inputs`` is a list (or array) of pairs, or one pair. The result is an array; with ``convert_to_tensor`` one
-        tensor; without ``convert_to_numpy`` a list of tensors. ``activation_fn`` replaces the model's own. Batch size,
-        progress bar and softmax are ignored; prompt, device, pool and chunk size must be None.
+        tensor; without ``convert_to_numpy`` a list of tensors. ``activation_fn`` replaces the model's own. By default a
+        terminal shows a progress bar. Batch size and softmax are ignored; prompt, device, pool and chunk size must be
+        None.
 
         Raises:
             InputError: an input is not a pair of texts, or an argument that must be None is given.
@@ -214,7 +216,7 @@ class StudentCrossEncoder:
         items: list[Any] = inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
         is_single = bool(items) and isinstance(items[0], str)
         pairs = [_pair(pair) for pair in ([items] if is_single else items)]
-        with torch.inference_mode():
+        with torch.inference_mode(), showing_progress(show_progress_bar):
             logits = torch.from_numpy(checked_pair_scores(self.student, pairs, self.task))
             scores = (activation_fn or self.activation_fn)(logits)
         if convert_to_tensor:
@@ -232,7 +234,7 @@ class StudentCrossEncoder:
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,  # noqa: ARG002 - the student has its own batches
-        show_progress_bar: bool | None = None,  # noqa: ARG002
+        show_progress_bar: bool | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         device: str | None = None,
         pool: object = None,
@@ -248,7 +250,8 @@ class StudentCrossEncoder:
             ModelError: a score is not a number.
         """
         _refuse(prompt_name=prompt_name, prompt=prompt, device=device, pool=pool, chunk_size=chunk_size)
-        ranked = rank_texts(self.student, query, documents, self.task, top_k)
+        with showing_progress(show_progress_bar):
+            ranked = rank_texts(self.student, query, documents, self.task, top_k)
         scores: list[float] = (activation_fn or self.activation_fn)(torch.tensor([s for _, s in ranked])).tolist()
         return [
             {"corpus_id": place, "score": score} | ({"text": documents[place]} if return_documents else {})

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
-from d2llm.core.progress import ignore
+from d2llm.core.progress import progress_bar
 from d2llm.core.types import LateChunk, PartKind, Passage, Task, WholeText
 from d2llm.models.pair_scores import score_by_query
 from d2llm.models.token_vectors import TokenVectors
@@ -199,17 +199,17 @@ class EncodedPairs:
 def encode_pairs(
     student: SearchStudent,
     pairs: Sequence[tuple[str, str]],
-    advance: Callable[[int], None] = ignore,
+    description: str = "encoding texts",
     *,
     placement: Placement = HERE,
 ) -> EncodedPairs:
     """Encode the texts of (query, passage) pairs, each distinct text once.
 
-    ``advance`` is called with the number of texts finished since the last call; ``placement`` says where they are
-    encoded.
+    ``description`` is shown beside the progress bar; ``placement`` says where the texts are encoded.
     """
     query_texts, passage_texts = _distinct(pairs)
-    with placement.workers(student, encode_shard) as workers:
+    bar = progress_bar(description, len(query_texts) + len(passage_texts))
+    with bar as advance, placement.workers(student, encode_shard) as workers:
         queries = encode_texts(workers, query_texts, "query", advance=advance)
         passages = encode_texts(workers, passage_texts, "passage", advance=advance)
     return EncodedPairs(pairs, queries, passages)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.progress import progress_bar
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.same_text import SameText
@@ -91,9 +90,8 @@ def score_drawn(
         for query_id, ids in drawn.items()
         for passage_id in ids
     ]
-    num_texts = sum(len(set(side)) for side in zip(*pairs, strict=True))
-    with progress_bar(f"calibrating on {dataset.name}", num_texts) as advance:
-        scores = encode_pairs(student, pairs, advance).score(student, task) if pairs else np.empty(0)
+    encoded = encode_pairs(student, pairs, f"calibrating on {dataset.name}") if pairs else None
+    scores = np.empty(0) if encoded is None else encoded.score(student, task)
     return CalibrationSample(
         queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
         scores=scores.astype(np.float64),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from d2llm.core import progress
 from d2llm.core.errors import InputError, ModelNotFoundError
 from d2llm.core.recipe import InteractionConfig
 from d2llm.models.student import Student
@@ -167,6 +168,15 @@ class TestCrossEncoder:
         by_default = integration.StudentCrossEncoder(student, activation_fn=torch.nn.Sigmoid())
         np.testing.assert_allclose(by_default.predict(pairs), probabilities, rtol=1e-6)
         assert by_default.rank(*pairs[0][:1], [TEXTS[1]])[0]["score"] == pytest.approx(probabilities[0])
+
+    @pytest.mark.parametrize("shown", [True, False, None])
+    def test_the_progress_bar_is_the_callers_choice(self, cross_encoder, monkeypatch, capsys, shown):
+        monkeypatch.setattr(progress, "BAR_SECONDS", 0.0)
+        cross_encoder.predict([(TEXTS[0], TEXTS[1])], show_progress_bar=shown)
+        predicted = capsys.readouterr().err
+        cross_encoder.rank(TEXTS[0], PASSAGES, show_progress_bar=shown)
+        ranked = capsys.readouterr().err
+        assert ["encoding texts" in shown_text for shown_text in (predicted, ranked)] == [bool(shown)] * 2
 
     def test_rank(self, cross_encoder):
         ranked = cross_encoder.rank(TEXTS[0], PASSAGES, top_k=2, return_documents=True)
