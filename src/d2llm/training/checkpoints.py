@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from d2llm.core.errors import InputError, Terminated, TrainingDivergedError
 from d2llm.core.files import write_bytes
@@ -263,6 +264,8 @@ def optimizer_step(
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     optimizer.step()
+    for parameter in parameters.values():
+        increment_version(parameter)  # the fused step does not; weights prepared for scoring are known by it
     optimizer.zero_grad(set_to_none=True)
     return norm
 
