@@ -1,6 +1,8 @@
 """Scans with FAISS and with numpy give the same rows and bit-identical scores."""
 
 import importlib
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -35,7 +37,7 @@ def test_the_empty_faiss_index_accepts_our_codes(name, dim):
     index = kind.empty_faiss_index(faiss)
     assert index.sa_code_size() == kind.code_size
     index.add_sa_codes(codes)
-    query = rng.standard_normal(dim).astype(np.float32)
+    query = (rng.integers(-64, 65, dim) / 16).astype(np.float32)  # the same numbers in bfloat16
     scores, rows = index.search(kind.faiss_query(query), 500)
     expected = kind.decode(codes).astype(np.float64) @ query
     assert sorted(rows[0].tolist()) == list(range(500))
@@ -67,6 +69,38 @@ def test_the_error_of_faiss_is_within_the_bound(name):
         scores, rows = scan._index.search(kind.faiss_query(query), 5000)
         exact = scan.products(query, rows[0])
         assert np.abs(scores[0] - exact).max() < scan._error(query)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_build_of_faiss_that_rounds_queries_is_noticed(rounds, monkeypatch):
+    """FAISS's build for CPUs with AVX512-FP16 rounds a query to bfloat16, where rows are bfloat16."""
+    kind, codes, rng = random_codes("bfloat16", 5000, 384)
+    search = faiss.IndexScalarQuantizer.search
+
+    def rounding_search(index, query, *arguments, **options):
+        return search(index, kind.decode(kind.encode(query, [""] * len(query))), *arguments, **options)
+
+    plain = RowScan(codes, kind, use_faiss=False)
+    exact = RowScan(codes, kind)._rounding == 0.0
+    if rounds:
+        monkeypatch.setattr(faiss.IndexScalarQuantizer, "search", rounding_search)
+    scan = RowScan(codes, kind)
+    assert (scan._rounding == 0.0) == (exact and not rounds)
+    query = rng.standard_normal(384).astype(np.float32)
+    scores, rows = scan._index.search(query[None], 5000)
+    assert np.abs(scores[0] - scan.products(query, rows[0])).max() < scan._error(query)
+    for one, other in zip(*(each.search(query, 10, ids_of=row_ids) for each in (scan, plain)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_faiss_is_loaded_without_the_build_that_rounds_queries():
+    """In a process of its own, where nothing else has imported FAISS; the environment stays as it was."""
+    code = (
+        "import os; before = dict(os.environ); from d2llm.store.load_faiss import load_faiss; faiss = load_faiss(); "
+        "import sys; print('faiss.swigfaiss_avx512_spr' in sys.modules, dict(os.environ) == before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["False", "True"]
 
 
 def test_concurrent_searches_and_faiss_threads_change_nothing():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from d2llm.doctor.findings import Check, Finding
 from d2llm.models.device import can_fuse_bfloat16_layers, choose_device, choose_dtype, cpu_has_fast_bfloat16
 from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
+from d2llm.store.load_faiss import load_faiss
 
 _GIB = 1 << 30
 _LITTLE_MEMORY = 2 * _GIB
@@ -84,7 +84,7 @@ def _product() -> Finding:
 
 
 def _scan() -> Finding:
-    faiss = importlib.import_module("faiss")
+    faiss = load_faiss()
     queries, passages, reference = _example()
     scores, rows = faiss.knn(queries, passages, 10, metric=faiss.METRIC_INNER_PRODUCT)
     best = -np.sort(-reference, axis=1)[:, :10]
@@ -117,7 +117,7 @@ def _memory() -> Finding:
 
 
 def _threads() -> Finding:
-    faiss = importlib.import_module("faiss")  # faiss has no type stubs
+    faiss = load_faiss()
     threads, scan, cores = torch.get_num_threads(), int(faiss.omp_get_max_threads()), usable_cores()
     counts = f"torch {threads}, faiss {scan}, of {cores} usable cores"
     if max(threads, scan) > cores:
@@ -129,7 +129,7 @@ def _threads() -> Finding:
 
 
 def _openmp() -> Iterator[Finding]:
-    importlib.import_module("faiss")  # may load another OpenMP
+    load_faiss()  # may load another OpenMP
     runtimes = openmp_runtimes()
     if len({family for family, _ in runtimes}) > 1:
         names = ", ".join(sorted(path for _, path in runtimes))

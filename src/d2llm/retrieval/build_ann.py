@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from d2llm.core.types import DEFAULT_NUM_CANDIDATES
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.ann import AnnBase, AnnIndex, AnnRecord, AnnSearch, Recall, write_ann
 from d2llm.store.index_store import IndexStore
+from d2llm.store.load_faiss import load_faiss
 from d2llm.store.storage import storage_errors
 from d2llm.store.view import PassageView
 
@@ -215,7 +215,7 @@ def _tuning_queries(
 
 def _trained(view: PassageView, live: NDArray[np.int64], num_lists: int, random: np.random.Generator) -> Any:
     """A trained FAISS index without rows. Centroids have length 1, since all vectors have about the same length."""
-    faiss = importlib.import_module("faiss")
+    faiss = load_faiss()
     sample_size = num_samples(len(live), num_lists, view.dim)
     sample = view.vectors(np.sort(random.choice(live, sample_size, replace=False)))
     kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT

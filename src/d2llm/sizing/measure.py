@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -32,6 +31,7 @@ from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed, processor_name
 from d2llm.sizing.texts import count_postings, word_queries, write_passages
 from d2llm.store.bm25 import WordIndex, WordSegment
 from d2llm.store.index_store import IndexStore
+from d2llm.store.load_faiss import load_faiss
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.scan import RowScan
 from d2llm.store.vector_formats import FORMATS, VectorFormat, make_format
@@ -304,7 +304,7 @@ class _Measuring:
 
     def _approximate(self) -> float:
         """Bytes of lists, a second."""
-        faiss: Any = importlib.import_module("faiss")
+        faiss: Any = load_faiss()
         dim = self.student.vector_dim
         vectors = self._vectors(_DISTINCT_VECTORS, dim)
         kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
@@ -323,7 +323,7 @@ class _Measuring:
 
     def _multiplications(self) -> float:
         """Multiplications of clustering, a second: the nearest centroid of some vectors."""
-        faiss: Any = importlib.import_module("faiss")
+        faiss: Any = load_faiss()
         dim = self.student.vector_dim
         index = faiss.IndexFlatIP(dim)
         index.add(self._vectors(_CENTROIDS, dim))
@@ -398,7 +398,7 @@ def _any_ids(rows: NDArray[np.int64]) -> list[str]:
 @contextmanager
 def _one_thread() -> Generator[None]:
     """Let torch and FAISS use one thread."""
-    faiss: Any = importlib.import_module("faiss")
+    faiss: Any = load_faiss()
     before = torch.get_num_threads(), faiss.omp_get_max_threads()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)

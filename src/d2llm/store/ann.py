@@ -14,7 +14,6 @@ and 8 bits cost no recall. The file is derived data and never trusted: if it doe
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from d2llm.core.fallbacks import count_fallback
 from d2llm.ops.selection import top_rows
 from d2llm.store.checksums import read_checked, write_checked
+from d2llm.store.load_faiss import load_faiss
 from d2llm.store.scan import IdsOf, RowScan
 from d2llm.store.vector_file import ann_path_of
 from d2llm.store.vector_formats import VectorFormat
@@ -123,7 +123,7 @@ class AnnIndex:
             return None
         try:
             record = _read_record(base)
-            faiss = _faiss()
+            faiss = load_faiss()
             return cls(base, faiss.read_index(os.fspath(base.path), faiss.IO_FLAG_MMAP_IFC), record)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError) as error:
             count_fallback("approximate index")
@@ -139,7 +139,7 @@ class AnnIndex:
     @cached_property
     def list_of(self) -> NDArray[np.int32]:
         """[covered] the list of each row; -1 for rows that were not live."""
-        faiss = _faiss()
+        faiss = load_faiss()
         lists, list_of = self.faiss_index.invlists, np.full(self.record.covered, -1, np.int32)
         for number in range(self.record.num_lists):
             size = lists.list_size(number)
@@ -178,7 +178,7 @@ class AnnSearch:
         self._tail_mask = None if mask is None else mask[covered:]
         self._tail = num_tail if mask is None else int(np.count_nonzero(mask[covered:]))
         if mask is not None and (head := np.flatnonzero(mask[:covered])).size < ann.record.num_rows:
-            faiss = _faiss()
+            faiss = load_faiss()
             self._head = len(head)
             self._allowed = np.bincount(ann.list_of[head], minlength=ann.record.num_lists)
             self._selector = faiss.IDSelectorBitmap(np.packbits(mask[:covered], bitorder="little"))
@@ -198,7 +198,7 @@ class AnnSearch:
         num_probes = self.num_probes(query, top_k)
         if num_probes is None:
             return None
-        faiss = _faiss()
+        faiss = load_faiss()
         options = {} if self._selector is None else {"sel": self._selector}
         parameters = faiss.SearchParametersIVF(nprobe=num_probes, **options)
         take = min(num_taken(top_k), self._head)
@@ -251,7 +251,7 @@ def num_taken(top_k: int) -> int:
 
 def ann_bytes(num_rows: int, num_lists: int, dim: int) -> int:
     """The size of the file of an approximate index, but for its header: codes, row numbers and centroids."""
-    code_size: int = _faiss().ScalarQuantizer(dim, _faiss().ScalarQuantizer.QT_8bit).code_size
+    code_size: int = load_faiss().ScalarQuantizer(dim, load_faiss().ScalarQuantizer.QT_8bit).code_size
     return num_rows * (code_size + np.dtype(np.int64).itemsize) + num_lists * dim * np.dtype(np.float32).itemsize
 
 
@@ -260,7 +260,7 @@ def write_ann(ann: AnnIndex) -> AnnRecord:
 
     After a crash between file and record, the checksum shows that they do not belong together.
     """
-    faiss = _faiss()
+    faiss = load_faiss()
     path = ann.base.path
     for left in path.parent.glob(".ann-*.new"):
         left.unlink()
@@ -305,10 +305,6 @@ def check_file(path: Path, record: AnnRecord) -> None:
     """Raise an ``OSError`` or ``ValueError`` if the file is missing or damaged."""
     if path.stat().st_size != record.num_bytes or _checksum(path) != record.checksum:
         raise ValueError("the file is not what was written; build it again")
-
-
-def _faiss() -> Any:
-    return importlib.import_module("faiss")  # slow to import, so only where it is used
 
 
 def _checksum(path: Path) -> str:

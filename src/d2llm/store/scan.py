@@ -13,7 +13,6 @@ depend on the other queries.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -25,12 +24,14 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
 from d2llm.ops.selection import nth_highest, top_rows
+from d2llm.store.load_faiss import load_faiss
 from d2llm.store.vector_formats import VectorFormat
 
 IdsOf = Callable[[NDArray[np.int64]], Sequence[str]]
 """The ids of some rows, in their order."""
 
 _FLOAT32_ERROR = 2.0**-24
+_BFLOAT16_ERROR = 2.0**-8  # of a number that is cut off; half of it if it is rounded to the nearest
 _SPARE_ROWS = 32  # candidates beyond top_k (at least an eighth of it), so that one pass is nearly always enough
 _WIDEN = 4
 _BLOCK_ROWS = 1_024  # rows that numpy decodes at a time: they stay in the cache
@@ -49,6 +50,7 @@ class RowScan:
         self._format = vector_format
         self._faiss: Any = _import_faiss() if use_faiss else None
         self._index = self._index_over(codes)
+        self._rounding = _BFLOAT16_ERROR if self._index is not None and self._rounds_queries() else 0.0
 
     def search(
         self,
@@ -150,10 +152,19 @@ class RowScan:
         """Upper bound of the error of a proposal product (Higham, "Accuracy and Stability", section 3.1).
 
         The sum of n float32 products, in any order, is off by at most n 2^-24 |query| |row|, to first order; the rest
-        covers the rounding of query, levels and final score.
+        covers the rounding of query, levels and final score. Some builds of FAISS round the query more coarsely.
         """
         norm = float(np.linalg.norm(query.astype(np.float64)))
-        return (2 * self._format.dim + 64) * _FLOAT32_ERROR * norm * self._largest_norm
+        return ((2 * self._format.dim + 64) * _FLOAT32_ERROR + self._rounding) * norm * self._largest_norm
+
+    def _rounds_queries(self) -> bool:
+        """Whether this FAISS rounds queries to bfloat16 where rows are bfloat16 (``store.load_faiss``)."""
+        if self._format.name != "bfloat16":
+            return False
+        dim, one, query = self._format.dim, 0x3F80, np.float32(1 + 2.0**-12)
+        ones = np.full((1, dim), one, "<u2").view(np.uint8)
+        scores, _ = self._index_over(ones).search(np.full((1, dim), query), 1)
+        return bool(abs(scores[0, 0] - dim * query) > dim * 2.0**-14)
 
     @cached_property
     def _largest_norm(self) -> float:
@@ -307,7 +318,7 @@ def _one_thread(faiss: Any) -> Generator[None]:
 
 def _import_faiss() -> Any:
     try:
-        return importlib.import_module("faiss")
+        return load_faiss()
     except ImportError as error:
         fell_back("scan by FAISS", f"FAISS cannot be loaded ({error}); numpy scans")
         return None
