@@ -178,8 +178,8 @@ def test_tokens_count_in_training_and_their_projection_is_trained_with_the_backb
 
 STAGES = (  # the parts of a two-stage run, in order
     "BM25 for the dev queries of tiny",
-    "distilling",
     "measuring the start on dev",
+    "distilling",
     "measuring on dev",
     "measuring 50% of the change on dev",
     "measuring 100% of the change on dev",
