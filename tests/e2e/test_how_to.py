@@ -61,7 +61,8 @@ def test_the_first_readme_example_prints_what_it_claims(tmp_path, monkeypatch, c
     assert len(printed) == len(comments) == 2
     for words, expected in zip(printed, comments, strict=True):
         for word, other in zip(words, expected, strict=True):
-            assert word == other or float(word) == pytest.approx(float(other), abs=0.5)  # bfloat16 differs slightly from one CPU to another
+            # bfloat16 differs slightly from one CPU to another
+            assert word == other or float(word) == pytest.approx(float(other), abs=0.5)
 
 
 def write(folder: Path, text: str) -> Path:
