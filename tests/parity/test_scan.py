@@ -73,7 +73,7 @@ def test_the_error_of_faiss_is_within_the_bound(name):
 
 @pytest.mark.parametrize("rounds", [False, True])
 def test_a_build_of_faiss_that_rounds_queries_is_noticed(rounds, monkeypatch):
-    """FAISS's build for CPUs with AVX512-FP16 rounds a query to bfloat16, where rows are bfloat16."""
+    """FAISS on CPUs with AVX512-FP16 rounds a query to bfloat16, where rows are bfloat16."""
     kind, codes, rng = random_codes("bfloat16", 5000, 384)
     search = faiss.IndexScalarQuantizer.search
 
@@ -93,14 +93,16 @@ def test_a_build_of_faiss_that_rounds_queries_is_noticed(rounds, monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
-def test_faiss_is_loaded_without_the_build_that_rounds_queries():
-    """In a process of its own, where nothing else has imported FAISS; the environment stays as it was."""
+def test_faiss_multiplies_in_float32_once_it_is_loaded():
+    """In a process of its own, where nothing else has imported FAISS."""
     code = (
-        "import os; before = dict(os.environ); from d2llm.store.load_faiss import load_faiss; faiss = load_faiss(); "
-        "import sys; print('faiss.swigfaiss_avx512_spr' in sys.modules, dict(os.environ) == before)"
+        "import numpy as np; from d2llm.store.load_faiss import load_faiss; faiss = load_faiss(); "
+        "index = faiss.IndexScalarQuantizer(384, faiss.ScalarQuantizer.QT_bf16, faiss.METRIC_INNER_PRODUCT); "
+        "index.add(np.ones((1, 384), np.float32)); "
+        "print(index.search(np.full((1, 384), 1 + 2**-12, np.float32), 1)[0][0, 0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == ["False", "True"]
+    assert float(done.stdout) == 384 + 384 / 2**12
 
 
 def test_concurrent_searches_and_faiss_threads_change_nothing():

@@ -1,4 +1,4 @@
-"""Imports FAISS, in a build that multiplies in float32."""
+"""Imports FAISS, and has it multiply in float32."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import importlib
 import os
 from typing import Any
 
-_LEVEL, _DISABLED = "FAISS_OPT_LEVEL", "FAISS_DISABLE_CPU_FEATURES"
+_LEVEL = "FAISS_SIMD_LEVEL"
 
 
 def load_faiss() -> Any:
     """The module ``faiss``, which is slow to import and has no types.
 
-    Its build for CPUs with AVX512-FP16 ("AVX512_SPR") rounds a query to bfloat16 where rows are bfloat16: too coarsely
-    to prove that a search is exact within few candidates. The build for AVX512 is loaded instead, unless the
-    environment chooses one, or something else has imported FAISS before.
+    On CPUs with AVX512-FP16 (its level ``AVX512_SPR``) it rounds a query to bfloat16 where rows are bfloat16: too
+    coarsely to prove that a search is exact within few candidates. So the level is AVX512 instead, for the whole
+    process, unless ``FAISS_SIMD_LEVEL`` chooses one. A FAISS whose level cannot be set while it runs stays as it is.
 
     Raises:
         ImportError: it is not installed, or cannot be loaded.
     """
-    if _LEVEL in os.environ or _DISABLED in os.environ:
-        return importlib.import_module("faiss")
-    os.environ[_DISABLED] = "AVX512_SPR"
-    try:
-        return importlib.import_module("faiss")
-    finally:
-        del os.environ[_DISABLED]
+    faiss = importlib.import_module("faiss")
+    levels = getattr(faiss, "SIMDConfig", None)
+    if levels is not None and _LEVEL not in os.environ and levels.get_level() == faiss.SIMDLevel_AVX512_SPR:
+        levels.set_level(faiss.SIMDLevel_AVX512)
+    return faiss

@@ -152,7 +152,7 @@ class RowScan:
         """Upper bound of the error of a proposal product (Higham, "Accuracy and Stability", section 3.1).
 
         The sum of n float32 products, in any order, is off by at most n 2^-24 |query| |row|, to first order; the rest
-        covers the rounding of query, levels and final score. Some builds of FAISS round the query more coarsely.
+        covers the rounding of query, levels and final score. Some levels of FAISS round the query more coarsely.
         """
         norm = float(np.linalg.norm(query.astype(np.float64)))
         return ((2 * self._format.dim + 64) * _FLOAT32_ERROR + self._rounding) * norm * self._largest_norm
