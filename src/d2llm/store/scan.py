@@ -161,8 +161,8 @@ class RowScan:
         """Whether this FAISS rounds queries to bfloat16 where rows are bfloat16 (``store.load_faiss``)."""
         if self._format.name != "bfloat16":
             return False
-        dim, one, query = self._format.dim, 0x3F80, np.float32(1 + 2.0**-12)
-        ones = np.full((1, dim), one, "<u2").view(np.uint8)
+        dim, query = self._format.dim, np.float32(1 + 2.0**-12)
+        ones = np.full((1, dim), 0x3F80, "<u2").view(np.uint8)  # 1 in bfloat16
         scores, _ = self._index_over(ones).search(np.full((1, dim), query), 1)
         return bool(abs(scores[0, 0] - dim * query) > dim * 2.0**-14)
 

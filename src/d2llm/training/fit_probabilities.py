@@ -90,8 +90,7 @@ def score_drawn(
         for query_id, ids in drawn.items()
         for passage_id in ids
     ]
-    encoded = encode_pairs(student, pairs, f"calibrating on {dataset.name}") if pairs else None
-    scores = np.empty(0) if encoded is None else encoded.score(student, task)
+    scores = encode_pairs(student, pairs, f"calibrating on {dataset.name}").score(student, task)
     return CalibrationSample(
         queries=[f"{dataset.name}:{query_id}" for query_id, ids in drawn.items() for _ in ids],
         scores=scores.astype(np.float64),

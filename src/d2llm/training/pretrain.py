@@ -357,7 +357,7 @@ class _Pretraining:
         hooks = [hook for each in self.attention for hook in each.listen()]
         self.backbone.model.train()
         try:
-            with self.signals, progress_bar("pretraining", self.total_steps) as advance:
+            with self.signals, progress_bar("pretraining", self.total_steps, done=len(self.losses)) as advance:
                 self._train(advance, checkpoint_minutes)
         except KeyboardInterrupt:
             if self.signals.is_consistent and self.losses:
@@ -372,7 +372,6 @@ class _Pretraining:
 
     def _train(self, advance: Advance, checkpoint_minutes: float) -> None:
         log = RunLog(self.folder, resume_step=len(self.losses) or -1)
-        advance(len(self.losses))
         saved_at = time.monotonic()
         while len(self.losses) < self.total_steps:
             self._step(log)
