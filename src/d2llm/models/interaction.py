@@ -194,6 +194,17 @@ class Interaction(nn.Module):
         gate = torch.ones_like(passages[..., 0]) if self.passage_gate is None else _gate(self.passage_gate, passages)
         return at_least_float32(gate)
 
+    def changes_scores(self, task: Task, *, interaction_weight: float | None = None) -> bool:
+        """Whether a score is more than its inner product; ``interaction_weight`` as in ``bound``."""
+        if not self.has_anchor:
+            return True
+        return bool(self.interaction_weight(task) if interaction_weight is None else interaction_weight)
+
+    @property
+    def can_project(self) -> bool:
+        """Whether the first layer sees a passage's vector alone, so that W_p b can be computed beforehand."""
+        return self.config.features == "concat"
+
     def interaction_weight(self, task: Task) -> Tensor:
         """The weight r of the interaction in one task, from 0 to 1, chosen on dev after training."""
         return self.get_buffer(f"residual_{task}")

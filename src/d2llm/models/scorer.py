@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -53,11 +54,6 @@ class HeadWeights:
         self.dtype = dtype
         self._state = _state(head)
 
-    @property
-    def can_project(self) -> bool:
-        """Whether the first layer sees only the passage's vector, so that W_p b can be computed beforehand."""
-        return self.product is None and self.difference is None
-
     def is_of(self, head: Interaction, dtype: torch.dtype) -> bool:
         """Whether these are the folded weights of ``head`` in its current state, and in the number format ``dtype``."""
         return dtype == self._requested_dtype and self._state == _state(head)
@@ -85,7 +81,7 @@ class QueryScorer:
 
     ``reach`` is the query's part r B r_q(a) of the bound of a pair, 0 if the anchor is the whole score. ``block`` is
     the number of passages scored at a time. ``interaction_weight`` replaces the head's own weight r, to measure the
-    effect of another value.
+    effect of another value. Without ``weights``, the anchor is the whole score.
     """
 
     def __init__(
@@ -101,13 +97,19 @@ class QueryScorer:
         self._head = head
         self._weights = weights
         self._query = query
+        self._task: Task = task
         self._block = block
         with torch.inference_mode():
-            self._anchor = head.anchor_queries(query[None], task) if head.has_anchor else None
             self.reach = 0.0
-            if isinstance(head, Interaction) and head.has_anchor:
+            if weights is not None and isinstance(head, Interaction) and head.has_anchor:
                 self.reach = head.query_reach(query, task, interaction_weight=interaction_weight).item()
-            self._first = _first_layer(weights, query) if weights and (self.reach or self._anchor is None) else None
+            self._first = _first_layer(weights, query) if weights and (self.reach or not head.has_anchor) else None
+
+    @cached_property
+    def _anchor(self) -> Float[Tensor, "1 dim"] | None:
+        """Computed when it is needed: a search that only asks for the reach has it from its scan."""
+        with torch.inference_mode():
+            return self._head.anchor_queries(self._query[None], self._task) if self._head.has_anchor else None
 
     @property
     def anchor_query(self) -> Float[np.ndarray, " dim"] | None:
@@ -152,7 +154,7 @@ class QueryScorer:
         inputs = vectors if projections is None else projections
         if inputs is None:
             raise InputError("neither vectors nor projections of passages were given; pass one of them")
-        if projections is not None and not (self._weights is not None and self._weights.can_project):
+        if projections is not None and not (isinstance(self._head, Interaction) and self._head.can_project):
             raise InputError("projections of passages were given, but this head has none; pass only vectors")
         device = self._query.device
         with torch.inference_mode():

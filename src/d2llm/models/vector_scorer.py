@@ -83,7 +83,7 @@ class VectorScorer(nn.Module):
     @property
     def can_project(self) -> bool:
         """Whether ``project_passages`` can be used: only if the interaction's features are ``concat``."""
-        return isinstance(self.interaction, Interaction) and self.interaction.config.features == "concat"
+        return isinstance(self.interaction, Interaction) and self.interaction.can_project
 
     def project_passages(
         self, passage_vectors: Float[np.ndarray, "passages dim"]
@@ -117,10 +117,12 @@ class VectorScorer(nn.Module):
         The scorer uses the current weights: after training, prepare a new one. ``interaction_weight`` is the weight r
         of the interaction, by default the student's own for the task.
         """
+        head, weights = self.interaction, None
+        if isinstance(head, Interaction) and head.changes_scores(task, interaction_weight=interaction_weight):
+            weights = self._scoring_weights(head, task)
         query = torch.from_numpy(query_vector).to(self.device)
-        weights = None if isinstance(self.interaction, CosineHead) else self._scoring_weights(self.interaction, task)
         block = SCORE_BLOCK if query.device.type == "cpu" else _ACCELERATOR_BLOCK
-        return QueryScorer(self.interaction, weights, query, task, block, interaction_weight=interaction_weight)
+        return QueryScorer(head, weights, query, task, block, interaction_weight=interaction_weight)
 
     def score(
         self,

@@ -39,7 +39,7 @@ class RowScorer:
         self.evidence = evidence
         self.prepared = student.prepare(query_vector, task) if isinstance(student, BoundedStudent) else None
         self._stored: StoredProjections | None = None
-        is_needed = self.prepared is not None and (self.prepared.anchor_query is None or self.prepared.reach > 0)
+        is_needed = self.prepared is not None and (self.prepared.reach > 0 or not student.has_anchor)
         if is_needed and isinstance(student, ProjectingStudent) and student.can_project:
             self._stored = view.projections
 

@@ -433,8 +433,7 @@ class Searcher:
             return False
         if not isinstance(self._student, BoundedStudent):
             return False
-        scorer = self._student.prepare(sent.vector, self._task)
-        return scorer.anchor_query is not None and scorer.reach == 0
+        return self._student.has_anchor and self._student.prepare(sent.vector, self._task).reach == 0
 
     def _anchors(self, vectors: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | None]:
         if not self._student.has_anchor:
