@@ -5,6 +5,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 20
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
 from typing import Any, TypeVar, cast
 
@@ -38,6 +39,8 @@ def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> None:
             f"{type(model).__name__} has no linear layers for adapters; set tuning to 'full' or 'frozen', or use "
             "another model"
         )
+    # PEFT imports bitsandbytes where it is installed, which warns that it lacks a kernel for weights in 4 bits.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     peft = require("peft", extra="train", purpose="LoRA tuning")
     settings = peft.LoraConfig(
         r=config.rank,
