@@ -26,10 +26,10 @@ from d2llm.models.device import can_fuse_bfloat16_layers, fused_bfloat16_layer, 
 from d2llm.models.interaction import CosineHead, Interaction, at_least_float32
 from d2llm.ops.scoring import Linear, anchored_logit
 
-_ROWS, _FEWEST_ROWS = 48, 96
-"""Blocks are padded to a multiple of ``_ROWS``, and to at least ``_FEWEST_ROWS``, so that the score of a passage does
-not depend on how many others are scored with it: products of few rows are summed in another order, and with AVX2 so are
-the last rows of a product whose number is not a multiple of 12."""
+_ROWS = 96
+"""Blocks are padded to a multiple of this, so that the score of a passage does not depend on how many others are scored
+with it: products of few rows are summed in another order, and with AVX2 on Intel's CPUs so are the last rows of a
+product whose number is not a multiple of 12. A multiple of 32 was right on every other CPU."""
 
 
 class HeadWeights:
@@ -234,7 +234,7 @@ class _Buffers:
 
 
 def _padded(num: int) -> int:
-    return max(-(-num // _ROWS) * _ROWS, _FEWEST_ROWS)
+    return -(-num // _ROWS) * _ROWS
 
 
 def _first_layer(weights: HeadWeights, query: Float[Tensor, " dim"]) -> Linear:

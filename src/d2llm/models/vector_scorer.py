@@ -16,10 +16,10 @@ from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 
-SCORE_BLOCK = 528
+SCORE_BLOCK = 480
 """Passages that the interaction scores at a time on a CPU.
 
-At width 512 in bfloat16, the activations of 528 passages take 528 KB, half of a core's own cache in today's servers.
+At width 512 in bfloat16, the activations of 480 passages take 480 KB, half of a core's own cache in today's servers.
 """
 _ACCELERATOR_BLOCK = 32_768  # the same on an accelerator
 
