@@ -20,6 +20,7 @@ SCORE_BLOCK = 480
 """Passages that the interaction scores at a time on a CPU.
 
 At width 512 in bfloat16, the activations of 480 passages take 480 KB, half of a core's own cache in today's servers.
+Blocks are padded to a multiple of 96 (``scorer``), so this is one.
 """
 _ACCELERATOR_BLOCK = 32_768  # the same on an accelerator
 

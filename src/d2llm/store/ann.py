@@ -251,7 +251,8 @@ def num_taken(top_k: int) -> int:
 
 def ann_bytes(num_rows: int, num_lists: int, dim: int) -> int:
     """The size of the file of an approximate index, but for its header: codes, row numbers and centroids."""
-    code_size: int = load_faiss().ScalarQuantizer(dim, load_faiss().ScalarQuantizer.QT_8bit).code_size
+    faiss = load_faiss()
+    code_size: int = faiss.ScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit).code_size
     return num_rows * (code_size + np.dtype(np.int64).itemsize) + num_lists * dim * np.dtype(np.float32).itemsize
 
 
