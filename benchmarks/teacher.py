@@ -42,12 +42,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def real_pairs(num_queries: int) -> tuple[str, list[TextPair]]:
+def real_pairs(num_queries: int, data: Path = DATA) -> tuple[str, list[TextPair]]:
     """Questions, each with the passages that BM25 finds for it; lines of this project if the data is missing."""
-    if not DATA.is_dir():
+    if not data.is_dir():
         lines = [line for line in FALLBACK.read_text(encoding="utf-8").splitlines() if len(line) > 60]
         return FALLBACK.name, [(query[:60], text) for query in lines[:num_queries] for text in lines[:NUM_CANDIDATES]]
-    dataset = read_beir(DATA)
+    dataset = read_beir(data)
     passages = list(dataset.passages.values())
     queries = list(dataset.qrels["train"])[:: max(1, len(dataset.qrels["train"]) // num_queries)][:num_queries]
     texts = [dataset.queries[query].text for query in queries]
@@ -57,7 +57,7 @@ def real_pairs(num_queries: int) -> tuple[str, list[TextPair]]:
     for query, text, candidates in zip(queries, texts, ranked, strict=True):
         ids = list(dict.fromkeys([*dataset.qrels["train"][query], *(c.passage_id for c in candidates)]))
         pairs += [(text, dataset.passages[passage_id].full_text) for passage_id in ids[:NUM_CANDIDATES]]
-    return DATA.name, pairs
+    return data.name, pairs
 
 
 def plain(teacher: CausalTeacher, pairs: list[TextPair]) -> np.ndarray:

@@ -1,12 +1,28 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import BertConfig, GPT2Config, Qwen2Config, T5Config
 
 from d2llm.core.errors import InputError
-from d2llm.models.device import choose_device, choose_dtype, cpu_has_fast_bfloat16, devices_here, inference
+from d2llm.models.device import (
+    choose_device,
+    choose_dtype,
+    cpu_has_fast_bfloat16,
+    devices_here,
+    inference,
+    state_size,
+    tokens_to_read,
+    tokens_to_train,
+)
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda")  # nothing is put there
+GIB = 1 << 30
+MINILM, SMOLLM2, SEVEN_BILLION = 6 * 384, 30 * 576, 28 * 3584
+"""Sizes of the states of a token."""
 
 
 def test_a_requested_device_is_used():
@@ -61,3 +77,36 @@ def test_inference_restores_the_training_mode():
     with inference(model):
         pass
     assert not model.training
+
+
+def test_a_cpu_reads_few_tokens_at_a_time():
+    assert {tokens_to_read(CPU, size) for size in (0, MINILM, SEVEN_BILLION)} == {512}
+    assert {tokens_to_train(CPU, size) for size in (0, MINILM, SEVEN_BILLION)} == {512}
+
+
+def test_an_accelerator_reads_more_tokens_with_a_small_model():
+    assert [tokens_to_read(CUDA, size) for size in (0, MINILM, SMOLLM2)] == [32_768] * 3
+    assert tokens_to_read(CUDA, SEVEN_BILLION) == 8_192
+
+
+@pytest.mark.parametrize(
+    ("gib", "size", "checkpointed", "least", "most"),
+    [
+        (80, MINILM, False, 32_768, 32_768),
+        (80, 0, False, 32_768, 32_768),  # vectors of tokens, without layers
+        (80, SMOLLM2, False, 8_192, 12_000),
+        (80, SEVEN_BILLION, False, 2_048, 2_048),
+        (80, SEVEN_BILLION, True, 20_000, 32_768),
+        (16, SEVEN_BILLION, True, 4_096, 8_192),
+        (8, SMOLLM2, False, 2_048, 2_048),
+    ],
+)
+def test_parts_in_training_fit_the_memory_of_an_accelerator(monkeypatch, gib, size, checkpointed, least, most):
+    monkeypatch.setattr("d2llm.models.device._whole_memory", lambda device: gib * GIB)
+    assert least <= tokens_to_train(CUDA, size, checkpointed=checkpointed) <= most
+
+
+@pytest.mark.parametrize("config", [BertConfig(), T5Config(), GPT2Config(), Qwen2Config()])
+def test_the_size_of_the_states_of_any_architecture(config):
+    expected = {"bert": 12 * 768, "t5": 6 * 512, "gpt2": 12 * 768, "qwen2": 32 * 4096}
+    assert state_size(SimpleNamespace(config=config)) == expected[config.model_type]

@@ -293,6 +293,7 @@ def reference_recalibrated(z: np.ndarray, s: np.ndarray) -> float:
             return []
         if known:
             unsure = -sum(share * math.log(share) for share in target.values()) / math.log(max(2, len(target)))
+            unsure = min(1.0, unsure)  # the sum of equal shares rounds
             target = {j: (1 - unsure) * p + unsure * (j in known) / len(known) for j, p in target.items()}
         return [divergence(target, softmax(z, i))]
 

@@ -450,7 +450,7 @@ class TeacherTuningConfig(_Section):
     batch_pairs: int = Field(default=32, ge=1)
     part_tokens: int | None = Field(default=None, ge=1)
     """Tokens, including padding, in one pass through the model; gradients are accumulated over passes. By default 512
-    on a CPU and 2,048 elsewhere."""
+    on a CPU, and 2,048 to 32,768 elsewhere: the more, the smaller the model and the larger the memory."""
     graph_gib: float | None = Field(default=None, gt=0)
     """Memory for the intermediate results of a query's passages that exceed ``part_tokens``, in GiB; by default a third
     of what is free when the run starts. What does not fit is computed twice, with the same result."""
@@ -557,7 +557,7 @@ class WriterTuningConfig(_Section):
     """Tokens, including padding, in one step."""
     part_tokens: int | None = Field(default=None, ge=1)
     """Tokens, including padding, in one pass through the model; gradients are accumulated over passes. By default 512
-    on a CPU and 2,048 elsewhere."""
+    on a CPU, and 2,048 to 32,768 elsewhere: the more, the smaller the model and the larger the memory."""
     max_queries: int | None = Field(default=None, ge=1)
     """Train on a random sample of this many queries of each data set."""
     dev_queries: int = Field(default=100, ge=0)
@@ -923,7 +923,7 @@ class TrainingConfig(WarmUpConfig):
     above 1: small sets are sampled more often and large ones less, with the same number of batches."""
     part_tokens: int | None = Field(default=None, ge=1)
     """Tokens, including padding, in one pass through the backbone; by default 512 on a CPU, where larger passes are no
-    faster, and 2,048 elsewhere."""
+    faster, and 2,048 to 32,768 elsewhere: the more, the smaller the backbone and the larger the memory."""
     gradient_caching: Literal["auto", "on", "off"] = "auto"
     """Encode the texts of a batch twice, part by part, so that memory holds the intermediate results of one part at a
     time; the gradient is the same. ``auto``: only for parts whose intermediate results do not fit into ``graph_gib``.

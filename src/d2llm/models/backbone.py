@@ -239,6 +239,11 @@ class Backbone(nn.Module):
         """Number of layers; 0 for a model without layers."""
         return int(getattr(self.model.config, "num_hidden_layers", 0))
 
+    @property
+    def state_size(self) -> int:
+        """How many numbers the states of a token have: ``dim`` for each layer."""
+        return self.dim * self.num_layers
+
     def cut(self, depth: int) -> None:
         """Remove all layers but the first ``depth``, in place.
 

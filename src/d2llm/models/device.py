@@ -15,6 +15,11 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.machine import available_memory
 
+_CPU_TOKENS = 512
+_MOST_TOKENS, _FEWEST_TOKENS = 32_768, 2_048  # on an accelerator
+_LARGE_STATE = 32_768  # of a model with about a billion parameters
+_BYTES_OF_GRAPH, _BYTES_CHECKPOINTED = 64, 4  # for each number of a token's states (docs/LOG.md)
+_UNKNOWN_MEMORY = 8 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -127,9 +132,43 @@ def free_memory(device: torch.device) -> int | None:
     return available_memory()
 
 
-def tokens_at_a_time(device: torch.device) -> int:
-    """Tokens in one forward and backward pass: on a CPU, larger batches are no faster and take more memory."""
-    return 512 if device.type == "cpu" else 2048
+def tokens_to_read(device: torch.device, state_size: int) -> int:
+    """Tokens, including padding, that a model reads at a time where nothing is trained.
+
+    On a CPU: large enough for fast products, small enough for activations to fit a core's cache, and with little
+    padding. On an accelerator: as many as keep it busy, of which a small model needs more. ``state_size``: see
+    ``state_size``.
+    """
+    if device.type == "cpu":
+        return _CPU_TOKENS
+    return _MOST_TOKENS if state_size <= _LARGE_STATE else _MOST_TOKENS // 4
+
+
+def tokens_to_train(device: torch.device, state_size: int, *, checkpointed: bool = False) -> int:
+    """Tokens, including padding, in one forward and backward pass of a model.
+
+    On a CPU, larger batches are no faster and take more memory. On an accelerator, they are faster until it is busy: as
+    many as there is room for in an eighth of its memory, with ``checkpointed`` layers (``checkpoint_layers``) or
+    without. What else is in its memory does not count, so a run that resumes cuts its batches as before.
+    """
+    if device.type == "cpu":
+        return _CPU_TOKENS
+    per_token = state_size * (_BYTES_CHECKPOINTED if checkpointed else _BYTES_OF_GRAPH)
+    fitting = _whole_memory(device) // 8 // per_token if per_token else _MOST_TOKENS
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS, fitting))
+
+
+def state_size(model: Any) -> int:
+    """How many numbers the states of a token have in a ``transformers`` model: its width times its layers."""
+    config = model.config.get_text_config()
+    return int(config.hidden_size) * int(config.num_hidden_layers)
+
+
+def _whole_memory(device: torch.device) -> int:
+    """Bytes of memory of an accelerator."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return torch.mps.recommended_max_memory() if device.type == "mps" else _UNKNOWN_MEMORY
 
 
 def use_plain_attention_on_cpu(model: Any) -> None:

@@ -132,6 +132,11 @@ class RemoteBackbone(Backbone):
         return self.remote.dimensions
 
     @property
+    def state_size(self) -> int:
+        """0: it has no states here."""
+        return 0
+
+    @property
     def device(self) -> torch.device:
         """Where vectors are scored."""
         return self.get_buffer("_place").device

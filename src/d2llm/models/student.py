@@ -36,7 +36,7 @@ from d2llm.models.backbone import (
     open_backbone,
     search_query_tokens,
 )
-from d2llm.models.device import choose_device, inference
+from d2llm.models.device import choose_device, inference, tokens_to_read
 from d2llm.models.engines.core_workers import map_on_cores
 from d2llm.models.engines.engines import Engine, choose_engine, choose_products, open_engine
 from d2llm.models.evidence import NO_EVIDENCE, EvidenceWeights, read_evidence, write_evidence
@@ -55,10 +55,7 @@ from d2llm.models.vector_scorer import VectorScorer
 from d2llm.ops.batching import token_budget_batches
 from d2llm.ops.bm25_words import terms, tokens_of_terms
 
-_BATCH_TOKENS = 8192
-# On a CPU: large enough for fast products, small enough for activations to fit a core's cache, and with little padding.
-_CPU_BATCH_TOKENS = 512
-_BATCH_TEXTS = 256
+_BATCH_TEXTS, _QUERIES_AT_ONCE = 1_024, 256
 
 
 class Student(VectorScorer):
@@ -318,7 +315,7 @@ class Student(VectorScorer):
     @property
     def batch_tokens(self) -> int:
         """Tokens, including padding, that one core or an accelerator encodes at a time."""
-        return _CPU_BATCH_TOKENS if self.backbone.device.type == "cpu" else _BATCH_TOKENS
+        return tokens_to_read(self.device, self.backbone.state_size)
 
     def evidence_weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> EvidenceWeights:
         """The weights of the terms that an index adds to the score of the vectors; empty if it adds none.
@@ -459,8 +456,8 @@ class Student(VectorScorer):
             raise InputError("this student's tokenizer gives no character offsets, so words have no states")
         tokenized = self.tokenize(queries, "query")
         word_states: list[dict[str, Float32[np.ndarray, " dim"]]] = [{} for _ in queries]
-        for start in range(0, len(queries), _BATCH_TEXTS):
-            batch = range(start, min(start + _BATCH_TEXTS, len(queries)))
+        for start in range(0, len(queries), _QUERIES_AT_ONCE):
+            batch = range(start, min(start + _QUERIES_AT_ONCE, len(queries)))
             with inference(self):
                 states, _ = self.backbone(*self.backbone.pad([tokenized.ids[index] for index in batch]))
             for index, own in zip(batch, states.float().cpu().numpy(), strict=True):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -61,20 +63,26 @@ def pad_right(
 
     The width is rounded up to a multiple of 8: kernels are prepared once per shape, so fewer shapes mean fewer kernels.
     """
-    longest = _padded(max(map(len, rows)))
-    ids = [[*row, *[padding] * (longest - len(row))] for row in rows]
-    mask = [[True] * len(row) + [False] * (longest - len(row)) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    return _fill(np.arange(_padded(int(lengths.max()))) < lengths[:, None], rows, padding, device)
 
 
 def pad_left(
     rows: Sequence[Sequence[int]], padding: int, device: torch.device
 ) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
     """Rows of token ids as one left-padded tensor, and its mask; the width is that of ``pad_right``."""
-    longest = _padded(max(map(len, rows)))
-    ids = [[*[padding] * (longest - len(row)), *row] for row in rows]
-    mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    width = _padded(int(lengths.max()))
+    return _fill(np.arange(width) >= width - lengths[:, None], rows, padding, device)
+
+
+def _fill(
+    mask: Bool[np.ndarray, "batch tokens"], rows: Sequence[Sequence[int]], padding: int, device: torch.device
+) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
+    """The rows' tokens where the mask is true, in order, and padding elsewhere; and the mask."""
+    ids = np.full(mask.shape, padding, np.int64)
+    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64)
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def _padded(length: int) -> int:

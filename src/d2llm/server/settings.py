@@ -156,7 +156,9 @@ class ServeSettings(BaseModel):
         default=2_048, description="Maximum number of queued texts, and of searches in progress; beyond that, 429."
     )
     batch_tokens: Count | None = Field(
-        default=None, description="Maximum tokens per batch; by default 512 on each core, 8,192 on an accelerator."
+        default=None,
+        description="Maximum tokens per batch; by default 512 on each core; on an accelerator 32,768, or 8,192 with a "
+        "model of a billion weights or more.",
     )
     batch_wait_ms: Milliseconds = Field(default=0.0, description="How long a batch waits for texts, in milliseconds.")
     teacher_ms: Milliseconds = Field(

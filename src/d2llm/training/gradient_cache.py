@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from d2llm.core.recipe import TeacherTuningConfig, TrainingConfig
-from d2llm.models.device import free_memory, tokens_at_a_time
+from d2llm.models.device import free_memory, tokens_to_train
 from d2llm.models.student import Student
 from d2llm.ops.batching import token_budget_batches
 from d2llm.training.checkpoints import remarks
@@ -102,7 +102,7 @@ def backpropagate(
         rows = zip(encoded[:, dim:], counts, strict=True)
         return loss_of(encoded[:, :dim], [row[: count * token_dim].view(count, token_dim) for row, count in rows])
 
-    part_tokens = part_tokens or tokens_at_a_time(student.backbone.device)
+    part_tokens = part_tokens or tokens_to_train(student.backbone.device, student.backbone.state_size)
     limits = {"max_tokens": part_tokens, "enough_tokens": part_tokens // 4}
     return backpropagate_parts(
         student,

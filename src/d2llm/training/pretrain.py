@@ -30,7 +30,7 @@ from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.recipe import BackboneConfig, PretrainingConfig, without_new_defaults
 from d2llm.data.training import TrainingSource
 from d2llm.models.backbone import Backbone, is_decoder, layers_of
-from d2llm.models.device import tokens_at_a_time
+from d2llm.models.device import tokens_to_train
 from d2llm.models.sources import load_pretrained
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import AnswerHead
@@ -489,7 +489,7 @@ class _Pretraining:
 
     def _parts(self, batch: Sequence[list[int]]) -> list[list[int]]:
         """Texts of similar length, to be read in one pass."""
-        most = tokens_at_a_time(self.backbone.device)
+        most = tokens_to_train(self.backbone.device, self.backbone.state_size)
         return token_budget_batches([len(ids) for ids in batch], max_tokens=most, max_items=len(batch))
 
     def _save(self) -> None:

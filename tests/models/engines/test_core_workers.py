@@ -51,7 +51,7 @@ def test_errors_are_raised():
 
 
 def test_vectors_match_one_core_even_in_training_mode(tmp_path, monkeypatch):
-    monkeypatch.setattr("d2llm.models.student._CPU_BATCH_TOKENS", 48)  # several batches
+    monkeypatch.setattr("d2llm.models.device._CPU_TOKENS", 48)  # several batches
     student = Student.create(tiny_student_config(write_tiny_model(tmp_path / "model", "bert")), dtype="float32")
     randomise(student.pooling)
     texts = [f"{text} {'and ' * (n % 7)}{n}" for n, text in enumerate(TEXTS * 6)]

@@ -124,7 +124,7 @@ def test_results_do_not_depend_on_order_or_batches(teacher, monkeypatch):
     np.testing.assert_allclose(shuffled.features, together.features[order], rtol=0, atol=1e-4)
     alone = np.concatenate([teacher.judge([pair], "asymmetric").log_odds for pair in pairs])
     np.testing.assert_allclose(alone, together.log_odds, rtol=0, atol=1e-5)
-    monkeypatch.setattr("d2llm.models.teachers.local._BATCH_TOKENS", {"cpu": 128})
+    monkeypatch.setattr("d2llm.models.device._CPU_TOKENS", 128)
     finished = []
     small = teacher.judge(pairs, "asymmetric", advance=finished.append)
     np.testing.assert_allclose(small.log_odds, together.log_odds, rtol=0, atol=1e-5)

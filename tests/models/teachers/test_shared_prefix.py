@@ -94,7 +94,7 @@ def test_small_batches_and_single_pairs_give_the_same_log_odds(tmp_path: Path, m
     order = np.random.default_rng(1).permutation(len(pairs))
     expected, _ = one_by_one(teacher, pairs)
     monkeypatch.setattr("d2llm.models.teachers.causal._PREFIX_TOKENS", 30)
-    monkeypatch.setattr("d2llm.models.teachers.local._BATCH_TOKENS", {"cpu": 64})
+    monkeypatch.setattr("d2llm.models.device._CPU_TOKENS", 64)
     finished: list[int] = []
     judged = teacher.judge([pairs[position] for position in order], "asymmetric", advance=finished.append)
     np.testing.assert_allclose(judged.log_odds, expected[order], rtol=0, atol=1e-4)

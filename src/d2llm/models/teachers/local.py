@@ -26,6 +26,8 @@ from d2llm.models.device import (
     choose_device,
     choose_dtype,
     inference,
+    state_size,
+    tokens_to_read,
     use_plain_attention_on_cpu,
 )
 from d2llm.models.length_limit import check_limits
@@ -64,8 +66,7 @@ from d2llm.ops.batching import pad_right, token_budget_batches
 from d2llm.ops.pair_truncation import cut_pair
 
 _T = TypeVar("_T", bound="LocalTeacher")
-_BATCH_TOKENS = {"cpu": 512}  # as fast per token as larger batches, and fewer pairs at a time need less padding
-_BATCH_TOKENS_ELSEWHERE, _BATCH_PAIRS = 8192, 64
+_BATCH_PAIRS = 256
 
 
 class Answers:
@@ -306,7 +307,7 @@ class LocalTeacher(nn.Module):
 
     def _batches(self, places: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
         """Batches of indices of inputs of similar length."""
-        max_tokens = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS_ELSEWHERE)
+        max_tokens = tokens_to_read(self.device, state_size(self.model))
         for batch in token_budget_batches(lengths, max_tokens=max_tokens, max_items=_BATCH_PAIRS):
             yield [places[index] for index in batch]
 
