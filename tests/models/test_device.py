@@ -94,9 +94,9 @@ def test_an_accelerator_reads_more_tokens_with_a_small_model():
     [
         (80, MINILM, False, 32_768, 32_768),
         (80, 0, False, 32_768, 32_768),  # vectors of tokens, without layers
-        (80, SMOLLM2, False, 8_192, 12_000),
+        (80, SMOLLM2, False, 6_000, 9_000),
         (80, SEVEN_BILLION, False, 2_048, 2_048),
-        (80, SEVEN_BILLION, True, 20_000, 32_768),
+        (80, SEVEN_BILLION, True, 16_000, 32_768),
         (16, SEVEN_BILLION, True, 4_096, 8_192),
         (8, SMOLLM2, False, 2_048, 2_048),
     ],
