@@ -210,21 +210,21 @@ class Bench:
         lengths = student.tokenize(passages, "passage").lengths
         operations = 2.0 * layer_weights(student.backbone.model) * sum(lengths)
 
-        def work():
+        def encode() -> object:
             return student.encode_passages(passages)
 
-        self.add(f"{shape}: encode passages", work, count=texts, unit="passages", operations=operations)
+        self.add(f"{shape}: encode passages", encode, count=texts, unit="passages", operations=operations)
 
-        def tokenize():
+        def tokenize() -> object:
             return student.tokenize(passages, "passage")
 
         self.add(f"{shape}: their tokens alone", tokenize, count=texts, unit="passages", operations=0)
         single = self.queries[:50]
 
-        def work():
+        def encode_each() -> object:
             return [student.encode_queries([query]) for query in single]
 
-        self.add(f"{shape}: encode single queries", work, count=len(single), unit="queries", operations=0)
+        self.add(f"{shape}: encode single queries", encode_each, count=len(single), unit="queries", operations=0)
 
     def train(self, shape: str, part_tokens: int | None = None) -> None:
         """Steps of training, as `distill` takes them."""
