@@ -14,10 +14,9 @@ large language model once wrote (`recorded_writer.py`) instead of having a local
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
-import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from d2llm.training.run import Run
 
 RESULTS = Path(__file__).parent / "results" / "fit"
 SETS = ("medquad", "stackfaq", "covidqa", "squad", "wikiqa", "nfcorpus")
+SHARED_PASSAGES = {"nfcorpus"}
 LIMIT_NAME = "trained on real queries"
 TRAINED_NAME = "trained on written queries, but not kept"
 MOST_REAL_QUERIES = 2_000
@@ -57,7 +57,6 @@ def untuned(folder: Path, backbone: str) -> Path:
 
 def measure(data: Path, work: Path, *, hours: float, writer: str, start: str, with_limit: bool) -> dict[str, Any]:
     """Fit to the corpus of a set, starting from a student, and measure on its test split."""
-    started = time.monotonic()
     with ExitStack() as stack:
         if writer == RECORDED_NAME:
             remote = RemoteWriterConfig(url=stack.enter_context(recorded_writer(data)))
@@ -73,13 +72,11 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, start: str, wi
         before = work / "index-before"  # the fit replaces it, and the student to start from is measured with it
         if not before.exists():
             shutil.copytree(fitting.folder.index, before)
-        report = fitting.finish()
-    if report is None:
-        raise SystemExit(f"{work}: was finished by an earlier call; delete it to measure again")
-    seconds = time.monotonic() - started
+        fitting.finish()  # brings only the index up to date if an earlier call finished the fit
+    report = json.loads(fitting.folder.report.read_text(encoding="utf-8"))
     main = Student.load(fitting.folder.student)
     students = {BASE_NAME: Student.load(next(fitting.folder.work.glob("base-*")))}
-    if report.kept == "start" and report.verdict is not None:
+    if report["kept"] == "start" and report["verdict"] is not None:
         students[TRAINED_NAME] = Student.load(next(fitting.folder.work.glob("run-*/student")))
     if with_limit:
         students[LIMIT_NAME] = Student.load(_trained_on_real_queries(fitting, data, work))
@@ -96,13 +93,12 @@ def measure(data: Path, work: Path, *, hours: float, writer: str, start: str, wi
         "hours": hours,
         "start": Path(start).name,
         "writer": writer,
-        "seconds": seconds,
-        "stages": dict(report.seconds),
-        "kept": report.kept,
-        "num_kept_queries": report.num_kept,
-        "rejected": dict(report.rejected),
-        "writing": asdict(report.writing),
-        "verdict_on_written_queries": None if report.verdict is None else asdict(report.verdict),
+        "stages": report["seconds"],
+        "kept": report["kept"],
+        "num_kept_queries": report["num_kept"],
+        "rejected": report["rejected"],
+        "writing": report["writing"],
+        "verdict_on_written_queries": report["verdict"],
         "rows": rows(real),
     }
 
@@ -114,7 +110,10 @@ def _trained_on_real_queries(fitting: Fit, data: Path, work: Path) -> Path:
     recipe = fitting.recipe({"written": DataReport(counts)}, fitting.plan())
     own = recipe.data[0].model_copy(update={"path": str(data), "max_queries": MOST_REAL_QUERIES})
     training = recipe.training.model_copy(update={"max_minutes": None})
-    run = Run(recipe.model_copy(update={"data": (own,), "training": training}), work / "real-run")
+    # In some sets, all training queries share passages with dev or test.
+    mining = recipe.mining.model_copy(update={"exclude_shared_passages": data.name not in SHARED_PASSAGES})
+    changes = {"data": (own,), "training": training, "mining": mining}
+    run = Run(recipe.model_copy(update=changes), work / "real-run")
     run.finish()
     return run.parts.student
 
