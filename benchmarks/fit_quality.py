@@ -108,12 +108,11 @@ def _trained_on_real_queries(fitting: Fit, data: Path, work: Path) -> Path:
     real = read_beir(data, splits=["train", "dev"])
     counts = {split: len(real.qrels[split]) for split in ("train", "dev")}
     recipe = fitting.recipe({"written": DataReport(counts)}, fitting.plan())
-    own = recipe.data[0].model_copy(update={"path": str(data), "max_queries": MOST_REAL_QUERIES})
-    training = recipe.training.model_copy(update={"max_minutes": None})
     # In some sets, all training queries share passages with dev or test.
-    mining = recipe.mining.model_copy(update={"exclude_shared_passages": data.name not in SHARED_PASSAGES})
-    changes = {"data": (own,), "training": training, "mining": mining}
-    run = Run(recipe.model_copy(update=changes), work / "real-run")
+    changes = {"max_queries": MOST_REAL_QUERIES, "exclude_shared_passages": data.name not in SHARED_PASSAGES}
+    own = recipe.data[0].model_copy(update={"path": str(data)} | changes)
+    training = recipe.training.model_copy(update={"max_minutes": None})
+    run = Run(recipe.model_copy(update={"data": (own,), "training": training}), work / "real-run")
     run.finish()
     return run.parts.student
 
