@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -98,6 +97,15 @@ class RankedList:
         rows = list(order)
         parts = {name: getattr(self, name)[rows] for name in ("vectors", "scores", "anchors", "grades")}
         return replace(self, **parts, ids=tuple(self.ids[row] for row in rows))
+
+
+_ARRAYS = {
+    "query_vector": np.float32,
+    "vectors": np.float32,
+    "scores": np.float64,
+    "anchors": np.float64,
+    "grades": np.int64,
+}
 
 
 def train_ids(data: Dataset, number: int, *, exclude_shared: bool) -> list[str]:
@@ -412,17 +420,23 @@ def describe(lists: dict[str, Any]) -> dict[str, Any]:
 
 def kept_lists(work: Path, num_train: int, num_dev: int) -> dict[str, dict[str, Any]]:
     """The lists of all sets, from the folder or made anew."""
-    file = work / "lists.pickle"
+    file = work / "lists.json"
     if not file.is_file():
         student = Student.load(STUDENT, device="cpu", dtype="float32")
         made = {name: collect(name, student, num_train, num_dev) for name in SETS}
         plain = {name: lists | {split: [*map(vars, lists[split])] for split in SPLITS} for name, lists in made.items()}
-        file.write_bytes(pickle.dumps(plain))
-    kept = pickle.loads(file.read_bytes())
+        file.write_text(json.dumps(plain, default=np.ndarray.tolist), encoding="utf-8")
+    kept = json.loads(file.read_text(encoding="utf-8"))
     return {
-        name: lists | {split: [RankedList(**each) for each in lists[split]] for split in SPLITS}
+        name: lists | {split: [_as_list(each) for each in lists[split]] for split in SPLITS}
         for name, lists in kept.items()
     }
+
+
+def _as_list(values: dict[str, Any]) -> RankedList:
+    arrays: dict[str, Any] = {name: np.array(values[name], dtype) for name, dtype in _ARRAYS.items()}
+    others = {name: value for name, value in values.items() if name not in _ARRAYS}
+    return replace(RankedList(**others, **arrays), ids=tuple(values["ids"]))
 
 
 def trained_reader(
