@@ -2,11 +2,11 @@
 
 First come rules that need no model (``fitting.query_rules``) and repeated queries. Then a round trip: a search for the
 query must find the passage that it was written for among the first results, or the query fits too many passages, or
-none (Dai et al., "Promptagator", ICLR 2023). It is searched by the student's score and by words alone, and one of them
-is enough: queries that only the present score finds would say that it needs no change. Passages that say the same as
-that passage count as relevant too. A teacher, if there is one, reads the query with its passage and with the best other
-results: those that it finds at least as relevant become positives as well, and a query that it finds unanswered is left
-out (Lee et al., "Gecko", 2024).
+none (Dai et al., "Promptagator", ICLR 2023). The search counts words, even if the student's score does not yet: queries
+kept by the cosine alone would say that words count for little. Passages that say the same as that passage count as
+relevant too. A teacher, if there is one, reads the query with its passage and with the best other results: those that
+it finds at least as relevant become positives as well, and a query that it finds unanswered is left out (Lee et al.,
+"Gecko", 2024).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +30,7 @@ from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.runners.placement import HERE, Placement
 
-ONLY_WORDS = 1.0
-"""``SearchSettings.hybrid`` that ranks by BM25 alone."""
+_SHARE_OF_WORDS = 0.5
 DATASET = "written"
 """Name of the data set that written queries make up."""
 
@@ -55,7 +53,7 @@ class CriticSettings:
     """How strict the critic is.
 
     Attributes:
-        depth: the passage must be among this many first results of a search for its query, by the score or by words.
+        depth: the passage must be among this many first results of a search for its query.
         same_text: passages among those results are also relevant if their texts are at least this similar (Jaccard
             similarity of character trigrams).
         num_judged: how many of the results a teacher reads.
@@ -72,10 +70,7 @@ class CriticSettings:
 
 @dataclass(frozen=True, slots=True)
 class KeptQuery:
-    """A query to learn from: ``positives`` begin with the passage that it was written for.
-
-    ``rank`` is that passage's in the better of the two searches.
-    """
+    """A query to learn from: ``positives`` begin with the passage that it was written for, found at ``rank``."""
 
     written: WrittenQuery
     positives: tuple[str, ...]
@@ -130,16 +125,15 @@ def review_queries(
     by_id = {passage.id: passage for passage in passages}
     rejected: list[RejectedQuery] = []
     candidates = list(_pass_rules(_written(drafts, passages), by_id, rejected))
-    searches = [_round_trips(candidates, index, task, chosen.depth, hybrid=hybrid) for hybrid in (None, ONLY_WORDS)]
-    retrieved, kept = [_in_turns(rankings) for rankings in zip(*searches, strict=True)], list[KeptQuery]()
-    for written, found, *rankings in zip(candidates, retrieved, *searches, strict=True):
-        ranks = [1 + ranking.index(written.passage_id) for ranking in rankings if written.passage_id in ranking]
-        if not ranks:
-            reason = f"not found again among the first {chosen.depth}, by the score or by words"
+    retrieved, kept = _round_trips(candidates, index, task, chosen.depth), list[KeptQuery]()
+    for written, ranking in zip(candidates, retrieved, strict=True):
+        if written.passage_id not in ranking:
+            reason = f"not found again among the first {chosen.depth}"
             rejected.append(RejectedQuery(written, "not found again", reason))
             continue
-        alike = _same_texts(by_id[written.passage_id], (by_id[name] for name in found), chosen.same_text)
-        kept.append(KeptQuery(written, (written.passage_id, *alike), min(ranks)))
+        alike = _same_texts(by_id[written.passage_id], (by_id[name] for name in ranking), chosen.same_text)
+        rank = 1 + ranking.index(written.passage_id)
+        kept.append(KeptQuery(written, (written.passage_id, *alike), rank))
     num_judged = 0
     if teacher is not None and judgements is not None:
         rankings = dict(zip((written.id for written in candidates), retrieved, strict=True))
@@ -179,21 +173,17 @@ def _pass_rules(
             yield query
 
 
-def _round_trips(
-    queries: Sequence[WrittenQuery], index: Index, task: Task, depth: int, *, hybrid: float | None
-) -> list[list[str]]:
-    """The first results of a search for each query."""
+def _round_trips(queries: Sequence[WrittenQuery], index: Index, task: Task, depth: int) -> list[list[str]]:
+    """The first results of a search for each query.
+
+    It is by the student's score if that counts words, or else by its ranks and those of BM25 together.
+    """
     if not queries:
         return []
+    hybrid = None if index.student.evidence_weights(task).counts_words else _SHARE_OF_WORDS
     searcher = Searcher(index.view, index.student, SearchSettings(task=task, top_k=depth, hybrid=hybrid))
     rankings = searcher.rank_ids([Query(query.id, query.text) for query in queries], title="searching for the queries")
     return [[passage_id for passage_id, _ in ranking.passages] for ranking in rankings]
-
-
-def _in_turns(rankings: Iterable[Sequence[str]]) -> list[str]:
-    """The first of each ranking, the second of each, and so on; each passage once."""
-    turns = zip_longest(*rankings)
-    return list(dict.fromkeys(name for turn in turns for name in turn if name is not None))
 
 
 def _same_texts(passage: Passage, others: Iterable[Passage], threshold: float) -> list[str]:
