@@ -36,7 +36,7 @@ from d2llm.core.recipe import (
 )
 from d2llm.core.shipped import shipped_models
 from d2llm.data.training import TrainingPair
-from d2llm.models.device import choose_device, state_size, tokens_to_train
+from d2llm.models.device import choose_device, size_of_states, tokens_to_train
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.judge import TextPair
@@ -289,7 +289,7 @@ class Bench:
             + (f", part_tokens {part_tokens}" if part_tokens else "")
         )
         part_tokens = part_tokens or tokens_to_train(
-            self.device, state_size(teacher.model), checkpointed=quantization != "none"
+            self.device, size_of_states(teacher.model), checkpointed=quantization != "none"
         )
         self.add(
             name,

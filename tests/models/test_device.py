@@ -13,7 +13,7 @@ from d2llm.models.device import (
     cpu_has_fast_bfloat16,
     devices_here,
     inference,
-    state_size,
+    size_of_states,
     tokens_to_read,
     tokens_to_train,
 )
@@ -109,4 +109,4 @@ def test_parts_in_training_fit_the_memory_of_an_accelerator(monkeypatch, gib, si
 @pytest.mark.parametrize("config", [BertConfig(), T5Config(), GPT2Config(), Qwen2Config()])
 def test_the_size_of_the_states_of_any_architecture(config):
     expected = {"bert": 12 * 768, "t5": 6 * 512, "gpt2": 12 * 768, "qwen2": 32 * 4096}
-    assert state_size(SimpleNamespace(config=config)) == expected[config.model_type]
+    assert size_of_states(SimpleNamespace(config=config)) == expected[config.model_type]

@@ -136,8 +136,8 @@ def tokens_to_read(device: torch.device, state_size: int) -> int:
     """Tokens, including padding, that a model reads at a time where nothing is trained.
 
     On a CPU: large enough for fast products, small enough for activations to fit a core's cache, and with little
-    padding. On an accelerator: as many as keep it busy, of which a small model needs more. ``state_size``: see
-    ``state_size``.
+    padding. On an accelerator: as many as keep it busy, of which a small model needs more. ``state_size`` is how many
+    numbers the states of a token have, over all layers (``size_of_states``).
     """
     if device.type == "cpu":
         return _CPU_TOKENS
@@ -149,7 +149,8 @@ def tokens_to_train(device: torch.device, state_size: int, *, checkpointed: bool
 
     On a CPU, larger batches are no faster and take more memory. On an accelerator, they are faster until it is busy: as
     many as there is room for in an eighth of its memory, with ``checkpointed`` layers (``checkpoint_layers``) or
-    without. What else is in its memory does not count, so a run that resumes cuts its batches as before.
+    without. What else is in its memory does not count, so a run that resumes cuts its batches as before. ``state_size``
+    is as for ``tokens_to_read``.
     """
     if device.type == "cpu":
         return _CPU_TOKENS
@@ -158,10 +159,13 @@ def tokens_to_train(device: torch.device, state_size: int, *, checkpointed: bool
     return max(_FEWEST_TOKENS, min(_MOST_TOKENS, fitting))
 
 
-def state_size(model: Any) -> int:
-    """How many numbers the states of a token have in a ``transformers`` model: its width times its layers."""
+def size_of_states(model: Any) -> int:
+    """How many numbers the states of a token have in a ``transformers`` model: its width times its layers.
+
+    0 for a model whose configuration does not say.
+    """
     config = model.config.get_text_config()
-    return int(config.hidden_size) * int(config.num_hidden_layers)
+    return int(getattr(config, "hidden_size", 0)) * int(getattr(config, "num_hidden_layers", 0))
 
 
 def _whole_memory(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from d2llm.core.types import Task
 from d2llm.data.plan import TrainingPlan
 from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingPair, TrainingSource, labelled_pairs
-from d2llm.models.device import choose_dtype, state_size, tokens_to_train
+from d2llm.models.device import choose_dtype, size_of_states, tokens_to_train
 from d2llm.models.interaction import TASKS
 from d2llm.models.student import Student
 from d2llm.models.teachers.classifier import ClassifierTeacher
@@ -231,7 +231,7 @@ class _TuningRun:
         step, total = len(self.losses), len(self.batches)
         torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
         part_tokens = self.tuning.part_tokens or tokens_to_train(
-            self.model.device, state_size(self.model.model), checkpointed=self.tuning.gradient_checkpointing
+            self.model.device, size_of_states(self.model.model), checkpointed=self.tuning.gradient_checkpointing
         )
         loss, num_truncated = accumulate(self.model, self.batches[step], part_tokens, self.tuning.loss, room=self.room)
         require_finite(loss, step, self.folder)

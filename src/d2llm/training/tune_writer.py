@@ -19,7 +19,7 @@ from d2llm.core.recipe import WriterConfig, WriterTuningConfig
 from d2llm.core.table import Column, Table
 from d2llm.data.beir import Dataset
 from d2llm.data.run_folder import is_finished, working_folder
-from d2llm.models.device import inference, state_size, tokens_to_train
+from d2llm.models.device import inference, size_of_states, tokens_to_train
 from d2llm.models.sources import hub_name
 from d2llm.models.writers.local import WRITER_KIND, LocalWriter
 from d2llm.models.writers.writer import Assignment, keywords_of, kind_of_query
@@ -217,7 +217,7 @@ class _TuningRun:
     ) -> None:
         """Begin a run, or resume the one whose checkpoint is in ``folder``."""
         self.model, self.tuning, self.folder, self.settings, self.seed = model, tuning, folder, settings, seed
-        self.part_tokens = tuning.part_tokens or tokens_to_train(model.device, state_size(model.whole))
+        self.part_tokens = tuning.part_tokens or tokens_to_train(model.device, size_of_states(model.whole))
         self.examples, lengths, self.num_truncated = _measured(model, data.training)
         self.dev, _, _ = _measured(model, data.dev)
         self.num_too_long = len(data.training) + len(data.dev) - len(self.examples) - len(self.dev)

@@ -26,7 +26,7 @@ from d2llm.models.device import (
     choose_device,
     choose_dtype,
     inference,
-    state_size,
+    size_of_states,
     tokens_to_read,
     use_plain_attention_on_cpu,
 )
@@ -307,7 +307,7 @@ class LocalTeacher(nn.Module):
 
     def _batches(self, places: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
         """Batches of indices of inputs of similar length."""
-        max_tokens = tokens_to_read(self.device, state_size(self.model))
+        max_tokens = tokens_to_read(self.device, size_of_states(self.model))
         for batch in token_budget_batches(lengths, max_tokens=max_tokens, max_items=_BATCH_PAIRS):
             yield [places[index] for index in batch]
 
