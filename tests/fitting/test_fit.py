@@ -228,7 +228,8 @@ def test_a_teacher_judges_the_queries_that_the_first_half_of_the_training_change
     monkeypatch.setattr(Run, "closed_gates", lambda _: [])  # a random teacher would not pass
     documents = write_documents(tmp_path / "docs")
     teacher = tiny_teacher_config(write_tiny_model(tmp_path / "teacher"))
-    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0)
+    # A random teacher finds half of what it reads relevant: with more, all training queries would share some with dev.
+    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0, num_judged=1)
     settings = settings_for(student, endpoint.url, teacher=teacher, critic=critic)
     done = Fit([documents], None, settings, device="cpu", dtype="float32")
     assert done.finish() is not None
