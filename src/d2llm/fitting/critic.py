@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,8 +180,10 @@ def _round_trips(queries: Sequence[WrittenQuery], index: Index, task: Task, dept
     """
     if not queries:
         return []
-    hybrid = None if index.student.evidence_weights(task).counts_words else _SHARE_OF_WORDS
-    searcher = Searcher(index.view, index.student, SearchSettings(task=task, top_k=depth, hybrid=hybrid))
+    settings = SearchSettings(task=task, top_k=depth)
+    searcher = Searcher(index.view, index.student, settings)
+    if not searcher.weights.counts_words:
+        searcher = Searcher(index.view, index.student, replace(settings, hybrid=_SHARE_OF_WORDS))
     rankings = searcher.rank_ids([Query(query.id, query.text) for query in queries], title="searching for the queries")
     return [[passage_id for passage_id, _ in ranking.passages] for ranking in rankings]
 
