@@ -38,6 +38,7 @@ from d2llm.training.run import Run
 RESULTS = Path(__file__).parent / "results" / "fit"
 SETS = ("medquad", "stackfaq", "covidqa", "squad", "wikiqa", "nfcorpus")
 SHARED_PASSAGES = {"nfcorpus"}
+"""Sets of which all training queries share passages with dev or test."""
 LIMIT_NAME = "trained on real queries"
 TRAINED_NAME = "trained on written queries, but not kept"
 MOST_REAL_QUERIES = 2_000
@@ -108,7 +109,6 @@ def _trained_on_real_queries(fitting: Fit, data: Path, work: Path) -> Path:
     real = read_beir(data, splits=["train", "dev"])
     counts = {split: len(real.qrels[split]) for split in ("train", "dev")}
     recipe = fitting.recipe({"written": DataReport(counts)}, fitting.plan())
-    # In some sets, all training queries share passages with dev or test.
     changes = {"max_queries": MOST_REAL_QUERIES, "exclude_shared_passages": data.name not in SHARED_PASSAGES}
     own = recipe.data[0].model_copy(update={"path": str(data)} | changes)
     training = recipe.training.model_copy(update={"max_minutes": None})

@@ -273,7 +273,7 @@ class Bench:
             return AutoModel.from_config(AutoConfig.from_pretrained(self.model(shape)))
 
     def tune(self, shape: str, pairs: int, part_tokens: int | None = None, quantization: Quantization = "none") -> None:
-        """Steps of tuning a teacher by adapters, with its layers computed again."""
+        """Steps of tuning a teacher by adapters; the layers of a quantised one are computed again."""
         teacher = self.teacher(shape, quantization)
         teacher.prepare_training(LoraConfig(rank=16, alpha=32), gradient_checkpointing=quantization != "none")
         teacher.train()

@@ -434,9 +434,9 @@ def kept_lists(work: Path, num_train: int, num_dev: int) -> dict[str, dict[str, 
 
 
 def _as_list(values: dict[str, Any]) -> RankedList:
-    arrays: dict[str, Any] = {name: np.array(values[name], dtype) for name, dtype in _ARRAYS.items()}
-    others = {name: value for name, value in values.items() if name not in _ARRAYS}
-    return replace(RankedList(**others, **arrays), ids=tuple(values["ids"]))
+    fields: dict[str, Any] = {**values, "ids": tuple(values["ids"])}
+    fields.update((name, np.array(values[name], dtype)) for name, dtype in _ARRAYS.items())
+    return RankedList(**fields)
 
 
 def trained_reader(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +26,14 @@ from d2llm.fitting.query_rules import query_fault
 from d2llm.models.teachers.judge import Judge
 from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import Searcher
 from d2llm.retrieval.settings import SearchSettings
 from d2llm.runners.placement import HERE, Placement
 
-_SHARE_OF_WORDS = 0.5
 DATASET = "written"
 """Name of the data set that written queries make up."""
+_SHARE_OF_WORDS = 0.5  # of a search that fuses the ranks of the score and of BM25
 
 
 class WrittenQuery(NamedTuple):
@@ -180,10 +181,8 @@ def _round_trips(queries: Sequence[WrittenQuery], index: Index, task: Task, dept
     """
     if not queries:
         return []
-    settings = SearchSettings(task=task, top_k=depth)
-    searcher = Searcher(index.view, index.student, settings)
-    if not searcher.weights.counts_words:
-        searcher = Searcher(index.view, index.student, replace(settings, hybrid=_SHARE_OF_WORDS))
+    hybrid = None if weights_for(index.view, index.student, task).counts_words else _SHARE_OF_WORDS
+    searcher = Searcher(index.view, index.student, SearchSettings(task=task, top_k=depth, hybrid=hybrid))
     rankings = searcher.rank_ids([Query(query.id, query.text) for query in queries], title="searching for the queries")
     return [[passage_id for passage_id, _ in ranking.passages] for ranking in rankings]
 

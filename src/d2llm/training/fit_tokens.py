@@ -35,7 +35,7 @@ from d2llm.ops.selection import nearest_rows
 from d2llm.store.bm25 import WordIndex
 from d2llm.training.checkpoints import adamw, learning_rate_factor, optimizer_step, warmup_steps
 
-_BATCH_TEXTS = 256
+_BATCH_TEXTS, _LEAST_BATCH_TOKENS = 256, 2_048
 _PCA_TOKENS = 40_000
 _INITIAL_SCALE = 20.0  # of the mean cosine, as in the anchored head
 _COUNTED_PASSAGES = 5_000  # of each data set, to see which tokens are rare
@@ -236,7 +236,8 @@ def _states(
     places = [projection.query_places(ids) if kind == "query" else projection.places(ids) for ids in tokenized.ids]
     states: list[Tensor] = [torch.zeros(0)] * len(texts)
     vectors = np.empty((len(texts), student.vector_dim), np.float32)
-    batches = token_budget_batches(tokenized.lengths, max_tokens=4 * student.batch_tokens, max_items=_BATCH_TEXTS)
+    max_tokens = max(_LEAST_BATCH_TOKENS, student.batch_tokens)
+    batches = token_budget_batches(tokenized.lengths, max_tokens=max_tokens, max_items=_BATCH_TEXTS)
     with (
         inference(student),
         progress_bar(f"reading {'queries' if kind == 'query' else 'passages'}", len(texts)) as done,

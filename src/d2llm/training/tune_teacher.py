@@ -189,6 +189,9 @@ class _TuningRun:
         """Steps whose dev evaluation is finished too: the number of ``losses``, or one less."""
         folder.mkdir(parents=True, exist_ok=True)
         self.parameters = trainable(model)
+        self.part_tokens = tuning.part_tokens or tokens_to_train(
+            model.device, size_of_states(model.model), checkpointed=tuning.gradient_checkpointing
+        )
         self.room = graph_room(tuning, model.device)
         self.optimizer = adamw([(list(self.parameters.values()), tuning.learning_rate, 0.0)])
         lower_is_better = tuning.dev_measure == "cross_entropy"
@@ -230,10 +233,8 @@ class _TuningRun:
     def _step(self) -> None:
         step, total = len(self.losses), len(self.batches)
         torch.manual_seed(self.seed * 1_000_003 + step)  # dropout depends only on the step, so resuming is exact
-        part_tokens = self.tuning.part_tokens or tokens_to_train(
-            self.model.device, size_of_states(self.model.model), checkpointed=self.tuning.gradient_checkpointing
-        )
-        loss, num_truncated = accumulate(self.model, self.batches[step], part_tokens, self.tuning.loss, room=self.room)
+        batch = self.batches[step]
+        loss, num_truncated = accumulate(self.model, batch, self.part_tokens, self.tuning.loss, room=self.room)
         require_finite(loss, step, self.folder)
         warmup_steps = int(self.tuning.warmup_fraction * total)
         factor = learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=total)
