@@ -20,11 +20,12 @@ import pytest
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'd2llm[ray-serve]'")
 
-from d2llm import shard
+from d2llm import Student, shard
+from d2llm.models.evidence import Evidence, TaskEvidence, WordsFactor
 from d2llm.server.app import make_app
 from live_server import patient, serve, wait_until_ready
 from sharded_answers import QUERY, assert_same_answers, results_of, search
-from tiny_server import tiny_settings, write_tiny_index
+from tiny_server import tiny_settings, write_tiny_index, write_tiny_student
 from waiting import PATIENCE, until
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "cluster.md"
@@ -45,6 +46,11 @@ def served(index: Any, cluster: Any, **settings: Any) -> Generator[tuple[str, An
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index, and the same in several shards."""
     folder = tmp_path_factory.mktemp("served")
+    student = Student.load(write_tiny_student(folder), dtype="float32")
+    factor = WordsFactor(slopes=(0.0,) * 4, offset=0.0, lowest=-9.0, highest=9.0, nearest_slope=-0.1)
+    fitted = TaskEvidence(weights={"words": 1.0}, words_factor=factor, dev={}, num_queries={})
+    student.evidence = Evidence(student=student.fingerprint, tasks={"asymmetric": fitted})
+    student.save(folder / "student-0")
     shard(write_tiny_index(folder), folder / "sharded", NUM_SHARDS)
     return folder
 

@@ -153,13 +153,26 @@ def test_ranking_with_evidence_matches_brute_force(monkeypatch):
         task = TASKS[seed % 2]
         anchor = student.prepare(query, task).anchor_query
         factor = (
-            WordsFactor(slopes=tuple(rng.standard_normal(4)), offset=0.0, lowest=-3, highest=3) if seed % 3 else None
+            WordsFactor(
+                slopes=tuple(rng.standard_normal(4)),
+                offset=0.0,
+                lowest=-3,
+                highest=3,
+                nearest_slope=0.1 * (seed % 3 - 1),
+            )
+            if seed % 3
+            else None
         )
         rows = EvidenceRows(texts, windows, own, tokens[1:] or None)
         if rows.tokens is None:
             weights["token_vectors"] = 0.0
         evidence = RowEvidence(
-            rows, "w1 w2 w3 w10", EvidenceWeights(terms=weights, words_factor=factor), anchor, tokens[0]
+            rows,
+            "w1 w2 w3 w10",
+            EvidenceWeights(terms=weights, words_factor=factor),
+            anchor,
+            tokens[0],
+            nearest=float(rng.standard_normal()),
         )
         expected, values = brute_force(view, student, query, task, top_k, allowed, evidence)
         result = certified_top_k(view, student, query, task, top_k, allowed=allowed, evidence=evidence)

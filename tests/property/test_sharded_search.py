@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2llm.core.types import Passage
+from d2llm.models.evidence import EvidenceWeights, WordsFactor
 from d2llm.retrieval import exact_search
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import search
@@ -21,6 +22,7 @@ from d2llm.store.view import PassageView
 from sharded_index import WORDS, BoundedStudent, random_passages, results_of
 
 STUDENT = BoundedStudent()
+FACTOR = WordsFactor(slopes=(0.2, 0.0, -0.5, 0.0), offset=0.1, lowest=-3.0, highest=3.0, nearest_slope=-0.3)
 NOTHING_ADDED = {"words": 0.0}
 
 
@@ -60,7 +62,15 @@ queries = st.lists(st.sampled_from([*WORDS, "nowhere"]), min_size=1, max_size=4)
     text=queries,
     top_k=st.sampled_from([1, 3, 10, 60, 500]),
     condition=st.sampled_from([None, "year >= 2002", "year = 1999"]),
-    evidence=st.sampled_from([None, {}, {"words": 1.0, "words_share": 2.0}, {"window_words": 3.0}]),
+    evidence=st.sampled_from(
+        [
+            None,
+            {},
+            {"words": 1.0, "words_share": 2.0},
+            {"window_words": 3.0},
+            EvidenceWeights(terms={"words": 1.0, "window_words": 0.5}, words_factor=FACTOR),
+        ]
+    ),
     how=st.sampled_from(
         [
             {},

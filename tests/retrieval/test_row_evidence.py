@@ -25,6 +25,17 @@ TERMS = {"words": 0.5, "words_share": 3.0, "window_words": 0.25, "window_words_s
 WEIGHTS = EvidenceWeights(terms=TERMS)
 
 
+NEAREST_SLOPE = 0.05
+
+
+class NearestStudent(FakeStudent):
+    """A student whose words count more, the nearer the nearest passage is."""
+
+    def evidence_weights(self, task, *, stored=PART_KINDS):
+        factor = WordsFactor(slopes=(0.0,) * 4, offset=0.0, lowest=-9.0, highest=9.0, nearest_slope=NEAREST_SLOPE)
+        return EvidenceWeights(terms=TERMS, words_factor=factor)
+
+
 class WordyStudent(FakeStudent):
     """A student whose score counts words in one task."""
 
@@ -69,6 +80,17 @@ def test_words_factor_is_clipped_to_its_fitted_range():
     factor = WordsFactor(slopes=(1.0, 0.0, 0.0, 0.0), offset=0.0, lowest=-0.5, highest=2.0)
     factors = [factor(np.array([value, 9, 9, 9], np.float32)) for value in (-8, 0, 1, 8)]
     assert factors == pytest.approx([np.exp(-0.5), 1, np.e, np.exp(2)])
+
+
+def test_words_count_less_where_a_passage_is_near(words):
+    factor = WordsFactor(slopes=(0.0,) * 4, offset=0.4, lowest=-3.0, highest=2.0, nearest_slope=-0.1)
+    weights = EvidenceWeights(terms=TERMS, words_factor=factor)
+    assert weights.needs_nearest
+    assert not EvidenceWeights(terms={"window_vectors": 1.0}, words_factor=factor).needs_nearest
+    plain = RowEvidence(words, "rare gem", WEIGHTS, None)(np.arange(5))
+    for nearest, exponent in ((5.0, -0.1), (-2.0, 0.6), (1000.0, -3.0), (-1000.0, 2.0)):
+        evidence = RowEvidence(words, "rare gem", weights, None, nearest=nearest)
+        np.testing.assert_allclose(evidence(np.arange(5)), np.exp(exponent) * plain, rtol=1e-5)
 
 
 def test_the_best_window_counts_by_its_inner_product():
@@ -148,3 +170,53 @@ class TestSearch:
         assert exact.certificate.proved == 3
         with pytest.raises(InputError, match="leave out hybrid and sources"):
             index.search(query, exact=True, sources=("vectors", "bm25"))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"exact": True},
+            {"sources": ("bm25",)},
+            {"filter": "kind = 'odd'"},
+            {"filter": "kind = 'odd'", "exact": True},
+            {"filter": "kind = 'odd'", "sources": ("bm25",)},
+        ],
+        ids=str,
+    )
+    def test_the_nearest_passage_is_that_of_all_that_may_be_found(self, tmp_path, options):
+        index, student = Index.create(tmp_path / "index", NearestStudent()), FakeStudent()
+        kinds = ["odd" if n % 2 else "even" for n in range(len(TEXTS))]
+        index.upsert(
+            [
+                Passage(f"p{n}", text or "of no words in the query", metadata={"kind": kinds[n]})
+                for n, text in enumerate(TEXTS)
+            ]
+        )
+        admitted = [n for n, kind in enumerate(kinds) if "filter" not in options or kind == "odd"]
+        rows = index.view.rows([f"p{n}" for n in admitted])
+        for query in ("rare gem", "common gem"):
+            vector = student.encode_queries([query]).vectors
+            own = student.score(vector[0], index.view.vectors(rows), "asymmetric")
+            nearest = (index.view.vectors(rows) @ student.anchor_queries(vector, "asymmetric")[0]).max()
+            assert abs(NEAREST_SLOPE * nearest) < 9
+            evidence = RowEvidence(index.view, query, WEIGHTS, None)(rows) * np.exp(NEAREST_SLOPE * nearest)
+            expected = {f"p{n}": score for n, score in zip(admitted, own + evidence, strict=True)}
+            (ranking,) = index.search(query, explain=True, **options)
+            scores = {hit.passage.id: hit.score for hit in ranking.passages}
+            assert scores
+            assert scores == pytest.approx({name: expected[name] for name in scores}, rel=1e-5)
+            if "sources" not in options:
+                assert scores.keys() == expected.keys()
+            lexical = {hit.passage.id: hit.explanation.lexical for hit in ranking.passages}
+            by_name = dict(zip([f"p{n}" for n in admitted], evidence, strict=True))
+            assert lexical == pytest.approx({name: by_name[name] for name in lexical}, rel=1e-5)
+        (nothing,) = index.search("rare gem", **({**options, "filter": "kind = 'odd' and kind = 'even'"}))
+        assert nothing.passages == ()
+
+    def test_queries_searched_together_have_a_nearest_passage_each(self, tmp_path):
+        index = Index.create(tmp_path / "index", NearestStudent())
+        index.upsert([Passage(f"p{n}", text or "of no words in the query") for n, text in enumerate(TEXTS)])
+        together = index.search(["rare gem", "common", "zebra"])
+        for query, ranking in zip(("rare gem", "common", "zebra"), together, strict=True):
+            (alone,) = index.search(query)
+            assert [hit.score for hit in alone.passages] == pytest.approx([hit.score for hit in ranking.passages])

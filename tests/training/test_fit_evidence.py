@@ -142,6 +142,28 @@ def test_word_weight_depends_on_query_statistics():
     assert module._mean_after(fitted) > module._mean_after(constant) + 0.005
 
 
+def test_word_weight_depends_on_the_nearest_passage_if_that_is_better():
+    rng = np.random.default_rng(4)
+    examples, nearest = lists(400, informative=[0]), rng.standard_normal(400).astype(np.float32)
+    statistics = rng.standard_normal((400, 2)).astype(np.float32)
+    for (scores, _), near in zip(examples, nearest, strict=True):
+        scores[:, 1] *= 3
+        scores[0, 1] += 12.0 * (near < 0)  # words mislead where a passage is near
+    parts = (slice(None, 200), slice(200, None))
+    sets = [EvidenceLists(f"s{part}", examples[part], statistics[part], nearest[part]) for part in parts]
+    fitted = fit_task_weights(sets, TERMS)
+    assert fitted.words_factor.nearest_slope < -0.5
+    assert np.abs(fitted.words_factor.slopes).max() < 0.3
+    for without in (
+        [replace(each, nearest=None) for each in sets],
+        [replace(each, nearest=0 * each.nearest) for each in sets],
+    ):
+        plain = fit_task_weights(without, TERMS)
+        assert plain.words_factor is None or plain.words_factor.nearest_slope == 0
+        assert module._mean_after(fitted) > module._mean_after(plain) + 0.005
+    assert fit_task_weights(sets, TERMS, words_factor=False).words_factor is None
+
+
 def test_uninformative_statistics_have_little_effect():
     rng = np.random.default_rng(0)
     examples = lists(300, informative=[0, 1])
@@ -173,7 +195,10 @@ class TestStudent:
         def lists_of(number: int) -> list[tuple[np.ndarray, np.ndarray]]:
             size = len(dataset.passages)
             made = make_evidence_lists(student, dataset, "asymmetric", terms=TERMS[:2], depth=number, num_passages=size)
-            assert len(made.statistics) == len(made.lists)
+            assert len(made.statistics) == len(made.lists) == len(made.nearest)
+            if number == size:  # lists of all passages: this student's score is mostly the inner product
+                highest = [scores[:, 0].max() for scores, _ in made.lists]
+                assert np.corrcoef(made.nearest, highest)[0, 1] > 0.5
             return list(made.lists)
 
         whole, lists = lists_of(len(dataset.passages)), lists_of(depth)
@@ -224,7 +249,7 @@ class TestStudent:
     def test_saving_weights_keeps_the_students_fingerprint(self, student, tmp_path):
         before = student.fingerprint
         weights = {"words": 0.5, "window_words": 0.0}
-        factor = WordsFactor(slopes=(0.1, 0.2, 0.3, 0.4), offset=1.5, lowest=-2, highest=2)
+        factor = WordsFactor(slopes=(0.1, 0.2, 0.3, 0.4), offset=1.5, lowest=-2, highest=2, nearest_slope=-0.1)
         fitted = TaskEvidence(weights=weights, words_factor=factor, dev={"a": (0.5, 0.6)}, num_queries={"a": 40})
         student.evidence = Evidence(student=before, tasks={"asymmetric": fitted})
         student.save(tmp_path / "student")

@@ -42,7 +42,8 @@ def fit_scores(
         bool | None,
         typer.Option(
             "--words-factor/--no-words-factor",
-            help="With --words: their weight depends on how many words a query has, and how rare they are.",
+            help="With --words: their weight depends on how many words a query has, how rare they are, and how near "
+            "the nearest passage is.",
             show_default="if that is better on dev",
         ),
     ] = None,

@@ -9,8 +9,8 @@ own (``ops.bm25_words.windows``). x_qi and x_pj are the states of the backbone f
 (``models.token_vectors``). e_j are the BM25 scores of the passage and of its best window, raw and divided by the
 query's upper limit, which no passage reaches. The weights w, v and w_j are at least 0, separate for each task, and
 fitted on dev (``training.fit_evidence``). l(q) scales the word terms for the query: an exponential function of how many
-words it has, what they weigh, and how many of them are unknown; 1 if not fitted. BM25 needs a corpus, so a pair scored
-outside an index gets the score of its vectors alone.
+words it has, what they weigh, how many of them are unknown, and how near the nearest passage is; 1 if not fitted. BM25
+needs a corpus, so a pair scored outside an index gets the score of its vectors alone.
 
 The weights are stored as ``evidence.json`` in a student's folder. Passage vectors do not depend on them, so an index
 is valid for the student with or without them. Vectors of windows and tokens take space and time, so an index may leave
@@ -38,7 +38,10 @@ VECTOR_TERMS: dict[EvidenceTerm, PartKind] = {"window_vectors": "window", "token
 
 
 class WordsFactor(FittedPart):
-    """l(q) = exp(offset + slopes * statistics), with the statistics of ``store.bm25.QueryWords``.
+    """l(q) = exp(offset + slopes * statistics + nearest_slope * nearest): how much words count for one query.
+
+    The statistics are those of ``store.bm25.QueryWords``. ``nearest`` is the highest inner product of the query with a
+    passage that may be found: a passage that is very near in the vectors' view makes words less useful.
 
     The exponent is clipped to ``lowest`` and ``highest``, its range over the queries of the fit, because a larger
     corpus gives words weights outside the range of the fit.
@@ -48,10 +51,19 @@ class WordsFactor(FittedPart):
     offset: float
     lowest: float
     highest: float
+    nearest_slope: float = 0.0
 
-    def __call__(self, statistics: NDArray[np.floating[Any]]) -> float:
-        """The factor l(q), from the statistics [n] of one query."""
+    def __call__(self, statistics: NDArray[np.floating[Any]], nearest: float | None = None) -> float:
+        """The factor l(q), from the statistics [n] of one query.
+
+        Args:
+            statistics: of its words.
+            nearest: its highest inner product with a passage; required if that has a slope.
+        """
         exponent = self.offset + float(np.dot(statistics.astype(np.float64), self.slopes))
+        if self.nearest_slope:
+            assert nearest is not None, "the weight of words depends on the nearest passage, which was not looked for"
+            exponent += self.nearest_slope * nearest
         return math.exp(min(max(exponent, self.lowest), self.highest))
 
 
@@ -75,15 +87,23 @@ class EvidenceWeights(FittedPart):
         """The kinds of parts of passages whose vectors have a weight."""
         return frozenset(kind for term, kind in VECTOR_TERMS.items() if self.terms.get(term))
 
-    def word_weights(self, limit: float, statistics: NDArray[np.floating[Any]]) -> tuple[np.float32, np.float32]:
+    @property
+    def needs_nearest(self) -> bool:
+        """Whether the weight of words depends on how near the nearest passage is."""
+        return self.counts_words and self.words_factor is not None and bool(self.words_factor.nearest_slope)
+
+    def word_weights(
+        self, limit: float, statistics: NDArray[np.floating[Any]], nearest: float | None = None
+    ) -> tuple[np.float32, np.float32]:
         """The weights of BM25 of the passage and of its best window for one query.
 
         Args:
             limit: the query's upper limit, which no passage's BM25 reaches.
             statistics: [n] statistics of the query's words.
+            nearest: the query's highest inner product with a passage, if ``needs_nearest``.
         """
         divisor = limit or 1.0  # without a known word all scores are 0
-        scale = 1.0 if self.words_factor is None else self.words_factor(statistics)
+        scale = 1.0 if self.words_factor is None or not self.counts_words else self.words_factor(statistics, nearest)
         passage = self.terms.get("words", 0.0) + self.terms.get("words_share", 0.0) / divisor
         window = self.terms.get("window_words", 0.0) + self.terms.get("window_words_share", 0.0) / divisor
         return np.float32(scale * passage), np.float32(scale * window)

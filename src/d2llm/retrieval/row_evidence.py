@@ -36,6 +36,7 @@ class RowEvidence:
         anchor: NDArray[np.float32] | None,
         tokens: NDArray[np.float32] | None = None,
         query_words: QueryWords | None = None,
+        nearest: float | None = None,
     ) -> None:
         """Prepare a query.
 
@@ -46,10 +47,13 @@ class RowEvidence:
             anchor: [dim], the query's vector for inner products.
             tokens: [tokens, token_dim], the vectors of its tokens, if these have a weight.
             query_words: its words, if they were weighted already, as those of a corpus of which this is a part.
+            nearest: its highest inner product with a passage, if the weights depend on that.
         """
         self._index, self._words = index, index.words
         self._query = self._words.query(text) if query_words is None else query_words
-        self._passage_weight, self._window_weight = weights.word_weights(self._query.limit, self._query.statistics)
+        self._passage_weight, self._window_weight = weights.word_weights(
+            self._query.limit, self._query.statistics, nearest
+        )
         self._anchor, self._vector_weight = anchor, np.float32(weights.terms.get("window_vectors", 0.0))
         self._token_weight, self._tokens = np.float32(weights.terms.get("token_vectors", 0.0)), None
         if self._token_weight:

@@ -515,8 +515,10 @@ class Searcher:
         """At least ``depth`` candidates with the student's scores, if the index has that many."""
         begin = time.perf_counter()
         proposals = self._proposals(prepared, depth, prepared.missing)
+        self._set_nearest(prepared, proposals, prepared.missing)
         for number, other in enumerate(prepared.rephrasings, start=1):
             others = self._proposals(other, depth, prepared.missing)
+            self._set_nearest(other, others, prepared.missing)
             proposals |= {f"{name} for rephrasing {number}": proposal for name, proposal in others.items()}
         scoring_begin = time.perf_counter()
         score = self._score_exactly if self._exact else self._score
@@ -549,6 +551,20 @@ class Searcher:
             return merged
         again = self._ask(missing, lambda _, shard: shard.propose(prepared.sent, depth), dict.fromkeys(more))
         return self._merged({shard_index: again.get(shard_index, own) for shard_index, own in proposals.items()}, depth)
+
+    def _set_nearest(
+        self, prepared: _PreparedQuery, proposals: Mapping[str, CandidateRows], missing: dict[int, MissingShard]
+    ) -> None:
+        """Look up how near the nearest passage is, if the weight of words depends on it."""
+        if not self.weights.needs_nearest or prepared.sent.nearest is not None:
+            return
+        by_vectors = next((proposals[name].scores for name in ("vectors", "ann") if name in proposals), _NOTHING)
+        if len(by_vectors):
+            nearest = float(by_vectors[0])
+        else:
+            nearest = max(self._ask(missing, lambda _, shard: shard.nearest(prepared.sent)).values())
+        # If nothing may be found, nothing will be scored either.
+        prepared.sent = replace(prepared.sent, nearest=0.0 if nearest == -math.inf else nearest)
 
     def _share(self, depth: int) -> int:
         """How many of the best ``depth`` rows a shard is first asked for: seldom fewer than it has of them."""

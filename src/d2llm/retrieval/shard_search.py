@@ -5,7 +5,8 @@ in another process (``SearchedShard``; ``server.ray_shards`` has such shards):
 
 1. ``count_words``: how many passages of the shard have the query's words, so that all shards weight them alike
    (``bm25.CountedTerms``). The other statistics (``WordStatistics``) belong to the version, not to the query.
-2. ``propose``: the shard's best rows of each source of candidates. The best of all shards are the candidates.
+2. ``propose``: the shard's best rows of each source of candidates. The best of all shards are the candidates. If the
+   weight of words depends on how near the nearest passage is, and no source looks for it, ``nearest`` does.
 3. ``score``: full scores of the candidates that are in the shard. An exact search has ``certify`` instead of 2 and 3.
 4. Texts of the results, from the view (``ShardedView.passages``), and with ``explain`` the ``evidence`` for them.
 
@@ -15,6 +16,7 @@ sharded search ranks as a search of one index does. (Only candidates that tie wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -46,6 +48,8 @@ class ShardQuery:
         anchor: [dim], for inner products; None if the head has none.
         tokens: [tokens, token_dim], the vectors of its tokens, if they have a weight.
         words: its words, weighted by the statistics of all shards; None if the search does not use words.
+        nearest: the highest inner product with a passage of any shard that the filter admits; None unless the weight of
+            words depends on it.
     """
 
     query: Query
@@ -53,6 +57,7 @@ class ShardQuery:
     anchor: NDArray[np.float32] | None
     tokens: NDArray[np.float32] | None
     words: QueryWords | None
+    nearest: float | None = None
 
 
 class SearchedShard(Protocol):
@@ -77,6 +82,10 @@ class SearchedShard(Protocol):
 
     def scan_together(self, anchors: NDArray[np.float32], depth: int) -> Sequence[CandidateRows] | None:
         """The proposals of the exact scan for several queries."""
+        ...
+
+    def nearest(self, query: ShardQuery) -> float:
+        """The highest inner product."""
         ...
 
     def score(self, query: ShardQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -186,6 +195,12 @@ class ShardSearch:
         source = next((source for source in self._sources if isinstance(source, VectorSource)), None)
         return None if source is None else source.propose_together(anchors, depth)
 
+    def nearest(self, query: ShardQuery) -> float:
+        """The highest inner product with a passage that the filter admits; minus infinity if there is none."""
+        assert query.anchor is not None, "without inner products, no passage is the nearest"
+        scores = self.view.scan(query.anchor, 1, self._allowed).scores
+        return float(scores[0]) if len(scores) else -math.inf
+
     def score(self, query: ShardQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The full scores of some rows [n]."""
         if not len(rows):
@@ -217,4 +232,6 @@ class ShardSearch:
     def _evidence(self, query: ShardQuery) -> RowEvidence | None:
         if not self._weights:
             return None
-        return RowEvidence(self.view, query.query.text, self._weights, query.anchor, query.tokens, query.words)
+        return RowEvidence(
+            self.view, query.query.text, self._weights, query.anchor, query.tokens, query.words, query.nearest
+        )

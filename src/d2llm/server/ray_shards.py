@@ -482,6 +482,9 @@ class _RemoteSearch:
         del anchors, depth
         return None  # an actor has a scan of its own for each query, so that its answers are small
 
+    def nearest(self, query: ShardQuery) -> float:
+        return self._call("nearest", query)
+
     def score(self, query: ShardQuery, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._call("score", query, rows)
 

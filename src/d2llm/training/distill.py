@@ -426,7 +426,7 @@ def _evidence_at_start(
                 _fit_tokens(student, judged, recipe, start=None)
             assert student.token_projection is not None
             student.token_projection.save(run_folder, key)
-        write_evidence(run_folder, _fit_evidence(student, sources, recipe, counted))
+        write_evidence(run_folder, _fit_evidence(student, sources, recipe, counted, use_nearest=False))
     processes.from_first(None)  # wait until both are written
     return read_evidence(run_folder, key), read_token_projection(run_folder, key, student.backbone.dim)
 
@@ -509,7 +509,12 @@ def _is_judged(labelled: LabelledSource) -> bool:
 
 
 def _fit_evidence(
-    student: Student, sources: Sequence[TrainingSource], recipe: Recipe, terms: Sequence[EvidenceTerm]
+    student: Student,
+    sources: Sequence[TrainingSource],
+    recipe: Recipe,
+    terms: Sequence[EvidenceTerm],
+    *,
+    use_nearest: bool = True,
 ) -> Evidence:
     """Fit the evidence on the dev queries of the retrieval sets; labelled pairs have no corpus to count words in."""
     if not terms or not student.has_anchor:
@@ -518,6 +523,7 @@ def _fit_evidence(
         student,
         [(source.dataset, source.task) for source in _judged(sources)],
         terms=terms,
+        use_nearest=use_nearest,
         num_queries=recipe.training.dev_queries,
         seed=recipe.seed,
     )

@@ -4,7 +4,8 @@ The student's own score keeps weight 1. Each task has one set of weights for all
 counts equally in the fit. The reported results are cross-fitted: each half of the dev queries is measured with weights
 fitted on the other half. If that is not better than the student's own score, the weights are 0. If the vectors of
 windows or tokens gain next to nothing, they are left out, because they make an index larger. The weight of words
-depends on the query if that is better on queries, and on whole data sets, that the fit did not see, or on request.
+depends on the query's words, and on how near its nearest passage is, if that is better on queries, and on whole data
+sets, that the fit did not see, or on request.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,8 @@ LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
 MIN_PART_GAIN: dict[PartKind, float] = {"window": 0.01, "token": 0.002}
 """Minimum mean gain in nDCG@10 on dev, over the data sets of a task, for the vectors of parts to be used. Windows cost
 more: an index then encodes long passages three times."""
+FactorKind = Literal["words", "nearest"]
+"""What the weight of words depends on: the statistics of the query's words, or also how near the nearest passage is."""
 _MEASURE = "nDCG@10"
 _MIN_STANDARD_ERRORS = 1.0  # of the gain of a factor of the query's words, which overfits a hundred queries easily
 
@@ -53,15 +56,25 @@ class EvidenceLists:
         name: name of the data set.
         lists: for each query the scores [passages, 1 + terms], the student's own first, and the grades [passages].
         statistics: [queries, k], statistics of each query's words (``store.bm25.QueryWords``).
+        nearest: [queries], the highest inner product of each query with a passage; None if it may not count.
     """
 
     name: str
     lists: Sequence[tuple[NDArray[np.float32], NDArray[np.float64]]]
     statistics: NDArray[np.float32]
+    nearest: NDArray[np.float32] | None = None
 
     def half(self, number: int) -> EvidenceLists:
         """Every other query, starting with the first (0) or the second (1)."""
-        return EvidenceLists(self.name, self.lists[number::2], self.statistics[number::2])
+        nearest = None if self.nearest is None else self.nearest[number::2]
+        return EvidenceLists(self.name, self.lists[number::2], self.statistics[number::2], nearest)
+
+    def inputs(self, kind: FactorKind) -> NDArray[np.float32]:
+        """What a factor of this kind depends on, [queries, k] or [queries, k + 1]."""
+        if kind == "words":
+            return self.statistics
+        assert self.nearest is not None, "it is not known how near the nearest passages are"
+        return np.concatenate([self.statistics, self.nearest[:, None]], axis=1)
 
     def of_terms(self, terms: Sequence[EvidenceTerm], kept: Sequence[EvidenceTerm]) -> EvidenceLists:
         """The same lists with the columns of the ``kept`` terms among its ``terms``."""
@@ -75,6 +88,7 @@ def fit_evidence(
     *,
     terms: Sequence[EvidenceTerm] | None = None,
     words_factor: bool | None = None,
+    use_nearest: bool = True,
     num_queries: int = 200,
     seed: int = 0,
 ) -> Evidence:
@@ -88,6 +102,7 @@ def fit_evidence(
         terms: the kinds of evidence that may be used; by default all that the student has.
         words_factor: whether the weight of words depends on the query (``models.evidence.WordsFactor``); by default if
             that is better.
+        use_nearest: whether it may also depend on how near the nearest passage is, which only an index knows.
         num_queries: maximum number of queries per data set.
         seed: seed of the choice of queries and passages.
 
@@ -113,7 +128,7 @@ def fit_evidence(
                     "%s: word weights are fitted without it: no dev query has a relevant passage among its nearest",
                     each.name,
                 )
-        lists = [each for each in lists if each.lists]
+        lists = [each if use_nearest else replace(each, nearest=None) for each in lists if each.lists]
         num_lists = sum(len(each.lists) for each in lists)
         if num_lists < MIN_QUERIES:
             _remarks.warning(
@@ -174,6 +189,11 @@ def make_evidence_lists(
         read = read_passages(student, [dataset.passages[ids[row]] for row in pool], advance, parts=parts)
     passages = read.vectors
     vectors = student.encode_queries(texts).vectors
+    all_nearest: NDArray[np.float32] | None = None
+    if student.has_anchor:
+        all_nearest = np.array(
+            [(passages @ anchor).max() for anchor in student.anchor_queries(vectors, task)], np.float32
+        )
     kept: list[int] = []
     listed: list[NDArray[np.int64]] = []
     scores: list[NDArray[np.float32]] = []
@@ -207,7 +227,7 @@ def make_evidence_lists(
         for number, own, rows, by_window, by_token in zip(kept, scores, listed, best_windows, best_tokens, strict=True)
     ]
     statistics = np.array([words_of_queries[number].statistics for number in kept], np.float32)
-    return EvidenceLists(dataset.name, lists, statistics)
+    return EvidenceLists(dataset.name, lists, statistics, None if all_nearest is None else all_nearest[kept])
 
 
 def _read_windows(
@@ -275,7 +295,8 @@ class _Sum(NamedTuple):
         rankings: dict[str, list[str]] = {}
         qrels: dict[str, dict[str, int]] = {}
         for number, ((scores, grades), statistics) in enumerate(zip(evidence.lists, evidence.statistics, strict=True)):
-            scale = 1.0 if self.factor is None else self.factor(statistics)
+            nearest = None if evidence.nearest is None else float(evidence.nearest[number])
+            scale = 1.0 if self.factor is None else self.factor(statistics, nearest)
             order = np.argsort(-(scores @ np.where(self.is_words, scale * self.weights, self.weights)), kind="stable")
             rankings[str(number)] = [str(place) for place in order.tolist()]
             qrels[str(number)] = {str(place): int(grade) for place, grade in enumerate(grades.tolist()) if grade > 0}
@@ -289,13 +310,11 @@ def fit_all_terms(
     """Fit weights as ``fit_task_weights`` does, but leave out no vectors of parts, however little they gain."""
     own = _Sum(np.eye(1, 1 + len(terms))[0], _are_words(terms))
     before = {each.name: float(np.mean(own.ndcg(each))) for each in sets}
-    choices = (False, True) if words_factor is None else (words_factor,)
-    after = {by_query: _on_halves(sets, terms, by_query=by_query) for by_query in choices}
-    by_query = _is_factor_better(sets, terms, after) if words_factor is None else words_factor
-    held_out = {name: float(np.mean(values)) for name, values in after[by_query].items()}
+    kind, after = _best_factor(sets, terms, words_factor)
+    held_out = {name: float(np.mean(values)) for name, values in after.items()}
     fitted = own
     if np.mean([*held_out.values()]) > np.mean([*before.values()]):
-        fitted = _fit_sum(sets, terms, by_query=by_query)
+        fitted = _fit_sum(sets, terms, kind)
     return TaskEvidence(
         weights=dict(zip(terms, fitted.weights[1:].tolist(), strict=True)),
         words_factor=fitted.factor,
@@ -304,17 +323,25 @@ def fit_all_terms(
     )
 
 
-def _is_factor_better(
-    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], on_halves: Mapping[bool, Mapping[str, list[float]]]
-) -> bool:
-    """Whether a weight of words that depends on the query is better on other queries and on other data sets.
+def _best_factor(
+    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], words_factor: bool | None
+) -> tuple[FactorKind | None, dict[str, list[float]]]:
+    """What the weight of words should depend on, None for nothing, and ``_on_halves`` of sums with such a weight.
 
-    ``on_halves`` is ``_on_halves`` without and with such a weight.
+    A factor with more inputs is taken if it is better on other queries and on other data sets.
     """
-    better = _is_gain(on_halves[False], on_halves[True], num_errors=_MIN_STANDARD_ERRORS)
-    if better and len(sets) > 1:
-        better = _is_gain(*(_on_other_sets(sets, terms, by_query=by_query) for by_query in (False, True)))
-    return better
+    best: FactorKind | None = "words" if words_factor else None
+    on_halves = _on_halves(sets, terms, best)
+    kinds: list[FactorKind] = [] if words_factor is False or not _are_words(terms).any() else ["words", "nearest"]
+    for kind in kinds:
+        if kind == best or (kind == "nearest" and any(each.nearest is None for each in sets)):
+            continue
+        better = _on_halves(sets, terms, kind)
+        if not _is_gain(on_halves, better, num_errors=_MIN_STANDARD_ERRORS):
+            continue
+        if len(sets) == 1 or _is_gain(_on_other_sets(sets, terms, best), _on_other_sets(sets, terms, kind)):
+            best, on_halves = kind, better
+    return best, on_halves
 
 
 def _is_gain(
@@ -326,42 +353,42 @@ def _is_gain(
 
 
 def _on_halves(
-    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool
+    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], kind: FactorKind | None
 ) -> dict[str, list[float]]:
     """nDCG@10 of the queries of each data set; each half is ranked by a sum that was fitted on the other half."""
     halves = [[each.half(number) for each in sets] for number in (0, 1)]
     by_set: dict[str, list[float]] = {each.name: [] for each in sets}
     for measured, others in (halves, halves[::-1]):
-        fitted = _fit_sum(others, terms, by_query=by_query)
+        fitted = _fit_sum(others, terms, kind)
         for half in measured:
             by_set[half.name] += fitted.ndcg(half)
     return by_set
 
 
 def _on_other_sets(
-    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool
+    sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], kind: FactorKind | None
 ) -> dict[str, list[float]]:
     """nDCG@10 of the queries of each data set, ranked by a sum that was fitted on the other sets."""
     return {
-        held_out.name: _fit_sum([each for each in sets if each is not held_out], terms, by_query=by_query).ndcg(
-            held_out
-        )
+        held_out.name: _fit_sum([each for each in sets if each is not held_out], terms, kind).ndcg(held_out)
         for held_out in sets
     }
 
 
-def _fit_sum(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], *, by_query: bool) -> _Sum:
+def _fit_sum(sets: Sequence[EvidenceLists], terms: Sequence[EvidenceTerm], kind: FactorKind | None) -> _Sum:
     lists, is_words = [scored for each in sets for scored in each.lists], _are_words(terms)
-    if by_query:
-        statistics = np.concatenate([each.statistics for each in sets])
-        fitted = fit_scaled_weights(lists, statistics, is_words)
+    if kind is not None:
+        inputs = np.concatenate([each.inputs(kind) for each in sets])
+        fitted = fit_scaled_weights(lists, inputs, is_words)
         if fitted.weights.any():
-            exponents = statistics @ fitted.slopes + fitted.offset
+            exponents = inputs @ fitted.slopes + fitted.offset
+            slopes: list[float] = fitted.slopes.tolist()
             factor = WordsFactor(
-                slopes=tuple(fitted.slopes.tolist()),
+                slopes=tuple(slopes if kind == "words" else slopes[:-1]),
                 offset=fitted.offset,
                 lowest=float(exponents.min()),
                 highest=float(exponents.max()),
+                nearest_slope=0.0 if kind == "words" else slopes[-1],
             )
             return _Sum(beside_first(fitted.weights), is_words, factor)
     return _Sum(sum_weights(lists), is_words)
