@@ -257,7 +257,7 @@ def test_a_student_without_word_features_has_no_parts(words, work):
 
 def test_the_factor_of_words_can_be_ablated(words, work):
     report = measure(words, everyone(student=ScalingStudent()), work, num_candidates=260)
-    name = "D2LLM without the factor of words"
+    name = "D2LLM without the factor of the query's words"
     assert name in {one.row for one in report.parts}
     student = FakeStudent()
     passages = stored(student.encode_passages([passage.full_text for passage in words.passages.values()]).vectors)

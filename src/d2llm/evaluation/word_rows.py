@@ -134,7 +134,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
             stored = weights.part_kinds - {kind}
             add(f"the vectors of {name}", student, evidence_weights(student, work.trial.task, stored=stored))
     if weights.words_factor is not None:
-        add("the factor of words", student, weights.model_copy(update={"words_factor": None}))
+        add("the factor of the query's words", student, weights.model_copy(update={"words_factor": None}))
     add("the interaction", AnchorStudent(student), weights)
     return systems
 
