@@ -27,7 +27,10 @@ from d2llm.retrieval.settings import SearchSettings
 SPLITS = ("train", "dev", "test")
 KIND, FORMAT_VERSION = "training data", 1
 HELD_OUT_QUERIES = 200
-"""How many written queries dev and test should each have; together they get between a tenth and two fifths of all."""
+"""How many written queries dev and test should each have, if that is not more than a fifth of all."""
+MIN_SHARES = {"test": 0.15, "dev": 0.05}
+"""The least share of all queries that they get. Test has more, because a small gain of a training is not significant on
+two hundred queries, and hundreds more of thousands are hardly missed in training."""
 MIN_HELD_OUT = 10
 """How many documents (or parts) with queries dev and test should each have at least, but never more than a fifth."""
 FEW_DOCUMENTS = 50
@@ -107,11 +110,11 @@ def split_passages(passages: Sequence[Passage], source_ids: Sequence[str], seed:
     name_of = part_of if len(documents) < FEW_DOCUMENTS else _document_of
     names = {passage.id: name_of(passage) for passage in passages}
     num_queries = Counter(names[passage_id] for passage_id in source_ids)
-    share = min(0.2, max(0.05, HELD_OUT_QUERIES / max(1, len(source_ids))))
     fewest = min(MIN_HELD_OUT, len(num_queries) // 5)
     waiting = sorted(num_queries, key=lambda name: random.Random(f"{seed}:{name}").random(), reverse=True)
     split_of: dict[str, str] = {}
-    for split in ("test", "dev"):
+    for split, least in MIN_SHARES.items():
+        share = min(0.2, max(least, HELD_OUT_QUERIES / max(1, len(source_ids))))
         num_documents = num_taken = 0
         while waiting and (num_documents < fewest or num_taken < share * len(source_ids)):
             name = waiting.pop()
