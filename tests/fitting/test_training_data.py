@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from d2llm.core.errors import DataFormatError, InputError
@@ -89,6 +91,29 @@ def test_written_data_can_be_read_and_training_shares_no_positive_with_dev_or_te
     assert dataset.issues == ()
     positives = {split: {p for ids in dataset.positives(split).values() for p in ids} for split in report.queries}
     assert not positives["train"] & (positives["dev"] | positives["test"])
+
+
+def test_a_passage_that_also_answers_a_test_query_trains_nothing(tmp_path):
+    passages = corpus(60, 2)
+    splits = split_passages(passages, [*ids(passages), "d0#1"], seed=0)
+    first = {split: next(p.id for p in passages if splits[p.id] == split) for split in ("train", "test")}
+    shared = KeptQuery(WrittenQuery("a shared query", "question", first["test"]), (first["test"], first["train"]), 1)
+    report = write_written_data(tmp_path / "data", passages, queries_for(passages, [shared]), seed=0)
+    positives = read_beir(tmp_path / "data").positives
+    assert (first["test"], first["train"]) in [tuple(names) for names in positives("test").values()]
+    assert not [names for names in positives("train").values() if first["train"] in names]
+    assert report.num_shared == 1
+
+
+def test_training_that_shares_all_with_test_is_an_error(tmp_path):
+    passages = corpus(60, 2)
+    splits = split_passages(passages, ids(passages), seed=0)
+    trained = tuple(name for name, split in splits.items() if split == "train")
+    kept = queries_for(passages)
+    place = next(n for n, query in enumerate(kept) if splits[query.written.passage_id] == "test")
+    kept[place] = replace(kept[place], positives=(*kept[place].positives, *trained))
+    with pytest.raises(InputError, match="make 0 to train on"):
+        write_written_data(tmp_path / "data", passages, kept, seed=0)
 
 
 def test_passages_that_users_queries_train_on_are_not_held_out(tmp_path):

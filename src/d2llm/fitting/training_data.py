@@ -67,8 +67,9 @@ def write_written_data(
 ) -> DataReport:
     """Write the reviewed queries as a data set in BEIR layout, split by document.
 
-    A query of the train split is left out if one of its positives belongs to dev or test, and a query of dev or test
-    if one of its positives is in ``trained_on``: passages that another data set trains on.
+    A query of dev or test is left out if one of its positives is in ``trained_on``: passages that another data set
+    trains on. A query of the train split is left out if one of its positives belongs to dev or test, or is a positive
+    of one of their queries.
 
     Raises:
         InputError: there are too few queries for three splits.
@@ -77,10 +78,12 @@ def write_written_data(
     qrels: dict[str, list[tuple[str, str, int]]] = {split: [] for split in SPLITS}
     queries: list[Query] = []
     num_shared = 0
+    held_out = {name for query in kept if split_of[query.written.passage_id] != "train" for name in query.positives} | {
+        name for name, split in split_of.items() if split != "train"
+    }
     for query in sorted(kept, key=lambda each: each.written.id):
         split = split_of[query.written.passage_id]
-        others = {split_of[name] for name in query.positives} - {split}
-        if others if split == "train" else not set(trained_on).isdisjoint(query.positives):
+        if not set(held_out if split == "train" else trained_on).isdisjoint(query.positives):
             num_shared += 1
             continue
         queries.append(Query(query.written.id, query.written.text))
