@@ -74,7 +74,15 @@ class FakeEncoder:
         del advance
         return EncodedTexts(self._rng.standard_normal((len(texts), DIM), dtype=np.float32), (), 0)
 
-    encode_queries = encode_passages
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
+        del instruction
+        return self.encode_passages(texts, advance=advance)
 
 
 class FakeTeacher:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -72,8 +73,8 @@ class FakeStudent:
         cut = tuple(place for place, n in enumerate(lengths) if n > self.max_words)
         return FakeEncoded(vectors, cut, sum(min(n, self.max_words) for n in lengths))
 
-    def encode_queries(self, texts, *, advance=None):
-        return self._encode(texts, advance)
+    def encode_queries(self, texts, *, instruction=None, advance=None):
+        return self._encode([f"{instruction or ''}{text}" for text in texts], advance)
 
     def encode_passages(self, texts, *, advance=None):
         if self.fail_after is not None and self.encoded_passages + len(texts) > self.fail_after:
@@ -177,8 +178,9 @@ class TokenStudent(FakeStudent):
             return EvidenceWeights()
         return EvidenceWeights(terms=TOKEN_WEIGHTS if "token" in stored else {"words": 1.0})
 
-    def encode_with_tokens(self, texts, kind, *, advance=None):
-        encoded = (self.encode_queries if kind == "query" else self.encode_passages)(texts, advance=advance)
+    def encode_with_tokens(self, texts, kind, *, instruction=None, advance=None):
+        encode = partial(self.encode_queries, instruction=instruction) if kind == "query" else self.encode_passages
+        encoded = encode(texts, advance=advance)
         tokens = TokenVectors.join([self.words(text) for text in texts], self.token_dim)
         return TokenEncoded(encoded.vectors, encoded.truncated, encoded.num_tokens, tokens=tokens)
 

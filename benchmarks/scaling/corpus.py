@@ -148,14 +148,26 @@ class KnownVectors:
                     del self._pending[text]
         return EncodedTexts(vectors, (), 0)
 
-    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        del advance
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
+        del instruction, advance
         return EncodedTexts(np.stack([self._queries[text] for text in texts]), (), 0)
 
     def encode_with_tokens(
-        self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
     ) -> EncodedTexts:
         """The known vectors, and those of the tokens that the real passages have."""
+        del instruction
         if kind == "query":
             return replace(self.encode_queries(texts), tokens=self._student.encode_with_tokens(texts, kind).tokens)
         encoded, dim = self.encode_passages(texts, advance=advance), self.token_dim or 0

@@ -71,6 +71,14 @@ def test_bi_encoder_gives_the_vectors_of_sentence_transformers(bi_encoder):
     np.testing.assert_allclose(scores, similarity[0].numpy(), atol=1e-5)
 
 
+def test_an_instruction_replaces_the_prompt_for_queries(bi_encoder):
+    folder, reference = bi_encoder
+    encoded = load_external(folder, device="cpu").encode_queries(TEXTS[:3], instruction="a cat: ")
+    expected = reference.encode([f"a cat: {text}" for text in TEXTS[:3]], normalize_embeddings=True)
+    np.testing.assert_allclose(encoded.vectors, expected, atol=1e-6)
+    assert encoded.num_tokens == sum(min(length, MAX_TOKENS) for length in lengths([f"a cat: {t}" for t in TEXTS[:3]]))
+
+
 def test_truncations_and_tokens_are_counted_with_the_prompt(bi_encoder, caplog):
     model = load_external(bi_encoder[0], device="cpu")
     texts = ["a dog", *TEXTS]

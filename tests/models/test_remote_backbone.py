@@ -185,6 +185,19 @@ def test_queries_and_passages_may_be_sent_differently(endpoint: LocalEndpoint) -
     ]
 
 
+def test_an_instruction_is_sent_in_place_of_the_prefix(endpoint: LocalEndpoint) -> None:
+    student = student_of(endpoint, query_prefix="find: ", max_query_tokens=8, max_passage_tokens=8)
+    plain, instructed = student.encode_queries(["cats"]), student.encode_queries(["cats"], instruction="Task: pets\n")
+    np.testing.assert_allclose(plain.vectors, expected("find: cats"), atol=1e-5)
+    np.testing.assert_allclose(instructed.vectors, expected("Task: pets\ncats"), atol=1e-5)
+    assert asked(endpoint) == {"find: cats": 1, "Task: pets\ncats": 1}
+    assert student.encode_queries(["cats eat fish and mice"], instruction="Task: pets\n").truncated == (0,)
+    num_requests = len(endpoint.requests)
+    with pytest.raises(InputError, match="but the student reads only 8 of instruction and query together"):
+        student.encode_queries(["cats"], instruction="Task: find what is known about pets\n")
+    assert len(endpoint.requests) == num_requests
+
+
 @pytest.mark.parametrize("blank", ["", " \n\t "])
 def test_a_text_without_words_is_not_sent(endpoint: LocalEndpoint, blank: str) -> None:
     student = student_of(endpoint)

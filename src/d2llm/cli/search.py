@@ -232,6 +232,15 @@ def search(
             "BM25, for example 0.5.",
         ),
     ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Put before each query where the student reads it, for models trained with instructions; words, "
+            "teacher and writer see the plain query.",
+            show_default="the student's query prefix",
+        ),
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Rank all passages exactly, with a proof.")] = False,
     budget_ms: Annotated[
         float | None, typer.Option(min=0, help="With --exact: stop after this time and report how much is proved.")
@@ -287,6 +296,7 @@ def search(
         mmr=selection.mmr,
         near_duplicates=selection.near_duplicates,
         select_from=selection.select_from,
+        instruction=instruction,
     )
     settings.check()
     around.check(explain=explain)
@@ -322,7 +332,7 @@ def search(
         else:
             session.show(ranking_list(ranking))
         _explain(session, ranking, settings, opened.student, index_task)
-    if (remark := _truncated_queries(rankings, opened.student)) is not None:
+    if (remark := _truncated_queries(rankings, opened.student, instruction)) is not None:
         session.complain("warning", remark)
     if (remark := _plain_queries(rankings)) is not None:
         session.complain("warning", remark)
@@ -464,7 +474,7 @@ def _read_queries(texts: list[str], file: Path | None) -> list[Query]:
     return typed + (list(read_queries(file).values()) if file is not None else [])
 
 
-def _truncated_queries(rankings: list[Ranking], student: SearchStudent) -> str | None:
+def _truncated_queries(rankings: list[Ranking], student: SearchStudent, instruction: str | None) -> str | None:
     """A warning about truncated queries; None if there are none."""
     truncated = [ranking.query for ranking in rankings if ranking.truncated]
     if not truncated:
@@ -473,10 +483,10 @@ def _truncated_queries(rankings: list[Ranking], student: SearchStudent) -> str |
     length = "the student reads" if limit is None else f"the {limit} tokens that the student reads"
     names = ", ".join(repr(query.id) for query in truncated[:_NAMED]) + (", ..." if len(truncated) > _NAMED else "")
     count = f"{len(truncated):,} of {len(rankings):,} queries {'is' if len(truncated) == 1 else 'are'}"
-    return (
-        f"{count} longer than {length} ({names}): the rest does not affect the student's scores. Ask a shorter "
-        "question, or several"
-    )
+    longer, remedy = "longer", "Ask a shorter question, or several"
+    if instruction is not None:
+        longer, remedy = "with the instruction longer", f"{remedy}, or shorten the instruction"
+    return f"{count} {longer} than {length} ({names}): the rest does not affect the student's scores. {remedy}"
 
 
 def _why_none(settings: SearchSettings) -> str:

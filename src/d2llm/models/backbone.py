@@ -390,10 +390,32 @@ class Backbone(nn.Module):
             prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
         if limit is None:
             limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
-        for text in texts:
-            if not is_text(text):
-                raise InputError(f"{text[:100]!r}: is not valid Unicode text; write it as UTF-8")
+        for text in (prefix, *texts):
+            _check_text(text)
         return [prefix + text for text in texts], limit
+
+    def num_tokens(self, text: str) -> int:
+        """How many tokens a text has, with special tokens.
+
+        Raises:
+            InputError: the text holds a lone surrogate.
+        """
+        _check_text(text)
+        with TOKENIZING:
+            ids = cast("list[list[int]]", self.tokenizer([text], truncation=False, verbose=False)["input_ids"])
+        return len(ids[0])
+
+    def first_own_tokens(self, texts: Sequence[str], prefix: str) -> list[int]:
+        """The place of each text's first token in its ids with this prefix; a token of both belongs to the text.
+
+        Raises:
+            InputError: the tokenizer gives no character offsets.
+        """
+        texts_offsets = _offsets(self.tokenizer, [prefix + text for text in texts])
+        return [
+            next((place for place, (_, end) in enumerate(offsets) if end > len(prefix)), len(offsets))
+            for offsets in texts_offsets
+        ]
 
     def token_ends(self, text: str) -> list[int]:
         """Where the tokens of a text end, in characters, without prefix and special tokens (``token_ends``)."""
@@ -493,22 +515,38 @@ def open_backbone(
     return RemoteBackbone(config, device=device, compute_dtype=compute_dtype, tokenizer=student, section=section)
 
 
+def _check_text(text: str) -> None:
+    if not is_text(text):
+        raise InputError(f"{text[:100]!r}: is not valid Unicode text; write it as UTF-8")
+
+
 def token_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Where the tokens of a text end, in characters, without special tokens; their number is the text's length.
 
     Raises:
         InputError: the tokenizer gives no character offsets.
     """
+    return [end for _, end in _offsets(tokenizer, [text], add_special_tokens=False)[0]]
+
+
+def _offsets(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool = True
+) -> list[list[Span]]:
+    """The span of each token of each text, in characters; that of a special token is empty."""
     try:
         with TOKENIZING:
             encoded = tokenizer(
-                [text], truncation=False, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                texts,
+                truncation=False,
+                add_special_tokens=add_special_tokens,
+                return_offsets_mapping=True,
+                verbose=False,
             )
     except NotImplementedError as error:
         raise InputError(
             "this tokenizer gives no character offsets, so its tokens cannot be counted; name another tokenizer"
         ) from error
-    return [end for _, end in cast("list[list[Span]]", encoded["offset_mapping"])[0]]
+    return cast("list[list[Span]]", encoded["offset_mapping"])
 
 
 def search_query_tokens(config: BackboneConfig) -> int:

@@ -73,14 +73,24 @@ class ExternalBiEncoder:
         self.config = ExternalConfig(name, similarity)
         self.vector_dim = int(model.get_embedding_dimension())
 
-    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        """Encode with the model's prompt for queries; ``advance`` is called with the number of texts finished."""
-        return self._encode(self._model.encode_query, "query", ("query",), texts, advance)
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
+        """Encode with the model's prompt for queries, or with an instruction in its place.
+
+        ``advance`` is called with the number of texts finished.
+        """
+        prompt = _prompt(self._model, ("query",)) if instruction is None else instruction
+        return self._encode(self._model.encode_query, "query", prompt, texts, advance)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode with the model's prompt for passages (title and text as one string)."""
-        names = ("document", "passage", "corpus")
-        return self._encode(self._model.encode_document, "document", names, texts, advance)
+        prompt = _prompt(self._model, ("document", "passage", "corpus"))
+        return self._encode(self._model.encode_document, "document", prompt, texts, advance)
 
     def anchor_queries(
         self,
@@ -103,11 +113,10 @@ class ExternalBiEncoder:
         self,
         encode: Callable[..., Any],
         route: str,
-        prompt_names: tuple[str, ...],
+        prompt: str | None,
         texts: Sequence[str],
         advance: Callable[[int], None] | None,
     ) -> EncodedTexts:
-        prompt = _prompt(self._model, prompt_names)
         blocks = [np.empty((0, self.vector_dim), np.float32)]
         truncated: list[int] = []
         num_tokens = 0

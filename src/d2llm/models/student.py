@@ -389,40 +389,67 @@ class Student(VectorScorer):
         vectors = self.pooling(states, mask, self.backbone.pool(states, mask))
         return to_sphere(vectors) if self.config.interaction.head == "cosine" else vectors
 
-    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        """Vectors of queries, cut to ``max_query_tokens``; ``advance`` is called with the number of texts finished."""
-        return self._encode(texts, "query", advance)
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
+        """Vectors of queries, cut to ``max_query_tokens``; ``advance`` is called with the number of texts finished.
+
+        An ``instruction`` is put before every query in place of ``backbone.query_prefix``.
+
+        Raises:
+            InputError: the instruction leaves no room for a query.
+        """
+        return self._encode(texts, "query", advance, instruction)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Vectors of passages (title and text as one string); ``advance`` is called with the number finished."""
         return self._encode(texts, "passage", advance)
 
     def encode_with_tokens(
-        self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
     ) -> EncodedTexts:
         """Vectors of queries or passages and of their tokens, from one pass through the backbone, always by torch.
 
         Of a long query, only the rarest tokens have vectors, multiplied by their share of its tokens, so that the mean
-        of their cosines is that of all, if the others' are 0 (``TokenProjection``).
+        of their cosines is that of all, if the others' are 0 (``TokenProjection``). The tokens of an ``instruction``
+        have none.
 
         Raises:
-            InputError: this student has no projection of tokens.
+            InputError: this student has no projection of tokens, the instruction leaves no room for a query, or the
+                tokenizer gives no character offsets, which an instruction requires.
         """
         projection = self._require_projection()
         if self._engine is not None:
             fell_back("engine for vectors of tokens", "the graph gives vectors of texts only; torch encodes both")
-        tokenized, is_query = self.tokenize(texts, kind), kind == "query"
+        tokenized, is_query = self.tokenize(texts, kind, instruction=instruction), kind == "query"
+        starts = [0] * len(texts) if instruction is None else self.backbone.first_own_tokens(texts, instruction)
         token_rows: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
             with inference(self):
                 ids = [tokenized.ids[index] for index in batch]
                 states, mask = self.backbone(*self.backbone.pad(ids))
-                places = [projection.query_places(row) if is_query else projection.places(row) for row in ids]
+                own_ids = [tokenized.ids[index][starts[index] :] for index in batch]
+                places = [
+                    [
+                        starts[index] + place
+                        for place in (projection.query_places if is_query else projection.places)(own)
+                    ]
+                    for index, own in zip(batch, own_ids, strict=True)
+                ]
                 tokens = projection(torch.cat([states[row, kept] for row, kept in enumerate(places)])).cpu().numpy()
                 parts = np.split(tokens, np.cumsum([len(kept) for kept in places])[:-1])
-                for index, part in zip(batch, parts, strict=True):
-                    share = projection.query_share(tokenized.ids[index]) if is_query else 1.0
+                for index, own, part in zip(batch, own_ids, parts, strict=True):
+                    share = projection.query_share(own) if is_query else 1.0
                     token_rows[index] = part * np.float32(share)
                 return self.pool(states, mask).cpu().numpy()
 
@@ -496,9 +523,25 @@ class Student(VectorScorer):
         """Leave out compiled and cast weights: a copy casts its weights itself and encodes with torch."""
         return {**super().__getstate__(), "_engine": None, "_products": None}
 
-    def tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
-        """Token ids of each text as in a search, cut to the limit of its kind; cuts are counted."""
-        return self.backbone.tokenize(texts, kind, limit=self.max_query_tokens if kind == "query" else None)
+    def tokenize(self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None) -> TokenizedTexts:
+        """Token ids of each text as in a search, cut to the limit of its kind; cuts are counted.
+
+        An ``instruction`` is put before every query in place of the configured prefix.
+
+        Raises:
+            InputError: the instruction leaves no room for a query, or the texts are passages.
+        """
+        if instruction is not None:
+            if kind != "query":
+                raise InputError("an instruction is put before queries; leave it out for passages")
+            num_tokens = self.backbone.num_tokens(instruction)
+            if num_tokens >= self.max_query_tokens:
+                raise InputError(
+                    f"the instruction has {num_tokens} tokens, but the student reads only {self.max_query_tokens} of "
+                    "instruction and query together; shorten it"
+                )
+        limit = self.max_query_tokens if kind == "query" else None
+        return self.backbone.tokenize(texts, kind, prefix=instruction, limit=limit)
 
     def encode_tokens(self, ids: Sequence[Sequence[int]]) -> Float32[np.ndarray, "batch dim"]:
         """Vectors of one batch of tokenized texts, ideally of similar length (``batch_tokens``)."""
@@ -507,12 +550,19 @@ class Student(VectorScorer):
         with inference(self):
             return self(*self.backbone.pad(ids)).cpu().numpy()
 
-    def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:
+    def _encode(
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        advance: Callable[[int], None] | None,
+        instruction: str | None = None,
+    ) -> EncodedTexts:
         at_once = self.backbone.texts_at_once
         if at_once is not None and len(texts) > at_once and not isinstance(texts, str):
             parts = [texts[start : start + at_once] for start in range(0, len(texts), at_once)]
-            return EncodedTexts.join([self._encode(part, kind, advance) for part in parts], self.vector_dim)
-        tokenized = self.tokenize(texts, kind)
+            encoded = [self._encode(part, kind, advance, instruction) for part in parts]
+            return EncodedTexts.join(encoded, self.vector_dim)
+        tokenized = self.tokenize(texts, kind, instruction=instruction)
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
             return self.encode_tokens([tokenized.ids[index] for index in batch])

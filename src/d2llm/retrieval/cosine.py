@@ -34,9 +34,15 @@ class ForwardingEncoder:
         """Width of the encoder's vectors."""
         return self._encoder.vector_dim
 
-    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
         """The encoder's query vectors."""
-        return self._encoder.encode_queries(texts, advance=advance)
+        return self._encoder.encode_queries(texts, instruction=instruction, advance=advance)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """The encoder's passage vectors."""
@@ -76,12 +82,17 @@ class ForwardingStudent(ForwardingEncoder):
         return self._student.token_fingerprint if isinstance(self._student, TokenStudent) else None
 
     def encode_with_tokens(
-        self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
     ) -> EncodedTexts:
         """The student's vectors of texts and of their tokens."""
         if not isinstance(self._student, TokenStudent):
             raise InputError("this student has no vectors of tokens")
-        return self._student.encode_with_tokens(texts, kind, advance=advance)
+        return self._student.encode_with_tokens(texts, kind, instruction=instruction, advance=advance)
 
     def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
         """How much the words of queries count by the student, if it says so."""
@@ -101,9 +112,15 @@ class CosineStudent(ForwardingEncoder):
         """The encoder's fingerprint with a suffix, because the stored vectors have length one."""
         return f"{self._encoder.fingerprint}-cosine"
 
-    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
         """Query vectors of length one."""
-        return _unit(super().encode_queries(texts, advance=advance))
+        return _unit(super().encode_queries(texts, instruction=instruction, advance=advance))
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Passage vectors of length one."""

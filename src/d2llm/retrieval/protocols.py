@@ -85,8 +85,17 @@ class TextEncoder(Protocol):
         """Width of a text's vector."""
         ...
 
-    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
-        """Encode queries; ``advance`` is called with the number of texts finished since the last call."""
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
+        """Encode queries; ``advance`` is called with the number of texts finished since the last call.
+
+        ``instruction``: put before each query, in place of what is put there otherwise.
+        """
         ...
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
@@ -202,9 +211,17 @@ class TokenStudent(Protocol):
         ...
 
     def encode_with_tokens(
-        self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
     ) -> EncodedTexts:
-        """Encode queries or passages; the result's ``tokens`` are the vectors of their tokens."""
+        """Encode queries or passages; the result's ``tokens`` are the vectors of their tokens.
+
+        ``instruction``: put before each query, as in ``encode_queries``; its tokens are not among those of the result.
+        """
         ...
 
 

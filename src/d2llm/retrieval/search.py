@@ -201,6 +201,7 @@ class Searcher:
 
         If ``vectors`` [n, dim] are given, the queries are not encoded, and no ranking is marked as ``truncated``. If
         the score counts vectors of tokens, these are encoded unless all ``tokens`` [tokens, token_dim] are given, too.
+        Vectors cannot be combined with an instruction, which would have had to be read for them.
         """
         if tokens is not None and any(own is None for own in tokens):
             tokens = None
@@ -241,6 +242,11 @@ class Searcher:
         all_queries = _as_queries(queries)
         if vectors is not None and self._expansion is not None:
             raise InputError("an expansion is written for texts, not for vectors: leave out one of them")
+        if vectors is not None and self.settings.instruction is not None:
+            raise InputError(
+                "an instruction is read with a query's text, and these queries are encoded already: encode them with "
+                "the instruction, and leave it out here"
+            )
         if vectors is not None and vectors.shape != (len(all_queries), self._student.vector_dim):
             raise InputError(
                 f"vectors have the shape {vectors.shape}, but the {len(all_queries)} queries need "
@@ -271,18 +277,18 @@ class Searcher:
         begin = time.perf_counter()
         cut: Sequence[int] = ()
         tokens: Sequence[NDArray[np.float32] | None] = [None] * len(queries)
-        texts = [query.text for query in queries]
+        texts, instruction = [query.text for query in queries], self.settings.instruction
         if given_tokens is not None and vectors is not None:
             tokens = given_tokens
         elif "token" in self.weights.part_kinds:
             assert isinstance(self._student, TokenStudent)
-            read = self._student.encode_with_tokens(texts, "query")
+            read = self._student.encode_with_tokens(texts, "query", instruction=instruction)
             assert read.tokens is not None
             tokens = read.tokens.split()
             if vectors is None:
                 vectors, cut = read.vectors, read.truncated
         elif vectors is None:
-            read = self._student.encode_queries(texts)
+            read = self._student.encode_queries(texts, instruction=instruction)
             vectors, cut = read.vectors, read.truncated
         anchors = self._anchors(vectors)
         seconds = (time.perf_counter() - begin) / len(queries)
@@ -317,7 +323,7 @@ class Searcher:
         texts = [query.text for query in queries]
         expansions = expansion.expand(texts)
         begin = time.perf_counter()
-        read = self._student.encode_queries(texts)
+        read = self._student.encode_queries(texts, instruction=self.settings.instruction)
         vectors, expansions = add_hypothetical_passages(self._student, read.vectors, expansions)
         seconds = (time.perf_counter() - begin) / len(queries)
         prepared = self._prepare_block(queries, vectors)

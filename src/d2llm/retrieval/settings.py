@@ -52,6 +52,8 @@ class SearchSettings:
         select_from: ``mmr`` and ``near_duplicates`` select the results from this many of the first in the ranking; None
             means five times ``top_k``. An exact search proves all of these places; their selection is not the proved
             order.
+        instruction: put before every query where its vector is made, in place of the student's ``query_prefix``: what
+            a model that was trained with instructions expects. Words, a teacher and a writer see the plain query.
     """
 
     task: Task | None = None
@@ -71,6 +73,7 @@ class SearchSettings:
     mmr: float | None = None
     near_duplicates: float | None = None
     select_from: int | None = None
+    instruction: str | None = None
 
     @property
     def selects(self) -> bool:

@@ -176,11 +176,13 @@ class IndexService:
             if rescore in ("teacher", "cascade"):
                 self._readings.require_room(1)
             iem, tokens = rescore != "none", None
+            models, instruction = version.models, settings.instruction
             if version.counts_tokens(settings, iem=iem):
-                encoded, tokens = await version.models.encode_query_with_tokens(query)
+                encoded, tokens = await models.encode_query_with_tokens(query, instruction=instruction)
             else:
-                encoded = await version.models.encode([query], "query")
-            search = PendingSearch(version, query, encoded.vectors[0], settings, iem, tokens)
+                encoded = await models.encode([query], "query", instruction=instruction)
+            encoded_settings = replace(settings, instruction=None)  # it is in the vector
+            search = PendingSearch(version, query, encoded.vectors[0], encoded_settings, iem, tokens)
             if rescore in ("teacher", "cascade"):
                 rereader = self._rereader(version, rescore, settings.task, reading or Reading())
                 done = cast("Done[Ranking]", await self._readings.submit([lambda: rank_again(search, rereader)]))
@@ -189,7 +191,7 @@ class IndexService:
             (ranking,) = done.results
             seconds = {"queue": encoded.queued + done.queued, **ranking.seconds}
             seconds["encode"] += encoded.worked
-            return replace(ranking, seconds=seconds, truncated=bool(encoded.truncated)), version.models
+            return replace(ranking, seconds=seconds, truncated=bool(encoded.truncated)), models
 
         async def rank_with_writer(version: OpenVersion) -> tuple[Ranking, ModelService]:
             assert self.writer is not None

@@ -81,7 +81,9 @@ class BatchEncoder(Protocol):
         """As of ``Student``."""
         ...
 
-    def encode_with_tokens(self, texts: Sequence[str], kind: TextKind) -> EncodedTexts:
+    def encode_with_tokens(
+        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None
+    ) -> EncodedTexts:
         """As of ``Student``."""
         ...
 
@@ -177,21 +179,27 @@ class ModelService:
             await self._left.wait()
         await self.stop()
 
-    async def encode(self, texts: Sequence[str], kind: TextKind, *, bounded: bool = True) -> Encoded:
-        """Vectors of texts; ``bounded`` as in ``Batcher.submit``.
+    async def encode(
+        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None, bounded: bool = True
+    ) -> Encoded:
+        """Vectors of texts; ``instruction`` as in ``Student.encode_queries``, ``bounded`` as in ``Batcher.submit``.
 
         Raises:
+            InputError: the instruction leaves no room for a query.
             OverloadedError: the queue is full.
             ModelError: a vector is not finite.
         """
         if bounded:  # the texts of a write are noted by the write itself
             note_items(texts)
-        return await self._encode([(texts, kind)], bounded=bounded)
+        return await self._encode([(texts, kind)], instruction=instruction, bounded=bounded)
 
-    async def encode_query_with_tokens(self, text: str) -> tuple[Encoded, NDArray[np.float32]]:
+    async def encode_query_with_tokens(
+        self, text: str, *, instruction: str | None = None
+    ) -> tuple[Encoded, NDArray[np.float32]]:
         """The vector of a query and those of its tokens [tokens, token_dim], from one pass through the backbone.
 
         Raises:
+            InputError: the instruction leaves no room for a query.
             OverloadedError: the queue is full.
             ModelError: a vector is not finite.
         """
@@ -201,7 +209,8 @@ class ModelService:
 
         def read() -> tuple[EncodedTexts, float]:
             begin = time.perf_counter()
-            return (self._encoder or self.student).encode_with_tokens([text], "query"), begin
+            encoder = self._encoder or self.student
+            return encoder.encode_with_tokens([text], "query", instruction=instruction), begin
 
         done, begun = await self.in_lane(read)
         worked, queued = time.perf_counter() - begun, begun - received
@@ -267,8 +276,14 @@ class ModelService:
     async def _in_thread(self, work: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(self._scoring, work)
 
-    async def _encode(self, parts: Sequence[tuple[Sequence[str], TextKind]], *, bounded: bool = True) -> Encoded:
-        """Vectors of the texts of all parts, one part after the other."""
+    async def _encode(
+        self,
+        parts: Sequence[tuple[Sequence[str], TextKind]],
+        *,
+        instruction: str | None = None,
+        bounded: bool = True,
+    ) -> Encoded:
+        """Vectors of the texts of all parts, one part after the other; an ``instruction`` is for parts of queries."""
         num_texts = sum(len(texts) for texts, _ in parts)
         if not num_texts:
             return Encoded(np.zeros((0, self.dim), np.float32), (), ())
@@ -278,7 +293,7 @@ class ModelService:
         lengths: list[int] = []
         truncated: list[int] = []
         for texts, kind in parts:
-            tokenized = await self._tokenize(texts, kind)
+            tokenized = await self._tokenize(texts, kind, instruction)
             truncated += [len(ids) + place for place in tokenized.truncated]
             ids += tokenized.ids
             lengths += tokenized.lengths
@@ -288,11 +303,13 @@ class ModelService:
         vectors = np.stack(done.results)
         return Encoded(vectors, tuple(lengths), tuple(truncated), done.queued, done.worked)
 
-    async def _tokenize(self, texts: Sequence[str], kind: TextKind) -> TokenizedTexts:
+    async def _tokenize(self, texts: Sequence[str], kind: TextKind, instruction: str | None) -> TokenizedTexts:
+        tokenize = partial(self.student.tokenize, texts, kind, instruction=instruction)
+        num_characters = sum(map(len, texts)) + len(texts) * len(instruction or "")
         # A remote backbone waits for its endpoint here.
-        if not self.student.backbone.reads_tokens or TOKENIZING.locked() or sum(map(len, texts)) > _FEW_CHARACTERS:
-            return await asyncio.to_thread(self.student.tokenize, texts, kind)
-        return self.student.tokenize(texts, kind)
+        if not self.student.backbone.reads_tokens or TOKENIZING.locked() or num_characters > _FEW_CHARACTERS:
+            return await asyncio.to_thread(tokenize)
+        return tokenize()
 
     def _encode_batch(self, ids: Sequence[Sequence[int]]) -> Sequence[NDArray[np.float32]]:
         vectors = (self._encoder or self.student).encode_tokens(ids)
@@ -317,22 +334,34 @@ class StudentLane(ForwardingStudent):
         """Whether the student's head has projections."""
         return self._models.student.can_project
 
-    def encode_queries(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> EncodedTexts:
         """Encode queries in the shared batches."""
-        return self._encode(texts, "query", advance)
+        return self._encode(texts, "query", advance, instruction)
 
     def encode_passages(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> EncodedTexts:
         """Encode passages in the shared batches."""
         return self._encode(texts, "passage", advance)
 
     def encode_with_tokens(
-        self, texts: Sequence[str], kind: TextKind, *, advance: Callable[[int], None] | None = None
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
     ) -> EncodedTexts:
         """Encode texts and their tokens, some at a time, in turn with the shared batches."""
+        encode = partial(self._models.student.encode_with_tokens, kind=kind, instruction=instruction, advance=advance)
         parts: list[EncodedTexts] = []
         for start in range(0, len(texts), _TEXTS_WITH_TOKENS):
             some = texts[start : start + _TEXTS_WITH_TOKENS]
-            work = self._models.in_lane(partial(self._models.student.encode_with_tokens, some, kind, advance=advance))
+            work = self._models.in_lane(partial(encode, some))
             parts.append(asyncio.run_coroutine_threadsafe(work, self._loop).result())
         return EncodedTexts.join(parts, self.vector_dim)
 
@@ -352,8 +381,15 @@ class StudentLane(ForwardingStudent):
         """The student's projections."""
         return self._models.student.project_passages(passage_vectors)
 
-    def _encode(self, texts: Sequence[str], kind: TextKind, advance: Callable[[int], None] | None) -> EncodedTexts:
-        done = asyncio.run_coroutine_threadsafe(self._models.encode(texts, kind, bounded=False), self._loop).result()
+    def _encode(
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        advance: Callable[[int], None] | None,
+        instruction: str | None = None,
+    ) -> EncodedTexts:
+        work = self._models.encode(texts, kind, instruction=instruction, bounded=False)
+        done = asyncio.run_coroutine_threadsafe(work, self._loop).result()
         if advance is not None:
             advance(len(texts))
         return EncodedTexts(done.vectors, done.truncated, sum(done.num_tokens), done.num_tokens)

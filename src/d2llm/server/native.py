@@ -301,6 +301,7 @@ def _settings_of(body: RankingRequest, limits: ServeSettings) -> SearchSettings:
         mmr=body.mmr,
         near_duplicates=body.near_duplicates,
         select_from=body.select_from,
+        instruction=body.instruction,
     )
 
 
@@ -308,9 +309,11 @@ def _limited(query: str, settings: SearchSettings, limits: ServeSettings) -> Sea
     """The settings with ``select_from`` within the server's limit, if the client has not set it.
 
     Raises:
-        ServingError: 400, the query or ``select_from`` is too large.
+        ServingError: 400, the query, the instruction or ``select_from`` is too large.
     """
     short_enough([query], limits, "query")
+    if settings.instruction is not None:
+        short_enough([settings.instruction], limits, "instruction")
     most = max(limits.max_num_candidates, settings.top_k)
     if settings.select_from is not None:
         at_most(settings.select_from, most, "select_from")

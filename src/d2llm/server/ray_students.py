@@ -49,9 +49,11 @@ class _Replica:
         """As of ``Student``."""
         return self._student.encode_tokens(ids)
 
-    def encode_with_tokens(self, texts: Sequence[str], kind: TextKind) -> EncodedTexts:
+    def encode_with_tokens(
+        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None
+    ) -> EncodedTexts:
         """As of ``Student``."""
-        return self._student.encode_with_tokens(texts, kind)
+        return self._student.encode_with_tokens(texts, kind, instruction=instruction)
 
     def ping(self) -> int:
         """Its process id: it is there."""
@@ -91,9 +93,11 @@ class StudentReplicas:
         """The vectors of a batch of tokenized texts."""
         return self._encode("encode_tokens", ids)
 
-    def encode_with_tokens(self, texts: Sequence[str], kind: TextKind) -> EncodedTexts:
+    def encode_with_tokens(
+        self, texts: Sequence[str], kind: TextKind, *, instruction: str | None = None
+    ) -> EncodedTexts:
         """The vectors of texts and of their tokens."""
-        return self._encode("encode_with_tokens", texts, kind)
+        return self._encode("encode_with_tokens", texts, kind, instruction=instruction)
 
     def stop(self) -> None:
         """End the replicas."""
@@ -137,11 +141,11 @@ class StudentReplicas:
             ) from error
         return handle
 
-    def _encode(self, method: str, *args: Any) -> Any:
+    def _encode(self, method: str, *args: Any, **options: Any) -> Any:
         ray = import_ray()
         if not self._away.is_set():
             try:
-                return getattr(self._handle, method).remote(*args).result(timeout_s=_BATCH_SECONDS)
+                return getattr(self._handle, method).remote(*args, **options).result(timeout_s=_BATCH_SECONDS)
             except ray.exceptions.RayTaskError as error:
                 raise task_error(error) from None
             except (ray.exceptions.RayError, TimeoutError, self._serve.exceptions.RayServeException) as error:
@@ -149,7 +153,7 @@ class StudentReplicas:
                 if not self._away.is_set():
                     self._away.set()
                     threading.Thread(target=self._wait, name="replicas", daemon=True).start()
-        return getattr(self._student, method)(*args)
+        return getattr(self._student, method)(*args, **options)
 
     def _wait(self) -> None:
         """Wait until a replica answers again."""

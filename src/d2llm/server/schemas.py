@@ -134,6 +134,12 @@ class RankingRequest(Body):
         ge=1,
         description="How many of the first results mmr and near_duplicates select from; null: five times top_k.",
     )
+    instruction: str | None = Field(
+        None,
+        description="Put before the query where its vector is made, in place of the student's query prefix. Words, "
+        "teacher and writer see the plain query. null: the prefix.",
+        examples=["Instruct: Given a question, retrieve passages that answer it\nQuery: "],
+    )
     expand: ExpansionMethod | None = Field(
         None,
         description="Let the server's writer add to the query: multi (queries with the same meaning) or hyde (passages "

@@ -36,7 +36,14 @@ class Encoder:
     def __init__(self, vector_of: Callable[[str], Sequence[float]]) -> None:
         self.vector_of = vector_of
 
-    def encode(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> Encoded:
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> Encoded:
+        assert instruction is None
         if advance is not None:
             advance(len(texts))
         return Encoded(np.array([self.vector_of(text) for text in texts], dtype=np.float32))
