@@ -428,12 +428,10 @@ class Backbone(nn.Module):
         """
         prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
         with TOKENIZING:
-            offsets = cast(
-                "list[Span]",
-                self.tokenizer(prefix + text, truncation=True, max_length=num_tokens, return_offsets_mapping=True)[
-                    "offset_mapping"
-                ],
+            encoded = self.tokenizer(
+                [prefix + text], truncation=True, max_length=num_tokens, return_offsets_mapping=True
             )
+        (offsets,) = cast("list[list[Span]]", encoded["offset_mapping"])
         return [(start - len(prefix), end - len(prefix)) for start, end in offsets]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:

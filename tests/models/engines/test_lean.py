@@ -67,6 +67,16 @@ def test_the_shipped_student_encodes_as_with_transformers():
     assert_same(*load_both("d2llm-minilm", dtype="float32"))
 
 
+def test_words_of_queries_have_the_same_states(saved):
+    queries = [text for text in ODD_TEXTS if text.strip()]
+    lean, whole = (student.term_states(queries) for student in load_both(saved / "adapter", dtype="float32"))
+    assert sum(map(len, whole)) > 20
+    for actual, expected in zip(lean, whole, strict=True):
+        assert actual.keys() == expected.keys()
+        for term, state in expected.items():
+            np.testing.assert_allclose(actual[term], state, rtol=0, atol=2e-6 * np.abs(state).max())
+
+
 def test_bfloat16_vectors_are_close(saved):
     lean, whole = load_both(saved / "adapter", dtype="bfloat16")
     actual, expected = (student.encode_queries(ODD_TEXTS).vectors for student in (lean, whole))

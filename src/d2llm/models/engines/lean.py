@@ -30,7 +30,10 @@ _MODEL_FILE, _TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
 
 
 class LeanTokenizer:
-    """The part of the ``transformers`` tokenizer interface that ``Backbone.tokenize`` and ``token_ends`` use."""
+    """The part of the ``transformers`` tokenizer interface that ``Backbone`` uses to encode texts."""
+
+    is_fast = True
+    """It gives character offsets."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
