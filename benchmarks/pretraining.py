@@ -4,10 +4,11 @@
     python benchmarks/pretraining.py --rows full+simcse --rate 1e-5                some of them, with another rate
 
 nDCG@10 of the plain cosine on dev queries, as in benchmarks/untrained.py, after ``training.pretrain``: minilm with all
-its layers (full), by itself, and without two of six (cut), by itself or taught by all six; and with the first eight
-layers of smollm2, as they are (decoder) or with attention in both directions (two-way), both pooled by the mean. The
-texts are passages of squad-sent that no query of dev or test is about and that are not ranked here, and train queries
-of squad-sent and banking77. Rows that are in the JSON file already are kept.
+its layers (full), by itself, and without two of six (cut), by itself, taught by all six, or taught by e5, which has
+another tokenizer (by-e5); and with the first eight layers of smollm2, as they are (decoder) or with attention in both
+directions (two-way), both pooled by the mean. The texts are passages of squad-sent that no query of dev or test is
+about and that are not ranked here, and train queries of squad-sent and banking77. Rows that are in the JSON file
+already are kept.
 
 Licences: squad-sent CC BY-SA 4.0, banking77 CC BY 4.0; nothing that was trained on them here is shipped.
 """
@@ -33,12 +34,14 @@ from d2llm.training.pretrain import pretrain_backbone
 BACKBONES: dict[str, dict[str, Any]] = {
     "full": {"model": "minilm", "layers": None},
     "cut": {"model": "minilm", "layers": (0, 1, 4, 5)},
+    "by-e5": {"model": "minilm", "layers": (0, 1, 4, 5)},
     "decoder": {"model": "smollm2", "layers": 8, "pooling": "mean"},
     "two-way": {"model": "smollm2", "layers": 8, "pooling": "mean", "bidirectional": True},
 }
 ROWS = (
     *("full", "full+simcse", "full+mirror"),
     *("cut", "cut+vectors", "cut+relations", "cut+hidden_states", "cut+simcse", "cut+mutual_information"),
+    *("by-e5+vectors", "by-e5+hidden_states", "by-e5+mutual_information"),
     *("decoder", "decoder+words", "decoder+simcse", "two-way", "two-way+masked_next_token", "two-way+words"),
 )
 
@@ -65,6 +68,7 @@ def row_of(name: str, samples: dict[str, Any], texts: tuple[list[str], list[str]
     if objective:
         pretraining = PretrainingConfig.model_validate(
             {"objective": objective, "epochs": arguments.epochs, "learning_rate": arguments.rate}
+            | ({"teacher": "e5"} if backbone == "by-e5" else {})
         )
         started = time.process_time()
         with TemporaryDirectory() as folder:

@@ -121,7 +121,13 @@ def untrained(report: dict[str, Any]) -> str:
 
 def pretraining(report: dict[str, Any]) -> str:
     """A row for each backbone and objective of the stage before distillation."""
-    kinds = {"full": "minilm", "cut": "minilm", "decoder": "smollm2", "two-way": "smollm2, both directions"}
+    kinds = {
+        "full": "minilm",
+        "cut": "minilm",
+        "by-e5": "minilm, taught by e5",
+        "decoder": "smollm2",
+        "two-way": "smollm2, both directions",
+    }
     lines = [("backbone", "layers", "objective", "learning rate", "steps", "squad-sent", "banking77", "s")]
     for row in report["rows"]:
         kind, kept = kinds[row["row"].partition("+")[0]], row["kept"]

@@ -8,12 +8,13 @@ outputs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from d2llm.core.recipe import (
@@ -105,6 +106,31 @@ def tiny_tokenizer(*, is_decoder: bool = True) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
+        model_max_length=MAX_TOKENS,
+    )
+
+
+def word_tokenizer(vocabulary: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """WordPiece in lower case without accents, as BERT has it, of these tokens; by default of fewer than 400, which the
+    texts were cut into.
+    """
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    tokens = {token: number for number, token in enumerate([*special, *vocabulary])}
+    tokenizer = Tokenizer(models.WordPiece(tokens, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if not vocabulary:
+        tokenizer.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
+    template = "[CLS] $A [SEP]"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
         model_max_length=MAX_TOKENS,
     )
 

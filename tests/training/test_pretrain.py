@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.recipe import NO_IMITATION, LoraConfig, LossWeights, PretrainingConfig, StudentConfig
+from d2llm.core.recipe import NO_IMITATION, BackboneConfig, LoraConfig, LossWeights, PretrainingConfig, StudentConfig
 from d2llm.data.plan import PlanEntry
 from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
@@ -35,7 +38,7 @@ from d2llm.training.pretrain import (
 )
 from tiny_data import make_source, tiny_recipe, topics
 from tiny_distill import Place
-from tiny_models import TEXTS, tiny_student_config, write_tiny_model
+from tiny_models import TEXTS, tiny_student_config, tiny_tokenizer, word_tokenizer, write_tiny_model
 
 PASSAGES = [f"{one} {other}" for one in TEXTS for other in TEXTS if one != other]
 TAUGHT = {
@@ -50,6 +53,14 @@ TAUGHT = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT with three layers and with dropout, as BERT has it."""
     return write_tiny_model(tmp_path_factory.mktemp("model") / "bert", "bert", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wider BERT whose tokenizer cuts texts into other tokens."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("model") / "stranger", "bert", hidden_size=64, seed=1)
+    word_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def new_student(model: Path, **backbone: Any) -> Student:
@@ -263,10 +274,12 @@ def test_relations_need_no_equal_widths_and_any_layer(model: Path, tmp_path: Pat
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.parametrize("objective", ["simcse", "hidden_states"])
 def test_resumed_equals_uninterrupted_and_a_finished_one_is_taken_up(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, stranger: Path, objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config("simcse", epochs=2)
+    taught = {"teacher": str(stranger)} if objective == "hidden_states" else {}
+    settings = config(objective, epochs=2, **taught)
     student = new_student(model)
     report = pretrain_backbone(student, PASSAGES, tmp_path / "whole", settings, queries=TEXTS)
     expected = student.fingerprint
@@ -293,7 +306,9 @@ def test_resumed_equals_uninterrupted_and_a_finished_one_is_taken_up(
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").open(encoding="utf-8")]
     assert steps == list(range(1, report.steps + 1))
     with pytest.raises(InputError, match=r"other settings: pretraining.batch_texts \(was 8, is 4\)"):
-        pretrain_backbone(new_student(model), PASSAGES, tmp_path / "run", config("simcse", batch_texts=4, epochs=2))
+        pretrain_backbone(
+            new_student(model), PASSAGES, tmp_path / "run", config(objective, **taught, batch_texts=4, epochs=2)
+        )
 
 
 def test_ctrl_c_keeps_a_checkpoint(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +326,136 @@ def test_ctrl_c_keeps_a_checkpoint(model: Path, tmp_path: Path, monkeypatch: pyt
         pretrain_backbone(new_student(model), PASSAGES, tmp_path / "run", config("simcse"))
     steps = pretrain_backbone(new_student(model), PASSAGES, tmp_path / "run", config("simcse")).steps
     assert calls == 4 + steps - 3
+
+
+# A teacher with another tokenizer ----------------------------------------------------------------------------------
+
+WORDS = ["un", "##believ", "##able", "cafe", "##s", "東", "京"]
+PIECES = ["▁Unbe", "lieva", "ble", "▁", "▁caf", "és", "東京", "▁to"]
+
+
+def pieces_tokenizer() -> PreTrainedTokenizerFast:
+    """Of pieces that begin with the white space before them, as SentencePiece has it."""
+    tokens = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((each, -1.0) for each in PIECES)]
+    tokenizer = Tokenizer(models.Unigram(tokens, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>", unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def two_backbones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, Backbone]:
+    """One that reads ``WORDS`` and one that reads ``PIECES``, after the prefix "to"."""
+    backbones: list[Backbone] = []
+    for tokenizer, prefix in ((word_tokenizer(WORDS), ""), (pieces_tokenizer(), "to ")):
+        folder = write_tiny_model(tmp_path_factory.mktemp("model") / "bert", "bert")
+        tokenizer.save_pretrained(folder)
+        settings = BackboneConfig(model=str(folder), tuning="frozen", passage_prefix=prefix)
+        backbones.append(Backbone.load(settings, device="cpu", dtype="float32"))
+    return backbones[0], backbones[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "max_tokens", "pairs", "num_tokens"),
+    [
+        # [CLS] un believ able cafe s [SEP]  |  <s> _to _Unbe lieva ble _ _caf és </s>
+        (
+            "Unbelievable  cafés",
+            64,
+            [[1, 2, 2], [2, 2, 2], [2, 3, 4], [3, 3, 1], [3, 4, 3], [4, 6, 3], [4, 7, 1], [5, 7, 1]],
+            5,
+        ),
+        # [CLS] un believ able cafe [SEP]  |  <s> _to _Unbe lieva ble </s>
+        ("Unbelievable  cafés", 6, [[1, 2, 2], [2, 2, 2], [2, 3, 4], [3, 3, 1], [3, 4, 3]], 4),
+        # [CLS] 東 京 cafe [UNK] [SEP]  |  <s> _to _ 東京 _caf <unk: e> _ <unk: the face> </s>
+        ("東京 cafe 🙂", 64, [[1, 3, 1], [2, 3, 1], [3, 4, 3], [3, 5, 1], [4, 7, 1]], 4),
+        (" ", 64, [], 0),
+    ],
+)
+def test_tokens_are_aligned_by_characters(
+    two_backbones: tuple[Backbone, Backbone], text: str, max_tokens: int, pairs: list[list[int]], num_tokens: int
+) -> None:
+    settings = config("hidden_states", max_tokens=max_tokens)
+    ((ids, reading),) = pretrain._readings(*two_backbones, [text], "passage", settings).items()
+    student, teacher = two_backbones
+    assert [*ids] == student.tokenize([text], "passage", limit=max_tokens).ids[0]
+    assert reading.ids == teacher.tokenize([text], "passage", limit=max_tokens).ids[0]
+    assert reading.pairs.tolist() == pairs
+    assert reading.num_tokens == num_tokens
+
+
+def test_bytes_of_a_character_teach_alike(two_backbones: tuple[Backbone, Backbone], model: Path) -> None:
+    teacher = Backbone.load(BackboneConfig(model=str(model), tuning="frozen"), device="cpu", dtype="float32")
+    (reading,) = pretrain._readings(two_backbones[0], teacher, ["東"], "passage", config("hidden_states")).values()
+    assert len(reading.ids) == 5  # three bytes between <s> and </s>
+    assert reading.pairs.tolist() == [[1, 1, 1], [1, 2, 1], [1, 3, 1]]
+
+
+@pytest.mark.parametrize("objective", ["hidden_states", "mutual_information", "vectors"])
+def test_a_teacher_with_another_tokenizer_is_imitated(
+    model: Path, stranger: Path, objective: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student = new_student(model, tuning="full")
+    settings = config(objective, epochs=6, teacher=str(stranger), max_tokens=16)
+    with caplog.at_level(logging.INFO, "d2llm.remarks"):
+        report = pretrain_backbone(student, PASSAGES, tmp_path / "run", settings, queries=[TEXTS[0]])
+    assert report.last_loss < report.first_loss - 0.2 * abs(report.first_loss)
+    remarks = [record.getMessage() for record in caplog.records if "another tokenizer" in record.getMessage()]
+    assert len(remarks) == (objective != "vectors")
+
+
+def test_a_teacher_that_cuts_alike_teaches_alike(model: Path, tmp_path: Path) -> None:
+    """One more word in its vocabulary, which no text has, makes it another tokenizer with the same tokens."""
+    alike = write_tiny_model(tmp_path / "alike", "bert", num_hidden_layers=3)
+    tokenizer = tiny_tokenizer(is_decoder=False)
+    tokenizer.add_tokens(["unusual"])
+    tokenizer.save_pretrained(alike)
+    reports, settings = [], []
+    for teacher in (None, str(alike)):
+        student = new_student(model, layers=(0, 2))
+        run = pretrain._Pretraining(
+            student, PASSAGES, TEXTS, tmp_path / f"vectors-{teacher is None}", config("vectors", teacher=teacher), 0
+        )
+        run.train(5.0)
+        reports.append(run.losses)
+        settings.append(run.settings["texts"])
+    assert reports[0] == reports[1]
+    assert settings[0] != settings[1]
+
+    student = new_student(model, layers=(0, 2))
+    run = pretrain._Pretraining(
+        student, PASSAGES, [], tmp_path / "states", config("hidden_states", teacher=str(alike)), 0
+    )
+    texts, whole = run.texts[:8], new_student(model).backbone
+    with torch.no_grad():
+        loss = sum(float(each) for each in run._losses(texts, random.Random(0)))
+        expected = []
+        for ids in texts:
+            kept = [n for n, one in enumerate(ids) if tokenizer.decode([one], skip_special_tokens=True).strip()]
+            assert 0 < len(kept) < len(ids) - 1  # neither special tokens nor white space
+            own, taught = (each(*each.pad([ids]))[0][0, kept] for each in (student.backbone, whole))
+            expected.append(float((own - taught).square().mean()))
+    assert loss == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_tokens_that_are_left_out_are_counted(
+    model: Path, stranger: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config("hidden_states", teacher=str(stranger), max_tokens=8)
+    student = new_student(model)
+    cut = "the station at noon leaves snow on the roof"  # of which the teacher, with shorter tokens, reads less
+    with caplog.at_level(logging.INFO, "d2llm.remarks"):
+        run = pretrain._Pretraining(student, [cut, TEXTS[0][:7]], [], tmp_path / "run", settings, 0)
+    own, teacher = student.backbone, run.teacher
+    assert teacher is not None
+    ids, taught = (each.tokenize([cut], "passage", limit=8).ids[0] for each in (own, teacher))
+    end = max(end for _, end in teacher.token_places(cut, len(taught)))
+    beyond = sum(start >= end for start, stop in own.token_places(cut, len(ids)) if stop > start)
+    assert beyond > 0
+    whole = len(own.tokenize([TEXTS[0][:7]], "passage").ids[0]) - 2
+    assert f"{beyond} of {len(ids) - 2 + whole} tokens of the texts have none of its tokens" in caplog.text
 
 
 # What cannot be trained --------------------------------------------------------------------------------------------
@@ -339,8 +484,14 @@ def test_a_student_that_cannot_learn_it_is_refused(
 
 def test_other_tokenizers_fused_attention_and_too_few_texts_are_refused(model: Path, tmp_path: Path) -> None:
     other = write_tiny_model(tmp_path / "llama", "llama")  # its texts have no last token
-    with pytest.raises(InputError, match=r"llama' reads other tokens than the student's backbone"):
-        pretrain_backbone(new_student(model), PASSAGES, tmp_path, config("vectors", teacher=str(other)))
+    problem = r"llama' reads other tokens .* their attention cannot be compared.* hidden_states, mutual_information and"
+    with pytest.raises(InputError, match=problem):
+        pretrain_backbone(
+            new_student(model), PASSAGES, tmp_path, config("relations", teacher=str(other), relation_heads=4)
+        )
+    settings = config("hidden_states", teacher=str(other))
+    with pytest.raises(InputError, match="no token of the student shares a character with one of the teacher"):
+        pretrain_backbone(new_student(model), [" ", "\n"], tmp_path, settings)
     fused = write_tiny_model(tmp_path / "modernbert", "modernbert")
     with pytest.raises(ModelError, match="no separate layers for queries, keys and values"):
         pretrain_backbone(
@@ -348,6 +499,21 @@ def test_other_tokenizers_fused_attention_and_too_few_texts_are_refused(model: P
         )
     with pytest.raises(InputError, match="1 different texts are too few"):
         pretrain_backbone(new_student(model), TEXTS[:1] * 9, tmp_path, config("simcse"))
+
+
+def test_tokens_without_offsets_are_not_compared(model: Path, tmp_path: Path) -> None:
+    slow = write_tiny_model(tmp_path / "t5", "t5")
+    ByT5Tokenizer().save_pretrained(slow)
+    for objective in ("hidden_states", "mutual_information"):
+        with pytest.raises(
+            InputError, match=r"tokenizer of '.*t5' gives no character offsets .* the objective vectors"
+        ):
+            pretrain_backbone(new_student(model), PASSAGES, tmp_path, config(objective, teacher=str(slow)))
+    student = new_student(model, tuning="full")
+    report = pretrain_backbone(
+        student, PASSAGES, tmp_path / "run", config("vectors", teacher=str(slow), epochs=6, max_tokens=32)
+    )
+    assert report.last_loss < 0.8 * report.first_loss
 
 
 @pytest.mark.parametrize("architecture", ["llama", "modernbert", "t5"])

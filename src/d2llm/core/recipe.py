@@ -804,8 +804,10 @@ class PretrainingConfig(WarmUpConfig):
     before it (``masked_next_token``); or to imitate another backbone's attention (``relations``), states of tokens
     (``hidden_states``, or ``mutual_information`` with them) or vectors of texts (``vectors``)."""
     teacher: str | None = None
-    """The backbone to imitate, named as ``backbone.model``, with the same tokenizer. By default the student's own model
-    with all its layers, for a student whose ``backbone.layers`` names some of them."""
+    """The backbone to imitate, named as ``backbone.model``. By default the student's own model with all its layers, for
+    a student whose ``backbone.layers`` names some of them. If it has another tokenizer, states of tokens are compared
+    by the characters that the tokens of both share, which needs tokenizers with character offsets; ``vectors`` needs
+    none, and ``relations`` needs the same tokenizer."""
     max_passages: int = Field(default=5_000, ge=1)
     """Passages of each data set, and at most as many of its train queries, drawn at random."""
     max_tokens: int = Field(default=64, ge=4)

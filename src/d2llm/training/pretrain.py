@@ -3,9 +3,11 @@
 Four objectives need no other model: the backbone learns to recognise a text that it reads twice with different dropout
 (``simcse``), also with a span of tokens masked (``mirror``); to predict from a text's vector which words are in it and
 which follow (``words``); or, as a decoder that reads in both directions, to predict masked tokens
-(``masked_next_token``). Four imitate another backbone, which reads the same tokens: its attention (``relations``), its
-states of tokens (``hidden_states``, or ``mutual_information`` with them) or its vectors of texts (``vectors``). They
-repair, for instance, a backbone from which layers were left out (``backbone.layers``).
+(``masked_next_token``). Four imitate another backbone: its attention (``relations``), its states of tokens
+(``hidden_states``, or ``mutual_information`` with them) or its vectors of texts (``vectors``). They repair, for
+instance, a backbone from which layers were left out (``backbone.layers``). A teacher with another tokenizer reads its
+own tokens, and its states are compared where the tokens of both share characters; only ``relations`` needs one
+tokenizer.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
@@ -29,7 +32,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.recipe import BackboneConfig, PretrainingConfig, without_new_defaults
 from d2llm.data.training import TrainingSource
-from d2llm.models.backbone import Backbone, is_decoder, layers_of
+from d2llm.models.backbone import Backbone, TextKind, is_decoder, layers_of
 from d2llm.models.device import tokens_to_train
 from d2llm.models.sources import load_pretrained
 from d2llm.models.student import Student
@@ -37,6 +40,7 @@ from d2llm.models.teachers.causal import AnswerHead
 from d2llm.ops.batching import even_batches, token_budget_batches
 from d2llm.ops.bm25_words import sentences
 from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.ops.token_alignment import align_tokens, aligned_states
 from d2llm.training.checkpoints import (
     RunLog,
     StopSignals,
@@ -110,8 +114,9 @@ def pretrain_backbone(
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
         InputError: there is no objective or too few texts, the backbone is frozen, has no dropout, no mask token or no
-            vectors of tokens, or is no bidirectional decoder, the teacher is missing or has another tokenizer, or the
-            checkpoint is from another run.
+            vectors of tokens, or is no bidirectional decoder, the teacher is missing, or has another tokenizer while
+            the objective is ``relations`` or one of the two gives no character offsets, or the checkpoint is from
+            another run.
         ModelError: the attention of one of the two backbones cannot be read.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
@@ -200,13 +205,14 @@ def state_distance(
     teacher: Float[Tensor, "texts tokens dim"],
     mask: Bool[Tensor, "texts tokens"],
 ) -> Float[Tensor, " texts"]:
-    """Mean squared difference of the tokens' states; the student's were projected to the teacher's width.
+    """Mean squared difference of the tokens' states, 0 for a text without any; the student's were projected to the
+    teacher's width.
 
     Jiao et al., "TinyBERT", EMNLP Findings 2020 (arXiv 1909.10351), the loss of hidden states, here of the last
     layer; also used in "ERNIE-Tiny" (Su et al. 2021, arXiv 2106.02241).
     """
     by_token = (student.float() - teacher.float()).square().mean(dim=2)
-    return (by_token * mask).sum(dim=1) / mask.sum(dim=1)
+    return (by_token * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def mutual_information(scores: Float[Tensor, "tokens tokens"], *, alpha: float) -> Float[Tensor, ""]:
@@ -295,6 +301,21 @@ def vector_distance(
     return 1 - torch.cosine_similarity(student.float(), teacher.float(), dim=1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a teacher with another tokenizer reads a text.
+
+    Attributes:
+        ids: the teacher's own tokens.
+        pairs: which of them belong to which of the student's (``align_tokens``); none if only vectors are compared.
+        num_tokens: how many tokens of the student have characters of the text; 0 if only vectors are compared.
+    """
+
+    ids: list[int]
+    pairs: Int32[np.ndarray, "pairs 3"]
+    num_tokens: int
+
+
 class _Pretraining:
     """The training loop of one pretraining, and the state that a checkpoint restores."""
 
@@ -321,9 +342,20 @@ class _Pretraining:
         self.texts = [[*ids] for ids in dict.fromkeys(map(tuple, tokenized))]
         if len(self.texts) < 2:
             raise InputError(f"{len(self.texts)} different texts are too few to train a backbone on; give thousands")
-        self.teacher = _load_teacher(self.backbone, config, [*passages[:_COMPARED_TEXTS]])
+        self.teacher = _load_teacher(self.backbone, config)
+        self.readings: dict[tuple[int, ...], _Reading] = {}
+        if self.teacher is not None and not _same_tokens(
+            self.backbone, self.teacher, [*passages[:_COMPARED_TEXTS]], config
+        ):
+            # Texts that are the same to the student need not be so to the teacher: one of its readings stays.
+            self.readings = _readings(self.backbone, self.teacher, queries, "query", config)
+            self.readings |= _readings(self.backbone, self.teacher, passages, "passage", config)
+            if config.objective != "vectors":
+                _report_left_out([*self.readings.values()])
         following = [self.following.get(tuple(ids), []) for ids in self.texts] if self.following else []
-        self.settings = _settings(student, [*self.texts, *following], self.teacher, config, seed)
+        readings = [self.readings[tuple(ids)] for ids in self.texts] if self.readings else []
+        taught = [[each.ids, each.pairs.tolist()] for each in readings]
+        self.settings = _settings(student, [*self.texts, *following, *taught], self.teacher, config, seed)
         student.prepare_training(seed=seed)
         self.projection = _projection(self.backbone, self.teacher, config, seed)
         self.head = _word_head(self.backbone) if config.objective in ("words", "masked_next_token") else None
@@ -416,14 +448,24 @@ class _Pretraining:
             yield contrastive_loss(first, second, temperature=config.temperature)
             return
         for part in self._parts(batch):
-            token_ids, mask = self.backbone.pad([batch[index] for index in part])
+            texts = [batch[index] for index in part]
+            token_ids, mask = self.backbone.pad(texts)
             states, mask = self.backbone(token_ids, mask)
+            readings = [self.readings[tuple(ids)] for ids in texts] if self.readings else []
             with torch.no_grad():
-                teacher_states, _ = self.teacher(token_ids, mask)
-            yield self._differences(states, teacher_states, mask).sum() / len(batch)
+                read = self.teacher.pad([each.ids for each in readings]) if readings else (token_ids, mask)
+                teacher_states, teacher_mask = self.teacher(*read)
+                if readings and config.objective != "vectors":
+                    pairs = [each.pairs for each in readings]
+                    teacher_states, mask = aligned_states(teacher_states, pairs, states.shape[1])
+            yield self._differences(states, mask, teacher_states, teacher_mask).sum() / len(batch)
 
-    def _differences(self, states: Tensor, teacher_states: Tensor, mask: Tensor) -> Tensor:
-        """How far the student is from the teacher, for each text [texts]."""
+    def _differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:
+        """How far the student is from the teacher, for each text [texts].
+
+        ``mask`` says which tokens are compared, and for vectors, which the student pools; ``teacher_mask``, which the
+        teacher pools.
+        """
         assert self.teacher is not None
         if self.config.objective == "relations":
             own, taught = (each.vectors for each in self.attention)
@@ -440,7 +482,7 @@ class _Pretraining:
             return -information.expand(len(states))
         if self.config.objective == "hidden_states":
             return state_distance(project(states.float()), teacher_states, mask)
-        own, taught = self.backbone.pool(states, mask), self.teacher.pool(teacher_states, mask)
+        own, taught = self.backbone.pool(states, mask), self.teacher.pool(teacher_states, teacher_mask)
         return vector_distance(project(own), taught)
 
     def _cut(self, passages: Sequence[str]) -> list[str]:
@@ -599,26 +641,75 @@ def _check_backbone(backbone: Backbone, config: PretrainingConfig) -> None:
             raise InputError(f"'{model}' has no layer with dropout, which the objective simcse needs; use another")
 
 
-def _load_teacher(backbone: Backbone, config: PretrainingConfig, texts: Sequence[str]) -> Backbone | None:
-    """The backbone to imitate, if there is one; it must read ``texts`` as the same tokens."""
+def _load_teacher(backbone: Backbone, config: PretrainingConfig) -> Backbone | None:
+    """The backbone to imitate, if there is one."""
     if not config.is_taught:
         return None
     own = backbone.config
     if config.teacher is None and own.layers is None:
-        raise InputError(f"the objective {config.objective} needs a teacher: name a backbone with the same tokenizer")
+        raise InputError(f"the objective {config.objective} needs a teacher: name a backbone to imitate")
     taught_by = own.model_copy(update={"layers": None, "tuning": "frozen", "bidirectional": False})
     if config.teacher is not None:
         taught_by = BackboneConfig(model=config.teacher, tuning="frozen")
-    teacher = Backbone.load(taught_by, device=backbone.device, dtype=backbone.compute_dtype)
+    return Backbone.load(taught_by, device=backbone.device, dtype=backbone.compute_dtype)
+
+
+def _same_tokens(backbone: Backbone, teacher: Backbone, texts: Sequence[str], config: PretrainingConfig) -> bool:
+    """Whether the teacher reads ``texts`` as the same tokens; if not, whether the objective can do without."""
     one, other = (
         each.tokenize(texts, "passage", prefix="", limit=config.max_tokens).ids for each in (backbone, teacher)
     )
-    if one != other or backbone.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+    if one == other and backbone.tokenizer.get_vocab() == teacher.tokenizer.get_vocab():
+        return True
+    own, taught_by = backbone.config.model, teacher.config.model
+    if config.objective == "relations":
         raise InputError(
-            f"pretraining.teacher: '{taught_by.model}' reads other tokens than the student's backbone '{own.model}', "
-            "so their tokens cannot be compared; use a teacher with the same tokenizer"
+            f"pretraining.teacher: '{taught_by}' reads other tokens than the student's backbone '{own}', so their "
+            "attention cannot be compared; use a teacher with the same tokenizer, or one of the objectives "
+            "hidden_states, mutual_information and vectors"
         )
-    return teacher
+    slow = [each.config.model for each in (backbone, teacher) if not getattr(each.tokenizer, "is_fast", False)]
+    if config.objective != "vectors" and slow:
+        raise InputError(
+            f"pretraining.teacher: '{taught_by}' reads other tokens than the student's backbone '{own}', and the "
+            f"tokenizer of '{slow[0]}' gives no character offsets by which they could be compared; use a teacher with "
+            "the same tokenizer, or the objective vectors"
+        )
+    return False
+
+
+def _readings(
+    backbone: Backbone, teacher: Backbone, texts: Sequence[str], kind: TextKind, config: PretrainingConfig
+) -> dict[tuple[int, ...], _Reading]:
+    """How the teacher, with its own prefixes and cut to as many tokens, reads texts, by the student's tokens."""
+    own, taught = (each.tokenize(texts, kind, limit=config.max_tokens).ids for each in (backbone, teacher))
+    readings: dict[tuple[int, ...], _Reading] = {}
+    for text, ids, teacher_ids in zip(texts, own, taught, strict=True):
+        if config.objective == "vectors":
+            readings[tuple(ids)] = _Reading(teacher_ids, np.zeros((0, 3), np.int32), 0)
+            continue
+        spans = backbone.token_places(text, len(ids), kind)
+        pairs = align_tokens(text, spans, teacher.token_places(text, len(teacher_ids), kind))
+        num_tokens = sum(bool(text[max(0, start) : max(0, end)].strip()) for start, end in spans)
+        readings[tuple(ids)] = _Reading(teacher_ids, pairs, num_tokens)
+    return readings
+
+
+def _report_left_out(readings: Sequence[_Reading]) -> None:
+    """Say how many of the student's tokens have none of the teacher's; refuse texts in which no token has one."""
+    total = sum(each.num_tokens for each in readings)
+    compared = sum(len({*each.pairs[:, 0].tolist()}) for each in readings)
+    if not compared:
+        raise InputError(
+            "pretraining.teacher: no token of the student shares a character with one of the teacher, so their states "
+            "cannot be compared; use the objective vectors"
+        )
+    remarks.info(
+        "pretraining: the teacher has another tokenizer, and %d of %d tokens of the texts have none of its tokens at "
+        "the same characters; these, white space, prefixes and special tokens are left out of the loss",
+        total - compared,
+        total,
+    )
 
 
 def _mask_id(backbone: Backbone) -> int:
@@ -676,7 +767,7 @@ def _linear(width: int, other: int, seed: int) -> nn.Linear:
 
 
 def _settings(
-    student: Student, texts: Sequence[list[int]], teacher: Backbone | None, config: PretrainingConfig, seed: int
+    student: Student, texts: Sequence[list[Any]], teacher: Backbone | None, config: PretrainingConfig, seed: int
 ) -> dict[str, Any]:
     """Everything that affects a run, as JSON; a checkpoint with other settings is from another run."""
     values = without_new_defaults({"training": {"pretraining": config.model_dump(mode="json")}})
