@@ -4,9 +4,10 @@
 
 One run with the student `d2llm-minilm`, dev splits, nDCG@10 by the vectors alone and by the full score. The passages of
 covidqa (Apache-2.0) are parts of articles with titles; those of squad-sent (CC BY-SA 4.0) and wikiqa are sentences
-without titles, mostly in the order of their articles (the last of an article precedes the first of the next one). What is in
-front of a passage counts as its title does: for its vector, its words and the vectors of its tokens. At most 4,000
-passages of a set: all that are relevant to a dev query, and others at random; their context is from the whole set.
+without titles, mostly in the order of their articles (the last of an article precedes the first of the next one). What
+is in front of a passage counts as its title does: for its vector, its words and the vectors of its tokens. At most
+4,000 passages of a set: all that are relevant to a dev query, and others at random; their context is from the whole
+set.
 """
 
 from __future__ import annotations

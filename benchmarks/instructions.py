@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ NUM_QUERIES = 300
 RESULT = Path(__file__).parent / "results" / "instructions.json"
 
 
-def measure(index: Index, queries: dict[str, str], qrels: dict[str, dict[str, int]], **settings: object) -> np.ndarray:
+def measure(index: Index, queries: dict[str, str], qrels: dict[str, dict[str, int]], **settings: Any) -> np.ndarray:
     """nDCG@10 of each query."""
     rankings = {
         query_id: [result.passage.id for result in ranking.passages]
@@ -43,7 +44,7 @@ def measure(index: Index, queries: dict[str, str], qrels: dict[str, dict[str, in
     return np.array([values[query_id] for query_id in queries])
 
 
-def rows_of(name: str, data_set: str) -> list[dict[str, object]]:
+def rows_of(name: str, data_set: str) -> list[dict[str, Any]]:
     """One row for each text put before the queries, with both scores."""
     student, (task, instruction) = Student.load(name, device="cpu"), SETS[data_set]
     data = read_beir(DATA / data_set, splits=["dev"])
@@ -54,7 +55,7 @@ def rows_of(name: str, data_set: str) -> list[dict[str, object]]:
     texts = {"the prefix (as trained)": None, "the instruction": instruction}
     if prefix:
         texts |= {"nothing": "", "prefix and instruction": prefix + instruction}
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         index = Index.create(Path(folder) / "index", student, task=task)
         index.upsert(data.passages.values())
@@ -64,7 +65,7 @@ def rows_of(name: str, data_set: str) -> list[dict[str, object]]:
                 values = measure(index, queries, qrels, instruction=text, evidence=evidence)
                 plain = values if plain is None else plain
                 changes = values - plain
-                row = {"student": name, "set": data_set, "score": score, "before the query": before}
+                row: dict[str, Any] = {"student": name, "set": data_set, "score": score, "before the query": before}
                 row |= {"ndcg@10": float(values.mean()), "change": float(changes.mean())}
                 row["standard error"] = float(changes.std(ddof=1) / len(changes) ** 0.5)
                 rows.append(row)
