@@ -244,3 +244,18 @@ def test_a_teacher_judges_the_queries_that_the_first_half_of_the_training_change
     assert recipe["training"]["start"] == str(own / "student")
     assert recipe["losses"]["list_imitation"] > 0
     assert recipe["data"][0]["max_labelled"] >= 1
+
+
+def test_a_fit_whose_queries_all_share_passages_with_held_out_ones_trains_nothing(student, endpoint, tmp_path):
+    documents = write_documents(tmp_path / "docs")
+    teacher = tiny_teacher_config(write_tiny_model(tmp_path / "teacher"))
+    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0, num_judged=NUM_DOCUMENTS, max_positives=10_000)
+    settings = settings_for(student, endpoint.url, teacher=teacher, critic=critic)
+    done = Fit([documents], None, settings, device="cpu", dtype="float32")
+    report = done.finish()
+    assert report is not None
+    assert report.kept == "start"
+    assert report.verdict is None
+    assert any("shares a relevant passage with a held-out one" in note for note in report.notes)
+    assert not list(done.folder.work.glob("run-*"))
+    assert len(Index.open(done.folder.index, device="cpu").view)

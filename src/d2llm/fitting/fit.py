@@ -331,10 +331,11 @@ class Fit:
                 DataConfig(
                     path=str(self._data_folder(name)),
                     task=settings.task,
-                    max_queries=max(1, report.queries["train"]),
+                    max_queries=report.queries["train"],
                     exclude_shared_passages=name == "written",
                 )
                 for name, report in data.items()
+                if report.queries["train"]
             ],
             plan,
             has_teacher=settings.teacher is not None,
@@ -441,10 +442,17 @@ class Fit:
         with self.stages.run("weights"):
             base = self.fit_weights(data)
         trained, plan = None, self.plan()
-        if plan.training:
+        num_queries = sum(report.queries["train"] for report in data.values())
+        if not num_queries:
+            self.stages.skip("train", "no queries for it")
+            self._note(
+                "every query to train on shares a relevant passage with a held-out one: only the weights of the score "
+                "were fitted"
+            )
+        elif plan.training:
             with self.stages.run("train") as stage:
                 trained = self.train(data, plan)
-                stage.outcome = f"on {sum(report.queries['train'] for report in data.values()):,} queries"
+                stage.outcome = f"on {num_queries:,} queries"
         else:
             self.stages.skip("train", "no time for it")
             self._note("there was no time for training: only the weights of the score were fitted")

@@ -69,7 +69,7 @@ def write_written_data(
 
     A query of dev or test is left out if one of its positives is in ``trained_on``: passages that another data set
     trains on. A query of the train split is left out if one of its positives belongs to dev or test, or is a positive
-    of one of their queries.
+    of one of their queries; that may leave none to train on.
 
     Raises:
         InputError: there are too few queries for three splits.
@@ -89,7 +89,7 @@ def write_written_data(
         queries.append(Query(query.written.id, query.written.text))
         qrels[split] += [(query.written.id, name, 1) for name in query.positives]
     counts = {split: len({query_id for query_id, _, _ in rows}) for split, rows in qrels.items()}
-    if not all(counts.values()):
+    if not (counts["dev"] and counts["test"] and (counts["train"] or num_shared)):
         raise InputError(
             f"the {len(kept):,} queries that the critic kept make {counts['train']} to train on, {counts['dev']} for "
             f"dev and {counts['test']} for test; none of the three may be empty. Write more queries (more hours), or "
