@@ -78,12 +78,12 @@ def write_written_data(
     qrels: dict[str, list[tuple[str, str, int]]] = {split: [] for split in SPLITS}
     queries: list[Query] = []
     num_shared = 0
-    held_out = {name for query in kept if split_of[query.written.passage_id] != "train" for name in query.positives} | {
-        name for name, split in split_of.items() if split != "train"
-    }
+    trained = set(trained_on)
+    reserved = {name for name, split in split_of.items() if split != "train"}
+    held_out = reserved.union(*(query.positives for query in kept if query.written.passage_id in reserved))
     for query in sorted(kept, key=lambda each: each.written.id):
         split = split_of[query.written.passage_id]
-        if not set(held_out if split == "train" else trained_on).isdisjoint(query.positives):
+        if not (held_out if split == "train" else trained).isdisjoint(query.positives):
             num_shared += 1
             continue
         queries.append(Query(query.written.id, query.written.text))

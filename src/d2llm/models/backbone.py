@@ -427,11 +427,7 @@ class Backbone(nn.Module):
         Needs a fast tokenizer. The span of a special token is empty.
         """
         prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
-        with TOKENIZING:
-            encoded = self.tokenizer(
-                [prefix + text], truncation=True, max_length=num_tokens, return_offsets_mapping=True
-            )
-        (offsets,) = cast("list[list[Span]]", encoded["offset_mapping"])
+        (offsets,) = _offsets(self.tokenizer, [prefix + text], max_tokens=num_tokens)
         return [(start - len(prefix), end - len(prefix)) for start, end in offsets]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch tokens"], Bool[Tensor, "batch tokens"]]:
@@ -528,14 +524,19 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _offsets(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    *,
+    max_tokens: int | None = None,
+    add_special_tokens: bool = True,
 ) -> list[list[Span]]:
-    """The span of each token of each text, in characters; that of a special token is empty."""
+    """The span of each token of each text, cut to ``max_tokens``, in characters; that of a special token is empty."""
     try:
         with TOKENIZING:
             encoded = tokenizer(
                 texts,
-                truncation=False,
+                truncation=max_tokens is not None,
+                max_length=max_tokens,
                 add_special_tokens=add_special_tokens,
                 return_offsets_mapping=True,
                 verbose=False,

@@ -432,6 +432,7 @@ class Student(VectorScorer):
             fell_back("engine for vectors of tokens", "the graph gives vectors of texts only; torch encodes both")
         tokenized, is_query = self.tokenize(texts, kind, instruction=instruction), kind == "query"
         starts = [0] * len(texts) if instruction is None else self.backbone.first_own_tokens(texts, instruction)
+        places_of = projection.query_places if is_query else projection.places
         token_rows: list[NDArray[np.float32]] = [np.zeros((0, projection.dim), np.float32)] * len(texts)
 
         def read(batch: list[int]) -> Float32[np.ndarray, "batch dim"]:
@@ -440,10 +441,7 @@ class Student(VectorScorer):
                 states, mask = self.backbone(*self.backbone.pad(ids))
                 own_ids = [tokenized.ids[index][starts[index] :] for index in batch]
                 places = [
-                    [
-                        starts[index] + place
-                        for place in (projection.query_places if is_query else projection.places)(own)
-                    ]
+                    [starts[index] + place for place in places_of(own)]
                     for index, own in zip(batch, own_ids, strict=True)
                 ]
                 tokens = projection(torch.cat([states[row, kept] for row, kept in enumerate(places)])).cpu().numpy()

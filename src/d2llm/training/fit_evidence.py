@@ -332,6 +332,7 @@ def _best_factor(
     """
     best: FactorKind | None = "words" if words_factor else None
     on_halves = _on_halves(sets, terms, best)
+    on_others: dict[str, list[float]] | None = None
     kinds: list[FactorKind] = [] if words_factor is False or not _are_words(terms).any() else ["words", "nearest"]
     for kind in kinds:
         if kind == best or (kind == "nearest" and any(each.nearest is None for each in sets)):
@@ -339,8 +340,13 @@ def _best_factor(
         better = _on_halves(sets, terms, kind)
         if not _is_gain(on_halves, better, num_errors=_MIN_STANDARD_ERRORS):
             continue
-        if len(sets) == 1 or _is_gain(_on_other_sets(sets, terms, best), _on_other_sets(sets, terms, kind)):
-            best, on_halves = kind, better
+        if len(sets) > 1:
+            on_others = on_others or _on_other_sets(sets, terms, best)
+            others = _on_other_sets(sets, terms, kind)
+            if not _is_gain(on_others, others):
+                continue
+            on_others = others
+        best, on_halves = kind, better
     return best, on_halves
 
 
