@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -273,6 +275,34 @@ def test_stopping_abandons_work_that_takes_too_long():
             with pytest.raises(NotReadyError, match="stopped before"):
                 await task
         tasks[0].cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_idle_queue_keeps_nothing_of_its_last_batch(fails: bool):
+    class Item:
+        pass
+
+    def run(items):
+        if fails:
+            raise ValueError("a bad item")
+        return [1 for _ in items]
+
+    async def main():
+        queue = batcher(run)
+        item = Item()
+        kept = weakref.ref(item)
+        answers = await asyncio.gather(queue.submit([item]), return_exceptions=True)
+        assert isinstance(answers[0], ValueError) == fails
+        del item, answers
+
+        def is_gone() -> bool:
+            gc.collect()
+            return kept() is None
+
+        await soon(is_gone)
+        await queue.stop()
 
     asyncio.run(main())
 

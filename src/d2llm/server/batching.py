@@ -206,7 +206,6 @@ class Batcher(Generic[_Item, _Result]):
 
     async def _work(self) -> None:
         """Loop of one lane: run batch after batch."""
-        loop = asyncio.get_running_loop()
         while True:
             while not self._groups:
                 self._has_items.clear()
@@ -215,25 +214,30 @@ class Batcher(Generic[_Item, _Result]):
                 await self._has_items.wait()
             if self._wait_seconds:
                 await asyncio.sleep(self._wait_seconds)
-            taken = self._take()
-            if not taken:
-                continue
-            alone = not self._groups and not self._num_running
-            self._num_running += 1
-            begin = time.perf_counter()
-            thread, items = self._thread if alone else self._lanes, [place.item for place in taken]
-            try:
-                results = await loop.run_in_executor(thread, self._run_apart, items)
-            except Exception as error:  # noqa: BLE001 - no thread was available; one may be for the next batch
-                results = [error] * len(taken)
-            finally:
-                self._num_running -= 1
-            seconds = time.perf_counter() - begin
-            self._observe_batch(len(taken), seconds)
-            latest = seconds / len(taken)
-            self._item_seconds += _NEW_WEIGHT * (latest - self._item_seconds) if self._item_seconds else latest
-            for place, result in zip(taken, results, strict=True):
-                _deliver(place.group, place.number, result)
+            await self._run_next()
+
+    async def _run_next(self) -> None:
+        """Run the next batch. (Not a part of the loop, which would keep its items in memory until the one after.)"""
+        taken = self._take()
+        if not taken:
+            return
+        alone = not self._groups and not self._num_running
+        self._num_running += 1
+        begin = time.perf_counter()
+        thread, items = self._thread if alone else self._lanes, [place.item for place in taken]
+        try:
+            loop = asyncio.get_running_loop()
+            results = await loop.run_in_executor(thread, self._run_apart, items)
+        except Exception as error:  # noqa: BLE001 - no thread was available; one may be for the next batch
+            results = [error] * len(taken)
+        finally:
+            self._num_running -= 1
+        seconds = time.perf_counter() - begin
+        self._observe_batch(len(taken), seconds)
+        latest = seconds / len(taken)
+        self._item_seconds += _NEW_WEIGHT * (latest - self._item_seconds) if self._item_seconds else latest
+        for place, result in zip(taken, results, strict=True):
+            _deliver(place.group, place.number, result)
 
     def _take(self) -> list[_Place[_Item, _Result]]:
         """The next batch: the item that has waited longest, and the items in sight with the most similar costs."""
