@@ -31,6 +31,7 @@ def new_store(
     vector_copies: VectorCopies = 2,
     window_format: str | None = None,
     token_format: str | None = None,
+    document_expansion: str | None = None,
 ) -> IndexStore:
     return IndexStore.create(
         folder,
@@ -41,6 +42,7 @@ def new_store(
         window_format=window_format,
         token_format=token_format,
         token_dim=None if token_format is None else DIM,
+        document_expansion=document_expansion,
         metadata=fields,
     )
 
@@ -67,6 +69,12 @@ def parts_of(kind: PartKind, texts: Iterable[str]) -> ReadParts:
     return ReadParts(np.concatenate(vectors), np.array(counts, np.int64), 0)
 
 
+def added_words(passage: Passage) -> dict[str, float]:
+    """A word that the text lacks, and how often it counts, seeded by the text."""
+    seed = xxhash.xxh3_64_intdigest(f"words of {passage.full_text}".encode())
+    return {"melon": 0.01 + seed % 200 / 100} if seed % 3 and passage.full_text else {}
+
+
 def stored_vectors(passages: Iterable[Passage], vector_format: str) -> NDArray[np.float32]:
     """The passages' vectors as a store of this format returns them."""
     codec, passage_list = make_format(vector_format, DIM), list(passages)
@@ -87,7 +95,8 @@ def put(store: IndexStore, passages: Iterable[Passage]) -> int:
         changes = store.compare(passage_list)
         texts = [text.full_text for text in changes.texts]
         parts = {kind: parts_of(kind, texts) for kind in store.part_formats}
-        return store.write(changes, vectors_of(changes.texts), parts=parts)
+        added = [added_words(passage) for passage in changes.texts] if store.adds_words else None
+        return store.write(changes, vectors_of(changes.texts), parts=parts, added=added)
 
 
 def live_rows(view: PassageView) -> NDArray[np.int64]:

@@ -114,7 +114,8 @@ def append_copies(store: IndexStore, num_passages: int) -> None:
             replace(passage, id=f"copy-{row:07}") for row, passage in enumerate(view.passages(chosen), start=start)
         ]
         codes = store.format.encode(vectors, [passage.id for passage in passages])
-        block = table_block(passages, schema, MetadataSchema({}), np.arange(len(chosen)), [False] * len(chosen), codes)
+        kept = [{"d2_truncated": False, "d2_words": ""}] * len(chosen)
+        block = table_block(passages, schema, MetadataSchema({}), np.arange(len(chosen)), kept, codes)
         parts: dict[PartKind, PartVectors | None] = {"window": view.windows, "token": view.tokens}
         taken: dict[PartKind, Any] = {kind: part.take(chosen) for kind, part in parts.items() if part is not None}
         store.append_rows(block, codes, view.own_words.take(chosen), taken)

@@ -1,7 +1,8 @@
-"""``d2llm fit-scores`` with the quality of passages and weights of words, and ``d2llm encode --prune``."""
+"""``d2llm fit-scores`` with quality of passages, weights of words and words that passages lack; ``encode --prune``."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, first in (("train", 0), ("dev", 1), ("test", 2)):
         rows = [f"q{n}\tp{(n - first) % (NUM // 2)}\t1" for n in range(first, NUM, 3)]
         (data / "qrels" / f"{split}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n")
+    half = shutil.copytree(data, folder / "half")  # each passage is relevant in one split
+    for split, numbers in (("train", range(32)), ("dev", range(32, NUM))):
+        rows = [f"q{n}\tp{n}\t1" for n in numbers]
+        (half / "qrels" / f"{split}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n")
+    (half / "qrels" / "test.tsv").unlink()
+    write_lines(folder / "more.jsonl", [{"_id": "new", "text": "one more"}])
     return folder
 
 
@@ -46,6 +53,22 @@ def test_quality_and_term_weights_from_the_command_line(place: Path, tmp_path: P
     arguments = ("--student", new, "--out", tmp_path / "i", "--prune", "0.25")
     _, encoded = succeed_with_report("encode", place / "data", *arguments, folder=tmp_path)
     assert encoded["result"]["num_pruned"] == NUM // 4
+
+
+def test_document_expansion_from_the_command_line(place: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    options = ("--no-window-vectors", "--queries", "24", "--document-expansion", "--device", "cpu")
+    result, written = succeed_with_report(
+        "fit-scores", place / "student", place / "half", "--out", new, *options, folder=tmp_path
+    )
+    report = written["result"]["document_expansion"]
+    assert report["num_passages"] == {"half": 32}
+    assert f"document expansion: explained {report['explained']['half']:.3f} on half" in " ".join(result.stderr.split())
+    succeed_with_report("encode", place / "half", "--student", new, "--out", tmp_path / "i", folder=tmp_path)
+    _, found = succeed_with_report("search", tmp_path / "i", "the cat", folder=tmp_path)
+    assert found["result"]
+    message = ["words added by document expansion", "has none", "use the student that made the index"]
+    fail("index", tmp_path / "i", "add", place / "more.jsonl", "--student", place / "student", containing=message)
 
 
 def test_a_student_without_quality_cannot_prune(place: Path, tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage
 from d2llm.ops.bm25_words import terms
-from d2llm.store.bm25 import WordIndex
+from d2llm.store.bm25 import WordIndex, WordSegment
 from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import stats, verify
 from d2llm.store.view import PassageView
-from tiny_store import DIM, check_contents, exact_products, new_store, put, vectors_of
+from tiny_store import DIM, added_words, check_contents, exact_products, new_store, put, vectors_of
 
 WORDS = ("apple", "pear", "quince", "中文", "文本")
 IDS = st.one_of(st.sampled_from([f"p{n}" for n in range(12)]), st.text(min_size=1, max_size=4))
@@ -53,13 +53,19 @@ def _bare(passage: Passage) -> Passage:
 class StoreMachine(RuleBasedStateMachine):
     vector_format = "bfloat16"
     vector_copies: VectorCopies = 2
+    document_expansion: str | None = None
     views = Bundle("views")
     names = Bundle("names")
 
     @initialize()
     def create(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="store-"))
-        self.store = new_store(self.folder / "index", self.vector_format, vector_copies=self.vector_copies)
+        self.store = new_store(
+            self.folder / "index",
+            self.vector_format,
+            vector_copies=self.vector_copies,
+            document_expansion=self.document_expansion,
+        )
         self.model: Model = {}
         self.snapshots: dict[str, Model] = {}
 
@@ -229,6 +235,34 @@ class OneCopyMachine(StoreMachine):
                 raise
 
 
+class AddedWordsMachine(StoreMachine):
+    """Passages have words beside those of their texts, which are lost with no file and no version."""
+
+    document_expansion = "words"
+
+    @rule(damage=st.booleans())
+    def lose_words(self, damage: bool) -> None:
+        for path in self.store.folder.glob("words-*.bin"):
+            if damage:
+                path.write_bytes(path.read_bytes()[:-1])
+            else:
+                path.unlink()
+                path.with_suffix(".json").unlink()
+
+    @rule(word=st.sampled_from(WORDS))
+    def score_words(self, word: str) -> None:
+        view = PassageView(self.store)
+        segment = WordSegment.from_texts(passage.full_text for passage in self.model.values())
+        reference = WordIndex([segment.with_added([added_words(passage) for passage in self.model.values()])])
+        text = f"{word} melons"
+        rows = view.rows(list(self.model))
+        scores, expected = view.words.scores(view.words.query(text)), reference.scores(reference.query(text))
+        np.testing.assert_array_equal(scores[rows], expected)
+
+    def match(self, word: str, top_k: int, year: int | None) -> None:
+        """Scores that no added word counts in are tested by the other machines."""
+
+
 class Int8Machine(StoreMachine):
     vector_format = "int8"
 
@@ -243,6 +277,8 @@ TestBfloat16 = StoreMachine.TestCase
 TestBfloat16.settings = settings(_BUDGET, max_examples=5 * _TIMES)
 TestOneCopy = OneCopyMachine.TestCase
 TestOneCopy.settings = settings(_BUDGET, max_examples=4 * _TIMES)
+TestAddedWords = AddedWordsMachine.TestCase
+TestAddedWords.settings = settings(_BUDGET, max_examples=4 * _TIMES)
 TestInt8 = Int8Machine.TestCase
 TestInt8.settings = settings(_BUDGET, max_examples=2 * _TIMES)
 TestBinary = BinaryMachine.TestCase

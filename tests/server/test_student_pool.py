@@ -15,18 +15,20 @@ from d2llm.server.student_pool import StudentPool
 
 
 class FakeStudent:
-    def __init__(self, fingerprint: str, tokens: str | None = None) -> None:
+    def __init__(self, fingerprint: str, tokens: str | None = None, words: str | None = None) -> None:
         self.fingerprint = fingerprint
         self.token_fingerprint = tokens
+        self.expansion_fingerprint = words
         self.is_retired = False
 
     async def retire(self) -> None:
         self.is_retired = True
 
 
-def index_of(fingerprint: str, tokens: str | None = None) -> Any:
+def index_of(fingerprint: str, tokens: str | None = None, words: str | None = None) -> Any:
     """As much of an index as the pool reads."""
-    return SimpleNamespace(manifest={"student": fingerprint, "token_projection": tokens})
+    names = {"student": fingerprint, "token_projection": tokens, "document_expansion": words}
+    return SimpleNamespace(manifest=names)
 
 
 def test_a_student_retires_when_the_last_index_leaves_it():
@@ -55,6 +57,15 @@ def test_a_new_projection_of_tokens_is_another_student():
     for student in (new, new, old):
         asyncio.run(pool.leave(student))
     assert pool.students == (old,)
+
+
+def test_other_words_for_passages_are_another_student():
+    found = iter([("projection", None), (None, "words")])
+    pool = StudentPool(lambda store: FakeStudent("a", *next(found)))  # pyright: ignore[reportArgumentType]
+    tokens, words = pool.take(index_of("a", "projection")), pool.take(index_of("a", None, "words"))
+    assert tokens is not words
+    assert pool.take(index_of("a", None, "words")) is words
+    assert pool.take(index_of("a")) is tokens
 
 
 def test_indexes_opened_at_once_load_their_student_once_and_do_not_wait_for_another():

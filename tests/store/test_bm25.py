@@ -298,3 +298,78 @@ class TestSentences:
         assert all(
             table[start:end].split() == ["cell"] * len(table[start:end].split()) for start, end in sentences(table)
         )
+
+
+@st.composite
+def with_added(draw: st.DrawFn) -> tuple[list[str], list[dict[str, float]]]:
+    """Texts, and words that each of them lacks with counts in hundredths."""
+    collection = draw(texts)
+    counts = st.integers(1, 400).map(lambda number: number / 100)
+    added = [
+        draw(st.dictionaries(st.sampled_from([w for w in ("cat", "dog", "ship", "sail") if w not in text]), counts))
+        if text
+        else {}
+        for text in collection
+    ]
+    return collection, added
+
+
+class TestAddedWords:
+    @given(with_added(), queries)
+    def test_they_count_in_the_passage_and_in_its_length(self, both, query):
+        collection, added = both
+        index = WordIndex([WordSegment.from_texts(collection).with_added(added)])
+        words = index.query(query)
+        lengths = [len(terms(text)) + sum(own.values()) for text, own in zip(collection, added, strict=True)]
+        mean = sum(lengths) / len(lengths)
+        expected = []
+        for text, own, length in zip(collection, added, lengths, strict=True):
+            score = 0.0
+            for term in terms(query):
+                containing = sum(term in terms(other) for other in collection)  # of the texts alone
+                count = terms(text).count(term) or own.get(term, 0)
+                if count and containing:
+                    idf = math.log(1 + (len(collection) - containing + 0.5) / (containing + 0.5))
+                    score += idf * count / (count + 1.2 * (1 - 0.75 + 0.75 * length / mean))
+            expected.append(score)
+        np.testing.assert_allclose(index.scores(words), expected, rtol=1e-5, atol=1e-6)
+        rows = np.arange(len(collection))[::-1]
+        passages, best_windows = index.score(words, rows)
+        np.testing.assert_array_equal(passages, index.scores(words)[::-1])
+        np.testing.assert_allclose(best_windows[::-1], by_windows(query, collection), rtol=1e-5, atol=1e-6)
+        assert passages.max(initial=0) <= words.limit
+
+    @given(with_added(), queries, st.data())
+    def test_scores_do_not_depend_on_segments_or_deletions(self, both, query, data):
+        collection, added = both
+        cut = data.draw(st.integers(0, len(collection)))
+        live = np.array(data.draw(st.lists(st.booleans(), min_size=len(collection), max_size=len(collection))))
+        segments = [
+            WordSegment.from_texts(collection[part]).with_added(added[part]) for part in (slice(cut), slice(cut, None))
+        ]
+        index = WordIndex(segments, live=live)
+        kept = np.flatnonzero(live)
+        rebuilt = WordIndex([WordSegment.from_texts(collection[n] for n in kept).with_added([added[n] for n in kept])])
+        words, rebuilt_words = index.query(query), rebuilt.query(query)
+        assert index.statistics == rebuilt.statistics
+        np.testing.assert_array_equal(words.weights, rebuilt_words.weights)
+        np.testing.assert_array_equal(index.scores(words)[live], rebuilt.scores(rebuilt_words))
+        taken = [WordIndex([index.take(kept)])] if len(kept) else []
+        for other in (WordIndex([WordSegment.join(segments)], live=live), *taken):
+            scores = other.scores(other.query(query))
+            np.testing.assert_array_equal(
+                scores[live] if len(other) > len(kept) else scores, rebuilt.scores(rebuilt_words)
+            )
+
+    def test_a_passage_is_found_by_a_word_that_it_lacks(self):
+        index = WordIndex([WordSegment.from_texts(["the sea", "a ship"]).with_added([{"ship": 0.5}, {}])])
+        words = index.query("ship")
+        assert (index.scores(words) > 0).all()
+        assert sorted(index.best(words, 2)[0].tolist()) == [0, 1]
+        assert index.window_limits(words)[0] == 0
+
+    def test_without_any_the_segment_is_as_before(self):
+        segment = WordSegment.from_texts(TEXTS.values())
+        assert segment.with_added([{}] * len(TEXTS)).added is None
+        more = segment.with_added([{"ship": 1.0}, *[{}] * (len(TEXTS) - 1)])
+        assert more.num_bytes == segment.num_bytes + 8 + 2 * 8 + 4 + 2

@@ -27,7 +27,7 @@ def _block(passages, first_row=0):
     rows = np.arange(first_row, first_row + len(passages))
     codes = np.repeat(rows.astype(np.uint8), CODE_SIZE).reshape(-1, CODE_SIZE)
     schema = table_schema(FIELDS.arrow_fields(), CODE_SIZE)
-    return table_block(passages, schema, FIELDS, rows, [False] * len(rows), codes)
+    return table_block(passages, schema, FIELDS, rows, [{"d2_truncated": False}] * len(rows), codes)
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ TEXTS = [f"common words and own{n}. A second sentence {n % 3}" for n in range(40
 QUERY = "common own7 sentence 2"
 
 
-def texts_of(first: int, end: int) -> list[str]:
-    return TEXTS[first:end]
+def segment_of(first: int, end: int) -> WordSegment:
+    return WordSegment.from_texts(TEXTS[first:end])
 
 
-def unreadable(first: int, end: int) -> list[str]:
+def unreadable(first: int, end: int) -> WordSegment:
     raise AssertionError(f"rows {first} to {end} are in files")
 
 
@@ -52,14 +52,29 @@ def test_segments_survive_a_round_trip(tmp_path):
     assert scores(opened.words) == EXPECTED
 
 
+def test_added_words_survive_a_round_trip_and_joining(tmp_path):
+    added = [{"ship": n / 100 + 0.01} if n % 3 else {} for n in range(40)]
+    for first, end in ((0, 20), (20, 21), (21, 33), (33, 40)):
+        write_segment(tmp_path, 0, first, WordSegment.from_texts(TEXTS[first:end]).with_added(added[first:end]))
+    expected = WordIndex([WordSegment.from_texts([*TEXTS, "ship"]).with_added([*added, {}])])
+    for _ in range(2):
+        opened = open_words(tmp_path, 0, 40, unreadable, whole=True)
+        words = expected.query("ship own7")
+        np.testing.assert_array_equal(
+            opened.words.within(expected.statistics).scores(words), expected.scores(words)[:40]
+        )
+        update_word_files(tmp_path, 0, 40, unreadable)
+    assert len(files(tmp_path)) < 4
+
+
 @pytest.mark.parametrize("bounds", [(0,), (0, 20), (20, 40), (0, 5, 9)])
 def test_missing_rows_are_read_again_and_counted(tmp_path, bounds):
     write(tmp_path, *bounds)
-    opened = open_words(tmp_path, 0, 40, texts_of)
+    opened = open_words(tmp_path, 0, 40, segment_of)
     missing = 40 - (bounds[-1] - bounds[0])
     assert opened.problems == [f"the words of {missing} passages are in no file"]
     assert scores(opened.words) == EXPECTED
-    update_word_files(tmp_path, 0, 40, texts_of)
+    update_word_files(tmp_path, 0, 40, segment_of)
     opened = open_words(tmp_path, 0, 40, unreadable)
     assert (opened.problems, scores(opened.words)) == ([], EXPECTED)
 
@@ -67,14 +82,14 @@ def test_missing_rows_are_read_again_and_counted(tmp_path, bounds):
 def test_rows_without_a_passage_do_not_count_as_missing(tmp_path):
     write(tmp_path, 0, 38)
     texts = [*TEXTS[:38], "", ""]
-    opened = open_words(tmp_path, 0, 40, lambda first, end: texts[first:end])
+    opened = open_words(tmp_path, 0, 40, lambda first, end: WordSegment.from_texts(texts[first:end]))
     assert opened.problems == []
     assert len(opened.words) == 40
 
 
 def test_generations_have_separate_files(tmp_path):
     write(tmp_path, 0, 40)
-    assert "40 passages" in open_words(tmp_path, 1, 40, texts_of).problems[0]
+    assert "40 passages" in open_words(tmp_path, 1, 40, segment_of).problems[0]
 
 
 @pytest.mark.parametrize("name", ["bin", "json"])
@@ -87,11 +102,11 @@ def test_damage_is_reported_and_the_words_are_read_again(tmp_path, name, damage)
         content[len(content) // 2] ^= 4
     changed = {"flip": content, "cut": content[:-3], "empty": b""}.get(damage)
     path.unlink() if changed is None else path.write_bytes(changed)
-    opened = open_words(tmp_path, 0, 40, texts_of)
+    opened = open_words(tmp_path, 0, 40, segment_of)
     assert "20 passages are in no file" in opened.problems[-1]
     assert scores(opened.words) == EXPECTED
     word_files.remove_damaged(tmp_path, 0)
-    update_word_files(tmp_path, 0, 40, texts_of)
+    update_word_files(tmp_path, 0, 40, segment_of)
     opened = open_words(tmp_path, 0, 40, unreadable, whole=True)
     assert (opened.problems, scores(opened.words)) == ([], EXPECTED)
 
@@ -115,7 +130,7 @@ def test_no_segment_gets_too_large(tmp_path, monkeypatch):
     write(tmp_path, *range(0, 41, 4))
     update_word_files(tmp_path, 0, 40, unreadable)
     assert files(tmp_path) == ["words-0-0-16.bin", "words-0-16-32.bin", "words-0-32-40.bin"]
-    update_word_files(tmp_path, 1, 40, texts_of)
+    update_word_files(tmp_path, 1, 40, segment_of)
     assert files(tmp_path)[3:] == ["words-1-0-16.bin", "words-1-16-32.bin", "words-1-32-40.bin"]
 
 

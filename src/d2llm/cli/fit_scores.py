@@ -74,6 +74,14 @@ def fit_scores(
             "--term-weights", help="First fit how much each word of a query counts in BM25, on train judgements."
         ),
     ] = False,
+    document_expansion: Annotated[
+        bool,
+        typer.Option(
+            "--document-expansion",
+            help="First fit, on train judgements, which words passages lack that queries for them have; new indexes "
+            "add the likeliest ones to each passage, for BM25 alone.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of queries and passages.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -83,7 +91,8 @@ def fit_scores(
 
     Without training the student again, two things are fitted on dev: the weights of words (BM25), sentences and tokens
     in the score of a passage in an index, and the conversion of scores into probabilities. Vectors do not change, so an
-    index of the old student can be searched with the new one. What was fitted for the other task is kept.
+    index of the old student can be searched with the new one (after --document-expansion, make a new one: the old one
+    lacks the words). What was fitted for the other task is kept.
     """
     from d2llm.data.open_data import open_source
     from d2llm.data.pairs import PairSource
@@ -92,7 +101,8 @@ def fit_scores(
     from d2llm.training.sentences import describe_calibration, describe_evidence
 
     session = session_of(context)
-    sources = [open_source(path, splits=None if quality or term_weights else ["dev"]) for path in data]
+    splits = None if quality or term_weights or document_expansion else ["dev"]
+    sources = [open_source(path, splits=splits) for path in data]
     # Of pairs, the passages of all splits are the corpus.
     datasets = [
         (open_source(path) if isinstance(source, PairSource) else source).load()
@@ -109,6 +119,7 @@ def fit_scores(
         token_vectors=token_vectors,
         quality=quality,
         term_weights=term_weights,
+        document_expansion=document_expansion,
         num_queries=num_queries,
         seed=seed,
     )
@@ -116,7 +127,11 @@ def fit_scores(
     evidence = describe_evidence({task: report.evidence}) if report.evidence else "words were not fitted"
     probabilities = describe_calibration({task: report.probabilities} if report.probabilities else {})
     added = ""
-    for name, measure, fitted in (("quality", "auc", report.quality), ("words", "explained", report.term_weights)):
+    for name, measure, fitted in (
+        ("quality", "auc", report.quality),
+        ("words", "explained", report.term_weights),
+        ("document expansion", "explained", report.document_expansion),
+    ):
         if fitted is not None:
             added += f"; {name}: " + ", ".join(
                 f"{measure} {value:.3f} on {on}" for on, value in fitted[measure].items()

@@ -522,8 +522,10 @@ class Fit:
             self.index.store.check_student(loaded.fingerprint)
             check_parts(self.index.store, loaded, self.settings.task)
         except IndexMismatchError:
-            tokens = loaded.token_fingerprint if loaded.token_dim else None
-            folder = self.folder.work / f"index-{fingerprint_json([loaded.fingerprint, tokens, self._corpus_key])}"
+            made_with = [loaded.fingerprint, loaded.token_fingerprint if loaded.token_dim else None]
+            if loaded.document_expansion is not None:
+                made_with.append(loaded.document_expansion.fingerprint)
+            folder = self.folder.work / f"index-{fingerprint_json([*made_with, self._corpus_key])}"
             if not is_finished(folder):
                 is_late = chunking is not None and chunking.late  # needs what stands around each passage
                 corpus = open_corpus(self.documents, exclude=self._excluded) if is_late else self.passages

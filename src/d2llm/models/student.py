@@ -37,6 +37,7 @@ from d2llm.models.backbone import (
     search_query_tokens,
 )
 from d2llm.models.device import choose_device, inference, tokens_to_read
+from d2llm.models.document_expansion import DocumentExpansion, read_document_expansion
 from d2llm.models.engines.core_workers import map_on_cores
 from d2llm.models.engines.engines import Engine, choose_engine, choose_products, open_engine
 from d2llm.models.evidence import NO_EVIDENCE, EvidenceWeights, read_evidence, write_evidence
@@ -65,7 +66,8 @@ class Student(VectorScorer):
     weights of the terms that an index adds to the scores of its passages (``models.evidence``). ``token_projection``
     makes the vectors of tokens, if it was trained (``models.token_vectors``). ``quality`` says how likely a passage is
     to answer any query, if it was fitted (``models.quality``). ``term_weights`` says how much each word of a query
-    counts in BM25, if it was fitted (``models.term_weights``).
+    counts in BM25, and ``document_expansion`` which words an index adds to a passage, if they were fitted
+    (``models.term_weights``, ``models.document_expansion``).
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
@@ -84,6 +86,7 @@ class Student(VectorScorer):
         self.token_projection: TokenProjection | None = None
         self.quality: PassageQuality | None = None
         self.term_weights: TermWeights | None = None
+        self.document_expansion: DocumentExpansion | None = None
         self._has_merged_weights = False
         self._engine: Engine | None = None
         self._products: torch.dtype | None = None
@@ -159,6 +162,7 @@ class Student(VectorScorer):
         student.evidence = read_evidence(folder, manifest["fingerprint"])
         student.quality = read_quality(folder, manifest["fingerprint"])
         student.term_weights = read_term_weights(folder, manifest["fingerprint"])
+        student.document_expansion = read_document_expansion(folder, manifest["fingerprint"], student.vector_dim)
         projection = read_token_projection(folder, manifest["fingerprint"], backbone.dim)
         student.token_projection = None if projection is None else projection.to(chosen)
         student.use_engine(engine, dtype=products)
@@ -236,8 +240,9 @@ class Student(VectorScorer):
             write_evidence(temporary, self.evidence)
             write_quality(temporary, self.quality)
             write_term_weights(temporary, self.term_weights)
-            if self.token_projection is not None:
-                self.token_projection.save(temporary, self.fingerprint)
+            for fitted in (self.token_projection, self.document_expansion):
+                if fitted is not None:
+                    fitted.save(temporary, self.fingerprint)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
             (temporary / files.CARD_FILE).write_text(model_card(temporary, manifest), encoding="utf-8")
 
@@ -272,9 +277,9 @@ class Student(VectorScorer):
     def cut(self, depth: int) -> Student:
         """A smaller and faster copy, whose backbone has only its first ``depth`` layers.
 
-        It scores by the inner product alone (r = 0), without evidence, vectors of tokens, probabilities, quality and
-        weights of words, because all these were fitted to what comes after all layers. ``d2llm fit-scores`` fits all
-        but the vectors of tokens again.
+        It scores by the inner product alone (r = 0), without evidence, vectors of tokens, probabilities, quality,
+        weights of words and added words, because all these were fitted to what comes after all layers. ``d2llm
+        fit-scores`` fits all but the vectors of tokens again.
 
         Raises:
             InputError: the student was not trained for this depth, or was loaded with ``lean=True``.
@@ -351,6 +356,7 @@ class Student(VectorScorer):
         self.token_projection = None
         self.quality = None
         self.term_weights = None
+        self.document_expansion = None
 
     def fit_pooling(self, passages: Sequence[str]) -> None:
         """Fit what ``pooling`` takes from passages (whitening, projection) before training, if it takes anything.

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 from d2llm.models.backbone import EncodedTexts, TextKind
-from d2llm.retrieval.protocols import Describable, SearchStudent, TermStudent, TextEncoder, TokenStudent
+from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.retrieval.protocols import (
+    Describable,
+    SearchStudent,
+    TermStudent,
+    TextEncoder,
+    TokenStudent,
+    expansion_of,
+)
 
 
 class ForwardingEncoder:
@@ -80,6 +88,11 @@ class ForwardingStudent(ForwardingEncoder):
     def token_fingerprint(self) -> str | None:
         """Hash of what makes the student's vectors of tokens, if it has any."""
         return self._student.token_fingerprint if isinstance(self._student, TokenStudent) else None
+
+    @property
+    def document_expansion(self) -> DocumentExpansion | None:
+        """What words the student adds to passages, if it knows some."""
+        return expansion_of(self._student)
 
     def encode_with_tokens(
         self,

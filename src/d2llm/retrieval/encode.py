@@ -22,11 +22,11 @@ from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.models.quality import PassageQuality
 from d2llm.retrieval.index import Index, part_formats
-from d2llm.retrieval.protocols import QualityStudent, SearchStudent, TokenStudent
+from d2llm.retrieval.protocols import QualityStudent, SearchStudent, TokenStudent, expansion_of
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
-from d2llm.runners.placement import Load, fingerprint_of, load_work
+from d2llm.runners.placement import Load, load_work
 from d2llm.runners.runner import Runner, Workers, find_runner
 from d2llm.store.index_manifest import FORMAT_VERSION, KIND, SHARDED_KIND, VectorCopies
 from d2llm.store.sharded_store import Storage, open_storage
@@ -253,6 +253,8 @@ def _draft_key(
         options.append({"pruning": pruning})
     if "token" in formats and isinstance(student, TokenStudent):
         options += [formats["token"], student.token_fingerprint]
+    if (expansion := expansion_of(student)) is not None:
+        options.append({"document_expansion": expansion.fingerprint})
     return fingerprint_json([FORMAT_VERSION, student.fingerprint, corpus, *options])
 
 
@@ -262,19 +264,25 @@ def _readers(
     """The workers of a cluster that encode passages for an index; None in this process, whose student does it."""
     if runner.is_local or load is None:
         return nullcontext()
-    identity = _describe(storage.manifest["student"], storage.manifest["token_projection"])
-    identify = _identity_with_tokens if storage.manifest["token_projection"] else fingerprint_of
-    work = partial(read_passages, parts=tuple(storage.part_formats))
-    return runner.workers(partial(load_work, load, identity, work, identify), device=device)
+    manifest, adds_words = storage.manifest, storage.stores[0].adds_words
+    made_by = (manifest["token_projection"], manifest.get("document_expansion"))
+    identify = partial(_identify, tokens=made_by[0] is not None, words=adds_words)
+    work = partial(read_passages, parts=tuple(storage.part_formats), expand=adds_words)
+    return runner.workers(
+        partial(load_work, load, _describe(manifest["student"], *made_by), work, identify), device=device
+    )
 
 
-def _identity_with_tokens(student: SearchStudent) -> str:
-    """The student's fingerprint with that of its projection of tokens."""
-    return _describe(student.fingerprint, student.token_fingerprint if isinstance(student, TokenStudent) else None)
+def _identify(student: SearchStudent, *, tokens: bool, words: bool) -> str:
+    """The student's fingerprint with those of its projection of tokens and its document expansion, if they count."""
+    projection = student.token_fingerprint if tokens and isinstance(student, TokenStudent) else None
+    expansion = expansion_of(student) if words else None
+    return _describe(student.fingerprint, projection, None if expansion is None else expansion.fingerprint)
 
 
-def _describe(fingerprint: str, token_projection: str | None) -> str:
-    return fingerprint if token_projection is None else f"{fingerprint} with projection {token_projection}"
+def _describe(fingerprint: str, token_projection: str | None, document_expansion: str | None) -> str:
+    name = fingerprint if token_projection is None else f"{fingerprint} with projection {token_projection}"
+    return name if document_expansion is None else f"{name} and document expansion {document_expansion}"
 
 
 def _no_other_writer(folder: Path) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Task, WholeText
+from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.quality import PassageQuality
 from d2llm.store.sharded_view import ReadableView
@@ -236,6 +237,16 @@ class QualityStudent(Protocol):
 
 
 @runtime_checkable
+class ExpandingStudent(Protocol):
+    """A ``SearchStudent`` that may know words that a passage lacks (``Student``, if they were fitted)."""
+
+    @property
+    def document_expansion(self) -> DocumentExpansion | None:
+        """What words an index adds to passages; None if this was not fitted."""
+        ...
+
+
+@runtime_checkable
 class TermStudent(Protocol):
     """A ``SearchStudent`` that may say how much each word of a query counts in BM25 (``Student``, if it was fitted)."""
 
@@ -256,6 +267,11 @@ class ProjectingStudent(Protocol):
     def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
         """[n, dim] -> W_p b, bfloat16 [n, hidden]; raises InputError if the head has no such part."""
         ...
+
+
+def expansion_of(student: object) -> DocumentExpansion | None:
+    """What words an index adds to passages, by a student that knows some."""
+    return student.document_expansion if isinstance(student, ExpandingStudent) else None
 
 
 def term_factors(student: object, queries: Sequence[str]) -> Sequence[Mapping[str, float] | None]:

@@ -15,7 +15,7 @@ from d2llm.core.types import LateChunk, PartKind, Passage, Task, WholeText
 from d2llm.models.pair_scores import score_by_query
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.bm25_words import windows
-from d2llm.retrieval.protocols import ChunkStudent, SearchStudent, TokenStudent
+from d2llm.retrieval.protocols import ChunkStudent, SearchStudent, TokenStudent, expansion_of
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
 from d2llm.runners.placement import HERE, Placement
 from d2llm.store.part_vectors import ReadParts
@@ -30,7 +30,8 @@ _WINDOWS_AT_ONCE = 128  # passages whose windows are encoded together
 class ReadPassages:
     """Vectors [n, dim] of passages, places of truncated ones, and numbers of tokens and windows read.
 
-    ``parts`` are the vectors of the passages' windows and tokens, if they were requested.
+    ``parts`` are the vectors of the passages' windows and tokens, and ``added`` the words that each of them lacks, if
+    they were requested.
     """
 
     vectors: NDArray[np.float32]
@@ -38,6 +39,7 @@ class ReadPassages:
     num_tokens: int = 0
     num_windows: int = 0
     parts: Mapping[PartKind, ReadParts] = field(default_factory=dict[PartKind, ReadParts])
+    added: Sequence[Mapping[str, float]] | None = None
 
 
 def read_passages(
@@ -46,18 +48,23 @@ def read_passages(
     advance: Callable[[int], None] | None = None,
     *,
     parts: Collection[PartKind] = (),
+    expand: bool = False,
 ) -> ReadPassages:
     """Encode passages, and the ``parts`` of them that are named.
 
     All late chunks of a document, wherever they are in the list, share one encoding of it. ``advance`` is called with
-    the number of passages finished since the last call.
+    the number of passages finished since the last call. With ``expand``, the result has the words that they lack.
 
     Raises:
-        InputError: there are late chunks, but the student cannot encode them; or vectors of tokens are wanted, but the
-            student has none.
+        InputError: there are late chunks, but the student cannot encode them; or vectors of tokens or words that
+            passages lack are wanted, but the student has none.
     """
     with_windows = "window" in parts
     read = _read_texts(student, passages, None if with_windows else advance, with_tokens="token" in parts)
+    if expand:
+        if (expansion := expansion_of(student)) is None:
+            raise InputError(f"this {type(student).__name__} knows no words that passages lack; use one that does")
+        read = replace(read, added=expansion.words(read.vectors, [passage.full_text for passage in passages]))
     if not with_windows:
         return read
     return replace(read, parts={**read.parts, "window": _read_windows(student, passages, advance)})

@@ -147,6 +147,7 @@ def _create(
         token_format=manifest.get("token_format"),
         token_dim=manifest.get("token_dim"),
         token_projection=manifest.get("token_projection"),
+        document_expansion=manifest.get("document_expansion"),
         metadata=MetadataSchema.from_arrow(tables[0].metadata_fields),
         student_config=manifest.get("student_config"),
         student_source=student_source,

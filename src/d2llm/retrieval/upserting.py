@@ -17,7 +17,7 @@ from d2llm.core.errors import DuplicateIdError, IndexMismatchError, InputError
 from d2llm.core.progress import Advance, ignore
 from d2llm.core.types import PartKind, Passage, piece_id
 from d2llm.retrieval.project import extend_projections
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_of
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.runners.runner import LocalWorkers, Workers
 from d2llm.store.blocks import Changes
@@ -87,8 +87,9 @@ def upsert_passages(
     kinds: tuple[PartKind, ...] = tuple(storage.part_formats)
     if "token" in kinds:
         check_projection(storage, student)
+    check_expansion(storage, student)
     if readers is None:
-        readers = LocalWorkers(partial(read_passages, student, parts=kinds))
+        readers = LocalWorkers(partial(read_passages, student, parts=kinds, expand=storage.stores[0].adds_words))
     with storage.writing():
         # Ids are looked up in the table as it was before, which is indexed; no id can occur twice in one call. New rows
         # of the growing table are not indexed, so that looking ids up there would get slower with each block.
@@ -177,7 +178,9 @@ class _Upsert:
         """Write the earliest unwritten block in one commit."""
         shard, block, changes = self._unwritten.popleft()
         store = self._storage.stores[shard]
-        self._versions[shard] = store.write(changes, read.vectors, read.truncated, self._tables[shard], read.parts)
+        self._versions[shard] = store.write(
+            changes, read.vectors, read.truncated, self._tables[shard], read.parts, read.added
+        )
         num_moved = self._delete_elsewhere(shard, block)
         report = self.report
         self.report = replace(
@@ -243,6 +246,18 @@ def check_projection(storage: Storage, student: SearchStudent) -> None:
         raise IndexMismatchError(
             f"{storage.folder}: its vectors of tokens were made by projection {made_by}, but the student has {own}; "
             "use the student that made the index, or index the corpus again"
+        )
+
+
+def check_expansion(storage: Storage, student: SearchStudent) -> None:
+    """Refuse a student that would add other words to passages than the index has."""
+    made_by = storage.manifest.get("document_expansion")
+    expansion = expansion_of(student)
+    if made_by is not None and (expansion is None or expansion.fingerprint != made_by):
+        own = "none" if expansion is None else expansion.fingerprint
+        raise IndexMismatchError(
+            f"{storage.folder}: its passages have words added by document expansion {made_by}, but the student has "
+            f"{own}; use the student that made the index, or index the corpus again"
         )
 
 

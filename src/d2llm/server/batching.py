@@ -217,7 +217,7 @@ class Batcher(Generic[_Item, _Result]):
             await self._run_next()
 
     async def _run_next(self) -> None:
-        """Run the next batch. (Not a part of the loop, which would keep its items in memory until the one after.)"""
+        """Run the next batch. The loop itself would keep its items in memory until the one after."""
         taken = self._take()
         if not taken:
             return

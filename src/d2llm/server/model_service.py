@@ -115,6 +115,8 @@ class ModelService:
         self.name = name
         self.fingerprint = student.fingerprint
         self.token_fingerprint = student.token_fingerprint
+        expansion = student.document_expansion
+        self.expansion_fingerprint = None if expansion is None else expansion.fingerprint
         self.dim = student.vector_dim
         self.max_query_tokens = student.max_query_tokens
         self.max_passage_tokens = student.config.backbone.max_passage_tokens

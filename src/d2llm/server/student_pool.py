@@ -10,14 +10,15 @@ from collections.abc import Callable
 from d2llm.server.model_service import ModelService
 from d2llm.store.sharded_store import Storage
 
-_Key = tuple[str, str | None]  # fingerprints of a student and of its projection of tokens
+_Key = tuple[str, str | None, str | None]
+"""Fingerprints of a student, of its projection of tokens and of its document expansion."""
 
 
 class StudentPool:
     """Loaded students, each shared by the indexes that it made.
 
-    Two students that differ in the projection of tokens only are two, because an index stores what a projection makes.
-    An index without vectors of tokens takes either.
+    Two students that differ in the projection of tokens or in the words that they add to passages are two, because an
+    index stores what these make. An index without either takes any.
 
     Whoever opens an index calls ``take``, in any thread, and later ``leave``. ``load`` loads the student of an index.
     """
@@ -40,7 +41,8 @@ class StudentPool:
         Raises:
             D2LLMError: it cannot be loaded, or is not the one that made the index.
         """
-        required = store.manifest["student"], store.manifest.get("token_projection")
+        manifest = store.manifest
+        required = manifest["student"], manifest.get("token_projection"), manifest.get("document_expansion")
         student = self._share(required)
         if student is not None:
             return student
@@ -64,17 +66,17 @@ class StudentPool:
     def _share(self, required: _Key) -> ModelService | None:
         with self._counting:
             for key, student in self._students.items():
-                if key == required or (required[1] is None and key[0] == required[0]):
+                if all(wanted in (None, own) for wanted, own in zip(required, key, strict=True)):
                     self._num_uses[key] += 1
                     return student
             return None
 
     def _add(self, student: ModelService) -> ModelService:
         with self._counting:
-            key = _key(student)  # may be known, if the index wanted a projection that its student no longer has
+            key = _key(student)  # may be known, if the index wanted what its student no longer has
             self._num_uses[key] += 1
             return self._students.setdefault(key, student)
 
 
 def _key(student: ModelService) -> _Key:
-    return student.fingerprint, student.token_fingerprint
+    return student.fingerprint, student.token_fingerprint, student.expansion_fingerprint

@@ -28,25 +28,30 @@ TEXT_HASH_LENGTH = 32
 """Length of the hash of id, title and text (xxh3, 128 bits)."""
 ROW_HASH_LENGTH = 48
 """Length including the hash of the other columns (64 bits). The rest of d2_hash is the passage's context."""
-COMPARED = ("id", "d2_row", "d2_hash", "d2_truncated")
+COMPARED = ("id", "d2_row", "d2_hash")
 """The columns that ``compare`` uses."""
-INTERNAL_COLUMNS = ("d2_row", "d2_hash", "d2_truncated", "d2_vector")
+KEPT = ("d2_truncated", "d2_words")
+"""The columns, besides that of the vector, that depend on a passage's text alone, as far as a table has them."""
+INTERNAL_COLUMNS = ("d2_row", "d2_hash", *KEPT, "d2_vector")
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Changes made by a block of passages: ``texts`` must be encoded, ``others`` come with their row and its flag."""
+    """Changes made by a block of passages: ``texts`` must be encoded, ``others`` come with their row and what it keeps.
+
+    What it keeps are the values of the ``KEPT`` columns, by name.
+    """
 
     texts: list[Passage]
     num_new: int
-    others: list[tuple[Passage, int, bool]]
+    others: list[tuple[Passage, int, dict[str, Any]]]
     num_unchanged: int
 
 
-def table_schema(metadata: Iterable[pa.Field], code_size: int | None) -> pa.Schema:
+def table_schema(metadata: Iterable[pa.Field], code_size: int | None, *, with_words: bool = False) -> pa.Schema:
     """The Arrow schema of a table with these metadata columns and vector codes of ``code_size`` bytes.
 
-    ``code_size=None``: the table has no vectors.
+    ``code_size=None``: the table has no vectors. ``with_words``: it has the added words of its passages.
     """
     return pa.schema(
         [
@@ -56,6 +61,7 @@ def table_schema(metadata: Iterable[pa.Field], code_size: int | None) -> pa.Sche
             pa.field("d2_row", pa.int64(), nullable=False),
             pa.field("d2_hash", pa.string(), nullable=False),
             pa.field("d2_truncated", pa.bool_(), nullable=False),
+            *([pa.field("d2_words", pa.string(), nullable=False)] if with_words else []),
             *([] if code_size is None else [pa.field("d2_vector", pa.list_(pa.uint8(), code_size), nullable=False)]),
         ]
     )
@@ -117,10 +123,20 @@ def codes_of(rows: pa.RecordBatch | pa.Table) -> NDArray[np.uint8]:
     return np.asarray(whole.flatten()).reshape(len(whole), whole.type.list_size)
 
 
+def write_words(words: Mapping[str, float]) -> str:
+    """Added words with their counts, as the table stores them."""
+    return json.dumps(words, ensure_ascii=False, separators=(",", ":")) if words else ""
+
+
+def read_words(stored: str) -> dict[str, float]:
+    """What ``write_words`` wrote."""
+    return json.loads(stored) if stored else {}
+
+
 def compare(passages: Sequence[Passage], stored: Mapping[str, Mapping[str, Any]], metadata: MetadataSchema) -> Changes:
-    """The changes made by passages; ``stored`` has the COMPARED columns of the existing ones, by id."""
+    """The changes made by passages; ``stored`` has the COMPARED and KEPT columns of the existing ones, by id."""
     texts: list[Passage] = []
-    others: list[tuple[Passage, int, bool]] = []
+    others: list[tuple[Passage, int, dict[str, Any]]] = []
     num_unchanged = 0
     hashes = _hashes(passages, other_columns(passages, metadata))
     for passage, now in zip(passages, hashes, strict=True):
@@ -128,7 +144,7 @@ def compare(passages: Sequence[Passage], stored: Mapping[str, Mapping[str, Any]]
         if record is None or _encoded_parts(record["d2_hash"]) != _encoded_parts(now):
             texts.append(passage)
         elif record["d2_hash"] != now:
-            others.append((passage, record["d2_row"], record["d2_truncated"]))
+            others.append((passage, record["d2_row"], {name: record[name] for name in KEPT if name in record}))
         else:
             num_unchanged += 1
     return Changes(texts, sum(passage.id not in stored for passage in texts), others, num_unchanged)
@@ -158,10 +174,13 @@ def table_block(
     schema: pa.Schema,
     metadata: MetadataSchema,
     rows: NDArray[np.int64],
-    truncated: Sequence[bool],
+    kept: Sequence[Mapping[str, Any]],
     codes: NDArray[np.uint8] | None,
 ) -> pa.Table:
-    """Passages as rows of a table, with row numbers, flags and codes [n, code_size] (None: a table without vectors)."""
+    """Passages as rows of a table, with row numbers and codes [n, code_size] (None: a table without vectors).
+
+    ``kept`` are the values of their KEPT columns, by name, those that ``schema`` has.
+    """
     others = other_columns(passages, metadata)
     columns = {
         "id": pa.array([passage.id for passage in passages], pa.string()),
@@ -170,7 +189,11 @@ def table_block(
         **others,
         "d2_row": pa.array(rows, pa.int64()),
         "d2_hash": pa.array(_hashes(passages, others), pa.string()),
-        "d2_truncated": pa.array(truncated, pa.bool_()),
+        **{
+            name: pa.array([own[name] for own in kept], schema.field(name).type)
+            for name in KEPT
+            if name in schema.names
+        },
     }
     if codes is not None:
         flat = pa.array(codes.reshape(-1), pa.uint8())

@@ -7,6 +7,9 @@ k1 1.2, b 0.75; a repeated query term counts each time. Source: Kamphuis et al.,
 the accurate Lucene variant. The best window of a passage (``ops.bm25_words.windows``) is scored by the same formula,
 with its own length, the mean length of all windows, and the idf of passages.
 
+A passage may have added words, which its text lacks (``models.document_expansion``). They count in its tf, which need
+not be a whole number then, and in its length; idf and windows are those of the texts.
+
 The words of consecutive rows form a segment, which never changes and depends only on the texts of its rows. It stores
 them twice: by term, to find the best of all passages, and by row, to score given passages and their windows. Corpus
 statistics (N, n_t, mean lengths) are summed over the live rows of the segments when needed, so passages can be added
@@ -16,8 +19,9 @@ and deleted, and every score is the same as if the index had been built from the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -49,9 +53,70 @@ class _Postings(NamedTuple):
     """
 
     rows: NDArray[np.intp]
-    counts: NDArray[np.uint16]
+    counts: NDArray[np.uint16] | NDArray[np.float32]
     weight: np.float32
     segment: slice
+
+
+@dataclass(frozen=True, slots=True)
+class AddedWords:
+    """Words that some rows of a segment have beside those of their texts, which lack them.
+
+    Attributes:
+        terms: [v] hashes of the terms, ascending.
+        starts: [v + 1] start of each term's postings.
+        rows: [p] the rows with a term, ascending for each term.
+        hundredths: [p] how often the term counts in the row, in hundredths, so that their sums are exact.
+    """
+
+    terms: NDArray[np.uint64]
+    starts: NDArray[np.int64]
+    rows: NDArray[np.uint32]
+    hundredths: NDArray[np.uint16]
+
+    @classmethod
+    def of_rows(cls, words: Sequence[Mapping[str, float]]) -> AddedWords:
+        """The words of each row, with their counts; terms are as ``terms`` writes them."""
+        hashes = np.array([_hash(term) for own in words for term in own], np.uint64)
+        rows = np.repeat(np.arange(len(words)), [len(own) for own in words])
+        counts = np.array([count for own in words for count in own.values()], np.float64)
+        return cls._of_postings(hashes, rows, np.clip(np.rint(100 * counts), 1, _LARGEST_COUNT).astype(np.uint16))
+
+    @classmethod
+    def join(cls, parts: Sequence[AddedWords], firsts: Sequence[int]) -> AddedWords:
+        """The words of several segments, whose first rows are at ``firsts`` in the new one."""
+        hashes = np.concatenate([part.hashes for part in parts])
+        rows = np.concatenate([part.rows.astype(np.int64) + first for part, first in zip(parts, firsts, strict=True)])
+        return cls._of_postings(hashes, rows, np.concatenate([part.hundredths for part in parts]))
+
+    @classmethod
+    def _of_postings(cls, hashes: NDArray[np.uint64], rows: _Rows, hundredths: NDArray[np.uint16]) -> AddedWords:
+        order = np.lexsort((rows, hashes))
+        vocabulary, firsts = np.unique(hashes[order], return_index=True)
+        return cls(vocabulary, np.append(firsts, len(order)), rows[order].astype(np.uint32), hundredths[order])
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """The term of each posting [p]."""
+        return np.repeat(self.terms, np.diff(self.starts))
+
+    def take(self, rows: _Rows, num_rows: int) -> AddedWords:
+        """The words of some of ``num_rows`` rows, numbered in their order."""
+        place_of = np.full(num_rows, -1, np.int64)
+        place_of[rows] = np.arange(len(rows))
+        places = place_of[self.rows]
+        kept = places >= 0
+        return self._of_postings(self.hashes[kept], places[kept], self.hundredths[kept])
+
+    def lengths(self, num_rows: int) -> NDArray[np.int64]:
+        """The hundredths of all words of each of ``num_rows`` rows."""
+        return np.bincount(self.rows, self.hundredths, num_rows).astype(np.int64)
+
+    def postings(self, query_terms: NDArray[np.uint64]) -> Iterator[tuple[int, slice]]:
+        """Of each query term that a row has: its index, and where ``rows`` and ``hundredths`` have its postings."""
+        for number, place in enumerate(_places(self.terms, query_terms).tolist()):
+            if place >= 0:
+                yield number, slice(int(self.starts[place]), int(self.starts[place + 1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +133,7 @@ class WordSegment:
         lengths: [n] number of words of each row.
         num_windows: [n] number of windows of each row.
         window_lengths: [n] total words of the windows of each row; most sentences are in two windows.
+        added: words that rows have beside those of their texts; None if none has any.
     """
 
     terms: NDArray[np.uint64]
@@ -79,6 +145,7 @@ class WordSegment:
     lengths: NDArray[np.uint32]
     num_windows: NDArray[np.uint32]
     window_lengths: NDArray[np.uint32]
+    added: AddedWords | None = None
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], *, advance: Callable[[int], object] | None = None) -> WordSegment:
@@ -105,6 +172,10 @@ class WordSegment:
         tokens = np.insert(places.astype(np.uint32), np.array(ends, np.int64), np.uint32(len(vocabulary)))
         return cls._from_tokens(vocabulary, tokens, np.array(offsets, np.int64))
 
+    def with_added(self, words: Sequence[Mapping[str, float]]) -> WordSegment:
+        """The same segment with these words, by count, added to each of its rows; the rows must lack them."""
+        return replace(self, added=AddedWords.of_rows(words) if any(words) else None)
+
     @classmethod
     def join(cls, segments: Sequence[WordSegment]) -> WordSegment:
         """The segment of the rows of all segments, in order."""
@@ -116,11 +187,18 @@ class WordSegment:
             offsets.append(segment.offsets[1:] + num_tokens)
             tokens.append(places[segment.tokens])
             num_tokens += len(segment.tokens)
-        return cls._from_tokens(vocabulary, np.concatenate(tokens), np.concatenate(offsets))
+        firsts = np.cumsum([0, *map(len, segments)]).tolist()
+        added = [(segment.added, first) for segment, first in zip(segments, firsts, strict=False) if segment.added]
+        joined = AddedWords.join(*map(list, zip(*added, strict=True))) if added else None
+        return cls._from_tokens(vocabulary, np.concatenate(tokens), np.concatenate(offsets), joined)
 
     @classmethod
     def _from_tokens(
-        cls, vocabulary: NDArray[np.uint64], tokens: NDArray[np.uint32], offsets: NDArray[np.int64]
+        cls,
+        vocabulary: NDArray[np.uint64],
+        tokens: NDArray[np.uint32],
+        offsets: NDArray[np.int64],
+        added: AddedWords | None = None,
     ) -> WordSegment:
         num = len(offsets) - 1
         rows = np.repeat(np.arange(num, dtype=np.uint64), np.diff(offsets))
@@ -139,6 +217,7 @@ class WordSegment:
             lengths=lengths,
             num_windows=num_windows,
             window_lengths=window_lengths,
+            added=added,
         )
 
     def __len__(self) -> int:
@@ -147,7 +226,15 @@ class WordSegment:
     @property
     def num_bytes(self) -> int:
         """Size of all arrays in bytes."""
-        return sum(getattr(self, name).nbytes for name in self.__slots__)
+        own = sum(getattr(self, name).nbytes for name in self.__slots__ if name != "added")
+        return (
+            own if self.added is None else own + sum(getattr(self.added, name).nbytes for name in AddedWords.__slots__)
+        )
+
+    @property
+    def all_lengths(self) -> NDArray[np.uint32] | NDArray[np.float64]:
+        """Number of words of each row [n], with those that were added."""
+        return self.lengths if self.added is None else self.lengths + self.added.lengths(len(self)) / 100
 
     def take(self, rows: _Rows) -> WordSegment:
         """The segment of some of the rows, in their order."""
@@ -158,14 +245,12 @@ class WordSegment:
         place_of = np.full(len(self.terms) + 1, len(used), np.uint32)
         place_of[used] = np.arange(len(used), dtype=np.uint32)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        return self._from_tokens(self.terms[used], place_of[tokens], offsets)
+        added = None if self.added is None else self.added.take(rows, len(self))
+        return self._from_tokens(self.terms[used], place_of[tokens], offsets, added)
 
     def places(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The indices of term hashes in ``terms``; -1 for terms that no row has."""
-        if not len(self.terms):
-            return np.full(len(hashes), -1, np.int64)
-        places = np.minimum(np.searchsorted(self.terms, hashes), len(self.terms) - 1)
-        return np.where(self.terms[places] == hashes, places, -1)
+        """The indices of term hashes in ``terms``; -1 for terms that no text has."""
+        return _places(self.terms, hashes)
 
     def postings(self, places: NDArray[np.int64]) -> list[slice]:
         """Where ``rows`` and ``counts`` have the postings of some terms; none for the place -1."""
@@ -182,12 +267,14 @@ class WordStatistics:
         num_words: number of their words.
         num_windows: number of their windows.
         num_window_words: number of the windows' words; most sentences are in two windows.
+        num_added_hundredths: number of the added words, in hundredths.
     """
 
     num_passages: int = 0
     num_words: int = 0
     num_windows: int = 0
     num_window_words: int = 0
+    num_added_hundredths: int = 0
 
     def __add__(self, other: WordStatistics) -> WordStatistics:
         """The statistics of two corpora together."""
@@ -196,12 +283,13 @@ class WordStatistics:
             self.num_words + other.num_words,
             self.num_windows + other.num_windows,
             self.num_window_words + other.num_window_words,
+            self.num_added_hundredths + other.num_added_hundredths,
         )
 
     @property
     def mean_length(self) -> float:
-        """Words of a passage."""
-        return self.num_words / max(self.num_passages, 1)
+        """Words of a passage, with those that were added."""
+        return (self.num_words + self.num_added_hundredths / 100) / max(self.num_passages, 1)
 
     @property
     def mean_window_length(self) -> float:
@@ -353,8 +441,13 @@ class WordIndex:
 
     @cached_property
     def _statistics(self) -> WordStatistics:
+        added = sum(
+            int(segment.added.lengths(len(segment))[self._live_of(at)].sum())
+            for at, segment in enumerate(self._segments)
+            if segment.added is not None
+        )
         return WordStatistics(
-            self._num_live, self._total("lengths"), self._total("num_windows"), self._total("window_lengths")
+            self._num_live, self._total("lengths"), self._total("num_windows"), self._total("window_lengths"), added
         )
 
     @property
@@ -374,7 +467,9 @@ class WordIndex:
     def _norms(self) -> _Scores:
         """k1 (1 - b + b |p| / mean length) of each row."""
         mean = max(self._scored_by.mean_length, 1e-9)
-        return np.concatenate([np.zeros(0, np.float32), *(_norm(segment.lengths, mean) for segment in self._segments)])
+        return np.concatenate(
+            [np.zeros(0, np.float32), *(_norm(segment.all_lengths, mean) for segment in self._segments)]
+        )
 
     @cached_property
     def _dead_counts(self) -> list[NDArray[np.int64] | None]:
@@ -416,7 +511,7 @@ class WordIndex:
         last_query, scores = self._last_scores
         if last_query is not query:
             scores = np.zeros(len(self), np.float32)
-            for rows, counts, weight, segment in self._postings(query):
+            for rows, counts, weight, segment in chain(self._postings(query), self._added_postings(query)):
                 _add_at(scores[segment], rows, weight * _shares(counts, self._norms[segment].take(rows)))
             scores.flags.writeable = False
             self._last_scores = query, scores
@@ -440,6 +535,19 @@ class WordIndex:
             for part, weight in zip(segment.postings(places), query.weights[places >= 0], strict=True):
                 rows = segment.rows[part].astype(np.intp)
                 yield _Postings(rows, segment.counts[part], weight, slice(first, first + len(segment)))
+
+    def _added_postings(self, query: QueryWords) -> Iterator[_Postings]:
+        """The postings of the query's terms among the added words of all segments, in the order of the terms in each.
+
+        They come after those of the texts, here and in ``score``, so that both add the same numbers in the same order.
+        """
+        for segment, first in zip(self._segments, self._firsts.tolist(), strict=False):
+            if segment.added is None:
+                continue
+            for number, part in segment.added.postings(query.terms):
+                rows = segment.added.rows[part].astype(np.intp)
+                counts = np.divide(segment.added.hundredths[part], 100, dtype=np.float32)
+                yield _Postings(rows, counts, query.weights[number], slice(first, first + len(segment)))
 
     def best(self, query: QueryWords, num: int, *, allowed: NDArray[np.bool_] | None = None) -> tuple[_Rows, _Scores]:
         """The live rows with the ``num`` highest scores above 0, plus those tied with the last, in no order.
@@ -468,6 +576,10 @@ class WordIndex:
         if parts:
             sizes, codes, norms = (np.concatenate(part) for part in zip(*parts, strict=True))
             passages[order], windows[order] = self._score_codes(query.weights[:num_known], sizes, codes, norms)
+        for holding, counts, weight, segment in self._added_postings(query):
+            places = np.minimum(np.searchsorted(holding, rows - segment.start), len(holding) - 1)
+            found = np.flatnonzero(holding[places] == rows - segment.start)
+            _add_at(passages, found, weight * _shares(counts[places[found]], self._norms[rows[found]]))
         return passages, windows
 
     def _codes(self, at: int, query_terms: NDArray[np.uint64], rows: _Rows) -> tuple[_Rows, NDArray[np.int32], _Scores]:
@@ -574,7 +686,15 @@ def _hash(term: str) -> int:
     return xxhash.xxh3_64_intdigest(term.encode(errors="surrogatepass"))
 
 
-def _norm(lengths: NDArray[np.integer], mean: float) -> _Scores:
+def _places(vocabulary: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The indices of term hashes in an ascending vocabulary; -1 for those that it lacks."""
+    if not len(vocabulary):
+        return np.full(len(hashes), -1, np.int64)
+    places = np.minimum(np.searchsorted(vocabulary, hashes), len(vocabulary) - 1)
+    return np.where(vocabulary[places] == hashes, places, -1)
+
+
+def _norm(lengths: NDArray[np.integer] | NDArray[np.float64], mean: float) -> _Scores:
     return (K1 * (1 - B + B * lengths.astype(np.float64) / mean)).astype(np.float32)
 
 

@@ -41,12 +41,14 @@ from d2llm.store import repair, vector_file, word_files
 from d2llm.store.blocks import (
     COMPARED,
     GENERATION_SHIFT,
+    KEPT,
     ROW_MASK,
     Changes,
     check_passages,
     compare,
     table_block,
     table_schema,
+    write_words,
 )
 from d2llm.store.bm25 import WordSegment
 from d2llm.store.index_manifest import KIND, VectorCopies, read_index_manifest, write_index_manifest
@@ -106,6 +108,7 @@ class IndexStore:
         token_format: str | None = None,
         token_dim: int | None = None,
         token_projection: str | None = None,
+        document_expansion: str | None = None,
         metadata: MetadataSchema | None = None,
         student_config: Mapping[str, Any] | None = None,
         student_source: str | None = None,
@@ -117,6 +120,7 @@ class IndexStore:
         stores them only in the file, which takes less space, but damaged vectors must be encoded again.
         ``window_format`` and ``token_format``: formats of the vectors of windows and of tokens; None stores none. The
         vectors of tokens have ``token_dim`` dimensions; ``token_projection`` is the fingerprint of what made them.
+        ``document_expansion``: the fingerprint of what adds words to the passages; None adds none.
         ``shard`` says which shard of which sharded index this is (``sharded_store``); None: of none.
 
         Raises:
@@ -139,6 +143,7 @@ class IndexStore:
             "token_format": token_format,
             "token_dim": token_dim,
             "token_projection": token_projection,
+            "document_expansion": document_expansion,
             "snapshot": None,
             **({} if shard is None else {"shard": dict(shard)}),
         }
@@ -147,7 +152,10 @@ class IndexStore:
             raise InputError(f"{vector_copies!r} copies of the vectors are not supported; give 1 or 2")
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             fields = (metadata or MetadataSchema()).arrow_fields()
-            PassageTable.create(draft, table_schema(fields, code_size if vector_copies == 2 else None))
+            schema = table_schema(
+                fields, code_size if vector_copies == 2 else None, with_words=document_expansion is not None
+            )
+            PassageTable.create(draft, schema)
             VectorFile.create(draft, 0, code_size)
             for kind, part_format in part_formats.items():
                 create_parts(draft, 0, kind, part_format)
@@ -179,9 +187,14 @@ class IndexStore:
         table = PassageTable.open(self.folder, version, self.files, whole=whole)
         code_size = self.format.code_size if self.vector_copies == 2 else None
         # Compared as sets: metadata fields that were added later come last.
-        if set(table.schema) != set(table_schema(table.metadata_fields, code_size)):
+        if set(table.schema) != set(table_schema(table.metadata_fields, code_size, with_words=self.adds_words)):
             raise DataFormatError(self.folder, "its table has other columns than its manifest says; restore a copy")
         return table
+
+    @property
+    def adds_words(self) -> bool:
+        """Whether passages have words beside those of their texts (``models.document_expansion``)."""
+        return self.manifest.get("document_expansion") is not None
 
     @property
     def stores(self) -> tuple[IndexStore, ...]:
@@ -261,7 +274,8 @@ class IndexStore:
             problem = "it keeps its vectors once, but those of late chunks cannot be encoded again from its table"
             raise InputError(f"{self.folder}: {problem}; chunk early, or use an index with two copies")
         earlier = table if before is None else before
-        stored = earlier.by_ids([passage.id for passage in passages], COMPARED).to_pylist()
+        names = [*COMPARED, *(name for name in KEPT if name in earlier.schema.names)]
+        stored = earlier.by_ids([passage.id for passage in passages], names).to_pylist()
         return compare(passages, {row["id"]: row for row in stored}, schema)
 
     def write(
@@ -271,6 +285,7 @@ class IndexStore:
         truncated: Collection[int] = (),
         table: PassageTable | None = None,
         parts: Mapping[PartKind, ReadParts] | None = None,
+        added: Sequence[Mapping[str, float]] | None = None,
     ) -> int:
         """Make the changes in one commit; returns the new version.
 
@@ -280,9 +295,10 @@ class IndexStore:
             truncated: indices into ``changes.texts`` of passages that the student truncated.
             table: the latest version, opened under the same lock; it is moved to the new version.
             parts: parts of ``changes.texts``, of each kind that the index stores.
+            added: words, with counts, that ``changes.texts`` lack, if the index adds some.
 
         Raises:
-            InputError: a vector is not finite, the number or width of vectors is wrong, or parts are missing.
+            InputError: a vector is not finite, the number or width of vectors is wrong, or parts or words are missing.
             StorageError: the changes cannot be written; none of them is in the index.
         """
         if vectors.shape != (expected := (len(changes.texts), self.manifest["dim"])):
@@ -291,6 +307,9 @@ class IndexStore:
             )
         names: list[str] = [passage.id for passage in changes.texts]
         codes, part_codes = self.format.encode(vectors, names), self._part_codes(parts or {}, names)
+        if self.adds_words and (added is None or len(added) != len(names)):
+            raise InputError(f"{self.folder}: it adds words to passages; give those of each of the {len(names)} texts")
+        words_of = added if added is not None and self.adds_words else [{}] * len(names)
         with self.writing():
             table = self.table() if table is None else table
             if not changes.texts and not changes.others:
@@ -300,16 +319,22 @@ class IndexStore:
             column = self.vectors.column(table, codes, kept_rows.tolist())
             with storage_errors(self.folder):
                 first = file.append(codes) if len(codes) else file.capacity
-                words = WordSegment.from_texts(passage.full_text for passage in changes.texts)
+                words = WordSegment.from_texts(passage.full_text for passage in changes.texts).with_added(words_of)
                 word_files.write_segment(self.folder, generation, first, words)
                 if len(codes):
                     for kind, (kind_codes, counts) in part_codes.items():
                         append_parts(self.folder, generation, kind, self.part_formats[kind], first, kind_codes, counts)
             rows = np.concatenate([np.arange(first, first + len(codes)) | generation << GENERATION_SHIFT, kept_rows])
-            flags = [*(place in truncated for place in range(len(codes))), *(flag for _, _, flag in changes.others)]
+            kept = [
+                *(
+                    {"d2_truncated": place in truncated, "d2_words": write_words(own)}
+                    for place, own in enumerate(words_of)
+                ),
+                *(own for _, _, own in changes.others),
+            ]
             metadata = MetadataSchema.from_arrow(table.metadata_fields)
             passages = [*changes.texts, *(passage for passage, _, _ in changes.others)]
-            block = table_block(passages, table.schema, metadata, rows, flags, column)
+            block = table_block(passages, table.schema, metadata, rows, kept, column)
             table.put(block, replaces=len(passages) > changes.num_new)
             return table.version
 
@@ -394,13 +419,13 @@ class IndexStore:
         """Write missing word files of the latest version, and join small ones; requires the write lock."""
         generation, num_rows = self.vectors.generation(table), self.vectors.file_to_extend(table).capacity
         with storage_errors(self.folder):
-            word_files.update_word_files(self.folder, generation, num_rows, self._texts_of(table))
+            word_files.update_word_files(self.folder, generation, num_rows, self._segment_of(table))
 
     def words(self, table: PassageTable, num_rows: int, *, whole: bool = False) -> word_files.Coverage:
         """The words of the first ``num_rows`` rows of a version; words that are in no file are read from the table."""
         whole = whole or self.files.after_crash
         generation = self.vectors.generation(table)
-        return word_files.open_words(self.folder, generation, num_rows, self._texts_of(table), whole=whole)
+        return word_files.open_words(self.folder, generation, num_rows, self._segment_of(table), whole=whole)
 
     def parts(
         self, table: PassageTable, kind: PartKind, capacity: int | None = None, *, whole: bool = False
@@ -427,21 +452,29 @@ class IndexStore:
         If they cannot be written, the existing files are kept.
         """
         vector_format, generation = self.part_formats[kind], self.vectors.generation(table)
-        num_rows, texts_of = self.vectors.num_rows(table), self._texts_of(table)
+        num_rows, first_row = self.vectors.num_rows(table), generation << GENERATION_SHIFT
 
         def blocks() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
             for start in range(0, num_rows, _PART_ROWS):
                 end = min(start + _PART_ROWS, num_rows)
-                parts = read(kind, list(texts_of(start, end)))
+                parts = read(kind, list(table.texts(first_row + start, first_row + end)))
                 owners = np.repeat(np.arange(start, end), parts.counts).tolist()
                 yield vector_format.encode(parts.vectors, [f"row {row}" for row in owners]), parts.counts
 
         with storage_errors(self.folder):
             replace_parts(self.folder, generation, kind, vector_format, blocks(), since=table.version)
 
-    def _texts_of(self, table: PassageTable) -> word_files.TextsOf:
+    def _segment_of(self, table: PassageTable) -> word_files.SegmentOf:
+        """Reads the words of rows from a version of the table."""
         first_row = self.vectors.generation(table) << GENERATION_SHIFT
-        return lambda first, end: table.texts(first_row + first, first_row + end)
+
+        def read(first: int, end: int) -> WordSegment:
+            segment = WordSegment.from_texts(table.texts(first_row + first, first_row + end))
+            if not self.adds_words:
+                return segment
+            return segment.with_added([*table.added_words(first_row + first, first_row + end)])
+
+        return read
 
     # Snapshots and maintenance -------------------------------------------------------------------------------------
 

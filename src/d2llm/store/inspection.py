@@ -14,7 +14,7 @@ from d2llm.core.files import folder_bytes
 from d2llm.core.shipped import name_student
 from d2llm.core.types import PartKind
 from d2llm.store import ann, word_files
-from d2llm.store.blocks import GENERATION_SHIFT, is_as_written
+from d2llm.store.blocks import GENERATION_SHIFT, INTERNAL_COLUMNS, is_as_written
 from d2llm.store.checksums import remedy_for
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import EncodeParts
@@ -284,7 +284,7 @@ def _table_problems(table: PassageTable) -> Iterator[str]:
             yield f"{len(ids) - len(ids.unique())} ids occur twice in the table"
         if len(np.unique(rows)) != len(rows) or len(np.unique(rows >> GENERATION_SHIFT)) > 1:
             yield "row numbers in the table are not distinct, or belong to several generations"
-        names = [name for name in table.schema.names if name not in ("d2_row", "d2_truncated", "d2_vector")]
+        names = [name for name in table.schema.names if name == "d2_hash" or name not in INTERNAL_COLUMNS]
         records = (record for batch in table.batches(names) for record in batch.to_pylist())
         changed = [record["id"] for record in records if not is_as_written(record)]
         if changed:

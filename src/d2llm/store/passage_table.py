@@ -5,8 +5,8 @@ d2llm's own checksums (``table_files``) before LanceDB reads them.
 
 Columns: id, title, text, document_id, position; the user's metadata; and d2_row (the passage's row in the vector file,
 with its generation in the upper bits), d2_hash (hash of all user columns: ``blocks.row_hash``), d2_truncated (the
-student truncated the passage), d2_vector (code of the vector, as in the vector file; absent if the index keeps its
-vectors once).
+student truncated the passage), d2_words (words added to it; absent if the index adds none), d2_vector (code of the
+vector, as in the vector file; absent if the index keeps its vectors once).
 """
 
 # pyright: reportUnknownParameterType=false
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from d2llm.core.batches import batched
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.types import Passage, is_text
-from d2llm.store.blocks import INTERNAL_COLUMNS, ROW_MASK, codes_of
+from d2llm.store.blocks import INTERNAL_COLUMNS, ROW_MASK, codes_of, read_words
 from d2llm.store.checksums import Record
 from d2llm.store.lance_manifest import manifests
 from d2llm.store.lancedb_import import import_lancedb
@@ -260,14 +260,28 @@ class PassageTable:
 
     def texts(self, first: int, end: int) -> Iterator[str]:
         """The full texts of the rows (d2_row) from ``first`` to ``end``; "" for rows without a passage."""
-        names = ["d2_row", "title", "text"]
+        for title, text in self._values(first, end, ["title", "text"], ("", "")):
+            yield Passage("", text, title).full_text
+
+    def added_words(self, first: int, end: int) -> Iterator[dict[str, float]]:
+        """The words added to the rows (d2_row) from ``first`` to ``end``, with their counts."""
+        for (stored,) in self._values(first, end, ["d2_words"], ("",)):
+            yield read_words(stored)
+
+    def _values(self, first: int, end: int, names: list[str], missing: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        """Columns of the rows (d2_row) from ``first`` to ``end``; ``missing`` for rows without a passage."""
         for start in range(first, end, _SCANNED_AT_ONCE):
             stop = min(start + _SCANNED_AT_ONCE, end)
-            table = self.columns(names, f"d2_row >= {start} AND d2_row < {stop}")
-            records = zip(*(table[name].to_pylist() for name in names), strict=True)
-            texts = {row: Passage("", text, title).full_text for row, title, text in records}
+            table = self.columns(["d2_row", *names], f"d2_row >= {start} AND d2_row < {stop}")
+            values = dict(
+                zip(
+                    table["d2_row"].to_pylist(),
+                    zip(*(table[name].to_pylist() for name in names), strict=True),
+                    strict=True,
+                )
+            )
             for row in range(start, stop):
-                yield texts.get(row, "")
+                yield values.get(row, missing)
 
     @property
     def indices(self) -> dict[str, int]:

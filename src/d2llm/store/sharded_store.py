@@ -58,6 +58,7 @@ _SHARED = (
     "token_format",
     "token_dim",
     "token_projection",
+    "document_expansion",
 )
 """What all shards have in common; their manifests and that of the sharded index must agree in it."""
 _COMPARED = tuple(name for name in _SHARED if name not in ("student_config", "student_source"))
@@ -423,7 +424,8 @@ def read_sharded_manifest(folder: Path) -> tuple[dict[str, Any], list[ShardRecor
         raise DataFormatError(
             path, f"cannot be used ({error}); restore it from a copy, or shard the index again"
         ) from error
-    if not records or any(name not in manifest for name in ("index", *_SHARED)):
+    required = [name for name in ("index", *_SHARED) if name != "document_expansion"]  # the first indexes lack it
+    if not records or any(name not in manifest for name in required):
         raise DataFormatError(
             path, "does not describe a sharded index; restore it from a copy, or shard the index again"
         )

@@ -4,21 +4,21 @@ words-<generation>-<first>-<end>.bin    the concatenated arrays of the segment o
 words-<generation>-<first>-<end>.json   position of each array, checksums of the file, and a checksum of this JSON
 
 A segment is written before the commit that names its rows and never changed; small neighbours are joined into a new
-segment and then removed. Segments are derived from the texts, so missing or damaged ones are rebuilt from the table.
+segment and then removed. Segments are derived from the table, so missing or damaged ones are rebuilt from there.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.store.bm25 import WordIndex, WordSegment
+from d2llm.store.bm25 import AddedWords, WordIndex, WordSegment
 from d2llm.store.checksums import (
     BLOCK_BYTES,
     FileSums,
@@ -29,8 +29,8 @@ from d2llm.store.checksums import (
     write_checked,
 )
 
-TextsOf = Callable[[int, int], Iterable[str]]
-"""The texts of the rows in a range [first, end); "" for rows that are not passages."""
+SegmentOf = Callable[[int, int], WordSegment]
+"""The words of the rows in a range [first, end), from the table; none for rows that are not passages."""
 
 SEGMENT_ROWS = 1 << 17
 """Maximum rows of a joined segment, which is read and rewritten as a whole."""
@@ -51,6 +51,10 @@ _TYPES = {
         "window_lengths": "<u4",
     }.items()
 }
+_ADDED_TYPES = {
+    name: np.dtype(kind) for name, kind in {"terms": "<u8", "starts": "<i8", "rows": "<u4", "hundredths": "<u2"}.items()
+}
+_ADDED = "added_"  # before the names of arrays of added words, which are there if a row has some
 
 _log = logging.getLogger(__name__)
 
@@ -114,10 +118,10 @@ def write_segment(folder: Path, generation: int, first: int, segment: WordSegmen
         _write(folder, generation, first, segment)
 
 
-def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, *, whole: bool = False) -> Coverage:
+def open_words(folder: Path, generation: int, num_rows: int, segment_of: SegmentOf, *, whole: bool = False) -> Coverage:
     """The words of the first ``num_rows`` rows, and possibly of later ones.
 
-    ``texts_of`` returns the texts of rows whose words are missing or damaged. ``whole``: compare all bytes with their
+    ``segment_of`` reads the words of rows whose files are missing or damaged. ``whole``: compare all bytes with their
     checksums, not only samples.
     """
     opened_parts: dict[_Part, WordSegment | str] = {}
@@ -133,7 +137,7 @@ def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, 
     def fill(end: int) -> None:
         nonlocal at, missing
         if at < end:
-            segments.append(segment := WordSegment.from_texts(texts_of(at, end)))
+            segments.append(segment := segment_of(at, end))
             missing += int(np.count_nonzero(segment.lengths))
         at = max(at, end)
 
@@ -150,8 +154,8 @@ def open_words(folder: Path, generation: int, num_rows: int, texts_of: TextsOf, 
     return Coverage(WordIndex(segments), problems)
 
 
-def update_word_files(folder: Path, generation: int, num_rows: int, texts_of: TextsOf) -> None:
-    """Add missing words of all rows from the texts, and join small neighbours; requires the write lock.
+def update_word_files(folder: Path, generation: int, num_rows: int, segment_of: SegmentOf) -> None:
+    """Add missing words of all rows from the table, and join small neighbours; requires the write lock.
 
     Raises:
         OSError: the files cannot be written.
@@ -161,7 +165,7 @@ def update_word_files(folder: Path, generation: int, num_rows: int, texts_of: Te
         end = num_rows if part is None else part.first
         for first in range(at, end, SEGMENT_ROWS):
             last = min(first + SEGMENT_ROWS, end)
-            _write(folder, generation, first, WordSegment.from_texts(texts_of(first, last)))
+            _write(folder, generation, first, segment_of(first, last))
         at = end if part is None else part.end
     parts = _cover(_parts(folder, generation), num_rows)
     for group in _groups(parts):
@@ -241,9 +245,12 @@ def _write(folder: Path, generation: int, first: int, segment: WordSegment) -> N
     draft, path = folder / f".{name}.new", folder / f"{name}.bin"
     places: dict[str, list[int]] = {}
     with draft.open("wb") as file:
-        for array_name, kind in _TYPES.items():
+        arrays = {name: np.ascontiguousarray(getattr(segment, name), kind) for name, kind in _TYPES.items()}
+        if segment.added is not None:
+            for name, kind in _ADDED_TYPES.items():
+                arrays[_ADDED + name] = np.ascontiguousarray(getattr(segment.added, name), kind)
+        for array_name, array in arrays.items():
             file.write(bytes(-file.tell() % _ALIGNMENT))
-            array: NDArray[Any] = np.ascontiguousarray(getattr(segment, array_name), kind)
             places[array_name] = [file.tell(), len(array)]
             file.write(array.data)
         file.flush()
@@ -266,12 +273,13 @@ def _open(part: _Part, *, whole: bool) -> WordSegment | str:
             return problem
         content = np.asarray(np.memmap(part.path, np.uint8, "r"))  # slicing a memmap takes 5 times as long
         arrays: dict[str, NDArray[Any]] = {}
-        for name, kind in _TYPES.items():
-            start, length = record["arrays"][name]
-            arrays[name] = content[start : start + length * kind.itemsize].view(kind)
+        types = _TYPES | {_ADDED + name: kind for name, kind in _ADDED_TYPES.items()}
+        for name, (start, length) in record["arrays"].items():
+            arrays[name] = content[start : start + length * types[name].itemsize].view(types[name])
             if len(arrays[name]) != length:
                 return f"does not hold its {name}"
-        segment = WordSegment(**arrays)
+        added = {name: array for name in _ADDED_TYPES if (array := arrays.pop(_ADDED + name, None)) is not None}
+        segment = WordSegment(**arrays, added=AddedWords(**added) if added else None)
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"cannot be used ({error})"
     return segment if len(segment) == part.end - part.first else f"holds {len(segment)} rows"

@@ -27,10 +27,10 @@ from d2llm.models.evidence import VECTOR_TERMS, Evidence, TaskEvidence, WordsFac
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.weighted_sum import beside_first, fit_scaled_weights, sum_weights
 from d2llm.retrieval.index import PART_FORMATS
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent, term_factors
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_of, term_factors
 from d2llm.retrieval.reading import read_passages, read_windows
 from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
-from d2llm.store.bm25 import WordIndex
+from d2llm.store.bm25 import WordIndex, WordSegment
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.vector_formats import make_format
 from d2llm.training.dev_sets import MIN_QUERIES, dev_queries
@@ -175,7 +175,8 @@ def make_evidence_lists(
     queries = dev_queries(dataset, num_queries=num_queries, seed=seed)
     ids = list(dataset.passages)
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
-    words = WordIndex.from_texts(passage.full_text for passage in dataset.passages.values())
+    segment = WordSegment.from_texts(passage.full_text for passage in dataset.passages.values())
+    words = WordIndex([segment])
     texts = [query.text for query in queries]
     words_of_queries = [words.query(text, own) for text, own in zip(texts, term_factors(student, texts), strict=True)]
     by_words = [words.best(query_words, depth)[0] for query_words in words_of_queries]
@@ -186,8 +187,15 @@ def make_evidence_lists(
     pool = np.union1d(needed, np.array(extra, np.int64))
     parts: tuple[PartKind, ...] = ("token",) if "token_vectors" in terms else ()
     with progress_bar(f"encoding {dataset.name} for its evidence", len(pool)) as advance:
-        read = read_passages(student, [dataset.passages[ids[row]] for row in pool], advance, parts=parts)
+        expands = expansion_of(student) is not None
+        chosen = [dataset.passages[ids[row]] for row in pool]
+        read = read_passages(student, chosen, advance, parts=parts, expand=expands)
     passages = read.vectors
+    if read.added is not None:  # passages outside the pool, of which no list has any, go without
+        added: list[Mapping[str, float]] = [{}] * len(ids)
+        for row, own in zip(pool.tolist(), read.added, strict=True):
+            added[row] = own
+        words = WordIndex([segment.with_added(added)])
     vectors = student.encode_queries(texts).vectors
     all_nearest: NDArray[np.float32] | None = None
     if student.has_anchor:

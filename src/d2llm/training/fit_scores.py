@@ -12,6 +12,7 @@ from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset, as_retrieval
 from d2llm.models.student import Student
+from d2llm.training.fit_document_expansion import fit_document_expansion
 from d2llm.training.fit_evidence import fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.fit_quality import fit_quality
@@ -22,8 +23,9 @@ from d2llm.training.fit_term_weights import fit_term_weights
 class FitScoresReport:
     """What was fitted for one task (``TaskEvidence``, ``TaskCalibration``); None if there were too few queries.
 
-    ``quality`` is that of passages (``PassageQuality``) and ``term_weights`` those of words (``TermWeights``), without
-    the functions' own weights; None if it was not fitted.
+    ``quality`` is that of passages (``PassageQuality``), ``term_weights`` those of words (``TermWeights``) and
+    ``document_expansion`` says what words passages lack (``DocumentExpansion``), without the functions' own weights;
+    None if it was not fitted.
     """
 
     task: Task
@@ -31,6 +33,7 @@ class FitScoresReport:
     probabilities: dict[str, Any] | None
     quality: dict[str, Any] | None = None
     term_weights: dict[str, Any] | None = None
+    document_expansion: dict[str, Any] | None = None
 
 
 def fit_scores(
@@ -44,6 +47,7 @@ def fit_scores(
     token_vectors: bool | None = None,
     quality: bool = False,
     term_weights: bool = False,
+    document_expansion: bool = False,
     num_queries: int = 200,
     seed: int = 0,
 ) -> FitScoresReport:
@@ -63,13 +67,15 @@ def fit_scores(
         quality: also fit which passages answer queries at all, on the train split (``training.fit_quality``).
         term_weights: first fit how much each word of a query counts, on the train split
             (``training.fit_term_weights``); weights of evidence are then fitted to words that count so.
+        document_expansion: first fit what words passages lack, on the train split
+            (``training.fit_document_expansion``); weights of evidence are then fitted to passages with these words.
         num_queries: maximum number of queries per data set.
         seed: seed of the choice of queries and passages.
 
     Raises:
-        InputError: a data set has no judged dev queries; or ``quality`` or ``term_weights`` is set, and no data set has
-            a corpus, or one has too few train judgements; or ``words`` is set and the student's head is ``paper``; or
-            ``token_vectors`` is set and the student has none.
+        InputError: a data set has no judged dev queries; or ``quality``, ``term_weights`` or ``document_expansion`` is
+            set, and no data set has a corpus, or one has too few train judgements; or ``words`` is set and the
+            student's head is ``paper``; or ``token_vectors`` is set and the student has none.
         DataFormatError: labelled pairs have scores or classes other than yes and no.
     """
     judged: list[tuple[Dataset, Task]] = [
@@ -82,14 +88,17 @@ def fit_scores(
     if token_vectors and student.token_projection is None:
         raise InputError("this student has no vectors of tokens; train them first with `d2llm fit-tokens`")
     retrieval_sets = [dataset for dataset in data if isinstance(dataset, Dataset)]
-    if (quality or term_weights) and not retrieval_sets:
-        raise InputError("quality and term_weights need a corpus, and labelled pairs have none; leave them out")
-    if term_weights and not words:
+    if (quality or term_weights or document_expansion) and not retrieval_sets:
         raise InputError(
-            "term_weights changes what words count, so their weight must be fitted again; leave words true"
+            "quality, term_weights and document_expansion need a corpus, and labelled pairs have none; leave them out"
         )
+    if (term_weights or document_expansion) and not words:
+        changed = "term_weights" if term_weights else "document_expansion"
+        raise InputError(f"{changed} changes what words count, so their weight must be fitted again; leave words true")
     if term_weights:
         student.term_weights = fit_term_weights(student, retrieval_sets, seed=seed)
+    if document_expansion:
+        student.document_expansion = fit_document_expansion(student, retrieval_sets, seed=seed)
     evidence = None
     if words:
         terms = EvidenceConfig(
@@ -111,4 +120,5 @@ def fit_scores(
         None if calibration is None else calibration.model_dump(),
         student.quality.model_dump(exclude={"weights"}) if quality and student.quality else None,
         student.term_weights.model_dump(exclude={"weights"}) if term_weights and student.term_weights else None,
+        student.document_expansion.facts() if document_expansion and student.document_expansion else None,
     )

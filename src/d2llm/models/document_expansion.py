@@ -1,0 +1,143 @@
+"""Words that a passage lacks and queries for it may have, predicted from its vector, for BM25 to count as well.
+
+How likely a query for a passage has a word is a linear function of the passage's vector, for each word that several
+queries of the fit had. An index stores the words with the largest counts times their rarity in each passage
+(``store.bm25.AddedWords``), so that a search costs only their postings. The counts go on where those of the passage's
+own words end: the likelihood of a word, in units of the mean likelihood of those that the passage has.
+
+SPLADE (Formal et al. 2021, arXiv 2107.05720) reads such words from the output layer of a masked language model, and
+doc2query (Nogueira et al. 2019, arXiv 1904.08375) from queries that a model writes. Here a student that does not change
+predicts them, of which most have no output layer over words, and no passage is read again.
+
+``document_expansion.safetensors`` in a student's folder has the function. Vectors do not depend on it, so an index is
+valid for the student with or without it; an index with such words names the expansion that made them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from d2llm.core.errors import ModelError
+from d2llm.models.sources import load_tensors
+from d2llm.ops.bm25_words import terms
+
+FILE_NAME = "document_expansion.safetensors"
+NUM_WORDS = 20
+"""Words that are added to a passage, at most."""
+AMOUNT = 0.5
+"""What part of its predicted count a word gets (docs/recipes.md)."""
+_LEAST_MEAN = 0.01  # of the likelihoods of a passage's own words
+_BLOCK = 512
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentExpansion:
+    """Likelihood of word t in a query for a passage with vector y: max(0, usual_t + (y - middle) . weights_t).
+
+    Attributes:
+        terms: the words, as ``ops.bm25_words.terms`` writes them.
+        usual: [terms], the mean likelihood in the fit.
+        middle: [dim], the mean vector of the fit.
+        weights: [dim, terms], float32.
+        rarity: [terms], the idf of each word among the passages of the fit.
+        num_passages: of each data set of the fit, the passages that a query of it has, by name.
+        explained: of each data set, how much of the variance of the shares is explained by fits that left them out.
+        num_words: words that are added to a passage, at most.
+        amount: what part of its predicted count a word gets.
+    """
+
+    terms: tuple[str, ...]
+    usual: NDArray[np.float32]
+    middle: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    rarity: NDArray[np.float32]
+    num_passages: dict[str, int]
+    explained: dict[str, float]
+    num_words: int = NUM_WORDS
+    amount: float = AMOUNT
+
+    def words(self, vectors: NDArray[np.float32], full_texts: Sequence[str]) -> list[dict[str, float]]:
+        """The words that each of some passages lacks, with counts above 0, by its vector [dim] of [n, dim]."""
+        place_of = {term: place for place, term in enumerate(self.terms)}
+        words: list[dict[str, float]] = []
+        for start in range(0, len(full_texts), _BLOCK):
+            texts, block = full_texts[start : start + _BLOCK], vectors[start : start + _BLOCK]
+            likely = np.maximum(self.usual + (block.astype(np.float32) - self.middle) @ self.weights, 0)
+            for text, own in zip(texts, likely, strict=True):
+                present = [place_of[term] for term in {*terms(text)} if term in place_of]
+                mean = max(float(own[present].mean()), _LEAST_MEAN) if present else _LEAST_MEAN
+                counts = np.round(self.amount / mean * own, 2)
+                counts[present] = 0
+                best = np.argsort(-counts * self.rarity, kind="stable")[: self.num_words].tolist()
+                words.append({self.terms[place]: round(float(counts[place]), 2) for place in best if counts[place] > 0})
+        return words
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash."""
+        digest = hashlib.sha256(json.dumps([self.terms, self.num_words, self.amount]).encode())
+        for array in (self.usual, self.middle, self.weights, self.rarity):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: Path, student: str) -> None:
+        """Write the expansion into the folder of the student with this fingerprint."""
+        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        save_file(tensors, folder / FILE_NAME, metadata={"student": student, "facts": json.dumps(self.facts())})
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the function's own numbers."""
+        return {
+            "terms": list(self.terms),
+            "num_passages": self.num_passages,
+            "explained": self.explained,
+            "num_words": self.num_words,
+            "amount": self.amount,
+        }
+
+
+_ARRAYS = ("usual", "middle", "weights", "rarity")
+
+
+def read_document_expansion(folder: Path, student: str, dim: int) -> DocumentExpansion | None:
+    """Read the expansion in the folder of the student with this fingerprint; None if there is none.
+
+    Raises:
+        ModelError: it cannot be read, does not fit vectors of width ``dim``, or belongs to another student.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return None
+    remedy = "restore the student's folder, or delete the file to index passages without further words"
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in load_tensors(path, remedy=remedy).items()}
+    metadata = _metadata(path)
+    if (owner := metadata.get("student")) != student:
+        raise ModelError(f"{path} was fitted to the student {owner}, but this one is {student}; {remedy}")
+    try:
+        facts: dict[str, Any] = json.loads(metadata["facts"])
+        facts["terms"] = tuple(facts["terms"])
+        expansion = DocumentExpansion(**facts, **arrays)
+    except (ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); {remedy}") from error
+    num = len(expansion.terms)
+    shapes = {"usual": (num,), "middle": (dim,), "weights": (dim, num), "rarity": (num,)}
+    wrong = [name for name in _ARRAYS if arrays[name].shape != shapes[name]]
+    if wrong:
+        raise ModelError(f"{path} does not fit {num} words and vectors of width {dim} ({', '.join(wrong)}); {remedy}")
+    return expansion
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return file.metadata() or {}

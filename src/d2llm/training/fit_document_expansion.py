@@ -1,0 +1,155 @@
+"""Fits which words a passage lacks (``models.document_expansion``) to the queries for which passages are relevant."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError
+from d2llm.core.progress import progress_bar
+from d2llm.data.beir import Dataset
+from d2llm.models.document_expansion import AMOUNT, NUM_WORDS, DocumentExpansion
+from d2llm.models.student import Student
+from d2llm.ops.bm25_words import terms
+from d2llm.ops.ridge import PENALTIES, folds_of
+from d2llm.training.mining.choose import key_of
+
+_FEWEST = 20  # passages with a query
+_FEWEST_QUERIES = 2  # with a word
+
+_Floats = NDArray[np.float64]
+
+
+class _Passages(NamedTuple):
+    """Passages of a data set: texts, and for each the share of its queries that have a word, by word."""
+
+    name: str
+    texts: list[str]
+    shares: list[dict[str, float]]
+    num_queries: Counter[str]
+    num_passages_with: Counter[str]
+    num_counted: int
+
+
+def fit_document_expansion(
+    student: Student,
+    data: Sequence[Dataset],
+    *,
+    split: str = "train",
+    num_words: int = NUM_WORDS,
+    amount: float = AMOUNT,
+    max_passages: int = 20_000,
+    seed: int = 0,
+) -> DocumentExpansion:
+    """Fit how likely a query for a passage has each word, from the passage's vector.
+
+    Words of at least two queries; a linear function for each, by ridge regression on the share of a passage's queries
+    that have the word. The penalty is the one with the smallest error on five parts of the passages that were left out.
+
+    Args:
+        student: makes the vectors.
+        data: data sets with judgements of ``split``.
+        split: whose queries; passages that are relevant in other splits too are left out, so that these can measure the
+            result.
+        num_words: words that are added to a passage, at most.
+        amount: what part of its predicted count a word gets.
+        max_passages: of each data set, at most so many, drawn at random, are read, and as many count rarity.
+        seed: seed of this draw.
+
+    Raises:
+        InputError: too few passages are relevant to a query, or no word is in two queries.
+    """
+    sets = [_passages_of(dataset, split, max_passages, seed) for dataset in data]
+    num_queries = sum((each.num_queries for each in sets), Counter[str]())
+    vocabulary = sorted(term for term, number in num_queries.items() if number >= _FEWEST_QUERIES)
+    if not vocabulary:
+        raise InputError(f"no word is in two of the queries of '{split}'; use a data set with more of them")
+    place_of = {term: place for place, term in enumerate(vocabulary)}
+    texts = [text for each in sets for text in each.texts]
+    with progress_bar("encoding passages with queries", len(texts)) as advance:
+        features = student.encode_passages(texts, advance=advance).vectors.astype(np.float64)
+    shares = np.zeros((len(features), len(vocabulary)))
+    for row, own in enumerate(share for each in sets for share in each.shares):
+        for term, value in own.items():
+            if term in place_of:
+                shares[row, place_of[term]] = value
+    folds = np.concatenate([folds_of(len(each.texts)) for each in sets])
+    predictions = {penalty: _predicted_apart(features, shares, folds, penalty) for penalty in PENALTIES}
+    penalty = min(PENALTIES, key=lambda each: float(((predictions[each] - shares) ** 2).sum()))
+    usual, middle = shares.mean(axis=0), features.mean(axis=0)
+    ends = np.cumsum([len(each.texts) for each in sets])
+    explained: dict[str, float] = {}
+    for each, end in zip(sets, ends.tolist(), strict=True):
+        own = slice(end - len(each.texts), end)
+        error = float(((predictions[penalty][own] - shares[own]) ** 2).sum())
+        explained[each.name] = round(1 - error / max(float(((shares[own] - usual) ** 2).sum()), 1e-12), 4)
+    return DocumentExpansion(
+        terms=tuple(vocabulary),
+        usual=usual.astype(np.float32),
+        middle=middle.astype(np.float32),
+        weights=_ridge(features - middle, shares - usual, penalty).astype(np.float32),
+        rarity=_rarity(vocabulary, sets).astype(np.float32),
+        num_passages={each.name: len(each.texts) for each in sets},
+        explained=explained,
+        num_words=num_words,
+        amount=amount,
+    )
+
+
+def _passages_of(dataset: Dataset, split: str, max_passages: int, seed: int) -> _Passages:
+    reserved = dataset.relevant_passages(other for other in dataset.qrels if other != split)
+    queries_of: defaultdict[str, list[set[str]]] = defaultdict(list)
+    num_queries = Counter[str]()
+    for query_id, ids in dataset.positives(split).items():
+        words = {*terms(dataset.queries[query_id].text)}
+        fitted = [passage_id for passage_id in ids if passage_id not in reserved]
+        if fitted:
+            num_queries.update(words)
+        for passage_id in fitted:
+            queries_of[passage_id].append(words)
+    if len(queries_of) < _FEWEST:
+        raise InputError(
+            f"{dataset.name}: {len(queries_of)} passages are relevant to a query of '{split}' and to none of another "
+            f"split, but at least {_FEWEST} are needed to learn what words passages lack; use another data set"
+        )
+    chosen = sorted(queries_of, key=lambda name: key_of(seed, "document expansion", name))[:max_passages]
+    shares: list[dict[str, float]] = []
+    for passage_id in chosen:
+        queries = queries_of[passage_id]
+        counts = Counter(word for words in queries for word in words)
+        shares.append({word: number / len(queries) for word, number in counts.items()})
+    num_with = Counter[str]()
+    counted = sorted(dataset.passages, key=lambda name: key_of(seed, "rarity", name))[:max_passages]
+    for passage_id in counted:
+        num_with.update({*terms(dataset.passages[passage_id].full_text)})
+    texts = [dataset.passages[passage_id].full_text for passage_id in chosen]
+    return _Passages(dataset.name, texts, shares, num_queries, num_with, len(counted))
+
+
+def _rarity(vocabulary: Sequence[str], sets: Sequence[_Passages]) -> _Floats:
+    """The idf of each word among the passages of all data sets (``store.bm25``)."""
+    num_with = np.array([sum(each.num_passages_with[term] for each in sets) for term in vocabulary], np.float64)
+    num = sum(each.num_counted for each in sets)
+    return np.log1p((num - num_with + 0.5) / (num_with + 0.5))
+
+
+def _ridge(features: _Floats, targets: _Floats, penalty: float) -> _Floats:
+    """Weights [dim, words] on features and targets whose means are 0; the penalty is a share of the mean variance."""
+    products = features.T @ features
+    shift = penalty * np.trace(products) / len(products) * np.eye(len(products))
+    return np.linalg.solve(products + shift, features.T @ targets)
+
+
+def _predicted_apart(features: _Floats, targets: _Floats, folds: NDArray[np.int64], penalty: float) -> _Floats:
+    """Each fifth of the rows as it is predicted from the others."""
+    predicted = np.zeros_like(targets)
+    for fold in range(int(folds.max()) + 1):
+        known, rest = folds != fold, folds == fold
+        usual, middle = targets[known].mean(axis=0), features[known].mean(axis=0)
+        weights = _ridge(features[known] - middle, targets[known] - usual, penalty)
+        predicted[rest] = np.maximum(usual + (features[rest] - middle) @ weights, 0)
+    return predicted
