@@ -57,6 +57,8 @@ from d2llm.training.checkpoints import (
 )
 
 _PROJECTION_RATE = 1e-3  # a new linear map needs a higher rate than weights that were trained before
+_FITTED_TEXTS = 2_000  # on which a map to a strange teacher is fitted before the first step
+_FIT_PENALTY = 0.1  # as a share of the mean variance of a component
 _COMPARED_TEXTS = 100
 _WEIGHT_DECAY = 0.01
 _NO_ATTENTION = -1e4  # of padding: its exponential is 0, and unlike -inf it leaves no NaN in gradients
@@ -357,7 +359,8 @@ class _Pretraining:
         taught = [[each.ids, each.pairs.tolist()] for each in readings]
         self.settings = _settings(student, [*self.texts, *following, *taught], self.teacher, config, seed)
         student.prepare_training(seed=seed)
-        self.projection = _projection(self.backbone, self.teacher, config, seed)
+        is_strange = bool(self.readings)
+        self.projection = _projection(self.backbone, self.teacher, config, seed, is_strange=is_strange)
         self.head = _word_head(self.backbone) if config.objective in ("words", "masked_next_token") else None
         self.special = {*map(int, self.backbone.tokenizer.all_special_ids)}
         self.attention: list[_Attention] = []
@@ -379,6 +382,8 @@ class _Pretraining:
             restore(checkpoint, self.parameters, self.optimizer)
             self.losses = checkpoint.state["losses"]
             remarks.info("pretraining: continues after step %d of %d", len(self.losses), self.total_steps)
+        elif self.teacher is not None and (is_strange or self.teacher.dim != self.backbone.dim):
+            self._fit_projection()
         self.signals = StopSignals()
 
     def train(self, checkpoint_minutes: float) -> None:
@@ -448,17 +453,51 @@ class _Pretraining:
             yield contrastive_loss(first, second, temperature=config.temperature)
             return
         for part in self._parts(batch):
-            texts = [batch[index] for index in part]
-            token_ids, mask = self.backbone.pad(texts)
-            states, mask = self.backbone(token_ids, mask)
-            readings = [self.readings[tuple(ids)] for ids in texts] if self.readings else []
-            with torch.no_grad():
-                read = self.teacher.pad([each.ids for each in readings]) if readings else (token_ids, mask)
-                teacher_states, teacher_mask = self.teacher(*read)
-                if readings and config.objective != "vectors":
-                    pairs = [each.pairs for each in readings]
-                    teacher_states, mask = aligned_states(teacher_states, pairs, states.shape[1])
-            yield self._differences(states, mask, teacher_states, teacher_mask).sum() / len(batch)
+            yield self._differences(*self._read([batch[index] for index in part])).sum() / len(batch)
+
+    def _read(self, texts: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States of texts by the student [texts, tokens, dim] and by the teacher, each followed by its mask.
+
+        Unless vectors are compared, the teacher's states are those of the student's tokens, and the first mask says
+        which of these have one.
+        """
+        assert self.teacher is not None
+        token_ids, mask = self.backbone.pad(texts)
+        states, mask = self.backbone(token_ids, mask)
+        readings = [self.readings[tuple(ids)] for ids in texts] if self.readings else []
+        with torch.no_grad():
+            read = self.teacher.pad([each.ids for each in readings]) if readings else (token_ids, mask)
+            teacher_states, teacher_mask = self.teacher(*read)
+            if readings and self.config.objective != "vectors":
+                pairs = [each.pairs for each in readings]
+                teacher_states, mask = aligned_states(teacher_states, pairs, states.shape[1])
+        return states, mask, teacher_states, teacher_mask
+
+    @torch.no_grad()
+    def _fit_projection(self) -> None:
+        """Begin with the linear map that predicts a strange teacher best, as the student is now.
+
+        Otherwise the first steps teach the backbone what all of the teacher's states have in common, and overwrite what
+        it knows: its coordinates have nothing to do with the teacher's.
+        """
+        projection = self.projection.projection if isinstance(self.projection, _Critic) else self.projection
+        if self.teacher is None or not isinstance(projection, nn.Linear):
+            return
+        chosen = random.Random(f"{self.seed}:map").sample(self.texts, min(_FITTED_TEXTS, len(self.texts)))
+        own: list[Tensor] = []
+        taught: list[Tensor] = []
+        for part in self._parts(chosen):
+            states, mask, teacher_states, teacher_mask = self._read([chosen[index] for index in part])
+            if self.config.objective == "vectors":
+                own.append(self.backbone.pool(states, mask))
+                taught.append(functional.normalize(self.teacher.pool(teacher_states, teacher_mask).float(), dim=1))
+            else:
+                own.append(states[mask])
+                taught.append(teacher_states[mask])
+        explained = fit_linear(projection, torch.cat(own), torch.cat(taught))
+        if isinstance(self.projection, _Critic):  # compares directions: what all have in common tells no token apart
+            projection.bias.copy_(-projection.weight @ torch.cat(own).float().mean(dim=0))
+        remarks.info("pretraining: a linear map of the student explains %.2f of the teacher's variance", explained)
 
     def _differences(self, states: Tensor, mask: Tensor, teacher_states: Tensor, teacher_mask: Tensor) -> Tensor:
         """How far the student is from the teacher, for each text [texts].
@@ -737,22 +776,38 @@ def _word_head(backbone: Backbone) -> Callable[[Tensor], Tensor]:
 
 
 def _projection(
-    backbone: Backbone, teacher: Backbone | None, config: PretrainingConfig, seed: int
+    backbone: Backbone, teacher: Backbone | None, config: PretrainingConfig, seed: int, *, is_strange: bool
 ) -> nn.Linear | nn.ModuleList | _Critic | None:
     """The linear map from the student's width to the teacher's, trained along and dropped in the end.
 
-    Vectors of the same width are compared as they are, so that the student's become the teacher's. For ``words`` there
-    are two maps of the student's vectors, for the text's own words and for those that follow.
+    Vectors of the same width are compared as they are, so that the student's become the teacher's, unless it
+    ``is_strange``. For ``words`` there are two maps of the student's vectors, for the text's own words and for those
+    that follow.
     """
     if config.objective == "words":
         return nn.ModuleList([_linear(backbone.dim, backbone.dim, seed) for _ in range(2)]).to(backbone.device)
     if teacher is None or config.objective == "relations":
         return None
-    if config.objective == "vectors" and backbone.dim == teacher.dim:
+    if config.objective == "vectors" and backbone.dim == teacher.dim and not is_strange:
         return None
     projection = _linear(backbone.dim, teacher.dim, seed)
     made = _Critic(projection) if config.objective == "mutual_information" else projection
     return made.to(backbone.device)
+
+
+def fit_linear(linear: nn.Linear, features: Float[Tensor, "rows width"], targets: Float[Tensor, "rows other"]) -> float:
+    """Make a linear map the ridge regression of targets on features; the share of their variance that it explains."""
+    one, other = (each.double() for each in (features, targets))
+    middle, target_middle = one.mean(dim=0), other.mean(dim=0)
+    centred, wanted = one - middle, other - target_middle
+    products = centred.T @ centred
+    shift = _FIT_PENALTY * products.diagonal().mean() * torch.eye(len(products), dtype=one.dtype, device=one.device)
+    weight = torch.linalg.solve(products + shift, centred.T @ wanted)
+    with torch.no_grad():
+        linear.weight.copy_(weight.T)
+        linear.bias.copy_(target_middle - middle @ weight)
+    error = (centred @ weight - wanted).square().sum()
+    return 1 - float(error / wanted.square().sum().clamp(min=1e-12))
 
 
 def _linear(width: int, other: int, seed: int) -> nn.Linear:
