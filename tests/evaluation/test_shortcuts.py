@@ -164,6 +164,19 @@ def test_unusable_filters_are_rejected(on_disk, work, condition, error, message)
         measure(on_disk, everyone(), work, filter=condition, **NO_SHORTCUTS)
 
 
+def test_an_instruction_is_put_before_each_query(words, without_results):
+    report = measure(words, everyone(), without_results, instruction="Find: ", **NO_SHORTCUTS)
+    ranked = report.details.rankings
+    assert ranked["D2LLM, with an instruction"] != ranked["D2LLM"]
+    prefixed = replace(
+        words, queries={name: replace(query, text=f"Find: {query.text}") for name, query in words.queries.items()}
+    )
+    by_hand = measure(prefixed, everyone(), without_results, **NO_SHORTCUTS)
+    assert ranked["D2LLM, with an instruction"] == by_hand.details.rankings["D2LLM"]
+    other = measure(words, everyone(), without_results, instruction="Seek: ", **NO_SHORTCUTS)
+    assert other.details.rankings["D2LLM, with an instruction"] != ranked["D2LLM, with an instruction"]
+
+
 def test_measured_shortcuts_are_reused(on_disk, without_results):
     settings = {"exact": True, "cascade_passages": 4, "filter": "year < 40"} | NO_SHORTCUTS
     first = measure(on_disk, everyone(), without_results, **settings)

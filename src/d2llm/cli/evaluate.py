@@ -114,6 +114,10 @@ def evaluate(
             "\"year >= 2020 AND language = 'en'\".",
         ),
     ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Add a row with this before each query where the student reads it."),
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A label store with the teacher's judgements.")
     ] = None,
@@ -185,6 +189,7 @@ def evaluate(
         ann_recall=ann_recall,
         cascade_passages=cascade_passages,
         filter=filter,
+        instruction=instruction,
     )
     runner = place.find()
     dataset = open_data(data)

@@ -137,6 +137,7 @@ class EvaluationSettings:
         cascade_passages: also measure the student with a teacher that judges at most this many passages per query
             again.
         filter: also measure a search for passages that match a condition (``store.filters``).
+        instruction: also measure a search that puts this before each query where its vector is made.
 
     Raises:
         InputError: a number is out of range, or a format is unknown.
@@ -157,11 +158,12 @@ class EvaluationSettings:
     ann_recall: float | None = None
     cascade_passages: int | None = None
     filter: str | None = None
+    instruction: str | None = None
 
     @property
     def shortcuts(self) -> list[str]:
         """The names of the settings that enable rows with other searches."""
-        names = ("stored_as", "exact", "ann_recall", "cascade_passages", "filter")
+        names = ("stored_as", "exact", "ann_recall", "cascade_passages", "filter", "instruction")
         return [name for name in names if getattr(self, name) not in (None, False, ())]
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Rows for the student with a cheaper search, or with a filter or a teacher added."""
+"""Rows for the student with a cheaper search, or with a filter, an instruction or a teacher added."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def measure_shortcuts(work: RetrievalWork, contenders: Contenders, subject: Syst
         _add_cascade(rows, work, index, contenders.teacher, settings.cascade_passages)
     if settings.filter is not None:
         _add_filter(rows, work, index, settings.filter, subject)
+    if settings.instruction is not None:
+        rows.systems.append(_with_instruction(work, index, settings.instruction))
     return rows
 
 
@@ -179,6 +181,14 @@ def _add_metadata(work: RetrievalWork, index: Index) -> None:
         index.upsert(p for p in iter_corpus(work.dataset.path) if p.id in work.dataset.passages)
     except (DataFormatError, OSError):  # this layout has no metadata
         return
+
+
+def _with_instruction(work: RetrievalWork, index: Index, instruction: str) -> System:
+    """The student with an instruction before each query."""
+    name = f"{NAME_D2LLM}, with an instruction"
+    search = replace(work.search_settings(work.settings.num_candidates), instruction=instruction)
+    key = work.key(name, work.identity(index.student), search.num_candidates, work.settings.dtype, instruction)
+    return work.store.system(key, lambda: work.measure(name, "shortcut", index, search))
 
 
 def _held_out(work: RetrievalWork) -> Sequence[Query]:

@@ -418,7 +418,9 @@ class RetrievalWork:
         searched = view or index.unsharded_view
         searcher = Searcher(searched, index.student, settings, cascade=cascade)
         queries = (trial or self.trial).queries
-        encoded = self._encode(queries, index.student, with_tokens="token" in searcher.weights.part_kinds)
+        encoded = None
+        if settings.instruction is None:  # workers encode plain queries
+            encoded = self._encode(queries, index.student, with_tokens="token" in searcher.weights.part_kinds)
         system = student_system(name, kind, searcher, trial or self.trial, encoded)
         evidence_bytes = searched.words.num_bytes if searcher.weights.counts_words else 0
         parts = {"window": searched.windows, "token": searched.tokens}
