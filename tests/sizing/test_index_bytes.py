@@ -9,6 +9,8 @@ import pytest
 
 from d2llm import Index
 from d2llm.core.files import folder_bytes
+from d2llm.models.document_expansion import DocumentExpansion
+from d2llm.ops.bm25_words import terms
 from d2llm.sizing.index_bytes import StudentFacts, index_parts
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.texts import read_text_facts
@@ -85,7 +87,7 @@ def test_every_part_names_what_it_was_computed_from(built):
 
 def test_bytes_of_words_are_those_of_the_arrays():
     segment = WordSegment.from_texts(passage.full_text for passage in passages(100))
-    arrays = sum(getattr(segment, name).nbytes for name in WordSegment.__slots__)
+    arrays = sum(getattr(segment, name).nbytes for name in WordSegment.__slots__ if name != "added")
     assert segment_bytes(len(segment), len(segment.terms), len(segment.rows), len(segment.tokens)) == arrays
 
 
@@ -99,3 +101,35 @@ def test_bytes_of_an_approximate_index_are_those_of_its_file(tmp_path):
     index.add(vectors)
     faiss.write_index(index, str(tmp_path / "file"))
     assert ann_bytes(2_000, 20, 32) == pytest.approx((tmp_path / "file").stat().st_size, rel=0.01)
+
+
+def test_words_that_passages_lack_are_counted(student, tmp_path):
+    texts = [passage.full_text for passage in passages(NUM)]
+    vocabulary = sorted({term for text in texts for term in terms(text)})[:200]
+    random = np.random.default_rng(0)
+    student.document_expansion = DocumentExpansion(
+        terms=tuple(vocabulary),
+        usual=np.full(len(vocabulary), 0.1, np.float32),
+        middle=np.zeros(student.vector_dim, np.float32),
+        weights=random.normal(size=(student.vector_dim, len(vocabulary))).astype(np.float32),
+        rarity=np.ones(len(vocabulary), np.float32),
+        num_passages={},
+        explained={},
+    )
+    try:
+        plan = SizePlan(NUM, 20)
+        facts = StudentFacts.of_student(student, plan)
+        with_words = Index.create(tmp_path / "with", student, window_vectors=None, token_vectors=None)
+        with_words.add(passages(NUM))
+    finally:
+        student.document_expansion = None
+    without = Index.create(tmp_path / "without", student, window_vectors=None, token_vectors=None)
+    without.add(passages(NUM))
+    for index in (with_words, without):
+        index.compact(timedelta(0))
+    read = read_text_facts(passages(800, seed=1), student, "800 others")
+    parts = {part.part: part for part in index_parts(plan, facts, read, NUM, approximate=False)}
+    more = folder_bytes(with_words.folder) - folder_bytes(without.folder)
+    assert parts["words that passages lack"].disk == pytest.approx(more, rel=0.25)
+    grown = with_words.view.words.num_bytes - without.view.words.num_bytes
+    assert parts["words that passages lack"].memory == pytest.approx(grown, rel=0.05)

@@ -22,6 +22,10 @@ from d2llm.store.word_files import SEGMENT_ROWS, segment_bytes
 
 _ID_BYTES = np.dtype(np.uint64).itemsize  # a view keeps a number for each row's id
 _NORM_BYTES = np.dtype(np.float32).itemsize  # and BM25 one for its length
+_POSTING_BYTES, _ADDED_TEXT_BYTES = (
+    6,
+    5,
+)  # of a word that a passage lacks: row and count, and its text as LanceDB stores it
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class StudentFacts:
         counts_interaction: whether the interaction has a weight in the plan's task.
         formats: formats of the vectors of windows and tokens that the index stores.
         weights: the evidence that its score counts in such an index.
+        num_added_words: words that the index adds to a passage, at most.
     """
 
     name: str
@@ -51,6 +56,7 @@ class StudentFacts:
     counts_interaction: bool
     formats: dict[PartKind, str]
     weights: EvidenceWeights
+    num_added_words: int = 0
 
     @classmethod
     def of_student(cls, student: Student, plan: SizePlan) -> StudentFacts:
@@ -73,6 +79,7 @@ class StudentFacts:
             counts_interaction=not student.has_anchor or prepared.reach > 0,
             formats=formats,
             weights=student.evidence_weights(plan.task, stored=frozenset(formats)),
+            num_added_words=0 if (expansion := student.document_expansion) is None else expansion.num_words,
         )
 
     def part_format(self, kind: PartKind) -> VectorFormat:
@@ -127,6 +134,14 @@ def _parts(
         f"{texts.words:.0f} words, {texts.distinct_words:.0f} of them different, {texts.sentences:.1f} sentences "
         f"({texts.source})",
     )
+    if number := student.num_added_words:
+        yield PartBytes(
+            "words that passages lack",
+            num_passages * number * (_POSTING_BYTES + _ADDED_TEXT_BYTES),
+            num_passages * number * _POSTING_BYTES,
+            f"at most {number} words a passage, {_POSTING_BYTES} bytes each in the words and {_ADDED_TEXT_BYTES} in "
+            "the table",
+        )
     for kind in student.formats:
         number = parts_of_passage(kind, student, texts)
         part_size = student.part_format(kind).code_size
