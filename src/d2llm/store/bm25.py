@@ -10,10 +10,11 @@ with its own length, the mean length of all windows, and the idf of passages.
 A passage may have added words, which its text lacks (``models.document_expansion``). They count in its tf, which need
 not be a whole number then, and in its length; idf and windows are those of the texts.
 
-The words of consecutive rows form a segment, which never changes and depends only on the texts of its rows. It stores
-them twice: by term, to find the best of all passages, and by row, to score given passages and their windows. Corpus
-statistics (N, n_t, mean lengths) are summed over the live rows of the segments when needed, so passages can be added
-and deleted, and every score is the same as if the index had been built from the remaining ones.
+The words of consecutive rows form a segment, which never changes and depends only on the texts and the added words of
+its rows. It stores the words of texts twice: by term, to find the best of all passages, and by row, to score given
+passages and their windows. Corpus statistics (N, n_t, mean lengths) are summed over the live rows of the segments when
+needed, so passages can be added and deleted, and every score is the same as if the index had been built from the
+remaining ones.
 """
 
 from __future__ import annotations
@@ -83,11 +84,11 @@ class AddedWords:
         return cls._of_postings(hashes, rows, np.clip(np.rint(100 * counts), 1, _LARGEST_COUNT).astype(np.uint16))
 
     @classmethod
-    def join(cls, parts: Sequence[AddedWords], firsts: Sequence[int]) -> AddedWords:
-        """The words of several segments, whose first rows are at ``firsts`` in the new one."""
-        hashes = np.concatenate([part.hashes for part in parts])
-        rows = np.concatenate([part.rows.astype(np.int64) + first for part, first in zip(parts, firsts, strict=True)])
-        return cls._of_postings(hashes, rows, np.concatenate([part.hundredths for part in parts]))
+    def join(cls, parts: Mapping[int, AddedWords]) -> AddedWords:
+        """The words of several segments, by where the first row of each is in the new one."""
+        hashes = np.concatenate([part.hashes for part in parts.values()])
+        rows = np.concatenate([part.rows.astype(np.int64) + first for first, part in parts.items()])
+        return cls._of_postings(hashes, rows, np.concatenate([part.hundredths for part in parts.values()]))
 
     @classmethod
     def _of_postings(cls, hashes: NDArray[np.uint64], rows: _Rows, hundredths: NDArray[np.uint16]) -> AddedWords:
@@ -188,8 +189,8 @@ class WordSegment:
             tokens.append(places[segment.tokens])
             num_tokens += len(segment.tokens)
         firsts = np.cumsum([0, *map(len, segments)]).tolist()
-        added = [(segment.added, first) for segment, first in zip(segments, firsts, strict=False) if segment.added]
-        joined = AddedWords.join(*map(list, zip(*added, strict=True))) if added else None
+        added = {first: each.added for first, each in zip(firsts, segments, strict=False) if each.added is not None}
+        joined = AddedWords.join(added) if added else None
         return cls._from_tokens(vocabulary, np.concatenate(tokens), np.concatenate(offsets), joined)
 
     @classmethod
