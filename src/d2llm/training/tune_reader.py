@@ -288,7 +288,6 @@ class _TuningRun:
 
     def train(self) -> None:
         """Train to the end; the last state is saved as a checkpoint, also after Ctrl-C or SIGTERM."""
-        self.reader.train()
         total, saved_at = sum(map(len, self.stages)), time.monotonic()
         with self.signals, progress_bar("tuning the reader", total, done=len(self.losses)) as advance:
             try:
@@ -314,6 +313,7 @@ class _TuningRun:
             rate = self.config.lora_rate
             self.reader.backbone.prepare_training(seed=self.seed)
             self.parameters = trainable(self.reader)
+        self.reader.train()  # with the dropout of new adapters
         self.optimizer = adamw([(list(self.parameters.values()), rate, _WEIGHT_DECAY)])
 
     def _step(self) -> None:
@@ -326,7 +326,7 @@ class _TuningRun:
         torch.manual_seed(self.seed * 1_000_003 + number)  # dropout depends only on the step, so resuming is exact
         batches = self.stages[self.stage]
         loss = loss_of(self.reader, batches[step])
-        require_finite(loss, number, self.folder)
+        require_finite(loss.detach(), number, self.folder)
         loss.backward()
         warmup_steps = int(self.config.warmup_fraction * len(batches))
         factor = learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=len(batches))
