@@ -99,7 +99,8 @@ def random_lists(number, *, seed=0, dim=8, marked=True):
     if marked:
         vectors[..., 0] = np.where(grades, 6, -1)
     ids = [[f"{row}-{place}" for place in range(DEPTH)] for row in range(number)]
-    return RankedLists([str(row) for row in range(number)], ["the cat"] * number, ids, vectors, grades)
+    scores = np.tile(-np.arange(DEPTH, dtype=np.float64), (number, 1))
+    return RankedLists([str(row) for row in range(number)], ["the cat"] * number, ids, vectors, scores, grades)
 
 
 def test_the_report_and_the_reader(tuned, student, llama, root):
@@ -132,6 +133,7 @@ def test_the_lists_are_the_students_rankings(student, llama, tmp_path, monkeypat
         assert (own.query_ids, len(own)) == (query_ids, len(query_ids))
         rankings = index.search([data.queries[each] for each in query_ids], top_k=DEPTH)
         assert own.ids == [[one.passage.id for one in ranking.passages] for ranking in rankings]
+        assert own.scores.tolist() == [[one.score for one in ranking.passages] for ranking in rankings]
         assert own.vectors.shape == (len(query_ids), DEPTH, student.vector_dim)
         np.testing.assert_array_equal(own.vectors[0], index.view.vectors(index.view.rows(own.ids[0])))
         relevant = [data.qrels[split][query_id] for query_id in query_ids]
@@ -146,10 +148,12 @@ def test_the_lists_are_the_students_rankings(student, llama, tmp_path, monkeypat
 
 
 def test_queries_that_share_a_passage_with_dev_are_left_out():
-    kept, num_shared = train_queries(questions(shared=(2, 5)), 100)
+    kept, num_shared = train_queries(questions(shared=(2, 5)), ReaderTuningConfig())
     assert num_shared == 2
     assert sorted(kept) == [f"q{n:02}" for n in range(12) if n not in (2, 5)]
-    assert train_queries(questions(shared=(2, 5)), 3)[0] == kept[-3:]
+    assert train_queries(questions(shared=(2, 5)), ReaderTuningConfig(max_queries=3))[0] == kept[-3:]
+    all_of_them, num_shared = train_queries(questions(shared=(2, 5)), ReaderTuningConfig(exclude_shared_passages=False))
+    assert (len(all_of_them), num_shared) == (12, 0)
     assert len(dev_queries(questions(), 2, 0)) == 2
     assert dev_queries(Dataset("t", Path("t"), {}, {}, {"train": {}}), 2, 0) == []
 
@@ -191,7 +195,7 @@ def test_a_reader_learns_what_a_vector_says(llama, tmp_path):
     )
     reader = ListwiseReader(backbone, 8, "a-student", steps=4)
     (tmp_path / "run").mkdir()
-    run = module._TuningRun(reader, [random_lists(64)], config, tmp_path / "run", {}, seed=0)
+    run = module.ReaderTraining(reader, [random_lists(64)], config, tmp_path / "run", {}, seed=0)
     run.train()
     first, last = run.mean_losses[0]
     assert last < first - 0.2

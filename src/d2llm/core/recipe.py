@@ -588,6 +588,8 @@ class ReaderTuningConfig(_Section):
     """Train queries of each data set."""
     dev_queries: int = Field(default=300, ge=0)
     """Dev queries of each data set on which the ranking is measured."""
+    exclude_shared_passages: bool = True
+    """Leave out training queries that share a relevant passage with a dev or test query."""
     batch_lists: int = Field(default=8, ge=1)
     """Lists of one step."""
     network_rate: float = Field(default=1e-3, gt=0)

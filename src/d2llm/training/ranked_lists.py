@@ -25,6 +25,8 @@ from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
 from d2llm.training.mining.choose import key_of
 
+_ARRAYS = ("vectors", "scores", "grades")
+
 
 @dataclass(frozen=True, slots=True)
 class RankedLists:
@@ -35,6 +37,7 @@ class RankedLists:
         queries: their texts.
         ids: the passages' ids, by query.
         vectors: the passages' vectors, float32 [n, depth, dim].
+        scores: the student's scores, float64 [n, depth].
         grades: their judgements, int64 [n, depth]; 0 if there is none.
     """
 
@@ -42,24 +45,26 @@ class RankedLists:
     queries: list[str]
     ids: list[list[str]]
     vectors: NDArray[np.float32]
+    scores: NDArray[np.float64]
     grades: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.queries)
 
 
-def train_queries(dataset: Dataset, number: int) -> tuple[list[str], int]:
+def train_queries(dataset: Dataset, config: ReaderTuningConfig) -> tuple[list[str], int]:
     """Train queries with a relevant passage, and how many others share one with a dev or test query, so are left out.
 
-    The last ``number`` in the order of the miner: a student that was distilled on these data learnt from the first.
+    The last ones in the order of the miner: a student that was distilled on these data learnt from the first.
 
     Raises:
         DataFormatError: the data set has no train split.
     """
-    held_out = dataset.relevant_passages(split for split in ("dev", "test") if split in dataset.qrels)
+    held_out = [split for split in ("dev", "test") if split in dataset.qrels and config.exclude_shared_passages]
+    reserved = dataset.relevant_passages(held_out)
     positives = {query_id: relevant for query_id, relevant in dataset.positives("train").items() if relevant}
-    kept = [query_id for query_id, relevant in positives.items() if held_out.isdisjoint(relevant)]
-    return sorted(kept, key=lambda query_id: key_of(0, query_id))[-number:], len(positives) - len(kept)
+    kept = [query_id for query_id, relevant in positives.items() if reserved.isdisjoint(relevant)]
+    return sorted(kept, key=lambda query_id: key_of(0, query_id))[-config.max_queries :], len(positives) - len(kept)
 
 
 def dev_queries(dataset: Dataset, number: int, seed: int) -> list[str]:
@@ -118,12 +123,14 @@ def _ranked(index: Index, dataset: Dataset, split: str, query_ids: Sequence[str]
     vectors = [index.view.vectors(index.view.rows(own)) for own in ids]
     judged = [dataset.qrels[split][query_id] for query_id in query_ids]
     grades = [[of_query.get(each, 0) for each in own] for of_query, own in zip(judged, ids, strict=True)]
+    scores = [[each.score for each in ranking.passages] for ranking in rankings]
     shape = (len(ids), depth)
     return RankedLists(
         list(query_ids),
         [query.text for query in queries],
         ids,
         np.array(vectors, np.float32).reshape(*shape, -1) if vectors else np.zeros((*shape, 1), np.float32),
+        np.array(scores, np.float64).reshape(shape),
         np.array(grades, np.int64).reshape(shape),
     )
 
@@ -132,7 +139,7 @@ def _write(file: Path, lists: dict[str, RankedLists], fingerprint: str) -> None:
     arrays: dict[str, NDArray[Any]] = {}
     texts: dict[str, Any] = {}
     for split, each in lists.items():
-        arrays |= {f"{split}/vectors": each.vectors, f"{split}/grades": each.grades}
+        arrays |= {f"{split}/{name}": getattr(each, name) for name in _ARRAYS}
         texts[split] = [each.query_ids, each.queries, each.ids]
     write_bytes(file, save(arrays, {"fingerprint": fingerprint, "texts": json.dumps(texts)}))
 
@@ -146,8 +153,6 @@ def _read(file: Path, fingerprint: str) -> dict[str, RankedLists] | None:
         if metadata["fingerprint"] != fingerprint:
             return None
         return {
-            split: RankedLists(
-                query_ids, queries, ids, opened.get_tensor(f"{split}/vectors"), opened.get_tensor(f"{split}/grades")
-            )
+            split: RankedLists(query_ids, queries, ids, *(opened.get_tensor(f"{split}/{name}") for name in _ARRAYS))
             for split, (query_ids, queries, ids) in json.loads(metadata["texts"]).items()
         }

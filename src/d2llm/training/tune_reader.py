@@ -165,7 +165,7 @@ def tune_reader(
         for dataset in datasets
     }
     train = [each["train"] for each in lists.values()]
-    run = _TuningRun(reader, train, config, run_folder, _settings(reader, train, config, seed), seed=seed)
+    run = ReaderTraining(reader, train, config, run_folder, _settings(reader, train, config, seed), seed=seed)
     run.train()
     reader.eval()
     report = ReaderTuningReport(
@@ -245,7 +245,7 @@ def ndcg(lists: RankedLists, orders: Sequence[Sequence[int]], qrels: Qrels) -> N
     return np.array([values[query_id] for query_id in lists.query_ids])
 
 
-class _TuningRun:
+class ReaderTraining:
     """The training loop of both stages, and the state that a checkpoint restores."""
 
     def __init__(
@@ -360,7 +360,7 @@ def _choose(
     chosen: dict[str, dict[str, list[str]]] = {}
     num_shared = 0
     for dataset in datasets:
-        train, shared = train_queries(dataset, config.max_queries)
+        train, shared = train_queries(dataset, config)
         chosen[dataset.name] = {"train": train, "dev": dev_queries(dataset, config.dev_queries, seed)}
         num_shared += shared
     num_train = sum(len(each["train"]) for each in chosen.values())
@@ -368,7 +368,7 @@ def _choose(
         raise InputError(
             f"there are only {num_train} train queries with a relevant passage in {', '.join(names) or '(no data)'}, "
             f"but a step takes {config.batch_lists}; {num_shared} others were left out because they share one with a "
-            "dev or test query. Give more data"
+            "dev or test query (exclude_shared_passages = false keeps those). Give more data"
         )
     return chosen, num_shared
 
