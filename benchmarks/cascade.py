@@ -33,7 +33,7 @@ from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.models.teachers.stacked import stacked_queries
 from d2llm.ops.measures import per_query_measures
 from d2llm.ops.rereading import StudentError, calibrate_error, on_one_scale
-from d2llm.retrieval.cascade import Cascade
+from d2llm.retrieval.cascade import Cascade, StudentRanking
 
 SETS: dict[str, Task] = {"squad-sent": "asymmetric", "wikiqa": "asymmetric"}
 CALIBRATION_QUERIES, QUERIES, CANDIDATES = 40, 120, 50
@@ -53,6 +53,16 @@ class Candidates(NamedTuple):
     scores: np.ndarray
     log_odds: np.ndarray
     relevant: dict[str, int]
+
+    @property
+    def ranking(self) -> StudentRanking:
+        """What a cascade gets of them."""
+        return StudentRanking(
+            self.scores,
+            np.arange(len(self.ids)),
+            texts=lambda places: [self.texts[place] for place in places],
+            vectors=lambda places: np.zeros((len(places), 0), np.float32),
+        )
 
 
 class Known:
@@ -133,7 +143,7 @@ def measure(name: str, student: Student, judge: Judge, fitted: frozenset[str]) -
 
         def cascade(query: Candidates, n: int = n, counts: list[int] = counts) -> np.ndarray:
             reread = Cascade(Known(query), error, n).rerank(  # type: ignore[arg-type]
-                query.text, query.scores, lambda places: [query.texts[place] for place in places], SETS[name]
+                query.text, query.ranking, SETS[name]
             )
             counts.append(len(reread.read))
             return reread.scores
@@ -167,9 +177,7 @@ def times(queries: Sequence[Candidates], judge: Judge, error: StudentError, task
     """Milliseconds per query for each budget of passages, for all candidates at once, and for a budget of time."""
 
     def run(cascade: Cascade) -> tuple[np.ndarray, np.ndarray]:
-        done = [
-            cascade.rerank(q.text, q.scores, lambda places, q=q: [q.texts[p] for p in places], task) for q in queries
-        ]
+        done = [cascade.rerank(q.text, q.ranking, task) for q in queries]
         return np.array([1e3 * one.seconds for one in done]), np.array([len(one.read) for one in done])
 
     measured: dict[str, object] = {}

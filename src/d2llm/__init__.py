@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from d2llm.core.errors import D2LLMError
     from d2llm.core.progress import showing_progress
-    from d2llm.core.recipe import Recipe, TeacherConfig, WriterConfig, WriterTuningConfig
+    from d2llm.core.recipe import ReaderTuningConfig, Recipe, TeacherConfig, WriterConfig, WriterTuningConfig
     from d2llm.core.recipe_file import load_recipe
     from d2llm.core.types import (
         Candidate,
@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from d2llm.fitting.settings import FitSettings
     from d2llm.models.backbone import Backbone
     from d2llm.models.export.export import export
+    from d2llm.models.listwise_reader import ListwiseReader
     from d2llm.models.static_model import distill_static
     from d2llm.models.student import Student
     from d2llm.models.teachers.judge import load_judge
     from d2llm.models.writers.writer import Assignment, load_writer
     from d2llm.ops.gating import never_worse
-    from d2llm.retrieval.cascade import Cascade
+    from d2llm.retrieval.cascade import Cascade, ListwiseReading
     from d2llm.retrieval.chunking import Chunker
     from d2llm.retrieval.context import AnswerContext
     from d2llm.retrieval.encode import encode
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from d2llm.training.gate import read_gate
     from d2llm.training.run import Run
     from d2llm.training.starting_recipe import starting_recipe
+    from d2llm.training.tune_reader import tune_reader
     from d2llm.training.tune_writer import tune_writer
 
 __version__ = "0.1.0"
@@ -85,11 +87,14 @@ __all__ = [
     "Fit",
     "FitSettings",
     "Index",
+    "ListwiseReader",
+    "ListwiseReading",
     "PairDataset",
     "Passage",
     "Query",
     "RankedPassage",
     "Ranking",
+    "ReaderTuningConfig",
     "Recipe",
     "Run",
     "SearchSettings",
@@ -128,13 +133,14 @@ __all__ = [
     "size",
     "starting_recipe",
     "sync_documents",
+    "tune_reader",
     "tune_writer",
 ]
 
 _HOMES = {
     "d2llm.core.errors": ("D2LLMError",),
     "d2llm.core.progress": ("showing_progress",),
-    "d2llm.core.recipe": ("Recipe", "TeacherConfig", "WriterConfig", "WriterTuningConfig"),
+    "d2llm.core.recipe": ("ReaderTuningConfig", "Recipe", "TeacherConfig", "WriterConfig", "WriterTuningConfig"),
     "d2llm.core.recipe_file": ("load_recipe",),
     "d2llm.core.types": (
         "Candidate",
@@ -157,12 +163,13 @@ _HOMES = {
     "d2llm.fitting.fit": ("Fit", "fit"),
     "d2llm.fitting.settings": ("FitSettings",),
     "d2llm.models.backbone": ("Backbone",),
+    "d2llm.models.listwise_reader": ("ListwiseReader",),
     "d2llm.models.static_model": ("distill_static",),
     "d2llm.models.student": ("Student",),
     "d2llm.models.teachers.judge": ("load_judge",),
     "d2llm.models.writers.writer": ("Assignment", "load_writer"),
     "d2llm.ops.gating": ("never_worse",),
-    "d2llm.retrieval.cascade": ("Cascade",),
+    "d2llm.retrieval.cascade": ("Cascade", "ListwiseReading"),
     "d2llm.training.check_data": ("check_data",),
     "d2llm.retrieval.chunking": ("Chunker",),
     "d2llm.retrieval.context": ("AnswerContext",),
@@ -184,6 +191,7 @@ _HOMES = {
     "d2llm.sizing.plan": ("SizePlan",),
     "d2llm.sizing.size": ("size",),
     "d2llm.training.starting_recipe": ("starting_recipe",),
+    "d2llm.training.tune_reader": ("tune_reader",),
     "d2llm.training.tune_writer": ("tune_writer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -12,7 +12,7 @@ from d2llm.models.student import Student
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval import cascade as module
 from d2llm.retrieval.calibrate import read_error, write_error
-from d2llm.retrieval.cascade import Cascade, TeacherReading
+from d2llm.retrieval.cascade import Cascade, StudentRanking, TeacherReading
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.side_files import ERRORS_FILE
@@ -52,7 +52,13 @@ class Oracle:
 
 
 def rerank(cascade, scores=SCORES, top_k=5):
-    return cascade.rerank("q", scores, lambda positions: [str(position) for position in positions], "asymmetric", top_k)
+    best_first = np.argsort(-scores, kind="stable")
+    ranking = StudentRanking(scores, best_first, lambda places: [str(place) for place in places], no_vectors)
+    return cascade.rerank("q", ranking, "asymmetric", top_k)
+
+
+def no_vectors(places):
+    raise AssertionError("a teacher reads texts")
 
 
 def test_teacher_scores_are_kept_and_the_rest_put_on_their_scale():

@@ -38,6 +38,7 @@ from d2llm.cli.serve import serve
 from d2llm.cli.session import Session, start_logging
 from d2llm.cli.shard import shard
 from d2llm.cli.size import size
+from d2llm.cli.tune_reader import tune_reader
 from d2llm.core.errors import D2LLMError, Terminated
 from d2llm.core.progress import showing_progress
 
@@ -160,6 +161,7 @@ _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
         distill_static,
         fit_tokens,
         fit_scores,
+        tune_reader,
         push,
     ),
     "Search": (encode, search, shard),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -16,18 +15,15 @@ from d2llm.cli.options import (
     EngineOption,
     IndexTaskOption,
     JsonOption,
-    PromptOption,
     WriterOptions,
     student_option,
-    teacher_config,
-    teacher_option,
     with_option_groups,
 )
+from d2llm.cli.rereading_options import RereadingOptions
 from d2llm.cli.session import Session, session_of
 from d2llm.core.errors import InputError
 from d2llm.core.types import (
     DEFAULT_NUM_CANDIDATES,
-    DEFAULT_TEACHER_PASSAGES,
     DEFAULT_TOP_K,
     ContextOrder,
     ExpansionMethod,
@@ -37,8 +33,6 @@ from d2llm.core.types import (
 
 if TYPE_CHECKING:
     from d2llm.core.types import CascadeReport, Certificate, Excerpt, Query, QueryExpansion, Ranking, Selection
-    from d2llm.models.teachers.judge import Judge
-    from d2llm.retrieval.cascade import Cascade
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
@@ -251,22 +245,9 @@ def search(
     ] = "passage",
     selection: SelectionOptions,
     around: PassageOptions,
-    teacher: Annotated[
-        str | None,
-        teacher_option(
-            help="Teacher that rereads passages the student is unsure of; run `d2llm index INDEX calibrate` first."
-        ),
-    ] = None,
-    teacher_passages: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Maximum number of passages it reads per query.", show_default=f"{DEFAULT_TEACHER_PASSAGES}"
-        ),
-    ] = None,
-    teacher_ms: Annotated[float | None, typer.Option(min=0, help="Maximum time it reads per query.")] = None,
+    rereading: RereadingOptions,
     expansion: ExpansionOptions,
     writer: WriterOptions,
-    prompt: PromptOption = None,
     task: IndexTaskOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -300,8 +281,7 @@ def search(
     )
     settings.check()
     around.check(explain=explain)
-    if teacher is None:
-        _check_unused({"--teacher-ms": teacher_ms, "--teacher-passages": teacher_passages, "--prompt": prompt})
+    rereading.check()
     if around.context_tokens is not None:
         from d2llm.retrieval.context import context_settings, named_tokenizer
 
@@ -312,13 +292,7 @@ def search(
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
     index_task = task or opened.view.task
-    cascade = None
-    if teacher is not None:
-        from d2llm.models.teachers.judge import load_judge
-
-        judge = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
-        num_read = DEFAULT_TEACHER_PASSAGES if teacher_passages is None else teacher_passages
-        cascade = _cascade(opened, judge, index_task, num_read, teacher_ms)
+    cascade = rereading.load(opened, index_task, device=device, dtype=dtype)
     expanded = expansion.load(writer, device=device, dtype=dtype)
     rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, expansion=expanded)
     report: dict[str, Any] = {"student": opened.student.fingerprint, "rankings": rankings}
@@ -337,22 +311,6 @@ def search(
     if (remark := _plain_queries(rankings)) is not None:
         session.complain("warning", remark)
     session.write_report(context, json_path, report)
-
-
-def _check_unused(teacher_options: Mapping[str, object]) -> None:
-    for name, value in teacher_options.items():
-        if value is not None:
-            raise InputError(f"{name} is for a teacher; name one with --teacher, or leave it out")
-
-
-def _cascade(index: Index, judge: Judge, task: Task, teacher_passages: int, teacher_ms: float | None) -> Cascade:
-    """A cascade of the index's student and a teacher, with the measured error of the student."""
-    from d2llm.retrieval.calibrate import read_error
-    from d2llm.retrieval.cascade import Cascade
-    from d2llm.retrieval.row_evidence import weights_for
-
-    error = read_error(index.folder, judge, task, weights_for(index.view, index.student, task))
-    return Cascade(judge, error, teacher_passages, teacher_ms)
 
 
 def _show_context(session: Session, index: Index, ranking: Ranking, options: PassageOptions) -> dict[str, Any]:
@@ -402,7 +360,7 @@ def _explain(session: Session, ranking: Ranking, settings: SearchSettings, stude
     if ranking.expansion is not None and ranking.expansion.texts:
         session.say(_expansion_lines(ranking.expansion))
     if ranking.cascade is not None:
-        session.say(_cascade_line(ranking.cascade))
+        session.say(_cascade_line(ranking.cascade) if "teacher" in ranking.seconds else _reader_line(ranking.cascade))
     selection = ranking.selection
     if ranking.certificate is not None:
         num_places = len(ranking.passages) if selection is None else selection.selected_from
@@ -440,14 +398,23 @@ def _plain_queries(rankings: list[Ranking]) -> str | None:
     )
 
 
+def _reader_line(report: CascadeReport) -> str:
+    """What a listwise reader changed in a ranking, in one line."""
+    return f"reader: {len(report.read)} passages were read, in {1e3 * report.seconds:,.0f} ms; {_moves(report)}"
+
+
+def _moves(report: CascadeReport) -> str:
+    moves = ", ".join(f"{before} -> {now}" for before, now in report.moved)
+    return f"places: {moves}" if moves else "no place changed"
+
+
 def _cascade_line(report: CascadeReport) -> str:
     """What a teacher changed in a ranking, in one line."""
-    moves = ", ".join(f"{before} -> {now}" for before, now in report.moved)
     cut = f", {report.num_truncated} of them in part" if report.num_truncated else ""
     cut += ", until its time was up" if report.out_of_time else ""
     return (
         f"teacher: the student was unsure of {len(report.unsure)} passages; {len(report.read)} were read{cut}, in "
-        f"{1e3 * report.seconds:,.0f} ms; " + (f"places: {moves}" if moves else "no place changed")
+        f"{1e3 * report.seconds:,.0f} ms; {_moves(report)}"
     )
 
 

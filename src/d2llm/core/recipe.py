@@ -570,6 +570,36 @@ class WriterTuningConfig(_Section):
     checkpoint_minutes: float = Field(default=5.0, gt=0)
 
 
+class ReaderTuningConfig(_Section):
+    """Tuning of a causal language model that reads passages as vectors (``models.listwise_reader``)."""
+
+    model: str = "smollm2"
+    """A causal language model: local folder, Hub name or GGUF file."""
+    layers: int | None = Field(default=8, ge=1)
+    """Use only this many of its first layers. None: all."""
+    lora: LoraConfig = LoraConfig()
+    depth: int = Field(default=20, ge=2)
+    """Passages of a list: the student's first ones."""
+    steps: int = Field(default=10, ge=1)
+    """How many of them are drawn, and no more than there are: nDCG@10 counts ten."""
+    lists: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]] = (2_000, 4_000)
+    """Lists to read in the two stages: for the network alone, then with LoRA. Queries come again if there are fewer."""
+    max_queries: int = Field(default=1_500, ge=1)
+    """Train queries of each data set."""
+    dev_queries: int = Field(default=300, ge=0)
+    """Dev queries of each data set on which the ranking is measured."""
+    exclude_shared_passages: bool = True
+    """Leave out training queries that share a relevant passage with a dev or test query."""
+    batch_lists: int = Field(default=8, ge=1)
+    """Lists of one step."""
+    network_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate of the first stage."""
+    lora_rate: float = Field(default=5e-4, gt=0)
+    """Learning rate of the second stage, for the network too."""
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+
+
 class DataConfig(_Section):
     """One data set of a recipe: a retrieval set in BEIR layout, or a set of labelled pairs."""
 

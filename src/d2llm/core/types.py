@@ -22,6 +22,8 @@ DEFAULT_SECONDS_PER_FILE = 120.0
 """Documents that take longer to read are skipped."""
 DEFAULT_TEACHER_PASSAGES = 20
 """Maximum number of passages that a teacher rereads in a search."""
+DEFAULT_READER_PASSAGES = 20
+"""Passages that a listwise reader reads in a search."""
 DEFAULT_CONTEXT_TOKENS = 2_000
 """Maximum number of tokens of a context for an answer."""
 
@@ -240,7 +242,7 @@ class RankedPassage:
         rank: from 1.
         passage: the passage; in a ranking of documents, the document's best one.
         score: what the ranking is sorted by. After a cascade these are log-odds: the teacher's or, for passages that it
-            did not read, those expected from the student's score.
+            did not read, those expected from the student's score. After a listwise reader these are 1 / place.
         anchor_score: inner-product part of the student's score, if the head has one.
         explanation: why it has this rank, if requested.
         document: the document, in a ranking of documents.
@@ -283,7 +285,7 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class CascadeReport:
-    """What a teacher changed in a student's ranking.
+    """What a teacher or a listwise reader changed in a student's ranking.
 
     Attributes:
         read: student ranks of the passages that the teacher read, in reading order.
@@ -369,12 +371,12 @@ class Ranking:
     """The result of one query, best first; ties are broken by passage id.
 
     ``num_candidates`` passages got the full score. ``certificate`` is set by an exact search, ``index_version`` by an
-    index with versions, ``cascade`` by a search with a teacher. ``truncated``: the query is longer than the student
-    reads, so its end did not affect the student's scores. ``selection``: the entries were selected from a longer
-    ranking; a certificate then proves that ranking, not the order of the selection. ``expansion``: what a language
-    model added to the query. ``missing_shards``: shards of a sharded index that gave no answer; their passages are not
-    in the ranking, and its certificate says nothing about them. ``num_shards``: of how many; None if the index is not
-    sharded.
+    index with versions, ``cascade`` by a search with a teacher or reader. ``truncated``: the query is longer than the
+    student reads, so its end did not affect the student's scores. ``selection``: the entries were selected from a
+    longer ranking; a certificate then proves that ranking, not the order of the selection. ``expansion``: what a
+    language model added to the query. ``missing_shards``: shards of a sharded index that gave no answer; their passages
+    are not in the ranking, and its certificate says nothing about them. ``num_shards``: of how many; None if the index
+    is not sharded.
     """
 
     query: Query

@@ -1,22 +1,46 @@
-"""A cascade: the student ranks, and the teacher rereads only passages that the student is unsure of, on a budget."""
+"""A cascade: the student ranks, and the teacher rereads only passages that the student is unsure of, on a budget.
+
+Other ways to read the top of a ranking again: the teacher reads all of it, or a language model reads its vectors.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
-from d2llm.core.types import DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Task
+from d2llm.core.types import DEFAULT_READER_PASSAGES, DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Task
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
+
+if TYPE_CHECKING:
+    from d2llm.models.listwise_reader import ListwiseReader
 
 _DECAY = 0.5  # of the running mean of seconds per pair, at each batch: texts differ, and the first call is slow
 
 _MARGIN = 1.0  # between the passages that the teacher read and the others, so that none of them tie
+
+
+@dataclass(frozen=True, slots=True)
+class StudentRanking:
+    """A query's candidates, as a rereader gets them; it names them by their places.
+
+    Attributes:
+        scores: [n] the student's scores.
+        best_first: [n] the places, best first, ties by passage id.
+        texts: returns the full texts of the passages at some places; called only for passages to be read.
+        vectors: returns the vectors [m, dim] of the passages at some places.
+    """
+
+    scores: NDArray[np.float32]
+    best_first: NDArray[np.int64]
+    texts: Callable[[NDArray[np.int64]], Sequence[str]]
+    vectors: Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +51,7 @@ class Reread:
         scores: [n] log-odds by which the passages are ordered: the teacher's for passages it read, else those of the
             expected probability.
         read: [m] places of the passages that the teacher read, in the order of reading.
-        log_odds: [m] the teacher's log-odds of those passages.
+        log_odds: [m] the teacher's log-odds of those passages; None from a listwise reader, which gives none.
         unsure: places of the passages that the student was unsure of, before anything was read.
         seconds: time spent on choosing and reading.
         num_truncated: number of passages that the teacher read only in part.
@@ -36,7 +60,7 @@ class Reread:
 
     scores: NDArray[np.float64]
     read: NDArray[np.int64]
-    log_odds: NDArray[np.float64]
+    log_odds: NDArray[np.float64] | None
     unsure: NDArray[np.int64]
     seconds: float
     num_truncated: int
@@ -99,20 +123,12 @@ class Cascade:
         self.min_gain = min_gain
         self._pair_seconds: float | None = None
 
-    def rerank(
-        self,
-        query: str,
-        scores: NDArray[np.float32],
-        texts: Callable[[NDArray[np.int64]], Sequence[str]],
-        task: Task,
-        top_k: int = DEFAULT_TOP_K,
-    ) -> Reread:
+    def rerank(self, query: str, ranking: StudentRanking, task: Task, top_k: int = DEFAULT_TOP_K) -> Reread:
         """Reread some of the passages that the student scored for a query.
 
         Args:
             query: text of the query.
-            scores: [n] the student's scores.
-            texts: returns the full texts of the passages at some places; called only for passages to be read.
+            ranking: the passages.
             task: the task.
             top_k: how many places matter.
 
@@ -120,7 +136,7 @@ class Cascade:
             ModelError: the teacher returned a log-odds value that is not finite.
         """
         begin = time.perf_counter()
-        deep = np.argsort(-scores, kind="stable")[: self.depth]
+        scores, deep = ranking.scores, ranking.best_first[: self.depth]
         unread = np.zeros(len(scores), np.bool_)
         unread[deep] = True
         read = np.zeros(0, np.int64)
@@ -128,7 +144,7 @@ class Cascade:
         num_truncated = 0
         unsure = order = self._unsure(scores, read, teacher_log_odds, deep, unread, top_k)
         while len(batch := order[: self._room(len(read), time.perf_counter() - begin)]):
-            values, num_cut = self._read(query, texts(batch), task)
+            values, num_cut = self._read(query, ranking.texts(batch), task)
             read = np.append(read, batch)
             teacher_log_odds = np.append(teacher_log_odds, values)
             num_truncated += num_cut
@@ -202,27 +218,20 @@ class TeacherReading:
         self.teacher_ms = teacher_ms
         self.batch_passages = batch_passages
 
-    def rerank(
-        self,
-        query: str,
-        scores: NDArray[np.float32],
-        texts: Callable[[NDArray[np.int64]], Sequence[str]],
-        task: Task,
-        top_k: int = DEFAULT_TOP_K,
-    ) -> Reread:
+    def rerank(self, query: str, ranking: StudentRanking, task: Task, top_k: int = DEFAULT_TOP_K) -> Reread:
         """Like ``Cascade.rerank``; at least ``top_k`` passages are read, if there is time."""
         begin = time.perf_counter()
-        order = np.argsort(-scores, kind="stable")
+        order = ranking.best_first
         to_read, teacher_log_odds, num_truncated = order[: max(self.teacher_passages, top_k)], np.zeros(0), 0
         for start in range(0, len(to_read), self.batch_passages):
             if start and self.teacher_ms is not None and time.perf_counter() - begin > self.teacher_ms / 1e3:
                 break
             values, num_cut = judge_passages(
-                self.judge, query, texts(to_read[start : start + self.batch_passages]), task
+                self.judge, query, ranking.texts(to_read[start : start + self.batch_passages]), task
             )
             teacher_log_odds, num_truncated = np.append(teacher_log_odds, values), num_truncated + num_cut
         read, unread = order[: len(teacher_log_odds)], order[len(teacher_log_odds) :]
-        now = scores.astype(np.float64)
+        now = ranking.scores.astype(np.float64)
         now[read] = teacher_log_odds
         if len(read) and len(unread):
             now[unread] -= max(0.0, float(now[unread[0]] - teacher_log_odds.min()) + _MARGIN)
@@ -230,8 +239,32 @@ class TeacherReading:
         return Reread(now, read, teacher_log_odds, unsure, time.perf_counter() - begin, num_truncated, out_of_time)
 
 
-Rereader = Cascade | TeacherReading
-"""Reorders the student's ranking by a teacher's scores of some of the passages."""
+class ListwiseReading:
+    """A language model reads the student's top passages as vectors, and draws their ranking (``ListwiseReader``).
+
+    Passages that it did not draw, and those below ``depth``, keep the student's order, below the drawn ones. The score
+    of a passage is 1 / place.
+    """
+
+    def __init__(self, reader: ListwiseReader, depth: int = DEFAULT_READER_PASSAGES) -> None:
+        if depth < 1:
+            raise InputError(f"depth is {depth}, but counts the passages that the reader reads: give 1 or more")
+        self.reader = reader
+        self.depth = depth
+
+    def rerank(self, query: str, ranking: StudentRanking, task: Task, top_k: int = DEFAULT_TOP_K) -> Reread:
+        """Reorder the first passages; the reader knows no task, and reads as many for any ``top_k``."""
+        del task, top_k
+        begin = time.perf_counter()
+        read, others = ranking.best_first[: self.depth], ranking.best_first[self.depth :]
+        (drawn,) = self.reader.rank([query], [ranking.vectors(read)])
+        scores = np.empty(len(ranking.scores))
+        scores[np.concatenate([read[drawn.order], others])] = 1 / np.arange(1, len(scores) + 1)
+        return Reread(scores, read, None, np.zeros(0, np.int64), time.perf_counter() - begin, 0, out_of_time=False)
+
+
+Rereader = Cascade | TeacherReading | ListwiseReading
+"""Reorders the student's ranking, by a teacher's scores of some of the passages or by what a reader draws."""
 
 
 def judge_passages(judge: Judge, query: str, texts: Sequence[str], task: Task) -> tuple[NDArray[np.float64], int]:

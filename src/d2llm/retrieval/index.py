@@ -515,8 +515,9 @@ class Index:
     ) -> list[Ranking]:
         """Rank the passages for each query; ``changes`` override single fields of the settings (``SearchSettings``).
 
-        With a ``cascade``, a teacher rereads passages that the student is unsure of. With an ``expansion``, a language
-        model writes other queries, or passages that would answer them; each ranking says what it wrote.
+        With a ``cascade``, a teacher rereads passages that the student is unsure of, or a language model ranks the
+        first ones by their vectors (``ListwiseReading``). With an ``expansion``, a language model writes other queries,
+        or passages that would answer them; each ranking says what it wrote.
 
         Raises:
             InputError: a setting or query is invalid.

@@ -238,7 +238,9 @@ def _explained(
 
 def _with_teacher(shown: tuple[RankedPassage, ...], order: Order, reread: Reread) -> tuple[RankedPassage, ...]:
     assert order.student_ranks is not None
-    teacher_log_odds = dict(zip(reread.read.tolist(), reread.log_odds.tolist(), strict=True))
+    teacher_log_odds: dict[int, float] = {}
+    if reread.log_odds is not None:
+        teacher_log_odds = dict(zip(reread.read.tolist(), reread.log_odds.tolist(), strict=True))
     return tuple(
         replace(one, log_odds=teacher_log_odds.get(place), student_rank=int(order.student_ranks[place]))
         for one, place in zip(shown, order.places.tolist(), strict=True)

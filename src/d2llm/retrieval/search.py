@@ -20,7 +20,7 @@ from d2llm.models.backbone import EncodedTexts
 from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
 from d2llm.ops.selection import top_rows
-from d2llm.retrieval.cascade import Rereader
+from d2llm.retrieval.cascade import ListwiseReading, Rereader, StudentRanking
 from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches, merge_certified
 from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
 from d2llm.retrieval.protocols import BoundedStudent, SearchStudent, SearchView, TokenStudent, term_factors
@@ -59,19 +59,20 @@ def search(
         queries: texts, or queries with ids; texts get the ids "1", "2", ...
         settings: how to search.
         cascade: a teacher that rereads passages the student is unsure of (``Cascade``), or the top of its ranking
-            (``TeacherReading``).
+            (``TeacherReading``), or a language model that reads the vectors of the top (``ListwiseReading``).
         expansion: a language model that writes other queries, or passages that would answer them.
         changes: override single fields of the settings, as in ``search(index, student, queries, top_k=3)``.
 
     Returns:
         One ranking per query, best first, ties by passage id. ``seconds`` holds "encode", "candidates", "score" and,
-        with a cascade, "teacher", with an expansion, "expansion". For work done on several queries together (expanding
-        and encoding 256, the exact scan 32), each query gets the mean.
+        with a cascade, "teacher" or "reader", with an expansion, "expansion". For work done on several queries together
+        (expanding and encoding 256, the exact scan 32), each query gets the mean.
 
     Raises:
         InputError: settings contradict each other, or a query has no text.
         FilterError: the filter cannot be parsed, or does not fit the metadata.
         IndexMismatchError: the index was made by another student.
+        MismatchError: the reader of a ``ListwiseReading`` reads vectors of another student.
         ModelError: the student returned a score that is NaN.
     """
     searcher = Searcher(index, student, changed(settings, changes), cascade=cascade, expansion=expansion)
@@ -137,7 +138,7 @@ class Searcher:
             student: makes the vectors of queries, and scores.
             settings: how to search.
             reaches: caches values that exact searches of this version compute for all rows.
-            cascade: a teacher.
+            cascade: a teacher or reader.
             expansion: a language model.
             allow_missing: a shard that cannot be read is left out and named in ``Ranking.missing_shards``, instead of
                 ending the search.
@@ -157,6 +158,10 @@ class Searcher:
         if self._rephrases and self.settings.group == "sum":
             raise InputError("fused scores are sums of ranks and cannot be summed as odds: set group to 'best'")
         index.check_student(student.fingerprint)
+        if isinstance(cascade, ListwiseReading):
+            cascade.reader.require_student(student.fingerprint)
+            if self.settings.group == "sum":
+                raise InputError("a reader gives places, which cannot be summed as odds: set group to 'best'")
         self._index = index
         self._student = student
         self._task: Task = self.settings.task or index.task
@@ -490,7 +495,8 @@ class Searcher:
         seconds["score"] += time.perf_counter() - begin
         report = None
         if order.reread is not None:
-            report, seconds["teacher"] = cascade_report(order), order.reread.seconds
+            stage = "reader" if isinstance(self._cascade, ListwiseReading) else "teacher"
+            report, seconds[stage] = cascade_report(order), order.reread.seconds
         scored = order.scored
         missing = sorted((*self._index.missing, *prepared.missing.values()), key=lambda shard: shard.number)
         return Ranking(
@@ -681,11 +687,16 @@ class Searcher:
             fused = reciprocal_rank_scores(rankings, weights=weights)
             final = np.array([fused[row] for row in rows.tolist()], np.float32)
         if self._cascade is not None:
+            best_first = best(final, len(rows))
             student_ranks = np.empty(len(rows), np.int64)
-            student_ranks[best(final, len(rows))] = np.arange(1, len(rows) + 1)
-            reread = self._cascade.rerank(
-                query.text, scored.scores, lambda places: self._texts(rows[places]), self._task, top_k
+            student_ranks[best_first] = np.arange(1, len(rows) + 1)
+            ranking = StudentRanking(
+                scored.scores,
+                best_first,
+                texts=lambda places: self._texts(rows[places]),
+                vectors=lambda places: self._index.vectors(rows[places]),
             )
+            reread = self._cascade.rerank(query.text, ranking, self._task, top_k)
             final = reread.scores
         depth = self.settings.ranking_depth
         if documents is None:

@@ -1,0 +1,158 @@
+"""Queries with their first passages in a student's order: what a ``ListwiseReader`` learns from and is measured on."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from d2llm.core.errors import InputError
+from d2llm.core.files import write_bytes
+from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
+from d2llm.core.recipe import ReaderTuningConfig
+from d2llm.core.types import Task
+from d2llm.data.beir import Dataset
+from d2llm.models.student import Student
+from d2llm.retrieval.index import Index
+from d2llm.training.mining.choose import key_of
+
+_ARRAYS = ("vectors", "scores", "grades")
+
+
+@dataclass(frozen=True, slots=True)
+class RankedLists:
+    """The first passages of n queries, in the student's order.
+
+    Attributes:
+        query_ids: the queries' ids.
+        queries: their texts.
+        ids: the passages' ids, by query.
+        vectors: the passages' vectors, float32 [n, depth, dim].
+        scores: the student's scores, float64 [n, depth].
+        grades: their judgements, int64 [n, depth]; 0 if there is none.
+    """
+
+    query_ids: list[str]
+    queries: list[str]
+    ids: list[list[str]]
+    vectors: NDArray[np.float32]
+    scores: NDArray[np.float64]
+    grades: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+
+def train_queries(dataset: Dataset, config: ReaderTuningConfig) -> tuple[list[str], int]:
+    """Train queries with a relevant passage, and how many others share one with a dev or test query, so are left out.
+
+    The last ones in the order of the miner: a student that was distilled on these data learnt from the first.
+
+    Raises:
+        DataFormatError: the data set has no train split.
+    """
+    held_out = [split for split in ("dev", "test") if split in dataset.qrels and config.exclude_shared_passages]
+    reserved = dataset.relevant_passages(held_out)
+    positives = {query_id: relevant for query_id, relevant in dataset.positives("train").items() if relevant}
+    kept = [query_id for query_id, relevant in positives.items() if reserved.isdisjoint(relevant)]
+    return sorted(kept, key=lambda query_id: key_of(0, query_id))[-config.max_queries :], len(positives) - len(kept)
+
+
+def dev_queries(dataset: Dataset, number: int, seed: int) -> list[str]:
+    """A random sample of the dev queries with a relevant passage."""
+    judged = dataset.positives("dev") if "dev" in dataset.qrels else {}
+    kept = sorted(query_id for query_id, relevant in judged.items() if relevant)
+    return random.Random(seed).sample(kept, min(number, len(kept)))
+
+
+def collect_lists(
+    student: Student,
+    dataset: Dataset,
+    chosen: dict[str, list[str]],
+    *,
+    task: Task,
+    config: ReaderTuningConfig,
+    folder: Path,
+) -> dict[str, RankedLists]:
+    """The lists of the chosen queries (split -> ids), ranked by the student's full score in a temporary index.
+
+    They are kept in ``folder``, and read from there if they are the same.
+
+    Raises:
+        InputError: the data set has fewer than ``config.depth`` passages.
+    """
+    if len(dataset.passages) < config.depth:
+        raise InputError(
+            f"{dataset.name}: has {len(dataset.passages)} passages, but a list takes {config.depth}; lower the depth, "
+            "or leave the data set out"
+        )
+    judged = {
+        split: [[each, dataset.queries[each].text, dataset.qrels[split][each]] for each in ids]
+        for split, ids in chosen.items()
+    }
+    corpus = fingerprint_passages(dataset.passages.values())
+    fingerprint = fingerprint_json([student.fingerprint, corpus, judged, task, config.depth])
+    file = folder / f"{dataset.name}.lists.safetensors"
+    kept = _read(file, fingerprint)
+    if kept is not None:
+        return kept
+    folder.mkdir(parents=True, exist_ok=True)
+    lists: dict[str, RankedLists] = {}
+    with TemporaryDirectory(dir=folder) as temporary:
+        index = Index.create(Path(temporary) / "index", student, task=task)
+        index.upsert(dataset.passages.values())
+        for split, query_ids in chosen.items():
+            lists[split] = _ranked(index, dataset, split, query_ids, config.depth)
+    _write(file, lists, fingerprint)
+    return lists
+
+
+def _ranked(index: Index, dataset: Dataset, split: str, query_ids: Sequence[str], depth: int) -> RankedLists:
+    queries = [dataset.queries[query_id] for query_id in query_ids]
+    rankings = index.search(queries, top_k=depth)
+    ids = [[each.passage.id for each in ranking.passages] for ranking in rankings]
+    vectors = [index.view.vectors(index.view.rows(own)) for own in ids]
+    judged = [dataset.qrels[split][query_id] for query_id in query_ids]
+    grades = [[of_query.get(each, 0) for each in own] for of_query, own in zip(judged, ids, strict=True)]
+    scores = [[each.score for each in ranking.passages] for ranking in rankings]
+    shape = (len(ids), depth)
+    return RankedLists(
+        list(query_ids),
+        [query.text for query in queries],
+        ids,
+        np.array(vectors, np.float32).reshape(*shape, -1) if vectors else np.zeros((*shape, 1), np.float32),
+        np.array(scores, np.float64).reshape(shape),
+        np.array(grades, np.int64).reshape(shape),
+    )
+
+
+def _write(file: Path, lists: dict[str, RankedLists], fingerprint: str) -> None:
+    arrays: dict[str, NDArray[Any]] = {}
+    texts: dict[str, Any] = {}
+    for split, each in lists.items():
+        arrays |= {f"{split}/{name}": getattr(each, name) for name in _ARRAYS}
+        texts[split] = [each.query_ids, each.queries, each.ids]
+    write_bytes(file, save(arrays, {"fingerprint": fingerprint, "texts": json.dumps(texts)}))
+
+
+def _read(file: Path, fingerprint: str) -> dict[str, RankedLists] | None:
+    """The lists in the file; None if there are none, or others."""
+    if not file.is_file():
+        return None
+    with safe_open(file, "np") as opened:
+        metadata: dict[str, str] = opened.metadata()
+        if metadata["fingerprint"] != fingerprint:
+            return None
+        return {
+            split: RankedLists(query_ids, queries, ids, *(opened.get_tensor(f"{split}/{name}") for name in _ARRAYS))
+            for split, (query_ids, queries, ids) in json.loads(metadata["texts"]).items()
+        }

@@ -1,0 +1,386 @@
+"""The verb ``tune-reader``: trains a causal language model to rank passages that it reads as a student's vectors.
+
+The lists to learn from are the first passages of train queries in the student's order. The order to learn has the
+passages with the higher judgement first, then those with the student's higher score; half of the lists are read in the
+student's order, half in random order. First the network between the vectors and the model is trained alone, then with
+LoRA (``models.listwise_reader`` has the source). The paper also lets the model reconstruct texts from their vectors
+before, and learn from its ranking of the texts; that is not done here.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2llm.core.errors import InputError
+from d2llm.core.files import check_replaceable
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.progress import progress_bar
+from d2llm.core.recipe import BackboneConfig, ReaderTuningConfig
+from d2llm.core.types import Qrels, Task
+from d2llm.data.beir import Dataset
+from d2llm.data.run_folder import is_finished, working_folder
+from d2llm.models.backbone import Backbone
+from d2llm.models.device import use_plain_attention_on_cpu
+from d2llm.models.listwise_reader import READER_KIND, ListwiseReader, ReadPassages
+from d2llm.models.student import Student
+from d2llm.ops.drawing import drawing_loss
+from d2llm.ops.measures import per_query_measures
+from d2llm.training.checkpoints import (
+    CHECKPOINT,
+    RunLog,
+    StopSignals,
+    adamw,
+    learning_rate_factor,
+    load_checkpoint,
+    optimizer_step,
+    remarks,
+    require_finite,
+    restore,
+    save_checkpoint,
+    trainable,
+)
+from d2llm.training.ranked_lists import RankedLists, collect_lists, dev_queries, train_queries
+
+_WEIGHT_DECAY = 0.01
+_MEASURED_AT_ONCE = 64
+_MIXED_ORDERS = 5  # random orders of each list that are measured
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderFigures:
+    """Mean nDCG@10 on the lists of ``num_queries`` dev queries: in the student's order, by the logits of the first
+    step, in the decoded order, and in random order.
+    """
+
+    num_queries: int
+    student: float
+    first_step: float
+    decoded: float
+    random: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderTuningReport:
+    """The result of a tuning run.
+
+    Attributes:
+        folder: the tuned reader.
+        fingerprint: of its weights.
+        num_lists: by data set, the train queries whose list has a relevant passage.
+        num_shared: train queries left out because they share a relevant passage with a dev or test query.
+        steps: number of steps of both stages.
+        losses: mean loss in the first and the last tenth of each stage.
+        dev: by data set, what it brings on dev queries.
+        seconds: since the start, or since the last resumption.
+    """
+
+    folder: str
+    fingerprint: str
+    num_lists: dict[str, int]
+    num_shared: int
+    steps: int
+    losses: tuple[tuple[float, float], ...]
+    dev: dict[str, ReaderFigures]
+    seconds: float
+
+
+class ReadList(NamedTuple):
+    """The list of one query: row ``row`` of ``lists``, whose passages are read in the order of these places."""
+
+    lists: RankedLists
+    row: int
+    places: list[int]
+
+    @property
+    def query(self) -> str:
+        """The query's text."""
+        return self.lists.queries[self.row]
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """The passages' vectors [n, dim], as they are read."""
+        return self.lists.vectors[self.row, self.places]
+
+    @property
+    def target(self) -> list[int]:
+        """The order to learn: higher grades first, then those that the student ranks higher."""
+        grades = self.lists.grades[self.row, self.places].tolist()
+        return sorted(range(len(grades)), key=lambda place: (-grades[place], self.places[place]))
+
+
+def tune_reader(
+    student: Student,
+    datasets: Sequence[Dataset],
+    folder: str | Path,
+    *,
+    config: ReaderTuningConfig | None = None,
+    task: Task = "asymmetric",
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> ReaderTuningReport:
+    """Tune a reader of a student's vectors and write it to ``folder``; an interrupted run continues where it was.
+
+    ``ListwiseReader.load(folder)`` loads it.
+
+    Args:
+        student: makes the vectors and ranks the lists.
+        datasets: retrieval sets with a train split and, to measure the reader, a dev split.
+        folder: where to write the reader; ``<folder>.run`` beside it has the lists, the checkpoint and the log.
+        config: the language model, the lists and the schedule.
+        task: the type of search whose scores rank the lists.
+        seed: seed of the network's and the adapter's initial weights, of the order of lists, and of the dev queries.
+        device: where the reader computes; by default the best device available.
+        dtype: its number format; by default the fastest on that device.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
+        DataFormatError: a data set has no train split.
+        InputError: there are too few train queries or passages, ``folder`` already holds something, the checkpoint is
+            from another run, or the model is not a causal language model.
+        TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
+    """
+    config, folder, started = config or ReaderTuningConfig(), Path(folder), time.monotonic()
+    if is_finished(folder):
+        raise InputError(f"{folder}: already holds a finished reader; give another folder, or delete it to start over")
+    check_replaceable(folder, READER_KIND)
+    chosen, num_shared = _choose(datasets, config, seed)
+    backbone_config = BackboneConfig(model=config.model, layers=config.layers, lora=config.lora)
+    backbone = Backbone.load(backbone_config, device=device, dtype=dtype)
+    steps = min(config.steps, config.depth)
+    reader = ListwiseReader(backbone, student.vector_dim, student.fingerprint, steps=steps, seed=seed)
+    run_folder = working_folder(folder)
+    lists = {
+        dataset.name: collect_lists(student, dataset, chosen[dataset.name], task=task, config=config, folder=run_folder)
+        for dataset in datasets
+    }
+    train = [each["train"] for each in lists.values()]
+    run = ReaderTraining(reader, train, config, run_folder, _settings(reader, train, config, seed), seed=seed)
+    run.train()
+    reader.eval()
+    report = ReaderTuningReport(
+        folder=str(folder),
+        fingerprint="",
+        num_lists={name: int(each["train"].grades.any(axis=1).sum()) for name, each in lists.items()},
+        num_shared=num_shared,
+        steps=len(run.losses),
+        losses=run.mean_losses,
+        dev={
+            dataset.name: measure(reader, lists[dataset.name]["dev"], dataset.qrels["dev"], seed=seed)
+            for dataset in datasets
+            if chosen[dataset.name]["dev"]
+        },
+        seconds=time.monotonic() - started,
+    )
+    content: dict[str, Any] = {
+        "tuning": config.model_dump(mode="json"),
+        "task": task,
+        "seed": seed,
+        "data": [dataset.name for dataset in datasets],
+        "report": {key: value for key, value in asdict(report).items() if key not in ("fingerprint", "folder")},
+    }
+    fingerprint = reader.save(folder, content)
+    (run_folder / CHECKPOINT).unlink()  # if the finished reader is deleted, the next run must start from scratch
+    return replace(report, fingerprint=fingerprint)
+
+
+def training_lists(lists: Sequence[RankedLists], number: int, seed: int) -> list[ReadList]:
+    """Those with a relevant passage, mixed anew in each round; every other one is read in random order.
+
+    Raises:
+        InputError: no list has a relevant passage.
+    """
+    usable = [(own, row) for own in lists for row in np.flatnonzero(own.grades.any(axis=1)).tolist()]
+    if not usable:
+        raise InputError(
+            "the student finds no relevant passage for any train query, so there is no ranking to learn; give another "
+            "student or other data"
+        )
+    rng = random.Random(seed)
+    read: list[ReadList] = []
+    while len(read) < number:
+        for position, (own, row) in enumerate(rng.sample(usable, len(usable))):
+            places = range(own.grades.shape[1])
+            read.append(ReadList(own, row, [*places] if position % 2 else rng.sample(places, len(places))))
+    return read[:number]
+
+
+def measure(reader: ListwiseReader, lists: RankedLists, qrels: Qrels, *, seed: int = 0) -> ReaderFigures:
+    """nDCG@10 of a reader on lists, beside that of the student's order and of a random one."""
+    read: list[ReadPassages] = []
+    with progress_bar("measuring the reader", len(lists)) as advance:
+        for start in range(0, len(lists), _MEASURED_AT_ONCE):
+            part = slice(start, start + _MEASURED_AT_ONCE)
+            read += reader.rank(lists.queries[part], list(lists.vectors[part]))
+            advance(len(lists.queries[part]))
+    rng, depth = random.Random(seed), lists.grades.shape[1]
+    by_logits = [np.argsort(-each.logits, kind="stable").tolist() for each in read]
+    mixed = [[rng.sample(range(depth), depth) for _ in read] for _ in range(_MIXED_ORDERS)]
+    return ReaderFigures(
+        num_queries=len(lists),
+        student=float(ndcg(lists, [range(depth)] * len(lists), qrels).mean()),
+        first_step=float(ndcg(lists, by_logits, qrels).mean()),
+        decoded=float(ndcg(lists, [each.order.tolist() for each in read], qrels).mean()),
+        random=float(np.mean([ndcg(lists, orders, qrels) for orders in mixed])),
+    )
+
+
+def ndcg(lists: RankedLists, orders: Sequence[Sequence[int]], qrels: Qrels) -> NDArray[np.float64]:
+    """nDCG@10 [n] of each query, with the passages of its list at these places."""
+    rankings = {
+        query_id: [ids[place] for place in order]
+        for query_id, ids, order in zip(lists.query_ids, lists.ids, orders, strict=True)
+    }
+    values = per_query_measures(rankings, {query_id: qrels[query_id] for query_id in rankings})["nDCG@10"]
+    return np.array([values[query_id] for query_id in lists.query_ids])
+
+
+class ReaderTraining:
+    """The training loop of both stages, and the state that a checkpoint restores."""
+
+    def __init__(
+        self,
+        reader: ListwiseReader,
+        lists: Sequence[RankedLists],
+        config: ReaderTuningConfig,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        seed: int,
+    ) -> None:
+        """Begin a run, or resume the one whose checkpoint is in ``folder``."""
+        self.reader, self.config, self.folder, self.settings, self.seed = reader, config, folder, settings, seed
+        read = training_lists(lists, sum(config.lists), seed)
+        stages = read[: config.lists[0]], read[config.lists[0] :]
+        size = config.batch_lists
+        self.stages = [[own[start : start + size] for start in range(0, len(own), size)] for own in stages]
+        self.losses: list[float] = []
+        use_plain_attention_on_cpu(reader.backbone.model)
+        checkpoint = load_checkpoint(folder, settings=settings)
+        self._begin(0 if checkpoint is None else checkpoint.state["stage"])
+        if checkpoint is not None:
+            restore(checkpoint, self.parameters, self.optimizer)
+            self.losses = checkpoint.state["losses"]
+            remarks.info("tune-reader: continues after step %d of an earlier run", len(self.losses))
+        self.log = RunLog(folder, resume_step=len(self.losses) if checkpoint is not None else -1)
+        self.signals = StopSignals()
+
+    @property
+    def mean_losses(self) -> tuple[tuple[float, float], ...]:
+        """The mean loss in the first and the last tenth of each stage."""
+        first = len(self.stages[0])
+        parts = [part for part in (self.losses[:first], self.losses[first:]) if part]
+        tenths = [max(1, len(part) // 10) for part in parts]
+        return tuple(
+            (float(np.mean(part[:tenth])), float(np.mean(part[-tenth:])))
+            for part, tenth in zip(parts, tenths, strict=True)
+        )
+
+    def train(self) -> None:
+        """Train to the end; the last state is saved as a checkpoint, also after Ctrl-C or SIGTERM."""
+        total, saved_at = sum(map(len, self.stages)), time.monotonic()
+        with self.signals, progress_bar("tuning the reader", total, done=len(self.losses)) as advance:
+            try:
+                while len(self.losses) < total:
+                    self._step()
+                    advance(1, f"loss {self.losses[-1]:.2f}")
+                    if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
+                        self._save()
+                        saved_at = time.monotonic()
+            except KeyboardInterrupt:
+                if self.signals.is_consistent and self.losses:
+                    self._save()
+                    remarks.info("tune-reader: step %d is saved in %s", len(self.losses), self.folder)
+                raise
+        self._save()
+
+    def _begin(self, stage: int) -> None:
+        """Set the parameters of a stage, and a new optimiser for them."""
+        self.stage = stage
+        rate = self.config.network_rate
+        self.parameters = self.reader.own_parameters
+        if stage:
+            rate = self.config.lora_rate
+            self.reader.backbone.prepare_training(seed=self.seed)
+            self.parameters = trainable(self.reader)
+        self.reader.train()  # with the dropout of new adapters
+        self.optimizer = adamw([(list(self.parameters.values()), rate, _WEIGHT_DECAY)])
+
+    def _step(self) -> None:
+        number = len(self.losses)
+        step = number - len(self.stages[0])
+        if step >= 0 and self.stage == 0:
+            with self.signals.held():
+                self._begin(1)
+        step = number if step < 0 else step
+        torch.manual_seed(self.seed * 1_000_003 + number)  # dropout depends only on the step, so resuming is exact
+        batches = self.stages[self.stage]
+        loss = loss_of(self.reader, batches[step])
+        require_finite(loss.detach(), number, self.folder)
+        loss.backward()
+        warmup_steps = int(self.config.warmup_fraction * len(batches))
+        factor = learning_rate_factor(step, warmup_steps=warmup_steps, total_steps=len(batches))
+        with self.signals.held():
+            optimizer_step(self.optimizer, self.parameters, factor=factor, max_gradient_norm=1.0)
+            self.losses.append(float(loss.detach()))
+            self.log.write(len(self.losses), loss=self.losses[-1])
+
+    def _save(self) -> None:
+        state = {"losses": self.losses, "stage": self.stage}
+        with self.signals.held():
+            save_checkpoint(
+                self.folder, len(self.losses), self.parameters, self.optimizer, state, settings=self.settings
+            )
+
+
+def loss_of(reader: ListwiseReader, batch: Sequence[ReadList]) -> Tensor:
+    """The mean loss of drawing the lists' passages in the order to learn."""
+    orders = [each.target[: reader.steps] for each in batch]
+    logits = reader.step_logits([each.query for each in batch], np.stack([each.vectors for each in batch]), orders)
+    return drawing_loss(logits, torch.tensor(orders, device=logits.device))
+
+
+def _choose(
+    datasets: Sequence[Dataset], config: ReaderTuningConfig, seed: int
+) -> tuple[dict[str, dict[str, list[str]]], int]:
+    """The queries by data set and split, and how many train queries were left out."""
+    names = [dataset.name for dataset in datasets]
+    if len(set(names)) < len(names):
+        raise InputError(f"two data sets have the same name: {', '.join(sorted(names))}; rename the folder of one")
+    chosen: dict[str, dict[str, list[str]]] = {}
+    num_shared = 0
+    for dataset in datasets:
+        train, shared = train_queries(dataset, config)
+        chosen[dataset.name] = {"train": train, "dev": dev_queries(dataset, config.dev_queries, seed)}
+        num_shared += shared
+    num_train = sum(len(each["train"]) for each in chosen.values())
+    if num_train < config.batch_lists:
+        raise InputError(
+            f"there are only {num_train} train queries with a relevant passage in {', '.join(names) or '(no data)'}, "
+            f"but a step takes {config.batch_lists}; {num_shared} others were left out because they share one with a "
+            "dev or test query (exclude_shared_passages = false keeps those). Give more data"
+        )
+    return chosen, num_shared
+
+
+def _settings(
+    reader: ListwiseReader, lists: Sequence[RankedLists], config: ReaderTuningConfig, seed: int
+) -> dict[str, Any]:
+    """Everything that affects a run; a checkpoint with other settings is from another run."""
+    return {
+        "tuning": config.model_dump(mode="json", exclude={"checkpoint_minutes", "model", "dev_queries"}),
+        "model": reader.backbone.fingerprint_base(),
+        "student": reader.student,
+        "lists": fingerprint_json([[each.query_ids, each.queries, each.ids, each.grades.tolist()] for each in lists]),
+        "seed": seed,
+    }
