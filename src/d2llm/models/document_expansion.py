@@ -24,10 +24,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from d2llm.core.errors import ModelError
-from d2llm.models.sources import load_tensors
 from d2llm.ops.bm25_words import terms
 
 FILE_NAME = "document_expansion.safetensors"
@@ -91,6 +89,8 @@ class DocumentExpansion:
 
     def save(self, folder: Path, student: str) -> None:
         """Write the expansion into the folder of the student with this fingerprint."""
+        from safetensors.numpy import save_file
+
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         save_file(tensors, folder / FILE_NAME, metadata={"student": student, "facts": json.dumps(self.facts())})
 
@@ -114,6 +114,8 @@ def read_document_expansion(folder: Path, student: str, dim: int) -> DocumentExp
     Raises:
         ModelError: it cannot be read, does not fit vectors of width ``dim``, or belongs to another student.
     """
+    from d2llm.models.sources import load_tensors
+
     path = folder / FILE_NAME
     if not path.is_file():
         return None
