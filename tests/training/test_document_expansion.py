@@ -269,3 +269,29 @@ def test_the_verb_fits_words_of_passages_before_weights(student: Student) -> Non
     finally:
         student.prepare_training()
     assert student.document_expansion is None
+
+
+def test_a_server_adds_them_to_what_it_is_sent(expanding: Student, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
+    from starlette.testclient import TestClient
+
+    from d2llm.server.app import make_app
+    from tiny_server import tiny_settings
+    from waiting import until
+
+    expanding.save(tmp_path / "student")
+    index = Index.create(tmp_path / "i", tmp_path / "student", device="cpu", dtype="float32")
+    index.upsert(PASSAGES)
+    app = make_app(tiny_settings(tmp_path / "i", device="cpu"))
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        until(lambda: client.get("/health").json()["status"] == "ready", "a server that is ready")
+        sent = {"passages": [{"id": "new", "text": "snow in winter"}]}
+        assert client.post("/v1/passages", json=sent).json()["num_added"] == 1
+    by_hand = Index.create(tmp_path / "j", tmp_path / "student", device="cpu", dtype="float32")
+    by_hand.upsert([*PASSAGES, Passage("new", "snow in winter")])
+    added, expected = (
+        dict(zip(*(table[name].to_pylist() for name in ("id", "d2_words")), strict=True))
+        for table in (each.store.table().columns(["id", "d2_words"]) for each in (index, by_hand))
+    )
+    assert added == expected
+    assert added["new"]
