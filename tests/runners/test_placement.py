@@ -89,6 +89,16 @@ def test_encode_refuses_another_student_or_projection_on_a_worker(tmp_path):
         list(workers.map([passages], ignore))
 
 
+def test_encode_refuses_a_worker_that_adds_other_words(tmp_path):
+    manifest = {"student": "fake-student", "token_projection": None, "document_expansion": "e1"}
+    storage = SimpleNamespace(manifest=manifest, part_formats={})
+    with (
+        encode_verb._readers(CopyRunner(), storage, FakeStudent, device="cpu") as workers,
+        pytest.raises(MismatchError, match=r"is fake-student, but fake-student with document expansion e1 is meant"),
+    ):
+        list(workers.map([[Passage("a", "cat")]], ignore))
+
+
 def test_each_model_reserves_the_gpus_that_it_needs():
     small, large = FakeStudent(fingerprint="small"), FakeStudent(fingerprint="large")
     loads = {model.fingerprint: partial(FakeStudent, fingerprint=model.fingerprint) for model in (small, large)}

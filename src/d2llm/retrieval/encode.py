@@ -264,13 +264,12 @@ def _readers(
     """The workers of a cluster that encode passages for an index; None in this process, whose student does it."""
     if runner.is_local or load is None:
         return nullcontext()
-    manifest, adds_words = storage.manifest, storage.stores[0].adds_words
-    made_by = (manifest["token_projection"], manifest.get("document_expansion"))
-    identify = partial(_identify, tokens=made_by[0] is not None, words=adds_words)
-    work = partial(read_passages, parts=tuple(storage.part_formats), expand=adds_words)
-    return runner.workers(
-        partial(load_work, load, _describe(manifest["student"], *made_by), work, identify), device=device
-    )
+    manifest = storage.manifest
+    projection, expansion = manifest["token_projection"], manifest.get("document_expansion")
+    identity = _describe(manifest["student"], projection, expansion)
+    identify = partial(_identify, tokens=projection is not None, words=expansion is not None)
+    work = partial(read_passages, parts=tuple(storage.part_formats), expand=expansion is not None)
+    return runner.workers(partial(load_work, load, identity, work, identify), device=device)
 
 
 def _identify(student: SearchStudent, *, tokens: bool, words: bool) -> str:
@@ -281,8 +280,9 @@ def _identify(student: SearchStudent, *, tokens: bool, words: bool) -> str:
 
 
 def _describe(fingerprint: str, token_projection: str | None, document_expansion: str | None) -> str:
-    name = fingerprint if token_projection is None else f"{fingerprint} with projection {token_projection}"
-    return name if document_expansion is None else f"{name} and document expansion {document_expansion}"
+    named = {"projection": token_projection, "document expansion": document_expansion}
+    parts = [f"{name} {value}" for name, value in named.items() if value is not None]
+    return f"{fingerprint} with {' and '.join(parts)}" if parts else fingerprint
 
 
 def _no_other_writer(folder: Path) -> AbstractContextManager[None]:
