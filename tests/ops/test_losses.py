@@ -797,3 +797,27 @@ def test_nested_cross_entropy_has_no_gradient_beyond_the_widths() -> None:
         assert vectors.grad is not None
         assert vectors.grad[:, 4:].abs().max() == 0
         assert vectors.grad[:, :4].abs().max() > 0
+
+
+def test_drawing_loss_by_hand() -> None:
+    logits = torch.tensor([[[1.0, 2.0, 3.0], [0.5, 9.0, 0.0]]])
+    first = -math.log(math.exp(2) / (math.exp(1) + math.exp(2) + math.exp(3)))
+    second = -math.log(1 / (math.exp(0.5) + 1))  # the second passage was drawn, so its 9 counts no more
+    expected = (first + second / 2) / 1.5
+    assert losses.drawing_loss(logits, torch.tensor([[1, 2]])).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_last_passage_is_drawn_with_certainty() -> None:
+    logits = torch.tensor([[[5.0, 5.0], [-3.0, 3.0]]], requires_grad=True)
+    loss = losses.drawing_loss(logits, torch.tensor([[1, 0]]))
+    assert loss.item() == pytest.approx(math.log(2) / 1.5, abs=1e-6)
+    loss.backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_drawing_loss_is_the_mean_over_lists() -> None:
+    logits = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    orders = torch.tensor([[0, 1], [3, 2], [1, 3]])
+    alone = [losses.drawing_loss(logits[row : row + 1], orders[row : row + 1]).item() for row in range(3)]
+    assert losses.drawing_loss(logits, orders).item() == pytest.approx(sum(alone) / 3, abs=1e-6)

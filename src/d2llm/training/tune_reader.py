@@ -33,7 +33,7 @@ from d2llm.models.backbone import Backbone
 from d2llm.models.device import use_plain_attention_on_cpu
 from d2llm.models.listwise_reader import READER_KIND, ListwiseReader, ReadPassages
 from d2llm.models.student import Student
-from d2llm.ops.drawing import drawing_loss
+from d2llm.ops.losses import drawing_loss
 from d2llm.ops.measures import per_query_measures
 from d2llm.training.checkpoints import (
     CHECKPOINT,
