@@ -100,7 +100,8 @@ def collect_lists(
         for split, ids in chosen.items()
     }
     corpus = fingerprint_passages(dataset.passages.values())
-    fingerprint = fingerprint_json([student.fingerprint, corpus, judged, task, config.depth])
+    weights = student.evidence_weights(task).model_dump(mode="json")
+    fingerprint = fingerprint_json([student.fingerprint, weights, corpus, judged, task, config.depth])
     file = folder / f"{dataset.name}.lists.safetensors"
     kept = _read(file, fingerprint)
     if kept is not None:
