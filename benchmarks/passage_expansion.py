@@ -59,11 +59,10 @@ from scipy.sparse import csr_array
 
 from d2llm import Student
 from d2llm.data.beir import read_beir
-from d2llm.ops.ridge import PENALTIES
+from d2llm.ops.ridge import NUM_FOLDS, PENALTIES, RidgeSet, ridge_weights
 
 NUM_NEIGHBOURS = 10
 MIN_QUERIES = 2
-NUM_FOLDS = 5
 BLOCK = 512
 NUM_WORDS = (5, 20, 100)
 AMOUNTS = (0.1, 0.25, 0.5, 1.0)
@@ -93,13 +92,6 @@ def best_lacking(measured: Measured, block_of: Callable[[int, int], Floats], ter
         columns.append(terms[order].ravel())
         counts.append(np.take_along_axis(values, order, axis=1).ravel())
     return np.concatenate(rows), np.concatenate(columns), np.concatenate(counts)
-
-
-def ridge(features: Floats, targets: Floats, penalty: float) -> Floats:
-    """Weights [dim, terms] on features and targets whose means are 0; the penalty is a share of the mean variance."""
-    products = features.T @ features
-    shift = penalty * np.trace(products) / len(products) * np.eye(len(products))
-    return np.linalg.solve(products + shift, features.T @ targets)
 
 
 class Likely(NamedTuple):
@@ -139,18 +131,18 @@ def fit_likely(measured: Measured) -> Likely:
             targets[place, column_of[term]] = value
     features = measured.words.vectors[fitted].astype(np.float64)
     usual, middle = targets.mean(axis=0), features.mean(axis=0)
-    folds = np.random.default_rng(0).permutation(len(fitted)) % NUM_FOLDS
+    whole = RidgeSet(features, targets, np.random.default_rng(0).permutation(len(fitted)) % NUM_FOLDS)
     explained: dict[float, float] = {}
     for penalty in PENALTIES:
         error = 0.0
         for fold in range(NUM_FOLDS):
-            known, rest = folds != fold, folds == fold
-            own_usual, own_middle = targets[known].mean(axis=0), features[known].mean(axis=0)
-            weights = ridge(features[known] - own_middle, targets[known] - own_usual, penalty)
-            error += float(((own_usual + (features[rest] - own_middle) @ weights - targets[rest]) ** 2).sum())
+            known, rest = whole.only(whole.folds != fold), whole.only(whole.folds == fold)
+            own_usual, own_middle = known.targets.mean(axis=0), known.features.mean(axis=0)
+            weights = ridge_weights([known], penalty)
+            error += float(((own_usual + (rest.features - own_middle) @ weights - rest.targets) ** 2).sum())
         explained[penalty] = 1 - error / float(((targets - usual) ** 2).sum())
     penalty = max(PENALTIES, key=lambda each: explained[each])
-    weights = ridge(features - middle, targets - usual, penalty).astype(np.float32)
+    weights = ridge_weights([whole], penalty).astype(np.float32)
     figures = {"terms": float(len(terms)), "penalty": penalty, "explained": round(explained[penalty], 4)}
     return Likely(terms, usual, middle, weights, figures)
 

@@ -31,7 +31,7 @@ from d2llm.ops.fusion import reciprocal_rank_fusion
 from d2llm.retrieval.cascade import Cascade
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_of
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_fingerprint
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.retrieval.search import ENCODED_AT_ONCE, Searcher, SearchSettings
 from d2llm.retrieval.text_workers import encode_shard, encode_texts
@@ -92,11 +92,6 @@ class Trial:
     probes: Sequence[Query]
     task: Task
     top_k: int
-
-
-def _words_of(model: SearchStudent) -> str | None:
-    """The fingerprint of what words a model adds to passages, if it adds some."""
-    return None if (expansion := expansion_of(model)) is None else expansion.fingerprint
 
 
 def sample(total: int, size: int | None, seed: int) -> NDArray[np.intp]:
@@ -330,7 +325,7 @@ class RetrievalWork:
         """What a student's rankings depend on: its fingerprint, and the weights of the evidence in its scores."""
         weights = evidence_weights(model, self.trial.task)
         tokens = model.token_fingerprint if isinstance(model, TokenStudent) else None
-        parts = [each for each in (tokens, _words_of(model)) if each]
+        parts = [each for each in (tokens, expansion_fingerprint(model)) if each]
         named = [model.fingerprint, weights.model_dump(mode="json"), *parts]
         return named if weights else model.fingerprint
 
@@ -345,7 +340,7 @@ class RetrievalWork:
         """The index of a model, and the passages encoded per second if it had to be built now."""
         dtype, rate = self.settings.dtype, None
         parts, tokens = self._parts_of(model)
-        words = _words_of(model)
+        words = expansion_fingerprint(model)
         named = [*parts.values(), *(each for each in (tokens, words) if each)]
         name = "-".join([model.fingerprint, self.corpus, dtype, str(FORMAT_VERSION), *named])
         made = next((index.folder for index in self._of_corpus if self._is_made_by(model, index)), None)
@@ -383,7 +378,7 @@ class RetrievalWork:
             and manifest["vector_format"] == self.settings.dtype
             and parts.items() <= index.storage.part_formats.items()
             and tokens in (None, manifest["token_projection"])
-            and _words_of(model) == manifest.get("document_expansion")
+            and expansion_fingerprint(model) == manifest.get("document_expansion")
         )
 
     @cached_property

@@ -47,6 +47,7 @@ from d2llm.fitting.time_plan import TimePlan, plan_time
 from d2llm.fitting.training_data import DataReport, part_of, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
+from d2llm.retrieval.protocols import expansion_fingerprint
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import HERE
 from d2llm.runners.runner import Runner, find_runner
@@ -523,8 +524,8 @@ class Fit:
             check_parts(self.index.store, loaded, self.settings.task)
         except IndexMismatchError:
             made_with = [loaded.fingerprint, loaded.token_fingerprint if loaded.token_dim else None]
-            if loaded.document_expansion is not None:
-                made_with.append(loaded.document_expansion.fingerprint)
+            if (expansion := expansion_fingerprint(loaded)) is not None:
+                made_with.append(expansion)
             folder = self.folder.work / f"index-{fingerprint_json([*made_with, self._corpus_key])}"
             if not is_finished(folder):
                 is_late = chunking is not None and chunking.late  # needs what stands around each passage

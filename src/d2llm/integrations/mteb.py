@@ -33,7 +33,7 @@ from d2llm.ops.selection import ids_at, top_rows
 from d2llm.retrieval.cosine import AnchorStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, part_formats
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_of
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_fingerprint
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.store.index_manifest import FORMAT_VERSION
 from d2llm.store.vector_formats import make_format
@@ -131,12 +131,8 @@ class D2LLMModel:
         content = fingerprint_passages(passages)
         formats = part_formats(self._student, "asymmetric")
         tokens = self._student.token_fingerprint if isinstance(self._student, TokenStudent) else None
-        expansion = expansion_of(self._student)
-        parts = [
-            *formats.values(),
-            *([str(tokens)] if "token" in formats else []),
-            *([] if expansion is None else [expansion.fingerprint]),
-        ]
+        made_with = (tokens if "token" in formats else None, expansion_fingerprint(self._student))
+        parts = [*formats.values(), *(each for each in made_with if each)]
         name = "-".join([self._student.fingerprint, content, self._vector_format, str(FORMAT_VERSION), *parts])
         parent = self._work_folder
         if parent is None:

@@ -114,14 +114,14 @@ def read_document_expansion(folder: Path, student: str, dim: int) -> DocumentExp
     Raises:
         ModelError: it cannot be read, does not fit vectors of width ``dim``, or belongs to another student.
     """
-    from d2llm.models.sources import load_tensors
+    from d2llm.models.sources import load_metadata, load_tensors
 
     path = folder / FILE_NAME
     if not path.is_file():
         return None
     remedy = "restore the student's folder, or delete the file to index passages without further words"
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in load_tensors(path, remedy=remedy).items()}
-    metadata = _metadata(path)
+    metadata = load_metadata(path)
     if (owner := metadata.get("student")) != student:
         raise ModelError(f"{path} was fitted to the student {owner}, but this one is {student}; {remedy}")
     try:
@@ -136,10 +136,3 @@ def read_document_expansion(folder: Path, student: str, dim: int) -> DocumentExp
     if wrong:
         raise ModelError(f"{path} does not fit {num} words and vectors of width {dim} ({', '.join(wrong)}); {remedy}")
     return expansion
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(path, "np") as file:
-        return file.metadata() or {}

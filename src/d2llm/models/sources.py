@@ -208,6 +208,14 @@ def load_tensors(path: Path, *, remedy: str) -> dict[str, Tensor]:
         raise ModelError(f"{path} cannot be read: {error}; {remedy}") from error
 
 
+def load_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file that d2llm wrote says besides its tensors; call ``load_tensors`` first."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return file.metadata() or {}
+
+
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer next to the weights (else ``ModelNotFoundError``); it always has a padding token."""
     from transformers import AutoTokenizer

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import ModelError
 from d2llm.models.pooling import to_sphere
-from d2llm.models.sources import load_tensors
+from d2llm.models.sources import load_metadata, load_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +141,7 @@ def read_token_projection(folder: Path, student: str, dim: int) -> TokenProjecti
     weight, rarity = tensors.get("weight"), tensors.get("rarity")
     if weight is None or rarity is None or weight.ndim != 2 or weight.shape[1] != dim or rarity.ndim != 1:
         raise ModelError(f"{path} does not fit a student whose states have {dim} dimensions; {remedy}")
-    metadata = _metadata(path)
+    metadata = load_metadata(path)
     if (owner := metadata.get("student")) != student:
         raise ModelError(f"{path} was trained for the student {owner}, but this one is {student}; {remedy}")
     if not (limit := metadata.get("max_query_tokens", "")).isdecimal() or int(limit) < 1:
@@ -149,10 +149,3 @@ def read_token_projection(folder: Path, student: str, dim: int) -> TokenProjecti
     projection = TokenProjection(dim, len(weight), rarity.tolist(), max_query_tokens=int(limit))
     projection.load_state_dict(tensors)
     return projection.eval()
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}

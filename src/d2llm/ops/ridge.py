@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Penalties to choose from (``choose_penalty``)."""
-_NUM_FOLDS = 5
+NUM_FOLDS = 5
 
 
 class RidgeSet(NamedTuple):
-    """Features [n, dim] and targets [n] of one set; rows of the same ``fold`` [n], 0 to 4, are left out together."""
+    """Features [n, dim] and targets [n] or [n, k] of one set; rows of the same ``fold`` [n], 0 to 4, are left out
+    together.
+    """
 
     features: NDArray[np.float64]
     targets: NDArray[np.float64]
@@ -26,31 +28,33 @@ class RidgeSet(NamedTuple):
 
 
 def ridge_weights(sets: Sequence[RidgeSet], penalty: float) -> NDArray[np.float64]:
-    """The w [dim] with the least mean over sets of mean (w . x - y)^2, plus penalty v |w|^2.
+    """The w [dim], or [dim, k], with the least mean over sets of mean (w . x - y)^2, plus penalty v |w|^2.
 
     x and y are less their set's means, so that what distinguishes sets does not count; v is the mean variance of a
     feature within sets, so that a penalty means the same at every scale.
     """
-    return _Moments.of(sets).weights(penalty)
+    return Moments.of(sets).weights(penalty)
 
 
-class _Moments(NamedTuple):
-    """What the weights of any penalty need to know of sets: mean products [dim, dim], and with the targets [dim]."""
+class Moments(NamedTuple):
+    """What the weights of any penalty need to know of sets: mean products [dim, dim], and those with the targets."""
 
     products: NDArray[np.float64]
     correlations: NDArray[np.float64]
 
     @classmethod
-    def of(cls, sets: Sequence[RidgeSet]) -> _Moments:
+    def of(cls, sets: Sequence[RidgeSet]) -> Moments:
+        """The moments of sets whose means do not count."""
         dim = sets[0].features.shape[1]
-        products, correlations = np.zeros((dim, dim)), np.zeros(dim)
+        products, correlations = np.zeros((dim, dim)), np.zeros((dim, *sets[0].targets.shape[1:]))
         for each in sets:
-            features, targets = each.features - each.features.mean(axis=0), each.targets - each.targets.mean()
+            features, targets = each.features - each.features.mean(axis=0), each.targets - each.targets.mean(axis=0)
             products += features.T @ features / len(targets) / len(sets)
             correlations += features.T @ targets / len(targets) / len(sets)
         return cls(products, correlations)
 
     def weights(self, penalty: float) -> NDArray[np.float64]:
+        """``ridge_weights`` of these sets."""
         dim = len(self.correlations)
         shift = penalty * np.trace(self.products) / dim * np.eye(dim)
         weights = np.linalg.solve(self.products + shift, self.correlations)
@@ -64,7 +68,7 @@ def choose_penalty(
 
     Each fifth of the rows is predicted by weights that were fitted without it, less the mean of these predictions.
     """
-    without = [_Moments.of([each.only(each.folds != fold) for each in sets]) for fold in range(_NUM_FOLDS)]
+    without = [Moments.of([each.only(each.folds != fold) for each in sets]) for fold in range(NUM_FOLDS)]
     by_penalty: dict[float, list[float]] = {}
     for penalty in PENALTIES:
         predictions = [np.zeros(len(each.targets)) for each in sets]
@@ -80,4 +84,4 @@ def choose_penalty(
 
 def folds_of(num: int) -> NDArray[np.int64]:
     """The fold of each of ``num`` items in random order."""
-    return np.arange(num) % _NUM_FOLDS
+    return np.arange(num) % NUM_FOLDS

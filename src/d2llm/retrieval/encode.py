@@ -22,7 +22,7 @@ from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.models.quality import PassageQuality
 from d2llm.retrieval.index import Index, part_formats
-from d2llm.retrieval.protocols import QualityStudent, SearchStudent, TokenStudent, expansion_of
+from d2llm.retrieval.protocols import QualityStudent, SearchStudent, TokenStudent, expansion_fingerprint
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
@@ -253,8 +253,8 @@ def _draft_key(
         options.append({"pruning": pruning})
     if "token" in formats and isinstance(student, TokenStudent):
         options += [formats["token"], student.token_fingerprint]
-    if (expansion := expansion_of(student)) is not None:
-        options.append({"document_expansion": expansion.fingerprint})
+    if (expansion := expansion_fingerprint(student)) is not None:
+        options.append({"document_expansion": expansion})
     return fingerprint_json([FORMAT_VERSION, student.fingerprint, corpus, *options])
 
 
@@ -275,8 +275,7 @@ def _readers(
 def _identify(student: SearchStudent, *, tokens: bool, words: bool) -> str:
     """The student's fingerprint with those of its projection of tokens and its document expansion, if they count."""
     projection = student.token_fingerprint if tokens and isinstance(student, TokenStudent) else None
-    expansion = expansion_of(student) if words else None
-    return _describe(student.fingerprint, projection, None if expansion is None else expansion.fingerprint)
+    return _describe(student.fingerprint, projection, expansion_fingerprint(student) if words else None)
 
 
 def _describe(fingerprint: str, token_projection: str | None, document_expansion: str | None) -> str:

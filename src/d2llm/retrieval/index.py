@@ -28,7 +28,7 @@ from d2llm.core.types import (
     Ranking,
     Task,
 )
-from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent, expansion_of
+from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent, expansion_fingerprint
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.store.index_manifest import VectorCopies, find_index
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
@@ -93,8 +93,7 @@ def check_parts(store: IndexStore, student: SearchStudent, task: Task) -> None:
     Raises:
         IndexMismatchError: it stores none, or those of another projection or document expansion.
     """
-    expansion = expansion_of(student)
-    if store.manifest.get("document_expansion") != (None if expansion is None else expansion.fingerprint):
+    if store.manifest.get("document_expansion") != expansion_fingerprint(student):
         raise IndexMismatchError(f"{store.folder}: it lacks the words that the student adds to passages, or has others")
     if "token" in part_formats(student, task):
         assert isinstance(student, TokenStudent)
@@ -203,7 +202,7 @@ class Index:
             token_projection=loaded.token_fingerprint
             if "token" in formats and isinstance(loaded, TokenStudent)
             else None,
-            document_expansion=None if (expansion := expansion_of(loaded)) is None else expansion.fingerprint,
+            document_expansion=expansion_fingerprint(loaded),
             metadata=MetadataSchema(metadata or {}),
             student_config=loaded.config.model_dump(mode="json"),
             student_source=source_of(student) if is_named else student_source,

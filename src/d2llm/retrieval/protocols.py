@@ -274,6 +274,12 @@ def expansion_of(student: object) -> DocumentExpansion | None:
     return student.document_expansion if isinstance(student, ExpandingStudent) else None
 
 
+def expansion_fingerprint(student: object) -> str | None:
+    """Hash of what adds words to passages; None if the student knows none."""
+    expansion = expansion_of(student)
+    return None if expansion is None else expansion.fingerprint
+
+
 def term_factors(student: object, queries: Sequence[str]) -> Sequence[Mapping[str, float] | None]:
     """How much each word of each query counts in BM25, by a student that says so; None for words that count alike."""
     factors = student.term_factors(queries) if isinstance(student, TermStudent) else None

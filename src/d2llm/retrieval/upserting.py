@@ -17,7 +17,7 @@ from d2llm.core.errors import DuplicateIdError, IndexMismatchError, InputError
 from d2llm.core.progress import Advance, ignore
 from d2llm.core.types import PartKind, Passage, piece_id
 from d2llm.retrieval.project import extend_projections
-from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_of
+from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_fingerprint
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.runners.runner import LocalWorkers, Workers
 from d2llm.store.blocks import Changes
@@ -251,13 +251,11 @@ def check_projection(storage: Storage, student: SearchStudent) -> None:
 
 def check_expansion(storage: Storage, student: SearchStudent) -> None:
     """Refuse a student that would add other words to passages than the index has."""
-    made_by = storage.manifest.get("document_expansion")
-    expansion = expansion_of(student)
-    if made_by is not None and (expansion is None or expansion.fingerprint != made_by):
-        own = "none" if expansion is None else expansion.fingerprint
+    made_by, own = storage.manifest.get("document_expansion"), expansion_fingerprint(student)
+    if made_by is not None and own != made_by:
         raise IndexMismatchError(
             f"{storage.folder}: its passages have words added by document expansion {made_by}, but the student has "
-            f"{own}; use the student that made the index, or index the corpus again"
+            f"{own or 'none'}; use the student that made the index, or index the corpus again"
         )
 
 

@@ -24,6 +24,7 @@ from d2llm.models.engines.core_workers import core_pool
 from d2llm.models.late_chunking import EncodedChunks
 from d2llm.models.student import Student
 from d2llm.retrieval.cosine import ForwardingStudent
+from d2llm.retrieval.protocols import expansion_fingerprint
 from d2llm.server.batching import Batcher
 from d2llm.server.logs import note_items
 
@@ -115,8 +116,7 @@ class ModelService:
         self.name = name
         self.fingerprint = student.fingerprint
         self.token_fingerprint = student.token_fingerprint
-        expansion = student.document_expansion
-        self.expansion_fingerprint = None if expansion is None else expansion.fingerprint
+        self.expansion_fingerprint = expansion_fingerprint(student)
         self.dim = student.vector_dim
         self.max_query_tokens = student.max_query_tokens
         self.max_passage_tokens = student.config.backbone.max_passage_tokens

@@ -15,7 +15,7 @@ from d2llm.data.beir import Dataset
 from d2llm.models.document_expansion import AMOUNT, NUM_WORDS, DocumentExpansion
 from d2llm.models.student import Student
 from d2llm.ops.bm25_words import terms
-from d2llm.ops.ridge import PENALTIES, folds_of
+from d2llm.ops.ridge import NUM_FOLDS, PENALTIES, Moments, RidgeSet, folds_of, ridge_weights
 from d2llm.training.mining.choose import key_of
 
 _FEWEST = 20  # passages with a query
@@ -77,24 +77,23 @@ def fit_document_expansion(
         for term, value in own.items():
             if term in place_of:
                 shares[row, place_of[term]] = value
-    folds = np.concatenate([folds_of(len(each.texts)) for each in sets])
-    predictions = {penalty: _predicted_apart(features, shares, folds, penalty) for penalty in PENALTIES}
-    penalty = min(PENALTIES, key=lambda each: float(((predictions[each] - shares) ** 2).sum()))
+    set_of = np.repeat(np.arange(len(sets)), [len(each.texts) for each in sets])
+    whole = RidgeSet(features, shares, np.concatenate([folds_of(len(each.texts)) for each in sets]))
+    errors = _errors_apart(whole, set_of)
+    penalty = min(PENALTIES, key=lambda each: float(errors[each].sum()))
     usual, middle = shares.mean(axis=0), features.mean(axis=0)
-    ends = np.cumsum([len(each.texts) for each in sets])
-    explained: dict[str, float] = {}
-    for each, end in zip(sets, ends.tolist(), strict=True):
-        own = slice(end - len(each.texts), end)
-        error = float(((predictions[penalty][own] - shares[own]) ** 2).sum())
-        explained[each.name] = round(1 - error / max(float(((shares[own] - usual) ** 2).sum()), 1e-12), 4)
+    variances = np.bincount(set_of, ((shares - usual) ** 2).sum(axis=1))
     return DocumentExpansion(
         terms=tuple(vocabulary),
         usual=usual.astype(np.float32),
         middle=middle.astype(np.float32),
-        weights=_ridge(features - middle, shares - usual, penalty).astype(np.float32),
+        weights=ridge_weights([whole], penalty).astype(np.float32),
         rarity=_rarity(vocabulary, sets).astype(np.float32),
         num_passages={each.name: len(each.texts) for each in sets},
-        explained=explained,
+        explained={
+            each.name: round(1 - float(error / max(variance, 1e-12)), 4)
+            for each, error, variance in zip(sets, errors[penalty], variances, strict=True)
+        },
         num_words=num_words,
         amount=amount,
     )
@@ -137,19 +136,15 @@ def _rarity(vocabulary: Sequence[str], sets: Sequence[_Passages]) -> _Floats:
     return np.log1p((num - num_with + 0.5) / (num_with + 0.5))
 
 
-def _ridge(features: _Floats, targets: _Floats, penalty: float) -> _Floats:
-    """Weights [dim, words] on features and targets whose means are 0; the penalty is a share of the mean variance."""
-    products = features.T @ features
-    shift = penalty * np.trace(products) / len(products) * np.eye(len(products))
-    return np.linalg.solve(products + shift, features.T @ targets)
-
-
-def _predicted_apart(features: _Floats, targets: _Floats, folds: NDArray[np.int64], penalty: float) -> _Floats:
-    """Each fifth of the rows as it is predicted from the others."""
-    predicted = np.zeros_like(targets)
-    for fold in range(int(folds.max()) + 1):
-        known, rest = folds != fold, folds == fold
-        usual, middle = targets[known].mean(axis=0), features[known].mean(axis=0)
-        weights = _ridge(features[known] - middle, targets[known] - usual, penalty)
-        predicted[rest] = np.maximum(usual + (features[rest] - middle) @ weights, 0)
-    return predicted
+def _errors_apart(data: RidgeSet, set_of: NDArray[np.int64]) -> dict[float, _Floats]:
+    """By penalty, the squared errors in each data set of likelihoods that are predicted from the other four fifths."""
+    errors = {penalty: np.zeros(int(set_of.max()) + 1) for penalty in PENALTIES}
+    for fold in range(NUM_FOLDS):
+        known, rest = data.only(data.folds != fold), data.only(data.folds == fold)
+        moments, usual = Moments.of([known]), known.targets.mean(axis=0)
+        differences = rest.features - known.features.mean(axis=0)
+        for penalty, own in errors.items():
+            predicted = np.maximum(usual + differences @ moments.weights(penalty), 0)
+            by_row = ((predicted - rest.targets) ** 2).sum(axis=1)
+            own += np.bincount(set_of[data.folds == fold], by_row, minlength=len(own))
+    return errors

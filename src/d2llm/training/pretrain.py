@@ -40,6 +40,7 @@ from d2llm.models.teachers.causal import AnswerHead
 from d2llm.ops.batching import even_batches, token_budget_batches
 from d2llm.ops.bm25_words import sentences
 from d2llm.ops.losses import in_batch_cross_entropy
+from d2llm.ops.ridge import RidgeSet, folds_of, ridge_weights
 from d2llm.ops.token_alignment import align_tokens, aligned_states
 from d2llm.training.checkpoints import (
     RunLog,
@@ -797,17 +798,15 @@ def _projection(
 
 def fit_linear(linear: nn.Linear, features: Float[Tensor, "rows width"], targets: Float[Tensor, "rows other"]) -> float:
     """Make a linear map the ridge regression of targets on features; the share of their variance that it explains."""
-    one, other = (each.double() for each in (features, targets))
-    middle, target_middle = one.mean(dim=0), other.mean(dim=0)
-    centred, wanted = one - middle, other - target_middle
-    products = centred.T @ centred
-    shift = _FIT_PENALTY * products.diagonal().mean() * torch.eye(len(products), dtype=one.dtype, device=one.device)
-    weight = torch.linalg.solve(products + shift, centred.T @ wanted)
+    one, other = (each.double().cpu().numpy() for each in (features, targets))
+    middle, target_middle = one.mean(axis=0), other.mean(axis=0)
+    weight = ridge_weights([RidgeSet(one, other, folds_of(len(one)))], _FIT_PENALTY)
     with torch.no_grad():
-        linear.weight.copy_(weight.T)
-        linear.bias.copy_(target_middle - middle @ weight)
-    error = (centred @ weight - wanted).square().sum()
-    return 1 - float(error / wanted.square().sum().clamp(min=1e-12))
+        linear.weight.copy_(torch.from_numpy(weight.T))
+        linear.bias.copy_(torch.from_numpy(target_middle - middle @ weight))
+    differences = other - target_middle
+    error = (((one - middle) @ weight - differences) ** 2).sum()
+    return 1 - float(error / max((differences**2).sum(), 1e-12))
 
 
 def _linear(width: int, other: int, seed: int) -> nn.Linear:
