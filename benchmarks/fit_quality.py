@@ -111,8 +111,7 @@ def _trained_on_real_queries(fitting: Fit, data: Path, work: Path) -> Path:
     recipe = fitting.recipe({"written": DataReport(counts)}, fitting.plan())
     changes = {"max_queries": MOST_REAL_QUERIES, "exclude_shared_passages": data.name not in SHARED_PASSAGES}
     own = recipe.data[0].model_copy(update={"path": str(data)} | changes)
-    training = recipe.training.model_copy(update={"max_minutes": None})
-    run = Run(recipe.model_copy(update={"data": (own,), "training": training}), work / "real-run")
+    run = Run(recipe.model_copy(update={"data": (own,)}), work / "real-run")
     run.finish()
     return run.parts.student
 

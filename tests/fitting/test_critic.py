@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from d2llm.core import progress
+from d2llm.core.errors import OutOfTimeError
 from d2llm.core.types import TASKS, Passage
+from d2llm.evaluation import judging
 from d2llm.fitting.critic import CriticSettings, review_queries
 from d2llm.fitting.draft_store import Draft, DraftStore, passage_hash
 from d2llm.fitting.report import audit_page
@@ -31,8 +34,10 @@ class TableTeacher:
         return f"table-{TASKS.index(task)}"
 
     def judge(self, pairs, task, *, with_features=False, advance=None):
-        del task, with_features, advance
+        del task, with_features
         self.num_judged += len(pairs)
+        if advance is not None:
+            advance(len(pairs))
         values = np.array([self.log_odds.get(pair, 1.0) for pair in pairs], np.float32)
         return Judgements(values, None, num_truncated=0, num_tokens=0)
 
@@ -119,9 +124,32 @@ def test_a_teacher_adds_positives_and_rejects_unanswered_queries(drafts, index, 
     [kept] = result.kept
     assert (kept.positives, kept.log_odds) == (("p1", other), 2.0)
     assert result.reasons == {"not answered": 1}
-    assert result.num_judged == teacher.num_judged == 12
+    assert (result.num_unjudged, teacher.num_judged) == (0, 12)
     again = review(DraftStore(tmp_path, "writer"), index, **options)
-    assert (again.kept, again.num_judged, teacher.num_judged) == (result.kept, 0, 12)
+    assert (again.kept, teacher.num_judged) == (result.kept, 12)
+
+
+def test_a_query_that_the_teacher_has_no_time_to_read_is_kept(drafts, index, tmp_path, monkeypatch):
+    """What it has read by then counts, in the next call too."""
+
+    def check_time():
+        if teacher.num_judged > 6:  # while it reads the second query
+            raise OutOfTimeError
+
+    queries = {"p1": ["which animal runs fast"], "p2": ["what falls on the roof"]}
+    own = [(queries[name][0], PASSAGES[number].full_text) for number, name in ((1, "p1"), (2, "p2"))]
+    teacher = TableTeacher(dict.fromkeys(own, 5.0))
+    options = {"teacher": teacher, "judgements": tmp_path / "judgements", "settings": CriticSettings(depth=9)}
+    written = drafts(queries)
+    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 1)  # one query at a time
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "check_time", check_time)
+        hurried = review(written, index, **options)
+    assert (len(hurried.kept), hurried.num_unjudged) == (2, 1)
+    assert sorted(query.log_odds or 0.0 for query in hurried.kept) == [0.0, 5.0]
+    teacher.num_judged = 0
+    assert [query.log_odds for query in review(written, index, **options).kept] == [5.0, 5.0]
+    assert teacher.num_judged == 6
 
 
 def test_a_query_that_many_passages_answer_is_too_general(drafts, index, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import Recipe
 from d2llm.data.run_folder import is_finished
@@ -158,12 +158,7 @@ def test_a_run_keeps_the_recipe_that_it_began_with(half, monkeypatch):
     later = repeated(half)
     later.train(data, replace(shorter, max_queries=10 * shorter.max_queries, training=1_200.0))
     [recipe] = recipes
-    earlier = json.loads(begun.read_text())
-    assert recipe.training.max_minutes == 16
-    assert earlier["training"]["max_minutes"] == 4
-    kept = recipe.model_dump(mode="json")
-    kept["training"]["max_minutes"] = 4
-    assert kept == earlier
+    assert recipe.model_dump(mode="json") == json.loads(begun.read_text())
 
 
 def test_an_index_and_a_student_that_do_not_fit_are_mended(half, tmp_path):
@@ -259,3 +254,96 @@ def test_a_fit_whose_queries_all_share_passages_with_held_out_ones_trains_nothin
     assert any("shares a relevant passage with a held-out one" in note for note in report.notes)
     assert not list(done.folder.work.glob("run-*"))
     assert len(Index.open(done.folder.index, device="cpu").view)
+
+
+# The end in time ---------------------------------------------------------------------------------------------------
+
+
+def without_time_after(patch, name, seconds=0.0):
+    """Let a fit have only so many seconds left when a step of it has ended."""
+    step = getattr(Fit, name)
+
+    def run(self, *args, **options):
+        result = step(self, *args, **options)
+        self.stages._seconds -= self.stages.seconds_left - seconds
+        return result
+
+    patch.setattr(Fit, name, run)
+
+
+def fit_anew(student, endpoint, folder, **changes):
+    """A fit, its report, and the names of the compared systems."""
+    documents = write_documents(folder / "docs")
+    done = Fit([documents], None, settings_for(student, endpoint.url, **changes), device="cpu", dtype="float32")
+    report = done.finish()
+    assert report is not None
+    assert len(Index.open(done.folder.index, device="cpu").view) == NUM_DOCUMENTS
+    return done, report, {row.name for row in report.reports["written"].rows}
+
+
+def test_with_hardly_any_time_weights_are_fitted_and_nothing_is_encoded_again(student, endpoint, tmp_path):
+    done, report, names = fit_anew(student, endpoint, tmp_path, hours=1e-6)
+    assert report.kept == "start"
+    assert report.num_kept > 0
+    assert names >= {"BM25", "D2LLM"}
+    assert not any("untuned" in name for name in names)
+    assert not (done.folder.measured / "indexes").exists()
+    assert any("no time for training" in note for note in report.notes)
+    assert any("no time to compare with the untuned student" in note for note in report.notes)
+    missing = {row.kind: row.reason for row in report.reports["written"].missing}
+    assert missing["cosine_untuned"] == "there was no time to encode the documents with it"
+    assert "No trained student was compared" in done.folder.report_page.read_text()
+
+
+def test_a_training_that_is_not_finished_in_time_is_left(student, endpoint, tmp_path, monkeypatch):
+    plan = Fit.plan
+    monkeypatch.setattr(Fit, "plan", lambda self: replace(plan(self), training=1e-3))
+    done, report, names = fit_anew(student, endpoint, tmp_path)
+    assert (report.kept, report.verdict) == ("start", None)
+    assert any("the training was not finished in its time" in note for note in report.notes)
+    assert any("untuned" in name for name in names)
+    assert "not finished: out of time" in done.folder.report_page.read_text()
+    assert [path.name for path in done.folder.work.glob("run-*")]
+    assert not list(done.folder.work.glob("run-*/student"))
+
+
+def test_a_student_that_there_is_no_time_to_compare_is_not_kept(student, endpoint, tmp_path, monkeypatch):
+    without_time_after(monkeypatch, "train")
+    done, report, names = fit_anew(student, endpoint, tmp_path)
+    assert (report.kept, report.verdict) == ("start", None)
+    assert any("no time to compare the trained student" in note for note in report.notes)
+    assert BASE_NAME not in names
+    assert not list(done.folder.work.glob("index-*"))
+
+
+def test_the_untuned_student_is_left_out_of_a_comparison_first(student, endpoint, tmp_path, monkeypatch):
+    compare = Fit.compare
+
+    def slow(self, data, base, trained, *, with_untuned=True):
+        if with_untuned:
+            raise OutOfTimeError  # as when encoding takes longer than planned
+        return compare(self, data, base, trained, with_untuned=with_untuned)
+
+    monkeypatch.setattr(Fit, "compare", slow)
+    _, report, names = fit_anew(student, endpoint, tmp_path)
+    assert report.verdict is not None
+    assert names >= {BASE_NAME, "BM25", "D2LLM"}
+    assert not any("untuned" in name for name in names)
+    assert report.notes == ("there was no time to compare with the untuned student",)
+
+
+def test_a_teacher_without_time_leaves_the_student_of_the_first_half(student, endpoint, tmp_path, monkeypatch):
+    finish = Run.finish
+
+    def slow(run, **options):
+        if run.recipe.losses.imitates:
+            raise OutOfTimeError
+        return finish(run, **options)
+
+    monkeypatch.setattr(Run, "finish", slow)
+    teacher = tiny_teacher_config(write_tiny_model(tmp_path / "teacher"))
+    critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0, num_judged=1)
+    _, report, names = fit_anew(student, endpoint, tmp_path, teacher=teacher, critic=critic)
+    assert any("no time to train on the teacher's judgements" in note for note in report.notes)
+    assert BASE_NAME in names
+    assert report.verdict is not None

@@ -12,9 +12,9 @@ HALF_AN_HOUR = 1800.0
 DATA = (DataConfig(path="written", max_queries=900), DataConfig(path="users", max_queries=100))
 
 
-def recipe(max_queries: int, data: tuple[DataConfig, ...] = DATA, *, has_teacher: bool = False) -> Recipe:
+def recipe(max_queries: int, data: tuple[DataConfig, ...] = DATA) -> Recipe:
     plan = TimePlan(0.0, HALF_AN_HOUR, 0.0, max_queries)
-    return recipe_for_queries("minilm", StudentConfig(), data, plan, has_teacher=has_teacher, seed=3)
+    return recipe_for_queries("minilm", StudentConfig(), data, plan, seed=3)
 
 
 def num_queries(recipe: Recipe) -> list[int | None]:
@@ -39,8 +39,7 @@ def test_training_on_queries_alone_asks_no_teacher() -> None:
     plain = recipe(1_000)
     assert not plain.losses.imitates
     assert (plain.seed, plain.training.start, plain.mining.student) == (3, "minilm", "minilm")
-    assert plain.training.max_minutes == 24  # of 30; the other stages follow
-    assert recipe(1_000, has_teacher=True).training.max_minutes == 12
+    assert plain.training.max_minutes is None  # a fit limits the time of all that a training does
 
 
 @pytest.mark.parametrize(("seconds_per_judgement", "labelled", "gated"), [(0.1, [331, 36], 56), (60.0, [1, 1], 20)])
@@ -48,7 +47,7 @@ def test_a_teacher_judges_as_much_as_its_time_allows(
     seconds_per_judgement: float, labelled: list[int], gated: int
 ) -> None:
     plan = TimePlan(0.0, HALF_AN_HOUR, 0.0, 1_000)
-    first = recipe(1_000, has_teacher=True)
+    first = recipe(1_000)
     second = recipe_with_teacher(
         first, "run/student", TeacherConfig(), plan, seconds_per_judgement=seconds_per_judgement
     )
@@ -57,5 +56,4 @@ def test_a_teacher_judges_as_much_as_its_time_allows(
     assert second.losses.imitates
     assert second.labelling.compared_students == ("minilm", "run/student")
     assert second.training.start == "run/student"
-    assert second.training.max_minutes == pytest.approx(4.8)  # of the half that is left, 9 minutes are the teacher's
     assert num_queries(second) == num_queries(first)

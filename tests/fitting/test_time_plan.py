@@ -16,6 +16,7 @@ def test_the_stages_fill_the_time(minutes):
     result = plan(minutes)
     assert result.total == pytest.approx(60 * minutes)
     assert min(result.writing, result.training, result.measuring) > 0
+    assert result.reviewing == 0  # without a teacher it takes seconds
 
 
 def test_more_time_is_for_more_queries():
@@ -24,6 +25,20 @@ def test_more_time_is_for_more_queries():
 
 def test_a_slow_machine_trains_on_less():
     assert plan(60, rate=20.0).max_queries < plan(60).max_queries
+
+
+def test_a_large_corpus_is_compared_without_the_untuned_student_before_nothing_is_trained():
+    long, short, shortest = (plan(minutes, num_passages=60_000) for minutes in (60, 33, 20))  # a pass takes ten
+    assert long.measuring > 1_200  # two passes
+    assert 1_200 > short.measuring > 600  # one
+    assert min(long.training, short.training) > 600  # mining is another
+    assert shortest.training == 0
+    for minutes, result in ((60, long), (33, short), (20, shortest)):
+        assert result.total == pytest.approx(60 * minutes)
+
+
+def test_a_corpus_that_cannot_be_encoded_in_time_is_not_encoded_again():
+    assert plan(5, num_passages=60_000).total == pytest.approx(300)
 
 
 def test_too_little_time_is_for_fitting_weights_alone():
@@ -40,4 +55,8 @@ def test_queries_that_are_written_leave_their_time_to_training():
 
 
 def test_a_teacher_takes_a_share_of_the_training():
-    assert plan(60, has_teacher=True).max_queries < plan(60).max_queries
+    with_teacher = plan(60, has_teacher=True)
+    assert with_teacher.max_queries < plan(60).max_queries
+    assert with_teacher.total == pytest.approx(3_600)
+    assert with_teacher.reviewing > 300
+    assert plan(60, has_teacher=True, is_written=True).reviewing == 0

@@ -17,6 +17,7 @@ D2LLMError
 │   ├── IndexLockedError    another process is writing to it
 │   └── ShardAwayError      a shard of it on a cluster does not answer in time
 ├── TrainingDivergedError   the loss became NaN or infinite
+├── OutOfTimeError          work was stopped by its time limit
 └── MissingExtraError       an optional dependency is not installed
 
 Outside this tree: Terminated, a KeyboardInterrupt that SIGTERM raises.
@@ -106,6 +107,10 @@ class ShardAwayError(StorageError):
 
 class TrainingDivergedError(D2LLMError):
     """The training loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class OutOfTimeError(D2LLMError):
+    """Work was stopped by its time limit (``core.time_limit``); what was finished is kept."""
 
 
 class MissingExtraError(D2LLMError, ImportError):

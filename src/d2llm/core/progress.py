@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
+from d2llm.core.time_limit import check_time
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -53,13 +55,26 @@ def showing_progress(show: bool | None) -> Generator[None]:
 def progress_bar(description: str, total: int | None, *, done: int = 0) -> Generator[Advance]:
     """Show a bar with rate and remaining time on standard error or, without a terminal, log a line twice a minute.
 
-    A nested task shows its own bar below the outer one.
+    A nested task shows its own bar below the outer one. Work with a time limit (``core.time_limit``) stops where it
+    reports its progress.
 
     Args:
         description: what is being done.
         total: number of items; None: unknown, so only the number of finished items is shown.
         done: items that an earlier run finished; they say nothing about this run's rate and remaining time.
     """
+    with _shown(description, total, done) as show:
+
+        def advance(count: int, note: str = "", /) -> None:
+            show(count, note)
+            check_time()
+
+        yield advance
+
+
+@contextmanager
+def _shown(description: str, total: int | None, done: int) -> Generator[Advance]:
+    """Show the progress, as the setting says; yields a function that does not look at the time limit."""
     show = _setting.get()
     if show is False:
         yield ignore

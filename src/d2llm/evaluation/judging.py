@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
@@ -194,9 +194,13 @@ def judge_pairs(
         PairShard(chunk, [(query_text(q.query_id), passage_text(p)) for q in chunk for p in q.passage_ids], task)
         for chunk in _chunks(queries)
     )
-    for judged in judges.map(shards, advance):
-        counts.add(judged.counts)
-        writer.add(judged.labels)
+    try:
+        for judged in judges.map(shards, advance):
+            counts.add(judged.counts)
+            writer.add(judged.labels)
+    except OutOfTimeError:
+        writer.write()
+        raise
     writer.write()
 
 

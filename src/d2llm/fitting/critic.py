@@ -11,14 +11,19 @@ it finds at least as relevant become positives as well, and a query that it find
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from d2llm.core.errors import OutOfTimeError
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.time_limit import time_limit
 from d2llm.core.types import Passage, Query, Task
+from d2llm.data.labels import LabelStore
 from d2llm.data.same_text import comparable, jaccard, shingles
 from d2llm.evaluation.judging import judge_pool
 from d2llm.fitting.draft_store import DraftStore, passage_hash
@@ -90,11 +95,11 @@ class RejectedQuery:
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What the critic kept and rejected."""
+    """What the critic kept and rejected; the teacher had no time to read ``num_unjudged`` of those kept."""
 
     kept: tuple[KeptQuery, ...] = ()
     rejected: tuple[RejectedQuery, ...] = ()
-    num_judged: int = 0
+    num_unjudged: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
@@ -106,6 +111,7 @@ def review_queries(
     task: Task = "asymmetric",
     teacher: Judge | None = None,
     judgements: Path | None = None,
+    seconds: float = math.inf,
     settings: CriticSettings | None = None,
     placement: Placement = HERE,
 ) -> Review:
@@ -119,6 +125,7 @@ def review_queries(
         teacher: reads queries with their passages.
         judgements: the folder of a label store that keeps what the teacher said, so that a call that was interrupted
             need not ask again; required with a teacher.
+        seconds: time for the teacher; queries that it has not read by then are kept without its judgement.
         settings: how strict to be.
         placement: where the teacher judges.
     """
@@ -135,17 +142,20 @@ def review_queries(
         alike = _same_texts(by_id[written.passage_id], (by_id[name] for name in ranking), chosen.same_text)
         rank = 1 + ranking.index(written.passage_id)
         kept.append(KeptQuery(written, (written.passage_id, *alike), rank))
-    num_judged = 0
+    num_unjudged = 0
     if teacher is not None and judgements is not None:
         rankings = dict(zip((written.id for written in candidates), retrieved, strict=True))
-        kept, num_judged = _ask_teacher(kept, rankings, by_id, teacher, judgements, task, chosen, rejected, placement)
+        pool = _pool(kept, rankings, chosen.num_judged)
+        log_odds = _ask_teacher(teacher, pool, kept, by_id, task, judgements, seconds, placement)
+        num_unjudged = len(kept) - len(log_odds)
+        kept = list(_answered(kept, log_odds, chosen.min_log_odds, rejected))
     general = [query for query in kept if len(query.positives) > chosen.max_positives]
     rejected += [
         RejectedQuery(query.written, "too general", f"{len(query.positives)} passages answer it") for query in general
     ]
     kept = [query for query in kept if len(query.positives) <= chosen.max_positives]
     reasons = Counter(query.reason for query in rejected)
-    return Review(tuple(kept), tuple(rejected), num_judged, dict(reasons.most_common()))
+    return Review(tuple(kept), tuple(rejected), num_unjudged, dict(reasons.most_common()))
 
 
 def _written(drafts: DraftStore, passages: Iterable[Passage]) -> Iterator[WrittenQuery]:
@@ -192,40 +202,61 @@ def _same_texts(passage: Passage, others: Iterable[Passage], threshold: float) -
     return [other.id for other in others if other.id != passage.id and jaccard(own, shingles(other.text)) >= threshold]
 
 
-def _ask_teacher(
-    kept: Sequence[KeptQuery],
-    rankings: Mapping[str, Sequence[str]],
-    passages: Mapping[str, Passage],
-    teacher: Judge,
-    judgements: Path,
-    task: Task,
-    settings: CriticSettings,
-    rejected: list[RejectedQuery],
-    placement: Placement,
-) -> tuple[list[KeptQuery], int]:
-    """The queries that the teacher finds answered, with the positives that it adds; and the number of pairs judged."""
+def _pool(kept: Sequence[KeptQuery], rankings: Mapping[str, Sequence[str]], num_others: int) -> dict[str, list[str]]:
+    """query_id -> the passages that the teacher reads: its own, and the first others of the search."""
     pool: dict[str, list[str]] = {}
     for query in kept:
         others = [name for name in rankings[query.written.id] if name not in query.positives]
-        pool[query.written.id] = [query.written.passage_id, *others[: settings.num_judged]]
-    judged = judge_pool(
+        pool[query.written.id] = [query.written.passage_id, *others[:num_others]]
+    return pool
+
+
+def _ask_teacher(
+    teacher: Judge,
+    pool: Mapping[str, Sequence[str]],
+    kept: Sequence[KeptQuery],
+    passages: Mapping[str, Passage],
+    task: Task,
+    judgements: Path,
+    seconds: float,
+    placement: Placement,
+) -> dict[str, dict[str, float]]:
+    """query_id -> the log-odds of its passages, of those queries that the teacher had time to read."""
+    judge = partial(
+        judge_pool,
         teacher,
-        pool,
-        {query.written.id: query.written.text for query in kept},
-        {name: passages[name].full_text for names in pool.values() for name in names},
-        task,
+        query_texts={query.written.id: query.written.text for query in kept},
+        passage_texts={name: passages[name].full_text for names in pool.values() for name in names},
+        task=task,
         dataset=DATASET,
         store=judgements,
         title="the teacher reads the queries",
         placement=placement,
     )
-    answered: list[KeptQuery] = []
+    try:
+        with time_limit(seconds):
+            return judge(pool).scores
+    except OutOfTimeError:
+        key = {"teacher": teacher.fingerprint, "prompt": teacher.prompt_fingerprint(task), "dataset": DATASET}
+        labels = LabelStore(judgements, **key)
+        return judge({name: ids for name, ids in pool.items() if not labels.missing(name, ids)}).scores
+
+
+def _answered(
+    kept: Sequence[KeptQuery],
+    log_odds: Mapping[str, Mapping[str, float]],
+    minimum: float,
+    rejected: list[RejectedQuery],
+) -> Iterator[KeptQuery]:
+    """The queries that the teacher finds answered, with the positives that it adds, and those it has not read."""
     for query in kept:
-        log_odds = judged.scores[query.written.id]
-        own = log_odds[query.written.passage_id]
-        if own < settings.min_log_odds:
+        if query.written.id not in log_odds:
+            yield query
+            continue
+        values = log_odds[query.written.id]
+        own = values[query.written.passage_id]
+        if own < minimum:
             rejected.append(RejectedQuery(query.written, "not answered", f"the teacher's log-odds are {own:.1f}"))
             continue
-        added = [name for name, value in log_odds.items() if name not in query.positives and value >= own]
-        answered.append(KeptQuery(query.written, (*query.positives, *added), query.rank, own))
-    return answered, judged.num_new
+        added = [name for name, value in values.items() if name not in query.positives and value >= own]
+        yield KeptQuery(query.written, (*query.positives, *added), query.rank, own)

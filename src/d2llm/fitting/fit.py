@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2llm.core.errors import IndexMismatchError, InputError, MissingExtraError
+from d2llm.core.errors import IndexMismatchError, InputError, MissingExtraError, OutOfTimeError
 from d2llm.core.files import new_folder, replace_folder, write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
 from d2llm.core.manifest import read_any_manifest, write_manifest
@@ -29,6 +31,7 @@ from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig, untuned_config
 from d2llm.core.recipe_file import parse_recipe
 from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER, MULTILINGUAL_STUDENT
+from d2llm.core.time_limit import time_limit
 from d2llm.core.types import Passage
 from d2llm.data.beir import read_beir
 from d2llm.data.check_texts import guess_languages
@@ -68,6 +71,7 @@ MIN_USERS_QUERIES = 30
 _remarks = logging.getLogger("d2llm.remarks")
 _STUDENT_SOURCE = "../student"
 _TIMED_PASSAGES, _TIMED_JUDGEMENTS = 64, 8
+_RANKING_SECONDS = 20.0  # to rank held-out queries by the systems of a comparison
 _QUERY_CHARACTERS = 60  # of the queries of timed judgements
 _SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed, and how much of each is read
 _LISTED_AT_ONCE = 1_000
@@ -149,7 +153,7 @@ class Fit:
         self.runner = find_runner(runner)
         self.stages = Stages(self.folder.progress_page, str(self.folder.path), 3600 * self.settings.hours)
         self.notes: list[str] = []
-        self._rate: float | None = None  # passages encoded per second by the runner, if this call has made the index
+        self._rate: float | None = None  # passages encoded per second by a cluster, if this call has made the index
 
     def finish(self, *, again: bool = False) -> FitReport | None:
         """Run every step; see ``fit``."""
@@ -198,7 +202,7 @@ class Fit:
         corpus = open_corpus(self.documents, exclude=self._excluded)
         encoded = self._encode(corpus, student, self.folder.index, self._chunking(student), source=self.start)
         self._forget_index()
-        self._rate = encoded.passages_per_second or None
+        self._rate = None if self.runner.is_local else encoded.passages_per_second or None
         return f"{encoded.num_documents:,} documents, {encoded.num_passages:,} passages"
 
     def plan(self) -> TimePlan:
@@ -216,8 +220,8 @@ class Fit:
             is_written=is_written,
             has_teacher=self.settings.teacher is not None,
         )
-        writing = {} if is_written else {"write": plan.writing}
-        self.stages.plan(**writing, train=plan.training, compare=plan.measuring)
+        planned = {"write": plan.writing, "review": plan.reviewing, "train": plan.training, "compare": plan.measuring}
+        self.stages.plan(**{name: seconds for name, seconds in planned.items() if seconds or name == "train"})
         return plan
 
     def write(self, seconds: float) -> WritingReport:
@@ -251,8 +255,8 @@ class Fit:
         write_json(self.folder.finished_writing, content)
         return report
 
-    def review(self) -> Review:
-        """Review the written queries, and write the audit page."""
+    def review(self, seconds: float = math.inf) -> Review:
+        """Review the written queries, of which a teacher reads as many as it has time for, and write the audit page."""
         from d2llm.fitting.report import audit_page
 
         teacher, placement = None, HERE
@@ -269,9 +273,12 @@ class Fit:
             task=self.settings.task,
             teacher=teacher,
             judgements=self.folder.judgements,
+            seconds=seconds,
             settings=self.settings.critic,
             placement=placement,
         )
+        if review.num_unjudged:
+            self._note(f"the teacher had no time to read {review.num_unjudged:,} of the queries that were kept")
         texts = {passage.id: passage.full_text for passage in self.passages}
         write_bytes(self.folder.audit_page, audit_page(review, texts, seed=self.settings.seed).encode())
         return review
@@ -312,15 +319,25 @@ class Fit:
         With a teacher, the student learns from the queries alone in the first half of the time. In the second half the
         teacher judges those queries whose passages the student now ranks most differently, as many as there is time
         for, and the student learns from these judgements too.
+
+        Raises:
+            OutOfTimeError: the planned time has passed, and no student is finished.
         """
         recipe, key = self.recipe(data, plan), self._data_key(data)
-        trained = self._finish_run(recipe, key)
         teacher = self.settings.teacher
-        if teacher is None:
-            return trained
-        seconds = self._seconds_per_judgement(teacher)
-        with_teacher = recipe_with_teacher(recipe, str(trained), teacher, plan, seconds_per_judgement=seconds)
-        return self._finish_run(with_teacher, f"{fingerprint_json([key, teacher.model_dump(mode='json')])}-judged")
+        with time_limit(plan.training):
+            with time_limit(plan.training / (1 if teacher is None else 2)):
+                trained = self._finish_run(recipe, key)
+            if teacher is None:
+                return trained
+            try:
+                seconds = self._seconds_per_judgement(teacher)
+                with_teacher = recipe_with_teacher(recipe, str(trained), teacher, plan, seconds_per_judgement=seconds)
+                judged = f"{fingerprint_json([key, teacher.model_dump(mode='json')])}-judged"
+                return self._finish_run(with_teacher, judged)
+            except OutOfTimeError:
+                self._note("there was no time to train on the teacher's judgements")
+                return trained
 
     def recipe(self, data: Mapping[str, DataReport], plan: TimePlan) -> Recipe:
         """The recipe of the training on the queries alone, for as many of them as the plan has time for."""
@@ -339,7 +356,6 @@ class Fit:
                 if report.queries["train"]
             ],
             plan,
-            has_teacher=settings.teacher is not None,
             seed=settings.seed,
         )
 
@@ -359,9 +375,7 @@ class Fit:
 
         begun = self.folder.run(key) / "recipe.json"
         if begun.is_file():
-            earlier = parse_recipe(json.loads(begun.read_text(encoding="utf-8")), where=str(begun))
-            limit = {"max_minutes": recipe.training.max_minutes}
-            recipe = earlier.model_copy(update={"training": earlier.training.model_copy(update=limit)})
+            recipe = parse_recipe(json.loads(begun.read_text(encoding="utf-8")), where=str(begun))
         else:
             begun.parent.mkdir(parents=True, exist_ok=True)
             write_json(begun, recipe.model_dump(mode="json"))
@@ -370,28 +384,39 @@ class Fit:
         return run.parts.student
 
     def compare(
-        self, data: Mapping[str, DataReport], base: Path, trained: Path | None
+        self, data: Mapping[str, DataReport], base: Path, trained: Path | None, *, with_untuned: bool = True
     ) -> tuple[dict[str, EvaluationReport], GateTest | None]:
         """Compare all systems on the test queries of each data set, and test whether the trained student is better.
 
-        The test treats queries about the same part of a document as one, because they are not independent.
+        The test treats queries about the same part of a document as one, because they are not independent. Each system
+        is measured once, however often this is called.
+
+        Args:
+            data: the data sets.
+            base: the folder of the student that the training started from, with its weights fitted.
+            trained: the folder of the trained student, if there is one.
+            with_untuned: also compare with the untuned student, for which the corpus is encoded once more.
         """
         from d2llm.evaluation.evaluate import evaluate
         from d2llm.evaluation.setting import Contenders, EvaluationSettings
 
         start, fitted = self._load(base), None if trained is None else self._load(trained)
-        load_untuned = partial(create_student, untuned_config(start.config), device=self.device, dtype=self.dtype)
-        untuned = load_untuned()
-        loads = {**encoder_loads(untuned, load_untuned), **encoder_loads(start, self._loader(base))}
+        loads = encoder_loads(start, self._loader(base))
+        untuned = None
+        if with_untuned:
+            load_untuned = partial(create_student, untuned_config(start.config), device=self.device, dtype=self.dtype)
+            untuned = load_untuned()
+            loads = {**encoder_loads(untuned, load_untuned), **loads}
         if fitted is not None and trained is not None:
             loads |= encoder_loads(fitted, self._loader(trained))
         contenders = Contenders(
             student=fitted or start,
             untuned=untuned,
             bi_encoders={} if fitted is None else {BASE_NAME: start},
+            why_missing={} if with_untuned else {"cosine_untuned": "there was no time to encode the documents with it"},
             loads=loads,
         )
-        indexes = [self.folder.index] if trained is None else [self.folder.index, self._index_of(trained)]
+        indexes = [self.folder.index, *(self._index_of(student) for student in (base, trained) if student is not None)]
         settings = EvaluationSettings(task=self.settings.task, latency_queries=10, seed=self.settings.seed)
         datasets = {name: read_beir(self._data_folder(name), splits=["dev", "test"]) for name in data}
         reports = {
@@ -434,10 +459,11 @@ class Fit:
     def _learn(self) -> _Learnt:
         """The stages from writing to training; time that writing leaves is for training."""
         with self.stages.run("write") as stage:
-            writing = self.write(self.plan().writing)
+            planned = self.plan()
+            writing = self.write(planned.writing)
             stage.outcome = f"{writing.num_queries:,} queries for {writing.num_answers:,} assignments"
         with self.stages.run("review") as stage:
-            review = self.review()
+            review = self.review(planned.reviewing)
             stage.outcome = f"{len(review.kept):,} kept, {len(review.rejected):,} rejected"
             data = self.make_data(review)
         with self.stages.run("weights"):
@@ -452,8 +478,12 @@ class Fit:
             )
         elif plan.training:
             with self.stages.run("train") as stage:
-                trained = self.train(data, plan)
-                stage.outcome = f"on {num_queries:,} queries"
+                try:
+                    trained = self.train(data, plan)
+                    stage.outcome = f"on {num_queries:,} queries"
+                except OutOfTimeError:
+                    stage.outcome = "not finished: out of time"
+                    self._note("the training was not finished in its time: only the weights of the score were fitted")
         else:
             self.stages.skip("train", "no time for it")
             self._note("there was no time for training: only the weights of the score were fitted")
@@ -464,7 +494,7 @@ class Fit:
         from d2llm.fitting.report import report_page
 
         with self.stages.run("compare") as stage:
-            reports, verdict = self.compare(learnt.data, learnt.base, learnt.trained)
+            reports, verdict = self._compare_in_time(learnt)
             is_better = verdict is not None and verdict.passed
             stage.outcome = "the fitted student is better" if is_better else "the student to start from is kept"
         with self.stages.run("serve"):
@@ -486,6 +516,27 @@ class Fit:
         write_bytes(self.folder.report_page, report_page(report, self.stages.table()).encode())
         self._write_manifest(kept=report.kept)
         return report
+
+    def _compare_in_time(self, learnt: _Learnt) -> tuple[dict[str, EvaluationReport], GateTest | None]:
+        """Compare as many systems as there is time to encode the corpus for; notes say what is left out."""
+        one_pass = len(self.passages) / (self._rate or self._passages_per_second())
+        left_out = "there was no time to compare with the untuned student"
+        attempts: list[tuple[Path | None, bool, str]] = [(learnt.trained, True, left_out)]
+        if learnt.trained is not None:
+            left_out = "there was no time to compare the trained student, so the one to start from is kept"
+            attempts.append((learnt.trained, False, left_out))
+        for number, (trained, with_untuned, left_out) in enumerate(attempts):
+            num_later = len(attempts) - number
+            seconds = self.stages.seconds_left - num_later * _RANKING_SECONDS  # to rank without what is left out
+            lacks_index = trained is not None and not is_finished(self._index_folder(self._load(trained)))
+            if seconds >= one_pass * (lacks_index + with_untuned):
+                try:
+                    with time_limit(seconds):
+                        return self.compare(learnt.data, learnt.base, trained, with_untuned=with_untuned)
+                except OutOfTimeError:
+                    pass
+            self._note(left_out)
+        return self.compare(learnt.data, learnt.base, None, with_untuned=False)
 
     def _encode(
         self,
@@ -516,24 +567,29 @@ class Fit:
 
     def _index_of(self, student: Path) -> Path:
         """An index of the passages that a student made: the served one, or a new one that can be served."""
-        from d2llm.retrieval.index import check_parts
-
         loaded, chunking = self._load(student), self.index.chunking
-        try:
-            self.index.store.check_student(loaded.fingerprint)
-            check_parts(self.index.store, loaded, self.settings.task)
-        except IndexMismatchError:
-            made_with = [loaded.fingerprint, loaded.token_fingerprint if loaded.token_dim else None]
-            if (expansion := expansion_fingerprint(loaded)) is not None:
-                made_with.append(expansion)
-            folder = self.folder.work / f"index-{fingerprint_json([*made_with, self._corpus_key])}"
+        folder = self._index_folder(loaded)
+        if folder != self.folder.index:
             if not is_finished(folder):
                 is_late = chunking is not None and chunking.late  # needs what stands around each passage
                 corpus = open_corpus(self.documents, exclude=self._excluded) if is_late else self.passages
                 self._encode(corpus, loaded, folder, chunking if is_late else None, source=student)
             if chunking is not None:
                 write_chunking(folder, chunking)
-            return folder
+        return folder
+
+    def _index_folder(self, student: Student) -> Path:
+        """Where an index of the passages that a student made is, or will be made."""
+        from d2llm.retrieval.index import check_parts
+
+        try:
+            self.index.store.check_student(student.fingerprint)
+            check_parts(self.index.store, student, self.settings.task)
+        except IndexMismatchError:
+            made_with = [student.fingerprint, student.token_fingerprint if student.token_dim else None]
+            if (expansion := expansion_fingerprint(student)) is not None:
+                made_with.append(expansion)
+            return self.folder.work / f"index-{fingerprint_json([*made_with, self._corpus_key])}"
         return self.folder.index
 
     def _serve(self, index: Path) -> None:
@@ -619,16 +675,13 @@ class Fit:
         return fingerprint_passages(self.passages)
 
     def _passages_per_second(self) -> float:
-        """How fast the index's student encodes passages in this process.
-
-        Measured when the index was made here, or on a few passages.
-        """
-        if self._rate is None or not self.runner.is_local:
-            texts = [passage.full_text for passage in self.passages[:_TIMED_PASSAGES]]
-            started = time.perf_counter()
-            self.index.student.encode_passages(texts)
-            return len(texts) / (time.perf_counter() - started)
-        return self._rate
+        """How fast the index's student encodes passages in this process now, measured on a few."""
+        count = min(_TIMED_PASSAGES, len(self.passages))
+        texts = [passage.full_text for passage in random.Random(self.settings.seed).sample(self.passages, count)]
+        self.index.student.encode_passages(texts[:1])  # the first call of a process takes longer
+        started = time.perf_counter()
+        self.index.student.encode_passages(texts)
+        return count / (time.perf_counter() - started)
 
     @property
     def _excluded(self) -> list[str]:

@@ -26,10 +26,6 @@ NUM_NEGATIVES = 2
 """Hard negatives of a query in each step."""
 
 _BATCH_QUERIES = 32
-_FIRST_STAGE = 0.8
-"""Share of a training's time that the vectors get (``training.max_minutes``); interaction, tokens and weights follow.
-
-On a slow core they took a fifth of it."""
 _GATE_DEPTH, _MIN_GATED, _MAX_GATED = 12, 20, 100  # candidates of each list, queries
 
 
@@ -39,7 +35,6 @@ def recipe_for_queries(
     data: Sequence[DataConfig],
     plan: TimePlan,
     *,
-    has_teacher: bool = False,
     seed: int = 0,
 ) -> Recipe:
     """The recipe that trains a student on queries alone, as many of them as the plan has time for.
@@ -49,7 +44,6 @@ def recipe_for_queries(
         student: its settings.
         data: the data sets, with the number of their training queries as ``max_queries``.
         plan: time for training, and how many queries that is enough for.
-        has_teacher: the second half of the time is for ``recipe_with_teacher``.
         seed: of everything that is drawn.
     """
     num_train = _num_queries(data)
@@ -71,7 +65,6 @@ def recipe_for_queries(
             batch_queries=_BATCH_QUERIES,
             num_hard=NUM_NEGATIVES,
             num_easy=0,
-            max_minutes=max(1.0, _FIRST_STAGE * plan.training / 60 * (0.5 if has_teacher else 1.0)),
             unlabelled="own_labels",
             residual=ResidualConfig(epochs=3),
         ),
@@ -102,7 +95,6 @@ def recipe_with_teacher(
         one.model_copy(update={"max_labelled": max(1, num_queries * (one.max_queries or 0) // total)})
         for one in recipe.data
     )
-    minutes = max(1.0, _FIRST_STAGE * (plan.training / 2 - seconds) / 60)
     return recipe.model_copy(
         update={
             "teacher": teacher,
@@ -111,7 +103,7 @@ def recipe_with_teacher(
             "gate": GateConfig(queries=num_gated, depth=_GATE_DEPTH),
             "labelling": LabellingConfig(compared_students=(recipe.training.start or "", student)),
             "losses": LossWeights.model_validate(NO_IMITATION | {"list_imitation": 0.5, "in_batch_cross_entropy": 0.5}),
-            "training": recipe.training.model_copy(update={"start": student, "max_minutes": minutes}),
+            "training": recipe.training.model_copy(update={"start": student}),
         }
     )
 

@@ -31,8 +31,8 @@ class FitReport:
     """What a fit did.
 
     ``kept`` says whose vectors the index has: "fitted", or "start" if training was no significant improvement.
-    ``verdict`` is the test of that, None if nothing was trained. ``reports`` compares all systems on the held-out
-    queries, by data set. ``notes`` say what was left out.
+    ``verdict`` is the test of that, None if nothing was trained, or not compared. ``reports`` compares all systems on
+    the held-out queries, by data set. ``notes`` say what was left out.
     """
 
     folder: Path
@@ -84,7 +84,8 @@ def verdict_sentence(report: FitReport) -> str:
     """Whether training was worth it, in one sentence."""
     test = report.verdict
     if test is None:
-        return "Nothing was trained; the index has the student to start from, with weights fitted to these documents."
+        kept = "the index has the student to start from, with weights fitted to these documents"
+        return f"No trained student was compared; {kept}."
     change = f"{_MEASURE} {test.first:.3f} to {test.second:.3f}, {p_text(test.p_value)}"
     figures = f"{change}, {test.num_queries:,} held-out queries"
     if test.passed:

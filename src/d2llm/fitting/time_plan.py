@@ -13,8 +13,9 @@ MIN_TRAINING_SECONDS = 60.0
 MIN_WRITING_SECONDS = 30.0
 TEACHER_SHARE = 0.3
 """Share of the time for training that goes to a teacher's judgements, if there is a teacher."""
+REVIEW_SHARE = 0.15
+"""Share of the time for writing and training in which a teacher, if there is one, reads the written queries."""
 _OVERHEAD_SECONDS = 60.0  # loading models, fitting weights, writing reports
-_CORPUS_PASSES = 3  # mining; the indexes of the untuned and the trained student
 _EVALUATED_PASSAGES = 2_000  # encoded in each evaluation on dev, and for fitting weights
 _NUM_EVALUATIONS = 8
 
@@ -23,19 +24,21 @@ _NUM_EVALUATIONS = 8
 class TimePlan:
     """Seconds for each stage that is still to come.
 
-    ``training`` includes mining and, if there is a teacher, its labels; 0 if there is no time for it. ``measuring``
-    covers the report and the index of the student that is kept. ``max_queries`` can be trained on in that time.
+    ``reviewing`` is for a teacher, 0 without one. ``training`` includes mining, evaluations on dev and, if there is a
+    teacher, its labels; 0 if there is no time for it. ``measuring`` covers the report and the index of the student that
+    is kept. ``max_queries`` can be trained on in that time.
     """
 
     writing: float
     training: float
     measuring: float
     max_queries: int
+    reviewing: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds of all stages."""
-        return self.writing + self.training + self.measuring
+        return self.writing + self.reviewing + self.training + self.measuring
 
 
 def plan_time(
@@ -50,6 +53,9 @@ def plan_time(
 ) -> TimePlan:
     """Plan the stages after the index has been built.
 
+    If there is too little time to train and then to encode the corpus with both the trained and the untuned student,
+    the comparison is planned without the untuned one; if even that leaves too little, nothing is trained.
+
     Args:
         seconds_left: for all of them.
         num_passages: size of the corpus.
@@ -57,19 +63,27 @@ def plan_time(
         corpus_passages_per_second: how fast the whole corpus is encoded, by workers of a cluster if there are any; by
             default as fast as in this process.
         num_negatives: hard negatives of a query in each step of training.
-        is_written: the queries have been written already.
-        has_teacher: whether a teacher labels the training queries.
+        is_written: the queries have been written, and reviewed, already.
+        has_teacher: whether a teacher reads the written queries, and labels the training queries.
     """
     one_pass = num_passages / (corpus_passages_per_second or passages_per_second)
     evaluations = _NUM_EVALUATIONS * min(num_passages, _EVALUATED_PASSAGES) / passages_per_second
-    fixed = _OVERHEAD_SECONDS + _CORPUS_PASSES * one_pass + evaluations
-    free = seconds_left - fixed
-    writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free * WRITING_SHARE)
-    training = max(0.0, free - writing)
-    if training < MIN_TRAINING_SECONDS:
-        without = _OVERHEAD_SECONDS + 2 * one_pass
-        writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, seconds_left - without)
-        return TimePlan(writing, 0.0, without, 0)
-    steps = training * (1 - TEACHER_SHARE if has_teacher else 1)
-    per_query = (2 + num_negatives) * TRAINING_PASSES / passages_per_second
-    return TimePlan(writing, training, fixed, max(1, int(steps / per_query)))
+    review_share = REVIEW_SHARE if has_teacher and not is_written else 0.0
+    for num_compared in (2, 1):  # the untuned and the trained student; the trained one alone
+        measuring = _OVERHEAD_SECONDS + num_compared * one_pass
+        free = seconds_left - measuring - one_pass - evaluations  # mining is a pass, too
+        reviewing = max(0.0, free * review_share)
+        writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free * (WRITING_SHARE - review_share))
+        steps = free - writing - reviewing
+        if steps >= MIN_TRAINING_SECONDS:
+            own = steps * (1 - TEACHER_SHARE if has_teacher else 1)
+            per_query = (2 + num_negatives) * TRAINING_PASSES / passages_per_second
+            training = one_pass + evaluations + steps
+            return TimePlan(writing, training, measuring, max(1, int(own / per_query)), reviewing)
+    measuring = _OVERHEAD_SECONDS
+    if seconds_left >= measuring + one_pass + MIN_WRITING_SECONDS:
+        measuring += one_pass
+    free = seconds_left - measuring
+    reviewing = max(0.0, free * review_share)
+    writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free - reviewing)
+    return TimePlan(writing, 0.0, measuring, 0, reviewing)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.files import check_replaceable
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import Recipe, TeacherConfig, shaping_student_settings, without_new_defaults
 from d2llm.core.recipe_file import changed_settings, shaping_settings
+from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import TASKS, EvidenceTerm, Task
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
@@ -100,6 +101,9 @@ def distill(
     If every imitation loss has weight 0, neither teacher nor labels are needed: the student is trained on the data
     sets' own judgements, as a tuned cosine with an interaction.
 
+    With a time limit (``core.time_limit``) the loop over the training queries ends early enough for the rest. If that
+    takes longer than planned, the interaction and the vectors of tokens are trained for less, or not at all.
+
     Under ``torchrun`` or ``accelerate launch``, the processes share the texts of each batch; the result is that of one
     process, up to rounding. Only the first process evaluates and writes; all of them need access to the folder.
 
@@ -119,6 +123,7 @@ def distill(
             ``check_sources``), there are no labels or dev queries, or the checkpoint is from another run.
         LabelMismatchError: the store has only labels of another teacher or prompt.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
+        OutOfTimeError: the time limit has passed before the student was written; the same call continues.
     """
     if is_finished(folder):
         raise InputError(f"{folder}: already holds a finished student; give another folder, or delete it to start over")
@@ -300,8 +305,18 @@ def _fit_and_write(
         student.token_projection.requires_grad_(False)
     judged = _judged(sources)
     if recipe.evidence.token_vectors and judged and student.has_anchor and student.token_projection is None:
-        _fit_tokens(student, judged, recipe, start=tokens)
-    student.evidence = _fit_evidence(student, sources, recipe, recipe.evidence.terms)
+        try:
+            with time_limit(seconds_left() - run.seconds_after("tokens")):
+                _fit_tokens(student, judged, recipe, start=tokens)
+        except OutOfTimeError:
+            student.token_projection = tokens
+            remarks.info(
+                "distill: there was no time to train vectors of tokens; %s",
+                "the score counts none" if tokens is None else "the projection that training started from is kept",
+            )
+    has_tokens = student.token_projection is not None
+    terms: list[EvidenceTerm] = [each for each in recipe.evidence.terms if has_tokens or each != "token_vectors"]
+    student.evidence = _fit_evidence(student, sources, recipe, terms)
     student.calibration = fit_probabilities(
         student,
         [(source.dataset, source.task) for source in sources],

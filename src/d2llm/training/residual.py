@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2llm.core.errors import OutOfTimeError
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import LossWeights, Recipe, ResidualConfig
 from d2llm.core.types import Task
@@ -24,7 +25,14 @@ from d2llm.models.interaction import Interaction, PairScores
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
 from d2llm.ops.selection import nearest_rows
-from d2llm.training.checkpoints import BestState, adamw, learning_rate_factor, optimizer_step, warmup_steps
+from d2llm.training.checkpoints import (
+    BestState,
+    adamw,
+    learning_rate_factor,
+    optimizer_step,
+    remarks,
+    warmup_steps,
+)
 from d2llm.training.choose_weights import mean_value
 from d2llm.training.dev_sets import DevResult, DevSet, EncodedDev, encode_dev, encode_together, measure_by_weight
 from d2llm.training.objective import batch_losses, weighted_sum
@@ -64,7 +72,8 @@ def train_residual(
 
     Dev results are taken at the best weight r of each task, which may be 0, so the result is never worse on dev than
     the inner product alone. Only the interaction changes; it is trained with r = 1, the value in a new student. The
-    stage is short and starts over after an interruption.
+    stage is short and starts over after an interruption. If its time is over (``core.time_limit``), the best epoch so
+    far is kept.
 
     Several processes encode the texts together, which takes nearly all of the time. The first one trains alone: a step
     on cached vectors is shorter than the exchange of its gradient would be.
@@ -112,27 +121,30 @@ def train_residual(
     best_state = BestState(parameters)
     best_state.offer(mean_value(best), step)
     warmup = warmup_steps(config, total)
-    with progress_bar("training the interaction", total) as advance:
-        for epoch in range(config.epochs):
-            for vectors, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
-                torch.manual_seed(recipe.seed * 1_000_003 + step)  # for the dropout
-                head.train()
-                offset = offsets(vectors.labelled)
-                seed = f"{recipe.seed}:{epoch}"
-                draws = [_draw(vectors, position, config, seed, only_judged=only_judged) for position in positions]
-                loss = _loss(student, head, vectors, positions, draws, weights, offset)
-                if config.quiet_price:
-                    change = _change_elsewhere(student, head, sets, vectors, config, f"{seed}:{step}")
-                    loss = loss + config.quiet_price * change
-                loss.backward()
-                factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
-                optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
-                step += 1
-                advance(1, f"loss {float(loss.detach()):.3f}  dev {best_state.value:.4f}")
-            results = _measure(student, dev)
-            write(step, stage="residual", dev={name: result.values for name, result in results.items()})
-            if best_state.offer(mean_value(results), step):
-                best = results
+    try:
+        with progress_bar("training the interaction", total) as advance:
+            for epoch in range(config.epochs):
+                for vectors, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
+                    torch.manual_seed(recipe.seed * 1_000_003 + step)  # for the dropout
+                    head.train()
+                    offset = offsets(vectors.labelled)
+                    seed = f"{recipe.seed}:{epoch}"
+                    draws = [_draw(vectors, position, config, seed, only_judged=only_judged) for position in positions]
+                    loss = _loss(student, head, vectors, positions, draws, weights, offset)
+                    if config.quiet_price:
+                        change = _change_elsewhere(student, head, sets, vectors, config, f"{seed}:{step}")
+                        loss = loss + config.quiet_price * change
+                    loss.backward()
+                    factor = learning_rate_factor(step, warmup_steps=warmup, total_steps=total)
+                    optimizer_step(optimizer, parameters, factor=factor, max_gradient_norm=max_norm)
+                    step += 1
+                    advance(1, f"loss {float(loss.detach()):.3f}  dev {best_state.value:.4f}")
+                results = _measure(student, dev)
+                write(step, stage="residual", dev={name: result.values for name, result in results.items()})
+                if best_state.offer(mean_value(results), step):
+                    best = results
+    except OutOfTimeError:
+        remarks.info("distill: the interaction was trained for %d of %d steps: out of time", step, total)
     best_state.put_back()
     head.eval()
     return best

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from d2llm.core.errors import TrainingDivergedError
+from d2llm.core.errors import OutOfTimeError, TrainingDivergedError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.recipe import Recipe, TrainingConfig
+from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import Task
 from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collate, epoch_batches, queries_by_set
 from d2llm.data.plan import read_plan, write_plan
@@ -55,6 +57,7 @@ from d2llm.training.dev_sets import (
     has_interaction_weight,
     measure_by_weight,
 )
+from d2llm.training.fit_evidence import LISTED_PASSAGES
 from d2llm.training.gradient_cache import backpropagate, graph_room
 from d2llm.training.mining.remine import remine
 from d2llm.training.objective import (
@@ -78,6 +81,8 @@ _log = logging.getLogger(__name__)
 _BEST = "best.safetensors"
 _OFFSET_RATE = 0.03  # in units of the logit, whose scale starts at 20
 _NUM_EVALUATIONS, _MAX_STEPS_BETWEEN = 5, 200
+_LEAST_SHARE = 0.5  # of limited time that the first stage gets, however long the others will take
+_CALIBRATED_TEXTS = 10  # encoded for each dev query to fit probabilities
 _LABEL_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -95,10 +100,15 @@ class DistillProgress:
     share_kept: float = 1.0
     label_share: float | None = None
     seconds: float = 0.0
+    seconds_per_text: float = 0.0
 
 
 class DistillRun:
-    """The training loop of one distillation, and the state that a checkpoint restores."""
+    """The training loop of one distillation, and the state that a checkpoint restores.
+
+    With a time limit (``core.time_limit``) the first stage ends early enough for the others, by the speed at which dev
+    was encoded last.
+    """
 
     def __init__(
         self,
@@ -161,6 +171,8 @@ class DistillRun:
         self.room = graph_room(recipe.training, student.backbone.device)
         self.signals = StopSignals()
         self.timed_at: float | None = None
+        self.limit = seconds_left()
+        self.num_planned = sum(_num_planned_texts(each) for each in sources)
         self.saved_step, self.saved_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
 
     def train(self) -> bool:
@@ -172,7 +184,7 @@ class DistillRun:
         with self.signals, progress_bar("distilling", self.total_steps, done=self.progress.step) as advance:
             try:
                 return self._train(advance)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, OutOfTimeError):
                 if self.signals.is_consistent and self.best.step is not None:
                     self._save()
                     remarks.info("distill: step %d is saved in %s", self.progress.step, self.folder)
@@ -205,14 +217,31 @@ class DistillRun:
         return False
 
     def _is_out_of_time(self) -> bool:
-        """Whether the first stage has taken ``training.max_minutes``, as the first process measures it."""
-        limit = self.recipe.training.max_minutes
-        if limit is None:
+        """Whether the first stage has taken ``training.max_minutes``, or must leave what is left of a time limit.
+
+        The first process says so for all.
+        """
+        max_minutes = self.recipe.training.max_minutes
+        if max_minutes is None and math.isinf(self.limit):
             return False
         now = time.monotonic()
         self.progress.seconds += 0.0 if self.timed_at is None else now - self.timed_at
         self.timed_at = now
-        return self.processes.from_first(self.progress.seconds >= 60 * limit)
+        others = min(self.seconds_after("vectors"), (1 - _LEAST_SHARE) * self.limit)
+        is_over = max_minutes is not None and self.progress.seconds >= 60 * max_minutes
+        return self.processes.from_first(is_over or seconds_left() < others)
+
+    def seconds_after(self, stage: Literal["vectors", "interaction", "tokens"]) -> float:
+        """How long what follows a stage will take, nearly all of it for encoding texts."""
+        training, num_dev = self.recipe.training, _num_dev_texts(self.dev_sets)
+        num_queries = sum(len(dev_set.queries) for dev_set in self.dev_sets)
+        num_texts = LISTED_PASSAGES * len(self.dev_sets) + _CALIBRATED_TEXTS * num_queries  # weights, probabilities
+        if stage != "tokens" and self.recipe.evidence.token_vectors:
+            num_texts += self.num_planned
+        if stage == "vectors":
+            num_shares = 1 + len(training.interpolation) if training.steps_back else 0
+            num_texts += (1 + num_shares) * num_dev + (num_dev + self.num_planned if self.has_stages else 0)
+        return num_texts * self.progress.seconds_per_text
 
     def _evaluate_and_save(self) -> None:
         """After a step, evaluate on dev and save a checkpoint if they are due."""
@@ -294,16 +323,21 @@ class DistillRun:
         """Run the second stage, if the recipe has one: train the interaction alone, with the vectors fixed."""
         if not self.has_stages:
             return
-        results = train_residual(
-            self.student,
-            self.sources,
-            self.dev_sets,
-            self.recipe,
-            lambda source: self.offsets.get(offset_name(source.source)),
-            self._write_after,
-            ask_teacher=self.ask_teacher,
-            processes=self.processes,
-        )
+        try:
+            with time_limit(seconds_left() - self.seconds_after("interaction")):
+                results = train_residual(
+                    self.student,
+                    self.sources,
+                    self.dev_sets,
+                    self.recipe,
+                    lambda source: self.offsets.get(offset_name(source.source)),
+                    self._write_after,
+                    ask_teacher=self.ask_teacher,
+                    processes=self.processes,
+                )
+        except OutOfTimeError:
+            remarks.info("distill: there was no time to train the interaction")
+            return
         if self.processes.is_first:
             self._adopt(results)
             start = self.progress.start_items
@@ -411,8 +445,10 @@ class DistillRun:
     def _evaluate(self) -> None:
         """Evaluate on dev, record the result in the first process, and share the progress with the others."""
         self.student.eval()
+        started = time.monotonic()
         results = self._dev_results("measuring on dev" if self.progress.step else "measuring the start on dev")
         if self.processes.is_first:
+            self.progress.seconds_per_text = (time.monotonic() - started) / max(1, _num_dev_texts(self.dev_sets))
             with self.signals.held():
                 self._record(results)
         progress, best = self.processes.from_first((vars(self.progress), self.best.record()))
@@ -487,6 +523,15 @@ class DistillRun:
 
 def _has_stages(student: Student, recipe: Recipe) -> bool:
     return recipe.training.residual.epochs > 0 and student.config.interaction.head == "anchored"
+
+
+def _num_dev_texts(dev_sets: Sequence[DevSet]) -> int:
+    return sum(len(dev_set.queries) + len(dev_set.passages) for dev_set in dev_sets)
+
+
+def _num_planned_texts(source: LabelledSource) -> int:
+    """How many queries and passages are in a data set's plan."""
+    return len(source.entries) + len({passage_id for entry in source.entries for passage_id in entry.passage_ids})
 
 
 def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:
