@@ -458,6 +458,11 @@ class Fit:
 
     def _learn(self) -> _Learnt:
         """The stages from writing to training; time that writing leaves is for training."""
+        if self.stages.seconds_left < 0:
+            self._note(
+                f"to read and index the documents took longer than the {60 * self.settings.hours:.0f} minutes of the "
+                "whole fit: few queries are written, and only the weights of the score are fitted; give more hours"
+            )
         with self.stages.run("write") as stage:
             planned = self.plan()
             writing = self.write(planned.writing)

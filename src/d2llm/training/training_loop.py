@@ -235,7 +235,9 @@ class DistillRun:
         """How long what follows a stage will take, nearly all of it for encoding texts."""
         training, num_dev = self.recipe.training, _num_dev_texts(self.dev_sets)
         num_queries = sum(len(dev_set.queries) for dev_set in self.dev_sets)
-        num_texts = LISTED_PASSAGES * len(self.dev_sets) + _CALIBRATED_TEXTS * num_queries  # weights, probabilities
+        # For weights and probabilities:
+        num_texts = sum(min(LISTED_PASSAGES, len(each.source.dataset.passages)) for each in self.sources)
+        num_texts += _CALIBRATED_TEXTS * num_queries
         if stage != "tokens" and self.recipe.evidence.token_vectors:
             num_texts += self.num_planned
         if stage == "vectors":
