@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from d2llm.core.thread_waiting import limit_spinning
+
 if TYPE_CHECKING:
     from d2llm.core.errors import D2LLMError
     from d2llm.core.progress import showing_progress
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from d2llm.training.tune_writer import tune_writer
 
 __version__ = "0.1.0"
+limit_spinning()
 
 __all__ = [
     "AnswerContext",

@@ -9,7 +9,9 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
 from d2llm.data.beir import read_beir
+from d2llm.evaluation import systems
 from d2llm.evaluation.setting import Contenders, EvaluationSettings
+from d2llm.models.student import Student
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.encode import encode
 from d2llm.store.side_files import Chunking, write_chunking
@@ -147,6 +149,19 @@ def test_an_index_of_the_corpus_is_searched_instead_of_a_new_one(dataset, measur
     report = measure(dataset, again, tmp_path / "work", indexes=[tmp_path / "index"], **SAMPLE)
     assert count_work(again)[0] == [0, 40, 40, 40]
     assert figures(report.row("D2LLM")) == figures(measured[2].row("D2LLM"))
+    assert not any("was not searched" in note for note in report.notes)
+
+
+def test_an_index_with_vectors_of_tokens_is_searched_instead_of_a_new_one(dataset, tmp_path, monkeypatch):
+    student = Student.load("d2llm-minilm", device="cpu")  # whose score counts tokens
+    encode(list(dataset.passages.values()), student, tmp_path / "index", window_vectors=None)
+    monkeypatch.setattr(systems, "encode", lambda *_, **__: pytest.fail("the corpus was encoded again"))
+    report = measure(
+        dataset, Contenders(student=student), tmp_path / "work", indexes=[tmp_path / "index"], score_parts=False
+    )
+    names = {row.name for row in report.rows}
+    assert {"BM25", "D2LLM"} <= names
+    assert not any("without" in name or "fitted here" in name for name in names)  # no parts of the score are asked for
     assert not any("was not searched" in note for note in report.notes)
 
 

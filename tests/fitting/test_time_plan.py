@@ -37,6 +37,13 @@ def test_a_large_corpus_is_compared_without_the_untuned_student_before_nothing_i
         assert result.total == pytest.approx(60 * minutes)
 
 
+def test_slow_searches_take_time_from_writing_and_training():
+    slow = plan(60, seconds_per_search=0.2)
+    assert slow.measuring == pytest.approx(plan(60).measuring + 6 * 300 * 0.2)
+    assert slow.training < plan(60).training
+    assert slow.total == pytest.approx(3_600)
+
+
 def test_a_corpus_that_cannot_be_encoded_in_time_is_not_encoded_again():
     assert plan(5, num_passages=60_000).total == pytest.approx(300)
 

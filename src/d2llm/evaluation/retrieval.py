@@ -89,12 +89,12 @@ def evaluate_retrieval(
         if settings.baseline == "fitted_sum":
             raise InputError(f"the baseline 'fitted_sum' cannot be measured: {reason}")
         shortcuts.missing += [summed] if summed is not None else []
-    fitted = fitted_student(work, contenders.student)
+    fitted = fitted_student(work, contenders.student) if settings.score_parts else None
     if isinstance(fitted, MissingRow):
         shortcuts.missing.append(fitted)
     elif fitted is not None:
         searched.append(fitted)
-    parts = without_parts(work, contenders.student, settings.num_candidates)
+    parts = without_parts(work, contenders.student, settings.num_candidates) if settings.score_parts else []
     runs = [run_system(run, trial, dataset.passages) for run in contenders.runs]
     pool = {
         query.id: interleaved([lexical.ids(query.id), subject.ids(query.id)], settings.teacher_depth)

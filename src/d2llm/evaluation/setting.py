@@ -138,6 +138,7 @@ class EvaluationSettings:
             again.
         filter: also measure a search for passages that match a condition (``store.filters``).
         instruction: also measure a search that puts this before each query where its vector is made.
+        score_parts: also measure the student with weights fitted on this data set, and without each part of its score.
 
     Raises:
         InputError: a number is out of range, or a format is unknown.
@@ -159,6 +160,7 @@ class EvaluationSettings:
     cascade_passages: int | None = None
     filter: str | None = None
     instruction: str | None = None
+    score_parts: bool = True
 
     @property
     def shortcuts(self) -> list[str]:

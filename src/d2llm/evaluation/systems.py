@@ -376,7 +376,7 @@ class RetrievalWork:
         return (
             manifest["student"] == model.fingerprint
             and manifest["vector_format"] == self.settings.dtype
-            and parts.items() <= index.storage.part_formats.items()
+            and all(manifest.get(f"{kind}_format") == name for kind, name in parts.items())
             and tokens in (None, manifest["token_projection"])
             and expansion_fingerprint(model) == manifest.get("document_expansion")
         )

@@ -32,7 +32,7 @@ from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig, untuned_config
 from d2llm.core.recipe_file import parse_recipe
 from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER, MULTILINGUAL_STUDENT
 from d2llm.core.time_limit import time_limit
-from d2llm.core.types import Passage
+from d2llm.core.types import Passage, Query
 from d2llm.data.beir import read_beir
 from d2llm.data.check_texts import guess_languages
 from d2llm.data.documents import SkippedFile
@@ -46,7 +46,7 @@ from d2llm.fitting.recipes import NUM_NEGATIVES, recipe_for_queries, recipe_with
 from d2llm.fitting.report import FitReport
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.stages import Stages
-from d2llm.fitting.time_plan import TimePlan, plan_time
+from d2llm.fitting.time_plan import TimePlan, plan_time, searches_compared
 from d2llm.fitting.training_data import DataReport, part_of, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
@@ -71,8 +71,8 @@ MIN_USERS_QUERIES = 30
 _remarks = logging.getLogger("d2llm.remarks")
 _STUDENT_SOURCE = "../student"
 _TIMED_PASSAGES, _TIMED_JUDGEMENTS = 64, 8
-_RANKING_SECONDS = 20.0  # to rank held-out queries by the systems of a comparison
-_QUERY_CHARACTERS = 60  # of the queries of timed judgements
+_TIMED_SEARCHES = 8
+_QUERY_CHARACTERS = 60  # of the queries of timed judgements and searches
 _SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed, and how much of each is read
 _LISTED_AT_ONCE = 1_000
 
@@ -216,6 +216,7 @@ class Fit:
             num_passages=len(self.passages),
             passages_per_second=self._passages_per_second(),
             corpus_passages_per_second=self._rate,
+            seconds_per_search=self._seconds_per_search(),
             num_negatives=NUM_NEGATIVES,
             is_written=is_written,
             has_teacher=self.settings.teacher is not None,
@@ -417,7 +418,10 @@ class Fit:
             loads=loads,
         )
         indexes = [self.folder.index, *(self._index_of(student) for student in (base, trained) if student is not None)]
-        settings = EvaluationSettings(task=self.settings.task, latency_queries=10, seed=self.settings.seed)
+        # The start's weights, and the trained student's, were fitted on this very data set.
+        settings = EvaluationSettings(
+            task=self.settings.task, latency_queries=10, seed=self.settings.seed, score_parts=False
+        )
         datasets = {name: read_beir(self._data_folder(name), splits=["dev", "test"]) for name in data}
         reports = {
             name: evaluate(
@@ -525,22 +529,25 @@ class Fit:
     def _compare_in_time(self, learnt: _Learnt) -> tuple[dict[str, EvaluationReport], GateTest | None]:
         """Compare as many systems as there is time to encode the corpus for; notes say what is left out."""
         one_pass = len(self.passages) / (self._rate or self._passages_per_second())
-        left_out = "there was no time to compare with the untuned student"
-        attempts: list[tuple[Path | None, bool, str]] = [(learnt.trained, True, left_out)]
-        if learnt.trained is not None:
-            left_out = "there was no time to compare the trained student, so the one to start from is kept"
-            attempts.append((learnt.trained, False, left_out))
-        for number, (trained, with_untuned, left_out) in enumerate(attempts):
-            num_later = len(attempts) - number
-            seconds = self.stages.seconds_left - num_later * _RANKING_SECONDS  # to rank without what is left out
+        searching = self._seconds_per_search() * sum(report.queries["test"] for report in learnt.data.values())
+        attempts = [(learnt.trained, True), (learnt.trained, False)] if learnt.trained else [(None, True)]
+        ranking = [searching * searches_compared(trained is not None, untuned) for trained, untuned in attempts]
+        ranking.append(searching * searches_compared(False, False))
+        for number, (trained, with_untuned) in enumerate(attempts):
+            later = sum(ranking[number + 1 :])  # to rank without what is left out
             lacks_index = trained is not None and not is_finished(self._index_folder(self._load(trained)))
-            if seconds >= one_pass * (lacks_index + with_untuned):
+            needed = one_pass * (lacks_index + with_untuned) + ranking[number]
+            if self.stages.seconds_left - later >= needed:
                 try:
-                    with time_limit(seconds):
+                    with time_limit(self.stages.seconds_left - later):
                         return self.compare(learnt.data, learnt.base, trained, with_untuned=with_untuned)
                 except OutOfTimeError:
                     pass
-            self._note(left_out)
+            self._note(
+                "there was no time to compare with the untuned student"
+                if with_untuned
+                else "there was no time to compare the trained student, so the one to start from is kept"
+            )
         return self.compare(learnt.data, learnt.base, None, with_untuned=False)
 
     def _encode(
@@ -681,12 +688,27 @@ class Fit:
 
     def _passages_per_second(self) -> float:
         """How fast the index's student encodes passages in this process now, measured on a few."""
-        count = min(_TIMED_PASSAGES, len(self.passages))
-        texts = [passage.full_text for passage in random.Random(self.settings.seed).sample(self.passages, count)]
+        texts = [passage.full_text for passage in self._sampled_passages(_TIMED_PASSAGES)]
         self.index.student.encode_passages(texts[:1])  # the first call of a process takes longer
         started = time.perf_counter()
         self.index.student.encode_passages(texts)
-        return count / (time.perf_counter() - started)
+        return len(texts) / (time.perf_counter() - started)
+
+    def _seconds_per_search(self) -> float:
+        """How long a search for one query takes in this process now, measured on a few."""
+        from d2llm.retrieval.search import Searcher
+        from d2llm.retrieval.settings import SearchSettings
+
+        searcher = Searcher(self.index.view, self.index.student, SearchSettings(task=self.settings.task, top_k=100))
+        texts = [passage.text[:_QUERY_CHARACTERS] for passage in self._sampled_passages(_TIMED_SEARCHES)]
+        queries = [Query(str(number), text) for number, text in enumerate(texts)]
+        searcher.rank_ids(queries[:1])
+        started = time.perf_counter()
+        searcher.rank_ids(queries)
+        return (time.perf_counter() - started) / len(queries)
+
+    def _sampled_passages(self, count: int) -> list[Passage]:
+        return random.Random(self.settings.seed).sample(self.passages, min(count, len(self.passages)))
 
     @property
     def _excluded(self) -> list[str]:

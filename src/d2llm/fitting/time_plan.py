@@ -15,6 +15,7 @@ TEACHER_SHARE = 0.3
 """Share of the time for training that goes to a teacher's judgements, if there is a teacher."""
 REVIEW_SHARE = 0.15
 """Share of the time for writing and training in which a teacher, if there is one, reads the written queries."""
+_HELD_OUT_QUERIES = 300  # planned for, before it is known how many there are
 _OVERHEAD_SECONDS = 60.0  # loading models, fitting weights, writing reports
 _EVALUATED_PASSAGES = 2_000  # encoded in each evaluation on dev, and for fitting weights
 _NUM_EVALUATIONS = 8
@@ -41,12 +42,22 @@ class TimePlan:
         return self.writing + self.reviewing + self.training + self.measuring
 
 
+def searches_compared(trained: bool, untuned: bool) -> int:
+    """How many searches a comparison takes for each held-out query, with and without these students.
+
+    Two for the start, its inner product and its score; for the untuned one its cosine and the fitted sum; for the
+    trained one a search that an interaction makes twice as long.
+    """
+    return 2 + 2 * trained + 2 * untuned
+
+
 def plan_time(
     seconds_left: float,
     *,
     num_passages: int,
     passages_per_second: float,
     corpus_passages_per_second: float | None = None,
+    seconds_per_search: float = 0.0,
     num_negatives: int,
     is_written: bool = False,
     has_teacher: bool = False,
@@ -62,15 +73,17 @@ def plan_time(
         passages_per_second: how fast the student encodes passages in this process, where it is trained.
         corpus_passages_per_second: how fast the whole corpus is encoded, by workers of a cluster if there are any; by
             default as fast as in this process.
+        seconds_per_search: how long a search of the index takes for one query.
         num_negatives: hard negatives of a query in each step of training.
         is_written: the queries have been written, and reviewed, already.
         has_teacher: whether a teacher reads the written queries, and labels the training queries.
     """
     one_pass = num_passages / (corpus_passages_per_second or passages_per_second)
     evaluations = _NUM_EVALUATIONS * min(num_passages, _EVALUATED_PASSAGES) / passages_per_second
+    searching = searches_compared(trained=True, untuned=True) * _HELD_OUT_QUERIES * seconds_per_search
     review_share = REVIEW_SHARE if has_teacher and not is_written else 0.0
     for num_compared in (2, 1):  # the untuned and the trained student; the trained one alone
-        measuring = _OVERHEAD_SECONDS + num_compared * one_pass
+        measuring = _OVERHEAD_SECONDS + searching + num_compared * one_pass
         free = seconds_left - measuring - one_pass - evaluations  # mining is a pass, too
         reviewing = max(0.0, free * review_share)
         writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free * (WRITING_SHARE - review_share))
@@ -80,7 +93,7 @@ def plan_time(
             per_query = (2 + num_negatives) * TRAINING_PASSES / passages_per_second
             training = one_pass + evaluations + steps
             return TimePlan(writing, training, measuring, max(1, int(own / per_query)), reviewing)
-    measuring = _OVERHEAD_SECONDS
+    measuring = _OVERHEAD_SECONDS + searching
     if seconds_left >= measuring + one_pass + MIN_WRITING_SECONDS:
         measuring += one_pass
     free = seconds_left - measuring
