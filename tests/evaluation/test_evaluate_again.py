@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError
+from d2llm.core import progress
+from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, OutOfTimeError
+from d2llm.core.time_limit import time_limit
 from d2llm.data.beir import read_beir
 from d2llm.evaluation import systems
 from d2llm.evaluation.setting import Contenders, EvaluationSettings
@@ -140,6 +142,30 @@ def test_interrupted_encoding_is_resumed(dataset, measured, tmp_path, monkeypatc
     assert count_work(resumed)[0] == [40, 0, 0, 10]
     uninterrupted = measured[2]
     assert [figures(row) for row in report.rows] == [figures(row) for row in uninterrupted.rows]
+
+
+def test_an_evaluation_that_is_out_of_time_continues(dataset, measured, tmp_path, monkeypatch):
+    monkeypatch.setattr("d2llm.retrieval.upserting.BLOCK_PASSAGES", 15)
+    with time_limit(-1.0), pytest.raises(OutOfTimeError):
+        measure(dataset, everyone(), tmp_path, **SAMPLE)
+    num_calls = 0
+
+    def check_time():
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 5:  # in the middle of the second index
+            raise OutOfTimeError
+
+    stopped = everyone()
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "check_time", check_time)
+        with pytest.raises(OutOfTimeError):
+            measure(dataset, stopped, tmp_path, **SAMPLE)
+    assert 0 < sum(count_work(stopped)[0]) < 4 * 40
+    resumed = everyone()
+    report = measure(dataset, resumed, tmp_path, **SAMPLE)
+    assert sum(count_work(resumed)[0]) < 4 * 40
+    assert [figures(row) for row in report.rows] == [figures(row) for row in measured[2].rows]
 
 
 def test_an_index_of_the_corpus_is_searched_instead_of_a_new_one(dataset, measured, tmp_path):
