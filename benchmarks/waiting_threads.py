@@ -28,9 +28,11 @@ SETTINGS = {
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
-_LIBRARIES_FIRST = (
-    "import numpy, torch, faiss, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
-)
+_LIBRARIES_FIRST = """\
+import sys, runpy, numpy, torch, faiss
+del sys.argv[0]
+runpy.run_path(sys.argv[0], None, "__main__")
+"""
 _NUM_PASSAGES, _NUM_QUERIES, _NUM_PASSES, _BATCH = 1_000, 40, 6, 32
 _BUSY = "import os; os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\nwhile True: pass"
 
