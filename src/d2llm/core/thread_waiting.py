@@ -3,9 +3,9 @@
 A library with several threads lets those without work spin for a while, since it takes a few microseconds to wake one
 that sleeps. By default GNU OpenMP (PyTorch, Faiss) spins for milliseconds and OpenBLAS (NumPy) for longer. Between
 the many small operations of a search this takes the cores from the threads that do have work, above all if other
-programs run on them too. A search of 2,527 passages on two cores took 129 ms with the defaults and 47 ms with these
-settings; beside another program that keeps one of the two cores busy, over 300 ms and 70 ms, and training took 9 times
-as long as on idle cores, with these settings twice as long. Large operations take as long as before.
+programs run on them too. A search of 2,355 passages on two cores took 102 ms with the defaults and 41 ms with these
+settings; beside a program that kept one of the two busy, 115 and 55 ms, and a pass of training 5.2 and 2.9 s. Large
+operations take as long as before (``benchmarks/waiting_threads.py``).
 """
 
 from __future__ import annotations
