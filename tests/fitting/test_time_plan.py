@@ -37,6 +37,12 @@ def test_a_large_corpus_is_compared_without_the_untuned_student_before_nothing_i
         assert result.total == pytest.approx(60 * minutes)
 
 
+def test_on_cores_that_others_use_a_training_without_its_last_stages_is_better_than_none():
+    busy = plan(13, num_passages=2_500, rate=28.0, is_written=True)  # eight evaluations take 570 seconds
+    assert busy.training > 90 + 4 * 71 + MIN_TRAINING_SECONDS
+    assert busy.total == pytest.approx(780)
+
+
 def test_slow_searches_take_time_from_writing_and_training():
     slow = plan(60, seconds_per_search=0.2)
     assert slow.measuring == pytest.approx(plan(60).measuring + 6 * 300 * 0.2)

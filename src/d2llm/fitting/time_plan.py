@@ -18,7 +18,7 @@ REVIEW_SHARE = 0.15
 _HELD_OUT_QUERIES = 300  # planned for, before it is known how many there are
 _OVERHEAD_SECONDS = 60.0  # loading models, fitting weights, writing reports
 _EVALUATED_PASSAGES = 2_000  # encoded in each evaluation on dev, and for fitting weights
-_NUM_EVALUATIONS = 8
+_NUM_EVALUATIONS, _FEWEST_EVALUATIONS = 8, 4  # the fewest leave no time for the interaction and vectors of tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ def plan_time(
     """Plan the stages after the index has been built.
 
     If there is too little time to train and then to encode the corpus with both the trained and the untuned student,
-    the comparison is planned without the untuned one; if even that leaves too little, nothing is trained.
+    the comparison is planned without the untuned one, and then the training without its last stages; if even that
+    leaves too little, nothing is trained.
 
     Args:
         seconds_left: for all of them.
@@ -79,20 +80,21 @@ def plan_time(
         has_teacher: whether a teacher reads the written queries, and labels the training queries.
     """
     one_pass = num_passages / (corpus_passages_per_second or passages_per_second)
-    evaluations = _NUM_EVALUATIONS * min(num_passages, _EVALUATED_PASSAGES) / passages_per_second
+    evaluation = min(num_passages, _EVALUATED_PASSAGES) / passages_per_second
     searching = searches_compared(trained=True, untuned=True) * _HELD_OUT_QUERIES * seconds_per_search
     review_share = REVIEW_SHARE if has_teacher and not is_written else 0.0
-    for num_compared in (2, 1):  # the untuned and the trained student; the trained one alone
+    # The untuned student and the trained one are compared, or the trained one alone.
+    for num_compared, num_evaluations in ((2, _NUM_EVALUATIONS), (1, _NUM_EVALUATIONS), (1, _FEWEST_EVALUATIONS)):
         measuring = _OVERHEAD_SECONDS + searching + num_compared * one_pass
-        free = seconds_left - measuring - one_pass - evaluations  # mining is a pass, too
+        preparing = one_pass + num_evaluations * evaluation  # mining is a pass, too
+        free = seconds_left - measuring - preparing
         reviewing = max(0.0, free * review_share)
         writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free * (WRITING_SHARE - review_share))
         steps = free - writing - reviewing
         if steps >= MIN_TRAINING_SECONDS:
             own = steps * (1 - TEACHER_SHARE if has_teacher else 1)
             per_query = (2 + num_negatives) * TRAINING_PASSES / passages_per_second
-            training = one_pass + evaluations + steps
-            return TimePlan(writing, training, measuring, max(1, int(own / per_query)), reviewing)
+            return TimePlan(writing, preparing + steps, measuring, max(1, int(own / per_query)), reviewing)
     measuring = _OVERHEAD_SECONDS + searching
     if seconds_left >= measuring + one_pass + MIN_WRITING_SECONDS:
         measuring += one_pass
