@@ -43,6 +43,13 @@ def test_on_cores_that_others_use_a_training_without_its_last_stages_is_better_t
     assert busy.total == pytest.approx(780)
 
 
+def test_on_busy_cores_writing_gets_its_share_too():
+    busy = plan(18, num_passages=2_500, rate=28.0, seconds_per_search=0.06)
+    assert busy.writing > 200
+    assert busy.training > 0
+    assert busy.total == pytest.approx(1_080)
+
+
 def test_slow_searches_take_time_from_writing_and_training():
     slow = plan(60, seconds_per_search=0.2)
     assert slow.measuring == pytest.approx(plan(60).measuring + 6 * 300 * 0.2)

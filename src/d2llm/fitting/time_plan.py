@@ -83,14 +83,17 @@ def plan_time(
     evaluation = min(num_passages, _EVALUATED_PASSAGES) / passages_per_second
     searching = searches_compared(trained=True, untuned=True) * _HELD_OUT_QUERIES * seconds_per_search
     review_share = REVIEW_SHARE if has_teacher and not is_written else 0.0
-    # The untuned student and the trained one are compared, or the trained one alone.
-    for num_compared, num_evaluations in ((2, _NUM_EVALUATIONS), (1, _NUM_EVALUATIONS), (1, _FEWEST_EVALUATIONS)):
-        measuring = _OVERHEAD_SECONDS + searching + num_compared * one_pass
-        preparing = one_pass + num_evaluations * evaluation  # mining is a pass, too
-        free = seconds_left - measuring - preparing
-        reviewing = max(0.0, free * review_share)
-        writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free * (WRITING_SHARE - review_share))
-        steps = free - writing - reviewing
+    # The untuned student and the trained one are compared, or the trained one alone; mining is another pass.
+    options = [
+        (_OVERHEAD_SECONDS + searching + num_compared * one_pass, one_pass + num_evaluations * evaluation)
+        for num_compared, num_evaluations in ((2, _NUM_EVALUATIONS), (1, _NUM_EVALUATIONS), (1, _FEWEST_EVALUATIONS))
+    ]
+    # Writing gets its share of what the last option leaves: the later stages adapt if others use the same cores.
+    free = seconds_left - sum(options[-1])
+    reviewing = max(0.0, free * review_share)
+    writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free * (WRITING_SHARE - review_share))
+    for measuring, preparing in options:
+        steps = seconds_left - measuring - preparing - writing - reviewing
         if steps >= MIN_TRAINING_SECONDS:
             own = steps * (1 - TEACHER_SHARE if has_teacher else 1)
             per_query = (2 + num_negatives) * TRAINING_PASSES / passages_per_second
