@@ -298,7 +298,7 @@ def test_with_hardly_any_time_weights_are_fitted_and_nothing_is_encoded_again(st
 
 def test_a_training_that_is_not_finished_in_time_is_left(student, endpoint, tmp_path, monkeypatch):
     plan = Fit.plan
-    monkeypatch.setattr(Fit, "plan", lambda self: replace(plan(self), training=1e-3))
+    monkeypatch.setattr(Fit, "plan", lambda self, **options: replace(plan(self, **options), training=1e-3))
     done, report, names = fit_anew(student, endpoint, tmp_path)
     assert (report.kept, report.verdict) == ("start", None)
     assert any("the training was not finished in its time" in note for note in report.notes)

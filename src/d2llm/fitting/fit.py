@@ -205,7 +205,7 @@ class Fit:
         self._rate = None if self.runner.is_local else encoded.passages_per_second or None
         return f"{encoded.num_documents:,} documents, {encoded.num_passages:,} passages"
 
-    def plan(self) -> TimePlan:
+    def plan(self, *, is_reviewed: bool = False) -> TimePlan:
         """Plan the remaining stages from the time that is left and the measured speeds of encoding.
 
         Passes over the corpus are planned at the speed of the runner, training at that of this process.
@@ -219,6 +219,7 @@ class Fit:
             seconds_per_search=self._seconds_per_search(),
             num_negatives=NUM_NEGATIVES,
             is_written=is_written,
+            is_reviewed=is_reviewed,
             has_teacher=self.settings.teacher is not None,
         )
         planned = {"write": plan.writing, "review": plan.reviewing, "train": plan.training, "compare": plan.measuring}
@@ -477,7 +478,7 @@ class Fit:
             data = self.make_data(review)
         with self.stages.run("weights"):
             base = self.fit_weights(data)
-        trained, plan = None, self.plan()
+        trained, plan = None, self.plan(is_reviewed=True)
         num_queries = sum(report.queries["train"] for report in data.values())
         if not num_queries:
             self.stages.skip("train", "no queries for it")

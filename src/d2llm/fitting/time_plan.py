@@ -60,6 +60,7 @@ def plan_time(
     seconds_per_search: float = 0.0,
     num_negatives: int,
     is_written: bool = False,
+    is_reviewed: bool = False,
     has_teacher: bool = False,
 ) -> TimePlan:
     """Plan the stages after the index has been built.
@@ -76,13 +77,14 @@ def plan_time(
             default as fast as in this process.
         seconds_per_search: how long a search of the index takes for one query.
         num_negatives: hard negatives of a query in each step of training.
-        is_written: the queries have been written, and reviewed, already.
+        is_written: the queries have been written already, perhaps by an earlier call.
+        is_reviewed: this call has reviewed them.
         has_teacher: whether a teacher reads the written queries, and labels the training queries.
     """
     one_pass = num_passages / (corpus_passages_per_second or passages_per_second)
     evaluation = min(num_passages, _EVALUATED_PASSAGES) / passages_per_second
     searching = searches_compared(trained=True, untuned=True) * _HELD_OUT_QUERIES * seconds_per_search
-    review_share = REVIEW_SHARE if has_teacher and not is_written else 0.0
+    review_share = REVIEW_SHARE if has_teacher and not is_reviewed else 0.0
     # The untuned student and the trained one are compared, or the trained one alone; mining is another pass.
     options = [
         (_OVERHEAD_SECONDS + searching + num_compared * one_pass, one_pass + num_evaluations * evaluation)
