@@ -259,18 +259,6 @@ def test_a_fit_whose_queries_all_share_passages_with_held_out_ones_trains_nothin
 # The end in time ---------------------------------------------------------------------------------------------------
 
 
-def without_time_after(patch, name, seconds=0.0):
-    """Let a fit have only so many seconds left when a step of it has ended."""
-    step = getattr(Fit, name)
-
-    def run(self, *args, **options):
-        result = step(self, *args, **options)
-        self.stages._seconds -= self.stages.seconds_left - seconds
-        return result
-
-    patch.setattr(Fit, name, run)
-
-
 def fit_anew(student, endpoint, folder, **changes):
     """A fit, its report, and the names of the compared systems."""
     documents = write_documents(folder / "docs")
@@ -309,7 +297,14 @@ def test_a_training_that_is_not_finished_in_time_is_left(student, endpoint, tmp_
 
 
 def test_a_student_that_there_is_no_time_to_compare_is_not_kept(student, endpoint, tmp_path, monkeypatch):
-    without_time_after(monkeypatch, "train")
+    train = Fit.train
+
+    def slow(self, data, plan):
+        trained = train(self, data, plan)
+        self.stages._seconds -= self.stages.seconds_left  # none is left
+        return trained
+
+    monkeypatch.setattr(Fit, "train", slow)
     done, report, names = fit_anew(student, endpoint, tmp_path)
     assert (report.kept, report.verdict) == ("start", None)
     assert any("no time to compare the trained student" in note for note in report.notes)

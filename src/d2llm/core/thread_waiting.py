@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import os
 
-_SETTINGS = {"GOMP_SPINCOUNT": "3000", "OPENBLAS_THREAD_TIMEOUT": "10"}  # rounds; the binary logarithm of cycles
-
 
 def limit_spinning() -> None:
     """Set the environment variables that the libraries read when they are loaded, if the user has not set them."""
-    for name, value in _SETTINGS.items():
-        if name != "GOMP_SPINCOUNT" or "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault(name, value)
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")  # the binary logarithm of processor cycles
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # rounds

@@ -44,6 +44,11 @@ class LabelledSource:
     expanded_queries: Mapping[str, NDArray[np.float32]] | None = None
     """query id -> the vector [dim] that a query's is to be near, of those that have one; None if none counts."""
 
+    @property
+    def passage_ids(self) -> list[str]:
+        """The passages of all entries, each once."""
+        return list(dict.fromkeys(passage_id for entry in self.entries for passage_id in entry.passage_ids))
+
     @classmethod
     def join(cls, source: TrainingSource, labels: LabelStore, *, keep_unlabelled: bool = False) -> LabelledSource:
         """Join a source and its labels.

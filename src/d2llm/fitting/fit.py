@@ -418,7 +418,7 @@ class Fit:
             why_missing={} if with_untuned else {"cosine_untuned": "there was no time to encode the documents with it"},
             loads=loads,
         )
-        indexes = [self.folder.index, *(self._index_of(student) for student in (base, trained) if student is not None)]
+        indexes = [self._index_of(student) for student in (base, trained) if student is not None]
         # The start's weights, and the trained student's, were fitted on this very data set.
         settings = EvaluationSettings(
             task=self.settings.task, latency_queries=10, seed=self.settings.seed, score_parts=False

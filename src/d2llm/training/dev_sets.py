@@ -108,6 +108,11 @@ class DevSet:
         return replace(self, word_scores=scores, token_weight=token_weight)
 
     @property
+    def num_texts(self) -> int:
+        """How many queries and passages it has."""
+        return len(self.queries) + len(self.passages)
+
+    @property
     def item_ids(self) -> tuple[str, ...]:
         """The ids of the measured items: queries, or pairs."""
         return tuple(self.queries) if self.gold is None else tuple(pair.id for pair in self.pairs)

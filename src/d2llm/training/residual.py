@@ -99,8 +99,7 @@ def train_residual(
     # Only the symmetric interaction is penalised for changing the ranking of queries of asymmetric sets.
     needs_queries = config.quiet_price > 0 and any(source.source.task == "symmetric" for source in sources)
     encoded = [(source, *_encode(student, source, processes)) for source in sources if source.entries]
-    num_texts = sum(len(dev_set.queries) + len(dev_set.passages) for dev_set in dev_sets)
-    with progress_bar("encoding dev", num_texts) as advance:
+    with progress_bar("encoding dev", sum(dev_set.num_texts for dev_set in dev_sets)) as advance:
         dev = [encode_dev(student, dev_set, advance=advance, processes=processes) for dev_set in dev_sets]
     if not processes.is_first:
         return {}
@@ -161,17 +160,12 @@ def _encode(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The vectors of a data set's queries [entries, d] and of its passages [passages, d], in the order of their ids."""
     queries = [source.source.query_text(entry.query_id) for entry in source.entries]
-    passages = [source.source.passage_text(passage_id) for passage_id in _passage_ids(source)]
+    passages = [source.source.passage_text(passage_id) for passage_id in source.passage_ids]
     with progress_bar(f"encoding {source.source.dataset.name}", len(queries) + len(passages)) as advance:
         return (
             encode_together(student, queries, "query", advance=advance, processes=processes),
             encode_together(student, passages, "passage", advance=advance, processes=processes),
         )
-
-
-def _passage_ids(source: LabelledSource) -> list[str]:
-    """The passages of all entries, each once."""
-    return list(dict.fromkeys(passage_id for entry in source.entries for passage_id in entry.passage_ids))
 
 
 def _vectors(
@@ -183,7 +177,7 @@ def _vectors(
     *,
     with_near_queries: bool,
 ) -> _Vectors:
-    ids = _passage_ids(source)
+    ids = source.passage_ids
     name = source.source.dataset.name
     is_pairs = any(entry.targets for entry in source.entries)
     near: NDArray[np.int64] | None = None

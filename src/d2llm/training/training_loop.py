@@ -172,7 +172,7 @@ class DistillRun:
         self.signals = StopSignals()
         self.timed_at: float | None = None
         self.limit = seconds_left()
-        self.num_planned = sum(_num_planned_texts(each) for each in sources)
+        self.num_planned = sum(len(each.entries) + len(each.passage_ids) for each in sources)
         self.saved_step, self.saved_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
 
     def train(self) -> bool:
@@ -233,7 +233,7 @@ class DistillRun:
 
     def seconds_after(self, stage: Literal["vectors", "interaction", "tokens"]) -> float:
         """How long what follows a stage will take, nearly all of it for encoding texts."""
-        training, num_dev = self.recipe.training, _num_dev_texts(self.dev_sets)
+        training, num_dev = self.recipe.training, sum(dev_set.num_texts for dev_set in self.dev_sets)
         num_queries = sum(len(dev_set.queries) for dev_set in self.dev_sets)
         # For weights and probabilities:
         num_texts = sum(min(LISTED_PASSAGES, len(each.source.dataset.passages)) for each in self.sources)
@@ -450,7 +450,8 @@ class DistillRun:
         started = time.monotonic()
         results = self._dev_results("measuring on dev" if self.progress.step else "measuring the start on dev")
         if self.processes.is_first:
-            self.progress.seconds_per_text = (time.monotonic() - started) / max(1, _num_dev_texts(self.dev_sets))
+            num_texts = sum(dev_set.num_texts for dev_set in self.dev_sets)
+            self.progress.seconds_per_text = (time.monotonic() - started) / max(1, num_texts)
             with self.signals.held():
                 self._record(results)
         progress, best = self.processes.from_first((vars(self.progress), self.best.record()))
@@ -525,15 +526,6 @@ class DistillRun:
 
 def _has_stages(student: Student, recipe: Recipe) -> bool:
     return recipe.training.residual.epochs > 0 and student.config.interaction.head == "anchored"
-
-
-def _num_dev_texts(dev_sets: Sequence[DevSet]) -> int:
-    return sum(len(dev_set.queries) + len(dev_set.passages) for dev_set in dev_sets)
-
-
-def _num_planned_texts(source: LabelledSource) -> int:
-    """How many queries and passages are in a data set's plan."""
-    return len(source.entries) + len({passage_id for entry in source.entries for passage_id in entry.passage_ids})
 
 
 def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:
