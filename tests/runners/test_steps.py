@@ -27,7 +27,9 @@ from d2llm.evaluation import systems
 from d2llm.evaluation.evaluate import evaluate
 from d2llm.evaluation.report import EvaluationReport
 from d2llm.evaluation.setting import Contenders, EvaluationSettings
+from d2llm.fitting import fit as fit_module
 from d2llm.fitting.fit import Fit
+from d2llm.fitting.time_plan import TimePlan
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.teachers.judge import load_judge
@@ -202,13 +204,15 @@ def endpoint():
         yield served
 
 
-def test_a_fit_is_the_local_one(place, tmp_path, endpoint, runner):
-    """Index, review by a teacher, and the report; without a training, for which there is no time."""
+def test_a_fit_is_the_local_one(place, tmp_path, endpoint, runner, monkeypatch):
+    """Index, review by a teacher, and the report; without a training, and with time for all the rest."""
     teacher = tiny_teacher_config(place / "decoder")
+    plan = TimePlan(writing=600, reviewing=600, training=0, measuring=600, max_queries=0)
+    monkeypatch.setattr(fit_module, "plan_time", lambda *_, **__: plan)
     reports, fits = [], []
     for name, where in (("here", "local"), ("there", runner)):
         documents = write_documents(tmp_path / name / "docs")
-        settings = settings_for(place / "tiny-student", endpoint.url, hours=0.02, teacher=teacher, max_queries=60)
+        settings = settings_for(place / "tiny-student", endpoint.url, hours=1, teacher=teacher, max_queries=60)
         fits.append(Fit([documents], None, settings, runner=where, **ON_CPU))
         reports.append(fits[-1].finish())
     here, there = reports
