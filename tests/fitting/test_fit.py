@@ -19,6 +19,7 @@ from d2llm.fitting.stages import Stages
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
 from d2llm.store.side_files import Chunking
+from d2llm.training.mining import ranking
 from d2llm.training.run import Run
 from local_endpoint import local_endpoint
 from tiny_fit import NUM_DOCUMENTS, ask_about_passage, settings_for, write_documents
@@ -161,12 +162,38 @@ def test_a_run_keeps_the_recipe_that_it_began_with(half, monkeypatch):
     assert recipe.model_dump(mode="json") == json.loads(begun.read_text())
 
 
-def test_an_index_and_a_student_that_do_not_fit_are_mended(half, tmp_path):
-    other = Student.create(half.index.student.config, device="cpu", dtype="float32")
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_mining_takes_its_vectors_from_the_index(student, endpoint, tmp_path, monkeypatch, is_replaced):
+    """Unless another student made them, as when a finished fit learns anew."""
+    settings = settings_for(student, endpoint.url)
+    done = Fit([write_documents(tmp_path / "docs")], None, settings, device="cpu", dtype="float32")
+    done._begin()
+    done.read()
+    done.write(60)
+    data = done.make_data(done.review())
+    if is_replaced:
+        done.serve_with(other_student(done.index.student, tmp_path / "other"))
+    assert done._has_vectors_of_start() != is_replaced
+    encoded: list[str] = []
+    shard = ranking.TextShard
+    monkeypatch.setattr(ranking, "TextShard", lambda texts, kind: (encoded.extend(texts), shard(texts, kind))[1])
+    monkeypatch.setattr(Run, "finish", lambda run, **_: run.mine())
+    done.train(data, done.plan())
+    assert len(list(done.folder.work.glob("run-*/plans/written/audit.json"))) == 1
+    assert len(encoded) == (NUM_DOCUMENTS if is_replaced else 0)
+
+
+def other_student(student, folder):
+    """One with the same settings and other weights."""
+    other = Student.create(student.config, device="cpu", dtype="float32")
     other.prepare_training()
     randomise(other)
-    other.save(tmp_path / "other")
-    other = Student.load(tmp_path / "other", device="cpu", dtype="float32")
+    other.save(folder)
+    return folder
+
+
+def test_an_index_and_a_student_that_do_not_fit_are_mended(half, tmp_path):
+    other = Student.load(other_student(half.index.student, tmp_path / "other"), device="cpu", dtype="float32")
     assert other.fingerprint != half.index.student.fingerprint
     half.serve_with(tmp_path / "other")
     assert Index.open(half.folder.index).student.fingerprint == other.fingerprint

@@ -27,14 +27,22 @@ def test_a_slow_machine_trains_on_less():
     assert plan(60, rate=20.0).max_queries < plan(60).max_queries
 
 
-def test_a_large_corpus_is_compared_without_the_untuned_student_before_nothing_is_trained():
-    long, short, shortest = (plan(minutes, num_passages=60_000) for minutes in (60, 33, 20))  # a pass takes ten
+def test_a_large_corpus_is_compared_without_the_untuned_student_before_little_or_nothing_is_trained():
+    long, short, shortest = (plan(minutes, num_passages=60_000) for minutes in (80, 60, 20))  # a pass takes ten
     assert long.measuring > 1_200  # two passes
     assert 1_200 > short.measuring > 600  # one
     assert min(long.training, short.training) > 600  # mining is another
     assert shortest.training == 0
-    for minutes, result in ((60, long), (33, short), (20, shortest)):
+    for minutes, result in ((80, long), (60, short), (20, shortest)):
         assert result.total == pytest.approx(60 * minutes)
+
+
+def test_vectors_that_mining_finds_in_the_index_leave_their_time_to_writing_and_training():
+    found, made = (plan(40, num_passages=60_000, has_vectors=value) for value in (True, False))
+    assert found.max_queries > made.max_queries > 0
+    assert found.total == made.total == pytest.approx(2_400)
+    assert plan(20, num_passages=60_000, has_vectors=True).training >= MIN_TRAINING_SECONDS
+    assert plan(20, num_passages=60_000).training == 0
 
 
 def test_on_cores_that_others_use_a_training_without_its_last_stages_is_better_than_none():

@@ -61,13 +61,14 @@ def plan_time(
     num_negatives: int,
     is_written: bool = False,
     is_reviewed: bool = False,
+    has_vectors: bool = False,
     has_teacher: bool = False,
 ) -> TimePlan:
     """Plan the stages after the index has been built.
 
-    If there is too little time to train and then to encode the corpus with both the trained and the untuned student,
-    the comparison is planned without the untuned one, and then the training without its last stages; if even that
-    leaves too little, nothing is trained.
+    If to encode the corpus with both the trained and the untuned student would take more than half of the time for
+    training, the comparison is planned without the untuned one, and then the training without its last stages; if even
+    that leaves too little, nothing is trained.
 
     Args:
         seconds_left: for all of them.
@@ -79,24 +80,27 @@ def plan_time(
         num_negatives: hard negatives of a query in each step of training.
         is_written: the queries have been written already, perhaps by an earlier call.
         is_reviewed: this call has reviewed them.
+        has_vectors: the index has the vectors that mining needs, which otherwise encodes the corpus once more.
         has_teacher: whether a teacher reads the written queries, and labels the training queries.
     """
     one_pass = num_passages / (corpus_passages_per_second or passages_per_second)
     evaluation = min(num_passages, _EVALUATED_PASSAGES) / passages_per_second
     searching = searches_compared(trained=True, untuned=True) * _HELD_OUT_QUERIES * seconds_per_search
     review_share = REVIEW_SHARE if has_teacher and not is_reviewed else 0.0
-    # The untuned student and the trained one are compared, or the trained one alone; mining is another pass.
+    mining = 0.0 if has_vectors else one_pass
+    # The untuned student and the trained one are compared, or the trained one alone.
     options = [
-        (_OVERHEAD_SECONDS + searching + num_compared * one_pass, one_pass + num_evaluations * evaluation)
+        (_OVERHEAD_SECONDS + searching + num_compared * one_pass, mining + num_evaluations * evaluation)
         for num_compared, num_evaluations in ((2, _NUM_EVALUATIONS), (1, _NUM_EVALUATIONS), (1, _FEWEST_EVALUATIONS))
     ]
     # Writing gets its share of what the last option leaves: the later stages adapt if others use the same cores.
     free = seconds_left - sum(options[-1])
     reviewing = max(0.0, free * review_share)
     writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free * (WRITING_SHARE - review_share))
+    enough = max(MIN_TRAINING_SECONDS, (free - writing - reviewing) / 2)  # half of what the last option leaves
     for measuring, preparing in options:
         steps = seconds_left - measuring - preparing - writing - reviewing
-        if steps >= MIN_TRAINING_SECONDS:
+        if steps >= enough:
             own = steps * (1 - TEACHER_SHARE if has_teacher else 1)
             per_query = (2 + num_negatives) * TRAINING_PASSES / passages_per_second
             return TimePlan(writing, preparing + steps, measuring, max(1, int(own / per_query)), reviewing)

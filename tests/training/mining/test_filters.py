@@ -23,7 +23,7 @@ from d2llm.models.teachers.judge import Judgements
 from d2llm.training.mining.audit import MarginHistogram, audit_page, rank_range
 from d2llm.training.mining.choose import order_candidates, random_of
 from d2llm.training.mining.mine import MiningResult, mine
-from d2llm.training.mining.ranking import encode_to_file
+from d2llm.training.mining.ranking import encode_to_file, put_vectors
 from d2llm.training.mining.teacher import Judging, TeacherCheck
 from fake_models import FakeStudent, Interruption
 
@@ -295,6 +295,20 @@ class TestStudentRanking:
             before = other.encoded_passages
             encode_to_file(other, texts, ids, tmp_path)
             assert other.encoded_passages == before + 8
+
+    def test_vectors_of_an_index_are_not_made_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("d2llm.training.mining.ranking.BLOCK_PASSAGES", 3)
+        student, dataset = FakeStudent(), world({"a": 1})
+        stored = student.encode_passages([TEXTS[name] for name in sorted(TEXTS)]).vectors
+        passages, ids = dataset.passages, sorted(dataset.passages)
+        put_vectors(
+            student, passages, ids, tmp_path / "work", lambda block: stored[[ids.index(name) for name in block]]
+        )
+        num_encoded = student.encoded_passages
+        config = MiningConfig(num_hard=7, num_easy=0, sampling="top", sources=["encoder"])
+        found = mine(dataset, "train", config, encoder=None, student=student, seed=0, work=tmp_path / "work")
+        assert student.encoded_passages == num_encoded
+        assert hard(found) == hard(mined(dataset, student=student, sources=["encoder"], num_hard=7))
 
 
 class TestAudit:

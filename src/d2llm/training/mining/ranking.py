@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,10 @@ def encode_to_file(
     Raises:
         ModelError: a vector is not finite.
     """
-    texts = (passages[passage_id] for passage_id in ids)
-    key = fingerprint_json([encoder.fingerprint, fingerprint_passages(texts)]) if resumable else "once"
-    path, state = folder / f"vectors-{key}.npy", folder / f"vectors-{key}.json"
+    if resumable:
+        path, state = _vector_files(encoder, passages, ids, folder)
+    else:
+        path, state = folder / "vectors-once.npy", folder / "vectors-once.json"
     finished = int(json.loads(state.read_text(encoding="utf-8"))["rows"]) if state.is_file() else 0
     target: Any = np.load(path, mmap_mode="r+") if finished else None
     with progress_bar("encoding passages", len(ids), done=finished) as advance:
@@ -137,6 +138,38 @@ def encode_to_file(
     del target
     # "c" (copy on write) never changes the file, and avoids torch's warning about read-only arrays.
     return np.load(path, mmap_mode="c")
+
+
+def put_vectors(
+    encoder: TextEncoder,
+    passages: Mapping[str, Passage],
+    ids: Sequence[str],
+    folder: Path,
+    vectors_of: Callable[[Sequence[str]], NDArray[np.float32]],
+) -> None:
+    """Put vectors that ``encoder`` made earlier, such as those of an index, where ``encode_to_file`` looks for them.
+
+    ``vectors_of`` gets ids of at most ``BLOCK_PASSAGES`` passages, and returns their vectors [n, dim].
+    """
+    path, state = _vector_files(encoder, passages, ids, folder)
+    if state.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(ids), encoder.vector_dim))
+    for start in range(0, len(ids), BLOCK_PASSAGES):
+        block = ids[start : start + BLOCK_PASSAGES]
+        target[start : start + len(block)] = vectors_of(block)
+    target.flush()
+    write_json(state, {"rows": len(ids)})
+
+
+def _vector_files(
+    encoder: TextEncoder, passages: Mapping[str, Passage], ids: Sequence[str], folder: Path
+) -> tuple[Path, Path]:
+    """Where the passages' vectors are, and how many of them."""
+    texts = (passages[passage_id] for passage_id in ids)
+    key = fingerprint_json([encoder.fingerprint, fingerprint_passages(texts)])
+    return folder / f"vectors-{key}.npy", folder / f"vectors-{key}.json"
 
 
 def finite(vectors: NDArray[np.float32], kind: str, ids: Sequence[str]) -> NDArray[np.float32]:
