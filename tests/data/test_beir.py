@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError
-from d2llm.data.beir import read_beir
+from d2llm.core.types import Passage, Query
+from d2llm.data.beir import Dataset, read_beir
 from d2llm.data.indexed_corpus import check_corpus
 
 CORPUS = [
@@ -56,6 +57,20 @@ def test_grades_of_zero_and_below_are_not_positive(folder: Path) -> None:
     assert dataset.relevant_passages(["train", "dev"]) == {"p1"}
     with pytest.raises(DataFormatError, match="split 'test' was not read; read: dev, train"):
         dataset.positives("test")
+
+
+def test_queries_that_share_a_relevant_passage_with_another_split_are_left_out(tmp_path: Path) -> None:
+    grades = {
+        "train": {"own": {"a": 1, "b": 0}, "shared": {"a": 1, "b": 1}, "none": {"c": 0}},
+        "dev": {"d": {"b": 1, "a": 0}},
+        "test": {"t": {"a": 1}},
+    }
+    queries = {name: Query(name, name) for judged in grades.values() for name in judged}
+    passages = {name: Passage(name, name) for name in "abc"}
+    dataset = Dataset("sayings", tmp_path, passages, queries, grades)
+    assert dataset.unshared_positives("train", ["dev"]) == {"own": ("a",)}
+    assert dataset.unshared_positives("train", ["dev", "test"]) == {}
+    assert dataset.unshared_positives("train", []) == {"own": ("a",), "shared": ("a", "b")}
 
 
 def test_reads_only_the_requested_splits(folder: Path) -> None:

@@ -66,6 +66,15 @@ class Dataset:
             if query_id in self.queries
         }
 
+    def unshared_positives(self, split: str, others: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """``positives`` of the queries of ``split`` that have some, but share none with a query of ``others``.
+
+        So that passages of dev and test queries have never been positives in training.
+        """
+        reserved = self.relevant_passages(others)
+        judged = self.positives(split)
+        return {query_id: ids for query_id, ids in judged.items() if ids and reserved.isdisjoint(ids)}
+
     def relevant_passages(self, splits: Iterable[str]) -> set[str]:
         """Passages that are relevant to any query of these splits; errors as for ``positives``."""
         judged = (positives for split in splits for positives in self.positives(split).values())

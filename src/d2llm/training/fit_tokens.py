@@ -156,7 +156,8 @@ def _choose(
     dataset: Dataset, queries: Mapping[str, Collection[str]] | None, config: TokensConfig, seed: int
 ) -> list[str]:
     """The ids of the train queries to learn from."""
-    judged = {} if "train" not in dataset.qrels else dataset.positives("train")
+    positives = dataset.positives("train") if "train" in dataset.qrels else {}
+    judged = {query_id: passage_ids for query_id, passage_ids in positives.items() if passage_ids}
     if not judged:
         raise InputError(
             f"{dataset.name}: vectors of tokens are trained on judged queries of a train split; it has none"
@@ -164,8 +165,7 @@ def _choose(
     if queries is not None and dataset.name in queries:
         usable = sorted(judged.keys() & set(queries[dataset.name]))
     else:
-        held_out = dataset.relevant_passages([split for split in dataset.qrels if split != "train"])
-        usable = sorted(query_id for query_id, passages in judged.items() if held_out.isdisjoint(passages))
+        usable = sorted(dataset.unshared_positives("train", [split for split in dataset.qrels if split != "train"]))
         if len(usable) < len(judged):
             _remarks.info(
                 "%s: %d of %d train queries are left out, because they share relevant passages with another split",

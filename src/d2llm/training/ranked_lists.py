@@ -61,10 +61,9 @@ def train_queries(dataset: Dataset, config: ReaderTuningConfig) -> tuple[list[st
         DataFormatError: the data set has no train split.
     """
     held_out = [split for split in ("dev", "test") if split in dataset.qrels and config.exclude_shared_passages]
-    reserved = dataset.relevant_passages(held_out)
-    positives = {query_id: relevant for query_id, relevant in dataset.positives("train").items() if relevant}
-    kept = [query_id for query_id, relevant in positives.items() if reserved.isdisjoint(relevant)]
-    return sorted(kept, key=lambda query_id: key_of(0, query_id))[-config.max_queries :], len(positives) - len(kept)
+    kept = dataset.unshared_positives("train", held_out)
+    num_shared = sum(map(bool, dataset.positives("train").values())) - len(kept)
+    return sorted(kept, key=lambda query_id: key_of(0, query_id))[-config.max_queries :], num_shared
 
 
 def dev_queries(dataset: Dataset, number: int, seed: int) -> list[str]:

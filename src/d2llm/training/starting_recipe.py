@@ -157,14 +157,12 @@ def _count(dataset: Dataset | PairDataset) -> tuple[int, int, int]:
         num_train, num_dev = counts.get("train", 0), counts.get("dev", 0)
         _require(dataset.path, num_train, num_dev, "train.jsonl", "dev.jsonl", "pairs")
         return num_train, num_train, num_dev
-    positives = {
-        split: [ids for ids in dataset.positives(split).values() if ids] if split in dataset.qrels else []
-        for split in ("train", "dev", "test")
-    }
-    num_train, num_dev = len(positives["train"]), len(positives["dev"])
+    num_train, num_dev = (
+        sum(map(bool, dataset.positives(split).values())) if split in dataset.qrels else 0 for split in ("train", "dev")
+    )
     _require(dataset.path, num_train, num_dev, "qrels/train.tsv", "qrels/dev.tsv", "queries with a positive")
-    reserved = {passage_id for split in ("dev", "test") for ids in positives[split] for passage_id in ids}
-    return num_train, sum(reserved.isdisjoint(ids) for ids in positives["train"]), num_dev
+    held_out = [split for split in ("dev", "test") if split in dataset.qrels]
+    return num_train, len(dataset.unshared_positives("train", held_out)), num_dev
 
 
 def _require(path: Path, num_train: int, num_dev: int, train: str, dev: str, items: str) -> None:

@@ -114,12 +114,9 @@ def writer_data(datasets: Sequence[Dataset], tuning: WriterTuningConfig, *, seed
     num_shared = 0
     for dataset in datasets:
         held_out = [split for split in ("dev", "test") if split in dataset.qrels]
-        reserved = dataset.relevant_passages(held_out) if tuning.exclude_shared_passages else set[str]()
-        positives = dataset.positives("train")
-        shared = {query_id for query_id, passages in positives.items() if not reserved.isdisjoint(passages)}
-        num_shared += len(shared)
-        rest = {query_id: passages for query_id, passages in positives.items() if query_id not in shared}
-        examples = _examples(dataset, rest, seed)[: tuning.max_queries]
+        positives = dataset.unshared_positives("train", held_out if tuning.exclude_shared_passages else [])
+        num_shared += sum(map(bool, dataset.positives("train").values())) - len(positives)
+        examples = _examples(dataset, positives, seed)[: tuning.max_queries]
         training += [_as_keywords(example, tuning.keywords_share, seed) for example in examples]
         if "dev" in held_out:
             dev += _examples(dataset, dataset.positives("dev"), seed)[: tuning.dev_queries]

@@ -201,15 +201,10 @@ def _eligible(
             dataset.name,
             ", ".join(unread),
         )
-    reserved = dataset.relevant_passages(other for other in others if other in dataset.qrels)
-    eligible: dict[str, tuple[str, ...]] = {}
+    eligible = dataset.unshared_positives(split, [other for other in others if other in dataset.qrels])
     for query_id, positives in dataset.positives(split).items():
-        if not positives:
-            tally.queries["without_positives"].append(query_id)
-        elif not reserved.isdisjoint(positives):
-            tally.queries["shared_positive"].append(query_id)
-        else:
-            eligible[query_id] = positives
+        if query_id not in eligible:
+            tally.queries["shared_positive" if positives else "without_positives"].append(query_id)
     if not eligible:
         raise InputError(
             f"{dataset.path}: there is no query to mine for in split '{split}': {len(dataset.qrels[split])} in qrels, "
