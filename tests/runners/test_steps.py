@@ -231,6 +231,8 @@ def test_the_training_of_a_fit_uses_its_runner(place, tmp_path, endpoint, monkey
     monkeypatch.setattr(Run, "finish", lambda self, *, runner: used.append(runner))
     documents, runner = write_documents(tmp_path / "docs", 2), CopyRunner()
     fit = Fit([documents], None, settings_for(place / "tiny-student", endpoint.url), runner=runner, **ON_CPU)
+    fit._begin()
+    fit.read()
     fit._finish_run(open_run(place, tmp_path / "run").recipe, "key")
     assert used == [runner]
 
