@@ -123,13 +123,12 @@ def train_residual(
     try:
         with progress_bar("training the interaction", total) as advance:
             for epoch in range(config.epochs):
-                for vectors, positions in _epoch(sets, config.batch_queries, f"{recipe.seed}:{epoch}"):
+                seed = f"{recipe.seed}:{epoch}"
+                for vectors, positions in _epoch(sets, config.batch_queries, seed):
                     torch.manual_seed(recipe.seed * 1_000_003 + step)  # for the dropout
                     head.train()
-                    offset = offsets(vectors.labelled)
-                    seed = f"{recipe.seed}:{epoch}"
                     draws = [_draw(vectors, position, config, seed, only_judged=only_judged) for position in positions]
-                    loss = _loss(student, head, vectors, positions, draws, weights, offset)
+                    loss = _loss(student, head, vectors, positions, draws, weights, offsets(vectors.labelled))
                     if config.quiet_price:
                         change = _change_elsewhere(student, head, sets, vectors, config, f"{seed}:{step}")
                         loss = loss + config.quiet_price * change
