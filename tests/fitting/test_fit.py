@@ -339,6 +339,27 @@ def test_a_student_that_there_is_no_time_to_compare_is_not_kept(student, endpoin
     assert not list(done.folder.work.glob("index-*"))
 
 
+@pytest.mark.parametrize(("seconds_of_pass", "is_compared"), [(150, True), (300, False)])
+def test_a_trained_student_is_compared_even_if_the_time_seems_too_short(
+    student, endpoint, tmp_path, monkeypatch, seconds_of_pass, is_compared
+):
+    """Up to twice the time: nothing else can be done in it, and it may suffice."""
+    train = Fit.train
+
+    def slow(self, data, plan):
+        trained = train(self, data, plan)
+        self.stages._seconds -= self.stages.seconds_left - 100
+        return trained
+
+    monkeypatch.setattr(Fit, "train", slow)
+    monkeypatch.setattr(Fit, "_passages_per_second", lambda _: NUM_DOCUMENTS / seconds_of_pass)
+    _, report, names = fit_anew(student, endpoint, tmp_path)
+    assert (report.verdict is not None) == is_compared
+    assert (BASE_NAME in names) == is_compared
+    assert ("no time to compare the trained student" in " ".join(report.notes)) != is_compared
+    assert any("no time to compare with the untuned student" in note for note in report.notes)
+
+
 def test_the_untuned_student_is_left_out_of_a_comparison_first(student, endpoint, tmp_path, monkeypatch):
     compare = Fit.compare
 

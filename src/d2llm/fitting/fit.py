@@ -70,7 +70,8 @@ MIN_USERS_QUERIES = 30
 
 _remarks = logging.getLogger("d2llm.remarks")
 _STUDENT_SOURCE = "../student"
-_TIMED_PASSAGES, _TIMED_JUDGEMENTS = 64, 8
+_TIMED_PASSAGES, _TIMED_AT_ONCE, _TIMED_SECONDS = 512, 64, 2.0  # encoding is timed on so many, or for so long
+_TIMED_JUDGEMENTS = 8
 _TIMED_SEARCHES = 8
 _QUERY_CHARACTERS = 60  # of the queries of timed judgements and searches
 _SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed, and how much of each is read
@@ -545,7 +546,10 @@ class Fit:
         return report
 
     def _compare_in_time(self, learnt: _Learnt) -> tuple[dict[str, EvaluationReport], GateTest | None]:
-        """Compare as many systems as there is time to encode the corpus for; notes say what is left out."""
+        """Compare as many systems as there is time to encode the corpus for; notes say what is left out.
+
+        The trained student is tried even if that seems to take twice the time that is left, which has no other use.
+        """
         one_pass = len(self.passages) / (self._rate or self._passages_per_second())
         searching = self._seconds_per_search() * sum(report.queries["test"] for report in learnt.data.values())
         attempts = [(learnt.trained, True), (learnt.trained, False)] if learnt.trained else [(None, True)]
@@ -555,6 +559,8 @@ class Fit:
             later = sum(ranking[number + 1 :])  # to rank without what is left out
             lacks_index = trained is not None and not is_finished(self._index_folder(self._load(trained)))
             needed = one_pass * (lacks_index + with_untuned) + ranking[number]
+            if trained is not None and not with_untuned:
+                needed /= 2
             if self.stages.seconds_left - later >= needed:
                 try:
                     with time_limit(self.stages.seconds_left - later):
@@ -707,10 +713,13 @@ class Fit:
     def _passages_per_second(self) -> float:
         """How fast the index's student encodes passages in this process now, measured on a few."""
         texts = [passage.full_text for passage in self._sampled_passages(_TIMED_PASSAGES)]
-        self.index.student.encode_passages(texts[:1])  # the first call of a process takes longer
-        started = time.perf_counter()
-        self.index.student.encode_passages(texts)
-        return len(texts) / (time.perf_counter() - started)
+        self.index.student.encode_passages(texts[: _TIMED_AT_ONCE // 4])  # the first call takes longer
+        started, num_encoded, seconds = time.perf_counter(), 0, 0.0
+        while num_encoded < len(texts) and seconds < _TIMED_SECONDS:
+            block = texts[num_encoded : num_encoded + _TIMED_AT_ONCE]
+            self.index.student.encode_passages(block)
+            num_encoded, seconds = num_encoded + len(block), time.perf_counter() - started
+        return num_encoded / seconds
 
     def _seconds_per_search(self) -> float:
         """How long a search for one query takes in this process now, measured on a few."""
