@@ -173,7 +173,7 @@ def test_mining_takes_its_vectors_from_the_index(student, endpoint, tmp_path, mo
     data = done.make_data(done.review())
     if is_replaced:
         done.serve_with(other_student(done.index.student, tmp_path / "other"))
-    assert done._has_vectors_of_start() != is_replaced
+    assert done._has_vectors_of_start != is_replaced
     encoded: list[str] = []
     shard = ranking.TextShard
     monkeypatch.setattr(ranking, "TextShard", lambda texts, kind: (encoded.extend(texts), shard(texts, kind))[1])

@@ -66,7 +66,7 @@ class Dataset:
             if query_id in self.queries
         }
 
-    def unshared_positives(self, split: str, others: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    def unshared_positives(self, split: str, others: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
         """``positives`` of the queries of ``split`` that have some, but share none with a query of ``others``.
 
         So that passages of dev and test queries have never been positives in training.

@@ -221,7 +221,7 @@ class Fit:
             num_negatives=NUM_NEGATIVES,
             is_written=is_written,
             is_reviewed=is_reviewed,
-            has_vectors=self._has_vectors_of_start(),
+            has_vectors=self._has_vectors_of_start,
             has_teacher=self.settings.teacher is not None,
         )
         planned = {"write": plan.writing, "review": plan.reviewing, "train": plan.training, "compare": plan.measuring}
@@ -384,24 +384,29 @@ class Fit:
             begun.parent.mkdir(parents=True, exist_ok=True)
             write_json(begun, recipe.model_dump(mode="json"))
         run = Run(recipe, self.folder.run(key), device=self.device, dtype=self.dtype)
-        if self._has_vectors_of_start():
+        if self._has_vectors_of_start:
             for data in recipe.data:
                 if not is_finished(run.parts.plan(data)):
                     self._put_vectors(run.parts.mining_work(data))
         run.finish(runner=self.runner)
         return run.parts.student
 
+    @property
     def _has_vectors_of_start(self) -> bool:
         """Whether the student to start from made the index, so that mining need not encode the passages again."""
-        return self.index.student.fingerprint == self._load(self.start).fingerprint
+        return self.index.student.fingerprint == self._start_fingerprint
+
+    @cached_property
+    def _start_fingerprint(self) -> str:
+        return self._load(self.start).fingerprint
 
     def _put_vectors(self, folder: Path) -> None:
-        """Put the vectors of the index into the folder in which a run mines."""
+        """Put the vectors of the index, which the student to start from made, into the folder in which a run mines."""
         from d2llm.training.mining.ranking import put_vectors
 
         view = self.index.view
         passages = {passage.id: passage for passage in self.passages}
-        put_vectors(self._load(self.start), passages, list(passages), folder, lambda ids: view.vectors(view.rows(ids)))
+        put_vectors(self.index.student, passages, list(passages), folder, lambda ids: view.vectors(view.rows(ids)))
 
     def compare(
         self, data: Mapping[str, DataReport], base: Path, trained: Path | None, *, with_untuned: bool = True

@@ -156,8 +156,7 @@ def _choose(
     dataset: Dataset, queries: Mapping[str, Collection[str]] | None, config: TokensConfig, seed: int
 ) -> list[str]:
     """The ids of the train queries to learn from."""
-    positives = dataset.positives("train") if "train" in dataset.qrels else {}
-    judged = {query_id: passage_ids for query_id, passage_ids in positives.items() if passage_ids}
+    judged = dataset.unshared_positives("train") if "train" in dataset.qrels else {}
     if not judged:
         raise InputError(
             f"{dataset.name}: vectors of tokens are trained on judged queries of a train split; it has none"

@@ -62,7 +62,7 @@ def train_queries(dataset: Dataset, config: ReaderTuningConfig) -> tuple[list[st
     """
     held_out = [split for split in ("dev", "test") if split in dataset.qrels and config.exclude_shared_passages]
     kept = dataset.unshared_positives("train", held_out)
-    num_shared = sum(map(bool, dataset.positives("train").values())) - len(kept)
+    num_shared = len(dataset.unshared_positives("train")) - len(kept)
     return sorted(kept, key=lambda query_id: key_of(0, query_id))[-config.max_queries :], num_shared
 
 

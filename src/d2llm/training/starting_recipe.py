@@ -158,7 +158,7 @@ def _count(dataset: Dataset | PairDataset) -> tuple[int, int, int]:
         _require(dataset.path, num_train, num_dev, "train.jsonl", "dev.jsonl", "pairs")
         return num_train, num_train, num_dev
     num_train, num_dev = (
-        sum(map(bool, dataset.positives(split).values())) if split in dataset.qrels else 0 for split in ("train", "dev")
+        len(dataset.unshared_positives(split)) if split in dataset.qrels else 0 for split in ("train", "dev")
     )
     _require(dataset.path, num_train, num_dev, "qrels/train.tsv", "qrels/dev.tsv", "queries with a positive")
     held_out = [split for split in ("dev", "test") if split in dataset.qrels]

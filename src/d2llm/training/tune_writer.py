@@ -115,7 +115,7 @@ def writer_data(datasets: Sequence[Dataset], tuning: WriterTuningConfig, *, seed
     for dataset in datasets:
         held_out = [split for split in ("dev", "test") if split in dataset.qrels]
         positives = dataset.unshared_positives("train", held_out if tuning.exclude_shared_passages else [])
-        num_shared += sum(map(bool, dataset.positives("train").values())) - len(positives)
+        num_shared += len(dataset.unshared_positives("train")) - len(positives)
         examples = _examples(dataset, positives, seed)[: tuning.max_queries]
         training += [_as_keywords(example, tuning.keywords_share, seed) for example in examples]
         if "dev" in held_out:
