@@ -37,6 +37,13 @@ ExcludeOption = Annotated[
         help="Leave these out of folders of documents, as in a .gitignore; may be given several times.",
     ),
 ]
+FollowLinksOption = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links/--no-follow-links",
+        help="Whether to read what symbolic links in folders of documents lead to, which may be outside of them.",
+    ),
+]
 FileSecondsOption = Annotated[
     float, typer.Option(metavar="N", min=1, help="Skip documents that take longer than N seconds to read.")
 ]
@@ -235,6 +242,13 @@ def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:
     num_left = sum(counts[reason] for reason in reasons[_NAMED:])
     rest = f"; and {num_left:,} more, which --json lists" if num_left else ""
     session.complain("warning", f"{len(skipped):,} files could not be read: {'; '.join(named)}{rest}")
+
+
+def warn_of_links(session: Session, links: Sequence[str]) -> None:
+    """Say which symbolic links were not followed."""
+    if links:
+        named = ", ".join(links[:_NAMED]) + (", ..." if len(links) > _NAMED else "")
+        session.complain("warning", f"{len(links):,} symbolic links were not followed: {named}")
 
 
 def _and_others(count: int) -> str:

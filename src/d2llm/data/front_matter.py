@@ -90,7 +90,9 @@ class _Leaf:
         return ", ".join(map(_text, self.values)) if self.is_list or len(self.values) > 1 else _scalar(self.values[0])
 
 
-def _collect(name: str, value: Any, leaves: dict[str, _Leaf], budget: list[int], *, depth: int, listed: bool = False) -> None:
+def _collect(
+    name: str, value: Any, leaves: dict[str, _Leaf], budget: list[int], *, depth: int, listed: bool = False
+) -> None:
     budget[0] -= 1
     if budget[0] < 0 or depth > _DEEPEST:
         raise _NotFieldsError
@@ -143,7 +145,9 @@ def _yaml_fields(text: str) -> tuple[str, dict[str, Any]]:
         return "", {}
     if not isinstance(fields, dict) or not all(_is_name(name) for name in cast("dict[Any, Any]", fields)):
         raise _NotFieldsError
-    title = next((value.value for key, value in node.value if key.value == "title" and isinstance(value.value, str)), "")
+    title = next(
+        (value.value for key, value in node.value if key.value == "title" and isinstance(value.value, str)), ""
+    )
     return title, cast("dict[str, Any]", fields)
 
 

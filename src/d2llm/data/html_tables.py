@@ -50,7 +50,9 @@ def grid_rows(table: Element, text_of: Callable[[Element], str]) -> list[_Row]:
                 texts.append(repeated if column else text)
         fill()
         if any(texts):
-            is_header = all(cell.tag == "th" for cell in cells) or (row.parent is not None and row.parent.tag == "thead")
+            is_header = all(cell.tag == "th" for cell in cells) or (
+                row.parent is not None and row.parent.tag == "thead"
+            )
             rows.append(_Row(texts, is_header))
     return rows
 

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -26,7 +27,7 @@ from typing import IO, Any, cast
 
 from d2llm.core.errors import MissingExtraError
 from d2llm.core.machine import usable_cores
-from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, Section
+from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, MetadataValue, Passage, Section
 from d2llm.data.file_contents import FileContents, UnreadableFileError, read_contents
 
 _MAX_WORKERS = 4
@@ -215,7 +216,22 @@ def _outcome(reply: dict[str, Any]) -> Outcome:
     if "unreadable" in reply:
         return UnreadableFileError(reply["unreadable"])
     sections = (Section(text, tuple(headings), page) for text, headings, page in reply["sections"])
-    return FileContents(reply["title"], tuple(sections))
+    rows = (Passage(*texts, _unpacked(metadata)) for *texts, metadata in reply["rows"])
+    return FileContents(
+        reply["title"], tuple(sections), _unpacked(reply["metadata"]), tuple(rows), is_corpus=reply["is_corpus"]
+    )
+
+
+def _packed(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata as JSON can have them: each value with whether it is a time."""
+    return {
+        name: [value.isoformat(), True] if isinstance(value, datetime) else [value, False]
+        for name, value in metadata.items()
+    }
+
+
+def _unpacked(metadata: Mapping[str, tuple[Any, bool]]) -> dict[str, MetadataValue]:
+    return {name: datetime.fromisoformat(value) if is_time else value for name, (value, is_time) in metadata.items()}
 
 
 def serve(module: str, function: str) -> None:
@@ -246,5 +262,12 @@ def _reply(reader: Reader, path: Path) -> dict[str, Any]:
         return {"unreadable": "there is not enough memory to read it"}
     except Exception as error:  # noqa: BLE001 - one file must not end the work
         return {"unreadable": f"it cannot be parsed ({type(error).__name__}: {error})"}
-    sections = [(section.text, section.headings, section.page) for section in contents.sections]
-    return {"title": contents.title, "sections": sections}
+    return {
+        "title": contents.title,
+        "sections": [(section.text, section.headings, section.page) for section in contents.sections],
+        "metadata": _packed(contents.metadata),
+        "rows": [
+            (row.id, row.text, row.title, row.document_id, row.position, _packed(row.metadata)) for row in contents.rows
+        ],
+        "is_corpus": contents.is_corpus,
+    }

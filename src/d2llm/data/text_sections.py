@@ -1,4 +1,4 @@
-"""The sections of Markdown and of reStructuredText."""
+"""The sections of the Markdown that Kreuzberg makes of office files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 from d2llm.core.types import Section
 
-_FRONT_MATTER = re.compile(r"---[ \t]*\n(?=\w[^\n]*:)(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", flags=re.DOTALL)
 _FENCE = re.compile(r" {0,3}(```+|~~~+)((?<=~).*|[^`]*)")  # ```inline code``` is no fence
 _HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t](.*))?")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*")
@@ -23,8 +22,7 @@ def markdown_sections(text: str) -> Iterator[Section]:
     lines: list[str] = []
     current = 0  # level of the last heading, 0 before the first
     fence = ""
-    front_matter = _FRONT_MATTER.match(text)
-    for line in text[front_matter.end() if front_matter else 0 :].split("\n"):
+    for line in text.split("\n"):
         marker = _FENCE.fullmatch(line)
         if marker and not fence:
             fence = marker[1]
@@ -33,7 +31,7 @@ def markdown_sections(text: str) -> Iterator[Section]:
         heading = None if fence else _HEADING.fullmatch(line)
         underline = None if fence or heading else _UNDERLINE.fullmatch(line)
         if heading:
-            level, title = len(heading[1]), heading_title(heading[2] or "")
+            level, title = len(heading[1]), _heading_title(heading[2] or "")
         elif underline and _can_be_title(lines):
             level, title = 1 if underline[1].startswith("=") else 2, lines.pop()
         else:
@@ -46,47 +44,11 @@ def markdown_sections(text: str) -> Iterator[Section]:
     yield _section(lines, headings, is_leaf=current > 0)
 
 
-def front_matter_title(text: str) -> str:
-    """The title in the front matter (YAML) of a Markdown text; "" if there is none."""
-    front_matter = _FRONT_MATTER.match(text)
-    title = re.search(r"^title:(.*)$", front_matter[1], flags=re.MULTILINE) if front_matter else None
-    return title[1].strip(" \t").strip("'\"") if title else ""
-
-
-def heading_title(text: str) -> str:
+def _heading_title(text: str) -> str:
     """What follows the ``#`` of a Markdown heading, without white space around it and without closing ``#``."""
     text = text.strip(" \t")
     opened = text.rstrip("#")
     return opened.rstrip(" \t") if not opened or opened[-1] in " \t" else text
-
-
-def rst_sections(text: str) -> Iterator[Section]:
-    """The sections of a reStructuredText, whose titles are underlined, and may be overlined, with punctuation.
-
-    The text of a title with nothing below it is the title.
-    """
-    styles: list[str] = []  # of the levels, in the order in which they first occur
-    headings: list[str] = []
-    lines: list[str] = []
-    rows = text.split("\n")
-    at = 0
-    while at < len(rows):
-        over = _is_adornment(rows[at]) and at + 2 < len(rows) and _is_adornment(rows[at + 2])
-        title_at = at + 1 if over else at
-        title = rows[title_at].strip()
-        under = rows[title_at + 1] if title_at + 1 < len(rows) else ""
-        if title and not _is_adornment(title) and _is_adornment(under) and len(under.rstrip()) >= len(title):
-            style = under[0] * (2 if over else 1)
-            if style not in styles:
-                styles.append(style)
-            yield _section(lines, headings, is_leaf=styles.index(style) < len(headings))
-            lines = []
-            headings[styles.index(style) :] = [title]
-            at = title_at + 2
-        else:
-            lines.append(rows[at])
-            at += 1
-    yield _section(lines, headings, is_leaf=True)
 
 
 def _section(lines: Sequence[str], headings: Sequence[str], *, is_leaf: bool) -> Section:
@@ -105,8 +67,3 @@ def _can_be_title(lines: Sequence[str]) -> bool:
 def _plain_heading(text: str) -> str:
     without_links = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     return re.sub(r"[*`]|\\(?=[^\w\s])|(?<!\w)_+|(?<!_)_+(?!\w)", "", without_links).strip()
-
-
-def _is_adornment(line: str) -> bool:
-    line = line.rstrip()
-    return len(line) > 1 and line[0] in "=-`:'\"~^_*+#<>.!$%&(),/;?@[\\]{|}" and line == line[0] * len(line)
