@@ -1,4 +1,4 @@
-"""Markdown and reStructuredText by their headings."""
+"""Markdown that was made of office files, by its headings."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 import pytest
 
 from d2llm.core.types import Section
-from d2llm.data.text_sections import front_matter_title, markdown_sections, rst_sections
+from d2llm.data.text_sections import markdown_sections
 
 
 def test_markdown():
-    text = "---\nlayout: page\n---\nintro\n# One\na\n```\n# no heading\n```\n### Deep `code`\nb\n## Two\n\nc\n"
+    text = "intro\n# One\na\n```\n# no heading\n```\n### Deep `code`\nb\n## Two\n\nc\n"
     assert [section for section in markdown_sections(text) if section.text] == [
         Section("intro"),
         Section("a\n```\n# no heading\n```", ("One",)),
@@ -52,26 +52,13 @@ def test_headings_are_plain_text(heading, name):
 
 def test_a_heading_with_nothing_below_it_is_text():
     markdown = "# Deck\n## Thanks\n## More\n### Links\n# End\n"
-    rst = "Deck\n====\nThanks\n------\nMore\n------\nLinks\n~~~~~~\nEnd\n====\n"
     expected = [("Thanks", ("Deck", "Thanks")), ("Links", ("Deck", "More", "Links")), ("End", ("End",))]
-    for sections in (markdown_sections(markdown), rst_sections(rst)):
-        assert [(section.text, section.headings) for section in sections if section.text] == expected
+    assert [(section.text, section.headings) for section in markdown_sections(markdown) if section.text] == expected
 
 
-def test_restructured_text():
-    text = "=====\nTitle\n=====\nintro\n\nPart\n----\na\n\nSub\n~~~\nb\n\nOther\n-----\n::\n\n  ----\n"
-    assert [section for section in rst_sections(text) if section.text] == [
-        Section("intro", ("Title",)),
-        Section("a", ("Title", "Part")),
-        Section("b", ("Title", "Part", "Sub")),
-        Section("::\n\n  ----", ("Title", "Other")),
-    ]
-
-
-@pytest.mark.parametrize("sections", [markdown_sections, rst_sections])
 @pytest.mark.parametrize("text", ["", "\n\n", "=", "#", "===\n\n===", "def", "```"])
-def test_no_text_is_lost_or_invented(sections, text):
-    assert "".join(section.text for section in sections(text)).split() in ([], text.split())
+def test_no_text_is_lost_or_invented(text):
+    assert "".join(section.text for section in markdown_sections(text)).split() in ([], text.split())
 
 
 @pytest.mark.parametrize(
@@ -95,5 +82,4 @@ def test_white_space_and_closing_marks_around_headings(heading, name):
 def test_a_long_line_takes_little_time(line):
     begin = time.process_time()
     assert list(markdown_sections(f"{line}\ntext"))[-1].headings
-    front_matter_title("---\ntitle: a" + " " * 20_000 + "b\n---\n")
     assert time.process_time() - begin < 1

@@ -22,18 +22,19 @@ def upload(name: str, text: str) -> Passage:
 @pytest.mark.parametrize(
     ("text", "title"),
     [
-        ("intro\n# One  \ntext\n# Two", "One"),
+        ("intro\n# One  \ntext\n# Two", "a.md"),  # no heading is above all of the text
+        ("```\n# code\n```\n<!-- # comment -->\n# One\ntext", "One"),
         ("# A #", "A"),
         ("#\ttwo words ##  \r\ntext", "two words"),
         ("# C#", "C#"),
-        ("#\nnext line", ""),
-        ("## Deep", ""),
-        ("#none", ""),
+        ("#\nnext line", "a.md"),
+        ("## Deep", "Deep"),
+        ("#none", "a.md"),
     ],
 )
 def test_the_first_heading_of_markdown_is_the_title(text: str, title: str):
     assert upload("a.md", text).title == title
-    assert upload("a.txt", text).title == ""
+    assert upload("a.txt", text).title == "a.txt"
 
 
 @pytest.mark.parametrize("text", ["# " + "\n" * 50_000 + "x", "# x" + " " * 50_000 + "y", "#" + " " * 50_000 + "\nx"])

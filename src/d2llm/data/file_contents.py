@@ -1,4 +1,4 @@
-"""Title and sections of one file: text, pages and source code, and what Kreuzberg turns into Markdown; rows of tables."""
+"""Title and sections of one file: text, pages, source code, what Kreuzberg makes Markdown of; the rows of tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PYTHON = frozenset({".py", ".pyi"})
 _OTHER_CODE = frozenset({".m", ".pl", ".r", ".sql"})
 CODE = _PYTHON | PARSED | _OTHER_CODE
 """The suffixes of source code."""
-SUFFIXES = _TEXT | _MARKDOWN | _RST | _CONVERTED | TABLES | CODE
+SUFFIXES = _TEXT | _MARKDOWN | _RST | _HTML | _CONVERTED | TABLES | CODE
 """The suffixes of files that can be read."""
 
 
@@ -259,7 +259,7 @@ def _wide_encoding(sample: bytes) -> str:
     """UTF-16 without a byte-order mark: every other byte of its spaces, digits and ASCII letters is 0."""
     for encoding, first in (("utf-16-le", 1), ("utf-16-be", 0)):
         zeros, others = sample[first::2].count(0), sample[1 - first :: 2].count(0)
-        if zeros > len(sample) // 8 and not others:
+        if len(sample) > 3 and zeros > len(sample) // 8 and not others:
             return encoding
     raise UnreadableFileError("it is not text")
 
@@ -280,7 +280,11 @@ def _declared_encoding(data: bytes) -> str | None:
     larger = {
         **dict.fromkeys(("ascii", "iso8859-1", "latin-1"), "cp1252"),
         **dict.fromkeys(("gb2312", "gbk"), "gb18030"),
-        **{"shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs", "iso8859-9": "cp1254", "iso8859-11": "cp874"},
+        "shift_jis": "cp932",
+        "euc_kr": "cp949",
+        "big5": "big5hkscs",
+        "iso8859-9": "cp1254",
+        "iso8859-11": "cp874",
     }
     return None if name.startswith(("utf-", "unicode")) else larger.get(name, name)
 

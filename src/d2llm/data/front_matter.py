@@ -51,7 +51,7 @@ def read_front_matter(text: str) -> FrontMatter:
             title, fields = _yaml_fields(match[1] or "")
             end = match.end()
         elif match := _TOML.match(text):
-            title, fields = "", cast("dict[str, Any]", tomllib.loads(match[1] or ""))
+            title, fields = "", tomllib.loads(match[1] or "")
             end = match.end()
         elif text.startswith("{"):
             fields, end = json.JSONDecoder().raw_decode(text)

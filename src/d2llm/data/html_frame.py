@@ -10,6 +10,11 @@ import re
 
 from turbohtml import Element
 
+
+def _words(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
 _SIGNS = re.compile(r"[\s¶#§◆⚓🔗∞\u200b\ufeff\ue000-\uf8ff]+|permalink|(direct )?link to this .*", flags=re.IGNORECASE)
 _ICONS = re.compile(r"link( icon)?|anchor|permalink", flags=re.IGNORECASE)
 _COPY = re.compile(r"cop(y|ied)!?( (code|to clipboard|path|item path|link|snippet|page))*", flags=re.IGNORECASE)
@@ -21,17 +26,17 @@ _COOKIES = re.compile(
     flags=re.IGNORECASE,
 )
 _LONGEST_COOKIE_NOTICE = 3_000  # characters; a longer text is about cookies
-_SMALL = frozenset(
+_SMALL = _words(
     "btn-clipboard clipboard copy-button copybtn copybutton header-anchor headerlink hash-link line-number "
     "line-numbers-rows linenodiv lineno linenos linenumber md-clipboard permalink skip-link skipnav sourcelink "
-    "theme-edit-this-page viewcode-back viewcode-link".split()  # noqa: SIM905
+    "theme-edit-this-page viewcode-back viewcode-link"
 )
 """Classes of what generators of documentation add to a page's text."""
 _LONGEST_LABEL = 100  # characters of one of these; but line numbers may be many
-_LINK_LISTS = frozenset(
-    "breadcrumb breadcrumbs column2 gtoc menu mobile-nav nav nav-path navbar navigation "
-    "pagination pagination-nav picker-header related rst-footer-buttons rst-versions sidebar sphinxsidebar "
-    "table-of-contents theme-doc-toc-mobile toc".split()  # noqa: SIM905
+_LINK_LISTS = _words(
+    "breadcrumb breadcrumbs column2 gtoc menu mobile-nav nav nav-path navbar navigation pagination pagination-nav "
+    "picker-header related rst-footer-buttons rst-versions sidebar sphinxsidebar table-of-contents "
+    "theme-doc-toc-mobile toc"
 )
 """Classes and ids of lists of links around a page's text."""
 _BARS = frozenset({"bottomnav", "subnav", "topnav"})

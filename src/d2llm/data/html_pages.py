@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import turbohtml
 from turbohtml import CData, DocumentFragment, Element, Node, Text
@@ -18,10 +19,15 @@ from d2llm.core.types import Section
 from d2llm.data.html_frame import attribute, is_drawing, is_frame, is_hidden
 from d2llm.data.html_tables import grid_rows, is_grid, table_lines
 
-_BLOCKS = frozenset(
-    "address article aside blockquote body caption center dd details dialog dir div dl dt fieldset figcaption figure "
-    "footer form frameset h1 h2 h3 h4 h5 h6 header hgroup hr html iframe legend li main menu nav noframes ol optgroup p "
-    "search section select summary table tbody td template tfoot th thead tr ul".split()  # noqa: SIM905
+
+def _words(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_BLOCKS = _words(
+    "address article aside blockquote body caption center dd details dialog dir div dl dt fieldset figcaption "
+    "figure footer form frameset h1 h2 h3 h4 h5 h6 header hgroup hr html iframe legend li main menu nav noframes "
+    "ol optgroup p search section select summary table tbody td template tfoot th thead tr ul"
 )
 _BOXES = frozenset({"audio", "button", "canvas", "img", "input", "label", "meter", "object", "option", "video"})
 """Boxes within a line: what is inside them is a word by itself. In drawings, these are:"""
@@ -31,6 +37,7 @@ _UNSHOWN_INPUTS = frozenset({"checkbox", "file", "hidden", "image", "password", 
 _LEVEL_OF_DEFINITIONS = 7  # what a manual defines is below all headings of the page
 _LONGEST_NAME = 100
 _BREAK = "\v"  # stands for a line break until the white space around it is known
+_BETWEEN_IDEOGRAPHS = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef])[ \t]*\n[ \t]*(?=[\u3000-\u9fff\uff00-\uffef])")
 _TITLE_PARTS = re.compile(r"\s+[|–—·•:»›>/-]+\s+")
 _MOST_PARTS = 8
 _NO_SCRIPTS = re.compile(r"java ?script", flags=re.IGNORECASE)
@@ -58,6 +65,9 @@ def html_page(markup: str) -> tuple[str, list[Section]]:
 def _parse(markup: str) -> Any:
     """The tree of a page; what XHTML may have and HTML may not (``<a/>``, CDATA) is written differently before."""
     start = markup[:2048].lstrip("\ufeff \t\r\n").lower()
+    unclosed = markup.find("<!--", markup.rfind("-->") + 1)
+    if unclosed >= 0:  # the rest of the page would be a comment
+        markup = markup[:unclosed] + markup[unclosed:].replace("<!--", "")
     if "<![CDATA[" in markup:
         markup = re.sub(r"<!\[CDATA\[(.*?)\]\]>", lambda part: _escaped(part[1]), markup, flags=re.DOTALL)
     if start.startswith("<?xml") or "/xhtml" in start:
@@ -158,7 +168,7 @@ class _Reader:
         elif tag in _BOXES or (drawing and tag in _LABELS):
             self._space()
             waiting.append(self._space)
-        read = _SPECIAL.get(tag)
+        read = self._SPECIAL.get(tag)
         if read is None or read(self, node, waiting):
             waiting += reversed(node.children)
 
@@ -209,7 +219,7 @@ class _Reader:
         waiting.append(end)
         return True
 
-    def _code(self, node: Element, waiting: _Waiting) -> bool:
+    def _code(self, _node: Element, waiting: _Waiting) -> bool:
         """Text whose lines stay as they are."""
         self._break()
 
@@ -240,7 +250,7 @@ class _Reader:
         waiting.append(end)
         return True
 
-    def _item(self, node: Element, waiting: _Waiting) -> bool:
+    def _item(self, node: Element, _waiting: _Waiting) -> bool:
         if node.select_one("h1, h2, h3, h4, h5, h6, table, section"):  # a list only by name
             return True
         around = self._lists[-1] if self._lists else _List(None)
@@ -277,15 +287,17 @@ class _Reader:
 
         waiting.append(end)
         for child in reversed(node.children):
-            is_term = isinstance(child, Element) and child.tag == "dt"
-            waiting.append((lambda term=child: define(term)) if is_term else child)
+            if isinstance(child, Element) and child.tag == "dt":
+                waiting.append(partial(define, child))
+            else:
+                waiting.append(child)
         return False
 
-    def _definition(self, node: Element, waiting: _Waiting) -> bool:
+    def _definition(self, _node: Element, _waiting: _Waiting) -> bool:
         self._is_tight = True
         return True
 
-    def _table(self, node: Element, waiting: _Waiting) -> bool:
+    def _table(self, node: Element, _waiting: _Waiting) -> bool:
         if self._in_heading or self._verbatim or not is_grid(node):
             return True
         for caption in node.find_all("caption"):
@@ -295,7 +307,7 @@ class _Reader:
             self._add(text)
         return False
 
-    def _ruby(self, node: Element, waiting: _Waiting) -> bool:
+    def _ruby(self, node: Element, _waiting: _Waiting) -> bool:
         """Words, and behind them how they are pronounced, which must not stand between their characters."""
         words, readings = list[str](), list[str]()
         for part in node.descendants:
@@ -305,70 +317,71 @@ class _Reader:
         self._line.append("".join(words) + (f"({''.join(readings)})" if readings else ""))
         return False
 
-    def _line_break(self, node: Element, waiting: _Waiting) -> bool:
+    def _line_break(self, _node: Element, _waiting: _Waiting) -> bool:
         self._line.append(" " if self._in_heading else _BREAK)
         return False
 
-    def _exponent(self, node: Element, waiting: _Waiting) -> bool:
+    def _exponent(self, node: Element, _waiting: _Waiting) -> bool:
         """What is raised, and would else be read as a part of the number before it."""
         before = self._line[-1] if self._line else ""
         if re.search(r"[\d)]$", before) and re.fullmatch(r"[-+−–]?(\d+|[a-z])", node.text) and not node.find("a"):
             self._line.append("^")
         return True
 
-    def _formula(self, node: Element, waiting: _Waiting) -> bool:
+    def _formula(self, node: Element, _waiting: _Waiting) -> bool:
         self._line.append(_formula_text(node) or attribute(node, "alttext"))
         return False
 
-    def _picture(self, node: Element, waiting: _Waiting) -> bool:
+    def _picture(self, node: Element, _waiting: _Waiting) -> bool:
         self._line.append(attribute(node, "alt"))
         return True
 
-    def _input(self, node: Element, waiting: _Waiting) -> bool:
+    def _input(self, node: Element, _waiting: _Waiting) -> bool:
         kind = attribute(node, "type").lower()
         self._line.append(attribute(node, "alt" if kind == "image" else "" if kind in _UNSHOWN_INPUTS else "value"))
         return True
 
-    def _inner_page(self, node: Element, waiting: _Waiting) -> bool:
-        """The page that is written in an attribute of a frame."""
-        page = attribute(node, "srcdoc")
+    def _inner_page(self, node: Element, _waiting: _Waiting) -> bool:
+        """The page that is written in an attribute of a frame, or as the text that older browsers show for it."""
+        page = attribute(node, "srcdoc") if node.tag == "iframe" else node.text
         if page and self._depth < _MOST_FRAMES:
             for section in _Reader(with_frame=self._with_frame, depth=self._depth + 1).sections(_parse(page)):
                 for text in dict.fromkeys([*section.headings[-1:], section.text]):
                     self._add(text)
-        return True
+        return False
 
-    def _template(self, node: Element, waiting: _Waiting) -> bool:
+    def _template(self, node: Element, _waiting: _Waiting) -> bool:
         return bool(attribute(node, "shadowrootmode"))
 
-    def _without_scripts(self, node: Element, waiting: _Waiting) -> bool:
+    def _without_scripts(self, node: Element, _waiting: _Waiting) -> bool:
         return not _NO_SCRIPTS.search(node.text)
 
-
-_Special = Callable[[_Reader, Element, _Waiting], bool]
-_SPECIAL: dict[str, _Special] = {
-    **dict.fromkeys(("h1", "h2", "h3", "h4", "h5", "h6"), _Reader._heading),
-    **dict.fromkeys(("pre", "textarea", "listing", "plaintext", "xmp"), _Reader._code),
-    **dict.fromkeys(("ol", "ul", "menu", "dir"), _Reader._list),
-    **dict.fromkeys(("img", "area"), _Reader._picture),
-    "br": _Reader._line_break,
-    "dd": _Reader._definition,
-    "dl": _Reader._definitions,
-    "iframe": _Reader._inner_page,
-    "input": _Reader._input,
-    "li": _Reader._item,
-    "math": _Reader._formula,
-    "noscript": _Reader._without_scripts,
-    "ruby": _Reader._ruby,
-    "sup": _Reader._exponent,
-    "table": _Reader._table,
-    "template": _Reader._template,
-}
+    _SPECIAL: ClassVar[dict[str, Callable[[_Reader, Element, _Waiting], bool]]] = {
+        **dict.fromkeys(("h1", "h2", "h3", "h4", "h5", "h6"), _heading),
+        **dict.fromkeys(("pre", "textarea", "listing", "plaintext", "xmp"), _code),
+        **dict.fromkeys(("ol", "ul", "menu", "dir"), _list),
+        **dict.fromkeys(("img", "area"), _picture),
+        "br": _line_break,
+        "dd": _definition,
+        "dl": _definitions,
+        "iframe": _inner_page,
+        "noembed": _inner_page,
+        "noframes": _inner_page,
+        "input": _input,
+        "li": _item,
+        "math": _formula,
+        "noscript": _without_scripts,
+        "ruby": _ruby,
+        "sup": _exponent,
+        "table": _table,
+        "template": _template,
+    }
 
 
 def _one_line(texts: Sequence[str]) -> str:
     """A block's texts in one line, but for the breaks in it."""
-    line = re.sub(r"[ \t\r\n\f\xa0]+", " ", "".join(texts))
+    line = re.sub(_BETWEEN_IDEOGRAPHS, "", "".join(texts))
+    line = re.sub(r"[ \t\r\n\f\xa0]+", " ", line)
     return re.sub(rf" ?{_BREAK} ?", "\n", line).strip(" \n")
 
 
@@ -397,7 +410,9 @@ def _formula_text(node: Element) -> str:
         elif isinstance(item, (Text, CData)):
             texts.append(" ".join(item.data.split()))
         elif isinstance(item, Element) and item.tag not in ("annotation", "annotation-xml"):
-            children = [child for child in item.children if not isinstance(child, Text) or child.data.strip()]
+            children: list[Any] = [
+                child for child in item.children if not isinstance(child, Text) or child.data.strip()
+            ]
             sign = between.get(item.tag, "")
             if sign and len(children) > 1:
                 children = [part for child in children for part in (sign, child)][1:]
@@ -406,7 +421,7 @@ def _formula_text(node: Element) -> str:
             if item.tag == "msqrt":
                 children = ["√(", *children, ")"]
             parent = item.parent
-            if item.tag == "mrow" and len(children) > 1 and parent is not None and parent.tag in between:
+            if item.tag == "mrow" and len(children) > 1 and isinstance(parent, Element) and parent.tag in between:
                 children = ["(", *children, ")"]
             if item.tag in ("mtr", "mtd"):
                 children.append(" ")

@@ -14,14 +14,20 @@ from typing import Any
 
 from d2llm.data.rst import role_text, rst_as_html
 
-_HTML_NAMES = frozenset(
-    "a abbr acronym address applet area article aside audio b base basefont bdi bdo bgsound big blink blockquote body br "
-    "button canvas caption center cite code col colgroup data datalist dd del details dfn dialog dir div dl dt em embed "
-    "fieldset figcaption figure font footer form frame frameset h1 h2 h3 h4 h5 h6 head header hgroup hr html i iframe "
-    "image img input ins kbd label legend li link listing main map mark marquee math menu meta meter nav nobr noembed "
-    "noframes noscript object ol optgroup option output p param picture plaintext pre progress q rb rp rt rtc ruby s samp "
-    "script search section select slot small source span strike strong style sub summary sup svg table tbody td template "
-    "textarea tfoot th thead time title tr track tt u ul var video wbr xmp".split()  # noqa: SIM905
+
+def _words(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_HTML_NAMES = _words(
+    "a abbr acronym address applet area article aside audio b base basefont bdi bdo bgsound big blink blockquote "
+    "body br button canvas caption center cite code col colgroup data datalist dd del details dfn dialog dir div "
+    "dl dt em embed fieldset figcaption figure font footer form frame frameset h1 h2 h3 h4 h5 h6 head header "
+    "hgroup hr html i iframe image img input ins kbd label legend li link listing main map mark marquee math menu "
+    "meta meter nav nobr noembed noframes noscript object ol optgroup option output p param picture plaintext pre "
+    "progress q rb rp rt rtc ruby s samp script search section select slot small source span strike strong style "
+    "sub summary sup svg table tbody td template textarea tfoot th thead time title tr track tt u ul var video "
+    "wbr xmp"
 )
 _TAG = re.compile(r"</?([A-Za-z][\w:.-]*)[^<>]*>")
 _ROLE = re.compile(r"\{([A-Za-z][\w.:+-]*)\}(`+)(?!`)(.{1,2000}?)(?<!`)\2(?!`)", flags=re.DOTALL)
@@ -119,7 +125,7 @@ def _site_blocks(state: Any) -> None:
                 token.content = f"{label}  {rest}" if label else rest
 
 
-def _fence(renderer: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
+def _fence(_renderer: Any, tokens: Any, index: int, _options: Any, env: Any) -> str:
     """Code between fences, or a directive with its title and contents."""
     token = tokens[index]
     info, content = token.info.strip(), token.content
@@ -153,7 +159,7 @@ def _preformatted(content: str) -> str:
     return f"<pre>\n{escape(content, quote=False)}</pre>\n"
 
 
-def _html(renderer: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
+def _html(_renderer: Any, tokens: Any, index: int, _options: Any, env: Any) -> str:
     """HTML in the text; what is no element but only looks like one ("List<String>") is text."""
 
     def checked(tag: re.Match[str]) -> str:

@@ -216,7 +216,10 @@ def _outcome(reply: dict[str, Any]) -> Outcome:
     if "unreadable" in reply:
         return UnreadableFileError(reply["unreadable"])
     sections = (Section(text, tuple(headings), page) for text, headings, page in reply["sections"])
-    rows = (Passage(*texts, _unpacked(metadata)) for *texts, metadata in reply["rows"])
+    rows = (
+        Passage(name, text, title, document_id, position, _unpacked(metadata))
+        for name, text, title, document_id, position, metadata in reply["rows"]
+    )
     return FileContents(
         reply["title"], tuple(sections), _unpacked(reply["metadata"]), tuple(rows), is_corpus=reply["is_corpus"]
     )

@@ -14,24 +14,30 @@ from html import escape
 from threading import Lock
 from typing import Any
 
+
+def _words(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
 _ROLE_TARGET = re.compile(r"(.*?)\s*<[^<>]+>", flags=re.DOTALL)
 _SHORTENED = re.compile(r"~[\w.]*?(\w+)(\(\))?")
 _VERBATIM_ROLES = frozenset("code command file guilabel kbd literal math menuselection samp".split())  # noqa: SIM905
 _NUMBERED = frozenset({"pep", "rfc"})
 _OWN_ROLES = _NUMBERED | {"raw"}
-_CODE = frozenset(
+_CODE = _words(
     "code code-block doctest ipython math mermaid parsed-code productionlist prompt sourcecode testcode "
-    "testoutput testsetup graphviz digraph graph uml".split()  # noqa: SIM905
+    "testoutput testsetup graphviz digraph graph uml"
 )
-_NO_TEXT = frozenset(
-    "bibliography contents currentmodule default-domain highlight highlightlang include index "
-    "literalinclude meta module program py:currentmodule py:module sectionauthor moduleauthor codeauthor tabularcolumns "
-    "testcleanup toctree".split()  # noqa: SIM905
+_CODE_WITH_ARGUMENT = frozenset({"digraph", "graph", "math", "productionlist"})
+_NO_TEXT = _words(
+    "bibliography contents currentmodule default-domain highlight highlightlang include index literalinclude meta "
+    "module program py:currentmodule py:module sectionauthor moduleauthor codeauthor tabularcolumns testcleanup "
+    "toctree"
 )
-_OBJECTS = frozenset(
-    "attribute class classmethod cmdoption confval constant data decorator decoratormethod describe directive enum "
-    "enumerator envvar event exception function label macro member method object opcode option pdbcommand property role "
-    "staticmethod struct type union var".split()  # noqa: SIM905
+_OBJECTS = _words(
+    "attribute class classmethod cmdoption confval constant data decorator decoratormethod describe directive "
+    "enum enumerator envvar event exception function label macro member method object opcode option pdbcommand "
+    "property role staticmethod struct type union var"
 )
 """Directives that define something, in any domain ("py:function")."""
 _LABELS = {
@@ -124,7 +130,7 @@ def _sphinx() -> Generator[None]:
             directives.directive, roles.role = find_directive, find_role
 
 
-def _role(name: str, rawtext: str, text: str, line: int, inliner: Any, options: Any = None, content: Any = None) -> Any:
+def _role(name: str, rawtext: str, text: str, *_others: Any) -> Any:
     from docutils import nodes, utils
 
     return [nodes.inline(rawtext, role_text(name, utils.unescape(text)))], []
@@ -137,11 +143,15 @@ class _AnyOptions(dict[str, Any]):
         return True
 
     def __missing__(self, name: str) -> Any:
-        return lambda argument: argument or ""
+        return _option
+
+
+def _option(argument: str | None) -> str:
+    return argument or ""
 
 
 @cache
-def _directive_class() -> Any:
+def _directive_class() -> Any:  # noqa: C901 - one class
     from docutils import nodes
     from docutils.parsers.rst import Directive
     from docutils.statemachine import StringList
@@ -160,22 +170,21 @@ def _directive_class() -> Any:
             if argument and self.block_text.partition("\n")[0].rstrip().endswith("::"):  # it begins below the name
                 self.content = StringList([*argument.split("\n"), "", *self.content], "text")
                 argument = ""
-            if name in _NO_TEXT:
+            if name in _NO_TEXT or (name == "raw" and "html" not in argument):
                 return []
             if name == "raw":
-                html = "\n".join(self.content) if "html" in argument else ""
-                return [nodes.raw("", html, format="html")]
-            if name in ("image", "figure"):
-                return self._labelled(str(self.options.get("alt", "")))
+                return [nodes.raw("", "\n".join(self.content), format="html")]
             if name in _CODE:
-                first = argument if name in ("math", "productionlist", "digraph", "graph") else ""
-                code = "\n".join([*([first] if first else []), *self.content])
+                code = "\n".join([*([argument] if name in _CODE_WITH_ARGUMENT else []), *self.content])
                 return [nodes.literal_block(code, code)] if code.strip() else []
-            if name.rpartition(":")[2] in _OBJECTS and (name != "class" or re.search(r"[A-Z(.]", argument)):
+            is_class_of_text = name == "class" and not re.search(r"[A-Z(.]", argument)
+            if name.rpartition(":")[2] in _OBJECTS and not is_class_of_text:
                 return self._definition(argument)
-            if name in _LABELS:
-                return self._labelled(_LABELS[name].format(argument).strip())
-            return self._labelled("" if name == "class" else argument)
+            if name in ("image", "figure"):
+                argument = str(self.options.get("alt", ""))
+            elif name in _LABELS:
+                argument = _LABELS[name].format(argument).strip()
+            return self._labelled("" if is_class_of_text else argument)
 
         def _labelled(self, label: str) -> list[Any]:
             around = nodes.container()

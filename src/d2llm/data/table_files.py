@@ -9,8 +9,6 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -161,13 +159,7 @@ def _scalar_text(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, datetime | date | time):
-        return str(value)
-    if isinstance(value, timedelta | Decimal | int | float):
-        return str(value)
-    if isinstance(value, bytes):
-        return _bytes_text(value)
-    return str(value)
+    return _bytes_text(value) if isinstance(value, bytes) else str(value)
 
 
 def _bytes_text(value: bytes) -> str:
@@ -203,5 +195,5 @@ def _plain_value(value: Any) -> Any:
 
 
 def _without_halves(text: str) -> str:
-    """JSON can hold halves of a character ("\\ud83d"), which no encoding can write: they become U+FFFD."""
+    """JSON can hold halves of surrogate pairs, which no encoding can write: they become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
