@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import semantic_text_splitter
-
 from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, SectionedPassage, WholeText, piece_id
 from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
+from d2llm.retrieval.text_splitter import TextSplitter
 from d2llm.store.side_files import CHUNK_TOKENS, Chunking, read_chunking
 
 HEADING_SEPARATOR = " > "
@@ -23,8 +22,8 @@ _LEAST_TOKENS = 8
 class Chunker:
     """Splits documents into passages with a maximum number of the student's tokens, at sentence ends if possible.
 
-    A piece ends at the end of a chapter, paragraph, sentence or word, the first of these that fits, by the rules of
-    Unicode, which cover every script. Only white space between pieces is dropped.
+    A piece ends where a sentence does if one fits, at the end of a paragraph if it is at least half full there
+    (``text_splitter``). Only white space between pieces is dropped.
 
     Late chunks are the same pieces, but an index reads each document whole and pools every piece from states that
     attend to the rest of the document (``models.late_chunking``). If any part of a document changes, all of it is
@@ -49,8 +48,9 @@ class Chunker:
             chunking = replace(chunking, late_window=student.chunk_reader.window(chunking.late_window))
         self.chunking = chunking
         self._tokenizer: Any = copy.deepcopy(student.backbone.tokenizer)  # threads must not share a tokenizer
+        self._tokenizer.backend_tokenizer.no_truncation()
+        self._tokenizer.backend_tokenizer.no_padding()
         self._around = len(self._tokenizer(student.config.backbone.passage_prefix, verbose=False)["input_ids"])
-        self._splitters: dict[int, Any] = {}
 
     def split(self, document: Passage) -> list[Passage]:
         """A document as passages ``<id>#1``, ``<id>#2``, ... at positions 1, 2, ..., with its title and metadata.
@@ -67,8 +67,7 @@ class Chunker:
             return [document]
         if isinstance(document, SectionedPassage):
             return self._split_sections(document)
-        splitter = self._splitter(document.title, self.chunking.chunk_tokens)
-        pieces: list[tuple[int, str]] = splitter.chunk_indices(document.text)
+        pieces = self._splitter(document.title, self.chunking.chunk_tokens).pieces(document.text)
         if len(pieces) < 2:
             return [document]
         passages = [
@@ -103,16 +102,10 @@ class Chunker:
             for n, piece in enumerate(counted, start=1)
         ]
 
-    def _splitter(self, title: str, chunk_tokens: int) -> Any:
+    def _splitter(self, title: str, chunk_tokens: int) -> TextSplitter:
         room = chunk_tokens - self._around - (self._count(title + "\n") if title else 0)
         room = max(room, chunk_tokens // 2)
-        if room not in self._splitters:
-            overlap = min(self.chunking.chunk_overlap, room - 1)
-            with TOKENIZING:
-                self._splitters[room] = semantic_text_splitter.TextSplitter.from_huggingface_tokenizer(
-                    self._tokenizer.backend_tokenizer, room, overlap
-                )
-        return self._splitters[room]
+        return TextSplitter(self._tokenizer.backend_tokenizer, room, min(self.chunking.chunk_overlap, room - 1))
 
     def _count(self, text: str) -> int:
         with TOKENIZING:
