@@ -15,7 +15,9 @@ def _words(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
-_SIGNS = re.compile(r"[\s¶#§◆⚓🔗∞\u200b\ufeff\ue000-\uf8ff]+|permalink|(direct )?link to this .*", flags=re.IGNORECASE)
+_SIGNS = re.compile(
+    r"[\s¶#§◆⚓🔗∞↩\ufe0e\u200b\ufeff\ue000-\uf8ff]+|permalink|(direct )?link to this .*", flags=re.IGNORECASE
+)
 _ICONS = re.compile(r"link( icon)?|anchor|permalink", flags=re.IGNORECASE)
 _COPY = re.compile(r"cop(y|ied)!?( (code|to clipboard|path|item path|link|snippet|page))*", flags=re.IGNORECASE)
 _SKIP = re.compile(r"(skip|jump) (navigation|to (the )?(main )?(content|navigation|search)).*", flags=re.IGNORECASE)

@@ -21,7 +21,10 @@ def is_grid(table: Element) -> bool:
     """Whether a table is one of values; others arrange parts of a page, or have more in their cells than words."""
     if table.attrs.get("role") in ("presentation", "none") or table.select_one("table, h1, h2, h3, h4, h5, h6, pre"):
         return False
-    return any(len(_cells(row)) > 1 for row in table.find_all("tr"))
+    rows = table.find_all("tr")
+    return any(len(_cells(row)) > 1 for row in rows) or any(
+        cell.tag == "th" for row in rows[:1] for cell in _cells(row)
+    )
 
 
 def grid_rows(table: Element, text_of: Callable[[Element], str]) -> list[_Row]:

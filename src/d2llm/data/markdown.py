@@ -12,7 +12,7 @@ from functools import cache
 from html import escape
 from typing import Any
 
-from d2llm.data.rst import role_text, rst_as_html
+from d2llm.data.rst import NO_TEXT, role_text, rst_as_html
 
 
 def _words(names: str) -> frozenset[str]:
@@ -39,11 +39,8 @@ _CALLOUT = re.compile(r"\[!(\w+)\][+-]?[ \t]*")
 _DIRECTIVE = re.compile(r"\{([\w.:+-]+)\}[ \t]*(.*)")
 _OPTION_LINES = re.compile(r"(?::[\w-]+:[^\n]*(?:\n|\Z))+|---\n(?:[^\n]*\n)*?---(?:\n|\Z)")
 _CODE = frozenset({"code", "code-block", "code-cell", "ipython", "math", "mermaid", "parsed-literal", "sourcecode"})
-_NO_TEXT = frozenset({"bibliography", "contents", "include", "index", "literalinclude", "tableofcontents", "toctree"})
 _PICTURES = frozenset({"figure", "figure-md", "image"})
-_LABELLED = frozenset(
-    "attention caution danger error hint important info note seealso success tip todo warning".split()  # noqa: SIM905
-)
+_LABELLED = _words("attention caution danger error hint important info note seealso success tip todo warning")
 _DEEPEST = 20  # what is nested more deeply is a plain paragraph
 
 
@@ -139,7 +136,7 @@ def _fence(_renderer: Any, tokens: Any, index: int, _options: Any, env: Any) -> 
         return _preformatted(content)
     options_match = _OPTION_LINES.match(content) if directive else None
     body = content[options_match.end() :] if options_match else content
-    if name in _NO_TEXT:
+    if name in NO_TEXT or name == "tableofcontents":
         return ""
     if name in _PICTURES:
         alternative = re.search(r"^:alt:(.*)$", options_match[0], flags=re.MULTILINE) if options_match else None
@@ -150,9 +147,9 @@ def _fence(_renderer: Any, tokens: Any, index: int, _options: Any, env: Any) -> 
         return rst_as_html(body)
     label = argument.strip() or (name.capitalize() if name.lower() in _LABELLED else "")
     if env["depth"] >= _DEEPEST:
-        return f"<p>{escape(label)}</p>{_preformatted(body)}"
-    inner = _parser().render(body, {"closed": env["closed"], "depth": env["depth"] + 1})
-    return f"<p>{escape(label)}</p>\n{inner}"
+        return _preformatted(f"{label}\n{body}")
+    env = {"closed": env["closed"], "depth": env["depth"] + 1}
+    return f"<p>{_parser().renderInline(label, env)}</p>\n{_parser().render(body, env)}"
 
 
 def _preformatted(content: str) -> str:

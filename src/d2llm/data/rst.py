@@ -29,11 +29,12 @@ _CODE = _words(
     "testoutput testsetup graphviz digraph graph uml"
 )
 _CODE_WITH_ARGUMENT = frozenset({"digraph", "graph", "math", "productionlist"})
-_NO_TEXT = _words(
+NO_TEXT = _words(
     "bibliography contents currentmodule default-domain highlight highlightlang include index literalinclude meta "
     "module program py:currentmodule py:module sectionauthor moduleauthor codeauthor tabularcolumns testcleanup "
     "toctree"
 )
+"""Directives of which a reader sees nothing, or only what is elsewhere."""
 _OBJECTS = _words(
     "attribute class classmethod cmdoption confval constant data decorator decoratormethod describe directive "
     "enum enumerator envvar event exception function label macro member method object opcode option pdbcommand "
@@ -43,14 +44,12 @@ _OBJECTS = _words(
 _LABELS = {
     "deprecated": "Deprecated since version {}",
     "deprecated-removed": "Deprecated since version {}",
-    "seealso": "See also {}",
-    "todo": "Todo {}",
     "versionadded": "Added in version {}",
     "versionchanged": "Changed in version {}",
     "versionremoved": "Removed in version {}",
 }
 _FIELDS_FOR_SPHINX = frozenset({"nocomments", "nosearch", "orphan", "tocdepth"})
-_OWN_DIRECTIVES = _CODE | _NO_TEXT | frozenset({"class", "figure", "image", "raw"})
+_OWN_DIRECTIVES = _CODE | NO_TEXT | frozenset({"class", "figure", "image", "raw"})
 _SETTINGS: dict[str, Any] = {
     "_disable_config": True,
     "docinfo_xform": False,
@@ -170,7 +169,7 @@ def _directive_class() -> Any:  # noqa: C901 - one class
             if argument and self.block_text.partition("\n")[0].rstrip().endswith("::"):  # it begins below the name
                 self.content = StringList([*argument.split("\n"), "", *self.content], "text")
                 argument = ""
-            if name in _NO_TEXT or (name == "raw" and "html" not in argument):
+            if name in NO_TEXT or (name == "raw" and "html" not in argument):
                 return []
             if name == "raw":
                 return [nodes.raw("", "\n".join(self.content), format="html")]
@@ -182,13 +181,16 @@ def _directive_class() -> Any:  # noqa: C901 - one class
                 return self._definition(argument)
             if name in ("image", "figure"):
                 argument = str(self.options.get("alt", ""))
+            elif name in ("seealso", "todo"):
+                return self._labelled("See also" if name == "seealso" else "Todo", argument)
             elif name in _LABELS:
-                argument = _LABELS[name].format(argument).strip()
+                version, _, rest = " ".join(argument.split()).partition(" ")
+                argument = _LABELS[name].format(version).strip() + (f": {rest}" if rest else "")
             return self._labelled("" if is_class_of_text else argument)
 
-        def _labelled(self, label: str) -> list[Any]:
+        def _labelled(self, *labels: str) -> list[Any]:
             around = nodes.container()
-            if label:
+            for label in filter(None, labels):
                 texts, messages = self.state.inline_text(label, self.lineno)
                 around += [nodes.paragraph("", "", *texts), *messages]
             self.state.nested_parse(self.content, self.content_offset, around)

@@ -20,9 +20,12 @@ _LEAST_SHARE = 0.5  # of a piece, before it ends at the end of a paragraph altho
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
 _STOP = re.compile(r"[.!?…。！？؟۔।॥։።።፧។။]+[\"'”’»›」』）)\]]*$")
 _ABBREVIATION = re.compile(
-    r"(?:^|[\s(\[“\"'])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|[Aa]bb|[Aa]pprox|[Cc]a|[Cc]f|[Cc]h|[Dd]r|[Ee]d|[Ee]ds|[Ee]q"
-    r"|[Ee]qs|[Ee]x|[Ff]ig|[Ff]igs|[Ii]ncl|Jr|[Mm]ax|[Mm]in|Mr|Mrs|Ms|[Nn]o|[Nn]os|[Nn]r|[Pp]p|[Pp]\.[Ss]|Prof|[Rr]ef"
-    r"|[Ss]ec|[Ss]ect|Sr|St|[Tt]ab|[Tt]el|[Vv]gl|[Vv]ol|[Vv]s|bzw|usw|z\.\s?B|u\.\s?a|d\.\s?h)\.$"
+    r"(?:^|[\s(\[“\"'])(?:[A-Z]|(?:[A-Za-z]\.\s?)+[A-Za-z]|approx|bzw|ca|cf|Cf|Dr|e\.g|et al|etc|i\.e|incl|Jr|Mr|Mrs|Ms"
+    r"|Prof|resp|Sr|St|usw|vgl|Vgl|viz|vs)\.$"
+)
+_BEFORE_NUMBER = re.compile(
+    r"(?:^|[\s(\[“\"'])(?:abb|art|ch|chap|eq|eqs|fig|figs|no|nos|nr|p|para|pp|ref|refs|sec|sect|tab|vol)\.$",
+    re.IGNORECASE,
 )
 _CLAUSE = re.compile(r"[,;:–—](?=\s)|[，、；：]|\n")
 # A line of prose goes on in the next: it is long, and neither its end nor what follows looks like code or a list.
@@ -42,7 +45,7 @@ class TextSplitter:
     """
 
     def __init__(self, tokenizer: Any, room: int, overlap: int = 0) -> None:
-        """``tokenizer``: of the library ``tokenizers``; ``overlap``: tokens that a piece may repeat from the last one."""
+        """``tokenizer``: of the library ``tokenizers``; ``overlap``: tokens that pieces repeat from those before."""
         self._tokenizer, self._room, self._overlap = tokenizer, room, overlap
 
     def pieces(self, text: str) -> list[tuple[int, str]]:
@@ -131,9 +134,13 @@ def _boundaries(text: str) -> tuple[list[int], list[int]]:
     for _, end in sentences(joined):
         before = joined[max(0, end - 40) : end]
         is_line = joined[end : end + 80].lstrip(" \t").startswith("\n") and before[-1] not in ",:;"
-        if is_line or (_STOP.search(before) and not _ABBREVIATION.search(before)):
+        if is_line or (_STOP.search(before) and not _is_abbreviation(before, joined[end : end + 80].lstrip())):
             stops.append(end)
     return paragraphs, stops
+
+
+def _is_abbreviation(before: str, after: str) -> bool:
+    return bool(_ABBREVIATION.search(before) or (after[:1].isdigit() and _BEFORE_NUMBER.search(before)))
 
 
 def _last_boundary(text: str, start: int, least: int, end: int, paragraphs: Sequence[int], stops: Sequence[int]) -> int:
