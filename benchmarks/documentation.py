@@ -26,14 +26,10 @@ from d2llm import Index, find_documents
 from d2llm.core.types import Passage
 
 QUESTIONS = Path(__file__).with_name("documentation_questions.jsonl")
-NODE = (
-    "buffer child_process crypto dns events fs http https net os path process readline stream test timers url util "
-    "worker_threads zlib"
-)
+NODE = "child_process events fs os path process readline timers url util zlib"
 PYTHON = (
-    "argparse bisect collections contextlib csv dataclasses datetime functools glob heapq itertools json logging "
-    "os.path pathlib queue random re sched shelve shutil signal statistics subprocess tempfile textwrap threading time "
-    "urllib.parse zipfile"
+    "bisect collections contextlib datetime functools glob heapq itertools random sched shelve shutil statistics "
+    "subprocess tempfile textwrap threading time"
 )
 SOURCES = {"flask": "3.1.2", "click": "8.3.1", "attrs": "25.4.0"}
 
