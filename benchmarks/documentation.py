@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,13 +98,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="Where the documentation is, or goes.")
     parser.add_argument("--student", default="d2llm-minilm")
+    parser.add_argument("--parts", action="store_true", help="Also use vectors of windows and tokens: slow.")
     parser.add_argument("--json", type=Path, help="Also write the results here.")
     options = parser.parse_args()
     if not options.folder.exists():
         fetch(options.folder)
     questions = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as name:
-        index = Index.create(Path(name) / "index", options.student)
+        parts: Any = {} if options.parts else {"window_vectors": "none", "token_vectors": "none"}
+        index = Index.create(Path(name) / "index", options.student, **parts)
         report = index.upsert_documents(find_documents([options.folder]), lenient_metadata=True)
         passages = index.get(index.list_passages(limit=10**9))
         relevant = relevant_passages(questions, passages)

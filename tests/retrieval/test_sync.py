@@ -212,6 +212,13 @@ class TestTables:
         assert sync_documents(index, [folder]).gone == ("b.jsonl",)
         assert contents(index).keys() == {"a.csv/1"}
 
+    def test_rows_that_move_to_another_file(self, index, folder):
+        sync_documents(index, [folder])
+        (folder / "b.jsonl").rename(folder / "c.jsonl")
+        assert sync_documents(index, [folder]).gone == ("b.jsonl",)
+        assert {"x", "y"} <= contents(index).keys()
+        assert sync_documents(index, [folder]).num_unchanged == 2
+
     def test_a_table_written_in_part_is_read_again(self, index, folder):
         sync_documents(index, [folder])
         index.delete(["a.csv/2"])

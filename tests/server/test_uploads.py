@@ -98,7 +98,7 @@ def test_a_file_is_read_as_from_a_folder(tmp_path: Path, name: str):
     [
         ("a.exe", "x", "a.exe: files of this type cannot be read; send one of .bash"),
         ("a.csv.gz", "x", "a.csv.gz: files of this type cannot be read"),
-        ("a.jsonl", '{"_id": "1", "text": "x"}\n{"_id": "2"}\n', "a.jsonl: line 2: field 'text' is missing"),
+        ("a.jsonl", '{"_id": "1", "text": "x"}\n{"_id": "2"}\n', "a.jsonl:2: field 'text' is missing"),
         ("a.pdf", "no pdf", "a.pdf: "),
         ("a.txt", "", "a.txt: it is empty"),
     ],

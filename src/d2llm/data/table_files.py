@@ -76,7 +76,7 @@ def json_records(text: str) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, decoder.decode(line.strip())
             except (ValueError, RecursionError) as error:
-                raise TableError(f"line {number}: it cannot be parsed ({error})") from error
+                raise TableError(f"line {number}: it cannot be parsed: not valid JSON ({error})") from error
 
 
 def parquet_records(path: Path) -> Iterator[tuple[int, Pairs]]:

@@ -63,13 +63,13 @@ def sync_documents(
         file for file in documents.files if known.get(file.id, _Known()).state == (file.modified, file.num_bytes)
     ]
     changed = replace(documents, files=sorted(set(documents.files) - set(unchanged), key=lambda file: file.id))
-    left_over: list[str] = []  # passages of rows that files no longer have
+    read_ids: set[str] = set()
+    before: list[dict[str, str]] = []  # what the index had of the files that were read or are gone
 
     def read() -> Iterator[Passage]:
         for each in changed.by_file():
-            now = {name for document in each.documents for name in (document.id, document.document_id)}
-            before = known.get(each.file.id, _Known()).passages
-            left_over.extend(passage for passage, document in before.items() if document not in now)
+            before.append(known.get(each.file.id, _Known()).passages)
+            read_ids.update(name for document in each.documents for name in (document.id, document.document_id))
             yield from each.documents
 
     written = index.upsert_documents(read(), chunking, lenient_metadata=True, num_documents=changed.num_documents)
@@ -78,7 +78,9 @@ def sync_documents(
     gone = sorted(
         name for name in known.keys() - names if not any(name == each or name.startswith(f"{each}/") for each in unread)
     )
-    left_over += [passage for name in gone for passage in known[name].passages]
+    before += [known[name].passages for name in gone]
+    # A row may have moved to another file.
+    left_over = [passage for passages in before for passage, name in passages.items() if name not in read_ids]
     if left_over:
         index.delete(left_over)
     return SyncReport(

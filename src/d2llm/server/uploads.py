@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from email import message_from_bytes
@@ -75,7 +76,9 @@ def documents_of(body: bytes, content_type: str, limits: ServeSettings) -> Uploa
             raise invalid(f"a file cannot be read here: {error}", "file") from error
         if files.skipped:
             skipped = files.skipped[0]
-            raise invalid(f"{skipped.id}: {skipped.reason}", "file")
+            where = re.match(r"line (\d+): (?:it cannot be parsed: )?", skipped.reason)
+            place, reason = (f":{where[1]}", skipped.reason[where.end() :]) if where else ("", skipped.reason)
+            raise invalid(f"{skipped.id}{place}: {reason}", "file")
     for document in upload:
         if not document.text.strip():
             raise invalid(f"the document {document.id!r} has no text; leave it out", "file")
