@@ -1,0 +1,134 @@
+"""Chooses the lists that a large language model grades, and writes them as packets for it.
+
+A list: a query with 20 passages, the best 9 of BM25 and of a student's vectors in turn, and random passages; a train
+query's list has one of its positives. A packet (Markdown) has the rubric and up to 10 queries with their passages in
+random order, under numbers that say nothing. The key (JSON) has the ids, and stays away from whoever judges.
+
+    python benchmarks/judgements/lists.py DATA --train 600 --dev 100 --out PACKETS --keys KEYS
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from d2llm.core.types import Query, Task
+from d2llm.data.beir import Dataset, read_beir
+from d2llm.models.student import Student
+from d2llm.store.bm25 import bm25_lists
+from d2llm.training.dev_sets import dev_queries
+from d2llm.training.mining.choose import key_of
+from d2llm.training.mining.ranking import EncoderRanking
+
+RUBRICS = Path(__file__).parent
+NUM_PASSAGES, NUM_RANDOM = 20, 2
+_MAX_CHARACTERS = 75_000  # of a packet
+_MAX_QUERIES = 10
+_MAX_WORDS = 400  # of a passage
+
+
+def choose_lists(dataset: Dataset, queries: list[Query], *, split: str, student: Student, task: Task) -> list[list[str]]:
+    """The passage ids of each query's list."""
+    ids = sorted(dataset.passages)
+    depth = NUM_PASSAGES
+    by_words = bm25_lists(dataset.passages, ids, queries, depth)
+    with tempfile.TemporaryDirectory() as folder:
+        ranking = EncoderRanking(
+            student, dataset.passages, ids, queries, task=task, folder=Path(folder), resumable=False
+        )
+        by_vectors = ranking.lists(depth)
+    lists: list[list[str]] = []
+    for query, words, vectors in zip(queries, by_words, by_vectors, strict=True):
+        draw = random.Random(f"list {dataset.name} {query.id}")
+        own = {query.id} if dataset.passages.get(query.id) and dataset.passages[query.id].text == query.text else set()
+        best = [name for name in chain.from_iterable(zip_longest(words, vectors)) if name is not None]
+        chosen = [name for name in dict.fromkeys(best) if name not in own][: NUM_PASSAGES - NUM_RANDOM]
+        positives = dataset.positives(split)[query.id]
+        if split == "train" and not set(chosen) & set(positives):
+            chosen.append(draw.choice(sorted(positives)))
+        while len(chosen) < NUM_PASSAGES:
+            name = draw.choice(ids)
+            if name not in chosen and name not in own:
+                chosen.append(name)
+        lists.append(chosen)
+    return lists
+
+
+def write_packets(
+    dataset: Dataset,
+    queries: list[Query],
+    lists: list[list[str]],
+    *,
+    rubric: str,
+    name: str,
+    packets: Path,
+    keys: Path,
+    seed: int,
+) -> int:
+    """Write the packets of one judging of these lists, each list in an order of its own; returns their number."""
+    blocks: list[tuple[str, dict[str, object]]] = []
+    for query, ids in zip(queries, lists, strict=True):
+        order = list(ids)
+        random.Random(f"order {seed} {query.id}").shuffle(order)
+        texts = (dataset.passages[passage_id].full_text.split() for passage_id in order)
+        lines = [f"[{place}] {' '.join(words[:_MAX_WORDS])}" for place, words in enumerate(texts, start=1)]
+        blocks.append(("\n".join(lines), {"query_id": query.id, "query": query.text, "passages": order}))
+    number = start = 0
+    while start < len(blocks):
+        end = start
+        size = 0
+        while end < len(blocks) and end < start + _MAX_QUERIES and size + len(blocks[end][0]) <= _MAX_CHARACTERS:
+            size += len(blocks[end][0])
+            end += 1
+        end = max(end, start + 1)
+        number += 1
+        parts = [
+            f"## Query {place}\n\n{key['query']}\n\n{text}"
+            for place, (text, key) in enumerate(blocks[start:end], start=1)
+        ]
+        stem = f"{name}-{number:03d}"
+        (packets / f"{stem}.md").write_text(rubric + "\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
+        (keys / f"{stem}.json").write_text(
+            json.dumps([key for _, key in blocks[start:end]], ensure_ascii=False, indent=1), encoding="utf-8"
+        )
+        start = end
+    return number
+
+
+def main() -> None:
+    """Choose and write the lists of one data set."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--student", default="d2llm-minilm")
+    parser.add_argument("--task", default="asymmetric", choices=["asymmetric", "symmetric"])
+    parser.add_argument("--train", type=int, default=600)
+    parser.add_argument("--dev", type=int, default=100)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--keys", type=Path, required=True)
+    given = parser.parse_args()
+    dataset = read_beir(given.data, splits=["train", "dev"])
+    student = Student.load(given.student)
+    rubric = (RUBRICS / f"rubric-{given.task}.md").read_text(encoding="utf-8").strip()
+    for folder in (given.out, given.keys):
+        folder.mkdir(parents=True, exist_ok=True)
+    judged = sorted(name for name, ids in dataset.positives("train").items() if ids)
+    train = [dataset.queries[name] for name in sorted(judged, key=lambda name: key_of(0, name))[: given.train]]
+    dev = dev_queries(dataset, num_queries=given.dev, seed=0)
+    for split, queries in (("train", train), ("dev", dev)):
+        if not queries:
+            continue
+        lists = choose_lists(dataset, queries, split=split, student=student, task=given.task)
+        for seed in (1,) if split == "train" else (1, 2):
+            name = f"{dataset.name}-{split}-{seed}"
+            number = write_packets(
+                dataset, queries, lists, rubric=rubric, name=name, packets=given.out, keys=given.keys, seed=seed
+            )
+            print(f"{name}: {len(queries)} queries in {number} packets")
+
+
+if __name__ == "__main__":
+    main()
