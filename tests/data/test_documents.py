@@ -7,17 +7,16 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from d2llm.core.errors import InputError
 from d2llm.core.types import Section
-from d2llm.data import file_contents
 from d2llm.data.documents import find_documents, read_document
 from d2llm.data.indexed_corpus import open_corpus
+from file_cases.pdf_cases import lines, pages
 
-pytest.importorskip("kreuzberg", reason="pip install 'd2llm[documents]'")
+pytest.importorskip("lxml", reason="pip install 'd2llm[documents]'")
 
 RUSSIAN = "Семантический поиск находит информацию по смыслу, а не по ключевым словам. "
 FILES = Path(__file__).parent / "files"
@@ -64,15 +63,14 @@ class TestFormats:
         assert [section.page for section in document.sections] == [1, 2]
         assert "Huygens built the first pendulum clock" in document.sections[1].text
 
-    def test_pages_are_plain_text(self, monkeypatch):
+    def test_pages_are_plain_text(self, tmp_path):
         """What looks like a heading of Markdown on a page is a comment, or a prompt."""
-        pages = [{"page_number": 4, "content": "Run\r\n# make \\* all\r\nWell\r\n---"}]
-        result = SimpleNamespace(content="", metadata={"title": "Untitled"}, pages=pages)
-        library = {"extract_file_sync": lambda path, config: result, "ExtractionConfig": dict, "PageConfig": dict}
-        monkeypatch.setattr(file_contents, "require", lambda *names, **options: SimpleNamespace(**library))
-        document = read(FILES / "clocks.pdf")
+        titled = pages(
+            b"", lines("Run", "# make \\* all", "Well", "---"), more=["<</Title(Untitled)>>"], trailer="/Info 8 0 R"
+        )
+        document = read(write(tmp_path, "clocks.pdf", titled))
         assert document.title == "clocks.pdf"
-        assert document.sections == (Section("Run\n# make \\* all\nWell\n---", (), 4),)
+        assert document.sections == (Section("Run\n# make \\* all\nWell\n---", (), 2),)
 
     @pytest.mark.parametrize(
         ("name", "title", "words"),
@@ -163,7 +161,7 @@ class TestFormats:
         assert text == "A red fox is*not*_shy_.\n\nUse \\*.\n\na\\.b\\*c"
 
     def test_notes_comments_and_diagrams(self, tmp_path):
-        run = "<a:p><a:r><a:t>{}</a:t></a:r><a:fld><a:t>7</a:t></a:fld></a:p>"
+        run = "<a:p><a:r><a:t>{}</a:t></a:r><a:fld type='slidenum'><a:t>7</a:t></a:fld></a:p>"
         parts = {"ppt/notesSlides/notesSlide10.xml": "Say ten.", "ppt/notesSlides/notesSlide2.xml": "Say two."}
         tides = with_parts(FILES / "tides.pptx", tmp_path, parts | {"ppt/diagrams/data1.xml": "Sun"}, run)
         texts = [(section.headings, section.text) for section in read(tides).sections]

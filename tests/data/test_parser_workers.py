@@ -12,8 +12,8 @@ import pytest
 from d2llm.core.errors import MissingExtraError
 from d2llm.core.types import Section
 from d2llm.data import documents, parser_workers
+from d2llm.data.contents import FileContents, UnreadableFileError
 from d2llm.data.documents import find_documents
-from d2llm.data.file_contents import FileContents, UnreadableFileError
 from d2llm.data.parser_workers import read_in_workers
 from unreliable_reader import read_unreliably
 from waiting import until

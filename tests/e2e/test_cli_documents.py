@@ -149,7 +149,7 @@ class TestFolders:
     """Folders of documents in place of a corpus."""
 
     def test_sync_and_search(self, tmp_path):
-        pytest.importorskip("kreuzberg", reason="pip install 'd2llm[documents]'")
+        pytest.importorskip("lxml", reason="pip install 'd2llm[documents]'")
         folder = tmp_path / "docs"
         shutil.copytree(Path(__file__).parents[1] / "data" / "files", folder)
         index = tmp_path / "docs.index"

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - markup is read best in one line
 """OpenDocument texts, written by hand."""
 
 from __future__ import annotations
@@ -6,10 +7,14 @@ from collections.abc import Mapping
 
 from file_cases.case import Case, zipped
 
-_NAMES = "office text table style draw dc meta fo manifest chart presentation".split()
+_NAMES = ["office", "text", "table", "style", "draw", "dc", "meta", "fo", "manifest", "chart", "presentation"]
 _SPACES = " ".join(
     [
-        *(f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"' for name in _NAMES if name not in ("dc", "fo")),
+        *(
+            f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"'
+            for name in _NAMES
+            if name not in ("dc", "fo")
+        ),
         'xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:xlink="http://www.w3.org/1999/xlink"',
         'xmlns:fo="urn:oasis:names:tc:opendocument:xmlns:xsl-fo-compatible:1.0"',
         'xmlns:svg="urn:oasis:names:tc:opendocument:xmlns:svg-compatible:1.0"',
@@ -76,9 +81,7 @@ def odt_cases() -> list[Case]:
     )
     heading = '<text:h text:outline-level="{}">{}</text:h>'
     item = "<text:list-item>{}</text:list-item>"
-    formula = (
-        '<draw:frame><draw:object xlink:href="./Object 1"/><draw:image xlink:href="./ObjectReplacements/Object 1"/></draw:frame>'
-    )
+    formula = '<draw:frame><draw:object xlink:href="./Object 1"/><draw:image xlink:href="./ObjectReplacements/Object 1"/></draw:frame>'
     math = (
         '<math:math xmlns:math="http://www.w3.org/1998/Math/MathML"><math:semantics><math:mrow><math:mi>E</math:mi>'
         "<math:mo>=</math:mo><math:mi>mc</math:mi></math:mrow><math:annotation>E = mc</math:annotation></math:semantics>"
@@ -88,19 +91,32 @@ def odt_cases() -> list[Case]:
     return [
         Case(
             "signs.odt",
-            odt(p("pressure &lt; 5 bar &amp; R&amp;D &#8364; it&apos;s &quot;so&quot;") + p("*a* [b](c) x_y_z 1. \\| `t`")),
-            ("pressure < 5 bar & R&D € it's \"so\"", "*a* [b](c) x_y_z 1. \\| `t`"),
+            odt(
+                p("pressure &lt; 5 bar &amp; R&amp;D &#8364; it&apos;s &quot;so&quot;")
+                + p("*a* [b](c) x_y_z 1. \\| `t`")
+            ),
+            ('pressure < 5 bar & R&D € it\'s "so"', "*a* [b](c) x_y_z 1. \\| `t`"),
         ),
         Case(
             "breaks.odt",
-            odt(p('Name<text:tab/>Street<text:line-break/>two<text:s text:c="4"/>three<text:s/>four &#9;five co\u00adop<text:soft-page-break/>en')),
+            odt(
+                p(
+                    'Name<text:tab/>Street<text:line-break/>two<text:s text:c="4"/>three<text:s/>four &#9;five co\u00adop<text:soft-page-break/>en'
+                )
+            ),
             ("Name Street two three four five coopen",),
         ),
         Case("space.odt", odt(p("one\n      line\n  only")), ("one line only",)),
         Case(
             "notes.odt",
-            odt(p("Bees sleep" + note.format(1, "footnote", p("As Klein &amp; Sons wrote.") + p("Twice.")) + " and dream.")
-                + p("Ants" + note.format("i", "endnote", p("Seen in May.")) + " do not.")),
+            odt(
+                p(
+                    "Bees sleep"
+                    + note.format(1, "footnote", p("As Klein &amp; Sons wrote.") + p("Twice."))
+                    + " and dream."
+                )
+                + p("Ants" + note.format("i", "endnote", p("Seen in May.")) + " do not.")
+            ),
             ("As Klein & Sons wrote. Twice.", "Seen in May.", "Bees sleep", "and dream.", "do not."),
             ("Bees sleep1", "Antsi"),
         ),
@@ -112,20 +128,35 @@ def odt_cases() -> list[Case]:
         ),
         Case(
             "changes.odt",
-            odt(tracked + p('We <text:change text:change-id="c1"/><text:change-start text:change-id="c2"/>often meant'
-                            '<text:change-end text:change-id="c2"/> it.')),
+            odt(
+                tracked
+                + p(
+                    'We <text:change text:change-id="c1"/><text:change-start text:change-id="c2"/>often meant'
+                    '<text:change-end text:change-id="c2"/> it.'
+                )
+            ),
             ("We often meant it.",),
             ("never said", "Secret Author"),
         ),
         Case(
             "headings.odt",
-            odt(heading.format(1, "Start &amp; go") + p("One.") + heading.format(3, "Deep") + p("Two.")
-                + heading.format(1, "End") + p("Three."), title="Of &lt;things&gt;"),
+            odt(
+                heading.format(1, "Start &amp; go")
+                + p("One.")
+                + heading.format(3, "Deep")
+                + p("Two.")
+                + heading.format(1, "End")
+                + p("Three."),
+                title="Of &lt;things&gt;",
+            ),
             ("Start & go", "One.", "Deep", "Two.", "End", "Three."),
         ),
         Case(
             "tables.odt",
-            odt(_rows(_cell("Kind") + _cell("Care"), _cell("Oak", "Elm") + _cell("Water it", "Prune &amp; tie")) + p("After.")),
+            odt(
+                _rows(_cell("Kind") + _cell("Care"), _cell("Oak", "Elm") + _cell("Water it", "Prune &amp; tie"))
+                + p("After.")
+            ),
             ("Kind", "Oak Elm", "Water it Prune & tie", "After."),
         ),
         Case(
@@ -135,53 +166,97 @@ def odt_cases() -> list[Case]:
         ),
         Case(
             "merged.odt",
-            odt(_rows(_cell("Wide", span=' table:number-columns-spanned="2"') + "<table:covered-table-cell/>",
-                      _cell("Tall", span=' table:number-rows-spanned="2"') + _cell("one"),
-                      "<table:covered-table-cell/>" + _cell("two") + repeated)),
+            odt(
+                _rows(
+                    _cell("Wide", span=' table:number-columns-spanned="2"') + "<table:covered-table-cell/>",
+                    _cell("Tall", span=' table:number-rows-spanned="2"') + _cell("one"),
+                    "<table:covered-table-cell/>" + _cell("two") + repeated,
+                )
+            ),
             ("Wide", "Tall", "one", "two"),
         ),
         Case(
             "repeated.odt",
-            odt("<table:table><table:table-header-rows><table:table-row>" + _cell("Day") + _cell("Rain")
-                + "</table:table-row></table:table-header-rows><table:table-row>" + _cell("Monday")
+            odt(
+                "<table:table><table:table-header-rows><table:table-row>"
+                + _cell("Day")
+                + _cell("Rain")
+                + "</table:table-row></table:table-header-rows><table:table-row>"
+                + _cell("Monday")
                 + '<table:table-cell table:number-columns-repeated="2"><text:p>dry</text:p></table:table-cell></table:table-row>'
-                + '<table:table-row table:number-rows-repeated="1000000">' + _cell("") + "</table:table-row></table:table>"),
+                + '<table:table-row table:number-rows-repeated="1000000">'
+                + _cell("")
+                + "</table:table-row></table:table>"
+            ),
             ("Day", "Rain", "Monday", "dry"),
         ),
         Case(
             "nested.odt",
-            odt(_rows(f"<table:table-cell>{p('Outer')}{_rows(_cell('Inner') + _cell('Deep'))}{p('Below')}</table:table-cell>")),
+            odt(
+                _rows(
+                    f"<table:table-cell>{p('Outer')}{_rows(_cell('Inner') + _cell('Deep'))}{p('Below')}</table:table-cell>"
+                )
+            ),
             ("Outer", "Inner", "Deep", "Below"),
         ),
         Case(
             "frames.odt",
-            odt(p("Before <draw:frame><draw:text-box>" + p("In a box.") + p("Second.") + "</draw:text-box></draw:frame>after.")
-                + "<draw:frame><draw:text-box>" + p("Loose box.") + "</draw:text-box></draw:frame>"
+            odt(
+                p(
+                    "Before <draw:frame><draw:text-box>"
+                    + p("In a box.")
+                    + p("Second.")
+                    + "</draw:text-box></draw:frame>after."
+                )
+                + "<draw:frame><draw:text-box>"
+                + p("Loose box.")
+                + "</draw:text-box></draw:frame>"
                 + p("<draw:custom-shape>" + p("On a shape.") + "</draw:custom-shape>")
-                + p("<draw:frame><draw:image xlink:href='a.png'/><svg:title>Red fox</svg:title><svg:desc>A fox in snow</svg:desc></draw:frame>")),
+                + p(
+                    "<draw:frame><draw:image xlink:href='a.png'/><svg:title>Red fox</svg:title><svg:desc>A fox in snow</svg:desc></draw:frame>"
+                )
+            ),
             ("Before", "after.", "In a box. Second.", "Loose box.", "On a shape."),
             ("box.Second", "Before In a box"),
         ),
         Case(
             "lists.odt",
-            odt("<text:list>" + item.format(p("Mix.")) + item.format(p("Bake.") + "<text:list>" + item.format(p("gently"))
-                + "</text:list>") + "<text:list-header>" + p("Head") + "</text:list-header></text:list>"),
+            odt(
+                "<text:list>"
+                + item.format(p("Mix."))
+                + item.format(p("Bake.") + "<text:list>" + item.format(p("gently")) + "</text:list>")
+                + "<text:list-header>"
+                + p("Head")
+                + "</text:list-header></text:list>"
+            ),
             ("Mix.", "Bake.", "gently", "Head"),
             ("Mix.Bake", "Bake.gently"),
         ),
         Case(
             "sections.odt",
-            odt("<text:section>" + p("In a section.") + "</text:section><text:table-of-content><text:index-body>"
-                + p("Contents<text:tab/>3") + "</text:index-body></text:table-of-content>"
-                + p("<text:a xlink:href='http://a.b'>the <text:span>manual</text:span></text:a> by <text:author-name>Ray"
+            odt(
+                "<text:section>"
+                + p("In a section.")
+                + "</text:section><text:table-of-content><text:index-body>"
+                + p("Contents<text:tab/>3")
+                + "</text:index-body></text:table-of-content>"
+                + p(
+                    "<text:a xlink:href='http://a.b'>the <text:span>manual</text:span></text:a> by <text:author-name>Ray"
                     "</text:author-name> <text:bookmark-ref>page 4</text:bookmark-ref>"
-                    "<text:hidden-text text:string-value='x'>aside</text:hidden-text>")),
+                    "<text:hidden-text text:string-value='x'>aside</text:hidden-text>"
+                )
+            ),
             ("In a section.", "Contents 3", "the manual by Ray page 4"),
         ),
         Case(
             "ruby.odt",
-            odt(p("<text:ruby><text:ruby-base>東京</text:ruby-base><text:ruby-text>とう</text:ruby-text></text:ruby>です")
-                + p("مرحبا بالعالم") + p("हिन्दी में")),
+            odt(
+                p(
+                    "<text:ruby><text:ruby-base>東京</text:ruby-base><text:ruby-text>とう</text:ruby-text></text:ruby>です"
+                )
+                + p("مرحبا بالعالم")
+                + p("हिन्दी में")
+            ),
             ("東京", "です", "مرحبا بالعالم", "हिन्दी में"),
         ),
         Case("headers.odt", odt(p("Body."), more={"styles.xml": _master("Contract 77-B")}), ("Body.", "Contract 77-B")),
@@ -192,17 +267,25 @@ def odt_cases() -> list[Case]:
         ),
         Case(
             "fields.odt",
-            odt("<text:variable-decls><text:variable-decl text:name='decl'/></text:variable-decls>"
-                + p("Dear <text:placeholder text:placeholder-type='text'>&lt;Name&gt;</text:placeholder>, on "
+            odt(
+                "<text:variable-decls><text:variable-decl text:name='decl'/></text:variable-decls>"
+                + p(
+                    "Dear <text:placeholder text:placeholder-type='text'>&lt;Name&gt;</text:placeholder>, on "
                     "<text:date>3 May</text:date> <text:reference-mark-start text:name='r'/>see"
-                    "<text:reference-mark-end text:name='r'/> <text:sequence>5</text:sequence>")),
+                    "<text:reference-mark-end text:name='r'/> <text:sequence>5</text:sequence>"
+                )
+            ),
             ("Dear <Name>, on 3 May see 5",),
         ),
         Case(
             "numbered.odt",
-            odt("<text:numbered-paragraph>" + p("A numbered paragraph.") + "</text:numbered-paragraph>"
+            odt(
+                "<text:numbered-paragraph>"
+                + p("A numbered paragraph.")
+                + "</text:numbered-paragraph>"
                 + "<text:p><text:meta>inside meta</text:meta><text:meta-field> and a field</text:meta-field></text:p>"
-                + p("<loext:content-control loext:alias='x'>Ms Ray</loext:content-control> agrees")),
+                + p("<loext:content-control loext:alias='x'>Ms Ray</loext:content-control> agrees")
+            ),
             ("A numbered paragraph.", "inside meta and a field", "Ms Ray agrees"),
         ),
     ]

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - markup is read best in one line
 """Presentations, written by hand."""
 
 from __future__ import annotations
@@ -50,10 +51,15 @@ def frame(kind: str, content: str) -> str:
 
 def table(*rows: Sequence[str]) -> str:
     """A frame with a table of cells, each one or more paragraphs."""
-    cells = ["".join(f"<a:tc><a:txBody><a:bodyPr/>{c if c.startswith('<') else p(c)}</a:txBody></a:tc>" for c in row) for row in rows]
+    cells = [
+        "".join(f"<a:tc><a:txBody><a:bodyPr/>{c if c.startswith('<') else p(c)}</a:txBody></a:tc>" for c in row)
+        for row in rows
+    ]
     lines = "".join(f'<a:tr h="1">{row}</a:tr>' for row in cells)
     grid = '<a:gridCol w="1"/>' * len(rows[0])
-    return frame("http://schemas.openxmlformats.org/drawingml/2006/table", f"<a:tbl><a:tblGrid>{grid}</a:tblGrid>{lines}</a:tbl>")
+    return frame(
+        "http://schemas.openxmlformats.org/drawingml/2006/table", f"<a:tbl><a:tblGrid>{grid}</a:tblGrid>{lines}</a:tbl>"
+    )
 
 
 def _slide(content: str, root: str = "sld") -> str:
@@ -62,7 +68,10 @@ def _slide(content: str, root: str = "sld") -> str:
 
 
 def _links(links: Mapping[str, tuple[str, str]]) -> str:
-    each = (f'<Relationship Id="{i}" Type="{_OFFICE}/relationships/{kind}" Target="{to}"/>' for i, (kind, to) in links.items())
+    each = (
+        f'<Relationship Id="{i}" Type="{_OFFICE}/relationships/{kind}" Target="{to}"/>'
+        for i, (kind, to) in links.items()
+    )
     return f'<Relationships xmlns="{_PACKAGE}/relationships">{"".join(each)}</Relationships>'
 
 
@@ -98,7 +107,9 @@ def pptx(
             mine["n"] = ("notesSlide", f"../notesSlides/notesSlide{n}.xml")
             number = shape('<a:fld id="{1}" type="slidenum"><a:t>7</a:t></a:fld>', kind="sldNum")
             parts[f"ppt/notesSlides/notesSlide{n}.xml"] = _slide(shape(notes[n], kind="body") + number, "notes")
-            overrides.append(f'<Override PartName="/ppt/notesSlides/notesSlide{n}.xml" ContentType="{_TYPE}.notesSlide+xml"/>')
+            overrides.append(
+                f'<Override PartName="/ppt/notesSlides/notesSlide{n}.xml" ContentType="{_TYPE}.notesSlide+xml"/>'
+            )
         parts[f"ppt/slides/_rels/slide{n}.xml.rels"] = _links(mine)
     parts["[Content_Types].xml"] = (
         f'<Types xmlns="{_PACKAGE}/content-types"><Default Extension="xml" ContentType="application/xml"/><Default '
@@ -111,7 +122,7 @@ def pptx(
 def pptx_cases() -> list[Case]:
     """Presentations."""
     group = f"<p:grpSp><p:nvGrpSpPr/><p:grpSpPr/>{shape('Outer group')}<p:grpSp><p:nvGrpSpPr/><p:grpSpPr/>{shape('Inner &amp; group')}</p:grpSp></p:grpSp>"
-    diagram = f'<dgm:dataModel {_SPACES}><dgm:ptLst><dgm:pt><dgm:t>{p("Plan &amp; build")}</dgm:t></dgm:pt></dgm:ptLst></dgm:dataModel>'
+    diagram = f"<dgm:dataModel {_SPACES}><dgm:ptLst><dgm:pt><dgm:t>{p('Plan &amp; build')}</dgm:t></dgm:pt></dgm:ptLst></dgm:dataModel>"
     chart = (
         f"<c:chartSpace {_SPACES}><c:chart><c:title><c:tx><c:rich>{p('Rain in mm')}</c:rich></c:tx></c:title><c:plotArea><c:barChart>"
         '<c:ser><c:tx><c:strRef><c:f>A1</c:f><c:strCache><c:pt idx="0"><c:v>Year 2020</c:v></c:pt></c:strCache></c:strRef></c:tx><c:cat><c:strRef>'
@@ -135,33 +146,109 @@ def pptx_cases() -> list[Case]:
         "</mc:Fallback></mc:AlternateContent>"
     )
     return [
-        Case("signs.pptx", pptx([shape("pressure &lt; 5 bar &amp; R&amp;D &#8364;", "it&apos;s *so* [x](y) a_b_ \\| `t`")]),
-             ("pressure < 5 bar & R&D €", "it's *so* [x](y) a_b_ \\| `t`")),
-        Case("breaks.pptx", pptx([shape(r("one") + "<a:br/>" + r("two\tthree") + r("_x000B_four"), "five")]),
-             ("one two three four five",), ("onetwo", "fourfive", "_x000B_")),
-        Case("titles.pptx", pptx([shape("First slide", kind="title") + shape("Text one."), shape("Text two.") + shape("Second slide", kind="ctrTitle")]),
-             ("First slide", "Text one.", "Second slide", "Text two.")),
+        Case(
+            "signs.pptx",
+            pptx([shape("pressure &lt; 5 bar &amp; R&amp;D &#8364;", "it&apos;s *so* [x](y) a_b_ \\| `t`")]),
+            ("pressure < 5 bar & R&D €", "it's *so* [x](y) a_b_ \\| `t`"),
+        ),
+        Case(
+            "breaks.pptx",
+            pptx([shape(r("one") + "<a:br/>" + r("two\tthree") + r("_x000B_four"), "five")]),
+            ("one two three four five",),
+            ("onetwo", "fourfive", "_x000B_"),
+        ),
+        Case(
+            "titles.pptx",
+            pptx(
+                [
+                    shape("First slide", kind="title") + shape("Text one."),
+                    shape("Text two.") + shape("Second slide", kind="ctrTitle"),
+                ]
+            ),
+            ("First slide", "Text one.", "Second slide", "Text two."),
+        ),
         Case("only_title.pptx", pptx([shape("Alone here", kind="title")]), ("Alone here",)),
-        Case("order.pptx", pptx([shape("came second"), shape("came first")], order=(2, 1)), ("came first", "came second")),
-        Case("notes.pptx", pptx([shape("One."), shape("Two.")], notes={1: "Say &lt;this&gt;.", 2: "And that."}), ("Say <this>.", "And that.")),
-        Case("table.pptx", pptx([table(("Kind", "Care"), (p("Oak") + p("Elm"), "Prune &amp; tie"))]), ("Kind", "Oak Elm", "Prune & tie")),
+        Case(
+            "order.pptx", pptx([shape("came second"), shape("came first")], order=(2, 1)), ("came first", "came second")
+        ),
+        Case(
+            "notes.pptx",
+            pptx([shape("One."), shape("Two.")], notes={1: "Say &lt;this&gt;.", 2: "And that."}),
+            ("Say <this>.", "And that."),
+        ),
+        Case(
+            "table.pptx",
+            pptx([table(("Kind", "Care"), (p("Oak") + p("Elm"), "Prune &amp; tie"))]),
+            ("Kind", "Oak Elm", "Prune & tie"),
+        ),
         Case("groups.pptx", pptx([group]), ("Outer group", "Inner & group")),
-        Case("diagram.pptx", pptx([smart], links={"d": ("diagramData", "../diagrams/data1.xml")}, more={"ppt/diagrams/data1.xml": diagram}), ("Plan & build",)),
-        Case("chart.pptx", pptx([frame(f"{draw}/chart", '<c:chart r:id="c"/>')], links={"c": ("chart", "../charts/chart1.xml")},
-                                more={"ppt/charts/chart1.xml": chart}), ("Rain in mm", "Year 2020", "January", "63.5")),
-        Case("equation.pptx", pptx([shape("<a:r><a:t>Mass: </a:t></a:r>" + equation)]), ("Mass: E=m",), ("E=mE=m", "E=m E=m")),
+        Case(
+            "diagram.pptx",
+            pptx(
+                [smart], links={"d": ("diagramData", "../diagrams/data1.xml")}, more={"ppt/diagrams/data1.xml": diagram}
+            ),
+            ("Plan & build",),
+        ),
+        Case(
+            "chart.pptx",
+            pptx(
+                [frame(f"{draw}/chart", '<c:chart r:id="c"/>')],
+                links={"c": ("chart", "../charts/chart1.xml")},
+                more={"ppt/charts/chart1.xml": chart},
+            ),
+            ("Rain in mm", "Year 2020", "January", "63.5"),
+        ),
+        Case(
+            "equation.pptx",
+            pptx([shape("<a:r><a:t>Mass: </a:t></a:r>" + equation)]),
+            ("Mass: E=m",),
+            ("E=mE=m", "E=m E=m"),
+        ),
         Case("choice.pptx", pptx([choice]), ("only once",), ("only once only",)),
-        Case("comments.pptx", pptx([shape("Body.")], links={"k": ("comments", "../comments/comment1.xml")},
-                                   more={"ppt/comments/comment1.xml": comments}), ("Body.", "Why so blue & dark?")),
-        Case("modern.pptx", pptx([shape("Body.")], links={"k": ("comments", "../comments/modernComment_1.xml")},
-                                 more={"ppt/comments/modernComment_1.xml": modern}), ("Body.", "A modern remark")),
+        Case(
+            "comments.pptx",
+            pptx(
+                [shape("Body.")],
+                links={"k": ("comments", "../comments/comment1.xml")},
+                more={"ppt/comments/comment1.xml": comments},
+            ),
+            ("Body.", "Why so blue & dark?"),
+        ),
+        Case(
+            "modern.pptx",
+            pptx(
+                [shape("Body.")],
+                links={"k": ("comments", "../comments/modernComment_1.xml")},
+                more={"ppt/comments/modernComment_1.xml": modern},
+            ),
+            ("Body.", "A modern remark"),
+        ),
         Case("hidden.pptx", pptx([shape("Seen."), shape("Backup slide.")], hidden=(2,)), ("Seen.", "Backup slide.")),
-        Case("fields.pptx", pptx([shape(r("Updated ") + '<a:fld id="{1}" type="datetime1"><a:t>3 May</a:t></a:fld>')
-                                  + shape('<a:fld id="{2}" type="slidenum"><a:t>7</a:t></a:fld>', kind="sldNum")]), ("Updated 3 May",)),
-        Case("scripts.pptx", pptx([shape("مرحبا بالعالم", "日本語の文章です。", "हिन्दी में")]), ("مرحبا بالعالم", "日本語の文章です。", "हिन्दी में")),
+        Case(
+            "fields.pptx",
+            pptx(
+                [
+                    shape(r("Updated ") + '<a:fld id="{1}" type="datetime1"><a:t>3 May</a:t></a:fld>')
+                    + shape('<a:fld id="{2}" type="slidenum"><a:t>7</a:t></a:fld>', kind="sldNum")
+                ]
+            ),
+            ("Updated 3 May",),
+        ),
+        Case(
+            "scripts.pptx",
+            pptx([shape("مرحبا بالعالم", "日本語の文章です。", "हिन्दी में")]),
+            ("مرحبا بالعالم", "日本語の文章です。", "हिन्दी में"),
+        ),
         Case("picture.pptx", pptx([shape("Body.") + picture]), ("Body.",)),
-        Case("macros.pptx", pptx([shape("With macros.")], main_type="application/vnd.ms-powerpoint.presentation.macroEnabled.main+xml",
-                                 more={"ppt/vbaProject.bin": b"\0"}), ("With macros.",)),
+        Case(
+            "macros.pptx",
+            pptx(
+                [shape("With macros.")],
+                main_type="application/vnd.ms-powerpoint.presentation.macroEnabled.main+xml",
+                more={"ppt/vbaProject.bin": b"\0"},
+            ),
+            ("With macros.",),
+        ),
         Case("title.pptx", pptx([shape("Body.")], title="Tides &amp; moons"), ("Body.",)),
         Case("strict.pptx", pptx([shape("Strictly said.")]), ("Strictly said.",)),
     ]

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - markup is read best in one line
 """Workbooks, written by hand."""
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ def _quoted(text: str) -> str:
 
 def _styles() -> str:
     formats = "".join(f'<numFmt numFmtId="{164 + n}" formatCode="{_quoted(code)}"/>' for n, code in enumerate(_FORMATS))
-    cells = "".join(f'<xf numFmtId="{164 + n if n else 0}" fontId="0" fillId="0" borderId="0" xfId="0"/>' for n in range(len(_FORMATS)))
+    cells = "".join(
+        f'<xf numFmtId="{164 + n if n else 0}" fontId="0" fillId="0" borderId="0" xfId="0"/>'
+        for n in range(len(_FORMATS))
+    )
     one = '<fonts count="1"><font/></fonts><fills count="1"><fill><patternFill/></fill></fills><borders count="1"><border/></borders>'
     base = '<cellStyleXfs count="1"><xf numFmtId="0" fontId="0" fillId="0" borderId="0"/></cellStyleXfs>'
     return f'<styleSheet xmlns="{_MAIN}"><numFmts>{formats}</numFmts>{one}{base}<cellXfs>{cells}</cellXfs></styleSheet>'
@@ -75,14 +79,17 @@ def xlsx(
     """A workbook; ``links`` are those of the first sheet, ``state`` has the states of sheets that are hidden."""
     hidden = {name: f' state="{value}"' for name, value in (state or {}).items()}
     entries = "".join(
-        f'<sheet name="{_quoted(name)}" sheetId="{n}"{hidden.get(name, "")} r:id="s{n}"/>' for n, name in enumerate(sheets, start=1)
+        f'<sheet name="{_quoted(name)}" sheetId="{n}"{hidden.get(name, "")} r:id="s{n}"/>'
+        for n, name in enumerate(sheets, start=1)
     )
     kind = f"{_OFFICE}/relationships"
     relations = "".join(
-        f'<Relationship Id="s{n}" Type="{kind}/worksheet" Target="worksheets/sheet{n}.xml"/>' for n in range(1, len(sheets) + 1)
+        f'<Relationship Id="s{n}" Type="{kind}/worksheet" Target="worksheets/sheet{n}.xml"/>'
+        for n in range(1, len(sheets) + 1)
     )
     overrides = "".join(
-        f'<Override PartName="/xl/worksheets/sheet{n}.xml" ContentType="{_TYPE}.worksheet+xml"/>' for n in range(1, len(sheets) + 1)
+        f'<Override PartName="/xl/worksheets/sheet{n}.xml" ContentType="{_TYPE}.worksheet+xml"/>'
+        for n in range(1, len(sheets) + 1)
     )
     parts: dict[str, str | bytes] = {
         "[Content_Types].xml": f'<Types xmlns="{_PACKAGE}/content-types"><Default Extension="rels" '
@@ -105,7 +112,9 @@ def xlsx(
     }
     parts |= {f"xl/worksheets/sheet{n}.xml": content for n, content in enumerate(sheets.values(), start=1)}
     if links:
-        parts["xl/worksheets/_rels/sheet1.xml.rels"] = f'<Relationships xmlns="{_PACKAGE}/relationships">{links}</Relationships>'
+        parts["xl/worksheets/_rels/sheet1.xml.rels"] = (
+            f'<Relationships xmlns="{_PACKAGE}/relationships">{links}</Relationships>'
+        )
     return zipped({**parts, **(more or {})})
 
 
@@ -140,46 +149,188 @@ def xlsx_cases() -> list[Case]:
     )
     two = [["Fruit", "Price"], ["Pear", 2], ["Plum", 3], [], ["City", "People"], ["Bonn", 330000]]
     return [
-        Case("signs.xlsx", xlsx({"Sheet1": sheet([["pressure &lt; 5 &amp; R&amp;D", "a|b *x* \\| 1."]])}), ("pressure < 5 & R&D", "*x*")),
-        Case("dates.xlsx", xlsx({"S": sheet([["When"], [(45292, DATE)], [(45292.75, DATETIME)], [(45292.0000115741, DATETIME)]])}),
-             ("2024-01-01", "2024-01-01 18:00")),
-        Case("times.xlsx", xlsx({"S": sheet([["At"], [(0.5208333333333334, TIME)], [(0.999988425925926, TIME)], [(0, TIME)]])}),
-             ("12:30", "23:59:59", "00:00"), ("1899", "1900")),
-        Case("durations.xlsx", xlsx({"S": sheet([["Took"], [(1.0625, DURATION)], [(0.75, DURATION)], [(11.6, DURATION)]])}),
-             ("25:30:00", "18:00:00", "278:24:00"), ("1899", "1900")),
-        Case("numbers.xlsx", xlsx({"S": sheet([["n"], [(0.125, PERCENT)], [(19.9, EURO)], [(1234.5, POUND)], [(7, CODE)], [(2.5, KILOS)], [1.1],
-                                               [0.1 + 0.2], [1e21], [12345678901], [3.0]])}),
-             ("12.50%", "19.90 €", "£1234.50", "007", "2.5 kg", "1.1", "0.3", "12345678901"), ("0.30000000000000004", "0.125")),
-        Case("formulas.xlsx", xlsx({"S": sheet([["Sum", "Text", "Err"], ["<c ><f>1+2</f><v>3</v></c>", '<c t="str"><f>"a"&amp;"b"</f><v>ab &amp; c</v></c>',
-                                                                 '<c t="e"><f>1/0</f><v>#DIV/0!</v></c>']])}), ("3", "ab & c", "#DIV/0!"), ("1+2",)),
-        Case("uncached.xlsx", xlsx({"S": sheet([["Sum"], ["<c ><f>SUM(A1:A9)</f></c>"]])}), ("Sum",), notices=("1 formula",)),
-        Case("booleans.xlsx", xlsx({"S": sheet([["ok"], ['<c t="b"><v>1</v></c>'], ['<c t="b"><v>0</v></c>']])}), ("TRUE", "FALSE")),
-        Case("merged.xlsx", xlsx({"S": sheet([["Whole year"], ["North", "South"], [1, 2]], '<mergeCells><mergeCell ref="A1:B1"/></mergeCells>')}),
-             ("Whole year", "North", "South")),
-        Case("hidden.xlsx", xlsx({"Seen": sheet([["a"]]), "Backstage & co": sheet([["kept safe"]]), "Deep": sheet([["very deep"]])},
-                                 state={"Backstage & co": "hidden", "Deep": "veryHidden"}), ("kept safe", "very deep", "Backstage & co")),
+        Case(
+            "signs.xlsx",
+            xlsx({"Sheet1": sheet([["pressure &lt; 5 &amp; R&amp;D", "a|b *x* \\| 1."]])}),
+            ("pressure < 5 & R&D", "*x*"),
+        ),
+        Case(
+            "dates.xlsx",
+            xlsx({"S": sheet([["When"], [(45292, DATE)], [(45292.75, DATETIME)], [(45292.0000115741, DATETIME)]])}),
+            ("2024-01-01", "2024-01-01 18:00"),
+        ),
+        Case(
+            "times.xlsx",
+            xlsx({"S": sheet([["At"], [(0.5208333333333334, TIME)], [(0.999988425925926, TIME)], [(0, TIME)]])}),
+            ("12:30", "23:59:59", "00:00"),
+            ("1899", "1900"),
+        ),
+        Case(
+            "durations.xlsx",
+            xlsx({"S": sheet([["Took"], [(1.0625, DURATION)], [(0.75, DURATION)], [(11.6, DURATION)]])}),
+            ("25:30:00", "18:00:00", "278:24:00"),
+            ("1899", "1900"),
+        ),
+        Case(
+            "numbers.xlsx",
+            xlsx(
+                {
+                    "S": sheet(
+                        [
+                            ["n"],
+                            [(0.125, PERCENT)],
+                            [(19.9, EURO)],
+                            [(1234.5, POUND)],
+                            [(7, CODE)],
+                            [(2.5, KILOS)],
+                            [1.1],
+                            [0.1 + 0.2],
+                            [1e21],
+                            [12345678901],
+                            [3.0],
+                        ]
+                    )
+                }
+            ),
+            ("12.50%", "19.90 €", "£1234.50", "007", "2.5 kg", "1.1", "0.3", "12345678901"),
+            ("0.30000000000000004", "0.125"),
+        ),
+        Case(
+            "formulas.xlsx",
+            xlsx(
+                {
+                    "S": sheet(
+                        [
+                            ["Sum", "Text", "Err"],
+                            [
+                                "<c ><f>1+2</f><v>3</v></c>",
+                                '<c t="str"><f>"a"&amp;"b"</f><v>ab &amp; c</v></c>',
+                                '<c t="e"><f>1/0</f><v>#DIV/0!</v></c>',
+                            ],
+                        ]
+                    )
+                }
+            ),
+            ("3", "ab & c", "#DIV/0!"),
+            ("1+2",),
+        ),
+        Case(
+            "uncached.xlsx",
+            xlsx({"S": sheet([["Sum"], ["<c ><f>SUM(A1:A9)</f></c>"]])}),
+            ("Sum",),
+            notices=("1 formula",),
+        ),
+        Case(
+            "booleans.xlsx",
+            xlsx({"S": sheet([["ok"], ['<c t="b"><v>1</v></c>'], ['<c t="b"><v>0</v></c>']])}),
+            ("TRUE", "FALSE"),
+        ),
+        Case(
+            "merged.xlsx",
+            xlsx(
+                {
+                    "S": sheet(
+                        [["Whole year"], ["North", "South"], [1, 2]],
+                        '<mergeCells><mergeCell ref="A1:B1"/></mergeCells>',
+                    )
+                }
+            ),
+            ("Whole year", "North", "South"),
+        ),
+        Case(
+            "hidden.xlsx",
+            xlsx(
+                {"Seen": sheet([["a"]]), "Backstage & co": sheet([["kept safe"]]), "Deep": sheet([["very deep"]])},
+                state={"Backstage & co": "hidden", "Deep": "veryHidden"},
+            ),
+            ("kept safe", "very deep", "Backstage & co"),
+        ),
         Case("several.xlsx", xlsx({"S": sheet(two)}), ("Fruit", "Plum", "City", "Bonn", "330000")),
-        Case("comments.xlsx", xlsx({"S": sheet([["Fruit", "Count"], ["Pear", 2]])}, links=_link("c", f"{kind}/comments", "../comments1.xml"),
-                                   more={"xl/comments1.xml": comments}), ("Counted & checked",)),
-        Case("threads.xlsx", xlsx({"S": sheet([["Fruit", "Count"]])}, links=_link("c", f"{kind}/comments", "../comments1.xml")
-                                  + _link("t", office, "../threadedComments/threadedComment1.xml"),
-                                  more={"xl/comments1.xml": legacy, "xl/threadedComments/threadedComment1.xml": threaded}),
-             ("Is this final?", "Yes it is"), ("Your version of Excel",)),
-        Case("rich.xlsx", xlsx({"S": sheet([['<c t="s"><v>0</v></c>', '<c t="s"><v>1</v></c>']])},
-                               strings='<si><r><t xml:space="preserve">Bold </t></r><r><rPr><b/></rPr><t>and not</t></r><rPh sb="0" eb="1"><t>yomi</t></rPh>'
-                               '</si><si><t xml:space="preserve">  two\nlines_x000D_ </t></si>'), ("Bold and not", "two lines"), ("yomi", "_x000D_")),
-        Case("macintosh.xlsx", xlsx({"S": sheet([["When"], [(43830, DATE)]])}, properties='<workbookPr date1904="1"/>'), ("2024-01-01",)),
-        Case("inline.xlsx", xlsx({"S": sheet([['<c t="inlineStr"><is><r><t>in</t></r><r><t>line</t></r></is></c>', '<c t="d" s="1"><v>2024-05-06T00:00:00</v></c>']])}),
-             ("inline", "2024-05-06")),
+        Case(
+            "comments.xlsx",
+            xlsx(
+                {"S": sheet([["Fruit", "Count"], ["Pear", 2]])},
+                links=_link("c", f"{kind}/comments", "../comments1.xml"),
+                more={"xl/comments1.xml": comments},
+            ),
+            ("Counted & checked",),
+        ),
+        Case(
+            "threads.xlsx",
+            xlsx(
+                {"S": sheet([["Fruit", "Count"]])},
+                links=_link("c", f"{kind}/comments", "../comments1.xml")
+                + _link("t", office, "../threadedComments/threadedComment1.xml"),
+                more={"xl/comments1.xml": legacy, "xl/threadedComments/threadedComment1.xml": threaded},
+            ),
+            ("Is this final?", "Yes it is"),
+            ("Your version of Excel",),
+        ),
+        Case(
+            "rich.xlsx",
+            xlsx(
+                {"S": sheet([['<c t="s"><v>0</v></c>', '<c t="s"><v>1</v></c>']])},
+                strings='<si><r><t xml:space="preserve">Bold </t></r><r><rPr><b/></rPr><t>and not</t></r><rPh sb="0" eb="1"><t>yomi</t></rPh>'
+                '</si><si><t xml:space="preserve">  two\nlines_x000D_ </t></si>',
+            ),
+            ("Bold and not", "two lines"),
+            ("yomi", "_x000D_"),
+        ),
+        Case(
+            "macintosh.xlsx",
+            xlsx({"S": sheet([["When"], [(43830, DATE)]])}, properties='<workbookPr date1904="1"/>'),
+            ("2024-01-01",),
+        ),
+        Case(
+            "inline.xlsx",
+            xlsx(
+                {
+                    "S": sheet(
+                        [
+                            [
+                                '<c t="inlineStr"><is><r><t>in</t></r><r><t>line</t></r></is></c>',
+                                '<c t="d" s="1"><v>2024-05-06T00:00:00</v></c>',
+                            ]
+                        ]
+                    )
+                }
+            ),
+            ("inline", "2024-05-06"),
+        ),
         Case("wide.xlsx", xlsx({"S": wide}), ("col299", "299.5")),
-        Case("scripts.xlsx", xlsx({"Übersicht": sheet([["مرحبا", "日本語", "हिन्दी"]])}), ("مرحبا", "日本語", "हिन्दी", "Übersicht")),
-        Case("drawing.xlsx", xlsx({"S": sheet([["a"]])}, links=_link("d", f"{kind}/drawing", "../drawings/drawing1.xml"),
-                                  more={"xl/drawings/drawing1.xml": drawing}), ("On a shape",)),
-        Case("macros.xlsx", xlsx({"S": sheet([["With macros."]])}, main_type="application/vnd.ms-excel.sheet.macroEnabled.main+xml",
-                                 more={"xl/vbaProject.bin": b"\0"}), ("With macros.",)),
-        Case("strict.xlsx", _strict(xlsx({"S": sheet([["Strictly said."], [(45292, DATE)]])})), ("Strictly said.", "2024-01-01")),
-        Case("titled.xlsx", xlsx({"S": sheet([["Price list 2024"], [], ["Fruit", "Price"], ["Pear", 2]])}, title="Prices &amp; more"),
-             ("Price list 2024", "Pear")),
+        Case(
+            "scripts.xlsx",
+            xlsx({"Übersicht": sheet([["مرحبا", "日本語", "हिन्दी"]])}),
+            ("مرحبا", "日本語", "हिन्दी", "Übersicht"),
+        ),
+        Case(
+            "drawing.xlsx",
+            xlsx(
+                {"S": sheet([["a"]])},
+                links=_link("d", f"{kind}/drawing", "../drawings/drawing1.xml"),
+                more={"xl/drawings/drawing1.xml": drawing},
+            ),
+            ("On a shape",),
+        ),
+        Case(
+            "macros.xlsx",
+            xlsx(
+                {"S": sheet([["With macros."]])},
+                main_type="application/vnd.ms-excel.sheet.macroEnabled.main+xml",
+                more={"xl/vbaProject.bin": b"\0"},
+            ),
+            ("With macros.",),
+        ),
+        Case(
+            "strict.xlsx",
+            _strict(xlsx({"S": sheet([["Strictly said."], [(45292, DATE)]])})),
+            ("Strictly said.", "2024-01-01"),
+        ),
+        Case(
+            "titled.xlsx",
+            xlsx({"S": sheet([["Price list 2024"], [], ["Fruit", "Price"], ["Pear", 2]])}, title="Prices &amp; more"),
+            ("Price list 2024", "Pear"),
+        ),
     ]
 
 

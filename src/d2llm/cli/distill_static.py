@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from d2llm.cli.index_options import (
+    FILE_MEGABYTES,
     CorpusArgument,
     ExcludeOption,
+    FileMemoryOption,
     FileSecondsOption,
     FollowLinksOption,
     warn_of_links,
@@ -35,6 +37,7 @@ def distill_static(
     exclude: ExcludeOption = None,
     follow_links: FollowLinksOption = True,
     file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE,
+    file_memory: FileMemoryOption = FILE_MEGABYTES,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
@@ -51,7 +54,13 @@ def distill_static(
     from d2llm.models.static_model import distill_static
 
     session = session_of(context)
-    texts = open_corpus(corpus, exclude=exclude or (), seconds_per_file=file_seconds, follow_links=follow_links)
+    texts = open_corpus(
+        corpus,
+        exclude=exclude or (),
+        seconds_per_file=file_seconds,
+        memory_per_file=file_memory << 20,
+        follow_links=follow_links,
+    )
     backbone = Backbone.load(BackboneConfig(model=model), device=device, dtype=dtype)
     passages = (passage.full_text for passage in texts.passages)
     report = distill_static(backbone, passages, out, dim=dim, smoothing=smoothing)

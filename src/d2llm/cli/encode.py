@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from d2llm.cli.index_options import (
+    FILE_MEGABYTES,
     ChunkingOptions,
     CorpusArgument,
     ExcludeOption,
+    FileMemoryOption,
     FileSecondsOption,
     FollowLinksOption,
     VectorOptions,
@@ -43,6 +45,7 @@ def encode(
     exclude: ExcludeOption = None,
     follow_links: FollowLinksOption = True,
     file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE,
+    file_memory: FileMemoryOption = FILE_MEGABYTES,
     shards: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Make a sharded index of N shards.", show_default="not sharded"),
@@ -80,7 +83,13 @@ def encode(
     else:  # its workers encode; here the student only splits texts, and this machine may lack their device
         model = Student.load(student, device="cpu")
     chunking = splitting.chunking(model) or default_chunking(model)
-    texts = open_corpus(corpus, exclude=exclude or (), seconds_per_file=file_seconds, follow_links=follow_links)
+    texts = open_corpus(
+        corpus,
+        exclude=exclude or (),
+        seconds_per_file=file_seconds,
+        memory_per_file=file_memory << 20,
+        follow_links=follow_links,
+    )
     report = encode(
         texts,
         model,

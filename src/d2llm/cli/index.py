@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from d2llm.cli.index_options import (
+    FILE_MEGABYTES,
     ChunkingOptions,
     CorpusArgument,
     ExcludeOption,
+    FileMemoryOption,
     FileSecondsOption,
     FollowLinksOption,
     NewIndexOptions,
@@ -74,6 +76,7 @@ class WritingOptions:
     exclude: ExcludeOption = None
     follow_links: FollowLinksOption = True
     file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE
+    file_memory: FileMemoryOption = FILE_MEGABYTES
     lenient_metadata: Annotated[
         bool, typer.Option("--lenient-metadata", help="Leave out metadata values that do not fit, and count them.")
     ] = False
@@ -210,6 +213,7 @@ def sync(
             folders,
             exclude=exclude,
             seconds_per_file=writing.file_seconds,
+            memory_per_file=writing.file_memory << 20,
             follow_links=writing.follow_links,
             chunking=splitting.chunking(cast("Student", index.student), index.folder),
         )
@@ -512,6 +516,7 @@ def _write_corpus(
         with_metadata=not writing.no_metadata,
         exclude=writing.exclude or (),
         seconds_per_file=writing.file_seconds,
+        memory_per_file=writing.file_memory << 20,
         follow_links=writing.follow_links,
     )
     with _opened(folder_of(context), new, writing) as index:

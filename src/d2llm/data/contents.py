@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import Section
+from d2llm.core.types import MetadataValue, Passage, Section
 
 
 class UnreadableFileError(InputError):
@@ -23,10 +23,17 @@ class SkippedPart:
 
 @dataclass(frozen=True, slots=True)
 class FileContents:
-    """The title that a file gives itself ("" if it gives none), its sections, none of them blank, and what was left out."""
+    """What is in a file: the title that it gives itself ("" if none), and its sections, none of them blank.
+
+    ``metadata`` are the fields of its front matter. A table has ``rows`` instead of sections: documents, whose ids are
+    the numbers of the rows, or their own if the table ``is_corpus``. ``skipped`` are parts that were left out.
+    """
 
     title: str
     sections: tuple[Section, ...]
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict[str, MetadataValue])
+    rows: tuple[Passage, ...] = ()
+    is_corpus: bool = False
     skipped: tuple[SkippedPart, ...] = ()
 
 
@@ -57,7 +64,7 @@ class SectionWriter:
         self._is_leaf = is_leaf and bool(self._headings)
 
     def block(self, text: str, *, follows_closely: bool = False) -> None:
-        """Add a paragraph or table; one that ``follows_closely``, as items of a list do, has no blank line before it."""
+        """Add a paragraph or table, with no blank line before one that ``follows_closely``, as items of a list do."""
         if text.strip():
             if self._blocks:
                 self._blocks.append("\n" if follows_closely else "\n\n")

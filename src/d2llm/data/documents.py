@@ -17,17 +17,24 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import compress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import gitignore_parser
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, MetadataValue, Passage, Section, SectionedPassage
+from d2llm.core.types import (
+    DEFAULT_MEMORY_PER_FILE,
+    DEFAULT_SECONDS_PER_FILE,
+    MetadataValue,
+    Passage,
+    Section,
+    SectionedPassage,
+)
+from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
 from d2llm.data.file_contents import (
     CODE,
     SUFFIXES,
     TABLES,
-    FileContents,
-    UnreadableFileError,
     is_parsed,
     read_contents,
 )
@@ -56,17 +63,19 @@ class DocumentFile:
 
 @dataclass(frozen=True, slots=True)
 class SkippedFile:
-    """A file or folder that could not be read, and why.
+    """A file or folder that could not be read, or the ``part`` of a file that was left out, and why.
 
-    ``id`` is the document's id, or what the ids of the documents in the folder begin with.
+    ``id`` is the document's id, or what the ids of the documents in the folder begin with. ``part`` is "" for a whole
+    file, else what the file calls the part: a chapter of a book, an attached file, the pages that are pictures.
     """
 
     path: str
     reason: str
     id: str
+    part: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{self.path}, {self.part}: {self.reason}" if self.part else f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,7 @@ class FileDocuments:
     file: DocumentFile
     documents: Sequence[Passage]
     is_corpus: bool = False
+    skipped: tuple[SkippedPart, ...] = ()
 
 
 @dataclass
@@ -83,7 +93,8 @@ class DocumentFiles:
     """The documents below some files and folders, in the order of their ids.
 
     Iterating reads the files and yields their documents; all but short plain texts are read by other processes
-    (``data.parser_workers``), each within ``seconds_per_file``. ``skipped`` lists what could not be read so far,
+    (``data.parser_workers``), each within ``seconds_per_file`` and ``memory_per_file`` (bytes). ``skipped`` lists
+    what could not be read so far, files and parts of files;
     ``num_other`` counts files whose suffix is not among ``SUFFIXES``, and ``links`` are symbolic links that were not
     followed.
     """
@@ -92,6 +103,7 @@ class DocumentFiles:
     skipped: list[SkippedFile] = field(default_factory=list[SkippedFile])
     num_other: int = 0
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE
+    memory_per_file: int = DEFAULT_MEMORY_PER_FILE
     links: list[str] = field(default_factory=list[str])
 
     @property
@@ -107,7 +119,8 @@ class DocumentFiles:
         elsewhere = [file.num_bytes > 0 and _is_read_elsewhere(file) for file in self.files]
         paths = [file.path for file in compress(self.files, elsewhere)]
         rows: dict[str, str] = {}  # ids of the rows of corpora, and their files
-        with closing(read_in_workers(paths, seconds=self.seconds_per_file)) as outcomes:
+        limits: dict[str, Any] = {"seconds": self.seconds_per_file, "memory": self.memory_per_file}
+        with closing(read_in_workers(paths, **limits)) as outcomes:
             for file, is_elsewhere in zip(self.files, elsewhere, strict=True):
                 try:
                     read = _parsed(file, next(outcomes)) if is_elsewhere else read_documents(file)
@@ -115,6 +128,9 @@ class DocumentFiles:
                 except UnreadableFileError as error:
                     self.skipped.append(SkippedFile(str(file.path), str(error), file.id))
                 else:
+                    self.skipped += [
+                        SkippedFile(str(file.path), part.reason, file.id, part.name) for part in read.skipped
+                    ]
                     yield read
 
 
@@ -124,6 +140,7 @@ def find_documents(
     exclude: Sequence[str] = (),
     max_bytes: int = MAX_BYTES,
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
+    memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
     follow_links: bool = True,
 ) -> DocumentFiles:
     """Find the files below some paths that can be read as documents.
@@ -137,6 +154,7 @@ def find_documents(
         exclude: what to leave out of folders, as lines of a ``.gitignore``; ``EXCLUDED`` always is.
         max_bytes: larger files are skipped.
         seconds_per_file: files that take longer to read are skipped.
+        memory_per_file: files that take more bytes of memory to read in another process are skipped.
         follow_links: also read the files and folders to which symbolic links in the folders lead, wherever these are;
             without, ``links`` names the links.
 
@@ -147,7 +165,7 @@ def find_documents(
     for root in roots:
         if not root.exists():
             raise InputError(f"{root}: there is no such file or folder")
-    documents = DocumentFiles([], seconds_per_file=seconds_per_file)
+    documents = DocumentFiles([], seconds_per_file=seconds_per_file, memory_per_file=memory_per_file)
     known_folders: set[tuple[int, int]] = set()
     several = sum(root.is_dir() for root in roots) > 1
     for root in roots:
@@ -219,7 +237,7 @@ def _as_documents(file: DocumentFile, contents: FileContents) -> FileDocuments:
         metadata={**fields, **facts},
         sections=sections,
     )
-    return FileDocuments(file, (document,))
+    return FileDocuments(file, (document,), skipped=contents.skipped)
 
 
 def _row_documents(file: DocumentFile, contents: FileContents, facts: Mapping[str, MetadataValue]) -> Iterator[Passage]:

@@ -47,7 +47,9 @@ class _Book:
         self._root = archive.xml(self._package)
         self._folder = posixpath.dirname(self._package)
         self._items = {
-            item.get("id", ""): _Item(item.get("href", ""), item.get("media-type", "").lower(), item.get("fallback", ""))
+            item.get("id", ""): _Item(
+                item.get("href", ""), item.get("media-type", "").lower(), item.get("fallback", "")
+            )
             for item in self._root.iter("{*}item")
         }
         self._encrypted = set(self._encrypted_names())
@@ -81,7 +83,7 @@ class _Book:
             first, *others = self._archive.skipped
             more = f", and {len(others):,} more" if others else ""
             raise UnreadableFileError(f"it has no text ({first.name}: {first.reason}{more})")
-        return FileContents(title, tuple(sections), tuple(self._archive.skipped))
+        return FileContents(title, tuple(sections), skipped=tuple(self._archive.skipped))
 
     def _find_package(self) -> str:
         container = self._archive.optional_xml("META-INF/container.xml")
@@ -150,7 +152,12 @@ class _Book:
                 continue
             folder = posixpath.dirname(name or "")
             entries = (
-                (each for nav in root.iter("{*}nav") if attribute(nav, "type") == "toc" for each in nav.iterfind("{*}ol"))
+                (
+                    each
+                    for nav in root.iter("{*}nav")
+                    if attribute(nav, "type") == "toc"
+                    for each in nav.iterfind("{*}ol")
+                )
                 if is_page
                 else root.iter("{*}navMap")
             )

@@ -1,68 +1,44 @@
-"""Title and sections of one file: text, pages, source code, what Kreuzberg makes Markdown of; the rows of tables."""
+"""Title and sections of one file: text, pages, source code, office files, books; rows of tables."""
 
 from __future__ import annotations
 
 import codecs
-import html
 import re
-import tempfile
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
-from zipfile import BadZipFile, ZipFile, is_zipfile
 
-from d2llm.core.errors import InputError
-from d2llm.core.extras import require
 from d2llm.core.fallbacks import fell_back
-from d2llm.core.types import MetadataValue, Passage, Section
+from d2llm.core.types import MetadataValue, Section
 from d2llm.data.code_sections import PARSED, code_sections, missing_grammar, python_sections
-from d2llm.data.text_sections import markdown_sections
+from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
 
 _TEXT = frozenset({".txt", ".text"})
 _MARKDOWN = frozenset({".md", ".markdown"})
 _RST = frozenset({".rst"})
 _HTML = frozenset({".html", ".htm", ".xhtml"})
-_CONVERTED = frozenset({".pdf", ".docx", ".pptx", ".xlsx", ".epub", ".odt"})
+_READERS: dict[str, tuple[str, str]] = {  # suffix -> module with its reader, and the reader
+    ".docx": ("word_files", "read_word"),
+    ".odt": ("opendocument_files", "read_opendocument"),
+    ".pptx": ("slide_files", "read_slides"),
+    ".xlsx": ("sheet_files", "read_sheets"),
+    ".pdf": ("pdf_files", "read_pdf"),
+    ".epub": ("epub_files", "read_book"),
+}
+"""What is imported if there is a file of that kind."""
 TABLES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
 """The suffixes of files whose rows are documents."""
 _PYTHON = frozenset({".py", ".pyi"})
 _OTHER_CODE = frozenset({".m", ".pl", ".r", ".sql"})
 CODE = _PYTHON | PARSED | _OTHER_CODE
 """The suffixes of source code."""
-SUFFIXES = _TEXT | _MARKDOWN | _RST | _HTML | _CONVERTED | TABLES | CODE
+SUFFIXES = _TEXT | _MARKDOWN | _RST | _HTML | _READERS.keys() | TABLES | CODE
 """The suffixes of files that can be read."""
 
 
 _NO_TITLES = frozenset({"presentation", "powerpoint presentation", "untitled", "untitled document"})
 """What office programs write where nobody gave a title."""
 _SAMPLE_BYTES = 1 << 16  # enough to guess an encoding from
-_NOTES = {
-    ".pptx": ((r"ppt/notesSlides/notesSlide\d+\.xml", "Notes"), (r"ppt/diagrams/data\d+\.xml", "Diagrams")),
-    ".docx": ((r"word/comments\.xml", "Comments"), (r"word/diagrams/data\d+\.xml", "Diagrams")),
-}
-"""Parts of office files that Kreuzberg leaves out of its Markdown, and a heading for them."""
-
-
-class UnreadableFileError(InputError):
-    """A file from which no text can be read; the message is the reason alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileContents:
-    """What is in a file: the title that it gives itself ("" if none), and its sections, none of them blank.
-
-    ``metadata`` are the fields of its front matter. A table has ``rows`` instead of sections: documents, whose ids are
-    the numbers of the rows, or their own if the table ``is_corpus``.
-    """
-
-    title: str
-    sections: tuple[Section, ...]
-    metadata: Mapping[str, MetadataValue] = field(default_factory=dict[str, MetadataValue])
-    rows: tuple[Passage, ...] = ()
-    is_corpus: bool = False
 
 
 def is_parsed(suffix: str) -> bool:
@@ -81,10 +57,13 @@ def read_contents(path: Path) -> FileContents:
     title, metadata = "", dict[str, MetadataValue]()
     if suffix in TABLES:
         return _table(path, suffix)
-    if suffix in _CONVERTED:
-        title, sections = _convert(path)
+    skipped: tuple[SkippedPart, ...] = ()
+    if suffix in _READERS:
+        module, reader = _READERS[suffix]
+        contents: FileContents = getattr(import_module(f"d2llm.data.{module}"), reader)(path)
+        title, sections, skipped = contents.title.removeprefix("Microsoft Word - "), contents.sections, contents.skipped
     else:
-        text = _decode(_read_bytes(path), with_declaration=suffix in _HTML)
+        text = decoded_text(_read_bytes(path), with_declaration=suffix in _HTML)
         if suffix in _MARKDOWN:
             from d2llm.data.front_matter import read_front_matter
 
@@ -100,7 +79,7 @@ def read_contents(path: Path) -> FileContents:
     if not sections:
         scanned = "; if it is scanned, recognise its pages (OCR)" if suffix == ".pdf" else ""
         raise UnreadableFileError(f"it has no text{scanned}")
-    return FileContents(title, tuple(sections), metadata)
+    return FileContents(title, tuple(sections), metadata, skipped=skipped)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -128,9 +107,9 @@ def _table(path: Path, suffix: str) -> FileContents:
         if suffix == ".parquet":
             records = parquet_records(path)
         elif suffix == ".jsonl":
-            records = json_records(_decode(_read_bytes(path)))
+            records = json_records(decoded_text(_read_bytes(path)))
         else:
-            title, records = csv_records(_decode(_read_bytes(path)), "\t" if suffix == ".tsv" else None)
+            title, records = csv_records(decoded_text(_read_bytes(path)), "\t" if suffix == ".tsv" else None)
         is_corpus, rows = row_documents(records, path)
     except TableError as error:
         raise UnreadableFileError(str(error)) from error
@@ -154,87 +133,7 @@ def _sections(text: str, suffix: str) -> Iterable[Section]:
     return [Section(text)]
 
 
-def _convert(path: Path) -> tuple[str, list[Section]]:
-    """Title and sections of a file that Kreuzberg reads."""
-    library: Any = require("kreuzberg", extra="documents", purpose=f"reading {path.suffix} files")
-    settings = library.ExtractionConfig(
-        output_format="markdown", pages=library.PageConfig(extract_pages=True), use_cache=False, disable_ocr=True
-    )
-    suffix = path.suffix.lower()
-    try:
-        with _path_in_utf8(path) as name:
-            result = library.extract_file_sync(name, config=settings)
-    except (KeyboardInterrupt, SystemExit, MemoryError, UnreadableFileError):
-        raise
-    except BaseException as error:  # a panic of its native code is not an Exception
-        raise UnreadableFileError(_reason(error)) from error
-    metadata: dict[str, Any] = result.metadata or {}
-    title = html.unescape(str(metadata.get("title") or "")).strip()
-    title = "" if title.casefold() in _NO_TITLES else title.removeprefix("Microsoft Word - ")
-    if suffix == ".pdf" and result.pages:  # plain text, unlike the whole
-        return title, [
-            Section(_with_line_feeds(page["content"]), (), int(page["page_number"])) for page in result.pages
-        ]
-    content = _with_line_feeds(result.content)
-    return title, [*map(_plain, markdown_sections(content)), *_notes(path)]
-
-
-@contextmanager
-def _path_in_utf8(path: Path) -> Generator[str]:
-    """The path, or if it is no UTF-8, which Kreuzberg does not take, that of a link to it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        with tempfile.TemporaryDirectory() as folder:
-            link = Path(folder) / f"link{path.suffix}"
-            link.symlink_to(path.absolute())
-            yield str(link)
-    else:
-        yield str(path)
-
-
-def _plain(section: Section) -> Section:
-    """A section of Markdown without pictures and, outside code, without escapes: they say nothing to a reader."""
-    parts = re.split(r"(^```.*?^```|`[^`\n]*`)", section.text, flags=re.MULTILINE | re.DOTALL)
-    for number in range(0, len(parts), 2):
-        without_pictures = re.sub(r"!\[([^\]]*)\]\([^)]*\)", r"\1", parts[number])
-        parts[number] = re.sub(r"\\([\\`*_{}\[\]()#+.!<>|~-])", r"\1", without_pictures)
-    return replace(section, text="".join(parts))
-
-
-def _notes(path: Path) -> Iterator[Section]:
-    """The notes of a presentation's slides, the comments on a text, and the texts of diagrams in either."""
-    kinds = _NOTES.get(path.suffix.lower(), ())
-    if not kinds or not is_zipfile(path):
-        return
-    try:
-        with ZipFile(path) as archive:
-            names = sorted(archive.namelist(), key=lambda name: (len(name), name))
-            parts = [
-                (heading, ElementTree.fromstring(archive.read(name)))
-                for pattern, heading in kinds
-                for name in names
-                if re.fullmatch(pattern, name)
-            ]
-    except (BadZipFile, ElementTree.ParseError, NotImplementedError, OSError) as error:
-        raise UnreadableFileError(_reason(error)) from error
-    for heading, part in parts:
-        paragraphs = (
-            "".join(run.text or "" for run in paragraph.iterfind(".//{*}r/{*}t"))
-            for paragraph in part.iterfind(".//{*}p")
-        )
-        yield Section("\n\n".join(filter(None, paragraphs)), (heading,))
-
-
-def _reason(error: BaseException) -> str:
-    words = " ".join(str(error).split())
-    if "password" in words.lower():
-        return "it is encrypted"
-    kind = type(error).__name__
-    return f"it cannot be parsed ({words.removeprefix(f'{kind}: ')[:200] or kind})"
-
-
-def _decode(data: bytes, *, with_declaration: bool = False) -> str:
+def decoded_text(data: bytes, *, with_declaration: bool = False) -> str:
     """Text in UTF-8, UTF-16, UTF-32 with a byte-order mark or an older encoding; lines end in line feeds.
 
     ``with_declaration``: the text may name its encoding, as HTML does.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
-from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, Passage
+from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
 from d2llm.data.corpus_records import corpus_passages
 from d2llm.data.documents import SkippedFile, find_documents
 from d2llm.data.file_contents import SUFFIXES
@@ -28,8 +28,9 @@ class Corpus:
     """The texts of a corpus, read while ``passages`` is iterated, once.
 
     ``num_documents`` is None if they are not counted yet. ``fingerprint`` changes with the content. ``skipped`` are
-    files that could not be read; it is complete after the iteration. The texts may be ``from_files`` of many kinds, so
-    that values of metadata which do not fit each other are to be expected; ``links`` to others were not followed.
+    files that could not be read, and parts that were left out; it is complete after the iteration. The texts may be
+    ``from_files`` of many kinds, so that values of metadata which do not fit each other are to be expected; ``links``
+    to others were not followed.
     """
 
     passages: Iterable[Passage]
@@ -46,6 +47,7 @@ def open_corpus(
     with_metadata: bool = True,
     exclude: Sequence[str] = (),
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
+    memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
     follow_links: bool = True,
 ) -> Corpus:
     """Open a corpus file (or a folder that holds one), or files and folders of documents (``data.documents``).
@@ -55,6 +57,7 @@ def open_corpus(
         with_metadata: without: id, title and text only.
         exclude: what to leave out of folders of documents, as in a ``.gitignore``.
         seconds_per_file: documents that take longer to read are skipped.
+        memory_per_file: documents that take more bytes of memory to read are skipped.
         follow_links: also read what symbolic links in folders of documents lead to.
 
     Raises:
@@ -66,7 +69,13 @@ def open_corpus(
         file = corpus_file(paths[0])
         passages = iter_corpus(file, with_metadata=with_metadata)
         return Corpus(passages, check_corpus(file, with_metadata=with_metadata), fingerprint_files([file]))
-    documents = find_documents(paths, exclude=exclude, seconds_per_file=seconds_per_file, follow_links=follow_links)
+    documents = find_documents(
+        paths,
+        exclude=exclude,
+        seconds_per_file=seconds_per_file,
+        memory_per_file=memory_per_file,
+        follow_links=follow_links,
+    )
     state = [[file.id, file.num_bytes, str(file.modified)] for file in documents.files]
     passages = documents if with_metadata else (replace(document, metadata={}) for document in documents)
     return Corpus(

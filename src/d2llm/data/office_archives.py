@@ -5,10 +5,10 @@ from __future__ import annotations
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 from zipfile import BadZipFile, ZipFile, ZipInfo
 from zlib import error as ZlibError
@@ -33,6 +33,7 @@ _EMBEDDED = {
 
 Element = Any
 """An element of lxml, which has no types of its own."""
+_Content = TypeVar("_Content")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,11 @@ class Archive:
         try:
             with self._zip.open(known) as part:
                 events = self._etree.iterparse(
-                    part, tag=[f"{{*}}{tag}" for tag in tags], resolve_entities=False, no_network=True, remove_comments=True
+                    part,
+                    tag=[f"{{*}}{tag}" for tag in tags],
+                    resolve_entities=False,
+                    no_network=True,
+                    remove_comments=True,
                 )
                 for _, element in events:
                     yield element
@@ -239,7 +244,7 @@ def _drawing_runs(element: Element) -> Iterator[str]:
             yield from _drawing_runs(child)
 
 
-def choice(alternatives: Element, read: Any) -> Iterator[Any]:
+def choice(alternatives: Element, read: Callable[[Element], _Content]) -> Iterator[_Content]:
     """What the first alternative with any content says: programs draw one of them."""
     for each in alternatives:
         content = read(each)
@@ -250,7 +255,9 @@ def choice(alternatives: Element, read: Any) -> Iterator[Any]:
 
 def equation(element: Element) -> str:
     """An equation in one line: a/b, x^2, √(x)."""
-    parts = {name: "".join(map(equation, part)) for part in element if (name := local_name(part)) and not name.endswith("Pr")}
+    parts = {
+        name: "".join(map(equation, part)) for part in element if (name := local_name(part)) and not name.endswith("Pr")
+    }
     match local_name(element):
         case "t":
             return str(element.text or "")
@@ -265,10 +272,14 @@ def equation(element: Element) -> str:
         case "rad":
             return f"{parts.get('deg', '')}√{_group(parts.get('e', ''))}"
         case "nary":
-            limits = "".join(sign + _group(parts[name]) for sign, name in (("_", "sub"), ("^", "sup")) if parts.get(name))
+            limits = "".join(
+                sign + _group(parts[name]) for sign, name in (("_", "sub"), ("^", "sup")) if parts.get(name)
+            )
             return f"{_property(element, 'chr') or '∫'}{limits} {parts.get('e', '')}"
         case "d":
-            inside = (_property(element, "sepChr") or "|").join("".join(map(equation, e)) for e in element.iterfind("{*}e"))
+            inside = (_property(element, "sepChr") or "|").join(
+                "".join(map(equation, e)) for e in element.iterfind("{*}e")
+            )
             return f"{_property(element, 'begChr') or '('}{inside}{_property(element, 'endChr') or ')'}"
         case "m":
             return "; ".join(", ".join("".join(map(equation, e)) for e in row) for row in element.iterfind("{*}mr"))
@@ -299,8 +310,8 @@ def chart_text(root: Element) -> str:
         names.update(_points(series, "cat", "xVal"))
         columns.append((name, _points(series, "val", "yVal")))
     rows = [["", *(name for name, _ in columns)]]
-    for number in sorted({*names, *(number for _, values in columns for number in values)}):
-        rows.append([names.get(number, ""), *(values.get(number, "") for _, values in columns)])
+    numbers = sorted({*names, *(number for _, values in columns for number in values)})
+    rows += ([names.get(number, ""), *(values.get(number, "") for _, values in columns)] for number in numbers)
     return "\n\n".join(filter(None, [*titles, markdown_table(rows) if columns else ""]))
 
 

@@ -15,8 +15,22 @@ from d2llm.data.office_archives import Archive, Element, attribute, is_descripti
 from d2llm.data.word_lists import written_number
 
 _NO_TEXT = frozenset(
-    "tracked-changes forms binary-data script note-citation change-info annotation-end meta-template "
-    "sequence-decls variable-decls user-field-decls dde-connection-decls event-listeners glue-point".split()  # noqa: SIM905
+    [
+        "tracked-changes",
+        "forms",
+        "binary-data",
+        "script",
+        "note-citation",
+        "change-info",
+        "annotation-end",
+        "meta-template",
+        "sequence-decls",
+        "variable-decls",
+        "user-field-decls",
+        "dde-connection-decls",
+        "event-listeners",
+        "glue-point",
+    ]
 )
 _MOST_REPETITIONS = 1_000  # of a row or cell with text; programs fill a table's end with a million empty ones
 _LONGEST_REPEATED_CELL = 100  # characters; a cell over several rows is repeated in each
@@ -74,7 +88,7 @@ class _Text:
             for comment in dict.fromkeys(self._comments):
                 self._writer.block(comment)
         self._headers_and_footers()
-        return FileContents(self.title, tuple(self._writer.finish()), tuple(self._archive.skipped))
+        return FileContents(self.title, tuple(self._writer.finish()), skipped=tuple(self._archive.skipped))
 
     def _headers_and_footers(self) -> None:
         around = [

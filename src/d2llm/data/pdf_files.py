@@ -21,7 +21,19 @@ from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
 _HYPHEN = "\ufffe"  # PDFium's sign for a hyphen at the end of a line, whose parts it joins
 _SPLIT_WORD = re.compile(rf"(\w+){_HYPHEN}\s*(\w+)")
 _PASSWORD_FIELD = 1 << 13
-_NO_NOTES = ("LINK", "POPUP", "WIDGET", "SOUND", "MOVIE", "SCREEN", "PRINTERMARK", "TRAPNET", "THREED", "RICHMEDIA", "XFAWIDGET")
+_NO_NOTES = (
+    "LINK",
+    "POPUP",
+    "WIDGET",
+    "SOUND",
+    "MOVIE",
+    "SCREEN",
+    "PRINTERMARK",
+    "TRAPNET",
+    "THREED",
+    "RICHMEDIA",
+    "XFAWIDGET",
+)
 _NAMED_PAGES = 20
 
 
@@ -56,7 +68,9 @@ class _Reader:
             document.init_forms()
             self._form = document.formenv
         if document.get_formtype() == self._raw.FORMTYPE_XFA_FULL:
-            self._skipped.append(SkippedPart("form", "it is in a format (XFA) of which only the plain part can be read"))
+            self._skipped.append(
+                SkippedPart("form", "it is in a format (XFA) of which only the plain part can be read")
+            )
 
     def read(self) -> FileContents:
         pages: list[tuple[str, str, str]] = []
@@ -84,7 +98,7 @@ class _Reader:
                 SkippedPart(_page_names(pictures), "no text, but pictures; if they are scanned, recognise them (OCR)")
             )
         title = " ".join(self._document.get_metadata_value("Title").replace("\0", "").split())
-        return FileContents(title, tuple(sections), tuple(self._skipped))
+        return FileContents(title, tuple(sections), skipped=tuple(self._skipped))
 
     def _read_page(self, page: Any) -> tuple[str, str, str]:
         """The text of a page, the fields of its form, and its notes."""
@@ -123,7 +137,11 @@ class _Reader:
         is_secret = (
             kind == raw.FPDF_FORMFIELD_TEXTFIELD and raw.FPDFAnnot_GetFormFieldFlags(form, annotation) & _PASSWORD_FIELD
         )
-        if is_secret or kind in (raw.FPDF_FORMFIELD_PUSHBUTTON, raw.FPDF_FORMFIELD_SIGNATURE, raw.FPDF_FORMFIELD_UNKNOWN):
+        if is_secret or kind in (
+            raw.FPDF_FORMFIELD_PUSHBUTTON,
+            raw.FPDF_FORMFIELD_SIGNATURE,
+            raw.FPDF_FORMFIELD_UNKNOWN,
+        ):
             return
         path = self._string(raw.FPDFAnnot_GetFormFieldName, form, annotation)
         name = self._string(raw.FPDFAnnot_GetFormFieldAlternateName, form, annotation).strip() or path

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from d2llm.data.contents import FileContents, SectionWriter, markdown_table
-from d2llm.data.office_archives import Archive, Element, Relation, attribute, chart_text, drawing_text, local_name
+from d2llm.data.office_archives import Archive, Element, Relation, chart_text, drawing_text, local_name
 from d2llm.data.sheet_values import BUILT_IN, GENERAL, shown
 
 _LONGEST_REPEATED_CELL = 100  # characters; a cell over several rows is repeated in each
@@ -63,8 +63,7 @@ class _Workbook:
         self._formats = self._read_formats()
 
     def read(self) -> FileContents:
-        sheets = self._root.find("{*}sheets")
-        for number, sheet in enumerate(sheets if sheets is not None else (), start=1):
+        for number, sheet in enumerate(self._root.iterfind("{*}sheets/{*}sheet"), start=1):
             name = " ".join(sheet.get("name", f"Sheet{number}").split())
             relation = next((self._links[value] for value in sheet.values() if value in self._links), None)
             if relation is None or self._archive.find(relation.target) is None:
@@ -72,7 +71,7 @@ class _Workbook:
             else:
                 self._write_sheet(name, relation.target)
         self._archive.skip_embedded(self._links)
-        return FileContents(self._archive.title(), tuple(self._writer.finish()), tuple(self._archive.skipped))
+        return FileContents(self._archive.title(), tuple(self._writer.finish()), skipped=tuple(self._archive.skipped))
 
     def _related(self, kind: str) -> Element | None:
         name = next((each.target for each in self._links.values() if each.kind == kind), "")
@@ -88,7 +87,10 @@ class _Workbook:
         root = self._related("styles")
         if root is None:
             return []
-        codes = {int(each.get("numFmtId", 0)): each.get("formatCode", GENERAL) for each in root.iterfind("{*}numFmts/{*}numFmt")}
+        codes = {
+            int(each.get("numFmtId", 0)): each.get("formatCode", GENERAL)
+            for each in root.iterfind("{*}numFmts/{*}numFmt")
+        }
         styles = root.iterfind("{*}cellXfs/{*}xf")
         numbers = (int(style.get("numFmtId", 0)) for style in styles)
         return [codes.get(number) or BUILT_IN.get(number, GENERAL) for number in numbers]
@@ -96,7 +98,9 @@ class _Workbook:
     def _write_sheet(self, name: str, part: str) -> None:
         sheet = self._read_sheet(part)
         if sheet.num_uncomputed:
-            count = f"{sheet.num_uncomputed:,} formula{'s have' if sheet.num_uncomputed > 1 else ' has'} no stored value"
+            count = (
+                f"{sheet.num_uncomputed:,} formula{'s have' if sheet.num_uncomputed > 1 else ' has'} no stored value"
+            )
             self._archive.skip(f"sheet {name}", f"{count}; save it once with a program that computes them")
         self._writer.part(name)
         for text in _tables(sheet.rows):
@@ -195,7 +199,13 @@ class _Workbook:
 
 def _string(item: Element) -> str:
     """The text of a string, without what tells how its signs are pronounced."""
-    texts = (each for child in item for each in ([child] if local_name(child) == "t" else child.iterfind("{*}t") if local_name(child) == "r" else ()))
+    texts = (
+        each
+        for child in item
+        for each in (
+            [child] if local_name(child) == "t" else child.iterfind("{*}t") if local_name(child) == "r" else ()
+        )
+    )
     return _unescaped("".join(each.text or "" for each in texts))
 
 

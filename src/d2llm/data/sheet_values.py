@@ -56,7 +56,7 @@ def plain_number(value: str) -> str:
 def _sections(code: str) -> tuple[str, ...]:
     """The parts of a format for positive and negative numbers, zero and text."""
     pieces = re.findall(r'(?:"[^"]*"|\\.|\[[^\]]*\]|[^;])+|(?<=;)(?=;|$)|^(?=;)', code)
-    return tuple(pieces) or (GENERAL,)
+    return tuple(pieces or [GENERAL])
 
 
 @lru_cache(maxsize=256)
@@ -72,9 +72,10 @@ def _time_kind(section: str) -> str:
 
 def _section_of(sections: tuple[str, ...], number: float) -> tuple[str, bool]:
     """The part of a format for a number, and whether that part is for negative numbers alone."""
+    positive, negative, zero, *_ = (*sections, "", "", "")
     if number < 0 and len(sections) > 1:
-        return sections[1], True
-    return (sections[2], False) if number == 0 and len(sections) > 2 else (sections[0], False)
+        return negative, True
+    return (zero if number == 0 and len(sections) > 2 else positive), False
 
 
 def _shown_number(plain: str, section: str, *, is_own: bool) -> str:
@@ -141,7 +142,7 @@ def _shown_time(days: float, kind: str) -> str:
         seconds, rest = divmod(milliseconds, 1000)
         text = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         return ("-" if days < 0 else "") + text + (f".{rest:03}".rstrip("0") if rest else "")
-    start = datetime(1899, 12, 31) if days < _LEAP_DAY_OF_1900 else datetime(1899, 12, 30)  # noqa: DTZ001
+    start = datetime(1899, 12, 31) if days < _LEAP_DAY_OF_1900 else datetime(1899, 12, 30)
     try:
         moment = start + timedelta(milliseconds=round(days * 86_400_000))
     except OverflowError:
@@ -152,4 +153,8 @@ def _shown_time(days: float, kind: str) -> str:
     if kind == "time" and days < 1:
         return time
     date = f"{moment.year:04}-{moment.month:02}-{moment.day:02}"
-    return date if kind == "date" and not (moment.hour or moment.minute or moment.second or moment.microsecond) else f"{date} {time}"
+    return (
+        date
+        if kind == "date" and not (moment.hour or moment.minute or moment.second or moment.microsecond)
+        else f"{date} {time}"
+    )

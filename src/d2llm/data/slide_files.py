@@ -60,7 +60,7 @@ class _Presentation:
                 if name not in self._read and (text := self._part_text(name)):
                     self._writer.part(heading)
                     self._writer.block(text)
-        return FileContents(self._archive.title(), tuple(self._writer.finish()), tuple(self._archive.skipped))
+        return FileContents(self._archive.title(), tuple(self._writer.finish()), skipped=tuple(self._archive.skipped))
 
     def _slides(self) -> list[str]:
         main = self._archive.main_part("ppt/presentation.xml")
@@ -167,5 +167,8 @@ def _description(shape: Element) -> str:
 
 
 def _table_text(table: Element) -> str:
-    rows = [[" ".join(map(drawing_paragraph, cell.iter("{*}p"))) for cell in row.iterfind("{*}tc")] for row in table.iterfind("{*}tr")]
+    rows = [
+        [" ".join(map(drawing_paragraph, cell.iter("{*}p"))) for cell in row.iterfind("{*}tc")]
+        for row in table.iterfind("{*}tr")
+    ]
     return markdown_table(rows)

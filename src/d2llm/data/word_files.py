@@ -7,7 +7,7 @@ boxes follow the paragraph that they belong to; comments, diagrams, charts, and 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from d2llm.data.contents import FileContents, SectionWriter, UnreadableFileError, markdown_table
@@ -63,6 +63,23 @@ class _Document:
         self._joined = ""  # text of a paragraph whose end has been deleted
         self._in_list = False
         self.title = archive.title()
+        self._readers: dict[str, Callable[[Element], str]] = {
+            "t": lambda element: self._shown(_text(element)),
+            **{name: (lambda _, sign=sign: self._shown(sign)) for name, sign in _SIGNS.items()},
+            **dict.fromkeys(_NOTES, self._note),
+            "sym": lambda element: symbol(attribute(element, "font"), attribute(element, "char")),
+            "r": lambda element: with_symbols(self._runs(element), element),
+            "oMath": equation,
+            "oMathPara": equation,
+            "fldChar": self._field,
+            "fldSimple": self._simple_field,
+            "instrText": self._instruct,
+            "AlternateContent": self._alternative,
+            "ruby": self._ruby,
+            "txbxContent": self._box,
+            "docPr": _description,
+            "textpath": lambda element: f" {element.get('string', '')} ",
+        }
 
     def read(self) -> FileContents:
         body = self._archive.xml(self._main).find("{*}body")
@@ -73,7 +90,7 @@ class _Document:
             self._writer.block(self._joined)
         self._write_last()
         self._archive.skip_embedded(self._relations)
-        return FileContents(self.title, tuple(self._writer.finish()), tuple(self._archive.skipped))
+        return FileContents(self.title, tuple(self._writer.finish()), skipped=tuple(self._archive.skipped))
 
     def _related(self, kind: str) -> list[Element]:
         names = dict.fromkeys(each.target for each in self._relations.values() if each.kind == kind)
@@ -177,55 +194,47 @@ class _Document:
     def _texts(self, element: Element) -> Iterator[str]:
         for child in element:
             name = local_name(child)
-            if name == "t":
-                if not self._fields or all(field.has_result for field in self._fields):
-                    yield _text(child)
-            elif name in _SIGNS:
-                if not self._fields or all(field.has_result for field in self._fields):
-                    yield _SIGNS[name]
-            elif name == "sym":
-                yield symbol(attribute(child, "font"), attribute(child, "char"))
-            elif name == "r":
-                yield with_symbols(self._runs(child), child)
-            elif name in ("oMath", "oMathPara"):
-                yield equation(child)
-            elif name in _NOTES:
-                self._refer(self._notes[_NOTES[name]].pop(attribute(child, "id"), None))
-            elif name == "fldChar":
-                yield self._field(child)
-            elif name == "instrText" and self._fields:
-                self._fields[-1].code += child.text or ""
-            elif name == "fldSimple":
-                text = self._runs(child)
-                yield "" if re.match(_PAGE_NUMBERS, attribute(child, "instr")) else text
-            elif name == "AlternateContent":
-                yield from self._alternative(child)
-            elif name == "ruby":
-                yield self._ruby(child)
-            elif name == "txbxContent":
-                self._after.append(child)
-            elif name == "docPr":
-                yield _description(child)
-            elif name == "textpath":
-                yield f" {child.get('string', '')} "
+            reader = self._readers.get(name)
+            if reader is not None:
+                yield reader(child)
             elif name not in _NO_TEXT and not name.endswith("Pr"):
                 yield from self._texts(child)
 
-    def _refer(self, element: Element | None) -> None:
-        if element is not None:
-            self._after.append(element)
+    def _shown(self, text: str) -> str:
+        """A text, unless it is among the instructions of a field."""
+        return text if all(field.has_result for field in self._fields) else ""
 
-    def _alternative(self, alternatives: Element) -> Iterator[str]:
+    def _instruct(self, element: Element) -> str:
+        if self._fields:
+            self._fields[-1].code += element.text or ""
+        return ""
+
+    def _simple_field(self, element: Element) -> str:
+        text = self._runs(element)
+        return "" if re.match(_PAGE_NUMBERS, attribute(element, "instr")) else text
+
+    def _note(self, reference: Element) -> str:
+        note = self._notes[_NOTES[local_name(reference)]].pop(attribute(reference, "id"), None)
+        if note is not None:
+            self._after.append(note)
+        return ""
+
+    def _box(self, element: Element) -> str:
+        self._after.append(element)
+        return ""
+
+    def _alternative(self, alternatives: Element) -> str:
         def read(each: Element) -> str:
             before = len(self._after)
             text = self._runs(each)
             return text or " " * (len(self._after) - before)
 
-        for text in choice(alternatives, read):
-            yield text.strip(" ") and text
+        return next((text for text in choice(alternatives, read) if text.strip(" ")), "")
 
     def _ruby(self, ruby: Element) -> str:
-        base, reading = (("".join(self._runs(each) for each in ruby.iterfind(f"{{*}}{name}"))) for name in ("rubyBase", "rt"))
+        base, reading = (
+            ("".join(self._runs(each) for each in ruby.iterfind(f"{{*}}{name}"))) for name in ("rubyBase", "rt")
+        )
         return f"{base}({reading})" if reading else base
 
     def _field(self, mark: Element) -> str:
@@ -398,4 +407,6 @@ def _without_table_lines(text: str) -> str:
     if "| --- |" not in text:
         return text
     lines = [line for line in text.split("\n") if not re.fullmatch(r"\|( --- \|)+", line)]
-    return "\n".join(line[2:-2].replace(" | ", ", ") if line.startswith("| ") and line.endswith(" |") else line for line in lines)
+    return "\n".join(
+        line[2:-2].replace(" | ", ", ") if line.startswith("| ") and line.endswith(" |") else line for line in lines
+    )

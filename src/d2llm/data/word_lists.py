@@ -90,6 +90,7 @@ def _levels(definition: Element | None) -> dict[int, _Level]:
 
 
 def written_number(number: int, kind: str) -> str:
+    """A number as a letter, in Roman digits, or as it is, by Word's name of the kind."""
     if kind in ("lowerLetter", "upperLetter") and number > 0:
         letter = chr(ord("a") + (number - 1) % 26) * ((number - 1) // 26 + 1)
         return letter if kind == "lowerLetter" else letter.upper()
@@ -102,7 +103,9 @@ def written_number(number: int, kind: str) -> str:
 def _roman(number: int) -> str:
     text = ""
     for value, letters in zip(
-        (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1), "M CM D CD C XC L XL X IX V IV I".split(), strict=True
+        (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1),
+        ["M", "CM", "D", "CD", "C", "XC", "L", "XL", "X", "IX", "V", "IV", "I"],
+        strict=True,
     ):
         text += letters * (number // value)
         number %= value

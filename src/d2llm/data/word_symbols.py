@@ -44,5 +44,6 @@ def with_symbols(text: str, run: Any) -> str:
     font = attribute(fonts, "ascii") or attribute(fonts, "hAnsi") if fonts is not None else ""
     known = _FONTS.get(font.casefold(), _SYMBOL)
     return "".join(
-        known.get(ord(c) - _PRIVATE, "\N{REPLACEMENT CHARACTER}") if _PRIVATE <= ord(c) < _PRIVATE + 256 else c for c in text
+        known.get(ord(c) - _PRIVATE, "\N{REPLACEMENT CHARACTER}") if _PRIVATE <= ord(c) < _PRIVATE + 256 else c
+        for c in text
     )

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, Passage
+from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
 from d2llm.data.documents import MAX_BYTES, SkippedFile, find_documents
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.upserting_documents import DocumentsReport
@@ -22,8 +22,8 @@ class SyncReport:
 
     ``num_files`` were found, of which ``num_unchanged`` were not read; ``written`` says what became of the others.
     ``gone`` are files whose documents were deleted because they are gone. Of a file in ``skipped``, which could not be
-    read, the index keeps what it had. ``num_other`` files have suffixes that cannot be read, and the symbolic
-    ``links`` were not followed.
+    read, the index keeps what it had; entries with a ``part`` name what was left out of a file that was read.
+    ``num_other`` files have suffixes that cannot be read, and the symbolic ``links`` were not followed.
     """
 
     num_files: int
@@ -42,6 +42,7 @@ def sync_documents(
     exclude: Sequence[str] = (),
     max_bytes: int = MAX_BYTES,
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
+    memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
     follow_links: bool = True,
     chunking: Chunking | None = None,
 ) -> SyncReport:
@@ -56,7 +57,12 @@ def sync_documents(
             no file.
     """
     documents = find_documents(
-        paths, exclude=exclude, max_bytes=max_bytes, seconds_per_file=seconds_per_file, follow_links=follow_links
+        paths,
+        exclude=exclude,
+        max_bytes=max_bytes,
+        seconds_per_file=seconds_per_file,
+        memory_per_file=memory_per_file,
+        follow_links=follow_links,
     )
     known = _known_files(index)
     unchanged = [
