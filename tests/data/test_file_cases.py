@@ -252,9 +252,19 @@ class TestPdf:
 
     def test_words_at_ends_of_lines_are_whole(self, tmp_path):
         """A hyphen is kept if the file has the word with one elsewhere."""
-        words = lines("The well-known experi-", "ment was well-", "known.")
+        words = lines(
+            "The well-known experi-",
+            "ment was well-",
+            "known at Bonn-",
+            "Beuel. A red wine, a vine-",
+            "yard, red-",
+            "wine stains.",
+        )
         (section,) = read(tmp_path, "a.pdf", pages(words)).sections
-        assert section.text == "The well-known experiment was well-known."
+        assert (
+            section.text
+            == "The well-known experiment was well-known at Bonn-Beuel. A red wine, a vineyard, red-wine stains."
+        )
 
     def test_pages_that_are_pictures_are_named(self, tmp_path):
         image = b"q 100 0 0 100 0 0 cm BI /W 1 /H 1 /BPC 8 /CS /G ID \x00 EI Q"

@@ -193,7 +193,8 @@ def _page_names(numbers: list[int]) -> str:
 def _with_whole_words(pages: list[str]) -> list[str]:
     """Pages whose words are whole where they were split at the end of a line.
 
-    A hyphen stays if the rest of the file has the word with a hyphen and not without one.
+    A hyphen stays if the rest of the file has the word with it rather than without, or knows both parts as words, or
+    if the second part begins with a capital letter or a digit.
     """
     if not any(_HYPHEN in page for page in pages):
         return pages
@@ -201,7 +202,11 @@ def _with_whole_words(pages: list[str]) -> list[str]:
 
     def joined(match: re.Match[str]) -> str:
         compound, word = f"{match[1]}-{match[2]}", match[1] + match[2]
-        keeps_hyphen = known[compound.casefold()] > known[word.casefold()]
-        return compound if keeps_hyphen else word
+        with_hyphen, without = known[compound.casefold()], known[word.casefold()]
+        if with_hyphen or without:
+            return compound if with_hyphen > without else word
+        is_name = not match[2][0].islower() and not match[1].isupper()
+        are_words = min(len(match[1]), len(match[2])) > 2 and all(known[part.casefold()] for part in match.groups())
+        return compound if is_name or are_words else word
 
     return [re.sub(_SPLIT_WORD, joined, page).replace(_HYPHEN, "-") for page in pages]

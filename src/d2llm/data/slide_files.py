@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2llm.data.contents import FileContents, SectionWriter, UnreadableFileError, markdown_table
+from d2llm.data.contents import FileContents, SectionWriter, markdown_table
 from d2llm.data.office_archives import (
     Archive,
     Element,
@@ -74,8 +74,6 @@ class _Presentation:
                 self._archive.skip(relation.target if relation else f"slide {len(names) + 1}", "it is missing")
             else:
                 names.append(relation.target)
-        if not names and not self._archive.matching(r"ppt/slides/slide\d+\.xml"):
-            raise UnreadableFileError("it cannot be parsed (it has no slides)")
         return names or self._archive.matching(r"ppt/slides/slide\d+\.xml")
 
     def _slide(self, number: int, name: str, root: Element) -> None:
