@@ -198,7 +198,9 @@ def _with_whole_words(pages: list[str]) -> list[str]:
     """
     if not any(_HYPHEN in page for page in pages):
         return pages
-    known = Counter(word.casefold() for page in pages for word in re.findall(r"\w+(?:-\w+)*", page))
+    whole = (re.sub(_SPLIT_WORD, " ", page) for page in pages)
+    words = [word.casefold() for page in whole for word in re.findall(r"\w+(?:-\w+)*", page)]
+    known = Counter([*words, *(part for word in words if "-" in word for part in word.split("-"))])
 
     def joined(match: re.Match[str]) -> str:
         compound, word = f"{match[1]}-{match[2]}", match[1] + match[2]

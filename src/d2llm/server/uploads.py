@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from email import message_from_bytes
 from email.message import Message
 from io import BytesIO
@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from d2llm.core.errors import MissingExtraError
 from d2llm.core.types import Passage
-from d2llm.data.documents import DocumentFile, DocumentFiles
+from d2llm.data.documents import DocumentFile, DocumentFiles, SkippedFile
 from d2llm.data.file_contents import SUFFIXES
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.settings import ServeSettings
@@ -49,9 +49,13 @@ UPLOAD_BODY: dict[str, Any] = {
 
 
 class Upload(list[Passage]):
-    """The documents of an upload. Metadata of texts and tables, unlike those of a corpus, need not fit each other."""
+    """The documents of an upload. Metadata of texts and tables, unlike those of a corpus, need not fit each other.
+
+    ``skipped`` are parts of the files that were left out.
+    """
 
     is_corpus = True
+    skipped: Sequence[SkippedFile] = ()
 
 
 def documents_of(body: bytes, content_type: str, limits: ServeSettings) -> Upload:
@@ -70,19 +74,23 @@ def documents_of(body: bytes, content_type: str, limits: ServeSettings) -> Uploa
             for read in files.by_file():
                 upload += read.documents
                 upload.is_corpus = upload.is_corpus and read.is_corpus
-                if files.skipped:
+                if _unread(files):
                     break
         except MissingExtraError as error:
             raise invalid(f"a file cannot be read here: {error}", "file") from error
-        if files.skipped:
-            skipped = files.skipped[0]
+        for skipped in _unread(files):
             where = re.match(r"line (\d+): (?:it cannot be parsed: )?", skipped.reason)
             place, reason = (f":{where[1]}", skipped.reason[where.end() :]) if where else ("", skipped.reason)
             raise invalid(f"{skipped.id}{place}: {reason}", "file")
+        upload.skipped = files.skipped
     for document in upload:
         if not document.text.strip():
             raise invalid(f"the document {document.id!r} has no text; leave it out", "file")
     return upload
+
+
+def _unread(files: DocumentFiles) -> list[SkippedFile]:
+    return [skipped for skipped in files.skipped if not skipped.part]
 
 
 def _files_of(body: bytes, content_type: str) -> Iterator[tuple[str, bytes]]:
