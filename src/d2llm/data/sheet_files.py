@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from d2llm.data.contents import FileContents, SectionWriter, markdown_table
@@ -15,6 +16,7 @@ from d2llm.data.office_archives import Archive, Element, Relation, chart_text, d
 from d2llm.data.sheet_values import BUILT_IN, GENERAL, shown
 
 _LONGEST_REPEATED_CELL = 100  # characters; a cell over several rows is repeated in each
+_DIGITS = "0123456789"
 _THREAD = "[Threaded comment]"  # begins what older programs show in place of a conversation
 _STRING_TYPES = frozenset({"s", "str", "inlineStr"})
 
@@ -164,12 +166,17 @@ class _Workbook:
         row: _Row = {}
         column = -1
         for cell in element:
-            column = _column(cell.get("r", "")) if cell.get("r") else column + 1
+            place = cell.get("r")
+            column = _column(place.rstrip(_DIGITS)) if place else column + 1
             kind = cell.get("t", "n")
-            value = cell.findtext("{*}v")
-            if not value and kind != "str" and cell.find("{*}f") is not None:
+            value, has_formula = "", False
+            for child in cell:
+                name = local_name(child)
+                value = child.text or "" if name == "v" else value
+                has_formula = has_formula or name == "f"
+            if has_formula and not value and kind != "str":
                 sheet.num_uncomputed += 1
-            text = self._text(cell, kind, value or "")
+            text = self._text(cell, kind, value)
             if text.strip():
                 row[column] = _Cell(text, kind in _STRING_TYPES)
         return row
@@ -220,10 +227,11 @@ def _character(code: int) -> str:
     return "\n" if code == 0x0D else chr(code) if code >= 0x20 and not 0xD800 <= code < 0xE000 else " "
 
 
-def _column(place: str) -> int:
-    """The column of a cell, from 0, by its place ("AB12")."""
+@lru_cache(maxsize=16_384)
+def _column(letters: str) -> int:
+    """The number of a column, from 0, by its letters ("AB")."""
     column = 0
-    for letter in re.sub(r"[^A-Za-z]", "", place).upper():
+    for letter in letters.upper():
         column = 26 * column + ord(letter) - 64
     return column - 1
 

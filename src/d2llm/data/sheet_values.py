@@ -22,12 +22,14 @@ BUILT_IN = {
 """The formats that a workbook need not define, by number; those of East Asian versions differ only in signs."""
 _LITERAL = re.compile(r'"([^"]*)"|\\(.)|_.|\*.|\[\$([^\]-]*)[^\]]*\]|\[[^\]]*\]')
 _DIGITS = re.compile(r"[0#?][0#?,]*(?:\.[0#?]*)?|\.[0#?]+")
+_PLAIN = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d*[1-9])?")
 _MOST_DIGITS = 15  # of a number, as in Excel
 _MORE_DECIMALS = 3  # more than a format shows are what somebody entered; longer ones were computed
 _LEAP_DAY_OF_1900 = 60  # which Excel counts, though there was none
 _LONGEST_TIME = 366.0  # days; a larger number that is shown as a time has a date, too
 
 
+@lru_cache(maxsize=65_536)  # a column's values are often few
 def shown(value: str, code: str, *, starts_1904: bool = False) -> str:
     """A number, as a workbook stores it, in a format; as it is stored if it is no number."""
     try:
@@ -35,6 +37,8 @@ def shown(value: str, code: str, *, starts_1904: bool = False) -> str:
         plain = plain_number(value)
     except (ValueError, ArithmeticError):
         return value
+    if code == GENERAL:
+        return plain
     parts = _sections(code)
     kind = _time_kind(parts[0])
     if kind:
@@ -45,6 +49,8 @@ def shown(value: str, code: str, *, starts_1904: bool = False) -> str:
 
 def plain_number(value: str) -> str:
     """A number with up to 15 digits, without an exponent unless it is very large or small."""
+    if len(value) <= _MOST_DIGITS and re.fullmatch(_PLAIN, value):
+        return value
     number = Decimal(f"{float(value):.{_MOST_DIGITS}g}")
     if not number.is_finite() or (number and not -10 < number.adjusted() < 21):
         return f"{float(value):.{_MOST_DIGITS}g}".upper()
