@@ -10,7 +10,7 @@ from pathlib import Path
 
 from d2llm.core.errors import MissingExtraError
 from d2llm.core.types import Section
-from d2llm.data.file_contents import FileContents, UnreadableFileError
+from d2llm.data.contents import FileContents, UnreadableFileError
 
 _already_read: list[Path] = []
 

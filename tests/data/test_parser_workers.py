@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import pytest
 from d2llm.core.errors import MissingExtraError
 from d2llm.core.types import Section
 from d2llm.data import documents, parser_workers
+from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
 from d2llm.data.documents import find_documents
-from d2llm.data.file_contents import FileContents, UnreadableFileError
 from d2llm.data.parser_workers import read_in_workers
+from file_cases.docx_cases import docx, p
+from file_cases.epub_cases import epub, page
+from file_cases.pdf_cases import lines, pages
 from unreliable_reader import read_unreliably
 from waiting import until
 
@@ -112,3 +116,33 @@ def test_documents_are_read_by_workers(tmp_path, monkeypatch):
         ("damaged.docx", "its parser was ended by SIGKILL"),
         ("tides.pptx", "it takes more than 0.7 s to read"),
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce the limit")
+def test_a_limit_of_memory_costs_one_file(tmp_path):
+    """Python's own MemoryError, and compiled code that ends its process; the other files are read."""
+    bomb = pages(100_000_000 * b" ")
+    files = {
+        "a.docx": docx(1_000_000 * "<w:p><w:r><w:t>x</w:t></w:r></w:p>"),
+        "b.docx": docx(p("Fine.")),
+        "c.epub": epub({"a.xhtml": page(3_000_000 * "<p>x</p>")}),
+        "d.pdf": bomb,
+        "e.pdf": pages(lines("Fine.")),
+    }
+    paths = [tmp_path / name for name in files]
+    for path, data in zip(paths, files.values(), strict=True):
+        path.write_bytes(data)
+    large, fine, book, bomb_outcome, last = read_in_workers(paths, memory=150 << 20)
+    assert summary(large) == summary(book) == "it takes more than 0.146 GiB of memory to read"
+    assert summary(fine) == summary(last) == "Fine."
+    assert "more than 0.146 GiB of memory" in summary(bomb_outcome)
+    roomy = list(read_in_workers(paths[:1], memory=4 << 30))
+    assert summary(roomy[0]).startswith("x")
+
+
+def test_parts_that_are_left_out_come_back_from_the_worker(tmp_path):
+    path = tmp_path / "a.epub"
+    path.write_bytes(epub({"a.xhtml": page("<p>Text.</p>"), "b.xhtml": page("")}))
+    (outcome,) = read_in_workers([path])
+    assert isinstance(outcome, FileContents)
+    assert outcome.skipped == (SkippedPart("b.xhtml", "it has no text"),)

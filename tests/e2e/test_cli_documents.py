@@ -11,6 +11,8 @@ import pytest
 
 from e2e.command_line import fail, succeed, succeed_with_report, write_lines
 from e2e.small_corpus import QUESTIONS, SENTENCES
+from file_cases.docx_cases import docx, p
+from file_cases.epub_cases import epub, page
 
 QUESTION = next(iter(QUESTIONS))
 
@@ -149,7 +151,7 @@ class TestFolders:
     """Folders of documents in place of a corpus."""
 
     def test_sync_and_search(self, tmp_path):
-        pytest.importorskip("kreuzberg", reason="pip install 'd2llm[documents]'")
+        pytest.importorskip("lxml", reason="pip install 'd2llm[documents]'")
         folder = tmp_path / "docs"
         shutil.copytree(Path(__file__).parents[1] / "data" / "files", folder)
         index = tmp_path / "docs.index"
@@ -163,6 +165,38 @@ class TestFolders:
         _, report = index_with_report(tmp_path, index, "sync", folder, "--exclude", "*.docx", "--file-seconds", 60)
         assert report["gone"] == ["bees.docx", "clocks.pdf"]
         assert report["num_unchanged"] == 3
+
+    def test_parts_that_were_left_out_are_counted_and_named(self, tmp_path):
+        """On the command line and in the report of every verb that reads files."""
+        folder = tmp_path / "docs"
+        folder.mkdir()
+        picture = page('<img src="a.jpg" alt=""/>')
+        book = epub({"a.xhtml": page("<p>The wren sings.</p>"), "map.xhtml": picture, "end.xhtml": picture})
+        (folder / "birds.epub").write_bytes(book)
+        (folder / "form.docx").write_bytes(b"PK damaged")
+        part = {"path": str(folder / "birds.epub"), "id": "birds.epub", "reason": "it has no text"}
+        parts = [{**part, "part": name} for name in ("map.xhtml", "end.xhtml")]
+        warning = f"2 parts of files were left out: {folder / 'birds.epub'}, map.xhtml: it has no text, like 1 other"
+        for verb in ("sync", "upsert"):
+            result, report = index_with_report(tmp_path, tmp_path / f"{verb}.index", verb, folder)
+            assert "warning: 1 files could not be read: " in result.stderr
+            assert f"warning: {warning}" in result.stderr
+            assert [skipped for skipped in report["skipped"] if skipped["part"]] == parts
+        _, report = succeed_with_report("encode", folder, "--out", tmp_path / "encoded.index", folder=tmp_path)
+        report = report["result"]
+        assert report["num_documents"] == 1
+        assert [skipped for skipped in report["skipped"] if skipped["part"]] == parts
+
+    def test_a_limit_of_memory(self, tmp_path):
+        folder = tmp_path / "docs"
+        folder.mkdir()
+        (folder / "large.docx").write_bytes(docx(1_000_000 * "<w:p><w:r><w:t>x</w:t></w:r></w:p>"))
+        (folder / "small.docx").write_bytes(docx(p("The wren sings.")))
+        _, report = index_with_report(tmp_path, tmp_path / "i", "sync", folder, "--file-memory", 200)
+        assert [(skipped["id"], skipped["reason"]) for skipped in report["skipped"]] == [
+            ("large.docx", "it takes more than 0.195 GiB of memory to read")
+        ]
+        assert report["written"]["num_documents"] == 1
 
     def test_add_and_encode_take_documents(self, tmp_path):
         for name in ("a.md", "b.txt"):

@@ -111,7 +111,6 @@ def test_an_explanation_with_the_teachers_verdict(visit, address):
 
 
 def test_adding_documents(visit, address):
-    pytest.importorskip("semantic_text_splitter", reason="needs the extra documents: pip install 'd2llm[documents]'")
     page = visit(address)
     files = {"a ship.txt": b"the ship of the winter sea", "picture.png": b"no text"}
     page.locator("#files").set_input_files(

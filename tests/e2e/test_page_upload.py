@@ -17,7 +17,6 @@ from live_server import serve, wait_until_ready
 
 @pytest.fixture
 def address(tmp_path):
-    pytest.importorskip("semantic_text_splitter", reason="needs the extra documents: pip install 'd2llm[documents]'")
     with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 8)))) as url:
         wait_until_ready(url)
         yield url

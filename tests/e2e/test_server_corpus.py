@@ -11,6 +11,7 @@ import pytest
 
 from d2llm import Index, Passage, Student
 from d2llm.store.side_files import Chunking
+from file_cases.epub_cases import epub, page
 from tiny_models import TEXTS
 from tiny_server import tiny_settings, write_tiny_index, write_tiny_student
 
@@ -114,17 +115,29 @@ def test_files_become_documents(ask):
         assert ask("GET", f"/v1/documents/{name}")["passages"][0]["text"] == text
     passages = ask("GET", "/v1/documents/näher.md")["passages"]  # the index splits texts after a few tokens
     assert {passage["title"] for passage in passages} == {"Of ships"}
-    assert " ".join(" ".join(passage["text"] for passage in passages).split()) == "# Of ships the sea"
+    assert " ".join(" ".join(passage["text"] for passage in passages).split()) == "the sea"
     for name in ("41", "forty two", "é", "näher.md"):
+        ask("DELETE", f"/v1/documents/{name}")
+
+
+def test_an_upload_says_what_was_left_out(ask):
+    book = epub({"a.xhtml": page("<p>The wren sings.</p>"), "map.xhtml": page("")})
+    report = ask("POST", "/v1/files", files=[("file", ("birds.epub", book))])
+    assert report["num_documents"] == 1
+    assert report["skipped"] == [{"file": "birds.epub", "part": "map.xhtml", "reason": "it has no text"}]
+    assert ask("GET", "/v1/documents/birds.epub")["passages"][0]["text"].startswith("The wren")
+    assert ask("POST", "/v1/files", files=[("file", ("a.txt", b"fine"))])["skipped"] == []
+    for name in ("birds.epub", "a.txt"):
         ask("DELETE", f"/v1/documents/{name}")
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([("file", ("a.pdf", b"x"))], "a.pdf: the file type is not supported"),
-        ([("file", ("a.txt", b"\xff"))], "a.txt: is not UTF-8"),
-        ([("file", ("a.txt", b"  "))], "'a.txt' has no text"),
+        ([("file", ("a.pdf", b"x"))], "a.pdf: it cannot be parsed"),
+        ([("file", ("a.exe", b"x"))], "a.exe: files of this type cannot be read"),
+        ([("file", ("a.txt", b"  "))], "a.txt: it has no text"),
+        ([("file", ("a.jsonl", b'{"_id": "a", "text": " "}'))], "'a' has no text"),
         ([("file", ("a.jsonl", b'{"id": "a", "text": "b"}\nnonsense'))], "a.jsonl:2: not valid JSON"),
         ([("file", ("a.jsonl.gz", b"nonsense"))], "a.jsonl.gz: damaged"),
         ([("other", ("a.txt", b"x"))], "no file"),

@@ -119,7 +119,12 @@ def test_every_imported_package_is_a_declared_dependency(repository: Path):
 
 
 # Packages whose module name differs from the distribution name.
-IMPORTED_AS = {"haystack_ai": "haystack", "llama_index_core": "llama_index"}
+IMPORTED_AS = {
+    "haystack_ai": "haystack",
+    "llama_index_core": "llama_index",
+    "markdown_it_py": "markdown_it",
+    "pyyaml": "yaml",
+}
 
 # Dependencies of declared packages that come with every version we allow; "opentelemetry" is the namespace of
 # packages that are declared one by one.

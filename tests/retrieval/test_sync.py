@@ -60,8 +60,8 @@ def test_only_changes_are_read(index, folder, monkeypatch):
     assert (first.num_files, first.num_unchanged, first.gone) == (3, 0, ())
     assert contents(index) == {"a.md#1": "the cat", "a.md#2": "the dog", "b.txt": "the house", "c.txt": "the river"}
     read: list[str] = []
-    original = documents.read_document
-    monkeypatch.setattr(documents, "read_document", lambda file: (read.append(file.id), original(file))[1])
+    original = documents._as_documents
+    monkeypatch.setattr(documents, "_as_documents", lambda file, made: (read.append(file.id), original(file, made))[1])
     assert sync_documents(index, [folder]).num_unchanged == 3
     assert read == []
     write(folder / "a.md", "# A\nthe cat")
@@ -92,7 +92,7 @@ def test_a_file_that_can_no_longer_be_read_keeps_its_document(index, folder):
 
 
 def test_an_interrupted_sync_continues(index, folder, monkeypatch):
-    original = documents.read_document
+    original = documents.read_documents
 
     def interrupted(file):
         if file.id == "c.txt":
@@ -100,7 +100,7 @@ def test_an_interrupted_sync_continues(index, folder, monkeypatch):
         return original(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(documents, "read_document", interrupted)
+        patch.setattr(documents, "read_documents", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sync_documents(index, [folder])
     sync_documents(index, [folder])
@@ -178,3 +178,96 @@ def test_a_folder_without_documents_deletes_nothing(index, folder, tmp_path):
     with pytest.raises(InputError, match="there are no documents"):
         sync_documents(index, [tmp_path / "empty"])
     assert len(contents(index)) == 4
+
+
+class TestTables:
+    """Each row is a document; the file is what is read again, and what is gone."""
+
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        write(tmp_path / "docs" / "a.csv", "name,size\ncat,1\ndog,2\nbird,3\n")
+        write(tmp_path / "docs" / "b.jsonl", '{"_id": "x", "text": "the house"}\n{"_id": "y", "text": "the river"}\n')
+        return tmp_path / "docs"
+
+    def test_rows_are_documents(self, index, folder):
+        report = sync_documents(index, [folder])
+        assert (report.num_files, report.written.num_documents) == (2, 5)
+        assert contents(index) == {
+            "a.csv/1": "name: cat\nsize: 1",
+            "a.csv/2": "name: dog\nsize: 2",
+            "a.csv/3": "name: bird\nsize: 3",
+            "x": "the house",
+            "y": "the river",
+        }
+        assert sync_documents(index, [folder]).num_unchanged == 2
+
+    def test_rows_that_are_gone(self, index, folder):
+        sync_documents(index, [folder])
+        write(folder / "a.csv", "name,size\ncat,1\n")
+        write(folder / "b.jsonl", '{"_id": "y", "text": "the river"}\n{"_id": "z", "text": "the light"}\n')
+        report = sync_documents(index, [folder])
+        assert (report.num_unchanged, report.gone) == (0, ())
+        assert contents(index).keys() == {"a.csv/1", "y", "z"}
+        (folder / "b.jsonl").unlink()
+        assert sync_documents(index, [folder]).gone == ("b.jsonl",)
+        assert contents(index).keys() == {"a.csv/1"}
+
+    def test_rows_that_move_to_another_file(self, index, folder):
+        sync_documents(index, [folder])
+        (folder / "b.jsonl").rename(folder / "c.jsonl")
+        assert sync_documents(index, [folder]).gone == ("b.jsonl",)
+        assert {"x", "y"} <= contents(index).keys()
+        assert sync_documents(index, [folder]).num_unchanged == 2
+
+    def test_a_table_written_in_part_is_read_again(self, index, folder):
+        sync_documents(index, [folder])
+        index.delete(["a.csv/2"])
+        assert sync_documents(index, [folder]).num_unchanged == 1
+        assert "a.csv/2" in contents(index)
+
+    def test_a_long_row_is_split_and_known(self, index, folder):
+        write(folder / "a.csv", "name,note\ncat," + "The cat sleeps. " * 100 + "\ndog,x\n")
+        sync_documents(index, [folder])
+        assert {"a.csv/1#1", "a.csv/1#2", "a.csv/2"} <= contents(index).keys()
+        assert sync_documents(index, [folder]).num_unchanged == 2
+
+
+class TestFrontMatter:
+    def test_fields_are_metadata_and_misfits_are_named(self, index, tmp_path, caplog):
+        write(tmp_path / "docs" / "a.md", "---\ntitle: First\nyear: 2020\ntags: [x, y]\nid: one\npage: 7\n---\nthe cat")
+        write(tmp_path / "docs" / "b.md", "---\nyear: long ago\n---\n# Second\nthe dog")
+        report = sync_documents(index, [tmp_path / "docs"])
+        first, second = index.get(["a.md", "b.md"])
+        assert (first.title, second.title) == ("First", "Second")
+        wanted = {"year": 2020, "tags": "x, y", "own_page": 7}
+        assert {name: first.metadata[name] for name in wanted} == wanted
+        assert "year" not in second.metadata
+        assert report.written.left_out == {"id": 1, "year": 1}
+        assert "2 metadata values did not fit and were dropped: id (1), year (1)" in caplog.text
+
+
+class TestLinks:
+    @pytest.fixture
+    def linked(self, folder, tmp_path) -> Path:
+        write(tmp_path / "outside" / "secret.txt", "the light")
+        write(tmp_path / "outside" / "one.txt", "the music")
+        (folder / "inside").symlink_to(tmp_path / "outside")
+        (folder / "one.txt").symlink_to(tmp_path / "outside" / "one.txt")
+        (folder / "again.txt").symlink_to(folder / "b.txt")
+        return folder
+
+    def test_are_followed(self, index, linked):
+        report = sync_documents(index, [linked])
+        assert {"inside/secret.txt", "one.txt"} <= contents(index).keys()
+        assert report.links == ()
+
+    def test_are_left_alone_and_named(self, index, linked):
+        sync_documents(index, [linked])
+        report = sync_documents(index, [linked], follow_links=False)
+        assert contents(index).keys() == {"a.md#1", "a.md#2", "b.txt", "c.txt"}
+        assert sorted(Path(link).name for link in report.links) == ["again.txt", "inside", "one.txt"]
+        assert set(report.gone) == {"again.txt", "inside/one.txt", "inside/secret.txt", "one.txt"}
+
+    def test_a_folder_that_is_given_may_be_a_link(self, index, linked, tmp_path):
+        (tmp_path / "link").symlink_to(tmp_path / "outside")
+        assert sync_documents(index, [tmp_path / "link"], follow_links=False).num_files == 2

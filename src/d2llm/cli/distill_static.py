@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.index_options import CorpusArgument, ExcludeOption, FileSecondsOption, warn_of_skipped
+from d2llm.cli.index_options import (
+    FILE_MEGABYTES,
+    CorpusArgument,
+    ExcludeOption,
+    FileMemoryOption,
+    FileSecondsOption,
+    FollowLinksOption,
+    warn_of_links,
+    warn_of_skipped,
+)
 from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, in_existing_folder
 from d2llm.cli.session import session_of
 from d2llm.core.types import DEFAULT_SECONDS_PER_FILE
@@ -26,7 +35,9 @@ def distill_static(
     dim: Annotated[int | None, typer.Option(min=1, help="Principal components to keep.", show_default="all")] = None,
     smoothing: Annotated[float, typer.Option(help="The larger it is, the more frequent tokens count.")] = 1e-3,
     exclude: ExcludeOption = None,
+    follow_links: FollowLinksOption = True,
     file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE,
+    file_memory: FileMemoryOption = FILE_MEGABYTES,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
@@ -43,7 +54,13 @@ def distill_static(
     from d2llm.models.static_model import distill_static
 
     session = session_of(context)
-    texts = open_corpus(corpus, exclude=exclude or (), seconds_per_file=file_seconds)
+    texts = open_corpus(
+        corpus,
+        exclude=exclude or (),
+        seconds_per_file=file_seconds,
+        memory_per_file=file_memory << 20,
+        follow_links=follow_links,
+    )
     backbone = Backbone.load(BackboneConfig(model=model), device=device, dtype=dtype)
     passages = (passage.full_text for passage in texts.passages)
     report = distill_static(backbone, passages, out, dim=dim, smoothing=smoothing)
@@ -53,4 +70,5 @@ def distill_static(
         f"variance), weighted by {report.num_tokens:,} tokens of {report.num_passages:,} passages; in {out}"
     )
     warn_of_skipped(session, report.skipped)
+    warn_of_links(session, texts.links)
     session.write_report(context, json_path, report)

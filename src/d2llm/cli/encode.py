@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 
 from d2llm.cli.index_options import (
+    FILE_MEGABYTES,
     ChunkingOptions,
     CorpusArgument,
     ExcludeOption,
+    FileMemoryOption,
     FileSecondsOption,
+    FollowLinksOption,
     VectorOptions,
+    warn_of_links,
     warn_of_skipped,
 )
 from d2llm.cli.options import (
@@ -39,7 +43,9 @@ def encode(
     place: RunnerOptions,
     student: StudentOption = DEFAULT_STUDENT,
     exclude: ExcludeOption = None,
+    follow_links: FollowLinksOption = True,
     file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE,
+    file_memory: FileMemoryOption = FILE_MEGABYTES,
     shards: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Make a sharded index of N shards.", show_default="not sharded"),
@@ -77,8 +83,15 @@ def encode(
     else:  # its workers encode; here the student only splits texts, and this machine may lack their device
         model = Student.load(student, device="cpu")
     chunking = splitting.chunking(model) or default_chunking(model)
+    texts = open_corpus(
+        corpus,
+        exclude=exclude or (),
+        seconds_per_file=file_seconds,
+        memory_per_file=file_memory << 20,
+        follow_links=follow_links,
+    )
     report = encode(
-        open_corpus(corpus, exclude=exclude or (), seconds_per_file=file_seconds),
+        texts,
         model,
         out,
         **vectors.given(),
@@ -99,4 +112,5 @@ def encode(
         f"({report.vector_bytes_per_passage:,} of vector), in {out}"
     )
     warn_of_skipped(session, report.skipped)
+    warn_of_links(session, texts.links)
     session.write_report(context, json_path, report)

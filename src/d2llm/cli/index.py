@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from d2llm.cli.index_options import (
+    FILE_MEGABYTES,
     ChunkingOptions,
     CorpusArgument,
     ExcludeOption,
+    FileMemoryOption,
     FileSecondsOption,
+    FollowLinksOption,
     NewIndexOptions,
+    warn_of_links,
     warn_of_skipped,
 )
 from d2llm.cli.options import (
@@ -39,6 +43,7 @@ from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_SECONDS_PER_FILE
 
 if TYPE_CHECKING:
     from d2llm.data.documents import SkippedFile
+    from d2llm.data.indexed_corpus import Corpus
     from d2llm.models.student import Student
     from d2llm.retrieval.build_ann import AnnReport
     from d2llm.retrieval.index import Index
@@ -69,7 +74,9 @@ class WritingOptions:
     student: IndexStudentOption = None
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Read only id, title and text.")] = False
     exclude: ExcludeOption = None
+    follow_links: FollowLinksOption = True
     file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE
+    file_memory: FileMemoryOption = FILE_MEGABYTES
     lenient_metadata: Annotated[
         bool, typer.Option("--lenient-metadata", help="Leave out metadata values that do not fit, and count them.")
     ] = False
@@ -199,22 +206,25 @@ def sync(
     if writing.no_metadata:
         raise InputError("sync tells by their metadata which files have changed; leave out --no-metadata")
     exclude = writing.exclude or ()
-    find_documents(folders, exclude=exclude)  # before an index is created for them
+    find_documents(folders, exclude=exclude, follow_links=writing.follow_links)  # before an index is created for them
     with _opened(folder_of(context), new, writing) as index:
         report = sync_documents(
             index,
             folders,
             exclude=exclude,
             seconds_per_file=writing.file_seconds,
+            memory_per_file=writing.file_memory << 20,
+            follow_links=writing.follow_links,
             chunking=splitting.chunking(cast("Student", index.student), index.folder),
         )
         _require_passages(index, report.skipped)
     _say_what_was_written(context, index, report.written)
     session_of(context).say(
         f"index: {report.num_files:,} files, {report.num_unchanged:,} of them unchanged and not read; "
-        f"{len(report.gone):,} documents are gone; {report.num_other:,} files of other kinds"
+        f"{len(report.gone):,} are gone; {report.num_other:,} files of other kinds"
     )
     warn_of_skipped(session_of(context), report.skipped)
+    warn_of_links(session_of(context), report.links)
     session_of(context).write_report(context, writing.json_path, report)
 
 
@@ -506,19 +516,22 @@ def _write_corpus(
         with_metadata=not writing.no_metadata,
         exclude=writing.exclude or (),
         seconds_per_file=writing.file_seconds,
+        memory_per_file=writing.file_memory << 20,
+        follow_links=writing.follow_links,
     )
     with _opened(folder_of(context), new, writing) as index:
         report = index.upsert_documents(
             texts.passages,
             splitting.chunking(cast("Student", index.student), index.folder),
             only_new=only_new,
-            lenient_metadata=writing.lenient_metadata,
+            lenient_metadata=writing.lenient_metadata or texts.from_files,
             num_documents=texts.num_documents,
         )
         _require_passages(index, texts.skipped)
     _say_what_was_written(context, index, report)
     warn_of_skipped(session_of(context), texts.skipped)
-    session_of(context).write_report(context, writing.json_path, _with_skipped(report, texts.skipped))
+    warn_of_links(session_of(context), texts.links)
+    session_of(context).write_report(context, writing.json_path, _with_skipped(report, texts))
 
 
 def _require_passages(index: Index, skipped: Sequence[SkippedFile]) -> None:
@@ -527,8 +540,8 @@ def _require_passages(index: Index, skipped: Sequence[SkippedFile]) -> None:
         raise InputError(f"none of the {len(skipped):,} files could be read: {skipped[0]}")
 
 
-def _with_skipped(report: DocumentsReport, skipped: Sequence[SkippedFile]) -> dict[str, Any]:
-    return {**asdict(report), "skipped": list(skipped)}
+def _with_skipped(report: DocumentsReport, texts: Corpus) -> dict[str, Any]:
+    return {**asdict(report), "skipped": list(texts.skipped), "links": list(texts.links)}
 
 
 def _say_what_was_written(context: typer.Context, index: Index, report: DocumentsReport) -> None:

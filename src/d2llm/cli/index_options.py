@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import Task
+from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, Task
 
 if TYPE_CHECKING:
     from d2llm.cli.session import Session
@@ -37,9 +37,21 @@ ExcludeOption = Annotated[
         help="Leave these out of folders of documents, as in a .gitignore; may be given several times.",
     ),
 ]
+FollowLinksOption = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links/--no-follow-links",
+        help="Whether to read what symbolic links in folders of documents lead to, which may be outside of them.",
+    ),
+]
 FileSecondsOption = Annotated[
     float, typer.Option(metavar="N", min=1, help="Skip documents that take longer than N seconds to read.")
 ]
+FileMemoryOption = Annotated[
+    int, typer.Option(metavar="MB", min=64, help="Skip documents that take more megabytes of memory to read (Linux).")
+]
+FILE_MEGABYTES = DEFAULT_MEMORY_PER_FILE >> 20
+"""The default of ``FileMemoryOption``."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +235,18 @@ class ChunkingOptions:
 
 
 def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:
-    """Warn of files that could not be read: one for each reason, the rarest reasons first."""
-    if not skipped:
-        return
+    """Warn of files that could not be read, and of parts of files that were left out.
+
+    One is named for each reason, the rarest reasons first.
+    """
+    files = [each for each in skipped if not each.part]
+    parts = [each for each in skipped if each.part]
+    for some, problem in ((files, "files could not be read"), (parts, "parts of files were left out")):
+        if some:
+            session.complain("warning", f"{len(some):,} {problem}: {_examples(some)}")
+
+
+def _examples(skipped: Sequence[SkippedFile]) -> str:
     counts = Counter(file.reason for file in skipped)
     examples: dict[str, SkippedFile] = {}
     for file in skipped:
@@ -234,7 +255,14 @@ def warn_of_skipped(session: Session, skipped: Sequence[SkippedFile]) -> None:
     named = [f"{examples[reason]}{_and_others(counts[reason] - 1)}" for reason in reasons[:_NAMED]]
     num_left = sum(counts[reason] for reason in reasons[_NAMED:])
     rest = f"; and {num_left:,} more, which --json lists" if num_left else ""
-    session.complain("warning", f"{len(skipped):,} files could not be read: {'; '.join(named)}{rest}")
+    return f"{'; '.join(named)}{rest}"
+
+
+def warn_of_links(session: Session, links: Sequence[str]) -> None:
+    """Say which symbolic links were not followed."""
+    if links:
+        named = ", ".join(links[:_NAMED]) + (", ..." if len(links) > _NAMED else "")
+        session.complain("warning", f"{len(links):,} symbolic links were not followed: {named}")
 
 
 def _and_others(count: int) -> str:

@@ -20,6 +20,8 @@ DEFAULT_NUM_CANDIDATES = 1_000
 """Number of passages that get the full score in a search."""
 DEFAULT_SECONDS_PER_FILE = 120.0
 """Documents that take longer to read are skipped."""
+DEFAULT_MEMORY_PER_FILE = 2 << 30
+"""Documents that take more bytes of memory to read are skipped."""
 DEFAULT_TEACHER_PASSAGES = 20
 """Maximum number of passages that a teacher rereads in a search."""
 DEFAULT_READER_PASSAGES = 20

@@ -1,7 +1,7 @@
 """Reads files as documents: text, Markdown, reStructuredText, HTML, PDF, office files, e-books, tables and source code.
 
 A document has a title and sections (``data.file_contents``). A section has the headings that it is under and, in a PDF,
-its page.
+its page. Each row of a table is a document.
 
 A file without text (scanned pages), a damaged, encrypted or unreadable file, one that crashes its parser, takes too
 long or is too large are skipped and listed with the reason; they never end the work.
@@ -11,76 +11,127 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import compress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import gitignore_parser
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, MetadataValue, Section, SectionedPassage
-from d2llm.data.file_contents import CODE, SUFFIXES, FileContents, UnreadableFileError, has_native_parser, read_contents
+from d2llm.core.types import (
+    DEFAULT_MEMORY_PER_FILE,
+    DEFAULT_SECONDS_PER_FILE,
+    MetadataValue,
+    Passage,
+    Section,
+    SectionedPassage,
+)
+from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
+from d2llm.data.file_contents import (
+    CODE,
+    SUFFIXES,
+    TABLES,
+    is_parsed,
+    read_contents,
+)
 from d2llm.data.parser_workers import read_in_workers
 
 MAX_BYTES = 100 << 20
 """Larger files are skipped, unless another limit is given."""
+_LONG_BYTES = 1 << 20  # larger files are read by other processes, too, within the time that a file may take
+_FACTS = ("path", "modified", "file_bytes", "heading", "page", "num_passages", "row", "num_rows")
 EXCLUDED = (".*", "__pycache__/", "node_modules/", "site-packages/")
 """What is left out of folders besides what the user excludes, as in a ``.gitignore``."""
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentFile:
-    """A file below the paths: its path, the document's id, its size, and when it was last modified (UTC)."""
+    """A file below the paths: its path, the document's id, its size, and when it was last modified (UTC).
+
+    Without a time (None), its documents do not say from which file they are: it was uploaded.
+    """
 
     path: Path
     id: str
     num_bytes: int
-    modified: datetime
+    modified: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
 class SkippedFile:
-    """A file or folder that could not be read, and why.
+    """A file or folder that could not be read, or the ``part`` of a file that was left out, and why.
 
-    ``id`` is the document's id, or what the ids of the documents in the folder begin with.
+    ``id`` is the document's id, or what the ids of the documents in the folder begin with. ``part`` is "" for a whole
+    file, else what the file calls the part: a chapter of a book, an attached file, the pages that are pictures.
     """
 
     path: str
     reason: str
     id: str
+    part: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{self.path}, {self.part}: {self.reason}" if self.part else f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class FileDocuments:
+    """The documents of a file: one, or one for each row of a table, which may be a corpus."""
+
+    file: DocumentFile
+    documents: Sequence[Passage]
+    is_corpus: bool = False
+    skipped: tuple[SkippedPart, ...] = ()
 
 
 @dataclass
 class DocumentFiles:
     """The documents below some files and folders, in the order of their ids.
 
-    Iterating reads the files and yields their documents; those that compiled code parses are read by other processes
-    (``data.parser_workers``), each within ``seconds_per_file``. ``skipped`` lists what could not be read so far,
-    ``num_other`` counts files whose suffix is not among ``SUFFIXES``.
+    Iterating reads the files and yields their documents; all but short plain texts are read by other processes
+    (``data.parser_workers``), each within ``seconds_per_file`` and ``memory_per_file`` (bytes). ``skipped`` lists
+    what could not be read so far, files and parts of files;
+    ``num_other`` counts files whose suffix is not among ``SUFFIXES``, and ``links`` are symbolic links that were not
+    followed.
     """
 
     files: list[DocumentFile]
     skipped: list[SkippedFile] = field(default_factory=list[SkippedFile])
     num_other: int = 0
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE
+    memory_per_file: int = DEFAULT_MEMORY_PER_FILE
+    links: list[str] = field(default_factory=list[str])
 
-    def __iter__(self) -> Iterator[SectionedPassage]:
-        native = [file.num_bytes > 0 and has_native_parser(file.path.suffix.lower()) for file in self.files]
-        paths = [file.path for file in compress(self.files, native)]
-        with closing(read_in_workers(paths, seconds=self.seconds_per_file)) as outcomes:
-            for file, is_native in zip(self.files, native, strict=True):
+    @property
+    def num_documents(self) -> int | None:
+        """How many documents there are at most; None if some files are tables, whose rows are not counted yet."""
+        return None if any(file.path.suffix.lower() in TABLES for file in self.files) else len(self.files)
+
+    def __iter__(self) -> Iterator[Passage]:
+        return (document for each in self.by_file() for document in each.documents)
+
+    def by_file(self) -> Iterator[FileDocuments]:
+        """The documents of each file that can be read."""
+        elsewhere = [file.num_bytes > 0 and _is_read_elsewhere(file) for file in self.files]
+        paths = [file.path for file in compress(self.files, elsewhere)]
+        rows: dict[str, str] = {}  # ids of the rows of corpora, and their files
+        limits: dict[str, Any] = {"seconds": self.seconds_per_file, "memory": self.memory_per_file}
+        with closing(read_in_workers(paths, **limits)) as outcomes:
+            for file, is_elsewhere in zip(self.files, elsewhere, strict=True):
                 try:
-                    document = _parsed(file, next(outcomes)) if is_native else read_document(file)
+                    read = _parsed(file, next(outcomes)) if is_elsewhere else read_documents(file)
+                    _refuse_known_rows(read, rows)
                 except UnreadableFileError as error:
                     self.skipped.append(SkippedFile(str(file.path), str(error), file.id))
                 else:
-                    yield document
+                    self.skipped += [
+                        SkippedFile(str(file.path), part.reason, file.id, part.name) for part in read.skipped
+                    ]
+                    yield read
 
 
 def find_documents(
@@ -89,17 +140,23 @@ def find_documents(
     exclude: Sequence[str] = (),
     max_bytes: int = MAX_BYTES,
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
+    memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
+    follow_links: bool = True,
 ) -> DocumentFiles:
     """Find the files below some paths that can be read as documents.
 
     The id of a document is its path in the folder that was given, with "/"; if there are several folders, it starts
-    with the folder's name. Symbolic links are followed, but no folder is read twice.
+    with the folder's name. No folder is read twice. A row of a table has the file's id, "/" and its number, or if the
+    table is a corpus (``data.table_files``), the id that it names.
 
     Args:
         paths: files, and folders to search with all their folders.
         exclude: what to leave out of folders, as lines of a ``.gitignore``; ``EXCLUDED`` always is.
         max_bytes: larger files are skipped.
         seconds_per_file: files that take longer to read are skipped.
+        memory_per_file: files that take more bytes of memory to read in another process are skipped.
+        follow_links: also read the files and folders to which symbolic links in the folders lead, wherever these are;
+            without, ``links`` names the links.
 
     Raises:
         InputError: a path does not exist, a pattern is malformed, or nothing below the paths can be read.
@@ -108,7 +165,7 @@ def find_documents(
     for root in roots:
         if not root.exists():
             raise InputError(f"{root}: there is no such file or folder")
-    documents = DocumentFiles([], seconds_per_file=seconds_per_file)
+    documents = DocumentFiles([], seconds_per_file=seconds_per_file, memory_per_file=memory_per_file)
     known_folders: set[tuple[int, int]] = set()
     several = sum(root.is_dir() for root in roots) > 1
     for root in roots:
@@ -116,7 +173,7 @@ def find_documents(
             _add(documents, root, root.name, max_bytes)
             continue
         prefix = f"{root.resolve().name}/" if several else ""
-        for path, name in _walk(root, prefix, _matcher(root, exclude), documents, known_folders):
+        for path, name in _walk(root, prefix, _matcher(root, exclude), documents, known_folders, follow_links):
             if path.suffix.lower() in SUFFIXES:
                 _add(documents, path, name, max_bytes)
             else:
@@ -132,8 +189,10 @@ def find_documents(
     return documents
 
 
-def read_document(file: DocumentFile) -> SectionedPassage:
-    """Read a file, in this process, as a document with its path, size and time of modification as metadata.
+def read_documents(file: DocumentFile) -> FileDocuments:
+    """Read a file, in this process, as documents with its path, size and time of modification as metadata.
+
+    A table has a document for each row, any other file is one (a ``SectionedPassage``).
 
     Raises:
         UnreadableFileError: it cannot be read, or has no text.
@@ -141,30 +200,71 @@ def read_document(file: DocumentFile) -> SectionedPassage:
     """
     if not file.num_bytes:
         raise UnreadableFileError("it is empty")
-    return _as_document(file, read_contents(file.path))
+    return _as_documents(file, read_contents(file.path))
 
 
-def _parsed(file: DocumentFile, outcome: FileContents | UnreadableFileError) -> SectionedPassage:
+def read_document(file: DocumentFile) -> SectionedPassage:
+    """Read a file that is one document; errors as for ``read_documents``."""
+    (document,) = read_documents(file).documents
+    assert isinstance(document, SectionedPassage)
+    return document
+
+
+def _is_read_elsewhere(file: DocumentFile) -> bool:
+    return file.num_bytes > _LONG_BYTES or is_parsed(file.path.suffix.lower())
+
+
+def _parsed(file: DocumentFile, outcome: FileContents | UnreadableFileError) -> FileDocuments:
     if isinstance(outcome, UnreadableFileError):
         raise outcome
-    return _as_document(file, outcome)
+    return _as_documents(file, outcome)
 
 
-def _as_document(file: DocumentFile, contents: FileContents) -> SectionedPassage:
+def _as_documents(file: DocumentFile, contents: FileContents) -> FileDocuments:
+    facts: dict[str, MetadataValue] = {}
+    if file.modified is not None:
+        facts = {"path": file.id, "modified": file.modified, "file_bytes": file.num_bytes}
+    # A field of the text with the name of one of ours keeps its value under another name.
+    fields = {(f"own_{name}" if name.lower() in _FACTS else name): value for name, value in contents.metadata.items()}
+    if contents.rows:
+        return FileDocuments(file, tuple(_row_documents(file, contents, facts)), contents.is_corpus)
     sections = contents.sections
     common_heading = "" if file.path.suffix.lower() in CODE else _common_heading(sections)
-    metadata: dict[str, MetadataValue] = {
-        "path": file.id,
-        "modified": file.modified,
-        "file_bytes": file.num_bytes,
-    }
-    return SectionedPassage(
+    document = SectionedPassage(
         id=file.id,
         text="\n\n".join(section.text for section in sections),
-        title=contents.title or common_heading or file.path.name,
-        metadata=metadata,
+        title=contents.title or common_heading or PurePosixPath(file.id).name,
+        metadata={**fields, **facts},
         sections=sections,
     )
+    return FileDocuments(file, (document,), skipped=contents.skipped)
+
+
+def _row_documents(file: DocumentFile, contents: FileContents, facts: Mapping[str, MetadataValue]) -> Iterator[Passage]:
+    """The documents of a table's rows; those of no corpus say which row they are."""
+    for number, row in enumerate(contents.rows, start=1):
+        own = {(f"own_{name}" if name.lower() in _FACTS else name): value for name, value in row.metadata.items()}
+        counted = {"row": number, "num_rows": len(contents.rows)} if facts or not contents.is_corpus else {}
+        metadata = {**own, **facts, **counted}
+        if contents.is_corpus and (row.document_id or row.position):
+            yield replace(row, metadata=metadata)
+            continue
+        name = row.id if contents.is_corpus else f"{file.id}/{row.id}"
+        title = row.title if contents.is_corpus else row.title or contents.title or PurePosixPath(file.id).name
+        yield SectionedPassage(name, row.text, title, metadata=metadata, sections=(Section(row.text),))
+
+
+def _refuse_known_rows(read: FileDocuments, known: dict[str, str]) -> None:
+    """Refuse a corpus with an id that another one has; ids of all other documents begin with the names of their files.
+
+    Raises:
+        UnreadableFileError: there is one; none of the documents counts as known then.
+    """
+    ids = [document.id for document in read.documents] if read.is_corpus else []
+    if earlier := next((name for name in ids if name in known), None):
+        problem = f"its id {earlier!r} is one of {known[earlier]}, too; give its rows other ids, or leave the file out"
+        raise UnreadableFileError(problem)
+    known.update(dict.fromkeys(ids, read.file.id))
 
 
 def _walk(
@@ -173,8 +273,18 @@ def _walk(
     is_excluded: Callable[[str], bool],
     documents: DocumentFiles,
     known_folders: set[tuple[int, int]],
+    follow_links: bool,
 ) -> Iterator[tuple[Path, str]]:
     """The files below a folder that are not excluded, each with its id."""
+
+    def is_wanted(folder: str, name: str) -> bool:
+        path = Path(folder) / name
+        if is_excluded(str(path)):
+            return False
+        if not follow_links and path.is_symlink():
+            documents.links.append(str(path))
+            return False
+        return True
 
     def name_of(path: Path) -> str:
         return prefix + _plain_name(path.relative_to(root).as_posix())
@@ -184,15 +294,15 @@ def _walk(
         name = prefix.rstrip("/") if folder == root else name_of(folder)
         documents.skipped.append(SkippedFile(str(folder), error.strerror or str(error), name))
 
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refused):
+    for folder, folders, names in os.walk(root, followlinks=follow_links, onerror=refused):
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in known_folders:  # a link to a folder that was read
             folders.clear()
             continue
         known_folders.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not is_excluded(os.path.join(folder, name)))  # noqa: PTH118
+        folders[:] = sorted(name for name in folders if is_wanted(folder, name))
         for name in sorted(names):
-            if not is_excluded(os.path.join(folder, name)):  # noqa: PTH118
+            if is_wanted(folder, name):
                 path = Path(folder) / name
                 yield path, name_of(path)
 

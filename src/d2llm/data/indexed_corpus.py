@@ -8,34 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import tee
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json
-from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, MetadataValue, Passage
-from d2llm.data.beir import iter_passages
+from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
+from d2llm.data.corpus_records import corpus_passages
 from d2llm.data.documents import SkippedFile, find_documents
 from d2llm.data.file_contents import SUFFIXES
-from d2llm.data.lines import Fields, read_records, refuse_duplicate, type_name, wrong_type
+from d2llm.data.lines import read_records, refuse_duplicate
+from d2llm.data.table_files import is_corpus_record
 
 _FILES = ("corpus.jsonl", "corpus.jsonl.gz")
-_KNOWN = ("_id", "id", "text", "title", "document_id", "position", "metadata")
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
     """The texts of a corpus, read while ``passages`` is iterated, once.
 
-    ``fingerprint`` changes with the content. ``skipped`` are files that could not be read; it is complete after the
-    iteration.
+    ``num_documents`` is None if they are not counted yet. ``fingerprint`` changes with the content. ``skipped`` are
+    files that could not be read, and parts that were left out; it is complete after the iteration. The texts may be
+    ``from_files`` of many kinds, so that values of metadata which do not fit each other are to be expected; ``links``
+    to others were not followed.
     """
 
     passages: Iterable[Passage]
-    num_documents: int
+    num_documents: int | None
     fingerprint: str
     skipped: Sequence[SkippedFile] = ()
+    from_files: bool = False
+    links: Sequence[str] = ()
 
 
 def open_corpus(
@@ -44,6 +47,8 @@ def open_corpus(
     with_metadata: bool = True,
     exclude: Sequence[str] = (),
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
+    memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
+    follow_links: bool = True,
 ) -> Corpus:
     """Open a corpus file (or a folder that holds one), or files and folders of documents (``data.documents``).
 
@@ -52,6 +57,8 @@ def open_corpus(
         with_metadata: without: id, title and text only.
         exclude: what to leave out of folders of documents, as in a ``.gitignore``.
         seconds_per_file: documents that take longer to read are skipped.
+        memory_per_file: documents that take more bytes of memory to read are skipped.
+        follow_links: also read what symbolic links in folders of documents lead to.
 
     Raises:
         InputError: a path does not exist, or there are no documents.
@@ -62,20 +69,41 @@ def open_corpus(
         file = corpus_file(paths[0])
         passages = iter_corpus(file, with_metadata=with_metadata)
         return Corpus(passages, check_corpus(file, with_metadata=with_metadata), fingerprint_files([file]))
-    documents = find_documents(paths, exclude=exclude, seconds_per_file=seconds_per_file)
-    state = [[file.id, file.num_bytes, file.modified.isoformat()] for file in documents.files]
+    documents = find_documents(
+        paths,
+        exclude=exclude,
+        seconds_per_file=seconds_per_file,
+        memory_per_file=memory_per_file,
+        follow_links=follow_links,
+    )
+    state = [[file.id, file.num_bytes, str(file.modified)] for file in documents.files]
     passages = documents if with_metadata else (replace(document, metadata={}) for document in documents)
-    return Corpus(passages, len(documents.files), fingerprint_json(state), documents.skipped)
+    return Corpus(
+        passages,
+        documents.num_documents,
+        fingerprint_json(state),
+        documents.skipped,
+        from_files=True,
+        links=documents.links,
+    )
 
 
 def is_corpus_file(paths: Sequence[Path]) -> bool:
-    """Whether the paths are a single corpus file, or a folder that holds one, rather than documents."""
+    """Whether the paths are a single corpus file, or a folder that holds one, rather than documents.
+
+    JSON lines are a corpus if the first has an id and a text, or if the file has the name of one.
+    """
     if len(paths) != 1:
         return False
     path = paths[0]
     if path.is_dir():
         return any((path / name).is_file() for name in _FILES)
-    return path.suffix.lower() not in SUFFIXES - {".jsonl"}
+    if path.suffix.lower() != ".jsonl" or path.name in _FILES:
+        return path.suffix.lower() not in SUFFIXES or path.name in _FILES
+    try:
+        return all(is_corpus_record(record) for _, record in islice(read_records(path), 1))
+    except DataFormatError:
+        return True  # whoever reads it says what is wrong with it
 
 
 def corpus_file(path: Path) -> Path:
@@ -109,30 +137,4 @@ def check_corpus(path: Path, *, with_metadata: bool = True) -> int:
 
 
 def _numbered(file: Path, *, with_metadata: bool) -> Iterator[tuple[int, Passage]]:
-    records, again = tee(read_records(file))  # advanced together, so that only one record is held
-    for (line, passage), (_, record) in zip(iter_passages(file, records), again, strict=True):
-        yield line, _with_metadata(file, line, record, passage) if with_metadata else passage
-
-
-def _with_metadata(file: Path, line: int, record: Fields, passage: Passage) -> Passage:
-    if "_id" in record and str(record.get("id", passage.id)) != passage.id:
-        problem = f"has '_id' {record['_id']!r} and 'id' {record['id']!r}; keep one of them"
-        raise DataFormatError(file, problem, line=line)
-    document_id, position = record.get("document_id"), record.get("position")
-    if isinstance(document_id, int) and not isinstance(document_id, bool):
-        document_id = str(document_id)
-    if not isinstance(document_id, str | None):
-        raise wrong_type(file, line, "document_id", document_id)
-    if not isinstance(position, int | None) or isinstance(position, bool):
-        raise DataFormatError(file, f"field 'position' must be a whole number, found {position!r}", line=line)
-    nested = record.get("metadata")
-    if not isinstance(nested, dict | None):
-        problem = f"field 'metadata' must be an object, found {type_name(nested)}; --no-metadata ignores all metadata"
-        raise DataFormatError(file, problem, line=line)
-    values: dict[str, Any] = {name: value for name, value in record.items() if name not in _KNOWN}
-    for name, value in cast("dict[str, Any]", nested or {}).items():
-        if name in values:
-            raise DataFormatError(file, f"field '{name}' occurs twice, also in 'metadata'; keep one", line=line)
-        values[name] = value
-    metadata = cast("dict[str, MetadataValue]", values)
-    return Passage(passage.id, passage.text, passage.title, document_id or "", position or 0, metadata)
+    return corpus_passages(file, read_records(file), with_metadata=with_metadata)

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -26,13 +27,15 @@ from typing import IO, Any, cast
 
 from d2llm.core.errors import MissingExtraError
 from d2llm.core.machine import usable_cores
-from d2llm.core.types import DEFAULT_SECONDS_PER_FILE, Section
-from d2llm.data.file_contents import FileContents, UnreadableFileError, read_contents
+from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, MetadataValue, Passage, Section
+from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
+from d2llm.data.file_contents import read_contents
 
 _MAX_WORKERS = 4
 _PATIENCE_SECONDS = 1.0  # after waiting as long as this in all, more workers than one are started
 _START_SECONDS = 120.0  # more than importing everything takes on the busiest machine
 _GRACE_SECONDS = 5.0  # after the limit, a worker whose program has ended without it ends by itself
+_OUT_OF_MEMORY = frozenset({"SIGABRT", "SIGTRAP", "SIGILL", "SIGSEGV", "SIGBUS"})
 _PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from {0} import serve; serve(*sys.argv[2:])"
 
 Reader = Callable[[Path], FileContents]
@@ -40,7 +43,11 @@ Outcome = FileContents | UnreadableFileError
 
 
 def read_in_workers(
-    paths: Sequence[Path], *, seconds: float = DEFAULT_SECONDS_PER_FILE, reader: Reader = read_contents
+    paths: Sequence[Path],
+    *,
+    seconds: float = DEFAULT_SECONDS_PER_FILE,
+    memory: int = DEFAULT_MEMORY_PER_FILE,
+    reader: Reader = read_contents,
 ) -> Generator[Outcome]:
     """Read files in up to four processes, one for each core; yields contents, or why there are none, in order.
 
@@ -50,12 +57,13 @@ def read_in_workers(
     Args:
         paths: the files.
         seconds: reading one file may take this long; the start of a process does not count.
+        memory: a process may have as many bytes of data. Linux alone sees to that.
         reader: a function of a module that the workers can import.
 
     Raises:
         MissingExtraError: a format needs a library that is not installed.
     """
-    pool = _Pool(paths, seconds, reader)
+    pool = _Pool(paths, seconds, memory, reader)
     try:
         for number in range(len(paths)):
             yield pool.outcome(number)
@@ -77,8 +85,8 @@ class _Worker:
     num_files: int = 0
     has_started: bool = False
 
-    def reason_of_death(self) -> str:
-        """How the process ended, with the last line that it wrote on standard error."""
+    def reason_of_death(self, limit: int) -> str:
+        """How the process ended, with the last line that it wrote on standard error; ``limit``: of its memory."""
         status = self.process.wait()
         self.messages.seek(0)
         lines = self.messages.read().decode(errors="replace").strip().splitlines()
@@ -87,6 +95,8 @@ class _Worker:
             return f"its parser ended with exit status {status}{message}"
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
         memory = ", perhaps because memory ran out" if name == "SIGKILL" else ""
+        if name in _OUT_OF_MEMORY:  # compiled code ends like this if it is given no more memory
+            memory = f", perhaps because it takes more than {_gibibytes(limit)} of memory"
         return f"its parser was ended by {name}{memory}{message}"
 
     def close(self) -> None:
@@ -101,8 +111,8 @@ class _Worker:
 class _Pool:
     """The workers that read some files; used by one thread."""
 
-    def __init__(self, paths: Sequence[Path], seconds: float, reader: Reader) -> None:
-        self._paths, self._seconds, self._reader = paths, seconds, reader
+    def __init__(self, paths: Sequence[Path], seconds: float, memory: int, reader: Reader) -> None:
+        self._paths, self._seconds, self._memory, self._reader = paths, seconds, memory, reader
         self._workers: list[_Worker] = []
         self._replies: SimpleQueue[tuple[_Worker, bytes]] = SimpleQueue()
         self._outcomes: dict[int, Outcome] = {}
@@ -167,7 +177,7 @@ class _Pool:
     def _send(self, worker: _Worker, number: int) -> None:
         worker.number = number
         worker.deadline = time.monotonic() + self._limit(worker)
-        request = {"path": str(self._paths[number]), "seconds": self._seconds}
+        request = {"path": str(self._paths[number]), "seconds": self._seconds, "memory": self._memory}
         with contextlib.suppress(OSError):  # it has died while idle, which its listener reports
             pipe = cast("IO[bytes]", worker.process.stdin)
             pipe.write(json.dumps(request).encode() + b"\n")
@@ -200,7 +210,7 @@ class _Pool:
             self._again.append(worker.number)
             self._remove(worker)
         else:
-            self._remove(worker, UnreadableFileError(worker.reason_of_death()))
+            self._remove(worker, UnreadableFileError(worker.reason_of_death(self._memory)))
 
     def _remove(self, worker: _Worker, error: UnreadableFileError | None = None) -> None:
         if worker.number is not None and error is not None:
@@ -215,7 +225,30 @@ def _outcome(reply: dict[str, Any]) -> Outcome:
     if "unreadable" in reply:
         return UnreadableFileError(reply["unreadable"])
     sections = (Section(text, tuple(headings), page) for text, headings, page in reply["sections"])
-    return FileContents(reply["title"], tuple(sections))
+    rows = (
+        Passage(name, text, title, document_id, position, _unpacked(metadata))
+        for name, text, title, document_id, position, metadata in reply["rows"]
+    )
+    return FileContents(
+        reply["title"],
+        tuple(sections),
+        _unpacked(reply["metadata"]),
+        tuple(rows),
+        is_corpus=reply["is_corpus"],
+        skipped=tuple(SkippedPart(name, reason) for name, reason in reply["skipped"]),
+    )
+
+
+def _packed(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata as JSON can have them: each value with whether it is a time."""
+    return {
+        name: [value.isoformat(), True] if isinstance(value, datetime) else [value, False]
+        for name, value in metadata.items()
+    }
+
+
+def _unpacked(metadata: Mapping[str, tuple[Any, bool]]) -> dict[str, MetadataValue]:
+    return {name: datetime.fromisoformat(value) if is_time else value for name, (value, is_time) in metadata.items()}
 
 
 def serve(module: str, function: str) -> None:
@@ -230,9 +263,32 @@ def serve(module: str, function: str) -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         faulthandler.dump_traceback_later(request["seconds"] + _GRACE_SECONDS, exit=True)
-        replies.write(json.dumps(_reply(reader, Path(request["path"]))).encode() + b"\n")
+        _limit_memory(request["memory"])
+        try:
+            reply = json.dumps(_reply(reader, Path(request["path"]))).encode()
+            ran_out = False
+        except MemoryError:
+            reason = f"it takes more than {_gibibytes(request['memory'])} of memory to read"
+            reply, ran_out = json.dumps({"unreadable": reason}).encode(), True
+        replies.write(reply + b"\n")
         replies.flush()
         faulthandler.cancel_dump_traceback_later()
+        if ran_out:  # what it still holds is not the next file's fault
+            return
+
+
+def _limit_memory(limit: int) -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+
+
+def _gibibytes(number: int) -> str:
+    return f"{number / 2**30:.3g} GiB"
 
 
 def _reply(reader: Reader, path: Path) -> dict[str, Any]:
@@ -243,8 +299,16 @@ def _reply(reader: Reader, path: Path) -> dict[str, Any]:
     except UnreadableFileError as error:
         return {"unreadable": str(error)}
     except MemoryError:
-        return {"unreadable": "there is not enough memory to read it"}
+        raise
     except Exception as error:  # noqa: BLE001 - one file must not end the work
         return {"unreadable": f"it cannot be parsed ({type(error).__name__}: {error})"}
-    sections = [(section.text, section.headings, section.page) for section in contents.sections]
-    return {"title": contents.title, "sections": sections}
+    return {
+        "title": contents.title,
+        "sections": [(section.text, section.headings, section.page) for section in contents.sections],
+        "metadata": _packed(contents.metadata),
+        "rows": [
+            (row.id, row.text, row.title, row.document_id, row.position, _packed(row.metadata)) for row in contents.rows
+        ],
+        "is_corpus": contents.is_corpus,
+        "skipped": [(part.name, part.reason) for part in contents.skipped],
+    }

@@ -773,8 +773,12 @@ class Fit:
         _remarks.warning("fit: %s", note)
 
     def _note_skipped(self, skipped: Sequence[SkippedFile]) -> None:
-        if skipped:
-            self._note(f"{len(skipped):,} files could not be read, such as {skipped[0]}")
+        files = [each for each in skipped if not each.part]
+        parts = [each for each in skipped if each.part]
+        if files:
+            self._note(f"{len(files):,} files could not be read, such as {files[0]}")
+        if parts:
+            self._note(f"{len(parts):,} parts of files were left out, such as {parts[0]}")
 
 
 def student_for(texts: Sequence[str]) -> str:

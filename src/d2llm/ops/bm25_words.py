@@ -21,7 +21,7 @@ _TOKEN = re.compile(rf"([{UNSPACED}]+)|([^\W_{UNSPACED}]+)")
 # A sentence ends at a line end, after a full stop of an unspaced script, or after a Latin one followed by white space
 # and anything but a lower-case letter ("e.g. this" does not end it).
 # Closing quotes and brackets belong to the sentence.
-_SENTENCE_END = re.compile(r"()\n+|(?<=[。！？；])([”’」』）]*)|(?<=[.!?;:])([\"'”’)\]]*)\s+(?=[^\sa-z])")
+_SENTENCE_END = re.compile(r"()\n+|(?<=[。！？；｡])([”’」』）]*)|(?<=[.!?;:…؟۔।॥։።፧។။])([\"'”’»)\]]*)\s+(?=[^\sa-z])")
 _LONGEST_SENTENCE = 400  # characters; longer ones are split, so that tables and lists have windows too
 WINDOW_SENTENCES = 2
 
@@ -91,8 +91,10 @@ def _without_margins(text: str, start: int, end: int) -> list[Span]:
     """A sentence without surrounding white space, split if it is too long; empty if nothing is left."""
     pieces: list[Span] = []
     while True:
-        start += len(text[start:end]) - len(text[start:end].lstrip())
-        end = start + len(text[start:end].rstrip())
+        while start < end and text[start].isspace():
+            start += 1
+        while end > start and text[end - 1].isspace():
+            end -= 1
         if start >= end:
             return pieces
         cut = end

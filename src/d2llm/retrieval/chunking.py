@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import semantic_text_splitter
-
+from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
 from d2llm.core.types import LateChunk, Passage, SectionedPassage, WholeText, piece_id
 from d2llm.models.backbone import TOKENIZING
 from d2llm.models.student import Student
+from d2llm.retrieval.split_tables import TableSplitter
+from d2llm.retrieval.text_splitter import TextSplitter
 from d2llm.store.side_files import CHUNK_TOKENS, Chunking, read_chunking
 
 HEADING_SEPARATOR = " > "
 """What stands between the headings in the title of a piece."""
 _LEAST_TOKENS = 8
+_TEXTS_AT_ONCE = 1_024  # whose tokens are counted
 
 
 class Chunker:
     """Splits documents into passages with a maximum number of the student's tokens, at sentence ends if possible.
 
-    A piece ends at the end of a chapter, paragraph, sentence or word, the first of these that fits, by the rules of
-    Unicode, which cover every script. Only white space between pieces is dropped.
+    A piece ends where a sentence does if one fits, at the end of a paragraph if it is at least half full there
+    (``text_splitter``). Only white space between pieces is dropped. A table ends at the end of a row, and each of its
+    pieces names its columns (``split_tables``).
 
     Late chunks are the same pieces, but an index reads each document whole and pools every piece from states that
     attend to the rest of the document (``models.late_chunking``). If any part of a document changes, all of it is
@@ -49,8 +53,9 @@ class Chunker:
             chunking = replace(chunking, late_window=student.chunk_reader.window(chunking.late_window))
         self.chunking = chunking
         self._tokenizer: Any = copy.deepcopy(student.backbone.tokenizer)  # threads must not share a tokenizer
+        self._tokenizer.backend_tokenizer.no_truncation()
+        self._tokenizer.backend_tokenizer.no_padding()
         self._around = len(self._tokenizer(student.config.backbone.passage_prefix, verbose=False)["input_ids"])
-        self._splitters: dict[int, Any] = {}
 
     def split(self, document: Passage) -> list[Passage]:
         """A document as passages ``<id>#1``, ``<id>#2``, ... at positions 1, 2, ..., with its title and metadata.
@@ -67,20 +72,20 @@ class Chunker:
             return [document]
         if isinstance(document, SectionedPassage):
             return self._split_sections(document)
-        splitter = self._splitter(document.title, self.chunking.chunk_tokens)
-        pieces: list[tuple[int, str]] = splitter.chunk_indices(document.text)
+        room = self._room(document.title, self.chunking.chunk_tokens)
+        pieces = TableSplitter(room, self._split_plain, self._counts).split(document.text)
         if len(pieces) < 2:
             return [document]
         passages = [
-            replace(document, id=piece_id(document.id, n), text=text, document_id=document.id, position=n)
-            for n, (_, text) in enumerate(pieces, start=1)
+            replace(document, id=piece_id(document.id, n), text=piece.text, document_id=document.id, position=n)
+            for n, piece in enumerate(pieces, start=1)
         ]
         if not self.chunking.late:
             return passages
         whole = WholeText(document.text, document.title, self.chunking.late_window)
         return [
-            LateChunk(p.id, p.text, p.title, p.document_id, p.position, p.metadata, whole, start, start + len(p.text))
-            for p, (start, _) in zip(passages, pieces, strict=True)
+            LateChunk(p.id, p.text, p.title, p.document_id, p.position, p.metadata, whole, *piece.span)
+            for p, piece in zip(passages, pieces, strict=True)
         ]
 
     def _split_sections(self, document: SectionedPassage) -> list[Passage]:
@@ -103,20 +108,22 @@ class Chunker:
             for n, piece in enumerate(counted, start=1)
         ]
 
-    def _splitter(self, title: str, chunk_tokens: int) -> Any:
-        room = chunk_tokens - self._around - (self._count(title + "\n") if title else 0)
-        room = max(room, chunk_tokens // 2)
-        if room not in self._splitters:
-            overlap = min(self.chunking.chunk_overlap, room - 1)
-            with TOKENIZING:
-                self._splitters[room] = semantic_text_splitter.TextSplitter.from_huggingface_tokenizer(
-                    self._tokenizer.backend_tokenizer, room, overlap
-                )
-        return self._splitters[room]
+    def _room(self, title: str, chunk_tokens: int) -> int:
+        """How many tokens of text a piece has beside its title."""
+        room = chunk_tokens - self._around - (self._counts([title + "\n"])[0] if title else 0)
+        return max(room, chunk_tokens // 2)
 
-    def _count(self, text: str) -> int:
-        with TOKENIZING:
-            return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _split_plain(self, text: str, room: int) -> list[tuple[int, str]]:
+        overlap = min(self.chunking.chunk_overlap, room - 1)
+        return TextSplitter(self._tokenizer.backend_tokenizer, room, overlap).pieces(text)
+
+    def _counts(self, texts: Sequence[str]) -> list[int]:
+        lengths: list[int] = []
+        for some in batched(texts, _TEXTS_AT_ONCE):
+            with TOKENIZING:
+                encoded = self._tokenizer(list(some), add_special_tokens=False, verbose=False)
+            lengths += map(len, encoded["input_ids"])
+        return lengths
 
 
 def default_chunking(student: Student) -> Chunking:

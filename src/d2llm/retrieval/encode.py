@@ -137,7 +137,7 @@ def encode(
         passages = list(corpus)
         corpus = Corpus(passages, len(passages), fingerprint_passages(passages))
     num_documents = corpus.num_documents
-    if not num_documents:
+    if num_documents == 0:
         raise InputError(f"{folder}: there are no passages; an index needs at least one")
     key = _draft_key(
         student,
@@ -167,9 +167,22 @@ def encode(
     try:
         with _readers(runner, index.storage, load, device=device) as readers:
             if chunking is None:
-                report = index.upsert(corpus.passages, num_passages=num_documents, readers=readers)
+                report = index.upsert(
+                    corpus.passages,
+                    lenient_metadata=corpus.from_files,
+                    num_passages=num_documents,
+                    readers=readers,
+                )
+                num_read = report.num_passages
             else:
-                report = index.upsert_documents(corpus.passages, chunking, num_documents=num_documents, readers=readers)
+                report = index.upsert_documents(
+                    corpus.passages,
+                    chunking,
+                    lenient_metadata=corpus.from_files,
+                    num_documents=num_documents,
+                    readers=readers,
+                )
+                num_read = report.num_documents
         if not len(index.storage.table()):
             raise InputError(f"{folder}: no document could be read; the first: {corpus.skipped[0]}")
     except BaseException:
@@ -183,7 +196,7 @@ def encode(
     seconds = time.perf_counter() - begin
     return EncodeReport(
         folder=folder,
-        num_documents=num_documents - len(corpus.skipped),
+        num_documents=num_read,
         num_passages=report.num_passages,
         num_resumed=report.num_unchanged,
         num_truncated=facts.num_truncated,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from d2llm.core.types import DEFAULT_SECONDS_PER_FILE
+from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Passage
 from d2llm.data.documents import MAX_BYTES, SkippedFile, find_documents
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.upserting_documents import DocumentsReport
@@ -21,8 +21,9 @@ class SyncReport:
     """What ``sync_documents`` did.
 
     ``num_files`` were found, of which ``num_unchanged`` were not read; ``written`` says what became of the others.
-    ``gone`` are documents that were deleted because their files are gone. Of a file in ``skipped``, which could not be
-    read, the index keeps what it had. ``num_other`` files have suffixes that cannot be read.
+    ``gone`` are files whose documents were deleted because they are gone. Of a file in ``skipped``, which could not be
+    read, the index keeps what it had; entries with a ``part`` name what was left out of a file that was read.
+    ``num_other`` files have suffixes that cannot be read, and the symbolic ``links`` were not followed.
     """
 
     num_files: int
@@ -31,6 +32,7 @@ class SyncReport:
     gone: tuple[str, ...]
     skipped: tuple[SkippedFile, ...]
     written: DocumentsReport
+    links: tuple[str, ...] = ()
 
 
 def sync_documents(
@@ -40,6 +42,8 @@ def sync_documents(
     exclude: Sequence[str] = (),
     max_bytes: int = MAX_BYTES,
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
+    memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
+    follow_links: bool = True,
     chunking: Chunking | None = None,
 ) -> SyncReport:
     """Make an index hold the documents below some paths as they are now.
@@ -52,45 +56,85 @@ def sync_documents(
         InputError: a path does not exist, there are no documents, or a document has the id of a passage that came from
             no file.
     """
-    documents = find_documents(paths, exclude=exclude, max_bytes=max_bytes, seconds_per_file=seconds_per_file)
+    documents = find_documents(
+        paths,
+        exclude=exclude,
+        max_bytes=max_bytes,
+        seconds_per_file=seconds_per_file,
+        memory_per_file=memory_per_file,
+        follow_links=follow_links,
+    )
     known = _known_files(index)
-    unchanged = [file for file in documents.files if known.get(file.id) == (file.modified, file.num_bytes)]
+    unchanged = [
+        file for file in documents.files if known.get(file.id, _Known()).state == (file.modified, file.num_bytes)
+    ]
     changed = replace(documents, files=sorted(set(documents.files) - set(unchanged), key=lambda file: file.id))
-    written = index.upsert_documents(changed, chunking, num_documents=len(changed.files))
+    read_ids: set[str] = set()
+    before: list[dict[str, str]] = []  # what the index had of the files that were read or are gone
+
+    def read() -> Iterator[Passage]:
+        for each in changed.by_file():
+            before.append(known.get(each.file.id, _Known()).passages)
+            read_ids.update(name for document in each.documents for name in (document.id, document.document_id))
+            yield from each.documents
+
+    written = index.upsert_documents(read(), chunking, lenient_metadata=True, num_documents=changed.num_documents)
     names = {file.id for file in documents.files}
     unread = tuple(skipped.id for skipped in documents.skipped)
-    gone = tuple(
-        sorted(
-            name
-            for name in known.keys() - names
-            if not any(name == each or name.startswith(f"{each}/") for each in unread)
-        )
+    gone = sorted(
+        name for name in known.keys() - names if not any(name == each or name.startswith(f"{each}/") for each in unread)
     )
-    if gone:
-        index.delete_documents(gone)
-    return SyncReport(len(documents.files), len(unchanged), documents.num_other, gone, tuple(changed.skipped), written)
+    before += [known[name].passages for name in gone]
+    # A row may have moved to another file.
+    left_over = [passage for passages in before for passage, name in passages.items() if name not in read_ids]
+    if left_over:
+        index.delete(left_over)
+    return SyncReport(
+        len(documents.files),
+        len(unchanged),
+        documents.num_other,
+        tuple(gone),
+        tuple(changed.skipped),
+        written,
+        tuple(documents.links),
+    )
 
 
-def _known_files(index: Index) -> dict[str, tuple[datetime, int] | None]:
-    """The documents of an index that came from files: id -> time of modification (UTC) and size.
+@dataclass(slots=True)
+class _Known:
+    """What an index has of a file: its passages with their documents, and its state (time of modification, size).
 
-    None stands for a document of which an interrupted call has written only a part.
+    Without a state, an interrupted call has written only a part.
     """
+
+    passages: dict[str, str] = field(default_factory=dict[str, str])
+    state: tuple[datetime, int] | None = None
+
+
+_FILE = ("path", "modified", "file_bytes")
+_NUMBERS = ("num_passages", "row", "num_rows")
+
+
+def _known_files(index: Index) -> dict[str, _Known]:
+    """The files whose documents an index has, by their ids."""
     table = index.storage.table()
-    names = ["path", "modified", "file_bytes", "num_passages"]
     fields = {item.name for item in table.metadata_fields}
-    if not len(table) or not set(names[:3]) <= fields:
+    if not len(table) or not set(_FILE) <= fields:
         return {}
-    columns = table.columns([name for name in names if name in fields], "path IS NOT NULL").to_pydict()
-    counts = Counter(columns["path"])
-    expected = columns.get("num_passages", [None] * len(columns["path"]))  # None if documents are not split
-    facts: dict[str, set[tuple[datetime, int, int]]] = {}
-    rows: Any = zip(columns["path"], columns["modified"], columns["file_bytes"], expected, strict=True)
-    for path, modified, size, number in rows:
-        facts.setdefault(path, set()).add((modified, size, number or 1))
-    known: dict[str, tuple[datetime, int] | None] = {}
-    for path, (first, *others) in facts.items():  # others: passages of an earlier state of the file
-        modified, size, number = first
-        is_whole = not others and counts[path] == number
-        known[path] = (modified.replace(tzinfo=timezone.utc), size) if is_whole else None
+    names = ["id", "document_id", *_FILE, *(name for name in _NUMBERS if name in fields)]
+    columns = table.columns(names, "path IS NOT NULL").to_pydict()
+    absent = [None] * len(columns["path"])
+    known: dict[str, _Known] = {}
+    states: dict[str, set[tuple[datetime, int, int]]] = {}
+    counts: dict[str, Counter[tuple[int, int]]] = {}  # passages of each row, with how many it should have
+    rows: Any = zip(*(columns.get(name, absent) for name in ("id", "document_id", *_FILE, *_NUMBERS)), strict=True)
+    for passage, document, path, modified, size, num_passages, row, num_rows in rows:
+        known.setdefault(path, _Known()).passages[passage] = document or passage
+        states.setdefault(path, set()).add((modified, size, num_rows or 1))
+        counts.setdefault(path, Counter())[row or 0, num_passages or 1] += 1
+    for path, (first, *others) in states.items():  # others: passages of an earlier state of the file
+        modified, size, num_rows = first
+        is_whole = len(counts[path]) == num_rows and all(count == number for (_, number), count in counts[path].items())
+        if is_whole and not others:
+            known[path].state = (modified.replace(tzinfo=timezone.utc), size)
     return known

@@ -17,12 +17,14 @@ from d2llm.server.schemas import (
     DocumentPassagesAnswer,
     DocumentsAnswer,
     DocumentsRequest,
+    FilesAnswer,
     ListedDocumentAnswer,
     PassageAnswer,
     PassageListAnswer,
     PassagesAnswer,
     PassagesRequest,
     RestoredAnswer,
+    SkippedPartAnswer,
     SnapshotAnswer,
     SnapshotName,
     SnapshotRequest,
@@ -140,18 +142,24 @@ async def upload_files(
     chunk_tokens: ChunkTokens = None,
     chunk_overlap: ChunkOverlap = None,
     lenient_metadata: Lenient = False,
-) -> DocumentsAnswer:
-    """Add the documents in files: corpora (.jsonl, .jsonl.gz), and text files (.txt, .md), each of which is a document.
+) -> FilesAnswer:
+    """Add the documents in files, which are read as from a folder: a document each, or one for each row of a table.
 
-    The id of a text file's document is the file name.
+    The id of a document is the file name, with "/" and the number for a row. JSON lines (.jsonl, .jsonl.gz) and other
+    tables whose rows have an id and a text are corpora: their documents have these ids. Parts of files that were left
+    out (a chapter that is a picture, an attached file) are named.
     """
     writable(services)
     body, kind = await request.body(), request.headers.get("content-type", "")
     documents = await asyncio.to_thread(documents_of, body, kind, services.settings)
     for document in documents:  # texts are split, titles are not
         short_enough([document.title], services.settings, f"title of {document.id}")
-    report = await index.upsert_documents(documents, chunk_tokens, chunk_overlap, lenient_metadata=lenient_metadata)
-    return DocumentsAnswer.model_validate(report, from_attributes=True)
+    report = await index.upsert_documents(
+        documents, chunk_tokens, chunk_overlap, lenient_metadata=lenient_metadata or not documents.is_corpus
+    )
+    skipped = [SkippedPartAnswer(file=each.id, part=each.part, reason=each.reason) for each in documents.skipped]
+    answer = DocumentsAnswer.model_validate(report, from_attributes=True)
+    return FilesAnswer(**answer.model_dump(), skipped=skipped)
 
 
 @router.get("/v1/index/snapshots")

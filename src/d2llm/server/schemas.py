@@ -571,6 +571,20 @@ class DocumentsAnswer(PassagesAnswer):
     num_deleted: int
 
 
+class SkippedPartAnswer(Answer):
+    """A part of a file that was left out, and why."""
+
+    file: str
+    part: str
+    reason: str
+
+
+class FilesAnswer(DocumentsAnswer):
+    """Counts of the documents in files, and what was left out of them."""
+
+    skipped: list[SkippedPartAnswer]
+
+
 class DeletedAnswer(Answer):
     """How many passages were deleted, and the new version."""
 

@@ -5,25 +5,23 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from email import message_from_bytes
 from email.message import Message
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from d2llm.core.errors import DataFormatError
+from d2llm.core.errors import MissingExtraError
 from d2llm.core.types import Passage
-from d2llm.data.indexed_corpus import iter_corpus
-from d2llm.data.text_sections import heading_title
+from d2llm.data.documents import DocumentFile, DocumentFiles, SkippedFile
+from d2llm.data.file_contents import SUFFIXES
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.settings import ServeSettings
 
 FILES_PATH = "/v1/files"
 FORM_TYPE = "multipart/form-data"
-_CORPORA, _TEXTS = (".jsonl", ".jsonl.gz"), (".txt", ".md")
-_HEADING = re.compile(r"^#[ \t]+(\S.*)$", re.MULTILINE)
 _MOST_UNPACKED = 8  # limit of unpacked sizes, as a multiple of the maximum body size
 
 UPLOAD_BODY: dict[str, Any] = {
@@ -39,7 +37,8 @@ UPLOAD_BODY: dict[str, Any] = {
                             "type": "array",
                             "minItems": 1,
                             "items": {"type": "string", "format": "binary"},
-                            "description": "Files: .jsonl, .jsonl.gz, .txt or .md; repeat the field for several.",
+                            "description": "Files of all kinds that are read from folders, and .jsonl.gz; "
+                            "repeat the field for several.",
                         }
                     },
                 }
@@ -49,24 +48,49 @@ UPLOAD_BODY: dict[str, Any] = {
 }
 
 
-def documents_of(body: bytes, content_type: str, limits: ServeSettings) -> list[Passage]:
-    """The documents of all files of a form.
+class Upload(list[Passage]):
+    """The documents of an upload. Metadata of texts and tables, unlike those of a corpus, need not fit each other.
+
+    ``skipped`` are parts of the files that were left out.
+    """
+
+    is_corpus = True
+    skipped: Sequence[SkippedFile] = ()
+
+
+def documents_of(body: bytes, content_type: str, limits: ServeSettings) -> Upload:
+    """The documents of all files of a form, as ``data.documents`` reads them from a folder.
 
     Raises:
         ServingError: 415 if the body is not a form; 400 if it has no files, or if a file cannot be read (which the
             message names).
     """
-    documents: list[Passage] = []
-    for number, (name, content) in enumerate(_files_of(body, content_type), start=1):
-        if not name:
-            raise invalid(f"file number {number} of the form has no name; send it with one (filename=)", "file")
-        documents += _documents_in(name, content, limits)
-    if not documents:
-        raise invalid("the form has no file; send one or more in the field 'file'", "file")
-    for document in documents:
+    with TemporaryDirectory() as folder:
+        files = DocumentFiles(_stored(_files_of(body, content_type), Path(folder), limits))
+        if not files.files:
+            raise invalid("the form has no file; send one or more in the field 'file'", "file")
+        upload = Upload()
+        try:
+            for read in files.by_file():
+                upload += read.documents
+                upload.is_corpus = upload.is_corpus and read.is_corpus
+                if _unread(files):
+                    break
+        except MissingExtraError as error:
+            raise invalid(f"a file cannot be read here: {error}", "file") from error
+        for skipped in _unread(files):
+            where = re.match(r"line (\d+): (?:it cannot be parsed: )?", skipped.reason)
+            place, reason = (f":{where[1]}", skipped.reason[where.end() :]) if where else ("", skipped.reason)
+            raise invalid(f"{skipped.id}{place}: {reason}", "file")
+        upload.skipped = files.skipped
+    for document in upload:
         if not document.text.strip():
             raise invalid(f"the document {document.id!r} has no text; leave it out", "file")
-    return documents
+    return upload
+
+
+def _unread(files: DocumentFiles) -> list[SkippedFile]:
+    return [skipped for skipped in files.skipped if not skipped.part]
 
 
 def _files_of(body: bytes, content_type: str) -> Iterator[tuple[str, bytes]]:
@@ -94,22 +118,22 @@ def _disposition(part: Message) -> Message:
     return disposition
 
 
-def _documents_in(name: str, content: bytes, limits: ServeSettings) -> list[Passage]:
-    kind = name.lower()
-    if kind.endswith(_TEXTS):
-        return [_text(name, content)]
-    if not kind.endswith(_CORPORA):
-        raise invalid(f"{name}: the file type is not supported; send one of {', '.join((*_CORPORA, *_TEXTS))}", "file")
-    if kind.endswith(".gz"):
-        content = _unpacked(name, content, _MOST_UNPACKED * limits.max_body_bytes)
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "corpus.jsonl"
+def _stored(names_and_contents: Iterable[tuple[str, bytes]], folder: Path, limits: ServeSettings) -> list[DocumentFile]:
+    """The files of an upload in a folder, under their numbers; the ids are the names that they were sent with."""
+    files: list[DocumentFile] = []
+    for number, (name, content) in enumerate(names_and_contents, start=1):
+        if not name:
+            raise invalid(f"file number {number} of the form has no name; send it with one (filename=)", "file")
+        suffix = PurePath(name.lower().removesuffix(".gz")).suffix
+        if suffix not in SUFFIXES or (name.lower().endswith(".gz") and suffix != ".jsonl"):
+            known = " ".join([*sorted(SUFFIXES), ".jsonl.gz"])
+            raise invalid(f"{name}: files of this type cannot be read; send one of {known}", "file")
+        if name.lower().endswith(".gz"):
+            content = _unpacked(name, content, _MOST_UNPACKED * limits.max_body_bytes)
+        path = folder / f"{number}{suffix}"
         path.write_bytes(content)
-        try:
-            return list(iter_corpus(path))
-        except DataFormatError as error:
-            where = name if error.line is None else f"{name}:{error.line}"
-            raise invalid(f"{where}: {error.problem}", "file") from error
+        files.append(DocumentFile(path, name, len(content), None))
+    return files
 
 
 def _unpacked(name: str, content: bytes, most: int) -> bytes:
@@ -121,12 +145,3 @@ def _unpacked(name: str, content: bytes, most: int) -> bytes:
     if len(unpacked) > most:
         raise invalid(f"{name}: has more than {most:,} bytes when unpacked; send it in parts", "file")
     return unpacked
-
-
-def _text(name: str, content: bytes) -> Passage:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise invalid(f"{name}: is not UTF-8 text; save it as UTF-8", "file") from None
-    heading = _HEADING.search(text) if name.lower().endswith(".md") else None
-    return Passage(name, text, heading_title(heading[1].rstrip()) if heading else "")

@@ -1,0 +1,214 @@
+"""Reads PDF files: the text of each page, and the values of form fields and the notes on it.
+
+PDFium, the library of Chromium, reads the pages in the order in which they were written, which is that of reading but
+for few files. Links are no text. Attached files, and pages that are pictures, are reported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from d2llm.core.extras import require
+from d2llm.core.types import Section
+from d2llm.data.contents import FileContents, SkippedPart, UnreadableFileError
+
+_HYPHEN = "\ufffe"  # PDFium's sign for a hyphen at the end of a line, whose parts it joins
+_SPLIT_WORD = re.compile(rf"(\w+){_HYPHEN}\s*(\w+)")
+_PASSWORD_FIELD = 1 << 13
+_NO_NOTES = (
+    "LINK",
+    "POPUP",
+    "WIDGET",
+    "SOUND",
+    "MOVIE",
+    "SCREEN",
+    "PRINTERMARK",
+    "TRAPNET",
+    "THREED",
+    "RICHMEDIA",
+    "XFAWIDGET",
+)
+_NAMED_PAGES = 20
+
+
+def read_pdf(path: Path) -> FileContents:
+    """Title and sections of a file, at least one for each page with text.
+
+    Raises:
+        UnreadableFileError: it cannot be read.
+    """
+    library: Any = require("pypdfium2", extra="documents", purpose="reading .pdf files")
+    try:
+        document = library.PdfDocument(path.read_bytes())
+    except OSError as error:
+        raise UnreadableFileError(error.strerror or str(error)) from error
+    except library.PdfiumError as error:
+        encrypted = getattr(error, "err_code", None) == library.raw.FPDF_ERR_PASSWORD
+        raise UnreadableFileError("it is encrypted" if encrypted else f"it cannot be parsed ({error})") from error
+    with closing(document):
+        return _Reader(library, document).read()
+
+
+class _Reader:
+    """A file that is being read."""
+
+    def __init__(self, library: Any, document: Any) -> None:
+        self._raw, self._document = library.raw, document
+        self._error: type[Exception] = library.PdfiumError
+        self._skipped: list[SkippedPart] = []
+        self._known_fields: set[str] = set()
+        self._form: Any = None
+        if document.get_formtype() != self._raw.FORMTYPE_NONE:
+            document.init_forms()
+            self._form = document.formenv
+        if document.get_formtype() == self._raw.FORMTYPE_XFA_FULL:
+            self._skipped.append(
+                SkippedPart("form", "it is in a format (XFA) of which only the plain part can be read")
+            )
+
+    def read(self) -> FileContents:
+        pages: list[tuple[str, str, str]] = []
+        pictures: list[int] = []
+        for number in range(1, len(self._document) + 1):
+            try:
+                page = self._document[number - 1]
+            except self._error as error:
+                self._skipped.append(SkippedPart(f"page {number}", f"it cannot be parsed ({error})"))
+                pages.append(("", "", ""))
+                continue
+            with closing(page):
+                parts = self._read_page(page)
+                if not "".join(parts).strip() and self._has_picture(page):
+                    pictures.append(number)
+            pages.append(parts)
+        texts = _with_whole_words([text for text, _, _ in pages])
+        sections: list[Section] = []
+        for number, (text, (_, fields, notes)) in enumerate(zip(texts, pages, strict=True), start=1):
+            each = ((text, ()), (fields, ("Form fields",)), (notes, ("Notes",)))
+            sections += [Section(part, headings, number) for part, headings in each if part.strip()]
+        self._skip_attachments()
+        if pictures and sections:
+            self._skipped.append(
+                SkippedPart(_page_names(pictures), "no text, but pictures; if they are scanned, recognise them (OCR)")
+            )
+        title = " ".join(self._document.get_metadata_value("Title").replace("\0", "").split())
+        return FileContents(title, tuple(sections), skipped=tuple(self._skipped))
+
+    def _read_page(self, page: Any) -> tuple[str, str, str]:
+        """The text of a page, the fields of its form, and its notes."""
+        with closing(page.get_textpage()) as text_page:
+            text: str = text_page.get_text_range(errors="replace")
+        text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
+        fields: list[str] = []
+        notes: list[str] = []
+        for annotation in self._annotations(page):
+            kind = self._raw.FPDFAnnot_GetSubtype(annotation)
+            if kind == self._raw.FPDF_ANNOT_WIDGET:
+                fields += self._field(annotation)
+            elif kind == self._raw.FPDF_ANNOT_FILEATTACHMENT:
+                self._skip_attachment(self._raw.FPDFAnnot_GetFileAttachment(annotation))
+            if kind not in (getattr(self._raw, f"FPDF_ANNOT_{name}") for name in _NO_NOTES):
+                note = self._string(self._raw.FPDFAnnot_GetStringValue, annotation, b"Contents").strip()
+                if note and " ".join(note.split()) not in " ".join(text.split()):
+                    notes.append(note)
+        return text, "\n".join(fields), "\n\n".join(dict.fromkeys(notes))
+
+    def _annotations(self, page: Any) -> Iterator[Any]:
+        for number in range(self._raw.FPDFPage_GetAnnotCount(page)):
+            annotation = self._raw.FPDFPage_GetAnnot(page, number)
+            if annotation:
+                try:
+                    yield annotation
+                finally:
+                    self._raw.FPDFPage_CloseAnnot(annotation)
+
+    def _field(self, annotation: Any) -> Iterator[str]:
+        """The name and value of a field, once if it is in several places."""
+        raw, form = self._raw, self._form
+        if form is None:
+            return
+        kind = raw.FPDFAnnot_GetFormFieldType(form, annotation)
+        is_secret = (
+            kind == raw.FPDF_FORMFIELD_TEXTFIELD and raw.FPDFAnnot_GetFormFieldFlags(form, annotation) & _PASSWORD_FIELD
+        )
+        if is_secret or kind in (
+            raw.FPDF_FORMFIELD_PUSHBUTTON,
+            raw.FPDF_FORMFIELD_SIGNATURE,
+            raw.FPDF_FORMFIELD_UNKNOWN,
+        ):
+            return
+        path = self._string(raw.FPDFAnnot_GetFormFieldName, form, annotation)
+        name = self._string(raw.FPDFAnnot_GetFormFieldAlternateName, form, annotation).strip() or path
+        value = self._string(raw.FPDFAnnot_GetFormFieldValue, form, annotation)
+        chosen = [
+            self._string(raw.FPDFAnnot_GetOptionLabel, form, annotation, number)
+            for number in range(max(0, raw.FPDFAnnot_GetOptionCount(form, annotation)))
+            if raw.FPDFAnnot_IsOptionSelected(form, annotation, number)
+        ]
+        value = ", ".join(chosen) or value
+        if value.strip() and path not in self._known_fields:
+            self._known_fields.add(path)
+            yield f"{name}: {value.strip()}".replace("\r\n", "\n").replace("\r", "\n")
+
+    def _string(self, function: Callable[..., int], *arguments: Any) -> str:
+        """A text of PDFium, whose functions say how many bytes it has if they are given no room for it."""
+        size = function(*arguments, None, 0)
+        if size < 2:
+            return ""
+        room = ctypes.create_string_buffer(size)
+        function(*arguments, ctypes.cast(room, ctypes.POINTER(ctypes.c_ushort)), size)
+        return room.raw[: size - 2].decode("utf-16-le", errors="replace")
+
+    def _skip_attachments(self) -> None:
+        for number in range(self._raw.FPDFDoc_GetAttachmentCount(self._document)):
+            self._skip_attachment(self._raw.FPDFDoc_GetAttachment(self._document, number))
+
+    def _skip_attachment(self, attachment: Any) -> None:
+        if attachment:
+            size = self._raw.FPDFAttachment_GetName(attachment, None, 0)
+            room = ctypes.create_string_buffer(max(size, 2))
+            self._raw.FPDFAttachment_GetName(attachment, ctypes.cast(room, ctypes.POINTER(ctypes.c_ushort)), size)
+            name = room.raw[: max(size - 2, 0)].decode("utf-16-le", errors="replace") or "attached file"
+            part = SkippedPart(name, "it is a file attached to the document")
+            if part not in self._skipped:
+                self._skipped.append(part)
+
+    def _has_picture(self, page: Any) -> bool:
+        kinds = [self._raw.FPDF_PAGEOBJ_IMAGE]
+        return next(iter(page.get_objects(filter=kinds, max_depth=3)), None) is not None
+
+
+def _page_names(numbers: list[int]) -> str:
+    names = ", ".join(map(str, numbers[:_NAMED_PAGES]))
+    more = f" and {len(numbers) - _NAMED_PAGES:,} more" if len(numbers) > _NAMED_PAGES else ""
+    return f"page{'s' if len(numbers) > 1 else ''} {names}{more}"
+
+
+def _with_whole_words(pages: list[str]) -> list[str]:
+    """Pages whose words are whole where they were split at the end of a line.
+
+    A hyphen stays if the rest of the file has the word with it rather than without, or knows both parts as words, or
+    if the second part begins with a capital letter or a digit.
+    """
+    if not any(_HYPHEN in page for page in pages):
+        return pages
+    whole = (re.sub(_SPLIT_WORD, " ", page) for page in pages)
+    words = [word.casefold() for page in whole for word in re.findall(r"\w+(?:-\w+)*", page)]
+    known = Counter([*words, *(part for word in words if "-" in word for part in word.split("-"))])
+
+    def joined(match: re.Match[str]) -> str:
+        compound, word = f"{match[1]}-{match[2]}", match[1] + match[2]
+        with_hyphen, without = known[compound.casefold()], known[word.casefold()]
+        if with_hyphen or without:
+            return compound if with_hyphen > without else word
+        is_name = not match[2][0].islower() and not match[1].isupper()
+        are_words = min(len(match[1]), len(match[2])) > 2 and all(known[part.casefold()] for part in match.groups())
+        return compound if is_name or are_words else word
+
+    return [re.sub(_SPLIT_WORD, joined, page).replace(_HYPHEN, "-") for page in pages]

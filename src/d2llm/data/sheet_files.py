@@ -1,0 +1,294 @@
+"""Reads workbooks (SpreadsheetML): the tables of each sheet, then its comments, shapes and charts.
+
+A sheet is read row by row, because it can have a million. What a cell shows is in ``data.sheet_values``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from d2llm.data.contents import FileContents, SectionWriter, markdown_table
+from d2llm.data.office_archives import Archive, Element, Relation, chart_text, drawing_text, local_name
+from d2llm.data.sheet_values import BUILT_IN, GENERAL, shown
+
+_LONGEST_REPEATED_CELL = 100  # characters; a cell over several rows is repeated in each
+_DIGITS = "0123456789"
+_THREAD = "[Threaded comment]"  # begins what older programs show in place of a conversation
+_STRING_TYPES = frozenset({"s", "str", "inlineStr"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """What a cell shows, and whether that is text."""
+
+    text: str
+    is_text: bool
+
+
+_Row = dict[int, _Cell]  # by column, from 0
+
+
+@dataclass
+class _Sheet:
+    """The rows of a sheet that are not empty, by number from 1."""
+
+    rows: dict[int, _Row] = field(default_factory=dict[int, _Row])
+    num_uncomputed: int = 0
+
+
+def read_sheets(path: Path) -> FileContents:
+    """Title and sections of a workbook; each sheet is a section under its name, hidden ones too.
+
+    Raises:
+        UnreadableFileError: it cannot be read.
+    """
+    with Archive(path) as archive:
+        return _Workbook(archive).read()
+
+
+class _Workbook:
+    """A workbook that is being read."""
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._main = archive.main_part("xl/workbook.xml")
+        self._root = archive.xml(self._main)
+        self._links = archive.relations(self._main)
+        self._writer = SectionWriter()
+        properties = self._root.find("{*}workbookPr")
+        self._starts_1904 = properties is not None and properties.get("date1904") in ("1", "true")
+        self._strings = list(self._read_strings())
+        self._formats = self._read_formats()
+
+    def read(self) -> FileContents:
+        for number, sheet in enumerate(self._root.iterfind("{*}sheets/{*}sheet"), start=1):
+            name = " ".join(sheet.get("name", f"Sheet{number}").split())
+            relation = next((self._links[value] for value in sheet.values() if value in self._links), None)
+            if relation is None or self._archive.find(relation.target) is None:
+                self._archive.skip(f"sheet {name}", "it is missing")
+            else:
+                self._write_sheet(name, relation.target)
+        self._archive.skip_embedded(self._links)
+        return FileContents(self._archive.title(), tuple(self._writer.finish()), skipped=tuple(self._archive.skipped))
+
+    def _related(self, kind: str) -> Element | None:
+        name = next((each.target for each in self._links.values() if each.kind == kind), "")
+        return self._archive.optional_xml(name) if name else None
+
+    def _read_strings(self) -> Iterator[str]:
+        name = next((each.target for each in self._links.values() if each.kind == "sharedStrings"), "")
+        if self._archive.find(name):
+            yield from map(_string, self._archive.elements(name, "si"))
+
+    def _read_formats(self) -> list[str]:
+        """The code of each style of cells."""
+        root = self._related("styles")
+        if root is None:
+            return []
+        codes = {
+            int(each.get("numFmtId", 0)): each.get("formatCode", GENERAL)
+            for each in root.iterfind("{*}numFmts/{*}numFmt")
+        }
+        styles = root.iterfind("{*}cellXfs/{*}xf")
+        numbers = (int(style.get("numFmtId", 0)) for style in styles)
+        return [codes.get(number) or BUILT_IN.get(number, GENERAL) for number in numbers]
+
+    def _write_sheet(self, name: str, part: str) -> None:
+        sheet = self._read_sheet(part)
+        if sheet.num_uncomputed:
+            count = (
+                f"{sheet.num_uncomputed:,} formula{'s have' if sheet.num_uncomputed > 1 else ' has'} no stored value"
+            )
+            self._archive.skip(f"sheet {name}", f"{count}; save it once with a program that computes them")
+        self._writer.part(name)
+        for text in _tables(sheet.rows):
+            self._writer.block(text)
+        links = self._archive.relations(part)
+        drawings = [each for each in links.values() if each.kind == "drawing" and each.target]
+        for drawing in drawings:
+            for text in self._drawing_texts(drawing):
+                self._writer.block(text)
+        comments = list(self._comments(links))
+        if comments:
+            self._writer.part(name, "Comments")
+            for place, text in comments:
+                self._writer.block(f"{place}: {text}")
+        self._archive.skip_embedded(links)
+
+    def _drawing_texts(self, drawing: Relation) -> Iterator[str]:
+        root = self._archive.optional_xml(drawing.target)
+        if root is not None:
+            yield drawing_text(root)
+        for each in self._archive.relations(drawing.target).values():
+            chart = self._archive.optional_xml(each.target) if each.kind == "chart" else None
+            if chart is not None:
+                yield chart_text(chart)
+
+    def _comments(self, links: dict[str, Relation]) -> Iterator[tuple[str, str]]:
+        """The places and texts of comments and conversations."""
+        threads = [each for each in links.values() if each.kind == "threadedComment"]
+        for each in threads:
+            root = self._archive.optional_xml(each.target)
+            for comment in root if root is not None else ():
+                if text := (comment.findtext("{*}text") or "").strip():
+                    yield comment.get("ref", ""), text
+        for each in links.values():
+            root = self._archive.optional_xml(each.target) if each.kind == "comments" else None
+            for comment in root.iter("{*}comment") if root is not None else ():
+                texts = comment.find("{*}text")
+                text = _string(texts).strip() if texts is not None else ""
+                if text.startswith(_THREAD):
+                    text = "" if threads else text.partition("Comment:")[2].strip()
+                if text:
+                    yield comment.get("ref", ""), text
+
+    def _read_sheet(self, part: str) -> _Sheet:
+        sheet = _Sheet()
+        number = 0
+        merged: list[str] = []
+        for element in self._archive.elements(part, "row", "mergeCell"):
+            if local_name(element) == "mergeCell":
+                merged.append(element.get("ref", ""))
+                continue
+            number = int(element.get("r") or number + 1)
+            row = self._read_row(element, sheet)
+            if row:
+                sheet.rows[number] = row
+        for place in merged:
+            _repeat(sheet.rows, place)
+        return sheet
+
+    def _read_row(self, element: Element, sheet: _Sheet) -> _Row:
+        row: _Row = {}
+        column = -1
+        for cell in element:
+            place = cell.get("r")
+            column = _column(place.rstrip(_DIGITS)) if place else column + 1
+            kind = cell.get("t", "n")
+            value, has_formula = "", False
+            for child in cell:
+                name = local_name(child)
+                value = child.text or "" if name == "v" else value
+                has_formula = has_formula or name == "f"
+            if has_formula and not value and kind != "str":
+                sheet.num_uncomputed += 1
+            text = self._text(cell, kind, value)
+            if text.strip():
+                row[column] = _Cell(text, kind in _STRING_TYPES)
+        return row
+
+    def _text(self, cell: Element, kind: str, value: str) -> str:
+        match kind:
+            case "s":
+                number = int(value) if value.strip().isdigit() else -1
+                return self._strings[number] if 0 <= number < len(self._strings) else ""
+            case "inlineStr":
+                inside = cell.find("{*}is")
+                return _string(inside) if inside is not None else ""
+            case "str":
+                return _unescaped(value)
+            case "b":
+                return {"1": "TRUE", "0": "FALSE"}.get(value.strip(), value)
+            case "d":
+                return value.removesuffix("T00:00:00").replace("T", " ")
+            case "e":
+                return value
+            case _:
+                style = cell.get("s", "0")
+                number = int(style) if style.isdigit() else 0
+                code = self._formats[number] if number < len(self._formats) else GENERAL
+                return shown(value, code, starts_1904=self._starts_1904) if value else ""
+
+
+def _string(item: Element) -> str:
+    """The text of a string, without what tells how its signs are pronounced."""
+    texts = (
+        each
+        for child in item
+        for each in (
+            [child] if local_name(child) == "t" else child.iterfind("{*}t") if local_name(child) == "r" else ()
+        )
+    )
+    return _unescaped("".join(each.text or "" for each in texts))
+
+
+def _unescaped(text: str) -> str:
+    """A string without the escapes that stand for characters which XML cannot hold."""
+    if "_x" not in text:
+        return text
+    return re.sub(r"_x([0-9A-Fa-f]{4})_", lambda match: _character(int(match[1], 16)), text)
+
+
+def _character(code: int) -> str:
+    return "\n" if code == 0x0D else chr(code) if code >= 0x20 and not 0xD800 <= code < 0xE000 else " "
+
+
+@lru_cache(maxsize=16_384)
+def _column(letters: str) -> int:
+    """The number of a column, from 0, by its letters ("AB")."""
+    column = 0
+    for letter in letters.upper():
+        column = 26 * column + ord(letter) - 64
+    return column - 1
+
+
+def _repeat(rows: dict[int, _Row], place: str) -> None:
+    """Write a short cell that is merged over several rows into each that is not empty."""
+    match = re.fullmatch(r"\$?([A-Z]+)\$?(\d+):\$?([A-Z]+)\$?(\d+)", place)
+    if match is None:
+        return
+    column, first, last = _column(match[1]), int(match[2]), int(match[4])
+    cell = rows.get(first, {}).get(column)
+    if cell is None or len(cell.text) > _LONGEST_REPEATED_CELL or last - first >= len(rows):
+        return
+    for number in range(first + 1, last + 1):
+        if number in rows:
+            rows[number].setdefault(column, cell)
+
+
+def _tables(rows: dict[int, _Row]) -> Iterator[str]:
+    """The paragraphs and tables of a sheet, of which empty rows are the ends."""
+    block: list[_Row] = []
+    blocks: list[list[_Row]] = []
+    previous = 0
+    for number in sorted(rows):
+        if block and number > previous + 1:
+            blocks.append(block)
+            block = []
+        block.append(rows[number])
+        previous = number
+    blocks.append(block)
+    table: list[_Row] = []
+    for part in blocks:
+        if table and _continues(table, part):
+            table += part
+            continue
+        yield from _block_texts(table)
+        table = part
+    yield from _block_texts(table)
+
+
+def _continues(table: Sequence[_Row], rows: Sequence[_Row]) -> bool:
+    """Whether rows after an empty one belong to the table above: they have no header of their own."""
+    header, first = table[0], rows[0]
+    if len(header) < 2 or not set(first) <= set(header):
+        return False
+    return not all(cell.is_text for cell in first.values())
+
+
+def _block_texts(rows: Sequence[_Row]) -> Iterator[str]:
+    """A table, after the lines above its header that have one cell each."""
+    start = 0
+    while start < len(rows) and len(rows[start]) == 1:
+        start += 1
+    if start == len(rows):
+        start = 0 if len(rows) > 1 and not all(cell.is_text for row in rows for cell in row.values()) else len(rows)
+    for row in rows[:start]:
+        yield from (cell.text for cell in row.values())
+    columns = sorted({column for row in rows[start:] for column in row})
+    empty = _Cell("", is_text=True)
+    yield markdown_table([row.get(column, empty).text for column in columns] for row in rows[start:])
