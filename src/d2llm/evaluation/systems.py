@@ -257,7 +257,7 @@ def _peak() -> float | None:
     return largest / _MIB if sys.platform == "darwin" else largest / 1024
 
 
-_VERSION = 3  # version of the stored values; incremented when the meaning of a system's rankings or times changes
+_VERSION = 4  # version of the stored values; incremented when the meaning of a system's rankings or times changes
 
 
 class MeasuredStore:

@@ -174,16 +174,18 @@ def words(text: str) -> list[Span]:
     return [*dict.fromkeys(found)]  # several may be made from one character
 
 
-def dictionary_version() -> str:
-    """The version of ICU, whose dictionaries decide what a word of some scripts is."""
-    from icu4py import icu_version
-
-    return icu_version
-
-
 def needs_dictionary(text: str) -> bool:
     """Whether a dictionary decides which words a text has."""
     return not text.isascii() and _scripts().dictionary.search(text) is not None
+
+
+def rule_of_words(*, by_dictionary: bool) -> str:
+    """What words depend on beside their text: this rule and, if a dictionary decided on some, the version of ICU."""
+    if not by_dictionary:
+        return str(WORD_RULE)
+    from icu4py import icu_version
+
+    return f"{WORD_RULE}, ICU {icu_version}"
 
 
 def _dictionary_words(run: str) -> Iterable[Span]:
