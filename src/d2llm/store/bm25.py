@@ -19,7 +19,7 @@ remaining ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -675,18 +675,29 @@ def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], to
 
 
 def bm25_lists(
-    passages: Mapping[str, Passage], ids: Sequence[str], queries: Sequence[Query], top_k: int, *, title: str = "BM25"
+    passages: Mapping[str, Passage],
+    ids: Sequence[str],
+    queries: Sequence[Query],
+    top_k: int,
+    *,
+    left_out: Mapping[str, Collection[str]] | None = None,
+    title: str = "BM25",
 ) -> list[list[str]]:
     """Ids of the top ``top_k`` passages of BM25 for each query, without passages that share no term with the query.
 
-    ``title`` is the title of the progress bar, which counts passages and queries.
+    ``left_out`` has passages that are left out of a query's list. ``title`` is the title of the progress bar, which
+    counts passages and queries.
     """
+    unwanted = left_out or {}
+    depth = top_k + max((len(unwanted.get(query.id, ())) for query in queries), default=0)
     lists: list[list[str]] = []
     with progress_bar(title, len(ids) + len(queries)) as advance:
         texts = (passages[passage_id].full_text for passage_id in ids)
         index = WordIndex.from_texts(texts, advance=advance)
-        for candidates in rank_passages(index, ids, (query.text for query in queries), top_k):
-            lists.append([candidate.passage_id for candidate in candidates])
+        rankings = rank_passages(index, ids, (query.text for query in queries), depth)
+        for query, candidates in zip(queries, rankings, strict=True):
+            own = unwanted.get(query.id, ())
+            lists.append([each.passage_id for each in candidates if each.passage_id not in own][:top_k])
             advance(1)
     return lists
 

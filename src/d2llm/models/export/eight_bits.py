@@ -24,8 +24,8 @@ _ZERO = 128  # code of a weight of 0, so that codes are unsigned
 def quantise(file: Path, runtime: Runtime) -> None:
     """Quantise the weights of a graph's matrix products to 8 bits with one scale per column, in place.
 
-    The activations are quantised as the graph runs: for ONNX Runtime by nodes of the graph, with one step and offset for
-    each token; in OpenVINO by the runtime, with one scale per token and group of numbers.
+    The activations are quantised as the graph runs: for ONNX Runtime by nodes of the graph, with step and offset by
+    token; in OpenVINO by the runtime, with one scale per token and group of numbers.
 
     Raises:
         MissingExtraError: ``onnx`` is not installed.
