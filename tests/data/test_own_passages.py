@@ -175,7 +175,7 @@ def test_dev_sets_are_without_the_query_itself():
 
 @pytest.mark.skipif(not QUORA.is_dir(), reason="needs shared/data/quora")
 def test_quora():
-    """This copy has no question twice, under ids of two sets; nine questions differ from their duplicate by no letter."""
+    """This copy has no question twice, and ids of two sets; nine questions have the letters of their duplicate."""
     dataset = read_beir(QUORA, splits=["dev"])
     counts = dataset.own_passages.counts(dataset.positives("dev"))
     assert counts == OwnCounts(num_queries=0, num_left_out=0, num_judged=9)

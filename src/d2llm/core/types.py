@@ -337,11 +337,13 @@ class Selection:
         selected_from: length of that ranking.
         num_near_duplicates: how many of its entries were left out because they are near duplicates of better ones.
         ranks: the rank in it of each result.
+        near_duplicates: for the id of each passage that was left out, that of the better one that says the same.
     """
 
     selected_from: int
     num_near_duplicates: int
     ranks: tuple[int, ...]
+    near_duplicates: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,11 +69,11 @@ class Order:
     selection: Selection | None = None
     chosen: NDArray[np.int64] | None = None
 
-    def selected(self, diverse: DiverseResults) -> Order:
+    def selected(self, diverse: DiverseResults, near_duplicates: Mapping[str, str]) -> Order:
         """The same order, of which only some are shown."""
         length = len(self.best_first if self.documents is None else self.documents)
         ranks: list[int] = (diverse.indices + 1).tolist()
-        selection = Selection(length, diverse.num_near_duplicates, tuple(ranks))
+        selection = Selection(length, diverse.num_near_duplicates, tuple(ranks), near_duplicates)
         return replace(self, selection=selection, chosen=diverse.indices)
 
     @property
