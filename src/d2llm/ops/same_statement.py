@@ -46,7 +46,7 @@ class Statement:
         """Whether this text says nothing that the other one does not, apart from its wording.
 
         Each of its sentences is in the other; or each of its words is, or it has at least 12 words, of which a quarter
-        may be other words. Then what differs is no number, code, name, sign, negation or the like, in neither of the two,
+        may be other words. Then what differs is no number, code, name, sign, negation or the like, in neither of them,
         and no term of the query (``query_terms``, stems as of BM25). Names are known by capital letters, so in scripts
         without these, no word of one text may be missing in the other.
         """
