@@ -87,7 +87,7 @@ class TextLengths:
     def _character_ends(self, text: str) -> list[int]:
         """The end of each character, several times if it may be more tokens than a character of plain text.
 
-        (``ops.token_bounds``: other scripts, emoji, digits, strings of letters without a space)
+        (``ops.token_bounds``: other scripts, emoji, digits)
         """
-        units = (math.ceil(cost * self._characters_per_token) for cost in costs(text))
+        units = (math.ceil(cost * self._characters_per_token) for cost in costs(text, long_runs=False))
         return [end for end, number in enumerate(units, start=1) for _ in range(max(1, number))]

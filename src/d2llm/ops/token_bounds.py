@@ -38,12 +38,13 @@ def bounded_ends(text: str, tokens: Sequence[Span], unknown: Sequence[bool]) -> 
     return ends + _ends(text, at, len(text))
 
 
-def costs(text: str) -> Iterator[float]:
+def costs(text: str, *, long_runs: bool = True) -> Iterator[float]:
     """About how many tokens each character of a text is worth, at most; 0 for white space between words.
 
-    Letters of a word of at most 16 ASCII letters are together one token.
+    Letters of a word of at most 16 ASCII letters are together one token; without ``long_runs``, those of every word.
     """
-    letter_costs = {at: _PER_LETTER for run in _LONG_RUN.finditer(text) for at in range(*run.span())}
+    runs = _LONG_RUN.finditer(text) if long_runs else ()
+    letter_costs = {at: _PER_LETTER for run in runs for at in range(*run.span())}
     num_space = 0
     for at, character in enumerate(text):
         num_space = num_space + 1 if character.isspace() else 0
