@@ -60,7 +60,8 @@ def test_lists_are_disjoint_and_as_long_as_the_corpus_allows(
         assert len(set(entry.passage_ids)) == len(entry.passage_ids)
         assert set(entry.positives) == {p for p, grade in dataset.qrels["train"][entry.query_id].items() if grade > 0}
         assert len(entry.hard_negatives) <= num_hard
-        texts = {dataset.passages[passage_id].text for passage_id in entry.positives} - {""}
+        own = dataset.queries[entry.query_id].text  # a passage with this text is the query itself
+        texts = {own, *(dataset.passages[passage_id].text for passage_id in entry.positives)} - {""}
         negatives = entry.hard_negatives + entry.easy_negatives
         assert not any(dataset.passages[passage_id].text in texts for passage_id in negatives)
         allowed = sum(

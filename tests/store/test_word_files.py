@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.types import Passage
+from d2llm.ops import words
 from d2llm.store import word_files
 from d2llm.store.bm25 import WordIndex, WordSegment
 from d2llm.store.index_store import IndexStore
@@ -109,6 +110,38 @@ def test_damage_is_reported_and_the_words_are_read_again(tmp_path, name, damage)
     update_word_files(tmp_path, 0, 40, segment_of)
     opened = open_words(tmp_path, 0, 40, unreadable, whole=True)
     assert (opened.problems, scores(opened.words)) == ([], EXPECTED)
+
+
+def test_words_by_another_rule_are_never_used(tmp_path, monkeypatch):
+    """They are made again when they are read, and written at the next opportunity."""
+    write(tmp_path, 0, 20)
+    monkeypatch.setattr(words, "WORD_RULE", words.WORD_RULE + 1)
+    write(tmp_path, 20, 40)
+    opened = open_words(tmp_path, 0, 40, segment_of)
+    rules = f"by rule {words.WORD_RULE - 1}, but this d2llm makes them by rule {words.WORD_RULE}"
+    assert opened.problems == [f"words-0-0-20.bin has words {rules}", "the words of 20 passages are in no file"]
+    assert scores(opened.words) == EXPECTED
+    update_word_files(tmp_path, 0, 40, segment_of)
+    assert open_words(tmp_path, 0, 40, unreadable).problems == []
+
+
+def test_another_dictionary_makes_other_words_of_some_scripts_only(tmp_path, monkeypatch):
+    texts = ["english words", "ภาษาไทย", "more words"]
+
+    def made(first: int, end: int) -> WordSegment:
+        return WordSegment.from_texts(texts[first:end])
+
+    for row in range(3):
+        write_segment(tmp_path, 0, row, made(row, row + 1))
+    import icu4py
+
+    monkeypatch.setattr(icu4py, "icu_version", "99.9", raising=False)
+    (problem, missing) = open_words(tmp_path, 0, 3, made).problems
+    assert problem.startswith("words-0-1-2.bin has words by rule 1, ICU ")
+    assert missing == "the words of 1 passages are in no file"
+    update_word_files(tmp_path, 0, 3, made)
+    assert open_words(tmp_path, 0, 3, unreadable).problems == []
+    assert open_words(tmp_path, 0, 3, unreadable).words.take(np.arange(3)).by_dictionary
 
 
 def test_small_neighbouring_segments_are_joined(tmp_path, monkeypatch):

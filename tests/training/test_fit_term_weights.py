@@ -115,11 +115,13 @@ def test_the_penalty_is_chosen_on_rows_left_out() -> None:
 
 def test_places_of_terms() -> None:
     assert placed_terms("Cats sleep, 猫猫") == [
-        ((0, 4), ["cat"]),
-        ((5, 10), ["sleep"]),
-        ((12, 14), ["猫", "猫", "猫猫"]),
+        ((0, 4), "cat"),
+        ((5, 10), "sleep"),
+        ((12, 13), "猫"),
+        ((13, 14), "猫"),
+        ((12, 14), "猫猫"),
     ]
-    assert placed_terms("İ sleeps") == []  # longer in lower case
+    assert placed_terms("İ sleeps") == [((0, 1), "i"), ((2, 8), "sleep")]  # longer in lower case
 
 
 def test_states_of_terms_are_means_of_their_tokens(student: Student) -> None:

@@ -73,7 +73,7 @@ class SelectionOptions:
             min=0,
             max=1,
             help="Leave out passages whose vectors have at least this cosine with that of a better result, for example "
-            "0.95.",
+            "0.95, and that say nothing beyond it.",
         ),
     ] = None
     select_from: Annotated[

@@ -209,7 +209,8 @@ class Explanation:
     ``anchor`` is the inner product, ``interaction`` what the IEM added to it (None if the head has no anchor),
     ``lexical`` what BM25 added, ``windows`` what the best window's vector added, and ``tokens`` what the vectors of
     tokens added (None if the score does not use them). ``source_ranks`` and ``source_scores`` come from the sources
-    that proposed the passage; ``terms`` counts the query's terms (stems, as BM25 uses them) in it.
+    that proposed the passage; ``terms`` counts the query's terms (stems, as BM25 uses them) in it, and ``term_places``
+    says where they are in its full text (title, line break, text), in characters.
     """
 
     anchor: float | None
@@ -220,6 +221,7 @@ class Explanation:
     source_ranks: Mapping[str, int]
     source_scores: Mapping[str, float]
     terms: Mapping[str, int]
+    term_places: Mapping[str, tuple[Span, ...]] = field(default_factory=dict[str, tuple[Span, ...]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,11 +339,13 @@ class Selection:
         selected_from: length of that ranking.
         num_near_duplicates: how many of its entries were left out because they are near duplicates of better ones.
         ranks: the rank in it of each result.
+        near_duplicates: for the id of each passage that was left out, that of the better one that says the same.
     """
 
     selected_from: int
     num_near_duplicates: int
     ranks: tuple[int, ...]
+    near_duplicates: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError
 from d2llm.core.types import Passage, Qrels, Query
@@ -21,6 +22,9 @@ from d2llm.data.lines import (
     wrong_type,
 )
 from d2llm.data.passage_store import PassageStore
+
+if TYPE_CHECKING:
+    from d2llm.data.own_passages import OwnPassages
 
 _log = logging.getLogger(__name__)
 _LARGE_CORPUS_BYTES = 1 << 26  # 64 MiB: some 100,000 short passages; in memory they would take about twice that
@@ -74,6 +78,13 @@ class Dataset:
         reserved = self.relevant_passages(others)
         judged = self.positives(split)
         return {query_id: ids for query_id, ids in judged.items() if ids and reserved.isdisjoint(ids)}
+
+    @cached_property
+    def own_passages(self) -> OwnPassages:
+        """The passages that are a query itself (``data.own_passages``), found when they are first asked for."""
+        from d2llm.data.own_passages import find_own_passages
+
+        return find_own_passages(self)
 
     def relevant_passages(self, splits: Iterable[str]) -> set[str]:
         """Passages that are relevant to any query of these splits; errors as for ``positives``."""

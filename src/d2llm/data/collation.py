@@ -49,6 +49,12 @@ class LabelledSource:
         """The passages of all entries, each once."""
         return list(dict.fromkeys(passage_id for entry in self.entries for passage_id in entry.passage_ids))
 
+    def never_negative(self, entry: PlanEntry) -> set[str]:
+        """Passages that are no negatives of a query: its positives, those with the same text, and the query itself."""
+        positives = set(entry.positives)
+        own = self.source.dataset.own_passages.of(entry.query_id) if self.source.pairs is None else frozenset[str]()
+        return positives | self.same_text.duplicates_of(positives) | own
+
     @classmethod
     def join(cls, source: TrainingSource, labels: LabelStore, *, keep_unlabelled: bool = False) -> LabelledSource:
         """Join a source and its labels.
@@ -254,8 +260,7 @@ def _collate(
             if score is not None:
                 query = labelled.source.query_text(draw.entry.query_id)
                 added[row, list(column.values())] = score(query, list(column))
-        known = set(draw.entry.positives)
-        for passage_id in (known | labelled.same_text.duplicates_of(known)) & column.keys():
+        for passage_id in labelled.never_negative(draw.entry) & column.keys():
             easy[row, column[passage_id]] = False
         easy[row] &= ~hard[row]
         log_odds[row, positive[row]], log_odds[row, hard[row]] = _CERTAIN_LOG_ODDS, -_CERTAIN_LOG_ODDS

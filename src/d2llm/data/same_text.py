@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import re
-import sys
-import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
 
 from d2llm.data.beir import Dataset
 from d2llm.data.check_texts import hash64
+from d2llm.ops.words import runs_of_letters
 
 _SHINGLE = 3
 
 
 def comparable(text: str) -> str:
-    """Normal form for comparison: letters (with their marks) and digits in lower case, words separated by one space."""
-    return " ".join(_words().findall(unicodedata.normalize("NFKC", text).casefold()))
+    """Normal form for comparison: letters and digits as BM25 compares them (``ops.words.fold``), a space between words.
+
+    Words of scripts without spaces stay together.
+    """
+    return " ".join(runs_of_letters(text))
 
 
 def shingles(text: str) -> frozenset[str]:
@@ -67,10 +67,3 @@ class SameText:
             known = frozenset(other for other in alike if comparable(self._passages[other].text) == text)
             self._repeats_of[passage_id] = known
         return known
-
-
-@functools.cache
-def _words() -> re.Pattern[str]:
-    # \w alone does not match the vowel signs of Hindi or Thai, and so would split words.
-    marks = "".join(chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M")
-    return re.compile(rf"[\w{marks}]+")

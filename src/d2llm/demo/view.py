@@ -26,13 +26,12 @@ from d2llm.demo.report import (
     TeacherAgreement,
     TeacherOpinion,
 )
-from d2llm.ops.bm25_words import terms
+from d2llm.ops.bm25_words import placed_terms, terms
 from d2llm.retrieval.index import Index
 
 MAX_WIDTH = 100
 NUM_STEPS = 6
 _SNIPPET = 110  # characters of a passage in a table
-_WORD = re.compile(r"[^\W_]+")
 _MEGABYTE = 1_000_000
 
 # Stop words, which are not highlighted.
@@ -254,9 +253,9 @@ def excerpt(text: str, words: set[str], length: int = _SNIPPET) -> str:
 
 def _highlighted(text: str, words: set[str], *, style: str) -> Text:
     shown = Text(text, style=style)
-    for match in _WORD.finditer(text):
-        if words & set(terms(match.group())):
-            shown.stylize("bold yellow", *match.span())
+    for place, term in placed_terms(text):
+        if term in words:
+            shown.stylize("bold yellow", *place)
     return shown
 
 

@@ -173,11 +173,13 @@ class EvaluationReport:
     """The result of ``evaluate``.
 
     ``kind`` says whether ``rows`` are over queries ("retrieval") or over pairs ("pairs"). ``num_left_out`` queries had
-    no relevant passage in the corpus. If the teacher judged only a sample, ``num_items`` of its row is the size of the
-    sample, and ``sample_rows`` holds every system on exactly that sample. ``baseline`` is the row that the others are
-    compared with, ``subject`` the row that the examples are about, ``parts`` compares the subject with itself without a
-    part of its score, and ``main_measure`` is the measure of the examples. ``notes`` are counts that a reader of the
-    report should know (truncated texts, for example). ``provenance`` describes how the systems were made.
+    no relevant passage in the corpus. ``num_own_passages`` passages are a query itself and were left out of its
+    rankings; ``num_own_passages_judged_relevant`` have a query's text and are relevant to it, so they count. If the
+    teacher judged only a sample, ``num_items`` of its row is the size of the sample, and ``sample_rows`` holds every
+    system on exactly that sample. ``baseline`` is the row that the others are compared with, ``subject`` the row that
+    the examples are about, ``parts`` compares the subject with itself without a part of its score, and
+    ``main_measure`` is the measure of the examples. ``notes`` are counts that a reader of the report should know
+    (truncated texts, for example). ``provenance`` describes how the systems were made.
     """
 
     kind: Literal["retrieval", "pairs"]
@@ -202,6 +204,8 @@ class EvaluationReport:
     notes: tuple[str, ...]
     seconds: float
     parts: tuple[Comparison, ...] = ()
+    num_own_passages: int = 0
+    num_own_passages_judged_relevant: int = 0
     details: Details = field(default_factory=Details)
 
     def row(self, name: str) -> EvaluationRow:

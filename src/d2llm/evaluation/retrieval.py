@@ -64,7 +64,7 @@ def evaluate_retrieval(
         [queries[place] for place in sample(len(queries), size, settings.seed)]
         for size in (settings.latency_queries, settings.teacher_queries)
     )
-    trial = Trial(queries, probes, settings.task, settings.top_k)
+    trial = Trial(queries, probes, settings.task, settings.top_k, dataset.own_passages)
     work = RetrievalWork(dataset, settings, trial, sampled, folder, labels, placement, indexes)
     students = contenders.students(settings.num_candidates, settings.top_k)
     for row in students:
@@ -234,6 +234,7 @@ class _RetrievalFigures:
     def report(self, num_left_out: int) -> EvaluationReport:
         """The whole report; ``num_left_out`` queries of the split have no relevant passage."""
         work, settings = self.work, self.work.settings
+        own = work.trial.own.counts(self._all_ids)
         rows = [self._row(system, self._query_ids[system.name]) for system in self.systems]
         sample_rows: list[EvaluationRow] = []
         if self.judges and len(self._sampled_ids) < len(self._all_ids):
@@ -253,6 +254,8 @@ class _RetrievalFigures:
             num_passages=len(work.passages),
             num_items=len(self._all_ids),
             num_left_out=num_left_out,
+            num_own_passages=own.num_left_out,
+            num_own_passages_judged_relevant=own.num_judged,
             main_measure=MAIN_MEASURE,
             subject=self.subject.name,
             baseline=baseline,
@@ -303,6 +306,7 @@ class _RetrievalFigures:
         of_systems = [(system.name, note) for system in self.systems for note in system.notes]
         return (
             *self.contenders.notes,
+            *([note] if (note := str(self.work.trial.own.counts(self._all_ids))) else []),
             *work.dataset.issues,
             *figures.joined_notes(of_systems),
             *work.notes,

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import PartKind, Passage, Query, SystemKind, Task
 from d2llm.data.beir import Dataset
+from d2llm.data.own_passages import OwnPassages
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import Cost, Latency
 from d2llm.evaluation.setting import EvaluationSettings
@@ -86,12 +88,27 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The queries that every system answers. ``probes`` are the queries that are timed."""
+    """The queries that every system answers, with ``top_k`` passages each.
+
+    ``probes`` are the queries that are timed. ``own`` are passages that are the query itself, which every system leaves
+    out (``data.own_passages``).
+    """
 
     queries: Sequence[Query]
     probes: Sequence[Query]
     task: Task
     top_k: int
+    own: OwnPassages = field(default_factory=OwnPassages)
+
+    @property
+    def num_own(self) -> int:
+        """How many passages more than ``top_k`` a system must rank, so that as many are left."""
+        return max((len(self.own.of(query.id)) for query in self.queries), default=0)
+
+    def without_own(self, query_id: str, ranking: Iterable[tuple[str, float]]) -> RankedIds:
+        """The first ``top_k`` passages of a query's ranking that are not the query itself."""
+        own = self.own.of(query_id)
+        return tuple(islice((each for each in ranking if each[0] not in own), self.top_k))
 
 
 def sample(total: int, size: int | None, seed: int) -> NDArray[np.intp]:
@@ -117,9 +134,10 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
         rate = len(passages) / (time.perf_counter() - begin)
         rankings: dict[str, RankedIds] = {}
         with progress_bar(f"ranking by {name}", len(trial.queries)) as advance:
-            lists = rank_passages(index, ids, (query.text for query in trial.queries), trial.top_k)
+            lists = rank_passages(index, ids, (query.text for query in trial.queries), trial.top_k + trial.num_own)
             for query, candidates in zip(trial.queries, lists, strict=True):
-                rankings[query.id] = tuple((candidate.passage_id, candidate.score) for candidate in candidates)
+                ranking = ((candidate.passage_id, candidate.score) for candidate in candidates)
+                rankings[query.id] = trial.without_own(query.id, ranking)
                 advance(1)
         totals = timed(lambda query: list(rank_passages(index, ids, [query.text], trial.top_k)), trial.probes)
         return System(
@@ -136,10 +154,13 @@ def lexical_system(name: str, passages: Sequence[Passage], trial: Trial) -> Syst
 def student_system(
     name: str, kind: SystemKind, searcher: Searcher, trial: Trial, encoded: EncodedTexts | None = None
 ) -> System:
-    """Rank by a student's search; ``encoded`` are the queries, if workers have encoded them."""
+    """Rank by a student's search; ``encoded`` are the queries, if workers have encoded them.
+
+    The search's own ``top_k`` must be at least that of the trial and ``trial.num_own`` together.
+    """
     with peak_memory() as peak:
         ranked = searcher.rank_ids(trial.queries, title=f"ranking by {name}", encoded=encoded)
-        rankings = {ranking.query.id: ranking.passages for ranking in ranked}
+        rankings = {ranking.query.id: trial.without_own(ranking.query.id, ranking.passages) for ranking in ranked}
         num_cut = sum(ranking.truncated for ranking in ranked)
         probe_answers = [searcher.rank([query])[0] for query in (trial.probes[0], *trial.probes)][1:]
         totals = timed(lambda query: searcher.rank([query]), trial.probes)
@@ -185,13 +206,17 @@ def run_system(run: TrecRun, trial: Trial, passages: Mapping[str, Passage]) -> S
         if query_id in query_ids
     }
     num_unknown = sum(passage_id not in passages for query_id in rankings for passage_id in run.rankings[query_id])
+    num_own = sum(
+        passage_id in trial.own.of(query_id) for query_id in rankings for passage_id in run.rankings[query_id]
+    )
     counts = {
         "queries of the run are not judged here and were left out": len(run.rankings.keys() - query_ids),
         "queries are not in the run and count as 0": len(query_ids - rankings.keys()),
         "ranked passages are not in the corpus and were left out": num_unknown,
+        "ranked passages are the query itself and were left out": num_own,
     }
     notes = tuple(f"{count:,} {message}" for message, count in counts.items() if count)
-    truncated = {query_id: ranking[: trial.top_k] for query_id, ranking in rankings.items()}
+    truncated = {query_id: trial.without_own(query_id, ranking) for query_id, ranking in rankings.items()}
     return System(run.name, "external", truncated, notes=(*run.issues, *notes))
 
 
@@ -257,7 +282,7 @@ def _peak() -> float | None:
     return largest / _MIB if sys.platform == "darwin" else largest / 1024
 
 
-_VERSION = 3  # version of the stored values; incremented when the meaning of a system's rankings or times changes
+_VERSION = 4  # version of the stored values; incremented when the meaning of a system's rankings or times changes
 
 
 class MeasuredStore:
@@ -319,7 +344,8 @@ class RetrievalWork:
         """The key of a measured system: its name, ``parts``, the corpus and the queries."""
         trial = self.trial
         texts = [[(query.id, query.text) for query in queries] for queries in (trial.queries, trial.probes)]
-        return [name, *parts, self.corpus, fingerprint_json(texts), trial.task, trial.top_k]
+        own = sorted((query.id, sorted(trial.own.of(query.id))) for query in trial.queries if trial.own.of(query.id))
+        return [name, *parts, self.corpus, fingerprint_json([texts, own]), trial.task, trial.top_k]
 
     def identity(self, model: SearchStudent) -> object:
         """What a student's rankings depend on: its fingerprint, and the weights of the evidence in its scores."""
@@ -456,8 +482,9 @@ class RetrievalWork:
         return self._encoded[key]
 
     def search_settings(self, num_candidates: int) -> SearchSettings:
-        """The search settings of a row: ``num_candidates`` passages get the full score."""
-        return SearchSettings(self.trial.task, self.trial.top_k, num_candidates)
+        """The search settings of a row: ``num_candidates`` passages get the full score, beside those left out."""
+        num_own = self.trial.num_own
+        return SearchSettings(self.trial.task, self.trial.top_k + num_own, num_candidates + num_own)
 
     @cached_property
     def relevant(self) -> dict[str, frozenset[str]]:

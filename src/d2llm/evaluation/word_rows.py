@@ -175,6 +175,7 @@ def _fit(
         query_words = words.query(query.text, own_factors)
         near, by_words = view.scan(anchor, _FIT_DEPTH).rows, words.best(query_words, _FIT_DEPTH)[0]
         rows = np.union1d(near, by_words)  # a relevant passage that neither has would teach that low scores are good
+        rows = np.setdiff1d(rows, view.rows([*work.trial.own.of(query.id)]))
         if judged.keys().isdisjoint(rows.tolist()):
             continue
         own = student.score(vector, view.vectors(rows), task)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from difflib import SequenceMatcher
 from typing import Literal
 
-from d2llm.data.same_text import comparable
-from d2llm.ops.bm25_words import UNSPACED
+from d2llm.ops.words import fold, runs
 
 QueryFault = Literal["empty", "too short", "too long", "copied", "about the text", "other script"]
 """Why a query is not used: it has no words, too few or too many, repeats the passage word for word, asks about "the
@@ -23,8 +22,6 @@ MIN_UNITS, MAX_UNITS = 2, 60
 COPIED_UNITS, COPIED_SHARE = 6, 0.8
 """A query is a copy if a run of at least this many words, and at least this share of its words, is in the passage."""
 
-_UNIT = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
-_UNSPACED_CHARACTER = re.compile(rf"[{UNSPACED}]")
 _ABOUT_THE_TEXT = re.compile(
     r"\b(this|the|given|above|following|provided) (passage|text|article|document|paragraph|authors?|excerpt)\b"
     r"|\b(this|the above|the following|the given) (section|snippet|context|study|paper)\b"
@@ -36,8 +33,8 @@ _ABOUT_THE_TEXT = re.compile(
 
 def query_fault(query: str, passage: str) -> QueryFault | None:
     """The first rule that a query written for a passage breaks, or None."""
-    units = _units(query)
-    is_unspaced = bool(_UNSPACED_CHARACTER.search(query))
+    units, is_unspaced = _units(query)
+    passage_units, passage_is_unspaced = _units(passage)
     if not units:
         return "empty"
     if len(units) < MIN_UNITS:
@@ -46,17 +43,19 @@ def query_fault(query: str, passage: str) -> QueryFault | None:
         return "too long"
     if _ABOUT_THE_TEXT.search(query) and not _ABOUT_THE_TEXT.search(passage):
         return "about the text"
-    if is_unspaced and not _UNSPACED_CHARACTER.search(passage):
+    if is_unspaced and not passage_is_unspaced:
         return "other script"
-    longest = _longest_shared_run(units, _units(passage))
+    longest = _longest_shared_run(units, passage_units)
     if longest >= COPIED_UNITS and longest >= COPIED_SHARE * len(units):
         return "copied"
     return None
 
 
-def _units(text: str) -> list[str]:
-    """The words of a text in comparable form; in scripts without spaces, its characters."""
-    return _UNIT.findall(comparable(text))
+def _units(text: str) -> tuple[list[str], bool]:
+    """The words of a text, of some scripts its characters (``ops.words``), and whether it is in one without spaces."""
+    folded = fold(text)
+    found = list(runs(folded))
+    return [folded[start:end] for run in found for start, end in run.words], any(not run.is_spaced for run in found)
 
 
 def _longest_shared_run(query: list[str], passage: list[str]) -> int:

@@ -8,7 +8,6 @@ meaning in the passage.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,10 +20,7 @@ from d2llm.core.types import Task
 from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead
 from d2llm.models.student import Student
-from d2llm.ops.bm25_words import UNSPACED
-
-# In scripts without spaces each character is a word; elsewhere a word is a run of letters and digits.
-_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+from d2llm.ops.words import words
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +103,12 @@ def attribute(student: Student, query: str, passage: str, task: Task) -> Attribu
 def _words(text: str, spans: list[tuple[int, int]], weights: list[float]) -> tuple[WordWeight, ...]:
     """The words that were read, with the sum of their tokens' weights; a token over several words goes to the first."""
     read_to = max((end for _, end in spans), default=0)
-    words = [match.span() for match in _WORD.finditer(text, 0, max(0, read_to))]
-    sums = [0.0] * len(words)
+    places = words(text[: max(0, read_to)])
+    sums = [0.0] * len(places)
     index = 0
     for (start, end), weight in zip(spans, weights, strict=False):
-        while index < len(words) and words[index][1] <= start:
+        while index < len(places) and places[index][1] <= start:
             index += 1
-        if index < len(words) and words[index][0] < end and end > start:
+        if index < len(places) and places[index][0] < end and end > start:
             sums[index] += weight
-    return tuple(WordWeight(start, end, weight) for (start, end), weight in zip(words, sums, strict=True))
+    return tuple(WordWeight(start, end, weight) for (start, end), weight in zip(places, sums, strict=True))

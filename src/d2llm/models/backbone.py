@@ -53,6 +53,7 @@ from d2llm.models.sources import (
 from d2llm.models.token_vectors import TokenVectors
 from d2llm.ops.batching import pad_right
 from d2llm.ops.pooling import PoolingName, pool, to_right_padding
+from d2llm.ops.token_bounds import bounded_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -517,10 +518,16 @@ def _check_text(text: str) -> None:
 def token_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Where the tokens of a text end, in characters, without special tokens; their number is the text's length.
 
+    What the vocabulary lacks, or the tokenizer leaves out, counts as many tokens as it may be for a model that reads it
+    (``ops.token_bounds``): long strings of letters, emoji, blank lines.
+
     Raises:
         InputError: the tokenizer gives no character offsets.
     """
-    return [end for _, end in _offsets(tokenizer, [text], add_special_tokens=False)[0]]
+    tokens = _offsets(tokenizer, [text], add_special_tokens=False)[0]
+    (ids,) = tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"]
+    unknown: int | None = getattr(tokenizer, "unk_token_id", None)
+    return bounded_ends(text, tokens, [token == unknown for token in ids])
 
 
 def _offsets(

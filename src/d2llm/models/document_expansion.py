@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import ModelError
 from d2llm.ops.bm25_words import terms
+from d2llm.ops.words import WORD_RULE
 
 FILE_NAME = "document_expansion.safetensors"
 NUM_WORDS = 20
@@ -82,7 +83,7 @@ class DocumentExpansion:
     @property
     def fingerprint(self) -> str:
         """Content hash."""
-        digest = hashlib.sha256(json.dumps([self.terms, self.num_words, self.amount]).encode())
+        digest = hashlib.sha256(json.dumps([WORD_RULE, self.terms, self.num_words, self.amount]).encode())
         for array in (self.usual, self.middle, self.weights, self.rarity):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
@@ -92,7 +93,8 @@ class DocumentExpansion:
         from safetensors.numpy import save_file
 
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        save_file(tensors, folder / FILE_NAME, metadata={"student": student, "facts": json.dumps(self.facts())})
+        metadata = {"student": student, "word_rule": str(WORD_RULE), "facts": json.dumps(self.facts())}
+        save_file(tensors, folder / FILE_NAME, metadata=metadata)
 
     def facts(self) -> dict[str, Any]:
         """Everything but the function's own numbers."""
@@ -130,6 +132,11 @@ def read_document_expansion(folder: Path, student: str, dim: int) -> DocumentExp
         expansion = DocumentExpansion(**facts, **arrays)
     except (ValueError, LookupError, TypeError) as error:
         raise ModelError(f"{path} cannot be read ({error}); {remedy}") from error
+    if (rule := metadata.get("word_rule")) != str(WORD_RULE):
+        raise ModelError(
+            f"{path} has words by rule {rule}, but this d2llm makes them by rule {WORD_RULE}; fit it again with "
+            "`d2llm fit-scores --document-expansion`, or delete the file to index passages without further words"
+        )
     num = len(expansion.terms)
     shapes = {"usual": (num,), "middle": (dim,), "weights": (dim, num), "rarity": (num,)}
     wrong = [name for name in _ARRAYS if arrays[name].shape != shapes[name]]

@@ -15,6 +15,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.recipe import EndpointConfig
 from d2llm.models.sources import find_model, load_tokenizer
 from d2llm.ops.pair_truncation import cut_pair
+from d2llm.ops.token_bounds import costs
 
 _POSITIONS_AFTER_PADDING = frozenset(
     {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "mpnet", "data2vec-text"}
@@ -63,7 +64,7 @@ class TextLengths:
     def ends(self, texts: list[str]) -> list[Sequence[int]]:
         """Where in each text its units end, in characters."""
         if self.tokenizer is None or not texts:
-            return [range(1, len(text) + 1) for text in texts]
+            return [self._character_ends(text) for text in texts]
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
 
@@ -81,4 +82,12 @@ class TextLengths:
 
     def estimate(self, text: str) -> int:
         """About how many tokens a text has, from its characters."""
-        return math.ceil(len(text) / self._characters_per_token)
+        return math.ceil(len(self._character_ends(text)) / self._characters_per_token)
+
+    def _character_ends(self, text: str) -> list[int]:
+        """The end of each character, several times if it may be more tokens than a character of plain text.
+
+        (``ops.token_bounds``: other scripts, emoji, digits)
+        """
+        units = (math.ceil(cost * self._characters_per_token) for cost in costs(text, long_runs=False))
+        return [end for end, number in enumerate(units, start=1) for _ in range(max(1, number))]

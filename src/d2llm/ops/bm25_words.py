@@ -1,67 +1,56 @@
-"""Splitting texts into terms, sentences and windows, as used by BM25, by a student's passage windows and by mining."""
+"""The terms of BM25, and sentences and windows, of which a student's score counts the best."""
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from d2llm.core.types import Span
+from d2llm.ops.words import fold, placed_fold, runs, words_and_pairs
 
 _snowball: Any = importlib.import_module("Stemmer")  # ships no types
 
-# Scripts written without spaces between words (Han, Kana) or with many word endings (Hangul), as ranges of characters
-# for a regular expression.
-UNSPACED = (
-    "\u1100-\u11ff\u3005-\u3007\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003fffd"
-)
-_TOKEN = re.compile(rf"([{UNSPACED}]+)|([^\W_{UNSPACED}]+)")
-# A sentence ends at a line end, after a full stop of an unspaced script, or after a Latin one followed by white space
-# and anything but a lower-case letter ("e.g. this" does not end it).
+# A sentence ends at a line end, after a full stop that is used in one script only, or after a Latin one followed by
+# white space and anything but a lower-case letter ("e.g. this" does not end it).
 # Closing quotes and brackets belong to the sentence.
-_SENTENCE_END = re.compile(r"()\n+|(?<=[。！？；｡])([”’」』）]*)|(?<=[.!?;:…؟۔।॥։።፧។။])([\"'”’»)\]]*)\s+(?=[^\sa-z])")
+_FULL_STOPS = "。！？；．｡।॥۔؟؛።፧։།༎។៕။"
+_SENTENCE_END = re.compile(rf"()\n+|(?<=[{_FULL_STOPS}])([”’」』）]*)|(?<=[.!?;:…])([\"'”’»)\]]*)\s+(?=[^\sa-z])")
 _LONGEST_SENTENCE = 400  # characters; longer ones are split, so that tables and lists have windows too
 WINDOW_SENTENCES = 2
 
 
 def terms(text: str) -> list[str]:
-    """Terms of a text in order: lower-cased words, English ones stemmed; Han, Kana and Hangul characters and bigrams.
+    """Terms of a text: its words by ``ops.words``, English ones stemmed, and pairs in scripts without spaces.
 
-    A run of those scripts gives each of its characters, then each pair of neighbours. Only ASCII words are stemmed.
+    In order, but for the pairs of a run of such a script, which follow its words. Only ASCII words are stemmed.
     """
     # A stemmer is not thread-safe, and creating one takes less than a microsecond.
-    stem: Callable[[str], str] = _snowball.Stemmer("english", 0).stemWord
-    tokens: list[str] = []
-    for match in _TOKEN.finditer(text.lower()):
-        run, word = match.groups()
-        if word is not None:
-            tokens.append(stem(word) if word.isascii() else word)
-        else:
-            tokens.extend(run)
-            tokens.extend(run[start : start + 2] for start in range(len(run) - 1))
-    return tokens
+    stemmer = _snowball.Stemmer("english", 0)
+    words = words_and_pairs(fold(text))
+    if text.isascii():
+        return stemmer.stemWords(words)
+    stem = stemmer.stemWord
+    return [stem(word) if word.isascii() else word for word in words]
 
 
-def placed_terms(text: str) -> list[tuple[Span, list[str]]]:
-    """The terms of each word, or run of unspaced characters, and where it is in the text.
-
-    Empty for the rare texts whose length changes when they are lower-cased, because places would be off.
-    """
-    lowered = text.lower()
-    if len(lowered) != len(text):
-        return []
-    return [(match.span(), terms(match.group())) for match in _TOKEN.finditer(lowered)]
+def placed_terms(text: str) -> list[tuple[Span, str]]:
+    """The terms of a text, and where each is in it; a term that is there several times comes as often."""
+    stem = _snowball.Stemmer("english", 0).stemWord
+    folded, places = placed_fold(text)
+    spans = [span for run in runs(folded) for span in (*run.words, *run.pairs)]
+    found = [folded[start:end] for start, end in spans]
+    terms = [stem(word) if word.isascii() else word for word in found]
+    return [((places[start][0], places[end - 1][1]), term) for (start, end), term in zip(spans, terms, strict=True)]
 
 
 def tokens_of_terms(text: str, spans: Sequence[Span]) -> dict[str, list[int]]:
     """For each term, which of a model's tokens, at these character spans of the text, overlap its words."""
     places: dict[str, list[int]] = {}
-    for (first, end), word_terms in placed_terms(text):
+    for (first, end), term in placed_terms(text):
         tokens = [at for at, span in enumerate(spans) if max(span[0], first) < min(span[1], end)]
-        for term in word_terms:
-            places.setdefault(term, []).extend(tokens)
+        places.setdefault(term, []).extend(tokens)
     return places
 
 

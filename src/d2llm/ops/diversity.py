@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 _SAME = 1e-6  # rounding of the cosine of a vector with itself
+
+
+SaysTheSame = Callable[[int, int], bool]
+"""Whether a result (its index) says nothing that a better one does not; asked if their vectors are alike."""
 
 
 class DiverseResults(NamedTuple):
@@ -28,6 +33,7 @@ def select_diverse(
     *,
     mmr: float | None = None,
     near_duplicates: float | None = None,
+    says_the_same: SaysTheSame | None = None,
 ) -> DiverseResults:
     """Select ``top_k`` results of a ranking: near duplicates of better ones are left out, then MMR chooses and orders.
 
@@ -38,12 +44,14 @@ def select_diverse(
         mmr: weight of the score in MMR, 0 to 1; None keeps the order of the ranking.
         near_duplicates: a result is left out if the cosine of its vector with that of a better result that is kept is
             at least this; None leaves out none.
+        says_the_same: also required of a near duplicate and that better result; None: vectors alone decide.
     """
     directions = _unit(vectors)
     indices = np.arange(len(scores), dtype=np.int64)
     num_left_out = 0
     if near_duplicates is not None:
-        indices, num_left_out = _distinct(directions, near_duplicates, top_k if mmr is None else len(scores))
+        limit = top_k if mmr is None else len(scores)
+        indices, num_left_out = _distinct(directions, near_duplicates, limit, says_the_same)
     if mmr is not None:
         indices = indices[maximal_marginal_relevance(scores[indices], directions[indices], mmr, top_k)]
     return DiverseResults(indices[:top_k], num_left_out)
@@ -84,7 +92,9 @@ def maximal_marginal_relevance(
     return np.array(chosen, np.int64)
 
 
-def _distinct(directions: NDArray[np.float64], threshold: float, limit: int) -> tuple[NDArray[np.int64], int]:
+def _distinct(
+    directions: NDArray[np.float64], threshold: float, limit: int, says_the_same: SaysTheSame | None
+) -> tuple[NDArray[np.int64], int]:
     """The indices of the first ``limit`` results that are like none kept before, and how many were passed over."""
     kept = np.zeros((min(limit, len(directions)), directions.shape[1]))
     indices: list[int] = []
@@ -92,7 +102,8 @@ def _distinct(directions: NDArray[np.float64], threshold: float, limit: int) -> 
     for index, direction in enumerate(directions):
         if len(indices) == len(kept):
             break
-        if len(indices) and (kept[: len(indices)] @ direction).max() >= threshold - _SAME:
+        near = np.flatnonzero(kept[: len(indices)] @ direction >= threshold - _SAME).tolist()
+        if any(says_the_same is None or says_the_same(index, indices[place]) for place in near):
             num_left_out += 1
             continue
         kept[len(indices)] = direction

@@ -26,7 +26,7 @@ from d2llm.retrieval.excerpts import merge_neighbours
 from d2llm.retrieval.settings import SearchSettings
 
 NEAR_DUPLICATES = 0.95
-"""Cosine from which a context leaves out a passage, unless the settings say another."""
+"""Cosine from which a context leaves out a passage that says nothing new, unless the settings say another."""
 
 TokenEnds = Callable[[str], Sequence[int]]
 """Where the tokens of a text end, in characters, without special tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from d2llm.core.types import (
     RankedDocument,
     RankedPassage,
     Selection,
+    Span,
 )
 from d2llm.ops.diversity import DiverseResults
 from d2llm.retrieval.cascade import Reread
@@ -69,11 +69,11 @@ class Order:
     selection: Selection | None = None
     chosen: NDArray[np.int64] | None = None
 
-    def selected(self, diverse: DiverseResults) -> Order:
+    def selected(self, diverse: DiverseResults, near_duplicates: Mapping[str, str]) -> Order:
         """The same order, of which only some are shown."""
         length = len(self.best_first if self.documents is None else self.documents)
         ranks: list[int] = (diverse.indices + 1).tolist()
-        selection = Selection(length, diverse.num_near_duplicates, tuple(ranks))
+        selection = Selection(length, diverse.num_near_duplicates, tuple(ranks), near_duplicates)
         return replace(self, selection=selection, chosen=diverse.indices)
 
     @property
@@ -204,7 +204,7 @@ def with_neighbours(index: SearchView, places: Sequence[RankedPassage], distance
 def _explained(
     query: Query, passages: tuple[RankedPassage, ...], order: Order, added: EvidenceParts
 ) -> tuple[RankedPassage, ...]:
-    from d2llm.ops.bm25_words import terms
+    from d2llm.ops.bm25_words import placed_terms, terms
 
     query_terms = set(terms(query.text))
     proposals, shown = order.scored.proposals, order.places
@@ -219,7 +219,10 @@ def _explained(
         passages, rows, scores, lexical, windows, tokens, strict=True
     ):
         at = {name: place_of[row] for name, place_of in places.items() if row in place_of}
-        counts = Counter(term for term in terms(place.passage.full_text) if term in query_terms)
+        term_places: dict[str, tuple[Span, ...]] = {}
+        for span, term in placed_terms(place.passage.full_text):
+            if term in query_terms:
+                term_places[term] = (*term_places.get(term, ()), span)
         why = Explanation(
             anchor=place.anchor_score,
             interaction=None
@@ -230,7 +233,8 @@ def _explained(
             tokens=token_score,
             source_ranks={name: index + 1 for name, index in at.items()},
             source_scores={name: float(proposals[name].scores[index]) for name, index in at.items()},
-            terms=dict(counts),
+            terms={term: len(spans) for term, spans in term_places.items()},
+            term_places=term_places,
         )
         explained.append(replace(place, explanation=why))
     return tuple(explained)

@@ -17,8 +17,10 @@ from d2llm.core.errors import DataFormatError, InputError, ModelError, ShardAway
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import IdRanking, MissingShard, Query, QueryExpansion, Ranking, Task
 from d2llm.models.backbone import EncodedTexts
+from d2llm.ops.bm25_words import terms
 from d2llm.ops.diversity import select_diverse
 from d2llm.ops.fusion import reciprocal_rank_scores
+from d2llm.ops.same_statement import Statement
 from d2llm.ops.selection import top_rows
 from d2llm.retrieval.cascade import ListwiseReading, Rereader, StudentRanking
 from d2llm.retrieval.exact_search import CertifiedRows, KeptReaches, merge_certified
@@ -705,18 +707,32 @@ class Searcher:
             best_first, how = best(final, len(rows)), self.settings.group
             grouped = group_passages(final, best_first, documents, how, self.settings.document_passages)
             order = Order(scored, final, best_first[:top_k], grouped[:depth], reread, student_ranks)
-        return self._select(order) if self.settings.selects else order
+        return self._select(query, order) if self.settings.selects else order
 
-    def _select(self, order: Order) -> Order:
+    def _select(self, query: Query, order: Order) -> Order:
         """The diverse or distinct results of a ranking."""
+        statements: list[Statement] = []
+        query_terms = frozenset(terms(query.text))
+        same: dict[int, int] = {}
+
+        def says_the_same(index: int, better: int) -> bool:
+            if not statements:
+                statements.extend(map(Statement, self._texts(order.rows)))
+            found = statements[index].adds_nothing_to(statements[better], query_terms)
+            if found:
+                same[index] = better
+            return found
+
         selected = select_diverse(
             np.array(order.shown_scores),
             self._index.vectors(order.rows),
             self.settings.top_k,
             mmr=self.settings.mmr,
             near_duplicates=self.settings.near_duplicates,
+            says_the_same=says_the_same,
         )
-        return order.selected(selected)
+        left_out, better = (self._index.ids(order.rows[[*each]]) if same else [] for each in (same, same.values()))
+        return order.selected(selected, dict(zip(left_out, better, strict=True)))
 
     def _texts(self, rows: NDArray[np.int64]) -> list[str]:
         return [passage.full_text for passage in self._index.passages(rows)]

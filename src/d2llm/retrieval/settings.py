@@ -48,7 +48,8 @@ class SearchSettings:
         mmr: choose diverse results by maximal marginal relevance (``ops.diversity``), with this weight, 0 to 1, for the
             score; 1 gives the ranking itself. None does not diversify. The vectors compared are those in the index.
         near_duplicates: leave out a result if the cosine of its stored vector with that of a better result is at least
-            this, 0 to 1. In a ranking of documents, the vectors are those of their best passages.
+            this, 0 to 1, and it says nothing beyond that result (``ops.same_statement``). In a ranking of documents,
+            their best passages are compared.
         select_from: ``mmr`` and ``near_duplicates`` select the results from this many of the first in the ranking; None
             means five times ``top_k``. An exact search proves all of these places; their selection is not the proved
             order.

@@ -127,7 +127,8 @@ class RankingRequest(Body):
         None,
         ge=0,
         le=1,
-        description="Leave out passages whose vectors have at least this cosine with a better result's. null: off.",
+        description="Leave out passages whose vectors have at least this cosine with a better result's, and that say "
+        "nothing beyond it. null: off.",
     )
     select_from: int | None = Field(
         None,

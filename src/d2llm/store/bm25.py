@@ -19,7 +19,7 @@ remaining ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -33,6 +33,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.types import Candidate, Passage, Query
 from d2llm.ops.bm25_words import WINDOW_SENTENCES, sentences, terms
 from d2llm.ops.selection import ids_at, nth_highest, ranges, top_rows
+from d2llm.ops.words import needs_dictionary
 
 K1 = 1.2
 B = 0.75
@@ -135,6 +136,7 @@ class WordSegment:
         num_windows: [n] number of windows of each row.
         window_lengths: [n] total words of the windows of each row; most sentences are in two windows.
         added: words that rows have beside those of their texts; None if none has any.
+        by_dictionary: whether a dictionary decided which words some text has (``ops.words.needs_dictionary``).
     """
 
     terms: NDArray[np.uint64]
@@ -147,6 +149,7 @@ class WordSegment:
     num_windows: NDArray[np.uint32]
     window_lengths: NDArray[np.uint32]
     added: AddedWords | None = None
+    by_dictionary: bool = False
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], *, advance: Callable[[int], object] | None = None) -> WordSegment:
@@ -155,7 +158,9 @@ class WordSegment:
         ends: list[int] = []  # sentence ends, as indices into ``hashes``
         offsets = [0]
         known: dict[str, int] = {}
+        by_dictionary = False
         for text in texts:
+            by_dictionary = by_dictionary or needs_dictionary(text)
             spans = sentences(text)
             for start, end in spans:
                 for term in terms(text[start:end]):
@@ -171,7 +176,8 @@ class WordSegment:
                 advance(1)
         vocabulary, places = np.unique(np.array(hashes, np.uint64), return_inverse=True)
         tokens = np.insert(places.astype(np.uint32), np.array(ends, np.int64), np.uint32(len(vocabulary)))
-        return cls._from_tokens(vocabulary, tokens, np.array(offsets, np.int64))
+        segment = cls._from_tokens(vocabulary, tokens, np.array(offsets, np.int64))
+        return replace(segment, by_dictionary=by_dictionary)
 
     def with_added(self, words: Sequence[Mapping[str, float]]) -> WordSegment:
         """The same segment with these words, by count, added to each of its rows; the rows must lack them."""
@@ -191,7 +197,8 @@ class WordSegment:
         firsts = np.cumsum([0, *map(len, segments)]).tolist()
         added = {first: each.added for first, each in zip(firsts, segments, strict=False) if each.added is not None}
         joined = AddedWords.join(added) if added else None
-        return cls._from_tokens(vocabulary, np.concatenate(tokens), np.concatenate(offsets), joined)
+        segment = cls._from_tokens(vocabulary, np.concatenate(tokens), np.concatenate(offsets), joined)
+        return replace(segment, by_dictionary=any(each.by_dictionary for each in segments))
 
     @classmethod
     def _from_tokens(
@@ -227,7 +234,7 @@ class WordSegment:
     @property
     def num_bytes(self) -> int:
         """Size of all arrays in bytes."""
-        own = sum(getattr(self, name).nbytes for name in self.__slots__ if name != "added")
+        own = sum(getattr(self, name).nbytes for name in self.__slots__ if name not in ("added", "by_dictionary"))
         return (
             own if self.added is None else own + sum(getattr(self.added, name).nbytes for name in AddedWords.__slots__)
         )
@@ -247,7 +254,8 @@ class WordSegment:
         place_of[used] = np.arange(len(used), dtype=np.uint32)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         added = None if self.added is None else self.added.take(rows, len(self))
-        return self._from_tokens(self.terms[used], place_of[tokens], offsets, added)
+        taken = self._from_tokens(self.terms[used], place_of[tokens], offsets, added)
+        return replace(taken, by_dictionary=self.by_dictionary)
 
     def places(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The indices of term hashes in ``terms``; -1 for terms that no text has."""
@@ -667,18 +675,29 @@ def rank_passages(index: WordIndex, ids: Sequence[str], texts: Iterable[str], to
 
 
 def bm25_lists(
-    passages: Mapping[str, Passage], ids: Sequence[str], queries: Sequence[Query], top_k: int, *, title: str = "BM25"
+    passages: Mapping[str, Passage],
+    ids: Sequence[str],
+    queries: Sequence[Query],
+    top_k: int,
+    *,
+    left_out: Mapping[str, Collection[str]] | None = None,
+    title: str = "BM25",
 ) -> list[list[str]]:
     """Ids of the top ``top_k`` passages of BM25 for each query, without passages that share no term with the query.
 
-    ``title`` is the title of the progress bar, which counts passages and queries.
+    ``left_out`` has passages that are left out of a query's list. ``title`` is the title of the progress bar, which
+    counts passages and queries.
     """
+    unwanted = left_out or {}
+    depth = top_k + max((len(unwanted.get(query.id, ())) for query in queries), default=0)
     lists: list[list[str]] = []
     with progress_bar(title, len(ids) + len(queries)) as advance:
         texts = (passages[passage_id].full_text for passage_id in ids)
         index = WordIndex.from_texts(texts, advance=advance)
-        for candidates in rank_passages(index, ids, (query.text for query in queries), top_k):
-            lists.append([candidate.passage_id for candidate in candidates])
+        rankings = rank_passages(index, ids, (query.text for query in queries), depth)
+        for query, candidates in zip(queries, rankings, strict=True):
+            own = unwanted.get(query.id, ())
+            lists.append([each.passage_id for each in candidates if each.passage_id not in own][:top_k])
             advance(1)
     return lists
 

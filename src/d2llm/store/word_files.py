@@ -4,20 +4,22 @@ words-<generation>-<first>-<end>.bin    the concatenated arrays of the segment o
 words-<generation>-<first>-<end>.json   position of each array, checksums of the file, and a checksum of this JSON
 
 A segment is written before the commit that names its rows and never changed; small neighbours are joined into a new
-segment and then removed. Segments are derived from the table, so missing or damaged ones are rebuilt from there.
+segment and then removed. Segments are derived from the table, so missing or damaged ones are rebuilt from there. So are
+those of another rule of words (``ops.words.rule_of_words``), which the JSON names: words by two rules are never mixed.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2llm.ops.words import rule_of_words
 from d2llm.store.bm25 import AddedWords, WordIndex, WordSegment
 from d2llm.store.checksums import (
     BLOCK_BYTES,
@@ -155,11 +157,16 @@ def open_words(folder: Path, generation: int, num_rows: int, segment_of: Segment
 
 
 def update_word_files(folder: Path, generation: int, num_rows: int, segment_of: SegmentOf) -> None:
-    """Add missing words of all rows from the table, and join small neighbours; requires the write lock.
+    """Add missing words, and those of another rule, of all rows from the table, and join small neighbours.
+
+    Requires the write lock.
 
     Raises:
         OSError: the files cannot be written.
     """
+    for part in _parts(folder, generation):
+        if _has_other_rule(part):
+            _remove(part)
     at = 0
     for part in [*_cover(_parts(folder, generation), num_rows), None]:
         end = num_rows if part is None else part.first
@@ -257,7 +264,14 @@ def _write(folder: Path, generation: int, first: int, segment: WordSegment) -> N
         os.fsync(file.fileno())
     sums = take_sums(draft)
     draft.replace(path)
-    content = {"arrays": places, "num_bytes": sums.num_bytes, "block_bytes": BLOCK_BYTES, "checksums": sums.checksums}
+    content = {
+        "rule": rule_of_words(by_dictionary=segment.by_dictionary),
+        "by_dictionary": segment.by_dictionary,
+        "arrays": places,
+        "num_bytes": sums.num_bytes,
+        "block_bytes": BLOCK_BYTES,
+        "checksums": sums.checksums,
+    }
     write_checked(path.with_suffix(".json"), content)
 
 
@@ -267,6 +281,8 @@ def _open(part: _Part, *, whole: bool) -> WordSegment | str:
         record = read_checked(part.record, required=True)
         if record["block_bytes"] != BLOCK_BYTES:
             return f"has blocks of {record['block_bytes']} bytes"
+        if (problem := _other_rule(record)) is not None:
+            return problem
         sums = FileSums(record["num_bytes"], record["checksums"])
         blocks = None if whole else sample_blocks({part.path.name: sums})[part.path.name]
         if (problem := problem_of(part.path, sums, blocks)) is not None:
@@ -279,10 +295,25 @@ def _open(part: _Part, *, whole: bool) -> WordSegment | str:
             if len(arrays[name]) != length:
                 return f"does not hold its {name}"
         added = {name: array for name in _ADDED_TYPES if (array := arrays.pop(_ADDED + name, None)) is not None}
-        segment = WordSegment(**arrays, added=AddedWords(**added) if added else None)
+        segment = WordSegment(
+            **arrays, added=AddedWords(**added) if added else None, by_dictionary=record["by_dictionary"]
+        )
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"cannot be used ({error})"
     return segment if len(segment) == part.end - part.first else f"holds {len(segment)} rows"
+
+
+def _other_rule(record: Mapping[str, Any]) -> str | None:
+    """How the words of a segment differ from those that its texts have now; None if they do not."""
+    own, now = record.get("rule"), rule_of_words(by_dictionary=bool(record.get("by_dictionary")))
+    return None if own == now else f"has words by rule {own}, but this d2llm makes them by rule {now}"
+
+
+def _has_other_rule(part: _Part) -> bool:
+    try:
+        return _other_rule(read_checked(part.record, required=True)) is not None
+    except (OSError, ValueError, LookupError):
+        return False  # it is damaged, and left as it is until a repair
 
 
 def _remove(part: _Part) -> None:

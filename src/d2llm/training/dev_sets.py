@@ -271,13 +271,18 @@ def make_dev_set(source: TrainingSource, *, num_queries: int, num_passages: int,
     positives = dataset.positives("dev")
     needed = {passage_id for query in queries for passage_id in positives[query.id]}
     title = f"BM25 for the dev queries of {dataset.name}"
-    lists = bm25_lists(dataset.passages, list(dataset.passages), queries, LEXICAL_DEPTH, title=title)
+    own = dataset.own_passages
+    lists = bm25_lists(
+        dataset.passages, list(dataset.passages), queries, LEXICAL_DEPTH, left_out=own.by_query, title=title
+    )
     needed.update(passage_id for ids in lists for passage_id in ids)
     others = sorted(dataset.passages.keys() - needed)
     rng = random.Random(f"{seed}:{dataset.name}:dev")
     filled = rng.sample(others, max(0, min(len(others), num_passages - len(needed))))
     passage_ids = sorted(needed.union(filled))
     candidates = {query.id: passage_ids for query in queries}
+    for query_id in own.by_query.keys() & candidates.keys():
+        candidates[query_id] = [passage_id for passage_id in passage_ids if passage_id not in own.of(query_id)]
     return _dev_set(dataset, source.task, queries, candidates, passage_ids)
 
 
@@ -467,6 +472,8 @@ def make_judge_dev_set(
 ) -> DevSet:
     """Dev queries with the first ``depth`` passages of BM25 and of the student's inner products, from the whole corpus.
 
+    Passages that are the query itself are left out (``data.own_passages``).
+
     Args:
         dataset: the data set, with its dev judgements.
         task: the task of its pairs.
@@ -482,7 +489,8 @@ def make_judge_dev_set(
         ModelError: the student's vectors are not finite.
     """
     title = f"BM25 for the dev queries of {dataset.name}"
-    lexical = bm25_lists(dataset.passages, list(dataset.passages), queries, depth, title=title)
+    own = dataset.own_passages
+    lexical = bm25_lists(dataset.passages, list(dataset.passages), queries, depth, left_out=own.by_query, title=title)
     nearest: list[list[str]] = [[] for _ in queries]
     if student is not None:
         nearest = _nearest(dataset, task, queries, student, depth, placement)
@@ -493,7 +501,7 @@ def make_judge_dev_set(
         first = positives[query.id] if same_text is not None else ()
         repeats = same_text.duplicates_of(first) if same_text is not None else set[str]()
         proposed = dict.fromkeys([*first, *by_words, *by_vectors])
-        candidates[query.id] = [p for p in proposed if p in first or p not in repeats]
+        candidates[query.id] = [p for p in proposed if p in first or not (p in repeats or p in own.of(query.id))]
     passage_ids = dict.fromkeys(passage_id for ids in candidates.values() for passage_id in ids)
     return _dev_set(dataset, task, queries, candidates, passage_ids)
 
@@ -547,5 +555,7 @@ def _nearest(
     anchors = searcher.anchor_queries(searcher.encode_queries([query.text for query in queries]).vectors, task)
     if not (np.isfinite(passages).all() and np.isfinite(anchors).all()):
         raise ModelError(f"vectors of '{dataset.name}' are not finite; check the student that proposes candidates")
-    ids = list(dataset.passages)
-    return [ids_at(ids, rows) for rows in nearest_rows(anchors, passages, depth, ids)]
+    ids, own = list(dataset.passages), dataset.own_passages
+    extra = max((len(own.of(query.id)) for query in queries), default=0)
+    ranked = (ids_at(ids, rows) for rows in nearest_rows(anchors, passages, depth + extra, ids))
+    return [[p for p in each if p not in own.of(query.id)][:depth] for query, each in zip(queries, ranked, strict=True)]

@@ -180,6 +180,8 @@ def make_evidence_lists(
     texts = [query.text for query in queries]
     words_of_queries = [words.query(text, own) for text, own in zip(texts, term_factors(student, texts), strict=True)]
     by_words = [words.best(query_words, depth)[0] for query_words in words_of_queries]
+    own_passages = dataset.own_passages
+    own_rows = [np.array([row_of[each] for each in own_passages.of(query.id)], np.int64) for query in queries]
     grades = [_grades(dataset, query, row_of) for query in queries]
     needed = np.unique(np.concatenate([*by_words, *(np.array([*judged], np.int64) for judged in grades)]))
     others = np.setdiff1d(np.arange(len(ids)), needed).tolist()
@@ -208,7 +210,7 @@ def make_evidence_lists(
     for number, (vector, lexical, judged) in enumerate(zip(vectors, by_words, grades, strict=True)):
         own = student.score(vector, passages, task)
         nearest = pool[np.argsort(-own, kind="stable")[:depth]]
-        rows = np.union1d(lexical, nearest)
+        rows = np.setdiff1d(np.union1d(lexical, nearest), own_rows[number])
         if not judged.keys().isdisjoint(rows.tolist()):
             kept.append(number)
             listed.append(rows)

@@ -112,7 +112,7 @@ def _draw(
     pool = rng.sample(sorted(dataset.passages), min(_POOL, len(dataset.passages)))
     drawn: dict[str, list[str]] = {}
     for (query_id, relevant), lexical in zip(positives.items(), lists, strict=True):
-        excluded = {*relevant, *same_text.duplicates_of(relevant)}
+        excluded = {*relevant, *same_text.duplicates_of(relevant), *dataset.own_passages.of(query_id)}
         judged_ids = [passage_id for passage_id in judged[query_id] if passage_id in dataset.passages]
         hard = [passage_id for passage_id in dict.fromkeys([*lexical, *judged_ids]) if passage_id not in excluded]
         others = [passage_id for passage_id in pool if passage_id not in excluded]

@@ -199,7 +199,8 @@ def _read(
     by_words: list[list[int]] = []
     for query_id in chosen:
         positives = list(judged[query_id])
-        excluded = {row_of[p] for p in {*positives, *same_text.duplicates_of(positives)} if p in row_of}
+        own = dataset.own_passages.of(query_id)
+        excluded = {row_of[p] for p in {*positives, *same_text.duplicates_of(positives), *own} if p in row_of}
         best = words.best(words.query(dataset.queries[query_id].text), config.depth + len(excluded))[0].tolist()
         near = [row for row in best if row not in excluded]
         by_words.append(rng.sample(near, min(config.num_hard, len(near))))

@@ -89,10 +89,11 @@ def collect_lists(
     Raises:
         InputError: the data set has fewer than ``config.depth`` passages.
     """
-    if len(dataset.passages) < config.depth:
+    num_own = max((len(own) for own in dataset.own_passages.by_query.values()), default=0)
+    if (num_passages := len(dataset.passages) - num_own) < config.depth:
         raise InputError(
-            f"{dataset.name}: has {len(dataset.passages)} passages, but a list takes {config.depth}; lower the depth, "
-            "or leave the data set out"
+            f"{dataset.name}: has {num_passages} passages, but a list takes {config.depth}; lower the depth, or leave "
+            "the data set out"
         )
     judged = {
         split: [[each, dataset.queries[each].text, dataset.qrels[split][each]] for each in ids]
@@ -118,12 +119,17 @@ def collect_lists(
 
 def _ranked(index: Index, dataset: Dataset, split: str, query_ids: Sequence[str], depth: int) -> RankedLists:
     queries = [dataset.queries[query_id] for query_id in query_ids]
-    rankings = index.search(queries, top_k=depth)
-    ids = [[each.passage.id for each in ranking.passages] for ranking in rankings]
+    own = dataset.own_passages
+    extra = max((len(own.of(query_id)) for query_id in query_ids), default=0)
+    rankings = [
+        [each for each in ranking.passages if each.passage.id not in own.of(ranking.query.id)][:depth]
+        for ranking in index.search(queries, top_k=min(depth + extra, len(index)))
+    ]
+    ids = [[each.passage.id for each in ranking] for ranking in rankings]
     vectors = [index.view.vectors(index.view.rows(own)) for own in ids]
     judged = [dataset.qrels[split][query_id] for query_id in query_ids]
     grades = [[of_query.get(each, 0) for each in own] for of_query, own in zip(judged, ids, strict=True)]
-    scores = [[each.score for each in ranking.passages] for ranking in rankings]
+    scores = [[each.score for each in ranking] for ranking in rankings]
     shape = (len(ids), depth)
     return RankedLists(
         list(query_ids),

@@ -267,7 +267,7 @@ def _drawn_neighbours(vectors: _Vectors, config: ResidualConfig, seed: int) -> d
     for position, entry in enumerate(entries):
         if entry.query_id in vectors.labelled.unlabelled:
             continue
-        excluded = vectors.labelled.same_text.duplicates_of(set(entry.positives)) | {*entry.positives}
+        excluded = vectors.labelled.never_negative(entry)
         ids: list[str] = []
         for epoch in range(config.epochs):
             near, _ = _neighbours(vectors, position, config, f"{seed}:{epoch}")
@@ -297,8 +297,7 @@ def _draw(vectors: _Vectors, position: int, config: ResidualConfig, seed: str, *
         unjudged = {*vectors.labelled.labels.missing(entry.query_id, near)}
         near = [passage_id for passage_id in near if passage_id not in unjudged]
     others = [vectors.ids[rng.randrange(len(vectors.ids))] for _ in range(config.num_random)]
-    known = {*entry.positives, *entry.hard_negatives}
-    known |= vectors.labelled.same_text.duplicates_of(set(entry.positives))
+    known = vectors.labelled.never_negative(entry) | {*entry.hard_negatives}
     drawn = dict.fromkeys([*entry.easy_negatives, *near, *others])
     easy = [passage_id for passage_id in drawn if passage_id not in known]
     return Draw(entry, [rng.choice(entry.drawn_positives)], list(entry.hard_negatives), easy)

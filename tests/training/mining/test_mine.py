@@ -122,7 +122,7 @@ def test_positives_and_their_repeats_are_never_negatives() -> None:
 
 def test_texts_without_letters_do_not_count_as_repeats() -> None:
     passages = {"p1": "?!", "p2": "...", "p3": "", "p4": "cat"}
-    data = dataset(passages, {"q1": "cat"}, {"train": {"q1": {"p1": 1}}})
+    data = dataset(passages, {"q1": "the cat"}, {"train": {"q1": {"p1": 1}}})
     [entry] = mine(data, "train", MiningConfig(num_hard=4, num_easy=4), encoder=None, seed=0).entries
     assert entry.hard_negatives == ("p4",)
     assert set(entry.easy_negatives) == {"p2", "p3"}

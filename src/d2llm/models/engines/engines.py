@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Engine = Callable[[Sequence[Sequence[int]]], Float32[np.ndarray, "batch dim"]]
 """Computes the vectors of a batch of tokenized texts."""
 
-_KIND, _FORMAT_VERSION, _FILE = "engine", 1, "text.onnx"
+_KIND, _FORMAT_VERSION, _FILE = "engine", 2, "text.onnx"
 _Run = Callable[[Int[np.ndarray, "batch tokens"], Int[np.ndarray, "batch tokens"]], Float32[np.ndarray, "batch dim"]]
 
 
@@ -144,9 +144,6 @@ def _graph(student: Student, int8_for: Runtime | None) -> Path:
     """The file with the student's graph, exported if it is not in the cache."""
     require("onnx", extra="export", purpose="an engine other than torch")
     versions = [version(package) for package in ("d2llm", "torch", "transformers", "onnx")]
-    if int8_for == "onnx":
-        require("onnxruntime", extra="export", purpose="8-bit weights")
-        versions.append(version("onnxruntime"))
     key = fingerprint_json([student.fingerprint, int8_for, OPSET, _FORMAT_VERSION, versions])
     folder = user_cache_path("d2llm") / "engines" / key
     if not (folder / FILE_NAME).is_file():

@@ -43,6 +43,7 @@ class LeanTokenizer:
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         self.eos_token_id = self._id(settings.get("eos_token"))
         self.pad_token_id = self._id(settings["pad_token"])
+        self.unk_token_id = self._id(settings.get("unk_token"))
 
     def __call__(
         self,

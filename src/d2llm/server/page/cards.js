@@ -10,7 +10,6 @@ let numbered = 0;
 /** The card of a ranked passage. `before` is its rank in the ranking to the left: null if not in it, undefined if there is none. */
 export function card(passage, context, before) {
   const identity = `card-${(numbered += 1)}`;
-  const stems = Object.keys(passage.explanation?.terms || {});
   const title = element("h3", { id: `${identity}-title`, dir: "auto" });
   if (!passage.title) title.classList.add("identity");
   const text = element("p", { class: "text", dir: "auto" });
@@ -18,7 +17,7 @@ export function card(passage, context, before) {
     title.replaceChildren(...(passage.title ? words.title : [passage.id]));
     text.replaceChildren(...words.text);
   };
-  const plain = () => ({ title: markTerms(passage.title, stems), text: markTerms(passage.text, stems) });
+  const plain = () => markTerms(passage.title, passage.text, passage.explanation?.term_places || {});
   show(plain());
   const button = element(
     "button",

@@ -176,6 +176,8 @@ def _summary(report: dict[str, Any], audit: dict[str, Any]) -> str:
         ("candidates in the range", audit["candidates"]["in_range"]),
         ("candidates tried", audit["candidates"]["tried"]),
         ("passages with the text of a positive, left out", report["num_same_text_as_positive"]),
+        ("passages that are the query itself, left out", report["num_own_passages"]),
+        ("positives with the query's own text, kept", report["num_own_passages_judged_relevant"]),
         ("pairs judged by the teacher", report["teacher"]["judged"]),
         ("candidates kept without a teacher label", report["teacher"]["without_label"]),
     ):

@@ -122,7 +122,7 @@ class Selection:
     place: int
     """Position of the query among those that are mined."""
     forbidden: Collection[str]
-    """Passages that are not candidates: the relevant ones, and those with the same text as one."""
+    """Passages that are not candidates: the relevant ones, those with the same text as one, and the query itself."""
     num_tried: int = 0
     kept: list[NegativeCandidate] = field(default_factory=list[NegativeCandidate])
     dropped: list[Dropped] = field(default_factory=list[Dropped])
@@ -245,6 +245,7 @@ class DatasetJudgements:
 
     def __init__(self, dataset: Dataset, same_text: SameText) -> None:
         self._same_text = same_text
+        self._own = dataset.own_passages
         self._relevant: dict[str, set[str]] = {}
         self._refused: dict[str, set[str]] = {}
         for qrels in dataset.qrels.values():
@@ -262,6 +263,10 @@ class DatasetJudgements:
     def repeats(self, query_id: str, positives: Sequence[str]) -> set[str]:
         """Other passages with the same text as a relevant one."""
         return self._same_text.duplicates_of(self.relevant(query_id, positives))
+
+    def own(self, query_id: str) -> frozenset[str]:
+        """Passages that are the query itself (``data.own_passages``)."""
+        return self._own.of(query_id)
 
     def negative(self, query_id: str) -> set[str]:
         """Passages that the data set judges not relevant."""
@@ -295,7 +300,7 @@ def choose(
 
     def begin(place: int, query: Query) -> Selection:
         own = positives[query.id]
-        forbidden = judged.relevant(query.id, own) | judged.repeats(query.id, own)
+        forbidden = judged.relevant(query.id, own) | judged.repeats(query.id, own) | judged.own(query.id)
         candidates = order_candidates(
             {source: lists[place] for source, lists in ranked.lists.items()},
             forbidden,

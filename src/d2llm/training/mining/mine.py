@@ -14,6 +14,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import MiningConfig
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset
+from d2llm.data.own_passages import OwnCounts
 from d2llm.data.plan import PlanEntry
 from d2llm.data.same_text import SameText
 from d2llm.retrieval.cosine import CosineStudent
@@ -47,6 +48,7 @@ class _Tally:
 
     queries: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in _LISTED})
     same_text: int = 0
+    own: OwnCounts = field(default_factory=OwnCounts)
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
 
@@ -68,11 +70,12 @@ def mine(
     """Choose hard and easy negatives for the queries of a split.
 
     Candidates for hard negatives are the union of ranges of two lists, BM25's and the encoder's, without the query's
-    positives (in any split) and passages with the same text as a positive. They are tried in the order given by
-    ``config.sampling``. Likely positives are dropped (``config.near_duplicate``, ``relative_margin``,
-    ``teacher_margin``), unless the data set itself judges them not relevant, and the first ``num_hard`` that pass are
-    used. Easy negatives are drawn from the rest of the corpus. A query's draw depends on the seed, its id and the
-    corpus, not on the order of files or on which other queries are mined.
+    positives (in any split), passages with the same text as a positive, and passages that are the query itself
+    (``data.own_passages``). They are tried in the order given by ``config.sampling``. Likely positives are dropped
+    (``config.near_duplicate``, ``relative_margin``, ``teacher_margin``), unless the data set itself judges them not
+    relevant, and the first ``num_hard`` that pass are used. Easy negatives are drawn from the rest of the corpus. A
+    query's draw depends on the seed, its id and the corpus, not on the order of files or on which other queries are
+    mined.
 
     Args:
         dataset: passages, queries and judgements.
@@ -125,6 +128,7 @@ def mine(
         audit = Audit(dataset.passages, list(ranked.lists), frozenset(shown))
         begin = time.perf_counter()
         judged = DatasetJudgements(dataset, SameText(dataset))
+        tally.own = dataset.own_passages.counts(positives)
         tally.same_text = sum(len(judged.repeats(query_id, ids)) for query_id, ids in positives.items())
         entries: list[PlanEntry] = []
         selections = choose(
@@ -233,6 +237,8 @@ def _report(
         "num_hard_negatives": sum(len(entry.hard_negatives) for entry in entries),
         "num_easy_negatives": sum(len(entry.easy_negatives) for entry in entries),
         "num_same_text_as_positive": tally.same_text,
+        "num_own_passages": tally.own.num_left_out,
+        "num_own_passages_judged_relevant": tally.own.num_judged,
         "num_dropped": audit.num_dropped,
         "hard_negatives_from": dict(sorted(audit.hard_from.items())),
         "teacher": {

@@ -200,10 +200,11 @@ def _mine_one(
     if not keeps_vectors:
         shutil.rmtree(work, ignore_errors=True)
     dropped = sum(report["num_dropped"].values())
+    own = str(dataset.own_passages.counts(entry.query_id for entry in result.entries))
     _remarks.info(
         f"{verb}: {report['num_entries']:,} queries of {dataset.name} with {report['num_hard_negatives']:,} hard and "
         f"{report['num_easy_negatives']:,} easy negatives, {dropped:,} dropped as likely positives, in {folder}; "
-        "read its audit.md"
+        f"read its audit.md{f' ({own})' if own else ''}"
     )
     return report
 
