@@ -31,7 +31,9 @@ _MAX_QUERIES = 10
 _MAX_WORDS = 400  # of a passage
 
 
-def choose_lists(dataset: Dataset, queries: list[Query], *, split: str, student: Student, task: Task) -> list[list[str]]:
+def choose_lists(
+    dataset: Dataset, queries: list[Query], *, split: str, student: Student, task: Task
+) -> list[list[str]]:
     """The passage ids of each query's list."""
     ids = sorted(dataset.passages)
     depth = NUM_PASSAGES
