@@ -3,7 +3,8 @@
     python benchmarks/judgements/collect.py KEYS ANSWERS --date 2026-11-27 --out benchmarks/judgements/SET.jsonl
 
 A line: ``query_id``, ``split``, ``judging`` (1, or 2 for the second time in another order), ``task``, ``passages`` (ids
-in the order in which they were shown), ``grades`` (0 to 100), ``date``. Packets without an answer are counted and left out.
+in the order in which they were shown), ``grades`` (0 to 100), ``date``. Packets without an answer are counted and left
+out.
 """
 
 from __future__ import annotations
