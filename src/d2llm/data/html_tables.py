@@ -54,7 +54,7 @@ def grid_rows(table: Element, text_of: Callable[[Element], str]) -> list[_Row]:
         fill()
         if any(texts):
             is_header = all(cell.tag == "th" for cell in cells) or (
-                row.parent is not None and row.parent.tag == "thead"
+                isinstance(row.parent, Element) and row.parent.tag == "thead"
             )
             rows.append(_Row(texts, is_header))
     return rows
