@@ -18,6 +18,7 @@ import typer.main
 import yaml
 
 from d2llm.cli.main import app
+from d2llm.core.toml import read_toml
 
 ROOT = Path(__file__).parents[2]
 NEEDS_SERVER = pytest.mark.skipif(importlib.util.find_spec("d2llm.server") is None, reason="needs d2llm.server")
@@ -95,6 +96,20 @@ def assert_is_serve(words: list[str]) -> None:
 
 
 class TestSetup:
+    def test_the_packages_of_every_extra_are_installed_for_the_tests(self):
+        """Otherwise the tests of an extra would be skipped wherever `make test` runs."""
+        project = read_toml(ROOT / "pyproject.toml")["project"]
+        extras: dict[str, list[str]] = project["optional-dependencies"]
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        [chosen] = re.findall(r"^EXTRAS \?= (.*)$", makefile, re.MULTILINE)
+        waiting, installed = chosen.split(","), set[str]()
+        while waiting:
+            installed.add(name := waiting.pop())
+            own = re.findall(r"^d2llm\[(.*)\]$", "\n".join(extras[name]), re.MULTILINE)
+            waiting += [extra for names in own for extra in names.split(",") if extra not in installed]
+        # `models` is installed without its dependencies; vLLM needs a GPU; the last one compiles, for make test-remote.
+        assert extras.keys() - installed == {"models", "vllm", "remote-test"}
+
     @pytest.mark.parametrize(("arguments", "installed"), [([], "train,gguf,dev"), (["EXTRAS=serve"], "serve")])
     def test_make_setup_installs_the_chosen_extras(self, tmp_path, arguments, installed):
         for name in ("Makefile", "constraints.txt", "pyproject.toml"):

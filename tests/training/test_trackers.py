@@ -33,6 +33,7 @@ def log_three_steps(folder: Path, name: str, *, resume_step: int = 0) -> None:
 def test_numbers_are_flattened_and_texts_dropped() -> None:
     values = {"loss": 2, "task": "symmetric", "dev": {"a b": {"0.0": 0.25, "note": "x"}}, "bad": math.inf, "list": [1]}
     assert numbers(values) == {"loss": 2.0, "dev/a b/0.0": 0.25, "bad": math.inf}
+    assert numbers({"dev": {"set": {0.25: 0.5}}}) == {"dev/set/0.25": 0.5}  # the second stage's, by weight
 
 
 def test_default_is_tensorboard_if_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

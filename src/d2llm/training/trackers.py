@@ -42,14 +42,14 @@ def open_trackers(recipe: Recipe, folder: Path, *, run_key: str, resume_step: in
     return [_TRACKERS[name](recipe, folder, run_key, resume_step) for name in named]
 
 
-def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers in ``values`` and in its nested mappings, with names joined by ``/``."""
+def numbers(values: Mapping[Any, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers in ``values`` and in its nested mappings, with names (texts or numbers) joined by ``/``."""
     values_by_name: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             values_by_name |= numbers(value, f"{prefix}{name}/")  # pyright: ignore[reportUnknownArgumentType]
         elif isinstance(value, (int, float)):
-            values_by_name[prefix + name] = float(value)
+            values_by_name[f"{prefix}{name}"] = float(value)
     return values_by_name
 
 
