@@ -169,7 +169,6 @@ def test_equal_scores_are_ordered_by_id(tmp_path, student):
         (["cat"], {"num_candidates": 0}, "num_candidates is 0"),
         (["cat", " \n"], {}, "query '2' has no text"),
         ([Query("q7", "")], {}, "query 'q7' has no text"),
-        ("cat", {}, "one string"),
     ],
 )
 def test_invalid_requests_are_rejected(index, student, queries, arguments, message):

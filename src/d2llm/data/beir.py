@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError
+from d2llm.core.inputs import strings_of
 from d2llm.core.types import Passage, Qrels, Query
 from d2llm.data.lines import (
     Fields,
@@ -70,12 +71,12 @@ class Dataset:
             if query_id in self.queries
         }
 
-    def unshared_positives(self, split: str, others: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
+    def unshared_positives(self, split: str, others: Iterable[str] | str = ()) -> dict[str, tuple[str, ...]]:
         """``positives`` of the queries of ``split`` that have some, but share none with a query of ``others``.
 
         So that passages of dev and test queries have never been positives in training.
         """
-        reserved = self.relevant_passages(others)
+        reserved = self.relevant_passages(strings_of(others, "others"))
         judged = self.positives(split)
         return {query_id: ids for query_id, ids in judged.items() if ids and reserved.isdisjoint(ids)}
 
@@ -86,9 +87,9 @@ class Dataset:
 
         return find_own_passages(self)
 
-    def relevant_passages(self, splits: Iterable[str]) -> set[str]:
+    def relevant_passages(self, splits: Iterable[str] | str) -> set[str]:
         """Passages that are relevant to any query of these splits; errors as for ``positives``."""
-        judged = (positives for split in splits for positives in self.positives(split).values())
+        judged = (positives for split in strings_of(splits, "splits") for positives in self.positives(split).values())
         return {passage_id for positives in judged for passage_id in positives}
 
 
@@ -139,7 +140,7 @@ class RetrievalSource:
         return _by_id(self.corpus_path, self.iter_passages())  # reports where an id occurs twice
 
 
-def read_beir(folder: str | Path, *, splits: Sequence[str] | None = None) -> Dataset:
+def read_beir(folder: str | Path, *, splits: Sequence[str] | str | None = None) -> Dataset:
     """Read a BEIR-layout folder; ``splits=None`` reads every ``qrels/*.tsv``.
 
     Judgements of unknown queries or passages, and empty passages, are not errors: ``issues`` counts them.
@@ -151,7 +152,7 @@ def read_beir(folder: str | Path, *, splits: Sequence[str] | None = None) -> Dat
     return beir_source(Path(folder), splits=splits).load()
 
 
-def beir_source(folder: Path, *, splits: Sequence[str] | None = None) -> RetrievalSource:
+def beir_source(folder: Path, *, splits: Sequence[str] | str | None = None) -> RetrievalSource:
     """The rows of a BEIR-layout folder, read one by one; ``DataFormatError`` if a file is missing.
 
     ``splits=None`` means every ``qrels/*.tsv``.
@@ -264,13 +265,13 @@ def _find(folder: Path, name: str) -> Path:
     raise DataFormatError(folder, f"looked for {name} or {name}.gz and found neither")
 
 
-def _qrels_files(folder: Path, splits: Sequence[str] | None) -> list[Path]:
+def _qrels_files(folder: Path, splits: Sequence[str] | str | None) -> list[Path]:
     if splits is None:
         files = sorted((folder / "qrels").glob("*.tsv"))
         if not files:
             raise DataFormatError(folder, "looked for qrels/*.tsv (train.tsv, dev.tsv, test.tsv) and found none")
         return files
-    files = [folder / "qrels" / f"{split}.tsv" for split in splits]
+    files = [folder / "qrels" / f"{split}.tsv" for split in strings_of(splits, "splits")]
     for file in files:
         if not file.is_file():
             names = ", ".join(sorted(path.name for path in (folder / "qrels").glob("*.tsv"))) or "none"

@@ -22,6 +22,7 @@ from typing import Any
 import gitignore_parser
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import paths_of, strings_of
 from d2llm.core.types import (
     DEFAULT_MEMORY_PER_FILE,
     DEFAULT_SECONDS_PER_FILE,
@@ -135,9 +136,9 @@ class DocumentFiles:
 
 
 def find_documents(
-    paths: Iterable[str | Path],
+    paths: Iterable[str | Path] | str | Path,
     *,
-    exclude: Sequence[str] = (),
+    exclude: Sequence[str] | str = (),
     max_bytes: int = MAX_BYTES,
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
     memory_per_file: int = DEFAULT_MEMORY_PER_FILE,
@@ -161,7 +162,7 @@ def find_documents(
     Raises:
         InputError: a path does not exist, a pattern is malformed, or nothing below the paths can be read.
     """
-    roots = [Path(path) for path in paths]
+    roots, exclude = paths_of(paths, "paths"), strings_of(exclude, "exclude")
     for root in roots:
         if not root.exists():
             raise InputError(f"{root}: there is no such file or folder")

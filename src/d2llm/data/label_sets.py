@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
 from d2llm.core.files import folder_bytes, new_file, new_folder
+from d2llm.core.inputs import paths_of
 from d2llm.core.progress import progress_bar
 from d2llm.data.labels import KIND, LabelKey, LabelStore, QueryLabels, label_keys, shards
 
@@ -90,16 +91,16 @@ def count_labels(folder: str | Path) -> LabelCounts:
     return LabelCounts(str(folder), sets, len(shards(folder)), folder_bytes(folder))
 
 
-def merge_labels(folders: Sequence[str | Path], out: str | Path) -> MergedLabels:
+def merge_labels(folders: Sequence[str | Path] | str | Path, out: str | Path) -> MergedLabels:
     """Write the labels of all stores into a new one, each pair once; ``out`` appears when it is complete.
 
     Raises:
         InputError: there are no folders, or ``out`` exists.
         DataFormatError: a folder has no labels, or a shard is damaged.
     """
-    if not folders:
+    sources, out = paths_of(folders, "folders"), Path(out)
+    if not sources:
         raise InputError("no label stores were given; name at least one folder")
-    sources, out = [Path(folder) for folder in folders], Path(out)
     if out.exists():
         raise InputError(f"{out}: already exists; give a new folder, and delete the old stores once it is complete")
     keys = {folder: label_keys(folder) for folder in sources}

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2llm.core.errors import DataFormatError
+from d2llm.core.inputs import strings_of
 from d2llm.data.beir import Dataset, RetrievalSource, beir_source
 from d2llm.data.pairs import PairDataset, PairSource, pair_source
 
 
-def open_data(path_or_name: str | Path, *, splits: Sequence[str] | None = None) -> Dataset | PairDataset:
+def open_data(path_or_name: str | Path, *, splits: Sequence[str] | str | None = None) -> Dataset | PairDataset:
     """Read a data set of any layout into memory: a retrieval set as ``Dataset``, pairs as ``PairDataset``.
 
     Args:
@@ -26,8 +27,9 @@ def open_data(path_or_name: str | Path, *, splits: Sequence[str] | None = None) 
     return open_source(path_or_name, splits=splits).load()
 
 
-def open_source(path_or_name: str | Path, *, splits: Sequence[str] | None = None) -> RetrievalSource | PairSource:
+def open_source(path_or_name: str | Path, *, splits: Sequence[str] | str | None = None) -> RetrievalSource | PairSource:
     """The rows of a data set, read one by one and not kept; arguments and errors as for ``open_data``."""
+    splits = None if splits is None else strings_of(splits, "splits")
     if str(path_or_name).startswith("hf:/"):
         from d2llm.data.tables import HUB_PREFIX, hub_source
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError, InputError
+from d2llm.core.inputs import strings_of
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset, Rows
 from d2llm.data.chinese_pairs import LAYOUTS, TEXT_FIELDS, Target, sample_size, split_of, table_records
@@ -184,7 +185,9 @@ class PairSource:
         return PairDataset(self.name, self.path, kind, classes, {s: p for s, p in splits.items() if p}, tuple(issues))
 
 
-def read_pairs(path: str | Path, *, splits: Sequence[str] | None = None, layout: str | None = None) -> PairDataset:
+def read_pairs(
+    path: str | Path, *, splits: Sequence[str] | str | None = None, layout: str | None = None
+) -> PairDataset:
     """Read labelled pairs from a folder with a file for each split, or from one file.
 
     Files: JSON lines, tables (tabs, ``||``, commas; with or without header) and Parquet, the first two also ``.gz``.
@@ -207,9 +210,11 @@ def read_pairs(path: str | Path, *, splits: Sequence[str] | None = None, layout:
     return pair_source(path, splits=splits, layout=layout).load()
 
 
-def pair_source(path: str | Path, *, splits: Sequence[str] | None = None, layout: str | None = None) -> PairSource:
+def pair_source(
+    path: str | Path, *, splits: Sequence[str] | str | None = None, layout: str | None = None
+) -> PairSource:
     """The rows of pair files, read one by one; arguments and errors as for ``read_pairs``."""
-    path = Path(path)
+    path, splits = Path(path), None if splits is None else strings_of(splits, "splits")
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"unknown layout '{layout}'; known: {', '.join(LAYOUTS)}")
     target = LAYOUTS[layout] if layout else None

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.inputs import paths_of
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
 from d2llm.data.run_folder import is_finished
@@ -28,7 +29,7 @@ def evaluate(
     *,
     work_folder: str | Path | None = None,
     labels: str | Path | None = None,
-    indexes: Sequence[str | Path] = (),
+    indexes: Sequence[str | Path] | str | Path = (),
     runner: str | Runner = "local",
     device: str | None = None,
 ) -> EvaluationReport:
@@ -69,6 +70,7 @@ def evaluate(
         raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
     begin = time.perf_counter()
     chosen = settings or EvaluationSettings()
+    indexes = paths_of(indexes, "indexes")
     needing_corpus = [*chosen.shortcuts, *(["indexes"] if indexes else [])]
     if isinstance(dataset, PairDataset) and needing_corpus:
         raise InputError(
@@ -88,7 +90,7 @@ def evaluate(
                 folder=place,
                 labels=labels,
                 placement=placement,
-                indexes=[Path(index) for index in indexes],
+                indexes=indexes,
             )
         else:
             report = evaluate_pairs(dataset, contenders, chosen, folder=place, labels=labels, placement=placement)

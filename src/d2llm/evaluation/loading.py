@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.core.errors import InputError, ModelNotFoundError
+from d2llm.core.inputs import paths_of, strings_of
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import TeacherConfig, untuned_config
 from d2llm.core.shipped import shipped_models
@@ -35,8 +36,8 @@ def load_contenders(
     paper_head: str | Path | None = None,
     teacher: TeacherConfig | None = None,
     with_teacher: bool = True,
-    models: Sequence[str] = (),
-    runs: Sequence[str | Path] = (),
+    models: Sequence[str] | str = (),
+    runs: Sequence[str | Path] | str | Path = (),
     device: str | None = None,
     dtype: str | None = None,
 ) -> Contenders:
@@ -96,7 +97,7 @@ def load_contenders(
             gpus[judge.fingerprint] = config.num_gpus
     else:
         why["teacher"] = "it was left out"
-    bi_encoders, cross_encoders = _externals(models, device, loads)
+    bi_encoders, cross_encoders = _externals(strings_of(models, "models"), device, loads)
     return Contenders(
         student=model,
         untuned=untuned,
@@ -105,7 +106,7 @@ def load_contenders(
         teacher=judge,
         bi_encoders=bi_encoders,
         cross_encoders=cross_encoders,
-        runs=[_named(read_run(Path(path))) for path in runs],
+        runs=[_named(read_run(path)) for path in paths_of(runs, "runs")],
         why_missing=why,
         provenance={
             "student": _provenance(folder.name, manifest),

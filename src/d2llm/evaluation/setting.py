@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, SystemKind, Task
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
@@ -67,6 +68,8 @@ class Contenders:
     """For a cluster: how many GPUs a model needs, by fingerprint, if it is more than one (``Placement.gpus``)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", objects_of(self.runs, "runs", TrecRun))
+        object.__setattr__(self, "notes", tuple(strings_of(self.notes, "notes")))
         names = [*self.bi_encoders, *self.cross_encoders, *(run.name for run in self.runs)]
         shared = sorted({name for name in names if name in OWN_NAMES or names.count(name) > 1})
         if shared:
@@ -169,6 +172,7 @@ class EvaluationSettings:
         return [name for name in names if getattr(self, name) not in (None, False, ())]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stored_as", tuple(strings_of(self.stored_as, "stored_as")))
         for name in (self.dtype, *self.stored_as):
             if name not in FORMATS:
                 raise InputError(f"there is no vector format {name!r}; use one of {', '.join(FORMATS)}")

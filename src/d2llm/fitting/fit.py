@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from d2llm.core.errors import IndexMismatchError, InputError, MissingExtraError, OutOfTimeError
 from d2llm.core.files import new_folder, replace_folder, write_bytes, write_json
 from d2llm.core.fingerprint import fingerprint_files, fingerprint_json, fingerprint_passages
+from d2llm.core.inputs import paths_of
 from d2llm.core.manifest import read_any_manifest, write_manifest
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig, untuned_config
@@ -145,7 +146,7 @@ class Fit:
         show_progress: bool | None = None,
     ) -> None:
         """Prepare a fit; arguments and errors are those of ``fit``."""
-        self.documents = [Path(documents)] if isinstance(documents, str | Path) else [Path(each) for each in documents]
+        self.documents = paths_of(documents, "documents")
         if not self.documents:
             raise InputError("there are no documents; name folders or files")
         self.settings = settings or FitSettings()

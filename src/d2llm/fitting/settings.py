@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import pairs_of, strings_of
 from d2llm.core.recipe import TeacherConfig, WriterConfig
 from d2llm.core.shipped import DEFAULT_WRITER
 from d2llm.core.types import Task
@@ -59,6 +60,8 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "exclude", tuple(strings_of(self.exclude, "exclude")))
+        object.__setattr__(self, "examples", pairs_of(self.examples, "examples"))
         if self.hours <= 0:
             raise InputError(f"hours is {self.hours:g}, but must be above 0")
         if self.seed < 0:

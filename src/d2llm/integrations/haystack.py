@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
+from d2llm.core.inputs import objects_of
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_TOP_K, RankedPassage, Task
 from d2llm.integrations.haystack_filters import as_condition
@@ -125,6 +126,7 @@ class D2LLMDocumentEmbedder(_StudentComponent):
         Raises:
             InputError: a document has no text.
         """
+        documents = objects_of(documents, "documents", Document)
         vectors = embed_passages(self._ready(), [_text(document) for document in documents])
         both = zip(documents, vectors, strict=True)
         return {"documents": [replace(document, embedding=vector.tolist()) for document, vector in both]}
@@ -168,6 +170,7 @@ class D2LLMRanker(_StudentComponent):
         Raises:
             InputError: a document has no text, or ``top_k`` is below 1.
         """
+        documents = objects_of(documents, "documents", Document)
         texts = [_text(document) for document in documents]
         ranked = rank_texts(self._ready(), query, texts, self.task, self.top_k if top_k is None else top_k)
         return {"documents": [replace(documents[place], score=score) for place, score in ranked]}

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from d2llm.core.extras import require
+from d2llm.core.inputs import objects_of
 from d2llm.core.types import RankedPassage, Task
 from d2llm.integrations.texts import (
     embed_passages,
@@ -86,6 +87,7 @@ class D2LLMReranker(BaseDocumentCompressor):
         Raises:
             InputError: something is not a text.
         """
+        documents = objects_of(documents, "documents", Document)
         texts = [passage_text(document.page_content, document.metadata) for document in documents]
         ranked = rank_texts(self.student, query, texts, self.task, self.top_k)
         return [

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.extras import require
 from d2llm.core.fingerprint import fingerprint_passages
+from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import showing_progress
 from d2llm.core.shipped import DEFAULT_STUDENT, shipped_models
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, TASKS, Passage, Query, Task
@@ -127,7 +128,9 @@ class D2LLMModel:
             DuplicateIdError: two passages share an id.
         """
         _refuse_precision(encode_kwargs)
-        passages = [Passage(row["id"], row["text"], row.get("title") or "") for row in corpus]
+        passages = [
+            Passage(row["id"], row["text"], row.get("title") or "") for row in objects_of(corpus, "corpus", Mapping)
+        ]
         content = fingerprint_passages(passages)
         formats = part_formats(self._student, "asymmetric")
         tokens = self._student.token_fingerprint if isinstance(self._student, TokenStudent) else None
@@ -172,7 +175,7 @@ class D2LLMModel:
         _refuse_precision(encode_kwargs)
         if self._index is None:
             raise InputError("there is no index to search; call index(corpus, ...) first")
-        mteb_queries = [_query(row) for row in queries]
+        mteb_queries = [_query(row) for row in objects_of(queries, "queries", Mapping)]
         task = branch_of(task_metadata, self._tasks)
         if top_ranked is not None:
             return self._rerank(mteb_queries, top_ranked, task, top_k)
@@ -200,7 +203,7 @@ class D2LLMModel:
             InputError: a precision was requested.
         """
         _refuse_precision(kwargs)
-        texts = [text for batch in inputs for text in batch["text"]]
+        texts = [text for batch in objects_of(inputs, "inputs", Mapping) for text in strings_of(batch["text"], "text")]
         is_pair = task_metadata.type in PAIR_TYPES
         side: _Side = "query" if is_pair else "passage"
         if prompt_type is not None:
@@ -253,7 +256,7 @@ class D2LLMModel:
         vectors = self._student.encode_queries([query.text for query in queries]).vectors
         rankings: dict[str, dict[str, float]] = {}
         for query, vector in zip(queries, vectors, strict=True):
-            ids = list(dict.fromkeys(top_ranked.get(query.id, ())))
+            ids = list(dict.fromkeys(strings_of(top_ranked.get(query.id, ()), f"top_ranked[{query.id!r}]")))
             unknown = [passage_id for passage_id in ids if passage_id not in row_of]
             if unknown:
                 raise InputError(

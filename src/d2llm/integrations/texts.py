@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.inputs import texts_of
 from d2llm.core.types import Passage, Task
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import encode_pairs
@@ -126,7 +127,7 @@ def require_texts(texts: Sequence[str]) -> None:
         InputError: it is a single text, or something is not a text.
     """
     if isinstance(texts, str):
-        raise InputError("a single text was given where a list of texts is needed; put it in a list: [text]")
+        texts_of(texts)
     for text in texts:
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may pass anything
             raise InputError(f"a text is needed, but {type(text).__name__} was given ({text!r:.60})")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.files import MANIFEST_NAME as MANIFEST
+from d2llm.core.inputs import texts_of
 from d2llm.core.recipe import BackboneConfig
 from d2llm.core.types import Span, is_text
 from d2llm.models.depths import final_module, read_depths
@@ -385,14 +386,12 @@ class Backbone(nn.Module):
         self, texts: Sequence[str], kind: TextKind, prefix: str | None, limit: int | None
     ) -> tuple[list[str], int]:
         """The texts with their prefix, checked, and their limit in tokens (``tokenize``)."""
-        if isinstance(texts, str):
-            raise InputError("expected a list of texts, got a single text; put it in a list: [text]")
+        texts = texts_of(texts)
         if prefix is None:
             prefix = self.config.query_prefix if kind == "query" else self.config.passage_prefix
         if limit is None:
             limit = self.config.max_query_tokens if kind == "query" else self.config.max_passage_tokens
-        for text in (prefix, *texts):
-            _check_text(text)
+        _check_text(prefix)
         return [prefix + text for text in texts], limit
 
     def num_tokens(self, text: str) -> int:
@@ -412,7 +411,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: the tokenizer gives no character offsets.
         """
-        texts_offsets = _offsets(self.tokenizer, [prefix + text for text in texts])
+        texts_offsets = _offsets(self.tokenizer, [prefix + text for text in texts_of(texts)])
         return [
             next((place for place, (_, end) in enumerate(offsets) if end > len(prefix)), len(offsets))
             for offsets in texts_offsets

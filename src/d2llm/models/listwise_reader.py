@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError
 from d2llm.core.files import new_folder, write_bytes
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.inputs import texts_of
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest, write_manifest
 from d2llm.core.recipe import BackboneConfig
@@ -97,6 +98,7 @@ class ListwiseReader(nn.Module):
         orders: Sequence[Sequence[int]],
     ) -> Float[Tensor, "lists steps passages"]:
         """Logits of each step, after the passages before it in the given orders [lists, steps] were read."""
+        queries = texts_of(queries, "queries")
         passages = self._project(vectors)
         starts = [self._start(query, own) for query, own in zip(queries, passages, strict=True)]
         rows = [
@@ -114,6 +116,7 @@ class ListwiseReader(nn.Module):
             MismatchError: the vectors are not ``vector_dim`` wide.
             InputError: there are more passages than the model can read.
         """
+        queries = texts_of(queries, "queries")
         for own in vectors:
             if own.shape[1] != self.vector_dim:
                 raise MismatchError(

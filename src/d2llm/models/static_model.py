@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.files import new_folder
+from d2llm.core.inputs import stream_of_texts
 from d2llm.models.sources import STATIC_MODEL_TYPE, hub_snapshot
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _count_tokens(backbone: Backbone, passages: Iterable[str]) -> tuple[Float64[
     """How often each token occurs in the passages, and how many passages there are."""
     counts = torch.zeros(len(backbone.tokenizer), dtype=torch.float64)
     num_passages = 0
-    for texts in batched(passages, _TEXTS_AT_ONCE):
+    for texts in batched(stream_of_texts(passages, "passages"), _TEXTS_AT_ONCE):
         ids = [token for row in backbone.tokenize(texts, "passage", prefix="", limit=sys.maxsize).ids for token in row]
         counts += torch.bincount(torch.tensor(ids), minlength=len(counts))
         num_passages += len(texts)

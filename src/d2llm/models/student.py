@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.inputs import strings_of, texts_of
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, Task, WholeText
@@ -327,7 +328,8 @@ class Student(VectorScorer):
 
         ``stored`` are the parts of passages whose vectors the index has.
         """
-        return self.evidence.weights(task, stored=stored)
+        kinds = cast("list[PartKind]", strings_of(stored, "stored"))
+        return self.evidence.weights(task, stored=kinds)
 
     @property
     def token_dim(self) -> int | None:
@@ -433,7 +435,7 @@ class Student(VectorScorer):
             InputError: this student has no projection of tokens, the instruction leaves no room for a query, or the
                 tokenizer gives no character offsets, which an instruction requires.
         """
-        projection = self._require_projection()
+        texts, projection = texts_of(texts), self._require_projection()
         if self._engine is not None:
             fell_back("engine for vectors of tokens", "the graph gives vectors of texts only; torch encodes both")
         tokenized, is_query = self.tokenize(texts, kind, instruction=instruction), kind == "query"
@@ -485,6 +487,7 @@ class Student(VectorScorer):
         self.backbone.require_tokens("a weight for each word of a query")
         if not getattr(self.backbone.tokenizer, "is_fast", False):
             raise InputError("this student's tokenizer gives no character offsets, so words have no states")
+        queries = texts_of(queries, "queries")
         tokenized = self.tokenize(queries, "query")
         word_states: list[dict[str, Float32[np.ndarray, " dim"]]] = [{} for _ in queries]
         for start in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -500,6 +503,7 @@ class Student(VectorScorer):
 
     def term_factors(self, queries: Sequence[str]) -> list[dict[str, float]] | None:
         """How much each BM25 term of the queries counts; None if this was not fitted."""
+        queries = texts_of(queries, "queries")
         if self.term_weights is None:
             return None
         factors: list[dict[str, float]] = []
@@ -562,7 +566,8 @@ class Student(VectorScorer):
         instruction: str | None = None,
     ) -> EncodedTexts:
         at_once = self.backbone.texts_at_once
-        if at_once is not None and len(texts) > at_once and not isinstance(texts, str):
+        texts = texts_of(texts)
+        if at_once is not None and len(texts) > at_once:
             parts = [texts[start : start + at_once] for start in range(0, len(texts), at_once)]
             encoded = [self._encode(part, kind, advance, instruction) for part in parts]
             return EncodedTexts.join(encoded, self.vector_dim)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES
+from d2llm.data.python_records import QueryLike, queries_of
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.ann import AnnBase, AnnIndex, AnnRecord, AnnSearch, Recall, write_ann
 from d2llm.store.index_store import IndexStore
@@ -93,7 +94,7 @@ def build_ann(
     *,
     recall: float = 0.95,
     depth: int = DEFAULT_NUM_CANDIDATES,
-    queries: Sequence[str] | None = None,
+    queries: Iterable[QueryLike] | QueryLike | None = None,
     num_lists: int | None = None,
     seed: int = 0,
 ) -> AnnReport:
@@ -199,17 +200,18 @@ def _checked(view: PassageView, student: SearchStudent, recall: float, depth: in
 def _tuning_queries(
     view: PassageView,
     student: SearchStudent,
-    queries: Sequence[str] | None,
+    queries: Iterable[QueryLike] | QueryLike | None,
     live: NDArray[np.int64],
     random: np.random.Generator,
 ) -> _TuningQueries:
     if queries is None:
         own = np.sort(random.choice(live, min(NUM_QUERIES, len(live)), replace=False))
         return _TuningQueries(student.anchor_queries(view.vectors(own), view.task), own)
-    if not queries:
+    texts = [query.text for query in queries_of(queries)]
+    if not texts:
         raise InputError("the list of queries is empty; give some, or omit it to use passages as queries")
-    chosen = random.choice(len(queries), min(NUM_QUERIES, len(queries)), replace=False)
-    vectors = student.encode_queries([queries[int(place)] for place in chosen]).vectors
+    chosen = random.choice(len(texts), min(NUM_QUERIES, len(texts)), replace=False)
+    vectors = student.encode_queries([texts[int(place)] for place in chosen]).vectors
     return _TuningQueries(student.anchor_queries(vectors, view.task), None)
 
 

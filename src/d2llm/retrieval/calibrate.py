@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.types import Query, Task
+from d2llm.core.types import Task
+from d2llm.data.python_records import QueryLike
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.rereading import StudentError, calibrate_error
@@ -27,7 +28,7 @@ def measure_error(
     index: SearchView,
     student: SearchStudent,
     judge: Judge,
-    queries: Sequence[Query] | Sequence[str],
+    queries: Iterable[QueryLike] | QueryLike,
     *,
     task: Task | None = None,
     depth: int = 50,

@@ -20,6 +20,7 @@ from d2llm.core.fingerprint import fingerprint_json, fingerprint_passages
 from d2llm.core.types import EngineName, PartKind, Passage, Task
 from d2llm.data.documents import SkippedFile
 from d2llm.data.indexed_corpus import Corpus, open_corpus
+from d2llm.data.python_records import PassageLike, passages_of
 from d2llm.models.quality import PassageQuality
 from d2llm.retrieval.index import Index, part_formats
 from d2llm.retrieval.protocols import QualityStudent, SearchStudent, TokenStudent, expansion_fingerprint
@@ -61,7 +62,7 @@ class EncodeReport:
 
 
 def encode(
-    corpus: str | Path | Corpus | Iterable[Passage],
+    corpus: str | Path | Corpus | Iterable[PassageLike] | PassageLike,
     student: SearchStudent,
     folder: str | Path,
     *,
@@ -87,7 +88,7 @@ def encode(
 
     Args:
         corpus: a ``corpus.jsonl[.gz]`` file, a folder that contains one, a folder of documents, or the passages
-            themselves.
+            themselves, which may be dictionaries (``Index.upsert``).
         student: makes the vectors; with a cluster, its workers' copies do.
         folder: the index's folder. Until the index is complete, it is in a hidden folder next to it.
         task: the default task of searches on this index.
@@ -134,7 +135,7 @@ def encode(
     if isinstance(corpus, str | Path):
         corpus = open_corpus([Path(corpus)])
     elif not isinstance(corpus, Corpus):
-        passages = list(corpus)
+        passages = list(passages_of(corpus, "corpus"))
         corpus = Corpus(passages, len(passages), fingerprint_passages(passages))
     num_documents = corpus.num_documents
     if num_documents == 0:

@@ -15,7 +15,7 @@ Source of ``hyde``: Gao, Ma, Lin, Callan, "Precise Zero-Shot Dense Retrieval wit
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import get_args
 
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.inputs import strings_of
 from d2llm.core.types import ExpansionMethod, QueryExpansion
 from d2llm.data.same_text import comparable
 from d2llm.models.writers.writer import Assignment, Writer, WrittenQueries
@@ -58,12 +59,13 @@ class Expansion:
         if self.number < 1:
             raise InputError(f"number is {number}, but an expansion has at least 1 text; leave it out for the default")
 
-    def expand(self, queries: Sequence[str]) -> list[QueryExpansion]:
+    def expand(self, queries: Iterable[str] | str) -> list[QueryExpansion]:
         """What the writer adds to each query. A failure of the writer is a ``problem`` of all of them, not an error.
 
         Raises:
             InputError: the writer cannot expand queries, or a query is longer than it can read.
         """
+        queries = strings_of(queries, "queries")
         if not queries:
             return []
         begin = time.perf_counter()

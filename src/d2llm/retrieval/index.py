@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import IndexMismatchError, InputError
+from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.types import (
     DEFAULT_CONTEXT_TOKENS,
@@ -23,11 +24,11 @@ from d2llm.core.types import (
     Excerpt,
     PartKind,
     Passage,
-    Query,
     RankedPassage,
     Ranking,
     Task,
 )
+from d2llm.data.python_records import PassageLike, QueryLike, passages_of
 from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent, expansion_fingerprint
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.store.index_manifest import VectorCopies, find_index
@@ -321,7 +322,7 @@ class Index:
 
     # Changing ------------------------------------------------------------------------------------------------------
 
-    def add(self, passages: Iterable[Passage], **options: Any) -> UpsertReport:
+    def add(self, passages: Iterable[PassageLike] | PassageLike, **options: Any) -> UpsertReport:
         """``upsert``, but for new passages only.
 
         Raises:
@@ -331,7 +332,7 @@ class Index:
 
     def upsert(
         self,
-        passages: Iterable[Passage],
+        passages: Iterable[PassageLike] | PassageLike,
         *,
         only_new: bool = False,
         lenient_metadata: bool = False,
@@ -344,7 +345,8 @@ class Index:
         interruption, repeat the call to continue after the last commit.
 
         Args:
-            passages: consumed as a stream, never held in memory together.
+            passages: passages, or dictionaries or rows with their fields (``data.python_records``), or one of them;
+                consumed as a stream, never held in memory together.
             only_new: refuse passages whose id exists.
             lenient_metadata: drop metadata values that do not fit, and count them.
             num_passages: number of passages, for the progress bar.
@@ -365,7 +367,7 @@ class Index:
                 report = upsert_passages(
                     self.storage,
                     student,
-                    passages,
+                    passages_of(passages),
                     only_new=only_new,
                     lenient_metadata=lenient_metadata,
                     advance=advance,
@@ -382,7 +384,7 @@ class Index:
 
     def upsert_documents(
         self,
-        documents: Iterable[Passage],
+        documents: Iterable[PassageLike] | PassageLike,
         chunking: Chunking | Chunker | None = None,
         *,
         only_new: bool = False,
@@ -412,7 +414,7 @@ class Index:
             return upsert_documents(
                 self.storage,
                 student,
-                documents,
+                passages_of(documents, "documents"),
                 chunker,
                 only_new=only_new,
                 lenient_metadata=lenient_metadata,
@@ -432,26 +434,27 @@ class Index:
         """Whether passages may begin with text that repeats the end of the one before (``Chunking.chunk_overlap``)."""
         return repeats_text(self.folder)
 
-    def delete(self, ids: Iterable[str]) -> int:
+    def delete(self, ids: Iterable[str] | str) -> int:
         """Delete passages, in one step from vectors, BM25 and results; returns their number.
 
         Raises:
             InputError: an id is not valid text.
             IndexLockedError: another process is writing.
         """
-        num_deleted = self.storage.delete(list(ids))
+        num_deleted = self.storage.delete(strings_of(ids, "ids"))
         self.refresh()
         return num_deleted
 
-    def delete_documents(self, ids: Iterable[str]) -> int:
+    def delete_documents(self, ids: Iterable[str] | str) -> int:
         """Delete all passages of these documents; returns the number of passages.
 
         Raises:
             InputError: an id is not valid text.
             IndexLockedError: another process is writing.
         """
+        documents = strings_of(ids, "ids")
         with self.storage.writing():
-            ids_by_document = self.storage.table().pieces_of(list(ids))
+            ids_by_document = self.storage.table().pieces_of(documents)
             passage_ids = [passage_id for pieces in ids_by_document.values() for passage_id in pieces]
             return self.delete(passage_ids) if passage_ids else 0
 
@@ -474,9 +477,13 @@ class Index:
 
     # Reading -------------------------------------------------------------------------------------------------------
 
-    def get(self, ids: Sequence[str]) -> list[Passage]:
-        """The passages with these ids, in the order of the ids; missing ones are left out."""
-        return self.view.get(ids)
+    def get(self, ids: Iterable[str] | str) -> list[Passage]:
+        """The passages with these ids, in the order of the ids; missing ones are left out.
+
+        Raises:
+            InputError: an id is not valid text.
+        """
+        return self.view.get(strings_of(ids, "ids"))
 
     def get_document(self, document_id: str) -> list[Passage]:
         """The passages of a document, by position; empty if there is no such document.
@@ -498,14 +505,19 @@ class Index:
         """Like ``list_passages``, for documents with passage counts; a passage without a document counts as one."""
         return self.view.list_documents(cursor, limit)
 
-    def missing(self, ids: Sequence[str]) -> list[str]:
-        """The ids that the latest version does not have, in their order, without repetitions."""
-        present = set(self.storage.table().by_ids(list(dict.fromkeys(ids)), ["id"])["id"].to_pylist())
-        return [passage_id for passage_id in dict.fromkeys(ids) if passage_id not in present]
+    def missing(self, ids: Iterable[str] | str) -> list[str]:
+        """The ids that the latest version does not have, in their order, without repetitions.
+
+        Raises:
+            InputError: an id is not valid text.
+        """
+        distinct = list(dict.fromkeys(strings_of(ids, "ids")))
+        present = set(self.storage.table().by_ids(distinct, ["id"])["id"].to_pylist())
+        return [passage_id for passage_id in distinct if passage_id not in present]
 
     def search(
         self,
-        queries: Sequence[Query] | Sequence[str] | str,
+        queries: Iterable[QueryLike] | QueryLike,
         settings: SearchSettings | None = None,
         *,
         cascade: Rereader | None = None,
@@ -525,7 +537,6 @@ class Index:
         from d2llm.retrieval.search import Searcher
         from d2llm.retrieval.settings import changed
 
-        query_list = [queries] if isinstance(queries, str) else queries
         return Searcher(
             self.view,
             self.student,
@@ -534,9 +545,9 @@ class Index:
             cascade=cascade,
             expansion=expansion,
             allow_missing=self._allow_missing,
-        ).rank(query_list)
+        ).rank(queries)
 
-    def around(self, results: Sequence[RankedPassage], distance: int = 1) -> list[Excerpt]:
+    def around(self, results: Iterable[RankedPassage] | RankedPassage, distance: int = 1) -> list[Excerpt]:
         """Results with the passages around them in their documents, neighbouring ones merged (``merge_neighbours``).
 
         Args:
@@ -551,11 +562,12 @@ class Index:
 
         if distance < 0:
             raise InputError(f"distance is {distance}, but counts positions: give 0 or more")
-        return merge_neighbours(with_neighbours(self.view, results, distance), overlapping=self.repeats_text)
+        ranked = objects_of(results, "results", RankedPassage)
+        return merge_neighbours(with_neighbours(self.view, ranked, distance), overlapping=self.repeats_text)
 
     def context(
         self,
-        query: Query | str,
+        query: QueryLike,
         max_tokens: int = DEFAULT_CONTEXT_TOKENS,
         *,
         order: ContextOrder = "rank",
@@ -591,8 +603,10 @@ class Index:
         chosen = context_settings(changed(settings, changes))
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         token_ends = student.backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer)
-        queries = query if isinstance(query, str) else [query]
-        (ranking,) = self.search(queries, chosen, cascade=cascade, expansion=expansion)
+        rankings = self.search(query, chosen, cascade=cascade, expansion=expansion)
+        if len(rankings) != 1:
+            raise InputError(f"a context is for one query, but there are {len(rankings)}; make one for each")
+        (ranking,) = rankings
         return build_context(ranking, token_ends, max_tokens, order=order, overlapping=self.repeats_text)
 
     def build_ann(
@@ -600,7 +614,7 @@ class Index:
         *,
         recall: float = 0.95,
         depth: int = DEFAULT_NUM_CANDIDATES,
-        queries: Sequence[str] | None = None,
+        queries: Iterable[QueryLike] | QueryLike | None = None,
         seed: int = 0,
     ) -> AnnReport:
         """Build an approximate index for searches with ``sources=("ann",)``; see ``retrieval.build_ann.build_ann``."""
@@ -613,7 +627,7 @@ class Index:
     def measure_error(
         self,
         judge: Judge,
-        queries: Sequence[Query] | Sequence[str],
+        queries: Iterable[QueryLike] | QueryLike,
         *,
         task: Task | None = None,
         depth: int = 50,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from d2llm.core.errors import DataFormatError, InputError, ModelError, ShardAwayError, StorageError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import IdRanking, MissingShard, Query, QueryExpansion, Ranking, Task
+from d2llm.data.python_records import QueryLike, queries_of
 from d2llm.models.backbone import EncodedTexts
 from d2llm.ops.bm25_words import terms
 from d2llm.ops.diversity import select_diverse
@@ -46,7 +47,7 @@ _Answer = TypeVar("_Answer")
 def search(
     index: SearchView,
     student: SearchStudent,
-    queries: Sequence[Query] | Sequence[str],
+    queries: Iterable[QueryLike] | QueryLike,
     settings: SearchSettings | None = None,
     *,
     cascade: Rereader | None = None,
@@ -58,7 +59,8 @@ def search(
     Args:
         index: an index made by this student, sharded or not.
         student: encodes the queries and scores the passages.
-        queries: texts, or queries with ids; texts get the ids "1", "2", ...
+        queries: texts, queries, or dictionaries with ``text`` and ``id``, or one of them; without an id they get "1",
+            "2", ...
         settings: how to search.
         cascade: a teacher that rereads passages the student is unsure of (``Cascade``), or the top of its ranking
             (``TeacherReading``), or a language model that reads the vectors of the top (``ListwiseReading``).
@@ -199,7 +201,7 @@ class Searcher:
 
     def rank(
         self,
-        queries: Sequence[Query] | Sequence[str],
+        queries: Iterable[QueryLike] | QueryLike,
         *,
         vectors: NDArray[np.float32] | None = None,
         tokens: Sequence[NDArray[np.float32] | None] | None = None,
@@ -217,7 +219,7 @@ class Searcher:
 
     def rank_ids(
         self,
-        queries: Sequence[Query] | Sequence[str],
+        queries: Iterable[QueryLike] | QueryLike,
         *,
         title: str = "searching",
         encoded: EncodedTexts | None = None,
@@ -240,13 +242,13 @@ class Searcher:
 
     def _prepare(
         self,
-        queries: Sequence[Query] | Sequence[str],
+        queries: Iterable[QueryLike] | QueryLike,
         vectors: NDArray[np.float32] | None,
         title: str,
         tokens: Sequence[NDArray[np.float32] | None] | None = None,
     ) -> Iterator[_PreparedQuery]:
         """Every query ready to be ranked; the bar counts the queries that were taken."""
-        all_queries = _as_queries(queries)
+        all_queries = queries_of(queries)
         if vectors is not None and self._expansion is not None:
             raise InputError("an expansion is written for texts, not for vectors: leave out one of them")
         if vectors is not None and self.settings.instruction is not None:
@@ -739,16 +741,6 @@ class Searcher:
 
 
 _NOTHING = np.zeros(0, np.float32)
-
-
-def _as_queries(queries: Sequence[Query] | Sequence[str]) -> list[Query]:
-    if isinstance(queries, str):
-        raise InputError("queries is one string; give a list of texts or queries")
-    converted = [Query(str(n), query) if isinstance(query, str) else query for n, query in enumerate(queries, start=1)]
-    for query in converted:
-        if not query.text.strip():
-            raise InputError(f"query {query.id!r} has no text; remove it or write one")
-    return converted
 
 
 def _refuse_nan(scores: NDArray[np.float32], query: Query) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import strings_of
 from d2llm.core.names import did_you_mean
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TOP_K, EvidenceTerm, Grouping, SourceName, Task
 from d2llm.models.evidence import EvidenceWeights
@@ -75,6 +76,11 @@ class SearchSettings:
     near_duplicates: float | None = None
     select_from: int | None = None
     instruction: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sources is not None:
+            sources = tuple(strings_of(self.sources, "sources"))
+            object.__setattr__(self, "sources", sources)
 
     @property
     def selects(self) -> bool:

@@ -37,9 +37,9 @@ class SyncReport:
 
 def sync_documents(
     index: Index,
-    paths: Iterable[str | Path],
+    paths: Iterable[str | Path] | str | Path,
     *,
-    exclude: Sequence[str] = (),
+    exclude: Sequence[str] | str = (),
     max_bytes: int = MAX_BYTES,
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE,
     memory_per_file: int = DEFAULT_MEMORY_PER_FILE,

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError, TrainingDivergedError
+from d2llm.core.inputs import shown
 from d2llm.core.progress import ignore, progress_bar
-from d2llm.core.types import Query, Task
+from d2llm.core.types import TASKS, Query, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.collation import ScorePassages
 from d2llm.data.pairs import LabelledPair, PairDataset
@@ -56,8 +57,26 @@ MIN_QUERIES = 30
 """Minimum number of judged dev queries of a task; with fewer, nothing is fitted on them."""
 _MEASURE, _DEPTH = "nDCG@10", 10
 
+JudgedSet = tuple[Dataset, Task]
+"""A data set whose dev queries something is fitted on, and the task that they are for."""
+
 Scores = Sequence[NDArray[np.floating[Any]]]
 """For each query of a dev set, the scores of its candidates; both are in the dev set's order."""
+
+
+def judged_sets(judged: Sequence[JudgedSet] | JudgedSet) -> list[JudgedSet]:
+    """A list of data sets, each with its task; one data set with its task is a list of one.
+
+    Raises:
+        InputError: something is not a data set with its task.
+    """
+    entries: list[Any] = [judged] if len(judged) == 2 and isinstance(judged[1], str) else list(judged)
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, tuple) or len(cast("tuple[Any, ...]", entry)) != 2 or entry[1] not in TASKS:
+            raise InputError(
+                f"judged[{place}] is {shown(entry)}; give a data set with its task: (dataset, task)"
+            )
+    return entries
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,13 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import strings_of
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import EvidenceTerm, PartKind, Query, Task
 from d2llm.data.beir import Dataset
@@ -33,7 +34,7 @@ from d2llm.retrieval.row_evidence import mean_of_cosines, scored_list
 from d2llm.store.bm25 import WordIndex, WordSegment
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.vector_formats import make_format
-from d2llm.training.dev_sets import MIN_QUERIES, dev_queries
+from d2llm.training.dev_sets import MIN_QUERIES, JudgedSet, dev_queries, judged_sets
 
 LISTED_DEPTH, LISTED_PASSAGES = 20, 2_000
 """How many of the best passages by words and by vectors are in a query's list; minimum number of passages encoded."""
@@ -84,9 +85,9 @@ class EvidenceLists:
 
 def fit_evidence(
     student: SearchStudent,
-    judged: Sequence[tuple[Dataset, Task]],
+    judged: Sequence[JudgedSet] | JudgedSet,
     *,
-    terms: Sequence[EvidenceTerm] | None = None,
+    terms: Sequence[EvidenceTerm] | EvidenceTerm | None = None,
     words_factor: bool | None = None,
     use_nearest: bool = True,
     num_queries: int = 200,
@@ -109,6 +110,9 @@ def fit_evidence(
     Raises:
         InputError: a data set has no judged dev queries, or there are no terms.
     """
+    judged = judged_sets(judged)
+    if terms is not None:
+        terms = cast("list[EvidenceTerm]", strings_of(terms, "terms"))
     if terms is None:
         has_tokens = isinstance(student, TokenStudent) and student.token_dim is not None
         terms = [term for term in get_args(EvidenceTerm) if has_tokens or term != "token_vectors"]

@@ -19,7 +19,7 @@ from d2llm.ops.stacking import fit_stack, out_of_fold_log_odds
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import encode_pairs
 from d2llm.store.bm25 import bm25_lists
-from d2llm.training.dev_sets import LEXICAL_DEPTH, MIN_QUERIES, dev_queries
+from d2llm.training.dev_sets import LEXICAL_DEPTH, MIN_QUERIES, JudgedSet, dev_queries, judged_sets
 
 NUM_HARD, NUM_RANDOM = 1, 8
 _POOL = 256  # passages of a corpus that the random ones are drawn from, so that few have to be encoded
@@ -41,7 +41,7 @@ class CalibrationSample:
 
 
 def fit_probabilities(
-    student: SearchStudent, judged: Sequence[tuple[Dataset, Task]], *, num_queries: int = 150, seed: int = 0
+    student: SearchStudent, judged: Sequence[JudgedSet] | JudgedSet, *, num_queries: int = 150, seed: int = 0
 ) -> ProbabilityCalibration:
     """Fit, for each task, the logistic function that turns a student's scores into probabilities.
 
@@ -60,6 +60,7 @@ def fit_probabilities(
         InputError: a score is not finite.
     """
     tasks: dict[Task, TaskCalibration] = {}
+    judged = judged_sets(judged)
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
         parts = [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import objects_of
 from d2llm.core.recipe import EvidenceConfig
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
@@ -38,7 +39,7 @@ class FitScoresReport:
 
 def fit_scores(
     student: Student,
-    data: Sequence[Dataset | PairDataset],
+    data: Sequence[Dataset | PairDataset] | Dataset | PairDataset,
     task: Task,
     *,
     words: bool = True,
@@ -78,6 +79,7 @@ def fit_scores(
             student's head is ``paper``; or ``token_vectors`` is set and the student has none.
         DataFormatError: labelled pairs have scores or classes other than yes and no.
     """
+    data = objects_of(data, "data", (Dataset, PairDataset))
     judged: list[tuple[Dataset, Task]] = [
         (as_retrieval(dataset, "dev") if isinstance(dataset, PairDataset) else dataset, task) for dataset in data
     ]

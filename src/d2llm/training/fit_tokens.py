@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import TokensConfig
 from d2llm.data.beir import Dataset
@@ -77,7 +78,7 @@ class FitTokensReport:
 
 def fit_tokens(
     student: Student,
-    datasets: Sequence[Dataset],
+    datasets: Sequence[Dataset] | Dataset,
     config: TokensConfig | None = None,
     *,
     queries: Mapping[str, Collection[str]] | None = None,
@@ -104,6 +105,9 @@ def fit_tokens(
         InputError: there are no data sets, or one has no such train queries.
     """
     student.backbone.require_tokens("training vectors of tokens")
+    datasets = objects_of(datasets, "datasets", Dataset)
+    if queries is not None:
+        queries = {name: strings_of(ids, f"queries[{name!r}]") for name, ids in queries.items()}
     if not datasets:
         raise InputError(
             "vectors of tokens are trained on data sets with a corpus and judged queries; give at least one"

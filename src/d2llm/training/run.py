@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from d2llm.core.errors import InputError, ModelError
+from d2llm.core.inputs import objects_of, strings_of
 from d2llm.core.progress import showing_progress
 from d2llm.core.recipe import Recipe, TeacherConfig, untuned_config
 from d2llm.core.recipe_file import changed_settings, load_recipe, shaping_settings, tuning_settings
@@ -79,7 +80,7 @@ class Run:
         recipe: Recipe | str | Path,
         folder: str | Path | None = None,
         *,
-        data: Sequence[str] = (),
+        data: Sequence[str] | str = (),
         device: str | None = None,
         dtype: str | None = None,
         show_progress: bool | None = None,
@@ -101,7 +102,7 @@ class Run:
         """
         source = "recipe" if isinstance(recipe, Recipe) else str(recipe)
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(source)
-        self.recipe = with_data(loaded, data)
+        self.recipe = with_data(loaded, strings_of(data, "data"))
         require_distinct_data(self.recipe, where=source)
         require_data(self.recipe)
         name = Path(source).stem if self.recipe.name == "unnamed" else self.recipe.name
@@ -268,7 +269,7 @@ class Run:
     @_shows_progress
     def stack(
         self,
-        members: Sequence[TeacherConfig],
+        members: Sequence[TeacherConfig] | TeacherConfig,
         *,
         num_queries: int | None = None,
         depth: int | None = None,
@@ -291,7 +292,7 @@ class Run:
         report = stack_teachers(
             [(dataset, task) for dataset, task in self.dev_data() if isinstance(dataset, Dataset)],
             self.parts.stack,
-            members=members,
+            members=objects_of(members, "members", TeacherConfig),
             student=cosine_student,
             num_queries=num_queries or settings.queries,
             depth=depth or settings.depth,
@@ -355,7 +356,7 @@ class Run:
 
     @_shows_progress
     def filter(
-        self, closed: Sequence[str] | None = None, *, runner: str | Runner = "local"
+        self, closed: Sequence[str] | str | None = None, *, runner: str | Runner = "local"
     ) -> dict[str, dict[str, Any] | Skipped] | Skipped:
         """If the recipe says so, mine again with the tuned teacher's margin; returns counts by the data set's name.
 
@@ -364,7 +365,8 @@ class Run:
         """
         from d2llm.training.mining.plans import filter_plans
 
-        return filter_plans(self, self.closed_gates() if closed is None else closed, runner=runner)
+        names = self.closed_gates() if closed is None else strings_of(closed, "closed")
+        return filter_plans(self, names, runner=runner)
 
     @_shows_progress
     def label(self, *, runner: str | Runner = "local") -> LabelReport:
@@ -498,7 +500,7 @@ class Run:
     @_shows_progress
     def ablate(
         self,
-        variants: Sequence[str] | None = None,
+        variants: Sequence[str] | str | None = None,
         *,
         num_seeds: int = 3,
         max_queries: int | None = None,
@@ -514,6 +516,7 @@ class Run:
             epochs: number of epochs, instead of the recipe's.
             budget_minutes: start no training after this many minutes; a later call continues. 0 only reports.
         """
+        variants = None if variants is None else strings_of(variants, "variants")
         for name in variants or ():
             find_variant(name)  # fails before data and labels are read
         from d2llm.training.ablation.ablate import ablate

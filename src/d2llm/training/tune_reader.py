@@ -24,6 +24,7 @@ from torch import Tensor
 from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.inputs import objects_of
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import BackboneConfig, ReaderTuningConfig
 from d2llm.core.types import Qrels, Task
@@ -120,7 +121,7 @@ class ReadList(NamedTuple):
 
 def tune_reader(
     student: Student,
-    datasets: Sequence[Dataset],
+    datasets: Sequence[Dataset] | Dataset,
     folder: str | Path,
     *,
     config: ReaderTuningConfig | None = None,
@@ -150,6 +151,7 @@ def tune_reader(
             from another run, or the model is not a causal language model.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
+    datasets = objects_of(datasets, "datasets", Dataset)
     config, folder, started = config or ReaderTuningConfig(), Path(folder), time.monotonic()
     if is_finished(folder):
         raise InputError(f"{folder}: already holds a finished reader; give another folder, or delete it to start over")

@@ -14,6 +14,7 @@ import torch
 from d2llm.core.errors import InputError
 from d2llm.core.files import check_replaceable, new_folder, write_bytes
 from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.inputs import objects_of
 from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import WriterConfig, WriterTuningConfig
 from d2llm.core.table import Column, Table
@@ -131,7 +132,7 @@ def writer_data(datasets: Sequence[Dataset], tuning: WriterTuningConfig, *, seed
 
 
 def tune_writer(
-    datasets: Sequence[Dataset],
+    datasets: Sequence[Dataset] | Dataset,
     folder: str | Path,
     *,
     writer: WriterConfig | None = None,
@@ -159,6 +160,7 @@ def tune_writer(
             run, or the writer is a remote one.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
+    datasets = objects_of(datasets, "datasets", Dataset)
     writer, tuning, folder = writer or WriterConfig(), tuning or WriterTuningConfig(), Path(folder)
     if is_finished(folder):
         raise InputError(f"{folder}: already holds a finished writer; give another folder, or delete it to start over")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from d2llm.core.errors import InputError
+from d2llm.core.inputs import pairs_of
 from d2llm.core.recipe import WriterConfig
 
 QueryKind = Literal["question", "keywords", "statement"]
@@ -64,6 +65,7 @@ class Assignment:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "examples", pairs_of(self.examples, "examples"))
         if self.num_queries < 1:
             raise InputError(f"num_queries is {self.num_queries}, but must be at least 1")
         if self.kind == "answer" and self.num_queries > 1:

@@ -1,0 +1,131 @@
+"""Lists that callers give: one string, path or object counts as a list of one, and every entry is checked.
+
+Every public function that takes several ids, texts, paths, names or objects reads them here. A string is never read as
+a list of its letters.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from d2llm.core.errors import InputError
+from d2llm.core.types import is_text
+
+_Item = TypeVar("_Item")
+_SHOWN = 60  # characters of a wrong value in a message
+
+
+def strings_of(values: Iterable[str] | str, name: str) -> list[str]:
+    """A list of strings (ids, names, texts); one string is a list of one. ``name`` is the argument's, for messages.
+
+    Raises:
+        InputError: the values cannot be listed, or one of them is not a string of valid Unicode.
+    """
+    strings = _listed(values, name, str)
+    for place, value in enumerate(strings):
+        check_string(value, name if isinstance(values, str) else f"{name}[{place}]")
+    return cast("list[str]", strings)
+
+
+def texts_of(values: Iterable[str], name: str = "texts") -> list[str]:
+    """``strings_of`` for functions that return something for each text, where one string must be put in a list.
+
+    Raises:
+        InputError: it is one string, or as for ``strings_of``.
+    """
+    if isinstance(values, str):
+        raise InputError(f"{name} is a single text; put it in a list: [text]")
+    return strings_of(values, name)
+
+
+def stream_of_texts(values: Iterable[str], name: str) -> Iterator[str]:
+    """``texts_of`` for texts that are never in memory together."""
+    if isinstance(values, str | bytes | Mapping):
+        texts_of(cast("Iterable[str]", values), name)
+    for place, value in enumerate(values):
+        check_string(value, f"{name}[{place}]")
+        yield value
+
+
+def pairs_of(values: Iterable[tuple[str, str]], name: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of strings.
+
+    Raises:
+        InputError: the values cannot be listed, or one of them is not a pair of strings.
+    """
+    pairs = _listed(values, name)
+    for place, value in enumerate(pairs):
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(cast("Sequence[object]", value)) != 2:
+            raise InputError(f"{name}[{place}] is {shown(value)}, but must be a pair of two strings")
+        for each in cast("Sequence[object]", value):
+            check_string(each, f"a part of {name}[{place}]")
+    return tuple((first, second) for first, second in pairs)
+
+
+def paths_of(values: Iterable[str | Path] | str | Path, name: str) -> list[Path]:
+    """A list of paths; one path is a list of one.
+
+    Raises:
+        InputError: the values cannot be listed, or one of them is not a path.
+    """
+    paths = _listed(values, name, str, os.PathLike)
+    for place, value in enumerate(paths):
+        if not isinstance(value, str | os.PathLike):
+            raise InputError(f"{name}[{place}] is {shown(value)}, but must be a path")
+    return [Path(cast("str | os.PathLike[str]", path)) for path in paths]
+
+
+def objects_of(values: Iterable[_Item] | _Item, name: str, kind: type[Any] | tuple[type[Any], ...]) -> list[_Item]:
+    """A list of objects of one kind; one object is a list of one.
+
+    Raises:
+        InputError: the values cannot be listed, or one of them is something else.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    objects = _listed(values, name, *kinds)
+    for place, value in enumerate(objects):
+        if not isinstance(value, kinds):
+            raise InputError(
+                f"{name}[{place}] is {shown(value)}, but must be a {' or '.join(each.__name__ for each in kinds)}"
+            )
+    return cast("list[_Item]", objects)
+
+
+def check_string(value: object, name: str) -> None:
+    """Check that a value is a string of valid Unicode.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if is_text(value):
+        return
+    if isinstance(value, str):
+        raise InputError(f"{name} is {shown(value)}, which is not valid Unicode text (it has half of a surrogate pair)")
+    remedy = f"; write {str(value)!r}" if type(value) is int else ""
+    raise InputError(f"{name} is {shown(value)}, but must be a string{remedy}")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a value of a table stands for none: None, NaN, or pandas' NaT and NA."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
+
+
+def shown(value: object) -> str:
+    """A value with its type, for messages."""
+    if value is None:
+        return "None"
+    text = repr(value)
+    return f"{text if len(text) <= _SHOWN else text[:_SHOWN] + '...'} ({type(value).__name__})"
+
+
+def _listed(values: object, name: str, *kinds: type[Any]) -> list[Any]:
+    if isinstance(values, kinds):
+        return [values]
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise InputError(f"{name} is {shown(cast(object, values))}; give a list")
+    return list(cast("Iterable[Any]", values))

@@ -1,0 +1,148 @@
+"""Passages and queries as Python callers give them: objects, dictionaries, or the rows of a table.
+
+A record is read like a line of a corpus file (``corpus_records``): ``id`` (or ``_id``), ``text``, ``title``,
+``document_id``, ``position``, and metadata in all other fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from d2llm.core.errors import DataFormatError, InputError
+from d2llm.core.inputs import check_string, is_missing, shown
+from d2llm.core.types import Passage, Query
+from d2llm.data.beir import iter_queries
+from d2llm.data.corpus_records import corpus_passages
+from d2llm.data.lines import Fields
+
+PassageLike = Passage | Mapping[str, Any]
+"""A passage, or a dictionary with its fields."""
+QueryLike = Query | str | Mapping[str, Any]
+"""A query, its text, or a dictionary with its fields."""
+
+_PASSAGE = "give Passage(id, text), or a dictionary or row with 'id' and 'text'"
+_QUERY = "give a text, Query(id, text), or a dictionary or row with 'text'"
+
+
+def passages_of(passages: Iterable[PassageLike] | PassageLike, name: str = "passages") -> Iterator[Passage]:
+    """Passages, one by one, from passages, dictionaries, rows, or a whole table; one passage is a list of one.
+
+    Raises:
+        InputError: something is no passage, or a field has the wrong type.
+    """
+    for number, value in enumerate(_entries(passages, name, Passage, _PASSAGE), start=1):
+        where = f"{name}[{number - 1}]"
+        if isinstance(value, Passage):
+            _check_passage(value, where)
+            yield value
+            continue
+        record = _record(value)
+        if record is None:
+            raise InputError(f"{where} is {shown(value)}; {_PASSAGE}")
+        if is_missing(record.get("title")):
+            record.pop("title", None)
+        try:
+            ((_, passage),) = corpus_passages(Path(name), [(number, record)])
+        except DataFormatError as error:
+            raise InputError(f"{where}: {error.problem}") from error
+        yield passage
+
+
+def queries_of(queries: Iterable[QueryLike] | QueryLike, name: str = "queries") -> list[Query]:
+    """Queries from texts, queries, dictionaries, rows, or a whole table; one query is a list of one.
+
+    Texts, and records without an id, get their number as id, from 1. A mapping of ids to queries or texts is read too.
+
+    Raises:
+        InputError: something is no query, or has no text.
+    """
+    converted: list[Query] = []
+    for number, value in enumerate(_entries(queries, name, (str, Query), _QUERY), start=1):
+        where = f"{name}[{number - 1}]"
+        if isinstance(value, str):
+            query = Query(str(number), value)
+        elif isinstance(value, Query):
+            query = value
+        else:
+            record = _record(value)
+            if record is None:
+                raise InputError(f"{where} is {shown(value)}; {_QUERY}")
+            if "id" not in record and "_id" not in record:
+                record["id"] = str(number)
+            try:
+                ((_, query),) = iter_queries(Path(name), [(number, record)])
+            except DataFormatError as error:
+                raise InputError(f"{where}: {error.problem}") from error
+        check_string(query.id, f"the id of {where}")
+        check_string(query.text, f"the text of {where}")
+        if not query.text.strip():
+            raise InputError(f"query {query.id!r} has no text; remove it or write one")
+        converted.append(query)
+    return converted
+
+
+def _entries(values: object, name: str, kinds: type[Any] | tuple[type[Any], ...], remedy: str) -> Iterable[Any]:
+    """The entries of a list or table; one value is a list of one. A mapping of ids gives its values."""
+    if isinstance(values, kinds):
+        return [values]
+    if isinstance(values, Mapping):
+        mapping = cast("Mapping[str, Any]", values)
+        return [mapping] if "text" in mapping else _named_entries(mapping, name, kinds)
+    for method in ("to_pylist", "to_dicts"):  # tables of Arrow and Polars
+        if hasattr(values, method) and hasattr(values, "columns"):
+            return getattr(values, method)()
+    if hasattr(values, "to_dict") and hasattr(values, "columns"):  # a table of pandas
+        return cast(Any, values).to_dict("records")
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise InputError(f"{name} is {shown(values)}; {remedy}, or a list of these")
+    record = _record(values)
+    if record is not None and "text" in record:  # one row; a column of pandas has keys, too
+        return [values]
+    return cast("Iterable[Any]", values)
+
+
+def _named_entries(values: Mapping[str, Any], name: str, kinds: type[Any] | tuple[type[Any], ...]) -> Iterator[Any]:
+    """The values of a mapping by id, such as ``Dataset.passages``, with their ids."""
+    for key in values:
+        value = values[key]
+        if isinstance(value, str) and kinds != Passage:
+            value = Query(key, value)
+        if isinstance(value, Mapping) and "text" in value:
+            value = {"id": key, **cast("Mapping[str, Any]", value)}
+        own = value.get("id") if isinstance(value, dict) else getattr(value, "id", None)
+        if own is None or isinstance(value, str):
+            fields = ", ".join(map(repr, list(values)[:8]))
+            raise InputError(f"{name} is a dictionary without 'text' (its keys: {fields}); give a list")
+        if str(own) != str(key):
+            raise InputError(f"{name}[{key!r}] has the id {own!r}; make them the same")
+        yield value
+
+
+def _record(value: object) -> dict[str, Any] | None:
+    """A dictionary of a mapping or a row (a named tuple, a row of SQLite or SQLAlchemy); None if it is neither."""
+    if isinstance(value, Mapping):
+        fields: Fields = cast("Fields", value)
+    elif hasattr(value, "_asdict"):
+        fields = {name: each for name, each in cast(Any, value)._asdict().items() if name != "Index"}
+    elif hasattr(value, "keys") and hasattr(value, "__getitem__"):
+        fields = {name: cast(Any, value)[name] for name in cast(Any, value).keys()}  # noqa: SIM118 - it is no mapping
+    else:
+        return None
+    return {str(name): _plain(each) for name, each in fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value without numpy's types; what stands for a missing value is None."""
+    if is_missing(value):
+        return None
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return _plain(value.item())
+    return value
+
+
+def _check_passage(passage: Passage, where: str) -> None:
+    check_string(passage.id, f"the id of {where}")
+    for field in ("text", "title", "document_id"):
+        check_string(getattr(passage, field), f"the {field} of passage {passage.id!r}")
