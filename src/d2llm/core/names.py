@@ -14,10 +14,13 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "top_n": "top_k",
 }
 """Names that other libraries use for search settings."""
+_LONGEST = 200  # characters of a name that may be misspelt: comparing takes time that grows with the length
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most similar to this one; None if none is similar enough."""
+    if len(name) > _LONGEST:
+        return None
     return next(iter(get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
 
 

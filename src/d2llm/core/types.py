@@ -16,6 +16,8 @@ TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
 
 DEFAULT_TOP_K = 10
 """Length of a ranking."""
+MAX_ID_CHARS = 4_096
+"""Longest id of a passage or a document: as long as a path may be. An id is in every search result."""
 DEFAULT_NUM_CANDIDATES = 1_000
 """Number of passages that get the full score in a search."""
 DEFAULT_SECONDS_PER_FILE = 120.0

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
-from d2llm.server.errors import Problem
+from d2llm.server.errors import Problem, shortened
 
 # Matches the escape of a high surrogate without a following low one, of a low one without a preceding high one, or of a
 # high one after a backslash, which may escape it: then the parsed body decides. All start alike, which is fast to scan.
@@ -21,7 +22,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 _SHOWN = 20  # characters shown before and after a lone surrogate
 
 
-def problem_of_text(body: bytes) -> Problem | None:
+def problem_of_text(body: bytes, parse: Callable[[bytes], Any] = json.loads) -> Problem | None:
     """What is wrong with the text of a body, or None. A body that is not JSON is left to its route to report."""
     try:
         body.decode()
@@ -32,7 +33,7 @@ def problem_of_text(body: bytes) -> Problem | None:
     if b"\\u" not in body or not _HALF_ESCAPED.search(body):
         return None
     try:
-        half = _find_half(json.loads(body), ())
+        half = _find_half(parse(body), ())
     except ValueError:
         return None
     except RecursionError:
@@ -40,7 +41,7 @@ def problem_of_text(body: bytes) -> Problem | None:
     if half is None:
         return None
     place, text = half
-    field = ".".join(place) or None
+    field = ".".join(map(shortened, place)) or None
     message = f"{text!r} has half of a surrogate pair, which is not valid text; remove it"
     return Problem(422, "invalid_request", f"{field}: {message}" if field else message, field, reason="string_unicode")
 

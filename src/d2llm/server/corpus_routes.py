@@ -11,6 +11,7 @@ from starlette.convertors import StringConvertor, register_url_convertor
 from d2llm.core.types import Passage
 from d2llm.server.answers import passage_json
 from d2llm.server.errors import NotFoundError
+from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.schemas import (
     DeletedAnswer,
     DocumentListAnswer,
@@ -32,7 +33,7 @@ from d2llm.server.schemas import (
 from d2llm.server.services import ERRORS, TheIndex, TheServices, at_most, short_enough, writable
 from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
 
-router = APIRouter(tags=["d2llm"], responses=ERRORS)
+router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=BodyRoute)
 
 
 class _AnyText(StringConvertor):

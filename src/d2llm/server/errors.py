@@ -48,6 +48,11 @@ ProblemKind = Literal[
     "internal",
 ]
 
+_QUOTED = 200  # characters of a client's text in a message
+MOST_PROBLEMS = 100
+"""Of a body with more unknown fields than this, the others are not counted."""
+_MOST_SHOWN = 4_000  # characters of a message: clients may quote long texts in what they send
+
 _KINDS: dict[int, ProblemKind] = {
     401: "unauthorized",
     403: "forbidden",
@@ -121,6 +126,13 @@ class NotFoundError(ServingError):
         super().__init__(Problem(404, "not_found", message))
 
 
+def shortened(text: str, most: int = _QUOTED) -> str:
+    """A text that is perhaps a client's, for a message: of more than ``most`` characters, the middle is left out."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}... ({len(text):,} characters) ...{text[-most // 4 :]}"
+
+
 def invalid(message: str, field: str | None = None) -> ServingError:
     """An error for a request with invalid content (400)."""
     return ServingError(Problem(400, "invalid_request", message, field))
@@ -162,6 +174,8 @@ def plain_shape(problem: Problem) -> tuple[int, dict[str, Any]]:
 
 def problem_response(path: str, problem: Problem) -> Response:
     """The response to a request for ``path``, in the shape of its interface."""
+    field = None if problem.field is None else shortened(problem.field)
+    problem = replace(problem, message=shortened(problem.message, _MOST_SHOWN), field=field)
     matching = [prefix for prefix in _shapes if path == prefix or path.startswith(prefix.rstrip("/") + "/")]
     status, body = (_shapes[max(matching, key=len)] if matching else plain_shape)(problem)
     headers = dict(problem.headers or {})
@@ -246,14 +260,14 @@ def _problem_of_validation(error: RequestValidationError) -> Problem:
     """Describe the first invalid field in full, and count the others."""
     problems = cast("list[dict[str, Any]]", error.errors())
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    where = ".".join(shortened(str(part)) for part in first["loc"] if part != "body") or None
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         reason = cast("dict[str, Any]", first.get("ctx") or {}).get("error", "")
         return Problem(400, "invalid_request", f"the body is not valid JSON ({reason})", reason="json_invalid")
     text = f"{where}: {message}" if where else message
     if len(problems) > 1:
-        text += f" (and {len(problems) - 1} more)"
+        text += f" (and {'at least ' if len(problems) > MOST_PROBLEMS else ''}{len(problems) - 1} more)"
     return Problem(422, "invalid_request", text, where, reason=str(first["type"]))
 
 

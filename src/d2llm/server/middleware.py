@@ -13,6 +13,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from functools import partial
 from re import Pattern
 from urllib.parse import quote
 
@@ -27,6 +28,7 @@ from d2llm.server.access import AccessMiddleware, is_open
 from d2llm.server.body_text import problem_of_text
 from d2llm.server.errors import NotReadyError, Problem, answer_problem, problem_for_client
 from d2llm.server.keys import KeyRing
+from d2llm.server.large_bodies import LARGE_BYTES, in_body_thread, problem_of_body
 from d2llm.server.limits import RateLimiter
 from d2llm.server.logs import begin_facts, log_request
 from d2llm.server.running import Lifecycle
@@ -50,6 +52,7 @@ CLIENT_CLOSED = 499
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _JSON = re.compile(r"application/(?:[\w.+-]+\+)?json", re.IGNORECASE)
 _INDEX_ADDRESS = re.compile(r"/indexes/(?P<name>[^/]+)(?P<path>/.*)?", re.DOTALL)
+_LONGEST_LENGTH = 20  # digits of a Content-Length; a number with more is cut, and still larger than every limit
 _PROBE = "/health"
 """Orchestrators request this by the machine's address, so its Host is not checked."""
 _LAST = {"Connection": "close"}  # unread body bytes would be parsed as the connection's next request
@@ -254,7 +257,7 @@ class BodyMiddleware:
             if read is None:
                 return
             if isinstance(read, bytes) and not takes_form:
-                read = problem_of_text(read) or read
+                read = await self._problem_of(read) or read
         if isinstance(read, Problem):
             await answer_problem(scope, receive, send, read)
             return
@@ -280,9 +283,14 @@ class BodyMiddleware:
             more = message.get("more_body", False)
         return bytes(body)
 
+    async def _problem_of(self, body: bytes) -> Problem | None:
+        """What is wrong with a JSON body, or None."""
+        if len(body) <= LARGE_BYTES:
+            return problem_of_text(body)
+        return await in_body_thread(partial(problem_of_body, body, self._max_body_bytes))
+
     def _problem_of_headers(self, method: str, headers: Headers, takes_form: bool) -> Problem | None:
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._max_body_bytes:
+        if _length_of(headers) > self._max_body_bytes:
             return self._too_large()
         kind = headers.get("content-type", "").partition(";")[0].strip()
         is_read = kind.lower() == FORM_TYPE if takes_form else _JSON.fullmatch(kind) is not None
@@ -316,7 +324,13 @@ class BodyMiddleware:
 
 
 def _has_body(headers: Headers) -> bool:
-    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    return _length_of(headers) > 0 or "transfer-encoding" in headers
+
+
+def _length_of(headers: Headers) -> int:
+    """The body's declared length. Zeros before it do not count: Python refuses to read a number of 5,000 digits."""
+    digits = headers.get("content-length", "").strip().lstrip("0")[:_LONGEST_LENGTH]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _id_of(headers: Headers) -> str:

@@ -22,6 +22,7 @@ from d2llm.retrieval.settings import SearchSettings
 from d2llm.server.answers import FastJSONResponse, context_json, search_json
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
 from d2llm.server.index_service import IndexService, Reading
+from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.model_service import ModelService
 from d2llm.server.running import Lifecycle
 from d2llm.server.schemas import (
@@ -56,7 +57,7 @@ from d2llm.server.serving import Services, Serving
 from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
-router = APIRouter(tags=["d2llm"], responses=ERRORS)
+router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=BodyRoute)
 health_router = APIRouter(tags=["operations"])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,6 +24,7 @@ from d2llm.core.types import (
     DEFAULT_NUM_CANDIDATES,
     DEFAULT_TEACHER_PASSAGES,
     DEFAULT_TOP_K,
+    MAX_ID_CHARS,
     CascadeReport,
     ContextOrder,
     ExpansionMethod,
@@ -34,10 +37,12 @@ from d2llm.core.types import (
 )
 from d2llm.models.attribution import WordWeight
 from d2llm.models.backbone import TextKind
+from d2llm.server.errors import MOST_PROBLEMS
 from d2llm.store.side_files import Chunking
 
 Rescore = Literal["none", "iem", "teacher", "cascade"]
 """How candidates are ranked: by inner product, IEM, teacher, or the teacher where the IEM is unsure."""
+_MOST_SUGGESTIONS = 3  # similar names are looked for only so often: a client may send a million unknown ones
 MOST_EXPANSIONS = 10
 """Maximum number of texts that a writer adds to one query of a client."""
 
@@ -49,29 +54,47 @@ def _with_text(text: str) -> str:
 
 
 NonEmpty = Annotated[str, AfterValidator(_with_text), Field(json_schema_extra={"minLength": 1, "pattern": r"\S"})]
-PassageId = Annotated[str, StringConstraints(min_length=1)]
-Vector = Annotated[list[float], Field(min_length=1)]
+PassageId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS)]
+Vector = Annotated[list[float], Field(min_length=1, fail_fast=True)]
 
 
-class Body(BaseModel):
-    """Base class of request bodies."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+class KnownFields(BaseModel):
+    """Base class of bodies whose unknown fields are errors, the first of which suggest what may be meant."""
 
     @model_validator(mode="before")
     @classmethod
-    def _suggest_field_names(cls, body: Any) -> Any:
+    def _refuse_unknown_fields(cls, body: Any) -> Any:
         names = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
+        known = accepted_names(cls)
+        unknown = (name for name in names if name not in known)
         problems: list[InitErrorDetails] = []
-        for name in names:
-            if name in cls.model_fields:
-                continue
-            problem = {"problem": f"there is no such field{did_you_mean(name, cls.model_fields)}"}
+        for name in islice(unknown, _MOST_SUGGESTIONS):
+            problem = {"problem": f"there is no such field{did_you_mean(name, known)}"}
             kind = PydanticCustomError("extra_forbidden", "{problem}", problem)
             problems.append({"type": kind, "loc": (name,), "input": 0})
+        problems += [
+            {"type": PydanticCustomError("extra_forbidden", "there is no such field"), "loc": (name,), "input": 0}
+            for name in islice(unknown, MOST_PROBLEMS)
+        ]
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return body
+
+
+def accepted_names(model: type[BaseModel]) -> dict[str, None]:
+    """The names that the fields of a body may have, in their order."""
+    names: dict[str, None] = {}
+    for name, field in model.model_fields.items():
+        alias = field.validation_alias
+        aliases = alias.choices if isinstance(alias, AliasChoices) else [alias or name]
+        names |= {each: None for each in aliases if isinstance(each, str)}
+    return names
+
+
+class Body(KnownFields):
+    """Base class of request bodies."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class Answer(BaseModel):
@@ -95,6 +118,7 @@ class RankingRequest(Body):
     sources: list[SourceName] | None = Field(
         None,
         min_length=1,
+        fail_fast=True,
         max_length=3,
         description="Sources of candidates; by default vectors, plus bm25 if the student's score counts words; with "
         "hybrid, bm25 is always one.",
@@ -186,7 +210,7 @@ class ExplainRequest(Body):
 class EncodeRequest(Body):
     """Texts to encode."""
 
-    texts: list[NonEmpty] = Field(min_length=1)
+    texts: list[NonEmpty] = Field(min_length=1, fail_fast=True)
     kind: TextKind
 
 
@@ -195,9 +219,9 @@ class RescoreRequest(Body):
 
     query: NonEmpty | None = None
     query_vector: Vector | None = None
-    passages: list[NonEmpty] | None = Field(None, min_length=1)
-    passage_ids: list[PassageId] | None = Field(None, min_length=1)
-    passage_vectors: list[Vector] | None = Field(None, min_length=1)
+    passages: list[NonEmpty] | None = Field(None, min_length=1, fail_fast=True)
+    passage_ids: list[PassageId] | None = Field(None, min_length=1, fail_fast=True)
+    passage_vectors: list[Vector] | None = Field(None, min_length=1, fail_fast=True)
     task: Task | None = None
 
     @model_validator(mode="after")
@@ -508,7 +532,7 @@ class PassageBody(Body):
     id: PassageId = Field(examples=["bread"])
     text: NonEmpty = Field(examples=["Bread is baked from flour, water and salt."])
     title: str = Field("", examples=["Bread"])
-    document_id: str = ""
+    document_id: str = Field("", max_length=MAX_ID_CHARS)
     position: int = Field(0, ge=0, le=2**31 - 1)
     metadata: Metadata = Field(default_factory=dict, examples=[{"year": 2021}])
 
@@ -516,7 +540,7 @@ class PassageBody(Body):
 class PassagesRequest(Body):
     """Passages to add, or to update if the id exists."""
 
-    passages: list[PassageBody] = Field(min_length=1)
+    passages: list[PassageBody] = Field(min_length=1, fail_fast=True)
     lenient_metadata: bool = _LENIENT
 
 
@@ -532,7 +556,7 @@ class DocumentBody(Body):
 class DocumentsRequest(Body):
     """Long texts to split into passages."""
 
-    documents: list[DocumentBody] = Field(min_length=1)
+    documents: list[DocumentBody] = Field(min_length=1, fail_fast=True)
     lenient_metadata: bool = _LENIENT
     chunk_tokens: int | None = Field(
         None, ge=8, description="Maximum tokens per passage; null: the index's value, or 128 for its first documents."

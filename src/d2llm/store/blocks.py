@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from d2llm.core.errors import DuplicateIdError, InputError
-from d2llm.core.types import Passage, is_text
+from d2llm.core.types import MAX_ID_CHARS, Passage, is_text
 from d2llm.store.schema import MetadataSchema
 
 GENERATION_SHIFT = 40
@@ -96,7 +96,8 @@ def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder
 
     Raises:
         DuplicateIdError: two passages share an id.
-        InputError: an id is empty, a text is not valid Unicode, a position is too large, or metadata do not fit.
+        InputError: an id is empty or too long, a text is not valid Unicode, a position is too large, or metadata do
+            not fit.
     """
     seen: set[str] = set()
     for passage in passages:
@@ -104,6 +105,13 @@ def check_passages(passages: Sequence[Passage], metadata: MetadataSchema, folder
             raise InputError(
                 f"{folder}: a passage has an empty id (its text begins {passage.text[:60]!r}); give it one"
             )
+        for name in ("id", "document_id"):
+            if len(getattr(passage, name)) > MAX_ID_CHARS:
+                start = f"{getattr(passage, name)[:60]!r}..."
+                raise InputError(
+                    f"passage {start}: its {name} has {len(getattr(passage, name)):,} characters; {MAX_ID_CHARS:,} are "
+                    "allowed, give it a shorter one"
+                )
         for name in ("id", "title", "text", "document_id"):
             if not is_text(getattr(passage, name)):
                 raise InputError(f"passage {passage.id!r}: its {name} is not valid Unicode text; correct or remove it")

@@ -120,7 +120,7 @@ def test_an_unknown_model_is_not_found(client):
         ({"input": "a", "dimensions": 0}, "greater than or equal to 1", "dimensions"),
         ({"input": "a", "dimensions": True}, "valid integer", "dimensions"),
         ({"input": "a", "encoding_format": "hex"}, "'float' or 'base64'", "encoding_format"),
-        ({"input": "a", "extra_body": {"colour": "red"}}, "not permitted", "colour"),
+        ({"input": "a", "extra_body": {"colour": "red"}}, "no such field", "colour"),
         (
             {"input": "a", "model": f"{NAME}:query", "extra_body": {"input_type": "passage"}},
             "contradicts",

@@ -29,6 +29,7 @@ from d2llm.server.dialects.shared import (
     status_of,
 )
 from d2llm.server.errors import Problem
+from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog
 
@@ -92,7 +93,7 @@ class CohereError(Answer):
     message: str
 
 
-router = APIRouter(tags=["Cohere"], responses=errors(CohereError))
+router = APIRouter(tags=["Cohere"], responses=errors(CohereError), route_class=BodyRoute)
 
 
 @router.post("/v2/rerank", response_model=CohereRerankAnswer)

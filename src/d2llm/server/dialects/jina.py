@@ -32,6 +32,7 @@ from d2llm.server.dialects.shared import (
     status_of,
 )
 from d2llm.server.errors import Problem, invalid
+from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog
 
@@ -63,7 +64,9 @@ class JinaRerankRequest(CutOptions):
 
     model: str | None = None
     query: Text
-    documents: Annotated[Text | Annotated[list[Text | JinaDocument], Field(min_length=1)], BeforeValidator(_readable)]
+    documents: Annotated[
+        Text | Annotated[list[Text | JinaDocument], Field(min_length=1, fail_fast=True)], BeforeValidator(_readable)
+    ]
     top_n: int | None = Field(None, ge=0, description="Return only this many, the best; null or 0: all.")
     return_documents: bool = Field(True, description="Include the documents' texts in the answer.")
     return_embeddings: bool = Field(False, description="Not supported: true is an error.")
@@ -117,7 +120,7 @@ class JinaError(Answer):
     errors: list[JinaFieldError] | None = None
 
 
-router = APIRouter(tags=["Jina"], responses=errors(JinaError))
+router = APIRouter(tags=["Jina"], responses=errors(JinaError), route_class=BodyRoute)
 
 
 @router.post("/v1/rerank", response_model=JinaRerankAnswer)

@@ -38,6 +38,7 @@ from d2llm.server.dialects.shared import (
     warning_header,
 )
 from d2llm.server.errors import Problem, invalid
+from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog
 
@@ -115,7 +116,7 @@ class OpenAIError(Answer):
     error: OpenAIErrorDetail
 
 
-router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIError))
+router = APIRouter(tags=["OpenAI"], responses=errors(OpenAIError), route_class=BodyRoute)
 
 
 @router.post("/v1/embeddings", response_model=EmbeddingsAnswer)

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from d2llm.models.backbone import TextKind
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService
-from d2llm.server.schemas import Answer
+from d2llm.server.schemas import Answer, KnownFields
 from d2llm.server.services import Catalog
 from d2llm.server.serving import Services
 
@@ -21,7 +21,7 @@ Truncate = Literal["NONE", "END"]
 SUFFIXES: tuple[TextKind, ...] = ("query", "passage")
 
 
-class StrictBody(BaseModel):
+class StrictBody(KnownFields):
     """A request body with strict types; unknown fields are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -96,9 +96,9 @@ def _readable(value: Any) -> Any:
 EMPTY = frozenset({"empty", "string_too_short", "too_short"})
 """The reasons of problems with empty texts or lists."""
 Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[Text | Annotated[list[Text], Field(min_length=1)], BeforeValidator(_readable)]
+Texts = Annotated[Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)], BeforeValidator(_readable)]
 """A text or several."""
-TextList = Annotated[list[Text], Field(min_length=1), BeforeValidator(_readable)]
+TextList = Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(_readable)]
 
 
 def as_list(texts: str | list[str]) -> list[str]:

@@ -44,6 +44,7 @@ from d2llm.server.dialects.shared import (
     warning_header,
 )
 from d2llm.server.errors import Problem
+from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog, TheServices
 from d2llm.server.serving import Services
@@ -85,6 +86,8 @@ class RerankRequest(OpenBody):
 
 
 def _by_field_names(body: Any, _handler: object) -> RerankRequest | jina.JinaRerankRequest:
+    if isinstance(body, RerankRequest | jina.JinaRerankRequest):  # it was large, and has been validated already
+        return body
     kind = jina.JinaRerankRequest if isinstance(body, dict) and "documents" in body else RerankRequest
     return kind.model_validate(body)
 
@@ -170,7 +173,7 @@ class TEIError(Answer):
     error_type: Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Empty"]
 
 
-router = APIRouter(tags=["Text Embeddings Inference"], responses=errors(TEIError))
+router = APIRouter(tags=["Text Embeddings Inference"], responses=errors(TEIError), route_class=BodyRoute)
 
 
 @router.post("/embed", response_model=EmbedAnswer)

@@ -33,6 +33,7 @@ from d2llm.server.dialects.shared import (
     warning_header,
 )
 from d2llm.server.errors import Problem, invalid
+from d2llm.server.large_bodies import BodyRoute
 from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog
 
@@ -100,7 +101,7 @@ class VLLMError(Answer):
     error: VLLMErrorDetail
 
 
-router = APIRouter(tags=["vLLM"], responses=errors(VLLMError))
+router = APIRouter(tags=["vLLM"], responses=errors(VLLMError), route_class=BodyRoute)
 
 
 @router.post("/v1/score", response_model=ScoreAnswer)

@@ -1,0 +1,136 @@
+"""Large bodies: their values are counted, parsed and validated in another thread, so that other requests go on.
+
+Python's parser of JSON in C keeps all threads waiting until it ends, so bodies with many values are parsed by the one
+in Python, which takes longer but lets others work. One thread does this for all requests: large bodies wait for each
+other, and small ones wait for none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from json.scanner import py_make_scanner  # pyright: ignore[reportUnknownVariableType, reportAttributeAccessIssue]
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+from d2llm.server.body_text import problem_of_text
+from d2llm.server.errors import Problem
+
+_Value = TypeVar("_Value")
+
+LARGE_BYTES = 64 << 10
+"""A body of more bytes is large."""
+_MANY_VALUES = 20_000  # Python's parser in C reads fewer within milliseconds
+_BYTES_A_VALUE = 8  # of the largest body: what a number of a vector takes at least, as clients write them
+_COMMA, _BRACKET, _BRACE, _QUOTE = b',[{"'
+_thread = ThreadPoolExecutor(1, thread_name_prefix="body")
+
+
+async def in_body_thread(work: Callable[[], _Value]) -> _Value:
+    """Run work on a large body."""
+    return await asyncio.get_running_loop().run_in_executor(_thread, work)
+
+
+def most_values(max_body_bytes: int) -> int:
+    """How many values a body may have on a server with this limit."""
+    return max(_MANY_VALUES, max_body_bytes // _BYTES_A_VALUE)
+
+
+def problem_of_body(body: bytes, max_body_bytes: int) -> Problem | None:
+    """What is wrong with a body before it is read as a request: too many values, or what ``problem_of_text`` says."""
+    most = most_values(max_body_bytes)
+    if num_values(body) > most:
+        message = (
+            f"the body has more than {most:,} values (lists, objects, and what is in them), this server's limit with "
+            f"max_body_bytes = {max_body_bytes:,}; send fewer at a time"
+        )
+        return Problem(413, "too_large", message)
+    return problem_of_text(body, read_json)
+
+
+def num_values(body: bytes) -> int:
+    """How many values a JSON text has, or a few more: one for each comma, "[" and "{" outside of its strings."""
+    at_most = 1 + body.count(b",") + body.count(b"[") + body.count(b"{")
+    if at_most <= _MANY_VALUES:
+        return at_most
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # every quote that is left begins or ends a string
+    characters = np.frombuffer(plain, np.uint8)
+    is_outside = ~np.logical_xor.accumulate(characters == _QUOTE)
+    counted = (characters == _COMMA) | (characters == _BRACKET) | (characters == _BRACE)
+    return 1 + int(np.count_nonzero(counted & is_outside))
+
+
+class _PatientDecoder(json.JSONDecoder):
+    """The standard library's parser without its part in C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scan_once = cast("Callable[[str, int], tuple[Any, int]]", py_make_scanner(self))
+
+
+def read_json(body: bytes) -> Any:
+    """Parse JSON, as ``json.loads``; a body with many values so that other threads can work meanwhile."""
+    if num_values(body) <= _MANY_VALUES:
+        return json.loads(body)
+    return _PatientDecoder().decode(body.decode())
+
+
+class _ReadRequest(Request):
+    """A request whose body has been read and validated."""
+
+    def __init__(self, request: Request, value: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._value = value
+
+    async def body(self) -> bytes:
+        """Not the body, which nobody needs any more, but not empty, which would mean that there is none."""
+        return b"{}"
+
+    async def json(self) -> Any:
+        """The validated value."""
+        return self._value
+
+
+class BodyRoute(APIRoute):
+    """A route whose large JSON bodies are parsed and validated in another thread."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, after the body has been read."""
+        handle, field = super().get_route_handler(), self.body_field
+
+        async def read_and_handle(request: Request) -> Response:
+            body = b"" if field is None else await request.body()
+            if field is None or len(body) <= LARGE_BYTES:
+                return await handle(request)
+
+            def read() -> tuple[Any, list[dict[str, Any]]]:
+                return field.validate(_parsed(body), {}, loc=("body",))
+
+            value, errors = await in_body_thread(read)
+            if errors:
+                raise RequestValidationError(errors)
+            return await handle(_ReadRequest(request, value))
+
+        return read_and_handle
+
+
+def _parsed(body: bytes) -> Any:
+    """The body's value.
+
+    Raises:
+        RequestValidationError: it is not JSON.
+    """
+    try:
+        return read_json(body)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:  # such as a number with too many digits
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": "", "ctx": {"error": reason}}])
