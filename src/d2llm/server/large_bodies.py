@@ -11,6 +11,7 @@ import asyncio
 import json
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from json.scanner import py_make_scanner  # pyright: ignore[reportUnknownVariableType, reportAttributeAccessIssue]
 from typing import Any, TypeVar, cast
 
@@ -109,11 +110,8 @@ class BodyRoute(APIRoute):
             body = b"" if field is None else await request.body()
             if field is None or len(body) <= LARGE_BYTES:
                 return await handle(request)
-
-            def read() -> tuple[Any, list[dict[str, Any]]]:
-                return field.validate(_parsed(body), {}, loc=("body",))
-
-            value, errors = await in_body_thread(read)
+            validate = partial(field.validate, loc=("body",))
+            value, errors = await in_body_thread(lambda: validate(_parsed(body)))
             if errors:
                 raise RequestValidationError(errors)
             return await handle(_ReadRequest(request, value))

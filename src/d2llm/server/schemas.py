@@ -68,14 +68,10 @@ class KnownFields(BaseModel):
         known = accepted_names(cls)
         unknown = (name for name in names if name not in known)
         problems: list[InitErrorDetails] = []
-        for name in islice(unknown, _MOST_SUGGESTIONS):
-            problem = {"problem": f"there is no such field{did_you_mean(name, known)}"}
-            kind = PydanticCustomError("extra_forbidden", "{problem}", problem)
+        for number, name in enumerate(islice(unknown, 1 + MOST_PROBLEMS)):
+            hint = did_you_mean(name, known) if number < _MOST_SUGGESTIONS else ""
+            kind = PydanticCustomError("extra_forbidden", "{problem}", {"problem": f"there is no such field{hint}"})
             problems.append({"type": kind, "loc": (name,), "input": 0})
-        problems += [
-            {"type": PydanticCustomError("extra_forbidden", "there is no such field"), "loc": (name,), "input": 0}
-            for name in islice(unknown, MOST_PROBLEMS)
-        ]
         if problems:
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return body
