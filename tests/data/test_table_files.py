@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -12,6 +13,7 @@ import pytest
 from d2llm.data.csv_dialect import table_rows
 from d2llm.data.documents import find_documents
 from d2llm.data.indexed_corpus import open_corpus
+from d2llm.store.schema import MetadataSchema
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -146,6 +148,55 @@ class TestRows:
             ),
             "name: Elm\nok: false",
         ]
+
+    def test_nan_is_a_missing_value(self, tmp_path):
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        nan = float("nan")
+        frame = pa.table({"title": [nan, nan], "name": ["Oak", "Elm"], "price": [1.5, nan], "note": ["a", None]})
+        parquet.write_table(frame, tmp_path / "rows.parquet")
+        rows = list(find_documents([tmp_path / "rows.parquet"]))
+        assert [row.text for row in rows] == ["name: Oak\nprice: 1.5\nnote: a", "name: Elm"]
+        assert {row.title for row in rows} == {"rows.parquet"}
+        lines = '{"title": NaN, "name": "Oak"}\n{"title": null, "name": "Elm"}\n{"title": 1984, "name": "Ash"}\n'
+        rows = list(find_documents([write(tmp_path, "a.jsonl", lines)]))
+        assert [(row.title, row.text) for row in rows] == [
+            ("a.jsonl", "name: Oak"),
+            ("a.jsonl", "name: Elm"),
+            ("1984", "name: Ash"),
+        ]
+
+    @pytest.mark.parametrize("kind", ["parquet", "corpus.jsonl", "polars"])
+    def test_missing_values_of_a_corpus(self, tmp_path, kind):
+        """As pandas writes them, with the whole numbers of a column with missing ones as floats."""
+        nan = float("nan")
+        columns = {
+            "_id": ["a", "b"],
+            "text": ["an oak", "an elm"],
+            "title": ["Oak", None if kind == "parquet" else nan],
+            "document_id": ["d", None if kind == "parquet" else nan],
+            "position": [2.0, nan],
+            "year": [2020.0, nan],
+        }
+        if kind == "parquet":
+            pandas = pytest.importorskip("pandas")
+            path = tmp_path / "a.parquet"
+            pandas.DataFrame(columns).to_parquet(path)
+        elif kind == "polars":
+            polars = pytest.importorskip("polars")
+            path = tmp_path / "a.parquet"
+            polars.DataFrame({**columns, "title": [nan, nan], "document_id": [nan, nan]}).write_parquet(path)
+        else:
+            path = tmp_path / kind
+            rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        first, second = open_corpus([path]).passages
+        named = ("", "") if kind == "polars" else ("Oak", "d")
+        assert (first.text, first.title, first.document_id, first.position) == ("an oak", *named, 2)
+        assert (second.text, second.title, second.document_id, second.position) == ("an elm", "", "", 0)
+        schema = MetadataSchema.infer([first, second], MetadataSchema({"year": "integer"}))
+        assert schema.columns([first, second])["year"].to_pylist() == [2020, None]
 
     @pytest.mark.parametrize(
         ("name", "content", "reason"),

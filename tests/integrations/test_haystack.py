@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import FilterError, InputError, ModelNotFoundError
-from d2llm.integrations.haystack_filters import as_condition
+from d2llm.integrations.filters import haystack_condition as as_condition
 from indexed_student import PASSAGES, QUERIES, make_indexed
 from late_import import late_import
 from tiny_models import DIM, TEXTS
@@ -93,6 +93,23 @@ class TestRanker:
         assert len(ranker.run(QUERIES[0], documents, top_k=5)["documents"]) == 5
         assert ranker.run(QUERIES[0], []) == {"documents": []}
 
+    def test_a_document_that_was_found_twice_is_ranked_once(self, documents, folder):
+        """As Haystack's own rankers do: of two with the same id, the one with the higher score remains."""
+        ranker = integration.D2LLMRanker(folder, **FLOAT32)
+        better = haystack.Document(id=documents[0].id, content=documents[0].content, meta={"from": "b"}, score=0.9)
+        worse = haystack.Document(id=documents[0].id, content=documents[0].content, meta={"from": "c"}, score=0.1)
+        output = ranker.run(QUERIES[0], [documents[0], better, *documents[1:], worse])["documents"]
+        assert sorted(document.id for document in output) == sorted(document.id for document in documents)
+        assert next(each for each in output if each.id == better.id).meta == {"from": "b"}
+
+    def test_missing_values_are_no_text(self, documents, folder):
+        ranker = integration.D2LLMRanker(folder, **FLOAT32)
+        untitled, nan = (
+            haystack.Document(id="a", content=TEXTS[0], meta=meta) for meta in ({}, {"title": float("nan")})
+        )
+        scores = [ranker.run(QUERIES[0], [each])["documents"][0].score for each in (untitled, nan)]
+        assert scores[0] == scores[1]
+
     def test_invalid_requests_are_rejected(self, documents, folder, tmp_path):
         with pytest.raises(InputError, match="top_k is 0"):
             integration.D2LLMRanker(folder, top_k=0)
@@ -128,8 +145,10 @@ class TestRetriever:
         folder = str(indexed.index.folder)
         with pytest.raises(InputError, match="top_k is 0"):
             integration.D2LLMRetriever(folder, top_k=0)
-        with pytest.raises(InputError, match=r"fields of SearchSettings.*topk"):
+        with pytest.raises(InputError, match="no search setting 'topk'; did you mean 'top_k'"):
             integration.D2LLMRetriever(folder, settings={"topk": 3})
+        with pytest.raises(InputError, match="top_k, which is an argument of its own"):
+            integration.D2LLMRetriever(folder, settings={"top_k": 3})
         with pytest.raises(FilterError, match="colour"):
             retriever.run("rain", filters={"field": "colour", "operator": "==", "value": "red"})
         with pytest.raises(InputError, match="nothing"):
@@ -144,6 +163,9 @@ FILTERS = [
     {"field": "meta.language", "operator": "==", "value": "de"},
     {"field": "meta.year", "operator": "==", "value": None},
     {"field": "meta.year", "operator": "!=", "value": None},
+    {"field": "meta.year", "operator": "in", "value": [2001, None]},
+    {"field": "meta.title", "operator": "==", "value": None},
+    {"field": "meta.title", "operator": "not in", "value": ["the reads"]},
     {
         "operator": "NOT",
         "conditions": [
@@ -171,6 +193,8 @@ class TestFilters:
     @pytest.mark.parametrize("filters", FILTERS, ids=str)
     def test_filters_match_the_same_documents_as_in_haystack(self, documents, retriever, filters):
         matches = haystack.utils.filters.document_matches_filter
+        for document in documents:  # those without a title have none in Haystack
+            document.meta = {name: value for name, value in document.meta.items() if value != ""}
         expected = {document.id for document in documents if matches(filters, document)}
         assert 0 < len(expected) < len(documents)
         assert {document for document, _ in as_pairs(retriever.run("rain", filters=filters))} == expected
@@ -181,14 +205,15 @@ class TestFilters:
         assert len(as_pairs(retriever.run("rain", filters=every))) == len(as_pairs(retriever.run("rain")))
 
     def test_fields_of_metadata_may_be_named_like_those_of_haystacks_documents(self):
-        assert as_condition({"field": "meta.score", "operator": ">", "value": 1}).startswith("(score > 1 ")
+        assert as_condition({"field": "meta.score", "operator": ">", "value": 1}).startswith('("score" > 1 ')
 
     def test_numbers_of_numpy(self):
         for value, written in ((np.float64(3.5), "3.5"), (np.int64(4), "4"), (np.bool_(True), "TRUE")):
-            assert f"(a = {written} " in as_condition({"field": "a", "operator": "==", "value": value})
+            assert f'("a" = {written} ' in as_condition({"field": "a", "operator": "==", "value": value})
 
     def test_quotes_are_escaped(self):
-        assert as_condition({"field": "a", "operator": "==", "value": "it's"}) == "(a = 'it''s' AND a IS NOT NULL)"
+        condition = as_condition({"field": 'a"b', "operator": "==", "value": "it's"})
+        assert condition == """("a""b" = 'it''s' AND NOT ("a""b" IS NULL))"""
 
     @pytest.mark.parametrize(
         ("filters", "message"),

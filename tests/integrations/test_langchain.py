@@ -83,6 +83,21 @@ class TestReranker:
         assert results[0].metadata["language"] in ("en", "de")
         assert results[0].page_content == documents[int(results[0].id[1:])].page_content
 
+    def test_missing_titles(self, indexed):
+        """A title of pandas' NaN is none, and not the word "nan"."""
+        from langchain_core.documents import Document
+
+        reranker = integration.D2LLMReranker(student=indexed.student)
+        titles = ({}, {"title": float("nan")}, {"title": None}, {"title": np.float64("nan")}, {"title": "nan"})
+        scores = [
+            reranker.compress_documents([Document(page_content=TEXTS[0], metadata=metadata)], QUERIES[0])[0].metadata[
+                "relevance_score"
+            ]
+            for metadata in titles
+        ]
+        assert len(set(scores[:4])) == 1
+        assert scores[4] != scores[0]
+
     def test_top_k_also_asynchronously(self, indexed, documents):
         reranker = integration.D2LLMReranker(student=indexed.student, top_k=2)
         results = reranker.compress_documents(documents, QUERIES[1])
@@ -95,8 +110,8 @@ class TestReranker:
             integration.D2LLMReranker(student="d2llm-minilm")
         with pytest.raises(ValidationError, match="greater than or equal to 1"):
             integration.D2LLMReranker(student=indexed.student, top_k=0)
-        with pytest.raises(ValidationError, match="topk"):
-            integration.D2LLMReranker(student=indexed.student, topk=3)
+        with pytest.raises(InputError, match="D2LLMReranker has no option 'top_n'; did you mean 'top_k'"):
+            integration.D2LLMReranker(student=indexed.student, top_n=3)
         with pytest.raises(InputError, match="a text is needed"):
             integration.D2LLMReranker(student=indexed.student).compress_documents(documents, None)
 
@@ -132,6 +147,94 @@ class TestRetriever:
         assert results == indexed.found(QUERIES[0], **options)
         assert [name for name, _ in results] != [name for name, _ in indexed.found(QUERIES[0], top_k=4)]
 
+    def test_langchains_names_of_settings(self, indexed):
+        retriever = integration.D2LLMRetriever(index=indexed.index)
+        assert as_pairs(retriever.invoke(QUERIES[0], k=2)) == indexed.found(QUERIES[0], top_k=2)
+        expected = indexed.found(QUERIES[0], top_k=4, select_from=8, mmr=0.2)
+        assert as_pairs(retriever.invoke(QUERIES[0], k=4, fetch_k=8, lambda_mult=0.2)) == expected
+        configured = integration.D2LLMRetriever(
+            index=indexed.index, search_type="mmr", search_kwargs={"k": 4, "fetch_k": 8, "lambda_mult": 0.2}
+        )
+        assert as_pairs(configured.invoke(QUERIES[0])) == expected
+        by_default = integration.D2LLMRetriever(index=indexed.index, search_type="mmr")
+        assert by_default.settings == SearchSettings(mmr=0.5)
+        filtered = integration.D2LLMRetriever(index=indexed.index, k=3, filter={"year": {"$gt": 2003}}, tags=["a"])
+        assert as_pairs(filtered.invoke(QUERIES[0])) == indexed.found(QUERIES[0], top_k=3, filter="year > 2003")
+        assert filtered.tags == ["a"]
+        assert as_pairs(filtered.batch([QUERIES[1]], k=1)[0]) == indexed.found(
+            QUERIES[1], top_k=1, filter="year > 2003"
+        )
+
+    def test_unknown_options_of_the_constructor_are_rejected(self, indexed):
+        for options, message in [
+            ({"top_n": 3}, "no search setting 'top_n'; did you mean 'top_k'"),
+            ({"search_kwargs": {"score_threshold": 0.5}}, "score_threshold cannot be used"),
+            ({"search_type": "similarity_score_threshold"}, "is not one of similarity, mmr"),
+            ({"k": 2, "search_kwargs": {"k": 3}}, "k is also in search_kwargs"),
+            ({"top_k": 0}, "top_k is 0"),
+            ({"vectorstore": "a"}, "no search setting 'vectorstore'"),
+        ]:
+            with pytest.raises(InputError, match=message):
+                integration.D2LLMRetriever(index=indexed.index, **options)
+
+    @pytest.mark.parametrize(
+        ("condition", "matches"),
+        [
+            ({"year": 2004}, lambda year, language: year == 2004),
+            ({"year": {"$eq": 2004}}, lambda year, language: year == 2004),
+            ({"year": {"$ne": 2004}}, lambda year, language: year != 2004),
+            ({"year": {"$gte": 2003, "$lt": 2006}}, lambda year, language: year is not None and 2003 <= year < 2006),
+            ({"year": {"$between": [2003, 2005]}}, lambda year, language: year is not None and 2003 <= year <= 2005),
+            ({"year": [2001, 2002]}, lambda year, language: year in (2001, 2002)),
+            ({"year": {"$in": [2001, 2002]}}, lambda year, language: year in (2001, 2002)),
+            ({"year": {"$nin": [2001, 2002]}}, lambda year, language: year not in (2001, 2002)),
+            ({"year": {"$exists": False}}, lambda year, language: year is None),
+            ({"year": {"$exists": True}}, lambda year, language: year is not None),
+            ({"year": None}, lambda year, language: year is None),
+            ({"year": float("nan")}, lambda year, language: year is None),
+            ({"year": np.int64(2004)}, lambda year, language: year == 2004),
+            ({"language": {"$like": "d%"}}, lambda year, language: language == "de"),
+            ({"language": "en", "year": {"$lt": 2003}}, lambda year, language: language == "en" and year < 2003),
+            ({"$and": [{"language": "en"}, {"year": 2002}]}, lambda year, language: year == 2002),
+            ({"$or": [{"language": "de"}, {"year": 2002}]}, lambda year, language: year in (None, 2002)),
+            ({"$not": {"year": {"$gt": 2002}}}, lambda year, language: year is None or year <= 2002),
+            ({"year": {"$not": {"$gt": 2002}}}, lambda year, language: year is None or year <= 2002),
+            ({}, lambda year, language: True),
+        ],
+        ids=str,
+    )
+    def test_dictionaries_as_filters(self, indexed, condition, matches):
+        expected = {
+            passage.id
+            for passage in PASSAGES
+            if matches(passage.metadata.get("year"), passage.metadata.get("language"))
+        }
+        retriever = integration.D2LLMRetriever(index=indexed.index)
+        assert {document.id for document in retriever.invoke("rain", k=20, filter=condition)} == expected != set()
+
+    @pytest.mark.parametrize(
+        ("condition", "message"),
+        [
+            ({"year": {"$regex": "2"}}, r"'year' cannot be compared by '\$regex'.*use \$eq"),
+            ({"$nor": [{"year": 1}]}, r"'\$nor' joins no conditions"),
+            ({"$and": {"year": 1}}, r"\$and needs a list"),
+            ({"$or": []}, "OR has no conditions"),
+            ({"$or": [{}]}, r"a condition of \$or is empty"),
+            ({"year": {}}, "'year' is compared with nothing"),
+            ({"year": {"$between": [1]}}, "needs two values"),
+            ({"year": {"nested": 1}}, "cannot be compared by 'nested'"),
+            ({"year": "2004"}, "field 'year' is integer"),
+            ({"colour": "red"}, "no field 'colour'"),
+            ({'year" = 2004 OR "year': 1}, "there is no field"),
+            (lambda document: True, "filter: function cannot be used"),
+            ([("year", 2004)], "filter: list cannot be used"),
+        ],
+        ids=str,
+    )
+    def test_filters_that_are_not_understood_are_rejected(self, indexed, condition, message):
+        with pytest.raises(FilterError, match=message):
+            integration.D2LLMRetriever(index=indexed.index).invoke("rain", filter=condition)
+
     def test_async_and_batch_calls_give_the_same_results(self, indexed):
         retriever = integration.D2LLMRetriever(index=indexed.index)
         expected = [indexed.found(query) for query in QUERIES * 5]
@@ -166,7 +269,11 @@ class TestRetriever:
             retriever.invoke("rain", filter="colour = 'red'")
         with pytest.raises(InputError, match="top_k is 0"):
             retriever.invoke("rain", top_k=0)
-        with pytest.raises(TypeError, match="topk"):
+        with pytest.raises(InputError, match="no search setting 'topk'; did you mean 'top_k'"):
             retriever.invoke("rain", topk=3)
+        with pytest.raises(InputError, match="score_threshold cannot be used"):
+            retriever.invoke("rain", score_threshold=0.5)
+        with pytest.raises(InputError, match="k and top_k are the same"):
+            retriever.invoke("rain", k=3, top_k=3)
         with pytest.raises(ValidationError, match="instance of Index"):
             integration.D2LLMRetriever(index="folder")

@@ -114,6 +114,19 @@ class TestRerank:
             integration.D2LLMRerank(student=indexed.student, top_n=0)
         with pytest.raises(ValidationError, match="instance of Student"):
             integration.D2LLMRerank(student="d2llm-minilm")
+        with pytest.raises(InputError, match="D2LLMRerank has no option 'top_k'; did you mean 'top_n'"):
+            integration.D2LLMRerank(student=indexed.student, top_k=2)
+        with pytest.raises(InputError, match="D2LLMEmbedding has no option 'device'; there are: "):
+            integration.D2LLMEmbedding(student=indexed.student, device="cpu")
+
+    def test_missing_titles(self, indexed):
+        schema = llama_index.schema
+        rerank = integration.D2LLMRerank(student=indexed.student)
+        nodes = [
+            schema.NodeWithScore(node=schema.TextNode(text=TEXTS[0], metadata=metadata))
+            for metadata in ({}, {"title": float("nan")}, {"title": None}, {"title": np.float64("nan")})
+        ]
+        assert len({result.score for result in rerank.postprocess_nodes(nodes, query_str=QUERIES[0])}) == 1
 
 
 class TestRetriever:
@@ -133,10 +146,79 @@ class TestRetriever:
         assert len(results) == 3
         with pytest.raises(InputError, match="top_k is 0"):
             integration.D2LLMRetriever(indexed.index, top_k=0)
-        with pytest.raises(TypeError, match="topk"):
+        with pytest.raises(InputError, match="no search setting 'topk'; did you mean 'top_k'"):
             integration.D2LLMRetriever(indexed.index, topk=3)
+        with pytest.raises(InputError, match="no search setting 'vector_store_query_mode'"):
+            integration.D2LLMRetriever(indexed.index, vector_store_query_mode="mmr")
         with pytest.raises(FilterError, match="colour"):
             integration.D2LLMRetriever(indexed.index, filter="colour = 'red'").retrieve("rain")
+
+    def test_llama_indexs_names_of_settings(self, indexed):
+        manager = llama_index.callbacks.CallbackManager()
+        retriever = integration.D2LLMRetriever(indexed.index, similarity_top_k=2, callback_manager=manager)
+        assert as_pairs(retriever.retrieve(QUERIES[0])) == indexed.found(QUERIES[0], top_k=2)
+        assert (retriever.similarity_top_k, retriever.callback_manager) == (2, manager)
+        retriever.similarity_top_k = 3
+        assert as_pairs(retriever.retrieve(QUERIES[0])) == indexed.found(QUERIES[0], top_k=3)
+        with pytest.raises(InputError, match="similarity_top_k and top_k are the same"):
+            integration.D2LLMRetriever(indexed.index, similarity_top_k=2, top_k=3)
+        by_dictionary = integration.D2LLMRetriever(indexed.index, filter={"year": {"$gt": 2003}})
+        assert as_pairs(by_dictionary.retrieve(QUERIES[0])) == indexed.found(QUERIES[0], filter="year > 2003")
+
+    @pytest.mark.parametrize(
+        ("filters", "condition"),
+        [
+            ([("year", 2004, "==")], "year = 2004"),
+            ([("year", 2004, "!=")], "year <> 2004 OR year IS NULL"),
+            ([("year", 2003, ">="), ("year", 2006, "<")], "year >= 2003 AND year < 2006"),
+            ([("year", [2001, 2002], "in")], "year IN (2001, 2002)"),
+            ([("year", [2001, 2002], "nin")], "year NOT IN (2001, 2002) OR year IS NULL"),
+            ([("year", None, "is_empty")], "year IS NULL"),
+            ([("title", "read", "text_match")], "title LIKE '%read%'"),
+            ([("title", "_", "text_match"), "or", ("id", "p1", "==")], "id = 'p1'"),
+            ([("year", 2002, "<"), "or", ("language", "de", "==")], "year < 2002 OR language = 'de'"),
+            ([("year", 2002, "<"), "not", ("language", "de", "==")], "year >= 2002"),
+        ],
+        ids=str,
+    )
+    def test_metadata_filters(self, indexed, filters, condition):
+        types = llama_index.vector_stores.types
+        joins = [each for each in filters if isinstance(each, str)]
+        metadata_filters = types.MetadataFilters(
+            filters=[
+                types.MetadataFilter(key=key, value=value, operator=operator)
+                for key, value, operator in (each for each in filters if not isinstance(each, str))
+            ],
+            condition=joins[0] if joins else "and",
+        )
+        nested = types.MetadataFilters(filters=[metadata_filters])
+        for each in (metadata_filters, nested):
+            results = as_pairs(integration.D2LLMRetriever(indexed.index, filters=each).retrieve(QUERIES[0]))
+            assert results == indexed.found(QUERIES[0], filter=condition) != []
+        both = integration.D2LLMRetriever(indexed.index, filter="year > 2002", filters=metadata_filters)
+        assert as_pairs(both.retrieve(QUERIES[0])) == indexed.found(QUERIES[0], filter=f"year > 2002 AND ({condition})")
+
+    def test_node_ids_and_doc_ids(self, indexed):
+        nodes = integration.D2LLMRetriever(indexed.index, node_ids=["p1", "p5"])
+        assert {name for name, _ in as_pairs(nodes.retrieve(QUERIES[0]))} == {"p1", "p5"}
+        documents = integration.D2LLMRetriever(indexed.index, doc_ids=["d1", "p0"])
+        expected = {passage.id for passage in PASSAGES if passage.document_id == "d1"} | {"p0"}
+        assert {name for name, _ in as_pairs(documents.retrieve(QUERIES[0]))} == expected
+        assert integration.D2LLMRetriever(indexed.index, node_ids=[]).retrieve(QUERIES[0]) == []
+        with pytest.raises(InputError, match="node_ids is 'p1'; give a list"):
+            integration.D2LLMRetriever(indexed.index, node_ids="p1")
+
+    def test_what_a_retriever_cannot_do_is_rejected(self, indexed):
+        types = llama_index.vector_stores.types
+        for operator, value in (("any", ["a"]), ("all", ["a"]), ("text_match_insensitive", "A"), ("contains", 3)):
+            each = types.MetadataFilter(key="language", value=value, operator=operator)
+            with pytest.raises(FilterError, match=f"'language' cannot be compared by '{operator}'"):
+                integration.D2LLMRetriever(indexed.index, filters=types.MetadataFilters(filters=[each]))
+        with pytest.raises(FilterError, match="MetadataFilters or a dictionary is needed, but str"):
+            integration.D2LLMRetriever(indexed.index, filters="year > 2000")
+        query = llama_index.schema.QueryBundle("rain", custom_embedding_strs=["it rains"])
+        with pytest.raises(InputError, match="custom_embedding_strs"):
+            integration.D2LLMRetriever(indexed.index).retrieve(query)
 
     def test_retriever_and_reranker_work_in_a_query_engine(self, indexed):
         engine = llama_index.query_engine.RetrieverQueryEngine(

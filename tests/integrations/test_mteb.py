@@ -384,6 +384,8 @@ def test_invalid_requests_are_rejected(folder, student):
         fresh.index(rows * 2, task_metadata=metadata, **PLACE)
     with pytest.raises(InputError, match="precision 'int8'"):
         fresh.index(rows, task_metadata=metadata, **(PLACE | {"encode_kwargs": {"precision": "int8"}}))
+    with pytest.raises(InputError, match="truncate_dim 8, which this model does not have"):
+        fresh.index(rows, task_metadata=metadata, **(PLACE | {"encode_kwargs": {"truncate_dim": 8}}))
     fresh.index(rows, task_metadata=metadata, **PLACE)
     with pytest.raises(InputError, match="query 'c' is a conversation"):
         fresh.search([{"id": "c", "text": ["hello", "you"]}], task_metadata=metadata, top_k=3, **PLACE)

@@ -85,7 +85,12 @@ def test_titles_are_encoded_as_in_an_index():
     passage = Passage("p", "the text", "A Title", document_id="d", position=3, metadata={"year": 2001})
     assert passage_text("the text", passage_metadata(passage)) == passage.full_text == "A Title\nthe text"
     assert passage_metadata(passage) == {"title": "A Title", "document_id": "d", "position": 3, "year": 2001}
-    assert passage_text("the text", {"title": None}) == "the text"
+    for title in (None, float("nan"), np.float32("nan"), np.datetime64("NaT"), ""):
+        assert passage_text("the text", {"title": title}) == "the text"
+    assert passage_text("the text", {"title": np.str_("A Title")}) == "A Title\nthe text"
+    assert passage_text("the text", {"title": 1984}) == "1984\nthe text"
+    with pytest.raises(InputError, match="a title must be a text, but list was given"):
+        passage_text("the text", {"title": ["A", "Title"]})
     assert passage_metadata(Passage("p", "text")) == {}
 
 

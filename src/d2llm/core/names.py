@@ -6,12 +6,19 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 NAMES_ELSEWHERE: Mapping[str, str] = {
+    "fetch_k": "select_from",
+    "filters": "filter",
     "k": "top_k",
+    "lambda_mult": "mmr",
     "limit": "top_k",
     "n": "top_k",
+    "n_results": "top_k",
+    "num_results": "top_k",
     "q": "query",
+    "similarity_top_k": "top_k",
     "text": "query",
     "top_n": "top_k",
+    "where": "filter",
 }
 """Names that other libraries use for search settings."""
 _LONGEST = 200  # characters of a name that may be misspelt: comparing takes time that grows with the length

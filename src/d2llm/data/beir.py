@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError
 from d2llm.core.inputs import strings_of
+from d2llm.core.plain_values import plain_value
 from d2llm.core.types import Passage, Qrels, Query
 from d2llm.data.lines import (
     Fields,
@@ -183,7 +184,7 @@ def iter_passages(path: Path, rows: Rows) -> Iterator[tuple[int, Passage]]:
     """Numbered passages from rows with ``_id``, ``text`` and optionally ``title``; errors name ``path``."""
     line = 0
     for line, record in rows:
-        title = record.get("title")
+        title = plain_value(record.get("title"))  # NaN is what pandas and polars write for a missing one
         if title is not None and not isinstance(title, str):
             raise wrong_type(path, line, "title", title)
         yield line, Passage(_identifier(path, line, record), string_field(path, line, record, "text"), title or "")

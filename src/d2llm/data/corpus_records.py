@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError
+from d2llm.core.plain_values import plain_value
 from d2llm.core.types import MetadataValue, Passage
 from d2llm.data.beir import iter_passages
 from d2llm.data.lines import Fields, type_name, wrong_type
@@ -28,14 +29,16 @@ def _with_metadata(file: Path, line: int, record: Fields, passage: Passage) -> P
     if "_id" in record and str(record.get("id", passage.id)) != passage.id:
         problem = f"has '_id' {record['_id']!r} and 'id' {record['id']!r}; keep one of them"
         raise DataFormatError(file, problem, line=line)
-    document_id, position = record.get("document_id"), record.get("position")
+    document_id, position = plain_value(record.get("document_id")), plain_value(record.get("position"))
+    if isinstance(position, float) and position.is_integer():  # as pandas has those of a column with missing ones
+        position = int(position)
     if isinstance(document_id, int) and not isinstance(document_id, bool):
         document_id = str(document_id)
     if not isinstance(document_id, str | None):
         raise wrong_type(file, line, "document_id", document_id)
     if not isinstance(position, int | None) or isinstance(position, bool):
         raise DataFormatError(file, f"field 'position' must be a whole number, found {position!r}", line=line)
-    nested = record.get("metadata")
+    nested = plain_value(record.get("metadata"))
     if not isinstance(nested, dict | None):
         problem = f"field 'metadata' must be an object, found {type_name(nested)}; --no-metadata ignores all metadata"
         raise DataFormatError(file, problem, line=line)

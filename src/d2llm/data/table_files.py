@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError
+from d2llm.core.plain_values import plain_value
 from d2llm.core.types import Passage
 from d2llm.data.corpus_records import corpus_passages
 from d2llm.data.csv_dialect import table_rows
@@ -89,7 +90,7 @@ def parquet_records(path: Path) -> Iterator[tuple[int, Pairs]]:
 
     try:
         for number, row in parquet_rows([path]):
-            yield number, Pairs((name, value) for name, value in row.items() if value is not None)
+            yield number, Pairs((name, value) for name, value in row.items() if plain_value(value) is not None)
     except (DataFormatError, ValueError) as error:
         problem = error.problem if isinstance(error, DataFormatError) else str(error)
         raise TableError(f"it cannot be parsed ({problem})") from error
@@ -133,11 +134,16 @@ def _corpus(records: Iterable[tuple[int, Any]], path: Path) -> list[Passage]:
 def _row(number: int, record: Any) -> Passage:
     """A document of a row without an id of a corpus."""
     pairs = record if isinstance(record, Pairs) else Pairs([("", record)])
+    pairs = [(name, value) for name, value in pairs if not (name.lower() == "title" and _is_missing(value))]
     titles = [_text(value) for name, value in pairs if name.lower() == "title"]
     title = " ".join(titles[0].split()) if len(titles) == 1 else ""
     lines = [_line(name, value) for name, value in pairs if not (title and name.lower() == "title")]
     text = "\n".join(line for line in lines if line) or title
     return Passage(str(number), _without_halves(text), _without_halves(title))
+
+
+def _is_missing(value: Any) -> bool:
+    return value == "NaN" if isinstance(value, Written) else plain_value(value) is None
 
 
 def _line(name: str, value: Any) -> str:

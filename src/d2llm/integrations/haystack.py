@@ -6,6 +6,7 @@ modules are allowed: ``Pipeline.loads(text, allowed_modules=["d2llm.*"])``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
@@ -18,7 +19,7 @@ from d2llm.core.extras import require
 from d2llm.core.inputs import objects_of
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_TOP_K, RankedPassage, Task
-from d2llm.integrations.haystack_filters import as_condition
+from d2llm.integrations.filters import all_of, haystack_condition
 from d2llm.integrations.texts import (
     check_top_k,
     embed_passages,
@@ -26,6 +27,7 @@ from d2llm.integrations.texts import (
     passage_metadata,
     passage_text,
     rank_texts,
+    search_settings,
 )
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
@@ -167,10 +169,12 @@ class D2LLMRanker(_StudentComponent):
     def run(self, query: str, documents: list[Document], top_k: int | None = None) -> dict[str, Any]:
         """The best documents, best first, as copies with their scores; ``top_k`` None: the component's setting.
 
+        Of documents with the same id, which two retrievers may have found, one remains, as with Haystack's own rankers.
+
         Raises:
             InputError: a document has no text, or ``top_k`` is below 1.
         """
-        documents = objects_of(documents, "documents", Document)
+        documents = _without_repetitions(objects_of(documents, "documents", Document))
         texts = [_text(document) for document in documents]
         ranked = rank_texts(self._ready(), query, texts, self.task, self.top_k if top_k is None else top_k)
         return {"documents": [replace(documents[place], score=score) for place, score in ranked]}
@@ -247,12 +251,11 @@ class D2LLMRetriever(_Component):
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in self.settings.items()
         }
-        try:
-            settings = SearchSettings(**fields)
-        except TypeError as error:
-            raise InputError(f"settings are fields of SearchSettings: {error}") from None
-        conditions = [part for part in (settings.filter, as_condition(filters) if filters else None) if part]
-        return replace(settings, top_k=top_k, filter=" AND ".join(f"({part})" for part in conditions) or None)
+        if "top_k" in fields:
+            raise InputError("settings has top_k, which is an argument of its own: give top_k instead")
+        settings = search_settings(None, fields, {})
+        condition = all_of([settings.filter, haystack_condition(filters) if filters else None])
+        return replace(settings, top_k=top_k, filter=condition)
 
 
 def _load(student: str, device: str | None, dtype: str | None) -> Student:
@@ -261,6 +264,20 @@ def _load(student: str, device: str | None, dtype: str | None) -> Student:
     if loaded is None:
         loaded = _loaded[key] = Student.load(student, device=device, dtype=dtype)
     return loaded
+
+
+def _without_repetitions(documents: list[Document]) -> list[Document]:
+    """The documents without those whose id another one has; the one with the highest score remains."""
+    kept: dict[str, Document] = {}
+    for document in documents:
+        other = kept.get(document.id)
+        if other is None or _earlier_score(document) > _earlier_score(other):
+            kept[document.id] = document
+    return list(kept.values())
+
+
+def _earlier_score(document: Document) -> float:
+    return -math.inf if document.score is None else document.score
 
 
 def _text(document: Document) -> str:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
+from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.inputs import objects_of
 from d2llm.core.types import RankedPassage, Task
+from d2llm.integrations.filters import dictionary_condition
 from d2llm.integrations.texts import (
     embed_passages,
     embed_queries,
     passage_metadata,
     passage_text,
     rank_texts,
+    refuse_unknown,
     require_anchor,
+    search_settings,
 )
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
@@ -37,6 +40,11 @@ from langchain_core.runnables import run_in_executor  # noqa: E402
 
 SCORE = "relevance_score"
 """Metadata field of the score, as in LangChain's own rerankers."""
+
+_NAMES = {"k": "top_k", "fetch_k": "select_from", "lambda_mult": "mmr"}
+"""LangChain's names of search settings."""
+_SEARCH_TYPES = ("similarity", "mmr")
+_MMR = 0.5  # LangChain's default of lambda_mult
 
 
 class D2LLMEmbeddings(Embeddings):
@@ -76,6 +84,12 @@ class D2LLMReranker(BaseDocumentCompressor):
     task: Task = "asymmetric"
     top_k: int | None = Field(default=None, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        refuse_unknown(values, cls.model_fields, cls.__name__)
+        return values
+
     def compress_documents(
         self,
         documents: Sequence[Document],
@@ -99,13 +113,30 @@ class D2LLMReranker(BaseDocumentCompressor):
 class D2LLMRetriever(BaseRetriever):
     """Searches an index: candidates, then the student's full score, as ``Index.search`` does.
 
-    A call can override single settings: ``retriever.invoke(query, top_k=3, filter="year >= 2020")``.
+    Search settings are given as ``settings``, one by one (``D2LLMRetriever(index=index, top_k=3)``), or as LangChain's
+    ``search_type`` and ``search_kwargs``; a call can override single ones, as in ``retriever.invoke(query, top_k=3,
+    filter="year >= 2020")``. They may have LangChain's names (``k``, ``fetch_k``, ``lambda_mult``), and ``filter`` may
+    be a dictionary (``filters.dictionary_condition``).
+
+    Raises:
+        InputError: there is no such setting, or settings contradict each other.
+        FilterError: a filter is neither a condition nor such a dictionary.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     index: Index
     settings: SearchSettings = SearchSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_settings(cls, values: dict[str, Any]) -> dict[str, Any]:
+        own = {name: value for name, value in values.items() if name in cls.model_fields}
+        changes = {name: value for name, value in values.items() if name not in own}
+        if changes:
+            own["settings"] = _changed(own.get("settings"), _without_search_type(changes))
+            own["settings"].check()
+        return own
 
     def _get_relevant_documents(
         self,
@@ -114,7 +145,7 @@ class D2LLMRetriever(BaseRetriever):
         run_manager: CallbackManagerForRetrieverRun,  # noqa: ARG002 - part of the interface
         **changes: Any,
     ) -> list[Document]:
-        (ranking,) = self.index.search([query], replace(self.settings, **changes))
+        (ranking,) = self.index.search([query], _changed(self.settings, changes))
         return [_document(place) for place in ranking.passages]
 
     async def _aget_relevant_documents(
@@ -122,6 +153,34 @@ class D2LLMRetriever(BaseRetriever):
     ) -> list[Document]:
         manager = run_manager.get_sync()
         return await run_in_executor(None, self._get_relevant_documents, query, run_manager=manager, **changes)
+
+
+def _without_search_type(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of LangChain's ``as_retriever`` as single settings."""
+    changes = {name: value for name, value in options.items() if name not in ("search_type", "search_kwargs")}
+    for name, value in cast("dict[str, Any]", options.get("search_kwargs") or {}).items():
+        if name in changes:
+            raise InputError(f"{name} is also in search_kwargs; give it once")
+        changes[name] = value
+    search_type = options.get("search_type", "similarity")
+    if search_type not in _SEARCH_TYPES:
+        raise InputError(f"search_type {search_type!r} is not one of {', '.join(_SEARCH_TYPES)}; {_NO_THRESHOLD}")
+    if search_type == "mmr" and "mmr" not in changes:
+        changes.setdefault("lambda_mult", _MMR)
+    return changes
+
+
+_NO_THRESHOLD = (
+    "scores are not relevances between 0 and 1, so there is no threshold: filter the results by their relevance_score"
+)
+
+
+def _changed(settings: SearchSettings | None, changes: Mapping[str, Any]) -> SearchSettings:
+    if "score_threshold" in changes:
+        raise InputError(f"score_threshold cannot be used: {_NO_THRESHOLD}")
+    if "filter" in changes and not isinstance(changes["filter"], str | None):
+        changes = {**changes, "filter": dictionary_condition(changes["filter"])}
+    return search_settings(settings, changes, _NAMES)
 
 
 def _document(place: RankedPassage) -> Document:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
 from d2llm.core.types import RankedPassage, Task
+from d2llm.integrations.filters import all_of, dictionary_condition, llama_index_condition, one_of
 from d2llm.integrations.texts import (
     embed_passages,
     embed_queries,
     passage_metadata,
     passage_text,
     rank_texts,
+    refuse_unknown,
     require_anchor,
+    search_settings,
 )
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
@@ -24,10 +28,11 @@ from d2llm.retrieval.search import SearchSettings
 require("llama_index.core", extra="llama-index", purpose="d2llm in LlamaIndex")
 
 from llama_index.core.base.embeddings.base import BaseEmbedding  # noqa: E402
-from llama_index.core.bridge.pydantic import Field  # noqa: E402
+from llama_index.core.bridge.pydantic import Field, model_validator  # noqa: E402
+from llama_index.core.callbacks.base import CallbackManager  # noqa: E402
 from llama_index.core.postprocessor.types import BaseNodePostprocessor  # noqa: E402
 from llama_index.core.retrievers import BaseRetriever  # noqa: E402
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode  # noqa: E402
+from llama_index.core.schema import IndexNode, MetadataMode, NodeWithScore, QueryBundle, TextNode  # noqa: E402
 
 
 class D2LLMEmbedding(BaseEmbedding):
@@ -41,14 +46,15 @@ class D2LLMEmbedding(BaseEmbedding):
         options: options of LlamaIndex's ``BaseEmbedding``.
 
     Raises:
-        InputError: the student's head has no inner product, or a cache is given: LlamaIndex's cache stores one vector
-            per text, but a query and a passage with the same text have different ones.
+        InputError: the student's head has no inner product, there is no such option, or a cache is given: LlamaIndex's
+            cache stores one vector per text, but a query and a passage with the same text have different ones.
     """
 
     student: Student = Field(exclude=True)
     task: Task = "asymmetric"
 
     def __init__(self, *, student: Student, task: Task = "asymmetric", **options: Any) -> None:
+        refuse_unknown(options, type(self).model_fields, type(self).__name__)
         if options.get("embeddings_cache") is not None:
             raise InputError("embeddings_cache mixes up queries and passages of the same text; leave it out")
         if isinstance(student, Student):  # pyright: ignore[reportUnnecessaryIsInstance] - pydantic reports the rest
@@ -90,6 +96,12 @@ class D2LLMRerank(BaseNodePostprocessor):
     task: Task = "asymmetric"
     top_n: int | None = Field(default=None, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        refuse_unknown(values, cls.model_fields, cls.__name__)
+        return values
+
     @classmethod
     def class_name(cls) -> str:
         """The name of the class in LlamaIndex's serialisation."""
@@ -111,24 +123,82 @@ class D2LLMRetriever(BaseRetriever):
     Args:
         index: the index to search.
         settings: how to search.
-        changes: single fields of the settings, as in ``D2LLMRetriever(index, top_k=3, filter="year >= 2020")``.
+        filters: LlamaIndex's ``MetadataFilters``, on metadata fields, ``id`` and ``title``; in addition to ``filter``.
+        node_ids: search only these passages.
+        doc_ids: search only the passages of these documents.
+        callback_manager: as for LlamaIndex's ``BaseRetriever``.
+        object_map: the same.
+        objects: the same.
+        verbose: the same.
+        changes: single fields of the settings, as in ``D2LLMRetriever(index, top_k=3, filter="year >= 2020")``;
+            ``similarity_top_k`` is another name of ``top_k``, and ``filter`` may be a dictionary
+            (``filters.dictionary_condition``).
 
     Raises:
-        InputError: the settings contradict each other.
+        InputError: there is no such setting, or settings contradict each other.
+        FilterError: a filter has another form.
     """
 
-    def __init__(self, index: Index, settings: SearchSettings | None = None, **changes: Any) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        index: Index,
+        settings: SearchSettings | None = None,
+        *,
+        filters: Any = None,
+        node_ids: Sequence[str] | None = None,
+        doc_ids: Sequence[str] | None = None,
+        callback_manager: CallbackManager | None = None,
+        object_map: dict[str, Any] | None = None,
+        objects: list[IndexNode] | None = None,
+        verbose: bool = False,
+        **changes: Any,
+    ) -> None:
+        super().__init__(callback_manager, object_map, objects, verbose)
         self.index = index
-        self.settings = replace(settings or SearchSettings(), **changes)
+        if not isinstance(changes.get("filter"), str | None):
+            changes["filter"] = dictionary_condition(changes["filter"])
+        chosen = search_settings(settings, changes, {"similarity_top_k": "top_k"})
+        conditions = [
+            chosen.filter,
+            None if filters is None else llama_index_condition(filters),
+            None if node_ids is None else one_of("id", _ids("node_ids", node_ids)),
+            None if doc_ids is None else _of_documents(_ids("doc_ids", doc_ids)),
+        ]
+        self.settings = replace(chosen, filter=all_of(conditions))
+        self.settings.check()
+
+    @property
+    def similarity_top_k(self) -> int:
+        """How many passages a search returns."""
+        return self.settings.top_k
+
+    @similarity_top_k.setter
+    def similarity_top_k(self, value: int) -> None:
+        self.settings = replace(self.settings, top_k=value)
         self.settings.check()
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        if query_bundle.custom_embedding_strs:
+            raise InputError(
+                "the query has custom_embedding_strs (as HyDE makes them), which this retriever does not read; "
+                "give one text, or use index.search(query, expansion=...)"
+            )
         (ranking,) = self.index.search([query_bundle.query_str], self.settings)
         return [NodeWithScore(node=_node(place), score=place.score) for place in ranking.passages]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+def _ids(name: str, ids: Sequence[str]) -> list[str]:
+    if isinstance(ids, str) or not all(isinstance(each, str) for each in cast("Sequence[object]", ids)):
+        raise InputError(f"{name} is {ids!r:.60}; give a list of texts")
+    return list(ids)
+
+
+def _of_documents(ids: list[str]) -> str:
+    """A passage that belongs to no document counts as its own."""
+    return f"{one_of('document_id', ids)} OR {one_of('id', ids)}"
 
 
 def _node(place: RankedPassage) -> TextNode:

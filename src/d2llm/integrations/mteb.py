@@ -28,6 +28,7 @@ from d2llm.core.progress import showing_progress
 from d2llm.core.shipped import DEFAULT_STUDENT, shipped_models
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, TASKS, Passage, Query, Task
 from d2llm.integrations.mteb_tasks import PAIR_TYPES, branch_of
+from d2llm.integrations.texts import title_of
 from d2llm.models.backbone import EncodedTexts
 from d2llm.models.student import Student, find_student
 from d2llm.ops.selection import ids_at, top_rows
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _DEFAULT_FORMAT = "bfloat16"
+_HARMLESS_OPTIONS = ("batch_size", "show_progress_bar", "convert_to_numpy", "convert_to_tensor")
+"""Options of ``encode`` that change no score."""
 _Side = Literal["query", "passage"]
 
 
@@ -127,10 +130,8 @@ class D2LLMModel:
             InputError: there are no passages, or ``encode_kwargs`` sets a precision.
             DuplicateIdError: two passages share an id.
         """
-        _refuse_precision(encode_kwargs)
-        passages = [
-            Passage(row["id"], row["text"], row.get("title") or "") for row in objects_of(corpus, "corpus", Mapping)
-        ]
+        _refuse_options(encode_kwargs)
+        passages = [Passage(row["id"], row["text"], title_of(row)) for row in objects_of(corpus, "corpus", Mapping)]
         content = fingerprint_passages(passages)
         formats = part_formats(self._student, "asymmetric")
         tokens = self._student.token_fingerprint if isinstance(self._student, TokenStudent) else None
@@ -172,7 +173,7 @@ class D2LLMModel:
                 unknown passage.
             ModelError: a score is not a number.
         """
-        _refuse_precision(encode_kwargs)
+        _refuse_options(encode_kwargs)
         if self._index is None:
             raise InputError("there is no index to search; call index(corpus, ...) first")
         mteb_queries = [_query(row) for row in objects_of(queries, "queries", Mapping)]
@@ -202,7 +203,7 @@ class D2LLMModel:
         Raises:
             InputError: a precision was requested.
         """
-        _refuse_precision(kwargs)
+        _refuse_options(kwargs)
         texts = [text for batch in objects_of(inputs, "inputs", Mapping) for text in strings_of(batch["text"], "text")]
         is_pair = task_metadata.type in PAIR_TYPES
         side: _Side = "query" if is_pair else "passage"
@@ -361,11 +362,10 @@ def _progress_of(encode_kwargs: Mapping[str, Any]) -> AbstractContextManager[Non
     return showing_progress(None if encode_kwargs.get("show_progress_bar", True) else False)  # mteb shows it by default
 
 
-def _refuse_precision(encode_kwargs: Mapping[str, Any]) -> None:
-    if encode_kwargs.get("precision") is not None:  # mteb would store the results under it
-        raise InputError(
-            f"encode_kwargs has precision {encode_kwargs['precision']!r}, which this model does not have; remove it"
-        )
+def _refuse_options(encode_kwargs: Mapping[str, Any]) -> None:
+    for name, value in encode_kwargs.items():
+        if name not in _HARMLESS_OPTIONS and value is not None:  # mteb would store the results under it
+            raise InputError(f"encode_kwargs has {name} {value!r:.60}, which this model does not have; remove it")
 
 
 def _refuse_nan(scores: NDArray[np.float32], where: str) -> None:

@@ -1,9 +1,10 @@
-"""Shared code of the adapters: texts as d2llm reads them, their vectors, and scores of pairs."""
+"""Shared code of the adapters: texts as d2llm reads them, their vectors, scores of pairs, and settings of a search."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +12,13 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.inputs import texts_of
+from d2llm.core.names import did_you_mean
+from d2llm.core.plain_values import plain_value
 from d2llm.core.types import Passage, Task
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import encode_pairs
+from d2llm.retrieval.search import SearchSettings
+from d2llm.retrieval.settings import changed
 
 if TYPE_CHECKING:
     from d2llm.models.backbone import EncodedTexts
@@ -22,8 +27,26 @@ _log = logging.getLogger(__name__)
 
 
 def passage_text(text: str, metadata: Mapping[str, Any]) -> str:
-    """Title (the metadata's ``title``, if any) and text as one string, as an index reads a passage."""
-    return Passage("", text, str(metadata.get("title") or "")).full_text
+    """Title (the metadata's ``title``, if any) and text as one string, as an index reads a passage.
+
+    Raises:
+        InputError: the title is not a text.
+    """
+    return Passage("", text, title_of(metadata)).full_text
+
+
+def title_of(fields: Mapping[str, Any]) -> str:
+    """The ``title`` of some fields; empty if there is none, or if it is a missing value such as pandas' NaN.
+
+    Raises:
+        InputError: it is neither a text nor a number or date, which can be written as one.
+    """
+    title = plain_value(fields.get("title"))
+    if title is None or isinstance(title, str):
+        return title or ""
+    if isinstance(title, bool) or not isinstance(title, int | float | date):
+        raise InputError(f"a title must be a text, but {type(title).__name__} was given ({title!r:.60})")
+    return str(title)
 
 
 def passage_metadata(passage: Passage) -> dict[str, Any]:
@@ -53,6 +76,37 @@ def embed_queries(student: SearchStudent, texts: Sequence[str], task: Task) -> N
     require_anchor(student)
     require_texts(texts)
     return student.anchor_queries(_read(student.encode_queries(texts), "queries"), task)
+
+
+def search_settings(
+    settings: SearchSettings | None, changes: Mapping[str, Any], names: Mapping[str, str]
+) -> SearchSettings:
+    """Settings (None: the defaults) with single fields changed; ``names`` are another library's names of fields.
+
+    Raises:
+        InputError: there is no such field, or it is given twice, under both names.
+    """
+    renamed: dict[str, Any] = {}
+    for name, value in changes.items():
+        field = names.get(name, name)
+        if field in renamed:
+            both = " and ".join(each for each in changes if names.get(each, each) == field)
+            raise InputError(f"{both} are the same setting; give one of them")
+        renamed[field] = value
+    return changed(settings, renamed)
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], noun: str) -> None:
+    """Make sure that all names are known options of what ``noun`` names.
+
+    Raises:
+        InputError: one is not.
+    """
+    options = list(known)
+    for name in names:
+        if name not in options:
+            hint = did_you_mean(name, options) or f"; there are: {', '.join(options)}"
+            raise InputError(f"{noun} has no option {name!r}{hint}")
 
 
 def require_anchor(student: SearchStudent) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import FilterError, InputError
 from d2llm.core.inputs import strings_of
 from d2llm.core.names import did_you_mean
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TOP_K, EvidenceTerm, Grouping, SourceName, Task
@@ -104,10 +104,16 @@ class SearchSettings:
 
         Raises:
             InputError: a setting is invalid, or settings contradict each other.
+            FilterError: the filter is not a text.
         """
         if self.top_k < 1 or self.num_candidates < 1:
             raise InputError(
                 f"top_k is {self.top_k} and num_candidates is {self.num_candidates}; both must be at least 1"
+            )
+        if not isinstance(self.filter, str | None):  # pyright: ignore[reportUnnecessaryIsInstance] - from callers
+            raise FilterError(
+                f'filter is a {type(self.filter).__name__}; write a condition as text, such as "year >= 2020 AND '
+                "language = 'en'\" (the retrievers for LangChain, LlamaIndex and Haystack also take their own forms)"
             )
         if self.sources is not None and not self.sources:
             raise InputError("sources is empty; name 'vectors', 'ann', 'bm25' or several")

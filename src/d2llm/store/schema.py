@@ -7,12 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import date, datetime, time, timezone
 from typing import Any, Literal, cast, get_args
 
 import pyarrow as pa
 
 from d2llm.core.errors import InputError
+from d2llm.core.plain_values import plain_value
 from d2llm.core.types import MetadataValue, Passage
 
 FieldType = Literal["string", "integer", "number", "boolean", "timestamp"]
@@ -59,8 +60,8 @@ class MetadataSchema:
         """The fields of ``known``, then the other fields of the passages, with the types of their values.
 
         Strings stay strings, whatever they look like. Integers mixed with numbers are numbers. Values of known fields
-        are checked against the known type. The type of a field without any value cannot be inferred: it must be
-        declared.
+        are checked against the known type. NaN, NaT and pandas.NA are no values, like None. The type of a field without
+        any value cannot be inferred: it must be declared.
 
         Raises:
             InputError: a value does not fit, values of one field differ in type, or a field never has a value.
@@ -73,7 +74,7 @@ class MetadataSchema:
                 where = f"passage '{passage.id}', metadata field '{name}'"
                 if name in declared:
                     _convert(value, declared[name], where)
-                elif value is None:
+                elif plain_value(value) is None:
                     empty.setdefault(name, passage.id)
                 else:
                     kind = _type_of(value, where)
@@ -98,7 +99,7 @@ class MetadataSchema:
         for name, value in ((name, value) for passage in passages for name, value in passage.metadata.items()):
             try:
                 _check_name(name)
-                if value is None or cased.setdefault(name.lower(), name) != name:
+                if plain_value(value) is None or cased.setdefault(name.lower(), name) != name:
                     continue
                 kind = _type_of(value, "")
                 _convert(value, kind, "")
@@ -112,7 +113,7 @@ class MetadataSchema:
             for name, value in passage.metadata.items():
                 if name in kinds and _fits(value, kinds[name]):
                     metadata[name] = value
-                elif value is not None:
+                elif plain_value(value) is not None:
                     left_out[name] += 1
             kept.append(replace(passage, metadata=metadata) if len(metadata) < len(passage.metadata) else passage)
         return kept, left_out
@@ -231,12 +232,13 @@ def _check_name(name: object) -> None:
 
 
 def _type_of(value: object, where: str) -> FieldType:
+    value = plain_value(value)
     for python_type, kind in _PYTHON_TYPES:
         if isinstance(value, python_type):
             return kind
     raise InputError(
         f"{where}: a value of type {type(value).__name__} cannot be stored; "
-        "use a string, an integer, a number, true or false, or a datetime (for a list or object, several fields)"
+        "use a string, an integer, a number, true or false, or a date or time (for a list or object, several fields)"
     )
 
 
@@ -254,6 +256,7 @@ def _widen(name: str, before: tuple[FieldType, str] | None, kind: FieldType, pas
 
 def _convert(value: object, kind: FieldType, where: str) -> object:
     """The value as stored in its column; raises InputError if it does not fit."""
+    value = plain_value(value)
     if value is None:
         return None
     try:
@@ -286,6 +289,8 @@ def _to_string(value: Any) -> str:
 
 
 def _to_integer(value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():  # as pandas has those of a column with missing ones
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise _misfit(value, "a whole number")
     if not -(2**63) <= value < 2**63:
@@ -317,7 +322,11 @@ def _to_timestamp(value: Any) -> datetime:
     if isinstance(value, str):
         return parse_timestamp(value)
     if not isinstance(value, datetime):
-        raise _misfit(value, "a datetime or ISO 8601 string")
+        if not isinstance(value, date):
+            raise _misfit(value, "a date, a datetime or an ISO 8601 string")
+        value = datetime.combine(value, time())
+    if getattr(value, "nanosecond", 0):  # pandas.Timestamp
+        raise _misfit(value, "a time in whole microseconds")
     return _utc(value)
 
 
@@ -326,7 +335,7 @@ _PYTHON_TYPES: tuple[tuple[type, FieldType], ...] = (
     (str, "string"),
     (int, "integer"),
     (float, "number"),
-    (datetime, "timestamp"),
+    (date, "timestamp"),  # and datetime
 )
 _CONVERSIONS: dict[FieldType, Callable[[Any], object]] = {
     "string": _to_string,

@@ -73,9 +73,7 @@ def judged_sets(judged: Sequence[JudgedSet] | JudgedSet) -> list[JudgedSet]:
     entries: list[Any] = [judged] if len(judged) == 2 and isinstance(judged[1], str) else list(judged)
     for place, entry in enumerate(entries):
         if not isinstance(entry, tuple) or len(cast("tuple[Any, ...]", entry)) != 2 or entry[1] not in TASKS:
-            raise InputError(
-                f"judged[{place}] is {shown(entry)}; give a data set with its task: (dataset, task)"
-            )
+            raise InputError(f"judged[{place}] is {shown(entry)}; give a data set with its task: (dataset, task)")
     return entries
 
 
