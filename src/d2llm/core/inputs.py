@@ -6,7 +6,6 @@ a list of its letters.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,12 +106,6 @@ def check_string(value: object, name: str) -> None:
         raise InputError(f"{name} is {shown(value)}, which is not valid Unicode text (it has half of a surrogate pair)")
     remedy = f"; write {str(value)!r}" if type(value) is int else ""
     raise InputError(f"{name} is {shown(value)}, but must be a string{remedy}")
-
-
-def is_missing(value: object) -> bool:
-    """Whether a value of a table stands for none: None, NaN, or pandas' NaT and NA."""
-    is_nan = isinstance(value, float) and math.isnan(value)
-    return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
 
 
 def shown(value: object) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError, InputError
-from d2llm.core.inputs import check_string, is_missing, shown
+from d2llm.core.inputs import check_string, shown
+from d2llm.core.plain_values import plain_value
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import iter_queries
 from d2llm.data.corpus_records import corpus_passages
@@ -41,8 +42,6 @@ def passages_of(passages: Iterable[PassageLike] | PassageLike, name: str = "pass
         record = _record(value)
         if record is None:
             raise InputError(f"{where} is {shown(value)}; {_PASSAGE}")
-        if is_missing(record.get("title")):
-            record.pop("title", None)
         try:
             ((_, passage),) = corpus_passages(Path(name), [(number, record)])
         except DataFormatError as error:
@@ -130,16 +129,7 @@ def _record(value: object) -> dict[str, Any] | None:
         fields = {name: cast(Any, value)[name] for name in cast(Any, value).keys()}  # noqa: SIM118 - it is no mapping
     else:
         return None
-    return {str(name): _plain(each) for name, each in fields.items()}
-
-
-def _plain(value: Any) -> Any:
-    """A value without numpy's types; what stands for a missing value is None."""
-    if is_missing(value):
-        return None
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
-        return _plain(value.item())
-    return value
+    return {str(name): plain_value(each) for name, each in fields.items()}
 
 
 def _check_passage(passage: Passage, where: str) -> None:
