@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from d2llm.core.errors import D2LLMError, InputError
+from d2llm.server.http_protocol import LimitedProtocol
 from d2llm.server.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def run_app(
     """
     config = uvicorn.Config(
         app,
+        http=LimitedProtocol,
         lifespan="on",
         ws="none",
         log_config=None,
