@@ -43,7 +43,7 @@ def evaluate(
     place: RunnerOptions,
     student: StudentOption = DEFAULT_STUDENT,
     split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
-    task: TaskOption = "asymmetric",
+    task: TaskOption = None,
     tuned_cosine: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="Student for the row of that name.", show_default="STUDENT-cosine"),

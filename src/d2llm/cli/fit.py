@@ -80,7 +80,7 @@ def fit(
     teacher: Annotated[
         str | None, teacher_option(help="A model that judges pairs, to review the queries and to learn from.")
     ] = None,
-    task: TaskOption = "asymmetric",
+    task: TaskOption = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Leave out files of these names, as in a .gitignore; can be repeated."),

@@ -33,7 +33,7 @@ def fit_scores(
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the fitted student goes.")
     ],
-    task: TaskOption = "asymmetric",
+    task: TaskOption = None,
     num_queries: Annotated[int, typer.Option("--queries", min=1, help="Dev queries of each data set, at most.")] = 200,
     words: Annotated[
         bool, typer.Option("--words/--no-words", help="Also fit the weight of words (BM25) in the score of an index.")
@@ -97,6 +97,7 @@ def fit_scores(
     from d2llm.data.open_data import open_source
     from d2llm.data.pairs import PairSource
     from d2llm.models.student import Student
+    from d2llm.retrieval.protocols import task_for
     from d2llm.training.fit_scores import fit_scores
     from d2llm.training.sentences import describe_calibration, describe_evidence
 
@@ -109,10 +110,11 @@ def fit_scores(
         for path, source in zip(data, sources, strict=True)
     ]
     model = Student.load(student, device=device, dtype=dtype)
+    chosen = task_for(model, task)
     report = fit_scores(
         model,
         datasets,
-        task,
+        chosen,
         words=words,
         words_factor=words_factor,
         window_vectors=window_vectors,
@@ -124,8 +126,8 @@ def fit_scores(
         seed=seed,
     )
     model.save(out)
-    evidence = describe_evidence({task: report.evidence}) if report.evidence else "words were not fitted"
-    probabilities = describe_calibration({task: report.probabilities} if report.probabilities else {})
+    evidence = describe_evidence({chosen: report.evidence}) if report.evidence else "words were not fitted"
+    probabilities = describe_calibration({chosen: report.probabilities} if report.probabilities else {})
     added = ""
     for name, measure, fitted in (
         ("quality", "auc", report.quality),

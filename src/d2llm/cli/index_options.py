@@ -63,7 +63,7 @@ class VectorOptions:
         typer.Option(
             help="For a new index: search for passages that answer the query (asymmetric) or mean the same "
             "(symmetric).",
-            show_default="asymmetric",
+            show_default="what the student was trained for, or else asymmetric",
         ),
     ] = None
     vectors: Annotated[

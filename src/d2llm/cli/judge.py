@@ -11,12 +11,12 @@ from d2llm.cli.options import (
     DtypeOption,
     JsonOption,
     PromptOption,
-    TaskOption,
     teacher_config,
     teacher_option,
 )
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
+from d2llm.core.types import Task
 
 
 def judge(
@@ -26,7 +26,9 @@ def judge(
     teacher: Annotated[
         str, teacher_option(metavar="NAME_OR_FOLDER", help="A model, or a folder that tune-teacher wrote.")
     ] = "smollm2",
-    task: TaskOption = "asymmetric",
+    task: Annotated[
+        Task, typer.Option(help="Whether a passage answers a query (asymmetric) or means the same (symmetric).")
+    ] = "asymmetric",
     prompt: PromptOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

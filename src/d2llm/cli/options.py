@@ -119,7 +119,11 @@ HtmlOption = Annotated[
     ),
 ]
 TaskOption = Annotated[
-    Task, typer.Option(help="Whether a passage answers a query (asymmetric) or means the same (symmetric).")
+    Task | None,
+    typer.Option(
+        help="Whether a passage answers a query (asymmetric) or means the same (symmetric).",
+        show_default="what the student was trained for, or else asymmetric",
+    ),
 ]
 IndexTaskOption = Annotated[
     Task | None,

@@ -35,7 +35,7 @@ def probe(
     persons: Annotated[int, typer.Option(min=5, help="Passages of LIMIT of which each two answer one query.")] = 30,
     distractors: Annotated[int, typer.Option(min=0, help="Passages of LIMIT that answer no query.")] = 270,
     scenes: Annotated[int, typer.Option(min=20, help="Passages of the granularity set.")] = 200,
-    task: TaskOption = "asymmetric",
+    task: TaskOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sentences, classes and generated sets.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -54,6 +54,7 @@ def probe(
     from d2llm.evaluation.probe import probe
     from d2llm.models.student import Student
     from d2llm.reports.probe import probe_tables, render_markdown, render_page
+    from d2llm.retrieval.protocols import task_for
 
     session = session_of(context)
     opened = open_corpus(corpus, with_metadata=False) if corpus else None
@@ -63,7 +64,7 @@ def probe(
         None if opened is None else opened.passages,
         name=student,
         fingerprint=model.fingerprint,
-        task=task,
+        task=task_for(model, task),
         num_texts=texts,
         num_persons=persons,
         num_distractors=distractors,

@@ -257,6 +257,7 @@ def search(
     """Find the passages of an index that answer a query, best first."""
     from d2llm.reports.search_tables import ranking_list
     from d2llm.retrieval.index import Index
+    from d2llm.retrieval.protocols import task_for
     from d2llm.retrieval.search import search
     from d2llm.retrieval.settings import SearchSettings
 
@@ -291,7 +292,7 @@ def search(
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
-    index_task = task or opened.view.task
+    index_task = opened.view.task if task in (None, opened.view.task) else task_for(opened.student, task)
     cascade = rereading.load(opened, index_task, device=device, dtype=dtype)
     expanded = expansion.load(writer, device=device, dtype=dtype)
     rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, expansion=expanded)

@@ -34,7 +34,7 @@ class IndexOptions:
     ] = None
     tokens: Annotated[str, typer.Option(metavar="N", help="Mean tokens of a passage.")] = "128"
     student: StudentOption = DEFAULT_STUDENT
-    task: TaskOption = "asymmetric"
+    task: TaskOption = None
     vectors: Annotated[str, typer.Option(metavar="FORMAT", help="How vectors are stored.")] = "bfloat16"
     vector_copies: Annotated[int, typer.Option(metavar="N", min=1, max=2, help="Copies of each vector.")] = 2
     window_vectors: Annotated[

@@ -30,7 +30,7 @@ def tune_reader(
         tuple[int, int],
         typer.Option(min=0, metavar="N N", help="Lists to read in training: for the network alone, then with LoRA."),
     ] = (2_000, 4_000),
-    task: TaskOption = "asymmetric",
+    task: TaskOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first weights and the order of lists.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

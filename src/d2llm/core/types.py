@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -13,6 +13,12 @@ Task = Literal["symmetric", "asymmetric"]
 """``symmetric``: whether two texts mean the same. ``asymmetric``: whether the passage answers the query."""
 TASKS: tuple[Task, Task] = ("symmetric", "asymmetric")
 """All tasks, in the order in which a head stores their weights."""
+
+
+def default_task(trained: Sequence[Task]) -> Task:
+    """The task to use a student for that was trained for these: the only one, or else asymmetric."""
+    return trained[0] if len(trained) == 1 else "asymmetric"
+
 
 DEFAULT_TOP_K = 10
 """Length of a ranking."""

@@ -69,7 +69,7 @@ def evaluate(
     if labels is not None and not is_finished(labels):
         raise DataFormatError(labels, "holds no teacher labels; give the folder that d2llm label wrote")
     begin = time.perf_counter()
-    chosen = settings or EvaluationSettings()
+    chosen = (settings or EvaluationSettings()).settled(contenders.student)
     indexes = paths_of(indexes, "indexes")
     needing_corpus = [*chosen.shortcuts, *(["indexes"] if indexes else [])]
     if isinstance(dataset, PairDataset) and needing_corpus:

@@ -100,7 +100,7 @@ class PairWork:
         self, name: str, kind: SystemKind, fingerprint: str | None, measure: Callable[[], dict[str, Any]]
     ) -> ScoredSplits:
         """The scores of all pairs, measured now or taken from an earlier run."""
-        measured = self.store.values([name, fingerprint, self.content, self.settings.task, "pairs"], measure)
+        measured = self.store.values([name, fingerprint, self.content, self.settings.settled_task, "pairs"], measure)
         seconds: list[float] = measured["probe_seconds"]
         cost = Cost(
             total=milliseconds(seconds),
@@ -146,7 +146,7 @@ def lexical_scores(work: PairWork) -> ScoredSplits:
 
 def student_scores(work: PairWork, contenders: Sequence[Contender]) -> list[ScoredSplits]:
     """The scores of all pairs by students with the same vectors; each text is encoded once for all of them."""
-    first, task = contenders[0].model, work.settings.task
+    first, task = contenders[0].model, work.settings.settled_task
     description = f"encoding for {' and '.join(contender.name for contender in contenders)}"
 
     def encode(pairs: Sequence[LabelledPair], placement: Placement) -> EncodedPairs:
@@ -201,7 +201,7 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> S
         {key: [key] for key in chosen},
         {key: pair.query for key, pair in chosen.items()},
         {key: pair.passage for key, pair in chosen.items()},
-        work.settings.task,
+        work.settings.settled_task,
         dataset=work.dataset.name,
         store=work.folder / "judgements" / work.content,
         known=work.labels,
@@ -215,11 +215,11 @@ def judge_scores(work: PairWork, name: str, kind: SystemKind, judge: Judge) -> S
         seconds: list[float] = []
         for pairs in (*([pair] for pair in probes), probes):
             begin = perf_counter()
-            judge.judge(pairs, work.settings.task)
+            judge.judge(pairs, work.settings.settled_task)
             seconds.append(perf_counter() - begin)
         return {"alone": seconds[:-1], "pairs_per_second": len(probes) / seconds[-1]}
 
-    times = work.store.values([name, judge.fingerprint, work.content, work.settings.task, "time"], measure_time)
+    times = work.store.values([name, judge.fingerprint, work.content, work.settings.settled_task, "time"], measure_time)
     scores = [
         np.array([judged.scores[key][key] for key in (f"{label}:{pairs[p].id}" for p in of_split.tolist())])
         for (label, pairs), of_split in zip(parts, positions, strict=True)
@@ -327,7 +327,7 @@ class _PairFigures:
             kind="pairs",
             dataset=work.dataset.name,
             split=settings.split,
-            task=settings.task,
+            task=settings.settled_task,
             num_passages=len({pair.passage for pair in work.pairs}),
             num_items=len(work.pairs),
             num_left_out=0,

@@ -64,7 +64,7 @@ def evaluate_retrieval(
         [queries[place] for place in sample(len(queries), size, settings.seed)]
         for size in (settings.latency_queries, settings.teacher_queries)
     )
-    trial = Trial(queries, probes, settings.task, settings.top_k, dataset.own_passages)
+    trial = Trial(queries, probes, settings.settled_task, settings.top_k, dataset.own_passages)
     work = RetrievalWork(dataset, settings, trial, sampled, folder, labels, placement, indexes)
     students = contenders.students(settings.num_candidates, settings.top_k)
     for row in students:
@@ -154,7 +154,7 @@ def _judge(
         pool,
         texts,
         passages,
-        work.settings.task,
+        work.settings.settled_task,
         dataset=work.dataset.name,
         store=work.folder / "judgements" / work.corpus,
         known=work.labels,
@@ -165,7 +165,9 @@ def _judge(
     def measure_time() -> list[float]:
         return list(
             timed(
-                lambda query: judge.judge([(query.text, passages[p]) for p in pool[query.id]], work.settings.task),
+                lambda query: judge.judge(
+                    [(query.text, passages[p]) for p in pool[query.id]], work.settings.settled_task
+                ),
                 list(work.sampled[:_TIMED_JUDGEMENTS]),
             )
         )
@@ -188,7 +190,7 @@ def _pool_scores(work: RetrievalWork, contender: Contender, pool: Pool) -> figur
         vectors = contender.model.encode_queries([texts[query_id] for query_id in pool]).vectors
         scores_by_query: dict[str, dict[str, float]] = {}
         for vector, (query_id, ids) in zip(vectors, pool.items(), strict=True):
-            scores = contender.model.score(vector, view.vectors(view.rows(ids)), work.settings.task)
+            scores = contender.model.score(vector, view.vectors(view.rows(ids)), work.settings.settled_task)
             scores_by_query[query_id] = dict(zip(ids, scores.tolist(), strict=True))
         return scores_by_query
 
@@ -250,7 +252,7 @@ class _RetrievalFigures:
             kind="retrieval",
             dataset=work.dataset.name,
             split=settings.split,
-            task=settings.task,
+            task=settings.settled_task,
             num_passages=len(work.passages),
             num_items=len(self._all_ids),
             num_left_out=num_left_out,

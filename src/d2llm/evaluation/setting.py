@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
@@ -12,7 +12,7 @@ from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
 from d2llm.models.teachers.judge import Judge
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
-from d2llm.retrieval.protocols import SearchStudent, TextEncoder
+from d2llm.retrieval.protocols import SearchStudent, TextEncoder, task_for
 from d2llm.runners.placement import Load
 from d2llm.store.vector_formats import FORMATS
 
@@ -122,7 +122,7 @@ class EvaluationSettings:
 
     Args:
         split: the split whose judgements to measure on.
-        task: the task, which decides the branch of the IEM and the prompt.
+        task: the task, which decides the branch of the IEM and the prompt; None: what the student was trained for.
         top_k: length of the rankings, at least 100 (Recall@100).
         num_candidates: passages that the student scores in full.
         teacher_depth: passages per query that the teacher reranks, taken from the top of BM25 and of the student in
@@ -148,7 +148,7 @@ class EvaluationSettings:
     """
 
     split: str = "test"
-    task: Task = "asymmetric"
+    task: Task | None = None
     top_k: int = 100
     num_candidates: int = DEFAULT_NUM_CANDIDATES
     teacher_depth: int = 50
@@ -164,6 +164,16 @@ class EvaluationSettings:
     filter: str | None = None
     instruction: str | None = None
     score_parts: bool = True
+
+    def settled(self, student: SearchStudent) -> EvaluationSettings:
+        """The same settings, with the task that this student is used for."""
+        return replace(self, task=task_for(student, self.task))
+
+    @property
+    def settled_task(self) -> Task:
+        """The task, after ``settled``."""
+        assert self.task is not None, "no student has settled the task"
+        return self.task
 
     @property
     def shortcuts(self) -> list[str]:

@@ -33,7 +33,7 @@ from d2llm.core.recipe import DataConfig, Recipe, TeacherConfig, untuned_config
 from d2llm.core.recipe_file import parse_recipe
 from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER, MULTILINGUAL_STUDENT
 from d2llm.core.time_limit import time_limit
-from d2llm.core.types import Passage, Query
+from d2llm.core.types import Passage, Query, Task
 from d2llm.data.beir import read_beir
 from d2llm.data.check_texts import guess_languages
 from d2llm.data.documents import SkippedFile
@@ -51,7 +51,7 @@ from d2llm.fitting.time_plan import TimePlan, plan_time, searches_compared
 from d2llm.fitting.training_data import DataReport, part_of, read_judged, write_users_data, write_written_data
 from d2llm.fitting.write_queries import WritingBudget, WritingReport, write_queries
 from d2llm.ops.gating import GateTest, better
-from d2llm.retrieval.protocols import expansion_fingerprint
+from d2llm.retrieval.protocols import expansion_fingerprint, task_for
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import HERE
 from d2llm.runners.runner import Runner, find_runner
@@ -275,7 +275,7 @@ class Fit:
             DraftStore(self.folder.drafts, written["writer"]),
             self.passages,
             self.index,
-            task=self.settings.task,
+            task=self.task,
             teacher=teacher,
             judgements=self.folder.judgements,
             seconds=seconds,
@@ -295,9 +295,7 @@ class Fit:
         trained_on: set[str] = set()
         if self.settings.judged is not None:
             judged = read_judged(self.settings.judged)
-            report = write_users_data(
-                self.folder.users, self.passages, judged, self.index, task=self.settings.task, seed=seed
-            )
+            report = write_users_data(self.folder.users, self.passages, judged, self.index, task=self.task, seed=seed)
             if report.num_unknown:
                 self._note(f"{report.num_unknown:,} judged ids of users are not in the documents")
             users = {"users": report}
@@ -314,7 +312,7 @@ class Fit:
         if not is_finished(folder):
             student = self._load(self.start)
             datasets = [read_beir(self._data_folder(name), splits=["dev"]) for name in data]
-            fit_scores(student, datasets, self.settings.task, window_vectors=False, seed=self.settings.seed)
+            fit_scores(student, datasets, self.task, window_vectors=False, seed=self.settings.seed)
             student.save(folder)
         return folder
 
@@ -353,7 +351,7 @@ class Fit:
             [
                 DataConfig(
                     path=str(self._data_folder(name)),
-                    task=settings.task,
+                    task=self.task,
                     max_queries=report.queries["train"],
                     exclude_shared_passages=name == "written",
                 )
@@ -371,7 +369,7 @@ class Fit:
         judge = load_judge(teacher, device=self.device, dtype=self.dtype)
         texts = [passage.full_text for passage in self.passages[:_TIMED_JUDGEMENTS]]
         started = time.perf_counter()
-        judge.judge([(text[:_QUERY_CHARACTERS], text) for text in texts], self.settings.task)
+        judge.judge([(text[:_QUERY_CHARACTERS], text) for text in texts], self.task)
         return (time.perf_counter() - started) / len(texts)
 
     def _finish_run(self, recipe: Recipe, key: str) -> Path:
@@ -444,9 +442,7 @@ class Fit:
         )
         indexes = [self._index_of(student) for student in (base, trained) if student is not None]
         # The start's weights, and the trained student's, were fitted on this very data set.
-        settings = EvaluationSettings(
-            task=self.settings.task, latency_queries=10, seed=self.settings.seed, score_parts=False
-        )
+        settings = EvaluationSettings(task=self.task, latency_queries=10, seed=self.settings.seed, score_parts=False)
         datasets = {name: read_beir(self._data_folder(name), splits=["dev", "test"]) for name in data}
         reports = {
             name: evaluate(
@@ -596,7 +592,7 @@ class Fit:
             corpus,
             student,
             folder,
-            task=self.settings.task,
+            task=self.task,
             window_vectors=None,
             chunking=chunking,
             student_source=_STUDENT_SOURCE,
@@ -626,7 +622,7 @@ class Fit:
 
         try:
             self.index.store.check_student(student.fingerprint)
-            check_parts(self.index.store, student, self.settings.task)
+            check_parts(self.index.store, student, self.task)
         except IndexMismatchError:
             made_with = [student.fingerprint, student.token_fingerprint if student.token_dim else None]
             if (expansion := expansion_fingerprint(student)) is not None:
@@ -661,6 +657,11 @@ class Fit:
             return str(read_any_manifest(self.folder.path)["start"])
         corpus = open_corpus(self.documents, exclude=self._excluded)
         return student_for([passage.text[:_SAMPLED_CHARACTERS] for passage in islice(corpus.passages, _SAMPLED)])
+
+    @cached_property
+    def task(self) -> Task:
+        """What makes a passage relevant: as set, or what the student to start from was trained for."""
+        return task_for(self._load(self.start), self.settings.task)
 
     def _begin(self) -> None:
         """Make the folder, or prepare a finished one for learning anew."""
@@ -732,7 +733,7 @@ class Fit:
         from d2llm.retrieval.search import Searcher
         from d2llm.retrieval.settings import SearchSettings
 
-        searcher = Searcher(self.index.view, self.index.student, SearchSettings(task=self.settings.task, top_k=100))
+        searcher = Searcher(self.index.view, self.index.student, SearchSettings(task=self.task, top_k=100))
         texts = [passage.text[:_QUERY_CHARACTERS] for passage in self._sampled_passages(_TIMED_SEARCHES)]
         queries = [Query(str(number), text) for number, text in enumerate(texts)]
         searcher.rank_ids(queries[:1])
@@ -759,7 +760,7 @@ class Fit:
             fingerprint_files(sorted(path for path in self._data_folder(name).rglob("*") if path.is_file()))
             for name in data
         ]
-        return fingerprint_json([content, self.start, self.settings.task, self.settings.seed])
+        return fingerprint_json([content, self.start, self.task, self.settings.seed])
 
     def _load(self, student: str | Path) -> Student:
         return self._loader(student)()

@@ -27,7 +27,7 @@ class FitSettings:
         hours: time for everything, counted in each call; what there is no time for is left out, and said.
         student: the student to start from and to beat: a folder or a name. None: the shipped one for the language of
             the documents.
-        task: what makes a passage relevant.
+        task: what makes a passage relevant; None: what the student to start from was trained for.
         writer: the language model that writes queries.
         kinds: kinds of queries, each with the probability to be a passage's first.
         examples: pairs (passage, query) that show the writer how users ask.
@@ -45,7 +45,7 @@ class FitSettings:
 
     hours: float = DEFAULT_HOURS
     student: str | None = None
-    task: Task = "asymmetric"
+    task: Task | None = None
     writer: WriterConfig = field(default_factory=lambda: WriterConfig(model=DEFAULT_WRITER))
     kinds: Mapping[QueryKind, float] = field(default_factory=lambda: dict(DEFAULT_KINDS))
     examples: tuple[tuple[str, str], ...] = ()

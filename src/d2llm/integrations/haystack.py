@@ -31,6 +31,7 @@ from d2llm.integrations.texts import (
 )
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import SearchSettings
 
 require("haystack", extra="haystack", purpose="d2llm in Haystack")
@@ -78,7 +79,7 @@ class D2LLMTextEmbedder(_StudentComponent):
 
     Args:
         student: a student's folder, or the name of a shipped one.
-        task: the branch of the head.
+        task: the branch of the head; None: that of what the student was trained for.
         device: where it computes; None: chosen automatically.
         dtype: its number format; None: chosen automatically.
     """
@@ -87,12 +88,12 @@ class D2LLMTextEmbedder(_StudentComponent):
         self,
         student: str = DEFAULT_STUDENT,
         *,
-        task: Task = "asymmetric",
+        task: Task | None = None,
         device: str | None = None,
         dtype: str | None = None,
     ) -> None:
         self.student = str(student)
-        self.task: Task = task
+        self.task: Task | None = task
         self.device = device
         self.dtype = dtype
 
@@ -103,7 +104,8 @@ class D2LLMTextEmbedder(_StudentComponent):
         Raises:
             InputError: the query is not a text, or the student's head has no inner product.
         """
-        return {"embedding": embed_queries(self._ready(), [text], self.task)[0].tolist()}
+        student = self._ready()
+        return {"embedding": embed_queries(student, [text], task_for(student, self.task))[0].tolist()}
 
 
 @component
@@ -141,7 +143,7 @@ class D2LLMRanker(_StudentComponent):
     Args:
         student: a student's folder, or the name of a shipped one.
         top_k: how many documents to keep; None means all.
-        task: the branch of the IEM.
+        task: the branch of the IEM; None: that of what the student was trained for.
         device: where it computes; None: chosen automatically.
         dtype: its number format; None: chosen automatically.
 
@@ -154,14 +156,14 @@ class D2LLMRanker(_StudentComponent):
         student: str = DEFAULT_STUDENT,
         *,
         top_k: int | None = DEFAULT_TOP_K,
-        task: Task = "asymmetric",
+        task: Task | None = None,
         device: str | None = None,
         dtype: str | None = None,
     ) -> None:
         check_top_k(top_k)
         self.student = str(student)
         self.top_k = top_k
-        self.task: Task = task
+        self.task: Task | None = task
         self.device = device
         self.dtype = dtype
 
@@ -176,7 +178,8 @@ class D2LLMRanker(_StudentComponent):
         """
         documents = _without_repetitions(objects_of(documents, "documents", Document))
         texts = [_text(document) for document in documents]
-        ranked = rank_texts(self._ready(), query, texts, self.task, self.top_k if top_k is None else top_k)
+        student, kept = self._ready(), self.top_k if top_k is None else top_k
+        ranked = rank_texts(student, query, texts, task_for(student, self.task), kept)
         return {"documents": [replace(documents[place], score=score) for place, score in ranked]}
 
 

@@ -24,6 +24,7 @@ from d2llm.integrations.texts import (
 )
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import SearchSettings
 
 require("langchain_core", extra="langchain", purpose="d2llm in LangChain")
@@ -52,16 +53,16 @@ class D2LLMEmbeddings(Embeddings):
 
     Args:
         student: the student that encodes.
-        task: the branch of the head.
+        task: the branch of the head; by default that of what the student was trained for.
 
     Raises:
         InputError: the student's head has no inner product.
     """
 
-    def __init__(self, student: Student, *, task: Task = "asymmetric") -> None:
+    def __init__(self, student: Student, *, task: Task | None = None) -> None:
         require_anchor(student)
         self.student = student
-        self.task: Task = task
+        self.task: Task = task_for(student, task)
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Vectors of passages."""
@@ -81,7 +82,7 @@ class D2LLMReranker(BaseDocumentCompressor):
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     student: Student
-    task: Task = "asymmetric"
+    task: Task | None = None
     top_k: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
@@ -103,7 +104,7 @@ class D2LLMReranker(BaseDocumentCompressor):
         """
         documents = objects_of(documents, "documents", Document)
         texts = [passage_text(document.page_content, document.metadata) for document in documents]
-        ranked = rank_texts(self.student, query, texts, self.task, self.top_k)
+        ranked = rank_texts(self.student, query, texts, task_for(self.student, self.task), self.top_k)
         return [
             documents[place].model_copy(update={"metadata": {**documents[place].metadata, SCORE: score}})
             for place, score in ranked

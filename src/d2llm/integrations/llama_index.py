@@ -23,6 +23,7 @@ from d2llm.integrations.texts import (
 )
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
+from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import SearchSettings
 
 require("llama_index.core", extra="llama-index", purpose="d2llm in LlamaIndex")
@@ -42,7 +43,7 @@ class D2LLMEmbedding(BaseEmbedding):
 
     Args:
         student: the student that encodes.
-        task: the branch of the head.
+        task: the branch of the head; by default that of what the student was trained for.
         options: options of LlamaIndex's ``BaseEmbedding``.
 
     Raises:
@@ -51,14 +52,15 @@ class D2LLMEmbedding(BaseEmbedding):
     """
 
     student: Student = Field(exclude=True)
-    task: Task = "asymmetric"
+    task: Task | None = None
 
-    def __init__(self, *, student: Student, task: Task = "asymmetric", **options: Any) -> None:
+    def __init__(self, *, student: Student, task: Task | None = None, **options: Any) -> None:
         refuse_unknown(options, type(self).model_fields, type(self).__name__)
         if options.get("embeddings_cache") is not None:
             raise InputError("embeddings_cache mixes up queries and passages of the same text; leave it out")
         if isinstance(student, Student):  # pyright: ignore[reportUnnecessaryIsInstance] - pydantic reports the rest
             require_anchor(student)
+            task = task_for(student, task)
             options = {"model_name": f"d2llm-{student.fingerprint}"} | options
         super().__init__(student=student, task=task, **options)  # pyright: ignore[reportCallIssue] - fields of this class
 
@@ -68,7 +70,7 @@ class D2LLMEmbedding(BaseEmbedding):
         return "D2LLMEmbedding"
 
     def _get_query_embedding(self, query: str) -> list[float]:
-        return embed_queries(self.student, [query], self.task)[0].tolist()
+        return embed_queries(self.student, [query], task_for(self.student, self.task))[0].tolist()
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
         return await asyncio.to_thread(self._get_query_embedding, query)
@@ -93,7 +95,7 @@ class D2LLMRerank(BaseNodePostprocessor):
     """
 
     student: Student = Field(exclude=True)
-    task: Task = "asymmetric"
+    task: Task | None = None
     top_n: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
@@ -113,7 +115,7 @@ class D2LLMRerank(BaseNodePostprocessor):
         if query_bundle is None:
             raise InputError("there is no query to rank the nodes for; give query_str or query_bundle")
         texts = [passage_text(node.node.get_content(MetadataMode.NONE), node.node.metadata) for node in nodes]
-        ranked = rank_texts(self.student, query_bundle.query_str, texts, self.task, self.top_n)
+        ranked = rank_texts(self.student, query_bundle.query_str, texts, task_for(self.student, self.task), self.top_n)
         return [NodeWithScore(node=nodes[place].node, score=score) for place, score in ranked]
 
 

@@ -22,6 +22,7 @@ from d2llm.core.progress import showing_progress
 from d2llm.core.types import Task
 from d2llm.integrations.texts import checked_pair_scores, rank_texts, require_anchor, require_texts
 from d2llm.models.student import Student
+from d2llm.retrieval.protocols import task_for
 
 require("sentence_transformers", extra="sentence-transformers", purpose="a student in sentence-transformers")
 
@@ -39,7 +40,7 @@ class StudentModule(InputModule):
 
     Args:
         student: the student that encodes.
-        task: the branch of the head that queries are encoded for.
+        task: the branch of the head that queries are encoded for; by default what the student was trained for.
 
     Raises:
         InputError: the student's head has no inner product.
@@ -48,11 +49,11 @@ class StudentModule(InputModule):
     save_in_root = False
     config_keys: list[str] = ["task"]  # noqa: RUF012 - as the library declares it
 
-    def __init__(self, student: Student, task: Task = "asymmetric") -> None:
+    def __init__(self, student: Student, task: Task | None = None) -> None:
         super().__init__()
         require_anchor(student)
         self.student = student
-        self.task: Task = task
+        self.task: Task = task_for(student, task)
         self.tokenizer = student.backbone.tokenizer
 
     @property
@@ -138,7 +139,7 @@ class StudentModule(InputModule):
         return cls(Student.load(folder / _STUDENT_FOLDER, dtype=None if dtype == "auto" else dtype), **config)
 
 
-def as_sentence_transformer(student: Student, *, task: Task = "asymmetric") -> SentenceTransformer:
+def as_sentence_transformer(student: Student, *, task: Task | None = None) -> SentenceTransformer:
     """A student as a model of sentence-transformers, whose similarity of query and passage is the anchor logit.
 
     Use ``encode_query`` for queries and ``encode_document`` for passages; plain ``encode`` encodes passages. The
@@ -146,7 +147,7 @@ def as_sentence_transformer(student: Student, *, task: Task = "asymmetric") -> S
 
     Args:
         student: the student; the model shares its weights.
-        task: the branch of the head.
+        task: the branch of the head; by default that of what the student was trained for.
 
     Raises:
         InputError: the student's head has no inner product.
@@ -168,7 +169,7 @@ class StudentCrossEncoder:
 
     Args:
         student: the student that encodes and scores.
-        task: the branch of the IEM.
+        task: the branch of the IEM; by default that of what the student was trained for.
         activation_fn: default function that is applied to the logits (a tensor).
     """
 
@@ -178,11 +179,11 @@ class StudentCrossEncoder:
         self,
         student: Student,
         *,
-        task: Task = "asymmetric",
+        task: Task | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.student = student
-        self.task: Task = task
+        self.task: Task = task_for(student, task)
         self.activation_fn: Callable[[Tensor], Tensor] = activation_fn or torch.nn.Identity()
         self.model_card_data = CrossEncoderModelCardData()  # the library's evaluators write their results here
 

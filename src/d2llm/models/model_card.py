@@ -134,7 +134,8 @@ def _body(folder: Path, manifest: Mapping[str, Any]) -> str:
         f"- Reads at most {num_query_tokens} tokens of a query and {backbone['max_passage_tokens']} of a "
         f"passage; longer texts are cut, and counted\n- Fingerprint: `{manifest['fingerprint']}`"
     )
-    parts = [about, facts, "## Use", _USE, *_probabilities(folder, manifest), *_training(manifest), *_figures(manifest)]
+    use = _USE.replace("asymmetric", task_of_plain(manifest))
+    parts = [about, facts, "## Use", use, *_probabilities(folder, manifest), *_training(manifest), *_figures(manifest)]
     return "\n\n".join(["# A d2llm student", *parts]) + "\n"
 
 

@@ -266,6 +266,11 @@ class Student(VectorScorer):
         return self.pooling.dim
 
     @property
+    def trained_tasks(self) -> tuple[Task, ...]:
+        """The tasks of the data that it was trained on; empty if it was not trained."""
+        return files.trained_tasks(self._recorded)
+
+    @property
     def nested_dims(self) -> tuple[int, ...]:
         """Smaller widths that the vectors may be cut to, because they were trained for it (``losses.nested_dims``)."""
         return tuple(self._recorded.get("nested_dims", ()))

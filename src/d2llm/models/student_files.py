@@ -14,6 +14,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import StudentConfig, shaping_student_settings
+from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import load_tensors
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a wrong name should be reported without it
@@ -46,6 +47,11 @@ def read_student_manifest(folder: Path) -> tuple[dict[str, Any], StudentConfig]:
         raise DataFormatError(
             folder / MANIFEST, f"its configuration cannot be read ({problems}); update d2llm or restore the folder"
         ) from error
+
+
+def trained_tasks(manifest: Mapping[str, Any]) -> tuple[Task, ...]:
+    """The tasks of the data that a student was trained on; empty if its manifest names none."""
+    return tuple(task for task in TASKS if task in manifest.get("tasks", ()))
 
 
 def head_tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:

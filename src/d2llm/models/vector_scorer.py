@@ -11,7 +11,7 @@ from jaxtyping import BFloat16, Float, Float32
 from torch import Tensor, nn
 
 from d2llm.core.errors import InputError
-from d2llm.core.types import Task
+from d2llm.core.types import Task, default_task
 from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
@@ -52,6 +52,11 @@ class VectorScorer(nn.Module):
         """Number format of the products."""
         raise NotImplementedError
 
+    @property
+    def trained_tasks(self) -> tuple[Task, ...]:
+        """The tasks of the data that the student was trained on; empty if it was not, or they are not known."""
+        return ()
+
     def without_backbone(self) -> VectorScorer:
         """A copy that only scores, on the CPU: small, and it can be pickled."""
         return _HeadAlone(copy.deepcopy(self.interaction).cpu(), self.fingerprint, self.compute_dtype)
@@ -62,16 +67,18 @@ class VectorScorer(nn.Module):
         return self.interaction.has_anchor
 
     def anchor_queries(
-        self, query_vectors: Float32[np.ndarray, "queries dim"], task: Task = "asymmetric"
+        self, query_vectors: Float32[np.ndarray, "queries dim"], task: Task | None = None
     ) -> Float32[np.ndarray, "queries dim"]:
         """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only).
+
+        By default they are those of the task that the student was trained for, or asymmetric ones.
 
         Raises:
             InputError: the head is ``paper``.
         """
         with inference(self):
             queries = torch.from_numpy(query_vectors).to(self.device)
-            return self.interaction.anchor_queries(queries, task).cpu().numpy()
+            return self.interaction.anchor_queries(queries, task or default_task(self.trained_tasks)).cpu().numpy()
 
     def passage_reach(self, passage_vectors: Float[np.ndarray, "passages dim"]) -> Float[np.ndarray, " passages"]:
         """The passages' part r_p(b) of the bound of a pair, in (0, 1]; the query's part is ``QueryScorer.reach``."""

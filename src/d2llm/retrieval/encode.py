@@ -23,7 +23,7 @@ from d2llm.data.indexed_corpus import Corpus, open_corpus
 from d2llm.data.python_records import PassageLike, passages_of
 from d2llm.models.quality import PassageQuality
 from d2llm.retrieval.index import Index, part_formats
-from d2llm.retrieval.protocols import QualityStudent, SearchStudent, TokenStudent, expansion_fingerprint
+from d2llm.retrieval.protocols import QualityStudent, SearchStudent, TokenStudent, expansion_fingerprint, task_for
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.retrieval.text_workers import load_student as load_named_student
 from d2llm.retrieval.upserting import BLOCK_PASSAGES
@@ -66,7 +66,7 @@ def encode(
     student: SearchStudent,
     folder: str | Path,
     *,
-    task: Task = "asymmetric",
+    task: Task | None = None,
     vector_format: str = "bfloat16",
     vector_copies: VectorCopies = 2,
     window_vectors: str | None = "auto",
@@ -91,7 +91,7 @@ def encode(
             themselves, which may be dictionaries (``Index.upsert``).
         student: makes the vectors; with a cluster, its workers' copies do.
         folder: the index's folder. Until the index is complete, it is in a hidden folder next to it.
-        task: the default task of searches on this index.
+        task: the default task of searches on this index; None: what the student was trained for (``task_for``).
         vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
         vector_copies: number of copies of each vector (``Index.create``).
         window_vectors: how the vectors of windows are stored, if at all (``Index.create``).
@@ -129,6 +129,7 @@ def encode(
             f"{folder}: already holds an index; give another folder, or replace it (--overwrite; in Python, "
             "overwrite=True)"
         )
+    task = task or task_for(student)  # a given one is compared with the student's when the index is created
     make_format(vector_format, student.vector_dim)
     quality = _find_quality(student, prune)
     formats = part_formats(student, task, window_vectors=window_vectors, token_vectors=token_vectors)

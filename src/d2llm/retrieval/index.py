@@ -29,7 +29,7 @@ from d2llm.core.types import (
     Task,
 )
 from d2llm.data.python_records import PassageLike, QueryLike, passages_of
-from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent, expansion_fingerprint
+from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent, expansion_fingerprint, task_for
 from d2llm.retrieval.row_evidence import evidence_weights
 from d2llm.store.index_manifest import VectorCopies, find_index
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
@@ -147,7 +147,7 @@ class Index:
         folder: str | Path,
         student: SearchStudent | str | Path,
         *,
-        task: Task = "asymmetric",
+        task: Task | None = None,
         vector_format: str = "bfloat16",
         vector_copies: VectorCopies = 2,
         window_vectors: str | None = "auto",
@@ -164,7 +164,7 @@ class Index:
         Args:
             folder: must not exist, or be empty.
             student: the student that makes the vectors, its folder, or the name of a shipped one.
-            task: the default task of searches.
+            task: the default task of searches; None: what the student was trained for (``task_for``).
             vector_format: how vectors are stored (``store.vector_formats.FORMATS``).
             vector_copies: with 2, a damaged copy is repaired from the other; 1 takes less space, but damaged vectors
                 must be encoded again (``verify``).
@@ -188,6 +188,7 @@ class Index:
 
         is_named = isinstance(student, str | Path)
         loaded = Student.load(student, device=device, dtype=dtype, engine=engine) if is_named else student
+        task = task_for(loaded, task)
         formats = part_formats(loaded, task, window_vectors=window_vectors, token_vectors=token_vectors)
         create = IndexStore.create if num_shards is None else partial(ShardedStore.create, num_shards=num_shards)
         storage = create(
@@ -537,10 +538,13 @@ class Index:
         from d2llm.retrieval.search import Searcher
         from d2llm.retrieval.settings import changed
 
+        chosen = changed(settings, changes)
+        if chosen.task not in (None, self.view.task):
+            task_for(self.student, chosen.task)  # warns
         return Searcher(
             self.view,
             self.student,
-            changed(settings, changes),
+            chosen,
             reaches=self._reaches,
             cascade=cascade,
             expansion=expansion,

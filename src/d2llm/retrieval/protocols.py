@@ -5,13 +5,14 @@ The protocol of teachers is ``models.teachers.judge.Judge``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Task, WholeText
+from d2llm.core.types import PART_KINDS, MissingShard, PartKind, Task, WholeText, default_task
 from d2llm.models.document_expansion import DocumentExpansion
 from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.quality import PassageQuality
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from d2llm.models.late_chunking import EncodedChunks
     from d2llm.store.sharded_view import ShardView
     from d2llm.store.view import CandidateRows
+
+
+_log = logging.getLogger(__name__)
 
 
 class SearchView(ReadableView, Protocol):
@@ -256,6 +260,16 @@ class TermStudent(Protocol):
 
 
 @runtime_checkable
+class TaskStudent(Protocol):
+    """A ``VectorStudent`` that knows what it was trained for (``Student`` does)."""
+
+    @property
+    def trained_tasks(self) -> Sequence[Task]:
+        """The tasks of its training data; empty if it was not trained, or that is not recorded."""
+        ...
+
+
+@runtime_checkable
 class ProjectingStudent(Protocol):
     """A ``VectorStudent`` for which part of the score depends on the passage alone (``Student`` is one)."""
 
@@ -267,6 +281,24 @@ class ProjectingStudent(Protocol):
     def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
         """[n, dim] -> W_p b, bfloat16 [n, hidden]; raises InputError if the head has no such part."""
         ...
+
+
+def task_for(student: object, task: Task | None = None) -> Task:
+    """The task to use a student for: the given one, else the only one that it was trained for, else asymmetric.
+
+    A given task that its training has not touched is a warning in the log.
+    """
+    trained = student.trained_tasks if isinstance(student, TaskStudent) else ()
+    if task is None:
+        return default_task(trained)
+    if trained and task not in trained:
+        _log.warning(
+            "the student was trained for %s search and is used for %s search, which its training has not touched; "
+            "leave the task (--task) out to use it for what it was trained for, or take another student",
+            trained[0],
+            task,
+        )
+    return task
 
 
 def expansion_of(student: object) -> DocumentExpansion | None:

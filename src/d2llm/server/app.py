@@ -21,7 +21,7 @@ from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.models.teachers.judge import Judge, load_judge
 from d2llm.retrieval.index import find_source
-from d2llm.retrieval.protocols import SearchView
+from d2llm.retrieval.protocols import SearchView, task_for
 from d2llm.runners.runner import find_runner
 from d2llm.server import corpus_routes, native, page_routes
 from d2llm.server.dialects import DIALECTS
@@ -190,6 +190,8 @@ def load_models(
     if store is not None:
         store.check_student(manifest["fingerprint"])  # before the weights are loaded
     student = Student.load(folder, device=settings.device, dtype=settings.dtype, engine=settings.engine)
+    if store is not None:
+        task_for(student, store.manifest["task"])  # warns
     calibrated = ", ".join(sorted(student.calibration.tasks)) or "no task (they are sigmoids of the score)"
     _log.info("relevance scores are calibrated probabilities for %s", calibrated)
     encoder = None

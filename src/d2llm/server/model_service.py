@@ -223,7 +223,7 @@ class ModelService:
             raise ModelError("the student's vector of a text is not finite; check the student")
         return Encoded(done.vectors, done.lengths, done.truncated, queued, worked), done.tokens.vectors
 
-    async def score(self, query: str, passages: Sequence[str], task: Task = "asymmetric") -> PassageScores:
+    async def score(self, query: str, passages: Sequence[str], task: Task) -> PassageScores:
         """The IEM's scores of passages for a query.
 
         Raises:
@@ -263,7 +263,7 @@ class ModelService:
             return f"calibrated; task={task}; base-rate={calibration.base_rate:g}"
         return f"uncalibrated; task={task}; the sigmoid of the score, ordered but not a probability"
 
-    async def anchor_queries(self, vectors: NDArray[np.float32], task: Task = "asymmetric") -> NDArray[np.float32]:
+    async def anchor_queries(self, vectors: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
         """[n, dim] anchor vectors; inner products with passages' vectors are the score's inner-product part.
 
         Raises:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from d2llm.core.errors import D2LLMError
-from d2llm.core.types import Task
+from d2llm.core.types import Task, default_task
 from d2llm.server.index_service import IndexService, Readings
 from d2llm.server.model_service import ModelService
 from d2llm.server.schemas import ServedIndexAnswer
@@ -20,8 +20,8 @@ from d2llm.server.writer_service import WriterService
 class Services:
     """The services that a request uses from start to end, even if another index is loaded meanwhile.
 
-    ``index`` is None if only a student is served. ``task`` is the index's, or else asymmetric: whether a passage
-    answers the query.
+    ``index`` is None if only a student is served. ``task`` is the index's, or else what the student was
+    trained for.
     """
 
     settings: ServeSettings
@@ -55,7 +55,7 @@ class Serving:
     def now(self, name: str | None = None) -> Services:
         """The services of an index for a new request; None: of the first, or of the student alone."""
         if self.alone is not None:
-            return Services(self.settings, self.alone, None, "asymmetric")
+            return Services(self.settings, self.alone, None, default_task(self.alone.student.trained_tasks))
         index = self.indexes[name or next(iter(self.indexes))]
         version = index.current
         return Services(self.settings, version.models, index, version.view.task)

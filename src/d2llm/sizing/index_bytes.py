@@ -13,6 +13,7 @@ from d2llm.models.evidence import EvidenceWeights
 from d2llm.models.student import Student
 from d2llm.retrieval.build_ann import default_num_lists
 from d2llm.retrieval.index import part_formats
+from d2llm.retrieval.protocols import task_for
 from d2llm.sizing.plan import SizePlan
 from d2llm.sizing.texts import TextFacts
 from d2llm.store.ann import ann_bytes
@@ -65,8 +66,9 @@ class StudentFacts:
         Raises:
             InputError: the plan stores vectors of tokens, which the student does not have.
         """
-        formats = part_formats(student, plan.task, window_vectors=plan.window_vectors, token_vectors=plan.token_vectors)
-        prepared = student.prepare(np.ones(student.vector_dim, np.float32), plan.task)
+        task = task_for(student, plan.task)
+        formats = part_formats(student, task, window_vectors=plan.window_vectors, token_vectors=plan.token_vectors)
+        prepared = student.prepare(np.ones(student.vector_dim, np.float32), task)
         projection = student.token_projection
         return cls(
             name=plan.student,
@@ -78,7 +80,7 @@ class StudentFacts:
             has_anchor=student.has_anchor,
             counts_interaction=not student.has_anchor or prepared.reach > 0,
             formats=formats,
-            weights=student.evidence_weights(plan.task, stored=frozenset(formats)),
+            weights=student.evidence_weights(task, stored=frozenset(formats)),
             num_added_words=0 if (expansion := student.document_expansion) is None else expansion.num_words,
         )
 

@@ -26,6 +26,7 @@ from d2llm.core.types import Passage, Task
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judge
 from d2llm.retrieval.index import PART_FORMATS
+from d2llm.retrieval.protocols import task_for
 from d2llm.retrieval.search import Searcher, SearchSettings
 from d2llm.sizing.speeds import Speed, Speeds, TeacherSpeed, processor_name
 from d2llm.sizing.texts import count_postings, word_queries, write_passages
@@ -58,7 +59,7 @@ def measure_speeds(
     student: Student,
     passages: Sequence[Passage],
     *,
-    task: Task = "asymmetric",
+    task: Task | None = None,
     queries: Sequence[str] | None = None,
     teachers: Mapping[str, Callable[[], Judge]] | None = None,
     seconds: float = 1.5,
@@ -70,12 +71,12 @@ def measure_speeds(
     Args:
         student: the student whose texts are encoded.
         passages: typical ones.
-        task: in which the student's score is measured.
+        task: in which the student's score is measured; by default what it was trained for.
         queries: typical ones; by default words in a row of the passages.
         teachers: functions that load the judges to measure, by the name that a plan gives them.
         seconds: how long each speed is measured.
     """
-    measuring = _Measuring(student, passages, queries, task, seconds)
+    measuring = _Measuring(student, passages, queries, task_for(student, task), seconds)
     speeds = measuring.speeds()
     own = {name: measuring.teacher(load()) for name, load in (teachers or {}).items()}
     return speeds.model_copy(update={"teachers": own})

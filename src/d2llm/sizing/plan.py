@@ -74,7 +74,7 @@ class SizePlan:
         recall: share of the exact first ten results that the candidates of a search must hold; above what an
             approximate index was measured to find, the vectors are scanned.
         student: a folder, or the name of a shipped one.
-        task: whether a passage answers a query (asymmetric) or means the same.
+        task: whether a passage answers a query (asymmetric) or means the same; None: what the student was trained for.
         vector_format: how the vectors are stored (``store.vector_formats.FORMATS``).
         vector_copies: number of copies of each vector.
         window_vectors: format of the vectors of windows, "none", or "auto" as for a new index.
@@ -97,7 +97,7 @@ class SizePlan:
     qps: float | None = None
     recall: float = 0.99
     student: str = DEFAULT_STUDENT
-    task: Task = "asymmetric"
+    task: Task | None = None
     vector_format: str = "bfloat16"
     vector_copies: VectorCopies = 2
     window_vectors: str = "auto"
@@ -136,7 +136,7 @@ class SizePlan:
                 raise InputError(f"{name} is {price:g}; give a price of at least 0, or leave it out")
         if self.vector_copies not in get_args(VectorCopies):
             raise InputError(f"{self.vector_copies!r} copies of the vectors are not supported; give 1 or 2")
-        if self.task not in get_args(Task):
+        if self.task not in (None, *get_args(Task)):
             raise InputError(f"task is {self.task!r}; give {' or '.join(get_args(Task))}")
         make_format(self.vector_format, 8)
         for name in (self.window_vectors, self.token_vectors):

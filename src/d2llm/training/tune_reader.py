@@ -36,6 +36,7 @@ from d2llm.models.listwise_reader import READER_KIND, ListwiseReader, ReadPassag
 from d2llm.models.student import Student
 from d2llm.ops.losses import drawing_loss
 from d2llm.ops.measures import per_query_measures
+from d2llm.retrieval.protocols import task_for
 from d2llm.training.checkpoints import (
     CHECKPOINT,
     RunLog,
@@ -125,7 +126,7 @@ def tune_reader(
     folder: str | Path,
     *,
     config: ReaderTuningConfig | None = None,
-    task: Task = "asymmetric",
+    task: Task | None = None,
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
@@ -139,7 +140,7 @@ def tune_reader(
         datasets: retrieval sets with a train split and, to measure the reader, a dev split.
         folder: where to write the reader; ``<folder>.run`` beside it has the lists, the checkpoint and the log.
         config: the language model, the lists and the schedule.
-        task: the type of search whose scores rank the lists.
+        task: the type of search whose scores rank the lists; by default what the student was trained for.
         seed: seed of the network's and the adapter's initial weights, of the order of lists, and of the dev queries.
         device: where the reader computes; by default the best device available.
         dtype: its number format; by default the fastest on that device.
@@ -153,6 +154,7 @@ def tune_reader(
     """
     datasets = objects_of(datasets, "datasets", Dataset)
     config, folder, started = config or ReaderTuningConfig(), Path(folder), time.monotonic()
+    task = task_for(student, task)
     if is_finished(folder):
         raise InputError(f"{folder}: already holds a finished reader; give another folder, or delete it to start over")
     check_replaceable(folder, READER_KIND)

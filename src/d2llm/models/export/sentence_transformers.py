@@ -20,10 +20,10 @@ from torch import Tensor
 
 from d2llm.core.files import write_json
 from d2llm.core.recipe import StudentConfig
-from d2llm.core.types import Task
+from d2llm.core.types import Task, default_task
 from d2llm.models.backbone import search_query_tokens
 from d2llm.models.interaction import CosineHead, Interaction
-from d2llm.models.student_files import BACKBONE_FOLDER
+from d2llm.models.student_files import BACKBONE_FOLDER, trained_tasks
 from d2llm.ops.pooling import PoolingName
 
 MODULES_FILE = "modules.json"
@@ -62,7 +62,7 @@ def why_not_plain(config: StudentConfig) -> str | None:
 
 def task_of_plain(manifest: Mapping[str, Any]) -> Task:
     """The task whose inner product the library gets: symmetric only if the student was trained for nothing else."""
-    return "symmetric" if manifest.get("tasks") == ["symmetric"] else "asymmetric"
+    return default_task(trained_tasks(manifest))
 
 
 def write_plain_form(
