@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from d2llm.core.types import Passage
 from d2llm.data.documents import find_documents
 from d2llm.server.errors import ServingError
 from d2llm.server.settings import ServeSettings
-from d2llm.server.uploads import documents_of
+from d2llm.server.uploads import _files_of, _stored, documents_of
+
+LIMITS = ServeSettings()
 
 
 def upload(name: str, text: str) -> Passage:
@@ -107,3 +110,89 @@ def test_what_cannot_be_read_is_named(name: str, content: str, message: str):
     with pytest.raises(ServingError) as error:
         upload(name, content)
     assert error.value.problem.message.startswith(message)
+
+
+def form(*parts: bytes, boundary: bytes = b"b", end: bytes = b"--") -> bytes:
+    return b"".join(b"--" + boundary + b"\r\n" + part + b"\r\n" for part in parts) + b"--" + boundary + end + b"\r\n"
+
+
+def part(name: str, content: bytes, *headers: str) -> bytes:
+    lines = [f'Content-Disposition: form-data; name="file"; filename="{name}"', *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
+
+
+def read(body: bytes, kind: str = "multipart/form-data; boundary=b") -> list[Passage]:
+    return [*documents_of(body, kind, LIMITS)]
+
+
+@pytest.mark.parametrize(
+    "kind", ["message/rfc822", "multipart/mixed; boundary=c", "message/partial", "text/plain; charset=utf-16", "x"]
+)
+def test_the_type_of_a_part_does_not_change_its_content(kind: str):
+    content = b"Subject: x\r\n\r\n--c\r\n\r\none line\r\n--c--"
+    (document,) = read(form(part("a.txt", content, f"Content-Type: {kind}")))
+    assert document.text.split() == content.decode().split()
+
+
+def test_nested_forms_are_no_forms():
+    body = part("a.txt", b"deep down")
+    for depth in range(3_000):
+        kind = f"Content-Type: multipart/mixed; boundary=n{depth}"
+        body = part("a.txt", form(body, boundary=b"n%d" % depth), kind)
+    (document,) = read(form(body))
+    assert "deep down" in document.text
+
+
+def test_bytes_of_files_are_stored_as_they_are(tmp_path: Path):
+    content = bytes(range(256)) * 3 + b"\r\n--\r\n--a\r\n\n\r" + b"one\r\ntwo\nthree\rfour"
+    names = ["a.txt", "näher (1).txt", 'quote %22" '.replace('"', "") + ".txt"]
+    kind = "multipart/form-data; boundary=b"
+    files = _stored(_files_of(form(*(part(name, content) for name in names)), kind, LIMITS), tmp_path, LIMITS)
+    assert [file.path.read_bytes() for file in files] == [content] * 3
+    assert [file.id for file in files] == ["a.txt", "näher (1).txt", 'quote " .txt']
+
+
+def test_the_name_may_be_encoded_as_older_clients_do_it():
+    header = "Content-Disposition: form-data; name=\"file\"; filename*=utf-8''n%C3%A4her.txt"
+    (document,) = read(form(header.encode() + b"\r\n\r\ntext"))
+    assert document.id == "näher.txt"
+
+
+MALFORMED = {
+    "many empty parts": (form(*[b""] * 300_000), "Content-Disposition"),
+    "many parts": (form(*[part("", b"")] * 300_000), r"has no name|more or longer parts"),
+    "many files": (form(*[part("a.txt", b"x")] * 3_000), r"more or longer parts .*max_texts"),
+    "line ends": (form(b"\r\n" * (4 << 20)), "Content-Disposition"),
+    "line ends before the first part": (b"\r\n" * (4 << 20) + form(part("a.txt", b"")), "is empty|cannot be parsed"),
+    "line feeds": (form(part("a.txt", b"x")).replace(b"\r", b""), "cannot be parsed"),
+    "many headers": (form(part("a.txt", b"x", *(f"X-{n}: 1" for n in range(100_000)))), "more or longer parts"),
+    "a long header": (form(part("a.txt", b"x", "X-Long: " + "x" * (8 << 20))), "more or longer parts"),
+    "a long name": (form(part("x" * (1 << 20) + ".txt", b"x")), "more or longer parts"),
+    "a name that is too long for an id": (form(part("x" * 5_000 + ".txt", b"x")), "its name has 5,004 characters"),
+    "an encoded part": (form(part("a.txt", b"eA==", "Content-Transfer-Encoding: base64")), "encoded as 'base64'"),
+    "no end": (form(part("a.txt", b"x"), end=b""), "Unexpected end"),
+    "half of a boundary again and again": (b"--b\r\n" + part("a.txt", b"\r\n--" * (3 << 20)), "Unexpected end"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_forms_are_refused_within_little_time_and_memory(name: str):
+    body, message = MALFORMED[name]
+    tracemalloc.start()
+    begin = time.process_time()
+    try:
+        with pytest.raises(ServingError, match=message) as error:
+            read(body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - begin < 3
+    assert peak < 5 * len(body) + (8 << 20)
+    assert error.value.problem.status == 400
+    assert len(error.value.problem.message) < 1_000
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; x=b"])
+def test_a_form_needs_a_boundary(kind: str):
+    with pytest.raises(ServingError, match="boundary"):
+        read(form(part("a.txt", b"x")), kind)

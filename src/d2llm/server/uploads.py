@@ -6,22 +6,25 @@ import gzip
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from email import message_from_bytes
-from email.message import Message
 from io import BytesIO
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
+from urllib.parse import unquote
 
 from d2llm.core.errors import MissingExtraError
+from d2llm.core.extras import require
 from d2llm.core.types import Passage
 from d2llm.data.documents import DocumentFile, DocumentFiles, SkippedFile
 from d2llm.data.file_contents import SUFFIXES
-from d2llm.server.errors import Problem, ServingError, invalid
+from d2llm.server.errors import Problem, ServingError, invalid, shortened
 from d2llm.server.settings import ServeSettings
 
 FILES_PATH = "/v1/files"
 FORM_TYPE = "multipart/form-data"
+_MOST_HEADER_BYTES = 16 << 10  # of each header of a part: a name may be long, and its letters take several bytes
+_MOST_NAME_CHARS = 1_024  # it becomes an id, with the number of a row or of a passage
+_ENCODED_NAME = re.compile(r";\s*filename\*=(?P<charset>[\w-]*)'[^']*'(?P<name>[^;\s]+)", re.IGNORECASE)
 _MOST_UNPACKED = 8  # limit of unpacked sizes, as a multiple of the maximum body size
 
 UPLOAD_BODY: dict[str, Any] = {
@@ -66,7 +69,7 @@ def documents_of(body: bytes, content_type: str, limits: ServeSettings) -> Uploa
             message names).
     """
     with TemporaryDirectory() as folder:
-        files = DocumentFiles(_stored(_files_of(body, content_type), Path(folder), limits))
+        files = DocumentFiles(_stored(_files_of(body, content_type, limits), Path(folder), limits))
         if not files.files:
             raise invalid("the form has no file; send one or more in the field 'file'", "file")
         upload = Upload()
@@ -93,29 +96,56 @@ def _unread(files: DocumentFiles) -> list[SkippedFile]:
     return [skipped for skipped in files.skipped if not skipped.part]
 
 
-def _files_of(body: bytes, content_type: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a form's files. Forms have the format of MIME mails, which the standard library parses."""
-    form = message_from_bytes(b"Content-Type: " + content_type.encode("latin-1", "replace") + b"\r\n\r\n" + body)
-    if form.get_content_type() != FORM_TYPE:
-        message = f"a body of type {content_type.partition(';')[0]!r} is not supported here; send files as {FORM_TYPE}"
+def _files_of(body: bytes, content_type: str, limits: ServeSettings) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a form's files: bytes as they were sent, whatever their own type is.
+
+    Raises:
+        ServingError: 415 if the body is not a form; 400 if it cannot be parsed, or has too many or too long parts.
+    """
+    multipart = require("multipart", extra="serve", purpose="reading uploaded files")
+    kind, options = multipart.parse_options_header(content_type)
+    if kind != FORM_TYPE:
+        message = f"a body of type {shortened(kind)!r} is not supported here; send files as {FORM_TYPE}"
         raise ServingError(Problem(415, "unsupported_media_type", message))
-    if not form.is_multipart():
-        raise invalid("the form cannot be parsed; its parts must be separated by the boundary in its header")
-    for part in cast("list[Message]", form.get_payload()):
-        disposition = _disposition(part)
-        if disposition.get_param("name", header="content-disposition") == "file":
-            content = part.get_payload(decode=True)
-            yield disposition.get_filename() or "", content if isinstance(content, bytes) else b""
+    try:
+        parser = multipart.PushMultipartParser(
+            options.get("boundary", ""),
+            max_header_size=_MOST_HEADER_BYTES,
+            max_segment_count=limits.max_texts,
+            strict=True,
+        )
+        part, content = None, b""
+        for event in parser.parse(body):
+            if isinstance(event, bytes):
+                content += event
+            elif event is not None:
+                part, content = event, b""
+            elif part is not None and part.name == "file":
+                yield _name_of(part), content
+        parser.close()
+    except multipart.ParserLimitReached as error:
+        raise invalid(
+            f"the form has more or longer parts than this server reads ({error}): at most {limits.max_texts:,} "
+            f"(max_texts), each with 8 headers of {_MOST_HEADER_BYTES:,} bytes; send fewer files at a time",
+            "file",
+        ) from error
+    except multipart.MultipartError as error:
+        message = f"the form cannot be parsed ({error}); its parts must be separated by the boundary in its header"
+        raise invalid(message, "file") from error
 
 
-def _disposition(part: Message) -> Message:
-    """A part's Content-Disposition header, decoded as UTF-8, which clients send; mail headers would be ASCII."""
-    disposition = Message()
-    for name, value in part.raw_items():
-        if name.lower() == "content-disposition":
-            text = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            disposition["content-disposition"] = text
-    return disposition
+def _name_of(part: Any) -> str:
+    """The file name of a part, "" if it has none."""
+    coding = part.header("Content-Transfer-Encoding", "binary").strip().lower()
+    if coding not in ("binary", "8bit", "7bit"):
+        raise invalid(f"a part of the form is encoded as {shortened(coding)!r}; send files as they are", "file")
+    name = part.filename or ""
+    if not name and (encoded := _ENCODED_NAME.search(part.header("Content-Disposition", ""))):
+        name = unquote(encoded["name"], encoded["charset"] or "utf-8", "replace")  # RFC 5987, as older clients send it
+    if len(name) > _MOST_NAME_CHARS:
+        problem = f"its name has {len(name):,} characters, more than {_MOST_NAME_CHARS:,}"
+        raise invalid(f"file {shortened(name)}: {problem}; send it with a shorter one", "file")
+    return name
 
 
 def _stored(names_and_contents: Iterable[tuple[str, bytes]], folder: Path, limits: ServeSettings) -> list[DocumentFile]:
