@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import RunOptions, in_existing_folder, recipe_argument, with_option_groups
+from d2llm.cli.options import RunOptions, in_existing_folder, output_path, recipe_argument, with_option_groups
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 
@@ -35,11 +35,14 @@ def ablate(
         ),
     ] = None,
     markdown_path: Annotated[
-        Path | None, typer.Option("--markdown", metavar="PATH", dir_okay=False, help="Also write Markdown.")
+        Path | None,
+        typer.Option("--markdown", metavar="PATH", dir_okay=False, callback=output_path, help="Also write Markdown."),
     ] = None,
     html_path: Annotated[
         Path | None,
-        typer.Option("--html", metavar="PATH", dir_okay=False, help="Also write one HTML page with a plot."),
+        typer.Option(
+            "--html", metavar="PATH", dir_okay=False, callback=output_path, help="Also write one HTML page with a plot."
+        ),
     ] = None,
 ) -> None:
     """Train a recipe with parts left out or exchanged, and compare.

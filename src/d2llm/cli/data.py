@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2llm.cli.options import JsonOption
+from d2llm.cli.options import JsonOption, input_path
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
@@ -24,7 +24,9 @@ def check(
     data: Annotated[
         str,
         typer.Argument(
-            metavar="PATH", help="A folder in BEIR layout, a folder or file of pairs, or hf://owner/name[:config]."
+            metavar="PATH",
+            callback=input_path,
+            help="A folder in BEIR layout, a folder or file of pairs, or hf://owner/name[:config].",
         ),
     ],
     allow_leaks: Annotated[

@@ -16,7 +16,8 @@ from d2llm.cli.options import (
     RunnerOptions,
     StudentOption,
     TaskOption,
-    in_existing_folder,
+    input_path,
+    output_file,
     teacher_config,
     teacher_option,
     with_option_groups,
@@ -37,6 +38,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="DATA",
+            callback=input_path,
             help="Queries with a corpus (BEIR layout, Parquet) or labelled pairs: a folder, a file, or hf://OWNER/NAME.",
         ),
     ],
@@ -73,7 +75,10 @@ def evaluate(
         ),
     ] = None,
     runs: Annotated[
-        list[Path] | None, typer.Option("--run", metavar="FILE", help="Also measure a TREC run file. May be repeated.")
+        list[Path] | None,
+        typer.Option(
+            "--run", metavar="FILE", callback=input_path, help="Also measure a TREC run file. May be repeated."
+        ),
     ] = None,
     baseline: Annotated[
         SystemKind | None,
@@ -145,13 +150,13 @@ def evaluate(
         typer.Option(
             metavar="PATH",
             dir_okay=False,
-            callback=in_existing_folder,
+            callback=output_file,
             help="Write an HTML page with plots and texts.",
         ),
     ] = None,
     markdown: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Write the tables as Markdown."),
+        typer.Option(metavar="PATH", dir_okay=False, callback=output_file, help="Write the tables as Markdown."),
     ] = None,
     save_runs: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write every ranking as a TREC run.")] = None,
     json_path: JsonOption = None,

@@ -14,6 +14,8 @@ from d2llm.cli.options import (
     RunnerOptions,
     TaskOption,
     WriterOptions,
+    input_path,
+    lasting_input_path,
     student_option,
     teacher_config,
     teacher_option,
@@ -32,7 +34,13 @@ def fit(
     context: typer.Context,
     documents: Annotated[
         list[Path],
-        typer.Argument(metavar="DOCUMENTS...", help="Folders and files of documents, or a corpus.jsonl.", exists=True),
+        typer.Argument(
+            metavar="DOCUMENTS...",
+            help="Folders and files of documents, or a corpus.jsonl.",
+            exists=True,
+            allow_dash=True,
+            callback=lasting_input_path,
+        ),
     ],
     *,
     output: Annotated[
@@ -66,7 +74,13 @@ def fit(
     max_queries: Annotated[int | None, typer.Option(min=1, help="Write no more queries than this.")] = None,
     examples: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Lines 'passage<TAB>query' that show the writer how users ask.", exists=True),
+        typer.Option(
+            metavar="FILE",
+            help="Lines 'passage<TAB>query' that show the writer how users ask.",
+            exists=True,
+            allow_dash=True,
+            callback=input_path,
+        ),
     ] = None,
     judged: Annotated[
         Path | None,
@@ -75,6 +89,8 @@ def fit(
             help="Users' queries and what they chose: lines 'query<TAB>id' with an optional grade, where an id is that "
             "of a passage or a document.",
             exists=True,
+            allow_dash=True,
+            callback=input_path,
         ),
     ] = None,
     teacher: Annotated[

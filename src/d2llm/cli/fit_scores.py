@@ -13,6 +13,7 @@ from d2llm.cli.options import (
     JsonOption,
     TaskOption,
     in_existing_folder,
+    input_path,
     known_student,
 )
 from d2llm.cli.session import session_of
@@ -27,6 +28,7 @@ def fit_scores(
         list[str],
         typer.Argument(
             metavar="DATA...",
+            callback=input_path,
             help="Data sets with judged queries in their dev split, or with pairs of texts labelled yes or no.",
         ),
     ],

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, in_existing_folder, known_student
+from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, in_existing_folder, input_path, known_student
 from d2llm.cli.session import session_of
 
 
@@ -18,7 +18,11 @@ def fit_tokens(
     ],
     data: Annotated[
         list[str],
-        typer.Argument(metavar="DATA...", help="Data sets with a corpus and judged queries in their train split."),
+        typer.Argument(
+            metavar="DATA...",
+            callback=input_path,
+            help="Data sets with a corpus and judged queries in their train split.",
+        ),
     ],
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the student with tokens goes.")

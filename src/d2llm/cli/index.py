@@ -31,6 +31,8 @@ from d2llm.cli.options import (
     IndexTaskOption,
     JsonOption,
     PromptOption,
+    input_path,
+    lasting_input_path,
     student_option,
     teacher_config,
     teacher_option,
@@ -91,7 +93,12 @@ class IdOptions:
     """The passages or documents that a verb works on."""
 
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of passages.")] = None
-    ids_file: Annotated[Path | None, typer.Option("--ids", metavar="FILE", help="A file with one id per line.")] = None
+    ids_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--ids", metavar="FILE", callback=input_path, help="A file with one id per line; -: standard input."
+        ),
+    ] = None
     document: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="All passages of a document; may be given several times.")
     ] = None
@@ -189,7 +196,10 @@ def upsert(
 def sync(
     context: typer.Context,
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="Documents and folders of documents, as for upsert.")
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...", callback=lasting_input_path, help="Documents and folders of documents, as for upsert."
+        ),
     ],
     new: NewIndexOptions,
     splitting: ChunkingOptions,
@@ -344,6 +354,7 @@ def ann(
         Path | None,
         typer.Option(
             metavar="FILE",
+            callback=input_path,
             help="queries.jsonl or queries.jsonl.gz to measure recall with.",
             show_default="passages of the index as queries",
         ),
@@ -443,6 +454,7 @@ def calibrate(
         Path,
         typer.Option(
             metavar="FILE",
+            callback=input_path,
             help="queries.jsonl or queries.jsonl.gz, with queries like those of later searches; no judgements needed.",
         ),
     ],

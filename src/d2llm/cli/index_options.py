@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2llm.cli.options import input_path
 from d2llm.core.errors import InputError
 from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, Task
 
@@ -26,8 +27,9 @@ CorpusArgument = Annotated[
     list[Path],
     typer.Argument(
         metavar="CORPUS...",
+        callback=input_path,
         help="corpus.jsonl or corpus.jsonl.gz, or a folder that holds one; or documents and folders of documents (PDF, "
-        "HTML, Markdown, Word, PowerPoint, Excel, EPUB, text, tables, source code).",
+        "HTML, Markdown, Word, PowerPoint, Excel, EPUB, text, tables, source code). -: standard input.",
     ),
 ]
 ExcludeOption = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import DeviceOption, JsonOption, in_existing_folder
+from d2llm.cli.options import DeviceOption, JsonOption, lasting_input_path, output_file
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
@@ -19,6 +19,7 @@ def init(
         str,
         typer.Argument(
             metavar="DATA",
+            callback=lasting_input_path,
             help="A data set with judged questions in train and dev: a folder in BEIR layout, or of pairs.",
         ),
     ],
@@ -27,7 +28,7 @@ def init(
         typer.Option(
             metavar="FILE",
             dir_okay=False,
-            callback=in_existing_folder,
+            callback=output_file,
             help="Where the recipe goes; an existing file is not replaced.",
         ),
     ] = Path("recipe.toml"),
@@ -56,10 +57,10 @@ def init(
 
     Epochs and teacher depend on the number of questions, token limits on the lengths of the texts.
     """
-    from d2llm.core.files import write_bytes
+    from d2llm.core.files import is_stream, write_bytes
     from d2llm.training.starting_recipe import starting_recipe
 
-    if out.exists():
+    if out.exists() and not is_stream(out):
         raise InputError(f"{out}: already exists and is not replaced; give another path with --out")
     session = session_of(context)
     start = starting_recipe(data, backbone=backbone, teacher=teacher, task=task, device=device)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from d2llm.cli.options import JsonOption, in_existing_folder
+from d2llm.cli.options import JsonOption, in_existing_folder, lasting_input_path
 from d2llm.cli.session import session_of
 
 _FILE = "d2llm.keys"
@@ -25,7 +25,7 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the k
 @keys_app.callback()
 def choose(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file with the keys.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", callback=lasting_input_path, help="The file with the keys.")],
 ) -> None:
     """Remember the file for the verb that follows."""
     context.meta[_FILE] = file

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import JsonOption, in_existing_folder
+from d2llm.cli.options import JsonOption, in_existing_folder, output_file
 from d2llm.cli.session import session_of
 
 labels_app = typer.Typer(
@@ -60,7 +60,11 @@ def export(
     folder: _StoreArgument,
     out: Annotated[
         Path,
-        typer.Option(metavar="FILE", callback=in_existing_folder, help="The file to write: .parquet, .jsonl or .csv."),
+        typer.Option(
+            metavar="FILE",
+            callback=output_file,
+            help="The file to write: .parquet, .jsonl or .csv; -: JSON lines to standard output.",
+        ),
     ],
     teacher: Annotated[
         str | None, typer.Option(metavar="FINGERPRINT", help="Only labels of this teacher; a beginning is enough.")

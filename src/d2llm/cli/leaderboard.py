@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import HtmlOption, JsonOption, MarkdownOption, with_option_groups
+from d2llm.cli.options import HtmlOption, JsonOption, MarkdownOption, input_path, with_option_groups
 from d2llm.cli.session import session_of
 
 
@@ -16,7 +16,11 @@ def leaderboard(
     context: typer.Context,
     reports: Annotated[
         list[Path],
-        typer.Argument(metavar="REPORT...", help="Files that d2llm evaluate --json wrote, or folders of such files."),
+        typer.Argument(
+            metavar="REPORT...",
+            callback=input_path,
+            help="Files that d2llm evaluate --json wrote, or folders of such files.",
+        ),
     ],
     markdown_path: MarkdownOption = None,
     html_path: HtmlOption = None,

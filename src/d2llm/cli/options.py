@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
+from d2llm.cli.session import STANDARD_INPUT, STANDARD_OUTPUT, session_of
+from d2llm.core import files
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.types import EngineName, NumberFormat, Task
@@ -53,15 +57,80 @@ def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
     return (TeacherConfig() if prompt is None else TeacherConfig(prompt=prompt)).named(model)
 
 
+def output_path(context: typer.Context, path: Path | None) -> Path | None:
+    """The path of a file that a verb writes; ``-`` is standard output, which then has nothing else.
+
+    Raises:
+        InputError: two files go to standard output.
+    """
+    if path is None:
+        return None
+    if str(path) == "-":
+        path = files.STANDARD_OUTPUT
+    if files.descriptor_of(path) == 1:
+        session_of(context).take(STANDARD_OUTPUT, str(path))
+    return path
+
+
+def output_file(context: typer.Context, path: Path | None) -> Path | None:
+    """``output_path``, checked as ``in_existing_folder`` does."""
+    return in_existing_folder(output_path(context, path))
+
+
+InputPath = TypeVar("InputPath", bound=Path | str | list[Path] | list[str] | None)
+
+
+def input_path(context: typer.Context, path: InputPath) -> InputPath:
+    """The path of a file that a verb reads; a stream is first copied to a temporary file. ``-`` is standard input.
+
+    Raises:
+        InputError: it is standard input, and so is another file.
+        OSError: the stream cannot be read.
+    """
+    if path is None:
+        return path
+    given: list[Path | str] = [*path] if isinstance(path, list) else [path]
+    paths = [type(each)(_copied(context, each)) for each in given]
+    return cast(InputPath, paths if isinstance(path, list) else paths[0])
+
+
+def lasting_input_path(path: InputPath) -> InputPath:
+    """``input_path`` for what is read again later, which a stream cannot be.
+
+    Raises:
+        InputError: it is a stream.
+    """
+    for each in path if isinstance(path, list) else [path]:
+        if each is not None and (str(each) == "-" or files.is_stream(Path(each))):
+            raise InputError(f"{each}: is read again later, and so must be a file or folder; write it to a file first")
+    return path
+
+
+def _copied(context: typer.Context, path: Path | str) -> Path | str:
+    source = files.STANDARD_INPUT if str(path) == "-" else Path(path)
+    if "://" in str(path) or not files.is_stream(source):
+        return path
+    session = session_of(context)
+    if files.descriptor_of(source) == 0 and sys.stdin.isatty():
+        session.say("reading standard input, to its end (Ctrl-D)")
+    folder = Path(context.with_resource(TemporaryDirectory(prefix="d2llm-")))
+    copy = files.copy_of_stream(source, folder)
+    session.take(STANDARD_INPUT if files.descriptor_of(source) == 0 else str(path), str(copy))
+    return copy
+
+
 def in_existing_folder(path: Path | None) -> Path | None:
     """Check before the work begins that a file can be written. Folders are not created, as the path may be mistyped.
 
     Raises:
         InputError: the folder does not exist or is not writable.
     """
-    if path is not None and not path.parent.is_dir():
+    if path is None or files.is_stream(path):
+        return path
+    folder = Path(os.path.realpath(path)).parent  # where a link leads
+    if not folder.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent} to write it in; make it first, or correct the path")
-    if path is not None and not os.access(path.parent, os.W_OK):
+    if not os.access(folder, os.W_OK):
         raise InputError(
             f"{path}: the folder {path.parent} cannot be written to; give another path, or change its permissions"
         )
@@ -103,20 +172,20 @@ EngineOption = Annotated[
 JsonOption = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write the result as JSON."
+        "--json",
+        metavar="PATH",
+        dir_okay=False,
+        callback=output_file,
+        help="Also write the result as JSON; -: to standard output.",
     ),
 ]
 MarkdownOption = Annotated[
     Path | None,
-    typer.Option(
-        "--markdown", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write Markdown."
-    ),
+    typer.Option("--markdown", metavar="PATH", dir_okay=False, callback=output_file, help="Also write Markdown."),
 ]
 HtmlOption = Annotated[
     Path | None,
-    typer.Option(
-        "--html", metavar="PATH", dir_okay=False, callback=in_existing_folder, help="Also write one HTML page."
-    ),
+    typer.Option("--html", metavar="PATH", dir_okay=False, callback=output_file, help="Also write one HTML page."),
 ]
 TaskOption = Annotated[
     Task | None,
@@ -138,6 +207,7 @@ PromptOption = Annotated[
 ]
 recipe_argument = typer.Argument(
     metavar="RECIPE",
+    callback=input_path,
     help=f"A TOML file, or the name of a recipe that comes with d2llm: {', '.join(shipped_recipes())}.",
 )
 RecipeArgument = Annotated[str, recipe_argument]
@@ -241,7 +311,14 @@ class RunOptions:
     device: DeviceOption = None
     dtype: DtypeOption = None
     json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="PATH", dir_okay=False, help="Also write the result as JSON.")
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="PATH",
+            dir_okay=False,
+            callback=output_path,
+            help="Also write the result as JSON; -: to standard output.",
+        ),
     ] = None
 
     def open(self, recipe: str, *, files: Sequence[Path | None] = ()) -> Run:

@@ -16,6 +16,7 @@ from d2llm.cli.options import (
     MarkdownOption,
     StudentArgument,
     TaskOption,
+    input_path,
     with_option_groups,
 )
 from d2llm.cli.session import session_of
@@ -28,7 +29,9 @@ def probe(
     corpus: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[CORPUS]...", help="Texts to probe with: a corpus, or documents. Without: generated sets alone."
+            metavar="[CORPUS]...",
+            callback=input_path,
+            help="Texts to probe with: a corpus, or documents. Without: generated sets alone.",
         ),
     ] = None,
     texts: Annotated[int, typer.Option(min=200, help="Sentences of the corpus to probe with, at most.")] = 2000,

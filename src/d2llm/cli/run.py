@@ -12,6 +12,7 @@ from d2llm.cli.options import (
     RecipeArgument,
     RunnerOptions,
     RunOptions,
+    output_path,
     student_option,
     teacher_option,
     with_option_groups,
@@ -144,7 +145,11 @@ def stack(
     html_path: Annotated[
         Path | None,
         typer.Option(
-            "--html", metavar="PATH", dir_okay=False, help="Also write one HTML page with reliability diagrams."
+            "--html",
+            metavar="PATH",
+            dir_okay=False,
+            callback=output_path,
+            help="Also write one HTML page with reliability diagrams.",
         ),
     ] = None,
 ) -> None:

@@ -16,6 +16,7 @@ from d2llm.cli.options import (
     IndexTaskOption,
     JsonOption,
     WriterOptions,
+    input_path,
     student_option,
     with_option_groups,
 )
@@ -194,7 +195,11 @@ def search(
     *,
     queries: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also search for each query of queries.jsonl or queries.jsonl.gz."),
+        typer.Option(
+            metavar="FILE",
+            callback=input_path,
+            help="Also search for each query of queries.jsonl or queries.jsonl.gz; -: standard input.",
+        ),
     ] = None,
     student: Annotated[
         str | None, student_option(help="The student that made the index, if it has moved since.")

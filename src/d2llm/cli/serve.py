@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, PromptOption, with_option_groups
+from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, PromptOption, input_path, with_option_groups
 from d2llm.cli.session import session_of
 from d2llm.core.types import EngineName
 
@@ -53,7 +53,9 @@ class SettingOptions:
     port: Annotated[
         int | None, typer.Option(min=0, max=65_535, help="Port to listen on; 0 picks a free one.", show_default="8000")
     ] = None
-    keys_file: Annotated[Path | None, typer.Option(metavar="FILE", help="API keys, made with: d2llm keys.")] = None
+    keys_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=input_path, help="API keys, made with: d2llm keys.")
+    ] = None
     runner: Annotated[
         str | None,
         typer.Option(
@@ -75,9 +77,10 @@ class SettingOptions:
             show_default="all shards",
         ),
     ] = None
-    report: Annotated[Path | None, typer.Option(metavar="FILE", help="A page of `d2llm evaluate --html` to show.")] = (
-        None
-    )
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", callback=input_path, help="A page of `d2llm evaluate --html` to show."),
+    ] = None
     device: DeviceOption = None
     dtype: DtypeOption = None
     engine: Annotated[EngineName | None, typer.Option(help="Engine that encodes texts.", show_default="auto")] = None
@@ -87,7 +90,7 @@ class SettingOptions:
 def serve(
     context: typer.Context,
     options: SettingOptions,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings as TOML.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", callback=input_path, help="Settings as TOML.")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting; may be given several times.")
     ] = None,

@@ -6,16 +6,19 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from d2llm.core.errors import InputError
+
 if TYPE_CHECKING:
     import typer
     from rich.console import Console, RenderableType
 
+STANDARD_INPUT, STANDARD_OUTPUT = "standard input", "standard output"
 SCHEMA_VERSION = 1
 """Version of the schema of the files that ``--json`` writes."""
 _FILE_WIDTH = 140  # width of tables that go to a file or another program
@@ -23,15 +26,32 @@ _FILE_WIDTH = 140  # width of tables that go to a file or another program
 
 @dataclass(frozen=True)
 class Session:
-    """Results go to standard output; progress, remarks, warnings and errors to standard error."""
+    """Results go to standard output; progress, remarks, warnings and errors to standard error.
+
+    If a file is written to standard output (``--json -``), results go to standard error as well.
+    """
 
     verbose: bool = False
     quiet: bool = False
+    streams: dict[str, str] = field(default_factory=dict[str, str])
+    """For each stream that an option names, the option or the file with a copy of what was read from it."""
+
+    def take(self, stream: str, user: str) -> None:
+        """Note what uses a stream; standard input is read, and standard output written, only once.
+
+        Raises:
+            InputError: something else uses it already.
+        """
+        if stream in self.streams:
+            raise InputError(f"{stream} is given twice, but can only be used once; give a file for one of them")
+        self.streams[stream] = user
 
     @cached_property
     def _out(self) -> Console:
         from rich.console import Console
 
+        if STANDARD_OUTPUT in self.streams:  # which then has the file alone, for other programs to read
+            return self._err
         console = Console(highlight=False, emoji=False)
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = _FILE_WIDTH
@@ -70,7 +90,8 @@ class Session:
         from d2llm import __version__
         from d2llm.core.files import write_json
 
-        arguments = {name: value for name, value in context.params.items() if name != "json_path"}
+        names = {copy: stream for stream, copy in self.streams.items()}
+        arguments = {name: _named(value, names) for name, value in context.params.items() if name != "json_path"}
         report = {
             "schema_version": SCHEMA_VERSION,
             "d2llm": __version__,
@@ -135,6 +156,13 @@ def _hush_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
+
+
+def _named(value: object, names: Mapping[str, str]) -> object:
+    """An argument as it was given, where it is the copy of a stream."""
+    if isinstance(value, list):
+        return [_named(each, names) for each in cast("list[object]", value)]
+    return names.get(str(value), value) if isinstance(value, str | Path) else value
 
 
 def _plain(value: object) -> Any:

@@ -12,6 +12,7 @@ from d2llm.cli.options import (
     JsonOption,
     StudentOption,
     TaskOption,
+    input_path,
     known_teacher,
     teacher_config,
     with_option_groups,
@@ -102,7 +103,12 @@ def size(
     corpus: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", exists=True, help="Your texts, of which a sample is read.", show_default="the benchmarks'"
+            metavar="PATH",
+            exists=True,
+            allow_dash=True,
+            callback=input_path,
+            help="Your texts, of which a sample is read.",
+            show_default="the benchmarks'",
         ),
     ] = None,
     measure: Annotated[

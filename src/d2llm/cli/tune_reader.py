@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, TaskOption, in_existing_folder, known_student
+from d2llm.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    TaskOption,
+    in_existing_folder,
+    input_path,
+    known_student,
+)
 from d2llm.cli.session import session_of
 
 
@@ -18,7 +26,11 @@ def tune_reader(
     ],
     data: Annotated[
         list[str],
-        typer.Argument(metavar="DATA...", help="Data sets with a corpus and judged queries in their train split."),
+        typer.Argument(
+            metavar="DATA...",
+            callback=input_path,
+            help="Data sets with a corpus and judged queries in their train split.",
+        ),
     ],
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the reader goes; a new folder.")

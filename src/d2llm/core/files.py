@@ -1,19 +1,34 @@
-"""Atomic writes: a reader sees either the old content of a file or the new, never a part of it."""
+"""Atomic writes: a reader sees either the old content of a file or the new, never a part of it.
+
+A symbolic link stays, and what it leads to is replaced. Streams (pipes, devices, standard output) are opened and
+written to, once all of the content is there; nothing is ever renamed over them.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
+import sys
+import tempfile
+import zlib
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from d2llm.core.errors import InputError
 
 MANIFEST_NAME = "manifest.json"
+STANDARD_INPUT, STANDARD_OUTPUT = Path("/dev/stdin"), Path("/dev/stdout")
+"""What ``-`` stands for on the command line; they need not exist in ``/dev``."""
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/(self|\d+))/fd/(\d+)")
+_MAX_LINKS = 40  # as in Linux
 
 
 def _sync_directory(path: Path) -> None:
@@ -29,12 +44,104 @@ def _sibling(path: Path, label: str) -> Path:
     return path.with_name(f".{path.name}.{label}-{secrets.token_hex(6)}")
 
 
+def descriptor_of(path: Path) -> int | None:
+    """The number of the open file that a path such as ``/dev/stdout`` or ``/dev/fd/63`` names, also through links."""
+    name = path.absolute()
+    for _ in range(_MAX_LINKS):
+        try:
+            for each in (name, name.parent.resolve() / name.name):
+                number = _STANDARD.get(each.as_posix())
+                match = _DESCRIPTOR.fullmatch(each.as_posix())
+                if match and match[1] in (None, "self", str(os.getpid())):
+                    number = int(match[2])
+                if number is not None:
+                    return number
+            name = name.parent / name.readlink()
+        except (OSError, RuntimeError):  # no link, or links that lead in a circle
+            return None
+    return None
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path names an open file, a pipe, a socket or a device, also through links, and no file or folder."""
+    if descriptor_of(path) is not None:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+@contextmanager
+def _opened_stream(path: Path, *, writing: bool) -> Generator[BinaryIO]:
+    """A stream, open; errors name it. Standard input and output stay open, and what was printed before comes first."""
+    number = descriptor_of(path)
+    standard = {0: sys.stdin, 1: sys.stdout, 2: sys.stderr}.get(-1 if number is None else number)
+    try:
+        if standard is not None and hasattr(standard, "buffer"):
+            if writing:
+                standard.flush()
+            opened: Any = nullcontext(standard.buffer)
+        elif number is not None:
+            opened = os.fdopen(os.dup(number), "wb" if writing else "rb")
+        else:
+            opened = os.fdopen(os.open(path, os.O_WRONLY if writing else os.O_RDONLY), "wb" if writing else "rb")
+        with opened as stream:
+            yield cast(BinaryIO, stream)
+            if writing:
+                stream.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno == errno.EPIPE:  # nobody reads on, which is no mistake
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def copy_of_stream(path: Path, folder: Path, *, name: str = "standard-input", suffix: str = "") -> Path:
+    """Read a stream to its end into a new file in ``folder``, so that it can be read several times.
+
+    The file is named after the stream if that has a name with a suffix, else ``name`` with the suffix of its content:
+    .jsonl, .html, .pdf, or ``suffix`` (.txt if empty); compressed content gets .gz as well.
+
+    Raises:
+        OSError: the stream cannot be read, or the file cannot be written.
+    """
+    copy = folder / name
+    with _opened_stream(path, writing=False) as stream, copy.open("xb") as file:
+        shutil.copyfileobj(stream, file)
+    if descriptor_of(path) is None and path.suffix:
+        return copy.rename(folder / path.name)
+    with copy.open("rb") as file:
+        start = file.read(1024)
+    ending = ""
+    if start.startswith(b"\x1f\x8b"):
+        start, ending = zlib.decompressobj(wbits=31).decompress(start, 1024), ".gz"
+    begins = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    kinds = {b"{": ".jsonl", b"%pdf-": ".pdf", b"<!doctype html": ".html", b"<html": ".html"}
+    found = next((kind for sign, kind in kinds.items() if begins.startswith(sign)), suffix or ".txt")
+    return copy.rename(folder / f"{name}{found}{ending}")
+
+
 @contextmanager
 def new_file(path: Path, *, mode: int | None = None) -> Generator[BinaryIO]:
     """Yield an open file that becomes ``path``, durably, if the block ends without an error.
 
+    What a symbolic link leads to is replaced, and the link stays. To a stream (``is_stream``) the content is written.
     ``mode`` sets the file's permissions, such as 0o600 for a file that only its owner can read; None: by the umask.
+
+    Raises:
+        InputError: ``path`` is a symbolic link that leads to itself.
     """
+    if is_stream(path):
+        with tempfile.TemporaryFile() as content:
+            yield cast(BinaryIO, content)
+            content.seek(0)
+            with _opened_stream(path, writing=True) as stream:
+                shutil.copyfileobj(content, stream)
+        return
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        raise InputError(f"{path}: is a symbolic link that leads to itself; delete it, or give another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path, "new")
     try:
@@ -94,8 +201,10 @@ def check_replaceable(target: Path, kind: str | None) -> None:
     """Check that ``new_folder(target, kind=kind)`` can write there, before hours of work that end with it.
 
     Raises:
-        InputError: ``target`` is a file, or holds files that d2llm did not write or another kind of artifact.
+        InputError: ``target`` is a file or stream, or holds files that d2llm did not write or another kind of artifact.
     """
+    if str(target) == "-" or is_stream(target):
+        raise InputError(f"{target}: a folder cannot be written to a pipe, a device or standard output; give a folder")
     if not target.exists():
         parent = next((folder for folder in target.absolute().parents if folder.exists()), None)
         if parent is not None and not parent.is_dir():
@@ -130,8 +239,8 @@ def new_folder(target: Path, *, kind: str | None = None) -> Generator[Path]:
         InputError: ``target`` is a file, or holds files that d2llm did not write or another kind of artifact. Nothing
             is changed.
     """
-    target = target.resolve()
     check_replaceable(target, kind)
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(target, "new")
     temporary.mkdir()

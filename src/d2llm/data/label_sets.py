@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from d2llm.core.batches import batched
 from d2llm.core.errors import InputError
-from d2llm.core.files import folder_bytes, new_file, new_folder
+from d2llm.core.files import folder_bytes, is_stream, new_file, new_folder
 from d2llm.core.inputs import paths_of
 from d2llm.core.progress import progress_bar
 from d2llm.data.labels import KIND, LabelKey, LabelStore, QueryLabels, label_keys, shards
@@ -137,14 +137,16 @@ def export_labels(
     """Write a store as one file for other programs, a line for each pair; returns the number of pairs.
 
     The columns are teacher, prompt, dataset, query_id, passage_id and log_odds; the ending of ``path`` is .parquet,
-    .jsonl or .csv. ``teacher``, ``prompt`` (fingerprints or their beginnings) and ``dataset`` choose sets.
+    .jsonl or .csv; a stream such as ``/dev/stdout`` gets JSON lines. ``teacher``, ``prompt`` (fingerprints or their
+    beginnings) and ``dataset`` choose sets.
 
     Raises:
         InputError: the ending is another one, or no set has been chosen.
         DataFormatError: the folder has no labels, or a shard is damaged.
     """
     folder, path = Path(folder), Path(path)
-    if path.suffix not in FILE_TYPES:
+    suffix = ".jsonl" if is_stream(path) and path.suffix not in FILE_TYPES else path.suffix
+    if suffix not in FILE_TYPES:
         raise InputError(f"{path}: labels are written as {', '.join(FILE_TYPES)}; give a name that ends so")
     keys = label_keys(folder)
     chosen = [
@@ -157,7 +159,7 @@ def export_labels(
     if not chosen:
         raise InputError(f"{folder}: no such labels; it has those of {'; '.join(map(str, keys))}")
     with new_file(path) as file:
-        return _write(_tables(folder, chosen), file, path.suffix)
+        return _write(_tables(folder, chosen), file, suffix)
 
 
 def _tables(folder: Path, keys: Sequence[LabelKey]) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from d2llm.core.errors import DataFormatError, DuplicateIdError
+from d2llm.core.files import is_stream
 
 _NUM_SHOWN = 5
 _BATCH_ROWS = 1024
@@ -33,7 +34,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         DataFormatError: the file is missing, cannot be read, is not UTF-8, or is damaged gzip.
     """
     if not path.is_file():
-        raise DataFormatError(path, "no such file; check the path")
+        problem = "no such file; check the path"
+        if is_stream(path):
+            problem = "a pipe or device is no file; write it to a file (the command line does so itself, also for -)"
+        raise DataFormatError(path, problem)
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
