@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from bare_environment import write_bare_environment
@@ -174,6 +175,17 @@ def test_students_beyond_the_library_say_so_and_do_not_load(tmp_path, head, meth
     assert reason in card
     with pytest.raises((OSError, ValueError)):
         library.SentenceTransformer(str(tmp_path / "student"), local_files_only=True)
+
+
+def test_a_tokenizer_without_a_first_token(tmp_path):
+    """It makes no token of an empty text, on which the library fails: the card says so."""
+    remark = "Its tokenizer makes no token of an empty text"
+    student = write_student(tmp_path / "with", "llama", "anchored", "last")
+    assert remark not in (tmp_path / "with" / "student" / "README.md").read_text()
+    student.backbone.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    assert student.encode_passages([""]).vectors.shape == (1, student.vector_dim)
+    student.save(tmp_path / "without", merge=True)
+    assert remark in (tmp_path / "without" / "README.md").read_text()
 
 
 def test_a_merged_copy_keeps_the_manifest_and_the_card(pushed):

@@ -7,9 +7,9 @@ imports only with ``SentenceTransformer(folder, trust_remote_code=True)``. No co
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,17 +33,24 @@ _log = logging.getLogger(__name__)
 _STUDENT_FOLDER = "student"
 
 
+class _QueryPrompt(str):
+    """The prompt named "query": it says that the texts are queries, even if it has no letters."""
+
+    __slots__ = ()
+
+
 class StudentModule(InputModule):
     """Backbone, pooling (PMA) and the anchor's side of queries, as one module of a ``SentenceTransformer``.
 
-    ``encode_query`` returns ``Student.anchor_queries``; everything else is encoded as a passage.
+    ``encode_query`` returns ``Student.anchor_queries``, as does ``encode`` with the prompt named "query"; everything
+    else is encoded as a passage.
 
     Args:
         student: the student that encodes.
         task: the branch of the head that queries are encoded for; by default what the student was trained for.
 
     Raises:
-        InputError: the student's head has no inner product.
+        InputError: the student's head has no inner product, or it encodes texts with another engine than torch.
     """
 
     save_in_root = False
@@ -52,6 +59,8 @@ class StudentModule(InputModule):
     def __init__(self, student: Student, task: Task | None = None) -> None:
         super().__init__()
         require_anchor(student)
+        if not student.runs_in_torch:
+            raise InputError("sentence-transformers computes in torch; load the student with engine='torch'")
         self.student = student
         self.task: Task = task_for(student, task)
         self.tokenizer = student.backbone.tokenizer
@@ -73,20 +82,25 @@ class StudentModule(InputModule):
         """Width of a text's vector."""
         return self.student.vector_dim
 
+    def on_model_ready(self, model: Any) -> None:
+        """Let the model's prompt for queries say what it is for."""
+        model.prompts["query"] = _QueryPrompt(model.prompts.get("query") or "")
+
     def preprocess(
-        self,
-        inputs: Sequence[Any],
-        prompt: str | None = None,
-        task: str | None = None,
-        **kwargs: Any,  # noqa: ARG002 - part of the interface
+        self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **options: Any
     ) -> dict[str, Any]:
         """Token ids of prompt (None: the student's own prefix) and text, truncated to the limit for their kind.
 
+        The texts are queries if ``task`` is "query", or without a ``task`` if the prompt is that of queries.
+
         Raises:
-            InputError: something is not a text.
+            InputError: something is not a text, or there are other options or tasks.
         """
         require_texts(inputs)
-        kind = "query" if task == "query" else "passage"
+        _refuse_given(options, "which has its own tokenizer")
+        if task not in (None, "query", "document"):
+            raise InputError(f"task is {task!r}; use 'query' or 'document', or leave it out")
+        kind = "query" if task == "query" or (task is None and self._is_for_queries(prompt)) else "passage"
         limit = self.student.max_query_tokens if kind == "query" else None
         tokenized = self.student.backbone.tokenize(inputs, kind, prefix=prompt, limit=limit)
         if tokenized.num_truncated:
@@ -95,6 +109,22 @@ class StudentModule(InputModule):
             )
         ids, mask = self.student.backbone.pad(tokenized.ids)
         return {"input_ids": ids, "attention_mask": mask, "is_query": kind == "query"}
+
+    def _is_for_queries(self, prompt: str | None) -> bool:
+        backbone = self.student.config.backbone
+        is_prefix = prompt == backbone.query_prefix and prompt != backbone.passage_prefix
+        return isinstance(prompt, _QueryPrompt) or is_prefix
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StudentModule:
+        """Change weights as ``half()`` and ``to()`` ask; of the head, only where it is: it computes in float32."""
+
+        def moved(weight: Tensor) -> Tensor:
+            changed = fn(weight)
+            return weight.to(changed.device) if weight.is_floating_point() else changed
+
+        for name, part in self.student.named_children():
+            part._apply(fn if name == "backbone" else moved, recurse)
+        return self
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # noqa: ARG002 - the interface's
         """Add the vectors [texts, dim] as ``sentence_embedding``, and the token states as ``token_embeddings``."""
@@ -121,11 +151,24 @@ class StudentModule(InputModule):
         init_defaults: dict[str, Any] | None = None,  # noqa: ARG003 - part of the interface
         **kwargs: Any,
     ) -> StudentModule:
-        """Load what ``save`` wrote; only the ``dtype`` of ``model_kwargs`` is used.
+        """Load what ``save`` wrote; of ``model_kwargs``, there is ``dtype`` alone (or ``torch_dtype``, its older name).
 
         Raises:
             ModelNotFoundError: there is no student.
+            InputError: other options were given, or another ``backend``.
         """
+        backend = kwargs.get("backend") or "torch"
+        if backend != "torch":
+            raise InputError(
+                f"backend is {backend!r}, but a student in sentence-transformers runs in torch alone; leave it out, or "
+                f"use d2llm itself: Student.load(..., engine={backend!r})"
+            )
+        options = dict(kwargs.get("model_kwargs") or {})
+        dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
+        options.pop("torch_dtype", None)
+        for name in ("processor_kwargs", "config_kwargs"):
+            options |= kwargs.get(name) or {}
+        _refuse_given(options, "of whose loading only dtype can be chosen")
         where: dict[str, Any] = {
             "subfolder": subfolder,
             "token": token,
@@ -135,14 +178,14 @@ class StudentModule(InputModule):
         }
         config = cls.load_config(model_name_or_path, **where)
         folder = Path(cls.load_dir_path(model_name_or_path, **where) or model_name_or_path)
-        dtype = (kwargs.get("model_kwargs") or {}).get("dtype")
         return cls(Student.load(folder / _STUDENT_FOLDER, dtype=None if dtype == "auto" else dtype), **config)
 
 
 def as_sentence_transformer(student: Student, *, task: Task | None = None) -> SentenceTransformer:
     """A student as a model of sentence-transformers, whose similarity of query and passage is the anchor logit.
 
-    Use ``encode_query`` for queries and ``encode_document`` for passages; plain ``encode`` encodes passages. The
+    Use ``encode_query`` (or ``encode`` with ``prompt_name="query"``) for queries and ``encode_document`` for passages;
+    plain ``encode`` encodes passages. ``half()`` and ``to()`` change the backbone; the head computes in float32. The
     interaction is not used; ``StudentCrossEncoder`` uses it.
 
     Args:
@@ -150,7 +193,7 @@ def as_sentence_transformer(student: Student, *, task: Task | None = None) -> Se
         task: the branch of the head; by default that of what the student was trained for.
 
     Raises:
-        InputError: the student's head has no inner product.
+        InputError: the student's head has no inner product, or it encodes texts with another engine than torch.
     """
     backbone = student.config.backbone
     return SentenceTransformer(
@@ -214,6 +257,10 @@ class StudentCrossEncoder:
             ModelError: a score is not a number.
         """
         _refuse(prompt_name=prompt_name, prompt=prompt, device=device, pool=pool, chunk_size=chunk_size)
+        if isinstance(inputs, Mapping | str):
+            raise InputError(f"pairs of texts are needed, but {type(inputs).__name__} was given ({inputs!r:.60})")
+        if hasattr(inputs, "to_numpy") and hasattr(inputs, "columns"):  # a table, whose entries are its columns
+            inputs = inputs.to_numpy()
         items: list[Any] = inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
         is_single = bool(items) and isinstance(items[0], str)
         pairs = [_pair(pair) for pair in ([items] if is_single else items)]
@@ -261,15 +308,16 @@ class StudentCrossEncoder:
 
 
 def _refuse(**arguments: object) -> None:
+    _refuse_given(arguments, "which has its own prefixes and computes where it was loaded")
+
+
+def _refuse_given(arguments: Mapping[str, object], reason: str) -> None:
     names = [name for name, value in arguments.items() if value is not None]
     if names:
-        raise InputError(
-            f"{', '.join(names)}: not for a student, which has its own prefixes and computes where it was loaded; "
-            "leave it out"
-        )
+        raise InputError(f"{', '.join(names)}: not for a student, {reason}; leave it out")
 
 
 def _pair(pair: Any) -> tuple[str, str]:
-    if isinstance(pair, str) or len(pair) != 2:
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(cast("Sequence[object]", pair)) != 2:
         raise InputError(f"a pair of two texts is needed, but {pair!r:.80} was given")
     return pair[0], pair[1]

@@ -173,7 +173,20 @@ def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
         f"## Without d2llm\n\nSentence-transformers (6 or newer) loads it:\n\n{_PLAIN}\n\n{scope} In float32 the "
         "numbers equal d2llm's up to rounding (a relative difference of 1e-5). `encode_query` reads at most "
         f"{num_query_tokens} tokens; `encode_document`, and plain `encode`, read at most "
-        f"{backbone['max_passage_tokens']}, as a passage. Longer texts are cut without a warning."
+        f"{backbone['max_passage_tokens']}, as a passage. Longer texts are cut without a warning.{_empty_texts(folder)}"
+    )
+
+
+def _empty_texts(folder: Path) -> str:
+    """A warning if the tokenizer makes no token of an empty text; d2llm then reads its closing token."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / BACKBONE_FOLDER / "tokenizer.json"))
+    if tokenizer.encode("").ids:
+        return ""
+    return (
+        " Its tokenizer makes no token of an empty text: d2llm reads a closing token there, but the library fails, or "
+        "in a batch with other texts returns another vector, so leave empty texts out."
     )
 
 

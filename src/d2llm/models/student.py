@@ -393,6 +393,11 @@ class Student(VectorScorer):
         self._engine = open_engine(self, name, dtype=dtype or self.backbone.compute_dtype)
         self._products = dtype
 
+    @property
+    def runs_in_torch(self) -> bool:
+        """Whether texts are encoded by torch, and not by another engine (``use_engine``)."""
+        return self._engine is None
+
     def forward(self, token_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]) -> Tensor:
         """Vectors [batch, dim] of tokenized texts, float32."""
         return self.pool(*self.backbone(token_ids, mask))

@@ -68,6 +68,69 @@ class TestVectors:
         unprefixed = model.encode_query(TEXTS[0], prompt="")
         assert np.abs(unprefixed - queries[0]).max() > 1e-3  # the caller's prompt replaces the student's
 
+    @pytest.mark.parametrize("prefix", ["rain ", ""])
+    def test_the_prompt_named_query_makes_queries(self, tmp_path, prefix):
+        """In every form that the library has for it, even if queries and passages have no prefix."""
+        student = Student.load(write_trained_student(tmp_path, query_prefix=prefix, max_query_tokens=10), device="cpu")
+        made = integration.as_sentence_transformer(student)
+        made.save(str(tmp_path / "model"))
+        loaded = library.SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu")
+        passages = student.encode_passages(TEXTS).vectors
+        for model in (made, loaded):
+            queries = model.encode_query(TEXTS)
+            assert np.abs(queries - passages).max() > 0.1
+            for options in ({"prompt_name": "query"}, {"prompt": model.prompts["query"]}, {"task": "query"}):
+                np.testing.assert_array_equal(model.encode(TEXTS, **options), queries)
+            for options in ({}, {"prompt_name": "document"}, {"task": "document"}):
+                np.testing.assert_allclose(model.encode(TEXTS, **options), passages, rtol=1e-4, atol=1e-5)
+            model.default_prompt_name = "query"
+            np.testing.assert_array_equal(model.encode(TEXTS), queries)
+            np.testing.assert_allclose(model.encode_document(TEXTS), passages, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+    def test_number_formats_of_the_weights(self, tmp_path, dtype):
+        """Only the backbone changes; the head keeps its weights and computes in float32."""
+        student = Student.load(write_trained_student(tmp_path), device="cpu", dtype="float32")
+        model = integration.as_sentence_transformer(student)
+        queries, passages = model.encode_query(QUERIES), model.encode_document(PASSAGES)
+        head = [weight.clone() for weight in student.interaction.parameters()]
+        number = getattr(torch, dtype)
+        for change in (lambda: model.to(number), {"float16": model.half, "bfloat16": model.bfloat16}.get(dtype)):
+            if change is None:
+                continue
+            change()
+            assert next(student.backbone.parameters()).dtype == number
+            np.testing.assert_allclose(model.encode_query(QUERIES), queries, atol=0.1)
+            np.testing.assert_allclose(model.encode_document(PASSAGES), passages, atol=0.1)
+            assert all(torch.equal(a, b) for a, b in zip(student.interaction.parameters(), head, strict=True))
+
+    def test_what_a_student_does_not_have_is_refused(self, student, model, tmp_path):
+        model.save(str(tmp_path / "model"))
+        for options, message in [
+            ({"backend": "onnx"}, "backend is 'onnx'"),
+            ({"model_kwargs": {"attn_implementation": "eager"}}, "attn_implementation: not for a student"),
+            ({"processor_kwargs": {"padding_side": "left"}}, "padding_side: not for a student"),
+            ({"config_kwargs": {"num_hidden_layers": 1}}, "num_hidden_layers: not for a student"),
+        ]:
+            with pytest.raises(InputError, match=message):
+                library.SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu", **options)
+        half = library.SentenceTransformer(
+            str(tmp_path / "model"), trust_remote_code=True, device="cpu", model_kwargs={"torch_dtype": "float16"}
+        )
+        assert half.dtype == torch.float16
+        with pytest.raises(InputError, match="task is 'retrieval'"):
+            model.encode(["rain"], task="retrieval")
+        with pytest.raises(InputError, match="processing_kwargs: not for a student"):
+            model.encode(["rain"], processing_kwargs={"text": {"max_length": 3}})
+        student.use_engine("torch")
+        integration.as_sentence_transformer(student)
+
+    def test_another_engine_is_refused(self, tmp_path):
+        pytest.importorskip("onnxruntime")
+        student = Student.load(write_trained_student(tmp_path), device="cpu", dtype="float32", engine="onnx")
+        with pytest.raises(InputError, match="load the student with engine='torch'"):
+            integration.as_sentence_transformer(student)
+
     def test_shapes(self, model):
         assert isinstance(model, library.SentenceTransformer)
         assert (model.get_embedding_dimension(), model.max_seq_length, model.similarity_fn_name) == (DIM, 64, "dot")
@@ -159,6 +222,14 @@ class TestCrossEncoder:
         assert [type(score) for score in listed] == [torch.Tensor] * 2
         assert cross_encoder.predict([]).shape == (0,)
 
+    def test_a_table_is_one_pair_a_row(self, cross_encoder):
+        pandas = pytest.importorskip("pandas")
+        pairs = [[TEXTS[0], TEXTS[1]], [TEXTS[1], TEXTS[2]], [TEXTS[2], TEXTS[0]]]
+        table = pandas.DataFrame(pairs, columns=["query", "passage"])
+        np.testing.assert_array_equal(cross_encoder.predict(table), cross_encoder.predict(pairs))
+        with pytest.raises(InputError, match=r"a text is needed|must be a string"):
+            cross_encoder.predict(pandas.DataFrame([["a", "b"], ["c", None]]))
+
     def test_an_activation_function_is_applied(self, student, cross_encoder):
         pairs = [(TEXTS[0], TEXTS[1])]
         probabilities = 1 / (1 + np.exp(-cross_encoder.predict(pairs)))
@@ -206,6 +277,12 @@ class TestCrossEncoder:
             cross_encoder.predict([("a", "b", "c")])
         with pytest.raises(InputError, match="a text is needed"):
             cross_encoder.predict([("a", None)])
+        for pair in (3, None, {"query": "a", "passage": "b"}):
+            with pytest.raises(InputError, match="a pair of two texts"):
+                cross_encoder.predict([("a", "b"), pair])
+        for inputs in ("ab", {"a": "b"}):
+            with pytest.raises(InputError, match="pairs of texts are needed"):
+                cross_encoder.predict(inputs)
         with pytest.raises(InputError, match="top_k is 0"):
             cross_encoder.rank("a", ["b"], top_k=0)
         with pytest.raises(InputError, match="prompt, device: not for a student"):
