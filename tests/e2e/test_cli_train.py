@@ -10,6 +10,7 @@ import pytest
 
 from d2llm.core.manifest import FILE_NAME as MANIFEST
 from d2llm.core.recipe_file import load_recipe
+from d2llm.models.student import Student
 from e2e.command_line import (
     d2llm,
     fail,
@@ -21,6 +22,7 @@ from e2e.command_line import (
     write_recipe,
 )
 from prepared_process import PreparedProcess, program
+from tiny_models import tiny_student_config
 
 
 @pytest.fixture
@@ -316,6 +318,33 @@ class TestInit:
         target.write_text(text + small)
         _, report = succeed_with_report("run", target, "--out", tmp_path / "run", "--dtype", "float32", folder=tmp_path)
         assert report["result"]["distill"]["steps"] == 10
+
+    def test_a_student_is_trained_further_and_is_no_backbone(self, place, tmp_path):
+        trained = Student.create(tiny_student_config(place / "encoder"), device="cpu", dtype="float32")
+        trained.save(tmp_path / "first", content={"tasks": ["symmetric"]})
+        target = tmp_path / "further.toml"
+        arguments = ["init", place / "everyday", "--out", target, "--device", "cpu"]
+        for name in (tmp_path / "first", "d2llm-minilm"):
+            fail(*arguments, "--backbone", name, containing=[f"'{name}' is a student", f"--start {name}"])
+        fail(*arguments, "--backbone", "minilm", "--start", "d2llm-minilm", containing=["has a backbone already"])
+        _, report = succeed_with_report(*arguments, "--start", tmp_path / "first", folder=tmp_path)
+        recipe = load_recipe(target)
+        assert recipe.student == trained.config
+        assert (recipe.training.start, recipe.mining.student) == (str(tmp_path / "first"),) * 2
+        assert report["result"]["task"] == recipe.data[0].task == "symmetric"
+        assert "what the student to start from was trained for" in target.read_text()
+        _, report = succeed_with_report("run", target, "--out", tmp_path / "run", "--dtype", "float32", folder=tmp_path)
+        assert report["result"]["distill"]["steps"] == 10
+        assert Student.load(tmp_path / "run" / "student", device="cpu").trained_tasks == ("symmetric",)
+        told = [*arguments[:3], tmp_path / "told.toml", *arguments[4:], "--start", tmp_path / "first"]
+        result = succeed(*told, "--task", "asymmetric")
+        assert "trained for symmetric search and is used for asymmetric search" in result.stderr
+
+    def test_a_shipped_student_can_be_the_start(self, place, tmp_path):
+        succeed("init", place / "everyday", "--out", tmp_path / "r.toml", "--start", "d2llm-minilm", "--device", "cpu")
+        recipe = load_recipe(tmp_path / "r.toml")
+        assert recipe.student == Student.load("d2llm-minilm", device="cpu").config
+        assert recipe.training.start == "d2llm-minilm"
 
     def test_existing_files_are_never_replaced(self, place, tmp_path):
         (tmp_path / "mine.toml").write_text("kept")

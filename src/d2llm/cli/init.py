@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2llm.cli.options import DeviceOption, JsonOption, lasting_input_path, output_file
+from d2llm.cli.options import DeviceOption, JsonOption, lasting_input_path, output_file, student_option
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.types import Task
@@ -33,8 +33,13 @@ def init(
         ),
     ] = Path("recipe.toml"),
     backbone: Annotated[
-        str, typer.Option(metavar="MODEL", help="Model that encodes texts: a folder or a Hub name.")
-    ] = "minilm",
+        str | None,
+        typer.Option(metavar="MODEL", help="Model that encodes texts: a folder or a Hub name.", show_default="minilm"),
+    ] = None,
+    start: Annotated[
+        str | None,
+        student_option(help="Train this student further, instead of a backbone.", show_default="none"),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -47,7 +52,7 @@ def init(
         Task | None,
         typer.Option(
             help="Whether a passage answers a query (asymmetric) or means the same (symmetric).",
-            show_default="chosen by the lengths of the texts",
+            show_default="what START was trained for, or chosen by the lengths of the texts",
         ),
     ] = None,
     device: DeviceOption = None,
@@ -63,12 +68,12 @@ def init(
     if out.exists() and not is_stream(out):
         raise InputError(f"{out}: already exists and is not replaced; give another path with --out")
     session = session_of(context)
-    start = starting_recipe(data, backbone=backbone, teacher=teacher, task=task, device=device)
-    write_bytes(out, start.text.encode())
-    for note in start.notes:
+    made = starting_recipe(data, backbone=backbone, start=start, teacher=teacher, task=task, device=device)
+    write_bytes(out, made.text.encode())
+    for note in made.notes:
         session.complain("warning", note)
     session.say(
-        f"init: {start.num_train:,} questions or pairs to train on, {start.num_dev:,} for dev; review {out}, then: "
-        f"d2llm run {out} (about {start.duration} at the speed of this machine)"
+        f"init: {made.num_train:,} questions or pairs to train on, {made.num_dev:,} for dev; review {out}, then: "
+        f"d2llm run {out} (about {made.duration} at the speed of this machine)"
     )
-    session.write_report(context, json_path, start)
+    session.write_report(context, json_path, made)

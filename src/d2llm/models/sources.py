@@ -22,10 +22,12 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
-from d2llm.core.errors import ModelError, ModelNotFoundError
+from d2llm.core.errors import DataFormatError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
+from d2llm.core.manifest import read_any_manifest
+from d2llm.core.shipped import shipped_models
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +80,11 @@ def locate_model(name: str, *, cache: Path | None = None) -> str:
             return _PACKAGED[name].hub_name
         name = str(packaged)
     path = Path(name).expanduser()
+    if is_student(path):
+        raise ModelNotFoundError(
+            f"'{name}' is a student, not a pretrained model: to train it further, start from it (d2llm init DATA "
+            f"--start {name}, or training.start in a recipe); or give the model that it was made from"
+        )
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelNotFoundError(f"{path}: no such GGUF file; check the path")
@@ -93,6 +100,16 @@ def locate_model(name: str, *, cache: Path | None = None) -> str:
             f"or one of {', '.join(_PACKAGED)}"
         )
     return name
+
+
+def is_student(path: Path) -> bool:
+    """Whether this is a student's folder, or the name of one that ships with d2llm."""
+    if not path.exists():
+        return str(path) in shipped_models("students")
+    try:
+        return path.is_dir() and read_any_manifest(path).get("kind") == "student"
+    except DataFormatError:
+        return False
 
 
 def find_model(name: str) -> str:

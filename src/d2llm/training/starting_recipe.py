@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from d2llm.data.pairs import PairDataset
 from d2llm.models.length_limit import readable_tokens
 from d2llm.models.student import Student
 from d2llm.ops.batching import even_batches
+from d2llm.retrieval.protocols import task_for
 from d2llm.training.checkpoints import epochs_of
 from d2llm.training.fit_evidence import LISTED_DEPTH, LISTED_PASSAGES
 
@@ -36,6 +38,7 @@ _MAX_PASSAGE_TOKENS, _MAX_QUERY_TOKENS = 256, 128  # time grows with the limits;
 _ENGLISH = frozenset({"minilm", "smollm2"})
 _ENOUGH_FOR_A_TEACHER = 1000
 _ALIKE = 1.5
+_BACKBONE = "minilm"
 _TRAINING_PASSES = 4  # cost of training on a text in forward passes: two forward and one backward pass
 
 
@@ -87,7 +90,8 @@ class _Side:
 def starting_recipe(
     data: str | Path,
     *,
-    backbone: str = "minilm",
+    backbone: str | None = None,
+    start: str | Path | None = None,
     teacher: str | None = None,
     task: Task | None = None,
     device: str | None = None,
@@ -97,48 +101,70 @@ def starting_recipe(
 
     Args:
         data: anything that ``open_data`` reads, with judged questions (or pairs) in train and dev.
-        backbone: the model that encodes each text alone.
+        backbone: the model that encodes each text alone; by default ``minilm``.
+        start: a student to train further, a folder or a name, instead of a backbone.
         teacher: a model that judges pairs; by default one trained on the questions if there are enough, or none.
-        task: by default ``asymmetric`` (a passage answers), unless queries and passages have about the same length.
+        task: by default the one that ``start`` was trained for, if it is one; else ``asymmetric`` (a passage answers),
+            unless queries and passages have about the same length.
         device: where to compute; by default the best device available.
         seed: seed of the samples.
 
     Raises:
-        InputError: there are no training questions, or no dev questions for choosing the best state.
+        InputError: there are no training questions, or no dev questions for choosing the best state; or both a backbone
+            and a student to start from are given.
         DataFormatError: the data cannot be read.
-        ModelNotFoundError: there is no such backbone.
+        ModelNotFoundError: there is no such backbone or student; or the backbone is a student.
     """
+    if start is not None and backbone is not None:
+        raise InputError(f"the student '{start}' has a backbone already; give it alone, or the backbone alone")
     dataset = open_data(data)
     num_train, num_left, num_dev = _count(dataset)
-    student = Student.create(
-        StudentConfig(backbone=BackboneConfig(model=backbone), pooling=PoolingConfig(method="backbone")), device=device
-    )
+    if start is None:
+        untuned = BackboneConfig(model=backbone or _BACKBONE)
+        student = Student.create(
+            StudentConfig(backbone=untuned, pooling=PoolingConfig(method="backbone")), device=device
+        )
+    else:
+        student = Student.load(start, device=device)
+    encoder = student.config.backbone
     texts = _texts(dataset, seed)
+    limits = (_MAX_QUERY_TOKENS, _MAX_PASSAGE_TOKENS)
+    if start is not None:
+        limits = (encoder.max_query_tokens, encoder.max_passage_tokens)
     queries, passages = (
-        _side(student, sample, max_tokens, prefix)
+        _side(student, sample, max_tokens, prefix, is_fixed=start is not None)
         for sample, max_tokens, prefix in zip(
-            texts,
-            (_MAX_QUERY_TOKENS, _MAX_PASSAGE_TOKENS),
-            (student.config.backbone.query_prefix, student.config.backbone.passage_prefix),
-            strict=True,
+            texts, limits, (encoder.query_prefix, encoder.passage_prefix), strict=True
         )
     )
     alike = float(np.median(passages.lengths)) < _ALIKE * float(np.median(queries.lengths))
-    chosen: Task = task or ("symmetric" if alike else "asymmetric")
+    trained = student.trained_tasks
+    if task is not None:
+        reason, chosen = "as requested", task_for(student, task)
+    elif len(trained) == 1:
+        reason, chosen = "what the student to start from was trained for", trained[0]
+    else:
+        chosen = "symmetric" if alike else "asymmetric"
+        other = "asymmetric if a passage answers" if alike else "symmetric if it should say the same"
+        reason = f"{'queries and passages have about the same length; ' if alike else ''}use {other} instead"
     num_passages = len(dataset.passages) if isinstance(dataset, Dataset) else len(texts[1].texts)
     shared = 2 * num_left < num_train
     used = num_train if shared else num_left
     epochs = epochs_of(_TRAINING, even_batches(used, _BATCH)[0])
-    notes = list(_notes(backbone, queries, passages, num_dev))
+    notes = list(_notes(encoder.model, queries, passages, num_dev))
     minutes = _minutes(student, texts[1], queries, passages, num_passages, used * epochs, num_dev)
     name = Path(dataset.name).name or "mine"
     text = "\n\n".join(
         [
             _head(name, data, dataset, num_train, num_dev, minutes, student),
-            _backbone_section(student.config.backbone, queries, passages),
-            *_teacher_sections(teacher, backbone, used),
-            _data_section(data, chosen, alike, task is not None, shared, num_train, num_left),
-            _training_section(used, epochs, num_dev),
+            *(
+                [_backbone_section(encoder, queries, passages)]
+                if start is None
+                else [_student_sections(student.config, start, queries, passages), _mining_section(start)]
+            ),
+            *_teacher_sections(teacher, encoder.model, used),
+            _data_section(data, chosen, reason, shared, num_train, num_left),
+            _training_section(used, epochs, num_dev, start),
             _RESIDUAL,
             _EVIDENCE,
         ]
@@ -190,13 +216,18 @@ def _texts(dataset: Dataset | PairDataset, seed: int) -> tuple[Sample, Sample]:
     return queries, passages
 
 
-def _side(student: Student, sample: Sample, max_tokens: int, prefix: str) -> _Side:
-    """Measure lengths in the backbone's tokens; the limit truncates at most 5 % of the texts, up to ``max_tokens``."""
+def _side(student: Student, sample: Sample, max_tokens: int, prefix: str, *, is_fixed: bool) -> _Side:
+    """Measure lengths in the backbone's tokens; the limit truncates at most 5 % of the texts, up to ``max_tokens``.
+
+    With ``is_fixed`` the limit is ``max_tokens``.
+    """
     prefixed = [prefix + text for text in sample.texts]
     encoded = student.backbone.tokenizer(prefixed, truncation=False, verbose=False)["input_ids"]
     lengths = np.array([max(1, len(ids)) for ids in encoded])  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     readable = readable_tokens(student.backbone.model.config) or max_tokens
-    limit = min(max_tokens, readable, max(32, 16 * math.ceil(float(np.percentile(lengths, 95)) / 16)))
+    limit = min(max_tokens, readable)
+    if not is_fixed:
+        limit = min(limit, max(32, 16 * math.ceil(float(np.percentile(lengths, 95)) / 16)))
     try:
         languages = guess_languages("texts", sample.texts[:_LANGUAGE_SAMPLE])
     except MissingExtraError:
@@ -286,6 +317,37 @@ max_query_tokens = {queries.limit} # {_lengths(queries, "queries")}
 max_passage_tokens = {passages.limit} # {_lengths(passages, "passages")}; time and memory grow with it"""
 
 
+def _student_sections(config: StudentConfig, start: str | Path, queries: _Side, passages: _Side) -> str:
+    """The settings of the student to start from that are not the defaults; a training from it must have them all."""
+    defaults, sections = StudentConfig().model_dump(mode="json"), list[str]()
+    for section, values in config.model_dump(mode="json").items():
+        changed = {name: value for name, value in values.items() if value != defaults[section][name]}
+        if section == "backbone":
+            changed = {"model": values["model"]} | changed
+        if changed:
+            lines = "\n".join(f"{name} = {_toml(value)}" for name, value in changed.items() if value is not None)
+            sections.append(f"[student.{section}]\n{lines}")
+    return f"""\
+# The settings of '{start}', which a training that starts from it cannot change.
+# It cuts queries to {queries.limit} tokens: {_lengths(queries, "queries")};
+# and passages to {passages.limit}: {_lengths(passages, "passages")}.
+""" + "\n\n".join(sections)
+
+
+def _toml(value: object) -> str:
+    """A value of a recipe as TOML writes it."""
+    if isinstance(value, dict):
+        items = cast("dict[str, object]", value).items()
+        return "{ " + ", ".join(f"{name} = {_toml(each)}" for name, each in items if each is not None) + " }"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _mining_section(start: str | Path) -> str:
+    return f"""\
+[mining]
+student = {json.dumps(str(start))} # near misses of the student itself, not of its backbone"""
+
+
 def _lengths(side: _Side, kind: str) -> str:
     middle, long = int(np.median(side.lengths)), int(np.percentile(side.lengths, 95))
     return f"half of the {kind} have up to {middle} tokens, 95 % up to {long}; {side.longer:.0%} are truncated"
@@ -350,17 +412,8 @@ feature_imitation = 0.0
 in_batch_cross_entropy = 0.5"""
 
 
-def _data_section(
-    data: str | Path, task: Task, alike: bool, is_given: bool, shared: bool, num_train: int, num_left: int
-) -> str:
+def _data_section(data: str | Path, task: Task, reason: str, shared: bool, num_train: int, num_left: int) -> str:
     meaning = "a passage says the same as a query" if task == "symmetric" else "a passage answers a query"
-    other = "asymmetric" if task == "symmetric" else "symmetric"
-    if is_given:
-        reason = "as requested"
-    elif alike:
-        reason = f"queries and passages have about the same length; use {other} if a passage answers instead"
-    else:
-        reason = f"use {other} if it should say the same instead"
     lines = [
         "[[data]]",
         f"path = {json.dumps(str(data), ensure_ascii=False)}",
@@ -374,11 +427,12 @@ def _data_section(
     return "\n".join(lines)
 
 
-def _training_section(num_train: int, epochs: int, num_dev: int) -> str:
+def _training_section(num_train: int, epochs: int, num_dev: int, start: str | Path | None) -> str:
+    started = "" if start is None else f"\nstart = {json.dumps(str(start))} # a student, which is trained further"
     per_epoch, _ = even_batches(num_train, _BATCH)
     rate, head_rate = _TRAINING.learning_rate, _TRAINING.head_learning_rate
     return f"""\
-[training] # the best state on dev is kept, so an epoch too many only costs time
+[training] # the best state on dev is kept, so an epoch too many only costs time{started}
 learning_rate = {rate:g} # if "nothing was learnt": a third of it if dev fell, three times as much if dev hardly moved
 head_learning_rate = {head_rate:g} # ten times as much saturates the interaction within a hundred steps
 warmup_fraction = {_TRAINING.warmup_fraction:g} # of the steps
