@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 
 import pytest
 
+from d2llm.data.documents import find_documents
+from file_cases import docx_cases, epub_cases, odt_cases, pdf_cases, pptx_cases, xlsx_cases
 from page_server import search, until
 from tiny_server import tiny_settings, write_tiny_index
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
 
 from d2llm.server.app import make_app
-from live_server import serve, wait_until_ready
+from live_server import patient, serve, wait_until_ready
 
 
 @pytest.fixture
@@ -22,74 +26,154 @@ def address(tmp_path):
         yield url
 
 
+PHRASES = {
+    "plain.txt": "the ship of the winter sea",
+    "latin.txt": "für die Katze",
+    "deep/notes.md": "the train leaves at noon",
+    "page.html": "bread is baked in the morning",
+    "word.docx": "R&D of the dog at < 5 bar",
+    "text.odt": "the cat of the open document",
+    "slides.pptx": "a slide about the sun",
+    "sheet.xlsx": "salt from the sheet",
+    "paper.pdf": "snow on the paper",
+    "book.epub": "a star in the book",
+    "table.csv": 'stars, "planets" and snow',
+    "lines.jsonl": "a dog in the field",
+    "packed.jsonl.gz": "a packed house by the sea",
+}
+"""Files of all kinds, each with words that are in its text."""
+
+
 def write_folder(folder):
-    """Seven documents in files of all kinds, and six files or records that cannot be read."""
-    folder.mkdir()
-    (folder / "deep").mkdir()
-    texts = {
-        "plain.txt": "the ship of the winter sea",
-        "deep/notes.md": "# Notes of noon\n\nthe train leaves at noon",
-        "page.html": "<html><head><title>Bread &amp; salt</title><script>alert(1)</script></head><body><h1>Bread</h1>"
-        "<p>is baked</p><img src='http://evil.example/x.png' onerror=alert(2)></body></html>",
-        "table.csv": 'id,title,text,year\nc1,First,"stars, ""planets""\nand snow",2003\n'
-        "c2,,rain on the roof,2004\nc3,x\n",
-        "lines.jsonl": '{"id": "j1", "text": "a dog in the field", "metadata": {"year": 2010}}\n'
-        '{"_id": "j2", "text": "a book about snow", "title": "Snow"}\nno json\n{"id": "j3"}\n',
-        "empty.txt": " \n",
-        "picture.png": "not read",
+    """The files of ``PHRASES``; others that cannot be read, or in part; and hidden ones."""
+    lines = {
+        "packed.jsonl.gz": gzip.compress(b'{"id": "z1", "text": "a packed house by the sea"}\n'),
+        "lines.jsonl": b'{"id": "j1", "text": "a dog in the field", "year": 2010}\n'
+        b'{"id": "j2", "text": "a book", "year": "soon"}\n',
     }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    (folder / "latin.txt").write_bytes("für".encode("latin-1"))
+    contents = lines | {
+        "plain.txt": PHRASES["plain.txt"].encode(),
+        "latin.txt": PHRASES["latin.txt"].encode("latin-1"),
+        "deep/notes.md": b"# Notes of noon\n\nthe train leaves at noon",
+        "page.html": b"<title>Bread &amp; salt</title><script>alert(1)</script><p>bread is baked in the morning"
+        b"<img src='http://evil.example/x.png' onerror=alert(2)>",
+        "word.docx": docx_cases.docx(docx_cases.p("R&amp;D of the dog at &lt; 5 bar")),
+        "text.odt": odt_cases.odt(odt_cases.p("the cat of the open document")),
+        "slides.pptx": pptx_cases.pptx([pptx_cases.shape(pptx_cases.p(pptx_cases.r("a slide about the sun")))]),
+        "sheet.xlsx": xlsx_cases.xlsx({"One": xlsx_cases.sheet([["name"], ["salt from the sheet"]])}),
+        "paper.pdf": pdf_cases.pages(pdf_cases.line("snow on the paper")),
+        "book.epub": epub_cases.epub(
+            {
+                "one.xhtml": epub_cases.page("<p>a star in the book</p>"),
+                "cover.xhtml": epub_cases.page("<img src='a.png'/>"),
+            }
+        ),
+        "table.csv": b'id,title,text,year\nc1,First,"stars, ""planets"" and snow",2003\nc2,,rain on the roof,2004\n',
+        "empty.txt": b"",
+        "scan.pdf": pdf_cases.pages(b""),
+        "broken.docx": b"no archive",
+        "damaged.jsonl": b'{"id": "j9"}\nno json\n',
+        "picture.png": b"not read",
+        ".git/config.txt": b"a hidden file",
+        "node_modules/a.md": b"a file of a library",
+    }
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     return folder
 
 
-def test_a_folder_is_added_and_skipped_files_are_named(visit, address, tmp_path):
-    # Chromium checks the event handlers even of a document that is only parsed, and logs that the policy blocks them.
-    page = visit(address, expected=["Executing inline event handler violates"])
-    page.locator("#folder").set_input_files(write_folder(tmp_path / "docs"))
-    page.wait_for_selector("#upload-report .skipped")
+def test_a_folder_is_read_as_by_sync_and_what_was_skipped_is_named(visit, address, tmp_path):
+    page = visit(address, expected=["400 (Bad Request)"])
+    folder = write_folder(tmp_path / "docs")
+    page.locator("#folder").set_input_files(folder)
+    page.wait_for_selector("#upload-report .skipped", timeout=120_000)
     report = page.locator("#upload-report")
-    assert "7 documents in 7 passages: 7 new" in report.inner_text()
+    assert "13 files read: 15 documents in 15 passages: 15 new" in report.inner_text()
+    assert "1 value of the field year left out" in report.inner_text()
+    assert "2 hidden files left out" in report.inner_text()
     report.locator("summary").click()
-    skipped = report.locator("li").all_inner_texts()
-    assert len(skipped) == 6
+    skipped = "\n".join(report.locator("li").all_inner_texts())
+    assert len(report.locator("li").all()) == 6
     for part in (
-        "picture.png: its file type",
-        "latin.txt: it is not UTF-8",
-        "empty.txt: it has no text",
-        "row 3",
-        "line 3",
-        "line 4",
+        "picture.png: files of this type cannot be read",
+        "empty.txt: it is empty",
+        "scan.pdf: it has no text; if it is scanned",
+        "broken.docx: ",
+        "damaged.jsonl: ",
+        "book.epub, ",
     ):
-        assert any(part in line for line in skipped), part
-    until(page, r"/\b15\b/.test(document.querySelector('#facts').innerText)")  # 8 passages before
-    search(page, "stars and planets")
-    assert page.locator('.card[data-id^="c1"]').count() == 1
-    assert 'stars, "planets"' in page.locator('.card[data-id^="c1"] .text').inner_text()
-    page.locator("#filters > summary").click()
-    page.locator("#filter").fill("year = 2010")
-    until(page, "document.querySelectorAll('.card').length === 1")
-    assert page.locator(".card").get_attribute("data-id").startswith("j1")
-    page.locator("#filter").fill("title = 'Bread & salt'")
-    until(page, "document.querySelector('.card')?.dataset.id.includes('page.html')")
-    assert page.locator(".card .text").inner_text().split() == ["Bread", "is", "baked"]
+        assert part in skipped
+    until(page, r"/\b23\b/.test(document.querySelector('#facts').innerText)")  # 8 passages before
+
+    listed = patient.get(f"{address}/v1/documents").json()["documents"]
+    uploaded = {one["id"].removeprefix("docs/"): "" for one in listed if not re.fullmatch(r"d\d", one["id"])}
+    for name in uploaded:
+        full = name if name in ("c1", "c2", "j1", "j2", "z1") else f"docs/{name}"
+        passages = patient.get(f"{address}/v1/documents/{full}").json()["passages"]
+        uploaded[name] = "\n".join(one["text"] for one in passages)
+    synced = {one.id: one.text for one in find_documents([folder])}
+    synced["z1"] = PHRASES["packed.jsonl.gz"]  # a packed corpus is taken by uploads alone
+    assert uploaded.keys() == synced.keys()
+    for name, text in synced.items():
+        assert " ".join(uploaded[name].split()) == " ".join(text.split()), name
+    for phrase in PHRASES.values():
+        assert sum(phrase in " ".join(text.split()) for text in uploaded.values()) == 1, phrase
 
 
-def test_a_rejected_document_does_not_stop_the_others(visit, address, tmp_path):
+@pytest.mark.parametrize("name", ["word.docx", "paper.pdf", "book.epub", "sheet.xlsx"])
+def test_a_file_of_each_kind_can_be_chosen_and_is_found(visit, address, tmp_path, name):
+    page = visit(address)
+    assert f".{name.rpartition('.')[2]}" in page.locator("#files").get_attribute("accept").split(",")
+    page.locator("#files").set_input_files(write_folder(tmp_path / "docs") / name)
+    until(page, "document.getElementById('upload-report').textContent.includes('1 file read: 1 document')", 120)
+    search(page, PHRASES[name])
+    assert PHRASES[name] in page.locator(".card .text").first.inner_text()
+    page.locator(".open-document").first.click()
+    page.wait_for_selector("#document .part.opened")
+    assert name in page.locator("#document").inner_text()
+
+
+def test_metadata_that_does_not_fit_is_left_out_and_counted(visit, address, tmp_path):
     records = [{"id": f"d{n}", "text": f"the cat number {n}", "metadata": {"year": 2000 + n}} for n in range(20)]
     records[5]["metadata"]["year"] = "soon"
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    page = visit(address, expected=["400 (Bad Request)"])
+    page = visit(address)
     page.locator("#files").set_input_files(path)
-    page.wait_for_selector("#upload-report .skipped")
+    until(page, "document.getElementById('upload-report').textContent.includes('1 file read')", 120)
     report = page.locator("#upload-report").inner_text()
-    assert "19 documents" in report
-    assert "d5" in report
+    assert "20 documents in 20 passages" in report
+    assert "1 value of the field year left out" in report
 
 
-def test_dropped_files_are_added(visit, address):
+def test_one_bad_file_does_not_stop_the_others(visit, address, tmp_path):
+    names = [f"{n}.txt" for n in range(20)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_text(f"the cat number {number}" if number != 5 else " \n")
+    page = visit(address, expected=["400 (Bad Request)"])
+    page.locator("#files").set_input_files([tmp_path / name for name in names])
+    page.wait_for_selector("#upload-report .skipped", timeout=120_000)
+    assert "19 files read: 19 documents" in page.locator("#upload-report").inner_text()
+    assert page.locator("#upload-report li").all_inner_texts() == ["5.txt: it has no text"]
+
+
+def test_a_file_that_is_too_large_is_named_with_the_limit(visit, tmp_path):
+    with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 8), max_body_bytes=1_000_000))) as address:
+        wait_until_ready(address)
+        (tmp_path / "large.txt").write_text("the cat " * 200_000)
+        page = visit(address)
+        page.locator("#files").set_input_files(tmp_path / "large.txt")
+        page.wait_for_selector("#upload-report .skipped")
+        assert (
+            "larger than this server takes (1 MB; its setting is max_body_bytes)"
+            in page.locator("#upload-report").inner_text()
+        )
+
+
+@pytest.mark.parametrize("target", ["#adding", "#results", "body"])
+def test_files_may_be_dropped_anywhere(visit, address, target):
     page = visit(address)
     transfer = page.evaluate_handle(
         """() => {
@@ -98,8 +182,8 @@ def test_dropped_files_are_added(visit, address):
             return transfer;
         }"""
     )
-    page.dispatch_event("#adding", "drop", {"dataTransfer": transfer})
-    until(page, "document.getElementById('upload-report').textContent.includes('1 document in 1 passage: 1 new')")
+    page.dispatch_event(target, "drop", {"dataTransfer": transfer})
+    until(page, "document.getElementById('upload-report').textContent.includes('1 document in 1 passage: 1 new')", 120)
 
 
 def test_the_key_is_requested_used_and_kept_out_of_the_url(visit, tmp_path):

@@ -13,6 +13,8 @@ pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from d2llm.data.documents import EXCLUDED
+from d2llm.data.file_contents import SUFFIXES
 from d2llm.server import page_routes
 from d2llm.server.errors import install_error_handlers
 
@@ -93,11 +95,13 @@ def test_scripts_are_short():
     assert {name: length for name, length in lengths.items() if length >= 400} == {}
 
 
-def test_the_page_settings_contain_the_limits():
-    assert client().get("/page/settings.json").json() == {
-        "has_report": False,
-        **{name: value for name, value in SETTINGS.items() if name != "report"},
-    }
+def test_the_page_settings_contain_the_limits_and_the_files_that_are_read():
+    settings = client().get("/page/settings.json").json()
+    file_types, excluded = settings.pop("file_types"), settings.pop("excluded")
+    assert settings == {"has_report": False, **{name: value for name, value in SETTINGS.items() if name != "report"}}
+    assert {*SUFFIXES, ".jsonl.gz"} == {*file_types}
+    assert {".pdf", ".docx", ".odt", ".pptx", ".xlsx", ".epub", ".csv", ".parquet"} <= {*file_types}
+    assert excluded == [*EXCLUDED]
 
 
 def test_a_report_may_not_run_scripts(tmp_path):

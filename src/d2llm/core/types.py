@@ -390,7 +390,7 @@ class Ranking:
     longer ranking; a certificate then proves that ranking, not the order of the selection. ``expansion``: what a
     language model added to the query. ``missing_shards``: shards of a sharded index that gave no answer; their passages
     are not in the ranking, and its certificate says nothing about them. ``num_shards``: of how many; None if the index
-    is not sharded.
+    is not sharded. ``sources``: the sources of the candidates; none in an exact search, which considers every passage.
     """
 
     query: Query
@@ -405,6 +405,7 @@ class Ranking:
     expansion: QueryExpansion | None = None
     missing_shards: tuple[MissingShard, ...] = ()
     num_shards: int | None = None
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

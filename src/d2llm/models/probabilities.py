@@ -22,6 +22,9 @@ from d2llm.core.types import Task
 from d2llm.models.fitted_file import FittedFile, FittedPart, read_fitted
 
 FILE_NAME = "probabilities.json"
+WEAK, WEAK_WITHOUT_WORDS = 0.15, 0.5
+"""A passage that lacks words of the query is called a weak match below the first probability, one that has none of them
+below the second: nonsense has no words in common with a corpus, but can get a high score from a student."""
 _REMEDY = "restore the student's folder, or delete the file to go without probabilities"
 
 

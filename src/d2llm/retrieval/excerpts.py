@@ -68,14 +68,25 @@ def _excerpt(stretch: _Stretch, *, overlapping: bool) -> Excerpt:
     return Excerpt(tuple(results), passages, _joined(passages, overlapping=overlapping))
 
 
+def num_repeated(passages: Sequence[Passage]) -> list[int]:
+    """How many characters at the start of each of some consecutive passages repeat the end of the one before it.
+
+    Passages with different titles are of different sections, which do not overlap.
+    """
+    return [0] + [
+        _num_repeated(before.text, passage.text) if passage.title == before.title else 0
+        for before, passage in itertools.pairwise(passages)
+    ]
+
+
 def _joined(passages: Sequence[Passage], *, overlapping: bool) -> str:
     """The texts of consecutive passages, a line each; a new title begins a paragraph."""
     text = passages[0].text
-    for before, passage in itertools.pairwise(passages):
+    counts = num_repeated(passages) if overlapping else [0] * len(passages)
+    for (before, passage), repeated in zip(itertools.pairwise(passages), counts[1:], strict=True):
         if passage.title != before.title:
             text = f"{text}\n\n{passage.title}\n{passage.text}" if passage.title else f"{text}\n\n{passage.text}"
             continue
-        repeated = _num_repeated(before.text, passage.text) if overlapping else 0
         rest = passage.text[repeated:].lstrip() if repeated else passage.text
         text = f"{text}\n{rest}" if rest else text
     return text

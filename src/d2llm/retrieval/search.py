@@ -516,6 +516,7 @@ class Searcher:
             expansion=prepared.expansion,
             missing_shards=tuple({shard.number: shard for shard in missing}.values()),
             num_shards=self._index.num_shards,
+            sources=tuple(self._sources),
         )
 
     def _evidence(self, prepared: _PreparedQuery, rows: NDArray[np.int64]) -> EvidenceParts:

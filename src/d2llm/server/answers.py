@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
 from pydantic_core import to_json
 from starlette.responses import JSONResponse
 
-from d2llm.core.types import Excerpt, MetadataValue, Passage, RankedPassage, Ranking
+from d2llm.core.types import Excerpt, Explanation, MetadataValue, Passage, RankedPassage, Ranking
+from d2llm.models.probabilities import WEAK, WEAK_WITHOUT_WORDS
+from d2llm.ops.bm25_words import terms
 from d2llm.retrieval.context import AnswerContext
 
 
@@ -26,12 +28,31 @@ def _plain(value: Any) -> Any:
     return value.tolist()
 
 
-def search_json(ranking: Ranking, excerpts: Sequence[Excerpt] | None) -> dict[str, Any]:
-    """The fields of ``schemas.SearchAnswer`` that come from a ranking and its excerpts, if they were requested."""
+def search_json(
+    ranking: Ranking, excerpts: Sequence[Excerpt] | None, probabilities: Sequence[float | None]
+) -> dict[str, Any]:
+    """The fields of ``schemas.SearchAnswer`` that come from a ranking, from its excerpts if they were requested, and
+    from the ``probabilities`` that its passages are relevant.
+    """
+    query_terms = frozenset(terms(ranking.query.text))
     return _ranking_json(ranking) | {
-        "passages": [_ranked_json(place) for place in ranking.passages],
+        "passages": [
+            _ranked_json(place)
+            | {"probability": probability, "weak": _is_weak(place.explanation, probability, query_terms)}
+            for place, probability in zip(ranking.passages, probabilities, strict=True)
+        ],
         "excerpts": None if excerpts is None else [_excerpt_json(excerpt) for excerpt in excerpts],
     }
+
+
+def _is_weak(explanation: Explanation | None, probability: float | None, query_terms: Set[str]) -> bool | None:
+    if explanation is None or probability is None:
+        return None
+    if not query_terms:  # only signs such as "???"
+        return True
+    if query_terms <= explanation.terms.keys():
+        return False
+    return probability < (WEAK if explanation.terms else WEAK_WITHOUT_WORDS)
 
 
 def context_json(context: AnswerContext) -> dict[str, Any]:
@@ -66,6 +87,7 @@ def _ranking_json(ranking: Ranking) -> dict[str, Any]:
         "expansion": None if ranking.expansion is None else asdict(ranking.expansion),
         "missing_shards": [shard.number for shard in ranking.missing_shards],
         "shards": _answered(ranking),
+        "sources": list(ranking.sources),
     }
 
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.convertors import StringConvertor, register_url_convertor
 
 from d2llm.core.types import Passage
+from d2llm.retrieval.excerpts import num_repeated
 from d2llm.server.answers import passage_json
 from d2llm.server.errors import NotFoundError
 from d2llm.server.large_bodies import BodyRoute
@@ -121,7 +122,9 @@ async def get_document(document_id: str, index: TheIndex) -> DocumentPassagesAns
     if not passages:
         raise NotFoundError(f"there is no document {document_id!r} in the index")
     return DocumentPassagesAnswer(
-        id=document_id, passages=[PassageAnswer(**passage_json(passage)) for passage in passages]
+        id=document_id,
+        passages=[PassageAnswer(**passage_json(passage)) for passage in passages],
+        repeated=num_repeated(passages) if index.current.repeats_text else [0] * len(passages),
     )
 
 

@@ -41,6 +41,7 @@ from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchView
 from d2llm.retrieval.row_evidence import weights_for
 from d2llm.retrieval.search import SearchSettings
+from d2llm.retrieval.shard_search import source_names
 from d2llm.retrieval.upserting import UpsertReport
 from d2llm.retrieval.upserting_documents import DocumentsReport
 from d2llm.server.batching import Batcher, Done, Places
@@ -48,7 +49,7 @@ from d2llm.server.errors import NotFoundError, NotReadyError
 from d2llm.server.logs import note_items
 from d2llm.server.model_service import ModelService, Observe, StudentLane
 from d2llm.server.ray_shards import RemoteView
-from d2llm.server.schemas import Rescore, TeacherAnswer
+from d2llm.server.schemas import Rescore, ScorePart, TeacherAnswer
 from d2llm.server.served_version import (
     OpenVersion,
     PendingSearch,
@@ -415,6 +416,27 @@ class IndexService:
                 self._error(version, self.judge, version.view.task)
                 ways.append("cascade")
         return ways
+
+    def score_parts(self, version: OpenVersion) -> list[ScorePart]:
+        """What the student's score adds up in this index, for its task."""
+        student, task = version.models.student, version.view.task
+        if not student.has_anchor:
+            return ["interaction"]
+        weights = weights_for(version.view, student, task)
+        counts: dict[ScorePart, bool] = {
+            "anchor": True,
+            "windows": "window" in weights.part_kinds,
+            "tokens": "token" in weights.part_kinds,
+            "lexical": weights.counts_words,
+            "interaction": why_no_interaction(student, task) is None,
+        }
+        return [part for part, is_counted in counts.items() if is_counted]
+
+    def default_sources(self, version: OpenVersion) -> list[str]:
+        """The sources of candidates of a search that names none."""
+        student = version.models.student
+        weights = weights_for(version.view, student, version.view.task)
+        return source_names(SearchSettings(), weights, is_exact=not student.has_anchor)
 
     def _error(self, version: OpenVersion, judge: Judge, task: Task) -> StudentError:
         """The student's error against the teacher, as it scores this version.

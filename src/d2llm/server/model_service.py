@@ -18,7 +18,8 @@ from scipy.special import expit
 from torch import Tensor
 
 from d2llm.core.errors import ModelError
-from d2llm.core.types import Task, WholeText
+from d2llm.core.types import Explanation, Ranking, Task, WholeText
+from d2llm.models.attribution import why_no_interaction
 from d2llm.models.backbone import TOKENIZING, EncodedTexts, TextKind, TokenizedTexts
 from d2llm.models.engines.core_workers import core_pool
 from d2llm.models.late_chunking import EncodedChunks
@@ -256,6 +257,22 @@ class ModelService:
             return calibration.probabilities(logits, task)
         return np.asarray(expit(logits.astype(np.float64)))
 
+    def probabilities_of(self, ranking: Ranking, task: Task, *, iem: bool) -> list[float | None]:
+        """How probable it is that each passage of a ranking is relevant, by the student's own score.
+
+        None if the student is not calibrated for this task, or if the explanations, which have the parts of that score,
+        were not requested. ``iem``: whether the ranking is by the student's score, not by inner products alone.
+        """
+        unknown: list[float | None] = [None] * len(ranking.passages)
+        has_score = iem or why_no_interaction(self.student, task) is not None
+        if task not in self.student.calibration.tasks or not has_score:
+            return unknown
+        own = [_own_score(place.explanation) for place in ranking.passages]
+        scores = [score for score in own if score is not None]
+        if len(scores) < len(own):
+            return unknown
+        return list(self.student.calibration.probabilities(scores, task).tolist())
+
     def probability_kind(self, task: Task) -> str:
         """How ``probabilities`` are computed, as a short text for a header."""
         calibration = self.student.calibration
@@ -395,3 +412,10 @@ class StudentLane(ForwardingStudent):
         if advance is not None:
             advance(len(texts))
         return EncodedTexts(done.vectors, done.truncated, sum(done.num_tokens), done.num_tokens)
+
+
+def _own_score(explanation: Explanation | None) -> float | None:
+    """The part of a passage's score that needs no index: what it is calibrated on."""
+    if explanation is None or explanation.anchor is None or explanation.interaction is None:
+        return None
+    return explanation.anchor + explanation.interaction

@@ -70,7 +70,9 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     reading, expansion = _reading_of(body, limits), _expansion_of(body, index)
     ranking, student = await index.search(body.query, settings, body.rescore, reading, expansion)
     excerpts = await index.excerpts(ranking) if body.excerpts else None
-    return FastJSONResponse(search_json(ranking, excerpts) | _origin(request, index, ranking, student))
+    probabilities = student.probabilities_of(ranking, body.task or services.task, iem=body.rescore != "none")
+    answer = search_json(ranking, excerpts, probabilities)
+    return FastJSONResponse(answer | _origin(request, index, ranking, student))
 
 
 @router.post("/v1/context", response_model=ContextAnswer)
@@ -144,6 +146,8 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
         num_shards=stats.num_shards,
         missing_shards=[shard.number for shard in version.view.missing],
         rescore=index.ways_to_rescore(version),
+        score_parts=index.score_parts(version),
+        sources=index.default_sources(version),
         writable=services.settings.writable,
         d2llm=__version__,
     )

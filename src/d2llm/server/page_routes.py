@@ -16,7 +16,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from d2llm.core.errors import InputError
+from d2llm.data.documents import EXCLUDED
 from d2llm.server.errors import NotFoundError
+from d2llm.server.uploads import FILE_TYPES
 
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {
@@ -63,7 +65,7 @@ def api_pages(request: Request) -> Response:
 
 @router.get("/page/settings.json")
 def page_settings(request: Request) -> JSONResponse:
-    """What the page needs before its first API request: limits, and whether there is a report."""
+    """What the page needs before its first API request: limits, which files are read, and whether there is a report."""
     settings = request.app.state.settings
     facts = {
         "has_report": settings.report is not None,
@@ -72,6 +74,8 @@ def page_settings(request: Request) -> JSONResponse:
         "max_text_chars": settings.max_text_chars,
         "max_top_k": settings.max_top_k,
         "max_num_candidates": settings.max_num_candidates,
+        "file_types": FILE_TYPES,
+        "excluded": EXCLUDED,
     }
     return JSONResponse(facts, headers=_headers(_POLICY) | {"Cache-Control": "no-store"})
 

@@ -43,6 +43,8 @@ from d2llm.store.side_files import Chunking
 Rescore = Literal["none", "iem", "teacher", "cascade"]
 """How candidates are ranked: by inner product, IEM, teacher, or the teacher where the IEM is unsure."""
 _MOST_SUGGESTIONS = 3  # similar names are looked for only so often: a client may send a million unknown ones
+ScorePart = Literal["anchor", "windows", "tokens", "lexical", "interaction"]
+"""A part of a student's score in an index, by its name in an explanation."""
 MOST_EXPANSIONS = 10
 """Maximum number of texts that a writer adds to one query of a client."""
 
@@ -278,10 +280,18 @@ class PassageAnswer(Answer):
 
 
 class RankedAnswer(PassageAnswer):
-    """One place of a ranking."""
+    """One place of a ranking.
+
+    With explain, ``probability`` is that the passage is relevant, by the student's own score without words, windows and
+    tokens. It is ``weak`` if that is low and the passage lacks words of the query, so that it probably does not fit:
+    below 0.15, or below 0.5 if it has none of them. Both are null if the student's scores are not calibrated, or the
+    ranking does not have its score.
+    """
 
     rank: int
     score: float
+    probability: float | None
+    weak: bool | None
     anchor_score: float | None
     log_odds: float | None
     student_rank: int | None
@@ -316,7 +326,8 @@ class RankingAnswer(Answer):
     ``expansion``: what a language model added to the query; or null. ``selection``: the results were
     selected from a longer ranking, with mmr or near_duplicates; the certificate then proves that ranking, not their
     order. ``missing_shards``: numbers of the shards of the index that gave no answer, whose passages may be missing.
-    ``shards``: how many gave one, as 7/8; null if the index is not sharded.
+    ``shards``: how many gave one, as 7/8; null if the index is not sharded. ``sources``: the sources of the candidates;
+    none in an exact search, which considers every passage.
     """
 
     query: str
@@ -329,6 +340,7 @@ class RankingAnswer(Answer):
     expansion: QueryExpansion | None
     missing_shards: list[int]
     shards: str | None
+    sources: list[str]
     index: IndexVersion
     request_id: str
 
@@ -424,7 +436,11 @@ class StudentAnswer(Answer):
 
 
 class IndexAnswer(Answer):
-    """Facts about the index. ``num_shards``: null if it is not sharded. ``missing_shards``: left out of searches."""
+    """Facts about the index. ``num_shards``: null if it is not sharded. ``missing_shards``: left out of searches.
+
+    ``score_parts``: what the student's score adds up in this index, for its task. ``sources``: those of candidates, if
+    a search names none; none if every search is exact.
+    """
 
     name: str
     version: int
@@ -447,6 +463,8 @@ class IndexAnswer(Answer):
     num_shards: int | None
     missing_shards: list[int]
     rescore: list[Rescore]
+    score_parts: list[ScorePart]
+    sources: list[str]
     writable: bool
     d2llm: str
 
@@ -635,10 +653,14 @@ class DocumentListAnswer(Answer):
 
 
 class DocumentPassagesAnswer(Answer):
-    """A document's passages, ordered by position."""
+    """A document's passages, ordered by position.
+
+    ``repeated``: how many characters at the start of each passage's text repeat the end of the one before it.
+    """
 
     id: str
     passages: list[PassageAnswer]
+    repeated: list[int]
 
 
 class RestoredAnswer(Answer):

@@ -22,6 +22,8 @@ from d2llm.server.settings import ServeSettings
 
 FILES_PATH = "/v1/files"
 FORM_TYPE = "multipart/form-data"
+FILE_TYPES = (*sorted(SUFFIXES), ".jsonl.gz")
+"""What the names of files end with that can be read."""
 _MOST_HEADER_BYTES = 16 << 10  # of each header of a part: a name may be long, and its letters take several bytes
 _MOST_NAME_CHARS = 1_024  # it becomes an id, with the number of a row or of a passage
 _ENCODED_NAME = re.compile(r";\s*filename\*=(?P<charset>[\w-]*)'[^']*'(?P<name>[^;\s]+)", re.IGNORECASE)
@@ -156,8 +158,7 @@ def _stored(names_and_contents: Iterable[tuple[str, bytes]], folder: Path, limit
             raise invalid(f"file number {number} of the form has no name; send it with one (filename=)", "file")
         suffix = PurePath(name.lower().removesuffix(".gz")).suffix
         if suffix not in SUFFIXES or (name.lower().endswith(".gz") and suffix != ".jsonl"):
-            known = " ".join([*sorted(SUFFIXES), ".jsonl.gz"])
-            raise invalid(f"{name}: files of this type cannot be read; send one of {known}", "file")
+            raise invalid(f"{name}: files of this type cannot be read; send one of {' '.join(FILE_TYPES)}", "file")
         if name.lower().endswith(".gz"):
             content = _unpacked(name, content, _MOST_UNPACKED * limits.max_body_bytes)
         path = folder / f"{number}{suffix}"

@@ -21,10 +21,11 @@ export const DEFAULTS = {
   exact: false,
   hybrid: null, // BM25's share in percent; null: not fused
   k: 10,
-  source: "vectors",
+  source: "", // as the index does
+  open: "", // the passage whose document is shown
 };
 const RANKS = ["none", "iem", "teacher", "cascade"];
-const SOURCES = ["vectors", "ann", "bm25", "both"];
+const SOURCES = ["", "vectors", "ann", "bm25", "both"];
 
 /** The search described by a query string; invalid values are replaced by defaults. */
 export function readAddress(text) {
@@ -42,6 +43,7 @@ export function readAddress(text) {
     hybrid: number("hybrid", 0, 100),
     k: number("k", 1, 1000),
     source: SOURCES.includes(parameters.get("source")) ? parameters.get("source") : DEFAULTS.source,
+    open: parameters.get("open") || "",
   };
 }
 

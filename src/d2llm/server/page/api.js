@@ -31,8 +31,11 @@ export function keepApiKey(key) {
   else sessionStorage.removeItem(KEY);
 }
 
-/** Fetch a response of any type, from the index that the page's address names; throws an `ApiError` if it is an error. */
-export async function fetchAnswer(path, { method = "GET", body, signal } = {}) {
+/**
+ * Fetch a response of any type, from the index that the page's address names; throws an `ApiError` if it is an error.
+ * `body` is sent as JSON, a `form` as it is.
+ */
+export async function fetchAnswer(path, { method = "GET", body, form, signal } = {}) {
   const headers = {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
   if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
@@ -42,7 +45,7 @@ export async function fetchAnswer(path, { method = "GET", body, signal } = {}) {
       method,
       headers,
       signal,
-      body: body === undefined ? undefined : JSON.stringify(body),
+      body: body === undefined ? form : JSON.stringify(body),
       cache: "no-store",
     });
   } catch (error) {

@@ -1,7 +1,8 @@
 // Cards of a ranking, and the notes above it: how long it took and what is proved.
 
-import { counted, element, milliseconds } from "./dom.js";
+import { counted, element, milliseconds, percent } from "./dom.js";
 import { markTerms } from "./highlight.js";
+import { documentName, fileFacts, ownFields, ownId, placesOf } from "./place.js";
 import { whyPanel } from "./why.js";
 
 const STAGES = ["queue", "encode", "candidates", "score", "teacher", "transfer"];
@@ -21,10 +22,29 @@ export function card(passage, context, before) {
   show(plain());
   const button = element(
     "button",
-    { type: "button", class: "small toggle-why", "aria-expanded": "false", "aria-controls": `${identity}-why` },
+    {
+      type: "button",
+      id: `${identity}-ask`,
+      class: "small toggle-why",
+      "aria-expanded": "false",
+      "aria-controls": `${identity}-why`,
+      "aria-labelledby": `${identity}-ask ${identity}-title`, // "Why", and what
+    },
     "Why",
-    element("span", { class: "hidden" }, ` is ${passage.title || passage.id} here?`),
   );
+  const heading = passage.title || passage.id;
+  const open = element(
+    "button",
+    {
+      type: "button",
+      id: `${identity}-open`,
+      class: "small open-document",
+      "aria-labelledby": `${identity}-open ${identity}-title`, // "Open", and what
+      on: { click: () => context.onOpen(passage) },
+    },
+    "Open",
+  );
+  const identifier = ownId(passage, heading);
   const made = element(
     "article",
     { class: "card", tabindex: "0", "aria-labelledby": `${identity}-title`, "data-id": passage.id },
@@ -36,13 +56,15 @@ export function card(passage, context, before) {
       movement(passage.rank, before),
     ),
     text,
+    context.compact ? null : placeLine(passage, heading),
     context.compact ? null : metadata(passage, context),
     element(
       "footer",
       {},
       element("span", { class: "score" }, `${scoreName(passage, context.rank)} `, element("b", {}, passage.score.toFixed(3))),
-      passage.title && passage.title !== passage.id ? element("span", { class: "source-id", dir: "auto" }, passage.id) : null,
-      button,
+      passage.weak ? element("span", { class: "weak", title: weakText(passage) }, "weak match") : null,
+      identifier ? element("span", { class: "source-id", dir: "auto" }, identifier) : null,
+      element("span", { class: "buttons" }, open, button),
     ),
   );
   button.addEventListener("click", () => toggle(made, passage, context, { button, identity, show, plain }));
@@ -64,6 +86,11 @@ function toggle(made, passage, context, { button, identity, show, plain }) {
     made.append(whyPanel(passage, context, options));
   }
   made.dispatchEvent(new CustomEvent("card-resized", { bubbles: true }));
+}
+
+/** How likely the student holds it that a weak match answers the query. */
+function weakText({ probability }) {
+  return `The student’s estimate that it fits the query: ${percent(probability)}`;
 }
 
 /** The name of the number that a ranking is sorted by. */
@@ -88,13 +115,20 @@ function movement(rank, before) {
   );
 }
 
+/** The document of a passage and its place in it; names that the heading has are not repeated. */
+function placeLine(passage, heading) {
+  const name = documentName(passage);
+  const facts = [
+    name !== heading ? element("bdi", { class: "path" }, name) : null,
+    ...[...placesOf(passage), ...fileFacts(passage)].map((fact) => element("span", {}, fact)),
+  ].filter(Boolean);
+  return facts.length ? element("p", { class: "place" }, facts) : null;
+}
+
 function metadata(passage, context) {
-  const pairs = Object.entries(passage.metadata).filter(([, value]) => value !== null && value !== "");
-  if (passage.document_id && passage.document_id !== passage.id) {
-    pairs.unshift(["document_id", passage.document_id]);
-  }
-  if (!pairs.length) return null;
-  const items = pairs.map(([name, value]) =>
+  const fields = ownFields(passage, context.index.fields);
+  if (!fields.length) return null;
+  const items = fields.map(([name, value, text]) =>
     element(
       "div",
       {},
@@ -111,7 +145,7 @@ function metadata(passage, context) {
             title: "Filter by this value",
             on: { click: () => context.onValue(name, value) },
           },
-          String(value),
+          text,
         ),
       ),
     ),
@@ -134,7 +168,15 @@ export function latency(seconds, total) {
   const numbers = shown.map(([stage, value]) =>
     element("li", {}, element("span", { class: `swatch ${stage}`, "aria-hidden": "true" }), `${stage} `, element("b", {}, milliseconds(value))),
   );
-  return element("div", { class: "latency" }, bar, element("ul", { "aria-label": "Time by stage" }, numbers));
+  const sum = element("li", { class: "total" }, "total ", element("b", {}, milliseconds(Math.max(total, inside))));
+  return element("div", { class: "latency" }, bar, element("ul", { "aria-label": "Time by stage" }, sum, numbers));
+}
+
+/** Says that nothing fits, if every passage of a ranking is a weak match; else "". */
+export function weakNote(passages) {
+  if (!passages.length || !passages.every((passage) => passage.weak)) return "";
+  const most = Math.max(...passages.map(({ probability }) => probability));
+  return `Nothing in this index seems to fit. These are only the nearest passages, all of them weak matches: the student’s estimate for the best is ${percent(most)}.`;
 }
 
 /** Says how many shards gave no answer. */

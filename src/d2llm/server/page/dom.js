@@ -29,18 +29,36 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
-/** A time in a readable unit. */
+/** A time: in milliseconds, from ten seconds on in seconds. */
 export function milliseconds(seconds) {
-  if (seconds >= 1) return `${seconds.toFixed(1)} s`;
+  if (seconds >= 10) return `${seconds.toFixed(1)} s`;
   const value = seconds * 1000;
-  return `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
+  if (value > 0 && value < 0.1) return "under 0.1 ms";
+  return `${value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en")} ms`;
 }
 
+/** A point in time to the minute, in the reader's time zone; a date without a time stays one. */
+export function timestamp(text) {
+  const day = /^(\d{4}-\d{2}-\d{2})(?:T00:00:00(?:\.0+)?(?:Z|[+-]00:00)?)?$/.exec(text);
+  if (day) return day[1];
+  const moment = new Date(/[Z]$|[+-]\d{2}:\d{2}$/.test(text) ? text : `${text}Z`);
+  if (Number.isNaN(moment.getTime())) return text;
+  const two = (number) => String(number).padStart(2, "0");
+  const date = [moment.getFullYear(), two(moment.getMonth() + 1), two(moment.getDate())].join("-");
+  return `${date} ${two(moment.getHours())}:${two(moment.getMinutes())}`;
+}
+
+/** A size, in KB, MB and so on from 1,000 bytes on. */
 export function bytes(count) {
-  const units = ["B", "kB", "MB", "GB", "TB"];
+  const units = ["bytes", "KB", "MB", "GB", "TB"];
   let place = 0;
   for (; count >= 1000 && place < units.length - 1; place += 1) count /= 1000;
   return `${place && count < 100 ? count.toFixed(1) : Math.round(count)} ${units[place]}`;
+}
+
+/** A probability. */
+export function percent(value) {
+  return value < 0.01 ? "under 1%" : value > 0.99 ? "over 99%" : `${Math.round(value * 100)}%`;
 }
 
 export function signed(value) {

@@ -1,8 +1,8 @@
 // Facts about the index.
 
 import { bytes, element } from "./dom.js";
+import { sourcesText, sumText } from "./score.js";
 
-const HEADS = { iem: "IEM", cosine: "cosine" };
 const MAX_FIELDS = 8; // the filter lists all of them
 
 function shardText(index) {
@@ -23,7 +23,9 @@ export function factList(index) {
     ["Version", String(index.version)],
     ["On disk", `${bytes(index.num_bytes)}, ${bytes(index.bytes_per_passage)} per passage`],
     ["Vectors", `${student.dim} × ${index.vector_format}${index.vector_copies === 2 ? ", stored twice" : ""}`],
-    ["Student", `${student.name}, head ${HEADS[student.head] || student.head}`],
+    ["Student", student.name],
+    ["Score", sumText("iem", index)],
+    ["Candidates", index.sources.length ? sourcesText(index.sources) : "all passages"],
     ["Backbone", student.backbone],
     ["Teacher", teacherText(index)],
     ["Fields", fields.join(", ") || "none"],

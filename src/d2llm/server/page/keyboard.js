@@ -1,4 +1,5 @@
-// Keyboard navigation: "/" focuses the search box, arrows or h j k l move between cards, Enter explains, Escape closes.
+// Keyboard navigation: "/" focuses the search box, arrows or h j k l move between cards, Enter explains,
+// o opens the document, Escape closes.
 
 const KEPT = "d2llm-letters";
 const STEPS = { ArrowDown: [1, 0], j: [1, 0], ArrowUp: [-1, 0], k: [-1, 0], ArrowRight: [0, 1], l: [0, 1], ArrowLeft: [0, -1], h: [0, -1] };
@@ -13,6 +14,7 @@ export function installKeyboard(box, results, letters) {
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
     if (event.key.length === 1 && !letters.checked) return;
+    if (document.querySelector("dialog[open]")) return; // it has keys of its own
     const card = event.target.closest?.(".card") || null;
     if (event.key === "/" && !isTyping(event.target)) {
       event.preventDefault();
@@ -29,6 +31,9 @@ export function installKeyboard(box, results, letters) {
     } else if (event.key === "Enter" && event.target === card) {
       event.preventDefault();
       card.querySelector(".toggle-why").click();
+    } else if (event.key === "o" && event.target === card) {
+      event.preventDefault();
+      card.querySelector(".open-document").click();
     }
   });
 }

@@ -4,23 +4,30 @@ import { BASE, keepIndexInLinks, pageOf, readAddress, writeAddress } from "./add
 import { apiKey, ask, keepApiKey, problemText } from "./api.js";
 import { byId, counted, element } from "./dom.js";
 import { factList } from "./facts.js";
+import { DocumentView } from "./document.js";
 import { conditionFor, FilterBuilder, joined } from "./filters.js";
 import { installKeyboard } from "./keyboard.js";
 import { Results } from "./results.js";
-import { lastOf, RANK_NAMES, Search } from "./search.js";
+import { rankName, ranksOf, sourceChoices } from "./score.js";
+import { lastOf, Search } from "./search.js";
 import { installTheme } from "./theme.js";
 import { Upload } from "./upload.js";
 
 const TYPING_PAUSE = 160; // milliseconds without a key press before a search
 const STARTING_PAUSE = 1000; // milliseconds between requests to a server that is starting
+const WIDE = matchMedia("(min-width: 48.01rem)"); // else controls are folded away
 
 let state = readAddress(location.search);
 let index = null; // GET /v1/index
-let limits = { max_texts: 512, max_body_bytes: 16_000_000 };
+let limits = { max_body_bytes: 16_000_000, file_types: [], excluded: [] };
 
 const box = byId("query");
 const status = byId("status");
-const results = new Results({ area: byId("results"), status }, { onValue: filterByValue });
+const results = new Results({ area: byId("results"), status }, { onValue: filterByValue, onOpen: openDocument });
+const reader = new DocumentView({
+  onFilter: (id) => filterByValue("document_id", id),
+  onClose: () => keep({ open: "" }),
+});
 const search = new Search({
   onStart: (teacher) => results.loading(teacher),
   onDone: showAnswers,
@@ -39,7 +46,25 @@ function showAnswers(request, answers) {
   const failed = answers.filter((answer) => answer.error);
   if (failed.some((answer) => answer.error.name === "AbortError")) return;
   if (failed.length && failed.length === answers.length) showProblem(failed[0].error);
-  else results.show(request, answers, { hasTeacher: index.teacher !== null });
+  else results.show(request, answers, index);
+  if (state.open && !byId("document").open) openKept(state.open);
+}
+
+/** Show the document of a passage, and keep it in the URL. */
+function openDocument(passage) {
+  keep({ open: passage.id });
+  reader.open(passage, results.passages());
+}
+
+/** Show the document of the passage that the URL names. */
+async function openKept(id) {
+  const known = results.passages().find((passage) => passage.id === id);
+  try {
+    reader.open(known || (await ask(`/v1/passages/${encodeURIComponent(id)}`)), results.passages());
+  } catch (error) {
+    keep({ open: "" });
+    status.textContent = error.message;
+  }
 }
 
 function showProblem(error) {
@@ -56,12 +81,12 @@ function showProblem(error) {
 function showFilterError(message) {
   byId("filter-error").textContent = message;
   byId("filter").setAttribute("aria-invalid", String(Boolean(message)));
-  if (message) byId("filters").open = true;
+  if (message) byId("options").open = byId("filters").open = true;
 }
 
 function welcome() {
   if (index.num_passages === 0) {
-    results.message("This index is empty", index.writable ? "Drop a folder onto “Add documents” to fill it." : "");
+    results.message("This index is empty", index.writable ? "Drop files or folders on this page, or choose some under “Add documents”." : "");
   } else {
     results.message("Ask a question", `Search ${counted(index.num_passages, "passage")}. A sentence works better than keywords.`);
   }
@@ -71,17 +96,22 @@ function welcome() {
 function filterByValue(name, value) {
   const type = name === "document_id" ? "string" : index.fields[name];
   change({ filter: joined(state.filter, conditionFor(name, type, value)) });
-  byId("filters").open = true;
+  byId("options").open = byId("filters").open = true;
 }
 
 /** Update the search, the controls and the URL, then search. */
 function change(parts, { wait = 0 } = {}) {
-  state = { ...state, ...parts };
-  history.replaceState(null, "", writeAddress(state));
+  keep(parts);
   showState();
   if (!index) return;
-  if (wait) search.soon(state, index.rescore, wait);
-  else search.now(state, index.rescore);
+  if (wait) search.soon(state, ranksOf(index), wait);
+  else search.now(state, ranksOf(index));
+}
+
+/** Update the search and the URL. */
+function keep(parts) {
+  state = { ...state, ...parts };
+  history.replaceState(null, "", writeAddress(state));
 }
 
 function showState() {
@@ -92,6 +122,7 @@ function showState() {
   set(byId("filter"), state.filter);
   byId("clear").hidden = !state.filter;
   byId("filters-count").textContent = state.filter.trim() ? " (on)" : "";
+  byId("options-chosen").textContent = chosenOptions();
   showRank();
   byId("beside").checked = state.beside;
   byId("exact").checked = state.exact;
@@ -106,9 +137,22 @@ function showState() {
   document.body.classList.toggle("comparing", state.beside);
 }
 
+/** The options that differ from the defaults, for the line that stands for all of them where they are folded away. */
+function chosenOptions() {
+  const chosen = [
+    state.rank !== "iem" && index ? rankName(state.rank, index) : "",
+    state.beside ? "side by side" : "",
+    state.exact ? "exact" : "",
+    state.hybrid === null ? "" : `${state.hybrid}% BM25`,
+    state.filter.trim() ? "filter" : "",
+    state.k === 10 ? "" : `${state.k} shown`,
+  ].filter(Boolean);
+  return chosen.length ? `: ${chosen.join(", ")}` : "";
+}
+
 /** Show the chosen ranking; side by side, options that make no difference are disabled. */
 function showRank() {
-  const offered = index?.rescore || [];
+  const offered = index ? ranksOf(index) : [];
   const chosen = state.beside ? lastOf(state.rank, offered) : state.rank;
   for (const input of document.querySelectorAll("input[name=rank]")) {
     input.checked = input.value === chosen;
@@ -170,19 +214,28 @@ function askForKey(message) {
 }
 
 function showRanks() {
-  const choices = index.rescore.map((rank) =>
+  const ranks = ranksOf(index);
+  const choices = ranks.map((rank) =>
     element(
       "label",
       {},
       element("input", { type: "radio", name: "rank", value: rank, on: { change: () => change({ rank }) } }),
-      element("span", {}, RANK_NAMES[rank]),
+      element("span", {}, rankName(rank, index)),
     ),
   );
   byId("ranks").replaceChildren(...choices);
-  byId("beside-label").hidden = index.rescore.length < 2;
-  if (!index.rescore.includes(state.rank)) state.rank = "iem";
-  if (index.rescore.length < 2) state.beside = false;
-  byId("source").querySelector("[value=ann]").disabled = !index.has_ann;
+  byId("ranking").hidden = byId("beside-label").hidden = ranks.length < 2;
+  if (!ranks.includes(state.rank)) state.rank = "iem";
+  if (ranks.length < 2) state.beside = false;
+  const sources = sourceChoices(index);
+  byId("source").replaceChildren(...sources.map(([value, name]) => element("option", { value }, name)));
+  if (!sources.some(([value]) => value === state.source)) state.source = "";
+}
+
+/** Fold away what a small screen has no room for, and open it where it has. */
+function fold() {
+  byId("options").open = byId("about").open = WIDE.matches;
+  byId("adding").open = WIDE.matches || index?.num_passages === 0;
 }
 
 async function readIndex() {
@@ -191,6 +244,7 @@ async function readIndex() {
   byId("index-name").textContent = index.name;
   byId("index").value = index.name;
   byId("adding").hidden = !index.writable;
+  if (index.num_passages === 0) byId("adding").open = true;
   builder.setFields(index.fields);
   showRanks();
 }
@@ -212,6 +266,8 @@ async function begin() {
   try {
     limits = await ask("/page/settings.json");
     byId("report-link").hidden = !limits.has_report;
+    byId("files").accept = limits.file_types.join();
+    byId("file-types").textContent = limits.file_types.join(" ");
     const most = Math.min(limits.max_top_k, 1000);
     byId("k").max = String(most);
     state.k = Math.min(state.k, most);
@@ -243,8 +299,8 @@ new Upload(
     report: byId("upload-report"),
   },
   {
-    types: () => index.fields,
     limits: () => limits,
+    isWritable: () => Boolean(index?.writable),
     onDone: async () => {
       await readIndex();
       change({});
@@ -253,5 +309,7 @@ new Upload(
 );
 keepIndexInLinks();
 listen();
+fold();
+WIDE.addEventListener("change", fold);
 showState();
 begin();

@@ -1,16 +1,17 @@
 // Shows one ranking, or several side by side with lines between them.
 
-import { card, certificateText, latency, missingText, readingText } from "./cards.js";
+import { card, certificateText, latency, missingText, readingText, weakNote } from "./cards.js";
 import { counted, element } from "./dom.js";
 import { drawLines, followCards } from "./lines.js";
-import { leftOut, RANK_NAMES } from "./search.js";
+import { rankName, scoreText, sourcesText } from "./score.js";
+import { leftOut, requestOf } from "./search.js";
 
 const READING = "The teacher is reading …";
 
 /** The part of the page that shows rankings. */
 export class Results {
-  constructor({ area, status }, { onValue }) {
-    Object.assign(this, { area, status, onValue, answers: [] });
+  constructor({ area, status }, { onValue, onOpen }) {
+    Object.assign(this, { area, status, onValue, onOpen, answers: [] });
     area.addEventListener("card-resized", () => this.redraw());
     followCards(area);
     new ResizeObserver(() => this.redraw()).observe(area);
@@ -35,15 +36,15 @@ export class Results {
   }
 
   /** Show rankings, left to right. A ranking that was pending is filled in without redrawing the others. */
-  show(state, answers, { hasTeacher }) {
+  show(state, answers, index) {
     this.area.removeAttribute("aria-busy");
     const compact = answers.length > 1;
-    const context = { query: state.q, hasTeacher, compact, onValue: this.onValue };
+    const context = { query: state.q, index, compact, onValue: this.onValue, onOpen: this.onOpen };
     const make = (ranking, place) => this.#column(state, ranking, answers[place - 1], context);
     const waiting = this.area.querySelector(":scope > .waiting");
     const fillsIn = waiting && this.answers.slice(0, -1).every((ranking, place) => ranking === answers[place]);
     this.answers = answers;
-    this.status.textContent = summary(answers);
+    this.status.textContent = summary(answers, index);
     if (fillsIn) {
       waiting.replaceWith(make(answers.at(-1), answers.length - 1));
       this.redraw();
@@ -57,13 +58,20 @@ export class Results {
     this.redraw();
   }
 
+  /** The passages shown, each once. */
+  passages() {
+    const shown = this.answers.flatMap(({ answer }) => answer?.passages || []);
+    return [...new Map(shown.reverse().map((passage) => [passage.id, passage])).values()].reverse();
+  }
+
   redraw() {
     drawLines(this.area);
   }
 
   #column(state, { rank, answer, error, total, waiting }, left, context) {
-    const heading = element("h2", { class: context.compact ? "" : "hidden" }, `Ranked by ${RANK_NAMES[rank]}`);
-    const column = element("section", { class: "column", "aria-label": `Ranked by ${RANK_NAMES[rank]}` }, heading);
+    const title = `Ranked by ${rankName(rank, context.index)}`;
+    const heading = element("h2", { class: context.compact ? "" : "hidden" }, title);
+    const column = element("section", { class: "column", "aria-label": title }, heading);
     if (waiting) {
       column.classList.add("waiting");
       column.append(element("p", { class: "working" }, READING));
@@ -75,6 +83,8 @@ export class Results {
       return column;
     }
     const before = left?.answer ? new Map(left.answer.passages.map((one) => [one.id, one.rank])) : null;
+    const weak = weakNote(answer.passages);
+    const made = scoreText(rank, context.index, requestOf(state, rank).hybrid);
     const notes = [leftOut(state, rank)];
     if (answer.truncated) notes.push("The query is longer than the student reads; its end is ignored.");
     if (answer.missing_shards.length) notes.push(missingText(answer.missing_shards.length));
@@ -84,7 +94,9 @@ export class Results {
       element(
         "div",
         { class: "about" },
+        weak ? element("p", { class: "note nothing" }, weak) : null,
         answer.passages.length ? countOf(answer, before) : null,
+        made ? element("p", { class: "made" }, made) : null,
         latency(answer.seconds, total),
         notes.filter(Boolean).map((note) => element("p", { class: "note" }, note)),
       ),
@@ -104,8 +116,9 @@ export class Results {
   }
 }
 
-function countOf({ passages, num_candidates }, before) {
-  const count = `The first ${counted(passages.length, "passage")} of ${counted(num_candidates, "candidate")}. `;
+function countOf({ passages, num_candidates, sources }, before) {
+  const from = sources.length ? `${counted(num_candidates, "candidate")} by ${sourcesText(sources)}` : `all, of which ${num_candidates.toLocaleString("en")} got the full score`;
+  const count = `The first ${counted(passages.length, "passage")} of ${from}. `;
   return element("p", { class: "count" }, count, before ? element("b", {}, changes(passages, before)) : null);
 }
 
@@ -117,14 +130,15 @@ function changes(passages, before) {
   return [moved ? `${moved} moved` : "", fresh ? `${fresh} new` : ""].filter(Boolean).join(", ") + ".";
 }
 
-function summary(answers) {
+function summary(answers, index) {
   return answers
     .map(({ rank, answer, error, waiting }) => {
-      const name = answers.length > 1 ? `${RANK_NAMES[rank]}: ` : "";
+      const name = answers.length > 1 ? `${rankName(rank, index)}: ` : "";
       if (waiting) return `${name}${READING}`;
       if (error) return `${name}${error.message}`;
       const first = answer.passages[0];
       if (!first) return `${name}no passages`;
+      if (weakNote(answer.passages)) return `${name}only weak matches: nothing seems to fit`;
       return `${name}${counted(answer.passages.length, "passage")}, the first: ${first.title || first.id}`;
     })
     .join(". ");

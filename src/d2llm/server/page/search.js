@@ -2,8 +2,6 @@
 
 import { ask } from "./api.js";
 
-export const RANK_NAMES = { none: "Inner product", iem: "IEM", teacher: "Teacher", cascade: "Cascade" };
-
 /** Whether a ranking uses the teacher, which takes seconds. */
 export function asksTeacher(rank) {
   return rank === "teacher" || rank === "cascade";
@@ -27,14 +25,14 @@ export function requestOf(state, rank) {
   if (state.filter.trim()) body.filter = state.filter;
   if (state.exact && rank === "iem") body.exact = true;
   else if (state.hybrid !== null && !asksTeacher(rank)) body.hybrid = state.hybrid / 100;
-  else if (state.hybrid === null && state.source !== "vectors") body.sources = state.source === "both" ? ["vectors", "bm25"] : [state.source];
+  else if (state.hybrid === null && state.source) body.sources = state.source === "both" ? ["vectors", "bm25"] : [state.source];
   return body;
 }
 
 /** Describes the options of a state that a ranking does not support; empty if it supports all. */
 export function leftOut(state, rank) {
-  if (state.exact && rank !== "iem") return "Not exact: only the IEM’s ranking can be proved.";
-  if (state.exact && state.hybrid !== null) return "Not fused with BM25: an exact search ranks by the IEM alone.";
+  if (state.exact && rank !== "iem") return "Not exact: only the ranking by the student’s own score can be proved.";
+  if (state.exact && state.hybrid !== null) return "Not fused with BM25: an exact search ranks by the student’s score alone.";
   if (state.hybrid !== null && asksTeacher(rank)) return "Not fused with BM25: a teacher starts from the student’s scores.";
   return "";
 }

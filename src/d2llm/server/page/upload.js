@@ -1,57 +1,76 @@
-// Adds documents: reads them in the browser, sends them in batches, and names all that were skipped.
+// Adds documents: sends files in batches to POST /v1/files, where they are read, and names all that were skipped.
 
-import { ask } from "./api.js";
+import { fetchAnswer } from "./api.js";
 import { counted, element } from "./dom.js";
-import { droppedFiles, readFile } from "./files.js";
+import { droppedFiles, isLeftOut, mostBytes, refusalOf } from "./files.js";
 
-const BATCH_DOCUMENTS = 16; // small, so that the progress bar moves and the server can answer searches in between
-const BATCH_CHARACTERS = 200_000;
+const BATCH_FILES = 16; // small, so that the progress bar moves and the server can answer searches in between
+const BATCH_BYTES = 4_000_000;
 const MAX_RETRIES = 5;
 const LISTED = 100;
+const FATAL = [0, 401, 403, 404, 429, 503]; // what other files would meet, too
+const COUNTS = ["num_documents", "num_added", "num_updated", "num_unchanged", "num_truncated", "num_deleted"];
 
-/** Send documents; the index splits them into passages. `onProgress` gets the number done and the total; `signal` stops between batches. */
-export async function sendDocuments(documents, limits, { onProgress, signal }) {
-  const sum = { num_documents: 0, num_added: 0, num_updated: 0, num_unchanged: 0, num_truncated: 0, num_deleted: 0 };
-  const skipped = [];
-  let done = 0;
+/** Send files, as [file, path]. `onProgress` gets the number done and the total; `signal` stops the request in progress. */
+export async function sendFiles(files, limits, { onProgress, signal }) {
+  const sum = Object.fromEntries(COUNTS.map((name) => [name, 0]));
+  const [skipped, leftOut] = [[], {}];
+  let [done, numSent] = [0, 0];
   const send = async (part) => {
     try {
-      const report = await patient(() => ask("/v1/documents", { documents: part }, signal), signal);
-      for (const name of Object.keys(sum)) sum[name] += report[name] || 0;
+      const report = await patient(() => post(part, signal), signal);
+      for (const name of COUNTS) sum[name] += report[name] || 0;
+      for (const [field, count] of Object.entries(report.left_out)) leftOut[field] = (leftOut[field] || 0) + count;
+      for (const { file, part: name, reason } of report.skipped) skipped.push({ path: name ? `${file}, ${name}` : file, reason });
+      numSent += part.length;
     } catch (error) {
-      if (error.name === "AbortError" || [0, 401, 403, 429, 503].includes(error.status)) throw error;
-      // Some document makes the batch fail: send them one by one to find it.
+      if (error.name === "AbortError" || FATAL.includes(error.status)) throw error;
+      // Some file makes the batch fail: send them one by one to find it.
       if (part.length > 1) {
         for (const one of part) await send([one]);
         return;
       }
-      skipped.push({ path: part[0].id, reason: error.message });
+      const [[, path]] = part;
+      skipped.push({ path, reason: reasonOf(error.message, path) });
     }
     done += part.length;
-    onProgress(done, documents.length);
+    onProgress(done, files.length);
   };
   let problem = null;
   try {
-    for (const part of batches(documents, limits)) {
+    for (const part of batches(files, limits)) {
       signal.throwIfAborted();
       await send(part);
     }
   } catch (error) {
     problem = error.name === "AbortError" ? "Stopped." : error.message;
   }
-  return { sum, skipped, problem, numLeft: documents.length - done };
+  return { sum, numSent, skipped, leftOut, problem, numLeft: files.length - done };
 }
 
-function* batches(documents, limits) {
-  let [part, characters] = [[], 0];
-  for (const one of documents) {
-    const full = part.length >= Math.min(BATCH_DOCUMENTS, limits.max_texts);
-    if (part.length && (full || characters + one.text.length > BATCH_CHARACTERS)) {
+/** Metadata values that do not fit their fields are left out and counted, as when a folder is read. */
+async function post(part, signal) {
+  const form = new FormData();
+  for (const [file, path] of part) form.append("file", file, path);
+  return (await fetchAnswer("/v1/files?lenient_metadata=true", { method: "POST", form, signal })).json();
+}
+
+/** The reason in a server's message, which names the file first, and the line if there is one. */
+function reasonOf(message, path) {
+  if (!message.startsWith(`${path}:`)) return message;
+  return message.slice(path.length + 1).trim().replace(/^\d+: /, "line $&");
+}
+
+function* batches(files, limits) {
+  let [part, size] = [[], 0];
+  for (const one of files) {
+    const [{ size: bytes }] = one;
+    if (part.length && (part.length >= BATCH_FILES || size + bytes > Math.min(BATCH_BYTES, mostBytes(limits) / 2))) {
       yield part;
-      [part, characters] = [[], 0];
+      [part, size] = [[], 0];
     }
     part.push(one);
-    characters += one.text.length;
+    size += bytes;
   }
   if (part.length) yield part;
 }
@@ -71,8 +90,8 @@ async function patient(work, signal) {
 
 /** The part of the page for adding documents. */
 export class Upload {
-  constructor({ place, folder, files, stop, bar, report }, { types, limits, onDone }) {
-    Object.assign(this, { place, stop, bar, report, types, limits, onDone });
+  constructor({ place, folder, files, stop, bar, report }, { limits, isWritable, onDone }) {
+    Object.assign(this, { place, stop, bar, report, limits, isWritable, onDone });
     for (const input of [folder, files]) {
       input.addEventListener("change", () => {
         this.#take([...input.files].map((file) => [file, file.webkitRelativePath || file.name]));
@@ -80,20 +99,32 @@ export class Upload {
       });
     }
     stop.addEventListener("click", () => this.controller?.abort());
+    this.#acceptDrops();
+  }
+
+  /** Files may be dropped anywhere on the page. */
+  #acceptDrops() {
+    const hasFiles = (event) => event.dataTransfer?.types.includes("Files") && this.isWritable();
     for (const event of ["dragenter", "dragover"]) {
-      place.addEventListener(event, (dragged) => {
+      document.addEventListener(event, (dragged) => {
+        if (!hasFiles(dragged)) return;
         dragged.preventDefault();
-        place.classList.add("dropping");
+        document.body.classList.add("dropping");
       });
     }
-    for (const event of ["dragleave", "drop"]) place.addEventListener(event, () => place.classList.remove("dropping"));
-    place.addEventListener("drop", async (event) => {
+    const end = () => document.body.classList.remove("dropping");
+    document.addEventListener("dragleave", (event) => {
+      if (!event.relatedTarget) end(); // it left the window
+    });
+    document.addEventListener("drop", async (event) => {
+      end();
+      if (!hasFiles(event)) return;
       event.preventDefault();
       if (this.controller) return; // the running upload is on the page
       try {
         this.#take(await droppedFiles(event.dataTransfer));
       } catch (error) {
-        this.report.replaceChildren(`What was dropped cannot be read: ${error.message || error}`);
+        this.#say(element("p", { class: "problem" }, `What was dropped cannot be read: ${error.message || error}`));
       }
     });
   }
@@ -103,65 +134,66 @@ export class Upload {
     this.controller = new AbortController();
     this.stop.hidden = this.bar.hidden = false;
     this.bar.removeAttribute("value");
-    this.report.replaceChildren(`Reading ${counted(files.length, "file")} …`);
     try {
-      const { documents, skipped } = await this.#read(files);
+      const { chosen, skipped, numLeftOut } = this.#choose(files);
       const onProgress = (done, all) => {
         [this.bar.max, this.bar.value] = [all, done];
-        this.report.replaceChildren(`${done.toLocaleString("en")} of ${counted(all, "document")} sent …`);
+        this.#say(`${done.toLocaleString("en")} of ${counted(all, "file")} read by the server …`);
       };
-      if (documents.length) onProgress(0, documents.length);
-      const options = { onProgress, signal: this.controller.signal };
-      const sent = await sendDocuments(documents, this.limits(), options);
-      this.#showReport(sent, [...skipped, ...sent.skipped]);
-      if (sent.sum.num_documents) this.onDone();
+      if (chosen.length) onProgress(0, chosen.length);
+      const result = await sendFiles(chosen, this.limits(), { onProgress, signal: this.controller.signal });
+      this.#showReport({ ...result, skipped: [...skipped, ...result.skipped], numLeftOut });
+      if (result.sum.num_documents || result.sum.num_deleted) this.onDone();
     } catch (error) {
-      this.report.replaceChildren(element("p", { class: "problem" }, error.message));
+      this.#say(element("p", { class: "problem" }, error.message));
     } finally {
       this.stop.hidden = this.bar.hidden = true;
       this.controller = null;
     }
   }
 
-  async #read(files) {
-    const [documents, skipped, ids] = [[], [], new Set()];
+  /** The files to send, those that cannot be read with the reason, and how many are in folders that are left out. */
+  #choose(files) {
+    const [chosen, skipped, paths] = [[], [], new Set()];
+    let numLeftOut = 0;
     for (const [file, path] of files) {
-      const contents = await readFile(file, path, this.types());
-      skipped.push(...contents.skipped);
-      for (const one of contents.documents) {
-        const reason = this.#refusal(one, ids);
-        if (reason) skipped.push({ path: one.id, reason });
-        else documents.push(one);
-        ids.add(one.id);
+      if (isLeftOut(path, this.limits().excluded)) {
+        numLeftOut += 1;
+        continue;
       }
+      const reason = paths.has(path) ? "another file has the same name" : refusalOf(file, path, this.limits());
+      paths.add(path);
+      if (reason) skipped.push({ path, reason });
+      else chosen.push([file, path]);
     }
-    return { documents, skipped };
+    return { chosen, skipped, numLeftOut };
   }
 
-  #refusal(one, ids) {
-    if (ids.has(one.id)) return "another document has the same id";
-    if (new Blob([JSON.stringify(one)]).size > this.limits().max_body_bytes - 1000) {
-      return "it is larger than the server accepts";
-    }
-    return "";
+  #say(...contents) {
+    this.place.open = true;
+    this.report.replaceChildren(...contents);
   }
 
-  #showReport({ sum, problem, numLeft }, skipped) {
+  #showReport({ sum, numSent, skipped, leftOut, numLeftOut, problem, numLeft }) {
     const passages = sum.num_added + sum.num_updated + sum.num_unchanged;
     const lines = [
       sum.num_documents
-        ? `${counted(sum.num_documents, "document")} in ${counted(passages, "passage")}: ${sum.num_added} new, ` +
-          `${sum.num_updated} changed, ${sum.num_unchanged} unchanged.`
+        ? `${counted(numSent, "file")} read: ${counted(sum.num_documents, "document")} in ${counted(passages, "passage")}: ` +
+          `${sum.num_added} new, ${sum.num_updated} changed, ${sum.num_unchanged} unchanged.`
         : "No document was added.",
     ];
     if (sum.num_truncated) lines.push(`${counted(sum.num_truncated, "passage")} read only in part by the student.`);
     if (sum.num_deleted) lines.push(`${counted(sum.num_deleted, "passage")} deleted: the documents no longer have them.`);
+    for (const [field, count] of Object.entries(leftOut)) {
+      lines.push(`${counted(count, "value")} of the field ${field} left out: of another type than those in the index.`);
+    }
+    if (numLeftOut) lines.push(`${counted(numLeftOut, "hidden file")} left out, as when a folder is read.`);
     const parts = lines.map((line) => element("p", {}, line));
     if (problem) {
-      parts.push(element("p", { class: "problem" }, `${problem} ${counted(numLeft, "document")} not sent.`));
+      parts.push(element("p", { class: "problem" }, `${problem} ${counted(numLeft, "file")} not sent.`));
     }
     if (skipped.length) parts.push(skippedList(skipped));
-    this.report.replaceChildren(...parts);
+    this.#say(...parts);
   }
 }
 

@@ -1,10 +1,11 @@
 // Explains a passage's rank: the parts of its score, its words, its sources, and the teacher's judgement.
 
 import { ask, problemText } from "./api.js";
-import { element, milliseconds, signed } from "./dom.js";
+import { element, milliseconds, percent, signed } from "./dom.js";
 import { markWeights } from "./highlight.js";
+import { PARTS, partsOf, sourceName } from "./score.js";
 
-const SOURCE_NAMES = { vectors: "inner product", ann: "approximate index", bm25: "BM25" };
+const LEAST_SHOWN = 0.005; // less is rounded to 0.00
 
 /** The panel of a card. `passage` is a ranked passage; `context` has the query and whether there is a teacher. */
 export function whyPanel(passage, context, { onWords, labelledBy, id }) {
@@ -12,9 +13,10 @@ export function whyPanel(passage, context, { onWords, labelledBy, id }) {
   const panel = element(
     "section",
     { class: "why", id, "aria-labelledby": labelledBy },
-    scoreParts(passage),
+    scoreParts(passage, context),
+    estimate(passage),
     proposers(passage),
-    context.hasTeacher ? verdict(passage, context) : null,
+    context.index.teacher === null ? null : verdict(passage, context),
     words, // last, as it grows when they are weighed: a button below it would move while it is pressed
   );
   weigh(passage, context, words, onWords);
@@ -32,45 +34,46 @@ async function weigh(passage, context, place, onWords) {
       element("mark", { class: "weight against level-4" }, "lower"),
       " it are underlined; stronger marks weigh more.",
       explanation.truncated ? " The end of this passage was too long for the student and was not read." : "",
+      explanation.no_interaction ? ` The score has no interaction: ${explanation.no_interaction}.` : "",
     );
   } catch (error) {
     place.replaceChildren(`Words could not be weighed: ${problemText(error)}`);
   }
 }
 
-function scoreParts(passage) {
-  const { anchor, interaction, lexical, windows, tokens } = passage.explanation || {};
-  if (anchor === null || anchor === undefined || interaction === null || interaction === undefined) {
+/** The parts that count in the ranking; of others, those that are not 0 for this passage. */
+function scoreParts(passage, { rank, index }) {
+  const explanation = passage.explanation || {};
+  if (typeof explanation.anchor !== "number" || typeof explanation.interaction !== "number") {
     return element("p", {}, `Score ${passage.score.toFixed(3)}. It is one number, without parts.`);
   }
-  const words = lexical ?? 0;
-  const best = windows ?? 0;
-  const similar = tokens ?? 0;
-  const most = Math.max(...[anchor, interaction, words, best, similar].map(Math.abs), 1e-9);
+  const counting = partsOf(rank, index);
+  const parts = Object.keys(PARTS)
+    .map((name) => ({ name, value: explanation[name] ?? 0 }))
+    .filter(({ name, value }) => counting.includes(name) || Math.abs(value) >= LEAST_SHOWN);
+  const most = Math.max(...parts.map(({ value }) => Math.abs(value)), 1e-9);
+  const sum = parts.reduce((total, { value }) => total + value, 0);
   return element(
     "dl",
     { class: "parts" },
-    part("Inner product", anchor, most, "from the two vectors alone"),
-    ...(best ? [part("Best window", best, most, "added by its best two sentences")] : []),
-    ...(similar ? [part("Tokens", similar, most, "added by its most similar tokens")] : []),
-    ...(words ? [part("Words", words, most, "added by BM25")] : []),
-    part("IEM", interaction, most, "added by the interaction"),
-    element(
-      "div",
-      { class: "sum" },
-      element("dt", {}, "Student’s score"),
-      element("dd", {}, signed(anchor + interaction + words + best + similar)),
-    ),
+    parts.map(({ name, value }) => part(...PARTS[name], value, most)),
+    element("div", { class: "sum" }, element("dt", {}, "Student’s score"), element("dd", {}, signed(sum))),
   );
 }
 
-function part(name, value, most, hint) {
+/** The student's probability, if its scores are calibrated. */
+function estimate({ probability, weak }) {
+  if (typeof probability !== "number") return null;
+  return element("p", {}, `The student’s estimate that it fits the query: ${percent(probability)}${weak ? ", a weak match" : ""}.`);
+}
+
+function part(name, hint, value, most) {
   const bar = element("span", { class: `bar ${value < 0 ? "minus" : "plus"}` });
   bar.style.setProperty("--share", `${(Math.abs(value) / most) * 50}%`);
   return element(
     "div",
     {},
-    element("dt", {}, name, element("small", {}, ` ${hint}`)),
+    element("dt", {}, name.charAt(0).toUpperCase() + name.slice(1), element("small", {}, ` ${hint}`)),
     element("dd", {}, element("span", { class: "track", "aria-hidden": "true" }, bar), signed(value)),
   );
 }
@@ -79,8 +82,7 @@ function proposers(passage) {
   const explanation = passage.explanation || { source_ranks: {}, source_scores: {}, terms: {} };
   const lines = Object.entries(explanation.source_ranks).map(([source, rank]) => {
     const score = explanation.source_scores[source];
-    const name = SOURCE_NAMES[source] || source;
-    return element("li", {}, `${name}: rank ${rank}${score === undefined ? "" : `, score ${score.toFixed(2)}`}`);
+    return element("li", {}, `${sourceName(source)}: rank ${rank}${score === undefined ? "" : `, score ${score.toFixed(2)}`}`);
   });
   if (passage.student_rank !== null && passage.student_rank !== passage.rank) {
     lines.push(element("li", {}, `student: rank ${passage.student_rank}`));

@@ -1,0 +1,147 @@
+// Shows a whole document in a dialog: all its passages in order, with the results of the search in it marked.
+
+import { ask, problemText } from "./api.js";
+import { byId, counted, element } from "./dom.js";
+import { markTerms } from "./highlight.js";
+import { addressesOf, documentName, documentOf, fileFacts, outsideLink, placesOf } from "./place.js";
+
+const SEPARATOR = " > "; // between a document's title and the headings above a passage
+
+/** The dialog with a document. `onFilter` gets the id of the document that only is to be searched. */
+export class DocumentView {
+  constructor({ onFilter, onClose }) {
+    Object.assign(this, { dialog: byId("document"), text: byId("document-text"), onFilter, number: 0, marked: [], at: 0 });
+    byId("document-close").addEventListener("click", () => this.dialog.close());
+    byId("document-previous").addEventListener("click", () => this.#go(this.at - 1));
+    byId("document-next").addEventListener("click", () => this.#go(this.at + 1));
+    byId("document-only").addEventListener("click", () => {
+      this.dialog.close();
+      this.onFilter(this.document);
+    });
+    this.dialog.addEventListener("close", onClose);
+    this.dialog.addEventListener("click", (event) => {
+      if (event.target === this.dialog) this.dialog.close(); // the backdrop
+    });
+  }
+
+  /** Show the document of a passage. `results` are the passages of the ranking; those in the document are marked. */
+  async open(passage, results) {
+    const number = (this.number += 1);
+    this.document = documentOf(passage);
+    byId("document-title").replaceChildren(titlesOf([passage])[0] || documentName(passage));
+    byId("document-facts").replaceChildren();
+    byId("document-only").hidden = !passage.document_id;
+    this.#mark([]);
+    this.text.replaceChildren(element("p", { class: "working" }, "Loading the document …"));
+    if (!this.dialog.open) this.dialog.showModal();
+    try {
+      const { passages, repeated } = await this.#read(passage);
+      if (number === this.number) this.#show(passage, passages, repeated, results);
+    } catch (error) {
+      if (number === this.number) this.text.replaceChildren(element("p", { class: "problem", role: "alert" }, problemText(error)));
+    }
+  }
+
+  async #read(passage) {
+    if (!passage.document_id) return { passages: [passage], repeated: [0] };
+    return ask(`/v1/documents/${encodeURIComponent(passage.document_id)}`);
+  }
+
+  #show(passage, passages, repeated, results) {
+    const ranks = new Map(results.map((result) => [result.id, result]));
+    const titles = titlesOf(passages);
+    byId("document-title").replaceChildren(titles[0] || documentName(passage));
+    byId("document-facts").replaceChildren(...factsOf(passage, passages, titles[0]));
+    const parts = passages.map((one, place) => {
+      const heading = titles[1][place];
+      const isNew = heading && (place === 0 || heading !== titles[1][place - 1]);
+      return part(one, {
+        heading: isNew ? heading : "",
+        text: shownText(passages, repeated, place, passage.id),
+        result: ranks.get(one.id),
+        isOpened: one.id === passage.id,
+      });
+    });
+    this.text.replaceChildren(...parts);
+    this.#mark(parts.filter((one) => one.classList.contains("marked")));
+    this.#go(Math.max(0, this.marked.findIndex((one) => one.classList.contains("opened"))));
+    this.text.focus({ preventScroll: true });
+  }
+
+  #mark(parts) {
+    this.marked = parts;
+    for (const name of ["document-previous", "document-next", "document-place"]) byId(name).hidden = parts.length < 2;
+  }
+
+  #go(place) {
+    if (!this.marked.length) return;
+    this.at = (place + this.marked.length) % this.marked.length;
+    byId("document-place").textContent = `Result ${this.at + 1} of ${this.marked.length} in this document`;
+    this.marked[this.at].scrollIntoView({ block: "center" });
+  }
+}
+
+/** The title that all passages share, and the headings of each below it. */
+function titlesOf(passages) {
+  const paths = passages.map((one) => one.title.split(SEPARATOR));
+  let shared = 0;
+  while (paths.every((path) => path.length > shared && path[shared] === paths[0][shared])) shared += 1;
+  return [paths[0].slice(0, shared).join(SEPARATOR), paths.map((path) => path.slice(shared).join(SEPARATOR))];
+}
+
+function factsOf(passage, passages, title) {
+  const name = documentName(passage);
+  const facts = [
+    name === title ? null : element("bdi", { class: "path" }, name),
+    ...placesOf({ ...passage, metadata: { ...passage.metadata, num_passages: null, page: null }, document_id: "" }),
+    ...fileFacts(passage),
+    passages.length > 1 ? counted(passages.length, "passage") : null,
+    ...addressesOf(passage).map(outsideLink),
+  ];
+  return facts.filter(Boolean).map((fact) => element("li", {}, fact));
+}
+
+/**
+ * The text of a passage without what it repeats of the one before: words, or the header of a table. The opened passage
+ * is whole: the end of the passage before it is left out instead.
+ */
+function shownText(passages, repeated, place, openedId) {
+  const signs = [...passages[place].text];
+  const header = headerOf(passages[place].text);
+  const isSameTable = header && place > 0 && headerOf(passages[place - 1].text) === header;
+  const begin = passages[place].id === openedId ? 0 : repeated[place] || (isSameTable ? [...header].length : 0);
+  const next = passages[place + 1];
+  const end = next && next.id === openedId ? signs.length - repeated[place + 1] : signs.length;
+  return signs.slice(begin, Math.max(begin, end)).join("");
+}
+
+/** The header of the table that a passage begins with: each passage of a long table has it. */
+function headerOf(text) {
+  return /^\|.*\n\|[ :|-]*-[ :|-]*\n/.exec(text)?.[0] || "";
+}
+
+function part(passage, { heading, text, result, isOpened }) {
+  const places = placesOf(passage).filter((place) => !place.startsWith("row"));
+  const label = isOpened ? "This result" : result ? `Result ${result.rank}` : "";
+  const made = element(
+    "section",
+    { class: "part", "data-id": passage.id },
+    heading ? element("h3", { dir: "auto" }, heading) : null,
+    label ? element("p", { class: "label" }, [label, ...places].join(", ")) : null,
+    element("p", { class: "text", dir: "auto" }, result && text === passage.text ? markTerms("", text, shifted(result)).text : text),
+  );
+  if (label) made.classList.add("marked");
+  if (isOpened) made.classList.add("opened");
+  return made;
+}
+
+/** Where the query's terms are in the text of a result; the server counts from the title on. */
+function shifted({ title, explanation }) {
+  const before = title ? [...title].length + 1 : 0;
+  return Object.fromEntries(
+    Object.entries(explanation?.term_places || {}).map(([term, spans]) => [
+      term,
+      spans.filter(([start]) => start >= before).map(([start, end]) => [start - before, end - before]),
+    ]),
+  );
+}
