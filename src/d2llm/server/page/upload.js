@@ -138,7 +138,7 @@ export class Upload {
       const { chosen, skipped, numLeftOut } = this.#choose(files);
       const onProgress = (done, all) => {
         [this.bar.max, this.bar.value] = [all, done];
-        this.#say(`${done.toLocaleString("en")} of ${counted(all, "file")} read by the server …`);
+        this.#say(`Reading files: ${done.toLocaleString("en")} of ${all.toLocaleString("en")} …`);
       };
       if (chosen.length) onProgress(0, chosen.length);
       const result = await sendFiles(chosen, this.limits(), { onProgress, signal: this.controller.signal });
