@@ -128,7 +128,7 @@ def test_a_file_of_each_kind_can_be_chosen_and_is_found(visit, address, tmp_path
     assert f".{name.rpartition('.')[2]}" in page.locator("#files").get_attribute("accept").split(",")
     page.locator("#files").set_input_files(write_folder(tmp_path / "docs") / name)
     until(page, "document.getElementById('upload-report').textContent.includes('1 file read: 1 document')", 120)
-    page.goto(f"{address}/?q=snow&filter=document_id+%3D+'{name}'")
+    page.goto(f"{address}/?q=snow&filter=id+%3D+'{name}'")
     page.wait_for_selector(".card")
     assert [PHRASES[name] in text for text in page.locator(".card .text").all_inner_texts()] == [True]
     page.locator(".open-document").click()
