@@ -625,7 +625,7 @@ def test_a_wrong_method_gets_all_allowed_ones(address):
     for path in ("/v1/passages/p1", "/v1/passages/with/slash"):
         response = patient.request("PATCH", address + path)
         assert response.status_code == 405
-        assert response.headers["Allow"] == "DELETE, GET"
+        assert response.headers["Allow"] == "DELETE, GET, HEAD"
     assert patient.get(f"{address}/v1/search").headers["Allow"] == "POST"
     assert patient.get(f"{address}/v1/index/snapshots/x/restore").headers["Allow"] == "POST"
 

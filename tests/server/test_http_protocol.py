@@ -114,3 +114,11 @@ def test_zeros_before_a_length_do_not_count(small: Running, zeros: int, length: 
     head += b"Content-Length: " + b"0" * zeros + length.encode() + b"\r\n\r\n"
     received = answer_of(small, head + (b'{"texts": ["x"]}'[:15] if length == "15" else b""))
     assert received.split()[1] in {"": [b"422", b"415"], "15": [b"422", b"400"]}.get(length, [b"413"])
+
+
+def test_the_answer_to_head_ends_after_its_headers(small: Running):
+    head = b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n"
+    received = answer_of(small, head + b"\r\n" + head + b"Connection: close\r\n\r\n")
+    assert received.count(b"HTTP/1.1 200 ") == 2
+    assert received.endswith(b"\r\n\r\n")
+    assert b"content-length: 18\r\n" in received.lower()

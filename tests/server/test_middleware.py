@@ -244,3 +244,43 @@ def test_many_small_chunks_take_little_memory():
     finally:
         tracemalloc.stop()
     assert bodies == [b"x" * 100_000]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "authorization, content-type, x-stainless-arch, x-stainless-lang, x-stainless-os, x-stainless-retry-count",
+        "traceparent,tracestate",
+        "X-Client-Name",
+        "openai-beta, openai-organization, cache-control, x-requested-with",
+    ],
+)
+def test_an_allowed_origin_may_send_any_header(names: str):
+    client = tiny_client(cors_origins=("https://app.example",))
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": names}
+    response = client.options("/v1/search", headers={**preflight, "Origin": "https://app.example"})
+    assert response.status_code == 200
+    allowed = {name.strip().lower() for name in response.headers["Access-Control-Allow-Headers"].split(",")}
+    assert {name.strip().lower() for name in names.split(",")} <= allowed
+    other = client.options("/v1/search", headers={**preflight, "Origin": "https://other.example"})
+    assert other.status_code == 400
+    assert "Access-Control-Allow-Origin" not in other.headers
+
+
+def test_whatever_can_be_got_has_a_head():
+    client = tiny_client()
+    for path in ("/health", "/metrics", "/v1/passages/a"):
+        head, whole = client.head(path), client.get(path)
+        assert head.status_code == whole.status_code == 200
+        assert head.content == b""
+        assert head.headers["Content-Type"] == whole.headers["Content-Type"]
+    assert client.head("/health").headers["Content-Length"] == client.get("/health").headers["Content-Length"]
+    assert client.head("/nothing").status_code == 404
+    refused = client.head("/v1/search")
+    assert refused.status_code == 405
+    assert refused.headers["Allow"] == "POST"
+    assert (
+        tiny_client(cors_origins=("*",))
+        .head("/health", headers={"Origin": "https://a.example"})
+        .headers["Access-Control-Allow-Origin"]
+    )

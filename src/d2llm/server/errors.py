@@ -253,7 +253,8 @@ def _methods(app: FastAPI, path: str) -> list[str]:
     matching = [each for each in paths if re.fullmatch(re.sub(r"\\\{[^}]*\}", ".+", re.escape(each)), path)]
     # Parameters may contain slashes, so ".../{name}" also matches ".../x/restore"; prefer the more specific template.
     matching.sort(key=lambda template: len(re.sub(r"\{[^}]*\}", "", template)))
-    return sorted(method.upper() for method in paths[matching[-1]]) if matching else []
+    methods = {method.upper() for method in paths[matching[-1]]} if matching else set[str]()
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set[str]()))
 
 
 def _problem_of_validation(error: RequestValidationError) -> Problem:

@@ -72,6 +72,7 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
     """
     ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
     storage = None if settings.rate_limit_storage is None else settings.rate_limit_storage.get_secret_value()
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(BodyMiddleware, max_body_bytes=settings.max_body_bytes, seconds=settings.request_seconds)
     app.add_middleware(
         AccessMiddleware, ring=ring, limiter=RateLimiter(storage), requests_per_minute=settings.requests_per_minute
@@ -80,8 +81,8 @@ def install_middleware(app: FastAPI, settings: ServeSettings, telemetry: Telemet
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=("GET", "POST", "DELETE"),
-            allow_headers=("Authorization", "Content-Type", "X-API-Key", "X-Request-ID"),
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=("*",),  # clients add their own, such as X-Stainless-Lang or traceparent
             expose_headers=_CORS_EXPOSED,
         )
     app.add_middleware(OriginMiddleware, allowed=settings.cors_origins)
@@ -228,6 +229,24 @@ class OriginMiddleware:
             return True
         is_own = all(_is_origin(origin, headers.get("host", "")) for origin in origins)
         return is_own and headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+
+
+class HeadMiddleware:
+    """Answers HEAD as GET, without the body: monitors and load balancers ask so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on as GET."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 class BodyMiddleware:
