@@ -31,7 +31,7 @@ from d2llm.server.schemas import (
     SnapshotName,
     SnapshotRequest,
 )
-from d2llm.server.services import ERRORS, TheIndex, TheServices, at_most, short_enough, writable
+from d2llm.server.services import ERRORS, TheIndex, TheServices, few_enough, short_enough, writable
 from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
 
 router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=BodyRoute)
@@ -64,7 +64,7 @@ async def list_passages(index: TheIndex, cursor: Cursor = "", limit: Limit = 100
 async def upsert_passages(body: PassagesRequest, services: TheServices, index: TheIndex) -> PassagesAnswer:
     """Add passages, or update those whose id exists; searches find them once this request is answered."""
     writable(services)
-    at_most(len(body.passages), services.settings.max_texts, "passages")
+    few_enough(len(body.passages), services.settings, "passages")
     short_enough([passage.title + passage.text for passage in body.passages], services.settings, "passages")
     passages = [Passage(**passage.model_dump()) for passage in body.passages]
     report = await index.upsert(passages, lenient_metadata=body.lenient_metadata)
@@ -105,7 +105,7 @@ async def upsert_documents(body: DocumentsRequest, services: TheServices, index:
     The index stores its chunking and refuses documents with a different one.
     """
     writable(services)
-    at_most(len(body.documents), services.settings.max_texts, "documents")
+    few_enough(len(body.documents), services.settings, "documents")
     for place, document in enumerate(body.documents):
         short_enough([document.title], services.settings, f"documents.{place}.title")
     documents = [Passage(**document.model_dump()) for document in body.documents]

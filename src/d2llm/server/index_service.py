@@ -67,7 +67,7 @@ _Value = TypeVar("_Value")
 _SCANNED_AT_ONCE = 32
 _WAITING = 32  # maximum number of pending explanations, contexts and writes each; each holds a request's texts
 _UNTIL_SHARD = 30.0  # seconds after which a client may try again to change an index without a shard
-_SEARCHES_A_READING = 64  # the teacher's queue is this many times shorter than the student's
+_SEARCHES_A_READING = 256  # the teacher's queue is this many times shorter than the student's
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ from d2llm.server.services import (
     TheIndex,
     TheServices,
     at_most,
+    few_enough,
     index_of,
     short_enough,
 )
@@ -177,7 +178,7 @@ async def reload_index(index: TheIndex) -> ReloadAnswer:
 @router.post("/v1/encode", response_model=EncodeAnswer)
 async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
     """Encode texts with the student, for use with its interaction elsewhere."""
-    at_most(len(body.texts), services.settings.max_texts, "texts")
+    few_enough(len(body.texts), services.settings, "texts")
     short_enough(body.texts, services.settings, "texts")
     encoded = await services.models.encode(body.texts, body.kind)
     return FastJSONResponse(
@@ -201,7 +202,7 @@ async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
     models = services.models
     if ids is not None:
         index = await index_of(services)
-        at_most(len(ids), services.settings.max_num_candidates, "passage_ids")
+        at_most(len(ids), services.settings.max_num_candidates, "passage_ids", "max_num_candidates")
 
         async def of_ids(version: OpenVersion) -> RescoreAnswer:
             stored = await index.vectors(version, ids)
@@ -210,13 +211,13 @@ async def rescore(body: RescoreRequest, services: TheServices) -> RescoreAnswer:
         return await index.served.work(of_ids)
     truncated: Sequence[int] = ()
     if texts is not None:
-        at_most(len(texts), services.settings.max_texts, "passages")
+        few_enough(len(texts), services.settings, "passages")
         short_enough(texts, services.settings, "passages")
         encoded = await models.encode(texts, "passage")
         passages, truncated = encoded.vectors, encoded.truncated
     else:
         assert values is not None
-        at_most(len(values), services.settings.max_num_candidates, "passage_vectors")
+        at_most(len(values), services.settings.max_num_candidates, "passage_vectors", "max_num_candidates")
         passages = _vectors(values, models.dim, "passage_vectors")
     return await _rescored(body, services, models, services.task, passages, truncated)
 
@@ -282,7 +283,7 @@ def _number_of(body: RankingRequest, name: str, limit: int) -> int:
     number: int = getattr(body, name)
     if name not in body.model_fields_set:
         return min(number, limit)
-    at_most(number, limit, name)
+    at_most(number, limit, name, "max_context_tokens" if name == "max_tokens" else f"max_{name}")
     return number
 
 
@@ -321,7 +322,7 @@ def _limited(query: str, settings: SearchSettings, limits: ServeSettings) -> Sea
         short_enough([settings.instruction], limits, "instruction")
     most = max(limits.max_num_candidates, settings.top_k)
     if settings.select_from is not None:
-        at_most(settings.select_from, most, "select_from")
+        at_most(settings.select_from, most, "select_from", "max_num_candidates")
     elif settings.ranking_depth > most:
         return replace(settings, select_from=most)
     return settings

@@ -15,6 +15,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
@@ -79,14 +80,16 @@ class KnownFields(BaseModel):
         return body
 
 
-def accepted_names(model: type[BaseModel]) -> dict[str, None]:
-    """The names that the fields of a body may have, in their order."""
-    names: dict[str, None] = {}
-    for name, field in model.model_fields.items():
-        alias = field.validation_alias
-        aliases = alias.choices if isinstance(alias, AliasChoices) else [alias or name]
-        names |= {each: None for each in aliases if isinstance(each, str)}
-    return names
+def field_names(name: str, field: FieldInfo) -> list[str]:
+    """The names that a field may have in a body, the usual one first."""
+    alias = field.validation_alias
+    choices = alias.choices if isinstance(alias, AliasChoices) else [alias or name]
+    return [each for each in choices if isinstance(each, str)]
+
+
+def accepted_names(model: type[BaseModel]) -> list[str]:
+    """The names that the fields of a body may have."""
+    return [each for name, field in model.model_fields.items() for each in field_names(name, field)]
 
 
 class Body(KnownFields):

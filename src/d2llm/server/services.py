@@ -157,14 +157,28 @@ def writable(services: Services) -> None:
         raise ServingError(Problem(403, "forbidden", "this server does not change its index (writable = false)"))
 
 
-def at_most(number: int, limit: int, name: str) -> None:
-    """Check a number against the server's limit.
+def at_most(number: int, limit: int, name: str, setting: str) -> None:
+    """Check a number against the server's limit, which is its ``setting``.
 
     Raises:
         ServingError: 400, the number is too large.
     """
     if number > limit:
-        raise invalid(f"{name}: {number:,} is more than this server allows ({limit:,})", name)
+        raise invalid(f"{name}: {number:,} is more than this server allows ({limit:,}, its setting {setting})", name)
+
+
+def few_enough(number: int, limits: ServeSettings, name: str) -> None:
+    """Check the number of a request's texts against the server's limit.
+
+    Raises:
+        ServingError: 400, there are too many.
+    """
+    if number > limits.max_texts:
+        raise invalid(
+            f"{name}: {number:,} is more than this server takes in a request ({limits.max_texts:,}, its setting "
+            "max_texts); send them in parts",
+            name,
+        )
 
 
 def short_enough(texts: Sequence[str], limits: ServeSettings, name: str) -> None:
@@ -176,4 +190,7 @@ def short_enough(texts: Sequence[str], limits: ServeSettings, name: str) -> None
     for place, text in enumerate(texts):
         if len(text) > limits.max_text_chars:
             where = name if len(texts) == 1 else f"{name}.{place}"
-            raise invalid(f"{where}: {len(text):,} characters; this server accepts {limits.max_text_chars:,}", where)
+            raise invalid(
+                f"{where}: {len(text):,} characters; this server accepts {limits.max_text_chars:,} (max_text_chars)",
+                where,
+            )

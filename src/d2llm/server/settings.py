@@ -147,13 +147,13 @@ class ServeSettings(BaseModel):
     request_seconds: Seconds = Field(
         default=30.0, description="Time limit for a client to send a request's headers, and again for its body."
     )
-    max_texts: Count = Field(default=512, description="Maximum number of texts per request.")
+    max_texts: Count = Field(default=2_048, description="Maximum number of texts, or files, per request.")
     max_text_chars: Count = Field(default=100_000, description="Maximum length of a text and its title, in characters.")
     max_top_k: Count = Field(default=1_000, description="Maximum number of passages per answer.")
     max_num_candidates: Count = Field(default=10_000, description="Maximum number of candidates per search.")
     max_context_tokens: Count = Field(default=32_000, description="Maximum number of tokens of a context.")
     queue_texts: Count = Field(
-        default=2_048, description="Maximum number of queued texts, and of searches in progress; beyond that, 429."
+        default=8_192, description="Maximum number of queued texts, and of searches in progress; beyond that, 429."
     )
     batch_tokens: Count | None = Field(
         default=None,

@@ -83,7 +83,7 @@ def test_long_documents_are_cut_unless_truncation_is_off(post):
         ({"documents": ["a", {"title": "b"}]}, "documents", "value_error", "number 1 is neither a text nor"),
         ({"top_n": True}, "top_n", "int_type", "valid integer"),
         ({"documents": ["a"] * 33}, "documents", "too_large", "33 texts"),
-        ({"max_doc_length": 10}, "max_tokens_per_doc", "invalid_request", "truncated to 64 tokens; give no less"),
+        ({"max_doc_length": 10}, "max_doc_length", "invalid_request", "truncated to 64 tokens; give no less"),
         ({"truncation_side": "left"}, "truncation_side", "literal_error", "'right'"),
         ({"return_embeddings": True}, "return_embeddings", "invalid_request", "no vectors"),
     ],

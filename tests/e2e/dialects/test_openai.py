@@ -112,7 +112,7 @@ def test_an_unknown_model_is_not_found(client):
         ({"input": ["a", 3]}, "number 1 is not a text", "input"),
         ({"input": [1, 2]}, "check_embedding_ctx_length=False", "input"),
         ({"input": [[1, 2], [3]]}, "token ids are not supported", "input"),
-        ({"input": ["a"] * 33}, "33 texts; a request may have 32", "input"),
+        ({"input": ["a"] * 33}, "33 texts; this server takes 32 in a request", "input"),
         ({"input": ["a", "b" * 2_001]}, "2,001 characters; 2,000 are allowed", "input.1"),
         ({"input": ["a", LONG]}, f"longer than the {MAX_TOKENS} tokens", "input.1"),
         ({"input": "a", "dimensions": 5}, "have 32 components and were not trained to be cut to 5", "dimensions"),

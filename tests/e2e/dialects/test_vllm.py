@@ -87,7 +87,7 @@ def test_scores_of_pairs(score, student):
         ({"max_tokens_per_doc": 10}, 400, "BadRequestError", "max_tokens_per_doc"),
         ({"text_2": []}, 400, "Bad Request", "text_2"),
         ({"text_2": ["a", 1]}, 400, "Bad Request", "text_2"),
-        ({"truncate_prompt_tokens": 10}, 400, "Bad Request", "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 10}, 400, "BadRequestError", "truncate_prompt_tokens"),
     ],
 )
 def test_errors(score, settings, status, kind, param):

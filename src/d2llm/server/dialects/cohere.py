@@ -15,8 +15,8 @@ from pydantic import Field
 
 from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
+    ClientBody,
     RerankResult,
-    StrictBody,
     Text,
     TextList,
     check_limit,
@@ -37,7 +37,7 @@ PATHS = ("/v2/rerank",)
 _DOCUMENTS_A_UNIT = 100  # as Cohere counts its search units
 
 
-class CohereRerankRequest(StrictBody):
+class CohereRerankRequest(ClientBody):
     """A query and documents to rank."""
 
     model: str
@@ -101,16 +101,16 @@ async def rerank(body: CohereRerankRequest, catalog: TheCatalog) -> FastJSONResp
     """Rank documents by how well they answer a query."""
     services, _ = select_model(catalog, body.model)
     models = services.models
-    check_size(services, body.query, "query")
-    check_size(services, body.documents, "documents")
+    query = check_size(services, body.query, "query", cut=True)
+    documents = check_size(services, body.documents, "documents", cut=True)
     check_limit(body.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")
-    scored = await models.score(body.query, body.documents, services.task)
+    scored = await models.score(query.texts[0], documents.texts, services.task)
     meta: dict[str, Any] = {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": math.ceil(len(body.documents) / _DOCUMENTS_A_UNIT)},
         "tokens": {"input_tokens": scored.num_tokens},
     }
-    warnings = cut_warnings(scored.query_truncated, scored.truncated, models)
+    warnings = cut_warnings(bool(query.cut) or scored.query_truncated, documents.truncated(scored.truncated), models)
     return FastJSONResponse(
         {
             "id": str(uuid.uuid4()),

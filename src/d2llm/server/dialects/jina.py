@@ -13,13 +13,12 @@ import uuid
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter
-from pydantic import AliasChoices, BeforeValidator, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     CutOptions,
-    OpenBody,
     RerankResult,
     Text,
     check_size,
@@ -37,11 +36,12 @@ from d2llm.server.schemas import Answer
 from d2llm.server.services import TheCatalog
 
 PATHS = ("/v1/rerank",)
-_CUT = "shorten it, or leave truncate out"
 
 
-class JinaDocument(OpenBody):
-    """A document that is not a plain string."""
+class JinaDocument(BaseModel):
+    """A document that is not a plain string. Its ``text`` is ranked; what else it has is its owner's."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
 
     text: Text
 
@@ -70,6 +70,9 @@ class JinaRerankRequest(CutOptions):
     top_n: int | None = Field(None, ge=0, description="Return only this many, the best; null or 0: all.")
     return_documents: bool = Field(True, description="Include the documents' texts in the answer.")
     return_embeddings: bool = Field(False, description="Not supported: true is an error.")
+    rank_fields: list[str] | None = Field(
+        None, fail_fast=True, description="Of Cohere's version 1: only ['text'], which is what is ranked."
+    )
     truncate: bool = Field(
         True,
         validation_alias=AliasChoices("truncate", "truncation"),
@@ -133,12 +136,18 @@ async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONRespon
         raise invalid("return_embeddings: the answer has no vectors; use /v1/embeddings", "return_embeddings")
     items = [body.documents] if isinstance(body.documents, str) else body.documents
     documents = [document if isinstance(document, str) else document.text for document in items]
-    check_size(services, body.query, "query")
-    check_size(services, documents, "documents")
-    scored = await models.score(body.query, documents, services.task)
+    if body.rank_fields not in (None, ["text"]):
+        message = (
+            "rank_fields: only the field 'text' of a document is ranked; put what counts there, and leave this out"
+        )
+        raise invalid(message, "rank_fields")
+    query = check_size(services, body.query, "query", cut=body.truncate)
+    sized = check_size(services, documents, "documents", cut=body.truncate)
+    scored = await models.score(query.texts[0], sized.texts, services.task)
     if not body.truncate:
-        refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, _CUT)
-        refuse_cut(documents, scored.truncated, "documents", models.max_passage_tokens, _CUT)
+        remedy = f"shorten it, or leave {body.name_of('truncate')} out"
+        refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, remedy)
+        refuse_cut(documents, scored.truncated, "documents", models.max_passage_tokens, remedy)
     answer: dict[str, Any] = {
         "id": f"rerank-{uuid.uuid4().hex}",
         "model": body.model or models.name,
@@ -148,7 +157,7 @@ async def rerank(body: JinaRerankRequest, catalog: TheCatalog) -> FastJSONRespon
             services, scored.logits, documents, body.top_n or None, with_texts=body.return_documents
         ),
     }
-    warnings = cut_warnings(scored.query_truncated, scored.truncated, models)
+    warnings = cut_warnings(bool(query.cut) or scored.query_truncated, sized.truncated(scored.truncated), models)
     return FastJSONResponse(answer | ({"warnings": warnings} if warnings else {}), headers=score_header(services))
 
 

@@ -21,10 +21,10 @@ from d2llm.models.backbone import TextKind
 from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     DIMENSIONS,
-    StrictBody,
+    ClientBody,
     Texts,
     Truncate,
-    as_list,
+    check_cut,
     check_dimensions,
     check_size,
     embed,
@@ -46,7 +46,7 @@ PATHS = ("/v1/embeddings", "/v1/models")
 _LOADED = int(time.time())
 
 
-class EmbeddingsRequest(StrictBody):
+class EmbeddingsRequest(ClientBody):
     """Texts to embed."""
 
     input: Texts = Field(description="A text or a list of texts; token ids are refused.", examples=["a cat on a mat"])
@@ -58,7 +58,9 @@ class EmbeddingsRequest(StrictBody):
     truncate: Truncate = Field(
         "NONE", description="NONE: texts that are too long are an error. END: they are truncated."
     )
-    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: vLLM's equivalent of END.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="vLLM's equivalent of END: -1, or the model's limit or more."
+    )
 
 
 class Embedding(Answer):
@@ -124,12 +126,13 @@ async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONRe
     """Embed texts as vectors of length 1."""
     services, suffix = select_model(catalog, body.model, suffixes=True)
     models, kind = services.models, _kind_of(suffix, body.input_type)
-    texts = as_list(body.input)
-    check_size(services, body.input, "input")
-    width = check_dimensions(body.dimensions, models)
-    encoded = await embed(services, texts, kind)
     limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
-    if body.truncate == "NONE" and body.truncate_prompt_tokens is None:
+    check_cut(body.truncate_prompt_tokens, limit)
+    cut = body.truncate == "END" or body.truncate_prompt_tokens is not None
+    sized = check_size(services, body.input, "input", cut=cut)
+    width = check_dimensions(body.dimensions, models)
+    encoded = await embed(services, sized.texts, kind)
+    if not cut:
         refuse_cut(body.input, encoded.truncated, "input", limit, 'shorten it, or send truncate: "END"')
     vectors = unit_length(encoded.vectors[:, :width])
     values: list[Any] = list(vectors)
@@ -142,7 +145,9 @@ async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONRe
         "model": body.model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
-    return FastJSONResponse(answer, headers=warning_header(texts_cut("input", encoded.truncated, limit)))
+    return FastJSONResponse(
+        answer, headers=warning_header(texts_cut("input", sized.truncated(encoded.truncated), limit))
+    )
 
 
 @router.get("/v1/models")

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+from typing_extensions import Self
 
 from d2llm.models.backbone import TextKind
 from d2llm.server.errors import Problem, ServingError, invalid
 from d2llm.server.model_service import Encoded, ModelService
-from d2llm.server.schemas import Answer, KnownFields
+from d2llm.server.schemas import Answer, KnownFields, accepted_names, field_names
 from d2llm.server.services import Catalog
 from d2llm.server.serving import Services
 
@@ -21,22 +33,47 @@ Truncate = Literal["NONE", "END"]
 SUFFIXES: tuple[TextKind, ...] = ("query", "passage")
 
 
-class StrictBody(KnownFields):
-    """A request body with strict types; unknown fields are errors."""
+class ClientBody(KnownFields):
+    """A request body with strict types. Unknown fields are errors, unless they are null, which asks for nothing.
+
+    ``unused`` are fields of the interface that change no answer here. A field may have several names, but only one of
+    them in a request; messages use that one.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
+    unused: ClassVar[frozenset[str]] = frozenset()
+    _names: dict[str, str] = PrivateAttr(default_factory=dict[str, str])
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _note_names(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(body, dict):
+            return handler(body)
+        sent = cast("dict[str, Any]", body)
+        names: dict[str, str] = {}
+        for name, field in cls.model_fields.items():
+            used = [each for each in field_names(name, field) if each in sent]
+            if len(used) > 1:
+                kind = PydanticCustomError("twice", "{problem}", {"problem": f"it is the same as {used[0]}; send one"})
+                raise ValidationError.from_exception_data(cls.__name__, [{"type": kind, "loc": (used[1],), "input": 0}])
+            names[name] = used[0] if used else name
+        known = accepted_names(cls)
+        body = handler({name: v for name, v in sent.items() if name in known or not (v is None or name in cls.unused)})
+        body._names = names
+        return body
+
+    def name_of(self, field: str) -> str:
+        """The name under which a field was sent."""
+        return self._names.get(field, field)
 
 
-class OpenBody(BaseModel):
-    """A request body with strict types; unknown fields are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class CutOptions(OpenBody):
+class CutOptions(ClientBody):
     """vLLM's options for cutting texts. Values that the student does not support are refused."""
 
-    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1: truncate texts to the model's limit.")
+    unused: ClassVar[frozenset[str]] = frozenset({"user", "priority", "request_id", "cache_salt"})
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="Truncate texts to the model's limit: -1, or that limit or more."
+    )
     truncation_side: Literal["right"] | None = Field(None, description="Texts are only truncated at the right.")
     max_tokens_per_query: int | None = Field(
         None, ge=0, description="At least the model's limit; null or 0: that limit."
@@ -54,8 +91,10 @@ class CutOptions(OpenBody):
         Raises:
             ServingError: 400, a limit is below the model's.
         """
-        check_limit(self.max_tokens_per_query, models.max_query_tokens, "max_tokens_per_query")
-        check_limit(self.max_tokens_per_doc, models.max_passage_tokens, "max_tokens_per_doc")
+        most = max(models.max_query_tokens, models.max_passage_tokens)
+        check_cut(self.truncate_prompt_tokens, most)
+        check_limit(self.max_tokens_per_query, models.max_query_tokens, self.name_of("max_tokens_per_query"))
+        check_limit(self.max_tokens_per_doc, models.max_passage_tokens, self.name_of("max_tokens_per_doc"))
 
 
 class DocumentText(Answer):
@@ -101,11 +140,6 @@ Texts = Annotated[Text | Annotated[list[Text], Field(min_length=1, fail_fast=Tru
 TextList = Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(_readable)]
 
 
-def as_list(texts: str | list[str]) -> list[str]:
-    """The texts as a list, even if there is only one."""
-    return [texts] if isinstance(texts, str) else texts
-
-
 def errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Descriptions of a route's errors for the OpenAPI document."""
     return {
@@ -145,27 +179,43 @@ def select_model(catalog: Catalog, name: str | None, *, suffixes: bool = False) 
     return catalog.select(index), kind
 
 
-def check_size(services: Services, texts: str | Sequence[str], field: str) -> None:
+@dataclass(frozen=True, slots=True)
+class SizedTexts:
+    """Texts within the server's limits, and the places of those whose ends were left out for that."""
+
+    texts: list[str]
+    cut: frozenset[int]
+
+    def truncated(self, places: Sequence[int]) -> list[int]:
+        """The places of all texts of which an end was not read: these, and ``places``, those that the student cut."""
+        return sorted(self.cut.union(places))
+
+
+def check_size(services: Services, texts: str | Sequence[str], field: str, *, cut: bool = False) -> SizedTexts:
     """Check the number and length of texts against the server's limits.
+
+    With ``cut``, the client has asked to truncate texts that are too long, so their ends are left out, whatever their
+    length: a student reads far less than the server's limit.
 
     Raises:
         ServingError: 413, there are too many texts, or one is too long.
     """
     settings = services.settings
-    if isinstance(texts, str):
-        _check_length({field: texts}, settings.max_text_chars)
-        return
-    if len(texts) > settings.max_texts:
-        message = f"{field}: {len(texts):,} texts; a request may have {settings.max_texts:,}"
+    several = [texts] if isinstance(texts, str) else list(texts)
+    if len(several) > settings.max_texts:
+        message = (
+            f"{field}: {len(several):,} texts; this server takes {settings.max_texts:,} in a request (max_texts). Send "
+            f"them in parts, as clients do when told to (chunk_size or batch size = {settings.max_texts})"
+        )
         raise ServingError(Problem(413, "too_large", message, field))
-    _check_length({f"{field}.{place}": text for place, text in enumerate(texts)}, settings.max_text_chars)
-
-
-def _check_length(texts: Mapping[str, str], limit: int) -> None:
-    for field, text in texts.items():
-        if len(text) > limit:
-            message = f"{field}: {len(text):,} characters; {limit:,} are allowed"
-            raise ServingError(Problem(413, "too_large", message, field))
+    limit = settings.max_text_chars
+    too_long = [place for place, text in enumerate(several) if len(text) > limit]
+    if too_long and not cut:
+        place = too_long[0]
+        where = field if isinstance(texts, str) else f"{field}.{place}"
+        message = f"{where}: {len(several[place]):,} characters; {limit:,} are allowed (max_text_chars)"
+        raise ServingError(Problem(413, "too_large", message, where))
+    return SizedTexts([text[:limit] for text in several] if too_long else several, frozenset(too_long))
 
 
 def refuse_cut(texts: str | list[str], places: Sequence[int], field: str, limit: int, remedy: str) -> None:
@@ -189,6 +239,17 @@ def check_limit(tokens: int | None, limit: int, field: str) -> None:
     """
     if tokens and tokens < limit:
         raise invalid(f"{field}: texts are truncated to {limit} tokens; give no less", field)
+
+
+def check_cut(tokens: int | None, limit: int) -> None:
+    """Check vLLM's ``truncate_prompt_tokens``: -1, or at least the model's ``limit``, at which texts are cut anyway.
+
+    Raises:
+        ServingError: 400, it is below the limit.
+    """
+    if tokens is not None and 0 <= tokens < limit:
+        message = f"truncate_prompt_tokens: texts are truncated to {limit} tokens; give no less, or -1"
+        raise invalid(message, "truncate_prompt_tokens")
 
 
 DIMENSIONS = "The width of the student's vectors, or a smaller one that it was trained for."

@@ -11,7 +11,7 @@ not 424, and every error is JSON.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from fastapi import APIRouter
@@ -25,11 +25,10 @@ from d2llm.server.dialects import jina
 from d2llm.server.dialects.shared import (
     DIMENSIONS,
     EMPTY,
-    OpenBody,
+    ClientBody,
     Text,
     TextList,
     Texts,
-    as_list,
     best_first,
     check_dimensions,
     check_size,
@@ -59,8 +58,14 @@ Direction = Annotated[Literal["Right", "right"], Field(description="Texts are on
 PromptName = Annotated[TextKind | None, Field(description="Whether the texts are queries or passages.")]
 
 
-class EmbedRequest(OpenBody):
+_UNUSED = frozenset({"model", "user", "options"})
+"""Fields of Hugging Face's clients: which model, for whom, and whether to wait until it is loaded."""
+
+
+class EmbedRequest(ClientBody):
     """Texts to embed."""
+
+    unused: ClassVar[frozenset[str]] = _UNUSED
 
     inputs: Texts
     normalize: bool = Field(True, description="Return vectors of length 1; if false, as the model computes them.")
@@ -74,8 +79,10 @@ class EmbedAnswer(RootModel[list[list[float]]]):
     """A vector for each text."""
 
 
-class RerankRequest(OpenBody):
+class RerankRequest(ClientBody):
     """A query and texts to rank."""
+
+    unused: ClassVar[frozenset[str]] = _UNUSED
 
     query: Text
     texts: TextList
@@ -108,14 +115,14 @@ class RerankAnswer(RootModel[list[Rank]]):
     """The texts, best first."""
 
 
-class SimilarityInput(OpenBody):
+class SimilarityInput(ClientBody):
     """A text and others to compare it with."""
 
     source_sentence: Text
     sentences: TextList
 
 
-class SimilarityParameters(OpenBody):
+class SimilarityParameters(ClientBody):
     """Options of the comparison."""
 
     truncate: Cut = None
@@ -123,8 +130,10 @@ class SimilarityParameters(OpenBody):
     prompt_name: PromptName = None
 
 
-class SimilarityRequest(OpenBody):
+class SimilarityRequest(ClientBody):
     """Texts to compare."""
+
+    unused: ClassVar[frozenset[str]] = _UNUSED
 
     inputs: SimilarityInput
     parameters: SimilarityParameters | None = None
@@ -192,9 +201,11 @@ async def rerank(body: EitherRerankRequest, catalog: TheCatalog) -> FastJSONResp
         return await jina.rerank(body, catalog)
     services = catalog.select()
     models = services.models
-    check_size(services, body.query, "query")
-    check_size(services, body.texts, "texts")
-    scored = await models.score(body.query, body.texts, services.task)
+    cut = body.truncate is not False
+    query, texts = (
+        check_size(services, each, name, cut=cut) for name, each in (("query", body.query), ("texts", body.texts))
+    )
+    scored = await models.score(query.texts[0], texts.texts, services.task)
     if body.truncate is False:
         refuse_cut(body.query, (0,) if scored.query_truncated else (), "query", models.max_query_tokens, _CUT)
         refuse_cut(body.texts, scored.truncated, "texts", models.max_passage_tokens, _CUT)
@@ -205,7 +216,11 @@ async def rerank(body: EitherRerankRequest, catalog: TheCatalog) -> FastJSONResp
         rank: dict[str, Any] = {"index": place, "score": values[place]}
         ranks.append(rank | ({"text": body.texts[place]} if body.return_text else {}))
     header = {} if body.raw_scores else score_header(services)
-    return _answer(ranks, cut_warnings(scored.query_truncated, scored.truncated, models), header)
+    return _answer(
+        ranks,
+        cut_warnings(bool(query.cut) or scored.query_truncated, texts.truncated(scored.truncated), models),
+        header,
+    )
 
 
 @router.post("/similarity", response_model=SimilarityAnswer)
@@ -255,11 +270,11 @@ async def _vectors(
     services: Services, texts: str | list[str], field: str, options: EmbedRequest | SimilarityParameters
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Vectors of texts, and warnings about those that were cut."""
-    check_size(services, texts, field)
+    sized = check_size(services, texts, field, cut=options.truncate is not False)
     kind = options.prompt_name or "passage"
-    encoded = await embed(services, as_list(texts), kind)
+    encoded = await embed(services, sized.texts, kind)
     models = services.models
     limit = models.max_query_tokens if kind == "query" else models.max_passage_tokens
     if options.truncate is False:
         refuse_cut(texts, encoded.truncated, field, limit, _CUT)
-    return encoded.vectors, texts_cut("texts", encoded.truncated, limit)
+    return encoded.vectors, texts_cut("texts", sized.truncated(encoded.truncated), limit)

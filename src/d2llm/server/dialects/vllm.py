@@ -22,7 +22,6 @@ from d2llm.server.answers import FastJSONResponse
 from d2llm.server.dialects.shared import (
     CutOptions,
     Texts,
-    as_list,
     check_size,
     errors,
     refuse_cut,
@@ -56,7 +55,11 @@ class ScoreRequest(CutOptions):
         description="A passage or several; may also be called documents, items or data_2.",
     )
     model: str | None = None
-    use_activation: bool | None = Field(None, description="false: return logits instead of probabilities.")
+    use_activation: bool | None = Field(
+        None,
+        validation_alias=AliasChoices("use_activation", "activation"),
+        description="false: return logits instead of probabilities. Older versions call it activation.",
+    )
 
 
 class Score(Answer):
@@ -111,20 +114,23 @@ async def score(body: ScoreRequest, catalog: TheCatalog) -> FastJSONResponse:
     services, _ = select_model(catalog, body.model)
     models = services.models
     body.check_limits(models)
-    queries, passages = as_list(body.text_1), as_list(body.text_2)
-    check_size(services, body.text_1, "text_1")
-    check_size(services, body.text_2, "text_2")
+    name_1, name_2 = body.name_of("text_1"), body.name_of("text_2")
+    is_cut = body.truncate_prompt_tokens is not None
+    cut_1, cut_2 = is_cut or bool(body.max_tokens_per_query), is_cut or bool(body.max_tokens_per_doc)
+    sized_1 = check_size(services, body.text_1, name_1, cut=cut_1)
+    sized_2 = check_size(services, body.text_2, name_2, cut=cut_2)
+    queries, passages = sized_1.texts, sized_2.texts
     if len(queries) not in (1, len(passages)):
         message = (
-            f"text_1 has {len(queries)} texts and text_2 {len(passages)}; they must be 1 and 1, 1 and n, or n and n"
+            f"{name_1} has {len(queries)} texts and {name_2} {len(passages)}; they must be 1 and 1, 1 and n, or n and n"
         )
-        raise invalid(message, "text_1")
+        raise invalid(message, name_1)
     read = await models.encode(queries, "query")
     passages_read = await models.encode(passages, "passage")
-    if body.truncate_prompt_tokens is None and not body.max_tokens_per_query:
-        refuse_cut(body.text_1, read.truncated, "text_1", models.max_query_tokens, _CUT)
-    if body.truncate_prompt_tokens is None and not body.max_tokens_per_doc:
-        refuse_cut(body.text_2, passages_read.truncated, "text_2", models.max_passage_tokens, _CUT)
+    if not cut_1:
+        refuse_cut(body.text_1, read.truncated, name_1, models.max_query_tokens, _CUT)
+    if not cut_2:
+        refuse_cut(body.text_2, passages_read.truncated, name_2, models.max_passage_tokens, _CUT)
     places_of: dict[str, list[int]] = {}
     for place in range(len(passages)):
         places_of.setdefault(queries[place % len(queries)], []).append(place)
@@ -148,8 +154,8 @@ async def score(body: ScoreRequest, catalog: TheCatalog) -> FastJSONResponse:
         },
         headers={
             **warning_header(
-                texts_cut("text_1", read.truncated, models.max_query_tokens)
-                + texts_cut("text_2", passages_read.truncated, models.max_passage_tokens)
+                texts_cut(name_1, sized_1.truncated(read.truncated), models.max_query_tokens)
+                + texts_cut(name_2, sized_2.truncated(passages_read.truncated), models.max_passage_tokens)
             ),
             **({} if is_raw else score_header(services)),
         },
