@@ -45,10 +45,10 @@ def address(served):
     return served[0]
 
 
-def check(page, measurable=True):
+def check(page, measurable=True, sizes=(("light", 1280), ("dark", NARROW))):
     """No violations and, if ``measurable``, no contrast left unmeasured: on a wide light page and a narrow dark one."""
     axe = axe_playwright.Axe()
-    for colours, width in (("light", 1280), ("dark", NARROW)):
+    for colours, width in sizes:
         page.emulate_media(color_scheme=colours, reduced_motion="reduce")
         page.set_viewport_size({"width": width, "height": 900})
         # axe is injected through the browser's debugger, past the page's content security policy, which stays in force.
@@ -68,6 +68,20 @@ def test_start_page(visit, address):
     page = visit(address)
     page.locator(".message h2", has_text="Ask a question").wait_for()
     check(page)
+
+
+def test_a_document(visit, address):
+    page = visit(f"{address}/{SEARCH}")
+    page.locator(".open-document").first.click()
+    page.wait_for_selector("#document .part.opened")
+    check(page, measurable=False)  # the first line in view is partly above the text's edge
+
+
+def test_options_and_adding_unfolded_on_a_phone(visit, address):
+    page = visit(f"{address}/{SEARCH}", width=NARROW)
+    for part in ("#options", "#adding", "#adding .types", "#about"):
+        page.locator(f"{part} > summary").click()
+    check(page, sizes=[("light", NARROW), ("dark", NARROW)])
 
 
 def test_results_with_filters(visit, address):

@@ -44,12 +44,17 @@ def write_documents(folder):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def address(folder):
     """A server of synced files, with a text that names its address, and hostile texts."""
-    place = tmp_path_factory.mktemp("results")
-    index = Index.create(place / "index", STUDENT)
+
+    index = Index.create(folder / "index", STUDENT)
     chunking = Chunking(chunk_tokens=64, chunk_overlap=24)
-    sync_documents(index, [write_documents(place / "docs")], chunking=chunking)
+    sync_documents(index, [write_documents(folder / "docs")], chunking=chunking)
     index.upsert(
         [
             Passage("pan", "A wide pan of salted water cooks pasta well.", "Pans", metadata={"url": ADDRESS}),
@@ -61,7 +66,7 @@ def address(tmp_path_factory):
             ),
         ]
     )
-    with serve(make_app(tiny_settings(place / "index"))) as url:
+    with serve(make_app(tiny_settings(folder / "index"))) as url:
         wait_until_ready(url)
         yield url
 
@@ -100,6 +105,7 @@ def test_an_interaction_that_adds_nothing_is_not_what_ranks(visit, address):
     words = {"anchor": "Inner product", "windows": "Best window", "tokens": "Tokens", "lexical": "Words"}
     assert shown == [*(words[part] for part in facts["score_parts"]), "Student’s score"]
     assert "The score has no interaction: " in page.locator(".why").inner_text()
+    assert "Words that raise the inner product are shaded" in page.locator(".why").inner_text()
     total = float(page.locator(".sum dd").inner_text().replace("−", "-"))
     assert total == pytest.approx(float(page.locator(".score b").first.inner_text()), abs=0.011)
     page.get_by_role("radio", name="Inner product").check()
@@ -253,6 +259,19 @@ def test_a_student_without_calibration_calls_nothing_weak(visit, tmp_path):
         assert page.locator(".weak, .nothing").count() == 0
 
 
+def test_what_a_teacher_has_judged_is_not_called_weak_by_the_student(address, folder, tmp_path):
+    teacher = str(write_tiny_model(tmp_path / "teacher", "llama"))
+    with serve(make_app(tiny_settings(folder / "index", teacher=teacher, prompt="short", teacher_ms=60_000))) as url:
+        wait_until_ready(url)
+        request = {"query": NONSENSE[0], "explain": True, "top_k": 2, "teacher_passages": 2}
+        weak = {}
+        for rescore in ("iem", "teacher"):
+            passages = patient.post(f"{url}/v1/search", json=request | {"rescore": rescore}).json()["passages"]
+            assert [passage["log_odds"] is not None for passage in passages] == [rescore == "teacher"] * 2
+            weak[rescore] = [passage["weak"] for passage in passages]
+        assert weak == {"iem": [True, True], "teacher": [None, None]}
+
+
 # The document -------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +342,18 @@ def test_a_document_is_opened_by_keyboard_and_searched_alone(visit, address):
     page.locator("#document-only").click()
     until(page, "[...document.querySelectorAll('.card')].every(card => card.dataset.id.includes('manual.md'))")
     assert page.locator("#filter").input_value() == "document_id = 'deep/manual.md'"
+
+
+def test_the_file_of_a_row_is_searched_alone(visit, address):
+    page = visit(f"{address}/?q=Copper+kettle+price")
+    page.wait_for_selector(".card")
+    card_of(page, "prices.csv").locator(".open-document").click()
+    page.wait_for_selector("#document .part.opened")
+    assert page.locator("#document-title").inner_text() == "prices.csv"
+    assert re.match(r"row [12] of 2\n", page.locator("#document-facts").inner_text())
+    page.get_by_role("button", name="Search only this file").click()
+    until(page, "document.querySelectorAll('.card').length === 2")
+    assert page.locator("#filter").input_value() == "path = 'prices.csv'"
 
 
 def test_the_address_of_a_document_is_a_link_and_no_script_is(visit, address):

@@ -260,18 +260,17 @@ class ModelService:
     def probabilities_of(self, ranking: Ranking, task: Task, *, iem: bool) -> list[float | None]:
         """How probable it is that each passage of a ranking is relevant, by the student's own score.
 
-        None if the student is not calibrated for this task, or if the explanations, which have the parts of that score,
-        were not requested. ``iem``: whether the ranking is by the student's score, not by inner products alone.
+        None if the student is not calibrated for this task, if the explanations, which have the parts of that score,
+        were not requested, or if a teacher has judged the passage. ``iem``: whether the ranking is by the student's
+        score, not by inner products alone.
         """
-        unknown: list[float | None] = [None] * len(ranking.passages)
         has_score = iem or why_no_interaction(self.student, task) is not None
         if task not in self.student.calibration.tasks or not has_score:
-            return unknown
-        own = [_own_score(place.explanation) for place in ranking.passages]
-        scores = [score for score in own if score is not None]
-        if len(scores) < len(own):
-            return unknown
-        return list(self.student.calibration.probabilities(scores, task).tolist())
+            return [None] * len(ranking.passages)
+        scores = [None if place.log_odds is not None else _own_score(place.explanation) for place in ranking.passages]
+        known = np.array([0.0 if score is None else score for score in scores], np.float64)
+        values = self.student.calibration.probabilities(known, task).tolist()
+        return [None if score is None else value for score, value in zip(scores, values, strict=True)]
 
     def probability_kind(self, task: Task) -> str:
         """How ``probabilities`` are computed, as a short text for a header."""

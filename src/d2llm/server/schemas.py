@@ -287,8 +287,8 @@ class RankedAnswer(PassageAnswer):
 
     With explain, ``probability`` is that the passage is relevant, by the student's own score without words, windows and
     tokens. It is ``weak`` if that is low and the passage lacks words of the query, so that it probably does not fit:
-    below 0.15, or below 0.5 if it has none of them. Both are null if the student's scores are not calibrated, or the
-    ranking does not have its score.
+    below 0.15, or below 0.5 if it has none of them. Both are null if the student's scores are not calibrated, if the
+    ranking does not have its score, or if a teacher has judged the passage.
     """
 
     rank: int

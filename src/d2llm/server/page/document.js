@@ -3,11 +3,11 @@
 import { ask, problemText } from "./api.js";
 import { byId, counted, element } from "./dom.js";
 import { markTerms } from "./highlight.js";
-import { addressesOf, documentName, documentOf, fileFacts, outsideLink, placesOf } from "./place.js";
+import { addressesOf, documentName, fileFacts, outsideLink, placesOf } from "./place.js";
 
 const SEPARATOR = " > "; // between a document's title and the headings above a passage
 
-/** The dialog with a document. `onFilter` gets the id of the document that only is to be searched. */
+/** The dialog with a document. `onFilter` gets the field and the value that only this document, or its file, has. */
 export class DocumentView {
   constructor({ onFilter, onClose }) {
     Object.assign(this, { dialog: byId("document"), text: byId("document-text"), onFilter, number: 0, marked: [], at: 0 });
@@ -16,7 +16,7 @@ export class DocumentView {
     byId("document-next").addEventListener("click", () => this.#go(this.at + 1));
     byId("document-only").addEventListener("click", () => {
       this.dialog.close();
-      this.onFilter(this.document);
+      this.onFilter(...this.filter);
     });
     this.dialog.addEventListener("close", onClose);
     this.dialog.addEventListener("click", (event) => {
@@ -27,10 +27,11 @@ export class DocumentView {
   /** Show the document of a passage. `results` are the passages of the ranking; those in the document are marked. */
   async open(passage, results) {
     const number = (this.number += 1);
-    this.document = documentOf(passage);
+    this.filter = filterOf(passage);
     byId("document-title").replaceChildren(titlesOf([passage])[0] || documentName(passage));
     byId("document-facts").replaceChildren();
-    byId("document-only").hidden = !passage.document_id;
+    byId("document-only").hidden = !this.filter;
+    byId("document-only").textContent = this.filter?.[0] === "path" ? "Search only this file" : "Search only this document";
     this.#mark([]);
     this.text.replaceChildren(element("p", { class: "working" }, "Loading the document …"));
     if (!this.dialog.open) this.dialog.showModal();
@@ -79,6 +80,12 @@ export class DocumentView {
     byId("document-place").textContent = `Result ${this.at + 1} of ${this.marked.length} in this document`;
     this.marked[this.at].scrollIntoView({ block: "center" });
   }
+}
+
+/** What only a passage's document has, or the table that it is a row of; null if there is no more than the passage. */
+function filterOf({ document_id: documentId, metadata }) {
+  if (typeof metadata.row === "number" && metadata.path) return ["path", metadata.path];
+  return documentId ? ["document_id", documentId] : null;
 }
 
 /** The title that all passages share, and the headings of each below it. */

@@ -25,7 +25,7 @@ const box = byId("query");
 const status = byId("status");
 const results = new Results({ area: byId("results"), status }, { onValue: filterByValue, onOpen: openDocument });
 const reader = new DocumentView({
-  onFilter: (id) => filterByValue("document_id", id),
+  onFilter: filterByValue,
   onClose: () => keep({ open: "" }),
 });
 const search = new Search({
@@ -171,7 +171,10 @@ function listen() {
     change({ filter: "" });
     byId("filter").focus();
   });
-  byId("beside").addEventListener("change", (event) => change({ beside: event.target.checked }));
+  byId("beside").addEventListener("change", (event) => {
+    change({ beside: event.target.checked });
+    byId("adding").open = WIDE.matches && !state.beside; // it is beside one ranking, but above several
+  });
   byId("exact").addEventListener("change", (event) => change({ exact: event.target.checked }));
   byId("hybrid-on").addEventListener("change", (event) => change({ hybrid: event.target.checked ? 50 : null }));
   byId("hybrid").addEventListener("input", (event) => change({ hybrid: Number(event.target.value) }, { wait: TYPING_PAUSE }));
@@ -235,7 +238,7 @@ function showRanks() {
 /** Fold away what a small screen has no room for, and open it where it has. */
 function fold() {
   byId("options").open = byId("about").open = WIDE.matches;
-  byId("adding").open = WIDE.matches || index?.num_passages === 0;
+  byId("adding").open = (WIDE.matches && !state.beside) || index?.num_passages === 0;
 }
 
 async function readIndex() {

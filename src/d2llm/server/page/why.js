@@ -30,7 +30,7 @@ async function weigh(passage, context, place, onWords) {
     place.replaceChildren(
       "Words that ",
       element("mark", { class: "weight for level-4" }, "raise"),
-      " the score are shaded, words that ",
+      ` the ${vectorsPart(context.index)} are shaded, words that `,
       element("mark", { class: "weight against level-4" }, "lower"),
       " it are underlined; stronger marks weigh more.",
       explanation.truncated ? " The end of this passage was too long for the student and was not read." : "",
@@ -39,6 +39,12 @@ async function weigh(passage, context, place, onWords) {
   } catch (error) {
     place.replaceChildren(`Words could not be weighed: ${problemText(error)}`);
   }
+}
+
+/** What the words of a passage weigh in: the part of the score that comes from the vectors of whole texts. */
+function vectorsPart(index) {
+  const parts = index.score_parts.filter((part) => part === "anchor" || part === "interaction");
+  return parts.length === index.score_parts.length ? "score" : parts.map((part) => PARTS[part][0]).join(" and ");
 }
 
 /** The parts that count in the ranking; of others, those that are not 0 for this passage. */
