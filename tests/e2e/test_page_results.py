@@ -29,6 +29,7 @@ from live_server import patient, serve, wait_until_ready
 QUESTION = "How do I keep pasta from sticking?"
 NONSENSE = ("zzz qqq", "asdf jkl", "blorp fnarg wibble", "??? !!!", "hhhhhhh")
 ADDRESS = "https://kitchen.example/pasta?a=1&b=2"
+FAQ = "http://shop.example/faq"
 PHONE = {"width": 390, "height": 844}
 STUDENT = "d2llm-minilm"
 
@@ -39,6 +40,7 @@ def write_documents(folder):
     steps = "\n\n".join(f"Step {n} of the manual: {SENTENCES[n]}" for n in range(len(SENTENCES)))
     (folder / "deep" / "manual.md").write_text(f"# Manual\n\n## Kitchen\n\n{steps}\n\n## End\n\nThe last words.\n")
     (folder / "notes.txt").write_text("Our notes say that a kettle needs descaling every month.")
+    (folder / "volume.py").write_text("class Sphere:\n    def radius(self):\n        return self.volume ** (1 / 3)\n")
     (folder / "prices.csv").write_text("name,price\nTea,1.50\nCopper kettle,40\n")
     return folder
 
@@ -59,6 +61,7 @@ def address(folder):
         [
             Passage("pan", "A wide pan of salted water cooks pasta well.", "Pans", metadata={"url": ADDRESS}),
             Passage("size", "The archive of recipes is large.", metadata={"size_bytes": 3_400_000, "weight": 12}),
+            Passage(FAQ, "Sourdough returns are accepted.", "Returns", metadata={"source": FAQ, "language": "en"}),
             Passage("link", "A link that runs: sourdough.", metadata={"url": "javascript:alert(1)"}),
             *(
                 Passage(f"h{n}", text, f"<b onclick=alert(5)>{n}</b>", "<img src=x onerror=alert(6)>", n)
@@ -196,6 +199,10 @@ def test_a_file_name_that_is_the_title_is_said_once(visit, address):
     page = visit(f"{address}/?q=kettle+descaling")
     page.wait_for_selector(".card")
     assert card_of(page, "notes.txt").inner_text().count("notes.txt") == 1
+    search(page, "radius of a sphere")
+    assert card_of(page, "volume.py").locator("h3").inner_text().startswith("volume.py > ")
+    assert card_of(page, "volume.py").inner_text().count("volume.py") == 1
+    search(page, "price of a kettle")
     row = card_of(page, "prices.csv")
     assert row.inner_text().count("prices.csv") == 1
     assert re.search(r"row [12] of 2", row.inner_text())
@@ -369,6 +376,18 @@ def test_the_address_of_a_document_is_a_link_and_no_script_is(visit, address):
     card_of(page, "link").locator(".open-document").click()
     page.wait_for_selector("#document .part.opened")
     assert page.locator("#document a").count() == 0
+
+
+def test_an_address_that_is_the_id_is_said_once(visit, address):
+    page = visit(f"{address}/?q=Sourdough+returns")
+    card = page.locator(f'.card[data-id="{FAQ}"]')
+    card.wait_for()
+    assert card.inner_text().count(FAQ) == 1
+    assert card.locator(".metadata").inner_text().split() == ["language", "en"]
+    card.locator(".open-document").click()
+    page.wait_for_selector("#document .part.opened")
+    assert page.locator("#document").inner_text().count(FAQ) == 1
+    assert page.locator("#document-facts a").get_attribute("href") == FAQ
 
 
 def test_a_hostile_document_is_only_text(visit, address):

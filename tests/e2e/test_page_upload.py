@@ -136,6 +136,22 @@ def test_a_file_of_each_kind_can_be_chosen_and_is_found(visit, address, tmp_path
     assert name in page.locator("#document").inner_text()
 
 
+def test_what_was_known_is_told_from_what_is_new(visit, address, tmp_path):
+    page = visit(address)
+    path = tmp_path / "records.jsonl"
+    texts = [("the cat by the sea", 2001), ("the dog by the sea", 2002), ("the ship by the sea", 2003)]
+
+    def add(expected):
+        lines = [json.dumps({"id": f"k{n}", "text": text, "year": year}) for n, (text, year) in enumerate(texts)]
+        path.write_text("\n".join(lines))
+        page.locator("#files").set_input_files(path)
+        until(page, f"document.getElementById('upload-report').textContent.includes('{expected}')", 120)
+
+    add("3 documents in 3 passages: 3 new.")
+    texts[1:] = [("the dog by the sea", 2010), ("the train by the sea", 2003)]
+    add("3 documents in 3 passages: 1 changed, 1 with other metadata, 1 unchanged.")
+
+
 def test_metadata_that_does_not_fit_is_left_out_and_counted(visit, address, tmp_path):
     records = [{"id": f"d{n}", "text": f"the cat number {n}", "metadata": {"year": 2000 + n}} for n in range(20)]
     records[5]["metadata"]["year"] = "soon"
@@ -171,6 +187,25 @@ def test_a_file_that_is_too_large_is_named_with_the_limit(visit, tmp_path):
             "larger than this server takes (1 MB; its setting is max_body_bytes)"
             in page.locator("#upload-report").inner_text()
         )
+
+
+def test_files_that_come_while_others_are_read_are_counted(visit, address, tmp_path):
+    for name in ("first.txt", "second.txt", "third.txt"):
+        (tmp_path / name).write_text("the cat by the sea")
+    page = visit(address)
+
+    held = []
+    page.route("**/v1/files*", lambda route: held.append(route))
+    page.locator("#files").set_input_files(tmp_path / "first.txt")
+    while not held:
+        page.wait_for_timeout(30)
+    page.locator("#files").set_input_files([tmp_path / "second.txt", tmp_path / "third.txt"])
+    held.pop().continue_()
+    until(page, "document.getElementById('upload-report').textContent.includes('1 file read: 1 document')", 120)
+    assert (
+        "2 files not added, because others were being read: add them again."
+        in page.locator("#upload-report").inner_text()
+    )
 
 
 @pytest.mark.parametrize("target", ["#adding", "#results", "body"])

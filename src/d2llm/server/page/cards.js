@@ -2,7 +2,7 @@
 
 import { counted, element, milliseconds, percent } from "./dom.js";
 import { markTerms } from "./highlight.js";
-import { documentName, fileFacts, ownFields, ownId, placesOf } from "./place.js";
+import { documentName, fileFacts, isNamedBy, ownFields, ownId, placesOf } from "./place.js";
 import { whyPanel } from "./why.js";
 
 const STAGES = ["queue", "encode", "candidates", "score", "teacher", "transfer"];
@@ -119,7 +119,7 @@ function movement(rank, before) {
 function placeLine(passage, heading) {
   const name = documentName(passage);
   const facts = [
-    name !== heading ? element("bdi", { class: "path" }, name) : null,
+    !isNamedBy(heading, name) ? element("bdi", { class: "path" }, name) : null,
     ...[...placesOf(passage), ...fileFacts(passage)].map((fact) => element("span", {}, fact)),
   ].filter(Boolean);
   return facts.length ? element("p", { class: "place" }, facts) : null;

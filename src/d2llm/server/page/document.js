@@ -3,9 +3,7 @@
 import { ask, problemText } from "./api.js";
 import { byId, counted, element } from "./dom.js";
 import { markTerms } from "./highlight.js";
-import { addressesOf, documentName, fileFacts, outsideLink, placesOf } from "./place.js";
-
-const SEPARATOR = " > "; // between a document's title and the headings above a passage
+import { addressesOf, documentName, fileFacts, isNamedBy, outsideLink, placesOf, SEPARATOR } from "./place.js";
 
 /** The dialog with a document. `onFilter` gets the field and the value that only this document, or its file, has. */
 export class DocumentView {
@@ -98,12 +96,13 @@ function titlesOf(passages) {
 
 function factsOf(passage, passages, title) {
   const name = documentName(passage);
+  const addresses = addressesOf(passage);
   const facts = [
-    name === title ? null : element("bdi", { class: "path" }, name),
+    isNamedBy(title, name) || addresses.includes(name) ? null : element("bdi", { class: "path" }, name),
     ...placesOf({ ...passage, metadata: { ...passage.metadata, num_passages: null, page: null }, document_id: "" }),
     ...fileFacts(passage),
     passages.length > 1 ? counted(passages.length, "passage") : null,
-    ...addressesOf(passage).map(outsideLink),
+    ...addresses.map(outsideLink),
   ];
   return facts.filter(Boolean).map((fact) => element("li", {}, fact));
 }

@@ -2,6 +2,8 @@
 
 import { bytes, element, timestamp } from "./dom.js";
 
+/** What stands between a document's title and the headings above a passage. */
+export const SEPARATOR = " > ";
 /** Fields that files have; the page words them itself. */
 const FILE_FIELDS = ["path", "modified", "file_bytes", "page", "row", "num_rows", "num_passages", "heading"];
 const IN_BYTES = /(^|_)bytes$/;
@@ -15,6 +17,11 @@ export function documentOf(passage) {
 export function documentName(passage) {
   const { path } = passage.metadata;
   return typeof path === "string" && path ? path : documentOf(passage);
+}
+
+/** Whether a title is a document's name, or begins with it: that of a text without one, above its headings. */
+export function isNamedBy(title, name) {
+  return title === name || title.startsWith(`${name}${SEPARATOR}`);
 }
 
 /** Whether a passage's id is its document's and its number, as in documents that were split here. */

@@ -9,7 +9,8 @@ const BATCH_BYTES = 4_000_000;
 const MAX_RETRIES = 5;
 const LISTED = 100;
 const FATAL = [0, 401, 403, 404, 429, 503]; // what other files would meet, too
-const COUNTS = ["num_documents", "num_added", "num_updated", "num_unchanged", "num_truncated", "num_deleted"];
+const OUTCOMES = { num_added: "new", num_updated: "changed", num_metadata: "with other metadata", num_unchanged: "unchanged" };
+const COUNTS = ["num_documents", ...Object.keys(OUTCOMES), "num_truncated", "num_deleted"];
 
 /** Send files, as [file, path]. `onProgress` gets the number done and the total; `signal` stops the request in progress. */
 export async function sendFiles(files, limits, { onProgress, signal }) {
@@ -120,7 +121,6 @@ export class Upload {
       end();
       if (!hasFiles(event)) return;
       event.preventDefault();
-      if (this.controller) return; // the running upload is on the page
       try {
         this.#take(await droppedFiles(event.dataTransfer));
       } catch (error) {
@@ -130,8 +130,13 @@ export class Upload {
   }
 
   async #take(files) {
-    if (this.controller || !files.length) return;
+    if (!files.length) return;
+    if (this.controller) {
+      this.numLate += files.length; // the report says so
+      return;
+    }
     this.controller = new AbortController();
+    this.numLate = 0;
     this.stop.hidden = this.bar.hidden = false;
     this.bar.removeAttribute("value");
     try {
@@ -175,11 +180,13 @@ export class Upload {
   }
 
   #showReport({ sum, numSent, skipped, leftOut, numLeftOut, problem, numLeft }) {
-    const passages = sum.num_added + sum.num_updated + sum.num_unchanged;
+    const passages = Object.keys(OUTCOMES).reduce((total, name) => total + sum[name], 0);
+    const outcomes = Object.entries(OUTCOMES)
+      .filter(([name]) => sum[name])
+      .map(([name, word]) => `${sum[name].toLocaleString("en")} ${word}`);
     const lines = [
       sum.num_documents
-        ? `${counted(numSent, "file")} read: ${counted(sum.num_documents, "document")} in ${counted(passages, "passage")}: ` +
-          `${sum.num_added} new, ${sum.num_updated} changed, ${sum.num_unchanged} unchanged.`
+        ? `${counted(numSent, "file")} read: ${counted(sum.num_documents, "document")} in ${counted(passages, "passage")}: ${outcomes.join(", ")}.`
         : "No document was added.",
     ];
     if (sum.num_truncated) lines.push(`${counted(sum.num_truncated, "passage")} read only in part by the student.`);
@@ -187,6 +194,7 @@ export class Upload {
     for (const [field, count] of Object.entries(leftOut)) {
       lines.push(`${counted(count, "value")} of the field ${field} left out: of another type than those in the index.`);
     }
+    if (this.numLate) lines.push(`${counted(this.numLate, "file")} not added, because others were being read: add them again.`);
     if (numLeftOut) lines.push(`${counted(numLeftOut, "hidden file")} left out, as when a folder is read.`);
     const parts = lines.map((line) => element("p", {}, line));
     if (problem) {
