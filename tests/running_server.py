@@ -45,6 +45,11 @@ async def held():
         await asyncio.sleep(0.01)
     return "done"
 
+@app.get("/stuck")
+async def stuck():
+    print("began", flush=True)
+    await asyncio.to_thread(time.sleep, 10_000)
+
 @app.get("/let-go")
 async def let_go():
     clock.may_end = True
@@ -74,7 +79,7 @@ async def reload():
     print("reloaded", flush=True)
     raise InputError("the new version is broken")
 
-state = SimpleNamespace(state="starting", message="")
+state = SimpleNamespace(state="starting", message="", stop_by=None)
 
 @app.get("/become/{{name}}")
 async def become(name: str):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -111,6 +113,25 @@ def test_requests_that_outlast_the_shutdown_time_are_cut_off():
     assert server.line() == "began"
     server.process.terminate()
     assert server.end()[0] == 0
+
+
+@pytest.mark.parametrize(("path", "shape"), [("/slow/1000", "error"), ("/stuck", "error")])
+def test_what_outlasts_the_shutdown_time_gets_an_answer_and_does_not_keep_the_process(path: str, shape: str):
+    server = Running(shutdown_seconds=1)
+    assert server.line() == "ready"
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=PATIENCE)
+    connection.request("GET", path)
+    assert server.line() == "began"
+    began = time.monotonic()
+    server.process.terminate()
+    response = connection.getresponse()
+    assert response.status == 503
+    assert json.loads(response.read())[shape]["kind"] == "not_ready"
+    assert response.headers["X-Request-ID"]
+    status, _, errors = server.end()
+    assert status == 0
+    assert time.monotonic() - began < 30
+    assert "Traceback" not in errors
 
 
 def test_sighup_reloads_and_errors_are_only_logged(running: Running):

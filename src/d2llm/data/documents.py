@@ -39,7 +39,7 @@ from d2llm.data.file_contents import (
     is_parsed,
     read_contents,
 )
-from d2llm.data.parser_workers import read_in_workers
+from d2llm.data.parser_workers import TextLimits, read_in_workers
 
 MAX_BYTES = 100 << 20
 """Larger files are skipped, unless another limit is given."""
@@ -94,8 +94,9 @@ class DocumentFiles:
     """The documents below some files and folders, in the order of their ids.
 
     Iterating reads the files and yields their documents; all but short plain texts are read by other processes
-    (``data.parser_workers``), each within ``seconds_per_file`` and ``memory_per_file`` (bytes). ``skipped`` lists
-    what could not be read so far, files and parts of files;
+    (``data.parser_workers``), each within ``seconds_per_file`` and ``memory_per_file`` (bytes), and
+    ``text_limits``, the most text that they may have. ``skipped`` lists what could not be read so far, files and parts
+    of files;
     ``num_other`` counts files whose suffix is not among ``SUFFIXES``, and ``links`` are symbolic links that were not
     followed.
     """
@@ -106,6 +107,7 @@ class DocumentFiles:
     seconds_per_file: float = DEFAULT_SECONDS_PER_FILE
     memory_per_file: int = DEFAULT_MEMORY_PER_FILE
     links: list[str] = field(default_factory=list[str])
+    text_limits: TextLimits | None = None
 
     @property
     def num_documents(self) -> int | None:
@@ -120,7 +122,11 @@ class DocumentFiles:
         elsewhere = [file.num_bytes > 0 and _is_read_elsewhere(file) for file in self.files]
         paths = [file.path for file in compress(self.files, elsewhere)]
         rows: dict[str, str] = {}  # ids of the rows of corpora, and their files
-        limits: dict[str, Any] = {"seconds": self.seconds_per_file, "memory": self.memory_per_file}
+        limits: dict[str, Any] = {
+            "seconds": self.seconds_per_file,
+            "memory": self.memory_per_file,
+            "chars": self.text_limits,
+        }
         with closing(read_in_workers(paths, **limits)) as outcomes:
             for file, is_elsewhere in zip(self.files, elsewhere, strict=True):
                 try:

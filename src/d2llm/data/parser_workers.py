@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -42,11 +42,31 @@ Reader = Callable[[Path], FileContents]
 Outcome = FileContents | UnreadableFileError
 
 
+@dataclass(frozen=True, slots=True)
+class TextLimits:
+    """The most characters of text: of a document, which is a file or a row of a table, and of a file."""
+
+    document: int
+    file: int
+
+    def problem_of(self, contents: FileContents) -> str | None:
+        """How the contents of a file exceed the limits, if they do."""
+        whole = sum(len(section.text) for section in contents.sections)
+        rows = [len(row.text) for row in contents.rows]
+        if (longest := max([whole, *rows])) > self.document:
+            what = "a row of it" if rows else "it"
+            return f"{what} has {longest:,} characters of text, more than {self.document:,}; split it into several"
+        if sum(rows) > self.file:
+            return f"it has {sum(rows):,} characters of text, more than {self.file:,}; split it into several"
+        return None
+
+
 def read_in_workers(
     paths: Sequence[Path],
     *,
     seconds: float = DEFAULT_SECONDS_PER_FILE,
     memory: int = DEFAULT_MEMORY_PER_FILE,
+    chars: TextLimits | None = None,
     reader: Reader = read_contents,
 ) -> Generator[Outcome]:
     """Read files in up to four processes, one for each core; yields contents, or why there are none, in order.
@@ -58,12 +78,13 @@ def read_in_workers(
         paths: the files.
         seconds: reading one file may take this long; the start of a process does not count.
         memory: a process may have as many bytes of data. Linux alone sees to that.
+        chars: how much text may be in a file: a small one can unpack to a lot. None: any amount.
         reader: a function of a module that the workers can import.
 
     Raises:
         MissingExtraError: a format needs a library that is not installed.
     """
-    pool = _Pool(paths, seconds, memory, reader)
+    pool = _Pool(paths, seconds, memory, chars, reader)
     try:
         for number in range(len(paths)):
             yield pool.outcome(number)
@@ -111,8 +132,11 @@ class _Worker:
 class _Pool:
     """The workers that read some files; used by one thread."""
 
-    def __init__(self, paths: Sequence[Path], seconds: float, memory: int, reader: Reader) -> None:
+    def __init__(
+        self, paths: Sequence[Path], seconds: float, memory: int, chars: TextLimits | None, reader: Reader
+    ) -> None:
         self._paths, self._seconds, self._memory, self._reader = paths, seconds, memory, reader
+        self._chars = None if chars is None else asdict(chars)
         self._workers: list[_Worker] = []
         self._replies: SimpleQueue[tuple[_Worker, bytes]] = SimpleQueue()
         self._outcomes: dict[int, Outcome] = {}
@@ -177,7 +201,8 @@ class _Pool:
     def _send(self, worker: _Worker, number: int) -> None:
         worker.number = number
         worker.deadline = time.monotonic() + self._limit(worker)
-        request = {"path": str(self._paths[number]), "seconds": self._seconds, "memory": self._memory}
+        request: dict[str, Any] = {"path": str(self._paths[number]), "seconds": self._seconds, "memory": self._memory}
+        request["chars"] = self._chars
         with contextlib.suppress(OSError):  # it has died while idle, which its listener reports
             pipe = cast("IO[bytes]", worker.process.stdin)
             pipe.write(json.dumps(request).encode() + b"\n")
@@ -265,7 +290,8 @@ def serve(module: str, function: str) -> None:
         faulthandler.dump_traceback_later(request["seconds"] + _GRACE_SECONDS, exit=True)
         _limit_memory(request["memory"])
         try:
-            reply = json.dumps(_reply(reader, Path(request["path"]))).encode()
+            chars = None if request["chars"] is None else TextLimits(**request["chars"])
+            reply = json.dumps(_reply(reader, Path(request["path"]), chars)).encode()
             ran_out = False
         except MemoryError:
             reason = f"it takes more than {_gibibytes(request['memory'])} of memory to read"
@@ -291,7 +317,7 @@ def _gibibytes(number: int) -> str:
     return f"{number / 2**30:.3g} GiB"
 
 
-def _reply(reader: Reader, path: Path) -> dict[str, Any]:
+def _reply(reader: Reader, path: Path, chars: TextLimits | None) -> dict[str, Any]:
     try:
         contents = reader(path)
     except MissingExtraError as error:
@@ -302,6 +328,8 @@ def _reply(reader: Reader, path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # noqa: BLE001 - one file must not end the work
         return {"unreadable": f"it cannot be parsed ({type(error).__name__}: {error})"}
+    if chars is not None and (problem := chars.problem_of(contents)) is not None:
+        return {"unreadable": problem}
     return {
         "title": contents.title,
         "sections": [(section.text, section.headings, section.page) for section in contents.sections],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ class Chunker:
     encoded again.
     """
 
-    def __init__(self, student: Student, chunking: Chunking | None = None) -> None:
+    def __init__(
+        self, student: Student, chunking: Chunking | None = None, *, check: Callable[[], None] = lambda: None
+    ) -> None:
         """Check the settings and load the tokenizer.
 
         Args:
             student: its tokenizer counts the tokens.
             chunking: how to split; None means ``default_chunking``.
+            check: called between the parts of a long split; what it raises ends the split.
 
         Raises:
             InputError: a passage has fewer than 8 tokens or more than the student reads, the overlap is not less than
@@ -52,6 +55,7 @@ class Chunker:
         if chunking.late:
             chunking = replace(chunking, late_window=student.chunk_reader.window(chunking.late_window))
         self.chunking = chunking
+        self._check = check
         self._tokenizer: Any = copy.deepcopy(student.backbone.tokenizer)  # threads must not share a tokenizer
         self._tokenizer.backend_tokenizer.no_truncation()
         self._tokenizer.backend_tokenizer.no_padding()
@@ -115,11 +119,12 @@ class Chunker:
 
     def _split_plain(self, text: str, room: int) -> list[tuple[int, str]]:
         overlap = min(self.chunking.chunk_overlap, room - 1)
-        return TextSplitter(self._tokenizer.backend_tokenizer, room, overlap).pieces(text)
+        return TextSplitter(self._tokenizer.backend_tokenizer, room, overlap, check=self._check).pieces(text)
 
     def _counts(self, texts: Sequence[str]) -> list[int]:
         lengths: list[int] = []
         for some in batched(texts, _TEXTS_AT_ONCE):
+            self._check()
             with TOKENIZING:
                 encoded = self._tokenizer(list(some), add_special_tokens=False, verbose=False)
             lengths += map(len, encoded["input_ids"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from d2llm.models.backbone import TOKENIZING
@@ -44,9 +44,14 @@ class TextSplitter:
     tokenizer does not know, and long white space, count by their length.
     """
 
-    def __init__(self, tokenizer: Any, room: int, overlap: int = 0) -> None:
-        """``tokenizer``: of the library ``tokenizers``; ``overlap``: tokens that pieces repeat from those before."""
-        self._tokenizer, self._room, self._overlap = tokenizer, room, overlap
+    def __init__(
+        self, tokenizer: Any, room: int, overlap: int = 0, *, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """``tokenizer``: of the library ``tokenizers``; ``overlap``: tokens that pieces repeat from those before.
+
+        ``check`` is called for each piece, and may end the work with an exception.
+        """
+        self._tokenizer, self._room, self._overlap, self._check = tokenizer, room, overlap, check
 
     def pieces(self, text: str) -> list[tuple[int, str]]:
         """The start of each piece, in characters, and its text; only white space between pieces is left out."""
@@ -58,6 +63,7 @@ class TextSplitter:
         found: list[tuple[int, str]] = []
         start = _skip_space(text, 0)
         while start < len(text):
+            self._check()
             end = self._end(text, start, tokens, paragraphs, stops)
             found.append((start, text[start:end].rstrip()))
             following = _skip_space(text, end)
@@ -100,6 +106,7 @@ class TextSplitter:
         ends: list[int] = []
         at = 0
         for begin, end in _blocks(text):
+            self._check()
             with TOKENIZING:
                 spans: Sequence[tuple[int, int]] = self._tokenizer.encode(
                     text[begin:end], add_special_tokens=False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
@@ -41,6 +42,7 @@ from d2llm.server.writer_service import load_writer_service
 from d2llm.store.sharded_store import Storage
 
 _log = logging.getLogger(__name__)
+_LEAST_SECONDS = 0.2  # for work to end by itself that has been told to stop
 _KEYS = "A key made by `d2llm keys`. The middleware checks it; this scheme tells clients to send one."
 
 
@@ -122,8 +124,15 @@ async def running(
             await starting
         serving: Serving | None = getattr(app.state, "serving", None)
         if serving is not None:
-            await serving.stop(settings.shutdown_seconds)
+            await serving.stop(_seconds_left(lifecycle, settings))
         await asyncio.to_thread(connection.close)
+
+
+def _seconds_left(lifecycle: Lifecycle, settings: ServeSettings) -> float:
+    """How long accepted work may take: waiting for requests has taken some of the time."""
+    if lifecycle.stop_by is None:
+        return settings.shutdown_seconds
+    return max(_LEAST_SECONDS, lifecycle.stop_by - time.monotonic())
 
 
 def load(settings: ServeSettings, telemetry: Telemetry, private: list[Path]) -> Serving:

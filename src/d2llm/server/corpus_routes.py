@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -31,7 +32,16 @@ from d2llm.server.schemas import (
     SnapshotName,
     SnapshotRequest,
 )
-from d2llm.server.services import ERRORS, TheIndex, TheServices, few_enough, short_enough, writable
+from d2llm.server.services import (
+    ERRORS,
+    TheIndex,
+    TheServices,
+    few_enough,
+    few_enough_characters,
+    short_enough,
+    writable,
+)
+from d2llm.server.stopping import in_stoppable_thread
 from d2llm.server.uploads import FILES_PATH, UPLOAD_BODY, documents_of
 
 router = APIRouter(tags=["d2llm"], responses=ERRORS, route_class=BodyRoute)
@@ -43,6 +53,7 @@ class _AnyText(StringConvertor):
     regex = "(?s:.*)"
 
 
+_uploads = ThreadPoolExecutor(2, thread_name_prefix="upload")  # reading files may take minutes
 register_url_convertor("anypath", _AnyText())
 
 Cursor = Annotated[str, Query(description="The next_cursor of the previous page; empty: start from the beginning.")]
@@ -109,6 +120,7 @@ async def upsert_documents(body: DocumentsRequest, services: TheServices, index:
     for place, document in enumerate(body.documents):
         short_enough([document.title], services.settings, f"documents.{place}.title")
     documents = [Passage(**document.model_dump()) for document in body.documents]
+    few_enough_characters(documents, services.settings, "documents")
     report = await index.upsert_documents(
         documents, body.chunk_tokens, body.chunk_overlap, lenient_metadata=body.lenient_metadata
     )
@@ -155,7 +167,7 @@ async def upload_files(
     """
     writable(services)
     body, kind = await request.body(), request.headers.get("content-type", "")
-    documents = await asyncio.to_thread(documents_of, body, kind, services.settings)
+    documents = await in_stoppable_thread(_uploads, partial(documents_of, body, kind, services.settings))
     for document in documents:  # texts are split, titles are not
         short_enough([document.title], services.settings, f"title of {document.id}")
     report = await index.upsert_documents(

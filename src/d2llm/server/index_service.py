@@ -58,6 +58,7 @@ from d2llm.server.served_version import (
     rank_expanded,
     rank_together,
 )
+from d2llm.server.stopping import Stop, in_stoppable_thread
 from d2llm.server.writer_service import WriterService
 from d2llm.store.inspection import IndexStats
 from d2llm.store.sharded_inspection import stats_of_all
@@ -67,6 +68,7 @@ _Value = TypeVar("_Value")
 _SCANNED_AT_ONCE = 32
 _WAITING = 32  # maximum number of pending explanations, contexts and writes each; each holds a request's texts
 _UNTIL_SHARD = 30.0  # seconds after which a client may try again to change an index without a shard
+_STOP_SECONDS = 1.0  # that a write may take to stop
 _SEARCHES_A_READING = 256  # the teacher's queue is this many times shorter than the student's
 
 
@@ -132,6 +134,7 @@ class IndexService:
         self._searching, self._explaining = Places(queue), Places(_WAITING)
         self._contexts = Places(_WAITING)
         self._writing = Places(_WAITING, retry_after=5.0)
+        self._stops: set[Stop] = set()  # of writes
 
     @property
     def current(self) -> OpenVersion:
@@ -146,11 +149,19 @@ class IndexService:
         """Finish admitted requests, then stop."""
         self.served.stop()
         await self._ranks.stop(timeout)
-        with contextlib.suppress(asyncio.TimeoutError):  # an unfinished write fails when the student stops
-            await asyncio.wait_for(asyncio.to_thread(self._writes.shutdown, wait=True), timeout)
+        await self._end_writes(timeout)
         for thread in (self._reads, self._context_builds):
             thread.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.served.close)
+
+    async def _end_writes(self, timeout: float | None) -> None:
+        """Finish admitted writes; after ``timeout`` seconds, stop them."""
+        ended = asyncio.ensure_future(asyncio.to_thread(self._writes.shutdown, wait=True))
+        await asyncio.wait([ended], timeout=timeout)
+        if not ended.done():
+            for stop in self._stops:
+                stop.set()
+            await asyncio.wait([ended], timeout=_STOP_SECONDS)
 
     # Searching -----------------------------------------------------------------------------------------------------
 
@@ -346,7 +357,9 @@ class IndexService:
             IndexLockedError: another process is writing.
         """
         note_items([passage.text for passage in passages])
-        return await self._write(lambda index, _student: index.upsert(passages, lenient_metadata=lenient_metadata))
+        return await self._write(
+            lambda index, _student, stop: index.upsert(stop.between(passages), lenient_metadata=lenient_metadata)
+        )
 
     async def upsert_documents(
         self,
@@ -363,19 +376,20 @@ class IndexService:
         """
         note_items([document.text for document in documents])
 
-        def work(index: Index, student: Student) -> DocumentsReport:
+        def work(index: Index, student: Student, stop: Stop) -> DocumentsReport:
             chunking = changed_chunking(index.folder, student, chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap)
-            return index.upsert_documents(documents, Chunker(student, chunking), lenient_metadata=lenient_metadata)
+            chunker = Chunker(student, chunking, check=stop.check)
+            return index.upsert_documents(stop.between(documents), chunker, lenient_metadata=lenient_metadata)
 
         return await self._write(work)
 
     async def delete(self, ids: Sequence[str]) -> int:
         """Delete passages; returns the number deleted."""
-        return await self._write(lambda index, _student: index.delete(ids))
+        return await self._write(lambda index, _student, _stop: index.delete(ids))
 
     async def delete_documents(self, ids: Sequence[str]) -> int:
         """Delete all passages of documents; returns the number of passages deleted."""
-        return await self._write(lambda index, _student: index.delete_documents(ids))
+        return await self._write(lambda index, _student, _stop: index.delete_documents(ids))
 
     async def drop_snapshot(self, name: str) -> None:
         """Delete a snapshot.
@@ -384,7 +398,7 @@ class IndexService:
             NotFoundError: there is no snapshot of this name.
         """
         await self._with_snapshot(name)
-        await self._write(lambda index, _student: index.store.drop_snapshot(name))
+        await self._write(lambda index, _student, _stop: index.store.drop_snapshot(name))
 
     async def restore(self, name: str) -> int:
         """Replace the index's passages by a snapshot's; returns their number.
@@ -393,7 +407,7 @@ class IndexService:
             NotFoundError: there is no snapshot of this name.
         """
         await self._with_snapshot(name)
-        return await self._write(lambda index, _student: index.restore(name))
+        return await self._write(lambda index, _student, _stop: index.restore(name))
 
     async def _with_snapshot(self, name: str) -> None:
         if name not in await self.snapshots():
@@ -405,7 +419,7 @@ class IndexService:
         Raises:
             InputError: the name is taken or invalid.
         """
-        await self._write(lambda index, _student: index.snapshot(name))
+        await self._write(lambda index, _student, _stop: index.snapshot(name))
 
     def ways_to_rescore(self, version: OpenVersion) -> list[Rescore]:
         """The values of ``rescore`` that are available; a cascade needs a student whose error is measured."""
@@ -459,10 +473,11 @@ class IndexService:
         error = self._error(version, judge, task or version.view.task)
         return Cascade(judge, error, reading.teacher_passages, reading.teacher_ms)
 
-    async def _write(self, work: Callable[[Index, Student], _Value]) -> _Value:
+    async def _write(self, work: Callable[[Index, Student, Stop], _Value]) -> _Value:
         """Run a write on the index's folder, and serve the version that it leaves.
 
-        The student's work for it shares batches with clients' requests.
+        The student's work for it shares batches with clients' requests. If its client leaves, or the time is up when
+        the server stops, it stops: what it has committed stays, and it can be repeated.
 
         Raises:
             NotReadyError: a shard is missing.
@@ -472,11 +487,23 @@ class IndexService:
             problem = f"the index cannot be changed while shard {shard.number} is missing"
             raise NotReadyError(problem, retry_after=_UNTIL_SHARD)
 
-        def write(version: OpenVersion) -> _Value:
-            return work(Index.open(self.folder.resolve(), StudentLane(version.models, loop)), version.models.student)
+        stop = Stop()
+
+        def write(version: OpenVersion, stop: Stop) -> _Value:
+            stop.check()
+            student = StudentLane(version.models, loop, stop)
+            return work(Index.open(self.folder.resolve(), student), version.models.student, stop)
+
+        async def run(version: OpenVersion) -> _Value:
+            with showing_progress(False):
+                return await in_stoppable_thread(self._writes, partial(write, version), stop)
 
         with self._writing:
-            result = await self.served.work(lambda version: self._in(self._writes, lambda: write(version)))
+            self._stops.add(stop)
+            try:
+                result = await self.served.work(run)
+            finally:
+                self._stops.discard(stop)
         await self.served.reload()
         return result
 

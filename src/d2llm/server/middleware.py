@@ -161,6 +161,10 @@ class RequestMiddleware:
         with structlog.contextvars.bound_contextvars(request_id=facts.request_id):
             try:
                 await self._app(scope, receive, send_with_headers)
+            except asyncio.CancelledError:  # the time is up for accepted requests
+                if status is None:
+                    problem = NotReadyError("the server stopped before it had answered this request").problem
+                    await answer_problem(scope, receive, send_with_headers, problem)
             except Exception as error:  # noqa: BLE001 - the last chance to turn it into a response
                 _log.error("request %s failed", facts.request_id, exc_info=error)
                 if status is None:

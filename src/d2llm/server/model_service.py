@@ -28,6 +28,7 @@ from d2llm.retrieval.cosine import ForwardingStudent
 from d2llm.retrieval.protocols import expansion_fingerprint
 from d2llm.server.batching import Batcher
 from d2llm.server.logs import note_items
+from d2llm.server.stopping import Stop
 
 Observe = Callable[[str, float], None]
 _FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, since switching threads costs more
@@ -339,13 +340,15 @@ class ModelService:
 class StudentLane(ForwardingStudent):
     """A student for threads other than the event loop's.
 
+    After ``stop``, it no longer waits for what it has asked for.
     Implements ``SearchStudent``, ``ProjectingStudent``, ``ChunkStudent`` and ``TokenStudent``.
     """
 
-    def __init__(self, models: ModelService, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, models: ModelService, loop: asyncio.AbstractEventLoop, stop: Stop | None = None) -> None:
         super().__init__(models.student)
         self._models = models
         self._loop = loop
+        self._stop = stop or Stop()
 
     @property
     def can_project(self) -> bool:
@@ -380,20 +383,20 @@ class StudentLane(ForwardingStudent):
         for start in range(0, len(texts), _TEXTS_WITH_TOKENS):
             some = texts[start : start + _TEXTS_WITH_TOKENS]
             work = self._models.in_lane(partial(encode, some))
-            parts.append(asyncio.run_coroutine_threadsafe(work, self._loop).result())
+            parts.append(self._stop.result(work, self._loop))
         return EncodedTexts.join(parts, self.vector_dim)
 
     def term_factors(self, queries: Sequence[str]) -> Sequence[Mapping[str, float]] | None:
         """How much the words of queries count, in turn with the shared batches."""
         work = self._models.in_lane(lambda: self._models.student.term_factors(queries))
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return self._stop.result(work, self._loop)
 
     def encode_chunks(
         self, texts: Iterable[tuple[WholeText, Sequence[tuple[int, int]]]], *, with_tokens: bool = False
     ) -> EncodedChunks:
         """Encode parts of texts, in turn with the shared batches."""
         work = self._models.in_lane(lambda: self._models.student.encode_chunks(texts, with_tokens=with_tokens))
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return self._stop.result(work, self._loop)
 
     def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
         """The student's projections."""
@@ -407,7 +410,7 @@ class StudentLane(ForwardingStudent):
         instruction: str | None = None,
     ) -> EncodedTexts:
         work = self._models.encode(texts, kind, instruction=instruction, bounded=False)
-        done = asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        done = self._stop.result(work, self._loop)
         if advance is not None:
             advance(len(texts))
         return EncodedTexts(done.vectors, done.truncated, sum(done.num_tokens), done.num_tokens)

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ from d2llm.server.settings import ServeSettings
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
 _TICKS_PER_CHECK = 5
+_LAST_SECONDS = 4.0  # after the limit of a shutdown, for work that is told to stop
 _Handler = Callable[[int, FrameType | None], object]
 State = Literal["starting", "ready", "broken", "stopping"]
 
@@ -36,6 +38,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self.state: State = "starting"
         self.message = "the student and the index are being loaded"
+        self.stop_by: float | None = None  # of ``time.monotonic``, once the server has been told to stop
 
     def become(self, state: State, message: str = "") -> None:
         """Change the state."""
@@ -96,6 +99,8 @@ def run_app(
 ) -> None:
     """Serve until SIGTERM or SIGINT; then finish accepted requests, within ``shutdown_seconds``.
 
+    The process is this server's: it ends at that limit and a few seconds, even if a thread does not.
+
     Args:
         app: the application.
         settings: settings of the server.
@@ -119,7 +124,7 @@ def run_app(
         forwarded_allow_ips=list(settings.trusted_proxies),
         timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
     )
-    server = _Server(config, settings.request_seconds, on_hangup)
+    server = _Server(config, settings, lifecycle, on_hangup)
 
     async def serve() -> None:
         watching = asyncio.create_task(_watch(server, lifecycle, on_ready))
@@ -148,6 +153,15 @@ async def _watch(server: _Server, lifecycle: Lifecycle, on_ready: Callable[[], N
         on_ready()
 
 
+def _end_process() -> None:
+    """End the process as it is: what an index has committed stays, and the system frees its lock."""
+    _log.error("the time to stop is over and work is still under way; the process ends without it")
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    sys.stdout.flush()
+    os._exit(0)
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, but a requested stop exits with success, and SIGHUP is handled.
 
@@ -156,11 +170,17 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, request_seconds: float, on_hangup: Callable[[], Awaitable[object]]
+        self,
+        config: uvicorn.Config,
+        settings: ServeSettings,
+        lifecycle: Lifecycle,
+        on_hangup: Callable[[], Awaitable[object]],
     ) -> None:
         super().__init__(config)
         self.failure: str | None = None
-        self._request_seconds = request_seconds
+        self._request_seconds = settings.request_seconds
+        self._shutdown_seconds = settings.shutdown_seconds
+        self._lifecycle = lifecycle
         self._waiting: dict[Any, tuple[tuple[object, int], float]] = {}
         self._on_hangup = on_hangup
         self._tasks: set[asyncio.Task[None]] = set()  # keeps references, since the event loop holds only weak ones
@@ -194,7 +214,7 @@ class _Server(uvicorn.Server):
             yield
             return
         loop = asyncio.get_running_loop()
-        handlers: dict[int, _Handler] = {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
+        handlers: dict[int, _Handler] = {signal.SIGINT: self._end, signal.SIGTERM: self._end}
         if hasattr(signal, "SIGHUP"):
             handlers[signal.SIGHUP] = lambda _number, _frame: loop.call_soon_threadsafe(self._begin, self._hang_up)
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -203,6 +223,15 @@ class _Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        """Stop in time: a thread that does not end would keep the process, and with it the lock of an index."""
+        if self._lifecycle.stop_by is None:
+            self._lifecycle.stop_by = time.monotonic() + self._shutdown_seconds
+            last = threading.Timer(self._shutdown_seconds + _LAST_SECONDS, _end_process)
+            last.daemon = True
+            last.start()
+        self.handle_exit(number, frame)
 
     def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         task = asyncio.get_running_loop().create_task(work())

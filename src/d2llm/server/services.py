@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
+from d2llm.core.types import Passage
 from d2llm.server.access import no_index, wrong_index
 from d2llm.server.errors import NotFoundError, Problem, ServingError, invalid
 from d2llm.server.index_service import IndexService
@@ -179,6 +180,22 @@ def few_enough(number: int, limits: ServeSettings, name: str) -> None:
             "max_texts); send them in parts",
             name,
         )
+
+
+def few_enough_characters(documents: Iterable[Passage], limits: ServeSettings, name: str) -> None:
+    """Check the lengths of documents, which are split, against the server's limit.
+
+    Raises:
+        ServingError: 400, a document has too many characters.
+    """
+    for place, document in enumerate(documents):
+        if len(document.text) > limits.max_document_chars:
+            where = f"{name}.{place}.text"
+            raise invalid(
+                f"{where}: {len(document.text):,} characters; this server splits texts of up to "
+                f"{limits.max_document_chars:,} (max_document_chars); send it in parts",
+                where,
+            )
 
 
 def short_enough(texts: Sequence[str], limits: ServeSettings, name: str) -> None:

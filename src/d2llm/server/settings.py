@@ -149,6 +149,9 @@ class ServeSettings(BaseModel):
     )
     max_texts: Count = Field(default=2_048, description="Maximum number of texts, or files, per request.")
     max_text_chars: Count = Field(default=100_000, description="Maximum length of a text and its title, in characters.")
+    max_document_chars: Count = Field(
+        default=4_000_000, description="Maximum length of a document, which is split into passages, in characters."
+    )
     max_top_k: Count = Field(default=1_000, description="Maximum number of passages per answer.")
     max_num_candidates: Count = Field(default=10_000, description="Maximum number of candidates per search.")
     max_context_tokens: Count = Field(default=32_000, description="Maximum number of tokens of a context.")

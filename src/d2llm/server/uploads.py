@@ -17,8 +17,10 @@ from d2llm.core.extras import require
 from d2llm.core.types import Passage
 from d2llm.data.documents import DocumentFile, DocumentFiles, SkippedFile
 from d2llm.data.file_contents import SUFFIXES
+from d2llm.data.parser_workers import TextLimits
 from d2llm.server.errors import Problem, ServingError, invalid, shortened
 from d2llm.server.settings import ServeSettings
+from d2llm.server.stopping import Stop
 
 FILES_PATH = "/v1/files"
 FORM_TYPE = "multipart/form-data"
@@ -63,21 +65,27 @@ class Upload(list[Passage]):
     skipped: Sequence[SkippedFile] = ()
 
 
-def documents_of(body: bytes, content_type: str, limits: ServeSettings) -> Upload:
+def documents_of(body: bytes, content_type: str, limits: ServeSettings, stop: Stop | None = None) -> Upload:
     """The documents of all files of a form, as ``data.documents`` reads them from a folder.
 
     Raises:
         ServingError: 415 if the body is not a form; 400 if it has no files, or if a file cannot be read (which the
-            message names).
+            message names), or has too much text; 503 if this is to ``stop``.
     """
+    most, num_chars, stop = _MOST_UNPACKED * limits.max_body_bytes, 0, stop or Stop()
     with TemporaryDirectory() as folder:
-        files = DocumentFiles(_stored(_files_of(body, content_type, limits), Path(folder), limits))
+        stored = _stored(_files_of(body, content_type, limits), Path(folder), limits)
+        files = DocumentFiles(stored, text_limits=TextLimits(limits.max_document_chars, most))
         if not files.files:
             raise invalid("the form has no file; send one or more in the field 'file'", "file")
         upload = Upload()
         try:
-            for read in files.by_file():
+            for read in stop.between(files.by_file()):
                 upload += read.documents
+                num_chars += sum(len(document.text) for document in read.documents)
+                if num_chars > most:
+                    problem = f"with {read.file.id}, the files have more than {most:,} characters; send fewer at a time"
+                    raise invalid(problem, "file")
                 upload.is_corpus = upload.is_corpus and read.is_corpus
                 if _unread(files):
                     break
