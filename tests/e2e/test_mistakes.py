@@ -122,7 +122,7 @@ CORPUS = {
     "a damaged table": (lambda w: w.upsert("c.parquet", "PAR1"), "none of the 1 files", "c.parquet: it cannot be"),
     "an empty PDF": (lambda w: w.upsert("c.pdf", ""), "none of the 1 files could be read", "c.pdf: it is empty"),
     "misspelt field": (
-        lambda w: w.upsert("c.jsonl", '{"_idd": "a", "text": "x"}'),
+        lambda w: w.upsert("corpus.jsonl", '{"_idd": "a", "text": "x"}'),
         "c.jsonl:1: field '_id' is missing; fields found: '_idd', 'text'",
     ),
     "no text": (

@@ -7,7 +7,8 @@ a list of its letters.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,7 +27,7 @@ def strings_of(values: Iterable[str] | str, name: str) -> list[str]:
     """
     strings = _listed(values, name, str)
     for place, value in enumerate(strings):
-        check_string(value, name if isinstance(values, str) else f"{name}[{place}]")
+        _check_strings(place, value, name=name)
     return cast("list[str]", strings)
 
 
@@ -42,12 +43,15 @@ def texts_of(values: Iterable[str], name: str = "texts") -> list[str]:
 
 
 def stream_of_texts(values: Iterable[str], name: str) -> Iterator[str]:
-    """``texts_of`` for texts that are never in memory together."""
-    if isinstance(values, str | bytes | Mapping):
-        texts_of(cast("Iterable[str]", values), name)
-    for place, value in enumerate(values):
-        check_string(value, f"{name}[{place}]")
-        yield value
+    """``texts_of`` for texts that are never in memory together; what is no list is refused at once."""
+    if isinstance(values, str):
+        texts_of(values, name)
+    return _checked(_iterable(values, name), partial(_check_strings, name=name))
+
+
+def stream_of_objects(values: Iterable[_Item], name: str, kind: type[Any]) -> Iterator[_Item]:
+    """``objects_of`` for objects that are never in memory together, but for lists only."""
+    return _checked(_iterable(values, name), partial(_check_kinds, name=name, kinds=(kind,)))
 
 
 def pairs_of(values: Iterable[tuple[str, str]], name: str) -> tuple[tuple[str, str], ...]:
@@ -87,10 +91,7 @@ def objects_of(values: Iterable[_Item] | _Item, name: str, kind: type[Any] | tup
     kinds = kind if isinstance(kind, tuple) else (kind,)
     objects = _listed(values, name, *kinds)
     for place, value in enumerate(objects):
-        if not isinstance(value, kinds):
-            raise InputError(
-                f"{name}[{place}] is {shown(value)}, but must be a {' or '.join(each.__name__ for each in kinds)}"
-            )
+        _check_kinds(place, value, name=name, kinds=kinds)
     return cast("list[_Item]", objects)
 
 
@@ -116,9 +117,36 @@ def shown(value: object) -> str:
     return f"{text if len(text) <= _SHOWN else text[:_SHOWN] + '...'} ({type(value).__name__})"
 
 
+def list_of(values: Iterable[_Item], name: str) -> list[_Item]:
+    """A list of anything, without a check of its entries.
+
+    Raises:
+        InputError: the values cannot be listed.
+    """
+    return list(_iterable(values, name))
+
+
 def _listed(values: object, name: str, *kinds: type[Any]) -> list[Any]:
-    if isinstance(values, kinds):
-        return [values]
+    return [values] if isinstance(values, kinds) else list(_iterable(values, name))
+
+
+def _iterable(values: object, name: str) -> Iterable[Any]:
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise InputError(f"{name} is {shown(cast(object, values))}; give a list")
-    return list(cast("Iterable[Any]", values))
+    return cast("Iterable[Any]", values)
+
+
+def _checked(values: Iterable[_Item], check: Callable[[int, object], None]) -> Iterator[_Item]:
+    for place, value in enumerate(values):
+        check(place, value)
+        yield value
+
+
+def _check_strings(place: int, value: object, *, name: str) -> None:
+    check_string(value, f"{name}[{place}]")
+
+
+def _check_kinds(place: int, value: object, *, name: str, kinds: tuple[type[Any], ...]) -> None:
+    if not isinstance(value, kinds):
+        names = " or ".join(each.__name__ for each in kinds)
+        raise InputError(f"{name}[{place}] is {shown(value)}, but must be a {names}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.extras import require
+from d2llm.core.inputs import strings_of
 from d2llm.core.types import RankedPassage, Task
 from d2llm.integrations.filters import all_of, dictionary_condition, llama_index_condition, one_of
 from d2llm.integrations.texts import (
@@ -193,9 +194,9 @@ class D2LLMRetriever(BaseRetriever):
 
 
 def _ids(name: str, ids: Sequence[str]) -> list[str]:
-    if isinstance(ids, str) or not all(isinstance(each, str) for each in cast("Sequence[object]", ids)):
+    if isinstance(ids, str):
         raise InputError(f"{name} is {ids!r:.60}; give a list of texts")
-    return list(ids)
+    return strings_of(ids, name)
 
 
 def _of_documents(ids: list[str]) -> str:

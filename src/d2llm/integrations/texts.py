@@ -180,7 +180,7 @@ def require_texts(texts: Sequence[str]) -> None:
     Raises:
         InputError: it is a single text, or something is not a text.
     """
-    if isinstance(texts, str):
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         texts_of(texts)
     for text in texts:
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may pass anything

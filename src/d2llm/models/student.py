@@ -24,7 +24,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
-from d2llm.core.inputs import strings_of, texts_of
+from d2llm.core.inputs import stream_of_objects, strings_of, texts_of
 from d2llm.core.manifest import write_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, Task, WholeText
@@ -328,7 +328,7 @@ class Student(VectorScorer):
         """Tokens, including padding, that one core or an accelerator encodes at a time."""
         return tokens_to_read(self.device, self.backbone.state_size)
 
-    def evidence_weights(self, task: Task, *, stored: Collection[PartKind] = PART_KINDS) -> EvidenceWeights:
+    def evidence_weights(self, task: Task, *, stored: Collection[PartKind] | PartKind = PART_KINDS) -> EvidenceWeights:
         """The weights of the terms that an index adds to the score of the vectors; empty if it adds none.
 
         ``stored`` are the parts of passages whose vectors the index has.
@@ -374,6 +374,7 @@ class Student(VectorScorer):
         Raises:
             InputError: this student was trained already, or there are too few passages.
         """
+        passages = texts_of(passages, "passages")
         if not self.pooling.is_fitted_to_passages:
             return
         if self._saved_fingerprint is not None:
@@ -533,9 +534,10 @@ class Student(VectorScorer):
 
         ``with_tokens``: also those of the chunks' tokens, which this student must have.
         """
+        chunks = stream_of_objects(texts, "texts", tuple)
         projection = self._require_projection() if with_tokens else None
         with inference(self):
-            return ChunkReader(self.backbone, self.pooling, self.pool, projection).encode(texts)
+            return ChunkReader(self.backbone, self.pooling, self.pool, projection).encode(chunks)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out compiled and cast weights: a copy casts its weights itself and encodes with torch."""

@@ -121,11 +121,12 @@ def build_ann(
         IndexMismatchError: another student made the index.
     """
     begin = time.perf_counter()
+    texts = None if queries is None else [query.text for query in queries_of(queries)]
     view = PassageView(store)
     base = _checked(view, student, recall, depth)
     random = np.random.default_rng(seed)
     live = view.live_rows()
-    tuning = _tuning_queries(view, student, queries, live, random)
+    tuning = _tuning_queries(view, student, texts, live, random)
     num_lists = num_lists or default_num_lists(len(live))
     with progress_bar("building", len(live) + len(tuning.anchors)) as advance:
         index = _trained(view, live, num_lists, random)
@@ -200,14 +201,13 @@ def _checked(view: PassageView, student: SearchStudent, recall: float, depth: in
 def _tuning_queries(
     view: PassageView,
     student: SearchStudent,
-    queries: Iterable[QueryLike] | QueryLike | None,
+    texts: Sequence[str] | None,
     live: NDArray[np.int64],
     random: np.random.Generator,
 ) -> _TuningQueries:
-    if queries is None:
+    if texts is None:
         own = np.sort(random.choice(live, min(NUM_QUERIES, len(live)), replace=False))
         return _TuningQueries(student.anchor_queries(view.vectors(own), view.task), own)
-    texts = [query.text for query in queries_of(queries)]
     if not texts:
         raise InputError("the list of queries is empty; give some, or omit it to use passages as queries")
     chosen = random.choice(len(texts), min(NUM_QUERIES, len(texts)), replace=False)

@@ -20,7 +20,7 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError, TrainingDivergedError
-from d2llm.core.inputs import shown
+from d2llm.core.inputs import list_of, shown
 from d2llm.core.progress import ignore, progress_bar
 from d2llm.core.types import TASKS, Query, Task
 from d2llm.data.beir import Dataset
@@ -70,7 +70,8 @@ def judged_sets(judged: Sequence[JudgedSet] | JudgedSet) -> list[JudgedSet]:
     Raises:
         InputError: something is not a data set with its task.
     """
-    entries: list[Any] = [judged] if len(judged) == 2 and isinstance(judged[1], str) else list(judged)
+    is_one = isinstance(judged, tuple) and len(judged) == 2 and isinstance(judged[1], str)
+    entries: list[Any] = [judged] if is_one else list_of(judged, "judged")
     for place, entry in enumerate(entries):
         if not isinstance(entry, tuple) or len(cast("tuple[Any, ...]", entry)) != 2 or entry[1] not in TASKS:
             raise InputError(f"judged[{place}] is {shown(entry)}; give a data set with its task: (dataset, task)")

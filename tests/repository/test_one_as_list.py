@@ -1,0 +1,480 @@
+"""Every public function that takes a list reads one string, path or object as a list of one, or refuses it.
+
+The first test walks the public interface (d2llm's public names and their methods, and the adapters), so that a new
+argument that is a list needs a case here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pytest
+from pydantic import BaseModel, ValidationError
+
+import d2llm
+import d2llm.integrations
+from d2llm import (
+    Assignment,
+    Contenders,
+    Dataset,
+    EvaluationSettings,
+    Expansion,
+    Fit,
+    FitSettings,
+    Index,
+    ListwiseReader,
+    Passage,
+    Run,
+    SearchSettings,
+    Student,
+    TeacherConfig,
+)
+from d2llm.core.errors import D2LLMError, InputError
+from d2llm.core.recipe import BackboneConfig
+from d2llm.data.trec import TrecRun
+from d2llm.models.backbone import Backbone
+from d2llm.models.writers.writer import WrittenQueries
+from e2e.command_line import write_data
+from fake_models import FakeStudent, FakeTeacher
+from tiny_data import everyday
+from tiny_models import tiny_student_config, write_tiny_model, write_trained_student
+
+LIST = re.compile(r"\b(Iterable|Iterator|Sequence|Collection|list|tuple|set|frozenset|List|Tuple|Set)\[")
+RESULTS = {
+    "AnswerContext",
+    "Excerpt",
+    "Explanation",
+    "PairDataset",
+    "RankedPassage",
+    "Ranking",
+}
+"""Classes that d2llm makes and callers read."""
+OTHERS = {
+    "Backbone.pad.ids": "rows of numbers",
+    "Backbone.states_at.depths": "numbers",
+    "Dataset.issues": "made by readers of data sets",
+    "Index.upsert.readers": "workers, not a list",
+    "Index.upsert_documents.readers": "workers, not a list",
+    "ListwiseReader.rank.vectors": "arrays",
+    "ListwiseReader.step_logits.orders": "rows of numbers",
+    "Student.encode_tokens.ids": "rows of numbers",
+    "langchain.D2LLMRetriever.tags": "LangChain's own, checked by pydantic",
+    "llama_index.D2LLMRetriever.objects": "LlamaIndex's own",
+}
+
+
+def parameters(function: Any, name: str) -> Iterator[str]:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some classes in C have none
+        return
+    for parameter in signature.parameters.values():
+        if LIST.search(str(parameter.annotation)):
+            yield f"{name}.{parameter.name}"
+
+
+def own_methods(cls: type) -> dict[str, Any]:
+    """The methods that d2llm defines, also in base classes, but not those of other libraries."""
+    classes = [each for each in reversed(cls.__mro__) if each.__module__.startswith("d2llm")]
+    return {name: member for each in classes for name, member in vars(each).items()}
+
+
+def walk() -> set[str]:
+    objects: dict[str, Any] = {name: getattr(d2llm, name) for name in d2llm.__all__}
+    for module in pkgutil.iter_modules(d2llm.integrations.__path__):
+        loaded = importlib.import_module(f"d2llm.integrations.{module.name}")
+        if module.name in {"texts", "filters", "mteb_tasks"}:  # what the adapters share
+            continue
+        for name, value in vars(loaded).items():
+            if not name.startswith("_") and getattr(value, "__module__", "") == loaded.__name__:
+                objects[f"{module.name}.{name}"] = value
+    found: set[str] = set()
+    for name, value in objects.items():
+        if name in RESULTS or not callable(value):
+            continue
+        if not (inspect.isclass(value) and issubclass(value, BaseModel) and not name.count(".")):
+            found.update(parameters(value, name))
+        for method, function in own_methods(value).items() if inspect.isclass(value) else ():
+            plain = getattr(function, "__func__", function)
+            if not method.startswith("_") and inspect.isfunction(plain):
+                found.update(parameters(plain, f"{name}.{method}"))
+    return found
+
+
+class FakeWriter:
+    """Writes nothing but the query in capitals."""
+
+    fingerprint = "fake-writer"
+
+    def write(self, assignments: Any, *, advance: Any = None) -> list[WrittenQueries]:
+        return [WrittenQueries((each.passage.upper(),), 1, 1) for each in assignments]
+
+
+@dataclass
+class World:
+    """What the calls need; each is made when it is first used. ``new`` is an empty folder for each call."""
+
+    root: Path
+    number: int = 0
+
+    def new(self) -> Path:
+        self.number += 1
+        return self.root / f"new-{self.number}"
+
+    @cached_property
+    def fake(self) -> FakeStudent:
+        return FakeStudent()
+
+    def index(self) -> Index:
+        index = Index.create(self.new(), self.fake)
+        index.upsert([Passage(f"{n}", f"the text {n}", document_id=f"d{n % 2}") for n in (1, 2, 12)])
+        return index
+
+    @cached_property
+    def student_folder(self) -> Path:
+        return write_trained_student(self.root / "trained")
+
+    @cached_property
+    def student(self) -> Student:
+        return Student.load(self.student_folder, device="cpu", dtype="float32")
+
+    @cached_property
+    def data(self) -> Path:
+        return write_data(self.root / "data")
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return d2llm.read_beir(self.data)
+
+    @cached_property
+    def reader(self) -> ListwiseReader:
+        model = write_tiny_model(self.root / "reader")
+        backbone = Backbone.load(BackboneConfig(model=str(model)), device="cpu", dtype="float32")
+        return ListwiseReader(backbone, 6, "a-student", steps=2).eval()
+
+    @cached_property
+    def texts_folder(self) -> Path:
+        folder = self.root / "texts"
+        folder.mkdir()
+        for name in ("12.md", "1.md", "2.txt"):
+            (folder / name).write_text(f"# A title\n\nThe text of {name}.\n")
+        return folder
+
+    def run(self) -> Run:
+        recipe = d2llm.Recipe(
+            student=tiny_student_config(write_tiny_model(self.new())), data=({"path": str(self.data)},)
+        )
+        return Run(recipe, self.new())
+
+
+def adapter(name: str) -> Any:
+    pytest.importorskip({"sentence_transformers": "sentence_transformers"}.get(name, name))
+    return importlib.import_module(f"d2llm.integrations.{name}")
+
+
+def langchain(name: str) -> Any:
+    pytest.importorskip("langchain_core")
+    return getattr(importlib.import_module("d2llm.integrations.langchain"), name)
+
+
+def haystack(name: str, world: World) -> Any:
+    return getattr(adapter("haystack"), name)(str(world.student_folder), device="cpu")
+
+
+def llama_index(world: World, **options: Any) -> Any:
+    pytest.importorskip("llama_index.core")
+    retriever = importlib.import_module("d2llm.integrations.llama_index").D2LLMRetriever
+    return [each.node.node_id for each in retriever(world.index(), **options).retrieve("text")]
+
+
+def document_of_langchain() -> Any:
+    pytest.importorskip("langchain_core")
+    return importlib.import_module("langchain_core.documents").Document(page_content="a text")
+
+
+def document_of_haystack() -> Any:
+    pytest.importorskip("haystack")
+    return importlib.import_module("haystack").Document(id="1", content="a text")
+
+
+def mteb_model(world: World) -> Any:
+    pytest.importorskip("mteb")
+    return adapter("mteb").load_mteb_model(world.student_folder, device="cpu", work_folder=world.new())
+
+
+def mteb_place(**changes: Any) -> dict[str, Any]:
+    """What mteb gives with every call."""
+    from integrations.test_mteb import describe
+
+    place = {"task_metadata": describe("Local", "Retrieval", "ndcg_at_10"), "hf_split": "test", "hf_subset": "default"}
+    return {name: value for name, value in (place | {"encode_kwargs": {}} | changes).items() if value is not None}
+
+
+def mteb_search(world: World, queries: Any, **options: Any) -> Any:
+    model = mteb_model(world)
+    model.index([{"id": "12", "text": "a text"}, {"id": "1", "text": "another"}], **mteb_place())
+    return model.search(queries, top_k=2, **mteb_place(), **options)
+
+
+def deleted(world: World, method: str, ids: Any) -> Any:
+    index = world.index()
+    return getattr(index, method)(ids), index.list_passages()
+
+
+def upserted(world: World, method: str, passages: Any) -> Any:
+    index = world.index()
+    if method == "upsert_documents":
+        index = Index.create(world.new(), world.student)
+    getattr(index, method)(passages)
+    return [dataclasses.replace(each) for each in index.get(index.list_passages())]
+
+
+One = Callable[[World], Any]
+Call = Callable[[World, Any], Any]
+CASES: dict[str, tuple[One, Call]] = {
+    "Assignment.examples": (lambda _: "ab", lambda _, v: Assignment("a passage", "question", examples=v)),
+    "Backbone.first_own_tokens.texts": (lambda _: "ab", lambda w, v: w.student.backbone.first_own_tokens(v, "")),
+    "Backbone.tokenize.texts": (lambda _: "ab", lambda w, v: w.student.backbone.tokenize(v, "query")),
+    "Contenders.notes": (lambda _: "ab", lambda w, v: Contenders(w.fake, notes=v).notes),
+    "Contenders.runs": (
+        lambda _: TrecRun("ab", {"q": ("p",)}, {"q": {"p": 1.0}}),
+        lambda w, v: Contenders(w.fake, runs=v).runs,
+    ),
+    "Dataset.relevant_passages.splits": (lambda _: "train", lambda w, v: w.dataset.relevant_passages(v)),
+    "Dataset.unshared_positives.others": (lambda _: "dev", lambda w, v: w.dataset.unshared_positives("train", v)),
+    "EvaluationSettings.stored_as": (lambda _: "int8", lambda _, v: EvaluationSettings(stored_as=v)),
+    "Expansion.expand.queries": (
+        lambda _: "ab",
+        lambda _, v: [each.texts for each in Expansion(FakeWriter()).expand(v)],
+    ),
+    "Fit.documents": (lambda w: w.texts_folder, lambda w, v: Fit(v, w.root / "fit").documents),
+    "FitSettings.examples": (lambda _: "ab", lambda _, v: FitSettings(examples=v)),
+    "FitSettings.exclude": (lambda _: "ab", lambda _, v: FitSettings(exclude=v).exclude),
+    "Index.add.passages": (lambda _: Passage("ab", "a text"), lambda w, v: upserted(w, "add", v)),
+    "Index.around.results": (
+        lambda w: w.index().search("text")[0].passages[0],
+        lambda w, v: [each.passages for each in w.index().around(v)],
+    ),
+    "Index.build_ann.queries": (lambda _: "ab", lambda w, v: w.index().build_ann(queries=v)),
+    "Index.delete.ids": (lambda _: "12", lambda w, v: deleted(w, "delete", v)),
+    "Index.delete_documents.ids": (lambda _: "d1", lambda w, v: deleted(w, "delete_documents", v)),
+    "Index.get.ids": (lambda _: "12", lambda w, v: w.index().get(v)),
+    "Index.measure_error.queries": (lambda _: "ab", lambda w, v: w.index().measure_error(FakeTeacher(), v)),
+    "Index.missing.ids": (lambda _: "34", lambda w, v: w.index().missing(v)),
+    "Index.search.queries": (
+        lambda _: "text 12",
+        lambda w, v: [[each.passage.id for each in one.passages] for one in w.index().search(v)],
+    ),
+    "Index.upsert.passages": (lambda _: Passage("ab", "a text"), lambda w, v: upserted(w, "upsert", v)),
+    "Index.upsert_documents.documents": (
+        lambda _: Passage("ab", "a text"),
+        lambda w, v: upserted(w, "upsert_documents", v),
+    ),
+    "ListwiseReader.rank.queries": (
+        lambda _: "a",
+        lambda w, v: [each.order for each in w.reader.rank(v, [np.eye(3, 6, dtype=np.float32)])],
+    ),
+    "ListwiseReader.step_logits.queries": (
+        lambda _: "a",
+        lambda w, v: w.reader.step_logits(v, np.eye(3, 6, dtype=np.float32)[None], [[0, 1]]),
+    ),
+    "Run.ablate.variants": (lambda _: "gone", lambda w, v: w.run().ablate(v)),
+    "Run.data": (lambda w: f"data={w.data}", lambda w, v: Run(w.run().recipe, w.root / "run", data=v).recipe.data),
+    "Run.filter.closed": (lambda _: "data", lambda w, v: w.run().filter(v)),
+    "Run.stack.members": (lambda _: TeacherConfig(model="gone"), lambda w, v: w.run().stack(v)),
+    "SearchSettings.sources": (lambda _: "bm25", lambda _, v: SearchSettings(sources=v)),
+    "Student.encode_chunks.texts": (lambda _: "ab", lambda w, v: w.student.encode_chunks(v)),
+    "Student.encode_passages.texts": (lambda _: "ab", lambda w, v: w.student.encode_passages(v).vectors),
+    "Student.encode_queries.texts": (lambda _: "ab", lambda w, v: w.student.encode_queries(v).vectors),
+    "Student.encode_with_tokens.texts": (lambda _: "ab", lambda w, v: w.student.encode_with_tokens(v, "query")),
+    "Student.evidence_weights.stored": (
+        lambda _: "window",
+        lambda w, v: w.student.evidence_weights("asymmetric", stored=v),
+    ),
+    "Student.fit_pooling.passages": (lambda _: "ab", lambda w, v: w.student.fit_pooling(v)),
+    "Student.term_factors.queries": (lambda _: "ab", lambda w, v: w.student.term_factors(v)),
+    "Student.term_states.queries": (lambda _: "ab", lambda w, v: w.student.term_states(v)),
+    "Student.tokenize.texts": (lambda _: "ab", lambda w, v: w.student.tokenize(v, "query").ids),
+    "distill_static.passages": (
+        lambda _: "ab",
+        lambda w, v: d2llm.distill_static(w.student.backbone, v, w.new(), smoothing=0.001),
+    ),
+    "encode.corpus": (
+        lambda _: Passage("ab", "a text"),
+        lambda w, v: d2llm.encode(v, w.fake, w.new()).num_passages,
+    ),
+    "evaluate.indexes": (
+        lambda w: w.root / "gone",
+        lambda w, v: d2llm.evaluate(w.dataset, Contenders(w.fake), indexes=v),
+    ),
+    "find_documents.exclude": (
+        lambda _: "*.md",
+        lambda w, v: [each.id for each in d2llm.find_documents([w.texts_folder], exclude=v).files],
+    ),
+    "find_documents.paths": (
+        lambda w: str(w.texts_folder),
+        lambda _, v: [each.id for each in d2llm.find_documents(v).files],
+    ),
+    "fit.documents": (lambda w: w.root / "gone", lambda w, v: d2llm.fit(v, w.root / "fit-of-nothing")),
+    "fit_evidence.judged": (
+        lambda _: (everyday(), "asymmetric"),
+        lambda w, v: d2llm.fit_evidence(w.student, v).model_dump(),
+    ),
+    "fit_evidence.terms": (
+        lambda _: "words",
+        lambda w, v: d2llm.fit_evidence(w.student, [(everyday(), "asymmetric")], terms=v).model_dump(),
+    ),
+    "fit_probabilities.judged": (
+        lambda _: (everyday(), "asymmetric"),
+        lambda w, v: d2llm.fit_probabilities(w.student, v).model_dump(),
+    ),
+    "fit_scores.data": (
+        lambda _: everyday(),
+        lambda w, v: d2llm.fit_scores(w.student, v, "asymmetric", token_vectors=True),
+    ),
+    "fit_tokens.datasets": (lambda _: everyday(), lambda w, v: d2llm.fit_tokens(w.student, v)),
+    "fit_tokens.queries": (
+        lambda _: "gone",
+        lambda w, v: d2llm.fit_tokens(w.student, [w.dataset], queries={w.dataset.name: v}),
+    ),
+    "load_contenders.models": (
+        lambda _: "no-such-model",
+        lambda w, v: d2llm.load_contenders(w.student_folder, with_teacher=False, models=v, device="cpu"),
+    ),
+    "load_contenders.runs": (
+        lambda w: w.root / "gone.run",
+        lambda w, v: d2llm.load_contenders(w.student_folder, with_teacher=False, runs=v, device="cpu"),
+    ),
+    "merge_labels.folders": (lambda w: w.root / "gone", lambda w, v: d2llm.merge_labels(v, w.new())),
+    "open_data.splits": (lambda _: "dev", lambda w, v: d2llm.open_data(w.data, splits=v).qrels),
+    "read_beir.splits": (lambda _: "dev", lambda w, v: d2llm.read_beir(w.data, splits=v).qrels),
+    "read_pairs.splits": (lambda _: "gone", lambda w, v: d2llm.read_pairs(pairs(w), splits=v).splits),
+    "sync_documents.exclude": (
+        lambda _: "*.md",
+        lambda w, v: d2llm.sync_documents(Index.create(w.new(), w.student), [w.texts_folder], exclude=v).num_files,
+    ),
+    "sync_documents.paths": (
+        lambda w: str(w.texts_folder),
+        lambda w, v: d2llm.sync_documents(Index.create(w.new(), w.student), v).num_files,
+    ),
+    "tune_reader.datasets": (lambda _: everyday(), lambda w, v: d2llm.tune_reader(w.student, v, w.root / "reader-out")),
+    "tune_writer.datasets": (lambda _: everyday(), lambda w, v: d2llm.tune_writer(v, w.root / "writer-out")),
+    "haystack.D2LLMDocumentEmbedder.run.documents": (
+        lambda _: document_of_haystack(),
+        lambda w, v: [each.embedding for each in haystack("D2LLMDocumentEmbedder", w).run(v)["documents"]],
+    ),
+    "haystack.D2LLMRanker.run.documents": (
+        lambda _: document_of_haystack(),
+        lambda w, v: [each.score for each in haystack("D2LLMRanker", w).run("a", v)["documents"]],
+    ),
+    "langchain.D2LLMEmbeddings.embed_documents.texts": (
+        lambda _: "ab",
+        lambda w, v: langchain("D2LLMEmbeddings")(w.student).embed_documents(v),
+    ),
+    "langchain.D2LLMReranker.compress_documents.documents": (
+        lambda _: document_of_langchain(),
+        lambda w, v: len(langchain("D2LLMReranker")(student=w.student).compress_documents(v, "a")),
+    ),
+    "llama_index.D2LLMRetriever.doc_ids": (lambda _: "d0", lambda w, v: llama_index(w, doc_ids=v)),
+    "llama_index.D2LLMRetriever.node_ids": (lambda _: "12", lambda w, v: llama_index(w, node_ids=v)),
+    "mteb.D2LLMModel.encode.inputs": (
+        lambda _: {"text": "ab"},
+        lambda w, v: mteb_model(w).encode(v, **mteb_place(encode_kwargs=None)),
+    ),
+    "mteb.D2LLMModel.index.corpus": (
+        lambda _: {"id": "12", "text": "a text"},
+        lambda w, v: mteb_model(w).index(v, **mteb_place()),
+    ),
+    "mteb.D2LLMModel.search.queries": (lambda _: {"id": "q", "text": "a text"}, mteb_search),
+    "mteb.D2LLMModel.search.top_ranked": (
+        lambda _: "12",
+        lambda w, v: mteb_search(w, [{"id": "q", "text": "a text"}], top_ranked={"q": v}),
+    ),
+    "sentence_transformers.StudentCrossEncoder.rank.documents": (
+        lambda _: "ab",
+        lambda w, v: adapter("sentence_transformers").StudentCrossEncoder(w.student).rank("a", v),
+    ),
+    "sentence_transformers.StudentModule.preprocess.inputs": (
+        lambda _: "ab",
+        lambda w, v: adapter("sentence_transformers").StudentModule(w.student).preprocess(v)["input_ids"],
+    ),
+}
+
+
+def pairs(world: World) -> Path:
+    path = world.root / "train.jsonl"
+    path.write_text('{"sentence1": "a", "sentence2": "b", "label": "1"}\n')
+    return path
+
+
+def test_every_list_of_the_public_interface_has_a_case():
+    for name in ("haystack", "langchain_core", "llama_index.core", "mteb", "sentence_transformers"):
+        pytest.importorskip(name)
+    assert walk() == {*CASES, *OTHERS}
+
+
+@pytest.fixture(autouse=True)
+def unchecked_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types are checked in tests alone; what a user's call does is tried without that."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def outcome(call: Call, world: World, value: Any) -> Any:
+    """The result as plain values, or the error's type and message."""
+    try:
+        result = call(world, value)
+    except D2LLMError as error:
+        return type(error), re.sub(r"new-\d+", "new", str(error))
+    if hasattr(result, "tolist"):
+        return result.tolist()
+    return repr(result)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_value_is_a_list_of_one_or_refused(name: str, world: World):
+    make, call = CASES[name]
+    one = make(world)
+    alone = outcome(call, world, one)
+    refused = isinstance(alone, tuple) and alone[0] is InputError and " a list" in alone[1]
+    assert refused or alone == outcome(call, world, [one])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.rpartition(".")[2] not in ("corpus",)])
+def test_what_is_no_list_is_refused_by_name(name: str, world: World):
+    """A number, or bytes, which would be read as numbers."""
+    _, call = CASES[name]
+    for wrong in (7, b"12"):
+        kind, message = outcome(call, world, wrong)
+        assert kind is InputError
+        assert " a list" in message or "but must be" in message, message
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        (getattr(d2llm, name), field)
+        for name in d2llm.__all__
+        if inspect.isclass(getattr(d2llm, name)) and issubclass(getattr(d2llm, name), BaseModel)
+        for field, info in getattr(d2llm, name).model_fields.items()
+        if LIST.search(str(info.annotation))
+    ],
+)
+def test_lists_of_recipes_refuse_a_string(model: type[BaseModel], field: str):
+    with pytest.raises(ValidationError, match="valid"):
+        model.model_validate({field: "ab"})
