@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from types import SimpleNamespace
+
+from rich.progress import TimeRemainingColumn
 
 from d2llm.core import progress
 from d2llm.core.progress import progress_bar, showing_progress
+from d2llm.core.time_limit import time_limit
 
 
 def logged_lines(caplog, monkeypatch, seconds, total=200, done=0):
@@ -69,3 +73,34 @@ def test_quick_work_shows_no_bar(capsys):
     with showing_progress(True), progress_bar("indexing", 3) as advance:
         advance(3)
     assert capsys.readouterr().err == ""
+
+
+def test_the_time_left_is_at_most_that_until_the_limit(caplog, monkeypatch, capsys):
+    clock = iter([0.0, 40.0])
+    with time_limit(100.0):
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        with caplog.at_level(logging.INFO, "d2llm.remarks"), progress_bar("distilling", 10_000) as advance:
+            advance(1)  # of the rest, 4.6 days would be left
+    assert re.fullmatch(r"distilling: 1 of 10,000 \(0%\) after 40 s, (59|60) s left", caplog.messages[0])
+    caplog.clear()
+    clock = iter([0.0, 40.0])
+    with caplog.at_level(logging.INFO, "d2llm.remarks"), progress_bar("writing", 10_000, seconds=360.0) as advance:
+        advance(1)  # the work ends by itself
+    assert caplog.messages == ["writing: 1 of 10,000 (0%) after 40 s, 5 min left"]
+
+
+def test_a_bar_shows_the_time_until_the_limit(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "BAR_SECONDS", 0.0)
+    with showing_progress(True), progress_bar("distilling", 1_000_000, seconds=3_599.9) as advance:
+        display = progress._display.get()
+        advance(1)
+        [column] = [each for each in display.columns if isinstance(each, TimeRemainingColumn)]
+        [task] = display.tasks
+        assert column.render(task).plain == "0:59:59"
+    with showing_progress(True), progress_bar("distilling", 2) as advance:
+        display = progress._display.get()
+        advance(2)
+        [task] = display.tasks
+        [column] = [each for each in display.columns if isinstance(each, TimeRemainingColumn)]
+        assert column.render(task).plain == "0:00:00"
+    capsys.readouterr()

@@ -174,3 +174,22 @@ def test_a_run_that_is_out_of_time_continues(
     assert work.run(tmp_path / "student").fingerprint == unlimited[0].fingerprint
     steps = [line["step"] for line in log_of(tmp_path / "student") if "loss" in line]
     assert steps == list(range(1, NUM_STEPS + 1))
+
+
+def test_dev_is_measured_less_often_if_that_takes_too_much_of_the_time(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start and the end are measured, whatever it takes."""
+
+    def measured_steps(folder: Path) -> list[int]:
+        return sorted({line["step"] for line in log_of(folder) if "dev" in line and "stage" not in line})
+
+    recipe = work.recipe.model_copy(
+        update={"training": work.recipe.training.model_copy(update={"eval_every": 1, "patience": 100})}
+    )
+    for name, share, expected in (("all", 0.25, NUM_STEPS + 1), ("few", 0.0, 2)):
+        monkeypatch.setattr(loop, "_MEASURING_SHARE", share)
+        with time_limit(3_600.0):
+            work.place.run(tmp_path / name, source=work.source, labels=work.labels, recipe=recipe)
+        steps = measured_steps(tmp_path / name)
+        assert (steps[0], steps[-1], len(steps)) == (0, NUM_STEPS, expected)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from d2llm.core.errors import InputError, OutOfTimeError
@@ -14,9 +15,11 @@ from d2llm.core.manifest import read_manifest
 from d2llm.core.recipe import Recipe
 from d2llm.data.run_folder import is_finished
 from d2llm.fitting.critic import CriticSettings
-from d2llm.fitting.fit import BASE_NAME, Fit, fit, student_for
+from d2llm.fitting.fit import START_NAME, TRAINED_NAMES, Fit, fit, student_for
+from d2llm.fitting.report import verdict_sentence
 from d2llm.fitting.stages import Stages
 from d2llm.models.student import Student
+from d2llm.ops.gating import better
 from d2llm.retrieval.index import Index
 from d2llm.store.side_files import Chunking
 from d2llm.training.mining import ranking
@@ -24,6 +27,8 @@ from d2llm.training.run import Run
 from local_endpoint import local_endpoint
 from tiny_fit import NUM_DOCUMENTS, ask_about_passage, settings_for, write_documents
 from tiny_models import randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
+
+TRAINED = TRAINED_NAMES[False]  # dev has too few queries to fit weights
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +61,55 @@ def test_a_fit_ends_with_everything_in_one_folder(finished):
     assert report.writing.num_queries == 2 * NUM_DOCUMENTS
     assert report.num_kept == sum(report.data["written"].queries.values()) + report.data["written"].num_shared
     names = [row.name for row in report.reports["written"].rows]
-    assert BASE_NAME in names
-    assert "D2LLM" in names
+    assert START_NAME in names
+    assert TRAINED in names
+    assert "D2LLM" not in " ".join(names)
     assert report.verdict is not None
     assert report.kept == ("fitted" if report.verdict.passed else "start")
     assert read_manifest(done.folder.path, "search", 1)["kept"] == report.kept
     assert json.loads(done.folder.report.read_text())["num_kept"] == report.num_kept
     for page in (done.folder.report_page, done.folder.audit_page, done.folder.progress_page):
         assert "</html>" in page.read_text()
+
+
+def test_the_page_says_who_is_who_and_shows_examples_of_the_student_that_is_served(finished):
+    done, report = finished
+    served = TRAINED if report.kept == "fitted" else START_NAME
+    written = report.reports["written"]
+    assert written.subject == served
+    values = {name: written.details.values[name]["nDCG@10"] for name in (served, written.baseline)}
+    gains = dict(zip(written.details.item_ids, np.subtract(*values.values()), strict=True))
+    assert written.details.wins or written.details.losses
+    for example in (*written.details.wins, *written.details.losses):
+        assert example.value - example.baseline_value == pytest.approx(gains[example.id])
+        assert [passage.id for passage in example.top] == [
+            passage_id for passage_id, _ in written.details.rankings[served][example.id][: len(example.top)]
+        ]
+    page = done.folder.report_page.read_text()
+    assert f"{served}: " in page
+    assert "than the one it started from" in page or "different from the one it started from" in page
+
+
+@pytest.mark.parametrize(
+    ("shift", "noise", "sentence", "outcome"),
+    [
+        (0.2, 0.01, "is significantly better than the one it started from", "better"),
+        (-0.2, 0.01, "is significantly worse than the one it started from", "significantly worse"),
+        (0.0, 0.2, "is not significantly different from the one it started from", "not different"),
+    ],
+)
+def test_the_verdict_says_better_worse_or_not_different_with_figures(finished, shift, noise, sentence, outcome):
+    _, report = finished
+    rng = np.random.default_rng(0)
+    before = {str(number): value for number, value in enumerate(rng.uniform(0.4, 0.6, 60).tolist())}
+    after = {name: value + shift + noise * (-1) ** int(name) for name, value in before.items()}
+    judged = replace(report, verdict=better(before, after), kept="fitted" if outcome == "better" else "start")
+    text = verdict_sentence(judged)
+    assert sentence in text
+    first, second = (sum(values.values()) / 60 for values in (before, after))
+    assert f"nDCG@10 {first:.3f} to {second:.3f}, p" in text
+    assert "60 held-out queries" in text
+    assert judged.to_json()["verdict"]["outcome"] == outcome
 
 
 def test_the_corpus_is_encoded_once_for_each_student(finished):
@@ -262,7 +308,8 @@ def test_a_teacher_judges_the_queries_that_the_first_half_of_the_training_change
     assert is_finished(judged / "student")
     assert is_finished(judged / "labels")
     recipe = json.loads((judged / "student" / "manifest.json").read_text())["recipe"]
-    assert recipe["labelling"]["compared_students"] == [str(student), str(own / "student")]
+    [base] = done.folder.work.glob("base-*")
+    assert recipe["labelling"]["compared_students"] == [str(base), str(own / "student")]
     assert recipe["training"]["start"] == str(own / "student")
     assert recipe["losses"]["list_imitation"] > 0
     assert recipe["data"][0]["max_labelled"] >= 1
@@ -300,7 +347,7 @@ def test_with_hardly_any_time_weights_are_fitted_and_nothing_is_encoded_again(st
     done, report, names = fit_anew(student, endpoint, tmp_path, hours=1e-6)
     assert report.kept == "start"
     assert report.num_kept > 0
-    assert names >= {"BM25", "D2LLM"}
+    assert names >= {"BM25", START_NAME}
     assert not any("untuned" in name for name in names)
     assert not (done.folder.measured / "indexes").exists()
     assert any("index the documents took longer" in note for note in report.notes)
@@ -335,7 +382,8 @@ def test_a_student_that_there_is_no_time_to_compare_is_not_kept(student, endpoin
     done, report, names = fit_anew(student, endpoint, tmp_path)
     assert (report.kept, report.verdict) == ("start", None)
     assert any("no time to compare the trained student" in note for note in report.notes)
-    assert BASE_NAME not in names
+    assert START_NAME in names
+    assert TRAINED not in names
     assert not list(done.folder.work.glob("index-*"))
 
 
@@ -355,7 +403,8 @@ def test_a_trained_student_is_compared_even_if_the_time_seems_too_short(
     monkeypatch.setattr(Fit, "_passages_per_second", lambda _: NUM_DOCUMENTS / seconds_of_pass)
     _, report, names = fit_anew(student, endpoint, tmp_path)
     assert (report.verdict is not None) == is_compared
-    assert (BASE_NAME in names) == is_compared
+    assert START_NAME in names
+    assert (TRAINED in names) == is_compared
     assert ("no time to compare the trained student" in " ".join(report.notes)) != is_compared
     assert any("no time to compare with the untuned student" in note for note in report.notes)
 
@@ -371,7 +420,7 @@ def test_the_untuned_student_is_left_out_of_a_comparison_first(student, endpoint
     monkeypatch.setattr(Fit, "compare", slow)
     _, report, names = fit_anew(student, endpoint, tmp_path)
     assert report.verdict is not None
-    assert names >= {BASE_NAME, "BM25", "D2LLM"}
+    assert names >= {START_NAME, "BM25", TRAINED}
     assert not any("untuned" in name for name in names)
     assert report.notes == ("there was no time to compare with the untuned student",)
 
@@ -389,5 +438,5 @@ def test_a_teacher_without_time_leaves_the_student_of_the_first_half(student, en
     critic = CriticSettings(depth=NUM_DOCUMENTS, min_log_odds=-100.0, num_judged=1)
     _, report, names = fit_anew(student, endpoint, tmp_path, teacher=teacher, critic=critic)
     assert any("no time to train on the teacher's judgements" in note for note in report.notes)
-    assert BASE_NAME in names
+    assert START_NAME in names
     assert report.verdict is not None

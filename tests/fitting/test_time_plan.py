@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from d2llm.fitting.time_plan import MIN_TRAINING_SECONDS, MIN_WRITING_SECONDS, plan_time
+from d2llm.core.recipe import DataConfig, StudentConfig
+from d2llm.fitting.recipes import recipe_for_queries
+from d2llm.fitting.time_plan import DEV_SHARE, MIN_TRAINING_SECONDS, MIN_WRITING_SECONDS, plan_time
 
 
 def plan(minutes, num_passages=3_000, rate=100.0, **options):
@@ -89,3 +91,25 @@ def test_a_teacher_takes_a_share_of_the_training():
     assert with_teacher.reviewing > 300
     assert plan(60, has_teacher=True, is_written=True, is_reviewed=True).reviewing == 0
     assert plan(60, has_teacher=True, is_written=True).reviewing > 300  # an earlier call was interrupted
+
+
+@pytest.mark.parametrize("minutes", [6, 12, 30, 480])
+@pytest.mark.parametrize("rate", [14.0, 28.0, 100.0])
+def test_dev_takes_at_most_a_share_of_the_time_for_training(minutes, rate):
+    """Eight evaluations, unless the smallest ones already take more."""
+    result = plan(minutes, num_passages=1_500, rate=rate, has_vectors=True)
+    dev = 8 * min(1_500, result.evaluated) / rate
+    if result.training:
+        assert dev <= 1.2 * DEV_SHARE * result.training or result.evaluated == 200
+        assert result.max_queries * 16 / rate >= 0.5 * result.training  # most is for training
+    assert plan(480).evaluated == 2_000
+
+
+def test_six_minutes_on_a_slow_machine_are_not_spent_on_dev():
+    result = plan(6, num_passages=600, rate=28.0, has_vectors=True)
+    assert result.training > MIN_TRAINING_SECONDS
+    recipe = recipe_for_queries("start", StudentConfig(), [DataConfig(path="written", max_queries=200)], result)
+    assert recipe.training.dev_passages == result.evaluated < 600
+    assert recipe.training.dev_queries == 50
+    long = recipe_for_queries("start", StudentConfig(), [DataConfig(path="written", max_queries=200)], plan(480))
+    assert (long.training.dev_queries, long.training.dev_passages) == (200, 1_000)

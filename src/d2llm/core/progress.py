@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
-from d2llm.core.time_limit import check_time
+from d2llm.core.time_limit import check_time, seconds_left
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, Task, TaskID
 
 
 class Advance(Protocol):
@@ -52,18 +54,21 @@ def showing_progress(show: bool | None) -> Generator[None]:
 
 
 @contextmanager
-def progress_bar(description: str, total: int | None, *, done: int = 0) -> Generator[Advance]:
+def progress_bar(
+    description: str, total: int | None, *, done: int = 0, seconds: float = math.inf
+) -> Generator[Advance]:
     """Show a bar with rate and remaining time on standard error or, without a terminal, log a line twice a minute.
 
     A nested task shows its own bar below the outer one. Work with a time limit (``core.time_limit``) stops where it
-    reports its progress.
+    reports its progress. The remaining time is at most that until the limit.
 
     Args:
         description: what is being done.
         total: number of items; None: unknown, so only the number of finished items is shown.
         done: items that an earlier run finished; they say nothing about this run's rate and remaining time.
+        seconds: the work ends by itself after this time, however many items are finished by then.
     """
-    with _shown(description, total, done) as show:
+    with _shown(description, total, done, min(seconds, seconds_left())) as show:
 
         def advance(count: int, note: str = "", /) -> None:
             show(count, note)
@@ -73,18 +78,21 @@ def progress_bar(description: str, total: int | None, *, done: int = 0) -> Gener
 
 
 @contextmanager
-def _shown(description: str, total: int | None, done: int) -> Generator[Advance]:
-    """Show the progress, as the setting says; yields a function that does not look at the time limit."""
+def _shown(description: str, total: int | None, done: int, limit: float) -> Generator[Advance]:
+    """Show the progress, as the setting says; yields a function that does not look at the time limit.
+
+    ``limit``: how long the work may take, in seconds.
+    """
     show = _setting.get()
     if show is False:
         yield ignore
         return
     if not (sys.stderr.isatty() or show):
-        yield _lines(description, total, done)
+        yield _lines(description, total, done, limit)
         return
     outer = _display.get()
     if outer is not None:  # a terminal has room for only one display
-        task = outer.add_task(description, total=total, completed=done, note="")
+        task = outer.add_task(description, total=total, completed=done, note="", ends=time.monotonic() + limit)
         try:
             yield _advance_of(outer, task)
         finally:
@@ -99,6 +107,17 @@ def _shown(description: str, total: int | None, done: int) -> Generator[Advance]
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class TimeLeftColumn(TimeRemainingColumn):
+        """The time until the work is finished, or until its limit."""
+
+        def render(self, task: Task) -> Text:
+            left = max(0.0, task.fields["ends"] - time.monotonic())
+            needed = task.time_remaining
+            if task.finished or math.isinf(left) or (needed is not None and needed <= left):
+                return super().render(task)
+            return Text(str(timedelta(seconds=int(left))), style="progress.remaining")
 
     columns = (
         TextColumn("{task.description}"),
@@ -106,13 +125,13 @@ def _shown(description: str, total: int | None, done: int) -> Generator[Advance]
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeLeftColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    progress = Progress(*columns, console=Console(stderr=True))
+    progress, ends = Progress(*columns, console=Console(stderr=True)), time.monotonic() + limit
     token = _display.set(progress)
     try:
-        yield _advance_of(progress, progress.add_task(description, total=total, completed=done, note=""))
+        yield _advance_of(progress, progress.add_task(description, total=total, completed=done, note="", ends=ends))
     finally:
         if progress.live.is_started:
             progress.stop()
@@ -132,7 +151,7 @@ def _advance_of(progress: Progress, task: TaskID) -> Advance:
     return advance
 
 
-def _lines(description: str, total: int | None, done: int) -> Advance:
+def _lines(description: str, total: int | None, done: int, limit: float) -> Advance:
     """Log the progress at most every ``LINE_SECONDS``; work that takes less time logs nothing."""
     started = logged = time.monotonic()
     finished = done
@@ -149,7 +168,9 @@ def _lines(description: str, total: int | None, done: int) -> Advance:
         seconds = now - started
         share = ""
         if total:
-            left = f", {_duration(seconds * (total - finished) / (finished - done))} left" if finished > done else ""
+            needed = seconds * (total - finished) / (finished - done) if finished > done else math.inf
+            needed = min(needed, max(0.0, limit - seconds))
+            left = f", {_duration(needed)} left" if math.isfinite(needed) else ""
             share = f" of {total:,} ({finished / total:.0%}) after {_duration(seconds)}{left}"
         _remarks.info("%s: %s%s%s", description, f"{finished:,}", share, f", {remark}" if remark else "")
 

@@ -126,14 +126,23 @@ def pool_labels(scores: Scores, relevant: Relevant) -> tuple[list[float], list[b
 
 
 def examples(
-    ours: System,
-    theirs: System,
+    ours: Mapping[str, Sequence[str]],
+    theirs: Mapping[str, Sequence[str]],
     values: tuple[Mapping[str, float], Mapping[str, float]],
     queries: Mapping[str, Query],
     passages: Mapping[str, Passage],
     relevant: Relevant,
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The queries where ``ours`` wins and loses most; ``values`` are those of both systems in the main measure."""
+    """The queries where a system wins and loses most against another.
+
+    Args:
+        ours: query_id -> passage ids of one system's ranking.
+        theirs: those of the other.
+        values: of both systems, query_id -> the main measure.
+        queries: by id.
+        passages: by id.
+        relevant: query_id -> relevant passage ids.
+    """
     gains = {query_id: values[0][query_id] - values[1][query_id] for query_id in values[0]}
     ordered = sorted(gains, key=lambda query_id: (-gains[query_id], query_id))
 
@@ -150,8 +159,8 @@ def examples(
             value=values[0][query_id],
             baseline_value=values[1][query_id],
             relevant=passages_of(query_id, sorted(relevant[query_id])),
-            top=passages_of(query_id, ours.ids(query_id)),
-            baseline_top=passages_of(query_id, theirs.ids(query_id)),
+            top=passages_of(query_id, ours.get(query_id, ())),
+            baseline_top=passages_of(query_id, theirs.get(query_id, ())),
         )
 
     wins = tuple(example(query_id) for query_id in ordered[:NUM_EXAMPLES] if gains[query_id] > 0)

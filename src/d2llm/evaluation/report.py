@@ -216,6 +216,34 @@ class EvaluationReport:
         """The comparison of a row with the baseline in one measure; None for the baseline itself."""
         return next((each for each in self.comparisons if (each.row, each.measure) == (row, measure)), None)
 
+    def renamed(self, names: Mapping[str, str]) -> EvaluationReport:
+        """The same report with other names of rows: old name -> new name."""
+
+        def new(name: str) -> str:
+            return names.get(name, name)
+
+        def compared(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
+            return tuple(replace(each, row=new(each.row), baseline=new(each.baseline)) for each in comparisons)
+
+        return replace(
+            self,
+            subject=new(self.subject),
+            baseline=new(self.baseline),
+            rows=tuple(replace(each, name=new(each.name)) for each in self.rows),
+            missing=tuple(replace(each, name=new(each.name)) for each in self.missing),
+            sample_rows=tuple(replace(each, name=new(each.name)) for each in self.sample_rows),
+            comparisons=compared(self.comparisons),
+            parts=compared(self.parts),
+            agreement=tuple(replace(each, name=new(each.name)) for each in self.agreement),
+            calibration=tuple(replace(each, name=new(each.name)) for each in self.calibration),
+            histograms=tuple(replace(each, name=new(each.name)) for each in self.histograms),
+            details=replace(
+                self.details,
+                values={new(name): values for name, values in self.details.values.items()},
+                rankings={new(name): rankings for name, rankings in self.details.rankings.items()},
+            ),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-serialisable values, without ``details``."""
         values = asdict(replace(self, details=Details()))

@@ -25,6 +25,7 @@ from d2llm.evaluation.report import (
 from d2llm.evaluation.setting import Contender, Contenders, EvaluationSettings
 from d2llm.evaluation.shortcuts import Shortcuts, measure_shortcuts
 from d2llm.evaluation.systems import (
+    RankedIds,
     RetrievalWork,
     System,
     Trial,
@@ -324,9 +325,10 @@ class _RetrievalFigures:
             """The main measure on the queries that the baseline answered."""
             return {query_id: self._values[name][MAIN_MEASURE][query_id] for query_id in self._query_ids[baseline]}
 
+        theirs = next(system for system in self.systems if system.name == baseline)
         wins, losses = figures.examples(
-            self.subject,
-            next(system for system in self.systems if system.name == baseline),
+            _ranked_ids(self.subject.rankings),
+            _ranked_ids(theirs.rankings),
             (main_values(self.subject.name), main_values(baseline)),
             self.work.dataset.queries,
             self.work.dataset.passages,
@@ -343,3 +345,28 @@ class _RetrievalFigures:
             losses=losses,
             rankings={system.name: system.rankings for system in self.systems},
         )
+
+
+def _ranked_ids(rankings: Mapping[str, RankedIds]) -> dict[str, list[str]]:
+    return {query_id: [passage_id for passage_id, _ in ranking] for query_id, ranking in rankings.items()}
+
+
+def about_row(report: EvaluationReport, name: str, dataset: Dataset) -> EvaluationReport:
+    """The same report, whose subject and examples are another row that answered every query of the baseline."""
+    details, measure = report.details, report.main_measure
+    assert measure is not None
+    assert report.baseline is not None
+    ours, theirs = (
+        dict(zip(details.item_ids, details.values[each][measure], strict=True)) for each in (name, report.baseline)
+    )
+    positives = dataset.positives(report.split)
+    relevant = {query_id: frozenset(positives[query_id]) for query_id in details.item_ids}
+    wins, losses = figures.examples(
+        _ranked_ids(details.rankings[name]),
+        _ranked_ids(details.rankings[report.baseline]),
+        (ours, theirs),
+        dataset.queries,
+        dataset.passages,
+        relevant,
+    )
+    return replace(report, subject=name, details=replace(details, wins=wins, losses=losses))

@@ -12,7 +12,7 @@ from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
 from d2llm.models.teachers.judge import Judge
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
-from d2llm.retrieval.protocols import SearchStudent, TextEncoder, task_for
+from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent, TextEncoder, task_for
 from d2llm.runners.placement import Load
 from d2llm.store.vector_formats import FORMATS
 
@@ -81,7 +81,7 @@ class Contenders:
     def students(self, num_candidates: int, top_k: int) -> list[Contender]:
         """The systems that score by vectors, in the report's order.
 
-        Only the student scores more candidates than it ranks.
+        Only students, whose score is more than a cosine, score more candidates than they rank.
         """
         rows: list[tuple[str, SystemKind, SearchStudent | None, int]] = [
             (NAME_UNTUNED, "cosine_untuned", CosineStudent(self.untuned) if self.untuned is not None else None, top_k),
@@ -89,7 +89,10 @@ class Contenders:
             (NAME_PAPER, "paper_head", self.paper_head, top_k),
             (NAME_ANCHOR, "anchor", AnchorStudent(self.student) if self.student.has_anchor else None, top_k),
             (NAME_D2LLM, "d2llm", self.student, num_candidates),
-            *((name, "external", model, top_k) for name, model in self.bi_encoders.items()),
+            *(
+                (name, "external", model, num_candidates if isinstance(model, EvidenceStudent) else top_k)
+                for name, model in self.bi_encoders.items()
+            ),
         ]
         return [Contender(name, kind, model, depth) for name, kind, model, depth in rows if model is not None]
 

@@ -43,7 +43,7 @@ from d2llm.evaluation.judging import place_judge
 from d2llm.fitting.critic import Review, review_queries
 from d2llm.fitting.draft_store import DraftStore
 from d2llm.fitting.fit_folder import FORMAT_VERSION, default_folder, require_fit_folder
-from d2llm.fitting.recipes import NUM_NEGATIVES, recipe_for_queries, recipe_with_teacher
+from d2llm.fitting.recipes import NUM_NEGATIVES, dev_queries, recipe_for_queries, recipe_with_teacher
 from d2llm.fitting.report import FitReport
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.stages import Stages
@@ -64,8 +64,11 @@ if TYPE_CHECKING:
     from d2llm.retrieval.encode import EncodeReport
     from d2llm.retrieval.index import Index
 
-BASE_NAME = "start, weights fitted"
-"""Name of the row of the student that the fit started from, with the weights of its score fitted to these documents."""
+START_NAME, BASE_NAME = "start, as it is", "start, weights fitted"
+"""Names of the row of the student that the fit started from: with its own weights of words and tokens, because there
+were too few dev queries, or with weights fitted to these documents."""
+TRAINED_NAMES = {False: "trained, weights of the start", True: "trained, weights fitted"}
+"""Name of the row of the trained student, by whether its weights were fitted to these documents too."""
 MIN_USERS_QUERIES = 30
 """With at least this many held-out queries of users, the verdict is about them alone."""
 
@@ -305,14 +308,26 @@ class Fit:
         return {"written": written, **users}
 
     def fit_weights(self, data: Mapping[str, DataReport]) -> Path:
-        """The student to start from, with the weights of words in its score fitted on dev; returns its folder."""
+        """The student to start from, with the weights of words in its score fitted on dev; returns its folder.
+
+        If dev has too few queries to fit weights, the student keeps its own.
+        """
         from d2llm.training.fit_scores import fit_scores
 
         folder = self.folder.base(self._data_key(data))
         if not is_finished(folder):
             student = self._load(self.start)
             datasets = [read_beir(self._data_folder(name), splits=["dev"]) for name in data]
-            fit_scores(student, datasets, self.task, window_vectors=False, seed=self.settings.seed)
+            plan = self.plan(is_reviewed=True)
+            fit_scores(
+                student,
+                datasets,
+                self.task,
+                window_vectors=False,
+                num_queries=dev_queries(plan),
+                num_passages=plan.evaluated,
+                seed=self.settings.seed,
+            )
             student.save(folder)
         return folder
 
@@ -343,9 +358,12 @@ class Fit:
                 return trained
 
     def recipe(self, data: Mapping[str, DataReport], plan: TimePlan) -> Recipe:
-        """The recipe of the training on the queries alone, for as many of them as the plan has time for."""
+        """The recipe of the training on the queries alone, for as many of them as the plan has time for.
+
+        The training begins with the weights of ``fit_weights``.
+        """
         settings = self.settings
-        return recipe_for_queries(
+        recipe = recipe_for_queries(
             self.start,
             self._load(self.start).config,
             [
@@ -361,6 +379,9 @@ class Fit:
             plan,
             seed=settings.seed,
         )
+        base = self.folder.base(self._data_key(data))
+        start = str(base) if is_finished(base) else recipe.training.start
+        return recipe.model_copy(update={"training": recipe.training.model_copy(update={"start": start})})
 
     def _seconds_per_judgement(self, teacher: TeacherConfig) -> float:
         """How long a teacher takes to judge one pair here, measured on a few."""
@@ -415,6 +436,8 @@ class Fit:
         The test treats queries about the same part of a document as one, because they are not independent. Each system
         is measured once, however often this is called.
 
+        Each row says what it is (``START_NAME``, ``TRAINED_NAMES``). The examples are of the student that is served.
+
         Args:
             data: the data sets.
             base: the folder of the student that the training started from, with its weights fitted.
@@ -422,6 +445,7 @@ class Fit:
             with_untuned: also compare with the untuned student, for which the corpus is encoded once more.
         """
         from d2llm.evaluation.evaluate import evaluate
+        from d2llm.evaluation.retrieval import about_row
         from d2llm.evaluation.setting import Contenders, EvaluationSettings
 
         start, fitted = self._load(base), None if trained is None else self._load(trained)
@@ -433,10 +457,12 @@ class Fit:
             loads = {**encoder_loads(untuned, load_untuned), **loads}
         if fitted is not None and trained is not None:
             loads |= encoder_loads(fitted, self._loader(trained))
+        base_name = BASE_NAME if self._is_weighted(start) else START_NAME
+        subject = base_name if fitted is None else TRAINED_NAMES[self._is_weighted(fitted)]
         contenders = Contenders(
             student=fitted or start,
             untuned=untuned,
-            bi_encoders={} if fitted is None else {BASE_NAME: start},
+            bi_encoders={} if fitted is None else {base_name: start},
             why_missing={} if with_untuned else {"cosine_untuned": "there was no time to encode the documents with it"},
             loads=loads,
         )
@@ -453,7 +479,7 @@ class Fit:
                 indexes=indexes,
                 runner=self.runner,
                 device=self.device,
-            )
+            ).renamed(_row_names(subject))
             for name, dataset in datasets.items()
         }
         if fitted is None:
@@ -461,8 +487,8 @@ class Fit:
         users = reports.get("users")
         decisive = [users] if users is not None and users.num_items >= MIN_USERS_QUERIES else list(reports.values())
         before, after = (
-            {key: value for report in decisive for key, value in _values(report, name or report.subject).items()}
-            for name in (BASE_NAME, None)
+            {key: value for report in decisive for key, value in _values(report, name).items()}
+            for name in (base_name, subject)
         )
         part_of_passage = {passage.id: part_of(passage) for passage in self.passages}
         groups = {
@@ -470,7 +496,15 @@ class Fit:
             for dataset in datasets.values()
             for query_id, passage_ids in dataset.positives("test").items()
         }
-        return reports, better(before, after, groups=groups, seed=self.settings.seed)
+        verdict = better(before, after, groups=groups, seed=self.settings.seed)
+        if not verdict.passed:
+            reports = {name: about_row(report, base_name, datasets[name]) for name, report in reports.items()}
+        return reports, verdict
+
+    def _is_weighted(self, student: Student) -> bool:
+        """Whether the weights of a student's score were fitted here: those that it has are not the start's."""
+        own, start = (each.evidence.tasks.get(self.task) for each in (student, self._load(self.start)))
+        return own is not None and (start is None or own.inherited() != start.inherited())
 
     def serve_with(self, student: Path) -> None:
         """Make the served index that of a student; it replaces the earlier one when it is complete."""
@@ -521,12 +555,12 @@ class Fit:
 
     def _conclude(self, learnt: _Learnt) -> FitReport:
         """Compare, keep the better student, serve it, and write the report."""
-        from d2llm.fitting.report import report_page
+        from d2llm.fitting.report import outcome, report_page
 
         with self.stages.run("compare") as stage:
             reports, verdict = self._compare_in_time(learnt)
             is_better = verdict is not None and verdict.passed
-            stage.outcome = "the fitted student is better" if is_better else "the student to start from is kept"
+            stage.outcome = "nothing to compare" if verdict is None else f"the trained student is {outcome(verdict)}"
         with self.stages.run("serve"):
             self.serve_with(learnt.trained if is_better and learnt.trained is not None else learnt.base)
         report = FitReport(
@@ -797,6 +831,18 @@ def student_for(texts: Sequence[str]) -> str:
     else:
         is_english = languages is None or next(iter(languages.counts)) == "en"
     return DEFAULT_STUDENT if is_english else MULTILINGUAL_STUDENT
+
+
+def _row_names(student: str) -> dict[str, str]:
+    """Names of rows of an evaluation -> their names in a fit, where there are several students."""
+    from d2llm.evaluation.setting import NAME_ANCHOR, NAME_BM25, NAME_D2LLM
+
+    hybrid = f"hybrid: {NAME_BM25} + "
+    return {
+        NAME_D2LLM: student,
+        NAME_ANCHOR: f"{student}: vectors alone",
+        hybrid + NAME_D2LLM: hybrid + student,
+    }
 
 
 def _values(report: EvaluationReport, name: str) -> dict[str, float]:

@@ -26,6 +26,8 @@ NUM_NEGATIVES = 2
 """Hard negatives of a query in each step."""
 
 _BATCH_QUERIES = 32
+_DEV_QUERIES, _PASSAGES_PER_DEV_QUERY = (50, 200), 10  # fewest and most; BM25's first ten are ranked for each
+_DEV_PASSAGES = 1_000
 _GATE_DEPTH, _MIN_GATED, _MAX_GATED = 12, 20, 100  # candidates of each list, queries
 
 
@@ -66,10 +68,18 @@ def recipe_for_queries(
             num_hard=NUM_NEGATIVES,
             num_easy=0,
             unlabelled="own_labels",
+            dev_queries=dev_queries(plan),
+            dev_passages=min(_DEV_PASSAGES, plan.evaluated),
             residual=ResidualConfig(epochs=3),
         ),
         evidence=EvidenceConfig(words=True, window_words=True, token_vectors=True),
     )
+
+
+def dev_queries(plan: TimePlan) -> int:
+    """How many queries of each data set are measured on dev, and weights fitted to, in the time of a plan."""
+    fewest, most = _DEV_QUERIES
+    return max(fewest, min(most, plan.evaluated // _PASSAGES_PER_DEV_QUERY))
 
 
 def recipe_with_teacher(

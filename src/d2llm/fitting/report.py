@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2llm.core.table import Cell, Column, Table
+from d2llm.evaluation.report import SIGNIFICANCE_LEVEL
 from d2llm.fitting.critic import Review
 from d2llm.fitting.training_data import DataReport
 from d2llm.fitting.write_queries import WritingReport
@@ -57,7 +58,7 @@ class FitReport:
             "rejected": dict(self.rejected),
             "data": {name: asdict(data) for name, data in self.data.items()},
             "kept": self.kept,
-            "verdict": None if self.verdict is None else asdict(self.verdict),
+            "verdict": None if self.verdict is None else asdict(self.verdict) | {"outcome": outcome(self.verdict)},
             "reports": {name: report.to_json() for name, report in self.reports.items()},
             "seconds": dict(self.seconds),
             "notes": list(self.notes),
@@ -80,20 +81,24 @@ def report_page(report: FitReport, stages: Table) -> str:
     )
 
 
+def outcome(test: GateTest) -> str:
+    """Whether the trained student is better than the start: "better", "significantly worse" or "not different"."""
+    if test.passed:
+        return "better"
+    return "significantly worse" if test.difference < 0 and test.p_value < SIGNIFICANCE_LEVEL else "not different"
+
+
 def verdict_sentence(report: FitReport) -> str:
     """Whether training was worth it, in one sentence."""
     test = report.verdict
     if test is None:
-        kept = "the index has the student to start from, with weights fitted to these documents"
-        return f"No trained student was compared; {kept}."
+        return "No trained student was compared; the index has the student to start from."
     change = f"{_MEASURE} {test.first:.3f} to {test.second:.3f}, {p_text(test.p_value)}"
     figures = f"{change}, {test.num_queries:,} held-out queries"
     if test.passed:
-        return f"The fitted student is significantly better than the one it started from ({figures}), and is served."
-    return (
-        f"The fitted student is not significantly better than the one it started from with fitted weights ({figures}); "
-        "that one is served."
-    )
+        return f"The trained student is significantly better than the one it started from ({figures}), and is served."
+    how = "significantly worse than" if outcome(test) == "significantly worse" else "not significantly different from"
+    return f"The trained student is {how} the one it started from ({figures}); that one is served."
 
 
 def audit_page(review: Review, texts: Mapping[str, str], *, seed: int = 0) -> str:
@@ -140,11 +145,12 @@ def _facts(report: FitReport) -> Table:
 
 
 def _examples(report: EvaluationReport) -> list[tuple[str, Table]]:
-    """Queries that the student answers better and worse than the baseline."""
+    """Queries that the student that is served answers better and worse than the baseline."""
     tables: list[tuple[str, Table]] = []
     for title, examples in (("Better", report.details.wins), ("Worse", report.details.losses)):
         if examples:
-            tables.append((f"{title} than {report.baseline}", _example_table(title, examples)))
+            caption = f"{report.subject}: {title.lower()} than {report.baseline}"
+            tables.append((caption, _example_table(caption, examples)))
     return tables
 
 

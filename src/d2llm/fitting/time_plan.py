@@ -13,11 +13,13 @@ MIN_TRAINING_SECONDS = 60.0
 MIN_WRITING_SECONDS = 30.0
 TEACHER_SHARE = 0.3
 """Share of the time for training that goes to a teacher's judgements, if there is a teacher."""
+DEV_SHARE = 0.25
+"""Share of the time for training that measuring on dev takes, about, at most; the dev sets are made small enough."""
 REVIEW_SHARE = 0.15
 """Share of the time for writing and training in which a teacher, if there is one, reads the written queries."""
 _HELD_OUT_QUERIES = 300  # planned for, before it is known how many there are
 _OVERHEAD_SECONDS = 60.0  # loading models, fitting weights, writing reports
-_EVALUATED_PASSAGES = 2_000  # encoded in each evaluation on dev, and for fitting weights
+_EVALUATED_PASSAGES, _FEWEST_PASSAGES = 2_000, 200  # encoded in each evaluation on dev, and for fitting weights
 _NUM_EVALUATIONS, _FEWEST_EVALUATIONS = 8, 4  # the fewest leave no time for the interaction and vectors of tokens
 
 
@@ -27,7 +29,8 @@ class TimePlan:
 
     ``reviewing`` is for a teacher, 0 without one. ``training`` includes mining, evaluations on dev and, if there is a
     teacher, its labels; 0 if there is no time for it. ``measuring`` covers the report and the index of the student that
-    is kept. ``max_queries`` can be trained on in that time.
+    is kept. ``max_queries`` can be trained on in that time. ``evaluated`` is how many passages are encoded in each
+    evaluation on dev.
     """
 
     writing: float
@@ -35,6 +38,7 @@ class TimePlan:
     measuring: float
     max_queries: int
     reviewing: float = 0.0
+    evaluated: int = _EVALUATED_PASSAGES
 
     @property
     def total(self) -> float:
@@ -84,10 +88,15 @@ def plan_time(
         has_teacher: whether a teacher reads the written queries, and labels the training queries.
     """
     one_pass = num_passages / (corpus_passages_per_second or passages_per_second)
-    evaluation = min(num_passages, _EVALUATED_PASSAGES) / passages_per_second
     searching = searches_compared(trained=True, untuned=True) * _HELD_OUT_QUERIES * seconds_per_search
     review_share = REVIEW_SHARE if has_teacher and not is_reviewed else 0.0
     mining = 0.0 if has_vectors else one_pass
+    learning = (seconds_left - _OVERHEAD_SECONDS - searching - one_pass - mining) * (
+        1 if is_written else 1 - WRITING_SHARE
+    )
+    in_time = int(DEV_SHARE * learning * passages_per_second / _NUM_EVALUATIONS)
+    evaluated = max(_FEWEST_PASSAGES, min(_EVALUATED_PASSAGES, in_time))
+    evaluation = min(num_passages, evaluated) / passages_per_second
     # The untuned student and the trained one are compared, or the trained one alone.
     options = [
         (_OVERHEAD_SECONDS + searching + num_compared * one_pass, mining + num_evaluations * evaluation)
@@ -103,11 +112,11 @@ def plan_time(
         if steps >= enough:
             own = steps * (1 - TEACHER_SHARE if has_teacher else 1)
             per_query = (2 + num_negatives) * TRAINING_PASSES / passages_per_second
-            return TimePlan(writing, preparing + steps, measuring, max(1, int(own / per_query)), reviewing)
+            return TimePlan(writing, preparing + steps, measuring, max(1, int(own / per_query)), reviewing, evaluated)
     measuring = _OVERHEAD_SECONDS + searching
     if seconds_left >= measuring + one_pass + MIN_WRITING_SECONDS:
         measuring += one_pass
     free = seconds_left - measuring
     reviewing = max(0.0, free * review_share)
     writing = 0.0 if is_written else max(MIN_WRITING_SECONDS, free - reviewing)
-    return TimePlan(writing, 0.0, measuring, 0, reviewing)
+    return TimePlan(writing, 0.0, measuring, 0, reviewing, evaluated)

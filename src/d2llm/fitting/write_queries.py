@@ -8,6 +8,7 @@ further pass. Everything written is kept (``fitting.draft_store``), and a call t
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -113,7 +114,8 @@ def write_queries(
     pending = _pending(_assignments(eligible, kinds, examples, seed), store)
     ended_by: str | None = None
     num_asked = len(hashes) * sum(share > 0 for share in kinds.values())
-    with progress_bar("writing queries", num_asked, done=len(drafts)) as advance:
+    seconds = math.inf if budget.seconds is None else budget.seconds
+    with progress_bar("writing queries", num_asked, done=len(drafts), seconds=seconds) as advance:
         while True:
             ended_by = _spent(budget, drafts, store, config, time.monotonic() - started)
             if ended_by is not None:

@@ -117,9 +117,9 @@ class TaskEvidence(FittedPart):
     """The weights of one task; the student's own score has weight 1.
 
     ``words_factor`` is l(q), None for 1. ``dev`` has two values of nDCG@10 for each data set: with the student's own
-    score, and with evidence whose weights were fitted without the queries measured. ``num_queries`` is the number of
-    dev queries of each data set. ``without_parts`` applies to an index without the vectors of parts that these weights
-    need; None if they need none.
+    score, and with evidence whose weights were fitted without the queries measured; none if the weights are those of
+    the student that training started from. ``num_queries`` is the number of dev queries of each data set.
+    ``without_parts`` applies to an index without the vectors of parts that these weights need; None if they need none.
     """
 
     weights: dict[EvidenceTerm, NonNegativeFloat]
@@ -127,6 +127,11 @@ class TaskEvidence(FittedPart):
     dev: dict[str, tuple[float, float]]
     num_queries: dict[str, int]
     without_parts: TaskEvidence | None = None
+
+    def inherited(self) -> TaskEvidence:
+        """The same weights for a student that was trained from this one, on which they were not measured."""
+        lesser = None if self.without_parts is None else self.without_parts.inherited()
+        return self.model_copy(update={"dev": {}, "num_queries": {}, "without_parts": lesser})
 
 
 class Evidence(FittedFile):
@@ -145,6 +150,14 @@ class Evidence(FittedFile):
                 return weights
             fitted = fitted.without_parts
         return EvidenceWeights()
+
+    def inherited(self, student: str, *, has_tokens: bool) -> Evidence:
+        """The same weights for a student with this fingerprint that was trained from this one.
+
+        Without ``has_tokens`` it has no vectors of tokens.
+        """
+        evidence = self if has_tokens else self.without_tokens()
+        return Evidence(student=student, tasks={task: fitted.inherited() for task, fitted in evidence.tasks.items()})
 
     def without_tokens(self) -> Evidence:
         """The weights for indexes without vectors of tokens; a task without such weights has no evidence."""

@@ -23,7 +23,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.evaluation.judging import label_pool
-from d2llm.models.evidence import NO_EVIDENCE, Evidence, read_evidence, write_evidence
+from d2llm.models.evidence import NO_EVIDENCE, Evidence, TaskEvidence, read_evidence, write_evidence
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
@@ -42,7 +42,7 @@ from d2llm.training.objective import OFFSET
 from d2llm.training.pretrain import pretrain_backbone, unlabelled_texts
 from d2llm.training.processes import Processes, joined_processes, own_device
 from d2llm.training.residual import AskTeacher
-from d2llm.training.training_loop import DistillRun
+from d2llm.training.training_loop import DistillRun, listed_passages
 from d2llm.training.word_scores import WordScores
 
 _log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def distill(
     student = _starting_student(recipe, device=own_device(device), dtype=dtype)
     started_from = student.fingerprint if recipe.training.start is not None else None
     with joined_processes() as processes, showing_progress(None if processes.is_first else False):
-        start_tokens = student.token_projection
+        start_tokens, start_evidence = student.token_projection, student.evidence
         _check_nested(recipe, student, sources)
         if recipe.training.start is None:
             _pretrain(student, sources, recipe, run_folder, processes)
@@ -189,7 +189,14 @@ def distill(
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
             report = _fit_and_write(
-                run, folder, sources, report, teacher=identity.fingerprint, closed=closed_gates, tokens=start_tokens
+                run,
+                folder,
+                sources,
+                report,
+                teacher=identity.fingerprint,
+                closed=closed_gates,
+                tokens=start_tokens,
+                evidence=start_evidence,
             )
             report = replace(report, seconds=time.monotonic() - started)
         return processes.from_first(report)  # wait until the student is written
@@ -294,11 +301,13 @@ def _fit_and_write(
     teacher: str,
     closed: Collection[str],
     tokens: TokenProjection | None,
+    evidence: Evidence,
 ) -> DistillReport:
     """Fit the trained student's evidence and probabilities on dev, write the student, and complete the report.
 
     ``tokens`` is the projection of tokens of the student that training started from, if it had one. One that was
-    trained together with the backbone remains as it is.
+    trained together with the backbone remains as it is. ``evidence`` has the weights of that student, which remain for
+    each task for which none are fitted.
     """
     student, recipe = run.student.eval(), run.recipe
     if student.token_projection is not None:
@@ -314,9 +323,11 @@ def _fit_and_write(
                 "distill: there was no time to train vectors of tokens; %s",
                 "the score counts none" if tokens is None else "the projection that training started from is kept",
             )
+    if student.token_projection is None:
+        student.token_projection = tokens
     has_tokens = student.token_projection is not None
     terms: list[EvidenceTerm] = [each for each in recipe.evidence.terms if has_tokens or each != "token_vectors"]
-    student.evidence = _fit_evidence(student, sources, recipe, terms)
+    student.evidence = _with_inherited(_fit_evidence(student, sources, recipe, terms), evidence, student)
     student.calibration = fit_probabilities(
         student,
         [(source.dataset, source.task) for source in sources],
@@ -345,6 +356,16 @@ def _fit_and_write(
         evidence={task: fitted.model_dump() for task, fitted in student.evidence.tasks.items()},
         probabilities={task: fitted.model_dump() for task, fitted in student.calibration.tasks.items()},
     )
+
+
+def _with_inherited(fitted: Evidence, start: Evidence, student: Student) -> Evidence:
+    """The fitted evidence, and that of the student that training started from for the other tasks."""
+    if not (start.tasks and student.has_anchor):
+        return fitted
+    kept = start.inherited(student.fingerprint, has_tokens=student.token_projection is not None)
+    for task in sorted(kept.tasks.keys() - fitted.tasks.keys()):
+        remarks.info("distill: %s search: the weights of evidence are those of the start", task)
+    return kept.model_copy(update={"tasks": {**kept.tasks, **fitted.tasks}})
 
 
 def _report(
@@ -441,7 +462,15 @@ def _evidence_at_start(
                 _fit_tokens(student, judged, recipe, start=None)
             assert student.token_projection is not None
             student.token_projection.save(run_folder, key)
-        write_evidence(run_folder, _fit_evidence(student, sources, recipe, counted, use_nearest=False))
+        fitted = _fit_evidence(student, sources, recipe, counted, use_nearest=False)
+        # Only an index knows how near the nearest passage is.
+        own, usable = student.evidence, dict[Task, TaskEvidence]()
+        for task, each in own.tasks.items():
+            weights = own.weights(task)
+            if weights.terms.keys() <= {*counted} and not weights.needs_nearest:
+                usable[task] = each
+        start = own.model_copy(update={"tasks": usable})
+        write_evidence(run_folder, _with_inherited(fitted, start, student))
     processes.from_first(None)  # wait until both are written
     return read_evidence(run_folder, key), read_token_projection(run_folder, key, student.backbone.dim)
 
@@ -540,6 +569,7 @@ def _fit_evidence(
         terms=terms,
         use_nearest=use_nearest,
         num_queries=recipe.training.dev_queries,
+        num_passages=listed_passages(recipe.training),
         seed=recipe.seed,
     )
 

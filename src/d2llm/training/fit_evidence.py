@@ -91,6 +91,7 @@ def fit_evidence(
     words_factor: bool | None = None,
     use_nearest: bool = True,
     num_queries: int = 200,
+    num_passages: int = LISTED_PASSAGES,
     seed: int = 0,
 ) -> Evidence:
     """Fit, for each task, the weights of the evidence in a student's score, to be set as the student's ``evidence``.
@@ -105,6 +106,7 @@ def fit_evidence(
             that is better.
         use_nearest: whether it may also depend on how near the nearest passage is, which only an index knows.
         num_queries: maximum number of queries per data set.
+        num_passages: minimum number of passages to encode per data set (``make_evidence_lists``).
         seed: seed of the choice of queries and passages.
 
     Raises:
@@ -122,7 +124,9 @@ def fit_evidence(
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
         lists = [
-            make_evidence_lists(student, dataset, task, terms=terms, num_queries=num_queries, seed=seed)
+            make_evidence_lists(
+                student, dataset, task, terms=terms, num_queries=num_queries, num_passages=num_passages, seed=seed
+            )
             for dataset, set_task in judged
             if set_task == task
         ]

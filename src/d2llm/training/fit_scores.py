@@ -14,7 +14,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset, as_retrieval
 from d2llm.models.student import Student
 from d2llm.training.fit_document_expansion import fit_document_expansion
-from d2llm.training.fit_evidence import fit_evidence
+from d2llm.training.fit_evidence import LISTED_PASSAGES, fit_evidence
 from d2llm.training.fit_probabilities import fit_probabilities
 from d2llm.training.fit_quality import fit_quality
 from d2llm.training.fit_term_weights import fit_term_weights
@@ -50,6 +50,7 @@ def fit_scores(
     term_weights: bool = False,
     document_expansion: bool = False,
     num_queries: int = 200,
+    num_passages: int = LISTED_PASSAGES,
     seed: int = 0,
 ) -> FitScoresReport:
     """Fit a student's ``evidence`` and ``calibration`` for one task; those of the other task are kept.
@@ -71,6 +72,7 @@ def fit_scores(
         document_expansion: first fit what words passages lack, on the train split
             (``training.fit_document_expansion``); weights of evidence are then fitted to passages with these words.
         num_queries: maximum number of queries per data set.
+        num_passages: minimum number of passages per data set to encode for the evidence (``make_evidence_lists``).
         seed: seed of the choice of queries and passages.
 
     Raises:
@@ -107,7 +109,13 @@ def fit_scores(
             words=True, window_words=True, window_vectors=window_vectors, token_vectors=token_vectors
         ).terms
         new_evidence = fit_evidence(
-            student, judged, terms=terms, words_factor=words_factor, num_queries=num_queries, seed=seed
+            student,
+            judged,
+            terms=terms,
+            words_factor=words_factor,
+            num_queries=num_queries,
+            num_passages=num_passages,
+            seed=seed,
         )
         student.evidence = new_evidence.model_copy(update={"tasks": {**student.evidence.tasks, **new_evidence.tasks}})
         evidence = new_evidence.tasks.get(task)

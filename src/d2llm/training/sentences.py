@@ -84,6 +84,8 @@ def describe_evidence(fitted: Mapping[Task, Mapping[str, Any]]) -> str:
     parts: list[str] = []
     for task, result in fitted.items():
         changes = ", ".join(f"{name} {own:.3f} -> {fused:.3f}" for name, (own, fused) in result["dev"].items())
+        if not result["dev"]:
+            changes = "the weights of the student that training started from"
         is_used = any(result["weights"].values())
         left_out = "" if is_used else " (no better, so they are left out)"
         parts.append(f"words and other evidence in the {task} score: {changes}{left_out}")

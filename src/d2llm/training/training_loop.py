@@ -82,6 +82,7 @@ _BEST = "best.safetensors"
 _OFFSET_RATE = 0.03  # in units of the logit, whose scale starts at 20
 _NUM_EVALUATIONS, _MAX_STEPS_BETWEEN = 5, 200
 _LEAST_SHARE = 0.5  # of limited time that the first stage gets, however long the others will take
+_MEASURING_SHARE = 0.25  # of limited time; evaluations between start and end that would take more are left out
 _CALIBRATED_TEXTS = 10  # encoded for each dev query to fit probabilities
 _LABEL_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -172,6 +173,7 @@ class DistillRun:
         self.signals = StopSignals()
         self.timed_at: float | None = None
         self.limit = seconds_left()
+        self.measuring_seconds = 0.0
         self.num_planned = sum(len(each.entries) + len(each.passage_ids) for each in sources)
         self.saved_step, self.saved_at = -1 if checkpoint is None else checkpoint.step, time.monotonic()
 
@@ -181,7 +183,10 @@ class DistillRun:
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last complete step is kept.
         """
-        with self.signals, progress_bar("distilling", self.total_steps, done=self.progress.step) as advance:
+        max_minutes = self.recipe.training.max_minutes
+        seconds = math.inf if max_minutes is None else max(0.0, 60 * max_minutes - self.progress.seconds)
+        bar = progress_bar("distilling", self.total_steps, done=self.progress.step, seconds=seconds)
+        with self.signals, bar as advance:
             try:
                 return self._train(advance)
             except (KeyboardInterrupt, OutOfTimeError):
@@ -236,7 +241,8 @@ class DistillRun:
         training, num_dev = self.recipe.training, sum(dev_set.num_texts for dev_set in self.dev_sets)
         num_queries = sum(len(dev_set.queries) for dev_set in self.dev_sets)
         # For weights and probabilities:
-        num_texts = sum(min(LISTED_PASSAGES, len(each.source.dataset.passages)) for each in self.sources)
+        num_listed = listed_passages(training)
+        num_texts = sum(min(num_listed, len(each.source.dataset.passages)) for each in self.sources)
         num_texts += _CALIBRATED_TEXTS * num_queries
         if stage != "tokens" and self.recipe.evidence.token_vectors:
             num_texts += self.num_planned
@@ -249,7 +255,9 @@ class DistillRun:
         """After a step, evaluate on dev and save a checkpoint if they are due."""
         training, progress = self.recipe.training, self.progress
         at_end = progress.step == self.total_steps
-        is_evaluated = (progress.step % self.eval_every == 0 or at_end) and progress.measured_step < progress.step
+        is_due = progress.step // self.eval_every > progress.measured_step // self.eval_every
+        is_evaluated = at_end or (is_due and self._has_time_to_measure())
+        is_evaluated &= progress.measured_step < progress.step
         if is_evaluated:
             self._evaluate()
         # Save a checkpoint with every new best state, so that a resumed run has matching ones.
@@ -257,6 +265,17 @@ class DistillRun:
         is_due |= time.monotonic() - self.saved_at > 60 * training.checkpoint_minutes
         if is_due and (is_evaluated or self.saved_step != progress.step):
             self._save()
+
+    def _has_time_to_measure(self) -> bool:
+        """Whether measuring on dev leaves most of a limited time to training; the first process says so for all.
+
+        The start and the end are always measured.
+        """
+        if math.isinf(self.limit) or self.progress.measured_step < 0:
+            return True
+        needed = self.progress.seconds_per_text * sum(dev_set.num_texts for dev_set in self.dev_sets)
+        needed *= 2  # also at the end
+        return self.processes.from_first(self.measuring_seconds + needed <= _MEASURING_SHARE * self.limit)
 
     def take_best(self) -> None:
         """Load the best state into the student."""
@@ -449,6 +468,7 @@ class DistillRun:
         self.student.eval()
         started = time.monotonic()
         results = self._dev_results("measuring on dev" if self.progress.step else "measuring the start on dev")
+        self.measuring_seconds += time.monotonic() - started
         if self.processes.is_first:
             num_texts = sum(dev_set.num_texts for dev_set in self.dev_sets)
             self.progress.seconds_per_text = (time.monotonic() - started) / max(1, num_texts)
@@ -522,6 +542,11 @@ class DistillRun:
             step, state = self.progress.step, self._state()
             with self.signals.held():
                 save_checkpoint(self.folder, step, self.parameters, self.optimizer, state, settings=self.settings)
+
+
+def listed_passages(training: TrainingConfig) -> int:
+    """How many passages of a data set are encoded to fit weights of evidence; in limited time as suits its dev sets."""
+    return LISTED_PASSAGES if math.isinf(seconds_left()) else min(LISTED_PASSAGES, 2 * training.dev_passages)
 
 
 def _has_stages(student: Student, recipe: Recipe) -> bool:
