@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
+from d2llm.cli import help as help_groups
 from d2llm.cli.main import app
 from e2e.command_line import succeed
 
@@ -45,6 +48,46 @@ def test_help_shows_every_word_of_its_source(path):
         word for text in texts_of(COMMANDS[path]) for word in text.replace("\\[", "[").split() if word not in output
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: " ".join(path) or "d2llm")
+def test_help_has_groups_of_options_and_words_for_their_values(path):
+    command = COMMANDS[path]
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    for option in options:
+        assert option.metavar is not None, option.name
+        assert bool(option.metavar) != option.is_flag, option.name
+    headings = [option.rich_help_panel or "Options" for option in options]
+    assert max((headings.count(heading) for heading in headings), default=0) <= 12
+    assert len(set(headings)) > 1 or len(options) <= 7
+    output = help_of(path)
+    for word in ("<bool>", "<int", "<float", "<str", "<list", "<path", "<Path", "list[", "x>=", "<=x", "...}"):
+        assert word not in output
+    for heading in set(headings):
+        assert f"─ {heading} ─" in output
+
+
+def test_every_group_is_of_an_option_that_there_is():
+    """No option of the tables of groups is mistyped, and none is in two groups of one verb."""
+    verbs = defaultdict(set)  # several groups have a verb "add"
+    for path, command in COMMANDS.items():
+        verbs[path[-1] if path else ""].update(parameter.name for parameter in command.params)
+    for verb, groups in help_groups._OWN.items():
+        names = [name for group in groups.values() for name in group]
+        assert len(names) == len(set(names)), verb
+        assert set(names) <= verbs[verb], verb
+    common = [name for names in help_groups._COMMON.values() for name in names]
+    assert len(common) == len(set(common))
+    assert set(common) <= set().union(*verbs.values())
+
+
+def test_ranges_are_said_in_words_and_still_checked():
+    assert "for example 0.5. From 0 to 1." in " ".join(help_of(("search",)).replace("│", " ").split())
+    assert "At least 64." in " ".join(help_of(("encode",)).replace("│", " ").split())
+    for options in (("--hybrid", "2"), ("--top-k", "0"), ("--mmr", "-0.1")):
+        result = CliRunner().invoke(app, ["search", "x", "y", *options])
+        assert result.exit_code == 2
+        assert options[0] in result.stderr
 
 
 @pytest.mark.parametrize(

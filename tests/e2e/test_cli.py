@@ -173,10 +173,13 @@ class TestDistil:
 
 class TestSearch:
     def test_the_index_remembers_its_student(self, place, index):
-        arguments = ("search", index, SENTENCES[7], "ships at sea", "--top-k", 3, "--dtype", "float32")
+        queries = place / "two.jsonl"
+        queries.write_text('{"_id": "a", "text": "a bird"}\n')
+        arguments = ("search", index, "ships", "at", "sea", "--queries", queries, "--top-k", 3, "--dtype", "float32")
         result, report = succeed_with_report(*arguments, folder=place)
+        assert "warning" not in result.stderr
         rankings = report["result"]["rankings"]
-        assert [ranking["query"]["text"] for ranking in rankings] == [SENTENCES[7], "ships at sea"]
+        assert [ranking["query"]["text"] for ranking in rankings] == ["ships at sea", "a bird"]
         for ranking in rankings:
             scores = [hit["score"] for hit in ranking["passages"]]
             assert scores == sorted(scores, reverse=True)
@@ -184,6 +187,11 @@ class TestSearch:
             for hit in ranking["passages"]:
                 assert SENTENCES[int(hit["passage"]["id"][1:])] == hit["passage"]["text"]
                 assert hit["passage"]["text"][:40] in result.stdout
+
+    def test_several_quoted_texts_are_one_query_with_a_warning(self, place, index):
+        result, report = succeed_with_report("search", index, "ships at sea", "a red boat", folder=place)
+        assert "warning: all words are one query; for several queries, give a file" in result.stderr
+        assert [each["query"]["text"] for each in report["result"]["rankings"]] == ["ships at sea a red boat"]
 
     def test_exact_search_of_queries_from_a_file(self, place, index):
         arguments = ("search", index, "--queries", place / "everyday" / "queries.jsonl", "--exact", "--top-k", 1)

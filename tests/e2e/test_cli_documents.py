@@ -233,7 +233,10 @@ class TestContext:
         assert "Cool a burn under running water" in context["text"]
         assert f"context: {context['num_tokens']} of at most 90 tokens" in result.stderr
         assert f"{len(context['left_out'])} results did not fit" in result.stderr
-        both = succeed("search", place / "i", QUESTION, "a drum", "--context", "90", "--neighbours", "1").stdout
+        queries = place / "drum.jsonl"
+        queries.write_text('{"_id": "drum", "text": "a drum"}\n')
+        options = ("--context", "90", "--neighbours", "1", "--queries", queries)
+        both = succeed("search", place / "i", QUESTION, *options).stdout
         assert both.startswith(f"{QUESTION}\n{context['text']}\na drum\n[1] ")
         included = {name for source in context["sources"] for name in source["passage_ids"]}
         assert {hit["passage"]["id"] for hit in ranking["passages"]} - included == set(context["left_out"]) != set()

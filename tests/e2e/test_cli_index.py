@@ -64,7 +64,9 @@ def test_search_with_queries_of_a_language_model(place):
     with local_endpoint(reply) as endpoint:
         options = ("--expand", "multi", "--writer", "served", "--endpoint", endpoint.url)
         path = place / "report.json"
-        result = succeed("search", place / "i", SENTENCES[3], "nothing", *options, "--json", path)
+        queries = place / "nothing.jsonl"
+        queries.write_text('{"_id": "2", "text": "nothing"}\n')
+        result = succeed("search", place / "i", SENTENCES[3], "--queries", queries, *options, "--json", path)
     assert "expansion: 2 other queries, written in" in result.stderr
     assert "  ships at sea\n  boats" in result.stderr
     assert "1 of 2 queries ('2') were searched as they are, without expansion; the first because:" in result.stderr

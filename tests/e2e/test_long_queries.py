@@ -74,7 +74,10 @@ def test_each_dialect_reports_truncation_in_its_own_field(ask):
 
 
 def test_the_command_line_warns_once_about_all_long_queries(index, tmp_path):
-    result = succeed("search", index, SHORT, LONG, LONG, "--dtype", "float32", "--json", tmp_path / "r.json")
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text("".join(json.dumps({"_id": name, "text": LONG}) + "\n" for name in ("2", "3")))
+    options = ("--queries", queries, "--dtype", "float32", "--json", tmp_path / "r.json")
+    result = succeed("search", index, SHORT, *options)
     lines = [line for line in result.stderr.splitlines() if line.startswith("warning")]
     assert len(lines) == 1
     assert "2 of 3 queries are longer than the 64 tokens that the student reads ('2', '3')" in lines[0]

@@ -56,6 +56,22 @@ def test_ranking_and_judgement():
     assert "-2.000" in judged
 
 
+def test_title_and_text_have_lines_of_their_own():
+    places = (
+        RankedPassage(1, Passage("p1", "the text\nof it", "A Title"), 2.5),
+        RankedPassage(2, Passage("p2", "no title"), 1.5),
+    )
+    lines = printed(ranking_list(Ranking(Query("q", "what?"), places, 1)), 100).splitlines()
+    assert [line.rstrip() for line in lines] == [
+        "what?",
+        "1  2.500  p1",
+        "   A Title",
+        "   the text of it",
+        "2  1.500  p2",
+        "   no title",
+    ]
+
+
 def test_unused_parts_of_an_explanation_are_dashes():
     full = Explanation(
         anchor=0.5,

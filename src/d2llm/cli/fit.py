@@ -120,6 +120,9 @@ def fit(
     session = session_of(context)
     if hours is not None and minutes is not None:
         raise InputError("--hours and --minutes both say how long; give one of them")
+    for name, value in (("--hours", hours), ("--minutes", minutes)):
+        if value == 0:
+            raise InputError(f"{name} is 0, but must be above 0")
     from d2llm.fitting.fit import Fit
     from d2llm.fitting.report import verdict_sentence
     from d2llm.fitting.settings import DEFAULT_HOURS, FitSettings

@@ -39,6 +39,7 @@ from d2llm.cli.options import (
     with_option_groups,
 )
 from d2llm.cli.session import session_of
+from d2llm.cli.word_order import Verbs, check_index_first
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_SECONDS_PER_FILE
@@ -56,6 +57,7 @@ _NAMED = 20  # number of missing ids to list
 
 index_app = typer.Typer(
     name="index",
+    cls=Verbs,
     help="Maintain the index of a changing corpus.",
     no_args_is_help=True,
     epilog="Example: d2llm index docs.index upsert corpus.jsonl. Then: d2llm search docs.index 'a question'",
@@ -216,6 +218,7 @@ def sync(
     if writing.no_metadata:
         raise InputError("sync tells by their metadata which files have changed; leave out --no-metadata")
     exclude = writing.exclude or ()
+    check_index_first(folder_of(context), "sync", folders)
     find_documents(folders, exclude=exclude, follow_links=writing.follow_links)  # before an index is created for them
     with _opened(folder_of(context), new, writing) as index:
         report = sync_documents(
@@ -522,6 +525,7 @@ def _write_corpus(
     """Upsert the texts of a corpus, or add them, and report the counts."""
     from d2llm.data.indexed_corpus import open_corpus
 
+    check_index_first(folder_of(context), "add" if only_new else "upsert", corpus)
     # The corpus is checked before an index is created for it.
     texts = open_corpus(
         corpus,

@@ -5,12 +5,10 @@ Nothing heavy is imported here, so that the help is fast: each verb imports what
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from d2llm import __version__
 from d2llm.cli.ablate import ablate
@@ -24,6 +22,7 @@ from d2llm.cli.export import export
 from d2llm.cli.fit import fit
 from d2llm.cli.fit_scores import fit_scores
 from d2llm.cli.fit_tokens import fit_tokens
+from d2llm.cli.help import tidy_help
 from d2llm.cli.index import index_app
 from d2llm.cli.init import init
 from d2llm.cli.judge import judge
@@ -39,6 +38,7 @@ from d2llm.cli.session import Session, start_logging
 from d2llm.cli.shard import shard
 from d2llm.cli.size import size
 from d2llm.cli.tune_reader import tune_reader
+from d2llm.cli.word_order import Verbs
 from d2llm.core.errors import D2LLMError, Terminated
 from d2llm.core.progress import showing_progress
 
@@ -51,12 +51,12 @@ EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 _ANYWHERE = {"--verbose", "-v", "--quiet", "-q"}
 
 
-class _Program(TyperGroup):
+class _Program(Verbs):
     """Turns d2llm's own errors and file errors into one paragraph and exit code 2."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        _tidy_help(self)
+        tidy_help(self)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Also accept ``--verbose`` and ``--quiet`` after the verb."""
@@ -87,27 +87,6 @@ class _Program(TyperGroup):
         if session.verbose:
             traceback.print_exc()
         session.complain("error", message)
-
-
-def _tidy_help(command: Any) -> None:
-    """Make the help of a verb, its subcommands and all their options appear verbatim.
-
-    Without this, Rich treats words in square brackets as markup, and typer keeps the line breaks of the source.
-    """
-    from rich.markup import escape
-
-    for part in (command, *command.params):
-        for field in ("help", "short_help", "epilog"):
-            if isinstance(text := getattr(part, field, None), str):
-                setattr(part, field, escape(_joined_lines(text)))
-    for verb in getattr(command, "commands", {}).values():
-        _tidy_help(verb)
-
-
-def _joined_lines(text: str) -> str:
-    """Put each paragraph on one line, except those with indented lines, which are lists or examples."""
-    paragraphs = inspect.cleandoc(text).split("\n\n")
-    return "\n\n".join(p if "\n " in p else p.replace("\n", " ") for p in paragraphs)
 
 
 app = typer.Typer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -22,6 +23,7 @@ from d2llm.cli.options import (
 )
 from d2llm.cli.rereading_options import RereadingOptions
 from d2llm.cli.session import Session, session_of
+from d2llm.cli.word_order import is_index
 from d2llm.core.errors import InputError
 from d2llm.core.types import (
     DEFAULT_NUM_CANDIDATES,
@@ -191,7 +193,9 @@ def search(
     index: Annotated[
         Path, typer.Argument(metavar="INDEX", help="A folder that index, encode or fit made, or a snapshot.")
     ],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="QUERY", help="What to search for.")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="QUERY", help="What to search for; all words are one query.")
+    ] = None,
     *,
     queries: Annotated[
         Path | None,
@@ -267,7 +271,7 @@ def search(
     from d2llm.retrieval.settings import SearchSettings
 
     session = session_of(context)
-    all_queries = _read_queries(texts or [], queries)
+    all_queries = _read_queries(session, index, words or [], queries)
     settings = SearchSettings(
         task=task,
         top_k=top_k,
@@ -437,13 +441,20 @@ def _selection_line(selection: Selection, settings: SearchSettings, *, is_proved
     return line + ("; this selection is not the proved order" if is_proved else "")
 
 
-def _read_queries(texts: list[str], file: Path | None) -> list[Query]:
+def _read_queries(session: Session, index: Path, words: list[str], file: Path | None) -> list[Query]:
     from d2llm.core.types import Query
     from d2llm.data.beir import read_queries
 
-    if not texts and file is None:
+    if not is_index(index) and (named := next((word for word in words if is_index(Path(word))), None)) is not None:
+        rest = [str(index), *(word for word in words if word != named)]
+        raise InputError(
+            f"{index}: is not an index; the index comes first; write: d2llm search {shlex.join([named, *rest])}"
+        )
+    if not words and file is None:
         raise InputError("there is no query; write one after the index, or give a file with --queries")
-    typed = [Query(str(number), text) for number, text in enumerate(texts, start=1)]
+    if sum(" " in word for word in words) > 1:
+        session.complain("warning", "all words are one query; for several queries, give a file (or -) with --queries")
+    typed = [Query("1", " ".join(words))] if words else []
     return typed + (list(read_queries(file).values()) if file is not None else [])
 
 

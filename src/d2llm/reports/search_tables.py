@@ -63,7 +63,7 @@ def context_remark(context: AnswerContext) -> str:
 
 def _result(place: RankedPassage, width: int) -> list[RenderableType]:
     head = Text.assemble(f"{place.rank:{width}}  {place.score:.3f}  ", (place.passage.id, "cyan"))
-    return [_unbroken(head), _indented(place.passage.full_text, width)]
+    return [_unbroken(head), *_text_lines(place.passage, width)]
 
 
 def _neighbour(passage: Passage, width: int) -> list[RenderableType]:
@@ -71,6 +71,12 @@ def _neighbour(passage: Passage, width: int) -> list[RenderableType]:
         _unbroken(Text(" " * (width + 2) + passage.id, style="dim")),
         Styled(_indented(passage.text, width), "dim"),
     ]
+
+
+def _text_lines(passage: Passage, width: int) -> list[RenderableType]:
+    """The title, if there is one, and the start of the text, each on lines of its own."""
+    title = [Styled(_indented(passage.title, width), "bold")] if passage.title else []
+    return [*title, _indented(passage.text, width)]
 
 
 def _indented(text: str, width: int) -> RenderableType:

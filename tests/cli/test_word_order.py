@@ -1,0 +1,82 @@
+"""Words of the command line in the wrong order: the message has the right one."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from typer.testing import CliRunner
+
+from d2llm.cli.main import app
+from d2llm.core.files import MANIFEST_NAME
+
+
+def message(*words: str) -> str:
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "300"})
+    assert result.exit_code == 2, result.output
+    return result.stderr.strip()
+
+
+@pytest.fixture(autouse=True)
+def names(tmp_path, monkeypatch):
+    """Documents, and an index, of which nothing is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("a text")
+    (tmp_path / "old.index").mkdir()
+    (tmp_path / "old.index" / MANIFEST_NAME).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        ("index sync new.index docs", "index new.index sync docs"),
+        ("index sync docs", "index INDEX sync docs"),
+        ("index upsert new.index docs --exclude a.*", "index new.index upsert docs --exclude 'a.*'"),
+        ("index --exclude a.txt add new.index docs", None),
+        ("index stats old.index", "index old.index stats"),
+        ("index list", "index INDEX list"),
+        ("index delete old.index id1 id2", "index old.index delete id1 id2"),
+        ("index old.index search two words", "search old.index two words"),
+        ("index search old.index two words", "search old.index two words"),
+        ("keys add keys.json page", "keys keys.json add page"),
+        ("keys list", "keys FILE list"),
+        ("old.index search two words", "search old.index two words"),
+        ("old.index serve", "serve old.index"),
+        ("old.index stats", "index old.index stats"),
+        ("old.index index stats", "index old.index stats"),
+        ("upsert old.index docs", "index old.index upsert docs"),
+        ("sync old.index docs", "index old.index sync docs"),
+        ("check docs", "data check docs"),
+        ("data docs check", "data check docs"),
+        ("labels runs/labels stats", "labels stats runs/labels"),
+        ("list", "index INDEX list, or: d2llm keys FILE list"),
+        ("help search", "search --help"),
+        ("help", "--help"),
+        ("index docs sync new.index", "index new.index sync docs"),
+        ("index docs upsert new.index", "index new.index upsert docs"),
+        ("index docs/a.txt add new.index", "index new.index add docs/a.txt"),
+        ("index docs upsert old.index", "index old.index upsert docs"),
+        ("search question old.index", "search old.index question"),
+        ("search two words old.index", "search old.index two words"),
+    ],
+)
+def test_the_right_order_is_said(words, right):
+    said = message(*shlex.split(words))
+    if right is None:  # an unknown option comes first
+        assert "No such option" in said
+        return
+    assert said.startswith("error: ")
+    assert said.endswith(f"write: d2llm {right}")
+
+
+def test_a_mistyped_verb_is_still_suggested():
+    assert "Did you mean 'search'?" in message("serach", "old.index", "words")
+    assert "Did you mean 'upsert'?" in message("index", "old.index", "upsrt", "docs")
+
+
+def test_words_in_the_right_order_are_left_alone():
+    for words in (["index", "old.index", "stats"], ["index", "sync", "stats"], ["search", "old.index", "index"]):
+        assert "write: d2llm" not in message(*words)
+    for words in (["index", "x", "--help"], ["index", "x", "upsert", "--help"], ["keys", "x", "add", "-h"]):
+        assert CliRunner().invoke(app, words).exit_code == 0
