@@ -121,11 +121,6 @@ def take_pictures(address: str) -> None:
         page.mouse.move(0, 0)
         page.screenshot(path=IMAGES / "page-why.png")
 
-        page = visit(EXPLAINED, 1280, 900)
-        page.locator(".open-document").first.click()
-        page.wait_for_selector("#document .part.opened")
-        page.screenshot(path=IMAGES / "page-document.png")
-
         page = visit(EXPLAINED, 360, 740, phone=True)
         open_first(page)
         page.screenshot(path=IMAGES / "page-phone.png")

@@ -64,6 +64,21 @@ def test_a_document_is_read_and_deleted_whole(ask):
     assert "a/b#1" not in ask("GET", "/v1/passages", params={"limit": 1000})["ids"]
 
 
+def test_what_passages_of_a_document_repeat_is_counted(tmp_path):
+    text = " ".join(f"{sentence.capitalize()} {number}." for number, sentence in enumerate(TEXTS))
+    with serve(make_app(tiny_settings(write_tiny_index(tmp_path, 4)))) as address:
+        wait_until_ready(address)
+        body = {"documents": [{"id": "all", "text": text}], "chunk_tokens": 40, "chunk_overlap": 16}
+        patient.post(f"{address}/v1/documents", json=body).raise_for_status()
+        document = patient.get(f"{address}/v1/documents/all").json()
+        texts = [passage["text"] for passage in document["passages"]]
+        assert len(texts) > 2
+        assert sum(map(len, texts)) > len(text)
+        assert document["repeated"][0] == 0
+        rest = [part[repeated:] for part, repeated in zip(texts, document["repeated"], strict=True)]
+        assert " ".join(" ".join(rest).split()) == text
+
+
 @pytest.mark.parametrize("name", ["a/b c", "two\nlines", "ends\n", "50%"])
 def test_any_id_can_be_read_and_deleted(ask, name):
     ask("POST", "/v1/passages", json={"passages": [{"id": name, "text": "the cat", "document_id": name}]})

@@ -48,12 +48,12 @@ export function timestamp(text) {
   return `${date} ${two(moment.getHours())}:${two(moment.getMinutes())}`;
 }
 
-/** A size, in KB, MB and so on from 1,000 bytes on. */
+/** A size, in KB, MB and so on. */
 export function bytes(count) {
-  const units = ["bytes", "KB", "MB", "GB", "TB"];
-  let place = 0;
-  for (; count >= 1000 && place < units.length - 1; place += 1) count /= 1000;
-  return `${place && count < 100 ? count.toFixed(1) : Math.round(count)} ${units[place]}`;
+  const units = ["KB", "MB", "GB", "TB"];
+  let [value, place] = [count && Math.max(count / 1000, 0.1), 0];
+  for (; value >= 999.5 && place < units.length - 1; place += 1) value /= 1000;
+  return `${value < 99.95 ? value.toFixed(1) : Math.round(value)} ${units[place]}`;
 }
 
 /** A probability. */

@@ -41,13 +41,14 @@ function showAnswers(request, answers) {
   showFilterError("");
   if (!answers.length) {
     welcome();
+    openKept();
     return;
   }
   const failed = answers.filter((answer) => answer.error);
   if (failed.some((answer) => answer.error.name === "AbortError")) return;
   if (failed.length && failed.length === answers.length) showProblem(failed[0].error);
   else results.show(request, answers, index);
-  if (state.open && !byId("document").open) openKept(state.open);
+  openKept();
 }
 
 /** Show the document of a passage, and keep it in the URL. */
@@ -56,8 +57,10 @@ function openDocument(passage) {
   reader.open(passage, results.passages());
 }
 
-/** Show the document of the passage that the URL names. */
-async function openKept(id) {
+/** Show the document of the passage that the URL names, unless one is shown. */
+async function openKept() {
+  const id = state.open;
+  if (!id || byId("document").open) return;
   const known = results.passages().find((passage) => passage.id === id);
   try {
     reader.open(known || (await ask(`/v1/passages/${encodeURIComponent(id)}`)), results.passages());
