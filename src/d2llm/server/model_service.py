@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from d2llm.server.stopping import Stop
 
 Observe = Callable[[str, float], None]
 _FEW_CHARACTERS = 10_000  # tokenized in the event loop's thread, since switching threads costs more
+_CHARACTERS_A_TURN = 100_000  # tokenized at a time, so that other requests do not wait long
 _TEXTS_WITH_TOKENS = 32  # encoded at a time for a write, so that queries do not wait long
 _Value = TypeVar("_Value")
 
@@ -312,15 +313,29 @@ class ModelService:
         lengths: list[int] = []
         truncated: list[int] = []
         for texts, kind in parts:
-            tokenized = await self._tokenize(texts, kind, instruction)
-            truncated += [len(ids) + place for place in tokenized.truncated]
-            ids += tokenized.ids
-            lengths += tokenized.lengths
+            for some in self._slices(texts):
+                tokenized = await self._tokenize(some, kind, instruction)
+                truncated += [len(ids) + place for place in tokenized.truncated]
+                ids += tokenized.ids
+                lengths += tokenized.lengths
         done = await self._texts.submit(ids, bounded=bounded)
         self._observe("queue", done.queued)
         self._observe("encode", done.worked)
         vectors = np.stack(done.results)
         return Encoded(vectors, tuple(lengths), tuple(truncated), done.queued, done.worked)
+
+    def _slices(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Parts of a request's texts, between which those of other requests are tokenized."""
+        if not self.student.backbone.reads_tokens:  # an endpoint has its own ways to be fair
+            yield texts
+            return
+        start = num_characters = 0
+        for place, text in enumerate(texts):
+            if num_characters + len(text) > _CHARACTERS_A_TURN and place > start:
+                yield texts[start:place]
+                start, num_characters = place, 0
+            num_characters += len(text)
+        yield texts[start:]
 
     async def _tokenize(self, texts: Sequence[str], kind: TextKind, instruction: str | None) -> TokenizedTexts:
         tokenize = partial(self.student.tokenize, texts, kind, instruction=instruction)
