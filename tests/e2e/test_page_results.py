@@ -158,7 +158,7 @@ def test_sources_of_candidates_are_named_as_they_were(visit, address, choice, so
     with page.expect_response("**/v1/search") as response:
         page.goto(f"{address}/?q={QUESTION}&{choice}")
     page.wait_for_selector(".card")
-    assert response.value.json()["sources"] == sources
+    assert response.value.json()["candidate_sources"] == sources
     text = page.locator(".count").inner_text()
     names = {"vectors": "inner product", "bm25": "BM25"}
     if sources:

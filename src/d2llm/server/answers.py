@@ -87,7 +87,7 @@ def _ranking_json(ranking: Ranking) -> dict[str, Any]:
         "expansion": None if ranking.expansion is None else asdict(ranking.expansion),
         "missing_shards": [shard.number for shard in ranking.missing_shards],
         "shards": _answered(ranking),
-        "sources": list(ranking.sources),
+        "candidate_sources": list(ranking.sources),
     }
 
 

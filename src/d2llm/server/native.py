@@ -148,7 +148,7 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
         missing_shards=[shard.number for shard in version.view.missing],
         rescore=index.ways_to_rescore(version),
         score_parts=index.score_parts(version),
-        sources=index.default_sources(version),
+        candidate_sources=index.default_sources(version),
         writable=services.settings.writable,
         d2llm=__version__,
     )

@@ -329,8 +329,8 @@ class RankingAnswer(Answer):
     ``expansion``: what a language model added to the query; or null. ``selection``: the results were
     selected from a longer ranking, with mmr or near_duplicates; the certificate then proves that ranking, not their
     order. ``missing_shards``: numbers of the shards of the index that gave no answer, whose passages may be missing.
-    ``shards``: how many gave one, as 7/8; null if the index is not sharded. ``sources``: the sources of the candidates;
-    none in an exact search, which considers every passage.
+    ``shards``: how many gave one, as 7/8; null if the index is not sharded. ``candidate_sources``: what proposed
+    the candidates; nothing in an exact search, which considers every passage.
     """
 
     query: str
@@ -343,7 +343,7 @@ class RankingAnswer(Answer):
     expansion: QueryExpansion | None
     missing_shards: list[int]
     shards: str | None
-    sources: list[str]
+    candidate_sources: list[str]
     index: IndexVersion
     request_id: str
 
@@ -441,8 +441,8 @@ class StudentAnswer(Answer):
 class IndexAnswer(Answer):
     """Facts about the index. ``num_shards``: null if it is not sharded. ``missing_shards``: left out of searches.
 
-    ``score_parts``: what the student's score adds up in this index, for its task. ``sources``: those of candidates, if
-    a search names none; none if every search is exact.
+    ``score_parts``: what the student's score adds up in this index, for its task. ``candidate_sources``: what
+    proposes candidates if a search names no sources; nothing if every search is exact.
     """
 
     name: str
@@ -467,7 +467,7 @@ class IndexAnswer(Answer):
     missing_shards: list[int]
     rescore: list[Rescore]
     score_parts: list[ScorePart]
-    sources: list[str]
+    candidate_sources: list[str]
     writable: bool
     d2llm: str
 

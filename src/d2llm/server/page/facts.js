@@ -25,7 +25,7 @@ export function factList(index) {
     ["Vectors", `${student.dim} × ${index.vector_format}${index.vector_copies === 2 ? ", stored twice" : ""}`],
     ["Student", student.name],
     ["Score", sumText("iem", index)],
-    ["Candidates", index.sources.length ? sourcesText(index.sources) : "all passages"],
+    ["Candidates", index.candidate_sources.length ? sourcesText(index.candidate_sources) : "all passages"],
     ["Backbone", student.backbone],
     ["Teacher", teacherText(index)],
     ["Fields", fields.join(", ") || "none"],

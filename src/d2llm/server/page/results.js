@@ -116,7 +116,7 @@ export class Results {
   }
 }
 
-function countOf({ passages, num_candidates, sources }, before) {
+function countOf({ passages, num_candidates, candidate_sources: sources }, before) {
   const from = sources.length ? `${counted(num_candidates, "candidate")} by ${sourcesText(sources)}` : `all, of which ${num_candidates.toLocaleString("en")} got the full score`;
   const count = `The first ${counted(passages.length, "passage")} of ${from}. `;
   return element("p", { class: "count" }, count, before ? element("b", {}, changes(passages, before)) : null);

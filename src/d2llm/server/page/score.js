@@ -62,9 +62,9 @@ export function sourceChoices(index) {
     ["bm25", ["bm25"]],
     ["both", ["vectors", "bm25"]],
   ];
-  const own = index.sources.length ? sourcesText(index.sources) : "all passages";
+  const own = index.candidate_sources;
   return [
-    ["", own],
-    ...others.filter(([, names]) => names.join() !== index.sources.join()).map(([value, names]) => [value, sourcesText(names)]),
+    ["", own.length ? sourcesText(own) : "all passages"],
+    ...others.filter(([, names]) => names.join() !== own.join()).map(([value, names]) => [value, sourcesText(names)]),
   ];
 }
