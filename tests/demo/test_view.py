@@ -9,12 +9,11 @@ from rich.console import Console
 from d2llm.demo.report import (
     DemoAnswer,
     DemoPlace,
-    JudgedPassage,
     MessageReport,
     MessageSystem,
     QuestionReport,
-    TeacherAgreement,
-    TeacherOpinion,
+    ScoredPlace,
+    ScoreReport,
 )
 from d2llm.demo.view import MAX_WIDTH, DemoView, excerpt
 
@@ -31,7 +30,7 @@ ANSWER = DemoAnswer(
     baseline=(demo_place(1, "a", 2), demo_place(2, "b", 1, right=True), demo_place(3, "c", None, title=LONG)),
     d2llm=(demo_place(1, "b", 2, right=True), demo_place(2, "a", 1), demo_place(3, "d", 17, title=LONG)),
 )
-QUESTIONS = QuestionReport((ANSWER,), (True,), num_candidates=12, interaction_weight=0.0)
+QUESTIONS = QuestionReport((ANSWER,), (True,), num_candidates=12)
 MESSAGE = DemoAnswer(
     question="My card is gone.",
     right_ids=("card lost 2",),
@@ -48,16 +47,13 @@ MESSAGES = MessageReport(
     num_worse=2,
     examples=(MESSAGE,),
 )
-OPINION = TeacherOpinion(
-    model="smollm2",
-    tuned=False,
+SCORE = ScoreReport(
     question="How do I turn the crank?",
-    passages=(
-        JudgedPassage("b", "b()", 0.75, 1.0986, 0.5, 11.25, right=True),
-        JudgedPassage("c", LONG, 0.5, 0.0, 0.25, 9.5, right=False),
+    places=(
+        ScoredPlace("b", "b()", True, 11.25, 8.0, 1.25, None, 2.0, 0.0),
+        ScoredPlace("c", LONG, False, 9.5, 9.0, 0.0, None, 0.5, 0.0),
     ),
-    agreement_cosine=TeacherAgreement(1.0, same_first=True),
-    agreement_d2llm=TeacherAgreement(-1 / 3, same_first=False),
+    interaction_weight=0.0,
 )
 
 
@@ -74,16 +70,16 @@ def rendered(draw, *, encoding="utf-8", width=MAX_WIDTH, colours=False) -> str:
 def test_nothing_is_wider_than_the_terminal_or_100_columns(width, encoding):
     def draw(view):
         view.step("The answers")
-        view.answers(QUESTIONS, "tiny", "minilm", depth=100)
+        view.answers(QUESTIONS, "minilm", depth=100)
         view.messages(MESSAGES, "tiny", "minilm")
-        view.teacher(OPINION)
+        view.score(SCORE, "tiny")
 
     lines = rendered(draw, width=width, encoding=encoding).splitlines()
     assert max(map(len, lines)) == min(width, MAX_WIDTH)
 
 
 def test_places_show_rank_changes_and_right_answers():
-    lines = rendered(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100)).splitlines()
+    lines = rendered(lambda view: view.answers(QUESTIONS, "minilm", depth=100)).splitlines()
     titles = [
         [cell.strip() for cell in (line[:50], line[50:])] for line in lines if line.lstrip()[:2] in ("1 ", "2 ", "3 ")
     ]
@@ -99,27 +95,32 @@ def test_places_show_rank_changes_and_right_answers():
 def test_marks_of_rank_changes(other_rank, mark):
     answer = DemoAnswer("Why?", (), ANSWER.baseline, (*ANSWER.d2llm[:2], demo_place(3, "e", other_rank)))
     report = replace(QUESTIONS, answers=(answer,))
-    assert f"3 {mark} e()" in rendered(lambda view: view.answers(report, "tiny", "minilm", depth=100))
+    assert f"3 {mark} e()" in rendered(lambda view: view.answers(report, "minilm", depth=100))
 
 
 def test_right_answers_are_counted():
     wrong = DemoAnswer("Why?", (), ANSWER.baseline, tuple(demo_place(n, "x", None) for n in (1, 2, 3)))
-    report = QuestionReport((ANSWER, wrong), (False, False), num_candidates=12, interaction_weight=0.0)
-    text = " ".join(rendered(lambda view: view.answers(report, "tiny", "minilm", depth=100)).split())
+    report = QuestionReport((ANSWER, wrong), (False, False), num_candidates=12)
+    text = " ".join(rendered(lambda view: view.answers(report, "minilm", depth=100)).split())
     assert "A right answer in the top 3: BM25 2/2, D2LLM 1/2; the cosine of untuned minilm, among the 12" in text
     assert "rank first, 0/2." in text
 
 
-@pytest.mark.parametrize(("weight", "words"), [(0.0, "has the weight 0"), (0.25, "has the weight 0.25")])
-def test_the_weight_of_the_interaction_is_shown(weight, words):
-    report = replace(QUESTIONS, interaction_weight=weight)
-    text = " ".join(rendered(lambda view: view.answers(report, "tiny", "minilm", depth=100)).split())
-    assert f"interaction of 'tiny' {words}" in text
+@pytest.mark.parametrize(
+    ("weight", "words"), [(0.0, "The interaction has the weight 0 for questions"), (0.25, "has the weight 0.25 here")]
+)
+def test_the_parts_of_a_score_and_the_weight_of_the_interaction_are_shown(weight, words):
+    text = rendered(lambda view: view.score(replace(SCORE, interaction_weight=weight), "tiny"))
+    assert words in " ".join(text.split())
+    rows = [line.split() for line in text.splitlines()]
+    assert any(row[-4:] == ["product", "words", "tokens", "interaction"] for row in rows)
+    assert ["✓", "b()", "11.25", "8.00", "1.25", "2.00", "0.00"] in rows
+    assert "sentences:" not in text  # this score has no vectors of sentences
 
 
 def test_missing_places_of_bm25_stay_blank():
     report = replace(QUESTIONS, answers=(replace(ANSWER, baseline=ANSWER.baseline[:1]),))
-    lines = rendered(lambda view: view.answers(report, "tiny", "minilm", depth=100)).splitlines()
+    lines = rendered(lambda view: view.answers(report, "minilm", depth=100)).splitlines()
     assert any((line[:50].strip(), line[50:].strip()) == ("", "2 ▼1 a()") for line in lines)
 
 
@@ -169,29 +170,19 @@ def test_the_number_of_encoded_passages_is_explained(number, rate, words, tmp_pa
 
 
 def test_ascii_output_gets_ascii_marks():
-    text = rendered(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100), encoding="ascii")
+    text = rendered(lambda view: view.answers(QUESTIONS, "minilm", depth=100), encoding="ascii")
     assert "1 * ^1 b()" in text
     assert "2 v1 a()" in text
     assert "?" not in text.replace("crank?", "")
 
 
 def test_only_words_of_the_question_are_highlighted():
-    text = rendered(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100), colours=True)
+    text = rendered(lambda view: view.answers(QUESTIONS, "minilm", depth=100), colours=True)
     assert "\x1b[1;33mTurn\x1b[0m a \x1b[1;33mcrank\x1b[0m until the music plays." in text
 
 
 def test_without_colours_there_are_no_escape_codes():
-    assert "\x1b" not in rendered(lambda view: view.answers(QUESTIONS, "tiny", "minilm", depth=100))
-
-
-def test_the_teacher_is_shown_with_scores_and_tuning_state():
-    text = rendered(lambda view: view.teacher(OPINION))
-    assert "0.750  ✓ b()" in text
-    assert "0.500  library.module" in text
-    assert "cosine tau +1.00, the same passage first; D2LLM tau -0.33, another passage first." in " ".join(text.split())
-    assert "not tuned" in text
-    tuned = TeacherOpinion("smollm2", True, *(getattr(OPINION, name) for name in OPINION.__slots__[2:]))
-    assert "not tuned" not in rendered(lambda view: view.teacher(tuned))
+    assert "\x1b" not in rendered(lambda view: view.answers(QUESTIONS, "minilm", depth=100))
 
 
 WORDS = {"crank", "music", "box"}

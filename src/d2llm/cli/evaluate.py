@@ -71,7 +71,8 @@ def evaluate(
         typer.Option(
             "--model",
             metavar="NAME_OR_FOLDER",
-            help="Also measure this model, a bi-encoder or CrossEncoder for sentence-transformers. May be repeated.",
+            help="Also measure this model: another student, or a bi-encoder or CrossEncoder for "
+            "sentence-transformers. May be repeated.",
         ),
     ] = None,
     runs: Annotated[

@@ -6,14 +6,13 @@ them, and are not adapted to the results.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from d2llm.core.types import Passage
-from d2llm.demo.report import DemoAnswer, QuestionReport, top_places
+from d2llm.demo.report import DemoAnswer, QuestionReport, ScoredPlace, ScoreReport, top_places
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent
 
@@ -69,8 +68,8 @@ QUESTIONS = (
     ),
 )
 
-JUDGED = 1
-"""Position of the question that the teacher judges."""
+EXPLAINED = 1
+"""Position of the question whose scores are shown part by part."""
 
 
 def without_piece(passage_id: str) -> str:
@@ -103,17 +102,7 @@ class Candidates:
         places = [*self._d2llm[number][:top_k], *self._bm25[number][:top_k]]
         return list({passage.id: passage for passage, _ in places}.values())
 
-    def scores(self, number: int, passages: Sequence[Passage]) -> tuple[list[float], list[float]]:
-        """Scores of the untuned cosine and of D2LLM for passages that the cosine has encoded (those of ``top``)."""
-        view, student = self._index.view, self._index.student
-        query = student.encode_queries([QUESTIONS[number].text]).vectors[0]
-        rows = view.rows([passage.id for passage in passages])
-        return (
-            [self._cosine[number][passage.id] for passage in passages],
-            student.score(query, view.vectors(rows), "asymmetric").tolist(),
-        )
-
-    def answer(self, interaction_weight: float) -> QuestionReport:
+    def answer(self) -> QuestionReport:
         """The top of BM25 and D2LLM, and whether the untuned cosine has a right answer in its top."""
         ids = set(self._index.view.ids(self._index.view.live_rows()))
         answers: list[DemoAnswer] = []
@@ -126,11 +115,35 @@ class Candidates:
             any(is_right(question, passage) for passage in self._cosine_top(number))
             for number, question in enumerate(QUESTIONS)
         )
-        return QuestionReport(tuple(answers), right_cosine, len(self._proposed), interaction_weight)
+        return QuestionReport(tuple(answers), right_cosine, len(self._proposed))
 
     def _cosine_top(self, number: int) -> list[Passage]:
         ranked = sorted((-score, passage_id) for passage_id, score in self._cosine[number].items())
         return [self._proposed[passage_id] for _, passage_id in ranked[:TOP_K]]
+
+
+def explain(index: Index, interaction_weight: float) -> ScoreReport:
+    """The parts of the scores of the best passages for one question."""
+    question = QUESTIONS[EXPLAINED]
+    (ranking,) = index.search(question.text, top_k=TOP_K, explain=True)
+    places: list[ScoredPlace] = []
+    for place in ranking.passages:
+        parts = place.explanation
+        assert parts is not None
+        places.append(
+            ScoredPlace(
+                passage_id=place.passage.id,
+                title=place.passage.title,
+                right=is_right(question, place.passage),
+                score=place.score,
+                inner_product=parts.anchor,
+                words=parts.lexical,
+                windows=parts.windows,
+                tokens=parts.tokens,
+                interaction=parts.interaction,
+            )
+        )
+    return ScoreReport(question.text, tuple(places), interaction_weight)
 
 
 def is_right(question: DemoQuestion, passage: Passage) -> bool:

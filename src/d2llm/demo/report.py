@@ -67,14 +67,11 @@ class QuestionReport:
     """Results for the questions. ``right_cosine``: for each question, whether a right answer is in the cosine's top.
 
     The cosine is untuned and ranks the passages that BM25 and D2LLM propose, not the whole corpus.
-    ``interaction_weight``: weight of the student's interaction in this task; if it is 0, D2LLM's score is its inner
-    product.
     """
 
     answers: tuple[DemoAnswer, ...]
     right_cosine: tuple[bool, ...]
     num_candidates: int
-    interaction_weight: float
 
     @property
     def num_right_baseline(self) -> int:
@@ -124,36 +121,34 @@ class MessageReport:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedPassage:
-    """One passage: the teacher's P(yes), and the scores of both systems."""
+class ScoredPlace:
+    """One passage at the top of a ranking, and the parts of its score; None is a part that the score does not have.
+
+    ``words`` is what BM25 adds, ``windows`` and ``tokens`` what the vectors of sentences and tokens add, and
+    ``interaction`` what the IEM adds to ``inner_product``.
+    """
 
     passage_id: str
     title: str
-    probability: float
-    log_odds: float
-    cosine: float
-    d2llm: float
     right: bool
+    score: float
+    inner_product: float | None
+    words: float | None
+    windows: float | None
+    tokens: float | None
+    interaction: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherAgreement:
-    """Agreement of a system with the teacher: Kendall's tau_b, and whether the first passage is the same."""
+class ScoreReport:
+    """The parts of the scores of the best passages for one question, best first.
 
-    kendall_tau: float
-    same_first: bool
+    ``interaction_weight``: weight of the student's interaction in this task; with 0 it adds nothing.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class TeacherOpinion:
-    """The teacher's judgements of the best passages of both systems for one question, best first."""
-
-    model: str
-    tuned: bool
     question: str
-    passages: tuple[JudgedPassage, ...]
-    agreement_cosine: TeacherAgreement
-    agreement_d2llm: TeacherAgreement
+    places: tuple[ScoredPlace, ...]
+    interaction_weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +176,8 @@ class DemoReport:
     depth: int
     top_k: int
     questions: QuestionReport
+    score: ScoreReport
     messages: MessageReport
-    teacher: TeacherOpinion
     sizes: DemoSizes
     seconds: Mapping[str, float]
     total_seconds: float

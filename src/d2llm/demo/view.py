@@ -23,8 +23,7 @@ from d2llm.demo.report import (
     DemoReport,
     MessageReport,
     QuestionReport,
-    TeacherAgreement,
-    TeacherOpinion,
+    ScoreReport,
 )
 from d2llm.ops.bm25_words import placed_terms, terms
 from d2llm.retrieval.index import Index
@@ -99,7 +98,7 @@ class DemoView:
         rate = len(index) / max(seconds, 1e-9)
         self._say(f"{len(index):,} passages{truncated}, in {seconds:.1f} s ({rate:,.0f} passages/s).")
 
-    def answers(self, report: QuestionReport, student: str, baseline: str, *, depth: int) -> None:
+    def answers(self, report: QuestionReport, baseline: str, *, depth: int) -> None:
         """Print one table for each question, and how often a right passage was among the first."""
         top_k, number = len(report.answers[0].d2llm), len(report.answers)
         self._say(
@@ -116,15 +115,45 @@ class DemoView:
             f"{number} questions show how search works, not how well; d2llm evaluate measures quality on many judged "
             "queries."
         )
+
+    def score(self, report: ScoreReport, student: str) -> None:
+        """Print the parts of the best passages' scores, and which parts count in this task."""
+        self._say(
+            "D2LLM's score of a passage is a sum of what different views of it say. These are its parts for the first "
+            "answers to one of the questions:"
+        )
+        parts = {
+            "inner product": "inner_product",
+            "words": "words",
+            "sentences": "windows",
+            "tokens": "tokens",
+            "interaction": "interaction",
+        }
+        shown = {
+            name: field
+            for name, field in parts.items()
+            if any(getattr(place, field) is not None for place in report.places)
+        }
+        columns = [Column(name, ".2f") for name in shown]
+        table = Table("passage", Column("score", ".2f"), *columns, title=self._plain(report.question), framed=False)
+        for place in report.places:
+            title = self._plain(f"✓ {place.title}" if place.right else place.title)
+            table.add_row(title, Cell(place.score, "bold"), *(getattr(place, field) for field in shown.values()))
+        self._print(table)
+        meanings = {
+            "inner product": "the passage's one vector",
+            "words": "BM25 of the passage and of its best two sentences",
+            "sentences": "the vector of its best two sentences",
+            "tokens": "the vectors of its tokens, one for each token of the question",
+        }
+        counted = "; ".join(f"{name}: {meaning}" for name, meaning in meanings.items() if name in shown)
+        self._say(f"{counted}. How much they count beside the inner product was chosen on the dev data of '{student}'.")
         if report.interaction_weight:
-            self._say(
-                f"The interaction of '{student}' has the weight {report.interaction_weight:.2g}, which was chosen on "
-                "its dev data."
-            )
+            self._say(f"The interaction has the weight {report.interaction_weight:.2g} here.")
         else:
             self._say(
-                f"D2LLM's score is the inner product of its vectors here: for the asymmetric task the interaction of "
-                f"'{student}' has the weight 0, which was best on its dev data."
+                "The interaction has the weight 0 for questions and answers, which was best there; the next step shows "
+                "it where it counts."
             )
 
     def messages(self, report: MessageReport, student: str, baseline: str) -> None:
@@ -152,29 +181,6 @@ class DemoView:
         for answer in report.examples:
             heading = f"{answer.question}  [{request_of(answer)}]"
             self._print(self._answer_table(heading, answer, ("D2LLM without its interaction", "D2LLM"), 0))
-
-    def announce_teacher(self, model: str, is_tuned: bool) -> None:
-        """Print which language model will judge."""
-        teacher = f"The language model '{model}' is loaded as published; it is not tuned to judge, so it judges poorly."
-        if is_tuned:
-            teacher = "The tuned teacher that came with d2llm is loaded."
-        self._say(f"{teacher} (Its weights are converted the first time, which may take half a minute.)")
-
-    def teacher(self, opinion: TeacherOpinion) -> None:
-        """Print P(yes) of each judged passage, and how far the two systems agree with the teacher."""
-        judged, scores = Column("teacher's P(yes)", ".3f"), (Column("cosine", ".3f"), Column("D2LLM", ".2f"))
-        heading = self._plain(f"Does the passage answer the question?  {opinion.question}")
-        table = Table(judged, "passage", *scores, title=heading, framed=False)
-        for passage in opinion.passages:
-            title = self._plain(f"✓ {passage.title}" if passage.right else passage.title)
-            table.add_row(passage.probability, title, passage.cosine, passage.d2llm)
-        self._print(table)
-        self._say(
-            f"Agreement with the teacher's order: cosine {_in_words(opinion.agreement_cosine)}; D2LLM "
-            f"{_in_words(opinion.agreement_d2llm)}. (Kendall's tau: 1 the same order, 0 unrelated, -1 reversed.)"
-        )
-        if not opinion.tuned:
-            self._say("This teacher is not tuned, so agreement with it says nothing about quality.")
 
     def end(self, report: DemoReport) -> None:
         """Print times, sizes and the next commands."""
@@ -266,8 +272,3 @@ def _movement(place: DemoPlace, top_k: int, depth: int) -> str:
         return f"new ({place.other_rank})"
     moved = place.other_rank - place.rank
     return "=" if moved == 0 else f"▲{moved}" if moved > 0 else f"▼{-moved}"
-
-
-def _in_words(agreement: TeacherAgreement) -> str:
-    first = "the same passage first" if agreement.same_first else "another passage first"
-    return f"tau {agreement.kendall_tau:+.2f}, {first}"

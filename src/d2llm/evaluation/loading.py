@@ -16,8 +16,9 @@ from d2llm.core.shipped import shipped_models
 from d2llm.core.types import SystemKind
 from d2llm.data.run_folder import RunFolder, companion, is_finished
 from d2llm.data.trec import TrecRun, read_run
-from d2llm.evaluation.setting import OWN_NAMES, Contenders
+from d2llm.evaluation.setting import NAME_D2LLM, OWN_NAMES, Contenders
 from d2llm.models.external import ExternalBiEncoder, load_external
+from d2llm.models.sources import is_student
 from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import FORMAT_VERSION, KIND
 from d2llm.models.teachers.judge import Judge, asks_endpoint, identify_judge, load_judge
@@ -50,7 +51,7 @@ def load_contenders(
         teacher: by default the teacher whose labels the student was trained on: ``teacher`` beside the student, or a
             shipped one.
         with_teacher: False leaves the teacher out.
-        models: bi-encoders and cross-encoders for sentence-transformers, as names or folders.
+        models: other students, and bi-encoders and cross-encoders for sentence-transformers, as names or folders.
         runs: TREC run files.
         device: where to compute; by default the best device available.
         dtype: number format of d2llm's models; by default the fastest on that device. Other models are float32.
@@ -97,7 +98,10 @@ def load_contenders(
             gpus[judge.fingerprint] = config.num_gpus
     else:
         why["teacher"] = "it was left out"
-    bi_encoders, cross_encoders = _externals(strings_of(models, "models"), device, loads)
+    named = strings_of(models, "models")
+    bi_encoders, cross_encoders = _externals(named, device, dtype, loads)
+    trained_on = {NAME_D2LLM: _trained_on(folder)}
+    trained_on |= {Path(name).name: _trained_on(find_student(name)) for name in named if is_student(Path(name))}
     return Contenders(
         student=model,
         untuned=untuned,
@@ -115,6 +119,7 @@ def load_contenders(
             "teacher": None if judge is None else judge.fingerprint,
         },
         notes=_gate_notes(manifest),
+        trained_on=trained_on,
         loads=loads,
         gpus=gpus,
     )
@@ -134,23 +139,32 @@ def _named(run: TrecRun) -> TrecRun:
 
 
 def _externals(
-    models: Sequence[str], device: str | None, loads: dict[str, Load | None]
+    models: Sequence[str], device: str | None, dtype: str | None, loads: dict[str, Load | None]
 ) -> tuple[dict[str, SearchStudent], dict[str, Judge]]:
     """Other models by the names of their rows; how a worker loads each is added to ``loads``."""
     bi_encoders: dict[str, SearchStudent] = {}
     cross_encoders: dict[str, Judge] = {}
     for name in models:
-        load = partial(load_external, name, device=device)
+        if is_student(Path(name)):
+            load = partial(load_student, find_student(name), device=device, dtype=dtype)
+        else:
+            load = partial(load_external, name, device=device)
         loaded = load()
         loads[loaded.fingerprint] = load
         label = Path(name).name
         if label in bi_encoders or label in cross_encoders:
             raise InputError(f"two models are called '{label}', which their rows would share; rename one folder")
-        if isinstance(loaded, ExternalBiEncoder):
+        if isinstance(loaded, Student | ExternalBiEncoder):
             bi_encoders[label] = loaded
         else:
             cross_encoders[label] = loaded
     return bi_encoders, cross_encoders
+
+
+def _trained_on(student: Path) -> tuple[str, ...]:
+    """Names of the data sets that a student was trained on, as its manifest has them."""
+    recipe: Mapping[str, Any] = read_manifest(student, KIND, FORMAT_VERSION).get("recipe") or {}
+    return tuple(Path(data["path"]).name for data in recipe.get("data", ()))
 
 
 def _provenance(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -228,7 +228,7 @@ class EvaluationReport:
         return replace(
             self,
             subject=new(self.subject),
-            baseline=new(self.baseline),
+            baseline=None if self.baseline is None else new(self.baseline),
             rows=tuple(replace(each, name=new(each.name)) for each in self.rows),
             missing=tuple(replace(each, name=new(each.name)) for each in self.missing),
             sample_rows=tuple(replace(each, name=new(each.name)) for each in self.sample_rows),

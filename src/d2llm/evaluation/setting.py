@@ -62,6 +62,8 @@ class Contenders:
     provenance: Mapping[str, object] = field(default_factory=dict[str, object])
     notes: tuple[str, ...] = ()
     """Remarks for the report on how the student was made."""
+    trained_on: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    """Names of the data sets that students were trained on, by the students' rows."""
     loads: Mapping[str, Load | None] = field(default_factory=dict[str, Load | None])
     """For a cluster: how its workers load each model (``Placement.loads``)."""
     gpus: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -95,6 +97,15 @@ class Contenders:
             ),
         ]
         return [Contender(name, kind, model, depth) for name, kind, model, depth in rows if model is not None]
+
+    def notes_on(self, dataset: str) -> tuple[str, ...]:
+        """``notes``, and which students were trained on a data set with this name."""
+        seen = [name for name, datasets in self.trained_on.items() if dataset in datasets]
+        if not seen:
+            return self.notes
+        were = "was" if len(seen) == 1 else "were"
+        note = f"{' and '.join(seen)} {were} trained on other queries of {dataset}, which makes it easier"
+        return (*self.notes, note)
 
     def judges(self, teacher_depth: int | None) -> list[tuple[str, SystemKind, Judge]]:
         """The systems that encode query and passage together."""
