@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2llm.core.errors import InputError, LabelMismatchError
-from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
@@ -296,9 +296,9 @@ def test_with_a_limit_the_queries_on_which_two_students_disagree_are_labelled(
     limited = dataclasses.replace(source, max_labelled=5)
     config = tiny_teacher_config(model)
     names = (str(tmp_path / "student0"), str(tmp_path / "student1"))
-    assert run(limited, tmp_path / "labels", config, compared_students=names).queries == 5
+    assert run(limited, tmp_path / "labels", config, settings=LabellingConfig(compared_students=names)).queries == 5
     labels = open_labels(source, tmp_path / "labels", config)
     labelled = {entry.query_id for entry in source.plan.entries if labels.log_odds(entry.query_id)}
     assert len(labelled) == 5
     assert min(values[name] for name in labelled) >= sorted(values.values())[-5]
-    assert run(limited, tmp_path / "labels", config, compared_students=names).pairs == 0
+    assert run(limited, tmp_path / "labels", config, settings=LabellingConfig(compared_students=names)).pairs == 0

@@ -51,10 +51,11 @@ def known_teacher(name: str | None) -> str | None:
 
 
 def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
-    """The teacher that two options name; ``model`` may be ``KIND:MODEL``."""
+    """The teacher that two options name; ``model`` may be ``KIND:MODEL``, or a TOML file."""
     from d2llm.core.recipe import TeacherConfig
+    from d2llm.core.recipe_file import named_teacher
 
-    return (TeacherConfig() if prompt is None else TeacherConfig(prompt=prompt)).named(model)
+    return named_teacher(model, None if prompt is None else TeacherConfig(prompt=prompt))
 
 
 def output_path(context: typer.Context, path: Path | None) -> Path | None:

@@ -21,7 +21,7 @@ from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.types import RunStep
 
-_MODEL = "a folder, a name, or KIND:MODEL such as cosine:FOLDER for a student or a bi-encoder"
+_MODEL = "a folder, a name, KIND:MODEL such as cosine:FOLDER for a student or a bi-encoder, or a TOML file"
 
 
 @with_option_groups
@@ -159,12 +159,13 @@ def stack(
     recipe.
     """
     from d2llm.core.files import write_bytes
+    from d2llm.core.recipe_file import named_teacher
     from d2llm.reports.training_tables import render_stack_page, stack_tables
 
     session = session_of(context)
     runner = place.find()
     opened = options.open(recipe, files=[html_path])
-    teachers = [opened.recipe.teacher.named(member) for member in members]
+    teachers = [named_teacher(member, opened.recipe.teacher) for member in members]
     report = opened.stack(teachers, num_queries=queries, depth=depth, runner=runner)
     for part in stack_tables(report):
         session.show(part)
@@ -194,6 +195,7 @@ def gate(
     Run it before label. [gate] in the recipe says how many queries to use (ten times as many pairs), and what to do
     with a data set whose gate is closed.
     """
+    from d2llm.core.recipe_file import named_teacher
     from d2llm.reports.training_tables import gate_table
     from d2llm.training.gate import GateReport
     from d2llm.training.sentences import gate_advice
@@ -201,7 +203,7 @@ def gate(
     session = session_of(context)
     runner = place.find()
     opened = options.open(recipe)
-    config = opened.recipe.teacher.named(teacher) if teacher is not None else None
+    config = named_teacher(teacher, opened.recipe.teacher) if teacher is not None else None
     report = opened.gate(teacher=config, student=student, runner=runner)
     session.write_report(context, options.json_path, report)
     if not isinstance(report, GateReport):

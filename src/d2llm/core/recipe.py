@@ -330,19 +330,59 @@ def untuned_config(config: StudentConfig) -> StudentConfig:
 
 
 class CompletionConfig(EndpointConfig):
-    """An endpoint whose model continues a prompt."""
+    """An endpoint whose model continues a prompt, and what its tokens cost."""
 
     api: Literal["completions", "chat"] = "completions"
     """``completions`` sends the prompt unchanged, ``chat`` as a user message in the model's chat template."""
+    extra_body: dict[str, Any] = {}
+    """More fields for every request, such as ``{"max_completion_tokens": 400}``."""
+    leave_out: tuple[Literal["max_tokens", "temperature", "top_p", "seed"], ...] = ()
+    """Fields that the endpoint refuses, and that are therefore not sent."""
+    price_per_million_prompt_tokens: float | None = Field(default=None, ge=0)
+    """In any currency."""
+    price_per_million_written_tokens: float | None = Field(default=None, ge=0)
+
+    def body(self, **settings: Any) -> dict[str, Any]:
+        """The fields of a request besides model and prompt: ``settings`` without ``leave_out``, with ``extra_body``."""
+        return {name: value for name, value in settings.items() if name not in self.leave_out} | self.extra_body
+
+    def cost(self, num_prompt_tokens: int, num_written_tokens: int) -> float | None:
+        """The price of so many tokens, in the currency of the prices; None unless both prices are set."""
+        if self.price_per_million_prompt_tokens is None or self.price_per_million_written_tokens is None:
+            return None
+        prompt = num_prompt_tokens * self.price_per_million_prompt_tokens
+        return (prompt + num_written_tokens * self.price_per_million_written_tokens) / 1e6
 
 
 class RemoteConfig(CompletionConfig):
-    """The endpoint of a remote teacher, which gives log-probabilities (docs/remote-teacher.md)."""
+    """The endpoint of a remote teacher (docs/remote-teacher.md).
+
+    For the kinds ``graded`` and ``listwise``, ``api`` is ``chat`` and ``timeout_seconds`` 300 by default.
+    """
 
     top_logprobs: int = Field(default=20, ge=2)
-    """How many tokens' log-probabilities to request."""
+    """Kind ``remote``: how many tokens' log-probabilities to request."""
     unanswered: Literal["error", "undecided"] = "error"
-    """What to do with a pair if neither answer word is among them: stop, or count it and use log-odds 0."""
+    """What to do with a pair that the model does not judge, after all attempts: stop, or count it as log-odds 0."""
+
+
+class ListsConfig(_Section):
+    """How the kinds ``graded`` and ``listwise`` ask about the passages of a query (docs/remote-teacher.md)."""
+
+    size: int = Field(default=20, ge=1, le=100)
+    """The most passages in one request. A longer list is graded in parts, and ranked in windows of this size."""
+    step: int = Field(default=10, ge=1)
+    """Kind ``listwise``: how far a window moves towards the top of the list."""
+    orders: int = Field(default=1, ge=1)
+    """In how many random orders the passages of a query are shown; their grades are averaged, their rankings joined."""
+    seed: int = 0
+    """Of the random orders."""
+    max_passage_tokens: int = Field(default=400, ge=16)
+    """Maximum length of a passage; its end is cut off to fit."""
+    max_answer_tokens: int = Field(default=4000, ge=16)
+    """Maximum length of an answer, with what a reasoning model thinks before it."""
+    attempts: int = Field(default=3, ge=1)
+    """How often passages are shown that an answer left out."""
 
 
 class VllmConfig(_Section):
@@ -362,6 +402,10 @@ class VllmConfig(_Section):
 Quantization = Literal["none", "8bit", "4bit"]
 """How the weights of a model's linear layers are stored: as they are, or in fewer bits by bitsandbytes."""
 _LOCAL_SETTINGS = ("dtype", "device_map", "quantization")
+LIST_KINDS = frozenset({"graded", "listwise"})
+"""Kinds of teacher that read several passages of a query at once and answer in words, without log-probabilities."""
+REMOTE_KINDS = LIST_KINDS | {"remote"}
+"""Kinds of teacher behind an endpoint."""
 
 
 class TeacherConfig(_Section):
@@ -370,14 +414,19 @@ class TeacherConfig(_Section):
     model: str = "smollm2"
     """Local folder (also of a tuned teacher), Hub name, GGUF file, or ``smollm2``; for a remote teacher, the model's
     name at the endpoint."""
-    kind: Literal["auto", "causal", "seq2seq", "classifier", "vllm", "remote", "cosine", "stack"] = "auto"
+    kind: Literal[
+        "auto", "causal", "seq2seq", "classifier", "vllm", "remote", "graded", "listwise", "cosine", "stack"
+    ] = "auto"
     """``auto``: detected from the folder. ``seq2seq`` is prompted as MonoT5 is, ``classifier`` is a cross-encoder with
-    its own score, ``vllm`` a causal model that vLLM runs in this process, ``remote`` an OpenAI-compatible endpoint,
-    ``cosine`` a bi-encoder or a student, ``stack`` several of these."""
+    its own score, ``vllm`` a causal model that vLLM runs in this process, ``remote`` an OpenAI-compatible endpoint that
+    returns log-probabilities, ``graded`` and ``listwise`` one that need not: it grades, or ranks, the passages of a
+    query. ``cosine`` is a bi-encoder or a student, ``stack`` several of these."""
     prompt: str = "paper"
-    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.teachers.prompts``)."""
+    """Name of a prompt set shipped with d2llm, or the path of a TOML file (see ``models.teachers.prompts``). For the
+    kinds ``graded`` and ``listwise``, ``standard`` by default."""
     max_tokens: int = Field(default=350, ge=32)
-    """Maximum length of the whole input; the end of the passage is cut off to fit."""
+    """Maximum length of the whole input; the end of the passage is cut off to fit. Not for the kinds ``graded`` and
+    ``listwise``, which have ``lists.max_passage_tokens``."""
     positive_label: str | None = None
     """For a classifier with several classes: the class that means yes, as named in its config.json (``entailment``)."""
     new_head: bool = False
@@ -395,11 +444,46 @@ class TeacherConfig(_Section):
     from those of the full weights, so it is another teacher, with labels of its own."""
     vllm: VllmConfig | None = None
     remote: RemoteConfig | None = None
+    lists: ListsConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_defaults_of_lists(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("kind") not in LIST_KINDS:
+            return cast("Any", values)
+        own: dict[str, Any] = {"prompt": "standard", "lists": {}, **cast("Mapping[str, Any]", values)}
+        remote: Any = own.get("remote")
+        if isinstance(remote, Mapping):
+            own["remote"] = {"api": "chat", "timeout_seconds": 300.0, **cast("Mapping[str, Any]", remote)}
+        return own
+
+    @model_validator(mode="after")
+    def _check_lists(self) -> TeacherConfig:
+        if self.kind not in LIST_KINDS:
+            if self.lists is not None:
+                raise ValueError(
+                    f'the section lists needs kind = "graded" or "listwise", not "{self.kind}"; set the kind or delete '
+                    "the section"
+                )
+            return self
+        if "max_tokens" in self.model_fields_set:
+            raise ValueError(
+                f"max_tokens does not apply to kind {self.kind}, which reads several passages at once; set "
+                "lists.max_passage_tokens"
+            )
+        if self.remote is not None and "top_logprobs" in self.remote.model_fields_set:
+            raise ValueError(f"remote.top_logprobs does not apply to kind {self.kind}, which asks for words; delete it")
+        if self.lists is not None and self.kind == "listwise" and self.lists.step >= max(2, self.lists.size):
+            raise ValueError(
+                f"lists.step is {self.lists.step} and lists.size {self.lists.size}: windows must overlap, so set a "
+                "smaller step"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_loading(self) -> TeacherConfig:
         chosen = [name for name in _LOCAL_SETTINGS if getattr(self, name) != type(self).model_fields[name].default]
-        if chosen and self.kind in {"remote", "cosine", "stack"}:
+        if chosen and self.kind in {*REMOTE_KINDS, "cosine", "stack"}:
             raise ValueError(
                 f"{' and '.join(chosen)} of a teacher of kind {self.kind} cannot be set: these are about loading one "
                 "model with local weights (kinds causal, seq2seq and classifier)"
@@ -423,9 +507,12 @@ class TeacherConfig(_Section):
     def named(self, text: str) -> TeacherConfig:
         """The teacher that ``KIND:MODEL`` or ``MODEL`` names, with the other settings of this one."""
         kind, colon, model = text.partition(":")
-        if colon and model and kind in get_args(TeacherConfig.model_fields["kind"].annotation):
+        if not (colon and model and kind in get_args(TeacherConfig.model_fields["kind"].annotation)):
+            kind, model = "auto", text
+        if (kind in LIST_KINDS) == (self.kind in LIST_KINDS):
             return self.model_copy(update={"model": model, "kind": kind})
-        return self.model_copy(update={"model": text, "kind": "auto"})
+        remote = None if self.remote is None else self.remote.model_dump(exclude_unset=True, exclude={"top_logprobs"})
+        return TeacherConfig.model_validate({"model": model, "kind": kind, "remote": remote})
 
 
 class TeacherTuningConfig(_Section):
@@ -495,25 +582,11 @@ class TeacherTuningConfig(_Section):
 
 
 class RemoteWriterConfig(CompletionConfig):
-    """The endpoint of a remote writer, and what it costs (docs/writers.md)."""
+    """The endpoint of a remote writer (docs/writers.md)."""
 
     api: Literal["completions", "chat"] = "chat"
     timeout_seconds: float = Field(default=300.0, gt=0)
     """Time limit of one request; a whole answer takes longer than one token."""
-    extra_body: dict[str, Any] = {}
-    """More fields for every request, such as ``{"max_completion_tokens": 400}``."""
-    leave_out: tuple[Literal["max_tokens", "temperature", "top_p", "seed"], ...] = ()
-    """Fields that the endpoint refuses, and that are therefore not sent."""
-    price_per_million_prompt_tokens: float | None = Field(default=None, ge=0)
-    """In any currency."""
-    price_per_million_written_tokens: float | None = Field(default=None, ge=0)
-
-    def cost(self, num_prompt_tokens: int, num_written_tokens: int) -> float | None:
-        """The price of so many tokens, in the currency of the prices; None unless both prices are set."""
-        if self.price_per_million_prompt_tokens is None or self.price_per_million_written_tokens is None:
-            return None
-        prompt = num_prompt_tokens * self.price_per_million_prompt_tokens
-        return (prompt + num_written_tokens * self.price_per_million_written_tokens) / 1e6
 
 
 class WriterConfig(_Section):
@@ -673,11 +746,19 @@ class WarmUpConfig(_Section):
 
 
 class LabellingConfig(_Section):
-    """Which queries the teacher labels, if ``max_labelled`` of a data set does not allow for all."""
+    """Which queries the teacher labels, if ``max_labelled`` of a data set does not allow for all, and what it may cost.
+
+    The limits are those of one call of ``label``; the next continues where it stopped.
+    """
 
     compared_students: tuple[str, str] | None = None
     """Two students, as folders or names, such as those before and after some training: the queries whose passages they
     rank most differently are labelled. By default a random sample is."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Tokens that the teacher reads and writes."""
+    max_cost: float | None = Field(default=None, gt=0)
+    """In the currency of the prices in ``teacher.remote``."""
 
 
 class LossWeights(_Section):
@@ -1090,6 +1171,22 @@ class Recipe(_Section):
             raise ValueError(
                 f"teacher.quantization is {self.teacher.quantization}, and quantised weights cannot be trained: set "
                 'teacher_tuning.tuning = "lora" or teacher_tuning.quantization = "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_lists(self) -> Recipe:
+        imitated = [name for name in ("feature_imitation", "subclass_imitation") if getattr(self.losses, name)]
+        if self.teacher.kind in LIST_KINDS and imitated and self.student.interaction.head != "cosine":
+            raise ValueError(
+                f"losses.{imitated[0]} imitates a teacher's features, and one of kind {self.teacher.kind} answers in "
+                f"words alone: set {' and '.join(f'losses.{name} = 0' for name in imitated)}"
+            )
+        remote = self.teacher.remote
+        if self.labelling.max_cost is not None and (remote is None or remote.cost(0, 0) is None):
+            raise ValueError(
+                "labelling.max_cost needs prices: set teacher.remote.price_per_million_prompt_tokens and "
+                "price_per_million_written_tokens, or give the limit as max_tokens"
             )
         return self
 

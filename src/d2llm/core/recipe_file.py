@@ -53,6 +53,35 @@ def load_recipe_text(text: str, *, where: str) -> Recipe:
     return parse_recipe(parse_toml(text, where=where, error=RecipeError), where=where)
 
 
+def named_teacher(text: str, like: TeacherConfig | None = None) -> TeacherConfig:
+    """The teacher that a text names: ``MODEL``, ``KIND:MODEL``, or a TOML file with the settings of [teacher].
+
+    Args:
+        text: what the user gave.
+        like: the settings of a teacher that is named without a file.
+
+    Raises:
+        RecipeError: the file is missing, is not TOML, or has an unknown key or a bad value.
+    """
+    like = like or TeacherConfig()
+    if not text.endswith(".toml"):
+        try:
+            return like.named(text)
+        except ValidationError as error:
+            raise _teacher_error(error, f"the teacher '{text}'") from error
+    values = read_toml(Path(text), RecipeError)
+    section = values.get("teacher", values)
+    try:
+        return TeacherConfig.model_validate(section)
+    except ValidationError as error:
+        raise _teacher_error(error, text) from error
+
+
+def _teacher_error(error: ValidationError, where: str) -> RecipeError:
+    problems = [cast("ErrorDetails", {**each, "loc": ("teacher", *each["loc"])}) for each in error.errors()]
+    return RecipeError(f"{where}: " + "; ".join(map(_explain, problems)))
+
+
 def _find_recipe(path_or_name: str | Path) -> Path:
     path, shipped = Path(path_or_name), shipped_recipes()
     if path.name != str(path_or_name) or path.suffix or path.is_file():
@@ -112,7 +141,7 @@ def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: i
     """
     # A teacher that vLLM runs is tuned as any other.
     tuned = teacher.model_copy(update={"kind": "auto"}) if teacher.kind == "vllm" else teacher
-    judging = {"stack_with_cosine", "remote", "vllm", "dtype", "device_map", "quantization"}
+    judging = {"stack_with_cosine", "remote", "lists", "vllm", "dtype", "device_map", "quantization"}
     values = tuning.model_dump(
         mode="json", exclude={"checkpoint_minutes", "graph_gib", "gradient_checkpointing", "quantization"}
     )

@@ -29,7 +29,7 @@ from d2llm.data.labels import KIND, LabelKey, LabelStore, QueryLabels, label_key
 _SHARD_QUERIES = 5_000
 _EXPORTED = pa.schema(
     [(name, pa.string()) for name in ("teacher", "prompt", "dataset", "query_id", "passage_id")]
-    + [("log_odds", pa.float32())]
+    + [("log_odds", pa.float32()), ("grade", pa.float32())]
 )
 FILE_TYPES = (".parquet", ".jsonl", ".csv")
 """What ``export_labels`` can write."""
@@ -136,9 +136,9 @@ def export_labels(
 ) -> int:
     """Write a store as one file for other programs, a line for each pair; returns the number of pairs.
 
-    The columns are teacher, prompt, dataset, query_id, passage_id and log_odds; the ending of ``path`` is .parquet,
-    .jsonl or .csv; a stream such as ``/dev/stdout`` gets JSON lines. ``teacher``, ``prompt`` (fingerprints or their
-    beginnings) and ``dataset`` choose sets.
+    The columns are teacher, prompt, dataset, query_id, passage_id, log_odds and grade (null unless the teacher gave
+    grades); the ending of ``path`` is .parquet, .jsonl or .csv; a stream such as ``/dev/stdout`` gets JSON lines.
+    ``teacher``, ``prompt`` (fingerprints or their beginnings) and ``dataset`` choose sets.
 
     Raises:
         InputError: the ending is another one, or no set has been chosen.
@@ -169,8 +169,8 @@ def _tables(folder: Path, keys: Sequence[LabelKey]) -> Iterator[Any]:
             store = _open(folder, key)
             for query_ids in batched(store.query_ids, _SHARD_QUERIES):
                 rows = [
-                    (key.teacher, key.prompt, key.dataset, query_id, passage_id, value)
-                    for query_id in query_ids
+                    (key.teacher, key.prompt, key.dataset, query_id, passage_id, value, grades.get(passage_id))
+                    for query_id, grades in ((name, store.grades(name)) for name in query_ids)
                     for passage_id, value in store.log_odds(query_id).items()
                 ]
                 columns = zip(_EXPORTED, zip(*rows, strict=True), strict=True)
@@ -218,6 +218,7 @@ def _counted(store: LabelStore) -> LabelSet:
 def _merged(query_id: str, stores: Sequence[LabelStore]) -> tuple[QueryLabels, list[float]]:
     """The labels of a query in all stores, and by how much those of pairs differ that several stores have."""
     values: dict[str, float] = {}
+    grades: dict[str, float] = {}
     differences: list[float] = []
     gram: tuple[tuple[str, ...], Any] | None = None
     for store in stores:
@@ -225,8 +226,10 @@ def _merged(query_id: str, stores: Sequence[LabelStore]) -> tuple[QueryLabels, l
             if passage_id in values:
                 differences.append(abs(values[passage_id] - value))
             values[passage_id] = value
+        grades |= store.grades(query_id)
         gram = store.gram(query_id) or gram
     first = () if gram is None else gram[0]
     passage_ids = tuple(dict.fromkeys((*first, *values)))  # a Gram matrix is of the first passages
     log_odds = np.array([values[passage_id] for passage_id in passage_ids], np.float32)
-    return QueryLabels(query_id, passage_ids, log_odds, None if gram is None else gram[1]), differences
+    own = np.array([grades.get(passage_id, np.nan) for passage_id in passage_ids], np.float32) if grades else None
+    return QueryLabels(query_id, passage_ids, log_odds, None if gram is None else gram[1], own), differences

@@ -29,10 +29,10 @@ from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 
 _log = logging.getLogger(__name__)
 KIND = "labels"
-_FORMAT_VERSION = 2  # since 2 the data set is part of the key
+_FORMAT_VERSION = 3  # since 3 a label has a grade
 _KEY_FIELDS = ["teacher", "prompt", "dataset"]
 _KEY = [(name, pa.string()) for name in (*_KEY_FIELDS, "query_id")]
-_LABELS = pa.schema([*_KEY, ("passage_id", pa.string()), ("log_odds", pa.float32())])
+_LABELS = pa.schema([*_KEY, ("passage_id", pa.string()), ("log_odds", pa.float32()), ("grade", pa.float32())])
 _GRAMS = pa.schema([*_KEY, ("passage_ids", pa.list_(pa.string())), ("gram", pa.list_(pa.float32()))])
 
 
@@ -53,13 +53,15 @@ class QueryLabels:
     """A teacher's judgements of the passages of one query.
 
     ``log_odds`` [n] belongs to ``passage_ids``; ``gram`` [m, m] holds the cosines between the teacher's features of the
-    first m passages (feature imitation), or is None.
+    first m passages (feature imitation), or is None. ``grades`` [n] are those from which a graded teacher's log-odds
+    were made, 0 to 100, NaN for a passage without one.
     """
 
     query_id: str
     passage_ids: tuple[str, ...]
     log_odds: Float32[np.ndarray, " n"]
     gram: Float32[np.ndarray, "m m"] | None = None
+    grades: Float32[np.ndarray, " n"] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.passage_ids)
@@ -67,6 +69,8 @@ class QueryLabels:
             raise ValueError(f"query '{self.query_id}': a passage id occurs twice")
         if self.log_odds.shape != (count,):
             raise ValueError(f"query '{self.query_id}': {count} passages, but log_odds of shape {self.log_odds.shape}")
+        if self.grades is not None and self.grades.shape != (count,):
+            raise ValueError(f"query '{self.query_id}': {count} passages, but grades of shape {self.grades.shape}")
         if self.gram is None:
             return
         if self.gram.ndim != 2 or self.gram.shape[0] != self.gram.shape[1] or len(self.gram) > count:
@@ -108,12 +112,18 @@ class _StoredLabels:
 
     def __init__(self) -> None:
         self._queries, self._passages = _Ids(), _Ids()
-        self._pairs: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]] = []
+        self._pairs: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]] = []
         self._grams: dict[str, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
 
-    def add(self, query_ids: Sequence[str], passage_ids: Sequence[str], log_odds: NDArray[np.float32]) -> None:
+    def add(
+        self,
+        query_ids: Sequence[str],
+        passage_ids: Sequence[str],
+        log_odds: NDArray[np.float32],
+        grades: NDArray[np.float32],
+    ) -> None:
         """Add labelled pairs [n], in the order in which they were written."""
-        self._pairs.append((self._queries.encode(query_ids), self._passages.encode(passage_ids), log_odds))
+        self._pairs.append((self._queries.encode(query_ids), self._passages.encode(passage_ids), log_odds, grades))
 
     def add_gram(self, query_id: str, passage_ids: Sequence[str], values: NDArray[np.float32]) -> None:
         """Add the Gram matrix [m * m] of some passages of a query; the last of a query counts."""
@@ -121,15 +131,17 @@ class _StoredLabels:
 
     def finish(self) -> None:
         """Sort the pairs by query, and keep the last label of each; nothing is added afterwards."""
-        nothing = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
-        queries, passages, values = (np.concatenate(column) for column in zip(nothing, *self._pairs, strict=True))
+        nothing = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
+        queries, passages, values, grades = (
+            np.concatenate(column) for column in zip(nothing, *self._pairs, strict=True)
+        )
         pairs = queries.astype(np.int64) * max(len(self._passages.place_of), 1) + passages
         order = np.argsort(pairs, kind="stable")  # the labels of a pair together, those written last at the end
         is_first = np.diff(pairs[order], prepend=-1) != 0
         firsts, lasts = order[is_first], order[np.append(is_first[1:], np.True_)[: len(order)]]
         by_query = np.lexsort((firsts, queries[firsts]))  # passages in the order in which they were first written
         firsts, lasts = firsts[by_query], lasts[by_query]
-        self._names, self._values = passages[firsts], values[lasts]
+        self._names, self._values, self._grades = passages[firsts], values[lasts], grades[lasts]
         self._ends = np.cumsum(np.bincount(queries[firsts], minlength=len(self._queries.place_of)))
         self.num_duplicates = len(order) - len(firsts)
         self._passage_ids = _Texts(self._passages.place_of)
@@ -146,12 +158,19 @@ class _StoredLabels:
 
     def log_odds(self, query_id: str) -> dict[str, float]:
         """Log-odds by passage id; empty for a query without labels."""
+        return self._of_query(query_id, self._values)
+
+    def grades(self, query_id: str) -> dict[str, float]:
+        """Grades by passage id, NaN where there is none; empty for a query without labels."""
+        return self._of_query(query_id, self._grades)
+
+    def _of_query(self, query_id: str, values: NDArray[np.float32]) -> dict[str, float]:
         place = self._queries.place_of.get(query_id)
         if place is None:
             return {}
         rows = slice(self._ends[place - 1] if place else 0, self._ends[place])
         names = self._passage_ids.take(self._names[rows].tolist())
-        return dict(zip(names, self._values[rows].tolist(), strict=True))
+        return dict(zip(names, values[rows].tolist(), strict=True))
 
     def gram(self, query_id: str) -> tuple[tuple[str, ...], NDArray[np.float32]] | None:
         """The passage ids and the matrix of a query, if there is one."""
@@ -178,6 +197,7 @@ class LabelStore:
         self.num_duplicates = 0
         """Number of pairs that were labelled more than once; the label written last is used."""
         self._log_odds: dict[str, dict[str, float]] = {}  # written since the store was opened
+        self._grades: dict[str, dict[str, float]] = {}
         self._grams: dict[str, tuple[tuple[str, ...], NDArray[np.float32]]] = {}
         self._others: set[LabelKey] = set()
         if (self.folder / FILE_NAME).exists():
@@ -248,6 +268,11 @@ class LabelStore:
         """logit(yes) - logit(no) by passage id; empty for a query without labels."""
         return self._stored.log_odds(query_id) | self._log_odds.get(query_id, {})
 
+    def grades(self, query_id: str) -> dict[str, float]:
+        """Grades, 0 to 100, by passage id, of those passages that a graded teacher graded."""
+        grades = self._stored.grades(query_id) | self._grades.get(query_id, {})
+        return {name: grade for name, grade in grades.items() if grade == grade}
+
     def gram(self, query_id: str) -> tuple[tuple[str, ...], Float32[np.ndarray, "m m"]] | None:
         """Passage ids and the matrix of cosines between the teacher's features of them; None if there is none."""
         return self._grams.get(query_id) or self._stored.gram(query_id)
@@ -273,6 +298,8 @@ class LabelStore:
             self.num_duplicates += len(self.log_odds(item.query_id).keys() & {*item.passage_ids})
             added = zip(item.passage_ids, item.log_odds.tolist(), strict=True)
             self._log_odds.setdefault(item.query_id, {}).update(added)
+            grades = zip(item.passage_ids, _grades_of(item), strict=True)
+            self._grades.setdefault(item.query_id, {}).update(grades)
             if item.gram is not None:
                 self._grams[item.query_id] = (item.gram_passage_ids, item.gram.astype(np.float32))
 
@@ -284,8 +311,10 @@ class LabelStore:
 
     def _label_rows(self, labels: Sequence[QueryLabels]) -> Iterator[tuple[Any, ...]]:
         for item in labels:
-            for passage_id, value in zip(item.passage_ids, item.log_odds.tolist(), strict=True):
-                yield *astuple(self.key), item.query_id, passage_id, value
+            for passage_id, value, grade in zip(
+                item.passage_ids, item.log_odds.tolist(), _grades_of(item), strict=True
+            ):
+                yield *astuple(self.key), item.query_id, passage_id, value, None if grade != grade else grade
 
     def _gram_rows(self, labels: Sequence[QueryLabels]) -> Iterator[tuple[Any, ...]]:
         for item in labels:
@@ -296,7 +325,8 @@ class LabelStore:
     def _read_labels(self, name: str) -> None:
         table = self._own_rows(_read_table(self.folder, "labels", name, _LABELS))
         query_ids, passage_ids = (table[column].to_pylist() for column in ("query_id", "passage_id"))
-        self._stored.add(query_ids, passage_ids, np.array(table["log_odds"], np.float32))
+        grades = np.array(table["grade"].fill_null(np.nan), np.float32)
+        self._stored.add(query_ids, passage_ids, np.array(table["log_odds"], np.float32), grades)
 
     def _read_grams(self, name: str) -> None:
         table = self._own_rows(_read_table(self.folder, "grams", name, _GRAMS))
@@ -344,6 +374,11 @@ def label_keys(folder: Path) -> list[LabelKey]:
     if not keys:
         raise DataFormatError(folder, "holds no teacher labels; make them first (d2llm label)")
     return sorted(keys)
+
+
+def _grades_of(labels: QueryLabels) -> list[float]:
+    """A grade for each passage, NaN where there is none."""
+    return [np.nan] * len(labels.passage_ids) if labels.grades is None else labels.grades.tolist()
 
 
 def _keys_in(table: Any) -> set[LabelKey]:

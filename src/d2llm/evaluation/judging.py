@@ -46,6 +46,8 @@ class JudgingCounts:
     tokens: int = 0
     bounded: int = 0
     undecided: int = 0
+    written_tokens: int = 0
+    cost: float = 0.0
 
     @classmethod
     def count(cls, judgements: Judgements) -> JudgingCounts:
@@ -56,6 +58,8 @@ class JudgingCounts:
             judgements.num_tokens,
             judgements.num_bounded,
             judgements.num_undecided,
+            judgements.num_written_tokens,
+            judgements.cost,
         )
 
     def add(self, other: JudgingCounts) -> None:
@@ -88,7 +92,7 @@ def judge_shard(judge: Judge, shard: PairShard, advance: Callable[[int], None]) 
     """Judge the pairs of a shard; ``advance`` is called with the number of pairs finished."""
     with_features = any(query.num_listed for query in shard.queries)
     judgements = judge.judge(shard.texts, shard.task, with_features=with_features, advance=advance)
-    labels = _by_query(shard.queries, judgements.log_odds, judgements.features)
+    labels = _by_query(shard.queries, judgements)
     return JudgedShard(labels, JudgingCounts.count(judgements))
 
 
@@ -210,15 +214,19 @@ def gram_matrix(features: Float32[np.ndarray, "m dim"]) -> Float32[np.ndarray, "
     return directions @ directions.T
 
 
-def with_rate(advance: Advance) -> Callable[[int], None]:
-    """Wrap ``advance`` so that the progress bar also shows the pairs per second since this call."""
+def with_rate(advance: Advance, counts: JudgingCounts | None = None) -> Callable[[int], None]:
+    """Wrap ``advance`` so that the progress bar also shows the pairs per second since this call, and the cost so far.
+
+    ``counts`` are updated while the work goes on.
+    """
     started = time.monotonic()
     finished = 0
 
     def count(pairs: int) -> None:
         nonlocal finished
         finished += pairs
-        advance(pairs, f"{finished / max(1e-9, time.monotonic() - started):.1f} pairs/s")
+        rate = f"{finished / max(1e-9, time.monotonic() - started):.1f} pairs/s"
+        advance(pairs, rate if counts is None or not counts.cost else f"{rate}, cost {counts.cost:.2f}")
 
     return count
 
@@ -278,7 +286,7 @@ def label_pool(
             task,
             query_text=query_text,
             passage_text=passage_text,
-            advance=with_rate(advance),
+            advance=with_rate(advance, counts),
             counts=counts,
         )
     return counts
@@ -341,12 +349,9 @@ def _chunks(queries: Iterable[QueryPairs]) -> Iterator[list[QueryPairs]]:
         yield chunk
 
 
-def _by_query(
-    queries: Sequence[QueryPairs],
-    log_odds: Float32[np.ndarray, " pairs"],
-    features: Float32[np.ndarray, "pairs dim"] | None,
-) -> list[QueryLabels]:
+def _by_query(queries: Sequence[QueryPairs], judgements: Judgements) -> list[QueryLabels]:
     """Split the judgements of a chunk by query."""
+    log_odds, features, grades = judgements.log_odds, judgements.features, judgements.grades
     labels: list[QueryLabels] = []
     start = 0
     for query in queries:
@@ -354,6 +359,7 @@ def _by_query(
         gram = None
         if features is not None and query.num_listed:
             gram = gram_matrix(features[start : start + query.num_listed])
-        labels.append(QueryLabels(query.query_id, query.passage_ids, log_odds[start:end], gram))
+        own = None if grades is None else grades[start:end]
+        labels.append(QueryLabels(query.query_id, query.passage_ids, log_odds[start:end], gram, own))
         start = end
     return labels

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _Answer = TypeVar("_Answer")
 
-_TOO_LONG = re.compile(r"context.?(length|window|size)|maximum (model|input|context)|too long|longer than", re.I)
+TOO_LONG = re.compile(r"context.?(length|window|size)|maximum (model|input|context)|too long|longer than", re.I)
 _UNKNOWN_MODEL = re.compile(
     r"model.*(not exist|not found|unknown)|(unknown|no such|invalid) model|model_not_found", re.I
 )
@@ -268,7 +268,7 @@ class Endpoint(Generic[_Answer]):
                 f"{self.address} has no model '{self.model}', or the address is wrong ({status}): {reason}; check "
                 f"{self._section}.model and {self._section}.remote.url (up to /v1)"
             )
-        if status == 413 or _TOO_LONG.search(reason):
+        if status == 413 or TOO_LONG.search(reason):
             return InputError(
                 f"{self.address}: {self._text} is longer than '{self.model}' can read there ({status}): {reason}; "
                 f"{self._shorten}, or start the server with a longer context"

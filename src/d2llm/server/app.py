@@ -17,6 +17,7 @@ from fastapi.security import HTTPBearer
 from d2llm import __version__
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe_file import named_teacher
 from d2llm.models.hub import find_student
 from d2llm.models.student import Student
 from d2llm.models.student_files import read_student_manifest
@@ -222,8 +223,8 @@ def load_models(
 def _load_judge(settings: ServeSettings) -> Judge | None:
     if settings.teacher is None:
         return None
-    template = TeacherConfig() if settings.prompt is None else TeacherConfig(prompt=settings.prompt)
-    return load_judge(template.named(settings.teacher), device=settings.device, dtype=settings.dtype)
+    like = None if settings.prompt is None else TeacherConfig(prompt=settings.prompt)
+    return load_judge(named_teacher(settings.teacher, like), device=settings.device, dtype=settings.dtype)
 
 
 def _watch(serving: Serving, telemetry: Telemetry) -> None:

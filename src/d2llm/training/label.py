@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from d2llm.core.errors import InputError
 from d2llm.core.progress import progress_bar
-from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource, check_sources
@@ -35,7 +35,9 @@ class LabelReport:
 
     ``pairs`` were judged in this run. ``finished_pairs`` already had labels, and ``finished_queries`` already had all
     of theirs. ``num_truncated`` pairs were truncated to the teacher's length limit. With a remote teacher,
-    ``num_bounded`` log-odds are only a bound, and ``num_undecided`` pairs got no answer.
+    ``num_bounded`` log-odds are only a bound, ``num_undecided`` pairs got no answer, ``written_tokens`` are those of
+    its answers, and ``cost`` is in the currency of its prices. ``ended_by`` is the limit that ended the labelling
+    before all of the ``unfinished_pairs`` were judged, None if there are none.
     """
 
     store: str
@@ -50,6 +52,10 @@ class LabelReport:
     num_bounded: int = 0
     num_undecided: int = 0
     finished_pairs: int = 0
+    written_tokens: int = 0
+    cost: float = 0.0
+    unfinished_pairs: int = 0
+    ended_by: str | None = None
 
 
 def label(
@@ -57,7 +63,7 @@ def label(
     store: Path,
     *,
     teacher: TeacherConfig,
-    compared_students: tuple[str, str] | None = None,
+    settings: LabellingConfig | None = None,
     device: str | None = None,
     dtype: str | None = None,
     runner: str | Runner = "local",
@@ -74,8 +80,9 @@ def label(
         sources: data sets with their plans and tasks.
         store: folder of the label store; created if missing.
         teacher: the LLM, tuned or not, and its prompt.
-        compared_students: if a data set has a limit of queries to label, those are labelled whose passages these two
-            students rank most differently (``disagreements``), instead of a random sample.
+        settings: if a data set has a limit of queries to label, those are labelled whose passages
+            ``compared_students`` rank most differently (``disagreements``), instead of a random sample; and limits of
+            time, tokens and cost, at which labelling ends after the pairs that are being judged.
         device: where to compute; by default the best device available.
         dtype: number format; by default the fastest on that device.
         runner: where the teacher judges: in this process (``local``), or on the workers of a Ray cluster (``ray``,
@@ -94,8 +101,9 @@ def label(
     if not runner.is_local and asks_endpoint(teacher):
         raise InputError("a remote teacher answers at the speed of its endpoint, so workers do not help; label locally")
     check_sources(sources)
-    if compared_students is not None:
-        sources = _in_order_of_disagreement(sources, compared_students, device=device, dtype=dtype)
+    settings = settings or LabellingConfig()
+    if settings.compared_students is not None:
+        sources = _in_order_of_disagreement(sources, settings.compared_students, device=device, dtype=dtype)
     identity = identify_judge(teacher)
     work: list[tuple[TrainingSource, LabelStore]] = []
     num_pairs = num_queries = finished_queries = finished_pairs = 0
@@ -114,6 +122,7 @@ def label(
             finished_queries += unfinished == 0
             finished_pairs += len(entry.passage_ids) - unfinished
     counts = JudgingCounts()
+    budget = _Budget(settings, started)
     if num_pairs:
         load_teacher = partial(load_judge, teacher, device=device, dtype=dtype)
         load = partial(load_work, load_teacher, identity.fingerprint, judge_shard)
@@ -123,12 +132,12 @@ def label(
                 queries = (_unfinished(labels, entry) for entry in source.entries_to_label)
                 judge_pairs(
                     judges,
-                    (query for query in queries if query.passage_ids),
+                    budget.spend((query for query in queries if query.passage_ids), counts),
                     LabelWriter(labels, remember=False),  # each query occurs only once in a plan
                     source.task,
                     query_text=source.query_text,
                     passage_text=source.passage_text,
-                    advance=with_rate(advance),
+                    advance=with_rate(advance, counts),
                     counts=counts,
                 )
     seconds = time.monotonic() - started
@@ -136,16 +145,46 @@ def label(
         store=str(store),
         teacher=identity.fingerprint,
         queries=num_queries,
-        pairs=num_pairs,
+        pairs=counts.pairs,
         finished_queries=finished_queries,
         num_truncated=counts.truncated,
         tokens=counts.tokens,
         seconds=seconds,
-        pairs_per_second=num_pairs / seconds,
+        pairs_per_second=counts.pairs / seconds,
         num_bounded=counts.bounded,
         num_undecided=counts.undecided,
         finished_pairs=finished_pairs,
+        written_tokens=counts.written_tokens,
+        cost=counts.cost,
+        unfinished_pairs=num_pairs - counts.pairs,
+        ended_by=budget.ended_by,
     )
+
+
+class _Budget:
+    """What one call of ``label`` may cost; ``ended_by`` is the limit that was reached, if one was."""
+
+    def __init__(self, settings: LabellingConfig, started: float) -> None:
+        self._settings, self._started = settings, started
+        self.ended_by: str | None = None
+
+    def spend(self, queries: Iterable[QueryPairs], counts: JudgingCounts) -> Iterator[QueryPairs]:
+        """The queries, until a limit is reached; ``counts`` are updated while they are judged."""
+        for query in queries:
+            self.ended_by = self.ended_by or self._reached(counts)
+            if self.ended_by is not None:
+                return
+            yield query
+
+    def _reached(self, counts: JudgingCounts) -> str | None:
+        settings = self._settings
+        if settings.max_minutes is not None and time.monotonic() - self._started >= 60 * settings.max_minutes:
+            return f"labelling.max_minutes = {settings.max_minutes:g}"
+        if settings.max_tokens is not None and counts.tokens + counts.written_tokens >= settings.max_tokens:
+            return f"labelling.max_tokens = {settings.max_tokens}"
+        if settings.max_cost is not None and counts.cost >= settings.max_cost:
+            return f"labelling.max_cost = {settings.max_cost:g}"
+        return None
 
 
 def disagreements(source: TrainingSource, first: Student, second: Student) -> dict[str, float]:

@@ -152,7 +152,13 @@ class Run:
             closed = self.closed_gates()
             keep("filter", self.filter(closed, runner=runner))
             if len(closed) < len(self.recipe.data):
-                keep("label", self.label(runner="local" if asks_endpoint(self.teacher) else runner))
+                labelled = self.label(runner="local" if asks_endpoint(self.teacher) else runner)
+                keep("label", labelled)
+                if labelled.ended_by is not None:
+                    raise InputError(
+                        f"{labelled.unfinished_pairs:,} pairs have no label yet, because {labelled.ended_by} was "
+                        "reached: run again to go on, raise the limit, or lower data.max_labelled"
+                    )
             else:
                 keep("label", self.skip("label: the gate is closed for every data set, so there is nothing to label"))
         else:
@@ -380,7 +386,7 @@ class Run:
             self.parts.sources(self.recipe),
             self.parts.labels,
             teacher=self.teacher,
-            compared_students=self.recipe.labelling.compared_students,
+            settings=self.recipe.labelling,
             runner=runner,
             **self._computing,
         )

@@ -60,10 +60,17 @@ def gate_advice(report: GateReport) -> str:
 
 def describe_labels(report: LabelReport) -> str:
     """How many pairs were labelled now, and how many had labels already."""
-    if not report.pairs:
+    if not report.pairs and report.ended_by is None:
         return f"all {report.finished_pairs:,} pairs of {report.finished_queries:,} queries already had labels"
     before = f"; {report.finished_pairs:,} pairs already had labels" if report.finished_pairs else ""
-    return f"{report.pairs:,} pairs of {report.queries:,} queries labelled{before}"
+    spent = f", at a cost of {report.cost:.2f}" if report.cost else ""
+    ended = ""
+    if report.ended_by is not None:
+        ended = (
+            f"; {report.unfinished_pairs:,} pairs are left, because {report.ended_by} was reached: label again to go "
+            "on, or raise the limit"
+        )
+    return f"{report.pairs:,} pairs of {report.queries:,} queries labelled{spent}{before}{ended}"
 
 
 def describe_distillation(report: DistillReport) -> str:

@@ -6,16 +6,16 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from d2llm.core.errors import InputError, MissingExtraError
-from d2llm.core.recipe import BackboneConfig, PoolingConfig, Recipe, StudentConfig, TeacherConfig, TrainingConfig
-from d2llm.core.recipe_file import load_recipe_text
+from d2llm.core.recipe import BackboneConfig, PoolingConfig, Recipe, StudentConfig, TrainingConfig
+from d2llm.core.recipe_file import load_recipe_text, named_teacher
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
 from d2llm.data.check_texts import Sample, guess_languages
@@ -353,15 +353,32 @@ def _lengths(side: _Side, kind: str) -> str:
     return f"half of the {kind} have up to {middle} tokens, 95 % up to {long}; {side.longer:.0%} are truncated"
 
 
+def _toml_lines(values: Mapping[str, Any], section: str) -> list[str]:
+    """Settings as lines of TOML: those of ``section``, then its own sections."""
+    own = [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        for name, value in values.items()
+        if value is not None and not isinstance(value, Mapping)
+    ]
+    below = [
+        line
+        for name, value in values.items()
+        if isinstance(value, Mapping) and value
+        for line in ("", f"[{section}.{name}]", *_toml_lines(cast("Mapping[str, Any]", value), f"{section}.{name}"))
+    ]
+    return own + below
+
+
 def _teacher_sections(teacher: str | None, backbone: str, num_train: int) -> list[str]:
     """Teacher and losses: the named teacher, else one trained on the questions if they are enough, else none."""
     if teacher is not None:
-        named = TeacherConfig().named(teacher)
+        named = named_teacher(teacher)
+        given = {"model": named.model, "kind": named.kind} | named.model_dump(mode="json", exclude_unset=True)
+        settings = "\n".join(_toml_lines(given, "teacher"))
         return [
             f"""\
 [teacher] # tested against the cosine on dev before its labels are used (`d2llm gate`)
-model = {json.dumps(named.model)}
-kind = "{named.kind}"
+{settings}
 
 [teacher_tuning]
 epochs = 0 # the teacher as it is; with a few thousand questions tuning is worthwhile: 1""",

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from d2llm.core.errors import DataFormatError, MismatchError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.manifest import FILE_NAME, read_any_manifest, read_manifest
-from d2llm.core.recipe import Quantization, TeacherConfig
+from d2llm.core.recipe import REMOTE_KINDS, Quantization, TeacherConfig
 from d2llm.core.shipped import find_tuned
 from d2llm.core.types import TASKS, Task
 from d2llm.models.sources import find_model, find_model_file, fingerprint_model
@@ -26,7 +26,7 @@ TEACHER_KIND = "teacher"
 TEACHER_FORMAT_VERSION = 1
 ADAPTER_FILE = "adapter.safetensors"
 LOCAL_KINDS = frozenset({"causal", "seq2seq", "classifier", "vllm"})
-_OTHER_KINDS = frozenset({"remote", "cosine", "stack"})
+_OTHER_KINDS = REMOTE_KINDS | {"cosine", "stack"}
 
 
 @dataclass(frozen=True, slots=True)

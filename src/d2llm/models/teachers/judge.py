@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe import REMOTE_KINDS, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.teachers.identity import (
     LOCAL_KINDS,
@@ -36,7 +36,13 @@ class Judgements:
     num_bounded: int = 0
     """Number of log-odds that are only a bound, because a remote teacher returned just one of the two probabilities."""
     num_undecided: int = 0
-    """Number of pairs with log-odds 0, because a remote teacher returned neither probability."""
+    """Number of pairs with log-odds 0, because a remote teacher returned neither probability, or no grade."""
+    num_written_tokens: int = 0
+    """Number of tokens that a remote teacher wrote, besides the ``num_tokens`` that the teacher read."""
+    cost: float = 0.0
+    """Price of these tokens, in the currency of the endpoint's settings; 0 without prices."""
+    grades: Float32[np.ndarray, " pairs"] | None = None
+    """Grades from 0 to 100 of a graded teacher, NaN where undecided."""
 
 
 @runtime_checkable
@@ -102,7 +108,7 @@ def asks_endpoint(config: TeacherConfig) -> bool:
     """Whether a teacher, or a member of a stack, is remote: then its endpoint sets the pace, wherever it is asked."""
     kind = find_kind(config)
     if kind != "stack":
-        return kind == "remote"
+        return kind in REMOTE_KINDS
     from d2llm.models.teachers.stacked import stacked_members
 
     return any(asks_endpoint(member) for member in stacked_members(config))
@@ -120,6 +126,8 @@ _CLASSES = {
     "classifier": ("classifier", "ClassifierTeacher"),
     "vllm": ("vllm", "VllmTeacher"),
     "remote": ("remote", "RemoteTeacher"),
+    "graded": ("lists", "GradedTeacher"),
+    "listwise": ("lists", "ListwiseTeacher"),
     "cosine": ("cosine", "CosineTeacher"),
     "stack": ("stacked", "StackedTeacher"),
 }

@@ -145,18 +145,21 @@ class RemoteTeacher:
         lengths = self._lengths.count(texts)
         num_read = [answers[index].num_prompt_tokens for index in range(len(pairs))]
         cut_there = [n is not None and sent is not None and n < sent for n, sent in zip(num_read, lengths, strict=True)]
+        num_tokens = sum(n or sent or 0 for n, sent in zip(num_read, lengths, strict=True))
         self._report(len(pairs), len(bounded), len(unanswered), sum(cut_there))
         return Judgements(
             log_odds,
             None,
             num_truncated=sum(here or there for here, there in zip(cut_here, cut_there, strict=True)),
-            num_tokens=sum(n or sent or 0 for n, sent in zip(num_read, lengths, strict=True)),
+            num_tokens=num_tokens,
+            num_written_tokens=len(pairs),
+            cost=self.remote.cost(num_tokens, len(pairs)) or 0.0,
             num_bounded=len(bounded),
             num_undecided=len(unanswered),
         )
 
     def _ask(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> list[NextToken]:
-        settings: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
+        settings = self.remote.body(max_tokens=1, temperature=0)
         if self.remote.api == "chat":
             settings |= {"logprobs": True, "top_logprobs": self.remote.top_logprobs}
         else:
@@ -244,9 +247,8 @@ def _section(config: TeacherConfig) -> RemoteConfig:
 def _fingerprint_prompt(config: TeacherConfig, remote: RemoteConfig, task: Task) -> str:
     unit = "tokens" if remote.tokenizer else remote.characters_per_token
     prompt = load_prompt(config.prompt, task)
-    # Labels from before prompts with spaces were filled in with them were for another prompt.
-    filled = ["filled"] if prompt.space else []
-    return fingerprint_json([prompt.fingerprint, config.max_tokens, unit, remote.api, remote.top_logprobs, *filled])
+    sent = remote.body(max_tokens=1, temperature=0)
+    return fingerprint_json([prompt.fingerprint, config.max_tokens, unit, remote.api, remote.top_logprobs, sent])
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ import unicodedata
 from collections.abc import Collection
 from typing import Any, cast
 
+from d2llm.models.completions import without_thoughts
+
 _LONGEST = 300  # characters: longer lines are copied passages or explanations
 _SHORTEST_ECHO = 12  # letters and digits: a shorter line may be a part of the prompt by chance
 _QUOTED = 100  # characters of an answer to quote in a problem
 
-_THOUGHTS = re.compile(r"^.*?</think(?:ing)?>", re.S | re.I)
-_UNFINISHED_THOUGHTS = re.compile(r"^\s*<think(?:ing)?>", re.I)
 _FENCE = re.compile(r"^(?:```|~~~)")
 _TAG = re.compile(r"^</?[\w-]+>$|<\|")
 _LABEL = (
@@ -68,8 +68,8 @@ def parse_answer(
         is_complete: False if the answer ended at a length limit; its last line is then dropped, if it is a query.
         is_passage: the usable lines of the answer together are the one text in it; its label is removed.
     """
-    text = _THOUGHTS.sub("", unicodedata.normalize("NFC", answer), count=1)
-    if _UNFINISHED_THOUGHTS.match(text):
+    text = without_thoughts(unicodedata.normalize("NFC", answer))
+    if text is None:
         return (), 1
     lines = [line for line in (line.strip() for line in text.splitlines()) if line]
     if is_passage:

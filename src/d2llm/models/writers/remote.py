@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.models.completions import Completion, read_completion, read_content_refusal
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote_endpoint import CompletionEndpoint
 from d2llm.models.writers.answers import describe_problem, parse_answer
@@ -20,19 +19,6 @@ from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, Written
 _log = logging.getLogger(__name__)
 
 _TRIAL = Assignment("Cows drink water.", "keywords")
-_CONTENT_POLICY = re.compile(r"content.?(filter|policy|management)|moderation|safety (system|polic)", re.I)
-_FAULTS_OF_THE_REQUEST = (400, 403, 422)  # statuses with which endpoints refuse a passage that their policy forbids
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """An endpoint's answer; the numbers of tokens are None if it did not report them."""
-
-    text: str
-    is_complete: bool
-    num_prompt_tokens: int | None = None
-    num_written_tokens: int | None = None
-    refusal: str | None = None
 
 
 class RemoteWriter:
@@ -54,13 +40,13 @@ class RemoteWriter:
         self.endpoint = CompletionEndpoint(
             config.model,
             self.remote,
-            _read_answer,
+            read_completion,
             section="writer",
             shorten=(
                 "lower writer.max_passage_tokens (or characters_per_token, or set the tokenizer in writer.remote), or "
                 "use fewer or shorter examples"
             ),
-            read_refusal=_read_refusal,
+            read_refusal=read_content_refusal,
         )
         self._lengths = TextLengths.of_endpoint(self.remote)
         self._reported = False
@@ -125,16 +111,14 @@ class RemoteWriter:
 
     def _settings(self, assignment: Assignment) -> dict[str, Any]:
         """The fields of a request besides model and prompt."""
-        settings: dict[str, Any] = {
-            "max_tokens": self.config.max_new_tokens * assignment.num_lengths,
-            "temperature": self.temperature,
-            "top_p": self.config.top_p,
-            "seed": assignment.seed,
-        }
-        sent = {name: value for name, value in settings.items() if name not in self.remote.leave_out}
-        return sent | self.remote.extra_body
+        return self.remote.body(
+            max_tokens=self.config.max_new_tokens * assignment.num_lengths,
+            temperature=self.temperature,
+            top_p=self.config.top_p,
+            seed=assignment.seed,
+        )
 
-    def _result(self, assignment: Assignment, prompt: str, answer: _Answer, was_cut: bool) -> WrittenQueries:
+    def _result(self, assignment: Assignment, prompt: str, answer: Completion, was_cut: bool) -> WrittenQueries:
         is_passage = assignment.kind == "answer"
         queries, num_dropped = parse_answer(
             answer.text,
@@ -164,37 +148,3 @@ def _section(config: WriterConfig) -> RemoteWriterConfig:
     if config.remote is None:
         raise InputError(f"the remote writer '{config.model}' has no address; add [writer.remote] with url = ...")
     return config.remote
-
-
-def _read_answer(answer: Any) -> _Answer:
-    """Parse the JSON of an answer, in the chat or the completions form."""
-    choice = answer["choices"][0]
-    refusal: object = None
-    if "message" in choice:
-        text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
-    else:
-        text = choice["text"]
-    if text is not None and not isinstance(text, str):
-        raise TypeError(f"the text of the answer is {type(text).__name__}")
-    reason = choice.get("finish_reason")
-    if refusal is None and reason == "content_filter":
-        refusal = "its content filter"
-    usage = answer.get("usage") or {}
-    return _Answer(
-        text or "",
-        reason != "length",
-        _count(usage.get("prompt_tokens")),
-        _count(usage.get("completion_tokens")),
-        None if refusal is None else f"the endpoint refuses to write for this passage: {refusal}",
-    )
-
-
-def _read_refusal(status: int, reason: str) -> _Answer | None:
-    """An answer without queries, for a passage that the endpoint's policy forbids; such a request costs nothing."""
-    if status not in _FAULTS_OF_THE_REQUEST or not _CONTENT_POLICY.search(reason):
-        return None
-    return _Answer("", True, 0, 0, f"the endpoint refuses this passage ({status}): {reason}")
-
-
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

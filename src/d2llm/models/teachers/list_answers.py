@@ -1,0 +1,162 @@
+"""Reads what a language model says about a numbered list of passages: grades, or a ranking.
+
+Nothing but numbers is taken from an answer, so an instruction that was hidden in a passage can at worst give wrong
+numbers. What is missing or doubtful is left out, never guessed: the caller asks again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+from d2llm.models.completions import without_thoughts
+
+_FENCE = re.compile(r"^(?:```|~~~)[\w-]*\s*$", re.M)
+_NUMBER = r"\d{1,3}(?:\.\d+)?"
+_GRADE_LINE = re.compile(
+    rf"""^\s*(?:[-*•|]\s+)?(?:\*\*)?(?:passage|text|document|段落|文本|文章)?\s*
+    [\[(（【#]?\s*(?P<place>\d{{1,3}})\s*[\])）】]?\s*(?:\*\*)?\s*
+    (?:[:：=|,，]|[.–—-]\s|->|→|\s)\s*(?:\*\*)?(?:grade|score|分数|评分|得分)?\s*[:：=]?\s*
+    (?P<grade>-?{_NUMBER})\s*(?:/\s*100|分)?(?:\*\*)?\s*[.;,，。；|]?\s*$""",
+    re.I | re.X,
+)
+_RANKING_SIGNS = re.compile(r"[\[\]()（）【】>＞»→,，;；\s]|->")
+_PLACE = re.compile(r"\d{1,3}")
+_PLACE_NAMES = ("passage", "place", "id", "number", "index", "text", "document")
+_GRADE_NAMES = ("grade", "score", "relevance", "rating")
+_LISTS = ("grades", "scores", "ranking", "passages", "results", "answer", "answers")
+
+
+def read_grades(answer: str, num_passages: int) -> dict[int, float]:
+    """The grades, 0 to 100, by the passage's number in the list, from 1 to ``num_passages``.
+
+    Read are, in JSON, a list of as many numbers as there are passages, an object of number and grade, or a list of such
+    objects; and lines such as ``[3] 85``, ``3: 85/100`` or ``Passage 3 - 85``. A passage has no grade if it occurs with
+    two different ones, or with anything but a number from 0 to 100. An answer about passages that were not shown, or a
+    plain list of another length, gives no grade at all: nobody knows then which number belongs to which passage.
+
+    >>> read_grades('{"1": 90, "2": "none", "3": 5}', 3)
+    {1: 90.0, 3: 5.0}
+    """
+    text = _plain(answer)
+    found = _grades_in_json(text, num_passages)
+    if found is None:
+        matches = (_GRADE_LINE.match(line) for line in text.splitlines())
+        found = [(int(match["place"]), match["grade"]) for match in matches if match]
+    grades: dict[int, float] = {}
+    doubtful: set[int] = set()
+    for place, value in found:
+        if not 1 <= place <= num_passages:
+            return {}
+        grade = _grade(value)
+        if grade is None or grades.get(place, grade) != grade:
+            doubtful.add(place)
+        else:
+            grades[place] = grade
+    return {place: grades[place] for place in sorted(grades.keys() - doubtful)}
+
+
+def read_ranking(answer: str, num_passages: int) -> list[int]:
+    """The passages' numbers, from 1 to ``num_passages``, best first; empty if the answer is no ranking.
+
+    Read are ``[2] > [3] > [1]``, numbers with commas or on lines of their own, and a list in JSON. The first line that
+    is a ranking counts. A number that occurs twice, or was not shown, makes the answer none; numbers may be missing.
+
+    >>> read_ranking("The order is: [2] > [3] > [1]", 3)
+    [2, 3, 1]
+    """
+    text = _plain(answer)
+    value = _json(text)
+    if isinstance(value, dict):
+        value = _first_of(cast("dict[str, Any]", value), _LISTS)
+    if isinstance(value, list):
+        items: list[Any] = [
+            _first_of(cast("dict[str, Any]", item), _PLACE_NAMES) if isinstance(item, dict) else item
+            for item in cast("list[Any]", value)
+        ]
+        places = [_place(item) for item in items]
+        return _distinct([place for place in places if place is not None], num_passages) if None not in places else []
+    lines = [line for line in text.splitlines() if line.strip()]
+    candidates = [line.partition(":")[2] if ":" in line else line for line in lines]
+    of_lines = [[int(number) for number in _PLACE.findall(line)] for line in candidates if _is_ranking(line)]
+    longest = max(map(len, of_lines), default=0)
+    if longest > 1:
+        return _distinct(next(places for places in of_lines if len(places) == longest), num_passages)
+    return _distinct([place for places in of_lines for place in places], num_passages)
+
+
+def _plain(answer: str) -> str:
+    return _FENCE.sub("", without_thoughts(answer) or "").strip()
+
+
+def _grades_in_json(text: str, num_passages: int) -> list[tuple[int, Any]] | None:
+    """Pairs of place and grade, None if the text is not JSON."""
+    value = _json(text)
+    if isinstance(value, dict):
+        named = cast("dict[str, Any]", value)
+        inner = _first_of(named, _LISTS)
+        if isinstance(inner, (dict, list)):
+            value = inner
+    if isinstance(value, dict):
+        found = [(_place(name), grade) for name, grade in cast("dict[str, Any]", value).items()]
+        return [(place, grade) for place, grade in found if place is not None]
+    if not isinstance(value, list):
+        return None
+    items = cast("list[Any]", value)
+    if items and all(isinstance(item, dict) for item in items):
+        found = [(_place(_first_of(item, _PLACE_NAMES)), _first_of(item, _GRADE_NAMES)) for item in items]
+        return [(place, grade) for place, grade in found if place is not None]
+    return list(enumerate(items, start=1)) if len(items) == num_passages else []
+
+
+def _json(text: str) -> Any:
+    """The value if the text is JSON, or has one list or object in JSON with words around it; else None."""
+    for start, end in (("", ""), ("{", "}"), ("[", "]")):
+        first, last = (text.find(start), text.rfind(end) + 1) if start else (0, len(text))
+        if 0 <= first < last:
+            try:
+                value = json.loads(text[first:last])
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, (dict, list)) and (not start or not _is_one_place(cast("Any", value))):
+                return cast("Any", value)
+    return None
+
+
+def _is_one_place(value: Any) -> bool:
+    return isinstance(value, list) and len(cast("list[Any]", value)) == 1
+
+
+def _first_of(values: dict[str, Any], names: Sequence[str]) -> Any:
+    lower = {name.lower(): value for name, value in values.items()}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _place(value: Any) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    numbers = _PLACE.findall(value) if isinstance(value, str) else []
+    return int(numbers[0]) if len(numbers) == 1 else None
+
+
+def _grade(value: Any) -> float | None:
+    if isinstance(value, str):
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*(?:/\s*100|分)?\s*", value)
+        value = float(match[1]) if match else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) and 0 <= value <= 100 else None
+
+
+def _is_ranking(line: str) -> bool:
+    rest = _PLACE.sub("", _RANKING_SIGNS.sub("", line))
+    return not rest.strip(".*`") and bool(_PLACE.search(line))
+
+
+def _distinct(places: Iterable[int], num_passages: int) -> list[int]:
+    found = list(places)
+    is_ranking = len(set(found)) == len(found) and all(1 <= place <= num_passages for place in found)
+    return found if is_ranking else []

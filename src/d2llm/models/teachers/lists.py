@@ -1,0 +1,432 @@
+"""Teachers that answer in words: an LLM behind any OpenAI-compatible endpoint grades or ranks a query's passages.
+
+They need no log-probabilities, so every hosted model can be one, reasoning models too. ``GradedTeacher`` asks for a
+grade from 0 to 100 for each passage. ``ListwiseTeacher`` asks for the passages' order, of a long list in windows that
+move from its end to its top (Sun et al., "Is ChatGPT Good at Search?", EMNLP 2023).
+
+A model favours places in a list, so passages are shown in a random order, or in several, whose seed is among the
+settings. What an answer leaves out is shown again, in another order. A list that is too long for the model, or that its
+endpoint refuses for its content, is graded in halves.
+
+A grade g becomes the log-odds (g - 70) / 12: in the rubric, 70 is where an answer begins, and over five data sets whose
+judgements are known, the fit of Platt's function to a large language model's grades is (g - 68) / 11.4. Between data
+sets it differs (from 45 to 92, and 4 to 12), so ``d2llm stack`` with this teacher alone fits it on a data set's dev
+queries. A ranking becomes the logarithms of the strengths of Plackett and Luce, which say nothing across queries.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2llm.core.errors import InputError, ModelError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.recipe import ListsConfig, RemoteConfig, TeacherConfig
+from d2llm.core.types import TASKS, Task
+from d2llm.models.completions import Completion, read_completion, read_content_refusal
+from d2llm.models.length_limit import TextLengths
+from d2llm.models.remote_endpoint import TOO_LONG, CompletionEndpoint
+from d2llm.models.teachers.identity import TeacherIdentity
+from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.list_answers import read_grades, read_ranking
+from d2llm.models.teachers.list_prompts import ListPrompt, load_list_prompt
+from d2llm.ops.plackett_luce import strengths
+
+_log = logging.getLogger(__name__)
+
+GRADE_OF_ANSWERS, GRADES_PER_LOGIT = 70.0, 12.0
+_TRIAL = ("what do cows drink", ("Cows drink water.",))
+_QUOTED = 120  # characters of an answer to quote
+_TOO_LONG_STATUS = 413
+_TOO_LONG = "too long "  # how a refusal begins because of a prompt's length
+
+
+@dataclass(slots=True)
+class _Shown:
+    """Passages (places among the pairs of a call) to show in one request, and how often they were shown before."""
+
+    query: str
+    order: int
+    passages: list[int]
+    num_shown: int = 0
+
+    def halves(self) -> list[_Shown]:
+        """Two requests with a half of the passages each."""
+        half = len(self.passages) // 2
+        parts = (self.passages[:half], self.passages[half:])
+        return [_Shown(self.query, self.order, part, self.num_shown) for part in parts]
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """What a call has read and written."""
+
+    read: int = 0
+    written: int = 0
+    num_estimated: int = 0
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of ``judge``: its texts, and what has come of it so far."""
+
+    prompt: ListPrompt
+    texts: list[str]
+    tokens: _Tokens = field(default_factory=_Tokens)
+    num_cut: int = 0
+    problem: str = ""
+    """What was wrong with the last answer that was of no use."""
+
+
+class ListTeacher:
+    """What teachers that are shown lists share; ``fingerprint`` depends on model and revision, not on the address.
+
+    Raises:
+        InputError: there is no section ``remote``, no such prompt set, or the key's variable is not set.
+        ModelNotFoundError: the tokenizer cannot be loaded.
+        MissingExtraError: the extra ``remote`` is not installed.
+    """
+
+    kind = ""
+    divides = False
+    """Whether a list can be shown in halves."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        self.remote, self.lists = _sections(config)
+        self.prompts = {task: load_list_prompt(self.kind, config.prompt, task) for task in TASKS}
+        self.endpoint = CompletionEndpoint(
+            config.model,
+            self.remote,
+            read_completion,
+            section="teacher",
+            shorten="lower teacher.lists.max_passage_tokens or teacher.lists.size",
+            read_refusal=_read_refusal,
+        )
+        self._lengths = TextLengths.of_endpoint(self.remote)
+        self._reported: set[str] = set()
+
+    @classmethod
+    def load(cls, config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> ListTeacher:
+        """Create a teacher and send one trial request, so that a wrong address, key or model is reported at once.
+
+        ``device`` and ``dtype`` do not apply to a remote teacher and are ignored.
+
+        Raises:
+            ModelNotFoundError: the endpoint has no such model, or the address does not exist.
+            ModelError: the endpoint is unreachable, or refuses the key or a field of the request.
+        """
+        del device, dtype
+        teacher = cls(config)
+        call = _Call(teacher.prompts["asymmetric"], list(_TRIAL[1]))
+        teacher._ask(call, [_Shown(_TRIAL[0], 0, [0])])
+        return teacher
+
+    @classmethod
+    def identify(cls, config: TeacherConfig) -> TeacherIdentity:
+        """The identity of ``load(config)``, computed without contacting the endpoint.
+
+        Raises:
+            InputError: there is no section ``remote``, or no such prompt set.
+        """
+        remote, lists = _sections(config)
+        unit = remote.tokenizer or remote.characters_per_token
+        asked = [unit, remote.api, remote.body(max_tokens=lists.max_answer_tokens, temperature=0)]
+        shown = lists.model_dump(mode="json", exclude={"max_answer_tokens", "attempts"})
+        prompts: dict[Task, str] = {
+            task: fingerprint_json([load_list_prompt(cls.kind, config.prompt, task).fingerprint, shown, *asked])
+            for task in TASKS
+        }
+        return TeacherIdentity(fingerprint_json([cls.kind, config.model, remote.revision]), prompts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of kind, model name and revision."""
+        return self.identify(self.config).fingerprint
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """Identity of the question and of all settings that affect what is shown."""
+        return self.identify(self.config).prompts[task]
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        """Judge pairs (``Judge.judge``); those with one query text are shown together.
+
+        ``features`` is None, because an endpoint returns no states. ``advance`` is called from another thread.
+
+        Raises:
+            InputError: a passage alone, with its query, is longer than the endpoint can read.
+            ModelError: some passages were not judged in ``lists.attempts`` answers, and ``remote.unanswered`` is
+                ``error``; the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
+        """
+        del with_features
+        room = self._lengths.room(self.lists.max_passage_tokens)
+        cut = self._lengths.cut([("", text) for _, text in pairs], room)
+        texts = [text for _, text in cut]
+        call = _Call(self.prompts[task], texts)
+        call.num_cut = sum(text != whole for text, (_, whole) in zip(texts, pairs, strict=True))
+        by_query: dict[str, list[int]] = {}
+        for place, (query, _) in enumerate(pairs):
+            by_query.setdefault(query, []).append(place)
+        log_odds, grades = self._judge_lists(call, by_query, _Steps(advance, self.lists.orders))
+        undecided = np.flatnonzero(np.isnan(log_odds))
+        if len(undecided) and self.remote.unanswered == "error":
+            raise self._unanswered(len(undecided), pairs, int(undecided[0]), call)
+        tokens = call.tokens
+        if tokens.num_estimated:
+            self._warn_once(
+                "estimated",
+                "%s does not report how many tokens it reads and writes; they are estimated at %g characters each "
+                "(characters_per_token), and so is what they cost",
+                *(self.remote.url, self.remote.characters_per_token),
+            )
+        if len(undecided):
+            self._warn_once(
+                "undecided", "%s: %d of %d pairs have no answer: %s", self.remote.url, len(undecided), len(pairs),
+                call.problem,
+            )  # fmt: skip
+        return Judgements(
+            np.nan_to_num(log_odds).astype(np.float32),
+            None,
+            num_truncated=call.num_cut,
+            num_tokens=tokens.read,
+            num_undecided=len(undecided),
+            num_written_tokens=tokens.written,
+            cost=self.remote.cost(tokens.read, tokens.written) or 0.0,
+            grades=None if grades is None else grades.astype(np.float32),
+        )
+
+    def _judge_lists(
+        self, call: _Call, by_query: dict[str, list[int]], steps: _Steps
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """The log-odds of a call's pairs, NaN where there is no answer, and their grades, if there are any."""
+        raise NotImplementedError
+
+    def _ask(self, call: _Call, requests: Sequence[_Shown]) -> list[tuple[_Shown, Completion]]:
+        """The answers to requests, in order; one that cannot be answered as a whole is sent in halves."""
+        answered: list[tuple[_Shown, Completion]] = []
+        todo = list(requests)
+        while todo:
+            prompts = [call.prompt.fill(shown.query, [call.texts[place] for place in shown.passages]) for shown in todo]
+            body = self.remote.body(max_tokens=self.lists.max_answer_tokens, temperature=0)
+            answers = self.endpoint.complete(prompts, [body] * len(prompts))
+            divided: list[_Shown] = []
+            for shown, prompt, answer in zip(todo, prompts, answers, strict=True):
+                self._count(call.tokens, prompt, answer)
+                if answer.refusal is not None and self.divides and len(shown.passages) > 1:
+                    divided += shown.halves()
+                    continue
+                if answer.refusal is not None and answer.refusal.startswith(_TOO_LONG):
+                    raise self._too_long(len(shown.passages), answer.refusal.removeprefix(_TOO_LONG))
+                answered.append((shown, answer))
+            if divided:
+                self._warn_once(
+                    "divided", "%s: lists that it refuses (too long, or for their content) are shown in halves",
+                    self.remote.url,
+                )  # fmt: skip
+            todo = divided
+        return answered
+
+    def _count(self, tokens: _Tokens, prompt: str, answer: Completion) -> None:
+        is_refused = answer.refusal is not None
+        num_read, num_written = answer.num_prompt_tokens, answer.num_written_tokens
+        tokens.num_estimated += num_read is None or num_written is None
+        tokens.read += (0 if is_refused else self._lengths.estimate(prompt)) if num_read is None else num_read
+        tokens.written += self._lengths.estimate(answer.text) if num_written is None else num_written
+
+    def _order(self, passages: Sequence[int], *identity: object) -> list[int]:
+        """The passages in a random order that depends on ``lists.seed`` and on what it is for."""
+        order = list(passages)
+        random.Random("\0".join(map(str, ("order", self.lists.seed, *identity)))).shuffle(order)
+        return order
+
+    def _describe(self, answer: Completion) -> str:
+        if answer.refusal is not None:
+            return answer.refusal
+        text = " ".join(answer.text.split())
+        quoted = repr(text if len(text) <= _QUOTED else text[:_QUOTED] + " ...") if text else "the answer is empty"
+        if answer.is_complete:
+            return quoted
+        limit = self.lists.max_answer_tokens
+        return f"{quoted}, which ended at the length limit: raise teacher.lists.max_answer_tokens ({limit})"
+
+    def _unanswered(self, number: int, pairs: Sequence[TextPair], first: int, call: _Call) -> ModelError:
+        query, passage = pairs[first]
+        noun = "grade" if self.kind == "graded" else "place in the order"
+        return ModelError(
+            f"'{self.config.model}' at {self.remote.url}: {number} of {len(pairs)} pairs have no {noun} after "
+            f"{self.lists.attempts} attempts; the first is query {query[:60]!r}, passage {passage[:60]!r}. The last "
+            f"answer without them: {call.problem}. Use a model or a prompt whose answers are numbers as asked, or "
+            'count such pairs as undecided (teacher.remote.unanswered = "undecided")'
+        )
+
+    def _too_long(self, num_passages: int, reason: str) -> InputError:
+        what = "a query and one passage are" if num_passages == 1 else f"a query and {num_passages} passages are"
+        remedy = "teacher.lists.max_passage_tokens" if num_passages == 1 else "teacher.lists.size or max_passage_tokens"
+        return InputError(
+            f"{self.endpoint.address}: {what} longer than '{self.config.model}' can read there: {reason}; lower "
+            f"{remedy}, or start the server with a longer context"
+        )
+
+    def _warn_once(self, what: str, message: str, *values: object) -> None:
+        level = logging.INFO if what in self._reported else logging.WARNING
+        self._reported.add(what)
+        _log.log(level, message, *values)
+
+
+class GradedTeacher(ListTeacher):
+    """A language model that gives every passage a grade from 0 to 100; several orders are averaged."""
+
+    kind = "graded"
+    divides = True
+
+    def _judge_lists(
+        self, call: _Call, by_query: dict[str, list[int]], steps: _Steps
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        found: list[list[float]] = [[] for _ in call.texts]
+        todo = [
+            _Shown(query, order, part)
+            for query, places in by_query.items()
+            for order in range(self.lists.orders)
+            for part in _parts(self._order(places, order, query), self.lists.size)
+        ]
+        while todo:
+            missing: list[_Shown] = []
+            for shown, answer in self._ask(call, todo):
+                grades = read_grades(answer.text, len(shown.passages))
+                for place, grade in grades.items():
+                    found[shown.passages[place - 1]].append(grade)
+                left = [each for place, each in enumerate(shown.passages, start=1) if place not in grades]
+                num_shown = shown.num_shown + 1
+                if left:
+                    call.problem = self._describe(answer)
+                if left and num_shown < self.lists.attempts:
+                    again = self._order(left, shown.order, shown.query, num_shown)
+                    missing.append(_Shown(shown.query, shown.order, again, num_shown))
+                    steps.add(len(shown.passages) - len(left))
+                else:
+                    steps.add(len(shown.passages))
+            todo = missing
+        grades = np.array([math.fsum(values) / len(values) if values else math.nan for values in found])
+        return (grades - GRADE_OF_ANSWERS) / GRADES_PER_LOGIT, grades
+
+
+class ListwiseTeacher(ListTeacher):
+    """A language model that ranks passages; the rankings of several orders are joined by Plackett and Luce."""
+
+    kind = "listwise"
+
+    def _judge_lists(
+        self, call: _Call, by_query: dict[str, list[int]], steps: _Steps
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        rankings = [
+            (query, order, self._order(places, order, query))
+            for query, places in by_query.items()
+            for order in range(self.lists.orders)
+        ]
+        ranked: set[int] = set()
+        windows = [_windows(len(ranking), self.lists.size, self.lists.step) for _, _, ranking in rankings]
+        for number in range(max(map(len, windows), default=0)):
+            current = [place for place, starts in enumerate(windows) if number < len(starts)]
+            shown = {
+                place: _Shown(query, order, ranking[slice(*windows[place][number])])
+                for place in current
+                for query, order, ranking in [rankings[place]]
+            }
+            for place, (following, placed) in self._rank(call, shown).items():
+                rankings[place][2][slice(*windows[place][number])] = following
+                ranked |= placed
+                if number + 1 == len(windows[place]):
+                    steps.add(len(rankings[place][2]))
+        log_odds = np.full(len(call.texts), math.nan)
+        for query, places in by_query.items():
+            items = [place for place in places if place in ranked]
+            number_of = {place: number for number, place in enumerate(items)}
+            orders = [
+                [number_of[p] for p in ranking if p in number_of] for name, _, ranking in rankings if name == query
+            ]
+            log_odds[items] = strengths(orders, len(items))
+        return log_odds, None
+
+    def _rank(self, call: _Call, windows: dict[int, _Shown]) -> dict[int, tuple[list[int], set[int]]]:
+        """Each window's passages in their new order, and those of them that an answer ranked."""
+        results: dict[int, tuple[list[int], set[int]]] = {
+            place: (list(shown.passages), set[int]()) for place, shown in windows.items()
+        }
+        todo = dict(windows)
+        while todo:
+            missing: dict[int, _Shown] = {}
+            answers = self._ask(call, list(todo.values()))
+            for (place, shown), (_, answer) in zip(todo.items(), answers, strict=True):
+                order = [shown.passages[each - 1] for each in read_ranking(answer.text, len(shown.passages))]
+                if len(order) > len(results[place][1]):
+                    rest = [each for each in windows[place].passages if each not in set(order)]
+                    results[place] = (order + rest, set(order))
+                if len(order) < len(shown.passages):
+                    call.problem = self._describe(answer)
+                    if shown.num_shown + 1 < self.lists.attempts:
+                        again = self._order(shown.passages, shown.order, shown.query, shown.num_shown + 1)
+                        missing[place] = _Shown(shown.query, shown.order, again, shown.num_shown + 1)
+            todo = missing
+        return results
+
+
+class _Steps:
+    """Turns passages that were judged in one of several orders into finished pairs."""
+
+    def __init__(self, advance: Callable[[int], None] | None, orders: int) -> None:
+        self._advance, self._orders = advance, orders
+        self._judged = self._told = 0
+
+    def add(self, judged: int) -> None:
+        """Count passages of one order."""
+        self._judged += judged
+        finished = self._judged // self._orders - self._told
+        self._told += finished
+        if self._advance is not None and finished:
+            self._advance(finished)
+
+
+def _parts(order: list[int], size: int) -> list[list[int]]:
+    """The order in parts of nearly the same length, at most ``size``."""
+    number = math.ceil(len(order) / size)
+    ends = [round(len(order) * each / number) for each in range(number + 1)]
+    return [order[start:end] for start, end in pairwise(ends)]
+
+
+def _windows(length: int, size: int, step: int) -> list[tuple[int, int]]:
+    """Where windows begin and end that move from the end of a list to its top.
+
+    >>> _windows(30, 20, 10)
+    [(10, 30), (0, 20)]
+    """
+    ends = [*range(length, size, -step), min(length, size)]
+    return [(max(0, end - size), end) for end in ends]
+
+
+def _sections(config: TeacherConfig) -> tuple[RemoteConfig, ListsConfig]:
+    if config.remote is None:
+        raise InputError(
+            f"the {config.kind} teacher '{config.model}' has no address; add [teacher.remote] with url = ..."
+        )
+    return config.remote, config.lists or ListsConfig()
+
+
+def _read_refusal(status: int, reason: str) -> Completion | None:
+    if status == _TOO_LONG_STATUS or (status < 500 and TOO_LONG.search(reason)):
+        return Completion("", True, 0, 0, _TOO_LONG + f"({status}) {reason}")
+    return read_content_refusal(status, reason)
