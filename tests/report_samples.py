@@ -88,7 +88,7 @@ def retrieval_report(num_queries: int = 300, seed: int = 0) -> EvaluationReport:
         sample_rows=(*sample, teacher),
         comparisons=_comparisons(values, "cosine, untuned"),
         agreement=tuple(
-            AgreementRow(name, Agreement(0.91 - 0.1 * place, 0.8, 0.61 - 0.1 * place, 0.77, 100, 4000), overlap)
+            AgreementRow(name, Agreement(0.91 - 0.1 * place, 0.8, 0.61 - 0.1 * place, 0.77, 100, 4000, 0.9), overlap)
             for place, (name, overlap) in enumerate([("D2LLM", 0.74), ("cosine, untuned", None)])
         ),
         calibration=tuple(

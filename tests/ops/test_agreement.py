@@ -1,7 +1,9 @@
+import math
+
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.ops.agreement import agreement, label_loyalty, top_k_overlap
+from d2llm.ops.agreement import agreement, label_loyalty, probability_loyalty, top_k_overlap
 
 
 def test_label_loyalty_by_hand():
@@ -19,6 +21,14 @@ def test_top_k_overlap_by_hand():
         top_k_overlap(["a"], ["a"], k=0)
 
 
+def test_probability_loyalty_by_hand():
+    assert probability_loyalty([-1.0, 0.5, 2.0], [20.0, 35.0, 50.0]) == pytest.approx(1)  # on another scale
+    # The student cannot tell the pairs apart: it says .5 to both, and the teacher is certain.
+    entropy = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
+    assert probability_loyalty([-50.0, 50.0], [1.0, 1.0]) == pytest.approx(1 - math.sqrt(entropy - 0.5), abs=1e-6)
+    assert probability_loyalty([-1.0, 0.0, 1.0], [3.0, 1.0, 2.0]) < 1
+
+
 def test_agreement_by_hand():
     result = agreement(
         {
@@ -29,6 +39,8 @@ def test_agreement_by_hand():
     )
     # A threshold between 10 and 11 is right for all pairs except the 12.5.
     assert result.label_loyalty == pytest.approx(5 / 6)
+    assert result.probability_loyalty is not None
+    assert 0 < result.probability_loyalty < 1
     assert result.pearson_within == pytest.approx(0)
     assert result.kendall_within == pytest.approx(0)
     assert (result.num_queries, result.num_pairs) == (2, 6)

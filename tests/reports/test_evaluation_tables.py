@@ -120,7 +120,10 @@ def test_a_full_report_has_a_table_for_each_part():
     assert not any("*" in cell or "†" in cell for row in sample.values() for cell in row)
     (d2llm,) = (row for row in report.agreement if row.name == "D2LLM")
     actual = d2llm.agreement
-    expected = (actual.label_loyalty, actual.kendall_within, actual.pearson_within, actual.pearson_over_all)
+    expected = (
+        *(actual.label_loyalty, actual.probability_loyalty),
+        *(actual.kendall_within, actual.pearson_within, actual.pearson_over_all),
+    )
     assert agreement["D2LLM"] == [
         *(f"{value:.4f}" for value in expected),
         f"{d2llm.top_10_overlap:.4f}",

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
+from scipy.special import entr, expit
 
 from d2llm.core.errors import InputError
 from d2llm.ops.pair_measures import accuracy_at, best_threshold, pearson
@@ -19,8 +21,10 @@ class Agreement:
     """Agreement of teacher and student on the same pairs.
 
     ``label_loyalty`` is in [0, 1], None if the teacher gives all pairs the same answer, which any student can copy.
+    ``probability_loyalty`` is in [0, 1]; reports of earlier measurements lack it.
     ``pearson_within`` and ``kendall_within`` are means over the ``num_queries`` queries with two pairs or more, None
-    if there are none; ``pearson_over_all`` is computed over all ``num_pairs`` pairs at once.
+    if there are none; ``pearson_over_all`` is computed over all ``num_pairs`` pairs at once, and is also known as
+    regression loyalty (Avram et al., "Distilling the Knowledge of Romanian BERTs Using Multiple Teachers", LREC 2022).
     """
 
     label_loyalty: float | None
@@ -29,6 +33,7 @@ class Agreement:
     pearson_over_all: float
     num_queries: int
     num_pairs: int
+    probability_loyalty: float | None = None
 
 
 def label_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike, *, student_threshold: float) -> float:
@@ -39,6 +44,38 @@ def label_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike, *, stu
     Source: Xu et al., "Beyond Preserved Accuracy: Evaluating Loyalty and Robustness of BERT Compression", EMNLP 2021.
     """
     return accuracy_at(student_logits, np.asarray(teacher_log_odds, np.float64) >= 0, student_threshold)
+
+
+def probability_loyalty(teacher_log_odds: ArrayLike, student_logits: ArrayLike) -> float:
+    """How close the student's P(yes) are to the teacher's: 1 minus the mean Jensen-Shannon distance over pairs [n].
+
+    The distance is the root of the divergence in bits, 0 to 1. The student's probabilities are the sigmoid of a linear
+    function of its logits, which is fitted to the teacher's on these same pairs, as their scale and origin differ.
+
+    Source: Xu et al., as ``label_loyalty``.
+
+    >>> probability_loyalty([-2.0, 0.0, 4.0], [0.0, 1.0, 3.0])  # the same but for scale and origin
+    1.0
+    """
+    teacher = expit(np.asarray(teacher_log_odds, np.float64))
+    logits = np.asarray(student_logits, np.float64)
+    spread = logits.std()
+    standard = (logits - logits.mean()) / (spread if spread > 0 else 1.0)
+
+    def cross_entropy(line: NDArray[np.float64]) -> float:
+        values = line[0] * standard + line[1]
+        return float(np.mean(np.logaddexp(0, values) - teacher * values))
+
+    def gradient(line: NDArray[np.float64]) -> NDArray[np.float64]:
+        errors = expit(line[0] * standard + line[1]) - teacher
+        return np.array([np.mean(errors * standard), np.mean(errors)])
+
+    fitted = minimize(cross_entropy, np.zeros(2), jac=gradient, method="BFGS", options={"gtol": 1e-9}).x
+    student = expit(fitted[0] * standard + fitted[1])
+    middle = (teacher + student) / 2
+    entropies = [entr(each) + entr(1 - each) for each in (middle, teacher, student)]
+    divergences = (entropies[0] - (entropies[1] + entropies[2]) / 2) / np.log(2)
+    return round(1 - float(np.mean(np.sqrt(divergences.clip(min=0)))), 6)
 
 
 def top_k_overlap(first: Sequence[str], second: Sequence[str], k: int = 10) -> float:
@@ -93,4 +130,5 @@ def agreement(by_query: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Agreement:
         pearson_over_all=pearson(teachers, students),
         num_queries=len(several),
         num_pairs=len(teachers),
+        probability_loyalty=probability_loyalty(teachers, students),
     )

@@ -89,6 +89,7 @@ def agreement_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
     table = Table(
         _SYSTEM,
         Column("label loyalty", ".4f"),
+        Column("probability loyalty", ".4f"),
         Column("Kendall", ".4f"),
         Column("Pearson", ".4f"),
         Column("Pearson, all pairs", ".4f"),
@@ -102,6 +103,7 @@ def agreement_table(report: EvaluationReport, *, tagged: bool = False) -> Table:
         table.add_row(
             _system(report, row.name, tagged),
             agreement.label_loyalty,
+            agreement.probability_loyalty,
             agreement.kendall_within,
             agreement.pearson_within,
             agreement.pearson_over_all,

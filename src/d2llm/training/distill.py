@@ -334,8 +334,9 @@ def _fit_and_write(
         num_queries=recipe.training.dev_queries,
         seed=recipe.seed,
     )
+    took_no_part = set[str]() if recipe.losses.imitates else {"teacher", "teacher_tuning"}
     content = {
-        "recipe": without_new_defaults(recipe.model_dump(mode="json")),
+        "recipe": without_new_defaults(recipe.model_dump(mode="json", exclude=took_no_part)),
         "settings": run.settings,
         "teacher": teacher,
         "tasks": sorted({source.task for source in sources}),
