@@ -121,7 +121,9 @@ def test_a_data_set_without_dev_queries_is_refused(place: Place, tmp_path: Path)
 
 
 def test_a_recipe_without_losses_is_refused(place: Place, tmp_path: Path) -> None:
-    weights = [n for n in LossWeights.model_fields if n not in ("temperature", "nested_dims", "nested_depths")]
+    weights = [
+        n for n in LossWeights.model_fields if n not in ("temperature", "normalisation", "nested_dims", "nested_depths")
+    ]
     no_losses = LossWeights.model_validate(dict.fromkeys(weights, 0.0))
     recipe = tiny_recipe(tiny_student_config(place.model), losses=no_losses)
     with pytest.raises(InputError, match="no loss has a weight above 0"):

@@ -28,7 +28,8 @@ ALL_CASES = [
 
 def make(head="anchored", features="rich", *, trained=True, **settings) -> Interaction:
     torch.manual_seed(0)
-    config = InteractionConfig(head=head, features=features, hidden_dim=7, feature_dim=6, **settings)
+    width = 7 if settings.get("layers") == 3 else 6
+    config = InteractionConfig(head=head, features=features, hidden_dim=7, feature_dim=width, **settings)
     module = Interaction(config, DIM).double().eval()
     if trained:
         randomise(module)
@@ -55,8 +56,12 @@ def reference(module: Interaction, query, passage, task):
 
     name = task if module.config.branches == "per_task" else "shared"
     branch = module.branches[name]
-    layers = [layer(module.first), layer(module.shared), layer(branch[0]), layer(branch[2])]
-    features = multilayer_perceptron(pair_features(query, passage, module.config.features), layers)
+    inputs = pair_features(query, passage, module.config.features)
+    if module.shared is None:
+        features = torch.relu(multilayer_perceptron(inputs, [layer(module.first), layer(branch[0])]))
+    else:
+        layers = [layer(module.first), layer(module.shared), layer(branch[0]), layer(branch[2])]
+        features = multilayer_perceptron(inputs, layers)
     logit = torch.nn.functional.linear(features, module.output.weight, module.output.bias)[..., 0]
     if module.anchors is None:
         return features, None, logit
@@ -81,9 +86,11 @@ def test_the_reference_functions_by_hand():
     assert anchored_logit(torch.tensor(1.0), torch.tensor(100.0), 3.0).item() == pytest.approx(4.0)
 
 
+@pytest.mark.parametrize("layers", [3, 5])
 @pytest.mark.parametrize(("head", "features", "branches", "task"), ALL_CASES)
-def test_split_equals_unsplit(head, features, branches, task):
-    module, queries, passages = make(head, features, branches=branches), vectors(3, 1), vectors(4, 2)
+def test_split_equals_unsplit(head, features, branches, task, layers):
+    module = make(head, features, branches=branches, layers=layers)
+    queries, passages = vectors(3, 1), vectors(4, 2)
     scores = module(queries, passages, task)
     assert scores.logits.dtype == torch.float64
     for i, query in enumerate(queries):
@@ -98,6 +105,20 @@ def test_split_equals_unsplit(head, features, branches, task):
             np.testing.assert_allclose(scores.anchor[i].detach(), anchor.detach(), rtol=0, atol=1e-12)
             inner = passages @ module.anchor_queries(query[None], task)[0]
             np.testing.assert_allclose(inner.detach(), anchor.detach(), rtol=0, atol=1e-12)
+
+
+def test_the_authors_form_has_three_layers_and_features_after_a_relu():
+    module = make("paper", "concat", layers=3)
+    shapes = {name: tuple(each.shape) for name, each in module.named_parameters() if name.endswith("weight")}
+    assert shapes == {
+        "first.weight": (7, 20),
+        "branches.symmetric.0.weight": (7, 7),
+        "branches.asymmetric.0.weight": (7, 7),
+        "output.weight": (1, 7),
+    }
+    assert module(vectors(3, 1), vectors(4, 2), "symmetric").features.min() == 0
+    with pytest.raises(ValueError, match="set feature_dim to hidden_dim"):
+        InteractionConfig(layers=3, hidden_dim=7)
 
 
 def test_each_task_has_its_own_branch():

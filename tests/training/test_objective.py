@@ -130,6 +130,29 @@ def test_each_loss_is_that_of_ops_on_the_batch_masks(scores: PairScores, batch: 
         torch.testing.assert_close(actual[name], value, msg=name)
 
 
+def test_the_authors_normalisation(scores: PairScores, batch: DistillationBatch) -> None:
+    """In-batch cross-entropy by the batch once more, CI over and by the hard negatives, FI summed over queries."""
+    weights = ALL_WEIGHTS.model_copy(update={"normalisation": "authors"})
+    ours, theirs = (batch_losses(scores, batch, each) for each in (ALL_WEIGHTS, weights))
+    num_queries = len(batch.query_ids)
+    hard, positive = torch.from_numpy(batch.hard), torch.from_numpy(batch.positive)
+    alone = losses.contrastive_imitation(
+        scores.logits
+        - (scores.logits - scores.anchor).mul(hard | positive | torch.from_numpy(batch.easy)).sum(1)[:, None]
+        / (hard | positive | torch.from_numpy(batch.easy)).sum(1)[:, None],
+        torch.sigmoid(torch.from_numpy(batch.teacher_log_odds)),
+        positive,
+        hard,
+        temperature=weights.temperature,
+    )
+    per_query = hard.sum() / hard.any(dim=1).sum()
+    assert theirs["contrastive_imitation"].item() == pytest.approx((alone / per_query).item(), rel=1e-5)
+    assert theirs["in_batch_cross_entropy"].item() == pytest.approx(ours["in_batch_cross_entropy"].item() / num_queries)
+    assert theirs["feature_imitation"].item() == pytest.approx(ours["feature_imitation"].item() * num_queries)
+    same = set(ours) - {"contrastive_imitation", "in_batch_cross_entropy", "feature_imitation"}
+    assert all(ours[name] == theirs[name] for name in same)
+
+
 def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBatch) -> None:
     terms = batch_losses(scores, batch, ALL_WEIGHTS)
     parts = {name: value.item() for name, value in terms.items()}
@@ -157,7 +180,7 @@ def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBa
 
 
 PAIR_LOSSES = {"pair_cross_entropy", "anchor_pair_cross_entropy"}
-OTHERS = {"temperature", "teacher_share", "nested_dims", "nested_depths"}
+OTHERS = {"normalisation", "temperature", "teacher_share", "nested_dims", "nested_depths"}
 OTHERS |= {"token_cross_entropy", "nested_cross_entropy", "soft_expansion"}  # these need vectors
 LOSS_NAMES = [n for n in LossWeights.model_fields if n not in PAIR_LOSSES | OTHERS]
 

@@ -213,8 +213,13 @@ class InteractionConfig(_Section):
     """Inputs of the IEM besides the vectors a and b: none (``concat``), a * b, |a - b|, or both (``rich``)."""
     branches: Literal["per_task", "shared"] = "per_task"
     """One branch of the IEM per task, or one shared by both."""
+    layers: Literal[3, 5] = 5
+    """Linear layers from vectors to logit. 5: two that both branches share, two of the branch, the logit; the features
+    are the branch's last layer. 3, as in the authors' code: one shared, one of the branch, the logit; the features
+    follow the branch's ReLU."""
     hidden_dim: int = Field(default=512, ge=1)
     feature_dim: int = Field(default=512, ge=1)
+    """Width of the features; with three layers it is ``hidden_dim``."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     max_bound: float = Field(default=8.0, gt=0)
     """Upper limit of B, the largest amount by which the interaction can change the logit (anchored head)."""
@@ -222,6 +227,15 @@ class InteractionConfig(_Section):
     """Bound the change by B r_q(a) r_p(b) with learned gates in (0, 1), one for the query and one for the passage
     (anchored head). The upper bound is still an inner product, in one more dimension, and fewer passages must be
     rescored for a certified ranking."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> InteractionConfig:
+        if self.layers == 3 and self.feature_dim != self.hidden_dim:
+            raise ValueError(
+                f"feature_dim is {self.feature_dim} and hidden_dim {self.hidden_dim}: with three layers both are the "
+                "same, so set feature_dim to hidden_dim"
+            )
+        return self
 
 
 class StudentConfig(_Section):
@@ -280,8 +294,12 @@ class StudentConfig(_Section):
 
 
 _NEW_DEFAULTS: dict[str, Any] = {
-    "student": {"backbone": {"adapters": "one", "bidirectional": False}, "pooling": {"projection_dim": None}},
-    "losses": {"nested_depths": [], "soft_expansion": 0.0, "subclass_imitation": 0.0},
+    "student": {
+        "backbone": {"adapters": "one", "bidirectional": False},
+        "pooling": {"projection_dim": None},
+        "interaction": {"layers": 5},
+    },
+    "losses": {"normalisation": "mean", "nested_depths": [], "soft_expansion": 0.0, "subclass_imitation": 0.0},
     "training": {
         "complement_words": None,
         "expansions": None,
@@ -466,12 +484,12 @@ class TeacherConfig(_Section):
                     "the section"
                 )
             return self
-        if "max_tokens" in self.model_fields_set:
+        if self.max_tokens != type(self).model_fields["max_tokens"].default:
             raise ValueError(
                 f"max_tokens does not apply to kind {self.kind}, which reads several passages at once; set "
                 "lists.max_passage_tokens"
             )
-        if self.remote is not None and "top_logprobs" in self.remote.model_fields_set:
+        if self.remote is not None and self.remote.top_logprobs != RemoteConfig.model_fields["top_logprobs"].default:
             raise ValueError(f"remote.top_logprobs does not apply to kind {self.kind}, which asks for words; delete it")
         if self.lists is not None and self.kind == "listwise" and self.lists.step >= max(2, self.lists.size):
             raise ValueError(
@@ -767,6 +785,11 @@ class LossWeights(_Section):
     Formulas and papers are in ``ops.losses``; what each one brought is in docs/recipes.md.
     """
 
+    normalisation: Literal["mean", "authors"] = "mean"
+    """``mean``: every loss is a mean over queries. ``authors``: as in the published code, for which the published
+    weights are meant. There the in-batch cross-entropy is divided by the number of queries once more, the contrastive
+    imitation compares with hard negatives alone and is divided by their number, and the feature imitation is a sum over
+    queries."""
     contrastive_imitation: float = Field(default=1.0, ge=0)
     list_imitation: float = Field(default=0.0, ge=0)
     """Not among the published losses: imitates the teacher's distribution over all candidates of the batch."""

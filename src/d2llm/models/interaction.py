@@ -95,6 +95,8 @@ class _Anchor(nn.Module):
 class Interaction(nn.Module):
     """IEM with a branch per task: shared f1, a separate f2 for each task, one linear layer to the logit.
 
+    f1 and f2 have two linear layers each, or one (``config.layers``).
+
     Head ``paper``: z = w f2(f1(features)). Head ``anchored``: z = t <U a, V b> / dim + r B tanh(g), where g is the
     output of the paper head, initially 0; B in (0, max_bound) is learned; r in [0, 1] is set for each task on dev after
     training. With gates, B is replaced by B r_q(a) r_p(b), with r_q = sigmoid(w a + c) and r_p alike.
@@ -111,13 +113,8 @@ class Interaction(nn.Module):
         hidden = config.hidden_dim
         self._places = {name: place for place, name in enumerate(("a", "b", *_PAIR_FEATURES[config.features]))}
         self.first = nn.Linear(len(self._places) * dim, hidden)
-        self.shared = nn.Linear(hidden, hidden)
-        self.branches = nn.ModuleDict(
-            {
-                name: nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, config.feature_dim))
-                for name in self._branch_names
-            }
-        )
+        self.shared = nn.Linear(hidden, hidden) if config.layers == 5 else None
+        self.branches = nn.ModuleDict({name: self._new_branch() for name in self._branch_names})
         self.output = nn.Linear(config.feature_dim, 1)
         self.dropout = nn.Dropout(config.dropout)
         self.anchors: nn.ModuleDict | None = None
@@ -166,6 +163,11 @@ class Interaction(nn.Module):
         for name, anchor in self.anchors.items():
             cast(_Anchor, anchor).mix(cast(_Anchor, self.teacher_anchors[name]), self.label_share)
         self.teacher_anchors = None
+
+    def _new_branch(self) -> nn.Sequential:
+        hidden = self.config.hidden_dim
+        layers = [nn.Linear(hidden, hidden), nn.ReLU()]
+        return nn.Sequential(*layers, *([nn.Linear(hidden, self.config.feature_dim)] if self.shared else []))
 
     @property
     def _branch_names(self) -> tuple[str, ...]:
@@ -294,21 +296,23 @@ class Interaction(nn.Module):
     def split_layers(self, task: Task) -> SplitLayers:
         """The weights in the form that a search uses (``models.scorer``), without dropout.
 
-        No ReLU follows a branch's last layer, so that layer and the output layer are merged into one vector.
+        With five layers, no ReLU follows a branch's last one, so it and the output layer are merged into one vector.
         """
-        hidden, features = self._branch_layers(task)
-        output = self.output.weight[0]
+        branch = [
+            each for each in cast(nn.Sequential, self.branches[self._branch(task)]) if isinstance(each, nn.Linear)
+        ]
+        last, constant = self.output.weight[0], self.output.bias[0]
+        inner = branch[:1]
+        if self.shared is not None:
+            inner, features = [self.shared, branch[0]], branch[1]
+            last, constant = last @ features.weight, last @ features.bias + constant
         return SplitLayers(
             **{_LAYER_NAMES[name]: self._part(name) for name in self._places},
             bias=self.first.bias,
-            inner=tuple(Linear(layer.weight, layer.bias) for layer in (self.shared, hidden)),
-            last=output @ features.weight,
-            constant=output @ features.bias + self.output.bias[0],
+            inner=tuple(Linear(layer.weight, layer.bias) for layer in inner),
+            last=last,
+            constant=constant,
         )
-
-    def _branch_layers(self, task: Task) -> tuple[nn.Linear, nn.Linear]:
-        hidden, _, features = cast(nn.Sequential, self.branches[self._branch(task)])
-        return cast(nn.Linear, hidden), cast(nn.Linear, features)
 
     def _anchor_logits(
         self, queries: Float[Tensor, "queries dim"], passages: Float[Tensor, "passages dim"], task: Task
@@ -326,7 +330,9 @@ class Interaction(nn.Module):
         return nn.functional.linear(queries, self._part("a"), self.first.bias)
 
     def _after_first(self, hidden: Float[Tensor, "*pairs hidden"], task: Task) -> Float[Tensor, "*pairs feature_dim"]:
-        shared = torch.relu(self.shared(self.dropout(torch.relu(hidden))))
+        shared = torch.relu(hidden)
+        if self.shared is not None:
+            shared = torch.relu(self.shared(self.dropout(shared)))
         return self.branches[self._branch(task)](self.dropout(shared))
 
 

@@ -110,6 +110,7 @@ def batch_losses(
         torch.from_numpy(mask).to(device) for mask in (batch.positive, batch.hard, batch.easy, batch.labelled)
     )
     negatives, candidates = hard | easy, positive | hard | easy
+    contrasted = hard if weights.normalisation == "authors" else negatives
     evidence = _evidence(scores, batch)
     logits = _without_common_change(scores, candidates) + evidence
     teacher = scores.teacher
@@ -118,7 +119,7 @@ def batch_losses(
     probabilities = torch.sigmoid(log_odds)
     by_name: dict[str, Callable[[], Tensor]] = {
         "contrastive_imitation": lambda: losses.contrastive_imitation(
-            imitating, probabilities, positive, negatives, temperature=weights.temperature
+            imitating, probabilities, positive, contrasted, temperature=weights.temperature
         ),
         "list_imitation": lambda: losses.list_imitation(imitating, log_odds, candidates),
         "recalibrated_imitation": lambda: losses.recalibrated_imitation(imitating, log_odds, positive, candidates),
@@ -145,7 +146,21 @@ def batch_losses(
     if tokens is not None:
         token_logits = batch.token_weight * tokens
         by_name["token_cross_entropy"] = lambda: losses.in_batch_cross_entropy(token_logits, positive, candidates)
-    return {name: loss() for name, loss in by_name.items() if getattr(weights, name)}
+    values = {name: loss() for name, loss in by_name.items() if getattr(weights, name)}
+    if weights.normalisation == "authors":
+        factors = _authors_factors(len(batch.query_ids), hard)
+        values = {name: value * factors.get(name, 1.0) for name, value in values.items()}
+    return values
+
+
+def _authors_factors(num_queries: int, hard: Tensor) -> dict[str, float | Tensor]:
+    """By what the published code multiplies losses that are means over queries here (``LossWeights.normalisation``)."""
+    with_hard = hard.any(dim=1).sum().clamp(min=1)
+    return {
+        "in_batch_cross_entropy": 1 / num_queries,
+        "contrastive_imitation": with_hard / hard.sum().clamp(min=1),
+        "feature_imitation": float(num_queries),
+    }
 
 
 def nested_losses(

@@ -97,6 +97,8 @@ class NumpyHead:
                 hidden += np.abs(block - query) @ difference.T
             hidden = np.maximum(hidden, 0)
             for layer in ("inner_0", "inner_1"):
+                if self._find(f"{layer}_weight", task) is None:
+                    continue  # an interaction of three layers has one here
                 product_of_layer = hidden @ self._weight(f"{layer}_weight", task).T
                 hidden = np.maximum(product_of_layer + self._weight(f"{layer}_bias", task), 0)
             logits.append(hidden @ self._weight("last", task) + self._weight("constant", task))
