@@ -38,6 +38,14 @@ def test_paper_prompts_ask_the_papers_questions():
         assert "please answer yes or no" in prompt.tail.lower()
 
 
+def test_the_papers_questions_in_chinese():
+    for task, question in (("symmetric", "绝对正确"), ("asymmetric", "能否正确回答#Q中提出的问题")):
+        prompt = load_prompt("paper-chinese", task)
+        assert question in prompt.tail
+        assert prompt.fill("问", "答").startswith("#Q:问\n#P:答\n")
+        assert (prompt.yes, prompt.no) == ("是", "否")
+
+
 def test_every_prompt_has_its_own_fingerprint():
     prompts = [load_prompt(name, task) for name in ("paper", "short") for task in ("symmetric", "asymmetric")]
     assert len({prompt.fingerprint for prompt in prompts}) == 4
