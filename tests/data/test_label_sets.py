@@ -138,16 +138,34 @@ def test_exported_tables_have_a_row_for_each_pair(stores: tuple[Path, Path], tmp
         ("T1", "P1", "D", "q3", "p8", 1.0),
         ("T1", "P1", "E", "q1", "p1", -7.0),
     ]
-    names = ["teacher", "prompt", "dataset", "query_id", "passage_id", "log_odds"]
+    names = ["teacher", "prompt", "dataset", "query_id", "passage_id", "log_odds", "grade"]
+    records = [dict(zip(names, (*row, None), strict=True)) for row in rows]
     for ending in ("parquet", "jsonl", "csv"):
         assert export_labels(stores[1], tmp_path / f"out.{ending}") == 5
-    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == [dict(zip(names, row, strict=True)) for row in rows]
+    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == records
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [dict(zip(names, row, strict=True)) for row in rows]
+    assert [json.loads(line) for line in lines] == records
     with (tmp_path / "out.csv").open(newline="") as file:
         header, *values = csv.reader(file)
     assert header == names
-    assert [(*row[:-1], float(row[-1])) for row in values] == rows
+    assert [(*row[:5], float(row[5])) for row in values] == rows
+    assert {row[6] for row in values} == {""}
+
+
+def test_grades_survive_a_merge_and_an_export(tmp_path: Path):
+    graded = QueryLabels(
+        "q1", ("p1", "p2"), np.array([2.0, 0.0], np.float32), grades=np.array([94, np.nan], np.float32)
+    )
+    LabelStore(tmp_path / "one", teacher="T", prompt="P", dataset="D").write([graded])
+    write(tmp_path / "two", {"q2": {"p1": 1.0}})
+    merge_labels([tmp_path / "one", tmp_path / "two"], tmp_path / "all")
+    export_labels(tmp_path / "all", tmp_path / "all.parquet")
+    table = pq.read_table(tmp_path / "all.parquet").to_pylist()
+    assert {(row["query_id"], row["passage_id"]): row["grade"] for row in table} == {
+        ("q1", "p1"): 94.0,
+        ("q1", "p2"): None,
+        ("q2", "p1"): None,
+    }
 
 
 def test_sets_are_chosen_for_an_export(stores: tuple[Path, Path], tmp_path: Path):

@@ -53,8 +53,24 @@ def test_shards_have_the_documented_columns(tmp_path: Path) -> None:
     [gram_file] = (tmp_path / "grams").iterdir()
     assert label_file.name == gram_file.name
     assert pq.read_table(label_file).to_pylist() == [
-        {"teacher": "T1", "prompt": "P1", "dataset": "D", "query_id": "q1", "passage_id": "p1", "log_odds": 2.5},
-        {"teacher": "T1", "prompt": "P1", "dataset": "D", "query_id": "q1", "passage_id": "p2", "log_odds": 1.5},
+        {
+            "teacher": "T1",
+            "prompt": "P1",
+            "dataset": "D",
+            "query_id": "q1",
+            "passage_id": "p1",
+            "log_odds": 2.5,
+            "grade": None,
+        },
+        {
+            "teacher": "T1",
+            "prompt": "P1",
+            "dataset": "D",
+            "query_id": "q1",
+            "passage_id": "p2",
+            "log_odds": 1.5,
+            "grade": None,
+        },
     ]
     assert pq.read_table(gram_file).to_pylist() == [
         {
@@ -67,6 +83,20 @@ def test_shards_have_the_documented_columns(tmp_path: Path) -> None:
         }
     ]
     assert pq.ParquetFile(label_file).metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_grades_are_kept_beside_log_odds(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    graded = QueryLabels(
+        "q1", ("p1", "p2"), np.array([2.0, 0.0], np.float32), grades=np.array([94, np.nan], np.float32)
+    )
+    store.write([graded, labels("q2", {"p1": 1.0})])
+    for each in (store, open_store(tmp_path)):
+        assert each.grades("q1") == {"p1": 94.0}
+        assert each.log_odds("q1") == {"p1": 2.0, "p2": 0.0}
+        assert each.grades("q2") == {}
+    [label_file] = (tmp_path / "labels").iterdir()
+    assert pq.read_table(label_file)["grade"].to_pylist() == [94.0, None, None]
 
 
 def test_missing_lists_only_the_new_pairs(tmp_path: Path) -> None:
