@@ -458,10 +458,12 @@ def test_new_settings_are_recorded_only_where_they_are_used():
     kept = without_new_defaults(values)
     assert changed_settings(kept, values) == [
         "losses.nested_depths (was not set, is [])",
+        "losses.normalisation (was not set, is mean)",
         "losses.soft_expansion (was not set, is 0.0)",
         "losses.subclass_imitation (was not set, is 0.0)",
         "student.backbone.adapters (was not set, is one)",
         "student.backbone.bidirectional (was not set, is False)",
+        "student.interaction.layers (was not set, is 5)",
         "student.pooling.projection_dim (was not set, is None)",
         "training.complement_words (was not set, is None)",
         "training.expansion_writer (was not set, is None)",

@@ -101,9 +101,9 @@ def test_results_are_in_the_order_of_the_assignments():
         (Reply(chat(None, reason="length")), "the answer is empty"),
         (Reply(chat("Sure! Here you are:")), "no query in the answer 'Sure! Here you are:'"),
         (Reply(chat("what is", reason="length")), "ended at the length limit"),
-        (Reply(chat(None, refusal="no")), "the endpoint refuses to write for this passage: no"),
-        (Reply(chat("", reason="content_filter")), "refuses to write for this passage: its content filter"),
-        (Reply({"error": {"code": "content_filter"}}, 400), r"refuses this passage \(400\): .*content_filter"),
+        (Reply(chat(None, refusal="no")), "the endpoint refuses to answer: no"),
+        (Reply(chat("", reason="content_filter")), "refuses to answer: its content filter"),
+        (Reply({"error": {"code": "content_filter"}}, 400), r"refuses this text \(400\): .*content_filter"),
     ],
 )
 def test_an_answer_without_queries_is_a_problem_not_an_error(reply: Reply, problem: str):
