@@ -165,6 +165,7 @@ def test_sources_of_candidates_are_named_as_they_were(visit, address, choice, so
         assert text.endswith(f"candidates by {' and '.join(names[source] for source in sources)}.")
     else:
         assert "of all" in text
+    assert page.locator("#sources").is_visible() == (choice not in ("hybrid=40", "exact=1"))
     if not choice:
         assert page.locator("#source option").first.inner_text() == "inner product and BM25"
     assert ("fused" in page.locator(".made").inner_text()) == (choice == "hybrid=40")

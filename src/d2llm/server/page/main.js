@@ -16,6 +16,7 @@ import { Upload } from "./upload.js";
 const TYPING_PAUSE = 160; // milliseconds without a key press before a search
 const STARTING_PAUSE = 1000; // milliseconds between requests to a server that is starting
 const WIDE = matchMedia("(min-width: 48.01rem)"); // else controls are folded away
+const TWO_COLUMNS = matchMedia("(min-width: 62.01rem)"); // else adding documents is above the results
 
 let state = readAddress(location.search);
 let index = null; // GET /v1/index
@@ -134,7 +135,7 @@ function showState() {
   set(byId("hybrid"), String(state.hybrid ?? 50));
   byId("hybrid-share").textContent = state.hybrid === null ? "" : `${state.hybrid}% BM25`;
   set(byId("source"), state.source);
-  byId("source").disabled = state.hybrid !== null || state.exact;
+  byId("sources").hidden = state.hybrid !== null || state.exact; // these have sources of their own
   set(byId("k"), String(state.k));
   document.title = state.q ? `${state.q} – d2llm` : "d2llm search";
   document.body.classList.toggle("comparing", state.beside);
@@ -176,7 +177,7 @@ function listen() {
   });
   byId("beside").addEventListener("change", (event) => {
     change({ beside: event.target.checked });
-    byId("adding").open = WIDE.matches && !state.beside; // it is beside one ranking, but above several
+    byId("adding").open = TWO_COLUMNS.matches && !state.beside; // it is beside one ranking, but above several
   });
   byId("exact").addEventListener("change", (event) => change({ exact: event.target.checked }));
   byId("hybrid-on").addEventListener("change", (event) => change({ hybrid: event.target.checked ? 50 : null }));
@@ -241,7 +242,7 @@ function showRanks() {
 /** Fold away what a small screen has no room for, and open it where it has. */
 function fold() {
   byId("options").open = byId("about").open = WIDE.matches;
-  byId("adding").open = (WIDE.matches && !state.beside) || index?.num_passages === 0;
+  byId("adding").open = (TWO_COLUMNS.matches && !state.beside) || index?.num_passages === 0;
 }
 
 async function readIndex() {
@@ -316,6 +317,6 @@ new Upload(
 keepIndexInLinks();
 listen();
 fold();
-WIDE.addEventListener("change", fold);
+for (const width of [WIDE, TWO_COLUMNS]) width.addEventListener("change", fold);
 showState();
 begin();
