@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,8 @@ from d2llm.models.probabilities import WEAK, WEAK_WITHOUT_WORDS
 from d2llm.ops.bm25_words import terms
 from d2llm.retrieval.context import AnswerContext
 
+_FEW_ITEMS = 64  # passages or vectors, which are serialized within a few milliseconds
+
 
 class FastJSONResponse(JSONResponse):
     """A ``JSONResponse`` that is several times faster on vectors and accepts numpy arrays."""
@@ -22,6 +25,20 @@ class FastJSONResponse(JSONResponse):
     def render(self, content: Any) -> bytes:
         """Serialize the body."""
         return to_json(content, fallback=_plain)
+
+
+async def answer_of(
+    make: Callable[[], Any], num_items: int, headers: Mapping[str, str] | None = None
+) -> FastJSONResponse:
+    """The answer with the content that ``make`` returns; one of many items is made and serialized in another thread.
+
+    Vectors should be items of a list: between them, other threads can work.
+    """
+
+    def respond() -> FastJSONResponse:
+        return FastJSONResponse(make(), headers=headers)
+
+    return respond() if num_items <= _FEW_ITEMS else await asyncio.to_thread(respond)
 
 
 def _plain(value: Any) -> Any:

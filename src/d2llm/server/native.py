@@ -19,7 +19,7 @@ from d2llm.core.types import Ranking, Task
 from d2llm.retrieval.context import context_settings
 from d2llm.retrieval.expansion import Expansion
 from d2llm.retrieval.settings import SearchSettings
-from d2llm.server.answers import FastJSONResponse, context_json, search_json
+from d2llm.server.answers import FastJSONResponse, answer_of, context_json, search_json
 from d2llm.server.errors import Problem, ServingError, invalid, request_id_of
 from d2llm.server.index_service import IndexService, Reading
 from d2llm.server.large_bodies import BodyRoute
@@ -72,8 +72,9 @@ async def search(body: SearchRequest, request: Request, services: TheServices, i
     ranking, student = await index.search(body.query, settings, body.rescore, reading, expansion)
     excerpts = await index.excerpts(ranking) if body.excerpts else None
     probabilities = student.probabilities_of(ranking, body.task or services.task, iem=body.rescore != "none")
-    answer = search_json(ranking, excerpts, probabilities)
-    return FastJSONResponse(answer | _origin(request, index, ranking, student))
+    origin = _origin(request, index, ranking, student)
+    num_passages = len(ranking.passages) * (1 + 2 * body.neighbours)
+    return await answer_of(lambda: search_json(ranking, excerpts, probabilities) | origin, num_passages)
 
 
 @router.post("/v1/context", response_model=ContextAnswer)
@@ -181,16 +182,15 @@ async def encode(body: EncodeRequest, services: TheServices) -> JSONResponse:
     few_enough(len(body.texts), services.settings, "texts")
     short_enough(body.texts, services.settings, "texts")
     encoded = await services.models.encode(body.texts, body.kind)
-    return FastJSONResponse(
-        {
-            "vectors": encoded.vectors,
-            "num_tokens": encoded.num_tokens,
-            "truncated": encoded.truncated,
-            "dim": services.models.dim,
-            "student": services.models.name,
-            "fingerprint": services.models.fingerprint,
-        }
-    )
+    answer = {
+        "vectors": list(encoded.vectors),
+        "num_tokens": encoded.num_tokens,
+        "truncated": encoded.truncated,
+        "dim": services.models.dim,
+        "student": services.models.name,
+        "fingerprint": services.models.fingerprint,
+    }
+    return await answer_of(lambda: answer, len(body.texts))
 
 
 @router.post("/v1/rescore")

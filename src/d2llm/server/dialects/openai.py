@@ -18,7 +18,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from d2llm.models.backbone import TextKind
-from d2llm.server.answers import FastJSONResponse
+from d2llm.server.answers import FastJSONResponse, answer_of
 from d2llm.server.dialects.shared import (
     DIMENSIONS,
     ClientBody,
@@ -145,9 +145,8 @@ async def embeddings(body: EmbeddingsRequest, catalog: TheCatalog) -> FastJSONRe
         "model": body.model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
-    return FastJSONResponse(
-        answer, headers=warning_header(texts_cut("input", sized.truncated(encoded.truncated), limit))
-    )
+    headers = warning_header(texts_cut("input", sized.truncated(encoded.truncated), limit))
+    return await answer_of(lambda: answer, len(values), headers)
 
 
 @router.get("/v1/models")

@@ -20,7 +20,7 @@ from pydantic import Field, RootModel, WrapValidator
 
 from d2llm import __version__
 from d2llm.models.backbone import TextKind
-from d2llm.server.answers import FastJSONResponse
+from d2llm.server.answers import FastJSONResponse, answer_of
 from d2llm.server.dialects import jina
 from d2llm.server.dialects.shared import (
     DIMENSIONS,
@@ -191,7 +191,8 @@ async def embed_texts(body: EmbedRequest, services: TheServices) -> FastJSONResp
     width = check_dimensions(body.dimensions, services.models)
     vectors, warnings = await _vectors(services, body.inputs, "inputs", body)
     vectors = vectors[:, :width]
-    return _answer(unit_length(vectors) if body.normalize else vectors, warnings)
+    values = list(unit_length(vectors) if body.normalize else vectors)
+    return await answer_of(lambda: values, len(values), warning_header(warnings))
 
 
 @router.post("/rerank", response_model=RerankAnswer | jina.JinaRerankAnswer)
