@@ -64,6 +64,7 @@ OTHERS = {
     "Backbone.pad.ids": "rows of numbers",
     "Backbone.states_at.depths": "numbers",
     "Dataset.issues": "made by readers of data sets",
+    "Index.add.readers": "workers, not a list",
     "Index.upsert.readers": "workers, not a list",
     "Index.upsert_documents.readers": "workers, not a list",
     "ListwiseReader.rank.vectors": "arrays",
@@ -232,6 +233,12 @@ def deleted(world: World, method: str, ids: Any) -> Any:
     return getattr(index, method)(ids), index.list_passages()
 
 
+def make_student_index(world: World) -> Index:
+    index = Index.create(world.new(), world.student)
+    index.upsert([Passage("12", "the text")])
+    return index
+
+
 def upserted(world: World, method: str, passages: Any) -> Any:
     index = world.index()
     if method == "upsert_documents":
@@ -267,6 +274,14 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda w, v: [each.passages for each in w.index().around(v)],
     ),
     "Index.build_ann.queries": (lambda _: "ab", lambda w, v: w.index().build_ann(queries=v)),
+    "Index.context.sources": (
+        lambda _: "bm25",
+        lambda w, v: make_student_index(w).context("text", sources=v).text,
+    ),
+    "Index.search.sources": (
+        lambda _: "bm25",
+        lambda w, v: [each.passage.id for each in w.index().search("text 12", sources=v)[0].passages],
+    ),
     "Index.delete.ids": (lambda _: "12", lambda w, v: deleted(w, "delete", v)),
     "Index.delete_documents.ids": (lambda _: "d1", lambda w, v: deleted(w, "delete_documents", v)),
     "Index.get.ids": (lambda _: "12", lambda w, v: w.index().get(v)),

@@ -70,11 +70,11 @@ def encode(
     The index appears when it is complete; d2llm index can change it later. If interrupted, run the same command again
     to continue, with any runner.
     """
+    from d2llm.core.manifest import source_of
     from d2llm.data.indexed_corpus import open_corpus
     from d2llm.models.student import Student
     from d2llm.retrieval.chunking import default_chunking
     from d2llm.retrieval.encode import encode
-    from d2llm.retrieval.index import source_of
 
     session = session_of(context)
     runner = place.find()

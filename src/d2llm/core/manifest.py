@@ -25,6 +25,11 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def source_of(artifact: str | Path) -> str:
+    """Where an artifact can be loaded from again: the absolute path of its folder, or its name."""
+    return str(Path(artifact).resolve()) if (Path(artifact) / FILE_NAME).is_file() else str(artifact)
+
+
 def write_manifest(folder: Path, kind: str, format_version: int, content: dict[str, Any]) -> None:
     """Write the manifest of a ``kind`` of artifact ("student", "index", ...) into ``folder``, atomically.
 

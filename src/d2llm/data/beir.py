@@ -53,6 +53,11 @@ class Dataset:
     qrels: dict[str, dict[str, dict[str, int]]]
     issues: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """What it is, in one line."""
+        counts = f"{len(self.passages):,} passages, {len(self.queries):,} queries"
+        return f"Dataset({self.name!r}: {counts}, splits {', '.join(self.qrels) or 'none'})"
+
     def positives(self, split: str) -> dict[str, tuple[str, ...]]:
         """Relevant passages (grade above 0, in the corpus) of each known query of ``split``, in file order.
 

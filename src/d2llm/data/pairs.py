@@ -64,6 +64,11 @@ class PairDataset:
     splits: dict[str, tuple[LabelledPair, ...]]
     issues: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        """What it is, in one line."""
+        counts = ", ".join(f"{len(pairs):,} pairs in {split}" for split, pairs in self.splits.items())
+        return f"PairDataset({self.name!r}, {self.kind}: {counts or 'no pairs'})"
+
     def positives(self, split: str) -> list[bool]:
         """Whether each pair of ``split`` is a yes: class 1, yes, true or entailment (the other: 0, no, ...).
 

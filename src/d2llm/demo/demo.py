@@ -17,6 +17,7 @@ from rich.console import Console
 from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, MissingExtraError
 from d2llm.core.files import check_replaceable, folder_bytes
 from d2llm.core.manifest import FILE_NAME as MANIFEST
+from d2llm.core.manifest import source_of
 from d2llm.core.recipe import untuned_config
 from d2llm.core.shipped import DEFAULT_STUDENT
 from d2llm.core.types import Passage
@@ -29,7 +30,7 @@ from d2llm.models.student import Student, find_student
 from d2llm.models.student_files import read_student_manifest
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.encode import encode
-from d2llm.retrieval.index import Index, source_of
+from d2llm.retrieval.index import Index
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.store.index_manifest import KIND as INDEX_KIND
 

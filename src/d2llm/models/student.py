@@ -25,7 +25,7 @@ from d2llm.core.fallbacks import fell_back
 from d2llm.core.files import new_folder
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.inputs import stream_of_objects, strings_of, texts_of
-from d2llm.core.manifest import write_manifest
+from d2llm.core.manifest import source_of, write_manifest
 from d2llm.core.recipe import StudentConfig
 from d2llm.core.types import PART_KINDS, TASKS, EngineName, PartKind, Task, WholeText
 from d2llm.models import student_files as files
@@ -68,7 +68,8 @@ class Student(VectorScorer):
     makes the vectors of tokens, if it was trained (``models.token_vectors``). ``quality`` says how likely a passage is
     to answer any query, if it was fitted (``models.quality``). ``term_weights`` says how much each word of a query
     counts in BM25, and ``document_expansion`` which words an index adds to a passage, if they were fitted
-    (``models.term_weights``, ``models.document_expansion``).
+    (``models.term_weights``, ``models.document_expansion``). ``source`` is the folder or name from which it can be
+    loaded again; None if there is none.
     """
 
     def __init__(self, config: StudentConfig, backbone: Backbone, *, seed: int = 0) -> None:
@@ -80,6 +81,7 @@ class Student(VectorScorer):
             torch.manual_seed(seed)
             self.pooling = TextPooling(config.pooling, backbone.dim).to(backbone.device)
             self.interaction = make_head(config.interaction, self.pooling.dim).to(backbone.device)
+        self.source: str | None = None
         self._saved_fingerprint: str | None = None
         self._recorded: dict[str, Any] = {}
         self.calibration = UNCALIBRATED
@@ -167,6 +169,7 @@ class Student(VectorScorer):
         projection = read_token_projection(folder, manifest["fingerprint"], backbone.dim)
         student.token_projection = None if projection is None else projection.to(chosen)
         student.use_engine(engine, dtype=products)
+        student.source = source_of(folder_or_name)
         return student
 
     @classmethod
@@ -186,7 +189,10 @@ class Student(VectorScorer):
         source = repo_id_or_folder
         if not local and (revision is not None or token is not None):
             source = fetch_student(str(repo_id_or_folder), revision=revision, token=token)
-        return cls.load(source, **options)
+        student = cls.load(source, **options)
+        if not local:
+            student.source = str(repo_id_or_folder) if revision is None else f"{repo_id_or_folder}@{revision}"
+        return student
 
     def push_to_hub(self, repo_id: str, *, merge: bool | None = None, **options: Any) -> PushReport:
         """Push the student to the Hub; ``options`` are those of ``hub.push_student``.
@@ -197,8 +203,12 @@ class Student(VectorScorer):
             InputError: the repository cannot be written, or others could not load the pushed student.
         """
         merge = True if merge is None and why_not_plain(self.config) is None else merge
+        source = self.source
         with TemporaryDirectory() as folder:
-            self.save(Path(folder) / files.KIND, merge=merge)
+            try:
+                self.save(Path(folder) / files.KIND, merge=merge)
+            finally:
+                self.source = source
             return push_student(Path(folder) / files.KIND, repo_id, **options)
 
     def save(self, folder: str | Path, *, merge: bool | None = None, content: dict[str, Any] | None = None) -> None:
@@ -246,6 +256,15 @@ class Student(VectorScorer):
                     fitted.save(temporary, self.fingerprint)
             write_manifest(temporary, files.KIND, files.FORMAT_VERSION, manifest)
             (temporary / files.CARD_FILE).write_text(model_card(temporary, manifest), encoding="utf-8")
+        self.source = source_of(folder)
+
+    def __repr__(self) -> str:
+        """What it is, in one line; ``print(student.backbone)`` and so on show its modules."""
+        named = self.source or "not saved"
+        tasks = f"trained for {' and '.join(self.trained_tasks)} search" if self.trained_tasks else "not trained"
+        model = self.config.backbone.model
+        name = Path(model).name if Path(model).is_absolute() else model
+        return f"Student({named!r}, backbone {name}, {self.vector_dim} dimensions, {tasks}, on {self.device})"
 
     @property
     def fingerprint(self) -> str:
@@ -297,6 +316,7 @@ class Student(VectorScorer):
         layers = self.config.backbone.layers
         kept = layers[:depth] if isinstance(layers, tuple) else depth
         student = copy.deepcopy(self)
+        student.source = None
         student.backbone.cut(depth)
         backbone = self.config.backbone.model_copy(update={"layers": kept})
         student.config = self.config.model_copy(update={"backbone": backbone})
@@ -349,6 +369,7 @@ class Student(VectorScorer):
     def prepare_training(self, *, seed: int = 0) -> None:
         """Make trainable what the configuration says; a loaded student continues from its merged weights."""
         # Training makes it another student, so nothing recorded about the loaded one remains valid.
+        self.source = None
         self._saved_fingerprint = None
         self._recorded = {}
         self._forget_fitted()

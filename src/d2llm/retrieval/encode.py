@@ -99,7 +99,8 @@ def encode(
         chunking: how long texts are split into passages; None makes each text a passage.
         num_shards: make a sharded index of this many shards (``store.sharded_store``); None: one that is not.
         prune: leave out this share of the passages, those that the student's quality (``models.quality``) puts lowest.
-        student_source: the folder or name that the student was loaded from, stored so that a search can load it again.
+        student_source: the folder or name that the student was loaded from, stored so that a search can load it again;
+            by default the one that the student remembers.
         overwrite: replace an index at ``folder``, including its snapshots.
         runner: where the passages are encoded: by ``student`` in this process (``local``), or on the workers of a Ray
             cluster (``ray``, ``ray:ADDRESS``, or a ``RayRunner``). This process alone splits texts and writes the
@@ -122,6 +123,7 @@ def encode(
     folder = Path(folder)
     runner = find_runner(runner)
     loading = {"device": device, "dtype": dtype, "engine": engine}
+    student_source = student_source or getattr(student, "source", None)
     load = _find_load(runner, load_student, student_source, loading)
     check_replaceable(folder, KIND if num_shards is None else SHARDED_KIND)
     if folder.exists() and any(folder.iterdir()) and not overwrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -13,9 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from d2llm.core.errors import IndexMismatchError, InputError
+from d2llm.core.errors import D2LLMError, IndexMismatchError, InputError
+from d2llm.core.files import MANIFEST_NAME
 from d2llm.core.inputs import objects_of, strings_of
+from d2llm.core.manifest import source_of
 from d2llm.core.progress import Advance, progress_bar
+from d2llm.core.shipped import name_student
 from d2llm.core.types import (
     DEFAULT_CONTEXT_TOKENS,
     DEFAULT_NUM_CANDIDATES,
@@ -28,9 +32,10 @@ from d2llm.core.types import (
     Ranking,
     Task,
 )
-from d2llm.data.python_records import PassageLike, QueryLike, passages_of
+from d2llm.data.python_records import PassageLike, QueryLike, passages_of, queries_of
 from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent, expansion_fingerprint, task_for
 from d2llm.retrieval.row_evidence import evidence_weights
+from d2llm.retrieval.settings import changed, shows_settings
 from d2llm.store.index_manifest import VectorCopies, find_index
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport
@@ -45,6 +50,8 @@ from d2llm.store.view import PassageView
 
 # Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from d2llm.models.student import Student
     from d2llm.models.teachers.judge import Judge
     from d2llm.ops.rereading import StudentError
@@ -55,11 +62,13 @@ if TYPE_CHECKING:
     from d2llm.retrieval.exact_search import KeptReaches
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.reading import ReadPassages
-    from d2llm.retrieval.settings import SearchSettings
+    from d2llm.retrieval.settings import SearchChanges, SearchSettings
     from d2llm.retrieval.upserting import UpsertReport
     from d2llm.retrieval.upserting_documents import DocumentsReport
     from d2llm.runners.runner import Workers
 
+
+_log = logging.getLogger(__name__)
 
 PART_FORMATS: dict[PartKind, str] = {"window": "int3", "token": "int4"}
 """Default formats of the vectors of windows and tokens (``store.vector_formats``)."""
@@ -109,7 +118,10 @@ def find_source(source: object, folder: Path) -> str:
         InputError: none is stored, or the folder no longer exists.
     """
     if not isinstance(source, str):
-        raise InputError(f"{folder}: the index does not say where its student is; give it with --student")
+        raise InputError(
+            f"{folder}: the index does not say where its student is; give it with --student (in Python, "
+            "Index.open(folder, student))"
+        )
     if source.startswith("../"):
         source = str(folder.resolve() / source)
     if Path(source).is_absolute() and not Path(source).is_dir():
@@ -117,9 +129,20 @@ def find_source(source: object, folder: Path) -> str:
     return source
 
 
-def source_of(student: str | Path) -> str:
-    """What an index stores about where its student was loaded from: an absolute path, or a name."""
-    return str(Path(student).resolve()) if Path(student).is_dir() else str(student)
+def _known_source(student: SearchStudent | str | Path, folder: Path) -> str | None:
+    """What an index stores about where its student can be loaded from; None, with a warning, if nobody knows."""
+    if not isinstance(student, str | Path) and not hasattr(student, "source"):
+        return None  # not one of ours
+    source = source_of(student) if isinstance(student, str | Path) else getattr(student, "source", None)
+    if isinstance(source, str) and not (Path(source).is_absolute() and not Path(source).is_dir()):
+        return source
+    _log.warning(
+        "%s: the student was not loaded from a folder or by name, so that this index cannot find it again: give it "
+        "whenever you open the index, as in Index.open(folder, student), or save it and name its folder here "
+        "(student_source)",
+        folder,
+    )
+    return None
 
 
 class Index:
@@ -155,14 +178,15 @@ class Index:
         metadata: Mapping[str, FieldType] | None = None,
         num_shards: int | None = None,
         student_source: str | None = None,
+        exist_ok: bool = False,
         device: str | None = None,
         dtype: str | None = None,
         engine: EngineName = "torch",
     ) -> Index:
-        """Make an index without passages.
+        """Make an index without passages; with ``exist_ok``, or open the one that is there.
 
         Args:
-            folder: must not exist, or be empty.
+            folder: must not exist, or be empty, unless ``exist_ok``.
             student: the student that makes the vectors, its folder, or the name of a shipped one.
             task: the default task of searches; None: what the student was trained for (``task_for``).
             vector_format: how vectors are stored (``store.vector_formats.FORMATS``).
@@ -174,14 +198,16 @@ class Index:
                 them.
             metadata: fields with their types; types of other fields are inferred from their values as they appear.
             num_shards: make a sharded index (``store.sharded_store``) of this many shards; None: one that is not.
-            student_source: where the student was loaded from, so that ``open`` can load it again; not needed if
-                ``student`` is a folder or name.
+            student_source: where ``open`` can load the student again; by default where it was loaded from or saved.
+            exist_ok: open the index if there is one in the folder, which must be as these arguments describe it.
             device: device of the student, if it has to be loaded.
             dtype: its number format.
             engine: the engine that encodes texts (``models.engines.engines``).
 
         Raises:
-            InputError: the folder is not empty, or a format, field or type is unknown.
+            InputError: the folder is not empty, or a format, field or type is unknown; with ``exist_ok``, the index
+                there is another one than these arguments describe.
+            IndexMismatchError: with ``exist_ok``, another student made the index there.
             ModelError: the student cannot be loaded.
         """
         from d2llm.models.student import Student
@@ -190,9 +216,15 @@ class Index:
         loaded = Student.load(student, device=device, dtype=dtype, engine=engine) if is_named else student
         task = task_for(loaded, task)
         formats = part_formats(loaded, task, window_vectors=window_vectors, token_vectors=token_vectors)
+        folder = Path(folder)
+        if exist_ok and (folder / MANIFEST_NAME).is_file():
+            index = cls(open_storage(folder), loaded)
+            index.storage.check_student(loaded.fingerprint)
+            index._check_made_with(task, vector_format, vector_copies, formats, metadata, num_shards)
+            return index
         create = IndexStore.create if num_shards is None else partial(ShardedStore.create, num_shards=num_shards)
         storage = create(
-            Path(folder),
+            folder,
             student_fingerprint=loaded.fingerprint,
             dim=loaded.vector_dim,
             task=task,
@@ -207,9 +239,37 @@ class Index:
             document_expansion=expansion_fingerprint(loaded),
             metadata=MetadataSchema(metadata or {}),
             student_config=loaded.config.model_dump(mode="json"),
-            student_source=source_of(student) if is_named else student_source,
+            student_source=_known_source(student, folder) if student_source is None or is_named else student_source,
         )
         return cls(storage, loaded)
+
+    def _check_made_with(
+        self,
+        task: Task,
+        vector_format: str,
+        vector_copies: int,
+        formats: Mapping[PartKind, str],
+        metadata: Mapping[str, FieldType] | None,
+        num_shards: int | None,
+    ) -> None:
+        """Raise an ``InputError`` unless this is the index that ``create`` would have made with these arguments."""
+        manifest, fields = self.storage.manifest, self.storage.metadata.fields
+        shards = len(self.storage.records) if isinstance(self.storage, ShardedStore) else None
+        facts: dict[str, tuple[object, object]] = {
+            "task": (task, manifest["task"]),
+            "vector_format": (vector_format, manifest["vector_format"]),
+            "vector_copies": (vector_copies, manifest["vector_copies"]),
+            "window_vectors": (formats.get("window"), manifest.get("window_format")),
+            "token_vectors": (formats.get("token"), manifest.get("token_format")),
+            "num_shards": (num_shards, shards),
+        }
+        facts |= {f"metadata[{name!r}]": (kind, fields.get(name)) for name, kind in (metadata or {}).items()}
+        for name, (given, actual) in facts.items():
+            if given != actual:
+                raise InputError(
+                    f"{self.folder}: already exists with {name}={actual!r}, not {given!r}; open it as it is with "
+                    "Index.open, or give another folder"
+                )
 
     @classmethod
     def open(
@@ -243,6 +303,17 @@ class Index:
         """
         storage = open_storage(find_index(Path(folder)), allow_missing=allow_missing)
         return cls(storage, student, allow_missing=allow_missing, device=device, dtype=dtype, engine=engine, lean=lean)
+
+    def __repr__(self) -> str:
+        """What it is, in one line; ``stats`` says more."""
+        manifest = self.storage.manifest
+        try:
+            size = f"{len(self):,} passage{'' if len(self) == 1 else 's'}"
+        except D2LLMError as error:
+            size = f"cannot be read: {error}"
+        student = name_student(manifest["student"], manifest.get("student_source"))
+        shards = f", {len(self.storage.records)} shards" if isinstance(self.storage, ShardedStore) else ""
+        return f"Index({str(self.folder)!r}: {size}{shards}, student {student}, task {manifest['task']})"
 
     def __enter__(self) -> Index:
         return self
@@ -323,13 +394,22 @@ class Index:
 
     # Changing ------------------------------------------------------------------------------------------------------
 
-    def add(self, passages: Iterable[PassageLike] | PassageLike, **options: Any) -> UpsertReport:
+    def add(
+        self,
+        passages: Iterable[PassageLike] | PassageLike,
+        *,
+        lenient_metadata: bool = False,
+        num_passages: int | None = None,
+        readers: Workers[Sequence[Passage], ReadPassages] | None = None,
+    ) -> UpsertReport:
         """``upsert``, but for new passages only.
 
         Raises:
             DuplicateIdError: a passage already exists; blocks already written are kept.
         """
-        return self.upsert(passages, only_new=True, **options)
+        return self.upsert(
+            passages, only_new=True, lenient_metadata=lenient_metadata, num_passages=num_passages, readers=readers
+        )
 
     def upsert(
         self,
@@ -516,6 +596,7 @@ class Index:
         present = set(self.storage.table().by_ids(distinct, ["id"])["id"].to_pylist())
         return [passage_id for passage_id in distinct if passage_id not in present]
 
+    @shows_settings
     def search(
         self,
         queries: Iterable[QueryLike] | QueryLike,
@@ -523,7 +604,7 @@ class Index:
         *,
         cascade: Rereader | None = None,
         expansion: Expansion | None = None,
-        **changes: Any,
+        **changes: Unpack[SearchChanges],
     ) -> list[Ranking]:
         """Rank the passages for each query; ``changes`` override single fields of the settings (``SearchSettings``).
 
@@ -536,10 +617,10 @@ class Index:
             FilterError: the filter cannot be parsed, or does not fit the metadata.
         """
         from d2llm.retrieval.search import Searcher
-        from d2llm.retrieval.settings import changed
 
         chosen = changed(settings, changes)
         if chosen.task not in (None, self.view.task):
+            chosen.check()
             task_for(self.student, chosen.task)  # warns
         return Searcher(
             self.view,
@@ -569,6 +650,7 @@ class Index:
         ranked = objects_of(results, "results", RankedPassage)
         return merge_neighbours(with_neighbours(self.view, ranked, distance), overlapping=self.repeats_text)
 
+    @shows_settings
     def context(
         self,
         query: QueryLike,
@@ -579,7 +661,7 @@ class Index:
         settings: SearchSettings | None = None,
         cascade: Rereader | None = None,
         expansion: Expansion | None = None,
-        **changes: Any,
+        **changes: Unpack[SearchChanges],
     ) -> AnswerContext:
         """The best passages for a query as one text with numbered sources, for a language model to answer from.
 
@@ -602,15 +684,14 @@ class Index:
             ModelNotFoundError: there is no such tokenizer.
         """
         from d2llm.retrieval.context import build_context, context_settings, named_tokenizer
-        from d2llm.retrieval.settings import changed
 
+        queries = queries_of(query, "query")
+        if len(queries) != 1:
+            raise InputError(f"a context is for one query, but there are {len(queries)}; make one for each")
         chosen = context_settings(changed(settings, changes))
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         token_ends = student.backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer)
-        rankings = self.search(query, chosen, cascade=cascade, expansion=expansion)
-        if len(rankings) != 1:
-            raise InputError(f"a context is for one query, but there are {len(rankings)}; make one for each")
-        (ranking,) = rankings
+        (ranking,) = self.search(queries, chosen, cascade=cascade, expansion=expansion)
         return build_context(ranking, token_ends, max_tokens, order=order, overlapping=self.repeats_text)
 
     def build_ann(

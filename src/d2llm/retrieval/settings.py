@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from inspect import Parameter, signature
+from numbers import Integral, Real
+from typing import Any, TypedDict, TypeVar, cast, get_args
 
 from d2llm.core.errors import FilterError, InputError
-from d2llm.core.inputs import strings_of
+from d2llm.core.inputs import check_string, shown, strings_of
 from d2llm.core.names import did_you_mean
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TOP_K, EvidenceTerm, Grouping, SourceName, Task
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_TOP_K, TASKS, EvidenceTerm, Grouping, SourceName, Task
 from d2llm.models.evidence import EvidenceWeights
 
 SELECTED_FROM = 5
 """``mmr`` and ``near_duplicates`` select from this many times ``top_k`` places, by default."""
+
+
+_WHOLE_NUMBERS = ("top_k", "num_candidates", "max_num_candidates", "document_passages", "neighbours", "select_from")
+
+
+def _is_whole(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +88,10 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         if self.sources is not None:
-            sources = tuple(strings_of(self.sources, "sources"))
-            object.__setattr__(self, "sources", sources)
+            object.__setattr__(self, "sources", tuple(strings_of(self.sources, "sources")))
+        for name in _WHOLE_NUMBERS:
+            if _is_whole(value := getattr(self, name)):  # also NumPy's
+                object.__setattr__(self, name, int(value))
 
     @property
     def selects(self) -> bool:
@@ -106,6 +117,7 @@ class SearchSettings:
             InputError: a setting is invalid, or settings contradict each other.
             FilterError: the filter is not a text.
         """
+        self._check_types()
         if self.top_k < 1 or self.num_candidates < 1:
             raise InputError(
                 f"top_k is {self.top_k} and num_candidates is {self.num_candidates}; both must be at least 1"
@@ -133,6 +145,24 @@ class SearchSettings:
         self._check_documents()
         self._check_selection()
 
+    def _check_types(self) -> None:
+        for name in _WHOLE_NUMBERS:
+            value: Any = getattr(self, name)
+            if not _is_whole(value) and not (value is None and name in ("max_num_candidates", "select_from")):
+                raise InputError(f"{name} is {shown(value)}, but must be a whole number")
+        for name in ("hybrid", "budget_ms", "mmr", "near_duplicates"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value)):
+                raise InputError(f"{name} is {shown(value)}, but must be a number")
+        for name in ("filter", "instruction"):
+            if getattr(self, name) is not None:
+                check_string(getattr(self, name), name)
+        if self.task is not None and self.task not in TASKS:
+            raise InputError(f"task is {shown(self.task)}, but must be one of {', '.join(TASKS)}")
+        for source in self.sources or ():
+            if source not in get_args(SourceName):
+                raise InputError(f"sources has {source!r}, but there are: {', '.join(get_args(SourceName))}")
+
     def _check_documents(self) -> None:
         if self.group not in get_args(Grouping):
             raise InputError(f"group is {self.group!r}, but must be one of {', '.join(get_args(Grouping))}")
@@ -159,6 +189,44 @@ class SearchSettings:
                 f"select_from is {self.select_from}, but top_k is {self.top_k}: results cannot be selected from fewer "
                 "places than there are results"
             )
+
+
+class SearchChanges(TypedDict, total=False):
+    """The fields of ``SearchSettings`` as keyword arguments of ``search``."""
+
+    task: Task | None
+    top_k: int
+    num_candidates: int
+    filter: str | None
+    sources: tuple[SourceName, ...] | None
+    evidence: EvidenceWeights | Mapping[EvidenceTerm, float] | None
+    hybrid: float | None
+    exact: bool
+    budget_ms: float | None
+    explain: bool
+    group: Grouping
+    max_num_candidates: int | None
+    document_passages: int
+    neighbours: int
+    mmr: float | None
+    near_duplicates: float | None
+    select_from: int | None
+    instruction: str | None
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def shows_settings(function: _Function) -> _Function:
+    """Let ``help`` and completion show every search setting of a function that takes them as ``**changes``."""
+    own = signature(function)
+    given = [each for each in own.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+    settings = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(SearchSettings)
+    ]
+    cast(Any, function).__signature__ = own.replace(parameters=[*given, *settings])
+    return function
 
 
 def changed(settings: SearchSettings | None, changes: Mapping[str, Any]) -> SearchSettings:

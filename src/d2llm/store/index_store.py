@@ -129,7 +129,7 @@ class IndexStore:
         """
         check_replaceable(folder, KIND)  # its error names what is in the way, if that is not an index
         if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder}: already exists; open it, or give another folder")
+            raise InputError(f"{folder}: already exists; open it (or give exist_ok=True), or give another folder")
         code_size = make_format(vector_format, dim).code_size
         content = {
             "student": student_fingerprint,

@@ -239,7 +239,7 @@ class ShardedStore:
             raise InputError(f"an index cannot have {num_shards:,} shards; give 1 to {MAX_SHARDS:,}")
         check_replaceable(folder, KIND)
         if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder}: already exists; open it, or give another folder")
+            raise InputError(f"{folder}: already exists; open it (or give exist_ok=True), or give another folder")
         name = secrets.token_hex(8)
         with storage_errors(folder), new_folder(folder, kind=KIND) as draft:
             stores = {
