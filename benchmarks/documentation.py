@@ -51,7 +51,8 @@ def fetch(folder: Path) -> None:
             for page in names.split():
                 shutil.copyfile(pages / f"{page}.html", folder / kind / f"{page}.html")
         for package, version in SOURCES.items():
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+            # Not --no-binary :all:, which would build every tool that packages are built with.
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", package]
             subprocess.run([*command, "--dest", str(work), f"{package}=={version}"], check=True)
             (archive,) = work.glob(f"{package}-*.tar.gz")
             with tarfile.open(archive) as files:
