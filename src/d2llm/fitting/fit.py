@@ -520,7 +520,7 @@ class Fit:
         if self.stages.seconds_left < 0:
             self._note(
                 f"to read and index the documents took longer than the {60 * self.settings.hours:.0f} minutes of the "
-                "whole fit: few queries are written, and only the weights of the score are fitted; give more hours"
+                "whole fit: few queries are written, and nothing is trained; give more hours"
             )
         with self.stages.run("write") as stage:
             planned = self.plan()
@@ -534,12 +534,12 @@ class Fit:
             base = self.fit_weights(data)
         trained, plan = None, self.plan(is_reviewed=True)
         num_queries = sum(report.queries["train"] for report in data.values())
+        only = "only the weights of the score were fitted"
+        if not self._is_weighted(self._load(base)):
+            only = "the student to start from remains as it is, because dev has too few queries to fit its weights too"
         if not num_queries:
             self.stages.skip("train", "no queries for it")
-            self._note(
-                "every query to train on shares a relevant passage with a held-out one: only the weights of the score "
-                "were fitted"
-            )
+            self._note(f"every query to train on shares a relevant passage with a held-out one: {only}")
         elif plan.training:
             with self.stages.run("train") as stage:
                 try:
@@ -547,10 +547,10 @@ class Fit:
                     stage.outcome = f"on {num_queries:,} queries"
                 except OutOfTimeError:
                     stage.outcome = "not finished: out of time"
-                    self._note("the training was not finished in its time: only the weights of the score were fitted")
+                    self._note(f"the training was not finished in its time: {only}")
         else:
             self.stages.skip("train", "no time for it")
-            self._note("there was no time for training: only the weights of the score were fitted")
+            self._note(f"there was no time for training: {only}")
         return _Learnt(writing, review, data, base, trained)
 
     def _conclude(self, learnt: _Learnt) -> FitReport:
@@ -560,7 +560,9 @@ class Fit:
         with self.stages.run("compare") as stage:
             reports, verdict = self._compare_in_time(learnt)
             is_better = verdict is not None and verdict.passed
-            stage.outcome = "nothing to compare" if verdict is None else f"the trained student is {outcome(verdict)}"
+            stage.outcome = (
+                "there is no trained student" if verdict is None else f"the trained student is {outcome(verdict)}"
+            )
         with self.stages.run("serve"):
             self.serve_with(learnt.trained if is_better and learnt.trained is not None else learnt.base)
         report = FitReport(

@@ -123,12 +123,17 @@ def fit_evidence(
     tasks: dict[Task, TaskEvidence] = {}
     names: list[Task] = sorted({task for _, task in judged})
     for task in names:
+        own = [dataset for dataset, set_task in judged if set_task == task]
+        # Before anything is encoded: with fewer queries there are fewer lists.
+        num_judged = sum(len(dev_queries(dataset, num_queries=num_queries, seed=seed)) for dataset in own)
+        if num_judged < MIN_QUERIES:
+            _warn_of_few(task, num_judged)
+            continue
         lists = [
             make_evidence_lists(
                 student, dataset, task, terms=terms, num_queries=num_queries, num_passages=num_passages, seed=seed
             )
-            for dataset, set_task in judged
-            if set_task == task
+            for dataset in own
         ]
         for each in lists:
             if not each.lists:
@@ -139,15 +144,16 @@ def fit_evidence(
         lists = [each if use_nearest else replace(each, nearest=None) for each in lists if each.lists]
         num_lists = sum(len(each.lists) for each in lists)
         if num_lists < MIN_QUERIES:
-            _remarks.warning(
-                "%s: word weights are not fitted: %d dev queries, but at least %d are needed",
-                task,
-                num_lists,
-                MIN_QUERIES,
-            )
+            _warn_of_few(task, num_lists)
         else:
             tasks[task] = fit_task_weights(lists, terms, words_factor=words_factor)
     return Evidence(student=student.fingerprint, tasks=tasks)
+
+
+def _warn_of_few(task: Task, number: int) -> None:
+    _remarks.warning(
+        "%s: word weights are not fitted: %d dev queries, but at least %d are needed", task, number, MIN_QUERIES
+    )
 
 
 def make_evidence_lists(
