@@ -258,6 +258,10 @@ CASES: dict[str, tuple[One, Call]] = {
         lambda _: TrecRun("ab", {"q": ("p",)}, {"q": {"p": 1.0}}),
         lambda w, v: Contenders(w.fake, runs=v).runs,
     ),
+    "Contenders.trained_on": (
+        lambda _: "ab",
+        lambda w, v: Contenders(w.fake, trained_on={"a student": v}).trained_on,
+    ),
     "Dataset.relevant_passages.splits": (lambda _: "train", lambda w, v: w.dataset.relevant_passages(v)),
     "Dataset.unshared_positives.others": (lambda _: "dev", lambda w, v: w.dataset.unshared_positives("train", v)),
     "EvaluationSettings.stored_as": (lambda _: "int8", lambda _, v: EvaluationSettings(stored_as=v)),

@@ -72,6 +72,8 @@ class Contenders:
     def __post_init__(self) -> None:
         object.__setattr__(self, "runs", objects_of(self.runs, "runs", TrecRun))
         object.__setattr__(self, "notes", tuple(strings_of(self.notes, "notes")))
+        seen = {name: strings_of(datasets, f"trained_on[{name!r}]") for name, datasets in self.trained_on.items()}
+        object.__setattr__(self, "trained_on", seen)
         names = [*self.bi_encoders, *self.cross_encoders, *(run.name for run in self.runs)]
         shared = sorted({name for name in names if name in OWN_NAMES or names.count(name) > 1})
         if shared:
