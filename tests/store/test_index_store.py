@@ -199,6 +199,8 @@ def test_empty_and_megabyte_texts(store):
     ("passage", "message"),
     [
         (Passage("", "text begins so"), "empty id.*text begins so"),
+        (Passage("i" * 4_097, "text"), "its id has 4,097 characters; 4,096 are allowed"),
+        (Passage("a", "text", document_id="i" * 5_000), "its document_id has 5,000 characters"),
         (Passage("a\ud800", "text"), "its id is not valid Unicode"),
         (Passage("a", "text \udfff"), "its text is not valid Unicode"),
         (Passage("a", "text", "\ud800"), "its title is not valid Unicode"),
