@@ -7,7 +7,6 @@ import contextvars
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Executor, wait
-from functools import partial
 from typing import Any, TypeVar
 
 from d2llm.server.errors import NotReadyError
@@ -62,9 +61,9 @@ class Stop:
 
 async def in_stoppable_thread(threads: Executor, work: Callable[[Stop], _Value], stop: Stop | None = None) -> _Value:
     """Run work in one of some threads, in this request's context; if the request is cancelled, it stops."""
-    stop, context = stop or Stop(), contextvars.copy_context()
+    order, context = stop or Stop(), contextvars.copy_context()
     try:
-        return await asyncio.get_running_loop().run_in_executor(threads, partial(context.run, work, stop))
+        return await asyncio.get_running_loop().run_in_executor(threads, lambda: context.run(work, order))
     except asyncio.CancelledError:
-        stop.set()
+        order.set()
         raise
