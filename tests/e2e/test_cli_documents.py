@@ -251,9 +251,12 @@ class TestContext:
         lines = [line.split()[-1] for line in result.stdout.splitlines() if line.split()]
         assert [line for line in lines if line in names] == names
 
-    def test_a_selection_says_what_it_left_out(self, place):
+    def test_a_selection_says_what_it_left_out(self, place, tmp_path):
+        records = [json.loads(line) for line in (place / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+        write_lines(tmp_path / "twice.jsonl", records + [{**each, "_id": f"copy-{each['_id']}"} for each in records])
+        succeed("index", tmp_path / "i", "upsert", tmp_path / "twice.jsonl", "--chunk-tokens", "32")
         options = ("--mmr", "0.2", "--near-duplicates", "0.3", "--top-k", "7", "--exact")
-        ranking, result = ranking_of(place, *options)
+        ranking, result = ranking_of(place, *options, index=tmp_path / "i")
         selection = ranking["selection"]
         assert "all of 35 places are proved" in result.stderr
         assert "selection: 7 of the first 35 results, diversified with weight 0.2 for the score" in result.stderr
