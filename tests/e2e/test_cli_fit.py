@@ -64,7 +64,7 @@ def test_by_default_a_local_model_writes_for_eight_hours(opened, documents):
     ("arguments", "parts"),
     [
         (["--hours", "1", "--minutes", "5"], ["--hours and --minutes", "give one"]),
-        (["--minutes", "0"], ["hours is 0", "above 0"]),
+        (["--minutes", "0"], ["--minutes is 0", "above 0"]),
         (["--prices", "1", "2"], ["--prices are about an endpoint", "--endpoint"]),
         (["--endpoint", "http://127.0.0.1:1/v1"], ["--endpoint needs --writer", "name of a model"]),
         (["--student", "nobody"], ["no student at 'nobody'", "d2llm-minilm"]),
