@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,9 +46,8 @@ def start(place: Place) -> Student:
 
 
 def trained(place: Place, folder: Path, evidence: EvidenceConfig, *, num_dev: int) -> Student:
-    recipe = tiny_recipe(
-        tiny_student_config(place.model), **LEARNING | {"start": str(place.folder / "start"), "tokens": {"dim": 4}}
-    )
+    settings: dict[str, Any] = {**LEARNING, "start": str(place.folder / "start"), "tokens": {"dim": 4}}
+    recipe = tiny_recipe(tiny_student_config(place.model), **settings)
     source = topics(num_dev=num_dev, shift=0)
     labels = folder / "labels"
     write_rule_labels(labels, [source], place.teacher)
