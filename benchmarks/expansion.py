@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from scaling.corpus import write_json
 from scaling.data_sets import DATA, require
 
 from d2llm import Expansion, Index, Query, WriterConfig, load_writer, read_beir
+from d2llm.core.inputs import strings_of
 from d2llm.core.recipe import RemoteWriterConfig
 from d2llm.core.types import ExpansionMethod, QueryExpansion
 from d2llm.ops.measures import per_query_measures
@@ -45,9 +46,10 @@ class WrittenBefore(Expansion):
         self.method = method
         self.written = written
 
-    def expand(self, queries: Sequence[str]) -> list[QueryExpansion]:
+    def expand(self, queries: Iterable[str] | str) -> list[QueryExpansion]:
         return [
-            QueryExpansion(**self.written[query] | {"texts": tuple(self.written[query]["texts"])}) for query in queries
+            QueryExpansion(**self.written[query] | {"texts": tuple(self.written[query]["texts"])})
+            for query in strings_of(queries, "queries")
         ]
 
 

@@ -201,7 +201,6 @@ class TestRetriever:
             ({"year": {"$not": {"$gt": 2002}}}, lambda year, language: year is None or year <= 2002),
             ({}, lambda year, language: True),
         ],
-        ids=str,
     )
     def test_dictionaries_as_filters(self, indexed, condition, matches):
         expected = {
@@ -229,7 +228,6 @@ class TestRetriever:
             (lambda document: True, "filter: function cannot be used"),
             ([("year", 2004)], "filter: list cannot be used"),
         ],
-        ids=str,
     )
     def test_filters_that_are_not_understood_are_rejected(self, indexed, condition, message):
         with pytest.raises(FilterError, match=message):
