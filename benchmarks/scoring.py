@@ -110,7 +110,8 @@ def default_head(rng: np.random.Generator) -> tuple[dict[str, float], int]:
     """Seconds for N passages with each way of scoring with the default student, and its width."""
     student = Student.load("d2llm-minilm")
     dim, interaction, dtype = student.vector_dim, student.interaction, student.backbone.compute_dtype
-    assert isinstance(interaction, Interaction) and interaction.shared is not None
+    assert isinstance(interaction, Interaction)
+    assert interaction.shared is not None
     query = rng.standard_normal(dim, dtype=np.float32)
     passages = rng.standard_normal((NUM_PASSAGES, dim), dtype=np.float32)
     stored = torch.from_numpy(passages).to(torch.bfloat16)

@@ -202,7 +202,7 @@ def test_another_student_is_measured_with_its_whole_score_and_what_it_has_seen_i
     assert contenders.bi_encoders["other"].fingerprint == other.fingerprint
     assert [row.num_candidates for row in contenders.students(1000, 100)][-2:] == [1000, 1000]
     assert set(contenders.loads) >= {other.fingerprint}
-    assert contenders.trained_on["D2LLM"] == ()
+    assert not contenders.trained_on["D2LLM"]
     for dataset, seen in (("zoo", "other was"), ("farm", "other was"), ("banking77", "d2llm-minilm was"), ("new", "")):
         notes = " ".join(contenders.notes_on(dataset))
         assert (f"{seen} trained on other queries of {dataset}" in notes) == bool(seen)
