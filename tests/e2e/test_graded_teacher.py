@@ -1,0 +1,156 @@
+"""A model that grades lists in words, behind a real endpoint, wherever a teacher is used."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import InputError, RecipeError
+from d2llm.core.recipe import GateConfig, LabellingConfig, TeacherConfig
+from d2llm.core.recipe_file import named_teacher, parse_recipe
+from d2llm.data.labels import LabelStore
+from d2llm.data.training import TrainingSource
+from d2llm.evaluation import judging
+from d2llm.models.student import Student
+from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.training.gate import gate
+from d2llm.training.label import LabelReport, label
+from d2llm.training.stack_teachers import stack_teachers
+from e2e.command_line import fail, succeed_with_report
+from fake_models import FakeStudent
+from local_endpoint import LocalEndpoint, Reply, Request, local_endpoint
+from tiny_data import everyday, topics
+from tiny_models import tiny_student_config, write_tiny_model
+
+NUM_QUERIES = 12
+PRICES = {"price_per_million_prompt_tokens": 1_000.0, "price_per_million_written_tokens": 5_000.0}
+
+
+def grader(request: Request, number: int) -> Reply:
+    """Grades by length; a passage that answers a query of ``everyday`` gets 62, which is little for an answer."""
+    query = re.findall(r"^Query: (.*)$", request.prompt, re.M)[0]
+    texts = re.findall(r"^\[\d+\] (.*)$", request.prompt, re.M)
+    grades = [62 if text[0] == query[0] and text.endswith("2") else len(text) % 60 for text in texts]
+    answer = "\n".join(f"[{place}] {grade}" for place, grade in enumerate(grades, start=1))
+    usage = {"prompt_tokens": 10 * len(texts), "completion_tokens": len(texts)}
+    return Reply({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}], "usage": usage})
+
+
+def config(url: str, **lists: int) -> TeacherConfig:
+    values = {"kind": "graded", "model": "grader", "remote": {"url": url, **PRICES}, "lists": lists}
+    return TeacherConfig.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def source() -> TrainingSource:
+    return topics(num_train=NUM_QUERIES)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "_PAIRS_AT_ONCE", 1)  # a query at a time
+
+
+def labelled(source: TrainingSource, store: Path, endpoint: LocalEndpoint, **limits: float) -> LabelReport:
+    settings = LabellingConfig.model_validate(limits)
+    return label([source], store, teacher=config(endpoint.url), settings=settings)
+
+
+def test_labels_have_grades_and_cost(source: TrainingSource, tmp_path: Path) -> None:
+    with local_endpoint(grader) as endpoint:
+        report = labelled(source, tmp_path, endpoint)
+        identity = identify_judge(config(endpoint.url))
+        again = labelled(source, tmp_path, endpoint)
+    num_pairs = sum(len(entry.passage_ids) for entry in source.plan.entries)
+    assert (report.pairs, report.ended_by, report.unfinished_pairs) == (num_pairs, None, 0)
+    assert (report.tokens, report.written_tokens) == (10 * num_pairs, num_pairs)
+    assert report.cost == pytest.approx(num_pairs * (10 * 1_000 + 5_000) / 1e6)
+    assert (again.pairs, again.cost) == (0, 0)
+    key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task]}
+    store = LabelStore(tmp_path, **key, dataset=source.dataset.name)
+    for entry in source.plan.entries:
+        grades = store.grades(entry.query_id)
+        assert set(grades) == {*entry.passage_ids}
+        assert store.log_odds(entry.query_id) == pytest.approx({name: (g - 70) / 12 for name, g in grades.items()})
+
+
+@pytest.mark.parametrize(
+    ("limit", "ended_by"),
+    [
+        ({"max_tokens": 100}, "labelling.max_tokens = 100"),
+        ({"max_cost": 0.1}, "labelling.max_cost = 0.1"),
+        ({"max_minutes": 1e-9}, "labelling.max_minutes = 1e-09"),
+    ],
+)
+def test_a_limit_ends_a_call_and_the_next_one_goes_on(
+    source: TrainingSource, tmp_path: Path, limit: dict[str, float], ended_by: str
+) -> None:
+    with local_endpoint(grader) as endpoint:
+        first = labelled(source, tmp_path, endpoint, **limit)
+        assert first.ended_by == ended_by
+        assert first.unfinished_pairs > 0
+        second = labelled(source, tmp_path, endpoint)
+    assert (second.ended_by, second.unfinished_pairs) == (None, 0)
+    assert first.pairs + second.pairs == sum(len(entry.passage_ids) for entry in source.plan.entries)
+    assert second.finished_pairs == first.pairs
+
+
+def test_the_gate_opens_for_it_and_a_stack_of_it_alone_calibrates_its_grades(tmp_path: Path) -> None:
+    with local_endpoint(grader) as endpoint:
+        teacher = config(endpoint.url)
+        model = write_tiny_model(tmp_path / "bert", "bert")
+        student = Student.create(tiny_student_config(model, tuning="frozen"), dtype="float32")
+        report = gate(
+            [(everyday(), "asymmetric")],
+            tmp_path / "run",
+            teacher=teacher,
+            student=student,
+            settings=GateConfig(queries=12, depth=8),
+        )
+        (row,) = report.sets
+        assert row.teacher == 1
+        stack = stack_teachers(
+            [(everyday(), "asymmetric")],
+            tmp_path / "stack",
+            members=[teacher],
+            student=FakeStudent(),
+            num_queries=12,
+            depth=8,
+        )
+        alone, _ = stack.tasks["asymmetric"].rows
+        assert alone.before is not None
+        assert alone.after.log_loss < alone.before.log_loss
+        calibrated = load_judge(TeacherConfig(model=str(tmp_path / "stack")))
+        good, bad = calibrated.judge([("a?", "a 2"), ("a?", "b 1")], "asymmetric").log_odds
+    assert good > 0 > bad
+
+
+def test_a_file_names_it_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "large.toml"
+    with local_endpoint(grader) as endpoint:
+        file.write_text(f'kind = "graded"\nmodel = "grader"\n[remote]\nurl = "{endpoint.url}"\n')
+        _, report = succeed_with_report("judge", "cats?", "c 2", "long text", "--teacher", file, folder=tmp_path)
+        section = tmp_path / "section.toml"
+        section.write_text(f'[teacher]\nkind = "graded"\nmodel = "grader"\n[teacher.remote]\nurl = "{endpoint.url}"\n')
+        assert named_teacher(str(section)) == named_teacher(str(file))
+    judged = report["result"]["judgements"]
+    assert [item["log_odds"] for item in judged] == pytest.approx([(62 - 70) / 12, (9 - 70) / 12], abs=1e-3)
+    file.write_text('kind = "graded"\nmodl = "grader"\n')
+    fail("judge", "q", "p", "--teacher", file, containing=["large.toml: unknown key 'teacher.modl'", "model"])
+    fail("judge", "q", "p", "--teacher", tmp_path / "no.toml", containing=["no.toml: cannot be read"])
+
+
+def test_a_recipe_says_what_does_not_go_with_it() -> None:
+    teacher = {"kind": "graded", "model": "grader", "remote": {"url": "http://one/v1"}}
+    with pytest.raises(RecipeError, match=r"imitates a teacher's features.*set losses\.feature_imitation = 0"):
+        parse_recipe({"teacher": teacher})
+    losses = {"feature_imitation": 0}
+    recipe = parse_recipe({"teacher": teacher, "losses": losses})
+    assert parse_recipe(json.loads(recipe.model_dump_json())) == recipe  # as a manifest records it
+    with pytest.raises(RecipeError, match=r"max_cost needs prices"):
+        parse_recipe({"teacher": teacher, "losses": losses, "labelling": {"max_cost": 1}})
+    with pytest.raises(InputError, match="has no address"):
+        load_judge(TeacherConfig(kind="listwise", model="grader"))
