@@ -2,8 +2,8 @@
 
 The lists are those of `judgements/SET.jsonl`: 100 dev queries with 20 passages each. Every system orders the 20
 passages of a list; the measure is nDCG@10 by the data set's judgements of the whole corpus, so the best order of the
-same 20 is the ceiling. The teacher is the graded teacher that `recorded_judge.py` stands for, asked through its endpoint: the mean
-of two judgings. The others come from the runs of an evaluation on dev,
+same 20 is the ceiling. The teacher is the graded teacher that `recorded_judge.py` stands for, asked through its
+endpoint: the mean of two judgings. The others come from the runs of an evaluation on dev,
 
     d2llm evaluate DATA/SET --split dev --no-teacher --save-runs RUNS/SET
 
