@@ -30,6 +30,15 @@ from d2llm.ops.measures import per_query_measures
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
 
 MEASURE = "nDCG@10"
+_SHOWN = (
+    "teacher",
+    "D2LLM",
+    "cosine-D2LLM-vectors",
+    "fitted-sum-BM25-cosine-tuned",
+    "cosine-untuned",
+    "BM25",
+    "ceiling",
+)
 
 
 def rows(data: Path, runs: Path, name: str) -> dict[str, dict[str, float]]:
@@ -88,7 +97,7 @@ def main() -> None:
     for name in given.sets:
         values = rows(given.data, given.runs, name)
         results[name] = {system: compared(values, system) for system in values}
-    systems = list(dict.fromkeys(system for own in results.values() for system in own))
+    systems = [name for name in _SHOWN if any(name in own for own in results.values())]
     print("| set | " + " | ".join(systems) + " | teacher - D2LLM | 95 % | p |")
     print("|---|" + "---|" * (len(systems) + 3))
     for name, own in results.items():

@@ -123,7 +123,7 @@ CORPUS = {
     "an empty PDF": (lambda w: w.upsert("c.pdf", ""), "none of the 1 files could be read", "c.pdf: it is empty"),
     "misspelt field": (
         lambda w: w.upsert("corpus.jsonl", '{"_idd": "a", "text": "x"}'),
-        "c.jsonl:1: field '_id' is missing; fields found: '_idd', 'text'",
+        "corpus.jsonl:1: field '_id' is missing; fields found: '_idd', 'text'",
     ),
     "no text": (
         lambda w: w.upsert("c.jsonl", '{"_id": "a", "text": null}'),
