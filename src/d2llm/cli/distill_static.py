@@ -9,35 +9,28 @@ from typing import Annotated
 import typer
 
 from d2llm.cli.index_options import (
-    FILE_MEGABYTES,
     CorpusArgument,
-    ExcludeOption,
-    FileMemoryOption,
-    FileSecondsOption,
-    FollowLinksOption,
+    FileOptions,
     warn_of_links,
     warn_of_skipped,
 )
-from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, in_existing_folder
+from d2llm.cli.options import DeviceOption, DtypeOption, JsonOption, in_existing_folder, with_option_groups
 from d2llm.cli.session import session_of
-from d2llm.core.types import DEFAULT_SECONDS_PER_FILE
 
 
+@with_option_groups
 def distill_static(
     context: typer.Context,
     corpus: CorpusArgument,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", callback=in_existing_folder, help="Where the model goes; a new folder.")
     ],
+    files: FileOptions,
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="A model as in student.backbone.model of a recipe.")
     ] = "minilm",
     dim: Annotated[int | None, typer.Option(min=1, help="Principal components to keep.", show_default="all")] = None,
     smoothing: Annotated[float, typer.Option(help="The larger it is, the more frequent tokens count.")] = 1e-3,
-    exclude: ExcludeOption = None,
-    follow_links: FollowLinksOption = True,
-    file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE,
-    file_memory: FileMemoryOption = FILE_MEGABYTES,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_path: JsonOption = None,
@@ -54,13 +47,7 @@ def distill_static(
     from d2llm.models.static_model import distill_static
 
     session = session_of(context)
-    texts = open_corpus(
-        corpus,
-        exclude=exclude or (),
-        seconds_per_file=file_seconds,
-        memory_per_file=file_memory << 20,
-        follow_links=follow_links,
-    )
+    texts = open_corpus(corpus, **files.reading)
     backbone = Backbone.load(BackboneConfig(model=model), device=device, dtype=dtype)
     passages = (passage.full_text for passage in texts.passages)
     report = distill_static(backbone, passages, out, dim=dim, smoothing=smoothing)

@@ -8,13 +8,9 @@ from typing import Annotated
 import typer
 
 from d2llm.cli.index_options import (
-    FILE_MEGABYTES,
     ChunkingOptions,
     CorpusArgument,
-    ExcludeOption,
-    FileMemoryOption,
-    FileSecondsOption,
-    FollowLinksOption,
+    FileOptions,
     VectorOptions,
     warn_of_links,
     warn_of_skipped,
@@ -30,7 +26,6 @@ from d2llm.cli.options import (
 )
 from d2llm.cli.session import session_of
 from d2llm.core.shipped import DEFAULT_STUDENT
-from d2llm.core.types import DEFAULT_SECONDS_PER_FILE
 
 
 @with_option_groups
@@ -40,12 +35,9 @@ def encode(
     out: Annotated[Path, typer.Option(metavar="INDEX", help="Where the index goes.")],
     vectors: VectorOptions,
     splitting: ChunkingOptions,
+    files: FileOptions,
     place: RunnerOptions,
     student: StudentOption = DEFAULT_STUDENT,
-    exclude: ExcludeOption = None,
-    follow_links: FollowLinksOption = True,
-    file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE,
-    file_memory: FileMemoryOption = FILE_MEGABYTES,
     shards: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Make a sharded index of N shards.", show_default="not sharded"),
@@ -83,13 +75,7 @@ def encode(
     else:  # its workers encode; here the student only splits texts, and this machine may lack their device
         model = Student.load(student, device="cpu")
     chunking = splitting.chunking(model) or default_chunking(model)
-    texts = open_corpus(
-        corpus,
-        exclude=exclude or (),
-        seconds_per_file=file_seconds,
-        memory_per_file=file_memory << 20,
-        follow_links=follow_links,
-    )
+    texts = open_corpus(corpus, **files.reading)
     report = encode(
         texts,
         model,

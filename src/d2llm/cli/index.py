@@ -13,13 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from d2llm.cli.index_options import (
-    FILE_MEGABYTES,
     ChunkingOptions,
     CorpusArgument,
-    ExcludeOption,
-    FileMemoryOption,
-    FileSecondsOption,
-    FollowLinksOption,
+    FileOptions,
     NewIndexOptions,
     warn_of_links,
     warn_of_skipped,
@@ -42,7 +38,7 @@ from d2llm.cli.session import session_of
 from d2llm.cli.word_order import Verbs, check_index_first
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, DEFAULT_SECONDS_PER_FILE
+from d2llm.core.types import DEFAULT_NUM_CANDIDATES
 
 if TYPE_CHECKING:
     from d2llm.data.documents import SkippedFile
@@ -72,15 +68,11 @@ IndexStudentOption = Annotated[
 
 
 @dataclass(frozen=True)
-class WritingOptions:
+class WritingOptions(FileOptions):
     """Which parts of a corpus to read, and how to encode it."""
 
     student: IndexStudentOption = None
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Read only id, title and text.")] = False
-    exclude: ExcludeOption = None
-    follow_links: FollowLinksOption = True
-    file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE
-    file_memory: FileMemoryOption = FILE_MEGABYTES
     lenient_metadata: Annotated[
         bool, typer.Option("--lenient-metadata", help="Leave out metadata values that do not fit, and count them.")
     ] = False
@@ -217,17 +209,15 @@ def sync(
 
     if writing.no_metadata:
         raise InputError("sync tells by their metadata which files have changed; leave out --no-metadata")
-    exclude = writing.exclude or ()
     check_index_first(folder_of(context), "sync", folders)
-    find_documents(folders, exclude=exclude, follow_links=writing.follow_links)  # before an index is created for them
+    find_documents(
+        folders, exclude=writing.exclude or (), follow_links=writing.follow_links
+    )  # before an index is created for them
     with _opened(folder_of(context), new, writing) as index:
         report = sync_documents(
             index,
             folders,
-            exclude=exclude,
-            seconds_per_file=writing.file_seconds,
-            memory_per_file=writing.file_memory << 20,
-            follow_links=writing.follow_links,
+            **writing.reading,
             chunking=splitting.chunking(cast("Student", index.student), index.folder),
         )
         _require_passages(index, report.skipped)
@@ -527,14 +517,7 @@ def _write_corpus(
 
     check_index_first(folder_of(context), "add" if only_new else "upsert", corpus)
     # The corpus is checked before an index is created for it.
-    texts = open_corpus(
-        corpus,
-        with_metadata=not writing.no_metadata,
-        exclude=writing.exclude or (),
-        seconds_per_file=writing.file_seconds,
-        memory_per_file=writing.file_memory << 20,
-        follow_links=writing.follow_links,
-    )
+    texts = open_corpus(corpus, with_metadata=not writing.no_metadata, **writing.reading)
     with _opened(folder_of(context), new, writing) as index:
         report = index.upsert_documents(
             texts.passages,

@@ -12,7 +12,7 @@ import typer
 
 from d2llm.cli.options import input_path
 from d2llm.core.errors import InputError
-from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, Task
+from d2llm.core.types import DEFAULT_MEMORY_PER_FILE, DEFAULT_SECONDS_PER_FILE, Task
 
 if TYPE_CHECKING:
     from d2llm.cli.session import Session
@@ -52,8 +52,26 @@ FileSecondsOption = Annotated[
 FileMemoryOption = Annotated[
     int, typer.Option(metavar="MB", min=64, help="Skip documents that take more megabytes of memory to read (Linux).")
 ]
-FILE_MEGABYTES = DEFAULT_MEMORY_PER_FILE >> 20
-"""The default of ``FileMemoryOption``."""
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How files of documents are found and read."""
+
+    exclude: ExcludeOption = None
+    follow_links: FollowLinksOption = True
+    file_seconds: FileSecondsOption = DEFAULT_SECONDS_PER_FILE
+    file_memory: FileMemoryOption = DEFAULT_MEMORY_PER_FILE >> 20
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The arguments of functions that read documents."""
+        return {
+            "exclude": self.exclude or (),
+            "follow_links": self.follow_links,
+            "seconds_per_file": self.file_seconds,
+            "memory_per_file": self.file_memory << 20,
+        }
 
 
 @dataclass(frozen=True)

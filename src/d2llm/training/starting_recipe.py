@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -325,13 +325,17 @@ def _student_sections(config: StudentConfig, start: str | Path, queries: _Side, 
         if section == "backbone":
             changed = {"model": values["model"]} | changed
         if changed:
-            lines = "\n".join(f"{name} = {_toml(value)}" for name, value in changed.items() if value is not None)
-            sections.append(f"[student.{section}]\n{lines}")
+            sections.append(f"[student.{section}]\n{_toml_lines(changed)}")
     return f"""\
 # The settings of '{start}', which a training that starts from it cannot change.
 # It cuts queries to {queries.limit} tokens: {_lengths(queries, "queries")};
 # and passages to {passages.limit}: {_lengths(passages, "passages")}.
 """ + "\n\n".join(sections)
+
+
+def _toml_lines(values: Mapping[str, object]) -> str:
+    """The settings of a section, one in a line."""
+    return "\n".join(f"{name} = {_toml(value)}" for name, value in values.items() if value is not None)
 
 
 def _toml(value: object) -> str:
@@ -353,32 +357,15 @@ def _lengths(side: _Side, kind: str) -> str:
     return f"half of the {kind} have up to {middle} tokens, 95 % up to {long}; {side.longer:.0%} are truncated"
 
 
-def _toml_lines(values: Mapping[str, Any], section: str) -> list[str]:
-    """Settings as lines of TOML: those of ``section``, then its own sections."""
-    own = [
-        f"{name} = {json.dumps(value, ensure_ascii=False)}"
-        for name, value in values.items()
-        if value is not None and not isinstance(value, Mapping)
-    ]
-    below = [
-        line
-        for name, value in values.items()
-        if isinstance(value, Mapping) and value
-        for line in ("", f"[{section}.{name}]", *_toml_lines(cast("Mapping[str, Any]", value), f"{section}.{name}"))
-    ]
-    return own + below
-
-
 def _teacher_sections(teacher: str | None, backbone: str, num_train: int) -> list[str]:
     """Teacher and losses: the named teacher, else one trained on the questions if they are enough, else none."""
     if teacher is not None:
         named = named_teacher(teacher)
         given = {"model": named.model, "kind": named.kind} | named.model_dump(mode="json", exclude_unset=True)
-        settings = "\n".join(_toml_lines(given, "teacher"))
         return [
             f"""\
 [teacher] # tested against the cosine on dev before its labels are used (`d2llm gate`)
-{settings}
+{_toml_lines(given)}
 
 [teacher_tuning]
 epochs = 0 # the teacher as it is; with a few thousand questions tuning is worthwhile: 1""",
