@@ -124,8 +124,11 @@ def test_the_gate_opens_for_it_and_a_stack_of_it_alone_calibrates_its_grades(tmp
         assert alone.before is not None
         assert alone.after.log_loss < alone.before.log_loss
         calibrated = load_judge(TeacherConfig(model=str(tmp_path / "stack")))
-        good, bad = calibrated.judge([("a?", "a 2"), ("a?", "b 1")], "asymmetric").log_odds
+        judged = calibrated.judge([("a?", "a 2"), ("a?", "b 1")], "asymmetric")
+    good, bad = judged.log_odds
     assert good > 0 > bad
+    assert (judged.num_tokens, judged.num_written_tokens) == (20, 2)
+    assert judged.cost == pytest.approx((20 * 1_000 + 2 * 5_000) / 1e6)
 
 
 def test_a_file_names_it_on_the_command_line(tmp_path: Path) -> None:

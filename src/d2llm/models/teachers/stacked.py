@@ -116,6 +116,8 @@ class StackedTeacher:
             sum(judgement.num_tokens for judgement in judgements.values()),
             sum(judgement.num_bounded for judgement in judgements.values()),
             sum(judgement.num_undecided for judgement in judgements.values()),
+            num_written_tokens=sum(judgement.num_written_tokens for judgement in judgements.values()),
+            cost=sum(judgement.cost for judgement in judgements.values()),
         )
 
     def _stack(self, task: Task) -> Stack:
