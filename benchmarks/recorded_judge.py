@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
+
+from recorded_endpoint import recorded_endpoint
 
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
@@ -87,35 +87,17 @@ def recorded_judge(data: Path, *, port: int = 0) -> Iterator[str]:
         for passage_id, grade in own.items():
             by_text[_plain(dataset.passages[passage_id].full_text)] = grade
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(prompt: str) -> str:
+        queries = _QUERY.findall(prompt)
+        own = grades.get(_plain(queries[0]), {}) if queries else {}
+        shown = [(place, _grade(own, _plain(text))) for place, text in _PASSAGE.findall(prompt)]
+        return "\n".join(f"[{place}] {grade:g}" for place, grade in shown if grade is not None)
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt: str = body["messages"][-1]["content"]
-            queries = _QUERY.findall(prompt)
-            own = grades.get(_plain(queries[0]), {}) if queries else {}
-            shown = [(place, _grade(own, _plain(text))) for place, text in _PASSAGE.findall(prompt)]
-            answer = "\n".join(f"[{place}] {grade:g}" for place, grade in shown if grade is not None)
-            message: dict[str, Any] = {"role": "assistant", "content": answer}
-            usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(answer) // 4}
-            content = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
-            encoded = json.dumps(content).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(encoded)))
-            self.end_headers()
-            self.wfile.write(encoded)
+    def usage(prompt: str, written: str) -> dict[str, int]:
+        return {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(written) // 4}
 
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name there
-            """Nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/v1"
-        finally:
-            server.shutdown()
+    with recorded_endpoint(answer, port=port, usage=usage) as url:
+        yield url
 
 
 def _plain(text: str) -> str:

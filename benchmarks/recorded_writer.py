@@ -8,12 +8,11 @@ data set itself. A passage that was not recorded gets an empty answer, as do pas
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+
+from recorded_endpoint import recorded_endpoint
 
 from d2llm.data.beir import read_beir
 
@@ -35,34 +34,16 @@ def recorded_writer(data: Path) -> Iterator[str]:
     corpus = read_beir(data, splits=["test"]).passages
     answers = {(_beginning(corpus[name].text), kind): queries for (name, kind), queries in recorded.items()}
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(prompt: str) -> str:
+        plain = " ".join(prompt.split())
+        kind = "keywords" if _KEYWORDS in plain else "question"
+        queries: list[str] = next(
+            (answer for (text, of_kind), answer in answers.items() if of_kind == kind and text in plain), []
+        )
+        return "\n".join(queries)
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt = " ".join(body["messages"][-1]["content"].split())
-            kind = "keywords" if _KEYWORDS in prompt else "question"
-            queries: list[str] = next(
-                (answer for (text, of_kind), answer in answers.items() if of_kind == kind and text in prompt), []
-            )
-            message: dict[str, Any] = {"role": "assistant", "content": "\n".join(queries)}
-            content = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name there
-            """Nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with recorded_endpoint(answer) as url:
+        yield url
 
 
 def _beginning(text: str) -> str:

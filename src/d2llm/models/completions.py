@@ -6,6 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+TOKENS_ARE_ESTIMATED = (
+    "%s does not report how many tokens it reads and writes; they are estimated at %g characters each "
+    "(characters_per_token), and so is what they cost"
+)
+"""A warning about an endpoint, by its address and ``characters_per_token``."""
 _CONTENT_POLICY = re.compile(r"content.?(filter|policy|management)|moderation|safety (system|polic)", re.I)
 _FAULTS_OF_THE_REQUEST = (400, 403, 422)  # statuses with which endpoints refuse a text that their policy forbids
 _THOUGHTS = re.compile(r"^.*?</think(?:ing)?>", re.S | re.I)
@@ -65,6 +70,12 @@ def without_thoughts(text: str) -> str | None:
     """The text after what a reasoning model thinks between <think> and </think>; None if it never ends to think."""
     rest = _THOUGHTS.sub("", text, count=1)
     return None if _UNFINISHED_THOUGHTS.match(rest) else rest
+
+
+def quoted(text: str, most: int) -> str:
+    """The beginning of a text, at most ``most`` characters, on one line and in quotes."""
+    text = " ".join(text.split())
+    return repr(text if len(text) <= most else text[:most] + " ...")
 
 
 def _count(value: object) -> int | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.recipe import CompletionConfig, EndpointConfig
+from d2llm.models.completions import quoted
 from d2llm.models.remote_retry import BusyError, Retries, retry_after
 
 if TYPE_CHECKING:
@@ -283,8 +284,7 @@ class Endpoint(Generic[_Answer]):
         text = response.text
         if self._key:
             text = text.replace(self._key, "***")
-        text = " ".join(text.split())
-        return repr(text if len(text) <= _QUOTED else text[:_QUOTED] + " ...")
+        return quoted(text, _QUOTED)
 
 
 class CompletionEndpoint(Endpoint[_Answer]):

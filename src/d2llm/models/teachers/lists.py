@@ -31,7 +31,7 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import ListsConfig, RemoteConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
-from d2llm.models.completions import Completion, read_completion, read_content_refusal
+from d2llm.models.completions import TOKENS_ARE_ESTIMATED, Completion, quoted, read_completion, read_content_refusal
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote_endpoint import TOO_LONG, CompletionEndpoint
 from d2llm.models.teachers.identity import TeacherIdentity
@@ -113,6 +113,7 @@ class ListTeacher:
         )
         self._lengths = TextLengths.of_endpoint(self.remote)
         self._reported: set[str] = set()
+        self._identity = self.identify(config)
 
     @classmethod
     def load(cls, config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> ListTeacher:
@@ -150,11 +151,11 @@ class ListTeacher:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of kind, model name and revision."""
-        return self.identify(self.config).fingerprint
+        return self._identity.fingerprint
 
     def prompt_fingerprint(self, task: Task) -> str:
         """Identity of the question and of all settings that affect what is shown."""
-        return self.identify(self.config).prompts[task]
+        return self._identity.prompts[task]
 
     def judge(
         self,
@@ -188,12 +189,7 @@ class ListTeacher:
             raise self._unanswered(len(undecided), pairs, int(undecided[0]), call)
         tokens = call.tokens
         if tokens.num_estimated:
-            self._warn_once(
-                "estimated",
-                "%s does not report how many tokens it reads and writes; they are estimated at %g characters each "
-                "(characters_per_token), and so is what they cost",
-                *(self.remote.url, self.remote.characters_per_token),
-            )
+            self._warn_once("estimated", TOKENS_ARE_ESTIMATED, self.remote.url, self.remote.characters_per_token)
         if len(undecided):
             self._warn_once(
                 "undecided", "%s: %d of %d pairs have no answer: %s", self.remote.url, len(undecided), len(pairs),
@@ -257,12 +253,11 @@ class ListTeacher:
     def _describe(self, answer: Completion) -> str:
         if answer.refusal is not None:
             return answer.refusal
-        text = " ".join(answer.text.split())
-        quoted = repr(text if len(text) <= _QUOTED else text[:_QUOTED] + " ...") if text else "the answer is empty"
+        what = quoted(answer.text, _QUOTED) if answer.text.strip() else "the answer is empty"
         if answer.is_complete:
-            return quoted
+            return what
         limit = self.lists.max_answer_tokens
-        return f"{quoted}, which ended at the length limit: raise teacher.lists.max_answer_tokens ({limit})"
+        return f"{what}, which ended at the length limit: raise teacher.lists.max_answer_tokens ({limit})"
 
     def _unanswered(self, number: int, pairs: Sequence[TextPair], first: int, call: _Call) -> ModelError:
         query, passage = pairs[first]
@@ -374,8 +369,8 @@ class ListwiseTeacher(ListTeacher):
             for (place, shown), (_, answer) in zip(todo.items(), answers, strict=True):
                 order = [shown.passages[each - 1] for each in read_ranking(answer.text, len(shown.passages))]
                 if len(order) > len(results[place][1]):
-                    rest = [each for each in windows[place].passages if each not in set(order)]
-                    results[place] = (order + rest, set(order))
+                    placed = set(order)
+                    results[place] = (order + [each for each in windows[place].passages if each not in placed], placed)
                 if len(order) < len(shown.passages):
                     call.problem = self._describe(answer)
                     if shown.num_shown + 1 < self.lists.attempts:

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Collection
 from typing import Any, cast
 
-from d2llm.models.completions import without_thoughts
+from d2llm.models.completions import quoted, without_thoughts
 
 _LONGEST = 300  # characters: longer lines are copied passages or explanations
 _SHORTEST_ECHO = 12  # letters and digits: a shorter line may be a part of the prompt by chance
@@ -106,12 +106,12 @@ def _join_passage(lines: list[str], echo: str) -> tuple[tuple[str, ...], int]:
 
 def describe_problem(answer: str, *, is_complete: bool = True, is_passage: bool = False) -> str:
     """Why an answer without queries, or without a passage, is of no use, with its beginning."""
-    text = " ".join(answer.split())
-    if not text:
+    if not answer.strip():
         return "the answer is empty"
-    quoted = repr(text if len(text) <= _QUOTED else text[:_QUOTED] + " ...")
     noun = "passage" if is_passage else "query"
-    return f"no {noun} in the answer {quoted}" + ("" if is_complete else ", which ended at the length limit")
+    return f"no {noun} in the answer {quoted(answer, _QUOTED)}" + (
+        "" if is_complete else ", which ended at the length limit"
+    )
 
 
 def is_query(text: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
-from d2llm.models.completions import Completion, read_completion, read_content_refusal
+from d2llm.models.completions import TOKENS_ARE_ESTIMATED, Completion, read_completion, read_content_refusal
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote_endpoint import CompletionEndpoint
 from d2llm.models.writers.answers import describe_problem, parse_answer
@@ -103,8 +103,7 @@ class RemoteWriter:
         if num_estimated and not self._reported:
             self._reported = True
             _log.warning(
-                "%s does not report how many tokens it reads and writes; they are estimated at %g characters each "
-                "(characters_per_token), and so is what they cost",
+                TOKENS_ARE_ESTIMATED,
                 *(self.remote.url, self.remote.characters_per_token),
             )
         return results
