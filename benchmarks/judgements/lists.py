@@ -31,31 +31,24 @@ _MAX_QUERIES = 10
 _MAX_WORDS = 400  # of a passage
 
 
-def rank(dataset: Dataset, queries: list[Query], *, student: Student, task: Task) -> dict[str, list[str]]:
-    """The best passages of each query by words and by vectors in turn, from one encoding of the corpus."""
+def choose_lists(
+    dataset: Dataset, queries: list[Query], *, split: str, student: Student, task: Task
+) -> list[list[str]]:
+    """The passage ids of each query's list."""
     ids = sorted(dataset.passages)
-    by_words = bm25_lists(dataset.passages, ids, queries, NUM_PASSAGES)
+    depth = NUM_PASSAGES
+    by_words = bm25_lists(dataset.passages, ids, queries, depth)
     with tempfile.TemporaryDirectory() as folder:
         ranking = EncoderRanking(
             student, dataset.passages, ids, queries, task=task, folder=Path(folder), resumable=False
         )
-        by_vectors = ranking.lists(NUM_PASSAGES)
-    return {
-        query.id: [name for name in chain.from_iterable(zip_longest(words, vectors)) if name is not None]
-        for query, words, vectors in zip(queries, by_words, by_vectors, strict=True)
-    }
-
-
-def choose_lists(
-    dataset: Dataset, queries: list[Query], ranked: dict[str, list[str]], *, split: str
-) -> list[list[str]]:
-    """The passage ids of each query's list."""
-    ids = sorted(dataset.passages)
+        by_vectors = ranking.lists(depth)
     lists: list[list[str]] = []
-    for query in queries:
+    for query, words, vectors in zip(queries, by_words, by_vectors, strict=True):
         draw = random.Random(f"list {dataset.name} {query.id}")
         own = {query.id} if dataset.passages.get(query.id) and dataset.passages[query.id].text == query.text else set()
-        chosen = [name for name in dict.fromkeys(ranked[query.id]) if name not in own][: NUM_PASSAGES - NUM_RANDOM]
+        best = [name for name in chain.from_iterable(zip_longest(words, vectors)) if name is not None]
+        chosen = [name for name in dict.fromkeys(best) if name not in own][: NUM_PASSAGES - NUM_RANDOM]
         positives = dataset.positives(split)[query.id]
         if split == "train" and not set(chosen) & set(positives):
             chosen.append(draw.choice(sorted(positives)))
@@ -127,11 +120,10 @@ def main() -> None:
     judged = sorted(name for name, ids in dataset.positives("train").items() if ids)
     train = [dataset.queries[name] for name in sorted(judged, key=lambda name: key_of(0, name))[: given.train]]
     dev = dev_queries(dataset, num_queries=given.dev, seed=0)
-    ranked = rank(dataset, [*train, *dev], student=student, task=given.task)
     for split, queries in (("train", train), ("dev", dev)):
         if not queries:
             continue
-        lists = choose_lists(dataset, queries, ranked, split=split)
+        lists = choose_lists(dataset, queries, split=split, student=student, task=given.task)
         for seed in (1,) if split == "train" else (1, 2):
             name = f"{dataset.name}-{split}-{seed}"
             number = write_packets(
