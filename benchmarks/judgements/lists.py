@@ -5,6 +5,10 @@ query's list has one of its positives. A packet (Markdown) has the rubric and up
 random order, under numbers that say nothing. The key (JSON) has the ids, and stays away from whoever judges.
 
     python benchmarks/judgements/lists.py DATA --train 600 --dev 100 --out PACKETS --keys KEYS
+
+``--of passages`` or ``--of queries`` compares texts of one kind with each other (the symmetric task): a random sample
+of them, each with a list of the others; there are no judgements, and only train queries are taken. ``--written FILE``
+takes queries that a model wrote for passages (``../written_queries``), which count as their positives.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import tempfile
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from d2llm.core.types import Query, Task
+from d2llm.core.types import Passage, Query, Task
 from d2llm.data.beir import Dataset, read_beir
 from d2llm.models.student import Student
 from d2llm.store.bm25 import bm25_lists
@@ -50,7 +54,7 @@ def choose_lists(
         best = [name for name in chain.from_iterable(zip_longest(words, vectors)) if name is not None]
         chosen = [name for name in dict.fromkeys(best) if name not in own][: NUM_PASSAGES - NUM_RANDOM]
         positives = dataset.positives(split)[query.id]
-        if split == "train" and not set(chosen) & set(positives):
+        if split == "train" and positives and not set(chosen) & set(positives):
             chosen.append(draw.choice(sorted(positives)))
         while len(chosen) < NUM_PASSAGES:
             name = draw.choice(ids)
@@ -58,6 +62,34 @@ def choose_lists(
                 chosen.append(name)
         lists.append(chosen)
     return lists
+
+
+def texts_of_one_kind(dataset: Dataset, kind: str) -> Dataset:
+    """The passages or the train queries of a data set as a set whose queries are its passages."""
+    if kind == "passages":
+        passages = {name: dataset.passages[name] for name in dataset.passages}
+    else:
+        passages = {name: Passage(name, dataset.queries[name].text) for name in sorted(dataset.qrels["train"])}
+    queries = {name: Query(name, each.full_text) for name, each in passages.items()}
+    judged: dict[str, dict[str, int]] = {name: {} for name in queries}
+    return Dataset(f"{dataset.name}-{kind}", dataset.path, passages, queries, {"train": judged, "dev": {}})
+
+
+def with_written_queries(dataset: Dataset, file: Path) -> Dataset:
+    """The data set with the queries that a model wrote for its passages, by ``written_query_id``, as train queries."""
+    queries: dict[str, Query] = {}
+    judged: dict[str, dict[str, int]] = {}
+    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        for place, text in enumerate(line["queries"]):
+            name = written_query_id(line["id"], line["kind"], place)
+            queries[name] = Query(name, text)
+            judged[name] = {line["id"]: 1}
+    return Dataset(f"{dataset.name}-written", dataset.path, dataset.passages, queries, {"train": judged, "dev": {}})
+
+
+def written_query_id(passage_id: str, kind: str, place: int) -> str:
+    """The id of the written query at a place of a line."""
+    return f"{kind}-{place}-{passage_id}"
 
 
 def write_packets(
@@ -106,6 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--student", default="d2llm-minilm")
+    parser.add_argument("--of", choices=["passages", "queries"], help="compare texts of one kind with each other")
+    parser.add_argument("--written", type=Path, help="queries that a model wrote for the passages")
     parser.add_argument("--task", default="asymmetric", choices=["asymmetric", "symmetric"])
     parser.add_argument("--train", type=int, default=600)
     parser.add_argument("--dev", type=int, default=100)
@@ -113,13 +147,17 @@ def main() -> None:
     parser.add_argument("--keys", type=Path, required=True)
     given = parser.parse_args()
     dataset = read_beir(given.data, splits=["train", "dev"])
+    if given.of is not None:
+        dataset = texts_of_one_kind(dataset, given.of)
+    if given.written is not None:
+        dataset = with_written_queries(dataset, given.written)
     student = Student.load(given.student)
     rubric = (RUBRICS / f"rubric-{given.task}.md").read_text(encoding="utf-8").strip()
     for folder in (given.out, given.keys):
         folder.mkdir(parents=True, exist_ok=True)
-    judged = sorted(name for name, ids in dataset.positives("train").items() if ids)
+    judged = sorted(name for name, ids in dataset.positives("train").items() if ids or given.of is not None)
     train = [dataset.queries[name] for name in sorted(judged, key=lambda name: key_of(0, name))[: given.train]]
-    dev = dev_queries(dataset, num_queries=given.dev, seed=0)
+    dev = dev_queries(dataset, num_queries=given.dev, seed=0) if dataset.qrels["dev"] else []
     for split, queries in (("train", train), ("dev", dev)):
         if not queries:
             continue

@@ -1029,6 +1029,8 @@ class TrainingConfig(WarmUpConfig):
     epochs: int | None = Field(default=None, ge=1)
     """By default as many as are needed for 60 steps, but at least 2 and at most 10."""
     batch_queries: int = Field(default=16, ge=1)
+    num_positives: int = Field(default=1, ge=1)
+    """Positives per query and step, of the queries that have so many; more where whole lists were judged."""
     num_hard: int = Field(default=4, ge=0)
     """Hard negatives per query and step, drawn from the plan's again in each epoch."""
     num_easy: int = Field(default=1, ge=0)

@@ -29,6 +29,8 @@ class LabelledSource:
     source: TrainingSource
     labels: LabelStore
     same_text: SameText
+    judged_relevant: Mapping[str, tuple[str, ...]]
+    """query id -> the passages that the data set's train split judges relevant; empty for labelled pairs."""
     entries: tuple[PlanEntry, ...]
     """The queries to train on, sorted by id."""
     num_unlabelled: int
@@ -50,8 +52,11 @@ class LabelledSource:
         return list(dict.fromkeys(passage_id for entry in self.entries for passage_id in entry.passage_ids))
 
     def never_negative(self, entry: PlanEntry) -> set[str]:
-        """Passages that are no negatives of a query: its positives, those with the same text, and the query itself."""
-        positives = set(entry.positives)
+        """Passages that are no negatives of a query: its positives, those with the same text, and the query itself.
+
+        Its positives are those of the plan and of the data set's train split; a plan may have only some of them.
+        """
+        positives = {*entry.positives, *self.judged_relevant.get(entry.query_id, ())}
         own = self.source.dataset.own_passages.of(entry.query_id) if self.source.pairs is None else frozenset[str]()
         return positives | self.same_text.duplicates_of(positives) | own
 
@@ -67,7 +72,9 @@ class LabelledSource:
         entries = plan if keep_unlabelled else labelled
         without = {entry.query_id for entry in plan} - {entry.query_id for entry in labelled}
         trained = frozenset(without & {entry.query_id for entry in entries})
-        return cls(source, labels, SameText(source.dataset), tuple(entries), len(without), trained)
+        is_judged = source.pairs is None and "train" in source.dataset.qrels
+        relevant = source.dataset.positives("train") if is_judged else {}
+        return cls(source, labels, SameText(source.dataset), relevant, tuple(entries), len(without), trained)
 
     def with_source(self, source: TrainingSource) -> LabelledSource:
         """The same queries with the plan of ``source``."""
@@ -120,7 +127,7 @@ class DistillationBatch:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The passages of one query in one batch: one positive, or all judged passages for labelled pairs."""
+    """The passages of one query in one batch: some positives and negatives, or all judged ones for labelled pairs."""
 
     entry: PlanEntry
     positives: list[str]
@@ -146,11 +153,12 @@ def epoch_batches(
     num_hard: int,
     num_easy: int,
     seed: int,
+    num_positives: int = 1,
     temperature: float = 1.0,
 ) -> list[tuple[LabelledSource, list[Draw]]]:
     """All batches of an epoch, each from one data set, in an order fixed by seed and epoch.
 
-    Each query contributes one of its positives and some of its negatives, drawn again each time the query is used; the
+    Each query contributes some of its positives and of its negatives, drawn again each time the query is used; the
     draw depends only on the seed, the query, and how often the query has been used. Each data set is passed through
     repeatedly, in a new order each time; an epoch continues where the previous one stopped.
 
@@ -163,7 +171,7 @@ def epoch_batches(
     for source, num_per_pass, num_per_epoch in zip(sources, per_pass, _shares(per_pass, temperature), strict=True):
         numbers = range(epoch * num_per_epoch, (epoch + 1) * num_per_epoch)
         for round_number in sorted({number // num_per_pass for number in numbers}):
-            round_batches = _round(source, round_number, batch_queries, num_hard, num_easy, seed)
+            round_batches = _round(source, round_number, batch_queries, (num_positives, num_hard, num_easy), seed)
             batches += [(source, round_batches[n % num_per_pass]) for n in numbers if n // num_per_pass == round_number]
     random.Random(f"{seed}:{epoch}").shuffle(batches)
     return batches
@@ -193,24 +201,27 @@ def _shares(per_pass: Sequence[int], temperature: float) -> list[int]:
 
 
 def _round(
-    source: LabelledSource, number: int, batch_queries: int, num_hard: int, num_easy: int, seed: int
+    source: LabelledSource, number: int, batch_queries: int, sizes: tuple[int, int, int], seed: int
 ) -> list[list[Draw]]:
-    """The batches of the ``number``-th pass over all queries of a data set."""
+    """The batches of the ``number``-th pass over all queries; ``sizes`` are those of ``_draw``."""
     entries = list(source.entries)
     rng = random.Random(f"{seed}:{number}:{source.source.dataset.name}")
     rng.shuffle(entries)
-    draws = [_draw(entry, number, num_hard, num_easy, seed) for entry in entries]
+    draws = [_draw(entry, number, sizes, seed) for entry in entries]
     _, size = even_batches(len(draws), batch_queries)
     return [draws[start : start + size] for start in range(0, len(draws), size)]
 
 
-def _draw(entry: PlanEntry, epoch: int, num_hard: int, num_easy: int, seed: int) -> Draw:
+def _draw(entry: PlanEntry, epoch: int, sizes: tuple[int, int, int], seed: int) -> Draw:
+    """Draw the passages of a query; ``sizes`` are the numbers of positives, hard and easy negatives."""
     if entry.targets:
         return Draw(entry, list(entry.positives), list(entry.hard_negatives), [])
+    num_positives, num_hard, num_easy = sizes
     rng = random.Random(f"{seed}:{epoch}:{entry.query_id}")
     hard = rng.sample(entry.hard_negatives, min(num_hard, len(entry.hard_negatives)))
     easy = rng.sample(entry.easy_negatives, min(num_easy, len(entry.easy_negatives)))
-    return Draw(entry, [rng.choice(entry.drawn_positives)], hard, easy)
+    positives = entry.drawn_positives
+    return Draw(entry, rng.sample(positives, min(num_positives, len(positives))), hard, easy)
 
 
 def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatch:

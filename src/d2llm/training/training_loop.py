@@ -412,6 +412,7 @@ class DistillRun:
             self.sources,
             epoch=epoch,
             batch_queries=training.batch_queries,
+            num_positives=training.num_positives,
             num_hard=training.num_hard,
             num_easy=training.num_easy,
             seed=self.recipe.seed,
