@@ -12,6 +12,7 @@ from d2llm.core.errors import InputError, RecipeError
 from d2llm.core.recipe import GateConfig, LabellingConfig, TeacherConfig
 from d2llm.core.recipe_file import named_teacher, parse_recipe
 from d2llm.data.labels import LabelStore
+from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource
 from d2llm.evaluation import judging
 from d2llm.models.student import Student
@@ -21,8 +22,9 @@ from d2llm.training.label import LabelReport, label
 from d2llm.training.stack_teachers import stack_teachers
 from e2e.command_line import fail, succeed_with_report
 from fake_models import FakeStudent
+from list_endpoint import judged_lists, list_teacher
 from local_endpoint import LocalEndpoint, Reply, Request, local_endpoint
-from tiny_data import everyday, topics
+from tiny_data import everyday, make_source, topics
 from tiny_models import tiny_student_config, write_tiny_model
 
 NUM_QUERIES = 12
@@ -75,6 +77,22 @@ def test_labels_have_grades_and_cost(source: TrainingSource, tmp_path: Path) -> 
         grades = store.grades(entry.query_id)
         assert set(grades) == {*entry.passage_ids}
         assert store.log_odds(entry.query_id) == pytest.approx({name: (g - 70) / 12 for name, g in grades.items()})
+
+
+def test_a_teacher_that_ranks_judges_the_whole_list_again_when_a_passage_is_new(tmp_path: Path) -> None:
+    passages = {f"p{n}": "cats " * n for n in range(5)}
+    first, longer = (
+        make_source(passages, {"q": "cats"}, [PlanEntry("q", ("p4",), hard, ())])
+        for hard in (("p1", "p2"), ("p1", "p3"))
+    )
+    with list_teacher(tmp_path, "listwise") as (file, endpoint):
+        teacher = named_teacher(str(file))
+        label([first], tmp_path / "labels", teacher=teacher)
+        report = label([longer], tmp_path / "labels", teacher=teacher)
+        repeated = label([longer], tmp_path / "labels", teacher=teacher)
+        shown = [len(judged_lists(request)[1]) for request in endpoint.requests]
+    assert (report.pairs, repeated.pairs) == (3, 0)
+    assert shown == [1, 3, 1, 3]  # a trial before each
 
 
 @pytest.mark.parametrize(

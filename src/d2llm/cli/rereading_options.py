@@ -24,7 +24,8 @@ class RereadingOptions:
     teacher: Annotated[
         str | None,
         teacher_option(
-            help="Teacher that rereads passages the student is unsure of; run `d2llm index INDEX calibrate` first."
+            help="Teacher that rereads passages the student is unsure of; run `d2llm index INDEX calibrate` first. "
+            "One of kind listwise reorders the first passages."
         ),
     ] = None
     teacher_passages: Annotated[
@@ -69,7 +70,10 @@ class RereadingOptions:
             raise InputError("--teacher and --reader both reorder the student's ranking: leave out one of them")
 
     def load(self, index: Index, task: Task, *, device: str | None, dtype: str | None) -> Rereader | None:
-        """Load the model that reads again, if there is one: a cascade with the measured error, or a reader."""
+        """Load the model that reads again, if there is one: a cascade with the measured error, or a reader.
+
+        A teacher that ranks lists reorders the first passages, whether the student is sure of them or not.
+        """
         if self.reader is not None:
             from d2llm.models.listwise_reader import ListwiseReader
             from d2llm.retrieval.cascade import ListwiseReading
@@ -78,12 +82,14 @@ class RereadingOptions:
             return ListwiseReading(reader, self.reader_passages or DEFAULT_READER_PASSAGES)
         if self.teacher is None:
             return None
-        from d2llm.models.teachers.judge import load_judge
+        from d2llm.models.teachers.judge import load_judge, ranks_lists
         from d2llm.retrieval.calibrate import read_error
-        from d2llm.retrieval.cascade import Cascade
+        from d2llm.retrieval.cascade import Cascade, TeacherReading
         from d2llm.retrieval.row_evidence import weights_for
 
         judge = load_judge(teacher_config(self.teacher, self.prompt), device=device, dtype=dtype)
-        error = read_error(index.folder, judge, task, weights_for(index.view, index.student, task))
         num_read = DEFAULT_TEACHER_PASSAGES if self.teacher_passages is None else self.teacher_passages
+        if ranks_lists(judge):
+            return TeacherReading(judge, num_read, self.teacher_ms)
+        error = read_error(index.folder, judge, task, weights_for(index.view, index.student, task))
         return Cascade(judge, error, num_read, self.teacher_ms)

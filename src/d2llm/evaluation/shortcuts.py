@@ -14,11 +14,11 @@ from d2llm.data.indexed_corpus import iter_corpus
 from d2llm.evaluation.report import MissingRow
 from d2llm.evaluation.setting import NAME_D2LLM, Contenders
 from d2llm.evaluation.systems import RetrievalWork, System
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.judge import Judge, ranks_lists
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.build_ann import build_ann
 from d2llm.retrieval.calibrate import measure_error
-from d2llm.retrieval.cascade import Cascade
+from d2llm.retrieval.cascade import RANKING_TEACHER, Cascade
 from d2llm.retrieval.index import Index
 
 _CALIBRATING_QUERIES = 40
@@ -105,8 +105,12 @@ def _add_cascade(rows: Shortcuts, work: RetrievalWork, index: Index, teacher: Ju
     """Let the teacher judge again the passages that the student is unsure of."""
     name = f"{NAME_D2LLM}, teacher reads {num_passages} again"
     held_out = _held_out(work)
-    if teacher is None or not held_out:
-        reason = "no teacher was given" if teacher is None else "no other split has queries to calibrate it with"
+    if teacher is None or not held_out or ranks_lists(teacher):
+        reason = "no other split has queries to calibrate it with"
+        if teacher is None:
+            reason = "no teacher was given"
+        elif ranks_lists(teacher):
+            reason = RANKING_TEACHER
         rows.missing.append(MissingRow(name, "shortcut", reason))
         return
     task, search = work.trial.task, work.search_settings(work.settings.num_candidates)

@@ -28,7 +28,7 @@ from d2llm.data.same_text import comparable, jaccard, shingles
 from d2llm.evaluation.judging import judge_pool
 from d2llm.fitting.draft_store import DraftStore, passage_hash
 from d2llm.fitting.query_rules import query_fault
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.judge import Judge, ranks_lists
 from d2llm.models.writers.writer import QUERY_KINDS, QueryKind
 from d2llm.retrieval.index import Index
 from d2llm.retrieval.row_evidence import weights_for
@@ -63,7 +63,8 @@ class CriticSettings:
         same_text: passages among those results are also relevant if their texts are at least this similar (Jaccard
             similarity of character trigrams).
         num_judged: how many of the results a teacher reads.
-        min_log_odds: log-odds of a teacher below which a query is not answered by its passage.
+        min_log_odds: log-odds of a teacher below which a query is not answered by its passage; not for one that ranks
+            lists, whose log-odds only compare passages.
         max_positives: a query with more relevant passages is too general.
     """
 
@@ -148,7 +149,8 @@ def review_queries(
         pool = _pool(kept, rankings, chosen.num_judged)
         log_odds = _ask_teacher(teacher, pool, kept, by_id, task, judgements, seconds, placement)
         num_unjudged = len(kept) - len(log_odds)
-        kept = list(_answered(kept, log_odds, chosen.min_log_odds, rejected))
+        minimum = -math.inf if ranks_lists(teacher) else chosen.min_log_odds
+        kept = list(_answered(kept, log_odds, minimum, rejected))
     general = [query for query in kept if len(query.positives) > chosen.max_positives]
     rejected += [
         RejectedQuery(query.written, "too general", f"{len(query.positives)} passages answer it") for query in general

@@ -390,7 +390,7 @@ class Fit:
         judge = load_judge(teacher, device=self.device, dtype=self.dtype)
         texts = [passage.full_text for passage in self.passages[:_TIMED_JUDGEMENTS]]
         started = time.perf_counter()
-        judge.judge([(text[:_QUERY_CHARACTERS], text) for text in texts], self.task)
+        judge.judge([(texts[0][:_QUERY_CHARACTERS], text) for text in texts], self.task)
         return (time.perf_counter() - started) / len(texts)
 
     def _finish_run(self, recipe: Recipe, key: str) -> Path:

@@ -14,8 +14,9 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Task
 from d2llm.data.python_records import QueryLike
 from d2llm.models.evidence import EvidenceWeights
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.judge import Judge, ranks_lists
 from d2llm.ops.rereading import StudentError, calibrate_error
+from d2llm.retrieval.cascade import RANKING_TEACHER
 from d2llm.retrieval.protocols import SearchStudent, SearchView
 from d2llm.retrieval.search import search
 from d2llm.store.checksums import read_checked, write_checked
@@ -46,8 +47,11 @@ def measure_error(
         num_passages: passages per query, at least 2.
 
     Raises:
-        InputError: there are too few queries or passages, or the student's scores do not increase with the teacher's.
+        InputError: there are too few queries or passages, the student's scores do not increase with the teacher's, or
+            the teacher ranks lists.
     """
+    if ranks_lists(judge):
+        raise InputError(RANKING_TEACHER)
     search_task: Task = task or index.task
     pairs: list[tuple[str, str]] = []
     scores: list[float] = []

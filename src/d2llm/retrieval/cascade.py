@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from d2llm.core.errors import InputError, ModelError
 from d2llm.core.types import DEFAULT_READER_PASSAGES, DEFAULT_TEACHER_PASSAGES, DEFAULT_TOP_K, Task
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.judge import Judge, ranks_lists
 from d2llm.ops.rereading import StudentError, expected_log_odds, on_one_scale, reading_gains
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 _DECAY = 0.5  # of the running mean of seconds per pair, at each batch: texts differ, and the first call is slow
 
+RANKING_TEACHER = (
+    "this teacher ranks the passages of a list, so its log-odds cannot be compared with the student's scores: it can "
+    "reorder the top of a ranking (search --teacher, without calibration; rescore 'teacher' on a server), but neither "
+    "choose what to read nor judge a single passage; for that, use kind graded"
+)
 _MARGIN = 1.0  # between the passages that the teacher read and the others, so that none of them tie
 
 
@@ -101,8 +106,11 @@ class Cascade:
             min_gain: minimum expected gain of reading a passage, in DCG of probabilities.
 
         Raises:
-            InputError: a number is out of range.
+            InputError: a number is out of range, or the teacher ranks lists (``ranks_lists``): its log-odds cannot be
+                compared with a student's, nor from batch to batch.
         """
+        if ranks_lists(judge):
+            raise InputError(RANKING_TEACHER)
         least = {"teacher_passages": 0, "teacher_ms": 0, "depth": 1, "batch_passages": 1, "min_gain": 0}
         limits = {
             "teacher_passages": teacher_passages,
@@ -196,8 +204,9 @@ class TeacherReading:
     """The teacher reads the student's top passages, whether the student is sure of them or not, and reorders them.
 
     Args: ``teacher_passages``, how many passages to read; ``teacher_ms``, after which no new batch of
-    ``batch_passages`` is started. Passages that the teacher did not read keep the student's order, below those that it
-    read: their scores are the student's, shifted to at least 1 below the lowest log-odds.
+    ``batch_passages`` is started; a teacher that ranks lists reads all of them in one batch. Passages that the teacher
+    did not read keep the student's order, below those that it read: their scores are the student's, shifted to at least
+    1 below the lowest log-odds.
     """
 
     def __init__(
@@ -223,11 +232,12 @@ class TeacherReading:
         begin = time.perf_counter()
         order = ranking.best_first
         to_read, teacher_log_odds, num_truncated = order[: max(self.teacher_passages, top_k)], np.zeros(0), 0
-        for start in range(0, len(to_read), self.batch_passages):
+        batch_passages = len(to_read) if ranks_lists(self.judge) else self.batch_passages
+        for start in range(0, len(to_read), max(1, batch_passages)):
             if start and self.teacher_ms is not None and time.perf_counter() - begin > self.teacher_ms / 1e3:
                 break
             values, num_cut = judge_passages(
-                self.judge, query, ranking.texts(to_read[start : start + self.batch_passages]), task
+                self.judge, query, ranking.texts(to_read[start : start + batch_passages]), task
             )
             teacher_log_odds, num_truncated = np.append(teacher_log_odds, values), num_truncated + num_cut
         read, unread = order[: len(teacher_log_odds)], order[len(teacher_log_odds) :]

@@ -29,10 +29,10 @@ from d2llm.core.types import (
 )
 from d2llm.models.attribution import Attribution, attribute, why_no_interaction
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import Judge
+from d2llm.models.teachers.judge import Judge, ranks_lists
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.calibrate import read_error
-from d2llm.retrieval.cascade import Cascade, Rereader, TeacherReading, judge_passages
+from d2llm.retrieval.cascade import RANKING_TEACHER, Cascade, Rereader, TeacherReading, judge_passages
 from d2llm.retrieval.chunking import Chunker, changed_chunking
 from d2llm.retrieval.context import AnswerContext, build_context
 from d2llm.retrieval.excerpts import merge_neighbours
@@ -275,11 +275,13 @@ class IndexService:
         """The teacher's judgement of a pair.
 
         Raises:
-            InputError: there is no teacher.
+            InputError: there is no teacher, or it judges no single pair.
             ModelError: the teacher's log-odds are not finite.
             OverloadedError: too many requests wait for the teacher.
         """
         judge = self._teacher()
+        if ranks_lists(judge):
+            raise InputError(RANKING_TEACHER)
 
         def work() -> TeacherAnswer:
             begin = time.perf_counter()
@@ -456,8 +458,10 @@ class IndexService:
         """The student's error against the teacher, as it scores this version.
 
         Raises:
-            InputError: the error has not been measured.
+            InputError: the error has not been measured, or cannot be.
         """
+        if ranks_lists(judge):
+            raise InputError(RANKING_TEACHER)
         evidence = weights_for(version.view, version.models.student, task)
         return read_error(version.folder, judge, task, evidence)
 

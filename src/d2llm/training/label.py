@@ -23,7 +23,7 @@ from d2llm.evaluation.judging import (
     with_rate,
 )
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge
+from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge, ranks_lists
 from d2llm.ops.ranking import kendall_tau
 from d2llm.runners.placement import load_work
 from d2llm.runners.runner import Runner, find_runner
@@ -73,8 +73,9 @@ def label(
     Labels are stored by (teacher, prompt, query_id, passage_id), in shards that are written every half minute: an
     interrupted run continues where it stopped, and the order of a plan does not matter. If a query has new positives or
     hard negatives, all its pairs are judged again, because the Gram matrix needs the features of all of them; if only
-    its easy negatives are new, only those are judged. A teacher without features gives no Gram matrices. Memory holds
-    the data, the plan, the labels that existed at the start, and those since the last shard.
+    its easy negatives are new, only those are judged. A teacher without features gives no Gram matrices. A teacher that
+    ranks lists judges all pairs of a query again if any is new, because it compares only the passages of one list.
+    Memory holds the data, the plan, the labels that existed at the start, and those since the last shard.
 
     Args:
         sources: data sets with their plans and tasks.
@@ -105,6 +106,7 @@ def label(
     if settings.compared_students is not None:
         sources = _in_order_of_disagreement(sources, settings.compared_students, device=device, dtype=dtype)
     identity = identify_judge(teacher)
+    unfinished = partial(_unfinished, whole=ranks_lists(teacher))
     work: list[tuple[TrainingSource, LabelStore]] = []
     num_pairs = num_queries = finished_queries = finished_pairs = 0
     for source in sources:
@@ -116,11 +118,11 @@ def label(
         )
         work.append((source, labels))
         for entry in source.entries_to_label:
-            unfinished = len(_unfinished(labels, entry).passage_ids)
-            num_pairs += unfinished
-            num_queries += unfinished > 0
-            finished_queries += unfinished == 0
-            finished_pairs += len(entry.passage_ids) - unfinished
+            num_unfinished = len(unfinished(labels, entry).passage_ids)
+            num_pairs += num_unfinished
+            num_queries += num_unfinished > 0
+            finished_queries += num_unfinished == 0
+            finished_pairs += len(entry.passage_ids) - num_unfinished
     counts = JudgingCounts()
     budget = _Budget(settings, started)
     if num_pairs:
@@ -129,7 +131,7 @@ def label(
         workers = runner.workers(load, device=device, gpus=teacher.num_gpus)
         with progress_bar("labelling pairs", num_pairs) as advance, workers as judges:
             for source, labels in work:
-                queries = (_unfinished(labels, entry) for entry in source.entries_to_label)
+                queries = (unfinished(labels, entry) for entry in source.entries_to_label)
                 judge_pairs(
                     judges,
                     budget.spend((query for query in queries if query.passage_ids), counts),
@@ -227,11 +229,12 @@ def _in_order_of_disagreement(
     return ordered
 
 
-def _unfinished(labels: LabelStore, entry: PlanEntry) -> QueryPairs:
-    """The passages of one query that still have to be judged."""
+def _unfinished(labels: LabelStore, entry: PlanEntry, *, whole: bool) -> QueryPairs:
+    """The passages of one query that still have to be judged; all of them if they are judged as a ``whole``."""
     listed = entry.positives + entry.hard_negatives
     # A query with labels but no Gram matrix was judged by a teacher without features, so it will never have cosines.
     has_no_features = bool(labels.log_odds(entry.query_id)) and labels.gram(entry.query_id) is None
     if not has_no_features and labels.missing_cosines(entry.query_id, listed):
         return QueryPairs(entry.query_id, entry.passage_ids, len(listed))
-    return QueryPairs(entry.query_id, tuple(labels.missing(entry.query_id, entry.passage_ids)))
+    missing = tuple(labels.missing(entry.query_id, entry.passage_ids))
+    return QueryPairs(entry.query_id, entry.passage_ids if whole and missing else missing)

@@ -17,7 +17,7 @@ from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import TASKS
 from d2llm.models.teachers.identity import find_kind
-from d2llm.models.teachers.judge import Judge, asks_endpoint, identify_judge, load_judge
+from d2llm.models.teachers.judge import Judge, asks_endpoint, identify_judge, load_judge, ranks_lists
 from d2llm.models.teachers.list_prompts import load_list_prompt
 from d2llm.models.teachers.lists import GradedTeacher, ListwiseTeacher
 from local_endpoint import LocalEndpoint, Reply, Request, always, local_endpoint
@@ -287,6 +287,21 @@ def test_an_incomplete_ranking_is_asked_for_again_and_then_the_best_counts():
     assert result.num_undecided == 2
     with pytest.raises(ModelError, match="2 of 4 pairs have no place in the order"):
         judged(always(chat("[2] > [1]")), "listwise")
+
+
+def test_a_single_passage_cannot_be_ranked():
+    pairs = [*PAIRS, ("how dogs sleep", "worth 5")]
+    with local_endpoint(honest) as endpoint:
+        teacher = load_judge(config(endpoint.url, "listwise"))
+        with pytest.raises(InputError, match="1 queries come with a single passage; the first is 'how dogs sleep'"):
+            teacher.judge(pairs, "asymmetric")
+        lenient = load_judge(config(endpoint.url, "listwise", unanswered="undecided"))
+        result = lenient.judge(pairs, "asymmetric")
+    assert ranks_lists(teacher)
+    assert not ranks_lists(config("http://one/v1"))
+    assert result.num_undecided == 1
+    assert result.log_odds[4] == 0
+    assert np.argsort(-result.log_odds[:4]).tolist() == [1, 2, 3, 0]
 
 
 def test_a_window_longer_than_the_context_names_the_settings():

@@ -106,12 +106,27 @@ def identify_judge(config: TeacherConfig) -> TeacherIdentity:
 
 def asks_endpoint(config: TeacherConfig) -> bool:
     """Whether a teacher, or a member of a stack, is remote: then its endpoint sets the pace, wherever it is asked."""
+    return not REMOTE_KINDS.isdisjoint(_kinds(config))
+
+
+def ranks_lists(teacher: Judge | TeacherConfig) -> bool:
+    """Whether log-odds compare only the passages of one query that were judged in one call: kind ``listwise``.
+
+    It is also true of a stack with such a member.
+    """
+    if isinstance(teacher, TeacherConfig):
+        return "listwise" in _kinds(teacher)
+    return bool(getattr(teacher, "ranks_lists", False))
+
+
+def _kinds(config: TeacherConfig) -> set[str]:
+    """The kind of a teacher, or those of the members of a stack."""
     kind = find_kind(config)
     if kind != "stack":
-        return kind in REMOTE_KINDS
+        return {kind}
     from d2llm.models.teachers.stacked import stacked_members
 
-    return any(asks_endpoint(member) for member in stacked_members(config))
+    return set[str]().union(*(_kinds(member) for member in stacked_members(config)))
 
 
 def _teacher_class(config: TeacherConfig) -> Any:

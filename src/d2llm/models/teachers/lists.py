@@ -98,6 +98,8 @@ class ListTeacher:
     kind = ""
     divides = False
     """Whether a list can be shown in halves."""
+    ranks_lists = False
+    """Whether log-odds compare only the passages of one query (``judge.ranks_lists``)."""
 
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
@@ -324,10 +326,21 @@ class ListwiseTeacher(ListTeacher):
     """A language model that ranks passages; the rankings of several orders are joined by Plackett and Luce."""
 
     kind = "listwise"
+    ranks_lists = True
 
     def _judge_lists(
         self, call: _Call, by_query: dict[str, list[int]], steps: _Steps
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        alone = [query for query, places in by_query.items() if len(places) == 1]
+        if alone:
+            call.problem = (
+                f"the listwise teacher '{self.config.model}' ranks the passages of a list, and {len(alone)} queries "
+                f"come with a single passage; the first is {alone[0][:60]!r}"
+            )
+            if self.remote.unanswered == "error":
+                raise InputError(f"{call.problem}. Give two passages of a query or more, or a teacher of kind graded")
+            by_query = {query: places for query, places in by_query.items() if len(places) > 1}
+            steps.add(len(alone) * self.lists.orders)
         rankings = [
             (query, order, self._order(places, order, query))
             for query, places in by_query.items()

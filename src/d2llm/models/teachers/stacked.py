@@ -18,7 +18,7 @@ from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.teachers.identity import TeacherIdentity, find_kind
-from d2llm.models.teachers.judge import Judge, Judgements, TextPair, identify_judge, load_judge
+from d2llm.models.teachers.judge import Judge, Judgements, TextPair, identify_judge, load_judge, ranks_lists
 from d2llm.ops.stacking import Stack
 
 STACK_KIND = "stack"
@@ -40,6 +40,7 @@ class StackedTeacher:
         """Combine ``members``, in the order of the weights in ``stacks``; ``name`` is for errors."""
         self.members = tuple(members)
         self.stacks = dict(stacks)
+        self.ranks_lists = any(map(ranks_lists, self.members))
         self._name = name
         self._fingerprint = _fingerprint([member.fingerprint for member in members], stacks)
 

@@ -1,0 +1,50 @@
+"""Teachers that grade and rank lists, behind a real endpoint whose model counts the words that two texts share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from local_endpoint import LocalEndpoint, Reply, Request, local_endpoint
+
+KINDS = ("graded", "listwise")
+
+
+def shared_words(query: str, passage: str) -> int:
+    """How many different words of a query a passage has."""
+    return len({*query.lower().split()} & {*passage.lower().split()})
+
+
+def grade(query: str, passage: str) -> int:
+    """What the model thinks of a passage, 0 to 100."""
+    return min(100, 20 * shared_words(query, passage))
+
+
+def judged_lists(request: Request) -> tuple[str, list[str]]:
+    """The query and the passages of a request."""
+    (query,) = re.findall(r"^Query: (.*)$", request.prompt, re.M)
+    return query, re.findall(r"^\[\d+\] (.*)$", request.prompt, re.M)
+
+
+def counts_words(request: Request, number: int) -> Reply:
+    """Grades, or the order, of the passages of a request."""
+    del number
+    query, passages = judged_lists(request)
+    if "Rank the" in request.prompt:
+        order = sorted(range(len(passages)), key=lambda place: -shared_words(query, passages[place]))
+        answer = " > ".join(f"[{place + 1}]" for place in order)
+    else:
+        answer = "\n".join(f"[{place}] {grade(query, text)}" for place, text in enumerate(passages, start=1))
+    usage = {"prompt_tokens": 10 * len(passages), "completion_tokens": len(passages)}
+    return Reply({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}], "usage": usage})
+
+
+@contextmanager
+def list_teacher(folder: Path, kind: str) -> Iterator[tuple[Path, LocalEndpoint]]:
+    """The TOML file of a teacher of this kind, and its endpoint."""
+    with local_endpoint(counts_words) as endpoint:
+        file = folder / f"{kind}.toml"
+        file.write_text(f'kind = "{kind}"\nmodel = "counts-words"\n[remote]\nurl = "{endpoint.url}"\n')
+        yield file, endpoint
