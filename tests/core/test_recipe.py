@@ -468,6 +468,8 @@ def test_new_settings_are_recorded_only_where_they_are_used():
         "training.complement_words (was not set, is None)",
         "training.expansion_writer (was not set, is None)",
         "training.expansions (was not set, is None)",
+        "training.in_batch_labels (was not set, is False)",
+        "training.live_teacher_scores (was not set, is all)",
         "training.pretraining.information_alpha (was not set, is 0.9)",
         "training.pretraining.masked_share (was not set, is 0.2)",
     ]

@@ -18,6 +18,7 @@ from d2llm.data.collation import (
     collate,
     collate_lists,
     epoch_batches,
+    in_batch_pairs,
 )
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry
@@ -194,6 +195,49 @@ def test_a_query_without_hard_negatives_makes_a_batch(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch.own, [[0]])
 
 
+def test_the_teacher_judges_every_pair_of_a_batch_that_plays_a_role(tmp_path: Path) -> None:
+    labelled = LabelledSource.join(source(), store(tmp_path, without=("qb",)), keep_unlabelled=True)
+    pairs = in_batch_pairs([(labelled, DRAWS[:2]), (labelled, DRAWS[2:]), (labelled, [DRAWS[0], DRAWS[2]])])
+    # not qb, which learns from the data set's judgements; not a2 for qa, its other positive, drawn by qb; not c1-twin
+    assert {query: set(ids) for query, ids in pairs["tiny"].items()} == {
+        "qa": {"a1", "h1", "h2", "e1", "b1", "c1-twin", "c1", "b1-twin"},
+        "qc": {"c1", "b1-twin", "h1", "a1", "h2", "e1"},
+    }
+    batch = collate(labelled, [DRAWS[0], DRAWS[2]])
+    with_role = batch.positive | batch.hard | batch.easy
+    for row, query_id in enumerate(batch.query_ids):
+        assert {batch.passage_ids[column] for column in np.flatnonzero(with_role[row])} <= set(pairs["tiny"][query_id])
+
+
+def test_labelled_pairs_are_never_judged_with_other_pairs(tmp_path: Path) -> None:
+    entry = dataclasses.replace(QA, easy_negatives=(), targets=(1.0, 1.0, 0.0, 0.5))
+    labelled = LabelledSource.join(source((entry,)), store(tmp_path))
+    assert in_batch_pairs([(labelled, [Draw(entry, ["a1", "a2"], ["h1", "h2"], [])])]) == {}
+
+
+def test_what_the_train_split_judges_relevant_is_never_negative(tmp_path: Path) -> None:
+    """Also where a plan, such as one of a part of the lists, has only some of the positives."""
+    few = dataclasses.replace(QA, positives=("a1",))
+    judged = {"train": {"qa": {"a1": 1, "b1": 2, "h3": 0}}}
+    training = make_source(PASSAGES, {"qa": "apples", "qb": "bananas", "qc": "cherries"}, (few, QB, QC), qrels=judged)
+    labelled = LabelledSource.join(training, store(tmp_path))
+    assert labelled.never_negative(few) == {"a1", "b1", "b1-twin"}
+    batch = collate(labelled, [dataclasses.replace(DRAWS[0], entry=few), *DRAWS[1:]])
+    assert marked(batch.positive)[0] == {"a1"}
+    assert marked(batch.easy)[0] == {"e1", "a2", "c1", "c1-twin"}  # neither b1, nor its twin
+
+
+def test_a_query_is_no_negative_of_its_own(tmp_path: Path) -> None:
+    """Where queries are passages too, as in sets of duplicate questions."""
+    own = {"train": {"a1": {"a2": 1}}}
+    entry = PlanEntry("a1", ("a2",), ("h1",), ())
+    training = make_source(PASSAGES, {"a1": PASSAGES["a1"]}, (entry,), qrels=own)
+    labels = LabelStore(tmp_path, teacher="T", prompt="P", dataset="D")
+    labels.write([QueryLabels("a1", ("a2", "h1"), np.zeros(2, np.float32))])
+    labelled = LabelledSource.join(training, labels)
+    assert labelled.never_negative(entry) == {"a1", "a2"}
+
+
 # --- draws ------------------------------------------------------------------------------------------------------------
 
 MANY = tuple(
@@ -248,6 +292,39 @@ def test_a_draw_takes_one_positive_and_some_negatives_of_its_own(many: LabelledS
         assert set(draw.hard) <= set(draw.entry.hard_negatives)
         assert len(set(draw.easy)) == 2
         assert set(draw.easy) <= set(draw.entry.easy_negatives)
+
+
+def test_several_positives_are_drawn_where_a_query_has_so_many(tmp_path: Path) -> None:
+    entries = tuple(PlanEntry(f"q{n}", tuple(f"p{n}-{k}" for k in range(n)), (f"h{n}",), ("e",)) for n in range(1, 6))
+    labelled = labelled_many(tmp_path, entries)
+
+    def drawn(epoch: int, num_positives: int) -> dict[str, list[str]]:
+        batches = epoch_batches(
+            [labelled], epoch=epoch, batch_queries=8, num_positives=num_positives, num_hard=1, num_easy=1, seed=0
+        )
+        return {draw.entry.query_id: draw.positives for _, draws in batches for draw in draws}
+
+    three = drawn(0, 3)
+    assert {name: len(set(positives)) for name, positives in three.items()} == {
+        "q1": 1, "q2": 2, "q3": 3, "q4": 3, "q5": 3
+    }  # fmt: skip
+    assert all(set(three[entry.query_id]) <= set(entry.positives) for entry in entries)
+    assert {passage_id for epoch in range(20) for passage_id in drawn(epoch, 3)["q5"]} == set(entries[4].positives)
+    assert {len(positives) for positives in drawn(0, 1).values()} == {1}
+    draws = next(draws for _, draws in epoch_batches(
+        [labelled], epoch=0, batch_queries=8, num_positives=3, num_hard=1, num_easy=1, seed=0
+    ))  # fmt: skip
+    batch = collate(labelled, draws)
+    assert batch.positive.sum(axis=1).tolist() == [len(draw.positives) for draw in draws]
+    assert not (batch.positive & batch.easy).any()
+
+
+def test_preferred_positives_alone_are_drawn(tmp_path: Path) -> None:
+    entry = PlanEntry("q", ("p0", "p1", "p2"), ("h",), (), preferred=("p1",))
+    labelled = labelled_many(tmp_path, (entry,))
+    [(_, [draw])] = epoch_batches([labelled], epoch=0, batch_queries=8, num_positives=3, num_hard=1, num_easy=1, seed=0)
+    assert draw.positives == ["p1"]
+    assert labelled.never_negative(entry) == {"p0", "p1", "p2"}
 
 
 def test_a_plan_with_too_few_negatives_gives_all_it_has(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_a_student_imitates_a_live_teacher_without_labels(place: Place, trained:
     assert len(logged) == report.steps
     manifest = json.loads((tmp_path / "student" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["settings"]["live_teacher"] == trained.report.fingerprint
-    live = LiveTeacher(trained.student, place.source.dataset, place.source.task)
+    live = LiveTeacher(trained.student, place.source.dataset, place.source.task, scores="vectors")
     ids = list(place.source.dataset.passages)
     query = place.source.query_text(place.source.plan.entries[0].query_id)
     expected = trained.student.score(

@@ -304,6 +304,8 @@ _NEW_DEFAULTS: dict[str, Any] = {
         "complement_words": None,
         "expansions": None,
         "expansion_writer": None,
+        "in_batch_labels": False,
+        "live_teacher_scores": "all",
         "pretraining": {"masked_share": 0.2, "information_alpha": 0.9},
     },
 }
@@ -766,7 +768,8 @@ class WarmUpConfig(_Section):
 class LabellingConfig(_Section):
     """Which queries the teacher labels, if ``max_labelled`` of a data set does not allow for all, and what it may cost.
 
-    The limits are those of one call of ``label``; the next continues where it stopped.
+    The limits are those of one call of ``label``, and of what one call of ``distill`` asks (``training.unjudged``,
+    ``training.in_batch_labels``); the next continues where it stopped.
     """
 
     compared_students: tuple[str, str] | None = None
@@ -998,6 +1001,9 @@ class PretrainingConfig(WarmUpConfig):
         return self
 
 
+LiveScores = Literal["all", "vectors", "tokens"]
+
+
 class TrainingConfig(WarmUpConfig):
     """Optimisation settings of ``distill``."""
 
@@ -1006,7 +1012,11 @@ class TrainingConfig(WarmUpConfig):
     starts from the pretrained backbone."""
     live_teacher: str | None = None
     """A student, a folder or a name, whose scores ``losses.in_batch_imitation`` imitates. It reads every text of the
-    training once, and scores all pairs of a batch by its vectors and its interaction."""
+    training once, and scores all pairs of a batch."""
+    live_teacher_scores: LiveScores = "all"
+    """What the live teacher scores by: its vectors and its interaction (``vectors``), the vectors of tokens, as in
+    TCT-ColBERT (``tokens``: the sum, over the query's tokens, of the highest cosine with a token of the passage), or
+    all of them, with the weight that tokens have in its score, if they have one."""
     dual_head: bool = False
     """Two heads (DHO): one learns the data sets' judgements, the other imitates the teacher. At the end they are
     combined with the weights that are best on dev, into one inner product, so the student is like any other (anchored
@@ -1043,6 +1053,10 @@ class TrainingConfig(WarmUpConfig):
     ``remine``) and that the teacher has not judged: treat them as irrelevant, leave them out, or have the teacher judge
     them first, which takes time; the judgements are kept with the other labels. For queries that learn from the data
     set's own judgements, they are always treated as irrelevant."""
+    in_batch_labels: bool = False
+    """Have the teacher judge every query of a batch with the passages of the batch's other queries too, before the
+    batch is used, as in the published training; the judgements are kept with the other labels. Otherwise such a passage
+    is irrelevant, unless it has a label. For queries that learn from the data set's own judgements, it always is."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between dev evaluations; by default a fifth of the run's steps, at most 200."""
     patience: int = Field(default=5, ge=1)
@@ -1107,6 +1121,11 @@ class TrainingConfig(WarmUpConfig):
         if self.expansion_writer is not None and self.expansions is None:
             raise ValueError("expansion_writer has no file to write to: name one as expansions, or delete the section")
         return self
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher judges more pairs during the training, so that it must be there."""
+        return self.in_batch_labels or self.unjudged == "ask_teacher"
 
     @property
     def steps_back(self) -> bool:

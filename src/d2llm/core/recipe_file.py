@@ -123,6 +123,7 @@ def shaping_settings(recipe: Recipe) -> dict[str, Any]:
         del values["training"]["start"]
     if recipe.training.live_teacher is None:
         del values["training"]["live_teacher"]
+        values["training"].pop("live_teacher_scores", None)
     if not recipe.training.dual_head:
         del values["training"]["dual_head"]
     if recipe.training.pretraining.objective is None:

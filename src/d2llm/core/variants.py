@@ -243,6 +243,10 @@ _OWN: _Group = {
     "two-stages": ("first the vectors, then the interaction", {"training": {"residual": {"epochs": 4}}}),
     "leave-out": ("neighbours that the teacher has not judged are left out", {"training": {"unjudged": "leave_out"}}),
     "ask-teacher": ("the teacher judges every neighbour first", {"training": {"unjudged": "ask_teacher"}}),
+    "in-batch-labels": (
+        "the teacher judges each query of a batch with every passage of it",
+        {"training": {"in_batch_labels": True}},
+    ),
     "remine": (
         "hard negatives mined again from the second epoch on",
         {"training": {"remine": True, "complement_words": None}},

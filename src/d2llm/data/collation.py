@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -235,6 +235,27 @@ def collate(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatc
     passage_ids = tuple(dict.fromkeys(p for draw in draws for p in draw.passage_ids))
     column = {passage_id: index for index, passage_id in enumerate(passage_ids)}
     return _collate(labelled, draws, [column] * len(draws), passage_ids)
+
+
+def in_batch_pairs(
+    batches: Iterable[tuple[LabelledSource, Sequence[Draw]]],
+) -> dict[str, dict[str, list[str]]]:
+    """The passages that the teacher judges for all pairs of the batches to have a label: data set -> query id -> ids.
+
+    Left out are queries that learn from the data set's own judgements, and of the other queries' passages those that
+    are no negatives, which are ignored in the batch.
+    """
+    pairs: dict[str, dict[str, dict[str, None]]] = {}
+    for labelled, draws in batches:
+        of_batch = dict.fromkeys(passage_id for draw in draws for passage_id in draw.passage_ids)
+        for draw in draws:
+            entry = draw.entry
+            if entry.targets or entry.query_id in labelled.unlabelled:
+                continue
+            ignored = labelled.never_negative(entry).difference(draw.positives)
+            own = pairs.setdefault(labelled.source.dataset.name, {}).setdefault(entry.query_id, {})
+            own.update(dict.fromkeys(passage_id for passage_id in of_batch if passage_id not in ignored))
+    return {name: {query_id: [*own] for query_id, own in queries.items()} for name, queries in pairs.items()}
 
 
 def collate_lists(labelled: LabelledSource, draws: Sequence[Draw]) -> DistillationBatch:

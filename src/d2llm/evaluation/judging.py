@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from jaxtyping import Float32
 
 from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.progress import Advance, progress_bar
-from d2llm.core.recipe import TeacherConfig
+from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.teachers.identity import TeacherIdentity
@@ -66,6 +66,32 @@ class JudgingCounts:
         """Add the counts of other pairs."""
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+
+class Budget:
+    """What judging may cost by ``settings``; ``ended_by`` is the limit that was reached, if one was."""
+
+    def __init__(self, settings: LabellingConfig, started: float) -> None:
+        self._settings, self._started = settings, started
+        self.ended_by: str | None = None
+
+    def spend(self, queries: Iterable[QueryPairs], counts: JudgingCounts) -> Iterator[QueryPairs]:
+        """The queries, until a limit is reached; ``counts`` are updated while they are judged."""
+        for query in queries:
+            self.ended_by = self.ended_by or self._reached(counts)
+            if self.ended_by is not None:
+                return
+            yield query
+
+    def _reached(self, counts: JudgingCounts) -> str | None:
+        settings = self._settings
+        if settings.max_minutes is not None and time.monotonic() - self._started >= 60 * settings.max_minutes:
+            return f"labelling.max_minutes = {settings.max_minutes:g}"
+        if settings.max_tokens is not None and counts.tokens + counts.written_tokens >= settings.max_tokens:
+            return f"labelling.max_tokens = {settings.max_tokens}"
+        if settings.max_cost is not None and counts.cost >= settings.max_cost:
+            return f"labelling.max_cost = {settings.max_cost:g}"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,21 +293,24 @@ def label_pool(
     passage_text: Callable[[str], str],
     title: str,
     placement: Placement = HERE,
+    budget: Budget | None = None,
+    earlier: JudgingCounts | None = None,
 ) -> JudgingCounts:
     """Judge every pair of the pool and add the labels to an open store; ``judge_pool`` also reads them back.
 
-    ``query_text`` and ``passage_text`` return the text of an id; ``placement`` says where the judge works. Errors are
-    those of ``judge_pairs`` and ``Placement.workers``.
+    ``query_text`` and ``passage_text`` return the text of an id; ``placement`` says where the judge works. If the
+    ``budget`` is spent, some queries are left out; what was judged ``earlier`` counts too, and in the result. Errors
+    are those of ``judge_pairs`` and ``Placement.workers``.
     """
     queries = [QueryPairs(query_id, tuple(passage_ids)) for query_id, passage_ids in pool.items() if passage_ids]
-    counts = JudgingCounts()
+    counts = replace(earlier) if earlier is not None else JudgingCounts()
     if not queries:
         return counts
     num_pairs = sum(len(query.passage_ids) for query in queries)
     with progress_bar(title, num_pairs) as advance, placement.workers(judge, judge_shard) as judges:
         judge_pairs(
             judges,
-            queries,
+            queries if budget is None else budget.spend(queries, counts),
             LabelWriter(labels),
             task,
             query_text=query_text,

@@ -14,7 +14,14 @@ from d2llm.core.errors import InputError, OutOfTimeError
 from d2llm.core.files import check_replaceable
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import showing_progress
-from d2llm.core.recipe import Recipe, TeacherConfig, shaping_student_settings, without_new_defaults
+from d2llm.core.recipe import (
+    LabellingConfig,
+    LiveScores,
+    Recipe,
+    TeacherConfig,
+    shaping_student_settings,
+    without_new_defaults,
+)
 from d2llm.core.recipe_file import changed_settings, shaping_settings
 from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import TASKS, EvidenceTerm, Task
@@ -22,7 +29,7 @@ from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
 from d2llm.data.run_folder import is_finished, working_folder
 from d2llm.data.training import TrainingSource, check_sources
-from d2llm.evaluation.judging import label_pool
+from d2llm.evaluation.judging import Budget, JudgingCounts, label_pool
 from d2llm.models.evidence import NO_EVIDENCE, Evidence, TaskEvidence, read_evidence, write_evidence
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
@@ -131,6 +138,7 @@ def distill(
     check_sources(sources)
     started = time.monotonic()
     identity = identify_judge(teacher) if recipe.losses.imitates else _NO_TEACHER
+    _check_asked(recipe, teacher)
     labelled = [
         _join(source, labels, _NO_TEACHER if source.dataset.name in closed_gates else identity, recipe)
         for source in sources
@@ -162,7 +170,7 @@ def distill(
             labelled = _with_expansions(labelled, student, passages)
         live_teacher = _load_live_teacher(recipe, device=device, dtype=dtype)
         if live_teacher is not None:
-            labelled = _with_live_teacher(labelled, live_teacher)
+            labelled = _with_live_teacher(labelled, live_teacher, recipe.training.live_teacher_scores)
         student.prepare_training(seed=recipe.seed)
         if any(each.token_weight for each in labelled):
             assert start_tokens is not None
@@ -178,7 +186,7 @@ def distill(
             settings,
             run_folder,
             processes,
-            _teacher_when_needed(teacher, device=device, dtype=dtype),
+            _teacher_when_needed(teacher, recipe.labelling, device=device, dtype=dtype),
         )
         stopped_early = run.train()
         run.take_best()
@@ -217,6 +225,18 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
             "(config in its manifest.json) or start from the backbone"
         )
     return student
+
+
+def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
+    """Refuse to add labels to lists that a listwise teacher has ranked."""
+    training = recipe.training
+    if recipe.losses.imitates and training.asks_teacher and teacher.kind == "listwise":
+        name = "in_batch_labels" if training.in_batch_labels else 'unjudged = "ask_teacher"'
+        raise InputError(
+            f"training.{name} has the teacher judge more passages of a query in training, but one of kind listwise "
+            "only orders those that it sees together, so its labels cannot be compared with those of the plan: use a "
+            "teacher of another kind, such as graded, or delete the setting"
+        )
 
 
 def _check_nested(recipe: Recipe, student: Student, sources: Sequence[TrainingSource]) -> None:
@@ -401,18 +421,27 @@ def _report(
     )
 
 
-def _teacher_when_needed(teacher: TeacherConfig, *, device: str | None, dtype: str | None) -> AskTeacher:
-    """A function that lets the teacher judge passages mined in training; the teacher is loaded when first needed."""
+def _teacher_when_needed(
+    teacher: TeacherConfig, limits: LabellingConfig, *, device: str | None, dtype: str | None
+) -> AskTeacher:
+    """A function that lets the teacher judge more pairs in training; the teacher is loaded when first needed.
+
+    The ``limits`` are those of all its calls together; it raises an ``InputError`` if one is reached.
+    """
     judge: Judge | None = None
+    spent, seconds = JudgingCounts(), 0.0
 
     def ask(labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> None:
-        nonlocal judge
-        source = labelled.source
+        nonlocal judge, spent, seconds
+        source, before = labelled.source, spent
         missing = {query_id: labelled.labels.missing(query_id, ids) for query_id, ids in passages.items()}
-        if not any(missing.values()):
+        num_missing = sum(map(len, missing.values()))
+        if not num_missing:
             return
         judge = judge or load_judge(teacher, device=device, dtype=dtype)
-        counts = label_pool(
+        started = time.monotonic() - seconds
+        budget = Budget(limits, started)
+        spent = label_pool(
             judge,
             missing,
             labelled.labels,
@@ -420,9 +449,23 @@ def _teacher_when_needed(teacher: TeacherConfig, *, device: str | None, dtype: s
             query_text=source.query_text,
             passage_text=source.passage_text,
             title=f"labelling pairs of {source.dataset.name}",
+            budget=budget,
+            earlier=before,
         )
-        if counts.truncated:
-            _log.warning("%d of %d mined pairs were truncated for the teacher", counts.truncated, counts.pairs)
+        seconds = time.monotonic() - started
+        num_judged = spent.pairs - before.pairs
+        for what, number in (
+            ("were truncated for the teacher", spent.truncated - before.truncated),
+            ("got no answer from the teacher and count as undecided", spent.undecided - before.undecided),
+        ):
+            if number:
+                _log.warning("%s: %d of %d pairs judged in training %s", source.dataset.name, number, num_judged, what)
+        if budget.ended_by is not None:
+            raise InputError(
+                f"{source.dataset.name}: {num_missing - num_judged:,} of {num_missing:,} pairs that the teacher is to "
+                f"judge in training have no label yet, because {budget.ended_by} was reached. Labels and progress are "
+                "kept: run the same command again to go on, or raise the limit"
+            )
 
     return ask
 
@@ -491,6 +534,17 @@ def _with_evidence(
     return sources, dev
 
 
+def _live_settings(teacher: Student, scores: LiveScores) -> dict[str, Any]:
+    """Everything that affects a live teacher's scores, as JSON."""
+    settings: dict[str, Any] = {"live_teacher": teacher.fingerprint}
+    if scores != "vectors" and teacher.token_fingerprint is not None:
+        settings["live_tokens"] = teacher.token_fingerprint
+    weights = {task: teacher.evidence_weights(task, stored=("token",)).terms.get("token_vectors") for task in TASKS}
+    if scores == "all" and any(weights.values()):
+        settings["live_token_weights"] = weights
+    return settings
+
+
 def _load_live_teacher(recipe: Recipe, *, device: str | None, dtype: str | None) -> Student | None:
     name = recipe.training.live_teacher
     if name is None or not recipe.losses.in_batch_imitation:
@@ -498,14 +552,24 @@ def _load_live_teacher(recipe: Recipe, *, device: str | None, dtype: str | None)
     return Student.load(name, device=own_device(device), dtype=dtype)
 
 
-def _with_live_teacher(labelled: Sequence[LabelledSource], teacher: Student) -> list[LabelledSource]:
+def _with_live_teacher(
+    labelled: Sequence[LabelledSource], teacher: Student, scores: LiveScores
+) -> list[LabelledSource]:
     """The same data sets, whose pairs the live teacher scores; labelled pairs are not compared with one another."""
-    return [
-        replace(each, score_live=LiveTeacher(teacher, each.source.dataset, each.source.task))
-        if each.source.pairs is None
-        else each
-        for each in labelled
-    ]
+    sources: list[LabelledSource] = []
+    for each in labelled:
+        if each.source.pairs is None:
+            live = LiveTeacher(teacher, each.source.dataset, each.source.task, scores=scores)
+            if scores == "all" and not live.token_weight:
+                remarks.info(
+                    "distill: the live teacher's score gives tokens no weight in %s search, so on %s its vectors alone "
+                    "count",
+                    each.source.task,
+                    each.source.dataset.name,
+                )
+            each = replace(each, score_live=live)
+        sources.append(each)
+    return sources
 
 
 def _hypothetical_passages(
@@ -616,7 +680,7 @@ def _run_settings(
     ``started_from`` is the fingerprint of the student that training continues from, if any.
     """
     start = {} if started_from is None else {"started_from": started_from}
-    live = {} if live_teacher is None else {"live_teacher": live_teacher.fingerprint}
+    live = {} if live_teacher is None else _live_settings(live_teacher, recipe.training.live_teacher_scores)
     return (
         start
         | live

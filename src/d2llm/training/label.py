@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import PlanEntry
 from d2llm.data.training import TrainingSource, check_sources
 from d2llm.evaluation.judging import (
+    Budget,
     JudgingCounts,
     LabelWriter,
     QueryPairs,
@@ -124,7 +125,7 @@ def label(
             finished_queries += num_unfinished == 0
             finished_pairs += len(entry.passage_ids) - num_unfinished
     counts = JudgingCounts()
-    budget = _Budget(settings, started)
+    budget = Budget(settings, started)
     if num_pairs:
         load_teacher = partial(load_judge, teacher, device=device, dtype=dtype)
         load = partial(load_work, load_teacher, identity.fingerprint, judge_shard)
@@ -161,32 +162,6 @@ def label(
         unfinished_pairs=num_pairs - counts.pairs,
         ended_by=budget.ended_by,
     )
-
-
-class _Budget:
-    """What one call of ``label`` may cost; ``ended_by`` is the limit that was reached, if one was."""
-
-    def __init__(self, settings: LabellingConfig, started: float) -> None:
-        self._settings, self._started = settings, started
-        self.ended_by: str | None = None
-
-    def spend(self, queries: Iterable[QueryPairs], counts: JudgingCounts) -> Iterator[QueryPairs]:
-        """The queries, until a limit is reached; ``counts`` are updated while they are judged."""
-        for query in queries:
-            self.ended_by = self.ended_by or self._reached(counts)
-            if self.ended_by is not None:
-                return
-            yield query
-
-    def _reached(self, counts: JudgingCounts) -> str | None:
-        settings = self._settings
-        if settings.max_minutes is not None and time.monotonic() - self._started >= 60 * settings.max_minutes:
-            return f"labelling.max_minutes = {settings.max_minutes:g}"
-        if settings.max_tokens is not None and counts.tokens + counts.written_tokens >= settings.max_tokens:
-            return f"labelling.max_tokens = {settings.max_tokens}"
-        if settings.max_cost is not None and counts.cost >= settings.max_cost:
-            return f"labelling.max_cost = {settings.max_cost:g}"
-        return None
 
 
 def disagreements(source: TrainingSource, first: Student, second: Student) -> dict[str, float]:

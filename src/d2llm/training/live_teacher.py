@@ -5,35 +5,84 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import LiveScores
 from d2llm.core.types import Task
 from d2llm.data.beir import Dataset
+from d2llm.models.backbone import TextKind
+from d2llm.models.pooling import to_sphere
 from d2llm.models.student import Student
+from d2llm.ops.scoring import mean_best_cosines
 
 
 class LiveTeacher:
-    """The scores of any query and passage of one data set by another student's vectors and interaction.
+    """The scores of any query and passage of one data set by another student.
 
-    Every text is read once, when it is first asked for, and its vector stays in memory.
+    By ``tokens``, the score is MaxSim, the sum over the query's tokens of the highest cosine with a token of the
+    passage. By ``vectors``, it is that of the student's vectors and its interaction. By ``all``, the mean of these
+    highest cosines is added to it with its weight in the student's search, if it has one. Words never count.
+
+    Every text is read once, when it is first asked for, and what the score needs of it stays in memory: its vector, and
+    two bytes for each number of the vectors of its tokens.
 
     Source: Lin et al., "In-Batch Negatives for Knowledge Distillation with Tightly-Coupled Teachers for Dense
-    Retrieval", RepL4NLP 2021 (TCT-ColBERT), whose teacher compares tokens; this one compares vectors.
+    Retrieval", RepL4NLP 2021 (TCT-ColBERT), whose teacher is ColBERT's MaxSim. There, it may be trained along with the
+    student; here it is a finished student.
     """
 
-    def __init__(self, student: Student, dataset: Dataset, task: Task) -> None:
+    def __init__(self, student: Student, dataset: Dataset, task: Task, *, scores: LiveScores = "all") -> None:
+        """Raises an ``InputError`` if the scores are those of tokens and the student has no vectors of them."""
         self._student, self._dataset = student, dataset
         self._task: Task = task
-        self._queries: dict[str, NDArray[np.float32]] = {}
-        self._passages: dict[str, NDArray[np.float32]] = {}
+        self._only_tokens = scores == "tokens"
+        weight = student.evidence_weights(task, stored=("token",)).terms.get("token_vectors", 0.0)
+        self.token_weight = weight if scores == "all" and student.token_projection is not None else 0.0
+        """The weight of tokens beside the vectors."""
+        if self._only_tokens and student.token_projection is None:
+            raise InputError(
+                'training.live_teacher_scores is "tokens", but the live teacher has no vectors of tokens: train them '
+                'with `d2llm fit-tokens`, or set "vectors"'
+            )
+        self._queries: dict[str, _Read] = {}
+        self._passages: dict[str, _Read] = {}
 
     def __call__(self, query: str, passage_ids: Sequence[str]) -> NDArray[np.float32]:
         """The scores [n] of a query's text with some passages of the data set."""
         if query not in self._queries:
-            self._queries[query] = self._student.encode_queries([query]).vectors[0]
-        new = [passage_id for passage_id in passage_ids if passage_id not in self._passages]
+            self._queries[query] = self._read([query], "query")[0]
+        new = [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in self._passages]
         if new:
             texts = [self._dataset.passages[passage_id].full_text for passage_id in new]
-            self._passages.update(zip(new, self._student.encode_passages(texts).vectors, strict=True))
-        passages = np.stack([self._passages[passage_id] for passage_id in passage_ids])
-        return self._student.score(self._queries[query], passages, self._task)
+            self._passages.update(zip(new, self._read(texts, "passage"), strict=True))
+        (vector, tokens), passages = self._queries[query], [self._passages[passage_id] for passage_id in passage_ids]
+        if self._only_tokens:
+            # Those of a long query were multiplied by a share, and the sum is over all that have a vector.
+            return len(tokens) * _mean_best(to_sphere(torch.from_numpy(tokens).float()), passages)
+        scores = self._student.score(vector, np.stack([each for each, _ in passages]), self._task)
+        if self.token_weight:
+            scores = scores + np.float32(self.token_weight) * _mean_best(torch.from_numpy(tokens).float(), passages)
+        return scores
+
+    def _read(self, texts: list[str], kind: TextKind) -> list[_Read]:
+        if self._only_tokens or self.token_weight:
+            encoded = self._student.encode_with_tokens(texts, kind)
+            assert encoded.tokens is not None
+            tokens = [each.astype(np.float16) for each in encoded.tokens.split()]
+        else:
+            encode = self._student.encode_queries if kind == "query" else self._student.encode_passages
+            encoded, tokens = encode(texts), [_NO_TOKENS] * len(texts)
+        return list(zip(encoded.vectors, tokens, strict=True))
+
+
+_Read = tuple[NDArray[np.float32], NDArray[np.float16]]
+"""The vector [dim] of a text, and those of its tokens [tokens, token_dim], if they count."""
+_NO_TOKENS = np.zeros((0, 0), np.float16)
+
+
+def _mean_best(query: torch.Tensor, passages: Sequence[_Read]) -> NDArray[np.float32]:
+    """The mean, over a query's tokens, of the highest cosine with a token of each passage [n]."""
+    rows = [torch.from_numpy(tokens).float() for _, tokens in passages]
+    return mean_best_cosines([query], rows)[0].numpy()

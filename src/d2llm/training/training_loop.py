@@ -20,7 +20,15 @@ from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.recipe import Recipe, TrainingConfig
 from d2llm.core.time_limit import seconds_left, time_limit
 from d2llm.core.types import Task
-from d2llm.data.collation import Draw, LabelledSource, batches_per_epoch, collate, epoch_batches, queries_by_set
+from d2llm.data.collation import (
+    Draw,
+    LabelledSource,
+    batches_per_epoch,
+    collate,
+    epoch_batches,
+    in_batch_pairs,
+    queries_by_set,
+)
 from d2llm.data.plan import read_plan, write_plan
 from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
@@ -125,7 +133,7 @@ class DistillRun:
         """Begin a run, or resume the one whose checkpoint is in ``folder``.
 
         ``settings`` is JSON with everything that affects the run; a checkpoint with other settings is from another run.
-        ``ask_teacher`` is called if ``training.unjudged`` is "ask_teacher".
+        ``ask_teacher`` is called if ``training.unjudged`` or ``training.in_batch_labels`` says so.
         """
         self.student = student
         self.recipe = recipe
@@ -211,8 +219,10 @@ class DistillRun:
                 return True
             epoch, place = divmod(progress.step, self.per_epoch)
             if not batches or place == 0:
-                if place == 0 and training.remine and self.saved_step != progress.step:
-                    self._save()  # a run that is resumed must not see this epoch's plans and labels in the last one
+                if place == 0 and (training.remine or training.in_batch_labels) and self.saved_step != progress.step:
+                    # A run that is resumed must not see this epoch's plans and labels in the last one, and the teacher
+                    # may take long, or end the run.
+                    self._save()
                 self._remine(epoch)
                 batches = self._batches(epoch)
                 if place == 0:
@@ -399,14 +409,31 @@ class DistillRun:
     def _judged_alone(self, mined: LabelledSource) -> LabelledSource:
         """Keep only the mined negatives that the teacher has judged; with "ask_teacher", it judges new ones first."""
         if self.recipe.training.unjudged == "ask_teacher":
-            if self.processes.is_first:
-                labelled = (entry for entry in mined.entries if entry.query_id not in mined.unlabelled)
-                self.ask_teacher(mined, {entry.query_id: entry.hard_negatives for entry in labelled})
-            self.processes.from_first(None)  # wait until the labels are written
-            mined = replace(mined, labels=mined.labels.read_again())
+            labelled = (entry for entry in mined.entries if entry.query_id not in mined.unlabelled)
+            mined = self._let_teacher_judge(mined, {entry.query_id: entry.hard_negatives for entry in labelled})
         return mined.without_unjudged_negatives()
 
+    def _let_teacher_judge(self, labelled: LabelledSource, passages: Mapping[str, Sequence[str]]) -> LabelledSource:
+        """The data set with the teacher's labels of these passages (query_id -> passage ids) beside those it has."""
+        if self.processes.is_first:
+            self.ask_teacher(labelled, passages)
+        self.processes.from_first(None)  # wait until the labels are written
+        return replace(labelled, labels=labelled.labels.read_again())
+
     def _batches(self, epoch: int) -> list[tuple[LabelledSource, list[Draw]]]:
+        """The batches of an epoch; with ``training.in_batch_labels``, all of their pairs have labels."""
+        batches = self._draw_batches(epoch)
+        if not self.recipe.training.in_batch_labels:
+            return batches
+        pairs = in_batch_pairs(batches)
+        self.sources = [
+            self._let_teacher_judge(each, pairs[name]) if (name := each.source.dataset.name) in pairs else each
+            for each in self.sources
+        ]
+        by_name = {each.source.dataset.name: each for each in self.sources}
+        return [(by_name[labelled.source.dataset.name], draws) for labelled, draws in batches]
+
+    def _draw_batches(self, epoch: int) -> list[tuple[LabelledSource, list[Draw]]]:
         training = self.recipe.training
         return epoch_batches(
             self.sources,

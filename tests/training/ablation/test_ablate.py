@@ -469,9 +469,10 @@ def test_labels_that_a_variant_asks_for_are_its_own(place: Place, tmp_path: Path
     }
     before = LabelStore.open_for_reading(place.labels, **key).num_pairs
     recipe = small_recipe(place, residual=ResidualConfig(epochs=1, warmup_steps=0, batch_queries=4, num_near=5))
-    report = run(place, tmp_path, recipe=recipe, variants=["ask-teacher", "leave-out"], num_seeds=1)
-    assert {row.name for row in report.rows} == {"ask-teacher", "leave-out"}
+    report = run(place, tmp_path, recipe=recipe, variants=["ask-teacher", "in-batch-labels", "leave-out"], num_seeds=1)
+    assert {row.name for row in report.rows} == {"ask-teacher", "in-batch-labels", "leave-out"}
     assert not report.failed
     assert LabelStore.open_for_reading(place.labels, **key).num_pairs == before
-    own = Path(report.folder, "ask-teacher", "seed-0.run", "labels")
-    assert LabelStore.open_for_reading(own, **key).num_pairs > before
+    for name in ("ask-teacher", "in-batch-labels"):
+        own = Path(report.folder, name, "seed-0.run", "labels")
+        assert LabelStore.open_for_reading(own, **key).num_pairs > before

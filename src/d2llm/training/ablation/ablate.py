@@ -105,7 +105,7 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
             shared.sources,
             folder,
             recipe=recipe.model_copy(update={"seed": seed}),
-            labels=_own_labels(shared, folder) if recipe.training.unjudged == "ask_teacher" else shared.labels,
+            labels=_own_labels(shared, folder) if recipe.training.asks_teacher else shared.labels,
             teacher=shared.teacher,
             closed_gates=shared.closed_gates if recipe.losses.imitates else (),
             device=shared.device,

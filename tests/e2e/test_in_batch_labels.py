@@ -1,0 +1,143 @@
+"""``training.in_batch_labels``: the teacher judges all pairs of a batch before it is used."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.core.recipe import LabellingConfig, LossWeights, TeacherConfig
+from d2llm.data.collation import DistillationBatch, LabelledSource
+from d2llm.data.labels import LabelStore
+from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.training import training_loop
+from tiny_data import tiny_recipe
+from tiny_distill import LEARNING, Place
+from tiny_models import tiny_student_config
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("in-batch"))
+
+
+def store_of(place: Place, folder: Path) -> LabelStore:
+    identity = identify_judge(place.teacher)
+    source = place.source
+    return LabelStore(
+        folder, teacher=identity.fingerprint, prompt=identity.prompts[source.task], dataset=source.dataset.name
+    )
+
+
+def run(
+    place: Place, folder: Path, patch: pytest.MonkeyPatch, *, in_batch_labels: bool = True, **options: Any
+) -> list[DistillationBatch]:
+    """Run on a copy of the labels, which an earlier run may have left; return the batches of the training."""
+    if not (folder / "labels").exists():
+        shutil.copytree(place.labels, folder / "labels")
+    batches: list[DistillationBatch] = []
+    collate = training_loop.collate
+
+    def recorded(labelled: LabelledSource, draws: Any) -> DistillationBatch:
+        batches.append(collate(labelled, draws))
+        return batches[-1]
+
+    with patch.context() as context:
+        context.setattr(training_loop, "collate", recorded)
+        place.run(folder / "student", labels=folder / "labels", in_batch_labels=in_batch_labels, patience=99, **options)
+    return batches
+
+
+def unlabelled(batch: DistillationBatch) -> int:
+    return int(((batch.positive | batch.hard | batch.easy) & ~batch.labelled).sum())
+
+
+def test_every_pair_of_a_batch_has_the_teachers_own_label(place, tmp_path, monkeypatch):
+    assert sum(map(unlabelled, run(place, tmp_path / "without", monkeypatch, in_batch_labels=False))) > 0
+    batches = run(place, tmp_path / "with", monkeypatch)
+    assert len(batches) == 8
+    assert sum(map(unlabelled, batches)) == 0
+    before, after = store_of(place, place.labels), store_of(place, tmp_path / "with" / "labels")
+    assert after.num_pairs > before.num_pairs
+    judge, source = load_judge(place.teacher, device="cpu", dtype="float32"), place.source
+    for entry in source.plan.entries:
+        old, odds = before.log_odds(entry.query_id), after.log_odds(entry.query_id)
+        assert old.items() <= odds.items()  # earlier labels are unchanged, and so are the cosines
+        assert after.gram(entry.query_id)[0] == before.gram(entry.query_id)[0]
+        new = [passage_id for passage_id in odds if passage_id not in old]
+        texts = [(source.query_text(entry.query_id), source.passage_text(passage_id)) for passage_id in new]
+        expected = judge.judge(texts, source.task).log_odds.tolist()
+        assert [odds[passage_id] for passage_id in new] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    for batch in batches:
+        for row, query_id in enumerate(batch.query_ids):
+            odds = after.log_odds(query_id)
+            for column, passage_id in enumerate(batch.passage_ids):
+                if batch.easy[row, column]:
+                    assert batch.teacher_log_odds[row, column] == odds[passage_id]
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(place, tmp_path, monkeypatch):
+    run(place, tmp_path / "whole", monkeypatch)
+
+    def stop(*arguments: Any, **options: Any) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == 6:  # of 8, in the second epoch
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    step, steps = training_loop.optimizer_step, 0
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop, "optimizer_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(place, tmp_path / "stopped", monkeypatch)
+    labels = store_of(place, tmp_path / "stopped" / "labels").num_pairs
+    with monkeypatch.context() as patch:
+        patch.setattr("d2llm.training.distill.load_judge", refuse)  # all pairs of both epochs have labels by now
+        run(place, tmp_path / "stopped", monkeypatch)
+    assert store_of(place, tmp_path / "stopped" / "labels").num_pairs == labels
+    for name in ("head.safetensors", "adapter.safetensors"):
+        whole, resumed = (tmp_path / folder / "student" / name for folder in ("whole", "stopped"))
+        assert whole.read_bytes() == resumed.read_bytes()
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("the teacher is loaded although it has nothing to judge")
+
+
+def test_the_teacher_is_not_asked_behind_a_closed_gate(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("d2llm.training.distill.load_judge", refuse)
+    batches = run(place, tmp_path, monkeypatch, closed_gates=[place.source.dataset.name])
+    assert not any(batch.labelled.any() for batch in batches)
+
+
+def test_labels_for_mined_negatives_and_the_batch_come_together(place, tmp_path, monkeypatch):
+    batches = run(place, tmp_path, monkeypatch, remine=True, unjudged="leave_out")
+    assert sum(map(unlabelled, batches)) == 0
+
+
+def test_a_limit_ends_the_run_and_the_next_goes_on(place, tmp_path, monkeypatch):
+    recipe = tiny_recipe(tiny_student_config(place.model), **LEARNING | {"in_batch_labels": True})
+    limited = recipe.model_copy(update={"labelling": LabellingConfig(max_tokens=1)})
+    monkeypatch.setattr("d2llm.evaluation.judging._PAIRS_AT_ONCE", 8)  # looks at the limit after so many
+    with pytest.raises(InputError, match=r"pairs that the teacher is to judge .*labelling\.max_tokens = 1 was reached"):
+        run(place, tmp_path, monkeypatch, recipe=limited)
+    begun = store_of(place, tmp_path / "labels").num_pairs
+    assert begun > store_of(place, place.labels).num_pairs
+    batches = run(place, tmp_path, monkeypatch, recipe=recipe)
+    assert sum(map(unlabelled, batches)) == 0
+    assert store_of(place, tmp_path / "labels").num_pairs > begun
+
+
+@pytest.mark.parametrize("setting", [{"in_batch_labels": True}, {"unjudged": "ask_teacher"}])
+def test_a_listwise_teacher_cannot_add_to_its_lists(place, tmp_path, setting):
+    remote = {"url": "http://127.0.0.1:9/v1", "revision": "1"}
+    teacher = TeacherConfig.model_validate({"model": "any", "kind": "listwise", "remote": remote})
+    recipe = tiny_recipe(
+        tiny_student_config(place.model), losses=LossWeights(feature_imitation=0.0), **LEARNING | setting
+    )
+    with pytest.raises(InputError, match="kind listwise only orders those that it sees together"):
+        place.run(tmp_path / "student", recipe=recipe, teacher=teacher)
