@@ -3,7 +3,9 @@
 It stands for a strong teacher where none can be reached: everything between `d2llm label` or `d2llm gate` and the
 answers is as with a live endpoint. `judgements/NAME.jsonl` has the grades by query and passage id, so the texts come
 from the data set itself. A pair that was not recorded gets no grade, which a teacher with `unanswered = "undecided"`
-counts.
+counts. With `--unlisted GRADE`, passages that are in no list of a recorded query get this grade, as
+`training.in_batch_labels` needs (judgements/README.md says why 0 is near the truth); queries without a list still get
+none.
 
     python benchmarks/recorded_judge.py DATA --port 8123      # then: url = "http://127.0.0.1:8123/v1"
 """
@@ -77,8 +79,11 @@ def recorded_teacher(url: str) -> TeacherConfig:
 
 
 @contextmanager
-def recorded_judge(data: Path, *, port: int = 0) -> Iterator[str]:
-    """Serve the recorded grades of a data set on a local port; yields the address for ``teacher.remote.url``."""
+def recorded_judge(data: Path, *, port: int = 0, unlisted: float | None = None) -> Iterator[str]:
+    """Serve the recorded grades of a data set on a local port; yields the address for ``teacher.remote.url``.
+
+    ``unlisted`` is the grade of the passages that are in no list of a recorded query; None gives them no grade.
+    """
     dataset = read_beir(data, splits=["train", "dev"])
     by_ids = mean_grades(read_graded_lists(data.name))
     grades: dict[str, dict[str, float]] = {}
@@ -89,8 +94,11 @@ def recorded_judge(data: Path, *, port: int = 0) -> Iterator[str]:
 
     def answer(prompt: str) -> str:
         queries = _QUERY.findall(prompt)
-        own = grades.get(_plain(queries[0]), {}) if queries else {}
-        shown = [(place, _grade(own, _plain(text))) for place, text in _PASSAGE.findall(prompt)]
+        own = grades.get(_plain(queries[0])) if queries else None
+        if own is None:
+            return ""
+        graded = [(place, _grade(own, _plain(text))) for place, text in _PASSAGE.findall(prompt)]
+        shown = [(place, unlisted if grade is None else grade) for place, grade in graded]
         return "\n".join(f"[{place}] {grade:g}" for place, grade in shown if grade is not None)
 
     def usage(prompt: str, written: str) -> dict[str, int]:
@@ -115,8 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--unlisted", type=float, metavar="GRADE", help="grade of passages outside a query's lists")
     given = parser.parse_args()
-    with recorded_judge(given.data, port=given.port) as url:
+    with recorded_judge(given.data, port=given.port, unlisted=given.unlisted) as url:
         print(f"recorded grades of {given.data.name} at {url}", flush=True)
         while True:
             time.sleep(3600)

@@ -43,3 +43,17 @@ def test_a_graded_teacher_repeats_what_was_recorded(shared_data: Path, name: str
     assert result.grades is not None
     assert np.isnan(result.grades[-1])
     np.testing.assert_allclose(result.grades[:-1], [expected[query][passage] for query, passage in pairs], rtol=1e-5)
+
+
+def test_passages_outside_the_lists_get_the_given_grade_and_unknown_queries_none(shared_data: Path) -> None:
+    dataset = read_beir(shared_data / "covidqa", splits=["train", "dev"])
+    one = next(each for each in read_graded_lists("covidqa") if each.split == "train")
+    outside = next(passage_id for passage_id in dataset.passages if passage_id not in one.passages)
+    query = dataset.queries[one.query_id].text
+    pairs = [(query, dataset.passages[passage_id].full_text) for passage_id in (*one.passages, outside)]
+    with recorded_judge(shared_data / "covidqa", unlisted=3) as url:
+        result = load_judge(recorded_teacher(url)).judge([*pairs, ("what do cows drink", "Grass.")], one.task)
+    assert result.grades is not None
+    np.testing.assert_allclose(result.grades[:-1], [*one.grades, 3], rtol=1e-5)
+    assert np.isnan(result.grades[-1])
+    assert result.num_undecided == 1
