@@ -1,0 +1,107 @@
+"""Writes the recorded lists that have no data set of their own as data sets.
+
+Queries that a model wrote (`written_queries/styles`), with the lists that a large language model graded: a folder
+`SET-written` in the BEIR layout, whose passages of a grade of 70 or more, and the passage that a query was written for,
+are relevant. Texts of one kind (`judgements/SET-passages.jsonl`, `SET-queries.jsonl`): a folder of labelled pairs with
+the grade as score. A fifth of the queries, chosen by the passage they were written for, are dev.
+
+    python benchmarks/judged_sets.py DATA OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from recorded_judge import RECORDED, GradedList, mean_grades, read_graded_lists
+
+from d2llm.data.beir import read_beir
+
+STYLES = Path(__file__).parent / "written_queries" / "styles"
+RELEVANT = 70
+_DEV_SHARE = 0.2
+
+
+def split_of(name: str) -> str:
+    """The split of everything that was made of one passage or query."""
+    draw = int.from_bytes(hashlib.sha256(f"judged set {name}".encode()).digest()[:8], "big") / 2**64
+    return "dev" if draw < _DEV_SHARE else "train"
+
+
+def written_queries(name: str) -> dict[str, tuple[str, str]]:
+    """query id -> text and the passage that it was written for; ids are those of `judgements/lists.py`."""
+    found: dict[str, tuple[str, str]] = {}
+    for line in map(json.loads, (STYLES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()):
+        for place, text in enumerate(line["queries"]):
+            found[f"{line['kind']}-{place}-{line['id']}"] = (text, line["id"])
+    return found
+
+
+def write_written(data: Path, out: Path, name: str) -> str:
+    """Write the written queries of a data set whose lists were graded."""
+    lists = mean_grades(read_graded_lists(f"{name}-written"))
+    queries = written_queries(name)
+    folder = out / f"{name}-written"
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(data / name / "corpus.jsonl.gz", folder / "corpus.jsonl.gz")
+    _write_lines(folder / "queries.jsonl.gz", [{"_id": each, "text": queries[each][0]} for each in lists])
+    rows: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
+    for query_id, grades in lists.items():
+        source = queries[query_id][1]
+        relevant = {each for each, grade in grades.items() if grade >= RELEVANT} | {source}
+        rows[split_of(source)] += [f"{query_id}\t{passage}\t1" for passage in sorted(relevant)]
+    for split, lines in rows.items():
+        text = "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n"
+        (folder / "qrels" / f"{split}.tsv").write_text(text, encoding="utf-8")
+    return f"{folder.name}: {len(lists)} queries"
+
+
+def write_pairs(data: Path, out: Path, name: str, kind: str) -> str:
+    """Write the graded pairs of texts of one kind of a data set."""
+    dataset = read_beir(data / name, splits=["train"])
+    texts: dict[str, str] = (
+        {each: passage.full_text for each, passage in dataset.passages.items()}
+        if kind == "passages"
+        else {each: query.text for each, query in dataset.queries.items()}
+    )
+    lists = read_graded_lists(f"{name}-{kind}")
+    folder = out / f"{name}-{kind}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "dev"):
+        chosen = [each for each in lists if split_of(each.query_id) == split]
+        _write_lines(folder / f"{split}.jsonl.gz", [line for each in chosen for line in _pairs(each, texts)])
+    (folder / "README").write_text("score 0 (unrelated) to 100 (same meaning), by a large language model\n")
+    return f"{folder.name}: {sum(len(each.passages) for each in lists)} pairs"
+
+
+def _pairs(graded: GradedList, texts: dict[str, str]) -> list[dict[str, Any]]:
+    pairs = zip(graded.passages, graded.grades, strict=True)
+    return [{"query": texts[graded.query_id], "document": texts[each], "score": grade} for each, grade in pairs]
+
+
+def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Write all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    given = parser.parse_args()
+    for path in sorted(RECORDED.glob("*-written.jsonl")):
+        print(write_written(given.data, given.out, path.stem.removesuffix("-written")))
+    for kind in ("passages", "queries"):
+        for path in sorted(RECORDED.glob(f"*-{kind}.jsonl")):
+            print(write_pairs(given.data, given.out, path.stem.removesuffix(f"-{kind}"), kind))
+
+
+if __name__ == "__main__":
+    main()
