@@ -703,7 +703,7 @@ def main() -> None:
         if not (given.cache / f"{name}.npz").is_file():
             student = student or Student.load(STUDENT)
             dataset = read_beir(given.data / name, splits=["train", "dev"])
-            np.savez(given.cache / f"{name}.npz", **encode_set(dataset, task, student))
+            np.savez(given.cache / f"{name}.npz", allow_pickle=False, **encode_set(dataset, task, student))
     sets = {
         name: {kind: read_lists(given.cache / f"{name}.npz", kind) for kind in ("graded", "judged", "dev")}
         for name in given.sets
