@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,8 +25,19 @@ def judge(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="The query.")],
     passages: Annotated[list[str], typer.Argument(metavar="PASSAGE", help="Texts to judge.")],
     teacher: Annotated[
-        str, teacher_option(metavar="NAME_OR_FOLDER", help="A model, or a folder that tune-teacher wrote.")
-    ] = "smollm2",
+        str | None,
+        teacher_option(
+            metavar="NAME_OR_FOLDER", help="A model, or a folder that tune-teacher wrote.", show_default="smollm2"
+        ),
+    ] = None,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", exists=True, help="Repeat the grades of these lists (JSON Lines) instead."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", exists=True, help="With --recorded: the data set whose ids the lists name."),
+    ] = None,
     task: Annotated[
         Task, typer.Option(help="Whether a passage answers a query (asymmetric) or means the same (symmetric).")
     ] = "asymmetric",
@@ -35,14 +47,20 @@ def judge(
     json_path: JsonOption = None,
 ) -> None:
     """Ask a teacher how likely a passage is to answer a query."""
-    from d2llm.models.teachers.judge import load_judge
+    from d2llm.models.teachers.judge import load_judge, recorded_teacher
     from d2llm.reports.search_tables import judgement_table
 
     for text in (query, *passages):
         if not text.strip():
             raise InputError(f"{text!r} has no text; give a query and passages with words in them")
     session = session_of(context)
-    model = load_judge(teacher_config(teacher, prompt), device=device, dtype=dtype)
+    if recorded is None:
+        if data is not None:
+            raise InputError("--data is for --recorded FILE, whose lists name texts by their ids; leave it out")
+        config = teacher_config(teacher or "smollm2", prompt)
+    else:
+        config = recorded_teacher(teacher_config(teacher or "graded:recorded", prompt), recorded, data)
+    model = load_judge(config, device=device, dtype=dtype)
     log_odds: list[float] = model.judge([(query, passage) for passage in passages], task).log_odds.tolist()
     session.show(judgement_table(query, passages, log_odds))
     judged = [{"passage": text, "log_odds": value} for text, value in zip(passages, log_odds, strict=True)]

@@ -309,6 +309,15 @@ class RunOptions:
             "be given several times.",
         ),
     ] = None
+    recorded: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            help="The recipe's graded teacher repeats these graded lists (JSON Lines, or a folder with NAME.jsonl for "
+            "each data set) and asks no endpoint.",
+        ),
+    ] = None
     device: DeviceOption = None
     dtype: DtypeOption = None
     json_path: Annotated[
@@ -331,7 +340,7 @@ class RunOptions:
         """
         from d2llm.training.run import Run
 
-        run = Run(recipe, self.out, data=self.data or (), device=self.device, dtype=self.dtype)
+        run = Run(recipe, self.out, data=self.data or (), recorded=self.recorded, device=self.device, dtype=self.dtype)
         in_existing_folder_or_run(run.parts.path, [self.json_path, *files])
         return run
 

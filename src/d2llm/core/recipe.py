@@ -405,6 +405,17 @@ class ListsConfig(_Section):
     """How often passages are shown that an answer left out."""
 
 
+class RecordedConfig(_Section):
+    """Recorded grades, which a graded teacher repeats instead of asking its endpoint (docs/remote-teacher.md)."""
+
+    lists: str
+    """A file of graded lists, or a folder with one for each data set, NAME.jsonl."""
+    data: tuple[str, ...] = ()
+    """Folders of the data sets that the lists' ids are of. In a recipe, its own data sets by default."""
+    unlisted: float | None = Field(default=None, ge=0, le=100)
+    """The grade of a passage that the list of its query does not have. By default, the pair is undecided."""
+
+
 class VllmConfig(_Section):
     """How vLLM's offline engine loads and runs a teacher (docs/how-to/large-teachers.md)."""
 
@@ -465,6 +476,7 @@ class TeacherConfig(_Section):
     vllm: VllmConfig | None = None
     remote: RemoteConfig | None = None
     lists: ListsConfig | None = None
+    recorded: RecordedConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -479,6 +491,8 @@ class TeacherConfig(_Section):
 
     @model_validator(mode="after")
     def _check_lists(self) -> TeacherConfig:
+        if self.recorded is not None and self.kind != "graded":
+            raise ValueError(f'the section recorded has grades: it needs kind = "graded", not "{self.kind}"')
         if self.kind not in LIST_KINDS:
             if self.lists is not None:
                 raise ValueError(

@@ -142,7 +142,7 @@ def tuning_settings(teacher: TeacherConfig, tuning: TeacherTuningConfig, seed: i
     """
     # A teacher that vLLM runs is tuned as any other.
     tuned = teacher.model_copy(update={"kind": "auto"}) if teacher.kind == "vllm" else teacher
-    judging = {"stack_with_cosine", "remote", "lists", "vllm", "dtype", "device_map", "quantization"}
+    judging = {"stack_with_cosine", "remote", "lists", "recorded", "vllm", "dtype", "device_map", "quantization"}
     values = tuning.model_dump(
         mode="json", exclude={"checkpoint_minutes", "graph_gib", "gradient_checkpointing", "quantization"}
     )

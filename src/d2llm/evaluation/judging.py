@@ -259,18 +259,23 @@ def with_rate(advance: Advance, counts: JudgingCounts | None = None) -> Callable
 
 @dataclass(frozen=True, slots=True)
 class PoolScores:
-    """Scores by query_id and passage_id. ``num_truncated`` of the ``num_new`` pairs judged now were truncated."""
+    """Scores by query_id and passage_id.
+
+    Of the ``num_new`` pairs judged now, ``num_truncated`` were truncated and ``num_undecided`` got no answer.
+    """
 
     scores: dict[str, dict[str, float]]
     num_new: int
     num_truncated: int
+    num_undecided: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The note for a report on truncated pairs, if there are any."""
-        if not self.num_truncated:
-            return ()
-        return (f"{self.num_truncated:,} of {self.num_new:,} pairs judged now were truncated",)
+        """The notes for a report on truncated and undecided pairs, if there are any."""
+        counts = {"were truncated": self.num_truncated, "are undecided (log-odds 0)": self.num_undecided}
+        return tuple(
+            f"{number:,} of {self.num_new:,} pairs judged now {what}" for what, number in counts.items() if number
+        )
 
 
 Pool = Mapping[str, Sequence[str]]
@@ -363,7 +368,7 @@ def judge_pool(
     for query_id, passage_ids in pool.items():
         values = scores[query_id] | labels.log_odds(query_id)
         scores[query_id] = {passage_id: values[passage_id] for passage_id in passage_ids}
-    return PoolScores(scores, counts.pairs, counts.truncated)
+    return PoolScores(scores, counts.pairs, counts.truncated, counts.undecided)
 
 
 def _chunks(queries: Iterable[QueryPairs]) -> Iterator[list[QueryPairs]]:

@@ -526,11 +526,12 @@ def make_judge_dev_set(
 
 @dataclass(frozen=True, slots=True)
 class JudgedDev:
-    """A judge's scores of a dev set. ``num_truncated`` of the ``num_new`` pairs judged now were truncated."""
+    """A judge's scores of a dev set, and counts of the ``num_new`` pairs judged now (``PoolScores``)."""
 
     scores: Scores
     num_new: int
     num_truncated: int
+    num_undecided: int
 
 
 def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, placement: Placement = HERE) -> JudgedDev:
@@ -557,7 +558,7 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, placement: P
     scores = [
         np.array([pool.scores[query_id][passage_id] for passage_id in ids]) for query_id, ids in dev.candidates.items()
     ]
-    return JudgedDev(scores, pool.num_new, pool.num_truncated)
+    return JudgedDev(scores, pool.num_new, pool.num_truncated, pool.num_undecided)
 
 
 def _nearest(

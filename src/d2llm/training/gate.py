@@ -71,7 +71,7 @@ class GateReport:
     """The gates of one teacher (fingerprint) against one cosine (fingerprint).
 
     ``num_seen`` of the queries were used to fit the weights of the teacher, if it is a stack. ``num_truncated`` of the
-    ``num_judged`` pairs judged now were truncated.
+    ``num_judged`` pairs judged now were truncated, ``num_undecided`` got no answer and count as log-odds 0.
     """
 
     teacher: str
@@ -82,6 +82,7 @@ class GateReport:
     num_seen: int
     num_judged: int
     num_truncated: int
+    num_undecided: int
     seconds: float
 
     @property
@@ -177,6 +178,7 @@ def gate(
         num_seen=sum(len(fitted_on.get(dev.name, frozenset()) & dev.queries.keys()) for dev in sets),
         num_judged=sum(judged_dev.num_new for judged_dev in by_teacher),
         num_truncated=sum(judged_dev.num_truncated for judged_dev in by_teacher),
+        num_undecided=sum(judged_dev.num_undecided for judged_dev in by_teacher),
         seconds=time.monotonic() - started,
     )
     head = {"kind": _KIND, "format_version": _FORMAT_VERSION, "packages": package_versions()}

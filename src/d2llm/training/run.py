@@ -81,6 +81,7 @@ class Run:
         folder: str | Path | None = None,
         *,
         data: Sequence[str] | str = (),
+        recorded: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
         show_progress: bool | None = None,
@@ -92,17 +93,20 @@ class Run:
             folder: by default ``runs/<name of the recipe>``.
             data: where the data sets are: "name=folder", where the name is the last part of a path in the recipe; or
                 folders that contain data sets by these names.
+            recorded: a file of graded lists, or a folder with one for each data set: the recipe's graded teacher
+                repeats these grades (``teacher.recorded.lists``).
             device: where to compute; by default the best device available.
             dtype: number format of the models; by default the fastest on that device.
             show_progress: whether its steps show progress (``core.progress.showing_progress``).
 
         Raises:
             RecipeError: there is no such recipe, or two of its data sets have the same name.
-            InputError: ``data`` names a set that the recipe does not have, or a data set is not on this machine.
+            InputError: ``data`` names a set that the recipe does not have, or a data set is not on this machine;
+                grades are recorded, but the teacher is not graded.
         """
         source = "recipe" if isinstance(recipe, Recipe) else str(recipe)
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(source)
-        self.recipe = with_data(loaded, strings_of(data, "data"))
+        self.recipe = with_recorded(with_data(loaded, strings_of(data, "data")), recorded)
         require_distinct_data(self.recipe, where=source)
         require_data(self.recipe)
         name = Path(source).stem if self.recipe.name == "unnamed" else self.recipe.name
@@ -710,6 +714,18 @@ def with_data(recipe: Recipe, places: Sequence[str]) -> Recipe:
         for name, path in paths.items():
             data[name] = data[name].model_copy(update={"path": path})
     return recipe.model_copy(update={"data": tuple(data.values())}) if places else recipe
+
+
+def with_recorded(recipe: Recipe, lists: str | Path | None) -> Recipe:
+    """The recipe whose teacher repeats ``lists``, if given, of the recipe's data sets."""
+    from d2llm.models.teachers.judge import recorded_teacher
+
+    teacher = recipe.teacher if lists is None else recorded_teacher(recipe.teacher, Path(lists))
+    if teacher.recorded is None:
+        return recipe
+    data = teacher.recorded.data or tuple(item.path for item in recipe.data)
+    recorded = teacher.recorded.model_copy(update={"data": data})
+    return recipe.model_copy(update={"teacher": teacher.model_copy(update={"recorded": recorded})})
 
 
 def require_data(recipe: Recipe) -> None:

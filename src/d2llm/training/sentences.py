@@ -45,6 +45,8 @@ def gate_advice(report: GateReport) -> str:
         )
     if report.num_truncated:
         parts.append(f"{report.num_truncated:,} pairs were truncated to the teacher's length limit.")
+    if report.num_undecided:
+        parts.append(f"{report.num_undecided:,} of {report.num_judged:,} pairs got no answer and count as undecided.")
     if not report.closed:
         return " ".join(["gate: open for every data set: the teacher is significantly better than the cosine.", *parts])
     closed = ", ".join(report.closed)
@@ -70,7 +72,8 @@ def describe_labels(report: LabelReport) -> str:
             f"; {report.unfinished_pairs:,} pairs are left, because {report.ended_by} was reached: label again to go "
             "on, or raise the limit"
         )
-    return f"{report.pairs:,} pairs of {report.queries:,} queries labelled{spent}{before}{ended}"
+    undecided = f", {report.num_undecided:,} of them undecided (log-odds 0)" if report.num_undecided else ""
+    return f"{report.pairs:,} pairs of {report.queries:,} queries labelled{undecided}{spent}{before}{ended}"
 
 
 def describe_distillation(report: DistillReport) -> str:

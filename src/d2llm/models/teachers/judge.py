@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from d2llm.core.errors import InputError
-from d2llm.core.recipe import REMOTE_KINDS, TeacherConfig
+from d2llm.core.recipe import REMOTE_KINDS, RecordedConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.teachers.identity import (
     LOCAL_KINDS,
@@ -109,6 +110,23 @@ def asks_endpoint(config: TeacherConfig) -> bool:
     return not REMOTE_KINDS.isdisjoint(_kinds(config))
 
 
+def recorded_teacher(config: TeacherConfig, lists: Path, data: Path | None = None) -> TeacherConfig:
+    """The graded teacher ``config`` that repeats the grades in ``lists``, whose ids are those of ``data``.
+
+    Raises:
+        InputError: it is not of kind ``graded``.
+    """
+    if config.kind != "graded":
+        raise InputError(
+            f"{lists}: recorded grades are those of a graded teacher, and '{config.model}' is of kind {config.kind}; "
+            'name the model that gave them as graded:MODEL, or set kind = "graded" in [teacher]'
+        )
+    unlisted = None if config.recorded is None else config.recorded.unlisted
+    own = () if config.recorded is None else config.recorded.data
+    recorded = RecordedConfig(lists=str(lists), data=own if data is None else (str(data),), unlisted=unlisted)
+    return config.model_copy(update={"recorded": recorded})
+
+
 def ranks_lists(teacher: Judge | TeacherConfig) -> bool:
     """Whether log-odds compare only the passages of one query that were judged in one call: kind ``listwise``.
 
@@ -131,7 +149,7 @@ def _kinds(config: TeacherConfig) -> set[str]:
 
 def _teacher_class(config: TeacherConfig) -> Any:
     """The class of the teacher's kind, imported only when it is needed."""
-    module, name = _CLASSES[find_kind(config)]
+    module, name = _CLASSES["recorded" if config.recorded is not None else find_kind(config)]
     return getattr(importlib.import_module(f"d2llm.models.teachers.{module}"), name)
 
 
@@ -143,6 +161,7 @@ _CLASSES = {
     "remote": ("remote", "RemoteTeacher"),
     "graded": ("lists", "GradedTeacher"),
     "listwise": ("lists", "ListwiseTeacher"),
+    "recorded": ("recorded", "RecordedTeacher"),
     "cosine": ("cosine", "CosineTeacher"),
     "stack": ("stacked", "StackedTeacher"),
 }

@@ -429,7 +429,8 @@ def _windows(length: int, size: int, step: int) -> list[tuple[int, int]]:
 def _sections(config: TeacherConfig) -> tuple[RemoteConfig, ListsConfig]:
     if config.remote is None:
         raise InputError(
-            f"the {config.kind} teacher '{config.model}' has no address; add [teacher.remote] with url = ..."
+            f"the {config.kind} teacher '{config.model}' has no address; add [teacher.remote] with url = ..., "
+            "or [teacher.recorded] with lists = ..., if its grades were recorded"
         )
     return config.remote, config.lists or ListsConfig()
 

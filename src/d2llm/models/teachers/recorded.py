@@ -1,0 +1,190 @@
+"""A graded teacher whose grades were recorded: it repeats them and asks no endpoint.
+
+It is the same teacher as one of kind ``graded`` with the same settings behind an endpoint, so either goes on with the
+labels of the other. A pair that was not recorded is undecided, and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from d2llm.core.errors import InputError
+from d2llm.core.fingerprint import fingerprint_json
+from d2llm.core.recipe import RecordedConfig, RemoteConfig, TeacherConfig
+from d2llm.core.types import TASKS, Task
+from d2llm.data.beir import Dataset
+from d2llm.data.graded_lists import GradedList, read_graded_lists
+from d2llm.data.open_data import open_data
+from d2llm.models.teachers.identity import TeacherIdentity
+from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.lists import GRADE_OF_ANSWERS, GRADES_PER_LOGIT, GradedTeacher
+
+_log = logging.getLogger(__name__)
+
+_NOWHERE = RemoteConfig(url="http://recorded.invalid/v1", api="chat")
+"""Stands for the endpoint where none is set: the identity of a teacher depends on its other settings alone."""
+_Grades = dict[str, dict[str, list[float]]]
+
+
+class RecordedTeacher:
+    """Repeats the grades of the lists in ``config.recorded``."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        """Read the lists, and the texts of their ids.
+
+        Raises:
+            DataFormatError: a file is no file of graded lists.
+            InputError: there are no lists, or their texts are not known.
+        """
+        if config.recorded is None:
+            raise InputError(f"nothing was recorded for the teacher '{config.model}'; set teacher.recorded.lists")
+        self.config = config
+        self.recorded = config.recorded
+        self._identity = self.identify(config)
+        self._grades: dict[Task, _Grades] = {task: {} for task in TASKS}
+        for file, data in _files(self.recorded):
+            self._add(file, data)
+        self._has_warned = False
+
+    @classmethod
+    def load(cls, config: TeacherConfig, *, device: Any = None, dtype: Any = None) -> RecordedTeacher:
+        """Like the constructor; ``device`` and ``dtype`` do not apply."""
+        del device, dtype
+        return cls(config)
+
+    @staticmethod
+    def identify(config: TeacherConfig) -> TeacherIdentity:
+        """The identity of the graded teacher behind its endpoint; grades of ``unlisted`` passages make it another."""
+        live = config if config.remote is not None else config.model_copy(update={"remote": _NOWHERE})
+        identity = GradedTeacher.identify(live)
+        unlisted = None if config.recorded is None else config.recorded.unlisted
+        if unlisted is None:
+            return identity
+        prompts: dict[Task, str] = {
+            task: fingerprint_json([prompt, "unlisted", unlisted]) for task, prompt in identity.prompts.items()
+        }
+        return TeacherIdentity(identity.fingerprint, prompts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of kind, model name and revision."""
+        return self._identity.fingerprint
+
+    def prompt_fingerprint(self, task: Task) -> str:
+        """Identity of the question."""
+        return self._identity.prompts[task]
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        """Look the pairs up (``Judge.judge``), by their texts; several grades of a pair are averaged."""
+        del with_features
+        grades = np.array([self._grade(self._grades[task], *pair) for pair in pairs], np.float32)
+        undecided = np.isnan(grades)
+        if undecided.any():
+            _log.log(
+                logging.INFO if self._has_warned else logging.WARNING,
+                "%s: %d of %d pairs were not recorded and count as undecided (log-odds 0)",
+                *(self.recorded.lists, undecided.sum(), len(pairs)),
+            )
+            self._has_warned = True
+        if advance is not None:
+            advance(len(pairs))
+        return Judgements(
+            np.where(undecided, 0, (grades - GRADE_OF_ANSWERS) / GRADES_PER_LOGIT).astype(np.float32),
+            None,
+            num_truncated=0,
+            num_tokens=0,
+            num_undecided=int(undecided.sum()),
+            grades=grades,
+        )
+
+    def _grade(self, grades: _Grades, query: str, passage: str) -> float:
+        listed = grades.get(_plain(query))
+        if listed is None:
+            return np.nan
+        found = listed.get(_plain(passage))
+        if found is not None:
+            return fmean(found)
+        return np.nan if self.recorded.unlisted is None else self.recorded.unlisted
+
+    def _add(self, file: Path, data: str | None) -> None:
+        texts = _Texts(file, data)
+        for each in read_graded_lists(file):
+            query, passages = texts.of(each)
+            for task in each.tasks:
+                own = self._grades[task].setdefault(_plain(query), {})
+                for passage, grade in zip(passages, each.grades, strict=True):
+                    own.setdefault(_plain(passage), []).append(grade)
+
+
+class _Texts:
+    """The texts that the ids of a file stand for."""
+
+    def __init__(self, file: Path, data: str | None) -> None:
+        self._file, self._data = file, data
+
+    def of(self, each: GradedList) -> tuple[str, list[str]]:
+        """The texts of a list: its query's, and its passages'."""
+        if each.are_texts:
+            return each.query, list(each.passages)
+        queries, passages = self._dataset.queries, self._dataset.passages
+        if each.query not in queries:
+            raise self._unknown(each, "query", each.query)
+        for name in each.passages:
+            if name not in passages:
+                raise self._unknown(each, "passage", name)
+        return queries[each.query].text, [passages[name].full_text for name in each.passages]
+
+    @cached_property
+    def _dataset(self) -> Dataset:
+        if self._data is None:
+            raise InputError(
+                f"{self._file}: its queries and passages are ids, and the data set with their texts is not known; name "
+                "its folder (--data, or teacher.recorded.data). With several data sets, a file of lists has the name "
+                "of its own: NAME.jsonl"
+            )
+        dataset = open_data(self._data)
+        if not isinstance(dataset, Dataset):
+            raise InputError(f"{self._data}: is a set of labelled pairs, which have no ids; record texts instead")
+        return dataset
+
+    def _unknown(self, each: GradedList, what: str, name: str) -> InputError:
+        return InputError(
+            f"{self._file}:{each.line}: {self._data} has no {what} '{name}'; give the data set that these lists were "
+            "made of, or delete the line"
+        )
+
+
+def _files(recorded: RecordedConfig) -> Sequence[tuple[Path, str | None]]:
+    """The files of lists, each with the folder of its data set: that of its name, or the only one."""
+    by_name: Mapping[str, str] = {Path(folder).name: folder for folder in recorded.data}
+    place = Path(recorded.lists)
+    if not place.is_dir():
+        only = recorded.data[0] if len(recorded.data) == 1 else None
+        return [(place, by_name.get(place.stem, only))]
+    files = [(file, by_name[name]) for name in by_name if (file := place / f"{name}.jsonl").is_file()]
+    missing = [name for name in by_name if not (place / f"{name}.jsonl").is_file()]
+    if not files:
+        raise InputError(
+            f"{place}: has no file NAME.jsonl of a data set NAME ({', '.join(missing) or 'none is given'})"
+        )
+    if missing:
+        _log.warning("%s: nothing was recorded for %s, whose pairs are all undecided", place, ", ".join(missing))
+    return files
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
