@@ -12,6 +12,7 @@ from d2llm.cli.options import (
     DtypeOption,
     JsonOption,
     PromptOption,
+    input_path,
     teacher_config,
     teacher_option,
 )
@@ -32,7 +33,9 @@ def judge(
     ] = None,
     recorded: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", exists=True, help="Repeat the grades of these lists (JSON Lines) instead."),
+        typer.Option(
+            metavar="FILE", callback=input_path, help="Repeat the grades of these lists (JSON Lines) instead."
+        ),
     ] = None,
     data: Annotated[
         Path | None,

@@ -313,7 +313,7 @@ class RunOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            exists=True,
+            callback=lasting_input_path,
             help="The recipe's graded teacher repeats these graded lists (JSON Lines, or a folder with NAME.jsonl for "
             "each data set) and asks no endpoint.",
         ),
