@@ -731,6 +731,24 @@ def main() -> None:
             rows[name] = on_own(design, own, given.seeds)
             _print("own", design, name, rows[name]["full"])
             _write(given.json, results)
+    print(table(results))
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The changes of nDCG@10 in thousandths, with a star where p is below .05, as Markdown."""
+    names = list(results["before"])
+    lines = ["| trained on | design | " + " | ".join(names) + " | mean |", "|---" * (len(names) + 3) + "|"]
+    before = [f"{results['before'][name]:.3f}".lstrip("0") for name in names]
+    lines.append("| - | today's score | " + " | ".join(before) + " | |")
+    rows = [(name, design, own, "chosen") for name, by in results["others"].items() for design, own in by.items()]
+    rows += [("the set itself", design, own, "full") for design, own in results["own"].items()]
+    for name, design, own, share in rows:
+        found = [own[each][share] if each in own else None for each in names]
+        cells = ["" if each is None else f"{1e3 * each['mean']:+.1f}{'*' * (each['p'] < 0.05)}" for each in found]
+        # The mean of the sets that every row has.
+        mean = fmean(own[each][share]["mean"] for each in names if each in results["others"]["grades"]["tokens"])
+        lines.append(f"| {name} | {design} | " + " | ".join(cells) + f" | {1e3 * mean:+.1f} |")
+    return "\n".join(lines)
 
 
 def _print(kind: str, design: str, name: str, found: Mapping[str, Any]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from token_interaction import BOUND, DESIGNS, Added, Lists, Training, changes, join, ndcg, token_inputs, train
+from token_interaction import BOUND, DESIGNS, Added, Lists, Training, changes, join, ndcg, table, token_inputs, train
 
 DIM = 6
 
@@ -59,6 +62,12 @@ def test_joined_lists_are_padded_with_passages_that_do_not_count() -> None:
     assert joined.mask.sum(dim=1).tolist() == [3, 3, 5]
     assert torch.isfinite(Added(DESIGNS["tokens"](DIM), BOUND).loss(joined))
     assert ndcg(joined.scores[:, :, 0], joined).shape == (3,)
+
+
+def test_the_documentation_has_the_table_of_the_figures() -> None:
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks/results/token-interaction.json").read_text(encoding="utf-8"))
+    assert table(results) in (root / "docs/ablations.md").read_text(encoding="utf-8")
 
 
 def _lists(num: int, passages: int) -> Lists:
