@@ -11,10 +11,8 @@ from typing import Any
 
 
 @contextmanager
-def recorded_endpoint(
-    answer: Callable[[str], str], *, port: int = 0, usage: Callable[[str, str], dict[str, int]] | None = None
-) -> Iterator[str]:
-    """Serve ``answer(prompt)`` on a local port, with what ``usage(prompt, answer)`` counts; yields the address."""
+def recorded_endpoint(answer: Callable[[str], str]) -> Iterator[str]:
+    """Serve ``answer(prompt)`` on a local port; yields the address."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -22,11 +20,8 @@ def recorded_endpoint(
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt: str = body["messages"][-1]["content"]
-            text = answer(prompt)
-            message = {"role": "assistant", "content": text}
-            content: dict[str, Any] = {"choices": [{"message": message, "finish_reason": "stop"}]}
-            if usage is not None:
-                content["usage"] = usage(prompt, text)
+            message = {"role": "assistant", "content": answer(prompt)}
+            content = {"choices": [{"message": message, "finish_reason": "stop"}]}
             encoded = json.dumps(content).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
@@ -37,7 +32,7 @@ def recorded_endpoint(
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name there
             """Nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}/v1"

@@ -2,8 +2,8 @@
 
 The lists are those of `judgements/SET.jsonl`: 100 dev queries with 20 passages each. Every system orders the 20
 passages of a list; the measure is nDCG@10 by the data set's judgements of the whole corpus, so the best order of the
-same 20 is the ceiling. The teacher is the graded teacher that `recorded_judge.py` stands for, asked through its
-endpoint: the mean of two judgings. The others come from the runs of an evaluation on dev,
+same 20 is the ceiling. The teacher is the graded teacher that repeats the recorded grades: the mean of two judgings.
+The others come from the runs of an evaluation on dev,
 
     d2llm evaluate DATA/SET --split dev --no-teacher --save-runs RUNS/SET
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from recorded_judge import RECORDED, read_graded_lists, recorded_judge, recorded_teacher
+from recorded_judge import read_graded_lists, recorded_teacher, sets_with_dev
 
 from d2llm.data.beir import read_beir
 from d2llm.data.trec import read_run
@@ -46,13 +46,12 @@ def rows(data: Path, runs: Path, name: str) -> dict[str, dict[str, float]]:
     dataset = read_beir(data / name, splits=["train", "dev"])
     lists = {each.query_id: each for each in read_graded_lists(name) if each.split == "dev" and each.judging == 1}
     qrels = {query: dataset.qrels["dev"][query] for query in lists}
-    with recorded_judge(data / name) as url:
-        judge = load_judge(recorded_teacher(url))
-        scored: dict[str, dict[str, dict[str, float]]] = {"teacher": {}}
-        for query, each in lists.items():
-            texts = [(dataset.queries[query].text, dataset.passages[passage].full_text) for passage in each.passages]
-            values = judge.judge(texts, each.task).log_odds.tolist()
-            scored["teacher"][query] = dict(zip(each.passages, values, strict=True))
+    judge = load_judge(recorded_teacher(data / name))
+    scored: dict[str, dict[str, dict[str, float]]] = {"teacher": {}}
+    for query, each in lists.items():
+        texts = [(dataset.queries[query].text, dataset.passages[passage].full_text) for passage in each.passages]
+        values = judge.judge(texts, each.task).log_odds.tolist()
+        scored["teacher"][query] = dict(zip(each.passages, values, strict=True))
     scored["ceiling"] = {
         query: {passage: float(qrels[query].get(passage, 0)) for passage in each.passages}
         for query, each in lists.items()
@@ -90,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("sets", nargs="*", default=sorted(path.stem for path in RECORDED.glob("*.jsonl")))
+    parser.add_argument("sets", nargs="*", default=sets_with_dev())
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     results: dict[str, dict[str, dict[str, float]]] = {}

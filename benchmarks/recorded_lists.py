@@ -1,11 +1,11 @@
 """Makes training plans and labels of recorded lists, so that a recipe can be distilled from them or ablated on them.
 
 For each data set of the recipe that `judgements/SET.jsonl` has lists of: the plan is the 600 train lists, its positives
-are those that the data set judges relevant, and the rest of a list are hard negatives; the labels are what the graded
-teacher makes of the recorded grades (`recorded_judge.py`), asked through its endpoint. Then
+are those that the data set judges relevant, and the rest of a list are hard negatives; the labels are what the recipe's
+graded teacher makes of the recorded grades. Then
 
-    d2llm distill RECIPE --out RUN --data DATA
-    d2llm ablate RECIPE --out RUN --data DATA
+    d2llm distill RECIPE --out RUN --data DATA --recorded benchmarks/judgements
+    d2llm ablate RECIPE --out RUN --data DATA --recorded benchmarks/judgements
 
     python benchmarks/recorded_lists.py RECIPE DATA RUN [--queries N] [--candidates N]
 
@@ -20,14 +20,12 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from recorded_judge import GradedList, read_graded_lists, recorded_judge, recorded_teacher
+from recorded_judge import RECORDED, GradedList, read_graded_lists
 
-from d2llm.core.recipe import DataConfig
-from d2llm.core.recipe_file import load_recipe
+from d2llm import Run
 from d2llm.data.beir import Dataset, read_beir
-from d2llm.data.plan import PlanEntry, read_plan, write_plan
-from d2llm.data.run_folder import RunFolder, training_source
-from d2llm.training.label import label
+from d2llm.data.plan import PlanEntry, write_plan
+from d2llm.training.label import LabelReport
 from d2llm.training.mining.choose import key_of
 
 
@@ -57,17 +55,17 @@ def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list
     return sorted(entries, key=lambda entry: entry.query_id)
 
 
-def make_run(data: DataConfig, folder: Path, run: RunFolder, part: Part) -> str:
-    """Write the plan and the labels of one data set; returns what was done."""
-    dataset = read_beir(folder, splits=["train", "dev"])
-    entries = plan_of_lists(dataset, read_graded_lists(folder.name), part)
-    write_plan(run.plan(data), entries, {"dataset": dataset.name, "split": "train", "report": {"recorded": True}})
-    source = training_source(data.model_copy(update={"path": str(folder)}), read_plan(run.plan(data)))
-    with recorded_judge(folder) as url:
-        report = label([source], run.labels, teacher=recorded_teacher(url))
+def make_run(run: Run, part: Part) -> LabelReport:
+    """Write the plans of a run's data sets, and their labels."""
+    for data in run.recipe.data:
+        dataset = read_beir(data.path, splits=["train", "dev"])
+        entries = plan_of_lists(dataset, read_graded_lists(dataset.name), part)
+        content = {"dataset": dataset.name, "split": "train", "report": {"recorded": True}}
+        write_plan(run.parts.plan(data), entries, content)
+    report = run.label()
     if report.num_undecided:
-        raise ValueError(f"{folder.name}: {report.num_undecided} pairs of the lists were not recorded")
-    return f"{folder.name}: {len(entries)} lists, {report.pairs} pairs labelled"
+        raise ValueError(f"{report.num_undecided} pairs of the lists were not recorded")
+    return report
 
 
 def main() -> None:
@@ -79,8 +77,9 @@ def main() -> None:
     parser.add_argument("--queries", type=int)
     parser.add_argument("--candidates", type=int)
     given = parser.parse_args()
-    for data in load_recipe(given.recipe).data:
-        print(make_run(data, given.data / data.path, RunFolder(given.run), Part(given.queries, given.candidates)))
+    run = Run(given.recipe, given.run, data=str(given.data), recorded=RECORDED)
+    report = make_run(run, Part(given.queries, given.candidates))
+    print(f"{given.run}: {report.queries + report.finished_queries} lists, {report.pairs} pairs labelled now")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from statistics import fmean
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from recorded_judge import RECORDED, GradedList, read_graded_lists
+from recorded_judge import GradedList, read_graded_lists, sets_with_dev
 
 from d2llm.data.beir import read_beir
 from d2llm.ops.measures import per_query_measures
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     given = parser.parse_args()
-    rows = {path.stem: measured(given.data, path.stem) for path in sorted(RECORDED.glob("*.jsonl"))}
+    rows = {name: measured(given.data, name) for name in sets_with_dev()}
     columns = [*next(iter(rows.values()))]
     print("| set | " + " | ".join(columns) + " |")
     print("|---|" + "---|" * len(columns))

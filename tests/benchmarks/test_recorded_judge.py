@@ -1,4 +1,4 @@
-"""What a large language model really graded, replayed through the endpoint protocol, arrives as it was given."""
+"""What a large language model really graded arrives as it was given."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recorded_judge import RECORDED, mean_grades, read_graded_lists, recorded_judge, recorded_teacher
+from recorded_judge import RECORDED, mean_grades, read_graded_lists, recorded_teacher, sets_with_dev
 
 from d2llm.data.beir import read_beir
 from d2llm.models.teachers.judge import load_judge
@@ -26,6 +26,10 @@ def test_recorded_lists_are_complete(name: str) -> None:
     assert not dev.keys() & {each.query_id for each in lists if each.split == "train"}
 
 
+def test_the_gate_and_the_table_of_agreement_take_the_sets_that_have_dev_lists() -> None:
+    assert sets_with_dev() == ["banking77", "covidqa", "medquad", "nfcorpus", "squad-sent", "stackfaq", "wikiqa"]
+
+
 @pytest.mark.parametrize("name", ["covidqa", "banking77"])
 def test_a_graded_teacher_repeats_what_was_recorded(shared_data: Path, name: str) -> None:
     dataset = read_beir(shared_data / name, splits=["train", "dev"])
@@ -35,10 +39,9 @@ def test_a_graded_teacher_repeats_what_was_recorded(shared_data: Path, name: str
     )
     pairs = [(each.query_id, passage_id) for each in lists for passage_id in each.passages]
     unknown = ("what do cows drink", "Cows drink water.")
-    with recorded_judge(shared_data / name) as url:
-        judge = load_judge(recorded_teacher(url))
-        texts = [(dataset.queries[query].text, dataset.passages[passage].full_text) for query, passage in pairs]
-        result = judge.judge([*texts, unknown], lists[0].task)
+    judge = load_judge(recorded_teacher(shared_data / name))
+    texts = [(dataset.queries[query].text, dataset.passages[passage].full_text) for query, passage in pairs]
+    result = judge.judge([*texts, unknown], lists[0].task)
     assert result.num_undecided == 1
     assert result.grades is not None
     assert np.isnan(result.grades[-1])
@@ -51,8 +54,8 @@ def test_passages_outside_the_lists_get_the_given_grade_and_unknown_queries_none
     outside = next(passage_id for passage_id in dataset.passages if passage_id not in one.passages)
     query = dataset.queries[one.query_id].text
     pairs = [(query, dataset.passages[passage_id].full_text) for passage_id in (*one.passages, outside)]
-    with recorded_judge(shared_data / "covidqa", unlisted=3) as url:
-        result = load_judge(recorded_teacher(url)).judge([*pairs, ("what do cows drink", "Grass.")], one.task)
+    judge = load_judge(recorded_teacher(shared_data / "covidqa", unlisted=3))
+    result = judge.judge([*pairs, ("what do cows drink", "Grass.")], one.task)
     assert result.grades is not None
     np.testing.assert_allclose(result.grades[:-1], [*one.grades, 3], rtol=1e-5)
     assert np.isnan(result.grades[-1])
