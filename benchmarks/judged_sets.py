@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from recorded_judge import RECORDED, GradedList, mean_grades, read_graded_lists
+from recorded_writer import written_queries
 
 from d2llm.data.beir import read_beir
 
-STYLES = Path(__file__).parent / "written_queries" / "styles"
 RELEVANT = 70
 _DEV_SHARE = 0.2
 
@@ -33,19 +33,10 @@ def split_of(name: str) -> str:
     return "dev" if draw < _DEV_SHARE else "train"
 
 
-def written_queries(name: str) -> dict[str, tuple[str, str]]:
-    """query id -> text and the passage that it was written for; ids are those of `judgements/lists.py`."""
-    found: dict[str, tuple[str, str]] = {}
-    for line in map(json.loads, (STYLES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()):
-        for place, text in enumerate(line["queries"]):
-            found[f"{line['kind']}-{place}-{line['id']}"] = (text, line["id"])
-    return found
-
-
 def write_written(data: Path, out: Path, name: str) -> str:
     """Write the written queries of a data set whose lists were graded."""
     lists = mean_grades(read_graded_lists(f"{name}-written"))
-    queries = written_queries(name)
+    queries = written_queries(f"styles/{name}")
     folder = out / f"{name}-written"
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(data / name / "corpus.jsonl.gz", folder / "corpus.jsonl.gz")

@@ -27,6 +27,15 @@ def read_recorded(name: str) -> dict[tuple[str, str], list[str]]:
     return {(record["id"], record["kind"]): record["queries"] for record in map(json.loads, lines)}
 
 
+def written_queries(name: str) -> dict[str, tuple[str, str]]:
+    """query id -> the text of each recorded query, and the id of the passage that it was written for."""
+    return {
+        f"{kind}-{place}-{passage_id}": (text, passage_id)
+        for (passage_id, kind), queries in read_recorded(name).items()
+        for place, text in enumerate(queries)
+    }
+
+
 @contextmanager
 def recorded_writer(data: Path) -> Iterator[str]:
     """Serve the recorded queries of a data set on a local port; yields the address for ``RemoteWriterConfig.url``."""

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from d2llm import Student
 from d2llm.core.types import Query, Task
 from d2llm.data.beir import Dataset, read_beir
+from d2llm.models.teachers.lists import GRADES_PER_LOGIT
 from d2llm.ops.bm25_words import terms, tokens_of_terms
 from d2llm.ops.significance import bootstrap_interval, paired_randomisation
 from d2llm.retrieval.index import PART_FORMATS
@@ -135,7 +136,7 @@ def encode_set(dataset: Dataset, task: Task, student: Student) -> dict[str, NDAr
             lists += [
                 (kind, pool[order]) for kind, members in (("judged", judged), ("dev", dev)) if query.id in members
             ]
-        qrels = {**dataset.qrels.get("train", {}).get(query.id, {}), **dataset.qrels.get("dev", {}).get(query.id, {})}
+        qrels = _judgements(dataset, query)
         for kind, some in lists:
             kinds.append(kind)
             owners.append(number)
@@ -224,10 +225,13 @@ def _idf(words: WordIndex, of_token: Sequence[set[str]], num_passages: int) -> N
     return np.array(values, np.float32)
 
 
+def _judgements(dataset: Dataset, query: Query) -> dict[str, int]:
+    return {name: grade for split in ("train", "dev") for name, grade in dataset.qrels[split].get(query.id, {}).items()}
+
+
 def _ideal(dataset: Dataset, query: Query) -> float:
     """The best possible DCG@10 of the whole corpus."""
-    qrels = {**dataset.qrels.get("train", {}).get(query.id, {}), **dataset.qrels.get("dev", {}).get(query.id, {})}
-    best = sorted((grade for grade in qrels.values() if grade > 0), reverse=True)[:10]
+    best = sorted((grade for grade in _judgements(dataset, query).values() if grade > 0), reverse=True)[:10]
     return float(sum(gain / np.log2(place + 2) for place, gain in enumerate(best)))
 
 
@@ -285,7 +289,7 @@ def join(parts: Sequence[Lists]) -> Lists:
 
 _CENTRES = np.array([1.0, 0.9, 0.7, 0.5, 0.3, 0.1, -0.1, -0.3, -0.5, -0.7, -0.9], np.float32)
 _WIDTHS = np.array([0.01, *[0.1] * 10], np.float32)
-GRADES_PER_LOGIT, CLEAR_GRADES = 12.0, 15.0
+CLEAR_GRADES = 15.0
 
 
 def token_inputs(

@@ -7,8 +7,9 @@ random order, under numbers that say nothing. The key (JSON) has the ids, and st
     python benchmarks/judgements/lists.py DATA --train 600 --dev 100 --out PACKETS --keys KEYS
 
 ``--of passages`` or ``--of queries`` compares texts of one kind with each other (the symmetric task): a random sample
-of them, each with a list of the others; there are no judgements, and only train queries are taken. ``--written FILE``
-takes queries that a model wrote for passages (``../written_queries``), which count as their positives.
+of them, each with a list of the others; there are no judgements, and only train queries are taken. ``--written NAME``
+takes the queries that a model wrote for passages (``../written_queries/NAME.jsonl``, such as ``styles/squad``), which
+count as their positives.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import tempfile
 from itertools import chain, zip_longest
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from recorded_writer import written_queries
 
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.beir import Dataset, read_beir
@@ -66,30 +71,20 @@ def choose_lists(
 
 def texts_of_one_kind(dataset: Dataset, kind: str) -> Dataset:
     """The passages or the train queries of a data set as a set whose queries are its passages."""
-    if kind == "passages":
-        passages = {name: dataset.passages[name] for name in dataset.passages}
-    else:
+    passages = dataset.passages
+    if kind == "queries":
         passages = {name: Passage(name, dataset.queries[name].text) for name in sorted(dataset.qrels["train"])}
     queries = {name: Query(name, each.full_text) for name, each in passages.items()}
     judged: dict[str, dict[str, int]] = {name: {} for name in queries}
     return Dataset(f"{dataset.name}-{kind}", dataset.path, passages, queries, {"train": judged, "dev": {}})
 
 
-def with_written_queries(dataset: Dataset, file: Path) -> Dataset:
-    """The data set with the queries that a model wrote for its passages, by ``written_query_id``, as train queries."""
-    queries: dict[str, Query] = {}
-    judged: dict[str, dict[str, int]] = {}
-    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-        for place, text in enumerate(line["queries"]):
-            name = written_query_id(line["id"], line["kind"], place)
-            queries[name] = Query(name, text)
-            judged[name] = {line["id"]: 1}
+def with_written_queries(dataset: Dataset, name: str) -> Dataset:
+    """The data set with the queries that a model wrote for its passages, as train queries."""
+    written = written_queries(name)
+    queries = {query_id: Query(query_id, text) for query_id, (text, _) in written.items()}
+    judged = {query_id: {passage_id: 1} for query_id, (_, passage_id) in written.items()}
     return Dataset(f"{dataset.name}-written", dataset.path, dataset.passages, queries, {"train": judged, "dev": {}})
-
-
-def written_query_id(passage_id: str, kind: str, place: int) -> str:
-    """The id of the written query at a place of a line."""
-    return f"{kind}-{place}-{passage_id}"
 
 
 def write_packets(
@@ -139,7 +134,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--student", default="d2llm-minilm")
     parser.add_argument("--of", choices=["passages", "queries"], help="compare texts of one kind with each other")
-    parser.add_argument("--written", type=Path, help="queries that a model wrote for the passages")
+    parser.add_argument("--written", metavar="NAME", help="queries that a model wrote for the passages")
     parser.add_argument("--task", default="asymmetric", choices=["asymmetric", "symmetric"])
     parser.add_argument("--train", type=int, default=600)
     parser.add_argument("--dev", type=int, default=100)
