@@ -12,9 +12,11 @@ import torch
 
 from d2llm.core.recipe import Recipe, StudentConfig, TeacherConfig
 from d2llm.data.collation import DistillationBatch
+from d2llm.data.labels import LabelStore
 from d2llm.data.training import TrainingSource
 from d2llm.models.interaction import PairScores
 from d2llm.models.student import Student
+from d2llm.models.teachers.judge import identify_judge
 from d2llm.training import training_loop as loop
 from d2llm.training.distill import DistillReport, distill
 from d2llm.training.objective import batch_tokens, score_vectors
@@ -57,6 +59,13 @@ class Place:
             closed_gates=closed_gates,
             device="cpu",
             dtype="float32",
+        )
+
+    def store(self, folder: Path) -> LabelStore:
+        """The labels of the teacher in a folder."""
+        identity, source = identify_judge(self.teacher), self.source
+        return LabelStore(
+            folder, teacher=identity.fingerprint, prompt=identity.prompts[source.task], dataset=source.dataset.name
         )
 
 

@@ -11,8 +11,9 @@ import pytest
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import LabellingConfig, LossWeights, TeacherConfig
 from d2llm.data.collation import DistillationBatch, LabelledSource
-from d2llm.data.labels import LabelStore
 from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.models.teachers.stacked import StackMember, write_stack
+from d2llm.ops.stacking import Stack
 from d2llm.training import training_loop
 from tiny_data import tiny_recipe
 from tiny_distill import LEARNING, Place
@@ -22,14 +23,6 @@ from tiny_models import tiny_student_config
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("in-batch"))
-
-
-def store_of(place: Place, folder: Path) -> LabelStore:
-    identity = identify_judge(place.teacher)
-    source = place.source
-    return LabelStore(
-        folder, teacher=identity.fingerprint, prompt=identity.prompts[source.task], dataset=source.dataset.name
-    )
 
 
 def run(
@@ -60,7 +53,7 @@ def test_every_pair_of_a_batch_has_the_teachers_own_label(place, tmp_path, monke
     batches = run(place, tmp_path / "with", monkeypatch)
     assert len(batches) == 8
     assert sum(map(unlabelled, batches)) == 0
-    before, after = store_of(place, place.labels), store_of(place, tmp_path / "with" / "labels")
+    before, after = place.store(place.labels), place.store(tmp_path / "with" / "labels")
     assert after.num_pairs > before.num_pairs
     judge, source = load_judge(place.teacher, device="cpu", dtype="float32"), place.source
     for entry in source.plan.entries:
@@ -94,11 +87,11 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(place, tmp_path, 
         patch.setattr(training_loop, "optimizer_step", stop)
         with pytest.raises(KeyboardInterrupt):
             run(place, tmp_path / "stopped", monkeypatch)
-    labels = store_of(place, tmp_path / "stopped" / "labels").num_pairs
+    labels = place.store(tmp_path / "stopped" / "labels").num_pairs
     with monkeypatch.context() as patch:
         patch.setattr("d2llm.training.distill.load_judge", refuse)  # all pairs of both epochs have labels by now
         run(place, tmp_path / "stopped", monkeypatch)
-    assert store_of(place, tmp_path / "stopped" / "labels").num_pairs == labels
+    assert place.store(tmp_path / "stopped" / "labels").num_pairs == labels
     for name in ("head.safetensors", "adapter.safetensors"):
         whole, resumed = (tmp_path / folder / "student" / name for folder in ("whole", "stopped"))
         assert whole.read_bytes() == resumed.read_bytes()
@@ -125,17 +118,23 @@ def test_a_limit_ends_the_run_and_the_next_goes_on(place, tmp_path, monkeypatch)
     monkeypatch.setattr("d2llm.evaluation.judging._PAIRS_AT_ONCE", 8)  # looks at the limit after so many
     with pytest.raises(InputError, match=r"pairs that the teacher is to judge .*labelling\.max_tokens = 1 was reached"):
         run(place, tmp_path, monkeypatch, recipe=limited)
-    begun = store_of(place, tmp_path / "labels").num_pairs
-    assert begun > store_of(place, place.labels).num_pairs
+    begun = place.store(tmp_path / "labels").num_pairs
+    assert begun > place.store(place.labels).num_pairs
     batches = run(place, tmp_path, monkeypatch, recipe=recipe)
     assert sum(map(unlabelled, batches)) == 0
-    assert store_of(place, tmp_path / "labels").num_pairs > begun
+    assert place.store(tmp_path / "labels").num_pairs > begun
 
 
+@pytest.mark.parametrize("is_stacked", [False, True])
 @pytest.mark.parametrize("setting", [{"in_batch_labels": True}, {"unjudged": "ask_teacher"}])
-def test_a_listwise_teacher_cannot_add_to_its_lists(place, tmp_path, setting):
+def test_a_listwise_teacher_cannot_add_to_its_lists(place, tmp_path, setting, is_stacked):
     remote = {"url": "http://127.0.0.1:9/v1", "revision": "1"}
     teacher = TeacherConfig.model_validate({"model": "any", "kind": "listwise", "remote": remote})
+    if is_stacked:
+        members = [StackMember(each, identify_judge(each).fingerprint) for each in (teacher, place.teacher)]
+        combined = Stack((0.0, 0.0), (1.0, 1.0), (1.0, 1.0), 0.0)
+        write_stack(tmp_path / "stack", members, {place.source.task: combined}, {})
+        teacher = TeacherConfig(model=str(tmp_path / "stack"))
     recipe = tiny_recipe(
         tiny_student_config(place.model), losses=LossWeights(feature_imitation=0.0), **LEARNING | setting
     )

@@ -11,7 +11,6 @@ import pytest
 from d2llm.core.recipe import ResidualConfig
 from d2llm.data.collation import LabelledSource
 from d2llm.data.labels import LabelStore
-from d2llm.models.teachers.judge import identify_judge
 from d2llm.training import residual
 from tiny_distill import Place
 
@@ -21,14 +20,6 @@ STAGE = ResidualConfig(epochs=2, warmup_steps=0, batch_queries=4, depth=12, num_
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("unjudged"))
-
-
-def store_of(place: Place, folder: Path) -> LabelStore:
-    identity = identify_judge(place.teacher)
-    source = place.source
-    return LabelStore(
-        folder, teacher=identity.fingerprint, prompt=identity.prompts[source.task], dataset=source.dataset.name
-    )
 
 
 def run(place: Place, folder: Path, patch: pytest.MonkeyPatch, **training: Any) -> tuple[LabelStore, list[Any]]:
@@ -45,7 +36,7 @@ def run(place: Place, folder: Path, patch: pytest.MonkeyPatch, **training: Any) 
 
     patch.setattr(residual, "collate_lists", recorded)
     place.run(folder / "student", labels=labels, residual=STAGE, **training)
-    return store_of(place, labels), batches
+    return place.store(labels), batches
 
 
 def count_unlabelled_neighbours(batches: list[Any]) -> int:
@@ -55,12 +46,12 @@ def count_unlabelled_neighbours(batches: list[Any]) -> int:
 
 def test_neighbours_count_as_irrelevant_by_default(place, tmp_path, monkeypatch):
     store, batches = run(place, tmp_path, monkeypatch)
-    assert store.num_pairs == store_of(place, place.labels).num_pairs
+    assert store.num_pairs == place.store(place.labels).num_pairs
     assert count_unlabelled_neighbours(batches) > 0
 
 
 def test_the_teacher_judges_neighbours_once_and_labels_are_kept(place, tmp_path, monkeypatch):
-    before = store_of(place, place.labels)
+    before = place.store(place.labels)
     monkeypatch.setattr(residual, "_draw", without_random(residual._draw))
     store, batches = run(place, tmp_path, monkeypatch, unjudged="ask_teacher")
     assert store.num_pairs > before.num_pairs
@@ -80,21 +71,21 @@ def test_a_resumed_run_does_not_ask_the_teacher_again(place, tmp_path, monkeypat
         patch.setattr(residual, "_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             run(place, tmp_path, patch, unjudged="ask_teacher")
-    num_labels = store_of(place, tmp_path / "labels").num_pairs
-    assert num_labels > store_of(place, place.labels).num_pairs
+    num_labels = place.store(tmp_path / "labels").num_pairs
+    assert num_labels > place.store(place.labels).num_pairs
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher is loaded although it has nothing to judge")
 
     monkeypatch.setattr("d2llm.training.distill.load_judge", refuse)
     place.run(tmp_path / "student", labels=tmp_path / "labels", residual=STAGE, unjudged="ask_teacher")
-    assert store_of(place, tmp_path / "labels").num_pairs == num_labels
+    assert place.store(tmp_path / "labels").num_pairs == num_labels
 
 
 def test_neighbours_without_a_label_can_be_left_out(place, tmp_path, monkeypatch):
     monkeypatch.setattr(residual, "_draw", without_random(residual._draw))
     store, batches = run(place, tmp_path, monkeypatch, unjudged="leave_out")
-    assert store.num_pairs == store_of(place, place.labels).num_pairs
+    assert store.num_pairs == place.store(place.labels).num_pairs
     assert count_unlabelled_neighbours(batches) == 0
 
 
@@ -109,7 +100,7 @@ def test_the_teacher_is_not_asked_behind_a_closed_gate(place, tmp_path, monkeypa
 
 
 def test_newly_mined_negatives_are_judged_or_left_out(place, tmp_path, monkeypatch):
-    before = store_of(place, place.labels)
+    before = place.store(place.labels)
     for unjudged in ("ask_teacher", "leave_out"):
         labels = tmp_path / unjudged
         shutil.copytree(place.labels, labels)
@@ -126,7 +117,7 @@ def test_newly_mined_negatives_are_judged_or_left_out(place, tmp_path, monkeypat
         place.run(tmp_path / f"{unjudged}-student", labels=labels, remine=True, unjudged=unjudged, epochs=2)
         monkeypatch.undo()
         (renewed,) = sources
-        store = store_of(place, labels)
+        store = place.store(labels)
         assert all(not store.missing(entry.query_id, entry.hard_negatives) for entry in renewed.entries)
         if unjudged == "ask_teacher":
             assert sum(len(entry.hard_negatives) for entry in renewed.entries) > 0

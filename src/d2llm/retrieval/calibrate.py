@@ -87,9 +87,11 @@ def read_error(folder: Path, judge: Judge, task: Task, evidence: EvidenceWeights
     """The error that ``write_error`` stored.
 
     Raises:
-        InputError: no error is stored for this teacher, task and evidence.
+        InputError: no error is stored for this teacher, task and evidence, or the teacher ranks lists.
         DataFormatError: the file cannot be read.
     """
+    if ranks_lists(judge):
+        raise InputError(RANKING_TEACHER)
     file = folder / ERRORS_FILE
     error = (_read_errors(file) if file.is_file() else {}).get(_key(judge, task, evidence))
     if error is None:

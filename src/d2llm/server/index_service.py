@@ -460,8 +460,6 @@ class IndexService:
         Raises:
             InputError: the error has not been measured, or cannot be.
         """
-        if ranks_lists(judge):
-            raise InputError(RANKING_TEACHER)
         evidence = weights_for(version.view, version.models.student, task)
         return read_error(version.folder, judge, task, evidence)
 

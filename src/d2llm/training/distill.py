@@ -34,7 +34,7 @@ from d2llm.models.evidence import NO_EVIDENCE, Evidence, TaskEvidence, read_evid
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judge, identify_judge, load_judge
+from d2llm.models.teachers.judge import Judge, identify_judge, load_judge, ranks_lists
 from d2llm.models.token_vectors import TokenProjection, read_token_projection
 from d2llm.models.writers.writer import load_writer
 from d2llm.training.checkpoints import remarks
@@ -228,9 +228,9 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
 
 
 def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
-    """Refuse to add labels to lists that a listwise teacher has ranked."""
+    """Refuse to add labels to lists that a teacher has ranked."""
     training = recipe.training
-    if recipe.losses.imitates and training.asks_teacher and teacher.kind == "listwise":
+    if recipe.losses.imitates and training.asks_teacher and ranks_lists(teacher):
         name = "in_batch_labels" if training.in_batch_labels else 'unjudged = "ask_teacher"'
         raise InputError(
             f"training.{name} has the teacher judge more passages of a query in training, but one of kind listwise "

@@ -319,7 +319,7 @@ class GradedTeacher(ListTeacher):
                     steps.add(len(shown.passages))
             todo = missing
         grades = np.array([math.fsum(values) / len(values) if values else math.nan for values in found])
-        return (grades - GRADE_OF_ANSWERS) / GRADES_PER_LOGIT, grades
+        return log_odds_of_grades(grades), grades
 
 
 class ListwiseTeacher(ListTeacher):
@@ -407,6 +407,11 @@ class _Steps:
         self._told += finished
         if self._advance is not None and finished:
             self._advance(finished)
+
+
+def log_odds_of_grades(grades: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log-odds of grades from 0 to 100, by a fixed scale: those of an answer begin at ``GRADE_OF_ANSWERS``."""
+    return (grades - GRADE_OF_ANSWERS) / GRADES_PER_LOGIT
 
 
 def _parts(order: list[int], size: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ from d2llm.data.graded_lists import GradedList, read_graded_lists
 from d2llm.data.open_data import open_data
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
-from d2llm.models.teachers.lists import GRADE_OF_ANSWERS, GRADES_PER_LOGIT, GradedTeacher
+from d2llm.models.teachers.lists import GradedTeacher, log_odds_of_grades
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class RecordedTeacher:
     ) -> Judgements:
         """Look the pairs up (``Judge.judge``), by their texts; several grades of a pair are averaged."""
         del with_features
-        grades = np.array([self._grade(self._grades[task], *pair) for pair in pairs], np.float32)
+        grades = np.array([self._grade(self._grades[task], *pair) for pair in pairs], np.float64)
         undecided = np.isnan(grades)
         if undecided.any():
             _log.log(
@@ -103,12 +103,12 @@ class RecordedTeacher:
         if advance is not None:
             advance(len(pairs))
         return Judgements(
-            np.where(undecided, 0, (grades - GRADE_OF_ANSWERS) / GRADES_PER_LOGIT).astype(np.float32),
+            np.where(undecided, 0, log_odds_of_grades(grades)).astype(np.float32),
             None,
             num_truncated=0,
             num_tokens=0,
             num_undecided=int(undecided.sum()),
-            grades=grades,
+            grades=grades.astype(np.float32),
         )
 
     def _grade(self, grades: _Grades, query: str, passage: str) -> float:
@@ -175,8 +175,9 @@ def _files(recorded: RecordedConfig) -> Sequence[tuple[Path, str | None]]:
     if not place.is_dir():
         only = recorded.data[0] if len(recorded.data) == 1 else None
         return [(place, by_name.get(place.stem, only))]
-    files = [(file, by_name[name]) for name in by_name if (file := place / f"{name}.jsonl").is_file()]
-    missing = [name for name in by_name if not (place / f"{name}.jsonl").is_file()]
+    file_of = {name: file for name in by_name if (file := place / f"{name}.jsonl").is_file()}
+    files = [(file, by_name[name]) for name, file in file_of.items()]
+    missing = [name for name in by_name if name not in file_of]
     if not files:
         raise InputError(
             f"{place}: has no file NAME.jsonl of a data set NAME ({', '.join(missing) or 'none is given'})"
