@@ -26,6 +26,7 @@ from d2llm.models.backbone import Backbone
 from d2llm.models.student import Student
 from d2llm.training import pretrain
 from d2llm.training.pretrain import (
+    PretrainingReport,
     contrastive_loss,
     fit_linear,
     mask_span,
@@ -73,6 +74,13 @@ def new_student(model: Path, **backbone: Any) -> Student:
 
 def config(objective: str, **settings: Any) -> PretrainingConfig:
     return PretrainingConfig.model_validate({"objective": objective, "batch_texts": 8} | settings)
+
+
+def learnt(report: PretrainingReport, objective: str) -> bool:
+    """By more than batches differ: over seeds, distances end at .1 to .6 of the start, the bound .37 to .57 lower."""
+    if objective == "mutual_information":  # a bound on it, negated: no ratio
+        return report.last_loss < report.first_loss - 0.2
+    return report.last_loss < 0.75 * report.first_loss
 
 
 # Losses, in numpy --------------------------------------------------------------------------------------------------
@@ -261,9 +269,9 @@ def test_a_wider_teacher_is_projected_to(model: Path, tmp_path: Path) -> None:
     wide = write_tiny_model(tmp_path / "wide", "bert", hidden_size=64, seed=1)
     for objective in ("hidden_states", "mutual_information", "vectors"):
         student = new_student(model, tuning="full")
-        settings = config(objective, epochs=6, teacher=str(wide))
+        settings = config(objective, epochs=12, teacher=str(wide), learning_rate=1e-3)
         report = pretrain_backbone(student, PASSAGES, tmp_path / objective, settings)
-        assert report.last_loss < report.first_loss
+        assert learnt(report, objective)
         assert not any("projection" in name for name, _ in student.named_parameters())
 
 
@@ -442,10 +450,10 @@ def test_a_teacher_with_another_tokenizer_is_imitated(
     model: Path, stranger: Path, objective: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     student = new_student(model, tuning="full")
-    settings = config(objective, epochs=6, teacher=str(stranger), max_tokens=16)
+    settings = config(objective, epochs=12, teacher=str(stranger), max_tokens=16, learning_rate=1e-3)
     with caplog.at_level(logging.INFO, "d2llm.remarks"):
         report = pretrain_backbone(student, PASSAGES, tmp_path / "run", settings, queries=[TEXTS[0]])
-    assert report.last_loss < report.first_loss
+    assert learnt(report, objective)
     remarks = [record.getMessage() for record in caplog.records if "another tokenizer" in record.getMessage()]
     assert len(remarks) == (objective != "vectors")
 
