@@ -7,10 +7,11 @@ graded teacher makes of the recorded grades. Then
     d2llm distill RECIPE --out RUN --data DATA --recorded benchmarks/judgements
     d2llm ablate RECIPE --out RUN --data DATA --recorded benchmarks/judgements
 
-    python benchmarks/recorded_lists.py RECIPE DATA RUN [--queries N] [--candidates N]
+    python benchmarks/recorded_lists.py RECIPE DATA RUN [--queries N] [--candidates N] [--easy N]
 
 `--queries` and `--candidates` take a random part of the lists, of which a larger one contains a smaller one, for
-learning curves; a list keeps at least one positive.
+learning curves; a list keeps at least one positive. `--easy` adds random passages of the corpus as easy negatives,
+which the recipe's `[teacher.recorded] unlisted` grades.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from d2llm.training.mining.choose import key_of
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """How much of the lists to take: so many queries, and so many candidates of each; None means all."""
+    """So many queries, so many candidates of each (None: all), and so many random passages beside them."""
 
     queries: int | None = None
     candidates: int | None = None
+    easy: int = 0
 
 
 def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list[PlanEntry]:
@@ -42,6 +44,7 @@ def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list
     train = sorted((each for each in lists if each.split == "train"), key=lambda each: key_of(1, each.query_id))
     positives = dataset.positives("train")
     entries: list[PlanEntry] = []
+    corpus = sorted(dataset.passages) if part.easy else []
     for each in train[: part.queries]:
         own = set(positives[each.query_id])
         order = list(each.passages)
@@ -51,8 +54,21 @@ def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list
         kept = {first, *order[: None if part.candidates is None else part.candidates - 1]}
         listed = [passage for passage in each.passages if passage in kept]
         relevant = tuple(passage for passage in listed if passage in own)
-        entries.append(PlanEntry(each.query_id, relevant, tuple(each for each in listed if each not in own), ()))
+        hard = tuple(passage for passage in listed if passage not in own)
+        entries.append(PlanEntry(each.query_id, relevant, hard, _easy(each, own, corpus, part.easy)))
     return sorted(entries, key=lambda entry: entry.query_id)
+
+
+def _easy(judged: GradedList, own: set[str], corpus: list[str], number: int) -> tuple[str, ...]:
+    """Random passages outside the list that the data set does not judge relevant; ``judged.query_id`` decides which."""
+    draw = random.Random(f"easy {judged.query_id}")
+    unseen = {*own, *judged.passages}
+    chosen: list[str] = []
+    while len(chosen) < number:
+        if (passage := draw.choice(corpus)) not in unseen:
+            chosen.append(passage)
+            unseen.add(passage)
+    return tuple(chosen)
 
 
 def make_run(run: Run, part: Part) -> LabelReport:
@@ -76,9 +92,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--queries", type=int)
     parser.add_argument("--candidates", type=int)
+    parser.add_argument("--easy", type=int, default=0)
     given = parser.parse_args()
     run = Run(given.recipe, given.run, data=str(given.data), recorded=RECORDED)
-    report = make_run(run, Part(given.queries, given.candidates))
+    report = make_run(run, Part(given.queries, given.candidates, given.easy))
     print(f"{given.run}: {report.queries + report.finished_queries} lists, {report.pairs} pairs labelled now")
 
 
