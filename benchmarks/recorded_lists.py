@@ -41,8 +41,9 @@ class Part:
 
 def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list[PlanEntry]:
     """The plan's entries of the train lists, in the order of their query ids."""
-    train = sorted((each for each in lists if each.split == "train"), key=lambda each: key_of(1, each.query_id))
-    positives = dataset.positives("train")
+    positives = dataset.positives("train")  # of lists of written queries, `judged_sets.py` makes some a dev split
+    judged = [each for each in lists if each.split == "train" and each.query_id in positives]
+    train = sorted(judged, key=lambda each: key_of(1, each.query_id))
     entries: list[PlanEntry] = []
     corpus = sorted(dataset.passages) if part.easy else []
     for each in train[: part.queries]:
