@@ -1,8 +1,8 @@
 """Makes training plans and labels of recorded lists, so that a recipe can be distilled from them or ablated on them.
 
 For each data set of the recipe that `judgements/SET.jsonl` has lists of: the plan is the 600 train lists, its positives
-are those that the data set judges relevant, and the rest of a list are hard negatives; the labels are what the recipe's
-graded teacher makes of the recorded grades. Then
+are those that the data set judges relevant, and the rest of a list are hard negatives; of labelled pairs, the plan is
+the train pairs that were graded. The labels are what the recipe's graded teacher makes of the recorded grades. Then
 
     d2llm distill RECIPE --out RUN --data DATA --recorded benchmarks/judgements
     d2llm ablate RECIPE --out RUN --data DATA --recorded benchmarks/judgements
@@ -24,7 +24,10 @@ from pathlib import Path
 from recorded_judge import RECORDED, GradedList, read_graded_lists
 
 from d2llm import Run
-from d2llm.data.beir import Dataset, read_beir
+from d2llm.data.beir import Dataset
+from d2llm.data.open_data import open_data
+from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
+from d2llm.data.pairs import PairDataset
 from d2llm.data.plan import PlanEntry, write_plan
 from d2llm.training.label import LabelReport
 from d2llm.training.mining.choose import key_of
@@ -60,6 +63,16 @@ def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list
     return sorted(entries, key=lambda entry: entry.query_id)
 
 
+def plan_of_graded_pairs(dataset: PairDataset, lists: list[GradedList], part: Part) -> list[PlanEntry]:
+    """The plan's entries of the train pairs that were graded."""
+    graded = {(each.query_id, passage) for each in lists if each.split == "train" for passage in each.passages}
+    pairs = read_pair_training_set(dataset)
+    own = {(query, passage) for query, judged in pairs.targets["train"].items() for passage in judged}
+    entries = plan_of_pairs(pairs, "train", leave_out=own - graded, seed=0)
+    chosen = sorted(entries, key=lambda entry: key_of(1, entry.query_id))[: part.queries]
+    return sorted(chosen, key=lambda entry: entry.query_id)
+
+
 def _easy(judged: GradedList, own: set[str], corpus: list[str], number: int) -> tuple[str, ...]:
     """Random passages outside the list that the data set does not judge relevant; ``judged.query_id`` decides which."""
     draw = random.Random(f"easy {judged.query_id}")
@@ -75,8 +88,10 @@ def _easy(judged: GradedList, own: set[str], corpus: list[str], number: int) -> 
 def make_run(run: Run, part: Part) -> LabelReport:
     """Write the plans of a run's data sets, and their labels."""
     for data in run.recipe.data:
-        dataset = read_beir(data.path, splits=["train", "dev"])
-        entries = plan_of_lists(dataset, read_graded_lists(dataset.name), part)
+        dataset = open_data(data.path, splits=["train", "dev"])
+        lists = read_graded_lists(dataset.name)
+        is_retrieval = isinstance(dataset, Dataset)
+        entries = plan_of_lists(dataset, lists, part) if is_retrieval else plan_of_graded_pairs(dataset, lists, part)
         content = {"dataset": dataset.name, "split": "train", "report": {"recorded": True}}
         write_plan(run.parts.plan(data), entries, content)
     report = run.label()

@@ -26,21 +26,24 @@ def collect(keys: Path, answers: Path, *, task: str, date: str) -> tuple[list[di
             continue
         _, split, judging, _ = key_file.stem.rsplit("-", 3)
         key, grades = (json.loads(path.read_text(encoding="utf-8")) for path in (key_file, answer_file))
-        for shown, values in zip(key, grades, strict=True):
-            if len(values) != len(shown["passages"]) or not all(type(v) is int and 0 <= v <= 100 for v in values):
-                raise ValueError(f"{answer_file}: the grades of query {shown['query_id']!r} do not fit its passages")
-            lines.append(
-                {
-                    "query_id": shown["query_id"],
-                    "split": split,
-                    "judging": int(judging),
-                    "task": task,
-                    "passages": shown["passages"],
-                    "grades": values,
-                    "date": date,
-                }
-            )
+        for place, (shown, values) in enumerate(zip(key, grades, strict=True), start=1):
+            number = len(shown.get("pairs", shown.get("passages")))
+            if len(values) != number or not all(type(value) is int and 0 <= value <= 100 for value in values):
+                raise ValueError(f"{answer_file}: its part {place} has {values}, not {number} grades from 0 to 100")
+            lists = _lists(shown, values)
+            same = {"split": split, "judging": int(judging), "task": task}
+            lines += [
+                {"query_id": query_id, **same, "passages": passages, "grades": graded, "date": date}
+                for query_id, passages, graded in lists
+            ]
     return lines, num_open
+
+
+def _lists(shown: dict[str, Any], grades: list[int]) -> list[tuple[str, list[str], list[int]]]:
+    """The lists of a part of a packet: one, or for pairs one a pair."""
+    if "pairs" in shown:
+        return [(query, [passage], [grade]) for (query, passage), grade in zip(shown["pairs"], grades, strict=True)]
+    return [(shown["query_id"], shown["passages"], grades)]
 
 
 def main() -> None:

@@ -121,3 +121,21 @@ def test_a_list_that_is_none_is_an_error_with_its_line(
     write_lines(lists, [{"query_id": "q0", "passages": ["s0"], "grades": [1]}, line])
     with pytest.raises(D2LLMError, match=f"lists.jsonl:2: .*{problem}"):
         load_judge(teacher(lists, place / "everyday"))
+
+
+def test_grades_of_labelled_pairs_are_found_by_split_and_number(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    rows = [("a cat", "a dog", 0.0, "1"), ("a cat", "a kitten", 4.0, "2"), ("rain", "wet weather", 5.0, "3")]
+    write_lines(
+        pairs / "train.jsonl", [dict(zip(("query", "document", "score", "id"), row, strict=True)) for row in rows]
+    )
+    lists = tmp_path / "pairs-grades.jsonl"
+    graded = [("train/1", "train/2", 70), ("train/3", "train/3", 94)]
+    write_lines(lists, [{"query_id": one, "passages": [other], "grades": [grade]} for one, other, grade in graded])
+    result = load_judge(teacher(lists, pairs)).judge([("rain", "wet weather"), ("a cat", "a kitten")], "symmetric")
+    np.testing.assert_allclose(result.log_odds, [2, 0])
+    assert result.num_undecided == 0
+    write_lines(lists, [{"query_id": "train/2", "passages": ["train/2"], "grades": [1]}])
+    with pytest.raises(D2LLMError, match="no query 'train/2'"):  # its text is that of pair 1
+        load_judge(teacher(lists, pairs))

@@ -1,8 +1,10 @@
 """Lists of passages with grades from 0 to 100 that somebody recorded: a person, or a language model asked elsewhere.
 
 A file has one JSON object a line: ``query_id``, ``passages`` (ids) and ``grades``, with the ids of a data set,
-or ``query`` and ``passages`` with the texts themselves. ``task`` says which question was answered, if not both. Other
-keys are not read. A list may occur several times, as when it was judged in two orders.
+or ``query`` and ``passages`` with the texts themselves. Of a set of labelled pairs, the id of a text is split and id of
+the first pair of that split that has it (``train/17``), and each pair is a list of one passage. ``task`` says which
+question was answered, if not both. Other keys are not read. A list may occur several times, as when it was judged in
+two orders.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from d2llm.core.types import TASKS, Task
 from d2llm.data.beir import Dataset
 from d2llm.data.graded_lists import GradedList, read_graded_lists
 from d2llm.data.open_data import open_data
+from d2llm.data.pair_training import read_pair_training_set
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, TextPair
 from d2llm.models.teachers.lists import GradedTeacher, log_odds_of_grades
@@ -157,9 +158,7 @@ class _Texts:
                 "of its own: NAME.jsonl"
             )
         dataset = open_data(self._data)
-        if not isinstance(dataset, Dataset):
-            raise InputError(f"{self._data}: is a set of labelled pairs, which have no ids; record texts instead")
-        return dataset
+        return dataset if isinstance(dataset, Dataset) else read_pair_training_set(dataset).dataset
 
     def _unknown(self, each: GradedList, what: str, name: str) -> InputError:
         return InputError(
