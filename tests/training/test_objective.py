@@ -153,6 +153,19 @@ def test_the_authors_normalisation(scores: PairScores, batch: DistillationBatch)
     assert all(ours[name] == theirs[name] for name in same)
 
 
+def test_the_authors_feature_imitation_sums_over_the_queries_with_features(
+    scores: PairScores, batch: DistillationBatch
+) -> None:
+    own = batch.own.copy()
+    own[1] = -1  # the store has no cosines of the second query
+    first = replace(batch, own=own)
+    ours, theirs = (
+        batch_losses(scores, first, ALL_WEIGHTS.model_copy(update={"normalisation": name}))["feature_imitation"]
+        for name in ("mean", "authors")
+    )
+    assert theirs.item() == pytest.approx(ours.item())  # a sum of one
+
+
 def test_the_total_is_the_weighted_sum(scores: PairScores, batch: DistillationBatch) -> None:
     terms = batch_losses(scores, batch, ALL_WEIGHTS)
     parts = {name: value.item() for name, value in terms.items()}

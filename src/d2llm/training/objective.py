@@ -148,18 +148,19 @@ def batch_losses(
         by_name["token_cross_entropy"] = lambda: losses.in_batch_cross_entropy(token_logits, positive, candidates)
     values = {name: loss() for name, loss in by_name.items() if getattr(weights, name)}
     if weights.normalisation == "authors":
-        factors = _authors_factors(len(batch.query_ids), hard)
+        factors = _authors_factors(batch, hard)
         values = {name: value * factors.get(name, 1.0) for name, value in values.items()}
     return values
 
 
-def _authors_factors(num_queries: int, hard: Tensor) -> dict[str, float | Tensor]:
+def _authors_factors(batch: DistillationBatch, hard: Tensor) -> dict[str, float | Tensor]:
     """By what the published code multiplies losses that are means over queries here (``LossWeights.normalisation``)."""
     with_hard = hard.any(dim=1).sum().clamp(min=1)
+    num_with_features = ((batch.own >= 0).sum(axis=1) >= 2).sum()  # of the others, feature imitation has no value
     return {
-        "in_batch_cross_entropy": 1 / num_queries,
+        "in_batch_cross_entropy": 1 / len(batch.query_ids),
         "contrastive_imitation": with_hard / hard.sum().clamp(min=1),
-        "feature_imitation": float(num_queries),
+        "feature_imitation": float(num_with_features),
     }
 
 
