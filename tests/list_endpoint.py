@@ -41,6 +41,17 @@ def counts_words(request: Request, number: int) -> Reply:
     return Reply({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}], "usage": usage})
 
 
+def recipe_with_teacher(recipe: Path, teacher: str, settings: str = "") -> str:
+    """The text of a recipe with other lines in its section ``teacher``, whose features are not imitated.
+
+    ``settings`` are more sections, with their heads.
+    """
+    head, _, rest = recipe.read_text().partition("[teacher]\n")
+    tail = "[[data]]" + rest.partition("[[data]]")[2]
+    own = "[teacher_tuning]\nepochs = 0\n[losses]\nfeature_imitation = 0\nlist_imitation = 1\n"
+    return f"{head}[teacher]\n{teacher}\n{own}{settings}\n{tail}"
+
+
 @contextmanager
 def list_teacher(folder: Path, kind: str) -> Iterator[tuple[Path, LocalEndpoint]]:
     """The TOML file of a teacher of this kind, and its endpoint."""

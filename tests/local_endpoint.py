@@ -90,8 +90,8 @@ class LocalEndpoint:
 
 
 @contextmanager
-def local_endpoint(reply: Callable[[Request, int], Reply]) -> Iterator[LocalEndpoint]:
-    """Serve on a free local port until the block ends."""
+def local_endpoint(reply: Callable[[Request, int], Reply], *, port: int = 0) -> Iterator[LocalEndpoint]:
+    """Serve on a local port, by default a free one, until the block ends; connections are refused then."""
     endpoint = LocalEndpoint(reply)
 
     class Handler(BaseHTTPRequestHandler):
@@ -116,7 +116,7 @@ def local_endpoint(reply: Callable[[Request, int], Reply]) -> Iterator[LocalEndp
 
         def log_message(self, *arguments: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         endpoint.url = f"http://127.0.0.1:{server.server_port}/v1"

@@ -15,7 +15,7 @@ from d2llm.models.teachers.judge import identify_judge, load_judge
 from d2llm.ops.rereading import StudentError
 from d2llm.retrieval.calibrate import write_error
 from e2e.command_line import fail, succeed, succeed_with_report, write_lines
-from list_endpoint import KINDS, judged_lists, list_teacher, shared_words
+from list_endpoint import KINDS, judged_lists, list_teacher, recipe_with_teacher, shared_words
 from tiny_server import tiny_passages, tiny_settings, write_tiny_index
 
 pytest.importorskip("fastapi", reason="needs FastAPI: pip install 'd2llm[serve]'")
@@ -46,12 +46,8 @@ def test_judge_orders_passages_by_what_the_model_answers(tmp_path: Path, kind: s
 def test_a_run_tests_it_labels_with_it_and_learns_from_it(place: Path, tmp_path: Path, kind: str) -> None:
     with list_teacher(tmp_path, kind) as (file, endpoint):
         recipe = tmp_path / "recipe.toml"
-        text = (place / "tiny.toml").read_text()
-        head, _, rest = text.partition("[teacher]\n")
-        tail = rest.partition("[[data]]")[2]
-        teacher = f'[teacher]\nkind = "{kind}"\nmodel = "counts-words"\n[teacher.remote]\nurl = "{endpoint.url}"\n'
-        settings = "[teacher_tuning]\nepochs = 0\n[losses]\nfeature_imitation = 0\nlist_imitation = 1\n"
-        recipe.write_text(f"{head}{teacher}{settings}[[data]]{tail}")
+        teacher = f'kind = "{kind}"\nmodel = "counts-words"\n[teacher.remote]\nurl = "{endpoint.url}"'
+        recipe.write_text(recipe_with_teacher(place / "tiny.toml", teacher))
         arguments = (recipe, "--out", tmp_path / "run", "--dtype", "float32")
         _, report = succeed_with_report("run", *arguments, folder=tmp_path)
         identity = identify_judge(named_teacher(str(file)))

@@ -15,6 +15,7 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
 from d2llm.models.teachers.judge import identify_judge, load_judge
 from e2e.command_line import fail, succeed, succeed_with_report, write_lines
+from list_endpoint import recipe_with_teacher
 
 REMOTE = {"url": "http://127.0.0.1:9/v1"}
 
@@ -46,13 +47,8 @@ def test_judge_repeats_texts_and_ids(place: Path, tmp_path: Path) -> None:
 
 
 def test_verbs_of_a_recipe_repeat_the_grades_and_count_what_was_not_recorded(place: Path, tmp_path: Path) -> None:
-    text = (place / "tiny.toml").read_text()
-    head, _, rest = text.partition("[teacher]\n")
-    tail = "[[data]]" + rest.partition("[[data]]")[2]
-    settings = '[teacher]\nkind = "graded"\nmodel = "large"\n[teacher_tuning]\nepochs = 0\n'
-    settings += "[losses]\nfeature_imitation = 0\nlist_imitation = 1\n"
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(head + settings + tail)
+    recipe.write_text(recipe_with_teacher(place / "tiny.toml", 'kind = "graded"\nmodel = "large"'))
     where = (recipe, "--out", tmp_path / "run", "--dtype", "float32")
     succeed("mine", *where)
     plan = read_plan(next((tmp_path / "run" / "plans").glob("*")))

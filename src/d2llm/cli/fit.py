@@ -26,7 +26,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_WRITER
 
 if TYPE_CHECKING:
-    from d2llm.core.recipe import WriterConfig
+    from d2llm.core.recipe import TeacherConfig, WriterConfig
 
 
 @with_option_groups
@@ -96,6 +96,19 @@ def fit(
     teacher: Annotated[
         str | None, teacher_option(help="A model that judges pairs, to review the queries and to learn from.")
     ] = None,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            callback=lasting_input_path,
+            help="A graded teacher, by default one of this kind, repeats the grades of these lists (JSON Lines).",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", exists=True, help="With --recorded: the data set whose ids the lists name."),
+    ] = None,
     task: TaskOption = None,
     exclude: Annotated[
         list[str] | None,
@@ -137,7 +150,7 @@ def fit(
         max_tokens=max_tokens,
         max_cost=max_cost,
         max_queries=max_queries,
-        teacher=None if teacher is None else teacher_config(teacher, None),
+        teacher=_teacher_config(teacher, recorded, data),
         judged=judged,
         exclude=tuple(exclude or ()),
         seed=seed,
@@ -156,6 +169,16 @@ def fit(
     session.say(verdict_sentence(report))
     session.say(f"Report: {fitted.folder.report_page}. Next: d2llm serve {fitted.folder.path}")
     session.write_report(context, json_path, report.to_json())
+
+
+def _teacher_config(teacher: str | None, recorded: Path | None, data: Path | None) -> TeacherConfig | None:
+    from d2llm.models.teachers.judge import recorded_teacher
+
+    if recorded is None:
+        if data is not None:
+            raise InputError("--data is for --recorded FILE, whose lists name texts by their ids; leave it out")
+        return None if teacher is None else teacher_config(teacher, None)
+    return recorded_teacher(teacher_config(teacher or "graded:recorded", None), recorded, data)
 
 
 def _writer_config(options: WriterOptions, prices: tuple[float, float] | None, max_cost: float | None) -> WriterConfig:

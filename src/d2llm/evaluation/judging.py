@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
-from d2llm.core.errors import InputError, OutOfTimeError
+from d2llm.core.errors import InputError
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judge, Judgements, TextPair, asks_endpoint, identify_judge
+from d2llm.models.teachers.judge import (
+    Judge,
+    Judgements,
+    PartlyJudged,
+    TextPair,
+    asks_endpoint,
+    gives_grades,
+    identify_judge,
+    judge_until_error,
+    ranks_lists,
+)
 from d2llm.runners.placement import HERE, Placement
 from d2llm.runners.runner import Runner, Workers
 
@@ -50,10 +60,11 @@ class JudgingCounts:
     cost: float = 0.0
 
     @classmethod
-    def count(cls, judgements: Judgements) -> JudgingCounts:
+    def count(cls, partly: PartlyJudged) -> JudgingCounts:
         """The counts of one call to a judge."""
+        judgements = partly.judgements
         return cls(
-            len(judgements.log_odds),
+            int(partly.is_judged.sum()),
             judgements.num_truncated,
             judgements.num_tokens,
             judgements.num_bounded,
@@ -85,7 +96,8 @@ class Budget:
 
     def _reached(self, counts: JudgingCounts) -> str | None:
         settings = self._settings
-        if settings.max_minutes is not None and time.monotonic() - self._started >= 60 * settings.max_minutes:
+        is_late = settings.max_minutes is not None and time.monotonic() - self._started >= 60 * settings.max_minutes
+        if is_late and counts.pairs:  # so that every call gets further, even if loading the teacher takes longer
             return f"labelling.max_minutes = {settings.max_minutes:g}"
         if settings.max_tokens is not None and counts.tokens + counts.written_tokens >= settings.max_tokens:
             return f"labelling.max_tokens = {settings.max_tokens}"
@@ -108,18 +120,19 @@ class PairShard:
 
 @dataclass(frozen=True, slots=True)
 class JudgedShard:
-    """The labels of a shard's queries, in order."""
+    """The labels of a shard's queries, in order; those that there are if an ``error`` ended the work early."""
 
     labels: list[QueryLabels]
     counts: JudgingCounts
+    error: BaseException | None = None
 
 
 def judge_shard(judge: Judge, shard: PairShard, advance: Callable[[int], None]) -> JudgedShard:
     """Judge the pairs of a shard; ``advance`` is called with the number of pairs finished."""
     with_features = any(query.num_listed for query in shard.queries)
-    judgements = judge.judge(shard.texts, shard.task, with_features=with_features, advance=advance)
-    labels = _by_query(shard.queries, judgements)
-    return JudgedShard(labels, JudgingCounts.count(judgements))
+    partly = judge_until_error(judge, shard.texts, shard.task, with_features=with_features, advance=advance)
+    labels = _by_query(shard.queries, partly.judgements, partly.is_judged)
+    return JudgedShard(labels, JudgingCounts.count(partly), partly.error)
 
 
 @dataclass(frozen=True)
@@ -214,11 +227,13 @@ def judge_pairs(
     """Judge pairs that have no label yet, a few hundred at a time, write the labels, and update ``counts``.
 
     ``judges`` do ``judge_shard``, here or elsewhere. ``queries`` are consumed lazily; ``query_text`` and
-    ``passage_text`` return the text of an id; ``advance`` is called with the number of pairs finished.
+    ``passage_text`` return the text of an id; ``advance`` is called with the number of pairs finished. The
+    labels of all that was judged are written, whatever ends the work early: an endpoint that fails, Ctrl-C, a time
+    limit.
 
     Raises:
         InputError: a shard cannot be written.
-        ModelError: some of the judge's log-odds are not numbers.
+        ModelError: some of the judge's log-odds are not numbers, or it cannot be asked any more.
     """
     shards = (
         PairShard(chunk, [(query_text(q.query_id), passage_text(p)) for q in chunk for p in q.passage_ids], task)
@@ -228,10 +243,10 @@ def judge_pairs(
         for judged in judges.map(shards, advance):
             counts.add(judged.counts)
             writer.add(judged.labels)
-    except OutOfTimeError:
+            if judged.error is not None:
+                raise judged.error
+    finally:
         writer.write()
-        raise
-    writer.write()
 
 
 def gram_matrix(features: Float32[np.ndarray, "m dim"]) -> Float32[np.ndarray, "m m"]:
@@ -262,12 +277,14 @@ class PoolScores:
     """Scores by query_id and passage_id.
 
     Of the ``num_new`` pairs judged now, ``num_truncated`` were truncated and ``num_undecided`` got no answer.
+    ``ungraded`` are the passages to which a teacher of grades gave none, now or before, by query_id.
     """
 
     scores: dict[str, dict[str, float]]
     num_new: int
     num_truncated: int
     num_undecided: int = 0
+    ungraded: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -341,6 +358,8 @@ def judge_pool(
 ) -> PoolScores:
     """Score every pair of the pool; pairs with a label in ``store`` or ``known`` are not judged again.
 
+    A teacher that ranks lists judges all passages of a query again if any is new, or if their labels are in two stores.
+
     ``query_texts`` and ``passage_texts`` map ids to texts. New labels are written to the label store in the folder
     ``store``; ``known`` is the folder of another store of the same data set (labels made for training), only read.
     ``placement`` says where the judge works. Errors are those of ``label_pool``.
@@ -351,10 +370,14 @@ def judge_pool(
     scores: dict[str, dict[str, float]] = {
         query_id: earlier.log_odds(query_id) if earlier is not None else {} for query_id in pool
     }
-    missing = {
-        query_id: tuple(p for p in labels.missing(query_id, passage_ids) if p not in scores[query_id])
-        for query_id, passage_ids in pool.items()
-    }
+    missing: dict[str, tuple[str, ...]] = {}
+    for query_id, passage_ids in pool.items():
+        not_here = labels.missing(query_id, passage_ids)
+        nowhere = tuple(name for name in not_here if name not in scores[query_id])
+        if ranks_lists(judge):
+            is_known = not not_here or scores[query_id].keys() >= {*passage_ids}
+            nowhere = () if is_known else tuple(passage_ids)
+        missing[query_id] = nowhere
     counts = label_pool(
         judge,
         missing,
@@ -365,10 +388,14 @@ def judge_pool(
         title=title,
         placement=placement,
     )
+    ungraded: dict[str, frozenset[str]] = {}
     for query_id, passage_ids in pool.items():
         values = scores[query_id] | labels.log_odds(query_id)
         scores[query_id] = {passage_id: values[passage_id] for passage_id in passage_ids}
-    return PoolScores(scores, counts.pairs, counts.truncated, counts.undecided)
+        if gives_grades(judge):
+            grades = (earlier.grades(query_id) if earlier is not None else {}) | labels.grades(query_id)
+            ungraded[query_id] = frozenset(passage_ids) - grades.keys()
+    return PoolScores(scores, counts.pairs, counts.truncated, counts.undecided, ungraded)
 
 
 def _chunks(queries: Iterable[QueryPairs]) -> Iterator[list[QueryPairs]]:
@@ -383,17 +410,22 @@ def _chunks(queries: Iterable[QueryPairs]) -> Iterator[list[QueryPairs]]:
         yield chunk
 
 
-def _by_query(queries: Sequence[QueryPairs], judgements: Judgements) -> list[QueryLabels]:
-    """Split the judgements of a chunk by query."""
+def _by_query(
+    queries: Sequence[QueryPairs], judgements: Judgements, is_judged: Bool[np.ndarray, " pairs"]
+) -> list[QueryLabels]:
+    """Split the judgements of a chunk by query; one with features is left out unless all its pairs are judged."""
     log_odds, features, grades = judgements.log_odds, judgements.features, judgements.grades
     labels: list[QueryLabels] = []
     start = 0
     for query in queries:
-        end = start + len(query.passage_ids)
+        judged = start + np.flatnonzero(is_judged[start : start + len(query.passage_ids)])
         gram = None
         if features is not None and query.num_listed:
+            judged = judged if len(judged) == len(query.passage_ids) else judged[:0]
             gram = gram_matrix(features[start : start + query.num_listed])
-        own = None if grades is None else grades[start:end]
-        labels.append(QueryLabels(query.query_id, query.passage_ids, log_odds[start:end], gram, own))
-        start = end
+        if len(judged):
+            passage_ids = tuple(query.passage_ids[place - start] for place in judged.tolist())
+            own = None if grades is None else grades[judged]
+            labels.append(QueryLabels(query.query_id, passage_ids, log_odds[judged], gram, own))
+        start += len(query.passage_ids)
     return labels

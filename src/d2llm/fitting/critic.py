@@ -25,7 +25,7 @@ from d2llm.core.time_limit import time_limit
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.labels import LabelStore
 from d2llm.data.same_text import comparable, jaccard, shingles
-from d2llm.evaluation.judging import judge_pool
+from d2llm.evaluation.judging import PoolScores, judge_pool
 from d2llm.fitting.draft_store import DraftStore, passage_hash
 from d2llm.fitting.query_rules import query_fault
 from d2llm.models.teachers.judge import Judge, ranks_lists
@@ -96,11 +96,16 @@ class RejectedQuery:
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What the critic kept and rejected; the teacher had no time to read ``num_unjudged`` of those kept."""
+    """What the critic kept and rejected.
+
+    Of those kept, the teacher had no time to read ``num_unjudged``, and gave no grade to the own passages of
+    ``num_ungraded``.
+    """
 
     kept: tuple[KeptQuery, ...] = ()
     rejected: tuple[RejectedQuery, ...] = ()
     num_unjudged: int = 0
+    num_ungraded: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
@@ -143,12 +148,20 @@ def review_queries(
         alike = _same_texts(by_id[written.passage_id], (by_id[name] for name in ranking), chosen.same_text)
         rank = 1 + ranking.index(written.passage_id)
         kept.append(KeptQuery(written, (written.passage_id, *alike), rank))
-    num_unjudged = 0
+    num_unjudged = num_ungraded = 0
     if teacher is not None and judgements is not None:
         rankings = dict(zip((written.id for written in candidates), retrieved, strict=True))
         pool = _pool(kept, rankings, chosen.num_judged)
-        log_odds = _ask_teacher(teacher, pool, kept, by_id, task, judgements, seconds, placement)
-        num_unjudged = len(kept) - len(log_odds)
+        if ranks_lists(teacher):  # a single passage cannot be ranked
+            pool = {name: ids for name, ids in pool.items() if len(ids) > 1}
+        judged = _ask_teacher(teacher, pool, kept, by_id, task, judgements, seconds, placement)
+        log_odds = {
+            query_id: {name: value for name, value in values.items() if name not in judged.ungraded.get(query_id, ())}
+            for query_id, values in judged.scores.items()
+        }
+        num_unjudged = len(pool) - len(log_odds)
+        own = {query.written.id: query.written.passage_id for query in kept}
+        num_ungraded = sum(own[query_id] not in values for query_id, values in log_odds.items())
         minimum = -math.inf if ranks_lists(teacher) else chosen.min_log_odds
         kept = list(_answered(kept, log_odds, minimum, rejected))
     general = [query for query in kept if len(query.positives) > chosen.max_positives]
@@ -157,7 +170,7 @@ def review_queries(
     ]
     kept = [query for query in kept if len(query.positives) <= chosen.max_positives]
     reasons = Counter(query.reason for query in rejected)
-    return Review(tuple(kept), tuple(rejected), num_unjudged, dict(reasons.most_common()))
+    return Review(tuple(kept), tuple(rejected), num_unjudged, num_ungraded, dict(reasons.most_common()))
 
 
 def _written(drafts: DraftStore, passages: Iterable[Passage]) -> Iterator[WrittenQuery]:
@@ -222,8 +235,8 @@ def _ask_teacher(
     judgements: Path,
     seconds: float,
     placement: Placement,
-) -> dict[str, dict[str, float]]:
-    """query_id -> the log-odds of its passages, of those queries that the teacher had time to read."""
+) -> PoolScores:
+    """What the teacher says about those queries that it had time to read."""
     judge = partial(
         judge_pool,
         teacher,
@@ -237,11 +250,11 @@ def _ask_teacher(
     )
     try:
         with time_limit(seconds):
-            return judge(pool).scores
+            return judge(pool)
     except OutOfTimeError:
         key = {"teacher": teacher.fingerprint, "prompt": teacher.prompt_fingerprint(task), "dataset": DATASET}
         labels = LabelStore(judgements, **key)
-        return judge({name: ids for name, ids in pool.items() if not labels.missing(name, ids)}).scores
+        return judge({name: ids for name, ids in pool.items() if not labels.missing(name, ids)})
 
 
 def _answered(
@@ -250,13 +263,13 @@ def _answered(
     minimum: float,
     rejected: list[RejectedQuery],
 ) -> Iterator[KeptQuery]:
-    """The queries that the teacher finds answered, with the positives that it adds, and those it has not read."""
+    """The queries that the teacher finds answered, with the positives that it adds, and those it has not judged."""
     for query in kept:
-        if query.written.id not in log_odds:
+        values = log_odds.get(query.written.id, {})
+        own = values.get(query.written.passage_id)
+        if own is None:
             yield query
             continue
-        values = log_odds[query.written.id]
-        own = values[query.written.passage_id]
         if own < minimum:
             rejected.append(RejectedQuery(query.written, "not answered", f"the teacher's log-odds are {own:.1f}"))
             continue

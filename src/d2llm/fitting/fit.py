@@ -76,6 +76,7 @@ _remarks = logging.getLogger("d2llm.remarks")
 _STUDENT_SOURCE = "../student"
 _TIMED_PASSAGES, _TIMED_AT_ONCE, _TIMED_SECONDS = 512, 64, 2.0  # encoding is timed on so many, or for so long
 _TIMED_JUDGEMENTS = 8
+_SECONDS_TO_LOOK_UP = 1e-5  # of a recorded grade
 _TIMED_SEARCHES = 8
 _QUERY_CHARACTERS = 60  # of the queries of timed judgements and searches
 _SAMPLED, _SAMPLED_CHARACTERS = 30, 2_000  # documents whose language is guessed, and how much of each is read
@@ -165,6 +166,7 @@ class Fit:
         with showing_progress(self.show_progress):
             is_update = self.is_finished and not again
             if not is_update:
+                self._check_teacher()
                 self._begin()
             try:
                 with self.stages.run("read") as stage:
@@ -287,6 +289,11 @@ class Fit:
         )
         if review.num_unjudged:
             self._note(f"the teacher had no time to read {review.num_unjudged:,} of the queries that were kept")
+        if review.num_ungraded:
+            self._note(
+                f"the teacher gave no grade to {review.num_ungraded:,} of the queries that passed the search, so they "
+                "are kept as they are"
+            )
         texts = {passage.id: passage.full_text for passage in self.passages}
         write_bytes(self.folder.audit_page, audit_page(review, texts, seed=self.settings.seed).encode())
         return review
@@ -387,6 +394,8 @@ class Fit:
         """How long a teacher takes to judge one pair here, measured on a few."""
         from d2llm.models.teachers.judge import load_judge
 
+        if teacher.recorded is not None:
+            return _SECONDS_TO_LOOK_UP
         judge = load_judge(teacher, device=self.device, dtype=self.dtype)
         texts = [passage.full_text for passage in self.passages[:_TIMED_JUDGEMENTS]]
         started = time.perf_counter()
@@ -698,6 +707,19 @@ class Fit:
     def task(self) -> Task:
         """What makes a passage relevant: as set, or what the student to start from was trained for."""
         return task_for(self._load(self.start), self.settings.task)
+
+    def _check_teacher(self) -> None:
+        """Find out about a teacher that cannot be used before queries are written for hours.
+
+        One at an endpoint gets a trial request, and recorded grades are read; others are looked for.
+        """
+        from d2llm.models.teachers.judge import asks_endpoint, identify_judge, load_judge
+
+        teacher = self.settings.teacher
+        if teacher is not None:
+            identify_judge(teacher)
+            if asks_endpoint(teacher):
+                load_judge(teacher, device=self.device, dtype=self.dtype)
 
     def _begin(self) -> None:
         """Make the folder, or prepare a finished one for learning anew."""

@@ -151,7 +151,8 @@ class Endpoint(Generic[_Answer]):
             bodies: the fields of each request's body besides the model's name.
             advance: called with 1 for each answer, from another thread.
             keep: called with each answer as soon as it is there, and the place of its request, from another thread; so
-                it has the answers that came before an error. An error that it raises ends the call.
+                it has the answers that came before an error, and those to requests that were on their way when it
+                occurred. An error that it raises ends the call.
 
         Raises:
             ModelNotFoundError: the endpoint has no such model, or the address does not exist.
@@ -199,9 +200,17 @@ class Endpoint(Generic[_Answer]):
         number: int,
         take: Callable[[int, _Answer], None],
     ) -> None:
+        errors: list[Exception] = []
+
         async def work() -> None:
             for index, body in bodies:  # all workers share one iterator, so neighbours are sent together
-                take(index, await self._send(client, body))
+                try:
+                    answer = await self._send(client, body, worth_it=lambda: self._answered and not errors)
+                    take(index, answer)
+                except Exception as error:  # noqa: BLE001 - raised when the others are answered
+                    errors.append(error)
+                if errors:  # nothing more is sent; requests on their way are answered, and paid for
+                    return
 
         workers = [asyncio.create_task(work()) for _ in range(min(self.config.concurrency, number))]
         try:
@@ -210,20 +219,26 @@ class Endpoint(Generic[_Answer]):
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+        if errors:
+            raise errors[0]
 
-    async def _send(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Answer:
+    async def _send(self, client: httpx2.AsyncClient, body: dict[str, Any], *, worth_it: Callable[[], bool]) -> _Answer:
         try:
-            return await self.retries.send(lambda: self._post(client, body), worth_it=lambda: self._answered)
+            return await self.retries.send(lambda: self._post(client, body), worth_it=worth_it)
         except BusyError as error:
+            timeout = f"{self._section}.remote.timeout_seconds"
             if not self._answered:
+                slow = f"raise {timeout} if it is only slow, or " if error.is_slow else ""
                 raise ModelError(
-                    f"{self.address} cannot be reached: {error}; start the server there, or correct "
+                    f"{self.address} cannot be reached: {error}; {slow}start the server there, or correct "
                     f"{self._section}.remote.url"
                 ) from error
+            slow = f"{timeout}, or " if error.is_slow else ""
             raise ModelError(
                 f"{self.address}: {error}; {self.retries.why_ended(error)}. Run the "
                 "command again when the endpoint works again: it continues where it stopped. Or raise "
-                f"{self._section}.remote.patience_minutes, or send fewer requests (concurrency, requests_per_minute)"
+                f"{slow}{self._section}.remote.patience_minutes, or send fewer requests (concurrency, "
+                "requests_per_minute)"
             ) from error
 
     async def _post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> _Answer:
@@ -232,7 +247,8 @@ class Endpoint(Generic[_Answer]):
         try:
             response = await client.post(self.address, json=body)
         except httpx2.TimeoutException as error:
-            raise BusyError(f"no answer within {self.config.timeout_seconds:g} seconds") from error
+            is_slow = not isinstance(error, httpx2.ConnectTimeout)
+            raise BusyError(f"no answer within {self.config.timeout_seconds:g} seconds", is_slow=is_slow) from error
         except httpx2.TransportError as error:
             raise BusyError(f"no connection ({error or type(error).__name__})") from error
         self._answered = True
@@ -320,6 +336,7 @@ class CompletionEndpoint(Endpoint[_Answer]):
         settings: Sequence[Mapping[str, Any]],
         *,
         advance: Callable[[int], None] | None = None,
+        keep: Callable[[int, _Answer], None] | None = None,
     ) -> list[_Answer]:
         """The answers to prompts, in their order (``send``).
 
@@ -327,9 +344,10 @@ class CompletionEndpoint(Endpoint[_Answer]):
             prompts: one for each request.
             settings: the other fields of each request's body, such as ``max_tokens``.
             advance: called with 1 for each answer, from another thread.
+            keep: called with each answer and the place of its prompt, from another thread.
         """
         bodies = [{**self._fields(prompt), **own} for prompt, own in zip(prompts, settings, strict=True)]
-        return self.send(bodies, advance=advance)
+        return self.send(bodies, advance=advance, keep=keep)
 
     def _fields(self, prompt: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": prompt}]} if self._is_chat else {"prompt": prompt}

@@ -26,11 +26,15 @@ _LONG_WAIT = 10.0  # seconds: waits of at least this long are logged as warnings
 
 
 class BusyError(Exception):
-    """A temporary failure that can be retried; ``wait`` is the delay in seconds that the endpoint requests."""
+    """A temporary failure that can be retried.
 
-    def __init__(self, reason: str, *, wait: float | None = None) -> None:
+    ``wait`` is the delay in seconds that the endpoint requests; ``is_slow`` says that it was reached and did not answer
+    in time.
+    """
+
+    def __init__(self, reason: str, *, wait: float | None = None, is_slow: bool = False) -> None:
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.is_slow = wait, is_slow
 
 
 class Retries:

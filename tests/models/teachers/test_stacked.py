@@ -8,12 +8,14 @@ import shutil
 import numpy as np
 import pytest
 
-from d2llm.core.errors import DataFormatError, InputError, MismatchError
+from d2llm.core.errors import DataFormatError, InputError, MismatchError, ModelError
 from d2llm.core.recipe import TeacherConfig
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judge, Judgements, identify_judge, load_judge
 from d2llm.models.teachers.stacked import StackedTeacher, StackMember, stacked_queries, write_stack
 from d2llm.ops.stacking import Stack
+from list_endpoint import KINDS, counts_words
+from local_endpoint import Reply, local_endpoint
 from tiny_models import TEXTS, tiny_student_config, tiny_teacher_config, write_tiny_model
 
 PAIRS = [("a", "b"), ("c", "d"), ("e", "f")]
@@ -55,6 +57,37 @@ def test_log_odds_by_hand():
     assert (judged.num_truncated, judged.num_tokens, judged.num_bounded, judged.num_undecided) == (1, 20, 4, 6)
     assert sum(finished) == len(PAIRS)
     assert isinstance(teacher, Judge)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_error_of_a_member_keeps_what_all_have_judged(kind, is_first):
+    class Counting(Member):
+        def judge(self, pairs, task, *, with_features=False, advance=None):
+            self.asked += pairs
+            return Judgements(np.array([len(text) for _, text in pairs], np.float32), None, 0, 0)
+
+    def until_the_key_expires(request, number):
+        return counts_words(request, number) if number < 2 else Reply({"error": "expired"}, status=403)
+
+    pairs = [(f"cats {n}", text) for n in range(4) for text in ("cats sleep", f"{n} dogs and cats")]
+    with local_endpoint(until_the_key_expires) as endpoint:
+        config = {"kind": kind, "model": "served", "remote": {"url": endpoint.url, "concurrency": 1}}
+        remote = load_judge(TeacherConfig.model_validate(config))  # the first request
+        plain = Counting("x", [])
+        members = [remote, plain] if is_first else [plain, remote]
+        teacher = StackedTeacher(members, {TASK: stack((1.0, 1.0))})
+        partly = teacher.judge_until_error(pairs, TASK)
+        with pytest.raises(ModelError, match="expired"):
+            partly.require_all()
+    assert partly.is_judged.tolist() == [True] * 2 + [False] * 6
+    assert plain.asked == (pairs[:2] if is_first else pairs)
+    assert len(endpoint.requests) == 3
+    with local_endpoint(counts_words) as endpoint:
+        whole = load_judge(TeacherConfig.model_validate(config | {"remote": {"url": endpoint.url}}))
+        members = [whole, plain] if is_first else [plain, whole]
+        expected = StackedTeacher(members, teacher.stacks).judge(pairs, TASK)
+    assert partly.judgements.log_odds[:2].tolist() == pytest.approx(expected.log_odds[:2].tolist())
 
 
 def test_a_member_without_weight_does_not_judge():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import REMOTE_KINDS, RecordedConfig, TeacherConfig
@@ -46,6 +46,24 @@ class Judgements:
     """Grades from 0 to 100 of a graded teacher, NaN where undecided."""
 
 
+@dataclass(frozen=True, slots=True)
+class PartlyJudged:
+    """What a judge had judged when an error ended its work; without an ``error``, all pairs.
+
+    Of the ``judgements``, those of other pairs mean nothing; their counts are about what was done.
+    """
+
+    judgements: Judgements
+    is_judged: Bool[np.ndarray, " pairs"]
+    error: BaseException | None = None
+
+    def require_all(self) -> Judgements:
+        """The judgements of all pairs, or the error."""
+        if self.error is not None:
+            raise self.error
+        return self.judgements
+
+
 @runtime_checkable
 class Judge(Protocol):
     """A teacher of any kind, or another model that reads query and passage together."""
@@ -76,6 +94,43 @@ class Judge(Protocol):
             advance: called with the number of pairs finished.
         """
         ...
+
+
+@runtime_checkable
+class LastingJudge(Judge, Protocol):
+    """A judge whose answers cost money, or come from afar: an error must not lose those that came before it."""
+
+    def judge_until_error(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> PartlyJudged:
+        """Like ``judge``; an error or an interruption that comes after the first answer is not raised but returned."""
+        ...
+
+
+def judge_until_error(
+    judge: Judge,
+    pairs: Sequence[TextPair],
+    task: Task,
+    *,
+    with_features: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> PartlyJudged:
+    """Judge pairs (``Judge.judge``); what a ``LastingJudge`` has judged before an error is returned with it."""
+    if isinstance(judge, LastingJudge):
+        return judge.judge_until_error(pairs, task, with_features=with_features, advance=advance)
+    judgements = judge.judge(pairs, task, with_features=with_features, advance=advance)
+    return PartlyJudged(judgements, np.ones(len(pairs), np.bool_))
+
+
+def whole_queries(pairs: Sequence[TextPair], is_judged: Bool[np.ndarray, " pairs"]) -> Bool[np.ndarray, " pairs"]:
+    """Of the pairs that are judged, those of queries without any pair that is not."""
+    unfinished = {query for (query, _), judged in zip(pairs, is_judged, strict=True) if not judged}
+    return np.array([query not in unfinished for query, _ in pairs], np.bool_)
 
 
 def load_judge(config: TeacherConfig, *, device: str | None = None, dtype: str | None = None) -> Judge:
@@ -135,6 +190,11 @@ def ranks_lists(teacher: Judge | TeacherConfig) -> bool:
     if isinstance(teacher, TeacherConfig):
         return "listwise" in _kinds(teacher)
     return bool(getattr(teacher, "ranks_lists", False))
+
+
+def gives_grades(teacher: Judge) -> bool:
+    """Whether a pair that has an answer has a grade too: kind ``graded``, from an endpoint or recorded."""
+    return bool(getattr(teacher, "gives_grades", False))
 
 
 def _kinds(config: TeacherConfig) -> set[str]:

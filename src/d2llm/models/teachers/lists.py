@@ -35,7 +35,7 @@ from d2llm.models.completions import TOKENS_ARE_ESTIMATED, Completion, quoted, r
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote_endpoint import TOO_LONG, CompletionEndpoint
 from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair, whole_queries
 from d2llm.models.teachers.list_answers import read_grades, read_ranking
 from d2llm.models.teachers.list_prompts import ListPrompt, load_list_prompt
 from d2llm.ops.plackett_luce import strengths
@@ -81,9 +81,10 @@ class _Call:
     prompt: ListPrompt
     texts: list[str]
     tokens: _Tokens = field(default_factory=_Tokens)
-    num_cut: int = 0
     problem: str = ""
     """What was wrong with the last answer that was of no use."""
+    error: BaseException | None = None
+    """What ended the call early."""
 
 
 class ListTeacher:
@@ -131,6 +132,8 @@ class ListTeacher:
         teacher = cls(config)
         call = _Call(teacher.prompts["asymmetric"], list(_TRIAL[1]))
         teacher._ask(call, [_Shown(_TRIAL[0], 0, [0])])
+        if call.error is not None:
+            raise call.error
         return teacher
 
     @classmethod
@@ -176,61 +179,93 @@ class ListTeacher:
             ModelError: some passages were not judged in ``lists.attempts`` answers, and ``remote.unanswered`` is
                 ``error``; the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
         """
+        return self.judge_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
+
+    def judge_until_error(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> PartlyJudged:
+        """Judge pairs until the first error (``LastingJudge``): a pair is judged when all its orders are answered.
+
+        For a teacher that ranks lists, all pairs of its query must be judged too. Pairs without a grade or a place in
+        the order after all attempts are not judged, unless they count as undecided.
+        """
         del with_features
         room = self._lengths.room(self.lists.max_passage_tokens)
         cut = self._lengths.cut([("", text) for _, text in pairs], room)
-        texts = [text for _, text in cut]
-        call = _Call(self.prompts[task], texts)
-        call.num_cut = sum(text != whole for text, (_, whole) in zip(texts, pairs, strict=True))
+        call = _Call(self.prompts[task], [text for _, text in cut])
         by_query: dict[str, list[int]] = {}
         for place, (query, _) in enumerate(pairs):
             by_query.setdefault(query, []).append(place)
-        log_odds, grades = self._judge_lists(call, by_query, _Steps(advance, self.lists.orders))
-        undecided = np.flatnonzero(np.isnan(log_odds))
-        if len(undecided) and self.remote.unanswered == "error":
-            raise self._unanswered(len(undecided), pairs, int(undecided[0]), call)
+        log_odds, grades, is_judged = self._judge_lists(call, by_query, _Steps(advance, self.lists.orders))
+        has_answer = np.isfinite(log_odds)
+        if self.remote.unanswered == "error":
+            lacking = np.flatnonzero(is_judged & ~has_answer)
+            if len(lacking):
+                call.error = call.error or self._unanswered(len(lacking), pairs, int(lacking[0]), call)
+            is_judged &= has_answer
+        if self.ranks_lists:
+            is_judged = whole_queries(pairs, is_judged)
+        num_undecided = int((is_judged & ~has_answer).sum())
+        if num_undecided:
+            self._warn_once(
+                "undecided", "%s: %d of %d pairs have no answer: %s", self.remote.url, num_undecided, len(pairs),
+                call.problem,
+            )  # fmt: skip
         tokens = call.tokens
         if tokens.num_estimated:
             self._warn_once("estimated", TOKENS_ARE_ESTIMATED, self.remote.url, self.remote.characters_per_token)
-        if len(undecided):
-            self._warn_once(
-                "undecided", "%s: %d of %d pairs have no answer: %s", self.remote.url, len(undecided), len(pairs),
-                call.problem,
-            )  # fmt: skip
-        return Judgements(
+        is_cut = [text != whole for text, (_, whole) in zip(call.texts, pairs, strict=True)]
+        judgements = Judgements(
             np.nan_to_num(log_odds).astype(np.float32),
             None,
-            num_truncated=call.num_cut,
+            num_truncated=int((is_judged & np.array(is_cut, np.bool_)).sum()),
             num_tokens=tokens.read,
-            num_undecided=len(undecided),
+            num_undecided=num_undecided,
             num_written_tokens=tokens.written,
             cost=self.remote.cost(tokens.read, tokens.written) or 0.0,
             grades=None if grades is None else grades.astype(np.float32),
         )
+        return PartlyJudged(judgements, is_judged, call.error)
 
     def _judge_lists(
         self, call: _Call, by_query: dict[str, list[int]], steps: _Steps
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-        """The log-odds of a call's pairs, NaN where there is no answer, and their grades, if there are any."""
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
+        """The log-odds of a call's pairs, NaN where there is no answer, their grades, if there are any, and which pairs
+        are finished: all, unless ``call.error`` is set.
+        """
         raise NotImplementedError
 
     def _ask(self, call: _Call, requests: Sequence[_Shown]) -> list[tuple[_Shown, Completion]]:
-        """The answers to requests, in order; one that cannot be answered as a whole is sent in halves."""
+        """The answers to requests, in order; one that cannot be answered as a whole is sent in halves.
+
+        After an error (``call.error``), those that came before it.
+        """
         answered: list[tuple[_Shown, Completion]] = []
         todo = list(requests)
-        while todo:
+        while todo and call.error is None:
             prompts = [call.prompt.fill(shown.query, [call.texts[place] for place in shown.passages]) for shown in todo]
             body = self.remote.body(max_tokens=self.lists.max_answer_tokens, temperature=0)
-            answers = self.endpoint.complete(prompts, [body] * len(prompts))
+            answers: dict[int, Completion] = {}
+            try:
+                self.endpoint.complete(prompts, [body] * len(prompts), keep=answers.__setitem__)
+            except BaseException as error:  # noqa: BLE001 - Ctrl-C too: what was answered is paid for
+                call.error = error
             divided: list[_Shown] = []
-            for shown, prompt, answer in zip(todo, prompts, answers, strict=True):
-                self._count(call.tokens, prompt, answer)
+            for number, answer in sorted(answers.items()):
+                shown = todo[number]
+                self._count(call.tokens, prompts[number], answer)
                 if answer.refusal is not None and self.divides and len(shown.passages) > 1:
                     divided += shown.halves()
-                    continue
-                if answer.refusal is not None and answer.refusal.startswith(_TOO_LONG):
-                    raise self._too_long(len(shown.passages), answer.refusal.removeprefix(_TOO_LONG))
-                answered.append((shown, answer))
+                elif answer.refusal is not None and answer.refusal.startswith(_TOO_LONG):
+                    reason = answer.refusal.removeprefix(_TOO_LONG)
+                    call.error = call.error or self._too_long(len(shown.passages), reason)
+                else:
+                    answered.append((shown, answer))
             if divided:
                 self._warn_once(
                     "divided", "%s: lists that it refuses (too long, or for their content) are shown in halves",
@@ -290,10 +325,12 @@ class GradedTeacher(ListTeacher):
 
     kind = "graded"
     divides = True
+    gives_grades = True
 
     def _judge_lists(
         self, call: _Call, by_query: dict[str, list[int]], steps: _Steps
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
+        num_left = np.full(len(call.texts), self.lists.orders)  # orders in which a passage may still get a grade
         found: list[list[float]] = [[] for _ in call.texts]
         todo = [
             _Shown(query, order, part)
@@ -301,7 +338,7 @@ class GradedTeacher(ListTeacher):
             for order in range(self.lists.orders)
             for part in _parts(self._order(places, order, query), self.lists.size)
         ]
-        while todo:
+        while todo and call.error is None:
             missing: list[_Shown] = []
             for shown, answer in self._ask(call, todo):
                 grades = read_grades(answer.text, len(shown.passages))
@@ -311,15 +348,15 @@ class GradedTeacher(ListTeacher):
                 num_shown = shown.num_shown + 1
                 if left:
                     call.problem = self._describe(answer)
+                again: list[int] = []
                 if left and num_shown < self.lists.attempts:
                     again = self._order(left, shown.order, shown.query, num_shown)
                     missing.append(_Shown(shown.query, shown.order, again, num_shown))
-                    steps.add(len(shown.passages) - len(left))
-                else:
-                    steps.add(len(shown.passages))
+                num_left[[each for each in shown.passages if each not in again]] -= 1
+                steps.add(len(shown.passages) - len(again))
             todo = missing
         grades = np.array([math.fsum(values) / len(values) if values else math.nan for values in found])
-        return log_odds_of_grades(grades), grades
+        return log_odds_of_grades(grades), grades, num_left == 0
 
 
 class ListwiseTeacher(ListTeacher):
@@ -330,7 +367,7 @@ class ListwiseTeacher(ListTeacher):
 
     def _judge_lists(
         self, call: _Call, by_query: dict[str, list[int]], steps: _Steps
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.bool_]]:
         alone = [query for query, places in by_query.items() if len(places) == 1]
         if alone:
             call.problem = (
@@ -347,6 +384,9 @@ class ListwiseTeacher(ListTeacher):
             for order in range(self.lists.orders)
         ]
         ranked: set[int] = set()
+        num_left = np.zeros(len(call.texts), np.int64)  # orders in which a passage has no place yet
+        for _, _, ranking in rankings:
+            num_left[ranking] += 1
         windows = [_windows(len(ranking), self.lists.size, self.lists.step) for _, _, ranking in rankings]
         for number in range(max(map(len, windows), default=0)):
             current = [place for place, starts in enumerate(windows) if number < len(starts)]
@@ -359,7 +399,10 @@ class ListwiseTeacher(ListTeacher):
                 rankings[place][2][slice(*windows[place][number])] = following
                 ranked |= placed
                 if number + 1 == len(windows[place]):
+                    num_left[rankings[place][2]] -= 1
                     steps.add(len(rankings[place][2]))
+            if call.error is not None:
+                break
         log_odds = np.full(len(call.texts), math.nan)
         for query, places in by_query.items():
             items = [place for place in places if place in ranked]
@@ -368,18 +411,22 @@ class ListwiseTeacher(ListTeacher):
                 [number_of[p] for p in ranking if p in number_of] for name, _, ranking in rankings if name == query
             ]
             log_odds[items] = strengths(orders, len(items))
-        return log_odds, None
+        return log_odds, None, num_left == 0
 
     def _rank(self, call: _Call, windows: dict[int, _Shown]) -> dict[int, tuple[list[int], set[int]]]:
-        """Each window's passages in their new order, and those of them that an answer ranked."""
+        """Each window's passages in their new order, and those of them that an answer ranked.
+
+        After an error (``call.error``), windows that were not finished before it are left out.
+        """
         results: dict[int, tuple[list[int], set[int]]] = {
             place: (list(shown.passages), set[int]()) for place, shown in windows.items()
         }
         todo = dict(windows)
-        while todo:
-            missing: dict[int, _Shown] = {}
-            answers = self._ask(call, list(todo.values()))
-            for (place, shown), (_, answer) in zip(todo.items(), answers, strict=True):
+        while todo and call.error is None:
+            place_of = {id(shown): place for place, shown in todo.items()}
+            for shown, answer in self._ask(call, list(todo.values())):
+                place = place_of[id(shown)]
+                del todo[place]
                 order = [shown.passages[each - 1] for each in read_ranking(answer.text, len(shown.passages))]
                 if len(order) > len(results[place][1]):
                     placed = set(order)
@@ -388,9 +435,8 @@ class ListwiseTeacher(ListTeacher):
                     call.problem = self._describe(answer)
                     if shown.num_shown + 1 < self.lists.attempts:
                         again = self._order(shown.passages, shown.order, shown.query, shown.num_shown + 1)
-                        missing[place] = _Shown(shown.query, shown.order, again, shown.num_shown + 1)
-            todo = missing
-        return results
+                        todo[place] = _Shown(shown.query, shown.order, again, shown.num_shown + 1)
+        return {place: result for place, result in results.items() if place not in todo}
 
 
 class _Steps:

@@ -37,6 +37,8 @@ _Grades = dict[str, dict[str, list[float]]]
 class RecordedTeacher:
     """Repeats the grades of the lists in ``config.recorded``."""
 
+    gives_grades = True
+
     def __init__(self, config: TeacherConfig) -> None:
         """Read the lists, and the texts of their ids.
 

@@ -29,7 +29,7 @@ from d2llm.core.types import TASKS, Task
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote_endpoint import CompletionEndpoint
 from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judgements, TextPair
+from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 
 _log = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ class RemoteTeacher:
         """
         del device, dtype
         teacher = cls(config)
-        teacher._ask([teacher.prompts["asymmetric"].fill(*_TRIAL)])
+        _, error = teacher._ask([teacher.prompts["asymmetric"].fill(*_TRIAL)])
+        if error is not None:
+            raise error
         return teacher
 
     @staticmethod
@@ -119,6 +121,17 @@ class RemoteTeacher:
             InputError: a pair is longer than the endpoint can read, or the prompt alone fills ``max_tokens``.
             ModelError: the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
         """
+        return self.judge_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
+
+    def judge_until_error(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> PartlyJudged:
+        """Judge pairs until the first error (``LastingJudge``); a pair that must not be undecided is not judged."""
         del with_features
         prompt = self.prompts[task]
         texts, cut_here = self._write(prompt, pairs)
@@ -126,13 +139,12 @@ class RemoteTeacher:
         for query, _ in pairs:
             query_order.setdefault(query, len(query_order))
         order = sorted(range(len(pairs)), key=lambda index: query_order[pairs[index][0]])
-        answers: dict[int, NextToken] = dict(
-            zip(order, self._ask([texts[index] for index in order], advance=advance), strict=True)
-        )
+        in_order, error = self._ask([texts[index] for index in order], advance=advance)
+        answers = {order[place]: answer for place, answer in in_order.items()}
         log_odds = np.zeros(len(pairs), dtype=np.float32)
         bounded: list[int] = []
         unanswered: list[int] = []
-        for index in range(len(pairs)):
+        for index in sorted(answers):
             value, is_exact = read_log_odds(answers[index].log_probabilities, prompt)
             if value is None:
                 unanswered.append(index)
@@ -140,31 +152,47 @@ class RemoteTeacher:
                 log_odds[index] = value
                 if not is_exact:
                     bounded.append(index)
+        is_judged = np.zeros(len(pairs), np.bool_)
+        is_judged[[*answers]] = True
         if unanswered and self.remote.unanswered == "error":
-            raise self._unanswered(len(unanswered), len(pairs), pairs[unanswered[0]], answers[unanswered[0]], prompt)
+            first = unanswered[0]
+            error = error or self._unanswered(len(unanswered), len(pairs), pairs[first], answers[first], prompt)
+            is_judged[unanswered] = False
+            unanswered = []
         lengths = self._lengths.count(texts)
-        num_read = [answers[index].num_prompt_tokens for index in range(len(pairs))]
-        cut_there = [n is not None and sent is not None and n < sent for n, sent in zip(num_read, lengths, strict=True)]
-        num_tokens = sum(n or sent or 0 for n, sent in zip(num_read, lengths, strict=True))
-        self._report(len(pairs), len(bounded), len(unanswered), sum(cut_there))
-        return Judgements(
+        num_read = {index: answer.num_prompt_tokens for index, answer in answers.items()}
+        cut_there = {
+            index for index, read in num_read.items() if read is not None and read < (lengths[index] or 0)
+        }  # fmt: skip
+        num_tokens = sum(read or lengths[index] or 0 for index, read in num_read.items())
+        self._report(len(answers), len(bounded), len(unanswered), len(cut_there))
+        judgements = Judgements(
             log_odds,
             None,
-            num_truncated=sum(here or there for here, there in zip(cut_here, cut_there, strict=True)),
+            num_truncated=sum(cut_here[index] or index in cut_there for index in np.flatnonzero(is_judged).tolist()),
             num_tokens=num_tokens,
-            num_written_tokens=len(pairs),
-            cost=self.remote.cost(num_tokens, len(pairs)) or 0.0,
+            num_written_tokens=len(answers),
+            cost=self.remote.cost(num_tokens, len(answers)) or 0.0,
             num_bounded=len(bounded),
             num_undecided=len(unanswered),
         )
+        return PartlyJudged(judgements, is_judged, error)
 
-    def _ask(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> list[NextToken]:
+    def _ask(
+        self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None
+    ) -> tuple[dict[int, NextToken], BaseException | None]:
+        """The answers by the place of their text, and the error that ended the call before all were there."""
         settings = self.remote.body(max_tokens=1, temperature=0)
         if self.remote.api == "chat":
             settings |= {"logprobs": True, "top_logprobs": self.remote.top_logprobs}
         else:
             settings |= {"logprobs": self.remote.top_logprobs}
-        return self.endpoint.complete(texts, [settings] * len(texts), advance=advance)
+        answers: dict[int, NextToken] = {}
+        try:
+            self.endpoint.complete(texts, [settings] * len(texts), advance=advance, keep=answers.__setitem__)
+        except BaseException as error:  # noqa: BLE001 - Ctrl-C too: what was answered is paid for
+            return answers, error
+        return answers, None
 
     def _read(self, answer: Any) -> NextToken:
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from d2llm.core.errors import DataFormatError, InputError, MismatchError
@@ -18,7 +19,17 @@ from d2llm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from d2llm.core.recipe import TeacherConfig
 from d2llm.core.types import Task
 from d2llm.models.teachers.identity import TeacherIdentity, find_kind
-from d2llm.models.teachers.judge import Judge, Judgements, TextPair, identify_judge, load_judge, ranks_lists
+from d2llm.models.teachers.judge import (
+    Judge,
+    Judgements,
+    PartlyJudged,
+    TextPair,
+    identify_judge,
+    judge_until_error,
+    load_judge,
+    ranks_lists,
+    whole_queries,
+)
 from d2llm.ops.stacking import Stack
 
 STACK_KIND = "stack"
@@ -99,27 +110,61 @@ class StackedTeacher:
         Raises:
             InputError: the stack was not fitted for ``task``.
         """
+        return self.judge_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
+
+    def judge_until_error(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> PartlyJudged:
+        """Judge pairs until the first error (``LastingJudge``).
+
+        The members after the one with the error judge only what it has judged before.
+        """
         stack = self._stack(task)
         counting = [place for place, weight in enumerate(stack.weights) if weight > 0]
         step = _shared_steps(advance, len(counting)) if advance is not None else None
-        judgements: dict[int, Judgements] = {}
-        features = None
-        for place in counting:
-            needs_features = with_features and features is None
-            judgements[place] = self.members[place].judge(pairs, task, with_features=needs_features, advance=step)
-            features = judgements[place].features if needs_features else features
-        scores = np.stack([judgements[place].log_odds for place in counting], axis=1)
-        return Judgements(
-            stack.only(counting).log_odds(scores).astype(np.float32),
+        is_judged = np.ones(len(pairs), np.bool_)
+        scores = np.zeros((len(pairs), len(counting)), np.float32)
+        judgements: list[Judgements] = []
+        features: NDArray[np.float32] | None = None
+        first_error: BaseException | None = None
+        for column, place in enumerate(counting):
+            places = np.flatnonzero(is_judged)
+            if not len(places):
+                break
+            partly = judge_until_error(
+                self.members[place],
+                [pairs[each] for each in places.tolist()],
+                task,
+                with_features=with_features and features is None,
+                advance=step,
+            )
+            judgements.append(partly.judgements)
+            scores[places, column] = partly.judgements.log_odds
+            if partly.judgements.features is not None and features is None:
+                features = np.zeros((len(pairs), partly.judgements.features.shape[1]), np.float32)
+                features[places] = partly.judgements.features
+            if partly.error is not None:
+                first_error = first_error or partly.error
+                is_judged[places] = partly.is_judged
+                is_judged = whole_queries(pairs, is_judged) if self.ranks_lists else is_judged
+        log_odds = stack.only(counting).log_odds(scores).astype(np.float32)
+        joined = Judgements(
+            log_odds,
             features,
             # Members mostly truncate the same pairs.
-            max(judgement.num_truncated for judgement in judgements.values()),
-            sum(judgement.num_tokens for judgement in judgements.values()),
-            sum(judgement.num_bounded for judgement in judgements.values()),
-            sum(judgement.num_undecided for judgement in judgements.values()),
-            num_written_tokens=sum(judgement.num_written_tokens for judgement in judgements.values()),
-            cost=sum(judgement.cost for judgement in judgements.values()),
+            max(judgement.num_truncated for judgement in judgements),
+            sum(judgement.num_tokens for judgement in judgements),
+            sum(judgement.num_bounded for judgement in judgements),
+            sum(judgement.num_undecided for judgement in judgements),
+            num_written_tokens=sum(judgement.num_written_tokens for judgement in judgements),
+            cost=sum(judgement.cost for judgement in judgements),
         )
+        return PartlyJudged(joined, is_judged, first_error)
 
     def _stack(self, task: Task) -> Stack:
         if task not in self.stacks:

@@ -324,8 +324,6 @@ def choose(
                 if teacher is not None:
                     teacher.keep(item.query.id, (*item.positives, *(c.passage_id for c in item.kept)))
                 yield item
-        if teacher is not None:
-            teacher.write()
     finally:
         if teacher is not None:
             teacher.close()

@@ -22,7 +22,7 @@ from d2llm.data.run_folder import is_finished, manifest_of
 from d2llm.evaluation.judging import place_judge
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import find_tuned_teacher
-from d2llm.models.teachers.judge import identify_judge, load_judge
+from d2llm.models.teachers.judge import identify_judge, load_judge, ranks_lists
 from d2llm.retrieval.text_workers import create_student, encoder_loads, load_student
 from d2llm.runners.placement import Load, Placement
 from d2llm.runners.runner import Runner, find_runner
@@ -150,7 +150,7 @@ def _judging(run: Run, runner: Runner) -> Judging:
     load = partial(load_judge, run.teacher, device=run.device, dtype=run.dtype)
     judge, placement = place_judge(run.teacher, load, runner, device=run.device)
     num_together = 1 if placement.is_here(judge) else _CALLS_TOGETHER
-    return Judging(partial(placement.workers, judge, judge_texts), num_together)
+    return Judging(partial(placement.workers, judge, judge_texts), num_together, ranks_lists(run.teacher))
 
 
 def _mine_one(

@@ -14,7 +14,7 @@ from d2llm.core.progress import ignore
 from d2llm.core.types import Passage, Query, Task
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.evaluation.judging import JudgingCounts, LabelWriter, gram_matrix
-from d2llm.models.teachers.judge import Judge, Judgements, TextPair
+from d2llm.models.teachers.judge import Judge, PartlyJudged, TextPair, judge_until_error, ranks_lists
 from d2llm.runners.placement import HERE
 from d2llm.runners.runner import Workers
 
@@ -30,9 +30,9 @@ class PairTexts:
         return len(self.texts)
 
 
-def judge_texts(judge: Judge, pairs: PairTexts, advance: Callable[[int], None]) -> Judgements:
+def judge_texts(judge: Judge, pairs: PairTexts, advance: Callable[[int], None]) -> PartlyJudged:
     """Judge some pairs; ``advance`` is called with the number of pairs finished."""
-    return judge.judge(pairs.texts, pairs.task, with_features=True, advance=advance)
+    return judge_until_error(judge, pairs.texts, pairs.task, with_features=True, advance=advance)
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,17 @@ class Judging:
     """Where a teacher judges candidates: ``open`` starts workers that do ``judge_texts``.
 
     ``num_together`` calls to the teacher are made at a time, each about a few queries; on a cluster so many that its
-    workers are busy.
+    workers are busy. ``ranks_lists``: the teacher's log-odds compare only passages of one call.
     """
 
-    open: Callable[[], AbstractContextManager[Workers[PairTexts, Judgements]]]
+    open: Callable[[], AbstractContextManager[Workers[PairTexts, PartlyJudged]]]
     num_together: int = 1
+    ranks_lists: bool = False
 
     @classmethod
     def here(cls, judge: Judge) -> Judging:
         """Judging by a teacher in this process."""
-        return cls(partial(HERE.workers, judge, judge_texts))
+        return cls(partial(HERE.workers, judge, judge_texts), ranks_lists=ranks_lists(judge))
 
 
 class TeacherCheck:
@@ -57,7 +58,8 @@ class TeacherCheck:
 
     Pairs in the store ``labels`` of this teacher and prompt are not judged again, and new labels are added to it;
     ``counts`` are those of the pairs judged now. If ``judging`` is None, only stored labels are used. A candidate with
-    log-odds above the mean of the positives minus ``margin`` is not a negative.
+    log-odds above the mean of the positives minus ``margin`` is not a negative. A teacher that ranks lists judges the
+    positives again with each of a query's candidates, and these labels are not stored: each is about another list.
 
     Workers are started by the first call that needs them; ``close`` ends them.
     """
@@ -70,10 +72,11 @@ class TeacherCheck:
         self.num_together = 1 if judging is None else judging.num_together
         self._judging, self._margin, self._passages = judging, margin, passages
         self._open = ExitStack()
-        self._judges: Workers[PairTexts, Judgements] | None = None
+        self._judges: Workers[PairTexts, PartlyJudged] | None = None
         self._task: Task = task
         self._writer = LabelWriter(labels)
         self._new_log_odds: dict[str, dict[str, float]] = {}
+        self._grades: dict[tuple[str, str], float] = {}
         self._features: dict[tuple[str, str], Float32[np.ndarray, " dim"]] = {}
 
     def judge(self, calls: Sequence[Sequence[tuple[Query, Sequence[str]]]]) -> None:
@@ -90,19 +93,34 @@ class TeacherCheck:
             PairTexts([(query.text, self._passages[passage_id].full_text) for query, passage_id in pairs], self._task)
             for pairs in new
         )
-        for pairs, judgements in zip(new, self._judges.map(shards, ignore), strict=True):
+        for pairs, partly in zip(new, self._judges.map(shards, ignore), strict=True):
+            judgements = partly.judgements
             for number, (query, passage_id) in enumerate(pairs):
+                if not partly.is_judged[number]:
+                    continue
                 self._new_log_odds.setdefault(query.id, {})[passage_id] = float(judgements.log_odds[number])
                 if judgements.features is not None:
                     self._features[query.id, passage_id] = judgements.features[number]
-            self.counts.add(JudgingCounts.count(judgements))
+                if judgements.grades is not None:
+                    self._grades[query.id, passage_id] = float(judgements.grades[number])
+            self.counts.add(JudgingCounts.count(partly))
+            if partly.error is not None:
+                raise partly.error
 
     def close(self) -> None:
-        """End the workers, if any were started."""
+        """End the workers, if any were started, and write all labels, also those of queries that are not finished.
+
+        Raises the same errors as ``LabelWriter.write``.
+        """
         self._open.close()
         self._judges = None
+        for query_id in [*self._new_log_odds]:
+            self.keep(query_id, ())
+        self._writer.write()
 
     def _without_label(self, query: Query, passage_ids: Sequence[str]) -> list[tuple[Query, str]]:
+        if self._judging is not None and self._judging.ranks_lists:
+            return [(query, name) for name in passage_ids]
         judged = self._new_log_odds.get(query.id, ())
         return [(query, name) for name in self.labels.missing(query.id, passage_ids) if name not in judged]
 
@@ -127,15 +145,16 @@ class TeacherCheck:
         only has to judge the easy negatives.
         """
         new = self._new_log_odds.pop(query_id, {})
+        grades = [self._grades.pop((query_id, passage_id), np.nan) for passage_id in new]
         features = {passage_id: self._features.pop((query_id, passage_id), None) for passage_id in new}
-        if not new:
-            return
+        has_features = any(row is not None for row in features.values())
+        if not new or (self._judging is not None and self._judging.ranks_lists) or (has_features and not listed):
+            return  # labels without their Gram matrix would be those of a teacher without features
         rows = [row for passage_id in listed if (row := features.get(passage_id)) is not None]
-        gram = gram_matrix(np.stack(rows).astype(np.float32)) if len(rows) == len(listed) else None
-        ids = tuple(dict.fromkeys((*listed, *new))) if gram is not None else tuple(new)
-        values = np.array([new[passage_id] for passage_id in ids], np.float32)
-        self._writer.add([QueryLabels(query_id, ids, values, gram)])
-
-    def write(self) -> None:
-        """Write the labels that are not in the store yet; raises the same errors as ``LabelWriter.write``."""
-        self._writer.write()
+        gram = gram_matrix(np.stack(rows).astype(np.float32)) if rows and len(rows) == len(listed) else None
+        if gram is None:
+            values = np.array([*new.values()], np.float32)
+            self._writer.add([QueryLabels(query_id, tuple(new), values, grades=np.array(grades, np.float32))])
+            return
+        ids = tuple(dict.fromkeys((*listed, *new)))
+        self._writer.add([QueryLabels(query_id, ids, np.array([new[name] for name in ids], np.float32), gram)])
