@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ from d2llm.models.teachers.judge import identify_judge
 from e2e.command_line import d2llm, fail, succeed, succeed_with_report
 from list_endpoint import KINDS, counts_words, judged_lists, recipe_with_teacher
 from local_endpoint import LocalEndpoint, Reply, Request, local_endpoint
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 LEAVES_AFTER = 5
 
@@ -193,21 +192,28 @@ def test_an_answer_that_cannot_be_used_costs_no_other(labelling: Labelling) -> N
 
 
 def test_ctrl_c_keeps_what_was_answered(labelling: Labelling, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
     waits = remote_endpoint.wait
 
-    def interrupted(*arguments: Any, **settings: Any) -> Any:
-        while len(endpoint.requests) in range(2, 2 + LEAVES_AFTER):
-            time.sleep(0.01)
-        if len(endpoint.requests) > 1:
-            raise KeyboardInterrupt
-        return waits(*arguments, **settings)
+    def waits_at_the_end(request: Request, number: int) -> Reply:
+        if number > LEAVES_AFTER:
+            released.wait(PATIENCE)
+        return counts_words(request, number)
 
-    with local_endpoint(lambda request, number: replace(counts_words(request, number), delay=0.05)) as endpoint:
+    def interrupted(running: Any, timeout: float) -> Any:
+        until(lambda: running[0].done() or len(endpoint.requests) > 1 + LEAVES_AFTER)
+        if not running[0].done():
+            raise KeyboardInterrupt
+        return waits(running, timeout=timeout)
+
+    with local_endpoint(waits_at_the_end) as endpoint:
         labelling.write(endpoint.url)
         with monkeypatch.context() as patch:
             patch.setattr(remote_endpoint, "wait", interrupted)
             assert d2llm(*labelling.command).exit_code == 130
-        assert labelling.labels().num_pairs >= 5 * (LEAVES_AFTER - 1)
+        released.set()
+        first = answered_pairs(endpoint.requests[: 1 + LEAVES_AFTER])
+        assert labelling.labels().num_pairs == len(first)
 
 
 # --- slow
