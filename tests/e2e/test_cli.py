@@ -163,12 +163,17 @@ class TestDistil:
         lora, training, losses = recipe.student.backbone.lora, recipe.training, recipe.losses
         assert (lora.rank, lora.alpha, lora.dropout) == (8, 8, 0.05)
         assert (training.learning_rate, training.warmup_steps, training.batch_queries) == (1e-4, 1000, 32)
-        assert training.head_learning_rate == 1e-4
+        assert (training.head_learning_rate, training.weight_decay, training.max_gradient_norm) == (1e-4, 0.01, 1)
+        assert (training.patience, training.num_positives, training.num_hard) == (5, 1, 8)
         assert (training.epochs, recipe.mining.num_hard, recipe.student.pooling.num_heads) == (5, 8, 32)
         assert (losses.contrastive_imitation, losses.rank_imitation_positive_hard) == (1, 1)
         assert (losses.rank_imitation_hard_easy, losses.feature_imitation) == (0.01, 0.001)
-        assert (recipe.student.interaction.head, recipe.student.interaction.features) == ("paper", "concat")
-        assert not recipe.student.pooling.warm_start
+        assert (losses.in_batch_cross_entropy, losses.normalisation, losses.temperature) == (1, "authors", 1)
+        backbone, pooling, interaction = recipe.student.backbone, recipe.student.pooling, recipe.student.interaction
+        assert (interaction.head, interaction.features, interaction.branches) == ("paper", "concat", "per_task")
+        assert (interaction.layers, interaction.hidden_dim, interaction.feature_dim) == (3, 512, 512)
+        assert (pooling.method, pooling.num_seeds, pooling.warm_start) == ("pma", 1, False)
+        assert (backbone.max_query_tokens, backbone.max_passage_tokens) == (250, 250)
 
 
 class TestSearch:
