@@ -7,11 +7,12 @@ the train pairs that were graded. The labels are what the recipe's graded teache
     d2llm distill RECIPE --out RUN --data DATA --recorded benchmarks/judgements
     d2llm ablate RECIPE --out RUN --data DATA --recorded benchmarks/judgements
 
-    python benchmarks/recorded_lists.py RECIPE DATA RUN [--queries N] [--candidates N] [--easy N]
+    python benchmarks/recorded_lists.py RECIPE DATA RUN [--queries N] [--candidates N] [--easy N] [--judged N]
 
 `--queries` and `--candidates` take a random part of the lists, of which a larger one contains a smaller one, for
 learning curves; a list keeps at least one positive. `--easy` adds random passages of the corpus as easy negatives,
-which the recipe's `[teacher.recorded] unlisted` grades.
+which the recipe's `[teacher.recorded] unlisted` grades. `--judged N` takes the positives of all but N queries from the
+grades, as for queries that nobody judged.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from judged_sets import RELEVANT
 from recorded_judge import RECORDED, GradedList, read_graded_lists
 
 from d2llm import Run
@@ -35,11 +37,16 @@ from d2llm.training.mining.choose import key_of
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """So many queries, so many candidates of each (None: all), and so many random passages beside them."""
+    """So many queries, so many candidates of each (None: all), and so many random passages beside them.
+
+    Of ``judged`` queries (None: all) the positives are those that the data set judges relevant; of the others, those
+    with a grade of ``RELEVANT`` or more, or else the best, as if nobody had judged them.
+    """
 
     queries: int | None = None
     candidates: int | None = None
     easy: int = 0
+    judged: int | None = None
 
 
 def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list[PlanEntry]:
@@ -49,8 +56,9 @@ def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list
     train = sorted(judged, key=lambda each: key_of(1, each.query_id))
     entries: list[PlanEntry] = []
     corpus = sorted(dataset.passages) if part.easy else []
-    for each in train[: part.queries]:
-        own = set(positives[each.query_id])
+    for place, each in enumerate(train[: part.queries]):
+        is_judged = part.judged is None or place < part.judged
+        own = set(positives[each.query_id]) if is_judged else _graded_relevant(each)
         order = list(each.passages)
         random.Random(f"part {each.query_id}").shuffle(order)
         first = next(passage for passage in order if passage in own)
@@ -61,6 +69,11 @@ def plan_of_lists(dataset: Dataset, lists: list[GradedList], part: Part) -> list
         hard = tuple(passage for passage in listed if passage not in own)
         entries.append(PlanEntry(each.query_id, relevant, hard, _easy(each, own, corpus, part.easy)))
     return sorted(entries, key=lambda entry: entry.query_id)
+
+
+def _graded_relevant(graded: GradedList) -> set[str]:
+    best = max(graded.grades)
+    return {name for name, grade in zip(graded.passages, graded.grades, strict=True) if grade >= min(RELEVANT, best)}
 
 
 def plan_of_graded_pairs(dataset: PairDataset, lists: list[GradedList], part: Part) -> list[PlanEntry]:
@@ -109,9 +122,10 @@ def main() -> None:
     parser.add_argument("--queries", type=int)
     parser.add_argument("--candidates", type=int)
     parser.add_argument("--easy", type=int, default=0)
+    parser.add_argument("--judged", type=int, metavar="N", help="use the judgements of N queries only, then grades")
     given = parser.parse_args()
     run = Run(given.recipe, given.run, data=str(given.data), recorded=RECORDED)
-    report = make_run(run, Part(given.queries, given.candidates, given.easy))
+    report = make_run(run, Part(given.queries, given.candidates, given.easy, given.judged))
     print(f"{given.run}: {report.queries + report.finished_queries} lists, {report.pairs} pairs labelled now")
 
 
