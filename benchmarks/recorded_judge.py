@@ -58,9 +58,9 @@ def mean_grades(lists: Sequence[GradedList]) -> dict[str, dict[str, float]]:
 
 
 def sets_with_dev() -> list[str]:
-    """The data sets with graded lists of dev queries, by name; the other files have train queries alone."""
+    """The data sets with graded lists of dev queries, by name; the others have train queries alone, or pairs."""
     names = sorted(path.stem for path in RECORDED.glob("*.jsonl"))
-    return [name for name in names if any(each.split == "dev" for each in read_graded_lists(name))]
+    return [name for name in names if any(each.judging == 2 for each in read_graded_lists(name))]
 
 
 def recorded_teacher(data: Path, *, unlisted: float | None = None) -> TeacherConfig:

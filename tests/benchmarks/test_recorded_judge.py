@@ -11,10 +11,22 @@ from recorded_judge import RECORDED, mean_grades, read_graded_lists, recorded_te
 from d2llm.data.beir import read_beir
 from d2llm.models.teachers.judge import load_judge
 
-SETS = sorted(path.stem for path in RECORDED.glob("*.jsonl"))
+PAIRS = {"atec": 1500, "lcqmc": 1500, "ocnli": 1500, "pawsx-zh": 1473, "stsb-zh": 1500}
+LISTS = sorted({path.stem for path in RECORDED.glob("*.jsonl")} - {*PAIRS})
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_recorded_pairs_are_complete(name: str) -> None:
+    pairs = read_graded_lists(name)
+    assert all(len(each.passages) == len(each.grades) == 1 and each.judging == 1 for each in pairs)
+    assert all(0 <= each.grades[0] <= 100 for each in pairs)
+    assert len({(each.query_id, each.passages) for each in pairs}) == len(pairs)
+    assert sum(each.split == "train" for each in pairs) == PAIRS[name]
+    assert sum(each.split == "dev" for each in pairs) == 200
+    assert all(each.query_id.startswith(f"{each.split}/") for each in pairs)
+
+
+@pytest.mark.parametrize("name", LISTS)
 def test_recorded_lists_are_complete(name: str) -> None:
     lists = read_graded_lists(name)
     assert all(len(each.passages) == len(each.grades) == len({*each.passages}) == 20 for each in lists)
