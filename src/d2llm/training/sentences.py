@@ -73,7 +73,8 @@ def describe_labels(report: LabelReport) -> str:
             "on, or raise the limit"
         )
     undecided = f", {report.num_undecided:,} of them undecided (log-odds 0)" if report.num_undecided else ""
-    return f"{report.pairs:,} pairs of {report.queries:,} queries labelled{undecided}{spent}{before}{ended}"
+    cut = f", {report.num_truncated:,} cut to the teacher's length limit" if report.num_truncated else ""
+    return f"{report.pairs:,} pairs of {report.queries:,} queries labelled{undecided}{cut}{spent}{before}{ended}"
 
 
 def describe_distillation(report: DistillReport) -> str:

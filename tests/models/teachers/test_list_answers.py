@@ -86,6 +86,7 @@ def test_what_is_missing_or_doubtful_has_no_grade(answer: str, grades: dict[int,
         "<think>[1] > [2] > [3]</think>[2] > [3] > [1]",
         "**[2] > [3] > [1]**",
         "[2]＞[3]＞[1]",
+        "At first sight:\n[1] > [2] > [3]\nBut passage 2 alone answers it:\n[2] > [3] > [1]",
     ],
 )
 def test_rankings_are_read_in_every_usual_form(answer: str) -> None:

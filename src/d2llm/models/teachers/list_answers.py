@@ -62,8 +62,9 @@ def read_grades(answer: str, num_passages: int) -> dict[int, float]:
 def read_ranking(answer: str, num_passages: int) -> list[int]:
     """The passages' numbers, from 1 to ``num_passages``, best first; empty if the answer is no ranking.
 
-    Read are ``[2] > [3] > [1]``, numbers with commas or on lines of their own, and a list in JSON. The first line that
-    is a ranking counts. A number that occurs twice, or was not shown, makes the answer none; numbers may be missing.
+    Read are ``[2] > [3] > [1]``, numbers with commas or on lines of their own, and a list in JSON. Of several lines
+    with rankings, the longest counts, and of these the last: models think first. A number that occurs twice, or was not
+    shown, makes the answer none; numbers may be missing.
 
     >>> read_ranking("The order is: [2] > [3] > [1]", 3)
     [2, 3, 1]
@@ -84,7 +85,7 @@ def read_ranking(answer: str, num_passages: int) -> list[int]:
     of_lines = [[int(number) for number in _PLACE.findall(line)] for line in candidates if _is_ranking(line)]
     longest = max(map(len, of_lines), default=0)
     if longest > 1:
-        return _distinct(next(places for places in of_lines if len(places) == longest), num_passages)
+        return _distinct([places for places in of_lines if len(places) == longest][-1], num_passages)
     return _distinct([place for places in of_lines for place in places], num_passages)
 
 
