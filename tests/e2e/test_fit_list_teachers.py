@@ -14,6 +14,7 @@ from d2llm.core.recipe import TeacherConfig
 from d2llm.core.recipe_file import named_teacher
 from d2llm.data.labels import LabelStore
 from d2llm.data.plan import read_plan
+from d2llm.fitting import recipes
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import identify_judge, recorded_teacher
 from e2e.command_line import fail, succeed_with_report, write_lines
@@ -35,6 +36,14 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def writer() -> Iterator[LocalEndpoint]:
     with local_endpoint(ask_about_passage) as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_trainings() -> Iterator[None]:
+    """One epoch: what is taught matters here, not how well it is learnt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "usual_epochs", lambda *_, **__: 1)
+        yield
 
 
 def run_fit(folder: Path, student: Path, writer: LocalEndpoint, *teacher: object) -> dict[str, Any]:

@@ -526,12 +526,16 @@ def make_judge_dev_set(
 
 @dataclass(frozen=True, slots=True)
 class JudgedDev:
-    """A judge's scores of a dev set, and counts of the ``num_new`` pairs judged now (``PoolScores``)."""
+    """A judge's scores of a dev set, and counts of the ``num_new`` pairs judged now (``PoolScores``).
+
+    ``is_ungraded`` says of each query's candidates to which a teacher of grades gave none.
+    """
 
     scores: Scores
     num_new: int
     num_truncated: int
     num_undecided: int
+    is_ungraded: Sequence[NDArray[np.bool_]]
 
 
 def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, placement: Placement = HERE) -> JudgedDev:
@@ -558,7 +562,11 @@ def judge_dev(judge: Judge, dev: DevSet, *, name: str, store: Path, placement: P
     scores = [
         np.array([pool.scores[query_id][passage_id] for passage_id in ids]) for query_id, ids in dev.candidates.items()
     ]
-    return JudgedDev(scores, pool.num_new, pool.num_truncated, pool.num_undecided)
+    is_ungraded = [
+        np.array([passage_id in pool.ungraded.get(query_id, ()) for passage_id in ids], np.bool_)
+        for query_id, ids in dev.candidates.items()
+    ]
+    return JudgedDev(scores, pool.num_new, pool.num_truncated, pool.num_undecided, is_ungraded)
 
 
 def _nearest(

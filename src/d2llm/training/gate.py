@@ -34,6 +34,7 @@ from d2llm.training.dev_sets import (
     DevSet,
     JudgedDev,
     Measured,
+    Scores,
     dev_queries,
     judge_dev,
     make_dev_pairs,
@@ -71,7 +72,8 @@ class GateReport:
     """The gates of one teacher (fingerprint) against one cosine (fingerprint).
 
     ``num_seen`` of the queries were used to fit the weights of the teacher, if it is a stack. ``num_truncated`` of the
-    ``num_judged`` pairs judged now were truncated, ``num_undecided`` got no answer and count as log-odds 0.
+    ``num_judged`` pairs judged now were truncated, ``num_undecided`` got no answer and count as log-odds 0;
+    ``num_ungraded`` of all candidates have no grade and come last in both rankings.
     """
 
     teacher: str
@@ -84,6 +86,7 @@ class GateReport:
     num_truncated: int
     num_undecided: int
     seconds: float
+    num_ungraded: int = 0
 
     @property
     def closed(self) -> tuple[str, ...]:
@@ -125,11 +128,12 @@ def gate(
     """Let teacher and cosine score the same dev queries or pairs, and test the difference with a paired test.
 
     On a retrieval set, both rank the candidates of dev queries: the top of BM25 and of the student's vectors, as a
-    search would find them. The measure is nDCG@10. On labelled pairs, both score a sample of the dev pairs. The measure
-    depends on the labels: average precision (yes or no), accuracy over three classes, or Spearman's correlation. The
-    test uses one value per pair (``evaluation.gold``): for AP, the share of pairs with the other label that it is
-    ranked correctly against; for a correlation, how close its ranks by score and by grade are. Thresholds between
-    classes are cross-fitted for both judges: fitted on one half of the sample and used on the other.
+    search would find them. The measure is nDCG@10. Candidates without a grade of a graded teacher (it was not recorded,
+    or the teacher gave none) come last in both rankings. On labelled pairs, both score a sample of the dev pairs. The
+    measure depends on the labels: average precision (yes or no), accuracy over three classes, or Spearman's
+    correlation. The test uses one value per pair (``evaluation.gold``): for AP, the share of pairs with the other label
+    that it is ranked correctly against; for a correlation, how close its ranks by score and by grade are. Thresholds
+    between classes are cross-fitted for both judges: fitted on one half of the sample and used on the other.
 
     The gate of a data set is open if the teacher has the higher measure, and a higher mean of these values with a
     p-value below ``settings.alpha``. With few items, a gate may stay closed that would open with more. The verdicts are
@@ -180,6 +184,12 @@ def gate(
         num_truncated=sum(judged_dev.num_truncated for judged_dev in by_teacher),
         num_undecided=sum(judged_dev.num_undecided for judged_dev in by_teacher),
         seconds=time.monotonic() - started,
+        num_ungraded=sum(
+            int(each.sum())
+            for dev, judged_dev in zip(sets, by_teacher, strict=True)
+            for each in judged_dev.is_ungraded
+            if dev.gold is None
+        ),
     )
     head = {"kind": _KIND, "format_version": _FORMAT_VERSION, "packages": package_versions()}
     write_json(folder / GATE_FILE, head | {"gates": {**earlier, report.teacher: report.to_json()}})
@@ -251,8 +261,22 @@ def _measure_both(
     sets: Sequence[DevSet], by_cosine: Sequence[JudgedDev], by_teacher: Sequence[JudgedDev]
 ) -> list[_PairedMeasures]:
     return [
-        _PairedMeasures(dev, dev.measure(cosine.scores, cross_fit=True), dev.measure(teacher.scores, cross_fit=True))
+        _PairedMeasures(
+            dev,
+            dev.measure(_with_ungraded_last(dev, cosine.scores, teacher), cross_fit=True),
+            dev.measure(_with_ungraded_last(dev, teacher.scores, teacher), cross_fit=True),
+        )
         for dev, cosine, teacher in zip(sets, by_cosine, by_teacher, strict=True)
+    ]
+
+
+def _with_ungraded_last(dev: DevSet, scores: Scores, teacher: JudgedDev) -> Scores:
+    """The scores of a set's candidates, where those that the teacher gave no grade come last."""
+    if dev.gold is not None:
+        return scores
+    return [
+        np.where(is_ungraded, values.min() - 1, values)
+        for values, is_ungraded in zip(scores, teacher.is_ungraded, strict=True)
     ]
 
 

@@ -47,6 +47,11 @@ def gate_advice(report: GateReport) -> str:
         parts.append(f"{report.num_truncated:,} pairs were truncated to the teacher's length limit.")
     if report.num_undecided:
         parts.append(f"{report.num_undecided:,} of {report.num_judged:,} pairs got no answer and count as undecided.")
+    if report.num_ungraded:
+        parts.append(
+            f"{report.num_ungraded:,} candidates have no grade of the teacher and come last in both rankings; record "
+            "or ask for more of the dev candidates if that is many."
+        )
     if not report.closed:
         return " ".join(["gate: open for every data set: the teacher is significantly better than the cosine.", *parts])
     closed = ", ".join(report.closed)
