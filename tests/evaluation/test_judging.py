@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2llm.core.errors import ModelError
+from d2llm.core.recipe_file import named_teacher
 from d2llm.data.labels import LabelStore
 from d2llm.evaluation import judging
 from d2llm.evaluation.judging import interleaved, judge_pool
+from d2llm.models.teachers.judge import load_judge, recorded_teacher
 from fake_models import FakeTeacher, Interruption
+from list_endpoint import judged_lists, list_teacher
 
 QUERIES = {"q1": "cat dog", "q2": "fish", "q3": "red bird"}
 PASSAGES = {"a": "cat", "b": "dog cat", "c": "red fish", "d": "bird"}
@@ -160,3 +163,32 @@ def test_the_progress_bar_shows_pairs_per_second(monkeypatch: pytest.MonkeyPatch
     count(10)
     count(40)
     assert updates == [(10, "5.0 pairs/s"), (40, "5.0 pairs/s")]
+
+
+def test_lists_are_judged_again_as_a_whole_by_a_teacher_that_ranks_them(tmp_path):
+    with list_teacher(tmp_path, "listwise") as (file, endpoint):
+        judge = load_judge(named_teacher(str(file)))
+
+        def shown(pool, folder, known=None):
+            before = len(endpoint.requests)
+            scores = judge_tiny(judge, tmp_path / folder, pool=pool, known=known and tmp_path / known).scores
+            assert {name: {*values} for name, values in scores.items()} == {name: {*ids} for name, ids in pool.items()}
+            return [sorted(judged_lists(request)[1]) for request in endpoint.requests[before:]]
+
+        assert shown({"q1": ["a", "b"]}, "one") == [["cat", "dog cat"]]
+        assert shown({"q1": ["a", "b"]}, "one") == []
+        assert shown({"q1": ["a", "b", "d"]}, "one") == [["bird", "cat", "dog cat"]]
+        assert shown({"q1": ["a", "b"]}, "two", known="one") == []
+        assert shown({"q1": ["a", "c"]}, "two", known="one") == [["cat", "red fish"]]
+        # Labels of two stores are of two lists.
+        assert shown({"q1": ["b", "c"]}, "two", known="one") == [["dog cat", "red fish"]]
+
+
+def test_passages_without_a_grade_are_named(tmp_path):
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text('{"query": "cat dog", "passages": ["cat"], "grades": [90]}\n')
+    judge = load_judge(recorded_teacher(named_teacher("graded:large"), lists))
+    for _ in range(2):  # judged now, and read again
+        result = judge_tiny(judge, tmp_path / "store")
+        assert result.ungraded == {"q1": {"b"}, "q2": {"c"}, "q3": {"a", "c", "d"}}
+    assert judge_tiny(FakeTeacher(), tmp_path / "other").ungraded == {}

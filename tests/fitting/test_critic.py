@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from d2llm.core import progress
 from d2llm.core.errors import OutOfTimeError
+from d2llm.core.recipe_file import named_teacher
 from d2llm.core.types import TASKS, Passage
 from d2llm.evaluation import judging
 from d2llm.fitting.critic import CriticSettings, review_queries
 from d2llm.fitting.draft_store import Draft, DraftStore, passage_hash
 from d2llm.fitting.report import audit_page
 from d2llm.models.student import Student
-from d2llm.models.teachers.judge import Judgements
+from d2llm.models.teachers.judge import Judgements, load_judge, recorded_teacher
 from d2llm.retrieval.index import Index
+from list_endpoint import list_teacher
 from tiny_models import TEXTS, tiny_student_config, write_tiny_model
 
 PASSAGES = [Passage(f"p{number}", text) for number, text in enumerate(TEXTS)]
@@ -150,6 +154,35 @@ def test_a_query_that_the_teacher_has_no_time_to_read_is_kept(drafts, index, tmp
     teacher.num_judged = 0
     assert [query.log_odds for query in review(written, index, **options).kept] == [5.0, 5.0]
     assert teacher.num_judged == 6
+
+
+def test_a_query_without_a_grade_is_kept_as_if_there_were_no_teacher(drafts, index, tmp_path):
+    written = drafts({"p1": ["which animal runs fast"], "p2": ["what falls on the roof"]})
+    [ranking] = index.search(["what falls on the roof"], top_k=9)
+    best = next(entry.passage for entry in ranking.passages if entry.passage.id != "p2")
+    texts = [PASSAGES[2].full_text, best.full_text]
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text(json.dumps({"query": "what falls on the roof", "passages": texts, "grades": [80, 85]}))
+    teacher = load_judge(recorded_teacher(named_teacher("graded:large"), lists))
+    options = {"judgements": tmp_path / "judgements", "settings": CriticSettings(depth=9, num_judged=8)}
+    result = review(written, index, teacher=teacher, **options)
+    unread, read = sorted(result.kept, key=lambda query: query.written.passage_id)
+    assert (unread.positives, unread.log_odds) == (("p1",), None)
+    assert (read.positives, read.log_odds) == (("p2", best.id), pytest.approx(10 / 12))
+    assert (result.num_ungraded, result.num_unjudged) == (1, 0)
+
+
+def test_a_teacher_that_ranks_is_not_shown_a_single_passage(drafts, index, tmp_path):
+    written = drafts({"p1": ["which animal runs fast"]})
+    with list_teacher(tmp_path, "listwise") as (file, endpoint):
+        teacher = load_judge(named_teacher(str(file)))
+        options = {"teacher": teacher, "judgements": tmp_path / "judgements"}
+        alone = review(written, index, settings=CriticSettings(depth=9, num_judged=0), **options)
+        assert len(endpoint.requests) == 1  # the trial
+        result = review(written, index, settings=CriticSettings(depth=9, num_judged=3), **options)
+    assert [(query.log_odds, query.positives) for query in alone.kept] == [(None, ("p1",))]
+    assert alone.num_unjudged == 0
+    assert [query.log_odds is None for query in result.kept] == [False]
 
 
 def test_a_query_that_many_passages_answer_is_too_general(drafts, index, tmp_path):

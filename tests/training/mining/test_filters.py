@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from d2llm.core.errors import InputError
+from d2llm.core.errors import InputError, ModelError
 from d2llm.core.recipe import MiningConfig
-from d2llm.core.recipe_file import parse_recipe
+from d2llm.core.recipe_file import named_teacher, parse_recipe
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.same_text import jaccard, shingles
-from d2llm.models.teachers.judge import Judgements
+from d2llm.models.teachers.judge import Judgements, load_judge
 from d2llm.training.mining.audit import MarginHistogram, audit_page, rank_range
 from d2llm.training.mining.choose import order_candidates, random_of
 from d2llm.training.mining.mine import MiningResult, mine
 from d2llm.training.mining.ranking import encode_to_file, put_vectors
 from d2llm.training.mining.teacher import Judging, TeacherCheck
 from fake_models import FakeStudent, Interruption
+from list_endpoint import counts_words, judged_lists, list_teacher
+from local_endpoint import Reply
 
 # BM25 for "cat" ranks shorter passages first: a, b, c, ...
 TEXTS = {name: " ".join(["cat", *(f"{name * 3}{word}" for word in range(n))]) for n, name in enumerate("abcdefgh", 1)}
@@ -255,6 +257,37 @@ class TestTeacherMargin:
     def test_a_human_no_outweighs_the_teachers_yes(self, tmp_path):
         dataset = world({"a": 1, "b": 0})
         assert hard(mined(dataset, check(tmp_path, dataset, Teacher(ODDS), 2.0), num_hard=1)) == ("b",)
+
+    def test_labels_of_a_graded_teacher_keep_their_grades_and_what_came_before_an_error(self, tmp_path):
+        dataset = world({"a": 1}, {"a": "cat sleeps", "b": "cat runs", "c": "dog", "d": "cat and mouse"})
+        with list_teacher(tmp_path, "graded") as (file, endpoint):
+            judge = load_judge(named_teacher(str(file)))
+            teacher = check(tmp_path / "labels", dataset, judge, 1.0)
+            mined(dataset, teacher, teacher_margin=1.0, num_hard=1)
+            assert teacher.labels.read_again().grades("q") == {"a": 20, "b": 20, "d": 20}  # in two rounds
+            last = len(endpoint.requests)
+
+            def until_the_key_expires(request, number):
+                return counts_words(request, number) if number == last else Reply({"error": "expired"}, status=403)
+
+            endpoint.reply = until_the_key_expires
+            teacher = check(tmp_path / "others", dataset, judge, 1.0)
+            with pytest.raises(ModelError, match="expired"):
+                mined(dataset, teacher, teacher_margin=1.0, num_hard=1)
+        assert len(teacher.labels.read_again().grades("q")) == 2
+
+    def test_a_teacher_that_ranks_sees_the_positives_with_every_candidate(self, tmp_path):
+        texts = {"a": "cat sleeps", "b": "cat", "c": "dog", "d": "cat and mouse", "e": "cat cat cat"}
+        dataset = replace(world({"a": 1}, texts), queries={"q": Query("q", "cat mouse")})
+        with list_teacher(tmp_path, "listwise") as (file, endpoint):
+            judge = load_judge(named_teacher(str(file)))
+            teacher = check(tmp_path / "labels", dataset, judge, 0.5)
+            result = mined(dataset, teacher, teacher_margin=0.5, num_hard=1)
+            lists = [judged_lists(request)[1] for request in endpoint.requests[1:]]
+        assert all("cat sleeps" in texts and len(texts) > 1 for texts in lists)
+        assert len(lists) > 1
+        assert hard(result)
+        assert len(teacher.labels.read_again()) == 0  # label judges the list of the plan as a whole
 
     def test_a_margin_without_a_teacher_is_rejected(self):
         with pytest.raises(InputError, match="no teacher was given"):
