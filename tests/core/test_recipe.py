@@ -464,6 +464,7 @@ def test_new_settings_are_recorded_only_where_they_are_used():
         "student.backbone.adapters (was not set, is one)",
         "student.backbone.bidirectional (was not set, is False)",
         "student.interaction.layers (was not set, is 5)",
+        "student.interaction.tasks (was not set, is ['symmetric', 'asymmetric'])",
         "student.pooling.projection_dim (was not set, is None)",
         "training.complement_words (was not set, is None)",
         "training.expansion_writer (was not set, is None)",

@@ -15,10 +15,11 @@ def export(
     context: typer.Context,
     student: StudentArgument,
     to: Annotated[
-        Literal["onnx", "openvino", "numpy", "student"],
+        Literal["onnx", "openvino", "numpy", "student", "sentence-transformers"],
         typer.Option(
             help="onnx, openvino: graphs from tokens to a vector and from vectors to scores; numpy: the head alone, as "
-            "arrays and one Python file; student: a student's folder, for use with --depth."
+            "arrays and one Python file; student: a student's folder, for use with --depth; sentence-transformers: one "
+            "that this library alone can load."
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.")],

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from d2llm.core.types import EvidenceTerm, NumberFormat, Task
+from d2llm.core.types import TASKS, EvidenceTerm, NumberFormat, Task
 
 
 class _Section(BaseModel):
@@ -211,6 +211,8 @@ class InteractionConfig(_Section):
     """``cosine``: a learned scale times the cosine of the vectors, without an IEM, as in a plain bi-encoder."""
     features: Literal["rich", "concat", "product", "difference"] = "rich"
     """Inputs of the IEM besides the vectors a and b: none (``concat``), a * b, |a - b|, or both (``rich``)."""
+    tasks: tuple[Task, ...] = TASKS
+    """The tasks whose score has an interaction (anchored head); in the others the score is the inner product alone."""
     branches: Literal["per_task", "shared"] = "per_task"
     """One branch of the IEM per task, or one shared by both."""
     layers: Literal[3, 5] = 5
@@ -227,6 +229,20 @@ class InteractionConfig(_Section):
     """Bound the change by B r_q(a) r_p(b) with learned gates in (0, 1), one for the query and one for the passage
     (anchored head). The upper bound is still an inner product, in one more dimension, and fewer passages must be
     rescored for a certified ranking."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _in_order(cls, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+        return tuple(task for task in TASKS if task in tasks)
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> InteractionConfig:
+        if self.head == "paper" and self.tasks != TASKS:
+            raise ValueError(
+                "the head 'paper' scores by its interaction alone, in every task: delete tasks, or set head to "
+                "'anchored'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_layers(self) -> InteractionConfig:
@@ -297,7 +313,7 @@ _NEW_DEFAULTS: dict[str, Any] = {
     "student": {
         "backbone": {"adapters": "one", "bidirectional": False},
         "pooling": {"projection_dim": None},
-        "interaction": {"layers": 5},
+        "interaction": {"layers": 5, "tasks": [*TASKS]},
     },
     "losses": {"normalisation": "mean", "nested_depths": [], "soft_expansion": 0.0, "subclass_imitation": 0.0},
     "training": {

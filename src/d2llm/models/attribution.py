@@ -58,6 +58,11 @@ def why_no_interaction(student: Student, task: Task) -> str | None:
     head = student.interaction
     if isinstance(head, CosineHead):
         return "this student has no interaction: its head is the cosine"
+    if not head.has_interaction(task):
+        return (
+            f"this student has no interaction in {task} search: on the dev sets it added nothing to the inner product, "
+            "so training left it out"
+        )
     if head.has_anchor and not float(head.interaction_weight(task)):
         return (
             f"the interaction's weight r is 0 in {task} search: on the dev sets it added nothing to the inner product, "

@@ -7,6 +7,7 @@ half, W_p b + W_m (a * b) = (W_p + W_m diag(a)) b, one matrix product per query 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import cast
@@ -24,6 +25,7 @@ _SHARED = "shared"
 _PAIR_FEATURES = {"concat": (), "product": ("a * b",), "difference": ("|a - b|",), "rich": ("a * b", "|a - b|")}
 _LAYER_NAMES = {"a": "query", "b": "passage", "a * b": "product", "|a - b|": "difference"}
 _OPEN = 3.0  # sigmoid(3) = 0.95
+_LARGEST_SHARE = 0.999  # of the largest bound; 1 cannot be reached
 _INITIAL_SCALE = 20.0  # of the cosine: the usual temperature of contrastive training, 0.05
 
 
@@ -99,7 +101,8 @@ class Interaction(nn.Module):
 
     Head ``paper``: z = w f2(f1(features)). Head ``anchored``: z = t <U a, V b> / dim + r B tanh(g), where g is the
     output of the paper head, initially 0; B in (0, max_bound) is learned; r in [0, 1] is set for each task on dev after
-    training. With gates, B is replaced by B r_q(a) r_p(b), with r_q = sigmoid(w a + c) and r_p alike.
+    training. With gates, B is replaced by B r_q(a) r_p(b), with r_q = sigmoid(w a + c) and r_p alike. In a task that is
+    not among ``config.tasks``, z is the inner product alone; without any task there is no network, bound or gate.
 
     While it is trained with two heads (``split_heads``), z is ``label_share`` of the score of the head that learns the
     data sets' judgements, plus the rest of that of the head that imitates the teacher. Both have an inner product of
@@ -112,23 +115,25 @@ class Interaction(nn.Module):
         self.dim = dim
         hidden = config.hidden_dim
         self._places = {name: place for place, name in enumerate(("a", "b", *_PAIR_FEATURES[config.features]))}
-        self.first = nn.Linear(len(self._places) * dim, hidden)
-        self.shared = nn.Linear(hidden, hidden) if config.layers == 5 else None
-        self.branches = nn.ModuleDict({name: self._new_branch() for name in self._branch_names})
-        self.output = nn.Linear(config.feature_dim, 1)
         self.dropout = nn.Dropout(config.dropout)
+        if config.tasks:
+            self.first = nn.Linear(len(self._places) * dim, hidden)
+            self.shared = nn.Linear(hidden, hidden) if config.layers == 5 else None
+            self.branches = nn.ModuleDict({name: self._new_branch() for name in self._branch_names(config.tasks)})
+            self.output = nn.Linear(config.feature_dim, 1)
         self.anchors: nn.ModuleDict | None = None
         self.teacher_anchors: nn.ModuleDict | None = None
         self.label_share = 0.5
         self.query_gate: nn.Linear | None = None
         self.passage_gate: nn.Linear | None = None
         if config.head == "anchored":
+            self.anchors = nn.ModuleDict({name: _Anchor(dim) for name in self._branch_names(TASKS)})
+            for task in config.tasks:
+                self.register_buffer(f"residual_{task}", torch.ones(()))
+        if config.head == "anchored" and config.tasks:
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
-            self.anchors = nn.ModuleDict({name: _Anchor(dim) for name in self._branch_names})
             self.raw_bound = nn.Parameter(torch.zeros(()))
-            for task in TASKS:
-                self.register_buffer(f"residual_{task}", torch.ones(()))
             if config.gates:
                 self.query_gate, self.passage_gate = _open_gate(dim), _open_gate(dim)
 
@@ -164,14 +169,77 @@ class Interaction(nn.Module):
             cast(_Anchor, anchor).mix(cast(_Anchor, self.teacher_anchors[name]), self.label_share)
         self.teacher_anchors = None
 
+    def drop_idle(self) -> list[str]:
+        """Remove what changes no score of an anchored head, and say what it was.
+
+        That is a task's interaction of weight 0 or whose output is always 0, and gates that are the same for all texts.
+        """
+        if not self.has_anchor:
+            return []
+        dropped: list[str] = []
+        kept: tuple[Task, ...] = ()
+        if self.config.tasks and bool(self.output.weight.any() or self.output.bias.any()):
+            kept = tuple(task for task in self.config.tasks if bool(self.interaction_weight(task)))
+        for task in self.config.tasks:
+            if task not in kept:
+                dropped.append(f"the {task} interaction")
+                delattr(self, f"residual_{task}")
+        if self.config.tasks and not kept:
+            self.query_gate = self.passage_gate = None
+            for name in ("first", "shared", "branches", "output", "raw_bound"):
+                delattr(self, name)
+        elif self.config.tasks:
+            for name in {*self.branches} - {*self._branch_names(kept)}:
+                del self.branches[name]
+        self.config = self.config.model_copy(update={"tasks": kept})
+        if self._fold_constant_gates():
+            dropped.append("gates of the bound")
+            self.config = self.config.model_copy(update={"gates": False})
+        return dropped
+
+    def extended(self, config: InteractionConfig) -> Interaction:
+        """A copy with the tasks and gates that ``config`` has in addition; the new ones change no score.
+
+        A new branch beside a trained one gets the weight r = 0, which training sets to 1.
+        """
+        head = Interaction(config, self.dim).to(next(self.parameters()).device)
+        head.load_state_dict(self.state_dict(), strict=False)
+        head.train(self.training)
+        if not self.config.tasks:
+            return head  # the output of a new interaction is 0
+        with torch.no_grad():
+            new = [task for task in config.tasks if task not in self.config.tasks]
+            for task in new:
+                head.interaction_weight(task).zero_()
+            for name in {*head.branches} - {*self.branches}:
+                last = cast(nn.Linear, cast(nn.Sequential, head.branches[name])[-1 if self.shared is not None else 0])
+                last.weight.zero_()
+                last.bias.zero_()
+            if config.gates and self.query_gate is None:
+                share = torch.sigmoid(self.raw_bound) / torch.sigmoid(torch.tensor(_OPEN)) ** 2
+                head.raw_bound.copy_(torch.logit(share.clamp(max=_LARGEST_SHARE)))
+        return head
+
+    def _fold_constant_gates(self) -> bool:
+        """Multiply the bound by gates that are the same for all texts, and remove them; whether there were any."""
+        gates = [gate for gate in (self.query_gate, self.passage_gate) if gate is not None]
+        if not gates or any(bool(gate.weight.any()) for gate in gates):
+            return False
+        with torch.no_grad():
+            share = torch.sigmoid(self.raw_bound)
+            for gate in gates:
+                share = share * torch.sigmoid(gate.bias[0])
+            self.raw_bound.copy_(torch.logit(share))
+        self.query_gate = self.passage_gate = None
+        return True
+
     def _new_branch(self) -> nn.Sequential:
         hidden = self.config.hidden_dim
         layers = [nn.Linear(hidden, hidden), nn.ReLU()]
         return nn.Sequential(*layers, *([nn.Linear(hidden, self.config.feature_dim)] if self.shared else []))
 
-    @property
-    def _branch_names(self) -> tuple[str, ...]:
-        return TASKS if self.config.branches == "per_task" else (_SHARED,)
+    def _branch_names(self, tasks: Sequence[Task]) -> tuple[str, ...]:
+        return tuple(tasks) if self.config.branches == "per_task" else (_SHARED,)
 
     def _branch(self, task: Task) -> str:
         return task if self.config.branches == "per_task" else _SHARED
@@ -181,6 +249,8 @@ class Interaction(nn.Module):
 
         ``interaction_weight`` is r, by default the task's own.
         """
+        if not self.has_interaction(task):
+            return torch.zeros((), device=next(self.parameters()).device)
         weight = self.interaction_weight(task) if interaction_weight is None else interaction_weight
         return weight * self.config.max_bound * torch.sigmoid(self.raw_bound)
 
@@ -200,15 +270,21 @@ class Interaction(nn.Module):
         """Whether a score is more than its inner product; ``interaction_weight`` as in ``bound``."""
         if not self.has_anchor:
             return True
+        if not self.has_interaction(task):
+            return False
         return bool(self.interaction_weight(task) if interaction_weight is None else interaction_weight)
+
+    def has_interaction(self, task: Task) -> bool:
+        """Whether there is an interaction in this task, whatever its weight."""
+        return task in self.config.tasks
 
     @property
     def can_project(self) -> bool:
         """Whether the first layer sees a passage's vector alone, so that W_p b can be computed beforehand."""
-        return self.config.features == "concat"
+        return bool(self.config.tasks) and self.config.features == "concat"
 
     def interaction_weight(self, task: Task) -> Tensor:
-        """The weight r of the interaction in one task, from 0 to 1, chosen on dev after training."""
+        """The weight r of the interaction in one task that has one, from 0 to 1, chosen on dev after training."""
         return self.get_buffer(f"residual_{task}")
 
     def project_passages(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages hidden"]:
@@ -281,6 +357,9 @@ class Interaction(nn.Module):
         anchor: Float[Tensor, "queries passages"] | None,
         task: Task,
     ) -> PairScores:
+        if not self.has_interaction(task):
+            assert anchor is not None
+            return PairScores(anchor, anchor, None)
         hidden = self._query_half(queries) + self.project_passages(passages)
         if "a * b" in self._places:
             hidden = hidden + (queries * passages) @ self._part("a * b").T
@@ -343,6 +422,10 @@ class CosineHead(nn.Module):
     """
 
     has_anchor = True
+
+    def has_interaction(self, task: Task) -> bool:  # noqa: ARG002 - same for every task
+        """There is none."""
+        return False
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -13,10 +13,11 @@ from typing import Any
 from d2llm.core.recipe import BackboneConfig, StudentConfig
 from d2llm.core.table import Column, Table
 from d2llm.models.backbone import search_query_tokens
+from d2llm.models.evidence import read_evidence
 from d2llm.models.export.sentence_transformers import MODULES_FILE, task_of_plain, why_not_plain
 from d2llm.models.probabilities import read_calibration
 from d2llm.models.sources import hub_name
-from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE
+from d2llm.models.student_files import ADAPTER_FILE, BACKBONE_FOLDER, CARD_FILE, trained_tasks
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_DATA = "hf://"
@@ -159,22 +160,38 @@ def _probabilities(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 def _plain(folder: Path, manifest: Mapping[str, Any]) -> str:
     """Whether sentence-transformers can load the student, and what it then computes."""
-    head, backbone = manifest["config"]["interaction"]["head"], manifest["config"]["backbone"]
+    backbone = manifest["config"]["backbone"]
     num_query_tokens = search_query_tokens(BackboneConfig(**backbone))
     if (reason := why_not_loadable(folder, manifest)) is not None:
         return f"## Without d2llm\n\nSentence-transformers alone cannot load it: {reason}."
-    scope = (
-        "That is this student's full score."
-        if head == "cosine"
-        else f"That is the inner product of the student's score ({task_of_plain(manifest)} search), without its "
-        "interaction, which only d2llm computes."
-    )
+    scope = _scope(folder, manifest)
     return (
         f"## Without d2llm\n\nSentence-transformers (6 or newer) loads it:\n\n{_PLAIN}\n\n{scope} In float32 the "
         "numbers equal d2llm's up to rounding (a relative difference of 1e-5). `encode_query` reads at most "
         f"{num_query_tokens} tokens; `encode_document`, and plain `encode`, read at most "
         f"{backbone['max_passage_tokens']}, as a passage. Longer texts are cut without a warning.{_empty_texts(folder)}"
     )
+
+
+def _scope(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """What the library computes of the student's score, and what it leaves out."""
+    task, config = task_of_plain(manifest), StudentConfig.model_validate(manifest["config"]).interaction
+    if config.head == "cosine":
+        scope = "That is this student's full score."
+    elif task in config.tasks:
+        scope = (
+            f"That is the inner product of the student's score ({task} search), without its interaction, which only "
+            "d2llm computes."
+        )
+    else:
+        scope = f"That is this student's full score in {task} search."
+    trained = trained_tasks(manifest)
+    if config.head != "cosine" and len(trained) > 1:
+        other = next(each for each in trained if each != task)
+        scope += f" The inner product of {other} search is another one, which only d2llm computes."
+    if read_evidence(folder, str(manifest["fingerprint"])).weights(task):
+        scope += " What an index of d2llm adds to it (words, vectors of tokens) is left out."
+    return scope
 
 
 def _empty_texts(folder: Path) -> str:

@@ -143,6 +143,13 @@ class TextPooling(nn.Module):
             with torch.no_grad():
                 self.projection.copy_(torch.from_numpy(principal_components(vectors, len(self.projection)).copy()))
 
+    def drop_idle(self) -> bool:
+        """Remove PMA if its gate is 0, so that it adds nothing; whether it was removed."""
+        if self.gate is None or float(self.gate.detach()):
+            return False
+        self.pma = self.gate = None
+        return True
+
     def forward(
         self,
         states: Float[Tensor, "batch tokens dim"],

@@ -329,9 +329,78 @@ class Student(VectorScorer):
         student._saved_fingerprint = key
         student._forget_fitted()
         if isinstance(student.interaction, Interaction) and student.interaction.has_anchor:
-            for task in TASKS:
+            for task in student.interaction.config.tasks:
                 student.interaction.interaction_weight(task).zero_()
         return student
+
+    def drop_idle_parts(self) -> tuple[str, ...]:
+        """Remove the parts that add nothing to any vector or score, so that a saved folder does not have them.
+
+        These are PMA beside the backbone's own pooling with a gate of 0, the interaction of each task in which its
+        weight r is 0 or its output is 0 for all pairs, and gates of the bound that are the same for all texts. Vectors
+        and scores stay the same up to rounding, and everything that was fitted to them remains; the fingerprint is
+        another one, because the configuration is. A student without PMA can be loaded by plain sentence-transformers
+        (``save`` with ``merge=True``). Returns what was removed, in words.
+
+        Raises:
+            InputError: the student encodes with another engine than torch.
+        """
+        if self._engine is not None:
+            raise InputError("the parts of a compiled student cannot be removed; load it with engine='torch'")
+        before = self.fingerprint
+        dropped: list[str] = []
+        if self.pooling.drop_idle():
+            dropped.append("PMA")
+            pooling = self.config.pooling.model_copy(update={"method": "backbone"})
+            self.config = self.config.model_copy(update={"pooling": pooling})
+        if isinstance(self.interaction, Interaction):
+            dropped += self.interaction.drop_idle()
+            self.config = self.config.model_copy(update={"interaction": self.interaction.config})
+        if not dropped:
+            return ()
+        self._kept_weights = {}
+        self.source = None
+        # The content of merged weights has no fingerprint of its own (``files.check_weights``).
+        self._saved_fingerprint = fingerprint_json([before, dropped]) if self._has_merged_weights else None
+        self._recorded |= {"reduced_from": before}
+        self._refit_to(self.fingerprint)
+        return tuple(dropped)
+
+    def add_missing_parts(self, config: StudentConfig, *, seed: int = 0) -> None:
+        """Add the parts of ``config`` that ``drop_idle_parts`` removes and that this student lacks, untrained.
+
+        They add nothing until they are trained: PMA with a gate of 0, interactions whose output is constant. Gates of
+        the bound are open, and the bound is as much larger.
+        """
+        own, wanted = self.config, config
+        pooling = wanted.pooling if own.pooling.method == "backbone" and wanted.pooling.warm_start else own.pooling
+        interaction = own.interaction
+        if interaction.head == wanted.interaction.head == "anchored":
+            tasks = {*interaction.tasks, *wanted.interaction.tasks}
+            update = {"tasks": tuple(task for task in TASKS if task in tasks)}
+            update |= {"gates": interaction.gates or wanted.interaction.gates}
+            interaction = interaction.model_copy(update=update)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if pooling.method != own.pooling.method:
+                before, self.pooling = self.pooling, TextPooling(pooling, self.backbone.dim).to(self.device)
+                self.pooling.load_state_dict(before.state_dict(), strict=False)
+            if isinstance(self.interaction, Interaction) and interaction != own.interaction:
+                self.interaction = self.interaction.extended(interaction)
+        self.config = own.model_copy(update={"pooling": pooling, "interaction": interaction})
+        self._kept_weights = {}
+
+    def _refit_to(self, fingerprint: str) -> None:
+        """Let what was fitted to this student belong to it under another fingerprint."""
+        update = {"student": fingerprint}
+        if self.calibration is not UNCALIBRATED:
+            self.calibration = self.calibration.model_copy(update=update)
+        if self.evidence is not NO_EVIDENCE:
+            self.evidence = self.evidence.model_copy(update=update)
+        if self.quality is not None:
+            self.quality = self.quality.model_copy(update=update)
+        if self.term_weights is not None:
+            self.term_weights = self.term_weights.model_copy(update=update)
 
     @property
     def device(self) -> torch.device:

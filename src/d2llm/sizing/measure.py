@@ -296,7 +296,7 @@ class _Measuring:
 
     def _interaction(self, advance: Advance) -> Speed | None:
         """Pairs a second, at full weight; None if the student has no interaction."""
-        if self.student.config.interaction.head == "cosine":
+        if not self.student.interaction.has_interaction(self.task):
             return None
         vectors = self._vectors(_CANDIDATES, self.student.vector_dim)
         weight = {"interaction_weight": 1.0} if self.student.has_anchor else {}

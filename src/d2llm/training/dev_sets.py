@@ -31,7 +31,7 @@ from d2llm.data.training import TrainingSource
 from d2llm.evaluation.gold import Gold, NliGold, measure_all, read_gold
 from d2llm.evaluation.judging import judge_pool
 from d2llm.models.backbone import TextKind
-from d2llm.models.interaction import CosineHead
+from d2llm.models.interaction import Interaction
 from d2llm.models.student import Student
 from d2llm.models.teachers.judge import Judge
 from d2llm.models.vector_scorer import SCORE_BLOCK
@@ -339,7 +339,7 @@ def evaluate_dev(
 class DevResult:
     """The dev measure by weight r of the interaction; ``by_item`` has the values of each query or pair.
 
-    A head that is not an anchor with an interaction has only r = 1.
+    The cosine and the head ``paper`` have only r = 1, an anchored head without an interaction in this task only r = 0.
     """
 
     task: Task
@@ -415,9 +415,9 @@ def encode_together(
     return processes.share_rows(texts, encode_own, student.vector_dim, student.backbone.device)
 
 
-def has_interaction_weight(student: Student) -> bool:
+def has_interaction_weight(student: Student, task: Task) -> bool:
     """Whether the score has an interaction in addition to its inner product, and so a weight r to choose."""
-    return student.has_anchor and not isinstance(student.interaction, CosineHead)
+    return student.has_anchor and student.interaction.has_interaction(task)
 
 
 def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callable[[int], None] = ignore) -> DevResult:
@@ -428,7 +428,7 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
     """
     dev = encoded.dev
     scores: dict[float, Scores] = {1.0: _score(student, encoded, advance)}
-    if has_interaction_weight(student):
+    if has_interaction_weight(student, dev.task):
         anchors = [
             _anchor(student, query, encoded.passages[rows], dev.task)
             for query, rows in zip(encoded.queries, encoded.rows, strict=True)
@@ -437,6 +437,8 @@ def measure_by_weight(student: Student, encoded: EncodedDev, *, advance: Callabl
             weight: [anchor + weight * (whole - anchor) for anchor, whole in zip(anchors, scores[1.0], strict=True)]
             for weight in INTERACTION_WEIGHTS
         }
+    elif isinstance(student.interaction, Interaction) and student.has_anchor:
+        scores = {0.0: scores[1.0]}
     words = [dev.word_scores[query_id] for query_id in dev.queries] if dev.word_scores else []
     for evidence in (words, encoded.token_scores):
         if evidence:

@@ -192,8 +192,10 @@ def distill(
         run.take_best()
         run.merge_heads()
         run.step_back()
+        run.leave_out_pma()
         run.train_interaction()
         run.set_interaction_weights()
+        run.drop_idle_parts()
         report = _report(run, folder, labelled, stopped_early, time.monotonic() - started)
         if processes.is_first:
             report = _fit_and_write(
@@ -216,6 +218,7 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
     if start is None:
         return Student.create(recipe.student, device=device, dtype=dtype, seed=recipe.seed)
     student = Student.load(start, device=device, dtype=dtype)
+    student.add_missing_parts(recipe.student, seed=recipe.seed)
     has, needs = (
         shaping_student_settings(config.model_dump(mode="json")) for config in (student.config, recipe.student)
     )

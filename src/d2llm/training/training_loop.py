@@ -67,6 +67,7 @@ from d2llm.training.dev_sets import (
 )
 from d2llm.training.fit_evidence import LISTED_PASSAGES
 from d2llm.training.gradient_cache import backpropagate, graph_room
+from d2llm.training.idle_gates import make_idle_gates_constant
 from d2llm.training.mining.remine import remine
 from d2llm.training.objective import (
     OFFSET,
@@ -150,9 +151,9 @@ class DistillRun:
         if self.has_stages and isinstance(student.interaction, Interaction):
             for parameter in student.interaction.residual_parameters().values():
                 parameter.requires_grad_(False)
-        if has_interaction_weight(student) and isinstance(student.interaction, Interaction):
-            tasks: set[Task] = {each.source.task for each in sources}
-            for task in tasks:
+        tasks: set[Task] = {each.source.task for each in sources}
+        for task in sorted(tasks):
+            if has_interaction_weight(student, task) and isinstance(student.interaction, Interaction):
                 # The weight that was chosen for the start may be 0, and an interaction of weight 0 learns nothing.
                 student.interaction.interaction_weight(task).fill_(1.0)
         self.offsets = make_offsets(student, sources)
@@ -161,6 +162,7 @@ class DistillRun:
         self.optimizer = _optimizer(self.parameters, recipe.training)
         self.progress = DistillProgress()
         self.best = BestState(self.parameters, folder / _BEST)
+        self.adopted: dict[str, DevResult] | None = None
         checkpoint = load_checkpoint(folder, settings=self.settings)
         if checkpoint is not None:
             restore(checkpoint, self.parameters, self.optimizer)
@@ -256,8 +258,11 @@ class DistillRun:
         num_texts += _CALIBRATED_TEXTS * num_queries
         if stage != "tokens" and self.recipe.evidence.token_vectors:
             num_texts += self.num_planned
+        if stage != "tokens" and self.student.config.interaction.gates:
+            num_texts += num_dev
         if stage == "vectors":
             num_shares = 1 + len(training.interpolation) if training.steps_back else 0
+            num_shares += self.student.pooling.gate is not None
             num_texts += (1 + num_shares) * num_dev + (num_dev + self.num_planned if self.has_stages else 0)
         return num_texts * self.progress.seconds_per_text
 
@@ -349,6 +354,28 @@ class DistillRun:
         progress.share_kept = share
         for each, share_results in results.items():
             self._write(progress.step, share=each, dev=_rounded(share_results))
+
+    def leave_out_pma(self) -> None:
+        """Set the gate of PMA to 0, unless some dev set is significantly worse without it (``choose_weights``)."""
+        gate = self.student.pooling.gate
+        if gate is None or not float(gate.detach()):
+            return
+        self.student.eval()
+        trained = float(gate.detach())
+        with_it = self.processes.from_first(self.adopted)
+        if with_it is None:  # the run was resumed after its last step
+            with_it = self.processes.from_first(self._dev_results("measuring with PMA on dev"))
+        self._set(gate, 0.0)
+        without = self.processes.from_first(self._dev_results("measuring without PMA on dev"))
+        if worse_sets(items_at_best_weight(with_it), items_at_best_weight(without), seed=self.recipe.seed):
+            self._set(gate, trained)
+        else:
+            self._adopt(without)
+
+    @staticmethod
+    def _set(parameter: Tensor, value: float) -> None:
+        with torch.no_grad():
+            parameter.fill_(value)
 
     def train_interaction(self) -> None:
         """Run the second stage, if the recipe has one: train the interaction alone, with the vectors fixed."""
@@ -537,13 +564,32 @@ class DistillRun:
             name: {str(weight): value for weight, value in result.values.items()} for name, result in results.items()
         }
         progress.interaction_weights = choose_interaction_weights(results)
+        self.adopted = results
 
     def set_interaction_weights(self) -> None:
         """Set the chosen weight r of each task in the student's interaction; during training it is 1."""
         head = self.student.interaction
-        if has_interaction_weight(self.student) and isinstance(head, Interaction):
-            for task, weight in self.progress.interaction_weights.items():
+        for task, weight in self.progress.interaction_weights.items():
+            if has_interaction_weight(self.student, task) and isinstance(head, Interaction):
                 head.interaction_weight(task).fill_(weight)
+
+    def drop_idle_parts(self) -> None:
+        """Remove what adds nothing from the student (``Student.drop_idle_parts``), after its weights r were set.
+
+        A task without data has a branch that was not trained, so its interaction counts nothing. Only the first process
+        does this; it writes the student.
+        """
+        if not self.processes.is_first:
+            return
+        head = self.student.interaction
+        if isinstance(head, Interaction) and head.has_anchor and head.config.branches == "per_task":
+            for task in head.config.tasks:
+                if task not in self.progress.interaction_weights:
+                    head.interaction_weight(task).zero_()
+        self.student.eval()
+        make_idle_gates_constant(self.student, self.dev_sets, seed=self.recipe.seed)
+        if dropped := self.student.drop_idle_parts():
+            remarks.info("distill: %s added nothing and is not in the student", " and ".join(dropped))
 
     def _state(self) -> dict[str, Any]:
         """The progress of the run, as JSON."""
@@ -578,7 +624,8 @@ def listed_passages(training: TrainingConfig) -> int:
 
 
 def _has_stages(student: Student, recipe: Recipe) -> bool:
-    return recipe.training.residual.epochs > 0 and student.config.interaction.head == "anchored"
+    interaction = student.config.interaction
+    return recipe.training.residual.epochs > 0 and interaction.head == "anchored" and bool(interaction.tasks)
 
 
 def _rounded(results: dict[str, DevResult]) -> dict[str, dict[str, float]]:

@@ -21,13 +21,15 @@ from d2llm.models.backbone import search_query_tokens
 from d2llm.models.export import numpy_head
 from d2llm.models.export.eight_bits import Runtime
 from d2llm.models.export.graphs import write_score_graph, write_text_graph
+from d2llm.models.export.sentence_transformers import why_not_plain
 from d2llm.models.interaction import CosineHead, Interaction
 from d2llm.models.probabilities import write_calibration
 from d2llm.models.student import Student
 
 KIND = "export"
 FORMAT_VERSION = 1
-ExportFormat = Literal["onnx", "openvino", "numpy", "student"]
+ExportFormat = Literal["onnx", "openvino", "numpy", "student", "sentence-transformers"]
+_FOLDERS_OF_STUDENTS = ("student", "sentence-transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +54,26 @@ def export(student: Student, folder: str | Path, to: ExportFormat, *, int8: bool
         folder: where to write; an existing export is replaced.
         to: ``onnx`` and ``openvino`` write the tokenizer and the graphs (``models.export.graphs``) that encode texts
             and score vectors in each task; ``numpy`` writes only the head, as arrays and one Python file that needs
-            only numpy; ``student`` writes a student's folder, such as of one that was cut (``Student.cut``).
+            only numpy; ``student`` writes a student's folder, such as of one that was cut (``Student.cut``);
+            ``sentence-transformers`` writes it with all weights, so that the library alone loads it too: its vectors
+            and inner product, but neither an interaction nor what an index adds to the score.
         int8: use 8-bit products in the graph that encodes texts (only ``onnx`` and ``openvino``).
 
     Raises:
-        InputError: ``folder`` holds something else, the format has no 8-bit form, or the student is not in float32.
+        InputError: ``folder`` holds something else, the format has no 8-bit form, the student is not in float32, or
+            sentence-transformers has no modules for it.
         ModelError: the backbone cannot be written as a graph.
         MissingExtraError: a package that writes the format is not installed.
     """
-    if int8 and to in ("numpy", "student"):
+    if int8 and to in ("numpy", *_FOLDERS_OF_STUDENTS):
         raise InputError(f"the {to} {'head' if to == 'numpy' else 'folder'} is in float32; leave int8 out")
     precision, folder = "int8" if int8 else "float32", Path(folder)
-    if to == "student":
-        student.save(folder)
+    if to in _FOLDERS_OF_STUDENTS:
+        if to == "sentence-transformers" and (reason := why_not_plain(student.config)) is not None:
+            raise InputError(
+                f"sentence-transformers alone cannot load this student: {reason}; export --to onnx instead"
+            )
+        student.save(folder, merge=True if to == "sentence-transformers" else None)
         names = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
         return ExportReport(folder, to, precision, student.fingerprint, names, folder_bytes(folder))
     with new_folder(folder, kind=KIND) as temporary:
@@ -128,9 +137,10 @@ def head_arrays(head: Interaction | CosineHead) -> dict[str, np.ndarray]:
         arrays_by_task = {task: _task_arrays(head, task) for task in TASKS}
     first, second = (arrays_by_task[task] for task in TASKS)
     weights: dict[str, np.ndarray] = {}
-    for name in first:
-        if np.array_equal(first[name], second[name]):
-            weights[name] = first[name]
+    for name in {**first, **second}:
+        of_tasks = [arrays[name] for arrays in (first, second) if name in arrays]
+        if np.array_equal(of_tasks[0], of_tasks[-1]):  # also if only one task has an interaction
+            weights[name] = of_tasks[0]
         else:
             weights |= {f"{task}/{name}": arrays_by_task[task][name] for task in TASKS}
     return weights
@@ -139,6 +149,10 @@ def head_arrays(head: Interaction | CosineHead) -> dict[str, np.ndarray]:
 def _task_arrays(head: Interaction | CosineHead, task: Task) -> dict[str, np.ndarray]:
     if isinstance(head, CosineHead):
         return {"anchor": _array(head.log_scale.exp() / head.dim)}
+    if not head.has_interaction(task):
+        unit = torch.eye(head.dim, device=next(head.parameters()).device)
+        bound = {"bound": head.bound(task)} if head.config.tasks else {}
+        return {name: _array(part) for name, part in {"anchor": head.anchor_queries(unit, task), **bound}.items()}
     layers = head.split_layers(task)
     parts: dict[str, Tensor | None] = {
         "query": layers.query,

@@ -39,7 +39,7 @@ from d2llm.training.ablation.report import (
 )
 from d2llm.training.checkpoints import LOG, epochs_of
 from d2llm.training.choose_weights import value_by_set
-from d2llm.training.dev_sets import DevSet, evaluate_dev, has_interaction_weight, make_dev_set
+from d2llm.training.dev_sets import DevSet, evaluate_dev, make_dev_set
 from d2llm.training.distill import distill
 
 DEV_QUERIES = 500
@@ -120,7 +120,7 @@ def train_and_measure(shared: RunSettings, recipe: Recipe, name: str, seed: int)
         seed=seed,
         ndcg=fmean(by_set.values()),
         by_set=by_set,
-        interaction_weights=weights if has_interaction_weight(student) else {},
+        interaction_weights=weights if student.config.interaction.head == "anchored" else {},
         steps=manifest["steps"],
         best_step=manifest["best_step"],
         seconds=_seconds(working_folder(folder) / LOG),
