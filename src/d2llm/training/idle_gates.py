@@ -18,15 +18,15 @@ from d2llm.models.student import Student
 from d2llm.training.choose_weights import Items, by_place, worse_sets
 from d2llm.training.dev_sets import DevSet, EncodedDev, encode_dev
 
-_DEPTH = 10
+_DEPTH, _TOLERATED, _MORE = 10, 0.001, 1.01
 
 
 def make_idle_gates_constant(student: Student, dev_sets: Sequence[DevSet], *, seed: int) -> bool:
     """Give every text the same gates, unless that is worse on dev; whether it was done.
 
-    It is worse if the ranking of some dev set is significantly worse (``choose_weights.worse_sets``), or if more
-    passages of the dev lists could be among the first ten by their bounds. Only tasks in which the interaction counts
-    are measured.
+    It is worse if some dev set is significantly worse (``choose_weights.worse_sets``), if their mean falls by more than
+    .001, or if more passages of the dev lists could be among the first ten by their bounds. Only tasks in which the
+    interaction counts are measured.
     """
     head = student.interaction
     if not isinstance(head, Interaction) or head.query_gate is None or head.passage_gate is None:
@@ -43,7 +43,8 @@ def make_idle_gates_constant(student: Student, dev_sets: Sequence[DevSet], *, se
             gate.weight.zero_()
             gate.bias.fill_(float(torch.logit(torch.tensor(share**0.5, dtype=torch.float64))))
     after, to_score_without = _measure(student, used)
-    if worse_sets(before, after, seed=seed) or to_score_without > 1.01 * to_score:
+    lost = fmean(fmean(before[name].values()) - fmean(after[name].values()) for name in before)
+    if worse_sets(before, after, seed=seed) or lost > _TOLERATED or to_score_without > _MORE * to_score:
         with torch.no_grad():
             for gate, (weight, bias) in zip(gates, learned, strict=True):
                 gate.weight.copy_(weight)
