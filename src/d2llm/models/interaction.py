@@ -284,7 +284,9 @@ class Interaction(nn.Module):
         return bool(self.config.tasks) and self.config.features == "concat"
 
     def interaction_weight(self, task: Task) -> Tensor:
-        """The weight r of the interaction in one task that has one, from 0 to 1, chosen on dev after training."""
+        """The weight r of the interaction in one task, from 0 to 1, chosen on dev after training; 0 if it has none."""
+        if not self.has_interaction(task):
+            return torch.zeros(())
         return self.get_buffer(f"residual_{task}")
 
     def project_passages(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages hidden"]:
