@@ -44,9 +44,9 @@ EXTRA, WITHOUT_FEATURES = "q3", "q5"
 """A query with labels for passages that are not its own, and one without features."""
 
 # The run computes in float32, and each correlation divides by the small spread of an untrained student's logits: with
-# one thread or two, PH differs by up to 3e-5 of its value, a gradient's norm by 7e-5, and a tensor by 6e-5 of the length
-# of its change. AdamW turns a gradient that is nearly all rounding into a step of full size, so a few elements of a
-# tensor may differ by more, and its length is compared.
+# one thread or two, PH differs by up to 3e-5 of its value, a gradient's norm by 7e-5, and a tensor by 6e-5 of the
+# length of its change. AdamW turns a gradient that is nearly all rounding into a step of full size, so a few elements
+# of a tensor may differ by more, and its length is compared.
 LOSS, NORM, CHANGE = 2e-4, 1e-3, 1e-3
 ROUNDING = 2e-6  # the log has six digits of each loss
 
