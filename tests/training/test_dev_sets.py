@@ -36,7 +36,7 @@ class HandMadeStudent:
     def __init__(self, anchors: np.ndarray, changes: np.ndarray, *, has_anchor: bool = True) -> None:
         self.anchors, self.changes = anchors.astype(np.float32), changes.astype(np.float32)
         self.has_anchor = has_anchor
-        self.interaction = None
+        self.interaction = SimpleNamespace(has_interaction=lambda task: True)
 
     def encode_queries(self, texts: list[str], *, advance: Callable[[int], None]) -> SimpleNamespace:
         advance(len(texts))
@@ -162,6 +162,12 @@ def test_each_weight_matches_a_student_with_that_weight(student: Student, real_d
         residual.fill_(weight)
         assert value == pytest.approx(ndcg_of(student, real_dev), abs=1e-6)
     assert len({round(value, 4) for value in result.values.values()}) > 1  # the weight matters in this test
+
+
+def test_a_student_whose_interaction_was_left_out_is_measured_without_it(student: Student, real_dev: DevSet) -> None:
+    before = evaluate_dev(student, [real_dev])["tiny"].values
+    student.drop_idle_parts()
+    assert evaluate_dev(student, [real_dev])["tiny"].values == {0.0: before[0.0]}
 
 
 def test_untrained_student_scores_the_same_at_every_weight(student: Student) -> None:
