@@ -208,7 +208,7 @@ class Interaction(nn.Module):
         if not self.config.tasks:
             return head  # the output of a new interaction is 0
         with torch.no_grad():
-            new = [task for task in config.tasks if task not in self.config.tasks]
+            new: list[Task] = [task for task in config.tasks if task not in self.config.tasks]
             for task in new:
                 head.interaction_weight(task).zero_()
             for name in {*head.branches} - {*self.branches}:
