@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 from d2llm.core.errors import InputError, TrainingDivergedError
-from d2llm.core.recipe import DataConfig, LossWeights
+from d2llm.core.recipe import DataConfig, LossWeights, PoolingConfig
 from d2llm.core.variants import find_variant
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
@@ -99,7 +99,8 @@ def test_a_run_on_pairs_and_retrieval_resumes_exactly(place: Place, tmp_path: Pa
 
 
 def test_interpolation_keeps_one_of_the_measured_shares(place: Place, tmp_path: Path) -> None:
-    report = place.run(tmp_path / "student", interpolation=(0.5, 0.999))
+    student = tiny_student_config(place.model).model_copy(update={"pooling": PoolingConfig(method="backbone")})
+    report = place.run(tmp_path / "student", student=student, interpolation=(0.5, 0.999))  # no PMA to leave out later
     shares = {line["share"]: line["dev"] for line in log_of(tmp_path / "student") if "share" in line}
     assert set(shares) == {0.5, 0.999, 1.0}
     assert report.share_kept in shares
@@ -151,8 +152,7 @@ def test_the_interaction_of_a_student_to_start_from_is_trained_at_full_weight(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = {"epochs": 1, "warmup_steps": 0, "num_near": 5, "num_random": 5, "batch_queries": 8}
-    place.run(tmp_path / "start", residual=stage)
-    start = Student.load(tmp_path / "start", device="cpu", dtype="float32")
+    start = Student.create(tiny_student_config(place.model), device="cpu", dtype="float32")
     assert isinstance(start.interaction, Interaction)
     for task in TASKS:
         start.interaction.interaction_weight(task).fill_(0.0)

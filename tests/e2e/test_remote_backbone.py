@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from d2llm import Student
 from d2llm.core.errors import InputError
 from d2llm.core.recipe import StudentConfig
+from d2llm.core.types import TASKS
 from e2e.command_line import fail, succeed, succeed_with_report
 from e2e.small_corpus import SENTENCES
 from local_endpoint import EMBEDDING_DIM, LocalEndpoint, Reply, embeddings, local_endpoint
@@ -85,7 +88,14 @@ def test_training_changed_the_head(trained: Path, endpoint: LocalEndpoint) -> No
     )
     log = (trained / "run" / "student.run" / "log.jsonl").read_text()
     assert "loss" in log
-    assert student.fingerprint != untrained.fingerprint
+    after = load_file(trained / "run" / "student.run" / "checkpoint.safetensors")
+    before = untrained.interaction.state_dict()
+    is_trained = {
+        task: not torch.equal(after[f"parameter/interaction.{name}"], before[name])
+        for task in TASKS
+        for name in [f"anchors.{task}.query_map"]
+    }
+    assert is_trained == {"symmetric": False, "asymmetric": True}  # the only data set is asymmetric
 
 
 def test_search_sends_the_query_alone(trained: Path, endpoint: LocalEndpoint) -> None:
