@@ -11,13 +11,14 @@ from d2llm.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    RecordedDataOption,
     RunnerOptions,
     TaskOption,
     WriterOptions,
     input_path,
     lasting_input_path,
+    recorded_teacher_config,
     student_option,
-    teacher_config,
     teacher_option,
     with_option_groups,
 )
@@ -26,7 +27,7 @@ from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_WRITER
 
 if TYPE_CHECKING:
-    from d2llm.core.recipe import TeacherConfig, WriterConfig
+    from d2llm.core.recipe import WriterConfig
 
 
 @with_option_groups
@@ -105,10 +106,7 @@ def fit(
             help="A graded teacher, by default one of this kind, repeats the grades of these lists (JSON Lines).",
         ),
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", exists=True, help="With --recorded: the data set whose ids the lists name."),
-    ] = None,
+    data: RecordedDataOption = None,
     task: TaskOption = None,
     exclude: Annotated[
         list[str] | None,
@@ -150,7 +148,7 @@ def fit(
         max_tokens=max_tokens,
         max_cost=max_cost,
         max_queries=max_queries,
-        teacher=_teacher_config(teacher, recorded, data),
+        teacher=recorded_teacher_config(teacher, None, recorded, data),
         judged=judged,
         exclude=tuple(exclude or ()),
         seed=seed,
@@ -169,16 +167,6 @@ def fit(
     session.say(verdict_sentence(report))
     session.say(f"Report: {fitted.folder.report_page}. Next: d2llm serve {fitted.folder.path}")
     session.write_report(context, json_path, report.to_json())
-
-
-def _teacher_config(teacher: str | None, recorded: Path | None, data: Path | None) -> TeacherConfig | None:
-    from d2llm.models.teachers.judge import recorded_teacher
-
-    if recorded is None:
-        if data is not None:
-            raise InputError("--data is for --recorded FILE, whose lists name texts by their ids; leave it out")
-        return None if teacher is None else teacher_config(teacher, None)
-    return recorded_teacher(teacher_config(teacher or "graded:recorded", None), recorded, data)
 
 
 def _writer_config(options: WriterOptions, prices: tuple[float, float] | None, max_cost: float | None) -> WriterConfig:

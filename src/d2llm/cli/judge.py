@@ -12,7 +12,9 @@ from d2llm.cli.options import (
     DtypeOption,
     JsonOption,
     PromptOption,
+    RecordedDataOption,
     input_path,
+    recorded_teacher_config,
     teacher_config,
     teacher_option,
 )
@@ -37,10 +39,7 @@ def judge(
             metavar="FILE", callback=input_path, help="Repeat the grades of these lists (JSON Lines) instead."
         ),
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", exists=True, help="With --recorded: the data set whose ids the lists name."),
-    ] = None,
+    data: RecordedDataOption = None,
     task: Annotated[
         Task, typer.Option(help="Whether a passage answers a query (asymmetric) or means the same (symmetric).")
     ] = "asymmetric",
@@ -50,19 +49,14 @@ def judge(
     json_path: JsonOption = None,
 ) -> None:
     """Ask a teacher how likely a passage is to answer a query."""
-    from d2llm.models.teachers.judge import load_judge, recorded_teacher
+    from d2llm.models.teachers.judge import load_judge
     from d2llm.reports.search_tables import judgement_table
 
     for text in (query, *passages):
         if not text.strip():
             raise InputError(f"{text!r} has no text; give a query and passages with words in them")
     session = session_of(context)
-    if recorded is None:
-        if data is not None:
-            raise InputError("--data is for --recorded FILE, whose lists name texts by their ids; leave it out")
-        config = teacher_config(teacher or "smollm2", prompt)
-    else:
-        config = recorded_teacher(teacher_config(teacher or "graded:recorded", prompt), recorded, data)
+    config = recorded_teacher_config(teacher, prompt, recorded, data) or teacher_config("smollm2", prompt)
     model = load_judge(config, device=device, dtype=dtype)
     log_odds: list[float] = model.judge([(query, passage) for passage in passages], task).log_odds.tolist()
     session.show(judgement_table(query, passages, log_odds))

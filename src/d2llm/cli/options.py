@@ -58,6 +58,23 @@ def teacher_config(model: str, prompt: str | None) -> TeacherConfig:
     return named_teacher(model, None if prompt is None else TeacherConfig(prompt=prompt))
 
 
+def recorded_teacher_config(
+    teacher: str | None, prompt: str | None, recorded: Path | None, data: Path | None
+) -> TeacherConfig | None:
+    """The teacher that the options of a verb without a recipe name, with recorded grades or not; None if none does.
+
+    Raises:
+        InputError: there is a data set, but nothing recorded with its ids, or the teacher gives no grades.
+    """
+    from d2llm.models.teachers.judge import recorded_teacher
+
+    if recorded is not None:
+        return recorded_teacher(teacher_config(teacher or "graded:recorded", prompt), recorded, data)
+    if data is not None:
+        raise InputError("--data is for --recorded FILE, whose lists name texts by their ids; leave it out")
+    return None if teacher is None else teacher_config(teacher, prompt)
+
+
 def output_path(context: typer.Context, path: Path | None) -> Path | None:
     """The path of a file that a verb writes; ``-`` is standard output, which then has nothing else.
 
@@ -201,6 +218,10 @@ IndexTaskOption = Annotated[
         help="Whether a passage should answer the query (asymmetric) or mean the same (symmetric).",
         show_default="the index's",
     ),
+]
+RecordedDataOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", exists=True, help="With --recorded: the data set whose ids the lists name."),
 ]
 PromptOption = Annotated[
     str | None,

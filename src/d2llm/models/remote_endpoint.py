@@ -349,6 +349,20 @@ class CompletionEndpoint(Endpoint[_Answer]):
         bodies = [{**self._fields(prompt), **own} for prompt, own in zip(prompts, settings, strict=True)]
         return self.send(bodies, advance=advance, keep=keep)
 
+    def complete_until_error(
+        self, prompts: Sequence[str], settings: Mapping[str, Any], *, advance: Callable[[int], None] | None = None
+    ) -> tuple[dict[int, _Answer], BaseException | None]:
+        """The answers by the place of their prompt, and the error, if any, that ended the call before all were there.
+
+        Ctrl-C counts as an error too: what was answered is paid for. All requests have the same ``settings``.
+        """
+        answers: dict[int, _Answer] = {}
+        try:
+            self.complete(prompts, [settings] * len(prompts), advance=advance, keep=answers.__setitem__)
+        except BaseException as error:  # noqa: BLE001 - returned
+            return answers, error
+        return answers, None
+
     def _fields(self, prompt: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": prompt}]} if self._is_chat else {"prompt": prompt}
 

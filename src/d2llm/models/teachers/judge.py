@@ -98,7 +98,21 @@ class Judge(Protocol):
 
 @runtime_checkable
 class LastingJudge(Judge, Protocol):
-    """A judge whose answers cost money, or come from afar: an error must not lose those that came before it."""
+    """A judge whose answers cost money, or come from afar: an error must not lose those that came before it.
+
+    A class that inherits from it has ``judge`` by its ``judge_until_error``.
+    """
+
+    def judge(
+        self,
+        pairs: Sequence[TextPair],
+        task: Task,
+        *,
+        with_features: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Judgements:
+        """Judge pairs (``Judge.judge``); the first error is raised."""
+        return self.judge_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
 
     def judge_until_error(
         self,

@@ -35,7 +35,7 @@ from d2llm.models.completions import TOKENS_ARE_ESTIMATED, Completion, quoted, r
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote_endpoint import TOO_LONG, CompletionEndpoint
 from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair, whole_queries
+from d2llm.models.teachers.judge import Judgements, LastingJudge, PartlyJudged, TextPair, whole_queries
 from d2llm.models.teachers.list_answers import read_grades, read_ranking
 from d2llm.models.teachers.list_prompts import ListPrompt, load_list_prompt
 from d2llm.ops.plackett_luce import strengths
@@ -87,7 +87,7 @@ class _Call:
     """What ended the call early."""
 
 
-class ListTeacher:
+class ListTeacher(LastingJudge):
     """What teachers that are shown lists share; ``fingerprint`` depends on model and revision, not on the address.
 
     Raises:
@@ -162,25 +162,6 @@ class ListTeacher:
         """Identity of the question and of all settings that affect what is shown."""
         return self._identity.prompts[task]
 
-    def judge(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
-        """Judge pairs (``Judge.judge``); those with one query text are shown together.
-
-        ``features`` is None, because an endpoint returns no states. ``advance`` is called from another thread.
-
-        Raises:
-            InputError: a passage alone, with its query, is longer than the endpoint can read.
-            ModelError: some passages were not judged in ``lists.attempts`` answers, and ``remote.unanswered`` is
-                ``error``; the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
-        """
-        return self.judge_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
-
     def judge_until_error(
         self,
         pairs: Sequence[TextPair],
@@ -191,8 +172,14 @@ class ListTeacher:
     ) -> PartlyJudged:
         """Judge pairs until the first error (``LastingJudge``): a pair is judged when all its orders are answered.
 
-        For a teacher that ranks lists, all pairs of its query must be judged too. Pairs without a grade or a place in
-        the order after all attempts are not judged, unless they count as undecided.
+        Those with one query text are shown together. For a teacher that ranks lists, all pairs of its query must be
+        judged too. Pairs without a grade or a place in the order after all attempts are not judged, unless they count
+        as undecided. ``features`` is None, because an endpoint returns no states. ``advance`` is called from another
+        thread. The errors are:
+
+        - InputError: a passage alone, with its query, is longer than the endpoint can read.
+        - ModelError: some passages were not judged in ``lists.attempts`` answers, and ``remote.unanswered`` is
+          ``error``; the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
         """
         del with_features
         room = self._lengths.room(self.lists.max_passage_tokens)
@@ -250,11 +237,7 @@ class ListTeacher:
         while todo and call.error is None:
             prompts = [call.prompt.fill(shown.query, [call.texts[place] for place in shown.passages]) for shown in todo]
             body = self.remote.body(max_tokens=self.lists.max_answer_tokens, temperature=0)
-            answers: dict[int, Completion] = {}
-            try:
-                self.endpoint.complete(prompts, [body] * len(prompts), keep=answers.__setitem__)
-            except BaseException as error:  # noqa: BLE001 - Ctrl-C too: what was answered is paid for
-                call.error = error
+            answers, call.error = self.endpoint.complete_until_error(prompts, body)
             divided: list[_Shown] = []
             for number, answer in sorted(answers.items()):
                 shown = todo[number]

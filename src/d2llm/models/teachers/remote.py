@@ -29,7 +29,7 @@ from d2llm.core.types import TASKS, Task
 from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote_endpoint import CompletionEndpoint
 from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judgements, PartlyJudged, TextPair
+from d2llm.models.teachers.judge import Judgements, LastingJudge, PartlyJudged, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _TRIAL: TextPair = ("what do cows drink", "Cows drink water.")
 _SPACES = str.maketrans("▁Ġ", "  ")  # how vocabularies write a leading space; some endpoints return it in this form
 
 
-class RemoteTeacher:
+class RemoteTeacher(LastingJudge):
     """A teacher at a remote endpoint; ``fingerprint`` depends on its model name and declared revision, not its address.
 
     Raises:
@@ -103,26 +103,6 @@ class RemoteTeacher:
         """Identity of the question and of all settings that affect how a pair is cut or its answer is read."""
         return _fingerprint_prompt(self.config, self.remote, task)
 
-    def judge(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
-        """Judge pairs (``Judge.judge``). ``features`` is None, because an endpoint returns no states.
-
-        The pairs of one query are sent one after the other, so that a server with prefix caching reads the query only
-        once. ``advance`` is called from another thread.
-
-        Raises:
-            AnswerTokenError: neither answer word was returned for some pair, and ``remote.unanswered`` is ``error``.
-            InputError: a pair is longer than the endpoint can read, or the prompt alone fills ``max_tokens``.
-            ModelError: the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
-        """
-        return self.judge_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
-
     def judge_until_error(
         self,
         pairs: Sequence[TextPair],
@@ -131,7 +111,16 @@ class RemoteTeacher:
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> PartlyJudged:
-        """Judge pairs until the first error (``LastingJudge``); a pair that must not be undecided is not judged."""
+        """Judge pairs until the first error (``LastingJudge``); a pair that must not be undecided is not judged.
+
+        ``features`` is None, because an endpoint returns no states. The pairs of one query are sent one after the
+        other, so that a server with prefix caching reads the query only once. ``advance`` is called from another
+        thread. The errors are:
+
+        - AnswerTokenError: neither answer word was returned for some pair, and ``remote.unanswered`` is ``error``.
+        - InputError: a pair is longer than the endpoint can read, or the prompt alone fills ``max_tokens``.
+        - ModelError: the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
+        """
         del with_features
         prompt = self.prompts[task]
         texts, cut_here = self._write(prompt, pairs)
@@ -187,12 +176,7 @@ class RemoteTeacher:
             settings |= {"logprobs": True, "top_logprobs": self.remote.top_logprobs}
         else:
             settings |= {"logprobs": self.remote.top_logprobs}
-        answers: dict[int, NextToken] = {}
-        try:
-            self.endpoint.complete(texts, [settings] * len(texts), advance=advance, keep=answers.__setitem__)
-        except BaseException as error:  # noqa: BLE001 - Ctrl-C too: what was answered is paid for
-            return answers, error
-        return answers, None
+        return self.endpoint.complete_until_error(texts, settings, advance=advance)
 
     def _read(self, answer: Any) -> NextToken:
         try:

@@ -22,6 +22,7 @@ from d2llm.models.teachers.identity import TeacherIdentity, find_kind
 from d2llm.models.teachers.judge import (
     Judge,
     Judgements,
+    LastingJudge,
     PartlyJudged,
     TextPair,
     identify_judge,
@@ -44,7 +45,7 @@ class StackMember:
     fingerprint: str
 
 
-class StackedTeacher:
+class StackedTeacher(LastingJudge):
     """A judge made of several; for each task, log-odds = bias + sum of weights times standardised scores."""
 
     def __init__(self, members: Sequence[Judge], stacks: Mapping[Task, Stack], *, name: str = "the stack") -> None:
@@ -94,24 +95,6 @@ class StackedTeacher:
         self._stack(task)
         return fingerprint_json([member.prompt_fingerprint(task) for member in self.members])
 
-    def judge(
-        self,
-        pairs: Sequence[TextPair],
-        task: Task,
-        *,
-        with_features: bool = False,
-        advance: Callable[[int], None] | None = None,
-    ) -> Judgements:
-        """Judge pairs by every member with a weight for ``task``.
-
-        The features are those of the first such member that has any. Counts are summed over the members: a pair that
-        two of them cut counts twice.
-
-        Raises:
-            InputError: the stack was not fitted for ``task``.
-        """
-        return self.judge_until_error(pairs, task, with_features=with_features, advance=advance).require_all()
-
     def judge_until_error(
         self,
         pairs: Sequence[TextPair],
@@ -120,9 +103,13 @@ class StackedTeacher:
         with_features: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> PartlyJudged:
-        """Judge pairs until the first error (``LastingJudge``).
+        """Judge pairs by every member with a weight for ``task``, until the first error (``LastingJudge``).
 
-        The members after the one with the error judge only what it has judged before.
+        The members after the one with the error judge only what it has judged before. The features are those of the
+        first member that has any. Counts are summed over the members: a pair that two of them cut counts twice.
+
+        Raises:
+            InputError: the stack was not fitted for ``task``.
         """
         stack = self._stack(task)
         counting = [place for place, weight in enumerate(stack.weights) if weight > 0]
