@@ -860,8 +860,9 @@ class LossWeights(_Section):
     """Yes/no cross-entropy of each labelled pair. None of the losses above is computed for labelled pairs."""
     anchor_pair_cross_entropy: float = Field(default=0.5, ge=0)
     """The same for the inner-product part alone (anchored head)."""
-    teacher_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the teacher's P(yes) in the target of a labelled pair; the rest is the data set's own label."""
+    teacher_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the teacher's P(yes) in the target of a labelled pair; the rest is the data set's own label. Above 0, it
+    is an imitation like the others: pairs are labelled by the teacher, whose gate is measured."""
     temperature: float = Field(default=1.0, gt=0)
     """t of the contrastive imitation; the anchored head also has a learned scale."""
     nested_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
@@ -901,7 +902,7 @@ class LossWeights(_Section):
 NO_IMITATION: dict[str, float] = dict.fromkeys(
     (
         *(name for name in LossWeights.model_fields if "imitation" in name),
-        *("score_regression", "margin_mse", "plackett_luce", "ranknet", "lambdarank", "sinkhorn"),
+        *("score_regression", "margin_mse", "plackett_luce", "ranknet", "lambdarank", "sinkhorn", "teacher_share"),
     ),
     0.0,
 )

@@ -76,7 +76,6 @@ _PLAIN_LOSSES = {
     "anchor_cross_entropy": 0.0,
     "token_cross_entropy": 0.0,
     "anchor_pair_cross_entropy": 0.0,
-    "teacher_share": 0.0,
     "soft_expansion": 0.0,
 }
 
@@ -100,8 +99,8 @@ def _without(*losses: str) -> dict[str, Any]:
 
 
 def _only(**weights: float) -> dict[str, Any]:
-    """Imitation by these losses alone."""
-    return {"losses": NO_IMITATION | weights}
+    """Imitation by these losses alone; labelled pairs, for which none of them is, keep the teacher's share."""
+    return {"losses": {name: 0.0 for name in NO_IMITATION if name != "teacher_share"} | weights}
 
 
 _BASELINES: _Group = {
