@@ -15,7 +15,7 @@ from d2llm.data.beir import Dataset
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.data.plan import PlanEntry, TrainingPlan
 from d2llm.data.training import TrainingSource
-from d2llm.models.teachers.identity import identify_local_teacher
+from d2llm.models.teachers.judge import identify_judge
 from tiny_models import TEXTS
 
 _WORDS = [text.split() for text in TEXTS]
@@ -97,7 +97,7 @@ def write_rule_labels(
     With ``reverse`` positives and hard negatives are swapped. The cosines are 1 within the positives and within the
     hard negatives, and 0 between them.
     """
-    identity = identify_local_teacher(teacher)
+    identity = identify_judge(teacher)
     for source in sources:
         labels = LabelStore(
             store,

@@ -15,7 +15,8 @@ from d2llm.models.teachers.judge import identify_judge, load_judge
 from d2llm.models.teachers.stacked import StackMember, write_stack
 from d2llm.ops.stacking import Stack
 from d2llm.training import training_loop
-from tiny_data import tiny_recipe
+from e2e.command_line import write_lines
+from tiny_data import tiny_recipe, write_rule_labels
 from tiny_distill import LEARNING, Place
 from tiny_models import tiny_student_config
 
@@ -140,3 +141,38 @@ def test_a_listwise_teacher_cannot_add_to_its_lists(place, tmp_path, setting, is
     )
     with pytest.raises(InputError, match="kind listwise only orders those that it sees together"):
         place.run(tmp_path / "student", recipe=recipe, teacher=teacher)
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+@pytest.mark.parametrize("setting", [{"in_batch_labels": True}, {"unjudged": "ask_teacher"}])
+def test_what_was_not_recorded_needs_a_grade(place, tmp_path, setting, is_stacked):
+    """The lists have only one passage of each query, so training asks for pairs that nobody has recorded."""
+    source = place.source
+    lists = tmp_path / "lists.jsonl"
+    graded = [
+        {"query": source.query_text(entry.query_id), "passages": [source.passage_text(name)], "grades": [94]}
+        for entry in source.plan.entries
+        for name in entry.positives[:1]
+    ]
+    write_lines(lists, graded)
+
+    def recorded(folder: Path, **unlisted: float) -> TeacherConfig:
+        values = {"model": "large", "kind": "graded", "recorded": {"lists": str(lists), **unlisted}}
+        teacher = TeacherConfig.model_validate(values)
+        if not is_stacked:
+            return teacher
+        members = [StackMember(each, identify_judge(each).fingerprint) for each in (teacher, place.teacher)]
+        combined = Stack((0.0, 0.0), (1.0, 1.0), (1.0, 1.0), 0.0)
+        write_stack(folder, members, {source.task: combined}, {})
+        return TeacherConfig(model=str(folder))
+
+    losses = LossWeights(feature_imitation=0.0, contrastive_imitation=1.0)
+    training: dict[str, Any] = LEARNING | {"epochs": 2, "remine": True} | setting
+    recipe = tiny_recipe(tiny_student_config(place.model), losses=losses, **training)
+    teacher = recorded(tmp_path / "stack")
+    write_rule_labels(tmp_path / "labels", [source], teacher)
+    with pytest.raises(InputError, match=r"would count as log-odds 0.*set teacher\.recorded\.unlisted"):
+        place.run(tmp_path / "student", recipe=recipe, labels=tmp_path / "labels", teacher=teacher)
+    teacher = recorded(tmp_path / "other-stack", unlisted=10)
+    write_rule_labels(tmp_path / "other-labels", [source], teacher)
+    place.run(tmp_path / "other", recipe=recipe, labels=tmp_path / "other-labels", teacher=teacher)

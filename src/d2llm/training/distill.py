@@ -34,7 +34,7 @@ from d2llm.models.evidence import NO_EVIDENCE, Evidence, TaskEvidence, read_evid
 from d2llm.models.student import Student
 from d2llm.models.student_files import KIND
 from d2llm.models.teachers.identity import TeacherIdentity
-from d2llm.models.teachers.judge import Judge, identify_judge, load_judge, ranks_lists
+from d2llm.models.teachers.judge import Judge, identify_judge, judges_only_recorded, load_judge, ranks_lists
 from d2llm.models.token_vectors import TokenProjection, read_token_projection
 from d2llm.models.writers.writer import load_writer
 from d2llm.training.checkpoints import remarks
@@ -231,14 +231,22 @@ def _starting_student(recipe: Recipe, *, device: Any, dtype: str | None) -> Stud
 
 
 def _check_asked(recipe: Recipe, teacher: TeacherConfig) -> None:
-    """Refuse to add labels to lists that a teacher has ranked."""
+    """Refuse to add labels to lists that a teacher has ranked, and to ask for pairs that nobody has recorded."""
     training = recipe.training
-    if recipe.losses.imitates and training.asks_teacher and ranks_lists(teacher):
-        name = "in_batch_labels" if training.in_batch_labels else 'unjudged = "ask_teacher"'
+    if not (recipe.losses.imitates and training.asks_teacher):
+        return
+    name = "in_batch_labels" if training.in_batch_labels else 'unjudged = "ask_teacher"'
+    asks = f"training.{name} has the teacher judge more passages of a query in training, but"
+    if ranks_lists(teacher):
         raise InputError(
-            f"training.{name} has the teacher judge more passages of a query in training, but one of kind listwise "
-            "only orders those that it sees together, so its labels cannot be compared with those of the plan: use a "
-            "teacher of another kind, such as graded, or delete the setting"
+            f"{asks} one of kind listwise only orders those that it sees together, so its labels cannot be compared "
+            "with those of the plan: use a teacher of another kind, such as graded, or delete the setting"
+        )
+    if judges_only_recorded(teacher):
+        raise InputError(
+            f"{asks} the grades of '{teacher.model}' were recorded, and a pair that was not would count as log-odds 0, "
+            "which is more than most passages of a list get: set teacher.recorded.unlisted (such as 0), the grade of "
+            "passages that a list does not have, and label again, or delete the setting"
         )
 
 

@@ -206,6 +206,12 @@ def ranks_lists(teacher: Judge | TeacherConfig) -> bool:
     return bool(getattr(teacher, "ranks_lists", False))
 
 
+def judges_only_recorded(teacher: TeacherConfig) -> bool:
+    """Whether a pair that was not recorded is undecided; also true of a stack with such a member."""
+    recorded = (each.recorded for each in _members(teacher))
+    return any(each is not None and each.unlisted is None for each in recorded)
+
+
 def gives_grades(teacher: Judge) -> bool:
     """Whether a pair that has an answer has a grade too: kind ``graded``, from an endpoint or recorded."""
     return bool(getattr(teacher, "gives_grades", False))
@@ -213,12 +219,16 @@ def gives_grades(teacher: Judge) -> bool:
 
 def _kinds(config: TeacherConfig) -> set[str]:
     """The kind of a teacher, or those of the members of a stack."""
-    kind = find_kind(config)
-    if kind != "stack":
-        return {kind}
+    return {find_kind(each) for each in _members(config)}
+
+
+def _members(config: TeacherConfig) -> list[TeacherConfig]:
+    """The teacher itself, or the members of a stack."""
+    if find_kind(config) != "stack":
+        return [config]
     from d2llm.models.teachers.stacked import stacked_members
 
-    return set[str]().union(*(_kinds(member) for member in stacked_members(config)))
+    return [each for member in stacked_members(config) for each in _members(member)]
 
 
 def _teacher_class(config: TeacherConfig) -> Any:
