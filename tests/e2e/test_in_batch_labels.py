@@ -167,7 +167,7 @@ def test_what_was_not_recorded_needs_a_grade(place, tmp_path, setting, is_stacke
         return TeacherConfig(model=str(folder))
 
     losses = LossWeights(feature_imitation=0.0, contrastive_imitation=1.0)
-    training: dict[str, Any] = LEARNING | {"epochs": 2, "remine": True} | setting
+    training: dict[str, Any] = {**LEARNING, "epochs": 2, "remine": True, **setting}
     recipe = tiny_recipe(tiny_student_config(place.model), losses=losses, **training)
     teacher = recorded(tmp_path / "stack")
     write_rule_labels(tmp_path / "labels", [source], teacher)

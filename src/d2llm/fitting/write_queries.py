@@ -20,7 +20,7 @@ from d2llm.core.progress import progress_bar
 from d2llm.core.recipe import WriterConfig
 from d2llm.core.types import Passage
 from d2llm.fitting.draft_store import Draft, DraftKey, DraftStore, passage_hash
-from d2llm.models.writers.writer import Assignment, QueryKind, Writer
+from d2llm.models.writers.writer import Assignment, QueryKind, Writer, write_until_error
 
 DEFAULT_KINDS: Mapping[QueryKind, float] = {"question": 0.7, "keywords": 0.3}
 """Share of each kind of query among the first queries of the passages."""
@@ -123,19 +123,21 @@ def write_queries(
             batch = list(islice(pending, _ASSIGNMENTS_AT_ONCE))
             if not batch:
                 break
-            answers = writer.write([assignment.task for assignment in batch])
+            answers, error = write_until_error(writer, [assignment.task for assignment in batch])
             added = [
                 Draft(
-                    assignment.passage_hash,
-                    assignment.kind,
+                    batch[place].passage_hash,
+                    batch[place].kind,
                     answer.queries,
                     answer.num_prompt_tokens,
                     answer.num_written_tokens,
                     answer.problem,
                 )
-                for assignment, answer in zip(batch, answers, strict=True)
+                for place, answer in answers.items()
             ]
             store.add(added)
+            if error is not None:
+                raise error
             drafts += added
             advance(len(batch))
     report = _report(drafts, store, config, len(passages) - len(eligible), time.monotonic() - started, ended_by)

@@ -350,15 +350,19 @@ class CompletionEndpoint(Endpoint[_Answer]):
         return self.send(bodies, advance=advance, keep=keep)
 
     def complete_until_error(
-        self, prompts: Sequence[str], settings: Mapping[str, Any], *, advance: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[str],
+        settings: Sequence[Mapping[str, Any]],
+        *,
+        advance: Callable[[int], None] | None = None,
     ) -> tuple[dict[int, _Answer], BaseException | None]:
         """The answers by the place of their prompt, and the error, if any, that ended the call before all were there.
 
-        Ctrl-C counts as an error too: what was answered is paid for. All requests have the same ``settings``.
+        Ctrl-C counts as an error too: what was answered is paid for. The arguments are those of ``complete``.
         """
         answers: dict[int, _Answer] = {}
         try:
-            self.complete(prompts, [settings] * len(prompts), advance=advance, keep=answers.__setitem__)
+            self.complete(prompts, settings, advance=advance, keep=answers.__setitem__)
         except BaseException as error:  # noqa: BLE001 - returned
             return answers, error
         return answers, None

@@ -21,7 +21,7 @@ from d2llm.core.errors import DataFormatError
 from d2llm.core.progress import progress_bar
 from d2llm.core.types import QueryExpansion
 from d2llm.data.training import TrainingSource
-from d2llm.models.writers.writer import Assignment, Writer
+from d2llm.models.writers.writer import Assignment, Writer, write_until_error
 from d2llm.retrieval.expansion import add_hypothetical_passages
 from d2llm.retrieval.protocols import SearchStudent
 
@@ -67,14 +67,17 @@ def write_expansions(path: Path, queries: Sequence[str], writer: Writer) -> None
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         for together in batched(waiting, _WRITTEN_TOGETHER):
-            written = writer.write([Assignment(query, "answer") for query in together], advance=advance)
+            assignments = [Assignment(query, "answer") for query in together]
+            written, error = write_until_error(writer, assignments, advance=advance)
             lines = [
-                json.dumps({"query": query, "passages": answer.queries}, ensure_ascii=False) + "\n"
-                for query, answer in zip(together, written, strict=True)
+                json.dumps({"query": together[place], "passages": answer.queries}, ensure_ascii=False) + "\n"
+                for place, answer in written.items()
             ]
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
+            if error is not None:
+                raise error
 
 
 def expanded_vectors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ import pytest
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
+from d2llm.core.types import Passage
+from d2llm.fitting.draft_store import DraftStore, passage_hash
+from d2llm.fitting.write_queries import WritingBudget, write_queries
+from d2llm.models import remote_endpoint
 from d2llm.models.writers.remote import RemoteWriter
-from d2llm.models.writers.writer import Assignment, Writer, load_writer
+from d2llm.models.writers.writer import Assignment, Writer, load_writer, write_until_error
+from d2llm.training.expansions import read_expansions, write_expansions
 from local_endpoint import LocalEndpoint, Reply, Request, always, local_endpoint
 from tiny_models import TEXTS, tiny_tokenizer
+from waiting import until
 
 TEA = Assignment("Boiling water makes green tea bitter.", "question", 2, title="Green tea", seed=7)
 ADDRESS = "http://h/v1"
@@ -199,3 +206,71 @@ def test_the_cost_needs_both_prices():
     assert RemoteWriterConfig(url=ADDRESS, **prices).cost(3_000_000, 500_000) == pytest.approx(2.5)
     assert RemoteWriterConfig(url=ADDRESS, price_per_million_prompt_tokens=0.5).cost(1, 1) is None
     assert RemoteWriterConfig(url=ADDRESS).cost(1, 1) is None
+
+
+def empty_after(number: int) -> Callable[[Request, int], Reply]:
+    """So many answers, and then the account is empty."""
+
+    def reply(request: Request, place: int) -> Reply:
+        if place >= number:
+            return Reply({"error": "the account is empty"}, 403)
+        return Reply(chat(f"what is {request.prompt.split('about topic ')[-1].split()[0]} about?"))
+
+    return reply
+
+
+def test_an_error_loses_no_query_that_was_written(tmp_path: Path):
+    passages = [Passage(f"p{n}", f"This passage is about topic t{n} and its care in winter. " * 3) for n in range(8)]
+    settings: dict[str, Any] = {"kinds": {"question": 1.0}, "budget": WritingBudget()}
+    with local_endpoint(empty_after(5)) as endpoint:
+        model = writer(endpoint, remote={"concurrency": 1, "revision": "1"})
+        store = DraftStore(tmp_path, model.fingerprint)
+        with pytest.raises(ModelError, match="the account is empty"):
+            write_queries(passages, model, store, config=model.config, **settings)
+        assert len(DraftStore(tmp_path, model.fingerprint)) == 5
+        endpoint.reply = empty_after(99)
+        report = write_queries(passages, model, store, config=model.config, **settings)
+        assert len(endpoint.requests) == 5 + 1 + 3
+    assert report.num_queries == len(DraftStore(tmp_path, model.fingerprint)) == 8
+    asked = endpoint.prompts[:5] + endpoint.prompts[6:]
+    assert len({*asked}) == 8
+    for passage in passages:
+        draft = store.get((passage_hash(passage), "question"))
+        assert draft is not None
+        assert draft.queries == (f"what is {passage.id.replace('p', 't')} about?",)
+
+
+def test_an_error_loses_no_hypothetical_passage_that_was_written(tmp_path: Path):
+    file, queries = tmp_path / "passages.jsonl", [f"what about topic t{n} then" for n in range(6)]
+    with local_endpoint(empty_after(4)) as endpoint:
+        model = writer(endpoint, remote={"concurrency": 1})
+        with pytest.raises(ModelError, match="the account is empty"):
+            write_expansions(file, queries, model)
+        assert [*read_expansions(file)] == queries[:4]
+        endpoint.reply = empty_after(99)
+        write_expansions(file, queries, model)
+        assert len(endpoint.requests) == 4 + 1 + 2
+    assert read_expansions(file) == {query: (f"what is {query.split()[3]} about?",) for query in queries}
+
+
+def test_ctrl_c_loses_no_answer(monkeypatch: pytest.MonkeyPatch):
+    released, waits = threading.Event(), remote_endpoint.wait
+
+    def reply(request: Request, number: int) -> Reply:
+        if number >= 3:
+            released.wait(60)
+        return Reply(chat("what is tea?"))
+
+    def interrupted(running: Any, timeout: float) -> Any:
+        until(lambda: running[0].done() or len(endpoint.requests) > 3)
+        if not running[0].done():
+            raise KeyboardInterrupt
+        return waits(running, timeout=timeout)
+
+    with local_endpoint(reply) as endpoint:
+        model = writer(endpoint, remote={"concurrency": 1})
+        monkeypatch.setattr(remote_endpoint, "wait", interrupted)
+        written, error = write_until_error(model, [TEA] * 6)
+        released.set()
+    assert isinstance(error, KeyboardInterrupt)
+    assert [*written] == [0, 1, 2]

@@ -237,7 +237,7 @@ class ListTeacher(LastingJudge):
         while todo and call.error is None:
             prompts = [call.prompt.fill(shown.query, [call.texts[place] for place in shown.passages]) for shown in todo]
             body = self.remote.body(max_tokens=self.lists.max_answer_tokens, temperature=0)
-            answers, call.error = self.endpoint.complete_until_error(prompts, body)
+            answers, call.error = self.endpoint.complete_until_error(prompts, [body] * len(prompts))
             divided: list[_Shown] = []
             for number, answer in sorted(answers.items()):
                 shown = todo[number]

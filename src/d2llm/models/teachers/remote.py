@@ -176,7 +176,7 @@ class RemoteTeacher(LastingJudge):
             settings |= {"logprobs": True, "top_logprobs": self.remote.top_logprobs}
         else:
             settings |= {"logprobs": self.remote.top_logprobs}
-        return self.endpoint.complete_until_error(texts, settings, advance=advance)
+        return self.endpoint.complete_until_error(texts, [settings] * len(texts), advance=advance)
 
     def _read(self, answer: Any) -> NextToken:
         try:

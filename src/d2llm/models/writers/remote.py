@@ -14,14 +14,14 @@ from d2llm.models.length_limit import TextLengths
 from d2llm.models.remote_endpoint import CompletionEndpoint
 from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompts, cut_assignments
-from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, WrittenQueries
+from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, LastingWriter, PartlyWritten, WrittenQueries
 
 _log = logging.getLogger(__name__)
 
 _TRIAL = Assignment("Cows drink water.", "keywords")
 
 
-class RemoteWriter:
+class RemoteWriter(LastingWriter):
     """A writer at a remote endpoint.
 
     ``fingerprint`` depends on the model's name and declared revision, the prompts and the sampling, but not on the
@@ -80,33 +80,33 @@ class RemoteWriter:
         prompts = self.prompts.fingerprints
         return fingerprint_json(["remote", config.model, remote.revision, prompts, reading, sampling])
 
-    def write(
+    def write_until_error(
         self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
-    ) -> list[WrittenQueries]:
-        """Carry assignments out, one request each (``Writer.write``); ``advance`` is called from another thread.
+    ) -> PartlyWritten:
+        """Carry assignments out, one request each, until the first error (``LastingWriter``).
 
-        A passage that the endpoint refuses for its content is a result with a ``problem``. If a request fails for
-        another reason, the other answers of the call are lost.
+        A passage that the endpoint refuses for its content is a result with a ``problem``. ``advance`` is called from
+        another thread. The errors are:
 
-        Raises:
-            InputError: a prompt is longer than the endpoint can read.
-            ModelError: the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
+        - InputError: a prompt is longer than the endpoint can read.
+        - ModelError: the endpoint failed for longer than ``remote.patience_minutes``, or refuses requests.
         """
         kept, cut = cut_assignments(assignments, self._lengths, max_tokens=self.config.max_passage_tokens)
         prompts = [self.prompts[assignment.kind].fill(assignment) for assignment in kept]
-        answers = self.endpoint.complete(prompts, [self._settings(assignment) for assignment in kept], advance=advance)
-        results = [
-            self._result(assignment, prompt, answer, was_cut)
-            for assignment, prompt, answer, was_cut in zip(kept, prompts, answers, cut, strict=True)
-        ]
-        num_estimated = sum(result.tokens_are_estimated for result in results)
+        settings = [self._settings(assignment) for assignment in kept]
+        answers, error = self.endpoint.complete_until_error(prompts, settings, advance=advance)
+        results = {
+            place: self._result(kept[place], prompts[place], answer, cut[place])
+            for place, answer in sorted(answers.items())
+        }
+        num_estimated = sum(result.tokens_are_estimated for result in results.values())
         if num_estimated and not self._reported:
             self._reported = True
             _log.warning(
                 TOKENS_ARE_ESTIMATED,
                 *(self.remote.url, self.remote.characters_per_token),
             )
-        return results
+        return results, error
 
     def _settings(self, assignment: Assignment) -> dict[str, Any]:
         """The fields of a request besides model and prompt."""

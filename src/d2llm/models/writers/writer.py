@@ -106,6 +106,10 @@ class WrittenQueries:
     problem: str | None = None
 
 
+PartlyWritten = tuple[dict[int, WrittenQueries], BaseException | None]
+"""What was written, by the place of its assignment, in order, and the error that ended the work before all was."""
+
+
 @runtime_checkable
 class Writer(Protocol):
     """A writer of any kind."""
@@ -129,6 +133,38 @@ class Writer(Protocol):
             advance: called with the number of assignments finished.
         """
         ...
+
+
+@runtime_checkable
+class LastingWriter(Writer, Protocol):
+    """A writer whose answers cost money, or come from afar: an error must not lose those that came before it.
+
+    A class that inherits from it has ``write`` by its ``write_until_error``.
+    """
+
+    def write(
+        self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
+    ) -> list[WrittenQueries]:
+        """Carry assignments out (``Writer.write``); the first error is raised."""
+        written, error = self.write_until_error(assignments, advance=advance)
+        if error is not None:
+            raise error
+        return [written[place] for place in range(len(assignments))]
+
+    def write_until_error(
+        self, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
+    ) -> PartlyWritten:
+        """Like ``write``; an error or an interruption that comes after the first answer is not raised but returned."""
+        ...
+
+
+def write_until_error(
+    writer: Writer, assignments: Sequence[Assignment], *, advance: Callable[[int], None] | None = None
+) -> PartlyWritten:
+    """Carry assignments out (``Writer.write``); what a ``LastingWriter`` wrote before an error is returned with it."""
+    if isinstance(writer, LastingWriter):
+        return writer.write_until_error(assignments, advance=advance)
+    return dict(enumerate(writer.write(assignments, advance=advance))), None
 
 
 def load_writer(config: WriterConfig, *, device: str | None = None, dtype: str | None = None) -> Writer:
