@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -15,10 +15,12 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from d2llm.core.errors import InputError
+from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
+from d2llm.models.kept_answers import KeptAnswers
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import (
     Judge,
@@ -179,6 +181,8 @@ def place_judge(
 class LabelWriter:
     """Collects labels and writes them as a shard every half minute, so that at most half a minute's work can be lost.
 
+    Of an endpoint, only requests on their way can be lost (``answers``).
+
     ``remember``: keep them in the store's memory too, not only on disk (``LabelStore.write``).
     """
 
@@ -187,6 +191,8 @@ class LabelWriter:
         self._remember = remember
         self._unwritten: list[QueryLabels] = []
         self._last_written = time.monotonic()
+        self.answers = KeptAnswers(labels.folder / "answers", fingerprint_json(astuple(labels.key)))
+        """The answers of an endpoint whose labels are not written yet."""
 
     def add(self, labels: Sequence[QueryLabels]) -> None:
         """Add the labels of some queries; raises the same errors as ``write``."""
@@ -211,6 +217,7 @@ class LabelWriter:
                 "same command again to continue"
             ) from error
         self._unwritten, self._last_written = [], time.monotonic()
+        self.answers.clear()
 
 
 def judge_pairs(
@@ -229,24 +236,26 @@ def judge_pairs(
     ``judges`` do ``judge_shard``, here or elsewhere. ``queries`` are consumed lazily; ``query_text`` and
     ``passage_text`` return the text of an id; ``advance`` is called with the number of pairs finished. The
     labels of all that was judged are written, whatever ends the work early: an endpoint that fails, Ctrl-C, a time
-    limit.
+    limit. A process that is killed leaves the answers of an
+    endpoint in the store's folder, for the next.
 
     Raises:
-        InputError: a shard cannot be written.
+        InputError: a shard or an answer cannot be written.
         ModelError: some of the judge's log-odds are not numbers, or it cannot be asked any more.
     """
     shards = (
         PairShard(chunk, [(query_text(q.query_id), passage_text(p)) for q in chunk for p in q.passage_ids], task)
         for chunk in _chunks(queries)
     )
-    try:
-        for judged in judges.map(shards, advance):
-            counts.add(judged.counts)
-            writer.add(judged.labels)
-            if judged.error is not None:
-                raise judged.error
-    finally:
-        writer.write()
+    with writer.answers.used():
+        try:
+            for judged in judges.map(shards, advance):
+                counts.add(judged.counts)
+                writer.add(judged.labels)
+                if judged.error is not None:
+                    raise judged.error
+        finally:
+            writer.write()
 
 
 def gram_matrix(features: Float32[np.ndarray, "m dim"]) -> Float32[np.ndarray, "m m"]:

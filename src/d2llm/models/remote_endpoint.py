@@ -14,12 +14,14 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import wait
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.recipe import CompletionConfig, EndpointConfig
 from d2llm.models.completions import quoted
+from d2llm.models.kept_answers import kept_answers
 from d2llm.models.remote_retry import BusyError, Retries, retry_after
 
 if TYPE_CHECKING:
@@ -304,7 +306,7 @@ class Endpoint(Generic[_Answer]):
 
 
 class CompletionEndpoint(Endpoint[_Answer]):
-    """An endpoint that continues prompts; the arguments are those of ``Endpoint``."""
+    """An endpoint that continues prompts; ``answer_type`` is a dataclass, the other arguments those of ``Endpoint``."""
 
     def __init__(
         self,
@@ -312,11 +314,13 @@ class CompletionEndpoint(Endpoint[_Answer]):
         config: CompletionConfig,
         read: Callable[[Any], _Answer],
         *,
+        answer_type: type[_Answer],
         section: str,
         shorten: str,
         read_refusal: Callable[[int, str], _Answer | None],
     ) -> None:
         self._is_chat = config.api == "chat"
+        self._answer_type = answer_type
         super().__init__(
             model,
             config,
@@ -338,7 +342,7 @@ class CompletionEndpoint(Endpoint[_Answer]):
         advance: Callable[[int], None] | None = None,
         keep: Callable[[int, _Answer], None] | None = None,
     ) -> list[_Answer]:
-        """The answers to prompts, in their order (``send``).
+        """The answers to prompts, in their order (``send``); those that a killed process left are not asked again.
 
         Args:
             prompts: one for each request.
@@ -347,7 +351,28 @@ class CompletionEndpoint(Endpoint[_Answer]):
             keep: called with each answer and the place of its prompt, from another thread.
         """
         bodies = [{**self._fields(prompt), **own} for prompt, own in zip(prompts, settings, strict=True)]
-        return self.send(bodies, advance=advance, keep=keep)
+        stored = kept_answers()
+        if stored is None:
+            return self.send(bodies, advance=advance, keep=keep)
+        known: dict[int, _Answer] = {}
+        for place, body in enumerate(bodies):
+            if (values := stored.take({"model": self.model, **body})) is not None:
+                known[place] = self._answer_type(**values)
+                if keep is not None:
+                    keep(place, known[place])
+                if advance is not None:
+                    advance(1)
+        places = [place for place in range(len(bodies)) if place not in known]
+
+        def take(number: int, answer: _Answer) -> None:
+            place = places[number]
+            stored.add({"model": self.model, **bodies[place]}, asdict(cast("Any", answer)))
+            known[place] = answer
+            if keep is not None:
+                keep(place, answer)
+
+        self.send([bodies[place] for place in places], advance=advance, keep=take)
+        return [known[place] for place in range(len(bodies))]
 
     def complete_until_error(
         self,

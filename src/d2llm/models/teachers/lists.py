@@ -110,6 +110,7 @@ class ListTeacher(LastingJudge):
             config.model,
             self.remote,
             read_completion,
+            answer_type=Completion,
             section="teacher",
             shorten="lower teacher.lists.max_passage_tokens or teacher.lists.size",
             read_refusal=_read_refusal,

@@ -59,6 +59,7 @@ class RemoteTeacher(LastingJudge):
             config.model,
             self.remote,
             self._read,
+            answer_type=NextToken,
             section="teacher",
             shorten="lower teacher.max_tokens (or characters_per_token, or set the tokenizer in teacher.remote)",
             read_refusal=self._read_refusal,

@@ -41,6 +41,7 @@ class RemoteWriter(LastingWriter):
             config.model,
             self.remote,
             read_completion,
+            answer_type=Completion,
             section="writer",
             shorten=(
                 "lower writer.max_passage_tokens (or characters_per_token, or set the tokenizer in writer.remote), or "

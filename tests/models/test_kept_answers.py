@@ -1,0 +1,75 @@
+"""Answers of an endpoint that a killed process leaves to the next one; ``d2llm label`` is killed in ``tests/e2e``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from d2llm.core.errors import InputError
+from d2llm.models.kept_answers import KeptAnswers
+from local_endpoint import PAIRS, always, completion, local_endpoint, remote_teacher
+
+REQUEST, ANSWER = {"model": "m", "prompt": "p"}, {"text": "x", "is_complete": True}
+
+
+def killed(folder: Path, to: Path, purpose: str = "labels") -> Path:
+    """What a process leaves in ``to`` that is killed after the same answer came twice; the path of its file."""
+    answers = KeptAnswers(folder, purpose)
+    with answers.used():
+        assert answers.take(REQUEST) is None
+        answers.add(REQUEST, ANSWER)
+        answers.add(REQUEST, ANSWER | {"text": "y"})
+        shutil.copytree(folder, to, dirs_exist_ok=True)  # its lock is that of nobody
+        answers.clear()
+    assert not folder.exists()
+    (path,) = to.glob("*.jsonl")
+    return path
+
+
+def test_each_answer_is_given_once_and_only_for_its_purpose(tmp_path: Path):
+    path = killed(tmp_path / "a", tmp_path / "b")
+    path.write_text(path.read_text() + '{"request": "unfini')
+    others = KeptAnswers(tmp_path / "b", "other labels")
+    with others.used():
+        assert others.take(REQUEST) is None
+        others.clear()  # keeps what it did not use
+        answers = KeptAnswers(tmp_path / "b", "labels")
+        with answers.used():
+            assert answers.take(REQUEST) is None  # the file of a process that is alive
+    with answers.used():
+        assert answers.take(REQUEST) == ANSWER
+        assert answers.take({**REQUEST, "prompt": "q"}) is None
+        assert answers.take(REQUEST) == ANSWER | {"text": "y"}
+        assert answers.take(REQUEST) is None
+        answers.clear()
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_damaged_line_is_named(tmp_path: Path):
+    path = killed(tmp_path / "a", tmp_path / "b")
+    path.write_text("[1]\n" + path.read_text())
+    answers = KeptAnswers(tmp_path / "b", "labels")
+    with answers.used(), pytest.raises(InputError, match=r"jsonl:1: is not an answer .* delete the line"):
+        answers.take(REQUEST)
+    path.write_text(path.read_text().partition("\n")[2])
+    with KeptAnswers(tmp_path / "b", "labels").used():
+        pass
+    with answers.used():
+        assert answers.take(REQUEST) == ANSWER
+
+
+def test_a_yes_no_teacher_is_not_asked_again(tmp_path: Path):
+    with local_endpoint(always(completion({" yes": -0.5, " no": -1.5}, num_prompt_tokens=9))) as endpoint:
+        teacher = remote_teacher(endpoint)
+        answers = KeptAnswers(tmp_path / "a", "labels")
+        with answers.used():
+            first = teacher.judge(PAIRS[:5], "asymmetric")
+            shutil.copytree(tmp_path / "a", tmp_path / "b")
+        assert len(endpoint.requests) == 5
+        with KeptAnswers(tmp_path / "b", "labels").used():
+            second = teacher.judge(PAIRS, "asymmetric")
+        assert len(endpoint.requests) == len(PAIRS)
+    assert second.log_odds[:5].tolist() == first.log_odds.tolist() == pytest.approx([1.0] * 5)
+    assert second.num_tokens == 9 * len(PAIRS)
