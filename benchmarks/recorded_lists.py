@@ -8,17 +8,20 @@ the train pairs that were graded. The labels are what the recipe's graded teache
     d2llm ablate RECIPE --out RUN --data DATA --recorded benchmarks/judgements
 
     python benchmarks/recorded_lists.py RECIPE DATA RUN [--queries N] [--candidates N] [--easy N] [--judged N]
+        [--beside]
 
 `--queries` and `--candidates` take a random part of the lists, of which a larger one contains a smaller one, for
 learning curves; a list keeps at least one positive. `--easy` adds random passages of the corpus as easy negatives,
 which the recipe's `[teacher.recorded] unlisted` grades. `--judged N` takes the positives of all but N queries from the
-grades, as for queries that nobody judged.
+grades, as for queries that nobody judged. `--beside` keeps what `d2llm mine RECIPE --out RUN` planned for queries and
+data sets without a list, to be trained on judgements (`training.unlabelled = "own_labels"`).
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +29,12 @@ from judged_sets import RELEVANT
 from recorded_judge import RECORDED, GradedList, read_graded_lists
 
 from d2llm import Run
+from d2llm.core.recipe import DataConfig
 from d2llm.data.beir import Dataset
 from d2llm.data.open_data import open_data
 from d2llm.data.pair_training import plan_of_pairs, read_pair_training_set
 from d2llm.data.pairs import PairDataset
-from d2llm.data.plan import PlanEntry, write_plan
+from d2llm.data.plan import PlanEntry, read_plan, write_plan
 from d2llm.training.label import LabelReport
 from d2llm.training.mining.choose import key_of
 
@@ -98,19 +102,37 @@ def _easy(judged: GradedList, own: set[str], corpus: list[str], number: int) -> 
     return tuple(chosen)
 
 
-def make_run(run: Run, part: Part) -> LabelReport:
-    """Write the plans of a run's data sets, and their labels."""
+def make_run(run: Run, part: Part, *, beside: bool = False) -> LabelReport:
+    """Write the plans of a run's data sets, and the labels of the lists; with ``beside``, keep what else was mined."""
+    listed: list[DataConfig] = []
+    mined: dict[str, list[PlanEntry]] = {}
     for data in run.recipe.data:
         dataset = open_data(data.path, splits=["train", "dev"])
-        lists = read_graded_lists(dataset.name)
+        name, place = dataset.name, run.parts.plan(data)
+        mined[name] = list(read_plan(place).entries) if beside else []
+        if beside and not (RECORDED / f"{name}.jsonl").is_file():
+            continue
+        lists = read_graded_lists(name)
         is_retrieval = isinstance(dataset, Dataset)
         entries = plan_of_lists(dataset, lists, part) if is_retrieval else plan_of_graded_pairs(dataset, lists, part)
-        content = {"dataset": dataset.name, "split": "train", "report": {"recorded": True}}
-        write_plan(run.parts.plan(data), entries, content)
-    report = run.label()
+        listed.append(data)
+        _write(place, name, entries)
+        own = {entry.query_id for entry in entries}
+        mined[name] = [*entries, *(entry for entry in mined[name] if entry.query_id not in own)]
+    recipe = run.recipe.model_copy(update={"data": tuple(listed)})
+    report = Run(recipe, run.parts.path).label()
     if report.num_undecided:
         raise ValueError(f"{report.num_undecided} pairs of the lists were not recorded")
+    for data in listed if beside else []:
+        name = Path(data.path).name
+        _write(run.parts.plan(data), name, sorted(mined[name], key=lambda entry: entry.query_id))
     return report
+
+
+def _write(place: Path, name: str, entries: list[PlanEntry]) -> None:
+    if place.exists():
+        shutil.rmtree(place)
+    write_plan(place, entries, {"dataset": name, "split": "train", "report": {"recorded": True}})
 
 
 def main() -> None:
@@ -123,9 +145,10 @@ def main() -> None:
     parser.add_argument("--candidates", type=int)
     parser.add_argument("--easy", type=int, default=0)
     parser.add_argument("--judged", type=int, metavar="N", help="use the judgements of N queries only, then grades")
+    parser.add_argument("--beside", action="store_true", help="keep the mined queries that have no list")
     given = parser.parse_args()
     run = Run(given.recipe, given.run, data=str(given.data), recorded=RECORDED)
-    report = make_run(run, Part(given.queries, given.candidates, given.easy, given.judged))
+    report = make_run(run, Part(given.queries, given.candidates, given.easy, given.judged), beside=given.beside)
     print(f"{given.run}: {report.queries + report.finished_queries} lists, {report.pairs} pairs labelled now")
 
 

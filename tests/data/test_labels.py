@@ -155,6 +155,19 @@ def test_reading_labels_of_another_teacher_names_both(tmp_path: Path) -> None:
     assert len(open_store(tmp_path)) == 0  # opened for writing, the store is just empty
 
 
+def test_a_data_set_may_lack_labels_if_its_teacher_judged_others(tmp_path: Path) -> None:
+    key = {"teacher": "T1", "prompt": "P1", "dataset": "D"}
+    open_store(tmp_path, "T1", "P2", "E").write([labels("q1", {"p1": 1.0})])
+    with pytest.raises(LabelMismatchError):
+        LabelStore.open_for_reading(tmp_path, **key)
+    assert len(LabelStore.open_for_reading(tmp_path, **key, other_sets_suffice=True)) == 0
+    with pytest.raises(LabelMismatchError):
+        LabelStore.open_for_reading(tmp_path, **(key | {"teacher": "T2"}), other_sets_suffice=True)
+    open_store(tmp_path, "T1", "P7", "D").write([labels("q1", {"p1": 1.0})])
+    with pytest.raises(LabelMismatchError, match="prompt P7, data set D"):  # labelled, but with another prompt
+        LabelStore.open_for_reading(tmp_path, **key, other_sets_suffice=True)
+
+
 def test_reading_a_folder_without_labels_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="holds no teacher labels; make them first"):
         LabelStore.open_for_reading(tmp_path / "nothing", teacher="T1", prompt="P1", dataset="D")

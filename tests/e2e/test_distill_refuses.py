@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from d2llm.core.errors import DataFormatError, InputError, LabelMismatchError, TrainingDivergedError
-from d2llm.core.recipe import LossWeights
+from d2llm.core.recipe import LossWeights, Recipe
 from d2llm.data.labels import LabelStore, QueryLabels
 from d2llm.models.teachers.identity import identify_local_teacher
-from d2llm.training.distill import distill
+from d2llm.training.distill import DistillReport, distill
 from tiny_data import make_source, tiny_recipe, topics, write_rule_labels
 from tiny_distill import Place, log_of, poison
 from tiny_models import tiny_student_config, tiny_teacher_config, write_tiny_model
@@ -60,6 +60,23 @@ def test_unlabelled_queries_are_counted(
     assert (report.queries, report.unlabelled_queries) == (trained_on, 10)
     assert report.steps == 2 * -(-trained_on // 4)
     assert "tiny: 10 of 16 queries of the plan lack the teacher's labels" in caplog.text
+
+
+def test_a_data_set_without_labels_is_trained_on_its_own_judgements(place: Place, tmp_path: Path) -> None:
+    write_rule_labels(tmp_path / "labels", [place.source], place.teacher)
+    more = topics(name="more")
+    recipe = tiny_recipe(tiny_student_config(place.model), epochs=1)
+
+    def run(recipe: Recipe) -> DistillReport:
+        folder, labels = tmp_path / "student", tmp_path / "labels"
+        return distill([place.source, more], folder, recipe=recipe, labels=labels, teacher=place.teacher, device="cpu")
+
+    with pytest.raises(LabelMismatchError, match=r"has no labels of teacher .* data set more"):
+        run(recipe)
+    own = recipe.training.model_copy(update={"unlabelled": "own_labels"})
+    report = run(recipe.model_copy(update={"training": own}))
+    assert report.queries == len(place.source.plan.entries) + len(more.plan.entries)
+    assert report.unlabelled_queries == len(more.plan.entries)
 
 
 def test_labels_without_cosines_are_counted(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

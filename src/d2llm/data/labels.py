@@ -212,8 +212,12 @@ class LabelStore:
             _log.warning("%s: %d pairs are labelled more than once; the last counts", folder, self.num_duplicates)
 
     @classmethod
-    def open_for_reading(cls, folder: Path, *, teacher: str, prompt: str, dataset: str) -> LabelStore:
+    def open_for_reading(
+        cls, folder: Path, *, teacher: str, prompt: str, dataset: str, other_sets_suffice: bool = False
+    ) -> LabelStore:
         """Open a store that must hold labels of this data set by this teacher and prompt.
+
+        With ``other_sets_suffice``, a data set without any labels is fine if this teacher has labelled others.
 
         Raises:
             DataFormatError: there are no labels at all, or a shard is damaged.
@@ -221,7 +225,10 @@ class LabelStore:
                 names).
         """
         store = cls(folder, teacher=teacher, prompt=prompt, dataset=dataset)
-        if len(store) == 0:
+        judged_others = teacher in {key.teacher for key in store._others}
+        if len(store) == 0 and not (
+            other_sets_suffice and judged_others and dataset not in {key.dataset for key in store._others}
+        ):
             if not store._others:
                 raise DataFormatError(folder, "holds no teacher labels; make them first (d2llm label)")
             others = "; ".join(map(str, sorted(store._others)))

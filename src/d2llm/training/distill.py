@@ -654,8 +654,8 @@ def _join(source: TrainingSource, labels: Path, identity: TeacherIdentity, recip
     key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
     if identity is _NO_TEACHER:
         return LabelledSource.join(source, LabelStore(labels, **key), keep_unlabelled=True)
-    store = LabelStore.open_for_reading(labels, **key)
     keep = recipe.training.unlabelled == "own_labels"
+    store = LabelStore.open_for_reading(labels, **key, other_sets_suffice=keep)
     joined = LabelledSource.join(source, store, keep_unlabelled=keep)
     if joined.num_unlabelled:
         _log.warning(

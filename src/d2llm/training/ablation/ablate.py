@@ -212,7 +212,8 @@ def ablate(
     recipes, same = _distinct(_shortened(recipe, max_queries, epochs), names)
     check_sources(sources)
     needs_labels = any(each.losses.imitates for each in recipes.values())
-    labelled = _labelled(sources, labels, teacher, closed_gates) if needs_labels else None
+    some = recipe.training.unlabelled == "own_labels"
+    labelled = _labelled(sources, labels, teacher, closed_gates, other_sets_suffice=some) if needs_labels else None
     notes = list(_left_out(recipe, sources, labelled))
     sources = _training_queries(recipe, sources, labelled, max_queries)
     dev_sets = [
@@ -304,7 +305,12 @@ def _distinct(base: Recipe, variants: Iterable[str]) -> tuple[dict[str, Recipe],
 
 
 def _labelled(
-    sources: Sequence[TrainingSource], labels: Path, teacher: TeacherConfig, closed_gates: Collection[str]
+    sources: Sequence[TrainingSource],
+    labels: Path,
+    teacher: TeacherConfig,
+    closed_gates: Collection[str],
+    *,
+    other_sets_suffice: bool,
 ) -> list[set[str]]:
     """The queries of each plan that have all the labels they need: none if the data set's gate is closed."""
     if not is_finished(labels) and not all(source.dataset.name in closed_gates for source in sources):
@@ -316,7 +322,7 @@ def _labelled(
             labelled.append({entry.query_id for entry in source.plan.entries})
             continue
         key = {"teacher": identity.fingerprint, "prompt": identity.prompts[source.task], "dataset": source.dataset.name}
-        store = LabelStore.open_for_reading(labels, **key)
+        store = LabelStore.open_for_reading(labels, **key, other_sets_suffice=other_sets_suffice)
         labelled.append({e.query_id for e in source.plan.entries if not store.missing(e.query_id, e.passage_ids)})
     return labelled
 
