@@ -225,18 +225,17 @@ class LabelStore:
                 names).
         """
         store = cls(folder, teacher=teacher, prompt=prompt, dataset=dataset)
-        judged_others = teacher in {key.teacher for key in store._others}
-        if len(store) == 0 and not (
-            other_sets_suffice and judged_others and dataset not in {key.dataset for key in store._others}
-        ):
-            if not store._others:
-                raise DataFormatError(folder, "holds no teacher labels; make them first (d2llm label)")
-            others = "; ".join(map(str, sorted(store._others)))
-            raise LabelMismatchError(
-                f"{folder}: has no labels of teacher {teacher}, prompt {prompt}, data set {dataset}, only of "
-                f"{others}. Use the teacher and prompt that made the labels, or label again with these"
-            )
-        return store
+        others = store._others
+        is_other_set = teacher in {key.teacher for key in others} and dataset not in {key.dataset for key in others}
+        if len(store) > 0 or (other_sets_suffice and is_other_set):
+            return store
+        if not others:
+            raise DataFormatError(folder, "holds no teacher labels; make them first (d2llm label)")
+        raise LabelMismatchError(
+            f"{folder}: has no labels of teacher {teacher}, prompt {prompt}, data set {dataset}, only of "
+            f"{'; '.join(map(str, sorted(others)))}. Use the teacher and prompt that made the labels, or label again "
+            "with these"
+        )
 
     def read_again(self) -> LabelStore:
         """The store read again, including labels that other processes have written since."""

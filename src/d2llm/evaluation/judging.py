@@ -236,8 +236,7 @@ def judge_pairs(
     ``judges`` do ``judge_shard``, here or elsewhere. ``queries`` are consumed lazily; ``query_text`` and
     ``passage_text`` return the text of an id; ``advance`` is called with the number of pairs finished. The
     labels of all that was judged are written, whatever ends the work early: an endpoint that fails, Ctrl-C, a time
-    limit. A process that is killed leaves the answers of an
-    endpoint in the store's folder, for the next.
+    limit. A process that is killed leaves the answers of an endpoint in the store's folder, for the next.
 
     Raises:
         InputError: a shard or an answer cannot be written.
