@@ -103,29 +103,36 @@ def _easy(judged: GradedList, own: set[str], corpus: list[str], number: int) -> 
 
 
 def make_run(run: Run, part: Part, *, beside: bool = False) -> LabelReport:
-    """Write the plans of a run's data sets, and the labels of the lists; with ``beside``, keep what else was mined."""
+    """Write the plans of a run's data sets, and the labels of the lists; with ``beside``, keep what else was mined.
+
+    Plans are last, and one of them has all that the mined one had: who is interrupted repeats the call.
+    """
+    lists_alone = Run(run.recipe, run.parts.path / "lists") if beside else run
     listed: list[DataConfig] = []
-    mined: dict[str, list[PlanEntry]] = {}
+    plans: list[tuple[Path, str, list[PlanEntry]]] = []
     for data in run.recipe.data:
         dataset = open_data(data.path, splits=["train", "dev"])
-        name, place = dataset.name, run.parts.plan(data)
-        mined[name] = list(read_plan(place).entries) if beside else []
+        name = dataset.name
         if beside and not (RECORDED / f"{name}.jsonl").is_file():
             continue
         lists = read_graded_lists(name)
         is_retrieval = isinstance(dataset, Dataset)
         entries = plan_of_lists(dataset, lists, part) if is_retrieval else plan_of_graded_pairs(dataset, lists, part)
         listed.append(data)
-        _write(place, name, entries)
-        own = {entry.query_id for entry in entries}
-        mined[name] = [*entries, *(entry for entry in mined[name] if entry.query_id not in own)]
+        _write(lists_alone.parts.plan(data), name, entries)
+        if beside:
+            own = {entry.query_id for entry in entries}
+            mined = [entry for entry in read_plan(run.parts.plan(data)).entries if entry.query_id not in own]
+            plans.append((run.parts.plan(data), name, sorted([*entries, *mined], key=lambda entry: entry.query_id)))
     recipe = run.recipe.model_copy(update={"data": tuple(listed)})
-    report = Run(recipe, run.parts.path).label()
+    report = Run(recipe, lists_alone.parts.path).label()
     if report.num_undecided:
         raise ValueError(f"{report.num_undecided} pairs of the lists were not recorded")
-    for data in listed if beside else []:
-        name = Path(data.path).name
-        _write(run.parts.plan(data), name, sorted(mined[name], key=lambda entry: entry.query_id))
+    for plan in plans:
+        _write(*plan)
+    if beside:
+        shutil.copytree(lists_alone.parts.labels, run.parts.labels, dirs_exist_ok=True)
+        shutil.rmtree(lists_alone.parts.path)
     return report
 
 
