@@ -4,9 +4,7 @@ One run, the same inputs, processor time in one thread (so that other work on th
 - a query against N passages with the default head (anchored, rich features): every pair's features written out,
   [a; b; a * b; |a - b|], through the unsplit network in float32; `Student.score`, from float32 and from bfloat16
   vectors; and bare matrix products of exactly the shapes that scoring needs, in the same number format (the limit);
-- the cost of each choice of features and width: pairs per second at N, latency of 1,000 passages in two threads;
-- the published head at 256 x 512 with W_p b stored (`d2llm index ... project`): 1,000 of 100,000 rows, scored from
-  vectors and from projections, in memory and read from the mapped file, compared with the bare products of each.
+- the cost of each choice of features and width: pairs per second at N, latency of 1,000 passages in two threads.
 
 On a CPU without bfloat16 products everything is float32, and the result is written to a separate file.
 """
@@ -15,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +28,6 @@ from d2llm.models.interaction import Interaction
 from d2llm.models.scorer import HeadWeights, QueryScorer
 from d2llm.models.vector_scorer import SCORE_BLOCK
 from d2llm.ops.scoring import Linear
-from d2llm.store.projections import StoredProjections, as_codes, create_file
-from d2llm.store.vector_file import VectorFile
-from d2llm.store.vector_formats import make_format
 
 NUM_PASSAGES = 10_000
 NUM_CANDIDATES = 1_000
@@ -45,7 +38,6 @@ HEADS = [("paper", "concat", 256, 512)] + [
     for features in ("concat", "product", "difference", "rich")
     for hidden in (128, 256, 512)
 ]
-NUM_STORED = 100_000
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -69,17 +61,6 @@ def least_wall_seconds(work: Callable[[], object]) -> float:
         work()
         walls.append(time.perf_counter() - start)
     return min(walls)
-
-
-def least_seconds_in_turn(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Minimum processor time of each of several functions, interleaved so that other work affects all equally."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(10 * REPEATS):
-        for name, work in works.items():
-            start = time.process_time()
-            work()
-            times[name].append(time.process_time() - start)
-    return {name: min(taken) for name, taken in times.items()}
 
 
 def limit_seconds(shapes: list[tuple[int, int]], dtype: torch.dtype) -> float:
@@ -164,65 +145,6 @@ def cost(rng: np.random.Generator, head: str, features: str, dim: int, hidden: i
     }
 
 
-def stored(rng: np.random.Generator, folder: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds for 1,000 passages with the published head from what an index stores, in one thread and in two."""
-    dim, hidden = 256, 512
-    dtype = choose_dtype(torch.device("cpu"))
-    module = Interaction(InteractionConfig(head="paper", features="concat", hidden_dim=hidden, feature_dim=hidden), dim)
-    vector_format = make_format("bfloat16", dim)
-    vectors = VectorFile.create(folder, 0, vector_format.code_size)
-    file = create_file(vectors, 0, "benchmark", hidden)
-    with torch.inference_mode():
-        weights = HeadWeights(module, "symmetric", dtype)
-        for _ in range(0, NUM_STORED, NUM_PASSAGES):
-            block = rng.standard_normal((NUM_PASSAGES, dim), dtype=np.float32)
-            vectors.append(vector_format.encode(block, []))
-            file.append(as_codes(module.project_passages(torch.from_numpy(block)).to(torch.bfloat16)))
-    codes, projections = vectors.codes(), StoredProjections.load(vectors, 0, "benchmark")
-    rows = np.sort(rng.choice(NUM_STORED, NUM_CANDIDATES, replace=False))
-    query = torch.from_numpy(rng.standard_normal(dim, dtype=np.float32))
-    scorer = QueryScorer(module, weights, query, "symmetric", SCORE_BLOCK)
-    of_vectors = torch.from_numpy(vector_format.decode(codes[rows])).to(torch.bfloat16)
-    of_projections = projections.read(rows)
-    plain, quick = scorer(of_vectors), scorer(None, of_projections)
-    print(f"scores with and without: {np.abs(plain - quick).max() / plain.std():.4f} of their spread apart at most")
-    both: dict[str, Callable[[], object]] = {
-        "vectors in memory": lambda: scorer(of_vectors),
-        "vectors of the file": lambda: scorer(vector_format.decode(codes[rows])),
-        "projections in memory": lambda: scorer(None, of_projections),
-        "projections of the file": lambda: scorer(None, projections.read(rows)),
-        "reading projections alone": lambda: projections.read(rows),
-        "bare products with the first": products_of(shapes_of(dim, hidden, "concat"), dtype),
-        "bare products without": products_of(shapes_of(dim, hidden, "concat")[1:], dtype),
-    }
-    one_thread = least_seconds_in_turn(both)
-    result: dict[str, dict[str, float]] = {name: {"ms_one_thread": 1e3 * one_thread[name]} for name in both}
-    if os.getloadavg()[0] > (os.cpu_count() or 1):
-        print("other work keeps all cores busy: two threads are not measured, they would wait for each other")
-        return result
-    torch.set_num_threads(2)
-    for name, work in both.items():
-        result[name]["ms_two_threads_wall"] = 1e3 * least_wall_seconds(work)
-    torch.set_num_threads(1)
-    return result
-
-
-def products_of(shapes: list[tuple[int, int]], dtype: torch.dtype) -> Callable[[], None]:
-    """Bare products of 1,000 rows with weights of these shapes, in the blocks used for scoring."""
-    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    inputs = [torch.randn(SCORE_BLOCK, into, dtype=dtype) for into, _ in shapes]
-    outputs = [torch.empty(SCORE_BLOCK, outof, dtype=dtype) for _, outof in shapes]
-
-    def work() -> None:
-        with torch.inference_mode():
-            for start in range(0, NUM_CANDIDATES, SCORE_BLOCK):
-                num = min(SCORE_BLOCK, NUM_CANDIDATES - start)
-                for left, right, out in zip(inputs, weights, outputs, strict=True):
-                    torch.mm(left[:num], right, out=out[:num])
-
-    return work
-
-
 def everything(rng: np.random.Generator) -> dict[str, object]:
     """Measure and print the default student beside the plain procedure and the limit, and the cost of each head."""
     times, dim = default_head(rng)
@@ -250,21 +172,13 @@ def everything(rng: np.random.Generator) -> dict[str, object]:
 def main() -> None:
     """Measure, print tables, write the results into the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only-stored", action="store_true", help="measure only scoring from stored projections")
-    only_stored = parser.parse_args().only_stored
+    parser.parse_args()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     dtype = str(choose_dtype(torch.device("cpu"))).removeprefix("torch.")
-    measured = {} if only_stored else everything(rng)
-    with tempfile.TemporaryDirectory() as folder:
-        stored_times = stored(rng, Path(folder))
-    print(f"\n{'paper, concat, 256 x 512: 1,000 passages':43}1 thread (minimum), 2 threads")
-    for name, row in stored_times.items():
-        print(f"{name:38}" + " ".join(f"{ms:9.2f} ms" for ms in row.values()))
+    measured = everything(rng)
     path = RESULTS / ("scoring.json" if dtype == "bfloat16" else f"scoring-{dtype}.json")
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    result = before | measured | {"number_format": dtype, "stored": stored_times}
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps({**measured, "number_format": dtype}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

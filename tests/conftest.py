@@ -41,7 +41,7 @@ NUMERIC_FILES = (
     *("models/backbone", "models/cosine_head", "models/device", "models/interaction", "models/late_chunking"),
     *("models/lora", "models/pooling", "models/scorer", "models/student"),
     *("models/teachers/causal", "models/teachers/shared_prefix"),
-    *("store/ann", "store/projections", "store/scan", "store/vector_file", "store/vector_formats", "store/view"),
+    *("store/ann", "store/scan", "store/vector_file", "store/vector_formats", "store/view"),
 )
 
 # Left out by `make test-fast`: folders that start programs, servers and browsers, and slow files.

@@ -123,11 +123,10 @@ class FakeScorer:
     anchor_query: np.ndarray
     reach: float = 0.0
 
-    def __call__(self, passages, projections=None):
-        assert projections is None
+    def __call__(self, passages):
         return passages @ self.anchor_query
 
-    def change(self, passages, projections=None):
+    def change(self, passages):
         raise AssertionError("an interaction without weight was asked")
 
 

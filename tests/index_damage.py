@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
-import torch
 
 from d2llm.core.errors import D2LLMError
 from d2llm.core.types import Passage
@@ -37,7 +36,6 @@ from d2llm.store.ann import AnnIndex, AnnRecord, AnnSearch, write_ann
 from d2llm.store.index_manifest import VectorCopies
 from d2llm.store.index_store import IndexStore
 from d2llm.store.inspection import verify
-from d2llm.store.projections import as_codes, create_file, projections_of
 from d2llm.store.table_files import TableFiles
 from d2llm.store.view import PassageView
 from tiny_store import DIM, few_passages, live_rows, new_store, parts_of, put, vectors_of
@@ -46,7 +44,7 @@ TESTS = Path(__file__).parent
 DAMAGES = ("flipped bit", "cut", "swapped blocks", "zeroed block", "removed", "of another")
 WORDS = ("common", "title own5 own41 changed", "中文 later")
 FILTERS = ("year >= 2010 OR language = 'de'", "id = 'p7' OR document_id = 'd2' AND position > 1")
-_DERIVED = ("ann-", "projections-", "student-errors")
+_DERIVED = ("ann-", "student-errors")
 _ANN = "approximate"  # if it is unusable, the exact scan is used instead
 QUERIES = np.random.default_rng(3).standard_normal((2, DIM)).astype(np.float32)
 
@@ -116,8 +114,6 @@ def make_index(folder: Path, vector_copies: VectorCopies = 2) -> None:
     )
     with store.writing():
         write_ann(AnnIndex(base, index, record))
-        file = create_file(vectors, view.generation, projections_of("student", "bfloat16"), 16)
-        file.append(as_codes(torch.arange(view.capacity * 16).reshape(-1, 16).to(torch.bfloat16)))
     write_error(folder, Judge(), "asymmetric", StudentError(1.5, 0.25, 0.125, 0.5, 400))  # pyright: ignore[reportArgumentType]
 
 
@@ -264,10 +260,6 @@ def answers(folder: Path) -> dict[str, Any]:
     results["rows"] = view.ids(view.rows(["p7", "p12", "p63"]))
     results["parts"] = sorted(view.store.table(view.version).parts(["d2", "p7"]))
     results["neighbours"] = [passage.id for passage in view.neighbours(view.get(["p6", "p30"]), 1)]
-    stored = view.projections
-    numbers = torch.arange(stored.num_rows * 16).reshape(-1, 16) if stored else None
-    if stored is not None and numbers is not None:
-        assert torch.equal(stored.read(np.arange(stored.num_rows)), numbers.to(torch.bfloat16)), "other projections"
     with suppress(D2LLMError):  # missing or refused: it has to be measured again
         error = read_error(folder, Judge(), "asymmetric")  # pyright: ignore[reportArgumentType]
         assert error == StudentError(1.5, 0.25, 0.125, 0.5, 400), "another error of the student"

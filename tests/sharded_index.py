@@ -25,11 +25,11 @@ class BoundedScorer:
     def anchor_query(self):
         return 2 * self.query
 
-    def __call__(self, passages, projections=None):
+    def __call__(self, passages):
         anchors = np.einsum("ij,j->i", passages, self.anchor_query)
         return anchors + np.float32(self.reach) * self.change(passages)
 
-    def change(self, passages, projections=None):
+    def change(self, passages):
         # In float64, because the last bits of numpy's tanh depend on the place in the array.
         return np.tanh((passages[:, 0] * self.query[1]).astype(np.float64)).astype(np.float32)
 

@@ -18,7 +18,6 @@ class ArrayView:
     """Vectors [n, dim]; the id of a row is its number."""
 
     live = None
-    projections = None
 
     def __init__(self, vectors: NDArray[np.float32]) -> None:
         self._vectors, self.capacity = vectors, len(vectors)

@@ -197,7 +197,6 @@ INDEX = {
         "restore or rebuild the folder",
     ),
     "nothing to approximate": (lambda w: ("index", w.index, "ann", "--recall", 2), "'--recall'"),
-    "no room to project": (lambda w: ("index", w.index, "project"), "only a head with the features 'concat' benefits"),
 }
 
 SEARCH = {

@@ -267,7 +267,7 @@ def test_a_view_in_another_format(store):
     assert other.ids(other.scan(QUERY, 100).rows) == _ranked_ids_by_int3(view, alive)
     np.testing.assert_array_equal(other.block(0, 30)[view.live], other.vectors(view.live_rows()))
     assert other.words is words
-    assert other.ann_base is other.projections is other.vector_file is None
+    assert other.ann_base is other.vector_file is None
     assert view.vector_file is not None
     assert len(other) == 28
     with pytest.raises(InputError, match="vector format 'int5' is unknown"):

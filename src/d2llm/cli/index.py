@@ -482,27 +482,6 @@ def calibrate(
     session.write_report(context, opening.json_path, error)
 
 
-@index_app.command("project")
-@with_option_groups
-def project(context: typer.Context, opening: OpeningOptions) -> None:
-    """Store W_p b of each passage, for faster scoring (concat heads).
-
-    The first layer of such a head is the sum of a query's and a passage's part. If the passage's part is stored,
-    scoring skips the largest product. It takes two bytes for each unit of the hidden layer; later upserts keep it up to
-    date.
-    """
-    from d2llm.retrieval.project import project as store_projections
-
-    session, index = session_of(context), opening.open(context)
-    report = store_projections(index.store, index.student)
-    before = report.num_rows - report.num_added
-    session.say(
-        f"project: {report.num_added:,} rows added, {before:,} existed already, {report.width} numbers and "
-        f"{report.bytes_per_row:,} bytes each; {report.seconds:,.1f} s, in {report.folder}"
-    )
-    session.write_report(context, opening.json_path, report)
-
-
 def _write_corpus(
     context: typer.Context,
     corpus: list[Path],

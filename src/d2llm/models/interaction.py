@@ -278,20 +278,11 @@ class Interaction(nn.Module):
         """Whether there is an interaction in this task, whatever its weight."""
         return task in self.config.tasks
 
-    @property
-    def can_project(self) -> bool:
-        """Whether the first layer sees a passage's vector alone, so that W_p b can be computed beforehand."""
-        return bool(self.config.tasks) and self.config.features == "concat"
-
     def interaction_weight(self, task: Task) -> Tensor:
         """The weight r of the interaction in one task, from 0 to 1, chosen on dev after training; 0 if it has none."""
         if not self.has_interaction(task):
             return torch.zeros(())
         return self.get_buffer(f"residual_{task}")
-
-    def project_passages(self, passages: Float[Tensor, "*passages dim"]) -> Float[Tensor, "*passages hidden"]:
-        """W_p b, the part of the first layer that depends on the passage vectors alone; the same for both tasks."""
-        return nn.functional.linear(passages, self._part("b"))
 
     def anchor_queries(self, queries: Float[Tensor, "queries dim"], task: Task) -> Float[Tensor, "queries dim"]:
         """The vectors whose inner product with a passage's vector is the anchor logit (anchored head only).
@@ -362,7 +353,7 @@ class Interaction(nn.Module):
         if not self.has_interaction(task):
             assert anchor is not None
             return PairScores(anchor, anchor, None)
-        hidden = self._query_half(queries) + self.project_passages(passages)
+        hidden = self._query_half(queries) + nn.functional.linear(passages, self._part("b"))
         if "a * b" in self._places:
             hidden = hidden + (queries * passages) @ self._part("a * b").T
         if "|a - b|" in self._places:

@@ -4,15 +4,11 @@ Everything that depends only on the weights is folded and cast once per state of
 depends only on the query once per query. Each passage then takes one matrix product with [b; |a - b|] (with b alone if
 the features have no difference) and one per inner layer. Products use the number format that the machine multiplies
 fastest, in blocks whose activations stay in the cache. The anchor, the bound and the last layer's sum are float32.
-
-With the features ``concat``, the first product, W_p b, depends on the passage alone. If it was computed beforehand, a
-passage takes only the inner layers, and its vector is read only for the anchor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError
 from d2llm.core.types import Task
 from d2llm.models.device import can_fuse_bfloat16_layers, fused_bfloat16_layer, pack_bfloat16_weight
 from d2llm.models.interaction import CosineHead, Interaction, at_least_float32
@@ -117,111 +112,66 @@ class QueryScorer:
         return None if self._anchor is None else self._anchor[0].cpu().numpy()
 
     def __call__(
-        self,
-        passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"] | None,
-        projections: Float[Tensor, "passages hidden"] | None = None,
+        self, passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"]
     ) -> Float[np.ndarray, " passages"]:
-        """Final logits of the query with passages.
-
-        Args:
-            passages: vectors, arrays or tensors of any float format (bfloat16 is fastest); may be None if the score has
-                no anchor and ``projections`` are given.
-            projections: W_p b of the same passages (``Student.project_passages``), which saves the first product.
-
-        Raises:
-            InputError: vectors that the score needs are missing, or the head cannot use projections.
-        """
-        return self._by_block(passages, projections, self._logits)
+        """Final logits of the query with passages: arrays or tensors of any float format (bfloat16 is fastest)."""
+        return self._by_block(passages, self._logits)
 
     def change(
-        self,
-        passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"] | None,
-        projections: Float[Tensor, "passages hidden"] | None = None,
+        self, passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"]
     ) -> Float[np.ndarray, " passages"]:
-        """tanh(g) in [-1, 1], where logit = anchor + reach * r_p * tanh(g) (``Interaction.passage_reach``).
-
-        Takes the arguments of a call and raises the same errors; with ``projections``, no vectors are needed.
-        """
-        return self._by_block(passages, projections, self._change)
+        """tanh(g) in [-1, 1], where logit = anchor + reach * r_p * tanh(g) (``Interaction.passage_reach``)."""
+        return self._by_block(passages, self._change)
 
     def _by_block(
         self,
-        passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"] | None,
-        projections: Float[Tensor, "passages hidden"] | None,
-        work: Callable[[_Block, _Buffers | None], Tensor],
+        passages: Float[np.ndarray, "passages dim"] | Float[Tensor, "passages dim"],
+        work: Callable[[Tensor, _Buffers | None], Tensor],
     ) -> Float[np.ndarray, " passages"]:
         vectors = torch.from_numpy(passages) if isinstance(passages, np.ndarray) else passages
-        inputs = vectors if projections is None else projections
-        if inputs is None:
-            raise InputError("neither vectors nor projections of passages were given; pass one of them")
-        if projections is not None and not (isinstance(self._head, Interaction) and self._head.can_project):
-            raise InputError("projections of passages were given, but this head has none; pass only vectors")
         device = self._query.device
         with torch.inference_mode():
             buffers = None
             if self._weights is not None and self._first is not None:
-                width = inputs.shape[1] if projections is not None else self._first.weight.shape[1]
-                buffers = _Buffers(self._weights, width, min(self._block, len(inputs)), device)
-            scores: list[Tensor] = []
-            for start in range(0, max(len(inputs), 1), self._block):
-                rows = slice(start, start + self._block)
-                block = _Block(*(None if part is None else part[rows].to(device) for part in (vectors, projections)))
-                scores.append(work(block, buffers).cpu())
+                width = self._first.weight.shape[1]
+                buffers = _Buffers(self._weights, width, min(self._block, len(vectors)), device)
+            starts = range(0, max(len(vectors), 1), self._block)
+            scores = [work(vectors[start : start + self._block].to(device), buffers).cpu() for start in starts]
             return torch.cat(scores).numpy()
 
-    def _logits(self, block: _Block, buffers: _Buffers | None) -> Float[Tensor, " passages"]:
+    def _logits(self, vectors: Float[Tensor, "passages dim"], buffers: _Buffers | None) -> Float[Tensor, " passages"]:
         if self._anchor is None:
-            return self._interaction(block, buffers)
-        if block.vectors is None:
-            raise InputError("this score has an inner product, which projections do not give; pass the vectors too")
-        wide = at_least_float32(block.vectors)
+            return self._interaction(vectors, buffers)
+        wide = at_least_float32(vectors)
         anchors = (self._anchor @ wide.T)[0]
         if not self.reach:
             return anchors
         assert isinstance(self._head, Interaction)
-        return anchored_logit(anchors, self._interaction(block, buffers), self.reach * self._head.passage_reach(wide))
+        return anchored_logit(anchors, self._interaction(vectors, buffers), self.reach * self._head.passage_reach(wide))
 
-    def _change(self, block: _Block, buffers: _Buffers | None) -> Float[Tensor, " passages"]:
+    def _change(self, vectors: Float[Tensor, "passages dim"], buffers: _Buffers | None) -> Float[Tensor, " passages"]:
         if not self.reach:
-            return torch.zeros(len(block))
-        return torch.tanh(self._interaction(block, buffers)).clamp(-1, 1)
+            return torch.zeros(len(vectors))
+        return torch.tanh(self._interaction(vectors, buffers)).clamp(-1, 1)
 
-    def _interaction(self, block: _Block, buffers: _Buffers | None) -> Float[Tensor, " passages"]:
+    def _interaction(
+        self, vectors: Float[Tensor, "passages dim"], buffers: _Buffers | None
+    ) -> Float[Tensor, " passages"]:
         """The output g of the IEM alone."""
         weights, first = self._weights, self._first
         assert weights is not None
         assert first is not None
         assert buffers is not None
-        num, rows = len(block), _padded(len(block))
+        num, dim, rows = *vectors.shape, _padded(len(vectors))
         activations = buffers.activations[:rows]
-        if block.projections is not None:
-            assert first.bias is not None
-            # Widened first: adding two different number formats takes 50 % longer.
-            torch.add(block.projections.to(activations.dtype), first.bias, out=activations[:num]).relu_()
-        else:
-            assert block.vectors is not None
-            dim = block.vectors.shape[1]
-            activations[:num, :dim] = block.vectors
-            if weights.difference is not None:
-                activations[:num, dim:] = torch.sub(block.vectors, self._query).abs_()
-            activations = nn.functional.linear(activations, first.weight, first.bias).relu_()
+        activations[:num, :dim] = vectors
+        if weights.difference is not None:
+            activations[:num, dim:] = torch.sub(vectors, self._query).abs_()
+        activations = nn.functional.linear(activations, first.weight, first.bias).relu_()
         for layer in weights.inner:
             activations = layer(activations)
         wide = activations if activations.dtype == weights.last.dtype else buffers.wide[:rows].copy_(activations)
         return torch.mv(wide, weights.last)[:num] + weights.constant
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Some passages: vectors [n, dim], projections [n, hidden], or both."""
-
-    vectors: Tensor | None
-    projections: Tensor | None
-
-    def __len__(self) -> int:
-        inputs = self.vectors if self.projections is None else self.projections
-        assert inputs is not None
-        return len(inputs)
 
 
 class _Buffers:

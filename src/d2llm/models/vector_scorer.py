@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Float, Float32
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from d2llm.core.errors import InputError
 from d2llm.core.types import Task, default_task
 from d2llm.models.device import inference
 from d2llm.models.interaction import CosineHead, Interaction
@@ -87,35 +86,6 @@ class VectorScorer(nn.Module):
             return np.ones(len(passage_vectors), np.float32)
         with inference(self):
             return head.passage_reach(torch.from_numpy(passage_vectors).to(self.device)).cpu().numpy()
-
-    @property
-    def can_project(self) -> bool:
-        """Whether ``project_passages`` can be used: only if the interaction's features are ``concat``."""
-        return isinstance(self.interaction, Interaction) and self.interaction.can_project
-
-    def project_passages(
-        self, passage_vectors: Float[np.ndarray, "passages dim"]
-    ) -> BFloat16[Tensor, "passages hidden"]:
-        """W_p b, the part of the interaction's first layer that does not depend on the query; the same for both tasks.
-
-        Pass it to ``QueryScorer``. It is summed in float32 and stored as bfloat16.
-
-        Raises:
-            InputError: the head is ``cosine``, or its features include a part that also depends on the query.
-        """
-        head = self.interaction
-        if not self.can_project or isinstance(head, CosineHead):
-            if isinstance(head, CosineHead):
-                inputs = "only an inner product"
-            else:
-                inputs = f"the features '{head.config.features}'"
-            raise InputError(
-                f"this student's head uses {inputs} of a query and a passage, so its products depend on the query and "
-                "nothing is gained by storing W_p b; only a head with the features 'concat' benefits"
-            )
-        with inference(self):
-            vectors = torch.from_numpy(passage_vectors).to(self.device)
-            return head.project_passages(vectors).to(torch.bfloat16).cpu()
 
     def prepare(
         self, query_vector: Float32[np.ndarray, " dim"], task: Task, *, interaction_weight: float | None = None

@@ -163,8 +163,6 @@ def stats_table(stats: IndexStats) -> Table:
         facts["windows"] = f"vectors of windows as {stats.window_format}, {stats.window_bytes:,} bytes in all"
     if stats.token_format is not None:
         facts["tokens"] = f"vectors of tokens as {stats.token_format}, {stats.token_bytes:,} bytes in all"
-    if stats.num_projections:
-        facts["projections"] = f"of {stats.num_projections:,} rows, {stats.projection_bytes:,} bytes each"
     if stats.ann_passages:
         later = stats.num_passages - stats.ann_passages
         facts["approximate"] = (

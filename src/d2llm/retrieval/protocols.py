@@ -19,8 +19,6 @@ from d2llm.models.quality import PassageQuality
 from d2llm.store.sharded_view import ReadableView
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from d2llm.models.backbone import EncodedTexts, TextKind
     from d2llm.models.late_chunking import EncodedChunks
     from d2llm.store.sharded_view import ShardView
@@ -163,16 +161,12 @@ class PairScorer(Protocol):
         """The query's factor R_q in a pair's bound, at least 0; 0 if the anchor is the whole score."""
         ...
 
-    def __call__(self, passages: NDArray[np.float32] | None, projections: Tensor | None = None) -> NDArray[np.float32]:
-        """[n, dim] -> final logits [n].
-
-        If ``projections`` [n, hidden] of the same passages are given (``ProjectingStudent``), the vectors are used for
-        the anchor only, and are None if there is no anchor.
-        """
+    def __call__(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n, dim] -> final logits [n]."""
         ...
 
-    def change(self, passages: NDArray[np.float32] | None, projections: Tensor | None = None) -> NDArray[np.float32]:
-        """[n, dim], or projections -> the interaction as a share of its reach, [n] in [-1, 1]."""
+    def change(self, passages: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n, dim] -> the interaction as a share of its reach, [n] in [-1, 1]."""
         ...
 
 
@@ -266,20 +260,6 @@ class TaskStudent(Protocol):
     @property
     def trained_tasks(self) -> Sequence[Task]:
         """The tasks of its training data; empty if it was not trained, or that is not recorded."""
-        ...
-
-
-@runtime_checkable
-class ProjectingStudent(Protocol):
-    """A ``VectorStudent`` for which part of the score depends on the passage alone (``Student`` is one)."""
-
-    @property
-    def can_project(self) -> bool:
-        """Whether this student's head has such a part."""
-        ...
-
-    def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
-        """[n, dim] -> W_p b, bfloat16 [n, hidden]; raises InputError if the head has no such part."""
         ...
 
 

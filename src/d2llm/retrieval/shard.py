@@ -70,7 +70,7 @@ def shard(index: str | Path, folder: str | Path, num_shards: int, *, remote: str
     """Copy an index into a sharded index, whose searches give the same results; it appears when it is complete.
 
     A passage goes to the shard that a hash of its document names (``store.sharded_store``). Memory does not grow with
-    the index. An interrupted call continues when it is repeated. Approximate indexes, projections and snapshots are not
+    the index. An interrupted call continues when it is repeated. Approximate indexes and snapshots are not
     copied; build them for the shards.
 
     Args:

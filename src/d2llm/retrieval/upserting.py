@@ -16,7 +16,6 @@ import xxhash
 from d2llm.core.errors import DuplicateIdError, IndexMismatchError, InputError
 from d2llm.core.progress import Advance, ignore
 from d2llm.core.types import PartKind, Passage, piece_id
-from d2llm.retrieval.project import extend_projections
 from d2llm.retrieval.protocols import SearchStudent, TokenStudent, expansion_fingerprint
 from d2llm.retrieval.reading import ReadPassages, read_passages
 from d2llm.runners.runner import LocalWorkers, Workers
@@ -102,7 +101,6 @@ def upsert_passages(
             upsert.write(read)
         for store in storage.stores:
             store.update_indices()
-            extend_projections(store, student)
         report = replace(upsert.report, version=storage.table().version)
     if report.left_out:
         named = ", ".join(f"{name} ({count:,})" for name, count in report.left_out.items())

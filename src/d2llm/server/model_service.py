@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import expit
-from torch import Tensor
 
 from d2llm.core.errors import ModelError
 from d2llm.core.types import Explanation, Ranking, Task, WholeText
@@ -356,7 +355,7 @@ class StudentLane(ForwardingStudent):
     """A student for threads other than the event loop's.
 
     After ``stop``, it no longer waits for what it has asked for.
-    Implements ``SearchStudent``, ``ProjectingStudent``, ``ChunkStudent`` and ``TokenStudent``.
+    Implements ``SearchStudent``, ``ChunkStudent`` and ``TokenStudent``.
     """
 
     def __init__(self, models: ModelService, loop: asyncio.AbstractEventLoop, stop: Stop | None = None) -> None:
@@ -364,11 +363,6 @@ class StudentLane(ForwardingStudent):
         self._models = models
         self._loop = loop
         self._stop = stop or Stop()
-
-    @property
-    def can_project(self) -> bool:
-        """Whether the student's head has projections."""
-        return self._models.student.can_project
 
     def encode_queries(
         self,
@@ -412,10 +406,6 @@ class StudentLane(ForwardingStudent):
         """Encode parts of texts, in turn with the shared batches."""
         work = self._models.in_lane(lambda: self._models.student.encode_chunks(texts, with_tokens=with_tokens))
         return self._stop.result(work, self._loop)
-
-    def project_passages(self, passage_vectors: NDArray[np.float32]) -> Tensor:
-        """The student's projections."""
-        return self._models.student.project_passages(passage_vectors)
 
     def _encode(
         self,

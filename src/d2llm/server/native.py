@@ -143,7 +143,6 @@ async def index_facts(services: TheServices, index: TheIndex) -> IndexAnswer:
         writer=None if index.writer is None else _name_of(index.writer.name),
         fields=stats.metadata,
         has_ann=stats.ann_passages > 0,
-        has_projections=stats.num_projections > 0,
         snapshots=stats.snapshots,
         num_shards=stats.num_shards,
         missing_shards=[shard.number for shard in version.view.missing],

@@ -461,7 +461,6 @@ class IndexAnswer(Answer):
     writer: str | None
     fields: dict[str, str]
     has_ann: bool
-    has_projections: bool
     snapshots: list[str]
     num_shards: int | None
     missing_shards: list[int]

@@ -5,7 +5,7 @@ INDEX/
   passages.lance        the table (``passage_table``): the source of truth, with versions
   checksums.json        checksums of the table's files (``table_files``), and the version that readers open
   vectors-<g>.bin/json  the vectors of generation g (``vector_file``): a copy of those in the table, or the only one
-                        (``stored_vectors``); beside it, derived files (``ann``, ``projections``), which are not trusted
+                        (``stored_vectors``); beside it, an approximate index (``ann``), which is not trusted
   words-<g>-...         the words of the same rows (``word_files``) for BM25, derived from the texts
   window-, token-...-<g>  vectors of parts of the same rows, if the index has them (``part_vectors``)
   chunking.json         how documents were chunked into passages, if they were (``side_files``)

@@ -19,12 +19,11 @@ from d2llm.store.checksums import remedy_for
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import EncodeParts
 from d2llm.store.passage_table import NAME, PassageTable
-from d2llm.store.projections import StoredProjections, open_file, projections_of, remove_file
 from d2llm.store.repair import rebuild_record, repair_files
 from d2llm.store.schema import MetadataSchema
 from d2llm.store.side_files import Chunking, read_chunking
 from d2llm.store.stored_vectors import Encode
-from d2llm.store.vector_file import DERIVED, VectorFile, ann_path_of, path_of
+from d2llm.store.vector_file import ann_path_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,6 @@ class IndexStats:
     """Statistics of an index. ``num_rows`` counts the vectors in the file, including those of deleted passages.
 
     Each vector is stored ``vector_copies`` times. Sizes in bytes: ``table_bytes`` includes indices and old versions,
-    ``projection_bytes`` is the size of one stored projection (0 if there are none; ``num_projections`` counts them),
     and ``bytes_per_passage`` covers everything including snapshots. ``ann_passages`` are in an approximate index that
     was tuned for a recall of ``ann_recall``. ``unindexed`` maps indices to the number of passages that they do not
     cover yet; these are searched too, but more slowly. ``chunking`` is how documents were chunked, if there were any;
@@ -57,8 +55,6 @@ class IndexStats:
     metadata: dict[str, str]
     table_bytes: int
     vector_file_bytes: int
-    num_projections: int
-    projection_bytes: int
     ann_passages: int
     ann_recall: float | None
     bytes_per_passage: float
@@ -89,7 +85,6 @@ def stats(store: IndexStore) -> IndexStats:
     table = store.table()
     vectors = store.vectors.read(table, np.asarray(table.columns(["d2_row"])["d2_row"], np.int64))
     table_bytes = folder_bytes(store.folder / f"{NAME}.lance")
-    projections = None if vectors.file is None else _projections(store, table, vectors.file)
     record = _ann_record(store, table)
     return IndexStats(
         folder=str(store.folder),
@@ -108,8 +103,6 @@ def stats(store: IndexStore) -> IndexStats:
         metadata=dict(MetadataSchema.from_arrow(table.metadata_fields).fields),
         table_bytes=table_bytes,
         vector_file_bytes=sum(path.stat().st_size for path in store.folder.glob("vectors-*")),
-        num_projections=0 if projections is None else projections.capacity,
-        projection_bytes=0 if projections is None else projections.code_size,
         ann_passages=0 if record is None else record.num_rows,
         ann_recall=None if record is None else record.target,
         bytes_per_passage=round(folder_bytes(store.folder) / max(len(table), 1), 1),
@@ -136,14 +129,14 @@ def verify(
     hashes, row numbers, vectors, and snapshots.
 
     LanceDB trusts the bytes that it reads, and some kinds of damage crash the process, so it never gets to read damaged
-    files. Stored projections and an approximate index are compared with their checksums.
+    files. An approximate index is compared with its checksum.
 
     Args:
         store: the store to check: its latest version completely, earlier versions, and snapshots.
         repair: replace damaged files of the table by intact copies from snapshots, and rebuild indices
             (``store.repair``). Rewrite damaged vector files: from the table, or, if the vectors are kept once, by
-            encoding lost ones. Texts and metadata can only be restored from a snapshot. Stored projections and an
-            approximate index are removed if they are damaged or belong to other vectors.
+            encoding lost ones. Texts and metadata can only be restored from a snapshot. An approximate
+            index is removed if it is damaged or belongs to other vectors.
         go_back: with ``repair``, if passages are damaged: return to the last intact version and lose later changes.
         encode: encodes passages, if the vectors are kept once.
         encode_parts: encodes windows or tokens, if the index stores their vectors.
@@ -257,16 +250,7 @@ def _problems(store: IndexStore, table: PassageTable, options: _VerifyOptions) -
         problems = [f"{problems[0]}; it was rewritten", *store.vectors.problems(table)]
     problems += _word_problems(store, table, repair=repair)
     problems += _part_problems(store, table, options)
-    return [*problems, *_projection_problems(store, table, repair=repair), *_ann_problems(store, table, repair=repair)]
-
-
-def _projections(store: IndexStore, table: PassageTable, vectors: VectorFile) -> VectorFile | None:
-    """The file of projections that belongs to these vectors, if there is one and it fits."""
-    made_of = projections_of(store.manifest["student"], store.format.name)
-    try:
-        return open_file(vectors, store.vectors.generation(table), made_of)
-    except DataFormatError:
-        return None
+    return [*problems, *_ann_problems(store, table, repair=repair)]
 
 
 def _ann_record(store: IndexStore, table: PassageTable) -> ann.AnnRecord | None:
@@ -336,21 +320,6 @@ def _part_problems(store: IndexStore, table: PassageTable, options: _VerifyOptio
             store.read_parts_again(table, kind, options.encode_parts)
             problems.append(f"{error.path.name}: {error.problem}; they were encoded again")
     return problems
-
-
-def _projection_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:
-    """Check that stored projections are undamaged and belong to these vectors; their values would need a student."""
-    generation = store.vectors.generation(table)
-    path = path_of(store.folder, generation, DERIVED)
-    if not path.is_file():
-        return
-    try:
-        vectors = VectorFile.open(store.folder, generation, store.format.code_size)
-        StoredProjections.load(vectors, generation, projections_of(store.manifest["student"], store.format.name))
-    except DataFormatError as error:
-        if repair:
-            remove_file(store.folder, generation)
-        yield f"{error}{'; it was removed' if repair else ''}"
 
 
 def _ann_problems(store: IndexStore, table: PassageTable, *, repair: bool) -> Iterator[str]:

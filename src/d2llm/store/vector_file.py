@@ -5,9 +5,7 @@ vectors-<generation>.json   code_size; since: the first version of the table tha
                             were written together, with a checksum of their bytes; largest_norm of a row, if its
                             writer measured it; a checksum of this JSON
 
-Data derived from the vectors row by row is stored beside them in a file of the same format under another name
-(``projections``), whose ``made_of`` names what its rows were computed from. Window vectors are in two more such files
-(``part_vectors``).
+Vectors of parts are in files of the same format under other names (``part_vectors``).
 
 A row is written once and never changed, so one file serves every version of the table: a version is a set of live rows.
 The extents are written after the bytes and before the table's commit. A crash in between leaves rows that no table
@@ -36,12 +34,10 @@ from d2llm.store import word_files
 from d2llm.store.checksums import read_checked, write_checked
 
 NAME = "vectors"
-DERIVED = "projections"
 PART_VECTORS: dict[PartKind, str] = {kind: f"{kind}-vectors" for kind in PART_KINDS}
 PART_PLACES: dict[PartKind, str] = {kind: f"{kind}-places" for kind in PART_KINDS}
 _REMEDIES = {
     NAME: "`d2llm index ... verify --repair` rebuilds them",
-    DERIVED: "`d2llm index ... project` rebuilds them",
     **dict.fromkeys(
         (*PART_VECTORS.values(), *PART_PLACES.values()), "`d2llm index ... verify --repair` encodes them again"
     ),
@@ -116,24 +112,20 @@ class VectorFile:
         code_size: int,
         extents: list[Extent],
         since: int = 0,
-        made_of: str = "",
         largest_norm: float | None = None,
     ) -> None:
         self.path = path
         self.code_size = code_size
         self.extents = extents
         self.since = since
-        self.made_of = made_of
         self.largest_norm = largest_norm
         self.inode = (0, 0)
         """Device and number of the file that ``codes`` mapped."""
 
     @classmethod
-    def create(
-        cls, folder: Path, generation: int, code_size: int, *, since: int = 0, name: str = NAME, made_of: str = ""
-    ) -> VectorFile:
+    def create(cls, folder: Path, generation: int, code_size: int, *, since: int = 0, name: str = NAME) -> VectorFile:
         """A new file without rows; an existing one (left by a crash) is replaced."""
-        file = cls(path_of(folder, generation, name), code_size, [], since, made_of)
+        file = cls(path_of(folder, generation, name), code_size, [], since)
         file.path.unlink(missing_ok=True)  # not truncated: a snapshot or a reader may have it under another name
         file._write_extents()  # first, because a generation counts as soon as its .bin exists
         with file.path.open("wb") as stream:
@@ -185,10 +177,8 @@ class VectorFile:
         )
 
     @classmethod
-    def open(cls, folder: Path, generation: int, code_size: int | None, *, name: str = NAME) -> VectorFile:
+    def open(cls, folder: Path, generation: int, code_size: int, *, name: str = NAME) -> VectorFile:
         """The file as described by its list of extents; checksums are not compared.
-
-        ``code_size=None`` accepts the size in the file.
 
         Raises:
             DataFormatError: a part is missing, is too short, or does not fit ``code_size``.
@@ -203,18 +193,18 @@ class VectorFile:
 
     @classmethod
     def _described(
-        cls, folder: Path, generation: int, code_size: int | None, name: str = NAME, *, compare: bool = True
+        cls, folder: Path, generation: int, code_size: int, name: str = NAME, *, compare: bool = True
     ) -> VectorFile:
         """The file as described by its list of extents, whether the rows exist or not."""
         path = path_of(folder, generation, name)
         try:
             record = read_checked(path.with_suffix(".json"), compare=compare)
             extents = [Extent(*extent) for extent in record["extents"]]
-            size, since, made_of = record["code_size"], record["since"], record.get("made_of", "")
+            size, since = record["code_size"], record["since"]
             largest_norm = record.get("largest_norm")
-            if size != (code_size or size) or {type(size), type(since)} != {int} or size < 1 or not _fit(extents):
+            if size != code_size or {type(size), type(since)} != {int} or size < 1 or not _fit(extents):
                 raise ValueError(f"{path.stem}.json does not describe these vectors")
-            return cls(path, size, extents, since, made_of, largest_norm)
+            return cls(path, size, extents, since, largest_norm)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise _unusable(path, name, error) from error
 
@@ -278,8 +268,6 @@ class VectorFile:
     def _write_extents(self) -> None:
         extents = [[extent.start, extent.count, extent.checksum] for extent in self.extents]
         record: dict[str, Any] = {"code_size": self.code_size, "since": self.since, "extents": extents}
-        if self.made_of:
-            record["made_of"] = self.made_of
         if self.largest_norm is not None:
             record["largest_norm"] = self.largest_norm
         write_checked(self.path.with_suffix(".json"), record)
@@ -311,7 +299,7 @@ def salvage(folder: Path, generation: int, code_size: int, *, version: int) -> S
 
 
 def path_of(folder: Path, generation: int, name: str = NAME) -> Path:
-    """The path of the vectors of a generation, or of the file derived from them called ``name``."""
+    """The path of the vectors of a generation, or of another file of its rows."""
     return folder / f"{name}-{generation}.bin"
 
 
@@ -329,8 +317,8 @@ def generations(folder: Path) -> Iterator[int]:
 
 
 def files_of(folder: Path, generation: int) -> list[Path]:
-    """The files of a generation: vectors, those of parts, derived files (``ann``, ``projections``) and words."""
-    names = (NAME, DERIVED, *PART_VECTORS.values(), *PART_PLACES.values())
+    """The files of a generation: vectors, those of parts, the approximate index (``ann``) and words."""
+    names = (NAME, *PART_VECTORS.values(), *PART_PLACES.values())
     files = (*(path_of(folder, generation, name) for name in names), ann_path_of(folder, generation))
     named = [part for path in files for part in (path, path.with_suffix(".json")) if part.is_file()]
     return [*named, *word_files.files_of(folder, generation)]

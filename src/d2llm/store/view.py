@@ -25,7 +25,6 @@ from d2llm.store.bm25 import QueryWords, WordIndex, WordStatistics
 from d2llm.store.index_store import IndexStore
 from d2llm.store.part_vectors import PartVectors
 from d2llm.store.passage_table import PAGE_SIZE, ListedDocument
-from d2llm.store.projections import StoredProjections, projections_of
 from d2llm.store.scan import RowScan
 from d2llm.store.schema import TEXT_COLUMNS, MetadataSchema
 from d2llm.store.vector_file import VectorFile, VectorRows
@@ -92,7 +91,7 @@ class PassageView:
             InputError: there is no such format, or it cannot hold the vectors.
         """
         view = copy.copy(self)
-        for name in ("ann_base", "ann", "projections"):  # derived from the stored vectors
+        for name in ("ann_base", "ann"):  # derived from the stored vectors
             view.__dict__.pop(name, None)
         view.format = make_format(vector_format, self.dim)
         codes = np.zeros((self.capacity, view.format.code_size), np.uint8)
@@ -242,14 +241,6 @@ class PassageView:
         """The file of the vectors; None if they are only in memory."""
         self._check()
         return self._vectors.file
-
-    @cached_property
-    def projections(self) -> StoredProjections | None:
-        """The stored projections of the interaction's first layer, if ``retrieval.project`` wrote them."""
-        if self.vector_file is None:
-            return None
-        made_of = projections_of(self.student_fingerprint, self.format.name)
-        return StoredProjections.open(self.vector_file, self.generation, made_of)
 
     def match(
         self,

@@ -29,7 +29,7 @@ export function factList(index) {
     ["Backbone", student.backbone],
     ["Teacher", teacherText(index)],
     ["Fields", fields.join(", ") || "none"],
-    ["Shortcuts", [index.has_ann && "approximate index", index.has_projections && "projections"].filter(Boolean).join(", ") || "none"],
+    ["Shortcuts", index.has_ann ? "approximate index" : "none"],
     ["Snapshots", index.snapshots.join(", ") || "none"],
     ["Task", index.task],
     ["d2llm", index.d2llm],
