@@ -49,7 +49,7 @@ SLOW_FOLDERS = ("e2e", "dialects", "parity")
 SLOW_FILES = (
     *("data/labels", "demo/corpus", "integrations/mteb", "integrations/texts", "models/packaged_e5"),
     *("evaluation/evaluate", "evaluation/evaluate_again", "evaluation/shortcuts", "evaluation/word_rows"),
-    *("models/remote_endpoint", "models/remote_retry", "models/teachers/causal", "models/teachers/shared_prefix"),
+    *("models/remote/endpoint", "models/remote/pace", "models/teachers/causal", "models/teachers/shared_prefix"),
     *(
         "property/ann",
         "property/exact_search",

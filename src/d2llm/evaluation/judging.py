@@ -20,7 +20,7 @@ from d2llm.core.progress import Advance, progress_bar
 from d2llm.core.recipe import LabellingConfig, TeacherConfig
 from d2llm.core.types import Task
 from d2llm.data.labels import LabelStore, QueryLabels
-from d2llm.models.kept_answers import KeptAnswers
+from d2llm.models.remote.kept_answers import KeptAnswers
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import (
     Judge,

@@ -73,7 +73,7 @@ class TokenizedTexts:
     If queries have an adapter of their own, the ids of their tokens are ~id, below 0, so that wherever texts are read
     together, each row says which adapter reads it.
 
-    ``counts`` has the number of tokens of each text, where an id stands for a whole text (``models.remote_backbone``).
+    ``counts`` has the number of tokens of each text, where an id stands for a whole text (``models.remote.backbone``).
     """
 
     ids: list[list[int]]
@@ -501,7 +501,7 @@ def open_backbone(
     """
     if config.remote is None:
         return Backbone(config, device=device, compute_dtype=compute_dtype, lean_tokenizer=lean_tokenizer)
-    from d2llm.models.remote_backbone import RemoteBackbone
+    from d2llm.models.remote.backbone import RemoteBackbone
 
     if student is None:
         return RemoteBackbone(config, device=device, compute_dtype=compute_dtype)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from d2llm.models.completions import without_thoughts
+from d2llm.models.remote.completions import without_thoughts
 
 _FENCE = re.compile(r"^(?:```|~~~)[\w-]*\s*$", re.M)
 _NUMBER = r"\d{1,3}(?:\.\d+)?"

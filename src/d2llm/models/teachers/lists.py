@@ -31,9 +31,15 @@ from d2llm.core.errors import InputError, ModelError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import ListsConfig, RemoteConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
-from d2llm.models.completions import TOKENS_ARE_ESTIMATED, Completion, quoted, read_completion, read_content_refusal
 from d2llm.models.length_limit import TextLengths
-from d2llm.models.remote_endpoint import TOO_LONG, CompletionEndpoint
+from d2llm.models.remote.completions import (
+    TOKENS_ARE_ESTIMATED,
+    Completion,
+    quoted,
+    read_completion,
+    read_content_refusal,
+)
+from d2llm.models.remote.endpoint import TOO_LONG, CompletionEndpoint
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, LastingJudge, PartlyJudged, TextPair, whole_queries
 from d2llm.models.teachers.list_answers import read_grades, read_ranking

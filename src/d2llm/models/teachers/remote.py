@@ -9,7 +9,7 @@ the smallest one returned, and that value is used: the log-odds are then a bound
 missing, nothing is known about the pair: depending on ``remote.unanswered``, this is an error, or the pair is counted
 as undecided (log-odds 0).
 
-``RemoteTeacher`` makes log-odds of answers; ``models.remote_endpoint`` sends the requests, with rate limit and retries.
+``RemoteTeacher`` makes log-odds of answers; ``models.remote.endpoint`` sends the requests, with rate limit and retries.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import RemoteConfig, TeacherConfig
 from d2llm.core.types import TASKS, Task
 from d2llm.models.length_limit import TextLengths
-from d2llm.models.remote_endpoint import CompletionEndpoint
+from d2llm.models.remote.endpoint import CompletionEndpoint
 from d2llm.models.teachers.identity import TeacherIdentity
 from d2llm.models.teachers.judge import Judgements, LastingJudge, PartlyJudged, TextPair
 from d2llm.models.teachers.prompts import Prompt, load_prompt

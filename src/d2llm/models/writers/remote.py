@@ -9,9 +9,9 @@ from typing import Any
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig
-from d2llm.models.completions import TOKENS_ARE_ESTIMATED, Completion, read_completion, read_content_refusal
 from d2llm.models.length_limit import TextLengths
-from d2llm.models.remote_endpoint import CompletionEndpoint
+from d2llm.models.remote.completions import TOKENS_ARE_ESTIMATED, Completion, read_completion, read_content_refusal
+from d2llm.models.remote.endpoint import CompletionEndpoint
 from d2llm.models.writers.answers import describe_problem, parse_answer
 from d2llm.models.writers.prompts import WriterPrompts, cut_assignments
 from d2llm.models.writers.writer import DEFAULT_TEMPERATURE, Assignment, LastingWriter, PartlyWritten, WrittenQueries

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2llm.core.errors import InputError
-from d2llm.models.kept_answers import KeptAnswers
+from d2llm.models.remote.kept_answers import KeptAnswers
 from local_endpoint import PAIRS, always, completion, local_endpoint, remote_teacher
 
 REQUEST, ANSWER = {"model": "m", "prompt": "p"}, {"text": "x", "is_complete": True}

@@ -31,7 +31,8 @@ from d2llm.core.types import Passage
 from d2llm.models.attribution import attribute
 from d2llm.models.export.export import export
 from d2llm.models.layer_choice import layer_distances
-from d2llm.models.remote_backbone import EndpointUsage, RemoteBackbone, VectorCache
+from d2llm.models.remote.backbone import EndpointUsage, RemoteBackbone
+from d2llm.models.remote.vector_cache import VectorCache
 from d2llm.models.student import Student
 from d2llm.models.student_files import check_weights
 from d2llm.retrieval.chunking import Chunker

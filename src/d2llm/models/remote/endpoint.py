@@ -1,7 +1,7 @@
 """A model behind an OpenAI-compatible endpoint: its requests, and errors that say what to do.
 
 A remote teacher, a remote writer and a remote backbone differ only in what they ask for and how they read the answer:
-``Endpoint`` sends the requests of all, ``CompletionEndpoint`` those with a prompt, and ``models.remote_retry`` sends
+``Endpoint`` sends the requests of all, ``CompletionEndpoint`` those with a prompt, and ``models.remote.pace`` sends
 them again.
 """
 
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from d2llm.core.errors import InputError, ModelError, ModelNotFoundError
 from d2llm.core.extras import require
 from d2llm.core.recipe import CompletionConfig, EndpointConfig
-from d2llm.models.completions import quoted
-from d2llm.models.kept_answers import kept_answers
-from d2llm.models.remote_retry import BusyError, Retries, retry_after
+from d2llm.models.remote.completions import quoted
+from d2llm.models.remote.kept_answers import kept_answers
+from d2llm.models.remote.pace import BusyError, Retries, retry_after
 
 if TYPE_CHECKING:
     import httpx2
@@ -89,7 +89,7 @@ class Endpoint(Generic[_Answer]):
     """One model at one address, over connections that stay open from one call to the next.
 
     If the address has never answered, a failure is raised at once. Later, while the endpoint is unreachable or
-    overloaded (429, 408, 5xx, timeout), requests are retried (``models.remote_retry``). A delay that the endpoint
+    overloaded (429, 408, 5xx, timeout), requests are retried (``models.remote.pace``). A delay that the endpoint
     requests itself (Retry-After) applies to all requests.
 
     Args:
