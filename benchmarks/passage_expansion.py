@@ -2,7 +2,7 @@
 
     python benchmarks/passage_expansion.py                        qnli alone
     python benchmarks/passage_expansion.py --sets covidqa squad-sent qnli
-        --json benchmarks/results/passage-expansion.json          everything in docs/LOG.md
+        --json benchmarks/results/passage-expansion.json          everything in docs/log
 
 SPLADE (Formal et al. 2021, arXiv 2107.05720) and doc2query (Nogueira et al. 2019, arXiv 1904.08375) add to a passage
 words that queries may have for it. Here two ways that need no training of the backbone say how often a passage would

@@ -2,7 +2,7 @@
 
     python benchmarks/passage_term_weights.py                     qnli alone, some five minutes
     python benchmarks/passage_term_weights.py --sets covidqa squad-sent qnli
-        --json benchmarks/results/passage-term-weights.json       everything in docs/LOG.md, 20 minutes of one core
+        --json benchmarks/results/passage-term-weights.json       everything in docs/log, 20 minutes of one core
 
 For each word of a passage, y is how likely it is that a query to which the passage is relevant contains the word: a
 linear function of the mean of the last layer's states of its tokens, fitted by ridge regression to the share of the

@@ -50,8 +50,8 @@ def test_architecture_mentions_only_existing_files(repository):
 
 
 def current_pages(repository: Path) -> list[Path]:
-    """Pages about the current version; the log and the changelog also mention things that are gone."""
-    return [page for page in pages(repository) if page.name not in ("LOG.md", "CHANGELOG.md")]
+    """Pages about the current version; the log also mentions things that are gone."""
+    return [page for page in pages(repository) if page.parent.name != "log"]
 
 
 def files_in(text: str) -> set[str]:
@@ -166,6 +166,65 @@ def test_links_between_pages_are_not_broken(repository):
     assert broken == []
 
 
+def headings(page: Path) -> list[str]:
+    """Addresses of the page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+    return [
+        slug if not (before := slugs[:place].count(slug)) else f"{slug}-{before}" for place, slug in enumerate(slugs)
+    ]
+
+
+def links_to_headings(page: Path) -> list[tuple[Path, str]]:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", text)
+    return [(page.parent / target if target else page, heading) for target, heading in links]
+
+
+def test_links_to_headings_are_not_broken(repository):
+    links = [(page, *link) for page in pages(repository) for link in links_to_headings(page)]
+    assert len(links) > 200
+    broken = [
+        f"{page.relative_to(repository)}: {target.name}#{heading}"
+        for page, target, heading in links
+        if target.suffix == ".md" and heading not in headings(target)
+    ]
+    assert broken == []
+
+
+def test_the_log_has_a_file_for_each_month_and_an_index_of_all_entries(repository):
+    folder = repository / "docs" / "log"
+    months = sorted(page for page in folder.iterdir() if page.name != "README.md")
+    assert months
+    entries = []
+    for month in months:
+        assert re.fullmatch(r"\d{4}-\d\d\.md", month.name)
+        titles = re.findall(r"^## (.+)$", month.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        dates = [title.partition(": ")[0] for title in titles]
+        assert all(re.fullmatch(rf"{month.stem}-\d\d", date) for date in dates)
+        assert dates == sorted(dates), "newest last"
+        entries += [(month.name, heading) for heading in headings(month)[1:]]
+    index = [(target.name, heading) for target, heading in links_to_headings(folder / "README.md")]
+    assert sorted(index) == sorted(entries)
+
+
+def test_the_logs_index_answers_each_question_in_one_line(repository):
+    text = (repository / "docs" / "log" / "README.md").read_text(encoding="utf-8")
+    lines = text.partition("## Index by question")[2].splitlines()
+    for line, answer in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("- "):
+            assert re.fullmatch(r"- \[[^\]]+\?\]\([^)]+\)", line)
+            assert answer.startswith("  ")
+            assert answer.endswith(".")
+        elif line.startswith("  "):
+            assert not answer.startswith("  ")
+
+
+def test_the_changelog_is_one_page(repository):
+    assert len((repository / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def test_the_cli_page_lists_exactly_the_commands(repository):
     verbs = set(typer.main.get_command(app).commands)
     mentions = re.findall(
@@ -228,7 +287,7 @@ def _problem(words: list[str]) -> str | None:
 
 
 def test_documented_commands_and_options_exist(repository: Path):
-    pages = [page for page in (repository / "docs").rglob("*.md") if page.name != "LOG.md"]
+    pages = [page for page in (repository / "docs").rglob("*.md") if page.parent.name != "log"]
     num_commands, problems = 0, []
     for page in [repository / "README.md", *pages]:
         for number, line in _command_lines(page):

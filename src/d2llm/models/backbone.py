@@ -557,7 +557,7 @@ def _offsets(
 def search_query_tokens(config: BackboneConfig) -> int:
     """How many tokens of a query a search reads: as many as of a passage, even if training read fewer.
 
-    The backbone encodes both in the same way, and queries of the usual length keep their vectors (docs/LOG.md).
+    The backbone encodes both in the same way, and queries of the usual length keep their vectors (docs/log).
     """
     return max(config.max_query_tokens, config.max_passage_tokens)
 

@@ -18,7 +18,7 @@ from d2llm.core.machine import available_memory
 _CPU_TOKENS = 512
 _MOST_TOKENS, _FEWEST_TOKENS = 32_768, 2_048  # on an accelerator
 _LARGE_STATE = 32_768  # of a model with about a billion parameters
-_BYTES_OF_GRAPH, _BYTES_CHECKPOINTED = 80, 5  # for each number of a token's states (docs/LOG.md)
+_BYTES_OF_GRAPH, _BYTES_CHECKPOINTED = 80, 5  # for each number of a token's states (docs/log)
 _UNKNOWN_MEMORY = 8 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

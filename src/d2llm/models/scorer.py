@@ -31,7 +31,7 @@ class HeadWeights:
     """An interaction's weights for one task, folded and cast for scoring; ``is_of`` says whether they are up to date.
 
     ``dtype`` is the number format of the products. It is float32 if bfloat16 is requested but the CPU has no fused
-    bfloat16 layer: torch's own bfloat16 product takes several times as long there (docs/LOG.md), and is less exact.
+    bfloat16 layer: torch's own bfloat16 product takes several times as long there (docs/log), and is less exact.
     """
 
     def __init__(self, head: Interaction, task: Task, dtype: torch.dtype) -> None:

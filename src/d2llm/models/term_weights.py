@@ -7,7 +7,7 @@ BM25 remains a sum over the postings of the query's words, so exact searches sta
 The file ``term_weights.json`` in a student's folder has the function. Source: Dai and Callan, "Context-Aware
 Sentence/Passage Term Importance Estimation For First Stage Retrieval", 2019 (arXiv 1910.10687): its DeepCT-Query, here
 on the states of a student that does not change. Factors of passages' words (DeepCT-Index) would need another index, and
-gained nothing beside vectors (docs/LOG.md).
+gained nothing beside vectors (docs/log).
 """
 
 from __future__ import annotations

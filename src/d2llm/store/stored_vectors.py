@@ -4,7 +4,7 @@ With two copies the table is the source of truth, and a missing or damaged file 
 texts are the source of truth: a lost vector must be encoded again by the student, which only ``repair`` does; until
 then readers and writers get an error that says so.
 
-Both options are needed: with bfloat16, one copy takes 1,017 bytes per passage and two take 1,784 (docs/LOG.md), but
+Both options are needed: with bfloat16, one copy takes 1,017 bytes per passage and two take 1,784 (docs/log), but
 late chunks, which cannot be encoded again from the table, need two.
 """
 

@@ -29,7 +29,7 @@ from d2llm.training.trackers import Tracker, numbers
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
-_STEPS = 60  # at the default rate dev no longer improves after this many, on 100 and 300 questions (docs/LOG.md)
+_STEPS = 60  # at the default rate dev no longer improves after this many, on 100 and 300 questions (docs/log)
 _log = logging.getLogger(__name__)
 remarks = logging.getLogger("d2llm.remarks")
 """Progress messages for users of the command line; they are not warnings."""

@@ -30,7 +30,7 @@ _SEEDS_PER_STEP = 1 << 20  # more than the parts of a batch, so that no two part
 _NUM_SEEDS = 1 << 63  # that torch takes
 _SHARE = 3  # use a third of the free memory; the rest is for recomputed parts, gradients, dev, and other programs
 ALLOCATED = {"cpu": 1.7}
-"""Bytes allocated per byte of activations: memory freed in between is fragmented (docs/LOG.md)."""
+"""Bytes allocated per byte of activations: memory freed in between is fragmented (docs/log)."""
 _GIB = 1 << 30
 _UNKNOWN = 1 << 30  # used if the system does not report the free memory
 

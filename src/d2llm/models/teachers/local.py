@@ -358,7 +358,7 @@ def fit_pairs(
 
 
 def _disable_attention_dropout(model: nn.Module) -> None:
-    """Switch off the dropout of BERT-like models' attention: a quarter of a training step on a CPU (docs/LOG.md)."""
+    """Switch off the dropout of BERT-like models' attention: a quarter of a training step on a CPU (docs/log)."""
     for name, module in model.named_modules():
         if name.endswith("attention.self.dropout") and isinstance(module, nn.Dropout):
             module.p = 0.0
