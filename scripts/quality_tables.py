@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from prose import wrapped
+
 from d2llm.core.table import Cell, Column, Table
 from d2llm.evaluation.figures import joined_notes
 from d2llm.evaluation.report import SIGNIFICANCE_LEVEL
@@ -187,7 +189,7 @@ def values_by_kind(report: Report) -> dict[str, float]:
 def put(target: Path, text: str) -> None:
     """Write a text between the markers of a file."""
     before, rest = target.read_text(encoding="utf-8").split(BEGIN)
-    target.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    target.write_text(f"{before}{BEGIN}\n\n{wrapped(text)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def overview_table(files: list[dict[str, Any]], fitted: Mapping[str, Report] | None = None) -> Table:

@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from prose import wrapped
+
 from d2llm.core.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +61,7 @@ def between(text: str, name: str, content: str) -> str:
     """The text with other content between the markers of that name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     head, rest = text.split(begin)
-    return f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    return f"{head}{begin}\n\n{wrapped(content)}\n\n{end}{rest.split(end)[1]}"
 
 
 def losses(report: dict[str, Any]) -> str:
