@@ -39,6 +39,30 @@ def test_lines_of_prose_are_short(page):
     assert long_lines(page.read_text(encoding="utf-8")) == []
 
 
+def long_cells(text: str) -> list[str]:
+    """Cells of tables that are longer than a line of prose may be: what does not fit is a note below the table."""
+    rows = [
+        (number, re.sub(r"\]\([^)]*\)", "]", line))
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.lstrip().startswith("|")
+    ]
+    cells = [(number, cell.strip()) for number, row in rows for cell in re.split(r"(?<!\\)\|", row)]
+    return [f"{number}: {len(cell)} characters: {cell[:60]}" for number, cell in cells if len(cell) > LONGEST_LINE]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_cells_of_tables_are_short(page):
+    assert long_cells(page.read_text(encoding="utf-8")) == []
+
+
+def test_what_counts_as_a_long_cell():
+    assert long_cells("| a | " + "word " * 39 + "words |") == []
+    assert len(long_cells("| a | " + "word " * 40 + "words | b |")) == 1
+    assert long_cells("| " + "word | " * 60) == []
+    assert long_cells("| [the log](log/2026-11.md#" + "a-heading-" * 30 + ") |") == []
+    assert len(long_cells("| " + "a \\| b " * 30 + "|")) == 1
+
+
 def test_all_pages_are_read():
     names = {str(page.relative_to(ROOT)) for page in PAGES}
     assert {"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/index.md"} <= names
