@@ -42,6 +42,7 @@ from d2llm import (
 )
 from d2llm.core.errors import D2LLMError, InputError
 from d2llm.core.recipe import BackboneConfig
+from d2llm.core.settings import Settings
 from d2llm.data.trec import TrecRun
 from d2llm.models.backbone import Backbone
 from d2llm.models.writers.writer import WrittenQueries
@@ -104,7 +105,8 @@ def walk() -> set[str]:
     for name, value in objects.items():
         if name in RESULTS or not callable(value):
             continue
-        if not (inspect.isclass(value) and issubclass(value, BaseModel) and not name.count(".")):
+        of_a_file = inspect.isclass(value) and issubclass(value, BaseModel) and not issubclass(value, Settings)
+        if not of_a_file or name.count("."):
             found.update(parameters(value, name))
         for method, function in own_methods(value).items() if inspect.isclass(value) else ():
             plain = getattr(function, "__func__", function)

@@ -6,7 +6,6 @@ import inspect
 import logging
 import shutil
 import sqlite3
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 
 from d2llm import Index, Passage, Query, SearchSettings, Student, encode, read_beir, read_pairs
 from d2llm.core.errors import D2LLMError, IndexMismatchError, InputError
-from d2llm.retrieval.settings import SearchChanges
 from e2e.command_line import write_data
 from fake_models import FakeStudent
 from tiny_models import tiny_student_config, write_tiny_model, write_trained_student
@@ -142,14 +140,13 @@ def test_objects_say_what_they_are(folder: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("method", [Index.search, Index.context])
 def test_completion_sees_every_setting_of_a_search(method: Any):
-    names = [field.name for field in fields(SearchSettings)]
-    assert list(SearchChanges.__annotations__) == names
+    names = list(SearchSettings.model_fields)
     parameters = inspect.signature(method).parameters
     assert set(names) <= set(parameters)
     assert not any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    for field in fields(SearchSettings):
-        assert parameters[field.name].default == field.default
-        assert SearchChanges.__annotations__[field.name].__forward_arg__ == field.type
+    for name, field in SearchSettings.model_fields.items():
+        assert (parameters[name].default, parameters[name].annotation) == (field.default, field.annotation)
+        assert f"{name}: {field.description}" in (SearchSettings.__doc__ or "")
 
 
 # What callers give
@@ -282,6 +279,11 @@ def test_what_is_no_query_or_id_is_named(tmp_path: Path, wrong: Any):
         {"instruction": 7},
         {"sources": "bm26"},
         {"task": "asymetric"},
+        {"exact": 1},
+        {"instruction": "\ud800"},
+        {"hybrid": True},
+        {"evidence": 7},
+        {"sources": 7},
     ],
 )
 def test_settings_of_another_type_are_named(tmp_path: Path, changes: dict[str, Any]):

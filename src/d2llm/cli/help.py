@@ -26,7 +26,7 @@ _COMMON = {
 _NEW_INDEX = {"A new index": ("task",)}
 _OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "search": {
-        "Candidates and scores": ("num_candidates", "source", "hybrid", "exact", "budget_ms", "instruction", "task"),
+        "Candidates and scores": ("num_candidates", "sources", "hybrid", "exact", "budget_ms", "instruction", "task"),
         "What is shown": (
             *("group", "neighbours", "excerpts", "mmr", "near_duplicates", "select_from", "explain"),
             *("context_tokens", "context_order", "tokenizer"),

@@ -7,21 +7,25 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import Enum
 from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from d2llm.cli.session import STANDARD_INPUT, STANDARD_OUTPUT, session_of
 from d2llm.core import files
 from d2llm.core.errors import InputError
+from d2llm.core.settings import Settings, bound, is_list, shown_as
 from d2llm.core.shipped import shipped_recipes
 from d2llm.core.types import EngineName, NumberFormat, Task
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from d2llm.core.recipe import TeacherConfig, WriterConfig
     from d2llm.runners.runner import Runner
     from d2llm.training.run import Run
@@ -369,11 +373,11 @@ class RunOptions:
 def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     """Let a verb take its options in groups.
 
-    Typer makes one option of each parameter. With this decorator, a parameter whose type is a dataclass becomes one
-    option for each field, and the verb receives the dataclass.
+    Typer makes one option of each parameter. With this decorator, a parameter whose type is a dataclass, or a class of
+    ``Settings``, becomes one option for each field, and the verb receives the object.
     """
     hints = get_type_hints(verb, include_extras=True)
-    groups = {name: hints[name] for name in signature(verb).parameters if is_dataclass(hints[name])}
+    groups = {name: hints[name] for name in signature(verb).parameters if _is_group(hints[name])}
     parameters: list[Parameter] = []
     for name, parameter in signature(verb).parameters.items():
         if name in groups:
@@ -384,7 +388,7 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def call(**values: Any) -> None:
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+            values[name] = group(**{each.name: _given(values.pop(each.name)) for each in _parameters(group)})
         verb(**values)
 
     flat = cast(Any, call)
@@ -393,7 +397,26 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def _is_group(kind: Any) -> bool:
+    return is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, Settings))
+
+
+def _given(value: Any) -> Any:
+    """The value of an option, with plain strings in place of choices."""
+    return (
+        tuple(each.value for each in value)
+        if isinstance(value, list) and value[:1] and isinstance(value[0], Enum)
+        else value
+    )
+
+
 def _parameters(group: type) -> list[Parameter]:
+    if issubclass(group, Settings):
+        return [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=field.get_default(), annotation=_option(name, field))
+            for name, field in group.model_fields.items()
+            if not shown_as(field).python_only
+        ]
     hints = get_type_hints(group, include_extras=True)
     return [
         Parameter(
@@ -404,3 +427,21 @@ def _parameters(group: type) -> list[Parameter]:
         )
         for field in fields(cast(Any, group))
     ]
+
+
+def _option(name: str, field: FieldInfo) -> Any:
+    """The option of one setting."""
+    words, kind = shown_as(field), field.annotation
+    if is_list(field):  # Typer knows lists of choices, but not tuples and literals
+        (choices,) = (get_args(each)[0] for each in (kind, *get_args(kind)) if get_origin(each) is tuple)
+        named = Enum(name, {each: each for each in get_args(choices)}, type=str) if get_args(choices) else choices
+        kind = list[named] | None  # pyright: ignore[reportInvalidTypeForm]
+    option = typer.Option(
+        f"--{words.option or name}".replace("_", "-"),
+        metavar=words.metavar,
+        min=bound(field, "ge"),
+        max=bound(field, "le"),
+        help=field.description,
+        show_default=words.default or True,
+    )
+    return Annotated[kind, option]

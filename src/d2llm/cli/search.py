@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, fields
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,7 +13,6 @@ from d2llm.cli.options import (
     DeviceOption,
     DtypeOption,
     EngineOption,
-    IndexTaskOption,
     JsonOption,
     WriterOptions,
     input_path,
@@ -25,68 +23,19 @@ from d2llm.cli.rereading_options import RereadingOptions
 from d2llm.cli.session import Session, session_of
 from d2llm.cli.word_order import is_index
 from d2llm.core.errors import InputError
-from d2llm.core.types import (
-    DEFAULT_NUM_CANDIDATES,
-    DEFAULT_TOP_K,
-    ContextOrder,
-    ExpansionMethod,
-    Grouping,
-    Task,
-)
+from d2llm.core.types import ContextOrder, ExpansionMethod, Task
+from d2llm.retrieval.settings import SearchSettings
 
 if TYPE_CHECKING:
     from d2llm.core.types import CascadeReport, Certificate, Excerpt, Query, QueryExpansion, Ranking, Selection
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import SearchStudent
-    from d2llm.retrieval.settings import SearchSettings
-
-
-class SourceChoice(str, Enum):
-    """``SourceName`` as an option that may be given several times."""
-
-    vectors = "vectors"
-    ann = "ann"
-    bm25 = "bm25"
 
 
 _NAMED = 5  # number of queries to list in a warning
 _PATIENCE_MINUTES = 1.0  # with a writer's endpoint that fails: then the plain query is searched
 _EXPANDING_WRITER = "smollm2"
-
-
-@dataclass(frozen=True)
-class SelectionOptions:
-    """Options that select diverse or distinct results from a longer ranking."""
-
-    mmr: Annotated[
-        float | None,
-        typer.Option(
-            metavar="WEIGHT",
-            min=0,
-            max=1,
-            help="Diverse results (maximal marginal relevance): WEIGHT is that of the score, for example 0.7; the rest "
-            "counts against likeness to results above.",
-        ),
-    ] = None
-    near_duplicates: Annotated[
-        float | None,
-        typer.Option(
-            metavar="COSINE",
-            min=0,
-            max=1,
-            help="Leave out passages whose vectors have at least this cosine with that of a better result, for example "
-            "0.95, and that say nothing beyond it.",
-        ),
-    ] = None
-    select_from: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="With --mmr or --near-duplicates: how many of the first results to select from.",
-            show_default="5 times --top-k",
-        ),
-    ] = None
 
 
 @dataclass(frozen=True)
@@ -140,9 +89,6 @@ class ExpansionOptions:
 class PassageOptions:
     """Options that join results with the passages around them."""
 
-    neighbours: Annotated[
-        int, typer.Option(min=0, help="Also show this many passages before and after, from the same document.")
-    ] = 0
     excerpts: Annotated[
         bool,
         typer.Option("--excerpts", help="Show neighbouring results and --neighbours as one part of their document."),
@@ -208,56 +154,11 @@ def search(
     student: Annotated[
         str | None, student_option(help="The student that made the index, if it has moved since.")
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="How many passages to show.")] = DEFAULT_TOP_K,
-    filter: Annotated[  # noqa: A002 - the word of the field
-        str | None,
-        typer.Option(
-            metavar="CONDITION", help="Only passages whose metadata match, as in \"year >= 2020 AND language = 'en'\"."
-        ),
-    ] = None,
-    num_candidates: Annotated[
-        int, typer.Option(min=1, help="Passages that get the full score; more is slower and more exact.")
-    ] = DEFAULT_NUM_CANDIDATES,
-    source: Annotated[
-        list[SourceChoice] | None,
-        typer.Option(
-            help="Source of candidates for the full score; may be repeated. ann is faster, see d2llm index.",
-            show_default="vectors, and bm25 if the student's score uses words",
-        ),
-    ] = None,
-    hybrid: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            min=0,
-            max=1,
-            help="Fuse the student's ranking with BM25's, which then also proposes candidates; SHARE is the weight of "
-            "BM25, for example 0.5.",
-        ),
-    ] = None,
-    instruction: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Put before each query where the student reads it, for models trained with instructions; words, "
-            "teacher and writer see the plain query.",
-            show_default="the student's query prefix",
-        ),
-    ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Rank all passages exactly, with a proof.")] = False,
-    budget_ms: Annotated[
-        float | None, typer.Option(min=0, help="With --exact: stop after this time and report how much is proved.")
-    ] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Explain the rank of each passage.")] = False,
-    group: Annotated[
-        Grouping, typer.Option(help="Rank documents by their best passage, or by the sum of their three best.")
-    ] = "passage",
-    selection: SelectionOptions,
+    settings: SearchSettings,
     around: PassageOptions,
     rereading: RereadingOptions,
     expansion: ExpansionOptions,
     writer: WriterOptions,
-    task: IndexTaskOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     engine: EngineOption = "torch",
@@ -268,29 +169,10 @@ def search(
     from d2llm.retrieval.index import Index
     from d2llm.retrieval.protocols import task_for
     from d2llm.retrieval.search import search
-    from d2llm.retrieval.settings import SearchSettings
 
     session = session_of(context)
     all_queries = _read_queries(session, index, words or [], queries)
-    settings = SearchSettings(
-        task=task,
-        top_k=top_k,
-        num_candidates=num_candidates,
-        filter=filter,
-        sources=tuple(choice.value for choice in source) if source else None,
-        hybrid=hybrid,
-        exact=exact,
-        budget_ms=budget_ms,
-        explain=explain,
-        group=group,
-        neighbours=around.neighbours,
-        mmr=selection.mmr,
-        near_duplicates=selection.near_duplicates,
-        select_from=selection.select_from,
-        instruction=instruction,
-    )
-    settings.check()
-    around.check(explain=explain)
+    around.check(explain=settings.explain)
     rereading.check()
     if around.context_tokens is not None:
         from d2llm.retrieval.context import context_settings, named_tokenizer
@@ -301,7 +183,9 @@ def search(
     opened = Index.open(index, student, device=device, dtype=dtype, engine=engine, lean=True)
     if not len(opened.view):
         raise InputError(f"{index}: holds no passages; add some with d2llm index {index} upsert CORPUS")
-    index_task = opened.view.task if task in (None, opened.view.task) else task_for(opened.student, task)
+    index_task = (
+        opened.view.task if settings.task in (None, opened.view.task) else task_for(opened.student, settings.task)
+    )
     cascade = rereading.load(opened, index_task, device=device, dtype=dtype)
     expanded = expansion.load(writer, device=device, dtype=dtype)
     rankings = search(opened.view, opened.student, all_queries, settings, cascade=cascade, expansion=expanded)
@@ -316,7 +200,7 @@ def search(
         else:
             session.show(ranking_list(ranking))
         _explain(session, ranking, settings, opened.student, index_task)
-    if (remark := _truncated_queries(rankings, opened.student, instruction)) is not None:
+    if (remark := _truncated_queries(rankings, opened.student, settings.instruction)) is not None:
         session.complain("warning", remark)
     if (remark := _plain_queries(rankings)) is not None:
         session.complain("warning", remark)

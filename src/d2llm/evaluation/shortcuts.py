@@ -76,7 +76,7 @@ def _add_exact(rows: Shortcuts, work: RetrievalWork, index: Index) -> None:
         reason = "this student's head has no inner product, so its search is always exact"
         rows.missing.append(MissingRow(name, "shortcut", reason))
         return
-    search = replace(work.search_settings(work.settings.num_candidates), exact=True)
+    search = work.search_settings(work.settings.num_candidates).replace(exact=True)
     key = work.key(name, work.identity(index.student), work.settings.dtype)
     rows.systems.append(work.store.system(key, lambda: work.measure(name, "shortcut", index, search)))
 
@@ -84,7 +84,7 @@ def _add_exact(rows: Shortcuts, work: RetrievalWork, index: Index) -> None:
 def _add_ann(rows: Shortcuts, work: RetrievalWork, index: Index, recall: float) -> None:
     """Take candidates from an approximate index, tuned on queries that are not measured."""
     name, depth = f"{NAME_D2LLM}, approximate ({recall:g})", work.settings.num_candidates
-    search = replace(work.search_settings(depth), sources=("ann",))
+    search = work.search_settings(depth).replace(sources=("ann",))
 
     def measure() -> System:
         texts = [query.text for query in _held_out(work)]
@@ -160,7 +160,7 @@ def _add_filter(rows: Shortcuts, work: RetrievalWork, index: Index, condition: s
     queries = [query for query in work.trial.queries if query.id in qrels]
     probes = [query for query in work.trial.probes if query.id in qrels] or queries[:1]
     trial = replace(work.trial, queries=queries, probes=probes)
-    search = replace(work.search_settings(work.settings.num_candidates), filter=condition)
+    search = work.search_settings(work.settings.num_candidates).replace(filter=condition)
     key = work.key(before, work.identity(index.student), search.num_candidates, work.settings.dtype)
     rows.systems.append(work.store.system(key, lambda: work.measure(before, "shortcut", index, search, trial=trial)))
     filtered = {
@@ -190,7 +190,7 @@ def _add_metadata(work: RetrievalWork, index: Index) -> None:
 def _with_instruction(work: RetrievalWork, index: Index, instruction: str) -> System:
     """The student with an instruction before each query."""
     name = f"{NAME_D2LLM}, with an instruction"
-    search = replace(work.search_settings(work.settings.num_candidates), instruction=instruction)
+    search = work.search_settings(work.settings.num_candidates).replace(instruction=instruction)
     key = work.key(name, work.identity(index.student), search.num_candidates, work.settings.dtype, instruction)
     return work.store.system(key, lambda: work.measure(name, "shortcut", index, search))
 

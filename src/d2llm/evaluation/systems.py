@@ -484,7 +484,9 @@ class RetrievalWork:
     def search_settings(self, num_candidates: int) -> SearchSettings:
         """The search settings of a row: ``num_candidates`` passages get the full score, beside those left out."""
         num_own = self.trial.num_own
-        return SearchSettings(self.trial.task, self.trial.top_k + num_own, num_candidates + num_own)
+        return SearchSettings(
+            task=self.trial.task, top_k=self.trial.top_k + num_own, num_candidates=num_candidates + num_own
+        )
 
     @cached_property
     def relevant(self) -> dict[str, frozenset[str]]:

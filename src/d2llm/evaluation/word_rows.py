@@ -118,7 +118,7 @@ def without_parts(work: RetrievalWork, student: SearchStudent, num_candidates: i
 
     def add(part: str, model: SearchStudent, left: EvidenceWeights) -> None:
         name = f"{NAME_D2LLM} without {part}"
-        settings = replace(work.search_settings(num_candidates), evidence=left, sources=("vectors", "bm25"))
+        settings = work.search_settings(num_candidates).replace(evidence=left, sources=("vectors", "bm25"))
 
         def measure() -> System:
             return work.measure(name, "shortcut", work.index(model)[0], settings)
@@ -196,7 +196,7 @@ def _ranked(
     """Rank some of the queries with these weights; candidates come from vectors and words."""
     num_candidates = work.settings.num_candidates  # as many as for the student
     used = {term: weight for term, weight in weights.items() if weight}
-    settings = replace(work.search_settings(num_candidates), evidence=used, sources=("vectors", "bm25"))
+    settings = work.search_settings(num_candidates).replace(evidence=used, sources=("vectors", "bm25"))
     chosen = {query.id for query in queries}
     probes = [query for query in work.trial.probes if query.id in chosen] or queries[:1]
     return work.measure(name, kind, index, settings, trial=replace(work.trial, queries=queries, probes=probes))

@@ -221,7 +221,7 @@ class D2LLMRetriever(_Component):
         self.device = device
         self.dtype = dtype
         self._index: Index | None = None
-        self._search_settings(top_k, filters).check()
+        self._search_settings(top_k, filters)
 
     def warm_up(self) -> None:
         """Open the index and load its student."""
@@ -250,15 +250,11 @@ class D2LLMRetriever(_Component):
         return self._index
 
     def _search_settings(self, top_k: int, filters: Mapping[str, Any] | None) -> SearchSettings:
-        # Serialisation turns tuples into lists.
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in self.settings.items()
-        }
-        if "top_k" in fields:
+        if "top_k" in self.settings:
             raise InputError("settings has top_k, which is an argument of its own: give top_k instead")
-        settings = search_settings(None, fields, {})
+        settings = search_settings(None, self.settings, {})
         condition = all_of([settings.filter, haystack_condition(filters) if filters else None])
-        return replace(settings, top_k=top_k, filter=condition)
+        return settings.replace(top_k=top_k, filter=condition)
 
 
 def _load(student: str, device: str | None, dtype: str | None) -> Student:

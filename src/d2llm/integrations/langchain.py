@@ -136,7 +136,6 @@ class D2LLMRetriever(BaseRetriever):
         changes = {name: value for name, value in values.items() if name not in own}
         if changes:
             own["settings"] = _changed(own.get("settings"), _without_search_type(changes))
-            own["settings"].check()
         return own
 
     def _get_relevant_documents(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from d2llm.core.errors import InputError
@@ -167,8 +166,7 @@ class D2LLMRetriever(BaseRetriever):
             None if node_ids is None else one_of("id", _ids("node_ids", node_ids)),
             None if doc_ids is None else _of_documents(_ids("doc_ids", doc_ids)),
         ]
-        self.settings = replace(chosen, filter=all_of(conditions))
-        self.settings.check()
+        self.settings = chosen.replace(filter=all_of(conditions))
 
     @property
     def similarity_top_k(self) -> int:
@@ -177,8 +175,7 @@ class D2LLMRetriever(BaseRetriever):
 
     @similarity_top_k.setter
     def similarity_top_k(self, value: int) -> None:
-        self.settings = replace(self.settings, top_k=value)
-        self.settings.check()
+        self.settings = self.settings.replace(top_k=value)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         if query_bundle.custom_embedding_strs:

@@ -180,7 +180,9 @@ class D2LLMModel:
         task = branch_of(task_metadata, self._tasks)
         if top_ranked is not None:
             return self._rerank(mteb_queries, top_ranked, task, top_k)
-        searcher = Searcher(self._index.view, self._student, SearchSettings(task, top_k, self._num_candidates))
+        searcher = Searcher(
+            self._index.view, self._student, SearchSettings(task=task, top_k=top_k, num_candidates=self._num_candidates)
+        )
         with _progress_of(encode_kwargs):
             return {ranking.query.id: _falling(ranking.passages) for ranking in searcher.rank_ids(mteb_queries)}
 

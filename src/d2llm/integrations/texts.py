@@ -18,7 +18,6 @@ from d2llm.core.types import Passage, Task
 from d2llm.retrieval.protocols import SearchStudent
 from d2llm.retrieval.reading import encode_pairs
 from d2llm.retrieval.search import SearchSettings
-from d2llm.retrieval.settings import changed
 
 if TYPE_CHECKING:
     from d2llm.models.backbone import EncodedTexts
@@ -93,7 +92,7 @@ def search_settings(
             both = " and ".join(each for each in changes if names.get(each, each) == field)
             raise InputError(f"{both} are the same setting; give one of them")
         renamed[field] = value
-    return changed(settings, renamed)
+    return SearchSettings.of(settings, **renamed)
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], noun: str) -> None:

@@ -99,7 +99,7 @@ def context_settings(settings: SearchSettings) -> SearchSettings:
     """
     if settings.group != "passage":
         raise InputError(f"a context is made from passages, but group is {settings.group!r}; leave it out")
-    return settings if settings.near_duplicates is not None else replace(settings, near_duplicates=NEAR_DUPLICATES)
+    return settings if settings.near_duplicates is not None else settings.replace(near_duplicates=NEAR_DUPLICATES)
 
 
 @cache

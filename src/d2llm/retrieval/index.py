@@ -35,7 +35,7 @@ from d2llm.core.types import (
 from d2llm.data.python_records import PassageLike, QueryLike, passages_of, queries_of
 from d2llm.retrieval.protocols import SearchStudent, SearchView, TokenStudent, expansion_fingerprint, task_for
 from d2llm.retrieval.row_evidence import evidence_weights
-from d2llm.retrieval.settings import changed, shows_settings
+from d2llm.retrieval.settings import SearchSettings, shows_settings
 from d2llm.store.index_manifest import VectorCopies, find_index
 from d2llm.store.index_store import KEEP_VERSIONS, IndexStore
 from d2llm.store.inspection import IndexStats, VerifyReport
@@ -50,8 +50,6 @@ from d2llm.store.view import PassageView
 
 # Reading an index without searching it requires neither torch nor a student, so these are imported where they are used.
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from d2llm.models.student import Student
     from d2llm.models.teachers.judge import Judge
     from d2llm.ops.rereading import StudentError
@@ -62,7 +60,6 @@ if TYPE_CHECKING:
     from d2llm.retrieval.exact_search import KeptReaches
     from d2llm.retrieval.expansion import Expansion
     from d2llm.retrieval.reading import ReadPassages
-    from d2llm.retrieval.settings import SearchChanges, SearchSettings
     from d2llm.retrieval.upserting import UpsertReport
     from d2llm.retrieval.upserting_documents import DocumentsReport
     from d2llm.runners.runner import Workers
@@ -604,7 +601,7 @@ class Index:
         *,
         cascade: Rereader | None = None,
         expansion: Expansion | None = None,
-        **changes: Unpack[SearchChanges],
+        **changes: Any,
     ) -> list[Ranking]:
         """Rank the passages for each query; ``changes`` override single fields of the settings (``SearchSettings``).
 
@@ -618,9 +615,8 @@ class Index:
         """
         from d2llm.retrieval.search import Searcher
 
-        chosen = changed(settings, changes)
+        chosen = SearchSettings.of(settings, **changes)
         if chosen.task not in (None, self.view.task):
-            chosen.check()
             task_for(self.student, chosen.task)  # warns
         return Searcher(
             self.view,
@@ -661,7 +657,7 @@ class Index:
         settings: SearchSettings | None = None,
         cascade: Rereader | None = None,
         expansion: Expansion | None = None,
-        **changes: Unpack[SearchChanges],
+        **changes: Any,
     ) -> AnswerContext:
         """The best passages for a query as one text with numbered sources, for a language model to answer from.
 
@@ -688,7 +684,7 @@ class Index:
         queries = queries_of(query, "query")
         if len(queries) != 1:
             raise InputError(f"a context is for one query, but there are {len(queries)}; make one for each")
-        chosen = context_settings(changed(settings, changes))
+        chosen = context_settings(SearchSettings.of(settings, **changes))
         student = cast("Student", self.student)  # only a Student has a tokenizer to count with
         token_ends = student.backbone.token_ends if tokenizer is None else named_tokenizer(tokenizer)
         (ranking,) = self.search(queries, chosen, cascade=cascade, expansion=expansion)

@@ -29,7 +29,7 @@ from d2llm.retrieval.expansion import Expansion, add_hypothetical_passages
 from d2llm.retrieval.protocols import BoundedStudent, SearchStudent, SearchView, TokenStudent, term_factors
 from d2llm.retrieval.results import Order, ScoredCandidates, cascade_report, group_passages, show
 from d2llm.retrieval.row_evidence import EvidenceParts, weights_for
-from d2llm.retrieval.settings import SearchSettings, changed
+from d2llm.retrieval.settings import SearchSettings
 from d2llm.retrieval.shard_search import RemoteShard, SearchedShard, ShardQuery, ShardSearch, source_names
 from d2llm.store.bm25 import CountedTerms, QueryWords
 from d2llm.store.sharded_view import ShardView, joint_rows, map_in_threads, merge_candidates, rows_by_shard
@@ -79,7 +79,7 @@ def search(
         MismatchError: the reader of a ``ListwiseReading`` reads vectors of another student.
         ModelError: the student returned a score that is NaN.
     """
-    searcher = Searcher(index, student, changed(settings, changes), cascade=cascade, expansion=expansion)
+    searcher = Searcher(index, student, SearchSettings.of(settings, **changes), cascade=cascade, expansion=expansion)
     return searcher.rank(queries)
 
 
@@ -148,7 +148,6 @@ class Searcher:
                 ending the search.
         """
         self.settings = settings or SearchSettings()
-        self.settings.check()
         if cascade is not None and (self.settings.exact or self.settings.hybrid is not None):
             raise InputError(
                 "a cascade requires the student's scores alone and changes their order: leave out exact and hybrid"

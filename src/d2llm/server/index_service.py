@@ -193,7 +193,7 @@ class IndexService:
                 encoded, tokens = await models.encode_query_with_tokens(query, instruction=instruction)
             else:
                 encoded = await models.encode([query], "query", instruction=instruction)
-            encoded_settings = replace(settings, instruction=None)  # it is in the vector
+            encoded_settings = settings.replace(instruction=None)  # it is in the vector
             search = PendingSearch(version, query, encoded.vectors[0], encoded_settings, iem, tokens)
             if rescore in ("teacher", "cascade"):
                 rereader = self._rereader(version, rescore, settings.task, reading or Reading())

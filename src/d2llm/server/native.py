@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,8 +66,7 @@ health_router = APIRouter(tags=["operations"])
 async def search(body: SearchRequest, request: Request, services: TheServices, index: TheIndex) -> JSONResponse:
     """Find the passages that answer a query, best first."""
     limits = services.settings
-    settings = replace(_settings_of(body, limits), explain=body.explain, group=body.group)
-    settings = _limited(body.query, settings, limits)
+    settings = _limited(body.query, _settings_of(body, limits), limits)
     reading, expansion = _reading_of(body, limits), _expansion_of(body, index)
     ranking, student = await index.search(body.query, settings, body.rescore, reading, expansion)
     excerpts = await index.excerpts(ranking) if body.excerpts else None
@@ -292,21 +291,11 @@ def _settings_of(body: RankingRequest, limits: ServeSettings) -> SearchSettings:
     Raises:
         ServingError: 400, a number is above the server's limit.
     """
-    return SearchSettings(
-        task=body.task,
+    return SearchSettings.of(
+        body,
         top_k=_number_of(body, "top_k", limits.max_top_k),
         num_candidates=_number_of(body, "num_candidates", limits.max_num_candidates),
-        filter=body.filter,
-        sources=None if body.sources is None else tuple(body.sources),
-        hybrid=body.hybrid,
-        exact=body.exact,
         max_num_candidates=limits.max_num_candidates,
-        budget_ms=body.budget_ms,
-        neighbours=body.neighbours,
-        mmr=body.mmr,
-        near_duplicates=body.near_duplicates,
-        select_from=body.select_from,
-        instruction=body.instruction,
     )
 
 
@@ -323,7 +312,7 @@ def _limited(query: str, settings: SearchSettings, limits: ServeSettings) -> Sea
     if settings.select_from is not None:
         at_most(settings.select_from, most, "select_from", "max_num_candidates")
     elif settings.ranking_depth > most:
-        return replace(settings, select_from=most)
+        return settings.replace(select_from=most)
     return settings
 
 

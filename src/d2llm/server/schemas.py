@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -11,33 +11,32 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     StringConstraints,
     ValidationError,
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from d2llm.core.names import did_you_mean
+from d2llm.core.settings import narrowed, shown_as
 from d2llm.core.types import (
     DEFAULT_CONTEXT_TOKENS,
-    DEFAULT_NUM_CANDIDATES,
     DEFAULT_TEACHER_PASSAGES,
-    DEFAULT_TOP_K,
     MAX_ID_CHARS,
     CascadeReport,
     ContextOrder,
     ExpansionMethod,
     Explanation,
-    Grouping,
     QueryExpansion,
     Selection,
-    SourceName,
     Task,
 )
 from d2llm.models.attribution import WordWeight
 from d2llm.models.backbone import TextKind
+from d2llm.retrieval.settings import SearchSettings
 from d2llm.server.errors import MOST_PROBLEMS
 from d2llm.store.side_files import Chunking
 
@@ -62,7 +61,12 @@ Vector = Annotated[list[float], Field(min_length=1, fail_fast=True)]
 
 
 class KnownFields(BaseModel):
-    """Base class of bodies whose unknown fields are errors, the first of which suggest what may be meant."""
+    """Base class of bodies whose unknown fields are errors, the first of which suggest what may be meant.
+
+    ``unknown`` are settings that a class inherits, but no client may send; nor may it those for Python only.
+    """
+
+    unknown: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -79,6 +83,21 @@ class KnownFields(BaseModel):
             raise ValidationError.from_exception_data(cls.__name__, problems)
         return body
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        described = handler.resolve_ref_schema(handler(schema))
+        for name in cls.model_fields.keys() - sent_fields(cls).keys():
+            del described["properties"][name]
+        described["description"] = str(described.get("description", "")).partition("\n\nAttributes:")[0]
+        return described
+
+
+def sent_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields that a client may send, by name."""
+    unknown = model.unknown if issubclass(model, KnownFields) else frozenset[str]()
+    fields = model.model_fields.items()
+    return {name: each for name, each in fields if name not in unknown and not shown_as(each).python_only}
+
 
 def field_names(name: str, field: FieldInfo) -> list[str]:
     """The names that a field may have in a body, the usual one first."""
@@ -89,7 +108,7 @@ def field_names(name: str, field: FieldInfo) -> list[str]:
 
 def accepted_names(model: type[BaseModel]) -> list[str]:
     """The names that the fields of a body may have."""
-    return [each for name, field in model.model_fields.items() for each in field_names(name, field)]
+    return [each for name, field in sent_fields(model).items() for each in field_names(name, field)]
 
 
 class Body(KnownFields):
@@ -107,65 +126,22 @@ class Answer(BaseModel):
 # Requests ---------------------------------------------------------------------------------------------------------
 
 
-class RankingRequest(Body):
+class RankingRequest(SearchSettings, Body):
     """A query with search settings."""
 
     query: NonEmpty = Field(description="The query text.", examples=["how do I read a file line by line?"])
-    top_k: int = Field(DEFAULT_TOP_K, ge=1, description="Length of the ranking.")
-    num_candidates: int = Field(DEFAULT_NUM_CANDIDATES, ge=1, description="Passages that get the full score.")
-    filter: str | None = Field(
-        None, description="A condition on metadata.", examples=["year >= 2020 AND language = 'en'"]
-    )
-    sources: list[SourceName] | None = Field(
-        None,
-        min_length=1,
-        fail_fast=True,
-        max_length=3,
-        description="Sources of candidates; by default vectors, plus bm25 if the student's score counts words; with "
-        "hybrid, bm25 is always one.",
-    )
-    hybrid: float | None = Field(
-        None, ge=0, le=1, description="Fuse the ranking with BM25's; the value is BM25's weight. null: no fusion."
-    )
-    exact: bool = Field(False, description="Compute the exact ranking of all passages, with a certificate.")
     rescore: Rescore = Field(
         "iem",
         description="How candidates are ranked: none (inner product), iem, teacher (the teacher reads the top ones) or "
         "cascade (the teacher reads those that the IEM is unsure of).",
     )
-    budget_ms: float | None = Field(None, ge=0, description="Time limit of an exact search, in milliseconds.")
     teacher_passages: int = Field(
         DEFAULT_TEACHER_PASSAGES, ge=1, le=200, description="Maximum number of passages that the teacher reads."
     )
     teacher_ms: float | None = Field(
         None, ge=0, description="Time limit of the teacher, in milliseconds; default and maximum: the server's."
     )
-    task: Task | None = Field(None, description="The task; null: the task of the index.")
-    neighbours: int = Field(0, ge=0, le=10, description="Also return this many passages before and after each.")
-    mmr: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Diverse results (maximal marginal relevance); the value is the weight of the score. null: off.",
-    )
-    near_duplicates: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Leave out passages whose vectors have at least this cosine with a better result's, and that say "
-        "nothing beyond it. null: off.",
-    )
-    select_from: int | None = Field(
-        None,
-        ge=1,
-        description="How many of the first results mmr and near_duplicates select from; null: five times top_k.",
-    )
-    instruction: str | None = Field(
-        None,
-        description="Put before the query where its vector is made, in place of the student's query prefix. Words, "
-        "teacher and writer see the plain query. null: the prefix.",
-        examples=["Instruct: Given a question, retrieve passages that answer it\nQuery: "],
-    )
+    neighbours: int = narrowed(SearchSettings, "neighbours", le=10)
     expand: ExpansionMethod | None = Field(
         None,
         description="Let the server's writer add to the query: multi (queries with the same meaning) or hyde (passages "
@@ -182,8 +158,6 @@ class RankingRequest(Body):
 class SearchRequest(RankingRequest):
     """A query with search settings, for a ranking."""
 
-    explain: bool = Field(False, description="Explain each passage's rank.")
-    group: Grouping = Field("passage", description="Rank passages, or documents by best passage or sum of passages.")
     excerpts: bool = Field(
         False,
         description="Also return the results with their neighbours as parts of documents, neighbouring ones merged.",
@@ -193,6 +167,7 @@ class SearchRequest(RankingRequest):
 class ContextRequest(RankingRequest):
     """A query with search settings, for a context. Near duplicates are left out, by default from a cosine of 0.95."""
 
+    unknown: ClassVar[frozenset[str]] = frozenset({"explain", "group"})
     max_tokens: int = Field(DEFAULT_CONTEXT_TOKENS, ge=1, description="Maximum number of the student's tokens.")
     order: ContextOrder = Field(
         "rank", description="rank: the best source first. document: sources of a document together, in its order."

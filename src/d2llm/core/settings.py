@@ -1,0 +1,183 @@
+"""Settings that are declared once: fields of a frozen class with help text and bounds.
+
+Python takes the objects. Options of the command line (``cli.options``), bodies of requests and tables in the
+documentation are made from the fields, so another setting is another field.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from inspect import Parameter, Signature
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
+
+from d2llm.core.errors import InputError
+from d2llm.core.inputs import check_string, shown
+from d2llm.core.names import did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """How a setting is shown to users of anything but Python.
+
+    Attributes:
+        option: its option, if that has another name than the setting.
+        metavar: the word for its value on the command line.
+        default: its default in words, if the value is not what matters.
+        python_only: whether there is no option, and no field in a request.
+    """
+
+    option: str | None = None
+    metavar: str | None = None
+    default: str | None = None
+    python_only: bool = False
+
+
+def setting(default: Any, help: str, shown: Shown | None = None, **bounds: Any) -> Any:  # noqa: A002
+    """A field of ``Settings``: its default (... if it must be given), its help text, pydantic's bounds (``ge=1``)."""
+    field: FieldInfo = Field(default, description=help, **bounds)
+    field.metadata.append(shown or Shown())
+    return field
+
+
+def narrowed(kind: type[BaseModel], name: str, **bounds: Any) -> Any:
+    """The field of a class, for a subclass that bounds it further."""
+    field, narrower = copy(kind.model_fields[name]), Field(**bounds)
+    field.metadata = [*field.metadata, *narrower.metadata]
+    return field
+
+
+def shown_as(field: FieldInfo) -> Shown:
+    """How a field is shown."""
+    return next((each for each in field.metadata if isinstance(each, Shown)), Shown())
+
+
+def bound(field: FieldInfo, name: str) -> Any:
+    """A bound of a field, as in ``bound(field, "ge")``; None if it has none."""
+    return next((getattr(each, name) for each in field.metadata if hasattr(each, name)), None)
+
+
+class Settings(BaseModel):
+    """Base class of settings. In Python, a wrong value is an ``InputError``.
+
+    NumPy's numbers are numbers, and one name is a list of one. ``noun`` is what messages call a setting.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    noun: ClassVar[str] = "setting"
+
+    def __init__(self, **values: Any) -> None:
+        """Check every value, and their combination.
+
+        Raises:
+            InputError: there is no such setting, a value is wrong, or settings contradict each other.
+        """
+        fields = type(self).model_fields
+        for name in values:
+            if name not in fields:
+                hint = did_you_mean(name, fields) or f"; there are: {', '.join(fields)}"
+                raise InputError(f"there is no {self.noun} {name!r}{hint}")
+        try:
+            super().__init__(**{name: _plain(name, value, fields[name]) for name, value in values.items()})
+        except ValidationError as error:
+            first = {str(each["loc"][0]): each for each in reversed(error.errors(include_url=False))}
+            problems = [_problem(each, fields[name].description) for name, each in reversed(first.items())]
+            raise InputError("; ".join(problems)) from None
+        self.check()
+
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess] - bodies of requests are read without it
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Let ``help`` and completion show the fields, without what is for other interfaces."""
+        fields = cls.model_fields
+        lines = (f"    {name}: {field.description}" for name, field in fields.items())
+        cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nAttributes:", *lines])
+        cls.__signature__ = Signature(
+            [
+                Parameter(name, Parameter.KEYWORD_ONLY, default=field.get_default(), annotation=field.annotation)
+                for name, field in fields.items()
+            ]
+        )
+
+    def check(self) -> None:
+        """Check the combination of the settings.
+
+        Raises:
+            InputError: settings contradict each other.
+        """
+
+    @classmethod
+    def of(cls, settings: Settings | None = None, /, **changes: Any) -> Self:
+        """Settings (None: the defaults; or an object with more fields) with single fields changed.
+
+        Raises:
+            InputError: there is no such setting, or as for settings that are made.
+        """
+        values = {} if settings is None else {name: getattr(settings, name) for name in cls.model_fields}
+        return cls(**{**values, **changes})
+
+    def replace(self, **changes: Any) -> Self:
+        """The settings with single fields changed.
+
+        Raises:
+            InputError: as for ``of``.
+        """
+        return type(self).of(self, **changes)
+
+
+def _plain(name: str, value: Any, field: FieldInfo) -> Any:
+    if isinstance(value, str):
+        check_string(value, name)
+        return (value,) if is_list(field) else value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def is_list(field: FieldInfo) -> bool:
+    """Whether a field has several values."""
+    return any(get_origin(each) is tuple for each in (field.annotation, *get_args(field.annotation)))
+
+
+def _problem(problem: ErrorDetails, purpose: str | None) -> str:
+    """What is wrong with a value, and what the setting is for."""
+    first, *rest = problem["loc"]
+    name, value, ctx = f"{first}{''.join(f'[{each}]' for each in rest)}", problem["input"], problem.get("ctx", {})
+    match problem["type"]:
+        case "missing":
+            return f"{name} is missing. It is for: {purpose}"
+        case "literal_error":
+            return f"{name} is {shown(value)}, but must be {ctx['expected']}"
+        case "too_short" | "too_long" as kind:
+            return f"{name} is {shown(value) if value else 'empty'}, but must have {_LENGTHS[kind].format(**ctx)}"
+        case kind if kind in _BOUNDS:
+            return f"{name} is {value}, but must be {_BOUNDS[kind]} {next(iter(ctx.values())):g}"
+        case kind:
+            return f"{name} is {shown(value)}, but must be {_KINDS.get(kind, problem['msg'])}. It is for: {purpose}"
+
+
+_LENGTHS = {"too_short": "at least {min_length} value(s)", "too_long": "at most {max_length} value(s)"}
+_BOUNDS = {
+    "greater_than_equal": "at least",
+    "greater_than": "more than",
+    "less_than_equal": "at most",
+    "less_than": "less than",
+}
+_KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "True or False",
+    "string_type": "a string",
+    "tuple_type": "a list",
+}
