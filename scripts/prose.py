@@ -17,8 +17,7 @@ def _wrapped_line(line: str) -> str:
     if line.startswith(("|", "`", "#")):
         return line
     indent = "  " if line.startswith("- ") else ""
-    line = re.sub(
-        r"(?<=\S) ([-+]) ", "\0\\1 ", line
-    )  # a sign at the beginning of a line would make it an item of a list
+    # A sign at the beginning of a line would make it an item of a list.
+    line = re.sub(r"(?<=\S) ([-+]) ", "\0\\1 ", line)
     filled = textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return filled.replace("\0", " ")
