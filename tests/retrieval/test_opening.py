@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import shutil
 import sqlite3
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from d2llm import Index, Passage, Query, SearchSettings, Student, encode, read_beir, read_pairs
+from d2llm import Index, Passage, Query, Student, encode, read_beir, read_pairs
 from d2llm.core.errors import D2LLMError, IndexMismatchError, InputError
 from e2e.command_line import write_data
 from fake_models import FakeStudent
@@ -136,17 +135,6 @@ def test_objects_say_what_they_are(folder: Path, tmp_path: Path):
     assert "splits dev, test, train" in repr(read_beir(data))
     (tmp_path / "train.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "label": "1"}\n')
     assert repr(read_pairs(tmp_path / "train.jsonl")) == "PairDataset('train', binary: 1 pairs in train)"
-
-
-@pytest.mark.parametrize("method", [Index.search, Index.context])
-def test_completion_sees_every_setting_of_a_search(method: Any):
-    names = list(SearchSettings.model_fields)
-    parameters = inspect.signature(method).parameters
-    assert set(names) <= set(parameters)
-    assert not any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    for name, field in SearchSettings.model_fields.items():
-        assert (parameters[name].default, parameters[name].annotation) == (field.default, field.annotation)
-        assert f"{name}: {field.description}" in (SearchSettings.__doc__ or "")
 
 
 # What callers give

@@ -270,15 +270,3 @@ def test_serve_needs_something_to_serve():
 
 def test_serve_refuses_a_bad_setting():
     fail("serve", "x.index", "--set", "max_txts=1", containing=["--set: unknown setting 'max_txts'", "'max_texts'"])
-
-
-def test_the_documented_settings_match_the_schema(repository: Path):
-    text = (repository / "docs" / "how-to" / "operate.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
-    documented = {row[0].strip("`"): row[1:] for row in rows if len(row) == 3}
-    displayed = {
-        name: value
-        for name, value, _ in LoadedSettings(ServeSettings(), dict.fromkeys(ServeSettings.model_fields, "")).lines()
-    }
-    expected = {name: [f"`{displayed[name]}`", field.description] for name, field in ServeSettings.model_fields.items()}
-    assert documented == expected

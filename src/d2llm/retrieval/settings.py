@@ -57,7 +57,7 @@ class SearchSettings(Settings):
         None,
         "Weights of the terms of the score other than the vectors, replacing the student's; if empty, only the vectors "
         "count.",
-        _PYTHON_ONLY,
+        Shown(default="the student's", python_only=True),
     )
     hybrid: float | None = setting(
         None,

@@ -1,0 +1,84 @@
+"""A setting is declared once: what users see of it in other places is made from its field."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from d2llm import Index, SearchSettings
+from d2llm.cli.main import app
+from d2llm.core.settings import bound, shown_as
+from d2llm.server.schemas import ContextRequest, SearchRequest
+
+SHOWN = {name: field for name, field in SearchSettings.model_fields.items() if not shown_as(field).python_only}
+
+
+@cache
+def tables(repository: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("settings_tables", repository / "scripts" / "settings_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def options_of(*verb: str) -> dict[str, Any]:
+    command: Any = typer.main.get_command(app)
+    for word in verb:
+        command = command.commands[word]
+    return {option: parameter for parameter in command.params for option in parameter.opts}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_search_setting_is_an_option_with_its_help_default_and_bounds(name: str):
+    field, shown = SHOWN[name], shown_as(SHOWN[name])
+    option = options_of("search")["--" + (shown.option or name).replace("_", "-")]
+    assert option.help.replace("\\[", "[").startswith(field.description)
+    assert option.default == field.default
+    assert option.show_default == (shown.default or True)
+    checks = option.type_descriptor.parameter_info
+    assert (checks.min, checks.max) == (bound(field, "ge"), bound(field, "le"))
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_search_setting_is_a_field_of_requests_with_its_help_default_and_bounds(name: str):
+    ours, theirs = (kind.model_json_schema()["properties"][name] for kind in (SearchSettings, SearchRequest))
+    if name == "neighbours":  # the server has a limit
+        assert theirs["maximum"] == 10
+        del theirs["maximum"]
+    assert theirs == ours
+
+
+def test_settings_for_python_only_are_in_no_request_and_no_option():
+    hidden = SearchSettings.model_fields.keys() - SHOWN.keys()
+    assert hidden == {"evidence", "max_num_candidates", "document_passages"}
+    assert not hidden & {parameter.name for parameter in options_of("search").values()}
+    for request, unknown in ((SearchRequest, hidden), (ContextRequest, {*hidden, "explain", "group"})):
+        assert not unknown & request.model_json_schema()["properties"].keys()
+        for name in unknown:
+            with pytest.raises(ValueError, match="there is no such field"):
+                request.model_validate({"query": "x", name: None})
+
+
+@pytest.mark.parametrize("method", [Index.search, Index.context])
+def test_a_search_setting_is_an_argument_in_python(method: Any):
+    parameters = inspect.signature(method).parameters
+    for name, field in SearchSettings.model_fields.items():
+        assert (parameters[name].default, parameters[name].annotation) == (field.default, field.annotation)
+        assert f"{name}: {field.description}" in (SearchSettings.__doc__ or "")
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_classes(repository: Path):
+    made = tables(repository)
+    named = [found["name"] for path in made.PAGES for found in made.BLOCK.finditer(path.read_text(encoding="utf-8"))]
+    assert sorted(named) == sorted(made.TABLES)
+    for path in made.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert made.written(page) == page, f"{path.name} differs; run: python scripts/settings_tables.py"
