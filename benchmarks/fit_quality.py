@@ -26,9 +26,10 @@ from d2llm.core.files import write_json
 from d2llm.core.recipe import RemoteWriterConfig, WriterConfig, untuned_config
 from d2llm.core.shipped import DEFAULT_STUDENT, DEFAULT_WRITER
 from d2llm.data.beir import read_beir
+from d2llm.evaluation.contenders import Contenders
 from d2llm.evaluation.evaluate import evaluate
 from d2llm.evaluation.report import EvaluationReport
-from d2llm.evaluation.setting import Contenders, EvaluationSettings
+from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.fitting.fit import BASE_NAME, Fit
 from d2llm.fitting.settings import FitSettings
 from d2llm.fitting.training_data import DataReport

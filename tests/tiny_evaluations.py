@@ -10,8 +10,9 @@ import numpy as np
 from d2llm.core.types import Passage, Query
 from d2llm.data.beir import Dataset
 from d2llm.data.trec import TrecRun
+from d2llm.evaluation.contenders import Contenders
 from d2llm.evaluation.evaluate import evaluate
-from d2llm.evaluation.setting import Contenders, EvaluationSettings
+from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.retrieval.cosine import CosineStudent
 from fake_models import FakeStudent, FakeTeacher
 

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from d2llm.data.label_sets import count_labels, export_labels, merge_labels
     from d2llm.data.open_data import open_data
     from d2llm.data.pairs import PairDataset, read_pairs
+    from d2llm.evaluation.contenders import Contenders
     from d2llm.evaluation.evaluate import evaluate
     from d2llm.evaluation.loading import load_contenders
-    from d2llm.evaluation.setting import Contenders, EvaluationSettings
+    from d2llm.evaluation.settings import EvaluationSettings
     from d2llm.fitting.fit import Fit, fit
     from d2llm.fitting.settings import FitSettings
     from d2llm.models.backbone import Backbone
@@ -180,7 +181,8 @@ _HOMES = {
     "d2llm.retrieval.expansion": ("Expansion",),
     "d2llm.evaluation.evaluate": ("evaluate",),
     "d2llm.evaluation.loading": ("load_contenders",),
-    "d2llm.evaluation.setting": ("Contenders", "EvaluationSettings"),
+    "d2llm.evaluation.contenders": ("Contenders",),
+    "d2llm.evaluation.settings": ("EvaluationSettings",),
     "d2llm.models.export.export": ("export",),
     "d2llm.training.gate": ("read_gate",),
     "d2llm.retrieval.index": ("Index",),

@@ -10,7 +10,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from d2llm.evaluation.setting import Contenders
+from d2llm.evaluation.contenders import Contenders
 from d2llm.ops.significance import bootstrap_interval, holm, paired_randomisation
 from d2llm.retrieval.cosine import CosineStudent
 from fake_models import FakeStudent, FakeTeacher

@@ -12,7 +12,8 @@ from d2llm.core.errors import DataFormatError, IndexMismatchError, InputError, O
 from d2llm.core.time_limit import time_limit
 from d2llm.data.beir import read_beir
 from d2llm.evaluation import systems
-from d2llm.evaluation.setting import Contenders, EvaluationSettings
+from d2llm.evaluation.contenders import Contenders
+from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.models.student import Student
 from d2llm.retrieval.cosine import CosineStudent
 from d2llm.retrieval.encode import encode
@@ -240,7 +241,7 @@ def test_the_seed_determines_the_sample():
 
 
 def test_settings_out_of_range_are_rejected():
-    for name, value in (("top_k", 99), ("num_candidates", 0), ("teacher_depth", 0), ("teacher_queries", 0)):
+    for name, value in (("top_k", 99), ("num_candidates", 0), ("teacher_depth", 0), ("cascade_passages", 0)):
         least = 100 if name == "top_k" else 1
         with pytest.raises(InputError, match=f"{name} is {value}, but must be at least {least}"):
             EvaluationSettings(**{name: value})

@@ -9,7 +9,7 @@ import pytest
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.data.pairs import LabelledPair, PairDataset
-from d2llm.evaluation.setting import Contenders
+from d2llm.evaluation.contenders import Contenders
 from d2llm.ops.pair_measures import binary_measurer
 from d2llm.ops.significance import bootstrap_statistic, holm, resampled_p_value
 from d2llm.retrieval.cosine import CosineStudent

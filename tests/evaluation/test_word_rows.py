@@ -10,7 +10,7 @@ import pytest
 from d2llm.core.errors import InputError
 from d2llm.core.types import PART_KINDS
 from d2llm.evaluation import word_rows
-from d2llm.evaluation.setting import Contenders
+from d2llm.evaluation.contenders import Contenders
 from d2llm.models.evidence import EvidenceWeights, WordsFactor
 from d2llm.ops.weighted_sum import sum_weights
 from d2llm.store.bm25 import WordIndex

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import typer.main
+from pydantic.fields import FieldInfo
 
-from d2llm import Index, SearchSettings
+from d2llm import EvaluationSettings, Index, SearchSettings
 from d2llm.cli.main import app
-from d2llm.core.settings import bound, shown_as
+from d2llm.core.settings import bound, is_list, shown_as
 from d2llm.server.schemas import ContextRequest, SearchRequest
 
 SHOWN = {name: field for name, field in SearchSettings.model_fields.items() if not shown_as(field).python_only}
@@ -36,13 +37,22 @@ def options_of(*verb: str) -> dict[str, Any]:
     return {option: parameter for parameter in command.params for option in parameter.opts}
 
 
-@pytest.mark.parametrize("name", SHOWN)
-def test_a_search_setting_is_an_option_with_its_help_default_and_bounds(name: str):
-    field, shown = SHOWN[name], shown_as(SHOWN[name])
-    option = options_of("search")["--" + (shown.option or name).replace("_", "-")]
+OPTIONS = [
+    (verb, name, field)
+    for verb, kind in (("search", SearchSettings), ("evaluate", EvaluationSettings))
+    for name, field in kind.model_fields.items()
+    if not shown_as(field).python_only
+]
+
+
+@pytest.mark.parametrize(("verb", "name", "field"), OPTIONS, ids=[f"{verb} {name}" for verb, name, _ in OPTIONS])
+def test_a_setting_is_an_option_with_its_help_default_and_bounds(verb: str, name: str, field: FieldInfo):
+    shown = shown_as(field)
+    option = options_of(verb)["--" + (shown.option or name).replace("_", "-")]
     assert option.help.replace("\\[", "[").startswith(field.description)
-    assert option.default == field.default
+    assert option.default == (None if is_list(field) else field.default)
     assert option.show_default == (shown.default or True)
+    assert (option.type_descriptor.annotation is bool) == option.is_flag
     checks = option.type_descriptor.parameter_info
     assert (checks.min, checks.max) == (bound(field, "ge"), bound(field, "le"))
 

@@ -24,9 +24,10 @@ from d2llm.data.labels import LabelStore
 from d2llm.data.pairs import LabelledPair, PairDataset
 from d2llm.data.plan import read_plan
 from d2llm.evaluation import systems
+from d2llm.evaluation.contenders import Contenders
 from d2llm.evaluation.evaluate import evaluate
 from d2llm.evaluation.report import EvaluationReport
-from d2llm.evaluation.setting import Contenders, EvaluationSettings
+from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.fitting import fit as fit_module
 from d2llm.fitting.fit import Fit
 from d2llm.fitting.time_plan import TimePlan

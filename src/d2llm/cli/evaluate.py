@@ -15,7 +15,6 @@ from d2llm.cli.options import (
     PromptOption,
     RunnerOptions,
     StudentOption,
-    TaskOption,
     input_path,
     output_file,
     teacher_config,
@@ -25,7 +24,7 @@ from d2llm.cli.options import (
 from d2llm.cli.session import session_of
 from d2llm.core.errors import InputError
 from d2llm.core.shipped import DEFAULT_STUDENT
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, SystemKind
+from d2llm.evaluation.settings import EvaluationSettings
 
 if TYPE_CHECKING:
     from d2llm.evaluation.report import EvaluationReport
@@ -42,10 +41,9 @@ def evaluate(
             help="Queries with a corpus (BEIR layout, Parquet) or labelled pairs: a folder, a file, or hf://OWNER/NAME.",
         ),
     ],
+    settings: EvaluationSettings,
     place: RunnerOptions,
     student: StudentOption = DEFAULT_STUDENT,
-    split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
-    task: TaskOption = None,
     tuned_cosine: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="Student for the row of that name.", show_default="STUDENT-cosine"),
@@ -59,12 +57,6 @@ def evaluate(
         teacher_option(metavar="NAME_OR_FOLDER", help="The teacher to measure.", show_default="the student's own"),
     ] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Leave out the teacher's row, the slowest.")] = False,
-    teacher_depth: Annotated[
-        int, typer.Option(min=1, help="Passages that the teacher reranks, alternately from BM25 and the student.")
-    ] = 50,
-    teacher_queries: Annotated[
-        int, typer.Option(min=0, help="Size of the random sample of queries or pairs for the teacher; 0: all.")
-    ] = 100,
     prompt: PromptOption = None,
     models: Annotated[
         list[str] | None,
@@ -80,49 +72,6 @@ def evaluate(
         typer.Option(
             "--run", metavar="FILE", callback=input_path, help="Also measure a TREC run file. May be repeated."
         ),
-    ] = None,
-    baseline: Annotated[
-        SystemKind | None,
-        typer.Option(help="Row to compare with.", show_default="tuned cosine, else untuned, else BM25"),
-    ] = None,
-    num_candidates: Annotated[
-        int, typer.Option(min=1, help="Passages that get the student's full score.")
-    ] = DEFAULT_NUM_CANDIDATES,
-    stored_as: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FORMAT", help="Add a row with vectors in fewer bits (int8, int3, binary, ...). May be repeated."
-        ),
-    ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Add a row with exact search and its certificate.")] = False,
-    ann_recall: Annotated[
-        float | None,
-        typer.Option(
-            "--ann",
-            metavar="RECALL",
-            help="Add a row with an approximate index that finds this share of the candidates, for example 0.95.",
-        ),
-    ] = None,
-    cascade_passages: Annotated[
-        int | None,
-        typer.Option(
-            "--cascade",
-            metavar="N",
-            min=1,
-            help="Add a row with a teacher that reads at most N passages per query, those the student is unsure of.",
-        ),
-    ] = None,
-    filter: Annotated[  # noqa: A002 - the word of the field
-        str | None,
-        typer.Option(
-            metavar="CONDITION",
-            help="Add a row with a search for passages whose metadata match, as in "
-            "\"year >= 2020 AND language = 'en'\".",
-        ),
-    ] = None,
-    instruction: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Add a row with this before each query where the student reads it."),
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A label store with the teacher's judgements.")
@@ -143,7 +92,6 @@ def evaluate(
             show_default="the user's cache folder",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of samples and of significance tests.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     html: Annotated[
@@ -174,7 +122,6 @@ def evaluate(
     from d2llm.data.pairs import PairDataset
     from d2llm.evaluation.evaluate import evaluate
     from d2llm.evaluation.loading import load_contenders
-    from d2llm.evaluation.setting import EvaluationSettings
     from d2llm.reports.evaluation_tables import evaluation_tables
 
     session = session_of(context)
@@ -182,21 +129,6 @@ def evaluate(
         raise InputError("--prompt is for a teacher; name one with --teacher, or leave it out")
     if teacher is not None and no_teacher:
         raise InputError("--teacher names a teacher and --no-teacher leaves it out; give one of them")
-    settings = EvaluationSettings(
-        split=split,
-        task=task,
-        num_candidates=num_candidates,
-        teacher_depth=teacher_depth,
-        teacher_queries=teacher_queries or None,
-        baseline=baseline,
-        seed=seed,
-        stored_as=tuple(stored_as or ()),
-        exact=exact,
-        ann_recall=ann_recall,
-        cascade_passages=cascade_passages,
-        filter=filter,
-        instruction=instruction,
-    )
     runner = place.find()
     dataset = open_data(data)
     if save_runs is not None and isinstance(dataset, PairDataset):

@@ -388,7 +388,8 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def call(**values: Any) -> None:
         for name, group in groups.items():
-            values[name] = group(**{each.name: _given(values.pop(each.name)) for each in _parameters(group)})
+            given = {each.name: _given(values.pop(each.name)) for each in _parameters(group)}
+            values[name] = group(**{name: value for name, value in given.items() if value is not None})
         verb(**values)
 
     flat = cast(Any, call)
@@ -413,7 +414,7 @@ def _given(value: Any) -> Any:
 def _parameters(group: type) -> list[Parameter]:
     if issubclass(group, Settings):
         return [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=field.get_default(), annotation=_option(name, field))
+            Parameter(name, Parameter.KEYWORD_ONLY, default=_default(field), annotation=_option(name, field))
             for name, field in group.model_fields.items()
             if not shown_as(field).python_only
         ]
@@ -427,6 +428,11 @@ def _parameters(group: type) -> list[Parameter]:
         )
         for field in fields(cast(Any, group))
     ]
+
+
+def _default(field: FieldInfo) -> Any:
+    """What Typer shows and passes if an option is not given; it knows no empty lists."""
+    return Parameter.empty if field.is_required() else None if is_list(field) else field.get_default()
 
 
 def _option(name: str, field: FieldInfo) -> Any:

@@ -14,10 +14,11 @@ from d2llm.core.inputs import paths_of
 from d2llm.data.beir import Dataset
 from d2llm.data.pairs import PairDataset
 from d2llm.data.run_folder import is_finished
+from d2llm.evaluation.contenders import Contenders
 from d2llm.evaluation.pairs import evaluate_pairs
 from d2llm.evaluation.report import EvaluationReport
 from d2llm.evaluation.retrieval import evaluate_retrieval
-from d2llm.evaluation.setting import Contenders, EvaluationSettings
+from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.runners.placement import Placement
 from d2llm.runners.runner import Runner, find_runner
 

@@ -16,7 +16,7 @@ from d2llm.core.shipped import shipped_models
 from d2llm.core.types import SystemKind
 from d2llm.data.run_folder import RunFolder, companion, is_finished
 from d2llm.data.trec import TrecRun, read_run
-from d2llm.evaluation.setting import NAME_D2LLM, OWN_NAMES, Contenders
+from d2llm.evaluation.contenders import NAME_D2LLM, OWN_NAMES, Contenders
 from d2llm.models.external import ExternalBiEncoder, load_external
 from d2llm.models.sources import is_student
 from d2llm.models.student import Student, find_student

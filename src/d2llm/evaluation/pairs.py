@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,8 @@ from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.progress import showing_progress
 from d2llm.core.types import SystemKind
 from d2llm.data.pairs import LabelledPair, PairDataset
-from d2llm.evaluation import figures, setting
+from d2llm.evaluation import figures
+from d2llm.evaluation.contenders import NAME_BM25, NAME_D2LLM, Contender, Contenders, check_baseline, choose_baseline
 from d2llm.evaluation.figures import adjusted
 from d2llm.evaluation.gold import Floats, Gold, Positions, measure_all, read_gold
 from d2llm.evaluation.judging import judge_pool
@@ -37,7 +38,7 @@ from d2llm.evaluation.report import (
     MissingRow,
     ShownPassage,
 )
-from d2llm.evaluation.setting import Contender, Contenders, EvaluationSettings
+from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.evaluation.systems import MeasuredStore, milliseconds, peak_memory, sample
 from d2llm.models.teachers.judge import Judge
 from d2llm.ops.calibration import score_histogram
@@ -88,7 +89,7 @@ class PairWork:
 
     def sample(self, size: int) -> Positions:
         """Sorted positions of a random sample of ``teacher_queries`` of ``size`` pairs; all if there are fewer."""
-        return sample(size, self.settings.teacher_queries, self.settings.seed)
+        return sample(size, self.settings.teacher_queries or None, self.settings.seed)
 
     @property
     def probes(self) -> list[LabelledPair]:
@@ -141,7 +142,7 @@ def lexical_scores(work: PairWork) -> ScoredSplits:
             measured = {"scores": scores, "tuning_scores": score_split(work.tuning_pairs), "probe_seconds": []}
             return {**measured, "pairs_per_second": rate, "peak_memory_mib": peak()}
 
-    return work.scored(setting.NAME_BM25, "bm25", None, measure)
+    return work.scored(NAME_BM25, "bm25", None, measure)
 
 
 def student_scores(work: PairWork, contenders: Sequence[Contender]) -> list[ScoredSplits]:
@@ -235,7 +236,7 @@ def _texts(pairs: Sequence[LabelledPair]) -> list[tuple[str, str]]:
 NUM_RESAMPLES = 2_000  # enough for p to be below .01 after the correction over all rows
 _TEST = f"paired bootstrap, {NUM_RESAMPLES:,} resamples"
 _NO_FUSION = MissingRow(
-    f"hybrid: {setting.NAME_BM25} + {setting.NAME_D2LLM}", "hybrid", "single pairs have no ranks that could be fused"
+    f"hybrid: {NAME_BM25} + {NAME_D2LLM}", "hybrid", "single pairs have no ranks that could be fused"
 )
 _NO_RANKING = "a run ranks passages, and this data set has single pairs"
 
@@ -254,7 +255,7 @@ def evaluate_pairs(
     Thresholds are fitted on the split "dev", or on "train" if dev itself is measured. There is an ``InputError`` if
     classes have no such split, or the teacher's sample is too small to measure.
     """
-    setting.check_baseline(contenders, settings.baseline, ["bm25"])
+    check_baseline(contenders, settings.baseline, ["bm25"])
     tuning = "train" if settings.split == "dev" else "dev"
     pairs, tuning_pairs = dataset.pairs(settings.split), dataset.splits.get(tuning, ())
     gold = read_gold(dataset, settings.split)
@@ -314,7 +315,7 @@ class _PairFigures:
         if self._is_sampled:
             on_sample = {system.name: self._measure(system, self._sample) for system in self.systems}
         sample_rows = [self._row(system, on_sample[system.name]) for system in self.systems] if self._is_sampled else []
-        baseline = setting.choose_baseline(rows, settings.baseline)
+        baseline = choose_baseline(rows, settings.baseline)
         subject = next(system for system in self.systems if system.kind == "d2llm")
         reference = next(system for system in self.systems if system.name == baseline)
         wins, losses = self._examples(subject, reference)
@@ -345,7 +346,7 @@ class _PairFigures:
             agreement=tuple(self._agreement()),
             calibration=tuple(self._calibration()),
             histograms=tuple(self._histograms()),
-            settings=asdict(settings),
+            settings=settings.model_dump(),
             provenance=self.contenders.provenance,
             notes=tuple(notes),
             seconds=0.0,

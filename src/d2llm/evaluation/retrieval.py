@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query, SystemKind
 from d2llm.data.beir import Dataset
-from d2llm.evaluation import figures, setting
+from d2llm.evaluation import figures
+from d2llm.evaluation.contenders import NAME_BM25, Contender, Contenders, check_baseline, choose_baseline, teacher_name
 from d2llm.evaluation.figures import Values, compare_means, mean_row
 from d2llm.evaluation.judging import Pool, interleaved, judge_pool
 from d2llm.evaluation.report import (
@@ -22,7 +23,7 @@ from d2llm.evaluation.report import (
     EvaluationRow,
     MissingRow,
 )
-from d2llm.evaluation.setting import Contender, Contenders, EvaluationSettings
+from d2llm.evaluation.settings import EvaluationSettings
 from d2llm.evaluation.shortcuts import Shortcuts, measure_shortcuts
 from d2llm.evaluation.systems import (
     RankedIds,
@@ -57,13 +58,13 @@ def evaluate_retrieval(
     indexes: Sequence[Path] = (),
 ) -> EvaluationReport:
     """See ``evaluation.evaluate.evaluate``; ``folder`` stores indexes, measured systems and judgements."""
-    setting.check_baseline(
+    check_baseline(
         contenders, settings.baseline, ["bm25", "hybrid", "fitted_sum", *(["external"] if contenders.runs else [])]
     )
     queries, num_left_out = _judged_queries(dataset, settings.split)
     probes, sampled = (
         [queries[place] for place in sample(len(queries), size, settings.seed)]
-        for size in (settings.latency_queries, settings.teacher_queries)
+        for size in (settings.latency_queries, settings.teacher_queries or None)
     )
     trial = Trial(queries, probes, settings.settled_task, settings.top_k, dataset.own_passages)
     work = RetrievalWork(dataset, settings, trial, sampled, folder, labels, placement, indexes)
@@ -73,9 +74,7 @@ def evaluate_retrieval(
     searched = [_search(work, row) for row in students]
     subject = searched[[row.kind for row in students].index("d2llm")]
     shortcuts = measure_shortcuts(work, contenders, subject)
-    lexical = work.store.system(
-        work.key(setting.NAME_BM25), lambda: lexical_system(setting.NAME_BM25, work.passages, trial)
-    )
+    lexical = work.store.system(work.key(NAME_BM25), lambda: lexical_system(NAME_BM25, work.passages, trial))
     fused = [
         hybrid_system(f"hybrid: {lexical.name} + {other.name}", lexical, other, trial)
         for other in searched
@@ -242,7 +241,7 @@ class _RetrievalFigures:
         sample_rows: list[EvaluationRow] = []
         if self.judges and len(self._sampled_ids) < len(self._all_ids):
             sample_rows = [self._row(system, self._sampled_ids) for system in self._comparable]
-        baseline = setting.choose_baseline(rows, settings.baseline)
+        baseline = choose_baseline(rows, settings.baseline)
         compared = [system.name for system in self._comparable if system.name not in self.parts]
         histograms = [
             figures.ranking_histogram(system, work.relevant)
@@ -270,7 +269,7 @@ class _RetrievalFigures:
             agreement=self._agreement(),
             calibration=self._calibration(),
             histograms=tuple(histogram for histogram in histograms if histogram is not None),
-            settings=asdict(settings),
+            settings=settings.model_dump(),
             provenance=self.contenders.provenance,
             notes=self._notes(),
             seconds=0.0,
@@ -295,8 +294,8 @@ class _RetrievalFigures:
         """The calibration of the teacher and the student, on the passages that the teacher judged."""
         if self.teacher_scores is None:
             return ()
-        teacher_name = setting.teacher_name(self.work.settings.teacher_depth)
-        judged = {teacher_name: self.teacher_scores, self.subject.name: self.followers[self.subject.name]}
+        judge = teacher_name(self.work.settings.teacher_depth)
+        judged = {judge: self.teacher_scores, self.subject.name: self.followers[self.subject.name]}
         return tuple(
             figures.calibration(name, *figures.pool_labels(scores, self.work.relevant))
             for name, scores in judged.items()

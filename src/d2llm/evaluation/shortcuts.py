@@ -11,8 +11,8 @@ from d2llm.core.errors import DataFormatError, InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import Query
 from d2llm.data.indexed_corpus import iter_corpus
+from d2llm.evaluation.contenders import NAME_D2LLM, Contenders
 from d2llm.evaluation.report import MissingRow
-from d2llm.evaluation.setting import NAME_D2LLM, Contenders
 from d2llm.evaluation.systems import RetrievalWork, System
 from d2llm.models.teachers.judge import Judge, ranks_lists
 from d2llm.ops.rereading import StudentError

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from d2llm.core.errors import InputError
 from d2llm.core.fingerprint import fingerprint_json
 from d2llm.core.types import EvidenceTerm, PartKind, Query, SystemKind
+from d2llm.evaluation.contenders import NAME_BM25, NAME_D2LLM, Contender
 from d2llm.evaluation.report import MissingRow
-from d2llm.evaluation.setting import NAME_BM25, NAME_D2LLM, Contender
 from d2llm.evaluation.systems import RetrievalWork, System
 from d2llm.models.evidence import VECTOR_TERMS, EvidenceWeights
 from d2llm.ops.weighted_sum import sum_weights

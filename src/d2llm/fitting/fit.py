@@ -453,9 +453,10 @@ class Fit:
             trained: the folder of the trained student, if there is one.
             with_untuned: also compare with the untuned student, for which the corpus is encoded once more.
         """
+        from d2llm.evaluation.contenders import Contenders
         from d2llm.evaluation.evaluate import evaluate
         from d2llm.evaluation.retrieval import about_row
-        from d2llm.evaluation.setting import Contenders, EvaluationSettings
+        from d2llm.evaluation.settings import EvaluationSettings
 
         start, fitted = self._load(base), None if trained is None else self._load(trained)
         loads = encoder_loads(start, self._loader(base))
@@ -859,7 +860,7 @@ def student_for(texts: Sequence[str]) -> str:
 
 def _row_names(student: str) -> dict[str, str]:
     """Names of rows of an evaluation -> their names in a fit, where there are several students."""
-    from d2llm.evaluation.setting import NAME_ANCHOR, NAME_BM25, NAME_D2LLM
+    from d2llm.evaluation.contenders import NAME_ANCHOR, NAME_BM25, NAME_D2LLM
 
     hybrid = f"hybrid: {NAME_BM25} + "
     return {

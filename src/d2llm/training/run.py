@@ -32,7 +32,7 @@ from d2llm.models.teachers.identity import find_kind, find_tuned_teacher
 
 if TYPE_CHECKING:  # each step imports what it needs, so that errors in a recipe are reported before torch is loaded
     from d2llm.evaluation.report import EvaluationReport
-    from d2llm.evaluation.setting import EvaluationSettings
+    from d2llm.evaluation.settings import EvaluationSettings
     from d2llm.models.student import Student
     from d2llm.runners.runner import Runner
     from d2llm.training.ablation.report import AblationReport
@@ -480,7 +480,7 @@ class Run:
         """
         from d2llm.evaluation.evaluate import evaluate
         from d2llm.evaluation.loading import load_contenders
-        from d2llm.evaluation.setting import EvaluationSettings
+        from d2llm.evaluation.settings import EvaluationSettings
 
         if not is_finished(self.parts.student):
             raise InputError(f"{self.parts.student}: there is no student yet; run `d2llm distill` first")

@@ -1,22 +1,20 @@
-"""The systems compared in an evaluation, and its settings."""
+"""The systems compared in an evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from d2llm.core.errors import InputError
 from d2llm.core.inputs import objects_of, strings_of
-from d2llm.core.types import DEFAULT_NUM_CANDIDATES, SystemKind, Task
+from d2llm.core.types import SystemKind
 from d2llm.data.trec import TrecRun
 from d2llm.evaluation.report import EvaluationRow, MissingRow
 from d2llm.models.teachers.judge import Judge
 from d2llm.retrieval.cosine import AnchorStudent, CosineStudent
-from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent, TextEncoder, task_for
+from d2llm.retrieval.protocols import EvidenceStudent, SearchStudent, TextEncoder
 from d2llm.runners.placement import Load
-from d2llm.store.vector_formats import FORMATS
 
-RECALL_DEPTH = 100
 NAME_BM25 = "BM25"
 NAME_UNTUNED = "cosine, untuned"
 NAME_TUNED = "cosine, tuned"
@@ -130,92 +128,6 @@ class Contenders:
             for name, kind, model, reason in rows
             if model is None
         ]
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationSettings:
-    """The settings of an evaluation.
-
-    Args:
-        split: the split whose judgements to measure on.
-        task: the task, which decides the branch of the IEM and the prompt; None: what the student was trained for.
-        top_k: length of the rankings, at least 100 (Recall@100).
-        num_candidates: passages that the student scores in full.
-        teacher_depth: passages per query that the teacher reranks, taken from the top of BM25 and of the student in
-            turn.
-        teacher_queries: size of the random sample of queries that the teacher judges (for a pair set, of the pairs, and
-            as many pairs of its dev split); None means all.
-        latency_queries: maximum number of queries that are answered one at a time to measure latency.
-        baseline: kind of the row that the others are compared with; None means the tuned cosine, else the untuned one,
-            else BM25.
-        seed: seed of the samples and the significance tests.
-        dtype: how vectors are stored (``store.vector_formats.FORMATS``).
-        stored_as: additional formats to measure the student with, one row each.
-        exact: also measure the exact search.
-        ann_recall: also measure candidates from an approximate index, tuned to find this share of the nearest passages.
-        cascade_passages: also measure the student with a teacher that judges at most this many passages per query
-            again.
-        filter: also measure a search for passages that match a condition (``store.filters``).
-        instruction: also measure a search that puts this before each query where its vector is made.
-        score_parts: also measure the student with weights fitted on this data set, and without each part of its score.
-
-    Raises:
-        InputError: a number is out of range, or a format is unknown.
-    """
-
-    split: str = "test"
-    task: Task | None = None
-    top_k: int = 100
-    num_candidates: int = DEFAULT_NUM_CANDIDATES
-    teacher_depth: int = 50
-    teacher_queries: int | None = 100
-    latency_queries: int = 50
-    baseline: SystemKind | None = None
-    seed: int = 0
-    dtype: str = "bfloat16"
-    stored_as: tuple[str, ...] = ()
-    exact: bool = False
-    ann_recall: float | None = None
-    cascade_passages: int | None = None
-    filter: str | None = None
-    instruction: str | None = None
-    score_parts: bool = True
-
-    def settled(self, student: SearchStudent) -> EvaluationSettings:
-        """The same settings, with the task that this student is used for."""
-        return replace(self, task=task_for(student, self.task))
-
-    @property
-    def settled_task(self) -> Task:
-        """The task, after ``settled``."""
-        assert self.task is not None, "no student has settled the task"
-        return self.task
-
-    @property
-    def shortcuts(self) -> list[str]:
-        """The names of the settings that enable rows with other searches."""
-        names = ("stored_as", "exact", "ann_recall", "cascade_passages", "filter", "instruction")
-        return [name for name in names if getattr(self, name) not in (None, False, ())]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stored_as", tuple(strings_of(self.stored_as, "stored_as")))
-        for name in (self.dtype, *self.stored_as):
-            if name not in FORMATS:
-                raise InputError(f"there is no vector format {name!r}; use one of {', '.join(FORMATS)}")
-        limits = {
-            "top_k": (self.top_k, RECALL_DEPTH),
-            "num_candidates": (self.num_candidates, 1),
-            "teacher_depth": (self.teacher_depth, 1),
-            "teacher_queries": (1 if self.teacher_queries is None else self.teacher_queries, 1),
-            "cascade_passages": (1 if self.cascade_passages is None else self.cascade_passages, 1),
-            "latency_queries": (self.latency_queries, 1),
-            "seed": (self.seed, 0),
-        }
-        for name, (value, minimum) in limits.items():
-            if value < minimum:
-                raise InputError(f"{name} is {value}, but must be at least {minimum}")
-        if self.ann_recall is not None and not 0 < self.ann_recall <= 1:
-            raise InputError(f"ann_recall is {self.ann_recall}, but must be above 0 and at most 1")
 
 
 def teacher_name(depth: int | None) -> str:
